@@ -1,0 +1,1 @@
+"""What the tool knows about model file formats. Nothing here imports ``abl_mlx``."""
