@@ -1,0 +1,216 @@
+"""A chat model loaded through mlx-lm: its layers, sizes, dtype and chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from convert.errors import UserError
+from convert.hf_config import read_config
+
+
+@dataclass
+class ChatModel:
+    """A loaded model with its tokenizer.
+
+    Attributes:
+        folder: where it was loaded from.
+        model: mlx-lm's model.
+        tokenizer: mlx-lm's TokenizerWrapper.
+        config: config.json with renamed keys filled in, as given to mlx-lm.
+        reply_prefix: token ids with which every reply of the model opens (a thought block that
+            the template leaves to the model, say); appended to every encoded prompt.
+    """
+
+    folder: Path
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    reply_prefix: tuple[int, ...] = ()
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The transformer blocks, in order."""
+        return list(self.model.layers)
+
+    @cached_property
+    def width(self) -> int:
+        """d, the number of dimensions of the residual stream."""
+        text = self.config.get("text_config") or self.config
+        for key in ("hidden_size", "n_embd", "d_model", "dim", "model_dim"):
+            if isinstance(text.get(key), int):
+                return int(text[key])
+        raise UserError(f"{self.folder / 'config.json'} does not say the model's hidden_size.")
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in config.json."""
+        return str(self.config["model_type"])
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a user message in the chat template, up to where the reply begins.
+
+        Thinking is switched off where the template can; ``reply_prefix`` is appended.
+        """
+        return self.encode_message(prompt) + list(self.reply_prefix)
+
+    def encode_message(self, prompt: str) -> list[int]:
+        """Like `encode`, without ``reply_prefix``."""
+        ids = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        return list(ids)
+
+    @cached_property
+    def template_tail(self) -> int:
+        """How many tokens follow the instruction: what any two prompts have in common at the end.
+
+        Positions -1 .. -template_tail are the ones that have read the whole instruction and are
+        the same token for every prompt.
+        """
+        first, second = (self.encode(text)[::-1] for text in ("Why?", "Tell me 7 of them"))
+        return max(1, _common(first, second))
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    count = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The longest token sequence with which all of ``sequences`` begin."""
+    shortest = min(sequences, key=len)
+    return tuple(shortest[: min(_common(shortest, sequence) for sequence in sequences)])
+
+
+def computes_on_cpu() -> bool:
+    """Whether MLX's default device is the CPU, where half-precision products are slow."""
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def load(folder: Path, *, check: bool = True) -> ChatModel:
+    """Load an MLX or Hugging Face folder.
+
+    On the CPU the weights are widened to float32 (exact, and about 50 times faster there than
+    half precision); on Metal they stay as stored.
+
+    Args:
+        folder: holds config.json, model*.safetensors and the tokenizer.
+        check: look at every weight for NaN and infinity, one tensor at a time.
+
+    Raises:
+        UserError: missing config or weights, an architecture that mlx-lm does not know, tensors
+            that do not fit it, no tokenizer, no chat template, weights that are not finite.
+    """
+    config = read_config(folder)
+    if not any(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"{folder} holds no model*.safetensors: fetch the model's weights in that format."
+        )
+    model, config = _load_model(folder, config)
+    if check:
+        check_finite(model, folder)
+    if computes_on_cpu():
+        model.set_dtype(mx.float32)
+        for _, value in tree_flatten(model.parameters()):
+            mx.eval(value)
+    tokenizer = _load_tokenizer(folder, config)
+    return ChatModel(folder, model, tokenizer, config)
+
+
+def _load_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import _get_classes, load_model
+
+    try:
+        model_class, arguments = _get_classes(config)
+    except ValueError:
+        raise UserError(
+            f"{folder / 'config.json'}: mlx-lm has no architecture named "
+            f"{config['model_type']!r}: update mlx-lm, or choose another model."
+        ) from None
+    complete_for(arguments, config)
+    added = {key: value for key, value in config.items() if key not in ("eos_token_id",)}
+    try:
+        # Lazily: tensors are evaluated one by one, which keeps the peak at the model's own size.
+        model, config = load_model(folder, lazy=True, model_config=added)
+        for _, value in tree_flatten(model.parameters()):
+            mx.eval(value)
+    except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{folder} could not be loaded as {config['model_type']}: {reason[:300]}"
+        ) from None
+    if not hasattr(model, "layers"):
+        raise UserError(f"{folder}: {config['model_type']} has no list of layers to look into.")
+    return model, config
+
+
+def complete_for(arguments: type, config: dict[str, Any]) -> None:
+    """Add to ``config``, in place, a ``head_dim`` that mlx-lm requires and the file leaves out.
+
+    Hugging Face's own code takes hidden_size / num_attention_heads for these models. Where mlx-lm
+    has a default of its own, that stands.
+    """
+    if not dataclasses.is_dataclass(arguments):
+        return
+    required = {
+        field.name
+        for field in dataclasses.fields(arguments)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if "head_dim" in required and config.get("head_dim") is None:
+        heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+        if heads and hidden:
+            config["head_dim"] = hidden // heads
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
+    from mlx_lm.utils import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # tokenizers and transformers raise bare Exceptions and OSErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: the tokenizer could not be loaded: {reason[:200]}") from None
+    if not tokenizer.has_chat_template:
+        raise UserError(
+            f"{folder} has no chat template, so it is no chat model: add chat_template.jinja, or "
+            "choose the instruction-tuned variant."
+        )
+    return tokenizer
+
+
+def check_finite(model: nn.Module, folder: Path) -> None:
+    """Raise when a weight is NaN or infinite, naming it.
+
+    Raises:
+        UserError: with the parameter's path.
+    """
+    for name, value in tree_flatten(model.parameters()):
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            raise UserError(
+                f"{folder}: the weight {name} holds NaN or infinity: the file is damaged, fetch "
+                "it again."
+            )
+
+
+def progress(total: int, label: str, unit: str = "prompt") -> Any:
+    """A progress bar on stderr; silent where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, unit=unit, file=sys.stderr, disable=None, leave=False)

@@ -1,0 +1,71 @@
+"""``config.json`` of a Hugging Face or MLX model folder, as mlx-lm and GGUF need to read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from convert.errors import UserError
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's ``config.json`` with the keys that transformers 5 renamed filled in.
+
+    Raises:
+        UserError: when the file is missing, is not a JSON object, or names no ``model_type``.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no config.json: name the folder of a whole MLX or Hugging Face model."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): fetch the file again.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path} names no model_type: it is not the config of a language model.")
+    return fill_in(config)
+
+
+def fill_in(config: dict[str, Any]) -> dict[str, Any]:
+    """Add what older readers look for; nothing that is there is changed or removed.
+
+    transformers 5 keeps ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` inside
+    ``rope_parameters`` (for models with two kinds of attention, one such object a kind) and writes
+    ``num_experts`` as ``num_local_experts``. Readers that miss the first silently fall back to a
+    default base frequency, so the filling in is not only about models that fail to load.
+    """
+    filled = dict(config)
+    for name, value in _missing(config).items():
+        filled.setdefault(name, value)
+    if isinstance(config.get("text_config"), dict):
+        filled["text_config"] = fill_in(config["text_config"])
+    return filled
+
+
+def _missing(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        if isinstance(rope.get("full_attention"), dict):
+            sliding = rope.get("sliding_attention")
+            if isinstance(sliding, dict) and "rope_theta" in sliding:
+                found["rope_local_base_freq"] = sliding["rope_theta"]
+            rope = rope["full_attention"]
+        if "rope_theta" in rope:
+            found["rope_theta"] = rope["rope_theta"]
+        if "partial_rotary_factor" in rope:
+            found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            scaling = {
+                key: value
+                for key, value in rope.items()
+                if key not in ("rope_theta", "partial_rotary_factor")
+            }
+            scaling.setdefault("type", scaling.get("rope_type"))
+            found["rope_scaling"] = scaling
+    if "num_local_experts" in config:
+        found["num_experts"] = config["num_local_experts"]
+    return found
