@@ -1,0 +1,286 @@
+"""Random access to the tensors of a model folder's safetensors files.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes of little-endian header size, a
+JSON header of {name: {dtype, shape, data_offsets}}, then the data, without gaps or overlaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from convert.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+
+# The reference implementation refuses longer headers too.
+_MAX_HEADER = 100_000_000
+
+# safetensors name -> (bytes per element, NumPy type of the stored bits, MLX type to view them as).
+# MLX has no 8-bit floats: it reads them as bytes, and so does this.
+_DTYPES: dict[str, tuple[int, type[np.generic], mx.Dtype | None]] = {
+    "F64": (8, np.float64, None),
+    "F32": (4, np.float32, None),
+    "F16": (2, np.float16, None),
+    "BF16": (2, np.uint16, mx.bfloat16),
+    "I64": (8, np.int64, None),
+    "I32": (4, np.int32, None),
+    "I16": (2, np.int16, None),
+    "I8": (1, np.int8, None),
+    "U64": (8, np.uint64, None),
+    "U32": (4, np.uint32, None),
+    "U16": (2, np.uint16, None),
+    "U8": (1, np.uint8, None),
+    "BOOL": (1, np.bool_, None),
+    "F8_E4M3": (1, np.uint8, None),
+    "F8_E5M2": (1, np.uint8, None),
+    "F8_E8M0": (1, np.uint8, None),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        dtype: the safetensors name: F32, F16, BF16, U32, ...
+        shape: row-major.
+        file: the file that holds it.
+        offset: of its first byte, counted from the start of the file.
+        nbytes: its length.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """One file's header: its tensors in file order, and its string metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+class TensorFiles:
+    """The tensors of a folder, memory-mapped; nothing is read until asked for.
+
+    Usable as a context manager, which unmaps the files at its end. Arrays returned by `read` are
+    copies and outlive it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read and check every header of ``folder``.
+
+        The files are those that model.safetensors.index.json names, or, without an index, all
+        model*.safetensors, as mlx-lm loads them.
+
+        Raises:
+            UserError: naming the file and the mend, when there is no such file, a header is
+                malformed, tensors overlap or reach past the end, or the index disagrees.
+        """
+        self.folder = Path(folder)
+        index = self.folder / INDEX
+        expected: dict[str, str] = {}
+        if index.exists():
+            expected = _read_index(index)
+            self.files = [self.folder / file for file in sorted(set(expected.values()))]
+        else:
+            self.files = sorted(self.folder.glob("model*.safetensors"))
+        if not self.files:
+            raise UserError(
+                f"{self.folder} holds no model*.safetensors: give the folder of an MLX or "
+                f"Hugging Face model."
+            )
+        self._infos: dict[str, TensorInfo] = {}
+        self._metadata: dict[Path, dict[str, str]] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        for file in self.files:
+            if not file.exists():
+                raise UserError(
+                    f"{index} names {file.name}, which is not there: download the model again."
+                )
+            header = read_header(file)
+            self._metadata[file] = header.metadata
+            for name, info in header.tensors.items():
+                if name in self._infos:
+                    raise UserError(
+                        f"{name} is both in {self._infos[name].file} and in {file.name}: remove "
+                        f"the file that does not belong to the model."
+                    )
+                self._infos[name] = info
+        for name, file_name in expected.items():
+            if name not in self._infos:
+                raise UserError(
+                    f"{index} places {name} in {file_name}, which does not hold it: download the "
+                    f"model again."
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name, file by file, in file order."""
+        return list(self._infos)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Type, shape and place of ``name``. Raises UserError when there is no such tensor."""
+        try:
+            return self._infos[name]
+        except KeyError:
+            raise UserError(f"{self.folder} has no tensor named {name}.") from None
+
+    def metadata(self, file: Path) -> dict[str, str]:
+        """The ``__metadata__`` strings of one of `files`."""
+        return dict(self._metadata[file])
+
+    def bytes(self, name: str) -> memoryview:
+        """The stored bytes of ``name``, a view of the mapped file; release it before `close`."""
+        info = self.info(name)
+        if info.nbytes == 0:
+            return memoryview(b"")
+        if info.file not in self._maps:
+            with open(info.file, "rb") as stream:
+                self._maps[info.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(self._maps[info.file])[info.offset : info.offset + info.nbytes]
+
+    def read(self, name: str) -> mx.array:
+        """``name`` as an MLX array in its storage type (8-bit floats as uint8, F64 as float32)."""
+        info = self.info(name)
+        _, bits, view = _DTYPES[info.dtype]
+        flat = np.frombuffer(self.bytes(name), dtype=bits)
+        if info.dtype == "F64":
+            # Metal has no float64.
+            flat = flat.astype(np.float32)
+        array = mx.array(flat.reshape(info.shape))
+        return array if view is None else array.view(view)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        while self._maps:
+            _, mapped = self._maps.popitem()
+            # While a view from `bytes` is alive, the mapping goes with it instead.
+            with suppress(BufferError):
+                mapped.close()
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        head = stream.read(8)
+        if len(head) < 8:
+            raise _broken(file, f"it has only {size} bytes")
+        if head.startswith(b"version "):
+            raise UserError(
+                f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder, "
+                f"or download the model again."
+            )
+        length = int.from_bytes(head, "little")
+        if length > _MAX_HEADER or length > size - 8:
+            raise _broken(file, f"its header claims {length} bytes of a file of {size}")
+        raw = stream.read(length)
+    try:
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _broken(file, f"its header is no JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise _broken(file, "its header is no JSON object")
+    metadata = parsed.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise _broken(file, "its __metadata__ is no object")
+    start = 8 + length
+    tensors = {name: _tensor_info(file, name, entry, start) for name, entry in parsed.items()}
+    in_order = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))
+    end = start
+    for name, info in in_order:
+        if info.offset < end:
+            raise _broken(file, f"{name} overlaps the tensor before it")
+        if info.offset > end:
+            raise _broken(file, f"{info.offset - end} bytes before {name} belong to no tensor")
+        end = info.offset + info.nbytes
+        if end > size:
+            raise _broken(file, f"{name} ends at byte {end} of a file of {size}: it is truncated")
+    if end != size:
+        raise _broken(file, f"{size - end} bytes after the last tensor belong to none")
+    return Header(dict(in_order), {str(key): str(value) for key, value in metadata.items()})
+
+
+def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    try:
+        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise _broken(file, f"{name} lacks dtype, shape or data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise UserError(
+            f"{name} in {file} is stored as {dtype}, which is not supported: convert the model to "
+            f"float16 or bfloat16 first."
+        )
+    numbers = [*shape, first, last] if isinstance(shape, list) else [None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise _broken(file, f"{name} has a malformed shape or data_offsets")
+    nbytes = math.prod(shape) * _DTYPES[dtype][0]
+    if last - first != nbytes:
+        raise _broken(
+            file, f"{name} is {dtype} of shape {shape}, {nbytes} bytes, but spans {last - first}"
+        )
+    return TensorInfo(dtype, tuple(shape), file, start + first, nbytes)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{index} is no safetensors index ({error}): download it again, or remove it to load "
+            f"every model*.safetensors."
+        ) from None
+    for file in set(entries.values()):
+        if Path(file).name != file:
+            raise UserError(f"{index} points outside its folder, to {file}: do not use this model.")
+    return entries
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} appears twice")
+    return result
+
+
+def _broken(file: Path, why: str) -> UserError:
+    return UserError(f"{file} is not a valid safetensors file: {why}; download it again.")
