@@ -57,3 +57,13 @@ def around(pairs: Iterable[tuple[nn.Module, Around]]) -> Iterator[None]:
             if not module._abl_wrappers:
                 module.__class__ = type(module)._abl_original
                 object.__delattr__(module, "_abl_wrappers")
+
+
+@contextmanager
+def around_method(module: nn.Module, name: str, wrapper: Around) -> Iterator[None]:
+    """Within the block, ``module.name(...)`` goes through ``wrapper`` (for ``as_linear``)."""
+    object.__setattr__(module, name, _bind(wrapper, getattr(module, name)))
+    try:
+        yield
+    finally:
+        object.__delattr__(module, name)

@@ -1,0 +1,193 @@
+"""Residual-stream states at chosen token positions, batched and streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from abl_mlx.hooks import around
+from abl_mlx.models import ChatModel, progress
+from convert.errors import UserError
+
+#: Tokens in one batch, padding included. Bounds the activations held at once, not the result.
+TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of like length, right-padded.
+
+    Attributes:
+        indices: which prompts of the input these are.
+        tokens: (B, T) int32.
+        lengths: (B,) real tokens in each row.
+    """
+
+    indices: list[int]
+    tokens: mx.array
+    lengths: mx.array
+
+
+def batches(sequences: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> Iterator[Batch]:
+    """Batches of at most ``tokens`` tokens (or one sequence), sorted by length to pad little.
+
+    Padding stands on the right: a causal model's states at a real position do not see it, so no
+    mask is needed (DESIGN section 7).
+    """
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and len(sequences[order[stop]]) * (stop + 1 - start) <= tokens:
+            stop += 1
+        chosen = order[start:stop]
+        longest = len(sequences[chosen[-1]])
+        rows = [
+            list(sequences[index]) + [0] * (longest - len(sequences[index])) for index in chosen
+        ]
+        yield Batch(
+            chosen, mx.array(rows, mx.int32), mx.array([len(sequences[index]) for index in chosen])
+        )
+        start = stop
+
+
+def residual(output: Any, layer: int, width: int) -> mx.array:
+    """The residual stream in a layer's output: (B, T, d), the first where it is a tuple.
+
+    Raises:
+        UserError: where the layer's output is of another form.
+    """
+    states = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(states, mx.array) or states.ndim != 3 or states.shape[-1] != width:
+        form = states.shape if isinstance(states, mx.array) else type(states).__name__
+        raise UserError(
+            f"the output of layer {layer} has the form {form} instead of (batch, tokens, {width}): "
+            "this architecture has no single residual stream to read."
+        )
+    return states
+
+
+class Recorder:
+    """Collects the residual stream after every layer while the model runs.
+
+    Use as a context manager; after a call of the model inside it, `take` returns the states.
+    """
+
+    def __init__(self, chat: ChatModel):
+        self._chat = chat
+        self._states: list[mx.array | None] = [None] * len(chat.layers)
+        self._around: Any = None
+
+    def __enter__(self) -> Recorder:
+        self._around = around(
+            [(layer, self._keep(index)) for index, layer in enumerate(self._chat.layers)]
+        )
+        self._around.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._around.__exit__(*error)
+
+    def _keep(self, index: int) -> Any:
+        def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            self._states[index] = residual(output, index, self._chat.width)
+            return output
+
+        return wrapper
+
+    def take(self, lengths: mx.array, offsets: Sequence[int]) -> mx.array:
+        """The states at ``length + offset``, offsets being negative: (B, L, P, d) float32.
+
+        Nothing is evaluated yet; evaluating the result computes what it needs and no output head.
+        """
+        rows = mx.arange(lengths.size)[:, None]
+        columns = lengths[:, None] + mx.array(list(offsets))[None, :]
+        taken = []
+        for index, states in enumerate(self._states):
+            if states is None:
+                raise UserError(f"layer {index} was not called when the model ran.")
+            taken.append(states[rows, columns].astype(mx.float32))
+            self._states[index] = None
+        return mx.stack(taken, axis=1)
+
+
+def check_offsets(sequences: Sequence[Sequence[int]], offsets: Sequence[int]) -> None:
+    """Refuse offsets that are not negative or reach before the shortest sequence's beginning."""
+    shortest = min(len(sequence) for sequence in sequences)
+    for offset in offsets:
+        if not -shortest <= offset <= -1:
+            raise UserError(
+                f"the token position {offset} is outside the shortest prompt, which has {shortest} "
+                f"tokens: positions run from -{shortest} to -1 (the last)."
+            )
+
+
+def iterate(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[int] = (-1,),
+    *,
+    label: str = "capture",
+) -> Iterator[tuple[list[int], mx.array]]:
+    """Yield (indices, states) batch by batch; states are (B, L, P, d) float32, evaluated.
+
+    ``states[b, l, p]`` is the residual stream of prompt ``indices[b]`` after layer l (before the
+    final norm) at ``offsets[p]`` tokens from the prompt's end.
+
+    Raises:
+        UserError: an offset outside the shortest prompt; a layer without a residual stream.
+    """
+    check_offsets(sequences, offsets)
+    with Recorder(chat) as recorder, progress(len(sequences), label) as bar:
+        for batch in batches(sequences):
+            _run(chat.model, batch.tokens)
+            states = recorder.take(batch.lengths, offsets)
+            mx.eval(states)
+            bar.update(len(batch.indices))
+            yield batch.indices, states
+
+
+def _run(model: nn.Module, tokens: mx.array) -> None:
+    model(tokens)
+
+
+def mean(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[int] = (-1,),
+    *,
+    label: str = "capture",
+) -> mx.array:
+    """Mean state over the prompts: (L, P, d) float32. Holds one batch and one sum at a time."""
+    total: mx.array | None = None
+    for _, states in iterate(chat, sequences, offsets, label=label):
+        part = states.sum(axis=0)
+        total = part if total is None else total + part
+        mx.eval(total)
+    if total is None:
+        raise UserError("there are no prompts to run.")
+    return total / len(sequences)
+
+
+def full(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[int] = (-1,),
+    *,
+    label: str = "capture",
+) -> mx.array:
+    """Every prompt's states, in the order given: (N, L, P, d) float32, N·L·P·d·4 bytes."""
+    parts: list[mx.array] = []
+    order: list[int] = []
+    for indices, states in iterate(chat, sequences, offsets, label=label):
+        parts.append(states)
+        order.extend(indices)
+    if not parts:
+        raise UserError("there are no prompts to run.")
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return mx.concatenate(parts, axis=0)[mx.array(back)]
