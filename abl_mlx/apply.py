@@ -1,0 +1,154 @@
+"""An Edit applied to the tensors of model files, and its leak measured from what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.edits import Edit, Leak, leak, target, total_leak
+from abl_mlx.models import ChatModel
+from abl_mlx.writers import Writer
+from convert.errors import UserError
+from convert.parameters import Stored, locate
+from convert.safetensors_files import TensorFiles
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """The edit of one tensor in a file; a function of its float32 values in the file's layout.
+
+    Attributes:
+        edit: what is done.
+        writer: the writer the tensor belongs to.
+        parameter: ``weight`` or ``bias``.
+        transposed: whether the file holds the last two axes swapped.
+    """
+
+    edit: Edit
+    writer: Writer
+    parameter: str
+    transposed: bool = False
+
+    def __call__(self, values: mx.array) -> mx.array:
+        """The exact edited values, float32, in the file's layout."""
+        edited = target(self.edit, self.writer, self.parameter, self._turn(values))
+        return self._turn(edited)
+
+    def leak(self, source: mx.array, written: mx.array) -> Leak:
+        """Leak of this tensor from its values before the edit and as read back."""
+        return leak(
+            self.edit, self.writer, self.parameter, self._turn(source), self._turn(written)
+        )
+
+    def _turn(self, values: mx.array) -> mx.array:
+        return mx.swapaxes(values, -1, -2) if self.transposed else values
+
+
+def plan(
+    chat: ChatModel, files: TensorFiles, edit: Edit, writers: Sequence[Writer]
+) -> dict[str, TensorEdit]:
+    """What is done to which tensor of the source's files: tensor name -> TensorEdit.
+
+    Raises:
+        UserError: an edit that touches nothing, or a parameter that the files do not hold as such.
+    """
+    chosen = edit.chosen(writers)
+    places = locate(chat.model, files, [path for writer in chosen for path in writer.parameters])
+    edits: dict[str, TensorEdit] = {}
+    for writer in chosen:
+        for path in writer.parameters:
+            stored = places[path]
+            parameter = path.rsplit(".", 1)[1]
+            for name in stored.tensors:
+                edits[name] = TensorEdit(edit, writer, parameter, stored.transposed)
+    _refuse_untied_copy(files, writers, places, edit)
+    return edits
+
+
+def _refuse_untied_copy(
+    files: TensorFiles, writers: Sequence[Writer], places: Mapping[str, Stored], edit: Edit
+) -> None:
+    """Refuse a tied head that the files store a second time.
+
+    Some folders keep ``lm_head.weight`` beside tied embeddings. mlx-lm drops the copy, other
+    readers may use it, and the two would differ after the edit.
+    """
+    embedding = next(writer for writer in writers if writer.kind == "embedding")
+    if not (embedding.tied and edit.embedding):
+        return
+    kept = {name for stored in places.values() for name in stored.tensors}
+    for name in files.names:
+        if name.endswith("lm_head.weight") and name not in kept:
+            raise UserError(
+                f"{files.folder} ties its output head to the embedding but stores a copy of it as "
+                f"{name}: use --no-embedding, or re-save the model without the copy."
+            )
+
+
+@dataclass(frozen=True)
+class LeakReport:
+    """Leak of every edited tensor of one output, measured from the bytes written.
+
+    Attributes:
+        tensors: source tensor name -> Leak.
+    """
+
+    tensors: dict[str, Leak]
+
+    @property
+    def total(self) -> float:
+        """Root of the summed squares over all edited tensors."""
+        return total_leak(list(self.tensors.values()))
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The tensor with the largest leak."""
+        name = max(self.tensors, key=lambda name: self.tensors[name].value)
+        return name, self.tensors[name].value
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "total": self.total,
+            "max": self.worst[1],
+            "tensors": {
+                name: {"leak": leak.value, "weight_error": leak.error}
+                for name, leak in self.tensors.items()
+            },
+        }
+
+
+def measure_leak(
+    files: TensorFiles,
+    edits: Mapping[str, TensorEdit],
+    read_back: Callable[[str], mx.array],
+    *,
+    limit: float,
+    output: str,
+) -> LeakReport:
+    """Compare what was written with what the edit wanted, tensor by tensor.
+
+    Args:
+        files: the source's tensors.
+        read_back: source tensor name -> the values in the output, float32, same layout.
+        limit: largest allowed total leak.
+        output: the output's name, for the message.
+
+    Raises:
+        UserError: when the total is above ``limit``, or the edit changed nothing.
+    """
+    tensors = {}
+    for name, edit in edits.items():
+        tensors[name] = edit.leak(files.read(name).astype(mx.float32), read_back(name))
+    report = LeakReport(tensors)
+    if not report.total <= limit:
+        worst, value = report.worst
+        raise UserError(
+            f"the edit did not survive in {output}: {report.total:.1%} of the component is still "
+            f"in the weights (most in {worst}: {value:.1%}) and --max-leak is {limit:g}; write a "
+            "finer type, or raise --max-leak."
+        )
+    return report

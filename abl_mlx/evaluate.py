@@ -1,0 +1,232 @@
+"""What a model does: replies, refusal rates, KL divergence, and what is left of a direction."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx import capture
+from abl_mlx.logits import log_probabilities, vocabulary
+from abl_mlx.models import ChatModel, progress
+from abl_mlx.prompts import PromptSet
+from abl_mlx.refusals import Rates, rates
+from abl_mlx.selection import kl_divergence
+
+#: Prompts to replies, in order: a model in MLX, or llama.cpp with a GGUF.
+Chat = Callable[[Sequence[str], int], list[str]]
+
+#: Harmless prompts on which KL is measured at most; each keeps K·V float32 numbers on disk.
+KL_PROMPTS = 32
+
+
+def generate(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    batch_size: int = 32,
+    label: str = "replies",
+) -> list[list[int]]:
+    """Greedy replies, in order, as token ids without the end token; batched by mlx-lm.
+
+    Args:
+        sequences: encoded prompts.
+        max_tokens: longest reply.
+        batch_size: replies generated side by side.
+    """
+    from mlx_lm.generate import BatchGenerator
+
+    generator = BatchGenerator(
+        chat.model,
+        max_tokens=max_tokens,
+        stop_tokens=[[token] for token in chat.tokenizer.eos_token_ids],
+        completion_batch_size=batch_size,
+        prefill_batch_size=batch_size,
+    )
+    replies: list[list[int]] = [[] for _ in sequences]
+    try:
+        keys = generator.insert([list(s) for s in sequences], [max_tokens] * len(sequences))
+        index = {key: number for number, key in enumerate(keys)}
+        with progress(len(sequences), label) as bar:
+            while responses := generator.next_generated():
+                for response in responses:
+                    if response.finish_reason != "stop":
+                        replies[index[response.uid]].append(response.token)
+                    if response.finish_reason is not None:
+                        bar.update()
+    finally:
+        generator.close()
+    return replies
+
+
+def decode(chat: ChatModel, replies: Sequence[Sequence[int]]) -> list[str]:
+    """Reply texts without special tokens."""
+    return [chat.tokenizer.decode(list(reply), skip_special_tokens=True) for reply in replies]
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a model replied to held-out prompts.
+
+    Attributes:
+        harmful, harmless: verdicts over the replies to each set.
+        replies: the texts, harmful first; kept for the caller, never written unless asked for.
+        expected: share of harmful prompts whose reply is exactly the answer known for them; None
+            where none is known (only the demo's prompts carry answers).
+    """
+
+    harmful: Rates
+    harmless: Rates
+    replies: tuple[tuple[str, ...], tuple[str, ...]]
+    expected: float | None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        n_harmful, n_harmless = self.harmful.n, self.harmless.n
+        broken = self.harmful.n_broken + self.harmless.n_broken
+        record: dict[str, Any] = {
+            "harmful_refusal_rate": self.harmful.refusal_rate,
+            "harmless_refusal_rate": self.harmless.refusal_rate,
+            "broken_rate": broken / (n_harmful + n_harmless),
+            "n_harmful": n_harmful,
+            "n_harmless": n_harmless,
+            "harmful_refusal_interval": list(self.harmful.interval),
+            "harmless_refusal_interval": list(self.harmless.interval),
+        }
+        if self.expected is not None:
+            record["expected_answer_rate"] = self.expected
+        return record
+
+
+def behaviour(
+    answer: Chat, harmful: PromptSet, harmless: PromptSet, *, max_tokens: int
+) -> Behaviour:
+    """Ask every prompt and judge the replies.
+
+    Args:
+        answer: the runtime that replies, greedily.
+        max_tokens: longest reply.
+    """
+    replies = answer([*harmful.texts, *harmless.texts], max_tokens)
+    first, second = replies[: len(harmful)], replies[len(harmful) :]
+    known = [
+        (prompt.answer, reply)
+        for prompt, reply in zip(harmful.prompts, first, strict=True)
+        if prompt.answer
+    ]
+    expected = (
+        sum(reply.strip() == answer.strip() for answer, reply in known) / len(known)
+        if known
+        else None
+    )
+    return Behaviour(
+        rates(first, harmful.prompts),
+        rates(second, harmless.prompts),
+        (tuple(first), tuple(second)),
+        expected,
+    )
+
+
+def in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Chat:
+    """A loaded model as something that replies to prompts."""
+
+    def answer(prompts: Sequence[str], max_tokens: int) -> list[str]:
+        sequences = [chat.encode(prompt) for prompt in prompts]
+        return decode(chat, generate(chat, sequences, max_tokens, batch_size=batch_size))
+
+    return answer
+
+
+# --- KL divergence -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The base model's distributions over the opening of its own replies, kept on disk.
+
+    Attributes:
+        sequences: encoded prompt and the first tokens of the base model's greedy reply.
+        positions: for each sequence the tokens whose successors are predicted.
+        path: float32 log-probabilities, all positions of all sequences in a row, (ΣK, V).
+    """
+
+    sequences: list[list[int]]
+    positions: list[list[int]]
+    path: Path
+
+
+@contextmanager
+def baseline(
+    chat: ChatModel, prompts: Sequence[Sequence[int]], *, tokens: int = 32
+) -> Iterator[Baseline]:
+    """Record the base model's distributions over its first ``tokens`` reply tokens.
+
+    Args:
+        prompts: encoded harmless prompts; the first `KL_PROMPTS` are used.
+    """
+    prompts = prompts[:KL_PROMPTS]
+    replies = generate(chat, prompts, tokens, label="KL: base replies")
+    sequences, positions = [], []
+    for prompt, reply in zip(prompts, replies, strict=True):
+        sequences.append([*prompt, *reply[: tokens - 1]])
+        positions.append(list(range(len(prompt) - 1, len(sequences[-1]))))
+    starts = np.cumsum([0, *map(len, positions)])
+    with tempfile.TemporaryDirectory(prefix="abl-mlx-") as folder:
+        path = Path(folder) / "base.f32"
+        stored = np.memmap(path, np.float32, "w+", shape=(int(starts[-1]), vocabulary(chat)))
+        for index, rows in log_probabilities(chat, sequences, positions, label="KL: base"):
+            stored[starts[index] : starts[index + 1]] = np.array(rows)
+        stored.flush()
+        del stored
+        yield Baseline(sequences, positions, path)
+
+
+def kl(chat: ChatModel, base: Baseline) -> dict[str, float]:
+    """Mean KL(base ‖ this model) in nats over harmless prompts.
+
+    Returns:
+        ``k1``: at the first reply token; ``k32``: over the first 32 tokens of the base model's
+        greedy reply, each token weighing the same.
+    """
+    starts = np.cumsum([0, *map(len, base.positions)])
+    stored = np.memmap(base.path, np.float32, "r", shape=(int(starts[-1]), vocabulary(chat)))
+    first: list[float] = []
+    every: list[float] = []
+    for index, rows in log_probabilities(chat, base.sequences, base.positions, label="KL: edited"):
+        before = mx.array(np.ascontiguousarray(stored[starts[index] : starts[index + 1]]))
+        values = kl_divergence(before, rows).tolist()
+        first.append(values[0])
+        every += values
+    return {"k1": float(np.mean(first)), "k32": float(np.mean(every))}
+
+
+# --- the component -----------------------------------------------------------------------------
+
+
+def component(
+    chat: ChatModel, sequences: Sequence[Sequence[int]], directions: mx.array
+) -> dict[str, Any]:
+    """The largest |r·h| / |h| over prompts and directions, by layer, at the last prompt token.
+
+    Args:
+        directions: (k, d) orthonormal.
+
+    Returns:
+        ``max`` over all layers and ``layers``, the largest of each.
+    """
+    largest: mx.array | None = None
+    for _, states in capture.iterate(chat, sequences, label="component"):
+        along = mx.abs(states @ directions.T).max(axis=-1)  # (B, L, 1)
+        share = along / mx.sqrt((states * states).sum(axis=-1))
+        here = share.max(axis=(0, 2))
+        largest = here if largest is None else mx.maximum(largest, here)
+        mx.eval(largest)
+    assert largest is not None  # iterate refuses an empty list
+    return {"max": largest.max().item(), "layers": largest.tolist()}

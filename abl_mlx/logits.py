@@ -1,0 +1,74 @@
+"""Next-token distributions at chosen positions, without computing the output head elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.capture import batches, residual
+from abl_mlx.hooks import around
+from abl_mlx.models import ChatModel, progress
+
+# Logits held at once: 2**26 float32 values are 256 MB.
+_LOGITS_PER_BATCH = 2**26
+
+
+def log_probabilities(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    *,
+    label: str = "logits",
+) -> Iterator[tuple[int, mx.array]]:
+    """Yield (index, log-probabilities (K, V) float32) for each sequence, in no fixed order.
+
+    Row k is the log-softmax, taken in float32, of the raw logits at token ``positions[index][k]``
+    of the sequence: the model's distribution of the token that follows it. After the last layer
+    a language model works on each position by itself, so the last layer's output is cut down to
+    the wanted positions and the head computes no others.
+    """
+    widest = max(map(len, positions))
+    with progress(len(sequences), label) as bar:
+        for batch in batches(sequences):
+            width = max(1, _LOGITS_PER_BATCH // (vocabulary(chat) * widest))
+            for start in range(0, len(batch.indices), width):
+                chosen = batch.indices[start : start + width]
+                rows = [list(positions[index]) for index in chosen]
+                columns = mx.array([row + row[-1:] * (widest - len(row)) for row in rows])
+                output = _at(chat, batch.tokens[start : start + width], columns)
+                mx.eval(output)
+                for row, index in enumerate(chosen):
+                    yield index, output[row, : len(rows[row])]
+                bar.update(len(chosen))
+
+
+def _at(chat: ChatModel, tokens: mx.array, columns: mx.array) -> mx.array:
+    last = len(chat.layers) - 1
+
+    def cut(call: Any, *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        states = residual(output, last, chat.width)
+        taken = mx.take_along_axis(states, columns[:, :, None], axis=1)
+        return (taken, *output[1:]) if isinstance(output, tuple | list) else taken
+
+    with around([(chat.layers[last], cut)]):
+        raw = chat.model(tokens).astype(mx.float32)
+    return raw - mx.logsumexp(raw, axis=-1, keepdims=True)
+
+
+def vocabulary(chat: ChatModel) -> int:
+    """V, the number of rows of the output head, as config.json gives it."""
+    text = chat.config.get("text_config") or chat.config
+    return int(text.get("vocab_size") or len(chat.tokenizer.vocab))
+
+
+def first_reply_token(
+    chat: ChatModel, sequences: Sequence[Sequence[int]], *, label: str = "logits"
+) -> mx.array:
+    """Log-probabilities of each reply's first token: (N, V) float32, in the order given."""
+    rows: dict[int, mx.array] = dict(
+        log_probabilities(chat, sequences, [[len(s) - 1] for s in sequences], label=label)
+    )
+    return mx.concatenate([rows[index] for index in range(len(sequences))], axis=0)

@@ -1,0 +1,260 @@
+"""Which candidate direction: separation scores, then causal scores (DESIGN sections 5 and 9)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx import capture
+from abl_mlx.directions import Candidates
+from abl_mlx.edits import Edit
+from abl_mlx.logits import first_reply_token
+from abl_mlx.models import ChatModel, progress
+from abl_mlx.steering import ablation
+from abl_mlx.writers import Writer
+from convert.errors import UserError
+
+#: Directions read off the last 20% of the layers are left out: they are about to become words,
+#: and removing them forbids tokens rather than refusing (Arditi et al. 2024, section C).
+DEEPEST = 0.8
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is known of one candidate.
+
+    Attributes:
+        layer: the candidate is the mean difference after this layer, counted from 0.
+        position: token offset from the prompt's end.
+        d_prime: (μ_harmful − μ_harmless) / √((σ²_harmful + σ²_harmless) / 2) of the projections
+            of validation prompts.
+        cosine: 1 − cos(harmful mean, harmless mean).
+        mean: |mean element| of the unit direction, the ranking of FailSpy's abliterator.
+        refusal: mean refusal score (log-odds) of harmful validation prompts with the direction
+            ablated; None where it was not tried.
+        kl: mean KL(model ‖ ablated) in nats at the first reply token of harmless validation
+            prompts; None where it was not tried.
+        dropped: why the candidate cannot be chosen; empty when it can.
+    """
+
+    layer: int
+    position: int
+    d_prime: float
+    cosine: float
+    mean: float
+    refusal: float | None = None
+    kl: float | None = None
+    dropped: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """The score as JSON values."""
+        return {key: value for key, value in vars(self).items() if value not in (None, "")}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate and how it was found.
+
+    Attributes:
+        score: of the chosen candidate.
+        direction: (1, d) float32.
+        scores: of every candidate.
+        refusal_tokens: the token ids whose odds are the refusal score.
+        refusal_before: (harmful, harmless) mean refusal scores of the unedited model.
+    """
+
+    score: Score
+    direction: mx.array
+    scores: list[Score]
+    refusal_tokens: list[int]
+    refusal_before: tuple[float, float]
+
+
+def separation(
+    chat: ChatModel,
+    candidates: Candidates,
+    harmful: Sequence[Sequence[int]],
+    harmless: Sequence[Sequence[int]],
+) -> list[Score]:
+    """Separation scores of every candidate on encoded prompts it was not made from."""
+    projections = []
+    for prompts, label in ((harmful, "separation, harmful"), (harmless, "separation, harmless")):
+        rows = [
+            (states * candidates.directions[None]).sum(axis=-1)
+            for _, states in capture.iterate(chat, prompts, candidates.positions, label=label)
+        ]
+        projections.append(mx.concatenate(rows, axis=0))  # (N, L, P)
+    d_primes = d_prime(*projections)
+    cosines = cosine_separation(candidates)
+    means = mx.abs(candidates.directions.mean(axis=-1))
+    return [
+        Score(
+            layer,
+            position,
+            d_primes[layer, p].item(),
+            cosines[layer, p].item(),
+            means[layer, p].item(),
+            dropped=(
+                f"in the last {1 - DEEPEST:.0%} of the layers"
+                if (layer + 1) / candidates.n_layers > DEEPEST
+                else ""
+            ),
+        )
+        for layer in range(candidates.n_layers)
+        for p, position in enumerate(candidates.positions)
+    ]
+
+
+def d_prime(harmful: mx.array, harmless: mx.array) -> mx.array:
+    """Difference of means over the root mean variance, along axis 0: (N, …), (M, …) -> (…)."""
+    spread = mx.sqrt((mx.var(harmful, axis=0) + mx.var(harmless, axis=0)) / 2)
+    return (harmful.mean(axis=0) - harmless.mean(axis=0)) / mx.maximum(spread, 1e-12)
+
+
+def cosine_separation(candidates: Candidates) -> mx.array:
+    """1 − cos of the two means, (L, P)."""
+    a, b = candidates.harmful_mean, candidates.harmless_mean
+    norms = mx.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))
+    return 1 - (a * b).sum(axis=-1) / mx.maximum(norms, 1e-30)
+
+
+# --- the refusal score -------------------------------------------------------------------------
+
+
+def refusal_tokens(harmful: mx.array, harmless: mx.array, *, most: int = 16) -> list[int]:
+    """The tokens with which this model opens refusals, found from its own behaviour.
+
+    They are those whose mean probability as the first reply token is at least 0.02 higher after
+    harmful prompts than after harmless ones and at least three times as high.
+
+    Args:
+        harmful: log-probabilities (N, V) float32 of the first reply token.
+        harmless: the same, (M, V).
+        most: at most so many tokens, those with the largest difference.
+    """
+    a, b = mx.exp(harmful).mean(axis=0), mx.exp(harmless).mean(axis=0)
+    difference = a - b
+    order = mx.argsort(-difference)[:most].tolist()
+    return [
+        token
+        for token in order
+        if difference[token].item() >= 0.02 and a[token].item() >= 3 * b[token].item()
+    ]
+
+
+def refusal_scores(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.array:
+    """Log-odds, in nats, that a reply opens with one of ``tokens``: (N, V) -> (N,)."""
+    inside = mx.logsumexp(log_probabilities[:, mx.array(list(tokens))], axis=-1)
+    # log(1 − p) from p would lose what is left when p is close to one; the rest is summed.
+    outside = mx.array(log_probabilities)
+    outside[:, mx.array(list(tokens))] = -math.inf
+    return inside - mx.logsumexp(outside, axis=-1)
+
+
+def kl_divergence(base: mx.array, other: mx.array) -> mx.array:
+    """KL(base ‖ other) in nats along the last axis, from log-probabilities: (…, V) -> (…)."""
+    return (mx.exp(base) * (base - other)).sum(axis=-1)
+
+
+# --- the choice --------------------------------------------------------------------------------
+
+
+def shortlist(scores: Sequence[Score], most: int) -> list[Score]:
+    """The candidates worth a causal trial: the best-separating position of each allowed layer,
+    then, while there is room, the best of the rest; at most ``most``, by d′."""
+    allowed = sorted((s for s in scores if not s.dropped), key=lambda s: -s.d_prime)
+    first: dict[int, Score] = {}
+    for score in allowed:
+        first.setdefault(score.layer, score)
+    best = list(first.values())
+    rest = [score for score in allowed if score not in best]
+    return (best + rest)[:most]
+
+
+def choose(
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    candidates: Candidates,
+    harmful: Sequence[Sequence[int]],
+    harmless: Sequence[Sequence[int]],
+    *,
+    edit: Edit,
+    max_kl: float = 0.1,
+    trials: int = 16,
+) -> Choice:
+    """The causal choice of Arditi et al. 2024: ablate, and see what it does to the first token.
+
+    Among the shortlisted candidates whose ablation moves harmless prompts by at most ``max_kl``
+    (nats, first reply token), the one that leaves the lowest refusal score on harmful ones.
+
+    Args:
+        harmful, harmless: encoded validation prompts.
+        edit: strength, layers and embedding to try the candidates with (its own directions are
+            not used).
+        max_kl: limit of the mean KL on harmless prompts, nats.
+        trials: how many candidates are tried; each costs one forward pass of both prompt sets.
+
+    Raises:
+        UserError: when the model does not open refusals differently from answers, or when no
+            candidate stays under the limit.
+    """
+    scores = separation(chat, candidates, harmful, harmless)
+    base_harmful = first_reply_token(chat, harmful)
+    base_harmless = first_reply_token(chat, harmless)
+    tokens = refusal_tokens(base_harmful, base_harmless)
+    if not tokens:
+        raise UserError(
+            "this model opens its replies to harmful and harmless prompts in the same way, so "
+            "there is no refusal to find: check with `abl-mlx eval`, or choose a direction "
+            "yourself with --layer and --position."
+        )
+    before = (
+        refusal_scores(base_harmful, tokens).mean().item(),
+        refusal_scores(base_harmless, tokens).mean().item(),
+    )
+    chosen = shortlist(scores, trials)
+    tried: dict[tuple[int, int], Score] = {}
+    with progress(len(chosen), "causal choice", "candidate") as bar:
+        for score in chosen:
+            trial = replace(edit, directions=direction_of(candidates, score.layer, score.position))
+            with ablation(writers, trial):
+                refusal = refusal_scores(first_reply_token(chat, harmful), tokens).mean().item()
+                kl = kl_divergence(base_harmless, first_reply_token(chat, harmless)).mean().item()
+            dropped = "" if kl <= max_kl else f"KL {kl:.3f} over the limit of {max_kl:g}"
+            tried[score.layer, score.position] = replace(
+                score, refusal=refusal, kl=kl, dropped=dropped
+            )
+            bar.update()
+    scores = [tried.get((score.layer, score.position), score) for score in scores]
+    left = [score for score in tried.values() if not score.dropped]
+    if not left:
+        lowest = min((score.kl for score in tried.values() if score.kl is not None), default=0.0)
+        raise UserError(
+            f"every candidate direction moves harmless prompts by more than --max-kl {max_kl:g} "
+            f"(the gentlest by {lowest:.3f}): raise --max-kl, or choose with --layer and "
+            "--position."
+        )
+    best = min(left, key=lambda score: score.refusal if score.refusal is not None else math.inf)
+    return Choice(
+        best, direction_of(candidates, best.layer, best.position), scores, tokens, before
+    )
+
+
+def direction_of(candidates: Candidates, layer: int, position: int) -> mx.array:
+    """One candidate as (1, d) float32.
+
+    Raises:
+        UserError: when there is no such layer or position.
+    """
+    if not 0 <= layer < candidates.n_layers:
+        raise UserError(f"--layer {layer}: the model has layers 0 to {candidates.n_layers - 1}.")
+    if position not in candidates.positions:
+        raise UserError(
+            f"--position {position}: the measured positions are "
+            f"{', '.join(map(str, candidates.positions))}."
+        )
+    return candidates.directions[layer, candidates.positions.index(position)][None]
