@@ -353,7 +353,7 @@ def plan(config: Config, names: Iterable[str]) -> list[Target]:
     targets: dict[str, Target] = {}
     stacks: dict[str, _Stack] = {}
     for source in names:
-        if _SKIPPED.search(source):
+        if is_skipped(source):
             continue
         plain = canonical_name(source)
         if plain == "lm_head.weight" and tied:
@@ -395,6 +395,11 @@ def plan(config: Config, names: Iterable[str]) -> list[Target]:
     if "token_embd.weight" not in targets:
         raise UserError("the folder has no embedding (model.embed_tokens.weight): download again.")
     return sorted(targets.values(), key=_file_order)
+
+
+def is_skipped(source: str) -> bool:
+    """Whether a tensor is left out: vision towers, and rotary tables that llama.cpp recomputes."""
+    return _SKIPPED.search(source) is not None
 
 
 def canonical_name(source: str) -> str:

@@ -1,0 +1,481 @@
+"""Write an MLX or Hugging Face model folder as one GGUF file, tensor by tensor.
+
+Types per tensor follow llama.cpp's quantizer (src/llama-quant.cpp); names and metadata follow its
+converter. Quantized types come from gguf-py, K-quants from ggml itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
+
+from convert import ggml, names
+from convert.atomic import check_new, new_file
+from convert.errors import UserError
+from convert.gguf_tokenizer import Tokenizer, read_tokenizer
+from convert.names import Target
+from convert.safetensors_files import TensorFiles
+
+Edit = Callable[[mx.array], mx.array]
+Value = str | int | float | bool | list[str]
+
+_Q = GGMLQuantizationType
+
+# What the user types -> (general.file_type, the type of most tensors).
+FILE_TYPES: dict[str, tuple[LlamaFileType, GGMLQuantizationType]] = {
+    "F32": (LlamaFileType.ALL_F32, _Q.F32),
+    "F16": (LlamaFileType.MOSTLY_F16, _Q.F16),
+    "BF16": (LlamaFileType.MOSTLY_BF16, _Q.BF16),
+    "Q8_0": (LlamaFileType.MOSTLY_Q8_0, _Q.Q8_0),
+    "Q4_0": (LlamaFileType.MOSTLY_Q4_0, _Q.Q4_0),
+    "Q4_1": (LlamaFileType.MOSTLY_Q4_1, _Q.Q4_1),
+    "Q5_0": (LlamaFileType.MOSTLY_Q5_0, _Q.Q5_0),
+    "Q5_1": (LlamaFileType.MOSTLY_Q5_1, _Q.Q5_1),
+    "Q2_K": (LlamaFileType.MOSTLY_Q2_K, _Q.Q2_K),
+    "Q3_K_S": (LlamaFileType.MOSTLY_Q3_K_S, _Q.Q3_K),
+    "Q3_K_M": (LlamaFileType.MOSTLY_Q3_K_M, _Q.Q3_K),
+    "Q3_K_L": (LlamaFileType.MOSTLY_Q3_K_L, _Q.Q3_K),
+    "Q4_K_S": (LlamaFileType.MOSTLY_Q4_K_S, _Q.Q4_K),
+    "Q4_K_M": (LlamaFileType.MOSTLY_Q4_K_M, _Q.Q4_K),
+    "Q5_K_S": (LlamaFileType.MOSTLY_Q5_K_S, _Q.Q5_K),
+    "Q5_K_M": (LlamaFileType.MOSTLY_Q5_K_M, _Q.Q5_K),
+    "Q6_K": (LlamaFileType.MOSTLY_Q6_K, _Q.Q6_K),
+}
+"""Every file type that `write_gguf` takes."""
+
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+"""llama-quantize's short names."""
+
+_K_QUANTS = {_Q.Q2_K, _Q.Q3_K, _Q.Q4_K, _Q.Q5_K, _Q.Q6_K}
+_FALLBACKS = {
+    _Q.Q2_K: _Q.Q4_0,
+    _Q.Q3_K: _Q.Q4_0,
+    _Q.Q4_K: _Q.Q5_0,
+    _Q.Q5_K: _Q.Q5_1,
+    _Q.Q6_K: _Q.Q8_0,
+}
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        tensors: source tensor name -> GGUF tensor name; an expert maps to its stack.
+        types: GGUF tensor name -> its type, such as "Q6_K".
+        bytes: the file's length.
+    """
+
+    path: Path
+    tensors: dict[str, str]
+    types: dict[str, str]
+    bytes: int
+
+
+def write_gguf(
+    folder: Path,
+    out: Path,
+    *,
+    file_type: str = "F16",
+    edits: Mapping[str, Edit] | None = None,
+    metadata: Mapping[str, Value] | None = None,
+    name_suffix: str = "",
+    pre: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> GgufReport:
+    """Write the model in ``folder`` as the GGUF file ``out``.
+
+    One tensor is in memory at a time. The file appears under its name whole or not at all.
+
+    Args:
+        folder: config.json, model*.safetensors in F32, F16 or BF16, and a tokenizer.
+        out: must not exist.
+        file_type: a key of FILE_TYPES or ALIASES.
+        edits: source tensor name (as in the safetensors file) -> function of that whole tensor in
+            float32, in its source layout (out, in), returning the edited one in the same shape. It
+            runs before rows are permuted, experts stacked and values quantized.
+        metadata: more GGUF keys, or others' values: str, bool, int (uint32; int64 where it does not
+            fit), float (float32), list of str.
+        name_suffix: appended to general.name, such as "-abliterated".
+        pre: tokenizer.ggml.pre, where the tokenizer's structure does not tell it.
+        progress: called with (tensors written, tensors in all).
+
+    Raises:
+        UserError: an unsupported architecture or tokenizer, a quantized source, a tensor without a
+            place or with NaN or infinity, an edit of a tensor that is not there or that changes its
+            shape, a K-quant without ggml, an output that exists.
+    """
+    folder, out = Path(folder), Path(out)
+    file_type = _file_type(file_type)
+    check_new(out)
+    config = read_config(folder)
+    edits = edits or {}
+    with TensorFiles(folder) as files:
+        _refuse_quantized(folder, config, files)
+        targets = names.plan(config, files.names)
+        _refuse_stray_edits(edits, targets, files)
+        rows = files.info(_source(targets, "token_embd.weight")).shape[0]
+        tokenizer = read_tokenizer(folder, rows, pre=pre)
+        extras = names.extra_tensors(config)
+        choose = _TypeChooser(file_type, config, targets)
+        types = {target.name: choose(target, _shape(target, files)) for target in targets}
+        types.update(dict.fromkeys(extras, _Q.F32))
+        if any(kind in _K_QUANTS for kind in types.values()):
+            # Better now than after the first gigabytes.
+            ggml.library()
+        keys = _metadata(folder, config, file_type, tokenizer, name_suffix)
+        keys.update(metadata or {})
+        with new_file(out) as partial:
+            writer = gguf.GGUFWriter(partial, names.architecture(config).gguf)
+            try:
+                _add_metadata(writer, keys)
+                for target in targets:
+                    _add_info(writer, target.name, _shape(target, files), types[target.name])
+                for name, values in extras.items():
+                    _add_info(writer, name, values.shape, _Q.F32)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                total = len(targets) + len(extras)
+                for done, target in enumerate(targets):
+                    values = _values(target, files, edits)
+                    writer.write_tensor_data(encode(values, types[target.name], target.name))
+                    if progress:
+                        progress(done + 1, total)
+                for done, values in enumerate(extras.values()):
+                    writer.write_tensor_data(values)
+                    if progress:
+                        progress(len(targets) + done + 1, total)
+            finally:
+                writer.close()
+            size = partial.stat().st_size
+    return GgufReport(
+        path=out,
+        tensors={source: target.name for target in targets for source in target.sources},
+        types={name: kind.name for name, kind in types.items()},
+        bytes=size,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, parsed.
+
+    Raises:
+        UserError: when it is missing or no JSON object.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no config.json: give the folder of an MLX or Hugging Face model."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable JSON ({error}): download it again.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} should hold a JSON object: download it again.")
+    return config
+
+
+def encode(values: np.ndarray, to: GGMLQuantizationType, name: str) -> np.ndarray:
+    """Float32 values as a GGUF tensor's array: float32, float16 or bytes of the type.
+
+    Args:
+        values: float32, (..., n).
+        to: F32, F16, BF16, or a quantized type whose block divides n.
+        name: for messages.
+
+    Raises:
+        UserError: naming the tensor, when a value does not fit float16.
+    """
+    if to == _Q.F32:
+        return np.ascontiguousarray(values, dtype=np.float32)
+    if to == _Q.F16:
+        if values.size and np.abs(values).max() > np.finfo(np.float16).max:
+            raise UserError(f"{name} holds values too large for F16: write BF16 or Q8_0 instead.")
+        return values.astype(np.float16)
+    if to in _K_QUANTS:
+        return ggml.quantize(values, to)
+    return gguf.quants.quantize(values, to)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _file_type(name: str) -> str:
+    found = ALIASES.get(name.upper(), name.upper())
+    if found not in FILE_TYPES:
+        raise UserError(
+            f"{name} is no GGUF file type known here: choose one of {', '.join(FILE_TYPES)}."
+        )
+    return found
+
+
+def _refuse_quantized(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> None:
+    nested = config.get("text_config") or {}
+    scales = next((name for name in files.names if name.endswith(".scales")), None)
+    configured = any(
+        part.get(key)
+        for part in (config, nested)
+        for key in ("quantization", "quantization_config")
+    )
+    if scales or configured:
+        raise UserError(
+            f"{folder} is quantized{f' ({scales})' if scales else ''}: dequantize it first with "
+            f"`mlx_lm.convert --hf-path {folder} -d --mlx-path {folder}-f16`."
+        )
+    for name in files.names:
+        if files.info(name).dtype not in ("F32", "F16", "BF16", "F64"):
+            if names.is_skipped(name):
+                continue
+            raise UserError(
+                f"{name} in {files.info(name).file} is stored as {files.info(name).dtype}: convert "
+                f"the model to float16 or bfloat16 first."
+            )
+
+
+def _refuse_stray_edits(
+    edits: Mapping[str, Edit], targets: list[Target], files: TensorFiles
+) -> None:
+    used = {source for target in targets for source in target.sources}
+    for name in edits:
+        if name not in used:
+            where = "is not written to a GGUF file" if name in files else "does not exist"
+            raise UserError(f"the tensor {name} is to be edited, but it {where}.")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def _source(targets: list[Target], name: str) -> str:
+    return next(target.sources[0] for target in targets if target.name == name)
+
+
+def _shape(target: Target, files: TensorFiles) -> tuple[int, ...]:
+    shape = files.info(target.sources[0]).shape
+    return (len(target.sources), *shape) if target.stacked else shape
+
+
+def _values(target: Target, files: TensorFiles, edits: Mapping[str, Edit]) -> np.ndarray:
+    parts = [_source_values(source, files, edits) for source in target.sources]
+    values = np.stack(parts) if target.stacked else parts[0]
+    if target.permute_heads:
+        values = interleave_rows(values, target.permute_heads)
+    if target.offset:
+        values = values + np.float32(target.offset)
+    if target.scale != 1.0:
+        values = values * np.float32(target.scale)
+    return values
+
+
+def _source_values(name: str, files: TensorFiles, edits: Mapping[str, Edit]) -> np.ndarray:
+    array = files.read(name).astype(mx.float32)
+    _check_finite(array, name, "holds")
+    if name in edits:
+        edited = edits[name](array)
+        if edited.shape != array.shape:
+            raise UserError(
+                f"the edit of {name} changes its shape from {array.shape} to {edited.shape}."
+            )
+        array = edited.astype(mx.float32)
+        _check_finite(array, name, "after its edit holds")
+    return np.array(array, copy=False)
+
+
+def _check_finite(array: mx.array, name: str, how: str) -> None:
+    if not mx.all(mx.isfinite(array)).item():
+        raise UserError(
+            f"{name} {how} NaN or infinite values: download the model again, or convert it from "
+            f"bfloat16 instead of float16."
+        )
+
+
+def interleave_rows(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from (first half, second half) to alternating order.
+
+    MLX and Hugging Face rotate dimension i with i + d/2; llama.cpp's llama rotates 2i with 2i + 1.
+
+    Args:
+        values: (heads * d, ...), d even.
+        heads: how many heads the rows belong to.
+    """
+    head = values.shape[0] // heads
+    halves = values.reshape(heads, 2, head // 2, *values.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+
+
+def _add_info(
+    writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType
+) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    count = int(np.prod(shape, dtype=np.int64))
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), count // block * size, kind)
+
+
+# --------------------------------------------------------------------------------------------------
+# Types
+
+
+class _TypeChooser:
+    """Which type each tensor gets, as llama.cpp's quantizer would choose without a matrix."""
+
+    def __init__(self, file_type: str, config: Mapping[str, Any], targets: list[Target]) -> None:
+        flat = names.text_config(config)
+        self.file_type = file_type
+        self.default = FILE_TYPES[file_type][1]
+        self.layers = int(flat["num_hidden_layers"])
+        heads, kv_heads = int(flat["num_attention_heads"]), names.kv_heads(flat)
+        self.group = heads // kv_heads
+        self.tied = not any(target.name == "output.weight" for target in targets)
+        self.experts = int(flat.get("num_experts") or 0)
+        self.large = self.layers == 80 and (flat.get("model_type") == "qwen2" or self.group > 1)
+
+    def __call__(self, target: Target, shape: tuple[int, ...]) -> GGMLQuantizationType:
+        name = target.name
+        small = len(shape) < 2 or not name.endswith(".weight") or "_norm." in name
+        if small or "ffn_gate_inp" in name:
+            return _Q.F32
+        if not self.default.name.startswith("Q"):
+            return self.default
+        kind = self._mix(name, target.layer or 0)
+        width = shape[-1]
+        if width % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = _FALLBACKS.get(kind, kind)
+        if kind == _Q.Q6_K and self.default not in _K_QUANTS and not ggml.available():
+            # The head of a Q4_0 file: no reason to ask for a library.
+            kind = _Q.Q8_0
+        return kind if width % gguf.GGML_QUANT_SIZES[kind][0] == 0 else _Q.F16
+
+    def _mix(self, name: str, layer: int) -> GGMLQuantizationType:
+        kind = self.default
+        if name == "output.weight" or (self.tied and name == "token_embd.weight"):
+            return kind if kind == _Q.Q8_0 else _Q.Q6_K
+        if ".attn_v." in name or ".attn_qkv." in name:
+            return self._attention_value(layer)
+        if ".attn_k." in name and self.experts == 8:
+            return _Q.Q8_0
+        if ".attn_output." in name:
+            return self._attention_output()
+        if ".ffn_down." in name or ".ffn_down_exps." in name:
+            return self._down(layer)
+        return kind
+
+    def _attention_value(self, layer: int) -> GGMLQuantizationType:
+        kind = self.default
+        if self.file_type == "Q2_K":
+            kind = _Q.Q4_K if self.group >= 4 else _Q.Q3_K
+        elif self.file_type == "Q3_K_M":
+            kind = _Q.Q5_K if layer < 2 else _Q.Q4_K
+        elif self.file_type == "Q3_K_L":
+            kind = _Q.Q5_K
+        elif self.file_type in ("Q4_K_M", "Q5_K_M") and self._more_bits(layer):
+            kind = _Q.Q6_K
+        elif self.file_type == "Q4_K_S" and layer < 4:
+            kind = _Q.Q5_K
+        if self.large and kind in (_Q.Q3_K, _Q.Q4_K):
+            kind = _Q.Q5_K
+        return _Q.Q8_0 if self.experts == 8 else kind
+
+    def _attention_output(self) -> GGMLQuantizationType:
+        if self.experts == 8:
+            five = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M")
+            return _Q.Q5_K if self.file_type in five else self.default
+        mixes = {"Q2_K": _Q.Q3_K, "Q3_K_M": _Q.Q4_K, "Q3_K_L": _Q.Q5_K}
+        return mixes.get(self.file_type, self.default)
+
+    def _down(self, layer: int) -> GGMLQuantizationType:
+        if self.file_type == "Q2_K":
+            return _Q.Q3_K
+        if self.file_type == "Q3_K_M":
+            return _Q.Q5_K if layer < self.layers // 16 else _Q.Q4_K
+        if self.file_type == "Q3_K_L":
+            return _Q.Q5_K
+        if self.file_type in ("Q4_K_M", "Q5_K_M") and self._more_bits(layer):
+            return _Q.Q6_K
+        if self.file_type == "Q4_K_S" and layer < self.layers // 8:
+            return _Q.Q5_K
+        return self.default
+
+    def _more_bits(self, layer: int) -> bool:
+        eighth = self.layers // 8
+        return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Metadata
+
+
+def _metadata(
+    folder: Path,
+    config: Mapping[str, Any],
+    file_type: str,
+    tokenizer: Tokenizer,
+    name_suffix: str,
+) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "general.type": "model",
+        "general.name": _general_name(folder, tokenizer) + name_suffix,
+        "general.file_type": int(FILE_TYPES[file_type][0]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    }
+    keys.update(names.hyperparameters(config))
+    keys.update(tokenizer.metadata())
+    return keys
+
+
+def _general_name(folder: Path, tokenizer: Tokenizer) -> str:
+    parts = folder.absolute().parts
+    # The hub's cache keeps a model under models--owner--name/snapshots/hash.
+    cached = next((part for part in reversed(parts) if part.startswith("models--")), None)
+    name = cached.split("--")[-1] if cached else folder.absolute().name
+    # llama.cpp lets special tokens of what is named so swallow white space, and needs its tokens.
+    named_phi3 = any(mark in name.lower() for mark in ("phi-3", "phi3"))
+    if named_phi3 and not tokenizer.rstrip:
+        return name.replace("-3", " 3").replace("i3", "i 3").replace("I3", "I 3")
+    if tokenizer.rstrip and not named_phi3:
+        return f"{name} (phi-3)"
+    return name
+
+
+def _add_metadata(writer: gguf.GGUFWriter, keys: Mapping[str, Any]) -> None:
+    for key, value in keys.items():
+        if key in ("general.architecture", "general.alignment"):
+            raise UserError(f"{key} is fixed by the file and cannot be given as metadata.")
+        kind, inner = _value_type(key, value)
+        if kind == GGUFValueType.ARRAY and not value:
+            # GGUF has no empty arrays.
+            continue
+        writer.add_key_value(key, value, kind, sub_type=inner)
+
+
+def _value_type(key: str, value: Any) -> tuple[GGUFValueType, GGUFValueType | None]:
+    if isinstance(value, (list, tuple)):
+        inner = {_value_type(key, item)[0] for item in value} or {GGUFValueType.STRING}
+        if len(inner) > 1:
+            raise UserError(f"the metadata {key} mixes types in one list: make them the same.")
+        only = inner.pop()
+        # Lists of numbers are signed in GGUF files by habit (token types).
+        return GGUFValueType.ARRAY, GGUFValueType.INT32 if only == GGUFValueType.UINT32 else only
+    if isinstance(value, bool):
+        return GGUFValueType.BOOL, None
+    if isinstance(value, int):
+        fits = 0 <= value < 2**32
+        return (GGUFValueType.UINT32 if fits else GGUFValueType.INT64), None
+    if isinstance(value, float):
+        return GGUFValueType.FLOAT32, None
+    if isinstance(value, str):
+        return GGUFValueType.STRING, None
+    raise UserError(
+        f"the metadata {key} is a {type(value).__name__}: give str, int, float or bool."
+    )
