@@ -34,23 +34,49 @@ class TensorEdit:
 
     def __call__(self, values: mx.array) -> mx.array:
         """The exact edited values, float32, in the file's layout."""
-        edited = target(self.edit, self.writer, self.parameter, self._turn(values))
-        return self._turn(edited)
+        edited = target(self.edit, self.writer, self.parameter, self.turn(values))
+        return self.turn(edited)
 
     def leak(self, source: mx.array, written: mx.array) -> Leak:
         """Leak of this tensor from its values before the edit and as read back."""
         return leak(
-            self.edit, self.writer, self.parameter, self._turn(source), self._turn(written)
+            self.edit, self.writer, self.parameter, self.turn(source), self.turn(written)
         )
 
-    def _turn(self, values: mx.array) -> mx.array:
+    def turn(self, values: mx.array) -> mx.array:
+        """From the file's layout to the model's, or back."""
         return mx.swapaxes(values, -1, -2) if self.transposed else values
 
 
-def plan(
-    chat: ChatModel, files: TensorFiles, edit: Edit, writers: Sequence[Writer]
-) -> dict[str, TensorEdit]:
-    """What is done to which tensor of the source's files: tensor name -> TensorEdit.
+@dataclass(frozen=True)
+class Plan:
+    """What is done to which tensor of the source's files.
+
+    Attributes:
+        edits: tensor name -> its edit, in model order.
+        places: path of a parameter in the model -> the tensors it is stored in.
+    """
+
+    edits: dict[str, TensorEdit]
+    places: dict[str, Stored]
+
+    def load_into_model(self, read_back: Callable[[str], mx.array]) -> None:
+        """Put values read back from an output into the loaded model's parameters.
+
+        Args:
+            read_back: tensor name -> the values in the output, float32, in the source's layout.
+        """
+        for path, stored in self.places.items():
+            edit = self.edits[stored.tensors[0]]
+            parts = [edit.turn(read_back(name)) for name in stored.tensors]
+            old = edit.writer.module[edit.parameter]
+            new = (parts[0] if len(parts) == 1 else mx.stack(parts)).astype(old.dtype)
+            mx.eval(new)
+            edit.writer.module[edit.parameter] = new
+
+
+def plan(chat: ChatModel, files: TensorFiles, edit: Edit, writers: Sequence[Writer]) -> Plan:
+    """Work out which tensors of the files an edit changes.
 
     Raises:
         UserError: an edit that touches nothing, or a parameter that the files do not hold as such.
@@ -65,7 +91,7 @@ def plan(
             for name in stored.tensors:
                 edits[name] = TensorEdit(edit, writer, parameter, stored.transposed)
     _refuse_untied_copy(files, writers, places, edit)
-    return edits
+    return Plan(edits, places)
 
 
 def _refuse_untied_copy(

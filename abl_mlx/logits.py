@@ -30,9 +30,9 @@ def log_probabilities(
     the wanted positions and the head computes no others.
     """
     widest = max(map(len, positions))
+    width = max(1, _LOGITS_PER_BATCH // (vocabulary(chat) * widest))
     with progress(len(sequences), label) as bar:
         for batch in batches(sequences):
-            width = max(1, _LOGITS_PER_BATCH // (vocabulary(chat) * widest))
             for start in range(0, len(batch.indices), width):
                 chosen = batch.indices[start : start + width]
                 rows = [list(positions[index]) for index in chosen]
@@ -59,9 +59,8 @@ def _at(chat: ChatModel, tokens: mx.array, columns: mx.array) -> mx.array:
 
 
 def vocabulary(chat: ChatModel) -> int:
-    """V, the number of rows of the output head, as config.json gives it."""
-    text = chat.config.get("text_config") or chat.config
-    return int(text.get("vocab_size") or len(chat.tokenizer.vocab))
+    """V, the width of the model's logits. Only a shape is asked for, so nothing is computed."""
+    return int(chat.model(mx.array([[0]])).shape[-1])
 
 
 def first_reply_token(

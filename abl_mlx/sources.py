@@ -23,11 +23,13 @@ class Source:
         name: what the user typed: ``demo``, a Hugging Face id or a path.
         folder: the folder with config.json and the safetensors files. Never written to.
         is_demo: whether it is the bundled demo model, which brings its own prompts.
+        is_repository: whether ``name`` is a Hugging Face id.
     """
 
     name: str
     folder: Path
     is_demo: bool = False
+    is_repository: bool = False
 
     @property
     def title(self) -> str:
@@ -59,7 +61,7 @@ def resolve(text: str) -> Source:
     if path.exists():
         raise UserError(f"{text} is a file: name the folder of an MLX or Hugging Face model.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
-        return Source(text, _download(text))
+        return Source(text, _download(text), is_repository=True)
     raise UserError(
         f"{text} is not a folder here, and not a Hugging Face id such as "
         "mlx-community/SomeModel: check the spelling."

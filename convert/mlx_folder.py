@@ -107,9 +107,7 @@ def float_dtype(name: str, info: TensorInfo) -> mx.Dtype:
     return _FLOATS[info.dtype]
 
 
-def _copy_others(
-    source: Path, files: TensorFiles, out: Path, skip: tuple[str, ...]
-) -> list[str]:
+def _copy_others(source: Path, files: TensorFiles, out: Path, skip: tuple[str, ...]) -> list[str]:
     shards = {shard.name for shard in files.files}
     left_out = []
     for folder, folders, names in os.walk(source):

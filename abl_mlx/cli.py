@@ -1,0 +1,341 @@
+"""The command line: parse, call one function, print. No logic, and no heavy import at the top."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from abl_mlx import __version__
+from convert.errors import UserError
+
+if TYPE_CHECKING:
+    from abl_mlx.options import Options
+
+
+class Layers(click.ParamType):
+    """Layer numbers such as ``3``, ``2-5`` or ``0,4-6``."""
+
+    name = "layers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> frozenset[int]:
+        if isinstance(value, frozenset):
+            return value
+        chosen: set[int] = set()
+        try:
+            for part in value.split(","):
+                first, _, last = part.strip().partition("-")
+                numbers = range(int(first), int(last or first) + 1)
+                if not numbers:
+                    raise ValueError(part)
+                chosen.update(numbers)
+        except ValueError:
+            self.fail(f"{value!r} is no list of layers such as 3, 2-5 or 0,4-6.", param, ctx)
+        return frozenset(chosen)
+
+
+class Group(click.Group):
+    """Tells a person's mistakes in one sentence, with exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise click.ClickException(f"{error.filename}: {error.strerror}.") from None
+        except MemoryError:
+            raise click.ClickException(
+                "not enough memory: choose a smaller model, or a smaller --batch-size."
+            ) from None
+
+
+def _prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = [
+        click.option(
+            "--harmful",
+            metavar="FILE|DATASET",
+            help="Harmful prompts: .txt (one a line), .jsonl, .csv, or a Hugging Face dataset such "
+            "as owner/name[train][text]. Bundled prompts without it.",
+        ),
+        click.option(
+            "--harmless",
+            metavar="FILE|DATASET",
+            help="Harmless prompts, in the same forms. Given together with --harmful.",
+        ),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            help="Fixes the split into train, validation and test prompts.",
+        ),
+        click.option(
+            "--limit",
+            type=click.IntRange(min=1),
+            help="Use at most so many prompts of each set and part.",
+        ),
+    ]
+    return _decorated(command, flags)
+
+
+def _choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = [
+        click.option(
+            "--layer",
+            type=click.IntRange(min=0),
+            help="Take the direction after this layer (from 0) instead of choosing by its effect.",
+        ),
+        click.option(
+            "--position",
+            type=click.IntRange(max=-1),
+            help="Take the direction at this token, counted from the prompt's end: -1 is the last.",
+        ),
+        click.option(
+            "--max-kl",
+            default=0.1,
+            show_default=True,
+            type=click.FloatRange(min=0),
+            help="Drop candidates that move harmless prompts by more (nats, first reply token).",
+        ),
+    ]
+    return _decorated(command, flags)
+
+
+def _edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = [
+        click.option(
+            "--strength",
+            default=1.0,
+            show_default=True,
+            help="1 removes the direction, 0.5 half of it, negative values strengthen it.",
+        ),
+        click.option(
+            "--layers", type=Layers(), help="Edit only these layers: 3, 2-5 or 0,4-6. Default: all."
+        ),
+        click.option(
+            "--embedding/--no-embedding",
+            default=True,
+            show_default=True,
+            help="Edit the embedding too. With tied embeddings this edits the output head as well.",
+        ),
+        click.option(
+            "--quantize",
+            default="F16",
+            show_default=True,
+            metavar="TYPE",
+            help="Type of GGUF outputs: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, or a K-quant "
+            "(Q6_K, Q5_K_M, Q4_K_M, ...), which needs ggml: pip install 'abl-mlx[llamacpp]'.",
+        ),
+        click.option(
+            "--max-leak",
+            default=0.1,
+            show_default=True,
+            type=click.FloatRange(min=0),
+            help="Fail when more of the component than this share is left in the written weights.",
+        ),
+        click.option(
+            "-o",
+            "--output",
+            "outputs",
+            multiple=True,
+            required=True,
+            type=click.Path(path_type=Path),
+            help="Where the edited model goes: a folder (MLX) or NAME.gguf. May be given again.",
+        ),
+    ]
+    return _decorated(command, flags)
+
+
+def _reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = [
+        click.option(
+            "--max-tokens",
+            default=64,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="Longest reply in the evaluation.",
+        ),
+        click.option(
+            "--batch-size",
+            default=32,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="Replies generated side by side.",
+        ),
+        click.option(
+            "--save-replies",
+            type=click.Path(path_type=Path),
+            help="Keep the replies in this .jsonl file; without it only verdicts are kept.",
+        ),
+    ]
+    return _decorated(command, flags)
+
+
+_json_flag = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."
+)
+
+
+def _decorated(command: Callable[..., Any], flags: list[Any]) -> Callable[..., Any]:
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
+
+
+def _options(chosen: dict[str, Any]) -> Options:
+    from abl_mlx.options import Options
+
+    return Options(**chosen)
+
+
+@contextmanager
+def _stdout_kept_for_results() -> Iterator[None]:
+    """Send everything that libraries print to stderr, native code included."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _answer(
+    as_json: bool, table: str | Callable[[Any], str], work: Callable[..., Any], *args: Any
+) -> None:
+    from abl_mlx import report
+
+    with _stdout_kept_for_results():
+        record = work(*args)
+    if as_json:
+        click.echo(report.to_json(record))
+    else:
+        click.echo(table(record) if callable(table) else getattr(report, table)(record))
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="abl-mlx")
+def cli() -> None:
+    """Find, remove and measure the refusal direction of a local chat model.
+
+    MODEL is `demo` (bundled, works offline), a folder in MLX or Hugging Face form, or a Hugging
+    Face id such as mlx-community/SomeModel.
+
+    \b
+    Try it:   abl-mlx run demo -o demo-edited
+    """
+
+
+@cli.command()
+@click.argument("model")
+@_edit_flags
+@_prompt_flags
+@_choice_flags
+@_reply_flags
+@_json_flag
+def run(model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any) -> None:
+    """Find MODEL's refusal direction, remove it, write the result and show what changed.
+
+    The format follows the name: `-o edited/` is an MLX folder, `-o edited.gguf` a GGUF for
+    llama.cpp, Ollama and LM Studio; several -o write several. Refusals are counted before and
+    after, on prompts that were not used to find the direction, and from the files as written.
+    """
+    from abl_mlx import pipeline
+
+    _answer(as_json, "run_table", pipeline.run, model, outputs, _options(chosen))
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The direction file, NAME.safetensors.",
+)
+@_prompt_flags
+@_choice_flags
+@_json_flag
+def measure(model: str, output: Path, as_json: bool, **chosen: Any) -> None:
+    """Find MODEL's refusal direction and keep it, with all candidates, in a file to share."""
+    from abl_mlx import pipeline, report
+
+    _answer(
+        as_json,
+        lambda record: (
+            f"{output}: {report.summary_line(record['direction'])} of {record['source']}"
+        ),
+        pipeline.measure,
+        model,
+        output,
+        _options(chosen),
+    )
+
+
+@cli.command()
+@click.argument("direction", type=click.Path(path_type=Path))
+@click.argument("model")
+@_edit_flags
+@_json_flag
+def apply(
+    direction: Path, model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any
+) -> None:
+    """Remove DIRECTION, a file made by `measure` (or a bare .npy vector), from MODEL's weights."""
+    from abl_mlx import pipeline
+
+    _answer(as_json, "apply_table", pipeline.apply, direction, model, outputs, _options(chosen))
+
+
+@cli.command("eval")
+@click.argument("model")
+@_prompt_flags
+@_reply_flags
+@_json_flag
+def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
+    """Count MODEL's refusals of harmful, harmless and borderline prompts; nothing is edited.
+
+    MODEL may also be a .gguf file, which llama.cpp is asked to run.
+    """
+    from abl_mlx import pipeline
+
+    _answer(as_json, "eval_table", pipeline.evaluate_model, model, _options(chosen))
+
+
+@cli.command()
+@click.argument("model")
+@_json_flag
+def inspect(model: str, as_json: bool) -> None:
+    """Show MODEL's architecture, its residual writers, and what an edit would touch."""
+    from abl_mlx import pipeline
+
+    _answer(as_json, "inspect_table", pipeline.inspect, model)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # transformers tells everyone who has no PyTorch that they have no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A polite kill cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    cli()
+
+
+if __name__ == "__main__":
+    main()

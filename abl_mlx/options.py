@@ -1,0 +1,51 @@
+"""What a person may choose about a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of `run`, `measure`, `apply` and `eval`; defaults are the command line's.
+
+    Attributes:
+        harmful, harmless: prompt files or Hugging Face datasets; None for the bundled sets.
+        seed: fixes the split into train, validation and test.
+        limit: at most so many prompts of each set and part.
+        layer, position: take this candidate instead of the causal choice.
+        max_kl: limit of the causal choice, nats at the first reply token.
+        strength: α of the edit.
+        layers: layers whose writers are edited; None for all.
+        embedding: whether the embedding is edited.
+        quantize: type of GGUF outputs.
+        max_leak: largest share of the component that may be left in the written weights.
+        max_tokens: longest reply in the evaluation.
+        batch_size: replies generated side by side.
+        save_replies: where the replies go, if they are wanted.
+    """
+
+    harmful: str | None = None
+    harmless: str | None = None
+    seed: int = 0
+    limit: int | None = None
+    layer: int | None = None
+    position: int | None = None
+    max_kl: float = 0.1
+    strength: float = 1.0
+    layers: frozenset[int] | None = None
+    embedding: bool = True
+    quantize: str = "F16"
+    max_leak: float = 0.1
+    max_tokens: int = 64
+    batch_size: int = 32
+    save_replies: Path | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        values = dict(vars(self))
+        values["layers"] = None if self.layers is None else sorted(self.layers)
+        values["save_replies"] = None if self.save_replies is None else str(self.save_replies)
+        return values

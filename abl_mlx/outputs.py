@@ -1,0 +1,271 @@
+"""The models that are written: an MLX folder, a GGUF, or several of them, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx import __version__
+from abl_mlx.apply import LeakReport, Plan, measure_leak
+from abl_mlx.models import ChatModel, progress
+from abl_mlx.report import card, to_json
+from abl_mlx.sources import Source
+from convert.atomic import check_new, new_file, new_folder
+from convert.errors import UserError
+from convert.mlx_folder import rewrite_folder
+from convert.safetensors_files import TensorFiles
+
+TAGS = ["abliterated", "abl-mlx"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A place where an edited model goes.
+
+    Attributes:
+        path: the final name. ``.gguf`` is a GGUF, anything else an MLX folder.
+        staged: where it is written until everything about it is known.
+    """
+
+    path: Path
+    staged: Path
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether a GGUF file is written, rather than an MLX folder."""
+        return self.path.suffix == ".gguf"
+
+
+def companions(path: Path) -> dict[str, Path]:
+    """Where an output's record, card and Modelfile go.
+
+    Inside a folder they are abl.json and README.md; beside NAME.gguf they are NAME.abl.json,
+    NAME.README.md and NAME.Modelfile, so that several GGUFs may share a folder.
+    """
+    if path.suffix == ".gguf":
+        return {
+            "record": path.with_name(f"{path.stem}.abl.json"),
+            "card": path.with_name(f"{path.stem}.README.md"),
+            "modelfile": path.with_name(f"{path.stem}.Modelfile"),
+        }
+    return {"record": path / "abl.json", "card": path / "README.md"}
+
+
+def check(paths: Sequence[Path], source: Source) -> None:
+    """Refuse outputs that exist, repeat, cannot be written, or lie inside the source.
+
+    Raises:
+        UserError: naming the output.
+    """
+    if not paths:
+        raise UserError("say where the edited model goes: -o FOLDER or -o FILE.gguf.")
+    seen = set()
+    for path in paths:
+        whole = path.absolute()
+        if whole in seen:
+            raise UserError(f"{path} is given twice as an output.")
+        seen.add(whole)
+        if source.folder.resolve() in (whole.resolve(), *whole.resolve().parents):
+            raise UserError(f"{path} lies inside the source {source.folder}: choose another -o.")
+        if path.suffix in (".safetensors", ".npz", ".bin"):
+            raise UserError(
+                f"{path}: an output is a folder (MLX) or ends in .gguf; name the folder instead."
+            )
+        check_new(path)
+        if path.suffix == ".gguf":
+            for companion in companions(path).values():
+                check_new(companion)
+
+
+@contextmanager
+def staging(paths: Sequence[Path]) -> Iterator[list[Output]]:
+    """Yield the outputs with their staged names; rename all of them when the block ends well."""
+    with ExitStack() as stack:
+        outputs = []
+        for path in paths:
+            if path.suffix == ".gguf":
+                outputs.append(Output(path, stack.enter_context(new_file(path))))
+            else:
+                outputs.append(Output(path, stack.enter_context(new_folder(path))))
+        yield outputs
+
+
+@dataclass(frozen=True)
+class Written:
+    """An output after its weights were written.
+
+    Attributes:
+        output: which.
+        leak: measured by reading the written bytes.
+        read_back: source tensor name -> its values in the output, float32, in the source's layout.
+        types: how the edited tensors are stored, such as ``F16``.
+        left_out: files of the source that were not copied.
+    """
+
+    output: Output
+    leak: LeakReport
+    read_back: Callable[[str], mx.array]
+    types: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def write_folder(
+    source: Source,
+    chat: ChatModel,
+    files: TensorFiles,
+    plan: Plan,
+    output: Output,
+    label: Mapping[str, Any],
+    max_leak: float,
+) -> Written:
+    """Write the edited MLX folder to the output's staged name and measure its leak.
+
+    Args:
+        label: what config.json says of the edit, under the key ``abl_mlx``.
+    """
+    total = sum(file.stat().st_size for file in files.files)
+    total += sum(files.info(name).nbytes for name in plan.edits)
+    with progress(total, f"write {output.path.name}", "B") as bar:
+        left_out = rewrite_folder(
+            source.folder,
+            files,
+            output.staged,
+            plan.edits,
+            config=_config(source.folder, chat.config, label),
+            skip=("README.md", "abl.json"),
+            progress=bar.update,
+        )
+    _keep_card(source.folder, output.staged)
+    with TensorFiles(output.staged) as written:
+
+        def read_back(name: str) -> mx.array:
+            return written.read(name).astype(mx.float32)
+
+        leak = measure_leak(
+            files, plan.edits, read_back, limit=max_leak, output=str(output.path)
+        )
+    types = tuple(sorted({files.info(name).dtype for name in plan.edits}))
+    return Written(output, leak, read_back, types, tuple(left_out))
+
+
+def _config(folder: Path, filled: Mapping[str, Any], label: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as it was, with what mlx-lm needs filled in and the edit's label."""
+    original = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # What mlx-lm fills in from generation_config.json stays there.
+    added = {key: value for key, value in filled.items() if key != "eos_token_id"}
+    return {**added, **original, "abl_mlx": dict(label)}
+
+
+def _keep_card(source: Path, out: Path) -> None:
+    if (source / "README.md").is_file():
+        (out / "README.source.md").write_bytes((source / "README.md").read_bytes())
+
+
+def write_gguf_file(
+    source: Source,
+    files: TensorFiles,
+    plan: Plan,
+    output: Output,
+    label: Mapping[str, Any],
+    file_type: str,
+    max_leak: float,
+) -> Written:
+    """Write the edited GGUF to the output's staged name and measure its leak."""
+    from convert.gguf_file import read_tensor
+    from convert.mlx_to_gguf import write_gguf
+
+    metadata: dict[str, str | int | float | bool | list[str]] = {
+        "general.tags": TAGS,
+        "general.base_model.count": 1,
+        "general.base_model.0.name": source.title,
+    }
+    if source.is_repository:
+        metadata["general.base_model.0.organization"] = source.name.split("/")[0]
+        metadata["general.base_model.0.repo_url"] = f"https://huggingface.co/{source.name}"
+    for key, value in label.items():
+        metadata[f"abl_mlx.{key}"] = value if isinstance(value, str | int | float) else str(value)
+    with progress(1, f"write {output.path.name}", "tensor") as bar:
+
+        def moved(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = write_gguf(
+            source.folder,
+            output.staged,
+            file_type=file_type,
+            edits=plan.edits,
+            metadata=metadata,
+            name_suffix="-abliterated",
+            progress=moved,
+        )
+
+    def read_back(name: str) -> mx.array:
+        return mx.array(read_tensor(output.staged, report.tensors[name]))
+
+    leak = measure_leak(files, plan.edits, read_back, limit=max_leak, output=str(output.path))
+    types = tuple(sorted({report.types[report.tensors[name]] for name in plan.edits}))
+    return Written(output, leak, read_back, types)
+
+
+def write_companions(
+    written: Written,
+    source: Source,
+    record: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+) -> None:
+    """Write the record, the card and, for a GGUF, the Modelfile of an output.
+
+    Args:
+        evaluation: of this output; None where it was not evaluated.
+    """
+    contents = {
+        "record": to_json(record) + "\n",
+        "card": card(record, evaluation, source.title),
+    }
+    if not written.output.is_gguf:
+        for key, place in companions(written.output.staged).items():
+            place.write_text(contents[key], encoding="utf-8")
+        return
+    from convert.ollama import modelfile
+
+    contents["modelfile"] = modelfile(written.output.path, source.folder)
+    with ExitStack() as stack:
+        for key, place in companions(written.output.path).items():
+            stack.enter_context(new_file(place)).write_text(contents[key], encoding="utf-8")
+
+
+def edit_label(direction_sha256: str, strength: float, source: Source) -> dict[str, Any]:
+    """What a written model says of itself in its metadata."""
+    return {
+        "edited": "the refusal direction was orthogonalized out of this model's weights",
+        "version": __version__,
+        "base_model": source.name,
+        "direction_sha256": direction_sha256,
+        "strength": strength,
+    }
+
+
+def check_space(paths: Sequence[Path], needed: int) -> None:
+    """Refuse, before any long work, to begin what the disk cannot hold.
+
+    Args:
+        needed: bytes of one output; a GGUF of a smaller type will need less.
+    """
+    for path in paths:
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if free < needed * len(paths):
+            raise UserError(
+                f"{folder} has {free / 1e9:.1f} GB free, and the output needs up to "
+                f"{needed * len(paths) / 1e9:.1f} GB: free some space or choose another -o."
+            )

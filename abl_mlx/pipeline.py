@@ -1,0 +1,471 @@
+"""The commands' steps in order; each returns the record that is printed and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from abl_mlx import __version__, directions, evaluate, models, outputs, prompts, report, sources
+from abl_mlx.apply import Plan, plan
+from abl_mlx.edits import orthonormal
+from abl_mlx.measurement import find_direction, find_reply_prefix, make_edit
+from abl_mlx.models import ChatModel
+from abl_mlx.options import Options
+from abl_mlx.outputs import Output, Written
+from abl_mlx.prompts import PromptSets
+from abl_mlx.refusals import rates
+from abl_mlx.sources import Source
+from abl_mlx.writers import Writer, find_writers
+from convert.atomic import check_new, new_file
+from convert.errors import UserError
+from convert.hf_config import read_config
+from convert.parameters import require_float
+from convert.safetensors_files import TensorFiles
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Clock:
+    """Seconds per step; each step is told on stderr as it begins."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a step; a name used twice adds up."""
+        report.say(f"· {name}")
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + elapsed, 3)
+
+
+# --- the commands ------------------------------------------------------------------------------
+
+
+def run(text: str, paths: Sequence[Path], options: Options) -> Record:
+    """`abl-mlx run`: measure, edit, write, and evaluate what was written.
+
+    Args:
+        text: what the user typed for the model.
+        paths: one or more outputs, none of which exists yet.
+
+    Raises:
+        UserError: bad input, told in one sentence; nothing is left behind.
+    """
+    clock = Clock()
+    source = sources.resolve(text)
+    outputs.check(paths, source)
+    if options.save_replies is not None:
+        check_new(options.save_replies)
+    sets = load_prompts(source, options)
+    harmful, harmless = sets.harmful.test, sets.harmless.test
+    with clock.step("load the model"):
+        files = open_files(source, paths)
+        chat = models.load(source.folder)
+    with clock.step("find the residual writers"):
+        writers = find_writers(chat)
+    with clock.step("find how replies open"):
+        prefix = chat.reply_prefix = find_reply_prefix(chat, sets)
+    with clock.step("measure and choose a direction"):
+        direction = find_direction(chat, writers, sets, options)
+    asked = [chat.encode(prompt) for prompt in (*harmful.texts, *harmless.texts)]
+    unit = orthonormal(direction.selected)
+    with ExitStack() as stack:
+        with clock.step("evaluate before"):
+            before = evaluate.behaviour(
+                evaluate.in_mlx(chat, batch_size=options.batch_size),
+                harmful,
+                harmless,
+                max_tokens=options.max_tokens,
+            )
+            base = stack.enter_context(evaluate.baseline(chat, asked[len(harmful) :]))
+            present = evaluate.component(chat, asked, unit)["max"]
+        record = start_record(source, paths, options, direction)
+        staged = stack.enter_context(outputs.staging(paths))
+        the_plan = plan(chat, files, make_edit(direction.selected, options), writers)
+        with clock.step("write"):
+            written = write_all(source, chat, files, the_plan, staged, record, options)
+            record["hashes"] = hashes(source, files, direction, options)
+
+        def judge(one: Written, model: ChatModel) -> Record:
+            answer, runtime, note = _runtime(one, model, options)
+            after = evaluate.behaviour(answer, harmful, harmless, max_tokens=options.max_tokens)
+            replies[str(one.output.path)] = after
+            return {
+                **written_record(one),
+                "runtime": runtime,
+                **({"note": note} if note else {}),
+                "after": after.record(),
+                "kl": evaluate.kl(model, base),
+                "component": evaluate.component(model, asked, unit)["max"],
+            }
+
+        replies: dict[str, evaluate.Behaviour] = {"before": before}
+        judged: dict[Path, Record] = {}
+        # GGUFs are judged beside the model that is still loaded, with what they hold of the edit;
+        # then it is let go, and each folder is loaded as written. Two models are never held.
+        for one in written:
+            if one.output.is_gguf:
+                with clock.step(f"evaluate {one.output.path.name}"):
+                    the_plan.load_into_model(one.read_back)
+                    judged[one.output.path] = judge(one, chat)
+        del chat, writers, the_plan
+        for one in written:
+            if not one.output.is_gguf:
+                with clock.step(f"evaluate {one.output.path.name}"):
+                    edited = models.load(one.output.staged, check=False)
+                    edited.reply_prefix = prefix
+                    judged[one.output.path] = judge(one, edited)
+                    del edited
+        evaluations = [judged[path] for path in paths]
+        record.update(
+            before=before.record(),
+            after=evaluations[0]["after"],
+            kl=evaluations[0]["kl"],
+            component={"before": present, "after": evaluations[0]["component"]},
+            leak=_worst_leak(evaluations),
+            evaluations=evaluations,
+            seconds=clock.seconds,
+        )
+        for one in written:
+            outputs.write_companions(one, source, record, judged[one.output.path])
+        if options.save_replies is not None:
+            save_replies(options.save_replies, replies, sets)
+    return record
+
+
+def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Options) -> Record:
+    """`abl-mlx apply`: write the edit that a direction file describes, without evaluating it."""
+    clock = Clock()
+    direction = directions.read(direction_path)
+    source = sources.resolve(text)
+    outputs.check(paths, source)
+    with clock.step("load the model"):
+        files = open_files(source, paths)
+        chat = models.load(source.folder)
+        directions.check_width(direction, direction_path, chat)
+    with clock.step("find the residual writers"):
+        writers = find_writers(chat)
+    record = start_record(source, paths, options, direction)
+    with outputs.staging(paths) as staged:
+        the_plan = plan(chat, files, make_edit(direction.selected, options), writers)
+        with clock.step("write"):
+            written = write_all(source, chat, files, the_plan, staged, record, options)
+            record["hashes"] = hashes(source, files, direction, options)
+        details = [written_record(one) for one in written]
+        record.update(
+            leak=_worst_leak(details), written=details, seconds=clock.seconds
+        )
+        for one in written:
+            outputs.write_companions(one, source, record, None)
+    return record
+
+
+def measure(text: str, out: Path, options: Options) -> Record:
+    """`abl-mlx measure`: write the direction file."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: the name of a direction file ends in .safetensors.")
+    check_new(out)
+    clock = Clock()
+    source = sources.resolve(text)
+    sets = load_prompts(source, options)
+    with clock.step("load the model"):
+        files = TensorFiles(source.folder)
+        chat = models.load(source.folder)
+    with clock.step("find the residual writers"):
+        writers = find_writers(chat)
+    with clock.step("find how replies open"):
+        chat.reply_prefix = find_reply_prefix(chat, sets)
+    with clock.step("measure and choose a direction"):
+        found = find_direction(chat, writers, sets, options)
+    found = replace(
+        found,
+        metadata={
+            **found.metadata,
+            "layer": found.metadata["summary"]["layer"],
+            "position": found.metadata["summary"]["position"],
+            "model": source.name,
+            "model_type": chat.model_type,
+            "model_sha256": combined_hash(source_hashes(files)),
+            "prompt_hashes": prompt_hashes(sets),
+            "seed": options.seed,
+        },
+    )
+    directions.save(out, found)
+    return {
+        "abl_mlx": __version__,
+        "source": source.name,
+        "outputs": [str(out)],
+        "direction": {**found.metadata["summary"], "sha256": found.sha256},
+        "scores": found.metadata["scores"],
+        "seconds": clock.seconds,
+    }
+
+
+def evaluate_model(text: str, options: Options) -> Record:
+    """`abl-mlx eval`: refusal rate and over-refusal of a model or a GGUF; no edit."""
+    clock = Clock()
+    gguf = Path(text).expanduser()
+    with ExitStack() as stack:
+        if gguf.suffix == ".gguf":
+            sets = prompts.load_sets(options.harmful, options.harmless, options.seed)
+            sets = cut(sets, options.limit)
+            answer = in_llamacpp(gguf, options)
+            name, runtime = text, "llama.cpp"
+        else:
+            source = sources.resolve(text)
+            sets = load_prompts(source, options)
+            with clock.step("load the model"):
+                chat = models.load(source.folder)
+            answer = evaluate.in_mlx(chat, batch_size=options.batch_size)
+            name, runtime = source.name, "mlx-lm"
+        if options.save_replies is not None:
+            check_new(options.save_replies)
+        stack.enter_context(clock.step("ask the held-out prompts"))
+        behaviour = evaluate.behaviour(
+            answer, sets.harmful.test, sets.harmless.test, max_tokens=options.max_tokens
+        )
+        record = {"abl_mlx": __version__, "source": name, "runtime": runtime}
+        record |= behaviour.record()
+        if sets.borderline is not None:
+            replies = answer(sets.borderline.texts, options.max_tokens)
+            borderline = rates(replies, sets.borderline.prompts)
+            record |= {
+                "borderline_refusal_rate": borderline.refusal_rate,
+                "borderline_refusal_interval": list(borderline.interval),
+                "n_borderline": borderline.n,
+            }
+    if options.save_replies is not None:
+        save_replies(options.save_replies, {name: behaviour}, sets)
+    return record | {"seconds": clock.seconds}
+
+
+def inspect(text: str) -> Record:
+    """`abl-mlx inspect`: what the model is and what an edit would touch."""
+    source = sources.resolve(text)
+    config = read_config(source.folder)
+    with TensorFiles(source.folder) as files:
+        stored = Counter(files.info(name).dtype for name in files.names)
+        chat = models.load(source.folder, check=False)
+        writers = find_writers(chat)
+    parameters = sum(value.size for _, value in tree_flatten(chat.model.parameters()))
+    touched = [writer.module[path.rsplit(".", 1)[1]] for writer in writers for path in writer.parameters]
+    edited = sum(value.size for value in touched)
+    return {
+        "source": source.name,
+        "folder": str(source.folder),
+        "architecture": config["model_type"],
+        "layers": len(chat.layers),
+        "width": chat.width,
+        "parameters": parameters,
+        "dtypes": sorted(stored),
+        "quantization": config.get("quantization") or config.get("quantization_config"),
+        "tied": any(writer.tied for writer in writers),
+        "template_tail": chat.template_tail,
+        "writers": _grouped(writers),
+        "edit": {"tensors": len(touched), "parameters": edited, "share": edited / parameters},
+    }
+
+
+def _grouped(writers: Sequence[Writer]) -> list[Record]:
+    """Writers that differ in their layer alone, told once."""
+    groups: dict[tuple[str, str, bool, bool], int] = {}
+    for writer in writers:
+        pattern = re.sub(r"\.\d+\.", ".N.", writer.path, count=1)
+        key = (pattern, writer.kind, writer.gain is not None, writer.has_bias)
+        groups[key] = groups.get(key, 0) + 1
+    return [
+        {"pattern": pattern, "kind": kind, "gain": gain, "bias": bias, "count": count}
+        for (pattern, kind, gain, bias), count in groups.items()
+    ]
+
+
+# --- the steps ---------------------------------------------------------------------------------
+
+
+def load_prompts(source: Source, options: Options) -> PromptSets:
+    """The prompt sets of this run: the demo's own, the user's, or the bundled ones."""
+    if source.is_demo and options.harmful is None and options.harmless is None:
+        return cut(prompts.load_demo(), options.limit)
+    return cut(prompts.load_sets(options.harmful, options.harmless, options.seed), options.limit)
+
+
+def cut(sets: PromptSets, limit: int | None) -> PromptSets:
+    """At most ``limit`` prompts in each part of each set."""
+    if limit is None:
+        return sets
+    harmful, harmless = (
+        replace(
+            split,
+            train=split.train.take(limit),
+            validation=split.validation.take(limit),
+            test=split.test.take(limit),
+        )
+        for split in (sets.harmful, sets.harmless)
+    )
+    borderline = sets.borderline and sets.borderline.take(limit)
+    return replace(sets, harmful=harmful, harmless=harmless, borderline=borderline)
+
+
+def open_files(source: Source, paths: Sequence[Path]) -> TensorFiles:
+    """The source's tensors, checked to be editable and to leave room for the outputs."""
+    files = TensorFiles(source.folder)
+    require_float(files, read_config(source.folder), source.folder)
+    outputs.check_space(paths, sum(file.stat().st_size for file in files.files))
+    return files
+
+
+def write_all(
+    source: Source,
+    chat: ChatModel,
+    files: TensorFiles,
+    the_plan: Plan,
+    staged: Sequence[Output],
+    record: Mapping[str, Any],
+    options: Options,
+) -> list[Written]:
+    """Write every output to its staged name and measure its leak."""
+    label = outputs.edit_label(record["direction"]["sha256"], options.strength, source)
+    return [
+        outputs.write_gguf_file(
+            source, files, the_plan, output, label, options.quantize, options.max_leak
+        )
+        if output.is_gguf
+        else outputs.write_folder(source, chat, files, the_plan, output, label, options.max_leak)
+        for output in staged
+    ]
+
+
+def _runtime(
+    one: Written, model: ChatModel, options: Options
+) -> tuple[evaluate.Chat, str, str | None]:
+    """Who answers for an output, under which name, and what there is to say about it."""
+    if not one.output.is_gguf:
+        return evaluate.in_mlx(model, batch_size=options.batch_size), "mlx-lm", None
+    from abl_mlx.llamacpp import available
+
+    if available():
+        return in_llamacpp(one.output.staged, options), "llama.cpp", (
+            "KL and component are of the edited tensors read back from the file, in MLX"
+        )
+    return (
+        evaluate.in_mlx(model, batch_size=options.batch_size),
+        "mlx-lm",
+        "the GGUF itself was not asked: pip install 'abl-mlx[llamacpp]' to have llama.cpp do it; "
+        "the figures are of its edited tensors, read back into the MLX model",
+    )
+
+
+def in_llamacpp(path: Path, options: Options) -> evaluate.Chat:
+    """A GGUF as something that replies to prompts, in the real llama.cpp."""
+
+    def answer(texts: Sequence[str], max_tokens: int) -> list[str]:
+        from abl_mlx.llamacpp import LlamaCpp
+
+        with LlamaCpp(path) as server, models.progress(len(texts), "llama.cpp replies") as bar:
+            return server.chat(texts, max_tokens=max_tokens, progress=lambda *_: bar.update())
+
+    return answer
+
+
+# --- the record --------------------------------------------------------------------------------
+
+
+def start_record(
+    source: Source, paths: Sequence[Path], options: Options, direction: directions.DirectionFile
+) -> Record:
+    """What is known before anything is written."""
+    summary = direction.metadata.get("summary", {"method": "given"})
+    return {
+        "abl_mlx": __version__,
+        "source": source.name,
+        "source_is_repository": source.is_repository,
+        "outputs": [str(path) for path in paths],
+        "direction": {**summary, "sha256": direction.sha256},
+        "options": options.record(),
+    }
+
+
+def written_record(one: Written) -> Record:
+    """What is known of an output from writing it."""
+    return {
+        "output": str(one.output.path),
+        "format": "GGUF" if one.output.is_gguf else "MLX",
+        "types": list(one.types),
+        "leak": one.leak.record(),
+        "left_out": list(one.left_out),
+    }
+
+
+def _worst_leak(evaluations: Sequence[Record]) -> Record:
+    return {
+        "total": max(one["leak"]["total"] for one in evaluations),
+        "max": max(one["leak"]["max"] for one in evaluations),
+    }
+
+
+def source_hashes(files: TensorFiles) -> dict[str, str]:
+    """SHA-256 of every weight file, read in pieces."""
+    found = {}
+    total = sum(file.stat().st_size for file in files.files)
+    with models.progress(total, "hash the source", "B") as bar:
+        for file in files.files:
+            digest = hashlib.sha256()
+            with open(file, "rb") as stream:
+                while piece := stream.read(1 << 20):
+                    digest.update(piece)
+                    bar.update(len(piece))
+            found[file.name] = digest.hexdigest()
+    return found
+
+
+def combined_hash(parts: Mapping[str, str]) -> str:
+    """One SHA-256 for several named ones."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def hashes(
+    source: Source, files: TensorFiles, direction: directions.DirectionFile, options: Options
+) -> Record:
+    """Hashes of the source's files, of the direction and of the options."""
+    chosen = json.dumps(options.record(), sort_keys=True)
+    return {
+        "source": source_hashes(files),
+        "direction": direction.sha256,
+        "options": hashlib.sha256(chosen.encode()).hexdigest(),
+    }
+
+
+def prompt_hashes(sets: PromptSets) -> dict[str, str]:
+    """SHA-256 of the prompts that a direction was made from and chosen on."""
+    return {
+        f"{name} {part}": getattr(split, part).sha256
+        for name, split in (("harmful", sets.harmful), ("harmless", sets.harmless))
+        for part in ("train", "validation")
+    }
+
+
+def save_replies(
+    path: Path, replies: Mapping[str, evaluate.Behaviour], sets: PromptSets
+) -> None:
+    """Write the replies, which no report holds, because they were asked for: one JSON a line."""
+    parts = (("harmful", sets.harmful.test, 0), ("harmless", sets.harmless.test, 1))
+    with new_file(path) as staged, open(staged, "w", encoding="utf-8") as stream:
+        for name, asked, which in parts:
+            for number, prompt in enumerate(asked.texts):
+                line: Record = {"set": name, "prompt": prompt}
+                line |= {who: given.replies[which][number] for who, given in replies.items()}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")

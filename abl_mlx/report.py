@@ -1,0 +1,204 @@
+"""What a person reads: steps on stderr, a table on stdout, the model card."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def say(text: str) -> None:
+    """One line on stderr, where progress goes."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def percent(share: float | None) -> str:
+    """A share as a person reads it."""
+    return "–" if share is None else f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
+
+
+def interval(rates: Mapping[str, Any], name: str) -> str:
+    """The Wilson 95% interval of a rate in a behaviour record."""
+    low, high = rates[f"{name}_interval"]
+    return f"95% interval {low:.0%} to {high:.0%}"
+
+
+def run_table(record: Mapping[str, Any]) -> str:
+    """The result of a run at a glance."""
+    before = record["before"]
+    lines = [f"{record['source']}: {summary_line(record['direction'])}"]
+    for one in record["evaluations"]:
+        after = one["after"]
+        rows = [
+            ("", "before", "after", ""),
+            *_behaviour_rows(before, after),
+            ("KL on harmless prompts, 1st token", "", f"{one['kl']['k1']:.4f}", "nats; 0 = same"),
+            ("KL over 32 tokens", "", f"{one['kl']['k32']:.4f}", "nats a token"),
+            (
+                "component |r·h|/|h|, largest",
+                f"{record['component']['before']:.4f}",
+                f"{one['component']:.2g}",
+                "over layers and prompts",
+            ),
+            ("leak", "", f"{one['leak']['total']:.2g}", "share of the edit lost in writing"),
+        ]
+        lines += [
+            "",
+            f"{one['output']}  ({one['format']}, edited tensors {', '.join(one['types'])}; "
+            f"asked in {one['runtime']})",
+            *_align(rows),
+        ]
+        if one.get("note"):
+            lines.append(f"  note: {one['note']}")
+    return "\n".join(lines)
+
+
+def _behaviour_rows(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any]
+) -> list[tuple[str, str, str, str]]:
+    def was(key: str) -> str:
+        return percent(before[key]) if before else ""
+
+    rows = [
+        (
+            "refusals, harmful prompts",
+            was("harmful_refusal_rate"),
+            percent(after["harmful_refusal_rate"]),
+            f"{interval(after, 'harmful_refusal')}, n={after['n_harmful']}",
+        ),
+        (
+            "refusals, harmless prompts",
+            was("harmless_refusal_rate"),
+            percent(after["harmless_refusal_rate"]),
+            f"{interval(after, 'harmless_refusal')}, n={after['n_harmless']}",
+        ),
+        ("broken replies", was("broken_rate"), percent(after["broken_rate"]), "empty or looping"),
+    ]
+    if "expected_answer_rate" in after:
+        rows.append(
+            (
+                "known answers, harmful prompts",
+                was("expected_answer_rate"),
+                percent(after["expected_answer_rate"]),
+                "exactly as taught before refusing",
+            )
+        )
+    return rows
+
+
+def _align(rows: list[tuple[str, str, str, str]]) -> list[str]:
+    first = max(len(row[0]) for row in rows)
+    return [f"  {a:<{first}}  {b:>8}  {c:>8}   {d}".rstrip() for a, b, c, d in rows]
+
+
+def summary_line(direction: Mapping[str, Any]) -> str:
+    """The chosen direction in a few words."""
+    if "layer" not in direction:
+        return "a given direction"
+    return (
+        f"{direction['method']}, after layer {direction['layer']}, at token {direction['position']}"
+    )
+
+
+def eval_table(record: Mapping[str, Any]) -> str:
+    """The result of an evaluation without an edit."""
+    rows = [
+        (name, value, "", note)
+        for name, _, value, note in _behaviour_rows(None, record)
+    ]
+    if "borderline_refusal_rate" in record:
+        rows.append(
+            (
+                "refusals, borderline prompts",
+                percent(record["borderline_refusal_rate"]),
+                "",
+                f"{interval(record, 'borderline_refusal')}, n={record['n_borderline']}; harmless, "
+                "but sound bad",
+            )
+        )
+    return "\n".join([f"{record['source']} (asked in {record['runtime']})", *_align(rows)])
+
+
+def apply_table(record: Mapping[str, Any]) -> str:
+    """What `abl-mlx apply` wrote."""
+    return "\n".join(
+        f"{one['output']}  ({one['format']}, edited tensors {', '.join(one['types'])}): leak "
+        f"{one['leak']['total']:.2g}, largest in one tensor {one['leak']['max']:.2g}"
+        for one in record["written"]
+    )
+
+
+def inspect_table(record: Mapping[str, Any]) -> str:
+    """What `abl-mlx inspect` says of a model."""
+    edit = record["edit"]
+    rows = [
+        ("architecture", record["architecture"]),
+        ("layers", f"{record['layers']}, residual stream of {record['width']} dimensions"),
+        ("parameters", f"{record['parameters'] / 1e6:,.1f} million, {', '.join(record['dtypes'])}"),
+        ("quantization", record["quantization"] or "none"),
+        ("output head", "tied to the embedding" if record["tied"] else "its own weights"),
+        ("chat template", f"{record['template_tail']} tokens after the instruction"),
+    ]
+    lines = [record["source"], *(f"  {name:<14}  {value}" for name, value in rows)]
+    lines.append("  residual writers")
+    for writer in record["writers"]:
+        note = ", through a norm's gain" if writer["gain"] else ""
+        note += ", with bias" if writer["bias"] else ""
+        lines.append(f"    {writer['count']:>4} × {writer['pattern']}  ({writer['kind']}{note})")
+    lines.append(
+        f"  an edit touches {edit['tensors']} tensors with {edit['parameters'] / 1e6:,.1f} million "
+        f"parameters ({percent(edit['share'])} of the model)"
+    )
+    return "\n".join(lines)
+
+
+def card(record: Mapping[str, Any], one: Mapping[str, Any] | None, title: str) -> str:
+    """The model card of a written model: that it was edited, how, and what that did.
+
+    Args:
+        record: of the run, or of `apply` (which has no evaluations).
+        one: the evaluation of this output; None where there is none.
+        title: the source model's name.
+    """
+    base = record["source"] if record.get("source_is_repository") else None
+    head = ["---", *([f"base_model: {base}"] if base else []), "tags:"]
+    head += ["- abliterated", "- abl-mlx", "---"]
+    direction = record["direction"]
+    body = [
+        f"# {title}, abliterated",
+        "",
+        f"**This is an edited model.** Its refusal direction was orthogonalized out of the weights "
+        f"of `{record['source']}` with [abl-mlx](https://pypi.org/project/abl-mlx/) "
+        f"{record['abl_mlx']}. It declines less than the original does; what it is used for is the "
+        "responsibility of whoever runs it.",
+        "",
+        f"- direction: {summary_line(direction)}; SHA-256 `{direction['sha256']}`",
+        f"- strength {record['options']['strength']:g}; layers "
+        f"{_layers(record['options']['layers'])}; embedding "
+        f"{'edited' if record['options']['embedding'] else 'not edited'}",
+        f"- leak (share of the edit lost in writing): {record['leak']['total']:.2g}",
+    ]
+    if one is not None:
+        rows = _behaviour_rows(record["before"], one["after"])
+        body += [
+            "",
+            f"On held-out prompts, asked in {one['runtime']}:",
+            "",
+            "| | before | after | |",
+            "|---|---|---|---|",
+            *(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in rows),
+            f"| KL(original ‖ edited), 1st token, nats | | {one['kl']['k1']:.4f} | |",
+            f"| KL over 32 tokens, nats a token | | {one['kl']['k32']:.4f} | |",
+        ]
+    body += ["", "Everything measured, with hashes and options, is in the record `abl.json`.", ""]
+    return "\n".join([*head, "", *body])
+
+
+def _layers(layers: list[int] | None) -> str:
+    return "all" if layers is None else ", ".join(map(str, layers))
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """The one object that `--json` prints."""
+    return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
