@@ -1,0 +1,149 @@
+"""Every formula of the edit against float64 NumPy."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from abl_mlx.edits import Edit, leak, orthonormal, remove, target, total_leak
+from abl_mlx.writers import Writer
+from convert.errors import UserError
+
+RNG = np.random.default_rng(0)
+D, N, V, E = 48, 32, 100, 3
+
+
+def unit(rows):
+    """Orthonormal rows spanning those given, float64."""
+    q, _ = np.linalg.qr(np.atleast_2d(rows).astype(np.float64).T)
+    return q.T
+
+
+def writer(kind, gain=None, bias=False):
+    gain = None if gain is None else mx.array(gain.astype(np.float32))
+    return Writer("w", kind, 0, gain, bias, nn.Module())
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("strength", [1.0, 0.3, -1.0])
+@pytest.mark.parametrize("with_gain", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "parameter", "shape"),
+    [
+        ("linear", "weight", (D, N)),
+        ("linear", "bias", (D,)),
+        ("experts", "weight", (E, D, N)),
+        ("experts", "bias", (E, D)),
+        ("embedding", "weight", (V, D)),
+    ],
+)
+def test_target_is_the_formula(kind, parameter, shape, with_gain, strength, k):
+    values = RNG.normal(size=shape)
+    directions = RNG.normal(size=(k, D))
+    gain = np.exp(RNG.normal(size=D)) if with_gain else None
+    u = unit(directions * gain if with_gain else directions)
+    projector = strength * u.T @ u  # (d, d)
+    if kind == "embedding" or parameter == "bias":
+        expected = values - values @ projector
+    else:
+        expected = values - projector @ values
+    edit = Edit(mx.array(directions.astype(np.float32)), strength)
+    found = target(
+        edit, writer(kind, gain), parameter, mx.array(values.astype(np.float32))
+    )
+    assert found.dtype == mx.float32
+    np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
+
+
+def test_half_precision_weights_are_edited_in_float32():
+    values = mx.array(RNG.normal(size=(D, N)).astype(np.float32)).astype(mx.bfloat16)
+    direction = RNG.normal(size=(1, D))
+    found = target(Edit(mx.array(direction.astype(np.float32))), writer("linear"), "weight", values)
+    left = np.abs(unit(direction) @ np.array(found).astype(np.float64)).max()
+    assert left < 1e-6
+
+
+def test_orthonormal_keeps_the_span_and_the_sign():
+    rows = RNG.normal(size=(3, D))
+    basis = np.array(orthonormal(mx.array(rows.astype(np.float32)))).astype(np.float64)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=1e-5)
+    u = unit(rows)
+    np.testing.assert_allclose(basis.T @ basis, u.T @ u, atol=1e-5)
+    assert (np.diag(basis @ rows.T) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "rows", [np.zeros((1, D)), np.full((1, D), np.nan), np.ones((2, D))]
+)
+def test_directions_that_point_nowhere_are_refused(rows):
+    with pytest.raises(UserError):
+        orthonormal(mx.array(rows.astype(np.float32)))
+
+
+@pytest.mark.parametrize("axis", [0, -2, -1])
+def test_remove_works_along_any_axis(axis):
+    u = unit(RNG.normal(size=(2, D)))
+    values = RNG.normal(size=(D, D))
+    found = remove(mx.array(u.astype(np.float32)), 1.0, mx.array(values.astype(np.float32)), axis)
+    moved = np.moveaxis(np.array(found).astype(np.float64), axis, -1)
+    assert np.abs(moved @ u.T).max() < 1e-5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_leak_is_the_share_of_the_component_that_is_left(share):
+    """Written = target plus ``share`` of what the edit took away: the leak is that share."""
+    source = RNG.normal(size=(D, N))
+    u = unit(RNG.normal(size=(1, D)))
+    wanted = source - u.T @ (u @ source)
+    written = wanted + share * (source - wanted)
+    noise = RNG.normal(size=(D, N))
+    written += 0.1 * (noise - u.T @ (u @ noise))  # error elsewhere is no leak
+    found = leak(
+        Edit(mx.array(u.astype(np.float32))),
+        writer("linear"),
+        "weight",
+        mx.array(source.astype(np.float32)),
+        mx.array(written.astype(np.float32)),
+    )
+    assert found.value == pytest.approx(share, abs=1e-5)
+    expected = np.linalg.norm(written - wanted) / np.linalg.norm(wanted)
+    assert found.error == pytest.approx(expected, rel=1e-4)
+
+
+def test_total_leak_weighs_tensors_by_what_was_removed():
+    edit = Edit(mx.array(np.eye(1, D, dtype=np.float32)))
+    leaks, squares = [], []
+    for scale, share in ((1.0, 0.5), (10.0, 0.1)):
+        source = scale * RNG.normal(size=(D, N))
+        written = source.copy()
+        written[0] *= share
+        leaks.append(
+            leak(
+                edit,
+                writer("linear"),
+                "weight",
+                mx.array(source.astype(np.float32)),
+                mx.array(written.astype(np.float32)),
+            )
+        )
+        squares.append((share**2 * (source[0] ** 2).sum(), (source[0] ** 2).sum()))
+    missing, wanted = np.sum(squares, axis=0)
+    assert total_leak(leaks) == pytest.approx(np.sqrt(missing / wanted), rel=1e-4)
+
+
+def test_an_edit_that_finds_nothing_is_an_error():
+    clean = mx.array(RNG.normal(size=(D, N)).astype(np.float32))
+    clean[0] = 0
+    edit = Edit(mx.array(np.eye(1, D, dtype=np.float32)))
+    with pytest.raises(UserError, match="changed nothing"):
+        total_leak([leak(edit, writer("linear"), "weight", clean, clean)])
+
+
+def test_choosing_nothing_is_an_error():
+    writers = [writer("linear"), writer("embedding")]
+    with pytest.raises(UserError, match="changes nothing"):
+        Edit(mx.ones((1, D)), layers=frozenset({9}), embedding=False).chosen(writers)
+    with pytest.raises(UserError, match="changes nothing"):
+        Edit(mx.ones((1, D)), strength=0.0).chosen(writers)
+    chosen = Edit(mx.ones((1, D)), layers=frozenset({0}), embedding=False).chosen(writers)
+    assert [one.kind for one in chosen] == ["linear"]
