@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx.edits import Edit, Leak, leak, target, total_leak
-from abl_mlx.models import ChatModel
+from abl_mlx.models import ChatModel, skeleton
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 from convert.parameters import Stored, locate
@@ -82,7 +82,8 @@ def plan(chat: ChatModel, files: TensorFiles, edit: Edit, writers: Sequence[Writ
         UserError: an edit that touches nothing, or a parameter that the files do not hold as such.
     """
     chosen = edit.chosen(writers)
-    places = locate(chat.model, files, [path for writer in chosen for path in writer.parameters])
+    paths = [path for writer in chosen for path in writer.parameters]
+    places = locate(skeleton(chat.config), files, paths)
     edits: dict[str, TensorEdit] = {}
     for writer in chosen:
         for path in writer.parameters:

@@ -160,6 +160,14 @@ def _load_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[s
     return model, config
 
 
+def skeleton(config: dict[str, Any]) -> nn.Module:
+    """The model without its weights: mlx-lm's object, whose parameters are never evaluated."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, arguments = _get_classes(config)
+    return model_class(arguments.from_dict(config))
+
+
 def complete_for(arguments: type, config: dict[str, Any]) -> None:
     """Add to ``config``, in place, a ``head_dim`` that mlx-lm requires and the file leaves out.
 

@@ -37,7 +37,8 @@ def locate(model: Any, files: TensorFiles, parameters: Sequence[str]) -> dict[st
     """Find each of ``parameters`` (paths in the model, ``layers.0.mlp.down_proj.weight``).
 
     Args:
-        model: mlx-lm's model object of that folder, for its ``sanitize``.
+        model: a fresh model object of mlx-lm for that folder. Its ``sanitize`` is run, which may
+            change the object (Gemma 3 drops its head there, once), so no model in use is given.
 
     Raises:
         UserError: naming the parameter, when it is not stored as such.
