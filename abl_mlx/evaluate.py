@@ -16,7 +16,7 @@ from abl_mlx import capture
 from abl_mlx.logits import log_probabilities, vocabulary
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.prompts import PromptSet
-from abl_mlx.refusals import Rates, rates
+from abl_mlx.refusals import Rates, Verdict, rates
 from abl_mlx.selection import kl_divergence
 
 #: Prompts to replies, in order: a model in MLX, or llama.cpp with a GGUF.
@@ -89,20 +89,25 @@ class Behaviour:
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
-        n_harmful, n_harmless = self.harmful.n, self.harmless.n
-        broken = self.harmful.n_broken + self.harmless.n_broken
+        tallies = self.harmful.overall, self.harmless.overall
+        broken = sum(tally.count(Verdict.BROKEN) for tally in tallies)
         record: dict[str, Any] = {
-            "harmful_refusal_rate": self.harmful.refusal_rate,
-            "harmless_refusal_rate": self.harmless.refusal_rate,
-            "broken_rate": broken / (n_harmful + n_harmless),
-            "n_harmful": n_harmful,
-            "n_harmless": n_harmless,
-            "harmful_refusal_interval": list(self.harmful.interval),
-            "harmless_refusal_interval": list(self.harmless.interval),
+            **refusal_record("harmful", self.harmful),
+            **refusal_record("harmless", self.harmless),
+            "broken_rate": broken / sum(tally.total for tally in tallies),
         }
         if self.expected is not None:
             record["expected_answer_rate"] = self.expected
         return record
+
+
+def refusal_record(name: str, rates: Rates) -> dict[str, Any]:
+    """A set's refusal rate with its Wilson 95% interval and size, as JSON values."""
+    return {
+        f"{name}_refusal_rate": rates.refusal_rate,
+        f"{name}_refusal_interval": list(rates.overall.interval(Verdict.REFUSAL)),
+        f"n_{name}": rates.overall.total,
+    }
 
 
 def behaviour(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import time
@@ -242,12 +243,7 @@ def evaluate_model(text: str, options: Options) -> Record:
         record |= behaviour.record()
         if sets.borderline is not None:
             replies = answer(sets.borderline.texts, options.max_tokens)
-            borderline = rates(replies, sets.borderline.prompts)
-            record |= {
-                "borderline_refusal_rate": borderline.refusal_rate,
-                "borderline_refusal_interval": list(borderline.interval),
-                "n_borderline": borderline.n,
-            }
+            record |= evaluate.refusal_record("borderline", rates(replies, sets.borderline))
     if options.save_replies is not None:
         save_replies(options.save_replies, {name: behaviour}, sets)
     return record | {"seconds": clock.seconds}
@@ -355,9 +351,7 @@ def _runtime(
     """Who answers for an output, under which name, and what there is to say about it."""
     if not one.output.is_gguf:
         return evaluate.in_mlx(model, batch_size=options.batch_size), "mlx-lm", None
-    from abl_mlx.llamacpp import available
-
-    if available():
+    if importlib.util.find_spec("xllamacpp"):
         return in_llamacpp(one.output.staged, options), "llama.cpp", (
             "KL and component are of the edited tensors read back from the file, in MLX"
         )
