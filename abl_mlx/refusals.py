@@ -8,7 +8,9 @@ asked for can count as a refusal.
 Measured against human labels on replies of five models to XSTest (Röttger et al. 2023, arXiv
 2308.01263), partial refusals left out, on the half of the prompts that was not used to choose
 markers: 92.9 % of 992 agree; 2.9 % of the answers are taken for refusals and 11.6 % of the refusals
-for answers. (Without the markers of lectures: 84.5 %, 2.1 % and 30.1 %.) Nothing in this module imports MLX.
+for answers. (Without the markers of lectures: 84.5 %, 2.1 % and 30.1 %.)
+
+Nothing in this module imports MLX.
 """
 
 from __future__ import annotations
