@@ -187,7 +187,7 @@ def baseline(
         path = Path(folder) / "base.f32"
         stored = np.memmap(path, np.float32, "w+", shape=(int(starts[-1]), vocabulary(chat)))
         for index, rows in log_probabilities(chat, sequences, positions, label="KL: base"):
-            stored[starts[index] : starts[index + 1]] = np.array(rows)
+            stored[starts[index] : starts[index + 1]] = np.array(rows.astype(mx.float32))
         stored.flush()
         del stored
         yield Baseline(sequences, positions, path)
@@ -205,7 +205,7 @@ def kl(chat: ChatModel, base: Baseline) -> dict[str, float]:
     first: list[float] = []
     every: list[float] = []
     for index, rows in log_probabilities(chat, base.sequences, base.positions, label="KL: edited"):
-        before = mx.array(np.ascontiguousarray(stored[starts[index] : starts[index + 1]]))
+        before = mx.array(stored[starts[index] : starts[index + 1]])
         values = kl_divergence(before, rows).tolist()
         first.append(values[0])
         every += values

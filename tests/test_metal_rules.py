@@ -1,0 +1,65 @@
+"""No Mac runs these tests, so the rules of DESIGN section 7 are kept by reading the source.
+
+Metal has no float64; mx.linalg runs on the CPU alone; NumPy cannot read an MLX bfloat16 array.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(
+    path for folder in ("abl_mlx", "convert", "examples") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def violations(source):
+    """(line, rule) for everything in ``source`` that Metal would not do."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "mx.float64":
+            found.append((node.lineno, "mx.float64 does not exist on Metal"))
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called.startswith("mx.linalg.") and "(" not in called:
+            streams = [ast.unparse(k.value) for k in node.keywords if k.arg == "stream"]
+            if streams != ["mx.cpu"]:
+                found.append((node.lineno, f"{called} needs stream=mx.cpu"))
+        if called in ("np.array", "np.asarray", "np.ascontiguousarray", "numpy.array"):
+            typed = any(k.arg == "dtype" for k in node.keywords) or len(node.args) > 1
+            argument = ast.unparse(node.args[0])
+            # A dtype alone does not help: NumPy fails on the buffer. What helps is a cast or a
+            # view before, or values that were NumPy's or Python's to begin with.
+            cast = ".astype(" in argument or ".view(" in argument or argument.startswith("[")
+            if not (typed or cast):
+                found.append((node.lineno, f"{called}({argument}) may meet a bfloat16 array"))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_source_keeps_the_metal_rules(path):
+    assert violations(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x.astype(mx.float64)",
+        "mx.linalg.norm(x)",
+        "mx.linalg.qr(x, stream=mx.gpu)",
+        "np.array(weights['w'])",
+    ],
+)
+def test_the_rules_catch_what_they_forbid(line):
+    assert violations(line)
+
+
+def test_converters_do_not_import_the_tool():
+    for path in (ROOT / "convert").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module or "")
+            assert not any(name.split(".")[0] == "abl_mlx" for name in names), path
