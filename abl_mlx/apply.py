@@ -39,9 +39,7 @@ class TensorEdit:
 
     def leak(self, source: mx.array, written: mx.array) -> Leak:
         """Leak of this tensor from its values before the edit and as read back."""
-        return leak(
-            self.edit, self.writer, self.parameter, self.turn(source), self.turn(written)
-        )
+        return leak(self.edit, self.writer, self.parameter, self.turn(source), self.turn(written))
 
     def turn(self, values: mx.array) -> mx.array:
         """From the file's layout to the model's, or back."""
@@ -66,7 +64,7 @@ class Plan:
         Args:
             read_back: tensor name -> the values in the output, float32, in the source's layout.
         """
-        for path, stored in self.places.items():
+        for stored in self.places.values():
             edit = self.edits[stored.tensors[0]]
             parts = [edit.turn(read_back(name)) for name in stored.tensors]
             old = edit.writer.module[edit.parameter]

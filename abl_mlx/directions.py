@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx import __version__, capture
+from abl_mlx.arrays import numbers
 from abl_mlx.models import ChatModel
 from convert.atomic import new_file
 from convert.errors import UserError
@@ -63,7 +64,7 @@ def measure(
     """
     harmful_mean = capture.mean(chat, harmful, positions, label="harmful prompts")
     harmless_mean = capture.mean(chat, harmless, positions, label="harmless prompts")
-    finite = mx.isfinite(harmful_mean + harmless_mean).all(axis=(1, 2)).tolist()
+    finite = numbers(mx.isfinite(harmful_mean + harmless_mean).all(axis=(1, 2)))
     if not all(finite):
         raise UserError(
             f"the residual stream after layer {finite.index(False)} is not finite: the model's "
@@ -89,8 +90,9 @@ class DirectionFile:
     @property
     def sha256(self) -> str:
         """Hash of the selected directions' float32 bytes: the edit's identity."""
-        mx.eval(self.selected)
-        return hashlib.sha256(bytes(memoryview(self.selected.astype(mx.float32)))).hexdigest()
+        values = self.selected.astype(mx.float32)
+        mx.eval(values)
+        return hashlib.sha256(memoryview(values)).hexdigest()  # type: ignore[arg-type]
 
 
 def save(path: Path, file: DirectionFile) -> None:
@@ -129,7 +131,7 @@ def read(path: Path) -> DirectionFile:
         if path.suffix == ".npy":
             tensors: dict[str, mx.array] = {"selected": mx.load(str(path))}  # type: ignore[dict-item]
         elif path.suffix == ".safetensors":
-            tensors, raw = mx.load(str(path), return_metadata=True)  # type: ignore[assignment,misc]
+            tensors, raw = mx.load(str(path), return_metadata=True)  # type: ignore[assignment]
             metadata = {key: _decoded(value) for key, value in raw.items()}  # type: ignore[union-attr]
         else:
             raise UserError(f"{path}: a direction is a .safetensors or a .npy file.")
@@ -153,9 +155,7 @@ def read(path: Path) -> DirectionFile:
     candidates = None
     if "harmful_mean" in tensors and "harmless_mean" in tensors:
         positions = metadata.get("positions", list(range(-tensors["harmful_mean"].shape[1], 0)))
-        candidates = Candidates(
-            tensors["harmful_mean"], tensors["harmless_mean"], tuple(positions)
-        )
+        candidates = Candidates(tensors["harmful_mean"], tensors["harmless_mean"], tuple(positions))
     return DirectionFile(selected, candidates, metadata)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from abl_mlx.arrays import number
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 
@@ -21,14 +22,14 @@ def orthonormal(directions: mx.array) -> mx.array:
     """
     directions = directions.astype(mx.float32)
     norms = mx.sqrt((directions * directions).sum(axis=1, keepdims=True))
-    if not mx.isfinite(norms).all().item() or norms.min().item() == 0:
+    if not mx.isfinite(norms).all().item() or number(norms.min()) == 0:
         raise UserError("a direction is zero or not finite: it points nowhere.")
     unit = directions / norms
     if unit.shape[0] == 1:
         return unit
     q, r = mx.linalg.qr(unit.T, stream=mx.cpu)
     diagonal = mx.diag(r)
-    if mx.abs(diagonal).min().item() < 1e-4:
+    if number(mx.abs(diagonal).min()) < 1e-4:
         raise UserError("the directions depend on one another: leave out the superfluous ones.")
     return (q * mx.sign(diagonal)).T
 
@@ -128,9 +129,7 @@ class Leak:
         return float((self.missing / self.wanted) ** 0.5) if self.wanted else 0.0
 
 
-def leak(
-    edit: Edit, writer: Writer, parameter: str, source: mx.array, written: mx.array
-) -> Leak:
+def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: mx.array) -> Leak:
     """Leak of one parameter, from its values before the edit and as read back from the output."""
     basis, axis = edit.basis(writer), stream_axis(writer.kind, parameter)
     source, written = source.astype(mx.float32), written.astype(mx.float32)
@@ -140,7 +139,7 @@ def leak(
     difference = written - wanted
     error = mx.sqrt((difference * difference).sum() / mx.maximum((wanted * wanted).sum(), 1e-30))
     mx.eval(missing, present, error)
-    return Leak(missing.item(), present.item(), error.item())
+    return Leak(number(missing), number(present), number(error))
 
 
 def _component(basis: mx.array, values: mx.array, axis: int) -> mx.array:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx import capture
+from abl_mlx.arrays import number, numbers
 from abl_mlx.logits import log_probabilities, vocabulary
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.prompts import PromptSet
@@ -206,7 +207,7 @@ def kl(chat: ChatModel, base: Baseline) -> dict[str, float]:
     every: list[float] = []
     for index, rows in log_probabilities(chat, base.sequences, base.positions, label="KL: edited"):
         before = mx.array(stored[starts[index] : starts[index + 1]])
-        values = kl_divergence(before, rows).tolist()
+        values = numbers(kl_divergence(before, rows))
         first.append(values[0])
         every += values
     return {"k1": float(np.mean(first)), "k32": float(np.mean(every))}
@@ -234,4 +235,4 @@ def component(
         largest = here if largest is None else mx.maximum(largest, here)
         mx.eval(largest)
     assert largest is not None  # iterate refuses an empty list
-    return {"max": largest.max().item(), "layers": largest.tolist()}
+    return {"max": number(largest.max()), "layers": numbers(largest)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import mlx.nn as nn
@@ -13,11 +13,11 @@ import mlx.nn as nn
 Around = Callable[..., Any]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _wrapped_class(original: type) -> type:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def inner(*args: Any, **kwargs: Any) -> Any:
-            return original.__call__(self, *args, **kwargs)  # type: ignore[operator]
+            return original.__call__(self, *args, **kwargs)
 
         call: Callable[..., Any] = inner
         for wrapper in self._abl_wrappers:
@@ -55,7 +55,7 @@ def around(pairs: Iterable[tuple[nn.Module, Around]]) -> Iterator[None]:
         for module, wrapper in reversed(entered):
             module._abl_wrappers.remove(wrapper)
             if not module._abl_wrappers:
-                module.__class__ = type(module)._abl_original
+                module.__class__ = getattr(type(module), "_abl_original")  # noqa: B009
                 object.__delattr__(module, "_abl_wrappers")
 
 

@@ -107,7 +107,8 @@ class LlamaCpp:
         Args:
             prompts: one user message each.
             max_tokens: longest reply.
-            system: a system message before every prompt.
+            system: a system message before every prompt; where the template knows no such role,
+                llama.cpp puts it in front of the user's message.
             enable_thinking: told to templates that know the word.
             progress: called with (replies so far, prompts).
 

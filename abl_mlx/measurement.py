@@ -37,7 +37,8 @@ def find_direction(
         UserError: no refusal to be found, no gentle enough candidate, a candidate out of range.
     """
     harmful, harmless = (
-        [chat.encode(text) for text in part.texts] for part in (sets.harmful.train, sets.harmless.train)
+        [chat.encode(text) for text in part.texts]
+        for part in (sets.harmful.train, sets.harmless.train)
     )
     candidates = directions.measure(chat, harmful, harmless, _positions(chat, options))
     harmful, harmless = (
@@ -45,9 +46,7 @@ def find_direction(
         for part in (sets.harmful.validation, sets.harmless.validation)
     )
     if options.layer is None and options.position is None:
-        summary, selected, scores = _by_cause(
-            chat, writers, candidates, harmful, harmless, options
-        )
+        summary, selected, scores = _by_cause(chat, writers, candidates, harmful, harmless, options)
     else:
         layer = candidates.n_layers // 2 if options.layer is None else options.layer
         position = -1 if options.position is None else options.position

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from abl_mlx.arrays import parameters
 from convert.errors import UserError
 from convert.hf_config import read_config
 
@@ -127,7 +127,7 @@ def load(folder: Path, *, check: bool = True) -> ChatModel:
         check_finite(model, folder)
     if computes_on_cpu():
         model.set_dtype(mx.float32)
-        for _, value in tree_flatten(model.parameters()):
+        for _, value in parameters(model):
             mx.eval(value)
     tokenizer = _load_tokenizer(folder, config)
     return ChatModel(folder, model, tokenizer, config)
@@ -137,7 +137,7 @@ def _load_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[s
     from mlx_lm.utils import _get_classes, load_model
 
     try:
-        model_class, arguments = _get_classes(config)
+        _, arguments = _get_classes(config)
     except ValueError:
         raise UserError(
             f"{folder / 'config.json'}: mlx-lm has no architecture named "
@@ -148,7 +148,7 @@ def _load_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[s
     try:
         # Lazily: tensors are evaluated one by one, which keeps the peak at the model's own size.
         model, config = load_model(folder, lazy=True, model_config=added)
-        for _, value in tree_flatten(model.parameters()):
+        for _, value in parameters(model):
             mx.eval(value)
     except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())
@@ -209,7 +209,7 @@ def check_finite(model: nn.Module, folder: Path) -> None:
     Raises:
         UserError: with the parameter's path.
     """
-    for name, value in tree_flatten(model.parameters()):
+    for name, value in parameters(model):
         if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
             raise UserError(
                 f"{folder}: the weight {name} holds NaN or infinity: the file is damaged, fetch "

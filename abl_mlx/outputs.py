@@ -148,9 +148,7 @@ def write_folder(
         def read_back(name: str) -> mx.array:
             return written.read(name).astype(mx.float32)
 
-        leak = measure_leak(
-            files, plan.edits, read_back, limit=max_leak, output=str(output.path)
-        )
+        leak = measure_leak(files, plan.edits, read_back, limit=max_leak, output=str(output.path))
     types = tuple(sorted({files.info(name).dtype for name in plan.edits}))
     return Written(output, leak, read_back, types, tuple(left_out))
 

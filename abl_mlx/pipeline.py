@@ -14,11 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-from mlx.utils import tree_flatten
-
 from abl_mlx import __version__, directions, evaluate, models, outputs, prompts, report, sources
 from abl_mlx.apply import Plan, plan
+from abl_mlx.arrays import parameters
 from abl_mlx.edits import orthonormal
 from abl_mlx.measurement import find_direction, find_reply_prefix, make_edit
 from abl_mlx.models import ChatModel
@@ -167,9 +165,7 @@ def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Optio
             written = write_all(source, chat, files, the_plan, staged, record, options)
             record["hashes"] = hashes(source, files, direction, options)
         details = [written_record(one) for one in written]
-        record.update(
-            leak=_worst_leak(details), written=details, seconds=clock.seconds
-        )
+        record.update(leak=_worst_leak(details), written=details, seconds=clock.seconds)
         for one in written:
             outputs.write_companions(one, source, record, None)
     return record
@@ -257,8 +253,10 @@ def inspect(text: str) -> Record:
         stored = Counter(files.info(name).dtype for name in files.names)
         chat = models.load(source.folder, check=False)
         writers = find_writers(chat)
-    parameters = sum(value.size for _, value in tree_flatten(chat.model.parameters()))
-    touched = [writer.module[path.rsplit(".", 1)[1]] for writer in writers for path in writer.parameters]
+    whole = sum(value.size for _, value in parameters(chat.model))
+    touched = [
+        writer.module[path.rsplit(".", 1)[1]] for writer in writers for path in writer.parameters
+    ]
     edited = sum(value.size for value in touched)
     return {
         "source": source.name,
@@ -266,13 +264,13 @@ def inspect(text: str) -> Record:
         "architecture": config["model_type"],
         "layers": len(chat.layers),
         "width": chat.width,
-        "parameters": parameters,
+        "parameters": whole,
         "dtypes": sorted(stored),
         "quantization": config.get("quantization") or config.get("quantization_config"),
         "tied": any(writer.tied for writer in writers),
         "template_tail": chat.template_tail,
         "writers": _grouped(writers),
-        "edit": {"tensors": len(touched), "parameters": edited, "share": edited / parameters},
+        "edit": {"tensors": len(touched), "parameters": edited, "share": edited / whole},
     }
 
 
@@ -352,8 +350,10 @@ def _runtime(
     if not one.output.is_gguf:
         return evaluate.in_mlx(model, batch_size=options.batch_size), "mlx-lm", None
     if importlib.util.find_spec("xllamacpp"):
-        return in_llamacpp(one.output.staged, options), "llama.cpp", (
-            "KL and component are of the edited tensors read back from the file, in MLX"
+        return (
+            in_llamacpp(one.output.staged, options),
+            "llama.cpp",
+            ("KL and component are of the edited tensors read back from the file, in MLX"),
         )
     return (
         evaluate.in_mlx(model, batch_size=options.batch_size),
@@ -452,9 +452,7 @@ def prompt_hashes(sets: PromptSets) -> dict[str, str]:
     }
 
 
-def save_replies(
-    path: Path, replies: Mapping[str, evaluate.Behaviour], sets: PromptSets
-) -> None:
+def save_replies(path: Path, replies: Mapping[str, evaluate.Behaviour], sets: PromptSets) -> None:
     """Write the replies, which no report holds, because they were asked for: one JSON a line."""
     parts = (("harmful", sets.harmful.test, 0), ("harmless", sets.harmless.test, 1))
     with new_file(path) as staged, open(staged, "w", encoding="utf-8") as stream:

@@ -103,10 +103,7 @@ def summary_line(direction: Mapping[str, Any]) -> str:
 
 def eval_table(record: Mapping[str, Any]) -> str:
     """The result of an evaluation without an edit."""
-    rows = [
-        (name, value, "", note)
-        for name, _, value, note in _behaviour_rows(None, record)
-    ]
+    rows = [(name, value, "", note) for name, _, value, note in _behaviour_rows(None, record)]
     if "borderline_refusal_rate" in record:
         rows.append(
             (

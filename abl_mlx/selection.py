@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx import capture
+from abl_mlx.arrays import number, numbers
 from abl_mlx.directions import Candidates
 from abl_mlx.edits import Edit
 from abl_mlx.logits import first_reply_token
@@ -95,9 +96,9 @@ def separation(
         Score(
             layer,
             position,
-            d_primes[layer, p].item(),
-            cosines[layer, p].item(),
-            means[layer, p].item(),
+            number(d_primes[layer, p]),
+            number(cosines[layer, p]),
+            number(means[layer, p]),
             dropped=(
                 f"in the last {1 - DEEPEST:.0%} of the layers"
                 if (layer + 1) / candidates.n_layers > DEEPEST
@@ -138,11 +139,11 @@ def refusal_tokens(harmful: mx.array, harmless: mx.array, *, most: int = 16) -> 
     """
     a, b = mx.exp(harmful).mean(axis=0), mx.exp(harmless).mean(axis=0)
     difference = a - b
-    order = mx.argsort(-difference)[:most].tolist()
+    order = numbers(mx.argsort(-difference)[:most])
     return [
         token
         for token in order
-        if difference[token].item() >= 0.02 and a[token].item() >= 3 * b[token].item()
+        if number(difference[token]) >= 0.02 and number(a[token]) >= 3 * number(b[token])
     ]
 
 
@@ -213,8 +214,8 @@ def choose(
             "yourself with --layer and --position."
         )
     before = (
-        refusal_scores(base_harmful, tokens).mean().item(),
-        refusal_scores(base_harmless, tokens).mean().item(),
+        number(refusal_scores(base_harmful, tokens).mean()),
+        number(refusal_scores(base_harmless, tokens).mean()),
     )
     chosen = shortlist(scores, trials)
     tried: dict[tuple[int, int], Score] = {}
@@ -222,8 +223,10 @@ def choose(
         for score in chosen:
             trial = replace(edit, directions=direction_of(candidates, score.layer, score.position))
             with ablation(writers, trial):
-                refusal = refusal_scores(first_reply_token(chat, harmful), tokens).mean().item()
-                kl = kl_divergence(base_harmless, first_reply_token(chat, harmless)).mean().item()
+                opened = first_reply_token(chat, harmful)
+                refusal = number(refusal_scores(opened, tokens).mean())
+                opened = first_reply_token(chat, harmless)
+                kl = number(kl_divergence(base_harmless, opened).mean())
             dropped = "" if kl <= max_kl else f"KL {kl:.3f} over the limit of {max_kl:g}"
             tried[score.layer, score.position] = replace(
                 score, refusal=refusal, kl=kl, dropped=dropped
@@ -239,9 +242,7 @@ def choose(
             "--position."
         )
     best = min(left, key=lambda score: score.refusal if score.refusal is not None else math.inf)
-    return Choice(
-        best, direction_of(candidates, best.layer, best.position), scores, tokens, before
-    )
+    return Choice(best, direction_of(candidates, best.layer, best.position), scores, tokens, before)
 
 
 def direction_of(candidates: Candidates, layer: int, position: int) -> mx.array:

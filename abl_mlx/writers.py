@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from abl_mlx.arrays import number
 from abl_mlx.capture import residual
 from abl_mlx.hooks import around, around_method
 from abl_mlx.models import ChatModel
@@ -111,6 +112,7 @@ def _record(
     for path, module in chat.model.named_modules():
         if id(module) not in inside and _is_embedding(module):
             pairs.append((module, keep_output(path)))
+
     def keep_head(path: str) -> Callable[..., Any]:
         def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
             heads.add(path)
@@ -135,9 +137,7 @@ def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
 
 
-def _embedding_writer(
-    chat: ChatModel, embeddings: dict[str, mx.array], heads: set[str]
-) -> Writer:
+def _embedding_writer(chat: ChatModel, embeddings: dict[str, mx.array], heads: set[str]) -> Writer:
     modules = dict(chat.model.named_modules())
     fitting = [path for path, output in embeddings.items() if output.shape[-1] == chat.width]
     if len(fitting) != 1 or len(embeddings) != 1:
@@ -158,7 +158,7 @@ class _Leaf:
     path: str
     module: nn.Module
     outputs: list[mx.array]  # of the first run, one a call
-    inputs: list[mx.array]
+    inputs: list[Any]
 
 
 class _Probe:
@@ -193,11 +193,11 @@ class _Probe:
                 leaf.inputs.append(args[0] if args else None)
                 leaf.outputs.append(output)
                 return output
-            number = self.calls.get(index, 0)
-            self.calls[index] = number + 1
-            output = leaf.outputs[number]
+            nth = self.calls.get(index, 0)
+            self.calls[index] = nth + 1
+            output = leaf.outputs[nth]
             if _is_norm(leaf.module):
-                return output + _frozen_norm(leaf.module, leaf.inputs[number], args[0])
+                return output + _frozen_norm(leaf.module, leaf.inputs[nth], args[0])
             if index in self.shift:
                 return output + self.shift[index]
             return output
@@ -253,10 +253,10 @@ def _layer_writers(
         base = residual(probe.run(), index, width).astype(mx.float32)
         probe.hold = True
         writers = []
-        for number, leaf in enumerate(probe.leaves):
+        for which, leaf in enumerate(probe.leaves):
             if _is_norm(leaf.module) or not leaf.outputs or not _writes_width(leaf, width):
                 continue
-            gain = _gain(probe, number, base, width)
+            gain = _gain(probe, which, base, width)
             if gain is None:
                 continue
             path = f"{prefix}.{leaf.path}"
@@ -271,32 +271,32 @@ def _writes_width(leaf: _Leaf, width: int) -> bool:
     return all(isinstance(o, mx.array) and o.shape[-1] == width for o in leaf.outputs)
 
 
-def _gain(probe: _Probe, number: int, base: mx.array, width: int) -> mx.array | str | None:
+def _gain(probe: _Probe, which: int, base: mx.array, width: int) -> mx.array | str | None:
     """What a shift of one leaf does to the layer's output: nothing, a gain (d,), or a reason."""
-    size = mx.sqrt(mx.mean(base * base)).item() or 1.0
+    size = number(mx.sqrt(mx.mean(base * base))) or 1.0
 
     def moved(shift: mx.array) -> mx.array:
-        probe.shift = {number: shift * size}
+        probe.shift = {which: shift * size}
         difference = (residual(probe.run(), 0, width).astype(mx.float32) - base) / size
         probe.shift = {}
         return difference[0]  # (T, d)
 
     by_ones = moved(mx.ones((width,)))
-    noise = mx.random.normal((width,), key=mx.random.key(number))
+    noise = mx.random.normal((width,), key=mx.random.key(which))
     by_noise = moved(noise)
-    largest = max(mx.abs(by_ones).max().item(), mx.abs(by_noise).max().item())
+    largest = max(number(mx.abs(by_ones).max()), number(mx.abs(by_noise).max()))
     if largest < 1e-5:
         return None
     # The last position: its routing and masks are those of a whole prompt.
     gain = by_ones[-1]
-    error = mx.abs(by_noise[-1] - gain * noise).max().item()
+    error = number(mx.abs(by_noise[-1] - gain * noise).max())
     if error > _TOLERANCE * largest:
         return (
             "through more than a gain for each element, so that removing one direction from its "
             "weight would not be exact: this architecture is refused."
         )
-    spread = (gain.max() - gain.min()).item()
-    return mx.ones((width,)) if spread <= _TOLERANCE * mx.abs(gain).max().item() else gain
+    spread = number(gain.max() - gain.min())
+    return mx.ones((width,)) if spread <= _TOLERANCE * number(mx.abs(gain).max()) else gain
 
 
 def _writer(path: str, index: int, module: nn.Module, gain: mx.array, width: int) -> Writer:
@@ -346,8 +346,8 @@ def _check_complete(
     entered = entered.astype(mx.float32)
     # A layer may scale what it hands on; only what is not along the input was written by others.
     share = (states * entered).sum(-1, keepdims=True) / (entered * entered).sum(-1, keepdims=True)
-    rest = mx.linalg.norm(states - share * entered, stream=mx.cpu).item()
-    whole = mx.linalg.norm(entered, stream=mx.cpu).item()
+    rest = number(mx.linalg.norm(states - share * entered, stream=mx.cpu))
+    whole = number(mx.linalg.norm(entered, stream=mx.cpu))
     if rest > _TOLERANCE * whole:
         raise UserError(
             f"layer {index} of {chat.model_type} writes to the residual stream through something "
@@ -357,4 +357,3 @@ def _check_complete(
 
 def _silence(call: Any, *args: Any, **kwargs: Any) -> Any:
     return mx.zeros_like(call(*args, **kwargs))
-

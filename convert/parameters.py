@@ -1,9 +1,9 @@
 """Which tensors of the files a parameter of mlx-lm's model is made of.
 
-mlx-lm renames, stacks and transposes what it reads (each model's ``sanitize``). Instead of keeping a
-list of those rules, this runs the model's own ``sanitize`` on the lazily loaded files and sees where
-each array went: most come out as the very objects that went in; stacked experts are matched by
-their values and then compared whole.
+mlx-lm renames, stacks and transposes what it reads (each model's ``sanitize``). Instead of keeping
+a list of those rules, this runs the model's own ``sanitize`` on the lazily loaded files and sees
+where each array went: most come out as the very objects that went in; stacked experts are matched
+by their values and then compared whole.
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ def test_states_equal_the_models_own_forward(arch, tiny_folder):
         expected = states_by_truncation(chat, tokens)
         found = capture.full(chat, [tokens], [-4, -1])[0]  # (L, 2, d)
         for column, offset in ((0, -4), (1, -1)):
-            np.testing.assert_array_equal(
-                np.array(found[:, column]), np.array(expected[:, offset])
-            )
+            np.testing.assert_array_equal(np.array(found[:, column]), np.array(expected[:, offset]))
 
 
 @pytest.mark.parametrize("arch", sorted(tiny.ARCHITECTURES))

@@ -48,9 +48,7 @@ def test_target_is_the_formula(kind, parameter, shape, with_gain, strength, k):
     else:
         expected = values - projector @ values
     edit = Edit(mx.array(directions.astype(np.float32)), strength)
-    found = target(
-        edit, writer(kind, gain), parameter, mx.array(values.astype(np.float32))
-    )
+    found = target(edit, writer(kind, gain), parameter, mx.array(values.astype(np.float32)))
     assert found.dtype == mx.float32
     np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
 
@@ -72,9 +70,7 @@ def test_orthonormal_keeps_the_span_and_the_sign():
     assert (np.diag(basis @ rows.T) > 0).all()
 
 
-@pytest.mark.parametrize(
-    "rows", [np.zeros((1, D)), np.full((1, D), np.nan), np.ones((2, D))]
-)
+@pytest.mark.parametrize("rows", [np.zeros((1, D)), np.full((1, D), np.nan), np.ones((2, D))])
 def test_directions_that_point_nowhere_are_refused(rows):
     with pytest.raises(UserError):
         orthonormal(mx.array(rows.astype(np.float32)))

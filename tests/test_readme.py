@@ -30,7 +30,8 @@ def test_the_library_example_runs_and_shows_what_it_says():
 
 def test_every_command_and_flag_in_the_readme_exists():
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    calls = [call for line in lines for call in line.split("&&") if call.strip().startswith("abl-mlx")]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    calls = [part for part in parts if part.startswith("abl-mlx")]
     assert len(calls) >= 7
     for call in calls:
         name, *arguments = shlex.split(call, comments=True)[1:]

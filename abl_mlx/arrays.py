@@ -1,0 +1,24 @@
+"""Python values from MLX arrays, typed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+
+def number(array: mx.array) -> float:
+    """The one value of an array of size 1."""
+    return float(array.item())  # type: ignore[arg-type]
+
+
+def numbers(array: mx.array) -> list[Any]:
+    """The values of a 1-D array."""
+    return list(array.tolist())  # type: ignore[arg-type]
+
+
+def parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """(path, array) of every parameter of a module."""
+    return list(tree_flatten(module.parameters()))  # type: ignore[arg-type]
