@@ -183,9 +183,14 @@ def _rope_scaling(flat: dict[str, Any], arch: Architecture) -> dict[str, int | f
                 scaling.get("original_max_position_embeddings") or 4096
             ),
         }
-        for key in ("beta_fast", "beta_slow"):
-            if scaling.get(key) is not None:
-                values[f"rope.scaling.yarn_{key}"] = float(scaling[key])
+        for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            # llama.cpp has a key for these but reads it for other architectures only.
+            if float(scaling.get(key, default)) != default:
+                raise UserError(
+                    f"config.json's rope_scaling sets {key} to {scaling[key]}, but llama.cpp "
+                    f"always takes {default} for {arch.gguf}: remove rope_scaling to keep the "
+                    f"trained context length."
+                )
         return values
     if kind in ("longrope", "su") and arch.gguf == "phi3":
         ratio = _integer(flat, "max_position_embeddings") / _original_context(flat)
