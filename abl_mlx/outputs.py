@@ -234,7 +234,9 @@ def write_companions(
         return
     from convert.ollama import modelfile
 
-    contents["modelfile"] = modelfile(written.output.path, source.folder)
+    contents["modelfile"] = modelfile(
+        written.output.staged, source.folder, written.output.path.name
+    )
     with ExitStack() as stack:
         for key, place in companions(written.output.path).items():
             stack.enter_context(new_file(place)).write_text(contents[key], encoding="utf-8")

@@ -80,12 +80,13 @@ class Turns:
         return "".join(parts)
 
 
-def modelfile(gguf: Path, folder: Path | None = None) -> str:
+def modelfile(gguf: Path, folder: Path | None = None, name: str | None = None) -> str:
     """The text of a Modelfile that hands ``gguf`` to Ollama, from the same folder.
 
     Args:
         gguf: the file, already written.
         folder: the model folder it was made from, for its licence and every end-of-reply token.
+        name: the file's name once it is in its place; None when it is there already.
 
     Returns:
         FROM, TEMPLATE, PARAMETER stop and LICENSE lines. Without TEMPLATE, a comment says why.
@@ -100,7 +101,7 @@ def modelfile(gguf: Path, folder: Path | None = None) -> str:
         for role in ("bos", "eos", "eot", "eom")
         if f"tokenizer.ggml.{role}_token_id" in keys
     }
-    lines = [f"FROM ./{Path(gguf).name}"]
+    lines = [f"FROM ./{name or Path(gguf).name}"]
     source = keys.get("tokenizer.chat_template")
     turns = None
     if source:
