@@ -129,6 +129,8 @@ class LlamaCpp:
                     "messages": messages,
                     "max_tokens": max_tokens,
                     "temperature": 0,
+                    # A reply should not depend on which slot answered what before.
+                    "cache_prompt": False,
                     "chat_template_kwargs": {"enable_thinking": enable_thinking},
                 },
             )

@@ -403,7 +403,10 @@ def _sentencepiece_entries(files: _Files) -> dict[int, _Entry]:
             entries[int(token_id)] = _Entry(text, kind, score)
     for token_id, piece in enumerate(files.pieces):
         # SentencePiece's types have GGUF's numbers.
-        entries[token_id] = _Entry(piece.text, TokenType(piece.kind), piece.score)
+        kind = TokenType(piece.kind)
+        user_defined = kind == TokenType.USER_DEFINED
+        text = piece.text.replace(_SPACE, " ") if user_defined else piece.text
+        entries[token_id] = _Entry(text, kind, piece.score)
     return entries
 
 

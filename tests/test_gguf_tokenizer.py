@@ -277,3 +277,5 @@ def test_our_reading_of_a_sentencepiece_file_is_sentencepieces(tmp_path: Path) -
         whole, bare = read_tokenizer(folder), read_tokenizer(alone)
         assert bare.add_space_prefix == whole.add_space_prefix
         assert bare.add_bos is False
+        assert bare.scores is not None
+        assert whole.tokens == bare.tokens
