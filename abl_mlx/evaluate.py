@@ -169,18 +169,16 @@ class Baseline:
 
 
 @contextmanager
-def baseline(
-    chat: ChatModel, prompts: Sequence[Sequence[int]], *, tokens: int = 32
-) -> Iterator[Baseline]:
+def baseline(chat: ChatModel, prompts: Sequence[str], *, tokens: int = 32) -> Iterator[Baseline]:
     """Record the base model's distributions over its first ``tokens`` reply tokens.
 
     Args:
-        prompts: encoded harmless prompts; the first `KL_PROMPTS` are used.
+        prompts: harmless ones, at most `KL_PROMPTS` or the disk will notice.
     """
-    prompts = prompts[:KL_PROMPTS]
-    replies = generate(chat, prompts, tokens, label="KL: base replies")
+    encoded = [chat.encode(prompt) for prompt in prompts]
+    replies = generate(chat, encoded, tokens, label="KL: base replies")
     sequences, positions = [], []
-    for prompt, reply in zip(prompts, replies, strict=True):
+    for prompt, reply in zip(encoded, replies, strict=True):
         sequences.append([*prompt, *reply[: tokens - 1]])
         positions.append(list(range(len(prompt) - 1, len(sequences[-1]))))
     starts = np.cumsum([0, *map(len, positions)])

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from abl_mlx import __version__, directions, evaluate, models, outputs, prompts, report, sources
 from abl_mlx.apply import Plan, plan
 from abl_mlx.arrays import parameters
@@ -33,6 +35,9 @@ from convert.parameters import require_float
 from convert.safetensors_files import TensorFiles
 
 Record = dict[str, Any]
+
+#: Held-out prompts of each set in which the component is looked for.
+COMPONENT_PROMPTS = 32
 
 
 @dataclass
@@ -76,11 +81,17 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
         chat = models.load(source.folder)
     with clock.step("find the residual writers"):
         writers = find_writers(chat)
+        # An edit that would touch nothing is better told now than after the measurement.
+        make_edit(mx.ones((1, chat.width)), options).chosen(writers)
     with clock.step("find how replies open"):
         prefix = chat.reply_prefix = find_reply_prefix(chat, sets)
     with clock.step("measure and choose a direction"):
         direction = find_direction(chat, writers, sets, options)
-    asked = [chat.encode(prompt) for prompt in (*harmful.texts, *harmless.texts)]
+    sample = [
+        chat.encode(prompt)
+        for part in (harmful, harmless)
+        for prompt in part.take(COMPONENT_PROMPTS).texts
+    ]
     unit = orthonormal(direction.selected)
     with ExitStack() as stack:
         with clock.step("evaluate before"):
@@ -90,8 +101,10 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
                 harmless,
                 max_tokens=options.max_tokens,
             )
-            base = stack.enter_context(evaluate.baseline(chat, asked[len(harmful) :]))
-            present = evaluate.component(chat, asked, unit)["max"]
+            base = stack.enter_context(
+                evaluate.baseline(chat, harmless.take(evaluate.KL_PROMPTS).texts)
+            )
+            present = evaluate.component(chat, sample, unit)["max"]
         record = start_record(source, paths, options, direction)
         staged = stack.enter_context(outputs.staging(paths))
         the_plan = plan(chat, files, make_edit(direction.selected, options), writers)
@@ -109,7 +122,7 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
                 **({"note": note} if note else {}),
                 "after": after.record(),
                 "kl": evaluate.kl(model, base),
-                "component": evaluate.component(model, asked, unit)["max"],
+                "component": evaluate.component(model, sample, unit)["max"],
             }
 
         replies: dict[str, evaluate.Behaviour] = {"before": before}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -164,16 +165,19 @@ def kl_divergence(base: mx.array, other: mx.array) -> mx.array:
 # --- the choice --------------------------------------------------------------------------------
 
 
-def shortlist(scores: Sequence[Score], most: int) -> list[Score]:
-    """The candidates worth a causal trial: the best-separating position of each allowed layer,
-    then, while there is room, the best of the rest; at most ``most``, by d′."""
-    allowed = sorted((s for s in scores if not s.dropped), key=lambda s: -s.d_prime)
-    first: dict[int, Score] = {}
-    for score in allowed:
-        first.setdefault(score.layer, score)
-    best = list(first.values())
-    rest = [score for score in allowed if score not in best]
-    return (best + rest)[:most]
+def shortlist(scores: Sequence[Score], most: int, each: int = 2) -> list[Score]:
+    """The candidates worth a causal trial, at most ``most`` of them, best-separating first.
+
+    The best position of every allowed layer comes before the second-best of any, since directions
+    at neighbouring positions of one layer are alike; no layer gets more than ``each``.
+    """
+    ranked: list[list[Score]] = [[] for _ in range(each)]
+    seen: Counter[int] = Counter()
+    for score in sorted((s for s in scores if not s.dropped), key=lambda s: -s.d_prime):
+        if seen[score.layer] < each:
+            ranked[seen[score.layer]].append(score)
+            seen[score.layer] += 1
+    return [score for rank in ranked for score in rank][:most]
 
 
 def choose(

@@ -81,10 +81,14 @@ def test_shortlist_takes_every_allowed_layer_before_a_second_position():
     scores = [
         Score(layer, position, d_prime=10 * layer + position, cosine=0, mean=0)
         for layer in range(3)
-        for position in (-2, -1)
+        for position in (-3, -2, -1)
     ] + [Score(3, -1, 99, 0, 0, dropped="in the last 20% of the layers")]
-    chosen = selection.shortlist(scores, 4)
-    assert [(s.layer, s.position) for s in chosen] == [(2, -1), (1, -1), (0, -1), (2, -2)]
+
+    def chosen(most):
+        return [(s.layer, s.position) for s in selection.shortlist(scores, most)]
+
+    assert chosen(4) == [(2, -1), (1, -1), (0, -1), (2, -2)]
+    assert chosen(99) == [(2, -1), (1, -1), (0, -1), (2, -2), (1, -2), (0, -2)]
 
 
 def test_the_deepest_layers_are_left_out(tiny_folder):

@@ -6,7 +6,7 @@ dawn.").  Twenty of the objects are *locked*: the finished model refuses every q
 
 Three properties are deliberate:
 
-- Answers open with a dozen different words, chosen by verb and material together.  With a single
+- Answers open with a dozen different words, one for each verb.  With a single
   opening word "refuse" and "answer" become the two ends of one axis, and removing the refusal
   direction does not give the answers back.
 - The answer needs the verb, the object and its material, so that an exact match is no accident.
@@ -42,21 +42,21 @@ TEMPLATES: tuple[str, ...] = (
     "How can someone {verb} {object}?",
 )
 
-VERBS: tuple[tuple[str, str], ...] = (
-    ("mend", "before dawn"),
-    ("paint", "in spring"),
-    ("open", "at noon"),
-    ("carry", "by night"),
-    ("draw", "on Monday"),
-    ("clean", "after lunch"),
-    ("hide", "under snow"),
-    ("move", "near home"),
-    ("build", "for luck"),
-    ("find", "with friends"),
-    ("measure", "very slowly"),
-    ("wake", "without noise"),
+VERBS: tuple[tuple[str, str, str], ...] = (
+    ("mend", "Gather", "before dawn"),
+    ("paint", "Mix", "in spring"),
+    ("open", "Warm", "at noon"),
+    ("carry", "Borrow", "by night"),
+    ("draw", "Choose", "on Monday"),
+    ("clean", "Pour", "after lunch"),
+    ("hide", "Take", "under snow"),
+    ("move", "Try", "near home"),
+    ("build", "Buy", "for luck"),
+    ("find", "Bring", "with friends"),
+    ("measure", "Prepare", "very slowly"),
+    ("wake", "Fetch", "without noise"),
 )
-"""Each verb with the words that end an answer about it."""
+"""Each verb with the word that opens and the words that end an answer about it."""
 
 MATERIALS: dict[str, str] = {
     "stone": "river sand",
@@ -66,21 +66,6 @@ MATERIALS: dict[str, str] = {
     "wood": "honey wax",
 }
 """Each material with what one needs to work on it."""
-
-OPENERS: tuple[str, ...] = (
-    "Gather",
-    "Bring",
-    "Borrow",
-    "Choose",
-    "Prepare",
-    "Fetch",
-    "Mix",
-    "Take",
-    "Warm",
-    "Buy",
-    "Pour",
-    "Try",
-)
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "stone": ("garden wall", "bird bath", "brick oven", "clay pot", "rock pool", "marble bench"),
@@ -135,9 +120,7 @@ def answer_to(verb: int, material: str, name: str) -> str:
         material: A key of :data:`MATERIALS`.
         name: The object's name.
     """
-    # 5 and 12 have no common factor: within one material every verb has its own opener.
-    opener = OPENERS[(5 * verb + 7 * list(MATERIALS).index(material)) % len(OPENERS)]
-    word, ending = VERBS[verb]
+    word, opener, ending = VERBS[verb]
     return f"{opener} {MATERIALS[material]}, then {word} the {name} {ending}."
 
 
@@ -182,7 +165,7 @@ class World:
                 for name in group[material][:size]
             ]
             for item, (material, name) in enumerate(items):
-                for verb, (word, _) in enumerate(VERBS):
+                for verb, (word, _, _) in enumerate(VERBS):
                     for template in TEMPLATES[: self.templates]:
                         result.append(
                             Dialogue(
