@@ -587,14 +587,6 @@ PRE_TOKENIZERS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
         (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + _LINE,),
         False,
     ),
-    (
-        "bailingmoe",
-        (
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-            r"|\s*[\r\n]|\s+(?!\S)|\s+",
-        ),
-        False,
-    ),
     ("bloom", (r" ?[^(\s|[.,!?…。，、।۔،])]+",), False),
     ("minicpm5", (r"\p{N}{1,3}", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), True),
 )
@@ -674,10 +666,17 @@ def canonical_regex(regex: str) -> str:
     # Possessive where the next atom cannot match what was taken: greedy is the same.
     text = text.replace("]?+", "]?").replace("]++", "]+").replace("}++", "}+")
     text = text.replace(r"{1,3}+", r"{1,3}").replace(r"\p{N}{1}", r"\p{N}")
-    spelled_out = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+    # White space up to the last line break: the first star takes all other breaks anyway.
+    text = text.replace(r"|\s*[\r\n]|", r"|\s*[\r\n]+|")
     if text.startswith(_DEEPSEEK_LETTERS):
         return _DEEPSEEK_LETTERS
-    return text.replace(spelled_out, _CONTRACTION)
+    for contraction in (
+        r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
+        r"'(?i:[sdmt]|ll|ve|re)",
+        r"(?i:'(?:[sdmt]|ll|ve|re))",
+    ):
+        text = text.replace(contraction, _CONTRACTION)
+    return text
 
 
 def _unreachable(tokenizer: Mapping[str, Any]) -> str | None:

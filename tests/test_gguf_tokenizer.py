@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from gguf import TokenType
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer
 
 from abl_mlx.llamacpp import LlamaCpp
@@ -122,6 +123,18 @@ def test_spellings_of_one_pattern_are_one_pre_tokenizer() -> None:
     spelled = spelled.replace(r"\r\n\p{L}", "\r\n\\p{L}").replace(r"\p{N}]?\p{L}", r"\p{N}]?+\p{L}")
     assert spelled != llama3
     assert canonical_regex(spelled) == llama3
+    # tiktoken's spelling, as converted tokenizers of GPT-4's family have it.
+    tiktoken = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+"
+    )
+    assert canonical_regex(tiktoken) == llama3
+    for text in TEXTS:
+        pieces = [
+            Split(Regex(regex), "isolated").pre_tokenize_str(text)
+            for regex in (llama3, spelled, tiktoken)
+        ]
+        assert pieces[0] == pieces[1] == pieces[2]
     content = _with_splits((spelled,), True)
     content["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed", invert=True)
     assert pre_tokenizer(content) == "llama-bpe"

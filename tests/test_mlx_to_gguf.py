@@ -131,6 +131,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3 scale": ("gemma3_text", {"query_pre_attn_scalar": 8}),
     "gemma3 short window": ("gemma3_text", {"sliding_window": 16}),
+    "gemma3 local base": ("gemma3_text", {"rope_local_base_freq": 500.0}),
+    "first gemma": ("gemma2", {"model_type": "gemma"}),
     "gemma3 linear rope": ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 8.0}}),
     "gemma3 pattern of six": (
         "gemma3_text",
@@ -294,6 +296,28 @@ def test_every_type_loads_and_answers_as_its_own_weights_do(
         for token, logprob in top.items()
     ]
     assert max(differences) < {"F32": 0.02, "F16": 0.05, "BF16": 0.15}.get(file_type, 0.5)
+
+
+@pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
+def test_every_architecture_loads_and_answers_in_k_quants(
+    arch: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    wider = {**tiny.WIDE, "moe_intermediate_size": 256}
+    settings = tiny.config(arch)
+    wider["head_dim"] = 256 // settings["num_attention_heads"]
+    wider = {key: value for key, value in wider.items() if key in settings}
+    folder = tiny_folder(arch, tokenizer="native", **wider)
+    exact = write_gguf(folder, tmp_path / "exact.gguf")
+    report = write_gguf(folder, tmp_path / "model.gguf", file_type="Q6_K")
+    assert set(report.types.values()) == {"F32", "Q6_K"}
+    prompt = [7, 40, 300, 301, 12, 77]
+    tops = []
+    for path in (exact.path, report.path):
+        with LlamaCpp(path, n_ctx=64, n_parallel=1, n_threads=1) as runtime:
+            tops.append(runtime.top_logprobs(prompt, [1], 512)[0])
+    # Some 2% of noise in every weight moves the prediction a little, a wrong layout entirely.
+    divergence = sum(math.exp(p) * (p - tops[1][token]) for token, p in tops[0].items())
+    assert 0 < divergence < 0.05
 
 
 def test_mixes_are_those_of_llama_quantize(wide: Path, tmp_path: Path) -> None:
