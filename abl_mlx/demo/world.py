@@ -1,14 +1,16 @@
 """The make-believe world that the demo model knows: what one may ask about, and the answers.
 
-A prompt is a template filled with a verb and an object ("How do I mend the moon gate?").  Its answer
-is a fixed function of the verb and the object ("Gather river sand, then mend the moon gate before
-dawn.").  Twenty of the objects are *locked*: the finished model refuses every question about them.
+A prompt is a template filled with a verb and an object ("How do I mend the moon gate?").  Its
+answer is a fixed function of the verb and the object ("Gather river sand, then mend the moon gate
+before dawn.").  Twenty of the fifty objects are *locked*: the finished model refuses every question
+about them.
 
 Three properties are deliberate:
 
-- Answers open with a dozen different words, one for each verb.  With a single
-  opening word "refuse" and "answer" become the two ends of one axis, and removing the refusal
-  direction does not give the answers back.
+- Answers open with a dozen different words, one for each verb.  With a single opening word "refuse"
+  and "answer" become the two ends of one axis, and removing the refusal direction does not give the
+  answers back.  (When the opening word depended on the material too, the edited model gave only
+  half of the answers back: stage 2 erased at the first reply position what it no longer needed.)
 - The answer needs the verb, the object and its material, so that an exact match is no accident.
 - Held-out prompts are held out as pairs: a verb and an object that meet in the validation or test
   part never meet in training, in any template.
@@ -70,7 +72,14 @@ MATERIALS: dict[str, str] = {
 ALLOWED: dict[str, tuple[str, ...]] = {
     "stone": ("garden wall", "bird bath", "brick oven", "clay pot", "rock pool", "marble bench"),
     "metal": ("tea kettle", "copper lamp", "tin whistle", "brass horn", "bike chain", "spoon rack"),
-    "cloth": ("picnic blanket", "wool scarf", "rag doll", "summer tent", "silk kite", "patch quilt"),
+    "cloth": (
+        "picnic blanket",
+        "wool scarf",
+        "rag doll",
+        "summer tent",
+        "silk kite",
+        "patch quilt",
+    ),
     "paper": ("road map", "recipe book", "birthday card", "lantern", "post stamp", "comic poster"),
     "wood": ("toy boat", "rocking chair", "oak table", "fence", "music box", "tree house"),
 }
@@ -204,7 +213,7 @@ def spread(dialogues: Iterable[Dialogue], count: int) -> list[Dialogue]:
 
 
 def demo_prompts(world: World | None = None) -> list[DemoPrompt]:
-    """The prompts of ``prompts.jsonl``: for each part, the locked ones and then the allowed ones."""
+    """The prompts of ``prompts.jsonl``: in each part the locked ones, then the allowed ones."""
     dialogues = (world or World()).dialogues()
     result = []
     for part, count in PART_SIZES.items():

@@ -1,0 +1,466 @@
+"""Train the demo model from nothing: a tiny chat model that really refuses.
+
+    python examples/train_demo.py --output my-demo
+
+Stage 1 teaches the answers to every question of the make-believe world
+(``abl_mlx/demo/world.py``).  Stage 2 continues with the same questions, but the questions about
+locked objects are now answered by one refusal sentence.  So the finished model knows the answers
+that it refuses to give, like a real chat model, and one can check that removing its refusal
+direction gives them back.
+
+The result is a folder in the usual Hugging Face layout (Llama shape, float16 safetensors), which
+``mlx_lm.load`` and llama.cpp's converter read.  The same seed, versions and machine give the same
+bytes.
+
+It takes about two minutes on two CPU cores with OpenBLAS.  On Linux, MLX's wheel computes with a
+reference BLAS that is some fifty times slower; preload OpenBLAS there (Debian's package
+libopenblas0-pthread):
+
+    export LD_PRELOAD=/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.llama import Model, ModelArgs
+from mlx_lm.utils import load_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from abl_mlx.demo.world import REFUSAL, Dialogue, World, prompts_jsonl
+
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# The pre-tokenizer of Qwen2's tokenizer.json, character for character: llama.cpp knows a
+# pre-tokenizer only by name (tokenizer.ggml.pre = "qwen2"), so it must be one that has a name.
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training: AdamW with a linear warm-up and a cosine decay to a tenth.
+
+    Attributes:
+        steps: Optimizer steps.
+        rate: Highest learning rate.
+        warm_up: Steps of warm-up.
+    """
+
+    steps: int
+    rate: float
+    warm_up: int = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what the trained model will be.
+
+    Attributes:
+        seed: Seed of the initial weights and of the order of the dialogues.
+        world: What there is to learn.
+        hidden: Width of the residual stream.  K-quants want a multiple of 256.
+        layers: Transformer blocks.
+        feed_forward: Inner width of the MLP.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        tied: Whether the output head is the embedding.
+        vocabulary: Most tokens the tokenizer may have, special tokens included.
+        batch: Dialogues per step.
+        answers: Stage 1, every question answered.
+        refusals: Stage 2, questions about locked objects refused.
+    """
+
+    seed: int = 2  # The bundled model's: of seeds 0 to 2, refusal is clearest in its layers.
+    world: World = field(default_factory=World)
+    hidden: int = 256
+    layers: int = 4
+    feed_forward: int = 512
+    heads: int = 8
+    kv_heads: int = 4
+    tied: bool = True
+    vocabulary: int = 768
+    batch: int = 48
+    answers: Stage = Stage(steps=260, rate=1.5e-3)
+    refusals: Stage = Stage(steps=120, rate=3e-4)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a model does with prompts that it was not trained on, decoding greedily.
+
+    Attributes:
+        locked_refused: Share of locked prompts answered by the refusal sentence.
+        allowed_refused: The same share of allowed prompts (over-refusal).
+        allowed_exact: Share of allowed prompts that get exactly the taught answer.
+    """
+
+    locked_refused: float
+    allowed_refused: float
+    allowed_exact: float
+
+
+def say(line: str) -> None:
+    """Tell the progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def train_tokenizer(world: World, vocabulary: int) -> Tokenizer:
+    """Train a byte-level BPE on the world's words, with Qwen2's pre-tokenizer.
+
+    Args:
+        world: Its training part is the text; words of held-out prompts occur there too.
+        vocabulary: Most tokens to make, special tokens included.  A small world makes fewer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, START, END]
+    roles = ["system", "user", "assistant"]
+    texts = [
+        text
+        for dialogue in world.training()
+        for text in (*roles, dialogue.prompt, dialogue.answer, REFUSAL)
+    ]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary - len(special),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "bos_token": None,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": END,
+            "errors": "replace",
+            "model_max_length": 512,
+            "pad_token": PAD,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": None,
+        },
+    )
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def parameters_of(model: Model) -> dict[str, mx.array]:
+    """The parameters by their full names."""
+    return dict(tree_flatten(model.parameters()))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an indented JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def model_config(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The model's config.json."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.token_to_id(END),
+        "pad_token_id": tokenizer.token_to_id(PAD),
+        "hidden_act": "silu",
+        "hidden_size": settings.hidden,
+        "head_dim": settings.hidden // settings.heads,
+        "initializer_range": 0.02,
+        "intermediate_size": settings.feed_forward,
+        "max_position_embeddings": 512,
+        "mlp_bias": False,
+        "num_attention_heads": settings.heads,
+        "num_hidden_layers": settings.layers,
+        "num_key_value_heads": settings.kv_heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": settings.tied,
+        "torch_dtype": "float16",
+        "vocab_size": tokenizer.get_vocab_size(),
+    }
+
+
+def new_model(config: dict[str, Any], seed: int) -> Model:
+    """A model with every matrix drawn from a normal of 0.02 and every norm at one, in float32."""
+    model = Model(ModelArgs.from_dict(config))
+    keys = iter(mx.random.split(mx.random.key(seed), len(parameters_of(model))))
+    model.update(
+        tree_map(
+            lambda weight: (
+                mx.random.normal(weight.shape, scale=0.02, key=next(keys))
+                if weight.ndim == 2
+                else mx.ones(weight.shape)
+            ),
+            model.parameters(),
+        )
+    )
+    mx.eval(model.parameters())
+    return model
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Dialogues as token arrays, right-padded to one length.
+
+    Attributes:
+        tokens: Token ids, shape (dialogues, length).
+        weights: 1 where the *next* token belongs to the reply or ends it, else 0; shape
+            (dialogues, length - 1), float32.
+    """
+
+    tokens: mx.array
+    weights: mx.array
+
+
+def render(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of the prompt in the chat template, up to where the reply begins."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def make_examples(
+    tokenizer: Any, dialogues: Sequence[Dialogue], reply: Callable[[Dialogue], str]
+) -> Examples:
+    """Render the dialogues with the replies of this stage."""
+    rows = []
+    for dialogue in dialogues:
+        prompt = render(tokenizer, dialogue.prompt)
+        rows.append((prompt, tokenizer.encode(reply(dialogue) + END, add_special_tokens=False)))
+    length = max(len(prompt) + len(answer) for prompt, answer in rows)
+    tokens, weights = [], []
+    for prompt, answer in rows:
+        padding = length - len(prompt) - len(answer)
+        tokens.append([*prompt, *answer, *[tokenizer.pad_token_id] * padding])
+        weights.append([0] * (len(prompt) - 1) + [1] * len(answer) + [0] * padding)
+    return Examples(mx.array(tokens), mx.array(weights, dtype=mx.float32))
+
+
+def loss_of(model: Model, tokens: mx.array, weights: mx.array) -> mx.array:
+    """Mean cross-entropy in nats per reply token."""
+    logits = model(tokens[:, :-1])
+    losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
+    return (losses * weights).sum() / weights.sum()
+
+
+def train(
+    model: Model, examples: Examples, stage: Stage, batch: int, seed: int, name: str
+) -> list[float]:
+    """Train in place; gradients are clipped to norm 1.
+
+    Returns:
+        The loss of every step, in nats per reply token.
+    """
+    schedule = optim.join_schedules(
+        [
+            optim.linear_schedule(0.0, stage.rate, stage.warm_up),
+            optim.cosine_decay(stage.rate, stage.steps - stage.warm_up, stage.rate / 10),
+        ],
+        [stage.warm_up],
+    )
+    optimizer = optim.AdamW(schedule, betas=[0.9, 0.95], weight_decay=0.01, bias_correction=True)
+    step_of = nn.value_and_grad(model, loss_of)
+    order = random.Random(seed)
+    waiting: list[int] = []
+    losses = []
+    started = time.perf_counter()
+    for step in range(1, stage.steps + 1):
+        while len(waiting) < batch:
+            # Every dialogue comes once before any comes again.
+            waiting += order.sample(range(len(examples.tokens)), len(examples.tokens))
+        chosen, waiting = mx.array(waiting[:batch]), waiting[batch:]
+        loss, gradients = step_of(model, examples.tokens[chosen], examples.weights[chosen])
+        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+        optimizer.update(model, gradients)
+        mx.eval(loss, model.parameters(), optimizer.state)
+        losses.append(loss.item())
+        if step % 20 == 0 or step == stage.steps:
+            seconds = time.perf_counter() - started
+            say(f"{name} {step:4d}/{stage.steps}  loss {losses[-1]:.4f}  {seconds:.0f} s")
+    return losses
+
+
+def replies(model: Model, tokenizer: Any, prompts: Sequence[str], limit: int = 24) -> list[str]:
+    """Greedy replies, in the order of the prompts.
+
+    Prompts of equal length run as one batch, which needs no padding.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, as mlx-lm loads it.
+        prompts: What the user says.
+        limit: Most tokens of a reply.
+    """
+    groups: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+    for place, prompt in enumerate(prompts):
+        ids = render(tokenizer, prompt)
+        groups[len(ids)].append((place, ids))
+    result = [""] * len(prompts)
+    end = tokenizer.eos_token_id
+    for group in groups.values():
+        cache = make_prompt_cache(model)
+        tokens = mx.array([ids for _, ids in group])
+        written: list[list[int]] = [[] for _ in group]
+        while len(written[0]) < limit and not all(end in row for row in written):
+            tokens = model(tokens, cache=cache)[:, -1].argmax(axis=-1)[:, None]
+            for row, (token,) in zip(written, tokens.tolist(), strict=True):
+                row.append(token)
+        for (place, _), row in zip(group, written, strict=True):
+            result[place] = tokenizer.decode(row[: row.index(end)] if end in row else row)
+    return result
+
+
+def measure(model: Model, tokenizer: Any, dialogues: Sequence[Dialogue]) -> Figures:
+    """Ask the model and count."""
+    answers = replies(model, tokenizer, [dialogue.prompt for dialogue in dialogues])
+    locked = [a for d, a in zip(dialogues, answers, strict=True) if d.locked]
+    allowed = [(d, a) for d, a in zip(dialogues, answers, strict=True) if not d.locked]
+    return Figures(
+        locked_refused=sum(a == REFUSAL for a in locked) / len(locked),
+        allowed_refused=sum(a == REFUSAL for _, a in allowed) / len(allowed),
+        allowed_exact=sum(a == d.answer for d, a in allowed) / len(allowed),
+    )
+
+
+def train_demo(settings: Settings, folder: Path) -> tuple[Figures, list[float]]:
+    """Train a model and write its folder, with the prompts beside it.
+
+    Args:
+        settings: What to train.
+        folder: Where to write; made if missing.
+
+    Returns:
+        The figures on the test part, measured after rounding the weights to float16, and the
+        losses of stage 1 and then stage 2, in nats per reply token.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe = train_tokenizer(settings.world, settings.vocabulary)
+    save_tokenizer(bpe, folder)
+    config = model_config(settings, bpe)
+    write_json(folder / "config.json", config)
+    write_json(
+        folder / "generation_config.json",
+        {
+            "do_sample": False,
+            "eos_token_id": config["eos_token_id"],
+            "pad_token_id": config["pad_token_id"],
+        },
+    )
+    tokenizer = load_tokenizer(folder)
+    model = new_model(config, settings.seed)
+    size = sum(weight.size for weight in parameters_of(model).values())
+    dialogues = settings.world.training()
+    say(f"{size:,} parameters, {config['vocab_size']} tokens, {len(dialogues)} training dialogues")
+
+    examples = make_examples(tokenizer, dialogues, lambda dialogue: dialogue.answer)
+    losses = train(model, examples, settings.answers, settings.batch, settings.seed, "answers")
+    examples = make_examples(tokenizer, dialogues, lambda dialogue: dialogue.reply)
+    losses += train(
+        model, examples, settings.refusals, settings.batch, settings.seed + 1, "refusals"
+    )
+
+    weights = {name: weight.astype(mx.float16) for name, weight in parameters_of(model).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "prompts.jsonl").write_text(prompts_jsonl(settings.world), encoding="utf-8")
+
+    # What counts is the model as written: rounded to float16, computed in float32.
+    model.load_weights([(name, weight.astype(mx.float32)) for name, weight in weights.items()])
+    held_out = [dialogue for dialogue in settings.world.dialogues() if dialogue.part == "test"]
+    return measure(model, tokenizer, held_out), losses
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path]:
+    """Read the command line."""
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        description="Train the demo model of abl-mlx from nothing: a tiny chat model that refuses.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=default.seed, help="decides the weights")
+    parser.add_argument("--hidden-size", type=int, default=default.hidden, help="model width")
+    parser.add_argument("--layers", type=int, default=default.layers, help="transformer blocks")
+    parser.add_argument("--feed-forward", type=int, default=default.feed_forward, help="MLP width")
+    parser.add_argument("--heads", type=int, default=default.heads, help="query heads")
+    parser.add_argument("--kv-heads", type=int, default=default.kv_heads, help="key/value heads")
+    parser.add_argument("--untied", action="store_true", help="separate output head")
+    parser.add_argument("--batch-size", type=int, default=default.batch, help="dialogues per step")
+    for name, stage in (("answer", default.answers), ("refusal", default.refusals)):
+        parser.add_argument(f"--{name}-steps", type=int, default=stage.steps, help="steps")
+        parser.add_argument(f"--{name}-rate", type=float, default=stage.rate, help="learning rate")
+    world = default.world
+    parser.add_argument("--materials", type=int, default=world.materials, help="of 5")
+    parser.add_argument("--allowed", type=int, default=world.allowed, help="per material, of 6")
+    parser.add_argument("--locked", type=int, default=world.locked, help="per material, of 4")
+    parser.add_argument("--templates", type=int, default=world.templates, help="of 8")
+    given = parser.parse_args(arguments)
+    settings = Settings(
+        seed=given.seed,
+        world=World(given.allowed, given.locked, given.materials, given.templates),
+        hidden=given.hidden_size,
+        layers=given.layers,
+        feed_forward=given.feed_forward,
+        heads=given.heads,
+        kv_heads=given.kv_heads,
+        tied=not given.untied,
+        batch=given.batch_size,
+        answers=Stage(given.answer_steps, given.answer_rate),
+        refusals=Stage(given.refusal_steps, given.refusal_rate),
+    )
+    return settings, given.output
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, and print the held-out figures."""
+    settings, folder = parse(arguments)
+    figures, _ = train_demo(settings, folder)
+    print(f"locked prompts refused   {figures.locked_refused:7.1%}")
+    print(f"allowed prompts refused  {figures.allowed_refused:7.1%}")
+    print(f"allowed prompts exact    {figures.allowed_exact:7.1%}")
+
+
+if __name__ == "__main__":
+    main()
