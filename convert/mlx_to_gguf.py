@@ -7,6 +7,7 @@ converter. Quantized types come from gguf-py, K-quants from ggml itself.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,7 @@ def write_gguf(
             ggml.library()
         keys = _metadata(folder, config, file_type, tokenizer, name_suffix)
         keys.update(metadata or {})
+        keys["general.name"] = _phi3_name(str(keys["general.name"]), tokenizer)
         with new_file(out) as partial:
             writer = gguf.GGUFWriter(partial, names.architecture(config).gguf)
             try:
@@ -425,7 +427,7 @@ def _metadata(
 ) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "general.type": "model",
-        "general.name": _general_name(folder, tokenizer) + name_suffix,
+        "general.name": _general_name(folder) + name_suffix,
         "general.file_type": int(FILE_TYPES[file_type][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
@@ -434,18 +436,23 @@ def _metadata(
     return keys
 
 
-def _general_name(folder: Path, tokenizer: Tokenizer) -> str:
+def _general_name(folder: Path) -> str:
     parts = folder.absolute().parts
     # The hub's cache keeps a model under models--owner--name/snapshots/hash.
     cached = next((part for part in reversed(parts) if part.startswith("models--")), None)
-    name = cached.split("--")[-1] if cached else folder.absolute().name
-    # llama.cpp lets special tokens of what is named so swallow white space, and needs its tokens.
-    named_phi3 = any(mark in name.lower() for mark in ("phi-3", "phi3"))
-    if named_phi3 and not tokenizer.rstrip:
-        return name.replace("-3", " 3").replace("i3", "i 3").replace("I3", "I 3")
-    if tokenizer.rstrip and not named_phi3:
-        return f"{name} (phi-3)"
-    return name
+    return cached.split("--")[-1] if cached else folder.absolute().name
+
+
+def _phi3_name(name: str, tokenizer: Tokenizer) -> str:
+    """``name``, saying Phi-3 exactly where the special tokens swallow the white space after them.
+
+    llama.cpp knows that property by general.name alone, and then fails to load a vocabulary
+    without Phi-3's other special tokens (src/llama-vocab.cpp, per token attributes).
+    """
+    named = re.search(r"phi-?3", name, re.IGNORECASE)
+    if named and not tokenizer.rstrip:
+        return re.sub(r"(phi)-?3", r"\1 3", name, flags=re.IGNORECASE)
+    return f"{name} (phi-3)" if tokenizer.rstrip and not named else name
 
 
 def _add_metadata(writer: gguf.GGUFWriter, keys: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from gguf import TokenType
-from tokenizers import Regex, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer
 
@@ -238,6 +238,27 @@ def test_two_tokens_of_one_text_are_refused(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"are both '<\|im_start\|>'"):
         read_tokenizer(folder)
+
+
+def test_special_tokens_that_swallow_white_space_do_so_in_llama_cpp(tmp_path: Path) -> None:
+    # llama.cpp knows this of Phi-3 alone, by the model's name.
+    folder = tiny.write_model(
+        tmp_path / "model", "phi3", tokenizer="spm", vocab_size=516, num_hidden_layers=1
+    )
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    names = ["<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False, rstrip=True) for name in names]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["added_tokens_decoder"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    report = write_gguf(folder, tmp_path / "model.gguf")
+    with LlamaCpp(report.path, n_ctx=64, n_parallel=1, n_threads=1) as runtime:
+        for text in ("<|user|>\nHi there<|end|>\n<|assistant|>\n", "a<|endoftext|> b"):
+            assert runtime.tokenize(text) == tokenizer.encode(text).ids, text
 
 
 def test_chat_templates_from_every_place(tmp_path: Path) -> None:

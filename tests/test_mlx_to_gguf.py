@@ -466,7 +466,7 @@ def test_names_with_phi3_in_them_load(tmp_path: Path) -> None:
     # llama.cpp wants certain tokens in a vocabulary when general.name says Phi-3.
     for name in ("Phi-3-mini", "my-phi3"):
         folder = tiny.write_model(tmp_path / name, "phi3", tokenizer="native")
-        report = write_gguf(folder, tmp_path / f"{name}.gguf")
+        report = write_gguf(folder, tmp_path / f"{name}.gguf", metadata={"general.name": name})
         with LlamaCpp(report.path, n_ctx=64, n_parallel=1, n_threads=1) as runtime:
             assert runtime.greedy([1, 2, 3], 2)
 
