@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,10 @@ def write_gguf_file(
     max_leak: float,
 ) -> Written:
     """Write the edited GGUF to the output's staged name and measure its leak."""
-    from convert.gguf_file import read_tensor
     from convert.mlx_to_gguf import write_gguf
 
     metadata: dict[str, str | int | float | bool | list[str]] = {
+        "general.name": f"{source.title}-abliterated",
         "general.tags": TAGS,
         "general.base_model.count": 1,
         "general.base_model.0.name": source.title,
@@ -201,16 +202,31 @@ def write_gguf_file(
             file_type=file_type,
             edits=plan.edits,
             metadata=metadata,
-            name_suffix="-abliterated",
             progress=moved,
         )
 
-    def read_back(name: str) -> mx.array:
-        return mx.array(read_tensor(output.staged, report.tensors[name]))
-
+    read_back = _gguf_reader(output.staged, report.tensors)
     leak = measure_leak(files, plan.edits, read_back, limit=max_leak, output=str(output.path))
     types = tuple(sorted({report.types[report.tensors[name]] for name in plan.edits}))
     return Written(output, leak, read_back, types)
+
+
+def _gguf_reader(path: Path, names: Mapping[str, str]) -> Callable[[str], mx.array]:
+    """Read a GGUF's tensors under their source names: one expert of a stack, or the whole."""
+    from convert.gguf_file import read_tensor
+
+    sources: dict[str, list[str]] = {}
+    for source, name in names.items():
+        sources.setdefault(name, []).append(source)
+    # A stack is decoded once for all of its experts, which follow one another.
+    read = lru_cache(maxsize=1)(lambda name: mx.array(read_tensor(path, name)))
+
+    def read_back(source: str) -> mx.array:
+        stack = sources[names[source]]
+        whole = read(names[source])
+        return whole if len(stack) == 1 else whole[stack.index(source)]
+
+    return read_back
 
 
 def write_companions(

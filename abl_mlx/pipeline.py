@@ -30,8 +30,7 @@ from abl_mlx.sources import Source
 from abl_mlx.writers import Writer, find_writers
 from convert.atomic import check_new, new_file
 from convert.errors import UserError
-from convert.hf_config import read_config
-from convert.parameters import require_float
+from convert.hf_config import read_config, refuse_quantized
 from convert.safetensors_files import TensorFiles
 
 Record = dict[str, Any]
@@ -77,7 +76,7 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
     sets = load_prompts(source, options)
     harmful, harmless = sets.harmful.test, sets.harmless.test
     with clock.step("load the model"):
-        files = open_files(source, paths)
+        files = open_files(source, paths, options)
         chat = models.load(source.folder)
     with clock.step("find the residual writers"):
         writers = find_writers(chat)
@@ -166,7 +165,7 @@ def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Optio
     source = sources.resolve(text)
     outputs.check(paths, source)
     with clock.step("load the model"):
-        files = open_files(source, paths)
+        files = open_files(source, paths, options)
         chat = models.load(source.folder)
         directions.check_width(direction, direction_path, chat)
     with clock.step("find the residual writers"):
@@ -327,11 +326,15 @@ def cut(sets: PromptSets, limit: int | None) -> PromptSets:
     return replace(sets, harmful=harmful, harmless=harmless, borderline=borderline)
 
 
-def open_files(source: Source, paths: Sequence[Path]) -> TensorFiles:
-    """The source's tensors, checked to be editable and to leave room for the outputs."""
+def open_files(source: Source, paths: Sequence[Path], options: Options) -> TensorFiles:
+    """The source's tensors, once it is sure that the outputs can be written from them."""
     files = TensorFiles(source.folder)
-    require_float(files, read_config(source.folder), source.folder)
+    refuse_quantized(source.folder, read_config(source.folder), files.names)
     outputs.check_space(paths, sum(file.stat().st_size for file in files.files))
+    if any(path.suffix == ".gguf" for path in paths):
+        from convert.mlx_to_gguf import check_convertible
+
+        check_convertible(source.folder, options.quantize)
     return files
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ def _missing(config: dict[str, Any]) -> dict[str, Any]:
             rope = rope["full_attention"]
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
-        if "partial_rotary_factor" in rope:
-            found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+            if rope.get(key) is not None:
+                found[key] = rope[key]
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             scaling = {
                 key: value
@@ -69,3 +71,24 @@ def _missing(config: dict[str, Any]) -> dict[str, Any]:
     if "num_local_experts" in config:
         found["num_experts"] = config["num_local_experts"]
     return found
+
+
+def refuse_quantized(folder: Path, config: dict[str, Any], names: Iterable[str]) -> None:
+    """Refuse a quantized folder, whose weights are read as floats here.
+
+    Args:
+        names: of the folder's tensors.
+
+    Raises:
+        UserError: naming the folder and the mend.
+    """
+    configured = any(
+        isinstance(part, dict) and (part.get("quantization") or part.get("quantization_config"))
+        for part in (config, config.get("text_config"))
+    )
+    if configured or any(name.endswith((".scales", ".qweight")) for name in names):
+        raise UserError(
+            f"{folder} is quantized, and quantized weights are not supported as a source yet: take "
+            "the float model it was made from, or dequantize it first with `mlx_lm.convert "
+            f"--hf-path {folder} -d --mlx-path {folder}-float`."
+        )

@@ -6,7 +6,6 @@ converter. Quantized types come from gguf-py, K-quants from ggml itself.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from convert import ggml, names
 from convert.atomic import check_new, new_file
 from convert.errors import UserError
 from convert.gguf_tokenizer import Tokenizer, read_tokenizer
+from convert.hf_config import read_config, refuse_quantized
 from convert.names import Target
 from convert.safetensors_files import TensorFiles
 
@@ -116,28 +116,17 @@ def write_gguf(
             shape, a K-quant without ggml, an output that exists.
     """
     folder, out = Path(folder), Path(out)
-    file_type = _file_type(file_type)
     check_new(out)
-    config = read_config(folder)
-    edits = edits or {}
     with TensorFiles(folder) as files:
-        _refuse_quantized(folder, config, files)
-        targets = names.plan(config, files.names)
+        layout = _layout(folder, files, file_type, pre)
+        targets, extras, types = layout.targets, layout.extras, layout.types
+        edits = edits or {}
         _refuse_stray_edits(edits, targets, files)
-        rows = files.info(_source(targets, "token_embd.weight")).shape[0]
-        tokenizer = read_tokenizer(folder, rows, pre=pre)
-        extras = names.extra_tensors(config)
-        choose = _TypeChooser(file_type, config, targets)
-        types = {target.name: choose(target, _shape(target, files)) for target in targets}
-        types.update(dict.fromkeys(extras, _Q.F32))
-        if any(kind in _K_QUANTS for kind in types.values()):
-            # Better now than after the first gigabytes.
-            ggml.library()
-        keys = _metadata(folder, config, file_type, tokenizer, name_suffix)
+        keys = _metadata(folder, layout, name_suffix)
         keys.update(metadata or {})
-        keys["general.name"] = _phi3_name(str(keys["general.name"]), tokenizer)
+        keys["general.name"] = _phi3_name(str(keys["general.name"]), layout.tokenizer)
         with new_file(out) as partial:
-            writer = gguf.GGUFWriter(partial, names.architecture(config).gguf)
+            writer = gguf.GGUFWriter(partial, names.architecture(layout.config).gguf)
             try:
                 _add_metadata(writer, keys)
                 for target in targets:
@@ -168,24 +157,44 @@ def write_gguf(
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, parsed.
+def check_convertible(folder: Path, file_type: str, *, pre: str | None = None) -> None:
+    """Refuse what `write_gguf` would refuse from the headers alone, before any long work.
 
     Raises:
-        UserError: when it is missing or no JSON object.
+        UserError: as `write_gguf` does, except for what only the tensors' values tell.
     """
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no config.json: give the folder of an MLX or Hugging Face model."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable JSON ({error}): download it again.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} should hold a JSON object: download it again.")
-    return config
+    with TensorFiles(Path(folder)) as files:
+        _layout(Path(folder), files, file_type, pre)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Everything about a file to be written but its values."""
+
+    config: dict[str, Any]
+    file_type: str
+    targets: list[Target]
+    extras: dict[str, np.ndarray]
+    types: dict[str, GGMLQuantizationType]
+    tokenizer: Tokenizer
+
+
+def _layout(folder: Path, files: TensorFiles, file_type: str, pre: str | None) -> _Layout:
+    file_type = _file_type(file_type)
+    config = read_config(folder)
+    refuse_quantized(folder, config, files.names)
+    _refuse_integers(files)
+    targets = names.plan(config, files.names)
+    rows = files.info(_source(targets, "token_embd.weight")).shape[0]
+    tokenizer = read_tokenizer(folder, rows, pre=pre)
+    extras = names.extra_tensors(config)
+    choose = _TypeChooser(file_type, config, targets)
+    types = {target.name: choose(target, _shape(target, files)) for target in targets}
+    types.update(dict.fromkeys(extras, _Q.F32))
+    if any(kind in _K_QUANTS for kind in types.values()):
+        # Better now than after the first gigabytes.
+        ggml.library()
+    return _Layout(config, file_type, targets, extras, types, tokenizer)
 
 
 def encode(values: np.ndarray, to: GGMLQuantizationType, name: str) -> np.ndarray:
@@ -223,26 +232,13 @@ def _file_type(name: str) -> str:
     return found
 
 
-def _refuse_quantized(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> None:
-    nested = config.get("text_config") or {}
-    scales = next((name for name in files.names if name.endswith(".scales")), None)
-    configured = any(
-        part.get(key)
-        for part in (config, nested)
-        for key in ("quantization", "quantization_config")
-    )
-    if scales or configured:
-        raise UserError(
-            f"{folder} is quantized{f' ({scales})' if scales else ''}: dequantize it first with "
-            f"`mlx_lm.convert --hf-path {folder} -d --mlx-path {folder}-f16`."
-        )
+def _refuse_integers(files: TensorFiles) -> None:
     for name in files.names:
-        if files.info(name).dtype not in ("F32", "F16", "BF16", "F64"):
-            if names.is_skipped(name):
-                continue
+        info = files.info(name)
+        if info.dtype not in ("F32", "F16", "BF16", "F64") and not names.is_skipped(name):
             raise UserError(
-                f"{name} in {files.info(name).file} is stored as {files.info(name).dtype}: convert "
-                f"the model to float16 or bfloat16 first."
+                f"{name} in {info.file} is stored as {info.dtype}: convert the model to float16 or "
+                f"bfloat16 first."
             )
 
 
@@ -418,21 +414,15 @@ class _TypeChooser:
 # Metadata
 
 
-def _metadata(
-    folder: Path,
-    config: Mapping[str, Any],
-    file_type: str,
-    tokenizer: Tokenizer,
-    name_suffix: str,
-) -> dict[str, Any]:
+def _metadata(folder: Path, layout: _Layout, name_suffix: str) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "general.type": "model",
         "general.name": _general_name(folder) + name_suffix,
-        "general.file_type": int(FILE_TYPES[file_type][0]),
+        "general.file_type": int(FILE_TYPES[layout.file_type][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
-    keys.update(names.hyperparameters(config))
-    keys.update(tokenizer.metadata())
+    keys.update(names.hyperparameters(layout.config))
+    keys.update(layout.tokenizer.metadata())
     return keys
 
 

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 
 from convert.errors import UserError
+from convert.hf_config import fill_in
 
 Config = Mapping[str, Any]
 
@@ -84,8 +85,7 @@ _SKIPPED = re.compile(
 def text_config(config: Config) -> dict[str, Any]:
     """The language model's config, flat, in the keys mlx-lm uses.
 
-    Multimodal configs keep it under text_config; transformers 5 keeps rope_theta, rope_scaling and
-    the local base under rope_parameters and renames num_experts to num_local_experts.
+    Multimodal configs keep it under text_config; keys that transformers 5 renamed are filled in.
     """
     flat = dict(config)
     nested = flat.pop("text_config", None)
@@ -94,19 +94,8 @@ def text_config(config: Config) -> dict[str, Any]:
         flat = {**flat, **kept}
     if flat.get("model_type") in ("gemma3", "gemma3_text"):
         flat = {**_GEMMA3_DEFAULTS, **flat}
-    rope = flat.pop("rope_parameters", None)
-    if isinstance(rope, Mapping):
-        whole = rope.get("full_attention", rope)
-        local = rope.get("sliding_attention")
-        if isinstance(local, Mapping) and "rope_theta" in local:
-            flat["rope_local_base_freq"] = local["rope_theta"]
-        for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
-            if whole.get(key) is not None:
-                flat[key] = whole[key]
-        if whole.get("rope_type", whole.get("type", "default")) != "default":
-            flat["rope_scaling"] = dict(whole)
-    if "num_local_experts" in flat:
-        flat.setdefault("num_experts", flat["num_local_experts"])
+    flat = fill_in(flat)
+    flat.pop("rope_parameters", None)
     return flat
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -107,20 +106,3 @@ def _equal(first: mx.array, second: mx.array) -> bool:
     if not mx.array_equal(*head).item():
         return False
     return bool(mx.array_equal(first, second).item())
-
-
-def require_float(files: TensorFiles, config: dict[str, Any], folder: Path) -> None:
-    """Refuse a quantized folder, whose weights cannot be edited in place yet.
-
-    Raises:
-        UserError: naming the folder and the mend.
-    """
-    quantized = any(
-        isinstance(part, dict) and (part.get("quantization") or part.get("quantization_config"))
-        for part in (config, config.get("text_config"))
-    ) or any(name.endswith((".scales", ".qweight")) for name in files.names)
-    if quantized:
-        raise UserError(
-            f"{folder} is quantized, and editing quantized weights is not supported yet: edit the "
-            f"float model it was made from, or run `mlx_lm.convert --hf-path {folder} -d` first."
-        )
