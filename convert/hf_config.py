@@ -86,9 +86,10 @@ def refuse_quantized(folder: Path, config: dict[str, Any], names: Iterable[str])
         isinstance(part, dict) and (part.get("quantization") or part.get("quantization_config"))
         for part in (config, config.get("text_config"))
     )
-    if configured or any(name.endswith((".scales", ".qweight")) for name in names):
+    packed = next((name for name in names if name.endswith((".scales", ".qweight"))), None)
+    if configured or packed:
         raise UserError(
-            f"{folder} is quantized, and quantized weights are not supported as a source yet: take "
+            f"{folder} is quantized{f' ({packed})' if packed else ''}, and quantized weights are not supported as a source yet: take "
             "the float model it was made from, or dequantize it first with `mlx_lm.convert "
             f"--hf-path {folder} -d --mlx-path {folder}-float`."
         )

@@ -288,7 +288,7 @@ def _source_values(name: str, files: TensorFiles, edits: Mapping[str, Edit]) -> 
             )
         array = edited.astype(mx.float32)
         _check_finite(array, name, "after its edit holds")
-    return np.array(array, copy=False)
+    return np.asarray(array.astype(mx.float32))
 
 
 def _check_finite(array: mx.array, name: str, how: str) -> None:
@@ -310,7 +310,7 @@ def interleave_rows(values: np.ndarray, heads: int) -> np.ndarray:
     """
     head = values.shape[0] // heads
     halves = values.reshape(heads, 2, head // 2, *values.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+    return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def _add_info(
