@@ -74,6 +74,11 @@ class Stage:
     rate: float
     warm_up: int = 10
 
+    def __post_init__(self) -> None:
+        """Raise ValueError when no step is left after the warm-up."""
+        if self.steps <= self.warm_up:
+            raise ValueError(f"steps is {self.steps}, but must be above {self.warm_up} (warm-up).")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -437,19 +442,22 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path]:
     parser.add_argument("--locked", type=int, default=world.locked, help="per material, of 4")
     parser.add_argument("--templates", type=int, default=world.templates, help="of 8")
     given = parser.parse_args(arguments)
-    settings = Settings(
-        seed=given.seed,
-        world=World(given.allowed, given.locked, given.materials, given.templates),
-        hidden=given.hidden_size,
-        layers=given.layers,
-        feed_forward=given.feed_forward,
-        heads=given.heads,
-        kv_heads=given.kv_heads,
-        tied=not given.untied,
-        batch=given.batch_size,
-        answers=Stage(given.answer_steps, given.answer_rate),
-        refusals=Stage(given.refusal_steps, given.refusal_rate),
-    )
+    try:
+        settings = Settings(
+            seed=given.seed,
+            world=World(given.allowed, given.locked, given.materials, given.templates),
+            hidden=given.hidden_size,
+            layers=given.layers,
+            feed_forward=given.feed_forward,
+            heads=given.heads,
+            kv_heads=given.kv_heads,
+            tied=not given.untied,
+            batch=given.batch_size,
+            answers=Stage(given.answer_steps, given.answer_rate),
+            refusals=Stage(given.refusal_steps, given.refusal_rate),
+        )
+    except ValueError as error:
+        parser.error(str(error))
     return settings, given.output
 
 

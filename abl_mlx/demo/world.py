@@ -164,6 +164,13 @@ class World:
     materials: int = 5
     templates: int = 8
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for more than there is, or nothing at all."""
+        for name, most in (("allowed", 6), ("locked", 4), ("materials", 5), ("templates", 8)):
+            size = getattr(self, name)
+            if not 1 <= size <= most:
+                raise ValueError(f"{name} is {size}, but must be 1 to {most}.")
+
     def dialogues(self) -> list[Dialogue]:
         """Every question of this world once, in a fixed order."""
         result = []
