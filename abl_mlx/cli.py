@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from abl_mlx import __version__
+from abl_mlx import __version__, interrupts
 from convert.errors import UserError
 
 if TYPE_CHECKING:
@@ -332,8 +331,7 @@ def main() -> None:
     # transformers tells everyone who has no PyTorch that they have no PyTorch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A polite kill cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    interrupts.listen()
     cli()
 
 

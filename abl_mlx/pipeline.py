@@ -16,7 +16,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import __version__, directions, evaluate, models, outputs, prompts, report, sources
+from abl_mlx import (
+    __version__,
+    directions,
+    evaluate,
+    interrupts,
+    models,
+    outputs,
+    prompts,
+    report,
+    sources,
+)
 from abl_mlx.apply import Plan, plan
 from abl_mlx.arrays import parameters
 from abl_mlx.edits import orthonormal
@@ -48,9 +58,11 @@ class Clock:
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Time a step; a name used twice adds up."""
+        interrupts.check()
         report.say(f"· {name}")
         start = time.perf_counter()
         yield
+        interrupts.check()
         elapsed = time.perf_counter() - start
         self.seconds[name] = round(self.seconds.get(name, 0.0) + elapsed, 3)
 
