@@ -1,7 +1,8 @@
 """Ctrl-C and a polite kill stop the work, even where a library swallows the exception.
 
-Python raises KeyboardInterrupt wherever it happens to be: inside a destructor or a callback of native
-code it is printed and forgotten. So the request is remembered too, and looked for between steps.
+Python raises KeyboardInterrupt wherever it happens to be: inside a destructor or a callback of
+native code it is printed and forgotten. So the request is remembered too, and looked for between
+steps.
 """
 
 from __future__ import annotations

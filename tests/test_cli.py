@@ -137,8 +137,16 @@ def test_json_is_the_only_thing_on_stdout(place):
     assert (place / "out.Modelfile").read_text().count("FROM ./out.gguf") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("step", ["find the residual writers", "write", "evaluate out"])
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        (signal.SIGINT, "find the residual writers"),
+        (signal.SIGINT, "write"),
+        (signal.SIGINT, "evaluate out"),
+        (signal.SIGTERM, "write"),
+        (signal.SIGKILL, "write"),
+    ],
+)
 def test_a_signal_at_any_step_leaves_no_final_name(number, step, place):
     process = subprocess.Popen(
         [sys.executable, "-m", "abl_mlx", "run", "demo", "-o", place / "out", "--limit", "8"],
