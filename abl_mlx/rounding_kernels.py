@@ -1,0 +1,201 @@
+"""Numba kernels of `rounding`: one line of weights at a time, in float32.
+
+A line is what one constraint spans: a column of a writer's weight, or a row of an embedding. All
+kernels release the interpreter lock, so that threads can share the lines.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+F = np.float32
+
+# Evaluations of the residual in one search for a multiplier, besides those that bracket it.
+_EVALUATIONS = 10
+_BRACKETS = 6
+
+
+@njit(nogil=True, fastmath=True, cache=True)
+def _rounded(x, u, mu, w, s, inv, o, levels, mids, low, high, uniform, codes):
+    """Codes of the values nearest to x − μ u, and Σ u (value − w) over the line."""
+    total = F(0)
+    if uniform:
+        for i in range(x.shape[0]):
+            q = min(max(np.floor((x[i] - mu * u[i] - o[i]) * inv[i] + F(0.5)), low), high)
+            codes[i] = np.uint8(q - low)
+            total += u[i] * (s[i] * q + o[i] - w[i])
+    else:
+        for i in range(x.shape[0]):
+            z = (x[i] - mu * u[i] - o[i]) * inv[i]
+            code = 0
+            for m in range(mids.shape[0]):
+                code += z > mids[m]
+            codes[i] = np.uint8(code)
+            total += u[i] * (s[i] * levels[code] + o[i] - w[i])
+    return total
+
+
+@njit(nogil=True, fastmath=True, cache=True)
+def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x, turns, tolerance):
+    """Step 1: codes Q(w − Σ μ_a u_a), each μ_a found in turn by a bracketed false position.
+
+    Each residual falls as its own multiplier grows, so this climbs the Lagrangian's dual one
+    coordinate at a time. It is a staircase: the best step seen is kept.
+    """
+    k, d = basis.shape
+    mu = np.zeros(k, F)
+    for i in range(d):
+        x[i] = w[i]
+    for _ in range(turns):
+        for a in range(k):
+            u = basis[a]
+            for i in range(d):
+                x[i] += mu[a] * u[i]  # x is now without this direction's share
+            m0 = mu[a]
+            f0 = _rounded(x, u, m0, w, s, inv, o, levels, mids, low, high, uniform, codes)
+            best, least = m0, abs(f0)
+            if least > tolerance:
+                # On average the values follow, so f falls by one as μ grows by one.
+                step = f0 * F(1.5)
+                m1 = m0 + step
+                f1 = _rounded(x, u, m1, w, s, inv, o, levels, mids, low, high, uniform, codes)
+                for _ in range(_BRACKETS):
+                    if f0 * f1 <= 0:
+                        break
+                    m0, f0 = m1, f1
+                    step *= F(2)
+                    m1 += step
+                    f1 = _rounded(x, u, m1, w, s, inv, o, levels, mids, low, high, uniform, codes)
+                if abs(f0) < least:
+                    best, least = m0, abs(f0)
+                if abs(f1) < least:
+                    best, least = m1, abs(f1)
+                if f0 * f1 < 0:
+                    for _ in range(_EVALUATIONS):
+                        m = m0 + (m1 - m0) * f0 / (f0 - f1)
+                        # Kept off the ends, so that the bracket shrinks at a steep step too.
+                        left, width = min(m0, m1), abs(m1 - m0)
+                        m = min(max(m, left + F(0.1) * width), left + F(0.9) * width)
+                        f = _rounded(x, u, m, w, s, inv, o, levels, mids, low, high, uniform, codes)
+                        if abs(f) < least:
+                            best, least = m, abs(f)
+                        if abs(f) <= tolerance:
+                            break
+                        if f * f0 > 0:
+                            m0, f0 = m, f
+                        else:
+                            m1, f1 = m, f
+            mu[a] = best
+            for i in range(d):
+                x[i] -= best * u[i]
+    zero = F(0)
+    _rounded(x, basis[0], zero, w, s, inv, o, levels, mids, low, high, uniform, codes)
+
+
+@njit(nogil=True, fastmath=True, cache=True)
+def _finish(w, s, o, basis, levels, codes, residual, tolerance, steps):
+    """Step 2: single steps of single codes that best cancel what is left of the residual.
+
+    Of the steps that bring it within the tolerance, the one that adds least weight error is taken.
+    """
+    k, d = basis.shape
+    top = levels.shape[0] - 1
+    for a in range(k):
+        total = F(0)
+        for i in range(d):
+            total += basis[a, i] * (s[i] * levels[codes[i]] + o[i] - w[i])
+        residual[a] = total
+    for _ in range(steps):
+        left = F(0)
+        for a in range(k):
+            left += residual[a] * residual[a]
+        if left <= tolerance * tolerance:
+            return
+        chosen, move, least, cost = -1, 0, left, F(np.inf)
+        enough = False
+        for i in range(d):
+            code = np.int64(codes[i])
+            for direction in (-1, 1):
+                other = code + direction
+                if other < 0 or other > top:
+                    continue
+                change = s[i] * (levels[other] - levels[code])
+                after = F(0)
+                for a in range(k):
+                    part = residual[a] + basis[a, i] * change
+                    after += part * part
+                if after <= tolerance * tolerance:
+                    error = s[i] * levels[code] + o[i] - w[i]
+                    added = change * (change + F(2) * error)
+                    if not enough or added < cost:
+                        enough, cost = True, added
+                        chosen, move = i, direction
+                elif not enough and after < least:
+                    least = after
+                    chosen, move = i, direction
+        if chosen < 0:
+            return
+        code = np.int64(codes[chosen])
+        change = s[chosen] * (levels[code + move] - levels[code])
+        for a in range(k):
+            residual[a] += basis[a, chosen] * change
+        codes[chosen] = np.uint8(code + move)
+
+
+@njit(nogil=True, fastmath=True, cache=True)
+def columns(
+    target, scales, offsets, group, basis, levels, mids, low, high, uniform, out, tile, first, last,
+    turns, tolerance, steps,
+):  # fmt: skip
+    """Round the columns of tiles ``first`` to ``last``: the constraint is Σ_i u_i Ŵ_ij per j.
+
+    ``tile`` columns lie within one group, so that they share every row's scale.
+    """
+    d, n = target.shape
+    k = basis.shape[0]
+    w = np.empty((tile, d), F)
+    codes = np.empty((tile, d), np.uint8)
+    s, inv, o, x = np.empty(d, F), np.empty(d, F), np.empty(d, F), np.empty(d, F)
+    residual = np.empty(k, F)
+    for t in range(first, last):
+        start = t * tile
+        width = min(n, start + tile) - start
+        block = start // group
+        for i in range(d):
+            s[i] = scales[i, block]
+            inv[i] = F(1) / s[i] if s[i] != 0 else F(0)
+            o[i] = offsets[i, block]
+            for j in range(width):
+                w[j, i] = target[i, start + j]
+        for j in range(width):
+            _multipliers(
+                w[j], s, inv, o, basis, levels, mids, low, high, uniform, codes[j], x, turns,
+                tolerance,
+            )  # fmt: skip
+            _finish(w[j], s, o, basis, levels, codes[j], residual, tolerance, steps)
+        for i in range(d):
+            for j in range(width):
+                out[i, start + j] = codes[j, i]
+
+
+@njit(nogil=True, fastmath=True, cache=True)
+def rows(
+    target, scales, offsets, group, basis, levels, mids, low, high, uniform, out, first, last,
+    turns, tolerance, steps,
+):  # fmt: skip
+    """Round the rows ``first`` to ``last``: the constraint is Σ_j u_j Ŵ_ij per i."""
+    n = target.shape[1]
+    k = basis.shape[0]
+    s, inv, o, x = np.empty(n, F), np.empty(n, F), np.empty(n, F), np.empty(n, F)
+    residual = np.empty(k, F)
+    for i in range(first, last):
+        for j in range(n):
+            s[j] = scales[i, j // group]
+            inv[j] = F(1) / s[j] if s[j] != 0 else F(0)
+            o[j] = offsets[i, j // group]
+        _multipliers(
+            target[i], s, inv, o, basis, levels, mids, low, high, uniform, out[i], x, turns,
+            tolerance,
+        )  # fmt: skip
+        _finish(target[i], s, o, basis, levels, out[i], residual, tolerance, steps)
