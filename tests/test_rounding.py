@@ -1,0 +1,153 @@
+"""Edit-preserving rounding: the component stays where the edit put it, at every type."""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Q
+
+from abl_mlx import rounding
+from convert import ggml_types
+from convert.grids import Grid
+
+# Relative error of ordinary quantization on Gaussian weights, from DESIGN 6 and ggml itself.
+ORDINARY = {
+    Q.Q8_0: 0.0055, Q.Q6_K: 0.018, Q.Q5_K: 0.037, Q.Q4_K: 0.072, Q.Q4_0: 0.087, Q.Q3_K: 0.151,
+    Q.Q2_K: 0.297, Q.Q4_1: 0.079, Q.Q5_0: 0.043, Q.Q5_1: 0.038, Q.IQ4_NL: 0.077, Q.IQ4_XS: 0.077,
+    Q.MXFP4: 0.116, Q.NVFP4: 0.096,
+}  # fmt: skip
+TWO_BITS = {Q.Q2_K}
+
+
+def case(kind, d, n, k, axis, directions=1, seed=0):
+    """A quantized tensor in which the directions are k times as strong as a random one, and its
+    exact float edit. Everything is float64 but the weights."""
+    rng = np.random.default_rng(seed)
+    u = np.linalg.qr(rng.normal(size=(d, directions)))[0].T
+    weights = rng.normal(size=(d, n))
+    weights += u.T @ ((k - 1) * rng.normal(size=(directions, n)))
+    if axis == 1:
+        weights = weights.T
+    own = ggml_types.fresh(np.ascontiguousarray(weights, dtype=np.float32), kind)
+    values = own.values()
+    removed = u.T @ (u @ values) if axis == 0 else (values @ u.T) @ u
+    return own, values, (values - removed).astype(np.float32), u
+
+
+def along(u, values, axis):
+    return u @ values if axis == 0 else values @ u.T
+
+
+def leak(grid, source, target, u, axis):
+    written = grid.values().astype(np.float64)
+    missing = np.linalg.norm(along(u, written - target, axis))
+    return missing / np.linalg.norm(along(u, source.astype(np.float64) - target, axis))
+
+
+def error(grid, target):
+    return np.linalg.norm(grid.values() - target.astype(np.float64)) / np.linalg.norm(target)
+
+
+def rounded(kind, own, source, target, u, axis, how="auto"):
+    removed = np.sqrt(np.mean(np.sum(along(u, source, axis) ** 2, axis=axis)))
+    return rounding.choose(
+        own, target, u, axis, removed,
+        fresh=lambda values: ggml_types.fresh(values, kind),
+        refit=lambda grid, values: ggml_types.refit(grid, values, kind),
+        source=how,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("d", "axis"), [(256, 0), (256, 1), (4096, 0)])
+@pytest.mark.parametrize("k", [1, 4, 10])
+@pytest.mark.parametrize("kind", sorted(ORDINARY), ids=lambda kind: kind.name)
+def test_the_edit_survives_every_type(kind, d, k, axis):
+    own, source, target, u = case(kind, d, 256, k, axis)
+    choice = rounded(kind, own, source, target, u, axis)
+    limit = 0.002 if kind in TWO_BITS and d == 256 else 0.001
+    assert leak(choice.grid, source, target, u, axis) <= limit
+    assert error(choice.grid, target) <= ORDINARY[kind]
+
+
+@pytest.mark.parametrize("directions", [2, 4])
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize("d", [256, 1024])
+@pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_K, Q.Q2_K, Q.IQ4_XS, Q.MXFP4], ids=lambda q: q.name)
+def test_several_directions_survive(kind, d, k, directions):
+    own, source, target, u = case(kind, d, 256, k, 0, directions)
+    choice = rounded(kind, own, source, target, u, 0)
+    assert leak(choice.grid, source, target, u, 0) <= 0.01
+
+
+@pytest.mark.parametrize("kind", [Q.Q4_K, Q.Q3_K, Q.Q2_K], ids=lambda kind: kind.name)
+def test_plain_rounding_loses_what_ours_keeps(kind):
+    """The tests above can fail: the nearest code of every weight undoes most of the edit."""
+    own, source, target, u = case(kind, 2048, 256, 1, 0)
+    plain = own.with_codes(own.nearest(target))
+    assert leak(plain, source, target, u, 0) > 0.85
+    ours = rounded(kind, own, source, target, u, 0, "own").grid
+    assert leak(ours, source, target, u, 0) < 0.001
+    # And at what price: less error than the quantization itself has cost already.
+    assert error(plain, target) < error(ours, target) < 0.6 * ORDINARY[kind]
+
+
+def test_the_own_grid_keeps_scales_and_most_codes():
+    own, source, target, u = case(Q.Q4_K, 2048, 256, 1, 0)
+    grid = rounded(Q.Q4_K, own, source, target, u, 0, "own").grid
+    assert np.mean(grid.scales == own.scales) > 0.99
+    assert np.mean(grid.codes != own.codes) < 0.05
+    assert np.abs(grid.codes.astype(int) - own.codes).max() <= 3
+
+
+def test_far_edits_get_a_fresh_grid_and_near_ones_keep_theirs():
+    for k, expected in ((1, {"own", "refit"}), (10, {"fresh"})):
+        own, source, target, u = case(Q.Q4_K, 2048, 256, k, 0)
+        assert rounded(Q.Q4_K, own, source, target, u, 0).source in expected
+
+
+def test_added_error_is_near_the_least_that_is_possible():
+    """Moving a line's component by e along a unit vector costs at least e² of squared error; on a
+    fine grid the multiplier's solution comes close to that bound."""
+    rng = np.random.default_rng(0)
+    d, n = 2048, 64
+    u = rng.normal(size=(1, d))
+    u /= np.linalg.norm(u)
+    weights = rng.normal(size=(d, n)).astype(np.float32)
+    own = ggml_types.fresh(weights, Q.Q8_0)
+    source = own.values()
+    target = (source - u.T @ (u @ source)).astype(np.float32)
+    plain = own.with_codes(own.nearest(target))
+    e = (u @ (plain.values() - target))[0]
+    ours = rounding.preserve(own, target, u, 0, 1.0)
+    added = ((ours.values() - target) ** 2).sum(0) - ((plain.values() - target) ** 2).sum(0)
+    assert added.sum() < 3 * (e**2).sum() + 1e-3 * ((plain.values() - target) ** 2).sum()
+
+
+def test_an_arbitrary_target_component_is_held():
+    """Half strength and pinning: the component is kept at whatever the target has."""
+    own, source, target, u = case(Q.Q4_K, 1024, 256, 4, 0)
+    wanted = (target + 0.7 * u.T @ np.ones((1, 256))).astype(np.float32)
+    grid = rounded(Q.Q4_K, own, source, wanted, u, 0).grid
+    np.testing.assert_allclose((u @ grid.values())[0], 0.7, atol=0.01)
+
+
+def test_zero_and_negative_scales_and_odd_widths():
+    rng = np.random.default_rng(1)
+    d, n, group = 64, 48, 16
+    scales = rng.normal(size=(d, n // group)).astype(np.float32) * 0.1
+    scales[::7] = 0
+    levels = np.array([-8, -3, -1, 0, 2, 5, 9], np.float32)
+    codes = rng.integers(0, len(levels), (d, n)).astype(np.uint8)
+    own = Grid(codes, levels, scales, None, group)
+    u = rng.normal(size=(1, d))
+    u /= np.linalg.norm(u)
+    source = own.values()
+    target = (source - u.T @ (u @ source)).astype(np.float32)
+    grid = rounding.preserve(own, target, u, 0, np.sqrt(np.mean((u @ source) ** 2)))
+    assert grid.codes.max() < len(levels)
+    assert leak(grid, source, target, u, 0) < 0.01
+
+
+def test_tensors_without_a_component_are_left_nearly_alone():
+    own, _, target, u = case(Q.Q4_K, 512, 256, 1, 0)
+    exact = rounding.preserve(own, target, u, 0, 1.0).values()
+    again = ggml_types.fresh(exact, Q.Q4_K)
+    assert np.isfinite(rounding.preserve(again, again.values(), u, 0, 0.0).values()).all()
