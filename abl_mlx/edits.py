@@ -111,22 +111,37 @@ def target(edit: Edit, writer: Writer, parameter: str, values: mx.array) -> mx.a
 
 @dataclass(frozen=True)
 class Leak:
-    """How much of the edit is missing from written values (DESIGN section 6).
+    """How much of the edit is missing from written values (DESIGN section 6); parts add up.
 
     Attributes:
         missing: ‖uᵀ(W_written − W_target)‖².
         wanted: ‖uᵀ(W_source − W_target)‖².
-        error: ‖W_written − W_target‖ / ‖W_target‖, over the whole tensor.
+        error2: ‖W_written − W_target‖², over all weights.
+        target2: ‖W_target‖².
     """
 
-    missing: float
-    wanted: float
-    error: float
+    missing: float = 0.0
+    wanted: float = 0.0
+    error2: float = 0.0
+    target2: float = 0.0
+
+    def __add__(self, other: Leak) -> Leak:
+        return Leak(
+            self.missing + other.missing,
+            self.wanted + other.wanted,
+            self.error2 + other.error2,
+            self.target2 + other.target2,
+        )
 
     @property
     def value(self) -> float:
         """The share of the component still there: 0 gone, 1 nothing happened."""
         return float((self.missing / self.wanted) ** 0.5) if self.wanted else 0.0
+
+    @property
+    def error(self) -> float:
+        """Relative weight error against the exact float edit."""
+        return float((self.error2 / self.target2) ** 0.5) if self.target2 else 0.0
 
 
 def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: mx.array) -> Leak:
@@ -134,12 +149,15 @@ def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: 
     basis, axis = edit.basis(writer), stream_axis(writer.kind, parameter)
     source, written = source.astype(mx.float32), written.astype(mx.float32)
     wanted = remove(basis, edit.strength, source, axis)
-    missing = _component(basis, written - wanted, axis)
-    present = _component(basis, source - wanted, axis)
     difference = written - wanted
-    error = mx.sqrt((difference * difference).sum() / mx.maximum((wanted * wanted).sum(), 1e-30))
-    mx.eval(missing, present, error)
-    return Leak(number(missing), number(present), number(error))
+    sums = (
+        _component(basis, difference, axis),
+        _component(basis, source - wanted, axis),
+        (difference * difference).sum(),
+        (wanted * wanted).sum(),
+    )
+    mx.eval(*sums)
+    return Leak(*map(number, sums))
 
 
 def _component(basis: mx.array, values: mx.array, axis: int) -> mx.array:
