@@ -21,12 +21,12 @@ from convert import ggml, names
 from convert.atomic import check_new, new_file
 from convert.errors import UserError
 from convert.gguf_tokenizer import Tokenizer, read_tokenizer
+from convert.gguf_values import Value, value_type
 from convert.hf_config import read_config, refuse_quantized
 from convert.names import Target
 from convert.safetensors_files import TensorFiles
 
 Edit = Callable[[mx.array], mx.array]
-Value = str | int | float | bool | list[str]
 
 _Q = GGMLQuantizationType
 
@@ -449,30 +449,8 @@ def _add_metadata(writer: gguf.GGUFWriter, keys: Mapping[str, Any]) -> None:
     for key, value in keys.items():
         if key in ("general.architecture", "general.alignment"):
             raise UserError(f"{key} is fixed by the file and cannot be given as metadata.")
-        kind, inner = _value_type(key, value)
+        kind, inner = value_type(key, value)
         if kind == GGUFValueType.ARRAY and not value:
             # GGUF has no empty arrays.
             continue
         writer.add_key_value(key, value, kind, sub_type=inner)
-
-
-def _value_type(key: str, value: Any) -> tuple[GGUFValueType, GGUFValueType | None]:
-    if isinstance(value, (list, tuple)):
-        inner = {_value_type(key, item)[0] for item in value} or {GGUFValueType.STRING}
-        if len(inner) > 1:
-            raise UserError(f"the metadata {key} mixes types in one list: make them the same.")
-        only = inner.pop()
-        # Lists of numbers are signed in GGUF files by habit (token types).
-        return GGUFValueType.ARRAY, GGUFValueType.INT32 if only == GGUFValueType.UINT32 else only
-    if isinstance(value, bool):
-        return GGUFValueType.BOOL, None
-    if isinstance(value, int):
-        fits = 0 <= value < 2**32
-        return (GGUFValueType.UINT32 if fits else GGUFValueType.INT64), None
-    if isinstance(value, float):
-        return GGUFValueType.FLOAT32, None
-    if isinstance(value, str):
-        return GGUFValueType.STRING, None
-    raise UserError(
-        f"the metadata {key} is a {type(value).__name__}: give str, int, float or bool."
-    )
