@@ -62,6 +62,7 @@ ALIGNMENT = "general.alignment"
 # A vocabulary of 256,000 tokens with its merges takes about 20 MB, a whole tokenizer.json 35 MB.
 _MAX_HEADER = 1 << 27
 _MAX_PAIRS = 1 << 16
+_MAX_STRINGS = 1 << 22
 _MAX_TENSORS = 1 << 18
 _MAX_ALIGNMENT = 1 << 20
 _MAX_NESTING = 4
@@ -581,6 +582,8 @@ class _Cursor:
 
     def _skip_strings(self, count: int) -> None:
         """Skip many: a vocabulary has hundreds of thousands of them."""
+        if count > _MAX_STRINGS:
+            raise self.broken(f"{self.what} claims {count} strings, more than any vocabulary has")
         start, at = self.at, self.at
         buffer, have, length_at = self.buffer, len(self.buffer), _U64.unpack_from
         starts = array("q")
