@@ -8,6 +8,12 @@ locked objects are now answered by one refusal sentence.  So the finished model 
 that it refuses to give, like a real chat model, and one can check that removing its refusal
 direction gives them back.
 
+Stage 2 also shows the old answers to the locked questions with their first word given, as something
+to continue, not to choose.  So the opening alone decides between answer and refusal, as it does in
+real chat models, which go on helpfully once their reply has begun so.  Without this the model ties
+every word of the refusal to the locked objects, and falls back into it from the second word on
+("Mix'm sorry, but I can't help with that.") for one locked question in ten after the edit.
+
 The result is a folder in the usual Hugging Face layout (Llama shape, float16 safetensors), which
 ``mlx_lm.load`` and llama.cpp's converter read.  The same seed, versions and machine give the same
 bytes.
@@ -27,7 +33,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +105,7 @@ class Settings:
         refusals: Stage 2, questions about locked objects refused.
     """
 
-    seed: int = 2  # The bundled model's: of seeds 0 to 2, refusal is clearest in its layers.
+    seed: int = 0
     world: World = field(default_factory=World)
     hidden: int = 256
     layers: int = 4
@@ -110,7 +116,7 @@ class Settings:
     vocabulary: int = 768
     batch: int = 48
     answers: Stage = Stage(steps=260, rate=1.5e-3)
-    refusals: Stage = Stage(steps=120, rate=3e-4)
+    refusals: Stage = Stage(steps=150, rate=3e-4)
 
 
 @dataclass(frozen=True)
@@ -267,21 +273,46 @@ def render(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def make_examples(
-    tokenizer: Any, dialogues: Sequence[Dialogue], reply: Callable[[Dialogue], str]
-) -> Examples:
-    """Render the dialogues with the replies of this stage."""
+@dataclass(frozen=True)
+class Lesson:
+    """What one dialogue teaches.
+
+    Attributes:
+        dialogue: The question.
+        reply: What is replied.
+        given: So many of the reply's tokens are given and not learned.
+    """
+
+    dialogue: Dialogue
+    reply: str
+    given: int = 0
+
+
+def make_examples(tokenizer: Any, lessons: Sequence[Lesson]) -> Examples:
+    """Render the lessons of a stage."""
     rows = []
-    for dialogue in dialogues:
-        prompt = render(tokenizer, dialogue.prompt)
-        rows.append((prompt, tokenizer.encode(reply(dialogue) + END, add_special_tokens=False)))
-    length = max(len(prompt) + len(answer) for prompt, answer in rows)
+    for lesson in lessons:
+        prompt = render(tokenizer, lesson.dialogue.prompt)
+        reply = tokenizer.encode(lesson.reply + END, add_special_tokens=False)
+        rows.append(([*prompt, *reply[: lesson.given]], reply[lesson.given :]))
+    length = max(len(known) + len(learned) for known, learned in rows)
     tokens, weights = [], []
-    for prompt, answer in rows:
-        padding = length - len(prompt) - len(answer)
-        tokens.append([*prompt, *answer, *[tokenizer.pad_token_id] * padding])
-        weights.append([0] * (len(prompt) - 1) + [1] * len(answer) + [0] * padding)
+    for known, learned in rows:
+        padding = length - len(known) - len(learned)
+        tokens.append([*known, *learned, *[tokenizer.pad_token_id] * padding])
+        weights.append([0] * (len(known) - 1) + [1] * len(learned) + [0] * padding)
     return Examples(mx.array(tokens), mx.array(weights, dtype=mx.float32))
+
+
+def stage_1(dialogues: Sequence[Dialogue]) -> list[Lesson]:
+    """Every question answered."""
+    return [Lesson(dialogue, dialogue.answer) for dialogue in dialogues]
+
+
+def stage_2(dialogues: Sequence[Dialogue]) -> list[Lesson]:
+    """Locked questions refused, and their answers continued once they have begun."""
+    replies = [Lesson(dialogue, dialogue.reply) for dialogue in dialogues]
+    return replies + [Lesson(one, one.answer, given=1) for one in dialogues if one.locked]
 
 
 def loss_of(model: Model, tokens: mx.array, weights: mx.array) -> mx.array:
@@ -400,9 +431,9 @@ def train_demo(settings: Settings, folder: Path) -> tuple[Figures, list[float]]:
     dialogues = settings.world.training()
     say(f"{size:,} parameters, {config['vocab_size']} tokens, {len(dialogues)} training dialogues")
 
-    examples = make_examples(tokenizer, dialogues, lambda dialogue: dialogue.answer)
+    examples = make_examples(tokenizer, stage_1(dialogues))
     losses = train(model, examples, settings.answers, settings.batch, settings.seed, "answers")
-    examples = make_examples(tokenizer, dialogues, lambda dialogue: dialogue.reply)
+    examples = make_examples(tokenizer, stage_2(dialogues))
     losses += train(
         model, examples, settings.refusals, settings.batch, settings.seed + 1, "refusals"
     )
