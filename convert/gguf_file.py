@@ -220,7 +220,7 @@ class GgufSource:
         if not path.is_file():
             raise UserError(f"{path} is no file: give the path of a .gguf file.")
         try:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            descriptor = os.open(path, os.O_RDONLY)
             self._descriptors.append(descriptor)
             return _read_part(path, descriptor, index)
         except OSError as error:
