@@ -89,7 +89,7 @@ def refuse_quantized(folder: Path, config: dict[str, Any], names: Iterable[str])
     packed = next((name for name in names if name.endswith((".scales", ".qweight"))), None)
     if configured or packed:
         raise UserError(
-            f"{folder} is quantized{f' ({packed})' if packed else ''}, and quantized weights are not supported as a source yet: take "
-            "the float model it was made from, or dequantize it first with `mlx_lm.convert "
-            f"--hf-path {folder} -d --mlx-path {folder}-float`."
+            f"{folder} is quantized{f' ({packed})' if packed else ''}, and quantized weights are "
+            "not supported as a source yet: take the float model it was made from, or dequantize "
+            f"it first with `mlx_lm.convert --hf-path {folder} -d --mlx-path {folder}-float`."
         )
