@@ -255,6 +255,21 @@ def test_what_is_odd_but_whole_is_read(tmp_path: Path) -> None:
         assert source.raw("none").shape == (0, 16)
 
 
+def test_long_strings_are_text_too(tmp_path: Path) -> None:
+    # Lengths of 128 and more are no UTF-8 by themselves; checks go a megabyte at a time.
+    path = tmp_path / "model.gguf"
+    texts = ["é" * 100, "x" * 255, "", "你" * 400_000, "z" * 65_408]
+    values = array(V.STRING, len(texts), b"".join(string(text) for text in texts))
+    pairs = [pair("tokens", V.ARRAY, values), pair("long", V.STRING, string("y" + texts[3]))]
+    path.write_bytes(gguf_bytes(pairs))
+    with GgufSource(path) as source:
+        assert source.metadata["tokens"] == texts
+        assert source.metadata["long"] == "y" + texts[3]
+    path.write_bytes(path.read_bytes()[:-1] + b"y")
+    with pytest.raises(UserError, match="metadata long is not UTF-8"):
+        GgufSource(path)
+
+
 def test_a_file_without_architecture_is_told_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
