@@ -137,7 +137,7 @@ def _edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--max-leak",
-            default=0.1,
+            default=0.01,
             show_default=True,
             type=click.FloatRange(min=0),
             help="Fail when more of the component than this share is left in the written weights.",
@@ -291,11 +291,32 @@ def measure(model: str, output: Path, as_json: bool, **chosen: Any) -> None:
 @click.argument("direction", type=click.Path(path_type=Path))
 @click.argument("model")
 @_edit_flags
+@click.option(
+    "--tensors",
+    metavar="REGEX",
+    help="Of a GGUF, edit the tensors whose name matches, whatever the architecture.",
+)
+@click.option(
+    "--strict-types",
+    is_flag=True,
+    help="Of a GGUF, refuse a tensor of a type without a scalar grid (IQ1, IQ2, IQ3, TQ), instead "
+    "of writing it in a finer one.",
+)
+@click.option(
+    "--plain-rounding",
+    is_flag=True,
+    help="Of a GGUF, round every weight to its nearest level, as other tools do: loses most of the "
+    "edit, and shows how much.",
+)
 @_json_flag
 def apply(
     direction: Path, model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any
 ) -> None:
-    """Remove DIRECTION, a file made by `measure` (or a bare .npy vector), from MODEL's weights."""
+    """Remove DIRECTION, a file made by `measure` (or a bare .npy vector), from MODEL's weights.
+
+    MODEL may also be a .gguf of any type: it is edited tensor by tensor in its own types, rounded
+    so that the edit survives, and everything else in it is copied byte for byte.
+    """
     from abl_mlx import pipeline
 
     _answer(as_json, "apply_table", pipeline.apply, direction, model, outputs, _options(chosen))
@@ -324,6 +345,26 @@ def inspect(model: str, as_json: bool) -> None:
     from abl_mlx import pipeline
 
     _answer(as_json, "inspect_table", pipeline.inspect, model)
+
+
+@cli.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option(
+    "--direction",
+    type=click.Path(path_type=Path),
+    help="Show how much of this direction's removal from FIRST has arrived in SECOND.",
+)
+@click.option("--tensors", metavar="REGEX", help="The tensors to look at for --direction.")
+@_json_flag
+def diff(
+    first: Path, second: Path, direction: Path | None, as_json: bool, tensors: str | None
+) -> None:
+    """Show which tensors differ between two GGUF files, and what is left of a direction."""
+    from abl_mlx import gguf_pipeline
+
+    options = _options({"tensors": tensors})
+    _answer(as_json, "diff_table", gguf_pipeline.diff, first, second, direction, options)
 
 
 def main() -> None:

@@ -25,6 +25,12 @@ class Options:
         max_tokens: longest reply in the evaluation.
         batch_size: replies generated side by side.
         save_replies: where the replies go, if they are wanted.
+        tensors: of a GGUF source, a regular expression for the tensors to edit, in place of what
+            is known of the architecture.
+        strict_types: refuse a GGUF tensor whose type has no scalar grid, instead of writing it in
+            a finer type.
+        plain_rounding: round every weight to its nearest level, which loses most of an edit; to
+            show the difference.
     """
 
     harmful: str | None = None
@@ -38,10 +44,13 @@ class Options:
     layers: frozenset[int] | None = None
     embedding: bool = True
     quantize: str = "F16"
-    max_leak: float = 0.1
+    max_leak: float = 0.01
     max_tokens: int = 64
     batch_size: int = 32
     save_replies: Path | None = None
+    tensors: str | None = None
+    strict_types: bool = False
+    plain_rounding: bool = False
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""

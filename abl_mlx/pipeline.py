@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +18,21 @@ from abl_mlx import (
     __version__,
     directions,
     evaluate,
-    interrupts,
     models,
     outputs,
     prompts,
-    report,
     sources,
 )
 from abl_mlx.apply import Plan, plan
 from abl_mlx.arrays import parameters
+from abl_mlx.clock import Clock
 from abl_mlx.edits import orthonormal
 from abl_mlx.measurement import find_direction, find_reply_prefix, make_edit
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.outputs import Output, Written
 from abl_mlx.prompts import PromptSets
+from abl_mlx.records import combined_hash, hashes, prompt_hashes, source_hashes, start_record
 from abl_mlx.refusals import rates
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer, find_writers
@@ -47,24 +45,6 @@ Record = dict[str, Any]
 
 #: Held-out prompts of each set in which the component is looked for.
 COMPONENT_PROMPTS = 32
-
-
-@dataclass
-class Clock:
-    """Seconds per step; each step is told on stderr as it begins."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Time a step; a name used twice adds up."""
-        interrupts.check()
-        report.say(f"· {name}")
-        start = time.perf_counter()
-        yield
-        interrupts.check()
-        elapsed = time.perf_counter() - start
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + elapsed, 3)
 
 
 # --- the commands ------------------------------------------------------------------------------
@@ -172,8 +152,14 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
 
 def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Options) -> Record:
     """`abl-mlx apply`: write the edit that a direction file describes, without evaluating it."""
-    clock = Clock()
     direction = directions.read(direction_path)
+    if text.endswith(".gguf"):
+        from abl_mlx import gguf_pipeline
+
+        source = sources.resolve_gguf(text)
+        outputs.check(paths, source)
+        return gguf_pipeline.apply(direction, source, paths, options)
+    clock = Clock()
     source = sources.resolve(text)
     outputs.check(paths, source)
     with clock.step("load the model"):
@@ -406,21 +392,6 @@ def in_llamacpp(path: Path, options: Options) -> evaluate.Chat:
 # --- the record --------------------------------------------------------------------------------
 
 
-def start_record(
-    source: Source, paths: Sequence[Path], options: Options, direction: directions.DirectionFile
-) -> Record:
-    """What is known before anything is written."""
-    summary = direction.metadata.get("summary", {"method": "given"})
-    return {
-        "abl_mlx": __version__,
-        "source": source.name,
-        "source_is_repository": source.is_repository,
-        "outputs": [str(path) for path in paths],
-        "direction": {**summary, "sha256": direction.sha256},
-        "options": options.record(),
-    }
-
-
 def written_record(one: Written) -> Record:
     """What is known of an output from writing it."""
     return {
@@ -436,47 +407,6 @@ def _worst_leak(evaluations: Sequence[Record]) -> Record:
     return {
         "total": max(one["leak"]["total"] for one in evaluations),
         "max": max(one["leak"]["max"] for one in evaluations),
-    }
-
-
-def source_hashes(files: TensorFiles) -> dict[str, str]:
-    """SHA-256 of every weight file, read in pieces."""
-    found = {}
-    total = sum(file.stat().st_size for file in files.files)
-    with models.progress(total, "hash the source", "B") as bar:
-        for file in files.files:
-            digest = hashlib.sha256()
-            with open(file, "rb") as stream:
-                while piece := stream.read(1 << 20):
-                    digest.update(piece)
-                    bar.update(len(piece))
-            found[file.name] = digest.hexdigest()
-    return found
-
-
-def combined_hash(parts: Mapping[str, str]) -> str:
-    """One SHA-256 for several named ones."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def hashes(
-    source: Source, files: TensorFiles, direction: directions.DirectionFile, options: Options
-) -> Record:
-    """Hashes of the source's files, of the direction and of the options."""
-    chosen = json.dumps(options.record(), sort_keys=True)
-    return {
-        "source": source_hashes(files),
-        "direction": direction.sha256,
-        "options": hashlib.sha256(chosen.encode()).hexdigest(),
-    }
-
-
-def prompt_hashes(sets: PromptSets) -> dict[str, str]:
-    """SHA-256 of the prompts that a direction was made from and chosen on."""
-    return {
-        f"{name} {part}": getattr(split, part).sha256
-        for name, split in (("harmful", sets.harmful), ("harmless", sets.harmless))
-        for part in ("train", "validation")
     }
 
 

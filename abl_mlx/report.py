@@ -126,6 +126,36 @@ def apply_table(record: Mapping[str, Any]) -> str:
     )
 
 
+def diff_table(record: Mapping[str, Any]) -> str:
+    """What `abl-mlx diff` found."""
+    edited = record.get("leak", {}).get("tensors", {})
+    rows = [("tensor", "type", "bytes changed", "codes changed", "weight error", "leak")]
+    for name, change in record["changed"].items():
+        one = edited.get(name, {})
+        changed = change.get("bytes_changed")
+        rows.append(
+            (
+                name,
+                change["type"],
+                "" if changed is None else f"{changed:,}",
+                percent(one["codes_changed"]) if one.get("codes_changed") is not None else "",
+                f"{one['weight_error']:.4f}" if one else "",
+                f"{one['leak']:.5f}" if one else "",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    lines = [
+        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    lines.append(f"{len(record['changed'])} of {record['tensors']} tensors differ")
+    if "leak" in record:
+        lines.append(
+            f"leak {record['leak']['total']:.5f}, largest in one tensor "
+            f"{record['leak']['max']:.5f}; weight error {record['weight_error']:.4f}"
+        )
+    return "\n".join(lines)
+
+
 def inspect_table(record: Mapping[str, Any]) -> str:
     """What `abl-mlx inspect` says of a model."""
     edit = record["edit"]

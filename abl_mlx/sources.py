@@ -21,7 +21,8 @@ class Source:
 
     Attributes:
         name: what the user typed: ``demo``, a Hugging Face id or a path.
-        folder: the folder with config.json and the safetensors files. Never written to.
+        folder: the folder with config.json and the safetensors files, or the GGUF file. Never
+            written to.
         is_demo: whether it is the bundled demo model, which brings its own prompts.
         is_repository: whether ``name`` is a Hugging Face id.
     """
@@ -34,7 +35,21 @@ class Source:
     @property
     def title(self) -> str:
         """The model's name without owner or path, for a card or a GGUF's ``general.name``."""
-        return self.name if self.is_demo else Path(self.name).name or self.folder.resolve().name
+        if self.is_demo:
+            return self.name
+        return (Path(self.name).name or self.folder.resolve().name).removesuffix(".gguf")
+
+
+def resolve_gguf(text: str) -> Source:
+    """The GGUF file that ``text`` names; of a split model any part.
+
+    Raises:
+        UserError: when there is no such file.
+    """
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise UserError(f"{text} is not a file: give the path of a .gguf file.")
+    return Source(text, path)
 
 
 def resolve(text: str) -> Source:
@@ -53,8 +68,8 @@ def resolve(text: str) -> Source:
     path = Path(text).expanduser()
     if path.suffix == ".gguf" or text.startswith(("ollama:", "hf:")):
         raise UserError(
-            f"{text}: a GGUF as the source is not supported yet: name the MLX or Hugging Face "
-            "folder (or id) that it was made from."
+            f"{text}: a GGUF cannot be measured yet, only edited (`abl-mlx apply`) and evaluated "
+            "(`abl-mlx eval`): name the MLX or Hugging Face folder (or id) that it was made from."
         )
     if path.is_dir():
         return Source(text, path)

@@ -97,3 +97,30 @@ def new_folder(path: Path) -> Iterator[Path]:
     with _partial(path) as temporary:
         temporary.mkdir()
         yield temporary
+
+
+@contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder inside ``folder``; its files move up together when all is well.
+
+    For outputs of several files. On any exception, Ctrl-C included, none of them appears.
+
+    Raises:
+        UserError: when one of them is there already.
+    """
+    with _partial(folder / "abl-mlx-parts") as temporary:
+        temporary.mkdir()
+        yield temporary
+        moved: list[Path] = []
+        try:
+            for file in sorted(temporary.iterdir()):
+                target = folder / file.name
+                if target.exists():
+                    raise UserError(f"{target} appeared meanwhile: nothing was replaced.")
+                os.rename(file, target)
+                moved.append(target)
+        except BaseException:
+            for target in moved:
+                target.unlink(missing_ok=True)
+            raise
+    (folder / "abl-mlx-parts").rmdir()

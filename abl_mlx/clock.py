@@ -1,0 +1,28 @@
+"""Seconds per step, told on stderr as each begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from abl_mlx import interrupts, report
+
+
+@dataclass
+class Clock:
+    """Seconds per step; each step is told on stderr as it begins."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a step; a name used twice adds up."""
+        interrupts.check()
+        report.say(f"· {name}")
+        start = time.perf_counter()
+        yield
+        interrupts.check()
+        elapsed = time.perf_counter() - start
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + elapsed, 3)

@@ -1,0 +1,321 @@
+"""An Edit applied to the tensors of a GGUF in their own types, and measured in what was written.
+
+Work goes in slabs: some columns of a writer (each column is a constraint of its own), some rows of
+an embedding. So memory is bounded by the slab and the tensor's bytes, whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from abl_mlx import rounding
+from abl_mlx.edits import Edit, Leak, leak, stream_axis, target
+from abl_mlx.writers import Writer
+from convert import ggml_types
+from convert.errors import UserError
+from convert.gguf_file import GgufSource
+from convert.gguf_rewrite import Replacement
+from convert.gguf_writers import GgufWriter
+from convert.grids import Grid
+
+#: Weights in a slab: about 64 MB of float32, of which a few are alive at once.
+SLAB = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What is done to one tensor of a GGUF.
+
+    Attributes:
+        name: of the tensor.
+        edit: what is done.
+        writer: kind, layer and gain; its module is empty.
+        parameter: ``weight`` or ``bias``.
+        old, new: the type it has and the type it gets. They differ where the old one has no scalar
+            grid that an edit could be rounded on.
+    """
+
+    name: str
+    edit: Edit
+    writer: Writer
+    parameter: str
+    old: GGMLQuantizationType
+    new: GGMLQuantizationType
+
+
+def plan(
+    source: GgufSource,
+    edit: Edit,
+    writers: list[GgufWriter],
+    *,
+    strict_types: bool = False,
+) -> dict[str, TensorPlan]:
+    """Work out which tensors are edited, and in which type they are written.
+
+    Raises:
+        UserError: an edit that touches nothing, a direction of another width, or with
+            ``strict_types`` a tensor of a type that cannot be edited in place.
+    """
+    found: list[tuple[Writer, GgufWriter]] = [(_writer(source, one), one) for one in writers]
+    edit.chosen([writer for writer, _ in found])
+    plans: dict[str, TensorPlan] = {}
+    for writer, one in found:
+        if not edit.touches(writer):
+            continue
+        parameters = {"weight": one.name, **({"bias": one.bias} if one.bias else {})}
+        for parameter, name in parameters.items():
+            entry = source.tensors[name]
+            axis = stream_axis(writer.kind, parameter)
+            width = entry.shape[axis]
+            if width != edit.directions.shape[1]:
+                raise UserError(
+                    f"the direction has {edit.directions.shape[1]} dimensions, but {name} in "
+                    f"{source.parts[0]} has {width}: it was measured on another model."
+                )
+            new = ggml_types.finer_type(entry.type)
+            if new != entry.type and strict_types:
+                raise UserError(
+                    f"{name} in {source.parts[0]} has the type {entry.type.name}, whose codes are "
+                    "no scalar grid: leave out --strict-types to write it as "
+                    f"{new.name}."
+                )
+            plans[name] = TensorPlan(name, edit, writer, parameter, entry.type, new)
+    return plans
+
+
+def _writer(source: GgufSource, one: GgufWriter) -> Writer:
+    gain = None
+    if one.gains:
+        product = np.prod([source.values(name) for name in one.gains], axis=0)
+        gain = mx.array(product.astype(np.float32))
+    return Writer(one.name, one.kind, one.layer, gain, one.bias is not None, nn.Module(), one.tied)
+
+
+# --- slabs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A part of a tensor that is edited by itself.
+
+    Attributes:
+        rows: of the tensor's flat rows (experts one below the other).
+        columns: of the row, whole blocks of the type.
+    """
+
+    rows: slice
+    columns: slice
+
+
+def slabs(shape: tuple[int, ...], axis: int, block: int) -> Iterator[Slab]:
+    """Cover a tensor with slabs of about `SLAB` weights, expert by expert, in file order.
+
+    Args:
+        shape: (out, in), (E, out, in), (V, d) or (d,).
+        axis: that of the residual stream, -1 or -2; slabs are never cut across it.
+        block: weights in a block of the type; columns are cut between blocks only.
+    """
+    n = shape[-1]
+    total = int(np.prod(shape[:-1]))
+    if axis == -1:
+        step = max(1, SLAB // n)
+        for first in range(0, total, step):
+            yield Slab(slice(first, min(total, first + step)), slice(0, n))
+        return
+    d = shape[-2]
+    step = max(1, SLAB // (d * block)) * block
+    for first in range(0, total, d):
+        for start in range(0, n, step):
+            yield Slab(slice(first, first + d), slice(start, min(n, start + step)))
+
+
+def read(raw: np.ndarray, kind: GGMLQuantizationType, slab: Slab) -> Any:
+    """A slab of a tensor's bytes as a Grid, a FloatGrid, or (no grid) float32 values."""
+    block, size = _block(kind)
+    bytes_of = slice(slab.columns.start // block * size, -(-slab.columns.stop // block) * size)
+    part = np.ascontiguousarray(raw[slab.rows, bytes_of], dtype=np.uint8)
+    if not ggml_types.has_grid(kind) and kind not in _FLOATS:
+        from gguf.quants import dequantize
+
+        return np.asarray(dequantize(part, kind), dtype=np.float32)
+    return ggml_types.codec(kind).decode(part, slab.columns.stop - slab.columns.start)
+
+
+def values_of(decoded: Any) -> np.ndarray:
+    """float32 values of what `read` returned."""
+    return decoded if isinstance(decoded, np.ndarray) else decoded.values()
+
+
+_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+
+
+def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
+    from gguf.constants import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[kind]
+    return block, size
+
+
+def edit_slab(one: TensorPlan, decoded: Any, *, plain: bool = False) -> np.ndarray:
+    """The bytes, uint8 (R, bytes_per_row), of an edited slab in the tensor's new type.
+
+    Args:
+        decoded: from `read`.
+        plain: round every weight to its nearest level, as everyone else does.
+    """
+    source = values_of(decoded)
+    exact = np.asarray(
+        target(one.edit, one.writer, one.parameter, mx.array(source)).astype(mx.float32)
+    )
+    if not np.isfinite(exact).all():
+        raise UserError(
+            f"{one.name} holds NaN or infinity after the edit: the file is damaged, or --strength "
+            "is too large."
+        )
+    codec = ggml_types.codec(one.new)
+    if isinstance(codec, ggml_types.FloatCodec):
+        return codec.encode(codec.round(exact))
+    own = decoded if one.new == one.old else ggml_types.fresh(exact, one.new)
+    if plain:
+        return codec.encode(own.with_codes(own.nearest(exact)))
+    axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
+    basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
+    moved = source - exact
+    along = basis @ moved if axis == 0 else moved @ basis.T
+    removed = float(np.sqrt(np.mean(np.sum(along * along, axis=axis))))
+    choice = rounding.choose(
+        own,
+        exact,
+        basis,
+        axis,
+        removed,
+        fresh=partial(_fresh, kind=one.new),
+        refit=partial(_refit, kind=one.new),
+        source="auto" if one.new == one.old else "own",
+    )
+    return codec.encode(choice.grid)
+
+
+def _fresh(values: np.ndarray, kind: GGMLQuantizationType) -> Grid:
+    return ggml_types.fresh(values, kind)
+
+
+def _refit(grid: Grid, values: np.ndarray, kind: GGMLQuantizationType) -> Grid:
+    return ggml_types.refit(grid, values, kind)
+
+
+def replacement(
+    source: GgufSource,
+    one: TensorPlan,
+    *,
+    plain: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Replacement:
+    """The edited tensor for `convert.gguf_rewrite.rewrite`, produced when it is asked for.
+
+    Args:
+        progress: called with the number of weights just edited.
+    """
+    entry = source.tensors[one.name]
+    axis = stream_axis(one.writer.kind, one.parameter)
+    block, size = _block(one.new)
+    cut = max(block, _block(one.old)[0])
+
+    def chunks() -> Iterator[np.ndarray]:
+        raw = source.raw(one.name)
+        n = entry.shape[-1]
+        waiting: np.ndarray | None = None
+        for slab in slabs(entry.shape, axis, cut):
+            edited = edit_slab(one, read(raw, one.old, slab), plain=plain)
+            if progress:
+                progress(edited.shape[0] * (slab.columns.stop - slab.columns.start))
+            if slab.columns == slice(0, n):
+                yield edited
+                continue
+            # Columns come side by side, and are written once the expert's last ones are there.
+            if waiting is None:
+                waiting = np.empty((edited.shape[0], n // block * size), np.uint8)
+            first = slab.columns.start // block * size
+            waiting[:, first : first + edited.shape[1]] = edited
+            if slab.columns.stop == n:
+                yield waiting
+                waiting = None
+
+    return Replacement(one.new, entry.shape, chunks)
+
+
+# --- what was written --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """An edited tensor compared with its source, both read from their files.
+
+    Attributes:
+        leak: of the edit.
+        codes_changed: share of codes that differ; None where the types do.
+        bytes_changed: number of bytes that differ; None where the types do.
+        type: as written.
+    """
+
+    leak: Leak
+    codes_changed: float | None
+    bytes_changed: int | None
+    type: str
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "leak": self.leak.value,
+            "weight_error": self.leak.error,
+            "codes_changed": self.codes_changed,
+            "bytes_changed": self.bytes_changed,
+            "type": self.type,
+        }
+
+
+def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> TensorReport:
+    """Leak, weight error, and what changed, of one tensor in two files."""
+    entry, written = before.tensors[one.name], after.tensors[one.name]
+    if written.shape != entry.shape:
+        raise UserError(
+            f"{one.name} has the shape {written.shape} in {after.parts[0]} and {entry.shape} in "
+            f"{before.parts[0]}: these are not the same model."
+        )
+    axis = stream_axis(one.writer.kind, one.parameter)
+    cut = max(_block(entry.type)[0], _block(written.type)[0])
+    old, new = before.raw(one.name), after.raw(one.name)
+    same = entry.type == written.type
+    total, codes, weights = Leak(), 0, 0
+    for slab in slabs(entry.shape, axis, cut):
+        first, second = read(old, entry.type, slab), read(new, written.type, slab)
+        values = mx.array(values_of(first)), mx.array(values_of(second))
+        total += leak(one.edit, one.writer, one.parameter, *values)
+        if same and isinstance(first, Grid) and isinstance(second, Grid):
+            codes += int(np.count_nonzero(first.codes != second.codes))
+            weights += first.codes.size
+    changed = bytes_changed(old, new) if same else None
+    return TensorReport(total, codes / weights if weights else None, changed, written.type.name)
+
+
+def bytes_changed(old: np.ndarray, new: np.ndarray) -> int:
+    """How many bytes differ between two tensors of one size, (R, bytes_per_row) each."""
+    step = max(1, SLAB // max(1, old.shape[1]))
+    return sum(
+        int(np.count_nonzero(old[start : start + step] != new[start : start + step]))
+        for start in range(0, len(old), step)
+    )
+
+
+def largest(reports: Mapping[str, TensorReport]) -> tuple[str, float]:
+    """The tensor with the largest leak."""
+    name = max(reports, key=lambda name: reports[name].leak.value)
+    return name, reports[name].leak.value

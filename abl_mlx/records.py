@@ -1,0 +1,74 @@
+"""Parts of the record that a run prints and keeps: what it was given, and the hashes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from abl_mlx import __version__, models
+from abl_mlx.directions import DirectionFile
+from abl_mlx.options import Options
+from abl_mlx.prompts import PromptSets
+from abl_mlx.sources import Source
+from convert.safetensors_files import TensorFiles
+
+Record = dict[str, Any]
+
+
+def start_record(
+    source: Source, paths: Sequence[Path], options: Options, direction: DirectionFile
+) -> Record:
+    """What is known before anything is written."""
+    summary = direction.metadata.get("summary", {"method": "given"})
+    return {
+        "abl_mlx": __version__,
+        "source": source.name,
+        "source_is_repository": source.is_repository,
+        "outputs": [str(path) for path in paths],
+        "direction": {**summary, "sha256": direction.sha256},
+        "options": options.record(),
+    }
+
+
+def source_hashes(files: TensorFiles) -> dict[str, str]:
+    """SHA-256 of every weight file, read in pieces."""
+    found = {}
+    total = sum(file.stat().st_size for file in files.files)
+    with models.progress(total, "hash the source", "B") as bar:
+        for file in files.files:
+            digest = hashlib.sha256()
+            with open(file, "rb") as stream:
+                while piece := stream.read(1 << 20):
+                    digest.update(piece)
+                    bar.update(len(piece))
+            found[file.name] = digest.hexdigest()
+    return found
+
+
+def combined_hash(parts: Mapping[str, str]) -> str:
+    """One SHA-256 for several named ones."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def hashes(
+    source: Source, files: TensorFiles, direction: DirectionFile, options: Options
+) -> Record:
+    """Hashes of the source's files, of the direction and of the options."""
+    chosen = json.dumps(options.record(), sort_keys=True)
+    return {
+        "source": source_hashes(files),
+        "direction": direction.sha256,
+        "options": hashlib.sha256(chosen.encode()).hexdigest(),
+    }
+
+
+def prompt_hashes(sets: PromptSets) -> dict[str, str]:
+    """SHA-256 of the prompts that a direction was made from and chosen on."""
+    return {
+        f"{name} {part}": getattr(split, part).sha256
+        for name, split in (("harmful", sets.harmful), ("harmless", sets.harmless))
+        for part in ("train", "validation")
+    }
