@@ -145,7 +145,6 @@ class Part:
         fields: key -> its place, in file order.
         tensors: in file order.
         entries: tensor name -> (start, end) of its entry in the header.
-        entries_start: of the first entry, and so the end of the metadata.
         alignment: of offsets.
         data_start: what offsets count from, header and padding before it.
     """
@@ -157,7 +156,6 @@ class Part:
     fields: dict[str, Field]
     tensors: dict[str, TensorEntry]
     entries: dict[str, tuple[int, int]]
-    entries_start: int
     alignment: int
     data_start: int
 
@@ -657,7 +655,6 @@ def _read_part(path: Path, descriptor: int, index: int) -> Part:
         value = cursor.at
         item = cursor.skip(kind)
         fields[key] = Field(kind, item, start, value, cursor.at)
-    entries_start = cursor.at
     alignment = _alignment(cursor, fields)
     tensors: dict[str, TensorEntry] = {}
     entries: dict[str, tuple[int, int]] = {}
@@ -680,7 +677,6 @@ def _read_part(path: Path, descriptor: int, index: int) -> Part:
         fields=fields,
         tensors=tensors,
         entries=entries,
-        entries_start=entries_start,
         alignment=alignment,
         data_start=data_start,
     )
