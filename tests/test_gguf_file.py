@@ -669,10 +669,10 @@ def test_part_names() -> None:
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """A sparse file of 400 MB, half of it replaced, in a process that may take 64 MB more."""
+    """A sparse file of 160 MB, half of it replaced, in a process that may take 16 MB more."""
     path = tmp_path / "large.gguf"
-    half = 100 << 20
-    head = gguf_bytes((), [entry("a", [1 << 20, 100], Q.F16), entry("b", [half], 1, 2 * half)])
+    half = 40 << 20
+    head = gguf_bytes((), [entry("a", [1 << 20, 40], Q.F16), entry("b", [half], 1, 2 * half)])
     with open(path, "wb") as stream:
         stream.write(head)
         stream.truncate(-(-len(head) // 32) * 32 + 4 * half)
@@ -683,11 +683,11 @@ from convert.gguf_file import GgufSource
 from convert.gguf_rewrite import Replacement, rewrite
 from gguf import GGMLQuantizationType as Q
 from tests.test_gguf_fuzz import limit_memory
-limit_memory(64 << 20)
+limit_memory(16 << 20)
 folder = Path({str(tmp_path)!r})
 row = np.ones(1 << 20, np.uint8)
 with GgufSource(folder / "large.gguf") as source:
-    new = Replacement(Q.I8, (100, 1 << 20), lambda: (row for _ in range(100)))
+    new = Replacement(Q.I8, (40, 1 << 20), lambda: (row for _ in range(40)))
     rewrite(source, folder / "out.gguf", tensors={{"a": new}}, metadata={{"general.name": "x"}})
 """
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
