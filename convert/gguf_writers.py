@@ -160,16 +160,24 @@ def _each(names: str, architecture: Architecture) -> dict[str, Architecture]:
 
 _DIFFUSION = "diffusion model: llama.cpp generates with it in a program of its own"
 
+# Hyper-connections: several streams of the same dimensions, which share writers and are read, mixed
+# and written to with scalars computed from them. A direction that nothing writes is in none.
+_HYPER = (
+    "hc_attn_fn hc_attn_base hc_attn_scale hc_ffn_fn hc_ffn_base hc_ffn_scale output_hc_fn "
+    "output_hc_base output_hc_scale"
+)
+_STREAMS = "several streams, mixed by scalars (hyper-connections)"
+
 ARCHITECTURES: dict[str, Architecture] = {
     **_each(
         "llama llama4 deci mistral3 mistral4 qwen qwen2 qwen2moe qwen2vl qwen3moe qwen3vlmoe "
         "gemma phi2 phi3 phimoe plamo falcon baichuan refact gptneox starcoder2 stablelm codeshell "
         "orion internlm2 minicpm minicpm3 xverse command-r cohere2 cohere2moe olmo olmoe openelm "
-        "deepseek deepseek2 deepseek32 chatglm glm-dsa jais jais2 nemotron exaone exaone-moe "
-        "granite granitemoe granite_swa bailingmoe bailingmoe2 dots1 dots3note arcee laguna "
-        "ernie4_5 ernie4_5-moe hunyuan-moe hunyuan-dense hunyuan_vl hy_v3 smollm3 smallthinker "
-        "apertus minimax-m2 minimax-m3 pangu-embedded paddleocr mimo2 step35 spark2_5 maincoder "
-        "mellum maple",
+        "deepseek deepseek2 deepseek2-ocr deepseek32 chatglm glm-dsa jais jais2 nemotron exaone "
+        "exaone-moe granite granitemoe granite_swa bailingmoe bailingmoe2 dots1 dots3note arcee "
+        "laguna ernie4_5 ernie4_5-moe hunyuan-moe hunyuan-dense hunyuan_vl hy_v3 smollm3 "
+        "smallthinker apertus minimax-m2 minimax-m3 pangu-embedded paddleocr mimo2 step35 "
+        "spark2_5 maincoder mellum maple kimi-linear bailingmoe3",
         _plain(),
     ),
     **_each("dream llada llada-moe rnd1", _plain(note=_DIFFUSION)),
@@ -183,10 +191,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "grovemoe": _plain("ffn_down_chexps", reads="ffn_gate_chexps ffn_up_chexps"),
     "talkie": _plain(reads="layer_output_scale", note="the embedding is added in every layer"),
-    "hy_v4": _plain(
-        reads="hc_attn_fn hc_attn_base hc_attn_scale hc_ffn_fn hc_ffn_base hc_ffn_scale "
-        "output_hc_fn output_hc_base output_hc_scale",
-        note="four streams, mixed by scalars",
+    "hy_v4": _plain(reads=_HYPER, note=_STREAMS),
+    "glm5-next": _plain(
+        reads=f"{_HYPER} indexer_compressor_ape indexer_compressor_gate", note=_STREAMS
+    ),
+    "deepseek4": Architecture(
+        _plain("attn_output_b").writers,
+        _words(
+            f"{_HYPER} attn_output_a attn_kv attn_compressor_ape attn_compressor_gate "
+            "attn_compressor_kv attn_compressor_norm indexer_compressor_ape "
+            "indexer_compressor_gate indexer_compressor_kv indexer_compressor_norm ffn_gate_tid2eid"
+        ),
+        note=f"{_STREAMS}; the attention writes through attn_output_b",
+    ),
+    "kimi-k3": Architecture(
+        _plain("ffn_routed_up").writers,
+        _words("ffn_routed_down ffn_routed_norm attn_res_score ffn_res_score output_res_score"),
+        note="the experts write through ffn_routed_up; layers read earlier streams, mixed by "
+        "scalars",
+        feeds={"ffn_down_exps": "ffn_routed_up"},
     ),
     **_each(
         "glm4moe gpt-oss seed_oss",
@@ -204,7 +227,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     ),
     **_each(
-        "mamba mamba2 jamba falcon-h1 granitehybrid kimi-linear bailingmoe3",
+        "mamba mamba2 jamba falcon-h1 granitehybrid",
         _plain("ssm_out"),
     ),
     **_each(
@@ -276,13 +299,9 @@ REFUSED: dict[str, str] = {
     "chameleon": "it is implemented only in part in llama.cpp.",
     "graniteswitch": "it switches adapters inside the model, which write to the stream too.",
     "cogvlm": "image tokens run through weights of their own.",
-    "deepseek2-ocr": "it reads images and has not been proved in llama.cpp.",
     "plm": "it has not been proved in llama.cpp.",
-    "deepseek4": "its streams are mixed by learned maps (hyper-connections), not proved here.",
-    "glm5-next": "its streams are mixed by learned maps (hyper-connections), not proved here.",
     "qwen4exp": "its streams are mixed by learned maps (hyper-connections) and written to by "
     "per-layer n-gram embeddings.",
-    "kimi-k3": "its layers read a learned mix of earlier streams, not proved here.",
 }
 """general.architecture -> why no exact edit of its weights is offered, in one sentence."""
 

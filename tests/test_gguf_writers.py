@@ -45,14 +45,16 @@ WITH_EXPERTS = words(
     "arctic deepseek deepseek2 deepseek32 dots3note glm4moe glm-dsa exaone-moe bailingmoe "
     "bailingmoe2 bailingmoe3 dots1 afmoe ernie4_5-moe hunyuan-moe hy_v3 hy_v4 gpt-oss lfm2moe "
     "smallthinker llada-moe grovemoe minimax-m2 minimax-m3 rnd1 mimo2 kimi-linear step35 mistral4 "
-    "mellum laguna maple nemotron_h_moe"
+    "mellum laguna maple nemotron_h_moe deepseek2-ocr deepseek4 glm5-next kimi-k3"
 )
 WITH_AND_WITHOUT = {"llama", "minicpm", "granite", "granitemoe", "granitehybrid", "jamba", "gemma4"}
 LATENT_ATTENTION = words(
-    "deepseek2 deepseek32 glm-dsa dots3note kimi-linear bailingmoe3 mistral4 hy_v4"
+    "deepseek2 deepseek32 glm-dsa dots3note kimi-linear bailingmoe3 mistral4 hy_v4 "
+    "glm5-next kimi-k3"
 )
 SOME_LAYERS_RECURRENT = words(
-    "plamo2 jamba nemotron_h nemotron_h_moe granitehybrid lfm2 lfm2moe kimi-linear bailingmoe3"
+    "plamo2 jamba nemotron_h nemotron_h_moe granitehybrid lfm2 lfm2moe kimi-linear bailingmoe3 "
+    "glm5-next kimi-k3"
 )
 PATTERN_PER_LAYER = words(
     "cohere2moe mimo2 step35 spark2_5 muse-glimmer granite_swa dots3note maple"
@@ -89,18 +91,21 @@ FILES: dict[str, tuple[str, bool, Callable[[str], str | None]]] = {
 
 
 def metadata(architecture: str, experts: bool, more: dict[str, object]) -> dict[str, object]:
-    """Keys and values of a GGUF file of two or a few layers, 64 dimensions and 64 tokens."""
-    layers = {"llama4": 4, "gemma4": 5, "nemotron_h": 3, "nemotron_h_moe": 3}.get(architecture, 2)
+    """Keys and values of a GGUF file of a few layers, 64 tokens and mostly 64 dimensions."""
+    layers = {"llama4": 4, "gemma4": 5, "nemotron_h": 3, "nemotron_h_moe": 3, "deepseek4": 4}
+    layers = layers.get(architecture, 2)
     heads = 1 if architecture in LATENT_ATTENTION else 2
-    heads = {"qwen3": 4, "muse-glimmer": 4, "afmoe": 4}.get(architecture, heads)
-    kv_heads = {"qwen3": 1, "muse-glimmer": 2, "afmoe": 2}.get(architecture, heads)
-    head, wide = 64 // heads, 96
+    # DeepSeek 4's sizes are fixed in the graph.
+    width = 512 if architecture == "deepseek4" else 64
+    heads = {"qwen3": 4, "muse-glimmer": 4, "afmoe": 4, "deepseek4": 8}.get(architecture, heads)
+    kv_heads = {"qwen3": 1, "deepseek4": 1, "muse-glimmer": 2, "afmoe": 2}.get(architecture, heads)
+    head, wide = width // heads, 96
     odd = [layer % 2 for layer in range(layers)]
     even = [1 - one for one in odd]
     keys: dict[str, object] = {
         "vocab_size": 64,
         "context_length": 64,
-        "embedding_length": 64,
+        "embedding_length": width,
         "block_count": layers,
         "leading_dense_block_count": 1,
         "feed_forward_length": wide,
@@ -177,6 +182,40 @@ def metadata(architecture: str, experts: bool, more: dict[str, object]) -> dict[
             "rope.freq_base_swa": 10000.0,
             "attention.indexer.types": even,
         },
+        "deepseek4": {
+            "attention.key_length": head,
+            "attention.value_length": head,
+            "rope.dimension_count": head // 2,
+            "attention.q_lora_rank": 64,
+            "attention.output_group_count": 8,
+            "attention.output_lora_rank": 32,
+            "attention.compress_ratios": [0, 0, 4, 128],
+            "attention.compress_rope_freq_base": 160000.0,
+            "hash_layer_count": 0,
+            "hyper_connection.count": 4,
+            "hyper_connection.sinkhorn_iterations": 2,
+            "hyper_connection.epsilon": 1e-6,
+            "swiglu_clamp_exp": 10.0,
+            "expert_gating_func": 4,
+            "expert_weights_scale": 1.0,
+            "expert_weights_norm": True,
+        },
+        "glm5-next": {
+            "attention.head_count": heads,
+            "attention.key_length": 512,
+            "rope.dimension_count": 0,
+            "attention.compress_ratios": [4, 4],
+            "attention.indexer.kpool": 4,
+            "attention.indexer.kpool_select_tail": True,
+            "hyper_connection.count": 4,
+            "hyper_connection.sinkhorn_iterations": 2,
+            "hyper_connection.epsilon": 1e-6,
+        },
+        "kimi-k3": {
+            "attn_res.block_size": 2,
+            "activation.situ_beta": 4.0,
+            "activation.situ_linear_beta": 25.0,
+        },
         "hy_v4": {
             "hyper_connection.count": 4,
             "hyper_connection.epsilon": 1e-6,
@@ -223,9 +262,10 @@ def write_file(
 
 
 # The direction that is removed. A final LayerNorm takes the mean away.
-DIRECTION = np.random.default_rng(5).standard_normal(64)
-DIRECTION -= DIRECTION.mean()
-DIRECTION /= np.linalg.norm(DIRECTION)
+def direction(width: int) -> np.ndarray:
+    noise = np.random.default_rng(5).standard_normal(width)
+    noise -= noise.mean()
+    return noise / np.linalg.norm(noise)
 
 
 def random_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -237,7 +277,7 @@ def random_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) == 1:
         return 0.3 * noise if name.endswith("bias") else 1 + 0.3 * noise
     if name == "output.weight":
-        noise[0] = DIRECTION * np.sqrt(64 / 1.2**2)
+        noise[0] = direction(shape[1]) * np.sqrt(shape[1]) / 1.2
     return noise if "embd" in name else 1.2 / np.sqrt(shape[-1]) * noise
 
 
@@ -345,7 +385,7 @@ class Random:
             self.llama.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
 
     def component(self) -> float:
-        """The final hidden state along DIRECTION, relative to other directions.
+        """The final hidden state along the direction, relative to other directions.
 
         Read from the logits when the model has a head of its own, whose first row is the direction
         and whose others are random; else from the hidden state, which llama.cpp gives out as it
@@ -363,7 +403,7 @@ class Random:
             get = "llama_get_logits_ith" if self._own_head else "llama_get_embeddings_ith"
             found = getattr(self.llama, get)(self._context, -1)
             read = np.array([found[index] for index in range(64)], np.float64)
-            along = read[0] if self._own_head else DIRECTION @ read
+            along = read[0] if self._own_head else direction(64) @ read
             others = read[1:] if self._own_head else read
             largest = max(largest, float(np.abs(along) / np.sqrt(np.mean(others**2))))
         return largest
@@ -375,7 +415,7 @@ class Random:
 
 def edited(source: dict[str, np.ndarray], writer: GgufWriter) -> dict[str, np.ndarray]:
     """A writer and its bias, orthogonalized in the plainest way there is."""
-    along = DIRECTION.copy()
+    along = direction(source["token_embd.weight"].shape[1])
     for gain in writer.gains:
         along = along * source[gain]
     along /= np.linalg.norm(along)
