@@ -418,7 +418,10 @@ def _placed(
                 f"{name.full[: -len(name.suffix)]}weight" not in present
             ):
                 lost.append(name.full)
-        elif name.role not in READS | facts.reads | norms:
+        # A bias of a norm behind a writer would be added to the stream by itself.
+        elif name.role not in READS | facts.reads | norms or (
+            name.role in norms and name.suffix == "bias"
+        ):
             lost.append(name.full)
     if lost:
         raise UserError(
@@ -570,7 +573,8 @@ def table() -> str:
         "them, with their biases. A *gain* is a norm's weight that stands between the tensor and",
         "the residual stream and is folded into the edit. Biases of these tensors are edited with",
         "them; blocks with `nextn` tensors (multi-token prediction) are left as they are, because",
-        "they are not part of the forward pass.",
+        "they are not part of the forward pass. What an image or sound encoder (mmproj) feeds into",
+        "the stream is not in the file and not edited.",
         "",
         "*Proved* means that `tests/test_gguf_writers.py` removes a random direction from these",
         "tensors of a random model of that architecture in llama.cpp itself, and finds nothing of",

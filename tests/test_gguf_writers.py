@@ -286,9 +286,20 @@ def random_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class _Parameters(ctypes.Structure):
-    """A structure passed by value, larger than any of llama.cpp's: its fields are left alone."""
+    """A structure passed by value, larger than any of llama.cpp's; its fields stay as they are."""
 
     _fields_ = [("bytes", ctypes.c_uint64 * 64)]
+
+
+class _ModelParameters(ctypes.Structure):
+    """struct llama_model_params up to what keeps the model off a GPU, where sums are rounded."""
+
+    _fields_ = [
+        ("devices", ctypes.c_void_p),
+        ("buffers", ctypes.c_void_p),
+        ("gpu_layers", ctypes.c_int32),
+        ("bytes", ctypes.c_uint64 * 64),
+    ]
 
 
 class _ReadParameters(ctypes.Structure):
@@ -301,10 +312,10 @@ _pointer, _int, _floats = ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(ctypes
 _SIGNATURES = {
     "llama_log_set": (None, _Log, _pointer),
     "gguf_init_from_file": (_pointer, ctypes.c_char_p, _ReadParameters),
-    "llama_model_default_params": (_Parameters,),
+    "llama_model_default_params": (_ModelParameters,),
     "llama_context_default_params": (_Parameters,),
-    "llama_model_init_from_user": (_pointer, _pointer, _Fill, _pointer, _Parameters),
-    "llama_model_load_from_file": (_pointer, ctypes.c_char_p, _Parameters),
+    "llama_model_init_from_user": (_pointer, _pointer, _Fill, _pointer, _ModelParameters),
+    "llama_model_load_from_file": (_pointer, ctypes.c_char_p, _ModelParameters),
     "llama_init_from_model": (_pointer, _pointer, _Parameters),
     "llama_free": (None, _pointer),
     "llama_model_free": (None, _pointer),
@@ -356,6 +367,7 @@ class Random:
 
         self._fill = _Fill(fill)
         usual = llama.llama_model_default_params()
+        usual.gpu_layers = 0
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_file(path, architecture, keys, self.values)
@@ -633,6 +645,8 @@ def test_the_same_name_plays_different_parts():
         find("llama", names)
     with pytest.raises(UserError, match="damaged"):
         find("gemma2", names[:2])
+    with pytest.raises(UserError, match=r"known: blk\.0\.post_attention_norm\.bias"):
+        find("gemma2", [*names, "blk.0.post_attention_norm.bias"])
 
 
 def test_blocks_that_draft_are_left_alone():
