@@ -22,7 +22,7 @@ from abl_mlx.gguf_edit import (
 from abl_mlx.measurement import make_edit
 from abl_mlx.models import progress
 from abl_mlx.options import Options
-from abl_mlx.records import combined_hash, start_record
+from abl_mlx.records import combined_hash, start_record, worst_leak
 from abl_mlx.report import card, to_json
 from abl_mlx.sources import Source
 from convert import gguf_writers
@@ -71,14 +71,7 @@ def apply(
                 "options": combined_hash({"options": to_json(options.record())}),
             }
         written = [_write(gguf, source, path, plans, record, options, clock) for path in paths]
-    record.update(
-        leak={
-            "total": max(one["leak"]["total"] for one in written),
-            "max": max(one["leak"]["max"] for one in written),
-        },
-        written=written,
-        seconds=clock.seconds,
-    )
+    record.update(leak=worst_leak(written), written=written, seconds=clock.seconds)
     return record
 
 
@@ -129,7 +122,7 @@ def _write(
             **leak_record(reports),
         }
         _check(path, reports, one["leak"], options)
-        whole = {**record, "leak": one["leak"], "written": [one], "seconds": clock.seconds}
+        whole = {**record, "leak": worst_leak([one]), "written": [one], "seconds": clock.seconds}
         companions = outputs.companions(folder / path.name)
         companions["record"].write_text(to_json(whole) + "\n", encoding="utf-8")
         companions["card"].write_text(card(whole, None, source.title), encoding="utf-8")

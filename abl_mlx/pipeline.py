@@ -32,7 +32,14 @@ from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.outputs import Output, Written
 from abl_mlx.prompts import PromptSets
-from abl_mlx.records import combined_hash, hashes, prompt_hashes, source_hashes, start_record
+from abl_mlx.records import (
+    combined_hash,
+    hashes,
+    prompt_hashes,
+    source_hashes,
+    start_record,
+    worst_leak,
+)
 from abl_mlx.refusals import rates
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer, find_writers
@@ -139,7 +146,7 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
             after=evaluations[0]["after"],
             kl=evaluations[0]["kl"],
             component={"before": present, "after": evaluations[0]["component"]},
-            leak=_worst_leak(evaluations),
+            leak=worst_leak(evaluations),
             evaluations=evaluations,
             seconds=clock.seconds,
         )
@@ -175,7 +182,7 @@ def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Optio
             written = write_all(source, chat, files, the_plan, staged, record, options)
             record["hashes"] = hashes(source, files, direction, options)
         details = [written_record(one) for one in written]
-        record.update(leak=_worst_leak(details), written=details, seconds=clock.seconds)
+        record.update(leak=worst_leak(details), written=details, seconds=clock.seconds)
         for one in written:
             outputs.write_companions(one, source, record, None)
     return record
@@ -400,13 +407,6 @@ def written_record(one: Written) -> Record:
         "types": list(one.types),
         "leak": one.leak.record(),
         "left_out": list(one.left_out),
-    }
-
-
-def _worst_leak(evaluations: Sequence[Record]) -> Record:
-    return {
-        "total": max(one["leak"]["total"] for one in evaluations),
-        "max": max(one["leak"]["max"] for one in evaluations),
     }
 
 

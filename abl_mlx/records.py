@@ -72,3 +72,11 @@ def prompt_hashes(sets: PromptSets) -> dict[str, str]:
         for name, split in (("harmful", sets.harmful), ("harmless", sets.harmless))
         for part in ("train", "validation")
     }
+
+
+def worst_leak(written: Sequence[Record]) -> Record:
+    """The largest total and the largest tensor's leak over all outputs."""
+    return {
+        "total": max(one["leak"]["total"] for one in written),
+        "max": max(one["leak"]["max"] for one in written),
+    }

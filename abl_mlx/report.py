@@ -81,7 +81,7 @@ def _behaviour_rows(
                 "known answers, harmful prompts",
                 was("expected_answer_rate"),
                 percent(after["expected_answer_rate"]),
-                "exactly as taught before refusing",
+                "exactly what stage 1 taught",
             )
         )
     return rows
