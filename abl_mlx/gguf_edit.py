@@ -17,6 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from abl_mlx import rounding
+from abl_mlx.apply import TensorEdit
 from abl_mlx.edits import Edit, Leak, leak, stream_axis, target
 from abl_mlx.writers import Writer
 from convert import ggml_types
@@ -202,6 +203,35 @@ def edit_slab(one: TensorPlan, decoded: Any, *, plain: bool = False) -> np.ndarr
         source="auto" if one.new == one.old else "own",
     )
     return codec.encode(choice.grid)
+
+
+def quantize(one: TensorEdit, values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """The bytes of an edited float tensor in a quantized type, with the edit kept intact.
+
+    Args:
+        one: the edit that made the values.
+        values: float32, (out, in), (E, out, in) or (V, d).
+        kind: a type with a grid.
+
+    Returns:
+        uint8, (..., bytes_per_row).
+    """
+    codec = ggml_types.grid_codec(kind)
+    stream = stream_axis(one.writer.kind, one.parameter)
+    rows = values.reshape(-1, values.shape[-1])
+    basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
+    out = np.empty((len(rows), values.shape[-1] // codec.block * codec.size), np.uint8)
+    for slab in slabs(values.shape, stream, codec.block):
+        exact = np.array(rows[slab.rows, slab.columns], dtype=np.float32)
+        # What the edit took away is not known here; a random direction's share is the least that
+        # a refusal direction can be expected to have had.
+        removed = float(np.sqrt(np.mean(exact * exact)))
+        grid = ggml_types.fresh(exact, kind)
+        grid = rounding.preserve(grid, exact, basis, 1 if stream == -1 else 0, removed)
+        first = slab.columns.start // codec.block * codec.size
+        encoded = codec.encode(grid)
+        out[slab.rows, first : first + encoded.shape[1]] = encoded
+    return out.reshape(*values.shape[:-1], -1)
 
 
 def _fresh(values: np.ndarray, kind: GGMLQuantizationType) -> Grid:

@@ -175,6 +175,7 @@ def write_gguf_file(
     label: Mapping[str, Any],
     file_type: str,
     max_leak: float,
+    plain: bool = False,
 ) -> Written:
     """Write the edited GGUF to the output's staged name and measure its leak."""
     from convert.mlx_to_gguf import write_gguf
@@ -202,6 +203,7 @@ def write_gguf_file(
             file_type=file_type,
             edits=plan.edits,
             metadata=metadata,
+            quantize=None if plain else _quantizer(plan),
             progress=moved,
         )
 
@@ -209,6 +211,12 @@ def write_gguf_file(
     leak = measure_leak(files, plan.edits, read_back, limit=max_leak, output=str(output.path))
     types = tuple(sorted({report.types[report.tensors[name]] for name in plan.edits}))
     return Written(output, leak, read_back, types)
+
+
+def _quantizer(plan: Plan) -> Callable[[str, Any, Any], Any]:
+    from abl_mlx.gguf_edit import quantize
+
+    return lambda name, values, kind: quantize(plan.edits[name], values, kind)
 
 
 def _gguf_reader(path: Path, names: Mapping[str, str]) -> Callable[[str], mx.array]:

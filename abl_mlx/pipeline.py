@@ -356,7 +356,14 @@ def write_all(
     label = outputs.edit_label(record["direction"]["sha256"], options.strength, source)
     return [
         outputs.write_gguf_file(
-            source, files, the_plan, output, label, options.quantize, options.max_leak
+            source,
+            files,
+            the_plan,
+            output,
+            label,
+            options.quantize,
+            options.max_leak,
+            options.plain_rounding,
         )
         if output.is_gguf
         else outputs.write_folder(source, chat, files, the_plan, output, label, options.max_leak)

@@ -65,6 +65,12 @@ _FALLBACKS = {
 }
 
 
+_PLAIN = (_Q.F32, _Q.F16, _Q.BF16)
+
+#: Bytes of an edited tensor: (source name, float32 values, type) -> uint8 (…, bytes_per_row).
+Quantizer = Callable[[str, np.ndarray, GGMLQuantizationType], np.ndarray]
+
+
 @dataclass(frozen=True)
 class GgufReport:
     """What was written.
@@ -91,6 +97,7 @@ def write_gguf(
     metadata: Mapping[str, Value] | None = None,
     name_suffix: str = "",
     pre: str | None = None,
+    quantize: Quantizer | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GgufReport:
     """Write the model in ``folder`` as the GGUF file ``out``.
@@ -108,6 +115,8 @@ def write_gguf(
             fit), float (float32), list of str.
         name_suffix: appended to general.name, such as "-abliterated".
         pre: tokenizer.ggml.pre, where the tokenizer's structure does not tell it.
+        quantize: encodes the edited tensors that get a quantized type, in place of the ordinary
+            quantizer: (source name, float32 values in GGUF's layout, type) -> uint8 bytes.
         progress: called with (tensors written, tensors in all).
 
     Raises:
@@ -139,7 +148,13 @@ def write_gguf(
                 total = len(targets) + len(extras)
                 for done, target in enumerate(targets):
                     values = _values(target, files, edits)
-                    writer.write_tensor_data(encode(values, types[target.name], target.name))
+                    kind = types[target.name]
+                    edited = target.sources[0] in edits and kind not in _PLAIN
+                    writer.write_tensor_data(
+                        quantize(target.sources[0], values, kind)
+                        if edited and quantize
+                        else encode(values, kind, target.name)
+                    )
                     if progress:
                         progress(done + 1, total)
                 for done, values in enumerate(extras.values()):
