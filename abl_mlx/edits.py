@@ -150,19 +150,17 @@ def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: 
     source, written = source.astype(mx.float32), written.astype(mx.float32)
     wanted = remove(basis, edit.strength, source, axis)
     difference = written - wanted
-    sums = (
-        _component(basis, difference, axis),
-        _component(basis, source - wanted, axis),
-        (difference * difference).sum(),
-        (wanted * wanted).sum(),
-    )
+    # What the edit takes away is α Uᵀ(U W), whose component is α U W.
+    taken = edit.strength * _along(basis, source, axis)
+    missing = _along(basis, difference, axis)
+    sums = [(part * part).sum() for part in (missing, taken, difference, wanted)]
     mx.eval(*sums)
     return Leak(*map(number, sums))
 
 
-def _component(basis: mx.array, values: mx.array, axis: int) -> mx.array:
-    along = values @ basis.T if axis % values.ndim == values.ndim - 1 else basis @ values
-    return (along * along).sum()
+def _along(basis: mx.array, values: mx.array, axis: int) -> mx.array:
+    """U applied along one axis: the components, one for each direction and line."""
+    return values @ basis.T if axis % values.ndim == values.ndim - 1 else basis @ values
 
 
 def total_leak(leaks: Sequence[Leak]) -> float:

@@ -27,8 +27,8 @@ from convert.gguf_rewrite import Replacement
 from convert.gguf_writers import GgufWriter
 from convert.grids import Grid
 
-#: Weights in a slab: about 64 MB of float32, of which a few are alive at once.
-SLAB = 1 << 24
+#: Weights in a slab: about 32 MB of float32, of which a few are alive at once.
+SLAB = 1 << 23
 
 
 @dataclass(frozen=True)

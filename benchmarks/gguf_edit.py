@@ -1,0 +1,206 @@
+"""How fast, how big and how exact is the edit of a quantized GGUF?
+
+    python benchmarks/gguf_edit.py              # a 1B-shaped file, about 0.8 GB, in --folder
+    python benchmarks/gguf_edit.py --layers 2   # a quick look
+    python benchmarks/gguf_edit.py --table      # leak of plain and of our rounding, by type
+
+The file has the shape of Llama 3.2 1B in Q4_K_M: writers in Q4_K and Q6_K, the embedding in Q6_K.
+What bounds the work: every edited weight is read, decoded, rounded a dozen times in the search for
+its line's multiplier, encoded and written; the rest of the file is copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Q
+
+WIDTH, HIDDEN, VOCABULARY, KEYS = 2048, 8192, 128256, 512
+
+
+def make_file(path: Path, layers: int) -> None:
+    """Random weights in the shape and types of a Llama 3.2 1B Q4_K_M."""
+    from convert import ggml
+
+    rng = np.random.default_rng(0)
+    made: dict[tuple[int, int, Q], np.ndarray] = {}
+
+    def weights(rows: int, columns: int, kind: Q) -> np.ndarray:
+        # One tensor a shape and type: quantizing is not what is measured here.
+        if (rows, columns, kind) not in made:
+            out = []
+            for start in range(0, rows, 4096):
+                part = rng.standard_normal((min(4096, rows - start), columns), dtype=np.float32)
+                out.append(ggml.quantize(part, kind))
+            made[rows, columns, kind] = np.concatenate(out)
+        return made[rows, columns, kind]
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("random-1b")
+    for key, value in (
+        ("block_count", layers), ("context_length", 4096), ("embedding_length", WIDTH),
+        ("feed_forward_length", HIDDEN), ("attention.head_count", 32),
+        ("attention.head_count_kv", 8),
+    ):  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+
+    def add(name: str, rows: int, columns: int, kind: Q) -> None:
+        writer.add_tensor(name, weights(rows, columns, kind), raw_dtype=kind)
+
+    add("token_embd.weight", VOCABULARY, WIDTH, Q.Q6_K)
+    for layer in range(layers):
+        more = Q.Q6_K if layer < layers // 8 or layer % 3 == 2 else Q.Q4_K
+        block = f"blk.{layer}."
+        for name, rows, columns, kind in (
+            ("attn_q", WIDTH, WIDTH, Q.Q4_K), ("attn_k", KEYS, WIDTH, Q.Q4_K),
+            ("attn_v", KEYS, WIDTH, more), ("attn_output", WIDTH, WIDTH, Q.Q4_K),
+            ("ffn_gate", HIDDEN, WIDTH, Q.Q4_K), ("ffn_up", HIDDEN, WIDTH, Q.Q4_K),
+            ("ffn_down", WIDTH, HIDDEN, more),
+        ):  # fmt: skip
+            add(f"{block}{name}.weight", rows, columns, kind)
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"{block}{norm}.weight", np.ones(WIDTH, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(WIDTH, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def edit(source: Path, out: Path, direction: Path) -> None:
+    """The product's own edit, in this process; prints what the parent reads."""
+    from abl_mlx import gguf_edit, gguf_pipeline, pipeline
+    from abl_mlx.options import Options
+
+    # Kernels are compiled once a machine; that is not part of the speed.
+    pipeline.apply(direction, str(source), [out.with_name("warm.gguf")],
+                   Options(tensors=r"blk\.0\.attn_output"))  # fmt: skip
+    start = time.perf_counter()
+    record = pipeline.apply(direction, str(source), [out], Options())
+    seconds = record["seconds"]
+    with gguf_pipeline.GgufSource(source) as file:
+        plans = gguf_edit.plan(
+            file,
+            pipeline.make_edit(pipeline.directions.read(direction).selected, Options()),
+            gguf_pipeline.find_writers(file, Options()),
+        )
+        weights = sum(math.prod(file.tensors[name].shape) for name in plans)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(time.perf_counter() - start, seconds["write"], seconds["measure the leak"], weights, peak,
+          record["leak"]["total"], record["written"][0]["weight_error"])  # fmt: skip
+
+
+def plainly(source: Path, direction: Path) -> tuple[float, float]:
+    """ggml's own way over the same tensors: dequantize, edit, requantize. Seconds and leak."""
+    from abl_mlx import gguf_pipeline
+    from abl_mlx.options import Options
+    from convert import ggml
+    from convert.gguf_file import GgufSource
+
+    r = np.load(direction).astype(np.float32)
+    r /= np.linalg.norm(r)
+    missing = wanted = 0.0
+    start = time.perf_counter()
+    with GgufSource(source) as file:
+        for one in gguf_pipeline.find_writers(file, Options()):
+            entry = file.tensors[one.name]
+            values = ggml.dequantize(np.array(file.raw(one.name)), entry.type)
+            along = values @ r if one.kind == "embedding" else r @ values
+            if one.kind == "embedding":
+                exact = values - np.outer(along, r)
+            else:
+                exact = values - np.outer(r, along)
+            written = ggml.dequantize(ggml.quantize(exact, entry.type), entry.type)
+            left = written @ r if one.kind == "embedding" else r @ written
+            missing += float(left @ left)
+            wanted += float(along @ along)
+    return time.perf_counter() - start, (missing / wanted) ** 0.5
+
+
+def table() -> None:
+    """The table of DESIGN section 2, for every type, plain and ours."""
+    from abl_mlx import rounding
+    from convert import ggml_types
+
+    rng = np.random.default_rng(0)
+    print("| type | k | plain leak | our leak | plain error | our error | grid |")
+    print("|---|---|---|---|---|---|---|")
+    for kind in sorted(ggml_types.GRID_TYPES):
+        for k in (1, 4, 10):
+            u = rng.normal(size=(1, WIDTH))
+            u /= np.linalg.norm(u)
+            weights = rng.normal(size=(WIDTH, WIDTH)) + u.T @ (
+                (k - 1) * rng.normal(size=(1, WIDTH))
+            )
+            own = ggml_types.fresh(weights.astype(np.float32), kind)
+            source = own.values().astype(np.float64)
+            exact = source - u.T @ (u @ source)
+            target = exact.astype(np.float32)
+            choice = rounding.choose(
+                own, target, u, 0, float(np.sqrt(np.mean((u @ source) ** 2))),
+                fresh=lambda values, kind=kind: ggml_types.fresh(values, kind),
+                refit=lambda grid, values, kind=kind: ggml_types.refit(grid, values, kind),
+            )  # fmt: skip
+            cells = []
+            for grid in (own.with_codes(own.nearest(target)), choice.grid):
+                written = grid.values().astype(np.float64)
+                leak = np.linalg.norm(u @ (written - exact)) / np.linalg.norm(u @ source)
+                error = np.linalg.norm(written - exact) / np.linalg.norm(exact)
+                cells.append((leak, error))
+            (plain_leak, plain_error), (our_leak, our_error) = cells
+            print(f"| {kind.name} | {k} | {plain_leak:.3f} | {our_leak:.5f} | {plain_error:.4f} | "
+                  f"{our_error:.4f} | {choice.source} |", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--folder", type=Path, help="where the files go; a temporary one without")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--edit", nargs=3, type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.edit:
+        edit(*arguments.edit)
+        return
+    if arguments.table:
+        table()
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        source, out, direction = folder / "source.gguf", folder / "out.gguf", folder / "r.npy"
+        np.save(direction, np.random.default_rng(1).normal(size=WIDTH).astype(np.float32))
+        make_file(source, arguments.layers)
+        size = source.stat().st_size
+        start = time.perf_counter()
+        shutil.copyfile(source, folder / "copy.gguf")
+        copy = time.perf_counter() - start
+        (folder / "copy.gguf").unlink()
+        done = subprocess.run(
+            [sys.executable, __file__, "--edit", source, out, direction],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        total, write, back, weights, peak, leak, error = map(float, done.stdout.split())
+        million = weights / 1e6
+        print(f"file                    {size / 1e6:9.0f} MB, {million:.0f} million weights edited")
+        print(f"plain file copy         {copy:9.2f} s")
+        print(f"edit, decode to written {write:9.2f} s, {million / write:.1f} M weights/s")
+        print(f"leak read back          {back:9.2f} s, {million / back:.1f} M weights/s")
+        print(f"whole command           {total:9.2f} s, peak memory {peak / 1e9:.2f} GB")
+        seconds, lost = plainly(source, direction)
+        print(f"ggml's own round trip   {seconds:9.2f} s, {million / seconds:.1f} M weights/s")
+        print(f"leak: ours {leak:.5f} (weight error {error:.4f}), ggml's own {lost:.3f}")
+
+
+if __name__ == "__main__":
+    main()
