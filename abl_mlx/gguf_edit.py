@@ -265,6 +265,7 @@ def replacement(
         waiting: np.ndarray | None = None
         for slab in slabs(entry.shape, axis, cut):
             edited = edit_slab(one, read(raw, one.old, slab), plain=plain)
+            source.release(one.name)
             if progress:
                 progress(edited.shape[0] * (slab.columns.stop - slab.columns.start))
             if slab.columns == slice(0, n):
@@ -332,7 +333,11 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> TensorRep
         if same and isinstance(first, Grid) and isinstance(second, Grid):
             codes += int(np.count_nonzero(first.codes != second.codes))
             weights += first.codes.size
+        before.release(one.name)
+        after.release(one.name)
     changed = bytes_changed(old, new) if same else None
+    before.release(one.name)
+    after.release(one.name)
     return TensorReport(total, codes / weights if weights else None, changed, written.type.name)
 
 

@@ -231,6 +231,8 @@ def diff(first: Path, second: Path, direction_path: Path | None, options: Option
                     changed[name] = {"type": f"{entry.type.name} -> {other.type.name}"}
                 else:
                     count = bytes_changed(before.raw(name), after.raw(name))
+                    before.release(name)
+                    after.release(name)
                     if count:
                         changed[name] = {"type": entry.type.name, "bytes_changed": count}
                 bar.update()
