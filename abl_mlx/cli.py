@@ -303,6 +303,14 @@ def measure(model: str, output: Path, as_json: bool, **chosen: Any) -> None:
     "of writing it in a finer one.",
 )
 @click.option(
+    "--grid",
+    type=click.Choice(["auto", "own", "fresh"]),
+    default="auto",
+    show_default=True,
+    help="Of a GGUF: keep each tensor's own scales (with an imatrix in them, say), encode it "
+    "anew, or take a fresh grid where it is clearly better.",
+)
+@click.option(
     "--plain-rounding",
     is_flag=True,
     help="Of a GGUF, round every weight to its nearest level, as other tools do: loses most of the "

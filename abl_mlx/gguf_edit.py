@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +19,7 @@ from abl_mlx import rounding
 from abl_mlx.apply import TensorEdit
 from abl_mlx.edits import Edit, Leak, leak, stream_axis, target
 from abl_mlx.writers import Writer
-from convert import ggml_types
+from convert import ggml, ggml_types
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.gguf_rewrite import Replacement
@@ -29,6 +28,9 @@ from convert.grids import Grid
 
 #: Weights in a slab: about 32 MB of float32, of which a few are alive at once.
 SLAB = 1 << 23
+
+#: Lines of a tensor on which its own grid and a fresh one are compared.
+SAMPLE = 256
 
 
 @dataclass(frozen=True)
@@ -165,14 +167,19 @@ def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
     return block, size
 
 
-def edit_slab(one: TensorPlan, decoded: Any, *, plain: bool = False) -> np.ndarray:
-    """The bytes, uint8 (R, bytes_per_row), of an edited slab in the tensor's new type.
+def sample(shape: tuple[int, ...], axis: int, block: int) -> Slab:
+    """Some whole lines from the middle of a tensor, of its first expert if it has several."""
+    n, total = shape[-1], int(np.prod(shape[:-1]))
+    if axis == -1:
+        first = max(0, (total - SAMPLE) // 2)
+        return Slab(slice(first, min(total, first + SAMPLE)), slice(0, n))
+    lines = max(1, SAMPLE // block) * block
+    first = max(0, (n - lines) // 2 // block * block)
+    return Slab(slice(0, shape[-2]), slice(first, min(n, first + lines)))
 
-    Args:
-        decoded: from `read`.
-        plain: round every weight to its nearest level, as everyone else does.
-    """
-    source = values_of(decoded)
+
+def exact_edit(one: TensorPlan, source: np.ndarray) -> rounding.Edited:
+    """The exact edited values of a slab's float32 values, with what has to survive in them."""
     exact = np.asarray(
         target(one.edit, one.writer, one.parameter, mx.array(source)).astype(mx.float32)
     )
@@ -181,28 +188,48 @@ def edit_slab(one: TensorPlan, decoded: Any, *, plain: bool = False) -> np.ndarr
             f"{one.name} holds NaN or infinity after the edit: the file is damaged, or --strength "
             "is too large."
         )
-    codec = ggml_types.codec(one.new)
-    if isinstance(codec, ggml_types.FloatCodec):
-        return codec.encode(codec.round(exact))
-    own = decoded if one.new == one.old else ggml_types.fresh(exact, one.new)
-    if plain:
-        return codec.encode(own.with_codes(own.nearest(exact)))
     axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
     basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
-    moved = source - exact
-    along = basis @ moved if axis == 0 else moved @ basis.T
-    removed = float(np.sqrt(np.mean(np.sum(along * along, axis=axis))))
-    choice = rounding.choose(
-        own,
-        exact,
-        basis,
-        axis,
-        removed,
-        fresh=partial(_fresh, kind=one.new),
-        refit=partial(_refit, kind=one.new),
-        source="auto" if one.new == one.old else "own",
+    along = basis @ source if axis == 0 else source @ basis.T
+    # What is taken away along each line has the length |α| times that of the component.
+    length = np.sqrt(np.mean(np.sum(along * along, axis=axis)))
+    return rounding.Edited(exact, basis, axis, abs(one.edit.strength) * float(length))
+
+
+def encoders(kind: GGMLQuantizationType) -> rounding.Encoders:
+    """What ggml offers for a type."""
+    return rounding.Encoders(
+        fresh=lambda values: ggml_types.fresh(values, kind),
+        refit=lambda grid, values: ggml_types.refit(grid, values, kind),
+        available=ggml.available(),
     )
-    return codec.encode(choice.grid)
+
+
+def better_source(one: TensorPlan, raw: np.ndarray, shape: tuple[int, ...]) -> str:
+    """Which grid a tensor is rounded on, as `rounding.better_source` says of a sample of it."""
+    stream = stream_axis(one.writer.kind, one.parameter)
+    own = read(raw, one.old, sample(shape, stream, _block(one.old)[0]))
+    if not isinstance(own, Grid):
+        return "own"  # a float type, which has no grid to choose
+    return rounding.better_source(own, exact_edit(one, own.values()), encoders(one.new))
+
+
+def edit_slab(one: TensorPlan, decoded: Any, source: str, *, plain: bool = False) -> np.ndarray:
+    """The bytes, uint8 (R, bytes_per_row), of an edited slab in the tensor's new type.
+
+    Args:
+        decoded: from `read`.
+        source: ``own`` or ``fresh``: the grid to round on.
+        plain: round every weight to its nearest level, as everyone else does.
+    """
+    edited = exact_edit(one, values_of(decoded))
+    codec = ggml_types.codec(one.new)
+    if isinstance(codec, ggml_types.FloatCodec):
+        return codec.encode(codec.round(edited.target))
+    if plain:
+        own = ggml_types.fresh(edited.target, one.new) if one.new != one.old else decoded
+        return codec.encode(own.with_codes(own.nearest(edited.target)))
+    return codec.encode(rounding.round_onto(decoded, edited, encoders(one.new), source))
 
 
 def quantize(one: TensorEdit, values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
@@ -234,24 +261,19 @@ def quantize(one: TensorEdit, values: np.ndarray, kind: GGMLQuantizationType) ->
     return out.reshape(*values.shape[:-1], -1)
 
 
-def _fresh(values: np.ndarray, kind: GGMLQuantizationType) -> Grid:
-    return ggml_types.fresh(values, kind)
-
-
-def _refit(grid: Grid, values: np.ndarray, kind: GGMLQuantizationType) -> Grid:
-    return ggml_types.refit(grid, values, kind)
-
-
 def replacement(
     source: GgufSource,
     one: TensorPlan,
     *,
+    grid: str = "auto",
     plain: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Replacement:
     """The edited tensor for `convert.gguf_rewrite.rewrite`, produced when it is asked for.
 
     Args:
+        grid: ``own``, ``fresh``, or ``auto`` for the better of the two.
+        plain: round every weight to its nearest level.
         progress: called with the number of weights just edited.
     """
     entry = source.tensors[one.name]
@@ -262,9 +284,13 @@ def replacement(
     def chunks() -> Iterator[np.ndarray]:
         raw = source.raw(one.name)
         n = entry.shape[-1]
+        automatic = grid == "auto" and not plain
+        grid_source = better_source(one, raw, entry.shape) if automatic else grid
+        if one.new != one.old:
+            grid_source = "fresh"
         waiting: np.ndarray | None = None
         for slab in slabs(entry.shape, axis, cut):
-            edited = edit_slab(one, read(raw, one.old, slab), plain=plain)
+            edited = edit_slab(one, read(raw, one.old, slab), grid_source, plain=plain)
             source.release(one.name)
             if progress:
                 progress(edited.shape[0] * (slab.columns.stop - slab.columns.start))
@@ -338,7 +364,8 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> TensorRep
     changed = bytes_changed(old, new) if same else None
     before.release(one.name)
     after.release(one.name)
-    return TensorReport(total, codes / weights if weights else None, changed, written.type.name)
+    name = written.type.name if same else f"{entry.type.name} -> {written.type.name}"
+    return TensorReport(total, codes / weights if weights else None, changed, name)
 
 
 def bytes_changed(old: np.ndarray, new: np.ndarray) -> int:

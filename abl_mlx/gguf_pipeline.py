@@ -107,7 +107,7 @@ def _write(
                 gguf,
                 staged,
                 tensors={
-                    name: replacement(gguf, one, plain=options.plain_rounding)
+                    name: replacement(gguf, one, grid=options.grid, plain=options.plain_rounding)
                     for name, one in plans.items()
                 },
                 metadata=_provenance(gguf, source, record["direction"]["sha256"], options),
@@ -192,7 +192,7 @@ def _provenance(
     for key in ("organization", "version", "repo_url"):
         if f"general.{key}" in known:
             changes[f"{base}.{key}"] = known[f"general.{key}"]
-    label = outputs.edit_label(direction_sha256, options.strength, source)
+    label = outputs.edit_label(direction_sha256, options, source)
     changes |= {f"abl_mlx.{key}": value for key, value in label.items()}
     return changes
 

@@ -29,6 +29,8 @@ class Options:
             is known of the architecture.
         strict_types: refuse a GGUF tensor whose type has no scalar grid, instead of writing it in
             a finer type.
+        grid: of a GGUF source, ``own`` keeps each tensor's scales and most of its codes, ``fresh``
+            encodes the edited weights anew, ``auto`` takes a fresh grid where it is clearly better.
         plain_rounding: round every weight to its nearest level, which loses most of an edit; to
             show the difference.
     """
@@ -50,6 +52,7 @@ class Options:
     save_replies: Path | None = None
     tensors: str | None = None
     strict_types: bool = False
+    grid: str = "auto"
     plain_rounding: bool = False
 
     def record(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import mlx.core as mx
 from abl_mlx import __version__
 from abl_mlx.apply import LeakReport, Plan, measure_leak
 from abl_mlx.models import ChatModel, progress
+from abl_mlx.options import Options
 from abl_mlx.report import card, to_json
 from abl_mlx.sources import Source
 from convert.atomic import check_new, new_file, new_folder
@@ -266,14 +267,17 @@ def write_companions(
             stack.enter_context(new_file(place)).write_text(contents[key], encoding="utf-8")
 
 
-def edit_label(direction_sha256: str, strength: float, source: Source) -> dict[str, Any]:
+def edit_label(direction_sha256: str, options: Options, source: Source) -> dict[str, Any]:
     """What a written model says of itself in its metadata."""
+    layers = "all" if options.layers is None else ",".join(map(str, sorted(options.layers)))
     return {
         "edited": "the refusal direction was orthogonalized out of this model's weights",
         "version": __version__,
         "base_model": source.name,
         "direction_sha256": direction_sha256,
-        "strength": strength,
+        "strength": options.strength,
+        "layers": layers,
+        "embedding": options.embedding,
     }
 
 

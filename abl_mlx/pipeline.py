@@ -353,7 +353,7 @@ def write_all(
     options: Options,
 ) -> list[Written]:
     """Write every output to its staged name and measure its leak."""
-    label = outputs.edit_label(record["direction"]["sha256"], options.strength, source)
+    label = outputs.edit_label(record["direction"]["sha256"], options, source)
     return [
         outputs.write_gguf_file(
             source,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -118,35 +118,49 @@ def eval_table(record: Mapping[str, Any]) -> str:
 
 
 def apply_table(record: Mapping[str, Any]) -> str:
-    """What `abl-mlx apply` wrote."""
-    return "\n".join(
-        f"{one['output']}  ({one['format']}, edited tensors {', '.join(one['types'])}): leak "
-        f"{one['leak']['total']:.2g}, largest in one tensor {one['leak']['max']:.2g}"
-        for one in record["written"]
-    )
+    """What `abl-mlx apply` wrote, tensor by tensor."""
+    lines = []
+    for one in record["written"]:
+        lines.append(f"{one['output']}  ({one['format']})")
+        lines += _align_columns([_TENSOR_COLUMNS, *_tensor_rows(one["leak"]["tensors"])])
+        lines.append(
+            f"leak {one['leak']['total']:.5f}, largest in one tensor {one['leak']['max']:.5f}"
+        )
+    return "\n".join(lines)
+
+
+_TENSOR_COLUMNS = ("tensor", "type", "bytes changed", "codes changed", "weight error", "leak")
+
+
+def _tensor_rows(tensors: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each tensor of a leak record; what does not apply to it stays empty."""
+    rows: list[tuple[str, ...]] = []
+    for name, one in tensors.items():
+        changed, codes = one.get("bytes_changed"), one.get("codes_changed")
+        rows.append(
+            (
+                name,
+                one.get("type", ""),
+                "" if changed is None else f"{changed:,}",
+                "" if codes is None else percent(codes),
+                f"{one['weight_error']:.4f}" if "weight_error" in one else "",
+                f"{one['leak']:.5f}" if "leak" in one else "",
+            )
+        )
+    return rows
+
+
+def _align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[f"{c:<{w}}" for c, w in zip(row, widths, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 def diff_table(record: Mapping[str, Any]) -> str:
     """What `abl-mlx diff` found."""
     edited = record.get("leak", {}).get("tensors", {})
-    rows = [("tensor", "type", "bytes changed", "codes changed", "weight error", "leak")]
-    for name, change in record["changed"].items():
-        one = edited.get(name, {})
-        changed = change.get("bytes_changed")
-        rows.append(
-            (
-                name,
-                change["type"],
-                "" if changed is None else f"{changed:,}",
-                percent(one["codes_changed"]) if one.get("codes_changed") is not None else "",
-                f"{one['weight_error']:.4f}" if one else "",
-                f"{one['leak']:.5f}" if one else "",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    lines = [
-        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    rows = {name: {**edited.get(name, {}), **change} for name, change in record["changed"].items()}
+    lines = _align_columns([_TENSOR_COLUMNS, *_tensor_rows(rows)])
     lines.append(f"{len(record['changed'])} of {record['tensors']} tensors differ")
     if "leak" in record:
         lines.append(

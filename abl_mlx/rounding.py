@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,16 +18,11 @@ from convert.grids import Grid, in_chunks
 #: Leak aimed at in each line, as a share of the tensor's root mean square component.
 AIM = 1e-4
 
-#: Rows on which a tensor's own grid and a fresh one are compared.
-_SAMPLE = 64
-
 #: A fresh grid must lower the error by this much: it gives up every code and scale of the source.
-_WORTH = 0.95
+_WORTH = 0.975
 
 # Columns rounded together; divides the group size of every format.
 _TILE = 16
-
-Encoder = Callable[[np.ndarray], Grid]
 
 
 def preserve(grid: Grid, target: np.ndarray, basis: np.ndarray, axis: int, removed: float) -> Grid:
@@ -77,68 +71,61 @@ def preserve(grid: Grid, target: np.ndarray, basis: np.ndarray, axis: int, remov
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A rounded tensor.
+class Encoders:
+    """What a format offers besides a tensor's own grid.
 
     Attributes:
-        grid: with the chosen codes.
-        source: ``own``, ``refit`` (own, with new scales where values left the grid) or ``fresh``.
-    """
-
-    grid: Grid
-    source: str
-
-
-def choose(
-    own: Grid,
-    target: np.ndarray,
-    basis: np.ndarray,
-    axis: int,
-    removed: float,
-    *,
-    fresh: Encoder,
-    refit: Callable[[Grid, np.ndarray], Grid],
-    source: str = "auto",
-) -> Choice:
-    """Round onto the tensor's own grid, or onto a fresh one where that is clearly better.
-
-    The own grid keeps tuned scales and most codes; a fresh one fits weights that an edit has moved
-    far. Which is better is seen on a sample of rows, before the rounding, which costs the more.
-
-    Args:
-        own: the grid of the tensor as stored.
         fresh: encodes float32 rows anew in the same type.
         refit: re-encodes the blocks of a grid that values have left.
-        source: ``auto``, ``own`` or ``fresh``.
+        available: whether the two can be called; a tensor's own grid needs neither.
     """
-    if source == "auto":
-        source = "fresh" if _fresh_is_better(own, target, fresh) else "own"
+
+    fresh: Callable[[np.ndarray], Grid]
+    refit: Callable[[Grid, np.ndarray], Grid]
+    available: bool = True
+
+
+@dataclass(frozen=True)
+class Edited:
+    """Exact edited weights, and what has to survive in them; the arguments of `preserve`."""
+
+    target: np.ndarray
+    basis: np.ndarray
+    axis: int
+    removed: float
+
+    def on(self, grid: Grid) -> Grid:
+        """Rounded onto a grid."""
+        return preserve(grid, self.target, self.basis, self.axis, self.removed)
+
+
+def better_source(own: Grid, edited: Edited, encoders: Encoders) -> str:
+    """``own`` or ``fresh``: which grid holds the edited weights with less error.
+
+    The own grid keeps tuned scales and most codes, so a fresh one has to be clearly better. Both
+    are tried, rounding included: where the edit must be forced against a coarse grid, the forcing
+    costs more than the quantization. Meant for a sample of whole lines.
+    """
+    if not encoders.available:
+        return "own"
+    kept = edited.on(encoders.refit(own, edited.target))
+    new = edited.on(encoders.fresh(edited.target))
+    better = _error(new, edited.target) < _WORTH**2 * _error(kept, edited.target)
+    return "fresh" if better else "own"
+
+
+def round_onto(own: Grid, edited: Edited, encoders: Encoders, source: str) -> Grid:
+    """Round onto the tensor's own grid, with new scales where values have left it, or onto a fresh
+    one.
+
+    Args:
+        source: ``own`` or ``fresh``, as `better_source` says.
+    """
     if source == "fresh":
-        return Choice(preserve(fresh(target), target, basis, axis, removed), "fresh")
-    base = refit(own, target)
-    name = "own" if base is own else "refit"
-    return Choice(preserve(base, target, basis, axis, removed), name)
-
-
-def _fresh_is_better(own: Grid, target: np.ndarray, fresh: Encoder) -> bool:
-    rows = np.unique(np.linspace(0, len(target) - 1, _SAMPLE).astype(int))
-    part = take_rows(own, rows)
-    wanted = np.array(target[rows], dtype=np.float32)
-    kept = part.with_codes(part.nearest(wanted))
-    return _error(fresh(wanted), wanted) < _WORTH**2 * _error(kept, wanted)
+        return edited.on(encoders.fresh(edited.target))
+    return edited.on(encoders.refit(own, edited.target) if encoders.available else own)
 
 
 def _error(grid: Grid, wanted: np.ndarray) -> float:
     difference = grid.values() - wanted
     return float(np.vdot(difference, difference))
-
-
-def take_rows(grid: Grid, rows: Any) -> Grid:
-    """Some rows of a grid, to round with; it cannot be encoded."""
-    return Grid(
-        np.array(grid.codes[rows], dtype=np.uint8),
-        grid.levels,
-        grid.scales[rows],
-        None if grid.offsets is None else grid.offsets[rows],
-        grid.group,
-    )

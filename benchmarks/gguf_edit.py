@@ -129,7 +129,7 @@ def plainly(source: Path, direction: Path) -> tuple[float, float]:
 
 def table() -> None:
     """The table of DESIGN section 2, for every type, plain and ours."""
-    from abl_mlx import rounding
+    from abl_mlx import gguf_edit, rounding
     from convert import ggml_types
 
     rng = np.random.default_rng(0)
@@ -146,20 +146,20 @@ def table() -> None:
             source = own.values().astype(np.float64)
             exact = source - u.T @ (u @ source)
             target = exact.astype(np.float32)
-            choice = rounding.choose(
-                own, target, u, 0, float(np.sqrt(np.mean((u @ source) ** 2))),
-                fresh=lambda values, kind=kind: ggml_types.fresh(values, kind),
-                refit=lambda grid, values, kind=kind: ggml_types.refit(grid, values, kind),
-            )  # fmt: skip
+            removed = float(np.sqrt(np.mean((u @ source) ** 2)))
+            edited = rounding.Edited(target, u, 0, removed)
+            encoders = gguf_edit.encoders(kind)
+            how = rounding.better_source(own, edited, encoders)
+            ours = rounding.round_onto(own, edited, encoders, how)
             cells = []
-            for grid in (own.with_codes(own.nearest(target)), choice.grid):
+            for grid in (own.with_codes(own.nearest(target)), ours):
                 written = grid.values().astype(np.float64)
                 leak = np.linalg.norm(u @ (written - exact)) / np.linalg.norm(u @ source)
                 error = np.linalg.norm(written - exact) / np.linalg.norm(exact)
                 cells.append((leak, error))
             (plain_leak, plain_error), (our_leak, our_error) = cells
             print(f"| {kind.name} | {k} | {plain_leak:.3f} | {our_leak:.5f} | {plain_error:.4f} | "
-                  f"{our_error:.4f} | {choice.source} |", flush=True)  # fmt: skip
+                  f"{our_error:.4f} | {how} |", flush=True)  # fmt: skip
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 
-from abl_mlx import rounding
+from abl_mlx import gguf_edit, rounding
 from convert import ggml_types
 from convert.grids import Grid
 
@@ -46,14 +46,12 @@ def error(grid, target):
     return np.linalg.norm(grid.values() - target.astype(np.float64)) / np.linalg.norm(target)
 
 
-def rounded(kind, own, source, target, u, axis, how="auto"):
+def rounded(kind, own, source, target, u, axis, how=None):
     removed = np.sqrt(np.mean(np.sum(along(u, source, axis) ** 2, axis=axis)))
-    return rounding.choose(
-        own, target, u, axis, removed,
-        fresh=lambda values: ggml_types.fresh(values, kind),
-        refit=lambda grid, values: ggml_types.refit(grid, values, kind),
-        source=how,
-    )  # fmt: skip
+    edited = rounding.Edited(target, u, axis, removed)
+    encoders = gguf_edit.encoders(kind)
+    how = how or rounding.better_source(own, edited, encoders)
+    return rounding.round_onto(own, edited, encoders, how)
 
 
 @pytest.mark.parametrize(("d", "axis"), [(256, 0), (256, 1), (4096, 0)])
@@ -61,10 +59,10 @@ def rounded(kind, own, source, target, u, axis, how="auto"):
 @pytest.mark.parametrize("kind", sorted(ORDINARY), ids=lambda kind: kind.name)
 def test_the_edit_survives_every_type(kind, d, k, axis):
     own, source, target, u = case(kind, d, 256, k, axis)
-    choice = rounded(kind, own, source, target, u, axis)
+    grid = rounded(kind, own, source, target, u, axis)
     limit = 0.002 if kind in TWO_BITS and d == 256 else 0.001
-    assert leak(choice.grid, source, target, u, axis) <= limit
-    assert error(choice.grid, target) <= ORDINARY[kind]
+    assert leak(grid, source, target, u, axis) <= limit
+    assert error(grid, target) <= ORDINARY[kind]
 
 
 @pytest.mark.parametrize("directions", [2, 4])
@@ -73,8 +71,8 @@ def test_the_edit_survives_every_type(kind, d, k, axis):
 @pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_K, Q.Q2_K, Q.IQ4_XS, Q.MXFP4], ids=lambda q: q.name)
 def test_several_directions_survive(kind, d, k, directions):
     own, source, target, u = case(kind, d, 256, k, 0, directions)
-    choice = rounded(kind, own, source, target, u, 0)
-    assert leak(choice.grid, source, target, u, 0) <= 0.01
+    grid = rounded(kind, own, source, target, u, 0)
+    assert leak(grid, source, target, u, 0) <= 0.01
 
 
 @pytest.mark.parametrize("kind", [Q.Q4_K, Q.Q3_K, Q.Q2_K], ids=lambda kind: kind.name)
@@ -83,7 +81,7 @@ def test_plain_rounding_loses_what_ours_keeps(kind):
     own, source, target, u = case(kind, 2048, 256, 1, 0)
     plain = own.with_codes(own.nearest(target))
     assert leak(plain, source, target, u, 0) > 0.85
-    ours = rounded(kind, own, source, target, u, 0, "own").grid
+    ours = rounded(kind, own, source, target, u, 0, "own")
     assert leak(ours, source, target, u, 0) < 0.001
     # And at what price: less error than the quantization itself has cost already.
     assert error(plain, target) < error(ours, target) < 0.6 * ORDINARY[kind]
@@ -91,16 +89,28 @@ def test_plain_rounding_loses_what_ours_keeps(kind):
 
 def test_the_own_grid_keeps_scales_and_most_codes():
     own, source, target, u = case(Q.Q4_K, 2048, 256, 1, 0)
-    grid = rounded(Q.Q4_K, own, source, target, u, 0, "own").grid
+    grid = rounded(Q.Q4_K, own, source, target, u, 0, "own")
     assert np.mean(grid.scales == own.scales) > 0.99
     assert np.mean(grid.codes != own.codes) < 0.05
     assert np.abs(grid.codes.astype(int) - own.codes).max() <= 3
 
 
-def test_far_edits_get_a_fresh_grid_and_near_ones_keep_theirs():
-    for k, expected in ((1, {"own", "refit"}), (10, {"fresh"})):
+def test_the_better_grid_is_chosen():
+    """Near edits keep their grid, far ones get a fresh one: by the error of the whole rounding."""
+    for k in (1, 10):
         own, source, target, u = case(Q.Q4_K, 2048, 256, k, 0)
-        assert rounded(Q.Q4_K, own, source, target, u, 0).source in expected
+        edited = rounding.Edited(target, u, 0, float(np.sqrt(np.mean((u @ source) ** 2))))
+        encoders = gguf_edit.encoders(Q.Q4_K)
+        errors = {
+            how: error(rounding.round_onto(own, edited, encoders, how), target)
+            for how in ("own", "fresh")
+        }
+        chosen = rounding.better_source(own, edited, encoders)
+        assert errors[chosen] <= 1.03 * min(errors.values())
+        assert errors["own"] <= 1.2 * errors["fresh"]
+    # Weights that have shrunk tenfold are held by a fresh grid alone.
+    small = rounding.Edited(target * 0.1, u, 0, 0.1)
+    assert rounding.better_source(own, small, encoders) == "fresh"
 
 
 def test_added_error_is_near_the_least_that_is_possible():
@@ -125,7 +135,7 @@ def test_an_arbitrary_target_component_is_held():
     """Half strength and pinning: the component is kept at whatever the target has."""
     own, source, target, u = case(Q.Q4_K, 1024, 256, 4, 0)
     wanted = (target + 0.7 * u.T @ np.ones((1, 256))).astype(np.float32)
-    grid = rounded(Q.Q4_K, own, source, wanted, u, 0).grid
+    grid = rounded(Q.Q4_K, own, source, wanted, u, 0)
     np.testing.assert_allclose((u @ grid.values())[0], 0.7, atol=0.01)
 
 
