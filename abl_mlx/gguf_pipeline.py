@@ -30,6 +30,7 @@ from convert.atomic import check_new, new_files
 from convert.errors import UserError
 from convert.gguf_file import GgufSource, part_paths
 from convert.gguf_rewrite import rewrite
+from convert.ollama import modelfile
 
 Record = dict[str, Any]
 
@@ -58,7 +59,7 @@ def apply(
             "--quantize: a GGUF source keeps the type of every tensor; leave the flag out, or "
             "quantize the float model."
         )
-    with GgufSource(source.folder) as gguf:
+    with GgufSource(source.path) as gguf:
         with clock.step("find the residual writers"):
             plans = plan(gguf, make_edit(direction.selected, options), find_writers(gguf, options),
                          strict_types=options.strict_types)  # fmt: skip
@@ -126,6 +127,9 @@ def _write(
         companions = outputs.companions(folder / path.name)
         companions["record"].write_text(to_json(whole) + "\n", encoding="utf-8")
         companions["card"].write_text(card(whole, None, source.title), encoding="utf-8")
+        if len(names) == 1:  # Ollama takes no split files
+            text = modelfile(files[0], None, path.name)
+            companions["modelfile"].write_text(text, encoding="utf-8")
     return one
 
 

@@ -74,8 +74,8 @@ def check(paths: Sequence[Path], source: Source) -> None:
         if whole in seen:
             raise UserError(f"{path} is given twice as an output.")
         seen.add(whole)
-        if source.folder.resolve() in (whole.resolve(), *whole.resolve().parents):
-            raise UserError(f"{path} lies inside the source {source.folder}: choose another -o.")
+        if source.path.resolve() in (whole.resolve(), *whole.resolve().parents):
+            raise UserError(f"{path} lies inside the source {source.path}: choose another -o.")
         if path.suffix in (".safetensors", ".npz", ".bin"):
             raise UserError(
                 f"{path}: an output is a folder (MLX) or ends in .gguf; name the folder instead."
@@ -136,15 +136,15 @@ def write_folder(
     total += sum(files.info(name).nbytes for name in plan.edits)
     with progress(total, f"write {output.path.name}", "B") as bar:
         left_out = rewrite_folder(
-            source.folder,
+            source.path,
             files,
             output.staged,
             plan.edits,
-            config=_config(source.folder, chat.config, label),
+            config=_config(source.path, chat.config, label),
             skip=("README.md", "abl.json"),
             progress=bar.update,
         )
-    _keep_card(source.folder, output.staged)
+    _keep_card(source.path, output.staged)
     with TensorFiles(output.staged) as written:
 
         def read_back(name: str) -> mx.array:
@@ -199,7 +199,7 @@ def write_gguf_file(
             bar.update(done - bar.n)
 
         report = write_gguf(
-            source.folder,
+            source.path,
             output.staged,
             file_type=file_type,
             edits=plan.edits,
@@ -259,9 +259,7 @@ def write_companions(
         return
     from convert.ollama import modelfile
 
-    contents["modelfile"] = modelfile(
-        written.output.staged, source.folder, written.output.path.name
-    )
+    contents["modelfile"] = modelfile(written.output.staged, source.path, written.output.path.name)
     with ExitStack() as stack:
         for key, place in companions(written.output.path).items():
             stack.enter_context(new_file(place)).write_text(contents[key], encoding="utf-8")

@@ -76,7 +76,7 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
     harmful, harmless = sets.harmful.test, sets.harmless.test
     with clock.step("load the model"):
         files = open_files(source, paths, options)
-        chat = models.load(source.folder)
+        chat = models.load(source.path)
     with clock.step("find the residual writers"):
         writers = find_writers(chat)
         # An edit that would touch nothing is better told now than after the measurement.
@@ -171,7 +171,7 @@ def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Optio
     outputs.check(paths, source)
     with clock.step("load the model"):
         files = open_files(source, paths, options)
-        chat = models.load(source.folder)
+        chat = models.load(source.path)
         directions.check_width(direction, direction_path, chat)
     with clock.step("find the residual writers"):
         writers = find_writers(chat)
@@ -197,8 +197,8 @@ def measure(text: str, out: Path, options: Options) -> Record:
     source = sources.resolve(text)
     sets = load_prompts(source, options)
     with clock.step("load the model"):
-        files = TensorFiles(source.folder)
-        chat = models.load(source.folder)
+        files = TensorFiles(source.path)
+        chat = models.load(source.path)
     with clock.step("find the residual writers"):
         writers = find_writers(chat)
     with clock.step("find how replies open"):
@@ -243,7 +243,7 @@ def evaluate_model(text: str, options: Options) -> Record:
             source = sources.resolve(text)
             sets = load_prompts(source, options)
             with clock.step("load the model"):
-                chat = models.load(source.folder)
+                chat = models.load(source.path)
             answer = evaluate.in_mlx(chat, batch_size=options.batch_size)
             name, runtime = source.name, "mlx-lm"
         if options.save_replies is not None:
@@ -265,10 +265,10 @@ def evaluate_model(text: str, options: Options) -> Record:
 def inspect(text: str) -> Record:
     """`abl-mlx inspect`: what the model is and what an edit would touch."""
     source = sources.resolve(text)
-    config = read_config(source.folder)
-    with TensorFiles(source.folder) as files:
+    config = read_config(source.path)
+    with TensorFiles(source.path) as files:
         stored = Counter(files.info(name).dtype for name in files.names)
-        chat = models.load(source.folder, check=False)
+        chat = models.load(source.path, check=False)
         writers = find_writers(chat)
     whole = sum(value.size for _, value in parameters(chat.model))
     touched = [
@@ -277,7 +277,7 @@ def inspect(text: str) -> Record:
     edited = sum(value.size for value in touched)
     return {
         "source": source.name,
-        "folder": str(source.folder),
+        "folder": str(source.path),
         "architecture": config["model_type"],
         "layers": len(chat.layers),
         "width": chat.width,
@@ -333,13 +333,13 @@ def cut(sets: PromptSets, limit: int | None) -> PromptSets:
 
 def open_files(source: Source, paths: Sequence[Path], options: Options) -> TensorFiles:
     """The source's tensors, once it is sure that the outputs can be written from them."""
-    files = TensorFiles(source.folder)
-    refuse_quantized(source.folder, read_config(source.folder), files.names)
+    files = TensorFiles(source.path)
+    refuse_quantized(source.path, read_config(source.path), files.names)
     outputs.check_space(paths, sum(file.stat().st_size for file in files.files))
     if any(path.suffix == ".gguf" for path in paths):
         from convert.mlx_to_gguf import check_convertible
 
-        check_convertible(source.folder, options.quantize)
+        check_convertible(source.path, options.quantize)
     return files
 
 

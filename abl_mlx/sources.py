@@ -21,14 +21,14 @@ class Source:
 
     Attributes:
         name: what the user typed: ``demo``, a Hugging Face id or a path.
-        folder: the folder with config.json and the safetensors files, or the GGUF file. Never
+        path: the folder with config.json and the safetensors files, or the GGUF file. Never
             written to.
         is_demo: whether it is the bundled demo model, which brings its own prompts.
         is_repository: whether ``name`` is a Hugging Face id.
     """
 
     name: str
-    folder: Path
+    path: Path
     is_demo: bool = False
     is_repository: bool = False
 
@@ -37,7 +37,7 @@ class Source:
         """The model's name without owner or path, for a card or a GGUF's ``general.name``."""
         if self.is_demo:
             return self.name
-        return (Path(self.name).name or self.folder.resolve().name).removesuffix(".gguf")
+        return (Path(self.name).name or self.path.resolve().name).removesuffix(".gguf")
 
 
 def resolve_gguf(text: str) -> Source:

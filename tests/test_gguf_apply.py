@@ -140,7 +140,7 @@ def test_plain_rounding_keeps_the_refusals_at_two_bits(quantized, direction, tmp
 @pytest.mark.parametrize(
     "kind",
     [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q5_K, Q.Q6_K, Q.IQ4_NL, Q.IQ4_XS,
-     Q.MXFP4, Q.NVFP4, Q.TQ2_0, Q.TQ1_0],
+     Q.MXFP4, Q.NVFP4, Q.TQ2_0, Q.TQ1_0, Q.IQ3_S, Q.IQ3_XXS],
     ids=lambda kind: kind.name,
 )  # fmt: skip
 def test_every_other_type_loads_and_keeps_the_edit(kind, quantized, direction, tmp_path):
@@ -193,7 +193,7 @@ def test_the_source_is_not_touched_and_the_record_is_beside_the_output(
     assert (hashlib.sha256(source.read_bytes()).hexdigest(), os.stat(source).st_mtime_ns) == before
     assert record["hashes"]["source"] == {source.name: before[0]}
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "out.README.md", "out.abl.json", "out.gguf",
+        "out.Modelfile", "out.README.md", "out.abl.json", "out.gguf",
     ]  # fmt: skip
     kept = json.loads((tmp_path / "out.abl.json").read_text())
     assert kept["leak"] == record["leak"]

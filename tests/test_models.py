@@ -145,7 +145,7 @@ def test_broken_folders_are_told_in_a_sentence(change, message, tiny_folder, tmp
 
 def test_sources(tiny_folder, tmp_path):
     folder = tiny_folder("llama")
-    assert resolve(str(folder)).folder == folder
+    assert resolve(str(folder)).path == folder
     assert resolve("demo").is_demo
     for text in (str(tmp_path / "nosuch"), "nosuch", "./a/b", "x.gguf", "ollama:llama3"):
         with pytest.raises(UserError):
