@@ -18,8 +18,9 @@ from convert.grids import Grid, in_chunks
 #: Leak aimed at in each line, as a share of the tensor's root mean square component.
 AIM = 1e-4
 
-#: A fresh grid must lower the error by this much: it gives up every code and scale of the source.
-_WORTH = 0.975
+#: A fresh grid gives up every code and scale of the source, so it must lower the error by this
+#: share of itself, or by this share of the weights' norm.
+_WORTH_RELATIVE, _WORTH_ABSOLUTE = 0.025, 0.002
 
 # Columns rounded together; divides the group size of every format.
 _TILE = 16
@@ -110,8 +111,9 @@ def better_source(own: Grid, edited: Edited, encoders: Encoders) -> str:
         return "own"
     kept = edited.on(encoders.refit(own, edited.target))
     new = edited.on(encoders.fresh(edited.target))
-    better = _error(new, edited.target) < _WORTH**2 * _error(kept, edited.target)
-    return "fresh" if better else "own"
+    present, other = _error(kept, edited.target), _error(new, edited.target)
+    enough = min(_WORTH_RELATIVE * present, _WORTH_ABSOLUTE)
+    return "fresh" if present - other > enough else "own"
 
 
 def round_onto(own: Grid, edited: Edited, encoders: Encoders, source: str) -> Grid:
@@ -127,5 +129,6 @@ def round_onto(own: Grid, edited: Edited, encoders: Encoders, source: str) -> Gr
 
 
 def _error(grid: Grid, wanted: np.ndarray) -> float:
+    """‖values − wanted‖ / ‖wanted‖."""
     difference = grid.values() - wanted
-    return float(np.vdot(difference, difference))
+    return float(np.sqrt(np.vdot(difference, difference) / max(np.vdot(wanted, wanted), 1e-30)))

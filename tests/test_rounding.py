@@ -106,7 +106,7 @@ def test_the_better_grid_is_chosen():
             for how in ("own", "fresh")
         }
         chosen = rounding.better_source(own, edited, encoders)
-        assert errors[chosen] <= 1.03 * min(errors.values())
+        assert errors[chosen] <= min(errors.values()) + 0.003
         assert errors["own"] <= 1.2 * errors["fresh"]
     # Weights that have shrunk tenfold are held by a fresh grid alone.
     small = rounding.Edited(target * 0.1, u, 0, 0.1)
