@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx.edits import Edit, Leak, leak, target, total_leak
+from abl_mlx.edits import Edit, Leak, leak, rounded, target, total_leak
 from abl_mlx.models import ChatModel, skeleton
 from abl_mlx.writers import Writer
 from convert.errors import UserError
@@ -36,6 +36,15 @@ class TensorEdit:
         """The exact edited values, float32, in the file's layout."""
         edited = target(self.edit, self.writer, self.parameter, self.turn(values))
         return self.turn(edited)
+
+    def rounded(self, values: mx.array, dtype: mx.Dtype) -> mx.array:
+        """The edited values in a float dtype, rounded so that the edit survives.
+
+        Args:
+            values: from a call of this edit: exact, float32, in the file's layout.
+        """
+        kept = rounded(self.edit, self.writer, self.parameter, self.turn(values), dtype)
+        return self.turn(kept)
 
     def leak(self, source: mx.array, written: mx.array) -> Leak:
         """Leak of this tensor from its values before the edit and as read back."""

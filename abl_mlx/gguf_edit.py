@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 
 from abl_mlx import rounding
 from abl_mlx.apply import TensorEdit
-from abl_mlx.edits import Edit, Leak, leak, stream_axis, target
+from abl_mlx.edits import Edit, Leak, leak, rounded, stream_axis, target
 from abl_mlx.writers import Writer
 from convert import ggml, ggml_types
 from convert.errors import UserError
@@ -25,6 +25,7 @@ from convert.gguf_file import GgufSource
 from convert.gguf_rewrite import Replacement
 from convert.gguf_writers import GgufWriter
 from convert.grids import Grid
+from convert.mlx_folder import FLOAT_DTYPES
 
 #: Weights in a slab: about 32 MB of float32, of which a few are alive at once.
 SLAB = 1 << 23
@@ -225,7 +226,12 @@ def edit_slab(one: TensorPlan, decoded: Any, source: str, *, plain: bool = False
     edited = exact_edit(one, values_of(decoded))
     codec = ggml_types.codec(one.new)
     if isinstance(codec, ggml_types.FloatCodec):
-        return codec.encode(codec.round(edited.target))
+        values = edited.target
+        if not plain:
+            dtype = FLOAT_DTYPES[one.new.name]
+            kept = rounded(one.edit, one.writer, one.parameter, mx.array(values), dtype)
+            values = np.asarray(kept.astype(mx.float32))
+        return codec.encode(codec.round(values))
     if plain:
         own = ggml_types.fresh(edited.target, one.new) if one.new != one.old else decoded
         return codec.encode(own.with_codes(own.nearest(edited.target)))
@@ -259,6 +265,11 @@ def quantize(one: TensorEdit, values: np.ndarray, kind: GGMLQuantizationType) ->
         encoded = codec.encode(grid)
         out[slab.rows, first : first + encoded.shape[1]] = encoded
     return out.reshape(*values.shape[:-1], -1)
+
+
+def rounded_to_float(one: TensorEdit, values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    """Edited float32 values as float32 that a float dtype holds exactly, the edit kept intact."""
+    return np.asarray(one.rounded(mx.array(values), dtype).astype(mx.float32))
 
 
 def replacement(

@@ -14,15 +14,15 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx import __version__
-from abl_mlx.apply import LeakReport, Plan, measure_leak
+from abl_mlx.apply import LeakReport, Plan, TensorEdit, measure_leak
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.report import card, to_json
 from abl_mlx.sources import Source
 from convert.atomic import check_new, new_file, new_folder
 from convert.errors import UserError
-from convert.mlx_folder import rewrite_folder
-from convert.safetensors_files import TensorFiles
+from convert.mlx_folder import FLOAT_DTYPES, float_dtype, rewrite_folder
+from convert.safetensors_files import TensorFiles, TensorInfo
 
 TAGS = ["abliterated", "abl-mlx"]
 
@@ -139,7 +139,7 @@ def write_folder(
             source.path,
             files,
             output.staged,
-            plan.edits,
+            {name: _in_dtype(edit, files.info(name)) for name, edit in plan.edits.items()},
             config=_config(source.path, chat.config, label),
             skip=("README.md", "abl.json"),
             progress=bar.update,
@@ -153,6 +153,12 @@ def write_folder(
         leak = measure_leak(files, plan.edits, read_back, limit=max_leak, output=str(output.path))
     types = tuple(sorted({files.info(name).dtype for name in plan.edits}))
     return Written(output, leak, read_back, types, tuple(left_out))
+
+
+def _in_dtype(edit: TensorEdit, info: TensorInfo) -> Callable[[mx.array], mx.array]:
+    """The edit, its values rounded to the tensor's own dtype so that it survives there."""
+    dtype = float_dtype(info)
+    return lambda values: edit.rounded(edit(values), dtype)
 
 
 def _config(folder: Path, filled: Mapping[str, Any], label: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,9 +221,17 @@ def write_gguf_file(
 
 
 def _quantizer(plan: Plan) -> Callable[[str, Any, Any], Any]:
-    from abl_mlx.gguf_edit import quantize
+    from abl_mlx.gguf_edit import quantize, rounded_to_float
+    from convert.mlx_to_gguf import encode
 
-    return lambda name, values, kind: quantize(plan.edits[name], values, kind)
+    def encoded(name: str, values: Any, kind: Any) -> Any:
+        one = plan.edits[name]
+        dtype = FLOAT_DTYPES.get(kind.name)
+        if dtype is None:
+            return quantize(one, values, kind)
+        return encode(rounded_to_float(one, values, dtype), kind, name)
+
+    return encoded
 
 
 def _gguf_reader(path: Path, names: Mapping[str, str]) -> Callable[[str], mx.array]:

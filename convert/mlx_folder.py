@@ -17,7 +17,8 @@ from convert.safetensors_files import TensorFiles, TensorInfo
 #: From a tensor's float32 values to the edited ones, same shape.
 TensorEdit = Callable[[mx.array], mx.array]
 
-_FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+#: Float types by the name that safetensors and GGUF share.
+FLOAT_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 # Weights in another format, or beside those that mlx-lm loads, would carry the unedited model on.
 _OTHER_WEIGHTS = (
@@ -78,7 +79,7 @@ def rewrite_folder(
 def edited_bytes(files: TensorFiles, name: str, edit: TensorEdit) -> memoryview:
     """The bytes of an edited tensor in its own dtype."""
     info = files.info(name)
-    dtype = float_dtype(name, info)
+    dtype = float_dtype(info, name)
     values = edit(files.read(name).astype(mx.float32)).astype(dtype)
     if tuple(values.shape) != info.shape:
         raise UserError(f"the edit of {name} changed its shape, which it must not.")
@@ -93,18 +94,18 @@ def edited_bytes(files: TensorFiles, name: str, edit: TensorEdit) -> memoryview:
     return memoryview(bits).cast("B")  # type: ignore[arg-type]
 
 
-def float_dtype(name: str, info: TensorInfo) -> mx.Dtype:
+def float_dtype(info: TensorInfo, name: str = "a tensor to be edited") -> mx.Dtype:
     """The MLX dtype of a float tensor.
 
     Raises:
         UserError: when the tensor is stored in another type.
     """
-    if info.dtype not in _FLOATS:
+    if info.dtype not in FLOAT_DTYPES:
         raise UserError(
             f"{name} in {info.file} is stored as {info.dtype}: only F32, F16 and BF16 can be "
             "edited in place; convert the model with `mlx_lm.convert --dtype bfloat16` first."
         )
-    return _FLOATS[info.dtype]
+    return FLOAT_DTYPES[info.dtype]
 
 
 def _copy_others(source: Path, files: TensorFiles, out: Path, skip: tuple[str, ...]) -> list[str]:

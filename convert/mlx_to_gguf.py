@@ -65,9 +65,7 @@ _FALLBACKS = {
 }
 
 
-_PLAIN = (_Q.F32, _Q.F16, _Q.BF16)
-
-#: Bytes of an edited tensor: (source name, float32 values, type) -> uint8 (…, bytes_per_row).
+#: An edited tensor as written: (source name, float32 values, type) -> float16, or the type's bytes.
 Quantizer = Callable[[str, np.ndarray, GGMLQuantizationType], np.ndarray]
 
 
@@ -115,8 +113,8 @@ def write_gguf(
             fit), float (float32), list of str.
         name_suffix: appended to general.name, such as "-abliterated".
         pre: tokenizer.ggml.pre, where the tokenizer's structure does not tell it.
-        quantize: encodes the edited tensors that get a quantized type, in place of the ordinary
-            quantizer: (source name, float32 values in GGUF's layout, type) -> uint8 bytes.
+        quantize: encodes the edited tensors of all types but F32 in place of `encode`:
+            (source name, float32 values in GGUF's layout, type) -> what `encode` would return.
         progress: called with (tensors written, tensors in all).
 
     Raises:
@@ -149,7 +147,7 @@ def write_gguf(
                 for done, target in enumerate(targets):
                     values = _values(target, files, edits)
                     kind = types[target.name]
-                    edited = target.sources[0] in edits and kind not in _PLAIN
+                    edited = target.sources[0] in edits and kind != _Q.F32
                     writer.write_tensor_data(
                         quantize(target.sources[0], values, kind)
                         if edited and quantize

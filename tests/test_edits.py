@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from abl_mlx.edits import Edit, leak, orthonormal, remove, target, total_leak
+from abl_mlx.edits import Edit, leak, orthonormal, remove, rounded, target, total_leak
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 
@@ -104,6 +104,24 @@ def test_leak_is_the_share_of_the_component_that_is_left(share):
     assert found.value == pytest.approx(share, abs=1e-5)
     expected = np.linalg.norm(written - wanted) / np.linalg.norm(wanted)
     assert found.error == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("kind", "shape"), [("linear", (2048, 64)), ("embedding", (64, 2048)),
+                                             ("experts", (2, 2048, 32))])  # fmt: skip
+def test_bfloat16_keeps_the_edit(kind, shape, k):
+    """A plain cast of a wide bfloat16 tensor loses what small shifts of single weights were."""
+    source = mx.array(RNG.normal(size=shape).astype(np.float32)).astype(mx.bfloat16)
+    edit = Edit(mx.array(RNG.normal(size=(k, 2048)).astype(np.float32)))
+    one = writer(kind)
+    exact = target(edit, one, "weight", source)
+    plain = leak(edit, one, "weight", source, exact.astype(mx.bfloat16))
+    kept = rounded(edit, one, "weight", exact, mx.bfloat16)
+    assert kept.dtype == mx.bfloat16
+    ours = leak(edit, one, "weight", source, kept)
+    assert plain.value > (0.003 if k == 1 else 0.001)
+    assert ours.value < 0.001
+    assert ours.error < 1.05 * plain.error
 
 
 def test_total_leak_weighs_tensors_by_what_was_removed():
