@@ -1,0 +1,416 @@
+"""What is to be said about one GGUF architecture so that mlx-lm can run its files.
+
+A family gives two things: config.json, and for every parameter of mlx-lm's model where in the GGUF
+it lies. A place is rows (and, rarely, columns) of named tensors, never values, so that quantized
+blocks can be moved as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from convert.errors import UserError
+from convert.gguf_file import GgufSource, TensorEntry
+
+_MISSING = object()
+
+
+class Keys:
+    """A GGUF's metadata, read under its architecture's prefix, and its tensors.
+
+    ``keys.integer("block_count")`` is the value of ``llama.block_count`` in a llama file. Keys that
+    hold a dot-less name are looked up the same way; ``general.`` and ``tokenizer.`` ones are found
+    in ``keys.source.metadata``.
+    """
+
+    def __init__(self, source: GgufSource) -> None:
+        self.source = source
+        self.architecture = source.architecture
+        self.tensors: Mapping[str, TensorEntry] = source.tensors
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of ``ARCHITECTURE.key``, or the default."""
+        return self.source.metadata.get(f"{self.architecture}.{key}", default)
+
+    def __contains__(self, key: str) -> bool:
+        return f"{self.architecture}.{key}" in self.source.metadata
+
+    def integer(self, key: str, default: Any = _MISSING) -> Any:
+        """An int. Raises UserError when it is missing without a default, or no single number."""
+        return self._number(key, int, default)
+
+    def number(self, key: str, default: Any = _MISSING) -> Any:
+        """The same as a float."""
+        return self._number(key, float, default)
+
+    def _number(self, key: str, kind: Callable[[Any], Any], default: Any) -> Any:
+        value = self.get(key)
+        if value is None:
+            if default is _MISSING:
+                raise self._lacks(key)
+            return default
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, str | list):
+            raise UserError(
+                f"{self._name} has {self.architecture}.{key} = {value!r} where one number is "
+                "expected: get the file again."
+            )
+        return kind(value)
+
+    def per_layer(self, key: str, default: Any = _MISSING) -> list[Any]:
+        """One value for each layer: an array as it is, a single value repeated."""
+        value = self.get(key, default)
+        if value is _MISSING:
+            raise self._lacks(key)
+        if not isinstance(value, list):
+            return [value] * self.layers
+        if len(value) < self.layers:
+            raise UserError(
+                f"{self._name} has {len(value)} values of {self.architecture}.{key} for "
+                f"{self.layers} layers: get the file again."
+            )
+        return value[: self.layers]
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks."""
+        return int(self.integer("block_count"))
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return self.tensor("token_embd.weight").shape[0]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the output head as well."""
+        return "output.weight" not in self.tensors
+
+    def tensor(self, name: str) -> TensorEntry:
+        """The entry of a tensor. Raises UserError when there is none."""
+        return self.source.tensor(name)
+
+    def values(self, name: str) -> np.ndarray:
+        """A tensor's values, float32 in NumPy's order of dimensions."""
+        return self.source.values(name)
+
+    def _lacks(self, key: str) -> UserError:
+        return UserError(
+            f"{self._name} has no {self.architecture}.{key} in its metadata: get the file again."
+        )
+
+    @property
+    def _name(self) -> str:
+        return str(self.source.parts[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A GGUF tensor, or some of its rows and columns.
+
+    Attributes:
+        tensor: its name.
+        rows: indices into its rows, which are the product of all dimensions but the fastest (row
+            e * out + o of an expert stack (E, out, in)), or into the elements of a vector; None for
+            all of them in order.
+        columns: indices into the fastest dimension; None for all in order. Blocks of quantized
+            weights run along it, so a tensor whose columns move may have to be dequantized.
+    """
+
+    tensor: str
+    rows: np.ndarray | None = None
+    columns: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One parameter of mlx-lm's model and where its values come from.
+
+    Attributes:
+        path: as in ``tree_flatten(model.parameters())``, such as
+            ``model.layers.0.self_attn.q_proj.weight``: the name after the class's ``sanitize``.
+        pieces: joined along the rows, in this order.
+        shape: of the parameter; None for the only piece's own shape, or (rows in all, n).
+        change: applied to the float32 values of that shape, for what is no mere move (norms less
+            one, logarithms, transposed kernels); the result may have another shape.
+    """
+
+    path: str
+    pieces: tuple[Piece, ...]
+    shape: tuple[int, ...] | None = None
+    change: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        architecture: general.architecture in the GGUF.
+        config: the keys of config.json that mlx-lm needs, "model_type" among them; sizes, rope,
+            everything but the tokenizer's ids. Refuses with UserError what mlx-lm would run
+            otherwise than llama.cpp.
+        weights: every parameter of the model.
+        unused: regular expressions of tensors that mlx-lm's model has no place for and that do not
+            belong to the text model's forward pass, such as multi-token prediction heads.
+    """
+
+    architecture: str
+    config: Callable[[Keys], dict[str, Any]]
+    weights: Callable[[Keys], list[Weight]]
+    unused: tuple[str, ...] = field(default=())
+
+
+# --------------------------------------------------------------------------------------------------
+# What most families share
+
+OUTSIDE = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+"""Tensors outside the blocks -> modules."""
+
+ATTENTION = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+"""blk.N.* -> modules of a layer: attention with a norm in front."""
+
+FEED_FORWARD = {
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""The same for a gated feed-forward network with a norm in front."""
+
+EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.switch_mlp.gate_proj",
+    "ffn_up_exps": "mlp.switch_mlp.up_proj",
+    "ffn_down_exps": "mlp.switch_mlp.down_proj",
+}
+"""The same for a mixture of experts, whose stacks (E, out, in) are alike in both."""
+
+ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that become part of config.json."""
+
+
+def renamed(
+    keys: Keys,
+    block: Mapping[str, str],
+    outside: Mapping[str, str] = OUTSIDE,
+    *,
+    layers: str = "model.layers",
+    skip: Iterable[str] = (),
+) -> list[Weight]:
+    """A Weight for each tensor of the file, renamed; ``.weight`` and ``.bias`` stay what they are.
+
+    Args:
+        block: names within ``blk.N.`` without their ending -> modules within a layer.
+        outside: the same for tensors outside the blocks.
+        layers: where the model's layers are.
+        skip: regular expressions of names that the caller takes care of itself.
+
+    Raises:
+        UserError: naming a tensor that is in neither table.
+    """
+    found = []
+    for name in keys.tensors:
+        if name in ROPE_TABLES or any(re.search(pattern, name) for pattern in skip):
+            continue
+        inside = re.fullmatch(r"blk\.(\d+)\.(.+?)(\.weight|\.bias)?", name)
+        stem, ending = (inside[2], inside[3]) if inside else _split(name)
+        table = block if inside else outside
+        if stem not in table:
+            raise UserError(
+                f"{keys.source.parts[0]} holds {name}, which has no place in mlx-lm's model for "
+                f"{keys.architecture}: this variant cannot be run with MLX."
+            )
+        module = f"{layers}.{inside[1]}.{table[stem]}" if inside else table[stem]
+        found.append(Weight(f"{module}{ending or ''}", (Piece(name),)))
+    return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    for ending in (".weight", ".bias"):
+        if name.endswith(ending):
+            return name.removesuffix(ending), ending
+    return name, ""
+
+
+def changed(
+    weights: Iterable[Weight], pattern: str, change: Callable[[np.ndarray], np.ndarray]
+) -> list[Weight]:
+    """The weights, with ``change`` on those whose path matches the regular expression."""
+    return [
+        replace(weight, change=change) if re.search(pattern, weight.path) else weight
+        for weight in weights
+    ]
+
+
+def reordered(
+    weights: Iterable[Weight], pattern: str, rows: Callable[[TensorEntry], np.ndarray], keys: Keys
+) -> list[Weight]:
+    """The weights, those whose path matches with their tensor's rows in another order.
+
+    Args:
+        rows: tensor entry -> indices, as in `Piece.rows`.
+    """
+    return [
+        replace(
+            weight,
+            pieces=tuple(
+                replace(piece, rows=rows(keys.tensor(piece.tensor))) for piece in weight.pieces
+            ),
+            shape=weight.shape or keys.tensor(weight.pieces[0].tensor).shape,
+        )
+        if re.search(pattern, weight.path)
+        else weight
+        for weight in weights
+    ]
+
+
+def half_split_rows(rows: int, heads: int) -> np.ndarray:
+    """Undo llama.cpp's interleaving of Q and K rows, for ``reordered``.
+
+    Its llama rotates dimension 2i with 2i + 1, mlx-lm i with i + d/2.
+
+    Args:
+        rows: heads * d.
+    """
+    half = rows // heads // 2
+    return np.arange(rows).reshape(heads, half, 2).swapaxes(1, 2).reshape(-1)
+
+
+def split_rows(path: str, keys: Keys, tensor: str, sizes: Mapping[str, int]) -> list[Weight]:
+    """One fused tensor as several parameters, each so many rows of it, in order.
+
+    Args:
+        path: with ``{}`` where the names of ``sizes`` go.
+        sizes: name -> rows. They must add up.
+    """
+    entry = keys.tensor(tensor)
+    rows = entry.rows if len(entry.shape) > 1 else entry.shape[0]
+    if sum(sizes.values()) != rows:
+        raise UserError(
+            f"{tensor} has {rows} rows where {sum(sizes.values())} are expected: get the file "
+            "again."
+        )
+    found, start = [], 0
+    for name, count in sizes.items():
+        found.append(Weight(path.format(name), (Piece(tensor, np.arange(start, start + count)),)))
+        start += count
+    return found
+
+
+def base_config(keys: Keys, model_type: str) -> dict[str, Any]:
+    """The keys of config.json that nearly every model has."""
+    heads = keys.integer("attention.head_count")
+    width = keys.integer("embedding_length")
+    config = {
+        "model_type": model_type,
+        "hidden_size": width,
+        "num_hidden_layers": keys.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "head_dim": keys.integer("attention.key_length", width // heads),
+        "vocab_size": keys.vocabulary,
+        "max_position_embeddings": keys.integer("context_length"),
+        "rope_theta": keys.number("rope.freq_base", 10000.0),
+        "tie_word_embeddings": keys.tied,
+    }
+    if "attention.layer_norm_rms_epsilon" in keys:
+        # The float32 that the file holds, in its shortest decimal form: 1e-05, not 9.99e-06.
+        config["rms_norm_eps"] = float(str(np.float32(keys.number(
+            "attention.layer_norm_rms_epsilon"))))  # fmt: skip
+    if isinstance(keys.get("feed_forward_length"), int):
+        config["intermediate_size"] = keys.integer("feed_forward_length")
+    return config
+
+
+def rope_scaling(keys: Keys) -> dict[str, Any] | None:
+    """config.json's rope_scaling: none, linear, yarn, or llama3's from the table of factors.
+
+    Raises:
+        UserError: a kind that mlx-lm has no counterpart for.
+    """
+    if "rope_freqs.weight" in keys.tensors:
+        return _llama3_scaling(keys)
+    kind = keys.get("rope.scaling.type", "none")
+    factor = keys.number("rope.scaling.factor", 0.0)
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return None
+    if kind == "linear":
+        return {"type": "linear", "rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return {
+            "type": "yarn",
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": keys.integer(
+                "rope.scaling.original_context_length", keys.integer("context_length")
+            ),
+        }
+    raise UserError(
+        f"{keys.source.parts[0]} stretches its rotary embedding by the method {kind!r}, which "
+        f"mlx-lm does not have for {keys.architecture}: this file cannot be run with MLX."
+    )
+
+
+def _llama3_scaling(keys: Keys) -> dict[str, Any]:
+    """The parameters that make the file's factors: the inverse of convert.names' table.
+
+    A wave of length w has the factor 1 / ((1 - s) / f + s), s = clip((c / w - low) / (high - low)).
+    Only c / low and c / high show, so c is the usual 8192.
+    """
+    factors = keys.values("rope_freqs.weight").astype(np.float64)
+    base = keys.number("rope.freq_base", 10000.0)
+    context, largest = 8192, float(np.round(factors.max(), 4))
+    waves = 2 * np.pi * base ** (np.arange(len(factors)) / len(factors))
+    if largest == 1.0:
+        low, high = 1.0, 4.0
+    else:
+        share = (1 / factors - 1 / largest) / (1 - 1 / largest)
+        blended = (share > 1e-4) & (share < 1 - 1e-4)
+        if blended.sum() >= 2:
+            # share = slope * (c / w) - low * slope
+            slope, intercept = np.polyfit(context / waves[blended], share[blended], 1)
+            low, high = -intercept / slope, (1 - intercept) / slope
+        else:
+            stretched = context / waves[factors > (1 + largest) / 2]
+            kept = context / waves[factors <= (1 + largest) / 2]
+            low = float(stretched.max()) if len(stretched) else 1.0
+            high = float(kept.min()) if len(kept) else 4.0
+            if blended.any():
+                at, value = (context / waves[blended])[0], share[blended][0]
+                high = low + (at - low) / value if at > low else high
+        low, high = float(np.round(low, 4)), float(np.round(high, 4))
+    scaling = {
+        "type": "llama3",
+        "rope_type": "llama3",
+        "factor": largest,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": context,
+    }
+    share = np.clip((context / waves - low) / (high - low), 0.0, 1.0)
+    made = 1 / ((1 - share) / largest + share)
+    if np.abs(made / factors - 1).max() > 2e-3:
+        raise UserError(
+            f"{keys.source.parts[0]}: its rope_freqs.weight is no table of llama3's kind, which is "
+            "the only one mlx-lm can run: this file cannot be run with MLX."
+        )
+    return scaling

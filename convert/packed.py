@@ -1,0 +1,275 @@
+"""MLX modules whose weights stay as small as they are in a GGUF, and are unpacked when used.
+
+MLX's own quantized modules serve the types that are affine groups of 32 (`convert.mlx_types`), on
+Metal. Everything else is held here: types whose groups have 16 weights or a codebook, which no mode
+of MLX is, and, on a CPU, all of them, because a product with unpacked float32 weights is many times
+faster there than MLX's quantized one. A product unpacks `CHUNK` weights at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from gguf import GGMLQuantizationType
+from mlx_lm.models.switch_layers import SwitchLinear
+
+from convert.ggml_types import grid_codec
+from convert.mlx_types import AFFINE, GROUP, MlxQuantized, pack, repack
+
+_Q = GGMLQuantizationType
+
+CHUNK = 1 << 24
+"""Weights unpacked at a time: 64 MB of float32."""
+
+# Bits of a code, weights of a group; of the types that are no affine tensor of MLX.
+_LEVELS: dict[GGMLQuantizationType, tuple[int, int]] = {
+    _Q.Q2_K: (2, 16),
+    _Q.Q3_K: (3, 16),
+    _Q.Q6_K: (6, 16),
+    _Q.IQ4_NL: (4, 32),
+    _Q.IQ4_XS: (4, 32),
+    _Q.NVFP4: (4, 16),
+}
+
+
+def is_packed(kind: GGMLQuantizationType) -> bool:
+    """Whether a tensor of this type can be held packed."""
+    return kind in _LEVELS or kind in AFFINE or kind in (_Q.MXFP4, _Q.F16, _Q.BF16)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows are unpacked.
+
+    Attributes:
+        n: weights per row.
+        bits: of a code; 0 for plain floats.
+        group: weights per scale.
+        levels: what codes stand for, where that is not start + code.
+        start: of the lowest code.
+        blocked: whether scales are small integers times a float16 per 256 weights.
+        mode: MLX's mode of the affine and mxfp4 ones, else empty.
+    """
+
+    n: int
+    bits: int = 0
+    group: int = 0
+    levels: tuple[float, ...] | None = None
+    start: float = 0.0
+    blocked: bool = False
+    mode: str = ""
+
+    def unpack(self, parts: Mapping[str, mx.array]) -> mx.array:
+        """Float32 (R, n) of R rows of every array."""
+        codes = parts["codes"]
+        if not self.bits:
+            return codes.astype(mx.float32)
+        if self.mode:
+            biases = parts.get("biases")
+            scales = parts["scales"]
+            if biases is not None:
+                scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            return mx.dequantize(
+                codes, scales, biases, group_size=GROUP, bits=self.bits, mode=self.mode,
+                dtype=mx.float32,
+            )  # fmt: skip
+        rows = codes.shape[0]
+        one = mx.broadcast_to(mx.array(1.0), (rows, self.n // GROUP))
+        zero = mx.broadcast_to(mx.array(self.start), (rows, self.n // GROUP))
+        numbers = mx.dequantize(codes, one, zero, group_size=GROUP, bits=self.bits)
+        if self.levels is not None:
+            numbers = mx.take(mx.array(self.levels), numbers.astype(mx.uint8))
+        values = numbers.reshape(rows, -1, self.group) * self._scales(parts, "scales", "d")
+        if "mins" in parts:
+            values = values - self._scales(parts, "mins", "dmin")
+        return values.reshape(rows, self.n)
+
+    def _scales(self, parts: Mapping[str, mx.array], small: str, big: str) -> mx.array:
+        scales = parts[small].astype(mx.float32)
+        if self.blocked:
+            block = 256 // self.group
+            rows = scales.shape[0]
+            wide = scales.reshape(rows, -1, block) * parts[big].astype(mx.float32)[..., None]
+            scales = wide.reshape(rows, -1)
+        return scales[..., None]
+
+
+def pack_rows(
+    raw: np.ndarray, n: int, kind: GGMLQuantizationType
+) -> tuple[Form, dict[str, np.ndarray]]:
+    """GGUF rows as a Form and its arrays, each with R rows.
+
+    Args:
+        raw: uint8, (R, bytes per row).
+        n: weights per row.
+        kind: a type for which `is_packed` holds.
+
+    Raises:
+        UserError: when a block's scale is not finite.
+    """
+    if kind == _Q.F16:
+        return Form(n), {"codes": raw.view("<f2")}
+    if kind == _Q.BF16:
+        return Form(n), {"codes": raw.view("<u2")}
+    if kind in AFFINE or kind == _Q.MXFP4:
+        return from_mlx(repack(raw, n, kind), n)
+    bits, group = _LEVELS[kind]
+    grid = grid_codec(kind).decode(raw, n)
+    parts = {"codes": pack(grid.codes, bits)}
+    rows = len(raw)
+    if kind in (_Q.Q2_K, _Q.Q3_K, _Q.Q6_K):
+        size = raw.shape[1] // (n // 256)
+        blocks = raw.reshape(rows, n // 256, size)
+        # The last float16 of a block; Q2_K has one for the scales and one for the minimums.
+        at = size - 4 if kind == _Q.Q2_K else size - 2
+        d = np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0]
+        parts["d"] = d
+        if kind == _Q.Q2_K:
+            parts["dmin"] = np.ascontiguousarray(blocks[..., at + 2 : at + 4]).view("<f2")[..., 0]
+            small = blocks[..., :16].reshape(rows, n // 16)
+            parts["scales"], parts["mins"] = small & 15, small >> 4
+        elif kind == _Q.Q6_K:
+            parts["scales"] = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
+            parts["scales"] = parts["scales"].reshape(rows, n // 16)
+        else:
+            parts["scales"] = _whole_scales(grid.scales, d)
+        return Form(n, bits, group, start=float(grid.levels[0]), blocked=True), parts
+    parts["scales"] = grid.scales
+    return Form(n, bits, group, levels=tuple(map(float, grid.levels))), parts
+
+
+def from_mlx(found: MlxQuantized, n: int) -> tuple[Form, dict[str, np.ndarray]]:
+    """MLX's own arrays as a Form and its arrays."""
+    parts = {"codes": found.weight, "scales": found.scales}
+    if found.biases is not None:
+        parts["biases"] = found.biases
+    return Form(n, found.bits, GROUP, mode=found.mode), parts
+
+
+def _whole_scales(scales: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Q3_K's signed 6-bit scales from their products with d, which float32 holds exactly."""
+    per_group = np.repeat(d.astype(np.float32), 16, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = np.where(per_group == 0, 0, scales / per_group)
+    return np.rint(found).astype(np.int8)
+
+
+# --------------------------------------------------------------------------------------------------
+# Modules
+
+
+class _Packed(nn.Module):
+    """A weight of R rows held packed.
+
+    Args:
+        form: how rows are unpacked.
+        parts: name -> array with R rows.
+        shape: of the weight: (out, in) or (experts, out, in).
+        bias: (out,) or (experts, out).
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        parts: dict[str, mx.array],
+        shape: tuple[int, ...],
+        bias: mx.array | None = None,
+    ) -> None:
+        super().__init__()
+        self._form = form
+        self._shape = shape
+        for name, value in parts.items():
+            # "weight" is what says of a module that it is a linear map, and how wide it writes.
+            self["weight" if name == "codes" else f"packed_{name}"] = value.reshape(
+                *shape[:-1], *value.shape[1:]
+            )
+        if bias is not None:
+            self.bias = bias
+        self.freeze()
+
+    def _part(self, pick: Any) -> dict[str, mx.array]:
+        """Some rows of every array: a slice of, or indices into, the rows in one line."""
+        found = {}
+        for key, value in self.items():
+            if key == "weight" or key.startswith("packed_"):
+                whole = value.reshape(-1, value.shape[-1])
+                found["codes" if key == "weight" else key.removeprefix("packed_")] = whole[pick]
+        return found
+
+    def rows(self, first: int, last: int) -> mx.array:
+        """Float32 values of rows first to last - 1, counted through all experts."""
+        return self._form.unpack(self._part(slice(first, last)))
+
+    def _product(self, x: mx.array) -> mx.array:
+        """x Wᵀ, (..., n) -> (..., out)."""
+        count = self._shape[0]
+        step = max(1, CHUNK // self._form.n)
+        parts = [
+            x @ self.rows(first, min(first + step, count)).T for first in range(0, count, step)
+        ]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+
+class PackedLinear(_Packed):
+    """x Wᵀ + b."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        product = self._product(x.astype(mx.float32))
+        return product + self["bias"] if "bias" in self else product
+
+
+class PackedEmbedding(_Packed):
+    """Rows by token; also the output head, where it is tied."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        values = self._form.unpack(self._part(x.reshape(-1)))
+        return values.reshape(*x.shape, self._form.n)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Logits, (..., d) -> (..., V)."""
+        return self._product(x.astype(mx.float32))
+
+
+class PackedSwitchLinear(_Packed):
+    """The experts that each token is sent to: as mlx-lm's SwitchLinear."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        x = x.astype(mx.float32)
+        experts, out, n = self._shape
+        step = max(1, CHUNK // (out * n))
+        total = mx.array(0.0)
+        for first in range(0, experts, step):
+            last = min(first + step, experts)
+            stack = self.rows(first * out, last * out).reshape(last - first, out, n)
+            here = mx.clip(indices.astype(mx.int32) - first, 0, last - first - 1)
+            product = mx.gather_mm(x, stack.swapaxes(-1, -2), rhs_indices=here)
+            if step >= experts:
+                total = product
+                break
+            chosen = (indices >= first) & (indices < last)
+            total = total + mx.where(chosen[..., None, None], product, 0)
+        if "bias" in self:
+            total = total + mx.expand_dims(self["bias"][indices], -2)
+        return total
+
+
+def packed_module(
+    like: nn.Module,
+    form: Form,
+    parts: dict[str, mx.array],
+    shape: tuple[int, ...],
+    bias: mx.array | None,
+) -> nn.Module | None:
+    """The packed counterpart of a module of mlx-lm; None for a kind that has none."""
+    if isinstance(like, nn.Embedding):
+        return PackedEmbedding(form, parts, shape)
+    if isinstance(like, SwitchLinear):
+        return PackedSwitchLinear(form, parts, shape, bias)
+    if isinstance(like, nn.Linear):
+        return PackedLinear(form, parts, shape, bias)
+    return None

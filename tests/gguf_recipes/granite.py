@@ -1,0 +1,7 @@
+"""Tiny GGUFs of granite."""
+
+from __future__ import annotations
+
+from tests.tiny_gguf import Recipe
+
+RECIPES: dict[str, Recipe] = {}
