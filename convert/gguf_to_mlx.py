@@ -96,7 +96,7 @@ def layout(source: GgufSource) -> Layout:
         weights[weight.path] = weight
     model = _skeleton(config, name)
     parameters = dict(tree_flatten(model.parameters()))
-    _check_complete(source, family.unused, weights, parameters)
+    _check_complete(source, family.unused + keys.drafting, weights, parameters)
     return Layout(config, weights, model, dict(model.named_modules()))
 
 

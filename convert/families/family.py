@@ -79,8 +79,13 @@ class Keys:
 
     @property
     def layers(self) -> int:
-        """Number of transformer blocks."""
-        return int(self.integer("block_count"))
+        """Number of transformer blocks; those that only draft further tokens do not count."""
+        return int(self.integer("block_count")) - int(self.integer("nextn_predict_layers", 0))
+
+    @property
+    def drafting(self) -> tuple[str, ...]:
+        """Regular expressions of the tensors of such blocks, which stand behind all others."""
+        return tuple(rf"^blk\.{n}\." for n in range(self.layers, self.integer("block_count")))
 
     @property
     def vocabulary(self) -> int:
@@ -228,6 +233,7 @@ def renamed(
         UserError: naming a tensor that is in neither table.
     """
     found = []
+    skip = (*skip, *keys.drafting)
     for name in keys.tensors:
         if name in ROPE_TABLES or any(re.search(pattern, name) for pattern in skip):
             continue
