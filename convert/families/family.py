@@ -7,6 +7,7 @@ blocks can be moved as they are.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -339,12 +340,72 @@ def base_config(keys: Keys, model_type: str) -> dict[str, Any]:
         "tie_word_embeddings": keys.tied,
     }
     if "attention.layer_norm_rms_epsilon" in keys:
-        # The float32 that the file holds, in its shortest decimal form: 1e-05, not 9.99e-06.
-        config["rms_norm_eps"] = float(str(np.float32(keys.number(
-            "attention.layer_norm_rms_epsilon"))))  # fmt: skip
+        config["rms_norm_eps"] = short(keys.number("attention.layer_norm_rms_epsilon"))
     if isinstance(keys.get("feed_forward_length"), int):
         config["intermediate_size"] = keys.integer("feed_forward_length")
     return config
+
+
+def short(value: float) -> float:
+    """The float32 that a file holds, in its shortest decimal form: 1e-05, not 9.99e-06."""
+    return float(str(np.float32(value)))
+
+
+def unsupported(keys: Keys, why: str) -> UserError:
+    """A refusal of the file: ``why`` goes on after its name."""
+    return UserError(f"{keys.source.parts[0]} {why}: this file cannot be run with MLX.")
+
+
+def rotary_factor(keys: Keys) -> float:
+    """The share of a head that is rotated, such that int(head * share) is exact."""
+    head = keys.integer(
+        "attention.key_length",
+        keys.integer("embedding_length") // keys.integer("attention.head_count"),
+    )
+    rotated = keys.integer("rope.dimension_count", head)
+    share = float(rotated / head)
+    return share if int(head * share) == rotated else (rotated + 0.5) / head
+
+
+def whole_rotary(keys: Keys) -> None:
+    """Refuse a file that rotates only a part of each head, where mlx-lm's model rotates all of it.
+
+    Raises:
+        UserError: it does.
+    """
+    if rotary_factor(keys) != 1.0:
+        raise unsupported(
+            keys,
+            f"rotates {keys.integer('rope.dimension_count')} dimensions of each head, but mlx-lm's "
+            f"model for {keys.architecture} rotates all of them",
+        )
+
+
+def unscaled_rotary(keys: Keys) -> None:
+    """Refuse a file that stretches its rotary embedding, where mlx-lm's model cannot.
+
+    Raises:
+        UserError: it does.
+    """
+    if rope_scaling(keys) is not None:
+        raise unsupported(
+            keys,
+            f"stretches its rotary embedding, which mlx-lm's model for {keys.architecture} does "
+            "not do",
+        )
+
+
+def sliding_layers(keys: Keys, period: int) -> list[bool]:
+    """Which layers look back over attention.sliding_window tokens only.
+
+    The pattern is an array in newer files. A number n, or else ``period``, leaves every n-th layer
+    the whole context.
+    """
+    pattern = keys.get("attention.sliding_window_pattern", period)
+    if isinstance(pattern, list):
+        return [bool(one) for one in keys.per_layer("attention.sliding_window_pattern")]
+    count = int(pattern)
+    return [count == 0 or layer % count < count - 1 for layer in range(keys.layers)]
 
 
 def rope_scaling(keys: Keys) -> dict[str, Any] | None:
@@ -353,40 +414,68 @@ def rope_scaling(keys: Keys) -> dict[str, Any] | None:
     Raises:
         UserError: a kind that mlx-lm has no counterpart for.
     """
+    kind = keys.get("rope.scaling.type", "linear")
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or 1.0
+    factor = 1.0 if kind == "none" else short(factor)
+    attention = keys.number("rope.scaling.attn_factor", 1.0)
+    if kind not in ("none", "linear", "yarn"):
+        raise unsupported(
+            keys,
+            f"stretches its rotary embedding by the method {kind!r}, which mlx-lm does not have "
+            f"for {keys.architecture}",
+        )
+    if attention != 1.0 and (kind != "yarn" or factor <= 1.0):
+        raise unsupported(
+            keys,
+            f"multiplies its rotary embedding by {attention:g} (rope.scaling.attn_factor) without "
+            "stretching it by yarn, which mlx-lm cannot do",
+        )
     if "rope_freqs.weight" in keys.tensors:
+        if factor != 1.0:
+            raise unsupported(
+                keys,
+                f"stretches its rotary embedding twice, by rope_freqs.weight and by the method "
+                f"{kind!r}, of which mlx-lm can do one only",
+            )
         return _llama3_scaling(keys)
-    kind = keys.get("rope.scaling.type", "none")
-    factor = keys.number("rope.scaling.factor", 0.0)
-    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+    if factor == 1.0:
         return None
     if kind == "linear":
         return {"type": "linear", "rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        return {
-            "type": "yarn",
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": keys.integer(
-                "rope.scaling.original_context_length", keys.integer("context_length")
-            ),
-        }
-    raise UserError(
-        f"{keys.source.parts[0]} stretches its rotary embedding by the method {kind!r}, which "
-        f"mlx-lm does not have for {keys.architecture}: this file cannot be run with MLX."
-    )
+    scaling = {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length", 0)
+        or keys.integer("context_length"),
+    }
+    if attention != 1.0:
+        # llama.cpp multiplies by attention * (1 + grown), mlx-lm by 1 + mscale * grown.
+        grown = 0.1 * math.log(factor)
+        scaling["mscale"] = (attention * (1 + grown) - 1) / grown
+    return scaling
 
 
-def _llama3_scaling(keys: Keys) -> dict[str, Any]:
+def _llama3_scaling(keys: Keys) -> dict[str, Any] | None:
     """The parameters that make the file's factors: the inverse of convert.names' table.
 
     A wave of length w has the factor 1 / ((1 - s) / f + s), s = clip((c / w - low) / (high - low)).
     Only c / low and c / high show, so c is the usual 8192.
     """
-    factors = keys.values("rope_freqs.weight").astype(np.float64)
+    factors = keys.values("rope_freqs.weight").astype(np.float64).reshape(-1)
+    refusal = unsupported(
+        keys,
+        "has a rope_freqs.weight that is no table of llama3's kind, which is the only one mlx-lm "
+        "can run",
+    )
+    if not (len(factors) and np.all(np.isfinite(factors) & (factors > 0))):
+        raise refusal
     base = keys.number("rope.freq_base", 10000.0)
     context, largest = 8192, float(np.round(factors.max(), 4))
     waves = 2 * np.pi * base ** (np.arange(len(factors)) / len(factors))
-    if largest == 1.0:
+    if np.all(factors == 1.0):
+        return None
+    if largest <= 1.0:
         low, high = 1.0, 4.0
     else:
         share = (1 / factors - 1 / largest) / (1 - 1 / largest)
@@ -401,8 +490,10 @@ def _llama3_scaling(keys: Keys) -> dict[str, Any]:
             low = float(stretched.max()) if len(stretched) else 1.0
             high = float(kept.min()) if len(kept) else 4.0
             if blended.any():
+                # Any line through the one point between will do that meets neither side.
                 at, value = (context / waves[blended])[0], share[blended][0]
-                high = low + (at - low) / value if at > low else high
+                low = max(low if len(stretched) else 0.0, (at - value * high) / (1 - value))
+                high = low + (at - low) / value
         low, high = float(np.round(low, 4)), float(np.round(high, 4))
     scaling = {
         "type": "llama3",
@@ -414,9 +505,6 @@ def _llama3_scaling(keys: Keys) -> dict[str, Any]:
     }
     share = np.clip((context / waves - low) / (high - low), 0.0, 1.0)
     made = 1 / ((1 - share) / largest + share)
-    if np.abs(made / factors - 1).max() > 2e-3:
-        raise UserError(
-            f"{keys.source.parts[0]}: its rope_freqs.weight is no table of llama3's kind, which is "
-            "the only one mlx-lm can run: this file cannot be run with MLX."
-        )
+    if not np.all(np.abs(made / factors - 1) < 2e-3):
+        raise refusal
     return scaling
