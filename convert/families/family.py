@@ -258,6 +258,17 @@ def _split(name: str) -> tuple[str, str]:
     return name, ""
 
 
+def repathed(weights: Iterable[Weight], names: Mapping[str, str]) -> list[Weight]:
+    """The weights with their paths changed: regular expression -> what to put in its place."""
+    found = []
+    for weight in weights:
+        path = weight.path
+        for pattern, new in names.items():
+            path = re.sub(pattern, new, path)
+        found.append(replace(weight, path=path))
+    return found
+
+
 def changed(
     weights: Iterable[Weight], pattern: str, change: Callable[[np.ndarray], np.ndarray]
 ) -> list[Weight]:
