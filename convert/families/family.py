@@ -334,6 +334,24 @@ def split_rows(path: str, keys: Keys, tensor: str, sizes: Mapping[str, int]) -> 
     return found
 
 
+def halved_experts(keys: Keys, tensor: str, module: str) -> list[Weight]:
+    """A stack of experts (E, 2 f, n), the gate's rows before the up projection's, as two stacks.
+
+    Args:
+        module: holds gate_proj and up_proj.
+    """
+    experts, rows, n = keys.tensor(tensor).shape
+    index = np.arange(experts * rows).reshape(experts, 2, rows // 2)
+    return [
+        Weight(
+            f"{module}.{half}.weight",
+            (Piece(tensor, index[:, at].reshape(-1)),),
+            (experts, rows // 2, n),
+        )
+        for at, half in enumerate(("gate_proj", "up_proj"))
+    ]
+
+
 def base_config(keys: Keys, model_type: str) -> dict[str, Any]:
     """The keys of config.json that nearly every model has."""
     heads = keys.integer("attention.head_count")
