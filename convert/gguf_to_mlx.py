@@ -112,8 +112,10 @@ def _skeleton(config: dict[str, Any], name: Path) -> nn.Module:
             f"({' '.join(str(error).split())[:200]}): update mlx-lm, or get the file again."
         ) from None
     if config.get("tie_word_embeddings") and "lm_head" in model:
-        # Some classes make a head and let their sanitize drop it.
+        # Some classes make a head and let their sanitize drop it, and remember that.
         model.pop("lm_head")
+        if hasattr(model, "tie_word_embeddings"):
+            model.tie_word_embeddings = True
     return model
 
 
