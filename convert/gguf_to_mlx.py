@@ -360,7 +360,9 @@ def load(
             new = _module(source, found, weight, kind, module, native)
         if new is not None:
             replaced[module_path] = new
-            values += [(f"{module_path}.{key}", one) for key, one in _parameters(new)]
+            # A bias is a weight of its own, and comes by itself.
+            values += [(f"{module_path}.{key}", one) for key, one in _parameters(new)
+                       if key != "bias"]  # fmt: skip
         else:
             values.append((path, mx.array(_values(source, weight))))
         mx.eval(values[-1][1])
