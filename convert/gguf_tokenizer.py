@@ -18,6 +18,7 @@ from typing import Any
 from gguf import TokenType
 
 from convert.errors import UserError
+from convert.gguf_pre_tokenizers import CONTRACTION, DIGIT, GPT2, LINE, PRE
 
 _SPACE = "▁"
 
@@ -519,51 +520,43 @@ def _space_prefix(files: _Files) -> bool:
 # --------------------------------------------------------------------------------------------------
 # Pre-tokenizers
 
+# As Hugging Face's files spell them. What llama.cpp runs in their place is in
+# `convert.gguf_pre_tokenizers`; the difference, if any, is in rare characters.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGIT = r"\p{N}"
 _DIGITS = r"\p{N}+"
-_LINE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _LINE
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _LINE
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + LINE
 )
 _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _LINE
-)
-_DEEPSEEK3 = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    r"| ?[\p{P}\p{S}]+[\r\n]*|" + _LINE
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + LINE
 )
 _DEEPSEEK_HAN = "[一-龥ࠀ-一가-퟿]+"
 # DeepSeek spells out every letter of the cased scripts; its beginning tells it from all others.
 _DEEPSEEK_LETTERS = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯ"
 
+
+def _alike(name: str) -> tuple[str, tuple[str, ...], bool]:
+    """A name whose splits in llama.cpp are those of the Hugging Face files."""
+    splits = (split.replace(CONTRACTION, _CONTRACTION) for split in PRE[name].splits)
+    return name, tuple(splits), PRE[name].ignore_merges
+
+
 PRE_TOKENIZERS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
-    ("gpt-2", (_GPT2,), False),
-    ("smollm", (_DIGIT, _GPT2), False),
-    ("llama-bpe", (_LLAMA3,), True),
-    ("smaug-bpe", (_LLAMA3,), False),
-    ("qwen2", (_QWEN2,), False),
-    (
-        "qwen35",
-        (
-            _CONTRACTION
-            + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
-            + _LINE,
-        ),
-        False,
-    ),
-    ("ufakzeka", (_QWEN2.removeprefix(_CONTRACTION + "|"),), False),
+    _alike("gpt-2"),
+    _alike("smollm"),
+    _alike("llama-bpe"),
+    _alike("smaug-bpe"),
+    _alike("qwen2"),
+    _alike("qwen35"),
+    _alike("ufakzeka"),
     ("tekken", (_TEKKEN,), True),
     ("gpt-4o", (_GPT4O,), False),
-    ("deepseek-v3", (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3), False),
+    _alike("deepseek-v3"),
     (
         "deepseek-llm",
         (
@@ -572,23 +565,19 @@ PRE_TOKENIZERS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
             r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
             r"\s+$",
             _DEEPSEEK_HAN,
-            _DIGIT,
+            DIGIT,
         ),
         False,
     ),
     (
         "deepseek-coder",
-        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_HAN, _DIGIT),
+        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_HAN, DIGIT),
         False,
     ),
-    ("falcon", ("punctuation", _GPT2, "[0-9][0-9][0-9]"), False),
-    (
-        "seed-coder",
-        (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + _LINE,),
-        False,
-    ),
+    ("falcon", ("punctuation", GPT2, "[0-9][0-9][0-9]"), False),
+    _alike("seed-coder"),
     ("bloom", (r" ?[^(\s|[.,!?…。，、।۔،])]+",), False),
-    ("minicpm5", (r"\p{N}{1,3}", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), True),
+    _alike("minicpm5"),
 )
 """(llama.cpp's name, its splits in order, whether whole words ignore merges).
 
@@ -647,12 +636,12 @@ def _splits(tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
                 canonical_regex(text) if text is not None else re.escape(pattern.get("String", ""))
             )
         elif kind == "Digits":
-            splits.append(_DIGIT if step.get("individual_digits") else _DIGITS)
+            splits.append(DIGIT if step.get("individual_digits") else _DIGITS)
         elif kind == "ByteLevel":
             if step.get("add_prefix_space"):
                 raise _unknown("a ByteLevel step with add_prefix_space")
             if step.get("use_regex", True):
-                splits.append(_GPT2)
+                splits.append(GPT2)
         elif kind == "Punctuation" and step.get("behavior") == "Contiguous":
             splits.append("punctuation")
         else:
@@ -671,7 +660,7 @@ def canonical_regex(regex: str) -> str:
     if text.startswith(_DEEPSEEK_LETTERS):
         return _DEEPSEEK_LETTERS
     for contraction in (
-        r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
+        CONTRACTION,
         r"'(?i:[sdmt]|ll|ve|re)",
         r"(?i:'(?:[sdmt]|ll|ve|re))",
     ):

@@ -1,0 +1,286 @@
+"""What each ``tokenizer.ggml.pre`` name makes llama.cpp do to a text before merging.
+
+llama.cpp cuts a text with a list of regular expressions, each applied to the pieces the one before
+it left: what matches is a piece, what lies between matches is a piece. Source: src/llama-vocab.cpp
+(the names) and src/unicode.cpp (how the expressions are run), as of July 2026.
+
+The expressions here are in Oniguruma's dialect, which Hugging Face's tokenizers run, and say what
+llama.cpp does rather than what it wrote down:
+
+- it ignores case in English contractions for ASCII letters alone, where (?i:) takes "ſ" for "s";
+- where it searches the text itself, every white space beyond ASCII is a vertical tab by then, so
+  that a range of characters never matches one;
+- where a class of letters occurs, all kinds of letters are one letter to it, and "[^a-z]" beside
+  them tells case in ASCII alone;
+- digits that are grouped from the right take the text before them along.
+
+One difference remains: characters assigned after Unicode 15 are letters, digits and so on to
+Oniguruma, and nothing yet to llama.cpp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# --------------------------------------------------------------------------------------------------
+# Expressions that several names share.
+
+CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+DIGIT = r"\p{N}"
+LINE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORD_DIGITS_3 = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+LLAMA3 = CONTRACTION + _WORD_DIGITS_3 + LINE
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35 = (
+    CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + LINE
+)
+DEEPSEEK3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|" + LINE
+)
+DEEPSEEK3_CJK = "[一-龥぀-ゟ゠-ヿ]+"
+NEW_LINES = r"[^\n]+|\n+"
+
+_HAN = r"[一-龥ࠀ-一가-\x{D7FF}&&[^\s]]+"
+# The letters of the cased scripts, as DeepSeek spells them out: first and last code points.
+_CASED = (
+    "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 "
+    "388-38A 38C 38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA "
+    "1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A 1E00-1F15 1F18-1F1D 1F20-1F45 1F48-1F4D 1F50-1F57 "
+    "1F59 1F5B 1F5D 1F5F-1F7D 1F80-1FB4 1FB6-1FBC 1FBE 1FC2-1FC4 1FC6-1FCC 1FD0-1FD3 1FD6-1FDB "
+    "1FE0-1FEC 1FF2-1FF4 1FF6-1FFC 2102 2107 210A-2113 2115 2119-211D 2124 2126 2128 212A-212D "
+    "212F-2134 2139 213C-213F 2145-2149 214E 2183 2184 2C00-2C7B 2C7E-2CE4 2CEB-2CEE 2CF2 2CF3 "
+    "A640-A66D A680-A69B A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06 FB13-FB17 FF21-FF3A "
+    "FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF 1E900-1E943"
+)
+_CASED_CLASS = "[{}]".format(
+    "".join(
+        "-".join(rf"\x{{{end}}}" for end in letters.split("-")) for letters in _CASED.split(" ")
+    )
+)
+
+_UPPER = r"[\p{L}&&[^a-z]]"
+_LOWER = r"[\p{L}&&[^A-Z]]"
+
+
+def _cased_words(upper: str, lower: str, contraction: str, numbers: str, marks: str) -> str:
+    lead = r"[^\r\n\p{L}\p{N}]?"
+    return (
+        f"{lead}{upper}*{lower}+{contraction}|{lead}{upper}+{lower}*{contraction}"
+        rf"|{numbers}| ?[^\s\p{{L}}\p{{N}}]+{marks}|{LINE}"
+    )
+
+
+_TEKKEN = _cased_words(_UPPER, _LOWER, "", r"\p{N}", r"[\r\n/]*")
+_GPT4O = _cased_words(_UPPER, _LOWER, CONTRACTION + "?", r"\p{N}{1,3}", r"[\r\n/]*")
+_GRANITE_MULTI = _cased_words(
+    r"[\p{L}\p{M}&&[^a-z]]",
+    r"[\p{L}\p{M}&&[^A-Z]]",
+    CONTRACTION + "?",
+    r"\p{N}{1,3}",
+    r"[\r\n/]*",
+)
+_ANY_CASE = r"[\p{L}\p{M}]"
+_AYA = _cased_words(_ANY_CASE, _ANY_CASE, CONTRACTION + "?", r"\p{N}{1,3}", r"[\r\n/]*")
+_YOUTU = _cased_words(_ANY_CASE, _ANY_CASE, CONTRACTION + "?", r"\p{N}", r"[\r\n/]*")
+
+# What stands before the digits belongs to their first group.
+_DIGITS_FROM_RIGHT = r"[^\p{N}]*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
+
+_HAN_LETTERS = (
+    r"\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{20000}-\x{2A6DF}\x{2A700}-\x{2EBEF}"
+    r"\x{F900}-\x{FAFF}\x{2F800}-\x{2FA1F}"
+)
+_KIMI = (
+    rf"[{_HAN_LETTERS}]+|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^{_HAN_LETTERS}]]+{CONTRACTION}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + LINE
+)
+_JAIS2 = (
+    CONTRACTION
+    + _WORD_DIGITS_3
+    + r"\s*[\r\n]+|"
+    + "|".join(rf"\s{{{count}}}(?!\S)" for count in (512, 256, 128, 64, 32, 16, 8, 4))
+    + r"|\s{1,2}(?!\S)|\s"
+)
+_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+
+
+# --------------------------------------------------------------------------------------------------
+# Names
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """What a ``tokenizer.ggml.pre`` name stands for.
+
+    Attributes:
+        splits: expressions that cut the text, one after the other.
+        ignore_merges: a piece that is a token as a whole stays whole, whatever the merges say.
+        add_bos: put bos before every text, where tokenizer.ggml.add_bos_token does not tell.
+        byte_level: pieces are spelled in GPT-2's byte alphabet; if not, they are plain text with
+            "▁" for a space, and what is no token is spelled in byte tokens, <0x00> to <0xFF>.
+        forced_bos: bos is put before every text whatever tokenizer.ggml.add_bos_token says.
+        whole_breaks: as ignore_merges, but for runs of line breaks alone.
+    """
+
+    splits: tuple[str, ...]
+    ignore_merges: bool = False
+    add_bos: bool = False
+    byte_level: bool = True
+    forced_bos: bool = False
+    whole_breaks: bool = False
+
+
+_GPT2_LIKE = PreTokenizer((GPT2,))
+_DIGITS_GPT2 = PreTokenizer((DIGIT, GPT2))
+_LLAMA3_LIKE = PreTokenizer((LLAMA3,), ignore_merges=True, add_bos=True)
+_QWEN2_LIKE = PreTokenizer((QWEN2,))
+_DEEPSEEK3_LIKE = PreTokenizer((r"\p{N}{1,3}", DEEPSEEK3_CJK, DEEPSEEK3))
+_BLOOM_LIKE = PreTokenizer((_BLOOM,))
+_GPT4O_LIKE = PreTokenizer((_GPT4O,))
+_AYA_LIKE = PreTokenizer((_DIGITS_FROM_RIGHT, _AYA))
+_BAILING_LIKE = PreTokenizer((QWEN2.replace(r"\s*[\r\n]+|", r"\s*[\r\n]|"),))
+_GEMMA4_LIKE = PreTokenizer((NEW_LINES,), byte_level=False, forced_bos=True, whole_breaks=True)
+
+PRE: dict[str, PreTokenizer] = {
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    **dict.fromkeys(
+        (
+            "gpt-2",
+            "phi-2",
+            "jina-es",
+            "jina-de",
+            "gigachat",
+            "jina-v2-es",
+            "jina-v2-de",
+            "a.x-4.0",
+            "mellum",
+            "modern-bert",
+            "jina-v1-en",
+            "jina-v2-code",
+            "roberta-bpe",
+            "exaone4",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
+        ),
+        _GPT2_LIKE,
+    ),
+    **dict.fromkeys(
+        (
+            "starcoder",
+            "refact",
+            "command-r",
+            "smollm",
+            "codeshell",
+            "exaone",
+            "minerva-7b",
+            "mellum2",
+        ),
+        _DIGITS_GPT2,
+    ),
+    **dict.fromkeys(
+        (
+            "llama-bpe",
+            "llama3",
+            "llama-v3",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+            "jina-v5-nano",
+        ),
+        _LLAMA3_LIKE,
+    ),
+    **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe"), PreTokenizer((LLAMA3,))),
+    **dict.fromkeys(("glm4", "glm5"), PreTokenizer((LLAMA3,), ignore_merges=True)),
+    "jais-2": PreTokenizer((_JAIS2,)),
+    "minicpm5": PreTokenizer(
+        (r"\p{N}{1,3}", LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), ignore_merges=True
+    ),
+    **dict.fromkeys(
+        (
+            "qwen2",
+            "deepseek-r1-qwen",
+            "kormo",
+            "f2llmv2",
+            "megrez",
+            "stablelm2",
+            "hunyuan",
+            "solar-open",
+            "grok-2",
+        ),
+        _QWEN2_LIKE,
+    ),
+    "qwen35": PreTokenizer((QWEN35,)),
+    "ufakzeka": PreTokenizer((QWEN2.removeprefix(CONTRACTION + "|"),)),
+    "seed-coder": PreTokenizer((QWEN2.replace(r"\p{N}]+[\r\n]*|", r"\p{N}\r\n]+|"),)),
+    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _BAILING_LIKE),
+    "laguna": PreTokenizer((NEW_LINES, QWEN2)),
+    "exaone-moe": PreTokenizer(
+        (
+            CONTRACTION
+            + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
+            + r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ),
+    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _GPT4O_LIKE),
+    "granite-embed-multi-97m": PreTokenizer((_GRANITE_MULTI,), ignore_merges=True),
+    **dict.fromkeys(("tiny_aya", "cohere2moe"), _AYA_LIKE),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "hy_v4", "joyai-llm"), _DEEPSEEK3_LIKE),
+    "spark2_5": PreTokenizer(
+        (
+            r"\p{N}{1,3}",
+            DEEPSEEK3_CJK,
+            DEEPSEEK3.replace(r"[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|", r"[\p{P}\p{S}]+|[\r\n]|"),
+            DIGIT,
+        )
+    ),
+    "youtu": PreTokenizer(
+        ("[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+", _YOUTU),
+        ignore_merges=True,
+    ),
+    "deepseek-llm": PreTokenizer(
+        (
+            r"[\r\n]",
+            rf"\s?{_CASED_CLASS}+",
+            # U+3000 is in the range that DeepSeek wrote, and is white space.
+            r"\s?[!-/:-~！-／：-～‘-‟、-。]+",
+            r"\s+\z",
+            _HAN,
+            r"\p{N}+",
+        )
+    ),
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, DIGIT)),
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
+    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), _BLOOM_LIKE),
+    "viking": PreTokenizer((_BLOOM, DIGIT)),
+    "chameleon": PreTokenizer(
+        (
+            "<sentinel:[0-9]+>",
+            "IMGIMG[A-I]{1,4}Z",
+            r"[\t\n]|    |  ",
+            DIGIT,
+            r"[\p{P}!-/:-@\[-`{-~]",
+            GPT2,
+        ),
+        add_bos=True,
+    ),
+    "superbpe": PreTokenizer((r"\p{N}+", r"(?=([0-9]{3})+(?![0-9]))")),
+    "afmoe": PreTokenizer(
+        (
+            _DIGITS_FROM_RIGHT,
+            "[一-鿿㐀-䶿豈-﫿぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+",
+            DEEPSEEK3,
+        )
+    ),
+    "kimi-k2": PreTokenizer((_KIMI,)),
+    **dict.fromkeys(("gemma4", "granite-embed-multi-311m"), _GEMMA4_LIKE),
+    "sarvam-moe": PreTokenizer((NEW_LINES,), byte_level=False),
+}
+"""llama.cpp's name -> what it does. "whitespace" and DNA models are left out: they embed only."""
