@@ -180,6 +180,42 @@ def _reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return _decorated(command, flags)
 
 
+def _gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = [
+        click.option(
+            "--tensors",
+            metavar="REGEX",
+            help="Of a GGUF, edit the tensors whose name matches, whatever the architecture.",
+        ),
+        click.option(
+            "--strict-types",
+            is_flag=True,
+            help="Of a GGUF, refuse a tensor of a type without a scalar grid (IQ1, IQ2, IQ3, TQ), "
+            "instead of writing it in a finer one.",
+        ),
+        click.option(
+            "--grid",
+            type=click.Choice(["auto", "own", "fresh"]),
+            default="auto",
+            show_default=True,
+            help="Of a GGUF: keep each tensor's own scales (with an imatrix in them, say), encode "
+            "it anew, or take a fresh grid where it is clearly better.",
+        ),
+        click.option(
+            "--plain-rounding",
+            is_flag=True,
+            help="Of a GGUF, round every weight to its nearest level, as others do: loses most "
+            "of the edit, and shows how much.",
+        ),
+        click.option(
+            "--ollama-create",
+            metavar="NAME",
+            help="Hand the first GGUF that is written to Ollama under this name.",
+        ),
+    ]
+    return _decorated(command, flags)
+
+
 _json_flag = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."
 )
@@ -232,8 +268,9 @@ def _answer(
 def cli() -> None:
     """Find, remove and measure the refusal direction of a local chat model.
 
-    MODEL is `demo` (bundled, works offline), a folder in MLX or Hugging Face form, or a Hugging
-    Face id such as mlx-community/SomeModel.
+    MODEL is `demo` (bundled, works offline), a folder in MLX or Hugging Face form, a .gguf file, a
+    Hugging Face id such as mlx-community/SomeModel, a GGUF there (owner/repo:Q4_K_M or
+    hf:owner/repo/file.gguf), or a model that Ollama has (ollama:NAME).
 
     \b
     Try it:   abl-mlx run demo -o demo-edited
@@ -243,9 +280,15 @@ def cli() -> None:
 @cli.command()
 @click.argument("model")
 @_edit_flags
+@click.option(
+    "--gguf",
+    metavar="BASE.gguf",
+    help="Measure on MODEL (MLX or Hugging Face) and edit this GGUF of the same model instead.",
+)
 @_prompt_flags
 @_choice_flags
 @_reply_flags
+@_gguf_flags
 @_json_flag
 def run(model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any) -> None:
     """Find MODEL's refusal direction, remove it, write the result and show what changed.
@@ -253,6 +296,8 @@ def run(model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any) -> 
     The format follows the name: `-o edited/` is an MLX folder, `-o edited.gguf` a GGUF for
     llama.cpp, Ollama and LM Studio; several -o write several. Refusals are counted before and
     after, on prompts that were not used to find the direction, and from the files as written.
+
+    MODEL may be a .gguf of any type: nothing else is needed, and every tensor keeps its type.
     """
     from abl_mlx import pipeline
 
@@ -291,31 +336,7 @@ def measure(model: str, output: Path, as_json: bool, **chosen: Any) -> None:
 @click.argument("direction", type=click.Path(path_type=Path))
 @click.argument("model")
 @_edit_flags
-@click.option(
-    "--tensors",
-    metavar="REGEX",
-    help="Of a GGUF, edit the tensors whose name matches, whatever the architecture.",
-)
-@click.option(
-    "--strict-types",
-    is_flag=True,
-    help="Of a GGUF, refuse a tensor of a type without a scalar grid (IQ1, IQ2, IQ3, TQ), instead "
-    "of writing it in a finer one.",
-)
-@click.option(
-    "--grid",
-    type=click.Choice(["auto", "own", "fresh"]),
-    default="auto",
-    show_default=True,
-    help="Of a GGUF: keep each tensor's own scales (with an imatrix in them, say), encode it "
-    "anew, or take a fresh grid where it is clearly better.",
-)
-@click.option(
-    "--plain-rounding",
-    is_flag=True,
-    help="Of a GGUF, round every weight to its nearest level, as other tools do: loses most of the "
-    "edit, and shows how much.",
-)
+@_gguf_flags
 @_json_flag
 def apply(
     direction: Path, model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any
@@ -338,7 +359,7 @@ def apply(
 def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
     """Count MODEL's refusals of harmful, harmless and borderline prompts; nothing is edited.
 
-    MODEL may also be a .gguf file, which llama.cpp is asked to run.
+    A .gguf file is run by llama.cpp where that is installed, else by MLX.
     """
     from abl_mlx import pipeline
 
@@ -353,6 +374,65 @@ def inspect(model: str, as_json: bool) -> None:
     from abl_mlx import pipeline
 
     _answer(as_json, "inspect_table", pipeline.inspect, model)
+
+
+@cli.command("convert")
+@click.argument("source")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--quantize",
+    default="F16",
+    show_default=True,
+    metavar="TYPE",
+    help="Type of a GGUF: F32, F16, BF16, Q8_0, Q4_0, ..., or a K-quant such as Q4_K_M.",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
+    help="Of an MLX folder: quantize to so many bits what MLX has no type for (Q6_K, Q3_K, Q2_K, "
+    "IQ*), instead of writing bfloat16.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Weights per scale, for --bits.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Of an MLX folder: all floats in this type. Without it every float stays exactly what it "
+    "is, and mlx-lm computes in float32 where types mix.",
+)
+@_json_flag
+def convert_model(
+    source: str,
+    output: Path,
+    quantize: str,
+    bits: str | None,
+    group_size: str,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Write SOURCE in the other format: a GGUF as an MLX folder, or a folder as OUTPUT.gguf.
+
+    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and MXFP4 become MLX tensors without requantizing.
+    """
+    from abl_mlx import conversion
+
+    _answer(
+        as_json,
+        "convert_table",
+        lambda: conversion.convert(
+            source,
+            output,
+            quantize=quantize,
+            bits=int(bits) if bits else None,
+            group_size=int(group_size),
+            dtype=dtype,
+        ),
+    )
 
 
 @cli.command()

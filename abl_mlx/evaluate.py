@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,10 @@ from abl_mlx import capture
 from abl_mlx.arrays import number, numbers
 from abl_mlx.logits import log_probabilities, vocabulary
 from abl_mlx.models import ChatModel, progress
-from abl_mlx.prompts import PromptSet
+from abl_mlx.prompts import PromptSet, PromptSets
 from abl_mlx.refusals import Rates, Verdict, rates
 from abl_mlx.selection import kl_divergence
+from convert.atomic import new_file
 
 #: Prompts to replies, in order: a model in MLX, or llama.cpp with a GGUF.
 Chat = Callable[[Sequence[str], int], list[str]]
@@ -148,6 +151,34 @@ def in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Chat:
         return decode(chat, generate(chat, sequences, max_tokens, batch_size=batch_size))
 
     return answer
+
+
+def llamacpp_is_there() -> bool:
+    """Whether GGUFs can be asked in the real llama.cpp."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+def in_llamacpp(path: Path) -> Chat:
+    """A GGUF as something that replies to prompts, in the real llama.cpp."""
+
+    def answer(texts: Sequence[str], max_tokens: int) -> list[str]:
+        from abl_mlx.llamacpp import LlamaCpp
+
+        with LlamaCpp(path) as server, progress(len(texts), "llama.cpp replies") as bar:
+            return server.chat(texts, max_tokens=max_tokens, progress=lambda *_: bar.update())
+
+    return answer
+
+
+def save_replies(path: Path, replies: Mapping[str, Behaviour], sets: PromptSets) -> None:
+    """Write the replies, which no report holds, because they were asked for: one JSON a line."""
+    parts = (("harmful", sets.harmful.test, 0), ("harmless", sets.harmless.test, 1))
+    with new_file(path) as staged, open(staged, "w", encoding="utf-8") as stream:
+        for name, asked, which in parts:
+            for number, prompt in enumerate(asked.texts):
+                line: dict[str, Any] = {"set": name, "prompt": prompt}
+                line |= {who: given.replies[which][number] for who, given in replies.items()}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 # --- KL divergence -----------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def plan(
         UserError: an edit that touches nothing, a direction of another width, or with
             ``strict_types`` a tensor of a type that cannot be edited in place.
     """
-    found: list[tuple[Writer, GgufWriter]] = [(_writer(source, one), one) for one in writers]
+    found: list[tuple[Writer, GgufWriter]] = [(writer_of(source, one), one) for one in writers]
     edit.chosen([writer for writer, _ in found])
     plans: dict[str, TensorPlan] = {}
     for writer, one in found:
@@ -95,7 +95,8 @@ def plan(
     return plans
 
 
-def _writer(source: GgufSource, one: GgufWriter) -> Writer:
+def writer_of(source: GgufSource, one: GgufWriter) -> Writer:
+    """What an edit has to know of a GGUF's writer; its module is empty."""
     gain = None
     if one.gains:
         product = np.prod([source.values(name) for name in one.gains], axis=0)

@@ -1,38 +1,226 @@
-"""`apply` and `diff` on GGUF files: the edit in the file's own types, tensor by tensor."""
+"""The commands on a GGUF source: the edit in the file's own types, tensor by tensor."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from abl_mlx import directions, outputs
+import mlx.core as mx
+
+from abl_mlx import directions, evaluate, gguf_model, gguf_outputs, models
 from abl_mlx.clock import Clock
-from abl_mlx.edits import total_leak
-from abl_mlx.gguf_edit import (
-    TensorPlan,
-    TensorReport,
-    bytes_changed,
-    compare,
-    largest,
-    plan,
-    replacement,
-)
-from abl_mlx.measurement import make_edit
-from abl_mlx.models import progress
+from abl_mlx.edits import orthonormal
+from abl_mlx.gguf_edit import bytes_changed, plan
+from abl_mlx.gguf_outputs import Staged
+from abl_mlx.measurement import find_direction, find_reply_prefix, make_edit
+from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
+from abl_mlx.pipeline import grouped
+from abl_mlx.prompts import PromptSets
 from abl_mlx.records import combined_hash, start_record, worst_leak
-from abl_mlx.report import card, to_json
+from abl_mlx.report import to_json
+from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
+from abl_mlx.writers import Writer
+from abl_mlx.writers import find_writers as find_by_probing
 from convert import gguf_writers
-from convert.atomic import check_new, new_files
 from convert.errors import UserError
-from convert.gguf_file import GgufSource, part_paths
-from convert.gguf_rewrite import rewrite
-from convert.ollama import modelfile
+from convert.families import FAMILIES
+from convert.gguf_file import GgufSource
 
 Record = dict[str, Any]
+
+#: Held-out prompts of each set in which the component is looked for.
+COMPONENT_PROMPTS = 32
+
+
+def find_writers(gguf: GgufSource, options: Options) -> list[gguf_writers.GgufWriter]:
+    """The residual writers of a GGUF, by its architecture or by ``--tensors``."""
+    shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
+    return gguf_writers.find(gguf.architecture, shapes, gguf.metadata, options.tensors)
+
+
+# --- run ---------------------------------------------------------------------------------------
+
+
+def run(
+    source: Source,
+    paths: Sequence[Path],
+    sets: PromptSets,
+    options: Options,
+    measured: Source | None = None,
+) -> Record:
+    """`abl-mlx run` on a GGUF: everything from the file alone, unless ``measured`` is given.
+
+    One model is in memory at a time: the GGUF in MLX to measure, then llama.cpp with what was
+    written, then that in MLX for KL and component.
+
+    Args:
+        source: the GGUF that is edited.
+        measured: the MLX or Hugging Face folder of the same model that the direction is measured
+            on instead (``--gguf``).
+
+    Raises:
+        UserError: bad input, told in one sentence; nothing is left behind.
+    """
+    clock = Clock()
+    harmless = sets.harmless.test
+    in_llamacpp = evaluate.llamacpp_is_there()
+    with GgufSource(source.path) as gguf, ExitStack() as stack:
+        gguf_outputs.check(paths, gguf, options)
+        named = find_writers(gguf, options)
+        # An edit that would touch nothing is better told now than after the measurement.
+        plan(gguf, make_edit(mx.ones((1, _width(gguf))), options), named,
+             strict_types=options.strict_types)  # fmt: skip
+        if measured is not None:
+            with clock.step("load the model"):
+                chat = models.load(measured.path)
+            with clock.step("compare the two models"):
+                check_same(chat, gguf, named)
+            with clock.step("find the residual writers"):
+                writers = find_by_probing(chat)
+            direction = measure(chat, writers, sets, options, clock)
+            prefix = chat.reply_prefix
+            del chat, writers
+            gc.collect()
+            with clock.step("load the GGUF"):
+                chat, _ = gguf_model.load(gguf)
+            chat.reply_prefix = prefix
+        else:
+            with clock.step("load the model"):
+                chat, layout = gguf_model.load(gguf)
+                writers = gguf_model.find_writers(chat, layout, gguf, named)
+            direction = measure(chat, writers, sets, options, clock)
+            del writers, layout
+        prefix = chat.reply_prefix
+        unit = orthonormal(direction.selected)
+        sample = component_sample(chat, sets)
+        with clock.step("evaluate before"):
+            base = stack.enter_context(
+                evaluate.baseline(chat, harmless.take(evaluate.KL_PROMPTS).texts)
+            )
+            present = evaluate.component(chat, sample, unit)["max"]
+            if not in_llamacpp:
+                before = _ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
+        del chat
+        gc.collect()
+        if in_llamacpp:
+            with clock.step("evaluate before"):
+                before = _ask(evaluate.in_llamacpp(source.path), sets, options)
+        record = start_record(source, paths, options, direction)
+        if measured is not None:
+            record["measured_on"] = measured.name
+        plans = plan(gguf, make_edit(direction.selected, options), named)
+        with clock.step("hash the source"):
+            record["hashes"] = _hashes(gguf, direction, options)
+        staged = stack.enter_context(gguf_outputs.staging(paths))
+        replies = {"before": before}
+        evaluations = []
+        for one in staged:
+            written = gguf_outputs.write(gguf, source, one, plans, direction.sha256, options, clock)
+            with clock.step(f"evaluate {one.path.name}"):
+                figures, after = _judge(one, written, prefix, base, sample, unit, sets, options)
+            replies[str(one.path)] = after
+            evaluations.append({**written, **figures})
+        record.update(
+            before=before.record(),
+            after=evaluations[0]["after"],
+            kl=evaluations[0]["kl"],
+            component={"before": present, "after": evaluations[0]["component"]},
+            leak=worst_leak(evaluations),
+            evaluations=evaluations,
+            seconds=clock.seconds,
+        )
+        for one, judged in zip(staged, evaluations, strict=True):
+            gguf_outputs.write_companions(one, source, record, judged)
+        if options.save_replies is not None:
+            evaluate.save_replies(options.save_replies, replies, sets)
+    return record
+
+
+def measure(
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    sets: PromptSets,
+    options: Options,
+    clock: Clock,
+) -> directions.DirectionFile:
+    """Find how replies open and the direction behind that; sets ``chat.reply_prefix``."""
+    with clock.step("find how replies open"):
+        chat.reply_prefix = find_reply_prefix(chat, sets)
+    with clock.step("measure and choose a direction"):
+        return find_direction(chat, writers, sets, options)
+
+
+def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
+    """Encoded held-out prompts in which the component is looked for."""
+    return [
+        chat.encode(prompt)
+        for part in (sets.harmful.test, sets.harmless.test)
+        for prompt in part.take(COMPONENT_PROMPTS).texts
+    ]
+
+
+def _ask(answer: evaluate.Chat, sets: PromptSets, options: Options) -> evaluate.Behaviour:
+    return evaluate.behaviour(
+        answer, sets.harmful.test, sets.harmless.test, max_tokens=options.max_tokens
+    )
+
+
+def _judge(
+    one: Staged,
+    written: Record,
+    prefix: tuple[int, ...],
+    base: evaluate.Baseline,
+    sample: Sequence[Sequence[int]],
+    unit: mx.array,
+    sets: PromptSets,
+    options: Options,
+) -> tuple[Record, evaluate.Behaviour]:
+    """An output's figures, all of them from the file as written."""
+    with _as_written(one, written) as chat:
+        chat.reply_prefix = prefix
+        kl = evaluate.kl(chat, base)
+        left = evaluate.component(chat, sample, unit)["max"]
+        figures: Record = {"kl": kl, "component": left, "runtime": "mlx-lm"}
+        ask_llamacpp = one.is_gguf and evaluate.llamacpp_is_there()
+        if not ask_llamacpp:
+            after = _ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
+            if one.is_gguf:
+                figures["note"] = (
+                    "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have llama.cpp "
+                    "do it"
+                )
+    del chat
+    gc.collect()
+    if ask_llamacpp:
+        file = one.folder / written["files"][0]
+        after = _ask(evaluate.in_llamacpp(file), sets, options)
+        figures |= {"runtime": "llama.cpp", "note": "KL and component are of the file, in MLX"}
+    return figures | {"after": after.record()}, after
+
+
+@contextmanager
+def _as_written(one: Staged, written: Record) -> Iterator[ChatModel]:
+    """The output as a model in MLX."""
+    if not one.is_gguf:
+        yield models.load(one.folder, check=False)
+        return
+    with GgufSource(one.folder / written["files"][0]) as gguf:
+        yield gguf_model.load(gguf)[0]
+
+
+def _width(gguf: GgufSource) -> int:
+    return int(gguf.tensor("token_embd.weight").shape[-1])
+
+
+# --- apply and measure -------------------------------------------------------------------------
 
 
 def apply(
@@ -44,161 +232,75 @@ def apply(
     """Edit a GGUF of any type into new GGUFs, and measure in the written bytes what is left.
 
     Raises:
-        UserError: an output that is no .gguf, an architecture or a tensor that cannot be edited,
-            a leak above the limit; nothing is left behind.
+        UserError: an architecture or a tensor that cannot be edited, a leak above the limit;
+            nothing is left behind.
     """
     clock = Clock()
-    for path in paths:
-        if path.suffix != ".gguf":
-            raise UserError(
-                f"{path}: an edited GGUF is written as a GGUF; give the output a name that ends "
-                "in .gguf."
-            )
-    if options.quantize != "F16":
-        raise UserError(
-            "--quantize: a GGUF source keeps the type of every tensor; leave the flag out, or "
-            "quantize the float model."
-        )
     with GgufSource(source.path) as gguf:
+        gguf_outputs.check(paths, gguf, options)
         with clock.step("find the residual writers"):
             plans = plan(gguf, make_edit(direction.selected, options), find_writers(gguf, options),
                          strict_types=options.strict_types)  # fmt: skip
-        outputs.check_space(paths, sum(part.stat().st_size for part in gguf.parts))
         record = start_record(source, paths, options, direction)
         with clock.step("hash the source"):
-            record["hashes"] = {
-                "source": {part.name: _sha256(part) for part in gguf.parts},
-                "direction": direction.sha256,
-                "options": combined_hash({"options": to_json(options.record())}),
-            }
-        written = [_write(gguf, source, path, plans, record, options, clock) for path in paths]
-    record.update(leak=worst_leak(written), written=written, seconds=clock.seconds)
+            record["hashes"] = _hashes(gguf, direction, options)
+        with gguf_outputs.staging(paths) as staged:
+            written = [
+                gguf_outputs.write(gguf, source, one, plans, direction.sha256, options, clock)
+                for one in staged
+            ]
+            record.update(leak=worst_leak(written), written=written, seconds=clock.seconds)
+            for one in staged:
+                gguf_outputs.write_companions(one, source, record, None)
     return record
 
 
-def find_writers(gguf: GgufSource, options: Options) -> list[gguf_writers.GgufWriter]:
-    """The residual writers of a GGUF, by its architecture or by ``--tensors``."""
-    shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
-    return gguf_writers.find(gguf.architecture, shapes, gguf.metadata, options.tensors)
+def measured_direction(
+    source: Source, sets: PromptSets, options: Options, clock: Clock
+) -> tuple[directions.DirectionFile, Record]:
+    """The direction of a GGUF, and what the direction file says of the model."""
+    with GgufSource(source.path) as gguf:
+        with clock.step("load the model"):
+            chat, layout = gguf_model.load(gguf)
+            writers = gguf_model.find_writers(chat, layout, gguf, find_writers(gguf, options))
+        found = measure(chat, writers, sets, options, clock)
+        with clock.step("hash the source"):
+            sha256 = combined_hash({part.name: _sha256(part) for part in gguf.parts})
+        return found, {"model_type": chat.model_type, "model_sha256": sha256}
 
 
-def _write(
-    gguf: GgufSource,
-    source: Source,
-    path: Path,
-    plans: Mapping[str, TensorPlan],
-    record: Record,
-    options: Options,
-    clock: Clock,
-) -> Record:
-    """Write one output, measure it, and give it and its companions their names."""
-    names = [part.name for part in part_paths(path, len(gguf.parts))]
-    for name in names:
-        check_new(path.with_name(name))
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with new_files(path.absolute().parent) as folder:
-        staged = folder / path.name
-        with clock.step("write"), progress(1, f"write {path.name}", "B") as bar:
-
-            def moved(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            files = rewrite(
-                gguf,
-                staged,
-                tensors={
-                    name: replacement(gguf, one, grid=options.grid, plain=options.plain_rounding)
-                    for name, one in plans.items()
-                },
-                metadata=_provenance(gguf, source, record["direction"]["sha256"], options),
-                progress=moved,
-            )
-        with clock.step("measure the leak"), GgufSource(files[0]) as after:
-            reports = compare_all(gguf, after, plans)
-        one = {
-            "output": str(path.with_name(names[0])),
-            "format": "GGUF",
-            "files": names,
-            **leak_record(reports),
+def inspect(source: Source) -> Record:
+    """`abl-mlx inspect` of a GGUF: from its header alone."""
+    with GgufSource(source.path) as gguf:
+        named = find_writers(gguf, Options())
+        sizes = {name: math.prod(entry.shape) for name, entry in gguf.tensors.items()}
+        types = Counter(entry.type.name for entry in gguf.tensors.values() if len(entry.shape) > 1)
+        touched = [name for one in named for name in one.parameters]
+        edited, whole = sum(sizes[name] for name in touched), sum(sizes.values())
+        return {
+            "source": source.name,
+            "file": str(gguf.parts[0]),
+            "architecture": gguf.architecture,
+            "layers": int(gguf.metadata[f"{gguf.architecture}.block_count"]),
+            "width": _width(gguf),
+            "parameters": whole,
+            "dtypes": sorted({entry.type.name for entry in gguf.tensors.values()}),
+            "quantization": ", ".join(f"{count} × {name}" for name, count in types.most_common()),
+            "tied": any(one.tied for one in named),
+            "runs_in_mlx": gguf.architecture in FAMILIES,
+            "writers": grouped(
+                (one.name, one.kind, bool(one.gains), one.bias is not None) for one in named
+            ),
+            "edit": {"tensors": len(touched), "parameters": edited, "share": edited / whole},
         }
-        _check(path, reports, one["leak"], options)
-        whole = {**record, "leak": worst_leak([one]), "written": [one], "seconds": clock.seconds}
-        companions = outputs.companions(folder / path.name)
-        companions["record"].write_text(to_json(whole) + "\n", encoding="utf-8")
-        companions["card"].write_text(card(whole, None, source.title), encoding="utf-8")
-        if len(names) == 1:  # Ollama takes no split files
-            text = modelfile(files[0], None, path.name)
-            companions["modelfile"].write_text(text, encoding="utf-8")
-    return one
 
 
-def compare_all(
-    before: GgufSource, after: GgufSource, plans: Mapping[str, TensorPlan]
-) -> dict[str, TensorReport]:
-    """Every edited tensor of two files compared."""
-    reports = {}
-    with progress(len(plans), "read back", "tensor") as bar:
-        for name, one in plans.items():
-            reports[name] = compare(before, after, one)
-            bar.update()
-    return reports
-
-
-def leak_record(reports: Mapping[str, TensorReport]) -> Record:
-    """What the comparison of all edited tensors says, as JSON values."""
-    leaks = [report.leak for report in reports.values()]
-    whole = sum(leaks[1:], start=leaks[0])
+def _hashes(gguf: GgufSource, direction: directions.DirectionFile, options: Options) -> Record:
     return {
-        "types": sorted({report.type for report in reports.values()}),
-        "leak": {
-            "total": total_leak(leaks),
-            "max": largest(reports)[1],
-            "tensors": {name: report.record() for name, report in reports.items()},
-        },
-        "weight_error": whole.error,
+        "source": {part.name: _sha256(part) for part in gguf.parts},
+        "direction": direction.sha256,
+        "options": combined_hash({"options": to_json(options.record())}),
     }
-
-
-def _check(
-    path: Path, reports: Mapping[str, TensorReport], leak: Mapping[str, Any], options: Options
-) -> None:
-    if leak["total"] <= options.max_leak:
-        return
-    name, value = largest(reports)
-    mend = (
-        "leave out --plain-rounding" if options.plain_rounding else "choose a file of a finer type"
-    )
-    raise UserError(
-        f"the edit did not survive in {path}: {leak['total']:.1%} of the component is still in the "
-        f"weights (most in {name}: {value:.1%}) and --max-leak is {options.max_leak:g}; {mend}, or "
-        "raise --max-leak."
-    )
-
-
-def _provenance(
-    gguf: GgufSource, source: Source, direction_sha256: str, options: Options
-) -> dict[str, Any]:
-    """Metadata that says what was edited, and from what."""
-    known = gguf.metadata
-    name = known.get("general.name", source.title)
-    index = int(known.get("general.base_model.count", 0))
-    base = f"general.base_model.{index}"
-    changes: dict[str, Any] = {
-        "general.name": f"{name}-abliterated",
-        "general.tags": [
-            *(known.get("general.tags") or []),
-            *(tag for tag in outputs.TAGS if tag not in (known.get("general.tags") or [])),
-        ],
-        "general.base_model.count": index + 1,
-        f"{base}.name": name,
-    }
-    for key in ("organization", "version", "repo_url"):
-        if f"general.{key}" in known:
-            changes[f"{base}.{key}"] = known[f"general.{key}"]
-    label = outputs.edit_label(direction_sha256, options, source)
-    changes |= {f"abl_mlx.{key}": value for key, value in label.items()}
-    return changes
 
 
 def _sha256(path: Path) -> str:
@@ -251,6 +353,6 @@ def diff(first: Path, second: Path, direction_path: Path | None, options: Option
             plans = plan(
                 before, make_edit(direction.selected, options), find_writers(before, options)
             )
-            record |= leak_record(compare_all(before, after, plans))
+            record |= gguf_outputs.leak_record(gguf_outputs.compare_all(before, after, plans))
             record["direction"] = direction.sha256
     return record

@@ -129,7 +129,7 @@ def load(folder: Path, *, check: bool = True) -> ChatModel:
         model.set_dtype(mx.float32)
         for _, value in parameters(model):
             mx.eval(value)
-    tokenizer = _load_tokenizer(folder, config)
+    tokenizer = load_tokenizer(folder, config, folder)
     return ChatModel(folder, model, tokenizer, config)
 
 
@@ -187,18 +187,27 @@ def complete_for(arguments: type, config: dict[str, Any]) -> None:
             config["head_dim"] = hidden // heads
 
 
-def _load_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
-    from mlx_lm.utils import load_tokenizer
+def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
+    """mlx-lm's TokenizerWrapper of the files in ``folder``.
+
+    Args:
+        name: what the tokenizer is said to be of, in messages.
+
+    Raises:
+        UserError: when it cannot be loaded, or has no chat template.
+    """
+    from mlx_lm.utils import load_tokenizer as load_wrapper
 
     try:
-        tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = load_wrapper(folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # tokenizers and transformers raise bare Exceptions and OSErrors
         reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: the tokenizer could not be loaded: {reason[:200]}") from None
+        raise UserError(f"{name}: the tokenizer could not be loaded: {reason[:200]}") from None
     if not tokenizer.has_chat_template:
+        mend = "" if name.suffix == ".gguf" else "add chat_template.jinja, or "
         raise UserError(
-            f"{folder} has no chat template, so it is no chat model: add chat_template.jinja, or "
-            "choose the instruction-tuned variant."
+            f"{name} has no chat template, so it is no chat model: {mend}choose the "
+            "instruction-tuned variant."
         )
     return tokenizer
 

@@ -33,6 +33,8 @@ class Options:
             encodes the edited weights anew, ``auto`` takes a fresh grid where it is clearly better.
         plain_rounding: round every weight to its nearest level, which loses most of an edit; to
             show the difference.
+        gguf: a GGUF of the model that is measured, to be edited in its stead.
+        ollama_create: the name under which the first GGUF output is handed to Ollama.
     """
 
     harmful: str | None = None
@@ -54,6 +56,8 @@ class Options:
     strict_types: bool = False
     grid: str = "auto"
     plain_rounding: bool = False
+    gguf: str | None = None
+    ollama_create: str | None = None
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""

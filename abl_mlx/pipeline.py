@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import mlx.core as mx
 
 from abl_mlx import (
     __version__,
+    demo,
     directions,
     evaluate,
     models,
@@ -42,8 +41,8 @@ from abl_mlx.records import (
 )
 from abl_mlx.refusals import rates
 from abl_mlx.sources import Source
-from abl_mlx.writers import Writer, find_writers
-from convert.atomic import check_new, new_file
+from abl_mlx.writers import find_writers
+from convert.atomic import check_new
 from convert.errors import UserError
 from convert.hf_config import read_config, refuse_quantized
 from convert.safetensors_files import TensorFiles
@@ -67,12 +66,57 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
     Raises:
         UserError: bad input, told in one sentence; nothing is left behind.
     """
-    clock = Clock()
     source = sources.resolve(text)
-    outputs.check(paths, source)
+    target = source if options.gguf is None else sources.resolve_gguf(options.gguf)
+    outputs.check(paths, target)
     if options.save_replies is not None:
         check_new(options.save_replies)
+    if options.ollama_create is not None:
+        ollama_first(paths, options.ollama_create)
     sets = load_prompts(source, options)
+    if target.is_gguf:
+        from abl_mlx import gguf_pipeline
+
+        if target is not source and source.is_gguf:
+            raise UserError(
+                f"--gguf {options.gguf}: MODEL is a GGUF itself; leave --gguf out, or name the MLX "
+                "or Hugging Face model to measure on."
+            )
+        measured = None if target is source else source
+        record = gguf_pipeline.run(target, paths, sets, options, measured)
+    else:
+        record = _run(source, paths, sets, options)
+    if options.ollama_create is not None:
+        from convert import ollama
+
+        ollama.ollama_create(
+            options.ollama_create, outputs.companions(ollama_first(paths, None))["modelfile"]
+        )
+    return record
+
+
+def ollama_first(paths: Sequence[Path], name: str | None) -> Path:
+    """The GGUF among the outputs that Ollama is given.
+
+    Args:
+        name: what the model will be called; checked before any long work unless None.
+
+    Raises:
+        UserError: when no output is a GGUF, or `ollama` is not there.
+    """
+    found = [path for path in paths if path.suffix == ".gguf"]
+    if not found:
+        raise UserError("--ollama-create needs a GGUF: add -o NAME.gguf.")
+    if name is not None:
+        from convert import ollama
+
+        ollama.check_create(name)
+    return found[0]
+
+
+def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Options) -> Record:
+    """`run` on an MLX or Hugging Face folder."""
+    clock = Clock()
     harmful, harmless = sets.harmful.test, sets.harmless.test
     with clock.step("load the model"):
         files = open_files(source, paths, options)
@@ -153,22 +197,41 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
         for one in written:
             outputs.write_companions(one, source, record, judged[one.output.path])
         if options.save_replies is not None:
-            save_replies(options.save_replies, replies, sets)
+            evaluate.save_replies(options.save_replies, replies, sets)
     return record
 
 
 def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Options) -> Record:
     """`abl-mlx apply`: write the edit that a direction file describes, without evaluating it."""
     direction = directions.read(direction_path)
-    if text.endswith(".gguf"):
-        from abl_mlx import gguf_pipeline
-
-        source = sources.resolve_gguf(text)
-        outputs.check(paths, source)
-        return gguf_pipeline.apply(direction, source, paths, options)
-    clock = Clock()
     source = sources.resolve(text)
     outputs.check(paths, source)
+    if options.ollama_create is not None:
+        ollama_first(paths, options.ollama_create)
+    if source.is_gguf:
+        from abl_mlx import gguf_pipeline
+
+        record = gguf_pipeline.apply(direction, source, paths, options)
+    else:
+        record = _apply(direction_path, direction, source, paths, options)
+    if options.ollama_create is not None:
+        from convert import ollama
+
+        ollama.ollama_create(
+            options.ollama_create, outputs.companions(ollama_first(paths, None))["modelfile"]
+        )
+    return record
+
+
+def _apply(
+    direction_path: Path,
+    direction: directions.DirectionFile,
+    source: Source,
+    paths: Sequence[Path],
+    options: Options,
+) -> Record:
+    """`apply` on an MLX or Hugging Face folder."""
+    clock = Clock()
     with clock.step("load the model"):
         files = open_files(source, paths, options)
         chat = models.load(source.path)
@@ -196,15 +259,12 @@ def measure(text: str, out: Path, options: Options) -> Record:
     clock = Clock()
     source = sources.resolve(text)
     sets = load_prompts(source, options)
-    with clock.step("load the model"):
-        files = TensorFiles(source.path)
-        chat = models.load(source.path)
-    with clock.step("find the residual writers"):
-        writers = find_writers(chat)
-    with clock.step("find how replies open"):
-        chat.reply_prefix = find_reply_prefix(chat, sets)
-    with clock.step("measure and choose a direction"):
-        found = find_direction(chat, writers, sets, options)
+    if source.is_gguf:
+        from abl_mlx import gguf_pipeline
+
+        found, model = gguf_pipeline.measured_direction(source, sets, options, clock)
+    else:
+        found, model = _measured_direction(source, sets, options, clock)
     found = replace(
         found,
         metadata={
@@ -212,8 +272,7 @@ def measure(text: str, out: Path, options: Options) -> Record:
             "layer": found.metadata["summary"]["layer"],
             "position": found.metadata["summary"]["position"],
             "model": source.name,
-            "model_type": chat.model_type,
-            "model_sha256": combined_hash(source_hashes(files)),
+            **model,
             "prompt_hashes": prompt_hashes(sets),
             "seed": options.seed,
         },
@@ -229,23 +288,36 @@ def measure(text: str, out: Path, options: Options) -> Record:
     }
 
 
+def _measured_direction(
+    source: Source, sets: PromptSets, options: Options, clock: Clock
+) -> tuple[directions.DirectionFile, Record]:
+    """The direction of a folder, and what the direction file says of the model."""
+    with clock.step("load the model"):
+        files = TensorFiles(source.path)
+        chat = models.load(source.path)
+    with clock.step("find the residual writers"):
+        writers = find_writers(chat)
+    with clock.step("find how replies open"):
+        chat.reply_prefix = find_reply_prefix(chat, sets)
+    with clock.step("measure and choose a direction"):
+        found = find_direction(chat, writers, sets, options)
+    model = {"model_type": chat.model_type, "model_sha256": combined_hash(source_hashes(files))}
+    return found, model
+
+
 def evaluate_model(text: str, options: Options) -> Record:
     """`abl-mlx eval`: refusal rate and over-refusal of a model or a GGUF; no edit."""
     clock = Clock()
-    gguf = Path(text).expanduser()
+    source = sources.resolve(text)
+    sets = load_prompts(source, options)
+    name = source.name
     with ExitStack() as stack:
-        if gguf.suffix == ".gguf":
-            sets = prompts.load_sets(options.harmful, options.harmless, options.seed)
-            sets = cut(sets, options.limit)
-            answer = in_llamacpp(gguf, options)
-            name, runtime = text, "llama.cpp"
+        if source.is_gguf and evaluate.llamacpp_is_there():
+            answer, runtime = evaluate.in_llamacpp(source.path), "llama.cpp"
         else:
-            source = sources.resolve(text)
-            sets = load_prompts(source, options)
             with clock.step("load the model"):
-                chat = models.load(source.path)
-            answer = evaluate.in_mlx(chat, batch_size=options.batch_size)
-            name, runtime = source.name, "mlx-lm"
+                chat = _load_any(source)
+            answer, runtime = evaluate.in_mlx(chat, batch_size=options.batch_size), "mlx-lm"
         if options.save_replies is not None:
             check_new(options.save_replies)
         stack.enter_context(clock.step("ask the held-out prompts"))
@@ -258,13 +330,28 @@ def evaluate_model(text: str, options: Options) -> Record:
             replies = answer(sets.borderline.texts, options.max_tokens)
             record |= evaluate.refusal_record("borderline", rates(replies, sets.borderline))
     if options.save_replies is not None:
-        save_replies(options.save_replies, {name: behaviour}, sets)
+        evaluate.save_replies(options.save_replies, {name: behaviour}, sets)
     return record | {"seconds": clock.seconds}
+
+
+def _load_any(source: Source) -> ChatModel:
+    """A folder or a GGUF as a model in MLX."""
+    if not source.is_gguf:
+        return models.load(source.path)
+    from abl_mlx import gguf_model
+    from convert.gguf_file import GgufSource
+
+    with GgufSource(source.path) as gguf:
+        return gguf_model.load(gguf)[0]
 
 
 def inspect(text: str) -> Record:
     """`abl-mlx inspect`: what the model is and what an edit would touch."""
     source = sources.resolve(text)
+    if source.is_gguf:
+        from abl_mlx import gguf_pipeline
+
+        return gguf_pipeline.inspect(source)
     config = read_config(source.path)
     with TensorFiles(source.path) as files:
         stored = Counter(files.info(name).dtype for name in files.names)
@@ -286,17 +373,23 @@ def inspect(text: str) -> Record:
         "quantization": config.get("quantization") or config.get("quantization_config"),
         "tied": any(writer.tied for writer in writers),
         "template_tail": chat.template_tail,
-        "writers": _grouped(writers),
+        "writers": grouped(
+            (writer.path, writer.kind, writer.gain is not None, writer.has_bias)
+            for writer in writers
+        ),
         "edit": {"tensors": len(touched), "parameters": edited, "share": edited / whole},
     }
 
 
-def _grouped(writers: Sequence[Writer]) -> list[Record]:
-    """Writers that differ in their layer alone, told once."""
+def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[Record]:
+    """Writers that differ in their layer alone, told once.
+
+    Args:
+        writers: (name, kind, whether through a gain, whether with a bias).
+    """
     groups: dict[tuple[str, str, bool, bool], int] = {}
-    for writer in writers:
-        pattern = re.sub(r"\.\d+\.", ".N.", writer.path, count=1)
-        key = (pattern, writer.kind, writer.gain is not None, writer.has_bias)
+    for path, kind, gain, bias in writers:
+        key = (re.sub(r"\.\d+\.", ".N.", path, count=1), kind, gain, bias)
         groups[key] = groups.get(key, 0) + 1
     return [
         {"pattern": pattern, "kind": kind, "gain": gain, "bias": bias, "count": count}
@@ -308,8 +401,12 @@ def _grouped(writers: Sequence[Writer]) -> list[Record]:
 
 
 def load_prompts(source: Source, options: Options) -> PromptSets:
-    """The prompt sets of this run: the demo's own, the user's, or the bundled ones."""
-    if source.is_demo and options.harmful is None and options.harmless is None:
+    """The prompt sets of this run: the demo's own, the user's, or the bundled ones.
+
+    A file made from the demo is asked what the demo is asked: it has heard of nothing else.
+    """
+    speaks_demo = source.is_demo or demo.speaks(source.path)
+    if speaks_demo and options.harmful is None and options.harmless is None:
         return cut(prompts.load_demo(), options.limit)
     return cut(prompts.load_sets(options.harmful, options.harmless, options.seed), options.limit)
 
@@ -377,9 +474,9 @@ def _runtime(
     """Who answers for an output, under which name, and what there is to say about it."""
     if not one.output.is_gguf:
         return evaluate.in_mlx(model, batch_size=options.batch_size), "mlx-lm", None
-    if importlib.util.find_spec("xllamacpp"):
+    if evaluate.llamacpp_is_there():
         return (
-            in_llamacpp(one.output.staged, options),
+            evaluate.in_llamacpp(one.output.staged),
             "llama.cpp",
             ("KL and component are of the edited tensors read back from the file, in MLX"),
         )
@@ -389,18 +486,6 @@ def _runtime(
         "the GGUF itself was not asked: pip install 'abl-mlx[llamacpp]' to have llama.cpp do it; "
         "the figures are of its edited tensors, read back into the MLX model",
     )
-
-
-def in_llamacpp(path: Path, options: Options) -> evaluate.Chat:
-    """A GGUF as something that replies to prompts, in the real llama.cpp."""
-
-    def answer(texts: Sequence[str], max_tokens: int) -> list[str]:
-        from abl_mlx.llamacpp import LlamaCpp
-
-        with LlamaCpp(path) as server, models.progress(len(texts), "llama.cpp replies") as bar:
-            return server.chat(texts, max_tokens=max_tokens, progress=lambda *_: bar.update())
-
-    return answer
 
 
 # --- the record --------------------------------------------------------------------------------
@@ -415,14 +500,3 @@ def written_record(one: Written) -> Record:
         "leak": one.leak.record(),
         "left_out": list(one.left_out),
     }
-
-
-def save_replies(path: Path, replies: Mapping[str, evaluate.Behaviour], sets: PromptSets) -> None:
-    """Write the replies, which no report holds, because they were asked for: one JSON a line."""
-    parts = (("harmful", sets.harmful.test, 0), ("harmless", sets.harmless.test, 1))
-    with new_file(path) as staged, open(staged, "w", encoding="utf-8") as stream:
-        for name, asked, which in parts:
-            for number, prompt in enumerate(asked.texts):
-                line: Record = {"set": name, "prompt": prompt}
-                line |= {who: given.replies[which][number] for who, given in replies.items()}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -170,6 +170,12 @@ def diff_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def convert_table(record: Mapping[str, Any]) -> str:
+    """What `abl-mlx convert` wrote."""
+    made = ", ".join(f"{count} × {name}" for name, count in record["tensors"].items())
+    return f"{record['output']}  ({record['format']}, {record['bytes'] / 1e6:,.1f} MB): {made}"
+
+
 def inspect_table(record: Mapping[str, Any]) -> str:
     """What `abl-mlx inspect` says of a model."""
     edit = record["edit"]
@@ -179,8 +185,12 @@ def inspect_table(record: Mapping[str, Any]) -> str:
         ("parameters", f"{record['parameters'] / 1e6:,.1f} million, {', '.join(record['dtypes'])}"),
         ("quantization", record["quantization"] or "none"),
         ("output head", "tied to the embedding" if record["tied"] else "its own weights"),
-        ("chat template", f"{record['template_tail']} tokens after the instruction"),
     ]
+    if "template_tail" in record:
+        rows.append(("chat template", f"{record['template_tail']} tokens after the instruction"))
+    if "runs_in_mlx" in record:
+        can = "yes: `run` and `measure` need nothing but this file"
+        rows.append(("runs in MLX", can if record["runs_in_mlx"] else "no: it can be edited only"))
     lines = [record["source"], *(f"  {name:<14}  {value}" for name, value in rows)]
     lines.append("  residual writers")
     for writer in record["writers"]:

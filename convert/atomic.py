@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from convert.errors import UserError
+
+_NUMBERS = itertools.count()
 
 
 def check_new(path: Path) -> None:
@@ -108,7 +111,9 @@ def new_files(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: when one of them is there already.
     """
-    with _partial(folder / "abl-mlx-parts") as temporary:
+    # Several may be open at once in one folder.
+    whole = folder / f"abl-mlx-parts-{next(_NUMBERS)}"
+    with _partial(whole) as temporary:
         temporary.mkdir()
         yield temporary
         moved: list[Path] = []
@@ -123,4 +128,4 @@ def new_files(folder: Path) -> Iterator[Path]:
             for target in moved:
                 target.unlink(missing_ok=True)
             raise
-    (folder / "abl-mlx-parts").rmdir()
+    whole.rmdir()

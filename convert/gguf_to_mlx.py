@@ -29,7 +29,9 @@ from convert.families import FAMILIES
 from convert.families.family import ROPE_TABLES, Keys, Weight
 from convert.ggml_types import grid_codec
 from convert.gguf_file import GgufSource, TensorEntry
+from convert.gguf_to_tokenizer import write_tokenizer
 from convert.grids import Grid
+from convert.safetensors_files import TensorFiles
 
 _Q = GGMLQuantizationType
 
@@ -377,8 +379,8 @@ def load(
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
-    found: list[Any] = tree_flatten(module.parameters())
-    return [(path, value) for path, value in found]
+    found: Any = tree_flatten(module.parameters())
+    return list(found)
 
 
 # What a small model may take more than its file.
@@ -503,35 +505,91 @@ def write_folder(
     Raises:
         UserError: as `layout`, for a tokenizer that cannot be written, an output that exists.
     """
-    from convert.gguf_to_tokenizer import write_tokenizer
-
     out = Path(out)
     check_new(out)
     found = layout(source)
-    cast = None if dtype is None else {"float16": mx.float16, "bfloat16": mx.bfloat16,
-                                       "float32": mx.float32}[dtype]  # fmt: skip
+    with new_folder(out) as folder:
+        report = fill_folder(
+            source, found, folder, bits=bits, group_size=group_size, dtype=dtype, progress=progress
+        )
+        (folder / "README.md").write_text(_card(source, report.forms), encoding="utf-8")
+    return FolderReport(out, report.forms, report.bytes)
+
+
+def fill_folder(
+    source: GgufSource,
+    found: Layout,
+    folder: Path,
+    *,
+    bits: int | None = None,
+    group_size: int = 64,
+    dtype: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> FolderReport:
+    """As `write_folder`, into a folder that is there, and without a card.
+
+    Args:
+        found: from `layout`.
+        extra: further keys of config.json.
+    """
+    cast = None if dtype is None else _CASTS[dtype]
     forms: dict[str, int] = {}
     settings: dict[str, Any] = {}
-    with new_folder(out) as folder:
-        config = found.config | write_tokenizer(source.metadata, folder)
-        writer = _Shards(folder, len(found.weights) * 3)
-        for path, weight in found.weights.items():
-            module = path.removesuffix(".weight")
-            form = _write_weight(source, found, path, weight, writer, bits, group_size, cast)
-            if form.quantization is not None:
-                settings[module] = form.quantization
-            if len(_shape(source, weight)) > 1:
-                forms[form.name] = forms.get(form.name, 0) + 1
-            if progress:
-                progress(sum(source.tensor(piece.tensor).nbytes for piece in weight.pieces))
-        size = writer.close()
-        if settings:
-            usual = max(settings.values(), key=list(settings.values()).count)
-            config["quantization"] = {**usual, **settings}
-            config["quantization_config"] = config["quantization"]
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(source, forms), encoding="utf-8")
-    return FolderReport(out, forms, size)
+    config = found.config | write_tokenizer(source.metadata, folder)
+    writer = _Shards(folder, len(found.weights) * 3)
+    for path, weight in found.weights.items():
+        module = path.removesuffix(".weight")
+        form = _write_weight(source, found, path, weight, writer, bits, group_size, cast)
+        if form.quantization is not None:
+            settings[module] = form.quantization
+        if len(_shape(source, weight)) > 1:
+            forms[form.name] = forms.get(form.name, 0) + 1
+        if progress:
+            progress(sum(source.tensor(piece.tensor).nbytes for piece in weight.pieces))
+    size = writer.close()
+    if settings:
+        usual = max(settings.values(), key=list(settings.values()).count)
+        config["quantization"] = {**usual, **settings}
+        config["quantization_config"] = config["quantization"]
+    config |= dict(extra or {})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return FolderReport(folder, forms, size)
+
+
+_CASTS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+DTYPES = tuple(_CASTS)
+"""What ``dtype`` of `write_folder` may be."""
+
+
+def read_back(found: Layout, folder: Path, files: TensorFiles, tensor: str) -> mx.array:
+    """A GGUF tensor's values as a written folder holds them: float32, in the GGUF's shape.
+
+    Args:
+        found: the layout of the GGUF the folder was written from.
+        folder: where it is.
+        files: its tensors.
+        tensor: a matrix or vector that is one parameter, whole.
+    """
+    paths = found.places()[tensor]
+    weight = found.weights[paths[0]]
+    piece = weight.pieces[0]
+    if len(paths) > 1 or len(weight.pieces) > 1 or piece.rows is not None or weight.change:
+        raise ValueError(f"{tensor} is not one whole parameter")
+    module = paths[0].removesuffix(".weight")
+    values = files.read(paths[0])
+    if f"{module}.scales" in files:
+        settings = json.loads((folder / "config.json").read_text())["quantization"][module]
+        scales = files.read(f"{module}.scales")
+        biases = files.read(f"{module}.biases") if f"{module}.biases" in files else None
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        values = mx.dequantize(values, scales, biases, **settings, dtype=mx.float32)
+    values = values.astype(mx.float32)
+    if piece.columns is None:
+        return values
+    return values[..., mx.array(np.argsort(piece.columns))]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["MODEL_PATH", "PROMPTS_PATH", "DemoPrompt", "load_prompts"]
+__all__ = ["MODEL_PATH", "PROMPTS_PATH", "DemoPrompt", "load_prompts", "speaks"]
 
 MODEL_PATH: Path = Path(__file__).parent / "model"
 """Folder of the model, in the layout that ``mlx_lm.load`` reads."""
@@ -61,3 +61,29 @@ def load_prompts(
         for prompt in prompts
         if (set is None or prompt.set == set) and (part is None or prompt.part == part)
     ]
+
+
+def speaks(path: Path) -> bool:
+    """Whether a model has the demo's vocabulary, and so was made from it.
+
+    Args:
+        path: a folder, or a GGUF file; anything else has not.
+
+    Raises:
+        UserError: a file that is no readable GGUF.
+    """
+    ours = json.loads((MODEL_PATH / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    if path.is_file():
+        from convert.gguf_file import GgufSource
+
+        with GgufSource(path) as gguf:
+            tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+        # The file may be padded to a rounder number of tokens.
+        return isinstance(tokens, list) and all(
+            index < len(tokens) and tokens[index] == text for text, index in ours.items()
+        )
+    file = path / "tokenizer.json"
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"] == ours)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # whatever is wrong with it is told when it is loaded
