@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from abl_mlx import hub
+from convert import ollama_store
 from convert.errors import UserError
+from convert.ollama_store import OllamaModel
 
-# What a text model needs; a repository may hold much else (PyTorch copies, pictures).
-_PATTERNS = [
-    "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
-    "*.txt", "*.jsonl", "*.jinja", "LICENSE*", "README.md",
-]  # fmt: skip
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
+_SHA = re.compile(r"(sha256[:-])?[0-9a-f]{40,64}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -20,99 +22,147 @@ class Source:
     """A model on this machine.
 
     Attributes:
-        name: what the user typed: ``demo``, a Hugging Face id or a path.
-        path: the folder with config.json and the safetensors files, or the GGUF file. Never
-            written to.
+        name: what the user typed: ``demo``, a path, a Hugging Face id, ``OWNER/REPO:TAG``,
+            ``hf:OWNER/REPO/FILE.gguf`` or ``ollama:NAME``.
+        path: the folder with config.json and the safetensors files, or the GGUF file; of a split
+            one any part. Never written to.
         is_demo: whether it is the bundled demo model, which brings its own prompts.
         is_repository: whether ``name`` is a Hugging Face id.
+        repository: the Hugging Face id it comes from, of a folder or a GGUF.
+        ollama: what Ollama has of it beside the weights, when it comes from Ollama's store.
     """
 
     name: str
     path: Path
     is_demo: bool = False
     is_repository: bool = False
+    repository: str | None = None
+    ollama: OllamaModel | None = None
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether ``path`` is a GGUF file: by its ending or its first bytes (Ollama's blobs)."""
+        return is_gguf(self.path)
 
     @property
     def title(self) -> str:
         """The model's name without owner or path, for a card or a GGUF's ``general.name``."""
         if self.is_demo:
             return self.name
-        return (Path(self.name).name or self.path.resolve().name).removesuffix(".gguf")
+        if self.ollama is not None:
+            return self.ollama.name.title
+        if not self.is_gguf:
+            return Path(self.name).name or self.path.resolve().name
+        stem = _PART.sub("", re.sub(r"\.gguf$", "", self.path.name, flags=re.IGNORECASE))
+        # A blob of Ollama's or of Hugging Face's cache has a number for a name.
+        return "model" if _SHA.fullmatch(stem) else stem
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is there and ends in .gguf or begins as a GGUF does.
+
+    Raises:
+        UserError: when it may not be read.
+    """
+    if not _is(path, stat.S_ISREG):
+        return False
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) == b"GGUF"
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def resolve_gguf(text: str) -> Source:
-    """The GGUF file that ``text`` names; of a split model any part.
+    """The GGUF file that ``text`` names, in any of the forms of `resolve`; of a split one any part.
 
     Raises:
-        UserError: when there is no such file.
+        UserError: when there is no such file, and when ``text`` names a folder or a repository.
     """
-    path = Path(text).expanduser()
-    if not path.is_file():
+    reference = _reference(text)
+    if reference is not None:
+        # Of a whole repository this says what there is to choose from, and downloads nothing.
+        return Source(text, hub.gguf(reference), repository=reference.repository)
+    source = resolve(text)
+    if not source.is_gguf:
         raise UserError(f"{text} is not a file: give the path of a .gguf file.")
-    return Source(text, path)
+    return source
 
 
 def resolve(text: str) -> Source:
-    """Find the model that ``text`` names: ``demo``, a folder, or a Hugging Face id.
+    """Find the model that ``text`` names.
 
-    A folder on disk goes before a Hugging Face id of the same name. A Hugging Face model is
-    downloaded to (or found in) the usual Hugging Face cache.
+    In this order: ``demo``; a folder or a GGUF file here; ``ollama:NAME[:TAG]``, from Ollama's own
+    store; ``hf:OWNER/REPO/FILE.gguf``; ``OWNER/REPO:TAG``, the GGUF of that type, such as Q4_K_M;
+    ``OWNER/REPO``, a Hugging Face model. The last three may begin with ``hf:``, and are downloaded
+    to (or found in) the usual Hugging Face cache.
 
     Raises:
-        UserError: when there is no such model, or when it is of a kind not supported yet.
+        UserError: when there is no such model, or it cannot be had.
     """
     if text == "demo":
         from abl_mlx.demo import MODEL_PATH
 
         return Source("demo", MODEL_PATH, is_demo=True)
-    path = Path(text).expanduser()
-    if path.suffix == ".gguf" or text.startswith(("ollama:", "hf:")):
-        raise UserError(
-            f"{text}: a GGUF cannot be measured yet, only edited (`abl-mlx apply`) and evaluated "
-            "(`abl-mlx eval`): name the MLX or Hugging Face folder (or id) that it was made from."
-        )
-    if path.is_dir():
+    path = _path(text)
+    if _is(path, stat.S_ISDIR) or is_gguf(path):
         return Source(text, path)
-    if path.exists():
-        raise UserError(f"{text} is a file: name the folder of an MLX or Hugging Face model.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
-        return Source(text, _download(text), is_repository=True)
-    raise UserError(
-        f"{text} is not a folder here, and not a Hugging Face id such as "
-        "mlx-community/SomeModel: check the spelling."
-    )
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=_PATTERNS))
-    except GatedRepoError:
+    if _is(path):
         raise UserError(
-            f"{repository} asks for a licence to be accepted: do so on its Hugging Face page and "
-            "log in with `hf auth login`."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{repository} is neither a folder here nor a model on Hugging Face: check the "
-            "spelling, or log in with `hf auth login` if it is private."
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{repository} is not a folder here, and Hugging Face could not be reached "
-            f"({type(error).__name__}): check the path or the connection."
-        ) from None
-    except Exception as error:  # httpx and requests errors, by the hub client's version
-        if "onnect" in type(error).__name__ or "imeout" in type(error).__name__:
+            f"{text} is a file, and no GGUF: name the folder of an MLX or Hugging Face model, or a "
+            ".gguf file."
+        )
+    if text.startswith("ollama:"):
+        model = ollama_store.find(text.removeprefix("ollama:"))
+        return Source(text, model.gguf, ollama=model)
+    reference = _reference(text)
+    if reference is None:
+        if text.lower().endswith(".gguf"):
             raise UserError(
-                f"{repository} is not a folder here, and Hugging Face could not be reached: "
-                "check the path or the connection."
-            ) from None
-        raise
+                f"{text} is not a file here: check the path, or write hf:OWNER/REPO/FILE.gguf for "
+                "one on Hugging Face."
+            )
+        raise UserError(
+            f"{text} is not a folder or a GGUF here, and not a Hugging Face id such as "
+            "mlx-community/SomeModel: check the spelling."
+        )
+    repository = reference.repository
+    if reference.is_gguf:
+        return Source(text, hub.gguf(reference), repository=repository)
+    return Source(repository, hub.folder(repository), is_repository=True, repository=repository)
+
+
+def _reference(text: str) -> hub.Reference | None:
+    """What ``text`` means on Hugging Face, if nothing here has that name."""
+    # models/x.gguf was meant as a file.
+    elsewhere = text.startswith("hf:") or not text.lower().endswith(".gguf")
+    if text.startswith("ollama:") or not elsewhere or _is(_path(text)):
+        return None
+    return hub.parse(text)
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~nobody/...
+        return Path(text)
+
+
+def _is(path: Path, kind: Callable[[int], bool] = lambda mode: True) -> bool:
+    """Whether something is at ``path``, of that kind.
+
+    Raises:
+        UserError: when one may not know.
+    """
+    try:
+        return kind(path.stat().st_mode)
+    except PermissionError as error:
+        raise _unreadable(path, error) from None
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
+        return False
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror}): mend its rights, or copy it.")

@@ -1,21 +1,30 @@
 """A Modelfile for Ollama beside a GGUF file.
 
-Ollama does not run Jinja: of a GGUF's own chat template it only recognises a score of well-known
-ones by edit distance, and gives the model the bare prompt otherwise (ollama: template/template.go).
-So the template is rendered here with marked messages, what stands around them is read off, and the
-same text is written in Ollama's Go template language, if that reproduces the original.
+Most versions of Ollama do not run Jinja: of a GGUF's own chat template they only recognise a score
+of well-known ones by edit distance, and give the model the bare prompt otherwise (ollama:
+template/template.go); newer ones may hand it to llama.cpp. So the template is rendered here with
+marked messages, what stands around them is read off, and the same text is written in Ollama's Go
+template language, if that reproduces the original. A model that came out of Ollama's own store
+keeps what it had there instead.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.errors import UserError
 from convert.gguf_file import metadata
 from convert.gguf_tokenizer import read_tokenizer
+from convert.modelfile import ROLES, Modelfile
+from convert.ollama_store import OllamaModel, contains, parse_name
 
 Message = Mapping[str, str]
 
@@ -80,20 +89,35 @@ class Turns:
         return "".join(parts)
 
 
-def modelfile(gguf: Path, folder: Path | None = None, name: str | None = None) -> str:
+def modelfile(
+    gguf: Path,
+    folder: Path | None = None,
+    name: str | None = None,
+    *,
+    kept: OllamaModel | None = None,
+) -> str:
     """The text of a Modelfile that hands ``gguf`` to Ollama, from the same folder.
 
     Args:
         gguf: the file, already written.
         folder: the model folder it was made from, for its licence and every end-of-reply token.
         name: the file's name once it is in its place; None when it is there already.
+        kept: the model in Ollama's store that it was made from; then the lines say what that one
+            had, and neither ``gguf`` nor ``folder`` is read.
 
     Returns:
-        FROM, TEMPLATE, PARAMETER stop and LICENSE lines. Without TEMPLATE, a comment says why.
+        FROM, TEMPLATE, PARAMETER, SYSTEM, MESSAGE, LICENSE, RENDERER, PARSER and REQUIRES lines, as
+        far as there is something to say. Comments tell what is left out, and why.
 
     Raises:
         UserError: when ``gguf`` is no GGUF file.
     """
+    file = name or Path(gguf).name
+    return _keep(file, kept) if kept is not None else _describe(file, Path(gguf), folder)
+
+
+def _describe(file: str, gguf: Path, folder: Path | None) -> str:
+    """A Modelfile from what the GGUF and the folder say."""
     keys = metadata(gguf)
     tokens: list[str] = keys.get("tokenizer.ggml.tokens", [])
     roles = {
@@ -101,7 +125,7 @@ def modelfile(gguf: Path, folder: Path | None = None, name: str | None = None) -
         for role in ("bos", "eos", "eot", "eom")
         if f"tokenizer.ggml.{role}_token_id" in keys
     }
-    lines = [f"FROM ./{name or Path(gguf).name}"]
+    lines = Modelfile(file)
     source = keys.get("tokenizer.chat_template")
     turns = None
     if source:
@@ -113,25 +137,128 @@ def modelfile(gguf: Path, folder: Path | None = None, name: str | None = None) -
             drop_bos=bool(keys.get("tokenizer.ggml.add_bos_token")),
         )
     if turns is not None:
-        lines.append(f"TEMPLATE {_quoted(turns.go())}")
+        lines.template(turns.go())
     elif source:
-        lines.append(
-            "# The model's chat template does more than Ollama's template language can say. Ollama"
-        )
-        lines.append(
-            "# uses one of its own if it recognises it; otherwise add a TEMPLATE line by hand."
+        lines.comment(
+            "The model's chat template does more than Ollama's template language can say. Ollama",
+            "uses one of its own if it recognises it; otherwise add a TEMPLATE line by hand.",
         )
     else:
-        lines.append("# The model has no chat template: it continues text.")
+        lines.comment("The model has no chat template: it continues text.")
     stops = [roles[role] for role in ("eos", "eot", "eom") if role in roles]
     if folder is not None:
         tokenizer = read_tokenizer(folder, len(tokens) or None, pre="default")
         stops += [tokenizer.tokens[end] for end in tokenizer.ends]
-    lines += [f"PARAMETER stop {_quoted_line(stop)}" for stop in dict.fromkeys(stops)]
+    for stop in dict.fromkeys(stops):
+        lines.parameter("stop", stop)
     licence = _licence(folder) if folder is not None else None
     if licence:
-        lines.append(f"LICENSE {_quoted(licence)}")
-    return "\n".join(lines) + "\n"
+        lines.text("LICENSE", licence)
+    return str(lines)
+
+
+def _keep(file: str, kept: OllamaModel) -> str:
+    """A Modelfile that says what the model in Ollama's store had."""
+    lines = Modelfile(file)
+    lines.comment(f"The other lines are those of {kept.name} in Ollama.")
+    for projector in kept.projectors:
+        lines.comment(
+            f"{kept.name} also takes pictures or sound. To let this model do so, add the line",
+            f"FROM {projector}",
+        )
+    if kept.draft is not None:
+        lines.comment(f"The draft model of {kept.name} is left out: it guesses for the unedited.")
+    for word, value in (
+        ("RENDERER", kept.renderer), ("PARSER", kept.parser), ("REQUIRES", kept.requires)
+    ):  # fmt: skip
+        if value is not None:
+            lines.add(f"{word} {value}")
+    if kept.template is not None:
+        lines.template(kept.template)
+    elif kept.renderer is None:
+        lines.comment("It has no template of its own: Ollama goes by the GGUF's.")
+    for key, value in kept.params.items():
+        for one in value if isinstance(value, list) else [value]:
+            lines.parameter(key, one)
+    if kept.system:
+        lines.text("SYSTEM", kept.system)
+    for role, content in kept.messages:
+        if role in ROLES:
+            lines.text(f"MESSAGE {role}", content)
+        else:
+            lines.comment("A message is left out: a Modelfile has none of its role.")
+    for licence in kept.licenses:
+        lines.text("LICENSE", licence)
+    return str(lines)
+
+
+def check_create(name: str) -> None:
+    """What `ollama create` needs, to be asked before long work.
+
+    Raises:
+        UserError: when Ollama would not take the name, when it has a model of this name already, or
+            when there is no `ollama` program.
+    """
+    wanted = parse_name(name)
+    if contains(wanted):
+        raise UserError(
+            f"--ollama-create {name}: Ollama has a model {wanted} already; give another name, or "
+            f"remove that one with `ollama rm {shlex.quote(name)}`."
+        )
+    if shutil.which("ollama") is None:
+        raise UserError(
+            f"--ollama-create {name}: there is no program `ollama` here; install Ollama "
+            "(https://ollama.com), or leave the flag out and use the Modelfile where it is."
+        )
+
+
+def ollama_create(name: str, modelfile: Path) -> None:
+    """Run `ollama create NAME -f MODELFILE`; what it prints goes to the standard error.
+
+    Args:
+        name: the new model's name in Ollama.
+        modelfile: the file, beside the GGUF that it names.
+
+    Raises:
+        UserError: when there is no such program, or when it fails; with its last line, and the
+            command to repeat by hand. The files that were written stay.
+    """
+    parse_name(name)
+    path = Path(modelfile).absolute()
+    arguments = ["create", name, "-f", str(path)]
+    by_hand = shlex.join(["ollama", *arguments])
+    program = shutil.which("ollama")
+    if program is None:
+        raise UserError(
+            f"there is no program `ollama` here to make {name}: run `{by_hand}` where Ollama is "
+            "installed."
+        )
+    last = ""
+    try:
+        with subprocess.Popen(
+            [program, *arguments],
+            cwd=path.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", file=sys.stderr, flush=True)
+                last = _TERMINAL.sub("", line).strip() or last
+    except OSError as error:
+        raise UserError(
+            f"{program} could not be started ({error.strerror}): run `{by_hand}` by hand."
+        ) from None
+    if process.returncode != 0:
+        why = last.removeprefix("Error: ").rstrip(".") or f"exit status {process.returncode}"
+        raise UserError(f"ollama could not make {name} ({why}): mend that and run `{by_hand}`.")
+
+
+# What moves the cursor and hides it while Ollama shows its progress.
+_TERMINAL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-_]")
 
 
 def read_turns(
@@ -237,15 +364,6 @@ def _render(source: str, messages: Sequence[Message], bos: str, eos: str, ask: b
 def _go(text: str) -> str:
     """Literal text in a Go template."""
     return text.replace("{{", '{{ "{{" }}')
-
-
-def _quoted(text: str) -> str:
-    # A Modelfile has no escape for three quotes.
-    return '"""' + text.replace('"""', "'''") + '"""'
-
-
-def _quoted_line(text: str) -> str:
-    return '"' + text.replace('"', '\\"') + '"'
 
 
 def _licence(folder: Path) -> str | None:
