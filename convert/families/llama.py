@@ -19,6 +19,8 @@ from convert.families.family import (
     renamed,
     reordered,
     rope_scaling,
+    unscaled_rotary,
+    whole_rotary,
 )
 from convert.gguf_file import TensorEntry
 
@@ -41,17 +43,21 @@ def unpermuted(keys: Keys, weights: list[Weight]) -> list[Weight]:
 
 
 def _llama_config(keys: Keys) -> dict[str, Any]:
-    scaling = rope_scaling(keys)
+    whole_rotary(keys)
     if keys.integer("expert_count", 0):
+        unscaled_rotary(keys)
         return base_config(keys, "mixtral") | {
             "num_local_experts": keys.integer("expert_count"),
             "num_experts_per_tok": keys.integer("expert_used_count"),
-            "rope_scaling": scaling,
         }
-    return base_config(keys, "llama") | {
+    return base_config(keys, "llama") | biases(keys) | {"rope_scaling": rope_scaling(keys)}
+
+
+def biases(keys: Keys) -> dict[str, bool]:
+    """What llama's config and those made after it say of biases."""
+    return {
         "attention_bias": "blk.0.attn_q.bias" in keys.tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in keys.tensors,
-        "rope_scaling": scaling,
     }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+import numpy as np
 
 from tests.tiny_gguf import VOCAB, Recipe, Shapes
 
@@ -74,8 +77,91 @@ def usual_tensors(
     return shapes
 
 
+def thin(shapes: Shapes) -> Shapes:
+    """The tensors of a model with heads and layers a quarter as wide, for one of many layers."""
+    return {
+        name: tuple(
+            size // 4 if axis or name not in ("token_embd.weight", "output.weight") else size
+            for axis, size in enumerate(shape)
+        )
+        for name, shape in shapes.items()
+    }
+
+
+THIN = {
+    "embedding_length": WIDTH // 4,
+    "feed_forward_length": WIDE // 4,
+    "rope.dimension_count": WIDTH // HEADS // 4,
+}
+"""Metadata of a thin model."""
+
+
+def with_biases(shapes: Shapes, pattern: str) -> Shapes:
+    """The tensors, and a bias for each matrix of a block whose name matches."""
+    more = {
+        name.replace(".weight", ".bias"): (shape[0],)
+        for name, shape in shapes.items()
+        if re.search(rf"^blk.*({pattern})\.weight$", name)
+    }
+    return shapes | more
+
+
+def llama3_table(
+    name: str, noise: np.ndarray, *, context: int = 64, factor: float = 8.0
+) -> np.ndarray | None:
+    """rope_freqs.weight as the converter makes it, of a context so short that it shows."""
+    if name != "rope_freqs.weight":
+        return None
+    waves = 2 * np.pi * 10000.0 ** (np.arange(len(noise)) / len(noise))
+    share = np.clip((context / waves - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+    return np.asarray(1 / ((1 - share) / factor + share), dtype=np.float32)
+
+
 RECIPES: dict[str, Recipe] = {
     "llama": Recipe("llama", usual_keys(), usual_tensors()),
+    "llama, biases": Recipe(
+        "llama",
+        usual_keys(rope__scaling__type="none", rope__scaling__factor=4.0),
+        with_biases(usual_tensors(), "attn_[qkv]|attn_output|ffn_(gate|up|down)"),
+    ),
+    "llama 3": Recipe(
+        "llama",
+        usual_keys(),
+        usual_tensors() | {"rope_freqs.weight": (WIDTH // HEADS // 2,)},
+        values=llama3_table,
+    ),
+    "llama, linear": Recipe(
+        "llama",
+        usual_keys(rope__scaling__type="linear", rope__scaling__factor=4.0),
+        usual_tensors(tied=True),
+    ),
+    "llama, linear, old key": Recipe(
+        "llama", usual_keys(rope__scale_linear=3.0), usual_tensors(tied=True)
+    ),
+    "llama, yarn": Recipe(
+        "llama",
+        usual_keys(
+            rope__scaling__type="yarn",
+            rope__scaling__factor=4.0,
+            rope__scaling__original_context_length=32,
+            # The converter writes these, and llama.cpp does not read them for llama.
+            rope__scaling__yarn_beta_fast=8.0,
+            rope__scaling__yarn_beta_slow=2.0,
+            rope__scaling__yarn_attn_factor=2.0,
+        ),
+        usual_tensors(tied=True),
+        seed=2,
+    ),
+    "llama, yarn with a factor": Recipe(
+        "llama",
+        usual_keys(
+            rope__scaling__type="yarn",
+            rope__scaling__factor=4.0,
+            rope__scaling__original_context_length=64,
+            rope__scaling__attn_factor=0.8,
+        ),
+        usual_tensors(),
+    ),
     "mistral, heads of another size": Recipe(
         "llama",
         usual_keys(attention__key_length=64, attention__value_length=64, rope__dimension_count=64),
@@ -85,7 +171,7 @@ RECIPES: dict[str, Recipe] = {
         "llama",
         usual_keys(expert_count=4, expert_used_count=2, feed_forward_length=256),
         usual_tensors(experts=4),
-        seed=1,
+        seed=11,
     ),
     "qwen2": Recipe(
         "qwen2", usual_keys(rope__freq_base=1e6), usual_tensors(tied=True, qkv_bias=True)
