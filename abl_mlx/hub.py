@@ -243,8 +243,8 @@ def _by_file(listed: _Repository, file: str) -> _Model:
 
 def _by_tag(listed: _Repository, tag: str) -> _Model:
     """The one model of this type: by the end of its name, or else by a word anywhere in it."""
-    # Q4_K_M is a word in x-Q4_K_M-v2 and y.Q4_K_M, but not in Q4_K_M_L, Q4_K_M2 or IQ4_K_M.
-    word = re.compile(rf"(?:^|[-./_]){re.escape(tag)}(?:$|[-./])", re.IGNORECASE)
+    # Q4_K_M is a word in x-Q4_K_M-v2, but not in Q4_K_M_L, Q4_K_M2 or IQ4_K_M; K_M is none.
+    word = re.compile(rf"(?:^|[-./]){re.escape(tag)}(?:$|[-./])", re.IGNORECASE)
     fitting = [model for model in listed.models if (model.tag or "").lower() == tag.lower()]
     fitting = fitting or [model for model in listed.models if word.search(model.stem)]
     if not fitting:
@@ -299,8 +299,8 @@ def _explained(repository: str) -> Iterator[None]:
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         # What the Hub said is the cause when then the cache had it not either.
-        said = error if isinstance(error, HfHubHTTPError) else error.__cause__
-        status = said.response.status_code if isinstance(said, HfHubHTTPError) else None
+        said = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        status = getattr(getattr(said, "response", None), "status_code", None)
         if status in (401, 403):
             raise UserError(
                 f"{repository}: Hugging Face does not let you have it (HTTP {status}): log in with "

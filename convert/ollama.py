@@ -220,11 +220,13 @@ def ollama_create(name: str, modelfile: Path) -> None:
         modelfile: the file, beside the GGUF that it names.
 
     Raises:
-        UserError: when there is no such program, or when it fails; with its last line, and the
-            command to repeat by hand. The files that were written stay.
+        UserError: when there is no such file or no such program, or when it fails; with its last
+            line, and the command to repeat by hand. The files that were written stay.
     """
     parse_name(name)
     path = Path(modelfile).absolute()
+    if not path.is_file():
+        raise UserError(f"there is no {modelfile} to make {name} of: was the GGUF split?")
     arguments = ["create", name, "-f", str(path)]
     by_hand = shlex.join(["ollama", *arguments])
     program = shutil.which("ollama")

@@ -189,10 +189,15 @@ def test_of_several_templates_the_last_counts_and_licences_add_up(store):
         f"{LIBRARY}/x/latest",
         model=GGUF, prompt="old", template=("one", "two"), system=("a", "b"), license=("1", "2"),
         params=({"top_k": 1, "seed": 3}, {"top_k": 2}),
+        messages=([{"role": "user", "content": "1"}], [{"role": "user", "content": "2"}]),
     )  # fmt: skip
     found = find("x")
     assert (found.template, found.system, found.licenses) == ("two", "b", ("1", "2"))
     assert found.params == {"top_k": 2, "seed": 3}
+    assert found.messages == (("user", "2"),)
+    # As the template's layer was once called.
+    store.add(f"{LIBRARY}/old/latest", model=GGUF, prompt="{{ .Prompt }}")
+    assert find("old").template == "{{ .Prompt }}"
 
 
 def test_a_licence_that_is_no_utf_8_still_comes(store):
@@ -586,7 +591,15 @@ def test_a_create_that_fails_says_what_to_repeat(tmp_path, program, script, why)
     )
 
 
+def test_without_a_modelfile_nothing_is_called(tmp_path, program):
+    program()
+    with pytest.raises(UserError, match=r"there is no .*/Modelfile to make edited of"):
+        ollama_create("edited", tmp_path / "Modelfile")
+    assert not (tmp_path / "called").exists()
+
+
 def test_without_the_program_the_command_is_told(tmp_path, program):
+    (tmp_path / "Modelfile").write_text("FROM ./x.gguf\n")
     with pytest.raises(UserError, match="--ollama-create edited: there is no program `ollama`"):
         check_create("edited")
     with pytest.raises(

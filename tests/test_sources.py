@@ -39,6 +39,10 @@ GGUFS = [
     "X.imatrix.gguf",
     "x.q3_k_s.gguf",
     "X-Q6_K-v2.gguf",
+    "X-IQ3_M.gguf",
+    "X-Q2_K_L.gguf",
+    "X-UD-Q2_K_L.gguf",
+    "X_Q4_1.gguf",
     "odd [1]-Q2_K.gguf",
     "odd 1-Q2_K_S.gguf",
     "a/X-Q5_0.gguf",
@@ -313,6 +317,8 @@ def test_a_tag_picks_one_gguf(ask, server):
         "someone/X-GGUF:Q3_K_S": "x.q3_k_s.gguf",
         "someone/X-GGUF:Q6_K": "X-Q6_K-v2.gguf",
         "someone/X-GGUF:BF16": "BF16/X.gguf",
+        "someone/X-GGUF:Q4_1": "X_Q4_1.gguf",
+        "someone/X-GGUF:Q2_K_L": "X-Q2_K_L.gguf",
         "someone/X-GGUF:Q2_K": "odd [1]-Q2_K.gguf",
         "someone/floats:Q4_K_M": "X-Q4_K_M.gguf",
         "hf:someone/X-GGUF/BF16/X.gguf": "BF16/X.gguf",
@@ -365,7 +371,7 @@ def test_all_parts_of_a_split_model_come_and_the_first_is_named(ask, server, tex
 
 
 def test_what_there_is_is_said_when_nothing_or_too_much_fits(ask, server):
-    tags = "BF16, UD-Q5_K_XL, F16, IQ4_K_M, Q4_K_M, Q4_K_M_L, Q8_0, "
+    tags = "BF16, UD-Q5_K_XL, F16, IQ3_M, IQ4_K_M, Q2_K_L, Q4_K_M, Q4_K_M_L, Q8_0, "
     absent, whole, both, parts, file, none, unnamed, mmproj = (
         answer["error"]
         for answer in ask(
@@ -390,6 +396,12 @@ def test_what_there_is_is_said_when_nothing_or_too_much_fits(ask, server):
     assert none.startswith("there is no GGUF in someone/nothing:")
     assert unnamed.endswith("pick one of hf:someone/unnamed/one.gguf, hf:someone/unnamed/two.gguf.")
     assert mmproj.startswith("there is no mmproj-BF16.gguf in someone/X-GGUF")
+    # Neither a part of a type nor the end of another.
+    pieces = ["Q3_M", "K_XL", "4_1", "Q4", "Q3_K", "M", "X-Q4", "Q6_K-v", "00001-of-00002"]
+    for piece, answer in zip(
+        pieces, ask(*(f"someone/X-GGUF:{one}" for one in pieces)), strict=True
+    ):
+        assert answer["error"].startswith(f"there is no GGUF of type {piece} in someone/X-GGUF")
     assert not any(name.endswith(".gguf") for name in server.fetched)
 
 
