@@ -28,8 +28,12 @@ from gguf import GGMLQuantizationType as Q
 WIDTH, HIDDEN, VOCABULARY, KEYS = 2048, 8192, 128256, 512
 
 
-def make_file(path: Path, layers: int) -> None:
-    """Random weights in the shape and types of a Llama 3.2 1B Q4_K_M."""
+def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
+    """Random weights in the shape and types of a Llama 3.2 1B Q4_K_M.
+
+    Args:
+        tokenizer: give it the demo's, padded to as many tokens, so that the file can be run.
+    """
     from convert import ggml
 
     rng = np.random.default_rng(0)
@@ -40,7 +44,7 @@ def make_file(path: Path, layers: int) -> None:
         if (rows, columns, kind) not in made:
             out = []
             for start in range(0, rows, 4096):
-                part = rng.standard_normal((min(4096, rows - start), columns), dtype=np.float32)
+                part = 0.02 * rng.standard_normal((min(4096, rows - start), columns), np.float32)
                 out.append(ggml.quantize(part, kind))
             made[rows, columns, kind] = np.concatenate(out)
         return made[rows, columns, kind]
@@ -53,6 +57,16 @@ def make_file(path: Path, layers: int) -> None:
         ("attention.head_count_kv", 8),
     ):  # fmt: skip
         writer.add_uint32(f"llama.{key}", value)
+
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    if tokenizer:
+        from abl_mlx.demo import MODEL_PATH
+        from convert.gguf_tokenizer import read_tokenizer
+        from convert.gguf_values import value_type
+
+        for key, value in read_tokenizer(MODEL_PATH, VOCABULARY).metadata().items():
+            kind, inner = value_type(key, value)
+            writer.add_key_value(key, value, kind, sub_type=inner)
 
     def add(name: str, rows: int, columns: int, kind: Q) -> None:
         writer.add_tensor(name, weights(rows, columns, kind), raw_dtype=kind)

@@ -2,8 +2,8 @@
 
 A group of 32 weights in MLX's affine mode is ``scale * code + bias``, which is what a group of
 Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K and Q5_K is too: the codes stay, scale and bias are computed from
-the block. Scales are stored as float16; where that would be coarse (below its normal range) a
-tensor keeps them in float32. MXFP4 is the same in both, but for the order of the codes.
+the block. Scales are stored as float16; a tensor whose scales or biases are beyond its range keeps
+them in float32. MXFP4 is the same in both, but for the order of the codes.
 
 Codes are packed as one little-endian stream of bits: code i of a row begins at bit i * bits.
 """
@@ -28,7 +28,7 @@ AFFINE: dict[GGMLQuantizationType, int] = {
 }  # fmt: skip
 """GGML type -> bits of the affine tensor that it is."""
 
-_SMALLEST, _LARGEST = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
+_LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +85,12 @@ def affine(grid: Grid, bits: int) -> MlxQuantized:
 
 
 def _fits(values: np.ndarray) -> bool:
-    """Whether float16 rounds all of these by its 11 bits, or not at all."""
-    size = np.abs(values)
-    if size.size and size.max() > _LARGEST:
-        return False
-    small = values[(size < _SMALLEST) & (size > 0)]
-    return bool((small.astype(np.float16) == small).all())
+    """Whether float16 reaches far enough; below its normal range it holds these products exactly.
+
+    A block's scale is a float16 times a whole number, so a multiple of 2^-24 as float16's small
+    numbers are.
+    """
+    return not values.size or float(np.abs(values).max()) <= _LARGEST
 
 
 def _mxfp4(raw: np.ndarray, n: int) -> MlxQuantized:

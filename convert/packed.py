@@ -52,7 +52,6 @@ class Form:
         group: weights per scale.
         levels: what codes stand for, where that is not start + code.
         start: of the lowest code.
-        blocked: whether scales are small integers times a float16 per 256 weights.
         mode: MLX's mode of the affine and mxfp4 ones, else empty.
     """
 
@@ -61,7 +60,6 @@ class Form:
     group: int = 0
     levels: tuple[float, ...] | None = None
     start: float = 0.0
-    blocked: bool = False
     mode: str = ""
 
     def unpack(self, parts: Mapping[str, mx.array]) -> mx.array:
@@ -84,18 +82,22 @@ class Form:
         numbers = mx.dequantize(codes, one, zero, group_size=GROUP, bits=self.bits)
         if self.levels is not None:
             numbers = mx.take(mx.array(self.levels), numbers.astype(mx.uint8))
-        values = numbers.reshape(rows, -1, self.group) * self._scales(parts, "scales", "d")
-        if "mins" in parts:
-            values = values - self._scales(parts, "mins", "dmin")
+        values = numbers.reshape(rows, -1, self.group)
+        if "dmin" not in parts:
+            values = values * self._scales(parts["scales"], parts.get("d"))
+        else:
+            # Q2_K keeps a scale and a minimum in a byte.
+            values = values * self._scales(parts["scales"] & 15, parts["d"])
+            values = values - self._scales(parts["scales"] >> 4, parts["dmin"])
         return values.reshape(rows, self.n)
 
-    def _scales(self, parts: Mapping[str, mx.array], small: str, big: str) -> mx.array:
-        scales = parts[small].astype(mx.float32)
-        if self.blocked:
+    def _scales(self, small: mx.array, big: mx.array | None) -> mx.array:
+        """The scale of every group, (R, n // group, 1)."""
+        scales = small.astype(mx.float32)
+        if big is not None:
             block = 256 // self.group
-            rows = scales.shape[0]
-            wide = scales.reshape(rows, -1, block) * parts[big].astype(mx.float32)[..., None]
-            scales = wide.reshape(rows, -1)
+            wide = scales.reshape(len(scales), -1, block) * big.astype(mx.float32)[..., None]
+            scales = wide.reshape(len(scales), -1)
         return scales[..., None]
 
 
@@ -122,25 +124,30 @@ def pack_rows(
     grid = grid_codec(kind).decode(raw, n)
     parts = {"codes": pack(grid.codes, bits)}
     rows = len(raw)
-    if kind in (_Q.Q2_K, _Q.Q3_K, _Q.Q6_K):
-        size = raw.shape[1] // (n // 256)
-        blocks = raw.reshape(rows, n // 256, size)
-        # The last float16 of a block; Q2_K has one for the scales and one for the minimums.
-        at = size - 4 if kind == _Q.Q2_K else size - 2
-        d = np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0]
-        parts["d"] = d
+    start, levels = float(grid.levels[0]), None
+    if kind.name.startswith("IQ4") or kind == _Q.NVFP4:
+        start, levels = 0.0, tuple(map(float, grid.levels))
+    if kind not in _BLOCKED:
+        # IQ4_NL's scales are float16, NVFP4's need fewer bits still.
+        parts["scales"] = grid.scales.astype(np.float16)
+    else:
+        blocks = raw.reshape(rows, n // 256, -1)
+        for name, at in _BLOCKED[kind].items():
+            parts[name] = np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0]
         if kind == _Q.Q2_K:
-            parts["dmin"] = np.ascontiguousarray(blocks[..., at + 2 : at + 4]).view("<f2")[..., 0]
-            small = blocks[..., :16].reshape(rows, n // 16)
-            parts["scales"], parts["mins"] = small & 15, small >> 4
-        elif kind == _Q.Q6_K:
-            parts["scales"] = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
-            parts["scales"] = parts["scales"].reshape(rows, n // 16)
+            parts["scales"] = np.ascontiguousarray(blocks[..., :16]).reshape(rows, -1)
         else:
-            parts["scales"] = _whole_scales(grid.scales, d)
-        return Form(n, bits, group, start=float(grid.levels[0]), blocked=True), parts
-    parts["scales"] = grid.scales
-    return Form(n, bits, group, levels=tuple(map(float, grid.levels))), parts
+            parts["scales"] = _whole_scales(grid.scales, parts["d"])
+    return Form(n, bits, group, levels, start), parts
+
+
+# Where the float16 of a block of 256 are: what its small whole scales are to be multiplied by.
+_BLOCKED: dict[GGMLQuantizationType, dict[str, int]] = {
+    _Q.Q2_K: {"d": 80, "dmin": 82},
+    _Q.Q3_K: {"d": 108},
+    _Q.Q6_K: {"d": 208},
+    _Q.IQ4_XS: {"d": 0},
+}
 
 
 def from_mlx(found: MlxQuantized, n: int) -> tuple[Form, dict[str, np.ndarray]]:
@@ -152,8 +159,13 @@ def from_mlx(found: MlxQuantized, n: int) -> tuple[Form, dict[str, np.ndarray]]:
 
 
 def _whole_scales(scales: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Q3_K's signed 6-bit scales from their products with d, which float32 holds exactly."""
-    per_group = np.repeat(d.astype(np.float32), 16, axis=-1)
+    """A block's signed 6- or 8-bit scales, from their products with d, which float32 holds exactly.
+
+    Args:
+        scales: (R, groups).
+        d: (R, blocks).
+    """
+    per_group = np.repeat(d.astype(np.float32), scales.shape[1] // d.shape[1], axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.where(per_group == 0, 0, scales / per_group)
     return np.rint(found).astype(np.int8)

@@ -296,13 +296,17 @@ def test_mistakes_are_told_in_a_sentence(quantized, direction, tmp_path):
     cases = [
         (["apply", direction, tmp_path / "nosuch.gguf", "-o", tmp_path / "o.gguf"], "nosuch.gguf"),
         (["apply", direction, tmp_path / "noise.gguf", "-o", tmp_path / "o.gguf"], "noise.gguf"),
-        (["apply", direction, source, "-o", tmp_path / "folder"], ".gguf"),
         (["apply", tmp_path / "wide.npy", source, "-o", tmp_path / "o.gguf"], "257"),
         (["apply", direction, source, "-o", tmp_path / "o.gguf", "--tensors", "["], "--tensors"),
         (["apply", direction, source, "-o", tmp_path / "o.gguf", "--tensors", "zz"], "--tensors"),
         (["apply", direction, source, "-o", tmp_path / "o.gguf", "--strength", "0"], "--strength"),
         (["apply", direction, source, "-o", tmp_path / "o.gguf", "--quantize", "Q8_0"], "--quant"),
-        (["run", source, "-o", tmp_path / "o.gguf"], "abl-mlx apply"),
+        (["run", source, "-o", tmp_path / "o.gguf", "--quantize", "Q8_0"], "--quant"),
+        (["run", source, "--gguf", source, "-o", tmp_path / "o.gguf"], "leave --gguf out"),
+        (["run", "demo", "--gguf", MODEL_PATH, "-o", tmp_path / "o.gguf"], "a .gguf file"),
+        (["convert", source, tmp_path / "o.gguf"], "llama-quantize"),
+        (["convert", "demo", tmp_path / "folder"], "mlx_lm.convert"),
+        (["convert", "demo", tmp_path / "o.gguf", "--bits", "4"], "--quantize"),
         (["diff", source, tmp_path / "noise.gguf"], "noise.gguf"),
     ]
     before = sorted(path.name for path in tmp_path.iterdir())

@@ -84,6 +84,7 @@ def speaks(path: Path) -> bool:
         )
     file = path / "tokenizer.json"
     try:
-        return bool(json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"] == ours)
-    except (OSError, ValueError, KeyError, TypeError):
+        vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+        return all(vocabulary.get(text) == index for text, index in ours.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # whatever is wrong with it is told when it is loaded
