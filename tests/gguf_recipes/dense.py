@@ -83,10 +83,10 @@ def _ungated(**more: Any) -> Shapes:
 def _ernie_moe(*, shared: int, dense: int) -> Shapes:
     shapes = {
         name: shape
-        for name, shape in usual_tensors(experts=4).items()
+        for name, shape in usual_tensors(tied=True, experts=4).items()
         if not re.match(rf"blk\.[0-{dense - 1}]\.ffn_\w+(_exps|_inp)\.", name)
     }
-    plain = usual_tensors(layers=dense)
+    plain = usual_tensors(tied=True, layers=dense)
     shapes |= {name: shape for name, shape in plain.items() if re.search(r"ffn_\w+\.", name)}
     for layer in range(dense, LAYERS):
         shapes[f"blk.{layer}.exp_probs_b.bias"] = (4,)
@@ -102,6 +102,11 @@ def _no_correction(name: str, noise: np.ndarray) -> np.ndarray | None:
     return np.full_like(noise, 0.25) if "exp_probs_b" in name else None
 
 
+def _softer(name: str, noise: np.ndarray) -> np.ndarray | None:
+    """Logits half as far apart, because rounding adds up over many layers."""
+    return np.float32(0.3 / np.sqrt(noise.shape[-1])) * noise if name == "output.weight" else None
+
+
 _YARN = {
     "rope.scaling.type": "yarn",
     "rope.scaling.factor": 4.0,
@@ -112,7 +117,12 @@ _EXAONE_32B = 64
 """llama.cpp slides windows in an exaone4 of so many layers only."""
 
 RECIPES: dict[str, Recipe] = {
-    "glm4": Recipe("glm4", _keys(rope__dimension_count=HEAD // 2), _glm4()),
+    "glm4": Recipe(
+        "glm4",
+        _keys(rope__dimension_count=HEAD // 2),
+        _glm4(),
+        seed=3,
+    ),
     "glm4, biases, heads of another size": Recipe(
         "glm4",
         _keys(rope__dimension_count=24, attention__key_length=64, attention__value_length=64),
@@ -122,14 +132,25 @@ RECIPES: dict[str, Recipe] = {
         "glm4",
         _keys(rope__dimension_count=HEAD // 2, rope__dimension_sections=[2, 3, 3, 0]),
         _glm4(),
+        seed=7,
     ),
     "starcoder2": Recipe(
         "starcoder2",
         _keys(**LAYER_NORM, rope__freq_base=1e5),
         with_biases(_ungated(tied=True), "attn_[qkv]|attn_output|ffn_(up|down)"),
     ),
-    "smollm3": Recipe("smollm3", _keys(block_count=5), usual_tensors(tied=True, layers=5)),
-    "smollm3, yarn": Recipe("smollm3", _keys(**_YARN, block_count=4), usual_tensors(layers=4)),
+    "smollm3": Recipe(
+        "smollm3",
+        _keys(block_count=5),
+        usual_tensors(tied=True, layers=5),
+        seed=6,
+    ),
+    "smollm3, yarn": Recipe(
+        "smollm3",
+        _keys(**_YARN, block_count=4),
+        usual_tensors(tied=True, layers=4),
+        seed=4,
+    ),
     "exaone4": Recipe(
         "exaone4",
         # A key that llama.cpp does not follow in a model of this size.
@@ -141,6 +162,8 @@ RECIPES: dict[str, Recipe] = {
         "exaone4",
         _keys(**THIN, block_count=_EXAONE_32B, attention__sliding_window=16),
         _post_norms(thin(usual_tensors(qk_norm=True, layers=_EXAONE_32B))),
+        values=_softer,
+        seed=1,
     ),
     "olmo2": Recipe(
         "olmo2",
@@ -173,11 +196,17 @@ RECIPES: dict[str, Recipe] = {
         ),
         with_biases(_ungated(), "attn_[qkv]|attn_output|ffn_(up|down)"),
     ),
-    "ernie4_5": Recipe("ernie4_5", _keys(), usual_tensors(tied=True)),
+    "ernie4_5": Recipe(
+        "ernie4_5",
+        _keys(),
+        usual_tensors(tied=True),
+        seed=4,
+    ),
     "ernie4_5, heads of another size": Recipe(
         "ernie4_5",
         _keys(attention__key_length=64, attention__value_length=64, rope__dimension_count=64),
         usual_tensors(head=64),
+        seed=5,
     ),
     "ernie4_5-moe": Recipe(
         "ernie4_5-moe",
@@ -192,11 +221,13 @@ RECIPES: dict[str, Recipe] = {
         ),
         _ernie_moe(shared=512, dense=1),
         values=_no_correction,
+        seed=1,
     ),
     "seed_oss": Recipe(
         "seed_oss",
         _keys(attention__key_length=64, attention__value_length=64, rope__dimension_count=64),
         _renamed(usual_tensors(head=64, qkv_bias=True), {"ffn_norm": "post_attention_norm"}),
+        seed=6,
     ),
     "hunyuan-dense": Recipe(
         "hunyuan-dense",
