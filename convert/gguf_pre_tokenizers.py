@@ -140,7 +140,6 @@ _DEEPSEEK3_LIKE = PreTokenizer((r"\p{N}{1,3}", DEEPSEEK3_CJK, DEEPSEEK3))
 _BLOOM_LIKE = PreTokenizer((_BLOOM,))
 _GPT4O_LIKE = PreTokenizer((_GPT4O,))
 _AYA_LIKE = PreTokenizer((_DIGITS_FROM_RIGHT, _AYA))
-_BAILING_LIKE = PreTokenizer((QWEN2.replace(r"\s*[\r\n]+|", r"\s*[\r\n]|"),))
 _GEMMA4_LIKE = PreTokenizer((NEW_LINES,), byte_level=False, forced_bos=True, whole_breaks=True)
 
 PRE: dict[str, PreTokenizer] = {
@@ -213,13 +212,16 @@ PRE: dict[str, PreTokenizer] = {
             "hunyuan",
             "solar-open",
             "grok-2",
+            # White space up to "[\r\n]" ends at the last line break, as up to "[\r\n]+".
+            "bailingmoe",
+            "bailingmoe2",
+            "llada-moe",
         ),
         _QWEN2_LIKE,
     ),
     "qwen35": PreTokenizer((QWEN35,)),
     "ufakzeka": PreTokenizer((QWEN2.removeprefix(CONTRACTION + "|"),)),
     "seed-coder": PreTokenizer((QWEN2.replace(r"\p{N}]+[\r\n]*|", r"\p{N}\r\n]+|"),)),
-    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _BAILING_LIKE),
     "laguna": PreTokenizer((NEW_LINES, QWEN2)),
     "exaone-moe": PreTokenizer(
         (

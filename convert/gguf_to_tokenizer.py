@@ -22,7 +22,6 @@ does not. Only text with decomposed characters is tokenized differently.
 
 from __future__ import annotations
 
-import heapq
 import json
 import math
 import re
@@ -485,7 +484,9 @@ def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
         elif re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
             templates[f"additional_chat_templates/{name}.jinja"] = value
         else:
-            raise UserError(f"{_shown(key)} names a template that no file can be named after.")
+            raise UserError(
+                f"{key[:80]!r} names a template that no file can be named after: rename it."
+            )
     return templates
 
 
@@ -526,77 +527,37 @@ def _merges_by_score(
 ) -> list[tuple[str, str]]:
     """The pairs that SentencePiece would merge, in the order in which it would.
 
-    It merges the neighbours that make the token of the highest score, the leftmost of equals.
-    However a text is cut, a token only ever arises from the very pair it arises from when it is
-    the whole text; so pairs that never arise may stay in the list, and must go only where they
-    would compete with the right one: in "aaa", (a, aa) and (aa, a) have the same score.
+    It merges the neighbours that make the token of the highest score, the leftmost of equals. Here
+    every pair that makes a token is listed, by the score of that token. That all pairs of one token
+    share a score does no harm: what happens inside a stretch of text that becomes a token does not
+    depend on what surrounds it, so a token always arises from the same two pieces, those it arises
+    from when it is the whole text. Other pairs that make it are torn apart by higher scores before
+    they can meet.
+
+    Different tokens of one score are another matter, for here the order cannot be the position's.
+    SentencePiece gives all runs of spaces one score, and merges them from the left into ever longer
+    ones: the same as taking the longest first.
 
     Raises:
-        UserError: when most tokens have one score, so that position alone decides. Byte-pair
-            encoding cannot say that. Single ties go to the lower id.
+        UserError: when most tokens have one score, so that position alone would decide.
     """
     cuts: dict[int, list[int]] = {}
     for token, text in enumerate(tokens):
-        if len(text) < 2 or types[token] in _CONTROL:
-            continue
-        found = [cut for cut in range(1, len(text)) if text[:cut] in ids and text[cut:] in ids]
-        if found:
-            cuts[token] = found
-    common = Counter(scores[token] for token in cuts).most_common(1)
-    if common and common[0][1] > max(1, len(cuts) // 2):
-        raise UserError(
-            f"{_PREFIX}scores gives {common[0][1]} of {len(cuts)} tokens the score "
-            f"{common[0][0]:g}, so they say nothing about the order of merges: copy "
-            f"tokenizer.json and tokenizer_config.json from the model's publisher."
-        )
-    merges: list[tuple[str, str]] = []
-    for token in sorted(cuts, key=lambda token: (-scores[token], -len(tokens[token]), token)):
-        text, found = tokens[token], cuts[token]
-        if _compete(text, found):
-            last = _last_cut(text, ids, scores)
-            found = [] if last is None else [last]
-        merges.extend((text[:cut], text[cut:]) for cut in found)
-    return merges
-
-
-def _compete(text: str, cuts: Sequence[int]) -> bool:
-    """Whether two cuts can overlap: left + middle and middle + right are both ``text``."""
-    return any(
-        2 * cut != len(text) and len(text) - cut in cuts and text.startswith(text[cut:])
-        for cut in cuts
-    )
-
-
-def _last_cut(text: str, ids: Mapping[str, int], scores: Sequence[float]) -> int | None:
-    """Where the last merge joins ``text`` when it is all there is, None if it never becomes one."""
-    after = list(range(1, len(text) + 1))  # where the piece that starts here ends
-    before = list(range(-1, len(text) - 1))  # where the piece to the left starts
-    before.append(len(text) - 1)
-    queue: list[tuple[float, int, int, int]] = []
-
-    def push(left: int) -> None:
-        middle = after[left]
-        if middle < len(text):
-            token = ids.get(text[left : after[middle]])
-            if token is not None:
-                heapq.heappush(queue, (-scores[token], left, middle, after[middle]))
-
-    gone = [False] * len(text)
-    for start in range(len(text)):
-        push(start)
-    while queue:
-        _, left, middle, end = heapq.heappop(queue)
-        if gone[left] or after[left] != middle or gone[middle] or after[middle] != end:
-            continue
-        if left == 0 and end == len(text):
-            return middle
-        gone[middle] = True
-        after[left] = end
-        before[end] = left
-        if left:
-            push(before[left])
-        push(left)
-    return None
+        if len(text) > 1 and types[token] not in _CONTROL:
+            found = [cut for cut in range(1, len(text)) if text[:cut] in ids and text[cut:] in ids]
+            if found:
+                cuts[token] = found
+    words = Counter(scores[token] for token in cuts if tokens[token].strip(_SPACE))
+    if words:
+        score, count = words.most_common(1)[0]
+        if count > max(1, words.total() // 2):
+            raise UserError(
+                f"{_PREFIX}scores gives {count} of {words.total()} tokens the score {score:g}, "
+                f"which says nothing about the order of merges: copy tokenizer.json and "
+                f"tokenizer_config.json from the model's publisher."
+            )
+    order = sorted(cuts, key=lambda token: (-scores[token], -len(tokens[token]), token))
+    return [(tokens[token][:cut], tokens[token][cut:]) for token in order for cut in cuts[token]]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -600,7 +600,9 @@ def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
             raise _unknown(f"the normalizer {step.get('type')}")
     splits = _splits(tokenizer)
     ignores = bool((tokenizer.get("model") or {}).get("ignore_merges"))
-    known = [(name, flag) for name, expected, flag in PRE_TOKENIZERS if expected == splits]
+    known = [
+        (name, flag) for name, expected, flag in (*PRE_TOKENIZERS, *_OWN) if expected == splits
+    ]
     if not known:
         raise _unknown(f"the splits {json.dumps(splits, ensure_ascii=False)}")
     for name, flag in known:
@@ -666,6 +668,14 @@ def canonical_regex(regex: str) -> str:
     ):
         text = text.replace(contraction, _CONTRACTION)
     return text
+
+
+# What `convert.gguf_to_tokenizer` writes.
+_OWN = tuple(
+    (name, tuple(map(canonical_regex, pre.splits)), pre.ignore_merges)
+    for name, pre in PRE.items()
+    if pre.byte_level
+)
 
 
 def _unreachable(tokenizer: Mapping[str, Any]) -> str | None:
