@@ -23,7 +23,7 @@ def _keys(**more: Any) -> dict[str, Any]:
     usual = {
         "attention.layer_norm_rms_epsilon": None,
         "attention.layer_norm_epsilon": 1e-5,
-        "logit_scale": 0.5,
+        "logit_scale": 0.7,
         "rope.scaling.type": "none",
     }
     return usual_keys(**{**usual, **more})

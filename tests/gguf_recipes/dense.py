@@ -15,6 +15,7 @@ from tests.gguf_recipes.llama import (
     WIDE,
     WIDTH,
     llama3_table,
+    small_biases,
     thin,
     usual_keys,
     usual_tensors,
@@ -138,6 +139,7 @@ RECIPES: dict[str, Recipe] = {
         "starcoder2",
         _keys(**LAYER_NORM, rope__freq_base=1e5),
         with_biases(_ungated(tied=True), "attn_[qkv]|attn_output|ffn_(up|down)"),
+        values=small_biases,
     ),
     "smollm3": Recipe(
         "smollm3",
@@ -185,6 +187,7 @@ RECIPES: dict[str, Recipe] = {
         "nemotron",
         _keys(**LAYER_NORM, rope__dimension_count=HEAD // 2, rope__scaling__type="none"),
         _ungated(),
+        values=small_biases,
     ),
     "nemotron, biases, linear": Recipe(
         "nemotron",
@@ -195,6 +198,7 @@ RECIPES: dict[str, Recipe] = {
             rope__scaling__factor=4.0,
         ),
         with_biases(_ungated(), "attn_[qkv]|attn_output|ffn_(up|down)"),
+        values=small_biases,
     ),
     "ernie4_5": Recipe(
         "ernie4_5",
@@ -243,9 +247,11 @@ RECIPES: dict[str, Recipe] = {
     "ministral3": Recipe(
         "mistral3",
         _keys(
-            **_YARN,
+            rope__scaling__type="yarn",
+            rope__scaling__factor=4.0,
+            rope__scaling__original_context_length=32,
             attention__temperature_scale=0.1,
-            rope__scaling__yarn_beta_fast=4.0,
+            rope__scaling__yarn_beta_fast=2.0,
             rope__scaling__yarn_beta_slow=1.0,
             rope__scaling__yarn_log_multiplier=1.0,
         ),

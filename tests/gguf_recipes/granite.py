@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.gguf_recipes.llama import LAYERS, WIDTH, usual_keys, usual_tensors, with_biases
+from tests.gguf_recipes.llama import (
+    LAYERS,
+    WIDTH,
+    small_biases,
+    usual_keys,
+    usual_tensors,
+    with_biases,
+)
 from tests.tiny_gguf import Recipe, Shapes
 
 
@@ -37,6 +44,7 @@ RECIPES: dict[str, Recipe] = {
         "granite",
         _keys(),
         with_biases(usual_tensors(), "attn_[qkv]|attn_output|ffn_(gate|up|down)"),
+        values=small_biases,
     ),
     "granite, some constants left out": Recipe(
         "granite",

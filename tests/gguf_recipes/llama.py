@@ -106,6 +106,12 @@ def with_biases(shapes: Shapes, pattern: str) -> Shapes:
     return shapes | more
 
 
+def small_biases(name: str, noise: np.ndarray) -> np.ndarray | None:
+    """Biases that do not drown what differs between tokens."""
+    writes = re.search(r"(attn_output|ffn_down|_norm)\.bias$", name)
+    return np.float32(0.03) * noise if writes else None
+
+
 def llama3_table(
     name: str, noise: np.ndarray, *, context: int = 64, factor: float = 8.0
 ) -> np.ndarray | None:
@@ -123,6 +129,7 @@ RECIPES: dict[str, Recipe] = {
         "llama",
         usual_keys(rope__scaling__type="none", rope__scaling__factor=4.0),
         with_biases(usual_tensors(), "attn_[qkv]|attn_output|ffn_(gate|up|down)"),
+        values=small_biases,
     ),
     "llama 3": Recipe(
         "llama",
@@ -157,7 +164,7 @@ RECIPES: dict[str, Recipe] = {
         usual_keys(
             rope__scaling__type="yarn",
             rope__scaling__factor=4.0,
-            rope__scaling__original_context_length=64,
+            rope__scaling__original_context_length=96,
             rope__scaling__attn_factor=0.8,
         ),
         usual_tensors(),
