@@ -91,6 +91,36 @@ class Form:
             values = values - self._scales(parts["scales"] >> 4, parts["dmin"])
         return values.reshape(rows, self.n)
 
+    def unpack_on_cpu(self, parts: Mapping[str, np.ndarray], out: np.ndarray) -> None:
+        """The same into a NumPy array (R, n), float32; bfloat16 codes as uint16."""
+        codes = parts["codes"]
+        if not self.bits:
+            if codes.dtype == np.uint16:
+                np.left_shift(codes, 16, out=out.view(np.uint32), casting="unsafe", dtype=np.uint32)
+            else:
+                out[...] = codes
+            return
+        from convert.packed_kernels import unpack
+
+        none = np.zeros((0, 0), np.float32)
+        raw = np.ascontiguousarray(codes).view(np.uint8)
+        levels = np.arange(1 << self.bits, dtype=np.float32) + np.float32(self.start)
+        if self.mode == "mxfp4":
+            scales = np.ldexp(np.float32(1), parts["scales"].astype(np.int32) - 127)
+            unpack(raw, 4, GROUP, _E2M1, scales.astype(np.float32), none, out)
+        elif self.mode:
+            scales, biases = (parts[name].astype(np.float32) for name in ("scales", "biases"))
+            unpack(raw, self.bits, GROUP, levels, scales, biases, out)
+        else:
+            if self.levels is not None:
+                levels = np.array(self.levels, np.float32)
+            if "dmin" not in parts:
+                scales, mins = _spread(parts["scales"], parts.get("d")), none
+            else:
+                scales = _spread(parts["scales"] & 15, parts["d"])
+                mins = -_spread(parts["scales"] >> 4, parts["dmin"])
+            unpack(raw, self.bits, self.group, levels, scales, mins, out)
+
     def _scales(self, small: mx.array, big: mx.array | None) -> mx.array:
         """The scale of every group, (R, n // group, 1)."""
         scales = small.astype(mx.float32)
@@ -99,6 +129,17 @@ class Form:
             wide = scales.reshape(len(scales), -1, block) * big.astype(mx.float32)[..., None]
             scales = wide.reshape(len(scales), -1)
         return scales[..., None]
+
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def _spread(small: np.ndarray, big: np.ndarray | None) -> np.ndarray:
+    """The scale of every group, float32 (R, groups)."""
+    scales = small.astype(np.float32)
+    if big is None:
+        return scales
+    return scales * np.repeat(big.astype(np.float32), scales.shape[1] // big.shape[1], axis=1)
 
 
 def pack_rows(
@@ -219,19 +260,59 @@ class _Packed(nn.Module):
 
     def _product(self, x: mx.array) -> mx.array:
         """x Wᵀ, (..., n) -> (..., out)."""
-        count = self._shape[0]
-        step = max(1, CHUNK // self._form.n)
+        x = x.astype(mx.float32)
+        count, n = self._shape[0], self._form.n
+        if _on_cpu() and x.size // n * count <= _EAGER:
+            mx.eval(x)
+            flat = np.array(x, copy=False).reshape(-1, n)
+            return mx.array(self._multiply(flat, 0, count)).reshape(*x.shape[:-1], count)
+        step = max(1, CHUNK // n)
         parts = [
             x @ self.rows(first, min(first + step, count)).T for first in range(0, count, step)
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+    def _multiply(self, x: np.ndarray, first: int, last: int) -> np.ndarray:
+        """x Wᵀ for rows first to last - 1 of the weight, at once, by NumPy's BLAS: (m, rows).
+
+        MLX's wheel for Linux comes with the reference BLAS, which is about fifty times slower.
+        """
+        n = self._form.n
+        step = max(1, min(CHUNK // n, last - first))
+        product = np.empty((len(x), last - first), np.float32)
+        values = np.empty((step, n), np.float32)
+        views = self._views()
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            some = values[: stop - start]
+            self._form.unpack_on_cpu({k: v[start:stop] for k, v in views.items()}, some)
+            np.matmul(x, some.T, out=product[:, start - first : stop - first])
+        return product
+
+    def _views(self) -> dict[str, np.ndarray]:
+        """The arrays as NumPy sees them, without a copy."""
+        found = {}
+        for name, part in self._part(slice(None)).items():
+            mx.eval(part)
+            plain = part.view(mx.uint16) if part.dtype == mx.bfloat16 else part
+            found[name] = np.array(plain, copy=False)
+        return found
+
+
+def _on_cpu() -> bool:
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+# Numbers that a product may have to be made at once. The head of a large vocabulary over a whole
+# prompt has more, and is mostly not asked for: MLX leaves out what nobody looks at.
+_EAGER = 1 << 23
 
 
 class PackedLinear(_Packed):
     """x Wᵀ + b."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        product = self._product(x.astype(mx.float32))
+        product = self._product(x)
         return product + self["bias"] if "bias" in self else product
 
 
@@ -244,7 +325,7 @@ class PackedEmbedding(_Packed):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits, (..., d) -> (..., V)."""
-        return self._product(x.astype(mx.float32))
+        return self._product(x)
 
 
 class PackedSwitchLinear(_Packed):
@@ -253,6 +334,9 @@ class PackedSwitchLinear(_Packed):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         x = x.astype(mx.float32)
         experts, out, n = self._shape
+        if _on_cpu():
+            total = self._of_experts(x, indices)
+            return total + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else total
         step = max(1, CHUNK // (out * n))
         total = mx.array(0.0)
         for first in range(0, experts, step):
@@ -268,6 +352,23 @@ class PackedSwitchLinear(_Packed):
         if "bias" in self:
             total = total + mx.expand_dims(self["bias"][indices], -2)
         return total
+
+    def _of_experts(self, x: mx.array, indices: mx.array) -> mx.array:
+        """(..., m, n) and experts (...) that broadcast with one another -> (..., m, out)."""
+        _, out, n = self._shape
+        mx.eval(x, indices)
+        values, chosen = np.array(x, copy=False), np.array(indices, copy=False)
+        batch = np.broadcast_shapes(values.shape[:-2], chosen.shape)
+        rows = values.shape[-2]
+        flat = np.broadcast_to(values, (*batch, rows, n)).reshape(-1, rows, n)
+        which = np.broadcast_to(chosen, batch).reshape(-1)
+        product = np.empty((len(flat), rows, out), np.float32)
+        for expert in np.unique(which):
+            here = which == expert
+            first = int(expert) * out
+            made = self._multiply(flat[here].reshape(-1, n), first, first + out)
+            product[here] = made.reshape(-1, rows, out)
+        return mx.array(product).reshape(*batch, rows, out)
 
 
 def packed_module(

@@ -46,6 +46,9 @@ def test_unpacked_rows_are_what_gguf_py_reads(kind: Q) -> None:
     # Q4_K and Q5_K scales are rounded to float16 on their way; a weight is their difference.
     limit = 2**-11 if kind in (Q.Q4_K, Q.Q5_K) else 1e-6
     assert np.abs(found - expected).max() <= limit * np.abs(expected).max() * 2
+    again = np.empty_like(expected)
+    form.unpack_on_cpu(parts, again)
+    assert np.abs(again - expected).max() <= limit * np.abs(expected).max() * 2
     size = sum(part.nbytes for part in parts.values())
     assert size <= 1.13 * raw.nbytes
 
@@ -92,17 +95,20 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("how", ["numpy", "mlx", "native"])
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("name", ["qwen2", "mixtral", "gpt-oss"])
 def test_a_packed_model_is_the_same_model(
     name: str,
     kind: Q,
-    native: bool,
+    how: str,
     floats: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """As it runs on a CPU (through NumPy), on a GPU, and there with MLX's own modules."""
+    native = how == "native"
+    monkeypatch.setattr(packed, "_on_cpu", lambda: how == "numpy")
     # Small chunks, so that products and experts are joined from several.
     monkeypatch.setattr(packed, "CHUNK", 256 * 150)
     path = tmp_path / "tiny.gguf"
