@@ -79,5 +79,6 @@ RECIPES: dict[str, Recipe] = {
         ),
         tensors(SOME, 1),
         values,
+        seed=9,
     ),
 }
