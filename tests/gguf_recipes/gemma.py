@@ -229,7 +229,9 @@ RECIPES: dict[str, Recipe] = {
         attention__sliding_window_pattern=[*SSF, *SSF, True],
         rope__freq_base_swa=5000.0,
     ),
-    "gemma3 without windows": _gemma3(3, attention__sliding_window=None),
+    "gemma3 without windows": _gemma3(
+        3, attention__sliding_window=None, rope__scaling__type="linear", rope__scaling__factor=8.0
+    ),
     "gemma4, per-layer inputs and shared keys": gemma4(
         [*SSF, *SSF], shared=3, per_layer=PER_LAYER, doubled=True
     ),

@@ -64,8 +64,15 @@ def _tables(name: str, noise: np.ndarray) -> np.ndarray | None:
     return None
 
 
-def longrope(original: int, *, tied: bool = False, rotated: int = HEAD) -> Recipe:
-    """Of a context of 1024 tokens, stretched from ``original``."""
+def longrope(
+    original: int, *, tied: bool = False, rotated: int = HEAD, tables: int | None = None
+) -> Recipe:
+    """Of a context of 1024 tokens, stretched from ``original``.
+
+    Args:
+        rotated: dimensions of each head.
+        tables: how many values the tables have, if not as many as they should.
+    """
     keys = usual_keys(
         context_length=1024,
         rope__scaling__original_context_length=original,
@@ -74,7 +81,9 @@ def longrope(original: int, *, tied: bool = False, rotated: int = HEAD) -> Recip
         rope__dimension_count=rotated,
         attention__sliding_window=0,
     )
-    return Recipe("phi3", keys, usual_tensors(tied=tied, factors=rotated // 2), values=_tables)
+    return Recipe(
+        "phi3", keys, usual_tensors(tied=tied, factors=tables or rotated // 2), values=_tables
+    )
 
 
 RECIPES: dict[str, Recipe] = {
