@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -258,7 +259,8 @@ def _hybrid_weights(*, tiled: bool) -> Callable[[Keys], list[Weight]]:
 def _placed(keys: Keys, heads: _Heads, weight: Weight) -> Weight:
     """A tensor of linear attention with its heads in mlx-lm's order; any other as it is."""
     tensor = weight.pieces[0].tensor
-    stem = tensor.split(".")[2] if tensor.startswith("blk.") else ""
+    block = re.match(r"blk\.\d+\.([^.]+)", tensor)
+    stem = block[1] if block else ""
     shape = keys.tensor(tensor).shape
     if stem == "ssm_a":
         weight = replace(weight, change=_log_of_negative)
@@ -291,9 +293,10 @@ def _split(keys: Keys, heads: _Heads) -> list[Weight]:
     found = []
     value = heads.each * heads.value_size
     for name in keys.tensors:
-        if not name.startswith("blk.") or int(name.split(".")[1]) >= keys.layers:
+        block = re.match(r"blk\.(\d+)\.([^.]+)", name)
+        if block is None or int(block[1]) >= keys.layers:
             continue
-        _, layer, stem, *_ = name.split(".")
+        layer, stem = block[1], block[2]
         module = f"language_model.model.layers.{layer}"
         if stem == "ssm_ba":
             beta, alpha = heads.parts(heads.each, heads.each)

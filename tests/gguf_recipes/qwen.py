@@ -187,7 +187,14 @@ RECIPES: dict[str, Recipe] = {
     ),
     "qwen3next, and drafting": Recipe(
         "qwen3next",
-        hybrid_keys(5, full_attention_interval=2, nextn_predict_layers=1, **EXPERTS, **SHARED),
+        hybrid_keys(
+            5,
+            full_attention_interval=2,
+            attention__recurrent_layers=[True, False, True, False, False],
+            nextn_predict_layers=1,
+            **EXPERTS,
+            **SHARED,
+        ),
         _NEXT | drafting(4, _NEXT),
         values,
         seed=4,
