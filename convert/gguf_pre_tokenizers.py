@@ -2,7 +2,7 @@
 
 llama.cpp cuts a text with a list of regular expressions, each applied to the pieces the one before
 it left: what matches is a piece, what lies between matches is a piece. Source: src/llama-vocab.cpp
-(the names) and src/unicode.cpp (how the expressions are run), as of July 2026.
+(the names) and src/unicode.cpp (how the expressions are run), as in llama-cpp-python 0.3.36.
 
 The expressions here are in Oniguruma's dialect, which Hugging Face's tokenizers run, and say what
 llama.cpp does rather than what it wrote down:

@@ -1,8 +1,8 @@
 """GGUF tokenizer metadata as the tokenizer files that mlx-lm and transformers load.
 
 The opposite of `convert.gguf_tokenizer`. The files tokenize as llama.cpp does (src/llama-vocab.cpp,
-as of July 2026): tokenizer.json is written from the metadata alone, without any knowledge of what
-the model's publisher wrote in the first place.
+as in llama-cpp-python 0.3.36): tokenizer.json is written from the metadata alone, without any
+knowledge of what the model's publisher wrote in the first place.
 
 What Hugging Face's tokenizers cannot say, and what is written instead:
 
@@ -15,9 +15,10 @@ What Hugging Face's tokenizers cannot say, and what is written instead:
 - Special tokens that are spelled like bytes ("õ" in DeepSeek Coder) are decoded as these bytes, and
   "▁" in a special token as a space.
 
-transformers 5 rebuilds the tokenizer of a folder whose config.json has model_type qwen2 or qwen3_5,
-whatever the files say: it then normalizes text to NFC first, as Qwen's own files do and llama.cpp
-does not. Only text with decomposed characters is tokenized differently.
+transformers 5 has its own idea of the tokenizer of a folder whose config.json has model_type qwen2
+or qwen3_5, publishers' folders included: it takes tokens, merges and special tokens from
+tokenizer.json, cuts text as Qwen does, and normalizes it to NFC first, which llama.cpp does not.
+For Qwen's own pre-tokenizers only text with decomposed characters is tokenized differently.
 """
 
 from __future__ import annotations
@@ -401,8 +402,7 @@ def _role(metadata: Mapping[str, Any], name: str, count: int, default: int | Non
     key = f"{name}_token_id"
     token: int | None = _one(metadata, key, int)
     if token is None or token in _NO_TOKEN:
-        token = default if token is None else None
-        return token if token is not None and token < count else None
+        return default if default is not None and default < count else None
     if not 0 <= token < count:
         raise UserError(
             f"{_PREFIX}{key} is {token}, but there are {count} tokens: set it to the right one."

@@ -14,7 +14,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ SENTENCES = [
     "Hello World!  How's it going?\n\n  I'll be there, they'RE not. 12345.67 1,000,000\r\n",
     "def f(x):\n\n\n\treturn  x+1  # 2024-01-01\n    \n        pass\n",
     "我想在apple工作1314151天～ Cửa Việt 3333333 IMGIMGABCZ <sentinel:12> caféé e\u0301\n \n",
+    "it'ſa 'ſſ We'Ve a'lL 'MX x'dy\u3000、 \u3000\u2003。 a  12 1½2 12345½67 a\u0301B\u0308c",
 ]
 
 
@@ -94,6 +95,9 @@ def random_text(source: random.Random, longest: int = 60) -> str:
 def texts(count: int, seed: int = 0) -> list[str]:
     source = random.Random(seed)
     return ["", *SENTENCES, *(random_text(source) for _ in range(count))]
+
+
+_SAMPLES = texts(400, seed=7)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,19 +248,23 @@ def assert_like_llama_cpp(
 _ALPHABET = sorted(ByteLevel.alphabet())
 
 
-def byte_level(pre: str | None, pairs: int = 6000, **more: Any) -> dict[str, Any]:
+def _byte_pairs() -> list[tuple[str, str]]:
+    """Every two bytes that follow each other in the samples, spelled in GPT-2's alphabet."""
+    spell = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    spelled = [word for text in _SAMPLES for word, _ in spell(text)]
+    return sorted({(a, b) for word in spelled for a, b in pairwise(word)})
+
+
+def byte_level(pre: str | None, pairs: int | None = None, **more: Any) -> dict[str, Any]:
     """A vocabulary of bytes and of pairs of bytes in a random order of merging.
 
     Where a text is cut decides which bytes can pair, so that a wrong cut shows.
     """
     source = random.Random(3)
-    common = [_ALPHABET[i] for i in range(len(_ALPHABET))]
-    ascii_pairs = [(a, b) for a in common for b in common if a.isascii() or a == "Ġ" or a == "Ċ"]
-    chosen = source.sample(ascii_pairs, pairs * 2 // 3)
-    rest = [(a, b) for a in common for b in common if not a.isascii()]
-    chosen = list(dict.fromkeys(chosen + source.sample(rest, pairs // 3)))
+    chosen = _byte_pairs()
     source.shuffle(chosen)
-    tokens = common + [a + b for a, b in chosen]
+    chosen = chosen[:pairs]
+    tokens = [*_ALPHABET, *dict.fromkeys(a + b for a, b in chosen)]
     # Words that only a pre-tokenizer which ignores merges finds.
     tokens += ["ĠHello", "return", "Việt"]
     metadata: dict[str, Any] = {
@@ -488,8 +496,6 @@ def test_what_transformers_rebuilds_differs_in_normalization_alone(
 # --------------------------------------------------------------------------------------------------
 # Pre-tokenizers
 
-_SAMPLES = texts(400, seed=7)
-
 
 @pytest.mark.parametrize("name", [name for name, pre in PRE.items() if pre.byte_level])
 def test_every_name_cuts_as_llama_cpp_does(tmp_path: Path, name: str) -> None:
@@ -571,6 +577,17 @@ def test_runs_of_spaces_share_a_score_and_merge_from_the_left(tmp_path: Path) ->
     samples = [" " * count + end for count in range(40) for end in ("", "a", "a  a")]
     tokenizer = assert_like_llama_cpp(sentencepiece(words, scores), tmp_path, samples)
     assert len(plain(tokenizer, " " * 31)) == 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_runs_of_spaces_that_are_not_all_there(tmp_path: Path, seed: int) -> None:
+    source = random.Random(seed)
+    lengths = {2, 3} if seed == 0 else {2, *source.sample(range(3, 12), 3)}
+    words = ["▁", "a", "▁a", *("▁" * length for length in lengths)]
+    source.shuffle(words)
+    scores = [-1.0 if word.strip("▁") else -1e9 for word in words]
+    samples = [" " * count + end for count in range(40) for end in ("", "a", "a  a")]
+    assert_like_llama_cpp(sentencepiece(words, scores), tmp_path, samples)
 
 
 def test_scores_that_say_nothing_are_refused(tmp_path: Path) -> None:
@@ -789,6 +806,9 @@ def test_defaults_of_sentencepiece_and_of_nothing(tmp_path: Path) -> None:
     words, scores = ["a", "b", "ab"], [0.0, 0.0, -1.0]
     config = write_tokenizer(sentencepiece(words, scores), tmp_path / "spm")
     assert config == {"bos_token_id": 1, "eos_token_id": 2}
+    none = sentencepiece(words, scores, bos_token_id=2**32 - 1, padding_token_id=2**32 - 1)
+    assert_like_llama_cpp(none, tmp_path / "none", ["ab"])
+    assert write_tokenizer(none, tmp_path / "none") == config
     metadata = byte_level("gpt-2")
     del metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]
     del metadata["tokenizer.ggml.token_type"]
