@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cohere import LayerNorm2D
 
 from abl_mlx.arrays import number
 from abl_mlx.capture import residual
@@ -213,7 +214,7 @@ def _frozen_norm(norm: nn.Module, before: mx.array, now: mx.array) -> mx.array:
     """How the norm's output moves with its input when its scale stays that of ``before``."""
     moved = (now - before).astype(mx.float32)
     base = before.astype(mx.float32)
-    if isinstance(norm, nn.LayerNorm):
+    if isinstance(norm, nn.LayerNorm | LayerNorm2D):
         moved = moved - moved.mean(axis=-1, keepdims=True)
         scale = mx.rsqrt(mx.var(base, axis=-1, keepdims=True) + 1e-6)
         gain = norm["weight"].astype(mx.float32) if "weight" in norm else mx.array(1.0)
