@@ -52,7 +52,7 @@ def test_the_written_folder_is_the_same_model(name: str, tmp_path: Path) -> None
     assert config["quantization"]["group_size"] == 32
     # Scales are rounded to float16, which moves a weight by 2^-11 of itself.
     difference = np.abs(logprobs(model, PROMPT) - expected).max()
-    assert difference < 0.01
+    assert difference < 0.03
 
 
 class _Ids(ChatModel):
