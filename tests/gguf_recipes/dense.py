@@ -165,7 +165,7 @@ RECIPES: dict[str, Recipe] = {
         _keys(**THIN, block_count=_EXAONE_32B, attention__sliding_window=16),
         _post_norms(thin(usual_tensors(qk_norm=True, layers=_EXAONE_32B))),
         values=_softer,
-        seed=1,
+        seed=3,
     ),
     "olmo2": Recipe(
         "olmo2",
