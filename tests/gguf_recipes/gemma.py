@@ -63,7 +63,9 @@ def usual_tensors(
     return shapes
 
 
-def _gemma3(layers: int = 7, width: int = 256, untied: bool = False, **more: Any) -> Recipe:
+def _gemma3(
+    layers: int = 7, width: int = 256, untied: bool = False, seed: int = 0, **more: Any
+) -> Recipe:
     keys = {
         "rope__freq_base": 1e6,
         "attention__sliding_window": WINDOW,
@@ -74,6 +76,7 @@ def _gemma3(layers: int = 7, width: int = 256, untied: bool = False, **more: Any
         "gemma3",
         usual_keys(layers, width, **keys),
         usual_tensors(layers, width, post_norms=True, qk_norm=True, untied=untied),
+        seed=seed,
     )
 
 
@@ -225,9 +228,11 @@ RECIPES: dict[str, Recipe] = {
     # The square root of its width, which mlx-lm rounds to bfloat16, is no short number.
     "gemma3": _gemma3(width=768, rope__scaling__type="linear", rope__scaling__factor=8.0),
     "gemma3, untied, every third layer full": _gemma3(
+        4,
         untied=True,
-        attention__sliding_window_pattern=[*SSF, *SSF, True],
+        attention__sliding_window_pattern=[*SSF, True],
         rope__freq_base_swa=5000.0,
+        seed=2,
     ),
     "gemma3 without windows": _gemma3(
         3, attention__sliding_window=None, rope__scaling__type="linear", rope__scaling__factor=8.0
