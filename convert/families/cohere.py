@@ -14,6 +14,7 @@ from convert.families.family import (
     renamed,
     short,
     sliding_layers,
+    sliding_window,
     unscaled_rotary,
     unsupported,
     whole_rotary,
@@ -46,7 +47,7 @@ def _cohere2_config(keys: Keys) -> dict[str, Any]:
             "pattern mlx-lm's cohere2 can run",
         )
     return _config(keys, "cohere2") | {
-        "sliding_window": keys.integer("attention.sliding_window"),
+        "sliding_window": sliding_window(keys),
         "sliding_window_pattern": period,
     }
 

@@ -16,11 +16,13 @@ from convert.families.family import (
     Weight,
     base_config,
     changed,
+    experts_used,
     renamed,
     rope_scaling,
     rotary_factor,
     short,
     sliding_layers,
+    sliding_window,
     unscaled_rotary,
     unsupported,
     whole_rotary,
@@ -132,7 +134,7 @@ def _exaone4_config(keys: Keys) -> dict[str, Any]:
             "needs",
         )
     return config | {
-        "sliding_window": keys.integer("attention.sliding_window", 4096),
+        "sliding_window": sliding_window(keys, 4096),
         "sliding_window_pattern": "".join("L" if one else "G" for one in slides),
     }
 
@@ -226,7 +228,7 @@ def _ernie_moe_config(keys: Keys) -> dict[str, Any]:
     shared = f"blk.{keys.layers - 1}.ffn_down_shexp.weight"
     return _ernie_config("ernie4_5_moe")(keys) | {
         "moe_num_experts": keys.integer("expert_count"),
-        "moe_k": keys.integer("expert_used_count"),
+        "moe_k": experts_used(keys),
         "moe_layer_start_index": keys.integer("leading_dense_block_count", 0),
         "moe_intermediate_size": width,
         "moe_num_shared_experts": (

@@ -45,6 +45,15 @@ class Keys:
         """An int. Raises UserError when it is missing without a default, or no single number."""
         return self._number(key, int, default)
 
+    def count(self, key: str, default: Any = _MISSING) -> Any:
+        """The same, refusing what is below one."""
+        value = self.integer(key, default)
+        if value < 1:
+            raise UserError(
+                f"{self._name} has {self.architecture}.{key} = {value}: get the file again."
+            )
+        return value
+
     def number(self, key: str, default: Any = _MISSING) -> Any:
         """The same as a float."""
         return self._number(key, float, default)
@@ -354,8 +363,8 @@ def halved_experts(keys: Keys, tensor: str, module: str) -> list[Weight]:
 
 def base_config(keys: Keys, model_type: str) -> dict[str, Any]:
     """The keys of config.json that nearly every model has."""
-    heads = keys.integer("attention.head_count")
-    width = keys.integer("embedding_length")
+    heads = keys.count("attention.head_count")
+    width = keys.count("embedding_length")
     config = {
         "model_type": model_type,
         "hidden_size": width,
@@ -370,7 +379,8 @@ def base_config(keys: Keys, model_type: str) -> dict[str, Any]:
     }
     if "attention.layer_norm_rms_epsilon" in keys:
         config["rms_norm_eps"] = short(keys.number("attention.layer_norm_rms_epsilon"))
-    if isinstance(keys.get("feed_forward_length"), int):
+    inner = keys.get("feed_forward_length")
+    if isinstance(inner, int) or (isinstance(inner, list) and len(set(inner)) == 1):
         config["intermediate_size"] = keys.integer("feed_forward_length")
     return config
 
@@ -386,14 +396,34 @@ def unsupported(keys: Keys, why: str) -> UserError:
 
 
 def rotary_factor(keys: Keys) -> float:
-    """The share of a head that is rotated, such that int(head * share) is exact."""
-    head = keys.integer(
-        "attention.key_length",
-        keys.integer("embedding_length") // keys.integer("attention.head_count"),
-    )
-    rotated = keys.integer("rope.dimension_count", head)
+    """The share of a head that is rotated, such that int(head * share) is exact.
+
+    Raises:
+        UserError: it is no even number of a head's dimensions.
+    """
+    head, rotated = _rotated(keys)
     share = float(rotated / head)
     return share if int(head * share) == rotated else (rotated + 0.5) / head
+
+
+def _rotated(keys: Keys) -> tuple[int, int]:
+    """A head's dimensions, and how many of them are rotated."""
+    head = keys.count(
+        "attention.key_length",
+        keys.integer("embedding_length") // keys.count("attention.head_count"),
+    )
+    rotated = keys.integer("rope.dimension_count", head)
+    if not 2 <= rotated <= head or rotated % 2:
+        raise UserError(
+            f"{keys.source.parts[0]} rotates {rotated} of the {head} dimensions of each head: get "
+            "the file again."
+        )
+    return head, rotated
+
+
+def sliding_window(keys: Keys, default: Any = _MISSING) -> int:
+    """attention.sliding_window, at least one token."""
+    return int(keys.count("attention.sliding_window", default))
 
 
 def whole_rotary(keys: Keys) -> None:
@@ -422,6 +452,16 @@ def unscaled_rotary(keys: Keys) -> None:
             f"stretches its rotary embedding, which mlx-lm's model for {keys.architecture} does "
             "not do",
         )
+
+
+def experts_used(keys: Keys) -> int:
+    """expert_used_count, at least one and no more than there are."""
+    used, count = keys.count("expert_used_count"), keys.count("expert_count")
+    if used > count:
+        raise UserError(
+            f"{keys.source.parts[0]} asks for {used} of {count} experts: get the file again."
+        )
+    return int(used)
 
 
 def sliding_layers(keys: Keys, period: int) -> list[bool]:
@@ -497,7 +537,7 @@ def _llama3_scaling(keys: Keys) -> dict[str, Any] | None:
         "has a rope_freqs.weight that is no table of llama3's kind, which is the only one mlx-lm "
         "can run",
     )
-    if not (len(factors) and np.all(np.isfinite(factors) & (factors > 0))):
+    if len(factors) != _rotated(keys)[1] // 2 or not np.all(np.isfinite(factors) & (factors > 0)):
         raise refusal
     base = keys.number("rope.freq_base", 10000.0)
     context, largest = 8192, float(np.round(factors.max(), 4))

@@ -13,6 +13,7 @@ from convert.families.family import (
     Piece,
     Weight,
     base_config,
+    experts_used,
     renamed,
     rope_scaling,
     short,
@@ -73,7 +74,7 @@ def _moe_config(keys: Keys) -> dict[str, Any]:
         | {
             "attention_bias": biases(keys)["attention_bias"],
             "num_local_experts": keys.integer("expert_count"),
-            "num_experts_per_tok": keys.integer("expert_used_count"),
+            "num_experts_per_tok": experts_used(keys),
         }
     )
     if not _shared(keys):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.errors import UserError
 from convert.families.family import (
     ATTENTION,
     EXPERTS,
@@ -15,6 +16,7 @@ from convert.families.family import (
     Keys,
     Weight,
     base_config,
+    experts_used,
     half_split_rows,
     renamed,
     reordered,
@@ -28,8 +30,8 @@ from convert.gguf_file import TensorEntry
 def unpermuted(keys: Keys, weights: list[Weight]) -> list[Weight]:
     """Q and K rows in mlx-lm's order."""
     heads = {
-        "q": keys.integer("attention.head_count"),
-        "k": keys.integer("attention.head_count_kv", keys.integer("attention.head_count")),
+        "q": keys.count("attention.head_count"),
+        "k": keys.count("attention.head_count_kv", keys.integer("attention.head_count")),
     }
 
     def rows(entry: TensorEntry) -> np.ndarray:
@@ -37,6 +39,11 @@ def unpermuted(keys: Keys, weights: list[Weight]) -> list[Weight]:
         assert which
         # A bias is one row of GGUF's, but has as many elements as its weight has rows.
         count = entry.shape[0]
+        if count % (2 * heads[which[1]]):
+            raise UserError(
+                f"{keys.source.parts[0]}: {entry.name} has {count} rows, which are not those of "
+                f"{heads[which[1]]} heads: get the file again."
+            )
         return half_split_rows(count, heads[which[1]])
 
     return reordered(weights, r"\.(q_proj|k_proj)\.(weight|bias)$", rows, keys)
@@ -48,7 +55,7 @@ def _llama_config(keys: Keys) -> dict[str, Any]:
         unscaled_rotary(keys)
         return base_config(keys, "mixtral") | {
             "num_local_experts": keys.integer("expert_count"),
-            "num_experts_per_tok": keys.integer("expert_used_count"),
+            "num_experts_per_tok": experts_used(keys),
         }
     return base_config(keys, "llama") | biases(keys) | {"rope_scaling": rope_scaling(keys)}
 
