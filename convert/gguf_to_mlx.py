@@ -108,7 +108,7 @@ def _skeleton(config: dict[str, Any], name: Path) -> nn.Module:
     try:
         model_class, arguments = _get_classes(config)
         model: nn.Module = model_class(arguments.from_dict(config))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{name}: mlx-lm cannot make a model of its metadata "
             f"({' '.join(str(error).split())[:200]}): update mlx-lm, or get the file again."
