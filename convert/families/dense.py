@@ -224,7 +224,7 @@ def _ernie_moe_config(keys: Keys) -> dict[str, Any]:
             "has experts in every n-th layer only (ernie4_5-moe.interleave_moe_layer_step), which "
             "llama.cpp cannot load either",
         )
-    width = keys.integer("expert_feed_forward_length")
+    width = keys.count("expert_feed_forward_length")
     shared = f"blk.{keys.layers - 1}.ffn_down_shexp.weight"
     return _ernie_config("ernie4_5_moe")(keys) | {
         "moe_num_experts": keys.integer("expert_count"),

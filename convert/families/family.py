@@ -66,7 +66,7 @@ class Keys:
             return default
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
-        if isinstance(value, str | list):
+        if isinstance(value, str | list) or not math.isfinite(value) or kind(value) != value:
             raise UserError(
                 f"{self._name} has {self.architecture}.{key} = {value!r} where one number is "
                 "expected: get the file again."
@@ -473,7 +473,7 @@ def sliding_layers(keys: Keys, period: int) -> list[bool]:
     pattern = keys.get("attention.sliding_window_pattern", period)
     if isinstance(pattern, list):
         return [bool(one) for one in keys.per_layer("attention.sliding_window_pattern")]
-    count = int(pattern)
+    count = keys.integer("attention.sliding_window_pattern", period)
     return [count == 0 or layer % count < count - 1 for layer in range(keys.layers)]
 
 
@@ -483,6 +483,12 @@ def rope_scaling(keys: Keys) -> dict[str, Any] | None:
     Raises:
         UserError: a kind that mlx-lm has no counterpart for.
     """
+    base = keys.number("rope.freq_base", 10000.0)
+    if base <= 1.0:
+        raise UserError(
+            f"{keys.source.parts[0]} has {keys.architecture}.rope.freq_base = {base:g}: get the "
+            "file again."
+        )
     kind = keys.get("rope.scaling.type", "linear")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or 1.0
     factor = 1.0 if kind == "none" else short(factor)
