@@ -228,6 +228,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Shape | None], str]] = {
         {},
         "not those of 24 heads",
     ),
+    "no base": ("llama", {"rope.freq_base": 0.0}, {}, "rope.freq_base = 0"),
+    "not a number": ("llama", {"rope.freq_base": float("nan")}, {}, "one number is expected"),
+    "half a layer": ("llama", {"block_count": 2.5}, {}, "one number is expected"),
+    "no inner width": ("llama", {"feed_forward_length": 0}, {}, "cannot make a model"),
     "one bias only": ("llama", {}, _BIAS, "no model.layers.0.self_attn.o_proj.bias"),
     "mixtral, stretched": ("mixtral", _YARN, {}, "stretches its rotary embedding"),
     "mixtral, table": ("mixtral", {}, _TABLE, "stretches its rotary embedding"),
@@ -285,6 +289,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Shape | None], str]] = {
         {"attention.sliding_window_pattern": 1},
         {},
         "all but every n-th",
+    ),
+    "cohere2, a word for a pattern": (
+        "cohere2",
+        {"attention.sliding_window_pattern": "LLLG"},
+        {},
+        "one number is expected",
     ),
     "cohere2, short pattern": (
         "cohere2",
@@ -354,6 +364,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Shape | None], str]] = {
         {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0},
         {},
         "stretches its rotary embedding",
+    ),
+    "ernie4_5-moe, no width": (
+        "ernie4_5-moe",
+        {"expert_feed_forward_length": 0},
+        {},
+        "expert_feed_forward_length = 0",
     ),
     "mistral3, both": (
         "ministral3",
