@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -22,3 +26,13 @@ def numbers(array: mx.array) -> list[Any]:
 def parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
     """(path, array) of every parameter of a module."""
     return list(tree_flatten(module.parameters()))  # type: ignore[arg-type]
+
+
+def let_go() -> None:
+    """Give the memory of a model that was just deleted back to the system."""
+    gc.collect()
+    mx.clear_cache()
+    if sys.platform == "linux":
+        # glibc keeps what was freed in small pieces.
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)

@@ -164,7 +164,13 @@ def in_llamacpp(path: Path) -> Chat:
     def answer(texts: Sequence[str], max_tokens: int) -> list[str]:
         from abl_mlx.llamacpp import LlamaCpp
 
-        with LlamaCpp(path) as server, progress(len(texts), "llama.cpp replies") as bar:
+        # Room for the template, and no more: the cache of a large model is what the rest costs. A
+        # text has at least as many characters as tokens.
+        room = 512 + max(map(len, texts), default=0) + max_tokens
+        with (
+            LlamaCpp(path, n_ctx=room, lean=True) as server,
+            progress(len(texts), "llama.cpp replies") as bar,
+        ):
             return server.chat(texts, max_tokens=max_tokens, progress=lambda *_: bar.update())
 
     return answer
@@ -219,7 +225,8 @@ def baseline(chat: ChatModel, prompts: Sequence[str], *, tokens: int = 32) -> It
         for index, rows in log_probabilities(chat, sequences, positions, label="KL: base"):
             stored[starts[index] : starts[index + 1]] = np.array(rows.astype(mx.float32))
         stored.flush()
-        del stored
+        # While this waits to be left, the model may have to make room for another.
+        del stored, chat
         yield Baseline(sequences, positions, path)
 
 

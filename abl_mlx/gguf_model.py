@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,8 +42,9 @@ def tokenizer(gguf: GgufSource, config: dict[str, Any]) -> Any:
     """
     with tempfile.TemporaryDirectory(prefix="abl-mlx-") as name:
         folder = Path(name)
+        # Without a config.json beside it transformers takes the tokenizer as it is; for some
+        # architectures it would build another in its stead.
         config |= write_tokenizer(gguf.metadata, folder)
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         return load_tokenizer(folder, config, gguf.parts[0])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx import directions, evaluate, gguf_model, gguf_outputs, models
+from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
 from abl_mlx.edits import orthonormal
 from abl_mlx.gguf_edit import bytes_changed, plan
@@ -88,7 +88,7 @@ def run(
             direction = measure(chat, writers, sets, options, clock)
             prefix = chat.reply_prefix
             del chat, writers
-            gc.collect()
+            let_go()
             with clock.step("load the GGUF"):
                 chat, _ = gguf_model.load(gguf)
             chat.reply_prefix = prefix
@@ -109,7 +109,7 @@ def run(
             if not in_llamacpp:
                 before = _ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
         del chat
-        gc.collect()
+        let_go()
         if in_llamacpp:
             with clock.step("evaluate before"):
                 before = _ask(evaluate.in_llamacpp(source.path), sets, options)
@@ -198,7 +198,7 @@ def _judge(
                     "do it"
                 )
     del chat
-    gc.collect()
+    let_go()
     if ask_llamacpp:
         file = one.folder / written["files"][0]
         after = _ask(evaluate.in_llamacpp(file), sets, options)

@@ -37,6 +37,7 @@ class LlamaCpp:
         n_ctx: int = 2048,
         n_parallel: int = 4,
         n_threads: int | None = None,
+        lean: bool = False,
     ) -> None:
         """Load ``path``.
 
@@ -45,6 +46,7 @@ class LlamaCpp:
             n_ctx: tokens per request, prompt and reply together.
             n_parallel: requests answered at the same time.
             n_threads: of the processor; None leaves it to llama.cpp.
+            lean: keep no second copy of the weights in an order that suits the processor better.
 
         Raises:
             UserError: when xllamacpp is not installed, or with llama.cpp's own words when the
@@ -62,6 +64,7 @@ class LlamaCpp:
             ) from None
         self.n_ctx = n_ctx
         self.n_threads = n_threads
+        self.lean = lean
         try:
             self._server: Any = xllamacpp.Server(self._params(xllamacpp, _SILENT))
         except (RuntimeError, ValueError) as error:
@@ -77,6 +80,7 @@ class LlamaCpp:
         params.warmup = False
         params.verbosity = verbosity
         params.use_jinja = True
+        params.no_extra_bufts = self.lean
         # Replies as the model wrote them, thoughts included.
         params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
         if self.n_threads is not None:

@@ -11,8 +11,8 @@ from abl_mlx.capture import batches, residual
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, progress
 
-# Logits held at once: 2**26 float32 values are 256 MB.
-_LOGITS_PER_BATCH = 2**26
+# Logits made at once: 32 MB of float32, of which several copies live at a time.
+_LOGITS_PER_BATCH = 2**23
 
 
 def log_probabilities(

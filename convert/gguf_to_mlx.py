@@ -261,17 +261,20 @@ def _decode(raw: np.ndarray, entry: TensorEntry) -> np.ndarray:
     return np.asarray(found, dtype=np.float32).reshape(len(raw), entry.shape[-1])
 
 
-def _moved(source: GgufSource, weight: Weight, kind: GGMLQuantizationType) -> Iterator[Any]:
+def _moved(
+    source: GgufSource, weight: Weight, kind: GGMLQuantizationType, *, exact: bool = False
+) -> Iterator[Any]:
     """MLX's arrays of a type that is repacked, a slab of rows at a time."""
     for raw, index in _raw_slabs(source, weight):
         piece = weight.pieces[index]
         n = source.tensor(piece.tensor).shape[-1]
         try:
             if piece.columns is None:
-                yield mlx_types.repack(raw, n, kind)
+                yield mlx_types.repack(raw, n, kind, exact=exact)
                 continue
             grid = grid_codec(kind).decode(np.ascontiguousarray(raw), n)
-            yield mlx_types.affine(_with_columns(grid, piece.columns), mlx_types.AFFINE[kind])
+            turned = _with_columns(grid, piece.columns)
+            yield mlx_types.affine(turned, mlx_types.AFFINE[kind], exact=exact)
         except UserError as error:
             raise UserError(f"{piece.tensor} in {source.parts[0]}: {error}") from None
 
@@ -645,7 +648,7 @@ def _write_moved(
     rest: list[mlx_types.MlxQuantized] = []
 
     def codes() -> Iterator[mx.array]:
-        for slab in _moved(source, weight, kind):
+        for slab in _moved(source, weight, kind, exact=cast is not None and cast == mx.float32):
             rest.append(slab)
             yield mx.array(slab.weight)
 

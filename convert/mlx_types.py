@@ -55,30 +55,33 @@ def is_repacked(ggml_type: GGMLQuantizationType) -> bool:
     return ggml_type in AFFINE or ggml_type == _Q.MXFP4
 
 
-def repack(raw: np.ndarray, n: int, ggml_type: GGMLQuantizationType) -> MlxQuantized:
+def repack(
+    raw: np.ndarray, n: int, ggml_type: GGMLQuantizationType, *, exact: bool = False
+) -> MlxQuantized:
     """GGUF blocks as MLX's arrays.
 
     Args:
         raw: uint8, (R, bytes per row).
         n: weights per row.
         ggml_type: one of `AFFINE` or MXFP4.
+        exact: keep scales in float32.
 
     Raises:
         UserError: when a block's scale is not finite.
     """
     if ggml_type == _Q.MXFP4:
         return _mxfp4(raw, n)
-    return affine(grid_codec(ggml_type).decode(raw, n), AFFINE[ggml_type])
+    return affine(grid_codec(ggml_type).decode(raw, n), AFFINE[ggml_type], exact=exact)
 
 
-def affine(grid: Grid, bits: int) -> MlxQuantized:
+def affine(grid: Grid, bits: int, *, exact: bool = False) -> MlxQuantized:
     """A Grid of groups of 32 with evenly spaced levels as an affine tensor."""
     step = np.float64(grid.levels[1]) - np.float64(grid.levels[0])
     scales = grid.scales.astype(np.float64) * step
     biases = grid.scales.astype(np.float64) * np.float64(grid.levels[0])
     if grid.offsets is not None:
         biases = biases + grid.offsets
-    dtype = np.float16 if _fits(scales) and _fits(biases) else np.float32
+    dtype = np.float16 if not exact and _fits(scales) and _fits(biases) else np.float32
     return MlxQuantized(
         pack(grid.codes, bits), scales.astype(dtype), biases.astype(dtype), bits, "affine"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -130,11 +131,17 @@ def test_what_cannot_be_run_is_named(tmp_path: Path) -> None:
             load(source)
         assert str(other) in str(caught.value)
 
-    refuses("architecture bert, which cannot be run", **{"general.architecture": "bert"})
     refuses("ask for", **{"llama.attention.head_count_kv": 2})
     refuses("lacks the tensor for model.layers.3", **{"llama.block_count": 4})
     refuses("has no llama.block_count", **{"llama.block_count": None})
     refuses("one number is expected", **{"llama.block_count": "three"})
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    recipe = RECIPES["llama"]
+    path = tiny_gguf.write(tmp_path / "bert.gguf", dataclasses.replace(recipe, architecture="bert"))
+    with GgufSource(path) as source, pytest.raises(UserError, match="architecture bert, which"):
+        layout(source)
 
 
 def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
