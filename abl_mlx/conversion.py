@@ -12,6 +12,7 @@ from abl_mlx.sources import Source
 from convert import gguf_to_mlx, mlx_to_gguf
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
+from convert.hf_config import read_config
 
 Record = dict[str, Any]
 
@@ -72,13 +73,22 @@ def _to_gguf(source: Source, out: Path, quantize: str) -> Record:
             source.path,
             out,
             file_type=quantize,
-            metadata={"general.name": source.title},
+            metadata={"general.name": source.title, **_edit_label(source)},
             progress=moved,
         )
     counts: dict[str, int] = {}
     for kind in report.types.values():
         counts[kind] = counts.get(kind, 0) + 1
     return {"format": "GGUF", "tensors": counts, "bytes": report.bytes}
+
+
+def _edit_label(source: Source) -> dict[str, Any]:
+    """A GGUF of an edited folder says of itself what the folder says."""
+    label = read_config(source.path).get("abl_mlx")
+    if not isinstance(label, dict):
+        return {}
+    keys = {f"abl_mlx.{key}": value for key, value in label.items()}
+    return {"general.tags": outputs.TAGS, **keys}
 
 
 def _to_mlx(

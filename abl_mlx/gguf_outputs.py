@@ -64,6 +64,11 @@ def check(paths: Sequence[Path], gguf: GgufSource, options: Options) -> None:
             "--quantize: a GGUF source keeps the type of every tensor; leave the flag out, or "
             "quantize the float model."
         )
+    if options.ollama_create is not None and len(gguf.parts) > 1:
+        raise UserError(
+            f"--ollama-create: {gguf.parts[0].name} is one of {len(gguf.parts)} parts, and so would "
+            "the output be: join them with llama.cpp's `llama-gguf-split --merge` first."
+        )
     for path in paths:
         if path.suffix == ".gguf":
             for part in part_paths(path, len(gguf.parts)):
@@ -254,7 +259,7 @@ def write_companions(
     companions = outputs.companions(place)
     companions["record"].write_text(to_json(record) + "\n", encoding="utf-8")
     companions["card"].write_text(card(record, evaluation, source.title), encoding="utf-8")
-    if staged.is_gguf and place.is_file():  # Ollama takes no split files
+    if staged.is_gguf and place.is_file():  # a Modelfile names one file; older Ollamas take no more
         text = modelfile(place, None, staged.path.name, kept=source.ollama)
         companions["modelfile"].write_text(text, encoding="utf-8")
 

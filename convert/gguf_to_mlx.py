@@ -555,9 +555,16 @@ def fill_folder(
         usual = max(settings.values(), key=list(settings.values()).count)
         config["quantization"] = {**usual, **settings}
         config["quantization_config"] = config["quantization"]
+    config |= {"abl_mlx": label} if (label := edit_label(source)) else {}
     config |= dict(extra or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return FolderReport(folder, forms, size)
+
+
+def edit_label(source: GgufSource) -> dict[str, Any]:
+    """What an edited GGUF says of its edit: its ``abl_mlx.`` keys, without that; else nothing."""
+    found = source.metadata
+    return {key.removeprefix("abl_mlx."): found[key] for key in found if key.startswith("abl_mlx.")}
 
 
 _CASTS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -792,7 +799,8 @@ class _Shards:
 def _card(source: GgufSource, forms: Mapping[str, int]) -> str:
     known = source.metadata
     title = known.get("general.name") or source.parts[0].stem
-    lines = ["---", "library_name: mlx", "tags:", "- mlx"]
+    label = edit_label(source)
+    lines = ["---", "library_name: mlx", "tags:", "- mlx", *(["- abliterated"] if label else [])]
     if isinstance(known.get("general.license"), str):
         lines.append(f"license: {known['general.license']}")
     made = ", ".join(f"{count} matrices {name}" for name, count in forms.items())
@@ -803,4 +811,6 @@ def _card(source: GgufSource, forms: Mapping[str, int]) -> str:
         f"Converted from `{source.parts[0].name}` by abl-mlx: {made}.",
         "",
     ]
+    if label:
+        lines += [f"**This is an edited model**: {label.get('edited', 'see config.json')}.", ""]
     return "\n".join(lines)

@@ -239,6 +239,23 @@ def test_convert_there_and_back(demo: Callable[[str], Path], tmp_path: Path) -> 
                 assert second.metadata[key] == first.metadata[key], key
 
 
+def test_an_edited_model_says_so_in_the_other_format(
+    demo: Callable[[str], Path], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "r.npy", np.random.default_rng(0).standard_normal(256))
+    abl_mlx("apply", tmp_path / "r.npy", demo("Q8_0"), "-o", tmp_path / "o.gguf")
+    abl_mlx("convert", tmp_path / "o.gguf", tmp_path / "folder")
+    label = json.loads((tmp_path / "folder" / "config.json").read_text())["abl_mlx"]
+    with GgufSource(tmp_path / "o.gguf") as source:
+        assert label["direction_sha256"] == source.metadata["abl_mlx.direction_sha256"]
+    assert "This is an edited model" in (tmp_path / "folder" / "README.md").read_text()
+    abl_mlx("apply", tmp_path / "r.npy", "demo", "-o", tmp_path / "edited")
+    abl_mlx("convert", tmp_path / "edited", tmp_path / "again.gguf")
+    with GgufSource(tmp_path / "again.gguf") as source:
+        assert source.metadata["abl_mlx.direction_sha256"] == label["direction_sha256"]
+        assert "abliterated" in source.metadata["general.tags"]
+
+
 @pytest.mark.parametrize(
     ("flags", "forms"),
     [

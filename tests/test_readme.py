@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from abl_mlx.cli import cli
+from convert.families import FAMILIES
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -37,7 +38,7 @@ def test_every_command_and_flag_in_the_readme_exists():
         name, *arguments = shlex.split(call, comments=True)[1:]
         command = cli.commands[name]
         context = command.make_context(name, arguments, resilient_parsing=False)
-        assert context.params.get("model") or context.params["first"]
+        assert {"model", "first", "source"} & context.params.keys()
     for flag in set(re.findall(r"`(--[a-z-]+)`", README)):
         options = [
             option
@@ -47,3 +48,9 @@ def test_every_command_and_flag_in_the_readme_exists():
             for option in parameter.opts
         ]
         assert flag in options
+
+
+def test_architectures_that_run_from_a_gguf_are_listed():
+    (named,) = re.findall(r"Architectures that run this way: (.*?)\. On tiny", README, re.DOTALL)
+    named = re.sub(r"\(.*?\)", "", named.replace("\n", " "))
+    assert sorted(name.strip() for name in named.split(",")) == sorted(FAMILIES)
