@@ -66,8 +66,8 @@ def check(paths: Sequence[Path], gguf: GgufSource, options: Options) -> None:
         )
     if options.ollama_create is not None and len(gguf.parts) > 1:
         raise UserError(
-            f"--ollama-create: {gguf.parts[0].name} is one of {len(gguf.parts)} parts, and so would "
-            "the output be: join them with llama.cpp's `llama-gguf-split --merge` first."
+            f"--ollama-create: {gguf.parts[0].name} is one of {len(gguf.parts)} parts, and the "
+            "output would be as well: join them with llama.cpp's `llama-gguf-split --merge` first."
         )
     for path in paths:
         if path.suffix == ".gguf":

@@ -37,6 +37,7 @@ from tokenizers.models import BPE
 
 from convert.errors import UserError
 from convert.gguf_pre_tokenizers import PRE, PreTokenizer
+from convert.gguf_tokenizer import KNOWN_ENDS
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
@@ -52,34 +53,6 @@ _REFUSED = {
     "none": "no vocabulary",
     "no_vocab": "no vocabulary",
 }
-
-# Tokens that end a reply in llama.cpp whatever the metadata says, by their text.
-_ENDS = frozenset(
-    (
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|flush|>",
-        "<|calls|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "</s>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<turn|>",
-        "<|tool_response>",
-        "<｜end▁of▁sentence｜>",
-        "[e~[",
-    )
-)
 
 # Tokens for filling in the middle, looked for by text where the metadata name none: llama.cpp makes
 # them control tokens. Role: (texts, whether the token ends a reply).
@@ -425,7 +398,7 @@ def _corrected(
         token = special[role]
         if token is not None:
             ends[token] = None
-    named = sorted(ids[text] for text in _ENDS if text in ids)
+    named = sorted(ids[text] for text in KNOWN_ENDS if text in ids)
     for token in named:
         types[token] = int(TokenType.CONTROL)
         ends[token] = None

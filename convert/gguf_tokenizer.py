@@ -22,8 +22,7 @@ from convert.gguf_pre_tokenizers import CONTRACTION, DIGIT, GPT2, LINE, PRE
 
 _SPACE = "▁"
 
-# llama.cpp ends a reply at these whatever the metadata says.
-_KNOWN_ENDS = frozenset(
+KNOWN_ENDS = frozenset(
     (
         "<|eot_id|>",
         "<|im_end|>",
@@ -45,8 +44,12 @@ _KNOWN_ENDS = frozenset(
         "<eos>",
         "<turn|>",
         "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+        "[e~[",
     )
 )
+"""llama.cpp ends a reply at tokens of these texts, whatever the metadata says."""
+
 # Tokens that end a turn rather than a text.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>")
 
@@ -481,7 +484,7 @@ def _special(
                 ends.append(end)
     # Left unset, llama.cpp takes the first known text it comes across in a hash table.
     turn_ends = [end for end in ends if tokens[end] in _TURN_ENDS]
-    unknown = [end for end in ends[1:] if tokens[end] not in _KNOWN_ENDS]
+    unknown = [end for end in ends[1:] if tokens[end] not in KNOWN_ENDS]
     slots = list(dict.fromkeys([*turn_ends[:1], *unknown])) or ends[:1]
     for role, end in zip(("eot", "eom"), slots, strict=False):
         special[role] = end
