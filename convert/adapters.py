@@ -1,0 +1,249 @@
+"""LoRA adapters for mlx-lm and llama.cpp: low-rank changes beside weights that stay as they are.
+
+A change of a weight W is scale · left @ right. mlx-lm reads a folder of adapter_config.json and
+adapters.safetensors (mlx_lm/tuner/utils.py, load_adapters), llama.cpp a GGUF of general.type
+"adapter" (src/llama-adapter.cpp). Both compute W x and the change of it separately, so a quantized
+base keeps its bytes. Factors are float32 in both: what a runtime does not round away it applies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+
+from convert.errors import UserError
+from convert.gguf_file import GgufSource
+from convert.gguf_values import value_type
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+
+SUFFIX, GGUF_SUFFIX = ".adapter", ".lora.gguf"
+"""How the names of the two formats end here."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of one weight, but for the adapter's scale: left @ right.
+
+    Attributes:
+        kind: ``linear`` (W is (out, in)), ``experts`` ((E, out, in)) or ``embedding`` ((V, d)).
+        left: float32 (out, k), (E, out, k) or (V, k).
+        right: float32 (k, in), (E, k, in) or (k, d).
+    """
+
+    kind: str
+    left: np.ndarray
+    right: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        """k."""
+        return int(self.left.shape[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that is changed."""
+        return (*self.left.shape[:-1], self.right.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Of both factors."""
+        return self.left.nbytes + self.right.nbytes
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter file holds.
+
+    Attributes:
+        scale: by which every change is multiplied.
+        changes: module path (MLX) or tensor name (GGUF) of the weight -> its change.
+    """
+
+    scale: float
+    changes: dict[str, LowRank]
+
+    @property
+    def rank(self) -> int:
+        """k, the same for all changes.
+
+        Raises:
+            UserError: when there are none, or they differ: the formats hold one rank and scale.
+        """
+        ranks = {one.rank for one in self.changes.values()}
+        if len(ranks) != 1:
+            raise UserError("an adapter needs changes of one and the same rank.")
+        return ranks.pop()
+
+
+# --- mlx-lm ------------------------------------------------------------------------------------
+
+
+def write_mlx(folder: Path, adapter: Adapter, label: Mapping[str, Any] | None = None) -> None:
+    """Write the two files of an mlx-lm adapter into an existing folder.
+
+    ``num_layers`` is 0 and ``keys`` hold whole paths: mlx-lm looks for keys first inside each
+    layer, by paths relative to it, where none of these is, and then in the whole model.
+
+    Args:
+        label: what adapter_config.json says under the key ``abl_mlx``; mlx-lm does not look at it.
+    """
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": 0,
+        "lora_parameters": {
+            "rank": adapter.rank,
+            "scale": adapter.scale,
+            "dropout": 0.0,
+            "keys": list(adapter.changes),
+        },
+        **({"abl_mlx": dict(label)} if label else {}),
+    }
+    tensors = {}
+    for path, one in adapter.changes.items():
+        first, second = _mlx_factors(one)
+        tensors[f"{path}.lora_a"] = mx.array(np.ascontiguousarray(first))
+        tensors[f"{path}.lora_b"] = mx.array(np.ascontiguousarray(second))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    mx.save_safetensors(str(folder / WEIGHTS), tensors, {"format": "mlx"})
+
+
+def read_mlx(folder: Path, kinds: Mapping[str, str]) -> Adapter:
+    """Read back an adapter folder.
+
+    Args:
+        kinds: module path -> kind of the weight, which the files do not tell.
+
+    Raises:
+        UserError: when the folder is no such adapter, or lacks a factor.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["lora_parameters"]
+        scale, keys = float(config["scale"]), list(config["keys"])
+        tensors = mx.load(str(folder / WEIGHTS))
+        found = {
+            path: tuple(np.array(tensors[f"{path}.{name}"]) for name in ("lora_a", "lora_b"))  # type: ignore[call-overload]
+            for path in keys
+        }
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder} is no LoRA adapter of mlx-lm's: {error}.") from None
+    changes = {}
+    for path, (first, second) in found.items():
+        kind = kinds[path]
+        left, right = {
+            "linear": lambda a, b: (b.T, a.T),
+            "experts": lambda a, b: (b, a),
+            "embedding": lambda a, b: (a, b),
+        }[kind](first, second)
+        changes[path] = LowRank(kind, left, right)
+    return Adapter(scale, changes)
+
+
+def _mlx_factors(one: LowRank) -> tuple[np.ndarray, np.ndarray]:
+    """lora_a and lora_b as mlx_lm/tuner/lora.py multiplies them."""
+    if one.kind == "linear":  # x @ lora_a @ lora_b
+        return one.right.T, one.left.T
+    if one.kind == "experts":  # x @ lora_aᵀ @ lora_bᵀ of the chosen experts
+        return one.right, one.left
+    return one.left, one.right  # lora_a[tokens] @ lora_b
+
+
+# --- llama.cpp ---------------------------------------------------------------------------------
+
+
+def write_gguf(
+    path: Path, architecture: str, adapter: Adapter, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a LoRA for llama.cpp's ``--lora``.
+
+    llama.cpp multiplies by adapter.lora.alpha / rank, so alpha is scale · rank.
+
+    Args:
+        architecture: that of the base file, or llama.cpp refuses it.
+        metadata: further keys and values.
+
+    Raises:
+        UserError: when a name is too long for the format.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", adapter.scale * adapter.rank)
+    for key, value in (metadata or {}).items():
+        kind, inner = value_type(key, value)
+        writer.add_key_value(key, value, kind, sub_type=inner)
+    for name, one in adapter.changes.items():
+        if len(name.encode()) + len(".lora_a") > _LONGEST:
+            raise UserError(f"the tensor name {name} is too long for an adapter of it.")
+        for suffix, values in zip((".lora_a", ".lora_b"), _gguf_factors(name, one), strict=True):
+            writer.add_tensor(name + suffix, np.ascontiguousarray(values, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# ggml keeps 64 bytes for a name, the last of them zero.
+_LONGEST = 63
+
+
+def read_gguf(path: Path) -> Adapter:
+    """Read back a LoRA of llama.cpp's.
+
+    Raises:
+        UserError: when the file is no GGUF or no LoRA.
+    """
+    with GgufSource(path) as file:
+        if file.metadata.get("adapter.type") != "lora":
+            raise UserError(f"{path} is no LoRA adapter: its adapter.type is not lora.")
+        changes = {}
+        for entry in file.tensors:
+            if not entry.endswith(".lora_a"):
+                continue
+            name = entry.removesuffix(".lora_a")
+            first, second = file.values(entry), file.values(f"{name}.lora_b")
+            if is_embedding(name):
+                changes[name] = LowRank("embedding", first, second.T)
+            else:
+                kind = "experts" if first.ndim == 3 else "linear"
+                changes[name] = LowRank(kind, second, first)
+        alpha = float(file.metadata["adapter.lora.alpha"])
+    adapter = Adapter(alpha, changes)
+    return Adapter(alpha / adapter.rank, changes)
+
+
+IGNORED: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("kimi-linear", "bailingmoe3", "glm5-next"), frozenset({"attn_output"})),
+    "kimi-k3": frozenset({"attn_output", "ffn_down", "ffn_down_shexp", "ffn_routed_up"}),
+    "nemotron_h_moe": frozenset({"ffn_latent_up"}),
+}
+"""general.architecture -> writers that llama.cpp multiplies with past all adapters.
+
+Its graphs call ggml_mul_mat there, not build_lora_mm (kimi-linear's in some layers only).
+tests/test_adapter_architectures.py tries every writer of every architecture.
+"""
+
+
+def ignored(architecture: str, names: Iterable[str]) -> list[str]:
+    """The tensors to which llama.cpp would not apply an adapter."""
+    roles = IGNORED.get(architecture, frozenset())
+    return [name for name in names if roles & set(name.split("."))]
+
+
+def is_embedding(name: str) -> bool:
+    """Whether llama.cpp takes an adapter of this tensor for one of its token embedding."""
+    return name.endswith("token_embd.weight")
+
+
+def _gguf_factors(name: str, one: LowRank) -> tuple[np.ndarray, np.ndarray]:
+    """lora_a and lora_b in NumPy's order."""
+    if is_embedding(name):  # flipped: rows of lora_a are looked up
+        return one.left, one.right.T
+    return one.right, one.left
