@@ -153,8 +153,11 @@ def test_llama_cpp_applies_adapters_to_every_writer_but_those_listed(
     listed = adapters.ignored(architecture, proof["left"])
     for name, (_, left) in proof["left"].items():
         assert name in listed or left < 1e-5, name
+    # A made model has ffn_down and ffn_down_exps in one block, and runs one of them.
     without_effect = {
-        name.split(".")[2] for name, (without, left) in proof["left"].items() if without == left
+        name.split(".")[2]
+        for name, (without, left) in proof["left"].items()
+        if without == left > 1e-5
     }
     assert without_effect == adapters.IGNORED.get(architecture, set())
 
