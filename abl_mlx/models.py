@@ -14,8 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from abl_mlx.arrays import parameters
+from convert import packed
 from convert.errors import UserError
 from convert.hf_config import read_config
+
+# Weights up to which a model is widened to float32 at once: 256 MB.
+_WIDENED = 1 << 26
 
 
 @dataclass
@@ -106,8 +110,8 @@ def computes_on_cpu() -> bool:
 def load(folder: Path, *, check: bool = True) -> ChatModel:
     """Load an MLX or Hugging Face folder.
 
-    On the CPU the weights are widened to float32 (exact, and about 50 times faster there than
-    half precision); on Metal they stay as stored.
+    On the CPU it computes in float32 (exact, and about 50 times faster there than half precision),
+    with matrices as `convert.packed` holds them; on Metal everything stays as stored.
 
     Args:
         folder: holds config.json, model*.safetensors and the tokenizer.
@@ -126,9 +130,9 @@ def load(folder: Path, *, check: bool = True) -> ChatModel:
     if check:
         check_finite(model, folder)
     if computes_on_cpu():
-        model.set_dtype(mx.float32)
-        for _, value in parameters(model):
-            mx.eval(value)
+        if sum(value.size for _, value in parameters(model)) <= _WIDENED:
+            model.set_dtype(mx.float32)
+        packed.hold(model)
     tokenizer = load_tokenizer(folder, config, folder)
     return ChatModel(folder, model, tokenizer, config)
 

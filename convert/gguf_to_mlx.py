@@ -377,6 +377,8 @@ def load(
         found.model.update_modules(_tree(replaced))
     found.model.load_weights(values, strict=True)
     found.model.eval()
+    if on_cpu and widen:
+        packed.hold(found.model)
     _check_finite(found.model, source)
     return Loaded(found.model, found.config, found)
 

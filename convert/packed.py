@@ -2,8 +2,9 @@
 
 MLX's own quantized modules serve the types that are affine groups of 32 (`convert.mlx_types`), on
 Metal. Everything else is held here: types whose groups have 16 weights or a codebook, which no mode
-of MLX is, and, on a CPU, all of them, because a product with unpacked float32 weights is many times
-faster there than MLX's quantized one. A product unpacks `CHUNK` weights at a time.
+of MLX is. On a CPU all matrices are, float ones too, because there products go through NumPy's
+BLAS, which is many times faster than the reference BLAS in MLX's wheel for Linux. A product unpacks
+`CHUNK` weights at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from gguf import GGMLQuantizationType
+from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from convert.ggml_types import grid_codec
@@ -233,7 +235,8 @@ class _Packed(nn.Module):
         shape: tuple[int, ...],
         bias: mx.array | None = None,
     ) -> None:
-        super().__init__()
+        # Not the base class's, which would make up weights of its own.
+        nn.Module.__init__(self)
         self._form = form
         self._shape = shape
         for name, value in parts.items():
@@ -278,6 +281,9 @@ class _Packed(nn.Module):
         MLX's wheel for Linux comes with the reference BLAS, which is about fifty times slower.
         """
         n = self._form.n
+        if self["weight"].dtype == mx.float32 and not self._form.bits:
+            weight = np.array(self["weight"], copy=False).reshape(-1, n)
+            return np.asarray(x @ weight[first:last].T)
         step = max(1, min(CHUNK // n, last - first))
         product = np.empty((len(x), last - first), np.float32)
         values = np.empty((step, n), np.float32)
@@ -308,7 +314,7 @@ def _on_cpu() -> bool:
 _EAGER = 1 << 23
 
 
-class PackedLinear(_Packed):
+class PackedLinear(_Packed, nn.Linear):
     """x Wᵀ + b."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -316,7 +322,7 @@ class PackedLinear(_Packed):
         return product + self["bias"] if "bias" in self else product
 
 
-class PackedEmbedding(_Packed):
+class PackedEmbedding(_Packed, nn.Embedding):
     """Rows by token; also the output head, where it is tied."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -328,7 +334,7 @@ class PackedEmbedding(_Packed):
         return self._product(x)
 
 
-class PackedSwitchLinear(_Packed):
+class PackedSwitchLinear(_Packed, SwitchLinear):
     """The experts that each token is sent to: as mlx-lm's SwitchLinear."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
@@ -369,6 +375,31 @@ class PackedSwitchLinear(_Packed):
             made = self._multiply(flat[here].reshape(-1, n), first, first + out)
             product[here] = made.reshape(-1, rows, out)
         return mx.array(product).reshape(*batch, rows, out)
+
+
+def hold(model: nn.Module) -> None:
+    """Have a loaded model's float matrices multiplied by NumPy's BLAS, for a model on the CPU.
+
+    Matrices keep their type; everything else in the model is widened to float32, in which it then
+    computes.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if type(module) not in (nn.Linear, nn.Embedding, SwitchLinear):
+            continue
+        weight = module["weight"]
+        n = weight.shape[-1]
+        parts = {"codes": weight.reshape(-1, n)}
+        held = packed_module(module, Form(n), parts, weight.shape, module.get("bias"))
+        assert held is not None
+        found[path] = held
+    model.update_modules(tree_unflatten(list(found.items())))
+    for path, module in model.named_modules():
+        for name, value in module.items():
+            matrix = path in found and name == "weight"
+            if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
+                module[name] = value if matrix else value.astype(mx.float32)
+                mx.eval(module[name])
 
 
 def packed_module(
