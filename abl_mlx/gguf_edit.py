@@ -1,7 +1,6 @@
 """An Edit applied to the tensors of a GGUF in their own types, and measured in what was written.
 
-Work goes in slabs: some columns of a writer (each column is a constraint of its own), some rows of
-an embedding. So memory is bounded by the slab and the tensor's bytes, whatever the tensor's size.
+Work goes in slabs, so memory is bounded by the slab and the tensor's bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from gguf import GGMLQuantizationType
 
 from abl_mlx import rounding
 from abl_mlx.apply import TensorEdit
-from abl_mlx.edits import Edit, Leak, leak, rounded, stream_axis, target
+from abl_mlx.edits import Edit, Leak, leak, rounded, stream_axis
+from abl_mlx.slabs import SLAB, Slab, exact_edit, sample, slabs
 from abl_mlx.writers import Writer
 from convert import ggml, ggml_types
 from convert.errors import UserError
@@ -26,12 +26,6 @@ from convert.gguf_rewrite import Replacement
 from convert.gguf_writers import GgufWriter
 from convert.grids import Grid
 from convert.mlx_folder import FLOAT_DTYPES
-
-#: Weights in a slab: about 32 MB of float32, of which a few are alive at once.
-SLAB = 1 << 23
-
-#: Lines of a tensor on which its own grid and a fresh one are compared.
-SAMPLE = 256
 
 
 @dataclass(frozen=True)
@@ -107,41 +101,6 @@ def writer_of(source: GgufSource, one: GgufWriter) -> Writer:
 # --- slabs -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Slab:
-    """A part of a tensor that is edited by itself.
-
-    Attributes:
-        rows: of the tensor's flat rows (experts one below the other).
-        columns: of the row, whole blocks of the type.
-    """
-
-    rows: slice
-    columns: slice
-
-
-def slabs(shape: tuple[int, ...], axis: int, block: int) -> Iterator[Slab]:
-    """Cover a tensor with slabs of about `SLAB` weights, expert by expert, in file order.
-
-    Args:
-        shape: (out, in), (E, out, in), (V, d) or (d,).
-        axis: that of the residual stream, -1 or -2; slabs are never cut across it.
-        block: weights in a block of the type; columns are cut between blocks only.
-    """
-    n = shape[-1]
-    total = int(np.prod(shape[:-1]))
-    if axis == -1:
-        step = max(1, SLAB // n)
-        for first in range(0, total, step):
-            yield Slab(slice(first, min(total, first + step)), slice(0, n))
-        return
-    d = shape[-2]
-    step = max(1, SLAB // (d * block)) * block
-    for first in range(0, total, d):
-        for start in range(0, n, step):
-            yield Slab(slice(first, first + d), slice(start, min(n, start + step)))
-
-
 def read(raw: np.ndarray, kind: GGMLQuantizationType, slab: Slab) -> Any:
     """A slab of a tensor's bytes as a Grid, a FloatGrid, or (no grid) float32 values."""
     block, size = _block(kind)
@@ -167,35 +126,6 @@ def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
 
     block, size = GGML_QUANT_SIZES[kind]
     return block, size
-
-
-def sample(shape: tuple[int, ...], axis: int, block: int) -> Slab:
-    """Some whole lines from the middle of a tensor, of its first expert if it has several."""
-    n, total = shape[-1], int(np.prod(shape[:-1]))
-    if axis == -1:
-        first = max(0, (total - SAMPLE) // 2)
-        return Slab(slice(first, min(total, first + SAMPLE)), slice(0, n))
-    lines = max(1, SAMPLE // block) * block
-    first = max(0, (n - lines) // 2 // block * block)
-    return Slab(slice(0, shape[-2]), slice(first, min(n, first + lines)))
-
-
-def exact_edit(one: TensorPlan, source: np.ndarray) -> rounding.Edited:
-    """The exact edited values of a slab's float32 values, with what has to survive in them."""
-    exact = np.asarray(
-        target(one.edit, one.writer, one.parameter, mx.array(source)).astype(mx.float32)
-    )
-    if not np.isfinite(exact).all():
-        raise UserError(
-            f"{one.name} holds NaN or infinity after the edit: the file is damaged, or --strength "
-            "is too large."
-        )
-    axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
-    basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
-    along = basis @ source if axis == 0 else source @ basis.T
-    # What is taken away along each line has the length |α| times that of the component.
-    length = np.sqrt(np.mean(np.sum(along * along, axis=axis)))
-    return rounding.Edited(exact, basis, axis, abs(one.edit.strength) * float(length))
 
 
 def encoders(kind: GGMLQuantizationType) -> rounding.Encoders:

@@ -705,14 +705,12 @@ def refit(grid: Grid, values: np.ndarray, ggml_type: GGMLQuantizationType) -> Gr
     found = grid_codec(ggml_type)
     rows, n = grid.shape
     count, groups = rows * (n // found.block), found.block // found.group
-    lowest, highest = grid.ends(beyond=0.5)
-    wanted = np.ascontiguousarray(values, dtype=np.float32).reshape(
-        rows, n // found.group, found.group
-    )
-    past = (wanted.min(axis=2) < lowest) | (wanted.max(axis=2) > highest)
+    past = np.zeros(count * groups, dtype=bool)
+    past[grid.left_by(values)] = True
     outside = np.flatnonzero(past.reshape(count, groups).any(axis=1))
     if not len(outside):
         return grid
+    wanted = np.ascontiguousarray(values, dtype=np.float32)
     wanted = wanted.reshape(count, found.block)[outside]
     old = Grid(
         codes=grid.codes.reshape(count, found.block)[outside],
@@ -723,7 +721,7 @@ def refit(grid: Grid, values: np.ndarray, ggml_type: GGMLQuantizationType) -> Gr
     )
     old = old.with_codes(old.nearest(wanted))
     new = fresh(wanted, ggml_type)
-    better = _squared_error(new, wanted) < _squared_error(old, wanted)
+    better = new.squared_error(wanted) < old.squared_error(wanted)
     if not better.any():
         return grid
     raw = found.encode(grid)
@@ -739,10 +737,6 @@ def as_rows(data: np.ndarray) -> np.ndarray:
     """
     width = data.shape[-1] * data.itemsize
     return np.ascontiguousarray(data).view(np.uint8).reshape(-1, width)
-
-
-def _squared_error(grid: Grid, wanted: np.ndarray) -> np.ndarray:
-    return np.square(grid.values() - wanted, dtype=np.float64).sum(axis=1)
 
 
 def _decoder_name(ggml_type: GGMLQuantizationType) -> str:

@@ -110,6 +110,31 @@ class Grid:
             one, other = one + self.offsets, other + self.offsets
         return np.minimum(one, other), np.maximum(one, other)
 
+    def left_by(self, values: np.ndarray) -> np.ndarray:
+        """Groups that cannot hold these values: indices into all of them, row after row.
+
+        Those with a value that lies more than half a step past their ends.
+
+        Args:
+            values: float32, (R, n).
+        """
+        rows, width = self.shape
+        wanted = np.ascontiguousarray(values, dtype=np.float32)
+        wanted = wanted.reshape(rows, width // self.group, self.group)
+        lowest, highest = self.ends(beyond=0.5)
+        return np.flatnonzero((wanted.min(axis=2) < lowest) | (wanted.max(axis=2) > highest))
+
+    def groups(self, which: np.ndarray) -> Grid:
+        """Some groups as rows of one group each, without a frame."""
+        codes = self.codes.reshape(-1, self.group)[which]
+        scales = self.scales.reshape(-1, 1)[which]
+        offsets = None if self.offsets is None else self.offsets.reshape(-1, 1)[which]
+        return Grid(codes, self.levels, scales, offsets, self.group)
+
+    def squared_error(self, wanted: np.ndarray) -> np.ndarray:
+        """Of every row against float32 (R, n): float64 (R,)."""
+        return np.square(self.values() - wanted, dtype=np.float64).sum(axis=1)
+
     def nearest(self, values: np.ndarray) -> np.ndarray:
         """The code whose level comes nearest, for each of the values: uint8 (R, n).
 

@@ -1,0 +1,113 @@
+"""Parts of a tensor that are edited by themselves, and the exact edit of one.
+
+Work on quantized tensors goes in slabs: some columns of a writer (each column is a constraint of
+its own), some rows of an embedding. So memory is bounded by the slab, whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx import rounding
+from abl_mlx.edits import Edit, stream_axis, target
+from abl_mlx.writers import Writer
+from convert.errors import UserError
+
+#: Weights in a slab: about 32 MB of float32, of which a few are alive at once.
+SLAB = 1 << 23
+
+#: Lines of a tensor on which its own grid and a fresh one are compared.
+SAMPLE = 256
+
+
+class Edited(Protocol):
+    """What is done to one tensor."""
+
+    @property
+    def name(self) -> str:
+        """Of the tensor, for messages."""
+
+    @property
+    def edit(self) -> Edit:
+        """What is done."""
+
+    @property
+    def writer(self) -> Writer:
+        """The writer that the tensor belongs to."""
+
+    @property
+    def parameter(self) -> str:
+        """``weight`` or ``bias``."""
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A part of a tensor that is edited by itself.
+
+    Attributes:
+        rows: of the tensor's flat rows (experts one below the other).
+        columns: of the row, whole blocks of the type.
+    """
+
+    rows: slice
+    columns: slice
+
+
+def slabs(shape: tuple[int, ...], axis: int, block: int) -> Iterator[Slab]:
+    """Cover a tensor with slabs of about `SLAB` weights, expert by expert, in file order.
+
+    Args:
+        shape: (out, in), (E, out, in), (V, d) or (d,).
+        axis: that of the residual stream, -1 or -2; slabs are never cut across it.
+        block: weights in a block of the type; columns are cut between blocks only.
+    """
+    n = shape[-1]
+    total = int(np.prod(shape[:-1]))
+    if axis == -1:
+        step = max(1, SLAB // n)
+        for first in range(0, total, step):
+            yield Slab(slice(first, min(total, first + step)), slice(0, n))
+        return
+    d = shape[-2]
+    step = max(1, SLAB // (d * block)) * block
+    for first in range(0, total, d):
+        for start in range(0, n, step):
+            yield Slab(slice(first, first + d), slice(start, min(n, start + step)))
+
+
+def sample(shape: tuple[int, ...], axis: int, block: int) -> Slab:
+    """Some whole lines from the middle of a tensor, of its first expert if it has several."""
+    n, total = shape[-1], int(np.prod(shape[:-1]))
+    if axis == -1:
+        first = max(0, (total - SAMPLE) // 2)
+        return Slab(slice(first, min(total, first + SAMPLE)), slice(0, n))
+    lines = max(1, SAMPLE // block) * block
+    first = max(0, (n - lines) // 2 // block * block)
+    return Slab(slice(0, shape[-2]), slice(first, min(n, first + lines)))
+
+
+def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
+    """The exact edited values of a slab's float32 values, with what has to survive in them.
+
+    Raises:
+        UserError: when they are not finite.
+    """
+    exact = np.asarray(
+        target(one.edit, one.writer, one.parameter, mx.array(source)).astype(mx.float32)
+    )
+    if not np.isfinite(exact).all():
+        raise UserError(
+            f"{one.name} holds NaN or infinity after the edit: the file is damaged, or --strength "
+            "is too large."
+        )
+    axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
+    basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
+    along = basis @ source if axis == 0 else source @ basis.T
+    # What is taken away along each line has the length |α| times that of the component.
+    length = np.sqrt(np.mean(np.sum(along * along, axis=axis)))
+    return rounding.Edited(exact, basis, axis, abs(one.edit.strength) * float(length))
