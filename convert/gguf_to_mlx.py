@@ -208,7 +208,7 @@ def _can_move(weight: Weight, kind: GGMLQuantizationType) -> bool:
 
 
 def _raw_slabs(source: GgufSource, weight: Weight) -> Iterator[tuple[np.ndarray, int]]:
-    """The raw rows of all pieces in order, a slab at a time, with the piece's index."""
+    """The raw rows of all pieces in order, contiguous, a slab at a time, with the piece's index."""
     for index, piece in enumerate(weight.pieces):
         entry = source.tensor(piece.tensor)
         raw = source.raw(piece.tensor)
@@ -272,7 +272,7 @@ def _moved(
             if piece.columns is None:
                 yield mlx_types.repack(raw, n, kind, exact=exact)
                 continue
-            grid = grid_codec(kind).decode(np.ascontiguousarray(raw), n)
+            grid = grid_codec(kind).decode(raw, n)
             turned = _with_columns(grid, piece.columns)
             yield mlx_types.affine(turned, mlx_types.AFFINE[kind], exact=exact)
         except UserError as error:
@@ -423,7 +423,7 @@ def _module(
     else:
         if any(piece.columns is not None for piece in weight.pieces):
             return None
-        forms = [packed.pack_rows(np.ascontiguousarray(raw), n, kind)
+        forms = [packed.pack_rows(raw, n, kind)
                  for raw, _ in _raw_slabs(source, weight)]  # fmt: skip
         form = forms[0][0]
         parts = {
@@ -753,9 +753,7 @@ class _Shards:
             width = slab.shape[1:]
             rows += slab.shape[0]
             mx.eval(slab)
-            if dtype == mx.bfloat16:
-                slab = slab.view(mx.uint16)
-            data = np.ascontiguousarray(np.array(slab, copy=False)).tobytes()
+            data = np.array(slab.view(mx.uint8), copy=False).tobytes()
             self._stream.write(data)
             self._at += len(data)
         if shape is None:
