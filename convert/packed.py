@@ -105,7 +105,7 @@ class Form:
         from convert.packed_kernels import unpack
 
         none = np.zeros((0, 0), np.float32)
-        raw = np.ascontiguousarray(codes).view(np.uint8)
+        raw = codes.view(np.uint8)
         levels = np.arange(1 << self.bits, dtype=np.float32) + np.float32(self.start)
         if self.mode == "mxfp4":
             scales = np.ldexp(np.float32(1), parts["scales"].astype(np.int32) - 127)
@@ -218,7 +218,7 @@ def _whole_scales(scales: np.ndarray, d: np.ndarray) -> np.ndarray:
 # Modules
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """A weight of R rows held packed.
 
     Args:
@@ -248,6 +248,11 @@ class _Packed(nn.Module):
             self.bias = bias
         self.freeze()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, unpacked: (out, in) or (experts, out, in)."""
+        return self._shape
+
     def _part(self, pick: Any) -> dict[str, mx.array]:
         """Some rows of every array: a slice of, or indices into, the rows in one line."""
         found = {}
@@ -263,11 +268,11 @@ class _Packed(nn.Module):
 
     def _product(self, x: mx.array) -> mx.array:
         """x Wᵀ, (..., n) -> (..., out)."""
-        x = x.astype(mx.float32)
         count, n = self._shape[0], self._form.n
+        x = x.astype(mx.float32)
         if _on_cpu() and x.size // n * count <= _EAGER:
             mx.eval(x)
-            flat = np.array(x, copy=False).reshape(-1, n)
+            flat = np.array(x.astype(mx.float32), copy=False).reshape(-1, n)
             return mx.array(self._multiply(flat, 0, count)).reshape(*x.shape[:-1], count)
         step = max(1, CHUNK // n)
         parts = [
@@ -282,7 +287,7 @@ class _Packed(nn.Module):
         """
         n = self._form.n
         if self["weight"].dtype == mx.float32 and not self._form.bits:
-            weight = np.array(self["weight"], copy=False).reshape(-1, n)
+            weight = np.array(self["weight"].astype(mx.float32), copy=False).reshape(-1, n)
             return np.asarray(x @ weight[first:last].T)
         step = max(1, min(CHUNK // n, last - first))
         product = np.empty((len(x), last - first), np.float32)
@@ -300,8 +305,8 @@ class _Packed(nn.Module):
         found = {}
         for name, part in self._part(slice(None)).items():
             mx.eval(part)
-            plain = part.view(mx.uint16) if part.dtype == mx.bfloat16 else part
-            found[name] = np.array(plain, copy=False)
+            bits = part.dtype == mx.bfloat16
+            found[name] = np.array(part.view(mx.uint16) if bits else part, copy=False)
         return found
 
 
@@ -314,7 +319,7 @@ def _on_cpu() -> bool:
 _EAGER = 1 << 23
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(Packed, nn.Linear):
     """x Wᵀ + b."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -322,7 +327,7 @@ class PackedLinear(_Packed, nn.Linear):
         return product + self["bias"] if "bias" in self else product
 
 
-class PackedEmbedding(_Packed, nn.Embedding):
+class PackedEmbedding(Packed, nn.Embedding):
     """Rows by token; also the output head, where it is tied."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -334,7 +339,7 @@ class PackedEmbedding(_Packed, nn.Embedding):
         return self._product(x)
 
 
-class PackedSwitchLinear(_Packed, SwitchLinear):
+class PackedSwitchLinear(Packed, SwitchLinear):
     """The experts that each token is sent to: as mlx-lm's SwitchLinear."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
@@ -363,7 +368,8 @@ class PackedSwitchLinear(_Packed, SwitchLinear):
         """(..., m, n) and experts (...) that broadcast with one another -> (..., m, out)."""
         _, out, n = self._shape
         mx.eval(x, indices)
-        values, chosen = np.array(x, copy=False), np.array(indices, copy=False)
+        values = np.array(x.astype(mx.float32), copy=False)
+        chosen = np.array(indices.astype(mx.int32), copy=False)
         batch = np.broadcast_shapes(values.shape[:-2], chosen.shape)
         rows = values.shape[-2]
         flat = np.broadcast_to(values, (*batch, rows, n)).reshape(-1, rows, n)
