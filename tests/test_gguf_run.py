@@ -21,6 +21,7 @@ from convert.gguf_file import GgufSource
 from convert.gguf_writers import find
 from convert.mlx_to_gguf import write_gguf
 from tests import tiny
+from tests.ollama_tools import Store, read_modelfile
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +197,39 @@ def test_a_direction_of_the_file_alone(demo: Callable[[str], Path], tmp_path: Pa
         for name in ("q4", "float")
     )
     assert abs(one @ other) / np.linalg.norm(one) / np.linalg.norm(other) > 0.98
+
+
+def test_from_ollama_and_back(
+    demo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ollama keeps beside the weights comes along, and `ollama create` gets the result."""
+    store = Store(tmp_path / "store")
+    kept = {"template": "<|im_start|>user\n{{ .Prompt }}", "license": "Do as you like."}
+    store.add(
+        "registry.ollama.ai/library/tiny/latest",
+        model=demo("Q8_0").read_bytes(), params={"stop": ["<|im_end|>"]}, **kept,
+    )  # fmt: skip
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    called = tmp_path / "called"
+    (programs / "ollama").write_text(f'#!/bin/sh\necho "$@" > {called}\ncat "$4" >> {called}\n')
+    (programs / "ollama").chmod(0o755)
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    out = tmp_path / "out" / "o.gguf"
+    record = abl_mlx(
+        "run", "ollama:tiny", "-o", out, "--ollama-create", "tiny-edited", "--limit", 16
+    )
+    assert record["source"] == "ollama:tiny"
+    assert record["before"]["harmful_refusal_rate"] >= 0.9
+    assert record["after"]["harmful_refusal_rate"] <= 0.1
+    command, *lines = called.read_text().splitlines()
+    assert command == f"create tiny-edited -f {out.with_name('o.Modelfile')}"
+    file = dict(read_modelfile("\n".join(lines)))
+    assert file["FROM"] == "./o.gguf"
+    assert file["TEMPLATE"] == kept["template"]
+    assert file["LICENSE"] == kept["license"]
+    assert "ollama pull huge" in fails("eval", "ollama:huge")
 
 
 def test_inspect_reads_the_header_alone(demo: Callable[[str], Path]) -> None:
