@@ -50,7 +50,7 @@ class ChatModel:
     def width(self) -> int:
         """d, the number of dimensions of the residual stream."""
         text = self.config.get("text_config") or self.config
-        for key in ("hidden_size", "n_embd", "d_model", "dim", "model_dim"):
+        for key in ("hidden_size", "n_embd", "d_model", "dim", "model_dim", "hidden_dim"):
             if isinstance(text.get(key), int):
                 return int(text[key])
         raise UserError(f"{self.folder / 'config.json'} does not say the model's hidden_size.")
