@@ -11,6 +11,7 @@ makes no difference either how the weights are stored, or which experts a prompt
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ class Leaf:
         layer: the layer it stands in; None outside of all layers.
         norm: whether it is a norm, which runs as it is.
         stub: whether it answers with noise: whether it holds a matrix.
-        widths: of the last axis of its outputs, as far as it was called.
+        called: whether it was called at all.
+        widths: of the last axis of its outputs, as far as they are arrays.
     """
 
     path: str
@@ -48,6 +50,7 @@ class Leaf:
     layer: int | None
     norm: bool
     stub: bool
+    called: bool = False
     widths: set[int] = field(default_factory=set)
 
 
@@ -244,7 +247,9 @@ class Probe:
         """
         self._start(held=shifts is not None, shifts=shifts)
         call = self.calls[index][0]
-        states = self.states(self.layers[index](*call.args, **call.kwargs), index)
+        args = map(_snapshot, call.args)
+        kwargs = {name: _snapshot(value) for name, value in call.kwargs.items()}
+        states = self.states(self.layers[index](*args, **kwargs), index)
         mx.eval(states)
         return states
 
@@ -295,6 +300,7 @@ class Probe:
         def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
             nth = self._count.get(index, 0)
             self._count[index] = nth + 1
+            leaf.called = True
             if leaf.norm:
                 return self._norm(index, nth, call, args, kwargs)
             if not leaf.stub:
@@ -364,7 +370,10 @@ def _frozen_norm(call: Callable[..., Any], before: mx.array, now: mx.array) -> m
 
 
 def _snapshot(value: Any) -> Any:
-    return value.reshape(value.shape) if isinstance(value, mx.array) else value
+    """The value as it is now; arrays, and objects that collect them, may be written into."""
+    if isinstance(value, mx.array):
+        return value.reshape(value.shape)
+    return value if value is None or isinstance(value, nn.Module) else copy.copy(value)
 
 
 def _widen(value: Any) -> Any:

@@ -13,6 +13,7 @@ the architecture is refused.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -149,7 +150,36 @@ def _of_layer(chat: ChatModel, probe: Probe, index: int) -> dict[int, mx.array |
         gain = _gain(leaf, by_ones, by_noise, noise)
         if gain is not None:
             found[which] = _unless_plain(gain)
-    return found
+    return found | _not_called(chat, probe, index, found)
+
+
+def _not_called(
+    chat: ChatModel, probe: Probe, index: int, found: dict[int, mx.array | None]
+) -> dict[int, mx.array | None]:
+    """Writers of a layer that no token was sent to: experts that are modules of their own (DBRX).
+
+    They write as the other experts of their list do.
+    """
+    gains = {_pattern(probe.leaves[which].path): gain for which, gain in found.items()}
+    called = {_pattern(leaf.path) for leaf in probe.leaves if leaf.layer == index and leaf.called}
+    more: dict[int, mx.array | None] = {}
+    for which, leaf in enumerate(probe.leaves):
+        if leaf.layer != index or leaf.called or not leaf.stub:
+            continue
+        pattern = _pattern(leaf.path)
+        weight = leaf.module.get("weight")
+        if pattern in gains:
+            more[which] = gains[pattern]
+        elif pattern not in called and weight is not None and chat.width in weight.shape[-2:-1]:
+            raise UserError(
+                f"{leaf.path} could write to the residual stream, but {chat.model_type} did not "
+                "use it when it was probed: this architecture is refused."
+            )
+    return more
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".N", path)
 
 
 def _candidate(leaf: Leaf, width: int) -> bool:

@@ -8,10 +8,13 @@ allows, and no two of them agree by chance: a mistake about which width is which
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
+import re
 import sys
 import zlib
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,8 +24,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from abl_mlx.edits import Edit, target
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel
+from abl_mlx.writers import find_writers
+from convert.errors import UserError
 
 VOCABULARY = 97
 
@@ -183,16 +189,18 @@ def chat(arch: str, seed: int = 0) -> ChatModel:
 
 
 def component(chat: ChatModel, directions: mx.array, prompt: str = "What is a garden?") -> float:
-    """The largest |r·h| / |h| after any layer and at any token of a prompt, in float64.
+    """The largest |r·h| / |h| before or after any layer and at any token of a prompt, in float64.
 
-    Reads every array of the model's width that a layer hands on, whatever its form.
+    Reads every array of the model's width that a layer is handed or hands on, whatever its form.
     """
     states: list[mx.array] = []
 
     def keep(call: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
         whole = output[0] if isinstance(output, tuple | list) else output
-        states.append(whole.reshape(-1, chat.width))  # what later writes into it is not meant
+        streams = [a for a in args if isinstance(a, mx.array) and a.shape[2:][-1:] == (chat.width,)]
+        for one in [*streams, whole]:
+            states.append(one.reshape(-1, chat.width))  # what later writes into it is not meant
         return output
 
     with around([(layer, keep) for layer in chat.layers]):
@@ -205,6 +213,86 @@ def component(chat: ChatModel, directions: mx.array, prompt: str = "What is a ga
         along = np.abs(values @ unit.T).max(axis=-1)
         worst = max(worst, float((along / np.linalg.norm(values, axis=-1)).max()))
     return worst
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a random model of an architecture.
+
+    Attributes:
+        writers: path -> whether a gain stands behind it; layers as N.
+        reason: why it was refused, or None.
+        before, after: the component of a random direction, around the edit.
+        without: the component when one group of writers is left unedited, by group.
+    """
+
+    writers: dict[str, bool]
+    reason: str | None
+    before: float = 0.0
+    after: float = 0.0
+    without: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@functools.cache
+def outcome(name: str) -> Outcome:
+    """Find the writers of an architecture, edit it with the real edit code, and measure."""
+    model = chat(name)
+    try:
+        writers = find_writers(model)
+    except UserError as error:
+        return Outcome({}, str(error))
+    direction = mx.random.normal((1, model.width), key=mx.random.key(5))
+    before = component(model, direction)
+    original = model.model.parameters()
+    edited = {}
+    for writer in Edit(direction).chosen(writers):
+        for path in writer.parameters:
+            parameter = path.rsplit(".", 1)[1]
+            edited[path] = target(Edit(direction), writer, parameter, writer.module[parameter])
+    groups = {pattern(writer.path): writer.gain is not None for writer in writers}
+    without = {}
+    for group in groups:
+        some = {path: v for path, v in edited.items() if pattern(path.rpartition(".")[0]) != group}
+        model.model.update(tree_unflatten(list(some.items())))
+        without[group] = component(model, direction)
+        model.model.update(original)
+    model.model.update(tree_unflatten(list(edited.items())))
+    return Outcome(groups, None, before, component(model, direction), without)
+
+
+def pattern(path: str) -> str:
+    """A writer's path with numbers of layers and experts as N."""
+    return re.sub(r"\.\d+(?=\.)", ".N", path)
+
+
+def table() -> str:
+    """docs/mlx-architectures.md, in Markdown."""
+    lines = [
+        "# Architectures of mlx-lm",
+        "",
+        "Which weights `abl-mlx` edits in a model of each architecture of mlx-lm "
+        f"{metadata.version('mlx-lm')}. They are found by",
+        "probing the forward pass (`abl_mlx/writers.py`), not from this table: the table is what",
+        "was found in tiny models with random weights. *Edited* means that a random direction was",
+        "removed from these weights and its component is below 1e-5 in float32 after every layer",
+        "(`tests/test_zoo.py`). Behind weights with a star stands a norm, whose gain is folded",
+        "into the edit. Biases are edited with their weights, and stacks of experts all at once.",
+        "Lines with a comma are other settings of an architecture. What is refused was tried on a",
+        "CPU.",
+        "",
+        "Generated: `python -m tests.zoo > docs/mlx-architectures.md`.",
+        "",
+        "| Architecture | Writers | Gain | Status |",
+        "|---|---|---|---|",
+    ]
+    for name in sorted([*architectures(), *VARIANTS], key=str.lower):
+        one = outcome(name)
+        cells = ", ".join(f"`{p}`{'*' if gain else ''}" for p, gain in one.writers.items())
+        gains = sum(one.writers.values())
+        gain = "norm" if gains else ("" if one.reason else "none")
+        status = f"refused: {one.reason}" if one.reason else "edited"
+        lines.append(f"| {name} | {cells} | {gain} | {status.replace('|', '')} |")
+    return "\n".join(lines) + "\n"
 
 
 _SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
@@ -594,6 +682,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "apertus, biases": {"attention_bias": True, "mlp_bias": True},
     "cohere, norms of queries": {"use_qk_norm": True, "layer_norm_bias": True},
+    "dbrx, more experts than tokens": {
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 40, "moe_top_k": 1}
+    },
     "deepseek_v3, no query rank": {"q_lora_rank": None, "attention_bias": True},
     "exaone_moe, dense": {"is_moe_layer": [False, False, False]},
     "falcon_h1, biases": {"mamba_proj_bias": True, "attention_bias": True, "mlp_bias": True},
@@ -621,3 +712,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Settings of an architecture's config under which it writes in other ways, tried beside the one of
 `config`: name -> what differs."""
+
+
+if __name__ == "__main__":
+    print(table(), end="")
