@@ -107,7 +107,7 @@ def computes_on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
-def load(folder: Path, *, check: bool = True) -> ChatModel:
+def load(folder: Path, *, check: bool = True, adapter: Path | None = None) -> ChatModel:
     """Load an MLX or Hugging Face folder.
 
     On the CPU it computes in float32 (exact, and about 50 times faster there than half precision),
@@ -116,19 +116,19 @@ def load(folder: Path, *, check: bool = True) -> ChatModel:
     Args:
         folder: holds config.json, model*.safetensors and the tokenizer.
         check: look at every weight for NaN and infinity, one tensor at a time.
+        adapter: an adapter folder, applied as `mlx_lm.generate --adapter-path` does.
 
     Raises:
         UserError: missing config or weights, an architecture that mlx-lm does not know, tensors
             that do not fit it, no tokenizer, no chat template, weights that are not finite.
     """
-    config = read_config(folder)
-    if not any(folder.glob("model*.safetensors")):
-        raise UserError(
-            f"{folder} holds no model*.safetensors: fetch the model's weights in that format."
-        )
-    model, config = _load_model(folder, config)
+    model, config = _load_model(folder, read_config(folder))
     if check:
         check_finite(model, folder)
+    if adapter is not None:
+        from mlx_lm.tuner.utils import load_adapters
+
+        load_adapters(model, str(adapter))
     if computes_on_cpu():
         if sum(value.size for _, value in parameters(model)) <= _WIDENED:
             model.set_dtype(mx.float32)
@@ -137,9 +137,27 @@ def load(folder: Path, *, check: bool = True) -> ChatModel:
     return ChatModel(folder, model, tokenizer, config)
 
 
-def _load_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def load_lazily(folder: Path) -> ChatModel:
+    """The same from config.json and the files' headers: no weight is read before it is asked for.
+
+    Enough to find writers and to edit file to file; whoever runs it loads it all.
+
+    Raises:
+        UserError: as `load`, but for weights that are not finite.
+    """
+    model, config = _load_model(folder, read_config(folder), lazy=True)
+    return ChatModel(folder, model, load_tokenizer(folder, config, folder), config)
+
+
+def _load_model(
+    folder: Path, config: dict[str, Any], *, lazy: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     from mlx_lm.utils import _get_classes, load_model
 
+    if not any(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"{folder} holds no model*.safetensors: fetch the model's weights in that format."
+        )
     try:
         _, arguments = _get_classes(config)
     except ValueError:
@@ -152,7 +170,7 @@ def _load_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[s
     try:
         # Lazily: tensors are evaluated one by one, which keeps the peak at the model's own size.
         model, config = load_model(folder, lazy=True, model_config=added)
-        for _, value in parameters(model):
+        for _, value in [] if lazy else parameters(model):
             mx.eval(value)
     except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())

@@ -1,0 +1,134 @@
+"""Whether an edited model is free of the direction after every layer, and else what is to blame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.arrays import number
+from abl_mlx.edits import Edit, orthonormal
+from abl_mlx.hooks import around
+from abl_mlx.models import ChatModel
+from abl_mlx.writers import Writer, find_writers
+from convert.errors import UserError
+
+#: The largest |r·h| / |h| that a complete edit of float weights leaves.
+LIMIT = 1e-4
+
+
+def is_complete(edit: Edit) -> bool:
+    """Whether the edit is one after which nothing of the direction can be left."""
+    return edit.strength == 1 and edit.layers is None and edit.embedding
+
+
+def is_float(writer: Writer) -> bool:
+    """Whether the writer's weight is of plain floats, with room for an exact edit."""
+    module = writer.module
+    quantized = "scales" in module or any(str(key).startswith("packed_") for key in module)
+    return not quantized and mx.issubdtype(module["weight"].dtype, mx.floating)
+
+
+def by_layer(
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    sequences: Sequence[Sequence[int]],
+    directions: mx.array,
+) -> tuple[list[float], dict[str, float]]:
+    """The largest |r·h| / |h| after every layer, and |u·y| / |y| of every writer's output y.
+
+    Runs in float32 whatever the weights are stored in: embeddings are widened, and everything
+    that meets them follows. A writer's u is where its output must have nothing, behind its gain.
+
+    Args:
+        sequences: encoded prompts, run one by one.
+        directions: (k, d).
+    """
+    unit = orthonormal(directions)
+    layers: list[mx.array | None] = [None] * len(chat.layers)
+    outputs: dict[str, mx.array] = {}
+    edit = Edit(directions)
+
+    def watch_layer(index: int) -> Any:
+        def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            states = output[0] if isinstance(output, tuple | list) else output
+            layers[index] = _larger(layers[index], states, unit)
+            return output
+
+        return wrapper
+
+    def watch_writer(writer: Writer) -> Any:
+        basis = edit.basis(writer)
+
+        def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            if writer.kind == "embedding":
+                output = output.astype(mx.float32)
+            outputs[writer.path] = _larger(outputs.get(writer.path), output, basis)
+            return output
+
+        return wrapper
+
+    pairs = [(layer, watch_layer(index)) for index, layer in enumerate(chat.layers)]
+    pairs += [(writer.module, watch_writer(writer)) for writer in writers]
+    with around(pairs):
+        for sequence in sequences:
+            chat.model(mx.array([list(sequence)], mx.int32))
+            mx.eval([one for one in layers if one is not None], list(outputs.values()))
+    return (
+        [0.0 if one is None else number(one) for one in layers],
+        {path: number(value) for path, value in outputs.items()},
+    )
+
+
+def _larger(before: mx.array | None, states: mx.array, basis: mx.array) -> mx.array:
+    states = states.reshape(-1, states.shape[-1]).astype(mx.float32)
+    along = mx.abs(states @ basis.T).max(axis=-1)
+    share = (along / mx.maximum(mx.sqrt((states * states).sum(axis=-1)), 1e-30)).max()
+    return share if before is None else mx.maximum(before, share)
+
+
+def check(
+    chat: ChatModel, edit: Edit, prompts: Sequence[str], *, limit: float = LIMIT
+) -> list[float] | None:
+    """Refuse a model whose complete edit left something of the direction in its stream.
+
+    Args:
+        chat: the edited model, as it was written.
+        prompts: a few are enough: what is looked at holds at every token.
+
+    Returns:
+        the largest |r·h| / |h| after every layer; None for an edit that is not complete, or of
+        weights that are quantized, where the leak is what tells.
+
+    Raises:
+        UserError: with the first layer above ``limit`` and the module that writes most of it.
+    """
+    if not is_complete(edit):
+        return None
+    writers = find_writers(chat)
+    if not all(map(is_float, writers)):
+        return None
+    layers, outputs = by_layer(
+        chat, writers, [chat.encode(prompt) for prompt in prompts], edit.directions
+    )
+    worst = next((index for index, share in enumerate(layers) if not share <= limit), None)
+    if worst is None:
+        return layers
+    blamed = {
+        writer.path: outputs[writer.path]
+        for writer in writers
+        if writer.layer <= worst and not outputs.get(writer.path, 0.0) <= limit
+    }
+    if blamed:
+        path = max(blamed, key=lambda path: blamed[path])
+        who = f"most of it written by {path} ({blamed[path]:.1e} of its output)"
+    else:
+        who = "though every residual writer's output is free of it"
+    raise UserError(
+        f"the edited model still holds {layers[worst]:.1e} of the direction in its residual stream "
+        f"after layer {worst}, {who}: more than {limit:g}, so the edit is not exact; write the "
+        "edited weights in a finer type, and if they are finer already, please report it."
+    )
