@@ -149,7 +149,9 @@ def _edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             required=True,
             type=click.Path(path_type=Path),
-            help="Where the edited model goes: a folder (MLX) or NAME.gguf. May be given again.",
+            help="Where the edited model goes: a folder (MLX) or NAME.gguf; or an adapter for the "
+            "model as it is: NAME.adapter (mlx-lm) or NAME.lora.gguf (llama.cpp). May be given "
+            "again.",
         ),
     ]
     return _decorated(command, flags)

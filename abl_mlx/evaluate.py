@@ -158,8 +158,12 @@ def llamacpp_is_there() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def in_llamacpp(path: Path) -> Chat:
-    """A GGUF as something that replies to prompts, in the real llama.cpp."""
+def in_llamacpp(path: Path, lora: Path | None = None) -> Chat:
+    """A GGUF as something that replies to prompts, in the real llama.cpp.
+
+    Args:
+        lora: an adapter for it.
+    """
 
     def answer(texts: Sequence[str], max_tokens: int) -> list[str]:
         from abl_mlx.llamacpp import LlamaCpp
@@ -168,7 +172,7 @@ def in_llamacpp(path: Path) -> Chat:
         # text has at least as many characters as tokens.
         room = 512 + max(map(len, texts), default=0) + max_tokens
         with (
-            LlamaCpp(path, n_ctx=room, lean=True) as server,
+            LlamaCpp(path, n_ctx=room, lean=True, lora=lora) as server,
             progress(len(texts), "llama.cpp replies") as bar,
         ):
             return server.chat(texts, max_tokens=max_tokens, progress=lambda *_: bar.update())

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import outputs
+from abl_mlx import adapter_outputs, outputs
 from abl_mlx.clock import Clock
 from abl_mlx.edits import Leak, leak, total_leak
 from abl_mlx.gguf_edit import (
@@ -24,7 +24,7 @@ from abl_mlx.models import progress
 from abl_mlx.options import Options
 from abl_mlx.report import card, to_json
 from abl_mlx.sources import Source
-from convert import gguf_to_mlx
+from convert import adapters, gguf_to_mlx
 from convert.atomic import check_new, new_files, new_folder
 from convert.errors import UserError
 from convert.gguf_file import GgufSource, part_paths
@@ -49,8 +49,13 @@ class Staged:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether a GGUF is written, rather than an MLX folder."""
+        """Whether a GGUF is written, a model or a LoRA, rather than an MLX folder."""
         return self.path.suffix == ".gguf"
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is a LoRA for the source."""
+        return adapters.is_lora(self.path)
 
 
 def check(paths: Sequence[Path], gguf: GgufSource, options: Options) -> None:
@@ -70,12 +75,15 @@ def check(paths: Sequence[Path], gguf: GgufSource, options: Options) -> None:
             "output would be as well: join them with llama.cpp's `llama-gguf-split --merge` first."
         )
     for path in paths:
+        if adapters.is_lora(path):
+            continue
         if path.suffix == ".gguf":
             for part in part_paths(path, len(gguf.parts)):
                 check_new(part)
         else:
             gguf_to_mlx.layout(gguf)
-    outputs.check_space(paths, sum(part.stat().st_size for part in gguf.parts))
+    models = [path for path in paths if not adapters.is_lora(path)]
+    outputs.check_space(models, sum(part.stat().st_size for part in gguf.parts))
 
 
 @contextmanager
@@ -106,6 +114,12 @@ def write(
         UserError: when more than ``--max-leak`` is left.
     """
     label = outputs.edit_label(direction_sha256, options, source)
+    if staged.is_lora:
+        with clock.step("write"):
+            return adapter_outputs.write_gguf(
+                gguf, source, staged.folder / staged.path.name, staged.path, plans, label,
+                options.max_leak,
+            )  # fmt: skip
     if staged.is_gguf:
         return _write_gguf(gguf, source, staged, plans, label, options, clock)
     return _write_folder(gguf, source, staged, plans, label, options, clock)
@@ -258,8 +272,10 @@ def write_companions(
     place = staged.folder / staged.path.name if staged.is_gguf else staged.folder
     companions = outputs.companions(place)
     companions["record"].write_text(to_json(record) + "\n", encoding="utf-8")
-    companions["card"].write_text(card(record, evaluation, source.title), encoding="utf-8")
-    if staged.is_gguf and place.is_file():  # a Modelfile names one file; older Ollamas take no more
+    text = card(record, evaluation, source.title, adapter=staged.is_lora)
+    companions["card"].write_text(text, encoding="utf-8")
+    # A Modelfile names one file; older Ollamas take no more.
+    if "modelfile" in companions and place.is_file():
         text = modelfile(place, None, staged.path.name, kept=source.ollama)
         companions["modelfile"].write_text(text, encoding="utf-8")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import directions, evaluate, gguf_model, gguf_outputs, models
+from abl_mlx import adapter_outputs, directions, evaluate, gguf_model, gguf_outputs, models
 from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
 from abl_mlx.edits import orthonormal
@@ -29,7 +29,7 @@ from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer
 from abl_mlx.writers import find_writers as find_by_probing
-from convert import gguf_writers
+from convert import adapters, gguf_writers
 from convert.errors import UserError
 from convert.families import FAMILIES
 from convert.gguf_file import GgufSource
@@ -75,6 +75,8 @@ def run(
     with GgufSource(source.path) as gguf, ExitStack() as stack:
         gguf_outputs.check(paths, gguf, options)
         named = find_writers(gguf, options)
+        if any(map(adapters.is_lora, paths)):
+            adapter_outputs.check_gguf(gguf, named)
         # An edit that would touch nothing is better told now than after the measurement.
         plan(gguf, make_edit(mx.ones((1, _width(gguf))), options), named,
              strict_types=options.strict_types)  # fmt: skip
@@ -125,7 +127,9 @@ def run(
         for one in staged:
             written = gguf_outputs.write(gguf, source, one, plans, direction.sha256, options, clock)
             with clock.step(f"evaluate {one.path.name}"):
-                figures, after = _judge(one, written, prefix, base, sample, unit, sets, options)
+                figures, after = _judge(
+                    gguf, one, written, prefix, base, sample, unit, sets, options
+                )
             replies[str(one.path)] = after
             evaluations.append({**written, **figures})
         record.update(
@@ -174,6 +178,7 @@ def _ask(answer: evaluate.Chat, sets: PromptSets, options: Options) -> evaluate.
 
 
 def _judge(
+    gguf: GgufSource,
     one: Staged,
     written: Record,
     prefix: tuple[int, ...],
@@ -184,7 +189,7 @@ def _judge(
     options: Options,
 ) -> tuple[Record, evaluate.Behaviour]:
     """An output's figures, all of them from the file as written."""
-    with _as_written(one, written) as chat:
+    with _as_written(gguf, one, written) as chat:
         chat.reply_prefix = prefix
         kl = evaluate.kl(chat, base)
         left = evaluate.component(chat, sample, unit)["max"]
@@ -201,19 +206,28 @@ def _judge(
     let_go()
     if ask_llamacpp:
         file = one.folder / written["files"][0]
-        after = _ask(evaluate.in_llamacpp(file), sets, options)
+        answer = (
+            evaluate.in_llamacpp(gguf.parts[0], file) if one.is_lora else evaluate.in_llamacpp(file)
+        )
+        after = _ask(answer, sets, options)
         figures |= {"runtime": "llama.cpp", "note": "KL and component are of the file, in MLX"}
+    if "note" in written:
+        figures["note"] = "; ".join(filter(None, (written["note"], figures.get("note"))))
     return figures | {"after": after.record()}, after
 
 
 @contextmanager
-def _as_written(one: Staged, written: Record) -> Iterator[ChatModel]:
-    """The output as a model in MLX."""
+def _as_written(gguf: GgufSource, one: Staged, written: Record) -> Iterator[ChatModel]:
+    """The output as a model in MLX; an adapter on its base, the source."""
+    if one.is_lora:
+        with adapter_outputs.in_mlx(gguf, one.folder / written["files"][0]) as chat:
+            yield chat
+        return
     if not one.is_gguf:
         yield models.load(one.folder, check=False)
         return
-    with GgufSource(one.folder / written["files"][0]) as gguf:
-        yield gguf_model.load(gguf)[0]
+    with GgufSource(one.folder / written["files"][0]) as edited:
+        yield gguf_model.load(edited)[0]
 
 
 def _width(gguf: GgufSource) -> int:
@@ -239,7 +253,10 @@ def apply(
     with GgufSource(source.path) as gguf:
         gguf_outputs.check(paths, gguf, options)
         with clock.step("find the residual writers"):
-            plans = plan(gguf, make_edit(direction.selected, options), find_writers(gguf, options),
+            named = find_writers(gguf, options)
+            if any(map(adapters.is_lora, paths)):
+                adapter_outputs.check_gguf(gguf, named)
+            plans = plan(gguf, make_edit(direction.selected, options), named,
                          strict_types=options.strict_types)  # fmt: skip
         record = start_record(source, paths, options, direction)
         with clock.step("hash the source"):

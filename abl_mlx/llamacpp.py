@@ -38,6 +38,7 @@ class LlamaCpp:
         n_parallel: int = 4,
         n_threads: int | None = None,
         lean: bool = False,
+        lora: Path | None = None,
     ) -> None:
         """Load ``path``.
 
@@ -47,6 +48,7 @@ class LlamaCpp:
             n_parallel: requests answered at the same time.
             n_threads: of the processor; None leaves it to llama.cpp.
             lean: keep no second copy of the weights in an order that suits the processor better.
+            lora: an adapter for this file, applied as ``--lora`` does.
 
         Raises:
             UserError: when xllamacpp is not installed, or with llama.cpp's own words when the
@@ -65,11 +67,15 @@ class LlamaCpp:
         self.n_ctx = n_ctx
         self.n_threads = n_threads
         self.lean = lean
+        self.lora = lora
+        if lora is not None and not lora.is_file():
+            raise UserError(f"{lora} is no file: give the path of a .lora.gguf file.")
         try:
             self._server: Any = xllamacpp.Server(self._params(xllamacpp, _SILENT))
         except (RuntimeError, ValueError) as error:
             said = self._load_again(xllamacpp) or str(error)
-            raise UserError(f"llama.cpp cannot load {self.path}: {said}") from None
+            what = f"{self.path} with {lora}" if lora is not None else str(self.path)
+            raise UserError(f"llama.cpp cannot load {what}: {said}") from None
 
     def _params(self, xllamacpp: Any, verbosity: int) -> Any:
         params = xllamacpp.CommonParams()
@@ -81,6 +87,8 @@ class LlamaCpp:
         params.verbosity = verbosity
         params.use_jinja = True
         params.no_extra_bufts = self.lean
+        if self.lora is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(self.lora), 1.0)]
         # Replies as the model wrote them, thoughts included.
         params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
         if self.n_threads is not None:

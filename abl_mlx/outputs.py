@@ -19,6 +19,7 @@ from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.report import card, to_json
 from abl_mlx.sources import Source
+from convert import adapters
 from convert.atomic import check_new, new_file, new_folder
 from convert.errors import UserError
 from convert.mlx_folder import FLOAT_DTYPES, float_dtype, rewrite_folder
@@ -32,7 +33,8 @@ class Output:
     """A place where an edited model goes.
 
     Attributes:
-        path: the final name. ``.gguf`` is a GGUF, anything else an MLX folder.
+        path: the final name. ``.gguf`` is a GGUF, ``.adapter`` an mlx-lm adapter, anything else an
+            MLX folder.
         staged: where it is written until everything about it is known.
     """
 
@@ -44,6 +46,16 @@ class Output:
         """Whether a GGUF file is written, rather than an MLX folder."""
         return self.path.suffix == ".gguf"
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an mlx-lm adapter is written, rather than a model."""
+        return adapters.is_mlx(self.path)
+
+    @property
+    def format(self) -> str:
+        """What is written, in words."""
+        return "GGUF" if self.is_gguf else "MLX adapter" if self.is_adapter else "MLX"
+
 
 def companions(path: Path) -> dict[str, Path]:
     """Where an output's record, card and Modelfile go.
@@ -52,11 +64,13 @@ def companions(path: Path) -> dict[str, Path]:
     NAME.README.md and NAME.Modelfile, so that several GGUFs may share a folder.
     """
     if path.suffix == ".gguf":
-        return {
+        beside = {
             "record": path.with_name(f"{path.stem}.abl.json"),
             "card": path.with_name(f"{path.stem}.README.md"),
-            "modelfile": path.with_name(f"{path.stem}.Modelfile"),
         }
+        if adapters.is_lora(path):  # Ollama imports none
+            return beside
+        return {**beside, "modelfile": path.with_name(f"{path.stem}.Modelfile")}
     return {"record": path / "abl.json", "card": path / "README.md"}
 
 
@@ -79,6 +93,17 @@ def check(paths: Sequence[Path], source: Source) -> None:
         if path.suffix in (".safetensors", ".npz", ".bin"):
             raise UserError(
                 f"{path}: an output is a folder (MLX) or ends in .gguf; name the folder instead."
+            )
+        if adapters.is_mlx(path) and source.is_gguf:
+            raise UserError(
+                f"{path} would be an adapter for mlx-lm, and {source.name} is a GGUF: write "
+                f"-o {path.stem}{adapters.GGUF_SUFFIX}, or convert the model first."
+            )
+        if adapters.is_lora(path) and not source.is_gguf:
+            raise UserError(
+                f"{path} would be an adapter for a GGUF, and has to be computed from that very "
+                f"file: name it with --gguf BASE.gguf, or write -o "
+                f"{path.name.removesuffix(adapters.GGUF_SUFFIX)}{adapters.SUFFIX} for mlx-lm."
             )
         check_new(path)
         if path.suffix == ".gguf":
@@ -109,6 +134,7 @@ class Written:
         read_back: source tensor name -> its values in the output, float32, in the source's layout.
         types: how the edited tensors are stored, such as ``F16``.
         left_out: files of the source that were not copied.
+        note: what a reader of the figures should know.
     """
 
     output: Output
@@ -116,6 +142,7 @@ class Written:
     read_back: Callable[[str], mx.array]
     types: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    note: str | None = None
 
 
 def write_folder(
@@ -265,7 +292,7 @@ def write_companions(
     """
     contents = {
         "record": to_json(record) + "\n",
-        "card": card(record, evaluation, source.title),
+        "card": card(record, evaluation, source.title, adapter=written.output.is_adapter),
     }
     if not written.output.is_gguf:
         for key, place in companions(written.output.staged).items():

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from abl_mlx import (
     __version__,
+    adapter_outputs,
     demo,
     directions,
     evaluate,
@@ -25,7 +26,7 @@ from abl_mlx import (
 from abl_mlx.apply import Plan, plan
 from abl_mlx.arrays import parameters
 from abl_mlx.clock import Clock
-from abl_mlx.edits import orthonormal
+from abl_mlx.edits import Edit, orthonormal
 from abl_mlx.measurement import find_direction, find_reply_prefix, make_edit
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
@@ -41,7 +42,8 @@ from abl_mlx.records import (
 )
 from abl_mlx.refusals import rates
 from abl_mlx.sources import Source
-from abl_mlx.writers import find_writers
+from abl_mlx.writers import Writer, find_writers
+from convert import adapters
 from convert.atomic import check_new
 from convert.errors import UserError
 from convert.hf_config import read_config, refuse_quantized
@@ -104,7 +106,7 @@ def ollama_first(paths: Sequence[Path], name: str | None) -> Path:
     Raises:
         UserError: when no output is a GGUF, or `ollama` is not there.
     """
-    found = [path for path in paths if path.suffix == ".gguf"]
+    found = [path for path in paths if path.suffix == ".gguf" and not adapters.is_lora(path)]
     if not found:
         raise UserError("--ollama-create needs a GGUF: add -o NAME.gguf.")
     if name is not None:
@@ -149,13 +151,16 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
             present = evaluate.component(chat, sample, unit)["max"]
         record = start_record(source, paths, options, direction)
         staged = stack.enter_context(outputs.staging(paths))
-        the_plan = plan(chat, files, make_edit(direction.selected, options), writers)
+        edit = make_edit(direction.selected, options)
         with clock.step("write"):
-            written = write_all(source, chat, files, the_plan, staged, record, options)
+            written, the_plan = write_all(
+                source, chat, files, edit, writers, staged, record, options
+            )
             record["hashes"] = hashes(source, files, direction, options)
 
         def judge(one: Written, model: ChatModel) -> Record:
             answer, runtime, note = _runtime(one, model, options)
+            note = "; ".join(filter(None, (one.note, note)))
             after = evaluate.behaviour(answer, harmful, harmless, max_tokens=options.max_tokens)
             replies[str(one.output.path)] = after
             return {
@@ -173,6 +178,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
         # then it is let go, and each folder is loaded as written. Two models are never held.
         for one in written:
             if one.output.is_gguf:
+                assert the_plan is not None  # of every output but adapters
                 with clock.step(f"evaluate {one.output.path.name}"):
                     the_plan.load_into_model(one.read_back)
                     judged[one.output.path] = judge(one, chat)
@@ -180,7 +186,11 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
         for one in written:
             if not one.output.is_gguf:
                 with clock.step(f"evaluate {one.output.path.name}"):
-                    edited = models.load(one.output.staged, check=False)
+                    edited = (
+                        models.load(source.path, check=False, adapter=one.output.staged)
+                        if one.output.is_adapter
+                        else models.load(one.output.staged, check=False)
+                    )
                     edited.reply_prefix = prefix
                     judged[one.output.path] = judge(one, edited)
                     del edited
@@ -240,9 +250,9 @@ def _apply(
         writers = find_writers(chat)
     record = start_record(source, paths, options, direction)
     with outputs.staging(paths) as staged:
-        the_plan = plan(chat, files, make_edit(direction.selected, options), writers)
+        edit = make_edit(direction.selected, options)
         with clock.step("write"):
-            written = write_all(source, chat, files, the_plan, staged, record, options)
+            written, _ = write_all(source, chat, files, edit, writers, staged, record, options)
             record["hashes"] = hashes(source, files, direction, options)
         details = [written_record(one) for one in written]
         record.update(leak=worst_leak(details), written=details, seconds=clock.seconds)
@@ -431,6 +441,9 @@ def cut(sets: PromptSets, limit: int | None) -> PromptSets:
 def open_files(source: Source, paths: Sequence[Path], options: Options) -> TensorFiles:
     """The source's tensors, once it is sure that the outputs can be written from them."""
     files = TensorFiles(source.path)
+    paths = [path for path in paths if not adapters.is_mlx(path)]
+    if not paths:
+        return files  # an adapter is small, and sits on weights of any type
     refuse_quantized(source.path, read_config(source.path), files.names)
     outputs.check_space(paths, sum(file.stat().st_size for file in files.files))
     if any(path.suffix == ".gguf" for path in paths):
@@ -444,28 +457,39 @@ def write_all(
     source: Source,
     chat: ChatModel,
     files: TensorFiles,
-    the_plan: Plan,
+    edit: Edit,
+    writers: Sequence[Writer],
     staged: Sequence[Output],
     record: Mapping[str, Any],
     options: Options,
-) -> list[Written]:
-    """Write every output to its staged name and measure its leak."""
+) -> tuple[list[Written], Plan | None]:
+    """Write every output to its staged name and measure its leak.
+
+    Returns:
+        What was written, and the plan of the edited models; None where there are adapters alone.
+    """
     label = outputs.edit_label(record["direction"]["sha256"], options, source)
-    return [
-        outputs.write_gguf_file(
-            source,
-            files,
-            the_plan,
-            output,
-            label,
-            options.quantize,
-            options.max_leak,
-            options.plain_rounding,
-        )
-        if output.is_gguf
-        else outputs.write_folder(source, chat, files, the_plan, output, label, options.max_leak)
-        for output in staged
-    ]
+    only_adapters = all(output.is_adapter for output in staged)
+    the_plan = None if only_adapters else plan(chat, files, edit, writers)
+
+    def write(output: Output) -> Written:
+        if output.is_adapter:
+            return adapter_outputs.write_mlx(chat, edit, writers, output, label, options.max_leak)
+        assert the_plan is not None
+        if output.is_gguf:
+            return outputs.write_gguf_file(
+                source,
+                files,
+                the_plan,
+                output,
+                label,
+                options.quantize,
+                options.max_leak,
+                options.plain_rounding,
+            )
+        return outputs.write_folder(source, chat, files, the_plan, output, label, options.max_leak)
+
+    return [write(output) for output in staged], the_plan
 
 
 def _runtime(
@@ -495,8 +519,9 @@ def written_record(one: Written) -> Record:
     """What is known of an output from writing it."""
     return {
         "output": str(one.output.path),
-        "format": "GGUF" if one.output.is_gguf else "MLX",
+        "format": one.output.format,
         "types": list(one.types),
         "leak": one.leak.record(),
         "left_out": list(one.left_out),
+        **({"note": one.note} if one.note else {}),
     }

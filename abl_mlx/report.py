@@ -45,13 +45,17 @@ def run_table(record: Mapping[str, Any]) -> str:
         ]
         lines += [
             "",
-            f"{one['output']}  ({one['format']}, edited tensors {', '.join(one['types'])}; "
-            f"asked in {one['runtime']})",
+            f"{one['output']}  ({one['format']}, {_types(one)}; asked in {one['runtime']})",
             *_align(rows),
         ]
         if one.get("note"):
             lines.append(f"  note: {one['note']}")
     return "\n".join(lines)
+
+
+def _types(one: Mapping[str, Any]) -> str:
+    types = ", ".join(one["types"])
+    return types if types.startswith("rank") else f"edited tensors {types}"
 
 
 def _behaviour_rows(
@@ -204,25 +208,34 @@ def inspect_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def card(record: Mapping[str, Any], one: Mapping[str, Any] | None, title: str) -> str:
+def card(
+    record: Mapping[str, Any], one: Mapping[str, Any] | None, title: str, *, adapter: bool = False
+) -> str:
     """The model card of a written model: that it was edited, how, and what that did.
 
     Args:
         record: of the run, or of `apply` (which has no evaluations).
         one: the evaluation of this output; None where there is none.
         title: the source model's name.
+        adapter: whether it is an adapter, which its base needs to be given.
     """
     base = record["source"] if record.get("source_is_repository") else None
     head = ["---", *([f"base_model: {base}"] if base else []), "tags:"]
     head += ["- abliterated", "- abl-mlx", "---"]
     direction = record["direction"]
+    what = "This is an adapter." if adapter else "This is an edited model."
+    does = (
+        f"It takes the refusal direction out of what `{record['source']}` writes, whose files stay "
+        "as they are; it fits these very weights alone, and was made"
+        if adapter
+        else f"Its refusal direction was orthogonalized out of the weights of `{record['source']}`"
+    )
     body = [
         f"# {title}, abliterated",
         "",
-        f"**This is an edited model.** Its refusal direction was orthogonalized out of the weights "
-        f"of `{record['source']}` with [abl-mlx](https://pypi.org/project/abl-mlx/) "
-        f"{record['abl_mlx']}. It declines less than the original does; what it is used for is the "
-        "responsibility of whoever runs it.",
+        f"**{what}** {does} with [abl-mlx](https://pypi.org/project/abl-mlx/) "
+        f"{record['abl_mlx']}. The model declines less than the original does; what it is used for "
+        "is the responsibility of whoever runs it.",
         "",
         f"- direction: {summary_line(direction)}; SHA-256 `{direction['sha256']}`",
         f"- strength {record['options']['strength']:g}; layers "

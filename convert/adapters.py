@@ -28,6 +28,16 @@ SUFFIX, GGUF_SUFFIX = ".adapter", ".lora.gguf"
 """How the names of the two formats end here."""
 
 
+def is_mlx(path: Path) -> bool:
+    """Whether a name is that of an mlx-lm adapter."""
+    return path.suffix == SUFFIX
+
+
+def is_lora(path: Path) -> bool:
+    """Whether a name is that of a LoRA of llama.cpp's."""
+    return path.name.endswith(GGUF_SUFFIX)
+
+
 @dataclass(frozen=True)
 class LowRank:
     """The change of one weight, but for the adapter's scale: left @ right.
@@ -109,8 +119,8 @@ def write_mlx(folder: Path, adapter: Adapter, label: Mapping[str, Any] | None = 
     tensors = {}
     for path, one in adapter.changes.items():
         first, second = _mlx_factors(one)
-        tensors[f"{path}.lora_a"] = mx.array(np.ascontiguousarray(first))
-        tensors[f"{path}.lora_b"] = mx.array(np.ascontiguousarray(second))
+        tensors[f"{path}.lora_a"] = mx.array(first)
+        tensors[f"{path}.lora_b"] = mx.array(second)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     mx.save_safetensors(str(folder / WEIGHTS), tensors, {"format": "mlx"})
 
@@ -129,7 +139,7 @@ def read_mlx(folder: Path, kinds: Mapping[str, str]) -> Adapter:
         scale, keys = float(config["scale"]), list(config["keys"])
         tensors = mx.load(str(folder / WEIGHTS))
         found = {
-            path: tuple(np.array(tensors[f"{path}.{name}"]) for name in ("lora_a", "lora_b"))  # type: ignore[call-overload]
+            path: (tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"])  # type: ignore[call-overload]
             for path in keys
         }
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -142,7 +152,9 @@ def read_mlx(folder: Path, kinds: Mapping[str, str]) -> Adapter:
             "experts": lambda a, b: (b, a),
             "embedding": lambda a, b: (a, b),
         }[kind](first, second)
-        changes[path] = LowRank(kind, left, right)
+        changes[path] = LowRank(
+            kind, np.array(left.astype(mx.float32)), np.array(right.astype(mx.float32))
+        )
     return Adapter(scale, changes)
 
 
@@ -183,7 +195,7 @@ def write_gguf(
         if len(name.encode()) + len(".lora_a") > _LONGEST:
             raise UserError(f"the tensor name {name} is too long for an adapter of it.")
         for suffix, values in zip((".lora_a", ".lora_b"), _gguf_factors(name, one), strict=True):
-            writer.add_tensor(name + suffix, np.ascontiguousarray(values, dtype=np.float32))
+            writer.add_tensor(name + suffix, values.astype(np.float32, order="C"))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
