@@ -1,5 +1,7 @@
 """Writers are found by what the forward pass does, and editing them empties the direction."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from abl_mlx import capture
 from abl_mlx.edits import Edit, target
-from abl_mlx.models import load
+from abl_mlx.models import ChatModel, load, load_lazily, skeleton
 from abl_mlx.steering import ablation
 from abl_mlx.writers import find_writers
 from convert.errors import UserError
@@ -123,6 +125,62 @@ def test_probing_restores_weights_and_classes(tiny_folder):
     find_writers(chat)
     assert {id(module): type(module) for module in chat.model.modules()} == before
     assert {id(v) for _, v in nn.utils.tree_flatten(chat.model.parameters())} == weights
+
+
+def same(found, expected):
+    """Whether two lists of writers say the same of the same model."""
+    assert [(w.path, w.kind, w.layer, w.has_bias, w.tied) for w in found] == [
+        (w.path, w.kind, w.layer, w.has_bias, w.tied) for w in expected
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.gain is None) == (other.gain is None)
+        if one.gain is not None:
+            np.testing.assert_allclose(np.array(one.gain), np.array(other.gain), atol=1e-6)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "mode"),
+    [(4, 32, "affine"), (2, 64, "affine"), (4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4")],
+)
+@pytest.mark.parametrize("arch", ["gemma2", "qwen3_moe"])
+def test_quantized_models_have_the_same_writers(arch, bits, group, mode, tiny_folder):
+    chat = load_lazily(tiny_folder(arch))
+    expected = find_writers(chat)
+    nn.quantize(chat.model, group, bits, mode=mode)
+    found = find_writers(chat)
+    assert same(found, expected)
+    kinds = {type(writer.module).__name__ for writer in found}
+    experts = {"QuantizedSwitchLinear"} if arch == "qwen3_moe" else set()
+    assert kinds == {"QuantizedLinear", "QuantizedEmbedding"} | experts
+
+
+@pytest.mark.parametrize("arch", sorted(tiny.ARCHITECTURES))
+def test_writers_are_found_in_files_without_reading_matrices(arch, tiny_folder):
+    expected = find_writers(load(tiny_folder(arch)))
+    chat = load_lazily(tiny_folder(arch))
+    weights = sum(value.nbytes for _, value in nn.utils.tree_flatten(chat.model.parameters()))
+    before = mx.get_active_memory()
+    found = find_writers(chat)
+    assert same(found, expected)
+    assert mx.get_active_memory() - before < weights / 20
+
+
+def test_a_model_of_8b_is_probed_without_its_weights():
+    """At its real size: 16 GB of weights that nobody reads, in a few seconds."""
+    config = tiny.config("llama") | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    writers = find_writers(ChatModel(Path("8b"), skeleton(config), None, config))
+    assert len(writers) == 65
+    assert mx.get_peak_memory() - before < 200e6
 
 
 class _Loud(nn.Module):

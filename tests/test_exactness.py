@@ -1,0 +1,96 @@
+"""An edit that is not exact after every layer is refused, with the layer and the module."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from abl_mlx import exactness
+from abl_mlx.edits import Edit, rounded, target
+from abl_mlx.models import load, load_lazily
+from abl_mlx.writers import find_writers
+from convert.errors import UserError
+from tests import tiny
+
+PROMPTS = ["Hi", "How do I plan a garden?"]
+
+
+def edited(chat, directions, *, dtype=mx.float32, skip=(), plain=False):
+    """The chat model with its writers edited, but for those in ``skip``, and the edit."""
+    edit = Edit(directions)
+    for writer in find_writers(chat):
+        if writer.path in skip:
+            continue
+        for path in writer.parameters:
+            name = path.rsplit(".", 1)[1]
+            exact = target(edit, writer, name, writer.module[name])
+            writer.module[name] = (
+                exact.astype(dtype) if plain else rounded(edit, writer, name, exact, dtype)
+            )
+    return chat, edit
+
+
+def random_directions(width, count=1):
+    return mx.random.normal((count, width), key=mx.random.key(11))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("arch", sorted(tiny.ARCHITECTURES))
+def test_an_exact_edit_passes_in_every_float_type(arch, dtype, tiny_folder):
+    chat = load(tiny_folder(arch, dtype=dtype))
+    chat, edit = edited(chat, random_directions(chat.width, 2), dtype=getattr(mx, dtype))
+    layers = exactness.check(chat, edit, PROMPTS)
+    assert len(layers) == len(chat.layers)
+    assert max(layers) < (1e-3 if dtype == "bfloat16" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "layer"),
+    [
+        ("model.layers.1.mlp.down_proj", 1),
+        ("model.layers.2.self_attn.o_proj", 2),
+        ("model.embed_tokens", 0),
+    ],
+)
+def test_a_writer_that_was_not_edited_is_named(path, layer, tiny_folder):
+    chat = load(tiny_folder("gemma2"))
+    chat, edit = edited(chat, random_directions(chat.width), skip={path})
+    with pytest.raises(UserError, match=f"after layer {layer}, most of it written by {path} "):
+        exactness.check(chat, edit, PROMPTS)
+
+
+def test_the_norm_before_the_stream_counts(tiny_folder):
+    """Plain projection, blind to Gemma's post-norms, leaves a component that is seen."""
+    chat = load(tiny_folder("gemma2"))
+    edit = Edit(random_directions(chat.width))
+    unit = edit.directions[0] / mx.sqrt((edit.directions[0] ** 2).sum())
+    for writer in find_writers(chat):
+        weight = writer.module["weight"]
+        if writer.kind == "embedding":
+            writer.module["weight"] = weight - mx.outer(weight @ unit, unit)
+        else:
+            writer.module["weight"] = weight - mx.outer(unit, unit @ weight)
+    with pytest.raises(UserError, match=r"after layer 0, most of it written by model\.layers\.0"):
+        exactness.check(chat, edit, PROMPTS)
+
+
+def test_half_precision_models_are_measured_in_float32(tiny_folder):
+    """As on Metal, where weights stay in float16: its rounding of the stream is not the edit's."""
+    chat = load_lazily(tiny_folder("llama", dtype="float16"))
+    chat, edit = edited(chat, random_directions(chat.width), dtype=mx.float16)
+    assert chat.model.model.layers[0].mlp.down_proj.weight.dtype == mx.float16
+    in_float32 = max(exactness.check(chat, edit, PROMPTS))
+    sequences = [chat.encode(prompt) for prompt in PROMPTS]
+    in_float16, _ = exactness.by_layer(chat, [], sequences, edit.directions)
+    assert in_float32 < 1e-4
+    assert max(in_float16) > 2 * in_float32
+
+
+@pytest.mark.parametrize("change", [{"strength": 0.5}, {"layers": {1}}, {"embedding": False}])
+def test_incomplete_edits_and_quantized_weights_are_not_held_to_it(change, tiny_folder):
+    chat = load(tiny_folder("llama"))
+    if "layers" in change:
+        change = {"layers": frozenset(change["layers"])}
+    assert exactness.check(chat, Edit(random_directions(chat.width), **change), PROMPTS) is None
+    chat = load_lazily(tiny_folder("llama"))
+    nn.quantize(chat.model, 32, 4)
+    assert exactness.check(chat, Edit(random_directions(chat.width)), PROMPTS) is None

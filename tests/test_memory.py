@@ -1,0 +1,64 @@
+"""Before a model is loaded, its size is compared with the machine's memory."""
+
+import pytest
+
+from abl_mlx import memory
+from abl_mlx.memory import Memory
+from abl_mlx.sources import Source
+from convert.errors import UserError
+
+GB = 10**9
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with 20 GB of weights, on a disk that keeps no zeros."""
+    for part in (1, 2):
+        with open(tmp_path / f"model-0000{part}-of-00002.safetensors", "wb") as stream:
+            stream.truncate(10 * GB)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return Source("org/Big", tmp_path)
+
+
+def test_a_model_larger_than_the_machine_is_refused_in_a_sentence(folder):
+    with pytest.raises(UserError, match=r"Big has 20.0 GB of weights and this machine 16.0 GB"):
+        memory.check(folder, memory=Memory(16 * GB, 9 * GB))
+    assert not memory.fits(folder, Memory(16 * GB, None))
+
+
+def test_no_memory_check_says_it_and_goes_on(folder, capsys):
+    memory.check(folder, asked=False, memory=Memory(16 * GB, 9 * GB))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        "Big needs about 21.7 GB of memory; this machine has 16.0 GB, 9.0 GB of it free: expect it "
+        "to be slow.\n"
+    )
+
+
+@pytest.mark.parametrize(("free", "slow"), [(30 * GB, False), (21 * GB, True), (None, False)])
+def test_a_model_that_fits_is_told_what_it_takes(folder, free, slow, capsys):
+    memory.check(folder, memory=Memory(32 * GB, free))
+    assert ("slow" in capsys.readouterr().err) == slow
+    assert memory.fits(folder, Memory(32 * GB, free))
+
+
+def test_small_models_go_without_saying(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    memory.check(Source("small", tmp_path), memory=Memory(GB, GB))
+    assert capsys.readouterr().err == ""
+
+
+def test_all_parts_of_a_split_gguf_count(tmp_path):
+    for part in (1, 2, 3):
+        (tmp_path / f"m-0000{part}-of-00003.gguf").write_bytes(bytes(100))
+    (tmp_path / "m-00001-of-00002.gguf").write_bytes(bytes(7))
+    assert memory.size(Source("m", tmp_path / "m-00002-of-00003.gguf")) == 300
+    (tmp_path / "one.gguf").write_bytes(bytes(11))
+    assert memory.size(Source("one", tmp_path / "one.gguf")) == 11
+
+
+def test_the_machine_has_some_memory():
+    here = memory.machine()
+    assert 10**8 < here.total < 10**14
+    assert here.free is None or 0 < here.free <= here.total
