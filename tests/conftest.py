@@ -10,6 +10,8 @@ import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two processes run the tests; threads of theirs would only wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from tests import tiny
 
