@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
 from abl_mlx.edits import Edit, Leak, leak, rounded, target, total_leak
+from abl_mlx.mlx_edit import MatrixEdit, promoted
 from abl_mlx.models import ChatModel, skeleton
 from abl_mlx.writers import Writer
 from convert.errors import UserError
+from convert.mlx_matrix import find_matrix
 from convert.parameters import Stored, locate
 from convert.safetensors_files import TensorFiles
 
@@ -60,12 +62,14 @@ class Plan:
     """What is done to which tensor of the source's files.
 
     Attributes:
-        edits: tensor name -> its edit, in model order.
-        places: path of a parameter in the model -> the tensors it is stored in.
+        edits: name of a float tensor -> its edit, in model order.
+        places: path of a float parameter in the model -> the tensors it is stored in.
+        matrices: name of the tensor with a quantized matrix's codes -> its edit, in model order.
     """
 
     edits: dict[str, TensorEdit]
     places: dict[str, Stored]
+    matrices: dict[str, MatrixEdit] = field(default_factory=dict)
 
     def load_into_model(self, read_back: Callable[[str], mx.array]) -> None:
         """Put values read back from an output into the loaded model's parameters.
@@ -82,24 +86,64 @@ class Plan:
             edit.writer.module[edit.parameter] = new
 
 
-def plan(chat: ChatModel, files: TensorFiles, edit: Edit, writers: Sequence[Writer]) -> Plan:
+def plan(
+    chat: ChatModel,
+    files: TensorFiles,
+    edit: Edit,
+    writers: Sequence[Writer],
+    *,
+    writer_bits: str | None = None,
+) -> Plan:
     """Work out which tensors of the files an edit changes.
 
+    Args:
+        writer_bits: of a quantized model, what the edited matrices are promoted to
+            (`mlx_edit.WRITER_BITS`); None keeps every matrix's own mode.
+
     Raises:
-        UserError: an edit that touches nothing, or a parameter that the files do not hold as such.
+        UserError: an edit that touches nothing, a parameter that the files do not hold as such, or
+            ``writer_bits`` where nothing is quantized.
     """
     chosen = edit.chosen(writers)
     paths = [path for writer in chosen for path in writer.parameters]
-    places = locate(skeleton(chat.config), files, paths)
+    empty = skeleton(chat.config)
+    widths = {path: module["weight"].shape[-1] for path, module in empty.named_modules()
+              if "weight" in module}  # fmt: skip
+    places = locate(empty, files, paths)
     edits: dict[str, TensorEdit] = {}
+    matrices: dict[str, MatrixEdit] = {}
+    floats: dict[str, Stored] = {}
     for writer in chosen:
         for path in writer.parameters:
             stored = places[path]
             parameter = path.rsplit(".", 1)[1]
             for name in stored.tensors:
-                edits[name] = TensorEdit(edit, writer, parameter, stored.transposed)
+                matrix = None
+                if parameter == "weight" and not stored.transposed:
+                    matrix = find_matrix(files, name, widths[writer.path])
+                if matrix is None:
+                    floats[path] = stored
+                    edits[name] = TensorEdit(edit, writer, parameter, stored.transposed)
+                else:
+                    kept = MatrixEdit(
+                        edit, writer, matrix, matrix, _float_type(files, matrix.dtype)
+                    )
+                    matrices[name] = promoted(kept, writer_bits) if writer_bits else kept
+    if writer_bits and not matrices:
+        raise UserError(
+            f"--writer-bits {writer_bits}: nothing that is edited in {files.folder} is quantized; "
+            "leave the flag out."
+        )
     _refuse_untied_copy(files, writers, places, edit)
-    return Plan(edits, places)
+    return Plan(edits, floats, matrices)
+
+
+def _float_type(files: TensorFiles, scales: str) -> str:
+    """The 16-bit float type that a model's other tensors have; BF16 if none says F16."""
+    if scales == "U8":
+        kinds = [files.info(name).dtype for name in files.names if name.endswith("norm.weight")]
+        scales = kinds[0] if kinds else "BF16"
+    return "F16" if scales == "F16" else "BF16"
 
 
 def _refuse_untied_copy(
@@ -162,6 +206,7 @@ def measure_leak(
     *,
     limit: float,
     output: str,
+    others: Mapping[str, Callable[[], Leak]] | None = None,
 ) -> LeakReport:
     """Compare what was written with what the edit wanted, tensor by tensor.
 
@@ -170,6 +215,7 @@ def measure_leak(
         read_back: source tensor name -> the values in the output, float32, same layout.
         limit: largest allowed total leak.
         output: the output's name, for the message.
+        others: tensor name -> what measures its leak, of tensors that are not in ``edits``.
 
     Raises:
         UserError: when the total is above ``limit``, or the edit changed nothing.
@@ -177,6 +223,7 @@ def measure_leak(
     tensors = {}
     for name, edit in edits.items():
         tensors[name] = edit.leak(files.read(name).astype(mx.float32), read_back(name))
+    tensors.update((name, measured()) for name, measured in (others or {}).items())
     report = LeakReport(tensors)
     if not report.total <= limit:
         worst, value = report.worst

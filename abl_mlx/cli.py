@@ -200,14 +200,20 @@ def _gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["auto", "own", "fresh"]),
             default="auto",
             show_default=True,
-            help="Of a GGUF: keep each tensor's own scales (with an imatrix in them, say), encode "
-            "it anew, or take a fresh grid where it is clearly better.",
+            help="Of a quantized model: keep each tensor's own scales (with an imatrix in them, "
+            "say), encode it anew, or take a fresh grid where it is clearly better.",
+        ),
+        click.option(
+            "--writer-bits",
+            type=click.Choice(["3", "4", "5", "6", "8", "bf16"]),
+            help="Of a quantized MLX folder: write the edited matrices with so many bits, or as "
+            "plain floats (float16 in a float16 model). Without it each keeps its own mode.",
         ),
         click.option(
             "--plain-rounding",
             is_flag=True,
-            help="Of a GGUF, round every weight to its nearest level, as others do: loses most "
-            "of the edit, and shows how much.",
+            help="Of a quantized model, round every weight to its nearest level, as others do: "
+            "loses most of the edit, and shows how much.",
         ),
         click.option(
             "--ollama-create",

@@ -29,10 +29,12 @@ class Options:
             is known of the architecture.
         strict_types: refuse a GGUF tensor whose type has no scalar grid, instead of writing it in
             a finer type.
-        grid: of a GGUF source, ``own`` keeps each tensor's scales and most of its codes, ``fresh``
+        grid: of a quantized source, ``own`` keeps each tensor's scales and most codes, ``fresh``
             encodes the edited weights anew, ``auto`` takes a fresh grid where it is clearly better.
         plain_rounding: round every weight to its nearest level, which loses most of an edit; to
             show the difference.
+        writer_bits: of a quantized MLX folder, what the edited matrices are promoted to: bits, or
+            ``bf16`` for plain floats; None keeps each one's own mode.
         gguf: a GGUF of the model that is measured, to be edited in its stead.
         ollama_create: the name under which the first GGUF output is handed to Ollama.
     """
@@ -56,6 +58,7 @@ class Options:
     strict_types: bool = False
     grid: str = "auto"
     plain_rounding: bool = False
+    writer_bits: str | None = None
     gguf: str | None = None
     ollama_create: str | None = None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import __version__
+from abl_mlx import __version__, mlx_edit
 from abl_mlx.apply import LeakReport, Plan, TensorEdit, measure_leak
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
@@ -153,21 +153,32 @@ def write_folder(
     output: Output,
     label: Mapping[str, Any],
     max_leak: float,
+    *,
+    grid: str = "auto",
+    plain: bool = False,
 ) -> Written:
     """Write the edited MLX folder to the output's staged name and measure its leak.
 
     Args:
         label: what config.json says of the edit, under the key ``abl_mlx``.
+        grid: of quantized matrices: ``own``, ``fresh`` or ``auto``.
+        plain: of quantized matrices: round every weight to its nearest level.
     """
+    matrices = plan.matrices
     total = sum(file.stat().st_size for file in files.files)
-    total += sum(files.info(name).nbytes for name in plan.edits)
+    total += sum(files.info(name).nbytes for name in [*plan.edits, *matrices])
     with progress(total, f"write {output.path.name}", "B") as bar:
         left_out = rewrite_folder(
             source.path,
             files,
             output.staged,
             {name: _in_dtype(edit, files.info(name)) for name, edit in plan.edits.items()},
-            config=_config(source.path, chat.config, label),
+            config=_config(
+                source.path, chat.config, label, mlx_edit.quantization_changes(matrices)
+            ),
+            rewrites=[
+                mlx_edit.rewrite(files, one, grid=grid, plain=plain) for one in matrices.values()
+            ],
             skip=("README.md", "abl.json"),
             progress=bar.update,
         )
@@ -175,11 +186,21 @@ def write_folder(
     with TensorFiles(output.staged) as written:
 
         def read_back(name: str) -> mx.array:
+            if name in matrices:
+                return matrices[name].values(written)
             return written.read(name).astype(mx.float32)
 
-        leak = measure_leak(files, plan.edits, read_back, limit=max_leak, output=str(output.path))
-    types = tuple(sorted({files.info(name).dtype for name in plan.edits}))
-    return Written(output, leak, read_back, types, tuple(left_out))
+        leak = measure_leak(
+            files,
+            plan.edits,
+            read_back,
+            limit=max_leak,
+            output=str(output.path),
+            others=mlx_edit.comparisons(files, written, matrices),
+        )
+    types = {files.info(name).dtype for name in plan.edits}
+    types |= {one.type for one in matrices.values()}
+    return Written(output, leak, read_back, tuple(sorted(types)), tuple(left_out))
 
 
 def _in_dtype(edit: TensorEdit, info: TensorInfo) -> Callable[[mx.array], mx.array]:
@@ -188,12 +209,26 @@ def _in_dtype(edit: TensorEdit, info: TensorInfo) -> Callable[[mx.array], mx.arr
     return lambda values: edit.rounded(edit(values), dtype)
 
 
-def _config(folder: Path, filled: Mapping[str, Any], label: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as it was, with what mlx-lm needs filled in and the edit's label."""
+def _config(
+    folder: Path,
+    filled: Mapping[str, Any],
+    label: Mapping[str, Any],
+    quantization: Mapping[str, Any],
+) -> dict[str, Any]:
+    """config.json as it was, with what mlx-lm needs filled in and the edit's label.
+
+    Args:
+        quantization: module path -> its new entry in the map of quantized modules.
+    """
     original = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # What mlx-lm fills in from generation_config.json stays there.
     added = {key: value for key, value in filled.items() if key != "eos_token_id"}
-    return {**added, **original, "abl_mlx": dict(label)}
+    config = {**added, **original, "abl_mlx": dict(label)}
+    # mlx-lm writes the map under both names, and reads the first.
+    for key in ("quantization", "quantization_config"):
+        if quantization and isinstance(config.get(key), dict) and "bits" in config[key]:
+            config[key] = {**config[key], **quantization}
+    return config
 
 
 def _keep_card(source: Path, out: Path) -> None:

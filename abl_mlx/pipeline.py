@@ -46,7 +46,7 @@ from abl_mlx.writers import Writer, find_writers
 from convert import adapters
 from convert.atomic import check_new
 from convert.errors import UserError
-from convert.hf_config import read_config, refuse_quantized
+from convert.hf_config import read_config, refuse_foreign
 from convert.safetensors_files import TensorFiles
 
 Record = dict[str, Any]
@@ -444,7 +444,7 @@ def open_files(source: Source, paths: Sequence[Path], options: Options) -> Tenso
     paths = [path for path in paths if not adapters.is_mlx(path)]
     if not paths:
         return files  # an adapter is small, and sits on weights of any type
-    refuse_quantized(source.path, read_config(source.path), files.names)
+    refuse_foreign(source.path, read_config(source.path), files.names)
     outputs.check_space(paths, sum(file.stat().st_size for file in files.files))
     if any(path.suffix == ".gguf" for path in paths):
         from convert.mlx_to_gguf import check_convertible
@@ -470,7 +470,9 @@ def write_all(
     """
     label = outputs.edit_label(record["direction"]["sha256"], options, source)
     only_adapters = all(output.is_adapter for output in staged)
-    the_plan = None if only_adapters else plan(chat, files, edit, writers)
+    the_plan = (
+        None if only_adapters else plan(chat, files, edit, writers, writer_bits=options.writer_bits)
+    )
 
     def write(output: Output) -> Written:
         if output.is_adapter:
@@ -487,7 +489,17 @@ def write_all(
                 options.max_leak,
                 options.plain_rounding,
             )
-        return outputs.write_folder(source, chat, files, the_plan, output, label, options.max_leak)
+        return outputs.write_folder(
+            source,
+            chat,
+            files,
+            the_plan,
+            output,
+            label,
+            options.max_leak,
+            grid=options.grid,
+            plain=options.plain_rounding,
+        )
 
     return [write(output) for output in staged], the_plan
 

@@ -15,6 +15,9 @@ F = np.float32
 _EVALUATIONS = 10
 _BRACKETS = 6
 
+# Share of its debt that a line like the others is asked for, times two.
+_PAID = F(0.5)
+
 
 @njit(nogil=True, fastmath=True, cache=True)
 def _rounded(x, u, mu, w, s, inv, o, levels, mids, low, high, uniform, codes):
@@ -38,15 +41,14 @@ def _rounded(x, u, mu, w, s, inv, o, levels, mids, low, high, uniform, codes):
 
 @njit(nogil=True, fastmath=True, cache=True)
 def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x, turns, tolerance):
-    """Step 1: codes Q(w − Σ μ_a u_a), each μ_a found in turn by a bracketed false position.
+    """Step 1: codes Q(x − Σ μ_a u_a), each μ_a found in turn by a bracketed false position.
 
-    Each residual falls as its own multiplier grows, so this climbs the Lagrangian's dual one
-    coordinate at a time. It is a staircase: the best step seen is kept.
+    x is w, or what `_owed` makes of it, and is changed. Each residual falls as its own multiplier
+    grows, so this climbs the Lagrangian's dual one coordinate at a time. It is a staircase: the
+    best step seen is kept.
     """
     k, d = basis.shape
     mu = np.zeros(k, F)
-    for i in range(d):
-        x[i] = w[i]
     for _ in range(turns):
         for a in range(k):
             u = basis[a]
@@ -91,6 +93,44 @@ def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x
                 x[i] -= best * u[i]
     zero = F(0)
     _rounded(x, basis[0], zero, w, s, inv, o, levels, mids, low, high, uniform, codes)
+
+
+@njit(nogil=True, fastmath=True, cache=True)
+def _owed(w, debt, taken, mean, x):
+    """x: w less the share of the debt that this line is asked to pay back.
+
+    Without it the cheapest codes for w + c u − μ u, where a line's weights lie on levels and the
+    edit takes c u away, are the levels they lie on, but for a few weights with the largest u. The
+    component along u would be gone, and c be found again along those few others: turned, not
+    removed. So every weight's error times c is kept (``debt``, as in error diffusion), and later
+    lines are rounded from where it shrinks.
+
+    Args:
+        debt: (k, d): Σ over earlier lines of c_a times the error of their weights.
+        taken: (k,): c of this line.
+        mean: Σ_a c_a², on average over the lines.
+    """
+    k, d = debt.shape
+    square = mean
+    for a in range(k):
+        square += taken[a] * taken[a]
+    for i in range(d):
+        x[i] = w[i]
+    if mean > 0:
+        for a in range(k):
+            share = _PAID * taken[a] / square
+            for i in range(d):
+                x[i] -= share * debt[a, i]
+
+
+@njit(nogil=True, fastmath=True, cache=True)
+def _owe(w, s, o, levels, codes, taken, debt):
+    """Add a line's errors to the debt."""
+    k, d = debt.shape
+    for i in range(d):
+        error = s[i] * levels[codes[i]] + o[i] - w[i]
+        for a in range(k):
+            debt[a, i] += taken[a] * error
 
 
 @njit(nogil=True, fastmath=True, cache=True)
@@ -145,8 +185,8 @@ def _finish(w, s, o, basis, levels, codes, residual, tolerance, steps):
 
 @njit(nogil=True, fastmath=True, cache=True)
 def columns(
-    target, scales, offsets, group, basis, levels, mids, low, high, uniform, out, tile, first, last,
-    turns, tolerance, steps,
+    target, scales, offsets, group, basis, levels, mids, low, high, uniform, taken, mean, out, tile,
+    first, last, turns, tolerance, steps,
 ):  # fmt: skip
     """Round the columns of tiles ``first`` to ``last``: the constraint is Σ_i u_i Ŵ_ij per j.
 
@@ -158,6 +198,7 @@ def columns(
     codes = np.empty((tile, d), np.uint8)
     s, inv, o, x = np.empty(d, F), np.empty(d, F), np.empty(d, F), np.empty(d, F)
     residual = np.empty(k, F)
+    debt = np.zeros((k, d), F)
     for t in range(first, last):
         start = t * tile
         width = min(n, start + tile) - start
@@ -169,11 +210,15 @@ def columns(
             for j in range(width):
                 w[j, i] = target[i, start + j]
         for j in range(width):
+            c = taken[start + j]
+            _owed(w[j], debt, c, mean, x)
             _multipliers(
                 w[j], s, inv, o, basis, levels, mids, low, high, uniform, codes[j], x, turns,
                 tolerance,
             )  # fmt: skip
             _finish(w[j], s, o, basis, levels, codes[j], residual, tolerance, steps)
+            if mean > 0:
+                _owe(w[j], s, o, levels, codes[j], c, debt)
         for i in range(d):
             for j in range(width):
                 out[i, start + j] = codes[j, i]
@@ -181,21 +226,25 @@ def columns(
 
 @njit(nogil=True, fastmath=True, cache=True)
 def rows(
-    target, scales, offsets, group, basis, levels, mids, low, high, uniform, out, first, last,
-    turns, tolerance, steps,
+    target, scales, offsets, group, basis, levels, mids, low, high, uniform, taken, mean, out,
+    first, last, turns, tolerance, steps,
 ):  # fmt: skip
     """Round the rows ``first`` to ``last``: the constraint is Σ_j u_j Ŵ_ij per i."""
     n = target.shape[1]
     k = basis.shape[0]
     s, inv, o, x = np.empty(n, F), np.empty(n, F), np.empty(n, F), np.empty(n, F)
     residual = np.empty(k, F)
+    debt = np.zeros((k, n), F)
     for i in range(first, last):
         for j in range(n):
             s[j] = scales[i, j // group]
             inv[j] = F(1) / s[j] if s[j] != 0 else F(0)
             o[j] = offsets[i, j // group]
+        _owed(target[i], debt, taken[i], mean, x)
         _multipliers(
             target[i], s, inv, o, basis, levels, mids, low, high, uniform, out[i], x, turns,
             tolerance,
         )  # fmt: skip
         _finish(target[i], s, o, basis, levels, out[i], residual, tolerance, steps)
+        if mean > 0:
+            _owe(target[i], s, o, levels, out[i], taken[i], debt)

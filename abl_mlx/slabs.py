@@ -107,7 +107,7 @@ def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
         )
     axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
     basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
-    along = basis @ source if axis == 0 else source @ basis.T
-    # What is taken away along each line has the length |α| times that of the component.
-    length = np.sqrt(np.mean(np.sum(along * along, axis=axis)))
-    return rounding.Edited(exact, basis, axis, abs(one.edit.strength) * float(length))
+    along = (basis @ source).T if axis == 0 else source @ basis.T
+    taken = (one.edit.strength * along).astype(np.float32)
+    length = float(np.sqrt(np.mean(np.sum(taken * taken, axis=1))))
+    return rounding.Edited(exact, basis, axis, length, taken)

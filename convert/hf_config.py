@@ -73,6 +73,32 @@ def _missing(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def refuse_foreign(folder: Path, config: dict[str, Any], names: Iterable[str]) -> None:
+    """Refuse a folder that is quantized in another form than MLX's own.
+
+    Args:
+        names: of the folder's tensors.
+
+    Raises:
+        UserError: naming the folder and the mend.
+    """
+    if isinstance(config.get("quantization"), dict):
+        return
+    text = config.get("text_config")
+    method: Any = config.get("quantization_config")
+    if not method and isinstance(text, dict):
+        method = text.get("quantization_config") or text.get("quantization")
+    endings = (".scales", ".qweight", ".weight_scale", ".weight_scale_inv", "_blocks")
+    packed = next((name for name in names if name.endswith(endings)), None)
+    if method or packed:
+        kind = method.get("quant_method") if isinstance(method, dict) else None
+        raise UserError(
+            f"{folder} is quantized{f' by {kind}' if kind else ''}"
+            f"{f' ({packed})' if packed else ''} in another form than MLX's own: convert it first "
+            f"with `mlx_lm.convert --hf-path {folder} --mlx-path {folder}-mlx`."
+        )
+
+
 def refuse_quantized(folder: Path, config: dict[str, Any], names: Iterable[str]) -> None:
     """Refuse a quantized folder, whose weights are read as floats here.
 
@@ -90,6 +116,6 @@ def refuse_quantized(folder: Path, config: dict[str, Any], names: Iterable[str])
     if configured or packed:
         raise UserError(
             f"{folder} is quantized{f' ({packed})' if packed else ''}, and quantized weights are "
-            "not supported as a source yet: take the float model it was made from, or dequantize "
+            "not supported as a source here: take the float model it was made from, or dequantize "
             f"it first with `mlx_lm.convert --hf-path {folder} -d --mlx-path {folder}-float`."
         )

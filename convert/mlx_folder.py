@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from convert.errors import UserError
-from convert.safetensors_files import TensorFiles, TensorInfo
+from convert.safetensors_files import INDEX, TensorFiles, TensorInfo, type_size
 
 #: From a tensor's float32 values to the edited ones, same shape.
 TensorEdit = Callable[[mx.array], mx.array]
@@ -26,6 +30,36 @@ _OTHER_WEIGHTS = (
 )  # fmt: skip
 
 
+class Piece(NamedTuple):
+    """Some bytes of a tensor.
+
+    Attributes:
+        name: of the tensor.
+        offset: of the first of them, in the tensor.
+        data: contiguous.
+    """
+
+    name: str
+    offset: int
+    data: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Tensors that are written anew together, piece by piece.
+
+    Attributes:
+        old: names of the source's tensors whose place they take.
+        tensors: name -> safetensors type and shape of what is written. Where these are what the
+            source has, the shard keeps its layout.
+        pieces: called once, when their turn comes; together the pieces must fill the tensors.
+    """
+
+    old: frozenset[str]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    pieces: Callable[[], Iterator[Piece]]
+
+
 def rewrite_folder(
     source: Path,
     files: TensorFiles,
@@ -33,19 +67,21 @@ def rewrite_folder(
     edits: Mapping[str, TensorEdit],
     *,
     config: Mapping[str, Any],
+    rewrites: Sequence[Rewrite] = (),
     skip: tuple[str, ...] = ("README.md",),
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Write an edited copy of the model folder ``source`` into the existing folder ``out``.
 
-    Shards keep their names and layout: each is copied as bytes, then the edited tensors are
-    replaced one by one, in their own dtype and place. Peak memory is a few times the largest
-    edited tensor, whatever the model's size.
+    Shards keep their names, and their layout unless a rewrite changes the size of a tensor: each is
+    copied as bytes, then the edited tensors are replaced one by one in their place. Peak memory is
+    a few times the largest edited tensor, whatever the model's size.
 
     Args:
         files: the tensors of ``source``.
-        edits: tensor name -> function of its float32 values.
+        edits: tensor name -> function of its float32 values; it keeps its dtype.
         config: written as config.json.
+        rewrites: other tensors that change.
         skip: top-level files that are not copied.
         progress: called with the number of bytes just written.
 
@@ -57,23 +93,115 @@ def rewrite_folder(
     """
     left_out = _copy_others(source, files, out, skip)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    places: dict[str, tuple[Path, int, int]] = {}
     for shard in files.files:
-        target = out / shard.name
-        shutil.copyfile(shard, target)
+        places.update(_lay_out(files, shard, out / shard.name, rewrites))
         if progress:
-            progress(target.stat().st_size)
-    for name, edit in edits.items():
-        info = files.info(name)
-        with open(out / info.file.name, "r+b") as stream:
-            stream.seek(info.offset)
-            stream.write(edited_bytes(files, name, edit))
+            progress((out / shard.name).stat().st_size)
+    if (source / INDEX).exists() and any(_moves(files, one) for one in rewrites):
+        _write_index(source / INDEX, out / INDEX, places)
+    with ExitStack() as stack:
+        streams: dict[Path, BinaryIO] = {
+            out / shard.name: stack.enter_context(open(out / shard.name, "r+b"))
+            for shard in files.files
+        }
+
+        def write(name: str, offset: int, data: Any) -> None:
+            file, start, size = places[name]
+            data = memoryview(data).cast("B")
+            if offset + len(data) > size:
+                raise ValueError(f"{len(data)} bytes at {offset} of {name}, which has {size}")
+            streams[file].seek(start + offset)
+            streams[file].write(data)
+            if progress:
+                progress(len(data))
+
+        for name, edit in edits.items():
+            write(name, 0, edited_bytes(files, name, edit))
+        for one in rewrites:
+            for name, offset, data in one.pieces():
+                write(name, offset, np.ascontiguousarray(data, dtype=np.uint8))
+        for stream in streams.values():
             stream.flush()
-        if progress:
-            progress(info.nbytes)
-    for shard in files.files:
-        with open(out / shard.name, "rb") as stream:
             os.fsync(stream.fileno())
     return left_out
+
+
+def _lay_out(
+    files: TensorFiles, shard: Path, target: Path, rewrites: Sequence[Rewrite]
+) -> dict[str, tuple[Path, int, int]]:
+    """Write a shard with its final layout and everything but what is rewritten.
+
+    Returns:
+        Tensor name -> file, offset of its first byte there, and its size.
+    """
+    here = [name for name in files.names if files.info(name).file == shard]
+    gone: set[str] = set()
+    for one in rewrites:
+        if _moves(files, one):
+            gone |= one.old
+    if not gone & set(here):
+        shutil.copyfile(shard, target)
+        infos = {name: files.info(name) for name in here}
+        return {name: (target, info.offset, info.nbytes) for name, info in infos.items()}
+    # What takes the place of a tensor of another name lies where the first of them lay.
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in here:
+        if name not in gone:
+            layout[name] = (files.info(name).dtype, files.info(name).shape)
+            continue
+        for one in rewrites:
+            if name in one.old and next(iter(one.tensors)) == name:
+                layout.update(one.tensors)
+    return _write_shard(files, shard, target, layout, gone)
+
+
+def _moves(files: TensorFiles, one: Rewrite) -> bool:
+    """Whether a rewrite changes more than values."""
+    old = {name: (files.info(name).dtype, files.info(name).shape) for name in one.old}
+    return old != dict(one.tensors)
+
+
+def _write_shard(
+    files: TensorFiles,
+    shard: Path,
+    target: Path,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    gone: set[str],
+) -> dict[str, tuple[Path, int, int]]:
+    header: dict[str, Any] = {}
+    if metadata := files.metadata(shard):
+        header["__metadata__"] = metadata
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        size = type_size(dtype) * math.prod(shape)
+        offsets = [end, end + size]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = {}
+    with open(target, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(start + end)
+        for name in layout:
+            first, last = header[name]["data_offsets"]
+            places[name] = (target, start + first, last - first)
+            if name not in gone:
+                stream.seek(start + first)
+                stream.write(files.bytes(name))
+                files.release(name)
+    return places
+
+
+def _write_index(old: Path, new: Path, places: Mapping[str, tuple[Path, int, int]]) -> None:
+    """The index of shards, its tensors and their total size as they are now."""
+    index = json.loads(old.read_text(encoding="utf-8"))
+    index["weight_map"] = {name: places[name][0].name for name in sorted(places)}
+    if "total_size" in index.get("metadata", {}):
+        index["metadata"]["total_size"] = sum(size for _, _, size in places.values())
+    new.write_text(json.dumps(index, indent=4) + "\n", encoding="utf-8")
 
 
 def edited_bytes(files: TensorFiles, name: str, edit: TensorEdit) -> memoryview:

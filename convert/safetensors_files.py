@@ -47,6 +47,11 @@ _DTYPES: dict[str, tuple[int, type[np.generic], mx.Dtype | None]] = {
 }
 
 
+def type_size(dtype: str) -> int:
+    """Bytes of one element of a safetensors type."""
+    return _DTYPES[dtype][0]
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where one tensor lies.
@@ -159,6 +164,19 @@ class TensorFiles:
             with open(info.file, "rb") as stream:
                 self._maps[info.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return memoryview(self._maps[info.file])[info.offset : info.offset + info.nbytes]
+
+    def release(self, name: str) -> None:
+        """Give the pages of a tensor that `bytes` has brought in back to the system.
+
+        Views of it stay valid: what is looked at again is read again. Without this, a walk through
+        a large model would look as if the whole of it were held.
+        """
+        info = self.info(name)
+        if info.nbytes == 0 or info.file not in self._maps or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        length = info.offset + info.nbytes - start
+        self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, length)
 
     def read(self, name: str) -> mx.array:
         """``name`` as an MLX array in its storage type (8-bit floats as uint8, F64 as float32)."""

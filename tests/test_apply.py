@@ -218,7 +218,9 @@ def test_the_edit_is_exact_in_float32(tiny_folder, direction, tmp_path):
 def quantized(folder):
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "quantization": {"group_size": 64, "bits": 4}}))
+    path.write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
 
 
 def copied_head(folder):
@@ -230,7 +232,7 @@ def copied_head(folder):
 @pytest.mark.parametrize(
     ("arch", "change", "message"),
     [
-        ("llama", quantized, "quantized"),
+        ("llama", quantized, "quantized by gptq in another form"),
         ("qwen2", copied_head, "lm_head.weight"),
     ],
 )
