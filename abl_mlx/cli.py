@@ -235,6 +235,14 @@ def _decorated(command: Callable[..., Any], flags: list[Any]) -> Callable[..., A
     return command
 
 
+def _memory_flag(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--memory-check/--no-memory-check",
+        default=True,
+        help="Refuse a model whose weights are larger than this machine's memory. Default: yes.",
+    )(command)
+
+
 def _options(chosen: dict[str, Any]) -> Options:
     from abl_mlx.options import Options
 
@@ -297,6 +305,7 @@ def cli() -> None:
 @_choice_flags
 @_reply_flags
 @_gguf_flags
+@_memory_flag
 @_json_flag
 def run(model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any) -> None:
     """Find MODEL's refusal direction, remove it, write the result and show what changed.
@@ -323,6 +332,7 @@ def run(model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any) -> 
 )
 @_prompt_flags
 @_choice_flags
+@_memory_flag
 @_json_flag
 def measure(model: str, output: Path, as_json: bool, **chosen: Any) -> None:
     """Find MODEL's refusal direction and keep it, with all candidates, in a file to share."""
@@ -345,6 +355,13 @@ def measure(model: str, output: Path, as_json: bool, **chosen: Any) -> None:
 @click.argument("model")
 @_edit_flags
 @_gguf_flags
+@click.option(
+    "--lazy",
+    is_flag=True,
+    help="Edit file to file: no more of the model is in memory at a time than one tensor. For "
+    "models larger than the memory this is done unasked; a GGUF is always edited so.",
+)
+@_memory_flag
 @_json_flag
 def apply(
     direction: Path, model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any
@@ -363,6 +380,7 @@ def apply(
 @click.argument("model")
 @_prompt_flags
 @_reply_flags
+@_memory_flag
 @_json_flag
 def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
     """Count MODEL's refusals of harmful, harmless and borderline prompts; nothing is edited.

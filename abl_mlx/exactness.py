@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -27,11 +27,15 @@ def is_complete(edit: Edit) -> bool:
     return edit.strength == 1 and edit.layers is None and edit.embedding
 
 
-def is_float(writer: Writer) -> bool:
-    """Whether the writer's weight is of plain floats, with room for an exact edit."""
-    module = writer.module
-    quantized = "scales" in module or any(str(key).startswith("packed_") for key in module)
-    return not quantized and mx.issubdtype(module["weight"].dtype, mx.floating)
+def limit_for(types: Iterable[str]) -> float | None:
+    """What a complete edit of weights of these types may leave at most; None for quantized ones.
+
+    Args:
+        types: as files name them: F32, F16, BF16, Q8_0, ...
+    """
+    limits = {"F32": LIMIT, "F16": LIMIT, "BF16": _BFLOAT16_LIMIT}
+    kinds = set(types)
+    return max(limits[kind] for kind in kinds) if kinds and kinds <= set(limits) else None
 
 
 def by_layer(
@@ -95,18 +99,17 @@ def _larger(before: mx.array | None, states: mx.array, basis: mx.array) -> mx.ar
 
 
 def check(
-    chat: ChatModel, edit: Edit, prompts: Sequence[str], *, limit: float | None = None
+    chat: ChatModel, edit: Edit, sequences: Sequence[Sequence[int]], *, limit: float = LIMIT
 ) -> list[float] | None:
     """Refuse a model whose complete edit left something of the direction in its stream.
 
     Args:
         chat: the edited model, as it was written.
-        prompts: a few are enough: what is looked at holds at every token.
-        limit: `LIMIT` by default, and ten times that where weights are bfloat16.
+        sequences: encoded prompts; a few are enough: what is looked at holds at every token.
+        limit: from `limit_for`.
 
     Returns:
-        the largest |r·h| / |h| after every layer; None for an edit that is not complete, or of
-        weights that are quantized, where the leak is what tells.
+        the largest |r·h| / |h| after every layer; None for an edit that is not complete.
 
     Raises:
         UserError: with the first layer above ``limit`` and the module that writes most of it.
@@ -114,14 +117,7 @@ def check(
     if not is_complete(edit):
         return None
     writers = find_writers(chat)
-    if not all(map(is_float, writers)):
-        return None
-    if limit is None:
-        rough = any(writer.module["weight"].dtype == mx.bfloat16 for writer in writers)
-        limit = _BFLOAT16_LIMIT if rough else LIMIT
-    layers, outputs = by_layer(
-        chat, writers, [chat.encode(prompt) for prompt in prompts], edit.directions
-    )
+    layers, outputs = by_layer(chat, writers, sequences, edit.directions)
     worst = next((index for index, share in enumerate(layers) if not share <= limit), None)
     if worst is None:
         return layers

@@ -18,6 +18,8 @@ from abl_mlx import (
     demo,
     directions,
     evaluate,
+    exactness,
+    memory,
     models,
     outputs,
     prompts,
@@ -54,6 +56,9 @@ Record = dict[str, Any]
 #: Held-out prompts of each set in which the component is looked for.
 COMPONENT_PROMPTS = 32
 
+#: Of these, how many are run to see that an edit of float weights is exact after every layer.
+EXACTNESS_PROMPTS = 4
+
 
 # --- the commands ------------------------------------------------------------------------------
 
@@ -76,6 +81,7 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
     if options.ollama_create is not None:
         ollama_first(paths, options.ollama_create)
     sets = load_prompts(source, options)
+    memory.check(source, asked=options.memory_check)
     if target.is_gguf:
         from abl_mlx import gguf_pipeline
 
@@ -159,6 +165,9 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
             record["hashes"] = hashes(source, files, direction, options)
 
         def judge(one: Written, model: ChatModel) -> Record:
+            limit = None if one.output.is_adapter else exactness.limit_for(one.types)
+            if limit is not None:
+                exactness.check(model, edit, sample[:EXACTNESS_PROMPTS], limit=limit)
             answer, runtime, note = _runtime(one, model, options)
             note = "; ".join(filter(None, (one.note, note)))
             after = evaluate.behaviour(answer, harmful, harmless, max_tokens=options.max_tokens)
@@ -244,7 +253,11 @@ def _apply(
     clock = Clock()
     with clock.step("load the model"):
         files = open_files(source, paths, options)
-        chat = models.load(source.path)
+        if options.lazy or not memory.fits(source):
+            chat = models.load_lazily(source.path)
+        else:
+            memory.check(source, asked=options.memory_check)
+            chat = models.load(source.path)
         directions.check_width(direction, direction_path, chat)
     with clock.step("find the residual writers"):
         writers = find_writers(chat)
@@ -269,6 +282,7 @@ def measure(text: str, out: Path, options: Options) -> Record:
     clock = Clock()
     source = sources.resolve(text)
     sets = load_prompts(source, options)
+    memory.check(source, asked=options.memory_check)
     if source.is_gguf:
         from abl_mlx import gguf_pipeline
 
@@ -320,6 +334,7 @@ def evaluate_model(text: str, options: Options) -> Record:
     clock = Clock()
     source = sources.resolve(text)
     sets = load_prompts(source, options)
+    memory.check(source, asked=options.memory_check)
     name = source.name
     with ExitStack() as stack:
         if source.is_gguf and evaluate.llamacpp_is_there():
@@ -365,7 +380,7 @@ def inspect(text: str) -> Record:
     config = read_config(source.path)
     with TensorFiles(source.path) as files:
         stored = Counter(files.info(name).dtype for name in files.names)
-        chat = models.load(source.path, check=False)
+        chat = models.load_lazily(source.path)
         writers = find_writers(chat)
     whole = sum(value.size for _, value in parameters(chat.model))
     touched = [
