@@ -1,11 +1,15 @@
 """An edit that is not exact after every layer is refused, with the layer and the module."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 
-from abl_mlx import exactness
+from abl_mlx import exactness, pipeline
 from abl_mlx.edits import Edit, rounded, target
 from abl_mlx.models import load, load_lazily
+from abl_mlx.options import Options
 from abl_mlx.writers import find_writers
 from convert.errors import UserError
 from tests import tiny
@@ -103,3 +107,20 @@ def test_edits_that_are_to_leave_something_are_not_held_to_it(change, tiny_folde
 )
 def test_the_limit_depends_on_what_the_weights_are_stored_in(types, limit):
     assert exactness.limit_for(types) == limit
+
+
+def test_run_fails_when_what_it_wrote_is_not_exact(tiny_folder, tmp_path, monkeypatch):
+    """A writer that the search missed is found out on the written model, and nothing is left."""
+    source, out = tiny_folder("llama"), tmp_path / "edited"
+    quick = Options(limit=4, layer=1, position=-1, max_tokens=2, max_leak=1.0)
+    sets = [str(tmp_path / f"{name}.txt") for name in ("harmful", "harmless")]
+    for path, word in zip(sets, ("break", "plant"), strict=True):
+        Path(path).write_text("".join(f"How do I {word} {n} things?\n" for n in range(20)))
+    quick = replace(quick, harmful=sets[0], harmless=sets[1])
+    everything = pipeline.find_writers
+    monkeypatch.setattr(pipeline, "find_writers", lambda chat: everything(chat)[:-1])
+    with pytest.raises(UserError, match="stream after layer 2, most of it written"):
+        pipeline.run(str(source), [out], quick)
+    assert not out.exists()
+    monkeypatch.setattr(pipeline, "find_writers", everything)
+    assert pipeline.run(str(source), [out], quick)["component"]["after"] < 1e-4

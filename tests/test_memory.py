@@ -1,9 +1,13 @@
 """Before a model is loaded, its size is compared with the machine's memory."""
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from abl_mlx import memory
+from abl_mlx import memory, models, pipeline
+from abl_mlx.cli import cli
 from abl_mlx.memory import Memory
+from abl_mlx.options import Options
 from abl_mlx.sources import Source
 from convert.errors import UserError
 
@@ -13,11 +17,13 @@ GB = 10**9
 @pytest.fixture
 def folder(tmp_path):
     """A folder with 20 GB of weights, on a disk that keeps no zeros."""
+    place = tmp_path / "big"
+    place.mkdir()
     for part in (1, 2):
-        with open(tmp_path / f"model-0000{part}-of-00002.safetensors", "wb") as stream:
+        with open(place / f"model-0000{part}-of-00002.safetensors", "wb") as stream:
             stream.truncate(10 * GB)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    return Source("org/Big", tmp_path)
+    (place / "tokenizer.json").write_text("{}")
+    return Source("org/Big", place)
 
 
 def test_a_model_larger_than_the_machine_is_refused_in_a_sentence(folder):
@@ -62,3 +68,45 @@ def test_the_machine_has_some_memory():
     here = memory.machine()
     assert 10**8 < here.total < 10**14
     assert here.free is None or 0 < here.free <= here.total
+
+
+@pytest.fixture
+def direction(tmp_path):
+    path = tmp_path / "r.npy"
+    np.save(path, np.random.default_rng(0).standard_normal(64).astype(np.float32))
+    return path
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "qwen3_moe"])
+def test_lazy_writes_the_same_bytes_and_never_loads(
+    arch, tiny_folder, direction, tmp_path, monkeypatch
+):
+    source = str(tiny_folder(arch))
+    pipeline.apply(direction, source, [tmp_path / "held"], Options())
+    monkeypatch.setattr(models, "load", None)  # to call it would fail
+    pipeline.apply(direction, source, [tmp_path / "lazy"], Options(lazy=True))
+    held, lazy = (tmp_path / name / "model.safetensors" for name in ("held", "lazy"))
+    assert held.read_bytes() == lazy.read_bytes()
+    assert held.read_bytes() != (tiny_folder(arch) / "model.safetensors").read_bytes()
+
+
+def test_apply_is_lazy_unasked_where_the_model_does_not_fit(
+    tiny_folder, direction, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(memory, "machine", lambda: Memory(100_000, None))
+    pipeline.apply(direction, str(tiny_folder("llama")), [tmp_path / "out"], Options())
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["run", "measure", "eval"])
+def test_commands_refuse_before_loading(command, folder, tmp_path, monkeypatch):
+    """The folder holds zeros; no command gets so far as to see that."""
+    (folder.path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(memory, "machine", lambda: Memory(16 * GB, None))
+    out = {"run": ["-o", tmp_path / "x"], "measure": ["-o", tmp_path / "x.safetensors"]}
+    words = [command, str(folder.path), *map(str, out.get(command, []))]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 1
+    assert "20.0 GB of weights and this machine 16.0 GB of memory" in result.output
+    assert "--no-memory-check" in result.output
