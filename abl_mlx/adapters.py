@@ -107,7 +107,7 @@ def leak_of(edit: Edit, writer: Writer, found: Components, scale: float, one: Lo
         )
     first, second = factors
     grams = first.swapaxes(-1, -2) @ first, second @ second.swapaxes(-1, -2)
-    error2 = float(np.einsum("...ij,...ji->", *grams))
+    error2 = float((grams[0] * grams[1]).sum())  # both are symmetric
     inside = float((along * along).sum())
     target2 = found.square - (2 * alpha - alpha * alpha) * inside
     return Leak(float((missing**2).sum()), alpha * alpha * inside, max(error2, 0.0), target2)
