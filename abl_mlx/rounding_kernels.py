@@ -15,6 +15,9 @@ F = np.float32
 _EVALUATIONS = 10
 _BRACKETS = 6
 
+# Levels above which they are searched by halving, and not compared one by one in vector registers.
+_MANY = 32
+
 # Share of its debt that a line like the others is asked for, times two.
 _PAID = F(0.5)
 
@@ -28,6 +31,17 @@ def _rounded(x, u, mu, w, s, inv, o, levels, mids, low, high, uniform, codes):
             q = min(max(np.floor((x[i] - mu * u[i] - o[i]) * inv[i] + F(0.5)), low), high)
             codes[i] = np.uint8(q - low)
             total += u[i] * (s[i] * q + o[i] - w[i])
+    elif mids.shape[0] > _MANY:
+        for i in range(x.shape[0]):
+            z = (x[i] - mu * u[i] - o[i]) * inv[i]
+            code, step = 0, 128
+            while step:
+                upper = code + step
+                if upper <= mids.shape[0] and z > mids[upper - 1]:
+                    code = upper
+                step >>= 1
+            codes[i] = np.uint8(code)
+            total += u[i] * (s[i] * levels[code] + o[i] - w[i])
     else:
         for i in range(x.shape[0]):
             z = (x[i] - mu * u[i] - o[i]) * inv[i]
@@ -74,6 +88,7 @@ def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x
                 if abs(f1) < least:
                     best, least = m1, abs(f1)
                 if f0 * f1 < 0:
+                    side = 0
                     for _ in range(_EVALUATIONS):
                         m = m0 + (m1 - m0) * f0 / (f0 - f1)
                         # Kept off the ends, so that the bracket shrinks at a steep step too.
@@ -84,10 +99,16 @@ def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x
                             best, least = m, abs(f)
                         if abs(f) <= tolerance:
                             break
+                        # An end that stays counts half as much (the Illinois rule), so that a flat
+                        # stretch on its side does not hold the search up.
                         if f * f0 > 0:
                             m0, f0 = m, f
+                            f1 *= F(0.5) if side == 1 else F(1)
+                            side = 1
                         else:
                             m1, f1 = m, f
+                            f0 *= F(0.5) if side == -1 else F(1)
+                            side = -1
             mu[a] = best
             for i in range(d):
                 x[i] -= best * u[i]
