@@ -65,6 +65,8 @@ class Writer:
 def find_writers(chat: ChatModel) -> list[Writer]:
     """All residual writers of the model: what stands before the layers first, then layer by layer.
 
+    Of several embeddings (tokens, positions) one that is the output head too is the first.
+
     No weight but those of norms and routers is read, so the model may be one whose weights are
     still in their files.
 
@@ -83,7 +85,8 @@ def find_writers(chat: ChatModel) -> list[Writer]:
             for which, gain in found.items()
         ]
         _rehearse(chat, probe, found)
-    return writers
+    # An embedding that is the output head too is what most callers ask for.
+    return sorted(writers, key=lambda writer: not writer.tied)
 
 
 def _refuse_rotated(chat: ChatModel) -> None:
@@ -211,9 +214,7 @@ def _gain(leaf: Leaf, by_ones: mx.array, by_noise: mx.array, noise: mx.array) ->
     gain = by_ones[most]
     # Tokens may differ by a factor, as the weights of experts do, and by nothing else.
     factor = (by_ones @ gain)[:, None] / (gain @ gain)
-    error = mx.maximum(
-        mx.abs(by_ones - factor * gain).max(), mx.abs(by_noise - factor * gain * noise).max()
-    )
+    error = mx.abs(by_noise - factor * gain * noise).max()
     if number(error) > _TOLERANCE * largest:
         raise UserError(
             f"{leaf.path} writes to the residual stream through more than a gain for each element, "

@@ -36,8 +36,8 @@ def encoded(chat):
     return [chat.encode(prompt) for prompt in PROMPTS]
 
 
-def random_directions(width, count=1):
-    return mx.random.normal((count, width), key=mx.random.key(11))
+def random_directions(width, count=1, seed=11):
+    return mx.random.normal((count, width), key=mx.random.key(seed))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -63,6 +63,16 @@ def test_a_writer_that_was_not_edited_is_named(path, layer, tiny_folder):
     chat = load(tiny_folder("gemma2"))
     chat, edit = edited(chat, random_directions(chat.width), skip={path})
     with pytest.raises(UserError, match=f"after layer {layer}, most of it written by {path} "):
+        exactness.check(chat, edit, encoded(chat))
+
+
+def test_the_first_layer_at_fault_is_named_not_the_worst(tiny_folder):
+    chat = load(tiny_folder("gemma2"))
+    later = {writer.path for writer in find_writers(chat) if writer.layer >= 1}
+    chat, edit = edited(chat, random_directions(chat.width, seed=1), skip=later)
+    _, outputs = exactness.by_layer(chat, find_writers(chat), encoded(chat), edit.directions)
+    assert ".layers.1." not in max(outputs, key=outputs.get)
+    with pytest.raises(UserError, match=r"after layer 1, most of it written by model\.layers\.1"):
         exactness.check(chat, edit, encoded(chat))
 
 

@@ -12,6 +12,7 @@ from abl_mlx.edits import Edit, target
 from abl_mlx.models import ChatModel, load, load_lazily, skeleton
 from abl_mlx.steering import ablation
 from abl_mlx.writers import find_writers
+from convert import packed
 from convert.errors import UserError
 from tests import tiny
 
@@ -158,12 +159,22 @@ def test_quantized_models_have_the_same_writers(arch, bits, group, mode, tiny_fo
 @pytest.mark.parametrize("arch", sorted(tiny.ARCHITECTURES))
 def test_writers_are_found_in_files_without_reading_matrices(arch, tiny_folder):
     expected = find_writers(load(tiny_folder(arch)))
+    before = mx.get_active_memory()
     chat = load_lazily(tiny_folder(arch))
     weights = sum(value.nbytes for _, value in nn.utils.tree_flatten(chat.model.parameters()))
-    before = mx.get_active_memory()
     found = find_writers(chat)
     assert same(found, expected)
     assert mx.get_active_memory() - before < weights / 20
+
+
+def test_matrices_held_for_numpy_are_not_multiplied(tiny_folder, monkeypatch):
+    """These compute when they are called, unlike MLX's own, so they must not be."""
+    chat = load(tiny_folder("qwen3_moe"))
+    packed.hold(chat.model)
+    expected = find_writers(load_lazily(tiny_folder("qwen3_moe")))
+    for kind in (packed.PackedLinear, packed.PackedEmbedding, packed.PackedSwitchLinear):
+        monkeypatch.setattr(kind, "__call__", None)
+    assert same(find_writers(chat), expected)
 
 
 def test_a_model_of_8b_is_probed_without_its_weights():
@@ -199,6 +210,10 @@ class _Loud(nn.Module):
     [
         (lambda x, y: y + mx.sin(x), "something other than its linear weights"),
         (lambda x, y: y + 0.5 * mx.roll(y - x, 1, axis=-1), "more than a gain"),
+        (
+            lambda x, y: x + mx.sigmoid(x) * (y - x),
+            "more than a gain",
+        ),  # differs from token to token
     ],
 )
 def test_layers_that_a_rank_one_edit_cannot_reach_are_refused(extra, reason, tiny_folder):

@@ -11,7 +11,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "mlx-architectures.md"
 
 REFUSED = {
     "bitnet": "three values a weight",
-    "gemma3n": "through more than a gain",
+    "gemma3n": "altup_projections.2 writes to the residual stream through more than a gain",
     "iquestloopcoder": "was not called",
     "longcat_flash": "through more than a gain",  # its identity experts write the normed stream
     "longcat_flash_ngram": "through more than a gain",
@@ -48,6 +48,18 @@ def test_experts_that_no_token_was_sent_to_are_edited_too():
     """The probe has 16 tokens; here each layer has 40 experts that are modules of their own."""
     writers = find_writers(zoo.chat("dbrx, more experts than tokens"))
     assert sum(".experts." in writer.path for writer in writers) == 3 * 40
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("gpt2", "model.wte"), ("gpt_bigcode", "transformer.wte"), ("gpt_bigcode, one key", None)],
+)
+def test_positions_are_edited_and_the_head_is_told_from_them(name, head):
+    writers = find_writers(zoo.chat(name))
+    embeddings = [writer.path for writer in writers if writer.kind == "embedding"]
+    assert sorted(path.rpartition(".")[2] for path in embeddings) == ["wpe", "wte"]
+    assert [writer.path for writer in writers if writer.tied] == ([head] if head else [])
+    assert embeddings[0] == (head or embeddings[0])
 
 
 def test_the_documented_table_is_true():
