@@ -202,7 +202,8 @@ def in_chunks(work: Callable[[slice], None], count: int, width: int) -> None:
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # list() brings an exception of a thread to the caller.
-        list(pool.map(lambda first: work(slice(first, first + step)), range(0, count, step)))
+        parts = (slice(first, min(first + step, count)) for first in range(0, count, step))
+        list(pool.map(work, parts))
 
 
 def _check_codes(codes: np.ndarray, levels: int) -> None:

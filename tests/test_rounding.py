@@ -6,7 +6,7 @@ from gguf import GGMLQuantizationType as Q
 
 from abl_mlx import gguf_edit, rounding
 from convert import ggml_types
-from convert.grids import Grid
+from convert.grids import Grid, in_chunks
 
 # Relative error of ordinary quantization on Gaussian weights, from DESIGN 6 and ggml itself.
 ORDINARY = {
@@ -161,3 +161,35 @@ def test_tensors_without_a_component_are_left_nearly_alone():
     exact = rounding.preserve(own, target, u, 0, 1.0).values()
     again = ggml_types.fresh(exact, Q.Q4_K)
     assert np.isfinite(rounding.preserve(again, again.values(), u, 0, 0.0).values()).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_lines_in_any_number_are_rounded_and_no_others(axis):
+    """More lines than one piece of work has, and no multiple of it."""
+    d, lines = 64, 5 * 512 + 32
+    own, source, target, u = case(Q.Q4_0, d, lines, 4, axis)
+    seen = []
+    in_chunks(seen.append, lines, rounding.CHUNK // 512)
+    assert max(part.stop for part in seen) == lines
+    grid = rounded(Q.Q4_0, own, source, target, u, axis, "own")
+    assert leak(grid, source, target, u, axis) <= 0.01
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", [Q.Q4_0, Q.Q2_K], ids=lambda kind: kind.name)
+def test_the_component_is_removed_and_not_turned(kind, axis):
+    """What the edit takes away must not be readable along another vector: the errors of all lines,
+    weighed with what was taken from each, cancel out."""
+    own, source, target, u = case(kind, 256, 1024, 1, axis)
+    taken = along(u, source, axis)
+    taken = (taken.T if axis == 0 else taken).astype(np.float32)
+    removed = float(np.sqrt(np.mean(taken**2)))
+
+    def turned(edited):
+        written = edited.on(own).values().astype(np.float64) - target
+        errors = written if axis == 0 else written.T
+        assert np.linalg.norm(along(u, written, axis)) < 0.01 * np.linalg.norm(taken)
+        return np.linalg.norm(errors @ taken) / np.sum(taken**2)
+
+    assert turned(rounding.Edited(target, u, axis, removed)) > 0.5
+    assert turned(rounding.Edited(target, u, axis, removed, taken)) < 0.1
