@@ -52,7 +52,7 @@ def test_experts_that_no_token_was_sent_to_are_edited_too():
 
 @pytest.mark.parametrize(
     ("name", "head"),
-    [("gpt2", "model.wte"), ("gpt_bigcode", "transformer.wte"), ("gpt_bigcode, one key", None)],
+    [("gpt2", "model.wte"), ("gpt_bigcode", None), ("gpt_bigcode, one key", "transformer.wte")],
 )
 def test_positions_are_edited_and_the_head_is_told_from_them(name, head):
     writers = find_writers(zoo.chat(name))

@@ -690,7 +690,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "falcon_h1, biases": {"mamba_proj_bias": True, "attention_bias": True, "mlp_bias": True},
     "gemma4_text, dense": {"enable_moe_block": False, "use_double_wide_mlp": False},
     "gemma4_text, no inputs of layers": {"hidden_size_per_layer_input": 0},
-    "gpt_bigcode, one key": {"multi_query": True, "tie_word_embeddings": False},
+    "gpt_bigcode, one key": {"multi_query": True, "tie_word_embeddings": True},
     "gpt_neox, not parallel": {"use_parallel_residual": False},
     "granitemoehybrid, experts": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "kimi_k3, mixed blocks": {
