@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,12 @@ def check_gguf(gguf: GgufSource, writers: Sequence[gguf_writers.GgufWriter]) -> 
     Raises:
         UserError: naming the tensor.
     """
-    names = [one.name for one in writers]
+    check_applied(gguf, [one.name for one in writers])
+
+
+def check_applied(gguf: GgufSource, names: Iterable[str]) -> None:
+    """The same for the tensors of these names."""
+    names = list(names)
     ignored = adapters.ignored(gguf.architecture, names)
     if ignored:
         raise UserError(

@@ -143,6 +143,11 @@ def _edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Fail when more of the component than this share is left in the written weights.",
         ),
         click.option(
+            "--keep-undo",
+            is_flag=True,
+            help="Keep what the edit takes out beside a float model, for `abl-mlx undo`.",
+        ),
+        click.option(
             "-o",
             "--output",
             "outputs",
@@ -374,6 +379,43 @@ def apply(
     from abl_mlx import pipeline
 
     _answer(as_json, "apply_table", pipeline.apply, direction, model, outputs, _options(chosen))
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Where the model goes as it was: a folder for a folder, NAME.gguf for a GGUF; or an "
+    "adapter for MODEL that undoes its edit. May be given again.",
+)
+@click.option(
+    "--factors",
+    type=click.Path(path_type=Path),
+    help="What the edit took out, as --keep-undo wrote it. Without it: the undo file that lies "
+    "with MODEL.",
+)
+@click.option(
+    "--direction",
+    type=click.Path(path_type=Path),
+    help="The edit's direction file, where there is no undo file: with --base, or for an edit of "
+    "a strength other than 1.",
+)
+@click.option("--base", metavar="MODEL", help="The model before the edit.")
+@_json_flag
+def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> None:
+    """Put back what abl-mlx took out of MODEL, a folder or GGUF of float weights.
+
+    A full removal leaves nothing to go back by, so it needs what `run --keep-undo` or
+    `apply --keep-undo` kept, or the base model.
+    """
+    from abl_mlx import undo as undoing
+
+    _answer(as_json, "undo_table", lambda: undoing.undo(model, outputs, **given))
 
 
 @cli.command("eval")

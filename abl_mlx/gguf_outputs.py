@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import adapter_outputs, outputs
+from abl_mlx import adapter_outputs, outputs, taken
 from abl_mlx.clock import Clock
 from abl_mlx.edits import Leak, leak, total_leak
 from abl_mlx.gguf_edit import (
@@ -145,6 +145,9 @@ def _write_gguf(
         **leak_record(reports),
     }
     _check_leak(staged.path, reports, one["leak"], options)
+    if options.keep_undo:
+        place = taken.kept_path(staged.folder / staged.path.name)
+        taken.keep_gguf(place, gguf, plans, label["direction_sha256"])
     return one
 
 

@@ -35,6 +35,7 @@ class Options:
             show the difference.
         writer_bits: of a quantized MLX folder, what the edited matrices are promoted to: bits, or
             ``bf16`` for plain floats; None keeps each one's own mode.
+        keep_undo: keep what the edit takes out, for `abl-mlx undo`.
         lazy: edit file to file, without ever holding the model.
         memory_check: refuse a model that is larger than the machine's memory.
         gguf: a GGUF of the model that is measured, to be edited in its stead.
@@ -61,6 +62,7 @@ class Options:
     grid: str = "auto"
     plain_rounding: bool = False
     writer_bits: str | None = None
+    keep_undo: bool = False
     lazy: bool = False
     memory_check: bool = True
     gguf: str | None = None

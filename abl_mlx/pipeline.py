@@ -24,6 +24,7 @@ from abl_mlx import (
     outputs,
     prompts,
     sources,
+    taken,
 )
 from abl_mlx.apply import Plan, plan
 from abl_mlx.arrays import parameters
@@ -76,6 +77,8 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
     source = sources.resolve(text)
     target = source if options.gguf is None else sources.resolve_gguf(options.gguf)
     outputs.check(paths, target)
+    if options.keep_undo:
+        taken.check_keep(paths, target)
     if options.save_replies is not None:
         check_new(options.save_replies)
     if options.ollama_create is not None:
@@ -225,6 +228,8 @@ def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Optio
     direction = directions.read(direction_path)
     source = sources.resolve(text)
     outputs.check(paths, source)
+    if options.keep_undo:
+        taken.check_keep(paths, source)
     if options.ollama_create is not None:
         ollama_first(paths, options.ollama_create)
     if source.is_gguf:
@@ -504,7 +509,7 @@ def write_all(
                 options.max_leak,
                 options.plain_rounding,
             )
-        return outputs.write_folder(
+        written = outputs.write_folder(
             source,
             chat,
             files,
@@ -515,6 +520,11 @@ def write_all(
             grid=options.grid,
             plain=options.plain_rounding,
         )
+        if options.keep_undo:
+            taken.keep_folder(
+                taken.kept_path(output.staged), files, the_plan, record["direction"]["sha256"]
+            )
+        return written
 
     return [write(output) for output in staged], the_plan
 

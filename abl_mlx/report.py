@@ -180,6 +180,17 @@ def convert_table(record: Mapping[str, Any]) -> str:
     return f"{record['output']}  ({record['format']}, {record['bytes'] / 1e6:,.1f} MB): {made}"
 
 
+def undo_table(record: Mapping[str, Any]) -> str:
+    """What `abl-mlx undo` wrote."""
+    lines = []
+    for one in record["written"]:
+        lines.append(f"{one['output']}  ({one['format']})")
+        if "missing" in one:
+            lines.append(f"  {one['missing']:.2g} of what the edit took is still missing")
+    lines.append(f"{record['tensors']} tensors, from {record['from']}")
+    return "\n".join(lines)
+
+
 def inspect_table(record: Mapping[str, Any]) -> str:
     """What `abl-mlx inspect` says of a model."""
     edit = record["edit"]

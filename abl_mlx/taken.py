@@ -1,0 +1,203 @@
+"""What an edit takes out of float weights, and the file that keeps it for `abl-mlx undo`.
+
+W' = W − α U(UᵀW) has lost UᵀW: k numbers for each column of a writer, for each row of an embedding.
+With them W is back, but for the rounding of W'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx import __version__
+from abl_mlx.apply import Plan, TensorEdit
+from abl_mlx.edits import stream_axis
+from abl_mlx.gguf_edit import TensorPlan
+from abl_mlx.sources import Source
+from convert import adapters
+from convert.atomic import check_new
+from convert.errors import UserError
+from convert.gguf_file import GgufSource
+from convert.mlx_folder import FLOAT_DTYPES
+from convert.safetensors_files import TensorFiles
+
+#: The file inside an edited folder; beside NAME.gguf it is NAME.undo.safetensors.
+KEPT = "undo.safetensors"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What an edit took out of one float tensor.
+
+    Attributes:
+        along: float32, UᵀW (..., k, n) of the tensor as mlx-lm or llama.cpp multiplies with it, or
+            its rows' components (..., k) of an embedding or a bias.
+        basis: float32 (k, d), orthonormal: U.
+        axis: that of the residual stream, -1 or -2.
+        transposed: whether the file holds the last two axes swapped.
+        strength: α.
+    """
+
+    along: mx.array
+    basis: mx.array
+    axis: int
+    transposed: bool
+    strength: float
+
+    def put_back(self, values: mx.array) -> mx.array:
+        """An edited tensor's float32 values, in the file's layout, with the component it had.
+
+        Not just with α U(UᵀW) added: rounding that kept the edit intact has shifted each line along
+        the directions, and setting the component takes that back as well.
+        """
+        lost = self.lost(values)
+        more = lost @ self.basis if self.axis == -1 else self.basis.T @ lost
+        return values + (mx.swapaxes(more, -1, -2) if self.transposed else more)
+
+    def lost(self, values: mx.array) -> mx.array:
+        """What an edited tensor's components are short of, shaped as ``along``."""
+        return self.along - self.of(values)
+
+    def of(self, values: mx.array) -> mx.array:
+        """The components of a tensor's float32 values, in the file's layout."""
+        turned = mx.swapaxes(values, -1, -2) if self.transposed else values
+        return turned @ self.basis.T if self.axis == -1 else self.basis @ turned
+
+
+def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
+    """What an edit takes out of a tensor.
+
+    Args:
+        values: float32, before the edit, in the file's layout.
+    """
+    transposed = isinstance(one, TensorEdit) and one.transposed
+    basis = one.edit.basis(one.writer)
+    axis = stream_axis(one.writer.kind, one.parameter)
+    nothing = Taken(basis, basis, axis, transposed, one.edit.strength)
+    along = nothing.of(values.astype(mx.float32))
+    mx.eval(along)
+    return Taken(along, basis, axis, transposed, one.edit.strength)
+
+
+# --- keeping it --------------------------------------------------------------------------------
+
+
+def kept_path(path: Path) -> Path:
+    """Where an edited model's undo file is: inside the folder, or beside the GGUF."""
+    return path.with_name(f"{path.stem}.{KEPT}") if path.suffix == ".gguf" else path / KEPT
+
+
+def check_keep(paths: Sequence[Path], source: Source) -> None:
+    """Refuse ``--keep-undo`` where it would keep nothing, or what does not fit.
+
+    Raises:
+        UserError: naming the output.
+    """
+    for path in paths:
+        if adapters.is_mlx(path) or adapters.is_lora(path):
+            raise UserError(
+                f"--keep-undo: {path} is an adapter, which is undone by leaving it out; leave the "
+                "flag out."
+            )
+        if (path.suffix == ".gguf") != source.is_gguf:
+            raise UserError(
+                f"--keep-undo: {path} has another format than {source.name}; write the edit in the "
+                "source's own format, and convert that."
+            )
+        if path.suffix == ".gguf":
+            check_new(kept_path(path))
+
+
+def keep(path: Path, parts: Iterable[tuple[str, Taken]], direction_sha256: str) -> None:
+    """Write an undo file.
+
+    Args:
+        parts: tensor name in the edited model -> what was taken out of it.
+        direction_sha256: by which the file and the edited model are known to belong together.
+    """
+    tensors, layouts = {}, {}
+    for name, one in parts:
+        tensors[f"{name}.along"], tensors[f"{name}.basis"] = one.along, one.basis
+        layouts[name] = [one.axis, one.transposed, one.strength]
+    mx.save_safetensors(
+        str(path),
+        tensors,
+        {
+            "format": "abl-mlx undo",
+            "format_version": "1",
+            "abl_mlx": __version__,
+            "direction_sha256": direction_sha256,
+            "tensors": json.dumps(layouts),
+        },
+    )
+
+
+def keep_folder(path: Path, files: TensorFiles, plan: Plan, direction_sha256: str) -> None:
+    """Keep what an edit takes out of a folder's tensors.
+
+    Raises:
+        UserError: when a tensor is quantized.
+    """
+    if plan.matrices:
+        raise UserError(
+            f"--keep-undo: {next(iter(plan.matrices))} is quantized, and its rounding cannot be "
+            "undone; write -o NAME.adapter, which leaves the model as it is."
+        )
+    keep(
+        path,
+        (
+            (name, taken(one, files.read(name).astype(mx.float32)))
+            for name, one in plan.edits.items()
+        ),
+        direction_sha256,
+    )
+
+
+def keep_gguf(
+    path: Path, gguf: GgufSource, plans: Mapping[str, TensorPlan], direction_sha256: str
+) -> None:
+    """Keep what an edit takes out of a GGUF's tensors.
+
+    Raises:
+        UserError: when a tensor is quantized.
+    """
+    for name, one in plans.items():
+        if one.old.name not in FLOAT_DTYPES:
+            raise UserError(
+                f"--keep-undo: {name} is of the type {one.old.name}, whose rounding cannot be "
+                "undone; write -o NAME.lora.gguf, which leaves the model as it is."
+            )
+    keep(path, taken_of_gguf(gguf, plans), direction_sha256)
+
+
+def taken_of_gguf(gguf: GgufSource, plans: Mapping[str, TensorPlan]) -> Iterator[tuple[str, Taken]]:
+    for name, one in plans.items():
+        yield name, taken(one, mx.array(gguf.values(name)))
+        gguf.release(name)
+
+
+def read_kept(path: Path, direction_sha256: str) -> dict[str, Taken]:
+    """Read an undo file.
+
+    Raises:
+        UserError: when it is damaged, or belongs to another edit.
+    """
+    try:
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        tensors, metadata = loaded
+        found = {
+            name: Taken(tensors[f"{name}.along"], tensors[f"{name}.basis"], *layout)
+            for name, layout in json.loads(metadata["tensors"]).items()
+        }
+        belongs = metadata["direction_sha256"] == direction_sha256
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path} could not be read as an undo file: {reason}") from None
+    if not belongs:
+        raise UserError(f"{path} belongs to an edit along another direction.")
+    return found
