@@ -16,8 +16,8 @@ from gguf import GGMLQuantizationType
 
 from abl_mlx import rounding
 from abl_mlx.apply import TensorEdit
-from abl_mlx.edits import Edit, Leak, leak, rounded, stream_axis
-from abl_mlx.slabs import SLAB, Slab, exact_edit, sample, slabs
+from abl_mlx.edits import Edit, Leak, rounded, stream_axis
+from abl_mlx.slabs import SLAB, Slab, exact_edit, leak, sample, slabs
 from abl_mlx.writers import Writer
 from convert import ggml, ggml_types
 from convert.errors import UserError
@@ -296,8 +296,7 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> TensorRep
     total, codes, weights = Leak(), 0, 0
     for slab in slabs(entry.shape, axis, cut):
         first, second = read(old, entry.type, slab), read(new, written.type, slab)
-        values = mx.array(values_of(first)), mx.array(values_of(second))
-        total += leak(one.edit, one.writer, one.parameter, *values)
+        total += leak(one, values_of(first), values_of(second))
         if same and isinstance(first, Grid) and isinstance(second, Grid):
             codes += int(np.count_nonzero(first.codes != second.codes))
             weights += first.codes.size

@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx import rounding
-from abl_mlx.edits import Edit, Leak, leak, rounded, stream_axis
-from abl_mlx.slabs import Slab, exact_edit, sample, slabs
+from abl_mlx.edits import Edit, Leak, rounded, stream_axis
+from abl_mlx.slabs import Slab, exact_edit, leak, sample, slabs
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 from convert.grids import Grid
@@ -213,21 +213,22 @@ def compare(before: TensorFiles, after: TensorFiles, one: MatrixEdit) -> Leak:
     """Leak and weight error of one matrix, both sides read from their files."""
     total = Leak()
     for slab in slabs(one.old.shape, one.axis, _cut(one)):
-        old = mx.array(one.old.read(before, slab.rows, slab.columns).values())
-        total += leak(one.edit, one.writer, one.parameter, old, _written(after, one, slab))
+        old = one.old.read(before, slab.rows, slab.columns).values()
+        total += leak(one, old, _written(after, one, slab))
         one.old.release(before)
         for name in one.tensors():
             after.release(name)
     return total
 
 
-def _written(files: TensorFiles, one: MatrixEdit, slab: Slab) -> mx.array:
+def _written(files: TensorFiles, one: MatrixEdit, slab: Slab) -> np.ndarray:
     if one.new is not None:
-        return mx.array(one.new.read(files, slab.rows, slab.columns).values())
+        return one.new.read(files, slab.rows, slab.columns).values()
     size = 2 * one.old.shape[-1]
     whole = np.frombuffer(files.bytes(one.name), np.uint8).reshape(-1, size)
     part = whole[slab.rows, 2 * slab.columns.start : 2 * slab.columns.stop].copy()
-    return mx.array(part).view(FLOAT_DTYPES[one.float_type]).astype(mx.float32)
+    floats = mx.array(part).view(FLOAT_DTYPES[one.float_type])
+    return np.array(floats.astype(mx.float32))
 
 
 def quantization_changes(edits: Mapping[str, MatrixEdit]) -> dict[str, dict[str, Any] | bool]:

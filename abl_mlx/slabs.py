@@ -14,9 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx import rounding
-from abl_mlx.edits import Edit, stream_axis, target
+from abl_mlx.edits import Edit, Leak, stream_axis, target
 from abl_mlx.writers import Writer
 from convert.errors import UserError
+from convert.grids import in_chunks
 
 #: Weights in a slab: about 32 MB of float32, of which a few are alive at once.
 SLAB = 1 << 23
@@ -111,3 +112,35 @@ def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
     taken = (one.edit.strength * along).astype(np.float32)
     length = float(np.sqrt(np.mean(np.sum(taken * taken, axis=1))))
     return rounding.Edited(exact, basis, axis, length, taken)
+
+
+def leak(one: Edited, source: np.ndarray, written: np.ndarray) -> Leak:
+    """What `edits.leak` says of a slab, from NumPy's arrays: fewer passes, and all cores.
+
+    With c the components that the edit takes away and D = written − source, the written error is
+    D + u c, so that ‖D + u c‖² = ‖D‖² + 2 c·(u D) + ‖c‖².
+
+    Args:
+        source, written: float32, (R, n).
+    """
+    axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
+    basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
+
+    def along(values: np.ndarray) -> np.ndarray:
+        found = basis @ values if axis == 0 else values @ basis.T
+        return found.astype(np.float64)
+
+    before, after = along(source), along(written)
+    taken = one.edit.strength * before
+    moved: list[float] = []
+
+    def differ(part: slice) -> None:
+        difference = written[part] - source[part]
+        moved.append(float(np.vdot(difference, difference)))
+
+    in_chunks(differ, *source.shape)
+    wanted = float(np.vdot(taken, taken))
+    error = sum(moved) + 2 * float(np.vdot(taken, after - before)) + wanted
+    squares = float(np.vdot(source, source)) - 2 * float(np.vdot(taken, before)) + wanted
+    left = after - (before - taken)
+    return Leak(float(np.vdot(left, left)), wanted, max(error, 0.0), max(squares, 0.0))

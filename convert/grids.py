@@ -122,7 +122,14 @@ class Grid:
         wanted = np.ascontiguousarray(values, dtype=np.float32)
         wanted = wanted.reshape(rows, width // self.group, self.group)
         lowest, highest = self.ends(beyond=0.5)
-        return np.flatnonzero((wanted.min(axis=2) < lowest) | (wanted.max(axis=2) > highest))
+        left = np.empty(lowest.shape, dtype=bool)
+
+        def look(part: slice) -> None:
+            least, most = wanted[part].min(axis=2), wanted[part].max(axis=2)
+            left[part] = (least < lowest[part]) | (most > highest[part])
+
+        in_chunks(look, rows, width)
+        return np.flatnonzero(left)
 
     def groups(self, which: np.ndarray) -> Grid:
         """Some groups as rows of one group each, without a frame."""

@@ -188,7 +188,7 @@ def _write_shard(
         for name in layout:
             first, last = header[name]["data_offsets"]
             places[name] = (target, start + first, last - first)
-            if name not in gone:
+            if name in files and name not in gone:
                 stream.seek(start + first)
                 stream.write(files.bytes(name))
                 files.release(name)
