@@ -429,9 +429,10 @@ def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
 
     A .gguf file is run by llama.cpp where that is installed, else by MLX.
     """
-    from abl_mlx import pipeline
+    from abl_mlx import evaluation
+    from abl_mlx.options import EvalOptions
 
-    _answer(as_json, "eval_table", pipeline.evaluate_model, model, _options(chosen))
+    _answer(as_json, "eval_table", evaluation.evaluate_model, model, EvalOptions(**chosen))
 
 
 @cli.command()

@@ -74,3 +74,8 @@ class Options:
         values["layers"] = None if self.layers is None else sorted(self.layers)
         values["save_replies"] = None if self.save_replies is None else str(self.save_replies)
         return values
+
+
+@dataclass(frozen=True)
+class EvalOptions(Options):
+    """The choices of `eval` that no other command has."""
