@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from abl_mlx import mtp as prediction
 from abl_mlx.edits import Edit, Leak, leak, rounded, target, total_leak
 from abl_mlx.mlx_edit import MatrixEdit, promoted
 from abl_mlx.models import ChatModel, skeleton
@@ -93,19 +94,21 @@ def plan(
     writers: Sequence[Writer],
     *,
     writer_bits: str | None = None,
+    mtp: bool = False,
 ) -> Plan:
     """Work out which tensors of the files an edit changes.
 
     Args:
         writer_bits: of a quantized model, what the edited matrices are promoted to
             (`mlx_edit.WRITER_BITS`); None keeps every matrix's own mode.
+        mtp: whether blocks of multi-token prediction are edited too, as the last layer is.
 
     Raises:
         UserError: an edit that touches nothing, a parameter that the files do not hold as such, or
-            ``writer_bits`` where nothing is quantized.
+            ``writer_bits`` where nothing is quantized, ``mtp`` where nothing is known of it.
     """
     chosen = edit.chosen(writers)
-    paths = [path for writer in chosen for path in writer.parameters]
+    paths = [path for writer in (writers if mtp else chosen) for path in writer.parameters]
     empty = skeleton(chat.config)
     widths = {path: module["weight"].shape[-1] for path, module in empty.named_modules()
               if "weight" in module}  # fmt: skip
@@ -113,22 +116,41 @@ def plan(
     edits: dict[str, TensorEdit] = {}
     matrices: dict[str, MatrixEdit] = {}
     floats: dict[str, Stored] = {}
+
+    def add(
+        name: str, writer: Writer, parameter: str, transposed: bool, row: int, module: str = ""
+    ) -> bool:
+        matrix = None
+        if parameter == "weight" and not transposed:
+            matrix = find_matrix(files, name, row)
+        if matrix is None:
+            edits[name] = TensorEdit(edit, writer, parameter, transposed)
+            return False
+        kind = _float_type(files, matrix.dtype)
+        kept = MatrixEdit(edit, writer, matrix, matrix, kind, module)
+        matrices[name] = promoted(kept, writer_bits) if writer_bits else kept
+        return True
+
     for writer in chosen:
         for path in writer.parameters:
             stored = places[path]
             parameter = path.rsplit(".", 1)[1]
             for name in stored.tensors:
-                matrix = None
-                if parameter == "weight" and not stored.transposed:
-                    matrix = find_matrix(files, name, widths[writer.path])
-                if matrix is None:
+                if not add(name, writer, parameter, stored.transposed, widths[writer.path]):
                     floats[path] = stored
-                    edits[name] = TensorEdit(edit, writer, parameter, stored.transposed)
-                else:
-                    kept = MatrixEdit(
-                        edit, writer, matrix, matrix, _float_type(files, matrix.dtype)
-                    )
-                    matrices[name] = promoted(kept, writer_bits) if writer_bits else kept
+    if mtp:
+        parts = prediction.find_parts(
+            files, chat.config, len(chat.layers), chat.width, writers, places
+        )
+        parts = [part for part in parts if edit.touches(part.writer)]
+        if not any(part.writer.layer >= 0 for part in parts):
+            raise UserError(
+                "--mtp: blocks of multi-token prediction are edited as the last layer is, "
+                f"{len(chat.layers) - 1}, which this edit leaves alone; leave the flag out."
+            )
+        for part in parts:
+            module = part.name.removesuffix(".weight")
+            add(part.name, part.writer, part.parameter, part.transposed, part.row, module)
     if writer_bits and not matrices:
         raise UserError(
             f"--writer-bits {writer_bits}: nothing that is edited in {files.folder} is quantized; "

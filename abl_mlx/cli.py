@@ -173,6 +173,12 @@ def _reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--batch-size",
+        click.option(
+            "--mtp",
+            is_flag=True,
+            help="Edit what blocks of multi-token prediction write to the stream, too, which "
+            "mlx-lm and llama.cpp's plain generation do not run. Without it they stay as they are.",
+        ),
             default=32,
             show_default=True,
             type=click.IntRange(min=1),

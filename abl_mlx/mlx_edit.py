@@ -38,6 +38,7 @@ class MatrixEdit:
         old: as the source has it.
         new: as it is written; None where it becomes a plain float tensor.
         float_type: F16 or BF16: of scales that are added, or of the plain float tensor.
+        module: as which config.json's "quantization" knows it; empty for the writer's path.
     """
 
     edit: Edit
@@ -45,6 +46,7 @@ class MatrixEdit:
     old: Matrix
     new: Matrix | None
     float_type: str = "BF16"
+    module: str = ""
 
     parameter = "weight"
 
@@ -234,7 +236,7 @@ def _written(files: TensorFiles, one: MatrixEdit, slab: Slab) -> np.ndarray:
 def quantization_changes(edits: Mapping[str, MatrixEdit]) -> dict[str, dict[str, Any] | bool]:
     """Module path -> its new entry in config.json's "quantization", of those that change."""
     return {
-        one.writer.path: False if one.new is None else one.new.quantization.entry()
+        one.module or one.writer.path: False if one.new is None else one.new.quantization.entry()
         for one in edits.values()
         if one.is_promoted
     }

@@ -38,6 +38,7 @@ class Options:
         keep_undo: keep what the edit takes out, for `abl-mlx undo`.
         lazy: edit file to file, without ever holding the model.
         memory_check: refuse a model that is larger than the machine's memory.
+        mtp: edit the blocks of multi-token prediction too, which mlx-lm does not run.
         gguf: a GGUF of the model that is measured, to be edited in its stead.
         ollama_create: the name under which the first GGUF output is handed to Ollama.
     """
@@ -67,6 +68,7 @@ class Options:
     memory_check: bool = True
     gguf: str | None = None
     ollama_create: str | None = None
+    mtp: bool = False
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""

@@ -361,6 +361,10 @@ def check_space(paths: Sequence[Path], needed: int) -> None:
     Args:
         needed: bytes of one output; a GGUF of a smaller type will need less.
     """
+        **({"norm": options.norm} if options.norm != "none" else {}),
+        **({"pin": options.pin} if options.pin is not None else {}),
+        **({"recipe": json.dumps(recipe)} if recipe else {}),
+        **({"mtp": True} if options.mtp else {}),
     for path in paths:
         folder = path.absolute().parent
         while not folder.exists():

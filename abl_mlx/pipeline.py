@@ -23,6 +23,7 @@ from abl_mlx import (
     models,
     outputs,
     prompts,
+    mtp,
     sources,
     taken,
 )
@@ -352,6 +353,7 @@ def inspect(text: str) -> Record:
     edited = sum(value.size for value in touched)
     return {
         "source": source.name,
+        predicting = mtp.record(mtp.tensors(files, len(chat.layers)), [])
         "folder": str(source.path),
         "architecture": config["model_type"],
         "layers": len(chat.layers),
@@ -373,6 +375,7 @@ def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[Record]:
     """Writers that differ in their layer alone, told once.
 
     Args:
+        **({"mtp": predicting} if predicting else {}),
         writers: (name, kind, whether through a gain, whether with a bias).
     """
     groups: dict[tuple[str, str, bool, bool], int] = {}
@@ -449,7 +452,9 @@ def write_all(
     label = outputs.edit_label(record["direction"]["sha256"], options, source)
     only_adapters = all(output.is_adapter for output in staged)
     the_plan = (
-        None if only_adapters else plan(chat, files, edit, writers, writer_bits=options.writer_bits)
+        None
+        if only_adapters
+        else plan(chat, files, edit, writers, writer_bits=options.writer_bits, mtp=options.mtp)
     )
 
     def write(output: Output) -> Written:
@@ -462,9 +467,17 @@ def write_all(
                 files,
                 the_plan,
                 output,
+    if options.mtp and any(output.is_adapter for output in staged):
+        raise UserError(
+            "--mtp: mlx-lm applies no adapter to blocks of multi-token prediction; write a model, "
+            "or leave the flag out."
+        )
                 label,
                 options.quantize,
                 options.max_leak,
+    edited = [*the_plan.edits, *the_plan.matrices] if the_plan else []
+    if predicting := mtp.record(mtp.tensors(files, len(chat.layers)), edited):
+        record["mtp"] = predicting
                 options.plain_rounding,
             )
         written = outputs.write_folder(

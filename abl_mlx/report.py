@@ -50,7 +50,20 @@ def run_table(record: Mapping[str, Any]) -> str:
         ]
         if one.get("note"):
             lines.append(f"  note: {one['note']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_mtp_lines(record)])
+
+
+def _mtp_lines(record: Mapping[str, Any]) -> list[str]:
+    """What became of tensors of multi-token prediction, where there are any."""
+    if "mtp" not in record:
+        return []
+    count, edited = record["mtp"]["tensors"], len(record["mtp"]["edited"])
+    done = (
+        f"{edited} of {count} tensors edited"
+        if edited
+        else (f"{count} tensors found and left as they are; --mtp edits them too")
+    )
+    return [f"multi-token prediction: {done}"]
 
 
 def _types(one: Mapping[str, Any]) -> str:
@@ -130,7 +143,7 @@ def apply_table(record: Mapping[str, Any]) -> str:
         lines.append(
             f"leak {one['leak']['total']:.5f}, largest in one tensor {one['leak']['max']:.5f}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_mtp_lines(record)])
 
 
 _TENSOR_COLUMNS = ("tensor", "type", "bytes changed", "codes changed", "weight error", "leak")
@@ -216,6 +229,7 @@ def inspect_table(record: Mapping[str, Any]) -> str:
         f"  an edit touches {edit['tensors']} tensors with {edit['parameters'] / 1e6:,.1f} million "
         f"parameters ({percent(edit['share'])} of the model)"
     )
+    lines += [f"  {line}" for line in _mtp_lines(record)]
     return "\n".join(lines)
 
 

@@ -120,6 +120,8 @@ class Label:
     strength: float
     layers: frozenset[int] | None
     embedding: bool
+    mtp: bool = False
+    is_plain: bool = True
 
 
 def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
@@ -136,6 +138,8 @@ def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
             float(values["strength"]),
             None if layers == "all" else frozenset(map(int, layers.split(","))),
             str(values["embedding"]) == "True",
+            str(values.get("mtp")) == "True",
+            not {"norm", "pin", "recipe"} & set(values),
         )
     except (KeyError, ValueError):
         raise UserError(
@@ -263,7 +267,8 @@ class _Folder(_Model):
         return models.load_lazily(self.source.path)
 
     def plan(self, edit: Edit) -> Plan:
-        plan = plan_folder(self.chat, self.files, edit, find_writers(self.chat))
+        writers = find_writers(self.chat)
+        plan = plan_folder(self.chat, self.files, edit, writers, mtp=self.label.mtp)
         if plan.matrices:
             raise _quantized(next(iter(plan.matrices)), self.source)
         return plan

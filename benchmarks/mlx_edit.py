@@ -3,6 +3,7 @@
     python benchmarks/mlx_edit.py              # a 1B-shaped 4-bit model, about 0.7 GB, in --folder
     python benchmarks/mlx_edit.py --layers 2   # a quick look
     python benchmarks/mlx_edit.py --table      # leak of plain and of our rounding, by mode
+    python benchmarks/mlx_edit.py --table --width 4096
 
 The folder has the shape of Llama 3.2 1B as `mlx_lm.convert -q` writes it: affine, 4 bits, groups of
 64, tied embeddings. It is edited by `abl-mlx apply`, file to file, in a process of its own whose
@@ -119,8 +120,8 @@ def peak_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
-def table() -> None:
-    """Leak and weight error of every mode, plain and ours, on 2048×512 random weights."""
+def table(width: int) -> None:
+    """Leak and weight error of every mode, plain and ours, on width×512 random weights."""
     from abl_mlx import mlx_edit, rounding
     from convert.mlx_grids import MlxCodec, Quantization
 
@@ -133,9 +134,9 @@ def table() -> None:
     for mode in modes:
         codec = MlxCodec(mode, "BF16" if mode.mode == "affine" else "U8")
         for k in (1, 4, 10):
-            u = rng.normal(size=(1, WIDTH))
+            u = rng.normal(size=(1, width))
             u /= np.linalg.norm(u)
-            weights = rng.normal(size=(WIDTH, 512)) + u.T @ ((k - 1) * rng.normal(size=(1, 512)))
+            weights = rng.normal(size=(width, 512)) + u.T @ ((k - 1) * rng.normal(size=(1, 512)))
             own = codec.fresh(weights.astype(np.float32))
             source = own.values().astype(np.float64)
             along = u @ source
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary one without")
     parser.add_argument("--lazy", action="store_true", help="never hold the model")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the residual stream: --table")
     parser.add_argument("--edit", nargs=3, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     flags = ["--lazy"] if arguments.lazy else []
@@ -169,7 +171,7 @@ def main() -> None:
         edit(*arguments.edit, flags)
         return
     if arguments.table:
-        table()
+        table(arguments.width)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)

@@ -1,0 +1,368 @@
+"""What mlx-lm does not load: vision towers stay as they are, MTP blocks too but for ``--mtp``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.utils import quantize_model
+
+from abl_mlx import pipeline, report
+from abl_mlx.cli import cli
+from abl_mlx.models import load
+from abl_mlx.options import Options
+from convert.errors import UserError
+from convert.safetensors_files import TensorFiles
+from tests import tiny, zoo
+
+Weights = dict[str, mx.array]
+
+WIDTH, GROUP = 32, 32
+_GROUPED = {"intermediate_size": 64, "moe_intermediate_size": 32, "v_head_dim": 8}
+
+
+def noise(name: str, shape: tuple[int, ...]) -> mx.array:
+    """Random values that depend on the name alone; norms about one."""
+    rng = np.random.default_rng([len(name), *name.encode()])
+    values = rng.normal(size=shape).astype(np.float32)
+    return mx.array(1 + 0.2 * values if len(shape) == 1 else values / np.sqrt(shape[-1]))
+
+
+def rename(name: str, renamed: tuple[tuple[str, str], ...]) -> str:
+    for old, new in renamed:
+        name = re.sub(old, new, name)
+    return name
+
+
+def write(
+    folder: Path,
+    arch: str,
+    more: Callable[[Weights], Weights],
+    *,
+    dtype: str = "float32",
+    shards: int = 1,
+    bits: int | None = None,
+    names: tuple[tuple[str, str], ...] = (),
+    **overrides: Any,
+) -> Path:
+    """A folder of a random model of ``arch`` with tensors that mlx-lm drops.
+
+    Args:
+        more: those, from the model's own under the names in the file, in float32.
+        bits: quantize the model, as mlx_lm.convert does, and of the rest whatever ``more`` did.
+        names: (pattern, replacement) for the names.
+    """
+    folder.mkdir(parents=True)
+    special = tiny.write_tokenizer(folder, "bpe")
+    settings = {**special, **zoo.config(arch), **overrides}
+    for text in [settings, *([settings["text_config"]] if "text_config" in settings else [])]:
+        if "vocab_size" in text:
+            text["vocab_size"] = tiny.VOCAB_SIZE
+    model = zoo.build(settings)
+    stacked = any("switch_mlp" in old for old, _ in names)
+
+    def in_files(model: nn.Module) -> Weights:
+        weights = dict(tree_flatten(model.parameters())) if stacked else tiny.hf_weights(model)
+        return {rename(name, names): value for name, value in weights.items()}
+
+    floats = in_files(model)
+    extra = {
+        name: value if value.dtype == mx.uint32 else value.astype(getattr(mx, dtype))
+        for name, value in more(floats).items()
+    }
+    model.update(tree_map(lambda value: value.astype(getattr(mx, dtype)), model.parameters()))
+    if bits is not None:
+        model, settings = quantize_model(model, settings, GROUP, bits)
+    weights = in_files(model)
+    assert not set(weights) & set(extra)
+    # In between, as shards of real repositories have them.
+    every = list((weights | extra).items())
+    order = [*every[1::2], *every[::2]]
+    (folder / "config.json").write_text(json.dumps(settings))
+    index = {}
+    for shard in range(shards):
+        part = dict(order[shard * len(order) // shards : (shard + 1) * len(order) // shards])
+        file = "model.safetensors"
+        if shards > 1:
+            file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        mx.save_safetensors(str(folder / file), part, metadata={"format": "pt"})
+        index.update(dict.fromkeys(part, file))
+    if shards > 1:
+        text = {"metadata": {}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(text))
+    return folder
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Names of tensors whose bytes differ; layout and everything else have to agree."""
+    found = set()
+    with TensorFiles(before) as old, TensorFiles(after) as new:
+        assert old.names == new.names
+        assert [file.name for file in old.files] == [file.name for file in new.files]
+        for name in old.names:
+            a, b = old.info(name), new.info(name)
+            assert (a.dtype, a.shape, a.offset, a.file.name) == (
+                b.dtype, b.shape, b.offset, b.file.name
+            )  # fmt: skip
+            if bytes(old.bytes(name)) != bytes(new.bytes(name)):
+                found.add(name)
+    return found
+
+
+@pytest.fixture
+def direction(tmp_path: Path) -> Path:
+    path = tmp_path / "direction.npy"
+    np.save(path, np.random.default_rng(3).normal(size=WIDTH).astype(np.float32))
+    return path
+
+
+def unit(direction: Path) -> np.ndarray:
+    r = np.load(direction).astype(np.float64)
+    return r / np.linalg.norm(r)
+
+
+# --- vision ------------------------------------------------------------------------------------
+
+TOWER = {
+    # Names that look like writers of the text model, and layers beyond its last.
+    "embeddings.patch_embedding.weight": (WIDTH, 4, 4, 3),
+    "encoder.layers.7.self_attn.o_proj.weight": (WIDTH, WIDTH),
+    "encoder.layers.7.mlp.down_proj.weight": (WIDTH, 64),
+    "encoder.layers.7.mlp.fc2.bias": (WIDTH,),
+}
+
+VISION: dict[str, tuple[str, dict[str, tuple[int, ...]], tuple[tuple[str, str], ...]]] = {
+    "gemma3": (
+        "vision_tower.vision_model.",
+        {"multi_modal_projector.mm_input_projection_weight": (WIDTH, WIDTH)},
+        (),
+    ),
+    "qwen3_vl": (
+        "model.visual.",
+        {"model.visual.merger.linear_fc2.weight": (WIDTH, 48)},
+        ((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.", "")),
+    ),
+    "mistral3": (
+        "vision_tower.",
+        {"multi_modal_projector.linear_2.weight": (WIDTH, WIDTH)},
+        (),
+    ),
+    "pixtral": ("vision_tower.", {"multi_modal_projector.linear_2.bias": (WIDTH,)}, ()),
+    "llama4": ("vision_model.", {"multi_modal_projector.linear_1.weight": (WIDTH, 48)}, ()),
+}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("arch", VISION)
+def test_a_vision_tower_keeps_its_bytes(arch, bits, shards, direction, tmp_path):
+    prefix, more, names = VISION[arch]
+    if arch == "qwen3_vl" and shards == 1:
+        prefix, more = "vision_tower.", {"vision_tower.merger.linear_fc2.weight": (WIDTH, 48)}
+        names = ()  # as mlx-vlm writes it
+    shapes = {f"{prefix}{name}": shape for name, shape in TOWER.items()} | more
+    source = write(
+        tmp_path / "source",
+        arch,
+        lambda _: {name: noise(name, shape) for name, shape in shapes.items()},
+        dtype="bfloat16",
+        shards=shards,
+        bits=bits,
+        names=names,
+    )
+    record = pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
+    assert "mtp" not in record
+    touched = {name.rpartition(".")[0] for name in changed(source, tmp_path / "out")}
+    writers = ("o_proj", "down_proj", "embed_tokens", "out_proj")
+    assert touched
+    assert all(name.endswith(writers) for name in touched)
+    assert not any(name.startswith(prefix) or "projector" in name for name in touched)
+    mlx_lm.load(str(tmp_path / "out"))
+    with pytest.raises(UserError, match="--mtp: .* holds no tensors of multi-token prediction"):
+        pipeline.apply(direction, str(source), [tmp_path / "no"], Options(mtp=True))
+
+
+# --- multi-token prediction --------------------------------------------------------------------
+
+
+def layer_of(weights: Weights, stem: str, index: int) -> Weights:
+    """The tensors of a layer, by what follows its number."""
+    found = {n[len(f"{stem}{index}.") :]: v for n, v in weights.items()
+             if n.startswith(f"{stem}{index}.")}  # fmt: skip
+    assert found
+    return found
+
+
+def block(
+    stem: str, index: int, prefix: str, more: dict[str, tuple[int, ...]]
+) -> Callable[[Weights], Weights]:
+    """MTP tensors: a layer like the one at ``index`` under ``prefix``, and ``more``."""
+
+    def made(weights: Weights) -> Weights:
+        shapes = {f"{prefix}{n}": v.shape for n, v in layer_of(weights, stem, index).items()}
+        return {name: noise(name, shape) for name, shape in (shapes | more).items()}
+
+    return made
+
+
+_D, _FC = (WIDTH,), (WIDTH, 2 * WIDTH)
+_VOCABULARY = (tiny.VOCAB_SIZE, WIDTH)
+
+
+def appended(index: int) -> dict[str, tuple[int, ...]]:
+    """What DeepSeek V3 and those after it have in a further layer."""
+    shapes = {
+        "embed_tokens.weight": _VOCABULARY, "enorm.weight": _D, "hnorm.weight": _D,
+        "eh_proj.weight": _FC, "shared_head.norm.weight": _D, "shared_head.head.weight": _VOCABULARY,
+    }  # fmt: skip
+    return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
+
+
+def fc() -> dict[str, tuple[int, ...]]:
+    """What Qwen3-Next and those after it have beside the layer."""
+    shapes = {
+        "fc.weight": _FC, "norm.weight": _D, "pre_fc_norm_embedding.weight": _D,
+        "pre_fc_norm_hidden.weight": _D,
+    }  # fmt: skip
+    return {f"mtp.{name}": shape for name, shape in shapes.items()}
+
+
+def experts(prefix: str, shared: str | None, count: int = 4) -> set[str]:
+    names = {f"{prefix}mlp.experts.{e}.down_proj" for e in range(count)}
+    return names | ({f"{prefix}mlp.{shared}.down_proj"} if shared else set())
+
+
+_QWEN35_NAMES = ((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.", ""))
+
+#: Architecture -> its stem of layers, the layer that its MTP layer is like, the MTP layer's prefix,
+#: what else there is, which modules have to be edited, and how names in its files differ.
+FORMS: dict[str, tuple[str, int, str, dict[str, Any], set[str], tuple[tuple[str, str], ...]]] = {
+    **{
+        arch: (
+            "model.layers.", 2, "model.layers.3.", appended(3),
+            {"model.layers.3.eh_proj", "model.layers.3.embed_tokens",
+             "model.layers.3.self_attn.o_proj"} | experts("model.layers.3.", "shared_experts"), (),
+        )
+        for arch in ("glm4_moe", "glm4_moe_lite", "deepseek_v32")
+    },
+    "bailing_moe_v3": (
+        "model.layers.", 2, "model.layers.3.",
+        {f"model.layers.3.{name}": shape for name, shape in {
+            "eh_proj.weight": _FC, "enorm.weight": _D, "hnorm.weight": _D,
+            "final_layernorm.weight": _D}.items()},
+        {"model.layers.3.eh_proj", "model.layers.3.attention.dense"}
+        | experts("model.layers.3.", "shared_experts"), (),
+    ),
+    "qwen3_next": (
+        "model.layers.", 3, "mtp.layers.0.", fc(),
+        {"mtp.fc", "mtp.layers.0.self_attn.o_proj"} | experts("mtp.layers.0.", "shared_expert"), (),
+    ),
+    "qwen3_5": (
+        "model.language_model.layers.", 3, "mtp.layers.0.", fc(),
+        {"mtp.fc", "mtp.layers.0.self_attn.o_proj", "mtp.layers.0.mlp.down_proj"}, _QWEN35_NAMES,
+    ),
+    "exaone_moe": (
+        "model.layers.", 2, "mtp.layers.0.", fc(),
+        {"mtp.fc", "mtp.layers.0.self_attn.o_proj"} | experts("mtp.layers.0.", "shared_experts"),
+        (),
+    ),
+    "mimo": (
+        "model.layers.", 2, "model.mtp_layers.0.",
+        {f"model.mtp_layers.0.{name}": shape for name, shape in {
+            "input_proj.weight": _FC, "token_layernorm.weight": _D, "hidden_layernorm.weight": _D,
+            "final_layernorm.weight": _D}.items()},
+        {f"model.mtp_layers.0.{name}" for name in (
+            "input_proj", "self_attn.o_proj", "mlp.down_proj")}, (),
+    ),
+    "mimo_v2_flash": (
+        "model.layers.", 2, "model.mtp.layers.0.",
+        {f"model.mtp.layers.0.{name}": shape for name, shape in {
+            "eh_proj.weight": _FC, "enorm.weight": _D, "hnorm.weight": _D,
+            "pre_mlp_layernorm.weight": _D, "final_layernorm.weight": _D}.items()},
+        {"model.mtp.layers.0.eh_proj", "model.mtp.layers.0.self_attn.o_proj"}
+        | experts("model.mtp.layers.0.", "shared_experts"), (),
+    ),
+    "ernie4_5_moe": (
+        "model.layers.", 2, "model.mtp_block.0.",
+        {"model.mtp_linear_proj.0.weight": _FC, "model.mtp_linear_proj.0.bias": _D,
+         "model.mtp_hidden_norm.0.weight": _D, "model.mtp_emb_norm.0.weight": _D},
+        {"model.mtp_linear_proj.0", "model.mtp_block.0.self_attn.o_proj"}
+        | experts("model.mtp_block.0.", "shared_experts"), (),
+    ),
+    "nemotron_h": (
+        "backbone.layers.", 1, "mtp.layers.0.",
+        {"mtp.layers.0.eh_proj.weight": _FC, "mtp.layers.0.enorm.weight": _D,
+         "mtp.layers.0.hnorm.weight": _D, "mtp.layers.1.norm.weight": _D,
+         "mtp.layers.1.final_layernorm.weight": _D,
+         # The experts work in a space of their own; the latent projection is what writes.
+         "mtp.layers.1.mixer.experts.0.down_proj.weight": (16, 24),
+         "mtp.layers.1.mixer.experts.0.up_proj.weight": (24, 16),
+         "mtp.layers.1.mixer.fc1_latent_proj.weight": (16, WIDTH),
+         "mtp.layers.1.mixer.fc2_latent_proj.weight": (WIDTH, 16),
+         "mtp.layers.1.mixer.shared_experts.up_proj.weight": (24, WIDTH),
+         "mtp.layers.1.mixer.shared_experts.down_proj.weight": (WIDTH, 24)},
+        {"mtp.layers.0.eh_proj", "mtp.layers.0.mixer.o_proj", "mtp.layers.1.mixer.fc2_latent_proj",
+         "mtp.layers.1.mixer.shared_experts.down_proj"},
+        ((r"experts\.(\d+)\.fc1", r"experts.\1.up_proj"),
+         (r"experts\.(\d+)\.fc2", r"experts.\1.down_proj")),
+    ),
+    "step3p5": (
+        # As the first layer, which is dense.
+        "model.layers.", 0, "model.layers.3.",
+        {f"model.layers.3.{name}": shape for name, shape in {
+            "eh_proj.weight": _FC, "enorm.weight": _D, "hnorm.weight": _D,
+            "transformer.shared_head.norm.weight": _D,
+            "transformer.shared_head.output.weight": _VOCABULARY}.items()},
+        {"model.layers.3.eh_proj", "model.layers.3.self_attn.o_proj",
+         "model.layers.3.mlp.down_proj"},
+        ((r"mlp\.switch_mlp", "moe"), (r"mlp\.gate\.gate", "moe.gate"),
+         (r"mlp\.gate\.router_bias", "moe.router_bias"), (r"mlp\.share_expert", "share_expert")),
+    ),
+}  # fmt: skip
+
+
+def write_mtp(folder: Path, arch: str, **options: Any) -> Path:
+    stem, index, prefix, more, _, names = FORMS[arch]
+    return write(folder, arch, block(stem, index, prefix, more), names=names, **options)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("arch", FORMS)
+def test_the_writers_of_mtp_blocks_are_edited_on_request_alone(arch, shards, direction, tmp_path):
+    source = write_mtp(tmp_path / "source", arch, shards=shards)
+    alone, asked = tmp_path / "alone", tmp_path / "asked"
+    without = pipeline.apply(direction, str(source), [alone], Options())
+    record = pipeline.apply(direction, str(source), [asked], Options(mtp=True))
+    plain, all_of_them = changed(source, alone), changed(source, asked)
+    _, _, prefix, more, modules, _ = FORMS[arch]
+    with TensorFiles(source) as files:
+        predicting = [name for name in files.names if name.startswith(prefix) or name in more]
+    assert without["mtp"] == {"tensors": len(predicting), "edited": []}
+    edited = all_of_them - plain
+    assert plain < all_of_them
+    assert {name.rpartition(".")[0] for name in edited} == modules
+    assert record["mtp"]["tensors"] == len(predicting)
+    assert set(record["mtp"]["edited"]) == edited
+    assert set(record["written"][0]["leak"]["tensors"]) == all_of_them
+    assert record["leak"]["total"] < 1e-5
+    r = unit(direction)
+    with TensorFiles(source) as old, TensorFiles(asked) as new:
+        for name in edited:
+            w, v = (np.array(files.read(name)).astype(np.float64) for files in (old, new))
+            exact = w - (w @ r)[..., None] * r if "embed" in name or w.ndim == 1 else (
+                w - np.outer(r, r @ w)
+            )  # fmt: skip
+            np.testing.assert_allclose(v, exact, atol=1e-6)
+    assert "left as they are; --mtp" in report.apply_table(without)
+    assert f"{len(edited)} of {len(predicting)} tensors edited" in report.apply_table(record)
+    mlx_lm.load(str(asked))
