@@ -45,6 +45,22 @@ def generate(
         max_tokens: longest reply.
         batch_size: replies generated side by side.
     """
+    replies: list[list[int]] = [[] for _ in sequences]
+    with progress(len(sequences), label) as bar:
+        for index, reply in stream(chat, sequences, max_tokens, batch_size=batch_size):
+            replies[index] = reply
+            bar.update()
+    return replies
+
+
+def stream(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    batch_size: int = 32,
+) -> Iterator[tuple[int, list[int]]]:
+    """The replies of `generate` as they come: (index, token ids)."""
     from mlx_lm.generate import BatchGenerator
 
     generator = BatchGenerator(
@@ -58,16 +74,14 @@ def generate(
     try:
         keys = generator.insert([list(s) for s in sequences], [max_tokens] * len(sequences))
         index = {key: number for number, key in enumerate(keys)}
-        with progress(len(sequences), label) as bar:
-            while responses := generator.next_generated():
-                for response in responses:
-                    if response.finish_reason != "stop":
-                        replies[index[response.uid]].append(response.token)
-                    if response.finish_reason is not None:
-                        bar.update()
+        while responses := generator.next_generated():
+            for response in responses:
+                if response.finish_reason != "stop":
+                    replies[index[response.uid]].append(response.token)
+                if response.finish_reason is not None:
+                    yield index[response.uid], replies[index[response.uid]]
     finally:
         generator.close()
-    return replies
 
 
 def decode(chat: ChatModel, replies: Sequence[Sequence[int]]) -> list[str]:

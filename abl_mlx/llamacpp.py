@@ -10,10 +10,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -127,11 +126,24 @@ class LlamaCpp:
         Raises:
             UserError: when the template refuses the messages or a prompt is longer than n_ctx.
         """
-        lock = Lock()
-        done = 0
+        replies = [""] * len(prompts)
+        asked = self.stream(prompts, max_tokens, system, enable_thinking)
+        for done, (number, reply) in enumerate(asked, start=1):
+            replies[number] = reply
+            if progress:
+                progress(done, len(prompts))
+        return replies
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        max_tokens: int = 64,
+        system: str | None = None,
+        enable_thinking: bool = False,
+    ) -> Iterator[tuple[int, str]]:
+        """The replies of `chat` as they come: (number of the prompt, reply)."""
 
         def answer(prompt: str) -> str:
-            nonlocal done
             messages = [{"role": "user", "content": prompt}]
             if system is not None:
                 messages.insert(0, {"role": "system", "content": system})
@@ -146,14 +158,15 @@ class LlamaCpp:
                     "chat_template_kwargs": {"enable_thinking": enable_thinking},
                 },
             )
-            if progress:
-                with lock:
-                    done += 1
-                    progress(done, len(prompts))
             return str(reply["choices"][0]["message"].get("content") or "")
 
-        with ThreadPoolExecutor(self.n_parallel) as pool:
-            return list(pool.map(answer, prompts))
+        pool = ThreadPoolExecutor(self.n_parallel)
+        try:
+            numbers = {pool.submit(answer, prompt): n for n, prompt in enumerate(prompts)}
+            for future in as_completed(numbers):
+                yield numbers[future], future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def greedy(self, prompt: Sequence[int] | str, n: int) -> list[int]:
         """The next ``n`` token ids after ``prompt``, fewer when the model ends its reply.
