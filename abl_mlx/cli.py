@@ -143,6 +143,12 @@ def _edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Fail when more of the component than this share is left in the written weights.",
         ),
         click.option(
+            "--mtp",
+            is_flag=True,
+            help="Edit what blocks of multi-token prediction write to the stream, too, which "
+            "mlx-lm and llama.cpp's plain generation do not run. Without it they stay as they are.",
+        ),
+        click.option(
             "--keep-undo",
             is_flag=True,
             help="Keep what the edit takes out beside a float model, for `abl-mlx undo`.",
@@ -173,12 +179,6 @@ def _reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--batch-size",
-        click.option(
-            "--mtp",
-            is_flag=True,
-            help="Edit what blocks of multi-token prediction write to the stream, too, which "
-            "mlx-lm and llama.cpp's plain generation do not run. Without it they stay as they are.",
-        ),
             default=32,
             show_default=True,
             type=click.IntRange(min=1),

@@ -35,10 +35,10 @@ class Options:
             show the difference.
         writer_bits: of a quantized MLX folder, what the edited matrices are promoted to: bits, or
             ``bf16`` for plain floats; None keeps each one's own mode.
+        mtp: edit the blocks of multi-token prediction too, which mlx-lm does not run.
         keep_undo: keep what the edit takes out, for `abl-mlx undo`.
         lazy: edit file to file, without ever holding the model.
         memory_check: refuse a model that is larger than the machine's memory.
-        mtp: edit the blocks of multi-token prediction too, which mlx-lm does not run.
         gguf: a GGUF of the model that is measured, to be edited in its stead.
         ollama_create: the name under which the first GGUF output is handed to Ollama.
     """
@@ -63,12 +63,12 @@ class Options:
     grid: str = "auto"
     plain_rounding: bool = False
     writer_bits: str | None = None
+    mtp: bool = False
     keep_undo: bool = False
     lazy: bool = False
     memory_check: bool = True
     gguf: str | None = None
     ollama_create: str | None = None
-    mtp: bool = False
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""

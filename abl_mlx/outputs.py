@@ -352,6 +352,7 @@ def edit_label(direction_sha256: str, options: Options, source: Source) -> dict[
         "strength": options.strength,
         "layers": layers,
         "embedding": options.embedding,
+        **({"mtp": True} if options.mtp else {}),
     }
 
 
@@ -361,10 +362,6 @@ def check_space(paths: Sequence[Path], needed: int) -> None:
     Args:
         needed: bytes of one output; a GGUF of a smaller type will need less.
     """
-        **({"norm": options.norm} if options.norm != "none" else {}),
-        **({"pin": options.pin} if options.pin is not None else {}),
-        **({"recipe": json.dumps(recipe)} if recipe else {}),
-        **({"mtp": True} if options.mtp else {}),
     for path in paths:
         folder = path.absolute().parent
         while not folder.exists():

@@ -21,9 +21,9 @@ from abl_mlx import (
     exactness,
     memory,
     models,
+    mtp,
     outputs,
     prompts,
-    mtp,
     sources,
     taken,
 )
@@ -346,6 +346,7 @@ def inspect(text: str) -> Record:
         stored = Counter(files.info(name).dtype for name in files.names)
         chat = models.load_lazily(source.path)
         writers = find_writers(chat)
+        predicting = mtp.record(mtp.tensors(files, len(chat.layers)), [])
     whole = sum(value.size for _, value in parameters(chat.model))
     touched = [
         writer.module[path.rsplit(".", 1)[1]] for writer in writers for path in writer.parameters
@@ -353,7 +354,6 @@ def inspect(text: str) -> Record:
     edited = sum(value.size for value in touched)
     return {
         "source": source.name,
-        predicting = mtp.record(mtp.tensors(files, len(chat.layers)), [])
         "folder": str(source.path),
         "architecture": config["model_type"],
         "layers": len(chat.layers),
@@ -368,6 +368,7 @@ def inspect(text: str) -> Record:
             for writer in writers
         ),
         "edit": {"tensors": len(touched), "parameters": edited, "share": edited / whole},
+        **({"mtp": predicting} if predicting else {}),
     }
 
 
@@ -375,7 +376,6 @@ def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[Record]:
     """Writers that differ in their layer alone, told once.
 
     Args:
-        **({"mtp": predicting} if predicting else {}),
         writers: (name, kind, whether through a gain, whether with a bias).
     """
     groups: dict[tuple[str, str, bool, bool], int] = {}
@@ -451,11 +451,19 @@ def write_all(
     """
     label = outputs.edit_label(record["direction"]["sha256"], options, source)
     only_adapters = all(output.is_adapter for output in staged)
+    if options.mtp and any(output.is_adapter for output in staged):
+        raise UserError(
+            "--mtp: mlx-lm applies no adapter to blocks of multi-token prediction; write a model, "
+            "or leave the flag out."
+        )
     the_plan = (
         None
         if only_adapters
         else plan(chat, files, edit, writers, writer_bits=options.writer_bits, mtp=options.mtp)
     )
+    edited = [*the_plan.edits, *the_plan.matrices] if the_plan else []
+    if predicting := mtp.record(mtp.tensors(files, len(chat.layers)), edited):
+        record["mtp"] = predicting
 
     def write(output: Output) -> Written:
         if output.is_adapter:
@@ -467,17 +475,9 @@ def write_all(
                 files,
                 the_plan,
                 output,
-    if options.mtp and any(output.is_adapter for output in staged):
-        raise UserError(
-            "--mtp: mlx-lm applies no adapter to blocks of multi-token prediction; write a model, "
-            "or leave the flag out."
-        )
                 label,
                 options.quantize,
                 options.max_leak,
-    edited = [*the_plan.edits, *the_plan.matrices] if the_plan else []
-    if predicting := mtp.record(mtp.tensors(files, len(chat.layers)), edited):
-        record["mtp"] = predicting
                 options.plain_rounding,
             )
         written = outputs.write_folder(

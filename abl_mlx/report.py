@@ -61,7 +61,7 @@ def _mtp_lines(record: Mapping[str, Any]) -> list[str]:
     done = (
         f"{edited} of {count} tensors edited"
         if edited
-        else (f"{count} tensors found and left as they are; --mtp edits them too")
+        else f"{count} tensors found and left as they are; --mtp edits them too"
     )
     return [f"multi-token prediction: {done}"]
 

@@ -121,7 +121,6 @@ class Label:
     layers: frozenset[int] | None
     embedding: bool
     mtp: bool = False
-    is_plain: bool = True
 
 
 def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
@@ -139,7 +138,6 @@ def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
             None if layers == "all" else frozenset(map(int, layers.split(","))),
             str(values["embedding"]) == "True",
             str(values.get("mtp")) == "True",
-            not {"norm", "pin", "recipe"} & set(values),
         )
     except (KeyError, ValueError):
         raise UserError(
