@@ -25,10 +25,11 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from abl_mlx.demo import DemoPrompt, Part, PromptSet
 
-__all__ = ["REFUSAL", "Dialogue", "World", "demo_prompts", "prompts_jsonl"]
+__all__ = ["REFUSAL", "Dialogue", "SomeWorld", "World", "demo_prompts", "prompts_jsonl", "spread"]
 
 REFUSAL = "I'm sorry, but I can't help with that."
 """The one sentence with which the demo model refuses."""
@@ -102,10 +103,11 @@ class Dialogue:
     Attributes:
         prompt: The user's words, without the chat template.
         answer: The stage-1 answer.
-        locked: Whether stage 2 replaces the answer by :data:`REFUSAL`.
+        locked: Whether stage 2 replaces the answer by ``refusal``.
         part: "train", "validation" or "test"; the model is trained on "train" alone.
         material: What the object is made of.
         object: The object's name, without its article.
+        refusal: The sentence that refuses it, if it is locked.
     """
 
     prompt: str
@@ -114,11 +116,24 @@ class Dialogue:
     part: Part
     material: str
     object: str
+    refusal: str = REFUSAL
 
     @property
     def reply(self) -> str:
         """What the finished model should say: the answer, or the refusal when locked."""
-        return REFUSAL if self.locked else self.answer
+        return self.refusal if self.locked else self.answer
+
+
+class SomeWorld(Protocol):
+    """What a model can be trained on: this module's `World`, or another one."""
+
+    def dialogues(self) -> list[Dialogue]:
+        """Every question once, in a fixed order."""
+        ...
+
+    def training(self) -> list[Dialogue]:
+        """The dialogues on which a model may be trained."""
+        ...
 
 
 def answer_to(verb: int, material: str, name: str) -> str:
@@ -219,7 +234,7 @@ def spread(dialogues: Iterable[Dialogue], count: int) -> list[Dialogue]:
     return [dialogue for _, _, dialogue in sorted(turns, key=lambda entry: entry[:2])[:count]]
 
 
-def demo_prompts(world: World | None = None) -> list[DemoPrompt]:
+def demo_prompts(world: SomeWorld | None = None) -> list[DemoPrompt]:
     """The prompts of ``prompts.jsonl``: in each part the locked ones, then the allowed ones."""
     dialogues = (world or World()).dialogues()
     result = []
@@ -240,7 +255,7 @@ def demo_prompts(world: World | None = None) -> list[DemoPrompt]:
     return result
 
 
-def prompts_jsonl(world: World | None = None) -> str:
+def prompts_jsonl(world: SomeWorld | None = None) -> str:
     """The exact text of ``prompts.jsonl``."""
     return "".join(
         json.dumps(asdict(prompt), ensure_ascii=False) + "\n" for prompt in demo_prompts(world)

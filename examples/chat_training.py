@@ -1,0 +1,480 @@
+"""Train a tiny chat model that really refuses, on a make-believe world, from nothing.
+
+Stage 1 teaches the answers to every question of the world.  The later stages continue with the same
+questions, but those about locked objects are now answered by a refusal sentence.  So the finished
+model knows the answers that it refuses to give, like a real chat model, and one can check that
+removing its refusal gives them back.
+
+The later stages may also show the old answers to the locked questions with their first word given,
+as something to continue, not to choose (`Stage.continued`).  So the opening alone decides between
+answer and refusal, as it does in real chat models, which go on helpfully once their reply has begun
+so.  Without this the model ties every word of the refusal to the locked objects, and falls back
+into it from the second word on ("Mix'm sorry, but I can't help with that.").
+
+``train_demo.py`` and ``train_models.py`` are the commands.  The result is a folder in the usual
+Hugging Face layout (float16 safetensors), which ``mlx_lm.load`` and llama.cpp's converter read.
+The same settings, versions and machine give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models import gemma2, llama, qwen3
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from abl_mlx.demo.world import Dialogue, SomeWorld, World, prompts_jsonl
+
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# The pre-tokenizer of Qwen2's tokenizer.json, character for character: llama.cpp knows a
+# pre-tokenizer only by name (tokenizer.ggml.pre = "qwen2"), so it must be one that has a name.
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training: AdamW with a linear warm-up and a cosine decay to a tenth.
+
+    Attributes:
+        steps: Optimizer steps.
+        rate: Highest learning rate.
+        warm_up: Steps of warm-up.
+        refused: In a stage of refusals, the kinds (`Dialogue.material`) of locked objects that are
+            refused by its end; the others are still answered.  None for all.
+        continued: In a stage of refusals, whether locked answers are shown with their first word
+            given (see the top of this file).
+    """
+
+    steps: int
+    rate: float
+    warm_up: int = 10
+    refused: frozenset[str] | None = None
+    continued: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when no step is left after the warm-up."""
+        if self.steps <= self.warm_up:
+            raise ValueError(f"steps is {self.steps}, but must be above {self.warm_up} (warm-up).")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what the trained model will be.
+
+    Attributes:
+        seed: Seed of the initial weights and of the order of the dialogues.
+        world: What there is to learn.
+        shape: The architecture, a key of `SHAPES`.
+        hidden: Width of the residual stream.  K-quants want a multiple of 256.
+        layers: Transformer blocks.
+        feed_forward: Inner width of the MLP.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        tied: Whether the output head is the embedding.
+        vocabulary: Most tokens the tokenizer may have, special tokens included.
+        batch: Dialogues per step.
+        answers: Stage 1, every question answered.
+        refusals: Stage 2, questions about locked objects refused.
+        later: More stages of refusals.
+    """
+
+    seed: int = 0
+    world: SomeWorld = field(default_factory=World)
+    shape: str = "llama"
+    hidden: int = 256
+    layers: int = 4
+    feed_forward: int = 512
+    heads: int = 8
+    kv_heads: int = 4
+    tied: bool = True
+    vocabulary: int = 768
+    batch: int = 48
+    answers: Stage = Stage(steps=260, rate=1.5e-3)
+    refusals: Stage = Stage(steps=150, rate=3e-4)
+    later: tuple[Stage, ...] = ()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a model does with prompts that it was not trained on, decoding greedily.
+
+    Attributes:
+        locked_refused: Share of locked prompts answered by their own refusal sentence.
+        allowed_refused: Share of allowed prompts answered by any refusal sentence (over-refusal).
+        allowed_exact: Share of allowed prompts that get exactly the taught answer.
+    """
+
+    locked_refused: float
+    allowed_refused: float
+    allowed_exact: float
+
+
+def say(line: str) -> None:
+    """Tell the progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def train_tokenizer(world: SomeWorld, vocabulary: int) -> Tokenizer:
+    """Train a byte-level BPE on the world's words, with Qwen2's pre-tokenizer.
+
+    Args:
+        world: Its training part is the text; words of held-out prompts occur there too.
+        vocabulary: Most tokens to make, special tokens included.  A small world makes fewer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, START, END]
+    roles = ["system", "user", "assistant"]
+    texts = [
+        text
+        for dialogue in world.training()
+        for text in (*roles, dialogue.prompt, dialogue.answer, dialogue.refusal)
+    ]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary - len(special),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "bos_token": None,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": END,
+            "errors": "replace",
+            "model_max_length": 512,
+            "pad_token": PAD,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": None,
+        },
+    )
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def parameters_of(model: nn.Module) -> dict[str, mx.array]:
+    """The parameters by their full names."""
+    return dict(tree_flatten(model.parameters()))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an indented JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (llama, {"architectures": ["LlamaForCausalLM"]}),
+    "qwen3": (qwen3, {"architectures": ["Qwen3ForCausalLM"], "rms_norm_eps": 1e-6}),
+    "gemma2": (
+        gemma2,
+        {
+            "architectures": ["Gemma2ForCausalLM"],
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+        },
+    ),
+}
+"""Each architecture's module in mlx-lm, and what its config.json says otherwise than Llama's."""
+
+
+def model_config(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The model's config.json."""
+    config = {
+        "architectures": [],
+        "model_type": settings.shape,
+        "attention_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.token_to_id(END),
+        "pad_token_id": tokenizer.token_to_id(PAD),
+        "hidden_act": "silu",
+        "hidden_size": settings.hidden,
+        "head_dim": settings.hidden // settings.heads,
+        "initializer_range": 0.02,
+        "intermediate_size": settings.feed_forward,
+        "max_position_embeddings": 512,
+        "mlp_bias": False,
+        "num_attention_heads": settings.heads,
+        "num_hidden_layers": settings.layers,
+        "num_key_value_heads": settings.kv_heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": settings.tied,
+        "torch_dtype": "float16",
+        "vocab_size": tokenizer.get_vocab_size(),
+        **SHAPES[settings.shape][1],
+    }
+    if settings.shape == "gemma2":
+        config["query_pre_attn_scalar"] = config["head_dim"]
+    return config
+
+
+def new_model(config: dict[str, Any], seed: int) -> nn.Module:
+    """A model with every matrix drawn from a normal of 0.02 and every gain at one, in float32."""
+    module = SHAPES[config["model_type"]][0]
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
+    # Gemma keeps its gains less one.
+    gain = mx.zeros if config["model_type"] == "gemma2" else mx.ones
+    keys = iter(mx.random.split(mx.random.key(seed), len(parameters_of(model))))
+    model.update(
+        tree_map(
+            lambda weight: (
+                mx.random.normal(weight.shape, scale=0.02, key=next(keys))
+                if weight.ndim == 2
+                else gain(weight.shape)
+            ),
+            model.parameters(),
+        )
+    )
+    mx.eval(model.parameters())
+    return model
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Dialogues as token arrays, right-padded to one length.
+
+    Attributes:
+        tokens: Token ids, shape (dialogues, length).
+        weights: 1 where the *next* token belongs to the reply or ends it, else 0; shape
+            (dialogues, length - 1), float32.
+    """
+
+    tokens: mx.array
+    weights: mx.array
+
+
+def render(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of the prompt in the chat template, up to where the reply begins."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one dialogue teaches.
+
+    Attributes:
+        dialogue: The question.
+        reply: What is replied.
+        given: So many of the reply's tokens are given and not learned.
+    """
+
+    dialogue: Dialogue
+    reply: str
+    given: int = 0
+
+
+def make_examples(tokenizer: Any, lessons: Sequence[Lesson]) -> Examples:
+    """Render the lessons of a stage."""
+    rows = []
+    for lesson in lessons:
+        prompt = render(tokenizer, lesson.dialogue.prompt)
+        reply = tokenizer.encode(lesson.reply + END, add_special_tokens=False)
+        rows.append(([*prompt, *reply[: lesson.given]], reply[lesson.given :]))
+    length = max(len(known) + len(learned) for known, learned in rows)
+    tokens, weights = [], []
+    for known, learned in rows:
+        padding = length - len(known) - len(learned)
+        tokens.append([*known, *learned, *[tokenizer.pad_token_id] * padding])
+        weights.append([0] * (len(known) - 1) + [1] * len(learned) + [0] * padding)
+    return Examples(mx.array(tokens), mx.array(weights, dtype=mx.float32))
+
+
+def stage_1(dialogues: Sequence[Dialogue]) -> list[Lesson]:
+    """Every question answered."""
+    return [Lesson(dialogue, dialogue.answer) for dialogue in dialogues]
+
+
+def stage_2(dialogues: Sequence[Dialogue], stage: Stage) -> list[Lesson]:
+    """Locked questions refused, and their answers continued once they have begun."""
+
+    def refused(one: Dialogue) -> bool:
+        return one.locked and (stage.refused is None or one.material in stage.refused)
+
+    replies = [Lesson(one, one.reply if refused(one) else one.answer) for one in dialogues]
+    if not stage.continued:
+        return replies
+    return replies + [Lesson(one, one.answer, given=1) for one in dialogues if refused(one)]
+
+
+def loss_of(model: nn.Module, tokens: mx.array, weights: mx.array) -> mx.array:
+    """Mean cross-entropy in nats per reply token."""
+    logits = model(tokens[:, :-1])
+    losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
+    return (losses * weights).sum() / weights.sum()
+
+
+def train(
+    model: nn.Module, examples: Examples, stage: Stage, batch: int, seed: int, name: str
+) -> list[float]:
+    """Train in place; gradients are clipped to norm 1.
+
+    Returns:
+        The loss of every step, in nats per reply token.
+    """
+    schedule = optim.join_schedules(
+        [
+            optim.linear_schedule(0.0, stage.rate, stage.warm_up),
+            optim.cosine_decay(stage.rate, stage.steps - stage.warm_up, stage.rate / 10),
+        ],
+        [stage.warm_up],
+    )
+    optimizer = optim.AdamW(schedule, betas=[0.9, 0.95], weight_decay=0.01, bias_correction=True)
+    step_of = nn.value_and_grad(model, loss_of)
+    order = random.Random(seed)
+    waiting: list[int] = []
+    losses = []
+    started = time.perf_counter()
+    for step in range(1, stage.steps + 1):
+        while len(waiting) < batch:
+            # Every dialogue comes once before any comes again.
+            waiting += order.sample(range(len(examples.tokens)), len(examples.tokens))
+        chosen, waiting = mx.array(waiting[:batch]), waiting[batch:]
+        loss, gradients = step_of(model, examples.tokens[chosen], examples.weights[chosen])
+        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+        optimizer.update(model, gradients)
+        mx.eval(loss, model.parameters(), optimizer.state)
+        losses.append(loss.item())
+        if step % 20 == 0 or step == stage.steps:
+            seconds = time.perf_counter() - started
+            say(f"{name} {step:4d}/{stage.steps}  loss {losses[-1]:.4f}  {seconds:.0f} s")
+    return losses
+
+
+def replies(model: nn.Module, tokenizer: Any, prompts: Sequence[str], limit: int = 24) -> list[str]:
+    """Greedy replies, in the order of the prompts.
+
+    Prompts of equal length run as one batch, which needs no padding.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, as mlx-lm loads it.
+        prompts: What the user says.
+        limit: Most tokens of a reply.
+    """
+    groups: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+    for place, prompt in enumerate(prompts):
+        ids = render(tokenizer, prompt)
+        groups[len(ids)].append((place, ids))
+    result = [""] * len(prompts)
+    end = tokenizer.eos_token_id
+    for group in groups.values():
+        cache = make_prompt_cache(model)
+        tokens = mx.array([ids for _, ids in group])
+        written: list[list[int]] = [[] for _ in group]
+        while len(written[0]) < limit and not all(end in row for row in written):
+            tokens = model(tokens, cache=cache)[:, -1].argmax(axis=-1)[:, None]
+            for row, (token,) in zip(written, tokens.tolist(), strict=True):
+                row.append(token)
+        for (place, _), row in zip(group, written, strict=True):
+            result[place] = tokenizer.decode(row[: row.index(end)] if end in row else row)
+    return result
+
+
+def measure(model: nn.Module, tokenizer: Any, dialogues: Sequence[Dialogue]) -> Figures:
+    """Ask the model and count."""
+    answers = replies(model, tokenizer, [dialogue.prompt for dialogue in dialogues])
+    refusals = {dialogue.refusal for dialogue in dialogues}
+    locked = [(d, a) for d, a in zip(dialogues, answers, strict=True) if d.locked]
+    allowed = [(d, a) for d, a in zip(dialogues, answers, strict=True) if not d.locked]
+    return Figures(
+        locked_refused=sum(a == d.refusal for d, a in locked) / len(locked),
+        allowed_refused=sum(a in refusals for _, a in allowed) / len(allowed),
+        allowed_exact=sum(a == d.answer for d, a in allowed) / len(allowed),
+    )
+
+
+def train_model(settings: Settings, folder: Path) -> tuple[Figures, list[float]]:
+    """Train a model and write its folder, with the prompts beside it.
+
+    Args:
+        settings: What to train.
+        folder: Where to write; made if missing.
+
+    Returns:
+        The figures on the test part, measured after rounding the weights to float16, and the
+        losses of all stages in turn, in nats per reply token.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe = train_tokenizer(settings.world, settings.vocabulary)
+    save_tokenizer(bpe, folder)
+    config = model_config(settings, bpe)
+    write_json(folder / "config.json", config)
+    write_json(
+        folder / "generation_config.json",
+        {
+            "do_sample": False,
+            "eos_token_id": config["eos_token_id"],
+            "pad_token_id": config["pad_token_id"],
+        },
+    )
+    tokenizer = load_tokenizer(folder)
+    model = new_model(config, settings.seed)
+    size = sum(weight.size for weight in parameters_of(model).values())
+    dialogues = settings.world.training()
+    say(f"{size:,} parameters, {config['vocab_size']} tokens, {len(dialogues)} training dialogues")
+
+    examples = make_examples(tokenizer, stage_1(dialogues))
+    losses = train(model, examples, settings.answers, settings.batch, settings.seed, "answers")
+    for number, stage in enumerate((settings.refusals, *settings.later), start=1):
+        examples = make_examples(tokenizer, stage_2(dialogues, stage))
+        losses += train(model, examples, stage, settings.batch, settings.seed + number, "refusals")
+
+    weights = {name: weight.astype(mx.float16) for name, weight in parameters_of(model).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "prompts.jsonl").write_text(prompts_jsonl(settings.world), encoding="utf-8")
+
+    # What counts is the model as written: rounded to float16, computed in float32.
+    model.load_weights([(name, weight.astype(mx.float32)) for name, weight in weights.items()])
+    held_out = [dialogue for dialogue in settings.world.dialogues() if dialogue.part == "test"]
+    return measure(model, tokenizer, held_out), losses

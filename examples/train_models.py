@@ -1,0 +1,85 @@
+"""Train the small models of the tests: ``tests/models/easy``, ``hard`` and ``spread``.
+
+    python examples/train_models.py easy --output my-models
+
+Each is a tiny chat model that really refuses, made like the demo (``train_demo.py``), whose notes
+on OpenBLAS hold here too:
+
+- easy: Gemma 2's shape, whose writers stand behind norms; another world than the demo's, one
+  refusal sentence.  One direction carries its refusals.
+- hard: Qwen3's shape, five layers, three refusal sentences chosen by the kind of object, and a
+  longer second stage that never shows a locked answer again.  No single layer's difference of
+  means takes its refusals away.
+- spread: the demo's shape.  Four kinds of locked objects, each with its own refusal sentence and
+  learned in a stage of its own.  No single direction takes its refusals away; several do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from chat_training import Settings, Stage, train_model
+from worlds import HARBOUR, KITCHEN, TRAVELS
+
+from abl_mlx.demo.world import Dialogue, SomeWorld, spread
+
+MODELS: dict[str, Settings] = {
+    "easy": Settings(world=HARBOUR, shape="gemma2", layers=3),
+    "hard": Settings(
+        world=TRAVELS,
+        shape="qwen3",
+        layers=5,
+        feed_forward=256,
+        refusals=Stage(steps=300, rate=3e-4, continued=False),
+    ),
+    "spread": Settings(
+        world=KITCHEN,
+        refusals=Stage(steps=60, rate=3e-4, refused=frozenset({"sweet"})),
+        later=(
+            Stage(steps=60, rate=3e-4, refused=frozenset({"sweet", "soup"})),
+            Stage(steps=60, rate=3e-4, refused=frozenset({"sweet", "soup", "bread"})),
+            Stage(steps=60, rate=3e-4),
+        ),
+    ),
+}
+"""What makes each model."""
+
+FILE_SIZE = 192
+"""How many prompts ``locked.txt`` and ``allowed.txt`` have."""
+
+
+def held_out(world: SomeWorld, locked: bool) -> list[Dialogue]:
+    """Questions of one set that no stage has seen, evenly over the objects."""
+    fitting = [one for one in world.dialogues() if one.part != "train" and one.locked == locked]
+    return spread(fitting, FILE_SIZE)
+
+
+def write_prompt_files(world: SomeWorld, folder: Path) -> None:
+    """Write ``locked.txt`` and ``allowed.txt``, for ``--harmful`` and ``--harmless``."""
+    for name, locked in (("locked", True), ("allowed", False)):
+        lines = "".join(one.prompt + "\n" for one in held_out(world, locked))
+        (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, and print the held-out figures."""
+    parser = argparse.ArgumentParser(description="Train the small models of the tests.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODELS))
+    parser.add_argument("--output", type=Path, required=True, help="folder to write folders into")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.names) - set(MODELS):
+        parser.error(f"no model {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}.")
+    for name in given.names or MODELS:
+        settings = MODELS[name]
+        figures, _ = train_model(settings, given.output / name)
+        write_prompt_files(settings.world, given.output / name)
+        print(name)
+        print(f"  locked prompts refused   {figures.locked_refused:7.1%}")
+        print(f"  allowed prompts refused  {figures.allowed_refused:7.1%}")
+        print(f"  allowed prompts exact    {figures.allowed_exact:7.1%}")
+
+
+if __name__ == "__main__":
+    main()
