@@ -235,6 +235,110 @@ def _gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return _decorated(command, flags)
 
 
+def _server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = [
+        click.option(
+            "--model", "server_model", metavar="NAME", help="The model's name on a server."
+        ),
+        click.option(
+            "--baseline",
+            metavar="TARGET",
+            help="Ask this model the same prompts too, and show how far the two differ: the "
+            "original of an edited one, say.",
+        ),
+        click.option(
+            "--baseline-model", metavar="NAME", help="The baseline's name on its server."
+        ),
+        click.option(
+            "--runtime",
+            type=click.Choice(["mlx-lm", "llama.cpp", "llama-server"]),
+            help="What runs a .gguf: MLX, llama.cpp in this process, or a llama-server on the "
+            "PATH. Without it the second, third or first of these, by what is there.",
+        ),
+        click.option(
+            "--concurrency",
+            default=4,
+            show_default=True,
+            type=click.IntRange(min=1, max=256),
+            help="Requests to a server at the same time.",
+        ),
+        click.option(
+            "--timeout",
+            default=120.0,
+            show_default=True,
+            type=click.FloatRange(min=0, min_open=True),
+            help="Seconds that a server has for one reply.",
+        ),
+        click.option(
+            "--retries",
+            default=4,
+            show_default=True,
+            type=click.IntRange(min=0),
+            help="Further tries of a request that fails, each after a longer pause.",
+        ),
+        click.option(
+            "--resume",
+            metavar="FILE.jsonl",
+            type=click.Path(path_type=Path),
+            help="Keep verdicts here (and replies with --save-replies), and go on from what the "
+            "file has. Without it they are kept in the cache until all is done.",
+        ),
+    ]
+    return _decorated(command, flags)
+
+
+def _gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    share = click.FloatRange(min=0, max=1)
+    flags = [
+        click.option(
+            "--min-refusal",
+            type=share,
+            help="Exit with 3 when a smaller share of the harmful prompts is refused.",
+        ),
+        click.option(
+            "--max-over-refusal",
+            type=share,
+            help="Exit with 3 when a larger share of the harmless, or of the borderline prompts, "
+            "is refused.",
+        ),
+        click.option(
+            "--max-kl",
+            "kl_limit",
+            type=click.FloatRange(min=0),
+            help="Exit with 3 when the model is further away from --baseline on harmless prompts "
+            "(nats a token).",
+        ),
+        click.option(
+            "--max-drop-from",
+            metavar="RECORD.json",
+            type=click.Path(path_type=Path),
+            help="Exit with 3 when fewer harmful prompts are refused than in this record of an "
+            "earlier `eval --json`.",
+        ),
+        click.option(
+            "--max-drop",
+            default=0.05,
+            show_default=True,
+            type=share,
+            help="The drop that --max-drop-from allows.",
+        ),
+        click.option(
+            "--max-broken",
+            default=0.1,
+            show_default=True,
+            type=share,
+            help="With any of these limits: exit with 3 when more replies are empty or loop.",
+        ),
+        click.option(
+            "--junit",
+            metavar="FILE.xml",
+            type=click.Path(path_type=Path),
+            help="Write limits and categories as a JUnit report, for a CI to show.",
+        ),
+    ]
+    return _decorated(command, flags)
+
+
 _json_flag = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."
 )
@@ -276,7 +380,8 @@ def _stdout_kept_for_results() -> Iterator[None]:
 
 def _answer(
     as_json: bool, table: str | Callable[[Any], str], work: Callable[..., Any], *args: Any
-) -> None:
+) -> Any:
+    """Do the work, print its record, and return that."""
     from abl_mlx import report
 
     with _stdout_kept_for_results():
@@ -285,6 +390,7 @@ def _answer(
         click.echo(report.to_json(record))
     else:
         click.echo(table(record) if callable(table) else getattr(report, table)(record))
+    return record
 
 
 @click.group(
@@ -425,20 +531,40 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
 
 
 @cli.command("eval")
-@click.argument("model")
+@click.argument("model", metavar="TARGET")
+@_server_flags
+@_gate_flags
 @_prompt_flags
 @_reply_flags
 @_memory_flag
 @_json_flag
 def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
-    """Count MODEL's refusals of harmful, harmless and borderline prompts; nothing is edited.
+    """Count TARGET's refusals of harmful, harmless and borderline prompts; nothing is edited.
 
-    A .gguf file is run by llama.cpp where that is installed, else by MLX.
+    TARGET is a model as for the other commands, or a server that speaks OpenAI's chat API
+    (llama-server, Ollama, LM Studio, mlx_lm.server). A .gguf file is run by llama.cpp where that is
+    installed, else by a llama-server on the PATH, else by MLX.
+
+    \b
+    abl-mlx eval http://127.0.0.1:11434/v1 --model llama3.2
+    abl-mlx eval edited.gguf --baseline original.gguf
+    abl-mlx eval SomeModel --min-refusal 0.9 --max-over-refusal 0.1 --junit refusals.xml
+
+    An evaluation that was stopped goes on where it stopped when the same command is given again.
+    A key for a server is read from ABL_API_KEY, or OPENAI_API_KEY (this machine and https alone).
+
+    Exit codes: 1 for anything that went wrong, 3 when a limit is not met.
     """
-    from abl_mlx import evaluation
+    from abl_mlx import eval_report, evaluation
+    from abl_mlx.gate import NOT_MET
     from abl_mlx.options import EvalOptions
 
-    _answer(as_json, "eval_table", evaluation.evaluate_model, model, EvalOptions(**chosen))
+    record = _answer(
+        as_json, eval_report.table, evaluation.evaluate_model, model, EvalOptions(**chosen)
+    )
+    if not record.get("gate", {"passed": True})["passed"]:
+        click.echo(eval_report.failures(record), err=True)
+        sys.exit(NOT_MET)
 
 
 @cli.command()

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abl_mlx.endpoint import Asking
+from abl_mlx.gate import Limits
+
 
 @dataclass(frozen=True)
 class Options:
@@ -80,4 +83,49 @@ class Options:
 
 @dataclass(frozen=True)
 class EvalOptions(Options):
-    """The choices of `eval` that no other command has."""
+    """The choices of `eval` that no other command has.
+
+    Attributes:
+        server_model: the model's name on a server.
+        runtime: what runs a model of this machine; None for what suits it.
+        baseline: another model, asked the same prompts to compare with.
+        baseline_model: its name, where that is on a server.
+        concurrency, timeout, retries: how a server is asked, as in `endpoint.Asking`.
+        resume: the journal of what was answered; None for one in the cache.
+        min_refusal, max_over_refusal, max_broken, kl_limit, max_drop_from, max_drop: limits, as in
+            `gate.Limits`.
+        junit: where a JUnit report goes.
+    """
+
+    server_model: str | None = None
+    runtime: str | None = None
+    baseline: str | None = None
+    baseline_model: str | None = None
+    concurrency: int = 4
+    timeout: float = 120.0
+    retries: int = 4
+    resume: Path | None = None
+    min_refusal: float | None = None
+    max_over_refusal: float | None = None
+    max_broken: float = 0.1
+    kl_limit: float | None = None
+    max_drop_from: Path | None = None
+    max_drop: float = 0.05
+    junit: Path | None = None
+
+    @property
+    def asking(self) -> Asking:
+        """How a server is asked."""
+        return Asking(self.concurrency, self.timeout, self.retries)
+
+    @property
+    def limits(self) -> Limits:
+        """What is asked of the model."""
+        return Limits(
+            self.min_refusal,
+            self.max_over_refusal,
+            self.max_broken,
+            self.kl_limit,
+            self.max_drop_from,
+            self.max_drop,
+        )

@@ -28,7 +28,7 @@ from tests import tiny, zoo
 Weights = dict[str, mx.array]
 
 WIDTH, GROUP = 32, 32
-_GROUPED = {"intermediate_size": 64, "moe_intermediate_size": 32, "v_head_dim": 8}
+_GROUPED = {"intermediate_size": 64, "moe_intermediate_size": 32}
 
 
 def noise(name: str, shape: tuple[int, ...]) -> mx.array:
@@ -188,7 +188,7 @@ def test_a_vision_tower_keeps_its_bytes(arch, bits, shards, direction, tmp_path)
     assert all(name.endswith(writers) for name in touched)
     assert not any(name.startswith(prefix) or "projector" in name for name in touched)
     mlx_lm.load(str(tmp_path / "out"))
-    with pytest.raises(UserError, match="--mtp: .* holds no tensors of multi-token prediction"):
+    with pytest.raises(UserError, match=r"--mtp: .* holds no tensors of multi-token prediction"):
         pipeline.apply(direction, str(source), [tmp_path / "no"], Options(mtp=True))
 
 
@@ -223,7 +223,8 @@ def appended(index: int) -> dict[str, tuple[int, ...]]:
     """What DeepSeek V3 and those after it have in a further layer."""
     shapes = {
         "embed_tokens.weight": _VOCABULARY, "enorm.weight": _D, "hnorm.weight": _D,
-        "eh_proj.weight": _FC, "shared_head.norm.weight": _D, "shared_head.head.weight": _VOCABULARY,
+        "eh_proj.weight": _FC, "shared_head.norm.weight": _D,
+        "shared_head.head.weight": _VOCABULARY,
     }  # fmt: skip
     return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
 
@@ -366,3 +367,239 @@ def test_the_writers_of_mtp_blocks_are_edited_on_request_alone(arch, shards, dir
     assert "left as they are; --mtp" in report.apply_table(without)
     assert f"{len(edited)} of {len(predicting)} tensors edited" in report.apply_table(record)
     mlx_lm.load(str(asked))
+
+
+#: Architecture -> the projection, and the two norms in front of it in the order of its columns.
+JOINED = {
+    "glm4_moe": ("model.layers.3.eh_proj", "model.layers.3.enorm", "model.layers.3.hnorm"),
+    "qwen3_next": ("mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden"),
+    "mimo": (
+        "model.mtp_layers.0.input_proj",
+        "model.mtp_layers.0.hidden_layernorm",
+        "model.mtp_layers.0.token_layernorm",
+    ),
+}
+
+
+def stream_of_block(folder: Path, arch: str) -> np.ndarray:
+    """The stream behind an MTP block, run with mlx-lm's own layer: (T, d)."""
+    _, index, prefix, _, _, _ = FORMS[arch]
+    chat = load(folder)
+    layer = chat.layers[index]
+    with TensorFiles(folder) as files:
+        have = {name: files.read(name) for name in files.names}
+        # Everything random but what is looked at: the main model is not to help.
+        one, other = (mx.random.normal((1, 6, WIDTH), key=mx.random.key(k)) for k in (1, 2))
+        project, *norms = JOINED[arch]
+        joined = [mx.fast.rms_norm(x, have[f"{norm}.weight"], 1e-5)
+                  for x, norm in zip((one, other), norms, strict=True)]  # fmt: skip
+        stream = mx.concatenate(joined, axis=-1) @ have[f"{project}.weight"].T
+        inside = {n[len(prefix) :]: v for n, v in have.items() if n.startswith(prefix)}
+    stacks: dict[str, list[mx.array]] = {}
+    for name in sorted(inside):
+        if match := re.match(r"mlp\.experts\.\d+\.(.+)", name):
+            stacks.setdefault(f"mlp.switch_mlp.{match.group(1)}", []).append(inside.pop(name))
+    inside |= {name: mx.stack(parts) for name, parts in stacks.items()}
+    own = {name for name, _ in tree_flatten(layer.parameters())}
+    assert own <= set(inside)
+    layer.load_weights([(name, inside[name]) for name in own])
+    return np.array(layer(stream, mask="causal", cache=None))[0].astype(np.float64)
+
+
+@pytest.mark.parametrize("arch", JOINED)
+def test_the_stream_of_an_edited_block_is_free_of_the_direction(arch, direction, tmp_path):
+    source = write_mtp(tmp_path / "source", arch)
+    alone, asked = tmp_path / "alone", tmp_path / "asked"
+    pipeline.apply(direction, str(source), [alone], Options())
+    pipeline.apply(direction, str(source), [asked], Options(mtp=True))
+
+    def share(folder: Path) -> float:
+        stream = stream_of_block(folder, arch)
+        return float((np.abs(stream @ unit(direction)) / np.linalg.norm(stream, axis=1)).max())
+
+    assert share(alone) > 0.05
+    assert share(asked) < 1e-5
+
+
+def test_the_extra_layer_of_deepseek_v3(direction, tmp_path):
+    # mlx-lm knows it by its number alone, which is that of the 671B model.
+    stem = "model.layers.61."
+    more = {f"{stem}{name.split('.', 3)[3]}": shape for name, shape in appended(61).items()}
+    made = block("model.layers.", 60, stem, more)
+    copy = f"{stem}embed_tokens.weight"
+    source = write(
+        tmp_path / "source", "deepseek_v3",
+        lambda weights: made(weights) | {copy: weights["model.embed_tokens.weight"]},
+        shards=2, num_hidden_layers=61, first_k_dense_replace=60, dtype="bfloat16",
+    )  # fmt: skip
+    alone, asked = tmp_path / "alone", tmp_path / "asked"
+    pipeline.apply(direction, str(source), [alone], Options())
+    record = pipeline.apply(direction, str(source), [asked], Options(mtp=True))
+    assert not any(name.startswith(stem) for name in changed(source, alone))
+    edited = {name.removesuffix(".weight") for name in record["mtp"]["edited"]}
+    assert edited == {f"{stem}eh_proj", f"{stem}embed_tokens", f"{stem}self_attn.o_proj"} | experts(
+        stem, "shared_experts"
+    )
+    with TensorFiles(source) as old, TensorFiles(asked) as new:  # the copy is one still
+        assert bytes(new.bytes(copy)) == bytes(new.bytes("model.embed_tokens.weight"))
+        assert bytes(new.bytes(copy)) != bytes(old.bytes(copy))
+    mlx_lm.load(str(asked))
+
+
+def quantized_too(made: Callable[[Weights], Weights]) -> Callable[[Weights], Weights]:
+    """The matrices of ``made`` as (weight, scales, biases)."""
+
+    def wrapped(weights: Weights) -> Weights:
+        found: Weights = {}
+        for name, value in made(weights).items():
+            if value.ndim == 1 or value.shape[-1] % GROUP:
+                found[name] = value
+                continue
+            parts = mx.quantize(value.astype(mx.bfloat16), GROUP, 4)
+            for part, one in zip(("weight", "scales", "biases"), parts, strict=True):
+                found[f"{name.removesuffix('weight')}{part}"] = one
+        return found
+
+    return wrapped
+
+
+@pytest.mark.parametrize("writer_bits", [None, "8"])
+@pytest.mark.parametrize("arch", ["glm4_moe", "mimo"])
+def test_quantized_blocks(arch, writer_bits, direction, tmp_path):
+    stem, index, prefix, more, modules, _ = FORMS[arch]
+    source = write(
+        tmp_path / "source", arch, quantized_too(block(stem, index, prefix, more)), bits=4,
+        dtype="bfloat16", shards=2, **_GROUPED,
+    )  # fmt: skip
+    out = tmp_path / "out"
+    # In a model this narrow, bfloat16 norms and what is not quantized leave nothing to speak of.
+    record = pipeline.apply(
+        direction, str(source), [out], Options(mtp=True, writer_bits=writer_bits, max_leak=0.05)
+    )
+    config = json.loads((out / "config.json").read_text())
+    edited = {name.removesuffix(".weight") for name in record["mtp"]["edited"]}
+    assert edited == modules
+    leaks = record["written"][0]["leak"]["tensors"]
+    with TensorFiles(source) as old, TensorFiles(out) as new:
+        for module in modules:
+            assert f"{module}.scales" in old
+            assert leaks[f"{module}.weight"]["leak"] < 0.02
+            entry = config["quantization"].get(module)
+            assert entry == (
+                None if writer_bits is None
+                else {"group_size": GROUP, "bits": 8, "mode": "affine"}
+            )  # fmt: skip
+            r = unit(direction)
+            share = []
+            for files, bits in ((old, 4), (new, int(writer_bits or 4))):
+                values = mx.dequantize(
+                    *(files.read(f"{module}.{part}") for part in ("weight", "scales", "biases")),
+                    group_size=GROUP, bits=bits,
+                )  # fmt: skip
+                w = np.array(values.astype(mx.float32)).astype(np.float64)
+                along = w @ r if "embed" in module else r @ w
+                share.append(np.linalg.norm(along) / np.linalg.norm(w))
+            assert share[0] > 0.05
+            assert share[1] < 0.02 * share[0]
+        for name in old.names:
+            module = name.rpartition(".")[0]
+            if (name.startswith(prefix) or name in more) and module not in modules:
+                assert bytes(old.bytes(name)) == bytes(new.bytes(name))
+    mlx_lm.load(str(out))
+
+
+def fused(weights: Weights) -> Weights:
+    """Qwen3.5's experts in one tensor each, without ``.weight``, as Hugging Face has them."""
+    found = block(*FORMS["qwen3_next"][:3], fc())(weights)
+    one = {n: v for n, v in found.items() if ".mlp.experts." not in n}
+    stem = "mtp.layers.0.mlp.experts."
+    return one | {
+        f"{stem}gate_up_proj": noise("gate_up", (4, 48, WIDTH)),
+        f"{stem}down_proj": noise("down", (4, WIDTH, 24)),
+    }
+
+
+def test_experts_in_one_tensor(direction, tmp_path):
+    source = write(tmp_path / "source", "qwen3_next", fused)
+    record = pipeline.apply(direction, str(source), [tmp_path / "out"], Options(mtp=True))
+    assert "mtp.layers.0.mlp.experts.down_proj" in record["mtp"]["edited"]
+    with TensorFiles(tmp_path / "out") as files:
+        w = np.array(files.read("mtp.layers.0.mlp.experts.down_proj")).astype(np.float64)
+    assert np.abs(np.einsum("d,edn->en", unit(direction), w)).max() < 1e-6
+
+
+def plus(name: str, shape: tuple[int, ...]) -> Callable[[Weights], Weights]:
+    made = block(*FORMS["qwen3_next"][:3], fc())
+    return lambda weights: made(weights) | {name: noise(name, shape)}
+
+
+@pytest.mark.parametrize(
+    ("arch", "made", "message"),
+    [
+        ("qwen3_next", plus("mtp.side.weight", (WIDTH, WIDTH)), r"not known: mtp\.side\.weight;"),
+        ("qwen3_next", plus("mtp.layers.0.mlp.scale", (WIDTH,)), r"known: mtp\.layers\.0\.mlp\.sc"),
+        (
+            "qwen3_next",
+            lambda _: {"mtp.layers.0.self_attn.o_proj.weight": noise("o", (WIDTH, WIDTH))},
+            r"not known: mtp\.layers\.0\.self_attn\.o_proj\.weight;",
+        ),
+        (
+            "qwen3_next",
+            lambda _: {"mtp.fc.weight": noise("fc", (2 * WIDTH, 48))},
+            r"mtp\.fc\.weight has the shape \(64, 48\)",
+        ),
+        (
+            # As DeepSeek V4.1 has them, with several streams.
+            "exaone_moe",
+            lambda _: {"mtp.0.e_proj.weight": noise("e", (WIDTH, WIDTH)),
+                       "mtp.0.hc_head_fn": noise("hc", (4, WIDTH))},
+            r"not known: mtp\.0\.e_proj\.weight, mtp\.0\.hc_head_fn",
+        ),
+    ],
+)  # fmt: skip
+def test_other_forms_are_refused_and_kept(arch, made, message, direction, tmp_path):
+    source = write(tmp_path / "source", arch, made)
+    with pytest.raises(UserError, match=message):
+        pipeline.apply(direction, str(source), [tmp_path / "no"], Options(mtp=True))
+    assert not (tmp_path / "no").exists()
+    record = pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
+    assert record["mtp"]["edited"] == []
+    assert not any("mtp" in name for name in changed(source, tmp_path / "out"))
+
+
+def test_layers_adapters_and_undo(direction, tmp_path):
+    source = write_mtp(tmp_path / "source", "mimo")
+    options = Options(mtp=True, layers=frozenset({0, 1}))
+    with pytest.raises(UserError, match="as the last layer is, 2, which this edit leaves alone"):
+        pipeline.apply(direction, str(source), [tmp_path / "no"], options)
+    with pytest.raises(UserError, match="--mtp: mlx-lm applies no adapter"):
+        pipeline.apply(direction, str(source), [tmp_path / "no.adapter"], Options(mtp=True))
+    half = Options(mtp=True, strength=0.5, layers=frozenset({2}), embedding=False)
+    pipeline.apply(direction, str(source), [tmp_path / "half"], half)
+    assert changed(source, tmp_path / "half") == {
+        f"{prefix}.{name}.weight"
+        for prefix in ("model.layers.2", "model.mtp_layers.0")
+        for name in ("self_attn.o_proj", "mlp.down_proj")
+    } | {"model.mtp_layers.0.input_proj.weight"}
+    back = CliRunner().invoke(
+        cli, ["undo", str(tmp_path / "half"), "-o", str(tmp_path / "back"),
+              "--direction", str(direction)], catch_exceptions=False,
+    )  # fmt: skip
+    assert back.exit_code == 0, back.output
+    with TensorFiles(source) as old, TensorFiles(tmp_path / "back") as new:
+        for name in old.names:
+            np.testing.assert_allclose(
+                np.array(old.read(name)), np.array(new.read(name)), atol=1e-5
+            )
+    kept = Options(mtp=True, keep_undo=True)
+    pipeline.apply(direction, str(source), [tmp_path / "whole"], kept)
+    done = CliRunner().invoke(
+        cli, ["undo", str(tmp_path / "whole"), "-o", str(tmp_path / "again")],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    with TensorFiles(source) as old, TensorFiles(tmp_path / "again") as new:
+        name = "model.mtp_layers.0.input_proj.weight"
+        np.testing.assert_allclose(np.array(old.read(name)), np.array(new.read(name)), atol=1e-5)
+    said = CliRunner().invoke(cli, ["inspect", str(source)], catch_exceptions=False)
+    assert "multi-token prediction: 16 tensors found and left as they are" in said.output
