@@ -167,6 +167,19 @@ def in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Chat:
     return answer
 
 
+def stream_in_mlx(
+    chat: ChatModel, *, batch_size: int = 32
+) -> Callable[[Sequence[str], int], Iterator[tuple[int, str]]]:
+    """Like `in_mlx`, with each reply as it comes: (number of the prompt, reply)."""
+
+    def answer(prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
+        sequences = [chat.encode(prompt) for prompt in prompts]
+        for index, reply in stream(chat, sequences, max_tokens, batch_size=batch_size):
+            yield index, decode(chat, [reply])[0]
+
+    return answer
+
+
 def llamacpp_is_there() -> bool:
     """Whether GGUFs can be asked in the real llama.cpp."""
     return importlib.util.find_spec("xllamacpp") is not None
@@ -179,17 +192,32 @@ def in_llamacpp(path: Path, lora: Path | None = None) -> Chat:
         lora: an adapter for it.
     """
 
+    stream = stream_in_llamacpp(path, lora)
+
     def answer(texts: Sequence[str], max_tokens: int) -> list[str]:
+        replies = [""] * len(texts)
+        with progress(len(texts), "llama.cpp replies") as bar:
+            for index, reply in stream(texts, max_tokens):
+                replies[index] = reply
+                bar.update()
+        return replies
+
+    return answer
+
+
+def stream_in_llamacpp(
+    path: Path, lora: Path | None = None
+) -> Callable[[Sequence[str], int], Iterator[tuple[int, str]]]:
+    """Like `in_llamacpp`, with each reply as it comes: (number of the prompt, reply)."""
+
+    def answer(texts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
         from abl_mlx.llamacpp import LlamaCpp
 
         # Room for the template, and no more: the cache of a large model is what the rest costs. A
         # text has at least as many characters as tokens.
         room = 512 + max(map(len, texts), default=0) + max_tokens
-        with (
-            LlamaCpp(path, n_ctx=room, lean=True, lora=lora) as server,
-            progress(len(texts), "llama.cpp replies") as bar,
-        ):
-            return server.chat(texts, max_tokens=max_tokens, progress=lambda *_: bar.update())
+        with LlamaCpp(path, n_ctx=room, lean=True, lora=lora) as server:
+            yield from server.stream(texts, max_tokens)
 
     return answer
 

@@ -6,57 +6,327 @@ returns the keys it adds.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-from abl_mlx import __version__, evaluate, memory, models, sources
+from abl_mlx import __version__, evaluate, gate, journal, report, targets
+from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
-from abl_mlx.models import ChatModel
-from abl_mlx.options import Options
+from abl_mlx.journal import Answered, Section
+from abl_mlx.models import progress
+from abl_mlx.options import EvalOptions
+from abl_mlx.paired import Paired
 from abl_mlx.pipeline import load_prompts
-from abl_mlx.refusals import rates
+from abl_mlx.prompts import Prompt, PromptSet, PromptSets
+from abl_mlx.refusals import Rates, Tally, Verdict, classify, without_thoughts
 from abl_mlx.sources import Source
-from convert.atomic import check_new
+from abl_mlx.targets import Target
+from convert.atomic import check_new, new_file
+from convert.errors import UserError
 
 Record = dict[str, Any]
 
+#: A prompt and a reply to the verdict on it; called from one thread.
+Judge = Callable[[str, str], Verdict]
 
-def evaluate_model(text: str, options: Options) -> Record:
-    """`abl-mlx eval`: refusal rate and over-refusal of a model or a GGUF; no edit."""
+#: Verdicts in a record, a letter for each prompt in its set's order.
+LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B"}
+
+
+def evaluate_model(text: str, options: EvalOptions) -> Record:
+    """`abl-mlx eval`: what a model, a GGUF or a server refuses, alone or beside a baseline.
+
+    Args:
+        text: what the user typed for it.
+
+    Raises:
+        UserError: bad input or a target that fails, told in one sentence; what was answered until
+            then is kept in the journal.
+    """
     clock = Clock()
-    source = sources.resolve(text)
-    sets = load_prompts(source, options)
-    memory.check(source, asked=options.memory_check)
-    name = source.name
+    source = targets.find(text)
+    other = None if options.baseline is None else targets.find(options.baseline)
+    sets = _prompts(source, other, options)
+    parts = asked_sets(sets)
+    judge_name, judge = "markers", _by_markers
+    prompt_record = {name: {"n": len(part), "sha256": part.sha256} for name, part in parts.items()}
+    before = _check(source, other, prompt_record, judge_name, options)
+    how = {
+        "prompts": {name: one["sha256"] for name, one in prompt_record.items()},
+        "max_tokens": options.max_tokens,
+        "judge": judge_name,
+        "abl_mlx": __version__,
+    }
     with ExitStack() as stack:
-        if source.is_gguf and evaluate.llamacpp_is_there():
-            answer, runtime = evaluate.in_llamacpp(source.path), "llama.cpp"
-        else:
-            with clock.step("load the model"):
-                chat = load_any(source)
-            answer, runtime = evaluate.in_mlx(chat, batch_size=options.batch_size), "mlx-lm"
+        whole = {"target": text, "baseline": options.baseline, "model": options.server_model, **how}
+        kept = stack.enter_context(journal.opened(options.resume, whole))
+
+        def measured(target: Target, role: str) -> tuple[Record, list[Answered]]:
+            section = Section() if kept is None else kept.section(role, target.identity | how)
+            with clock.step(f"ask {target.name}"):
+                answers = ask(target, parts, options, section, judge)
+            record: Record = {"abl_mlx": __version__, "source": target.name}
+            record |= {"model": target.model} if target.model is not None else {}
+            record |= {"runtime": target.runtime, "judge": judge_name}
+            record |= {"max_tokens": options.max_tokens}
+            return record | behaviour(answers, parts), answers
+
+        baseline: Record | None = None
+        columns: dict[str, list[Answered]] = {}
+        divergence: Callable[[Target], Record] | None = None
+        if options.baseline is not None:
+            opened = targets.opened(options.baseline, other, options, clock, options.baseline_model)
+            with opened as target:
+                baseline, columns[target.name] = measured(target, "baseline")
+                divergence = _divergence(target, source, sets, options, clock, stack)
+            del target, opened
+            let_go()
+        with targets.opened(text, source, options, clock, options.server_model) as target:
+            record, answers = measured(target, "target")
+            name = target.name if target.name not in columns else f"{target.name} (target)"
+            columns[name] = answers
+            record["prompts"] = prompt_record
+            if divergence is not None:
+                with clock.step("measure KL"):
+                    record["kl"] = divergence(target)
+        if baseline is not None:
+            record["baseline"] = baseline
+            record["paired"] = {name: paired(baseline, record, name) for name in parts}
+        record["seconds"] = clock.seconds
+        checks = gate.check(record, options.limits, before)
+        if checks:
+            record["gate"] = {
+                "passed": all(one.passed for one in checks),
+                "checks": [one.record() for one in checks],
+            }
+        if options.junit is not None:
+            gate.write_junit(options.junit, record, checks)
         if options.save_replies is not None:
-            check_new(options.save_replies)
-        stack.enter_context(clock.step("ask the held-out prompts"))
-        behaviour = evaluate.behaviour(
-            answer, sets.harmful.test, sets.harmless.test, max_tokens=options.max_tokens
+            _save_replies(options.save_replies, parts, columns)
+    return record
+
+
+def asked_sets(sets: PromptSets) -> dict[str, PromptSet]:
+    """What is asked, by name; a set without prompts is left out."""
+    parts = {"harmful": sets.harmful.test, "harmless": sets.harmless.test}
+    if sets.borderline is not None and len(sets.borderline):
+        parts["borderline"] = sets.borderline
+    return parts
+
+
+def _prompts(source: Source | None, other: Source | None, options: EvalOptions) -> PromptSets:
+    """The prompt sets; a server is asked what its baseline is asked."""
+    known = source or other or Source("server", Path(__file__).parent)
+    return load_prompts(known, options)
+
+
+def _by_markers(prompt: str, reply: str) -> Verdict:
+    return classify(reply)
+
+
+def _check(
+    source: Source | None,
+    other: Source | None,
+    prompts: Record,
+    judge: str,
+    options: EvalOptions,
+) -> Record | None:
+    """Everything that can be refused before a model is loaded; the record to compare with."""
+    if source is not None and options.server_model is not None:
+        raise UserError(
+            f"--model {options.server_model} names a model of a server, and TARGET is none."
         )
-        record = {"abl_mlx": __version__, "source": name, "runtime": runtime}
-        record |= behaviour.record()
-        if sets.borderline is not None:
-            replies = answer(sets.borderline.texts, options.max_tokens)
-            record |= evaluate.refusal_record("borderline", rates(replies, sets.borderline))
+    if other is not None and options.baseline_model is not None:
+        raise UserError("--baseline-model names a model of a server, and --baseline is none.")
+    if options.baseline is None and options.baseline_model is not None:
+        raise UserError("--baseline-model needs --baseline URL.")
+    for one in filter(None, (source, other)):
+        targets.runtime_of(one, options)
+    limits = options.limits
+    if limits.max_kl is not None:
+        if options.baseline is None:
+            raise UserError(
+                "--max-kl needs a baseline to compare with: add --baseline with the original model."
+            )
+        if source is None or other is None:
+            raise UserError(
+                "--max-kl needs probabilities, which a server's chat does not tell: give the model "
+                "and its --baseline as folders or .gguf files."
+            )
+        if "llama-server" in (
+            targets.runtime_of(source, options),
+            targets.runtime_of(other, options),
+        ):
+            raise UserError(
+                "--max-kl does not work through llama-server: pip install 'abl-mlx[llamacpp]', or "
+                "use --runtime mlx-lm."
+            )
     if options.save_replies is not None:
-        evaluate.save_replies(options.save_replies, {name: behaviour}, sets)
-    return record | {"seconds": clock.seconds}
+        check_new(options.save_replies)
+    if options.junit is not None:
+        gate.check_junit(options.junit)
+    if limits.max_drop_from is None:
+        return None
+    before = gate.read_record(limits.max_drop_from)
+    gate.check_comparable(before, limits.max_drop_from, prompts, judge)
+    return before
 
 
-def load_any(source: Source) -> ChatModel:
-    """A folder or a GGUF as a model in MLX."""
-    if not source.is_gguf:
-        return models.load(source.path)
-    from abl_mlx import gguf_model
-    from convert.gguf_file import GgufSource
+# --- asking --------------------------------------------------------------------------------------
 
-    with GgufSource(source.path) as gguf:
-        return gguf_model.load(gguf)[0]
+
+def ask(
+    target: Target,
+    parts: Mapping[str, PromptSet],
+    options: EvalOptions,
+    section: Section,
+    judge: Judge = _by_markers,
+) -> list[Answered]:
+    """Judged replies to all prompts, set after set; what the journal has is not asked again.
+
+    Raises:
+        UserError: when the target fails; what was answered is in the journal.
+    """
+    keep = options.save_replies is not None
+    prompts = [prompt for part in parts.values() for prompt in part.prompts]
+
+    def known(prompt: Prompt) -> Answered | None:
+        found = section.get(prompt.text)
+        return None if found is None or (keep and found.reply is None) else found
+
+    missing = list({prompt.text: prompt for prompt in prompts if known(prompt) is None}.values())
+    there = len(prompts) - len(missing)
+    if there and section.path is not None:
+        report.say(f"· {there} of {len(prompts)} answers are there already, in {section.path}")
+    try:
+        with progress(len(prompts), "replies") as bar:
+            bar.update(there)
+            if missing:
+                replies = target.ask([prompt.text for prompt in missing], options.max_tokens)
+                for number, reply in replies:
+                    section.add(missing[number].text, _judged(missing[number], reply, judge, keep))
+                    bar.update()
+    except UserError as error:
+        done = sum(known(prompt) is not None for prompt in prompts)
+        if not done or section.path is None:
+            raise
+        raise UserError(
+            f"{error} {done} of {len(prompts)} verdicts are kept in {section.path}: the same "
+            "command goes on from there."
+        ) from None
+    return [answer for prompt in prompts if (answer := known(prompt)) is not None]
+
+
+def _judged(prompt: Prompt, reply: str, judge: Judge, keep: bool) -> Answered:
+    return Answered(
+        judge(prompt.text, reply),
+        None if prompt.answer is None else reply.strip() == prompt.answer.strip(),
+        without_thoughts(reply) is None or ("</think>" in reply and not without_thoughts(reply)),
+        reply if keep else None,
+    )
+
+
+# --- the record ----------------------------------------------------------------------------------
+
+
+def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Record:
+    """Rates with their intervals, by set and category, and the verdicts themselves.
+
+    Args:
+        answers: to all prompts of ``parts``, set after set.
+    """
+    record: Record = {}
+    rates: dict[str, Rates] = {}
+    start = 0
+    for name, part in parts.items():
+        mine = answers[start : start + len(part)]
+        start += len(part)
+        rates[name] = _rates([one.verdict for one in mine], part.prompts)
+        record |= evaluate.refusal_record(name, rates[name])
+        exact = [one.exact for one in mine if one.exact is not None]
+        if name == "harmful" and exact:
+            record["expected_answer_rate"] = sum(exact) / len(exact)
+    both = [rates[name].overall for name in ("harmful", "harmless")]
+    broken = sum(tally.count(Verdict.BROKEN) for tally in both)
+    record["broken_rate"] = broken / sum(tally.total for tally in both)
+    unfinished = sum(one.unfinished for one in answers)
+    if unfinished:
+        record["unfinished_thoughts"] = unfinished
+    record["categories"] = {
+        name: {category: _tally(tally) for category, tally in one.by_category.items()}
+        for name, one in rates.items()
+    }
+    record["verdicts"] = {
+        name: "".join(LETTERS[verdict] for verdict in one.verdicts) for name, one in rates.items()
+    }
+    return record
+
+
+def _rates(verdicts: Sequence[Verdict], prompts: Sequence[Prompt]) -> Rates:
+    groups: dict[str, list[Verdict]] = {}
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        groups.setdefault(prompt.category, []).append(verdict)
+    tallies = {category: Tally.of(group) for category, group in groups.items()}
+    return Rates(tuple(verdicts), Tally.of(verdicts), tallies)
+
+
+def _tally(tally: Tally) -> Record:
+    return {
+        "n": tally.total,
+        "refused": tally.count(Verdict.REFUSAL),
+        "broken": tally.count(Verdict.BROKEN),
+        "refusal_rate": tally.rate(Verdict.REFUSAL),
+        "refusal_interval": list(tally.interval(Verdict.REFUSAL)),
+    }
+
+
+def paired(baseline: Record, record: Record, name: str) -> Record:
+    """How much more often a set is refused than by the baseline, on the same prompts."""
+    counts = Paired.of(gate.refused(baseline, name), gate.refused(record, name))
+    return {
+        "n": counts.n,
+        "both": counts.both,
+        "gained": counts.gained,
+        "lost": counts.lost,
+        "neither": counts.neither,
+        "difference": counts.difference,
+        "interval": list(counts.interval),
+        "p": counts.p,
+    }
+
+
+def _divergence(
+    baseline: Target,
+    source: Source | None,
+    sets: PromptSets,
+    options: EvalOptions,
+    clock: Clock,
+    stack: ExitStack,
+) -> Callable[[Target], Record] | None:
+    """What measures the target's KL from the baseline; None where there are no probabilities."""
+    if source is None or (baseline.chat is None and baseline.runtime != "llama.cpp"):
+        return None
+    runtime = targets.runtime_of(source, options)
+    if runtime == "llama-server":
+        return None
+    from abl_mlx import divergence
+
+    with clock.step("measure KL"):
+        texts = sets.harmless.test.texts
+        exactly = runtime == "mlx-lm"
+        return stack.enter_context(divergence.measured_against(baseline, texts, exactly=exactly))
+
+
+def _save_replies(
+    path: Path, parts: Mapping[str, PromptSet], columns: Mapping[str, Sequence[Answered]]
+) -> None:
+    """The replies, because they were asked for: one JSON object a prompt."""
+    asked = [(name, text) for name, part in parts.items() for text in part.texts]
+    with new_file(path) as staged, open(staged, "w", encoding="utf-8") as stream:
+        for number, (name, text) in enumerate(asked):
+            line: Record = {"set": name, "prompt": text}
+            line |= {who: answers[number].reply for who, answers in columns.items()}
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")

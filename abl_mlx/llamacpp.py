@@ -103,7 +103,7 @@ class LlamaCpp:
             except (RuntimeError, ValueError):
                 # The log is written by a thread of its own.
                 time.sleep(0.2)
-            return _reason(log.read_text(encoding="utf-8", errors="replace"))
+            return reason(log.read_text(encoding="utf-8", errors="replace"))
 
     def chat(
         self,
@@ -179,7 +179,7 @@ class LlamaCpp:
         return [int(token) for token in reply["tokens"]]
 
     def top_logprobs(
-        self, prompt: Sequence[int], reply: Sequence[int], k: int = 5
+        self, prompt: Sequence[int], reply: Sequence[int], k: int = 5, *, cached: bool = False
     ) -> list[dict[int, float]]:
         """What llama.cpp expects before each token of ``reply``, the earlier ones given.
 
@@ -187,6 +187,7 @@ class LlamaCpp:
             prompt: token ids, at least one.
             reply: token ids that follow.
             k: how many candidates per token.
+            cached: compute the tokens before only once, which may move the last bits.
 
         Returns:
             For each token of ``reply``: {candidate id: natural log-probability over the whole
@@ -196,6 +197,7 @@ class LlamaCpp:
         # to choose an unsuspicious one; the candidates are from before that choice.
         plain = self.tokenize("a", add_special=False)[-1]
         request = {"n_probs": k, "post_sampling_probs": False, "logit_bias": [[plain, 1e6]]}
+        request["cache_prompt"] = cached
         results = []
         for at in range(len(reply)):
             answer = self._post("/completion", {**_request([*prompt, *reply[:at]], 1), **request})
@@ -287,7 +289,7 @@ def _request(prompt: Sequence[int] | str, n: int) -> dict[str, Any]:
     }
 
 
-def _reason(log: str) -> str:
+def reason(log: str) -> str:
     """The part of llama.cpp's log that says why a model does not load."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     marks = ("error loading model", "failed to", "error:", "invalid", "unknown", "missing")

@@ -1,0 +1,156 @@
+"""What a person reads of an evaluation: rates, categories, the comparison, the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from abl_mlx.report import percent
+
+_SETS = (
+    ("harmful", "refusals, harmful prompts", ""),
+    ("harmless", "refusals, harmless prompts", ""),
+    ("borderline", "refusals, borderline prompts", "; harmless, but sound bad"),
+)
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The result of an evaluation at a glance."""
+    baseline = record.get("baseline")
+    rows: list[tuple[str, ...]] = []
+    if baseline is not None:
+        rows.append(("", "baseline", "target", ""))
+    for name, label, note in _SETS:
+        if f"{name}_refusal_rate" in record:
+            rows.append(
+                _row(
+                    record, baseline, label, f"{name}_refusal_rate", _interval(record, name) + note
+                )
+            )
+    rows.append(_row(record, baseline, "broken replies", "broken_rate", "empty or looping"))
+    if "expected_answer_rate" in record:
+        rows.append(
+            _row(
+                record,
+                baseline,
+                "known answers, harmful prompts",
+                "expected_answer_rate",
+                "exactly what stage 1 taught",
+            )
+        )
+    if "kl" in record:
+        kl = record["kl"]
+        exact = kl["kind"] == "exact"
+        note = "nats" if exact else f"nats, at least: {kl['kind']} tokens of each side"
+        rows.append(("KL on harmless prompts, 1st token", "", f"{kl['k1']:.4f}", note))
+        rows.append(
+            ("KL over 32 tokens", "", f"{kl['k32']:.4f}", f"{note.replace('nats', 'nats a token')}")
+        )
+    lines = [_title(record)]
+    if baseline is not None:
+        lines.append(f"baseline: {_title(baseline)}")
+    lines += _aligned(rows, right=(1, 2))
+    if "paired" in record:
+        lines += ["", *_paired(record["paired"])]
+    lines += ["", *_categories(record["categories"])]
+    for one, who in ((record, ""), (baseline or {}, "of the baseline ")):
+        if one.get("unfinished_thoughts"):
+            lines.append(
+                f"  note: {one['unfinished_thoughts']} replies {who}ended inside their thoughts "
+                "and count as broken: raise --max-tokens, or switch thinking off."
+            )
+    if "gate" in record:
+        lines += ["", *_gate(record["gate"])]
+    return "\n".join(lines)
+
+
+def failures(record: Mapping[str, Any]) -> str:
+    """The limits that are not met, a line for each."""
+    return "\n".join(
+        f"Not met: --{one['name']}: {record['source']} {one['sentence']}."
+        for one in record["gate"]["checks"]
+        if not one["passed"]
+    )
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    model = f" {record['model']}" if record.get("model") else ""
+    where = "over HTTP" if record["runtime"] == "server" else f"in {record['runtime']}"
+    return f"{record['source']}{model} (asked {where})"
+
+
+def _row(
+    record: Mapping[str, Any], baseline: Mapping[str, Any] | None, label: str, key: str, note: str
+) -> tuple[str, ...]:
+    was = "" if baseline is None else percent(baseline.get(key))
+    return (label, was, percent(record[key]), note)
+
+
+def _interval(record: Mapping[str, Any], name: str) -> str:
+    low, high = record[f"{name}_refusal_interval"]
+    return f"95% interval {low:.0%} to {high:.0%}, n={record[f'n_{name}']}"
+
+
+def _paired(paired: Mapping[str, Any]) -> list[str]:
+    rows: list[tuple[str, ...]] = [
+        ("target − baseline, same prompts", "points", "95% interval", "p", "")
+    ]
+    for name, one in paired.items():
+        low, high = (100 * end for end in one["interval"])
+        rows.append(
+            (
+                f"refusals, {name} prompts",
+                f"{100 * one['difference']:+.1f}",
+                f"{low:+.1f} to {high:+.1f}",
+                f"{one['p']:.2g}",
+                f"refused by the baseline alone {one['lost']}, by the target alone {one['gained']}",
+            )
+        )
+    return _aligned(rows, right=(1, 2, 3))
+
+
+def _categories(categories: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """The categories in which something is refused or broken that is not as its set is at large."""
+    lines = []
+    for name, groups in categories.items():
+        if len(groups) < 2:
+            continue
+        lines.append(f"  {name} prompts by category, refused of asked")
+        cells = [
+            f"{category or 'none'} {one['refused']}/{one['n']}"
+            + (f" ({one['broken']} broken)" if one["broken"] else "")
+            for category, one in groups.items()
+        ]
+        lines += _wrapped(cells)
+    return lines
+
+
+def _wrapped(cells: Sequence[str], width: int = 92) -> list[str]:
+    lines = [""]
+    for cell in cells:
+        part = f", {cell}" if lines[-1] else cell
+        if len(lines[-1]) + len(part) > width:
+            lines[-1] += ","
+            lines.append(cell)
+        else:
+            lines[-1] += part
+    return [f"    {line}" for line in lines]
+
+
+def _gate(gate: Mapping[str, Any]) -> list[str]:
+    return [
+        f"  {'met    ' if one['passed'] else 'NOT MET'}  {one['name']}: {one['sentence']}"
+        for one in gate["checks"]
+    ]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            f"{cell:>{width}}" if number in right else f"{cell:<{width}}"
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,140 @@
+"""What `eval` may ask: a model in MLX, a GGUF in llama.cpp, or a server; each answers alike."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abl_mlx import evaluate, memory, models, sources
+from abl_mlx.clock import Clock
+from abl_mlx.endpoint import Endpoint, is_endpoint
+from abl_mlx.models import ChatModel
+from abl_mlx.options import EvalOptions
+from abl_mlx.sources import Source
+from convert.errors import UserError
+
+RUNTIMES = ("mlx-lm", "llama.cpp", "llama-server")
+"""What ``--runtime`` takes."""
+
+
+@dataclass
+class Target:
+    """Something that replies to prompts.
+
+    Attributes:
+        name: what the user typed, without what may be secret in an address.
+        runtime: what runs it, for a person.
+        identity: all that its replies depend on, as JSON values.
+        ask: greedy replies as they come, (number of the prompt, reply), of at most so many tokens;
+            the iterator may be left early.
+        chat: the model, where it is in MLX.
+        gguf: the file, where llama.cpp runs it.
+        model: its name on a server.
+    """
+
+    name: str
+    runtime: str
+    identity: dict[str, Any]
+    ask: Callable[[Sequence[str], int], Iterator[tuple[int, str]]]
+    chat: ChatModel | None = None
+    gguf: Path | None = None
+    model: str | None = None
+
+
+def find(text: str) -> Source | None:
+    """Where the model lies that ``text`` names; None for the address of a server.
+
+    Raises:
+        UserError: when there is none.
+    """
+    return None if is_endpoint(text) else sources.resolve(text)
+
+
+@contextmanager
+def opened(
+    text: str, source: Source | None, options: EvalOptions, clock: Clock, model: str | None
+) -> Iterator[Target]:
+    """Load a model, or meet a server; it is let go at the end.
+
+    Args:
+        text: what the user typed.
+        source: where that is, as `find` says.
+        model: its name on a server; None where it has one alone.
+
+    Raises:
+        UserError: when it cannot be loaded or met.
+    """
+    with ExitStack() as stack:
+        if source is None:
+            with clock.step("meet the server"):
+                endpoint = Endpoint(text, model, options.asking)
+            yield Target(
+                endpoint.name, "server", endpoint.identity, endpoint.ask, model=endpoint.model
+            )
+            return
+        runtime = runtime_of(source, options)
+        identity = {"model": source.name, "files": _fingerprint(source), "runtime": runtime}
+        if runtime == "mlx-lm":
+            with clock.step("load the model"):
+                memory.check(source, asked=options.memory_check)
+                chat = load_any(source)
+            ask = evaluate.stream_in_mlx(chat, batch_size=options.batch_size)
+            yield Target(source.name, runtime, identity, ask, chat=chat)
+            return
+        memory.check(source, asked=options.memory_check)
+        if runtime == "llama.cpp":
+            ask = evaluate.stream_in_llamacpp(source.path)
+        else:
+            from abl_mlx.llama_server import LlamaServer
+
+            with clock.step("start llama-server"):
+                server = stack.enter_context(LlamaServer(source.path, options.asking))
+            ask = server.endpoint.ask
+        yield Target(source.name, runtime, identity, ask, gguf=source.path)
+
+
+def runtime_of(source: Source, options: EvalOptions) -> str:
+    """What runs a model of this machine: one of `RUNTIMES`.
+
+    Raises:
+        UserError: when ``--runtime`` asks for what is not there or cannot run it.
+    """
+    server = shutil.which("llama-server")
+    wanted = options.runtime
+    if not source.is_gguf:
+        if wanted not in (None, "mlx-lm"):
+            raise UserError(f"--runtime {wanted} runs .gguf files, and {source.name} is none.")
+        return "mlx-lm"
+    if wanted == "llama-server" and server is None:
+        raise UserError("--runtime llama-server: no llama-server is on the PATH.")
+    if wanted is not None:
+        return wanted
+    if evaluate.llamacpp_is_there():
+        return "llama.cpp"
+    return "mlx-lm" if server is None else "llama-server"
+
+
+def load_any(source: Source) -> ChatModel:
+    """A folder or a GGUF as a model in MLX."""
+    if not source.is_gguf:
+        return models.load(source.path)
+    from abl_mlx import gguf_model
+    from convert.gguf_file import GgufSource
+
+    with GgufSource(source.path) as gguf:
+        return gguf_model.load(gguf)[0]
+
+
+def _fingerprint(source: Source) -> list[list[Any]]:
+    """Name, size and time of the files, by which a changed model is known."""
+    if source.path.is_file():
+        files = [source.path]
+    else:
+        files = [path for path in source.path.iterdir() if path.is_file()]
+        files = [path for path in files if path.suffix in (".safetensors", ".json", ".jinja")]
+    stats = sorted((path.name, path.stat()) for path in files)
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
