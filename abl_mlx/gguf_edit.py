@@ -95,7 +95,9 @@ def writer_of(source: GgufSource, one: GgufWriter) -> Writer:
     if one.gains:
         product = np.prod([source.values(name) for name in one.gains], axis=0)
         gain = mx.array(product.astype(np.float32))
-    return Writer(one.name, one.kind, one.layer, gain, one.bias is not None, nn.Module(), one.tied)
+    # A drafting block's copy of the embedding is to be what the embedding is after any edit.
+    path = "token_embd.weight" if one.name.endswith("nextn.embed_tokens.weight") else one.name
+    return Writer(path, one.kind, one.layer, gain, one.bias is not None, nn.Module(), one.tied)
 
 
 # --- slabs -------------------------------------------------------------------------------------

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import adapter_outputs, directions, evaluate, gguf_model, gguf_outputs, models
+from abl_mlx import adapter_outputs, directions, evaluate, gguf_model, gguf_outputs, models, mtp
 from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
 from abl_mlx.edits import orthonormal
@@ -29,7 +29,7 @@ from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer
 from abl_mlx.writers import find_writers as find_by_probing
-from convert import adapters, gguf_writers
+from convert import adapters, gguf_mtp, gguf_writers
 from convert.errors import UserError
 from convert.families import FAMILIES
 from convert.gguf_file import GgufSource
@@ -44,6 +44,42 @@ def find_writers(gguf: GgufSource, options: Options) -> list[gguf_writers.GgufWr
     """The residual writers of a GGUF, by its architecture or by ``--tensors``."""
     shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
     return gguf_writers.find(gguf.architecture, shapes, gguf.metadata, options.tensors)
+
+
+def _drafting(
+    gguf: GgufSource, paths: Sequence[Path], options: Options
+) -> list[gguf_writers.GgufWriter]:
+    """With ``--mtp``, what writes to the stream in blocks of multi-token prediction.
+
+    Raises:
+        UserError: where there is none, it is not known, or an output has no place for it.
+    """
+    if not options.mtp:
+        return []
+    if options.tensors is not None:
+        raise UserError("--mtp: with --tensors, exactly what it names is edited; name them there.")
+    for path in paths:
+        if path.suffix != ".gguf" or adapters.is_lora(path):
+            raise UserError(
+                f"--mtp: {path} has no blocks of multi-token prediction, as a GGUF has: write "
+                "-o NAME.gguf, or leave the flag out."
+            )
+    shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
+    found = gguf_mtp.find(gguf.architecture, shapes, gguf.metadata)
+    last = max(one.layer for one in found)
+    if options.layers is not None and last not in options.layers:
+        raise UserError(
+            "--mtp: blocks of multi-token prediction are edited as the last layer is, "
+            f"{last}, which this edit leaves alone; leave the flag out."
+        )
+    return found
+
+
+def _predicting(gguf: GgufSource, edited: Iterable[str]) -> Record:
+    """What a record says of tensors of multi-token prediction, if there are any."""
+    names = gguf_mtp.tensors(gguf.architecture, gguf.tensors, gguf.metadata)
+    found = mtp.record(names, edited)
+    return {"mtp": found} if found else {}
 
 
 # --- run ---------------------------------------------------------------------------------------
@@ -74,7 +110,8 @@ def run(
     in_llamacpp = evaluate.llamacpp_is_there()
     with GgufSource(source.path) as gguf, ExitStack() as stack:
         gguf_outputs.check(paths, gguf, options)
-        named = find_writers(gguf, options)
+        own = find_writers(gguf, options)
+        named = [*own, *_drafting(gguf, paths, options)]
         if any(map(adapters.is_lora, paths)):
             adapter_outputs.check_gguf(gguf, named)
         # An edit that would touch nothing is better told now than after the measurement.
@@ -84,7 +121,7 @@ def run(
             with clock.step("load the model"):
                 chat = models.load(measured.path)
             with clock.step("compare the two models"):
-                check_same(chat, gguf, named)
+                check_same(chat, gguf, own)
             with clock.step("find the residual writers"):
                 writers = find_by_probing(chat)
             direction = measure(chat, writers, sets, options, clock)
@@ -97,7 +134,7 @@ def run(
         else:
             with clock.step("load the model"):
                 chat, layout = gguf_model.load(gguf)
-                writers = gguf_model.find_writers(chat, layout, gguf, named)
+                writers = gguf_model.find_writers(chat, layout, gguf, own)
             direction = measure(chat, writers, sets, options, clock)
             del writers, layout
         prefix = chat.reply_prefix
@@ -140,6 +177,7 @@ def run(
             leak=worst_leak(evaluations),
             evaluations=evaluations,
             seconds=clock.seconds,
+            **_predicting(gguf, plans),
         )
         for one, judged in zip(staged, evaluations, strict=True):
             gguf_outputs.write_companions(one, source, record, judged)
@@ -253,7 +291,7 @@ def apply(
     with GgufSource(source.path) as gguf:
         gguf_outputs.check(paths, gguf, options)
         with clock.step("find the residual writers"):
-            named = find_writers(gguf, options)
+            named = [*find_writers(gguf, options), *_drafting(gguf, paths, options)]
             if any(map(adapters.is_lora, paths)):
                 adapter_outputs.check_gguf(gguf, named)
             plans = plan(gguf, make_edit(direction.selected, options), named,
@@ -267,6 +305,7 @@ def apply(
                 for one in staged
             ]
             record.update(leak=worst_leak(written), written=written, seconds=clock.seconds)
+            record.update(_predicting(gguf, plans))
             for one in staged:
                 gguf_outputs.write_companions(one, source, record, None)
     return record
@@ -309,6 +348,7 @@ def inspect(source: Source) -> Record:
                 (one.name, one.kind, bool(one.gains), one.bias is not None) for one in named
             ),
             "edit": {"tensors": len(touched), "parameters": edited, "share": edited / whole},
+            **_predicting(gguf, []),
         }
 
 

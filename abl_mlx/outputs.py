@@ -353,6 +353,7 @@ def edit_label(direction_sha256: str, options: Options, source: Source) -> dict[
         "layers": layers,
         "embedding": options.embedding,
         **({"mtp": True} if options.mtp else {}),
+        **({"tensors": options.tensors} if options.tensors is not None else {}),
     }
 
 

@@ -32,7 +32,7 @@ from abl_mlx.models import ChatModel
 from abl_mlx.sources import Source
 from abl_mlx.taken import Taken, kept_path, read_kept, taken, taken_of_gguf
 from abl_mlx.writers import find_writers
-from convert import adapters, ggml_types, gguf_writers
+from convert import adapters, ggml_types, gguf_mtp, gguf_writers
 from convert.adapters import Adapter, LowRank
 from convert.atomic import new_file, new_folder
 from convert.errors import UserError
@@ -121,6 +121,7 @@ class Label:
     layers: frozenset[int] | None
     embedding: bool
     mtp: bool = False
+    tensors: str | None = None
 
 
 def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
@@ -138,6 +139,7 @@ def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
             None if layers == "all" else frozenset(map(int, layers.split(","))),
             str(values["embedding"]) == "True",
             str(values.get("mtp")) == "True",
+            None if values.get("tensors") is None else str(values["tensors"]),
         )
     except (KeyError, ValueError):
         raise UserError(
@@ -346,7 +348,12 @@ class _Gguf(_Model):
     def taken(self, edit: Edit, of: _Gguf) -> dict[str, Taken]:
         gguf = self.gguf
         shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
-        plans = plan_gguf(gguf, edit, gguf_writers.find(gguf.architecture, shapes, gguf.metadata))
+        # What --tensors named is to be found again; its regular expression is in the label.
+        pattern = self.label.tensors
+        writers = gguf_writers.find(gguf.architecture, shapes, gguf.metadata, pattern)
+        if self.label.mtp:
+            writers += gguf_mtp.find(gguf.architecture, shapes, gguf.metadata)
+        plans = plan_gguf(gguf, edit, writers)
         return dict(taken_of_gguf(of.gguf, plans))
 
     def write(self, path: Path, found: Mapping[str, Taken]) -> Record:
