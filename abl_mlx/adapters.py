@@ -79,7 +79,15 @@ def components(edit: Edit, writer: Writer, shape: tuple[int, ...], parts: Parts)
 
 def change(edit: Edit, writer: Writer, along: np.ndarray) -> LowRank:
     """The change of a weight for an adapter whose scale is the edit's strength."""
+    if edit.norm != "none":
+        raise UserError(
+            f"--norm {edit.norm} changes every weight, which no adapter of a small rank can: write "
+            "an edited model instead."
+        )
     basis = np.asarray(edit.basis(writer).astype(mx.float32))
+    along = edit.taken(writer, along, stream_axis(writer.kind, "weight")) / np.float32(
+        edit.strength
+    )
     if writer.kind == "embedding":
         return LowRank("embedding", along, -basis)
     left = np.broadcast_to(-basis.T, (*along.shape[:-2], *basis.T.shape))
@@ -93,31 +101,32 @@ def leak_of(edit: Edit, writer: Writer, found: Components, scale: float, one: Lo
     its factors.
     """
     basis = np.asarray(edit.basis(writer).astype(mx.float32)).astype(np.float64)
-    along, alpha = found.along.astype(np.float64), edit.strength
+    along = found.along.astype(np.float64)
+    taken = edit.taken(writer, along, stream_axis(writer.kind, "weight"))
     left, right = one.left.astype(np.float64), one.right.astype(np.float64)
     if writer.kind == "embedding":
-        missing = scale * left @ (right @ basis.T) + alpha * along
-        factors = np.concatenate([scale * left, alpha * along], -1), np.concatenate([right, basis])
+        missing = scale * left @ (right @ basis.T) + taken
+        factors = np.concatenate([scale * left, taken], -1), np.concatenate([right, basis])
     else:
-        missing = scale * (basis @ left) @ right + alpha * along
+        missing = scale * (basis @ left) @ right + taken
         whole = np.broadcast_to(basis.T, left.shape)
         factors = (
-            np.concatenate([scale * left, alpha * whole], -1),
-            np.concatenate([right, along], -2),
+            np.concatenate([scale * left, whole], -1),
+            np.concatenate([right, taken], -2),
         )
     first, second = factors
     grams = first.swapaxes(-1, -2) @ first, second @ second.swapaxes(-1, -2)
     error2 = float((grams[0] * grams[1]).sum())  # both are symmetric
-    inside = float((along * along).sum())
-    target2 = found.square - (2 * alpha - alpha * alpha) * inside
-    return Leak(float((missing**2).sum()), alpha * alpha * inside, max(error2, 0.0), target2)
+    wanted = float((taken * taken).sum())
+    target2 = found.square - 2 * float((taken * along).sum()) + wanted
+    return Leak(float((missing**2).sum()), wanted, max(error2, 0.0), target2)
 
 
 def bias_leak(edit: Edit, writer: Writer, bias: mx.array) -> Leak:
     """A bias that is left as it is: all of its share of the edit is missing."""
     basis = np.asarray(edit.basis(writer).astype(mx.float32)).astype(np.float64)
     values = np.asarray(bias.astype(mx.float32)).astype(np.float64)
-    along = edit.strength * (values @ basis.T)
+    along = edit.taken(writer, values @ basis.T, -1)
     missing = float((along * along).sum())
     target = values - along @ basis
     return Leak(missing, missing, missing, float((target * target).sum()))

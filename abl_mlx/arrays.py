@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 
@@ -21,6 +22,11 @@ def number(array: mx.array) -> float:
 def numbers(array: mx.array) -> list[Any]:
     """The values of a 1-D array."""
     return list(array.tolist())  # type: ignore[arg-type]
+
+
+def numpy_of(array: mx.array) -> np.ndarray:
+    """An array of floats as float32 in NumPy, which has no bfloat16."""
+    return np.array(array.astype(mx.float32))
 
 
 def parameters(module: nn.Module) -> list[tuple[str, mx.array]]:

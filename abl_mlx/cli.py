@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,21 @@ class Layers(click.ParamType):
         except ValueError:
             self.fail(f"{value!r} is no list of layers such as 3, 2-5 or 0,4-6.", param, ctx)
         return frozenset(chosen)
+
+
+class PinValue(click.ParamType):
+    """``harmless``, ``harmful`` or a number."""
+
+    name = "pin"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in ("harmless", "harmful"):
+            try:
+                if not math.isfinite(float(value)):
+                    raise ValueError(value)
+            except ValueError:
+                self.fail(f"{value!r} is neither harmless, harmful nor a number.", param, ctx)
+        return str(value)
 
 
 class Group(click.Group):
@@ -126,6 +142,21 @@ def _edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             default=True,
             show_default=True,
             help="Edit the embedding too. With tied embeddings this edits the output head as well.",
+        ),
+        click.option(
+            "--norm",
+            type=click.Choice(["none", "columns", "rows"]),
+            default="none",
+            show_default=True,
+            help="Keep the lengths of the edited weights' columns (a full removal stays full) or "
+            "of their rows (which puts part of the direction back: for comparison).",
+        ),
+        click.option(
+            "--pin",
+            type=PinValue(),
+            metavar="harmless|harmful|VALUE",
+            help="Hold the component along the direction at the harmless (or harmful) prompts' "
+            "mean, or at a value, instead of at 0.",
         ),
         click.option(
             "--quantize",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx.arrays import number
+from abl_mlx.arrays import number, numpy_of
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 
@@ -34,28 +35,67 @@ def orthonormal(directions: mx.array) -> mx.array:
     return (q * mx.sign(diagonal)).T
 
 
+#: What ``norm`` may keep of an edited weight: nothing, or the length of each line in the stream (a
+#: column of a writer, a row of an embedding), or of each row (of an embedding, column) across it.
+NORMS = ("none", "columns", "rows")
+
+
 @dataclass(frozen=True)
 class Edit:
     """Removal of directions from residual writers; knows nothing of file formats.
 
     Attributes:
-        directions: (k, d) float32, in the residual stream; any length, linearly independent.
+        directions: float32, in the residual stream, of any length, linearly independent: (k, d),
+            or (L, k, d) with a set of its own for the writers of each layer (embeddings take
+            layer 0's).
         strength: α; 1 removes the component, 0.5 half of it, negative values strengthen it.
         layers: the layers whose writers are edited; None for all of them.
         embedding: whether the embedding's rows are edited too. With tied embeddings this edits the
             output head as well.
+        profile: for ``attention`` and ``mlp``, a factor of α for each layer; None for 1.
+        norm: of `NORMS`. Keeping columns leaves a full removal full; keeping rows undoes part of it
+            (DESIGN section 5).
+        pin: (k,) what the embedding's rows hold of each (orthonormal) direction instead of nothing,
+            in the embedding's own units; None for nothing. Affine editing: as nothing else writes
+            along the directions any more, the stream holds it everywhere.
     """
 
     directions: mx.array
     strength: float = 1.0
     layers: frozenset[int] | None = None
     embedding: bool = True
+    profile: Mapping[str, Sequence[float]] | None = None
+    norm: str = "none"
+    pin: mx.array | None = None
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return int(self.directions.shape[-1])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the projection W − α U(UᵀW) with one α and U for every writer."""
+        return (
+            self.directions.ndim == 2
+            and self.profile is None
+            and self.norm == "none"
+            and self.pin is None
+        )
+
+    def strength_of(self, writer: Writer) -> float:
+        """α of one writer."""
+        if self.profile is None or writer.component == "embedding":
+            return self.strength
+        return self.strength * float(self.profile[writer.component][writer.layer])
 
     def touches(self, writer: Writer) -> bool:
         """Whether this writer is edited."""
         if writer.kind == "embedding":
             return self.embedding
-        return self.layers is None or writer.layer in self.layers
+        if self.layers is not None and writer.layer not in self.layers:
+            return False
+        return self.profile is None or self.strength_of(writer) != 0
 
     def chosen(self, writers: Iterable[Writer]) -> list[Writer]:
         """The writers that are edited.
@@ -76,9 +116,24 @@ class Edit:
 
         Behind a gain g the stream sees g ⊙ y, whose component along r is (g ⊙ r)·y.
         """
+        directions = self.directions
+        if directions.ndim == 3:
+            directions = directions[max(0, writer.layer)]
         if writer.gain is None:
-            return orthonormal(self.directions)
-        return orthonormal(self.directions * writer.gain[None, :])
+            return orthonormal(directions)
+        return orthonormal(directions * writer.gain[None, :])
+
+    def taken(self, writer: Writer, along: Any, axis: int) -> Any:
+        """What the edit takes away, of the components that a writer's values have.
+
+        Args:
+            along: (k, n) or (…, k, n) with axis -2, (…, k) with axis -1; MLX or NumPy.
+            axis: of the components.
+        """
+        if self.pin is not None and writer.kind == "embedding":
+            held = self.pin if isinstance(along, mx.array) else numpy_of(self.pin)
+            along = along - (held if axis == -1 else held[:, None])
+        return self.strength_of(writer) * along
 
 
 def remove(basis: mx.array, strength: float, values: mx.array, axis: int) -> mx.array:
@@ -87,10 +142,8 @@ def remove(basis: mx.array, strength: float, values: mx.array, axis: int) -> mx.
     Works for any rank: a weight (d, n) with axis 0, an expert stack (E, d, n) with axis 1, an
     embedding (V, d) or an activation (..., d) with axis -1, a bias (d,) with axis 0.
     """
-    if axis % values.ndim == values.ndim - 1:
-        return values - strength * ((values @ basis.T) @ basis)
-    # (…, d, n): contract the second axis from the right.
-    return values - strength * (basis.T @ (basis @ values))
+    axis = -1 if axis % values.ndim == values.ndim - 1 else -2
+    return values - _spread(basis, strength * _along(basis, values, axis), axis)
 
 
 def stream_axis(kind: str, parameter: str) -> int:
@@ -106,7 +159,21 @@ def target(edit: Edit, writer: Writer, parameter: str, values: mx.array) -> mx.a
             (E, d) for the biases of experts.
     """
     axis = stream_axis(writer.kind, parameter)
-    return remove(edit.basis(writer), edit.strength, values.astype(mx.float32), axis)
+    values = values.astype(mx.float32)
+    projected = _projected(edit, writer, values, axis)
+    if edit.norm == "none" or parameter == "bias":
+        return projected
+    kept = axis if edit.norm == "columns" else -3 - axis
+    return projected * (_lengths(values, kept) / mx.maximum(_lengths(projected, kept), 1e-30))
+
+
+def _projected(edit: Edit, writer: Writer, values: mx.array, axis: int) -> mx.array:
+    basis = edit.basis(writer)
+    return values - _spread(basis, edit.taken(writer, _along(basis, values, axis), axis), axis)
+
+
+def _lengths(values: mx.array, axis: int) -> mx.array:
+    return mx.sqrt((values * values).sum(axis=axis, keepdims=True))
 
 
 def rounded(
@@ -183,14 +250,25 @@ def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: 
     """Leak of one parameter, from its values before the edit and as read back from the output."""
     basis, axis = edit.basis(writer), stream_axis(writer.kind, parameter)
     source, written = source.astype(mx.float32), written.astype(mx.float32)
-    wanted = remove(basis, edit.strength, source, axis)
+    wanted = target(edit, writer, parameter, source)
     difference = written - wanted
-    # What the edit takes away is α Uᵀ(U W), whose component is α U W.
-    taken = edit.strength * _along(basis, source, axis)
-    missing = _along(basis, difference, axis)
+    # With rows kept, what that undoes of the removal is missing as well.
+    aim = wanted if edit.norm != "rows" else _projected(edit, writer, source, axis)
+    missing = _along(basis, written - aim, axis)
+    taken = _taken(edit, writer, parameter, source, wanted)
     sums = [(part * part).sum() for part in (missing, taken, difference, wanted)]
     mx.eval(*sums)
     return Leak(*map(number, sums))
+
+
+def _taken(
+    edit: Edit, writer: Writer, parameter: str, source: mx.array, wanted: mx.array
+) -> mx.array:
+    """The components that the edit takes away, with one float32 rounding where that can be."""
+    basis, axis = edit.basis(writer), stream_axis(writer.kind, parameter)
+    if edit.norm == "columns" and parameter != "bias":
+        return _along(basis, source - wanted, axis)
+    return edit.taken(writer, _along(basis, source, axis), axis)
 
 
 def _along(basis: mx.array, values: mx.array, axis: int) -> mx.array:

@@ -24,7 +24,7 @@ _BFLOAT16_LIMIT = 1e-3
 
 def is_complete(edit: Edit) -> bool:
     """Whether the edit is one after which nothing of the direction can be left."""
-    return edit.strength == 1 and edit.layers is None and edit.embedding
+    return edit.strength == 1 and edit.layers is None and edit.embedding and edit.is_plain
 
 
 def limit_for(types: Iterable[str]) -> float | None:

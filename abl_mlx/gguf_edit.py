@@ -73,9 +73,9 @@ def plan(
             entry = source.tensors[name]
             axis = stream_axis(writer.kind, parameter)
             width = entry.shape[axis]
-            if width != edit.directions.shape[1]:
+            if width != edit.width:
                 raise UserError(
-                    f"the direction has {edit.directions.shape[1]} dimensions, but {name} in "
+                    f"the direction has {edit.width} dimensions, but {name} in "
                     f"{source.parts[0]} has {width}: it was measured on another model."
                 )
             new = ggml_types.finer_type(entry.type)

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from abl_mlx import adapter_outputs, outputs, taken
 from abl_mlx.clock import Clock
+from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Leak, leak, total_leak
 from abl_mlx.gguf_edit import (
     TensorPlan,
@@ -104,7 +105,7 @@ def write(
     source: Source,
     staged: Staged,
     plans: Mapping[str, TensorPlan],
-    direction_sha256: str,
+    direction: DirectionFile,
     options: Options,
     clock: Clock,
 ) -> Record:
@@ -113,7 +114,7 @@ def write(
     Raises:
         UserError: when more than ``--max-leak`` is left.
     """
-    label = outputs.edit_label(direction_sha256, options, source)
+    label = outputs.edit_label(direction.sha256, options, source, direction.metadata.get("recipe"))
     if staged.is_lora:
         with clock.step("write"):
             return adapter_outputs.write_gguf(

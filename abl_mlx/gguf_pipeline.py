@@ -18,7 +18,7 @@ from abl_mlx.clock import Clock
 from abl_mlx.edits import orthonormal
 from abl_mlx.gguf_edit import bytes_changed, plan
 from abl_mlx.gguf_outputs import Staged
-from abl_mlx.measurement import find_direction, find_reply_prefix, make_edit
+from abl_mlx.measurement import edit_of, find_direction, find_reply_prefix, make_edit
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.pipeline import grouped
@@ -155,14 +155,14 @@ def run(
         record = start_record(source, paths, options, direction)
         if measured is not None:
             record["measured_on"] = measured.name
-        plans = plan(gguf, make_edit(direction.selected, options), named)
+        plans = plan(gguf, edit_of(direction, options), named)
         with clock.step("hash the source"):
             record["hashes"] = _hashes(gguf, direction, options)
         staged = stack.enter_context(gguf_outputs.staging(paths))
         replies = {"before": before}
         evaluations = []
         for one in staged:
-            written = gguf_outputs.write(gguf, source, one, plans, direction.sha256, options, clock)
+            written = gguf_outputs.write(gguf, source, one, plans, direction, options, clock)
             with clock.step(f"evaluate {one.path.name}"):
                 figures, after = _judge(
                     gguf, one, written, prefix, base, sample, unit, sets, options
@@ -294,14 +294,14 @@ def apply(
             named = [*find_writers(gguf, options), *_drafting(gguf, paths, options)]
             if any(map(adapters.is_lora, paths)):
                 adapter_outputs.check_gguf(gguf, named)
-            plans = plan(gguf, make_edit(direction.selected, options), named,
+            plans = plan(gguf, edit_of(direction, options), named,
                          strict_types=options.strict_types)  # fmt: skip
         record = start_record(source, paths, options, direction)
         with clock.step("hash the source"):
             record["hashes"] = _hashes(gguf, direction, options)
         with gguf_outputs.staging(paths) as staged:
             written = [
-                gguf_outputs.write(gguf, source, one, plans, direction.sha256, options, clock)
+                gguf_outputs.write(gguf, source, one, plans, direction, options, clock)
                 for one in staged
             ]
             record.update(leak=worst_leak(written), written=written, seconds=clock.seconds)
@@ -407,9 +407,7 @@ def diff(first: Path, second: Path, direction_path: Path | None, options: Option
         }
         if direction_path is not None:
             direction = directions.read(direction_path)
-            plans = plan(
-                before, make_edit(direction.selected, options), find_writers(before, options)
-            )
+            plans = plan(before, edit_of(direction, options), find_writers(before, options))
             record |= gguf_outputs.leak_record(gguf_outputs.compare_all(before, after, plans))
             record["direction"] = direction.sha256
     return record

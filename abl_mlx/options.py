@@ -23,6 +23,9 @@ class Options:
         strength: α of the edit.
         layers: layers whose writers are edited; None for all.
         embedding: whether the embedding is edited.
+        norm: what lengths the edited weights keep: ``none``, ``columns`` or ``rows``.
+        pin: what the stream holds of the direction instead of nothing: ``harmless`` or ``harmful``
+            for the mean of those prompts, or a number.
         quantize: type of GGUF outputs.
         max_leak: largest share of the component that may be left in the written weights.
         max_tokens: longest reply in the evaluation.
@@ -56,6 +59,8 @@ class Options:
     strength: float = 1.0
     layers: frozenset[int] | None = None
     embedding: bool = True
+    norm: str = "none"
+    pin: str | None = None
     quantize: str = "F16"
     max_leak: float = 0.01
     max_tokens: int = 64

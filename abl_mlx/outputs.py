@@ -341,8 +341,17 @@ def write_companions(
             stack.enter_context(new_file(place)).write_text(contents[key], encoding="utf-8")
 
 
-def edit_label(direction_sha256: str, options: Options, source: Source) -> dict[str, Any]:
-    """What a written model says of itself in its metadata."""
+def edit_label(
+    direction_sha256: str,
+    options: Options,
+    source: Source,
+    recipe: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a written model says of itself in its metadata.
+
+    Args:
+        recipe: what a direction file says of its edit beside the directions.
+    """
     layers = "all" if options.layers is None else ",".join(map(str, sorted(options.layers)))
     return {
         "edited": "the refusal direction was orthogonalized out of this model's weights",
@@ -352,6 +361,9 @@ def edit_label(direction_sha256: str, options: Options, source: Source) -> dict[
         "strength": options.strength,
         "layers": layers,
         "embedding": options.embedding,
+        **({"norm": options.norm} if options.norm != "none" else {}),
+        **({"pin": options.pin} if options.pin is not None else {}),
+        **({"recipe": json.dumps(recipe)} if recipe else {}),
         **({"mtp": True} if options.mtp else {}),
         **({"tensors": options.tensors} if options.tensors is not None else {}),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,7 +33,7 @@ from abl_mlx.apply import Plan, plan
 from abl_mlx.arrays import parameters
 from abl_mlx.clock import Clock
 from abl_mlx.edits import Edit, orthonormal
-from abl_mlx.measurement import find_direction, find_reply_prefix, make_edit
+from abl_mlx.measurement import edit_of, find_direction, find_reply_prefix, make_edit
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.outputs import Output, Written
@@ -61,6 +63,11 @@ COMPONENT_PROMPTS = 32
 EXACTNESS_PROMPTS = 4
 
 
+ROWS_WARNING = (
+    "warning: keeping the lengths of rows puts part of the direction back; the leak says how much"
+)
+
+
 # --- the commands ------------------------------------------------------------------------------
 
 
@@ -78,7 +85,7 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
     target = source if options.gguf is None else sources.resolve_gguf(options.gguf)
     outputs.check(paths, target)
     if options.keep_undo:
-        taken.check_keep(paths, target)
+        taken.check_keep(paths, target, options.norm)
     if options.save_replies is not None:
         check_new(options.save_replies)
     if options.ollama_create is not None:
@@ -160,7 +167,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
             present = evaluate.component(chat, sample, unit)["max"]
         record = start_record(source, paths, options, direction)
         staged = stack.enter_context(outputs.staging(paths))
-        edit = make_edit(direction.selected, options)
+        edit = edit_of(direction, options)
         with clock.step("write"):
             written, the_plan = write_all(
                 source, chat, files, edit, writers, staged, record, options
@@ -229,7 +236,7 @@ def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Optio
     source = sources.resolve(text)
     outputs.check(paths, source)
     if options.keep_undo:
-        taken.check_keep(paths, source)
+        taken.check_keep(paths, source, options.norm)
     if options.ollama_create is not None:
         ollama_first(paths, options.ollama_create)
     if source.is_gguf:
@@ -268,7 +275,7 @@ def _apply(
         writers = find_writers(chat)
     record = start_record(source, paths, options, direction)
     with outputs.staging(paths) as staged:
-        edit = make_edit(direction.selected, options)
+        edit = edit_of(direction, options)
         with clock.step("write"):
             written, _ = write_all(source, chat, files, edit, writers, staged, record, options)
             record["hashes"] = hashes(source, files, direction, options)
@@ -449,7 +456,14 @@ def write_all(
     Returns:
         What was written, and the plan of the edited models; None where there are adapters alone.
     """
-    label = outputs.edit_label(record["direction"]["sha256"], options, source)
+    label = outputs.edit_label(
+        record["direction"]["sha256"], options, source, record["direction"].get("recipe")
+    )
+    max_leak = options.max_leak
+    if edit.norm == "rows":
+        # What keeping rows puts back is what one asked for; it is reported, not refused.
+        print(ROWS_WARNING, file=sys.stderr)
+        max_leak = math.inf
     only_adapters = all(output.is_adapter for output in staged)
     if options.mtp and any(output.is_adapter for output in staged):
         raise UserError(
@@ -467,7 +481,7 @@ def write_all(
 
     def write(output: Output) -> Written:
         if output.is_adapter:
-            return adapter_outputs.write_mlx(chat, edit, writers, output, label, options.max_leak)
+            return adapter_outputs.write_mlx(chat, edit, writers, output, label, max_leak)
         assert the_plan is not None
         if output.is_gguf:
             return outputs.write_gguf_file(
@@ -477,7 +491,7 @@ def write_all(
                 output,
                 label,
                 options.quantize,
-                options.max_leak,
+                max_leak,
                 options.plain_rounding,
             )
         written = outputs.write_folder(
@@ -487,7 +501,7 @@ def write_all(
             the_plan,
             output,
             label,
-            options.max_leak,
+            max_leak,
             grid=options.grid,
             plain=options.plain_rounding,
         )
@@ -497,7 +511,12 @@ def write_all(
             )
         return written
 
-    return [write(output) for output in staged], the_plan
+    written = [write(output) for output in staged]
+    if edit.norm == "rows":
+        written = [
+            replace(one, note="; ".join(filter(None, (one.note, ROWS_WARNING)))) for one in written
+        ]
+    return written, the_plan
 
 
 def _runtime(

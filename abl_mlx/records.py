@@ -28,7 +28,11 @@ def start_record(
         "source": source.name,
         "source_is_repository": source.is_repository,
         "outputs": [str(path) for path in paths],
-        "direction": {**summary, "sha256": direction.sha256},
+        "direction": {
+            **summary,
+            "sha256": direction.sha256,
+            **({"recipe": direction.metadata["recipe"]} if "recipe" in direction.metadata else {}),
+        },
         "options": options.record(),
     }
 

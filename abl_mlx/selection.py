@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -187,7 +187,7 @@ def choose(
     harmful: Sequence[Sequence[int]],
     harmless: Sequence[Sequence[int]],
     *,
-    edit: Edit,
+    edit_for: Callable[[Score], Edit],
     max_kl: float = 0.1,
     trials: int = 16,
 ) -> Choice:
@@ -198,8 +198,7 @@ def choose(
 
     Args:
         harmful, harmless: encoded validation prompts.
-        edit: strength, layers and embedding to try the candidates with (its own directions are
-            not used).
+        edit_for: the edit to try a candidate with.
         max_kl: limit of the mean KL on harmless prompts, nats.
         trials: how many candidates are tried; each costs one forward pass of both prompt sets.
 
@@ -225,8 +224,8 @@ def choose(
     tried: dict[tuple[int, int], Score] = {}
     with progress(len(chosen), "causal choice", "candidate") as bar:
         for score in chosen:
-            trial = replace(edit, directions=direction_of(candidates, score.layer, score.position))
-            with ablation(writers, trial):
+            # Norms are kept in weights only; what that changes is seen in the evaluation.
+            with ablation(writers, replace(edit_for(score), norm="none")):
                 opened = first_reply_token(chat, harmful)
                 refusal = number(refusal_scores(opened, tokens).mean())
                 opened = first_reply_token(chat, harmless)

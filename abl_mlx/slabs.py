@@ -13,7 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import rounding
+from abl_mlx import edits, rounding
 from abl_mlx.edits import Edit, Leak, stream_axis, target
 from abl_mlx.writers import Writer
 from convert.errors import UserError
@@ -96,8 +96,14 @@ def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
     """The exact edited values of a slab's float32 values, with what has to survive in them.
 
     Raises:
-        UserError: when they are not finite.
+        UserError: when they are not finite, or when rows are to be kept, which a slab of columns
+            does not hold whole.
     """
+    if one.edit.norm == "rows":
+        raise UserError(
+            f"--norm rows is for float folders only, and {one.name} is quantized or in a GGUF: use "
+            "--norm columns, which keeps a full removal full."
+        )
     exact = np.asarray(
         target(one.edit, one.writer, one.parameter, mx.array(source)).astype(mx.float32)
     )
@@ -108,8 +114,12 @@ def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
         )
     axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
     basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
-    along = (basis @ source).T if axis == 0 else source @ basis.T
-    taken = (one.edit.strength * along).astype(np.float32)
+    if one.edit.norm == "none":
+        along = basis @ source if axis == 0 else source @ basis.T
+        taken = one.edit.taken(one.writer, along, -2 if axis == 0 else -1)
+    else:
+        taken = basis @ (source - exact) if axis == 0 else (source - exact) @ basis.T
+    taken = np.ascontiguousarray(taken if axis == 1 else taken.T, dtype=np.float32)
     length = float(np.sqrt(np.mean(np.sum(taken * taken, axis=1))))
     return rounding.Edited(exact, basis, axis, length, taken)
 
@@ -124,6 +134,8 @@ def leak(one: Edited, source: np.ndarray, written: np.ndarray) -> Leak:
         source, written: float32, (R, n).
     """
     axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
+    if one.edit.norm != "none":
+        return edits.leak(one.edit, one.writer, one.parameter, mx.array(source), mx.array(written))
     basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
 
     def along(values: np.ndarray) -> np.ndarray:
@@ -131,7 +143,7 @@ def leak(one: Edited, source: np.ndarray, written: np.ndarray) -> Leak:
         return found.astype(np.float64)
 
     before, after = along(source), along(written)
-    taken = one.edit.strength * before
+    taken = one.edit.taken(one.writer, before, -2 if axis == 0 else -1)
     moved: list[float] = []
 
     def differ(part: slice) -> None:

@@ -78,10 +78,11 @@ def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
     transposed = isinstance(one, TensorEdit) and one.transposed
     basis = one.edit.basis(one.writer)
     axis = stream_axis(one.writer.kind, one.parameter)
-    nothing = Taken(basis, basis, axis, transposed, one.edit.strength)
+    strength = one.edit.strength_of(one.writer)
+    nothing = Taken(basis, basis, axis, transposed, strength)
     along = nothing.of(values.astype(mx.float32))
     mx.eval(along)
-    return Taken(along, basis, axis, transposed, one.edit.strength)
+    return Taken(along, basis, axis, transposed, strength)
 
 
 # --- keeping it --------------------------------------------------------------------------------
@@ -92,12 +93,17 @@ def kept_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.{KEPT}") if path.suffix == ".gguf" else path / KEPT
 
 
-def check_keep(paths: Sequence[Path], source: Source) -> None:
+def check_keep(paths: Sequence[Path], source: Source, norm: str = "none") -> None:
     """Refuse ``--keep-undo`` where it would keep nothing, or what does not fit.
 
     Raises:
         UserError: naming the output.
     """
+    if norm != "none":
+        raise UserError(
+            f"--keep-undo: --norm {norm} changes every weight, which what the edit took out does "
+            "not give back; leave one of the flags out."
+        )
     for path in paths:
         if adapters.is_mlx(path) or adapters.is_lora(path):
             raise UserError(

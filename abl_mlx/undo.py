@@ -122,6 +122,7 @@ class Label:
     embedding: bool
     mtp: bool = False
     tensors: str | None = None
+    is_plain: bool = True
 
 
 def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
@@ -140,6 +141,7 @@ def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
             str(values["embedding"]) == "True",
             str(values.get("mtp")) == "True",
             None if values.get("tensors") is None else str(values["tensors"]),
+            not {"norm", "pin", "recipe"} & set(values),
         )
     except (KeyError, ValueError):
         raise UserError(
@@ -160,6 +162,11 @@ def _find(
         raise UserError(
             f"{name} has lost what the edit took out, and no undo file lies with it: give one with "
             "--factors (--keep-undo writes it), or the --direction file with --base MODEL."
+        )
+    if not label.is_plain:
+        raise UserError(
+            f"{name} was edited in a way (--norm, --pin or a search) that only an undo file takes "
+            "back: give it with --factors, or take the model it was made from."
         )
     file = directions.read(direction)
     if file.sha256 != label.direction_sha256:

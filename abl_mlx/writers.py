@@ -32,6 +32,10 @@ _TOLERANCE = 1e-3
 _REHEARSED = 1e-4
 
 
+# Names of MLPs inside a layer, in MLX and in GGUF.
+_MLP = re.compile(r"mlp|ffn|ff_|feed_?forward|moe|expert|dense_4h_to_h|\bfc|\bw2\b|linear_2|ffwd")
+
+
 @dataclass(frozen=True)
 class Writer:
     """A module that writes to the residual stream.
@@ -55,6 +59,16 @@ class Writer:
     has_bias: bool
     module: nn.Module
     tied: bool = False
+
+    @property
+    def component(self) -> str:
+        """``embedding``, ``mlp`` (experts too) or ``attention`` (any other mixer of tokens).
+
+        By its name; it steers how strongly searches edit what, never whether an edit is exact.
+        """
+        if self.layer < 0 or self.kind == "embedding":
+            return "embedding"
+        return "mlp" if self.kind == "experts" or _MLP.search(self.path) else "attention"
 
     @property
     def parameters(self) -> list[str]:
