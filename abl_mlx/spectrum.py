@@ -1,0 +1,307 @@
+"""The low end of the residual writers' spectrum: the mathematics of `abl-mlx audit`. NumPy alone.
+
+A writer's energy along a unit direction v is vᵀGv, with G = W Wᵀ of its weight W (d, n) as the
+stream sees it. An edit with strength α multiplies the energy along its direction by (1 − α)² in
+every writer it touches, and nothing else does that to one direction everywhere at once. So what is
+looked for is the direction that is low in many writers together, each measured against what its own
+weakest directions hold; and what it is held against is the next such directions of the same model,
+found by the same search.
+
+Energies of one writer are told in units of its *reference*: the median energy along the directions
+that are weakest in all writers together. 1 is then what a weak direction has, 0 is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+#: Below this width eigenvectors come from LAPACK; above it, from a few inverse iterations.
+_SMALL = 768
+
+#: Directions that are weakest in all writers together, of which references are made.
+_WEAKEST = 64
+
+#: Weakest directions of every part of the model that are tried beside those.
+_OF_SUM, _OF_LAYER = 8, 4
+
+#: Energies below this share of the reference are as good as none: naive rounding to 8 bits leaves
+#: less, a fresh rounding to 4 bits about as much.
+FLOOR = 0.02
+
+#: What is found after the first directions, to hold them against.
+_FOUND = 12
+
+_STARTS = 4
+_STEPS = 12
+
+
+# --- one writer --------------------------------------------------------------------------------
+
+
+def bulk(gram: np.ndarray) -> float:
+    """The mean energy (mean eigenvalue) of a Gram matrix (d, d) without its few largest.
+
+    The largest eigenvalue of an embedding may hold half of its trace.
+    """
+    d = len(gram)
+    k = min(16, d // 4)
+    trace = float(np.trace(gram, dtype=np.float64))
+    if k == 0 or trace <= 0:
+        return max(trace / d, 0.0)
+    block = np.random.default_rng(0).standard_normal((d, k)).astype(gram.dtype)
+    for _ in range(4):
+        block = np.linalg.qr(gram @ block)[0]
+    top = float(np.trace(block.T @ (gram @ block), dtype=np.float64))
+    return max((trace - top) / (d - k), 1e-7 * trace / d)
+
+
+def lowest(gram: np.ndarray, count: int) -> np.ndarray:
+    """About the ``count`` weakest directions of a Gram matrix (d, d): orthonormal (d, count).
+
+    Dimensions that hold nothing at all (pruned, or never used) are left out: no edit makes those.
+    For wide matrices they come from inverse iteration (one O(d³) inverse): a direction that stands
+    apart is exact, the others lie near the lower end.
+    """
+    diagonal = np.diagonal(gram)
+    alive = np.flatnonzero(diagonal > 1e-7 * np.median(diagonal))
+    count = min(count, len(alive))
+    whole = len(alive) == len(gram)
+    part = gram if whole else gram[np.ix_(alive, alive)]
+    if len(part) <= _SMALL:
+        found = np.linalg.eigh(part.astype(np.float64))[1][:, :count]
+    else:
+        found = _inverse_iteration(part, count)
+    if whole:
+        return found
+    out = np.zeros((len(gram), count))
+    out[alive] = found
+    return out
+
+
+def _inverse_iteration(gram: np.ndarray, count: int) -> np.ndarray:
+    shifted = gram.astype(np.float64)
+    shifted[np.diag_indices_from(shifted)] += 1e-5 * float(np.median(np.diagonal(gram)))
+    inverse = np.linalg.inv(shifted)
+    del shifted
+    block = np.random.default_rng(0).standard_normal((len(gram), count + 8))
+    for _ in range(12):
+        block = np.linalg.qr(inverse @ block)[0]
+    values, turn = np.linalg.eigh(block.T @ (gram @ block))
+    return block @ turn[:, :count]
+
+
+# --- all writers -------------------------------------------------------------------------------
+
+
+class Candidates:
+    """A small subspace in which every direction that could have been edited lies.
+
+    Gram matrices are added one after the other, layer by layer, and summed over the whole model,
+    over its halves and over each role in them (attention outputs, MLP outputs); each sum, and each
+    layer, gives its weakest directions. So no more than a dozen (d, d) matrices are held.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._sums: dict[tuple[str, int], np.ndarray] = {}
+        self._counts: dict[tuple[str, int], int] = {}
+        self._layer: tuple[int, np.ndarray] | None = None
+        self._weak: list[np.ndarray] = []
+
+    def add(self, role: str, layer: int, gram: np.ndarray) -> None:
+        """Take in one writer's Gram matrix (d, d); layers come in order, embeddings first."""
+        scale = bulk(gram)
+        if not scale > 0:
+            return
+        gram = gram / gram.dtype.type(scale)
+        key = (role, 0 if 2 * layer < self._layers else 1)
+        if key in self._sums:
+            self._sums[key] += gram
+        else:
+            self._sums[key] = gram.copy()
+        self._counts[key] = self._counts.get(key, 0) + 1
+        if self._layer is not None and self._layer[0] == layer:
+            gram += self._layer[1]
+        else:
+            self._end_layer()
+        self._layer = (layer, gram)
+
+    def _end_layer(self) -> None:
+        if self._layer is not None:
+            self._weak.append(lowest(self._layer[1], _OF_LAYER))
+            self._layer = None
+
+    def basis(self) -> tuple[np.ndarray, int]:
+        """The subspace, orthonormal (d, m), and how many of its first columns are references."""
+        self._end_layer()
+        if not self._sums:
+            raise ValueError("no writer holds anything")
+        total = sum(self._sums.values())
+        assert isinstance(total, np.ndarray)
+        d = len(total)
+        first = lowest(total, max(_WEAKEST, min(d, 128)))
+        references = min(_WEAKEST, max(min(16, d // 2), d // 10), first.shape[1])
+        parts = [first]
+        keys = list(self._sums)
+        roles = {role for role, _ in keys}
+        groups = [[key] for key in keys]
+        groups += [[key for key in keys if key[0] == role] for role in roles]
+        groups += [[key for key in keys if key[1] == half] for half in (0, 1)]
+        for group in {tuple(group) for group in groups if 0 < len(group) < len(keys)}:
+            # A single writer, or layer, is among the layers already.
+            if sum(self._counts[key] for key in group) > 1:
+                parts.append(lowest(sum(self._sums[key] for key in group), _OF_SUM))  # type: ignore[arg-type]
+        return _orthonormal(np.concatenate([*parts, *self._weak], axis=1)), references
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    """Columns made orthonormal one after the other, without those that add nothing."""
+    kept: list[np.ndarray] = []
+    block = np.empty((len(columns), 0))
+    for column in columns.T:
+        rest = column - block @ (block.T @ column)
+        rest -= block @ (block.T @ rest)
+        length = float(np.linalg.norm(rest))
+        if length > 0.05 * float(np.linalg.norm(column)) and len(kept) < len(columns):
+            kept.append(rest / length)
+            block = np.stack(kept, axis=1)
+    return block
+
+
+# --- the search --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """A direction that is low in many writers at once.
+
+    Attributes:
+        direction: unit, in the coordinates of the subspace (m,).
+        score: of the search; grows as more writers hold less along it.
+        energies: (N,) per writer, in units of its reference.
+    """
+
+    direction: np.ndarray
+    score: float
+    energies: np.ndarray
+
+
+def references(grams: np.ndarray, count: int) -> np.ndarray:
+    """The reference energy of each writer (N,): its median along the first ``count`` coordinates.
+
+    Args:
+        grams: (N, m, m) in the subspace that `Candidates.basis` gave.
+    """
+    diagonals = np.diagonal(grams, axis1=1, axis2=2)
+    typical = np.median(diagonals[:, :count], axis=1)
+    whole = np.median(diagonals, axis=1)
+    return np.asarray(np.maximum(typical, np.maximum(1e-9 * whole, 1e-30)))
+
+
+def gains(energies: np.ndarray, reach: float) -> np.ndarray:
+    """What each writer adds to a score: log(1 + reach / (e + FLOOR)), for energies e (…, N).
+
+    It falls with e, is bounded on both sides (one writer without anything does not outweigh the
+    others, and one that is full takes nothing away), and -gain is concave in e, so that
+    reweighted eigenvectors climb it.
+    """
+    return np.asarray(np.log1p(reach / (np.maximum(energies, 0) + FLOOR)))
+
+
+def _score(energies: np.ndarray, reach: float) -> float:
+    """Mean gain without the largest one: what a single writer says is no agreement."""
+    each = gains(energies, reach)
+    if len(each) < 2:
+        return float(each.mean())
+    return float((each.sum() - each.max()) / (len(each) - 1))
+
+
+def _climb(grams: np.ndarray, v: np.ndarray, reach: float) -> Found:
+    """A local maximum of the mean gain, by majorization: each step an eigenvector of Σ w_i G_i."""
+
+    def energies_of(u: np.ndarray) -> np.ndarray:
+        return np.asarray((grams @ u) @ u)
+
+    energies = energies_of(v)
+    best = gains(energies, reach).mean()
+    for _ in range(_STEPS):
+        floored = np.maximum(energies, 0) + FLOOR
+        weights = 1 / floored - 1 / (floored + reach)
+        turned = np.linalg.eigh(np.tensordot(weights, grams, 1))[1][:, 0]
+        tried = energies_of(turned)
+        value = gains(tried, reach).mean()
+        if value <= best + 1e-4:
+            break
+        v, energies, best = turned, tried, value
+    return Found(v, _score(energies, reach), energies)
+
+
+def search(grams: np.ndarray, reach: float, count: int = _FOUND) -> list[Found]:
+    """The best ``count`` orthogonal directions, one after the other, best first.
+
+    Args:
+        grams: (N, m, m), in units of each writer's reference.
+        reach: energies up to about this count as low: 1 for a direction that is somewhat low
+            nearly everywhere (a partial strength), 0.1 for one that is empty in some writers (some
+            layers).
+    """
+    n, m, _ = grams.shape
+    starts = [np.eye(m)[:, : min(m, 24)], np.linalg.eigh(grams.mean(axis=0))[1][:, :8]]
+    starts += [np.linalg.eigh(one)[1][:, :2] for one in grams]
+    tried = np.concatenate(starts, axis=1)
+    found: list[Found] = []
+    rest = np.eye(m)
+    for _ in range(min(count, m - 2)):
+        inside = rest.T @ tried
+        lengths = np.linalg.norm(inside, axis=0)
+        inside = inside[:, lengths > 0.3] / lengths[lengths > 0.3]
+        left = rest.T @ grams @ rest
+        energies = np.einsum("ik,nik->kn", inside, left @ inside, optimize=True)
+        order = np.argsort(-gains(energies, reach).mean(axis=1))[:_STARTS]
+        ways = [_climb(left, inside[:, index], reach) for index in order]
+        best = max(ways, key=lambda one: one.score)
+        found.append(Found(rest @ best.direction, best.score, best.energies))
+        # What is left of the subspace, without the one just found.
+        rest = (
+            rest
+            @ np.linalg.qr(
+                np.concatenate([best.direction[:, None], np.eye(len(best.direction))], axis=1)
+            )[0][:, 1 : len(best.direction)]
+        )
+    return sorted(found, key=lambda one: -one.score)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far the first directions of a search stand apart from the next ones.
+
+    Attributes:
+        rank: how many stand apart.
+        size: difference of the scores on both sides of the gap.
+        spread: how far apart the next ones are among themselves: what chance gives this model.
+        found: the directions that stand apart, best first.
+    """
+
+    rank: int
+    size: float
+    spread: float
+    found: list[Found] = field(repr=False)
+
+    @property
+    def ratio(self) -> float:
+        """Size in units of the spread."""
+        return self.size / max(self.spread, 1e-3)
+
+
+def gap(found: Sequence[Found], most: int = 6) -> Gap:
+    """The largest gap among the first directions, with the ``most`` that an edit may have."""
+    scores = np.array([one.score for one in found])
+    if len(scores) < 3:
+        return Gap(0, 0.0, 1.0, [])
+    steps = scores[:-1] - scores[1:]
+    rank = int(np.argmax(steps[: min(most, len(steps) - 1)])) + 1
+    behind = scores[rank : rank + 6]
+    return Gap(rank, float(steps[rank - 1]), float(behind[0] - behind[-1]), list(found[:rank]))
