@@ -93,7 +93,8 @@ class Endpoint:
         self._say = say
         parts = _split(url)
         self._key = _key(parts)
-        self._secrets = [text for text in (self._key, parts.password) if text]
+        password = parts.password or ""
+        self._secrets = [text for text in (self._key, password, unquote(password)) if text]
         self._server = parts
         #: The address without user, password or query, to be shown.
         self.name = _shown(parts)
