@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, progress
+from abl_mlx.prefix import shared
 from convert.errors import UserError
 
 #: Tokens in one batch, padding included. Bounds the activations held at once, not the result.
@@ -144,16 +144,13 @@ def iterate(
     """
     check_offsets(sequences, offsets)
     with Recorder(chat) as recorder, progress(len(sequences), label) as bar:
-        for batch in batches(sequences):
-            _run(chat.model, batch.tokens)
+        prefix = shared(chat, sequences, keep=-min(offsets))
+        for batch in batches(prefix.rest(sequences)):
+            prefix(batch.tokens)
             states = recorder.take(batch.lengths, offsets)
             mx.eval(states)
             bar.update(len(batch.indices))
             yield batch.indices, states
-
-
-def _run(model: nn.Module, tokens: mx.array) -> None:
-    model(tokens)
 
 
 def mean(

@@ -10,6 +10,7 @@ import mlx.core as mx
 from abl_mlx.capture import batches, residual
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, progress
+from abl_mlx.prefix import Prefix, shared
 
 # Logits made at once: 32 MB of float32, of which several copies live at a time.
 _LOGITS_PER_BATCH = 2**23
@@ -31,20 +32,23 @@ def log_probabilities(
     """
     widest = max(map(len, positions))
     width = max(1, _LOGITS_PER_BATCH // (vocabulary(chat) * widest))
+    first = min(min(row) for row in positions)
+    prefix = shared(chat, sequences, keep=min(map(len, sequences)) - first)
     with progress(len(sequences), label) as bar:
-        for batch in batches(sequences):
+        for batch in batches(prefix.rest(sequences)):
             for start in range(0, len(batch.indices), width):
                 chosen = batch.indices[start : start + width]
                 rows = [list(positions[index]) for index in chosen]
                 columns = mx.array([row + row[-1:] * (widest - len(row)) for row in rows])
-                output = _at(chat, batch.tokens[start : start + width], columns)
+                tokens = batch.tokens[start : start + width]
+                output = _at(chat, prefix, tokens, columns - prefix.length)
                 mx.eval(output)
                 for row, index in enumerate(chosen):
                     yield index, output[row, : len(rows[row])]
                 bar.update(len(chosen))
 
 
-def _at(chat: ChatModel, tokens: mx.array, columns: mx.array) -> mx.array:
+def _at(chat: ChatModel, prefix: Prefix, tokens: mx.array, columns: mx.array) -> mx.array:
     last = len(chat.layers) - 1
 
     def cut(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +58,7 @@ def _at(chat: ChatModel, tokens: mx.array, columns: mx.array) -> mx.array:
         return (taken, *output[1:]) if isinstance(output, tuple | list) else taken
 
     with around([(chat.layers[last], cut)]):
-        raw = chat.model(tokens).astype(mx.float32)
+        raw = prefix(tokens).astype(mx.float32)
     return raw - mx.logsumexp(raw, axis=-1, keepdims=True)
 
 
