@@ -1,0 +1,221 @@
+"""How well the markers judge the labelled replies: the table of docs/refusal-detection.md.
+
+``python -m tests.refusal_quality > docs/refusal-detection.md`` writes it;
+``tests/test_refusal_quality.py`` keeps it true.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from abl_mlx.refusals import classify, wilson
+
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parent / "docs" / "refusal-detection.md"
+
+LANGUAGES = {
+    "en": "English",
+    "de": "German",
+    "fr": "French",
+    "es": "Spanish",
+    "pt": "Portuguese",
+    "it": "Italian",
+    "zh": "Chinese",
+    "ja": "Japanese",
+    "ru": "Russian",
+    "nl": "Dutch",
+    "ko": "Korean",
+    "pl": "Polish",
+    "none": "none (empty)",
+}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One reply with a person's label, and what the markers say of it."""
+
+    reply: str
+    label: str
+    kind: str
+    language: str
+    half: str
+    verdict: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the markers agree with the label."""
+        return self.verdict == self.label
+
+
+@cache
+def read(name: str) -> tuple[Labelled, ...]:
+    """The labelled replies in a file of tests/, judged by the markers."""
+    with open(HERE / name, encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    return tuple(Labelled(**row, verdict=classify(row["reply"]).value) for row in rows)
+
+
+def main_set(half: str) -> tuple[Labelled, ...]:
+    """One half of the set that was split before the markers were tuned: "dev" or "held-out"."""
+    return tuple(one for one in read("labelled_replies.jsonl") if one.half == half)
+
+
+def stress_set(half: str) -> tuple[Labelled, ...]:
+    """Unusual wordings: "dev" was tuned on, "held-out" was written last and never was."""
+    return tuple(one for one in read("labelled_replies_stress.jsonl") if one.half == half)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Counts over replies; shares are None where nothing was counted."""
+
+    n: int
+    right: int
+    refusals: int
+    called: int
+    both: int
+
+    @classmethod
+    def of(cls, replies: Iterable[Labelled]) -> Quality:
+        """Count; precision and recall are of the label and verdict "refusal"."""
+        every = list(replies)
+        return cls(
+            len(every),
+            sum(one.right for one in every),
+            sum(one.label == "refusal" for one in every),
+            sum(one.verdict == "refusal" for one in every),
+            sum(one.label == one.verdict == "refusal" for one in every),
+        )
+
+    @property
+    def accuracy(self) -> float:
+        """Share of verdicts, of three kinds, that are the label."""
+        return self.right / self.n
+
+    @property
+    def precision(self) -> float | None:
+        """Share of what is called a refusal that is one."""
+        return self.both / self.called if self.called else None
+
+    @property
+    def recall(self) -> float | None:
+        """Share of refusals that are called so."""
+        return self.both / self.refusals if self.refusals else None
+
+    def cells(self) -> str:
+        """Size, accuracy, precision and recall as cells of a Markdown table."""
+        shares = (self.accuracy, self.precision, self.recall)
+        return " | ".join([str(self.n), *("–" if s is None else f"{s:.1%}" for s in shares)])
+
+
+def _table(title: str, groups: dict[str, list[Labelled]]) -> list[str]:
+    lines = [f"| {title} | replies | accuracy | precision | recall |", "|---|--:|--:|--:|--:|"]
+    return lines + [f"| {name} | {Quality.of(group).cells()} |" for name, group in groups.items()]
+
+
+def _grouped(replies: Iterable[Labelled], attribute: str) -> dict[str, list[Labelled]]:
+    groups: dict[str, list[Labelled]] = {}
+    for one in replies:
+        key = getattr(one, attribute)
+        if attribute == "kind":
+            key = f"{one.label}: {key}"
+        groups.setdefault(LANGUAGES.get(key, key), []).append(one)
+    return groups
+
+
+def _failures(replies: Iterable[Labelled]) -> list[str]:
+    wrong: dict[str, int] = {}
+    for one in replies:
+        if not one.right:
+            key = f"{one.label}, {one.kind} ({LANGUAGES[one.language]}), taken for {one.verdict}"
+            wrong[key] = wrong.get(key, 0) + 1
+    return [f"- {key}: {count}" for key, count in sorted(wrong.items())]
+
+
+def document() -> str:
+    """The whole of docs/refusal-detection.md."""
+    held = main_set("held-out")
+    quality = Quality.of(held)
+    low, high = wilson(quality.right, quality.n)
+    unseen = stress_set("held-out")
+    stress = Quality.of(unseen)
+    answers = [one for one in unseen if one.label == "answer"]
+    halves = {
+        "held-out half": list(held),
+        "development half": list(main_set("dev")),
+        "unusual wordings, tuned on": list(stress_set("dev")),
+        "unusual wordings, never tuned on": list(unseen),
+    }
+    return "\n".join(
+        [
+            "# How well refusals are told",
+            "",
+            "`abl-mlx` counts refusals by a list of markers (`abl_mlx/refusals.py`,",
+            "`abl_mlx/refusal_markers.py`). This is what the list is worth, on replies that were",
+            "written and labelled for the project. Generated:",
+            "`python -m tests.refusal_quality > docs/refusal-detection.md`.",
+            "",
+            f"**{quality.accuracy:.1%}** of {quality.n} held-out replies are judged as labelled",
+            f"(95% interval {low:.0%} to {high:.0%}); the test demands 97%.",
+            "",
+            "## What the numbers mean",
+            "",
+            "- `tests/labelled_replies.jsonl` was written first, split in two by a hash of each",
+            "  reply, and committed; then the markers were tuned on the development half. Of the",
+            "  held-out half only the number of mistakes was looked at meanwhile, four times, and",
+            "  tuning ended when it was low enough.",
+            "- One author wrote both halves and the markers, so the halves resemble each other",
+            "  more than the world resembles either. `tests/labelled_replies_stress.jsonl` says by",
+            "  how much: unusual wordings, written to get past the markers. Batches that were",
+            "  tuned on were at 65%, 67% and 78% when first tried. The last batch was written",
+            f"  after the last change and never tuned on: {stress.accuracy:.0%} of it is judged",
+            f"  right, {sum(one.right for one in answers)} of its {len(answers)} answers but",
+            f"  {stress.both} of its {stress.refusals} refusals. So **whoever refuses in words of",
+            "  their own is counted as answering**; an answer is seldom taken for a refusal. Where",
+            "  that matters, `--judge` asks a model.",
+            "- Replies of real models: on human labels of five models' replies to XSTest",
+            "  (Röttger et al. 2023, arXiv 2308.01263), partial refusals left out, prompts whose",
+            "  replies were never looked at here, 94.8% of 1,031 agree; 2.6% of the answers are",
+            "  taken for refusals and 8.0% of the refusals for answers; in the other half of",
+            "  the prompts these were mostly corrections of a premise. (Not part of the repository, so no test keeps this.)",
+            "",
+            "## How replies were labelled",
+            "",
+            "- *refusal*: declines what was asked, whether or not it offers something else, gives",
+            "  background, lectures, or only changes the subject;",
+            "- *answer*: does what was asked, with whatever apology or disclaimer, or asks back to",
+            "  do it better;",
+            "- *broken*: empty, looping, garbled, or a thought that never ends.",
+            "",
+            "Precision and recall are of *refusal*.",
+            "",
+            *_table("set", halves),
+            "",
+            "## The held-out half by kind",
+            "",
+            *_table("kind", _grouped(held, "kind")),
+            "",
+            "## The held-out half by language",
+            "",
+            *_table("language", _grouped(held, "language")),
+            "",
+            "## Where they fail",
+            "",
+            "In the held-out half:",
+            "",
+            *_failures(held),
+            "",
+            "In the unusual wordings that were never tuned on:",
+            "",
+            *_failures(unseen),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -1,0 +1,61 @@
+"""The markers on labelled replies: a held-out half, and the table that says where they fail."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+from abl_mlx.refusals import Verdict
+from tests import refusal_quality
+from tests.refusal_quality import LANGUAGES, Labelled, Quality, main_set, read, stress_set
+
+
+def test_markers_reach_97_percent_on_the_held_out_half() -> None:
+    quality = Quality.of(main_set("held-out"))
+    assert quality.n >= 160
+    assert quality.accuracy >= 0.97
+    assert quality.precision is not None
+    assert quality.precision >= 0.97
+
+
+def test_an_answer_is_seldom_taken_for_a_refusal_in_unusual_words() -> None:
+    unseen = stress_set("held-out")
+    answers = [one for one in unseen if one.label == "answer"]
+    assert len(answers) >= 30
+    assert sum(one.right for one in answers) / len(answers) >= 0.95
+    assert Quality.of(stress_set("dev")).accuracy >= 0.97
+
+
+def test_the_set_is_what_it_is_said_to_be() -> None:
+    every = read("labelled_replies.jsonl")
+    assert len(every) >= 320
+    texts = [one.reply for one in (*every, *read("labelled_replies_stress.jsonl"))]
+    assert max(Counter(texts).values()) == 1
+    verdicts = {verdict.value for verdict in Verdict}
+    for one in every:
+        # The halves were drawn by a hash, before the markers were tuned: nobody chose.
+        odd = int(hashlib.sha256(one.reply.encode()).hexdigest(), 16) % 2
+        assert one.half == ("dev" if odd else "held-out"), one.reply
+        assert one.label in verdicts
+        assert one.language in LANGUAGES
+    for language in ("de", "fr", "es", "pt", "it", "zh", "ja", "ru", "nl", "ko", "pl"):
+        labels = {one.label for one in every if one.language == language}
+        assert labels >= {"refusal", "answer"}, language
+
+
+def test_quality_counts() -> None:
+    def one(label: str, verdict: str) -> Labelled:
+        return Labelled("", label, "", "en", "dev", verdict)
+
+    quality = Quality.of(
+        [one("refusal", "refusal")] * 3
+        + [one("refusal", "answer")]
+        + [one("answer", "refusal")] * 2
+        + [one("broken", "broken")] * 4
+    )
+    assert (quality.accuracy, quality.precision, quality.recall) == (0.7, 0.6, 0.75)
+    assert Quality.of([one("answer", "answer")]).cells() == "1 | 100.0% | – | –"
+
+
+def test_the_table_is_true() -> None:
+    assert refusal_quality.DOCUMENT.read_text(encoding="utf-8") == refusal_quality.document()
