@@ -16,6 +16,7 @@ import numpy as np
 
 from abl_mlx import capture
 from abl_mlx.arrays import number, numbers
+from abl_mlx.batch_masks import batch_masks
 from abl_mlx.logits import log_probabilities, vocabulary
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.prompts import PromptSet, PromptSets
@@ -74,12 +75,13 @@ def stream(
     try:
         keys = generator.insert([list(s) for s in sequences], [max_tokens] * len(sequences))
         index = {key: number for number, key in enumerate(keys)}
-        while responses := generator.next_generated():
-            for response in responses:
-                if response.finish_reason != "stop":
-                    replies[index[response.uid]].append(response.token)
-                if response.finish_reason is not None:
-                    yield index[response.uid], replies[index[response.uid]]
+        with batch_masks(chat.model):
+            while responses := generator.next_generated():
+                for response in responses:
+                    if response.finish_reason != "stop":
+                        replies[index[response.uid]].append(response.token)
+                    if response.finish_reason is not None:
+                        yield index[response.uid], replies[index[response.uid]]
     finally:
         generator.close()
 
