@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -36,6 +37,17 @@ def limit_for(types: Iterable[str]) -> float | None:
     limits = {"F32": LIMIT, "F16": LIMIT, "BF16": _BFLOAT16_LIMIT}
     kinds = set(types)
     return max(limits[kind] for kind in kinds) if kinds and kinds <= set(limits) else None
+
+
+def matrix_types(types: Iterable[tuple[str, tuple[int, ...]]]) -> set[str]:
+    """Of tensors as (type, shape), the types of those of two dimensions and more."""
+    return {kind for kind, shape in types if len(shape) > 1}
+
+
+def moved(writers: Iterable[Writer], chat: ChatModel) -> list[Writer]:
+    """The same writers in another model of the same architecture, such as one with an adapter."""
+    modules = dict(chat.model.named_modules())
+    return [replace(writer, module=modules[writer.path]) for writer in writers]
 
 
 def by_layer(
@@ -99,7 +111,12 @@ def _larger(before: mx.array | None, states: mx.array, basis: mx.array) -> mx.ar
 
 
 def check(
-    chat: ChatModel, edit: Edit, sequences: Sequence[Sequence[int]], *, limit: float = LIMIT
+    chat: ChatModel,
+    edit: Edit,
+    sequences: Sequence[Sequence[int]],
+    *,
+    limit: float = LIMIT,
+    writers: Sequence[Writer] | None = None,
 ) -> list[float] | None:
     """Refuse a model whose complete edit left something of the direction in its stream.
 
@@ -107,6 +124,7 @@ def check(
         chat: the edited model, as it was written.
         sequences: encoded prompts; a few are enough: what is looked at holds at every token.
         limit: from `limit_for`.
+        writers: of the model, where they are known; a model with an adapter cannot be probed.
 
     Returns:
         the largest |r·h| / |h| after every layer; None for an edit that is not complete.
@@ -116,7 +134,7 @@ def check(
     """
     if not is_complete(edit):
         return None
-    writers = find_writers(chat)
+    writers = find_writers(chat) if writers is None else writers
     layers, outputs = by_layer(chat, writers, sequences, edit.directions)
     worst = next((index for index, share in enumerate(layers) if not share <= limit), None)
     if worst is None:

@@ -5,23 +5,32 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import adapter_outputs, directions, evaluate, gguf_model, gguf_outputs, models, mtp
+from abl_mlx import (
+    adapter_outputs,
+    directions,
+    evaluate,
+    exactness,
+    gguf_model,
+    gguf_outputs,
+    models,
+    mtp,
+)
 from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
 from abl_mlx.edits import orthonormal
-from abl_mlx.gguf_edit import bytes_changed, plan
+from abl_mlx.gguf_edit import TensorPlan, bytes_changed, plan
 from abl_mlx.gguf_outputs import Staged
 from abl_mlx.measurement import edit_of, find_direction, find_reply_prefix, make_edit
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
-from abl_mlx.pipeline import grouped
+from abl_mlx.pipeline import EXACTNESS_PROMPTS, grouped
 from abl_mlx.prompts import PromptSets
 from abl_mlx.records import combined_hash, start_record, worst_leak
 from abl_mlx.report import to_json
@@ -29,7 +38,7 @@ from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer
 from abl_mlx.writers import find_writers as find_by_probing
-from convert import adapters, gguf_mtp, gguf_writers
+from convert import adapters, gguf_mtp, gguf_to_mlx, gguf_writers
 from convert.errors import UserError
 from convert.families import FAMILIES
 from convert.gguf_file import GgufSource
@@ -165,7 +174,7 @@ def run(
             written = gguf_outputs.write(gguf, source, one, plans, direction, options, clock)
             with clock.step(f"evaluate {one.path.name}"):
                 figures, after = _judge(
-                    gguf, one, written, prefix, base, sample, unit, sets, options
+                    gguf, one, written, prefix, base, sample, unit, sets, options, plans, own
                 )
             replies[str(one.path)] = after
             evaluations.append({**written, **figures})
@@ -225,10 +234,13 @@ def _judge(
     unit: mx.array,
     sets: PromptSets,
     options: Options,
+    plans: Mapping[str, TensorPlan],
+    named: Sequence[gguf_writers.GgufWriter],
 ) -> tuple[Record, evaluate.Behaviour]:
     """An output's figures, all of them from the file as written."""
     with _as_written(gguf, one, written) as chat:
         chat.reply_prefix = prefix
+        _check_exact(chat, gguf, one, written, sample, options, plans, named)
         kl = evaluate.kl(chat, base)
         left = evaluate.component(chat, sample, unit)["max"]
         figures: Record = {"kl": kl, "component": left, "runtime": "mlx-lm"}
@@ -252,6 +264,31 @@ def _judge(
     if "note" in written:
         figures["note"] = "; ".join(filter(None, (written["note"], figures.get("note"))))
     return figures | {"after": after.record()}, after
+
+
+def _check_exact(
+    chat: ChatModel,
+    gguf: GgufSource,
+    one: Staged,
+    written: Record,
+    sample: Sequence[Sequence[int]],
+    options: Options,
+    plans: Mapping[str, TensorPlan],
+    named: Sequence[gguf_writers.GgufWriter],
+) -> None:
+    """Refuse a complete edit of float weights that left something after a layer."""
+    if options.tensors is not None or (one.is_lora and any(writer.bias for writer in named)):
+        return  # what --tensors leaves alone, and biases beside an adapter, still write
+    types = {plan.old.name for plan in plans.values()} if one.is_lora else set(written["types"])
+    as_gguf = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # how MLX calls them
+    limit = exactness.limit_for(as_gguf.get(kind, kind) for kind in types)
+    if limit is None:
+        return
+    writers = None
+    if one.is_gguf:
+        writers = gguf_model.find_writers(chat, gguf_to_mlx.layout(gguf), gguf, named)
+    edit = next(iter(plans.values())).edit
+    exactness.check(chat, edit, sample[:EXACTNESS_PROMPTS], limit=limit, writers=writers)
 
 
 @contextmanager

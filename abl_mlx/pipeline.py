@@ -6,13 +6,14 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from abl_mlx import (
     __version__,
@@ -175,9 +176,12 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
             record["hashes"] = hashes(source, files, direction, options)
 
         def judge(one: Written, model: ChatModel) -> Record:
-            limit = None if one.output.is_adapter else exactness.limit_for(one.types)
-            if limit is not None:
-                exactness.check(model, edit, sample[:EXACTNESS_PROMPTS], limit=limit)
+            known = exactness.moved(outlines, model) if one.output.is_adapter else None
+            # An adapter keeps the biases, and says so.
+            keeps = known is not None and any(writer.has_bias for writer in known)
+            limit = exactness.limit_for(one.types if known is None else base_types)
+            if limit is not None and not keeps:
+                exactness.check(model, edit, sample[:EXACTNESS_PROMPTS], limit=limit, writers=known)
             answer, runtime, note = _runtime(one, model, options)
             note = "; ".join(filter(None, (one.note, note)))
             after = evaluate.behaviour(answer, harmful, harmless, max_tokens=options.max_tokens)
@@ -191,6 +195,9 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
                 "component": evaluate.component(model, sample, unit)["max"],
             }
 
+        infos = [files.info(name) for name in files.names]
+        base_types = exactness.matrix_types((info.dtype, info.shape) for info in infos)
+        outlines = [replace(writer, module=nn.Module()) for writer in writers]
         replies: dict[str, evaluate.Behaviour] = {"before": before}
         judged: dict[Path, Record] = {}
         # GGUFs are judged beside the model that is still loaded, with what they hold of the edit;
@@ -448,7 +455,7 @@ def write_all(
     edit: Edit,
     writers: Sequence[Writer],
     staged: Sequence[Output],
-    record: Mapping[str, Any],
+    record: Record,
     options: Options,
 ) -> tuple[list[Written], Plan | None]:
     """Write every output to its staged name and measure its leak.

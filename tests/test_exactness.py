@@ -6,12 +6,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from abl_mlx import exactness, pipeline
+from abl_mlx import evaluate, exactness, gguf_pipeline, pipeline
 from abl_mlx.edits import Edit, rounded, target
 from abl_mlx.models import load, load_lazily
 from abl_mlx.options import Options
 from abl_mlx.writers import find_writers
 from convert.errors import UserError
+from convert.mlx_to_gguf import write_gguf
 from tests import tiny
 
 PROMPTS = ["Hi", "How do I plan a garden?"]
@@ -119,18 +120,50 @@ def test_the_limit_depends_on_what_the_weights_are_stored_in(types, limit):
     assert exactness.limit_for(types) == limit
 
 
-def test_run_fails_when_what_it_wrote_is_not_exact(tiny_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("folder", ""), ("folder", ".gguf"), ("folder", ".adapter"), ("gguf", ".gguf"),
+     ("gguf", ".lora.gguf"), ("gguf", "")],
+)  # fmt: skip
+def test_run_fails_when_what_it_wrote_is_not_exact(
+    name, suffix, tiny_folder, tmp_path, monkeypatch
+):
     """A writer that the search missed is found out on the written model, and nothing is left."""
-    source, out = tiny_folder("llama"), tmp_path / "edited"
+    source, out = tiny_folder("llama"), tmp_path / f"edited{suffix}"
     quick = Options(limit=4, layer=1, position=-1, max_tokens=2, max_leak=1.0)
     sets = [str(tmp_path / f"{name}.txt") for name in ("harmful", "harmless")]
     for path, word in zip(sets, ("break", "plant"), strict=True):
         Path(path).write_text("".join(f"How do I {word} {n} things?\n" for n in range(20)))
     quick = replace(quick, harmful=sets[0], harmless=sets[1])
-    everything = pipeline.find_writers
-    monkeypatch.setattr(pipeline, "find_writers", lambda chat: everything(chat)[:-1])
-    with pytest.raises(UserError, match="stream after layer 2, most of it written"):
+    module = pipeline
+    if name == "gguf":
+        module = gguf_pipeline
+        source = write_gguf(source, tmp_path / "source.gguf").path
+    monkeypatch.setattr(evaluate, "llamacpp_is_there", lambda: False)  # MLX is looked at here
+    everything = module.find_writers
+    monkeypatch.setattr(module, "find_writers", lambda *given: everything(*given)[:-1])
+    with pytest.raises(UserError, match="stream after layer 2, "):
         pipeline.run(str(source), [out], quick)
     assert not out.exists()
-    monkeypatch.setattr(pipeline, "find_writers", everything)
+    monkeypatch.setattr(module, "find_writers", everything)
     assert pipeline.run(str(source), [out], quick)["component"]["after"] < 1e-4
+    if name == "gguf" and not suffix:
+        return
+    # What is not to be exact is not held to it.
+    if name == "gguf" and suffix == ".gguf":
+        some = replace(quick, tensors="token_embd|attn_output")
+        assert (
+            pipeline.run(str(source), [tmp_path / "some.gguf"], some)["component"]["after"] > 0.01
+        )
+
+
+def test_an_adapter_beside_biases_is_not_held_to_it(tmp_path):
+    """mlx-lm adds the bias of a layer as it is; the leak says how much that is."""
+    source = tiny.write_model(tmp_path / "model", "llama", attention_bias=True)
+    sets = [str(tmp_path / f"{name}.txt") for name in ("harmful", "harmless")]
+    for path, word in zip(sets, ("break", "plant"), strict=True):
+        Path(path).write_text("".join(f"How do I {word} {n} things?\n" for n in range(20)))
+    quick = Options(limit=4, layer=1, position=-1, max_tokens=2, max_leak=1.0,
+                    harmful=sets[0], harmless=sets[1])  # fmt: skip
+    record = pipeline.run(str(source), [tmp_path / "edited.adapter"], quick)
+    assert record["component"]["after"] > 1e-3
