@@ -600,6 +600,53 @@ def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
 
 @cli.command()
 @click.argument("model")
+@click.option("--base", metavar="MODEL", help="The model that MODEL is said to come from.")
+@click.option(
+    "--direction",
+    type=click.Path(path_type=Path),
+    help="A direction file to hold against the recovered direction.",
+)
+@click.option(
+    "--ask/--no-ask",
+    default=False,
+    show_default=True,
+    help="Run MODEL too, and count its refusals as `abl-mlx eval` does.",
+)
+@click.option(
+    "--fail-on",
+    multiple=True,
+    type=click.Choice(["edited", "cannot-tell", "not-edited"]),
+    help="Exit with 3 when this is the verdict. May be given again.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Keep the recovered direction in this file, NAME.safetensors.",
+)
+@_json_flag
+def audit(model: str, as_json: bool, fail_on: tuple[str, ...], **given: Any) -> None:
+    """Was a direction taken out of MODEL's weights? For folders and GGUFs of any type.
+
+    The verdict is "edited", "not edited" or "cannot tell", with its evidence. Nothing but the model
+    is needed: what is looked for is a direction along which the weights that write to the residual
+    stream hold less than chance can explain. docs/audit.md says what that cannot see.
+
+    \b
+    abl-mlx audit some-model-Q4_K_M.gguf --fail-on edited --fail-on cannot-tell
+
+    Exit codes: 1 for anything that went wrong, 3 for a verdict of --fail-on.
+    """
+    from abl_mlx import audit as auditing
+    from abl_mlx.gate import NOT_MET
+
+    record = _answer(as_json, auditing.table, lambda: auditing.audit(model, **given))
+    if auditing.fails(record, fail_on):
+        sys.exit(NOT_MET)
+
+
+@cli.command()
+@click.argument("model")
 @_json_flag
 def inspect(model: str, as_json: bool) -> None:
     """Show MODEL's architecture, its residual writers, and what an edit would touch."""

@@ -149,6 +149,15 @@ def load_lazily(folder: Path) -> ChatModel:
     return ChatModel(folder, model, load_tokenizer(folder, config, folder), config)
 
 
+def load_weights_lazily(folder: Path) -> ChatModel:
+    """The same without a tokenizer, which a base model's folder need not have.
+
+    Enough to find writers; it cannot encode anything.
+    """
+    model, config = _load_model(folder, read_config(folder), lazy=True)
+    return ChatModel(folder, model, None, config)
+
+
 def _load_model(
     folder: Path, config: dict[str, Any], *, lazy: bool = False
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -160,6 +169,11 @@ def _load_model(
         )
     try:
         _, arguments = _get_classes(config)
+    except SystemExit:  # mlx-lm's olmo leaves Python without a package that it does not use
+        raise UserError(
+            f"{folder}: mlx-lm's {config['model_type']} ends without the package ai2-olmo, and "
+            "does not run with it: choose another model (OLMo 2 runs), or edit a GGUF of this one."
+        ) from None
     except ValueError:
         raise UserError(
             f"{folder / 'config.json'}: mlx-lm has no architecture named "

@@ -13,10 +13,12 @@ that are weakest in all writers together. 1 is then what a weak direction has, 0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 #: Below this width eigenvectors come from LAPACK; above it, from a few inverse iterations.
 _SMALL = 768
@@ -34,8 +36,13 @@ FLOOR = 0.02
 #: What is found after the first directions, to hold them against.
 _FOUND = 12
 
-_STARTS = 4
+_STARTS = 3
 _STEPS = 12
+
+
+def threads(width: int) -> AbstractContextManager[object]:
+    """One BLAS thread for small matrices, which only get slower when several share them."""
+    return threadpool_limits(1, user_api="blas") if width <= _SMALL else nullcontext()
 
 
 # --- one writer --------------------------------------------------------------------------------
@@ -89,7 +96,7 @@ def _inverse_iteration(gram: np.ndarray, count: int) -> np.ndarray:
     block = np.random.default_rng(0).standard_normal((len(gram), count + 8))
     for _ in range(12):
         block = np.linalg.qr(inverse @ block)[0]
-    values, turn = np.linalg.eigh(block.T @ (gram @ block))
+    turn = np.linalg.eigh(block.T @ (gram @ block))[1]
     return block @ turn[:, :count]
 
 
@@ -142,7 +149,7 @@ class Candidates:
         total = sum(self._sums.values())
         assert isinstance(total, np.ndarray)
         d = len(total)
-        first = lowest(total, max(_WEAKEST, min(d, 128)))
+        first = lowest(total, max(_WEAKEST, min(d, 96)))
         references = min(_WEAKEST, max(min(16, d // 2), d // 10), first.shape[1])
         parts = [first]
         keys = list(self._sums)
@@ -230,13 +237,24 @@ def _climb(grams: np.ndarray, v: np.ndarray, reach: float) -> Found:
     for _ in range(_STEPS):
         floored = np.maximum(energies, 0) + FLOOR
         weights = 1 / floored - 1 / (floored + reach)
-        turned = np.linalg.eigh(np.tensordot(weights, grams, 1))[1][:, 0]
+        turned = _weakest(np.tensordot(weights, grams, 1), v)
         tried = energies_of(turned)
         value = gains(tried, reach).mean()
         if value <= best + 1e-4:
             break
         v, energies, best = turned, tried, value
     return Found(v, _score(energies, reach), energies)
+
+
+def _weakest(gram: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Nearly the weakest direction of a Gram matrix: a few inverse iterations from ``start``."""
+    shifted = gram + np.eye(len(gram)) * (1e-9 * np.trace(gram) / len(gram))
+    inverse = np.linalg.inv(shifted)
+    v = start
+    for _ in range(8):
+        v = inverse @ v
+        v /= np.linalg.norm(v)
+    return v
 
 
 def search(grams: np.ndarray, reach: float, count: int = _FOUND) -> list[Found]:
@@ -248,7 +266,12 @@ def search(grams: np.ndarray, reach: float, count: int = _FOUND) -> list[Found]:
             nearly everywhere (a partial strength), 0.1 for one that is empty in some writers (some
             layers).
     """
-    n, m, _ = grams.shape
+    with threads(grams.shape[1]):
+        return _search(grams, reach, count)
+
+
+def _search(grams: np.ndarray, reach: float, count: int) -> list[Found]:
+    m = grams.shape[1]
     starts = [np.eye(m)[:, : min(m, 24)], np.linalg.eigh(grams.mean(axis=0))[1][:, :8]]
     starts += [np.linalg.eigh(one)[1][:, :2] for one in grams]
     tried = np.concatenate(starts, axis=1)
@@ -283,12 +306,14 @@ class Gap:
         size: difference of the scores on both sides of the gap.
         spread: how far apart the next ones are among themselves: what chance gives this model.
         found: the directions that stand apart, best first.
+        all: those and the next ones.
     """
 
     rank: int
     size: float
     spread: float
     found: list[Found] = field(repr=False)
+    all: list[Found] = field(repr=False)
 
     @property
     def ratio(self) -> float:
@@ -300,8 +325,25 @@ def gap(found: Sequence[Found], most: int = 6) -> Gap:
     """The largest gap among the first directions, with the ``most`` that an edit may have."""
     scores = np.array([one.score for one in found])
     if len(scores) < 3:
-        return Gap(0, 0.0, 1.0, [])
+        return Gap(0, 0.0, 1.0, [], list(found))
     steps = scores[:-1] - scores[1:]
     rank = int(np.argmax(steps[: min(most, len(steps) - 1)])) + 1
     behind = scores[rank : rank + 6]
-    return Gap(rank, float(steps[rank - 1]), float(behind[0] - behind[-1]), list(found[:rank]))
+    spread = float(behind[0] - behind[-1])
+    return Gap(rank, float(steps[rank - 1]), spread, list(found[:rank]), list(found))
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 -> "0-2, 5"."""
+
+    def runs() -> Iterator[str]:
+        start = previous = None
+        for number in [*sorted(numbers), None]:
+            if previous is not None and number == previous + 1:
+                previous = number
+                continue
+            if start is not None:
+                yield f"{start}" if start == previous else f"{start}-{previous}"
+            start = previous = number
+
+    return ", ".join(runs())

@@ -1,0 +1,420 @@
+"""`abl-mlx audit`: was a direction taken out of this model's weights?
+
+Without a base the answer comes from the spectrum of the residual writers (`abl_mlx.spectrum`), with
+one from the differences (`abl_mlx.differences`). Verdicts are "edited", "not edited" and "cannot
+tell"; each comes with its evidence. docs/audit.md has the calibration and what is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx import __version__, differences, directions, spectrum, stream_weights
+from abl_mlx.arrays import numpy_of
+from abl_mlx.clock import Clock
+from abl_mlx.models import progress
+from abl_mlx.sources import Source, resolve
+from abl_mlx.spectrum import Gap
+from abl_mlx.stream_weights import StreamWeight, StreamWeights
+from convert.atomic import check_new
+from convert.errors import UserError
+
+Record = dict[str, Any]
+
+EDITED, NOT_EDITED, CANNOT_TELL = "edited", "not edited", "cannot tell"
+VERDICTS = (EDITED, NOT_EDITED, CANNOT_TELL)
+
+#: Gram matrices are kept between the two passes when all of them take no more bytes than this.
+_KEPT = 1 << 28
+
+#: Up to this width they are made in float64.
+_DOUBLE = 384
+
+#: Lines of a writer that its Gram matrix is made of, in multiples of d; all of them are looked at
+#: in the second pass.
+_LINES = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a gap means something, for the two searches of `spectrum.search`.
+
+    Calibrated by benchmarks/audit_table.py; see docs/audit.md.
+
+    Attributes:
+        reach: of the search.
+        size, ratio: a gap at least so large, in itself and in units of the next ones' spread, is an
+            edit.
+        doubt_size, doubt_ratio: a gap at least so large is one that cannot be told.
+        low: energy, in units of the reference, below which a writer takes part.
+    """
+
+    name: str
+    reach: float
+    size: float
+    ratio: float
+    doubt_size: float
+    doubt_ratio: float
+    low: float
+
+
+LIMITS = (
+    Limits("low everywhere", 1.0, 0.25, 3.0, 0.1, 2.0, 0.5),
+    Limits("empty in some", 0.1, 0.2, 3.0, 0.1, 2.0, 0.1),
+)
+
+#: A direction that fewer writers agree on is no edit that this can tell from chance.
+_LEAST_WRITERS = 3
+
+#: |cos| with a single dimension, or with the mean over dimensions, of what is no edit.
+_STRUCTURAL = 0.97
+
+
+def audit(
+    text: str,
+    *,
+    base: str | None = None,
+    direction: Path | None = None,
+    output: Path | None = None,
+    ask: bool = False,
+) -> Record:
+    """Judge a model's weights.
+
+    Args:
+        text: what the user typed for the model.
+        base: the same for the model it is said to come from.
+        direction: a direction file to compare the recovered direction with.
+        output: where the recovered direction goes, a new .safetensors.
+        ask: whether the model is run and its refusals are counted.
+
+    Raises:
+        UserError: a model that cannot be read, told in one sentence.
+    """
+    clock = Clock()
+    if output is not None:
+        if output.suffix != ".safetensors":
+            raise UserError(f"{output}: the name of a direction file ends in .safetensors.")
+        check_new(output)
+    source = resolve(text)
+    given = None if direction is None else _given(direction)
+    record: Record = {"abl_mlx": __version__, "source": source.name}
+    with clock.step("read what the files say"):
+        label, mentions = stream_weights.provenance(source)
+    recovered: np.ndarray | None = None
+    try:
+        if base is None:
+            with clock.step("look for a direction that all writers lack"):
+                weights, recovered = _without_base(source)
+        else:
+            with clock.step("compare with the base"):
+                weights, recovered = differences.compare(source, resolve(base))
+            record["base"] = base
+    except stream_weights.Unreachable as error:
+        weights = {"verdict": CANNOT_TELL, "evidence": [str(error)], "layers": []}
+    if given is not None:
+        weights["direction_cosine"] = _cosine(given, recovered, direction)
+    record |= {"verdict": weights["verdict"], "evidence": list(weights["evidence"])}
+    _by_its_own_account(record, label, mentions)
+    record |= {"layers": weights["layers"], "direction_cosine": weights.get("direction_cosine")}
+    record |= {"weights": weights, "label": label, "mentions": mentions}
+    with clock.step("hash the files"):
+        record["hashes"] = stream_weights.hashes(source)
+    if ask:
+        record["behaviour"] = _asked(text)
+    if output is not None:
+        _keep(output, recovered, source, weights)
+        record["output"] = str(output)
+    record["seconds"] = clock.seconds
+    return record
+
+
+def _asked(text: str) -> Record:
+    """Refusal rates, from `abl-mlx eval`; or in one sentence why it cannot be run."""
+    from abl_mlx import evaluation
+    from abl_mlx.options import EvalOptions
+
+    try:
+        return evaluation.evaluate_model(text, EvalOptions())
+    except UserError as error:
+        return {"not_asked": str(error)}
+
+
+def _given(path: Path) -> np.ndarray:
+    found = numpy_of(directions.read(path).selected).astype(float)
+    return np.linalg.qr(found.T)[0]
+
+
+def _cosine(given: np.ndarray, recovered: np.ndarray | None, path: Path | None) -> float | None:
+    """|cos| between the given direction and the recovered span (of several: the largest)."""
+    if recovered is None:
+        return None
+    if len(given) != recovered.shape[1]:
+        raise UserError(
+            f"{path} has {len(given)} dimensions, and the model has {recovered.shape[1]}: it was "
+            "measured on another model."
+        )
+    return float(np.linalg.svd(recovered @ given, compute_uv=False)[0])
+
+
+def _by_its_own_account(record: Record, label: Record | None, mentions: Sequence[Record]) -> None:
+    """What the files say adds to the evidence; a label settles it, a name raises a doubt."""
+    if label is not None:
+        what = f"strength {label.get('strength')}, layers {label.get('layers')}"
+        record["evidence"].append(f"its metadata say that abl-mlx edited it ({what})")
+        record["verdict"] = EDITED
+    for one in mentions:
+        record["evidence"].append(f"“{one['text']}” stands in its {one['place']}")
+        if record["verdict"] == NOT_EDITED:
+            record["verdict"] = CANNOT_TELL
+
+
+def _keep(path: Path, recovered: np.ndarray | None, source: Source, weights: Record) -> None:
+    if recovered is None:
+        raise UserError(f"no direction was recovered from {source.name}, so {path} is not written.")
+    metadata = {
+        "summary": {"method": "audit", "layer": None, "position": None},
+        "method": "audit",
+        "model": source.name,
+        "verdict": weights["verdict"],
+    }
+    directions.save(
+        path, directions.DirectionFile(mx.array(recovered.astype(np.float32)), metadata=metadata)
+    )
+
+
+# --- without a base ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Energies:
+    """All writers in a small subspace.
+
+    Attributes:
+        basis: the subspace, (d, m).
+        grams: (N, m, m), in units of each writer's reference.
+        means: (N,), mean energy of each over all of its directions, without the few largest, in
+            the same units.
+    """
+
+    basis: np.ndarray
+    grams: np.ndarray
+    means: np.ndarray
+
+
+def _without_base(source: Source) -> tuple[Record, np.ndarray | None]:
+    with stream_weights.opened(source) as model, spectrum.threads(model.width):
+        energies, writers = measure(model)
+        return judge(energies, writers, model)
+
+
+def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
+    """Energies of all writers that hold anything, in two passes over the files (one if small)."""
+    d, writers = model.width, model.writers
+    keep = len(writers) * d * d * 8 <= _KEPT
+    kept: list[np.ndarray] = []
+    means, used = [], []
+    candidates = spectrum.Candidates(model.layers)
+    total = sum(one.lines for one in writers)
+    with progress(total * (1 if keep else 2), "audit", "vector") as bar:
+        for one in writers:
+            gram = _gram(one, np.float64 if d <= _DOUBLE else np.float32)
+            bar.update(one.lines)
+            mean = spectrum.bulk(gram)
+            if not mean > 0:
+                continue
+            used.append(one)
+            means.append(mean)
+            if keep:
+                kept.append(gram)
+            candidates.add(one.role, one.layer, gram)
+        if not used:
+            raise UserError("every residual writer of this model is zero: nothing to audit.")
+        basis, count = candidates.basis()
+        del candidates
+        small = []
+        for index, one in enumerate(used):
+            if keep:
+                small.append(basis.T @ (kept[index] @ basis))
+            else:
+                small.append(_small_gram(one, basis))
+                bar.update(one.lines)
+    grams = np.stack(small)
+    grams = (grams + grams.transpose(0, 2, 1)) / 2
+    units = spectrum.references(grams, count)
+    return Energies(basis, grams / units[:, None, None], np.array(means, dtype=float) / units), used
+
+
+def _gram(one: StreamWeight, dtype: type) -> np.ndarray:
+    """Σ over a writer's lines x xᵀ, (d, d); of very many lines, of every so-many-th."""
+    d = one.width
+    step = max(1, one.lines // (_LINES * d))
+    gram: np.ndarray = np.zeros((d, d), dtype)
+    for values in one.each():
+        values = np.ascontiguousarray(values[:, ::step], dtype=dtype)
+        gram += values @ values.T
+    return gram * dtype(step)
+
+
+def _small_gram(one: StreamWeight, basis: np.ndarray) -> np.ndarray:
+    m = basis.shape[1]
+    gram = np.zeros((m, m))
+    narrow = np.ascontiguousarray(basis.T, dtype=np.float32)
+    for values in one.each():
+        inside = (narrow @ values).astype(np.float64)
+        gram += inside @ inside.T
+    return gram
+
+
+def judge(
+    energies: Energies, writers: Sequence[StreamWeight], model: StreamWeights
+) -> tuple[Record, np.ndarray | None]:
+    """The verdict on a model's energies, and the recovered directions (k, d)."""
+    tests, structural = [], {}
+    for limits in LIMITS:
+        found = []
+        for one in spectrum.search(energies.grams, limits.reach):
+            why = _structure(energies.basis @ one.direction)
+            if why is None:
+                found.append(one)
+            elif (one.energies < limits.low).sum() >= _LEAST_WRITERS:
+                structural[why] = one.score
+        tests.append((limits, spectrum.gap(found)))
+    verdicts = [_of_gap(limits, one) for limits, one in tests]
+    verdict = next(v for v in (EDITED, CANNOT_TELL, NOT_EDITED) if v in verdicts)
+    limits, best = max(
+        (pair for pair, v in zip(tests, verdicts, strict=True) if v == verdict),
+        key=lambda pair: pair[1].size / pair[0].size,
+    )
+    strongest = best.found if verdict != NOT_EDITED else best.found[:1]
+    along = np.mean([one.energies for one in strongest], axis=0)
+    takes_part = along < limits.low
+    layers = _layers(along, writers, takes_part)
+    recovered = (energies.basis @ np.stack([one.direction for one in strongest], axis=1)).T
+    left = float(np.median((along / energies.means)[takes_part])) if takes_part.any() else 1.0
+    strength = float(np.clip(1 - np.sqrt(max(left, 0.0)), 0, 1))
+    evidence = _evidence(verdict, limits, best, takes_part, layers, strength, model)
+    if structural:
+        evidence += [f"left out: {why}" for why in sorted(structural)]
+    return {
+        "verdict": verdict,
+        "evidence": evidence,
+        "layers": layers if verdict != NOT_EDITED else [],
+        "embedding": bool(
+            any(t and w.axis == -1 for t, w in zip(takes_part, writers, strict=True))
+            and verdict != NOT_EDITED
+        ),
+        "rank": best.rank if verdict != NOT_EDITED else 0,
+        "strength": strength if verdict != NOT_EDITED else None,
+        "tests": {
+            limits.name: {
+                "gap": one.size,
+                "gap_over_spread": one.ratio,
+                "rank": one.rank,
+                "scores": [round(found.score, 4) for found in one.all],
+                "verdict": v,
+            }
+            for (limits, one), v in zip(tests, verdicts, strict=True)
+        },
+        "writers": {
+            one.name: {"energy": float(e), "of_mean": float(e / mean), "type": one.type}
+            for one, e, mean in zip(writers, along, energies.means, strict=True)
+        },
+    }, recovered
+
+
+def _of_gap(limits: Limits, found: Gap) -> str:
+    agreed = all((one.energies < limits.low).sum() >= _LEAST_WRITERS for one in found.found)
+    if agreed and found.size >= limits.size and found.ratio >= limits.ratio:
+        return EDITED
+    if agreed and found.size >= limits.doubt_size and found.ratio >= limits.doubt_ratio:
+        return CANNOT_TELL
+    return NOT_EDITED
+
+
+def _structure(v: np.ndarray) -> str | None:
+    """Why a direction is no edit, though nothing may be written along it."""
+    size = np.abs(v)
+    if size.max() >= _STRUCTURAL:
+        return f"dimension {int(size.argmax())} by itself is hardly written: pruned, or never used"
+    if abs(float(v.sum())) / np.sqrt(len(v)) >= _STRUCTURAL:
+        return "the mean over dimensions is hardly written: weights centred for LayerNorm"
+    return None
+
+
+def _layers(
+    along: np.ndarray, writers: Sequence[StreamWeight], takes_part: np.ndarray
+) -> list[int]:
+    """The layers in which the direction is low: in all of their writers, or empty in one."""
+    found = []
+    for layer in sorted({one.layer for one in writers if one.layer >= 0}):
+        inside = np.array([one.layer == layer for one in writers])
+        mean = np.exp(np.log(np.maximum(along[inside], 1e-6)).mean())
+        if mean < 0.6 and takes_part[inside].any():
+            found.append(layer)
+    return found
+
+
+def _evidence(
+    verdict: str,
+    limits: Limits,
+    best: Gap,
+    takes_part: np.ndarray,
+    layers: Sequence[int],
+    strength: float,
+    model: StreamWeights,
+) -> list[str]:
+    size = f"gap {best.size:.2f}, {best.ratio:.1f} times the spread of the model's next directions"
+    if verdict == NOT_EDITED:
+        return [f"no direction stands out at the low end of the residual writers ({size})"]
+    what = "one direction" if best.rank == 1 else f"{best.rank} directions"
+    low = [f"{one.energies[takes_part].max():.1e}" for one in best.found[:1]]
+    lines = [
+        f"{int(takes_part.sum())} of {len(takes_part)} residual writers hold next to nothing along "
+        f"{what} (at most {low[0]} of what they hold along their own weakest ones; {size})",
+        f"in layers {spectrum.spans(layers) or 'none as a whole'} of {model.layers}; strength "
+        f"about {strength:.2f}, if it was once as strong there as any other",
+    ]
+    if verdict == CANNOT_TELL:
+        lines.append(
+            f"that is more than chance gives this model, and less than an edit is sure to leave "
+            f"(gap {limits.size:g}, ratio {limits.ratio:g})"
+        )
+    return lines
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def table(record: Record) -> str:
+    """What a person reads."""
+    base = f" against {record['base']}" if "base" in record else ""
+    lines = [f"{record['source']}{base}: {record['verdict']}"]
+    lines += [f"  - {one}" for one in record["evidence"]]
+    cosine = record["direction_cosine"]
+    if cosine is not None:
+        lines.append(f"  |cos| of the recovered direction with the given one: {cosine:.3f}")
+    behaviour = record.get("behaviour")
+    if behaviour is not None:
+        lines += ["", _behaviour(behaviour)]
+    lines += ["", "  files"]
+    lines += [f"    {sha256}  {name}" for name, sha256 in record["hashes"].items()]
+    return "\n".join(lines)
+
+
+def _behaviour(found: Record) -> str:
+    if "not_asked" in found:
+        return f"  not asked: {found['not_asked']}"
+    from abl_mlx import eval_report
+
+    return eval_report.table(found)
+
+
+def fails(record: Record, verdicts: Sequence[str]) -> bool:
+    """Whether the verdict is one of those that fail, as the command line spells them."""
+    return str(record["verdict"]).replace(" ", "-") in verdicts
