@@ -62,6 +62,13 @@ def residual(output: Any, layer: int, width: int) -> mx.array:
         UserError: where the layer's output is of another form.
     """
     states = output[0] if isinstance(output, tuple | list) else output
+    if isinstance(states, mx.array) and states.ndim == 4 and states.shape[-1] == width:
+        count = states.size // max(1, width * states.shape[0] * states.shape[1])
+        raise UserError(
+            f"this model runs {count} residual streams side by side (layer {layer} puts out the "
+            f"form {tuple(states.shape)}), and a direction is measured on one: no direction can be "
+            "found on it, but one that is given can be removed: `abl-mlx apply DIRECTION MODEL`."
+        )
     if not isinstance(states, mx.array) or states.ndim != 3 or states.shape[-1] != width:
         form = states.shape if isinstance(states, mx.array) else type(states).__name__
         raise UserError(
@@ -69,6 +76,18 @@ def residual(output: Any, layer: int, width: int) -> mx.array:
             "this architecture has no single residual stream to read."
         )
     return states
+
+
+def check_stream(chat: ChatModel) -> None:
+    """Refuse, before any long work, a model whose layers put out no single stream.
+
+    Shapes are looked at; nothing is computed.
+
+    Raises:
+        UserError: as `residual`.
+    """
+    with Recorder(chat):
+        chat.model(mx.array([[1, 1]], mx.int32))
 
 
 class Recorder:

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from abl_mlx import (
     __version__,
     adapter_outputs,
+    capture,
     demo,
     directions,
     evaluate,
@@ -141,6 +142,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
         files = open_files(source, paths, options)
         chat = models.load(source.path)
     with clock.step("find the residual writers"):
+        capture.check_stream(chat)
         writers = find_writers(chat)
         # An edit that would touch nothing is better told now than after the measurement.
         make_edit(mx.ones((1, chat.width)), options).chosen(writers)
@@ -339,6 +341,7 @@ def _measured_direction(
         files = TensorFiles(source.path)
         chat = models.load(source.path)
     with clock.step("find the residual writers"):
+        capture.check_stream(chat)
         writers = find_writers(chat)
     with clock.step("find how replies open"):
         chat.reply_prefix = find_reply_prefix(chat, sets)
