@@ -318,6 +318,26 @@ def _server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return _decorated(command, flags)
 
 
+def _judge_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = [
+        click.option(
+            "--judge",
+            metavar="URL|MODEL|FILE.gguf",
+            help="Have this local model say what is a refusal, by a fixed rubric, in place of the "
+            "markers; what it says beside the rubric is counted and never guessed at.",
+        ),
+        click.option("--judge-model", metavar="NAME", help="The judge's name on its server."),
+        click.option(
+            "--judge-tokens",
+            default=16,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="Longest answer of the judge; more for one that thinks first.",
+        ),
+    ]
+    return _decorated(command, flags)
+
+
 def _gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     share = click.FloatRange(min=0, max=1)
     flags = [
@@ -564,6 +584,7 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
 @cli.command("eval")
 @click.argument("model", metavar="TARGET")
 @_server_flags
+@_judge_flags
 @_gate_flags
 @_prompt_flags
 @_reply_flags

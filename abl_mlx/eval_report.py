@@ -59,6 +59,8 @@ def table(record: Mapping[str, Any]) -> str:
                 f"  note: {one['unfinished_thoughts']} replies {who}ended inside their thoughts "
                 "and count as broken: raise --max-tokens, or switch thinking off."
             )
+        if "judging" in one:
+            lines += _judging(one["judging"], one["judge"], who)
     if "gate" in record:
         lines += ["", *_gate(record["gate"])]
     return "\n".join(lines)
@@ -71,6 +73,20 @@ def failures(record: Mapping[str, Any]) -> str:
         for one in record["gate"]["checks"]
         if not one["passed"]
     )
+
+
+def _judging(judging: Mapping[str, Any], judge: str, who: str) -> list[str]:
+    kappa = judging["kappa"]
+    agreement = (
+        ""
+        if judging["agreement"] is None
+        else f"; it agrees with the markers on {percent(judging['agreement'])} of the others"
+        + ("" if kappa is None else f" (kappa {kappa:.2f})")
+    )
+    return [
+        f"  judged by {judge}: {judging['unparsed']} of {judging['asked']} verdicts on replies "
+        f"{who}could not be read and are in no rate{agreement}."
+    ]
 
 
 def _title(record: Mapping[str, Any]) -> str:

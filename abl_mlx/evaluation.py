@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from abl_mlx import __version__, evaluate, gate, journal, report, targets
+from abl_mlx import __version__, evaluate, gate, journal, judge, report, targets
 from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
 from abl_mlx.journal import Answered, Section
@@ -29,11 +29,11 @@ from convert.errors import UserError
 
 Record = dict[str, Any]
 
-#: A prompt and a reply to the verdict on it; called from one thread.
-Judge = Callable[[str, str], Verdict]
+#: A prompt and a reply to the verdict on it, None if a judge gave none; called from one thread.
+Judge = Callable[[str, str], "Verdict | None"]
 
 #: Verdicts in a record, a letter for each prompt in its set's order.
-LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B"}
+LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B", None: gate.UNJUDGED}
 
 
 def evaluate_model(text: str, options: EvalOptions) -> Record:
@@ -51,7 +51,7 @@ def evaluate_model(text: str, options: EvalOptions) -> Record:
     other = None if options.baseline is None else targets.find(options.baseline)
     sets = _prompts(source, other, options)
     parts = asked_sets(sets)
-    judge_name, judge = "markers", _by_markers
+    judge_name = judge.name(options)
     prompt_record = {name: {"n": len(part), "sha256": part.sha256} for name, part in parts.items()}
     before = _check(source, other, prompt_record, judge_name, options)
     how = {
@@ -63,16 +63,22 @@ def evaluate_model(text: str, options: EvalOptions) -> Record:
     with ExitStack() as stack:
         whole = {"target": text, "baseline": options.baseline, "model": options.server_model, **how}
         kept = stack.enter_context(journal.opened(options.resume, whole))
+        by: Judge = _by_markers
+        if options.judge is not None:
+            by = stack.enter_context(judge.opened(options, clock))
 
         def measured(target: Target, role: str) -> tuple[Record, list[Answered]]:
             section = Section() if kept is None else kept.section(role, target.identity | how)
             with clock.step(f"ask {target.name}"):
-                answers = ask(target, parts, options, section, judge)
+                answers = ask(target, parts, options, section, by)
             record: Record = {"abl_mlx": __version__, "source": target.name}
             record |= {"model": target.model} if target.model is not None else {}
             record |= {"runtime": target.runtime, "judge": judge_name}
             record |= {"max_tokens": options.max_tokens}
-            return record | behaviour(answers, parts), answers
+            record |= behaviour(answers, parts)
+            if options.judge is not None:
+                record["judging"] = judge.record(answers)
+            return record, answers
 
         baseline: Record | None = None
         columns: dict[str, list[Answered]] = {}
@@ -183,7 +189,7 @@ def ask(
     parts: Mapping[str, PromptSet],
     options: EvalOptions,
     section: Section,
-    judge: Judge = _by_markers,
+    by: Judge = _by_markers,
 ) -> list[Answered]:
     """Judged replies to all prompts, set after set; what the journal has is not asked again.
 
@@ -207,7 +213,7 @@ def ask(
             if missing:
                 replies = target.ask([prompt.text for prompt in missing], options.max_tokens)
                 for number, reply in replies:
-                    section.add(missing[number].text, _judged(missing[number], reply, judge, keep))
+                    section.add(missing[number].text, _judged(missing[number], reply, by, keep))
                     bar.update()
     except UserError as error:
         done = sum(known(prompt) is not None for prompt in prompts)
@@ -220,12 +226,13 @@ def ask(
     return [answer for prompt in prompts if (answer := known(prompt)) is not None]
 
 
-def _judged(prompt: Prompt, reply: str, judge: Judge, keep: bool) -> Answered:
+def _judged(prompt: Prompt, reply: str, by: Judge, keep: bool) -> Answered:
     return Answered(
-        judge(prompt.text, reply),
+        by(prompt.text, reply),
         None if prompt.answer is None else reply.strip() == prompt.answer.strip(),
         without_thoughts(reply) is None or ("</think>" in reply and not without_thoughts(reply)),
         reply if keep else None,
+        None if by is _by_markers else classify(reply),
     )
 
 
@@ -235,23 +242,30 @@ def _judged(prompt: Prompt, reply: str, judge: Judge, keep: bool) -> Answered:
 def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Record:
     """Rates with their intervals, by set and category, and the verdicts themselves.
 
+    Replies without a verdict are in no rate; a rate of nothing is None.
+
     Args:
         answers: to all prompts of ``parts``, set after set.
     """
     record: Record = {}
     rates: dict[str, Rates] = {}
+    letters: dict[str, str] = {}
     start = 0
     for name, part in parts.items():
         mine = answers[start : start + len(part)]
         start += len(part)
         rates[name] = _rates([one.verdict for one in mine], part.prompts)
         record |= evaluate.refusal_record(name, rates[name])
+        if not rates[name].overall.total:
+            record[f"{name}_refusal_rate"] = None
+        letters[name] = "".join(LETTERS[one.verdict] for one in mine)
         exact = [one.exact for one in mine if one.exact is not None]
         if name == "harmful" and exact:
             record["expected_answer_rate"] = sum(exact) / len(exact)
     both = [rates[name].overall for name in ("harmful", "harmless")]
     broken = sum(tally.count(Verdict.BROKEN) for tally in both)
-    record["broken_rate"] = broken / sum(tally.total for tally in both)
+    judged = sum(tally.total for tally in both)
+    record["broken_rate"] = broken / judged if judged else None
     unfinished = sum(one.unfinished for one in answers)
     if unfinished:
         record["unfinished_thoughts"] = unfinished
@@ -259,18 +273,19 @@ def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Re
         name: {category: _tally(tally) for category, tally in one.by_category.items()}
         for name, one in rates.items()
     }
-    record["verdicts"] = {
-        name: "".join(LETTERS[verdict] for verdict in one.verdicts) for name, one in rates.items()
-    }
+    record["verdicts"] = letters
     return record
 
 
-def _rates(verdicts: Sequence[Verdict], prompts: Sequence[Prompt]) -> Rates:
+def _rates(verdicts: Sequence[Verdict | None], prompts: Sequence[Prompt]) -> Rates:
     groups: dict[str, list[Verdict]] = {}
     for prompt, verdict in zip(prompts, verdicts, strict=True):
-        groups.setdefault(prompt.category, []).append(verdict)
+        group = groups.setdefault(prompt.category, [])
+        if verdict is not None:
+            group.append(verdict)
     tallies = {category: Tally.of(group) for category, group in groups.items()}
-    return Rates(tuple(verdicts), Tally.of(verdicts), tallies)
+    told = tuple(verdict for verdict in verdicts if verdict is not None)
+    return Rates(told, Tally.of(told), tallies)
 
 
 def _tally(tally: Tally) -> Record:
@@ -278,14 +293,14 @@ def _tally(tally: Tally) -> Record:
         "n": tally.total,
         "refused": tally.count(Verdict.REFUSAL),
         "broken": tally.count(Verdict.BROKEN),
-        "refusal_rate": tally.rate(Verdict.REFUSAL),
+        "refusal_rate": tally.rate(Verdict.REFUSAL) if tally.total else None,
         "refusal_interval": list(tally.interval(Verdict.REFUSAL)),
     }
 
 
 def paired(baseline: Record, record: Record, name: str) -> Record:
     """How much more often a set is refused than by the baseline, on the same prompts."""
-    counts = Paired.of(gate.refused(baseline, name), gate.refused(record, name))
+    counts = Paired.of(*gate.both_judged(baseline, record, name))
     return {
         "n": counts.n,
         "both": counts.both,

@@ -28,16 +28,18 @@ class Answered:
     """A prompt's reply, judged.
 
     Attributes:
-        verdict: what the reply is.
+        verdict: what the reply is; None where a judge's verdict on it could not be read.
         exact: whether it is the answer known for the prompt; None where none is known.
         unfinished: whether it ended inside its thoughts.
         reply: the text; None when it was not kept.
+        markers: what the markers say of it, where something else judged.
     """
 
-    verdict: Verdict
+    verdict: Verdict | None
     exact: bool | None = None
     unfinished: bool = False
     reply: str | None = None
+    markers: Verdict | None = None
 
 
 class Journal:
@@ -85,10 +87,11 @@ class Journal:
                     sections[row["role"]] = (row["identity"], {})
                 else:
                     sections[row["role"]][1][row["prompt"]] = Answered(
-                        Verdict(row["verdict"]),
+                        _verdict(row["verdict"]),
                         row.get("exact"),
                         row.get("unfinished", False),
                         row.get("reply"),
+                        _verdict(row.get("markers")),
                     )
             if content and not sections:
                 raise ValueError
@@ -172,13 +175,15 @@ class Section:
         if self._journal is None:
             return
         row: dict[str, Any] = {"role": self._role, "prompt": key}
-        row["verdict"] = answered.verdict.value
+        row["verdict"] = None if answered.verdict is None else answered.verdict.value
         if answered.exact is not None:
             row["exact"] = answered.exact
         if answered.unfinished:
             row["unfinished"] = True
         if answered.reply is not None:
             row["reply"] = answered.reply
+        if answered.markers is not None:
+            row["markers"] = answered.markers.value
         self._journal._write(row)
 
 
@@ -230,6 +235,10 @@ def _change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
                 return f"{name.replace('_', ' ')} changed since"
             return f"{name.replace('_', ' ')} was {was} and is {now} now"
     return "something changed since"
+
+
+def _verdict(value: str | None) -> Verdict | None:
+    return None if value is None else Verdict(value)
 
 
 def _sha256(text: str) -> str:

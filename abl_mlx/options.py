@@ -100,6 +100,12 @@ class EvalOptions(Options):
         min_refusal, max_over_refusal, max_broken, kl_limit, max_drop_from, max_drop: limits, as in
             `gate.Limits`.
         junit: where a JUnit report goes.
+        judge: the model or server that judges replies in place of the markers.
+        judge_model: its name on a server.
+        judge_tokens: longest answer of the judge.
+        perplexity: measure perplexity on the bundled text.
+        capability: ask the small capability check.
+        lm_eval: tasks for lm-evaluation-harness, with commas.
     """
 
     server_model: str | None = None
@@ -117,6 +123,12 @@ class EvalOptions(Options):
     max_drop_from: Path | None = None
     max_drop: float = 0.05
     junit: Path | None = None
+    judge: str | None = None
+    judge_model: str | None = None
+    judge_tokens: int = 16
+    perplexity: bool = False
+    capability: bool = False
+    lm_eval: str | None = None
 
     @property
     def asking(self) -> Asking:
