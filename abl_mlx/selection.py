@@ -16,13 +16,24 @@ from abl_mlx.directions import Candidates
 from abl_mlx.edits import Edit
 from abl_mlx.logits import first_reply_token
 from abl_mlx.models import ChatModel, progress
-from abl_mlx.steering import ablation
+from abl_mlx.report import say
+from abl_mlx.steering import Intervention, ablation, steering
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 
 #: Directions read off the last 20% of the layers are left out: they are about to become words,
 #: and removing them forbids tokens rather than refusing (Arditi et al. 2024, section C).
 DEEPEST = 0.8
+TOO_DEEP = f"in the last {1 - DEEPEST:.0%} of the layers"
+
+#: A direction ends refusals when this share of replies at most still opens as one.
+LEFT = 0.05
+
+NO_REFUSAL = (
+    "this model opens its replies to harmful and harmless prompts in the same way, so there is no "
+    "refusal to find: check with `abl-mlx eval`, or choose a direction yourself with --layer and "
+    "--position."
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,12 @@ class Score:
         mean: |mean element| of the unit direction, the ranking of FailSpy's abliterator.
         refusal: mean refusal score (log-odds) of harmful validation prompts with the direction
             ablated; None where it was not tried.
+        refused: share of these prompts whose reply still opens as a refusal with the direction
+            ablated, by odds; None where it was not tried.
         kl: mean KL(model ‖ ablated) in nats at the first reply token of harmless validation
             prompts; None where it was not tried.
+        induced: mean refusal score of harmless validation prompts with the difference of means
+            added to the stream after the candidate's layer; None where it was not tried.
         dropped: why the candidate cannot be chosen; empty when it can.
     """
 
@@ -49,7 +64,9 @@ class Score:
     cosine: float
     mean: float
     refusal: float | None = None
+    refused: float | None = None
     kl: float | None = None
+    induced: float | None = None
     dropped: str = ""
 
     def record(self) -> dict[str, Any]:
@@ -63,7 +80,7 @@ class Choice:
 
     Attributes:
         score: of the chosen candidate.
-        direction: (1, d) float32.
+        direction: (k, d) float32.
         scores: of every candidate.
         refusal_tokens: the token ids whose odds are the refusal score.
         refusal_before: (harmful, harmless) mean refusal scores of the unedited model.
@@ -86,13 +103,13 @@ def separation(
     projections = []
     for prompts, label in ((harmful, "separation, harmful"), (harmless, "separation, harmless")):
         rows = [
-            (states * candidates.directions[None]).sum(axis=-1)
+            (states * candidates.leads[None]).sum(axis=-1)
             for _, states in capture.iterate(chat, prompts, candidates.positions, label=label)
         ]
         projections.append(mx.concatenate(rows, axis=0))  # (N, L, P)
     d_primes = d_prime(*projections)
     cosines = cosine_separation(candidates)
-    means = mx.abs(candidates.directions.mean(axis=-1))
+    means = mx.abs(candidates.leads.mean(axis=-1))
     return [
         Score(
             layer,
@@ -100,11 +117,7 @@ def separation(
             number(d_primes[layer, p]),
             number(cosines[layer, p]),
             number(means[layer, p]),
-            dropped=(
-                f"in the last {1 - DEEPEST:.0%} of the layers"
-                if (layer + 1) / candidates.n_layers > DEEPEST
-                else ""
-            ),
+            dropped=(TOO_DEEP if (layer + 1) / candidates.n_layers > DEEPEST else ""),
         )
         for layer in range(candidates.n_layers)
         for p, position in enumerate(candidates.positions)
@@ -162,6 +175,75 @@ def kl_divergence(base: mx.array, other: mx.array) -> mx.array:
     return (mx.exp(base) * (base - other)).sum(axis=-1)
 
 
+@dataclass(frozen=True)
+class Effect:
+    """What an edit does to the first reply token, on validation prompts; see `Score`."""
+
+    refusal: float
+    refused: float
+    kl: float
+
+
+class Trial:
+    """Tries edits on a loaded model at runtime, by what they do to the first reply token.
+
+    Attributes:
+        refusal_tokens: the token ids whose odds are the refusal score.
+        refusal_before: (harmful, harmless) mean refusal scores of the unedited model.
+        harmful_tokens, harmless_tokens: in the prompts; a forward pass runs so many at most.
+    """
+
+    def __init__(
+        self,
+        chat: ChatModel,
+        writers: Sequence[Writer],
+        harmful: Sequence[Sequence[int]],
+        harmless: Sequence[Sequence[int]],
+    ):
+        """Run the model as it is once.
+
+        Args:
+            harmful, harmless: encoded prompts.
+
+        Raises:
+            UserError: when the model does not open refusals differently from answers.
+        """
+        self._chat, self._writers = chat, writers
+        self._harmful, self._harmless = harmful, harmless
+        before = first_reply_token(chat, harmful)
+        self._base = first_reply_token(chat, harmless)
+        self.refusal_tokens = refusal_tokens(before, self._base)
+        if not self.refusal_tokens:
+            raise UserError(
+                "this model opens its replies to harmful and harmless prompts in the same way, so "
+                "there is no refusal to find: check with `abl-mlx eval`, or choose a direction "
+                "yourself with --layer and --position."
+            )
+        self.refusal_before = (
+            number(refusal_scores(before, self.refusal_tokens).mean()),
+            number(refusal_scores(self._base, self.refusal_tokens).mean()),
+        )
+        self.harmful_tokens = sum(map(len, harmful))
+        self.harmless_tokens = sum(map(len, harmless))
+
+    def of_edit(self, edit: Edit) -> Effect:
+        """The effect of an edit, without its kept norms, which are had in weights only."""
+        with ablation(self._writers, replace(edit, norm="none")):
+            odds = refusal_scores(first_reply_token(self._chat, self._harmful), self.refusal_tokens)
+            opened = first_reply_token(self._chat, self._harmless)
+        return Effect(
+            refusal=number(odds.mean()),
+            refused=number((odds > 0).mean()),
+            kl=number(kl_divergence(self._base, opened).mean()),
+        )
+
+    def of_adding(self, intervention: Intervention) -> float:
+        """The mean refusal score of harmless prompts under an intervention on the stream."""
+        with steering(self._chat, intervention):
+            opened = first_reply_token(self._chat, self._harmless)
+        return number(refusal_scores(opened, self.refusal_tokens).mean())
+
+
 # --- the choice --------------------------------------------------------------------------------
 
 
@@ -194,47 +276,45 @@ def choose(
     """The causal choice of Arditi et al. 2024: ablate, and see what it does to the first token.
 
     Among the shortlisted candidates whose ablation moves harmless prompts by at most ``max_kl``
-    (nats, first reply token), the one that leaves the lowest refusal score on harmful ones.
+    (nats, first reply token), the one that leaves the lowest refusal score on harmful ones
+    (bypass). A candidate that makes harmless prompts refused when it is added (induce) is taken
+    before all that do not: what only stops refusals may have broken something else. The deepest
+    layers are tried when nothing before them ends refusals.
 
     Args:
         harmful, harmless: encoded validation prompts.
         edit_for: the edit to try a candidate with.
         max_kl: limit of the mean KL on harmless prompts, nats.
-        trials: how many candidates are tried; each costs one forward pass of both prompt sets.
+        trials: how many candidates are tried; each costs a forward pass of the harmful prompts and
+            two of the harmless ones.
 
     Raises:
         UserError: when the model does not open refusals differently from answers, or when no
             candidate stays under the limit.
     """
     scores = separation(chat, candidates, harmful, harmless)
-    base_harmful = first_reply_token(chat, harmful)
-    base_harmless = first_reply_token(chat, harmless)
-    tokens = refusal_tokens(base_harmful, base_harmless)
-    if not tokens:
-        raise UserError(
-            "this model opens its replies to harmful and harmless prompts in the same way, so "
-            "there is no refusal to find: check with `abl-mlx eval`, or choose a direction "
-            "yourself with --layer and --position."
-        )
-    before = (
-        number(refusal_scores(base_harmful, tokens).mean()),
-        number(refusal_scores(base_harmless, tokens).mean()),
-    )
-    chosen = shortlist(scores, trials)
+    trial = Trial(chat, writers, harmful, harmless)
     tried: dict[tuple[int, int], Score] = {}
-    with progress(len(chosen), "causal choice", "candidate") as bar:
-        for score in chosen:
-            # Norms are kept in weights only; what that changes is seen in the evaluation.
-            with ablation(writers, replace(edit_for(score), norm="none")):
-                opened = first_reply_token(chat, harmful)
-                refusal = number(refusal_scores(opened, tokens).mean())
-                opened = first_reply_token(chat, harmless)
-                kl = number(kl_divergence(base_harmless, opened).mean())
-            dropped = "" if kl <= max_kl else f"KL {kl:.3f} over the limit of {max_kl:g}"
-            tried[score.layer, score.position] = replace(
-                score, refusal=refusal, kl=kl, dropped=dropped
-            )
-            bar.update()
+
+    def attempt(chosen: Sequence[Score]) -> None:
+        tokens = len(chosen) * (trial.harmful_tokens + 2 * trial.harmless_tokens)
+        say(f"  {len(chosen)} candidates are tried, which takes about {tokens:,} forward tokens")
+        with progress(len(chosen), "causal choice", "candidate") as bar:
+            for score in chosen:
+                effect = trial.of_edit(edit_for(score))
+                limit = f"KL {effect.kl:.3f} over the limit of {max_kl:g}"
+                tried[score.layer, score.position] = replace(
+                    score,
+                    **vars(effect),
+                    induced=trial.of_adding(addition(candidates, score)),
+                    dropped="" if effect.kl <= max_kl else limit,
+                )
+                bar.update()
+
+    attempt(shortlist(scores, trials))
+    if not any(map(_works, tried.values())):
+        deep = [replace(score, dropped="") for score in scores if score.dropped == TOO_DEEP]
+        attempt(shortlist(deep, trials))
     scores = [tried.get((score.layer, score.position), score) for score in scores]
     left = [score for score in tried.values() if not score.dropped]
     if not left:
@@ -244,21 +324,37 @@ def choose(
             f"(the gentlest by {lowest:.3f}): raise --max-kl, or choose with --layer and "
             "--position."
         )
-    best = min(left, key=lambda score: score.refusal if score.refusal is not None else math.inf)
-    return Choice(best, direction_of(candidates, best.layer, best.position), scores, tokens, before)
+    best = min(left, key=_preference)
+    return Choice(
+        best,
+        direction_of(candidates, best.layer, best.position),
+        scores,
+        trial.refusal_tokens,
+        trial.refusal_before,
+    )
 
 
-def direction_of(candidates: Candidates, layer: int, position: int) -> mx.array:
-    """One candidate as (1, d) float32.
+def _preference(score: Score) -> tuple[bool, bool, float]:
+    assert score.refusal is not None
+    assert score.induced is not None
+    return not _works(score), score.induced <= 0, score.refusal
+
+
+def _works(score: Score) -> bool:
+    return not score.dropped and score.refused is not None and score.refused <= LEFT
+
+
+def addition(candidates: Candidates, score: Score) -> Intervention:
+    """The difference of means, in its own length, added after a candidate's layer."""
+    at = score.layer, candidates.positions.index(score.position)
+    difference = candidates.harmful_mean[at] - candidates.harmless_mean[at]
+    return Intervention("add", difference[None], layers=frozenset({score.layer}))
+
+
+def direction_of(candidates: Candidates, layer: float, position: int) -> mx.array:
+    """One candidate as (k, d) float32.
 
     Raises:
         UserError: when there is no such layer or position.
     """
-    if not 0 <= layer < candidates.n_layers:
-        raise UserError(f"--layer {layer}: the model has layers 0 to {candidates.n_layers - 1}.")
-    if position not in candidates.positions:
-        raise UserError(
-            f"--position {position}: the measured positions are "
-            f"{', '.join(map(str, candidates.positions))}."
-        )
-    return candidates.directions[layer, candidates.positions.index(position)][None]
+    return candidates.at(layer, position)
