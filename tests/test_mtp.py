@@ -256,14 +256,17 @@ FORMS: dict[str, tuple[str, int, str, dict[str, Any], set[str], tuple[tuple[str,
         )
         for arch in ("glm4_moe", "glm4_moe_lite", "deepseek_v32")
     },
-    "bailing_moe_v3": (
-        "model.layers.", 2, "model.layers.3.",
-        {f"model.layers.3.{name}": shape for name, shape in {
-            "eh_proj.weight": _FC, "enorm.weight": _D, "hnorm.weight": _D,
-            "final_layernorm.weight": _D}.items()},
-        {"model.layers.3.eh_proj", "model.layers.3.attention.dense"}
-        | experts("model.layers.3.", "shared_experts"), (),
-    ),
+    **{
+        arch: (
+            "model.layers.", 2, "model.layers.3.",
+            {f"model.layers.3.{name}": shape for name, shape in {
+                "eh_proj.weight": _FC, "enorm.weight": _D, "hnorm.weight": _D,
+                "final_layernorm.weight": _D}.items()},
+            {"model.layers.3.eh_proj", "model.layers.3.attention.dense"}
+            | experts("model.layers.3.", "shared_experts"), (),
+        )
+        for arch in ("bailing_moe_v3", "bailing_hybrid")
+    },
     "qwen3_next": (
         "model.layers.", 3, "mtp.layers.0.", fc(),
         {"mtp.fc", "mtp.layers.0.self_attn.o_proj"} | experts("mtp.layers.0.", "shared_expert"), (),
@@ -271,6 +274,12 @@ FORMS: dict[str, tuple[str, int, str, dict[str, Any], set[str], tuple[tuple[str,
     "qwen3_5": (
         "model.language_model.layers.", 3, "mtp.layers.0.", fc(),
         {"mtp.fc", "mtp.layers.0.self_attn.o_proj", "mtp.layers.0.mlp.down_proj"}, _QWEN35_NAMES,
+    ),
+    "qwen3_5_moe": (
+        "model.language_model.layers.", 3, "mtp.layers.0.", fc(),
+        {"mtp.fc", "mtp.layers.0.self_attn.o_proj", "mtp.layers.0.mlp.switch_mlp.down_proj",
+         "mtp.layers.0.mlp.shared_expert.down_proj"},
+        (*_QWEN35_NAMES, ("switch_mlp", "switch_mlp")),
     ),
     "exaone_moe": (
         "model.layers.", 2, "mtp.layers.0.", fc(),
@@ -361,7 +370,7 @@ def test_the_writers_of_mtp_blocks_are_edited_on_request_alone(arch, shards, dir
         for name in edited:
             w, v = (np.array(files.read(name)).astype(np.float64) for files in (old, new))
             exact = w - (w @ r)[..., None] * r if "embed" in name or w.ndim == 1 else (
-                w - np.outer(r, r @ w)
+                w - r[:, None] * np.einsum("d,...dn->...n", r, w)[..., None, :]
             )  # fmt: skip
             np.testing.assert_allclose(v, exact, atol=1e-6)
     assert "left as they are; --mtp" in report.apply_table(without)
