@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, progress
@@ -207,3 +212,38 @@ def full(
         raise UserError("there are no prompts to run.")
     back = sorted(range(len(order)), key=order.__getitem__)
     return mx.concatenate(parts, axis=0)[mx.array(back)]
+
+
+@contextmanager
+def stored(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[int] = (-1,),
+    *,
+    label: str = "capture",
+) -> Iterator[np.ndarray]:
+    """Every prompt's states in a temporary file: (L, P, N, d) float32, memory-mapped.
+
+    For what cannot be summed as it streams by. In memory there is one batch, and of the file what
+    is being read: (N, d) of one layer and position at a time. The file is gone after the block.
+
+    Raises:
+        UserError: where the disk has no room for it; no prompts.
+    """
+    if not sequences:
+        raise UserError("there are no prompts to run.")
+    shape = len(chat.layers), len(offsets), len(sequences), chat.width
+    needed, folder = 4 * int(np.prod(shape, dtype=np.int64)), tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free, and the states of all prompts take "
+            f"{needed / 1e9:.1f} GB: free some space, set TMPDIR to a larger disk, take fewer "
+            "prompts (--limit), or choose --method difference-of-means, which keeps none."
+        )
+    with tempfile.TemporaryDirectory(prefix="abl-mlx-") as temporary:
+        kept = np.memmap(Path(temporary) / "states.f32", np.float32, "w+", shape=shape)
+        for indices, states in iterate(chat, sequences, offsets, label=label):
+            kept[:, :, indices] = np.array(states).transpose(1, 2, 0, 3)
+        yield kept
+        del kept

@@ -42,6 +42,24 @@ class Layers(click.ParamType):
         return frozenset(chosen)
 
 
+class Position(click.ParamType):
+    """A negative token offset, or ``instruction-end``."""
+
+    name = "position"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if value == "instruction-end" or isinstance(value, int):
+            return value
+        try:
+            if int(value) < 0:
+                return int(value)
+        except ValueError:
+            pass
+        self.fail(f"{value!r} is neither instruction-end nor a number from -1 down.", param, ctx)
+
+
 class PinValue(click.ParamType):
     """``harmless``, ``harmful`` or a number."""
 
@@ -106,14 +124,55 @@ def _prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 def _choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     flags = [
         click.option(
+            "--method",
+            type=click.Choice(
+                [
+                    "difference-of-means",
+                    "winsorized-means",
+                    "median-means",
+                    "projected",
+                    "biprojected",
+                    "svd",
+                    "probe",
+                    "over-refusal",
+                ]
+            ),
+            help="How directions are found (docs/methods.md). Without it: the difference of means, "
+            "and subspaces where one direction leaves refusals.",
+        ),
+        click.option(
+            "--rank",
+            type=click.IntRange(min=1),
+            help="Directions in the subspace of --method svd (default 2) or of --across (3).",
+        ),
+        click.option(
+            "--across",
+            type=click.Choice(["layers", "positions"]),
+            help="Take the directions at all layers, or at all tokens of the template's tail, "
+            "together as one subspace of --rank.",
+        ),
+        click.option(
+            "--per-layer",
+            is_flag=True,
+            help="Remove from the writers of each layer that layer's own direction.",
+        ),
+        click.option(
             "--layer",
-            type=click.IntRange(min=0),
-            help="Take the direction after this layer (from 0) instead of choosing by its effect.",
+            type=click.FloatRange(min=0),
+            help="Take the direction after this layer (from 0) instead of choosing by its effect; "
+            "2.4 is between layers 2 and 3.",
         ),
         click.option(
             "--position",
-            type=click.IntRange(max=-1),
-            help="Take the direction at this token, counted from the prompt's end: -1 is the last.",
+            type=Position(),
+            metavar="N|instruction-end",
+            help="Take directions at this token, counted from the prompt's end: -1 is the last. "
+            "instruction-end is the instruction's own last token.",
+        ),
+        click.option(
+            "--borderline",
+            metavar="FILE|DATASET",
+            help="For --method over-refusal: harmless prompts that this model refuses.",
         ),
         click.option(
             "--max-kl",
@@ -332,6 +391,23 @@ def _judge_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             default=16,
             show_default=True,
             type=click.IntRange(min=1),
+        click.option(
+            "--perplexity",
+            is_flag=True,
+            help="Measure perplexity on a bundled text too: the opening of Alice in Wonderland.",
+        ),
+        click.option(
+            "--capability",
+            is_flag=True,
+            help="Ask sixty small tasks with one right answer each too: sums, instructions, finding "
+            "something in a text.",
+        ),
+        click.option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Then run these tasks of lm-evaluation-harness (with commas between) through "
+            "mlx_lm.evaluate; --limit holds for each. Of a model in MLX.",
+        ),
             help="Longest answer of the judge; more for one that thinks first.",
         ),
     ]
@@ -462,6 +538,14 @@ def cli() -> None:
 
 
 @cli.command()
+@click.option(
+    "--direction",
+    type=click.Path(path_type=Path),
+    help="Remove the direction in this file instead of measuring one: what `measure` wrote, a "
+    ".npy, .npz or .safetensors vector (a SAE decoder's row, say), or a control vector (.gguf, "
+    "--layer).",
+)
+@click.option("--tensor", metavar="NAME", help="Which tensor of --direction FILE.")
 @click.argument("model")
 @_edit_flags
 @click.option(

@@ -4,73 +4,356 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from abl_mlx import __version__, capture
-from abl_mlx.arrays import numbers
+from abl_mlx import __version__, capture, methods, outside
+from abl_mlx.arrays import numbers, numpy_of
 from abl_mlx.models import ChatModel
 from convert.atomic import new_file
 from convert.errors import UserError
 
 METHOD = "difference-of-means"
 
+#: What ``--method`` may be; docs/methods.md has the formulas.
+METHODS = (
+    METHOD,
+    "winsorized-means",
+    "median-means",
+    "projected",
+    "biprojected",
+    "svd",
+    "probe",
+    "over-refusal",
+)
+
 
 @dataclass(frozen=True)
 class Candidates:
-    """Mean residual states and the difference directions between them (Arditi et al. 2024).
+    """Mean residual states and candidate directions at every layer and position.
 
     Attributes:
         harmful_mean: (L, P, d) float32, mean state over harmful prompts after layer l at
-            position p.
+            position p; of the method over-refusal, over borderline prompts.
         harmless_mean: (L, P, d) float32, the same over harmless prompts.
         positions: the P token offsets from the prompt's end, -1 being the last token.
+        method: of `METHODS`.
+        found: (L, P, k, d) float32, what the method found: orthonormal rows. None for the
+            difference of means, which follows from the means (Arditi et al. 2024).
+        facts: name -> (L, P) of what else is known of each candidate: ``effective_rank``, ...
     """
 
     harmful_mean: mx.array
     harmless_mean: mx.array
     positions: tuple[int, ...]
+    method: str = METHOD
+    found: mx.array | None = None
+    facts: Mapping[str, mx.array] = field(default_factory=dict)
+
+    @property
+    def bases(self) -> mx.array:
+        """(L, P, k, d) float32, orthonormal rows."""
+        if self.found is not None:
+            return self.found
+        return _unit(self.harmful_mean - self.harmless_mean)[:, :, None]
 
     @property
     def directions(self) -> mx.array:
-        """Unit vectors (L, P, d) float32: normalize(harmful_mean − harmless_mean)."""
-        difference = self.harmful_mean - self.harmless_mean
-        return difference / mx.maximum(
-            mx.sqrt((difference * difference).sum(axis=-1, keepdims=True)), 1e-30
-        )
+        """The candidates: unit vectors (L, P, d), or for subspaces orthonormal (L, P, k, d)."""
+        return self.bases if self.rank > 1 else self.bases[:, :, 0]
+
+    @property
+    def leads(self) -> mx.array:
+        """Unit vectors (L, P, d): the direction of each candidate along which the means differ."""
+        if self.rank == 1:
+            return self.bases[:, :, 0]
+        difference = (self.harmful_mean - self.harmless_mean)[:, :, None]
+        along = (self.bases * difference).sum(axis=-1, keepdims=True)
+        return _unit((along * self.bases).sum(axis=2))
 
     @property
     def n_layers(self) -> int:
         """L."""
         return int(self.harmful_mean.shape[0])
 
+    @property
+    def rank(self) -> int:
+        """k, how many directions a candidate has."""
+        return 1 if self.found is None else int(self.found.shape[2])
+
+    def at(self, layer: float, position: int) -> mx.array:
+        """One candidate as (k, d) float32; between two layers, what lies between theirs.
+
+        Raises:
+            UserError: when there is no such layer or position.
+        """
+        if not 0 <= layer <= self.n_layers - 1:
+            raise UserError(f"--layer {layer:g}: the model has layers 0 to {self.n_layers - 1}.")
+        column = self._column(position)
+        whole = int(layer)
+        first = self.bases[whole, column]
+        if layer == whole:
+            return first
+        second = self.bases[whole + 1, column]
+        between = methods.interpolated(numpy_of(first), numpy_of(second), layer - whole)
+        return mx.array(between.astype(np.float32))
+
+    def _column(self, position: int) -> int:
+        if position not in self.positions:
+            raise UserError(
+                f"--position {position}: the measured positions are "
+                f"{', '.join(map(str, self.positions))}."
+            )
+        return self.positions.index(position)
+
+    def each_layer(self, position: int) -> mx.array:
+        """The candidates at one position, for an edit of each layer's own: (L, k, d)."""
+        return self.bases[:, self._column(position)]
+
+    def for_edit(self, layer: float, position: int) -> mx.array:
+        """What an edit with one candidate removes: (k, d), or (L, k, d) where layers differ.
+
+        Of the method "biprojected" the writers of layer t get the direction made orthogonal to the
+        harmless means both where it was measured and after layer t, so that no harmless mean of an
+        edited layer is disturbed (grimjim 2025,
+        https://huggingface.co/blog/grimjim/norm-preserving-biprojected-abliteration).
+        """
+        basis = self.at(layer, position)
+        if self.method != "biprojected":
+            return basis
+        column = self._column(position)
+        means = numpy_of(self.harmless_mean[:, column]).astype(np.float64)
+        own = means[int(layer)]
+        rows = [
+            methods.unit(methods.without(numpy_of(basis), np.stack([own, mean]))) for mean in means
+        ]
+        return mx.array(np.stack(rows).astype(np.float32))
+
+    def across_positions(self, rank: int) -> Candidates:
+        """Subspaces of what is measured at all positions: one candidate for each layer.
+
+        They are the top ``rank`` singular vectors of a layer's directions at all positions, each
+        of length 1. The means are those at the last position.
+        """
+        bases, last = numpy_of(self.bases), max(self.positions)
+        found = [
+            self._span(bases[layer].reshape(-1, bases.shape[-1]), rank, "--across positions", layer)
+            for layer in range(self.n_layers)
+        ]
+        column = slice(self._column(last), self._column(last) + 1)
+        return replace(
+            self,
+            harmful_mean=self.harmful_mean[:, column],
+            harmless_mean=self.harmless_mean[:, column],
+            positions=(last,),
+            found=mx.array(np.stack(found)[:, None].astype(np.float32)),
+            facts={},
+        )
+
+    def across_layers(self, position: int, rank: int) -> mx.array:
+        """The subspace of one position's directions after all layers: (k, d), k = ``rank``.
+
+        The top singular vectors of the directions, each of length 1: what they have in common
+        comes first. A refusal that moves to another direction on its way up lies in it whole.
+        """
+        rows = numpy_of(self.each_layer(position))
+        span = self._span(rows.reshape(-1, rows.shape[-1]), rank, "--across layers", None)
+        return mx.array(span.astype(np.float32))
+
+    def _span(self, rows: np.ndarray, rank: int, flag: str, layer: int | None) -> np.ndarray:
+        where = None if layer is None else numpy_of(self.leads[layer, -1])
+        span, _ = methods.subspace(rows, rank, where)
+        if len(span) < rank:
+            raise UserError(
+                f"{flag} --rank {rank}: the directions span {len(span)} dimensions only; choose a "
+                "smaller rank."
+            )
+        return span
+
+
+def _unit(vectors: mx.array) -> mx.array:
+    lengths = mx.sqrt((vectors * vectors).sum(axis=-1, keepdims=True))
+    return vectors / mx.maximum(lengths, 1e-30)
+
+
+# --- measuring ---------------------------------------------------------------------------------
+
+Sequences = Sequence[Sequence[int]]
+
 
 def measure(
     chat: ChatModel,
-    harmful: Sequence[Sequence[int]],
-    harmless: Sequence[Sequence[int]],
+    harmful: Sequences,
+    harmless: Sequences,
     positions: Sequence[int],
+    *,
+    method: str = METHOD,
+    rank: int = 1,
+    borderline: Sequences | None = None,
 ) -> Candidates:
-    """Means over the encoded prompts at every layer and the given positions.
+    """Candidates over the encoded prompts at every layer and the given positions.
 
-    Sums are float32 and streamed: memory does not grow with the number of prompts.
+    Sums are streamed: memory does not grow with the number of prompts. Methods that need every
+    prompt's states (medians, svd, probe) keep them in a temporary file (`capture.stored`).
+
+    Args:
+        method: of `METHODS`.
+        rank: how many directions ``svd`` finds.
+        borderline: what ``over-refusal`` needs: harmless prompts that sound harmful.
 
     Raises:
         UserError: a state that is not finite, naming the layer.
     """
+    if method == "winsorized-means":
+        parts = [_two_means(chat, one, positions, label) for one, label in (
+            (harmful, "harmful prompts"), (harmless, "harmless prompts"))]  # fmt: skip
+        (harmful_mean, first), (harmless_mean, second) = parts
+        candidates = _checked(Candidates(harmful_mean, harmless_mean, tuple(positions), method))
+        return replace(candidates, found=_float32(methods.unit(first - second))[:, :, None])
+    if method in ("median-means", "svd", "probe"):
+        return _from_states(chat, harmful, harmless, positions, method, rank)
     harmful_mean = capture.mean(chat, harmful, positions, label="harmful prompts")
     harmless_mean = capture.mean(chat, harmless, positions, label="harmless prompts")
-    finite = numbers(mx.isfinite(harmful_mean + harmless_mean).all(axis=(1, 2)))
+    candidates = _checked(Candidates(harmful_mean, harmless_mean, tuple(positions), method))
+    if method in ("projected", "biprojected"):
+        return replace(candidates, found=_projected(candidates)[:, :, None])
+    if method == "over-refusal":
+        assert borderline is not None
+        middle = capture.mean(chat, borderline, positions, label="borderline prompts")
+        _checked(replace(candidates, harmful_mean=middle))
+        three = (numpy_of(one) for one in (harmful_mean, middle, harmless_mean))
+        found = _float32(methods.unit(methods.over_refusal(*three)))
+        return replace(candidates, harmful_mean=middle, found=found[:, :, None])
+    return candidates
+
+
+def _checked(candidates: Candidates) -> Candidates:
+    sums = candidates.harmful_mean + candidates.harmless_mean
+    finite = numbers(mx.isfinite(sums).all(axis=(1, 2)))
     if not all(finite):
         raise UserError(
             f"the residual stream after layer {finite.index(False)} is not finite: the model's "
             "weights are damaged, or overflow their dtype."
         )
-    return Candidates(harmful_mean, harmless_mean, tuple(positions))
+    return candidates
+
+
+def _float32(values: np.ndarray) -> mx.array:
+    return mx.array(np.ascontiguousarray(values, np.float32))
+
+
+def _two_means(
+    chat: ChatModel, sequences: Sequences, positions: Sequence[int], label: str
+) -> tuple[mx.array, np.ndarray]:
+    """The mean state, and the mean of winsorized ones: (L, P, d) each."""
+    plain: mx.array | None = None
+    cut: np.ndarray | None = None
+    for _, states in capture.iterate(chat, sequences, positions, label=label):
+        part = methods.winsorized(np.array(states)).sum(axis=0, dtype=np.float64)
+        plain = states.sum(axis=0) if plain is None else plain + states.sum(axis=0)
+        cut = part if cut is None else cut + part
+        mx.eval(plain)
+    if plain is None or cut is None:
+        raise UserError("there are no prompts to run.")
+    return plain / len(sequences), cut / len(sequences)
+
+
+def _projected(candidates: Candidates) -> mx.array:
+    difference = numpy_of(candidates.harmful_mean) - numpy_of(candidates.harmless_mean)
+    means = numpy_of(candidates.harmless_mean)
+    found = np.stack([
+        np.stack([methods.without(row, mean) for row, mean in zip(*pair, strict=True)])
+        for pair in zip(difference, means, strict=True)
+    ])  # fmt: skip
+    return _float32(methods.unit(found))
+
+
+def _from_states(
+    chat: ChatModel,
+    harmful: Sequences,
+    harmless: Sequences,
+    positions: Sequence[int],
+    method: str,
+    rank: int,
+) -> Candidates:
+    facts: dict[str, list[float]] = {}
+    estimate: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, dict[str, float]]] = {
+        "median-means": _median,
+        "svd": lambda bad, good: _svd(bad, good, rank),
+        "probe": _probe,
+    }[method]
+    with (
+        capture.stored(chat, harmful, positions, label="harmful prompts") as bad,
+        capture.stored(chat, harmless, positions, label="harmless prompts") as good,
+    ):
+        means = [_float32(states.mean(axis=2, dtype=np.float64)) for states in (bad, good)]
+        candidates = _checked(Candidates(means[0], means[1], tuple(positions), method))
+        found = np.empty((*bad.shape[:2], rank if method == "svd" else 1, chat.width), np.float32)
+        for layer, column in np.ndindex(*bad.shape[:2]):
+            found[layer, column], known = estimate(bad[layer, column], good[layer, column])
+            for name, value in known.items():
+                facts.setdefault(name, []).append(value)
+    shaped = {name: mx.array(values).reshape(*found.shape[:2]) for name, values in facts.items()}
+    return replace(candidates, found=mx.array(found), facts=shaped)
+
+
+def _median(bad: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    return methods.unit(methods.median(bad) - methods.median(good)), {}
+
+
+def _svd(bad: np.ndarray, good: np.ndarray, rank: int) -> tuple[np.ndarray, dict[str, float]]:
+    """DESIGN section 10: of harmful states less the harmless mean."""
+    rows = bad.astype(np.float64) - good.mean(axis=0, dtype=np.float64)
+    top, whole = methods.subspace(rows, rank)
+    if len(top) < rank:
+        raise UserError(
+            f"--rank {rank}: {len(bad)} harmful prompts span {len(top)} dimensions only; choose a "
+            "smaller rank, or give more prompts."
+        )
+    return top, {"effective_rank": whole.effective_rank}
+
+
+def _probe(bad: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    found = methods.probe(bad, good)
+    length = float(np.linalg.norm(found.weight))
+    return found.weight / length, {"threshold": -found.bias / length}
+
+
+def describe(candidates: Candidates, harmful: np.ndarray, harmless: np.ndarray) -> Candidates:
+    """The candidates with what held-out states say of each.
+
+    ``explained``: the share of Σ‖h − harmless mean‖² over harmful states within the candidate.
+    ``auc`` and ``accuracy``: how well the projection on it (on `leads`) tells the two sets apart;
+    the accuracy at the probe's threshold, or else half way between the training means.
+
+    Args:
+        harmful, harmless: (L, P, N, d) and (L, P, M, d), of prompts they were not made from.
+    """
+    bases, leads = numpy_of(candidates.bases), numpy_of(candidates.leads)
+    low, high = numpy_of(candidates.harmless_mean), numpy_of(candidates.harmful_mean)
+    names = "explained", "auc", "accuracy"
+    facts = {name: np.zeros(leads.shape[:2], np.float32) for name in names}
+    for at in np.ndindex(*leads.shape[:2]):
+        lead = leads[at].astype(np.float64)
+        threshold = float((low[at] + high[at]) @ lead) / 2
+        if "threshold" in candidates.facts:
+            threshold = float(candidates.facts["threshold"][at].item())  # type: ignore[arg-type]
+        bad, good = harmful[at] @ lead - threshold, harmless[at] @ lead - threshold
+        facts["explained"][at] = methods.explained(harmful[at], low[at], bases[at])
+        facts["auc"][at] = methods.auc(bad, good)
+        facts["accuracy"][at] = methods.accuracy(bad, good)
+    return replace(
+        candidates,
+        facts={**candidates.facts, **{name: mx.array(value) for name, value in facts.items()}},
+    )
+
+
+# --- the file ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -78,19 +361,23 @@ class DirectionFile:
     """What a direction file holds; docs/direction-file.md describes it byte by byte.
 
     Attributes:
-        selected: (k, d) float32, the chosen directions, unit length.
+        selected: float32, the chosen directions: (k, d), or (L, k, d) with the writers of each
+            layer their own; orthonormal, or of unit length.
         candidates: everything they were chosen from; None in a file that holds only `selected`.
         metadata: method, layer, position, model, prompt hashes, scores and version.
+        clouds: (harmful (N, 2), harmless (M, 2)): held-out states in the plane that
+            `methods.plane` chooses, to be drawn.
     """
 
     selected: mx.array
     candidates: Candidates | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    clouds: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def sha256(self) -> str:
         """Hash of the selected directions' float32 bytes: the edit's identity."""
-        values = self.selected.astype(mx.float32)
+        values = mx.contiguous(self.selected.astype(mx.float32))
         mx.eval(values)
         return hashlib.sha256(memoryview(values)).hexdigest()  # type: ignore[arg-type]
 
@@ -104,6 +391,9 @@ def save(path: Path, file: DirectionFile) -> None:
         tensors["harmful_mean"] = file.candidates.harmful_mean
         tensors["harmless_mean"] = file.candidates.harmless_mean
         metadata["positions"] = json.dumps(list(file.candidates.positions))
+    if file.clouds is not None:
+        for name, cloud in zip(_CLOUDS, file.clouds, strict=True):
+            tensors[name] = _float32(cloud)
     for key, value in file.metadata.items():
         metadata[key] = value if isinstance(value, str) else json.dumps(value)
     with new_file(path) as temporary:
@@ -116,47 +406,47 @@ def save(path: Path, file: DirectionFile) -> None:
             named.unlink(missing_ok=True)
 
 
-def read(path: Path) -> DirectionFile:
-    """Read a direction file, or a bare vector: a .npy of (d,) or (k, d), a .safetensors with
-    `selected` alone.
+_CLOUDS = ("harmful_cloud", "harmless_cloud")
+
+
+def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -> DirectionFile:
+    """Read a direction file, or a direction of any other origin (`outside.read`).
+
+    Args:
+        layer: which of a control vector's directions.
+        tensor: which tensor of a .safetensors or .npz file.
 
     Raises:
-        UserError: when the file is missing, damaged, holds no `selected`, or numbers that are
-            not finite.
+        UserError: when the file is missing or damaged, holds no direction that is to be taken, or
+            numbers that are not finite.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file: make one with `abl-mlx measure MODEL -o {path}`.")
-    metadata: dict[str, Any] = {}
-    try:
-        if path.suffix == ".npy":
-            tensors: dict[str, mx.array] = {"selected": mx.load(str(path))}  # type: ignore[dict-item]
-        elif path.suffix == ".safetensors":
-            tensors, raw = mx.load(str(path), return_metadata=True)  # type: ignore[assignment]
-            metadata = {key: _decoded(value) for key, value in raw.items()}  # type: ignore[union-attr]
-        else:
-            raise UserError(f"{path}: a direction is a .safetensors or a .npy file.")
-        for tensor in tensors.values():
-            mx.eval(tensor)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path} could not be read as a direction file: {reason}") from None
+    if path.suffix != ".safetensors" or tensor is not None:
+        return DirectionFile(outside.read(path, layer=layer, tensor=tensor))
+    tensors, raw = outside.safetensors(path)
     if "selected" not in tensors:
+        return DirectionFile(outside.read(path, layer=layer, tensor=tensor))
+    if layer is not None:
         raise UserError(
-            f"{path} holds no tensor named `selected` (found: {', '.join(sorted(tensors))})."
+            f"--layer {layer:g}: {path} says itself which direction was chosen; leave it out."
         )
-    selected = tensors["selected"].astype(mx.float32)
-    if selected.ndim == 1:
-        selected = selected[None]
-    if selected.ndim != 2 or not mx.isfinite(selected).all().item():
-        raise UserError(
-            f"{path}: `selected` must be finite numbers of the shape (d,) or (k, d), not "
-            f"{tuple(selected.shape)}."
-        )
+    metadata = {key: _decoded(value) for key, value in raw.items()}
+    selected = outside.checked(tensors["selected"], f"{path}: `selected`", most=3)
     candidates = None
     if "harmful_mean" in tensors and "harmless_mean" in tensors:
         positions = metadata.get("positions", list(range(-tensors["harmful_mean"].shape[1], 0)))
-        candidates = Candidates(tensors["harmful_mean"], tensors["harmless_mean"], tuple(positions))
-    return DirectionFile(selected, candidates, metadata)
+        method = metadata.get("candidate_method", METHOD)
+        found = tensors.get("candidates") if method != METHOD else None
+        if found is not None and found.ndim == 3:
+            found = found[:, :, None]
+        candidates = Candidates(
+            tensors["harmful_mean"], tensors["harmless_mean"], tuple(positions), method, found
+        )
+    clouds = None
+    if all(name in tensors for name in _CLOUDS):
+        clouds = numpy_of(tensors[_CLOUDS[0]]), numpy_of(tensors[_CLOUDS[1]])
+    return DirectionFile(selected, candidates, metadata, clouds)
 
 
 def _decoded(value: str) -> Any:
@@ -167,9 +457,14 @@ def _decoded(value: str) -> Any:
 
 
 def check_width(file: DirectionFile, path: Path, chat: ChatModel) -> None:
-    """Refuse a direction of another width than the model's residual stream."""
-    if file.selected.shape[1] != chat.width:
+    """Refuse a direction of another width, or number of layers, than the model's stream."""
+    if file.selected.shape[-1] != chat.width:
         raise UserError(
-            f"{path} holds directions of {file.selected.shape[1]} dimensions, but the residual "
+            f"{path} holds directions of {file.selected.shape[-1]} dimensions, but the residual "
             f"stream of {chat.folder} has {chat.width}: it was measured on another model."
+        )
+    if file.selected.ndim == 3 and file.selected.shape[0] != len(chat.layers):
+        raise UserError(
+            f"{path} holds directions for {file.selected.shape[0]} layers, but {chat.folder} has "
+            f"{len(chat.layers)}: it was measured on another model."
         )

@@ -16,11 +16,13 @@ from convert.errors import UserError
 def orthonormal(directions: mx.array) -> mx.array:
     """An orthonormal basis of the span of ``directions`` (k, d): (k, d) float32, by QR.
 
-    A single direction is divided by its norm, so its sign stays.
+    A single direction is divided by its norm, so its sign stays. Of (L, k, d) one for each layer.
 
     Raises:
         UserError: when a direction is zero, not finite, or depends on the others.
     """
+    if directions.ndim == 3:
+        return mx.stack([orthonormal(one) for one in directions])
     directions = directions.astype(mx.float32)
     norms = mx.sqrt((directions * directions).sum(axis=1, keepdims=True))
     if not mx.isfinite(norms).all().item() or number(norms.min()) == 0:
@@ -108,6 +110,12 @@ class Edit:
             raise UserError(
                 "this edit changes nothing: choose layers that the model has (--layers) and a "
                 "--strength other than 0."
+            )
+        deepest = max(writer.layer for writer in chosen)
+        if self.directions.ndim == 3 and deepest >= self.directions.shape[0]:
+            raise UserError(
+                f"there are directions for {self.directions.shape[0]} layers, but the model has a "
+                f"layer {deepest}: they were measured on another model."
             )
         return chosen
 

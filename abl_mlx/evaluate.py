@@ -306,14 +306,16 @@ def component(
     """The largest |r·h| / |h| over prompts and directions, by layer, at the last prompt token.
 
     Args:
-        directions: (k, d) orthonormal.
+        directions: (k, d) orthonormal, or (L, k, d) with those of each layer, along which the
+            stream after that layer is looked at.
 
     Returns:
         ``max`` over all layers and ``layers``, the largest of each.
     """
     largest: mx.array | None = None
     for _, states in capture.iterate(chat, sequences, label="component"):
-        along = mx.abs(states @ directions.T).max(axis=-1)  # (B, L, 1)
+        # (B, L, 1, d) times (d, k) or (L, d, k)
+        along = mx.abs(states @ directions.swapaxes(-1, -2)).max(axis=-1)
         share = along / mx.sqrt((states * states).sum(axis=-1))
         here = share.max(axis=(0, 2))
         largest = here if largest is None else mx.maximum(largest, here)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import directions, selection
-from abl_mlx.arrays import number, numbers
+from abl_mlx import capture, directions, methods, prompts, selection
+from abl_mlx.arrays import number, numbers, numpy_of
 from abl_mlx.directions import Candidates, DirectionFile
 from abl_mlx.edits import Edit, orthonormal
 from abl_mlx.evaluate import generate
 from abl_mlx.hooks import around
-from abl_mlx.models import ChatModel, common_prefix
+from abl_mlx.models import ChatModel, common_prefix, progress
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
+from abl_mlx.report import say, summary_line
 from abl_mlx.steering import first_input
+from abl_mlx.trials import Trial, Trials, Variant, best
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 
@@ -33,40 +36,388 @@ def find_direction(
     """Measure candidates on the train prompts and choose one on the validation prompts.
 
     Returns:
-        A direction file whose metadata holds `summary` (what was chosen and why) and `scores` (of
-        every candidate).
+        A direction file whose metadata holds `summary` (what was chosen and why), `scores` (of
+        every candidate) and `trials` (of what else was tried).
 
     Raises:
-        UserError: no refusal to be found, no gentle enough candidate, a candidate out of range.
+        UserError: no refusal to be found, no gentle enough candidate, a candidate out of range,
+            options that do not go together.
     """
-    harmful, harmless = (
-        [chat.encode(text) for text in part.texts]
-        for part in (sets.harmful.train, sets.harmless.train)
-    )
-    candidates = directions.measure(chat, harmful, harmless, _positions(chat, options))
-    harmful, harmless = (
-        [chat.encode(text) for text in part.texts]
-        for part in (sets.harmful.validation, sets.harmless.validation)
-    )
-    if options.layer is None and options.position is None:
-        summary, selected, scores = _by_cause(chat, writers, candidates, harmful, harmless, options)
-    else:
-        layer = candidates.n_layers // 2 if options.layer is None else options.layer
-        position = -1 if options.position is None else options.position
-        selected = selection.direction_of(candidates, layer, position)
-        scores = selection.separation(chat, candidates, harmful, harmless)
-        summary = {"layer": layer, "position": position, "chosen_by": "hand"}
-    return DirectionFile(
-        selected,
-        candidates,
+    if options.direction is not None:
+        return _given(chat, options)
+    check_method(options)
+    train, validation = (
         {
-            "method": directions.METHOD,
-            "summary": {"method": directions.METHOD, **summary},
-            "scores": [score.record() for score in scores],
-            "pins": candidate_pins(candidates, summary["layer"], summary["position"], selected),
-            "embedding_scale": embedding_scale(chat, writers),
-        },
+            "harmful": [chat.encode(text) for text in getattr(sets.harmful, part).texts],
+            "harmless": [chat.encode(text) for text in getattr(sets.harmless, part).texts],
+        }
+        for part in ("train", "validation")
     )
+    if options.method == "over-refusal":
+        for part, kept in (("train", train), ("validation", validation)):
+            kept["borderline"] = [chat.encode(text) for text in _borderline(sets, options, part)]
+    candidates = directions.measure(
+        chat,
+        train["harmful"],
+        train["harmless"],
+        _positions(chat, options),
+        method=options.method or directions.METHOD,
+        rank=_rank(options) if options.method == "svd" else 1,
+        borderline=train.get("borderline"),
+    )
+    if options.across == "positions":
+        candidates = candidates.across_positions(_rank(options))
+    found = _Finding(chat, writers, candidates, train, validation, options)
+    return found.file()
+
+
+class _Finding:
+    """The choice among candidates, and what is written down of it."""
+
+    def __init__(
+        self,
+        chat: ChatModel,
+        writers: Sequence[Writer],
+        candidates: Candidates,
+        train: Mapping[str, list[list[int]]],
+        validation: Mapping[str, list[list[int]]],
+        options: Options,
+    ):
+        self._chat, self._writers, self._options = chat, writers, options
+        self._train, self._validation = train, validation
+        self._candidates = candidates
+        self._scale = embedding_scale(chat, writers)
+        # What should be refused no more: the borderline prompts, if that is what is asked for.
+        self._refused = validation.get("borderline", validation["harmful"])
+        self._kept = validation["harmful"] if "borderline" in validation else []
+        self._scores: list[selection.Score] = []
+        self._trials: list[Trial] = []
+        self._notes: dict[str, Any] = {}
+
+    def file(self) -> DirectionFile:
+        """The chosen direction with everything that is known of it."""
+        variant = self._chosen()
+        candidates, options = self._candidates, self._options
+        if not self._scores:
+            self._scores = selection.separation(
+                self._chat, candidates, self._refused, self._validation["harmless"]
+            )
+        with (
+            capture.stored(self._chat, self._refused, candidates.positions) as bad,
+            capture.stored(self._chat, self._validation["harmless"], candidates.positions) as good,
+        ):
+            candidates = directions.describe(candidates, bad, good)
+            layer = candidates.n_layers - 1 if variant.layer is None else round(variant.layer)
+            position = candidates.positions[-1] if variant.position is None else variant.position
+            at = layer, candidates.positions.index(position)
+            lead = variant.directions if variant.directions.ndim == 2 else candidates.bases[at]
+            clouds = methods.plane(bad[at], good[at], numpy_of(lead[0]))
+        metadata = {
+            "method": variant.method,
+            "candidate_method": candidates.method,
+            "summary": {**variant.record(), **self._notes},
+            "scores": [_score_record(score, candidates) for score in self._scores],
+            "trials": [trial.record() for trial in self._trials],
+            "cloud": {"layer": layer, "position": position},
+            "embedding_scale": self._scale,
+        }
+        if variant.layer is not None and variant.directions.ndim == 2:
+            metadata["pins"] = candidate_pins(
+                candidates, variant.layer, position, variant.directions
+            )
+        if options.across == "positions":
+            metadata["across"] = "positions"
+        return DirectionFile(variant.directions, candidates, metadata, clouds)
+
+    def _chosen(self) -> Variant:
+        options, candidates = self._options, self._candidates
+        if options.layer is not None:
+            self._notes["chosen_by"] = "hand"
+            position = candidates.positions[-1] if options.across else self._position
+            return self._variant(options.layer, position)
+        if options.per_layer or options.across == "layers":
+            return self._among([self._together(position) for position in candidates.positions])
+        if options.method == "over-refusal":
+            return self._over_refusal()
+        return self._by_cause()
+
+    @property
+    def _position(self) -> int:
+        return -1 if self._options.position is None else self._candidates.positions[0]
+
+    def _variant(self, layer: float, position: int) -> Variant:
+        several = self._options.across == "positions"
+        return Variant(
+            self._candidates.for_edit(layer, position),
+            self._candidates.method,
+            layer,
+            None if several else position,
+            "positions" if several else None,
+            self._candidates.method == "biprojected",
+        )
+
+    def _together(self, position: int) -> Variant:
+        method = self._candidates.method
+        if self._options.per_layer:
+            each = self._candidates.each_layer(position)
+            return Variant(each, method, None, position, per_layer=True)
+        span = self._candidates.across_layers(position, _rank(self._options))
+        return Variant(span, method, None, position, "layers")
+
+    def _edit(self, variant: Variant) -> Edit:
+        pins = None
+        if variant.layer is not None and self._options.pin is not None:
+            position = -1 if variant.position is None else variant.position
+            pins = candidate_pins(self._candidates, variant.layer, position, variant.directions)
+        pin = _pin(self._options.pin, pins, self._scale, variant.rank)
+        return make_edit(variant.directions, self._options, pin=pin)
+
+    def _trial(self, tokens: Sequence[int] | None = None) -> Trials:
+        trials = Trials(
+            self._chat,
+            self._writers,
+            self._refused,
+            self._validation["harmless"],
+            tokens=tokens,
+            kept=self._kept,
+            max_kl=self._options.max_kl,
+        )
+        if not trials.tokens:
+            raise UserError(selection.NO_REFUSAL)
+        return trials
+
+    def _try(self, trials: Trials, variants: Sequence[Variant], label: str) -> list[Trial]:
+        done = []
+        with progress(len(variants), label, "edit") as bar:
+            for variant in variants:
+                done.append(trials.of(variant, self._edit(variant)))
+                bar.update()
+        self._trials += done
+        return done
+
+    def _take(self, trial: Trial | None, trials: Trials) -> Variant:
+        """Write down why a trial was taken."""
+        if trial is None:
+            lowest = min(one.kl for one in self._trials)
+            raise UserError(
+                "every candidate would move harmless prompts by more than --max-kl "
+                f"{self._options.max_kl:g} (the gentlest by {lowest:.3f}) or undo refusals that "
+                "should stay: raise --max-kl, or choose with --layer and --position."
+            )
+        self._notes.update(
+            chosen_by="lowest KL of those that leave no refusals, by the first reply tokens to "
+            "validation prompts"
+            if trial.works
+            else "least refusals left within the KL limit, by the first reply tokens to validation "
+            "prompts",
+            refusal_score={
+                "harmful": trials.before.score,
+                "harmful_ablated": trial.harmful.score,
+            },
+            refused=trial.harmful.refused,
+            validation_kl=trial.kl,
+            refusal_tokens=[self._chat.tokenizer.decode([token]) for token in trials.tokens],
+        )
+        if trial.kept and trials.kept_before:
+            self._notes["kept_refused"] = [trials.kept_before.refused, trial.kept.refused]
+        return trial.variant
+
+    def _among(self, variants: Sequence[Variant]) -> Variant:
+        trials = self._trial()
+        return self._take(best(self._try(trials, variants, "causal choice")), trials)
+
+    def _over_refusal(self) -> Variant:
+        self._scores = selection.separation(
+            self._chat, self._candidates, self._refused, self._validation["harmless"]
+        )
+        chosen = selection.shortlist(self._scores, _MOST_TRIALS)
+        return self._among([self._variant(score.layer, score.position) for score in chosen])
+
+    def _by_cause(self) -> Variant:
+        def edit_for(score: selection.Score) -> Edit:
+            return self._edit(self._variant(score.layer, score.position))
+
+        choice = selection.choose(
+            self._chat,
+            self._writers,
+            self._candidates,
+            self._refused,
+            self._validation["harmless"],
+            edit_for=edit_for,
+            max_kl=self._options.max_kl,
+        )
+        self._scores = choice.scores
+        variant = self._variant(choice.score.layer, choice.score.position)
+        self._notes = {
+            "chosen_by": "lowest refusal score under ablation within the KL limit, on validation "
+            "prompts",
+            "refusal_score": {
+                "harmful": choice.refusal_before[0],
+                "harmless": choice.refusal_before[1],
+                "harmful_ablated": choice.score.refusal,
+            },
+            "validation_kl": choice.score.kl,
+            "refusal_tokens": [
+                self._chat.tokenizer.decode([token]) for token in choice.refusal_tokens
+            ],
+        }
+        if self._options.method is not None:
+            return variant
+        return self._if_one_is_not_enough(variant, choice.refusal_tokens)
+
+    def _if_one_is_not_enough(self, single: Variant, tokens: Sequence[int]) -> Variant:
+        """The single direction, or a subspace where that leaves refusals and the subspace fewer.
+
+        First what is made of the means alone: subspaces across all layers, and each layer its own;
+        and the singular vectors of the states that separate best. Only if none of these is enough,
+        those of the last fifth of the layers too, which are close to words.
+        """
+        trials = self._trial(tokens)
+        (first,) = self._try(trials, [single], "causal choice")
+        self._notes["refused"] = first.harmful.refused
+        if first.works:
+            return single
+        say(
+            f"  one direction leaves {first.harmful.refused:.0%} of the harmful prompts opening "
+            "with a refusal: subspaces are tried"
+        )
+        assert single.layer is not None
+        assert single.position is not None
+        position, means = single.position, self._candidates
+        ranks = [k for k in (2, 3, 4) if k <= min(means.n_layers, self._chat.width)]
+        variants = [
+            Variant(means.across_layers(position, k), means.method, None, position, "layers")
+            for k in ranks
+        ]
+        if self._options.pin is None:
+            variants.append(
+                Variant(means.each_layer(position), means.method, None, position, per_layer=True)
+            )
+        else:
+            variants = []
+        spans = directions.measure(
+            self._chat,
+            self._train["harmful"],
+            self._train["harmless"],
+            [position],
+            method="svd",
+            rank=min(3, len(self._train["harmful"])),
+        )
+        here = [score for score in self._scores if score.position == position]
+        here.sort(key=lambda score: -score.d_prime)
+        deep = [score.layer for score in here if score.dropped.startswith("in the last")]
+        early = [score.layer for score in here if score.layer not in deep]
+
+        def of(layers: Sequence[int]) -> list[Variant]:
+            return [
+                Variant(spans.at(layer, position)[:k], "svd", layer, position)
+                for layer in layers[: _MOST_TRIALS // 2]
+                for k in range(2, spans.rank + 1)
+            ]
+
+        done = [first, *self._try(trials, [*variants, *of(early)], "subspaces")]
+        if not any(one.works for one in done):
+            done += self._try(trials, of(deep), "subspaces, last layers")
+        taken = best(done)
+        if taken is None or taken is first:
+            say("  no subspace leaves fewer within the limit; the single direction is kept")
+            return single
+        self._notes["single"] = first.record()
+        say(f"  taken instead: {summary_line(taken.variant.record())}")
+        return self._take(taken, trials)
+
+
+# Edits that are tried at most, of those that a list is made of.
+_MOST_TRIALS = 16
+
+
+def _score_record(score: selection.Score, candidates: Candidates) -> dict[str, Any]:
+    at = score.layer, candidates.positions.index(score.position)
+    facts = {
+        name: number(values[at]) for name, values in candidates.facts.items() if name != "threshold"
+    }
+    return {**score.record(), **facts}
+
+
+def check_method(options: Options) -> None:
+    """Refuse options of the measurement that do not go together.
+
+    Raises:
+        UserError: naming the two.
+    """
+
+    def refuse(first: str, second: str) -> None:
+        raise UserError(f"{first} and {second} do not go together: leave one of them out.")
+
+    by_rank = options.method == "svd" or options.across is not None
+    if options.rank is not None and not by_rank:
+        raise UserError(
+            f"--rank {options.rank}: one direction is all that this method finds; add --method "
+            "svd, --across layers or --across positions."
+        )
+    if options.per_layer and options.across is not None:
+        refuse("--per-layer", f"--across {options.across}")
+    if options.method == "svd" and options.across is not None:
+        refuse("--method svd", f"--across {options.across}")
+    if options.per_layer and options.layer is not None:
+        refuse("--per-layer", "--layer")
+    if options.across == "layers" and options.layer is not None:
+        refuse("--across layers", "--layer")
+    if options.across == "positions" and options.position is not None:
+        refuse("--across positions", "--position")
+    if options.method == "biprojected":
+        if options.per_layer or options.across is not None:
+            refuse("--method biprojected", "--per-layer or --across")
+        if options.layer is not None and options.layer != int(options.layer):
+            refuse("--method biprojected", "a --layer between two")
+    if options.pin is not None and (
+        options.per_layer or options.across == "layers" or options.method == "biprojected"
+    ):
+        raise UserError(
+            "--pin holds what one layer's directions have: leave --per-layer, --across layers and "
+            "--method biprojected out."
+        )
+    if options.tensor is not None:
+        raise UserError("--tensor names a tensor of --direction FILE: give that too.")
+    if options.borderline is not None and options.method != "over-refusal":
+        raise UserError("--borderline is used by --method over-refusal: add that.")
+
+
+def _rank(options: Options) -> int:
+    if options.rank is not None:
+        return options.rank
+    return 2 if options.method == "svd" else 3
+
+
+def _given(chat: ChatModel, options: Options) -> DirectionFile:
+    """The direction of ``--direction FILE``."""
+    path = options.direction
+    assert path is not None
+    for flag, value in (
+        ("--method", options.method), ("--rank", options.rank), ("--across", options.across),
+        ("--per-layer", options.per_layer or None), ("--position", options.position),
+    ):  # fmt: skip
+        if value is not None:
+            raise UserError(
+                f"{flag} chooses how a direction is measured, and --direction gives one."
+            )
+    file = directions.read(path, layer=options.layer, tensor=options.tensor)
+    directions.check_width(file, path, chat)
+    summary = file.metadata.get("summary", {"method": "given"})
+    return replace(file, metadata={**file.metadata, "summary": {**summary, "file": path.name}})
+
+
+def _borderline(sets: PromptSets, options: Options, part: str) -> Sequence[str]:
+    """The borderline prompts of a part; a model is not asked what its direction is made of."""
+    whole = sets.borderline
+    if options.borderline is not None:
+        whole = prompts.load(options.borderline, "--borderline")
+    if whole is None or len(whole) < prompts.MINIMUM:
+        raise UserError(
+            "--method over-refusal needs harmless prompts that this model refuses: give at least "
+            f"{prompts.MINIMUM} of them with --borderline FILE."
+        )
+    return getattr(prompts.split(whole, options.seed), part).texts
 
 
 def find_reply_prefix(chat: ChatModel, sets: PromptSets) -> tuple[int, ...]:
@@ -90,55 +441,23 @@ def find_reply_prefix(chat: ChatModel, sets: PromptSets) -> tuple[int, ...]:
 
 
 def _positions(chat: ChatModel, options: Options) -> list[int]:
-    count = min(chat.template_tail, MOST_POSITIONS)
-    if options.position is not None:
-        if options.position >= 0:
+    """The token offsets to measure at: the one that was asked for, or the template's tail."""
+    wanted = options.position
+    if wanted == "instruction-end":
+        # Behind the instruction all prompts have the template's tail.
+        return [-chat.template_tail - 1]
+    if isinstance(wanted, str):
+        raise UserError(f"--position {wanted}: it is instruction-end, or a number such as -1.")
+    if wanted is not None:
+        if wanted >= 0:
             raise UserError(
-                f"--position {options.position}: positions count back from the prompt's end, so "
-                "-1 is the last token."
+                f"--position {wanted}: positions count back from the prompt's end, so -1 is the "
+                "last token."
             )
-        count = max(count, -options.position)
-    return list(range(-count, 0))
-
-
-def _by_cause(
-    chat: ChatModel,
-    writers: Sequence[Writer],
-    candidates: Candidates,
-    harmful: Sequence[Sequence[int]],
-    harmless: Sequence[Sequence[int]],
-    options: Options,
-) -> tuple[dict[str, Any], mx.array, list[selection.Score]]:
-    scale = embedding_scale(chat, writers) if options.pin is not None else None
-
-    def edit_for(score: selection.Score) -> Edit:
-        selected = selection.direction_of(candidates, score.layer, score.position)
-        pins = candidate_pins(candidates, score.layer, score.position, selected)
-        return make_edit(selected, options, pin=_pin(options.pin, pins, scale))
-
-    choice = selection.choose(
-        chat,
-        writers,
-        candidates,
-        harmful,
-        harmless,
-        edit_for=edit_for,
-        max_kl=options.max_kl,
-    )
-    summary = {
-        "layer": choice.score.layer,
-        "position": choice.score.position,
-        "chosen_by": "lowest refusal score under ablation within the KL limit, on validation "
-        "prompts",
-        "refusal_score": {
-            "harmful": choice.refusal_before[0],
-            "harmless": choice.refusal_before[1],
-            "harmful_ablated": choice.score.refusal,
-        },
-        "validation_kl": choice.score.kl,
-        "refusal_tokens": [chat.tokenizer.decode([token]) for token in choice.refusal_tokens],
-    }
-    return summary, choice.direction, choice.scores
+        return [wanted]
+    if options.layer is not None and options.across is None:
+        return [-1]
+    return list(range(-min(chat.template_tail, MOST_POSITIONS), 0))
 
 
 def make_edit(
@@ -161,6 +480,11 @@ def make_edit(
     if pin is not None and options.norm != "none":
         raise UserError("--pin and --norm do not go together: leave one of them out.")
     embedding = options.embedding and bool(recipe.get("embedding", True))
+    if pin is not None and selected.ndim == 3:
+        raise UserError(
+            "--pin holds the same directions in all layers, and these differ by layer: leave it "
+            "out."
+        )
     if pin is not None and not embedding:
         raise UserError("--pin is written into the embedding: leave --no-embedding out.")
     return Edit(
@@ -176,7 +500,12 @@ def edit_of(direction: DirectionFile, options: Options) -> Edit:
         UserError: options that do not go together, or a file that lacks what ``--pin`` needs.
     """
     metadata = direction.metadata
-    pin = _pin(options.pin, metadata.get("pins"), metadata.get("embedding_scale"))
+    pin = _pin(
+        options.pin,
+        metadata.get("pins"),
+        metadata.get("embedding_scale"),
+        int(direction.selected.shape[-2]),
+    )
     return make_edit(direction.selected, options, recipe=metadata.get("recipe"), pin=pin)
 
 
@@ -184,21 +513,29 @@ def edit_of(direction: DirectionFile, options: Options) -> Edit:
 
 
 def candidate_pins(
-    candidates: Candidates, layer: int, position: int, selected: mx.array
+    candidates: Candidates, layer: float, position: int, selected: mx.array
 ) -> dict[str, list[float]]:
     """The mean component of either prompt set along a candidate's directions, where it was read."""
     at = candidates.positions.index(position)
-    basis = orthonormal(selected)
-    return {
-        "harmful": numbers(basis @ candidates.harmful_mean[layer, at]),
-        "harmless": numbers(basis @ candidates.harmless_mean[layer, at]),
-    }
+    basis, below, above = orthonormal(selected), int(layer), -int(-layer // 1)
+
+    def read(means: mx.array) -> list[float]:
+        between = means[below, at] + (layer - below) * (means[above, at] - means[below, at])
+        return numbers(basis @ between)
+
+    return {"harmful": read(candidates.harmful_mean), "harmless": read(candidates.harmless_mean)}
 
 
 def _pin(
-    wanted: str | None, pins: Mapping[str, Sequence[float]] | None, scale: float | None
+    wanted: str | None,
+    pins: Mapping[str, Sequence[float]] | None,
+    scale: float | None,
+    count: int,
 ) -> mx.array | None:
-    """What the embedding's rows hold, in its own units; None without ``--pin``."""
+    """What the embedding's rows hold of ``count`` directions, in its own units.
+
+    None without ``--pin``.
+    """
     if wanted is None:
         return None
     if not scale:
@@ -208,10 +545,12 @@ def _pin(
         )
     if wanted in ("harmful", "harmless"):
         if pins is None:
-            raise UserError(f"--pin {wanted} needs a direction file that `abl-mlx measure` wrote.")
+            raise UserError(
+                f"--pin {wanted} needs a direction that `abl-mlx measure` has read after one layer."
+            )
         held = mx.array(list(pins[wanted]))
     else:
-        held = mx.array([float(wanted)])
+        held = mx.full((count,), float(wanted))
     return held / scale
 
 

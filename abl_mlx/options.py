@@ -18,7 +18,16 @@ class Options:
         harmful, harmless: prompt files or Hugging Face datasets; None for the bundled sets.
         seed: fixes the split into train, validation and test.
         limit: at most so many prompts of each set and part.
-        layer, position: take this candidate instead of the causal choice.
+        layer, position: take this candidate instead of the causal choice; a layer may lie between
+            two, and a position be ``instruction-end``.
+        method: how candidates are found, of `directions.METHODS`; None for the difference of means,
+            and subspaces where that is not enough.
+        rank: how many directions a subspace has; None for what suits the method.
+        across: ``layers`` or ``positions``, whose directions are taken together as a subspace.
+        per_layer: each layer's writers lose that layer's own direction.
+        direction: a file with the direction, instead of measuring one.
+        tensor: which tensor of it.
+        borderline: prompt file or dataset that ``over-refusal`` is about; None for the bundled set.
         max_kl: limit of the causal choice, nats at the first reply token.
         strength: α of the edit.
         layers: layers whose writers are edited; None for all.
@@ -53,8 +62,15 @@ class Options:
     harmless: str | None = None
     seed: int = 0
     limit: int | None = None
-    layer: int | None = None
-    position: int | None = None
+    layer: float | None = None
+    position: int | str | None = None
+    method: str | None = None
+    rank: int | None = None
+    across: str | None = None
+    per_layer: bool = False
+    direction: Path | None = None
+    tensor: str | None = None
+    borderline: str | None = None
     max_kl: float = 0.1
     strength: float = 1.0
     layers: frozenset[int] | None = None
@@ -82,6 +98,7 @@ class Options:
         """As JSON values."""
         values = dict(vars(self))
         values["layers"] = None if self.layers is None else sorted(self.layers)
+        values["direction"] = None if self.direction is None else str(self.direction)
         values["save_replies"] = None if self.save_replies is None else str(self.save_replies)
         return values
 

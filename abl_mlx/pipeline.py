@@ -314,8 +314,11 @@ def measure(text: str, out: Path, options: Options) -> Record:
         found,
         metadata={
             **found.metadata,
-            "layer": found.metadata["summary"]["layer"],
-            "position": found.metadata["summary"]["position"],
+            **{
+                key: found.metadata["summary"][key]
+                for key in ("layer", "position")
+                if key in found.metadata["summary"]
+            },
             "model": source.name,
             **model,
             "prompt_hashes": prompt_hashes(sets),
@@ -329,6 +332,7 @@ def measure(text: str, out: Path, options: Options) -> Record:
         "outputs": [str(out)],
         "direction": {**found.metadata["summary"], "sha256": found.sha256},
         "scores": found.metadata["scores"],
+        "trials": found.metadata["trials"],
         "seconds": clock.seconds,
     }
 

@@ -68,7 +68,7 @@ def test_a_bare_vector_is_a_direction(tmp_path):
 def test_bad_files_are_told_in_a_sentence(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     (tmp_path / "text.npy").write_text("hello")
-    mx.save_safetensors(str(tmp_path / "other.safetensors"), {"weight": mx.ones((4,))})
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), {"a": mx.ones((4,)), "b": mx.ones((4,))})
     np.save(tmp_path / "nan.npy", np.full(8, np.nan, np.float32))
     np.save(tmp_path / "cube.npy", np.ones((2, 2, 2), np.float32))
     (tmp_path / "d.txt").write_text("1 2 3")
