@@ -98,7 +98,7 @@ def test_a_single_layer_s_difference_of_means_frees_the_easy_one() -> None:
 def test_no_single_direction_frees_the_resistant_ones(name: str) -> None:
     harmful, harmless = states_of(name)
     tried = harmful.mean(axis=0) - harmless.mean(axis=0)
-    asked = prompt_sets(name).harmful.test.take(32)
+    asked = prompt_sets(name).harmful.test
     directions = [*tried, subspace(name, 1)[0]]
     for number, direction in enumerate(directions):
         # Eight tokens hold every refusal sentence's marker.
