@@ -28,6 +28,8 @@ def run_table(record: Mapping[str, Any]) -> str:
     """The result of a run at a glance."""
     before = record["before"]
     lines = [f"{record['source']}: {summary_line(record['direction'])}"]
+    if "single" in record["direction"]:
+        lines.append(f"  {_single_line(record['direction']['single'])}")
     for one in record["evaluations"]:
         after = one["after"]
         rows = [
@@ -51,6 +53,14 @@ def run_table(record: Mapping[str, Any]) -> str:
         if one.get("note"):
             lines.append(f"  note: {one['note']}")
     return "\n".join([*lines, *_mtp_lines(record)])
+
+
+def _single_line(single: Mapping[str, Any]) -> str:
+    """Why one direction was not enough."""
+    return (
+        f"one direction ({summary_line(single)}) would leave {percent(single['refused'])} of the "
+        "validation prompts opening with a refusal"
+    )
 
 
 def _mtp_lines(record: Mapping[str, Any]) -> list[str]:
@@ -111,11 +121,20 @@ def _align(rows: list[tuple[str, str, str, str]]) -> list[str]:
 
 def summary_line(direction: Mapping[str, Any]) -> str:
     """The chosen direction in a few words."""
-    if "layer" not in direction:
+    if direction.get("method", "given") == "given":
         return "a given direction"
-    return (
-        f"{direction['method']}, after layer {direction['layer']}, at token {direction['position']}"
-    )
+    parts = [direction["method"]]
+    if "rank" in direction:
+        parts.append(f"rank {direction['rank']}")
+    if "across" in direction:
+        parts.append(f"across all {direction['across']}")
+    if direction.get("per_layer") and "layer" not in direction:
+        parts.append("for each layer its own")
+    if "layer" in direction:
+        parts.append(f"after layer {direction['layer']:g}")
+    if "position" in direction:
+        parts.append(f"at token {direction['position']}")
+    return ", ".join(parts)
 
 
 def eval_table(record: Mapping[str, Any]) -> str:
