@@ -46,6 +46,7 @@ def table(record: Mapping[str, Any]) -> str:
         rows.append(
             ("KL over 32 tokens", "", f"{kl['k32']:.4f}", f"{note.replace('nats', 'nats a token')}")
         )
+    rows += _extras(record, baseline or {})
     lines = [_title(record)]
     if baseline is not None:
         lines.append(f"baseline: {_title(baseline)}")
@@ -73,6 +74,28 @@ def failures(record: Mapping[str, Any]) -> str:
         for one in record["gate"]["checks"]
         if not one["passed"]
     )
+
+
+def _extras(record: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Perplexity, the capability check, and what lm-evaluation-harness found."""
+    rows: list[tuple[str, ...]] = []
+    if "perplexity" in record:
+        one, was = record["perplexity"], baseline.get("perplexity")
+        note = f"{one['tokens']} tokens of Alice in Wonderland"
+        if one["kind"] != "exact":
+            note += f"; at least, {one['outside']} are not among the likeliest {one['n']}"
+        before = "" if was is None else f"{was['perplexity']:.2f}"
+        rows.append(("perplexity", before, f"{one['perplexity']:.2f}", note))
+    if "capability" in record:
+        one, was = record["capability"], baseline.get("capability")
+        groups = ", ".join(f"{k} {v['right']}/{v['n']}" for k, v in one["groups"].items())
+        before = "" if was is None else f"{was['right']}/{was['n']}"
+        rows.append(("capability check", before, f"{one['right']}/{one['n']}", groups))
+    for task, found in record.get("lm_eval", {}).items():
+        for name, value in found.items():
+            if isinstance(value, float) and "stderr" not in name:
+                rows.append((f"lm-eval {task}", "", f"{value:.3f}", name.removesuffix(",none")))
+    return rows
 
 
 def _judging(judging: Mapping[str, Any], judge: str, who: str) -> list[str]:

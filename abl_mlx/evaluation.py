@@ -12,7 +12,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from abl_mlx import __version__, evaluate, gate, journal, judge, report, targets
+from abl_mlx import (
+    __version__,
+    capability,
+    evaluate,
+    gate,
+    harness,
+    journal,
+    judge,
+    perplexity,
+    report,
+    targets,
+)
 from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
 from abl_mlx.journal import Answered, Section
@@ -78,6 +89,13 @@ def evaluate_model(text: str, options: EvalOptions) -> Record:
             record |= behaviour(answers, parts)
             if options.judge is not None:
                 record["judging"] = judge.record(answers)
+            if options.perplexity:
+                with clock.step("measure perplexity"):
+                    tokens = _perplexity_tokens(source, other, options)
+                    record["perplexity"] = perplexity.record(target, tokens=tokens)
+            if options.capability:
+                with clock.step("ask the capability check"):
+                    record["capability"] = capability.record(target)
             return record, answers
 
         baseline: Record | None = None
@@ -98,6 +116,12 @@ def evaluate_model(text: str, options: EvalOptions) -> Record:
             if divergence is not None:
                 with clock.step("measure KL"):
                     record["kl"] = divergence(target)
+            del target
+        if options.lm_eval is not None:
+            assert source is not None  # the check said so
+            let_go()
+            with clock.step("run lm-evaluation-harness"):
+                record["lm_eval"] = harness.run(source, options.lm_eval, limit=options.limit)
         if baseline is not None:
             record["baseline"] = baseline
             record["paired"] = {name: paired(baseline, record, name) for name in parts}
@@ -121,6 +145,14 @@ def asked_sets(sets: PromptSets) -> dict[str, PromptSet]:
     if sets.borderline is not None and len(sets.borderline):
         parts["borderline"] = sets.borderline
     return parts
+
+
+def _perplexity_tokens(
+    source: Source | None, other: Source | None, options: EvalOptions
+) -> int | None:
+    """How many tokens are predicted: as many on both sides, few where llama.cpp is one of them."""
+    runtimes = {targets.runtime_of(one, options) for one in (source, other) if one is not None}
+    return None if runtimes == {"mlx-lm"} else perplexity.LLAMACPP_TOKENS
 
 
 def _prompts(source: Source | None, other: Source | None, options: EvalOptions) -> PromptSets:
@@ -149,8 +181,17 @@ def _check(
         raise UserError("--baseline-model names a model of a server, and --baseline is none.")
     if options.baseline is None and options.baseline_model is not None:
         raise UserError("--baseline-model needs --baseline URL.")
-    for one in filter(None, (source, other)):
-        targets.runtime_of(one, options)
+    local = [one for one in (source, other) if one is not None]
+    runtimes = [targets.runtime_of(one, options) for one in local]
+    if options.runtime not in (None, "mlx-lm") and not any(one.is_gguf for one in local):
+        raise UserError(f"--runtime {options.runtime} runs .gguf files, and none is given.")
+    if options.perplexity and (source is None or (options.baseline is not None and other is None)):
+        raise UserError(
+            "--perplexity needs probabilities, which a server's chat does not tell: give the model "
+            "as a folder or a .gguf file."
+        )
+    if options.lm_eval is not None:
+        harness.check(source, options.lm_eval)
     limits = options.limits
     if limits.max_kl is not None:
         if options.baseline is None:
@@ -162,10 +203,7 @@ def _check(
                 "--max-kl needs probabilities, which a server's chat does not tell: give the model "
                 "and its --baseline as folders or .gguf files."
             )
-        if "llama-server" in (
-            targets.runtime_of(source, options),
-            targets.runtime_of(other, options),
-        ):
+        if "llama-server" in runtimes:
             raise UserError(
                 "--max-kl does not work through llama-server: pip install 'abl-mlx[llamacpp]', or "
                 "use --runtime mlx-lm."

@@ -221,6 +221,10 @@ class LlamaCpp:
         )
         return [int(token) for token in reply["tokens"]]
 
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text that token ids make."""
+        return str(self._post("/detokenize", {"tokens": list(tokens)})["content"])
+
     def render(
         self, messages: Sequence[Mapping[str, str]], *, enable_thinking: bool = False
     ) -> str:
