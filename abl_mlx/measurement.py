@@ -19,7 +19,7 @@ from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
 from abl_mlx.report import say, summary_line
 from abl_mlx.steering import first_input
-from abl_mlx.trials import Trial, Trials, Variant, best
+from abl_mlx.variants import Tried, Variant, best
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 
@@ -43,6 +43,22 @@ def find_direction(
         UserError: no refusal to be found, no gentle enough candidate, a candidate out of range,
             options that do not go together.
     """
+    found = _analytic(chat, writers, sets, options)
+    if options.search is None:
+        return found
+    from abl_mlx import search
+
+    return search.improve(chat, writers, sets, found, options)
+
+
+def _analytic(
+    chat: ChatModel, writers: Sequence[Writer], sets: PromptSets, options: Options
+) -> DirectionFile:
+    """The choice without a search."""
+    if options.search is not None:
+        from abl_mlx import search
+
+        search.check(options)
     if options.direction is not None:
         return _given(chat, options)
     check_method(options)
@@ -91,7 +107,7 @@ class _Finding:
         self._refused = validation.get("borderline", validation["harmful"])
         self._kept = validation["harmful"] if "borderline" in validation else []
         self._scores: list[selection.Score] = []
-        self._trials: list[Trial] = []
+        self._tried: list[Tried] = []
         self._notes: dict[str, Any] = {}
 
     def file(self) -> DirectionFile:
@@ -117,7 +133,7 @@ class _Finding:
             "candidate_method": candidates.method,
             "summary": {**variant.record(), **self._notes},
             "scores": [_score_record(score, candidates) for score in self._scores],
-            "trials": [trial.record() for trial in self._trials],
+            "trials": [tried.record() for tried in self._tried],
             "cloud": {"layer": layer, "position": position},
             "embedding_scale": self._scale,
         }
@@ -172,59 +188,70 @@ class _Finding:
         pin = _pin(self._options.pin, pins, self._scale, variant.rank)
         return make_edit(variant.directions, self._options, pin=pin)
 
-    def _trial(self, tokens: Sequence[int] | None = None) -> Trials:
-        trials = Trials(
-            self._chat,
-            self._writers,
-            self._refused,
-            self._validation["harmless"],
-            tokens=tokens,
-            kept=self._kept,
-            max_kl=self._options.max_kl,
-        )
-        if not trials.tokens:
-            raise UserError(selection.NO_REFUSAL)
-        return trials
+    def _trial(self) -> selection.Trial:
+        harmless = self._validation["harmless"]
+        return selection.Trial(self._chat, self._writers, self._refused, harmless)
 
-    def _try(self, trials: Trials, variants: Sequence[Variant], label: str) -> list[Trial]:
-        done = []
+    def _try(self, trial: selection.Trial, variants: Sequence[Variant], label: str) -> list[Tried]:
+        passes = trial.harmful_tokens + trial.harmless_tokens + sum(map(len, self._kept))
+        say(
+            f"  {len(variants)} edits are tried, which takes about {len(variants) * passes:,} "
+            "forward tokens"
+        )
+        limit, done = self._options.max_kl, []
+        before = trial.refused(self._kept) if self._kept else 0.0
         with progress(len(variants), label, "edit") as bar:
             for variant in variants:
-                done.append(trials.of(variant, self._edit(variant)))
+                edit = self._edit(variant)
+                effect = trial.of_edit(edit)
+                kept = trial.refused(self._kept, edit) if self._kept else None
+                dropped = ""
+                if not effect.kl <= limit:
+                    dropped = f"KL {effect.kl:.3f} over the limit of {limit:g}"
+                elif kept is not None and before - kept > selection.LEFT:
+                    dropped = f"{before - kept:.0%} of the harmful prompts are refused no more"
+                done.append(
+                    Tried(variant, effect.refusal, effect.refused, effect.kl, kept, dropped)
+                )
                 bar.update()
-        self._trials += done
+        self._tried += done
         return done
 
-    def _take(self, trial: Trial | None, trials: Trials) -> Variant:
-        """Write down why a trial was taken."""
-        if trial is None:
-            lowest = min(one.kl for one in self._trials)
+    def _take(self, tried: Tried | None, trial: selection.Trial) -> Variant:
+        """Write down why an edit was taken."""
+        if tried is None:
+            lowest = min(one.kl for one in self._tried)
             raise UserError(
                 "every candidate would move harmless prompts by more than --max-kl "
                 f"{self._options.max_kl:g} (the gentlest by {lowest:.3f}) or undo refusals that "
                 "should stay: raise --max-kl, or choose with --layer and --position."
             )
-        self._notes.update(
-            chosen_by="lowest KL of those that leave no refusals, by the first reply tokens to "
-            "validation prompts"
-            if trial.works
-            else "least refusals left within the KL limit, by the first reply tokens to validation "
-            "prompts",
-            refusal_score={
-                "harmful": trials.before.score,
-                "harmful_ablated": trial.harmful.score,
-            },
-            refused=trial.harmful.refused,
-            validation_kl=trial.kl,
-            refusal_tokens=[self._chat.tokenizer.decode([token]) for token in trials.tokens],
+        why = (
+            "lowest KL of those that leave no refusals"
+            if tried.works
+            else "least refusals left within the KL limit"
         )
-        if trial.kept and trials.kept_before:
-            self._notes["kept_refused"] = [trials.kept_before.refused, trial.kept.refused]
-        return trial.variant
+        self._notes.update(
+            chosen_by=f"{why}, by the first reply tokens to validation prompts",
+            refusal_score={
+                "harmful": trial.refusal_before[0],
+                "harmless": trial.refusal_before[1],
+                "harmful_ablated": tried.refusal,
+            },
+            refused=tried.refused,
+            validation_kl=tried.kl,
+            refusal_tokens=self._words(trial.refusal_tokens),
+        )
+        if tried.kept is not None:
+            self._notes["kept_refused"] = tried.kept
+        return tried.variant
+
+    def _words(self, tokens: Sequence[int]) -> list[str]:
+        return [self._chat.tokenizer.decode([token]) for token in tokens]
 
     def _among(self, variants: Sequence[Variant]) -> Variant:
-        trials = self._trial()
-        return self._take(best(self._try(trials, variants, "causal choice")), trials)
+        trial = self._trial()
+        return self._take(best(self._try(trial, variants, "causal choice")), trial)
 
     def _over_refusal(self) -> Variant:
         self._scores = selection.separation(
@@ -257,38 +284,41 @@ class _Finding:
                 "harmful_ablated": choice.score.refusal,
             },
             "validation_kl": choice.score.kl,
-            "refusal_tokens": [
-                self._chat.tokenizer.decode([token]) for token in choice.refusal_tokens
-            ],
+            "refused": choice.score.refused,
+            "refusal_tokens": self._words(choice.refusal_tokens),
         }
         if self._options.method is not None:
             return variant
-        return self._if_one_is_not_enough(variant, choice.refusal_tokens)
+        score = choice.score
+        assert score.refusal is not None
+        assert score.refused is not None
+        assert score.kl is not None
+        first = Tried(variant, score.refusal, score.refused, score.kl)
+        return variant if first.works else self._several(first)
 
-    def _if_one_is_not_enough(self, single: Variant, tokens: Sequence[int]) -> Variant:
-        """The single direction, or a subspace where that leaves refusals and the subspace fewer.
+    def _several(self, first: Tried) -> Variant:
+        """A subspace where one direction leaves refusals, if that leaves fewer.
 
-        First what is made of the means alone: subspaces across all layers, and each layer its own;
+        First what is made of the means alone, subspaces across all layers and each layer its own,
         and the singular vectors of the states that separate best. Only if none of these is enough,
         those of the last fifth of the layers too, which are close to words.
         """
-        trials = self._trial(tokens)
-        (first,) = self._try(trials, [single], "causal choice")
-        self._notes["refused"] = first.harmful.refused
-        if first.works:
-            return single
+        single = first.variant
         say(
-            f"  one direction leaves {first.harmful.refused:.0%} of the harmful prompts opening "
-            "with a refusal: subspaces are tried"
+            f"  one direction leaves {first.refused:.0%} of the harmful prompts opening with a "
+            "refusal: subspaces are tried"
         )
+        trial = self._trial()
         assert single.layer is not None
         assert single.position is not None
         position, means = single.position, self._candidates
-        ranks = [k for k in (2, 3, 4) if k <= min(means.n_layers, self._chat.width)]
-        variants = [
-            Variant(means.across_layers(position, k), means.method, None, position, "layers")
-            for k in ranks
-        ]
+        variants = []
+        for rank in (2, 3, 4):
+            try:
+                span = means.across_layers(position, rank)
+            except UserError:  # all layers together have no more directions than before
+                break
+            variants.append(Variant(span, means.method, None, position, "layers"))
         if self._options.pin is None:
             variants.append(
                 Variant(means.each_layer(position), means.method, None, position, per_layer=True)
@@ -305,7 +335,9 @@ class _Finding:
         )
         here = [score for score in self._scores if score.position == position]
         here.sort(key=lambda score: -score.d_prime)
-        deep = [score.layer for score in here if score.dropped.startswith("in the last")]
+        deep = [
+            score.layer for score in here if (score.layer + 1) / means.n_layers > selection.DEEPEST
+        ]
         early = [score.layer for score in here if score.layer not in deep]
 
         def of(layers: Sequence[int]) -> list[Variant]:
@@ -315,16 +347,16 @@ class _Finding:
                 for k in range(2, spans.rank + 1)
             ]
 
-        done = [first, *self._try(trials, [*variants, *of(early)], "subspaces")]
+        done = [first, *self._try(trial, [*variants, *of(early)], "subspaces")]
         if not any(one.works for one in done):
-            done += self._try(trials, of(deep), "subspaces, last layers")
+            done += self._try(trial, of(deep), "subspaces, last layers")
         taken = best(done)
         if taken is None or taken is first:
             say("  no subspace leaves fewer within the limit; the single direction is kept")
             return single
         self._notes["single"] = first.record()
         say(f"  taken instead: {summary_line(taken.variant.record())}")
-        return self._take(taken, trials)
+        return self._take(taken, trial)
 
 
 # Edits that are tried at most, of those that a list is made of.

@@ -49,8 +49,8 @@ class Score:
         mean: |mean element| of the unit direction, the ranking of FailSpy's abliterator.
         refusal: mean refusal score (log-odds) of harmful validation prompts with the direction
             ablated; None where it was not tried.
-        refused: share of these prompts whose reply still opens as a refusal with the direction
-            ablated, by odds; None where it was not tried.
+        refused: share of these prompts whose likeliest first token still opens a refusal with the
+            direction ablated; None where it was not tried.
         kl: mean KL(model ‖ ablated) in nats at the first reply token of harmless validation
             prompts; None where it was not tried.
         induced: mean refusal score of harmless validation prompts with the difference of means
@@ -170,6 +170,16 @@ def refusal_scores(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.arr
     return inside - mx.logsumexp(outside, axis=-1)
 
 
+def refused(log_probabilities: mx.array, tokens: Sequence[int]) -> float:
+    """The share of greedy replies that open with one of ``tokens``, from (N, V).
+
+    Odds above 1 would miss some: where answers open in many ways, a refusal's opening may be the
+    likeliest of all tokens at a probability far below a half.
+    """
+    first = log_probabilities.argmax(axis=-1)
+    return number((first[:, None] == mx.array(list(tokens))[None]).any(axis=-1).mean())
+
+
 def kl_divergence(base: mx.array, other: mx.array) -> mx.array:
     """KL(base ‖ other) in nats along the last axis, from log-probabilities: (…, V) -> (…)."""
     return (mx.exp(base) * (base - other)).sum(axis=-1)
@@ -214,11 +224,7 @@ class Trial:
         self._base = first_reply_token(chat, harmless)
         self.refusal_tokens = refusal_tokens(before, self._base)
         if not self.refusal_tokens:
-            raise UserError(
-                "this model opens its replies to harmful and harmless prompts in the same way, so "
-                "there is no refusal to find: check with `abl-mlx eval`, or choose a direction "
-                "yourself with --layer and --position."
-            )
+            raise UserError(NO_REFUSAL)
         self.refusal_before = (
             number(refusal_scores(before, self.refusal_tokens).mean()),
             number(refusal_scores(self._base, self.refusal_tokens).mean()),
@@ -229,13 +235,20 @@ class Trial:
     def of_edit(self, edit: Edit) -> Effect:
         """The effect of an edit, without its kept norms, which are had in weights only."""
         with ablation(self._writers, replace(edit, norm="none")):
-            odds = refusal_scores(first_reply_token(self._chat, self._harmful), self.refusal_tokens)
+            asked = first_reply_token(self._chat, self._harmful)
             opened = first_reply_token(self._chat, self._harmless)
         return Effect(
-            refusal=number(odds.mean()),
-            refused=number((odds > 0).mean()),
+            refusal=number(refusal_scores(asked, self.refusal_tokens).mean()),
+            refused=refused(asked, self.refusal_tokens),
             kl=number(kl_divergence(self._base, opened).mean()),
         )
+
+    def refused(self, sequences: Sequence[Sequence[int]], edit: Edit | None = None) -> float:
+        """The share of other prompts, encoded, whose replies open as refusals."""
+        if edit is None:
+            return refused(first_reply_token(self._chat, sequences), self.refusal_tokens)
+        with ablation(self._writers, replace(edit, norm="none")):
+            return refused(first_reply_token(self._chat, sequences), self.refusal_tokens)
 
     def of_adding(self, intervention: Intervention) -> float:
         """The mean refusal score of harmless prompts under an intervention on the stream."""
