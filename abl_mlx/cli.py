@@ -185,6 +185,34 @@ def _choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return _decorated(command, flags)
 
 
+def _search_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = [
+        click.option(
+            "--search",
+            metavar="N",
+            type=click.IntRange(min=1),
+            help="Try at most N edits (directions, layers, strengths by layer for attention and "
+            "MLP, the embedding) and take the gentlest that meets --target-refusals. Ends by "
+            "itself when nothing better is found; Ctrl-C ends it with the best so far.",
+        ),
+        click.option(
+            "--target-refusals",
+            default=0.05,
+            show_default=True,
+            type=click.FloatRange(min=0, max=1),
+            help="For --search: the share of refused or broken replies that is good enough.",
+        ),
+        click.option(
+            "--search-journal",
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            help="For --search: keep its trials here, and go on from those that the file has. "
+            "Without it: OUTPUT.search.journal.",
+        ),
+    ]
+    return _decorated(command, flags)
+
+
 def _edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     flags = [
         click.option(
@@ -572,6 +600,7 @@ def cli() -> None:
 )
 @_prompt_flags
 @_choice_flags
+@_search_flags
 @_reply_flags
 @_gguf_flags
 @_memory_flag
@@ -601,6 +630,7 @@ def run(model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any) -> 
 )
 @_prompt_flags
 @_choice_flags
+@_search_flags
 @_memory_flag
 @_json_flag
 def measure(model: str, output: Path, as_json: bool, **chosen: Any) -> None:

@@ -31,6 +31,11 @@ def check() -> None:
         _raise(_requested[-1])
 
 
+def forget() -> None:
+    """Take back a request that has been met in another way than by stopping."""
+    _requested.clear()
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     _requested.append(number)
     _raise(number)

@@ -29,6 +29,9 @@ class Options:
         tensor: which tensor of it.
         borderline: prompt file or dataset that ``over-refusal`` is about; None for the bundled set.
         max_kl: limit of the causal choice, nats at the first reply token.
+        search: at most so many edits are tried for a gentler one; None for no search.
+        search_journal: the file that keeps what was tried; beside the output without it.
+        target_refusals: the share of refused and broken replies that a search aims at.
         strength: α of the edit.
         layers: layers whose writers are edited; None for all.
         embedding: whether the embedding is edited.
@@ -72,6 +75,9 @@ class Options:
     tensor: str | None = None
     borderline: str | None = None
     max_kl: float = 0.1
+    search: int | None = None
+    search_journal: Path | None = None
+    target_refusals: float = 0.05
     strength: float = 1.0
     layers: frozenset[int] | None = None
     embedding: bool = True
@@ -99,6 +105,7 @@ class Options:
         values = dict(vars(self))
         values["layers"] = None if self.layers is None else sorted(self.layers)
         values["direction"] = None if self.direction is None else str(self.direction)
+        values["search_journal"] = None if self.search_journal is None else str(self.search_journal)
         values["save_replies"] = None if self.save_replies is None else str(self.save_replies)
         return values
 

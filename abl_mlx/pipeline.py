@@ -83,6 +83,7 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
     Raises:
         UserError: bad input, told in one sentence; nothing is left behind.
     """
+    options = with_journal(options, paths[0])
     source = sources.resolve(text)
     target = source if options.gguf is None else sources.resolve_gguf(options.gguf)
     outputs.check(paths, target)
@@ -300,6 +301,7 @@ def measure(text: str, out: Path, options: Options) -> Record:
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: the name of a direction file ends in .safetensors.")
     check_new(out)
+    options = with_journal(options, out.with_suffix(""))
     clock = Clock()
     source = sources.resolve(text)
     sets = load_prompts(source, options)
@@ -410,6 +412,13 @@ def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[Record]:
 
 
 # --- the steps ---------------------------------------------------------------------------------
+
+
+def with_journal(options: Options, output: Path) -> Options:
+    """The options with a place for the journal of a search: beside the output, if not given."""
+    if options.search is None or options.search_journal is not None:
+        return options
+    return replace(options, search_journal=output.with_name(f"{output.name}.search.journal"))
 
 
 def load_prompts(source: Source, options: Options) -> PromptSets:

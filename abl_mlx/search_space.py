@@ -1,0 +1,181 @@
+"""What a search may change about an edit, and the edit that a set of parameters stands for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.selection import DEEPEST
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+Parameters = Mapping[str, Any]
+
+#: The writers that have a kernel each; as `edits.Edit.profile` names them.
+COMPONENTS = ("attention", "mlp")
+
+#: The largest strength of a kernel. Beyond 1 a direction is turned round, beyond 2 made longer.
+STRONGEST = 1.5
+
+#: The direction that was chosen before the search, as it is: (k, d) or (L, k, d).
+DEFAULT = "default"
+
+#: ``(index, per layer) -> (k, d) or (L, k, d)``; the index is a layer, or lies between two.
+Directions = Callable[[float, bool], mx.array]
+
+
+def kernel(layers: int, peak: float, strength: float, width: float, floor: float) -> list[float]:
+    """Strengths by layer, a tent over a floor: s·(f + (1 − f)·max(0, 1 − |l − p| / w)).
+
+    Args:
+        layers: how many, L.
+        peak: p, the layer where it is highest; may lie between two.
+        strength: s, its height there.
+        width: w, after how many layers it is down on the floor; above 0.
+        floor: f, the share of s that every layer has at least; 1 is the same everywhere.
+    """
+    return [
+        strength * (floor + (1 - floor) * max(0.0, 1 - abs(layer - peak) / width))
+        for layer in range(layers)
+    ]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The parameters of a search.
+
+    Attributes:
+        layers: L, how many the model has.
+        methods: where directions come from, by name; `DEFAULT` is one of them.
+        embedding: whether the embedding may be edited.
+    """
+
+    layers: int
+    methods: Mapping[str, Directions]
+    embedding: bool = True
+
+    @property
+    def deepest(self) -> int:
+        """The last layer whose direction is tried, as in the causal choice."""
+        return max(0, math.floor(DEEPEST * self.layers) - 1)
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The parameters as Optuna sees them."""
+        from optuna.distributions import (
+            CategoricalDistribution,
+            FloatDistribution,
+            IntDistribution,
+        )
+
+        last = self.layers - 1
+        space: dict[str, BaseDistribution] = {
+            "method": CategoricalDistribution(tuple(self.methods)),
+            "index": FloatDistribution(0.0, float(self.deepest)),
+            "per_layer": CategoricalDistribution((False, True)),
+            "first_layer": IntDistribution(0, last),
+            "last_layer": IntDistribution(0, last),
+            "embedding": CategoricalDistribution((False, True) if self.embedding else (False,)),
+        }
+        for component in COMPONENTS:
+            space |= {
+                f"{component}_peak": FloatDistribution(0.0, float(last)),
+                f"{component}_strength": FloatDistribution(0.0, STRONGEST),
+                f"{component}_width": FloatDistribution(0.5, float(max(1, self.layers))),
+                f"{component}_floor": FloatDistribution(0.0, 1.0),
+            }
+        return space
+
+    def uniform(self, **changes: Any) -> dict[str, Any]:
+        """The analytic default, the chosen direction at strength 1 everywhere, with changes."""
+        found: dict[str, Any] = {
+            "method": DEFAULT,
+            "index": float(self.deepest),
+            "per_layer": False,
+            "first_layer": 0,
+            "last_layer": self.layers - 1,
+            "embedding": self.embedding,
+        }
+        for component in COMPONENTS:
+            found |= {
+                f"{component}_peak": (self.layers - 1) / 2,
+                f"{component}_strength": 1.0,
+                f"{component}_width": float(max(1, self.layers)),
+                f"{component}_floor": 1.0,
+            }
+        return found | changes
+
+    def analytic(self) -> list[dict[str, Any]]:
+        """What is tried first: the default, gentler ones, and without the embedding."""
+        both = [f"{component}_strength" for component in COMPONENTS]
+        variants = [self.uniform(), self.uniform(embedding=False)]
+        for strength in (0.8, 0.65, 0.5):
+            variants.append(self.uniform(embedding=False, **dict.fromkeys(both, strength)))
+        variants.append(self.uniform(first_layer=min(1, self.layers - 1), embedding=False))
+        variants.append(self.uniform(embedding=False, mlp_strength=0.5))
+        others = [name for name in self.methods if name != DEFAULT]
+        variants += [self.uniform(method=name, embedding=False) for name in others]
+        kept: list[dict[str, Any]] = []
+        for variant in variants:
+            if variant not in kept:
+                kept.append(variant)
+        return kept
+
+    def neighbour(self, parameters: Parameters, random: np.random.Generator) -> dict[str, Any]:
+        """Parameters with a few of them moved: numbers by about a sixth of their range."""
+        from optuna.distributions import CategoricalDistribution, IntDistribution
+
+        space = self.distributions()
+        found = dict(parameters)
+        scale = float(random.choice([0.02, 0.06, 0.18]))
+        share = float(random.choice([0.15, 0.3, 0.6]))
+        moved = [name for name in space if random.random() < share] or [
+            str(random.choice(list(space)))
+        ]
+        for name in moved:
+            allowed = space[name]
+            if isinstance(allowed, CategoricalDistribution):
+                # A choice is a leap, however small the step of the numbers.
+                if random.random() < 0.3:
+                    found[name] = allowed.choices[int(random.integers(len(allowed.choices)))]
+            elif isinstance(allowed, IntDistribution):
+                step = int(random.choice([-1, 1]))
+                found[name] = int(np.clip(found[name] + step, allowed.low, allowed.high))
+            else:
+                low, high = allowed.low, allowed.high
+                step = scale * (high - low) * random.normal()
+                found[name] = float(np.clip(found[name] + step, low, high))
+        return found
+
+    def directions(self, parameters: Parameters) -> mx.array:
+        """What is removed: (k, d), or (L, k, d) where each layer has its own."""
+        make = self.methods[parameters["method"]]
+        return make(float(parameters["index"]), bool(parameters["per_layer"]))
+
+    def recipe(self, parameters: Parameters) -> dict[str, Any]:
+        """What of an edit is not its directions: ``profile`` and ``embedding``."""
+        ends = sorted((int(parameters["first_layer"]), int(parameters["last_layer"])))
+        profile = {}
+        for component in COMPONENTS:
+            strengths = kernel(
+                self.layers,
+                *(
+                    float(parameters[f"{component}_{name}"])
+                    for name in ("peak", "strength", "width", "floor")
+                ),
+            )
+            profile[component] = [
+                strength if ends[0] <= layer <= ends[1] else 0.0
+                for layer, strength in enumerate(strengths)
+            ]
+        return {"profile": profile, "embedding": bool(parameters["embedding"])}
+
+    def changes_something(self, parameters: Parameters) -> bool:
+        """Whether any writer at all is edited."""
+        recipe = self.recipe(parameters)
+        return recipe["embedding"] or any(map(any, recipe["profile"].values()))
