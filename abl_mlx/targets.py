@@ -98,16 +98,14 @@ def opened(
 
 
 def runtime_of(source: Source, options: EvalOptions) -> str:
-    """What runs a model of this machine: one of `RUNTIMES`.
+    """What runs a model of this machine: one of `RUNTIMES`, of which a folder has no choice.
 
     Raises:
-        UserError: when ``--runtime`` asks for what is not there or cannot run it.
+        UserError: when ``--runtime`` asks for what is not there.
     """
     server = shutil.which("llama-server")
     wanted = options.runtime
     if not source.is_gguf:
-        if wanted not in (None, "mlx-lm"):
-            raise UserError(f"--runtime {wanted} runs .gguf files, and {source.name} is none.")
         return "mlx-lm"
     if wanted == "llama-server" and server is None:
         raise UserError("--runtime llama-server: no llama-server is on the PATH.")
