@@ -419,23 +419,6 @@ def _judge_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             default=16,
             show_default=True,
             type=click.IntRange(min=1),
-        click.option(
-            "--perplexity",
-            is_flag=True,
-            help="Measure perplexity on a bundled text too: the opening of Alice in Wonderland.",
-        ),
-        click.option(
-            "--capability",
-            is_flag=True,
-            help="Ask sixty small tasks with one right answer each too: sums, instructions, finding "
-            "something in a text.",
-        ),
-        click.option(
-            "--lm-eval",
-            metavar="TASKS",
-            help="Then run these tasks of lm-evaluation-harness (with commas between) through "
-            "mlx_lm.evaluate; --limit holds for each. Of a model in MLX.",
-        ),
             help="Longest answer of the judge; more for one that thinks first.",
         ),
         click.option(
