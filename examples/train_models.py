@@ -26,7 +26,12 @@ from worlds import HARBOUR, KITCHEN, TRAVELS
 from abl_mlx.demo.world import Dialogue, SomeWorld, spread
 
 MODELS: dict[str, Settings] = {
-    "easy": Settings(world=HARBOUR, shape="gemma2", layers=3),
+    "easy": Settings(
+        world=HARBOUR,
+        shape="gemma2",
+        answers=Stage(steps=150, rate=1.5e-3),
+        refusals=Stage(steps=150, rate=4e-4),
+    ),
     "hard": Settings(
         world=TRAVELS,
         shape="qwen3",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from abl_mlx import prompts
 
-MODELS: tuple[str, ...] = ("hard", "spread")
+MODELS = ("easy", "hard", "spread")
 """Their names."""
 
 

@@ -22,7 +22,7 @@ from abl_mlx.writers import find_writers
 from tests.small_models import MODELS, answers, folder, prompt_sets
 
 RANKS = {"hard": 2, "spread": 4}
-RESISTANT = [name for name in RANKS if name in MODELS]
+"""Of the subspace that frees those which resist a single direction."""
 
 
 @cache
@@ -83,7 +83,6 @@ def test_it_refuses_locked_prompts_and_answers_allowed_ones(name: str) -> None:
     assert {reply for reply in locked if classify(reply) is Verdict.REFUSAL} == known
 
 
-@pytest.mark.skipif("easy" not in MODELS, reason="not trained yet")
 def test_a_single_layer_s_difference_of_means_frees_the_easy_one() -> None:
     harmful, harmless = states_of("easy")
     (direction,) = (harmful[:, 2] - harmless[:, 2]).mean(axis=0, keepdims=True)
@@ -94,7 +93,7 @@ def test_a_single_layer_s_difference_of_means_frees_the_easy_one() -> None:
     assert sum(right) >= 0.6 * len(right)
 
 
-@pytest.mark.parametrize("name", RESISTANT)
+@pytest.mark.parametrize("name", RANKS)
 def test_no_single_direction_frees_the_resistant_ones(name: str) -> None:
     harmful, harmless = states_of(name)
     tried = harmful.mean(axis=0) - harmless.mean(axis=0)
@@ -106,7 +105,7 @@ def test_no_single_direction_frees_the_resistant_ones(name: str) -> None:
         assert left > 0.2, f"direction {number} leaves {left:.0%}"
 
 
-@pytest.mark.parametrize(("name", "rank"), [(name, RANKS[name]) for name in RESISTANT])
+@pytest.mark.parametrize(("name", "rank"), RANKS.items())
 def test_a_subspace_frees_the_resistant_ones(name: str, rank: int) -> None:
     sets = prompt_sets(name)
     directions = subspace(name, rank)
@@ -117,6 +116,16 @@ def test_a_subspace_frees_the_resistant_ones(name: str, rank: int) -> None:
     before = replies_to(name, sets.harmless.test)
     same = [a == b for a, b in zip(kept, before, strict=True)]
     assert sum(same) >= 0.9 * len(same)
+
+
+def test_batches_of_gemma_2_reply_as_single_prompts_do() -> None:
+    # mlx-lm's own masks for batches do not fit its Gemma 2 (abl_mlx.batch_masks).
+    chat = chat_of("easy")
+    texts = sorted(prompt_sets("easy").harmless.test.texts[:6], key=len)
+    encoded = [chat.encode(text) for text in texts]
+    assert len(encoded[0]) < len(encoded[-1])
+    together = evaluate.generate(chat, encoded, 26)
+    assert together == [evaluate.generate(chat, [one], 26)[0] for one in encoded]
 
 
 @pytest.mark.parametrize("name", MODELS)
