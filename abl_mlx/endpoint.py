@@ -170,14 +170,33 @@ class Endpoint:
             UserError: when a request fails for good.
         """
         self._stopped.clear()
+        failures: list[BaseException] = []
+
+        def one(prompt: str) -> str:
+            try:
+                self._wait(0)
+                return self.reply(prompt, max_tokens)
+            except BaseException as error:
+                # Before the others are stopped, so that the first is the cause.
+                failures.append(error)
+                self._stopped.set()
+                raise
+
         pool = ThreadPoolExecutor(self.asking.concurrency, thread_name_prefix="abl-mlx-ask")
         try:
-            futures = {
-                pool.submit(self.reply, prompt, max_tokens): number
-                for number, prompt in enumerate(prompts)
-            }
+            futures = {pool.submit(one, prompt): number for number, prompt in enumerate(prompts)}
+            waiting = set(futures)
             for future in as_completed(futures):
+                if failures:
+                    break
+                waiting.remove(future)
                 yield futures[future], future.result()
+            if failures:
+                # Replies that are there are not thrown away.
+                for future in waiting:
+                    if future.done() and not future.cancelled() and not future.exception():
+                        yield futures[future], future.result()
+                raise failures[0]
         finally:
             self._stopped.set()
             with self._lock:
