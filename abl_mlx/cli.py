@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -364,9 +364,7 @@ def _server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Ask this model the same prompts too, and show how far the two differ: the "
             "original of an edited one, say.",
         ),
-        click.option(
-            "--baseline-model", metavar="NAME", help="The baseline's name on its server."
-        ),
+        click.option("--baseline-model", metavar="NAME", help="The baseline's name on its server."),
         click.option(
             "--runtime",
             type=click.Choice(["mlx-lm", "llama.cpp", "llama-server"]),
@@ -566,6 +564,8 @@ def cli() -> None:
 
 
 @cli.command()
+@click.argument("model")
+@_edit_flags
 @click.option(
     "--direction",
     type=click.Path(path_type=Path),
@@ -574,8 +574,6 @@ def cli() -> None:
     "--layer).",
 )
 @click.option("--tensor", metavar="NAME", help="Which tensor of --direction FILE.")
-@click.argument("model")
-@_edit_flags
 @click.option(
     "--gguf",
     metavar="BASE.gguf",
@@ -867,6 +865,114 @@ def diff(
 
     options = _options({"tensors": tensors})
     _answer(as_json, "diff_table", gguf_pipeline.diff, first, second, direction, options)
+
+
+def _steered_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    flags = [
+        click.option(
+            "--direction",
+            type=click.Path(path_type=Path),
+            help="A direction file. Without it one is measured first.",
+        ),
+        click.option(
+            "--strength",
+            default=1.0,
+            show_default=True,
+            help="1 removes the direction, 0.5 half of it, negative values strengthen it.",
+        ),
+        click.option(
+            "--layers", type=Layers(), help="Edit only these layers: 3, 2-5 or 0,4-6. Default: all."
+        ),
+    ]
+    return _memory_flag(_choice_flags(_prompt_flags(_decorated(command, flags))))
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option(
+    "--reply",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Read so many tokens of the model's own reply as well.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Draw it too, in this page.html.",
+)
+@_steered_flags
+@_json_flag
+def show(
+    model: str,
+    prompt: str,
+    direction: Path | None,
+    reply: int,
+    output: Path | None,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
+    """Show how much of the refusal direction every layer and token of PROMPT holds.
+
+    Before and after the edit, which is made at runtime: nothing is written.
+    """
+    from abl_mlx import show as showing
+    from abl_mlx import steered
+
+    color = sys.stdout.isatty()
+    _answer(
+        as_json,
+        lambda record: showing.table(record, color=color),
+        lambda: showing.show(
+            steered.load(model, direction, _options(chosen)), prompt, reply=reply, page=output
+        ),
+    )
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--side-by-side", is_flag=True, help="Show what the original says beside what the edited does."
+)
+@click.option(
+    "--max-tokens",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Longest reply.",
+)
+@click.option(
+    "--temp",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Temperature; 0 takes the likeliest token.",
+)
+@_steered_flags
+def chat(
+    model: str,
+    direction: Path | None,
+    side_by_side: bool,
+    max_tokens: int,
+    temp: float,
+    **chosen: Any,
+) -> None:
+    """Talk with MODEL, its edit switched on, off and scaled live (/help says how).
+
+    The edit is made at runtime, and equals that of the weights; nothing is written.
+    """
+    from abl_mlx import chat as chatting
+    from abl_mlx import steered
+
+    with suppress(ImportError):
+        import readline  # noqa: F401  (editing of the line, and its history)
+    conversation = chatting.Conversation(
+        steered.load(model, direction, _options(chosen)),
+        side_by_side=side_by_side, max_tokens=max_tokens, temp=temp,
+    )  # fmt: skip
+    chatting.talk(conversation, input, lambda text: click.echo(text, nl=False))
 
 
 def main() -> None:

@@ -1,0 +1,85 @@
+"""A loaded model with its writers and a direction: what `chat` and `show` steer at runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from abl_mlx import directions, gguf_model, memory, models, pipeline, sources
+from abl_mlx.clock import Clock
+from abl_mlx.directions import DirectionFile
+from abl_mlx.edits import Edit
+from abl_mlx.gguf_pipeline import find_writers as find_in_gguf
+from abl_mlx.measurement import edit_of, find_direction, find_reply_prefix
+from abl_mlx.models import ChatModel
+from abl_mlx.options import Options
+from abl_mlx.steering import ablation
+from abl_mlx.writers import Writer, find_writers
+from convert.gguf_file import GgufSource
+
+
+@dataclass(frozen=True)
+class Steered:
+    """A model whose edit can be switched on, off and scaled while it is loaded.
+
+    Attributes:
+        name: what the user typed.
+        direction: from a file, or measured.
+    """
+
+    name: str
+    chat: ChatModel
+    writers: Sequence[Writer]
+    direction: DirectionFile
+    options: Options
+
+    def edit(self, strength: float | None = None) -> Edit:
+        """The edit, of the options' strength or another one."""
+        options = self.options
+        if strength is not None:
+            options = replace(options, strength=strength)
+        return edit_of(self.direction, options)
+
+    @contextmanager
+    def edited(self, strength: float | None = None) -> Iterator[None]:
+        """Within the block the model runs as its edited weights would; at 0 as it is."""
+        if (self.options.strength if strength is None else strength) == 0:
+            yield
+            return
+        with ablation(self.writers, self.edit(strength)):
+            yield
+
+
+def load(text: str, direction: Path | None, options: Options) -> Steered:
+    """Load a model, a folder or a GGUF, and its direction.
+
+    Args:
+        direction: a direction file; None to measure one on the options' prompts.
+
+    Raises:
+        UserError: bad input, told in one sentence.
+    """
+    clock = Clock()
+    source = sources.resolve(text)
+    given = None if direction is None else directions.read(direction)
+    memory.check(source, asked=options.memory_check)
+    with clock.step("load the model"):
+        if source.is_gguf:
+            with GgufSource(source.path) as gguf:
+                chat, layout = gguf_model.load(gguf)
+                named = find_in_gguf(gguf, options)
+                writers: Sequence[Writer] = gguf_model.find_writers(chat, layout, gguf, named)
+        else:
+            chat = models.load(source.path)
+            writers = find_writers(chat)
+    if given is not None and direction is not None:
+        directions.check_width(given, direction, chat)
+        return Steered(source.name, chat, writers, given, options)
+    sets = pipeline.load_prompts(source, options)
+    with clock.step("find how replies open"):
+        chat.reply_prefix = find_reply_prefix(chat, sets)
+    with clock.step("measure and choose a direction"):
+        found = find_direction(chat, writers, sets, options)
+    return Steered(source.name, chat, writers, found, options)
