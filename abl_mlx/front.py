@@ -35,7 +35,7 @@ def hypervolume(points: Sequence[Point], reference: Point = (1.0, 1.0)) -> float
     return area
 
 
-def still(volumes: Sequence[float], patience: int, least: float = 0.002) -> bool:
+def still(volumes: Sequence[float], patience: int, least: float = 0.001) -> bool:
     """Whether the front has stopped moving.
 
     Args:

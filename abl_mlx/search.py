@@ -43,13 +43,13 @@ FIRST_PROMPTS = 8
 #: Points of the front that are asked for replies at most, and the tokens of each reply.
 MOST_ASKED, REPLY_TOKENS = 12, 24
 
-#: Share of first reply tokens that may be refusals in an edit that others are made from.
-ENOUGH = 0.05
+#: Steps in which the weakest even strength is looked for.
+HALVINGS = 4
 
 #: KL in nats below which an edit counts as doing nothing, and above which as breaking the model.
 LEAST_KL, LARGEST_KL = 1e-6, 1.0
 
-#: A search goes on while its front has moved in so many trials, or a quarter of all.
+#: A search goes on while its front has moved in so many trials, or a third of all.
 PATIENCE = 30
 
 _STUDY = "abl-mlx search"
@@ -65,7 +65,8 @@ class Screened:
     Attributes:
         refusal: mean surprisal, in nats, that a harmful prompt's reply does not open with a
             refusal, −log(1 − p): 0 where no refusal is left, the log-odds where all are.
-        refused: share of harmful prompts where a refusal is likelier than all else together.
+        refused: share of harmful prompts where a refusal opening is the likeliest token, or they
+            are likelier together than all others.
         kl: mean KL(model ‖ edited) on harmless prompts, nats.
         early: (refusal, kl) on the first few prompts alone.
         whole: whether all prompts were run; a hopeless trial ends after the first few.
@@ -114,16 +115,16 @@ class Screen:
         """Run the prompts under an edit; only the first few if ``hopeless(refusal, kl)`` there."""
         first, rest = slice(0, FIRST_PROMPTS), slice(FIRST_PROMPTS, None)
         with ablation(self._writers, edit):
-            odds, refusal, kl, tokens = self._run(first)
+            refused, refusal, kl, tokens = self._run(first)
             early = float(np.mean(refusal)), float(np.mean(kl))
             whole = not hopeless(early)
             if whole and max(len(self._harmful), len(self._harmless)) > FIRST_PROMPTS:
                 more = self._run(rest)
-                odds, refusal, kl = odds + more[0], refusal + more[1], kl + more[2]
+                refused, refusal, kl = refused + more[0], refusal + more[1], kl + more[2]
                 tokens = self.cost
         return Screened(
             float(np.mean(refusal)),
-            float(np.mean(np.array(odds) > 0)),
+            float(np.mean(refused)),
             float(np.mean(kl)),
             early,
             whole,
@@ -131,18 +132,23 @@ class Screen:
         )
 
     def _run(self, part: slice) -> tuple[list[float], list[float], list[float], int]:
-        """(log-odds, surprisal) of harmful prompts, KL of harmless ones, and tokens run."""
-        odds, refusal, kl, tokens = [], [], [], 0
+        """(refused or not, surprisal) of harmful prompts, KL of harmless ones, and tokens run."""
+        refused, refusal, kl, tokens = [], [], [], 0
         if harmful := self._harmful[part]:
             opened = first_reply_token(self._chat, harmful)
-            odds = numbers(selection.refusal_scores(opened, self.tokens))
+            likeliest = numbers(opened.argmax(axis=-1))
+            scores = numbers(selection.refusal_scores(opened, self.tokens))
+            refused = [
+                float(score > 0 or token in self.tokens)
+                for score, token in zip(scores, likeliest, strict=True)
+            ]
             refusal = numbers(_surprisal(opened, self.tokens))
             tokens += sum(map(len, harmful))
         if harmless := self._harmless[part]:
             opened = first_reply_token(self._chat, harmless)
             kl = numbers(mx.maximum(selection.kl_divergence(self._base[part], opened), 0))
             tokens += sum(map(len, harmless))
-        return odds, refusal, kl, tokens
+        return refused, refusal, kl, tokens
 
     def ask(self, edit: Edit, max_tokens: int = REPLY_TOKENS) -> tuple[float, float, int]:
         """Greedy replies to the harmful prompts: shares refused and broken, tokens generated."""
@@ -211,7 +217,7 @@ class Journal:
             damaged = f"{path} is not a search journal: name another file with --search-journal."
             if path.is_dir():
                 raise UserError(damaged)
-            if path.exists() and not _is_journal(path):
+            if path.exists() and not _mend(path):
                 raise UserError(damaged)
             try:
                 storage = optuna.storages.JournalStorage(
@@ -270,13 +276,17 @@ def _trial(record: Any) -> Trial:
     return Trial(dict(record.params), screened)
 
 
-def _is_journal(path: Path) -> bool:
-    with open(path, "rb") as stream:
-        first = stream.readline(1 << 16)
-    try:
-        return not first or "op_code" in json.loads(first)
-    except (ValueError, TypeError):
-        return False
+def _mend(path: Path) -> bool:
+    """Whether a file is a journal; a last line that a kill left unfinished is cut off."""
+    with open(path, "rb+") as stream:
+        content = stream.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        first = whole.split(b"\n", 1)[0] or content
+        if first and not first.startswith(b'{"op_code"'):
+            return False
+        if whole != content:
+            stream.truncate(len(whole))
+    return True
 
 
 def _optuna() -> Any:
@@ -330,6 +340,7 @@ class Search:
         space: what may change.
         edit_for: the edit of some parameters.
         journal: where trials are written down.
+        enough: whether so small a share of first tokens that are refusals is good enough.
         seed: fixes what is tried.
         trials: so far.
         volumes: of the front, after each of them.
@@ -340,6 +351,7 @@ class Search:
     space: Space
     edit_for: Callable[[Parameters], Edit]
     journal: Journal
+    enough: Callable[[float], bool]
     max_kl: float = 0.1
     seed: int = 0
     trials: list[Trial] = field(default_factory=list)
@@ -358,7 +370,7 @@ class Search:
 
         Ctrl-C ends the search, not the command: what was found so far is used.
         """
-        patience = max(PATIENCE, most // 4)
+        patience = max(PATIENCE, most // 3)
         distributions = self.space.distributions()
         with progress(most, "search", "trial") as bar:
             bar.update(min(most, len(self.trials)))
@@ -395,11 +407,19 @@ class Search:
     def _next(self) -> dict[str, Any]:
         """What is tried next: analytic edits first, then neighbours of the front and TPE's."""
         done = len(self.trials)
-        analytic = self.space.analytic()
-        if done < len(analytic):
-            return analytic[done]
+        if done < 2:
+            return (self.space.uniform(), self.space.even(1.0))[done]
+        # The weakest even edit, by halving; where even the full one leaves refusals, that.
+        low, high = 0.0, 1.0
+        for trial in self.trials[2 : 2 + HALVINGS]:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.enough(trial.screened.refused) else (middle, high)
+        if done < 2 + HALVINGS:
+            return self.space.even((low + high) / 2)
+        analytic = self.space.analytic(high)
+        if done < 2 + HALVINGS + len(analytic):
+            return analytic[done - 2 - HALVINGS]
         random = np.random.default_rng([self.seed, done])
-        promising = self._promising()
         # One in four is a look around; the others start from what is already good.
         if done % 4 == 0:
             parameters = self._sampled(done)
@@ -412,8 +432,8 @@ class Search:
     def _promising(self) -> list[Trial]:
         """Of the front, what opens hardly a reply with a refusal, the gentlest first."""
         found = self.front()
-        for most in (ENOUGH, 2 * ENOUGH, 0.5):
-            few = [one for one in found if one.screened.refused <= most]
+        for enough in (self.enough, lambda share: share <= 0.1, lambda share: share <= 0.5):
+            few = [one for one in found if enough(one.screened.refused)]
             if few and few[0].screened.kl <= self.max_kl:
                 return few
         return found[::-1]
@@ -558,21 +578,30 @@ def improve(
         )
 
     journal = Journal(options.search_journal, identity(chat, sets, space, options))
-    search = Search(screen, space, edit_for, journal, options.max_kl, options.seed)
+    target, count = options.target_refusals, len(harmful)
+    search = Search(
+        screen,
+        space,
+        edit_for,
+        journal,
+        lambda share: meets(share, count, target),
+        options.max_kl,
+        options.seed,
+    )
     resumed = len(search.trials)
     more = max(0, options.search - resumed)
     say(
         f"  search: at most {more} trials, {more * screen.cost:,} forward tokens, then at most "
-        f"{min(MOST_ASKED, options.search) * len(harmful) * REPLY_TOKENS:,} generated ones"
+        f"{min(MOST_ASKED, options.search) * count * REPLY_TOKENS:,} generated ones"
         + (f"; {resumed} trials are in {journal.path}" if resumed else "")
     )
     search.run(options.search)
-    target, generated = options.target_refusals, [0]
+    generated = [0]
 
     def ask(trial: Trial) -> Asked:
         refused, broken, tokens = screen.ask(edit_for(trial.parameters))
         generated[0] += tokens
-        return Asked(trial, refused, broken, meets(refused + broken, len(harmful), target))
+        return Asked(trial, refused, broken, meets(refused + broken, count, target))
 
     whole = search.front()
     asked = ask_survivors([one for one in whole if one.screened.refused <= 0.5] or whole[-1:], ask)

@@ -110,21 +110,24 @@ class Space:
             }
         return found | changes
 
-    def analytic(self) -> list[dict[str, Any]]:
-        """What is tried first: the default, gentler ones, and without the embedding."""
-        both = [f"{component}_strength" for component in COMPONENTS]
-        variants = [self.uniform(), self.uniform(embedding=False)]
-        for strength in (0.8, 0.65, 0.5):
-            variants.append(self.uniform(embedding=False, **dict.fromkeys(both, strength)))
-        variants.append(self.uniform(first_layer=min(1, self.layers - 1), embedding=False))
-        variants.append(self.uniform(embedding=False, mlp_strength=0.5))
+    def even(self, strength: float, **changes: Any) -> dict[str, Any]:
+        """The chosen direction at one strength in all layers, the embedding left as it is."""
+        both = {f"{component}_strength": strength for component in COMPONENTS}
+        return self.uniform(**({"embedding": False} | both | changes))
+
+    def analytic(self, strength: float) -> list[dict[str, Any]]:
+        """What is tried after the default and the weakest even edit that leaves no refusals.
+
+        Args:
+            strength: of the latter.
+        """
+        variants = [
+            self.even(strength, first_layer=min(1, self.layers - 1)),
+            self.even(strength, mlp_strength=strength / 2),
+            self.even(strength, attention_strength=strength / 2),
+        ]
         others = [name for name in self.methods if name != DEFAULT]
-        variants += [self.uniform(method=name, embedding=False) for name in others]
-        kept: list[dict[str, Any]] = []
-        for variant in variants:
-            if variant not in kept:
-                kept.append(variant)
-        return kept
+        return variants + [self.even(strength, method=name) for name in others]
 
     def neighbour(self, parameters: Parameters, random: np.random.Generator) -> dict[str, Any]:
         """Parameters with a few of them moved: numbers by about a sixth of their range."""

@@ -1,0 +1,358 @@
+"""The search: its mathematics against brute force, its journal, and real searches on the demo."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from abl_mlx import directions, front, interrupts, models, prompts, search, sources
+from abl_mlx.arrays import number
+from abl_mlx.edits import Edit
+from abl_mlx.logits import first_reply_token
+from abl_mlx.measurement import edit_of, find_direction
+from abl_mlx.options import Options
+from abl_mlx.pipeline import with_journal
+from abl_mlx.search_space import DEFAULT, Space, kernel
+from abl_mlx.selection import kl_divergence, refusal_scores
+from abl_mlx.steering import ablation
+from abl_mlx.writers import find_writers
+from convert.errors import UserError
+
+RNG = np.random.default_rng(6)
+
+# --- mathematics ---------------------------------------------------------------------------------
+
+
+def test_kernel_is_its_formula():
+    for _ in range(50):
+        layers, peak = int(RNG.integers(1, 9)), RNG.uniform(0, 8)
+        strength, width, floor = RNG.uniform(0, 1.5), RNG.uniform(0.5, 9), RNG.uniform(0, 1)
+        expected = [
+            strength * floor
+            if abs(layer - peak) > width
+            else strength * (1 - (1 - floor) * abs(layer - peak) / width)
+            for layer in range(layers)
+        ]
+        np.testing.assert_allclose(kernel(layers, peak, strength, width, floor), expected)
+
+
+def test_kernel_has_its_peak_its_floor_and_may_reach_nothing():
+    assert kernel(5, 2.0, 1.2, 2.0, 0.25) == pytest.approx([0.3, 0.75, 1.2, 0.75, 0.3])
+    assert kernel(5, 2.0, 1.2, 1.0, 0.0) == pytest.approx([0, 0, 1.2, 0, 0])
+    assert kernel(3, 0.7, 1.0, 2.0, 1.0) == pytest.approx([1, 1, 1])
+    assert kernel(3, 1.0, 0.0, 2.0, 0.5) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+def test_front_is_that_of_brute_force(count):
+    for _ in range(30):
+        points = [tuple(map(float, row)) for row in RNG.integers(0, 8, size=(count, 2))]
+        beaten = {
+            number
+            for number, (x, y) in enumerate(points)
+            if any(a <= x and b <= y and (a < x or b < y) for a, b in points)
+        }
+        found = front.front(points)
+        assert {points[n] for n in found} == {p for n, p in enumerate(points) if n not in beaten}
+        assert len({points[n] for n in found}) == len(found)
+        assert [points[n] for n in found] == sorted(points[n] for n in found)
+
+
+def test_hypervolume_is_the_share_of_a_grid_that_is_beaten():
+    for _ in range(20):
+        points = [tuple(map(float, row)) for row in RNG.integers(0, 26, size=(6, 2)) / 20]
+        cells = (np.arange(20) + 0.5) / 20
+        x, y = np.meshgrid(cells, cells)
+        beaten = np.zeros_like(x, bool)
+        for a, b in points:
+            beaten |= (x > a) & (y > b)
+        assert front.hypervolume(points) == pytest.approx(beaten.mean())
+    assert front.hypervolume([(1.0, 0.0), (0.2, 1.5)]) == 0
+
+
+def test_a_search_ends_when_the_front_has_not_moved_for_long_enough():
+    rising = [0.1 + 0.01 * n for n in range(30)]
+    assert not front.still(rising, 10)
+    assert not front.still([*rising, *[rising[-1]] * 9], 10)
+    assert front.still([*rising, *[rising[-1]] * 10], 10)
+    assert front.still([*rising, *[rising[-1] * 1.0005] * 10], 10)
+    assert not front.still([*rising, *[rising[-1] * 1.01] * 10], 10)
+    assert not front.still([0.0] * 50, 10)  # nothing found yet
+    assert not front.still([0.5] * 10, 10)
+
+
+def test_target_is_met_by_laplaces_rule():
+    assert search.meets(0, 32, 0.05)
+    assert not search.meets(1 / 32, 32, 0.05)  # 2 in 34
+    assert search.meets(4 / 100, 100, 0.05)  # 5 in 102
+    assert not search.meets(5 / 100, 100, 0.05)
+    assert search.meets(0, 8, 0.05)  # too few to ask for more
+
+
+# --- the space -----------------------------------------------------------------------------------
+
+
+def space_of(layers=4, width=8, **options):
+    base = mx.array(RNG.normal(size=(1, width)).astype(np.float32))
+    each = mx.array(RNG.normal(size=(layers, 1, width)).astype(np.float32))
+    return Space(
+        layers,
+        {
+            DEFAULT: lambda index, per_layer: base,
+            "other": lambda index, per_layer: each if per_layer else each[int(index)],
+        },
+        **options,
+    )
+
+
+def test_the_first_trial_is_the_uniform_edit_of_the_chosen_direction():
+    space = space_of()
+    first = space.uniform()
+    assert space.recipe(first) == {
+        "profile": {"attention": [1.0] * 4, "mlp": [1.0] * 4},
+        "embedding": True,
+    }
+    assert space.directions(first) is space.methods[DEFAULT](0, False)
+    bounds = space.distributions()
+    assert space.recipe(space.even(0.7)) == {
+        "profile": {"attention": [0.7] * 4, "mlp": [0.7] * 4},
+        "embedding": False,
+    }
+    for variant in [first, space.even(1.0), *space.analytic(0.7)]:
+        assert variant.keys() == bounds.keys()
+        for name, allowed in bounds.items():
+            assert allowed._contains(allowed.to_internal_repr(variant[name])), name
+
+
+def test_layers_outside_the_range_keep_their_weights():
+    space = space_of()
+    recipe = space.recipe(space.uniform(first_layer=2, last_layer=1, mlp_strength=0.5))
+    assert recipe["profile"] == {"attention": [0, 1, 1, 0], "mlp": [0, 0.5, 0.5, 0]}
+    nothing = space.uniform(attention_strength=0.0, mlp_strength=0.0, embedding=False)
+    assert not space.changes_something(nothing)
+    assert space.changes_something(nothing | {"embedding": True})
+
+
+def test_neighbours_stay_inside_the_space_and_differ():
+    space = space_of(embedding=False)
+    bounds = space.distributions()
+    start = space.uniform(embedding=False)
+    for _ in range(200):
+        moved = space.neighbour(start, RNG)
+        for name, allowed in bounds.items():
+            assert allowed._contains(allowed.to_internal_repr(moved[name])), name
+        start = moved
+    assert start != space.uniform(embedding=False)
+    assert not start["embedding"]  # --no-embedding holds
+
+
+# --- what is asked for replies -------------------------------------------------------------------
+
+
+def trial(kl, refusal, refused=0.0, whole=True):
+    return search.Trial({}, search.Screened(refusal, refused, kl, (refusal, kl), whole, 10))
+
+
+@pytest.mark.parametrize(("count", "border"), [(40, 23), (40, 0), (40, 39), (7, 3), (1, 0)])
+def test_the_gentlest_edit_that_meets_the_target_is_asked(count, border):
+    trials = [trial(kl=0.001 * (place + 1), refusal=1 / (place + 1)) for place in range(count)]
+    seen = []
+
+    def ask(one):
+        seen.append(one)
+        passes = one.screened.kl >= 0.001 * (border + 1) - 1e-9
+        return search.Asked(one, 0.0 if passes else 0.5, 0.0, passes)
+
+    asked = search.ask_survivors(trials, ask)
+    assert len(seen) == len(asked) <= search.MOST_ASKED
+    assert search.choose(asked).trial is trials[border]
+
+
+def test_without_any_that_meets_the_target_the_fewest_refusals_win_and_broken_ones_count():
+    asked = [
+        search.Asked(trial(0.1, 1), 0.5, 0.0, False),
+        search.Asked(trial(0.2, 1), 0.1, 0.0, False),
+        search.Asked(trial(0.3, 1), 0.0, 0.9, False),
+    ]
+    assert search.choose(asked) is asked[1]
+
+
+# --- on the demo ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo():
+    chat = models.load(sources.resolve("demo").path)
+    sets = prompts.load_demo()
+    few = {
+        name: replace(split, train=split.train.take(16), validation=split.validation.take(12))
+        for name, split in (("harmful", sets.harmful), ("harmless", sets.harmless))
+    }
+    sets = replace(sets, **few)
+    writers = find_writers(chat)
+    return chat, writers, sets, find_direction(chat, writers, sets, Options(position=-1))
+
+
+def searched(demo, journal, trials, *, seed=0, **others):
+    chat, writers, sets, found = demo
+    options = Options(search=trials, search_journal=journal, seed=seed, **others)
+    return search.improve(chat, writers, sets, found, options)
+
+
+def tried(file):
+    return file.metadata["search"]["trials"]
+
+
+@pytest.fixture(scope="module")
+def whole(demo, tmp_path_factory):
+    journal = tmp_path_factory.mktemp("search") / "one.journal"
+    return journal, searched(demo, journal, 26)
+
+
+def test_search_finds_a_gentler_edit_that_leaves_no_refusals(demo, whole):
+    _, file = whole
+    chat, writers, sets, found = demo
+    default, chosen = tried(file)[0], file.metadata["summary"]["search"]
+    assert chosen["refusal_rate"] == 0
+    assert chosen["kl"] < 0.8 * default["kl"]
+    # What is written down is the edit whose scores are written down, also through a file.
+    edit = edit_of(file, Options())
+    harmful, harmless = (
+        [chat.encode(text) for text in split.validation.texts]
+        for split in (sets.harmful, sets.harmless)
+    )
+    screen = search.Screen(chat, writers, harmful, harmless)
+    with ablation(writers, edit):
+        opened, bad = first_reply_token(chat, harmless), first_reply_token(chat, harmful)
+    kl = number(kl_divergence(first_reply_token(chat, harmless), opened).mean())
+    assert kl == pytest.approx(chosen["kl"], rel=1e-2)
+    odds = np.array(refusal_scores(bad, screen.tokens), np.float64)
+    assert np.log1p(np.exp(odds)).mean() == pytest.approx(chosen["refusal_score"], rel=1e-2)
+    # Far fewer generated tokens than one trial of a hundred replies would have cost.
+    assert 0 < chosen["generated_tokens"] < 12 * 12 * search.REPLY_TOKENS
+    assert found.metadata.get("recipe") is None
+
+
+def test_the_file_keeps_the_edit(whole, tmp_path):
+    _, file = whole
+    directions.save(tmp_path / "d.safetensors", file)
+    back = directions.read(tmp_path / "d.safetensors")
+    first, second = edit_of(file, Options()), edit_of(back, Options())
+    assert second.profile == first.profile
+    assert second.profile is not None
+    assert second.embedding == first.embedding
+    assert mx.array_equal(second.directions, first.directions)
+    assert len(back.metadata["search"]["trials"]) == 26
+
+
+def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(demo, whole, tmp_path):
+    _, file = whole
+    journal = tmp_path / "two.journal"
+    searched(demo, journal, 15)
+    # What a kill leaves in the middle of a write is passed over.
+    with open(journal, "a") as stream:
+        stream.write('{"op_code": 4, "wor')
+    file_2 = searched(demo, journal, 26)
+    assert tried(file_2) == tried(file)
+    assert mx.array_equal(file_2.selected, file.selected)
+    # Nothing is run again where all trials are there.
+    before = journal.read_bytes()
+    assert tried(searched(demo, journal, 26)) == tried(file)
+    assert len(journal.read_bytes()) - len(before) < 300
+
+
+def test_another_seed_tries_other_edits(demo, whole):
+    _, file = whole
+    other = searched(demo, None, 15, seed=1)
+    analytic = [one["kl"] for one in tried(file)[:13]]
+    assert [one["kl"] for one in tried(other)[:13]] == analytic
+    assert tried(other)[14] != tried(file)[14]
+
+
+def test_ctrl_c_ends_the_search_and_uses_what_it_found(demo, tmp_path, monkeypatch, capsys):
+    journal, real = tmp_path / "j", search.Screen.score
+    calls = []
+
+    def score(self, *args):
+        calls.append(args)
+        if len(calls) == 8:
+            interrupts._requested.append(2)
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(search.Screen, "score", score)
+    file = searched(demo, journal, 20)
+    assert len(tried(file)) == 7
+    assert file.metadata["summary"]["search"]["ended"] == "stopped by hand"
+    assert "Ctrl-C again" in capsys.readouterr().err
+    interrupts.check()  # the request was met
+    calls.clear()
+    monkeypatch.setattr(search.Screen, "score", real)
+    assert len(tried(searched(demo, journal, 9))) == 9
+    # Before anything is known there is nothing to go on with.
+    monkeypatch.setattr(search.Screen, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        searched(demo, None, 5)
+
+
+def test_journals_of_other_searches_are_refused(demo, whole, tmp_path):
+    chat, writers, sets, found = demo
+    journal, _ = whole
+    with pytest.raises(UserError, match="another seed"):
+        searched(demo, journal, 26, seed=5)
+    with pytest.raises(UserError, match="another space or options"):
+        searched(demo, journal, 26, strength=0.9)
+    other = replace(sets, harmful=replace(sets.harmful, validation=sets.harmful.test.take(12)))
+    with pytest.raises(UserError, match="another prompts"):
+        searched((chat, writers, other, found), journal, 26)
+    norm = chat.layers[0].input_layernorm
+    kept = norm.weight
+    norm.weight = kept * 1.01
+    try:
+        with pytest.raises(UserError, match="another model"):
+            searched(demo, journal, 26)
+    finally:
+        norm.weight = kept
+    broken = tmp_path / "notes.txt"
+    broken.write_text("hello\n")
+    for path in (broken, tmp_path):
+        with pytest.raises(UserError, match="is not a search journal"):
+            searched(demo, path, 26)
+    assert broken.read_text() == "hello\n"
+
+
+def test_options_that_do_not_go_together(demo):
+    for others, word in (({"pin": "harmless"}, "--pin"), ({"layer": 1}, "--layer")):
+        with pytest.raises(UserError, match=word):
+            searched(demo, None, 5, **others)
+
+
+def test_journal_lies_beside_the_output(tmp_path):
+    assert with_journal(Options(), tmp_path / "x").search_journal is None
+    found = with_journal(Options(search=5), tmp_path / "edited.gguf").search_journal
+    assert found == tmp_path / "edited.gguf.search.journal"
+    given = Options(search=5, search_journal=tmp_path / "mine")
+    assert with_journal(given, tmp_path / "x").search_journal == tmp_path / "mine"
+
+
+def test_hopeless_edits_end_after_the_first_prompts(demo):
+    chat, writers, sets, found = demo
+    harmful, harmless = (
+        [chat.encode(text) for text in split.validation.texts]
+        for split in (sets.harmful, sets.harmless)
+    )
+    screen = search.Screen(chat, writers, harmful, harmless)
+    edit = Edit(found.selected)
+    all_of, part = screen.score(edit), screen.score(edit, lambda early: True)
+    assert all_of.whole
+    assert not part.whole
+    assert part.early == all_of.early == (part.refusal, part.kl)
+    assert part.tokens == sum(map(len, [*harmful[:8], *harmless[:8]])) < all_of.tokens
+    assert all_of.tokens == screen.cost
+
+
+def test_trials_are_json(whole):
+    _, file = whole
+    assert json.loads(json.dumps(file.metadata["search"])) == file.metadata["search"]
