@@ -589,9 +589,12 @@ def _pin(
 def embedding_scale(chat: ChatModel, writers: Sequence[Writer]) -> float | None:
     """The constant between the embedding's output and what the first layer gets.
 
-    None where there is more between the two: a norm, or embeddings of positions.
+    None where there is more between the two (a norm, or embeddings of positions), or where the
+    embedding is no writer of the edit's.
     """
-    embedding = next(writer for writer in writers if writer.kind == "embedding")
+    embedding = next((writer for writer in writers if writer.kind == "embedding"), None)
+    if embedding is None:  # --tensors named none
+        return None
     seen: dict[str, mx.array] = {}
 
     def keep(name: str, states: mx.array) -> mx.array:
