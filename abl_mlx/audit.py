@@ -20,7 +20,7 @@ from abl_mlx.arrays import numpy_of
 from abl_mlx.clock import Clock
 from abl_mlx.models import progress
 from abl_mlx.sources import Source, resolve
-from abl_mlx.spectrum import Gap
+from abl_mlx.spectrum import Found, Gap
 from abl_mlx.stream_weights import StreamWeight, StreamWeights
 from convert.atomic import check_new
 from convert.errors import UserError
@@ -65,15 +65,12 @@ class Limits:
 
 
 LIMITS = (
-    Limits("low everywhere", 1.0, 0.25, 3.0, 0.1, 2.0, 0.5),
-    Limits("empty in some", 0.1, 0.2, 3.0, 0.1, 2.0, 0.1),
+    Limits("low everywhere", 1.0, 0.35, 3.0, 0.1, 3.0, 0.5),
+    Limits("empty in some", 0.1, 0.15, 3.0, 0.1, 3.0, 0.1),
 )
 
 #: A direction that fewer writers agree on is no edit that this can tell from chance.
 _LEAST_WRITERS = 3
-
-#: |cos| with a single dimension, or with the mean over dimensions, of what is no edit.
-_STRUCTURAL = 0.97
 
 
 def audit(
@@ -196,7 +193,7 @@ class Energies:
     """All writers in a small subspace.
 
     Attributes:
-        basis: the subspace, (d, m).
+        basis: from the subspace into the stream, (d, m).
         grams: (N, m, m), in units of each writer's reference.
         means: (N,), mean energy of each over all of its directions, without the few largest, in
             the same units.
@@ -218,7 +215,7 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
     d, writers = model.width, model.writers
     keep = len(writers) * d * d * 8 <= _KEPT
     kept: list[np.ndarray] = []
-    means, used = [], []
+    means, diagonals, used = [], [], []
     candidates = spectrum.Candidates(model.layers)
     total = sum(one.lines for one in writers)
     with progress(total * (1 if keep else 2), "audit", "vector") as bar:
@@ -230,12 +227,14 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
                 continue
             used.append(one)
             means.append(mean)
+            diagonals.append(np.diagonal(gram).astype(float))
             if keep:
                 kept.append(gram)
             candidates.add(one.role, one.layer, gram)
         if not used:
             raise UserError("every residual writer of this model is zero: nothing to audit.")
         basis, count = candidates.basis()
+        squares = candidates.units**2
         del candidates
         small = []
         for index, one in enumerate(used):
@@ -247,7 +246,12 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
     grams = np.stack(small)
     grams = (grams + grams.transpose(0, 2, 1)) / 2
     units = spectrum.references(grams, count)
-    return Energies(basis, grams / units[:, None, None], np.array(means, dtype=float) / units), used
+    # Means in the scale of the subspace.
+    scaled = [
+        mean * float((each * squares).mean() / each.mean())
+        for mean, each in zip(means, diagonals, strict=True)
+    ]
+    return Energies(basis, grams / units[:, None, None], np.stack(scaled) / units), used
 
 
 def _gram(one: StreamWeight, dtype: type) -> np.ndarray:
@@ -279,12 +283,18 @@ def judge(
     for limits in LIMITS:
         found = []
         for one in spectrum.search(energies.grams, limits.reach):
-            why = _structure(energies.basis @ one.direction)
+            why = spectrum.structure(_in_stream(energies, [one])[0])
             if why is None:
                 found.append(one)
             elif (one.energies < limits.low).sum() >= _LEAST_WRITERS:
                 structural[why] = one.score
         tests.append((limits, spectrum.gap(found)))
+    if not all(one.found for _, one in tests):
+        return {
+            "verdict": CANNOT_TELL,
+            "evidence": ["the weakest directions of this model are single dimensions"],
+            "layers": [],
+        }, None
     verdicts = [_of_gap(limits, one) for limits, one in tests]
     verdict = next(v for v in (EDITED, CANNOT_TELL, NOT_EDITED) if v in verdicts)
     limits, best = max(
@@ -295,7 +305,7 @@ def judge(
     along = np.mean([one.energies for one in strongest], axis=0)
     takes_part = along < limits.low
     layers = _layers(along, writers, takes_part)
-    recovered = (energies.basis @ np.stack([one.direction for one in strongest], axis=1)).T
+    recovered = _in_stream(energies, strongest)
     left = float(np.median((along / energies.means)[takes_part])) if takes_part.any() else 1.0
     strength = float(np.clip(1 - np.sqrt(max(left, 0.0)), 0, 1))
     evidence = _evidence(verdict, limits, best, takes_part, layers, strength, model)
@@ -328,6 +338,12 @@ def judge(
     }, recovered
 
 
+def _in_stream(energies: Energies, found: Sequence[Found]) -> np.ndarray:
+    """Orthonormal directions in the stream (k, d)."""
+    turned = energies.basis @ np.stack([one.direction for one in found], axis=1)
+    return np.asarray(np.linalg.qr(turned)[0].T)
+
+
 def _of_gap(limits: Limits, found: Gap) -> str:
     agreed = all((one.energies < limits.low).sum() >= _LEAST_WRITERS for one in found.found)
     if agreed and found.size >= limits.size and found.ratio >= limits.ratio:
@@ -335,16 +351,6 @@ def _of_gap(limits: Limits, found: Gap) -> str:
     if agreed and found.size >= limits.doubt_size and found.ratio >= limits.doubt_ratio:
         return CANNOT_TELL
     return NOT_EDITED
-
-
-def _structure(v: np.ndarray) -> str | None:
-    """Why a direction is no edit, though nothing may be written along it."""
-    size = np.abs(v)
-    if size.max() >= _STRUCTURAL:
-        return f"dimension {int(size.argmax())} by itself is hardly written: pruned, or never used"
-    if abs(float(v.sum())) / np.sqrt(len(v)) >= _STRUCTURAL:
-        return "the mean over dimensions is hardly written: weights centred for LayerNorm"
-    return None
 
 
 def _layers(

@@ -7,6 +7,10 @@ looked for is the direction that is low in many writers together, each measured 
 weakest directions hold; and what it is held against is the next such directions of the same model,
 found by the same search.
 
+Dimensions of the stream are first brought to one scale (each divided by what all writers together
+hold in it): models have loud and quiet ones, and a direction that is quiet because its dimensions
+are is no finding.
+
 Energies of one writer are told in units of its *reference*: the median energy along the directions
 that are weakest in all writers together. 1 is then what a weak direction has, 0 is nothing.
 """
@@ -117,6 +121,8 @@ class Candidates:
         self._counts: dict[tuple[str, int], int] = {}
         self._layer: tuple[int, np.ndarray] | None = None
         self._weak: list[np.ndarray] = []
+        #: (d,), what `basis` has multiplied each dimension of the stream by.
+        self.units = np.empty(0)
 
     def add(self, role: str, layer: int, gram: np.ndarray) -> None:
         """Take in one writer's Gram matrix (d, d); layers come in order, embeddings first."""
@@ -138,18 +144,25 @@ class Candidates:
 
     def _end_layer(self) -> None:
         if self._layer is not None:
-            self._weak.append(lowest(self._layer[1], _OF_LAYER))
+            gram = self._layer[1]
+            units = per_dimension(gram)
+            self._weak.append(units[:, None] * lowest(_scaled(gram, units), _OF_LAYER))
             self._layer = None
 
     def basis(self) -> tuple[np.ndarray, int]:
-        """The subspace, orthonormal (d, m), and how many of its first columns are references."""
+        """A map (d, m) from the subspace into the stream, and how many columns are references.
+
+        With the stream's dimensions brought to one scale its columns are orthonormal; those that
+        are references come first.
+        """
         self._end_layer()
         if not self._sums:
             raise ValueError("no writer holds anything")
         total = sum(self._sums.values())
         assert isinstance(total, np.ndarray)
+        units = self.units = per_dimension(total)
         d = len(total)
-        first = lowest(total, max(_WEAKEST, min(d, 96)))
+        first = lowest(_scaled(total, units), max(_WEAKEST, min(d, 96)))
         references = min(_WEAKEST, max(min(16, d // 2), d // 10), first.shape[1])
         parts = [first]
         keys = list(self._sums)
@@ -157,11 +170,30 @@ class Candidates:
         groups = [[key] for key in keys]
         groups += [[key for key in keys if key[0] == role] for role in roles]
         groups += [[key for key in keys if key[1] == half] for half in (0, 1)]
-        for group in {tuple(group) for group in groups if 0 < len(group) < len(keys)}:
+        for group in sorted({tuple(group) for group in groups if 0 < len(group) < len(keys)}):
             # A single writer, or layer, is among the layers already.
             if sum(self._counts[key] for key in group) > 1:
-                parts.append(lowest(sum(self._sums[key] for key in group), _OF_SUM))  # type: ignore[arg-type]
-        return _orthonormal(np.concatenate([*parts, *self._weak], axis=1)), references
+                some = sum(self._sums[key] for key in group)
+                assert isinstance(some, np.ndarray)
+                parts.append(lowest(_scaled(some, units), _OF_SUM))
+        inverse = np.divide(1, units, where=units > 0, out=np.zeros_like(units))
+        weak = inverse[:, None] * np.concatenate(self._weak, axis=1)
+        columns = _orthonormal(np.concatenate([*parts, weak], axis=1))
+        return units[:, None] * columns, references
+
+
+def per_dimension(gram: np.ndarray) -> np.ndarray:
+    """1/√ of what each dimension of the stream holds (d,), about 1; 0 where that is nothing."""
+    diagonal = np.diagonal(gram).astype(np.float64)
+    typical = float(np.median(diagonal))
+    alive = diagonal > 1e-7 * typical
+    units = np.sqrt(np.divide(typical, diagonal, where=alive, out=np.zeros_like(diagonal)))
+    return np.asarray(units)
+
+
+def _scaled(gram: np.ndarray, units: np.ndarray) -> np.ndarray:
+    narrow = units.astype(gram.dtype)
+    return np.asarray(gram * narrow[:, None] * narrow[None, :])
 
 
 def _orthonormal(columns: np.ndarray) -> np.ndarray:
@@ -171,8 +203,8 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
     for column in columns.T:
         rest = column - block @ (block.T @ column)
         rest -= block @ (block.T @ rest)
-        length = float(np.linalg.norm(rest))
-        if length > 0.05 * float(np.linalg.norm(column)) and len(kept) < len(columns):
+        length, whole = float(np.linalg.norm(rest)), float(np.linalg.norm(column))
+        if length > 0.05 * whole and len(kept) < len(columns):
             kept.append(rest / length)
             block = np.stack(kept, axis=1)
     return block
@@ -331,6 +363,24 @@ def gap(found: Sequence[Found], most: int = 6) -> Gap:
     behind = scores[rank : rank + 6]
     spread = float(behind[0] - behind[-1])
     return Gap(rank, float(steps[rank - 1]), spread, list(found[:rank]), list(found))
+
+
+#: |cos| with one dimension, and with the mean over all, from which on a direction is no edit's.
+_ONE_DIMENSION, _MEAN = 0.7, 0.97
+
+
+def structure(v: np.ndarray) -> str | None:
+    """Why a unit direction (d,) is no edit, though little may be written along it.
+
+    Single dimensions are quiet everywhere in models that were pruned, and in some that were not;
+    the mean over dimensions is, where weights were centred for LayerNorm.
+    """
+    size = np.abs(v)
+    if size.max() >= _ONE_DIMENSION:
+        return f"dimension {int(size.argmax())} is hardly written, by itself: pruned, or never used"
+    if abs(float(v.sum())) / np.sqrt(len(v)) >= _MEAN:
+        return "the mean over dimensions is hardly written: weights centred for LayerNorm"
+    return None
 
 
 def spans(numbers: Sequence[int]) -> str:
