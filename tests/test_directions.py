@@ -1,6 +1,7 @@
 """The direction file: what is written is read, and bad files are told in a sentence."""
 
 import json
+import re
 import struct
 
 import mlx.core as mx
@@ -68,7 +69,9 @@ def test_a_bare_vector_is_a_direction(tmp_path):
 def test_bad_files_are_told_in_a_sentence(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     (tmp_path / "text.npy").write_text("hello")
-    mx.save_safetensors(str(tmp_path / "other.safetensors"), {"a": mx.ones((4,)), "b": mx.ones((4,))})
+    mx.save_safetensors(
+        str(tmp_path / "other.safetensors"), {"a": mx.ones((4,)), "b": mx.ones((4,))}
+    )
     np.save(tmp_path / "nan.npy", np.full(8, np.nan, np.float32))
     np.save(tmp_path / "cube.npy", np.ones((2, 2, 2), np.float32))
     (tmp_path / "d.txt").write_text("1 2 3")
@@ -76,3 +79,96 @@ def test_bad_files_are_told_in_a_sentence(tmp_path):
                  "cube.npy", "d.txt"):  # fmt: skip
         with pytest.raises(UserError, match=name):
             directions.read(tmp_path / name)
+
+
+# --- directions of other origin ----------------------------------------------------------------
+
+
+def control_vector(path, vectors):
+    """A control vector as llama.cpp's generator writes it: direction.N, N from 1."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_int32("controlvector.layer_count", len(vectors))
+    for number, vector in vectors.items():
+        writer.add_tensor(f"direction.{number}", vector)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_outside_directions_of_every_form(tmp_path):
+    rows = RNG.normal(size=(3, 16)).astype(np.float32)
+    np.save(tmp_path / "double.npy", rows[0].astype(np.float64))
+    np.savez(tmp_path / "one.npz", anything=rows[:2])
+    np.savez(tmp_path / "two.npz", a=rows[0], b=rows[1])
+    mx.save_safetensors(
+        str(tmp_path / "sae.safetensors"), {"W_dec": mx.array(rows).astype(mx.bfloat16)}
+    )
+    mx.save_safetensors(
+        str(tmp_path / "two.safetensors"), {"a": mx.array(rows[0]), "b": mx.array(rows)}
+    )
+    control_vector(tmp_path / "cv.gguf", {1: rows[0], 2: rows[1], 3: rows[2]})
+    control_vector(tmp_path / "single.gguf", {5: rows[2]})
+
+    def read(name, **chosen):
+        return np.array(directions.read(tmp_path / name, **chosen).selected)
+
+    np.testing.assert_allclose(read("double.npy"), rows[:1])
+    np.testing.assert_array_equal(read("one.npz"), rows[:2])
+    np.testing.assert_array_equal(read("two.npz", tensor="b"), rows[1:2])
+    np.testing.assert_allclose(read("sae.safetensors"), rows, rtol=1e-2)
+    np.testing.assert_array_equal(read("two.safetensors", tensor="a"), rows[:1])
+    for layer in (1, 2, 3):
+        np.testing.assert_array_equal(read("cv.gguf", layer=layer), rows[layer - 1 : layer])
+    np.testing.assert_array_equal(read("single.gguf"), rows[2:])
+    # A file that holds a direction for each layer, and one by its own tensor's name.
+    mx.save_safetensors(str(tmp_path / "each.safetensors"), {"selected": mx.array(rows[:, None])})
+    assert read("each.safetensors").shape == (3, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "message"),
+    [
+        ("model.pt", {}, "pickle"),
+        ("two.npz", {}, "a, b"),
+        ("two.npz", {"tensor": "c"}, "'c'"),
+        ("two.npz", {"layer": 1}, "--layer 1"),
+        ("v.npy", {"tensor": "a"}, "--tensor a"),
+        ("zero.npy", {}, "points nowhere"),
+        ("words.npy", {}, "made of numbers"),
+        ("objects.npy", {}, "objects.npy"),
+        ("cv.gguf", {}, "1 to 2"),
+        ("cv.gguf", {"layer": 0}, "1 to 2"),
+        ("cv.gguf", {"layer": 1.5}, "--layer 1.5"),
+        ("cv.gguf", {"tensor": "direction.1"}, "--layer"),
+        ("bad.gguf", {}, "bad.gguf"),
+        ("bad.npz", {}, "bad.npz"),
+        ("other.gguf", {}, "no control vector"),
+        ("own.safetensors", {"layer": 2}, "--layer 2"),
+    ],
+)
+def test_outside_directions_that_cannot_be_taken(name, chosen, message, tmp_path):
+    vector = RNG.normal(size=16).astype(np.float32)
+    (tmp_path / "model.pt").write_bytes(b"PK")
+    np.savez(tmp_path / "two.npz", a=vector, b=vector)
+    np.save(tmp_path / "v.npy", vector)
+    np.save(tmp_path / "zero.npy", np.zeros(8))
+    np.save(tmp_path / "words.npy", np.array(["a", "b"]))
+    np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
+    control_vector(tmp_path / "cv.gguf", {1: vector, 2: vector})
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF nothing else")
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nothing else")
+    directions.save(tmp_path / "own.safetensors", example())
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "other.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.ones((2, 16), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=re.escape(message)):
+        directions.read(tmp_path / name, **chosen)
