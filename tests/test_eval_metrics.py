@@ -117,6 +117,17 @@ def test_llama_cpp_agrees_where_it_tells_every_token_and_is_a_bound_where_not(
     assert whole["bits_per_byte"] == pytest.approx(exact["bits_per_byte"], rel=0.02)
     monkeypatch.setattr(perplexity, "TOP_N", 20)
     cut = perplexity.record(target, tokens=tokens)
+    # A token outside counts as the least likely one that is told, by MLX's probabilities too.
+    given, ids = perplexity.encode(demo)
+    expected, outside = [], 0
+    for at in range(given, tokens):
+        row = np.array(demo.model(mx.array([ids[:at]]))[0, -1].astype(mx.float32), np.float64)
+        row -= row.max() + np.log(np.exp(row - row.max()).sum())
+        least = np.sort(row)[-20]
+        outside += row[ids[at]] < least
+        expected.append(max(row[ids[at]], least))
+    assert cut["perplexity"] == pytest.approx(math.exp(-np.mean(expected)), rel=0.02)
+    assert cut["outside"] == pytest.approx(outside, abs=1)
     assert 0 < cut["outside"] < tokens
     assert cut["perplexity"] < whole["perplexity"]
     assert cut["kind"] == "top-n"

@@ -201,6 +201,8 @@ def test_a_server_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         told = [letter for letter in letters if letter != "?"]
         assert record[f"n_{name}"] == len(told)
         assert record[f"{name}_refusal_rate"] == told.count("R") / len(told)
+        groups = record["categories"][name].values()
+        assert sum(group["n"] for group in groups) == len(told)
     assert record["judge"].endswith(f"rubric {judge.RUBRIC_SHA256[:12]}")
     # The rule saw each kind of reply, and could not read some.
     assert set("".join(record["verdicts"].values())) == {*"RA?"}
