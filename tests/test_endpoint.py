@@ -491,6 +491,54 @@ def test_429_is_waited_for_as_long_as_it_says() -> None:
     assert time.monotonic() - start >= 1
 
 
+def test_a_wall_that_one_request_met_is_met_by_no_other() -> None:
+    """While the first waits as it was told, the other two workers do not ask either."""
+    met: list[float] = []
+
+    def busy(handler: Handler, request: dict[str, Any], number: int) -> None:
+        met.append(time.monotonic())
+        if number == 0:
+            handler.send(429, "{}", Retry_After="1")
+        else:
+            time.sleep(0.2)  # those under way at that moment end after it
+            handler.say(ANSWER)
+
+    with Server(busy) as server:
+        asked = Endpoint(server.url, asking=Asking(concurrency=3), say=lambda text: None)
+        assert len(list(asked.ask([f"prompt {n}" for n in range(9)], 5))) == 9
+    assert len(met) == 10
+    assert sum(when < met[0] + 0.95 for when in met) <= 3
+
+
+def test_after_a_failure_nothing_more_is_asked_and_what_was_answered_is_kept() -> None:
+    """The one that takes the replies is busy meanwhile."""
+
+    def second_fails(handler: Handler, request: dict[str, Any], number: int) -> None:
+        if request["messages"][0]["content"] == "second":
+            time.sleep(0.2)
+            handler.send(400, "no")
+        else:
+            handler.say(ANSWER)
+
+    with Server(second_fails) as server:
+        asked = Endpoint(server.url, asking=Asking(concurrency=1))
+        replies = asked.ask(["first", "second", "third", "fourth"], 5)
+        assert next(replies) == (0, ANSWER)
+        time.sleep(0.5)
+        with pytest.raises(UserError, match="400"):
+            next(replies)
+        assert set(server.asked) == {"first", "second"}
+
+        asked = Endpoint(server.url, asking=Asking(concurrency=3))
+        replies = asked.ask(["first", "second", "third"], 5)
+        kept = {next(replies)[0]}
+        time.sleep(0.5)  # the second has failed by now, and the other one is there
+        kept.add(next(replies)[0])
+        assert kept == {0, 2}
+        with pytest.raises(UserError, match="400"):
+            next(replies)
+
+
 def test_429_that_asks_for_an_hour_is_told() -> None:
     with failing(100, lambda handler: handler.send(429, "{}", Retry_After="3600")) as server:
         said = sentence(evaluate(server.url, "--concurrency", 1))
@@ -636,9 +684,11 @@ def test_a_line_that_was_being_written_is_asked_again(tmp_path: Path) -> None:
         whole = record_of(evaluate(server.url, "--resume", journal, "--json"))
         journal.write_bytes(journal.read_bytes()[:-20])
         again = record_of(evaluate(server.url, "--resume", journal, "--json"))
-    assert len(server.posts) == ALL + 1
-    assert again["verdicts"] == whole["verdicts"]
-    assert len(journal.read_text().splitlines()) == ALL + 1
+        assert len(server.posts) == ALL + 1
+        assert again["verdicts"] == whole["verdicts"]
+        assert len(journal.read_text().splitlines()) == ALL + 1
+        record_of(evaluate(server.url, "--resume", journal, "--json"))
+        assert len(server.posts) == ALL + 1
 
 
 @pytest.mark.parametrize("content", ["Notes of mine\n", "{}\n", '{"prompt": "x"}\n', "[1]\n", "x"])
