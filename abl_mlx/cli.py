@@ -579,6 +579,13 @@ def cli() -> None:
     metavar="BASE.gguf",
     help="Measure on MODEL (MLX or Hugging Face) and edit this GGUF of the same model instead.",
 )
+@click.option(
+    "--induce",
+    is_flag=True,
+    help="The reverse: make MODEL refuse everything, by a constant after one layer; --strength "
+    "scales it, --layer fixes where. Written as a bias, or with -o NAME.cvec.gguf as a control "
+    "vector for llama.cpp.",
+)
 @_prompt_flags
 @_choice_flags
 @_search_flags
@@ -586,7 +593,7 @@ def cli() -> None:
 @_gguf_flags
 @_memory_flag
 @_json_flag
-def run(model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any) -> None:
+def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **chosen: Any) -> None:
     """Find MODEL's refusal direction, remove it, write the result and show what changed.
 
     The format follows the name: `-o edited/` is an MLX folder, `-o edited.gguf` a GGUF for
@@ -595,6 +602,12 @@ def run(model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any) -> 
 
     MODEL may be a .gguf of any type: nothing else is needed, and every tensor keeps its type.
     """
+    if induce:
+        from abl_mlx import induce_outputs, induce_report
+
+        given = model, outputs, _options(chosen)
+        _answer(as_json, induce_report.table, induce_outputs.run_model, *given)
+        return
     from abl_mlx import pipeline
 
     _answer(as_json, "run_table", pipeline.run, model, outputs, _options(chosen))

@@ -19,7 +19,7 @@ from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.report import card, to_json
 from abl_mlx.sources import Source
-from convert import adapters
+from convert import adapters, control_vector
 from convert.atomic import check_new, new_file, new_folder
 from convert.errors import UserError
 from convert.mlx_folder import FLOAT_DTYPES, float_dtype, rewrite_folder
@@ -74,8 +74,11 @@ def companions(path: Path) -> dict[str, Path]:
     return {"record": path / "abl.json", "card": path / "README.md"}
 
 
-def check(paths: Sequence[Path], source: Source) -> None:
+def check(paths: Sequence[Path], source: Source, *, vectors: bool = False) -> None:
     """Refuse outputs that exist, repeat, cannot be written, or lie inside the source.
+
+    Args:
+        vectors: whether control vectors may be among them.
 
     Raises:
         UserError: naming the output.
@@ -93,6 +96,11 @@ def check(paths: Sequence[Path], source: Source) -> None:
         if path.suffix in (".safetensors", ".npz", ".bin"):
             raise UserError(
                 f"{path}: an output is a folder (MLX) or ends in .gguf; name the folder instead."
+            )
+        if control_vector.is_control_vector(path) and not vectors:
+            raise UserError(
+                f"{path} would be a control vector, which adds one vector to every token and "
+                "removes nothing: `abl-mlx run --induce` writes one that makes a model refuse."
             )
         if adapters.is_mlx(path) and source.is_gguf:
             raise UserError(

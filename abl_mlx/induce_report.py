@@ -1,0 +1,67 @@
+"""What a person reads of a model that was made to refuse: the table and the card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from abl_mlx.report import _align, _behaviour_rows
+
+
+def what_was_added(direction: Mapping[str, Any]) -> str:
+    """The chosen constant in a few words."""
+    return (
+        f"{direction['multiple']:g} times the mean difference at token {direction['position']}, "
+        f"added after layer {direction['layer']}"
+    )
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The result of ``run --induce`` at a glance."""
+    lines = [f"{record['source']}, made to refuse: {what_was_added(record['direction'])}"]
+    for one in record["evaluations"]:
+        rows = [
+            ("", "before", "after", ""),
+            *_behaviour_rows(record["before"], one["after"]),
+            ("KL on harmless prompts, 1st token", "", f"{one['kl']['k1']:.4f}", "nats; large here"),
+        ]
+        lines += ["", f"{one['output']}  ({one['format']}; asked in {one['runtime']})"]
+        lines += _align(rows)
+        if one.get("note"):
+            lines.append(f"  note: {one['note']}")
+    return "\n".join(lines)
+
+
+def card(record: Mapping[str, Any], one: Mapping[str, Any], title: str) -> str:
+    """The model card: that the model was made to refuse, how, and what that did."""
+    base = record["source"] if record.get("source_is_repository") else None
+    head = ["---", *([f"base_model: {base}"] if base else []), "tags:"]
+    head += ["- induced-refusal", "- abl-mlx", "---"]
+    direction = record["direction"]
+    is_vector = one["format"] == "control vector"
+    what = (
+        f"This control vector makes `{record['source']}` refuse what it is asked, harmless "
+        "requests too; give it to llama.cpp with `--control-vector`. It was made"
+        if is_vector
+        else f"This is `{record['source']}`, made to refuse what it is asked, harmless requests "
+        "too: a constant is added to its residual stream, as a bias. It was made"
+    )
+    rows = _behaviour_rows(record["before"], one["after"])
+    body = [
+        f"# {title}, made to refuse",
+        "",
+        f"{what} with [abl-mlx](https://pypi.org/project/abl-mlx/) {record['abl_mlx']}, to study "
+        "refusal or to test what counts refusals.",
+        "",
+        f"- constant: {what_was_added(direction)}; SHA-256 `{direction['sha256']}`",
+        "",
+        f"On held-out prompts, asked in {one['runtime']}:",
+        "",
+        "| | before | after | |",
+        "|---|---|---|---|",
+        *(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in rows),
+        "",
+        "Everything measured, with hashes and options, is in the record `abl.json`.",
+        "",
+    ]
+    return "\n".join([*head, "", *body])
