@@ -108,7 +108,9 @@ def table(record: Record, *, color: bool = False) -> str:
     Args:
         color: whether signs are shown in colours, for terminals.
     """
-    before, after = np.array(record["before"]), np.array(record["after"])
+    before, after = (
+        np.stack([np.fromiter(row, float) for row in record[key]]) for key in ("before", "after")
+    )
     most = max(float(np.abs(before).max()), 1e-9)
     names = [_plain(token) for token in record["tokens"]]
     wide = max(map(len, names))
