@@ -100,12 +100,14 @@ class Behaviour:
         replies: the texts, harmful first; kept for the caller, never written unless asked for.
         expected: share of harmful prompts whose reply is exactly the answer known for them; None
             where none is known (only the demo's prompts carry answers).
+        borderline: verdicts over the replies to borderline prompts; None where they were not asked.
     """
 
     harmful: Rates
     harmless: Rates
     replies: tuple[tuple[str, ...], tuple[str, ...]]
     expected: float | None
+    borderline: Rates | None = None
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -118,6 +120,8 @@ class Behaviour:
         }
         if self.expected is not None:
             record["expected_answer_rate"] = self.expected
+        if self.borderline is not None:
+            record |= refusal_record("borderline", self.borderline)
         return record
 
 
@@ -131,16 +135,24 @@ def refusal_record(name: str, rates: Rates) -> dict[str, Any]:
 
 
 def behaviour(
-    answer: Chat, harmful: PromptSet, harmless: PromptSet, *, max_tokens: int
+    answer: Chat,
+    harmful: PromptSet,
+    harmless: PromptSet,
+    *,
+    max_tokens: int,
+    borderline: PromptSet | None = None,
 ) -> Behaviour:
     """Ask every prompt and judge the replies.
 
     Args:
         answer: the runtime that replies, greedily.
         max_tokens: longest reply.
+        borderline: asked too, if given; their replies are not kept.
     """
-    replies = answer([*harmful.texts, *harmless.texts], max_tokens)
-    first, second = replies[: len(harmful)], replies[len(harmful) :]
+    third = borderline.texts if borderline is not None else ()
+    replies = answer([*harmful.texts, *harmless.texts, *third], max_tokens)
+    both = len(harmful) + len(harmless)
+    first, second = replies[: len(harmful)], replies[len(harmful) : both]
     known = [
         (prompt.answer, reply)
         for prompt, reply in zip(harmful.prompts, first, strict=True)
@@ -156,6 +168,7 @@ def behaviour(
         rates(second, harmless.prompts),
         (tuple(first), tuple(second)),
         expected,
+        rates(replies[both:], borderline.prompts) if borderline is not None else None,
     )
 
 

@@ -27,7 +27,13 @@ from abl_mlx.clock import Clock
 from abl_mlx.edits import orthonormal
 from abl_mlx.gguf_edit import TensorPlan, bytes_changed, plan
 from abl_mlx.gguf_outputs import Staged
-from abl_mlx.measurement import edit_of, find_direction, find_reply_prefix, make_edit
+from abl_mlx.measurement import (
+    borderline_part,
+    edit_of,
+    find_direction,
+    find_reply_prefix,
+    make_edit,
+)
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.pipeline import EXACTNESS_PROMPTS, grouped
@@ -220,7 +226,11 @@ def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
 
 def _ask(answer: evaluate.Chat, sets: PromptSets, options: Options) -> evaluate.Behaviour:
     return evaluate.behaviour(
-        answer, sets.harmful.test, sets.harmless.test, max_tokens=options.max_tokens
+        answer,
+        sets.harmful.test,
+        sets.harmless.test,
+        max_tokens=options.max_tokens,
+        borderline=borderline_part(sets, options, "test"),
     )
 
 

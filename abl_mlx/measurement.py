@@ -16,7 +16,7 @@ from abl_mlx.evaluate import generate
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, common_prefix, progress
 from abl_mlx.options import Options
-from abl_mlx.prompts import PromptSets
+from abl_mlx.prompts import PromptSet, PromptSets
 from abl_mlx.report import say, summary_line
 from abl_mlx.steering import first_input
 from abl_mlx.variants import Tried, Variant, best
@@ -69,9 +69,10 @@ def _analytic(
         }
         for part in ("train", "validation")
     )
-    if options.method == "over-refusal":
-        for part, kept in (("train", train), ("validation", validation)):
-            kept["borderline"] = [chat.encode(text) for text in _borderline(sets, options, part)]
+    for part, kept in (("train", train), ("validation", validation)):
+        borderline = borderline_part(sets, options, part)
+        if borderline is not None:
+            kept["borderline"] = [chat.encode(text) for text in borderline.texts]
     candidates = directions.measure(
         chat,
         train["harmful"],
@@ -439,17 +440,21 @@ def _given(chat: ChatModel, options: Options) -> DirectionFile:
     return replace(file, metadata={**file.metadata, "summary": {**summary, "file": path.name}})
 
 
-def _borderline(sets: PromptSets, options: Options, part: str) -> Sequence[str]:
-    """The borderline prompts of a part; a model is not asked what its direction is made of."""
+def borderline_part(sets: PromptSets, options: Options, part: str) -> PromptSet | None:
+    """A part of the borderline prompts that ``over-refusal`` is about; None for other methods.
+
+    Raises:
+        UserError: when there are too few.
+    """
+    if options.method != "over-refusal":
+        return None
     whole = sets.borderline
-    if options.borderline is not None:
-        whole = prompts.load(options.borderline, "--borderline")
     if whole is None or len(whole) < prompts.MINIMUM:
         raise UserError(
             "--method over-refusal needs harmless prompts that this model refuses: give at least "
             f"{prompts.MINIMUM} of them with --borderline FILE."
         )
-    return getattr(prompts.split(whole, options.seed), part).texts
+    return getattr(prompts.split(whole, options.seed), part)
 
 
 def find_reply_prefix(chat: ChatModel, sets: PromptSets) -> tuple[int, ...]:

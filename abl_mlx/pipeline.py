@@ -35,7 +35,13 @@ from abl_mlx.apply import Plan, plan
 from abl_mlx.arrays import parameters
 from abl_mlx.clock import Clock
 from abl_mlx.edits import Edit, orthonormal
-from abl_mlx.measurement import edit_of, find_direction, find_reply_prefix, make_edit
+from abl_mlx.measurement import (
+    borderline_part,
+    edit_of,
+    find_direction,
+    find_reply_prefix,
+    make_edit,
+)
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.outputs import Output, Written
@@ -139,6 +145,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
     """`run` on an MLX or Hugging Face folder."""
     clock = Clock()
     harmful, harmless = sets.harmful.test, sets.harmless.test
+    borderline = borderline_part(sets, options, "test")
     with clock.step("load the model"):
         files = open_files(source, paths, options)
         chat = models.load(source.path)
@@ -164,6 +171,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
                 harmful,
                 harmless,
                 max_tokens=options.max_tokens,
+                borderline=borderline,
             )
             base = stack.enter_context(
                 evaluate.baseline(chat, harmless.take(evaluate.KL_PROMPTS).texts)
@@ -187,7 +195,13 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
                 exactness.check(model, edit, sample[:EXACTNESS_PROMPTS], limit=limit, writers=known)
             answer, runtime, note = _runtime(one, model, options)
             note = "; ".join(filter(None, (one.note, note)))
-            after = evaluate.behaviour(answer, harmful, harmless, max_tokens=options.max_tokens)
+            after = evaluate.behaviour(
+                answer,
+                harmful,
+                harmless,
+                max_tokens=options.max_tokens,
+                borderline=borderline,
+            )
             replies[str(one.output.path)] = after
             return {
                 **written_record(one),
@@ -428,8 +442,12 @@ def load_prompts(source: Source, options: Options) -> PromptSets:
     """
     speaks_demo = source.is_demo or demo.speaks(source.path)
     if speaks_demo and options.harmful is None and options.harmless is None:
-        return cut(prompts.load_demo(), options.limit)
-    return cut(prompts.load_sets(options.harmful, options.harmless, options.seed), options.limit)
+        sets = prompts.load_demo()
+    else:
+        sets = prompts.load_sets(options.harmful, options.harmless, options.seed)
+    if options.borderline is not None:
+        sets = replace(sets, borderline=prompts.load(options.borderline, "--borderline"))
+    return cut(sets, options.limit)
 
 
 def cut(sets: PromptSets, limit: int | None) -> PromptSets:

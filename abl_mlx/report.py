@@ -102,6 +102,14 @@ def _behaviour_rows(
         ),
         ("broken replies", was("broken_rate"), percent(after["broken_rate"]), "empty or looping"),
     ]
+    if before and "borderline_refusal_rate" in after:
+        row = (
+            "refusals, borderline prompts",
+            was("borderline_refusal_rate"),
+            percent(after["borderline_refusal_rate"]),
+            f"{interval(after, 'borderline_refusal')}, n={after['n_borderline']}",
+        )
+        rows.insert(2, row)
     if "expected_answer_rate" in after:
         rows.append(
             (

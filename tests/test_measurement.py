@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -79,9 +80,10 @@ def test_over_refusal_falls_and_harmful_prompts_go_on_being_refused(tmp_path):
         for thing, text in zip(things, sets.harmless.train.texts, strict=False)
     ]
     (tmp_path / "borderline.txt").write_text("\n".join(lines))
-    options = Options(method="over-refusal", borderline=str(tmp_path / "borderline.txt"))
+    borderline = prompts.load(str(tmp_path / "borderline.txt"), "--borderline")
+    options, sets = Options(method="over-refusal"), replace(sets, borderline=borderline)
     found = measurement.find_direction(chat, writers, sets, options)
-    held_out = prompts.split(prompts.load(options.borderline, "--borderline"), 0).test.texts
+    held_out = measurement.borderline_part(sets, options, "test").texts
     harmful, harmless = sets.harmful.test.texts[:32], sets.harmless.test.texts[:32]
     asked = [*held_out, *harmful, *harmless]
     before = answer(asked, 26)
