@@ -77,8 +77,8 @@ class Check:
     sentence: str
 
     def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dict(vars(self))
+        """As JSON values; a value that is not known is None."""
+        return vars(self) | {"value": None if math.isnan(self.value) else self.value}
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -139,9 +139,8 @@ def check(
     """
     checks = []
 
+    # What was not measured is NaN, which is on the right side of no limit.
     def add(name: str, kind: str, value: float, limit: float, passed: bool, what: str) -> None:
-        # What was not measured is not met.
-        passed = passed and not math.isnan(value)
         checks.append(Check(name, kind, value, limit, passed, what))
 
     if limits.min_refusal is not None:

@@ -160,6 +160,7 @@ def test_what_was_not_measured_is_not_met() -> None:
     record = {"kl": {"k32": float("nan")}, "broken_rate": 0.0}
     checks = gate.check(record, Limits(max_kl=0.1))
     assert [one.passed for one in checks] == [False, True]
+    assert [one.record()["value"] for one in checks] == [None, 0.0]
 
 
 # --- JUnit ---------------------------------------------------------------------------------------
