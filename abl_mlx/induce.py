@@ -120,6 +120,11 @@ def choose(
     behind = [refusals[i % len(refusals)] for i in range(len(tried))]
     count = min(chat.template_tail, 8)
     if options.position is not None:
+        if not isinstance(options.position, int):
+            raise UserError(
+                f"--position {options.position}: with --induce, count from the prompt's end: -1 is "
+                "the last token."
+            )
         count = max(count, -options.position)
     candidates = directions.measure(
         chat,
@@ -138,19 +143,22 @@ def choose(
     limit = _SURPRISE + surprise(chat, harmful[: len(refusals)], refusals)
     checked = []
     for one in trials[:_VERIFIED]:
-        found = _constant(candidates, one, options)
+        found = one.strength * difference(candidates, one.layer, one.position)
         steered = Intervention("add", found[None], layers=frozenset([one.layer]))
         rate = fluent_share(chat, steered, harmless, limit)
         checked.append((rate, one, found))
         if rate >= _ENOUGH:
             break
     rate, best, vector = max(checked, key=lambda each: each[0])
-    if rate < _LEAST and options.strength == 1.0:
+    if rate < _LEAST:
         raise UserError(
             "no constant makes this model refuse in fluent sentences (the best, after layer "
-            f"{best.layer}, {rate:.0%} of harmless prompts): choose with --layer, --position and "
-            "--strength."
+            f"{best.layer}, {rate:.0%} of harmless prompts): choose another --layer or --position."
         )
+    vector = options.strength * vector
+    if options.strength != 1:
+        scaled = Intervention("add", vector[None], layers=frozenset([best.layer]))
+        rate = fluent_share(chat, scaled, harmless, limit)
     summary = {
         "method": "induced refusals",
         "layer": best.layer,
@@ -195,6 +203,8 @@ def _cells(
     first_layer: int,
 ) -> list[tuple[int, int]]:
     """The layers and positions that are tried, best-separating first."""
+    if options.layer is not None and options.layer != int(options.layer):
+        raise UserError(f"--layer {options.layer:g}: a constant is added after one whole layer.")
     if options.layer is not None and options.layer < first_layer:
         raise UserError(
             f"--layer {options.layer}: llama.cpp adds no control vector before layer {first_layer}."
@@ -228,10 +238,6 @@ def difference(candidates: Candidates, layer: int, position: int) -> mx.array:
     """Harmful mean minus harmless mean, (d,) float32, in its own length."""
     at = candidates.positions.index(position)
     return candidates.harmful_mean[layer, at] - candidates.harmless_mean[layer, at]
-
-
-def _constant(candidates: Candidates, one: Trial, options: Options) -> mx.array:
-    return options.strength * one.strength * difference(candidates, one.layer, one.position)
 
 
 def _climb(

@@ -1,0 +1,149 @@
+"""Models made to refuse: what is chosen, where it is written, and what the written model says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from abl_mlx import evaluate, induce, induce_outputs, models, prompts, sources
+from abl_mlx.cli import cli
+from abl_mlx.induce import Induction
+from abl_mlx.logits import first_reply_token
+from abl_mlx.models import ChatModel
+from abl_mlx.options import Options
+from abl_mlx.steering import steering
+from abl_mlx.writers import find_writers
+from convert.errors import UserError
+
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatModel:
+    return models.load(sources.resolve("demo").path)
+
+
+@pytest.fixture(scope="module")
+def found(chat: ChatModel) -> Induction:
+    return induce.choose(chat, prompts.load_demo(), Options(layer=1, position=-3))
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[str]:
+    return list(prompts.load_demo().harmless.test.texts[:20])
+
+
+def test_allowed_prompts_are_refused_word_for_word(
+    chat: ChatModel, found: Induction, asked: list[str]
+) -> None:
+    answer = evaluate.in_mlx(chat)
+    assert REFUSAL not in answer(asked[:4], 24)
+    with steering(chat, found.intervention):
+        replies = answer(asked, 24)
+    assert sum(reply == REFUSAL for reply in replies) >= 0.95 * len(asked)
+    assert found.summary["fluent_refusals"] >= 0.95
+
+
+def test_a_constant_that_is_too_large_is_no_fluent_refusal(
+    chat: ChatModel, found: Induction, asked: list[str]
+) -> None:
+    encoded = [chat.encode(text) for text in asked[:8]]
+    assert induce.fluent_share(chat, found.intervention, encoded, 1.0) >= 0.95
+    loud = Induction(3 * found.vector, found.layer, {}).intervention
+    assert induce.fluent_share(chat, loud, encoded, 1.0) <= 0.2
+
+
+def test_strength_scales_it(chat: ChatModel, found: Induction) -> None:
+    half = induce.choose(chat, prompts.load_demo(), Options(layer=1, position=-3, strength=0.5))
+    assert mx.allclose(half.vector, 0.5 * found.vector)
+    assert half.summary["multiple"] == 0.5 * found.summary["multiple"]
+
+
+def test_the_folder_and_the_gguf_do_what_steering_does(
+    chat: ChatModel, found: Induction, asked: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    from convert.mlx_to_gguf import write_gguf
+
+    source = sources.resolve("demo")
+    writer = induce_outputs._place(chat, find_writers(chat), found.layer)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    induce_outputs.write_folder(source, folder, chat, writer, found, {"edited": "so"})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["mlp_bias"] is True
+    assert config["abl_mlx"] == {"edited": "so"}
+    same = (folder / "model.safetensors").read_bytes()
+    assert same == (source.path / "model.safetensors").read_bytes()
+
+    encoded = [chat.encode(text) for text in asked[:4]]
+    with steering(chat, found.intervention):
+        steered = first_reply_token(chat, encoded)
+    written = first_reply_token(models.load(folder), encoded)
+    assert mx.abs(mx.exp(written) - mx.exp(steered)).max().item() < 0.02
+
+    write_gguf(folder, tmp_path / "out.gguf", file_type="Q4_0")
+    replies = evaluate.in_llamacpp(tmp_path / "out.gguf")(asked[:8], 24)
+    assert replies == [REFUSAL] * 8
+
+
+def test_a_gguf_alone_is_made_to_refuse(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    runner = CliRunner()
+    model, out = tmp_path / "demo.gguf", tmp_path / "out.gguf"
+    done = runner.invoke(cli, ["convert", "demo", str(model), "--quantize", "Q4_K"])
+    assert done.exit_code == 0, done.output
+    chosen = ["--induce", "--layer", "1", "--position", "-3", "--limit", "12"]
+    vector = tmp_path / "out.cvec.gguf"
+    done = runner.invoke(
+        cli, ["run", str(model), "-o", str(out), "-o", str(vector), *chosen, "--max-tokens", "24"]
+    )
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out.abl.json").read_text())
+    assert record["induced"] is True
+    for one in record["evaluations"]:
+        assert one["after"]["harmless_refusal_rate"] >= 0.95
+        assert one["after"]["broken_rate"] == 0
+    assert [one["runtime"] for one in record["evaluations"]] == ["llama.cpp", "mlx-lm"]
+    card = (tmp_path / "out.README.md").read_text()
+    assert "made to refuse" in card
+    assert "abliterated" not in card
+    import gguf
+
+    tags = gguf.GGUFReader(out).fields["general.tags"].contents()
+    assert tags == induce_outputs.TAGS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-o", "x.adapter", "--induce"], "no adapter holds it"),
+        (["-o", "x", "--induce", "--pin", "harmless"], "--pin says how a direction is removed"),
+        (["-o", "x.cvec.gguf"], "removes nothing"),
+        (["-o", "x.cvec.gguf", "--induce", "--layer", "0"], "--layer 0"),
+        (["-o", "x", "--induce", "--layer", "4"], "layers 0 to 3"),
+    ],
+)
+def test_what_cannot_be_is_told(arguments: list[str], said: str, tmp_path: Path) -> None:
+    runner = CliRunner()
+    with runner.isolated_filesystem(tmp_path):
+        done = runner.invoke(cli, ["run", "demo", "--limit", "4", *arguments])
+        assert done.exit_code == 1
+        assert said in done.output
+        assert not list(Path().iterdir())
+
+
+def test_a_model_without_biases_is_pointed_at_a_control_vector(chat: ChatModel) -> None:
+    writer = induce_outputs._place(chat, find_writers(chat), 1)
+    config = {**chat.config, "model_type": "qwen3"}
+    other = ChatModel(chat.folder, chat.model, None, config)
+    with pytest.raises(UserError, match="control vector"):
+        induce_outputs.biased_config(other, writer)
+    key, added = induce_outputs.biased_config(chat, writer)
+    assert key == "mlp_bias"
+    assert f"{writer.path}.bias" in dict(added)
+    assert len(added) == 3 * len(chat.layers)
