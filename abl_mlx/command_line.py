@@ -1,0 +1,56 @@
+"""A command line that makes the same choices again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+#: Options whose flags are not called as they are.
+_FLAGS = {"server_model": "--model", "kl_limit": "--max-kl"}
+
+#: What says where something is written or found, not what is done.
+_PLACES = {"report", "save_replies", "resume", "junit", "search_journal"}
+
+
+def command_line(
+    words: Sequence[str],
+    chosen: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    outputs: Sequence[str] = (),
+) -> str:
+    """The command with every choice that is not the default, quoted for a shell.
+
+    Args:
+        words: command and arguments, without the program's name.
+        chosen, defaults: option -> value.
+        outputs: for ``-o``.
+    """
+    parts = ["abl-mlx", *words]
+    for output in outputs:
+        parts += ["-o", output]
+    for name, value in chosen.items():
+        if name not in defaults or value == defaults[name] or name in _PLACES:
+            continue
+        flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+        if isinstance(value, bool):
+            parts.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list | tuple | set | frozenset):
+            parts += [flag, ",".join(map(str, sorted(value)))]
+        elif value is not None:
+            # A value that starts with a dash would be read as a flag.
+            parts += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    return shlex.join(parts)
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON values: paths as text, sets as sorted lists."""
+    return {
+        name: str(value)
+        if isinstance(value, Path)
+        else sorted(value)
+        if isinstance(value, set | frozenset)
+        else value
+        for name, value in values.items()
+    }
