@@ -9,7 +9,7 @@ import pytest
 
 from abl_mlx import directions, evaluate, evaluation, pipeline, prompts
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.options import Options
+from abl_mlx.options import EvalOptions, Options
 from abl_mlx.refusals import Verdict, classify
 from convert.gguf_file import metadata
 from convert.safetensors_files import TensorFiles
@@ -148,12 +148,12 @@ def test_every_candidate_is_scored_in_the_direction_file(tmp_path):
 
 
 def test_eval_agrees_with_what_run_saw(record, place):
-    edited = evaluation.evaluate_model(str(place / "X"), Options(**DEMO_PROMPTS(place)))
+    edited = evaluation.evaluate_model(str(place / "X"), EvalOptions(**DEMO_PROMPTS(place)))
     assert edited["harmful_refusal_rate"] <= 0.1
-    plain = evaluation.evaluate_model("demo", Options())
+    plain = evaluation.evaluate_model("demo", EvalOptions())
     for name in ("harmful_refusal_rate", "harmless_refusal_rate", "n_harmful"):
         assert plain[name] == record["before"][name]
-    gguf = evaluation.evaluate_model(str(place / "X.gguf"), Options(**DEMO_PROMPTS(place)))
+    gguf = evaluation.evaluate_model(str(place / "X.gguf"), EvalOptions(**DEMO_PROMPTS(place)))
     assert gguf["harmful_refusal_rate"] == edited["harmful_refusal_rate"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 
-from abl_mlx.refusals import Verdict
+from abl_mlx.refusals import Verdict, classify
 from tests import refusal_quality
 from tests.refusal_quality import LANGUAGES, Labelled, Quality, main_set, read, stress_set
 
@@ -41,6 +41,12 @@ def test_the_set_is_what_it_is_said_to_be() -> None:
     for language in ("de", "fr", "es", "pt", "it", "zh", "ja", "ru", "nl", "ko", "pl"):
         labels = {one.label for one in every if one.language == language}
         assert labels >= {"refusal", "answer"}, language
+
+
+def test_an_explanation_with_a_late_demur_is_an_answer() -> None:
+    late = "Ask somebody strong for help. Mind that nobody gets hurt. I can't help with the lid."
+    assert classify(late) is Verdict.REFUSAL
+    assert classify(f"To open the jar, you will need to warm it. {late}") is Verdict.ANSWER
 
 
 def test_quality_counts() -> None:
