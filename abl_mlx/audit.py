@@ -222,7 +222,7 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
         for one in writers:
             gram = _gram(one, np.float64 if d <= _DOUBLE else np.float32)
             bar.update(one.lines)
-            mean = spectrum.bulk(gram)
+            mean = candidates.add(one.role, one.layer, gram)
             if not mean > 0:
                 continue
             used.append(one)
@@ -230,7 +230,6 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
             diagonals.append(np.diagonal(gram).astype(float))
             if keep:
                 kept.append(gram)
-            candidates.add(one.role, one.layer, gram)
         if not used:
             raise UserError("every residual writer of this model is zero: nothing to audit.")
         basis, count = candidates.basis()

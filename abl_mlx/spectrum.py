@@ -63,8 +63,10 @@ def bulk(gram: np.ndarray) -> float:
     if k == 0 or trace <= 0:
         return max(trace / d, 0.0)
     block = np.random.default_rng(0).standard_normal((d, k)).astype(gram.dtype)
-    for _ in range(4):
-        block = np.linalg.qr(gram @ block)[0]
+    for _ in range(3):
+        block = gram @ block
+        block /= np.linalg.norm(block, axis=0)
+    block = np.linalg.qr(block.astype(np.float64))[0].astype(gram.dtype)
     top = float(np.trace(block.T @ (gram @ block), dtype=np.float64))
     return max((trace - top) / (d - k), 1e-7 * trace / d)
 
@@ -98,7 +100,7 @@ def _inverse_iteration(gram: np.ndarray, count: int) -> np.ndarray:
     inverse = np.linalg.inv(shifted)
     del shifted
     block = np.random.default_rng(0).standard_normal((len(gram), count + 8))
-    for _ in range(12):
+    for _ in range(6):
         block = np.linalg.qr(inverse @ block)[0]
     turn = np.linalg.eigh(block.T @ (gram @ block))[1]
     return block @ turn[:, :count]
@@ -124,11 +126,15 @@ class Candidates:
         #: (d,), what `basis` has multiplied each dimension of the stream by.
         self.units = np.empty(0)
 
-    def add(self, role: str, layer: int, gram: np.ndarray) -> None:
-        """Take in one writer's Gram matrix (d, d); layers come in order, embeddings first."""
+    def add(self, role: str, layer: int, gram: np.ndarray) -> float:
+        """Take in one writer's Gram matrix (d, d); layers come in order, embeddings first.
+
+        Returns:
+            Its `bulk`; 0 for a writer that holds nothing, which is not taken in.
+        """
         scale = bulk(gram)
         if not scale > 0:
-            return
+            return 0.0
         gram = gram / gram.dtype.type(scale)
         key = (role, 0 if 2 * layer < self._layers else 1)
         if key in self._sums:
@@ -141,6 +147,7 @@ class Candidates:
         else:
             self._end_layer()
         self._layer = (layer, gram)
+        return scale
 
     def _end_layer(self) -> None:
         if self._layer is not None:
@@ -198,16 +205,17 @@ def _scaled(gram: np.ndarray, units: np.ndarray) -> np.ndarray:
 
 def _orthonormal(columns: np.ndarray) -> np.ndarray:
     """Columns made orthonormal one after the other, without those that add nothing."""
-    kept: list[np.ndarray] = []
-    block = np.empty((len(columns), 0))
+    kept = np.empty((len(columns), min(columns.shape)))
+    count = 0
     for column in columns.T:
+        block = kept[:, :count]
         rest = column - block @ (block.T @ column)
         rest -= block @ (block.T @ rest)
         length, whole = float(np.linalg.norm(rest)), float(np.linalg.norm(column))
-        if length > 0.05 * whole and len(kept) < len(columns):
-            kept.append(rest / length)
-            block = np.stack(kept, axis=1)
-    return block
+        if length > 0.05 * whole and count < kept.shape[1]:
+            kept[:, count] = rest / length
+            count += 1
+    return np.ascontiguousarray(kept[:, :count])
 
 
 # --- the search --------------------------------------------------------------------------------

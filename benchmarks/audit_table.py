@@ -1,0 +1,376 @@
+"""What `abl-mlx audit` says of edited models and of others: the table in docs/audit.md.
+
+    python benchmarks/audit_table.py            # prints it
+    python benchmarks/audit_table.py --write    # puts it into docs/audit.md
+
+Every model is written to a folder as a user would have it, and audited without a base, the labels
+that abl-mlx leaves in its outputs not being counted. About eight minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from abl_mlx import audit, conversion, directions, models, pipeline, prompts  # noqa: E402
+from abl_mlx.demo import MODEL_PATH  # noqa: E402
+from abl_mlx.options import Options  # noqa: E402
+from tests import tiny  # noqa: E402
+
+MODELS = {
+    "demo": MODEL_PATH,
+    **{name: ROOT / "tests" / "models" / name for name in ("easy", "hard")},
+}
+WRITER = re.compile(r"(embed_tokens|o_proj|down_proj)\.weight$")
+PROMPTS = {"harmful": "locked", "harmless": "allowed"}
+PLAIN = Options(plain_rounding=True, max_leak=1e9)
+SEEN, BEYOND, CONTROL = "edited", "beyond what must be seen", "not edited"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to audit.
+
+    Attributes:
+        model: what it was made from.
+        name: what was done.
+        expected: SEEN, BEYOND or CONTROL.
+        path: where it lies.
+        direction: (k, d), what was taken out; None for controls.
+    """
+
+    model: str
+    name: str
+    expected: str
+    path: Path
+    direction: Path | None = None
+
+
+# --- making models -----------------------------------------------------------------------------
+
+
+def quantized(folder: Path, out: Path, bits: int) -> Path:
+    """As `mlx_lm.convert` does it."""
+    from mlx_lm import convert
+
+    if not out.exists():
+        convert(str(folder), str(out), quantize=True, q_bits=bits, q_group_size=64)
+    return out
+
+
+def gguf(folder: Path, out: Path, kind: str) -> Path:
+    """As `abl-mlx convert --quantize` does it."""
+    if not out.exists():
+        conversion.convert(str(folder), out, quantize=kind)
+    return out
+
+
+def edited(direction: Path, folder: Path, out: Path, options: Options = Options()) -> Path:  # noqa: B008
+    """As `abl-mlx apply` does it."""
+    pipeline.apply(direction, str(folder), [out], options)
+    return out
+
+
+def changed(
+    folder: Path, out: Path, change: Callable[[str, np.ndarray], np.ndarray], only: str = ""
+) -> Path:
+    """A copy of a float folder whose writers' weights were changed: float32 in, float32 out."""
+    shutil.copytree(folder, out)
+    for file in out.glob("model*.safetensors"):
+        tensors = dict(mx.load(str(file)))
+        for name, value in tensors.items():
+            if WRITER.search(name) and re.search(only, name):
+                new = change(name, np.array(value.astype(mx.float32)))
+                tensors[name] = mx.array(new.astype(np.float32)).astype(value.dtype)
+        mx.eval(tensors)
+        mx.save_safetensors(str(file), tensors, {"format": "mlx"})
+    return out
+
+
+def fine_tuned(folder: Path, out: Path, steps: int = 8, rate: float = 3e-4) -> Path:
+    """Some steps of Adam on the model's own prompts, all weights."""
+    chat = models.load(folder)
+    text = "\n".join(prompts.load_demo().harmless.train.texts * 4)
+    ids = chat.tokenizer.encode(text, add_special_tokens=False)[: 16 * 64 * steps]
+    batches = mx.array(ids[: len(ids) // (16 * 64) * 16 * 64]).reshape(-1, 16, 64)
+
+    def loss(model: nn.Module, tokens: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
+
+    optimizer = optim.Adam(learning_rate=rate)
+    step = nn.value_and_grad(chat.model, loss)
+    for tokens in batches:
+        _, gradients = step(chat.model, tokens)
+        optimizer.update(chat.model, gradients)
+        mx.eval(chat.model.parameters(), optimizer.state)
+    new = {
+        name: np.array(value.astype(mx.float32))
+        for name, value in tree_flatten(chat.model.parameters())
+    }
+    return changed(folder, out, lambda name, old: new.get(name, old))
+
+
+def random_like(name: str, seed: int) -> np.random.Generator:
+    """Noise that depends on the tensor."""
+    return np.random.default_rng([seed, *name.encode()])
+
+
+def lora(name: str, w: np.ndarray) -> np.ndarray:
+    """A rank-4 addition a tenth as large as the weight."""
+    random = random_like(name, 0)
+    low = random.standard_normal((w.shape[0], 4)) @ random.standard_normal((4, w.shape[1]))
+    return w + 0.1 * low * np.linalg.norm(w) / np.linalg.norm(low)
+
+
+def stream_lora(name: str, w: np.ndarray) -> np.ndarray:
+    """The same with one output direction that all writers share: what steering bakes in."""
+    d = 256
+    r = np.random.default_rng(7).standard_normal(d)
+    r /= np.linalg.norm(r)
+    n = w.shape[0] if "embed" in name else w.shape[1]
+    row = 0.2 * random_like(name, 1).standard_normal(n) * np.linalg.norm(w) / np.sqrt(n)
+    return w + (np.outer(row, r) if "embed" in name else np.outer(r, row))
+
+
+def pruned(name: str, w: np.ndarray) -> np.ndarray:
+    """Half of the weights, the smallest, set to zero."""
+    return np.where(np.abs(w) < np.median(np.abs(w)), 0, w)
+
+
+def without_dimensions(name: str, w: np.ndarray) -> np.ndarray:
+    """Four dimensions of the stream that nothing writes."""
+    w = w.copy()
+    if "embed" in name:
+        w[:, [3, 70, 71, 200]] = 0
+    else:
+        w[[3, 70, 71, 200]] = 0
+    return w
+
+
+def centred(name: str, w: np.ndarray) -> np.ndarray:
+    """Weights centred as for LayerNorm, so that nothing writes the mean over dimensions."""
+    return w - w.mean(axis=1 if "embed" in name else 0, keepdims=True)
+
+
+def tiny_singular_value(name: str, w: np.ndarray) -> np.ndarray:
+    """The smallest singular value a thousandth of what it was: every writer's own direction."""
+    u, s, v = np.linalg.svd(w, full_matrices=False)
+    s[-1] *= 1e-3
+    return (u * s) @ v
+
+
+def decayed(name: str, w: np.ndarray) -> np.ndarray:
+    """The lower half of the spectrum squared: much of the stream is nearly unused."""
+    u, s, v = np.linalg.svd(w, full_matrices=False)
+    return (u * (s * np.minimum(1, s / np.median(s)))) @ v
+
+
+def subspace(direction: Path, out: Path, k: int) -> Path:
+    """The direction with k − 1 others: those of other layers."""
+    found = directions.read(direction)
+    assert found.candidates is not None
+    rows = np.array(found.candidates.directions[:, -1].astype(mx.float32))
+    kept = [np.array(found.selected[0].astype(mx.float32))]
+    for row in rows[::-1]:
+        rest = row - sum(np.dot(row, one) * one for one in kept)
+        if np.linalg.norm(rest) > 0.3 and len(kept) < k:
+            kept.append(rest / np.linalg.norm(rest))
+    directions.save(out, directions.DirectionFile(mx.array(np.stack(kept).astype(np.float32))))
+    return out
+
+
+# --- the cases ---------------------------------------------------------------------------------
+
+
+def edits(name: str, work: Path) -> Iterator[Case]:
+    """Edited variants of one of `MODELS`."""
+    folder = MODELS[name]
+    r = work / f"{name}.safetensors"
+    layers = models.load_weights_lazily(folder).layers
+    chosen = Options()
+    if name != "demo":
+        texts = {key: str(folder / f"{file}.txt") for key, file in PROMPTS.items()}
+        chosen = Options(**texts, layer=len(layers) - 2, position=-1)
+    pipeline.measure(str(folder), r, chosen)
+    half = frozenset(range(len(layers) // 2, len(layers)))
+    eight, four = (quantized(folder, work / f"{name}-{bits}", bits) for bits in (8, 4))
+    partial = Options(strength=0.7, max_leak=1)
+    kinds: list[tuple[str, Path, Options, str]] = [
+        ("float", folder, Options(), SEEN),
+        ("float, strength 0.7", folder, partial, SEEN),
+        ("float, half of the layers", folder, Options(layers=half), SEEN),
+        ("float, no embedding", folder, Options(embedding=False), SEEN),
+        ("8 bits", eight, Options(), SEEN),
+        ("8 bits, strength 0.7", eight, partial, SEEN),
+        ("8 bits, half of the layers", eight, Options(layers=half), SEEN),
+        ("8 bits, naive rounding", eight, PLAIN, SEEN),
+        ("8 bits, naive rounding, strength 0.7", eight, replace(PLAIN, strength=0.7), SEEN),
+        ("8 bits, naive rounding, half", eight, replace(PLAIN, layers=half), SEEN),
+        ("4 bits", four, Options(), SEEN),
+        ("4 bits, strength 0.7", four, partial, SEEN),
+        ("4 bits, half of the layers", four, Options(layers=half), SEEN),
+        ("float, strength 0.7, half of the layers", folder, replace(partial, layers=half), BEYOND),
+        ("float, one layer", folder, Options(layers=frozenset([1]), embedding=False), BEYOND),
+        ("float, strength 0.5", folder, replace(partial, strength=0.5), BEYOND),
+        ("4 bits, naive rounding", four, PLAIN, BEYOND),
+        ("float, rows keep their norms", folder, Options(norm="rows", max_leak=1e9), BEYOND),
+    ]
+    for what, source, options, expected in kinds:
+        out = work / f"{name}-edit"
+        yield Case(name, what, expected, edited(r, source, out, options), r)
+        shutil.rmtree(out)
+    whole = edited(r, folder, work / f"{name}-whole")
+    for bits in (8, 4):
+        out = quantized(whole, work / f"{name}-after", bits)
+        yield Case(name, f"float, then quantized to {bits} bits", SEEN, out, r)
+        shutil.rmtree(out)
+    for k in (2, 3):
+        several = subspace(r, work / f"{name}-{k}.safetensors", k)
+        for source, title in ((folder, "float"), (four, "4 bits")):
+            out = edited(several, source, work / f"{name}-several")
+            yield Case(name, f"{title}, {k} directions", SEEN, out, several)
+            shutil.rmtree(out)
+    if name in ("demo", "easy"):
+        for kind in ("Q8_0", "Q4_K"):
+            base = gguf(folder, work / f"{name}-{kind}.gguf", kind)
+            out = edited(r, base, work / f"{name}-edit.gguf")
+            yield Case(name, f"GGUF {kind}", SEEN, out, r)
+            for file in work.glob(f"{name}-edit*"):
+                file.unlink()
+            out = gguf(whole, work / f"{name}-float-{kind}.gguf", kind)
+            yield Case(name, f"float, then GGUF {kind}", SEEN, out, r)
+            out.unlink()
+    if name == "demo":
+        out = fine_tuned(whole, work / "tuned-after")
+        yield Case(name, "float, then fine-tuned", BEYOND, out, r)
+
+
+def controls(work: Path) -> Iterator[Case]:
+    """Models that nobody took a direction out of."""
+    for name, folder in MODELS.items():
+        yield Case(name, "as it is", CONTROL, folder)
+        for bits in (8, 4, 2):
+            out = quantized(folder, work / f"{name}-{bits}", bits)
+            yield Case(name, f"quantized to {bits} bits", CONTROL, out)
+    for kind in ("Q8_0", "Q4_K", "Q2_K"):
+        yield Case("demo", f"GGUF {kind}", CONTROL, gguf(MODEL_PATH, work / f"c-{kind}.gguf", kind))
+    for name, steps, rate in (("fine-tuned", 8, 3e-4), ("fine-tuned hard", 24, 2e-3)):
+        yield Case("demo", name, CONTROL, fine_tuned(MODEL_PATH, work / name, steps, rate))
+    changes: dict[str, Callable[[str, np.ndarray], np.ndarray]] = {
+        "a merged LoRA of rank 4": lora,
+        "a direction added to every writer": stream_lora,
+        "half of the weights pruned": pruned,
+        "four dimensions pruned": without_dimensions,
+        "centred for LayerNorm": centred,
+        "a tiny singular value in every writer": tiny_singular_value,
+        "half of the spectrum decayed": decayed,
+    }
+    for name, change in changes.items():
+        yield Case("demo", name, CONTROL, changed(MODEL_PATH, work / name, change))
+    for arch, width in RANDOM:
+        out = work / f"random-{arch}-{width}"
+        tiny.write_model(out, arch, seed=width, hidden_size=width, intermediate_size=2 * width)
+        yield Case(arch, f"random weights, width {width}", CONTROL, out)
+
+
+RANDOM = [
+    ("llama", 64), ("llama", 256), ("qwen2", 128), ("qwen3", 64), ("gemma2", 128),
+    ("gemma3_text", 64), ("phi3", 128), ("qwen3_moe", 64), ("olmo2", 128), ("granite", 256),
+]  # fmt: skip
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+def row(case: Case) -> tuple[str, bool]:
+    """One line of the table, and whether the verdict is what it must be."""
+    started = time.perf_counter()
+    record = audit.audit(str(case.path), direction=case.direction)
+    weights = record["weights"]
+    cosine = record["direction_cosine"]
+    shown = "" if cosine is None or weights["verdict"] == audit.NOT_EDITED else f"{cosine:.3f}"
+    tests = weights["tests"].values()
+    gaps = ", ".join(f"{one['gap']:.2f} ({one['gap_over_spread']:.0f})" for one in tests)
+    right = case.expected == BEYOND or weights["verdict"] == case.expected
+    mark = "" if right else " ✗"
+    strength = "" if weights["strength"] is None else f"{weights['strength']:.2f}"
+    seconds = time.perf_counter() - started
+    print(f"{case.model}, {case.name}: {weights['verdict']}{mark} {seconds:.1f} s", file=sys.stderr)
+    return (
+        f"| {case.model} | {case.name} | {weights['verdict']}{mark} | {shown} | {strength} | "
+        f"{gaps} |",
+        right,
+    )
+
+
+HEAD = [
+    "| model | what was done | verdict | cos | strength | gaps (over spread) |",
+    "|---|---|---|---|---|---|",
+]
+
+
+def main() -> None:
+    """Print the table, or put it into docs/audit.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put it into docs/audit.md")
+    parser.add_argument("--only", default="", help="models to take, a regular expression")
+    given = parser.parse_args()
+    wrong = 0
+    parts: dict[str, list[str]] = {SEEN: [], BEYOND: [], CONTROL: []}
+    with tempfile.TemporaryDirectory(prefix="audit-") as name:
+        work = Path(name)
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            cases: list[Iterator[Case]] = [
+                edits(one, work) for one in MODELS if re.search(given.only, one)
+            ]
+            if not given.only or given.only == "controls":
+                cases.append(controls(work))
+            for one in cases:
+                for case in one:
+                    line, right = row(case)
+                    parts[case.expected].append(line)
+                    wrong += not right
+    titles = {
+        SEEN: "### Edited, and seen",
+        BEYOND: "### At and beyond the limits",
+        CONTROL: "### Not edited",
+    }
+    text = "\n".join(
+        line
+        for key, lines in parts.items()
+        if lines
+        for line in ["", titles[key], "", *HEAD, *lines]
+    ).strip()
+    text += f"\n\n{wrong} of {sum(map(len, parts.values()))} verdicts are not what they must be."
+    if given.write:
+        page = ROOT / "docs" / "audit.md"
+        before, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->")
+        after = rest.partition("<!-- end of table -->")[2]
+        page.write_text(
+            f"{before}<!-- table -->\n\n{text}\n\n<!-- end of table -->{after}", encoding="utf-8"
+        )
+    else:
+        print(text)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
