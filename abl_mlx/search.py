@@ -30,7 +30,7 @@ from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
 from abl_mlx.records import prompt_hashes
-from abl_mlx.refusals import Verdict, classify
+from abl_mlx.refusals import Verdict, classify, wilson
 from abl_mlx.report import percent, say
 from abl_mlx.search_space import DEFAULT, Directions, Parameters, Space
 from abl_mlx.steering import ablation
@@ -40,17 +40,27 @@ from convert.errors import UserError
 #: Prompts of each set with which a trial begins; where these show it hopeless, it ends there.
 FIRST_PROMPTS = 8
 
+#: Harmful prompts that an edit of the front is asked; where the validation part has fewer, the
+#: train part fills up, as one refusal more or less in thirty would decide.
+ASKED_PROMPTS = 64
+
 #: Points of the front that are asked for replies at most, and the tokens of each reply.
 MOST_ASKED, REPLY_TOKENS = 12, 24
 
 #: Steps in which the weakest even strength is looked for.
 HALVINGS = 4
 
+#: Neighbours of a trial of which the one that looks best is tried.
+NEIGHBOURS = 64
+
 #: KL in nats below which an edit counts as doing nothing, and above which as breaking the model.
 LEAST_KL, LARGEST_KL = 1e-6, 1.0
 
 #: A search goes on while its front has moved in so many trials, or a third of all.
 PATIENCE = 30
+
+# The normal quantile of 80%.
+_FOUR_IN_FIVE = 0.8416
 
 _STUDY = "abl-mlx search"
 
@@ -150,10 +160,12 @@ class Screen:
             tokens += sum(map(len, harmless))
         return refused, refusal, kl, tokens
 
-    def ask(self, edit: Edit, max_tokens: int = REPLY_TOKENS) -> tuple[float, float, int]:
-        """Greedy replies to the harmful prompts: shares refused and broken, tokens generated."""
+    def ask(
+        self, edit: Edit, prompts: Sequence[Sequence[int]], max_tokens: int = REPLY_TOKENS
+    ) -> tuple[float, float, int]:
+        """Greedy replies to harmful prompts: shares refused and broken, tokens generated."""
         with ablation(self._writers, edit):
-            replies = evaluate.generate(self._chat, self._harmful, max_tokens, batch_size=64)
+            replies = evaluate.generate(self._chat, prompts, max_tokens, batch_size=64)
         verdicts = [classify(text) for text in evaluate.decode(self._chat, replies)]
         shares = [
             verdicts.count(kind) / len(verdicts) for kind in (Verdict.REFUSAL, Verdict.BROKEN)
@@ -426,8 +438,32 @@ class Search:
         else:
             promising = self._promising()
             place = int(len(promising) * random.random() ** 2)
-            parameters = self.space.neighbour(promising[place].parameters, random)
+            parameters = self._expected(promising[place], random)
         return parameters if self.space.changes_something(parameters) else self.space.uniform()
+
+    def _expected(self, parent: Trial, random: np.random.Generator) -> dict[str, Any]:
+        """Of some neighbours of a trial the one that is expected to be the gentlest.
+
+        That is the lowest KL at no higher refusal score than the parent's, both predicted from the
+        trials of the same kind by their strengths.
+        """
+        neighbours = [self.space.neighbour(parent.parameters, random) for _ in range(NEIGHBOURS)]
+        first = neighbours[0]
+        kind = self.space.kind(first)
+        known = [trial for trial in self.trials if self.space.kind(trial.parameters) == kind]
+        neighbours = [one for one in neighbours if self.space.kind(one) == kind]
+        if len(known) < 6:
+            return first
+        places = np.array([self.space.place(trial.parameters) for trial in known])
+        values = np.log([
+            [max(trial.screened.kl, LEAST_KL), max(trial.screened.refusal, 1e-4)]
+            for trial in known
+        ])  # fmt: skip
+        asked = np.array([self.space.place(one) for one in neighbours])
+        kl, refusal = predicted(places, values, asked).T
+        allowed = math.log(max(parent.screened.refusal, 1e-4))
+        # A refusal score a little too high costs as much as a KL far too high.
+        return neighbours[int(np.argmin(kl + 5 * np.maximum(refusal - allowed, 0)))]
 
     def _promising(self) -> list[Trial]:
         """Of the front, what opens hardly a reply with a refusal, the gentlest first."""
@@ -466,6 +502,34 @@ class Search:
         return Trial(parameters, self.screen.score(self.edit_for(parameters), hopeless))
 
 
+def predicted(places: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Values expected at other places, by kernel ridge regression on top of a linear fit.
+
+    Args:
+        places: (n, f) where values are known.
+        values: (n, m).
+        asked: (a, f).
+
+    Returns:
+        (a, m).
+    """
+    middle = places.mean(axis=0)
+    left, right = places - middle, asked - middle
+    # A line through all of it, held back where few trials tell little.
+    ridge = 1e-2 * np.eye(left.shape[1])
+    mean = values.mean(axis=0)
+    slope = np.linalg.solve(left.T @ left + ridge, left.T @ (values - mean))
+    rest = values - mean - left @ slope
+
+    def squares(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return ((one[:, None] - other[None]) ** 2).sum(axis=-1)
+
+    between = squares(left, left)
+    scale = float(np.median(between[between > 0])) if (between > 0).any() else 1.0
+    weights = np.linalg.solve(np.exp(-between / scale) + 1e-3 * np.eye(len(left)), rest)
+    return mean + right @ slope + np.exp(-squares(right, left) / scale) @ weights
+
+
 # --- the choice ----------------------------------------------------------------------------------
 
 
@@ -474,7 +538,7 @@ class Asked:
     """A trial of the front whose edit was asked for replies.
 
     Attributes:
-        refused, broken: shares of the harmful validation prompts.
+        refused, broken: shares of the harmful prompts that were asked.
         meets: whether both together meet the target.
     """
 
@@ -489,13 +553,13 @@ class Asked:
 
 
 def meets(share: float, prompts: int, target: float) -> bool:
-    """Whether a share of refused and broken replies is good enough.
+    """Whether a share of refused and broken replies is good enough, for other prompts as well.
 
-    By Laplace's rule of succession, (k + 1) / (n + 2), as one of 32 says little of others; of a few
-    prompts, none at all.
+    It is where the upper end of its Wilson interval is that holds four times in five on its side;
+    of few prompts, none at all.
     """
     count = round(share * prompts)
-    return count == 0 or (count + 1) / (prompts + 2) <= target
+    return count == 0 or wilson(count, prompts, _FOUR_IN_FIVE)[1] <= target
 
 
 def ask_survivors(
@@ -578,13 +642,16 @@ def improve(
         )
 
     journal = Journal(options.search_journal, identity(chat, sets, space, options))
-    target, count = options.target_refusals, len(harmful)
+    texts = [*sets.harmful.validation.texts, *sets.harmful.train.texts]
+    count = min(len(texts), max(ASKED_PROMPTS, len(harmful)))
+    questions = [chat.encode(text) for text in texts[:count]]
+    target = options.target_refusals
     search = Search(
         screen,
         space,
         edit_for,
         journal,
-        lambda share: meets(share, count, target),
+        lambda share: meets(share, len(harmful), target),
         options.max_kl,
         options.seed,
     )
@@ -599,7 +666,7 @@ def improve(
     generated = [0]
 
     def ask(trial: Trial) -> Asked:
-        refused, broken, tokens = screen.ask(edit_for(trial.parameters))
+        refused, broken, tokens = screen.ask(edit_for(trial.parameters), questions)
         generated[0] += tokens
         return Asked(trial, refused, broken, meets(refused + broken, count, target))
 
@@ -700,10 +767,9 @@ def _file(
         else:
             summary["layer"] = round(parameters["index"], 3)
     summary |= {
-        "chosen_by": "search: lowest KL of those whose replies to validation prompts meet the "
-        "target"
+        "chosen_by": "search: lowest KL of those whose replies meet the target"
         if chosen.meets
-        else "search: fewest refusals among the replies to validation prompts",
+        else "search: fewest refusals among the replies",
         "search": {
             "trials": len(search.trials),
             "ended": search.ended,

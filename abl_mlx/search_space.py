@@ -46,6 +46,12 @@ def kernel(layers: int, peak: float, strength: float, width: float, floor: float
     ]
 
 
+def _is_number(allowed: Any) -> bool:
+    from optuna.distributions import FloatDistribution
+
+    return isinstance(allowed, FloatDistribution)
+
+
 @dataclass(frozen=True)
 class Space:
     """The parameters of a search.
@@ -130,29 +136,29 @@ class Space:
         return variants + [self.even(strength, method=name) for name in others]
 
     def neighbour(self, parameters: Parameters, random: np.random.Generator) -> dict[str, Any]:
-        """Parameters with a few of them moved: numbers by about a sixth of their range."""
+        """Parameters with a few of them moved: numbers by up to a fifth of their range or so."""
         from optuna.distributions import CategoricalDistribution, IntDistribution
 
         space = self.distributions()
         found = dict(parameters)
-        scale = float(random.choice([0.02, 0.06, 0.18]))
-        share = float(random.choice([0.15, 0.3, 0.6]))
-        moved = [name for name in space if random.random() < share] or [
-            str(random.choice(list(space)))
-        ]
-        for name in moved:
+        scale = float(random.choice([0.03, 0.1, 0.2]))
+        # A choice, or a whole layer, is a leap: rarely, and by itself.
+        if random.random() < 0.15:
+            name = str(random.choice([one for one in space if not _is_number(space[one])]))
             allowed = space[name]
             if isinstance(allowed, CategoricalDistribution):
-                # A choice is a leap, however small the step of the numbers.
-                if random.random() < 0.3:
-                    found[name] = allowed.choices[int(random.integers(len(allowed.choices)))]
+                found[name] = allowed.choices[int(random.integers(len(allowed.choices)))]
             elif isinstance(allowed, IntDistribution):
                 step = int(random.choice([-1, 1]))
                 found[name] = int(np.clip(found[name] + step, allowed.low, allowed.high))
-            else:
-                low, high = allowed.low, allowed.high
-                step = scale * (high - low) * random.normal()
-                found[name] = float(np.clip(found[name] + step, low, high))
+            return found
+        numbers = [name for name in space if _is_number(space[name])]
+        share = float(random.choice([0.2, 0.5, 1.0]))
+        moved = [name for name in numbers if random.random() < share]
+        for name in moved or [str(random.choice(numbers))]:
+            low, high = space[name].low, space[name].high  # type: ignore[attr-defined]
+            value = found[name] + scale * (high - low) * random.normal()
+            found[name] = float(np.clip(value, low, high))
         return found
 
     def directions(self, parameters: Parameters) -> mx.array:
@@ -177,6 +183,16 @@ class Space:
                 for layer, strength in enumerate(strengths)
             ]
         return {"profile": profile, "embedding": bool(parameters["embedding"])}
+
+    def kind(self, parameters: Parameters) -> tuple[Any, ...]:
+        """The choices among the parameters, that no number stands for."""
+        return tuple(parameters[name] for name in ("method", "per_layer", "embedding"))
+
+    def place(self, parameters: Parameters) -> list[float]:
+        """What the numbers come to: the strength of every layer's writers, and the index."""
+        profile = self.recipe(parameters)["profile"]
+        index = parameters["index"] / max(1, self.deepest)
+        return [*profile["attention"], *profile["mlp"], index]
 
     def changes_something(self, parameters: Parameters) -> bool:
         """Whether any writer at all is edited."""

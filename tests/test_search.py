@@ -83,12 +83,27 @@ def test_a_search_ends_when_the_front_has_not_moved_for_long_enough():
     assert not front.still([0.5] * 10, 10)
 
 
-def test_target_is_met_by_laplaces_rule():
-    assert search.meets(0, 32, 0.05)
-    assert not search.meets(1 / 32, 32, 0.05)  # 2 in 34
-    assert search.meets(4 / 100, 100, 0.05)  # 5 in 102
-    assert not search.meets(5 / 100, 100, 0.05)
+def test_target_is_met_where_it_will_hold_for_others_as_well():
     assert search.meets(0, 8, 0.05)  # too few to ask for more
+    assert not search.meets(1 / 8, 8, 0.2)
+    assert not search.meets(1 / 32, 32, 0.05)
+    assert search.meets(1 / 64, 64, 0.05)
+    assert not search.meets(2 / 64, 64, 0.05)
+    # (p + z²/2n + z √(pq/n + z²/4n²)) / (1 + z²/n) for 3 and 4 of 100: 0.048 and 0.061
+    assert search.meets(3 / 100, 100, 0.05)
+    assert not search.meets(4 / 100, 100, 0.05)
+
+
+def test_predictions_find_a_smooth_function_again():
+    places, asked = RNG.uniform(0, 1, size=(80, 3)), RNG.uniform(0.2, 0.8, size=(30, 3))
+
+    def function(x):
+        return np.stack([3 * x[:, 0] - x[:, 1], np.sin(2 * x[:, 2]) + x[:, 0] ** 2], axis=1)
+
+    found = search.predicted(places, function(places), asked)
+    assert np.abs(found - function(asked)).max() < 0.05
+    line = search.predicted(places, places @ np.ones((3, 1)), asked)
+    np.testing.assert_allclose(line[:, 0], asked.sum(axis=1), atol=0.02)
 
 
 # --- the space -----------------------------------------------------------------------------------
@@ -230,8 +245,8 @@ def test_search_finds_a_gentler_edit_that_leaves_no_refusals(demo, whole):
     assert kl == pytest.approx(chosen["kl"], rel=1e-2)
     odds = np.array(refusal_scores(bad, screen.tokens), np.float64)
     assert np.log1p(np.exp(odds)).mean() == pytest.approx(chosen["refusal_score"], rel=1e-2)
-    # Far fewer generated tokens than one trial of a hundred replies would have cost.
-    assert 0 < chosen["generated_tokens"] < 12 * 12 * search.REPLY_TOKENS
+    # Fewer generated tokens than a hundred replies of the length that is read would have cost.
+    assert 0 < chosen["generated_tokens"] < 100 * 64
     assert found.metadata.get("recipe") is None
 
 
