@@ -278,7 +278,7 @@ def _said(
     for index, rows in log_probabilities(chat, sequences, positions, label="induce"):
         reply = mx.array(list(behind[index]))
         said = mx.argmax(rows, axis=-1)
-        opens = int(said[0].item()) in openings
+        opens = int(number(said[0])) in openings
         rest = (said[1:] == reply[1:]).astype(mx.float32)
         agreement += opens * (number(rest.mean()) if len(reply) > 1 else 1.0)
         likelihood += number(mx.take_along_axis(rows, reply[:, None], axis=1).mean())
