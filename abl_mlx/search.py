@@ -57,7 +57,7 @@ NEIGHBOURS = 64
 LEAST_KL, LARGEST_KL = 1e-6, 1.0
 
 #: A search goes on while its front has moved in so many trials, or a third of all.
-PATIENCE = 30
+PATIENCE = 40
 
 # The normal quantile of 80%.
 _FOUR_IN_FIVE = 0.8416
@@ -460,7 +460,9 @@ class Search:
             for trial in known
         ])  # fmt: skip
         asked = np.array([self.space.place(one) for one in neighbours])
-        kl, refusal = predicted(places, values, asked).T
+        # Where little is known there is something to find: a standard deviation in favour of all.
+        expected, doubt = predicted(places, values, asked)
+        kl, refusal = (expected - doubt).T
         allowed = math.log(max(parent.screened.refusal, 1e-4))
         # A refusal score a little too high costs as much as a KL far too high.
         return neighbours[int(np.argmin(kl + 5 * np.maximum(refusal - allowed, 0)))]
@@ -502,7 +504,9 @@ class Search:
         return Trial(parameters, self.screen.score(self.edit_for(parameters), hopeless))
 
 
-def predicted(places: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def predicted(
+    places: np.ndarray, values: np.ndarray, asked: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Values expected at other places, by kernel ridge regression on top of a linear fit.
 
     Args:
@@ -511,7 +515,7 @@ def predicted(places: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.n
         asked: (a, f).
 
     Returns:
-        (a, m).
+        The values and their standard deviations, (a, m) each.
     """
     middle = places.mean(axis=0)
     left, right = places - middle, asked - middle
@@ -526,8 +530,11 @@ def predicted(places: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.n
 
     between = squares(left, left)
     scale = float(np.median(between[between > 0])) if (between > 0).any() else 1.0
-    weights = np.linalg.solve(np.exp(-between / scale) + 1e-3 * np.eye(len(left)), rest)
-    return mean + right @ slope + np.exp(-squares(right, left) / scale) @ weights
+    inner = np.exp(-between / scale) + 1e-3 * np.eye(len(left))
+    outer = np.exp(-squares(right, left) / scale)
+    share = 1 - (outer * np.linalg.solve(inner, outer.T).T).sum(axis=1)
+    doubt = np.sqrt(np.maximum(share, 0))[:, None] * rest.std(axis=0)
+    return mean + right @ slope + outer @ np.linalg.solve(inner, rest), doubt
 
 
 # --- the choice ----------------------------------------------------------------------------------

@@ -152,6 +152,9 @@ class Space:
                 step = int(random.choice([-1, 1]))
                 found[name] = int(np.clip(found[name] + step, allowed.low, allowed.high))
             return found
+        for component in COMPONENTS:
+            if found[f"{component}_floor"] > 0.95 and random.random() < 0.5:
+                found |= self._tent(component, found[f"{component}_strength"], random)
         numbers = [name for name in space if _is_number(space[name])]
         share = float(random.choice([0.2, 0.5, 1.0]))
         moved = [name for name in numbers if random.random() < share]
@@ -160,6 +163,24 @@ class Space:
             value = found[name] + scale * (high - low) * random.normal()
             found[name] = float(np.clip(value, low, high))
         return found
+
+    def _tent(
+        self, component: str, strength: float, random: np.random.Generator
+    ) -> dict[str, float]:
+        """A kernel of some shape in place of an even one, of the same strength in the mean.
+
+        Under a floor as high as the peak, peak and width change nothing: no small step leads away.
+        """
+        peak = float(random.uniform(0, self.layers - 1))
+        width = float(random.uniform(0.5, max(1, self.layers)))
+        floor = float(random.uniform(0.3, 1))
+        mean = float(np.mean(kernel(self.layers, peak, 1.0, width, floor)))
+        return {
+            f"{component}_peak": peak,
+            f"{component}_strength": min(strength / mean, STRONGEST),
+            f"{component}_width": width,
+            f"{component}_floor": floor,
+        }
 
     def directions(self, parameters: Parameters) -> mx.array:
         """What is removed: (k, d), or (L, k, d) where each layer has its own."""

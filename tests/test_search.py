@@ -100,9 +100,13 @@ def test_predictions_find_a_smooth_function_again():
     def function(x):
         return np.stack([3 * x[:, 0] - x[:, 1], np.sin(2 * x[:, 2]) + x[:, 0] ** 2], axis=1)
 
-    found = search.predicted(places, function(places), asked)
+    found, doubt = search.predicted(places, function(places), asked)
     assert np.abs(found - function(asked)).max() < 0.05
-    line = search.predicted(places, places @ np.ones((3, 1)), asked)
+    known, far = places[:5], np.full((1, 3), 9.0)
+    certain, lost = (search.predicted(places, function(places), x)[1] for x in (known, far))
+    assert (certain.mean(axis=0) < 2 * doubt.mean(axis=0)).all()
+    assert (lost > 5 * doubt.mean(axis=0)).all()
+    line, _ = search.predicted(places, places @ np.ones((3, 1)), asked)
     np.testing.assert_allclose(line[:, 0], asked.sum(axis=1), atol=0.02)
 
 
@@ -161,6 +165,15 @@ def test_neighbours_stay_inside_the_space_and_differ():
         start = moved
     assert start != space.uniform(embedding=False)
     assert not start["embedding"]  # --no-embedding holds
+
+
+def test_an_even_kernel_gives_way_to_one_of_the_same_mean():
+    space = space_of()
+    for _ in range(20):
+        made = space._tent("mlp", 0.6, RNG)
+        recipe = space.recipe(space.uniform(**made))["profile"]["mlp"]
+        assert np.mean(recipe) == pytest.approx(0.6, abs=1e-6) or made["mlp_strength"] == 1.5
+        assert len(set(recipe)) > 1
 
 
 # --- what is asked for replies -------------------------------------------------------------------
