@@ -45,7 +45,8 @@ class LlamaCpp:
             path: a .gguf file; of a split one, the first part.
             n_ctx: tokens per request, prompt and reply together.
             n_parallel: requests answered at the same time.
-            n_threads: of the processor; None leaves it to llama.cpp.
+            n_threads: of the processor; None for those of LLAMA_ARG_THREADS, the variable that
+                llama.cpp's own programs read, or else what llama.cpp thinks best.
             lean: keep no second copy of the weights in an order that suits the processor better.
             lora: an adapter for this file, applied as ``--lora`` does.
 
@@ -64,7 +65,8 @@ class LlamaCpp:
                 f"running a GGUF file needs llama.cpp ({error}): pip install 'abl-mlx[llamacpp]'."
             ) from None
         self.n_ctx = n_ctx
-        self.n_threads = n_threads
+        asked = os.environ.get("LLAMA_ARG_THREADS", "")
+        self.n_threads = n_threads or (int(asked) if asked.isdigit() else 0) or None
         self.lean = lean
         self.lora = lora
         if lora is not None and not lora.is_file():

@@ -12,6 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two processes run the tests; threads of theirs would only wait for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("LLAMA_ARG_THREADS", "1")  # llama.cpp's threads wait busily
 
 from tests import tiny
 
