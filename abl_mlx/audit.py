@@ -19,6 +19,7 @@ from abl_mlx import __version__, differences, directions, spectrum, stream_weigh
 from abl_mlx.arrays import numpy_of
 from abl_mlx.clock import Clock
 from abl_mlx.models import progress
+from abl_mlx.outputs import check_report
 from abl_mlx.sources import Source, resolve
 from abl_mlx.spectrum import Found, Gap
 from abl_mlx.stream_weights import StreamWeight, StreamWeights
@@ -80,6 +81,7 @@ def audit(
     direction: Path | None = None,
     output: Path | None = None,
     ask: bool = False,
+    report: Path | None = None,
 ) -> Record:
     """Judge a model's weights.
 
@@ -89,6 +91,7 @@ def audit(
         direction: a direction file to compare the recovered direction with.
         output: where the recovered direction goes, a new .safetensors.
         ask: whether the model is run and its refusals are counted.
+        report: where a page to read goes.
 
     Raises:
         UserError: a model that cannot be read, told in one sentence.
@@ -98,6 +101,8 @@ def audit(
         if output.suffix != ".safetensors":
             raise UserError(f"{output}: the name of a direction file ends in .safetensors.")
         check_new(output)
+    if report is not None:
+        check_report(report)
     source = resolve(text)
     given = None if direction is None else _given(direction)
     record: Record = {"abl_mlx": __version__, "source": source.name}
@@ -128,6 +133,15 @@ def audit(
         _keep(output, recovered, source, weights)
         record["output"] = str(output)
     record["seconds"] = clock.seconds
+    if report is not None:
+        from abl_mlx import pages
+        from abl_mlx.command_line import command_line, plain
+
+        given_words = plain({"base": base, "direction": direction, "ask": ask})
+        command = command_line(
+            ["audit", text], given_words, {"base": None, "direction": None, "ask": False}
+        )
+        pages.write(report, pages.audit_page(record, command))
     return record
 
 

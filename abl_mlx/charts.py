@@ -69,7 +69,8 @@ def number(value: float) -> str:
         return "0"
     size = abs(value)
     text = f"{value:.1e}" if size < 1e-3 or size >= 1e5 else f"{value:.4g}"
-    return text.replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+    text = text.replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
+    return text.replace("-", "−")
 
 
 # --- axes --------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def _legend(series: Sequence[Series]) -> str:
         kind = f"s{index % len(MARKS)}" + (" faint" if one.faint else "")
         parts.append(f'<g class="{kind}">{_mark(MARKS[index % len(MARKS)], x + 4, 9)}</g>')
         parts.append(_text(x + 12, 12.5, one.name, "start"))
-        x += 20 + 5.6 * len(one.name)
+        x += 20 + 6.2 * len(one.name)
     return "".join(parts)
 
 

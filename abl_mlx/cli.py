@@ -307,8 +307,21 @@ def _reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Path(path_type=Path),
             help="Keep the replies in this .jsonl file; without it only verdicts are kept.",
         ),
+        _report_flag(
+            "Write the page to read in a browser here. Without it `run` writes report.html into "
+            "the output folder, or NAME.report.html beside NAME.gguf; `eval` writes none."
+        ),
+        click.option(
+            "--save-completions",
+            is_flag=True,
+            help="Show the replies on that page too; without it only verdicts are there.",
+        ),
     ]
     return _decorated(command, flags)
+
+
+def _report_flag(text: str) -> Callable[..., Any]:
+    return click.option("--report", metavar="FILE.html", type=click.Path(path_type=Path), help=text)
 
 
 def _gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -622,12 +635,19 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     type=click.Path(path_type=Path),
     help="The direction file, NAME.safetensors.",
 )
+@click.option(
+    "--plot",
+    metavar="FILE.png|FILE.svg",
+    type=click.Path(path_type=Path),
+    help="Draw separation, causal scores, KL and explained variance by layer, and both prompt sets "
+    "in a plane.",
+)
 @_prompt_flags
 @_choice_flags
 @_search_flags
 @_memory_flag
 @_json_flag
-def measure(model: str, output: Path, as_json: bool, **chosen: Any) -> None:
+def measure(model: str, output: Path, plot: Path | None, as_json: bool, **chosen: Any) -> None:
     """Find MODEL's refusal direction and keep it, with all candidates, in a file to share."""
     from abl_mlx import pipeline, report
 
@@ -640,6 +660,7 @@ def measure(model: str, output: Path, as_json: bool, **chosen: Any) -> None:
         model,
         output,
         _options(chosen),
+        plot,
     )
 
 
@@ -770,6 +791,7 @@ def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
     type=click.Path(path_type=Path),
     help="Keep the recovered direction in this file, NAME.safetensors.",
 )
+@_report_flag("Write a page to read in a browser here.")
 @_json_flag
 def audit(model: str, as_json: bool, fail_on: tuple[str, ...], **given: Any) -> None:
     """Was a direction taken out of MODEL's weights? For folders and GGUFs of any type.

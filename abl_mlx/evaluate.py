@@ -120,8 +120,11 @@ class Behaviour:
         }
         if self.expected is not None:
             record["expected_answer_rate"] = self.expected
+        sets = {"harmful": self.harmful, "harmless": self.harmless}
         if self.borderline is not None:
             record |= refusal_record("borderline", self.borderline)
+            sets["borderline"] = self.borderline
+        record["categories"] = {name: category_record(one) for name, one in sets.items()}
         return record
 
 
@@ -131,6 +134,20 @@ def refusal_record(name: str, rates: Rates) -> dict[str, Any]:
         f"{name}_refusal_rate": rates.refusal_rate,
         f"{name}_refusal_interval": list(rates.overall.interval(Verdict.REFUSAL)),
         f"n_{name}": rates.overall.total,
+    }
+
+
+def category_record(rates: Rates) -> dict[str, Any]:
+    """Each category's prompts, refusals and broken replies, as JSON values."""
+    return {
+        category: {
+            "n": tally.total,
+            "refused": tally.count(Verdict.REFUSAL),
+            "broken": tally.count(Verdict.BROKEN),
+            "refusal_rate": tally.rate(Verdict.REFUSAL) if tally.total else None,
+            "refusal_interval": list(tally.interval(Verdict.REFUSAL)),
+        }
+        for category, tally in rates.by_category.items()
     }
 
 
@@ -238,14 +255,26 @@ def stream_in_llamacpp(
 
 
 def save_replies(path: Path, replies: Mapping[str, Behaviour], sets: PromptSets) -> None:
-    """Write the replies, which no report holds, because they were asked for: one JSON a line."""
+    """Write the replies, which no record holds, because they were asked for: one JSON a line."""
+    write_lines(path, reply_lines(replies, sets))
+
+
+def reply_lines(replies: Mapping[str, Behaviour], sets: PromptSets) -> list[dict[str, Any]]:
+    """For each prompt its ``set``, the ``prompt``, and what each model replied."""
     parts = (("harmful", sets.harmful.test, 0), ("harmless", sets.harmless.test, 1))
+    return [
+        {"set": name, "prompt": prompt}
+        | {who: given.replies[which][number] for who, given in replies.items()}
+        for name, asked, which in parts
+        for number, prompt in enumerate(asked.texts)
+    ]
+
+
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line; the file appears whole or not at all."""
     with new_file(path) as staged, open(staged, "w", encoding="utf-8") as stream:
-        for name, asked, which in parts:
-            for number, prompt in enumerate(asked.texts):
-                line: dict[str, Any] = {"set": name, "prompt": prompt}
-                line |= {who: given.replies[which][number] for who, given in replies.items()}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for line in lines:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 # --- KL divergence -----------------------------------------------------------------------------

@@ -6,7 +6,6 @@ returns the keys it adds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +19,7 @@ from abl_mlx import (
     harness,
     journal,
     judge,
+    outputs,
     perplexity,
     report,
     targets,
@@ -35,7 +35,7 @@ from abl_mlx.prompts import Prompt, PromptSet, PromptSets
 from abl_mlx.refusals import Rates, Tally, Verdict, classify, without_thoughts
 from abl_mlx.sources import Source
 from abl_mlx.targets import Target
-from convert.atomic import check_new, new_file
+from convert.atomic import check_new
 from convert.errors import UserError
 
 Record = dict[str, Any]
@@ -135,7 +135,9 @@ def evaluate_model(text: str, options: EvalOptions) -> Record:
         if options.junit is not None:
             gate.write_junit(options.junit, record, checks)
         if options.save_replies is not None:
-            _save_replies(options.save_replies, parts, columns)
+            evaluate.write_lines(options.save_replies, _reply_lines(parts, columns))
+        if options.report is not None:
+            _write_report(options.report, text, record, options, _reply_lines(parts, columns))
     return record
 
 
@@ -210,6 +212,8 @@ def _check(
             )
     if options.save_replies is not None:
         check_new(options.save_replies)
+    if options.report is not None:
+        outputs.check_report(options.report)
     if options.junit is not None:
         gate.check_junit(options.junit)
     if limits.max_drop_from is None:
@@ -234,7 +238,7 @@ def ask(
     Raises:
         UserError: when the target fails; what was answered is in the journal.
     """
-    keep = options.save_replies is not None
+    keep = options.save_replies is not None or options.save_completions
     prompts = [prompt for part in parts.values() for prompt in part.prompts]
 
     def known(prompt: Prompt) -> Answered | None:
@@ -307,10 +311,7 @@ def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Re
     unfinished = sum(one.unfinished for one in answers)
     if unfinished:
         record["unfinished_thoughts"] = unfinished
-    record["categories"] = {
-        name: {category: _tally(tally) for category, tally in one.by_category.items()}
-        for name, one in rates.items()
-    }
+    record["categories"] = {name: evaluate.category_record(one) for name, one in rates.items()}
     record["verdicts"] = letters
     return record
 
@@ -324,16 +325,6 @@ def _rates(verdicts: Sequence[Verdict | None], prompts: Sequence[Prompt]) -> Rat
     tallies = {category: Tally.of(group) for category, group in groups.items()}
     told = tuple(verdict for verdict in verdicts if verdict is not None)
     return Rates(told, Tally.of(told), tallies)
-
-
-def _tally(tally: Tally) -> Record:
-    return {
-        "n": tally.total,
-        "refused": tally.count(Verdict.REFUSAL),
-        "broken": tally.count(Verdict.BROKEN),
-        "refusal_rate": tally.rate(Verdict.REFUSAL) if tally.total else None,
-        "refusal_interval": list(tally.interval(Verdict.REFUSAL)),
-    }
 
 
 def paired(baseline: Record, record: Record, name: str) -> Record:
@@ -373,13 +364,25 @@ def _divergence(
         return stack.enter_context(divergence.measured_against(baseline, texts, exactly=exactly))
 
 
-def _save_replies(
-    path: Path, parts: Mapping[str, PromptSet], columns: Mapping[str, Sequence[Answered]]
-) -> None:
-    """The replies, because they were asked for: one JSON object a prompt."""
+def _reply_lines(
+    parts: Mapping[str, PromptSet], columns: Mapping[str, Sequence[Answered]]
+) -> list[Record]:
+    """For each prompt its ``set``, the ``prompt``, and the replies that were kept."""
     asked = [(name, text) for name, part in parts.items() for text in part.texts]
-    with new_file(path) as staged, open(staged, "w", encoding="utf-8") as stream:
-        for number, (name, text) in enumerate(asked):
-            line: Record = {"set": name, "prompt": text}
-            line |= {who: answers[number].reply for who, answers in columns.items()}
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return [
+        {"set": name, "prompt": text}
+        | {who: answers[number].reply for who, answers in columns.items()}
+        for number, (name, text) in enumerate(asked)
+    ]
+
+
+def _write_report(
+    path: Path, text: str, record: Record, options: EvalOptions, lines: Sequence[Record]
+) -> None:
+    """The page of an evaluation; with replies where they were asked for there."""
+    from abl_mlx import pages
+    from abl_mlx.command_line import command_line, plain
+
+    command = command_line(["eval", text], plain(vars(options)), plain(vars(EvalOptions())))
+    shown = lines if options.save_completions else ()
+    pages.write(path, pages.eval_page(record, command, shown))

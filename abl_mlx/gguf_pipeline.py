@@ -40,6 +40,7 @@ from abl_mlx.pipeline import EXACTNESS_PROMPTS, grouped
 from abl_mlx.prompts import PromptSets
 from abl_mlx.records import combined_hash, start_record, worst_leak
 from abl_mlx.report import to_json
+from abl_mlx.run_page import write_run_page
 from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer
@@ -198,6 +199,7 @@ def run(
             gguf_outputs.write_companions(one, source, record, judged)
         if options.save_replies is not None:
             evaluate.save_replies(options.save_replies, replies, sets)
+    write_run_page(record, paths, options, replies, sets)
     return record
 
 

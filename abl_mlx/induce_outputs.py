@@ -30,6 +30,7 @@ from abl_mlx.outputs import Output
 from abl_mlx.prompts import PromptSets
 from abl_mlx.records import hashes, start_record
 from abl_mlx.report import to_json
+from abl_mlx.run_page import write_run_page
 from abl_mlx.sources import Source
 from abl_mlx.steering import steering
 from abl_mlx.writers import Writer, find_writers
@@ -120,6 +121,7 @@ def run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Option
             _write_companions(one, source, gguf, record, judged, stack)
         if options.save_replies is not None:
             evaluate.save_replies(options.save_replies, replies, sets)
+    write_run_page(record, paths, options, replies, sets)
     return record
 
 
@@ -135,6 +137,7 @@ def run_model(text: str, paths: Sequence[Path], options: Options) -> Record:
     outputs.check(paths, source, vectors=True)
     if options.save_replies is not None:
         check_new(options.save_replies)
+    outputs.check_reports(paths, options.report)
     sets = pipeline.load_prompts(source, options)
     memory.check(source, asked=options.memory_check)
     return run(source, paths, sets, options)
@@ -303,7 +306,12 @@ def write_folder(
         config = {**filled, **config, **({key: True} if key else {}), "abl_mlx": dict(label)}
         edits = {} if key else {name: lambda values: values + bias.astype(values.dtype)}
         rewrite_folder(
-            source.path, files, out, edits, config=config, skip=("README.md", "abl.json")
+            source.path,
+            files,
+            out,
+            edits,
+            config=config,
+            skip=("README.md", "abl.json", "report.html"),
         )
         if not key:
             return

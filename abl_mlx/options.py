@@ -43,6 +43,8 @@ class Options:
         max_tokens: longest reply in the evaluation.
         batch_size: replies generated side by side.
         save_replies: where the replies go, if they are wanted.
+        report: where the page to read goes; of `run`, beside or inside each output without it.
+        save_completions: whether the replies are on that page.
         tensors: of a GGUF source, a regular expression for the tensors to edit, in place of what
             is known of the architecture.
         strict_types: refuse a GGUF tensor whose type has no scalar grid, instead of writing it in
@@ -88,6 +90,8 @@ class Options:
     max_tokens: int = 64
     batch_size: int = 32
     save_replies: Path | None = None
+    report: Path | None = None
+    save_completions: bool = False
     tensors: str | None = None
     strict_types: bool = False
     grid: str = "auto"
@@ -107,6 +111,7 @@ class Options:
         values["direction"] = None if self.direction is None else str(self.direction)
         values["search_journal"] = None if self.search_journal is None else str(self.search_journal)
         values["save_replies"] = None if self.save_replies is None else str(self.save_replies)
+        values["report"] = None if self.report is None else str(self.report)
         return values
 
 

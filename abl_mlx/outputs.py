@@ -74,6 +74,41 @@ def companions(path: Path) -> dict[str, Path]:
     return {"record": path / "abl.json", "card": path / "README.md"}
 
 
+def report_place(path: Path) -> Path:
+    """Where the page of a run goes: inside an output's folder, or beside NAME.gguf."""
+    if path.suffix == ".gguf":
+        return path.with_name(f"{path.stem}.report.html")
+    return path / "report.html"
+
+
+def check_reports(paths: Sequence[Path], wanted: Path | None) -> None:
+    """Refuse pages of a run that exist or cannot be written.
+
+    Args:
+        wanted: where its page goes instead, if given.
+
+    Raises:
+        UserError: naming the page.
+    """
+    if wanted is not None:
+        check_report(wanted)
+        return
+    for path in paths:
+        if path.suffix == ".gguf":
+            check_new(report_place(path))
+
+
+def check_report(path: Path) -> None:
+    """Refuse a page that exists, cannot be written, or is called like something else.
+
+    Raises:
+        UserError: naming it.
+    """
+    if path.suffix not in (".html", ".htm"):
+        raise UserError(f"{path}: the name of a report ends in .html.")
+    check_new(path)
+
+
 def check(paths: Sequence[Path], source: Source, *, vectors: bool = False) -> None:
     """Refuse outputs that exist, repeat, cannot be written, or lie inside the source.
 
@@ -187,7 +222,7 @@ def write_folder(
             rewrites=[
                 mlx_edit.rewrite(files, one, grid=grid, plain=plain) for one in matrices.values()
             ],
-            skip=("README.md", "abl.json"),
+            skip=("README.md", "abl.json", "report.html"),
             progress=bar.update,
         )
     _keep_card(source.path, output.staged)

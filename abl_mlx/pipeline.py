@@ -27,6 +27,7 @@ from abl_mlx import (
     models,
     mtp,
     outputs,
+    plot,
     prompts,
     sources,
     taken,
@@ -49,11 +50,13 @@ from abl_mlx.prompts import PromptSets
 from abl_mlx.records import (
     combined_hash,
     hashes,
+    measured,
     prompt_hashes,
     source_hashes,
     start_record,
     worst_leak,
 )
+from abl_mlx.run_page import write_run_page
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer, find_writers
 from convert import adapters
@@ -97,6 +100,7 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
         taken.check_keep(paths, target, options.norm)
     if options.save_replies is not None:
         check_new(options.save_replies)
+    outputs.check_reports(paths, options.report)
     if options.ollama_create is not None:
         ollama_first(paths, options.ollama_create)
     sets = load_prompts(source, options)
@@ -251,6 +255,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
             outputs.write_companions(one, source, record, judged[one.output.path])
         if options.save_replies is not None:
             evaluate.save_replies(options.save_replies, replies, sets)
+    write_run_page(record, paths, options, replies, sets)
     return record
 
 
@@ -310,11 +315,17 @@ def _apply(
     return record
 
 
-def measure(text: str, out: Path, options: Options) -> Record:
-    """`abl-mlx measure`: write the direction file."""
+def measure(text: str, out: Path, options: Options, picture: Path | None = None) -> Record:
+    """`abl-mlx measure`: write the direction file.
+
+    Args:
+        picture: where its charts go, if they are wanted.
+    """
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: the name of a direction file ends in .safetensors.")
     check_new(out)
+    if picture is not None:
+        plot.check(picture)
     options = with_journal(options, out.with_suffix(""))
     clock = Clock()
     source = sources.resolve(text)
@@ -342,15 +353,18 @@ def measure(text: str, out: Path, options: Options) -> Record:
         },
     )
     directions.save(out, found)
-    return {
+    record: Record = {
         "abl_mlx": __version__,
         "source": source.name,
         "outputs": [str(out)],
         "direction": {**found.metadata["summary"], "sha256": found.sha256},
-        "scores": found.metadata["scores"],
-        "trials": found.metadata["trials"],
+        **measured(found),
         "seconds": clock.seconds,
     }
+    if picture is not None:
+        plot.draw(picture, record)
+        record["plot"] = str(picture)
+    return record
 
 
 def _measured_direction(

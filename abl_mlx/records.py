@@ -22,7 +22,8 @@ def start_record(
     source: Source, paths: Sequence[Path], options: Options, direction: DirectionFile
 ) -> Record:
     """What is known before anything is written."""
-    summary = direction.metadata.get("summary", {"method": "given"})
+    metadata = direction.metadata
+    summary = metadata.get("summary", {"method": "given"})
     return {
         "abl_mlx": __version__,
         "source": source.name,
@@ -31,10 +32,26 @@ def start_record(
         "direction": {
             **summary,
             "sha256": direction.sha256,
-            **({"recipe": direction.metadata["recipe"]} if "recipe" in direction.metadata else {}),
+            **({"recipe": metadata["recipe"]} if "recipe" in metadata else {}),
         },
         "options": options.record(),
+        **measured(direction),
     }
+
+
+def measured(direction: DirectionFile) -> Record:
+    """What was found on the way to a direction: ``scores``, ``trials`` and ``cloud``.
+
+    The cloud is the two prompt sets in a plane, [x, y] of each prompt. What a direction of another
+    origin does not have is left out.
+    """
+    metadata = direction.metadata
+    found = {key: metadata[key] for key in ("scores", "trials") if key in metadata}
+    if direction.clouds is not None:
+        sets = zip(("harmful", "harmless"), direction.clouds, strict=True)
+        points = {name: cloud.astype(float).round(4).tolist() for name, cloud in sets}
+        found["cloud"] = {**metadata.get("cloud", {}), **points}
+    return found
 
 
 def source_hashes(files: TensorFiles) -> dict[str, str]:

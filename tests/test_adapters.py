@@ -271,6 +271,7 @@ def test_gguf_lora_on_the_quantized_demo(tmp_path: Path) -> None:
     assert hashes(base) == before
     assert {path.name for path in tmp_path.iterdir()} == {
         "base.gguf", "demo.lora.gguf", "demo.lora.abl.json", "demo.lora.README.md",
+        "demo.lora.report.html",
     }  # fmt: skip
 
     # llama.cpp once more, asked here, with the adapter and without.

@@ -107,7 +107,7 @@ def test_refusals_go_and_nothing_else_changes(
     assert changed == PROVENANCE | ours
     assert ours
     assert {path.name for path in tmp_path.iterdir()} == {
-        "out.gguf", "out.abl.json", "out.README.md", "out.Modelfile",
+        "out.gguf", "out.abl.json", "out.README.md", "out.Modelfile", "out.report.html",
     }  # fmt: skip
     assert json.loads((tmp_path / "out.abl.json").read_text()) == record
 

@@ -1,0 +1,34 @@
+"""Where the page of a run goes, and what of the replies is on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from abl_mlx import evaluate, outputs
+from abl_mlx.options import Options
+from abl_mlx.prompts import PromptSets
+
+
+def write_run_page(
+    record: Mapping[str, Any],
+    paths: Sequence[Path],
+    options: Options,
+    replies: Mapping[str, evaluate.Behaviour],
+    sets: PromptSets,
+) -> None:
+    """Write the page of a run into or beside each output, or where ``--report`` says.
+
+    Called when the outputs have their names: a model that took an hour is not lost with its page.
+
+    Args:
+        replies: who -> what they did; shown with ``--save-completions`` alone.
+    """
+    from abl_mlx import pages
+
+    lines = evaluate.reply_lines(replies, sets) if options.save_completions else []
+    text = pages.run_page(record, lines)
+    places = [outputs.report_place(path) for path in paths]
+    for place in places if options.report is None else [options.report]:
+        pages.write(place, text)
