@@ -100,13 +100,17 @@ def test_energies_are_what_the_weights_hold_along_the_direction():
     assert one.score == pytest.approx((gain.sum() - gain.max()) / (len(gain) - 1))
 
 
-def test_the_climb_never_goes_down():
-    models = planted(writers(3), unit(96), 0.6)
+def test_the_climb_finds_what_only_some_writers_lack():
+    u = unit(96)[:, 0]
+    models = planted(writers(3), u[:, None], 1, {0, 2})
     grams = np.stack([w @ w.T / np.trace(w @ w.T) * 96 for _, _, w in models])
-    start = unit(96, seed=4)[:, 0]
-    before = spectrum.gains((grams @ start) @ start, 1.0).mean()
-    after = spectrum._climb(grams, start, 1.0)
-    assert spectrum.gains(after.energies, 1.0).mean() > before + 0.1
+    start = u + 0.5 * unit(96, seed=4)[:, 0]
+    start /= np.linalg.norm(start)
+    assert abs(start @ u) < 0.95
+    before = spectrum.gains((grams @ start) @ start, 0.1).mean()
+    after = spectrum._climb(grams, start, 0.1)
+    assert spectrum.gains(after.energies, 0.1).mean() > before + 0.2
+    assert abs(after.direction @ u) > 0.9999
 
 
 def test_weakest_directions_of_a_wide_matrix_come_from_inverse_iteration():
