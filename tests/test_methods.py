@@ -203,8 +203,9 @@ def test_between_two_bases_of_a_subspace_lies_that_subspace():
     """A basis is known up to a rotation, which must not tear it apart half way."""
     q, _ = np.linalg.qr(RNG.normal(size=(D, 3)))
     turn, _ = np.linalg.qr(RNG.normal(size=(3, 3)))
-    found = methods.interpolated(q.T, turn @ q.T, 0.5)
-    np.testing.assert_allclose(found.T @ found, q @ q.T, atol=1e-9)
+    for other in (turn, -np.eye(3), np.eye(3)[[1, 2, 0]]):
+        found = methods.interpolated(q.T, other @ q.T, 0.5)
+        np.testing.assert_allclose(found.T @ found, q @ q.T, atol=1e-9)
 
 
 # --- winsorizing, planes, over-refusal ---------------------------------------------------------
