@@ -354,7 +354,7 @@ def judge(
 def _in_stream(energies: Energies, found: Sequence[Found]) -> np.ndarray:
     """Orthonormal directions in the stream (k, d)."""
     turned = energies.basis @ np.stack([one.direction for one in found], axis=1)
-    return np.asarray(np.linalg.qr(turned)[0].T)
+    return np.asarray(np.linalg.qr(turned)[0].T, dtype=float)
 
 
 def _of_gap(limits: Limits, found: Gap) -> str:
