@@ -9,6 +9,7 @@ an edit which merely changes how a refusal opens is found out.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import warnings
@@ -28,7 +29,7 @@ from abl_mlx.front import front, hypervolume, still
 from abl_mlx.logits import first_reply_token
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
-from abl_mlx.prompts import PromptSets
+from abl_mlx.prompts import PromptSets, Split
 from abl_mlx.records import prompt_hashes
 from abl_mlx.refusals import Verdict, classify, wilson
 from abl_mlx.report import percent, say
@@ -40,9 +41,10 @@ from convert.errors import UserError
 #: Prompts of each set with which a trial begins; where these show it hopeless, it ends there.
 FIRST_PROMPTS = 8
 
-#: Harmful prompts that an edit of the front is asked; where the validation part has fewer, the
-#: train part fills up, as one refusal more or less in thirty would decide.
-ASKED_PROMPTS = 64
+#: Harmless prompts for the KL, and harmful ones that an edit of the front is asked; where the
+#: validation part has fewer the train part fills up. A search fits what it is scored on: of thirty
+#: prompts, two or three would decide.
+ENOUGH_PROMPTS = 64
 
 #: Points of the front that are asked for replies at most, and the tokens of each reply.
 MOST_ASKED, REPLY_TOKENS = 12, 24
@@ -432,9 +434,13 @@ class Search:
         if done < 2 + HALVINGS + len(analytic):
             return analytic[done - 2 - HALVINGS]
         random = np.random.default_rng([self.seed, done])
-        # One in four is a look around; the others start from what is already good.
-        if done % 4 == 0:
+        # One in eight is a look around, one starts anywhere on the front; the others start from
+        # what is already good.
+        if done % 8 == 0:
             parameters = self._sampled(done)
+        elif done % 8 == 4:
+            whole = self.front()
+            parameters = self._expected(whole[int(random.integers(len(whole)))], random)
         else:
             promising = self._promising()
             place = int(len(promising) * random.random() ** 2)
@@ -574,7 +580,8 @@ def ask_survivors(
 ) -> list[Asked]:
     """Ask trials of a front for replies; few, but the gentlest that meets the target among them.
 
-    Half of them are spread over the front, the others close in on where the target is first met.
+    Half of them are spread over the front, others close in on where the target is first met, and
+    what is left goes into the widest gaps.
 
     Args:
         trials: by rising KL.
@@ -591,9 +598,11 @@ def ask_survivors(
             top = passing[0] if passing else count
             below = [place for place in found if place < top]
             bottom = max(below, default=-1)
-            left = [place for place in range(bottom + 1, top) if place not in found]
-            if not left:
-                break
+            left = list(range(bottom + 1, top))
+            if not left:  # the border is found; then the widest gap of the front
+                ends = sorted(found)
+                low, high = max(itertools.pairwise(ends), key=lambda pair: pair[1] - pair[0])
+                left = list(range(low + 1, high))
             place = left[len(left) // 2]
             found[place] = ask(trials[place])
             bar.update()
@@ -628,10 +637,8 @@ def improve(
     """
     assert options.search is not None
     check(options)
-    harmful, harmless = (
-        [chat.encode(text) for text in split.validation.texts]
-        for split in (sets.harmful, sets.harmless)
-    )
+    harmful = [chat.encode(text) for text in sets.harmful.validation.texts]
+    harmless = [chat.encode(text) for text in _filled_up(sets.harmless)]
     space = Space(
         len(chat.layers), sources_of(chat, sets, found, options), embedding=options.embedding
     )
@@ -649,9 +656,8 @@ def improve(
         )
 
     journal = Journal(options.search_journal, identity(chat, sets, space, options))
-    texts = [*sets.harmful.validation.texts, *sets.harmful.train.texts]
-    count = min(len(texts), max(ASKED_PROMPTS, len(harmful)))
-    questions = [chat.encode(text) for text in texts[:count]]
+    questions = [chat.encode(text) for text in _filled_up(sets.harmful)]
+    count = len(questions)
     target = options.target_refusals
     search = Search(
         screen,
@@ -678,7 +684,7 @@ def improve(
         return Asked(trial, refused, broken, meets(refused + broken, count, target))
 
     whole = search.front()
-    asked = ask_survivors([one for one in whole if one.screened.refused <= 0.5] or whole[-1:], ask)
+    asked = ask_survivors([one for one in whole if one.screened.refused < 0.95] or whole[-1:], ask)
     chosen = choose(asked)
     say(table(asked, chosen, space))
     if not chosen.meets:
@@ -687,6 +693,12 @@ def improve(
             "least is taken; more trials may find a better one"
         )
     return _file(found, search, space, asked, chosen, generated[0], target)
+
+
+def _filled_up(split: Split) -> list[str]:
+    """The validation prompts, and train prompts behind them where these are few."""
+    texts = [*split.validation.texts, *split.train.texts]
+    return texts[: max(ENOUGH_PROMPTS, len(split.validation))]
 
 
 def check(options: Options) -> None:

@@ -159,7 +159,7 @@ class Space:
         share = float(random.choice([0.2, 0.5, 1.0]))
         moved = [name for name in numbers if random.random() < share]
         for name in moved or [str(random.choice(numbers))]:
-            low, high = space[name].low, space[name].high  # type: ignore[attr-defined]
+            low, high = space[name].low, space[name].high
             value = found[name] + scale * (high - low) * random.normal()
             found[name] = float(np.clip(value, low, high))
         return found

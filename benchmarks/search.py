@@ -188,7 +188,7 @@ def compare(
         lowest = gentlest(points)
         told = "none" if lowest is None else f"{lowest:.6f}"
         size = area(points, default[1])
-        print(f"  {title:22}{count:7}{generated:11,}{took:9.0f}{size:7.3f}  {told}")
+        print(f"  {title:22}{count:7}{generated:11,}{took:9.0f}{size:7.4f}  {told}")
     print(f"  chosen by --search: KL {taken[1]:.6f} ({taken[1] / default[1] - 1:+.0%} of the "
           f"default's), {taken[0]:.1%} refused or broken")  # fmt: skip
     sys.stdout.flush()
@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("models", nargs="*", default=["demo", "easy", "hard"])
     parser.add_argument("--trials", type=int, default=200, help="of the practice")
-    parser.add_argument("--search", type=int, default=150, help="of --search, at most")
+    parser.add_argument("--search", type=int, default=200, help="of --search, at most")
     parser.add_argument("--max-tokens", type=int, default=16, help="of the practice's replies")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder that keeps the practice's results")

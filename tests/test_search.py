@@ -247,10 +247,10 @@ def test_search_finds_a_gentler_edit_that_leaves_no_refusals(demo, whole):
     assert chosen["kl"] < 0.8 * default["kl"]
     # What is written down is the edit whose scores are written down, also through a file.
     edit = edit_of(file, Options())
-    harmful, harmless = (
-        [chat.encode(text) for text in split.validation.texts]
-        for split in (sets.harmful, sets.harmless)
-    )
+    harmful = [chat.encode(text) for text in sets.harmful.validation.texts]
+    # Train prompts fill up what the validation part lacks.
+    texts = [*sets.harmless.validation.texts, *sets.harmless.train.texts]
+    harmless = [chat.encode(text) for text in texts]
     screen = search.Screen(chat, writers, harmful, harmless)
     with ablation(writers, edit):
         opened, bad = first_reply_token(chat, harmless), first_reply_token(chat, harmful)
