@@ -39,6 +39,7 @@ def command_line(
         elif isinstance(value, list | tuple | set | frozenset):
             parts += [flag, ",".join(map(str, sorted(value)))]
         elif value is not None:
+            value = f"{value:g}" if isinstance(value, float) else value
             # A value that starts with a dash would be read as a flag.
             parts += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return shlex.join(parts)

@@ -155,7 +155,9 @@ def audit_charts(weights: Record) -> list[Chart]:
     charts = []
     tests = weights.get("tests", {})
     series = tuple(
-        Series(name, tuple((float(k), float(v)) for k, v in enumerate(one["scores"])), joined=True)
+        Series(
+            name, tuple((float(k), float(v)) for k, v in enumerate(one["scores"], 1)), joined=True
+        )
         for name, one in tests.items()
         if one.get("scores")
     )

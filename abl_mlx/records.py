@@ -46,7 +46,7 @@ def measured(direction: DirectionFile) -> Record:
     origin does not have is left out.
     """
     metadata = direction.metadata
-    found = {key: metadata[key] for key in ("scores", "trials") if key in metadata}
+    found: Record = {key: metadata[key] for key in ("scores", "trials") if key in metadata}
     if direction.clouds is not None:
         sets = zip(("harmful", "harmless"), direction.clouds, strict=True)
         points = {name: cloud.astype(float).round(4).tolist() for name, cloud in sets}
@@ -56,7 +56,7 @@ def measured(direction: DirectionFile) -> Record:
 
 def source_hashes(files: TensorFiles) -> dict[str, str]:
     """SHA-256 of every weight file, read in pieces."""
-    found = {}
+    found: dict[str, Any] = {}
     total = sum(file.stat().st_size for file in files.files)
     with models.progress(total, "hash the source", "B") as bar:
         for file in files.files:

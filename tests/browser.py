@@ -106,6 +106,20 @@ class Browser:
             raise RuntimeError(str(found["exceptionDetails"]))
         return found["result"].get("value")
 
+    def tap(self, element: str) -> None:
+        """Touch the middle of an element, which a JavaScript expression gives."""
+        self("Emulation.setFocusEmulationEnabled", enabled=True)
+        self("Emulation.setTouchEmulationEnabled", enabled=True)
+        self.value(f"{element}.scrollIntoView()")
+        box = self.value(
+            "(b => [(b.left + b.right) / 2, (b.top + b.bottom) / 2])"
+            f"({element}.getBoundingClientRect())"
+        )
+        at = dict(zip("xy", box, strict=True))
+        self("Input.dispatchTouchEvent", type="touchStart", touchPoints=[at])
+        self("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        self("Runtime.evaluate", expression="new Promise(requestAnimationFrame)", awaitPromise=True)
+
     def picture(self, place: Path) -> None:
         """Keep what the whole page looks like, as a PNG."""
         found = self("Page.captureScreenshot", captureBeyondViewport=True)
