@@ -9,16 +9,15 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx import capture, directions, methods, prompts, selection
-from abl_mlx.arrays import number, numbers, numpy_of
+from abl_mlx.arrays import number, numpy_of
 from abl_mlx.directions import Candidates, DirectionFile
-from abl_mlx.edits import Edit, orthonormal
+from abl_mlx.edits import Edit
 from abl_mlx.evaluate import generate
-from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, common_prefix, progress
 from abl_mlx.options import Options
+from abl_mlx.pinning import embedding_means, held_at
 from abl_mlx.prompts import PromptSet, PromptSets
 from abl_mlx.report import say, summary_line
-from abl_mlx.steering import first_input
 from abl_mlx.variants import Tried, Variant, best
 from abl_mlx.writers import Writer
 from convert.errors import UserError
@@ -103,7 +102,7 @@ class _Finding:
         self._chat, self._writers, self._options = chat, writers, options
         self._train, self._validation = train, validation
         self._candidates = candidates
-        self._scale = embedding_scale(chat, writers)
+        self._embedding = embedding_means(chat, writers, train["harmful"], train["harmless"])
         # What should be refused no more: the borderline prompts, if that is what is asked for.
         self._refused = validation.get("borderline", validation["harmful"])
         self._kept = validation["harmful"] if "borderline" in validation else []
@@ -136,12 +135,10 @@ class _Finding:
             "scores": [_score_record(score, candidates) for score in self._scores],
             "trials": [tried.record() for tried in self._tried],
             "cloud": {"layer": layer, "position": position},
-            "embedding_scale": self._scale,
+            "embedding_scale": self._embedding.scale,
         }
-        if variant.layer is not None and variant.directions.ndim == 2:
-            metadata["pins"] = candidate_pins(
-                candidates, variant.layer, position, variant.directions
-            )
+        if pins := self._embedding.pins(variant.directions):
+            metadata["pins"] = pins
         if options.across == "positions":
             metadata["across"] = "positions"
         return DirectionFile(variant.directions, candidates, metadata, clouds)
@@ -182,11 +179,9 @@ class _Finding:
         return Variant(span, method, None, position, "layers")
 
     def _edit(self, variant: Variant) -> Edit:
-        pins = None
-        if variant.layer is not None and self._options.pin is not None:
-            position = -1 if variant.position is None else variant.position
-            pins = candidate_pins(self._candidates, variant.layer, position, variant.directions)
-        pin = _pin(self._options.pin, pins, self._scale, variant.rank)
+        embedding = self._embedding
+        pins = None if self._options.pin is None else embedding.pins(variant.directions)
+        pin = held_at(self._options.pin, pins, embedding.scale, variant.rank)
         return make_edit(variant.directions, self._options, pin=pin)
 
     def _trial(self) -> selection.Trial:
@@ -537,81 +532,10 @@ def edit_of(direction: DirectionFile, options: Options) -> Edit:
         UserError: options that do not go together, or a file that lacks what ``--pin`` needs.
     """
     metadata = direction.metadata
-    pin = _pin(
+    pin = held_at(
         options.pin,
         metadata.get("pins"),
         metadata.get("embedding_scale"),
         int(direction.selected.shape[-2]),
     )
     return make_edit(direction.selected, options, recipe=metadata.get("recipe"), pin=pin)
-
-
-# --- what is pinned ----------------------------------------------------------------------------
-
-
-def candidate_pins(
-    candidates: Candidates, layer: float, position: int, selected: mx.array
-) -> dict[str, list[float]]:
-    """The mean component of either prompt set along a candidate's directions, where it was read."""
-    at = candidates.positions.index(position)
-    basis, below, above = orthonormal(selected), int(layer), -int(-layer // 1)
-
-    def read(means: mx.array) -> list[float]:
-        between = means[below, at] + (layer - below) * (means[above, at] - means[below, at])
-        return numbers(basis @ between)
-
-    return {"harmful": read(candidates.harmful_mean), "harmless": read(candidates.harmless_mean)}
-
-
-def _pin(
-    wanted: str | None,
-    pins: Mapping[str, Sequence[float]] | None,
-    scale: float | None,
-    count: int,
-) -> mx.array | None:
-    """What the embedding's rows hold of ``count`` directions, in its own units.
-
-    None without ``--pin``.
-    """
-    if wanted is None:
-        return None
-    if not scale:
-        raise UserError(
-            "--pin needs a direction measured by abl-mlx on a model whose embedding, times a "
-            "constant, is what its first layer gets."
-        )
-    if wanted in ("harmful", "harmless"):
-        if pins is None:
-            raise UserError(
-                f"--pin {wanted} needs a direction that `abl-mlx measure` has read after one layer."
-            )
-        held = mx.array(list(pins[wanted]))
-    else:
-        held = mx.full((count,), float(wanted))
-    return held / scale
-
-
-def embedding_scale(chat: ChatModel, writers: Sequence[Writer]) -> float | None:
-    """The constant between the embedding's output and what the first layer gets.
-
-    None where there is more between the two (a norm, or embeddings of positions), or where the
-    embedding is no writer of the edit's.
-    """
-    embedding = next((writer for writer in writers if writer.kind == "embedding"), None)
-    if embedding is None:  # --tensors named none
-        return None
-    seen: dict[str, mx.array] = {}
-
-    def keep(name: str, states: mx.array) -> mx.array:
-        seen[name] = states.astype(mx.float32)
-        return states
-
-    def out(call: Any, *args: Any, **kwargs: Any) -> Any:
-        return keep("out", call(*args, **kwargs))
-
-    with around([(embedding.module, out)]), first_input(chat, lambda states: keep("in", states)):
-        mx.eval(chat.model(mx.array([chat.encode("Hello there.")])))
-    before, after = seen["out"].reshape(-1), seen["in"].reshape(-1)
-    scale = number((before * after).sum()) / number((before * before).sum())
-    off = number(mx.abs(after - scale * before).max()) / number(mx.abs(after).max())
-    return scale if off < 1e-2 else None

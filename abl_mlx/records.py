@@ -56,7 +56,7 @@ def measured(direction: DirectionFile) -> Record:
 
 def source_hashes(files: TensorFiles) -> dict[str, str]:
     """SHA-256 of every weight file, read in pieces."""
-    found: dict[str, Any] = {}
+    found = {}
     total = sum(file.stat().st_size for file in files.files)
     with models.progress(total, "hash the source", "B") as bar:
         for file in files.files:

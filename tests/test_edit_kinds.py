@@ -7,10 +7,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from abl_mlx import adapters, slabs
+from abl_mlx import adapters, prompts, slabs, steered
 from abl_mlx.edits import Edit, leak, target
-from abl_mlx.measurement import embedding_scale
+from abl_mlx.measurement import edit_of
 from abl_mlx.models import load
+from abl_mlx.options import Options
+from abl_mlx.pinning import embedding_means, held_at
+from abl_mlx.selection import Trial
 from abl_mlx.steering import Intervention, ablation, steering
 from abl_mlx.writers import Writer, find_writers
 from convert.errors import UserError
@@ -171,7 +174,7 @@ def stream(chat, tokens):
 def test_a_pinned_stream_holds_the_value_everywhere(arch, tiny_folder):
     chat = load(tiny_folder(arch))
     writers = find_writers(chat)
-    scale = embedding_scale(chat, writers)
+    scale = embedding_means(chat, writers, [[1]], [[1]]).scale
     if scale is None:
         pytest.skip("more than a constant stands behind its embedding")
     direction = random_direction(chat.width)
@@ -189,6 +192,34 @@ def test_a_pinned_stream_holds_the_value_everywhere(arch, tiny_folder):
     np.testing.assert_allclose(
         np.array(at_runtime) / np.abs(edited).max(), edited / np.abs(edited).max(), atol=2e-5
     )
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_pins_are_the_means_of_what_the_first_layer_gets(arch, tiny_folder):
+    chat = load(tiny_folder(arch))
+    writers = find_writers(chat)
+    harmful, harmless = [[5, 6, 7], [6, 6]], [[9], [10, 5, 5, 11]]
+    found = embedding_means(chat, writers, harmful, harmless)
+    table = f64(chat.model.model.embed_tokens.weight)
+    factor = chat.width**0.5 if arch == "gemma2" else 1.0
+    assert found.scale == pytest.approx(factor, rel=1e-3)
+    directions = mx.concatenate([random_direction(chat.width, seed) for seed in (1, 2)])
+    q, r = np.linalg.qr(f64(directions).T)
+    basis = (q * np.sign(np.diag(r))).T
+    pins = found.pins(directions)
+    for name, sequences in (("harmful", harmful), ("harmless", harmless)):
+        mean = factor * table[[token for one in sequences for token in one]].mean(0)
+        np.testing.assert_allclose(pins[name], basis @ mean, rtol=1e-2, atol=1e-5)
+    held = held_at("harmless", pins, found.scale, 2)
+    np.testing.assert_allclose(np.array(held) * factor, pins["harmless"], rtol=1e-3)
+    np.testing.assert_allclose(np.array(held_at("0.5", None, factor, 2)), 0.5 / factor, rtol=1e-5)
+    assert held_at(None, None, None, 2) is None
+    with pytest.raises(UserError, match="--pin needs"):
+        held_at("harmless", pins, None, 2)
+    with pytest.raises(UserError, match="abl-mlx measure"):
+        held_at("harmful", None, 1.0, 2)
+    # Without an embedding among the writers, or with embeddings of positions, nothing is known.
+    assert embedding_means(chat, writers[1:], harmful, harmless).pins(directions) is None
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
@@ -287,3 +318,37 @@ def test_steering_refuses_what_does_not_fit(tiny_folder):
     for one, message in wrong:
         with pytest.raises(UserError, match=message), steering(chat, one):
             pass
+
+
+# --- on the demo, which really refuses ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return steered.load("demo", None, Options())
+
+
+def first_tokens(demo, options):
+    """What an edit does to first reply tokens: `selection.Effect`."""
+    sets = prompts.load_demo()
+    harmful, harmless = (
+        [demo.chat.encode(text) for text in part.test.take(24).texts]
+        for part in (sets.harmful, sets.harmless)
+    )
+    trial = Trial(demo.chat, demo.writers, harmful, harmless)
+    return trial.refusal_before[0], trial.of_edit(edit_of(demo.direction, options))
+
+
+def test_negative_strengths_strengthen(demo):
+    before, weaker = first_tokens(demo, Options(strength=0.3))
+    _, stronger = first_tokens(demo, Options(strength=-0.3))
+    assert weaker.refusal < before - 1 < before + 0.5 < stronger.refusal
+    assert stronger.refused == 1
+
+
+@pytest.mark.parametrize("pin", ["harmless", "harmful", "-0.5"])
+def test_pinned_models_answer_and_leave_the_rest(pin, demo):
+    _, effect = first_tokens(demo, Options(pin=pin))
+    assert effect.refused == 0
+    assert effect.kl < 0.01
+    assert edit_of(demo.direction, Options(pin=pin)).pin is not None
