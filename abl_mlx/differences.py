@@ -28,6 +28,10 @@ _TOP, _OTHERS = 8, 16
 #: others, and what it lost resembles what was there at least so much.
 _STRENGTH, _RESEMBLANCE = 0.08, 0.4
 
+#: What two writers lost must be this like what was there. Training moves weights along their own
+#: largest directions too, and gets to .9.
+_ALIKE = 0.93
+
 
 def compare(source: Source, base: Source) -> tuple[Record, np.ndarray | None]:
     """Verdict, evidence and figures of a model against its base, and the directions (k, d).
@@ -187,9 +191,9 @@ def _judge(
     part = (np.abs(strengths[:, :k] - usual) >= _STRENGTH) & (
         np.abs(resemblances[:, :k]) >= _RESEMBLANCE
     )
-    # The writers of one layer at least, and one that shows it beyond doubt.
-    chosen = [j for j in range(k) if part[:, j].sum() >= min(2, len(pairs))]
-    doubtful = [j for j in range(k) if part[:, j].any() and j not in chosen]
+    alike = part & (np.abs(resemblances[:, :k]) >= _ALIKE)
+    chosen = [j for j in range(k) if alike[:, j].sum() >= min(2, len(pairs))]
+    doubtful = [j for j in range(k) if alike[:, j].any() or 2 * part[:, j].sum() >= len(pairs)]
     verdict = "edited" if chosen else "cannot tell" if doubtful else "not edited"
     shown = chosen or doubtful or [0]
     took = part[:, shown].any(axis=1)

@@ -5,11 +5,23 @@ import shutil
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from mlx.utils import tree_flatten
 
-from abl_mlx import audit, conversion, directions, pipeline, sources, spectrum, stream_weights
+from abl_mlx import (
+    audit,
+    conversion,
+    directions,
+    pipeline,
+    prompts,
+    sources,
+    spectrum,
+    stream_weights,
+)
 from abl_mlx.cli import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.models import load
@@ -324,6 +336,40 @@ def test_a_merged_adapter_is_no_removal(tmp_path):
     record = audit.audit(str(out), base="demo")
     assert record["verdict"] == "not edited", record["evidence"]
     assert "resembles what was there" in record["evidence"][0]
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory):
+    """The demo after a few steps on its own prompts, all weights trained."""
+    from mlx_lm import load as load_trainable
+
+    out = tmp_path_factory.mktemp("tuned") / "model"
+    shutil.copytree(MODEL_PATH, out)
+    model, tokenizer = load_trainable(str(MODEL_PATH))[:2]
+    model.set_dtype(mx.float32)
+    texts = prompts.load_demo().harmless.train.texts
+    ids = [id for text in texts for id in tokenizer.encode(text, add_special_tokens=False)]
+
+    def loss(model, tokens):
+        return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
+
+    optimizer = optim.Adam(learning_rate=1e-3)
+    step = nn.value_and_grad(model, loss)
+    for tokens in mx.array(np.resize(ids, 4 * 64)).reshape(4, 2, 32):
+        optimizer.update(model, step(model, tokens)[1])
+        mx.eval(model.parameters(), optimizer.state)
+    trained = {name: value.astype(mx.float16) for name, value in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(out / "model.safetensors"), trained, {"format": "mlx"})
+    return out
+
+
+def test_a_fine_tuned_model_is_not_edited(fine_tuned):
+    compared = audit.audit(str(fine_tuned), base="demo")
+    # Trained this hard, an embedding may move along its own directions: no verdict is fine too.
+    assert compared["verdict"] != "edited", compared["evidence"]
+    changes = [one["relative_difference"] for one in compared["weights"]["writers"].values()]
+    assert min(changes) > 0.02  # it was really trained
+    assert audit.audit(str(fine_tuned))["verdict"] == "not edited"
 
 
 def test_the_same_model_is_the_same():
