@@ -129,6 +129,8 @@ class Space:
         """
         variants = [
             self.even(strength, first_layer=min(1, self.layers - 1)),
+            # What is left to the first layer the others have to make up for.
+            self.even(min(1.25 * strength, STRONGEST), first_layer=min(1, self.layers - 1)),
             self.even(strength, mlp_strength=strength / 2),
             self.even(strength, attention_strength=strength / 2),
         ]

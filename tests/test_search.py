@@ -293,10 +293,10 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(demo, whole, tm
 
 def test_another_seed_tries_other_edits(demo, whole):
     _, file = whole
-    other = searched(demo, None, 15, seed=1)
-    analytic = [one["kl"] for one in tried(file)[:13]]
-    assert [one["kl"] for one in tried(other)[:13]] == analytic
-    assert tried(other)[14] != tried(file)[14]
+    other = searched(demo, None, 16, seed=1)
+    analytic = [one["kl"] for one in tried(file)[:14]]
+    assert [one["kl"] for one in tried(other)[:14]] == analytic
+    assert tried(other)[15] != tried(file)[15]
 
 
 def test_ctrl_c_ends_the_search_and_uses_what_it_found(demo, tmp_path, monkeypatch, capsys):
