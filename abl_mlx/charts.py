@@ -129,7 +129,9 @@ def scale(values: Sequence[float], *, log: bool = False, whole: bool = False) ->
     low, high = min(values), max(values)
     if whole:
         return Scale(low - 0.5, high + 0.5, tuple(ticks(low, high, 8, whole=True)))
-    room = 0.06 * (high - low) or 0.06 * max(abs(high), 1.0)
+    size = max(abs(low), abs(high))
+    # Of numbers that are nearly the same, ticks of four digits would be, too.
+    room = 0.06 * (high - low if high - low > 5e-3 * size else size or 1.0)
     low, high = (0.0 if 0 <= low < 0.5 * high else low - room), high + room
     return Scale(low, high, tuple(ticks(low, high)))
 

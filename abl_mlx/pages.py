@@ -520,7 +520,7 @@ def eval_sections(record: Record) -> tuple[Section, ...]:
         Section("Summary", tables=(Table(head, tuple(rows), right),), lines=_notes(record)),
         Section("Limits", lines=_limits(record)),
         _paired(record.get("paired", {})),
-        _categories(baseline, record, ("baseline", "refused")),
+        _categories(baseline, record, ("baseline", "target" if baseline else "refused")),
     )
 
 

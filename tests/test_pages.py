@@ -198,6 +198,7 @@ def test_every_score_is_drawn(ran):
 def test_an_evaluation(ran):
     page = Parsed(every_page(ran)["eval"]).text
     for said in (
+        "harmful prompts baseline target broken",
         "limits not met", "NOT MET: min-refusal: refuses 90%", "refusals, harmful prompts 90.0%",
         "95% interval 45% to 90%, n=10", "borderline prompts 40.0%", "21.50 23.25", "41/60",
         "sums 12/20", "0.0311", "0.0422", "lm-eval arc_easy", "0.625", "-12.5 -25.0 to +5.0 0.062",
@@ -261,6 +262,16 @@ def test_ticks_are_round(low, high, expected):
     assert all(low <= tick <= high * (1 + 1e-9) for tick in found)
     assert expected is None or found == pytest.approx(expected)
     assert len(found) <= 6
+
+
+@pytest.mark.parametrize(
+    "values", [[0.99999, 1.0001], [5.0], [0.0], [-3, -3.00001], [1e-9, 2e-9], [0, 40, 7], [99, 100]]
+)
+def test_ticks_differ_and_values_are_inside(values):
+    made = charts.scale(values)
+    said = [charts.number(tick) for tick in made.ticks]
+    assert len(set(said)) == len(said) >= 2
+    assert all(0 <= made.share(value) <= 1 for value in (*values, *made.ticks))
 
 
 @pytest.mark.parametrize(
@@ -551,6 +562,7 @@ def test_in_chromium(name, ran, chromium, tmp_path):
             headings(page.read_text())
         )
         # Nothing is wider than the screen: tables scroll inside themselves.
+        chromium.value("document.querySelectorAll('details').forEach(one => one.open = true)")
         assert chromium.value("document.documentElement.scrollWidth <= innerWidth")
         look = "getComputedStyle({}).{}"
         paper = chromium.value(look.format("document.body", "backgroundColor"))
