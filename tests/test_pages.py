@@ -146,8 +146,14 @@ def test_a_run_writes_its_page(ran):
     assert text == pages.run_page(record)
     page = Parsed(text).text
     one = record["evaluations"][0]
-    for key in ("harmful_refusal_rate", "harmless_refusal_rate"):
-        assert f"{percent(record['before'][key])} → {percent(one['after'][key])}" in page
+    for name in ("harmful", "harmless"):
+        was, now = (
+            percent(rates[f"{name}_refusal_rate"]) for rates in (record["before"], one["after"])
+        )
+        low, high = one["after"][f"{name}_refusal_interval"]
+        said = f"95% interval {low:.0%} to {high:.0%}, n=3"
+        assert f"refusals, {name} prompts {was} → {now} {said}" in page
+        assert f"refusals, {name} prompts {was} {now} {said}" in page
     assert f"{one['kl']['k1']:.4f}" in page
     assert f"{one['kl']['k32']:.4f}" in page
     assert f"{one['leak']['total']:.2g}" in page
@@ -262,6 +268,21 @@ def test_ticks_are_round(low, high, expected):
     assert all(low <= tick <= high * (1 + 1e-9) for tick in found)
     assert expected is None or found == pytest.approx(expected)
     assert len(found) <= 6
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0, "0"),
+        (1e-4, "1e−4"),
+        (-2.5e-7, "−2.5e−7"),
+        (0.12345, "0.1235"),
+        (-12, "−12"),
+        (3e6, "3e6"),
+    ],
+)
+def test_numbers_are_short(value, said):
+    assert charts.number(value) == said
 
 
 @pytest.mark.parametrize(
@@ -434,8 +455,11 @@ def test_the_command_line_makes_the_same_choices(command):
 
 def test_an_audit_writes_its_page(tmp_path):
     page = tmp_path / "audit.html"
-    record = invoke("audit", "demo", "--report", page, "--json")
-    assert page.read_text() == pages.audit_page(record, "abl-mlx audit demo")
+    direction = tmp_path / "d.npy"
+    np.save(direction, np.ones(256, np.float32))
+    record = invoke("audit", "demo", "--direction", direction, "--report", page, "--json")
+    command = f"abl-mlx audit demo --direction {direction}"
+    assert page.read_text() == pages.audit_page(record, command)
     for arguments, said in (
         (("audit", "demo", "--report", page), "audit.html"),
         (("eval", "demo", "--report", tmp_path / "x.pdf"), "ends in .html"),
@@ -485,6 +509,7 @@ def test_a_png_has_the_same_charts(ran, tmp_path, monkeypatch):
     assert [axes.get_title() for axes in figure.axes] == [chart.title for chart in found]
     assert len(found) == 5
     for axes, chart in zip(figure.axes, found, strict=True):
+        assert axes.get_yscale() == ("log" if chart.log else "linear")
         for line, series in zip(axes.lines, chart.series, strict=False):
             assert list(zip(*line.get_data(), strict=True)) == list(series.points)
 
@@ -563,7 +588,7 @@ def test_in_chromium(name, ran, chromium, tmp_path):
         )
         # Nothing is wider than the screen: tables scroll inside themselves.
         chromium.value("document.querySelectorAll('details').forEach(one => one.open = true)")
-        assert chromium.value("document.documentElement.scrollWidth <= innerWidth")
+        assert chromium.value("document.documentElement.scrollWidth") <= width
         look = "getComputedStyle({}).{}"
         paper = chromium.value(look.format("document.body", "backgroundColor"))
         papers.append(paper)
