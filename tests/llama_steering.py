@@ -1,20 +1,19 @@
 """The real llama.cpp with ``--control-vector``, through C functions of xllamacpp's library.
 
-xllamacpp's CommonParams offers no control vectors, so the C function that llama.cpp's own programs
-give the file's vectors to is called here, llama_set_adapter_cvec. Structures whose layout does not
-matter are passed as bytes, larger than they are.
+xllamacpp's CommonParams offers no control vectors, so what llama.cpp's own programs do with the
+flag is done here: common_control_vector_load reads the file, llama_set_adapter_cvec takes it.
+Structures whose layout does not matter are passed as bytes, larger than they are.
 """
 
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import xllamacpp.xllamacpp as extension
-
-from convert import control_vector
 
 
 class _Opaque(ctypes.Structure):
@@ -43,12 +42,36 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def in_one(path: Path, layers: int) -> np.ndarray:
-    """The vectors of layers 1, 2, … in one array, as common_control_vector_load has them."""
-    found = control_vector.read(path).layers
-    width = len(next(iter(found.values())))
-    none = np.zeros(width, np.float32)
-    return np.stack([found.get(layer, none) for layer in range(1, layers)])
+_LOAD = "_Z26common_control_vector_loadRKSt6vectorI31common_control_vector_load_infoSaIS0_EE"
+
+
+def loaded(path: Path) -> np.ndarray:
+    """What llama.cpp's own reader of ``--control-vector`` files makes of one: (layers, d), from 1.
+
+    common_control_vector_load is C++: it takes a std::vector of {float strength; std::string name}
+    and returns {int n_embd; std::vector<float> data} in memory that is handed to it. Wheels are
+    built with either of libstdc++'s two strings: older ones are a pointer behind a header of
+    {length, capacity, references}, newer ones {pointer, length, 16 bytes}.
+    """
+    library = ctypes.CDLL(extension.__file__)
+    load = library[_LOAD]
+    load.restype, load.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p]
+    name = str(path).encode()
+    if not hasattr(library, "_Z12string_stripRKSs"):  # a function of the older string
+        text = ctypes.create_string_buffer(name)
+        info = struct.pack("<f4xQQQQ", 1.0, ctypes.addressof(text), len(name), len(name), 0)
+    else:
+        text = ctypes.create_string_buffer(struct.pack("<QQi4x", len(name), len(name), 0) + name)
+        info = struct.pack("<f4xQ", 1.0, ctypes.addressof(text) + 24)
+    infos = ctypes.create_string_buffer(info, len(info))
+    begin = ctypes.addressof(infos)
+    vector = ctypes.create_string_buffer(struct.pack("<QQQ", begin, *(2 * [begin + len(info)])), 24)
+    result = ctypes.create_string_buffer(32)
+    load(ctypes.addressof(result), ctypes.addressof(vector))
+    width, first, last = struct.unpack("<i4xQQ", result.raw[:24])
+    assert width > 0, f"llama.cpp could not read {path}"
+    values = np.ctypeslib.as_array((ctypes.c_float * ((last - first) // 4)).from_address(first))
+    return values.reshape(-1, width).copy()
 
 
 def greedy(
@@ -66,7 +89,7 @@ def greedy(
         context = library.llama_init_from_model(model, library.llama_context_default_params())
         assert context
         if vector is not None:
-            values = in_one(vector, layers)
+            values = loaded(vector)
             status = library.llama_set_adapter_cvec(
                 context, values.ctypes.data, values.size, values.shape[1], 1, layers
             )

@@ -15,6 +15,7 @@ from convert import control_vector
 from convert.control_vector import ControlVector
 from convert.errors import UserError
 from convert.mlx_to_gguf import write_gguf
+from tests import llama_steering
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -28,6 +29,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     file = gguf.GGUFReader(path)
     assert file.fields["general.architecture"].contents() == "controlvector"
     assert {t.name: list(t.shape) for t in file.tensors} == {"direction.1": [4], "direction.3": [4]}
+    theirs = llama_steering.loaded(path)  # llama.cpp's own reader
+    assert np.array_equal(theirs, [layers[1], np.zeros(4), layers[3]])
 
 
 @pytest.mark.parametrize(
@@ -63,8 +66,6 @@ def test_a_model_is_no_control_vector(tmp_path: Path) -> None:
 
 def test_llama_cpp_steers_as_mlx_does(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    from tests import llama_steering
-
     folder = sources.resolve("demo").path
     chat = models.load(folder)
     write_gguf(folder, tmp_path / "demo.gguf", file_type="F32")
