@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from abl_mlx.arrays import numpy_of
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.prefix import shared
@@ -244,6 +245,6 @@ def stored(
     with tempfile.TemporaryDirectory(prefix="abl-mlx-") as temporary:
         kept = np.memmap(Path(temporary) / "states.f32", np.float32, "w+", shape=shape)
         for indices, states in iterate(chat, sequences, offsets, label=label):
-            kept[:, :, indices] = np.array(states).transpose(1, 2, 0, 3)
+            kept[:, :, indices] = numpy_of(states).transpose(1, 2, 0, 3)
         yield kept
         del kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,66 +12,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from abl_mlx import __version__, interrupts
+from abl_mlx.flags import (
+    choice_flags,
+    edit_flags,
+    gate_flags,
+    gguf_flags,
+    json_flag,
+    judge_flags,
+    memory_flag,
+    prompt_flags,
+    reply_flags,
+    report_flag,
+    search_flags,
+    server_flags,
+    steered_flags,
+)
 from convert.errors import UserError
 
 if TYPE_CHECKING:
     from abl_mlx.options import Options
-
-
-class Layers(click.ParamType):
-    """Layer numbers such as ``3``, ``2-5`` or ``0,4-6``."""
-
-    name = "layers"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> frozenset[int]:
-        if isinstance(value, frozenset):
-            return value
-        chosen: set[int] = set()
-        try:
-            for part in value.split(","):
-                first, _, last = part.strip().partition("-")
-                numbers = range(int(first), int(last or first) + 1)
-                if not numbers:
-                    raise ValueError(part)
-                chosen.update(numbers)
-        except ValueError:
-            self.fail(f"{value!r} is no list of layers such as 3, 2-5 or 0,4-6.", param, ctx)
-        return frozenset(chosen)
-
-
-class Position(click.ParamType):
-    """A negative token offset, or ``instruction-end``."""
-
-    name = "position"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        if value == "instruction-end" or isinstance(value, int):
-            return value
-        try:
-            if int(value) < 0:
-                return int(value)
-        except ValueError:
-            pass
-        self.fail(f"{value!r} is neither instruction-end nor a number from -1 down.", param, ctx)
-
-
-class PinValue(click.ParamType):
-    """``harmless``, ``harmful`` or a number."""
-
-    name = "pin"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in ("harmless", "harmful"):
-            try:
-                if not math.isfinite(float(value)):
-                    raise ValueError(value)
-            except ValueError:
-                self.fail(f"{value!r} is neither harmless, harmful nor a number.", param, ctx)
-        return str(value)
 
 
 class Group(click.Group):
@@ -91,437 +49,6 @@ class Group(click.Group):
             raise click.ClickException(
                 "not enough memory: choose a smaller model, or a smaller --batch-size."
             ) from None
-
-
-def _prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = [
-        click.option(
-            "--harmful",
-            metavar="FILE|DATASET",
-            help="Harmful prompts: .txt (one a line), .jsonl, .csv, or a Hugging Face dataset such "
-            "as owner/name[train][text]. Bundled prompts without it.",
-        ),
-        click.option(
-            "--harmless",
-            metavar="FILE|DATASET",
-            help="Harmless prompts, in the same forms. Given together with --harmful.",
-        ),
-        click.option(
-            "--seed",
-            default=0,
-            show_default=True,
-            help="Fixes the split into train, validation and test prompts.",
-        ),
-        click.option(
-            "--limit",
-            type=click.IntRange(min=1),
-            help="Use at most so many prompts of each set and part.",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-def _choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = [
-        click.option(
-            "--method",
-            type=click.Choice(
-                [
-                    "difference-of-means",
-                    "winsorized-means",
-                    "median-means",
-                    "projected",
-                    "biprojected",
-                    "svd",
-                    "probe",
-                    "over-refusal",
-                ]
-            ),
-            help="How directions are found (docs/methods.md). Without it: the difference of means, "
-            "and subspaces where one direction leaves refusals.",
-        ),
-        click.option(
-            "--rank",
-            type=click.IntRange(min=1),
-            help="Directions in the subspace of --method svd (default 2) or of --across (3).",
-        ),
-        click.option(
-            "--across",
-            type=click.Choice(["layers", "positions"]),
-            help="Take the directions at all layers, or at all tokens of the template's tail, "
-            "together as one subspace of --rank.",
-        ),
-        click.option(
-            "--per-layer",
-            is_flag=True,
-            help="Remove from the writers of each layer that layer's own direction.",
-        ),
-        click.option(
-            "--layer",
-            type=click.FloatRange(min=0),
-            help="Take the direction after this layer (from 0) instead of choosing by its effect; "
-            "2.4 is between layers 2 and 3.",
-        ),
-        click.option(
-            "--position",
-            type=Position(),
-            metavar="N|instruction-end",
-            help="Take directions at this token, counted from the prompt's end: -1 is the last. "
-            "instruction-end is the instruction's own last token.",
-        ),
-        click.option(
-            "--borderline",
-            metavar="FILE|DATASET",
-            help="For --method over-refusal: harmless prompts that this model refuses.",
-        ),
-        click.option(
-            "--max-kl",
-            default=0.1,
-            show_default=True,
-            type=click.FloatRange(min=0),
-            help="Drop candidates that move harmless prompts by more (nats, first reply token).",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-def _search_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = [
-        click.option(
-            "--search",
-            metavar="N",
-            type=click.IntRange(min=1),
-            help="Try at most N edits (directions, layers, strengths by layer for attention and "
-            "MLP, the embedding) and take the gentlest that meets --target-refusals. Ends by "
-            "itself when nothing better is found; Ctrl-C ends it with the best so far.",
-        ),
-        click.option(
-            "--target-refusals",
-            default=0.05,
-            show_default=True,
-            type=click.FloatRange(min=0, max=1),
-            help="For --search: the share of refused or broken replies that is good enough.",
-        ),
-        click.option(
-            "--search-journal",
-            metavar="FILE",
-            type=click.Path(path_type=Path),
-            help="For --search: keep its trials here, and go on from those that the file has. "
-            "Without it: OUTPUT.search.journal.",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-def _edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = [
-        click.option(
-            "--strength",
-            default=1.0,
-            show_default=True,
-            help="1 removes the direction, 0.5 half of it, negative values strengthen it.",
-        ),
-        click.option(
-            "--layers", type=Layers(), help="Edit only these layers: 3, 2-5 or 0,4-6. Default: all."
-        ),
-        click.option(
-            "--embedding/--no-embedding",
-            default=True,
-            show_default=True,
-            help="Edit the embedding too. With tied embeddings this edits the output head as well.",
-        ),
-        click.option(
-            "--norm",
-            type=click.Choice(["none", "columns", "rows"]),
-            default="none",
-            show_default=True,
-            help="Keep the lengths of the edited weights' columns (a full removal stays full) or "
-            "of their rows (which puts part of the direction back: for comparison).",
-        ),
-        click.option(
-            "--pin",
-            type=PinValue(),
-            metavar="harmless|harmful|VALUE",
-            help="Hold the component along the direction at the harmless (or harmful) prompts' "
-            "mean, or at a value, instead of at 0.",
-        ),
-        click.option(
-            "--quantize",
-            default="F16",
-            show_default=True,
-            metavar="TYPE",
-            help="Type of GGUF outputs: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, or a K-quant "
-            "(Q6_K, Q5_K_M, Q4_K_M, ...), which needs ggml: pip install 'abl-mlx[llamacpp]'.",
-        ),
-        click.option(
-            "--max-leak",
-            default=0.01,
-            show_default=True,
-            type=click.FloatRange(min=0),
-            help="Fail when more of the component than this share is left in the written weights.",
-        ),
-        click.option(
-            "--mtp",
-            is_flag=True,
-            help="Edit what blocks of multi-token prediction write to the stream, too, which "
-            "mlx-lm and llama.cpp's plain generation do not run. Without it they stay as they are.",
-        ),
-        click.option(
-            "--keep-undo",
-            is_flag=True,
-            help="Keep what the edit takes out beside a float model, for `abl-mlx undo`.",
-        ),
-        click.option(
-            "-o",
-            "--output",
-            "outputs",
-            multiple=True,
-            required=True,
-            type=click.Path(path_type=Path),
-            help="Where the edited model goes: a folder (MLX) or NAME.gguf; or an adapter for the "
-            "model as it is: NAME.adapter (mlx-lm) or NAME.lora.gguf (llama.cpp). May be given "
-            "again.",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-def _reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = [
-        click.option(
-            "--max-tokens",
-            default=64,
-            show_default=True,
-            type=click.IntRange(min=1),
-            help="Longest reply in the evaluation.",
-        ),
-        click.option(
-            "--batch-size",
-            default=32,
-            show_default=True,
-            type=click.IntRange(min=1),
-            help="Replies generated side by side.",
-        ),
-        click.option(
-            "--save-replies",
-            type=click.Path(path_type=Path),
-            help="Keep the replies in this .jsonl file; without it only verdicts are kept.",
-        ),
-        _report_flag(
-            "Write the page to read in a browser here. Without it `run` writes report.html into "
-            "the output folder, or NAME.report.html beside NAME.gguf; `eval` writes none."
-        ),
-        click.option(
-            "--save-completions",
-            is_flag=True,
-            help="Show the replies on that page too; without it only verdicts are there.",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-def _report_flag(text: str) -> Callable[..., Any]:
-    return click.option("--report", metavar="FILE.html", type=click.Path(path_type=Path), help=text)
-
-
-def _gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = [
-        click.option(
-            "--tensors",
-            metavar="REGEX",
-            help="Of a GGUF, edit the tensors whose name matches, whatever the architecture.",
-        ),
-        click.option(
-            "--strict-types",
-            is_flag=True,
-            help="Of a GGUF, refuse a tensor of a type without a scalar grid (IQ1, IQ2, IQ3, TQ), "
-            "instead of writing it in a finer one.",
-        ),
-        click.option(
-            "--grid",
-            type=click.Choice(["auto", "own", "fresh"]),
-            default="auto",
-            show_default=True,
-            help="Of a quantized model: keep each tensor's own scales (with an imatrix in them, "
-            "say), encode it anew, or take a fresh grid where it is clearly better.",
-        ),
-        click.option(
-            "--writer-bits",
-            type=click.Choice(["3", "4", "5", "6", "8", "bf16"]),
-            help="Of a quantized MLX folder: write the edited matrices with so many bits, or as "
-            "plain floats (float16 in a float16 model). Without it each keeps its own mode.",
-        ),
-        click.option(
-            "--plain-rounding",
-            is_flag=True,
-            help="Of a quantized model, round every weight to its nearest level, as others do: "
-            "loses most of the edit, and shows how much.",
-        ),
-        click.option(
-            "--ollama-create",
-            metavar="NAME",
-            help="Hand the first GGUF that is written to Ollama under this name.",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-def _server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = [
-        click.option(
-            "--model", "server_model", metavar="NAME", help="The model's name on a server."
-        ),
-        click.option(
-            "--baseline",
-            metavar="TARGET",
-            help="Ask this model the same prompts too, and show how far the two differ: the "
-            "original of an edited one, say.",
-        ),
-        click.option("--baseline-model", metavar="NAME", help="The baseline's name on its server."),
-        click.option(
-            "--runtime",
-            type=click.Choice(["mlx-lm", "llama.cpp", "llama-server"]),
-            help="What runs a .gguf: MLX, llama.cpp in this process, or a llama-server on the "
-            "PATH. Without it the second, third or first of these, by what is there.",
-        ),
-        click.option(
-            "--concurrency",
-            default=4,
-            show_default=True,
-            type=click.IntRange(min=1, max=256),
-            help="Requests to a server at the same time.",
-        ),
-        click.option(
-            "--timeout",
-            default=120.0,
-            show_default=True,
-            type=click.FloatRange(min=0, min_open=True),
-            help="Seconds that a server has for one reply.",
-        ),
-        click.option(
-            "--retries",
-            default=4,
-            show_default=True,
-            type=click.IntRange(min=0),
-            help="Further tries of a request that fails, each after a longer pause.",
-        ),
-        click.option(
-            "--resume",
-            metavar="FILE.jsonl",
-            type=click.Path(path_type=Path),
-            help="Keep verdicts here (and replies with --save-replies), and go on from what the "
-            "file has. Without it they are kept in the cache until all is done.",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-def _judge_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = [
-        click.option(
-            "--judge",
-            metavar="URL|MODEL|FILE.gguf",
-            help="Have this local model say what is a refusal, by a fixed rubric, in place of the "
-            "markers; what it says beside the rubric is counted and never guessed at.",
-        ),
-        click.option("--judge-model", metavar="NAME", help="The judge's name on its server."),
-        click.option(
-            "--judge-tokens",
-            default=16,
-            show_default=True,
-            type=click.IntRange(min=1),
-            help="Longest answer of the judge; more for one that thinks first.",
-        ),
-        click.option(
-            "--perplexity",
-            is_flag=True,
-            help="Measure perplexity on a bundled text too: the opening of Alice in Wonderland.",
-        ),
-        click.option(
-            "--capability",
-            is_flag=True,
-            help="Ask sixty small tasks with one right answer each too: sums, instructions, finding "
-            "something in a text.",
-        ),
-        click.option(
-            "--lm-eval",
-            metavar="TASKS",
-            help="Then run these tasks of lm-evaluation-harness (with commas between) through "
-            "mlx_lm.evaluate; --limit holds for each. Of a model in MLX.",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-def _gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    share = click.FloatRange(min=0, max=1)
-    flags = [
-        click.option(
-            "--min-refusal",
-            type=share,
-            help="Exit with 3 when a smaller share of the harmful prompts is refused.",
-        ),
-        click.option(
-            "--max-over-refusal",
-            type=share,
-            help="Exit with 3 when a larger share of the harmless, or of the borderline prompts, "
-            "is refused.",
-        ),
-        click.option(
-            "--max-kl",
-            "kl_limit",
-            type=click.FloatRange(min=0),
-            help="Exit with 3 when the model is further away from --baseline on harmless prompts "
-            "(nats a token).",
-        ),
-        click.option(
-            "--max-drop-from",
-            metavar="RECORD.json",
-            type=click.Path(path_type=Path),
-            help="Exit with 3 when fewer harmful prompts are refused than in this record of an "
-            "earlier `eval --json`.",
-        ),
-        click.option(
-            "--max-drop",
-            default=0.05,
-            show_default=True,
-            type=share,
-            help="The drop that --max-drop-from allows.",
-        ),
-        click.option(
-            "--max-broken",
-            default=0.1,
-            show_default=True,
-            type=share,
-            help="With any of these limits: exit with 3 when more replies are empty or loop.",
-        ),
-        click.option(
-            "--junit",
-            metavar="FILE.xml",
-            type=click.Path(path_type=Path),
-            help="Write limits and categories as a JUnit report, for a CI to show.",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-_json_flag = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."
-)
-
-
-def _decorated(command: Callable[..., Any], flags: list[Any]) -> Callable[..., Any]:
-    for flag in reversed(flags):
-        command = flag(command)
-    return command
-
-
-def _memory_flag(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--memory-check/--no-memory-check",
-        default=True,
-        help="Refuse a model whose weights are larger than this machine's memory. Default: yes.",
-    )(command)
 
 
 def _options(chosen: dict[str, Any]) -> Options:
@@ -578,7 +105,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model")
-@_edit_flags
+@edit_flags
 @click.option(
     "--direction",
     type=click.Path(path_type=Path),
@@ -599,13 +126,13 @@ def cli() -> None:
     "scales it, --layer fixes where. Written as a bias, or with -o NAME.cvec.gguf as a control "
     "vector for llama.cpp.",
 )
-@_prompt_flags
-@_choice_flags
-@_search_flags
-@_reply_flags
-@_gguf_flags
-@_memory_flag
-@_json_flag
+@prompt_flags
+@choice_flags
+@search_flags
+@reply_flags
+@gguf_flags
+@memory_flag
+@json_flag
 def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **chosen: Any) -> None:
     """Find MODEL's refusal direction, remove it, write the result and show what changed.
 
@@ -642,11 +169,11 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     help="Draw separation, causal scores, KL and explained variance by layer, and both prompt sets "
     "in a plane.",
 )
-@_prompt_flags
-@_choice_flags
-@_search_flags
-@_memory_flag
-@_json_flag
+@prompt_flags
+@choice_flags
+@search_flags
+@memory_flag
+@json_flag
 def measure(model: str, output: Path, plot: Path | None, as_json: bool, **chosen: Any) -> None:
     """Find MODEL's refusal direction and keep it, with all candidates, in a file to share."""
     from abl_mlx import pipeline, report
@@ -667,16 +194,16 @@ def measure(model: str, output: Path, plot: Path | None, as_json: bool, **chosen
 @cli.command()
 @click.argument("direction", type=click.Path(path_type=Path))
 @click.argument("model")
-@_edit_flags
-@_gguf_flags
+@edit_flags
+@gguf_flags
 @click.option(
     "--lazy",
     is_flag=True,
     help="Edit file to file: no more of the model is in memory at a time than one tensor. For "
     "models larger than the memory this is done unasked; a GGUF is always edited so.",
 )
-@_memory_flag
-@_json_flag
+@memory_flag
+@json_flag
 def apply(
     direction: Path, model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any
 ) -> None:
@@ -715,7 +242,7 @@ def apply(
     "a strength other than 1.",
 )
 @click.option("--base", metavar="MODEL", help="The model before the edit.")
-@_json_flag
+@json_flag
 def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> None:
     """Put back what abl-mlx took out of MODEL, a folder or GGUF of float weights.
 
@@ -729,13 +256,13 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
 
 @cli.command("eval")
 @click.argument("model", metavar="TARGET")
-@_server_flags
-@_judge_flags
-@_gate_flags
-@_prompt_flags
-@_reply_flags
-@_memory_flag
-@_json_flag
+@server_flags
+@judge_flags
+@gate_flags
+@prompt_flags
+@reply_flags
+@memory_flag
+@json_flag
 def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
     """Count TARGET's refusals of harmful, harmless and borderline prompts; nothing is edited.
 
@@ -791,8 +318,8 @@ def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
     type=click.Path(path_type=Path),
     help="Keep the recovered direction in this file, NAME.safetensors.",
 )
-@_report_flag("Write a page to read in a browser here.")
-@_json_flag
+@report_flag("Write a page to read in a browser here.")
+@json_flag
 def audit(model: str, as_json: bool, fail_on: tuple[str, ...], **given: Any) -> None:
     """Was a direction taken out of MODEL's weights? For folders and GGUFs of any type.
 
@@ -815,7 +342,7 @@ def audit(model: str, as_json: bool, fail_on: tuple[str, ...], **given: Any) -> 
 
 @cli.command()
 @click.argument("model")
-@_json_flag
+@json_flag
 def inspect(model: str, as_json: bool) -> None:
     """Show MODEL's architecture, its residual writers, and what an edit would touch."""
     from abl_mlx import pipeline
@@ -852,7 +379,7 @@ def inspect(model: str, as_json: bool) -> None:
     help="Of an MLX folder: all floats in this type. Without it every float stays exactly what it "
     "is, and mlx-lm computes in float32 where types mix.",
 )
-@_json_flag
+@json_flag
 def convert_model(
     source: str,
     output: Path,
@@ -891,7 +418,7 @@ def convert_model(
     help="Show how much of this direction's removal from FIRST has arrived in SECOND.",
 )
 @click.option("--tensors", metavar="REGEX", help="The tensors to look at for --direction.")
-@_json_flag
+@json_flag
 def diff(
     first: Path, second: Path, direction: Path | None, as_json: bool, tensors: str | None
 ) -> None:
@@ -900,26 +427,6 @@ def diff(
 
     options = _options({"tensors": tensors})
     _answer(as_json, "diff_table", gguf_pipeline.diff, first, second, direction, options)
-
-
-def _steered_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    flags = [
-        click.option(
-            "--direction",
-            type=click.Path(path_type=Path),
-            help="A direction file. Without it one is measured first.",
-        ),
-        click.option(
-            "--strength",
-            default=1.0,
-            show_default=True,
-            help="1 removes the direction, 0.5 half of it, negative values strengthen it.",
-        ),
-        click.option(
-            "--layers", type=Layers(), help="Edit only these layers: 3, 2-5 or 0,4-6. Default: all."
-        ),
-    ]
-    return _memory_flag(_choice_flags(_prompt_flags(_decorated(command, flags))))
 
 
 @cli.command()
@@ -938,8 +445,8 @@ def _steered_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Path(path_type=Path),
     help="Draw it too, in this page.html.",
 )
-@_steered_flags
-@_json_flag
+@steered_flags
+@json_flag
 def show(
     model: str,
     prompt: str,
@@ -985,7 +492,7 @@ def show(
     type=click.FloatRange(min=0),
     help="Temperature; 0 takes the likeliest token.",
 )
-@_steered_flags
+@steered_flags
 def chat(
     model: str,
     direction: Path | None,

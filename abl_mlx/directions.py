@@ -254,7 +254,7 @@ def _two_means(
     plain: mx.array | None = None
     cut: np.ndarray | None = None
     for _, states in capture.iterate(chat, sequences, positions, label=label):
-        part = methods.winsorized(np.array(states)).sum(axis=0, dtype=np.float64)
+        part = methods.winsorized(numpy_of(states)).sum(axis=0, dtype=np.float64)
         plain = states.sum(axis=0) if plain is None else plain + states.sum(axis=0)
         cut = part if cut is None else cut + part
         mx.eval(plain)

@@ -8,46 +8,38 @@ an edit which merely changes how a refusal opens is found out.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import directions, evaluate, interrupts, selection
-from abl_mlx.arrays import number, numbers, parameters
+from abl_mlx import directions, interrupts
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.front import front, hypervolume, still
-from abl_mlx.logits import first_reply_token
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets, Split
-from abl_mlx.records import prompt_hashes
-from abl_mlx.refusals import Verdict, classify, wilson
+from abl_mlx.refusals import wilson
 from abl_mlx.report import percent, say
+from abl_mlx.search_journal import Journal, identity, optuna_quietly, trial_of
 from abl_mlx.search_space import DEFAULT, Directions, Parameters, Space
-from abl_mlx.steering import ablation
+from abl_mlx.search_trial import LEAST_KL, REPLY_TOKENS, Screen, Trial
 from abl_mlx.writers import Writer
 from convert.errors import UserError
-
-#: Prompts of each set with which a trial begins; where these show it hopeless, it ends there.
-FIRST_PROMPTS = 8
 
 #: Harmless prompts for the KL, and harmful ones that an edit of the front is asked; where the
 #: validation part has fewer the train part fills up. A search fits what it is scored on: of thirty
 #: prompts, two or three would decide.
 ENOUGH_PROMPTS = 64
 
-#: Points of the front that are asked for replies at most, and the tokens of each reply.
-MOST_ASKED, REPLY_TOKENS = 12, 24
+#: Points of the front that are asked for replies at most.
+MOST_ASKED = 12
 
 #: Steps in which the weakest even strength is looked for.
 HALVINGS = 4
@@ -55,291 +47,11 @@ HALVINGS = 4
 #: Neighbours of a trial of which the one that looks best is tried.
 NEIGHBOURS = 64
 
-#: KL in nats below which an edit counts as doing nothing, and above which as breaking the model.
-LEAST_KL, LARGEST_KL = 1e-6, 1.0
-
 #: A search goes on while its front has moved in so many trials, or a third of all.
 PATIENCE = 40
 
 # The normal quantile of 80%.
 _FOUR_IN_FIVE = 0.8416
-
-_STUDY = "abl-mlx search"
-
-
-# --- what an edit does ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Screened:
-    """What the first reply tokens say of an edit.
-
-    Attributes:
-        refusal: mean surprisal, in nats, that a harmful prompt's reply does not open with a
-            refusal, −log(1 − p): 0 where no refusal is left, the log-odds where all are.
-        refused: share of harmful prompts where a refusal opening is the likeliest token, or they
-            are likelier together than all others.
-        kl: mean KL(model ‖ edited) on harmless prompts, nats.
-        early: (refusal, kl) on the first few prompts alone.
-        whole: whether all prompts were run; a hopeless trial ends after the first few.
-        tokens: run through the model.
-    """
-
-    refusal: float
-    refused: float
-    kl: float
-    early: tuple[float, float]
-    whole: bool
-    tokens: int
-
-
-class Screen:
-    """Scores edits of a loaded model by the first reply token, without generating any."""
-
-    def __init__(
-        self,
-        chat: ChatModel,
-        writers: Sequence[Writer],
-        harmful: Sequence[Sequence[int]],
-        harmless: Sequence[Sequence[int]],
-    ):
-        self._chat, self._writers = chat, writers
-        self._harmful, self._harmless = harmful, harmless
-        before = first_reply_token(chat, harmful)
-        self._base = first_reply_token(chat, harmless)
-        mx.eval(before, self._base)
-        self.tokens = selection.refusal_tokens(before, self._base)
-        if not self.tokens:
-            raise UserError(
-                "this model opens its replies to harmful and harmless prompts in the same way, so "
-                "there is nothing for --search to score: check with `abl-mlx eval`."
-            )
-        self.before = number(_surprisal(before, self.tokens).mean())
-
-    @property
-    def cost(self) -> int:
-        """Tokens of all prompts: what one trial costs at most."""
-        return sum(map(len, self._harmful)) + sum(map(len, self._harmless))
-
-    def score(
-        self, edit: Edit, hopeless: Callable[[tuple[float, float]], bool] = lambda _: False
-    ) -> Screened:
-        """Run the prompts under an edit; only the first few if ``hopeless(refusal, kl)`` there."""
-        first, rest = slice(0, FIRST_PROMPTS), slice(FIRST_PROMPTS, None)
-        with ablation(self._writers, edit):
-            refused, refusal, kl, tokens = self._run(first)
-            early = float(np.mean(refusal)), float(np.mean(kl))
-            whole = not hopeless(early)
-            if whole and max(len(self._harmful), len(self._harmless)) > FIRST_PROMPTS:
-                more = self._run(rest)
-                refused, refusal, kl = refused + more[0], refusal + more[1], kl + more[2]
-                tokens = self.cost
-        return Screened(
-            float(np.mean(refusal)),
-            float(np.mean(refused)),
-            float(np.mean(kl)),
-            early,
-            whole,
-            tokens,
-        )
-
-    def _run(self, part: slice) -> tuple[list[float], list[float], list[float], int]:
-        """(refused or not, surprisal) of harmful prompts, KL of harmless ones, and tokens run."""
-        refused, refusal, kl, tokens = [], [], [], 0
-        if harmful := self._harmful[part]:
-            opened = first_reply_token(self._chat, harmful)
-            likeliest = numbers(opened.argmax(axis=-1))
-            scores = numbers(selection.refusal_scores(opened, self.tokens))
-            refused = [
-                float(score > 0 or token in self.tokens)
-                for score, token in zip(scores, likeliest, strict=True)
-            ]
-            refusal = numbers(_surprisal(opened, self.tokens))
-            tokens += sum(map(len, harmful))
-        if harmless := self._harmless[part]:
-            opened = first_reply_token(self._chat, harmless)
-            kl = numbers(mx.maximum(selection.kl_divergence(self._base[part], opened), 0))
-            tokens += sum(map(len, harmless))
-        return refused, refusal, kl, tokens
-
-    def ask(
-        self, edit: Edit, prompts: Sequence[Sequence[int]], max_tokens: int = REPLY_TOKENS
-    ) -> tuple[float, float, int]:
-        """Greedy replies to harmful prompts: shares refused and broken, tokens generated."""
-        with ablation(self._writers, edit):
-            replies = evaluate.generate(self._chat, prompts, max_tokens, batch_size=64)
-        verdicts = [classify(text) for text in evaluate.decode(self._chat, replies)]
-        shares = [
-            verdicts.count(kind) / len(verdicts) for kind in (Verdict.REFUSAL, Verdict.BROKEN)
-        ]
-        # The token that ends a reply was generated as well.
-        return shares[0], shares[1], sum(min(len(one) + 1, max_tokens) for one in replies)
-
-
-def _surprisal(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.array:
-    """−log(1 − p) of the refusal openings, nats: (N, V) -> (N,)."""
-    return mx.logaddexp(selection.refusal_scores(log_probabilities, tokens), mx.array(0.0))
-
-
-# --- trials and their journal --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One edit that was tried: its parameters and scores."""
-
-    parameters: dict[str, Any]
-    screened: Screened
-
-    def point(self, before: float) -> tuple[float, float]:
-        """Where it is in the plane of the two objectives, both 0 to 1 and to be small.
-
-        The refusal score as a share of the unedited model's, and the logarithm of the KL, from
-        `LEAST_KL` to `LARGEST_KL`.
-        """
-        kl = min(max(self.screened.kl, LEAST_KL), LARGEST_KL)
-        return (
-            min(self.screened.refusal / max(before, 1e-9), 1.0),
-            math.log(kl / LEAST_KL) / math.log(LARGEST_KL / LEAST_KL),
-        )
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            **self.parameters,
-            "refusal_score": self.screened.refusal,
-            "refused_first_token": self.screened.refused,
-            "kl": self.screened.kl,
-            **({} if self.screened.whole else {"rejected_early": True}),
-        }
-
-
-class Journal:
-    """The trials so far, in an Optuna journal file that a later search goes on from.
-
-    Raises:
-        UserError: a file that is no journal, or of another search.
-    """
-
-    def __init__(self, path: Path | None, identity: Mapping[str, str]):
-        optuna = _optuna()
-        self._optuna, self.path = optuna, path
-        if path is None:
-            storage: Any = optuna.storages.InMemoryStorage()
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            damaged = f"{path} is not a search journal: name another file with --search-journal."
-            if path.is_dir():
-                raise UserError(damaged)
-            if path.exists() and not _mend(path):
-                raise UserError(damaged)
-            try:
-                storage = optuna.storages.JournalStorage(
-                    optuna.storages.journal.JournalFileBackend(str(path))
-                )
-            except (ValueError, KeyError, TypeError, AssertionError):
-                raise UserError(damaged) from None
-        self._study = optuna.create_study(
-            study_name=_STUDY,
-            storage=storage,
-            directions=["minimize", "minimize"],
-            load_if_exists=True,
-        )
-        known = self._study.user_attrs.get("identity")
-        if known is None:
-            self._study.set_user_attr("identity", dict(identity))
-        elif known != dict(identity):
-            other = [name for name in identity if known.get(name) != identity[name]]
-            raise UserError(
-                f"{path} is the journal of a search with another {' and '.join(other)}: delete it, "
-                "or name another file with --search-journal."
-            )
-
-    def trials(self) -> list[Any]:
-        """Optuna's records of all finished trials."""
-        return self._study.get_trials(deepcopy=False)
-
-    def add(self, trial: Trial, distributions: Mapping[str, Any]) -> Any:
-        """Write a trial down, whole or not at all; returns Optuna's record of it."""
-        screened = trial.screened
-        record = self._optuna.trial.create_trial(
-            params=trial.parameters,
-            distributions=dict(distributions),
-            values=[screened.refusal, screened.kl],
-            user_attrs={
-                "refused": screened.refused,
-                "early": list(screened.early),
-                "whole": screened.whole,
-                "tokens": screened.tokens,
-            },
-        )
-        self._study.add_trial(record)
-        return record
-
-
-def _trial(record: Any) -> Trial:
-    known = record.user_attrs
-    screened = Screened(
-        record.values[0],
-        known["refused"],
-        record.values[1],
-        tuple(known["early"]),
-        known["whole"],
-        known["tokens"],
-    )
-    return Trial(dict(record.params), screened)
-
-
-def _mend(path: Path) -> bool:
-    """Whether a file is a journal; a last line that a kill left unfinished is cut off."""
-    with open(path, "rb+") as stream:
-        content = stream.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        first = whole.split(b"\n", 1)[0] or content
-        if first and not first.startswith(b'{"op_code"'):
-            return False
-        if whole != content:
-            stream.truncate(len(whole))
-    return True
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise UserError("--search needs Optuna: pip install 'abl-mlx[search]'.") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
-def identity(chat: ChatModel, sets: PromptSets, space: Space, options: Options) -> dict[str, str]:
-    """Hashes of what a journal's trials depend on: the model, the prompts, the space, the seed."""
-    model = hashlib.sha256()
-    for name, value in sorted(parameters(chat.model)):
-        piece = value.reshape(-1)[:64]
-        if mx.issubdtype(value.dtype, mx.floating):
-            piece = piece.astype(mx.float32)
-        model.update(f"{name} {value.shape} {value.dtype} {piece.tolist()}".encode())
-    asked = {name: [name, space.distributions()[name]._asdict()] for name in space.distributions()}
-    edited = [
-        options.strength,
-        sorted(options.layers or ()),
-        options.method,
-        str(options.direction),
-        options.layer,
-        options.position,
-        options.max_kl,
-    ]
-
-    def of(value: Any) -> str:
-        return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
-
-    return {
-        "model": model.hexdigest()[:16],
-        "prompts": of(prompt_hashes(sets)),
-        "space or options": of([asked, edited]),
-        "seed": str(options.seed),
-    }
 
 
 # --- the search ----------------------------------------------------------------------------------
@@ -373,11 +85,11 @@ class Search:
     ended: str = ""
 
     def __post_init__(self) -> None:
-        optuna = _optuna()
+        optuna = optuna_quietly()
         self._memory = optuna.create_study(directions=["minimize", "minimize"])
         for record in self.journal.trials():
             self._memory.add_trial(record)
-            self._count(_trial(record))
+            self._count(trial_of(record))
 
     def run(self, most: int) -> None:
         """Try edits until there are ``most`` trials, or the front has stopped moving.
@@ -483,7 +195,7 @@ class Search:
         return found[::-1]
 
     def _sampled(self, done: int) -> dict[str, Any]:
-        optuna = _optuna()
+        optuna = optuna_quietly()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # multivariate is marked experimental
             # A sampler of its own for each trial: a resumed search goes on as one that was not
@@ -707,7 +419,7 @@ def check(options: Options) -> None:
     Raises:
         UserError: naming them.
     """
-    _optuna()
+    optuna_quietly()
     if options.pin is not None:
         raise UserError("--search and --pin do not go together: leave one of them out.")
     if options.layer is not None:

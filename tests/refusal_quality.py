@@ -181,7 +181,8 @@ def document() -> str:
             "  (Röttger et al. 2023, arXiv 2308.01263), partial refusals left out, prompts whose",
             "  replies were never looked at here, 94.8% of 1,031 agree; 2.6% of the answers are",
             "  taken for refusals and 8.0% of the refusals for answers; in the other half of",
-            "  the prompts these were mostly corrections of a premise. (Not part of the repository, so no test keeps this.)",
+            "  the prompts these were mostly corrections of a premise. (Not part of the repository,"
+            " so no test keeps this.)",
             "",
             "## How replies were labelled",
             "",

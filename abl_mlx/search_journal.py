@@ -1,0 +1,156 @@
+"""The trials of a search, kept in a file that a later search goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.arrays import parameters
+from abl_mlx.models import ChatModel
+from abl_mlx.options import Options
+from abl_mlx.prompts import PromptSets
+from abl_mlx.records import prompt_hashes
+from abl_mlx.search_space import Space
+from abl_mlx.search_trial import Screened, Trial
+from convert.errors import UserError
+
+_STUDY = "abl-mlx search"
+
+
+class Journal:
+    """The trials so far, in an Optuna journal file that a later search goes on from.
+
+    Raises:
+        UserError: a file that is no journal, or of another search.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, str]):
+        optuna = optuna_quietly()
+        self._optuna, self.path = optuna, path
+        if path is None:
+            storage: Any = optuna.storages.InMemoryStorage()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            damaged = f"{path} is not a search journal: name another file with --search-journal."
+            if path.is_dir():
+                raise UserError(damaged)
+            if path.exists() and not _mend(path):
+                raise UserError(damaged)
+            try:
+                storage = optuna.storages.JournalStorage(
+                    optuna.storages.journal.JournalFileBackend(str(path))
+                )
+            except (ValueError, KeyError, TypeError, AssertionError):
+                raise UserError(damaged) from None
+        self._study = optuna.create_study(
+            study_name=_STUDY,
+            storage=storage,
+            directions=["minimize", "minimize"],
+            load_if_exists=True,
+        )
+        known = self._study.user_attrs.get("identity")
+        if known is None:
+            self._study.set_user_attr("identity", dict(identity))
+        elif known != dict(identity):
+            other = [name for name in identity if known.get(name) != identity[name]]
+            raise UserError(
+                f"{path} is the journal of a search with another {' and '.join(other)}: delete it, "
+                "or name another file with --search-journal."
+            )
+
+    def trials(self) -> list[Any]:
+        """Optuna's records of all finished trials."""
+        return self._study.get_trials(deepcopy=False)
+
+    def add(self, trial: Trial, distributions: Mapping[str, Any]) -> Any:
+        """Write a trial down, whole or not at all; returns Optuna's record of it."""
+        screened = trial.screened
+        record = self._optuna.trial.create_trial(
+            params=trial.parameters,
+            distributions=dict(distributions),
+            values=[screened.refusal, screened.kl],
+            user_attrs={
+                "refused": screened.refused,
+                "early": list(screened.early),
+                "whole": screened.whole,
+                "tokens": screened.tokens,
+            },
+        )
+        self._study.add_trial(record)
+        return record
+
+
+def trial_of(record: Any) -> Trial:
+    """The trial that an Optuna record holds."""
+    known = record.user_attrs
+    screened = Screened(
+        record.values[0],
+        known["refused"],
+        record.values[1],
+        tuple(known["early"]),
+        known["whole"],
+        known["tokens"],
+    )
+    return Trial(dict(record.params), screened)
+
+
+def _mend(path: Path) -> bool:
+    """Whether a file is a journal; a last line that a kill left unfinished is cut off."""
+    with open(path, "rb+") as stream:
+        content = stream.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        first = whole.split(b"\n", 1)[0] or content
+        if first and not first.startswith(b'{"op_code"'):
+            return False
+        if whole != content:
+            stream.truncate(len(whole))
+    return True
+
+
+def optuna_quietly() -> Any:
+    """Optuna, which says nothing of its own.
+
+    Raises:
+        UserError: when it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("--search needs Optuna: pip install 'abl-mlx[search]'.") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def identity(chat: ChatModel, sets: PromptSets, space: Space, options: Options) -> dict[str, str]:
+    """Hashes of what a journal's trials depend on: the model, the prompts, the space, the seed."""
+    model = hashlib.sha256()
+    for name, value in sorted(parameters(chat.model)):
+        piece = value.reshape(-1)[:64]
+        if mx.issubdtype(value.dtype, mx.floating):
+            piece = piece.astype(mx.float32)
+        model.update(f"{name} {value.shape} {value.dtype} {piece.tolist()}".encode())
+    asked = {name: [name, space.distributions()[name]._asdict()] for name in space.distributions()}
+    edited = [
+        options.strength,
+        sorted(options.layers or ()),
+        options.method,
+        str(options.direction),
+        options.layer,
+        options.position,
+        options.max_kl,
+    ]
+
+    def of(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
+
+    return {
+        "model": model.hexdigest()[:16],
+        "prompts": of(prompt_hashes(sets)),
+        "space or options": of([asked, edited]),
+        "seed": str(options.seed),
+    }
