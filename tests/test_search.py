@@ -7,7 +7,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import directions, front, interrupts, models, prompts, search, sources
+from abl_mlx import (
+    directions,
+    front,
+    interrupts,
+    models,
+    prompts,
+    search,
+    search_trial,
+    sources,
+)
 from abl_mlx.arrays import number
 from abl_mlx.edits import Edit
 from abl_mlx.logits import first_reply_token
@@ -180,7 +189,7 @@ def test_an_even_kernel_gives_way_to_one_of_the_same_mean():
 
 
 def trial(kl, refusal, refused=0.0, whole=True):
-    return search.Trial({}, search.Screened(refusal, refused, kl, (refusal, kl), whole, 10))
+    return search.Trial({}, search_trial.Screened(refusal, refused, kl, (refusal, kl), whole, 10))
 
 
 @pytest.mark.parametrize(("count", "border"), [(40, 23), (40, 0), (40, 39), (7, 3), (1, 0)])
