@@ -105,19 +105,27 @@ class Edit:
         Raises:
             UserError: when there are none, or the strength is 0: such an edit changes nothing.
         """
+        writers = list(writers)
+        self._check_layers(max((writer.layer for writer in writers), default=-1))
         chosen = [writer for writer in writers if self.touches(writer)]
         if not chosen or self.strength == 0:
             raise UserError(
                 "this edit changes nothing: choose layers that the model has (--layers) and a "
                 "--strength other than 0."
             )
-        deepest = max(writer.layer for writer in chosen)
-        if self.directions.ndim == 3 and deepest >= self.directions.shape[0]:
-            raise UserError(
-                f"there are directions for {self.directions.shape[0]} layers, but the model has a "
-                f"layer {deepest}: they were measured on another model."
-            )
         return chosen
+
+    def _check_layers(self, deepest: int) -> None:
+        """Refuse directions or strengths for fewer layers than the model has."""
+        given = {"directions": len(self.directions)} if self.directions.ndim == 3 else {}
+        if self.profile is not None:
+            given["strengths"] = min(map(len, self.profile.values()))
+        for what, count in given.items():
+            if deepest >= count:
+                raise UserError(
+                    f"there are {what} for {count} layers, but the model has a layer {deepest}: "
+                    "they were measured on another model."
+                )
 
     def basis(self, writer: Writer) -> mx.array:
         """Orthonormal directions in the writer's own output: (k, d) float32.

@@ -85,6 +85,10 @@ def test_a_direction_and_a_strength_for_each_layer():
     np.testing.assert_allclose(
         np.array(target(edit, EMBEDDING, "weight", f32(rows))), rows - 2 * rows @ q @ q.T, atol=1e-4
     )
+    deeper = replace(MLP, layer=3)
+    for short in (edit, replace(edit, directions=edit.directions[0])):
+        with pytest.raises(UserError, match="for 3 layers, but the model has a layer 3"):
+            short.chosen([MLP, deeper])
     nothing = replace(MLP, layer=1, path="model.layers.1.mlp.down_proj")
     assert edit.chosen([ATTENTION, MLP, nothing, EMBEDDING]) == [ATTENTION, MLP, EMBEDDING]
     assert not edit.is_plain
