@@ -73,6 +73,9 @@ class LlamaCpp:
             raise UserError(f"{lora} is no file: give the path of a .lora.gguf file.")
         try:
             self._server: Any = xllamacpp.Server(self._params(xllamacpp, _SILENT))
+            # Its loop begins in a thread of its own, and would never end if it began only after it
+            # was told to: whatever it answers says that it has begun.
+            self._server.handle_metrics()
         except (RuntimeError, ValueError) as error:
             said = self._load_again(xllamacpp) or str(error)
             what = f"{self.path} with {lora}" if lora is not None else str(self.path)
@@ -87,6 +90,7 @@ class LlamaCpp:
         params.warmup = False
         params.verbosity = verbosity
         params.use_jinja = True
+        params.endpoint_metrics = True
         params.no_extra_bufts = self.lean
         if self.lora is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(self.lora), 1.0)]
