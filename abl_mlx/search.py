@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import directions, interrupts
+from abl_mlx import directions, interrupts, search_polish
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.front import front, hypervolume, still
@@ -28,8 +28,9 @@ from abl_mlx.prompts import PromptSets, Split
 from abl_mlx.refusals import wilson
 from abl_mlx.report import percent, say
 from abl_mlx.search_journal import Journal, identity, optuna_quietly, trial_of
+from abl_mlx.search_polish import LEAST_REFUSAL, logarithms, predicted
 from abl_mlx.search_space import DEFAULT, Directions, Parameters, Space
-from abl_mlx.search_trial import LEAST_KL, REPLY_TOKENS, Screen, Trial
+from abl_mlx.search_trial import REPLY_TOKENS, Screen, Trial
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 
@@ -70,6 +71,7 @@ class Search:
         seed: fixes what is tried.
         trials: so far.
         volumes: of the front, after each of them.
+        gentlest: 1 less the log KL, as a share of its range, of the gentlest that is good enough.
         ended: why it ended.
     """
 
@@ -82,6 +84,7 @@ class Search:
     seed: int = 0
     trials: list[Trial] = field(default_factory=list)
     volumes: list[float] = field(default_factory=list)
+    gentlest: list[float] = field(default_factory=list)
     ended: str = ""
 
     def __post_init__(self) -> None:
@@ -101,7 +104,7 @@ class Search:
         with progress(most, "search", "trial") as bar:
             bar.update(min(most, len(self.trials)))
             try:
-                while len(self.trials) < most and not still(self.volumes, patience):
+                while len(self.trials) < most and not self._ends(patience):
                     interrupts.check()
                     trial = self._try(self._next())
                     record = self.journal.add(trial, distributions)
@@ -119,6 +122,10 @@ class Search:
                 return
         self.ended = "all trials made" if len(self.trials) >= most else "the front stopped moving"
 
+    def _ends(self, patience: int) -> bool:
+        """Whether neither the front nor the gentlest edit that is good enough moves any more."""
+        return still(self.volumes, patience) and still(self.gentlest, patience)
+
     def front(self) -> list[Trial]:
         """The trials that no other beats, by rising KL; none that was rejected early."""
         whole = [trial for trial in self.trials if trial.screened.whole]
@@ -129,6 +136,9 @@ class Search:
         self.trials.append(trial)
         points = [one.point(self.screen.before) for one in self.front()]
         self.volumes.append(hypervolume(points))
+        good = [one for one in self.front() if self.enough(one.screened.refused)]
+        # As something that grows, of which a change of some percent in the KL is 0.001.
+        self.gentlest.append(1 - good[0].point(self.screen.before)[1] if good else 0.5)
 
     def _next(self) -> dict[str, Any]:
         """What is tried next: analytic edits first, then neighbours of the front and TPE's."""
@@ -147,8 +157,10 @@ class Search:
             return analytic[done - 2 - HALVINGS]
         random = np.random.default_rng([self.seed, done])
         # One in eight is a look around, one starts anywhere on the front; the others start from
-        # what is already good.
-        if done % 8 == 0:
+        # what is already good, and every second from the gentlest of it.
+        if done % 2 and (polished := self._polished(done // 2, random)):
+            parameters = polished
+        elif done % 8 == 0:
             parameters = self._sampled(done)
         elif done % 8 == 4:
             whole = self.front()
@@ -158,6 +170,19 @@ class Search:
             place = int(len(promising) * random.random() ** 2)
             parameters = self._expected(promising[place], random)
         return parameters if self.space.changes_something(parameters) else self.space.uniform()
+
+    def _polished(self, number: int, random: np.random.Generator) -> dict[str, Any] | None:
+        """A small step from the gentlest that leaves hardly a refusal; of another kind at times."""
+        parent = self._promising()[0]
+        if number % 4 == 3:
+            best: dict[tuple[Any, ...], Trial] = {}
+            for trial in sorted(self.trials, key=lambda one: one.screened.kl):
+                if trial.screened.whole and self.enough(trial.screened.refused):
+                    best.setdefault(self.space.kind(trial.parameters), trial)
+            others = [one for one in best.values() if one is not parent][:3]
+            if others:
+                parent = others[number // 4 % len(others)]
+        return search_polish.step(self.space, self.trials, parent, number, random)
 
     def _expected(self, parent: Trial, random: np.random.Generator) -> dict[str, Any]:
         """Of some neighbours of a trial the one that is expected to be the gentlest.
@@ -173,15 +198,12 @@ class Search:
         if len(known) < 6:
             return first
         places = np.array([self.space.place(trial.parameters) for trial in known])
-        values = np.log([
-            [max(trial.screened.kl, LEAST_KL), max(trial.screened.refusal, 1e-4)]
-            for trial in known
-        ])  # fmt: skip
+        values = logarithms(known)
         asked = np.array([self.space.place(one) for one in neighbours])
         # Where little is known there is something to find: a standard deviation in favour of all.
         expected, doubt = predicted(places, values, asked)
         kl, refusal = (expected - doubt).T
-        allowed = math.log(max(parent.screened.refusal, 1e-4))
+        allowed = math.log(max(parent.screened.refusal, LEAST_REFUSAL))
         # A refusal score a little too high costs as much as a KL far too high.
         return neighbours[int(np.argmin(kl + 5 * np.maximum(refusal - allowed, 0)))]
 
@@ -220,39 +242,6 @@ class Search:
             )
 
         return Trial(parameters, self.screen.score(self.edit_for(parameters), hopeless))
-
-
-def predicted(
-    places: np.ndarray, values: np.ndarray, asked: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values expected at other places, by kernel ridge regression on top of a linear fit.
-
-    Args:
-        places: (n, f) where values are known.
-        values: (n, m).
-        asked: (a, f).
-
-    Returns:
-        The values and their standard deviations, (a, m) each.
-    """
-    middle = places.mean(axis=0)
-    left, right = places - middle, asked - middle
-    # A line through all of it, held back where few trials tell little.
-    ridge = 1e-2 * np.eye(left.shape[1])
-    mean = values.mean(axis=0)
-    slope = np.linalg.solve(left.T @ left + ridge, left.T @ (values - mean))
-    rest = values - mean - left @ slope
-
-    def squares(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return ((one[:, None] - other[None]) ** 2).sum(axis=-1)
-
-    between = squares(left, left)
-    scale = float(np.median(between[between > 0])) if (between > 0).any() else 1.0
-    inner = np.exp(-between / scale) + 1e-3 * np.eye(len(left))
-    outer = np.exp(-squares(right, left) / scale)
-    share = 1 - (outer * np.linalg.solve(inner, outer.T).T).sum(axis=1)
-    doubt = np.sqrt(np.maximum(share, 0))[:, None] * rest.std(axis=0)
-    return mean + right @ slope + outer @ np.linalg.solve(inner, rest), doubt
 
 
 # --- the choice ----------------------------------------------------------------------------------

@@ -97,6 +97,15 @@ class Space:
             }
         return space
 
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The parameters that are numbers between two layers or strengths, with their bounds."""
+        space: dict[str, Any] = self.distributions()
+        return {
+            name: (allowed.low, allowed.high)
+            for name, allowed in space.items()
+            if _is_number(allowed)
+        }
+
     def uniform(self, **changes: Any) -> dict[str, Any]:
         """The analytic default, the chosen direction at strength 1 everywhere, with changes."""
         found: dict[str, Any] = {

@@ -14,6 +14,7 @@ from abl_mlx import (
     models,
     prompts,
     search,
+    search_polish,
     search_trial,
     sources,
 )
@@ -183,6 +184,56 @@ def test_an_even_kernel_gives_way_to_one_of_the_same_mean():
         recipe = space.recipe(space.uniform(**made))["profile"]["mlp"]
         assert np.mean(recipe) == pytest.approx(0.6, abs=1e-6) or made["mlp_strength"] == 1.5
         assert len(set(recipe)) > 1
+
+
+# --- small steps ---------------------------------------------------------------------------------
+
+
+def scored(space, parameters):
+    """A trial of a made-up model: KL rises with the strengths' squares, refusals fall with them."""
+    strengths = np.array(space.place(parameters)[:-1])
+    weights, pull = np.array([1, 4, 1, 9, 1, 1, 4, 1]), np.array([1, 1, 3, 1, 1, 2, 1, 1])
+    kl = 1e-4 * float(weights @ strengths**2)
+    refusal = float(np.exp(-0.6 * pull @ strengths))
+    return search.Trial(
+        parameters, search_trial.Screened(refusal, 0.0, kl, (refusal, kl), True, 10)
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_steps_find_a_much_gentler_edit_of_the_same_score(seed):
+    space, random = space_of(), np.random.default_rng(seed)
+    trials = [scored(space, space.even(strength)) for strength in (1.0, 0.8, 0.6)]
+    trials += [scored(space, space.neighbour(space.even(0.8), random)) for _ in range(12)]
+    start, random_too = trials[1], list(trials)
+
+    def gentlest(these):
+        good = [one for one in these if one.screened.refusal <= start.screened.refusal]
+        return min(good, key=lambda one: one.screened.kl)
+
+    for number_ in range(40):
+        made = search_polish.step(space, trials, gentlest(trials), number_, random)
+        trials.append(scored(space, made))
+        neighbour = space.neighbour(gentlest(random_too).parameters, random)
+        random_too.append(scored(space, neighbour))
+    found = gentlest(trials).screened.kl
+    assert found < 0.75 * start.screened.kl
+    assert found < gentlest(random_too).screened.kl
+    bounds = space.distributions()
+    for one in trials:
+        for name, allowed in bounds.items():
+            assert allowed._contains(allowed.to_internal_repr(one.parameters[name])), name
+
+
+def test_a_step_follows_from_the_trials_and_the_seed_and_needs_some():
+    space = space_of()
+    trials = [scored(space, space.even(strength)) for strength in np.linspace(0.4, 1, 7)]
+    made = [
+        search_polish.step(space, trials, trials[3], 0, np.random.default_rng(seed))
+        for seed in (5, 5, 6)
+    ]
+    assert made[0] == made[1] != made[2]
+    assert search_polish.step(space, trials[:5], trials[3], 0, RNG) is None
 
 
 # --- what is asked for replies -------------------------------------------------------------------
