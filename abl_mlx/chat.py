@@ -108,9 +108,7 @@ class Conversation:
         from mlx_lm.sample_utils import make_sampler
 
         chat = self.steered.chat
-        tokens = chat.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=False
-        )
+        tokens = chat.encode_conversation(messages)
         steps: Any = stream_generate(
             chat.model, chat.tokenizer, mx.array(tokens), max_tokens=self._max_tokens,
             sampler=make_sampler(temp=self._temp),

@@ -15,22 +15,11 @@ import numpy as np
 from abl_mlx import __version__, capture, methods, outside
 from abl_mlx.arrays import numbers, numpy_of
 from abl_mlx.models import ChatModel
+from abl_mlx.options import METHODS
 from convert.atomic import new_file
 from convert.errors import UserError
 
-METHOD = "difference-of-means"
-
-#: What ``--method`` may be; docs/methods.md has the formulas.
-METHODS = (
-    METHOD,
-    "winsorized-means",
-    "median-means",
-    "projected",
-    "biprojected",
-    "svd",
-    "probe",
-    "over-refusal",
-)
+METHOD = METHODS[0]
 
 
 @dataclass(frozen=True)
@@ -42,7 +31,7 @@ class Candidates:
             position p; of the method over-refusal, over borderline prompts.
         harmless_mean: (L, P, d) float32, the same over harmless prompts.
         positions: the P token offsets from the prompt's end, -1 being the last token.
-        method: of `METHODS`.
+        method: of `options.METHODS`.
         found: (L, P, k, d) float32, what the method found: orthonormal rows. None for the
             difference of means, which follows from the means (Arditi et al. 2024).
         facts: name -> (L, P) of what else is known of each candidate: ``effective_rank``, ...
@@ -102,6 +91,11 @@ class Candidates:
         second = self.bases[whole + 1, column]
         between = methods.interpolated(numpy_of(first), numpy_of(second), layer - whole)
         return mx.array(between.astype(np.float32))
+
+    def difference(self, layer: int, position: int) -> mx.array:
+        """Harmful mean minus harmless mean, (d,) float32, in its own length."""
+        at = layer, self._column(position)
+        return self.harmful_mean[at] - self.harmless_mean[at]
 
     def _column(self, position: int) -> int:
         if position not in self.positions:
@@ -202,7 +196,7 @@ def measure(
     prompt's states (medians, svd, probe) keep them in a temporary file (`capture.stored`).
 
     Args:
-        method: of `METHODS`.
+        method: of `options.METHODS`.
         rank: how many directions ``svd`` finds.
         borderline: what ``over-refusal`` needs: harmless prompts that sound harmful.
 

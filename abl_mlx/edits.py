@@ -37,11 +37,6 @@ def orthonormal(directions: mx.array) -> mx.array:
     return (q * mx.sign(diagonal)).T
 
 
-#: What ``norm`` may keep of an edited weight: nothing, or the length of each line in the stream (a
-#: column of a writer, a row of an embedding), or of each row (of an embedding, column) across it.
-NORMS = ("none", "columns", "rows")
-
-
 @dataclass(frozen=True)
 class Edit:
     """Removal of directions from residual writers; knows nothing of file formats.
@@ -55,8 +50,8 @@ class Edit:
         embedding: whether the embedding's rows are edited too. With tied embeddings this edits the
             output head as well.
         profile: for ``attention`` and ``mlp``, a factor of α for each layer; None for 1.
-        norm: of `NORMS`. Keeping columns leaves a full removal full; keeping rows undoes part of it
-            (DESIGN section 5).
+        norm: of `options.NORMS`. Keeping columns leaves a full removal full; keeping rows undoes
+            part of it (DESIGN section 5).
         pin: (k,) what the embedding's rows hold of each (orthonormal) direction instead of nothing,
             in the embedding's own units; None for nothing. Affine editing: as nothing else writes
             along the directions any more, the stream holds it everywhere.
@@ -150,16 +145,6 @@ class Edit:
             held = self.pin if isinstance(along, mx.array) else numpy_of(self.pin)
             along = along - (held if axis == -1 else held[:, None])
         return self.strength_of(writer) * along
-
-
-def remove(basis: mx.array, strength: float, values: mx.array, axis: int) -> mx.array:
-    """values − α U(Uᵀ values) along one axis of size d; ``basis`` is U as (k, d), orthonormal.
-
-    Works for any rank: a weight (d, n) with axis 0, an expert stack (E, d, n) with axis 1, an
-    embedding (V, d) or an activation (..., d) with axis -1, a bias (d,) with axis 0.
-    """
-    axis = -1 if axis % values.ndim == values.ndim - 1 else -2
-    return values - _spread(basis, strength * _along(basis, values, axis), axis)
 
 
 def stream_axis(kind: str, parameter: str) -> int:

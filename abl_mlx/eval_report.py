@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from abl_mlx.report import percent
+from abl_mlx.report import interval, paired_cells, percent
 
 _SETS = (
     ("harmful", "refusals, harmful prompts", ""),
@@ -23,9 +23,7 @@ def table(record: Mapping[str, Any]) -> str:
     for name, label, note in _SETS:
         if f"{name}_refusal_rate" in record:
             rows.append(
-                _row(
-                    record, baseline, label, f"{name}_refusal_rate", _interval(record, name) + note
-                )
+                _row(record, baseline, label, f"{name}_refusal_rate", interval(record, name) + note)
             )
     rows.append(_row(record, baseline, "broken replies", "broken_rate", "empty or looping"))
     if "expected_answer_rate" in record:
@@ -125,26 +123,13 @@ def _row(
     return (label, was, percent(record[key]), note)
 
 
-def _interval(record: Mapping[str, Any], name: str) -> str:
-    low, high = record[f"{name}_refusal_interval"]
-    return f"95% interval {low:.0%} to {high:.0%}, n={record[f'n_{name}']}"
-
-
 def _paired(paired: Mapping[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = [
         ("target − baseline, same prompts", "points", "95% interval", "p", "")
     ]
     for name, one in paired.items():
-        low, high = (100 * end for end in one["interval"])
-        rows.append(
-            (
-                f"refusals, {name} prompts",
-                f"{100 * one['difference']:+.1f}",
-                f"{low:+.1f} to {high:+.1f}",
-                f"{one['p']:.2g}",
-                f"refused by the baseline alone {one['lost']}, by the target alone {one['gained']}",
-            )
-        )
+        who = f"refused by the baseline alone {one['lost']}, by the target alone {one['gained']}"
+        rows.append((*paired_cells(name, one), who))
     return _aligned(rows, right=(1, 2, 3))
 
 

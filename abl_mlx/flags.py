@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from abl_mlx.options import METHODS, NORMS
+
 
 class Layers(click.ParamType):
     """Layer numbers such as ``3``, ``2-5`` or ``0,4-6``."""
@@ -100,18 +102,7 @@ def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     flags = [
         click.option(
             "--method",
-            type=click.Choice(
-                [
-                    "difference-of-means",
-                    "winsorized-means",
-                    "median-means",
-                    "projected",
-                    "biprojected",
-                    "svd",
-                    "probe",
-                    "over-refusal",
-                ]
-            ),
+            type=click.Choice(METHODS),
             help="How directions are found (docs/methods.md). Without it: the difference of means, "
             "and subspaces where one direction leaves refusals.",
         ),
@@ -209,7 +200,7 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--norm",
-            type=click.Choice(["none", "columns", "rows"]),
+            type=click.Choice(NORMS),
             default="none",
             show_default=True,
             help="Keep the lengths of the edited weights' columns (a full removal stays full) or "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,17 +27,17 @@ from abl_mlx.edits import orthonormal
 from abl_mlx.gguf_edit import TensorPlan, bytes_changed, plan
 from abl_mlx.gguf_outputs import Staged
 from abl_mlx.measurement import (
-    borderline_part,
+    ask,
+    component_sample,
     edit_of,
-    find_direction,
-    find_reply_prefix,
+    find_behind_openings,
     make_edit,
 )
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.pipeline import EXACTNESS_PROMPTS, grouped
 from abl_mlx.prompts import PromptSets
-from abl_mlx.records import combined_hash, start_record, worst_leak
+from abl_mlx.records import combined_hash, gguf_hashes, start_record, worst_leak
 from abl_mlx.report import to_json
 from abl_mlx.run_page import write_run_page
 from abl_mlx.same_model import check_same
@@ -52,14 +51,17 @@ from convert.gguf_file import GgufSource
 
 Record = dict[str, Any]
 
-#: Held-out prompts of each set in which the component is looked for.
-COMPONENT_PROMPTS = 32
-
 
 def find_writers(gguf: GgufSource, options: Options) -> list[gguf_writers.GgufWriter]:
     """The residual writers of a GGUF, by its architecture or by ``--tensors``."""
     shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
     return gguf_writers.find(gguf.architecture, shapes, gguf.metadata, options.tensors)
+
+
+def load(gguf: GgufSource, options: Options) -> tuple[ChatModel, list[Writer]]:
+    """A GGUF as a model in MLX, with the residual writers that an edit of the file changes."""
+    chat, layout = gguf_model.load(gguf)
+    return chat, gguf_model.find_writers(chat, layout, gguf, find_writers(gguf, options))
 
 
 def _drafting(
@@ -140,7 +142,7 @@ def run(
                 check_same(chat, gguf, own)
             with clock.step("find the residual writers"):
                 writers = find_by_probing(chat)
-            direction = measure(chat, writers, sets, options, clock)
+            direction = find_behind_openings(chat, writers, sets, options, clock)
             prefix = chat.reply_prefix
             del chat, writers
             let_go()
@@ -151,7 +153,7 @@ def run(
             with clock.step("load the model"):
                 chat, layout = gguf_model.load(gguf)
                 writers = gguf_model.find_writers(chat, layout, gguf, own)
-            direction = measure(chat, writers, sets, options, clock)
+            direction = find_behind_openings(chat, writers, sets, options, clock)
             del writers, layout
         prefix = chat.reply_prefix
         unit = orthonormal(direction.selected)
@@ -162,18 +164,18 @@ def run(
             )
             present = evaluate.component(chat, sample, unit)["max"]
             if not in_llamacpp:
-                before = _ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
+                before = ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
         del chat
         let_go()
         if in_llamacpp:
             with clock.step("evaluate before"):
-                before = _ask(evaluate.in_llamacpp(source.path), sets, options)
+                before = ask(evaluate.in_llamacpp(source.path), sets, options)
         record = start_record(source, paths, options, direction)
         if measured is not None:
             record["measured_on"] = measured.name
         plans = plan(gguf, edit_of(direction, options), named)
         with clock.step("hash the source"):
-            record["hashes"] = _hashes(gguf, direction, options)
+            record["hashes"] = hashes(gguf, direction, options)
         staged = stack.enter_context(gguf_outputs.staging(paths))
         replies = {"before": before}
         evaluations = []
@@ -203,39 +205,6 @@ def run(
     return record
 
 
-def measure(
-    chat: ChatModel,
-    writers: Sequence[Writer],
-    sets: PromptSets,
-    options: Options,
-    clock: Clock,
-) -> directions.DirectionFile:
-    """Find how replies open and the direction behind that; sets ``chat.reply_prefix``."""
-    with clock.step("find how replies open"):
-        chat.reply_prefix = find_reply_prefix(chat, sets)
-    with clock.step("measure and choose a direction"):
-        return find_direction(chat, writers, sets, options)
-
-
-def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
-    """Encoded held-out prompts in which the component is looked for."""
-    return [
-        chat.encode(prompt)
-        for part in (sets.harmful.test, sets.harmless.test)
-        for prompt in part.take(COMPONENT_PROMPTS).texts
-    ]
-
-
-def _ask(answer: evaluate.Chat, sets: PromptSets, options: Options) -> evaluate.Behaviour:
-    return evaluate.behaviour(
-        answer,
-        sets.harmful.test,
-        sets.harmless.test,
-        max_tokens=options.max_tokens,
-        borderline=borderline_part(sets, options, "test"),
-    )
-
-
 def _judge(
     gguf: GgufSource,
     one: Staged,
@@ -258,7 +227,7 @@ def _judge(
         figures: Record = {"kl": kl, "component": left, "runtime": "mlx-lm"}
         ask_llamacpp = one.is_gguf and evaluate.llamacpp_is_there()
         if not ask_llamacpp:
-            after = _ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
+            after = ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
             if one.is_gguf:
                 figures["note"] = (
                     "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have llama.cpp "
@@ -271,7 +240,7 @@ def _judge(
         answer = (
             evaluate.in_llamacpp(gguf.parts[0], file) if one.is_lora else evaluate.in_llamacpp(file)
         )
-        after = _ask(answer, sets, options)
+        after = ask(answer, sets, options)
         figures |= {"runtime": "llama.cpp", "note": "KL and component are of the file, in MLX"}
     if "note" in written:
         figures["note"] = "; ".join(filter(None, (written["note"], figures.get("note"))))
@@ -347,7 +316,7 @@ def apply(
                          strict_types=options.strict_types)  # fmt: skip
         record = start_record(source, paths, options, direction)
         with clock.step("hash the source"):
-            record["hashes"] = _hashes(gguf, direction, options)
+            record["hashes"] = hashes(gguf, direction, options)
         with gguf_outputs.staging(paths) as staged:
             written = [
                 gguf_outputs.write(gguf, source, one, plans, direction, options, clock)
@@ -366,11 +335,10 @@ def measured_direction(
     """The direction of a GGUF, and what the direction file says of the model."""
     with GgufSource(source.path) as gguf:
         with clock.step("load the model"):
-            chat, layout = gguf_model.load(gguf)
-            writers = gguf_model.find_writers(chat, layout, gguf, find_writers(gguf, options))
-        found = measure(chat, writers, sets, options, clock)
+            chat, writers = load(gguf, options)
+        found = find_behind_openings(chat, writers, sets, options, clock)
         with clock.step("hash the source"):
-            sha256 = combined_hash({part.name: _sha256(part) for part in gguf.parts})
+            sha256 = combined_hash(gguf_hashes(gguf))
         return found, {"model_type": chat.model_type, "model_sha256": sha256}
 
 
@@ -401,17 +369,13 @@ def inspect(source: Source) -> Record:
         }
 
 
-def _hashes(gguf: GgufSource, direction: directions.DirectionFile, options: Options) -> Record:
+def hashes(gguf: GgufSource, direction: directions.DirectionFile, options: Options) -> Record:
+    """Hashes of the GGUF's parts, of the direction and of the options."""
     return {
-        "source": {part.name: _sha256(part) for part in gguf.parts},
+        "source": gguf_hashes(gguf),
         "direction": direction.sha256,
         "options": combined_hash({"options": to_json(options.record())}),
     }
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # --- diff --------------------------------------------------------------------------------------

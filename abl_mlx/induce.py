@@ -9,7 +9,7 @@ its effect.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,11 +19,12 @@ from abl_mlx.arrays import number
 from abl_mlx.directions import Candidates
 from abl_mlx.evaluate import decode, generate
 from abl_mlx.logits import log_probabilities
+from abl_mlx.measurement import MOST_POSITIONS
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
 from abl_mlx.refusals import Verdict, classify
-from abl_mlx.steering import Intervention, steering
+from abl_mlx.steering import Intervention, adding, steering
 from convert.errors import UserError
 
 #: Multiples of the mean difference that are tried.
@@ -66,7 +67,7 @@ class Induction:
     @property
     def intervention(self) -> Intervention:
         """The same at runtime."""
-        return Intervention("add", self.vector[None], layers=frozenset([self.layer]))
+        return adding(self.vector, self.layer)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def choose(
     refusals = own_refusals(chat, harmful)
     tried = harmless[:TRIED]
     behind = [refusals[i % len(refusals)] for i in range(len(tried))]
-    count = min(chat.template_tail, 8)
+    count = min(chat.template_tail, MOST_POSITIONS)
     if options.position is not None:
         if not isinstance(options.position, int):
             raise UserError(
@@ -143,9 +144,8 @@ def choose(
     limit = _SURPRISE + surprise(chat, harmful[: len(refusals)], refusals)
     checked = []
     for one in trials[:_VERIFIED]:
-        found = one.strength * difference(candidates, one.layer, one.position)
-        steered = Intervention("add", found[None], layers=frozenset([one.layer]))
-        rate = fluent_share(chat, steered, harmless, limit)
+        found = one.strength * candidates.difference(one.layer, one.position)
+        rate = fluent_share(chat, adding(found, one.layer), harmless, limit)
         checked.append((rate, one, found))
         if rate >= _ENOUGH:
             break
@@ -157,8 +157,7 @@ def choose(
         )
     vector = options.strength * vector
     if options.strength != 1:
-        scaled = Intervention("add", vector[None], layers=frozenset([best.layer]))
-        rate = fluent_share(chat, scaled, harmless, limit)
+        rate = fluent_share(chat, adding(vector, best.layer), harmless, limit)
     summary = {
         "method": "induced refusals",
         "layer": best.layer,
@@ -215,8 +214,8 @@ def _cells(
         )
     scores = selection.separation(chat, candidates, harmful, harmless)
     fits = [
-        score
-        for score in sorted(scores, key=lambda each: -each.d_prime)
+        replace(score, dropped="")
+        for score in scores
         if (options.position is None or score.position == options.position)
         and (
             score.layer == options.layer
@@ -224,20 +223,8 @@ def _cells(
             else first_layer <= score.layer and not score.dropped
         )
     ]
-    # The best position of each layer, then the second-best of each, and so on.
-    rank: dict[int, int] = {}
-    ranked = []
-    for score in fits:
-        rank[score.layer] = rank.get(score.layer, 0) + 1
-        ranked.append((rank[score.layer], score))
-    ranked.sort(key=lambda each: each[0])
-    return [(score.layer, score.position) for _, score in ranked[:TRIALS]]
-
-
-def difference(candidates: Candidates, layer: int, position: int) -> mx.array:
-    """Harmful mean minus harmless mean, (d,) float32, in its own length."""
-    at = candidates.positions.index(position)
-    return candidates.harmful_mean[layer, at] - candidates.harmless_mean[layer, at]
+    chosen = selection.shortlist(fits, TRIALS, each=len(candidates.positions))
+    return [(score.layer, score.position) for score in chosen]
 
 
 def _climb(
@@ -251,10 +238,9 @@ def _climb(
 ) -> list[Trial]:
     """The rungs of the ladder, up to where it goes down again."""
     trials: list[Trial] = []
-    vector = difference(candidates, layer, position)
+    vector = candidates.difference(layer, position)
     for strength in LADDER:
-        steered = Intervention("add", vector[None], strength, layers=frozenset([layer]))
-        with steering(chat, steered):
+        with steering(chat, adding(vector, layer, strength)):
             trials.append(Trial(layer, position, strength, *_said(chat, prompts, behind, openings)))
         best = max(trials, key=lambda one: one.likelihood)
         if trials[-1].agreement == 0 and trials[-1].likelihood < best.likelihood - 0.5:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
 from abl_mlx.induce import Induction, choose
 from abl_mlx.induce_report import card
-from abl_mlx.measurement import find_reply_prefix
+from abl_mlx.measurement import ask, find_reply_prefix
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.outputs import Output
@@ -79,7 +79,7 @@ def run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Option
             found = choose(chat, sets, options, first_layer=1 if vectors else 0)
         place = None if len(vectors) == len(paths) else _place(chat, writers, found.layer)
         with clock.step("evaluate before"):
-            before = _behaviour(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
+            before = ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
             base = stack.enter_context(
                 evaluate.baseline(chat, sets.harmless.test.take(evaluate.KL_PROMPTS).texts)
             )
@@ -107,9 +107,9 @@ def run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Option
         with clock.step("hash the source"):
             if gguf is None:
                 with TensorFiles(source.path) as files:
-                    record["hashes"] = hashes(source, files, direction, options)
+                    record["hashes"] = hashes(files, direction, options)
             else:
-                record["hashes"] = gguf_pipeline._hashes(gguf, direction, options)
+                record["hashes"] = gguf_pipeline.hashes(gguf, direction, options)
         record.update(
             before=before.record(),
             after=evaluations[0]["after"],
@@ -179,9 +179,7 @@ def _load(
     if gguf is None:
         chat = models.load(source.path)
         return chat, find_writers(chat)
-    chat, layout = gguf_model.load(gguf)
-    named = gguf_pipeline.find_writers(gguf, options)
-    return chat, gguf_model.find_writers(chat, layout, gguf, named)
+    return gguf_pipeline.load(gguf, options)
 
 
 def label_of(source: Source, direction: DirectionFile, found: Induction) -> Record:
@@ -300,10 +298,9 @@ def write_folder(
                 f"{source.path} stores {writer.path} under another name: write a control vector, "
                 f"-o NAME{control_vector.SUFFIX}."
             )
-        config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-        # What mlx-lm fills in from generation_config.json stays there.
-        filled = {k: value for k, value in chat.config.items() if k != "eos_token_id"}
-        config = {**filled, **config, **({key: True} if key else {}), "abl_mlx": dict(label)}
+        config = outputs.edited_config(source.path, chat.config, label, {})
+        if key:
+            config[key] = True
         edits = {} if key else {name: lambda values: values + bias.astype(values.dtype)}
         rewrite_folder(
             source.path,
@@ -311,7 +308,7 @@ def write_folder(
             out,
             edits,
             config=config,
-            skip=("README.md", "abl.json", "report.html"),
+            skip=outputs.COMPANIONS,
         )
         if not key:
             return
@@ -426,21 +423,13 @@ def _judge(
         figures["kl"] = evaluate.kl(model, base)
         if not in_llamacpp:
             answer = evaluate.in_mlx(model, batch_size=options.batch_size)
-            after = _behaviour(answer, sets, options)
+            after = ask(answer, sets, options)
     if in_llamacpp:
-        after = _behaviour(evaluate.in_llamacpp(one.staged), sets, options)
+        after = ask(evaluate.in_llamacpp(one.staged), sets, options)
     figures["runtime"] = "llama.cpp" if in_llamacpp else "mlx-lm"
     if is_vector:
         figures["note"] = "added at runtime in MLX, as llama.cpp's --control-vector does"
     return figures | {"after": after.record()}, after
-
-
-def _behaviour(
-    answer: Callable[[Sequence[str], int], list[str]], sets: PromptSets, options: Options
-) -> evaluate.Behaviour:
-    return evaluate.behaviour(
-        answer, sets.harmful.test, sets.harmless.test, max_tokens=options.max_tokens
-    )
 
 
 def _write_companions(

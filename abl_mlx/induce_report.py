@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from abl_mlx.report import _align, _behaviour_rows
+from abl_mlx.report import aligned, behaviour_rows
 
 
 def what_was_added(direction: Mapping[str, Any]) -> str:
@@ -22,11 +22,11 @@ def table(record: Mapping[str, Any]) -> str:
     for one in record["evaluations"]:
         rows = [
             ("", "before", "after", ""),
-            *_behaviour_rows(record["before"], one["after"]),
+            *behaviour_rows(record["before"], one["after"]),
             ("KL on harmless prompts, 1st token", "", f"{one['kl']['k1']:.4f}", "nats; large here"),
         ]
         lines += ["", f"{one['output']}  ({one['format']}; asked in {one['runtime']})"]
-        lines += _align(rows)
+        lines += aligned(rows)
         if one.get("note"):
             lines.append(f"  note: {one['note']}")
     return "\n".join(lines)
@@ -46,7 +46,7 @@ def card(record: Mapping[str, Any], one: Mapping[str, Any], title: str) -> str:
         else f"This is `{record['source']}`, made to refuse what it is asked, harmless requests "
         "too: a constant is added to its residual stream, as a bias. It was made"
     )
-    rows = _behaviour_rows(record["before"], one["after"])
+    rows = behaviour_rows(record["before"], one["after"])
     body = [
         f"# {title}, made to refuse",
         "",

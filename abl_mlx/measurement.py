@@ -10,9 +10,10 @@ import mlx.core as mx
 
 from abl_mlx import capture, directions, methods, prompts, selection
 from abl_mlx.arrays import number, numpy_of
+from abl_mlx.clock import Clock
 from abl_mlx.directions import Candidates, DirectionFile
 from abl_mlx.edits import Edit
-from abl_mlx.evaluate import generate
+from abl_mlx.evaluate import Behaviour, Chat, behaviour, generate
 from abl_mlx.models import ChatModel, common_prefix, progress
 from abl_mlx.options import Options
 from abl_mlx.pinning import embedding_means, held_at
@@ -21,6 +22,9 @@ from abl_mlx.report import say, summary_line
 from abl_mlx.variants import Tried, Variant, best
 from abl_mlx.writers import Writer
 from convert.errors import UserError
+
+#: Held-out prompts of each set in which the component is looked for.
+COMPONENT_PROMPTS = 32
 
 #: Token positions that are measured at most, counted back from the prompt's end.
 MOST_POSITIONS = 8
@@ -470,6 +474,40 @@ def find_reply_prefix(chat: ChatModel, sets: PromptSets) -> tuple[int, ...]:
     prefix = common_prefix(replies)
     # A reply that is nothing but the prefix leaves nothing to measure behind it.
     return prefix if all(len(reply) > len(prefix) for reply in replies) else ()
+
+
+def find_behind_openings(
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    sets: PromptSets,
+    options: Options,
+    clock: Clock,
+) -> DirectionFile:
+    """Find how replies open and the direction behind that; sets ``chat.reply_prefix``."""
+    with clock.step("find how replies open"):
+        chat.reply_prefix = find_reply_prefix(chat, sets)
+    with clock.step("measure and choose a direction"):
+        return find_direction(chat, writers, sets, options)
+
+
+def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
+    """Encoded held-out prompts in which the component is looked for."""
+    return [
+        chat.encode(prompt)
+        for part in (sets.harmful.test, sets.harmless.test)
+        for prompt in part.take(COMPONENT_PROMPTS).texts
+    ]
+
+
+def ask(answer: Chat, sets: PromptSets, options: Options) -> Behaviour:
+    """What a runtime does on the held-out prompts."""
+    return behaviour(
+        answer,
+        sets.harmful.test,
+        sets.harmless.test,
+        max_tokens=options.max_tokens,
+        borderline=borderline_part(sets, options, "test"),
+    )
 
 
 def _positions(chat: ChatModel, options: Options) -> list[int]:

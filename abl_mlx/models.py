@@ -69,10 +69,12 @@ class ChatModel:
 
     def encode_message(self, prompt: str) -> list[int]:
         """Like `encode`, without ``reply_prefix``."""
+        return self.encode_conversation([{"role": "user", "content": prompt}])
+
+    def encode_conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Like `encode_message`, of what user and assistant have said in turn."""
         ids = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            enable_thinking=False,
+            list(messages), add_generation_prompt=True, enable_thinking=False
         )
         return list(ids)
 

@@ -9,6 +9,22 @@ from typing import Any
 from abl_mlx.endpoint import Asking
 from abl_mlx.gate import Limits
 
+#: What ``--method`` may be; docs/methods.md has the formulas.
+METHODS = (
+    "difference-of-means",
+    "winsorized-means",
+    "median-means",
+    "projected",
+    "biprojected",
+    "svd",
+    "probe",
+    "over-refusal",
+)
+
+#: What ``--norm`` may keep of an edited weight: nothing, or the length of each line in the stream
+#: (a column of a writer, a row of an embedding), or of each row (an embedding's column) across it.
+NORMS = ("none", "columns", "rows")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -20,7 +36,7 @@ class Options:
         limit: at most so many prompts of each set and part.
         layer, position: take this candidate instead of the causal choice; a layer may lie between
             two, and a position be ``instruction-end``.
-        method: how candidates are found, of `directions.METHODS`; None for the difference of means,
+        method: how candidates are found, of `METHODS`; None for the difference of means,
             and subspaces where that is not enough.
         rank: how many directions a subspace has; None for what suits the method.
         across: ``layers`` or ``positions``, whose directions are taken together as a subspace.

@@ -57,6 +57,10 @@ class Output:
         return "GGUF" if self.is_gguf else "MLX adapter" if self.is_adapter else "MLX"
 
 
+#: What is written beside the model in an output's folder, and never copied from a source's.
+COMPANIONS = ("README.md", "abl.json", "report.html")
+
+
 def companions(path: Path) -> dict[str, Path]:
     """Where an output's record, card and Modelfile go.
 
@@ -216,13 +220,13 @@ def write_folder(
             files,
             output.staged,
             {name: _in_dtype(edit, files.info(name)) for name, edit in plan.edits.items()},
-            config=_config(
+            config=edited_config(
                 source.path, chat.config, label, mlx_edit.quantization_changes(matrices)
             ),
             rewrites=[
                 mlx_edit.rewrite(files, one, grid=grid, plain=plain) for one in matrices.values()
             ],
-            skip=("README.md", "abl.json", "report.html"),
+            skip=COMPANIONS,
             progress=bar.update,
         )
     _keep_card(source.path, output.staged)
@@ -252,7 +256,7 @@ def _in_dtype(edit: TensorEdit, info: TensorInfo) -> Callable[[mx.array], mx.arr
     return lambda values: edit.rounded(edit(values), dtype)
 
 
-def _config(
+def edited_config(
     folder: Path,
     filled: Mapping[str, Any],
     label: Mapping[str, Any],

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from abl_mlx import __version__, charts, figures
 from abl_mlx.charts import Chart
 from abl_mlx.command_line import command_line
-from abl_mlx.report import percent, summary_line
+from abl_mlx.report import interval, paired_cells, percent, summary_line
 from convert.atomic import new_file
 
 Record = Mapping[str, Any]
@@ -198,11 +198,6 @@ def _rate(count: int, total: int) -> Markup:
     ).format(count, total, width)
 
 
-def _interval(record: Record, name: str) -> str:
-    low, high = record[f"{name}_refusal_interval"]
-    return f"95% interval {low:.0%} to {high:.0%}, n={record[f'n_{name}']}"
-
-
 def _code(text: str) -> Markup:
     return Markup("<code>{}</code>").format(text)
 
@@ -221,7 +216,7 @@ def _behaviour_rows(before: Record | None, after: Record) -> list[tuple[Cell, ..
         key = f"{name}_refusal_rate"
         if key in after:
             label = f"refusals, {name} prompts"
-            rows.append((label, was(key), percent(after[key]), _interval(after, name)))
+            rows.append((label, was(key), percent(after[key]), interval(after, name)))
     if "broken_rate" in after:
         note = "empty or looping replies"
         rows.append(("broken", was("broken_rate"), percent(after["broken_rate"]), note))
@@ -353,7 +348,7 @@ def _run_tiles(record: Record, before: Record, first: Record) -> list[Tile]:
     for name in _SETS[:2]:
         key = f"{name}_refusal_rate"
         value = f"{percent(before[key])} → {percent(after[key])}"
-        tiles.append(Tile(f"refusals, {name} prompts", value, _interval(after, name)))
+        tiles.append(Tile(f"refusals, {name} prompts", value, interval(after, name)))
     if "kl" in first:
         note = "nats, first reply token, harmless prompts; 0 = same"
         tiles.append(Tile("KL", f"{first['kl']['k1']:.4f}", note))
@@ -472,7 +467,7 @@ def eval_page(record: Record, command: str, replies: Sequence[Record] = ()) -> s
     hashes = {f"{name} prompts": one["sha256"] for name, one in record.get("prompts", {}).items()}
     tiles = [
         Tile(f"refusals, {name} prompts", percent(record[f"{name}_refusal_rate"]),
-             _interval(record, name))
+             interval(record, name))
         for name in _SETS if f"{name}_refusal_rate" in record
     ]  # fmt: skip
     if "gate" in record:
@@ -561,17 +556,7 @@ def _limits(record: Record) -> tuple[str, ...]:
 def _paired(paired: Record) -> Section:
     rows = []
     for name, one in paired.items():
-        low, high = (100 * end for end in one["interval"])
-        rows.append(
-            (
-                f"refusals, {name} prompts",
-                f"{100 * one['difference']:+.1f}",
-                f"{low:+.1f} to {high:+.1f}",
-                f"{one['p']:.2g}",
-                str(one["lost"]),
-                str(one["gained"]),
-            )
-        )
+        rows.append((*paired_cells(name, one), str(one["lost"]), str(one["gained"])))
     head = (
         "target − baseline", "points", "95% interval", "p", "baseline alone", "target alone",
     )  # fmt: skip

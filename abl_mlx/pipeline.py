@@ -37,10 +37,11 @@ from abl_mlx.arrays import parameters
 from abl_mlx.clock import Clock
 from abl_mlx.edits import Edit, orthonormal
 from abl_mlx.measurement import (
+    ask,
     borderline_part,
+    component_sample,
     edit_of,
-    find_direction,
-    find_reply_prefix,
+    find_behind_openings,
     make_edit,
 )
 from abl_mlx.models import ChatModel
@@ -66,9 +67,6 @@ from convert.hf_config import read_config, refuse_foreign
 from convert.safetensors_files import TensorFiles
 
 Record = dict[str, Any]
-
-#: Held-out prompts of each set in which the component is looked for.
-COMPONENT_PROMPTS = 32
 
 #: Of these, how many are run to see that an edit of float weights is exact after every layer.
 EXACTNESS_PROMPTS = 4
@@ -148,8 +146,7 @@ def ollama_first(paths: Sequence[Path], name: str | None) -> Path:
 def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Options) -> Record:
     """`run` on an MLX or Hugging Face folder."""
     clock = Clock()
-    harmful, harmless = sets.harmful.test, sets.harmless.test
-    borderline = borderline_part(sets, options, "test")
+    borderline_part(sets, options, "test")  # too few of them are better told now
     with clock.step("load the model"):
         files = open_files(source, paths, options)
         chat = models.load(source.path)
@@ -158,27 +155,15 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
         writers = find_writers(chat)
         # An edit that would touch nothing is better told now than after the measurement.
         make_edit(mx.ones((1, chat.width)), options).chosen(writers)
-    with clock.step("find how replies open"):
-        prefix = chat.reply_prefix = find_reply_prefix(chat, sets)
-    with clock.step("measure and choose a direction"):
-        direction = find_direction(chat, writers, sets, options)
-    sample = [
-        chat.encode(prompt)
-        for part in (harmful, harmless)
-        for prompt in part.take(COMPONENT_PROMPTS).texts
-    ]
+    direction = find_behind_openings(chat, writers, sets, options, clock)
+    prefix = chat.reply_prefix
+    sample = component_sample(chat, sets)
     unit = orthonormal(direction.selected)
     with ExitStack() as stack:
         with clock.step("evaluate before"):
-            before = evaluate.behaviour(
-                evaluate.in_mlx(chat, batch_size=options.batch_size),
-                harmful,
-                harmless,
-                max_tokens=options.max_tokens,
-                borderline=borderline,
-            )
+            before = ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
             base = stack.enter_context(
-                evaluate.baseline(chat, harmless.take(evaluate.KL_PROMPTS).texts)
+                evaluate.baseline(chat, sets.harmless.test.take(evaluate.KL_PROMPTS).texts)
             )
             present = evaluate.component(chat, sample, unit)["max"]
         record = start_record(source, paths, options, direction)
@@ -188,7 +173,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
             written, the_plan = write_all(
                 source, chat, files, edit, writers, staged, record, options
             )
-            record["hashes"] = hashes(source, files, direction, options)
+            record["hashes"] = hashes(files, direction, options)
 
         def judge(one: Written, model: ChatModel) -> Record:
             known = exactness.moved(outlines, model) if one.output.is_adapter else None
@@ -199,13 +184,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
                 exactness.check(model, edit, sample[:EXACTNESS_PROMPTS], limit=limit, writers=known)
             answer, runtime, note = _runtime(one, model, options)
             note = "; ".join(filter(None, (one.note, note)))
-            after = evaluate.behaviour(
-                answer,
-                harmful,
-                harmless,
-                max_tokens=options.max_tokens,
-                borderline=borderline,
-            )
+            after = ask(answer, sets, options)
             replies[str(one.output.path)] = after
             return {
                 **written_record(one),
@@ -307,7 +286,7 @@ def _apply(
         edit = edit_of(direction, options)
         with clock.step("write"):
             written, _ = write_all(source, chat, files, edit, writers, staged, record, options)
-            record["hashes"] = hashes(source, files, direction, options)
+            record["hashes"] = hashes(files, direction, options)
         details = [written_record(one) for one in written]
         record.update(leak=worst_leak(details), written=details, seconds=clock.seconds)
         for one in written:
@@ -377,10 +356,7 @@ def _measured_direction(
     with clock.step("find the residual writers"):
         capture.check_stream(chat)
         writers = find_writers(chat)
-    with clock.step("find how replies open"):
-        chat.reply_prefix = find_reply_prefix(chat, sets)
-    with clock.step("measure and choose a direction"):
-        found = find_direction(chat, writers, sets, options)
+    found = find_behind_openings(chat, writers, sets, options, clock)
     model = {"model_type": chat.model_type, "model_sha256": combined_hash(source_hashes(files))}
     return found, model
 

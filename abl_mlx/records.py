@@ -13,6 +13,7 @@ from abl_mlx.directions import DirectionFile
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
 from abl_mlx.sources import Source
+from convert.gguf_file import GgufSource
 from convert.safetensors_files import TensorFiles
 
 Record = dict[str, Any]
@@ -74,9 +75,16 @@ def combined_hash(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def hashes(
-    source: Source, files: TensorFiles, direction: DirectionFile, options: Options
-) -> Record:
+def gguf_hashes(gguf: GgufSource) -> dict[str, str]:
+    """SHA-256 of every part of a GGUF."""
+    found = {}
+    for part in gguf.parts:
+        with open(part, "rb") as stream:
+            found[part.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def hashes(files: TensorFiles, direction: DirectionFile, options: Options) -> Record:
     """Hashes of the source's files, of the direction and of the options."""
     chosen = json.dumps(options.record(), sort_keys=True)
     return {

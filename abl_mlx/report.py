@@ -18,10 +18,21 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
 
 
-def interval(rates: Mapping[str, Any], name: str) -> str:
-    """The Wilson 95% interval of a rate in a behaviour record."""
-    low, high = rates[f"{name}_interval"]
-    return f"95% interval {low:.0%} to {high:.0%}"
+def interval(record: Mapping[str, Any], name: str) -> str:
+    """The Wilson 95% interval of a set's refusal rate in a behaviour record, and its prompts."""
+    low, high = record[f"{name}_refusal_interval"]
+    return f"95% interval {low:.0%} to {high:.0%}, n={record[f'n_{name}']}"
+
+
+def paired_cells(name: str, one: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """A set's paired difference: (what, points, 95% interval, p)."""
+    low, high = (100 * end for end in one["interval"])
+    return (
+        f"refusals, {name} prompts",
+        f"{100 * one['difference']:+.1f}",
+        f"{low:+.1f} to {high:+.1f}",
+        f"{one['p']:.2g}",
+    )
 
 
 def run_table(record: Mapping[str, Any]) -> str:
@@ -34,7 +45,7 @@ def run_table(record: Mapping[str, Any]) -> str:
         after = one["after"]
         rows = [
             ("", "before", "after", ""),
-            *_behaviour_rows(before, after),
+            *behaviour_rows(before, after),
             ("KL on harmless prompts, 1st token", "", f"{one['kl']['k1']:.4f}", "nats; 0 = same"),
             ("KL over 32 tokens", "", f"{one['kl']['k32']:.4f}", "nats a token"),
             (
@@ -48,7 +59,7 @@ def run_table(record: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"{one['output']}  ({one['format']}, {_types(one)}; asked in {one['runtime']})",
-            *_align(rows),
+            *aligned(rows),
         ]
         if one.get("note"):
             lines.append(f"  note: {one['note']}")
@@ -81,9 +92,11 @@ def _types(one: Mapping[str, Any]) -> str:
     return types if types.startswith("rank") else f"edited tensors {types}"
 
 
-def _behaviour_rows(
+def behaviour_rows(
     before: Mapping[str, Any] | None, after: Mapping[str, Any]
 ) -> list[tuple[str, str, str, str]]:
+    """The rates of behaviour records: (name, before, after, note) of each."""
+
     def was(key: str) -> str:
         return percent(before[key]) if before else ""
 
@@ -92,13 +105,13 @@ def _behaviour_rows(
             "refusals, harmful prompts",
             was("harmful_refusal_rate"),
             percent(after["harmful_refusal_rate"]),
-            f"{interval(after, 'harmful_refusal')}, n={after['n_harmful']}",
+            interval(after, "harmful"),
         ),
         (
             "refusals, harmless prompts",
             was("harmless_refusal_rate"),
             percent(after["harmless_refusal_rate"]),
-            f"{interval(after, 'harmless_refusal')}, n={after['n_harmless']}",
+            interval(after, "harmless"),
         ),
         ("broken replies", was("broken_rate"), percent(after["broken_rate"]), "empty or looping"),
     ]
@@ -107,7 +120,7 @@ def _behaviour_rows(
             "refusals, borderline prompts",
             was("borderline_refusal_rate"),
             percent(after["borderline_refusal_rate"]),
-            f"{interval(after, 'borderline_refusal')}, n={after['n_borderline']}",
+            interval(after, "borderline"),
         )
         rows.insert(2, row)
     if "expected_answer_rate" in after:
@@ -122,7 +135,8 @@ def _behaviour_rows(
     return rows
 
 
-def _align(rows: list[tuple[str, str, str, str]]) -> list[str]:
+def aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
+    """A line for each row of what was asked: name, before, after, note."""
     first = max(len(row[0]) for row in rows)
     return [f"  {a:<{first}}  {b:>8}  {c:>8}   {d}".rstrip() for a, b, c, d in rows]
 
@@ -143,22 +157,6 @@ def summary_line(direction: Mapping[str, Any]) -> str:
     if "position" in direction:
         parts.append(f"at token {direction['position']}")
     return ", ".join(parts)
-
-
-def eval_table(record: Mapping[str, Any]) -> str:
-    """The result of an evaluation without an edit."""
-    rows = [(name, value, "", note) for name, _, value, note in _behaviour_rows(None, record)]
-    if "borderline_refusal_rate" in record:
-        rows.append(
-            (
-                "refusals, borderline prompts",
-                percent(record["borderline_refusal_rate"]),
-                "",
-                f"{interval(record, 'borderline_refusal')}, n={record['n_borderline']}; harmless, "
-                "but sound bad",
-            )
-        )
-    return "\n".join([f"{record['source']} (asked in {record['runtime']})", *_align(rows)])
 
 
 def apply_table(record: Mapping[str, Any]) -> str:
@@ -296,7 +294,7 @@ def card(
         f"- leak (share of the edit lost in writing): {record['leak']['total']:.2g}",
     ]
     if one is not None:
-        rows = _behaviour_rows(record["before"], one["after"])
+        rows = behaviour_rows(record["before"], one["after"])
         body += [
             "",
             f"On held-out prompts, asked in {one['runtime']}:",

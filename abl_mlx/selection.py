@@ -17,7 +17,7 @@ from abl_mlx.edits import Edit
 from abl_mlx.logits import first_reply_token
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.report import say
-from abl_mlx.steering import Intervention, ablation, steering
+from abl_mlx.steering import Intervention, ablation, adding, steering
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 
@@ -359,9 +359,7 @@ def _works(score: Score) -> bool:
 
 def addition(candidates: Candidates, score: Score) -> Intervention:
     """The difference of means, in its own length, added after a candidate's layer."""
-    at = score.layer, candidates.positions.index(score.position)
-    difference = candidates.harmful_mean[at] - candidates.harmless_mean[at]
-    return Intervention("add", difference[None], layers=frozenset({score.layer}))
+    return adding(candidates.difference(score.layer, score.position), score.layer)
 
 
 def direction_of(candidates: Candidates, layer: float, position: int) -> mx.array:

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from abl_mlx import directions, gguf_model, memory, models, pipeline, sources
+from abl_mlx import directions, gguf_pipeline, memory, models, pipeline, sources
 from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit
-from abl_mlx.gguf_pipeline import find_writers as find_in_gguf
-from abl_mlx.measurement import edit_of, find_direction, find_reply_prefix
+from abl_mlx.measurement import edit_of, find_behind_openings
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.steering import ablation
@@ -68,9 +67,7 @@ def load(text: str, direction: Path | None, options: Options) -> Steered:
     with clock.step("load the model"):
         if source.is_gguf:
             with GgufSource(source.path) as gguf:
-                chat, layout = gguf_model.load(gguf)
-                named = find_in_gguf(gguf, options)
-                writers: Sequence[Writer] = gguf_model.find_writers(chat, layout, gguf, named)
+                chat, writers = gguf_pipeline.load(gguf, options)
         else:
             chat = models.load(source.path)
             writers = find_writers(chat)
@@ -78,8 +75,5 @@ def load(text: str, direction: Path | None, options: Options) -> Steered:
         directions.check_width(given, direction, chat)
         return Steered(source.name, chat, writers, given, options)
     sets = pipeline.load_prompts(source, options)
-    with clock.step("find how replies open"):
-        chat.reply_prefix = find_reply_prefix(chat, sets)
-    with clock.step("measure and choose a direction"):
-        found = find_direction(chat, writers, sets, options)
+    found = find_behind_openings(chat, writers, sets, options, clock)
     return Steered(source.name, chat, writers, found, options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -101,16 +102,19 @@ class Intervention:
     layers: frozenset[int] | None = None
     positions: Sequence[int] | None = None
 
+    @cached_property
+    def _basis(self) -> mx.array:
+        return orthonormal(self.directions)
+
     def after(self, states: mx.array) -> mx.array:
         """The stream with the intervention, (B, T, d), in the stream's own type."""
         if self.action == "add":
             change = self.strength * self.directions.sum(axis=0)
             change = mx.broadcast_to(change, states.shape)
         else:
-            basis = orthonormal(self.directions)
             held = mx.array(self.value, mx.float32) if self.action == "pin" else mx.array(0.0)
-            along = states.astype(mx.float32) @ basis.T
-            change = self.strength * ((held - along) @ basis)
+            along = states.astype(mx.float32) @ self._basis.T
+            change = self.strength * ((held - along) @ self._basis)
         if self.positions is not None:
             tokens = states.shape[1]
             inside = [p % tokens for p in self.positions if -tokens <= p < tokens]
@@ -119,6 +123,11 @@ class Intervention:
                 mask[mx.array(inside)] = 1.0
             change = change * mask
         return (states.astype(mx.float32) + change).astype(states.dtype)
+
+
+def adding(vector: mx.array, layer: int, strength: float = 1.0) -> Intervention:
+    """``strength`` times a vector (d,), added to the stream after one layer, at every token."""
+    return Intervention("add", vector[None], strength, layers=frozenset({layer}))
 
 
 @contextmanager

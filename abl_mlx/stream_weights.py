@@ -6,7 +6,6 @@ Nothing is run and nothing is held; a slab is decoded when it is asked for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -21,7 +20,7 @@ import numpy as np
 from abl_mlx import gguf_edit, models
 from abl_mlx.arrays import numpy_of
 from abl_mlx.edits import stream_axis
-from abl_mlx.records import source_hashes
+from abl_mlx.records import gguf_hashes, source_hashes
 from abl_mlx.slabs import Slab, slabs
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer, find_writers
@@ -367,11 +366,7 @@ def hashes(source: Source) -> dict[str, str]:
         with TensorFiles(source.path) as files:
             return source_hashes(files)
     with GgufSource(source.path) as gguf:
-        found = {}
-        for part in gguf.parts:
-            with open(part, "rb") as stream:
-                found[part.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return found
+        return gguf_hashes(gguf)
 
 
 def _text(value: Any) -> str:

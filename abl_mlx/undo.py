@@ -301,7 +301,7 @@ class _Folder(_Model):
                 staged,
                 {name: one.put_back for name, one in found.items()},
                 config=config,
-                skip=("README.md", "README.source.md", "abl.json", "report.html"),
+                skip=(*outputs.COMPANIONS, "README.source.md"),
             )
             card = self.source.path / "README.source.md"
             if card.is_file():

@@ -20,7 +20,7 @@ class Variant:
 
     Attributes:
         directions: (k, d) or (L, k, d).
-        method: of `directions.METHODS`.
+        method: of `options.METHODS`.
         layer: after which they were read; None for all of them together, or each for itself.
         position: token offset from the prompt's end; None for all of them together.
         across: ``layers`` or ``positions`` where those are taken together.

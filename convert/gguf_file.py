@@ -54,6 +54,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert.errors import UserError
 from convert.gguf_values import FORMATS
+from convert.mapped import give_back
 
 MAGIC = b"GGUF"
 ALIGNMENT = "general.alignment"
@@ -278,17 +279,10 @@ class GgufSource:
         return flat.reshape(shape)
 
     def release(self, name: str) -> None:
-        """Give the pages of a tensor that `raw` has brought in back to the system.
-
-        Views of it stay valid: what is looked at again is read again. Without this, a walk through
-        a large file would look as if the whole of it were held.
-        """
+        """Give the pages of a tensor that `raw` has brought in back to the system."""
         entry = self.tensor(name)
-        if entry.nbytes == 0 or entry.part not in self._maps or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        start = entry.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        length = entry.offset + entry.nbytes - start
-        self._maps[entry.part].madvise(mmap.MADV_DONTNEED, start, length)
+        if entry.part in self._maps:
+            give_back(self._maps[entry.part], entry.offset, entry.nbytes)
 
     def values(self, name: str) -> np.ndarray:
         """A tensor as float32 in its shape, dequantized by gguf-py; a new array.

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from convert.errors import UserError
+from convert.mapped import give_back
 
 INDEX = "model.safetensors.index.json"
 
@@ -166,17 +167,10 @@ class TensorFiles:
         return memoryview(self._maps[info.file])[info.offset : info.offset + info.nbytes]
 
     def release(self, name: str) -> None:
-        """Give the pages of a tensor that `bytes` has brought in back to the system.
-
-        Views of it stay valid: what is looked at again is read again. Without this, a walk through
-        a large model would look as if the whole of it were held.
-        """
+        """Give the pages of a tensor that `bytes` has brought in back to the system."""
         info = self.info(name)
-        if info.nbytes == 0 or info.file not in self._maps or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        length = info.offset + info.nbytes - start
-        self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, length)
+        if info.file in self._maps:
+            give_back(self._maps[info.file], info.offset, info.nbytes)
 
     def read(self, name: str) -> mx.array:
         """``name`` as an MLX array in its storage type (8-bit floats as uint8, F64 as float32)."""

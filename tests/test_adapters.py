@@ -13,11 +13,9 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from gguf import GGMLQuantizationType
 
 from abl_mlx import adapter_outputs, adapters, evaluate, gguf_model, models, outputs, prompts
-from abl_mlx.cli import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.edits import Edit, orthonormal, target
 from abl_mlx.gguf_edit import plan
@@ -29,6 +27,7 @@ from convert.gguf_file import GgufSource
 from convert.gguf_writers import find
 from convert.mlx_to_gguf import write_gguf
 from tests import tiny_gguf
+from tests.command import abl_mlx, fails
 from tests.gguf_recipes import RECIPES
 
 WIDTH = 64
@@ -43,19 +42,6 @@ def hashes(place: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in every if path.is_file()
     }
-
-
-def abl_mlx(*arguments: object) -> Any:
-    """The record of a command, which must succeed and print nothing but it."""
-    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def fails(*arguments: object) -> str:
-    result = CliRunner().invoke(cli, list(map(str, arguments)))
-    assert result.exit_code == 1
-    return str(result.stderr.splitlines()[-1])
 
 
 def quantized(source: Path, to: Path, bits: int, group: int = 32, mode: str = "affine") -> Path:

@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from abl_mlx.edits import Edit, leak, orthonormal, remove, rounded, target, total_leak
+from abl_mlx.edits import Edit, leak, orthonormal, rounded, target, total_leak
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 
@@ -80,7 +80,9 @@ def test_directions_that_point_nowhere_are_refused(rows):
 def test_remove_works_along_any_axis(axis):
     u = unit(RNG.normal(size=(2, D)))
     values = RNG.normal(size=(D, D))
-    found = remove(mx.array(u.astype(np.float32)), 1.0, mx.array(values.astype(np.float32)), axis)
+    kind = "embedding" if axis == -1 else "linear"
+    edit = Edit(mx.array(u.astype(np.float32)))
+    found = target(edit, writer(kind), "weight", mx.array(values.astype(np.float32)))
     moved = np.moveaxis(np.array(found).astype(np.float64), axis, -1)
     assert np.abs(moved @ u.T).max() < 1e-5
 

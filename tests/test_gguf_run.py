@@ -21,6 +21,7 @@ from convert.gguf_file import GgufSource
 from convert.gguf_writers import find
 from convert.mlx_to_gguf import write_gguf
 from tests import tiny
+from tests.command import abl_mlx, fails
 from tests.ollama_tools import Store, read_modelfile
 
 
@@ -36,19 +37,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return file
-
-
-def abl_mlx(*arguments: object) -> Any:
-    """The record of a command, which must succeed and print nothing but it."""
-    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def fails(*arguments: object) -> str:
-    result = CliRunner().invoke(cli, list(map(str, arguments)))
-    assert result.exit_code == 1
-    return str(result.stderr.splitlines()[-1])
 
 
 PROVENANCE = {

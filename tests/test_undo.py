@@ -11,28 +11,14 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from abl_mlx import evaluate, prompts
-from abl_mlx.cli import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.refusals import rates
 from convert.gguf_file import GgufSource
 from convert.mlx_to_gguf import write_gguf
 from convert.safetensors_files import TensorFiles
-
-
-def abl_mlx(*arguments: object) -> Any:
-    """The record of a command, which must succeed and print nothing but it."""
-    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def fails(*arguments: object) -> str:
-    result = CliRunner().invoke(cli, list(map(str, arguments)))
-    assert result.exit_code == 1
-    return str(result.stderr.splitlines()[-1])
+from tests.command import abl_mlx, fails
 
 
 @pytest.fixture
