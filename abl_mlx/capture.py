@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from abl_mlx import heads
 from abl_mlx.arrays import numpy_of
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, progress
@@ -92,7 +93,7 @@ def check_stream(chat: ChatModel) -> None:
     Raises:
         UserError: as `residual`.
     """
-    with Recorder(chat):
+    with Recorder(chat), heads.unseen(chat.model):
         chat.model(mx.array([[1, 1]], mx.int32))
 
 
@@ -128,7 +129,7 @@ class Recorder:
     def take(self, lengths: mx.array, offsets: Sequence[int]) -> mx.array:
         """The states at ``length + offset``, offsets being negative: (B, L, P, d) float32.
 
-        Nothing is evaluated yet; evaluating the result computes what it needs and no output head.
+        Nothing is evaluated yet.
         """
         rows = mx.arange(lengths.size)[:, None]
         columns = lengths[:, None] + mx.array(list(offsets))[None, :]
@@ -168,7 +169,8 @@ def iterate(
         UserError: an offset outside the shortest prompt; a layer without a residual stream.
     """
     check_offsets(sequences, offsets)
-    with Recorder(chat) as recorder, progress(len(sequences), label) as bar:
+    unseen = heads.unseen(chat.model)
+    with Recorder(chat) as recorder, unseen, progress(len(sequences), label) as bar:
         prefix = shared(chat, sequences, keep=-min(offsets))
         for batch in batches(prefix.rest(sequences)):
             prefix(batch.tokens)

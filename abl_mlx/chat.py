@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from abl_mlx import heads
 from abl_mlx.steered import Steered
 from convert.errors import UserError
 
@@ -113,7 +114,8 @@ class Conversation:
             chat.model, chat.tokenizer, mx.array(tokens), max_tokens=self._max_tokens,
             sampler=make_sampler(temp=self._temp),
         )  # fmt: skip
-        with self.steered.edited(self.strength) if edited else nullcontext():
+        on = self.steered.edited(self.strength) if edited else nullcontext()
+        with heads.last_only(chat.model), on:
             for step in steps:
                 yield step.text
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import capture
+from abl_mlx import capture, heads
 from abl_mlx.arrays import number, numbers
 from abl_mlx.batch_masks import batch_masks
 from abl_mlx.logits import log_probabilities, vocabulary
@@ -75,7 +75,7 @@ def stream(
     try:
         keys = generator.insert([list(s) for s in sequences], [max_tokens] * len(sequences))
         index = {key: number for number, key in enumerate(keys)}
-        with batch_masks(chat.model):
+        with batch_masks(chat.model), heads.last_only(chat.model):
             while responses := generator.next_generated():
                 for response in responses:
                     if response.finish_reason != "stop":

@@ -61,9 +61,16 @@ def around(pairs: Iterable[tuple[nn.Module, Around]]) -> Iterator[None]:
 
 @contextmanager
 def around_method(module: nn.Module, name: str, wrapper: Around) -> Iterator[None]:
-    """Within the block, ``module.name(...)`` goes through ``wrapper`` (for ``as_linear``)."""
+    """Within the block, ``module.name(...)`` goes through ``wrapper`` (for ``as_linear``).
+
+    Blocks nest, as those of `around`.
+    """
+    outer = vars(module).get(name)
     object.__setattr__(module, name, _bind(wrapper, getattr(module, name)))
     try:
         yield
     finally:
-        object.__delattr__(module, name)
+        if outer is None:
+            object.__delattr__(module, name)
+        else:
+            object.__setattr__(module, name, outer)

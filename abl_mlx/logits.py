@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from abl_mlx import heads
 from abl_mlx.capture import batches, residual
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, progress
@@ -63,8 +64,13 @@ def _at(chat: ChatModel, prefix: Prefix, tokens: mx.array, columns: mx.array) ->
 
 
 def vocabulary(chat: ChatModel) -> int:
-    """V, the width of the model's logits. Only a shape is asked for, so nothing is computed."""
-    return int(chat.model(mx.array([[0]])).shape[-1])
+    """V, the width of the model's logits; the model is asked once."""
+    known = vars(chat).get("_vocabulary")
+    if known is None:
+        with heads.unseen(chat.model):
+            known = int(chat.model(mx.array([[0]])).shape[-1])
+        object.__setattr__(chat, "_vocabulary", known)
+    return int(known)
 
 
 def first_reply_token(

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from abl_mlx import heads
 from abl_mlx.arrays import number
 from abl_mlx.models import ChatModel, common_prefix
 from convert.errors import UserError
@@ -37,7 +38,8 @@ class Prefix:
         self._caches: list[Any] = []
         if tokens:
             self._caches = make_prompt_cache(chat.model)
-            chat.model(mx.array([list(tokens)], mx.int32), cache=self._caches)
+            with heads.unseen(chat.model):
+                chat.model(mx.array([list(tokens)], mx.int32), cache=self._caches)
             mx.eval([_arrays(cache) for cache in self._caches])
 
     def rest(self, sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -84,8 +86,10 @@ def _trusted(chat: ChatModel, sequences: Sequence[Sequence[int]], common: Sequen
 
 
 def _differs_by(chat: ChatModel, sequence: Sequence[int], common: Sequence[int]) -> float:
-    whole = chat.model(mx.array([list(sequence)] * 2, mx.int32))
-    parts = Prefix(chat, common)(mx.array([list(sequence[len(common) :])] * 2, mx.int32))
+    prefix = Prefix(chat, common)
+    with heads.last_only(chat.model):
+        whole = chat.model(mx.array([list(sequence)] * 2, mx.int32))
+        parts = prefix(mx.array([list(sequence[len(common) :])] * 2, mx.int32))
     last = [mx.softmax(one[:, -1].astype(mx.float32), axis=-1) for one in (whole, parts)]
     return number(mx.abs(last[0] - last[1]).max())
 

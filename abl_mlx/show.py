@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import __version__
+from abl_mlx import __version__, heads
 from abl_mlx.arrays import numpy_of
 from abl_mlx.capture import Recorder
 from abl_mlx.edits import orthonormal
@@ -55,7 +55,7 @@ def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
 
 def _shares(steered: Steered, tokens: list[int]) -> np.ndarray:
     chat, selected = steered.chat, steered.direction.selected
-    with Recorder(chat) as recorder:
+    with Recorder(chat) as recorder, heads.unseen(chat.model):
         chat.model(mx.array([tokens], mx.int32))
         states = recorder.take(mx.array([len(tokens)]), range(-len(tokens), 0))[0]  # (L, T, d)
         mx.eval(states)

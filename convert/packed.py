@@ -270,7 +270,7 @@ class Packed(nn.Module):
         """x Wᵀ, (..., n) -> (..., out)."""
         count, n = self._shape[0], self._form.n
         x = x.astype(mx.float32)
-        if _on_cpu() and x.size // n * count <= _EAGER:
+        if _on_cpu():
             mx.eval(x)
             flat = np.array(x.astype(mx.float32), copy=False).reshape(-1, n)
             return mx.array(self._multiply(flat, 0, count)).reshape(*x.shape[:-1], count)
@@ -312,11 +312,6 @@ class Packed(nn.Module):
 
 def _on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
-
-
-# Numbers that a product may have to be made at once. The head of a large vocabulary over a whole
-# prompt has more, and is mostly not asked for: MLX leaves out what nobody looks at.
-_EAGER = 1 << 23
 
 
 class PackedLinear(Packed, nn.Linear):
