@@ -147,6 +147,12 @@ def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.FloatRange(min=0),
             help="Drop candidates that move harmless prompts by more (nats, first reply token).",
         ),
+        click.option(
+            "--anyway",
+            is_flag=True,
+            help="Go on where the model does not refuse harmful prompts clearly more often than "
+            "harmless ones. Without it such a model is not edited.",
+        ),
     ]
     return _decorated(command, flags)
 

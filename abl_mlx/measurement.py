@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import capture, directions, methods, prompts, selection
+from abl_mlx import capture, directions, first_look, methods, prompts, selection
 from abl_mlx.arrays import number, numpy_of
 from abl_mlx.clock import Clock
 from abl_mlx.directions import Candidates, DirectionFile
@@ -58,13 +58,9 @@ def _analytic(
     chat: ChatModel, writers: Sequence[Writer], sets: PromptSets, options: Options
 ) -> DirectionFile:
     """The choice without a search."""
-    if options.search is not None:
-        from abl_mlx import search
-
-        search.check(options)
+    _check(chat, sets, options)
     if options.direction is not None:
         return _given(chat, options)
-    check_method(options)
     train, validation = (
         {
             "harmful": [chat.encode(text) for text in getattr(sets.harmful, part).texts],
@@ -415,6 +411,19 @@ def check_method(options: Options) -> None:
         raise UserError("--borderline is used by --method over-refusal: add that.")
 
 
+def _check(chat: ChatModel, sets: PromptSets, options: Options) -> None:
+    """Refuse, before the model runs, options that do not go together or with the prompts."""
+    if options.search is not None:
+        from abl_mlx import search
+
+        search.check(options)
+    if options.direction is not None:
+        _given(chat, options)
+        return
+    check_method(options)
+    borderline_part(sets, options, "validation")
+
+
 def _rank(options: Options) -> int:
     if options.rank is not None:
         return options.rank
@@ -483,11 +492,19 @@ def find_behind_openings(
     options: Options,
     clock: Clock,
 ) -> DirectionFile:
-    """Find how replies open and the direction behind that; sets ``chat.reply_prefix``."""
-    with clock.step("find how replies open"):
-        chat.reply_prefix = find_reply_prefix(chat, sets)
+    """Find how replies open and the direction behind that; sets ``chat.reply_prefix``.
+
+    Raises:
+        UserError: as `find_direction`, and for a model whose replies show no refusal to remove.
+    """
+    _check(chat, sets, options)
+    with clock.step("ask the model as it is"):
+        seen = first_look.look(chat, sets, options)
+        first_look.check(seen, options)
+        chat.reply_prefix = seen.prefix
     with clock.step("measure and choose a direction"):
-        return find_direction(chat, writers, sets, options)
+        found = find_direction(chat, writers, sets, options)
+    return replace(found, metadata={**found.metadata, "first_look": seen.record()})
 
 
 def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:

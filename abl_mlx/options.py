@@ -45,6 +45,7 @@ class Options:
         tensor: which tensor of it.
         borderline: prompt file or dataset that ``over-refusal`` is about; None for the bundled set.
         max_kl: limit of the causal choice, nats at the first reply token.
+        anyway: go on where the model's own replies show no refusal to remove.
         search: at most so many edits are tried for a gentler one; None for no search.
         search_journal: the file that keeps what was tried; beside the output without it.
         target_refusals: the share of refused and broken replies that a search aims at.
@@ -93,6 +94,7 @@ class Options:
     tensor: str | None = None
     borderline: str | None = None
     max_kl: float = 0.1
+    anyway: bool = False
     search: int | None = None
     search_journal: Path | None = None
     target_refusals: float = 0.05

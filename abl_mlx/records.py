@@ -41,13 +41,14 @@ def start_record(
 
 
 def measured(direction: DirectionFile) -> Record:
-    """What was found on the way to a direction: ``scores``, ``trials`` and ``cloud``.
+    """What was found on the way to a direction: ``first_look``, ``scores``, ``trials``, ``cloud``.
 
     The cloud is the two prompt sets in a plane, [x, y] of each prompt. What a direction of another
     origin does not have is left out.
     """
     metadata = direction.metadata
-    found: Record = {key: metadata[key] for key in ("scores", "trials") if key in metadata}
+    kept = ("first_look", "scores", "trials")
+    found: Record = {key: metadata[key] for key in kept if key in metadata}
     if direction.clouds is not None:
         sets = zip(("harmful", "harmless"), direction.clouds, strict=True)
         points = {name: cloud.astype(float).round(4).tolist() for name, cloud in sets}
