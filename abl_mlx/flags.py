@@ -193,7 +193,8 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--strength",
             default=1.0,
             show_default=True,
-            help="1 removes the direction, 0.5 half of it, negative values strengthen it.",
+            help="1 removes the direction, 0.5 half of it, negative values strengthen it; beyond 2 "
+            "it comes back reversed. The direction is chosen by what its whole removal does.",
         ),
         click.option(
             "--layers", type=Layers(), help="Edit only these layers: 3, 2-5 or 0,4-6. Default: all."

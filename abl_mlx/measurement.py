@@ -179,10 +179,11 @@ class _Finding:
         return Variant(span, method, None, position, "layers")
 
     def _edit(self, variant: Variant) -> Edit:
+        """The whole removal, whatever strength is written: what is left tells directions apart."""
         embedding = self._embedding
         pins = None if self._options.pin is None else embedding.pins(variant.directions)
         pin = held_at(self._options.pin, pins, embedding.scale, variant.rank)
-        return make_edit(variant.directions, self._options, pin=pin)
+        return make_edit(variant.directions, replace(self._options, strength=1.0), pin=pin)
 
     def _trial(self) -> selection.Trial:
         harmless = self._validation["harmless"]
@@ -578,6 +579,15 @@ def make_edit(
         selected, options.strength, options.layers, embedding, recipe.get("profile"), options.norm,
         pin,
     )  # fmt: skip
+
+
+def warn_of_strength(strength: float) -> None:
+    """Tell that an edit overshoots: of the component it leaves 1 less its strength."""
+    if strength > 2:
+        say(
+            f"warning: --strength {strength:g} overshoots: beyond 2 the component returns reversed "
+            f"and longer than it was ({strength - 1:.3g} times); 1 removes it"
+        )
 
 
 def edit_of(direction: DirectionFile, options: Options) -> Edit:

@@ -43,6 +43,7 @@ from abl_mlx.measurement import (
     edit_of,
     find_behind_openings,
     make_edit,
+    warn_of_strength,
 )
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
@@ -91,6 +92,7 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
         UserError: bad input, told in one sentence; nothing is left behind.
     """
     options = with_journal(options, paths[0])
+    warn_of_strength(options.strength)
     source = sources.resolve(text)
     target = source if options.gguf is None else sources.resolve_gguf(options.gguf)
     outputs.check(paths, target)
@@ -240,6 +242,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
 
 def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Options) -> Record:
     """`abl-mlx apply`: write the edit that a direction file describes, without evaluating it."""
+    warn_of_strength(options.strength)
     direction = directions.read(direction_path)
     source = sources.resolve(text)
     outputs.check(paths, source)

@@ -347,10 +347,11 @@ def improve(
 
     def edit_for(given: Parameters) -> Edit:
         recipe = space.recipe(given)
-        # Norms are kept in weights only; what that changes is seen in the evaluation.
+        # Tried as a removal: --strength scales what is found. Norms are kept in weights only; what
+        # that changes is seen in the evaluation.
         return Edit(
             space.directions(given),
-            options.strength,
+            1.0,
             options.layers,
             recipe["embedding"],
             recipe["profile"],

@@ -136,7 +136,7 @@ def identity(chat: ChatModel, sets: PromptSets, space: Space, options: Options) 
         model.update(f"{name} {value.shape} {value.dtype} {piece.tolist()}".encode())
     asked = {name: [name, space.distributions()[name]._asdict()] for name in space.distributions()}
     edited = [
-        options.strength,
+        1.0,  # the strength at which edits are tried, whichever is written
         sorted(options.layers or ()),
         options.method,
         str(options.direction),

@@ -11,7 +11,7 @@ from abl_mlx import directions, gguf_pipeline, memory, models, pipeline, sources
 from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit
-from abl_mlx.measurement import edit_of, find_behind_openings
+from abl_mlx.measurement import edit_of, find_behind_openings, warn_of_strength
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.steering import ablation
@@ -61,6 +61,7 @@ def load(text: str, direction: Path | None, options: Options) -> Steered:
         UserError: bad input, told in one sentence.
     """
     clock = Clock()
+    warn_of_strength(options.strength)
     source = sources.resolve(text)
     given = None if direction is None else directions.read(direction)
     memory.check(source, asked=options.memory_check)

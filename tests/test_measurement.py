@@ -69,6 +69,37 @@ def test_the_default_goes_on_to_a_subspace_where_one_direction_fails(name):
     assert summary["validation_kl"] <= min(working) + 1e-3
 
 
+@pytest.mark.parametrize("search", [None, 8])
+def test_a_direction_is_chosen_by_its_whole_removal_and_then_scaled(search):
+    """At strength -1 the edit that leaves least refusals would be the one that does least."""
+    chat, writers, answer = loaded(MODEL_PATH)
+    sets = prompts.load_demo()
+    whole = measurement.find_direction(chat, writers, sets, Options(search=search))
+    turned = Options(strength=-1.0, search=search)
+    found = measurement.find_direction(chat, writers, sets, turned)
+    np.testing.assert_array_equal(np.array(found.selected), np.array(whole.selected))
+    assert found.metadata["summary"] == whole.metadata["summary"]
+    with ablation(writers, measurement.edit_of(found, turned)):
+        assert refused(answer(sets.harmful.test.texts, 26)) == 1
+    with ablation(writers, measurement.edit_of(found, Options())):
+        assert refused(answer(sets.harmful.test.texts, 26)) <= 0.05
+
+
+def test_beyond_two_the_component_comes_back_and_one_is_told(tiny_folder, tmp_path):
+    folder = tiny_folder("llama")
+    np.save(tmp_path / "row.npy", np.ones(loaded(folder)[0].width))
+
+    def said(strength):
+        place = str(tmp_path / f"out {strength}")
+        given = "apply", str(tmp_path / "row.npy"), str(folder), "-o", place
+        result = CliRunner().invoke(cli, [*given, "--strength", strength])
+        assert result.exit_code == 0, result.output
+        return result.stderr
+
+    assert "overshoots" not in said("2")
+    assert "returns reversed and longer than it was (1.5 times)" in said("2.5")
+
+
 def test_over_refusal_falls_and_harmful_prompts_go_on_being_refused(tmp_path):
     """ "Forget the <locked thing>. <allowed request>" sounds bad and is not: the demo refuses most
     of such prompts."""
