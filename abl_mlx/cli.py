@@ -76,11 +76,12 @@ def _answer(
 ) -> Any:
     """Do the work, print its record, and return that."""
     from abl_mlx import report
+    from abl_mlx.strict_json import to_json
 
     with _stdout_kept_for_results():
         record = work(*args)
     if as_json:
-        click.echo(report.to_json(record))
+        click.echo(to_json(record))
     else:
         click.echo(table(record) if callable(table) else getattr(report, table)(record))
     return record

@@ -16,6 +16,7 @@ from abl_mlx import __version__, capture, methods, outside
 from abl_mlx.arrays import numbers, numpy_of
 from abl_mlx.models import ChatModel
 from abl_mlx.options import METHODS
+from abl_mlx.strict_json import finite
 from convert.atomic import new_file
 from convert.errors import UserError
 
@@ -389,7 +390,7 @@ def save(path: Path, file: DirectionFile) -> None:
         for name, cloud in zip(_CLOUDS, file.clouds, strict=True):
             tensors[name] = _float32(cloud)
     for key, value in file.metadata.items():
-        metadata[key] = value if isinstance(value, str) else json.dumps(value)
+        metadata[key] = value if isinstance(value, str) else json.dumps(finite(value))
     with new_file(path) as temporary:
         # mx.save_safetensors insists on the suffix, which the temporary name does not have.
         named = temporary.with_name(temporary.name + ".safetensors")

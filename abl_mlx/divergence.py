@@ -148,7 +148,9 @@ def cut_kl(p: Top, q: Top) -> float:
     common = p.keys() & q.keys()
     if not common:
         raise ValueError("no token is in both lists")
-    total = math.fsum(math.exp(p[token]) * (p[token] - q[token]) for token in common)
+    # A token of probability 0 adds 0, whatever the other list says of it.
+    likely = [token for token in common if math.exp(p[token]) > 0]
+    total = math.fsum(math.exp(p[token]) * (p[token] - q[token]) for token in likely)
     rest_p, rest_q = (1 - math.fsum(math.exp(one[t]) for t in common) for one in (p, q))
     if rest_p > _NOTHING:
         total += rest_p * math.log(rest_p / max(rest_q, _NOTHING))

@@ -23,8 +23,9 @@ from abl_mlx.gguf_edit import (
 )
 from abl_mlx.models import progress
 from abl_mlx.options import Options
-from abl_mlx.report import card, to_json
+from abl_mlx.report import card
 from abl_mlx.sources import Source
+from abl_mlx.strict_json import to_json
 from convert import adapters, gguf_to_mlx
 from convert.atomic import check_new, new_files, new_folder
 from convert.errors import UserError

@@ -38,10 +38,10 @@ from abl_mlx.options import Options
 from abl_mlx.pipeline import EXACTNESS_PROMPTS, grouped
 from abl_mlx.prompts import PromptSets
 from abl_mlx.records import combined_hash, gguf_hashes, start_record, worst_leak
-from abl_mlx.report import to_json
 from abl_mlx.run_page import write_run_page
 from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
+from abl_mlx.strict_json import to_json
 from abl_mlx.writers import Writer
 from abl_mlx.writers import find_writers as find_by_probing
 from convert import adapters, gguf_mtp, gguf_to_mlx, gguf_writers

@@ -8,6 +8,7 @@ its effect.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -267,7 +268,10 @@ def _said(
         opens = int(number(said[0])) in openings
         rest = (said[1:] == reply[1:]).astype(mx.float32)
         agreement += opens * (number(rest.mean()) if len(reply) > 1 else 1.0)
-        likelihood += number(mx.take_along_axis(rows, reply[:, None], axis=1).mean())
+        nats = number(mx.take_along_axis(rows, reply[:, None], axis=1).mean())
+        if math.isnan(nats):
+            return 0.0, -math.inf
+        likelihood += nats
     return agreement / len(prompts), likelihood / len(prompts)
 
 

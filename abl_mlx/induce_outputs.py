@@ -29,10 +29,10 @@ from abl_mlx.options import Options
 from abl_mlx.outputs import Output
 from abl_mlx.prompts import PromptSets
 from abl_mlx.records import hashes, start_record
-from abl_mlx.report import to_json
 from abl_mlx.run_page import write_run_page
 from abl_mlx.sources import Source
 from abl_mlx.steering import steering
+from abl_mlx.strict_json import to_json
 from abl_mlx.writers import Writer, find_writers
 from convert import adapters, control_vector
 from convert.atomic import check_new, new_file

@@ -17,8 +17,9 @@ from abl_mlx import __version__, mlx_edit
 from abl_mlx.apply import LeakReport, Plan, TensorEdit, measure_leak
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
-from abl_mlx.report import card, to_json
+from abl_mlx.report import card
 from abl_mlx.sources import Source
+from abl_mlx.strict_json import to_json
 from convert import adapters, control_vector
 from convert.atomic import check_new, new_file, new_folder
 from convert.errors import UserError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -311,8 +310,3 @@ def card(
 
 def _layers(layers: list[int] | None) -> str:
     return "all" if layers is None else ", ".join(map(str, layers))
-
-
-def to_json(record: Mapping[str, Any]) -> str:
-    """The one object that `--json` prints."""
-    return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)

@@ -29,6 +29,10 @@ FIRST_PROMPTS = 8
 #: KL in nats below which an edit counts as doing nothing, and above which as breaking the model.
 LEAST_KL, LARGEST_KL = 1e-6, 1.0
 
+#: What KL and refusal score of a prompt are at most, in nats. An edit that leaves logits that are
+#: no numbers has them, so that it is never among the best, and the others can still be modelled.
+MOST_NATS = 1e3
+
 
 @dataclass(frozen=True)
 class Screened:
@@ -110,15 +114,16 @@ class Screen:
             opened = first_reply_token(self._chat, harmful)
             likeliest = numbers(opened.argmax(axis=-1))
             scores = numbers(selection.refusal_scores(opened, self.tokens))
+            # What is no number is no answer.
             refused = [
-                float(score > 0 or token in self.tokens)
+                float(not score <= 0 or token in self.tokens)
                 for score, token in zip(scores, likeliest, strict=True)
             ]
-            refusal = numbers(_surprisal(opened, self.tokens))
+            refusal = _bounded(_surprisal(opened, self.tokens))
             tokens += sum(map(len, harmful))
         if harmless := self._harmless[part]:
             opened = first_reply_token(self._chat, harmless)
-            kl = numbers(mx.maximum(selection.kl_divergence(self._base[part], opened), 0))
+            kl = _bounded(mx.maximum(selection.kl_divergence(self._base[part], opened), 0))
             tokens += sum(map(len, harmless))
         return refused, refusal, kl, tokens
 
@@ -134,6 +139,11 @@ class Screen:
         ]
         # The token that ends a reply was generated as well.
         return shares[0], shares[1], sum(min(len(one) + 1, max_tokens) for one in replies)
+
+
+def _bounded(nats: mx.array) -> list[float]:
+    """The values, of which those that are infinite or no numbers are as bad as can be."""
+    return [min(value, MOST_NATS) if value == value else MOST_NATS for value in numbers(nats)]
 
 
 def _surprisal(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.array:

@@ -117,11 +117,17 @@ def separation(
             number(d_primes[layer, p]),
             number(cosines[layer, p]),
             number(means[layer, p]),
-            dropped=(TOO_DEEP if (layer + 1) / candidates.n_layers > DEEPEST else ""),
+            dropped=_unfit(layer, candidates.n_layers, number(d_primes[layer, p])),
         )
         for layer in range(candidates.n_layers)
         for p, position in enumerate(candidates.positions)
     ]
+
+
+def _unfit(layer: int, layers: int, d_prime: float) -> str:
+    if not math.isfinite(d_prime):
+        return "its states are not numbers"
+    return TOO_DEEP if (layer + 1) / layers > DEEPEST else ""
 
 
 def d_prime(harmful: mx.array, harmless: mx.array) -> mx.array:
@@ -181,13 +187,26 @@ def refused(log_probabilities: mx.array, tokens: Sequence[int]) -> float:
 
 
 def kl_divergence(base: mx.array, other: mx.array) -> mx.array:
-    """KL(base ‖ other) in nats along the last axis, from log-probabilities: (…, V) -> (…)."""
-    return (mx.exp(base) * (base - other)).sum(axis=-1)
+    """KL(base ‖ other) in nats along the last axis, from log-probabilities: (…, V) -> (…).
+
+    A token of probability 0 under base (a logit of −inf, say) adds 0, whatever the other gives it.
+    """
+    p = mx.exp(base)
+    return mx.where(p == 0, 0, p * (base - other)).sum(axis=-1)
+
+
+def known(log_probabilities: mx.array) -> bool:
+    """Whether all of them are numbers; −inf is one."""
+    return not mx.isnan(log_probabilities).any().item()
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What an edit does to the first reply token, on validation prompts; see `Score`."""
+    """What an edit does to the first reply token, on validation prompts; see `Score`.
+
+    An edit that leaves logits that are no numbers has an infinite refusal score and KL, so that
+    nothing chooses it.
+    """
 
     refusal: float
     refused: float
@@ -237,6 +256,8 @@ class Trial:
         with ablation(self._writers, replace(edit, norm="none")):
             asked = first_reply_token(self._chat, self._harmful)
             opened = first_reply_token(self._chat, self._harmless)
+        if not (known(asked) and known(opened)):
+            return Effect(refusal=math.inf, refused=1.0, kl=math.inf)
         return Effect(
             refusal=number(refusal_scores(asked, self.refusal_tokens).mean()),
             refused=refused(asked, self.refusal_tokens),
@@ -254,6 +275,8 @@ class Trial:
         """The mean refusal score of harmless prompts under an intervention on the stream."""
         with steering(self._chat, intervention):
             opened = first_reply_token(self._chat, self._harmless)
+        if not known(opened):
+            return -math.inf
         return number(refusal_scores(opened, self.refusal_tokens).mean())
 
 

@@ -295,6 +295,9 @@ def test_a_cut_kl_is_a_lower_bound_and_exact_when_nothing_is_cut() -> None:
 def test_lists_without_a_common_token_are_no_comparison() -> None:
     with pytest.raises(ValueError, match="no token"):
         divergence.cut_kl({1: -0.1}, {2: -0.1})
+    never = -math.inf
+    assert divergence.cut_kl({1: 0.0, 2: never}, {1: 0.0, 2: never}) == 0
+    assert divergence.cut_kl({1: 0.0, 2: never}, {1: math.log(0.5), 2: -2.0}) > 0.6
 
 
 def test_the_cut_kl_of_two_runtimes_is_near_the_exact_one(half: Path) -> None:

@@ -1,6 +1,7 @@
 """The search: its mathematics against brute force, its journal, and real searches on the demo."""
 
 import json
+import math
 from dataclasses import replace
 
 import mlx.core as mx
@@ -321,6 +322,21 @@ def test_search_finds_a_gentler_edit_that_leaves_no_refusals(demo, whole):
     # Fewer generated tokens than a hundred replies of the length that is read would have cost.
     assert 0 < chosen["generated_tokens"] < 100 * 64
     assert found.metadata.get("recipe") is None
+
+
+def test_an_edit_that_leaves_no_numbers_is_worst(demo):
+    chat, writers, sets, _ = demo
+    harmful, harmless = (
+        [chat.encode(text) for text in part.validation.texts[:3]]
+        for part in (sets.harmful, sets.harmless)
+    )
+    screen = search.Screen(chat, writers, harmful, harmless)
+    direction = mx.ones((1, chat.width)) / chat.width**0.5
+    worst = screen.score(Edit(direction, math.nan))
+    assert worst.refused == 1
+    assert np.isfinite([worst.refusal, worst.kl, *worst.early]).all()
+    assert worst.kl > 1e2
+    assert worst.refusal > 1e2
 
 
 def test_the_file_keeps_the_edit(whole, tmp_path):

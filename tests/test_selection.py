@@ -1,10 +1,13 @@
 """Separation scores, the refusal score and the causal choice, against NumPy and a planted case."""
 
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from abl_mlx import selection
+from abl_mlx.arrays import number
 from abl_mlx.directions import Candidates
 from abl_mlx.edits import Edit
 from abl_mlx.logits import first_reply_token, log_probabilities
@@ -57,6 +60,35 @@ def test_kl_is_its_formula_and_zero_for_equals():
     found = selection.kl_divergence(f32(np.log(p)), f32(np.log(q)))
     np.testing.assert_allclose(np.array(found), (p * np.log(p / q)).sum(1), rtol=1e-3)
     assert np.abs(np.array(selection.kl_divergence(f32(np.log(p)), f32(np.log(p))))).max() == 0
+
+
+def test_what_has_no_probability_adds_nothing_to_a_kl():
+    p, q = np.array([0.5, 0.5, 0, 0]), np.array([0.25, 0.25, 0.5, 0])
+    with np.errstate(divide="ignore"):
+        p, q = f32(np.log(p)), f32(np.log(q))
+    assert number(selection.kl_divergence(p, p)) == 0
+    assert number(selection.kl_divergence(p, q)) == pytest.approx(math.log(2))
+    assert number(selection.kl_divergence(q, p)) == math.inf
+    # e^−200 is 0 in float32, and the other rules the token out.
+    assert number(selection.kl_divergence(f32([0, -200.0]), f32([0, -math.inf]))) == 0
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_edit_that_leaves_no_numbers_is_not_chosen(broken, tiny_folder, monkeypatch):
+    chat = load(tiny_folder("gemma2"))
+    candidates, prompts = planted(chat)
+    monkeypatch.setattr(selection, "refusal_tokens", lambda harmful, harmless: [7, 9])
+
+    def edit_for(score):
+        direction = selection.direction_of(candidates, score.layer, score.position)
+        return Edit(direction, math.nan if score.layer == broken else 1.0)
+
+    choice = selection.choose(
+        chat, find_writers(chat), candidates, prompts[:2], prompts[2:],
+        edit_for=edit_for, max_kl=1e3,
+    )  # fmt: skip
+    assert choice.score.layer != broken
+    assert {s.kl for s in choice.scores if s.layer == broken} == {math.inf}
 
 
 def test_refusal_tokens_are_those_that_harmful_prompts_add():
