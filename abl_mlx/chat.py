@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import heads
+from abl_mlx import heads, interrupts
 from abl_mlx.steered import Steered
 from convert.errors import UserError
 
@@ -159,6 +159,7 @@ def talk(
         except UserError as error:
             write(f"{error}\n")
         except KeyboardInterrupt:
+            interrupts.forget()
             write("\n(stopped)\n")
 
 

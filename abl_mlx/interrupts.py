@@ -1,23 +1,47 @@
-"""Ctrl-C and a polite kill stop the work, even where a library swallows the exception.
+"""Ctrl-C and a polite kill stop the work at the next chance, and at once when they come again.
 
 Python raises KeyboardInterrupt wherever it happens to be: inside a destructor or a callback of
-native code it is printed and forgotten. So the request is remembered too, and looked for between
-steps.
+native code it is printed and forgotten, so the request is remembered too, and looked for between
+steps. And while native code computes, Python does not hear of a signal at all. Therefore a thread
+is woken by the first one and gives the signal its default meaning back, which is to end the
+process: the second one needs nobody to listen.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import sys
+import threading
+import time
 from types import FrameType
 
+#: Seconds in which a repeated signal counts as the same request: `timeout` and some launchers
+#: signal the process and its group, so that one Ctrl-C arrives twice.
+SAME = 0.3
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# What was asked for, and when. The thread and the main thread share the time under the lock.
 _requested: list[int] = []
+_lock = threading.Lock()
+_forgotten = 0.0
+_asked_at = -SAME
+_watching = False
 
 
 def listen() -> None:
     """Take over SIGINT and SIGTERM; for the command line, which owns the process."""
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
+    global _watching
+    for number in _SIGNALS:
+        signal.signal(number, _stop)
+    if not _watching:
+        _watching = True
+        awake, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(awake,), name="signals", daemon=True).start()
 
 
 def check() -> None:
@@ -33,12 +57,39 @@ def check() -> None:
 
 def forget() -> None:
     """Take back a request that has been met in another way than by stopping."""
-    _requested.clear()
+    global _forgotten, _asked_at
+    with _lock:
+        _forgotten, _asked_at = time.monotonic(), -SAME
+        _requested.clear()
+        if _watching:
+            for number in _SIGNALS:
+                signal.signal(number, _stop)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    global _asked_at
+    now = time.monotonic()
+    again = now - _asked_at < SAME
+    _asked_at = now
     _requested.append(number)
-    _raise(number)
+    if not again:
+        _raise(number)
+
+
+def _watch(awake: int) -> None:
+    """Wait for signals; after each, let the next one of its kind end the process."""
+    system = ctypes.CDLL(None)
+    system.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+    system.signal.restype = ctypes.c_void_p
+    while number := os.read(awake, 1):
+        heard = time.monotonic()
+        time.sleep(SAME)
+        with _lock:
+            # The main thread may have met the request before this one was woken.
+            met = _forgotten > heard - SAME
+            # The C function, since Python's own works in the main thread only. Null is SIG_DFL.
+            if number[0] in _SIGNALS and not met:
+                system.signal(number[0], None)
 
 
 def _raise(number: int) -> None:

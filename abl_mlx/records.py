@@ -57,11 +57,16 @@ def measured(direction: DirectionFile) -> Record:
 
 
 def source_hashes(files: TensorFiles) -> dict[str, str]:
-    """SHA-256 of every weight file, read in pieces."""
+    """SHA-256 of every weight file."""
+    return _hashes(files.files)
+
+
+def _hashes(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each file by its name, read in pieces (hashlib.file_digest is of Python 3.11)."""
     found = {}
-    total = sum(file.stat().st_size for file in files.files)
+    total = sum(file.stat().st_size for file in files)
     with models.progress(total, "hash the source", "B") as bar:
-        for file in files.files:
+        for file in files:
             digest = hashlib.sha256()
             with open(file, "rb") as stream:
                 while piece := stream.read(1 << 20):
@@ -78,11 +83,7 @@ def combined_hash(parts: Mapping[str, str]) -> str:
 
 def gguf_hashes(gguf: GgufSource) -> dict[str, str]:
     """SHA-256 of every part of a GGUF."""
-    found = {}
-    for part in gguf.parts:
-        with open(part, "rb") as stream:
-            found[part.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    return _hashes(gguf.parts)
 
 
 def hashes(files: TensorFiles, direction: DirectionFile, options: Options) -> Record:

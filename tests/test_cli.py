@@ -1,6 +1,5 @@
 """The command line: exit codes, one sentence on stderr, one JSON object on stdout."""
 
-import contextlib
 import json
 import os
 import signal
@@ -164,19 +163,6 @@ def test_a_signal_at_any_step_leaves_no_final_name(number, step, place):
     assert not (place / "out").exists()
     if number != signal.SIGKILL:
         assert not list(place.glob(".out*"))
-
-
-def test_a_swallowed_interrupt_is_seen_between_steps(monkeypatch):
-    """KeyboardInterrupt raised inside a destructor is printed and forgotten by Python."""
-    from abl_mlx import interrupts
-    from abl_mlx.pipeline import Clock
-
-    monkeypatch.setattr(interrupts, "_requested", [])
-    clock = Clock()
-    with contextlib.suppress(KeyboardInterrupt):
-        interrupts._stop(signal.SIGINT, None)
-    with pytest.raises(KeyboardInterrupt), clock.step("anything"):
-        pytest.fail("the step must not begin")
 
 
 def test_inspect_says_what_an_edit_would_touch(tiny_folder):
