@@ -13,8 +13,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from abl_mlx import prompt_tokens
 from abl_mlx.arrays import parameters
 from convert import packed
+from convert.chat_template import ChatTemplate
 from convert.errors import UserError
 from convert.hf_config import read_config
 
@@ -29,7 +31,7 @@ class ChatModel:
     Attributes:
         folder: where it was loaded from.
         model: mlx-lm's model.
-        tokenizer: mlx-lm's TokenizerWrapper.
+        tokenizer: mlx-lm's TokenizerWrapper; None where nothing is to be encoded.
         config: config.json with renamed keys filled in, as given to mlx-lm.
         reply_prefix: token ids with which every reply of the model opens (a thought block that
             the template leaves to the model, say); appended to every encoded prompt.
@@ -73,10 +75,12 @@ class ChatModel:
 
     def encode_conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Like `encode_message`, of what user and assistant have said in turn."""
-        ids = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, enable_thinking=False
-        )
-        return list(ids)
+        return prompt_tokens.encode(self.tokenizer, self.template, messages, self.folder)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template; None where the tokenizer writes prompts by code of its own."""
+        return prompt_tokens.template_of(self.tokenizer, self.folder)
 
     @cached_property
     def template_tail(self) -> int:
@@ -109,7 +113,9 @@ def computes_on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
-def load(folder: Path, *, check: bool = True, adapter: Path | None = None) -> ChatModel:
+def load(
+    folder: Path, *, check: bool = True, adapter: Path | None = None, encodes: bool = True
+) -> ChatModel:
     """Load an MLX or Hugging Face folder.
 
     On the CPU it computes in float32 (exact, and about 50 times faster there than half precision),
@@ -119,6 +125,7 @@ def load(folder: Path, *, check: bool = True, adapter: Path | None = None) -> Ch
         folder: holds config.json, model*.safetensors and the tokenizer.
         check: look at every weight for NaN and infinity, one tensor at a time.
         adapter: an adapter folder, applied as `mlx_lm.generate --adapter-path` does.
+        encodes: with the tokenizer; an edit of the weights needs none.
 
     Raises:
         UserError: missing config or weights, an architecture that mlx-lm does not know, tensors
@@ -135,29 +142,32 @@ def load(folder: Path, *, check: bool = True, adapter: Path | None = None) -> Ch
         if sum(value.size for _, value in parameters(model)) <= _WIDENED:
             model.set_dtype(mx.float32)
         packed.hold(model)
-    tokenizer = load_tokenizer(folder, config, folder)
-    return ChatModel(folder, model, tokenizer, config)
+    chat = ChatModel(folder, model, None, config)
+    if encodes:
+        add_tokenizer(chat)
+    return chat
 
 
 def load_lazily(folder: Path) -> ChatModel:
     """The same from config.json and the files' headers: no weight is read before it is asked for.
 
-    Enough to find writers and to edit file to file; whoever runs it loads it all.
+    Enough to find writers and to edit file to file; whoever runs it loads it all. It has no
+    tokenizer, which a base model's folder need not have (`add_tokenizer`).
 
     Raises:
-        UserError: as `load`, but for weights that are not finite.
-    """
-    model, config = _load_model(folder, read_config(folder), lazy=True)
-    return ChatModel(folder, model, load_tokenizer(folder, config, folder), config)
-
-
-def load_weights_lazily(folder: Path) -> ChatModel:
-    """The same without a tokenizer, which a base model's folder need not have.
-
-    Enough to find writers; it cannot encode anything.
+        UserError: as `load`, but for the tokenizer and for weights that are not finite.
     """
     model, config = _load_model(folder, read_config(folder), lazy=True)
     return ChatModel(folder, model, None, config)
+
+
+def add_tokenizer(chat: ChatModel) -> None:
+    """Give a model the tokenizer in its folder.
+
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    chat.tokenizer = load_tokenizer(chat.folder, chat.config, chat.folder)
 
 
 def _load_model(

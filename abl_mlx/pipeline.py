@@ -280,7 +280,7 @@ def _apply(
             chat = models.load_lazily(source.path)
         else:
             memory.check(source, asked=options.memory_check)
-            chat = models.load(source.path)
+            chat = models.load(source.path, encodes=False)
         directions.check_width(direction, direction_path, chat)
     with clock.step("find the residual writers"):
         writers = find_writers(chat)
@@ -392,7 +392,7 @@ def inspect(text: str) -> Record:
         "dtypes": sorted(stored),
         "quantization": config.get("quantization") or config.get("quantization_config"),
         "tied": any(writer.tied for writer in writers),
-        "template_tail": chat.template_tail,
+        **_template(chat),
         "writers": grouped(
             (writer.path, writer.kind, writer.gain is not None, writer.has_bias)
             for writer in writers
@@ -400,6 +400,15 @@ def inspect(text: str) -> Record:
         "edit": {"tensors": len(touched), "parameters": edited, "share": edited / whole},
         **({"mtp": predicting} if predicting else {}),
     }
+
+
+def _template(chat: ChatModel) -> Record:
+    """How many tokens follow the instruction in the chat template, or why there are none."""
+    try:
+        models.add_tokenizer(chat)
+        return {"template_tail": chat.template_tail}
+    except UserError as error:
+        return {"template_tail": None, "template_fault": str(error)}
 
 
 def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[Record]:

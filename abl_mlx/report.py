@@ -238,7 +238,9 @@ def inspect_table(record: Mapping[str, Any]) -> str:
         ("quantization", record["quantization"] or "none"),
         ("output head", "tied to the embedding" if record["tied"] else "its own weights"),
     ]
-    if "template_tail" in record:
+    if "template_fault" in record:
+        rows.append(("chat template", f"none that can be used: {record['template_fault']}"))
+    elif "template_tail" in record:
         rows.append(("chat template", f"{record['template_tail']} tokens after the instruction"))
     if "runs_in_mlx" in record:
         can = "yes: `run` and `measure` need nothing but this file"

@@ -210,7 +210,7 @@ def _gguf_weight(gguf: GgufSource, one: gguf_writers.GgufWriter) -> StreamWeight
 
 
 def _of_folder(folder: Path, files: TensorFiles) -> StreamWeights:
-    chat = models.load_weights_lazily(folder)
+    chat = models.load_lazily(folder)
     try:
         found = find_writers(chat)
     except UserError as error:

@@ -212,7 +212,7 @@ def edits(name: str, work: Path) -> Iterator[Case]:
     """Edited variants of one of `MODELS`."""
     folder = MODELS[name]
     r = work / f"{name}.safetensors"
-    layers = models.load_weights_lazily(folder).layers
+    layers = models.load_lazily(folder).layers
     chosen = Options()
     if name != "demo":
         texts = {key: str(folder / f"{file}.txt") for key, file in PROMPTS.items()}

@@ -17,6 +17,7 @@ from typing import Any
 
 from gguf import TokenType
 
+from convert import template_files
 from convert.errors import UserError
 from convert.gguf_pre_tokenizers import CONTRACTION, DIGIT, GPT2, LINE, PRE
 
@@ -195,7 +196,8 @@ class _Files:
         if model.is_file() and not skip:
             self.pieces, self.dummy_prefix = _read_sentencepiece(model)
         self.added = self._added()
-        self.chat_templates = self._chat_templates()
+        older = _json(folder / "chat_template.json")
+        self.chat_templates = template_files.read(folder, self.config, older)
 
     def _added(self) -> dict[int, dict[str, Any]]:
         added: dict[int, dict[str, Any]] = {}
@@ -206,23 +208,6 @@ class _Files:
         for token in (self.tokenizer or {}).get("added_tokens") or []:
             added[int(token["id"])] = dict(token)
         return added
-
-    def _chat_templates(self) -> dict[str, str]:
-        stored = self.config.get("chat_template")
-        templates: dict[str, str] = {}
-        if isinstance(stored, str):
-            templates["default"] = stored
-        elif isinstance(stored, list):
-            templates = {str(entry["name"]): str(entry["template"]) for entry in stored}
-        older = _json(self.folder / "chat_template.json").get("chat_template")
-        if isinstance(older, str):
-            templates["default"] = older
-        jinja = self.folder / "chat_template.jinja"
-        if jinja.is_file():
-            templates["default"] = jinja.read_text(encoding="utf-8")
-        for path in sorted((self.folder / "additional_chat_templates").glob("*.jinja")):
-            templates[path.stem] = path.read_text(encoding="utf-8")
-        return templates
 
     def role_text(self, role: str) -> str | None:
         """The token text configured for bos, eos, unk or pad."""

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from convert.chat_template import ChatTemplate, TemplateError
 from convert.errors import UserError
 from convert.gguf_file import metadata
 from convert.gguf_tokenizer import read_tokenizer
@@ -282,14 +282,25 @@ def read_turns(
     reply = {"role": "assistant", "content": _MARKS["assistant"]}
     system = {"role": "system", "content": _MARKS["system"]}
 
-    def render(messages: Sequence[Message], ask: bool = True) -> str | None:
-        text = _render(source, messages, bos, eos, ask)
-        return text.removeprefix(bos) if text and drop_bos else text
+    # The same day on every run.
+    template = ChatTemplate(
+        source, Path(), {"bos_token": bos, "eos_token": eos}, today="01 Jan 2026"
+    )
 
-    one, two = render([user]), render([user, reply, user])
+    def render(messages: Sequence[Message], ask: bool = True) -> str | None:
+        try:
+            text = template.render(messages, ask=ask)
+        except TemplateError:
+            return None
+        return text.removeprefix(bos) if drop_bos else text
+
+    one = render([user])
+    if one is None:
+        return None
+    two = render([user, reply, user])
     bare = render([user], ask=False)
     with_system = render([system, user])
-    if one is None or two is None or bare is None:
+    if two is None or bare is None:
         return None
     mark, answer, lead = _MARKS["user"], _MARKS["assistant"], _MARKS["system"]
     if one.count(mark) != 1 or two.count(mark) != 2 or two.count(answer) != 1:
@@ -335,32 +346,6 @@ def read_turns(
     whole = [t for t in found if t.assistant[1] == after]
     ended = [t for t in found if eos and t.assistant[1].endswith(eos)]
     return (whole or ended or found)[0]
-
-
-def _render(source: str, messages: Sequence[Message], bos: str, eos: str, ask: bool) -> str | None:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    # The same day on every run.
-    environment.globals["strftime_now"] = lambda form: "01 Jan 2026"
-    values: dict[str, Any] = {
-        "messages": [dict(message) for message in messages],
-        "add_generation_prompt": ask,
-        "bos_token": bos,
-        "eos_token": eos,
-        "tools": None,
-    }
-    try:
-        return environment.from_string(source).render(**values)
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError):
-        return None
 
 
 def _go(text: str) -> str:

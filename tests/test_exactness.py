@@ -8,7 +8,7 @@ import pytest
 
 from abl_mlx import evaluate, exactness, gguf_pipeline, pipeline
 from abl_mlx.edits import Edit, rounded, target
-from abl_mlx.models import load, load_lazily
+from abl_mlx.models import add_tokenizer, load, load_lazily
 from abl_mlx.options import Options
 from abl_mlx.writers import find_writers
 from convert.errors import UserError
@@ -95,6 +95,7 @@ def test_the_norm_before_the_stream_counts(tiny_folder):
 def test_half_precision_models_are_measured_in_float32(tiny_folder):
     """As on Metal, where weights stay in float16: its rounding of the stream is not the edit's."""
     chat = load_lazily(tiny_folder("llama", dtype="float16"))
+    add_tokenizer(chat)
     chat, edit = edited(chat, random_directions(chat.width), dtype=mx.float16)
     assert chat.model.model.layers[0].mlp.down_proj.weight.dtype == mx.float16
     in_float32 = max(exactness.check(chat, edit, encoded(chat)))
