@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from types import TracebackType
 
 from abl_mlx.endpoint import Asking, Endpoint
 from convert.errors import UserError
+
+_GUARD = Path(__file__).with_name("guard.py")
 
 #: Longest that a model may take to load, in seconds.
 LOADING = 600.0
@@ -56,9 +59,13 @@ class LlamaServer:
         try:
             # Its own variables (LLAMA_ARG_..., LLAMA_API_KEY) are for servers that people start.
             own = {name: text for name, text in os.environ.items() if name[:6] != "LLAMA_"}
+            # Behind a guard, and in its own session: Ctrl-C in a terminal is for this process, and
+            # a kill of this process ends the server too.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=own
-            )
+                [sys.executable, "-I", str(_GUARD), *command],
+                stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=own,
+                start_new_session=True,
+            )  # fmt: skip
             self._wait(port)
             self.endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", None, self._asking)
         except OSError as error:
@@ -93,7 +100,7 @@ class LlamaServer:
 
     def _said(self) -> str:
         """The line of its log that tells what went wrong."""
-        from abl_mlx.llamacpp import reason
+        from abl_mlx.llamacpp_process import reason
 
         self._log.seek(0)
         return reason(self._log.read().decode(errors="replace")) or "it says nothing."
@@ -101,13 +108,10 @@ class LlamaServer:
     def stop(self) -> None:
         """End the server, with force when it does not go by itself."""
         process, self._process = self._process, None
-        if process is not None and process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if process is not None:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
         self._log.close()
 
     def __exit__(

@@ -1,25 +1,21 @@
-"""The real llama.cpp as a runtime, in process, through xllamacpp."""
+"""The real llama.cpp as a runtime, in a process of its own, through xllamacpp."""
 
 from __future__ import annotations
 
+import http.client
+import importlib.util
 import json
 import os
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
+from abl_mlx import memory
+from abl_mlx.llamacpp_process import LlamaProcess
 from convert.errors import UserError
-
-# llama.cpp's log levels: below 1 it says nothing at all, at 2 errors and warnings.
-_SILENT, _WARNINGS = -1, 2
 
 
 class LlamaCpp:
@@ -56,60 +52,28 @@ class LlamaCpp:
         """
         self.path = Path(path)
         self.n_parallel = n_parallel
-        if not self.path.is_file():
-            raise UserError(f"{self.path} is no file: give the path of a .gguf file.")
-        try:
-            import xllamacpp
-        except ImportError as error:
-            raise UserError(
-                f"running a GGUF file needs llama.cpp ({error}): pip install 'abl-mlx[llamacpp]'."
-            ) from None
         self.n_ctx = n_ctx
+        for file, kind in ((self.path, ".gguf"), (lora, ".lora.gguf")):
+            if file is not None and not file.is_file():
+                raise UserError(f"{file} is no file: give the path of a {kind} file.")
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise UserError(
+                "running a GGUF file needs llama.cpp (there is no module xllamacpp): "
+                "pip install 'abl-mlx[llamacpp]'."
+            )
         asked = os.environ.get("LLAMA_ARG_THREADS", "")
-        self.n_threads = n_threads or (int(asked) if asked.isdigit() else 0) or None
-        self.lean = lean
-        self.lora = lora
-        if lora is not None and not lora.is_file():
-            raise UserError(f"{lora} is no file: give the path of a .lora.gguf file.")
-        try:
-            self._server: Any = xllamacpp.Server(self._params(xllamacpp, _SILENT))
-            # Its loop begins in a thread of its own, and would never end if it began only after it
-            # was told to: whatever it answers says that it has begun.
-            self._server.handle_metrics()
-        except (RuntimeError, ValueError) as error:
-            said = self._load_again(xllamacpp) or str(error)
-            what = f"{self.path} with {lora}" if lora is not None else str(self.path)
-            raise UserError(f"llama.cpp cannot load {what}: {said}") from None
-
-    def _params(self, xllamacpp: Any, verbosity: int) -> Any:
-        params = xllamacpp.CommonParams()
-        params.model.path = str(self.path)
-        params.n_parallel = self.n_parallel
-        params.n_ctx = self.n_ctx * self.n_parallel
-        params.kv_unified = False
-        params.warmup = False
-        params.verbosity = verbosity
-        params.use_jinja = True
-        params.endpoint_metrics = True
-        params.no_extra_bufts = self.lean
-        if self.lora is not None:
-            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(self.lora), 1.0)]
-        # Replies as the model wrote them, thoughts included.
-        params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
-        if self.n_threads is not None:
-            params.cpuparams.n_threads = self.n_threads
-            params.cpuparams_batch.n_threads = self.n_threads
-        return params
-
-    def _load_again(self, xllamacpp: Any) -> str:
-        """Fail once more, with the log on, and return the lines that say why."""
-        with _captured_output() as log:
-            try:
-                xllamacpp.Server(self._params(xllamacpp, _WARNINGS))
-            except (RuntimeError, ValueError):
-                # The log is written by a thread of its own.
-                time.sleep(0.2)
-            return reason(log.read_text(encoding="utf-8", errors="replace"))
+        self._process: LlamaProcess | None = LlamaProcess(
+            f"{self.path} with {lora}" if lora is not None else str(self.path),
+            {
+                "path": str(self.path),
+                "n_ctx": n_ctx,
+                "n_parallel": n_parallel,
+                "n_threads": n_threads or (int(asked) if asked.isdigit() else 0) or None,
+                "lean": lean,
+                "lora": None if lora is None else str(lora),
+            },
+            memory.gguf_size(self.path),
+        )
 
     def chat(
         self,
@@ -153,8 +117,8 @@ class LlamaCpp:
             messages = [{"role": "user", "content": prompt}]
             if system is not None:
                 messages.insert(0, {"role": "system", "content": system})
-            reply = self._ask(
-                self._server.handle_chat_completions,
+            reply = self._post(
+                "/v1/chat/completions",
                 {
                     "messages": messages,
                     "max_tokens": max_tokens,
@@ -171,6 +135,9 @@ class LlamaCpp:
             numbers = {pool.submit(answer, prompt): n for n, prompt in enumerate(prompts)}
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
+        except (KeyboardInterrupt, SystemExit):
+            self.close()  # its answers are not waited for
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -244,9 +211,18 @@ class LlamaCpp:
         )
         return str(reply["prompt"])
 
+    @property
+    def address(self) -> str:
+        """Where llama.cpp's own server answers, on the loopback interface."""
+        if self._process is None:
+            raise UserError(f"{self.path} is unloaded.")
+        return self._process.address
+
     def close(self) -> None:
         """Unload the model."""
-        self._server = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop()
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -259,35 +235,38 @@ class LlamaCpp:
     ) -> None:
         self.close()
 
-    def _ask(self, handle: Callable[..., None], request: dict[str, Any]) -> dict[str, Any]:
-        replies: list[Any] = []
-        try:
-            handle(request, replies.append)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"llama.cpp refuses a request to {self.path}: {error}") from None
-        reply = replies[-1] if replies else {"message": "no reply"}
-        if isinstance(reply, (str, bytes)):
-            reply = json.loads(reply)
-        if "choices" not in reply:
-            problem = reply.get("error", reply)
-            said = problem.get("message", problem) if isinstance(problem, Mapping) else problem
-            raise UserError(f"llama.cpp refuses a request to {self.path}: {said}")
-        return dict(reply)
-
     def _post(self, route: str, request: dict[str, Any]) -> dict[str, Any]:
-        # The server listens on the loopback interface; a proxy has no business here.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        call = urllib.request.Request(
-            self._server.listening_address + route,
-            json.dumps(request).encode(),
-            {"Content-Type": "application/json"},
-        )
+        place = urlsplit(self.address)
+        # Straight to the loopback interface; a proxy has no business here.
+        connection = http.client.HTTPConnection(place.hostname or "", place.port)
         try:
-            with opener.open(call) as reply:
-                return dict(json.loads(reply.read()))
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")
-            raise UserError(f"llama.cpp refuses a request to {self.path}: {said}") from None
+            connection.request(
+                "POST", route, json.dumps(request), {"Content-Type": "application/json"}
+            )
+            reply = connection.getresponse()
+            content = reply.read()
+        except (OSError, http.client.HTTPException) as error:
+            process = self._process
+            if process is not None and process.died():
+                raise UserError(
+                    f"llama.cpp ended while it ran {self.path}: {process.ended()}"
+                ) from None
+            raise UserError(f"llama.cpp does not answer with {self.path}: {error}.") from None
+        finally:
+            connection.close()
+        if reply.status == 200:
+            return dict(json.loads(content))
+        raise UserError(
+            f"llama.cpp refuses a request to {self.path}: {_said(content.decode(errors='replace'))}"
+        )
+
+
+def _said(content: str) -> str:
+    """The message in an error of llama.cpp's server."""
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, TypeError, KeyError):
+        return content
 
 
 def _request(prompt: Sequence[int] | str, n: int) -> dict[str, Any]:
@@ -297,32 +276,3 @@ def _request(prompt: Sequence[int] | str, n: int) -> dict[str, Any]:
         "temperature": 0,
         "cache_prompt": False,
     }
-
-
-def reason(log: str) -> str:
-    """The part of llama.cpp's log that says why a model does not load."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    marks = ("error loading model", "failed to", "error:", "invalid", "unknown", "missing")
-    telling = [line for line in lines if any(mark in line.lower() for mark in marks)]
-    first = telling[0] if telling else ""
-    # Drop "0.00.012.345 E llama_model_load: " in front.
-    return first.split(": ", 1)[-1] if first else " ".join(lines[-2:])
-
-
-@contextmanager
-def _captured_output() -> Iterator[Path]:
-    """Send what the process writes to file descriptors 1 and 2 into a file."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with open(log, "wb") as stream:
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
-        try:
-            yield log
-        finally:
-            for number, descriptor in enumerate(saved, start=1):
-                os.dup2(descriptor, number)
-                os.close(descriptor)

@@ -70,11 +70,15 @@ def _cgroup() -> int:
 def size(source: Source) -> int:
     """Bytes of a source's weights: all model*.safetensors of a folder, or all parts of a GGUF."""
     if source.is_gguf:
-        parts = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-*-of-\1.gguf", source.path.name)
-        if parts != source.path.name:
-            return sum(file.stat().st_size for file in source.path.parent.glob(parts))
-        return source.path.stat().st_size
+        return gguf_size(source.path)
     return sum(file.stat().st_size for file in source.path.glob("model*.safetensors"))
+
+
+def gguf_size(path: Path) -> int:
+    """Bytes of a GGUF, all parts of it where ``path`` is one."""
+    parts = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-*-of-\1.gguf", path.name)
+    files = [path] if parts == path.name else path.parent.glob(parts)
+    return sum(file.stat().st_size for file in files)
 
 
 def needed(weights: int) -> int:

@@ -117,7 +117,7 @@ def test_llama_cpp_in_process_agrees_with_mlx_and_tells_kl(
 
 def test_llama_cpp_over_http_agrees_with_mlx(half: Path, known: Path) -> None:
     with LlamaCpp(half / "model.gguf", n_ctx=512, lean=True, n_threads=1) as runtime:
-        record = beside_mlx(runtime._server.listening_address, half, known)
+        record = beside_mlx(runtime.address, half, known)
     assert record["runtime"] == "server"
     assert record["model"] == str(half / "model.gguf")
     assert "kl" not in record
