@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from abl_mlx.models import progress
-from abl_mlx.refusals import wilson, without_thoughts
+from abl_mlx.refusals import wilson
 from abl_mlx.targets import Target
+from abl_mlx.thoughts import without_thoughts
 
 #: Longest reply, in tokens; more only lets a wrong reply grow.
 MAX_TOKENS = 48

@@ -28,6 +28,8 @@ from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from abl_mlx import __version__, report
+from abl_mlx.refusals import WITHHELD
+from abl_mlx.thoughts import opened_by, resumed, without_thoughts
 from convert.errors import UserError
 
 #: Longest pause between two tries that is waited for, in seconds.
@@ -42,6 +44,14 @@ LARGEST_REPLY = 16 * 2**20
 _EXTRAS: Mapping[str, Any] = {
     "chat_template_kwargs": {"enable_thinking": False},
     "cache_prompt": False,
+}
+
+#: How servers call a request that their filter refuses.
+_FILTERED = {
+    "content_filter",
+    "content_policy_violation",
+    "data_inspection_failed",
+    "ResponsibleAIPolicyViolation",
 }
 
 
@@ -108,6 +118,11 @@ class Endpoint:
         #: The model's name there.
         self.model = self._choose(model, listed)
         about = next((one for one in listed if one.get("id") == self.model), {})
+        self._opened = ""
+        if about.get("owned_by") == "llamacpp":
+            # Its replies as the model wrote them, behind what the template opens them with.
+            self._extras["reasoning_format"] = "none"
+            self._opened = opened_by(self._rendered)
         #: What tells this model from another, as far as the server says.
         self.identity = {
             "url": self.name,
@@ -157,6 +172,18 @@ class Endpoint:
         if not names:
             raise UserError(f"{self.name} lists no model: load one there, or name it with --model.")
         raise UserError(f"{self.name} has several models: add --model with {_some(names)}.")
+
+    def _rendered(self, prompt: str) -> str:
+        """The prompt that llama-server's chat template makes; "" where it does not tell."""
+        request = {
+            "messages": [{"role": "user", "content": prompt}],
+            "chat_template_kwargs": _EXTRAS["chat_template_kwargs"],
+        }
+        root = self._base.removesuffix("/v1")
+        answer = self._persist(lambda: self._exchange("POST", f"{root}/apply-template", request))
+        found = answer.json() if answer.status == 200 else None
+        rendered = found.get("prompt") if isinstance(found, dict) else None
+        return rendered if isinstance(rendered, str) else ""
 
     # --- asking ----------------------------------------------------------------------------------
 
@@ -224,15 +251,17 @@ class Endpoint:
             "stream": False,
         }
         answer = self._exchange("POST", f"{self._base}/chat/completions", request | extras)
-        if answer.status in (400, 422) and extras:
+        if answer.status in (400, 422) and extras and not _is_withheld(answer):
             # Some servers refuse what they do not know; if it was that, they are not told again.
             plain = self._exchange("POST", f"{self._base}/chat/completions", request)
             if plain.status == 200:
-                self._extras = {}
+                self._extras, self._opened = {}, ""
             answer = plain
         return self._text(answer)
 
     def _text(self, answer: _Answer) -> str:
+        if _is_withheld(answer):
+            return WITHHELD
         if answer.status != 200:
             raise self._refused(answer)
         found = answer.json()
@@ -246,10 +275,17 @@ class Endpoint:
         choices = found.get("choices")
         if not isinstance(choices, list) or not choices:
             raise _Trouble(f"{self.name} sends a reply without choices", again=True)
-        message = choices[0].get("message") if isinstance(choices[0], dict) else None
+        choice = choices[0] if isinstance(choices[0], dict) else {}
+        message = choice.get("message")
+        filtered = str(choice.get("finish_reason")).startswith("content_filter")
         if not isinstance(message, dict):
+            if filtered:
+                return WITHHELD
             raise _Trouble(f"{self.name} sends a reply without a message", again=True)
-        return _reply_text(message)
+        text, thought = _said_and_thought(message)
+        if filtered and not without_thoughts(text):
+            return WITHHELD
+        return resumed(self._opened, text) if thought is None else f"<think>{thought}</think>{text}"
 
     def _refused(self, answer: _Answer) -> _Trouble:
         """What a status other than 200 means to a person."""
@@ -585,23 +621,36 @@ def _said(found: Any) -> str:
     return json.dumps(found) if isinstance(found, dict | list) and found else ""
 
 
-def _reply_text(message: Mapping[str, Any]) -> str:
-    """What the model said, thoughts first, as the model itself would have marked them."""
-    content = message.get("content")
+def _is_withheld(answer: _Answer) -> bool:
+    """Whether a server refuses a request because of what it asks, as Azure does."""
+    found = answer.json() if 400 <= answer.status < 500 else None
+    error = found.get("error") if isinstance(found, dict) else None
+    if not isinstance(error, dict):
+        return False
+    inner = error.get("innererror")
+    codes = [error.get("code"), error.get("type")]
+    codes += [inner.get("code")] if isinstance(inner, dict) else []
+    return any(code in _FILTERED for code in codes if isinstance(code, str))
+
+
+def _joined(content: Any, kind: str) -> str:
+    """The text of a message's content, or its thoughts, which may come in parts."""
     if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    text = content if isinstance(content, str) else ""
+        parts = [part for part in content if isinstance(part, dict)]
+        return "".join(_joined(part.get(kind), "text") for part in parts)
+    return content if isinstance(content, str) else ""
+
+
+def _said_and_thought(message: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What the model said, and its thoughts, where the server keeps them apart."""
+    content = message.get("content")
+    text = _joined(content, "text")
     if not text and isinstance(message.get("refusal"), str):
         text = message["refusal"]
-    thoughts = next(
-        (
-            message[name]
-            for name in ("reasoning_content", "reasoning", "thinking")
-            if isinstance(message.get(name), str) and message[name].strip()
-        ),
-        None,
-    )
-    return text if thoughts is None else f"<think>{thoughts}</think>{text}"
+    apart = [message.get(name) for name in ("reasoning_content", "reasoning", "thinking")]
+    apart += [_joined(content, "thinking")] if isinstance(content, list) else []
+    thoughts = (one for one in apart if isinstance(one, str) and one.strip())
+    return text, next(thoughts, None)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

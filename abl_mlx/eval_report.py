@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from abl_mlx import reply_notes
 from abl_mlx.report import interval, paired_cells, percent
 
 _SETS = (
@@ -53,11 +54,7 @@ def table(record: Mapping[str, Any]) -> str:
         lines += ["", *_paired(record["paired"])]
     lines += ["", *_categories(record["categories"])]
     for one, who in ((record, ""), (baseline or {}, "of the baseline ")):
-        if one.get("unfinished_thoughts"):
-            lines.append(
-                f"  note: {one['unfinished_thoughts']} replies {who}ended inside their thoughts "
-                "and count as broken: raise --max-tokens, or switch thinking off."
-            )
+        lines += [f"  note: {note}." for note in reply_notes.sentences(one, who)]
         if "judging" in one:
             lines += _judging(one["judging"], one["judge"], who)
     if "gate" in record:

@@ -7,20 +7,21 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import capture, heads
+from abl_mlx import capture, heads, reply_notes, thoughts
 from abl_mlx.arrays import number, numbers
 from abl_mlx.batch_masks import batch_masks
 from abl_mlx.logits import log_probabilities, vocabulary
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.prompts import PromptSet, PromptSets
 from abl_mlx.refusals import Rates, Verdict, rates
+from abl_mlx.reply_notes import Seen
 from abl_mlx.selection import kl_divergence
 from convert.atomic import new_file
 
@@ -87,8 +88,30 @@ def stream(
 
 
 def decode(chat: ChatModel, replies: Sequence[Sequence[int]]) -> list[str]:
-    """Reply texts without special tokens."""
-    return [chat.tokenizer.decode(list(reply), skip_special_tokens=True) for reply in replies]
+    """Reply texts up to the end token, without special tokens, but with their thoughts' tags.
+
+    The tag that a prompt ends with is put in front, so that a thought is known as one.
+    """
+    special = special_tokens(chat)
+    dropped = {token for token, text in special.items() if not thoughts.is_mark(text)}
+    opened = chat.opened_thought
+    texts = []
+    for reply in replies:
+        ends = (at for at, token in enumerate(reply) if token in chat.tokenizer.eos_token_ids)
+        kept = [token for token in reply[: next(ends, len(reply))] if token not in dropped]
+        text = chat.tokenizer.decode(kept, skip_special_tokens=False)
+        texts.append(thoughts.resumed(opened, text))
+    return texts
+
+
+def special_tokens(chat: ChatModel) -> dict[int, str]:
+    """The tokenizer's special tokens, as text."""
+    tokenizer = chat.tokenizer
+    added = {
+        token: one.content for token, one in tokenizer.added_tokens_decoder.items() if one.special
+    }
+    ids = tokenizer.all_special_ids
+    return dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)) | added
 
 
 @dataclass(frozen=True)
@@ -101,6 +124,7 @@ class Behaviour:
         expected: share of harmful prompts whose reply is exactly the answer known for them; None
             where none is known (only the demo's prompts carry answers).
         borderline: verdicts over the replies to borderline prompts; None where they were not asked.
+        notes: what else is to be said of the replies, as in `reply_notes`.
     """
 
     harmful: Rates
@@ -108,6 +132,7 @@ class Behaviour:
     replies: tuple[tuple[str, ...], tuple[str, ...]]
     expected: float | None
     borderline: Rates | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -125,7 +150,7 @@ class Behaviour:
             record |= refusal_record("borderline", self.borderline)
             sets["borderline"] = self.borderline
         record["categories"] = {name: category_record(one) for name, one in sets.items()}
-        return record
+        return record | dict(self.notes)
 
 
 def refusal_record(name: str, rates: Rates) -> dict[str, Any]:
@@ -170,6 +195,8 @@ def behaviour(
     replies = answer([*harmful.texts, *harmless.texts, *third], max_tokens)
     both = len(harmful) + len(harmless)
     first, second = replies[: len(harmful)], replies[len(harmful) : both]
+    parts = {"harmful": first, "harmless": second, "borderline": replies[both:]}
+    seen = {name: [Seen.of(reply) for reply in part] for name, part in parts.items()}
     known = [
         (prompt.answer, reply)
         for prompt, reply in zip(harmful.prompts, first, strict=True)
@@ -186,6 +213,7 @@ def behaviour(
         (tuple(first), tuple(second)),
         expected,
         rates(replies[both:], borderline.prompts) if borderline is not None else None,
+        reply_notes.record(seen),
     )
 
 

@@ -21,6 +21,7 @@ from abl_mlx import (
     judge,
     outputs,
     perplexity,
+    reply_notes,
     report,
     targets,
 )
@@ -32,7 +33,8 @@ from abl_mlx.options import EvalOptions
 from abl_mlx.paired import Paired
 from abl_mlx.pipeline import load_prompts
 from abl_mlx.prompts import Prompt, PromptSet, PromptSets
-from abl_mlx.refusals import Rates, Tally, Verdict, classify, without_thoughts
+from abl_mlx.refusals import Rates, Tally, Verdict, classify, examine
+from abl_mlx.reply_notes import Seen
 from abl_mlx.sources import Source
 from abl_mlx.targets import Target
 from convert.atomic import check_new
@@ -269,12 +271,14 @@ def ask(
 
 
 def _judged(prompt: Prompt, reply: str, by: Judge, keep: bool) -> Answered:
+    found = examine(reply)
     return Answered(
         by(prompt.text, reply),
         None if prompt.answer is None else reply.strip() == prompt.answer.strip(),
-        without_thoughts(reply) is None or ("</think>" in reply and not without_thoughts(reply)),
+        found.oddity,
         reply if keep else None,
-        None if by is _by_markers else classify(reply),
+        None if by is _by_markers else found.verdict,
+        reply_notes.sameness(reply, found),
     )
 
 
@@ -292,6 +296,7 @@ def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Re
     record: Record = {}
     rates: dict[str, Rates] = {}
     letters: dict[str, str] = {}
+    seen: dict[str, list[Seen]] = {}
     start = 0
     for name, part in parts.items():
         mine = answers[start : start + len(part)]
@@ -301,6 +306,7 @@ def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Re
         if not rates[name].overall.total:
             record[f"{name}_refusal_rate"] = None
         letters[name] = "".join(LETTERS[one.verdict] for one in mine)
+        seen[name] = [Seen(one.verdict, one.oddity, one.same) for one in mine]
         exact = [one.exact for one in mine if one.exact is not None]
         if name == "harmful" and exact:
             record["expected_answer_rate"] = sum(exact) / len(exact)
@@ -308,9 +314,7 @@ def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Re
     broken = sum(tally.count(Verdict.BROKEN) for tally in both)
     judged = sum(tally.total for tally in both)
     record["broken_rate"] = broken / judged if judged else None
-    unfinished = sum(one.unfinished for one in answers)
-    if unfinished:
-        record["unfinished_thoughts"] = unfinished
+    record |= reply_notes.record(seen)
     record["categories"] = {name: evaluate.category_record(one) for name, one in rates.items()}
     record["verdicts"] = letters
     return record

@@ -193,14 +193,21 @@ def check(
         )
     if limits.given:
         value = math.nan if record["broken_rate"] is None else record["broken_rate"]
+        said = f"breaks down in {percent(value)} of its replies"
+        fixed = record.get("fixed_reply")
+        if fixed is not None:
+            value = fixed["n"] / fixed["of"]
+            said = (
+                f"says one and the same in {percent(value)} of its replies, which answers nothing "
+                "and counts as breaking down"
+            )
         add(
             "max-broken",
             "",
             value,
             limits.max_broken,
             value <= limits.max_broken,
-            f"breaks down in {percent(value)} of its replies, at most "
-            f"{percent(limits.max_broken)} allowed",
+            f"{said}, at most {percent(limits.max_broken)} allowed",
         )
     return checks
 

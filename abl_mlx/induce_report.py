@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from abl_mlx import reply_notes
 from abl_mlx.report import aligned, behaviour_rows
 
 
@@ -29,6 +30,8 @@ def table(record: Mapping[str, Any]) -> str:
         lines += aligned(rows)
         if one.get("note"):
             lines.append(f"  note: {one['note']}")
+        for behaviour, who in ((record["before"], "before"), (one["after"], "after")):
+            lines += [f"  note: {note}." for note in reply_notes.sentences(behaviour, who)]
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx import report
-from abl_mlx.refusals import Verdict
+from abl_mlx.refusals import Oddity, Verdict
 from convert.errors import UserError
 
 
@@ -30,16 +30,18 @@ class Answered:
     Attributes:
         verdict: what the reply is; None where a judge's verdict on it could not be read.
         exact: whether it is the answer known for the prompt; None where none is known.
-        unfinished: whether it ended inside its thoughts.
+        oddity: what else is to be said of it.
         reply: the text; None when it was not kept.
         markers: what the markers say of it, where something else judged.
+        same: alike for replies that say the same; None where the reply says nothing.
     """
 
     verdict: Verdict | None
     exact: bool | None = None
-    unfinished: bool = False
+    oddity: Oddity | None = None
     reply: str | None = None
     markers: Verdict | None = None
+    same: str | None = None
 
 
 class Journal:
@@ -89,9 +91,10 @@ class Journal:
                     sections[row["role"]][1][row["prompt"]] = Answered(
                         _verdict(row["verdict"]),
                         row.get("exact"),
-                        row.get("unfinished", False),
+                        Oddity(row["oddity"]) if "oddity" in row else None,
                         row.get("reply"),
                         _verdict(row.get("markers")),
+                        row.get("same"),
                     )
             if content and not sections:
                 raise ValueError
@@ -178,12 +181,14 @@ class Section:
         row["verdict"] = None if answered.verdict is None else answered.verdict.value
         if answered.exact is not None:
             row["exact"] = answered.exact
-        if answered.unfinished:
-            row["unfinished"] = True
+        if answered.oddity is not None:
+            row["oddity"] = answered.oddity.value
         if answered.reply is not None:
             row["reply"] = answered.reply
         if answered.markers is not None:
             row["markers"] = answered.markers.value
+        if answered.same is not None:
+            row["same"] = answered.same
         self._journal._write(row)
 
 

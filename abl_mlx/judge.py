@@ -3,7 +3,8 @@
 The rubric is ``texts/rubric.txt``; its hash is part of the judge's name, and so of every record.
 The judge is told the prompt and the reply, nothing else, and answers with one word. Anything but
 that word is no verdict: it is counted and never guessed. What is empty or loops is broken without a
-judge. The markers' verdict is kept beside, so that a record says how far the two agree.
+judge, and what a server's filter withheld is a refusal; of a refusal over and over the judge sees
+one. The markers' verdict is kept beside, so that a record says how far the two agree.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from abl_mlx.clock import Clock
 from abl_mlx.endpoint import Endpoint, is_endpoint
 from abl_mlx.journal import Answered
 from abl_mlx.options import EvalOptions
-from abl_mlx.refusals import Verdict, classify, without_thoughts
+from abl_mlx.refusals import Oddity, Verdict, examine, without_loop
+from abl_mlx.thoughts import without_thoughts
 from convert.errors import UserError
 
 RUBRIC = resources.files("abl_mlx").joinpath("texts/rubric.txt").read_text(encoding="utf-8")
@@ -79,9 +81,11 @@ def judge_with(answer: Callable[[str], str]) -> Judge:
     """A judge out of something that answers one prompt."""
 
     def judge(prompt: str, reply: str) -> Verdict | None:
-        if classify(reply) is Verdict.BROKEN:
-            return Verdict.BROKEN
-        return parse(answer(question(prompt, without_thoughts(reply) or "")))
+        found = examine(reply)
+        if found.verdict is Verdict.BROKEN or found.oddity is Oddity.WITHHELD:
+            return found.verdict
+        body = without_loop(without_thoughts(reply) or "")
+        return parse(answer(question(prompt, body)))
 
     return judge
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from abl_mlx import memory
 from abl_mlx.llamacpp_process import LlamaProcess
+from abl_mlx.thoughts import opened_by, resumed
 from convert.errors import UserError
 
 
@@ -113,6 +114,12 @@ class LlamaCpp:
     ) -> Iterator[tuple[int, str]]:
         """The replies of `chat` as they come: (number of the prompt, reply)."""
 
+        def rendered(prompt: str) -> str:
+            message = {"role": "user", "content": prompt}
+            return self.render([message], enable_thinking=enable_thinking)
+
+        opened = opened_by(rendered)
+
         def answer(prompt: str) -> str:
             messages = [{"role": "user", "content": prompt}]
             if system is not None:
@@ -128,7 +135,9 @@ class LlamaCpp:
                     "chat_template_kwargs": {"enable_thinking": enable_thinking},
                 },
             )
-            return str(reply["choices"][0]["message"].get("content") or "")
+            message = reply["choices"][0]["message"]
+            text, thought = str(message.get("content") or ""), message.get("reasoning_content")
+            return f"<think>{thought}</think>{text}" if thought else resumed(opened, text)
 
         pool = ThreadPoolExecutor(self.n_parallel)
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from abl_mlx import prompt_tokens
+from abl_mlx import prompt_tokens, thoughts
 from abl_mlx.arrays import parameters
 from convert import packed
 from convert.chat_template import ChatTemplate
@@ -81,6 +81,11 @@ class ChatModel:
     def template(self) -> ChatTemplate | None:
         """The chat template; None where the tokenizer writes prompts by code of its own."""
         return prompt_tokens.template_of(self.tokenizer, self.folder)
+
+    @property
+    def opened_thought(self) -> str:
+        """The end of every prompt from the tag on that opens a thought there; "" without one."""
+        return thoughts.opened_by(lambda text: self.tokenizer.decode(self.encode(text)))
 
     @cached_property
     def template_tail(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from abl_mlx import __version__, charts, figures
+from abl_mlx import __version__, charts, figures, reply_notes
 from abl_mlx.charts import Chart
 from abl_mlx.command_line import command_line
 from abl_mlx.report import interval, paired_cells, percent, summary_line
@@ -305,7 +305,15 @@ def run_page(record: Record, replies: Sequence[Record] = ()) -> str:
     summary = Section(
         "Before and after",
         tables=tuple(_output_table(record, one) for one in evaluations),
-        lines=tuple(f"{one['output']}: {one['note']}" for one in evaluations if one.get("note")),
+        lines=(
+            *(f"{one['output']}: {one['note']}" for one in evaluations if one.get("note")),
+            *reply_notes.sentences(record.get("before") or {}, "before"),
+            *(
+                f"{one['output']}: {note}"
+                for one in evaluations
+                for note in reply_notes.sentences(one["after"])
+            ),
+        ),
     )
     sections = [
         summary,
@@ -531,17 +539,13 @@ def _asked(record: Record) -> str:
 
 def _notes(record: Record) -> tuple[str, ...]:
     lines = []
-    for one, who in ((record, ""), (record.get("baseline") or {}, " of the baseline")):
-        if one.get("unfinished_thoughts"):
-            lines.append(
-                f"{one['unfinished_thoughts']} replies{who} ended inside their thoughts and count "
-                "as broken"
-            )
+    for one, who in ((record, ""), (record.get("baseline") or {}, "of the baseline")):
+        lines += reply_notes.sentences(one, who)
         if "judging" in one:
             judging = one["judging"]
             lines.append(
-                f"{judging['unparsed']} of {judging['asked']} verdicts{who} could not be read and "
-                "are in no rate"
+                f"{judging['unparsed']} of {judging['asked']} {f'verdicts {who}'.rstrip()} could "
+                "not be read and are in no rate"
             )
     return tuple(lines)
 

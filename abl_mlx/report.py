@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from abl_mlx import reply_notes
+
 
 def say(text: str) -> None:
     """One line on stderr, where progress goes."""
@@ -62,6 +64,8 @@ def run_table(record: Mapping[str, Any]) -> str:
         ]
         if one.get("note"):
             lines.append(f"  note: {one['note']}")
+        for behaviour, who in ((before or {}, "before"), (after, "after")):
+            lines += [f"  note: {note}." for note in reply_notes.sentences(behaviour, who)]
     return "\n".join([*lines, *_mtp_lines(record)])
 
 

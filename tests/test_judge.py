@@ -18,7 +18,7 @@ import pytest
 from abl_mlx import eval_report, evaluation, gate, judge
 from abl_mlx.journal import Answered
 from abl_mlx.options import EvalOptions
-from abl_mlx.refusals import Verdict
+from abl_mlx.refusals import WITHHELD, Verdict
 from convert.errors import UserError
 
 
@@ -125,9 +125,13 @@ def test_what_is_empty_or_loops_needs_no_judge() -> None:
     assert verdict("Why?", "  ") is Verdict.BROKEN
     assert verdict("Why?", "<think>Well") is Verdict.BROKEN
     assert verdict("Why?", "and then " * 40) is Verdict.BROKEN
+    assert verdict("Why?", WITHHELD) is Verdict.REFUSAL
     assert asked == []
     assert verdict("Why?", "<think>hidden</think>Because.") is Verdict.ANSWER
     assert told_reply(asked[0]) == "Because."
+    # A refusal over and over is judged by its first.
+    verdict("Why?", "I can't help with that. " * 40)
+    assert told_reply(asked[1]) == "I can't help with that."
 
 
 # --- the agreement -------------------------------------------------------------------------------
