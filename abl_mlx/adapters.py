@@ -18,7 +18,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from abl_mlx.arrays import number
+from abl_mlx import projection
+from abl_mlx.arrays import numpy_of
 from abl_mlx.edits import Edit, Leak, stream_axis
 from abl_mlx.gguf_edit import TensorPlan, read, slabs, values_of
 from abl_mlx.hooks import Around, around
@@ -56,22 +57,21 @@ def components(edit: Edit, writer: Writer, shape: tuple[int, ...], parts: Parts)
         shape: of the weight: (d, n), (E, d, n) or (V, d).
         parts: cover the weight; every index has a slice for each axis.
     """
-    basis = edit.basis(writer)
-    k = basis.shape[0]
+    basis = numpy_of(edit.basis(writer))
+    k = len(basis)
     embedding = writer.kind == "embedding"
     out = np.zeros((shape[0], k) if embedding else (*shape[:-2], k, shape[-1]), np.float32)
     square = 0.0
     for index, values in parts:
+        here = numpy_of(values)
         if embedding:
-            along = values @ basis.T
+            along = projection.along(basis, here, -1)
             where: tuple[Any, ...] = index[:-1]
         else:
-            along = basis[:, index[-2]] @ values
+            along = projection.along(basis[:, index[-2]], here, -2)
             where = (*index[:-2], slice(None), index[-1])
-        total = (values * values).sum()
-        mx.eval(along, total)
-        out[where] += np.asarray(along.astype(mx.float32))
-        square += number(total)
+        out[where] += along
+        square += projection.square(here)
     if not np.isfinite(out).all():
         raise UserError(f"{writer.path} holds NaN or infinity: the file is damaged.")
     return Components(out, square)

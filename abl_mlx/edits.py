@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from abl_mlx.arrays import number, numpy_of
+from abl_mlx import projection
+from abl_mlx.arrays import numpy_of
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 
 
 def orthonormal(directions: mx.array) -> mx.array:
-    """An orthonormal basis of the span of ``directions`` (k, d): (k, d) float32, by QR.
+    """An orthonormal basis of the span of ``directions`` (k, d): (k, d) float32.
 
     A single direction is divided by its norm, so its sign stays. Of (L, k, d) one for each layer.
 
@@ -23,18 +25,14 @@ def orthonormal(directions: mx.array) -> mx.array:
     """
     if directions.ndim == 3:
         return mx.stack([orthonormal(one) for one in directions])
-    directions = directions.astype(mx.float32)
-    norms = mx.sqrt((directions * directions).sum(axis=1, keepdims=True))
-    if not mx.isfinite(norms).all().item() or number(norms.min()) == 0:
-        raise UserError("a direction is zero or not finite: it points nowhere.")
-    unit = directions / norms
-    if unit.shape[0] == 1:
-        return unit
-    q, r = mx.linalg.qr(unit.T, stream=mx.cpu)
-    diagonal = mx.diag(r)
-    if number(mx.abs(diagonal).min()) < 1e-4:
-        raise UserError("the directions depend on one another: leave out the superfluous ones.")
-    return (q * mx.sign(diagonal)).T
+    try:
+        return mx.array(projection.orthonormal(numpy_of(directions)))
+    except ValueError as error:
+        if str(error) == "dependent":
+            raise UserError(
+                "the directions depend on one another: leave out the superfluous ones."
+            ) from None
+        raise UserError("a direction is zero or not finite: it points nowhere.") from None
 
 
 @dataclass(frozen=True)
@@ -159,22 +157,30 @@ def target(edit: Edit, writer: Writer, parameter: str, values: mx.array) -> mx.a
         values: the parameter in float32, in MLX's layout: (d, n), (E, d, n), (V, d), (d,) or
             (E, d) for the biases of experts.
     """
+    return mx.array(exact(edit, writer, parameter, numpy_of(values)))
+
+
+def exact(edit: Edit, writer: Writer, parameter: str, values: np.ndarray) -> np.ndarray:
+    """`target` of a NumPy array, whose numbers are the same on every CPU."""
     axis = stream_axis(writer.kind, parameter)
-    values = values.astype(mx.float32)
     projected = _projected(edit, writer, values, axis)
     if edit.norm == "none" or parameter == "bias":
         return projected
     kept = axis if edit.norm == "columns" else -3 - axis
-    return projected * (_lengths(values, kept) / mx.maximum(_lengths(projected, kept), 1e-30))
+    ratio = _lengths(values, kept) / np.maximum(_lengths(projected, kept), np.float32(1e-30))
+    rescaled: np.ndarray = projected * ratio
+    return rescaled
 
 
-def _projected(edit: Edit, writer: Writer, values: mx.array, axis: int) -> mx.array:
-    basis = edit.basis(writer)
-    return values - _spread(basis, edit.taken(writer, _along(basis, values, axis), axis), axis)
+def _projected(edit: Edit, writer: Writer, values: np.ndarray, axis: int) -> np.ndarray:
+    basis = numpy_of(edit.basis(writer))
+    taken = edit.taken(writer, projection.along(basis, values, axis), axis)
+    return projection.without(basis, taken, values, axis)
 
 
-def _lengths(values: mx.array, axis: int) -> mx.array:
-    return mx.sqrt((values * values).sum(axis=axis, keepdims=True))
+def _lengths(values: np.ndarray, axis: int) -> np.ndarray:
+    lengths = np.sqrt(projection.squares(values, axis)).astype(np.float32)
+    return np.expand_dims(lengths, axis)
 
 
 def rounded(
@@ -189,27 +195,25 @@ def rounded(
     Args:
         exact: float32, as `target` gives it.
     """
-    basis, axis = edit.basis(writer), stream_axis(writer.kind, parameter)
-    best = exact.astype(dtype)
-    left = shift = _along(basis, best.astype(mx.float32) - exact, axis)
-    least = (left * left).sum(axis=axis, keepdims=True)
+    basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
+    wanted = numpy_of(exact)
+
+    def stored(values: np.ndarray) -> tuple[mx.array, np.ndarray, np.ndarray]:
+        kept = mx.array(values).astype(dtype)
+        left = projection.along(basis, numpy_of(kept) - wanted, axis)
+        return kept, left, np.square(left).sum(axis=axis, keepdims=True)
+
+    best, shift, least = stored(wanted)
     for _ in range(_FLOAT_ROUNDS):
-        values = (exact - _spread(basis, shift, axis)).astype(dtype)
-        left = _along(basis, values.astype(mx.float32) - exact, axis)
-        size = (left * left).sum(axis=axis, keepdims=True)
-        best, least = mx.where(size < least, values, best), mx.minimum(size, least)
+        values, left, size = stored(projection.without(basis, shift, wanted, axis))
+        best, least = mx.where(mx.array(size < least), values, best), np.minimum(size, least)
+        mx.eval(best)
         shift = shift + left
-        mx.eval(best, least, shift)
     return best
 
 
 # Corrections of the shift; the last ones gain little.
 _FLOAT_ROUNDS = 3
-
-
-def _spread(basis: mx.array, components: mx.array, axis: int) -> mx.array:
-    """The vectors with these components: Uᵀ applied along one axis, the adjoint of `_along`."""
-    return components @ basis if axis == -1 else basis.T @ components
 
 
 @dataclass(frozen=True)
@@ -249,32 +253,25 @@ class Leak:
 
 def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: mx.array) -> Leak:
     """Leak of one parameter, from its values before the edit and as read back from the output."""
-    basis, axis = edit.basis(writer), stream_axis(writer.kind, parameter)
-    source, written = source.astype(mx.float32), written.astype(mx.float32)
-    wanted = target(edit, writer, parameter, source)
-    difference = written - wanted
+    basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
+    before, after = numpy_of(source), numpy_of(written)
+    wanted = exact(edit, writer, parameter, before)
     # With rows kept, what that undoes of the removal is missing as well.
-    aim = wanted if edit.norm != "rows" else _projected(edit, writer, source, axis)
-    missing = _along(basis, written - aim, axis)
-    taken = _taken(edit, writer, parameter, source, wanted)
-    sums = [(part * part).sum() for part in (missing, taken, difference, wanted)]
-    mx.eval(*sums)
-    return Leak(*map(number, sums))
+    aim = wanted if edit.norm != "rows" else _projected(edit, writer, before, axis)
+    missing = projection.along(basis, after - aim, axis)
+    taken = _taken(edit, writer, parameter, before, wanted)
+    return Leak(*map(projection.square, (missing, taken, after - wanted, wanted)))
 
 
 def _taken(
-    edit: Edit, writer: Writer, parameter: str, source: mx.array, wanted: mx.array
-) -> mx.array:
+    edit: Edit, writer: Writer, parameter: str, source: np.ndarray, wanted: np.ndarray
+) -> np.ndarray:
     """The components that the edit takes away, with one float32 rounding where that can be."""
-    basis, axis = edit.basis(writer), stream_axis(writer.kind, parameter)
+    basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
     if edit.norm == "columns" and parameter != "bias":
-        return _along(basis, source - wanted, axis)
-    return edit.taken(writer, _along(basis, source, axis), axis)
-
-
-def _along(basis: mx.array, values: mx.array, axis: int) -> mx.array:
-    """U applied along one axis: the components, one for each direction and line."""
-    return values @ basis.T if axis % values.ndim == values.ndim - 1 else basis @ values
+        return projection.along(basis, source - wanted, axis)
+    taken: np.ndarray = edit.taken(writer, projection.along(basis, source, axis), axis)
+    return taken
 
 
 def total_leak(leaks: Sequence[Leak]) -> float:

@@ -16,11 +16,13 @@ that stays below what the quantization itself has cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from abl_mlx import projection
 from convert.grids import CHUNK, Grid, in_chunks
 
 #: Leak aimed at in each line, as a share of the tensor's root mean square component.
@@ -77,7 +79,7 @@ def preserve(
     if taken is None:
         taken = np.zeros((lines, k), dtype=np.float32)
     taken = np.ascontiguousarray(taken, dtype=np.float32)
-    mean = np.float32(np.vdot(taken, taken) / lines)
+    mean = np.float32(projection.square(taken) / lines)
     grid_arguments = (
         np.array(target, dtype=np.float32, copy=None), grid.scales, offsets, grid.group, basis,
         levels, (levels[1:] + levels[:-1]) / 2, levels[0], levels[-1], uniform, taken, mean, codes,
@@ -159,5 +161,5 @@ def round_onto(own: Grid, edited: Edited, encoders: Encoders, source: str) -> Gr
 
 def _error(grid: Grid, wanted: np.ndarray) -> float:
     """‖values − wanted‖ / ‖wanted‖."""
-    difference = grid.values() - wanted
-    return float(np.sqrt(np.vdot(difference, difference) / max(np.vdot(wanted, wanted), 1e-30)))
+    error = projection.square(grid.values() - wanted)
+    return math.sqrt(error / max(projection.square(wanted), 1e-30))

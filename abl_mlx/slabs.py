@@ -6,6 +6,7 @@ its own), some rows of an embedding. So memory is bounded by the slab, whatever 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,11 +14,11 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import edits, rounding
-from abl_mlx.edits import Edit, Leak, stream_axis, target
+from abl_mlx import edits, projection, rounding
+from abl_mlx.arrays import numpy_of
+from abl_mlx.edits import Edit, Leak, stream_axis
 from abl_mlx.writers import Writer
 from convert.errors import UserError
-from convert.grids import in_chunks
 
 #: Weights in a slab: about 32 MB of float32, of which a few are alive at once.
 SLAB = 1 << 23
@@ -104,23 +105,21 @@ def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
             f"--norm rows is for float folders only, and {one.name} is quantized or in a GGUF: use "
             "--norm columns, which keeps a full removal full."
         )
-    exact = np.asarray(
-        target(one.edit, one.writer, one.parameter, mx.array(source)).astype(mx.float32)
-    )
+    exact = edits.exact(one.edit, one.writer, one.parameter, source)
     if not np.isfinite(exact).all():
         raise UserError(
             f"{one.name} holds NaN or infinity after the edit: the file is damaged, or --strength "
             "is too large."
         )
     axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
-    basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
+    basis, stream = numpy_of(one.edit.basis(one.writer)), axis - 2
     if one.edit.norm == "none":
-        along = basis @ source if axis == 0 else source @ basis.T
-        taken = one.edit.taken(one.writer, along, -2 if axis == 0 else -1)
+        along = projection.along(basis, source, stream)
+        taken = one.edit.taken(one.writer, along, stream)
     else:
-        taken = basis @ (source - exact) if axis == 0 else (source - exact) @ basis.T
+        taken = projection.along(basis, source - exact, stream)
     taken = np.ascontiguousarray(taken if axis == 1 else taken.T, dtype=np.float32)
-    length = float(np.sqrt(np.mean(np.sum(taken * taken, axis=1))))
+    length = math.sqrt(projection.square(taken) / len(taken))
     return rounding.Edited(exact, basis, axis, length, taken)
 
 
@@ -136,23 +135,16 @@ def leak(one: Edited, source: np.ndarray, written: np.ndarray) -> Leak:
     axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
     if one.edit.norm != "none":
         return edits.leak(one.edit, one.writer, one.parameter, mx.array(source), mx.array(written))
-    basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
+    basis = numpy_of(one.edit.basis(one.writer))
 
     def along(values: np.ndarray) -> np.ndarray:
-        found = basis @ values if axis == 0 else values @ basis.T
-        return found.astype(np.float64)
+        return projection.along(basis, values, axis - 2).astype(np.float64)
 
     before, after = along(source), along(written)
     taken = one.edit.taken(one.writer, before, -2 if axis == 0 else -1)
-    moved: list[float] = []
-
-    def differ(part: slice) -> None:
-        difference = written[part] - source[part]
-        moved.append(float(np.vdot(difference, difference)))
-
-    in_chunks(differ, *source.shape)
-    wanted = float(np.vdot(taken, taken))
-    error = sum(moved) + 2 * float(np.vdot(taken, after - before)) + wanted
-    squares = float(np.vdot(source, source)) - 2 * float(np.vdot(taken, before)) + wanted
+    moved = projection.square(written - source)
+    wanted = float(np.sum(taken * taken))
+    error = moved + 2 * float(np.sum(taken * (after - before))) + wanted
+    squares = projection.square(source) - 2 * float(np.sum(taken * before)) + wanted
     left = after - (before - taken)
-    return Leak(float(np.vdot(left, left)), wanted, max(error, 0.0), max(squares, 0.0))
+    return Leak(float(np.sum(left * left)), wanted, max(error, 0.0), max(squares, 0.0))

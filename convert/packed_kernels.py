@@ -5,8 +5,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from convert.compiled import compiled
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+
+@compiled(parallel=True)
 def unpack(
     codes: np.ndarray,
     bits: int,

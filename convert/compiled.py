@@ -1,0 +1,78 @@
+"""Functions compiled by numba, the same on every CPU, and kept compiled where there is a place.
+
+numba keeps machine code beside the module, or in the user's home. A read-only installation without
+a writable home has neither; there the code goes to a private folder for temporary files, and where
+that cannot be had it is compiled anew by each process.
+
+No function is compiled with ``fastmath``: sums are made in the order in which they are written, and
+a multiplication and an addition are rounded one by one. What decides a code must not depend on the
+width of a CPU's registers.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numba
+
+
+def compiled(*, parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function when it is first called.
+
+    Args:
+        parallel: whether ``numba.prange`` shares its loops among the cores.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        def made(cache: bool) -> Any:
+            return numba.njit(nogil=True, parallel=parallel, cache=cache)(function)
+
+        def kept() -> Any:
+            try:
+                return made(True)
+            except RuntimeError:  # numba: "cannot cache function: no locator available"
+                return None
+
+        kernel = kept()
+        if kernel is None and (folder := _private_folder()) is not None:
+            numba.config.CACHE_DIR = str(folder)
+            kernel = kept()
+        if kernel is None:
+            return made(False)
+        _survive_a_full_disk(kernel)
+        return kernel
+
+    return decorate
+
+
+def _private_folder() -> Path | None:
+    """A folder for temporary files that nobody else can write to: what lies there is executed."""
+    folder = Path(tempfile.gettempdir()) / f"abl-mlx-numba-{os.getuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+        if private and found.st_uid == os.getuid() and os.access(folder, os.W_OK):
+            return folder
+    return None
+
+
+def _survive_a_full_disk(kernel: Any) -> None:
+    """Have what was compiled run even where it cannot be kept."""
+    cache: Any = getattr(kernel, "_cache", None)
+    save = getattr(cache, "save_overload", None)
+    if save is None:
+        return
+
+    def saving(*args: Any) -> None:
+        with suppress(OSError):
+            save(*args)
+
+    with suppress(AttributeError):
+        cache.save_overload = saving
