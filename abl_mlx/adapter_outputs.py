@@ -20,12 +20,15 @@ from abl_mlx.adapters import (
     module_parts,
     module_shape,
     tensor_parts,
+    untouched_leak,
 )
 from abl_mlx.apply import LeakReport
-from abl_mlx.edits import Edit, Leak
+from abl_mlx.edits import Edit, Leak, total_leak
 from abl_mlx.gguf_edit import TensorPlan
 from abl_mlx.models import ChatModel, progress
+from abl_mlx.notes import noted
 from abl_mlx.outputs import Output, Written
+from abl_mlx.provenance import gguf_metadata
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer
 from convert import adapters, gguf_writers
@@ -177,8 +180,10 @@ def write_gguf(
 ) -> Record:
     """Write a LoRA for llama.cpp; its leak is that of the written bytes.
 
-    Embeddings that llama.cpp applies no adapter to are left out: tied ones, at which it would end
-    (its head multiplies with the factors as they lie for looking up rows), and those of positions.
+    Embeddings that llama.cpp applies no adapter to are left out: tied ones, and those of positions.
+    It does look up rows of a tied embedding with an adapter's factors, but multiplies the output
+    head with the same ones as they lie for that, which ends the process (build_inp_embd and
+    build_lora_mm in its src/llama-graph.cpp).
 
     Args:
         path: where it is written.
@@ -200,18 +205,25 @@ def write_gguf(
             f"{named} would be empty: llama.cpp applies no adapter to {left_out[0]}; choose layers "
             "that the model has (--layers)."
         )
-    found, changes = {}, {}
+    found, changes, lost = {}, {}, {}
     total = sum(gguf.tensors[name].nbytes for name in weights)
     with progress(total, f"write {named.name}", "B") as bar:
         for name, one in weights.items():
-            if name not in left_out:
-                shape = gguf.tensors[name].shape
-                found[name] = components(one.edit, one.writer, shape, tensor_parts(gguf, one))
+            shape = gguf.tensors[name].shape
+            found[name] = components(one.edit, one.writer, shape, tensor_parts(gguf, one))
+            if name in left_out:
+                lost[name] = untouched_leak(one.edit, one.writer, found[name])
+            else:
                 changes[name] = change(one.edit, one.writer, found[name].along)
             bar.update(gguf.tensors[name].nbytes)
     strength = next(iter(weights.values())).edit.strength
+    embedding = any(one.kind == "embedding" for one in changes.values())
+    label = {**label_of(label), "embedding": embedding}
+    if left_out:
+        label["left_out"] = ", ".join(left_out)
+    known = {key: gguf.metadata[key] for key in ("general.name",) if key in gguf.metadata}
     adapters.write_gguf(
-        path, gguf.architecture, Adapter(strength, changes), _metadata(gguf, source, label)
+        path, gguf.architecture, Adapter(strength, changes), gguf_metadata(source, label, known)
     )
     written = adapters.read_gguf(path)
     leaks = {
@@ -222,33 +234,36 @@ def write_gguf(
     for name in biases:
         leaks[name] = bias_leak(plans[name].edit, plans[name].writer, mx.array(gguf.values(name)))
     check_leak(named, leaks, biases, max_leak)
-    notes = [biases_note(leaks, biases)]
-    if left_out:
-        tied = any(weights[name].writer.tied for name in left_out)
-        why = ", which is the output head as well" if tied else ""
-        notes.append(f"llama.cpp applies no adapter to {', '.join(left_out)}{why}: left as it is")
-    report = LeakReport(leaks)
+    left = total_leak([*leaks.values(), *lost.values()])
+    tied = any(weights[name].writer.tied for name in left_out)
     return {
         "output": str(named),
         "format": "GGUF LoRA",
         "files": [path.name],
         "types": [f"rank {written.rank}"],
-        "leak": report.record(),
+        "leak": {
+            **LeakReport(leaks).record(),
+            **({"with_left_out": left} if left_out else {}),
+        },
         "weight_error": sum(leaks.values(), start=Leak()).error,
+        "embedding": embedding,
         "left_out": left_out,
-        **({"note": "; ".join(filter(None, notes))} if any(notes) else {}),
+        **noted(biases_note(leaks, biases), _left_out_note(left_out, tied, left)),
     }
 
 
-def _metadata(gguf: GgufSource, source: Source, label: Mapping[str, Any]) -> Record:
-    base = gguf.metadata.get("general.name", source.title)
-    keys: Record = {
-        "general.name": f"{base}-abliterated",
-        "general.tags": ["abliterated", "abl-mlx"],
-        "general.base_model.count": 1,
-        "general.base_model.0.name": base,
-    }
-    return keys | {f"abl_mlx.{key}": value for key, value in label_of(label).items()}
+def _left_out_note(names: Sequence[str], tied: bool, leak: float) -> str | None:
+    """What to say of embeddings that are not in a LoRA; None where there are none."""
+    if not names:
+        return None
+    listed = ", ".join(names)
+    why = (
+        f"{listed}, which is the output head as well: left as it is, as llama.cpp would look up "
+        "its rows with an adapter's factors, but end at the head"
+        if tied
+        else f"{listed}, to which llama.cpp applies no adapter: left as it is"
+    )
+    return f"left out: {why}; so {leak:.2g} of the edit is missing, which an edited GGUF has"
 
 
 @contextmanager

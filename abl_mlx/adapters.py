@@ -132,6 +132,15 @@ def bias_leak(edit: Edit, writer: Writer, bias: mx.array) -> Leak:
     return Leak(missing, missing, missing, float((target * target).sum()))
 
 
+def untouched_leak(edit: Edit, writer: Writer, found: Components) -> Leak:
+    """A weight that is left as it is: all of its share of the edit is missing."""
+    along = found.along.astype(np.float64)
+    taken = edit.taken(writer, along, stream_axis(writer.kind, "weight"))
+    missing = float((taken * taken).sum())
+    target2 = found.square - 2 * float((taken * along).sum()) + missing
+    return Leak(missing, missing, missing, target2)
+
+
 # --- weights -----------------------------------------------------------------------------------
 
 

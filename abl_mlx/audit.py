@@ -25,6 +25,7 @@ from abl_mlx.spectrum import Found, Gap
 from abl_mlx.stream_weights import StreamWeight, StreamWeights
 from convert.atomic import check_new
 from convert.errors import UserError
+from convert.suffixes import ends_in
 
 Record = dict[str, Any]
 
@@ -98,7 +99,7 @@ def audit(
     """
     clock = Clock()
     if output is not None:
-        if output.suffix != ".safetensors":
+        if not ends_in(output, ".safetensors"):
             raise UserError(f"{output}: the name of a direction file ends in .safetensors.")
         check_new(output)
     if report is not None:
@@ -191,7 +192,7 @@ def _keep(path: Path, recovered: np.ndarray | None, source: Source, weights: Rec
     metadata = {
         "summary": {"method": "audit", "layer": None, "position": None},
         "method": "audit",
-        "model": source.name,
+        "model": source.public_name,
         "verdict": weights["verdict"],
     }
     directions.save(

@@ -18,6 +18,7 @@ from abl_mlx.arrays import numpy_of
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.prefix import shared
+from abl_mlx.units import in_bytes
 from convert.errors import UserError
 
 #: Tokens in one batch, padding included. Bounds the activations held at once, not the result.
@@ -240,8 +241,8 @@ def stored(
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the states of all prompts take "
-            f"{needed / 1e9:.1f} GB: free some space, set TMPDIR to a larger disk, take fewer "
+            f"{folder} has {in_bytes(free)} free, and the states of all prompts take "
+            f"{in_bytes(needed)}: free some space, set TMPDIR to a larger disk, take fewer "
             "prompts (--limit), or choose --method difference-of-means, which keeps none."
         )
     with tempfile.TemporaryDirectory(prefix="abl-mlx-") as temporary:

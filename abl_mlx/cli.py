@@ -13,6 +13,7 @@ import click
 
 from abl_mlx import __version__, interrupts
 from abl_mlx.flags import (
+    HERE,
     choice_flags,
     edit_flags,
     gate_flags,
@@ -109,7 +110,7 @@ def cli() -> None:
 @edit_flags
 @click.option(
     "--direction",
-    type=click.Path(path_type=Path),
+    type=HERE,
     help="Remove the direction in this file instead of measuring one: what `measure` wrote, a "
     ".npy, .npz or .safetensors vector (a SAE decoder's row, say), or a control vector (.gguf, "
     "--layer).",
@@ -160,13 +161,13 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=HERE,
     help="The direction file, NAME.safetensors.",
 )
 @click.option(
     "--plot",
     metavar="FILE.png|FILE.svg",
-    type=click.Path(path_type=Path),
+    type=HERE,
     help="Draw separation, causal scores, KL and explained variance by layer, and both prompt sets "
     "in a plane.",
 )
@@ -193,7 +194,7 @@ def measure(model: str, output: Path, plot: Path | None, as_json: bool, **chosen
 
 
 @cli.command()
-@click.argument("direction", type=click.Path(path_type=Path))
+@click.argument("direction", type=HERE)
 @click.argument("model")
 @edit_flags
 @gguf_flags
@@ -226,19 +227,19 @@ def apply(
     "outputs",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
+    type=HERE,
     help="Where the model goes as it was: a folder for a folder, NAME.gguf for a GGUF; or an "
     "adapter for MODEL that undoes its edit. May be given again.",
 )
 @click.option(
     "--factors",
-    type=click.Path(path_type=Path),
+    type=HERE,
     help="What the edit took out, as --keep-undo wrote it. Without it: the undo file that lies "
     "with MODEL.",
 )
 @click.option(
     "--direction",
-    type=click.Path(path_type=Path),
+    type=HERE,
     help="The edit's direction file, where there is no undo file: with --base, or for an edit of "
     "a strength other than 1.",
 )
@@ -298,7 +299,7 @@ def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
 @click.option("--base", metavar="MODEL", help="The model that MODEL is said to come from.")
 @click.option(
     "--direction",
-    type=click.Path(path_type=Path),
+    type=HERE,
     help="A direction file to hold against the recovered direction.",
 )
 @click.option(
@@ -316,7 +317,7 @@ def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=HERE,
     help="Keep the recovered direction in this file, NAME.safetensors.",
 )
 @report_flag("Write a page to read in a browser here.")
@@ -353,7 +354,7 @@ def inspect(model: str, as_json: bool) -> None:
 
 @cli.command("convert")
 @click.argument("source")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=HERE)
 @click.option(
     "--quantize",
     default="F16",
@@ -411,11 +412,11 @@ def convert_model(
 
 
 @cli.command()
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("first", type=HERE)
+@click.argument("second", type=HERE)
 @click.option(
     "--direction",
-    type=click.Path(path_type=Path),
+    type=HERE,
     help="Show how much of this direction's removal from FIRST has arrived in SECOND.",
 )
 @click.option("--tensors", metavar="REGEX", help="The tensors to look at for --direction.")
@@ -443,7 +444,7 @@ def diff(
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=HERE,
     help="Draw it too, in this page.html.",
 )
 @steered_flags

@@ -8,11 +8,13 @@ from typing import Any
 from abl_mlx import __version__, outputs, sources
 from abl_mlx.clock import Clock
 from abl_mlx.models import progress
+from abl_mlx.provenance import TAGS
 from abl_mlx.sources import Source
 from convert import gguf_to_mlx, mlx_to_gguf
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.hf_config import read_config
+from convert.suffixes import is_gguf_name
 
 Record = dict[str, Any]
 
@@ -39,7 +41,7 @@ def convert(
     """
     clock = Clock()
     source = sources.resolve(text)
-    to_gguf = out.suffix == ".gguf"
+    to_gguf = is_gguf_name(out)
     outputs.check([out], source)
     if to_gguf == source.is_gguf:
         other = "mlx_lm.convert" if not to_gguf else "llama.cpp's llama-quantize"
@@ -88,7 +90,7 @@ def _edit_label(source: Source) -> dict[str, Any]:
     if not isinstance(label, dict):
         return {}
     keys = {f"abl_mlx.{key}": value for key, value in label.items()}
-    return {"general.tags": outputs.TAGS, **keys}
+    return {"general.tags": TAGS, **keys}
 
 
 def _to_mlx(

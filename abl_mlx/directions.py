@@ -19,6 +19,7 @@ from abl_mlx.options import METHODS
 from abl_mlx.strict_json import finite
 from convert.atomic import new_file
 from convert.errors import UserError
+from convert.suffixes import ends_in
 
 METHOD = METHODS[0]
 
@@ -417,7 +418,7 @@ def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file: make one with `abl-mlx measure MODEL -o {path}`.")
-    if path.suffix != ".safetensors" or tensor is not None:
+    if not ends_in(path, ".safetensors") or tensor is not None:
         return DirectionFile(outside.read(path, layer=layer, tensor=tensor))
     tensors, raw = outside.safetensors(path)
     if "selected" not in tensors:

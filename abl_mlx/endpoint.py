@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from abl_mlx import __version__, report
+from abl_mlx import __version__, hub, report
 from abl_mlx.refusals import WITHHELD
 from abl_mlx.thoughts import opened_by, resumed, without_thoughts
 from convert.errors import UserError
@@ -56,8 +56,8 @@ _FILTERED = {
 
 
 def is_endpoint(text: str) -> bool:
-    """Whether what a person typed is the address of a server."""
-    return text.lower().startswith(("http://", "https://"))
+    """Whether what a person typed is the address of a server, and not of a model's page."""
+    return text.lower().startswith(("http://", "https://")) and not hub.is_address(text)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from abl_mlx import reply_notes
+from abl_mlx import notes, reply_notes
 from abl_mlx.report import interval, paired_cells, percent
 
 _SETS = (
@@ -54,6 +54,7 @@ def table(record: Mapping[str, Any]) -> str:
         lines += ["", *_paired(record["paired"])]
     lines += ["", *_categories(record["categories"])]
     for one, who in ((record, ""), (baseline or {}, "of the baseline ")):
+        lines += notes.lines(one)
         lines += [f"  note: {note}." for note in reply_notes.sentences(one, who)]
         if "judging" in one:
             lines += _judging(one["judging"], one["judge"], who)

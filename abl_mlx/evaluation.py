@@ -29,6 +29,7 @@ from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
 from abl_mlx.journal import Answered, Section
 from abl_mlx.models import progress
+from abl_mlx.notes import noted
 from abl_mlx.options import EvalOptions
 from abl_mlx.paired import Paired
 from abl_mlx.pipeline import load_prompts
@@ -87,7 +88,7 @@ def evaluate_model(text: str, options: EvalOptions) -> Record:
             record: Record = {"abl_mlx": __version__, "source": target.name}
             record |= {"model": target.model} if target.model is not None else {}
             record |= {"runtime": target.runtime, "judge": judge_name}
-            record |= {"max_tokens": options.max_tokens}
+            record |= {"max_tokens": options.max_tokens, **noted(target.note)}
             record |= behaviour(answers, parts)
             if options.judge is not None:
                 record["judging"] = judge.record(answers)

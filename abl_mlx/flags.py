@@ -53,6 +53,21 @@ class Position(click.ParamType):
         self.fail(f"{value!r} is neither instruction-end nor a number from -1 down.", param, ctx)
 
 
+class Place(click.ParamType):
+    """A path on this machine; a leading ``~`` is the home folder, also where no shell sees it."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:  # ~nobody/...
+            return Path(value)
+
+
+HERE = Place()
+
+
 class PinValue(click.ParamType):
     """``harmless``, ``harmful`` or a number."""
 
@@ -178,7 +193,7 @@ def search_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--search-journal",
             metavar="FILE",
-            type=click.Path(path_type=Path),
+            type=HERE,
             help="For --search: keep its trials here, and go on from those that the file has. "
             "Without it: OUTPUT.search.journal.",
         ),
@@ -252,7 +267,7 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "outputs",
             multiple=True,
             required=True,
-            type=click.Path(path_type=Path),
+            type=HERE,
             help="Where the edited model goes: a folder (MLX) or NAME.gguf; or an adapter for the "
             "model as it is: NAME.adapter (mlx-lm) or NAME.lora.gguf (llama.cpp). May be given "
             "again.",
@@ -280,7 +295,7 @@ def reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--save-replies",
-            type=click.Path(path_type=Path),
+            type=HERE,
             help="Keep the replies in this .jsonl file; without it only verdicts are kept.",
         ),
         report_flag(
@@ -297,7 +312,7 @@ def reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def report_flag(text: str) -> Callable[..., Any]:
-    return click.option("--report", metavar="FILE.html", type=click.Path(path_type=Path), help=text)
+    return click.option("--report", metavar="FILE.html", type=HERE, help=text)
 
 
 def gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -386,7 +401,7 @@ def server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--resume",
             metavar="FILE.jsonl",
-            type=click.Path(path_type=Path),
+            type=HERE,
             help="Keep verdicts here (and replies with --save-replies), and go on from what the "
             "file has. Without it they are kept in the cache until all is done.",
         ),
@@ -457,7 +472,7 @@ def gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--max-drop-from",
             metavar="RECORD.json",
-            type=click.Path(path_type=Path),
+            type=HERE,
             help="Exit with 3 when fewer harmful prompts are refused than in this record of an "
             "earlier `eval --json`.",
         ),
@@ -478,7 +493,7 @@ def gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--junit",
             metavar="FILE.xml",
-            type=click.Path(path_type=Path),
+            type=HERE,
             help="Write limits and categories as a JUnit report, for a CI to show.",
         ),
     ]
@@ -510,7 +525,7 @@ def steered_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     flags = [
         click.option(
             "--direction",
-            type=click.Path(path_type=Path),
+            type=HERE,
             help="A direction file. Without it one is measured first.",
         ),
         click.option(

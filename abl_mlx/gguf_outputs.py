@@ -23,6 +23,7 @@ from abl_mlx.gguf_edit import (
 )
 from abl_mlx.models import progress
 from abl_mlx.options import Options
+from abl_mlx.provenance import edit_label, gguf_metadata, without_home
 from abl_mlx.report import card
 from abl_mlx.sources import Source
 from abl_mlx.strict_json import to_json
@@ -33,6 +34,7 @@ from convert.gguf_file import GgufSource, part_paths
 from convert.gguf_rewrite import rewrite
 from convert.ollama import modelfile
 from convert.safetensors_files import TensorFiles
+from convert.suffixes import is_gguf_name
 
 Record = dict[str, Any]
 
@@ -52,7 +54,7 @@ class Staged:
     @property
     def is_gguf(self) -> bool:
         """Whether a GGUF is written, a model or a LoRA, rather than an MLX folder."""
-        return self.path.suffix == ".gguf"
+        return is_gguf_name(self.path)
 
     @property
     def is_lora(self) -> bool:
@@ -79,7 +81,7 @@ def check(paths: Sequence[Path], gguf: GgufSource, options: Options) -> None:
     for path in paths:
         if adapters.is_lora(path):
             continue
-        if path.suffix == ".gguf":
+        if is_gguf_name(path):
             for part in part_paths(path, len(gguf.parts)):
                 check_new(part)
         else:
@@ -96,7 +98,7 @@ def staging(paths: Sequence[Path]) -> Iterator[list[Staged]]:
         for path in paths:
             parent = path.absolute().parent
             parent.mkdir(parents=True, exist_ok=True)
-            manager = new_files(parent) if path.suffix == ".gguf" else new_folder(path)
+            manager = new_files(parent) if is_gguf_name(path) else new_folder(path)
             staged.append(Staged(path, stack.enter_context(manager)))
         yield staged
 
@@ -115,16 +117,17 @@ def write(
     Raises:
         UserError: when more than ``--max-leak`` is left.
     """
-    label = outputs.edit_label(direction.sha256, options, source, direction.metadata.get("recipe"))
+    embedding = any(one.writer.kind == "embedding" for one in plans.values())
+    recipe = direction.metadata.get("recipe")
+    label = edit_label(direction.sha256, options, source, recipe, embedding=embedding)
     if staged.is_lora:
         with clock.step("write"):
             return adapter_outputs.write_gguf(
                 gguf, source, staged.folder / staged.path.name, staged.path, plans, label,
                 options.max_leak,
             )  # fmt: skip
-    if staged.is_gguf:
-        return _write_gguf(gguf, source, staged, plans, label, options, clock)
-    return _write_folder(gguf, source, staged, plans, label, options, clock)
+    write = _write_gguf if staged.is_gguf else _write_folder
+    return {**write(gguf, source, staged, plans, label, options, clock), "embedding": embedding}
 
 
 def _write_gguf(
@@ -174,7 +177,7 @@ def _rewrite(
                 name: replacement(gguf, one, grid=options.grid, plain=options.plain_rounding)
                 for name, one in plans.items()
             },
-            metadata=_provenance(gguf, source, label),
+            metadata=gguf_metadata(source, label, gguf.metadata),
             progress=moved,
         )
 
@@ -266,41 +269,18 @@ def _check_leak(
     )
 
 
-def write_companions(
-    staged: Staged, source: Source, record: Record, evaluation: Record | None
-) -> None:
+def write_companions(staged: Staged, source: Source, record: Record, written: Record) -> None:
     """Write the record, the card and, for a GGUF that is not split, the Modelfile.
 
     Args:
-        evaluation: of this output; None where it was not evaluated.
+        written: what the record says of this output.
     """
     place = staged.folder / staged.path.name if staged.is_gguf else staged.folder
     companions = outputs.companions(place)
-    companions["record"].write_text(to_json(record) + "\n", encoding="utf-8")
-    text = card(record, evaluation, source.title, adapter=staged.is_lora)
+    companions["record"].write_text(to_json(without_home(record)) + "\n", encoding="utf-8")
+    text = card(record, written, source.title, companions["record"].name, adapter=staged.is_lora)
     companions["card"].write_text(text, encoding="utf-8")
     # A Modelfile names one file; older Ollamas take no more.
     if "modelfile" in companions and place.is_file():
         text = modelfile(place, None, staged.path.name, kept=source.ollama)
         companions["modelfile"].write_text(text, encoding="utf-8")
-
-
-def _provenance(gguf: GgufSource, source: Source, label: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata that says what was edited, and from what."""
-    known = gguf.metadata
-    name = known.get("general.name", source.title)
-    index = int(known.get("general.base_model.count", 0))
-    base = f"general.base_model.{index}"
-    changes: dict[str, Any] = {
-        "general.name": f"{name}-abliterated",
-        "general.tags": [
-            *(known.get("general.tags") or []),
-            *(tag for tag in outputs.TAGS if tag not in (known.get("general.tags") or [])),
-        ],
-        "general.base_model.count": index + 1,
-        f"{base}.name": name,
-    }
-    for key in ("organization", "version", "repo_url"):
-        if f"general.{key}" in known:
-            changes[f"{base}.{key}"] = known[f"general.{key}"]
-    return changes | {f"abl_mlx.{key}": value for key, value in label.items()}

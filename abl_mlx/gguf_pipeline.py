@@ -34,6 +34,7 @@ from abl_mlx.measurement import (
     make_edit,
 )
 from abl_mlx.models import ChatModel, progress
+from abl_mlx.notes import noted
 from abl_mlx.options import Options
 from abl_mlx.pipeline import EXACTNESS_PROMPTS, grouped
 from abl_mlx.prompts import PromptSets
@@ -48,6 +49,7 @@ from convert import adapters, gguf_mtp, gguf_to_mlx, gguf_writers
 from convert.errors import UserError
 from convert.families import FAMILIES
 from convert.gguf_file import GgufSource
+from convert.suffixes import is_gguf_name
 
 Record = dict[str, Any]
 
@@ -77,7 +79,7 @@ def _drafting(
     if options.tensors is not None:
         raise UserError("--mtp: with --tensors, exactly what it names is edited; name them there.")
     for path in paths:
-        if path.suffix != ".gguf" or adapters.is_lora(path):
+        if not is_gguf_name(path) or adapters.is_lora(path):
             raise UserError(
                 f"--mtp: {path} has no blocks of multi-token prediction, as a GGUF has: write "
                 "-o NAME.gguf, or leave the flag out."
@@ -242,8 +244,7 @@ def _judge(
         )
         after = ask(answer, sets, options)
         figures |= {"runtime": "llama.cpp", "note": "KL and component are of the file, in MLX"}
-    if "note" in written:
-        figures["note"] = "; ".join(filter(None, (written["note"], figures.get("note"))))
+    figures |= noted(written.get("note"), figures.get("note"))
     return figures | {"after": after.record()}, after
 
 
@@ -324,8 +325,8 @@ def apply(
             ]
             record.update(leak=worst_leak(written), written=written, seconds=clock.seconds)
             record.update(_predicting(gguf, plans))
-            for one in staged:
-                gguf_outputs.write_companions(one, source, record, None)
+            for one, described in zip(staged, written, strict=True):
+                gguf_outputs.write_companions(one, source, record, described)
     return record
 
 

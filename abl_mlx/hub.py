@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from convert.errors import UserError
 
@@ -25,8 +26,15 @@ _PATTERNS = [
 ]  # fmt: skip
 
 _REPOSITORY = r"(?P<repository>\w[\w.-]*/\w[\w.-]*)"
-_REFERENCE = re.compile(rf"{_REPOSITORY}(?::(?P<tag>[\w.-]+))?", re.ASCII)
-_FILE = re.compile(rf"{_REPOSITORY}/(?P<file>[^:]+)", re.ASCII)
+_REVISION = r"(?:@(?P<revision>\w[\w.{}-]*))?"
+# A branch may have slashes in its name (refs/pr/1); before a file's path only the first part is it.
+_REFERENCE = re.compile(_REPOSITORY + _REVISION.format("/") + r"(?::(?P<tag>[\w.-]+))?", re.ASCII)
+_FILE = re.compile(_REPOSITORY + _REVISION.format("") + r"/(?P<file>[^:]+)", re.ASCII)
+
+# A page of Hugging Face's, as a browser shows its address.
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/+(?P<path>[^?#]*).*", re.IGNORECASE
+)
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
@@ -48,16 +56,23 @@ class Reference:
         repository: OWNER/NAME.
         file: path of a GGUF in it.
         tag: the name of a quantization, which picks a GGUF.
+        revision: a branch, a tag or a commit of the repository; None for its main branch.
     """
 
     repository: str
     file: str | None = None
     tag: str | None = None
+    revision: str | None = None
 
     @property
     def is_gguf(self) -> bool:
         """Whether it picks a GGUF, rather than the whole repository."""
         return self.file is not None or self.tag is not None
+
+    @property
+    def name(self) -> str:
+        """OWNER/NAME, with ``@REVISION`` where one is given."""
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,11 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Repository:
-    """The GGUF models of a repository, or of what the cache has of it."""
+    """The GGUF models of a repository, or of what the cache has of it.
+
+    Attributes:
+        name: OWNER/NAME or OWNER/NAME@REVISION.
+    """
 
     name: str
     models: tuple[_Model, ...]
@@ -99,28 +118,80 @@ class _Repository:
 def parse(text: str) -> Reference | None:
     """Read ``OWNER/NAME[:TAG]`` or ``hf:OWNER/NAME[:TAG]`` or ``hf:OWNER/NAME/PATH.gguf``.
 
+    NAME may be followed by ``@REVISION``. The address of a page of Hugging Face's is read, too.
+
     Returns:
         None when ``text`` is nothing of the kind.
 
     Raises:
-        UserError: when it begins with ``hf:`` and goes on in another way.
+        UserError: when it begins with ``hf:`` or is an address, and goes on in another way.
     """
+    if is_address(text):
+        return _parse_address(text)
     marked, rest = text.startswith("hf:"), text.removeprefix("hf:")
     found = _REFERENCE.fullmatch(rest)
     if found:
-        return Reference(found["repository"], tag=found["tag"])
+        return Reference(found["repository"], tag=found["tag"], revision=found["revision"])
     if not marked:
         return None
     found = _FILE.fullmatch(rest)
     if found and found["file"].lower().endswith(".gguf"):
-        return Reference(found["repository"], file=found["file"])
+        return Reference(found["repository"], file=found["file"], revision=found["revision"])
     raise UserError(
         f"{text}: write hf:OWNER/REPO/FILE.gguf for one file of a Hugging Face repository, or "
         "OWNER/REPO:Q4_K_M for its GGUF of that type."
     )
 
 
-def folder(repository: str) -> Path:
+def is_address(text: str) -> bool:
+    """Whether ``text`` is the address of something on Hugging Face, with or without https://."""
+    return _ADDRESS.fullmatch(text) is not None
+
+
+def _parse_address(text: str) -> Reference:
+    """Read https://huggingface.co/OWNER/NAME, also with /tree/REVISION or /blob/REVISION/FILE.gguf.
+
+    Any other page of a model (its discussions, its README.md) stands for the model.
+    """
+    found = _ADDRESS.fullmatch(text)
+    assert found is not None
+    # A branch refs/pr/1 is refs%2Fpr%2F1 in an address.
+    parts = [unquote(part) for part in found["path"].split("/") if part]
+    reference = _REFERENCE.fullmatch("/".join(parts[:2]))
+    if reference is None or parts[0] in ("datasets", "spaces", "collections", "docs", "papers"):
+        raise UserError(
+            f"{text} is not the page of a model: give its address, "
+            "https://huggingface.co/OWNER/REPO, or OWNER/REPO alone."
+        )
+    revision, file = reference["revision"], None
+    if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve", "raw", "commit"):
+        revision = None if parts[3] == "main" else parts[3]
+        path = "/".join(parts[4:])
+        if path.lower().endswith(".gguf"):
+            file = path
+        elif path and parts[2] == "tree":
+            raise UserError(
+                f"{text} is a folder inside a repository: write hf:OWNER/REPO/FILE.gguf for one "
+                "GGUF in it, or OWNER/REPO for the whole model."
+            )
+    return Reference(reference["repository"], file, reference["tag"], revision)
+
+
+def cached_id(path: Path) -> str | None:
+    """The id of the repository in whose part of Hugging Face's cache a path lies; None elsewhere.
+
+    The cache keeps OWNER/NAME under models--OWNER--NAME/snapshots/COMMIT; an old repository may
+    have no owner.
+    """
+    for parts in (path.absolute().parts, path.resolve().parts):
+        for part, below in zip(reversed(parts[:-1]), reversed(parts[1:]), strict=True):
+            if part.startswith("models--") and below in ("snapshots", "blobs"):
+                owner, _, name = part.removeprefix("models--").partition("--")
+                return f"{owner}/{name}" if name else None
+    return None
+
+
+def folder(reference: Reference) -> Path:
     """The folder of a Hugging Face model, downloaded or in the cache.
 
     Raises:
@@ -129,13 +200,17 @@ def folder(repository: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    with _explained(repository):
-        path = Path(snapshot_download(repository, allow_patterns=_PATTERNS))
+    with _explained(reference):
+        path = Path(
+            snapshot_download(
+                reference.repository, revision=reference.revision, allow_patterns=_PATTERNS
+            )
+        )
     if not any(path.glob("*.safetensors")):
-        listed = _list(repository)
+        listed = _list(reference)
         if listed.models:
             raise UserError(
-                f"{repository} holds GGUFs and no safetensors: pick one of {listed.choices}."
+                f"{reference.name} holds GGUFs and no safetensors: pick one of {listed.choices}."
             )
     return path
 
@@ -150,7 +225,7 @@ def gguf(reference: Reference) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    listed = _list(reference.repository)
+    listed = _list(reference)
     if not listed.models:
         raise UserError(
             f"there is no GGUF in {listed.place}: name the repository alone if it is a model in "
@@ -170,9 +245,13 @@ def gguf(reference: Reference) -> Path:
             f"parts of {model.files[0]} are missing in {listed.place}: pick another file, or try "
             "again later."
         )
-    with _explained(listed.name):
+    with _explained(reference):
         exactly = [glob.escape(file) for file in model.files]
-        root = Path(snapshot_download(listed.name, allow_patterns=exactly))
+        root = Path(
+            snapshot_download(
+                reference.repository, revision=reference.revision, allow_patterns=exactly
+            )
+        )
     for file in model.files:
         if not (root / file).is_file():
             raise UserError(
@@ -182,27 +261,30 @@ def gguf(reference: Reference) -> Path:
     return root / model.files[0]
 
 
-def _list(repository: str) -> _Repository:
+def _list(reference: Reference) -> _Repository:
     """The GGUFs of a repository; without a connection, those in the cache."""
     from huggingface_hub import HfApi, snapshot_download
 
-    with _explained(repository):
+    repository, revision = reference.repository, reference.revision
+    with _explained(reference):
         try:
             # list_repo_files would try for half a minute before it owned to having no connection.
-            siblings = HfApi().model_info(repository).siblings or []
+            siblings = HfApi().model_info(repository, revision=revision).siblings or []
             files = [sibling.rfilename for sibling in siblings]
-            return _Repository(repository, _models(files), cached=False)
+            return _Repository(reference.name, _models(files), cached=False)
         except Exception as error:
             if not isinstance(error, OSError) and not _is_connection(error):
                 raise
             try:
                 # No patterns: nothing can be missing, so that whatever is there will do.
-                folder = snapshot_download(repository, allow_patterns=[], local_files_only=True)
+                folder = snapshot_download(
+                    repository, revision=revision, allow_patterns=[], local_files_only=True
+                )
             except Exception:
                 raise error from None
     root = Path(folder)
     files = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
-    return _Repository(repository, _models(files), cached=True)
+    return _Repository(reference.name, _models(files), cached=True)
 
 
 def _models(files: Iterable[str]) -> tuple[_Model, ...]:
@@ -264,7 +346,7 @@ def _is_connection(error: Exception) -> bool:
 
 
 @contextmanager
-def _explained(repository: str) -> Iterator[None]:
+def _explained(reference: Reference) -> Iterator[None]:
     """Errors of the Hugging Face client, one sentence each."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -274,8 +356,10 @@ def _explained(repository: str) -> Iterator[None]:
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
+    repository = reference.name
     unreached = (
         f"{repository} is not a folder here, and Hugging Face could not be reached ({{}}): check "
         "the path or the connection."
@@ -296,6 +380,12 @@ def _explained(repository: str) -> Iterator[None]:
         raise UserError(
             f"{repository} is neither a folder here nor a model on Hugging Face: check the "
             "spelling, or log in with `hf auth login` if it is private."
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{reference.repository} on Hugging Face has no branch, tag or commit "
+            f"{reference.revision}: check the spelling, or leave out @{reference.revision} for its "
+            "main branch."
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         # What the Hub said is the cause when then the cache had it not either.

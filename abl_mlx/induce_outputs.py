@@ -28,6 +28,7 @@ from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.outputs import Output
 from abl_mlx.prompts import PromptSets
+from abl_mlx.provenance import gguf_metadata, without_home
 from abl_mlx.records import hashes, start_record
 from abl_mlx.run_page import write_run_page
 from abl_mlx.sources import Source
@@ -41,6 +42,7 @@ from convert.gguf_extend import extend
 from convert.gguf_file import GgufSource
 from convert.mlx_folder import rewrite_folder
 from convert.safetensors_files import TensorFiles
+from convert.suffixes import is_gguf_name
 
 Record = dict[str, Any]
 
@@ -187,7 +189,7 @@ def label_of(source: Source, direction: DirectionFile, found: Induction) -> Reco
     return {
         "edited": "this model was made to refuse: a constant is added to its residual stream",
         "version": __version__,
-        "base_model": source.name,
+        "base_model": source.public_name,
         "direction_sha256": direction.sha256,
         "layer": found.layer,
         "multiple": float(found.summary["multiple"]),
@@ -249,7 +251,7 @@ def check_place(
     Raises:
         UserError: naming the output.
     """
-    if gguf is not None and path.suffix != ".gguf":
+    if gguf is not None and not is_gguf_name(path):
         raise UserError(
             f"{path}: a folder with a constant is made from a folder: convert "
             f"{gguf.parts[0].name} first, or write a GGUF."
@@ -261,7 +263,7 @@ def check_place(
         )
     middle = _place(chat, writers, len(chat.layers) // 2)
     biased_config(chat, middle)
-    if path.suffix == ".gguf" and chat.model_type not in GGUF_BIASES:
+    if is_gguf_name(path) and chat.model_type not in GGUF_BIASES:
         raise UserError(
             f"{path}: llama.cpp takes no bias of ffn_down in {chat.model_type} models: write a "
             f"control vector, -o {path.stem}{control_vector.SUFFIX}."
@@ -336,14 +338,8 @@ def _write_gguf(
     label: Mapping[str, Any],
     options: Options,
 ) -> None:
-    name = str(gguf.metadata.get("general.name", source.title)) if gguf else source.title
-    metadata: Record = {
-        "general.name": f"{name}-refusing",
-        "general.tags": TAGS,
-        "general.base_model.count": 1,
-        "general.base_model.0.name": name,
-        **{f"abl_mlx.{key}": value for key, value in label.items()},
-    }
+    known = None if gguf is None else gguf.metadata
+    metadata = gguf_metadata(source, label, known, suffix="refusing", tags=TAGS)
     if gguf is None:
         from convert.mlx_to_gguf import write_gguf
 
@@ -440,7 +436,11 @@ def _write_companions(
     judged: Record,
     stack: ExitStack,
 ) -> None:
-    contents = {"record": to_json(record) + "\n", "card": card(record, judged, source.title)}
+    record_name = outputs.companions(one.path)["record"].name
+    contents = {
+        "record": to_json(without_home(record)) + "\n",
+        "card": card(record, judged, source.title, record_name),
+    }
     if not one.is_gguf:
         for key, place in outputs.companions(one.staged).items():
             place.write_text(contents[key], encoding="utf-8")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from abl_mlx import reply_notes
-from abl_mlx.report import aligned, behaviour_rows
+from abl_mlx import notes, reply_notes
+from abl_mlx.report import aligned, behaviour_rows, card_head
 
 
 def what_was_added(direction: Mapping[str, Any]) -> str:
@@ -28,26 +28,27 @@ def table(record: Mapping[str, Any]) -> str:
         ]
         lines += ["", f"{one['output']}  ({one['format']}; asked in {one['runtime']})"]
         lines += aligned(rows)
-        if one.get("note"):
-            lines.append(f"  note: {one['note']}")
+        lines += notes.lines(one)
         for behaviour, who in ((record["before"], "before"), (one["after"], "after")):
             lines += [f"  note: {note}." for note in reply_notes.sentences(behaviour, who)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes.lines(record)])
 
 
-def card(record: Mapping[str, Any], one: Mapping[str, Any], title: str) -> str:
-    """The model card: that the model was made to refuse, how, and what that did."""
-    base = record["source"] if record.get("source_is_repository") else None
-    head = ["---", *([f"base_model: {base}"] if base else []), "tags:"]
-    head += ["- induced-refusal", "- abl-mlx", "---"]
+def card(record: Mapping[str, Any], one: Mapping[str, Any], title: str, record_name: str) -> str:
+    """The model card: that the model was made to refuse, how, and what that did.
+
+    Args:
+        record_name: of the record's file beside the card.
+    """
+    head = [*card_head(record), "- induced-refusal", "- abl-mlx", "---"]
     direction = record["direction"]
     is_vector = one["format"] == "control vector"
     what = (
-        f"This control vector makes `{record['source']}` refuse what it is asked, harmless "
+        f"This control vector makes `{record['base_model']}` refuse what it is asked, harmless "
         "requests too; give it to llama.cpp with `--control-vector`. It was made"
         if is_vector
-        else f"This is `{record['source']}`, made to refuse what it is asked, harmless requests "
-        "too: a constant is added to its residual stream, as a bias. It was made"
+        else f"This is `{record['base_model']}`, made to refuse what it is asked, harmless "
+        "requests too: a constant is added to its residual stream, as a bias. It was made"
     )
     rows = behaviour_rows(record["before"], one["after"])
     body = [
@@ -64,7 +65,8 @@ def card(record: Mapping[str, Any], one: Mapping[str, Any], title: str) -> str:
         "|---|---|---|---|",
         *(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in rows),
         "",
-        "Everything measured, with hashes and options, is in the record `abl.json`.",
+        *([f"Note: {one['note']}.", ""] if one.get("note") else []),
+        f"Everything measured, with hashes and options, is in the record `{record_name}`.",
         "",
     ]
     return "\n".join([*head, "", *body])

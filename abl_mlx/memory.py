@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx.sources import Source
+from abl_mlx.units import in_bytes
 from convert.errors import UserError
 
 # What a run takes beside the weights: Python, MLX, activations, one unpacked piece of a matrix.
@@ -110,18 +111,15 @@ def check(source: Source, *, asked: bool = True, memory: Memory | None = None) -
     memory = memory or machine()
     if asked and weights > memory.total:
         raise UserError(
-            f"{source.title} has {_gb(weights)} of weights and this machine {_gb(memory.total)} of "
-            "memory: take a smaller or a quantized model, `apply --lazy` a direction measured "
-            "elsewhere, or try all the same with --no-memory-check."
+            f"{source.title} has {in_bytes(weights)} of weights and this machine "
+            f"{in_bytes(memory.total)} of memory: take a smaller or a quantized model, "
+            "`apply --lazy` a direction measured elsewhere, or try all the same with "
+            "--no-memory-check."
         )
-    free = "" if memory.free is None else f", {_gb(memory.free)} of it free"
+    free = "" if memory.free is None else f", {in_bytes(memory.free)} of it free"
     short = whole > (memory.total if memory.free is None else memory.free)
     print(
-        f"{source.title} needs about {_gb(whole)} of memory; this machine has "
-        f"{_gb(memory.total)}{free}{': expect it to be slow' if short else ''}.",
+        f"{source.title} needs about {in_bytes(whole)} of memory; this machine has "
+        f"{in_bytes(memory.total)}{free}{': expect it to be slow' if short else ''}.",
         file=sys.stderr,
     )
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -19,6 +19,7 @@ from convert import packed
 from convert.chat_template import ChatTemplate
 from convert.errors import UserError
 from convert.hf_config import read_config
+from convert.suffixes import is_gguf_name
 
 # Weights up to which a model is widened to float32 at once: 256 MB.
 _WIDENED = 1 << 26
@@ -257,7 +258,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: the tokenizer could not be loaded: {reason[:200]}") from None
     if not tokenizer.has_chat_template:
-        mend = "" if name.suffix == ".gguf" else "add chat_template.jinja, or "
+        mend = "" if is_gguf_name(name) else "add chat_template.jinja, or "
         raise UserError(
             f"{name} has no chat template, so it is no chat model: {mend}choose the "
             "instruction-tuned variant."

@@ -13,20 +13,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import __version__, mlx_edit
+from abl_mlx import mlx_edit
 from abl_mlx.apply import LeakReport, Plan, TensorEdit, measure_leak
 from abl_mlx.models import ChatModel, progress
-from abl_mlx.options import Options
+from abl_mlx.provenance import gguf_metadata, without_home
 from abl_mlx.report import card
 from abl_mlx.sources import Source
 from abl_mlx.strict_json import to_json
+from abl_mlx.units import in_bytes
 from convert import adapters, control_vector
 from convert.atomic import check_new, new_file, new_folder
 from convert.errors import UserError
 from convert.mlx_folder import FLOAT_DTYPES, float_dtype, rewrite_folder
 from convert.safetensors_files import TensorFiles, TensorInfo
-
-TAGS = ["abliterated", "abl-mlx"]
+from convert.suffixes import ends_in, is_gguf_name, without
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Output:
     @property
     def is_gguf(self) -> bool:
         """Whether a GGUF file is written, rather than an MLX folder."""
-        return self.path.suffix == ".gguf"
+        return is_gguf_name(self.path)
 
     @property
     def is_adapter(self) -> bool:
@@ -68,7 +68,7 @@ def companions(path: Path) -> dict[str, Path]:
     Inside a folder they are abl.json and README.md; beside NAME.gguf they are NAME.abl.json,
     NAME.README.md and NAME.Modelfile, so that several GGUFs may share a folder.
     """
-    if path.suffix == ".gguf":
+    if is_gguf_name(path):
         beside = {
             "record": path.with_name(f"{path.stem}.abl.json"),
             "card": path.with_name(f"{path.stem}.README.md"),
@@ -81,7 +81,7 @@ def companions(path: Path) -> dict[str, Path]:
 
 def report_place(path: Path) -> Path:
     """Where the page of a run goes: inside an output's folder, or beside NAME.gguf."""
-    if path.suffix == ".gguf":
+    if is_gguf_name(path):
         return path.with_name(f"{path.stem}.report.html")
     return path / "report.html"
 
@@ -99,7 +99,7 @@ def check_reports(paths: Sequence[Path], wanted: Path | None) -> None:
         check_report(wanted)
         return
     for path in paths:
-        if path.suffix == ".gguf":
+        if is_gguf_name(path):
             check_new(report_place(path))
 
 
@@ -109,7 +109,7 @@ def check_report(path: Path) -> None:
     Raises:
         UserError: naming it.
     """
-    if path.suffix not in (".html", ".htm"):
+    if not ends_in(path, ".html", ".htm"):
         raise UserError(f"{path}: the name of a report ends in .html.")
     check_new(path)
 
@@ -133,7 +133,7 @@ def check(paths: Sequence[Path], source: Source, *, vectors: bool = False) -> No
         seen.add(whole)
         if source.path.resolve() in (whole.resolve(), *whole.resolve().parents):
             raise UserError(f"{path} lies inside the source {source.path}: choose another -o.")
-        if path.suffix in (".safetensors", ".npz", ".bin"):
+        if ends_in(path, ".safetensors", ".npz", ".npy", ".bin"):
             raise UserError(
                 f"{path}: an output is a folder (MLX) or ends in .gguf; name the folder instead."
             )
@@ -151,10 +151,10 @@ def check(paths: Sequence[Path], source: Source, *, vectors: bool = False) -> No
             raise UserError(
                 f"{path} would be an adapter for a GGUF, and has to be computed from that very "
                 f"file: name it with --gguf BASE.gguf, or write -o "
-                f"{path.name.removesuffix(adapters.GGUF_SUFFIX)}{adapters.SUFFIX} for mlx-lm."
+                f"{without(path.name, adapters.GGUF_SUFFIX)}{adapters.SUFFIX} for mlx-lm."
             )
         check_new(path)
-        if path.suffix == ".gguf":
+        if is_gguf_name(path):
             for companion in companions(path).values():
                 check_new(companion)
 
@@ -165,7 +165,7 @@ def staging(paths: Sequence[Path]) -> Iterator[list[Output]]:
     with ExitStack() as stack:
         outputs = []
         for path in paths:
-            if path.suffix == ".gguf":
+            if is_gguf_name(path):
                 outputs.append(Output(path, stack.enter_context(new_file(path))))
             else:
                 outputs.append(Output(path, stack.enter_context(new_folder(path))))
@@ -183,6 +183,7 @@ class Written:
         types: how the edited tensors are stored, such as ``F16``.
         left_out: files of the source that were not copied.
         note: what a reader of the figures should know.
+        embedding: whether an embedding was edited.
     """
 
     output: Output
@@ -191,6 +192,7 @@ class Written:
     types: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     note: str | None = None
+    embedding: bool = True
 
 
 def write_folder(
@@ -297,17 +299,6 @@ def write_gguf_file(
     """Write the edited GGUF to the output's staged name and measure its leak."""
     from convert.mlx_to_gguf import write_gguf
 
-    metadata: dict[str, str | int | float | bool | list[str]] = {
-        "general.name": f"{source.title}-abliterated",
-        "general.tags": TAGS,
-        "general.base_model.count": 1,
-        "general.base_model.0.name": source.title,
-    }
-    if source.is_repository:
-        metadata["general.base_model.0.organization"] = source.name.split("/")[0]
-        metadata["general.base_model.0.repo_url"] = f"https://huggingface.co/{source.name}"
-    for key, value in label.items():
-        metadata[f"abl_mlx.{key}"] = value if isinstance(value, str | int | float) else str(value)
     with progress(1, f"write {output.path.name}", "tensor") as bar:
 
         def moved(done: int, total: int) -> None:
@@ -319,7 +310,7 @@ def write_gguf_file(
             output.staged,
             file_type=file_type,
             edits=plan.edits,
-            metadata=metadata,
+            metadata=gguf_metadata(source, label),
             quantize=None if plain else _quantizer(plan),
             progress=moved,
         )
@@ -366,16 +357,19 @@ def write_companions(
     written: Written,
     source: Source,
     record: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None,
+    described: Mapping[str, Any],
 ) -> None:
     """Write the record, the card and, for a GGUF, the Modelfile of an output.
 
     Args:
-        evaluation: of this output; None where it was not evaluated.
+        described: what the record says of this output.
     """
+    record_name = companions(written.output.path)["record"].name
     contents = {
-        "record": to_json(record) + "\n",
-        "card": card(record, evaluation, source.title, adapter=written.output.is_adapter),
+        "record": to_json(without_home(record)) + "\n",
+        "card": card(
+            record, described, source.title, record_name, adapter=written.output.is_adapter
+        ),
     }
     if not written.output.is_gguf:
         for key, place in companions(written.output.staged).items():
@@ -387,34 +381,6 @@ def write_companions(
     with ExitStack() as stack:
         for key, place in companions(written.output.path).items():
             stack.enter_context(new_file(place)).write_text(contents[key], encoding="utf-8")
-
-
-def edit_label(
-    direction_sha256: str,
-    options: Options,
-    source: Source,
-    recipe: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What a written model says of itself in its metadata.
-
-    Args:
-        recipe: what a direction file says of its edit beside the directions.
-    """
-    layers = "all" if options.layers is None else ",".join(map(str, sorted(options.layers)))
-    return {
-        "edited": "the refusal direction was orthogonalized out of this model's weights",
-        "version": __version__,
-        "base_model": source.name,
-        "direction_sha256": direction_sha256,
-        "strength": options.strength,
-        "layers": layers,
-        "embedding": options.embedding,
-        **({"norm": options.norm} if options.norm != "none" else {}),
-        **({"pin": options.pin} if options.pin is not None else {}),
-        **({"recipe": json.dumps(recipe)} if recipe else {}),
-        **({"mtp": True} if options.mtp else {}),
-        **({"tensors": options.tensors} if options.tensors is not None else {}),
-    }
 
 
 def check_space(paths: Sequence[Path], needed: int) -> None:
@@ -430,6 +396,6 @@ def check_space(paths: Sequence[Path], needed: int) -> None:
         free = shutil.disk_usage(folder).free
         if free < needed * len(paths):
             raise UserError(
-                f"{folder} has {free / 1e9:.1f} GB free, and the output needs up to "
-                f"{needed * len(paths) / 1e9:.1f} GB: free some space or choose another -o."
+                f"{folder} has {in_bytes(free)} free, and the output needs up to "
+                f"{in_bytes(needed * len(paths))}: free some space or choose another -o."
             )

@@ -10,6 +10,7 @@ import numpy as np
 
 from abl_mlx.arrays import number
 from convert.errors import UserError
+from convert.suffixes import ends_in
 
 _PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
@@ -29,27 +30,27 @@ def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -
         UserError: a file of another form, more than one tensor and none named, a tensor that is
             neither (d,) nor (k, d), numbers that are not finite, or nothing but zeros.
     """
-    if path.suffix in _PICKLED:
+    if ends_in(path, *_PICKLED):
         raise UserError(
             f"{path} is a pickle, which can run code when it is opened: save the tensor from "
             "PyTorch as .safetensors or .npy and give that."
         )
-    if path.suffix == ".gguf":
+    if ends_in(path, ".gguf"):
         if tensor is not None:
             raise UserError(f"--tensor {tensor}: of {path} choose a direction with --layer.")
         return checked(_control_vector(path, layer), str(path))
     if layer is not None:
         raise UserError(f"--layer {layer:g}: {path} is no control vector; leave it out.")
-    if path.suffix == ".npy":
+    if ends_in(path, ".npy"):
         if tensor is not None:
             raise UserError(f"--tensor {tensor}: {path} holds one array alone; leave it out.")
         array = _numpy(path)
         return checked(mx.array(array.astype(np.float32)), str(path))
-    if path.suffix == ".npz":
+    if ends_in(path, ".npz"):
         with _archive(path) as archive:
             name = _one_of(list(archive.files), tensor, path)
             return checked(mx.array(archive[name].astype(np.float32)), f"{path}: {name}")
-    if path.suffix == ".safetensors":
+    if ends_in(path, ".safetensors"):
         tensors, _ = safetensors(path)
         name = _one_of(list(tensors), tensor, path)
         return checked(tensors[name], f"{path}: {name}")
@@ -65,7 +66,7 @@ def safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         UserError: when it is damaged.
     """
     try:
-        loaded: Any = mx.load(str(path), return_metadata=True)
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(loaded[0])
     except (RuntimeError, ValueError) as error:
         raise _unreadable(path, error) from None

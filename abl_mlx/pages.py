@@ -313,6 +313,7 @@ def run_page(record: Record, replies: Sequence[Record] = ()) -> str:
                 for one in evaluations
                 for note in reply_notes.sentences(one["after"])
             ),
+            *([record["note"]] if record.get("note") else []),
         ),
     )
     sections = [
@@ -540,6 +541,8 @@ def _asked(record: Record) -> str:
 def _notes(record: Record) -> tuple[str, ...]:
     lines = []
     for one, who in ((record, ""), (record.get("baseline") or {}, "of the baseline")):
+        if one.get("note"):
+            lines.append(one["note"])
         lines += reply_notes.sentences(one, who)
         if "judging" in one:
             judging = one["judging"]

@@ -46,9 +46,11 @@ from abl_mlx.measurement import (
     warn_of_strength,
 )
 from abl_mlx.models import ChatModel
+from abl_mlx.notes import joined, noted
 from abl_mlx.options import Options
 from abl_mlx.outputs import Output, Written
 from abl_mlx.prompts import PromptSets
+from abl_mlx.provenance import edit_label
 from abl_mlx.records import (
     combined_hash,
     hashes,
@@ -66,6 +68,7 @@ from convert.atomic import check_new
 from convert.errors import UserError
 from convert.hf_config import read_config, refuse_foreign
 from convert.safetensors_files import TensorFiles
+from convert.suffixes import ends_in, is_gguf_name
 
 Record = dict[str, Any]
 
@@ -135,7 +138,7 @@ def ollama_first(paths: Sequence[Path], name: str | None) -> Path:
     Raises:
         UserError: when no output is a GGUF, or `ollama` is not there.
     """
-    found = [path for path in paths if path.suffix == ".gguf" and not adapters.is_lora(path)]
+    found = [path for path in paths if is_gguf_name(path) and not adapters.is_lora(path)]
     if not found:
         raise UserError("--ollama-create needs a GGUF: add -o NAME.gguf.")
     if name is not None:
@@ -185,13 +188,12 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
             if limit is not None and not keeps:
                 exactness.check(model, edit, sample[:EXACTNESS_PROMPTS], limit=limit, writers=known)
             answer, runtime, note = _runtime(one, model, options)
-            note = "; ".join(filter(None, (one.note, note)))
             after = ask(answer, sets, options)
             replies[str(one.output.path)] = after
             return {
                 **written_record(one),
                 "runtime": runtime,
-                **({"note": note} if note else {}),
+                **noted(one.note, note),
                 "after": after.record(),
                 "kl": evaluate.kl(model, base),
                 "component": evaluate.component(model, sample, unit)["max"],
@@ -292,8 +294,8 @@ def _apply(
             record["hashes"] = hashes(files, direction, options)
         details = [written_record(one) for one in written]
         record.update(leak=worst_leak(details), written=details, seconds=clock.seconds)
-        for one in written:
-            outputs.write_companions(one, source, record, None)
+        for one, described in zip(written, details, strict=True):
+            outputs.write_companions(one, source, record, described)
     return record
 
 
@@ -303,7 +305,7 @@ def measure(text: str, out: Path, options: Options, picture: Path | None = None)
     Args:
         picture: where its charts go, if they are wanted.
     """
-    if out.suffix != ".safetensors":
+    if not ends_in(out, ".safetensors"):
         raise UserError(f"{out}: the name of a direction file ends in .safetensors.")
     check_new(out)
     if picture is not None:
@@ -328,7 +330,7 @@ def measure(text: str, out: Path, options: Options, picture: Path | None = None)
                 for key in ("layer", "position")
                 if key in found.metadata["summary"]
             },
-            "model": source.name,
+            "model": source.public_name,
             **model,
             "prompt_hashes": prompt_hashes(sets),
             "seed": options.seed,
@@ -477,7 +479,7 @@ def open_files(source: Source, paths: Sequence[Path], options: Options) -> Tenso
         return files  # an adapter is small, and sits on weights of any type
     refuse_foreign(source.path, read_config(source.path), files.names)
     outputs.check_space(paths, sum(file.stat().st_size for file in files.files))
-    if any(path.suffix == ".gguf" for path in paths):
+    if any(is_gguf_name(path) for path in paths):
         from convert.mlx_to_gguf import check_convertible
 
         check_convertible(source.path, options.quantize)
@@ -499,9 +501,11 @@ def write_all(
     Returns:
         What was written, and the plan of the edited models; None where there are adapters alone.
     """
-    label = outputs.edit_label(
-        record["direction"]["sha256"], options, source, record["direction"].get("recipe")
-    )
+    embedding = any(writer.kind == "embedding" for writer in edit.chosen(writers))
+    label = edit_label(
+        record["direction"]["sha256"], options, source, record["direction"].get("recipe"),
+        embedding=embedding,
+    )  # fmt: skip
     max_leak = options.max_leak
     if edit.norm == "rows":
         # What keeping rows puts back is what one asked for; it is reported, not refused.
@@ -554,11 +558,11 @@ def write_all(
             )
         return written
 
-    written = [write(output) for output in staged]
-    if edit.norm == "rows":
-        written = [
-            replace(one, note="; ".join(filter(None, (one.note, ROWS_WARNING)))) for one in written
-        ]
+    warning = ROWS_WARNING if edit.norm == "rows" else None
+    written = [
+        replace(one, note=joined(one.note, warning), embedding=embedding)
+        for one in map(write, staged)
+    ]
     return written, the_plan
 
 
@@ -592,6 +596,7 @@ def written_record(one: Written) -> Record:
         "format": one.output.format,
         "types": list(one.types),
         "leak": one.leak.record(),
+        "embedding": one.embedding,
         "left_out": list(one.left_out),
-        **({"note": one.note} if one.note else {}),
+        **noted(one.note),
     }

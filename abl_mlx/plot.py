@@ -11,6 +11,7 @@ from abl_mlx import charts, figures
 from abl_mlx.charts import Chart
 from convert.atomic import check_new, new_file
 from convert.errors import UserError
+from convert.suffixes import ends_in
 
 
 def check(path: Path) -> None:
@@ -19,9 +20,9 @@ def check(path: Path) -> None:
     Raises:
         UserError: a file that exists, is neither .png nor .svg, or needs what is not installed.
     """
-    if path.suffix not in (".png", ".svg"):
+    if not ends_in(path, ".png", ".svg"):
         raise UserError(f"{path}: a plot ends in .png or .svg.")
-    if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
+    if ends_in(path, ".png") and importlib.util.find_spec("matplotlib") is None:
         raise UserError(
             f"{path}: a .png needs matplotlib: pip install 'abl-mlx[plot]', or write "
             f"{path.with_suffix('.svg').name}, which needs nothing."
@@ -42,7 +43,7 @@ def draw(path: Path, record: figures.Record) -> None:
         )
     title = f"{record['source']}: refusal by layer"
     with new_file(path) as staged:
-        if path.suffix == ".svg":
+        if ends_in(path, ".svg"):
             staged.write_text(charts.sheet(found, title), encoding="utf-8")
         else:
             _png(staged, found, title)

@@ -29,6 +29,8 @@ def start_record(
         "abl_mlx": __version__,
         "source": source.name,
         "source_is_repository": source.is_repository,
+        "base_model": source.public_name,
+        **({"repository": source.hub_id} if source.hub_id is not None else {}),
         "outputs": [str(path) for path in paths],
         "direction": {
             **summary,

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from abl_mlx import reply_notes
+from abl_mlx import notes, reply_notes
+from abl_mlx.units import in_bytes, in_words
 
 
 def say(text: str) -> None:
@@ -55,18 +56,23 @@ def run_table(record: Mapping[str, Any]) -> str:
                 f"{one['component']:.2g}",
                 "over layers and prompts",
             ),
-            ("leak", "", f"{one['leak']['total']:.2g}", "share of the edit lost in writing"),
+            ("leak", "", f"{one['leak']['total']:.2g}", _leak_words(one["leak"])),
         ]
         lines += [
             "",
             f"{one['output']}  ({one['format']}, {_types(one)}; asked in {one['runtime']})",
             *aligned(rows),
         ]
-        if one.get("note"):
-            lines.append(f"  note: {one['note']}")
+        lines += notes.lines(one)
         for behaviour, who in ((before or {}, "before"), (after, "after")):
             lines += [f"  note: {note}." for note in reply_notes.sentences(behaviour, who)]
-    return "\n".join([*lines, *_mtp_lines(record)])
+    return "\n".join([*lines, *notes.lines(record), *_mtp_lines(record)])
+
+
+def _leak_words(leak: Mapping[str, Any]) -> str:
+    what = "share of the edit lost in writing"
+    left = leak.get("with_left_out")
+    return what if left is None else f"{what}; {left:.2g} with what is left out"
 
 
 def _single_line(single: Mapping[str, Any]) -> str:
@@ -153,12 +159,14 @@ def summary_line(direction: Mapping[str, Any]) -> str:
         parts.append(f"rank {direction['rank']}")
     if "across" in direction:
         parts.append(f"across all {direction['across']}")
-    if direction.get("per_layer") and "layer" not in direction:
+    # What `audit` recovered has neither layer nor position.
+    layer, position = direction.get("layer"), direction.get("position")
+    if direction.get("per_layer") and layer is None:
         parts.append("for each layer its own")
-    if "layer" in direction:
-        parts.append(f"after layer {direction['layer']:g}")
-    if "position" in direction:
-        parts.append(f"at token {direction['position']}")
+    if layer is not None:
+        parts.append(f"after layer {layer:g}")
+    if position is not None:
+        parts.append(f"at token {position}")
     return ", ".join(parts)
 
 
@@ -168,10 +176,13 @@ def apply_table(record: Mapping[str, Any]) -> str:
     for one in record["written"]:
         lines.append(f"{one['output']}  ({one['format']})")
         lines += _align_columns([_TENSOR_COLUMNS, *_tensor_rows(one["leak"]["tensors"])])
+        left = one["leak"].get("with_left_out")
+        more = "" if left is None else f"; {left:.5f} with what is left out"
         lines.append(
-            f"leak {one['leak']['total']:.5f}, largest in one tensor {one['leak']['max']:.5f}"
+            f"leak {one['leak']['total']:.5f}, largest in one tensor {one['leak']['max']:.5f}{more}"
         )
-    return "\n".join([*lines, *_mtp_lines(record)])
+        lines += notes.lines(one)
+    return "\n".join([*lines, *notes.lines(record), *_mtp_lines(record)])
 
 
 _TENSOR_COLUMNS = ("tensor", "type", "bytes changed", "codes changed", "weight error", "leak")
@@ -196,8 +207,13 @@ def _tensor_rows(tensors: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[f"{c:<{w}}" for c, w in zip(row, widths, strict=True)] for row in rows]
+    """A table of a heading and rows, without the columns that are empty in every row."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    cells = [
+        [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        for row in zip(*columns, strict=True)
+    ]
     return ["  ".join(row).rstrip() for row in cells]
 
 
@@ -212,13 +228,14 @@ def diff_table(record: Mapping[str, Any]) -> str:
             f"leak {record['leak']['total']:.5f}, largest in one tensor "
             f"{record['leak']['max']:.5f}; weight error {record['weight_error']:.4f}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes.lines(record)])
 
 
 def convert_table(record: Mapping[str, Any]) -> str:
     """What `abl-mlx convert` wrote."""
     made = ", ".join(f"{count} × {name}" for name, count in record["tensors"].items())
-    return f"{record['output']}  ({record['format']}, {record['bytes'] / 1e6:,.1f} MB): {made}"
+    line = f"{record['output']}  ({record['format']}, {in_bytes(record['bytes'])}): {made}"
+    return "\n".join([line, *notes.lines(record)])
 
 
 def undo_table(record: Mapping[str, Any]) -> str:
@@ -228,8 +245,9 @@ def undo_table(record: Mapping[str, Any]) -> str:
         lines.append(f"{one['output']}  ({one['format']})")
         if "missing" in one:
             lines.append(f"  {one['missing']:.2g} of what the edit took is still missing")
+        lines += notes.lines(one)
     lines.append(f"{record['tensors']} tensors, from {record['from']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes.lines(record)])
 
 
 def inspect_table(record: Mapping[str, Any]) -> str:
@@ -238,7 +256,7 @@ def inspect_table(record: Mapping[str, Any]) -> str:
     rows = [
         ("architecture", record["architecture"]),
         ("layers", f"{record['layers']}, residual stream of {record['width']} dimensions"),
-        ("parameters", f"{record['parameters'] / 1e6:,.1f} million, {', '.join(record['dtypes'])}"),
+        ("parameters", f"{in_words(record['parameters'])}, {', '.join(record['dtypes'])}"),
         ("quantization", record["quantization"] or "none"),
         ("output head", "tied to the embedding" if record["tied"] else "its own weights"),
     ]
@@ -256,34 +274,39 @@ def inspect_table(record: Mapping[str, Any]) -> str:
         note += ", with bias" if writer["bias"] else ""
         lines.append(f"    {writer['count']:>4} × {writer['pattern']}  ({writer['kind']}{note})")
     lines.append(
-        f"  an edit touches {edit['tensors']} tensors with {edit['parameters'] / 1e6:,.1f} million "
+        f"  an edit touches {edit['tensors']} tensors with {in_words(edit['parameters'])} "
         f"parameters ({percent(edit['share'])} of the model)"
     )
     lines += [f"  {line}" for line in _mtp_lines(record)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes.lines(record)])
 
 
 def card(
-    record: Mapping[str, Any], one: Mapping[str, Any] | None, title: str, *, adapter: bool = False
+    record: Mapping[str, Any],
+    one: Mapping[str, Any],
+    title: str,
+    record_name: str,
+    *,
+    adapter: bool = False,
 ) -> str:
     """The model card of a written model: that it was edited, how, and what that did.
 
     Args:
         record: of the run, or of `apply` (which has no evaluations).
-        one: the evaluation of this output; None where there is none.
+        one: what the record says of this output; with ``after`` where it was evaluated.
         title: the source model's name.
+        record_name: of the record's file beside the card.
         adapter: whether it is an adapter, which its base needs to be given.
     """
-    base = record["source"] if record.get("source_is_repository") else None
-    head = ["---", *([f"base_model: {base}"] if base else []), "tags:"]
-    head += ["- abliterated", "- abl-mlx", "---"]
+    head = [*card_head(record), "- abliterated", "- abl-mlx", "---"]
     direction = record["direction"]
     what = "This is an adapter." if adapter else "This is an edited model."
+    base = record["base_model"]
     does = (
-        f"It takes the refusal direction out of what `{record['source']}` writes, whose files stay "
+        f"It takes the refusal direction out of what `{base}` writes, whose files stay "
         "as they are; it fits these very weights alone, and was made"
         if adapter
-        else f"Its refusal direction was orthogonalized out of the weights of `{record['source']}`"
+        else f"Its refusal direction was orthogonalized out of the weights of `{base}`"
     )
     body = [
         f"# {title}, abliterated",
@@ -295,10 +318,11 @@ def card(
         f"- direction: {summary_line(direction)}; SHA-256 `{direction['sha256']}`",
         f"- strength {record['options']['strength']:g}; layers "
         f"{_layers(record['options']['layers'])}; embedding "
-        f"{'edited' if record['options']['embedding'] else 'not edited'}",
-        f"- leak (share of the edit lost in writing): {record['leak']['total']:.2g}",
+        f"{'edited' if one['embedding'] else 'not edited'}",
+        f"- leak (share of the edit lost in writing): {one['leak']['total']:.2g}",
+        *([f"- note: {one['note']}"] if one.get("note") else []),
     ]
-    if one is not None:
+    if "after" in one:
         rows = behaviour_rows(record["before"], one["after"])
         body += [
             "",
@@ -310,8 +334,21 @@ def card(
             f"| KL(original ‖ edited), 1st token, nats | | {one['kl']['k1']:.4f} | |",
             f"| KL over 32 tokens, nats a token | | {one['kl']['k32']:.4f} | |",
         ]
-    body += ["", "Everything measured, with hashes and options, is in the record `abl.json`.", ""]
+    body += [
+        "",
+        f"Everything measured, with hashes and options, is in the record `{record_name}`.",
+        "",
+    ]
     return "\n".join([*head, "", *body])
+
+
+def card_head(record: Mapping[str, Any]) -> list[str]:
+    """The first lines of a card's front matter: the base model on Hugging Face, where it is known.
+
+    Tags are to follow.
+    """
+    base = record.get("repository")
+    return ["---", *([f"base_model: {base}"] if base else []), "tags:"]
 
 
 def _layers(layers: list[int] | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from abl_mlx import evaluate, outputs
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
+from abl_mlx.provenance import without_home
 
 
 def write_run_page(
@@ -28,7 +29,7 @@ def write_run_page(
     from abl_mlx import pages
 
     lines = evaluate.reply_lines(replies, sets) if options.save_completions else []
-    text = pages.run_page(record, lines)
+    text = pages.run_page(without_home(record), lines)
     places = [outputs.report_place(path) for path in paths]
     for place in places if options.report is None else [options.report]:
         pages.write(place, text)

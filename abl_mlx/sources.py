@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from abl_mlx import hub
 from convert import ollama_store
 from convert.errors import UserError
 from convert.ollama_store import OllamaModel
+from convert.suffixes import GGUF, ends_in, is_gguf_name, without
 
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _SHA = re.compile(r"(sha256[:-])?[0-9a-f]{40,64}", re.IGNORECASE)
@@ -45,6 +47,11 @@ class Source:
         return is_gguf(self.path)
 
     @property
+    def hub_id(self) -> str | None:
+        """The Hugging Face id it comes from, also of a path into Hugging Face's cache."""
+        return self.repository or hub.cached_id(self.path)
+
+    @property
     def title(self) -> str:
         """The model's name without owner or path, for a card or a GGUF's ``general.name``."""
         if self.is_demo:
@@ -52,10 +59,27 @@ class Source:
         if self.ollama is not None:
             return self.ollama.name.title
         if not self.is_gguf:
-            return Path(self.name).name or self.path.resolve().name
-        stem = _PART.sub("", re.sub(r"\.gguf$", "", self.path.name, flags=re.IGNORECASE))
+            return self._bare_name
+        stem = _PART.sub("", without(self.path.name, GGUF))
         # A blob of Ollama's or of Hugging Face's cache has a number for a name.
         return "model" if _SHA.fullmatch(stem) else stem
+
+    @property
+    def public_name(self) -> str:
+        """What others may read of where it comes from: a Hugging Face id, or its bare name."""
+        if self.is_demo or self.ollama is not None:
+            return self.name
+        if self.hub_id is not None:
+            return self.hub_id
+        return self.path.name if self.is_gguf and self.title != "model" else self.title
+
+    @property
+    def _bare_name(self) -> str:
+        """Of a folder: that of its repository, or its own."""
+        if self.hub_id is not None:
+            return self.hub_id.split("/")[1]
+        # A path such as ".." names its folder only when it is followed.
+        return os.path.basename(os.path.abspath(os.path.expanduser(self.name))) or "model"
 
 
 def is_gguf(path: Path) -> bool:
@@ -66,7 +90,7 @@ def is_gguf(path: Path) -> bool:
     """
     if not _is(path, stat.S_ISREG):
         return False
-    if path.suffix.lower() == ".gguf":
+    if is_gguf_name(path):
         return True
     try:
         with path.open("rb") as stream:
@@ -96,8 +120,9 @@ def resolve(text: str) -> Source:
 
     In this order: ``demo``; a folder or a GGUF file here; ``ollama:NAME[:TAG]``, from Ollama's own
     store; ``hf:OWNER/REPO/FILE.gguf``; ``OWNER/REPO:TAG``, the GGUF of that type, such as Q4_K_M;
-    ``OWNER/REPO``, a Hugging Face model. The last three may begin with ``hf:``, and are downloaded
-    to (or found in) the usual Hugging Face cache.
+    ``OWNER/REPO``, a Hugging Face model. The last three may begin with ``hf:`` and may have
+    ``@REVISION`` after REPO; the address of a model's or a GGUF's page on https://huggingface.co
+    does as well. They are downloaded to (or found in) the usual Hugging Face cache.
 
     Raises:
         UserError: when there is no such model, or it cannot be had.
@@ -119,7 +144,7 @@ def resolve(text: str) -> Source:
         return Source(text, model.gguf, ollama=model)
     reference = _reference(text)
     if reference is None:
-        if text.lower().endswith(".gguf"):
+        if ends_in(path, GGUF):
             raise UserError(
                 f"{text} is not a file here: check the path, or write hf:OWNER/REPO/FILE.gguf for "
                 "one on Hugging Face."
@@ -131,13 +156,14 @@ def resolve(text: str) -> Source:
     repository = reference.repository
     if reference.is_gguf:
         return Source(text, hub.gguf(reference), repository=repository)
-    return Source(repository, hub.folder(repository), is_repository=True, repository=repository)
+    folder = hub.folder(reference)
+    return Source(reference.name, folder, is_repository=True, repository=repository)
 
 
 def _reference(text: str) -> hub.Reference | None:
     """What ``text`` means on Hugging Face, if nothing here has that name."""
     # models/x.gguf was meant as a file.
-    elsewhere = text.startswith("hf:") or not text.lower().endswith(".gguf")
+    elsewhere = text.startswith("hf:") or hub.is_address(text) or not text.lower().endswith(".gguf")
     if text.startswith("ollama:") or not elsewhere or _is(_path(text)):
         return None
     return hub.parse(text)

@@ -25,6 +25,7 @@ from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.mlx_folder import FLOAT_DTYPES
 from convert.safetensors_files import TensorFiles
+from convert.suffixes import is_gguf_name
 
 #: The file inside an edited folder; beside NAME.gguf it is NAME.undo.safetensors.
 KEPT = "undo.safetensors"
@@ -90,7 +91,7 @@ def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
 
 def kept_path(path: Path) -> Path:
     """Where an edited model's undo file is: inside the folder, or beside the GGUF."""
-    return path.with_name(f"{path.stem}.{KEPT}") if path.suffix == ".gguf" else path / KEPT
+    return path.with_name(f"{path.stem}.{KEPT}") if is_gguf_name(path) else path / KEPT
 
 
 def check_keep(paths: Sequence[Path], source: Source, norm: str = "none") -> None:
@@ -110,12 +111,12 @@ def check_keep(paths: Sequence[Path], source: Source, norm: str = "none") -> Non
                 f"--keep-undo: {path} is an adapter, which is undone by leaving it out; leave the "
                 "flag out."
             )
-        if (path.suffix == ".gguf") != source.is_gguf:
+        if is_gguf_name(path) != source.is_gguf:
             raise UserError(
                 f"--keep-undo: {path} has another format than {source.name}; write the edit in the "
                 "source's own format, and convert that."
             )
-        if path.suffix == ".gguf":
+        if is_gguf_name(path):
             check_new(kept_path(path))
 
 

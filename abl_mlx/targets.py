@@ -16,6 +16,7 @@ from abl_mlx.models import ChatModel
 from abl_mlx.options import EvalOptions
 from abl_mlx.sources import Source
 from convert.errors import UserError
+from convert.gguf_file import GgufSource
 
 RUNTIMES = ("mlx-lm", "llama.cpp", "llama-server")
 """What ``--runtime`` takes."""
@@ -34,6 +35,7 @@ class Target:
         chat: the model, where it is in MLX.
         gguf: the file, where llama.cpp runs it.
         model: its name on a server.
+        note: what a reader of its figures should know.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Target:
     chat: ChatModel | None = None
     gguf: Path | None = None
     model: str | None = None
+    note: str | None = None
 
 
 def find(text: str) -> Source | None:
@@ -94,7 +97,19 @@ def opened(
             with clock.step("start llama-server"):
                 server = stack.enter_context(LlamaServer(source.path, options.asking))
             ask = server.endpoint.ask
-        yield Target(source.name, runtime, identity, ask, gguf=source.path)
+        note = _without_template(source)
+        yield Target(source.name, runtime, identity, ask, gguf=source.path, note=note)
+
+
+def _without_template(source: Source) -> str | None:
+    """What to say of a GGUF that llama.cpp has to ask through a template of its own."""
+    with GgufSource(source.path) as gguf:
+        if gguf.metadata.get("tokenizer.chat_template"):
+            return None
+    return (
+        f"{source.title} has no chat template: llama.cpp asks it through its default one, ChatML, "
+        "which the model may never have seen"
+    )
 
 
 def runtime_of(source: Source, options: EvalOptions) -> str:
@@ -121,7 +136,6 @@ def load_any(source: Source) -> ChatModel:
     if not source.is_gguf:
         return models.load(source.path)
     from abl_mlx import gguf_model
-    from convert.gguf_file import GgufSource
 
     with GgufSource(source.path) as gguf:
         return gguf_model.load(gguf)[0]

@@ -29,6 +29,7 @@ from abl_mlx.clock import Clock
 from abl_mlx.edits import Edit
 from abl_mlx.gguf_edit import plan as plan_gguf
 from abl_mlx.models import ChatModel
+from abl_mlx.provenance import TAGS
 from abl_mlx.sources import Source
 from abl_mlx.taken import Taken, kept_path, read_kept, taken, taken_of_gguf
 from abl_mlx.writers import find_writers
@@ -41,6 +42,7 @@ from convert.gguf_rewrite import Replacement
 from convert.gguf_rewrite import rewrite as rewrite_gguf
 from convert.mlx_folder import FLOAT_DTYPES, rewrite_folder
 from convert.safetensors_files import TensorFiles
+from convert.suffixes import is_gguf_name
 
 Record = dict[str, Any]
 
@@ -77,7 +79,7 @@ def undo(
     source = sources.resolve(text)
     outputs.check(paths, source)
     for path in paths:
-        if not _is_adapter(path) and (path.suffix == ".gguf") != source.is_gguf:
+        if not _is_adapter(path) and is_gguf_name(path) != source.is_gguf:
             raise UserError(
                 f"{path} has another format than {text}: undo writes the same one, or an adapter."
             )
@@ -462,7 +464,7 @@ def _metadata(gguf: GgufSource) -> dict[str, Any]:
     name = known.get("general.name")
     if isinstance(name, str):
         changes["general.name"] = name.removesuffix("-abliterated")
-    tags = [tag for tag in known.get("general.tags") or [] if tag not in outputs.TAGS]
+    tags = [tag for tag in known.get("general.tags") or [] if tag not in TAGS]
     changes["general.tags"] = tags or None
     count = int(known.get("general.base_model.count", 0))
     if count:

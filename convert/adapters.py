@@ -21,6 +21,7 @@ import numpy as np
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.gguf_values import value_type
+from convert.suffixes import ends_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 
@@ -30,12 +31,12 @@ SUFFIX, GGUF_SUFFIX = ".adapter", ".lora.gguf"
 
 def is_mlx(path: Path) -> bool:
     """Whether a name is that of an mlx-lm adapter."""
-    return path.suffix == SUFFIX
+    return ends_in(path, SUFFIX)
 
 
 def is_lora(path: Path) -> bool:
     """Whether a name is that of a LoRA of llama.cpp's."""
-    return path.name.endswith(GGUF_SUFFIX)
+    return ends_in(path, GGUF_SUFFIX)
 
 
 @dataclass(frozen=True)

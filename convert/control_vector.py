@@ -19,6 +19,7 @@ import numpy as np
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.gguf_values import value_type
+from convert.suffixes import ends_in
 
 ARCHITECTURE = "controlvector"
 """Its general.architecture."""
@@ -29,7 +30,7 @@ SUFFIX = ".cvec.gguf"
 
 def is_control_vector(path: Path) -> bool:
     """Whether a name is that of a control vector."""
-    return path.name.endswith(SUFFIX)
+    return ends_in(path, SUFFIX)
 
 
 @dataclass(frozen=True)

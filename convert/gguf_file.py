@@ -55,6 +55,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from convert.errors import UserError
 from convert.gguf_values import FORMATS
 from convert.mapped import give_back
+from convert.suffixes import GGUF, without
 
 MAGIC = b"GGUF"
 ALIGNMENT = "general.alignment"
@@ -357,7 +358,7 @@ def part_paths(path: Path, count: int) -> list[Path]:
     if count <= 1:
         return [path]
     named = _SPLIT_NAME.fullmatch(path.name)
-    name = named["name"] if named else path.name.removesuffix(".gguf")
+    name = named["name"] if named else without(path.name, GGUF)
     return [
         path.with_name(f"{name}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1)
     ]

@@ -35,6 +35,7 @@ from typing import Any
 from gguf import TokenType
 from tokenizers.models import BPE
 
+from convert import phi3
 from convert.errors import UserError
 from convert.gguf_pre_tokenizers import PRE, PreTokenizer
 from convert.gguf_tokenizer import KNOWN_ENDS
@@ -432,8 +433,7 @@ def _rstrip(
     metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
 ) -> frozenset[int]:
     """Special tokens that swallow the white space after them: Phi-3's, known by its name."""
-    name = str(metadata.get("general.name") or "").lower()
-    if "phi-3" not in name and "phi3" not in name:
+    if not phi3.says_phi3(str(metadata.get("general.name") or "")):
         return frozenset()
     return frozenset(
         token

@@ -6,7 +6,6 @@ converter. Quantized types come from gguf-py, K-quants from ggml itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
-from convert import ggml, names
+from convert import ggml, names, phi3
 from convert.atomic import check_new, new_file
 from convert.errors import UserError
 from convert.gguf_tokenizer import Tokenizer, read_tokenizer
@@ -131,7 +130,9 @@ def write_gguf(
         _refuse_stray_edits(edits, targets, files)
         keys = _metadata(folder, layout, name_suffix)
         keys.update(metadata or {})
-        keys["general.name"] = _phi3_name(str(keys["general.name"]), layout.tokenizer)
+        keys["general.name"] = phi3.named(
+            str(keys["general.name"]), phi3=bool(layout.tokenizer.rstrip)
+        )
         with new_file(out) as partial:
             writer = gguf.GGUFWriter(partial, names.architecture(layout.config).gguf)
             try:
@@ -444,18 +445,6 @@ def _general_name(folder: Path) -> str:
     # The hub's cache keeps a model under models--owner--name/snapshots/hash.
     cached = next((part for part in reversed(parts) if part.startswith("models--")), None)
     return cached.split("--")[-1] if cached else folder.absolute().name
-
-
-def _phi3_name(name: str, tokenizer: Tokenizer) -> str:
-    """``name``, saying Phi-3 exactly where the special tokens swallow the white space after them.
-
-    llama.cpp knows that property by general.name alone, and then fails to load a vocabulary
-    without Phi-3's other special tokens (src/llama-vocab.cpp, per token attributes).
-    """
-    named = re.search(r"phi-?3", name, re.IGNORECASE)
-    if named and not tokenizer.rstrip:
-        return re.sub(r"(phi)-?3", r"\1 3", name, flags=re.IGNORECASE)
-    return f"{name} (phi-3)" if tokenizer.rstrip and not named else name
 
 
 def _add_metadata(writer: gguf.GGUFWriter, keys: Mapping[str, Any]) -> None:

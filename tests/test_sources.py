@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from abl_mlx import hub
+from abl_mlx import endpoint, hub
 from abl_mlx.sources import Source, resolve, resolve_gguf
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
@@ -21,6 +21,7 @@ from tests.ollama_tools import Store, as_a_stranger, open_folder, write_gguf
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "5" * 40
+OTHER_COMMIT = "7" * 40  # of the tag v2
 
 # A repository as bartowski, unsloth and others lay theirs out.
 GGUFS = [
@@ -106,6 +107,10 @@ def server():
             if repository not in state.repositories:
                 return self.answer(404, X_Error_Code="RepoNotFound")
             files = state.repositories[repository]
+            revision = parts[3] if parts[2:3] in (["revision"], ["resolve"], ["tree"]) else "main"
+            if revision == "nosuch":
+                return self.answer(404, X_Error_Code="RevisionNotFound")
+            commit = OTHER_COMMIT if revision in ("v2", OTHER_COMMIT) else COMMIT
             if path.startswith("api/models/"):
                 if parts[2:3] == ["tree"]:
                     entries = [
@@ -119,7 +124,7 @@ def server():
                     ]
                     return self.json(entries)
                 siblings = [{"rfilename": file} for file in files]
-                return self.json({"id": repository, "sha": COMMIT, "siblings": siblings})
+                return self.json({"id": repository, "sha": commit, "siblings": siblings})
             file = "/".join(parts[4:])
             if repository == "someone/gated":
                 return self.answer(403, X_Error_Code="GatedRepo")
@@ -129,7 +134,7 @@ def server():
             if self.command == "GET":
                 state.fetched.append(f"{repository}/{file}")
             etag = hashlib.sha256(content).hexdigest()
-            return self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+            return self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=commit)
 
         do_HEAD = do_GET
 
@@ -283,11 +288,50 @@ def test_a_reference_is_read_by_its_form():
         "a/b:": None,
         "/a/b": None,
         "a/b:c:d": None,
+        "a/b@v1.0": hub.Reference("a/b", revision="v1.0"),
+        "a/b@refs/pr/1:Q4_0": hub.Reference("a/b", tag="Q4_0", revision="refs/pr/1"),
+        "hf:a/b@main/c d/e.GGUF": hub.Reference("a/b", file="c d/e.GGUF", revision="main"),
+        "a/b@": None,
+        "https://huggingface.co/a/b": hub.Reference("a/b"),
+        "HTTP://www.HuggingFace.co/a/b/": hub.Reference("a/b"),
+        "huggingface.co/a/b?library=mlx#usage": hub.Reference("a/b"),
+        "https://hf.co/a/b:Q4_K_M": hub.Reference("a/b", tag="Q4_K_M"),
+        "hf.co/a/b": hub.Reference("a/b"),
+        "https://huggingface.co/a/b/tree/main": hub.Reference("a/b"),
+        "https://huggingface.co/a/b/tree/v2": hub.Reference("a/b", revision="v2"),
+        "https://huggingface.co/a/b/tree/refs%2Fpr%2F1": hub.Reference("a/b", revision="refs/pr/1"),
+        "https://huggingface.co/a/b/commit/55": hub.Reference("a/b", revision="55"),
+        "https://huggingface.co/a/b/blob/main/c/x%20y.gguf": hub.Reference("a/b", "c/x y.gguf"),
+        "https://huggingface.co/a/b/resolve/v2/x.gguf?download=true": hub.Reference(
+            "a/b", "x.gguf", revision="v2"
+        ),
+        "https://huggingface.co/a/b/blob/main/README.md": hub.Reference("a/b"),
+        "https://huggingface.co/a/b/discussions/3": hub.Reference("a/b"),
+        "https://example.com/a/b": None,
+        "https://huggingface.co.example.com/a/b": None,
     }.items():
         assert hub.parse(text) == reference
     for text in ("hf:", "hf:a", "hf:a/b/c.bin", "hf:a/b/c", "hf:/a/b", "hf:a/b/x.gguf:Q4_0"):
         with pytest.raises(UserError, match=r"write hf:OWNER/REPO/FILE\.gguf"):
             hub.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("https://huggingface.co/datasets/a/b", "not the page of a model"),
+        ("https://huggingface.co/a", "not the page of a model"),
+        ("https://huggingface.co/a/b/tree/main/UD-Q5_K_XL", "a folder inside a repository"),
+    ],
+)
+def test_an_address_that_is_no_models_is_told(text, said):
+    with pytest.raises(UserError, match=said):
+        resolve(text)
+
+
+def test_a_models_page_is_no_server():
+    assert endpoint.is_endpoint("https://127.0.0.1:1/v1")
+    assert not endpoint.is_endpoint("https://huggingface.co/a/b")
 
 
 def test_a_file_that_may_not_be_read_is_told():
@@ -446,6 +490,28 @@ def test_the_cache_serves_without_a_connection(ask, server):
     next(Path(online[1]["path"]).parent.glob("*00002-of-00002*")).unlink()
     (part,) = ask("someone/X-GGUF:Q8_0", HF_HUB_OFFLINE="1")
     assert part["error"].startswith("parts of X-Q8_0-00001-of-00002.gguf are missing in what the")
+
+
+def test_a_revision_is_taken_and_a_missing_one_is_told(ask, server):
+    texts = [
+        "someone/floats@v2", "https://huggingface.co/someone/floats/tree/v2",
+        "someone/X-GGUF@v2:Q4_K_M", "https://huggingface.co/someone/X-GGUF/blob/v2/X-Q4_K_M.gguf",
+    ]  # fmt: skip
+    folder, address, tag, file = ask(*texts)
+    assert folder == address
+    assert (folder["name"], folder["repository"]) == ("someone/floats@v2", "someone/floats")
+    assert folder["title"] == "floats"
+    assert folder["is_repository"]
+    assert tag["path"] == file["path"]
+    assert tag["repository"] == "someone/X-GGUF"
+    # The snapshot of that revision, which has a commit of its own here.
+    assert folder["path"].endswith("7" * 40)
+    assert ("7" * 40) in tag["path"]
+    for text in ("someone/floats@nosuch", "someone/X-GGUF@nosuch:Q4_K_M"):
+        (missing,) = ask(text)
+        assert "has no branch, tag or commit nosuch: check the spelling" in missing["error"]
+    (several,) = ask("someone/X-GGUF@v2")
+    assert "someone/X-GGUF@v2 holds GGUFs and no safetensors" in several["error"]
 
 
 @pytest.mark.parametrize("form", ["{}", "{}:Q4_K_M", "hf:{}/X-Q4_K_M.gguf"])

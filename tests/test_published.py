@@ -1,0 +1,284 @@
+"""What is written of an output and said beside it: names, records, cards, notes and tables."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from abl_mlx import eval_report, induce_report, provenance, report, units
+from abl_mlx.cli import cli
+from abl_mlx.demo import MODEL_PATH
+from abl_mlx.options import Options
+from abl_mlx.sources import resolve
+from convert import adapters, control_vector, phi3
+from convert.gguf_file import GgufSource, metadata
+from convert.mlx_to_gguf import write_gguf
+from convert.suffixes import ends_in, is_gguf_name, without
+from tests import command
+
+
+def printed(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def direction(tmp_path):
+    path = tmp_path / "r.npy"
+    np.save(path, np.random.default_rng(0).normal(size=256).astype(np.float32))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "secret" / "someone" / "base.gguf"
+    path.parent.mkdir(parents=True)
+    write_gguf(MODEL_PATH, path)
+    return path
+
+
+# --- names that decide a format ----------------------------------------------------------------
+
+
+def test_endings_count_in_any_case():
+    assert is_gguf_name(Path("a/B.GGUF"))
+    assert is_gguf_name(Path("b.Gguf"))
+    assert not is_gguf_name(Path("gguf"))
+    assert not is_gguf_name(Path("a.gguf/b"))
+    assert adapters.is_lora(Path("X.LORA.GGUF"))
+    assert adapters.is_mlx(Path("x.Adapter"))
+    assert control_vector.is_control_vector(Path("x.CVec.gguf"))
+    assert ends_in(Path("A.SVG"), ".png", ".svg")
+    assert without("X.LORA.GGUF", ".lora.gguf") == "X" == without("X", ".gguf")
+
+
+def test_every_suffix_is_taken_in_upper_case(base, direction, tmp_path):
+    upper = direction.rename(tmp_path / "R.NPY")
+    with_lora = command.abl_mlx(
+        "apply", upper, base, "-o", tmp_path / "E.GGUF", "-o", tmp_path / "E.LORA.GGUF"
+    )
+    assert [one["format"] for one in with_lora["written"]] == ["GGUF", "GGUF LoRA"]
+    assert (tmp_path / "E.GGUF").read_bytes()[:4] == b"GGUF"
+    assert (tmp_path / "E.abl.json").is_file()
+    assert (tmp_path / "E.LORA.abl.json").is_file()
+    record = command.abl_mlx("apply", upper, "demo", "-o", tmp_path / "X.ADAPTER")
+    assert record["written"][0]["format"] == "MLX adapter"
+    record = command.abl_mlx("convert", "demo", tmp_path / "C.GGUF")
+    assert record["format"] == "GGUF"
+    said = command.fails("apply", upper, "demo", "-o", tmp_path / "x.SAFETENSORS")
+    assert "an output is a folder (MLX) or ends in .gguf" in said
+    record = command.abl_mlx("audit", tmp_path / "E.GGUF", "-o", tmp_path / "Found.SafeTensors")
+    again = tmp_path / "again.gguf"
+    command.abl_mlx("apply", tmp_path / "Found.SafeTensors", base, "-o", again)
+    assert again.is_file()
+
+
+def test_a_tilde_is_the_home_folder_also_after_an_equals_sign(direction, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command.abl_mlx("apply", "~/r.npy", "demo", "--output=~/edited", "--max-leak", "0.5")
+    assert (tmp_path / "edited" / "config.json").is_file()
+    assert not Path("~").exists()
+
+
+# --- where it comes from -----------------------------------------------------------------------
+
+
+def every_text(folder: Path) -> dict[str, str]:
+    """Cards, config.json and GGUF metadata of what lies in a folder."""
+    texts = {}
+    for path in folder.rglob("*"):
+        if path.name.endswith(("README.md", "config.json", "Modelfile")):
+            texts[path.name] = path.read_text()
+        if is_gguf_name(path):
+            kept = {k: v for k, v in metadata(path).items() if not k.startswith("tokenizer.")}
+            texts[path.name] = json.dumps(kept)
+    return texts
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_no_path_is_published(kind, base, direction, tmp_path):
+    source = base
+    if kind == "folder":
+        source = tmp_path / "secret" / "someone" / "My Model"
+        shutil.copytree(MODEL_PATH, source)
+    out = tmp_path / "out"
+    lora = "x.lora.gguf" if kind == "gguf" else "x.adapter"
+    record = command.abl_mlx(
+        "apply", direction, source, "-o", out / "e.gguf", "-o", out / "e", "-o", out / lora
+    )
+    assert record["source"] == str(source)
+    texts = every_text(out)
+    assert len(texts) >= 7
+    for name, text in texts.items():
+        assert not [word for word in ("secret", "someone", str(tmp_path)) if word in text], name
+    card = texts["e.README.md"]
+    assert f"# {'base' if kind == 'gguf' else 'My Model'}, abliterated" in card
+    assert "is in the record `e.abl.json`" in card
+    assert (out / "e.abl.json").is_file()
+    assert "is in the record `abl.json`" in (out / "e" / "README.md").read_text()
+    assert metadata(out / "e.gguf")["abl_mlx.base_model"] == source.name
+
+
+def test_a_path_into_hugging_faces_cache_is_its_repository(direction, tmp_path):
+    cache = tmp_path / "secret" / "hub"
+    snapshot = cache / "models--some-one--Small-2B" / "snapshots" / ("0123" * 10)
+    shutil.copytree(MODEL_PATH, snapshot)
+    for path in (snapshot, snapshot / ".." / snapshot.name):
+        source = resolve(str(path))
+        assert (source.hub_id, source.title) == ("some-one/Small-2B", "Small-2B")
+        assert source.public_name == "some-one/Small-2B"
+    out = tmp_path / "out"
+    command.abl_mlx("apply", direction, snapshot, "-o", out / "e", "-o", out / "e.gguf")
+    card = (out / "e" / "README.md").read_text()
+    assert "base_model: some-one/Small-2B\n" in card
+    assert "# Small-2B, abliterated" in card
+    config = json.loads((out / "e" / "config.json").read_text())
+    assert config["abl_mlx"]["base_model"] == "some-one/Small-2B"
+    keys = metadata(out / "e.gguf")
+    assert keys["abl_mlx.base_model"] == "some-one/Small-2B"
+    assert keys["general.base_model.0.repo_url"] == "https://huggingface.co/some-one/Small-2B"
+    assert keys["general.name"] == "Small-2B-abliterated"
+    assert "0123" not in card
+    assert "secret" not in json.dumps(every_text(out))
+    # A blob is named by its hash, and still comes from there.
+    blob = snapshot.parent.parent / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    write_gguf(MODEL_PATH, blob)
+    assert resolve(str(blob)).public_name == "some-one/Small-2B"
+
+
+def test_a_folder_that_is_named_by_dots_has_its_name(tmp_path, monkeypatch):
+    model = tmp_path / "Named" / "inside"
+    shutil.copytree(MODEL_PATH, model.parent)
+    model.mkdir()
+    monkeypatch.chdir(model)
+    assert resolve("..").title == "Named" == resolve("..").public_name
+
+
+def test_a_kept_record_begins_paths_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    record = {"source": str(tmp_path / "m"), "outputs": [str(tmp_path / "o")], "n": 3, "x": "/else"}
+    assert provenance.without_home(record) == {
+        "source": "~/m", "outputs": ["~/o"], "n": 3, "x": "/else"
+    }  # fmt: skip
+
+
+# --- what was left out -------------------------------------------------------------------------
+
+
+def test_a_lora_for_a_tied_model_says_what_it_leaves_out(base, direction, tmp_path):
+    lora = tmp_path / "x.lora.gguf"
+    text = printed("apply", direction, base, "-o", lora)
+    note = next(line for line in text.splitlines() if line.startswith("  note: "))
+    assert "left out: token_embd.weight, which is the output head as well" in note
+    record = json.loads((tmp_path / "x.lora.abl.json").read_text())
+    one = record["written"][0]
+    assert one["left_out"] == ["token_embd.weight"]
+    assert one["embedding"] is False
+    assert one["leak"]["total"] < 1e-6
+    # The share of the edit that is in the embedding, from the weights themselves.
+    unit = np.load(direction).astype(float)
+    unit /= np.linalg.norm(unit)
+    with GgufSource(base) as gguf:
+        parts = {
+            name: gguf.values(name).astype(float)
+            for name in gguf.tensors
+            if name.split(".")[-2] in ("token_embd", "attn_output", "ffn_down")
+        }
+    squares = {
+        name: float(((w @ unit if "embd" in name else unit @ w) ** 2).sum())
+        for name, w in parts.items()
+    }
+    share = (squares["token_embd.weight"] / sum(squares.values())) ** 0.5
+    assert one["leak"]["with_left_out"] == pytest.approx(share, rel=1e-4)
+    assert f"{share:.5f} with what is left out" in text
+    keys = metadata(lora)
+    assert keys["abl_mlx.embedding"] is False
+    assert keys["abl_mlx.left_out"] == "token_embd.weight"
+    card = (tmp_path / "x.lora.README.md").read_text()
+    assert "embedding not edited" in card
+    assert "left out: token_embd.weight" in card
+
+
+def test_the_label_says_whether_an_embedding_was_edited(base, direction, tmp_path):
+    for flags, edited in (
+        ([], True),
+        (["--no-embedding"], False),
+        (["--tensors", "ffn_down"], False),
+    ):
+        out = tmp_path / f"{len(flags)}{flags[-1:]}.gguf"
+        command.abl_mlx("apply", direction, base, "-o", out, *flags)
+        assert metadata(out)["abl_mlx.embedding"] is edited
+        card = out.with_name(f"{out.stem}.README.md").read_text()
+        assert f"embedding {'edited' if edited else 'not edited'}" in card
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+NOTE = "something to know"
+_BEHAVIOUR = {
+    f"{name}_refusal_{what}": value
+    for name in ("harmful", "harmless")
+    for what, value in (("rate", 0.5), ("interval", (0.4, 0.6)))
+} | {"n_harmful": 1, "n_harmless": 1, "broken_rate": 0.0}
+_OUTPUT = {
+    "output": "x", "format": "MLX", "types": ["F16"], "runtime": "mlx-lm", "after": _BEHAVIOUR,
+    "kl": {"k1": 0.0, "k32": 0.0}, "component": 0.0, "embedding": True, "note": NOTE,
+    "leak": {"total": 0.0, "max": 0.0, "tensors": {}},
+}  # fmt: skip
+_RECORD = {
+    "source": "x", "base_model": "x", "abl_mlx": "0", "before": _BEHAVIOUR,
+    "direction": {"sha256": "0", "multiple": 1, "position": -1, "layer": 1},
+    "component": {"before": 0.0}, "options": Options().record(),
+    "evaluations": [_OUTPUT], "written": [_OUTPUT],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        report.run_table,
+        report.apply_table,
+        induce_report.table,
+        lambda r: report.undo_table({**r, "tensors": 1, "from": "y"}),
+        lambda r: report.convert_table({**_OUTPUT, "tensors": {}, "bytes": 0}),
+        lambda r: report.diff_table({"changed": {}, "tensors": 1, "note": NOTE}),
+        lambda r: eval_report.table(
+            {**_BEHAVIOUR, "source": "x", "runtime": "y", "categories": {}, "note": NOTE}
+        ),
+        lambda r: report.card(r, _OUTPUT, "x", "abl.json"),
+        lambda r: induce_report.card(r, _OUTPUT, "x", "abl.json"),
+    ],
+)
+def test_every_table_and_card_shows_notes(table):
+    assert NOTE in table(_RECORD)
+
+
+def test_columns_that_are_empty_are_left_out(direction, tmp_path):
+    text = printed("apply", direction, "demo", "-o", tmp_path / "e")
+    head = text.splitlines()[1]
+    assert head.split() == ["tensor", "weight", "error", "leak"]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (46_400, "46.4 kB"), (999_960, "1.0 MB"),
+     (4_200_000, "4.2 MB"), (21_700_000_000, "21.7 GB"), (3e12, "3.0 TB"), (2e16, "20000.0 TB")],
+)  # fmt: skip
+def test_sizes_are_in_a_unit_that_shows_them(count, shown):
+    assert units.in_bytes(count) == shown
+
+
+# --- Phi-3 -------------------------------------------------------------------------------------
+
+
+def test_a_name_says_phi3_as_it_did_before():
+    assert phi3.named("phi3-mini-abliterated", phi3=False) == "phi 3-mini-abliterated"
+    assert phi3.named("Phi-3.5-x", phi3=False) == "Phi 3.5-x"
+    assert phi3.named("Phi-3.5-x", phi3=True) == "Phi-3.5-x"
+    assert phi3.named("x", phi3=True) == "x (phi-3)"
+    assert phi3.named("phi-4", phi3=False) == "phi-4"
