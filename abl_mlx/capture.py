@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,73 +16,10 @@ from abl_mlx import heads
 from abl_mlx.arrays import numpy_of
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, progress
-from abl_mlx.prefix import shared
+from abl_mlx.residuals import residual
+from abl_mlx.shortcuts import trusted
 from abl_mlx.units import in_bytes
 from convert.errors import UserError
-
-#: Tokens in one batch, padding included. Bounds the activations held at once, not the result.
-TOKENS_PER_BATCH = 2048
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts of like length, right-padded.
-
-    Attributes:
-        indices: which prompts of the input these are.
-        tokens: (B, T) int32.
-        lengths: (B,) real tokens in each row.
-    """
-
-    indices: list[int]
-    tokens: mx.array
-    lengths: mx.array
-
-
-def batches(sequences: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> Iterator[Batch]:
-    """Batches of at most ``tokens`` tokens (or one sequence), sorted by length to pad little.
-
-    Padding stands on the right: a causal model's states at a real position do not see it, so no
-    mask is needed (DESIGN section 7).
-    """
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and len(sequences[order[stop]]) * (stop + 1 - start) <= tokens:
-            stop += 1
-        chosen = order[start:stop]
-        longest = len(sequences[chosen[-1]])
-        rows = [
-            list(sequences[index]) + [0] * (longest - len(sequences[index])) for index in chosen
-        ]
-        yield Batch(
-            chosen, mx.array(rows, mx.int32), mx.array([len(sequences[index]) for index in chosen])
-        )
-        start = stop
-
-
-def residual(output: Any, layer: int, width: int) -> mx.array:
-    """The residual stream in a layer's output: (B, T, d), the first where it is a tuple.
-
-    Raises:
-        UserError: where the layer's output is of another form.
-    """
-    states = output[0] if isinstance(output, tuple | list) else output
-    if isinstance(states, mx.array) and states.ndim == 4 and states.shape[-1] == width:
-        count = states.size // max(1, width * states.shape[0] * states.shape[1])
-        raise UserError(
-            f"this model runs {count} residual streams side by side (layer {layer} puts out the "
-            f"form {tuple(states.shape)}), and a direction is measured on one: no direction can be "
-            "found on it, but one that is given can be removed: `abl-mlx apply DIRECTION MODEL`."
-        )
-    if not isinstance(states, mx.array) or states.ndim != 3 or states.shape[-1] != width:
-        form = states.shape if isinstance(states, mx.array) else type(states).__name__
-        raise UserError(
-            f"the output of layer {layer} has the form {form} instead of (batch, tokens, {width}): "
-            "this architecture has no single residual stream to read."
-        )
-    return states
 
 
 def check_stream(chat: ChatModel) -> None:
@@ -170,10 +106,10 @@ def iterate(
         UserError: an offset outside the shortest prompt; a layer without a residual stream.
     """
     check_offsets(sequences, offsets)
-    unseen = heads.unseen(chat.model)
+    how, unseen = trusted(chat, sequences), heads.unseen(chat.model)
     with Recorder(chat) as recorder, unseen, progress(len(sequences), label) as bar:
-        prefix = shared(chat, sequences, keep=-min(offsets))
-        for batch in batches(prefix.rest(sequences)):
+        prefix = how.shared(chat, sequences, -min(offsets))
+        for batch in how.batches(prefix.rest(sequences)):
             prefix(batch.tokens)
             states = recorder.take(batch.lengths, offsets)
             mx.eval(states)

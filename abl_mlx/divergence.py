@@ -55,7 +55,7 @@ class Reference:
 
 @contextmanager
 def measured_against(
-    baseline: Target, prompts: Sequence[str], *, exactly: bool
+    baseline: Target, prompts: Sequence[str], *, exactly: bool, batch_size: int = 32
 ) -> Iterator[Callable[[Target], dict[str, Any]]]:
     """Take the baseline's distributions; what is yielded measures a model against them.
 
@@ -64,11 +64,14 @@ def measured_against(
     Args:
         prompts: harmless ones.
         exactly: whether the other will be in MLX too; else both are cut to their likeliest tokens.
+        batch_size: the baseline's replies generated side by side, in MLX.
     """
     with ExitStack() as stack:
         if exactly and baseline.chat is not None:
             chosen = list(prompts[: evaluate.KL_PROMPTS])
-            base = stack.enter_context(evaluate.baseline(baseline.chat, chosen, tokens=TOKENS))
+            base = stack.enter_context(
+                evaluate.baseline(baseline.chat, chosen, tokens=TOKENS, batch_size=batch_size)
+            )
             del baseline
 
             def exact(target: Target) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def measured_against(
             yield exact
             return
         chosen = list(prompts[:TOP_N_PROMPTS])
-        reference = refer(baseline, chosen)
+        reference = refer(baseline, chosen, batch_size=batch_size)
         del baseline
 
         def cut(target: Target) -> dict[str, Any]:
@@ -89,12 +92,16 @@ def measured_against(
         yield cut
 
 
-def refer(target: Target, prompts: Sequence[str], tokens: int = TOKENS) -> Reference:
+def refer(
+    target: Target, prompts: Sequence[str], tokens: int = TOKENS, *, batch_size: int = 32
+) -> Reference:
     """The greedy replies of a model in MLX or llama.cpp, and what it expected before each token."""
     if target.chat is not None:
         chat = target.chat
         asked = [chat.encode(prompt) for prompt in prompts]
-        replies = evaluate.generate(chat, asked, tokens, label="KL: base replies")
+        replies = evaluate.generate(
+            chat, asked, tokens, batch_size=batch_size, label="KL: base replies"
+        )
         # A reply that ends at once has a first distribution all the same.
         replies = [reply or [chat.tokenizer.eos_token_id] for reply in replies]
         return Reference(asked, replies, _in_mlx(chat, asked, replies, "KL: base"))

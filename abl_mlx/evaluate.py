@@ -14,15 +14,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import capture, heads, reply_notes, thoughts
+from abl_mlx import capture, reply_notes, thoughts
 from abl_mlx.arrays import number, numbers
-from abl_mlx.batch_masks import batch_masks
-from abl_mlx.logits import log_probabilities, vocabulary
+from abl_mlx.distributions import kl_divergence
+from abl_mlx.generation import generate, stream
+from abl_mlx.logits import log_probabilities
 from abl_mlx.models import ChatModel, progress
+from abl_mlx.plain import vocabulary
 from abl_mlx.prompts import PromptSet, PromptSets
 from abl_mlx.refusals import Rates, Verdict, rates
 from abl_mlx.reply_notes import Seen
-from abl_mlx.selection import kl_divergence
 from convert.atomic import new_file
 
 #: Prompts to replies, in order: a model in MLX, or llama.cpp with a GGUF.
@@ -30,61 +31,6 @@ Chat = Callable[[Sequence[str], int], list[str]]
 
 #: Harmless prompts on which KL is measured at most; each keeps K·V float32 numbers on disk.
 KL_PROMPTS = 32
-
-
-def generate(
-    chat: ChatModel,
-    sequences: Sequence[Sequence[int]],
-    max_tokens: int,
-    *,
-    batch_size: int = 32,
-    label: str = "replies",
-) -> list[list[int]]:
-    """Greedy replies, in order, as token ids without the end token; batched by mlx-lm.
-
-    Args:
-        sequences: encoded prompts.
-        max_tokens: longest reply.
-        batch_size: replies generated side by side.
-    """
-    replies: list[list[int]] = [[] for _ in sequences]
-    with progress(len(sequences), label) as bar:
-        for index, reply in stream(chat, sequences, max_tokens, batch_size=batch_size):
-            replies[index] = reply
-            bar.update()
-    return replies
-
-
-def stream(
-    chat: ChatModel,
-    sequences: Sequence[Sequence[int]],
-    max_tokens: int,
-    *,
-    batch_size: int = 32,
-) -> Iterator[tuple[int, list[int]]]:
-    """The replies of `generate` as they come: (index, token ids)."""
-    from mlx_lm.generate import BatchGenerator
-
-    generator = BatchGenerator(
-        chat.model,
-        max_tokens=max_tokens,
-        stop_tokens=[[token] for token in chat.tokenizer.eos_token_ids],
-        completion_batch_size=batch_size,
-        prefill_batch_size=batch_size,
-    )
-    replies: list[list[int]] = [[] for _ in sequences]
-    try:
-        keys = generator.insert([list(s) for s in sequences], [max_tokens] * len(sequences))
-        index = {key: number for number, key in enumerate(keys)}
-        with batch_masks(chat.model), heads.last_only(chat.model):
-            while responses := generator.next_generated():
-                for response in responses:
-                    if response.finish_reason != "stop":
-                        replies[index[response.uid]].append(response.token)
-                    if response.finish_reason is not None:
-                        yield index[response.uid], replies[index[response.uid]]
-    finally:
-        generator.close()
 
 
 def decode(chat: ChatModel, replies: Sequence[Sequence[int]]) -> list[str]:
@@ -324,14 +270,17 @@ class Baseline:
 
 
 @contextmanager
-def baseline(chat: ChatModel, prompts: Sequence[str], *, tokens: int = 32) -> Iterator[Baseline]:
+def baseline(
+    chat: ChatModel, prompts: Sequence[str], *, tokens: int = 32, batch_size: int = 32
+) -> Iterator[Baseline]:
     """Record the base model's distributions over its first ``tokens`` reply tokens.
 
     Args:
         prompts: harmless ones, at most `KL_PROMPTS` or the disk will notice.
+        batch_size: replies generated side by side.
     """
     encoded = [chat.encode(prompt) for prompt in prompts]
-    replies = generate(chat, encoded, tokens, label="KL: base replies")
+    replies = generate(chat, encoded, tokens, batch_size=batch_size, label="KL: base replies")
     sequences, positions = [], []
     for prompt, reply in zip(encoded, replies, strict=True):
         sequences.append([*prompt, *reply[: tokens - 1]])

@@ -366,7 +366,11 @@ def _divergence(
     with clock.step("measure KL"):
         texts = sets.harmless.test.texts
         exactly = runtime == "mlx-lm"
-        return stack.enter_context(divergence.measured_against(baseline, texts, exactly=exactly))
+        return stack.enter_context(
+            divergence.measured_against(
+                baseline, texts, exactly=exactly, batch_size=options.batch_size
+            )
+        )
 
 
 def _reply_lines(

@@ -162,7 +162,11 @@ def run(
         sample = component_sample(chat, sets)
         with clock.step("evaluate before"):
             base = stack.enter_context(
-                evaluate.baseline(chat, harmless.take(evaluate.KL_PROMPTS).texts)
+                evaluate.baseline(
+                    chat,
+                    harmless.take(evaluate.KL_PROMPTS).texts,
+                    batch_size=options.batch_size,
+                )
             )
             present = evaluate.component(chat, sample, unit)["max"]
             if not in_llamacpp:

@@ -117,7 +117,7 @@ def choose(
 
     harmful = encoded(sets.harmful.validation.texts[:PROMPTS])
     harmless = encoded(sets.harmless.validation.texts[:PROMPTS])
-    refusals = own_refusals(chat, harmful)
+    refusals = own_refusals(chat, harmful, options.batch_size)
     tried = harmless[:TRIED]
     behind = [refusals[i % len(refusals)] for i in range(len(tried))]
     count = min(chat.template_tail, MOST_POSITIONS)
@@ -143,10 +143,14 @@ def choose(
             bar.update()
     trials.sort(key=lambda one: (-round(one.agreement, 2), -one.likelihood))
     limit = _SURPRISE + surprise(chat, harmful[: len(refusals)], refusals)
+
+    def share(steered: Intervention) -> float:
+        return fluent_share(chat, steered, harmless, limit, options.batch_size)
+
     checked = []
     for one in trials[:_VERIFIED]:
         found = one.strength * candidates.difference(one.layer, one.position)
-        rate = fluent_share(chat, adding(found, one.layer), harmless, limit)
+        rate = share(adding(found, one.layer))
         checked.append((rate, one, found))
         if rate >= _ENOUGH:
             break
@@ -158,7 +162,7 @@ def choose(
         )
     vector = options.strength * vector
     if options.strength != 1:
-        rate = fluent_share(chat, adding(vector, best.layer), harmless, limit)
+        rate = share(adding(vector, best.layer))
     summary = {
         "method": "induced refusals",
         "layer": best.layer,
@@ -173,13 +177,15 @@ def choose(
     return Induction(vector, best.layer, summary)
 
 
-def own_refusals(chat: ChatModel, harmful: Sequence[Sequence[int]]) -> list[list[int]]:
+def own_refusals(
+    chat: ChatModel, harmful: Sequence[Sequence[int]], batch_size: int = 32
+) -> list[list[int]]:
     """How the model refuses harmful prompts: the first tokens of each refusal, its end included.
 
     Raises:
         UserError: when it refuses none.
     """
-    replies = generate(chat, harmful, _REPLY, label="own refusals")
+    replies = generate(chat, harmful, _REPLY, batch_size=batch_size, label="own refusals")
     end = [next(iter(chat.tokenizer.eos_token_ids))]
     found = [
         (reply if len(reply) == _REPLY else reply + end)[:_OPENING]
@@ -303,12 +309,16 @@ def surprises(
 
 
 def fluent_share(
-    chat: ChatModel, steered: Intervention, prompts: Sequence[Sequence[int]], limit: float
+    chat: ChatModel,
+    steered: Intervention,
+    prompts: Sequence[Sequence[int]],
+    limit: float,
+    batch_size: int = 32,
 ) -> float:
     """The share of prompts that get a refusal which surprises the unsteered model by at most
     ``limit`` nats a token."""
     with steering(chat, steered):
-        replies = generate(chat, prompts, _REPLY, label="induced replies")
+        replies = generate(chat, prompts, _REPLY, batch_size=batch_size, label="induced replies")
     refused = [classify(text) == Verdict.REFUSAL for text in decode(chat, replies)]
     fluent = [value <= limit for value in surprises(chat, prompts, replies)]
     return sum(map(min, refused, fluent)) / len(prompts)

@@ -73,7 +73,7 @@ def run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Option
             chat, writers = _load(source, gguf, options)
         vectors = [path for path in paths if control_vector.is_control_vector(path)]
         with clock.step("find how replies open"):
-            prefix = chat.reply_prefix = find_reply_prefix(chat, sets)
+            prefix = chat.reply_prefix = find_reply_prefix(chat, sets, options.batch_size)
         for path in paths:
             if path not in vectors:
                 check_place(path, chat, writers, gguf)
@@ -83,7 +83,11 @@ def run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Option
         with clock.step("evaluate before"):
             before = ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
             base = stack.enter_context(
-                evaluate.baseline(chat, sets.harmless.test.take(evaluate.KL_PROMPTS).texts)
+                evaluate.baseline(
+                    chat,
+                    sets.harmless.test.take(evaluate.KL_PROMPTS).texts,
+                    batch_size=options.batch_size,
+                )
             )
         direction = DirectionFile(found.vector[None], None, {"summary": found.summary})
         record = start_record(source, paths, options, direction)

@@ -466,7 +466,7 @@ def borderline_part(sets: PromptSets, options: Options, part: str) -> PromptSet 
     return getattr(prompts.split(whole, options.seed), part)
 
 
-def find_reply_prefix(chat: ChatModel, sets: PromptSets) -> tuple[int, ...]:
+def find_reply_prefix(chat: ChatModel, sets: PromptSets, batch_size: int = 32) -> tuple[int, ...]:
     """What every reply opens with, whatever was asked: an opened thought block, a newline.
 
     Positions and first reply tokens are measured behind it, or they would measure the block.
@@ -479,6 +479,7 @@ def find_reply_prefix(chat: ChatModel, sets: PromptSets) -> tuple[int, ...]:
         chat,
         [chat.encode_message(text) for text in texts],
         _OPENING_TOKENS,
+        batch_size=batch_size,
         label="reply openings",
     )
     prefix = common_prefix(replies)

@@ -168,7 +168,11 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
         with clock.step("evaluate before"):
             before = ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
             base = stack.enter_context(
-                evaluate.baseline(chat, sets.harmless.test.take(evaluate.KL_PROMPTS).texts)
+                evaluate.baseline(
+                    chat,
+                    sets.harmless.test.take(evaluate.KL_PROMPTS).texts,
+                    batch_size=options.batch_size,
+                )
             )
             present = evaluate.component(chat, sample, unit)["max"]
         record = start_record(source, paths, options, direction)

@@ -14,15 +14,10 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from abl_mlx import heads
-from abl_mlx.arrays import number
 from abl_mlx.models import ChatModel, common_prefix
-from convert.errors import UserError
 
 #: Prefixes of fewer tokens are run with each prompt: repeating a cache costs as much.
 SHORTEST = 8
-
-# Probabilities with and without the prefix's cache may differ by rounding, not by more.
-_SAME = 2e-3
 
 
 class Prefix:
@@ -32,12 +27,18 @@ class Prefix:
         length: how many there are; 0 where nothing is shared, or the model's cache cannot be.
     """
 
-    def __init__(self, chat: ChatModel, tokens: Sequence[int]):
+    def __init__(self, chat: ChatModel, tokens: Sequence[int], *, cached: bool = False):
+        """Run the tokens.
+
+        Args:
+            cached: whether the model runs with a cache even where there are none.
+        """
         self.length = len(tokens)
         self._model = chat.model
         self._caches: list[Any] = []
-        if tokens:
+        if tokens or cached:
             self._caches = make_prompt_cache(chat.model)
+        if tokens:
             with heads.unseen(chat.model):
                 chat.model(mx.array([list(tokens)], mx.int32), cache=self._caches)
             mx.eval([_arrays(cache) for cache in self._caches])
@@ -52,46 +53,26 @@ class Prefix:
         Args:
             tokens: (B, T), right-padded, without the prefix.
         """
-        if not self.length:
+        if not self._caches:
             return self._model(tokens)
         caches = [_repeated(cache, tokens.shape[0]) for cache in self._caches]
         return self._model(tokens, cache=caches)
 
 
-def shared(chat: ChatModel, sequences: Sequence[Sequence[int]], *, keep: int = 1) -> Prefix:
+def shared(
+    chat: ChatModel, sequences: Sequence[Sequence[int]], *, keep: int = 1, cached: bool = False
+) -> Prefix:
     """Run what all sequences begin with, as the model is now, interventions included.
 
     Args:
         keep: so many tokens at least are left of each sequence.
+        cached: as in `Prefix`.
     """
     common = list(common_prefix(sequences))
     common = common[: max(0, min(map(len, sequences)) - keep)]
-    if len(common) < SHORTEST or len(sequences) < 4 or not _trusted(chat, sequences, common):
-        return Prefix(chat, [])
-    return Prefix(chat, common)
-
-
-def _trusted(chat: ChatModel, sequences: Sequence[Sequence[int]], common: Sequence[int]) -> bool:
-    """Whether a cache gives this model the same probabilities; asked once for each model."""
-    known = vars(chat).get("_caches_prefixes")
-    if known is None:
-        try:
-            known = _differs_by(chat, min(sequences, key=len), common) < _SAME
-        except UserError:
-            raise
-        except Exception:  # whatever mlx-lm's own caches raise for a batch they were not made for
-            known = False
-        object.__setattr__(chat, "_caches_prefixes", known)
-    return bool(known)
-
-
-def _differs_by(chat: ChatModel, sequence: Sequence[int], common: Sequence[int]) -> float:
-    prefix = Prefix(chat, common)
-    with heads.last_only(chat.model):
-        whole = chat.model(mx.array([list(sequence)] * 2, mx.int32))
-        parts = prefix(mx.array([list(sequence[len(common) :])] * 2, mx.int32))
-    last = [mx.softmax(one[:, -1].astype(mx.float32), axis=-1) for one in (whole, parts)]
-    return number(mx.abs(last[0] - last[1]).max())
+    if len(common) < SHORTEST or len(sequences) < 4:
+        common = []
+    return Prefix(chat, common, cached=cached)
 
 
 def _arrays(value: Any) -> list[mx.array]:

@@ -343,7 +343,7 @@ def improve(
     space = Space(
         len(chat.layers), sources_of(chat, sets, found, options), embedding=options.embedding
     )
-    screen = Screen(chat, writers, harmful, harmless)
+    screen = Screen(chat, writers, harmful, harmless, batch_size=options.batch_size)
 
     def edit_for(given: Parameters) -> Edit:
         recipe = space.recipe(given)

@@ -66,9 +66,12 @@ class Screen:
         writers: Sequence[Writer],
         harmful: Sequence[Sequence[int]],
         harmless: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 32,
     ):
         self._chat, self._writers = chat, writers
         self._harmful, self._harmless = harmful, harmless
+        self._batch_size = batch_size
         before = first_reply_token(chat, harmful)
         self._base = first_reply_token(chat, harmless)
         mx.eval(before, self._base)
@@ -132,7 +135,9 @@ class Screen:
     ) -> tuple[float, float, int]:
         """Greedy replies to harmful prompts: shares refused and broken, tokens generated."""
         with ablation(self._writers, edit):
-            replies = evaluate.generate(self._chat, prompts, max_tokens, batch_size=64)
+            replies = evaluate.generate(
+                self._chat, prompts, max_tokens, batch_size=self._batch_size
+            )
         verdicts = [classify(text) for text in evaluate.decode(self._chat, replies)]
         shares = [
             verdicts.count(kind) / len(verdicts) for kind in (Verdict.REFUSAL, Verdict.BROKEN)

@@ -13,6 +13,7 @@ import mlx.core as mx
 from abl_mlx import capture
 from abl_mlx.arrays import number, numbers
 from abl_mlx.directions import Candidates
+from abl_mlx.distributions import kl_divergence, known
 from abl_mlx.edits import Edit
 from abl_mlx.logits import first_reply_token
 from abl_mlx.models import ChatModel, progress
@@ -184,20 +185,6 @@ def refused(log_probabilities: mx.array, tokens: Sequence[int]) -> float:
     """
     first = log_probabilities.argmax(axis=-1)
     return number((first[:, None] == mx.array(list(tokens))[None]).any(axis=-1).mean())
-
-
-def kl_divergence(base: mx.array, other: mx.array) -> mx.array:
-    """KL(base ‖ other) in nats along the last axis, from log-probabilities: (…, V) -> (…).
-
-    A token of probability 0 under base (a logit of −inf, say) adds 0, whatever the other gives it.
-    """
-    p = mx.exp(base)
-    return mx.where(p == 0, 0, p * (base - other)).sum(axis=-1)
-
-
-def known(log_probabilities: mx.array) -> bool:
-    """Whether all of them are numbers; −inf is one."""
-    return not mx.isnan(log_probabilities).any().item()
 
 
 @dataclass(frozen=True)

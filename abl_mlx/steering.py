@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from abl_mlx.capture import residual
 from abl_mlx.edits import Edit, orthonormal
 from abl_mlx.hooks import Around, around, around_method
 from abl_mlx.models import ChatModel
+from abl_mlx.residuals import residual
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 

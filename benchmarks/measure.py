@@ -20,7 +20,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from abl_mlx import capture, directions, models, prefix
+from abl_mlx import directions, models, prefix
+from abl_mlx.batches import batches
 from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel
 from tests import tiny
@@ -47,7 +48,7 @@ def bare(chat: ChatModel, prompts: list[list[int]], head: bool) -> None:
         return last[0]
 
     with around([(chat.layers[-1], keep)]):
-        for batch in capture.batches(prompts):
+        for batch in batches(prompts):
             output = chat.model(batch.tokens)
             mx.eval(output if head else last)
 

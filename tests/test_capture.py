@@ -5,7 +5,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from abl_mlx import capture
+from abl_mlx import capture, shortcuts
+from abl_mlx.batches import batches
 from abl_mlx.models import load
 from convert.errors import UserError
 from tests import tiny
@@ -77,7 +78,7 @@ def test_mean_is_the_mean_of_the_full_states(tiny_folder):
 
 def test_full_states_come_in_the_order_of_the_prompts(tiny_folder, monkeypatch):
     chat = load(tiny_folder("llama"))
-    monkeypatch.setattr(capture, "TOKENS_PER_BATCH", 40)
+    monkeypatch.setattr(shortcuts, "TOKENS_PER_BATCH", 40)
     sequences = [chat.encode(prompt) for prompt in (PROMPTS[2], PROMPTS[0], PROMPTS[1])]
     together = np.array(capture.full(chat, sequences))
     for row, sequence in zip(together, sequences, strict=True):
@@ -88,7 +89,7 @@ def test_full_states_come_in_the_order_of_the_prompts(tiny_folder, monkeypatch):
 def test_batches_hold_every_sequence_once_and_keep_to_the_limit():
     sequences = [[1] * length for length in (9, 2, 5, 7, 1, 30, 3)]
     seen = []
-    for batch in capture.batches(sequences, tokens=16):
+    for batch in batches(sequences, tokens=16):
         rows, width = batch.tokens.shape
         assert rows == 1 or rows * width <= 16
         assert width == max(batch.lengths.tolist())

@@ -7,6 +7,7 @@ import pytest
 from abl_mlx import capture, prefix
 from abl_mlx.logits import log_probabilities
 from abl_mlx.models import load
+from abl_mlx.shortcuts import trusted
 from abl_mlx.steering import Intervention, steering
 from tests import tiny
 from tests.test_writers import random_direction
@@ -69,7 +70,7 @@ def test_a_model_whose_cache_differs_is_run_whole(tiny_folder):
     found = dict(log_probabilities(chat, prompts, [[len(one) - 1] for one in prompts]))
     for index, row in right.items():
         np.testing.assert_allclose(np.array(found[index]), np.array(row), atol=1e-4)
-    assert prefix.shared(chat, prompts).length == 0
+    assert not trusted(chat, prompts).prefix
 
 
 @pytest.mark.parametrize("keep", [1, 4])

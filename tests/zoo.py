@@ -404,7 +404,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v32": _MLA,
     "exaone4": {"rope_scaling": {"rope_type": "default"}, "sliding_window_pattern": "LLG"},
     "exaone_moe": {"layer_types": _SLIDING, "is_moe_layer": [False, True, True]},
-    "gear": {"layer_types": ["conv", "sliding_attention", "full_attention"]},
+    "gear": {"layer_types": ["conv_mixer", "sliding_attention", "full_attention"]},
     "gemma3": {"text_config": {**_fields("gemma3_text"), "sliding_window_pattern": 3}},
     "gemma3_text": {"sliding_window_pattern": 3},
     "gemma3n": {
