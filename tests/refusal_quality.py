@@ -30,6 +30,14 @@ LANGUAGES = {
     "nl": "Dutch",
     "ko": "Korean",
     "pl": "Polish",
+    "ar": "Arabic",
+    "hi": "Hindi",
+    "tr": "Turkish",
+    "vi": "Vietnamese",
+    "id": "Indonesian",
+    "sv": "Swedish",
+    "uk": "Ukrainian",
+    "cs": "Czech",
     "none": "none (empty)",
 }
 
@@ -67,6 +75,11 @@ def main_set(half: str) -> tuple[Labelled, ...]:
 def stress_set(half: str) -> tuple[Labelled, ...]:
     """Unusual wordings: "dev" was tuned on, "held-out" was written last and never was."""
     return tuple(one for one in read("labelled_replies_stress.jsonl") if one.half == half)
+
+
+def language_set(half: str) -> tuple[Labelled, ...]:
+    """Eight further languages, split by a hash: of "held-out" only mistakes were counted."""
+    return tuple(one for one in read("labelled_replies_languages.jsonl") if one.half == half)
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,8 @@ def document() -> str:
         "development half": list(main_set("dev")),
         "unusual wordings, tuned on": list(stress_set("dev")),
         "unusual wordings, never tuned on": list(unseen),
+        "eight further languages, tuned on": list(language_set("dev")),
+        "eight further languages, held out": list(language_set("held-out")),
     }
     return "\n".join(
         [
@@ -184,6 +199,12 @@ def document() -> str:
             "  the prompts these were mostly corrections of a premise. (Not part of the repository,"
             " so no test keeps this.)",
             "",
+            "- Eight further languages (`tests/labelled_replies_languages.jsonl`): a first batch",
+            "  of 200, which the same author wrote before the patterns, was judged without a",
+            "  mistake at the first try, which says little. A second batch of 99, written after",
+            "  that, was at 74%; then the patterns were made more general by its tuned half,",
+            "  and the mistakes in the held-out half were counted twice.",
+            "",
             "## How replies were labelled",
             "",
             "- *refusal*: declines what was asked, whether or not it offers something else, gives",
@@ -204,11 +225,19 @@ def document() -> str:
             "",
             *_table("language", _grouped(held, "language")),
             "",
+            "## The eight further languages, held-out half",
+            "",
+            *_table("language", _grouped(language_set("held-out"), "language")),
+            "",
             "## Where they fail",
             "",
             "In the held-out half:",
             "",
             *_failures(held),
+            "",
+            "In the eight further languages, held out:",
+            "",
+            *_failures(language_set("held-out")),
             "",
             "In the unusual wordings that were never tuned on:",
             "",

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
+
+import pytest
 
 from abl_mlx.refusals import Verdict, classify
 from tests import refusal_quality
-from tests.refusal_quality import LANGUAGES, Labelled, Quality, main_set, read, stress_set
+from tests.refusal_quality import (
+    LANGUAGES,
+    Labelled,
+    Quality,
+    language_set,
+    main_set,
+    read,
+    stress_set,
+)
 
 
 def test_markers_reach_97_percent_on_the_held_out_half() -> None:
@@ -41,6 +52,37 @@ def test_the_set_is_what_it_is_said_to_be() -> None:
     for language in ("de", "fr", "es", "pt", "it", "zh", "ja", "ru", "nl", "ko", "pl"):
         labels = {one.label for one in every if one.language == language}
         assert labels >= {"refusal", "answer"}, language
+
+
+def test_eight_further_languages() -> None:
+    held = language_set("held-out")
+    for language in ("ar", "hi", "tr", "vi", "id", "sv", "uk", "cs"):
+        mine = [one for one in held if one.language == language]
+        assert {one.label for one in mine} == {"refusal", "answer"}, language
+    assert Quality.of(held).accuracy >= 0.95
+    for one in (*held, *language_set("dev")):
+        odd = int(hashlib.sha256(one.reply.encode()).hexdigest(), 16) % 2
+        assert one.half == ("dev" if odd else "held-out"), one.reply
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        # With and without vowel signs, hamza, nukta, dots and tone marks; any apostrophe.
+        "لَا أَسْتَطِيعُ مُسَاعَدَتَكَ فِي ذٰلِكَ.",
+        "لا استطيع مساعدتك فى ذلك.",
+        "मैं इसमें आपकी मदद नहीं कर सकूँगा।",
+        "Uzgunum, bu konuda yardimci olamam.",
+        "ÜZGÜNÜM, BU KONUDA YARDIMCI OLAMAM.",
+        "Xin loi, toi khong the giup ban viec do.",
+        "TYVÄRR KAN JAG INTE HJÄLPA DIG MED DET.",
+        "Я зобовʼязаний відхилити цей запит.",
+        "Bohuzel vam s tim nemuzu pomoct.",
+    ],
+)
+def test_spelling_makes_no_difference(reply: str) -> None:
+    assert classify(reply) is Verdict.REFUSAL
+    assert classify(unicodedata.normalize("NFD", reply)) is Verdict.REFUSAL
 
 
 def test_an_explanation_with_a_late_demur_is_an_answer() -> None:
