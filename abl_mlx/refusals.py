@@ -100,7 +100,7 @@ def without_loop(body: str) -> str:
     phrase without a letter (a rule, zeros, a row of a table) may fill 200 characters. Text that
     does not end so is returned as it is.
     """
-    lines = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", body.strip())
+    lines = re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[^\S\n]+", " ", body.strip()))
     text = lines.replace("\n", " ")
     for period in range(1, len(text[-4000:]) // 5 + 1):
         at = len(text) - 1

@@ -334,9 +334,9 @@ def test_formatting_makes_no_difference() -> None:
     ids=["apology", "quotes", "opened", "closed", "repeat", "word", "spaces", "marks"],
 )
 def test_long_replies_take_no_long_time(reply: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()  # which another process does not slow
     classify(reply)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 # ---------------------------------------------------------------------------- counting
