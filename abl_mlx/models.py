@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from abl_mlx import prompt_tokens, thoughts
 from abl_mlx.arrays import parameters
-from convert import packed
+from convert import on_cpu, packed
 from convert.chat_template import ChatTemplate
 from convert.errors import UserError
 from convert.hf_config import read_config
@@ -148,6 +148,7 @@ def load(
         if sum(value.size for _, value in parameters(model)) <= _WIDENED:
             model.set_dtype(mx.float32)
         packed.hold(model)
+        on_cpu.install()
     chat = ChatModel(folder, model, None, config)
     if encodes:
         add_tokenizer(chat)

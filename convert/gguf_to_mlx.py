@@ -23,6 +23,7 @@ from gguf import GGMLQuantizationType
 from mlx.utils import tree_flatten
 
 from convert import mlx_types, packed
+from convert import on_cpu as on_cpu_functions
 from convert.atomic import check_new, new_folder
 from convert.errors import UserError
 from convert.families import FAMILIES
@@ -377,8 +378,10 @@ def load(
         found.model.update_modules(_tree(replaced))
     found.model.load_weights(values, strict=True)
     found.model.eval()
-    if on_cpu and widen:
-        packed.hold(found.model)
+    if on_cpu:
+        on_cpu_functions.install()
+        if widen:
+            packed.hold(found.model)
     _check_finite(found.model, source)
     return Loaded(found.model, found.config, found)
 

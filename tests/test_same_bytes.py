@@ -117,7 +117,7 @@ def test_a_basis_keeps_signs_and_refuses_what_spans_nothing() -> None:
     found = projection.orthonormal(np.array([[0, -2.0, 0], [1, 1, 0]], np.float32))
     assert np.array_equal(found, np.array([[0, -1, 0], [1, 0, 0]], np.float32))
     for wrong in ([[0.0, 0]], [[np.nan, 1]], [[1, 2], [2, 4.0]]):
-        with pytest.raises(ValueError, match="zero|dependent"):
+        with pytest.raises(ValueError, match=r"zero|dependent"):
             projection.orthonormal(np.array(wrong, np.float32))
 
 
