@@ -267,7 +267,10 @@ def test_commands_that_ask_nothing_need_no_template(
 ) -> None:
     model, direction = bad[kind == "GGUF"], bad[2]
     assert abl_mlx("inspect", model)["layers"] == 4
-    assert abl_mlx("apply", direction, model, "-o", tmp_path / f"out{model.suffix}")["leak"]["total"] < 0.01
+    assert (
+        abl_mlx("apply", direction, model, "-o", tmp_path / f"out{model.suffix}")["leak"]["total"]
+        < 0.01
+    )
     said = abl_mlx("inspect", bad[0])
     assert said["template_tail"] is None
     assert "Not you again" in said["template_fault"]
