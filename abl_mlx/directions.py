@@ -17,8 +17,10 @@ from abl_mlx.arrays import numbers, numpy_of
 from abl_mlx.models import ChatModel
 from abl_mlx.options import METHODS
 from abl_mlx.strict_json import finite
+from convert import json_text
 from convert.atomic import new_file
 from convert.errors import UserError
+from convert.schema import FLAG, TEXT, Refused, list_of, number, one_of, record, whole
 from convert.suffixes import ends_in
 
 METHOD = METHODS[0]
@@ -428,27 +430,85 @@ def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -
             f"--layer {layer:g}: {path} says itself which direction was chosen; leave it out."
         )
     metadata = {key: _decoded(value) for key, value in raw.items()}
+    json_text.checked(path, metadata, _METADATA, mend="measure it again")
     selected = outside.checked(tensors["selected"], f"{path}: `selected`", most=3)
-    candidates = None
-    if "harmful_mean" in tensors and "harmless_mean" in tensors:
-        positions = metadata.get("positions", list(range(-tensors["harmful_mean"].shape[1], 0)))
-        method = metadata.get("candidate_method", METHOD)
-        found = tensors.get("candidates") if method != METHOD else None
-        if found is not None and found.ndim == 3:
-            found = found[:, :, None]
-        candidates = Candidates(
-            tensors["harmful_mean"], tensors["harmless_mean"], tuple(positions), method, found
-        )
     clouds = None
     if all(name in tensors for name in _CLOUDS):
+        for name in _CLOUDS:
+            if tensors[name].ndim != 2 or tensors[name].shape[1] != 2:
+                raise _misshapen(path, name, tensors[name], "(N, 2)")
         clouds = numpy_of(tensors[_CLOUDS[0]]), numpy_of(tensors[_CLOUDS[1]])
-    return DirectionFile(selected, candidates, metadata, clouds)
+    return DirectionFile(selected, _candidates(path, tensors, metadata), metadata, clouds)
+
+
+def _candidates(
+    path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, Any]
+) -> Candidates | None:
+    if "harmful_mean" not in tensors or "harmless_mean" not in tensors:
+        return None
+    high, low = tensors["harmful_mean"], tensors["harmless_mean"]
+    if high.ndim != 3 or not high.size:
+        raise _misshapen(path, "harmful_mean", high, "(L, P, d)")
+    if low.shape != high.shape:
+        raise _misshapen(path, "harmless_mean", low, str(tuple(high.shape)))
+    positions = metadata.get("positions") or list(range(-high.shape[1], 0))
+    if len(positions) != high.shape[1]:
+        raise UserError(
+            f"{path} names {len(positions)} positions, and its means are of {high.shape[1]}: "
+            "measure it again."
+        )
+    method = metadata.get("candidate_method") or METHOD
+    found = tensors.get("candidates") if method != METHOD else None
+    if found is not None and found.ndim == 3:
+        found = found[:, :, None]
+    if found is not None and (found.ndim != 4 or (*found.shape[:2], found.shape[3]) != high.shape):
+        raise _misshapen(path, "candidates", found, "(L, P, d) or (L, P, k, d)")
+    return Candidates(high, low, tuple(positions), method, found)
+
+
+def _misshapen(path: Path, name: str, values: mx.array, wanted: str) -> UserError:
+    return UserError(
+        f"{path}: `{name}` must be of the shape {wanted}, not {tuple(values.shape)}; measure it "
+        "again."
+    )
+
+
+_PLACE = {"layer": number(0, 1 << 16), "position": whole(-(1 << 20), -1)}
+_FIGURES = dict.fromkeys(("d_prime", "cosine", "mean", "explained"), number())
+_PINS = record({}, dict.fromkeys(("harmful", "harmless"), list_of(number())))
+
+_METADATA = record(
+    {
+        **_PLACE,
+        "positions": list_of(_PLACE["position"]),
+        "candidate_method": one_of(METHODS),
+        "summary": record(
+            {**_PLACE, "method": TEXT, "rank": whole(1), "across": TEXT, "per_layer": FLAG}
+        ),
+        "scores": list_of(
+            record(
+                {**_PLACE, **dict.fromkeys(("d_prime", "cosine", "mean", "explained"), number())}
+            )
+        ),
+        "trials": list_of(record(_PLACE)),
+        "cloud": record(_PLACE),
+        "pins": _PINS,
+        "embedding_scale": number(),
+        "recipe": record(
+            {
+                "embedding": FLAG,
+                "profile": record({}, dict.fromkeys(("attention", "mlp"), list_of(number()))),
+            }
+        ),
+    }
+)
 
 
 def _decoded(value: str) -> Any:
+    """A value that is JSON, or else the text that it is."""
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+        return json_text.parse(value)
+    except Refused:
         return value
 
 

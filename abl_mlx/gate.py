@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from abl_mlx.paired import Paired
 from abl_mlx.report import percent
+from convert import json_text, schema
 from convert.errors import UserError
 
 #: The command's exit code when a limit is not kept.
@@ -87,24 +87,31 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         UserError: when it is none.
     """
+    mend = "--max-drop-from needs a record that `abl-mlx eval --json` printed"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError):
-        record = None
-    try:
-        assert isinstance(record, dict)
-        verdicts = record["verdicts"]["harmful"]
-        assert set(verdicts) <= {*"RAB", UNJUDGED}
-        assert len(verdicts) - verdicts.count(UNJUDGED) == record["n_harmful"] > 0
-        assert 0 <= record["harmful_refusal_rate"] <= 1
-        assert isinstance(record["prompts"]["harmful"]["sha256"], str)
-    except (AssertionError, KeyError, TypeError):
+        record: dict[str, Any] = json_text.read(path, _RECORD, mend=mend)
+    except FileNotFoundError:
+        raise UserError(f"{path} cannot be read: it is not there.") from None
+    verdicts = record["verdicts"]["harmful"]
+    if len(verdicts) - verdicts.count(UNJUDGED) != record["n_harmful"]:
         raise UserError(
-            f"{path} is no record of `abl-mlx eval --json`, which --max-drop-from needs."
-        ) from None
+            f"{path} cannot be used: its n_harmful is {record['n_harmful']}, and it has "
+            f"{len(verdicts)} verdicts; {mend}."
+        )
     return record
+
+
+_RECORD = schema.record(
+    {"judge": schema.TEXT},
+    {
+        "verdicts": schema.record(
+            {}, {"harmful": schema.text(f"[RAB{re.escape(UNJUDGED)}]+", "letters of verdicts")}
+        ),
+        "n_harmful": schema.whole(1),
+        "harmful_refusal_rate": schema.number(0, 1),
+        "prompts": schema.record({}, {"harmful": schema.record({}, {"sha256": schema.TEXT})}),
+    },
+)
 
 
 def check_comparable(

@@ -20,7 +20,20 @@ from typing import Any
 
 from abl_mlx import report
 from abl_mlx.refusals import Oddity, Verdict
+from convert import json_text
 from convert.errors import UserError
+from convert.schema import (
+    FLAG,
+    NULL,
+    OBJECT,
+    TEXT,
+    Refused,
+    check,
+    either,
+    one_of,
+    record,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,20 @@ class Answered:
     reply: str | None = None
     markers: Verdict | None = None
     same: str | None = None
+
+
+_VERDICT = one_of([verdict.value for verdict in Verdict])
+_ROW = record({}, {"role": TEXT})
+_HEAD = record({}, {"journal": whole(1, 1), "identity": OBJECT})
+_ANSWER = record(
+    {
+        "exact": FLAG,
+        "oddity": one_of([oddity.value for oddity in Oddity]),
+        "markers": _VERDICT,
+        **dict.fromkeys(("reply", "same"), TEXT),
+    },
+    {"prompt": TEXT, "verdict": either(_VERDICT, NULL)},
+)
 
 
 class Journal:
@@ -80,33 +107,40 @@ class Journal:
         """Identity and answers of each role."""
         self._stream.seek(0)
         content = self._stream.read()
-        whole = content.rfind(b"\n") + 1
+        end = content.rfind(b"\n") + 1
         sections: dict[str, tuple[dict[str, Any], dict[str, Answered]]] = {}
+        count = 0
         try:
-            for line in content[:whole].splitlines():
-                row = json.loads(line)
+            for line in content[:end].split(b"\n")[:-1]:
+                count += 1
+                row = json_text.parse(line, _ROW)
                 if "journal" in row:
+                    check(row, _HEAD)
                     sections[row["role"]] = (row["identity"], {})
-                else:
-                    sections[row["role"]][1][row["prompt"]] = Answered(
-                        _verdict(row["verdict"]),
-                        row.get("exact"),
-                        Oddity(row["oddity"]) if "oddity" in row else None,
-                        row.get("reply"),
-                        _verdict(row.get("markers")),
-                        row.get("same"),
-                    )
+                    continue
+                check(row, _ANSWER)
+                if row["role"] not in sections:
+                    raise Refused("its role has not begun")
+                sections[row["role"]][1][row["prompt"]] = Answered(
+                    _verdict(row["verdict"]),
+                    row.get("exact"),
+                    None if row.get("oddity") is None else Oddity(row["oddity"]),
+                    row.get("reply"),
+                    _verdict(row.get("markers")),
+                    row.get("same"),
+                )
             if content and not sections:
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
+                raise Refused("it has no line that is whole")
+        except Refused as refused:
             if not self._strict:  # its place is ours: what a crash left there is no loss
                 self._stream.truncate(0)
                 return {}
             raise UserError(
-                f"{self.path} is not a journal of this tool: name another file for --resume."
+                f"{self.path} is not a journal of this tool (of line {count}, {refused}): name "
+                "another file for --resume."
             ) from None
         # A line that was being written when the process ended.
-        self._stream.truncate(whole)
+        self._stream.truncate(end)
         return sections
 
     def section(self, role: str, identity: Mapping[str, Any]) -> Section:

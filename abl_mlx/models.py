@@ -18,7 +18,10 @@ from abl_mlx.arrays import parameters
 from convert import on_cpu, packed
 from convert.chat_template import ChatTemplate
 from convert.errors import UserError
+from convert.foreign import foreign
 from convert.hf_config import read_config
+from convert.hf_counts import check_counts
+from convert.safetensors_files import TensorFiles
 from convert.suffixes import is_gguf_name
 
 # Weights up to which a model is widened to float32 at once: 256 MB.
@@ -143,7 +146,8 @@ def load(
     if adapter is not None:
         from mlx_lm.tuner.utils import load_adapters
 
-        load_adapters(model, str(adapter))
+        with foreign(f"{adapter} could not be applied to {folder}"):
+            load_adapters(model, str(adapter))
     if computes_on_cpu():
         if sum(value.size for _, value in parameters(model)) <= _WIDENED:
             model.set_dtype(mx.float32)
@@ -186,6 +190,9 @@ def _load_model(
         raise UserError(
             f"{folder} holds no model*.safetensors: fetch the model's weights in that format."
         )
+    with TensorFiles(folder) as files:
+        shapes = {name: files.info(name).shape for name in files.names}
+    check_counts(folder, config, shapes)
     try:
         _, arguments = _get_classes(config)
     except SystemExit:  # mlx-lm's olmo leaves Python without a package that it does not use
@@ -193,23 +200,18 @@ def _load_model(
             f"{folder}: mlx-lm's {config['model_type']} ends without the package ai2-olmo, and "
             "does not run with it: choose another model (OLMo 2 runs), or edit a GGUF of this one."
         ) from None
-    except ValueError:
+    except (ValueError, AttributeError):  # the latter for its modules that are no architecture
         raise UserError(
             f"{folder / 'config.json'}: mlx-lm has no architecture named "
             f"{config['model_type']!r}: update mlx-lm, or choose another model."
         ) from None
     complete_for(arguments, config)
     added = {key: value for key, value in config.items() if key not in ("eos_token_id",)}
-    try:
+    with foreign(f"{folder} could not be loaded as {config['model_type']}"):
         # Lazily: tensors are evaluated one by one, which keeps the peak at the model's own size.
         model, config = load_model(folder, lazy=True, model_config=added)
         for _, value in [] if lazy else parameters(model):
             mx.eval(value)
-    except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{folder} could not be loaded as {config['model_type']}: {reason[:300]}"
-        ) from None
     if not hasattr(model, "layers"):
         raise UserError(f"{folder}: {config['model_type']} has no list of layers to look into.")
     return model, config
@@ -238,7 +240,7 @@ def complete_for(arguments: type, config: dict[str, Any]) -> None:
     }
     if "head_dim" in required and config.get("head_dim") is None:
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-        if heads and hidden:
+        if isinstance(heads, int) and heads and hidden:
             config["head_dim"] = hidden // heads
 
 
@@ -253,11 +255,8 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
     """
     from mlx_lm.utils import load_tokenizer as load_wrapper
 
-    try:
+    with foreign(f"{name}: the tokenizer could not be loaded"):
         tokenizer = load_wrapper(folder, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # tokenizers and transformers raise bare Exceptions and OSErrors
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name}: the tokenizer could not be loaded: {reason[:200]}") from None
     if not tokenizer.has_chat_template:
         mend = "" if is_gguf_name(name) else "add chat_template.jinja, or "
         raise UserError(

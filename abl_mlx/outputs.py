@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ from abl_mlx.units import in_bytes
 from convert import adapters, control_vector
 from convert.atomic import check_new, new_file, new_folder
 from convert.errors import UserError
+from convert.hf_config import stored_config
 from convert.mlx_folder import FLOAT_DTYPES, float_dtype, rewrite_folder
 from convert.safetensors_files import TensorFiles, TensorInfo
 from convert.suffixes import ends_in, is_gguf_name, without
@@ -270,7 +270,7 @@ def edited_config(
     Args:
         quantization: module path -> its new entry in the map of quantized modules.
     """
-    original = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    original = stored_config(folder)
     # What mlx-lm fills in from generation_config.json stays there.
     added = {key: value for key, value in filled.items() if key != "eos_token_id"}
     config = {**added, **original, "abl_mlx": dict(label)}

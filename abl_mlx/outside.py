@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
+from abl_mlx import numpy_files
 from abl_mlx.arrays import number
+from abl_mlx.numpy_files import MOST_NUMBERS
+from convert import safetensors_files
 from convert.errors import UserError
+from convert.gguf_file import GgufSource
 from convert.suffixes import ends_in
 
 _PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
@@ -44,12 +48,11 @@ def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -
     if ends_in(path, ".npy"):
         if tensor is not None:
             raise UserError(f"--tensor {tensor}: {path} holds one array alone; leave it out.")
-        array = _numpy(path)
-        return checked(mx.array(array.astype(np.float32)), str(path))
+        return checked(numpy_files.read_npy(path), str(path))
     if ends_in(path, ".npz"):
-        with _archive(path) as archive:
-            name = _one_of(list(archive.files), tensor, path)
-            return checked(mx.array(archive[name].astype(np.float32)), f"{path}: {name}")
+        with numpy_files.Archive(path) as archive:
+            name = _one_of(archive.names, tensor, path)
+            return checked(archive.read(name), f"{path}: {name}")
     if ends_in(path, ".safetensors"):
         tensors, _ = safetensors(path)
         name = _one_of(list(tensors), tensor, path)
@@ -65,12 +68,7 @@ def safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     Raises:
         UserError: when it is damaged.
     """
-    try:
-        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-        mx.eval(loaded[0])
-    except (RuntimeError, ValueError) as error:
-        raise _unreadable(path, error) from None
-    return dict(loaded[0]), dict(loaded[1])
+    return safetensors_files.load(path)
 
 
 def checked(values: mx.array, where: str, most: int = 2) -> mx.array:
@@ -79,41 +77,19 @@ def checked(values: mx.array, where: str, most: int = 2) -> mx.array:
     Raises:
         UserError: of another shape, with numbers that are not finite, or of length zero.
     """
-    values = values.astype(mx.float32)
-    if values.ndim == 1:
-        values = values[None]
-    if not 2 <= values.ndim <= most or values.size == 0 or not mx.isfinite(values).all().item():
+    fits = 1 <= values.ndim <= most and 0 < values.size <= MOST_NUMBERS
+    if fits:
+        values = values.astype(mx.float32)
+    if not fits or not mx.isfinite(values).all().item():
         forms = "(d,), (k, d) or (L, k, d)" if most == 3 else "(d,) or (k, d)"
         raise UserError(
             f"{where} must be finite numbers of the shape {forms}, not {tuple(values.shape)}."
         )
+    if values.ndim == 1:
+        values = values[None]
     if number(mx.abs(values).max(axis=-1).min()) == 0:
         raise UserError(f"{where} holds a direction that is zero: it points nowhere.")
     return values
-
-
-def _numpy(path: Path) -> np.ndarray:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(path, error) from None
-    return _numeric(array, path)
-
-
-def _numeric(array: np.ndarray, path: Path) -> np.ndarray:
-    if array.dtype.kind not in "fiu":
-        raise UserError(f"{path} holds {array.dtype} values, and a direction is made of numbers.")
-    return array
-
-
-def _archive(path: Path) -> np.lib.npyio.NpzFile:
-    try:
-        archive = np.load(path, allow_pickle=False)
-    except Exception as error:  # zipfile's own errors among others
-        raise _unreadable(path, error) from None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise UserError(f"{path} is no .npz archive.")
-    return archive
 
 
 def _one_of(names: list[str], wanted: str | None, path: Path) -> str:
@@ -129,33 +105,25 @@ def _one_of(names: list[str], wanted: str | None, path: Path) -> str:
 
 def _control_vector(path: Path, layer: float | None) -> mx.array:
     """``direction.N`` of a control vector: llama.cpp adds it after layer N, counted from 0."""
-    from gguf import GGUFReader
+    with GgufSource(path) as file:
+        matches = (re.fullmatch(r"direction\.(\d{1,6})", name, re.ASCII) for name in file.tensors)
+        found = {int(match[1]): match[0] for match in matches if match}
+        return mx.array(file.values(found[_layer(path, sorted(found), layer)]))
 
-    try:
-        reader = GGUFReader(path)
-    except Exception as error:  # whatever gguf-py raises for bytes that are no GGUF
-        raise _unreadable(path, error) from None
-    found = {
-        int(one.name.split(".")[1]): one
-        for one in reader.tensors
-        if one.name.startswith("direction.") and one.name.split(".")[1].isdigit()
-    }
+
+def _layer(path: Path, found: Sequence[int], layer: float | None) -> int:
+    """Which of the layers that a control vector has directions for."""
     if not found:
         raise UserError(
             f"{path} is no control vector: it has no tensor direction.N. A model's own GGUF is not "
             "a direction."
         )
     if layer is None and len(found) == 1:
-        return mx.array(np.array(next(iter(found.values())).data, np.float32))
-    if layer is None or int(layer) != layer or int(layer) not in found:
+        return found[0]
+    if layer is None or layer not in found:
         which = "" if layer is None else f"has none for --layer {layer:g}; it "
         raise UserError(
-            f"{path} {which}holds directions for the layers {min(found)} to {max(found)}: choose "
+            f"{path} {which}holds directions for the layers {found[0]} to {found[-1]}: choose "
             "one with --layer."
         )
-    return mx.array(np.array(found[int(layer)].data, np.float32))
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:150]
-    return UserError(f"{path} could not be read as a direction file: {reason}")
+    return int(layer)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 import unicodedata
@@ -20,7 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from convert import json_text
 from convert.errors import UserError
+from convert.schema import Refused
 
 COLUMNS = ("text", "prompt", "instruction", "goal")
 """Names a prompt column is looked for under, in this order, when none is given."""
@@ -466,12 +467,9 @@ def _jsonl_rows(text: str, where: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be parsed"
-            raise UserError(
-                f"{where}: line {number} is not valid JSON ({reason}): mend or remove it."
-            ) from None
+            row = json_text.parse(line)
+        except Refused as refused:
+            raise UserError(f"{where}: of line {number}, {refused}: mend or remove it.") from None
         if not isinstance(row, dict):
             raise UserError(
                 f'{where}: line {number} is not a JSON object: write {{"text": "..."}} on each '

@@ -19,12 +19,13 @@ from abl_mlx.apply import Plan, TensorEdit
 from abl_mlx.edits import stream_axis
 from abl_mlx.gguf_edit import TensorPlan
 from abl_mlx.sources import Source
-from convert import adapters
+from convert import adapters, json_text, safetensors_files
 from convert.atomic import check_new
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.mlx_folder import FLOAT_DTYPES
 from convert.safetensors_files import TensorFiles
+from convert.schema import FLAG, TEXT, Kind, Refused, check, map_of, number, one_of, record
 from convert.suffixes import is_gguf_name
 
 #: The file inside an edited folder; beside NAME.gguf it is NAME.undo.safetensors.
@@ -194,17 +195,34 @@ def read_kept(path: Path, direction_sha256: str) -> dict[str, Taken]:
     Raises:
         UserError: when it is damaged, or belongs to another edit.
     """
+    tensors, metadata = safetensors_files.load(path)
     try:
-        loaded: Any = mx.load(str(path), return_metadata=True)
-        tensors, metadata = loaded
-        found = {
-            name: Taken(tensors[f"{name}.along"], tensors[f"{name}.basis"], *layout)
-            for name, layout in json.loads(metadata["tensors"]).items()
-        }
-        belongs = metadata["direction_sha256"] == direction_sha256
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path} could not be read as an undo file: {reason}") from None
-    if not belongs:
+        check(metadata, _METADATA)
+        layouts: dict[str, Any] = json_text.parse(metadata["tensors"], _LAYOUTS)
+    except Refused as refused:
+        raise UserError(
+            f"{path} could not be read as an undo file: of its metadata, {refused}; take the file "
+            "that --keep-undo wrote."
+        ) from None
+    if metadata["direction_sha256"] != direction_sha256:
         raise UserError(f"{path} belongs to an edit along another direction.")
+    found = {}
+    for name, (axis, transposed, strength) in layouts.items():
+        along, basis = (tensors.get(f"{name}.{part}") for part in ("along", "basis"))
+        if along is None or basis is None or basis.ndim != 2:
+            raise UserError(
+                f"{path} could not be read as an undo file: it lacks what was taken of {name}."
+            )
+        found[name] = Taken(along, basis, axis, transposed, strength)
     return found
+
+
+_METADATA = record({}, {"tensors": TEXT, "direction_sha256": TEXT})
+_LAYOUT = (one_of([-1, -2]), FLAG, number())
+_LAYOUTS = map_of(
+    Kind(
+        "[axis, transposed, strength]",
+        lambda value: isinstance(value, list) and len(value) == len(_LAYOUT),
+        lambda value: zip(("[0]", "[1]", "[2]"), value, _LAYOUT, strict=True),
+    )
+)

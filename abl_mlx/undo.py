@@ -10,7 +10,6 @@ are better made as adapters, which are undone by leaving them out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -33,15 +32,17 @@ from abl_mlx.provenance import TAGS
 from abl_mlx.sources import Source
 from abl_mlx.taken import Taken, kept_path, read_kept, taken, taken_of_gguf
 from abl_mlx.writers import find_writers
-from convert import adapters, ggml_types, gguf_mtp, gguf_writers
+from convert import adapters, ggml_types, gguf_mtp, gguf_writers, schema
 from convert.adapters import Adapter, LowRank
 from convert.atomic import new_file, new_folder
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.gguf_rewrite import Replacement
 from convert.gguf_rewrite import rewrite as rewrite_gguf
+from convert.hf_config import stored_config
 from convert.mlx_folder import FLOAT_DTYPES, rewrite_folder
 from convert.safetensors_files import TensorFiles
+from convert.schema import FLAG, TEXT, Refused, check, either, one_of, record
 from convert.suffixes import is_gguf_name
 
 Record = dict[str, Any]
@@ -133,9 +134,11 @@ def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
     Raises:
         UserError: when there is none: the model was not edited by abl-mlx.
     """
+    if not values:
+        raise UserError(f"{name} does not say that abl-mlx edited it: there is nothing to undo.")
     try:
-        layers = str((values or {})["layers"])
-        assert values is not None
+        check(values, _LABEL)
+        layers = str(values["layers"])
         return Label(
             str(values["direction_sha256"]),
             float(values["strength"]),
@@ -145,10 +148,26 @@ def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
             None if values.get("tensors") is None else str(values["tensors"]),
             not {"norm", "pin", "recipe"} & set(values),
         )
-    except (KeyError, ValueError):
+    except Refused as refused:
         raise UserError(
-            f"{name} does not say that abl-mlx edited it: there is nothing to undo."
+            f"{name} does not say in full how abl-mlx edited it, so there is nothing to undo by: "
+            f"of its abl_mlx label, {refused}."
         ) from None
+
+
+# A GGUF of an older version holds its numbers as text.
+_LABEL = record(
+    {
+        "mtp": either(FLAG, one_of(["True", "False"])),
+        "tensors": TEXT,
+    },
+    {
+        "direction_sha256": TEXT,
+        "strength": either(schema.number(), schema.text(r"-?\d{1,9}(\.\d{1,30})?", "a number")),
+        "layers": schema.text(r"all|\d{1,6}(,\d{1,6}){0,9999}", '"all", or numbers of layers'),
+        "embedding": either(FLAG, one_of(["True", "False"])),
+    },
+)
 
 
 def _find(
@@ -265,7 +284,7 @@ class _Folder(_Model):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return dict(json.loads((self.source.path / "config.json").read_text(encoding="utf-8")))
+        return stored_config(self.source.path)
 
     @cached_property
     def label(self) -> Label:  # type: ignore[override]

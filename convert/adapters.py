@@ -18,9 +18,11 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
+from convert import json_text
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.gguf_values import value_type
+from convert.schema import TEXT, list_of, number, record, shown
 from convert.suffixes import ends_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -126,6 +128,9 @@ def write_mlx(folder: Path, adapter: Adapter, label: Mapping[str, Any] | None = 
     mx.save_safetensors(str(folder / WEIGHTS), tensors, {"format": "mlx"})
 
 
+_CONFIG = record({}, {"lora_parameters": record({}, {"scale": number(), "keys": list_of(TEXT)})})
+
+
 def read_mlx(folder: Path, kinds: Mapping[str, str]) -> Adapter:
     """Read back an adapter folder.
 
@@ -136,7 +141,7 @@ def read_mlx(folder: Path, kinds: Mapping[str, str]) -> Adapter:
         UserError: when the folder is no such adapter, or lacks a factor.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["lora_parameters"]
+        config = json_text.read(folder / CONFIG, _CONFIG)["lora_parameters"]
         scale, keys = float(config["scale"]), list(config["keys"])
         tensors = mx.load(str(folder / WEIGHTS))
         found = {
@@ -207,6 +212,13 @@ def write_gguf(
 _LONGEST = 63
 
 
+def _alpha(path: Path, value: Any) -> float:
+    kind = number()
+    if not kind.fits(value):
+        raise UserError(f"{path}: its adapter.lora.alpha must be {kind.says}, not {shown(value)}.")
+    return float(value)
+
+
 def read_gguf(path: Path) -> Adapter:
     """Read back a LoRA of llama.cpp's.
 
@@ -227,7 +239,7 @@ def read_gguf(path: Path) -> Adapter:
             else:
                 kind = "experts" if first.ndim == 3 else "linear"
                 changes[name] = LowRank(kind, second, first)
-        alpha = float(file.metadata["adapter.lora.alpha"])
+        alpha = _alpha(path, file.metadata.get("adapter.lora.alpha"))
     adapter = Adapter(alpha, changes)
     return Adapter(alpha / adapter.rank, changes)
 

@@ -22,7 +22,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from mlx.utils import tree_flatten
 
-from convert import mlx_types, packed
+from convert import json_text, mlx_types, packed
 from convert import on_cpu as on_cpu_functions
 from convert.atomic import check_new, new_folder
 from convert.errors import UserError
@@ -595,7 +595,7 @@ def read_back(found: Layout, folder: Path, files: TensorFiles, tensor: str) -> m
     module = paths[0].removesuffix(".weight")
     values = files.read(paths[0])
     if f"{module}.scales" in files:
-        settings = json.loads((folder / "config.json").read_text())["quantization"][module]
+        settings = json_text.read(folder / "config.json")["quantization"][module]
         scales = files.read(f"{module}.scales")
         biases = files.read(f"{module}.biases") if f"{module}.biases" in files else None
         if biases is not None:

@@ -17,11 +17,23 @@ from typing import Any
 
 from gguf import TokenType
 
-from convert import template_files
+from convert import json_text, template_files
 from convert.errors import UserError
+from convert.foreign import foreign
 from convert.gguf_pre_tokenizers import CONTRACTION, DIGIT, GPT2, LINE, PRE
+from convert.hf_config import CONFIG, GENERATION
+from convert.hf_tokenizer_files import (
+    ADDED_TOKENS,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
+from convert.schema import OBJECT, Kind
 
 _SPACE = "▁"
+
+# Embeddings are padded, and reserved tokens not always listed.
+_GAPS = 1 << 16
 
 KNOWN_ENDS = frozenset(
     (
@@ -140,7 +152,14 @@ def read_tokenizer(folder: Path, rows: int | None = None, *, pre: str | None = N
     entries = _byte_level_entries(files) if byte_level else _sentencepiece_entries(files)
     for token_id, added in files.added.items():
         entries[token_id] = _added_entry(added)
+    if not entries:
+        raise UserError(f"the tokenizer of {folder} has no tokens: download it again.")
     count = rows if rows is not None else 1 + max(entries)
+    if count > 2 * len(entries) + _GAPS:
+        raise UserError(
+            f"{folder} has {len(entries)} tokens, and the last of {count} is numbered "
+            f"{max(entries)}: download its tokenizer.json again."
+        )
     tokens, types, scores = _fill(entries, count, folder)
     ids = {text: token_id for token_id, text in enumerate(tokens)}
     raw_ids = {**ids, **{str(a["content"]): i for i, a in files.added.items() if i < count}}
@@ -181,14 +200,14 @@ class _Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tokenizer: dict[str, Any] | None = _json(folder / "tokenizer.json") or None
-        self.config = _json(folder / "tokenizer_config.json")
-        self.model_config = _json(folder / "config.json")
+        self.tokenizer: dict[str, Any] | None = _json(folder / "tokenizer.json", TOKENIZER) or None
+        self.config = _json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+        self.model_config = _json(folder / "config.json", CONFIG)
         nested = self.model_config.get("text_config")
         if isinstance(nested, dict):
             self.model_config = {**nested, **self.model_config}
-        self.generation = _json(folder / "generation_config.json")
-        self.special_map = _json(folder / "special_tokens_map.json")
+        self.generation = _json(folder / "generation_config.json", GENERATION)
+        self.special_map = _json(folder / "special_tokens_map.json", SPECIAL_TOKENS)
         model = folder / "tokenizer.model"
         self.pieces: list[_Piece] = []
         self.dummy_prefix = True
@@ -196,12 +215,12 @@ class _Files:
         if model.is_file() and not skip:
             self.pieces, self.dummy_prefix = _read_sentencepiece(model)
         self.added = self._added()
-        older = _json(folder / "chat_template.json")
+        older = _json(folder / "chat_template.json", OBJECT)
         self.chat_templates = template_files.read(folder, self.config, older)
 
     def _added(self) -> dict[int, dict[str, Any]]:
         added: dict[int, dict[str, Any]] = {}
-        for text, token_id in _json(self.folder / "added_tokens.json").items():
+        for text, token_id in _json(self.folder / "added_tokens.json", ADDED_TOKENS).items():
             added[int(token_id)] = {"content": text, "special": False}
         for token_id, token in (self.config.get("added_tokens_decoder") or {}).items():
             added[int(token_id)] = dict(token)
@@ -220,16 +239,11 @@ class _Files:
         return None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, kind: Kind) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is no readable JSON ({error}): download it again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object: download it again.")
-    return value
+    found: dict[str, Any] = json_text.read(path, kind, mend="download it again", infinite=True)
+    return found
 
 
 @dataclass(frozen=True)
@@ -253,11 +267,11 @@ def _read_sentencepiece(path: Path) -> tuple[list[_Piece], bool]:
                 text, score, kind = "", 0.0, 1
                 for inner, content in _fields(value):
                     if inner == 1:
-                        text = bytes(content).decode("utf-8")
+                        text = bytes(memoryview(content)).decode("utf-8")
                     elif inner == 2:
                         score = struct.unpack("<f", content)[0]
                     elif inner == 3:
-                        kind = int(content)
+                        kind = TokenType(content)
                 pieces.append(_Piece(text, score, kind))
             elif number == 2:
                 model_type = next((int(v) for n, v in _fields(value) if n == 3), 1)
@@ -287,6 +301,8 @@ def _fields(message: Any) -> Iterator[tuple[int, Any]]:
             at += 1
             value |= (byte & 0x7F) << shift
             shift += 7
+            if shift > 70:
+                raise ValueError("a number of more than 64 bits")
             if byte < 0x80:
                 return value
 
@@ -340,7 +356,7 @@ def _sequence(part: Any) -> list[dict[str, Any]]:
 
 def _model(files: _Files) -> dict[str, Any]:
     model = (files.tokenizer or {}).get("model") or {}
-    if model.get("type", "BPE") != "BPE":
+    if (model.get("type") or "BPE") != "BPE":
         raise UserError(
             f"{files.folder / 'tokenizer.json'} is a {model['type']} tokenizer, and only BPE ones "
             f"can be written as GGUF: use llama.cpp's convert_hf_to_gguf.py."
@@ -351,6 +367,8 @@ def _model(files: _Files) -> dict[str, Any]:
                 f"{files.folder / 'tokenizer.json'} sets {key}, which llama.cpp does not know: "
                 f"this tokenizer cannot be written as GGUF."
             )
+    if not isinstance(model.get("vocab"), Mapping):
+        raise UserError(f"{files.folder / 'tokenizer.json'} has no model.vocab: download it again.")
     return dict(model)
 
 
@@ -671,7 +689,8 @@ def _unreachable(tokenizer: Mapping[str, Any]) -> str | None:
     from tokenizers import models
 
     model = tokenizer["model"]
-    bpe = models.BPE(vocab=model["vocab"], merges=_merges(tokenizer))
+    with foreign("tokenizer.json cannot be run"):
+        bpe = models.BPE(vocab=model["vocab"], merges=_merges(tokenizer))
     for text in model["vocab"]:
         pieces = bpe.tokenize(text)
         if len(pieces) != 1:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from convert import json_text
 from convert.errors import UserError
 from convert.safetensors_files import INDEX, TensorFiles, TensorInfo, type_size
 
@@ -197,7 +198,7 @@ def _write_shard(
 
 def _write_index(old: Path, new: Path, places: Mapping[str, tuple[Path, int, int]]) -> None:
     """The index of shards, its tensors and their total size as they are now."""
-    index = json.loads(old.read_text(encoding="utf-8"))
+    index = json_text.read(old)
     index["weight_map"] = {name: places[name][0].name for name in sorted(places)}
     if "total_size" in index.get("metadata", {}):
         index["metadata"]["total_size"] = sum(size for _, _, size in places.values())

@@ -16,7 +16,6 @@ nothing that a manifest says is believed before it was checked.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import shlex
@@ -27,7 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert import json_text
 from convert.errors import UserError
+from convert.schema import Refused
 
 _HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
 
@@ -407,9 +408,9 @@ def _text(store: Path, manifest: Path, path: Path) -> str:
 def _json(store: Path, manifest: Path, path: Path, kind: type) -> Any:
     text = _text(store, manifest, path)
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        raise _damaged(manifest, f"{path} is no JSON") from None
+        value = json_text.parse(text)
+    except Refused as refused:
+        raise _damaged(manifest, f"{path} is no JSON to go by, for {refused}") from None
     if value is None and kind is list:
         return []
     if not isinstance(value, kind):

@@ -6,9 +6,9 @@ JSON header of {name: {dtype, shape, data_offsets}}, then the data, without gaps
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from convert import json_text
 from convert.errors import UserError
+from convert.foreign import foreign
 from convert.mapped import give_back
+from convert.schema import Refused, map_of, record, text
 
 INDEX = "model.safetensors.index.json"
 
 # The reference implementation refuses longer headers too.
 _MAX_HEADER = 100_000_000
+
+# With the two offsets. No array library has more.
+_MAX_DIMENSIONS = 64 + 2
 
 # safetensors name -> (bytes per element, NumPy type of the stored bits, MLX type to view them as).
 # MLX has no 8-bit floats: it reads them as bytes, and so does this.
@@ -46,6 +52,11 @@ _DTYPES: dict[str, tuple[int, type[np.generic], mx.Dtype | None]] = {
     "F8_E5M2": (1, np.uint8, None),
     "F8_E8M0": (1, np.uint8, None),
 }
+
+
+_INDEX = record(
+    {"metadata": record({})}, {"weight_map": map_of(text(r"[^\x00]{1,255}", "the name of a file"))}
+)
 
 
 def type_size(dtype: str) -> int:
@@ -209,8 +220,12 @@ def read_header(file: Path) -> Header:
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
+    try:
+        stream = open(file, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from None
+    with stream:
+        size = os.fstat(stream.fileno()).st_size
         head = stream.read(8)
         if len(head) < 8:
             raise _broken(file, f"it has only {size} bytes")
@@ -224,9 +239,9 @@ def read_header(file: Path) -> Header:
             raise _broken(file, f"its header claims {length} bytes of a file of {size}")
         raw = stream.read(length)
     try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise _broken(file, f"its header is no JSON ({error})") from None
+        parsed = json_text.parse(raw, longest=_MAX_HEADER)
+    except Refused as refused:
+        raise _broken(file, f"of its header, {refused}") from None
     if not isinstance(parsed, dict):
         raise _broken(file, "its header is no JSON object")
     metadata = parsed.pop("__metadata__", None) or {}
@@ -249,6 +264,18 @@ def read_header(file: Path) -> Header:
     return Header(dict(in_order), {str(key): str(value) for key, value in metadata.items()})
 
 
+def load(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """All tensors of one file, none of them read before it is looked at, and its metadata.
+
+    Raises:
+        UserError: as `read_header`.
+    """
+    header = read_header(file)
+    with foreign(f"{file} could not be read"):
+        loaded: Any = mx.load(str(file), format="safetensors")
+    return dict(loaded), header.metadata
+
+
 def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     try:
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -260,7 +287,8 @@ def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
             f"float16 or bfloat16 first."
         )
     numbers = [*shape, first, last] if isinstance(shape, list) else [None]
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    plain = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    if not plain or len(numbers) > _MAX_DIMENSIONS:
         raise _broken(file, f"{name} has a malformed shape or data_offsets")
     nbytes = math.prod(shape) * _DTYPES[dtype][0]
     if last - first != nbytes:
@@ -271,27 +299,12 @@ def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        entries = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{index} is no safetensors index ({error}): download it again, or remove it to load "
-            f"every model*.safetensors."
-        ) from None
+    mend = "download it again, or remove it to load every model*.safetensors"
+    entries: dict[str, str] = json_text.read(index, _INDEX, mend=mend)["weight_map"]
     for file in set(entries.values()):
         if Path(file).name != file:
             raise UserError(f"{index} points outside its folder, to {file}: do not use this model.")
     return entries
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} appears twice")
-    return result
 
 
 def _broken(file: Path, why: str) -> UserError:

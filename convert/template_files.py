@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from convert import text_file
 from convert.errors import UserError
 
 # Bytes of one file; the longest templates have some tens of thousands.
@@ -30,9 +31,9 @@ def read(
     templates |= dict(_named(folder / "chat_template.json", (older or {}).get("chat_template")))
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
-        templates["default"] = _text(jinja)
+        templates["default"] = text_file.read(jinja, longest=_LONGEST)
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = _text(path)
+        templates[path.stem] = text_file.read(path, longest=_LONGEST)
     return templates
 
 
@@ -51,14 +52,3 @@ def _named(path: Path, stored: Any) -> Iterator[tuple[str, str]]:
                 "fetch the file again."
             )
         yield name, source
-
-
-def _text(path: Path) -> str:
-    try:
-        if path.stat().st_size > _LONGEST:
-            raise UserError(f"{path} is far too long for a chat template: fetch the file again.")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8: fetch the file again.") from None
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}).") from None

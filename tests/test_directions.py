@@ -19,7 +19,7 @@ def example():
     means = [mx.array(RNG.normal(size=(3, 2, 16)).astype(np.float32)) for _ in range(2)]
     candidates = Candidates(*means, (-2, -1))
     return DirectionFile(
-        candidates.directions[1, 0][None], candidates, {"method": "x", "layer": 1, "scores": [1.5]}
+        candidates.directions[1, 0][None], candidates, {"method": "x", "layer": 1, "seed": 1.5}
     )
 
 
@@ -34,7 +34,7 @@ def test_round_trip(tmp_path):
         np.array(back.candidates.directions), np.array(file.candidates.directions)
     )
     assert back.metadata["layer"] == 1
-    assert back.metadata["scores"] == [1.5]
+    assert back.metadata["seed"] == 1.5
     assert [p.name for p in tmp_path.iterdir()] == ["d.safetensors"]
 
 

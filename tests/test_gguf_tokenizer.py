@@ -285,7 +285,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no SentencePiece model"):
         read_tokenizer(empty)
     (empty / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="no readable JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         read_tokenizer(empty)
 
 

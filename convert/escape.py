@@ -1,0 +1,59 @@
+"""Text that others wrote, made safe for the place where it is printed.
+
+Names, metadata, file contents and replies may hold what a terminal obeys (escape sequences), what
+turns the order of letters on the screen around (bidirectional controls), what cannot be seen, and
+bytes that are no text at all. All of it is shown as an escape that can be read.
+"""
+
+from __future__ import annotations
+
+import re
+
+# C0 and C1 controls and DEL; invisible and bidirectional format characters; line and paragraph
+# separators; tags; noncharacters; halves of characters. Zero-width joiners stay: emoji and several
+# scripts are written with them.
+_UNSAFE = (
+    "\\x00-\\x1f\\x7f-\\x9f\\xad\\u061c\\u180e\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f"
+    "\\ufeff\\ufff9-\\ufffb\\ufffe\\uffff\\ud800-\\udfff\\U000e0000-\\U000e0fff"
+)
+_LINE = re.compile(f"[{_UNSAFE}]")
+_BLOCK = re.compile(f"(?![\\n\\t])[{_UNSAFE}]")
+
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def line(text: str) -> str:
+    """Text for one line of a terminal: line ends are escaped, too."""
+    return _LINE.sub(_escape, text)
+
+
+def block(text: str) -> str:
+    """Text for several lines of a terminal: line ends and tabs stay, a Windows line end is one."""
+    return _BLOCK.sub(_escape, text.replace("\r\n", "\n"))
+
+
+def shortened(text: str, longest: int) -> str:
+    """`line` of at most so many characters of the text."""
+    return line(text if len(text) <= longest else f"{text[: longest - 3]}...")
+
+
+def json_text(text: str) -> str:
+    """JSON for a terminal: the same value, with unsafe characters as JSON's own escapes."""
+    return _BLOCK.sub(_json_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    char = found[0]
+    if char in _SHORT:
+        return _SHORT[char]
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that was no text, as Python keeps it in names
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    units = found[0].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))

@@ -1,0 +1,462 @@
+"""Whatever a file from outside holds, it is used or refused in one sentence that names it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from abl_mlx import directions, journal, taken
+from abl_mlx.models import load_lazily
+from convert import escape, json_text
+from convert.errors import UserError
+from convert.gguf_tokenizer import read_tokenizer
+from convert.hf_config import read_config
+from convert.safetensors_files import TensorFiles
+from convert.schema import Refused, either, list_of, map_of, number, one_of, record, text, whole
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "not valid JSON .*line 1, column 1"),
+        (b'{"a": 1,\n "b" 2}', "line 2, column 6"),
+        (b'{"a": "\xff"}', "not UTF-8 at byte 7, line 1"),
+        (b'\n\n{"a": "\xc3"}', "not UTF-8 at byte 9, line 3"),
+        ("﻿{}".encode(), "not valid JSON"),
+        (b"[" * 100_000, "nested deeper|nests deeper"),
+        (b"[" * 500 + b"]" * 500, "nests deeper than 100"),
+        (b'{"a":' * 200 + b"1" + b"}" * 200, "nests deeper than 100"),
+        (b"[" + b"9" * 5000 + b"]", "a number of 5000 digits"),
+        (b"[-1e999]", "-1e999, which is too large"),
+        (b"[NaN]", "NaN"),
+        (b"[Infinity]", "Infinity"),
+        (b'{"a": 1, "a": 2}', '"a" appears twice'),
+        (b'{"x\x1b": 1}', "not valid JSON"),
+        (b'["\\ud800"]', "half a character"),
+        (b'{"\\udfff": 1}', "half a character"),
+        (b"[" + b"[]," * (1 << 22) + b"[]]", "more than 4194304 values"),
+    ],
+)
+def test_json_is_bounded(data: bytes, why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        json_text.parse(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [
+        (b'{"a": [1, 2.5, "\\ud83d\\ude00", null, true]}', {"a": [1, 2.5, "😀", None, True]}),
+        # transformers' "no limit"
+        (b"1000000000000000019884624838656", 1000000000000000019884624838656),
+        (b'{"a": 1, "a": 1}', {"a": 1}),
+        (b"[" * 99 + b"]" * 99, None),
+    ],
+)
+def test_other_json_is_what_python_reads(data: bytes, value: Any) -> None:
+    assert json_text.parse(data) == (json.loads(data) if value is None else value)
+
+
+def test_an_infinite_limit_is_a_state_space_models() -> None:
+    assert json_text.parse(b'{"time_step_limit": [0.0, Infinity]}', infinite=True)
+    with pytest.raises(Refused, match="NaN"):
+        json_text.parse(b"NaN", infinite=True)
+
+
+KIND = record(
+    {"size": whole(1, 9), "share": number(0, 1), "names": list_of(text(r"\w+", "a word"))},
+    {"kind": one_of(["a", "b"]), "more": map_of(either(whole(), record({}, {"deep": whole()})))},
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ([], "it must be an object, not a list of 0"),
+        ({}, "its kind is missing"),
+        ({"kind": "c", "more": {}}, 'its kind must be "a" or "b", not "c"'),
+        (
+            {"kind": "a", "more": {}, "size": 0},
+            "its size must be a whole number from 1 to 9, not 0",
+        ),
+        ({"kind": "a", "more": {}, "size": True}, "its size must be .* not true"),
+        ({"kind": "a", "more": {}, "size": 2.0}, "its size must be"),
+        ({"kind": "a", "more": {}, "share": 1.5}, "its share must be a finite number"),
+        ({"kind": "a", "more": {}, "share": 10**400}, "its share must be"),
+        (
+            {"kind": "a", "more": {}, "names": ["x", "\x1b["]},
+            r"its names\[1\] must be a word, not ",
+        ),
+        ({"kind": "a", "more": {"x": {}}}, r"its more\.x\.deep is missing"),
+        ({"kind": "a", "more": {"x": {"deep": "1"}}}, r"its more\.x\.deep must be a whole number"),
+    ],
+)
+def test_a_schema_names_the_place(value: Any, why: str) -> None:
+    with pytest.raises(Refused, match=f"^{why}") as caught:
+        json_text.check(value, KIND)
+    assert str(caught.value).isprintable()
+
+
+# --- config.json ---------------------------------------------------------------------------------
+
+
+def changed(folder: Path, to: Path, file: str, change: Callable[[Any], Any]) -> Path:
+    """A copy of a folder with a JSON file of it changed."""
+    shutil.copytree(folder, to)
+    path = to / file
+    value = change(json.loads(path.read_text()))
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number"),
+        ({"num_hidden_layers": 60_000}, "num_hidden_layers is 60000, and the tensors are of 3"),
+        ({"num_attention_heads": 10**8}, "num_attention_heads is 100000000, and no tensor"),
+        ({"vocab_size": 2**31 - 1}, "vocab_size is 2147483647, and no tensor"),
+        ({"head_dim": 2**30}, "head_dim is 1073741824, and no tensor"),
+        ({"num_hidden_layers": "{{ 1/0 }}"}, 'num_hidden_layers must be .* not "{{ 1/0 }}"'),
+        ({"hidden_size": 0}, "hidden_size must be a whole number from 1"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps must be a finite number"),
+        ({"rope_theta": 0}, "rope_theta must be a finite number above 0"),
+        ({"rope_scaling": True}, "rope_scaling must be an object, not true"),
+        ({"rope_scaling": {"factor": "8"}}, "rope_scaling.factor must be"),
+        ({"architectures": 10_000_000}, "architectures must be text or a list"),
+        ({"text_config": []}, "text_config must be an object, not a list of 0"),
+        ({"text_config": {"num_hidden_layers": -1}}, "text_config.num_hidden_layers must be"),
+        ({"quantization": {"bits": "4"}}, "quantization.bits must be"),
+        ({"eos_token_id": ["x"]}, r"eos_token_id must be|eos_token_id\[0\] must be"),
+        ({"model_type": "switch_layers"}, "no architecture named 'switch_layers'"),
+        ({"model_type": "cache"}, "no architecture named 'cache'"),
+        ({"model_type": "../../x"}, "names no model_type"),
+        ({"num_key_value_heads": 0}, "could not be loaded as llama"),
+    ],
+)
+def test_a_config_that_lies_is_refused(
+    values: dict[str, Any], said: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = changed(
+        tiny_folder("llama"), tmp_path / "m", "config.json", lambda one: {**one, **values}
+    )
+    with pytest.raises(UserError, match=said) as caught:
+        load_lazily(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_config_that_is_no_json_is_named(
+    file: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "m")
+    (folder / file).write_text("[" * 5000)
+    with pytest.raises(UserError, match=f"{file} cannot be used: it is not valid JSON"):
+        read_config(folder)
+
+
+# --- safetensors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("[" * 50_000, "not valid JSON"),
+        ("{}", "weight_map is missing"),
+        ('{"weight_map": {"a": 1}}', "weight_map.a must be the name of a file"),
+        ('{"weight_map": {"a": "../x"}}', "points outside its folder"),
+        ('{"weight_map": []}', "weight_map must be an object"),
+    ],
+)
+def test_an_index_is_checked(index: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=said) as caught:
+        TensorFiles(tmp_path)
+    assert "model.safetensors.index.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [[10**39], [2**62] * 300, [1] * 100])
+def test_a_shape_of_a_header_is_bounded(shape: list[int], tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(UserError, match=r"model\.safetensors .*malformed shape"):
+        TensorFiles(tmp_path)
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
+
+
+def _set(value: Any, *path: Any) -> Callable[[Any], Any]:
+    def change(document: Any) -> Any:
+        at = document
+        for step in path[:-1]:
+            at = at[step]
+        at[path[-1]] = value
+        return document
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("tokenizer.json", lambda one: "[" * 9000, "not valid JSON"),
+        ("tokenizer.json", _set([], "model"), "model must be an object"),
+        ("tokenizer.json", _set(None, "model", "vocab"), "has no model.vocab"),
+        ("tokenizer.json", _set("x", "model", "vocab", "zz"), "model.vocab.zz must be a whole"),
+        ("tokenizer.json", _set(1e999, "model", "vocab", "zz"), "Infinity|infinit|whole"),
+        ("tokenizer.json", _set(2**40, "model", "vocab", "zz"), "model.vocab.zz must be a whole"),
+        ("tokenizer.json", _set("ab", "model", "merges", 0), r"model.merges\[0\] must be"),
+        ("tokenizer.json", _set([1, 2], "model", "merges", 0), r"model.merges\[0\]\[0\] must be"),
+        ("tokenizer.json", _set(3.5, "model", "merges", 0), r"model.merges\[0\] must be"),
+        ("tokenizer.json", _set([7], "added_tokens"), r"added_tokens\[0\] must be an object"),
+        ("tokenizer.json", _set([{}], "added_tokens"), r"added_tokens\[0\].id is missing"),
+        ("tokenizer.json", _set(5, "added_tokens"), "added_tokens must be a list"),
+        (
+            "tokenizer.json",
+            _set({"type": "TemplateProcessing", "single": [1]}, "post_processor"),
+            r"post_processor.single\[0\] must be an object",
+        ),
+        (
+            "tokenizer.json",
+            _set({"type": "Sequence", "pretokenizers": [[]]}, "pre_tokenizer"),
+            r"pre_tokenizer.pretokenizers\[0\] must be an object",
+        ),
+        (
+            "tokenizer_config.json",
+            _set({"": {"content": "x"}}, "added_tokens_decoder"),
+            "must be the number of a token",
+        ),
+        ("tokenizer_config.json", _set(0.5, "added_tokens_decoder"), "must be an object, not 0.5"),
+    ],
+)
+def test_a_tokenizer_that_lies_is_refused(
+    file: str,
+    change: Callable[[Any], Any],
+    said: str,
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = changed(tiny_folder("llama"), tmp_path / "m", file, change)
+    with pytest.raises(UserError, match=said) as caught:
+        read_tokenizer(folder)
+    assert str(folder / file) in str(caught.value)
+
+
+def test_a_template_that_is_no_text_is_named(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "m")
+    (folder / "chat_template.jinja").write_bytes(b"{{ x }}\n\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be used: it is not UTF-8 at"):
+        read_tokenizer(folder)
+
+
+def test_a_gap_in_a_vocabulary_is_not_filled(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    far = _set((1 << 24) - 1, "model", "vocab", "zz")
+    folder = changed(tiny_folder("llama"), tmp_path / "m", "tokenizer.json", far)
+    with pytest.raises(UserError, match="the last of 16777216 is numbered"):
+        read_tokenizer(folder)
+
+
+def test_a_sentencepiece_number_has_an_end(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x80" * 1_000_000)
+    with pytest.raises(UserError, match=r"tokenizer\.model is no SentencePiece model"):
+        read_tokenizer(tmp_path)
+
+
+# --- directions ----------------------------------------------------------------------------------
+
+
+def npy(array: Any) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    return stream.getvalue()
+
+
+def header(text: str, data: bytes = b"") -> bytes:
+    raw = text.encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(raw)) + raw + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x93NUMPY",
+        b"PK\x03\x04",
+        npy(np.array([1, "a"], dtype=object)),
+        npy(np.array(["a", "b"])),
+        npy(np.ones(4, np.complex64)),
+        npy(np.ones(4))[:-1],
+        npy(np.ones(4)) + b"x",
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999,), }"),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }", b"\0" * 4),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (1"),
+        header("(" * 9000),
+        header("{'descr': __import__('os'), }"),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"\0" * 8),
+    ],
+)
+def test_an_array_is_checked(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "d.npy").write_bytes(data)
+    with pytest.raises(UserError, match=r"d\.npy"):
+        directions.read(tmp_path / "d.npy")
+
+
+def zipped(members: list[tuple[str, bytes]], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def test_an_archive_is_checked(tmp_path: Path) -> None:
+    one = npy(np.arange(1, 65, dtype=np.float32))
+    good = zipped([("a.npy", one)], zipfile.ZIP_STORED)
+    at = good.index(one)
+    wrong = good[: at + 90] + b"\xff" + good[at + 91 :]  # a checksum that does not fit
+    deflated = zipped([("a.npy", one)])
+    packed = deflated[:45] + b"\xff\xff\xff" + deflated[48:]
+    cases = {
+        "no zip": b"not a zip",
+        "checksum": wrong,
+        "data": packed,
+        "method": zipped([("a.npy", one)], zipfile.ZIP_BZIP2),
+        "no array": zipped([("a.npy", b"hello")]),
+        "object": zipped([("a.npy", npy(np.array([None])))]),
+        "bomb": zipped([("a.npy", header(
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (33554432,), }", bytes(1 << 27)
+        ))]),
+    }  # fmt: skip
+    for name, data in cases.items():
+        (tmp_path / "d.npz").write_bytes(data)
+        with pytest.raises(UserError, match=r"d\.npz"):
+            _ = name, directions.read(tmp_path / "d.npz")
+    (tmp_path / "d.npz").write_bytes(good)
+    assert directions.read(tmp_path / "d.npz").selected.shape == (1, 64)
+    (tmp_path / "d.npz").write_bytes(zipped([("a.npy", one), ("b.npy", one)]))
+    chosen = directions.read(tmp_path / "d.npz", tensor="b")
+    np.testing.assert_array_equal(np.array(chosen.selected), np.arange(1, 65)[None])
+
+
+def test_arrays_of_either_order_and_several_types(tmp_path: Path) -> None:
+    values = np.arange(1, 13).reshape(3, 4)
+    for kind in ("<f2", "<f4", ">f4", "<f8", "<i2", "|u1"):
+        for array in (values.astype(kind), np.asfortranarray(values.astype(kind))):
+            (tmp_path / "d.npy").write_bytes(npy(array))
+            found = directions.read(tmp_path / "d.npy").selected
+            np.testing.assert_array_equal(np.array(found), values)
+
+
+SELECTED = {"selected": mx.ones((1, 8))}
+MEANS = {"harmful_mean": mx.ones((2, 1, 8)), "harmless_mean": mx.zeros((2, 1, 8))}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "said"),
+    [
+        (SELECTED, {"summary": "[1]"}, "summary must be an object"),
+        (SELECTED, {"summary": '{"layer": "x"}'}, "summary.layer must be"),
+        (SELECTED, {"recipe": '{"profile": {"mlp": [1]}}'}, "recipe.profile.attention is missing"),
+        (SELECTED, {"recipe": '{"profile": {"mlp": ["x"], "attention": []}}'}, r"mlp\[0\] must be"),
+        (SELECTED, {"pins": "{}"}, "pins.harmful is missing"),
+        (SELECTED, {"scores": "{}"}, "scores must be a list"),
+        (SELECTED | MEANS, {"positions": "[-2, -1]"}, "2 positions, and its means are of 1"),
+        (SELECTED | MEANS, {"positions": '["x"]'}, r"positions\[0\] must be"),
+        (SELECTED | MEANS | {"harmless_mean": mx.zeros((2, 8))}, {}, "`harmless_mean` must be"),
+        (SELECTED | {"harmful_cloud": mx.ones((2, 3)), "harmless_cloud": mx.ones((2, 2))}, {},
+         "`harmful_cloud` must be"),
+        ({"selected": mx.zeros((0, 8))}, {}, "`selected` must be"),
+    ],
+)  # fmt: skip
+def test_a_direction_file_is_checked(
+    tensors: dict[str, mx.array], metadata: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "d.safetensors"
+    mx.save_safetensors(str(file), tensors, metadata)
+    with pytest.raises(UserError, match=said) as caught:
+        directions.read(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layouts", "said"),
+    [
+        ("[" * 5000, "not valid JSON"),
+        ("[]", "must be an object"),
+        ('{"a": [1, 2]}', r"a must be \[axis, transposed, strength\]"),
+        ('{"a": [-1, false, "x"]}', r"a\[2\] must be a finite number"),
+        ('{"a": [0, false, 1.0]}', r"a\[0\] must be -1 or -2"),
+        ('{"a": [-1, false, 1.0]}', "lacks what was taken of a"),
+    ],
+)
+def test_an_undo_file_is_checked(layouts: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "undo.safetensors"
+    metadata = {"tensors": layouts, "direction_sha256": "0"}
+    mx.save_safetensors(str(file), {"b.along": mx.ones(2)}, metadata)
+    with pytest.raises(UserError, match=said) as caught:
+        taken.read_kept(file, "0")
+    assert str(file) in str(caught.value)
+
+
+# --- journals ------------------------------------------------------------------------------------
+
+HEAD = '{"journal": 1, "role": "target", "identity": {}}\n'
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("[" * 50_000 + "\n", "line 1, it is not valid JSON"),
+        ('{"journal": 1, "role": "target", "identity": 7}\n', "line 1, its identity must be"),
+        (HEAD + "7\n", "line 2, it must be an object"),
+        (HEAD + '{"role": "target", "prompt": "a", "verdict": "x"}\n', "line 2, its verdict must"),
+        (HEAD + '{"role": "other", "prompt": "a", "verdict": null}\n', "its role has not begun"),
+        (HEAD + '{"role": "target", "prompt": [], "verdict": null}\n', "its prompt must be text"),
+        (HEAD + "\xff\n", "line 2, it is not"),
+        ("no line end", "no line that is whole"),
+    ],
+)
+def test_a_journal_is_checked(lines: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(lines.encode("latin-1"))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=said) as caught:
+        journal.Journal(path, strict=True)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before
+
+
+# --- escaping ------------------------------------------------------------------------------------
+
+
+def test_text_for_a_line_of_a_terminal() -> None:
+    assert escape.line("a\x1b[31mb\nc\x9bd‮e\udcfff\x00") == (r"a\x1b[31mb\nc\x9bd\u202ee\xfff\x00")
+    assert escape.line("naïve – 模型 👩‍🚀 עברית") == "naïve – 模型 👩‍🚀 עברית"
+
+
+def test_text_for_several_lines_keeps_their_ends() -> None:
+    assert escape.block("a\r\nb\tc\x1b]0;x\x07\rd") == "a\nb\tc\\x1b]0;x\\x07\\rd"
+
+
+def test_json_stays_the_same_value() -> None:
+    value = {"a\u202e": ["\x9b31m", "\U000e0041", "ok 模型\n"]}
+    safe = escape.json_text(json.dumps(value, ensure_ascii=False))
+    assert json.loads(safe) == value
+    assert escape.block(safe) == safe
