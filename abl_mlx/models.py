@@ -19,6 +19,7 @@ from convert import on_cpu, packed
 from convert.chat_template import ChatTemplate
 from convert.errors import UserError
 from convert.foreign import foreign
+from convert.gemma2_window import give_window
 from convert.hf_config import read_config
 from convert.hf_counts import check_counts
 from convert.safetensors_files import TensorFiles
@@ -214,6 +215,7 @@ def _load_model(
             mx.eval(value)
     if not hasattr(model, "layers"):
         raise UserError(f"{folder}: {config['model_type']} has no list of layers to look into.")
+    give_window(model, config)
     return model, config
 
 

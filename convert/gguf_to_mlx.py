@@ -28,6 +28,7 @@ from convert.atomic import check_new, new_folder
 from convert.errors import UserError
 from convert.families import FAMILIES
 from convert.families.family import ROPE_TABLES, Keys, Weight
+from convert.gemma2_window import give_window
 from convert.ggml_types import grid_codec
 from convert.gguf_file import GgufSource, TensorEntry
 from convert.gguf_to_tokenizer import write_tokenizer
@@ -98,6 +99,7 @@ def layout(source: GgufSource) -> Layout:
             raise UserError(f"{name} holds {weight.path} twice: get the file again.")
         weights[weight.path] = weight
     model = _skeleton(config, name)
+    give_window(model, config)
     parameters = dict(tree_flatten(model.parameters()))
     _check_complete(source, family.unused + keys.drafting, weights, parameters)
     return Layout(config, weights, model, dict(model.named_modules()))

@@ -17,7 +17,7 @@ from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.gguf_to_mlx import Layout, layout, load
 from tests import tiny_gguf
-from tests.agreement import disagreement
+from tests.agreement import disagreement, logprobs
 from tests.gguf_recipes import deepseek, gemma, phi
 from tests.test_gguf_to_mlx import PROMPT
 from tests.tiny_gguf import Recipe
@@ -98,10 +98,6 @@ REFUSALS: dict[str, tuple[Callable[[], Recipe], str]] = {
     "gemma, damaged": (
         lambda: with_keys(gemma.RECIPES["gemma"], attention__head_count="many"),
         "attention.head_count = 'many' where one number is expected",
-    ),
-    "gemma2, a shorter window": (
-        lambda: with_keys(_GEMMA2, attention__sliding_window=512),
-        "look back over 512 tokens only",
     ),
     "gemma2, a rate for sliding layers": (
         lambda: with_keys(_GEMMA2, rope__freq_base_swa=5000.0),
@@ -286,8 +282,21 @@ def _quieter(name: str, noise: np.ndarray) -> np.ndarray | None:
     return (1 + 0.2 * noise) * np.float32(0.1) if "post_" in name else None
 
 
-def test_gemma2_promises_no_more_context_than_its_window(tmp_path: Path) -> None:
-    assert layout_of(tmp_path, _GEMMA2).config["max_position_embeddings"] == 4096
+@pytest.mark.parametrize("window", [5, 16, 40])
+def test_gemma2_looks_back_as_far_as_llama_cpp(window: int, tmp_path: Path) -> None:
+    path = written(tmp_path, with_keys(_GEMMA2, attention__sliding_window=window))
+    with GgufSource(path) as source:
+        loaded = load(source)
+    assert loaded.config["max_position_embeddings"] == 8192
+    prompt = (PROMPT * 8)[: 3 * 16 + 1]
+    assert disagreement(loaded.model, path, prompt, near=0.02) < 0.02
+    # Else the model would not tell the difference.
+    (tmp_path / "wide").mkdir()
+    with GgufSource(written(tmp_path / "wide", _GEMMA2)) as source:
+        wide = load(source)
+    apart = np.abs(logprobs(loaded.model, prompt) - logprobs(wide.model, prompt)).max(axis=1)
+    assert apart[:window].max() < 1e-4
+    assert apart[window + 1 :].max() > 0.05
 
 
 def test_longrope_tables_stand_in_config_as_published(tmp_path: Path) -> None:

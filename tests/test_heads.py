@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -110,3 +113,20 @@ def test_products_of_any_size_go_through_numpys_blas(monkeypatch: pytest.MonkeyP
     found = np.array(module(x))
     expected = np.array(x).reshape(-1, 32) @ values.astype(np.float32).T
     assert np.abs(found.reshape(expected.shape) - expected).max() < 1e-4
+
+
+def test_a_padded_batch_looks_back_over_gemma_2s_window(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    recipe = RECIPES["gemma2"]
+    keys = recipe.keys | {"attention.sliding_window": 6}
+    tiny_gguf.write(path, replace(recipe, keys=keys), Q.F16)
+    with GgufSource(path) as source:
+        found = load(source, widen=False)
+    chat = ChatModel(path, found.model, Tokens(), found.config)
+    prompts = [list(range(5, 5 + length)) for length in (4, 9, 20)]
+    for prompt, reply in zip(prompts, evaluate.generate(chat, prompts, 8), strict=True):
+        tokens = list(prompt)
+        for token in reply:
+            logits = chat.model(mx.array([tokens]))[0, -1]
+            assert logits.max() - logits[token] < 1e-4
+            tokens.append(token)

@@ -27,10 +27,12 @@ from convert.families.family import (
     rope_scaling,
     short,
     sliding_layers,
+    sliding_window,
     unscaled_rotary,
     unsupported,
     whole_rotary,
 )
+from convert.gemma2_window import WINDOW
 
 _POST_NORMS = {
     **ATTENTION,
@@ -40,8 +42,6 @@ _POST_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 """blk.N.* of Gemma 2 and later: a norm behind attention and one behind the feed-forward network."""
-
-_SHORTEST_WINDOW = 4096
 
 
 def _less_one(keys: Keys, table: dict[str, str]) -> list[Weight]:
@@ -69,18 +69,10 @@ def _gemma2_config(keys: Keys) -> dict[str, Any]:
         raise unsupported(
             keys, "turns its sliding layers at a rate of their own, but mlx-lm's gemma2 has one"
         )
-    window = keys.integer("attention.sliding_window", 4096)
-    if window < _SHORTEST_WINDOW:
-        raise unsupported(
-            keys,
-            f"lets every other layer look back over {window} tokens only, but mlx-lm's gemma2 has "
-            "no window, and would answer otherwise from there on",
-        )
-    config = base_config(keys, "gemma2")
-    return config | {
+    return base_config(keys, "gemma2") | {
         "tie_word_embeddings": True,
-        # The two agree as far as the window reaches.
-        "max_position_embeddings": min(config["max_position_embeddings"], window),
+        # mlx-lm's gemma2 does not read it: `convert.gemma2_window` does.
+        "sliding_window": sliding_window(keys, WINDOW),
         "query_pre_attn_scalar": _query_scale(keys, 46),
         "attn_logit_softcapping": short(keys.number("attn_logit_softcapping", 50.0)),
         "final_logit_softcapping": short(keys.number("final_logit_softcapping", 30.0)),
