@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +19,7 @@ from abl_mlx.residuals import residual
 from abl_mlx.shortcuts import trusted
 from abl_mlx.units import in_bytes
 from convert.errors import UserError
+from convert.scratch import scratch
 
 
 def check_stream(chat: ChatModel) -> None:
@@ -181,8 +181,8 @@ def stored(
             f"{in_bytes(needed)}: free some space, set TMPDIR to a larger disk, take fewer "
             "prompts (--limit), or choose --method difference-of-means, which keeps none."
         )
-    with tempfile.TemporaryDirectory(prefix="abl-mlx-") as temporary:
-        kept = np.memmap(Path(temporary) / "states.f32", np.float32, "w+", shape=shape)
+    with scratch() as temporary:
+        kept = np.memmap(temporary / "states.f32", np.float32, "w+", shape=shape)
         for indices, states in iterate(chat, sequences, offsets, label=label):
             kept[:, :, indices] = numpy_of(states).transpose(1, 2, 0, 3)
         yield kept

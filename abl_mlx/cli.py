@@ -28,6 +28,7 @@ from abl_mlx.flags import (
     server_flags,
     steered_flags,
 )
+from convert import atomic, scratch
 from convert.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with atomic.claims():
+                scratch.sweep()
+                return super().invoke(ctx)
         except UserError as error:
             raise click.ClickException(str(error)) from None
         except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from abl_mlx.prompts import PromptSet, PromptSets
 from abl_mlx.refusals import Rates, Verdict, rates
 from abl_mlx.reply_notes import Seen
 from convert.atomic import new_file
+from convert.scratch import scratch
 
 #: Prompts to replies, in order: a model in MLX, or llama.cpp with a GGUF.
 Chat = Callable[[Sequence[str], int], list[str]]
@@ -286,8 +286,8 @@ def baseline(
         sequences.append([*prompt, *reply[: tokens - 1]])
         positions.append(list(range(len(prompt) - 1, len(sequences[-1]))))
     starts = np.cumsum([0, *map(len, positions)])
-    with tempfile.TemporaryDirectory(prefix="abl-mlx-") as folder:
-        path = Path(folder) / "base.f32"
+    with scratch() as folder:
+        path = folder / "base.f32"
         stored = np.memmap(path, np.float32, "w+", shape=(int(starts[-1]), vocabulary(chat)))
         for index, rows in log_probabilities(chat, sequences, positions, label="KL: base"):
             stored[starts[index] : starts[index + 1]] = np.array(rows.astype(mx.float32))

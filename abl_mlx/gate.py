@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 from abl_mlx.paired import Paired
 from abl_mlx.report import percent
 from convert import json_text, schema
+from convert.atomic import new_file
 from convert.errors import UserError
 
 #: The command's exit code when a limit is not kept.
@@ -263,12 +262,8 @@ def write_junit(path: Path, record: Mapping[str, Any], checks: Sequence[Check]) 
     """Write the report; one that is there is replaced as a whole."""
     text = junit(record, checks)
     try:
-        with tempfile.NamedTemporaryFile(
-            "wb", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
-        ) as stream:
-            stream.write(text)
-        os.chmod(stream.name, 0o644)
-        os.replace(stream.name, path)
+        with new_file(path, replace=True) as staged:
+            staged.write_bytes(text)
     except OSError as error:
         raise UserError(f"--junit {path} cannot be written: {error.strerror}.") from None
 

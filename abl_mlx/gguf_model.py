@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from abl_mlx.gguf_edit import writer_of
@@ -17,6 +15,7 @@ from convert.gguf_to_mlx import Layout
 from convert.gguf_to_mlx import load as load_weights
 from convert.gguf_to_tokenizer import write_tokenizer
 from convert.gguf_writers import GgufWriter
+from convert.scratch import scratch
 
 
 def load(gguf: GgufSource) -> tuple[ChatModel, Layout]:
@@ -40,8 +39,7 @@ def tokenizer(gguf: GgufSource, config: dict[str, Any]) -> Any:
     Args:
         config: config.json; gets the tokenizer's ids.
     """
-    with tempfile.TemporaryDirectory(prefix="abl-mlx-") as name:
-        folder = Path(name)
+    with scratch() as folder:
         # Without a config.json beside it transformers takes the tokenizer as it is; for some
         # architectures it would build another in its stead.
         config |= write_tokenizer(gguf.metadata, folder)

@@ -96,9 +96,7 @@ def staging(paths: Sequence[Path]) -> Iterator[list[Staged]]:
     with ExitStack() as stack:
         staged = []
         for path in paths:
-            parent = path.absolute().parent
-            parent.mkdir(parents=True, exist_ok=True)
-            manager = new_files(parent) if is_gguf_name(path) else new_folder(path)
+            manager = new_files(path) if is_gguf_name(path) else new_folder(path)
             staged.append(Staged(path, stack.enter_context(manager)))
         yield staged
 
@@ -192,22 +190,22 @@ def _write_folder(
     clock: Clock,
 ) -> Record:
     """An MLX folder: the edited GGUF, converted. Its leak is that of the folder's own bytes."""
-    with new_files(staged.path.absolute().parent) as scratch:
-        with clock.step("write"):
-            files = _rewrite(gguf, source, scratch / "edited.gguf", plans, label, options)
-            with GgufSource(files[0]) as edited:
-                found = gguf_to_mlx.layout(edited)
-                size = sum(entry.nbytes for entry in edited.tensors.values())
-                with progress(size, f"write {staged.path.name}", "B") as bar:
-                    report = gguf_to_mlx.fill_folder(
-                        edited,
-                        found,
-                        staged.folder,
-                        extra={"abl_mlx": dict(label)},
-                        progress=bar.update,
-                    )
-        for file in files:
-            file.unlink()
+    with clock.step("write"):
+        beside = staged.folder.with_name(f"{staged.path.name}.gguf")
+        files = _rewrite(gguf, source, beside, plans, label, options)
+        with GgufSource(files[0]) as edited:
+            found = gguf_to_mlx.layout(edited)
+            size = sum(entry.nbytes for entry in edited.tensors.values())
+            with progress(size, f"write {staged.path.name}", "B") as bar:
+                report = gguf_to_mlx.fill_folder(
+                    edited,
+                    found,
+                    staged.folder,
+                    extra={"abl_mlx": dict(label)},
+                    progress=bar.update,
+                )
+    for file in files:
+        file.unlink()
     reports: dict[str, TensorReport] = {}
     with clock.step("measure the leak"), TensorFiles(staged.folder) as written:
         for name, one in plans.items():

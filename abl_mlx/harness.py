@@ -6,12 +6,11 @@ import importlib.util
 import json
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from abl_mlx.sources import Source
 from convert.errors import UserError
+from convert.scratch import scratch
 
 
 def task_names(text: str) -> list[str]:
@@ -52,9 +51,9 @@ def run(source: Source, text: str, *, limit: int | None = None) -> dict[str, Any
         UserError: with the last line it printed, when it fails.
     """
     names = task_names(text)
-    with tempfile.TemporaryDirectory(prefix="abl-mlx-") as place:
+    with scratch() as place:
         command = [sys.executable, "-m", "mlx_lm", "evaluate", "--model", str(source.path)]
-        command += ["--output-dir", place, "--tasks", *names]
+        command += ["--output-dir", str(place), "--tasks", *names]
         command += [] if limit is None else ["--limit", str(limit)]
         # What it prints is for a person; its errors are wanted in a sentence.
         done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
@@ -62,7 +61,7 @@ def run(source: Source, text: str, *, limit: int | None = None) -> dict[str, Any
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             said = lines[-1][:300] if lines else f"exit code {done.returncode}"
             raise UserError(f"mlx_lm.evaluate --tasks {' '.join(names)} failed: {said}")
-        files = [path for path in Path(place).iterdir() if path.is_file()]
+        files = [path for path in place.iterdir() if path.is_file()]
         if len(files) != 1:
             raise UserError("mlx_lm.evaluate wrote no results.")
         return dict(json.loads(files[0].read_text(encoding="utf-8")))

@@ -8,7 +8,6 @@ at runtime.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,12 +35,13 @@ from abl_mlx.steering import steering
 from abl_mlx.strict_json import to_json
 from abl_mlx.writers import Writer, find_writers
 from convert import adapters, control_vector
-from convert.atomic import check_new, new_file
+from convert.atomic import check_new
 from convert.errors import UserError
 from convert.gguf_extend import extend
 from convert.gguf_file import GgufSource
 from convert.mlx_folder import rewrite_folder
 from convert.safetensors_files import TensorFiles
+from convert.scratch import scratch
 from convert.suffixes import is_gguf_name
 
 Record = dict[str, Any]
@@ -124,7 +124,7 @@ def run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Option
             seconds=clock.seconds,
         )
         for one, judged in zip(staged, evaluations, strict=True):
-            _write_companions(one, source, gguf, record, judged, stack)
+            _write_companions(one, source, gguf, record, judged)
         if options.save_replies is not None:
             evaluate.save_replies(options.save_replies, replies, sets)
     write_run_page(record, paths, options, replies, sets)
@@ -347,8 +347,7 @@ def _write_gguf(
     if gguf is None:
         from convert.mlx_to_gguf import write_gguf
 
-        with tempfile.TemporaryDirectory(prefix="abl-mlx-") as scratch:
-            folder = Path(scratch)
+        with scratch() as folder:
             write_folder(source, folder, chat, writer, found, label)
             write_gguf(folder, one.staged, file_type=options.quantize, metadata=metadata)
         return
@@ -438,24 +437,19 @@ def _write_companions(
     gguf: GgufSource | None,
     record: Record,
     judged: Record,
-    stack: ExitStack,
 ) -> None:
     record_name = outputs.companions(one.path)["record"].name
     contents = {
         "record": to_json(without_home(record)) + "\n",
         "card": card(record, judged, source.title, record_name),
     }
-    if not one.is_gguf:
-        for key, place in outputs.companions(one.staged).items():
-            place.write_text(contents[key], encoding="utf-8")
-        return
-    places = outputs.companions(one.path)
+    places = outputs.companions(one.staged)
     if control_vector.is_control_vector(one.path):
         places.pop("modelfile", None)
-    else:
+    elif one.is_gguf:
         from convert.ollama import modelfile
 
         folder = None if gguf is not None else source.path
         contents["modelfile"] = modelfile(one.staged, folder, one.path.name, kept=source.ollama)
     for key, place in places.items():
-        stack.enter_context(new_file(place)).write_text(contents[key], encoding="utf-8")
+        place.write_text(contents[key], encoding="utf-8")

@@ -8,7 +8,6 @@ where replies are wanted, the reply. Prompts are never written.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any
 
 from abl_mlx import report
 from abl_mlx.refusals import Oddity, Verdict
-from convert import json_text
+from convert import json_text, locks
 from convert.errors import UserError
 from convert.schema import (
     FLAG,
@@ -91,8 +90,8 @@ class Journal:
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from None
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            locks.hold(self._stream.fileno())
+        except locks.Busy:
             self._stream.close()
             raise UserError(
                 f"{path} is in use by another evaluation: wait for it, or name another file."

@@ -21,7 +21,7 @@ from abl_mlx.sources import Source
 from abl_mlx.strict_json import to_json
 from abl_mlx.units import in_bytes
 from convert import adapters, control_vector
-from convert.atomic import check_new, new_file, new_folder
+from convert.atomic import check_new, claim, new_files, new_folder
 from convert.errors import UserError
 from convert.hf_config import stored_config
 from convert.mlx_folder import FLOAT_DTYPES, float_dtype, rewrite_folder
@@ -153,7 +153,7 @@ def check(paths: Sequence[Path], source: Source, *, vectors: bool = False) -> No
                 f"file: name it with --gguf BASE.gguf, or write -o "
                 f"{without(path.name, adapters.GGUF_SUFFIX)}{adapters.SUFFIX} for mlx-lm."
             )
-        check_new(path)
+        claim(path)
         if is_gguf_name(path):
             for companion in companions(path).values():
                 check_new(companion)
@@ -166,9 +166,11 @@ def staging(paths: Sequence[Path]) -> Iterator[list[Output]]:
         outputs = []
         for path in paths:
             if is_gguf_name(path):
-                outputs.append(Output(path, stack.enter_context(new_file(path))))
+                # With what lies beside it: all of it gets its names together.
+                staged = stack.enter_context(new_files(path)) / path.name
             else:
-                outputs.append(Output(path, stack.enter_context(new_folder(path))))
+                staged = stack.enter_context(new_folder(path))
+            outputs.append(Output(path, staged))
         yield outputs
 
 
@@ -371,16 +373,13 @@ def write_companions(
             record, described, source.title, record_name, adapter=written.output.is_adapter
         ),
     }
-    if not written.output.is_gguf:
-        for key, place in companions(written.output.staged).items():
-            place.write_text(contents[key], encoding="utf-8")
-        return
-    from convert.ollama import modelfile
+    staged = written.output.staged
+    if written.output.is_gguf:
+        from convert.ollama import modelfile
 
-    contents["modelfile"] = modelfile(written.output.staged, source.path, written.output.path.name)
-    with ExitStack() as stack:
-        for key, place in companions(written.output.path).items():
-            stack.enter_context(new_file(place)).write_text(contents[key], encoding="utf-8")
+        contents["modelfile"] = modelfile(staged, source.path, written.output.path.name)
+    for key, place in companions(staged).items():
+        place.write_text(contents[key], encoding="utf-8")
 
 
 def check_space(paths: Sequence[Path], needed: int) -> None:

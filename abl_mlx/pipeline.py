@@ -64,7 +64,7 @@ from abl_mlx.run_page import write_run_page
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer, find_writers
 from convert import adapters
-from convert.atomic import check_new
+from convert.atomic import check_new, claim
 from convert.errors import UserError
 from convert.hf_config import read_config, refuse_foreign
 from convert.safetensors_files import TensorFiles
@@ -311,7 +311,7 @@ def measure(text: str, out: Path, options: Options, picture: Path | None = None)
     """
     if not ends_in(out, ".safetensors"):
         raise UserError(f"{out}: the name of a direction file ends in .safetensors.")
-    check_new(out)
+    claim(out)
     if picture is not None:
         plot.check(picture)
     options = with_journal(options, out.with_suffix(""))

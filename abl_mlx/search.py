@@ -377,7 +377,10 @@ def improve(
         f"{min(MOST_ASKED, options.search) * count * REPLY_TOKENS:,} generated ones"
         + (f"; {resumed} trials are in {journal.path}" if resumed else "")
     )
-    search.run(options.search)
+    try:
+        search.run(options.search)
+    finally:
+        journal.close()
     generated = [0]
 
     def ask(trial: Trial) -> Asked:

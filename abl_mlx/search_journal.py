@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
@@ -17,6 +17,7 @@ from abl_mlx.prompts import PromptSets
 from abl_mlx.records import prompt_hashes
 from abl_mlx.search_space import Space
 from abl_mlx.search_trial import Screened, Trial
+from convert import locks
 from convert.errors import UserError
 
 _STUDY = "abl-mlx search"
@@ -30,38 +31,50 @@ class Journal:
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, str]):
-        optuna = optuna_quietly()
-        self._optuna, self.path = optuna, path
-        if path is None:
-            storage: Any = optuna.storages.InMemoryStorage()
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            damaged = f"{path} is not a search journal: name another file with --search-journal."
-            if path.is_dir():
-                raise UserError(damaged)
-            if path.exists() and not _mend(path):
-                raise UserError(damaged)
-            try:
-                storage = optuna.storages.JournalStorage(
-                    optuna.storages.journal.JournalFileBackend(str(path))
-                )
-            except (ValueError, KeyError, TypeError, AssertionError):
-                raise UserError(damaged) from None
-        self._study = optuna.create_study(
+        self._optuna, self.path = optuna_quietly(), path
+        self._held = None if path is None else _hold(path)
+        try:
+            self._study = self._open(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, identity: Mapping[str, str]) -> Any:
+        study = self._optuna.create_study(
             study_name=_STUDY,
-            storage=storage,
+            storage=self._storage(),
             directions=["minimize", "minimize"],
             load_if_exists=True,
         )
-        known = self._study.user_attrs.get("identity")
+        known = study.user_attrs.get("identity")
         if known is None:
-            self._study.set_user_attr("identity", dict(identity))
+            study.set_user_attr("identity", dict(identity))
         elif known != dict(identity):
             other = [name for name in identity if known.get(name) != identity[name]]
             raise UserError(
-                f"{path} is the journal of a search with another {' and '.join(other)}: delete it, "
-                "or name another file with --search-journal."
+                f"{self.path} is the journal of a search with another {' and '.join(other)}: "
+                "delete it, or name another file with --search-journal."
             )
+        return study
+
+    def _storage(self) -> Any:
+        storages = self._optuna.storages
+        if self.path is None:
+            return storages.InMemoryStorage()
+        damaged = UserError(
+            f"{self.path} is not a search journal: name another file with --search-journal."
+        )
+        if not _mend(self.path):
+            raise damaged
+        try:
+            return storages.JournalStorage(storages.journal.JournalFileBackend(str(self.path)))
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise damaged from None
+
+    def close(self) -> None:
+        """Let another search have the file."""
+        if self._held is not None:
+            self._held.close()
 
     def trials(self) -> list[Any]:
         """Optuna's records of all finished trials."""
@@ -83,6 +96,26 @@ class Journal:
         )
         self._study.add_trial(record)
         return record
+
+
+def _hold(path: Path) -> BinaryIO:
+    """Open the file, new where it is missing, and keep every other search away from it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "ab")  # noqa: SIM115 - open as long as the journal is
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    try:
+        if locks.hold(stream.fileno()):
+            # Optuna's own lock, a link beside the file, is of a process that was killed.
+            path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+    except locks.Busy:
+        stream.close()
+        raise UserError(
+            f"{path} is in use by another search: wait for it, or name another file with "
+            "--search-journal."
+        ) from None
+    return stream
 
 
 def trial_of(record: Any) -> Trial:
