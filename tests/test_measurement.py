@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import capture, directions, evaluate, measurement, methods, models, prompts
+from abl_mlx import (
+    capture,
+    directions,
+    evaluate,
+    measurement,
+    methods,
+    models,
+    prompts,
+    shortcuts,
+)
 from abl_mlx.cli import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.edits import orthonormal
@@ -312,7 +321,7 @@ def test_options_that_do_not_go_together_are_refused(chosen, message, tiny_folde
 
 def test_states_in_a_file_are_the_states(tiny_folder, monkeypatch):
     chat = loaded(tiny_folder("llama"))[0]
-    monkeypatch.setattr(capture, "TOKENS_PER_BATCH", 40)
+    monkeypatch.setattr(shortcuts, "TOKENS_PER_BATCH", 40)
     sequences = [chat.encode(text) for text in TEXTS]
     with capture.stored(chat, sequences, [-2, -1]) as kept:
         assert isinstance(kept, np.memmap)
@@ -324,7 +333,7 @@ def test_states_in_a_file_are_the_states(tiny_folder, monkeypatch):
     assert not file.exists()
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(UserError, match="GB free"), capture.stored(chat, sequences):
+    with pytest.raises(UserError, match="1.0 kB free"), capture.stored(chat, sequences):
         pass
 
 
