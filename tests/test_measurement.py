@@ -333,7 +333,7 @@ def test_states_in_a_file_are_the_states(tiny_folder, monkeypatch):
     assert not file.exists()
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(UserError, match="1.0 kB free"), capture.stored(chat, sequences):
+    with pytest.raises(UserError, match="kB free"), capture.stored(chat, sequences):
         pass
 
 
