@@ -366,6 +366,8 @@ def _explained(reference: Reference) -> Iterator[None]:
     )
     try:
         yield
+    except UserError:
+        raise
     except HFValidationError:
         raise UserError(
             f"{repository} is not a folder here, and no id that Hugging Face takes: check the "
@@ -412,4 +414,9 @@ def _explained(reference: Reference) -> Iterator[None]:
     except Exception as error:
         if _is_connection(error):
             raise UserError(unreached.format(type(error).__name__)) from None
-        raise
+        # The client reads answers as if they were always right, and raises whatever that leads to.
+        raise UserError(
+            f"{repository}: what {constants.ENDPOINT} answered is not what a hub of models answers "
+            f"({type(error).__name__}): check for a proxy or a sign-in page between, or try again "
+            "later."
+        ) from None

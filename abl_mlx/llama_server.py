@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from abl_mlx import gguf_template
 from abl_mlx.endpoint import Asking, Endpoint
 from convert.errors import UserError
 
@@ -49,6 +50,7 @@ class LlamaServer:
         self.endpoint: Endpoint
 
     def __enter__(self) -> LlamaServer:
+        gguf_template.fault(self._path)  # whatever is no more than odd, llama.cpp may like
         port = _free_port()
         slots = self._asking.concurrency
         command = [self._program, "--model", str(self._path)]

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from abl_mlx import memory
+from abl_mlx import gguf_template, memory
 from abl_mlx.llamacpp_process import LlamaProcess
 from abl_mlx.thoughts import opened_by, resumed
 from convert.errors import UserError
@@ -62,13 +62,22 @@ class LlamaCpp:
                 "running a GGUF file needs llama.cpp (there is no module xllamacpp): "
                 "pip install 'abl-mlx[llamacpp]'."
             )
+        template_fault = gguf_template.fault(self.path)
+        try:
+            self._process: LlamaProcess | None = self._start(n_threads, lean, lora)
+        except UserError:
+            if template_fault is not None:  # llama.cpp does not quote the template
+                raise template_fault from None
+            raise
+
+    def _start(self, n_threads: int | None, lean: bool, lora: Path | None) -> LlamaProcess:
         asked = os.environ.get("LLAMA_ARG_THREADS", "")
-        self._process: LlamaProcess | None = LlamaProcess(
+        return LlamaProcess(
             f"{self.path} with {lora}" if lora is not None else str(self.path),
             {
                 "path": str(self.path),
-                "n_ctx": n_ctx,
-                "n_parallel": n_parallel,
+                "n_ctx": self.n_ctx,
+                "n_parallel": self.n_parallel,
                 "n_threads": n_threads or (int(asked) if asked.isdigit() else 0) or None,
                 "lean": lean,
                 "lora": None if lora is None else str(lora),

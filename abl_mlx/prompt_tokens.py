@@ -12,7 +12,7 @@ from convert.errors import UserError
 Message = Mapping[str, str]
 
 # What a template is told beside the messages: thinking is switched off where it can be.
-_OPTIONS = {"enable_thinking": False}
+OPTIONS = {"enable_thinking": False}
 
 
 def encode(
@@ -52,7 +52,7 @@ def template_of(tokenizer: Any, place: Path) -> ChatTemplate | None:
     return ChatTemplate(
         _source(tokenizer.chat_template, place),
         _file(place),
-        {**_special_tokens(tokenizer), **_OPTIONS},
+        {**_special_tokens(tokenizer), **OPTIONS},
     )
 
 
@@ -69,7 +69,7 @@ def _has_code(tokenizer: Any) -> bool:
 
 def _by_itself(tokenizer: Any, messages: Sequence[Message], place: Path) -> list[int]:
     try:
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **_OPTIONS)
+        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **OPTIONS)
     except Exception as error:  # code of others, which raises what it likes
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(

@@ -26,6 +26,10 @@ class TemplateError(UserError):
     """A chat template that does not render; its sentence names the file."""
 
 
+class TemplateExcess(TemplateError):
+    """Beyond a limit of time, memory or length, which no other form of the messages would mend."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """One template, ready to render.
@@ -57,6 +61,14 @@ class ChatTemplate:
             raise self._error("renders nothing at all for this conversation")
         return text
 
+    def check(self) -> None:
+        """Try it on one message.
+
+        Raises:
+            TemplateError: as `render` does.
+        """
+        self._wants_parts  # noqa: B018 - found out once
+
     @cached_property
     def _wants_parts(self) -> bool:
         """Whether content has to be a list of parts: the text as it is does not come through."""
@@ -66,14 +78,14 @@ class ChatTemplate:
             text = self._text(probe, True, parts=False)
             if _PROBE.lower() in text.lower():
                 return False
-        except _Excess:
+        except TemplateExcess:
             raise
         except TemplateError as raised:
             error = raised
         try:
             if _PROBE.lower() in self._text(probe, True, parts=True).lower():
                 return True
-        except _Excess:
+        except TemplateExcess:
             raise
         except TemplateError:
             pass
@@ -99,7 +111,7 @@ class ChatTemplate:
             answer = template_process.render(self.source, values, self.today)
         except template_process.Ended as ended:
             what = "takes too long to render" if ended.late else "ends the process that renders it"
-            raise self._error(what, _Excess) from None
+            raise self._error(what, TemplateExcess) from None
         if "text" in answer:
             try:
                 answer["text"].encode()
@@ -108,7 +120,7 @@ class ChatTemplate:
             return answer["text"]
         kind, said = answer["kind"], _quoted(answer["said"])
         if kind == "excess":
-            raise self._error(answer["said"], _Excess)
+            raise self._error(answer["said"], TemplateExcess)
         if kind == "syntax":
             raise self._error(f"is damaged ({said})")
         if kind == "refused":
@@ -122,10 +134,6 @@ class ChatTemplate:
             else "replace it by the template of the model's publisher"
         )
         return kind(f"{self.file}: the chat template {what}: {mend}.")
-
-
-class _Excess(TemplateError):
-    """Beyond a limit, which no other form of the messages would mend."""
 
 
 def _quoted(text: str) -> str:
