@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from abl_mlx.distributions import normalized
+from abl_mlx.hooks import around
 from abl_mlx.models import ChatModel, progress
-from abl_mlx.shortcuts import passes, trusted
+from abl_mlx.plain import vocabulary
+from abl_mlx.prefix import Prefix
+from abl_mlx.residuals import residual
+from abl_mlx.shortcuts import LOGITS_PER_BATCH, passes, trusted
 
 
 def log_probabilities(
@@ -35,6 +42,33 @@ def log_probabilities(
         for index, rows in passes(chat, sequences, positions, how, prefix):
             yield index, rows
             bar.update()
+
+
+def behind_last_layer(
+    chat: ChatModel, sequences: Sequence[Sequence[int]], states: np.ndarray
+) -> mx.array:
+    """What `first_reply_token` gives, from the last layer's states at the sequences' ends, (N, d).
+
+    Only what follows the layers is computed, in passes of one token each; the whole, where a model
+    is no function of these states (`shortcuts.trusted`).
+    """
+    how, last = trusted(chat, sequences), len(chat.layers) - 1
+    if not (how.cut and how.together):
+        return first_reply_token(chat, sequences)
+    nothing = Prefix(chat, [], cached=how.cached)
+    width, rows = max(1, LOGITS_PER_BATCH // vocabulary(chat)), []
+    for start in range(0, len(states), width):
+        given = mx.array(np.ascontiguousarray(states[start : start + width]))[:, None]
+
+        def put(call: Any, *args: Any, given: mx.array = given, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            taken = given.astype(residual(output, last, chat.width).dtype)
+            return (taken, *output[1:]) if isinstance(output, tuple | list) else taken
+
+        with around([(chat.layers[last], put)]):
+            rows.append(normalized(nothing(mx.zeros((len(given), 1), mx.int32)))[:, 0])
+        mx.eval(rows[-1])
+    return mx.concatenate(rows, axis=0)
 
 
 def first_reply_token(

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from abl_mlx import capture, directions, first_look, methods, prompts, selection
+from abl_mlx import capture, choice, directions, first_look, methods, prompts, race, selection
 from abl_mlx.arrays import number, numpy_of
 from abl_mlx.clock import Clock
 from abl_mlx.directions import Candidates, DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.evaluate import Behaviour, Chat, behaviour, generate
-from abl_mlx.models import ChatModel, common_prefix, progress
+from abl_mlx.logits import behind_last_layer
+from abl_mlx.models import ChatModel, common_prefix
 from abl_mlx.options import Options
 from abl_mlx.pinning import embedding_means, held_at
 from abl_mlx.prompts import PromptSet, PromptSets
+from abl_mlx.race import Runner
 from abl_mlx.report import say, summary_line
+from abl_mlx.trial import Effect, Trial
 from abl_mlx.variants import Tried, Variant, best
 from abl_mlx.writers import Writer
 from convert.errors import UserError
@@ -83,8 +88,15 @@ def _analytic(
     )
     if options.across == "positions":
         candidates = candidates.across_positions(_rank(options))
-    found = _Finding(chat, writers, candidates, train, validation, options)
-    return found.file()
+    # What should be refused no more: the borderline prompts, if that is what is asked for.
+    refused = validation.get("borderline", validation["harmful"])
+    offsets = sorted({*candidates.positions, -1})
+    with (
+        capture.stored(chat, refused, offsets, label="validation, harmful") as bad,
+        capture.stored(chat, validation["harmless"], offsets, label="validation, harmless") as good,
+    ):
+        found = _Finding(chat, writers, candidates, train, validation, (bad, good), options)
+        return found.file()
 
 
 class _Finding:
@@ -97,16 +109,23 @@ class _Finding:
         candidates: Candidates,
         train: Mapping[str, list[list[int]]],
         validation: Mapping[str, list[list[int]]],
+        states: tuple[np.ndarray, np.ndarray],
         options: Options,
     ):
+        """Take what was measured.
+
+        Args:
+            states: of the validation prompts that should be refused no more and of harmless ones,
+                (L, P, N, d), at the candidates' positions and the last.
+        """
         self._chat, self._writers, self._options = chat, writers, options
         self._train, self._validation = train, validation
         self._candidates = candidates
         self._embedding = embedding_means(chat, writers, train["harmful"], train["harmless"])
-        # What should be refused no more: the borderline prompts, if that is what is asked for.
-        self._refused = validation.get("borderline", validation["harmful"])
-        self._kept = validation["harmful"] if "borderline" in validation else []
-        self._scores: list[selection.Score] = []
+        count = len(candidates.positions)
+        self._states = states[0][:, :count], states[1][:, :count]
+        self._last = states[0][-1, -1], states[1][-1, -1]
+        self._scores = selection.separation_of(candidates, *self._states)
         self._tried: list[Tried] = []
         self._notes: dict[str, Any] = {}
 
@@ -114,24 +133,18 @@ class _Finding:
         """The chosen direction with everything that is known of it."""
         variant = self._chosen()
         candidates, options = self._candidates, self._options
-        if not self._scores:
-            self._scores = selection.separation(
-                self._chat, candidates, self._refused, self._validation["harmless"]
-            )
-        with (
-            capture.stored(self._chat, self._refused, candidates.positions) as bad,
-            capture.stored(self._chat, self._validation["harmless"], candidates.positions) as good,
-        ):
-            candidates = directions.describe(candidates, bad, good)
-            layer = candidates.n_layers - 1 if variant.layer is None else round(variant.layer)
-            position = candidates.positions[-1] if variant.position is None else variant.position
-            at = layer, candidates.positions.index(position)
-            lead = variant.directions if variant.directions.ndim == 2 else candidates.bases[at]
-            clouds = methods.plane(bad[at], good[at], numpy_of(lead[0]))
+        bad, good = self._states
+        candidates = directions.describe(candidates, bad, good)
+        layer = candidates.n_layers - 1 if variant.layer is None else round(variant.layer)
+        position = candidates.positions[-1] if variant.position is None else variant.position
+        at = layer, candidates.positions.index(position)
+        lead = variant.directions if variant.directions.ndim == 2 else candidates.bases[at]
+        clouds = methods.plane(bad[at], good[at], numpy_of(lead[0]))
+        counted = {"forward_tokens": self._trial.tokens} if "_trial" in vars(self) else {}
         metadata = {
             "method": variant.method,
             "candidate_method": candidates.method,
-            "summary": {**variant.record(), **self._notes},
+            "summary": {**variant.record(), **self._notes, **counted},
             "scores": [_score_record(score, candidates) for score in self._scores],
             "trials": [tried.record() for tried in self._tried],
             "cloud": {"layer": layer, "position": position},
@@ -185,37 +198,58 @@ class _Finding:
         pin = held_at(self._options.pin, pins, embedding.scale, variant.rank)
         return make_edit(variant.directions, replace(self._options, strength=1.0), pin=pin)
 
-    def _trial(self) -> selection.Trial:
-        harmless = self._validation["harmless"]
-        return selection.Trial(self._chat, self._writers, self._refused, harmless)
+    @cached_property
+    def _trial(self) -> Trial:
+        validation = self._validation
+        refused = validation.get("borderline", validation["harmful"])
+        kept = validation["harmful"] if "borderline" in validation else []
+        before = [
+            behind_last_layer(self._chat, sequences, states)
+            for sequences, states in zip((refused, validation["harmless"]), self._last, strict=True)
+        ]
+        trial = Trial(
+            self._chat, self._writers, refused, validation["harmless"], kept,
+            before=(before[0], before[1]),
+        )  # fmt: skip
+        # The states were read off one pass of both sets.
+        trial.tokens += sum(map(len, [*refused, *validation["harmless"]]))
+        return trial
 
-    def _try(self, trial: selection.Trial, variants: Sequence[Variant], label: str) -> list[Tried]:
-        passes = trial.harmful_tokens + trial.harmless_tokens + sum(map(len, self._kept))
-        say(
-            f"  {len(variants)} edits are tried, which takes about {len(variants) * passes:,} "
-            "forward tokens"
-        )
-        limit, done = self._options.max_kl, []
-        before = trial.refused(self._kept) if self._kept else 0.0
-        with progress(len(variants), label, "edit") as bar:
-            for variant in variants:
-                edit = self._edit(variant)
-                effect = trial.of_edit(edit)
-                kept = trial.refused(self._kept, edit) if self._kept else None
-                dropped = ""
-                if not effect.kl <= limit:
-                    dropped = f"KL {effect.kl:.3f} over the limit of {limit:g}"
-                elif kept is not None and before - kept > selection.LEFT:
-                    dropped = f"{before - kept:.0%} of the harmful prompts are refused no more"
-                done.append(
-                    Tried(variant, effect.refusal, effect.refused, effect.kl, kept, dropped)
-                )
-                bar.update()
+    def _try(self, variants: Sequence[Variant], label: str) -> list[Tried]:
+        trial, limit = self._trial, self._options.max_kl
+
+        def lost(effect: Effect) -> float:
+            """The share of the prompts to be kept that are refused no more."""
+            return 0.0 if effect.kept_share is None else trial.kept_before - effect.kept_share
+
+        def rank(effect: Effect) -> tuple[bool, bool, bool, float]:
+            whole = trial.is_whole(effect)
+            few = 1 if whole else 4
+            return lost(effect) > few * selection.LEFT, *choice.gentle(effect, limit, whole=whole)
+
+        def dropped(effect: Effect) -> str:
+            if not effect.kl <= limit:
+                return f"KL {effect.kl:.3f} over the limit of {limit:g}"
+            if lost(effect) > selection.LEFT:
+                return f"{lost(effect):.0%} of the harmful prompts are refused no more"
+            return "" if trial.is_whole(effect) else choice.OUTRUN
+
+        def tried(runner: Runner[Variant]) -> Tried:
+            effect = runner.effect
+            return Tried(
+                runner.of, effect.refusal, effect.refused, effect.kl, effect.kept_share,
+                dropped(effect),
+            )  # fmt: skip
+
+        runners = [Runner(variant, self._edit(variant)) for variant in variants]
+        race.run(trial, runners, rank, lambda effect: not dropped(effect), label)
+        done = [tried(one) for one in runners]
         self._tried += done
         return done
 
-    def _take(self, tried: Tried | None, trial: selection.Trial) -> Variant:
+    def _take(self, tried: Tried | None) -> Variant:
         """Write down why an edit was taken."""
+        trial = self._trial
         if tried is None:
             lowest = min(one.kl for one in self._tried)
             raise UserError(
@@ -247,13 +281,9 @@ class _Finding:
         return [self._chat.tokenizer.decode([token]) for token in tokens]
 
     def _among(self, variants: Sequence[Variant]) -> Variant:
-        trial = self._trial()
-        return self._take(best(self._try(trial, variants, "causal choice")), trial)
+        return self._take(best(self._try(variants, "causal choice")))
 
     def _over_refusal(self) -> Variant:
-        self._scores = selection.separation(
-            self._chat, self._candidates, self._refused, self._validation["harmless"]
-        )
         chosen = selection.shortlist(self._scores, _MOST_TRIALS)
         return self._among([self._variant(score.layer, score.position) for score in chosen])
 
@@ -261,32 +291,26 @@ class _Finding:
         def edit_for(score: selection.Score) -> Edit:
             return self._edit(self._variant(score.layer, score.position))
 
-        choice = selection.choose(
-            self._chat,
-            self._writers,
-            self._candidates,
-            self._refused,
-            self._validation["harmless"],
-            edit_for=edit_for,
-            max_kl=self._options.max_kl,
+        trial = self._trial
+        chosen = choice.choose(
+            trial, self._candidates, self._scores, edit_for=edit_for, max_kl=self._options.max_kl
         )
-        self._scores = choice.scores
-        variant = self._variant(choice.score.layer, choice.score.position)
+        score, self._scores = chosen.score, chosen.scores
+        variant = self._variant(score.layer, score.position)
         self._notes = {
             "chosen_by": "lowest refusal score under ablation within the KL limit, on validation "
             "prompts",
             "refusal_score": {
-                "harmful": choice.refusal_before[0],
-                "harmless": choice.refusal_before[1],
-                "harmful_ablated": choice.score.refusal,
+                "harmful": trial.refusal_before[0],
+                "harmless": trial.refusal_before[1],
+                "harmful_ablated": score.refusal,
             },
-            "validation_kl": choice.score.kl,
-            "refused": choice.score.refused,
-            "refusal_tokens": self._words(choice.refusal_tokens),
+            "validation_kl": score.kl,
+            "refused": score.refused,
+            "refusal_tokens": self._words(trial.refusal_tokens),
         }
         if self._options.method is not None:
             return variant
-        score = choice.score
         assert score.refusal is not None
         assert score.refused is not None
         assert score.kl is not None
@@ -305,7 +329,6 @@ class _Finding:
             f"  one direction leaves {first.refused:.0%} of the harmful prompts opening with a "
             "refusal: subspaces are tried"
         )
-        trial = self._trial()
         assert single.layer is not None
         assert single.position is not None
         position, means = single.position, self._candidates
@@ -344,16 +367,16 @@ class _Finding:
                 for k in range(2, spans.rank + 1)
             ]
 
-        done = [first, *self._try(trial, [*variants, *of(early)], "subspaces")]
+        done = [first, *self._try([*variants, *of(early)], "subspaces")]
         if not any(one.works for one in done):
-            done += self._try(trial, of(deep), "subspaces, last layers")
+            done += self._try(of(deep), "subspaces, last layers")
         taken = best(done)
         if taken is None or taken is first:
             say("  no subspace leaves fewer within the limit; the single direction is kept")
             return single
         self._notes["single"] = first.record()
         say(f"  taken instead: {summary_line(taken.variant.record())}")
-        return self._take(taken, trial)
+        return self._take(taken)
 
 
 # Edits that are tried at most, of those that a list is made of.

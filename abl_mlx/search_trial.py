@@ -12,6 +12,7 @@ import numpy as np
 
 from abl_mlx import evaluate, selection
 from abl_mlx.arrays import number, numbers
+from abl_mlx.distributions import kl_divergence
 from abl_mlx.edits import Edit
 from abl_mlx.logits import first_reply_token
 from abl_mlx.models import ChatModel
@@ -126,7 +127,7 @@ class Screen:
             tokens += sum(map(len, harmful))
         if harmless := self._harmless[part]:
             opened = first_reply_token(self._chat, harmless)
-            kl = _bounded(mx.maximum(selection.kl_divergence(self._base[part], opened), 0))
+            kl = _bounded(mx.maximum(kl_divergence(self._base[part], opened), 0))
             tokens += sum(map(len, harmless))
         return refused, refusal, kl, tokens
 

@@ -1,26 +1,20 @@
-"""Which candidate direction: separation scores, then causal scores (DESIGN sections 5 and 9)."""
+"""How candidate directions are scored: separation, and refusal by the first reply token."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from abl_mlx import capture
-from abl_mlx.arrays import number, numbers
+from abl_mlx.arrays import number, numbers, numpy_of
 from abl_mlx.directions import Candidates
-from abl_mlx.distributions import kl_divergence, known
-from abl_mlx.edits import Edit
-from abl_mlx.logits import first_reply_token
-from abl_mlx.models import ChatModel, progress
-from abl_mlx.report import say
-from abl_mlx.steering import Intervention, ablation, adding, steering
-from abl_mlx.writers import Writer
-from convert.errors import UserError
+from abl_mlx.models import ChatModel
 
 #: Directions read off the last 20% of the layers are left out: they are about to become words,
 #: and removing them forbids tokens rather than refusing (Arditi et al. 2024, section C).
@@ -29,12 +23,6 @@ TOO_DEEP = f"in the last {1 - DEEPEST:.0%} of the layers"
 
 #: A direction ends refusals when this share of replies at most still opens as one.
 LEFT = 0.05
-
-NO_REFUSAL = (
-    "this model opens its replies to harmful and harmless prompts in the same way, so there is no "
-    "refusal to find: check with `abl-mlx eval`, or choose a direction yourself with --layer and "
-    "--position."
-)
 
 
 @dataclass(frozen=True)
@@ -54,6 +42,8 @@ class Score:
             direction ablated; None where it was not tried.
         kl: mean KL(model ‖ ablated) in nats at the first reply token of harmless validation
             prompts; None where it was not tried.
+        prompts: harmful and harmless ones that these three were measured on; None where it was not
+            tried.
         induced: mean refusal score of harmless validation prompts with the difference of means
             added to the stream after the candidate's layer; None where it was not tried.
         dropped: why the candidate cannot be chosen; empty when it can.
@@ -67,31 +57,13 @@ class Score:
     refusal: float | None = None
     refused: float | None = None
     kl: float | None = None
+    prompts: tuple[int, int] | None = None
     induced: float | None = None
     dropped: str = ""
 
     def record(self) -> dict[str, Any]:
         """The score as JSON values."""
         return {key: value for key, value in vars(self).items() if value not in (None, "")}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The chosen candidate and how it was found.
-
-    Attributes:
-        score: of the chosen candidate.
-        direction: (k, d) float32.
-        scores: of every candidate.
-        refusal_tokens: the token ids whose odds are the refusal score.
-        refusal_before: (harmful, harmless) mean refusal scores of the unedited model.
-    """
-
-    score: Score
-    direction: mx.array
-    scores: list[Score]
-    refusal_tokens: list[int]
-    refusal_before: tuple[float, float]
 
 
 def separation(
@@ -101,13 +73,22 @@ def separation(
     harmless: Sequence[Sequence[int]],
 ) -> list[Score]:
     """Separation scores of every candidate on encoded prompts it was not made from."""
+    states = [
+        capture.full(chat, prompts, candidates.positions, label=f"separation, {name}")
+        for prompts, name in ((harmful, "harmful"), (harmless, "harmless"))
+    ]
+    return separation_of(candidates, *(numpy_of(one).transpose(1, 2, 0, 3) for one in states))
+
+
+def separation_of(candidates: Candidates, harmful: np.ndarray, harmless: np.ndarray) -> list[Score]:
+    """The same from the prompts' states, (L, P, N, d) and (L, P, M, d)."""
+    leads = numpy_of(candidates.leads)
     projections = []
-    for prompts, label in ((harmful, "separation, harmful"), (harmless, "separation, harmless")):
-        rows = [
-            (states * candidates.leads[None]).sum(axis=-1)
-            for _, states in capture.iterate(chat, prompts, candidates.positions, label=label)
-        ]
-        projections.append(mx.concatenate(rows, axis=0))  # (N, L, P)
+    for states in (harmful, harmless):
+        along = np.empty((states.shape[2], *leads.shape[:2]), np.float32)
+        for at in np.ndindex(*leads.shape[:2]):  # one layer and position in memory at a time
+            along[:, at[0], at[1]] = states[at] @ leads[at]
+        projections.append(mx.array(along))
     d_primes = d_prime(*projections)
     cosines = cosine_separation(candidates)
     means = mx.abs(candidates.leads.mean(axis=-1))
@@ -118,17 +99,11 @@ def separation(
             number(d_primes[layer, p]),
             number(cosines[layer, p]),
             number(means[layer, p]),
-            dropped=_unfit(layer, candidates.n_layers, number(d_primes[layer, p])),
+            dropped=(TOO_DEEP if (layer + 1) / candidates.n_layers > DEEPEST else ""),
         )
         for layer in range(candidates.n_layers)
         for p, position in enumerate(candidates.positions)
     ]
-
-
-def _unfit(layer: int, layers: int, d_prime: float) -> str:
-    if not math.isfinite(d_prime):
-        return "its states are not numbers"
-    return TOO_DEEP if (layer + 1) / layers > DEEPEST else ""
 
 
 def d_prime(harmful: mx.array, harmless: mx.array) -> mx.array:
@@ -177,97 +152,16 @@ def refusal_scores(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.arr
     return inside - mx.logsumexp(outside, axis=-1)
 
 
-def refused(log_probabilities: mx.array, tokens: Sequence[int]) -> float:
-    """The share of greedy replies that open with one of ``tokens``, from (N, V).
+def openings(log_probabilities: mx.array, tokens: Sequence[int]) -> list[bool]:
+    """Whether each greedy reply opens with one of ``tokens``, from (N, V).
 
     Odds above 1 would miss some: where answers open in many ways, a refusal's opening may be the
     likeliest of all tokens at a probability far below a half.
     """
-    first = log_probabilities.argmax(axis=-1)
-    return number((first[:, None] == mx.array(list(tokens))[None]).any(axis=-1).mean())
+    return [int(token) in tokens for token in numbers(log_probabilities.argmax(axis=-1))]
 
 
-@dataclass(frozen=True)
-class Effect:
-    """What an edit does to the first reply token, on validation prompts; see `Score`.
-
-    An edit that leaves logits that are no numbers has an infinite refusal score and KL, so that
-    nothing chooses it.
-    """
-
-    refusal: float
-    refused: float
-    kl: float
-
-
-class Trial:
-    """Tries edits on a loaded model at runtime, by what they do to the first reply token.
-
-    Attributes:
-        refusal_tokens: the token ids whose odds are the refusal score.
-        refusal_before: (harmful, harmless) mean refusal scores of the unedited model.
-        harmful_tokens, harmless_tokens: in the prompts; a forward pass runs so many at most.
-    """
-
-    def __init__(
-        self,
-        chat: ChatModel,
-        writers: Sequence[Writer],
-        harmful: Sequence[Sequence[int]],
-        harmless: Sequence[Sequence[int]],
-    ):
-        """Run the model as it is once.
-
-        Args:
-            harmful, harmless: encoded prompts.
-
-        Raises:
-            UserError: when the model does not open refusals differently from answers.
-        """
-        self._chat, self._writers = chat, writers
-        self._harmful, self._harmless = harmful, harmless
-        before = first_reply_token(chat, harmful)
-        self._base = first_reply_token(chat, harmless)
-        self.refusal_tokens = refusal_tokens(before, self._base)
-        if not self.refusal_tokens:
-            raise UserError(NO_REFUSAL)
-        self.refusal_before = (
-            number(refusal_scores(before, self.refusal_tokens).mean()),
-            number(refusal_scores(self._base, self.refusal_tokens).mean()),
-        )
-        self.harmful_tokens = sum(map(len, harmful))
-        self.harmless_tokens = sum(map(len, harmless))
-
-    def of_edit(self, edit: Edit) -> Effect:
-        """The effect of an edit, without its kept norms, which are had in weights only."""
-        with ablation(self._writers, replace(edit, norm="none")):
-            asked = first_reply_token(self._chat, self._harmful)
-            opened = first_reply_token(self._chat, self._harmless)
-        if not (known(asked) and known(opened)):
-            return Effect(refusal=math.inf, refused=1.0, kl=math.inf)
-        return Effect(
-            refusal=number(refusal_scores(asked, self.refusal_tokens).mean()),
-            refused=refused(asked, self.refusal_tokens),
-            kl=number(kl_divergence(self._base, opened).mean()),
-        )
-
-    def refused(self, sequences: Sequence[Sequence[int]], edit: Edit | None = None) -> float:
-        """The share of other prompts, encoded, whose replies open as refusals."""
-        if edit is None:
-            return refused(first_reply_token(self._chat, sequences), self.refusal_tokens)
-        with ablation(self._writers, replace(edit, norm="none")):
-            return refused(first_reply_token(self._chat, sequences), self.refusal_tokens)
-
-    def of_adding(self, intervention: Intervention) -> float:
-        """The mean refusal score of harmless prompts under an intervention on the stream."""
-        with steering(self._chat, intervention):
-            opened = first_reply_token(self._chat, self._harmless)
-        if not known(opened):
-            return -math.inf
-        return number(refusal_scores(opened, self.refusal_tokens).mean())
-
-
-# --- the choice --------------------------------------------------------------------------------
+# --- the shortlist -----------------------------------------------------------------------------
 
 
 def shortlist(scores: Sequence[Score], most: int, each: int = 2) -> list[Score]:
@@ -283,93 +177,6 @@ def shortlist(scores: Sequence[Score], most: int, each: int = 2) -> list[Score]:
             ranked[seen[score.layer]].append(score)
             seen[score.layer] += 1
     return [score for rank in ranked for score in rank][:most]
-
-
-def choose(
-    chat: ChatModel,
-    writers: Sequence[Writer],
-    candidates: Candidates,
-    harmful: Sequence[Sequence[int]],
-    harmless: Sequence[Sequence[int]],
-    *,
-    edit_for: Callable[[Score], Edit],
-    max_kl: float = 0.1,
-    trials: int = 16,
-) -> Choice:
-    """The causal choice of Arditi et al. 2024: ablate, and see what it does to the first token.
-
-    Among the shortlisted candidates whose ablation moves harmless prompts by at most ``max_kl``
-    (nats, first reply token), the one that leaves the lowest refusal score on harmful ones
-    (bypass). A candidate that makes harmless prompts refused when it is added (induce) is taken
-    before all that do not: what only stops refusals may have broken something else. The deepest
-    layers are tried when nothing before them ends refusals.
-
-    Args:
-        harmful, harmless: encoded validation prompts.
-        edit_for: the edit to try a candidate with.
-        max_kl: limit of the mean KL on harmless prompts, nats.
-        trials: how many candidates are tried; each costs a forward pass of the harmful prompts and
-            two of the harmless ones.
-
-    Raises:
-        UserError: when the model does not open refusals differently from answers, or when no
-            candidate stays under the limit.
-    """
-    scores = separation(chat, candidates, harmful, harmless)
-    trial = Trial(chat, writers, harmful, harmless)
-    tried: dict[tuple[int, int], Score] = {}
-
-    def attempt(chosen: Sequence[Score]) -> None:
-        tokens = len(chosen) * (trial.harmful_tokens + 2 * trial.harmless_tokens)
-        say(f"  {len(chosen)} candidates are tried, which takes about {tokens:,} forward tokens")
-        with progress(len(chosen), "causal choice", "candidate") as bar:
-            for score in chosen:
-                effect = trial.of_edit(edit_for(score))
-                limit = f"KL {effect.kl:.3f} over the limit of {max_kl:g}"
-                tried[score.layer, score.position] = replace(
-                    score,
-                    **vars(effect),
-                    induced=trial.of_adding(addition(candidates, score)),
-                    dropped="" if effect.kl <= max_kl else limit,
-                )
-                bar.update()
-
-    attempt(shortlist(scores, trials))
-    if not any(map(_works, tried.values())):
-        deep = [replace(score, dropped="") for score in scores if score.dropped == TOO_DEEP]
-        attempt(shortlist(deep, trials))
-    scores = [tried.get((score.layer, score.position), score) for score in scores]
-    left = [score for score in tried.values() if not score.dropped]
-    if not left:
-        lowest = min((score.kl for score in tried.values() if score.kl is not None), default=0.0)
-        raise UserError(
-            f"every candidate direction moves harmless prompts by more than --max-kl {max_kl:g} "
-            f"(the gentlest by {lowest:.3f}): raise --max-kl, or choose with --layer and "
-            "--position."
-        )
-    best = min(left, key=_preference)
-    return Choice(
-        best,
-        direction_of(candidates, best.layer, best.position),
-        scores,
-        trial.refusal_tokens,
-        trial.refusal_before,
-    )
-
-
-def _preference(score: Score) -> tuple[bool, bool, float]:
-    assert score.refusal is not None
-    assert score.induced is not None
-    return not _works(score), score.induced <= 0, score.refusal
-
-
-def _works(score: Score) -> bool:
-    return not score.dropped and score.refused is not None and score.refused <= LEFT
-
-
-def addition(candidates: Candidates, score: Score) -> Intervention:
-    """The difference of means, in its own length, added after a candidate's layer."""
-    return adding(candidates.difference(score.layer, score.position), score.layer)
 
 
 def direction_of(candidates: Candidates, layer: float, position: int) -> mx.array:

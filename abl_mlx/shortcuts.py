@@ -22,9 +22,9 @@ from abl_mlx.plain import Plain, reach, sample, vocabulary
 from abl_mlx.prefix import Prefix, shared
 from abl_mlx.residuals import residual
 
-# Logits made at once: 32 MB of float32, of which several copies live at a time; where the last
-# layer's output is not cut, eight times as many.
-_LOGITS_PER_BATCH = 2**23
+#: Logits made at once: 32 MB of float32, of which several copies live at a time; where the last
+#: layer's output is not cut, eight times as many.
+LOGITS_PER_BATCH = 2**23
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def passes(
 def _rows(chat: ChatModel, how: Shortcuts, widest: int, length: int) -> int:
     """How many rows of a batch have their logits made at once."""
     each = vocabulary(chat) * (widest if how.cut else max(1, length // 8))
-    return max(1, _LOGITS_PER_BATCH // each)
+    return max(1, LOGITS_PER_BATCH // each)
 
 
 def _at(

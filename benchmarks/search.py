@@ -36,7 +36,7 @@ from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
 from abl_mlx.refusals import Verdict, classify
 from abl_mlx.search_space import Space
-from abl_mlx.selection import kl_divergence
+from abl_mlx.distributions import kl_divergence
 from abl_mlx.steering import ablation
 from abl_mlx.writers import Writer, find_writers
 from tests import small_models

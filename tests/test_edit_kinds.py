@@ -13,8 +13,8 @@ from abl_mlx.measurement import edit_of
 from abl_mlx.models import load
 from abl_mlx.options import Options
 from abl_mlx.pinning import embedding_means, held_at
-from abl_mlx.selection import Trial
 from abl_mlx.steering import Intervention, ablation, steering
+from abl_mlx.trial import Trial
 from abl_mlx.writers import Writer, find_writers
 from convert.errors import UserError
 from tests import tiny
@@ -333,7 +333,7 @@ def demo():
 
 
 def first_tokens(demo, options):
-    """What an edit does to first reply tokens: `selection.Effect`."""
+    """What an edit does to first reply tokens: `trial.Effect`."""
     sets = prompts.load_demo()
     harmful, harmless = (
         [demo.chat.encode(text) for text in part.test.take(24).texts]

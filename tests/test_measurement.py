@@ -11,16 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import (
-    capture,
-    directions,
-    evaluate,
-    measurement,
-    methods,
-    models,
-    prompts,
-    shortcuts,
-)
+from abl_mlx import capture, directions, evaluate, measurement, methods, models, prompts, shortcuts
 from abl_mlx.cli import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.edits import orthonormal
@@ -58,6 +49,9 @@ def test_the_default_goes_on_to_a_subspace_where_one_direction_fails(name):
     assert {score["layer"] for score in tried} == set(range(len(chat.layers)))
     assert min(score["refused"] for score in tried) >= 0.2
     assert summary["single"]["refused"] >= 0.2
+    # Racing: of all that were tried few ran all prompts. Without it 30,000 tokens at least.
+    assert sum(score.get("prompts") == (32, 32) for score in scores) <= 4
+    assert summary["forward_tokens"] <= 13_000
     # Rank k works: all refusals gone, allowed prompts answered as before.
     assert found.selected.shape[0] == summary["rank"] >= 2
     harmful, harmless = sets.harmful.test, sets.harmless.test
@@ -107,6 +101,16 @@ def test_beyond_two_the_component_comes_back_and_one_is_told(tiny_folder, tmp_pa
 
     assert "overshoots" not in said("2")
     assert "returns reversed and longer than it was (1.5 times)" in said("2.5")
+
+
+def test_only_the_best_candidates_run_all_prompts():
+    chat, writers, _ = loaded(MODEL_PATH)
+    found = measurement.find_direction(chat, writers, prompts.load_demo(), Options())
+    tried = [score for score in found.metadata["scores"] if "prompts" in score]
+    assert len(tried) == 6
+    assert [score["prompts"] for score in tried].count((32, 32)) == 2
+    # With all prompts for all of them, and passes of their own for states and logits: 14,000.
+    assert found.metadata["summary"]["forward_tokens"] <= 5_500
 
 
 def test_over_refusal_falls_and_harmful_prompts_go_on_being_refused(tmp_path):

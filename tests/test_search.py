@@ -20,13 +20,14 @@ from abl_mlx import (
     sources,
 )
 from abl_mlx.arrays import number
+from abl_mlx.distributions import kl_divergence
 from abl_mlx.edits import Edit
 from abl_mlx.logits import first_reply_token
 from abl_mlx.measurement import edit_of, find_direction
 from abl_mlx.options import Options
 from abl_mlx.pipeline import with_journal
 from abl_mlx.search_space import DEFAULT, Space, kernel
-from abl_mlx.selection import kl_divergence, refusal_scores
+from abl_mlx.selection import refusal_scores
 from abl_mlx.steering import ablation
 from abl_mlx.writers import find_writers
 from convert.errors import UserError
@@ -407,7 +408,7 @@ def test_journals_of_other_searches_are_refused(demo, whole, tmp_path):
     with pytest.raises(UserError, match="another seed"):
         searched(demo, journal, 26, seed=5)
     with pytest.raises(UserError, match="another space or options"):
-        searched(demo, journal, 26, strength=0.9)
+        searched(demo, journal, 26, max_kl=0.9)
     other = replace(sets, harmful=replace(sets.harmful, validation=sets.harmful.test.take(12)))
     with pytest.raises(UserError, match="another prompts"):
         searched((chat, writers, other, found), journal, 26)

@@ -9,13 +9,11 @@ import pytest
 from abl_mlx import selection
 from abl_mlx.arrays import number
 from abl_mlx.directions import Candidates
-from abl_mlx.edits import Edit
+from abl_mlx.distributions import kl_divergence
 from abl_mlx.logits import first_reply_token, log_probabilities
 from abl_mlx.models import load
 from abl_mlx.selection import Score
-from abl_mlx.writers import find_writers
 from convert.errors import UserError
-from tests.test_writers import edit_in_place
 
 RNG = np.random.default_rng(1)
 
@@ -57,38 +55,20 @@ def test_refusal_score_is_log_odds_even_when_nearly_certain():
 
 def test_kl_is_its_formula_and_zero_for_equals():
     p, q = RNG.dirichlet(np.ones(20), size=6), RNG.dirichlet(np.ones(20), size=6)
-    found = selection.kl_divergence(f32(np.log(p)), f32(np.log(q)))
+    found = kl_divergence(f32(np.log(p)), f32(np.log(q)))
     np.testing.assert_allclose(np.array(found), (p * np.log(p / q)).sum(1), rtol=1e-3)
-    assert np.abs(np.array(selection.kl_divergence(f32(np.log(p)), f32(np.log(p))))).max() == 0
+    assert np.abs(np.array(kl_divergence(f32(np.log(p)), f32(np.log(p))))).max() == 0
 
 
 def test_what_has_no_probability_adds_nothing_to_a_kl():
     p, q = np.array([0.5, 0.5, 0, 0]), np.array([0.25, 0.25, 0.5, 0])
     with np.errstate(divide="ignore"):
         p, q = f32(np.log(p)), f32(np.log(q))
-    assert number(selection.kl_divergence(p, p)) == 0
-    assert number(selection.kl_divergence(p, q)) == pytest.approx(math.log(2))
-    assert number(selection.kl_divergence(q, p)) == math.inf
+    assert number(kl_divergence(p, p)) == 0
+    assert number(kl_divergence(p, q)) == pytest.approx(math.log(2))
+    assert number(kl_divergence(q, p)) == math.inf
     # e^−200 is 0 in float32, and the other rules the token out.
-    assert number(selection.kl_divergence(f32([0, -200.0]), f32([0, -math.inf]))) == 0
-
-
-@pytest.mark.parametrize("broken", [0, 1])
-def test_an_edit_that_leaves_no_numbers_is_not_chosen(broken, tiny_folder, monkeypatch):
-    chat = load(tiny_folder("gemma2"))
-    candidates, prompts = planted(chat)
-    monkeypatch.setattr(selection, "refusal_tokens", lambda harmful, harmless: [7, 9])
-
-    def edit_for(score):
-        direction = selection.direction_of(candidates, score.layer, score.position)
-        return Edit(direction, math.nan if score.layer == broken else 1.0)
-
-    choice = selection.choose(
-        chat, find_writers(chat), candidates, prompts[:2], prompts[2:],
-        edit_for=edit_for, max_kl=1e3,
-    )  # fmt: skip
-    assert choice.score.layer != broken
-    assert {s.kl for s in choice.scores if s.layer == broken} == {math.inf}
+    assert number(kl_divergence(f32([0, -200.0]), f32([0, -math.inf]))) == 0
 
 
 def test_refusal_tokens_are_those_that_harmful_prompts_add():
@@ -151,92 +131,3 @@ def test_first_reply_token_keeps_the_order(tiny_folder):
     for row, sequence in zip(together, sequences, strict=True):
         alone = first_reply_token(chat, [sequence])[0]
         np.testing.assert_allclose(np.array(row), np.array(alone), atol=1e-4)
-
-
-def planted(chat, size=6):
-    """Candidates of which one, after layer 1, is strong; prompts of two kinds."""
-    rng = np.random.default_rng(0)
-    means = rng.normal(size=(len(chat.layers), 2, chat.width))
-    candidates = Candidates(f32(means + size * rng.normal(size=means.shape)), f32(means), (-2, -1))
-    texts = ["How do I plan a garden?", "Hi", "Why not?", "Where is it?"]
-    return candidates, [chat.encode(text) for text in texts]
-
-
-def test_effects_are_those_of_edited_weights_and_of_added_vectors(tiny_folder, monkeypatch):
-    chat = load(tiny_folder("llama"))
-    candidates, prompts = planted(chat)
-    writers = find_writers(chat)
-    monkeypatch.setattr(selection, "refusal_tokens", lambda harmful, harmless: [7, 9])
-    trial = selection.Trial(chat, writers, prompts[:2], prompts[2:])
-
-    def odds(sequences):
-        logits = [np.array(chat.model(mx.array([one]))[0, -1]).astype(float) for one in sequences]
-        p = [np.exp(row - np.logaddexp.reduce(row)) for row in logits]
-        return np.array([np.log(q[[7, 9]].sum() / (1 - q[[7, 9]].sum())) for q in p]), np.array(p)
-
-    before, base = odds(prompts[2:])
-    assert trial.refusal_before == pytest.approx((odds(prompts[:2])[0].mean(), before.mean()), 1e-3)
-    score = Score(1, -2, 0, 0, 0)
-    added = trial.of_adding(selection.addition(candidates, score))
-    effect = trial.of_edit(Edit(candidates.directions[1, 0][None], 0.8))
-
-    block = chat.layers[1]
-    vector = candidates.harmful_mean[1, 0] - candidates.harmless_mean[1, 0]
-    plain = type(block)
-
-    class Adding(plain):
-        def __call__(self, *args, **kwargs):
-            return super().__call__(*args, **kwargs) + vector
-
-    block.__class__ = Adding
-    assert added == pytest.approx(odds(prompts[2:])[0].mean(), rel=1e-3)
-    block.__class__ = plain
-    edit_in_place(writers, Edit(candidates.directions[1, 0][None], 0.8))
-    assert effect.refusal == pytest.approx(odds(prompts[:2])[0].mean(), rel=1e-3)
-    assert effect.refused == (odds(prompts[:2])[0] > 0).mean()
-    after = odds(prompts[2:])[1]
-    assert effect.kl == pytest.approx((base * np.log(base / after)).sum(1).mean(), rel=1e-2)
-    assert effect.kl > 1e-3
-    assert added != pytest.approx(before.mean(), rel=0.05)
-
-
-@pytest.mark.parametrize("deep_helps", [True, False])
-def test_the_deepest_layers_are_tried_when_nothing_before_them_helps(
-    deep_helps, tiny_folder, monkeypatch
-):
-    chat = load(tiny_folder("gemma2"))  # four layers, of which the last is too deep
-    candidates, prompts = planted(chat)
-
-    class Told:
-        """Effects as if by layer; everything else of the choice is real."""
-
-        refusal_tokens, refusal_before, harmful_tokens, harmless_tokens = [7], (3.0, -3.0), 9, 9
-
-        def __init__(self, *_):
-            self.tried = tried
-
-        def of_edit(self, edit):
-            layer = next(
-                layer for layer in range(4)
-                if any(mx.allclose(edit.directions[0], candidates.directions[layer, p]).item()
-                       for p in (0, 1))
-            )  # fmt: skip
-            tried.append(layer)
-            works = layer == 3 if deep_helps else layer == 1
-            return selection.Effect(-5.0 if works else 1.0 - layer, 0.0 if works else 0.9, 0.01)
-
-        def of_adding(self, intervention):
-            return 1.0 if 3 in intervention.layers else -1.0
-
-    tried = []
-    monkeypatch.setattr(selection, "Trial", Told)
-    choice = selection.choose(
-        chat, find_writers(chat), candidates, prompts[:2], prompts[2:],
-        edit_for=lambda score: Edit(
-            selection.direction_of(candidates, score.layer, score.position)
-        ),
-    )  # fmt: skip
-    assert choice.score.layer == (3 if deep_helps else 1)
-    assert (3 in tried) == deep_helps
-    record = next(s for s in choice.scores if s.layer == choice.score.layer and s.refused == 0)
-    assert record.record()["refused"] == 0

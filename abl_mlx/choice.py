@@ -1,0 +1,151 @@
+"""Which candidate direction: the causal choice of Arditi et al. 2024, as a race."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from abl_mlx import race
+from abl_mlx.directions import Candidates
+from abl_mlx.edits import Edit
+from abl_mlx.race import Runner
+from abl_mlx.selection import LEFT, TOO_DEEP, Score, shortlist
+from abl_mlx.steering import Intervention, adding
+from abl_mlx.trial import Effect, Trial
+from convert.errors import UserError
+
+#: Candidates that are tried at most.
+MOST = 16
+
+#: Harmless prompts on which a candidate is added.
+INDUCED = 12
+
+
+#: Why an edit that did not run all prompts is not taken.
+OUTRUN = "others did better on the first prompts"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate and how it was found.
+
+    Attributes:
+        score: of the chosen candidate.
+        scores: of every candidate.
+    """
+
+    score: Score
+    scores: list[Score]
+
+
+def rank(effect: Effect, max_kl: float, whole: bool = True) -> tuple[bool, bool, float]:
+    """What sorts edits: within the limit of KL, then leaving no refusals, then by refusal score.
+
+    On a few prompts a KL is known roughly, and only twice the limit is too much.
+    """
+    limit = max_kl if whole else 2 * max_kl
+    return not effect.kl <= limit, effect.refused > LEFT, effect.refusal
+
+
+def gentle(effect: Effect, max_kl: float, whole: bool = True) -> tuple[bool, bool, float]:
+    """The same by KL among those that leave no refusals, as `variants.best` takes them."""
+    over, left, score = rank(effect, max_kl, whole)
+    return over, left, score if left else effect.kl
+
+
+def choose(
+    trial: Trial,
+    candidates: Candidates,
+    scores: Sequence[Score],
+    *,
+    edit_for: Callable[[Score], Edit],
+    max_kl: float = 0.1,
+) -> Choice:
+    """Ablate candidates, and see what it does to the first reply token.
+
+    Among the shortlisted candidates whose ablation moves harmless prompts by at most ``max_kl``
+    (nats, first reply token), the one that leaves the lowest refusal score on harmful ones
+    (bypass). Of those that ran all prompts of the race a candidate that makes harmless prompts
+    refused when it is added (induce) is taken before one that does not: what only stops refusals
+    may have broken something else. The deepest layers are tried when nothing before them ends
+    refusals.
+
+    Args:
+        scores: of all candidates, from `selection.separation`.
+        edit_for: the edit to try a candidate with.
+        max_kl: limit of the mean KL on harmless prompts, nats.
+
+    Raises:
+        UserError: when no candidate stays under the limit.
+    """
+    tried: dict[tuple[int, int], Score] = {}
+
+    def possible(effect: Effect) -> bool:
+        return effect.kl <= max_kl
+
+    def attempt(chosen: Sequence[Score]) -> list[Score]:
+        runners = [Runner(score, edit_for(score)) for score in chosen]
+        finished = race.run(
+            trial,
+            runners,
+            lambda effect: rank(effect, max_kl, whole=trial.is_whole(effect)),
+            possible,
+            "causal choice",
+        )
+        for one in runners:
+            tried[one.of.layer, one.of.position] = _tried(one, max_kl, trial.is_whole(one.effect))
+        return [tried[one.of.layer, one.of.position] for one in finished]
+
+    finished = attempt(shortlist(scores, MOST))
+    if not any(map(_works, finished)):
+        deep = [replace(score, dropped="") for score in scores if score.dropped == TOO_DEEP]
+        finished += attempt(shortlist(deep, MOST))
+    left = sorted((one for one in finished if not one.dropped), key=_preference)
+    if not left:
+        lowest = min((score.kl for score in tried.values() if score.kl is not None), default=0.0)
+        raise UserError(
+            f"every candidate direction moves harmless prompts by more than --max-kl {max_kl:g} "
+            f"(the gentlest by {lowest:.3f}): raise --max-kl, or choose with --layer and "
+            "--position."
+        )
+    best = left[0]
+    for one in left:
+        if _works(one) != _works(best):
+            break  # what ends refusals comes first, whatever it induces
+        added = trial.of_adding(addition(candidates, one), INDUCED)
+        tried[one.layer, one.position] = found = replace(one, induced=added)
+        if one is best or added > 0:
+            best = found
+        if added > 0:
+            break
+    return Choice(best, [tried.get((one.layer, one.position), one) for one in scores])
+
+
+def _tried(runner: Runner[Score], max_kl: float, whole: bool) -> Score:
+    effect, dropped = runner.effect, ""
+    if not effect.kl <= max_kl:
+        dropped = f"KL {effect.kl:.3f} over the limit of {max_kl:g}"
+    elif not whole:
+        dropped = OUTRUN
+    return replace(
+        runner.of,
+        refusal=effect.refusal,
+        refused=effect.refused,
+        kl=effect.kl,
+        prompts=effect.prompts,
+        dropped=dropped,
+    )
+
+
+def _preference(score: Score) -> tuple[bool, float]:
+    assert score.refusal is not None
+    return not _works(score), score.refusal
+
+
+def _works(score: Score) -> bool:
+    return not score.dropped and score.refused is not None and score.refused <= LEFT
+
+
+def addition(candidates: Candidates, score: Score) -> Intervention:
+    """The difference of means, in its own length, added after a candidate's layer."""
+    return adding(candidates.difference(score.layer, score.position), score.layer)
