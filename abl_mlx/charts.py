@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from convert import escape
 
 #: Size of a chart in its own units: so narrow that on a phone the letters stay readable.
 WIDTH, HEIGHT = 420.0, 250.0
@@ -162,7 +163,7 @@ def svg(chart: Chart) -> str:
     """A chart as an SVG element, to stand in a page whose style sheet holds `STYLE`."""
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
-        f'aria-label="{escape(chart.title)}">{_inside(chart)}</svg>'
+        f'aria-label="{escape.html(chart.title)}">{_inside(chart)}</svg>'
     )
 
 
@@ -173,15 +174,15 @@ def sheet(charts: Sequence[Chart], title: str) -> str:
     width, height = 2 * WIDTH + 40, rows * (HEIGHT + 34) + 50
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
-        f'width="{width:g}" height="{height:g}" role="img" aria-label="{escape(title)}">',
+        f'width="{width:g}" height="{height:g}" role="img" aria-label="{escape.html(title)}">',
         f"<style>{STYLE} text.head{{font-size:15px;font-weight:600}}</style>",
         f'<rect class="paper" width="{width:g}" height="{height:g}"/>',
-        f'<text class="head" x="14" y="26">{escape(title)}</text>',
+        f'<text class="head" x="14" y="26">{escape.html(title)}</text>',
     ]
     for index, chart in enumerate(charts):
         x, y = 10 + (index % 2) * (WIDTH + 20), 60 + (index // 2) * (HEIGHT + 34)
         parts.append(f'<g transform="translate({x:g} {y:g})">')
-        parts.append(f'<text class="name" x="6" y="0">{escape(chart.title)}</text>')
+        parts.append(f'<text class="name" x="6" y="0">{escape.html(chart.title)}</text>')
         parts.append(f"{_inside(chart)}</g>")
     return "".join([*parts, "</svg>\n"])
 
@@ -210,7 +211,7 @@ def _inside(chart: Chart) -> str:
     middle = top + inner_height / 2
     parts.append(
         f'<text transform="translate(11 {middle:.1f}) rotate(-90)" text-anchor="middle">'
-        f"{escape(chart.y)}</text>"
+        f"{escape.html(chart.y)}</text>"
     )
     if chart.marker is not None:
         x = at(chart.marker[0], up.ticks[0])[0]
@@ -226,7 +227,7 @@ def _inside(chart: Chart) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape.html(text)}</text>'
 
 
 def _legend(series: Sequence[Series]) -> str:
@@ -256,7 +257,7 @@ def _series(one: Series, index: int, at: Callable[[float, float], tuple[float, f
 
 
 def _mark(shape: str, x: float, y: float, said: str | None = None) -> str:
-    inside = "" if said is None else f"<title>{escape(said)}</title>"
+    inside = "" if said is None else f"<title>{escape.html(said)}</title>"
     if shape in ("circle", "ring"):
         kind = "hollow" if shape == "ring" else "mark"
         return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.4">{inside}</circle>'

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +30,7 @@ from abl_mlx.flags import (
     server_flags,
     steered_flags,
 )
-from convert import atomic, scratch
+from convert import atomic, escape, scratch
 from convert.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,15 +46,28 @@ class Group(click.Group):
                 scratch.sweep()
                 return super().invoke(ctx)
         except UserError as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(escape.line(str(error))) from None
         except OSError as error:
             if error.filename is None:
                 raise
-            raise click.ClickException(f"{error.filename}: {error.strerror}.") from None
+            told = f"{os.fsdecode(error.filename)}: {error.strerror}."
+            raise click.ClickException(escape.line(told)) from None
         except MemoryError:
             raise click.ClickException(
                 "not enough memory: choose a smaller model, or a smaller --batch-size."
             ) from None
+
+
+def _typed(what: str, text: str) -> str:
+    """What was typed as text: under a locale without UTF-8 Python hands its bytes on in pieces.
+
+    Raises:
+        UserError: when it is no UTF-8.
+    """
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 at byte {error.start}: type it anew.") from None
 
 
 def _options(chosen: dict[str, Any]) -> Options:
@@ -85,9 +100,12 @@ def _answer(
     with _stdout_kept_for_results():
         record = work(*args)
     if as_json:
-        click.echo(to_json(record))
+        said = to_json(record)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        click.echo(said if encoding.lower().startswith("utf") else escape.json_ascii(said))
     else:
-        click.echo(table(record) if callable(table) else getattr(report, table)(record))
+        told = escape.record(record)
+        click.echo(table(told) if callable(table) else getattr(report, table)(told))
     return record
 
 
@@ -293,7 +311,7 @@ def evaluate(model: str, as_json: bool, **chosen: Any) -> None:
         as_json, eval_report.table, evaluation.evaluate_model, model, EvalOptions(**chosen)
     )
     if not record.get("gate", {"passed": True})["passed"]:
-        click.echo(eval_report.failures(record), err=True)
+        click.echo(eval_report.failures(escape.record(record)), err=True)
         sys.exit(NOT_MET)
 
 
@@ -469,6 +487,7 @@ def show(
     from abl_mlx import steered
 
     color = sys.stdout.isatty()
+    prompt = _typed("PROMPT", prompt)
     _answer(
         as_json,
         lambda record: showing.table(record, color=color),
@@ -519,7 +538,7 @@ def chat(
         steered.load(model, direction, _options(chosen)),
         side_by_side=side_by_side, max_tokens=max_tokens, temp=temp,
     )  # fmt: skip
-    chatting.talk(conversation, input, lambda text: click.echo(text, nl=False))
+    chatting.talk(conversation, input, lambda text: click.echo(escape.block(text), nl=False))
 
 
 def main() -> None:
@@ -527,8 +546,35 @@ def main() -> None:
     # transformers tells everyone who has no PyTorch that they have no PyTorch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        # Whatever the locale's encoding lacks is escaped instead of failing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     interrupts.listen()
-    cli()
+    try:
+        cli()
+    except Exception as error:  # a fault of ours, which no user can do anything about
+        if os.environ.get(TRACEBACK):
+            raise
+        click.echo(escape.line(_internal_error(error)), err=True)
+        sys.exit(1)
+
+
+#: Set, a fault of this program ends in Python's traceback.
+TRACEBACK = "ABL_MLX_TRACEBACK"
+
+
+def _internal_error(error: Exception) -> str:
+    """One sentence that says where a fault is, and what to do about it."""
+    ours = ("abl_mlx", "convert")
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [one for one in frames if Path(one.filename).parent.name in ours] or list(frames)
+    last = inside[-1]
+    return (
+        f"Error: internal error: {type(error).__name__} at {last.filename}:{last.lineno} "
+        f"({escape.shortened(str(error), 200)}). This is a fault of abl-mlx {__version__}: please "
+        f"report it with the command, and with what it prints when {TRACEBACK}=1 is set."
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from abl_mlx.report import say
 from abl_mlx.sources import Source
 from abl_mlx.units import in_bytes
 from convert.errors import UserError
@@ -118,8 +118,7 @@ def check(source: Source, *, asked: bool = True, memory: Memory | None = None) -
         )
     free = "" if memory.free is None else f", {in_bytes(memory.free)} of it free"
     short = whole > (memory.total if memory.free is None else memory.free)
-    print(
+    say(
         f"{source.title} needs about {in_bytes(whole)} of memory; this machine has "
-        f"{in_bytes(memory.total)}{free}{': expect it to be slow' if short else ''}.",
-        file=sys.stderr,
+        f"{in_bytes(memory.total)}{free}{': expect it to be slow' if short else ''}."
     )

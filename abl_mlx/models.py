@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from abl_mlx import prompt_tokens, thoughts
 from abl_mlx.arrays import parameters
-from convert import on_cpu, packed
+from convert import escape, on_cpu, packed
 from convert.chat_template import ChatTemplate
 from convert.errors import UserError
 from convert.foreign import foreign
@@ -286,4 +286,6 @@ def progress(total: int, label: str, unit: str = "prompt") -> Any:
     """A progress bar on stderr; silent where stderr is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, unit=unit, file=sys.stderr, disable=None, leave=False)
+    return tqdm(
+        total=total, desc=escape.line(label), unit=unit, file=sys.stderr, disable=None, leave=False
+    )

@@ -22,6 +22,7 @@ from abl_mlx import __version__, charts, figures, reply_notes
 from abl_mlx.charts import Chart
 from abl_mlx.command_line import command_line
 from abl_mlx.report import interval, paired_cells, percent, summary_line
+from convert import escape
 from convert.atomic import new_file
 
 Record = Mapping[str, Any]
@@ -130,12 +131,18 @@ SHADES = 10
 _FOLDER = Path(__file__).parent / "templates"
 
 
+def _shown(value: Any) -> Any:
+    """A value for a page, without what turns letters around or cannot be seen."""
+    return escape.block(value) if type(value) is str else value
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
     )
     environment.filters["svg"] = lambda chart: Markup(charts.svg(chart))
     return environment

@@ -8,11 +8,12 @@ from typing import Any
 
 from abl_mlx import notes, reply_notes
 from abl_mlx.units import in_bytes, in_words
+from convert import escape
 
 
 def say(text: str) -> None:
-    """One line on stderr, where progress goes."""
-    print(text, file=sys.stderr, flush=True)
+    """One line on stderr, where progress goes; a table may have several."""
+    print(escape.block(text), file=sys.stderr, flush=True)
 
 
 def percent(share: float | None) -> str:
@@ -299,17 +300,17 @@ def card(
         adapter: whether it is an adapter, which its base needs to be given.
     """
     head = [*card_head(record), "- abliterated", "- abl-mlx", "---"]
-    direction = record["direction"]
+    direction = escape.record(record["direction"])
     what = "This is an adapter." if adapter else "This is an edited model."
-    base = record["base_model"]
+    base = escape.code(record["base_model"])
     does = (
-        f"It takes the refusal direction out of what `{base}` writes, whose files stay "
+        f"It takes the refusal direction out of what {base} writes, whose files stay "
         "as they are; it fits these very weights alone, and was made"
         if adapter
-        else f"Its refusal direction was orthogonalized out of the weights of `{base}`"
+        else f"Its refusal direction was orthogonalized out of the weights of {base}"
     )
     body = [
-        f"# {title}, abliterated",
+        f"# {escape.markdown(title)}, abliterated",
         "",
         f"**{what}** {does} with [abl-mlx](https://pypi.org/project/abl-mlx/) "
         f"{record['abl_mlx']}. The model declines less than the original does; what it is used for "
@@ -320,7 +321,7 @@ def card(
         f"{_layers(record['options']['layers'])}; embedding "
         f"{'edited' if one['embedding'] else 'not edited'}",
         f"- leak (share of the edit lost in writing): {one['leak']['total']:.2g}",
-        *([f"- note: {one['note']}"] if one.get("note") else []),
+        *([f"- note: {escape.line(one['note'])}"] if one.get("note") else []),
     ]
     if "after" in one:
         rows = behaviour_rows(record["before"], one["after"])
@@ -336,7 +337,8 @@ def card(
         ]
     body += [
         "",
-        f"Everything measured, with hashes and options, is in the record `{record_name}`.",
+        "Everything measured, with hashes and options, is in the record "
+        f"{escape.code(record_name)}.",
         "",
     ]
     return "\n".join([*head, "", *body])
@@ -348,7 +350,7 @@ def card_head(record: Mapping[str, Any]) -> list[str]:
     Tags are to follow.
     """
     base = record.get("repository")
-    return ["---", *([f"base_model: {base}"] if base else []), "tags:"]
+    return ["---", *([f"base_model: {escape.yaml(base)}"] if base else []), "tags:"]
 
 
 def _layers(layers: list[int] | None) -> str:

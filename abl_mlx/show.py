@@ -14,6 +14,7 @@ from abl_mlx.arrays import numpy_of
 from abl_mlx.capture import Recorder
 from abl_mlx.edits import orthonormal
 from abl_mlx.steered import Steered
+from convert import escape
 from convert.atomic import check_new, new_file
 
 Record = dict[str, Any]
@@ -144,5 +145,7 @@ def _cell(share: float, color: bool) -> str:
 
 def _plain(token: str) -> str:
     """A token on one line, at most 16 characters wide."""
-    text = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+    text = escape.line(token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·"))
+    # Where the record was made safe for the terminal before.
+    text = text.replace("\\n", "⏎").replace("\\t", "⇥")
     return text if len(text) <= 16 else f"{text[:15]}…"

@@ -7,17 +7,20 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from convert import escape
+
 
 def to_json(record: Mapping[str, Any]) -> str:
     """The one object that `--json` prints and that a record's file holds.
 
-    A figure that is not finite never keeps a record from being written: it becomes ``null``, and
-    ``not_finite`` at the end of the object says which it was: ``{"kl.k1": "nan"}`` (or ``"inf"``,
-    ``"-inf"``), by the keys and places of lists that lead to it, joined by points.
+    What a terminal would obey and half characters (of file names that are no text) are written as
+    JSON's escapes. A figure that is not finite never keeps a record from being written: it becomes
+    ``null``, and ``not_finite`` at the end of the object says which it was: ``{"kl.k1": "nan"}``
+    (or ``"inf"``, ``"-inf"``), by the keys and places of lists that lead to it, joined by points.
     """
     lost = dict(_not_finite(record, ""))
     whole = {**finite(record), "not_finite": lost} if lost else record
-    return json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
+    return escape.json_text(json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def finite(value: Any) -> Any:

@@ -7,7 +7,11 @@ bytes that are no text at all. All of it is shown as an escape that can be read.
 
 from __future__ import annotations
 
+import html as markup
+import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 # C0 and C1 controls and DEL; invisible and bidirectional format characters; line and paragraph
 # separators; tags; noncharacters; halves of characters. Zero-width joiners stay: emoji and several
@@ -37,9 +41,25 @@ def shortened(text: str, longest: int) -> str:
     return line(text if len(text) <= longest else f"{text[: longest - 3]}...")
 
 
+def record(value: Any) -> Any:
+    """A record (as of JSON values) with `line` of every text in it, names included."""
+    if isinstance(value, str):
+        return line(value)
+    if isinstance(value, Mapping):
+        return {record(name): record(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [record(one) for one in value]
+    return value
+
+
 def json_text(text: str) -> str:
     """JSON for a terminal: the same value, with unsafe characters as JSON's own escapes."""
     return _BLOCK.sub(_json_escape, text)
+
+
+def json_ascii(text: str) -> str:
+    """JSON with an escape for every character beyond ASCII, for terminals of another encoding."""
+    return re.sub("[^\\x00-\\x7f]", _json_escape, text)
 
 
 def _escape(found: re.Match[str]) -> str:
@@ -57,3 +77,38 @@ def _escape(found: re.Match[str]) -> str:
 def _json_escape(found: re.Match[str]) -> str:
     units = found[0].encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
+
+
+# --- for files that others read -------------------------------------------------------------------
+
+
+def html(text: str) -> str:
+    """Text for an HTML or SVG page."""
+    return markup.escape(block(text))
+
+
+def markdown(text: str) -> str:
+    """Text for a line of Markdown, none of which is markup."""
+    return _MARKUP.sub(r"\\\g<0>", line(text).replace("\\", "\\\\"))
+
+
+def code(text: str) -> str:
+    """Text as a code span of Markdown, in as many backticks as it takes."""
+    said = line(text)
+    if "`" not in said:
+        return f"`{said}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", said))))
+    return f"{fence} {said} {fence}"
+
+
+def yaml(text: str) -> str:
+    """Text as a YAML scalar: as it is where that is plain, else in double quotes."""
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    return json_text(json.dumps(text, ensure_ascii=False))
+
+
+# Not all punctuation: "Qwen2.5-0.5B_q4 (v1)" stays readable where no markup can come of it.
+_MARKUP = re.compile(r"[`*<>\[\]|~]|^[#+=-]|(?<!\w)_|_(?!\w)")
+_PLAIN = re.compile(r"[A-Za-z][\w./+-]*", re.ASCII)
+_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}

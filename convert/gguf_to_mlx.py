@@ -22,7 +22,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from mlx.utils import tree_flatten
 
-from convert import json_text, mlx_types, packed
+from convert import escape, json_text, mlx_types, packed
 from convert import on_cpu as on_cpu_functions
 from convert.atomic import check_new, new_folder
 from convert.errors import UserError
@@ -807,15 +807,16 @@ def _card(source: GgufSource, forms: Mapping[str, int]) -> str:
     label = edit_label(source)
     lines = ["---", "library_name: mlx", "tags:", "- mlx", *(["- abliterated"] if label else [])]
     if isinstance(known.get("general.license"), str):
-        lines.append(f"license: {known['general.license']}")
+        lines.append(f"license: {escape.yaml(known['general.license'])}")
     made = ", ".join(f"{count} matrices {name}" for name, count in forms.items())
     lines += [
         "---",
-        f"# {title}",
+        f"# {escape.markdown(str(title))}",
         "",
-        f"Converted from `{source.parts[0].name}` by abl-mlx: {made}.",
+        f"Converted from {escape.code(source.parts[0].name)} by abl-mlx: {made}.",
         "",
     ]
     if label:
-        lines += [f"**This is an edited model**: {label.get('edited', 'see config.json')}.", ""]
+        edited = escape.markdown(str(label.get("edited", "see config.json")))
+        lines += [f"**This is an edited model**: {edited}.", ""]
     return "\n".join(lines)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +26,7 @@ from convert.gguf_tokenizer import read_tokenizer
 from convert.hf_config import read_config
 from convert.safetensors_files import TensorFiles
 from convert.schema import Refused, either, list_of, map_of, number, one_of, record, text, whole
+from tests.command import fails
 
 # --- JSON ----------------------------------------------------------------------------------------
 
@@ -460,3 +464,89 @@ def test_json_stays_the_same_value() -> None:
     safe = escape.json_text(json.dumps(value, ensure_ascii=False))
     assert json.loads(safe) == value
     assert escape.block(safe) == safe
+
+
+@pytest.mark.parametrize(
+    "name", ["plain-1.5B_q4", "true", "a: b", "x\ny: z", '"', "# no", "1e5", "\u202e", "模型"]
+)
+def test_a_yaml_scalar_is_read_back(name: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load(f"a: {escape.yaml(name)}\nb: 1") == {"a": name, "b": 1}
+
+
+def test_markdown_holds_no_markup_of_a_name() -> None:
+    assert escape.markdown("# [x](y) <b>`c`*d* _e_") == r"\# \[x\](y) \<b\>\`c\`\*d\* \_e\_"
+    assert escape.markdown("Qwen2.5-Coder_0.5B") == "Qwen2.5-Coder_0.5B"
+    assert escape.markdown("a\n# b") == r"a\\n# b"
+    assert escape.code("plain") == "`plain`"
+    assert escape.code("a`b``c\n") == r"``` a`b``c\n ```"
+
+
+def test_names_on_a_page_cannot_turn_its_letters_around() -> None:
+    assert escape.html("<b>\u202e&\x1b") == r"&lt;b&gt;\u202e&amp;\x1b"
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_a_sentence_holds_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    folder = tmp_path / "a\x1b[31m\u202eb\nc"
+    folder.mkdir()
+    said = fails("inspect", folder)
+    assert r"a\x1b[31m\u202eb\nc has no config.json" in said
+    assert said.strip().isprintable()
+
+
+def test_a_table_holds_nothing_that_a_terminal_obeys(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from abl_mlx.cli import cli
+
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "a\x1b]0;x\x07\u202e")
+    told = CliRunner().invoke(cli, ["inspect", str(folder)])
+    assert told.exit_code == 0
+    assert r"a\x1b]0;x\x07\u202e" in told.stdout
+    assert all(line.isprintable() for line in told.output.splitlines())
+    as_json = CliRunner().invoke(cli, ["inspect", str(folder), "--json"]).stdout
+    assert all(line.isprintable() for line in as_json.splitlines())
+    assert json.loads(as_json)["source"] == str(folder)
+
+
+@pytest.mark.parametrize("locale", [{}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_prompt_in_any_locale(locale: dict[str, str]) -> None:
+    def show(prompt: bytes) -> subprocess.CompletedProcess[bytes]:
+        command = [os.fsencode(sys.executable), b"-m", b"abl_mlx", b"show", b"demo", prompt]
+        environment = {**os.environ, "LC_ALL": "C", **locale}
+        return subprocess.run([*command, b"--json"], capture_output=True, env=environment)
+
+    prompt = "Wie geht es, Jürgen? 模型 😀"
+    told = show(prompt.encode())
+    assert told.returncode == 0, told.stderr.decode()
+    assert json.loads(told.stdout)["prompt"] == prompt
+    told = show(b"\xff")
+    assert told.returncode == 1
+    assert told.stderr == b"Error: PROMPT is not UTF-8 at byte 0: type it anew.\n"
+
+
+def test_a_fault_of_ours_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from abl_mlx import cli, interrupts
+
+    def fault() -> None:
+        raise KeyError("a\x1b[31m\n")
+
+    monkeypatch.setattr(cli, "cli", fault)
+    monkeypatch.setattr(interrupts, "listen", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: internal error: KeyError at ")
+    assert "ABL_MLX_TRACEBACK=1" in said
+    assert said.strip().isprintable()
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(KeyError):
+        cli.main()
