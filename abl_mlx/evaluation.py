@@ -21,6 +21,7 @@ from abl_mlx import (
     judge,
     outputs,
     perplexity,
+    prompt_lengths,
     reply_notes,
     report,
     targets,
@@ -163,7 +164,8 @@ def _perplexity_tokens(
 def _prompts(source: Source | None, other: Source | None, options: EvalOptions) -> PromptSets:
     """The prompt sets; a server is asked what its baseline is asked."""
     known = source or other or Source("server", Path(__file__).parent)
-    return load_prompts(known, options)
+    sets = load_prompts(known, options)
+    return sets if other is None else prompt_lengths.fitting(sets, other)
 
 
 def _by_markers(prompt: str, reply: str) -> Verdict:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from abl_mlx import prompt_tokens, thoughts
+from abl_mlx import context_length, prompt_tokens, thoughts
 from abl_mlx.arrays import parameters
 from convert import escape, on_cpu, packed
 from convert.chat_template import ChatTemplate
@@ -80,7 +80,9 @@ class ChatModel:
 
     def encode_conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Like `encode_message`, of what user and assistant have said in turn."""
-        return prompt_tokens.encode(self.tokenizer, self.template, messages, self.folder)
+        ids = prompt_tokens.encode(self.tokenizer, self.template, messages, self.folder)
+        context_length.check(len(ids), self.config, self.folder)
+        return ids
 
     @cached_property
     def template(self) -> ChatTemplate | None:

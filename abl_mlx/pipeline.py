@@ -28,6 +28,7 @@ from abl_mlx import (
     mtp,
     outputs,
     plot,
+    prompt_lengths,
     prompts,
     sources,
     taken,
@@ -455,7 +456,7 @@ def load_prompts(source: Source, options: Options) -> PromptSets:
         sets = prompts.load_sets(options.harmful, options.harmless, options.seed)
     if options.borderline is not None:
         sets = replace(sets, borderline=prompts.load(options.borderline, "--borderline"))
-    return cut(sets, options.limit)
+    return prompt_lengths.fitting(cut(sets, options.limit), source)
 
 
 def cut(sets: PromptSets, limit: int | None) -> PromptSets:
