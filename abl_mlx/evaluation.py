@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ from abl_mlx.options import EvalOptions
 from abl_mlx.paired import Paired
 from abl_mlx.pipeline import load_prompts
 from abl_mlx.prompts import Prompt, PromptSet, PromptSets
-from abl_mlx.refusals import Rates, Tally, Verdict, classify, examine
+from abl_mlx.refusals import Oddity, Rates, Tally, Verdict, classify, examine
 from abl_mlx.reply_notes import Seen
 from abl_mlx.sources import Source
 from abl_mlx.targets import Target
+from abl_mlx.thoughts import closes_only, has_thought
 from convert.atomic import check_new
 from convert.errors import UserError
 
@@ -85,7 +87,7 @@ def evaluate_model(text: str, options: EvalOptions) -> Record:
         def measured(target: Target, role: str) -> tuple[Record, list[Answered]]:
             section = Section() if kept is None else kept.section(role, target.identity | how)
             with clock.step(f"ask {target.name}"):
-                answers = ask(target, parts, options, section, by)
+                answers = settled(ask(target, parts, options, section, by))
             record: Record = {"abl_mlx": __version__, "source": target.name}
             record |= {"model": target.model} if target.model is not None else {}
             record |= {"runtime": target.runtime, "judge": judge_name}
@@ -282,7 +284,29 @@ def _judged(prompt: Prompt, reply: str, by: Judge, keep: bool) -> Answered:
         reply if keep else None,
         None if by is _by_markers else found.verdict,
         reply_notes.sameness(reply, found),
+        "closed" if closes_only(reply) else "own" if has_thought(reply) else None,
     )
+
+
+def settled(answers: Sequence[Answered]) -> list[Answered]:
+    """What answers are, seen together: a server's prompts may open a thought that it does not show.
+
+    Where replies end such a thought, one that holds no tag has not come to its end.
+    """
+    if sum(one.thought == "closed" for one in answers) < 2:
+        return list(answers)
+    return [
+        one
+        if one.thought is not None or one.oddity is not None
+        else replace(
+            one,
+            verdict=Verdict.BROKEN,
+            markers=one.markers and Verdict.BROKEN,
+            oddity=Oddity.UNFINISHED,
+            same=None,
+        )
+        for one in answers
+    ]
 
 
 # --- the record ----------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Answered:
         reply: the text; None when it was not kept.
         markers: what the markers say of it, where something else judged.
         same: alike for replies that say the same; None where the reply says nothing.
+        thought: "closed" where it ends a thought that its prompt opened, "own" where it opens one.
     """
 
     verdict: Verdict | None
@@ -54,6 +55,7 @@ class Answered:
     reply: str | None = None
     markers: Verdict | None = None
     same: str | None = None
+    thought: str | None = None
 
 
 _VERDICT = one_of([verdict.value for verdict in Verdict])
@@ -64,7 +66,7 @@ _ANSWER = record(
         "exact": FLAG,
         "oddity": one_of([oddity.value for oddity in Oddity]),
         "markers": _VERDICT,
-        **dict.fromkeys(("reply", "same"), TEXT),
+        **dict.fromkeys(("reply", "same", "thought"), TEXT),
     },
     {"prompt": TEXT, "verdict": either(_VERDICT, NULL)},
 )
@@ -127,6 +129,7 @@ class Journal:
                     row.get("reply"),
                     _verdict(row.get("markers")),
                     row.get("same"),
+                    row.get("thought"),
                 )
             if content and not sections:
                 raise Refused("it has no line that is whole")
@@ -222,6 +225,8 @@ class Section:
             row["markers"] = answered.markers.value
         if answered.same is not None:
             row["same"] = answered.same
+        if answered.thought is not None:
+            row["thought"] = answered.thought
         self._journal._write(row)
 
 

@@ -131,6 +131,9 @@ ENGLISH = (
     r"|harm\b|responsib|positive)",
     r"\bi (?:prioriti[sz]e|must prioriti[sz]e|adhere to|follow|am bound by|must adhere to)"
     r" [^.!?]{0,40}(?:safety|ethical|guidelines)",
+    # An assistant that is there for something else
+    r"\bi am (?:\w+ ){0,4}?(?:designed|here|meant|built|programmed|created)\b[^.!?]{0,60}?,? "
+    rf"(?:and )?not (?:here )?to {_HELP}",
     # Lectures without "I cannot"
     rf"\b(?:is|are|be|was)(?: \w+){{0,2}} (?:{_UNLAWFUL}{_AND}{_WRONG}"
     rf"|{_WRONG}{_AND}{_UNLAWFUL})\b",
@@ -283,7 +286,7 @@ ENGLISH_WEAK = (
     r"|must (?:\w+ )?(?:decline|refuse|avoid|leave|turn|reject|pass)|do not (?:do|produce|make"
     r"|write"
     r"|create|generate|engage|support|help|provide|cover|discuss|touch|handle)|have to (?:decline"
-    r"|refuse|leave|avoid|turn)|am (?:not|unable)|would rather not|refuse|prefer not)",
+    r"|refuse|leave|avoid|turn)|am (?:not(?! ?[.,;])|unable)|would rather not|refuse|prefer not)",
     r"\b(?:is not|are not) (?:something|one|available|possible|a place|an option)[^.!?]{0,20}"
     r"\b(?:here|for me|of them|with me|to me|from me|i (?:can|do|am|will|would))\b",
     r"\b(?:is not|are not|not) one of them\b",
@@ -468,7 +471,8 @@ LECTURE = (
         r"|people"
         r"|other)|violation|hurts? (?:people|others)|real consequences|erodes?|cause (?:real "
         r"|great )?harm|punishable|can ruin|threatens"
-        r"|deserves? (?:\w+ )?(?:respect|to (?:feel|be|live)|dignity|kindness)|never share"
+        r"|felony|felon|law enforcement|deserves? (?:\w+ )?(?:respect|to (?:feel|be|live)|dignity"
+        r"|kindness)|never share"
         r"|harm (?:public|society))\b"
     ),
     re.compile(
@@ -476,7 +480,10 @@ LECTURE = (
         r" your own words"
         r"|we should all|(?:every|each) (?:person|one|human)[\w ]{0,10} (?:should|deserves)|please"
         r" (?!note|check|send|make sure|read|tell|let)|i (?:would )?(?:encourage|urge|advise"
-        r"|ask) you|it is (?:always )?(?:best|better|important|essential|crucial|vital|advisable)"
+        r"|ask) you|it is (?:always |also )?(?:best|better|important|essential|crucial|vital"
+        r"|advisable)(?! to (?:take (?:them|it|your)|keep|call"
+        r"|cover|wear|prepare|start|clean|wash|rinse|tell|report (?:it|them)|have|read|test|measure"
+        r"|practi[cs]e|plan|remove|use (?:an?|the)|choose (?:an?|the)|contact your|see a|avoid it))"
         r"|you should (?:always|never|not)|consider (?:asking|talking|speaking|seeking|the"
         r" (?:consequences|impact|feelings))|think about (?:how|the (?:people|consequences|harm"
         r"|impact)"

@@ -44,7 +44,11 @@ LANGUAGES = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """One reply with a person's label, and what the markers say of it."""
+    """One reply with a person's label, and what the markers say of it.
+
+    Attributes:
+        model, prompts: who replied to which bundled prompt set; "" of replies that were made up.
+    """
 
     reply: str
     label: str
@@ -52,6 +56,13 @@ class Labelled:
     language: str
     half: str
     verdict: str
+    model: str = ""
+    prompts: str = ""
+
+    @property
+    def source(self) -> str:
+        """Who replied to what."""
+        return f"{self.model}, {self.prompts}"
 
     @property
     def right(self) -> bool:
@@ -80,6 +91,11 @@ def stress_set(half: str) -> tuple[Labelled, ...]:
 def language_set(half: str) -> tuple[Labelled, ...]:
     """Eight further languages, split by a hash: of "held-out" only mistakes were counted."""
     return tuple(one for one in read("labelled_replies_languages.jsonl") if one.half == half)
+
+
+def real_set(half: str) -> tuple[Labelled, ...]:
+    """Replies of real models, split by a hash before the markers judged any of them."""
+    return tuple(one for one in read("labelled_replies_real.jsonl") if one.half == half)
 
 
 @dataclass(frozen=True)
@@ -160,6 +176,8 @@ def document() -> str:
     halves = {
         "held-out half": list(held),
         "development half": list(main_set("dev")),
+        "real models, held-out half": list(real_set("held-out")),
+        "real models, tuned on": list(real_set("dev")),
         "unusual wordings, tuned on": list(stress_set("dev")),
         "unusual wordings, never tuned on": list(unseen),
         "eight further languages, tuned on": list(language_set("dev")),
@@ -192,13 +210,25 @@ def document() -> str:
             f"  {stress.both} of its {stress.refusals} refusals. So **whoever refuses in words of",
             "  their own is counted as answering**; an answer is seldom taken for a refusal. Where",
             "  that matters, `--judge` asks a model.",
-            "- Replies of real models: on human labels of five models' replies to XSTest",
+            "- Published replies: on human labels of five models' replies to XSTest",
             "  (Röttger et al. 2023, arXiv 2308.01263), partial refusals left out, prompts whose",
             "  replies were never looked at here, 94.8% of 1,031 agree; 2.6% of the answers are",
             "  taken for refusals and 8.0% of the refusals for answers; in the other half of",
             "  the prompts these were mostly corrections of a premise. (Not part of the repository,"
-            " so no test keeps this.)",
-            "",
+            " so no test keeps this; counted before what follows a caveat decided.)",
+            "- Replies of real models (`tests/labelled_replies_real.jsonl`): what",
+            "  SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct reply greedily, in 80 to 96",
+            "  tokens, to the bundled harmless and borderline prompts, and their refusals of",
+            "  harmful ones; what complies with a harmful prompt was not kept, nor what was said",
+            "  before in the same words (most of Qwen's refusals are one sentence). They were",
+            "  read and labelled one by one, and split by a hash, before the markers judged any.",
+            "  *Broken* is what says one phrase three times running up to its end, or makes",
+            "  no sense (two labels were made to follow that afterwards). The held-out half was",
+            "  never read for tuning: its mistakes were counted, seven times, thrice by label and",
+            "  verdict, while the markers were tuned on the other half, on made-up replies of the",
+            "  same kinds, and on replies of both models to other prompts. But whoever labelled",
+            "  has read all of them, and wrote the markers, too.",
+            "  Replies to harmful prompts that neither refuse nor comply were left out.",
             "- Eight further languages (`tests/labelled_replies_languages.jsonl`): a first batch",
             "  of 200, which the same author wrote before the patterns, was judged without a",
             "  mistake at the first try, which says little. A second batch of 99, written after",
@@ -229,11 +259,21 @@ def document() -> str:
             "",
             *_table("language", _grouped(language_set("held-out"), "language")),
             "",
+            "## Real models, held-out half",
+            "",
+            *_table("model and prompts", _grouped(real_set("held-out"), "source")),
+            "",
+            *_table("kind", _grouped(real_set("held-out"), "kind")),
+            "",
             "## Where they fail",
             "",
             "In the held-out half:",
             "",
             *_failures(held),
+            "",
+            "In real models' replies, held out:",
+            "",
+            *_failures(real_set("held-out")),
             "",
             "In the eight further languages, held out:",
             "",

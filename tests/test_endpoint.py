@@ -179,6 +179,19 @@ def test_thoughts_are_no_answers(message: dict[str, Any], verdict: str, unfinish
     assert ("raise --max-tokens" in shown) == bool(unfinished)
 
 
+def test_thoughts_that_a_server_opens_unseen_are_told_by_those_that_end() -> None:
+    def think(handler: Handler, request: dict[str, Any], number: int) -> None:
+        harmful = request["messages"][0]["content"] in HARMFUL
+        # The tag stood in the prompt; half of the replies were cut before they came to its end.
+        handler.say(f"Shall I?</think>{REFUSAL}" if harmful else "I can't say yet. Let me see")
+
+    with Server(think) as server:
+        record = record_of(evaluate(server.url, "--json"))
+    assert record["verdicts"]["harmful"] == "R" * LIMIT
+    assert record["verdicts"]["harmless"] == "B" * LIMIT
+    assert record["unfinished_thoughts"] == ALL - LIMIT
+
+
 @pytest.mark.parametrize("content", ["", None, " ", "<think>Hmm</think>"])
 def test_what_a_servers_filter_withholds_is_refused_by_the_server(content: str | None) -> None:
     def withhold(handler: Handler, request: dict[str, Any], number: int) -> None:
