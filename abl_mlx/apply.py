@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from abl_mlx import head_copy
 from abl_mlx import mtp as prediction
 from abl_mlx.edits import Edit, Leak, leak, rounded, target, total_leak
 from abl_mlx.mlx_edit import MatrixEdit, promoted
@@ -66,11 +67,19 @@ class Plan:
         edits: name of a float tensor -> its edit, in model order.
         places: path of a float parameter in the model -> the tensors it is stored in.
         matrices: name of the tensor with a quantized matrix's codes -> its edit, in model order.
+        copies: name of the tensor with a stored copy of a tied head, which is edited too -> that of
+            the embedding. A GGUF has none.
     """
 
     edits: dict[str, TensorEdit]
     places: dict[str, Stored]
     matrices: dict[str, MatrixEdit] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def edits_of_gguf(self) -> dict[str, TensorEdit]:
+        """The edits of what a GGUF holds."""
+        return {name: edit for name, edit in self.edits.items() if name not in self.copies}
 
     def load_into_model(self, read_back: Callable[[str], mx.array]) -> None:
         """Put values read back from an output into the loaded model's parameters.
@@ -85,6 +94,11 @@ class Plan:
             new = (parts[0] if len(parts) == 1 else mx.stack(parts)).astype(old.dtype)
             mx.eval(new)
             edit.writer.module[edit.parameter] = new
+        for name, embedding in self.copies.items():
+            module = self.edits[name].writer.module if name in self.edits else {}
+            if "weight" in module:  # where mlx-lm takes the copy for the head
+                module["weight"] = read_back(embedding).astype(module["weight"].dtype)
+                mx.eval(module["weight"])
 
 
 def plan(
@@ -156,8 +170,13 @@ def plan(
             f"--writer-bits {writer_bits}: nothing that is edited in {files.folder} is quantized; "
             "leave the flag out."
         )
-    _refuse_untied_copy(files, writers, places, edit)
-    return Plan(edits, floats, matrices)
+    embedding = next(writer for writer in writers if writer.kind == "embedding")
+    copies = {}
+    for name in head_copy.find(files, chat.config, writers) if edit.touches(embedding) else []:
+        copies[name] = places[f"{embedding.path}.weight"].tensors[0]
+        module = name.removesuffix(".weight")
+        add(name, head_copy.as_writer(name, embedding, chat), "weight", False, chat.width, module)
+    return Plan(edits, floats, matrices, copies)
 
 
 def _float_type(files: TensorFiles, scales: str) -> str:
@@ -166,26 +185,6 @@ def _float_type(files: TensorFiles, scales: str) -> str:
         kinds = [files.info(name).dtype for name in files.names if name.endswith("norm.weight")]
         scales = kinds[0] if kinds else "BF16"
     return "F16" if scales == "F16" else "BF16"
-
-
-def _refuse_untied_copy(
-    files: TensorFiles, writers: Sequence[Writer], places: Mapping[str, Stored], edit: Edit
-) -> None:
-    """Refuse a tied head that the files store a second time.
-
-    Some folders keep ``lm_head.weight`` beside tied embeddings. mlx-lm drops the copy, other
-    readers may use it, and the two would differ after the edit.
-    """
-    embedding = next(writer for writer in writers if writer.kind == "embedding")
-    if not (embedding.tied and edit.embedding):
-        return
-    kept = {name for stored in places.values() for name in stored.tensors}
-    for name in files.names:
-        if name.endswith("lm_head.weight") and name not in kept:
-            raise UserError(
-                f"{files.folder} ties its output head to the embedding but stores a copy of it as "
-                f"{name}: use --no-embedding, or re-save the model without the copy."
-            )
 
 
 @dataclass(frozen=True)

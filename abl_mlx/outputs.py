@@ -311,15 +311,16 @@ def write_gguf_file(
             source.path,
             output.staged,
             file_type=file_type,
-            edits=plan.edits,
+            edits=plan.edits_of_gguf,
             metadata=gguf_metadata(source, label),
             quantize=None if plain else _quantizer(plan),
             progress=moved,
         )
 
     read_back = _gguf_reader(output.staged, report.tensors)
-    leak = measure_leak(files, plan.edits, read_back, limit=max_leak, output=str(output.path))
-    types = tuple(sorted({report.types[report.tensors[name]] for name in plan.edits}))
+    edits = plan.edits_of_gguf
+    leak = measure_leak(files, edits, read_back, limit=max_leak, output=str(output.path))
+    types = tuple(sorted({report.types[report.tensors[name]] for name in edits}))
     return Written(output, leak, read_back, types)
 
 

@@ -23,6 +23,7 @@ from abl_mlx import (
     directions,
     evaluate,
     exactness,
+    head_copy,
     memory,
     models,
     mtp,
@@ -384,6 +385,7 @@ def inspect(text: str) -> Record:
         chat = models.load_lazily(source.path)
         writers = find_writers(chat)
         predicting = mtp.record(mtp.tensors(files, len(chat.layers)), [])
+        copies = head_copy.find(files, chat.config, writers)
     whole = sum(value.size for _, value in parameters(chat.model))
     touched = [
         writer.module[path.rsplit(".", 1)[1]] for writer in writers for path in writer.parameters
@@ -398,7 +400,8 @@ def inspect(text: str) -> Record:
         "parameters": whole,
         "dtypes": sorted(stored),
         "quantization": config.get("quantization") or config.get("quantization_config"),
-        "tied": any(writer.tied for writer in writers),
+        "tied": any(writer.tied for writer in writers) or bool(copies),
+        **({"head_copies": copies} if copies else {}),
         **_template(chat),
         "writers": grouped(
             (writer.path, writer.kind, writer.gain is not None, writer.has_bias)

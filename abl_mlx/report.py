@@ -251,6 +251,14 @@ def undo_table(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *notes.lines(record)])
 
 
+def _head_words(record: Mapping[str, Any]) -> str:
+    if not record["tied"]:
+        return "its own weights"
+    copies = record.get("head_copies")
+    stored = f", and stored as {', '.join(copies)}, which is edited alike" if copies else ""
+    return f"tied to the embedding{stored}"
+
+
 def inspect_table(record: Mapping[str, Any]) -> str:
     """What `abl-mlx inspect` says of a model."""
     edit = record["edit"]
@@ -259,7 +267,7 @@ def inspect_table(record: Mapping[str, Any]) -> str:
         ("layers", f"{record['layers']}, residual stream of {record['width']} dimensions"),
         ("parameters", f"{in_words(record['parameters'])}, {', '.join(record['dtypes'])}"),
         ("quantization", record["quantization"] or "none"),
-        ("output head", "tied to the embedding" if record["tied"] else "its own weights"),
+        ("output head", _head_words(record)),
     ]
     if "template_fault" in record:
         rows.append(("chat template", f"none that can be used: {record['template_fault']}"))

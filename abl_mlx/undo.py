@@ -338,10 +338,15 @@ class _Folder(_Model):
         label = self.label
         edit = Edit(mx.ones((1, self.chat.width)), 1.0, label.layers, label.embedding)
         changes = {}
-        for parameter, stored in self.plan(edit).places.items():
+        plan = self.plan(edit)
+        for parameter, stored in plan.places.items():
             _refuse_biases(path, [parameter])
             parts = [_low_rank(found[name], self.values(name)) for name in stored.tensors]
             changes[parameter.removesuffix(".weight")] = _stacked(parts)
+        for name in plan.copies:
+            if "weight" in plan.edits[name].writer.module:  # mlx-lm takes it for the head
+                one = _low_rank(found[name], self.values(name))
+                changes[plan.edits[name].writer.path] = replace(one, kind="linear")
         with new_folder(path) as staged:
             adapters.write_mlx(staged, Adapter(1.0, changes), {"edited": _ADAPTER})
         return {"format": "MLX adapter"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,18 @@ def fill_in(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config.get("text_config"), dict):
         filled["text_config"] = fill_in(config["text_config"])
     return filled
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config ties the output head to the embedding, as transformers understands it.
+
+    Gemma's configs leave the key out where it is true.
+    """
+    text = config.get("text_config")
+    for part in (text if isinstance(text, dict) else {}, config):
+        if part.get("tie_word_embeddings") is not None:
+            return bool(part["tie_word_embeddings"])
+    return str(config.get("model_type")).startswith("gemma")
 
 
 def _missing(config: dict[str, Any]) -> dict[str, Any]:

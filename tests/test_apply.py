@@ -6,14 +6,16 @@ import shutil
 
 import mlx.core as mx
 import mlx_lm
+import mlx_lm.utils
 import numpy as np
 import pytest
 
-from abl_mlx import outputs, pipeline
+from abl_mlx import gguf_model, outputs, pipeline
 from abl_mlx.models import load
 from abl_mlx.options import Options
 from abl_mlx.writers import find_writers
 from convert.errors import UserError
+from convert.gguf_file import GgufSource
 from convert.safetensors_files import TensorFiles
 from tests import tiny
 from tests.test_models import as_transformers_5, broken
@@ -229,20 +231,74 @@ def copied_head(folder):
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
 
 
-@pytest.mark.parametrize(
-    ("arch", "change", "message"),
-    [
-        ("llama", quantized, "quantized by gptq in another form"),
-        ("qwen2", copied_head, "lm_head.weight"),
-    ],
-)
-def test_sources_that_cannot_be_edited_in_place(
-    arch, change, message, tiny_folder, direction, tmp_path
-):
-    source = broken(tiny_folder(arch), tmp_path, change)
-    with pytest.raises(UserError, match=message):
+def test_sources_that_cannot_be_edited_in_place(tiny_folder, direction, tmp_path):
+    source = broken(tiny_folder("llama"), tmp_path, quantized)
+    with pytest.raises(UserError, match="quantized by gptq in another form"):
         pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "granite", "gemma3_text"])
+def test_a_stored_copy_of_a_tied_head_is_edited_as_the_embedding(
+    arch, tiny_folder, direction, tmp_path
+):
+    source = broken(tiny_folder(arch), tmp_path, copied_head)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)  # as Gemma's configs leave it out
+    tied = {} if arch == "gemma3_text" else {"tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps({**config, **tied}))
+    inspected = pipeline.inspect(str(source))
+    assert inspected["tied"]
+    assert inspected["head_copies"] == ["lm_head.weight"]
+    out, gguf = tmp_path / "out", tmp_path / "out.gguf"
+    record = pipeline.apply(direction, str(source), [out, gguf], Options(keep_undo=False))
+    names = [name for name in record["written"][0]["leak"]["tensors"] if "lm_head" in name]
+    assert names == ["lm_head.weight"]
+    with TensorFiles(out) as files:
+        head = float64(files, "lm_head.weight")
+        assert np.array_equal(head, float64(files, "model.embed_tokens.weight"))
+    assert np.abs(head @ unit(direction)).max() < 1e-3
+    # The GGUF has one tensor for both, and the two outputs are one model.
+    assert "lm_head.weight" not in record["written"][1]["leak"]["tensors"]
+    with GgufSource(gguf) as file:
+        assert "output.weight" not in file.tensors
+        assert np.array_equal(file.values("token_embd.weight"), head.astype(np.float32))
+    asked = mx.array([[1, 2, 3, 4]])
+    ours = mlx_lm.load(str(out))[0](asked).astype(mx.float32)
+    with GgufSource(gguf) as file:
+        theirs = gguf_model.load(file)[0].model(asked)
+    assert mx.abs(ours - theirs).max().item() < 0.05
+    # Without the embedding, neither is touched.
+    kept = tmp_path / "kept"
+    pipeline.apply(direction, str(source), [kept], Options(embedding=False))
+    with TensorFiles(kept) as files, TensorFiles(source) as before:
+        assert files.bytes("lm_head.weight") == before.bytes("lm_head.weight")
+
+
+def test_a_quantized_copy_of_a_head_is_edited_on_its_own_grid(tiny_folder, direction, tmp_path):
+    source = broken(tiny_folder("gemma3_text"), tmp_path, copied_head)
+    model, tokenizer, config = mlx_lm.utils.load(str(source), return_config=True)
+
+    def bits(path, module):
+        ok = hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+        return ok and {"group_size": 32, "bits": 8 if "lm_head" in path else 4}
+
+    model, config = mlx_lm.utils.quantize_model(model, config, 32, 4, quant_predicate=bits)
+    packed = tmp_path / "packed"
+    mlx_lm.utils.save(packed, source, model, tokenizer, config)
+    out = tmp_path / "out"
+    record = pipeline.apply(direction, str(packed), [out], Options())
+    tensors = record["written"][0]["leak"]["tensors"]
+    assert tensors["lm_head.weight"]["leak"] < 0.01
+    sizes = []
+    for folder in (packed, out):
+        head = mlx_lm.load(str(folder))[0].lm_head
+        assert head.bits == 8
+        values = mx.dequantize(
+            head.weight, head.scales, head.biases, group_size=32, bits=8, dtype=mx.float32
+        )
+        sizes.append(np.linalg.norm(np.array(values, np.float64) @ unit(direction)))
+    assert sizes[1] < 0.02 * sizes[0]
 
 
 def test_an_output_inside_the_source_is_refused(tiny_folder, direction, tmp_path):
