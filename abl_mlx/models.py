@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from abl_mlx import context_length, prompt_tokens, thoughts
 from abl_mlx.arrays import parameters
-from convert import escape, on_cpu, packed
+from convert import escape, on_cpu, other_quantization, packed
 from convert.chat_template import ChatTemplate
 from convert.errors import UserError
 from convert.foreign import foreign
@@ -195,6 +195,7 @@ def _load_model(
         )
     with TensorFiles(folder) as files:
         shapes = {name: files.info(name).shape for name in files.names}
+        quantized = other_quantization.find(config, files)
     check_counts(folder, config, shapes)
     try:
         _, arguments = _get_classes(config)
@@ -208,13 +209,20 @@ def _load_model(
             f"{folder / 'config.json'}: mlx-lm has no architecture named "
             f"{config['model_type']!r}: update mlx-lm, or choose another model."
         ) from None
+    if quantized is not None and quantized.bare:
+        raise quantized.unreadable(folder)
     complete_for(arguments, config)
     added = {key: value for key, value in config.items() if key not in ("eos_token_id",)}
-    with foreign(f"{folder} could not be loaded as {config['model_type']}"):
-        # Lazily: tensors are evaluated one by one, which keeps the peak at the model's own size.
-        model, config = load_model(folder, lazy=True, model_config=added)
-        for _, value in [] if lazy else parameters(model):
-            mx.eval(value)
+    try:
+        with foreign(f"{folder} could not be loaded as {config['model_type']}"):
+            # Lazily: tensors are evaluated one by one, and the peak is the model's own size.
+            model, config = load_model(folder, lazy=True, model_config=added)
+            for _, value in [] if lazy else parameters(model):
+                mx.eval(value)
+    except UserError:
+        if quantized is not None:
+            raise quantized.unreadable(folder) from None
+        raise
     if not hasattr(model, "layers"):
         raise UserError(f"{folder}: {config['model_type']} has no list of layers to look into.")
     give_window(model, config)

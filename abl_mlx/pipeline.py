@@ -68,7 +68,8 @@ from abl_mlx.writers import Writer, find_writers
 from convert import adapters
 from convert.atomic import check_new, claim
 from convert.errors import UserError
-from convert.hf_config import read_config, refuse_foreign
+from convert.hf_config import read_config
+from convert.other_quantization import refuse_foreign
 from convert.safetensors_files import TensorFiles
 from convert.suffixes import ends_in, is_gguf_name
 
@@ -485,7 +486,7 @@ def open_files(source: Source, paths: Sequence[Path], options: Options) -> Tenso
     paths = [path for path in paths if not adapters.is_mlx(path)]
     if not paths:
         return files  # an adapter is small, and sits on weights of any type
-    refuse_foreign(source.path, read_config(source.path), files.names)
+    refuse_foreign(source.path, read_config(source.path), files)
     outputs.check_space(paths, sum(file.stat().st_size for file in files.files))
     if any(is_gguf_name(path) for path in paths):
         from convert.mlx_to_gguf import check_convertible

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,51 +179,3 @@ def _missing(config: dict[str, Any]) -> dict[str, Any]:
     if "num_local_experts" in config:
         found["num_experts"] = config["num_local_experts"]
     return found
-
-
-def refuse_foreign(folder: Path, config: dict[str, Any], names: Iterable[str]) -> None:
-    """Refuse a folder that is quantized in another form than MLX's own.
-
-    Args:
-        names: of the folder's tensors.
-
-    Raises:
-        UserError: naming the folder and the mend.
-    """
-    if isinstance(config.get("quantization"), dict):
-        return
-    text = config.get("text_config")
-    method: Any = config.get("quantization_config")
-    if not method and isinstance(text, dict):
-        method = text.get("quantization_config") or text.get("quantization")
-    endings = (".scales", ".qweight", ".weight_scale", ".weight_scale_inv", "_blocks")
-    packed = next((name for name in names if name.endswith(endings)), None)
-    if method or packed:
-        kind = method.get("quant_method") if isinstance(method, dict) else None
-        raise UserError(
-            f"{folder} is quantized{f' by {kind}' if kind else ''}"
-            f"{f' ({packed})' if packed else ''} in another form than MLX's own: convert it first "
-            f"with `mlx_lm.convert --hf-path {folder} --mlx-path {folder}-mlx`."
-        )
-
-
-def refuse_quantized(folder: Path, config: dict[str, Any], names: Iterable[str]) -> None:
-    """Refuse a quantized folder, whose weights are read as floats here.
-
-    Args:
-        names: of the folder's tensors.
-
-    Raises:
-        UserError: naming the folder and the mend.
-    """
-    configured = any(
-        isinstance(part, dict) and (part.get("quantization") or part.get("quantization_config"))
-        for part in (config, config.get("text_config"))
-    )
-    packed = next((name for name in names if name.endswith((".scales", ".qweight"))), None)
-    if configured or packed:
-        raise UserError(
-            f"{folder} is quantized{f' ({packed})' if packed else ''}, and quantized weights are "
-            "not supported as a source here: take the float model it was made from, or dequantize "
-            f"it first with `mlx_lm.convert --hf-path {folder} -d --mlx-path {folder}-float`."
-        )

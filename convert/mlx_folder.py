@@ -232,7 +232,7 @@ def float_dtype(info: TensorInfo, name: str = "a tensor to be edited") -> mx.Dty
     if info.dtype not in FLOAT_DTYPES:
         raise UserError(
             f"{name} in {info.file} is stored as {info.dtype}: only F32, F16 and BF16 can be "
-            "edited in place; convert the model with `mlx_lm.convert --dtype bfloat16` first."
+            "edited in place; take the model in one of these."
         )
     return FLOAT_DTYPES[info.dtype]
 

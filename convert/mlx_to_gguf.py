@@ -21,8 +21,9 @@ from convert.atomic import check_new, new_file
 from convert.errors import UserError
 from convert.gguf_tokenizer import Tokenizer, read_tokenizer
 from convert.gguf_values import Value, value_type
-from convert.hf_config import read_config, refuse_quantized
+from convert.hf_config import read_config
 from convert.names import Target
+from convert.other_quantization import refuse_quantized
 from convert.safetensors_files import TensorFiles
 
 Edit = Callable[[mx.array], mx.array]
@@ -196,7 +197,7 @@ class _Layout:
 def _layout(folder: Path, files: TensorFiles, file_type: str, pre: str | None) -> _Layout:
     file_type = _file_type(file_type)
     config = read_config(folder)
-    refuse_quantized(folder, config, files.names)
+    refuse_quantized(folder, config, files)
     _refuse_integers(files)
     targets = names.plan(config, files.names)
     rows = files.info(_source(targets, "token_embd.weight")).shape[0]
@@ -251,8 +252,8 @@ def _refuse_integers(files: TensorFiles) -> None:
         info = files.info(name)
         if info.dtype not in ("F32", "F16", "BF16", "F64") and not names.is_skipped(name):
             raise UserError(
-                f"{name} in {info.file} is stored as {info.dtype}: convert the model to float16 or "
-                f"bfloat16 first."
+                f"{name} in {info.file} is stored as {info.dtype}: take the float model it was "
+                "made from."
             )
 
 
