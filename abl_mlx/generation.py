@@ -208,6 +208,7 @@ def way(chat: ChatModel, sequences: Sequence[Sequence[int]], batch_size: int) ->
             known[one, length] = _agrees(chat, one, sample(sequences))
         if known[one, length]:
             return _told(chat, one, one is (Way.SINGLE if alone else Way.BATCH))
+    Plain(chat)(sample(sequences)[:2])  # where even that cannot be run, that is said
     return _told(chat, Way.PLAIN, False)
 
 
@@ -229,13 +230,12 @@ def _agrees(chat: ChatModel, one: Way, tokens: list[int]) -> bool:
     # Lengths far apart, of which three stand side by side; the first reply ends early, and the
     # fourth prompt takes its place beside replies that have begun.
     prompts = [tokens, tokens[-max(2, n // 8) :], tokens[third:], tokens[: n // 2]]
-    lengths = [2, 5, 3, 2]
+    lengths = [1, 3, 2, 2]
     if one is Way.EQUAL:
         prompts, lengths = [tokens[:third], tokens[third : 2 * third], tokens[-third:]], [2, 4, 3]
     elif one is Way.SINGLE:
         prompts, lengths = [tokens[third:]], [3]
     plain = Plain(chat)
-    plain(prompts[-1])  # where even that cannot be run, that is said
     found: list[list[Step]] = [[] for _ in prompts]
     try:
         for index, step in _STEPS[one](chat, prompts, lengths, 3, frozenset()):

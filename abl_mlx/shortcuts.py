@@ -81,7 +81,6 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
     none = Shortcuts(False, False, False, False, plain.cached)
     long, short = tokens, [*tokens[:half], *tokens[-max(1, half // 4) :]]
     shortest = tokens[-max(2, half // 4) :]
-    plain(shortest)  # where even that cannot be run, that is said
 
     def same(how: Shortcuts, *prompts: list[int]) -> bool:
         begun = Prefix(chat, tokens[:half] if how.prefix else [], cached=how.cached)
@@ -94,6 +93,7 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
 
     if holds(every, long, short) and holds(replace(every, prefix=False), long, shortest):
         return every
+    plain(shortest)  # where even that cannot be run, that is said
     together = holds(replace(none, together=True), long, long[::-1], long[1:] + long[:1])
     padded = together and holds(replace(none, together=True, padded=True), long, shortest, short)
     prefix = replace(none, prefix=True, together=together)
