@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from convert import gguf_to_mlx
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.gguf_writers import GgufWriter
+from convert.packed import Packed
 
 #: Texts on which both tokenizers must agree.
 _TEXTS = (
@@ -100,6 +102,9 @@ def _plain(path: str) -> str:
 
 def _values(module: nn.Module) -> tuple[mx.array, float]:
     """A module's weights, float32, and how many bits each was stored in."""
+    if isinstance(module, Packed):
+        rows = math.prod(module.shape[:-1])
+        return module.rows(0, rows).reshape(module.shape), float(module.bits)
     weight = module["weight"]
     if "scales" not in module:
         return weight.astype(mx.float32), 16.0

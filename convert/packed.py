@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from gguf import GGMLQuantizationType
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from convert.ggml_types import grid_codec
 from convert.mlx_types import AFFINE, GROUP, MlxQuantized, pack, repack
@@ -75,7 +75,7 @@ class Form:
             if biases is not None:
                 scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
             return mx.dequantize(
-                codes, scales, biases, group_size=GROUP, bits=self.bits, mode=self.mode,
+                codes, scales, biases, group_size=self.group, bits=self.bits, mode=self.mode,
                 dtype=mx.float32,
             )  # fmt: skip
         rows = codes.shape[0]
@@ -112,7 +112,7 @@ class Form:
             unpack(raw, 4, GROUP, _E2M1, scales.astype(np.float32), none, out)
         elif self.mode:
             scales, biases = (parts[name].astype(np.float32) for name in ("scales", "biases"))
-            unpack(raw, self.bits, GROUP, levels, scales, biases, out)
+            unpack(raw, self.bits, self.group, levels, scales, biases, out)
         else:
             if self.levels is not None:
                 levels = np.array(self.levels, np.float32)
@@ -253,6 +253,11 @@ class Packed(nn.Module):
         """Of the weight, unpacked: (out, in) or (experts, out, in)."""
         return self._shape
 
+    @property
+    def bits(self) -> int:
+        """Of a stored code; 16 for plain floats."""
+        return self._form.bits or 16
+
     def _part(self, pick: Any) -> dict[str, mx.array]:
         """Some rows of every array: a slice of, or indices into, the rows in one line."""
         found = {}
@@ -379,21 +384,16 @@ class PackedSwitchLinear(Packed, SwitchLinear):
 
 
 def hold(model: nn.Module) -> None:
-    """Have a loaded model's float matrices multiplied by NumPy's BLAS, for a model on the CPU.
+    """Have a loaded model's matrices multiplied by NumPy's BLAS, for a model on the CPU.
 
-    Matrices keep their type; everything else in the model is widened to float32, in which it then
-    computes.
+    Matrices keep their type, quantized ones their codes; everything else in the model is widened to
+    float32, in which it then computes.
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if type(module) not in (nn.Linear, nn.Embedding, SwitchLinear):
-            continue
-        weight = module["weight"]
-        n = weight.shape[-1]
-        parts = {"codes": weight.reshape(-1, n)}
-        held = packed_module(module, Form(n), parts, weight.shape, module.get("bias"))
-        assert held is not None
-        found[path] = held
+        held = _held(module)
+        if held is not None:
+            found[path] = held
     model.update_modules(tree_unflatten(list(found.items())))
     for path, module in model.named_modules():
         for name, value in module.items():
@@ -401,6 +401,29 @@ def hold(model: nn.Module) -> None:
             if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
                 module[name] = value if matrix else value.astype(mx.float32)
                 mx.eval(module[name])
+
+
+def _held(module: nn.Module) -> nn.Module | None:
+    """The packed counterpart of a module with a matrix; None for any other."""
+    kind = type(module)
+    if kind in (nn.Linear, nn.Embedding, SwitchLinear):
+        weight = module["weight"]
+        form, shape, parts = Form(weight.shape[-1]), weight.shape, {"codes": weight}
+    elif kind in (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear):
+        weight, mode, group = module["weight"], module.mode, module.group_size
+        if mode != "affine" and (mode, group) != ("mxfp4", GROUP):
+            return None
+        n = module["scales"].shape[-1] * group
+        form, shape = Form(n, module.bits, group, mode=mode), (*weight.shape[:-1], n)
+        parts = {"codes": weight, "scales": module["scales"]}
+        if mode == "affine":
+            # NumPy has no bfloat16.
+            parts["biases"] = module["biases"].astype(mx.float32)
+            parts["scales"] = parts["scales"].astype(mx.float32)
+    else:
+        return None
+    flat = {name: part.reshape(-1, part.shape[-1]) for name, part in parts.items()}
+    return packed_module(module, form, flat, shape, module.get("bias"))
 
 
 def packed_module(
@@ -411,10 +434,10 @@ def packed_module(
     bias: mx.array | None,
 ) -> nn.Module | None:
     """The packed counterpart of a module of mlx-lm; None for a kind that has none."""
-    if isinstance(like, nn.Embedding):
+    if isinstance(like, nn.Embedding | nn.QuantizedEmbedding):
         return PackedEmbedding(form, parts, shape)
-    if isinstance(like, SwitchLinear):
+    if isinstance(like, SwitchLinear | QuantizedSwitchLinear):
         return PackedSwitchLinear(form, parts, shape, bias)
-    if isinstance(like, nn.Linear):
+    if isinstance(like, nn.Linear | nn.QuantizedLinear):
         return PackedLinear(form, parts, shape, bias)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
@@ -13,7 +14,7 @@ from gguf.quants import dequantize
 from convert import ggml, ggml_types, mlx_types, packed
 from convert.gguf_file import GgufSource
 from convert.gguf_rewrite import Replacement, rewrite
-from convert.gguf_to_mlx import load
+from convert.gguf_to_mlx import layout, load
 from tests import tiny_gguf
 from tests.agreement import logprobs
 from tests.gguf_recipes import RECIPES
@@ -133,3 +134,31 @@ def test_a_packed_model_is_the_same_model(
         assert kinds & {"PackedSwitchLinear", "QuantizedSwitchLinear"}
     difference = np.abs(logprobs(small.model, PROMPT) - logprobs(plain.model, PROMPT)).max()
     assert difference < 0.01
+
+
+@pytest.mark.parametrize("scales", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize(
+    ("bits", "group", "mode"),
+    [(2, 32, "affine"), (3, 64, "affine"), (4, 64, "affine"), (5, 32, "affine"),
+     (6, 64, "affine"), (8, 128, "affine"), (4, 32, "mxfp4")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["qwen2", "mixtral", "gpt-oss"])
+def test_a_quantized_folders_matrices_are_held_as_they_are(
+    name: str, bits: int, group: int, mode: str, scales: mx.Dtype, floats: dict[str, Path]
+) -> None:
+    with GgufSource(floats[name]) as source:
+        model = layout(source).model
+    model.set_dtype(scales)
+    nn.quantize(model, group_size=group, bits=bits, mode=mode)
+    model.set_dtype(mx.float32)  # the scales stay what they are; MLX then computes in float32
+    before = logprobs(model, PROMPT)
+    for _, module in model.named_modules():
+        if "scales" in module and mode == "affine":
+            module.scales, module.biases = (
+                module[part].astype(scales) for part in ("scales", "biases")
+            )
+    packed.hold(model)
+    kinds = {type(module).__name__ for _, module in model.named_modules()}
+    assert "PackedLinear" in kinds
+    assert not any(kind.startswith("Quantized") for kind in kinds)
+    assert np.abs(logprobs(model, PROMPT) - before).max() < 2e-3
