@@ -2,28 +2,41 @@
 
     python benchmarks/measure.py
     python benchmarks/measure.py --width 1024 --layers 16 --system 40
+    python benchmarks/measure.py --model FILE.gguf
 
 128 harmful and 128 harmless prompts run through a Llama of random weights, in the batches that
 `capture` makes of them: bare, up to the last layer and with the output head; then `directions
 .measure` at 5 positions of every layer, with every prompt run whole; then with what the prompts
 begin with (a system prompt of ``--system`` tokens) run once. All passes compute the same products;
 what measuring adds is bounded by reading L·P·d numbers a prompt.
+
+With ``--model`` the passes are those of a real GGUF over ``--tokens`` tokens of prompts, beside
+their bound (two operations for each weight and token, at what NumPy's sgemm reaches here) and
+beside llama.cpp's own prompt processing of the same tokens, all on the same cores. CPU seconds of
+all cores are given too, because a busy machine stretches the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
-from abl_mlx import directions, models, prefix
+from abl_mlx import directions, gguf_model, heads, models, prefix
 from abl_mlx.batches import batches
 from abl_mlx.hooks import around
+from abl_mlx.llamacpp import LlamaCpp
 from abl_mlx.models import ChatModel
+from abl_mlx.plain import vocabulary
+from convert.gguf_file import GgufSource
 from tests import tiny
 
 POSITIONS = [-5, -4, -3, -2, -1]
@@ -49,7 +62,8 @@ def bare(chat: ChatModel, prompts: list[list[int]], head: bool) -> None:
 
     with around([(chat.layers[-1], keep)]):
         for batch in batches(prompts):
-            output = chat.model(batch.tokens)
+            with nullcontext() if head else heads.unseen(chat.model):
+                output = chat.model(batch.tokens)
             mx.eval(output if head else last)
 
 
@@ -63,13 +77,73 @@ def seconds(work: Callable[[], object], repeat: int) -> float:
     return min(found)
 
 
+def clocks(work: Callable[[], object], repeat: int) -> tuple[float, float]:
+    """The best of some runs: seconds, and CPU seconds of all cores together."""
+    found = []
+    for _ in range(repeat):
+        start, used = time.perf_counter(), time.process_time()
+        work()
+        found.append((time.perf_counter() - start, time.process_time() - used))
+    return min(one for one, _ in found), min(one for _, one in found)
+
+
+def sgemm(operations: float) -> tuple[float, float]:
+    """What NumPy's float32 product takes for so many operations, at the sizes of a batch."""
+    x = np.random.default_rng(0).standard_normal((2048, 1024), dtype=np.float32)
+    w = np.random.default_rng(1).standard_normal((4096, 1024), dtype=np.float32)
+    x @ w.T
+    share = operations / (2 * 2048 * 1024 * 4096)
+    whole, used = clocks(lambda: x @ w.T, 10)
+    return share * whole, share * used
+
+
+def real(path: Path, tokens: int, repeat: int) -> None:
+    """Ours, the bound, and llama.cpp, over the same prompts of a real GGUF."""
+    with GgufSource(path) as source:
+        chat, _ = gguf_model.load(source)
+        table = {name: math.prod(entry.shape) for name, entry in source.tensors.items()}
+    weights = sum(size for name, size in table.items() if name.startswith("blk."))
+    width = vocabulary(chat)
+    prompts: list[list[int]] = []
+    while sum(map(len, prompts)) < tokens:
+        length = 24 + 8 * (len(prompts) % 5)
+        drawn = np.random.default_rng(len(prompts)).integers(0, width // 2, length)
+        prompts.append([int(token) for token in drawn])
+    count = sum(map(len, prompts))
+    bare(chat, prompts[:4], head=False)  # warm
+    ours, used = clocks(lambda: bare(chat, prompts, head=False), repeat)
+    bound, least = sgemm(2 * weights * count)
+    print(f"{path.name}: {len(prompts)} prompts, {count:,} tokens, {weights / 1e6:.0f} M weights")
+    print(f"bound, NumPy's sgemm   {bound:7.2f} s   {least:7.2f} CPU s")
+    print(f"bare passes, no head   {ours:7.2f} s   {used:7.2f} CPU s")
+    print(f"                       {ours / bound:7.2f} ×   {used / least:7.2f} × bound")
+    with LlamaCpp(path, n_ctx=64, n_parallel=1, n_threads=len(os.sched_getaffinity(0))) as runtime:
+        runtime.greedy(prompts[0], 1)  # warm
+
+        def ask() -> float:
+            """Milliseconds that llama.cpp says it spent on prompts."""
+            spent = 0.0
+            for prompt in prompts:
+                request = {"prompt": prompt, "n_predict": 1, "cache_prompt": False}
+                spent += runtime._post("/completion", request)["timings"]["prompt_ms"]
+            return spent
+
+        theirs = min(ask() for _ in range(repeat)) / 1000
+    print(f"llama.cpp, prompts     {theirs:7.2f} s   ours is {ours / theirs:.2f} × that")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--system", type=int, default=40, help="tokens that all prompts share")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="a GGUF, instead of the random Llama")
+    parser.add_argument("--tokens", type=int, default=2048, help="of prompts, with --model")
     args = parser.parse_args()
+    if args.model:
+        real(args.model, args.tokens, args.repeat)
+        return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         tiny.write_model(
