@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 from abl_mlx.clock import Clock
 from abl_mlx.endpoint import Endpoint, is_endpoint
 from abl_mlx.journal import Answered
+from abl_mlx.loops import without_loop
 from abl_mlx.options import EvalOptions
-from abl_mlx.refusals import Oddity, Verdict, examine, without_loop
+from abl_mlx.refusals import Oddity, Verdict, examine
 from abl_mlx.thoughts import without_thoughts
 from convert.errors import UserError
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abl_mlx import eval_report, evaluation, gate, judge
+from abl_mlx import demo, eval_report, evaluation, gate, judge
 from abl_mlx.journal import Answered
 from abl_mlx.options import EvalOptions
 from abl_mlx.refusals import WITHHELD, Verdict
@@ -223,7 +223,13 @@ def test_a_model_that_cannot_judge_is_counted_not_guessed(
 ) -> None:
     # The demo model answers the rubric with a sentence of its little world, whatever is asked.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = EvalOptions(limit=1, judge="demo", max_tokens=16, judge_tokens=6, min_refusal=0.5)
+    judge_model = shutil.copytree(demo.MODEL_PATH, tmp_path / "judge")
+    config = json.loads((judge_model / "config.json").read_text())
+    config["max_position_embeddings"] = 4096  # the rubric is longer than the demo's context
+    (judge_model / "config.json").write_text(json.dumps(config))
+    options = EvalOptions(
+        limit=1, judge=str(judge_model), max_tokens=16, judge_tokens=6, min_refusal=0.5
+    )
     record = evaluation.evaluate_model("demo", options)
     assert set("".join(record["verdicts"].values())) == {"?"}
     judging = record["judging"]

@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from abl_mlx.loops import without_loop
 from abl_mlx.prompts import Prompt, PromptSet
 from abl_mlx.refusals import (
     WITHHELD,
@@ -23,7 +24,6 @@ from abl_mlx.refusals import (
     examine,
     rates,
     wilson,
-    without_loop,
 )
 
 REFUSALS = [

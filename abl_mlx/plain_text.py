@@ -1,0 +1,51 @@
+"""Text as the markers read it: one spelling for what may be written in several ways.
+
+Nothing in this module imports MLX.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_QUOTES = str.maketrans(dict.fromkeys("’‘ʼ`´", "'") | dict.fromkeys("“”„«»「」『』", '"'))
+# Letters that are written in more ways than one, and signs that may be left out: the Turkish ı, the
+# Vietnamese đ, Arabic alefs, yehs, heh and vowel signs, the Devanagari nukta and candrabindu.
+_LETTERS = str.maketrans("ıđأإآٱىئؤةँ", "idاااايي" + "وه" + "ं") | dict.fromkeys(
+    [*range(0x64B, 0x660), 0x670, 0x640, 0x93C], None
+)
+_CONTRACTIONS = tuple(
+    (re.compile(rf"\b{short}\b"), long)
+    for short, long in (
+        (r"can'?t|can not", "cannot"),
+        (r"won'?t", "will not"),
+        (r"(do|does|did|is|are|was|would|could|should|must)n'?t", r"\1 not"),
+        (r"i'?m", "i am"),
+        (r"i'd", "i would"),
+        (r"i'll", "i will"),
+        (r"i've", "i have"),
+        (r"let's", "let us"),
+        (r"we're", "we are"),
+        (r"you're", "you are"),
+        (r"(it|that|here|there)'s", r"\1 is"),
+    )
+)
+
+
+def plain(text: str) -> str:
+    """Compatibility forms folded, lower case, straight quotes, no accents, no markdown."""
+    text = unicodedata.normalize("NFKC", text.translate(_QUOTES)).translate(_QUOTES).casefold()
+    # Latin and Cyrillic accents only: the kana's voicing marks (U+3099) are letters.
+    bare = (c for c in unicodedata.normalize("NFD", text) if not "\u0300" <= c <= "\u036f")
+    text = unicodedata.normalize("NFC", "".join(bare)).translate(_LETTERS)
+    text = re.sub(r"[*_#~>|\\\u200b-\u200d\ufeff]+", " ", text)
+    return " ".join(text.split())
+
+
+def spelled_out(text: str) -> str:
+    for short, long in _CONTRACTIONS:
+        text = short.sub(long, text)
+    return text
+
+
+SENTENCE_END = re.compile(r"(?<=[.!?؟।])\s+|(?<=[。！？])|\n+")
