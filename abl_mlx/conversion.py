@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from abl_mlx import __version__, outputs, sources
+from abl_mlx import __version__, notes, outputs, sources
 from abl_mlx.clock import Clock
 from abl_mlx.models import progress
 from abl_mlx.provenance import TAGS
@@ -81,7 +81,8 @@ def _to_gguf(source: Source, out: Path, quantize: str) -> Record:
     counts: dict[str, int] = {}
     for kind in report.types.values():
         counts[kind] = counts.get(kind, 0) + 1
-    return {"format": "GGUF", "tensors": counts, "bytes": report.bytes}
+    note = notes.vision(report.left_out)
+    return {"format": "GGUF", "tensors": counts, "bytes": report.bytes, **notes.noted(note)}
 
 
 def _edit_label(source: Source) -> dict[str, Any]:
@@ -102,4 +103,10 @@ def _to_mlx(
             report = gguf_to_mlx.write_folder(
                 gguf, out, bits=bits, group_size=group_size, dtype=dtype, progress=bar.update
             )
-    return {"format": "MLX", "tensors": report.forms, "bytes": report.bytes}
+    return {
+        "format": "MLX",
+        "tensors": report.forms,
+        "bytes": report.bytes,
+        **({"left_out": list(report.left_out)} if report.left_out else {}),
+        **notes.noted(notes.drafting(report.left_out)),
+    }

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from abl_mlx import spectrum, stream_weights
+from abl_mlx import other_tensors, spectrum, stream_weights
 from abl_mlx.models import progress
 from abl_mlx.sources import Source
 from abl_mlx.stream_weights import StreamWeight, StreamWeights, Unreachable
@@ -45,7 +45,12 @@ def compare(source: Source, base: Source) -> tuple[Record, np.ndarray | None]:
     with stream_weights.opened(source) as after, stream_weights.opened(base) as before:
         pairs, left_out = _matched(before, after, base.name, source.name)
         with spectrum.threads(after.width):
-            return _compare(pairs, left_out, after)
+            record, directions = _compare(pairs, left_out, after)
+    writers = [name for one in (*after.writers, *before.writers) for name in one.tensors]
+    others = other_tensors.compare(source, base, writers)
+    record["evidence"] += others.evidence()
+    record["others"] = others.record()
+    return record, directions
 
 
 Pair = tuple[StreamWeight, StreamWeight]

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import adapter_outputs, outputs, taken
+from abl_mlx import adapter_outputs, notes, outputs, taken
 from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Leak, leak, total_leak
@@ -32,7 +32,7 @@ from convert.atomic import check_new, new_files, new_folder
 from convert.errors import UserError
 from convert.gguf_file import GgufSource, part_paths
 from convert.gguf_rewrite import rewrite
-from convert.ollama import modelfile
+from convert.ollama import lost_of_template, modelfile
 from convert.safetensors_files import TensorFiles
 from convert.suffixes import is_gguf_name
 
@@ -148,6 +148,8 @@ def _write_gguf(
         **leak_record(reports),
     }
     _check_leak(staged.path, reports, one["leak"], options)
+    if len(files) == 1 and source.ollama is None:
+        one |= notes.noted(notes.modelfile(lost_of_template(files[0])))
     if options.keep_undo:
         place = taken.kept_path(staged.folder / staged.path.name)
         taken.keep_gguf(place, gguf, plans, label["direction_sha256"])
@@ -219,6 +221,7 @@ def _write_folder(
         "format": "MLX",
         **leak_record(reports),
         "types": sorted(report.forms),
+        **notes.noted(notes.drafting(report.left_out)),
     }
     _check_leak(staged.path, reports, one_record["leak"], options)
     return one_record

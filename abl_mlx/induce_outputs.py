@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import __version__, evaluate, gguf_model, gguf_pipeline, models, outputs
+from abl_mlx import __version__, evaluate, gguf_model, gguf_pipeline, models, notes, outputs
 from abl_mlx.arrays import numbers, numpy_of, parameters
 from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
@@ -40,6 +40,7 @@ from convert.errors import UserError
 from convert.gguf_extend import extend
 from convert.gguf_file import GgufSource
 from convert.mlx_folder import rewrite_folder
+from convert.ollama import lost_of_template
 from convert.safetensors_files import TensorFiles
 from convert.scratch import scratch
 from convert.suffixes import is_gguf_name
@@ -107,7 +108,9 @@ def run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Option
                     assert place is not None
                     _write_gguf(source, gguf, one, chat, place, found, label, options)
             with clock.step(f"evaluate {one.path.name}"):
-                figures, after = _judge(one, chat, prefix, found, base, sets, options)
+                figures, after = _judge(
+                    one, chat, prefix, found, base, sets, options, source.ollama is not None
+                )
             replies[str(one.path)] = after
             evaluations.append(figures)
         with clock.step("hash the source"):
@@ -410,6 +413,7 @@ def _judge(
     base: evaluate.Baseline,
     sets: PromptSets,
     options: Options,
+    from_ollama: bool,
 ) -> tuple[Record, evaluate.Behaviour]:
     is_vector = control_vector.is_control_vector(one.path)
     figures: Record = {
@@ -428,6 +432,8 @@ def _judge(
     figures["runtime"] = "llama.cpp" if in_llamacpp else "mlx-lm"
     if is_vector:
         figures["note"] = "added at runtime in MLX, as llama.cpp's --control-vector does"
+    elif one.is_gguf and not from_ollama:
+        figures |= notes.noted(notes.modelfile(lost_of_template(one.staged)))
     return figures | {"after": after.record()}, after
 
 

@@ -256,6 +256,13 @@ def complete_for(arguments: type, config: dict[str, Any]) -> None:
             config["head_dim"] = hidden // heads
 
 
+#: Files of which transformers makes a tokenizer, each of them alone.
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "vocab.json", "vocab.txt",
+    "tekken.json", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
 def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
     """mlx-lm's TokenizerWrapper of the files in ``folder``.
 
@@ -267,6 +274,11 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
     """
     from mlx_lm.utils import load_tokenizer as load_wrapper
 
+    if not any(any(folder.glob(file)) for file in _TOKENIZERS):
+        raise UserError(
+            f"{name} has no tokenizer.json (nor a tokenizer in another form): copy it from the "
+            "model's publisher."
+        )
     with foreign(f"{name}: the tokenizer could not be loaded"):
         tokenizer = load_wrapper(folder, eos_token_ids=config.get("eos_token_id"))
     if not tokenizer.has_chat_template:

@@ -5,7 +5,7 @@ A record keeps them under ``note``; every command's table and every card shows t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -23,3 +23,33 @@ def noted(*notes: str | None) -> dict[str, str]:
 def lines(record: Mapping[str, Any], indent: str = "  ") -> list[str]:
     """The line of a table that shows a record's note, if it has one."""
     return [f"{indent}note: {record['note']}"] if record.get("note") else []
+
+
+def drafting(tensors: Sequence[str]) -> str | None:
+    """What to say of a folder that lacks tensors of multi-token prediction that the GGUF has."""
+    if not tensors:
+        return None
+    return (
+        f"left out: {len(tensors)} tensors of multi-token prediction (such as {tensors[0]}), for "
+        "which mlx-lm's models have no place"
+    )
+
+
+def vision(tensors: Sequence[str]) -> str | None:
+    """What to say of a GGUF that lacks the vision tower that its folder has."""
+    if not tensors:
+        return None
+    return (
+        f"left out: {len(tensors)} tensors of the vision tower (such as {tensors[0]}): llama.cpp "
+        "takes pictures by an mmproj GGUF of its own, which its convert_hf_to_gguf.py writes"
+    )
+
+
+def modelfile(lost: Sequence[str]) -> str | None:
+    """What to say of a Modelfile whose TEMPLATE lacks what the model's own template has."""
+    if not lost:
+        return None
+    return (
+        f"the Modelfile's TEMPLATE has no {' and no '.join(lost)}, which the model's own template "
+        "has: Ollama will not offer them; the Modelfile says what to do"
+    )

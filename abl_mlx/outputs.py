@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import mlx_edit
+from abl_mlx import mlx_edit, notes
 from abl_mlx.apply import LeakReport, Plan, TensorEdit, measure_leak
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.provenance import gguf_metadata, without_home
@@ -300,6 +300,7 @@ def write_gguf_file(
 ) -> Written:
     """Write the edited GGUF to the output's staged name and measure its leak."""
     from convert.mlx_to_gguf import write_gguf
+    from convert.ollama import lost_of_template
 
     with progress(1, f"write {output.path.name}", "tensor") as bar:
 
@@ -321,7 +322,11 @@ def write_gguf_file(
     edits = plan.edits_of_gguf
     leak = measure_leak(files, edits, read_back, limit=max_leak, output=str(output.path))
     types = tuple(sorted({report.types[report.tensors[name]] for name in edits}))
-    return Written(output, leak, read_back, types)
+    note = notes.joined(
+        notes.vision(report.left_out),
+        notes.modelfile(lost_of_template(output.staged, source.path)),
+    )
+    return Written(output, leak, read_back, types, note=note)
 
 
 def _quantizer(plan: Plan) -> Callable[[str, Any, Any], Any]:

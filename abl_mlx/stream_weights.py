@@ -53,6 +53,7 @@ class StreamWeight:
         read: decodes a slab, float32 as it lies in the file.
         release: gives memory that reading has taken back.
         columns_moved: whether its columns have another order than in mlx-lm's model.
+        tensors: names of the tensors in its file that hold it.
     """
 
     name: str
@@ -65,6 +66,7 @@ class StreamWeight:
     read: Callable[[Slab], np.ndarray] = field(repr=False)
     release: Callable[[], None] = field(repr=False)
     columns_moved: bool = False
+    tensors: tuple[str, ...] = ()
 
     @property
     def role(self) -> str:
@@ -202,7 +204,7 @@ def _gguf_weight(gguf: GgufSource, one: gguf_writers.GgufWriter) -> StreamWeight
 
     return StreamWeight(
         one.name, None, one.layer, entry.shape, stream_axis(one.kind, "weight"), gain,
-        entry.type.name, read, lambda: gguf.release(one.name),
+        entry.type.name, read, lambda: gguf.release(one.name), tensors=(one.name,),
     )  # fmt: skip
 
 
@@ -256,7 +258,7 @@ def _folder_weight(files: TensorFiles, one: Writer, stored: Stored, n: int) -> S
 
     return StreamWeight(
         f"{one.path}.weight", _plain(one.path), one.layer, shape,
-        stream_axis(one.kind, "weight"), gain, kind, read, release,
+        stream_axis(one.kind, "weight"), gain, kind, read, release, tensors=stored.tensors,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -482,11 +482,13 @@ class FolderReport:
         path: the folder.
         forms: how many matrices became what, such as {"affine 4-bit": 14, "bfloat16": 2}.
         bytes: of all safetensors files.
+        left_out: tensors of multi-token prediction, for which mlx-lm's models have no place.
     """
 
     path: Path
     forms: dict[str, int]
     bytes: int
+    left_out: tuple[str, ...] = ()
 
 
 def write_folder(
@@ -523,7 +525,7 @@ def write_folder(
             source, found, folder, bits=bits, group_size=group_size, dtype=dtype, progress=progress
         )
         (folder / "README.md").write_text(_card(source, report.forms), encoding="utf-8")
-    return FolderReport(out, report.forms, report.bytes)
+    return replace(report, path=out)
 
 
 def fill_folder(
@@ -565,7 +567,13 @@ def fill_folder(
     config |= {"abl_mlx": label} if (label := edit_label(source)) else {}
     config |= dict(extra or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return FolderReport(folder, forms, size)
+    return FolderReport(folder, forms, size, drafting(source))
+
+
+def drafting(source: GgufSource) -> tuple[str, ...]:
+    """Names of the tensors that only draft further tokens, which no folder of mlx-lm's holds."""
+    patterns = Keys(source).drafting
+    return tuple(n for n in source.tensors if any(re.search(pattern, n) for pattern in patterns))
 
 
 def edit_label(source: GgufSource) -> dict[str, Any]:

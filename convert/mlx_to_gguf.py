@@ -78,12 +78,15 @@ class GgufReport:
         tensors: source tensor name -> GGUF tensor name; an expert maps to its stack.
         types: GGUF tensor name -> its type, such as "Q6_K".
         bytes: the file's length.
+        left_out: tensors of the source that a GGUF of the language model does not hold, and that
+            are not made anew: those of a vision tower.
     """
 
     path: Path
     tensors: dict[str, str]
     types: dict[str, str]
     bytes: int
+    left_out: tuple[str, ...] = ()
 
 
 def write_gguf(
@@ -128,6 +131,7 @@ def write_gguf(
         layout = _layout(folder, files, file_type, pre)
         targets, extras, types = layout.targets, layout.extras, layout.types
         edits = edits or {}
+        left_out = tuple(name for name in files.names if names.is_vision(name))
         _refuse_stray_edits(edits, targets, files)
         keys = _metadata(folder, layout, name_suffix)
         keys.update(metadata or {})
@@ -169,6 +173,7 @@ def write_gguf(
         tensors={source: target.name for target in targets for source in target.sources},
         types={name: kind.name for name, kind in types.items()},
         bytes=size,
+        left_out=left_out,
     )
 
 

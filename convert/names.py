@@ -76,10 +76,10 @@ _GEMMA3_DEFAULTS: dict[str, Any] = {
     "rope_local_base_freq": 10_000.0,
 }
 
-_SKIPPED = re.compile(
+_VISION = re.compile(
     r"(^|\.)(vision_tower|vision_model|multi_modal_projector|embed_vision|visual)\."
-    r"|\.rotary_emb\.inv_freq$|\.rotary_emb\.cos_cached$|\.rotary_emb\.sin_cached$"
 )
+_SKIPPED = re.compile(rf"{_VISION.pattern}|\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
 
 
 def text_config(config: Config) -> dict[str, Any]:
@@ -394,6 +394,11 @@ def plan(config: Config, names: Iterable[str]) -> list[Target]:
 def is_skipped(source: str) -> bool:
     """Whether a tensor is left out: vision towers, and rotary tables that llama.cpp recomputes."""
     return _SKIPPED.search(source) is not None
+
+
+def is_vision(source: str) -> bool:
+    """Whether a tensor is one of a vision tower, which a GGUF of the language model lacks."""
+    return _VISION.search(source) is not None
 
 
 def canonical_name(source: str) -> str:

@@ -6,6 +6,10 @@ template/template.go); newer ones may hand it to llama.cpp. So the template is r
 marked messages, what stands around them is read off, and the same text is written in Ollama's Go
 template language, if that reproduces the original. A model that came out of Ollama's own store
 keeps what it had there instead.
+
+Of a template with tools or thinking only the turns are written. That Ollama then offers neither is
+the smaller harm: without a TEMPLATE, a model whose template it does not recognise could not chat at
+all. What is lost is said in the Modelfile and in the record, and how to have Ollama try instead.
 """
 
 from __future__ import annotations
@@ -137,6 +141,14 @@ def _describe(file: str, gguf: Path, folder: Path | None) -> str:
             drop_bos=bool(keys.get("tokenizer.ggml.add_bos_token")),
         )
     if turns is not None:
+        if lost := beyond_turns(str(source)):
+            lines.comment(
+                f"The model's chat template also has {' and '.join(lost)}, which the TEMPLATE "
+                "below has not, so that",
+                "Ollama does not offer them. Without the TEMPLATE line Ollama goes by the GGUF's "
+                "own template",
+                "where it recognises that; where it does not, the model is given the bare prompt.",
+            )
         lines.template(turns.go())
     elif source:
         lines.comment(
@@ -155,6 +167,36 @@ def _describe(file: str, gguf: Path, folder: Path | None) -> str:
     if licence:
         lines.text("LICENSE", licence)
     return str(lines)
+
+
+#: What a chat template may do beside turns -> how it shows.
+_BEYOND = {
+    "tools": re.compile(r"\b(?:tools|tool_calls?|functions)\b"),
+    "thinking": re.compile(
+        r"\b(?:enable_thinking|thinking|reasoning_content|reasoning_effort|reasoning)\b|<think>"
+    ),
+}
+
+
+def beyond_turns(source: str) -> list[str]:
+    """What a chat template in Jinja does beside turns, in words: "tools", "thinking"."""
+    code = _COMMENT.sub("", source)
+    return [what for what, sign in _BEYOND.items() if sign.search(code)]
+
+
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+
+
+def lost_of_template(gguf: Path, folder: Path | None = None) -> list[str]:
+    """What the model's chat template has, and the Modelfile's TEMPLATE has not.
+
+    Args:
+        gguf, folder: as for `modelfile`.
+    """
+    lost = beyond_turns(str(metadata(gguf).get("tokenizer.chat_template") or ""))
+    if not lost or "\nTEMPLATE " not in _describe(gguf.name, gguf, folder):
+        return []
+    return lost
 
 
 def _keep(file: str, kept: OllamaModel) -> str:

@@ -147,3 +147,18 @@ def test_undo_by_the_strength(flags, direction, tmp_path):
     assert ("blk.0.attn_output.weight" in touched) == (flags == ["--mtp"])
     abl_mlx("undo", edited, "-o", back, "--direction", direction)
     check_back(source, edited, back, "float32")
+
+
+@pytest.mark.parametrize("name", ["qwen35", "deepseek2"])
+def test_a_folder_made_from_a_gguf_says_what_it_leaves_out(name, direction, tmp_path):
+    base, out = tmp_path / "base.gguf", tmp_path / "folder"
+    write(base, recipe(name), GGMLQuantizationType.F16)
+    with GgufSource(base) as gguf:
+        drafting = gguf_mtp.tensors(gguf.architecture, gguf.tensors, gguf.metadata)
+    record = abl_mlx("convert", base, out)
+    assert record["left_out"] == drafting
+    assert f"left out: {len(drafting)} tensors of multi-token prediction" in record["note"]
+    assert record["note"] in report.convert_table(record)
+    record = abl_mlx("apply", direction, base, "-o", tmp_path / "edited")
+    assert f"left out: {len(drafting)} tensors" in record["written"][0]["note"]
+    assert f"left out: {len(drafting)} tensors" in (tmp_path / "edited" / "README.md").read_text()

@@ -4,20 +4,22 @@ import json
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import eval_report, induce_report, provenance, report, units
+from abl_mlx import eval_report, evaluate, induce_report, provenance, report, units
 from abl_mlx.cli import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.options import Options
 from abl_mlx.sources import resolve
 from convert import adapters, control_vector, phi3
 from convert.gguf_file import GgufSource, metadata
+from convert.gguf_rewrite import rewrite
 from convert.mlx_to_gguf import write_gguf
 from convert.suffixes import ends_in, is_gguf_name, without
-from tests import command
+from tests import command, tiny
 
 
 def printed(*arguments: object) -> str:
@@ -282,3 +284,114 @@ def test_a_name_says_phi3_as_it_did_before():
     assert phi3.named("Phi-3.5-x", phi3=True) == "Phi-3.5-x"
     assert phi3.named("x", phi3=True) == "x (phi-3)"
     assert phi3.named("phi-4", phi3=False) == "phi-4"
+
+
+def test_a_phi3_without_a_name_keeps_loading_in_llama_cpp(tmp_path):
+    pytest.importorskip("xllamacpp")
+    plain, base = tmp_path / "plain.gguf", tmp_path / "phi3-mini-q8.gguf"
+    write_gguf(tiny.write_model(tmp_path / "model", "phi3"), plain)
+    with GgufSource(plain) as gguf:
+        assert not phi3.says_phi3(gguf.metadata["general.name"])
+        rewrite(gguf, base, metadata={"general.name": None})
+    np.save(tmp_path / "r64.npy", np.random.default_rng(0).normal(size=64).astype(np.float32))
+    out = tmp_path / "phi3-edited.gguf"
+    command.abl_mlx("apply", tmp_path / "r64.npy", base, "-o", out)
+    assert metadata(out)["general.name"] == "phi 3-mini-q8-abliterated"
+    for path in (base, out):
+        assert len(evaluate.in_llamacpp(path)(["Hello"], 4)) == 1
+    # The other way around, and back to a GGUF.
+    command.abl_mlx("convert", out, tmp_path / "phi3-folder")
+    command.abl_mlx("convert", tmp_path / "phi3-folder", tmp_path / "phi3-again.gguf")
+    assert len(evaluate.in_llamacpp(tmp_path / "phi3-again.gguf")(["Hello"], 4)) == 1
+
+
+# --- templates and tokenizers ------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{{ m['content'] }}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        (CHATML, []),
+        ("{# tools and thinking #}" + CHATML, []),
+        ("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML, ["tools"]),
+        (CHATML + "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>' }}"
+         "{% endif %}", ["thinking"]),
+        ("{% if tools %}{{ tools | tojson }}{% endif %}{% set t = enable_thinking %}" + CHATML,
+         ["tools", "thinking"]),
+    ],
+)  # fmt: skip
+def test_a_modelfile_says_what_of_the_template_it_lacks(template, lost, direction, tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(MODEL_PATH, source)
+    (source / "chat_template.jinja").write_text(template)
+    out = tmp_path / "e.gguf"
+    text = printed("apply", direction, source, "-o", out)
+    written = (tmp_path / "e.Modelfile").read_text()
+    assert "TEMPLATE " in written
+    words = " and ".join(lost)
+    assert (f"# The model's chat template also has {words}, which" in written) == bool(lost)
+    note = f"the Modelfile's TEMPLATE has no {' and no '.join(lost)}, which"
+    assert (note in text) == bool(lost)
+    assert (note in (tmp_path / "e.README.md").read_text()) == bool(lost)
+    # The same from the GGUF.
+    write_gguf(source, tmp_path / "base.gguf")
+    again = printed("apply", direction, tmp_path / "base.gguf", "-o", tmp_path / "again.gguf")
+    assert (note in again) == bool(lost)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(MODEL_PATH, source)
+    (source / "tokenizer.json").unlink()
+    for arguments in (["measure", source, "-o", tmp_path / "r.safetensors"], ["eval", source]):
+        assert f"{source} has no tokenizer.json" in command.fails(*arguments)
+
+
+def test_a_gguf_without_a_template_is_asked_with_a_note(tmp_path):
+    pytest.importorskip("xllamacpp")
+    base, bare = tmp_path / "base.gguf", tmp_path / "bare.gguf"
+    write_gguf(MODEL_PATH, base)
+    with GgufSource(base) as gguf:
+        rewrite(gguf, bare, metadata={"tokenizer.chat_template": None})
+    text = printed("eval", bare, "--limit", "2", "--max-tokens", "4")
+    assert "note: bare has no chat template: llama.cpp asks it through its default one" in text
+    assert "default one" not in printed("eval", base, "--limit", "2", "--max-tokens", "4")
+
+
+# --- what else was changed ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["", ".gguf"])
+def test_a_change_of_what_does_not_write_is_evidence(ending, tmp_path):
+    changed, paths = tmp_path / "model", []
+    shutil.copytree(MODEL_PATH, changed)
+    file, name = changed / "model.safetensors", "model.layers.1.self_attn.q_proj.weight"
+    weights = mx.load(str(file))
+    weights[name] = (weights[name] * 1.2).astype(weights[name].dtype)
+    mx.save_safetensors(str(file), weights, metadata={"format": "pt"})
+    for source in (changed, MODEL_PATH):
+        paths.append(source)
+        if ending:
+            paths[-1] = tmp_path / f"{source.parent.name}{ending}"
+            write_gguf(source, paths[-1])
+    record = command.abl_mlx("audit", paths[0], "--base", paths[1])
+    assert record["verdict"] == "not edited"
+    others = record["weights"]["others"]
+    assert others["changed"] == [name if not ending else "blk.1.attn_q.weight"]
+    assert any("1 of 29 tensors that do not write" in one for one in record["evidence"])
+    same = command.abl_mlx("audit", paths[1], "--base", paths[1])
+    assert same["weights"]["others"]["changed"] == []
+    assert len(same["evidence"]) == 1
+
+
+def test_an_edit_changes_writers_alone(direction, base, tmp_path):
+    out = tmp_path / "e.gguf"
+    command.abl_mlx("apply", direction, base, "-o", out)
+    record = command.abl_mlx("audit", out, "--base", base)
+    assert record["weights"]["verdict"] == "edited"
+    assert record["weights"]["others"]["changed"] == []
