@@ -27,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from abl_mlx import evaluate, models, prompts, search, sources
+from abl_mlx.distributions import kl_divergence
 from abl_mlx.edits import Edit
 from abl_mlx.front import Point, front, hypervolume
 from abl_mlx.logits import first_reply_token
@@ -36,7 +37,6 @@ from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
 from abl_mlx.refusals import Verdict, classify
 from abl_mlx.search_space import Space
-from abl_mlx.distributions import kl_divergence
 from abl_mlx.steering import ablation
 from abl_mlx.writers import Writer, find_writers
 from tests import small_models

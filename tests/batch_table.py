@@ -95,8 +95,10 @@ def outcome(name: str) -> Outcome:
         seen = right > -20
         rows = np.array(found[index])
         assert (np.isfinite(rows) == np.isfinite(right)).all()
-        apart = max(apart, float(np.abs(rows - right)[seen].max()))
-        apart = max(apart, float(np.abs(np.array(first[index]) - right[-1])[seen[-1]].max()))
+        apart = max(apart, float(np.abs(rows[seen] - right[seen]).max()))
+        apart = max(
+            apart, float(np.abs(np.array(first[index])[seen[-1]] - right[-1][seen[-1]]).max())
+        )
     taken = vars(shortcuts.trusted(chat, prompts))
     return Outcome(
         generation.way(chat, prompts, 32),
