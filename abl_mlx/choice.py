@@ -15,7 +15,7 @@ from abl_mlx.trial import Effect, Trial
 from convert.errors import UserError
 
 #: Candidates that are tried at most.
-MOST = 16
+MOST = 14
 
 #: Harmless prompts on which a candidate is added.
 INDUCED = 12
@@ -60,6 +60,7 @@ def choose(
     *,
     edit_for: Callable[[Score], Edit],
     max_kl: float = 0.1,
+    deepest: bool = True,
 ) -> Choice:
     """Ablate candidates, and see what it does to the first reply token.
 
@@ -74,11 +75,27 @@ def choose(
         scores: of all candidates, from `selection.separation`.
         edit_for: the edit to try a candidate with.
         max_kl: limit of the mean KL on harmless prompts, nats.
+        deepest: whether there is nothing else to try than the deepest layers, where none of the
+            others ends refusals.
 
     Raises:
         UserError: when no candidate stays under the limit.
     """
     tried: dict[tuple[int, int], Score] = {}
+    induced: dict[tuple[int, int], float] = {}
+
+    def induces(score: Score) -> bool:
+        """Whether a candidate brings refusals about; asked of those alone that might be taken."""
+        at = score.layer, score.position
+        if at not in induced:
+            induced[at] = trial.of_adding(addition(candidates, score), INDUCED)
+        return induced[at] > 0
+
+    def hopeful(effect: Effect) -> bool:
+        return possible(effect) and effect.refused <= LEFT
+
+    def good(runner: Runner[Score]) -> bool:
+        return hopeful(runner.effect) and induces(runner.of)
 
     def possible(effect: Effect) -> bool:
         return effect.kl <= max_kl
@@ -90,6 +107,8 @@ def choose(
             runners,
             lambda effect: rank(effect, max_kl, whole=trial.is_whole(effect)),
             possible,
+            hopeful,
+            good,
             "causal choice",
         )
         for one in runners:
@@ -97,7 +116,7 @@ def choose(
         return [tried[one.of.layer, one.of.position] for one in finished]
 
     finished = attempt(shortlist(scores, MOST))
-    if not any(map(_works, finished)):
+    if deepest and not any(map(_works, finished)):
         deep = [replace(score, dropped="") for score in scores if score.dropped == TOO_DEEP]
         finished += attempt(shortlist(deep, MOST))
     left = sorted((one for one in finished if not one.dropped), key=_preference)
@@ -108,16 +127,12 @@ def choose(
             f"(the gentlest by {lowest:.3f}): raise --max-kl, or choose with --layer and "
             "--position."
         )
-    best = left[0]
-    for one in left:
-        if _works(one) != _works(best):
-            break  # what ends refusals comes first, whatever it induces
-        added = trial.of_adding(addition(candidates, one), INDUCED)
-        tried[one.layer, one.position] = found = replace(one, induced=added)
-        if one is best or added > 0:
-            best = found
-        if added > 0:
-            break
+    ending = [one for one in left if _works(one)]
+    # What ends refusals comes first, whatever it induces; of these, what induces them too.
+    best = next(filter(induces, ending), left[0])
+    for at, value in induced.items():
+        tried[at] = replace(tried[at], induced=value)
+    best = tried[best.layer, best.position]
     return Choice(best, [tried.get((one.layer, one.position), one) for one in scores])
 
 

@@ -153,13 +153,20 @@ class Candidates:
             facts={},
         )
 
-    def across_layers(self, position: int, rank: int) -> mx.array:
+    def across_layers(
+        self, position: int, rank: int, layers: Sequence[int] | None = None
+    ) -> mx.array:
         """The subspace of one position's directions after all layers: (k, d), k = ``rank``.
 
         The top singular vectors of the directions, each of length 1: what they have in common
         comes first. A refusal that moves to another direction on its way up lies in it whole.
+
+        Args:
+            layers: of these alone; where the sets are hardly apart, directions are noise.
         """
         rows = numpy_of(self.each_layer(position))
+        if layers is not None:
+            rows = rows[list(layers)]
         span = self._span(rows.reshape(-1, rows.shape[-1]), rank, "--across layers", None)
         return mx.array(span.astype(np.float32))
 

@@ -227,12 +227,12 @@ class _Finding:
             few = 1 if whole else 4
             return lost(effect) > few * selection.LEFT, *choice.gentle(effect, limit, whole=whole)
 
-        def dropped(effect: Effect) -> str:
+        def dropped(effect: Effect, so_far: bool = False) -> str:
             if not effect.kl <= limit:
                 return f"KL {effect.kl:.3f} over the limit of {limit:g}"
             if lost(effect) > selection.LEFT:
                 return f"{lost(effect):.0%} of the harmful prompts are refused no more"
-            return "" if trial.is_whole(effect) else choice.OUTRUN
+            return "" if so_far or trial.is_whole(effect) else choice.OUTRUN
 
         def tried(runner: Runner[Variant]) -> Tried:
             effect = runner.effect
@@ -242,7 +242,15 @@ class _Finding:
             )  # fmt: skip
 
         runners = [Runner(variant, self._edit(variant)) for variant in variants]
-        race.run(trial, runners, rank, lambda effect: not dropped(effect), label)
+        race.run(
+            trial,
+            runners,
+            rank,
+            lambda effect: not dropped(effect),
+            lambda effect: not dropped(effect, so_far=True) and effect.refused <= selection.LEFT,
+            lambda runner: tried(runner).works,
+            label,
+        )
         done = [tried(one) for one in runners]
         self._tried += done
         return done
@@ -293,8 +301,9 @@ class _Finding:
 
         trial = self._trial
         chosen = choice.choose(
-            trial, self._candidates, self._scores, edit_for=edit_for, max_kl=self._options.max_kl
-        )
+            trial, self._candidates, self._scores, edit_for=edit_for,
+            max_kl=self._options.max_kl, deepest=self._options.method is not None,
+        )  # fmt: skip
         score, self._scores = chosen.score, chosen.scores
         variant = self._variant(score.layer, score.position)
         self._notes = {
@@ -332,13 +341,21 @@ class _Finding:
         assert single.layer is not None
         assert single.position is not None
         position, means = single.position, self._candidates
+        here = [score for score in self._scores if score.position == position]
+        here.sort(key=lambda score: -score.d_prime)
+        deep = [
+            score.layer for score in here if (score.layer + 1) / means.n_layers > selection.DEEPEST
+        ]
+        early = [score.layer for score in here if score.layer not in deep]
+        apart = selection.apart([score for score in here if score.layer in early])
         variants = []
-        for rank in (2, 3, 4):
-            try:
-                span = means.across_layers(position, rank)
-            except UserError:  # all layers together have no more directions than before
-                break
-            variants.append(Variant(span, means.method, None, position, "layers"))
+        for among in [None, apart] if len(apart) < means.n_layers else [None]:
+            for rank in (2, 3, 4):
+                try:
+                    span = means.across_layers(position, rank, among)
+                except UserError:  # these layers have no more directions than before
+                    break
+                variants.append(Variant(span, means.method, None, position, "layers", among=among))
         if self._options.pin is None:
             variants.append(
                 Variant(means.each_layer(position), means.method, None, position, per_layer=True)
@@ -353,34 +370,31 @@ class _Finding:
             method="svd",
             rank=min(3, len(self._train["harmful"])),
         )
-        here = [score for score in self._scores if score.position == position]
-        here.sort(key=lambda score: -score.d_prime)
-        deep = [
-            score.layer for score in here if (score.layer + 1) / means.n_layers > selection.DEEPEST
-        ]
-        early = [score.layer for score in here if score.layer not in deep]
 
         def of(layers: Sequence[int]) -> list[Variant]:
             return [
                 Variant(spans.at(layer, position)[:k], "svd", layer, position)
-                for layer in layers[: _MOST_TRIALS // 2]
+                for layer in layers[:_MOST_LAYERS]
                 for k in range(2, spans.rank + 1)
             ]
 
-        done = [first, *self._try([*variants, *of(early)], "subspaces")]
+        last = [self._variant(layer, position) for layer in deep[:_MOST_DEEP]]
+        done = [first, *self._try([*variants, *of(early), *last], "subspaces")]
         if not any(one.works for one in done):
             done += self._try(of(deep), "subspaces, last layers")
         taken = best(done)
         if taken is None or taken is first:
             say("  no subspace leaves fewer within the limit; the single direction is kept")
             return single
-        self._notes["single"] = first.record()
+        alone = [one for one in done if one.variant.rank == 1 and not one.variant.per_layer]
+        self._notes["single"] = min(alone, key=lambda one: one.refused).record()
         say(f"  taken instead: {summary_line(taken.variant.record())}")
         return self._take(taken)
 
 
-# Edits that are tried at most, of those that a list is made of.
-_MOST_TRIALS = 16
+# Edits that are tried at most, of those that a list is made of; layers whose singular vectors are;
+# layers so deep that they come last.
+_MOST_TRIALS, _MOST_LAYERS, _MOST_DEEP = 16, 3, 2
 
 
 def _score_record(score: selection.Score, candidates: Candidates) -> dict[str, Any]:

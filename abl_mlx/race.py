@@ -17,9 +17,8 @@ from abl_mlx.trial import Effect, Trial
 
 T = TypeVar("T")
 
-#: Harmful and harmless prompts that each heat goes up to, and how many edits are left after it. The
-#: winner of the last one runs all prompts.
-HEATS = ((6, 4, 6), (14, 12, 2))
+#: Harmful and harmless prompts that each heat goes up to, and how many edits are left after it.
+HEATS = ((4, 2, 4), (10, 6, 2))
 
 
 @dataclass
@@ -41,16 +40,21 @@ def run(
     runners: Sequence[Runner[T]],
     rank: Callable[[Effect], Any],
     possible: Callable[[Effect], bool],
+    hopeful: Callable[[Effect], bool],
+    good: Callable[[Runner[T]], bool],
     label: str,
 ) -> list[Runner[T]]:
     """The edits that ran all prompts, the best first; the effects of the others are kept as well.
 
-    Those that are left after the heats run all prompts. Where none of them is possible then, the
-    next two do, and so on: no edit that might be taken is given up for one that may not.
+    Of those that are left after the heats the first runs all prompts, and the others while none is
+    good, if they are hopeful. Where none of them is possible, the next do, one by one: no edit that
+    might be taken is given up for one that may not.
 
     Args:
         rank: what sorts edits by their effect on equally many prompts, the best first.
         possible: whether an edit may be taken at all.
+        hopeful: whether what is known of an edit so far is as one wants it.
+        good: whether it may be taken without a look at those behind it.
     """
     begun = trial.tokens
     with progress(len(runners), label, "edit") as bar:
@@ -68,13 +72,18 @@ def run(
             alive = alive[:left]
         order[:0] = alive
         finished: list[Runner[T]] = []
-        least = HEATS[-1][-1]
-        while order and not any(possible(one.effect) for one in finished):
-            for one in order[:least]:
-                one.effect = trial.of_edit(one.edit, one.effect)
-                finished.append(one)
-                bar.update()
-            order = order[least:]
+        left = HEATS[-1][-1]
+        while order:
+            some = any(possible(one.effect) for one in finished)
+            coming = order[0].effect
+            if some and not (len(finished) < left and (not coming.scores or hopeful(coming))):
+                break
+            one = order.pop(0)
+            one.effect = trial.of_edit(one.edit, one.effect)
+            finished.append(one)
+            bar.update()
+            if good(one):
+                break
     say(
         f"  {len(runners)} edits were tried, {len(finished)} of them on all prompts: "
         f"{trial.tokens - begun:,} forward tokens"

@@ -159,7 +159,12 @@ def summary_line(direction: Mapping[str, Any]) -> str:
     if "rank" in direction:
         parts.append(f"rank {direction['rank']}")
     if "across" in direction:
-        parts.append(f"across all {direction['across']}")
+        among = direction.get("among")
+        parts.append(
+            f"across layers {', '.join(map(str, among))}"
+            if among
+            else f"across all {direction['across']}"
+        )
     # What `audit` recovered has neither layer nor position.
     layer, position = direction.get("layer"), direction.get("position")
     if direction.get("per_layer") and layer is None:

@@ -24,6 +24,7 @@ class Variant:
         layer: after which they were read; None for all of them together, or each for itself.
         position: token offset from the prompt's end; None for all of them together.
         across: ``layers`` or ``positions`` where those are taken together.
+        among: the layers that are taken together, where these are not all.
         per_layer: whether the writers of each layer lose their own layer's.
     """
 
@@ -33,6 +34,7 @@ class Variant:
     position: int | None = -1
     across: str | None = None
     per_layer: bool = False
+    among: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -50,6 +52,8 @@ class Variant:
             record["rank"] = self.rank
         if self.across is not None:
             record["across"] = self.across
+        if self.among is not None:
+            record["among"] = list(self.among)
         if self.per_layer:
             record["per_layer"] = True
         return record

@@ -154,12 +154,13 @@ class Told:
         return self.induced(min(intervention.layers))
 
 
-def raced(effects, max_kl=0.1):
+def raced(effects, max_kl=0.1, good=-math.inf):
     trial = Told(effects)
     runners = [Runner(name, name) for name in effects]
     found = race.run(
         trial, runners, lambda effect: choice.rank(effect, max_kl, trial.is_whole(effect)),
-        lambda effect: effect.kl <= max_kl, "race",
+        lambda effect: effect.kl <= max_kl, lambda effect: effect.refused <= 0.05,
+        lambda one: one.effect.refusal <= good, "race",
     )  # fmt: skip
     return trial, [one.of for one in found], {one.of: one.effect for one in runners}
 
@@ -171,7 +172,11 @@ def test_a_race_runs_few_prompts_and_finds_the_best():
     assert after[15].prompts == race.HEATS[0][:2]
     assert after[3].prompts == race.HEATS[1][:2]
     # All prompts for all would be 640.
-    assert trial.tokens == 16 * 10 + 6 * (26 - 10) + 2 * (40 - 26)
+    assert trial.tokens == 16 * 6 + 4 * (16 - 6) + 2 * (40 - 16)
+    # The second need not run where the first is good, or where it leaves refusals.
+    assert raced(effects, good=0.0)[1] == [0]
+    effects = {number: (0.5 * number, 0.3 + number / 20, 0.01) for number in range(8)}
+    assert raced(effects)[1] == [0]
 
 
 def test_a_race_gives_up_nothing_for_what_may_not_be_taken():
@@ -214,7 +219,8 @@ def test_what_also_induces_is_taken_before_what_only_ends_refusals():
         found = choice.choose(trial, candidates, scores, edit_for=lambda score: score.layer)
         return found.score.layer, trial.tokens
 
-    assert taken(layer_0=1.0, layer_1=1.0) == (0, 2 * 40 + choice.INDUCED)  # one pass was enough
+    # One edit ran all prompts, and was added once.
+    assert taken(layer_0=1.0, layer_1=1.0) == (0, 40 + choice.INDUCED)
     assert taken(layer_0=-1.0, layer_1=1.0)[0] == 1
     assert taken(layer_0=-1.0, layer_1=-1.0)[0] == 0
     # An edit that leaves refusals is not taken for what it induces.

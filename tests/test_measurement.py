@@ -46,12 +46,13 @@ def test_the_default_goes_on_to_a_subspace_where_one_direction_fails(name):
     summary, scores = found.metadata["summary"], found.metadata["scores"]
     # Rank 1 fails: of every layer at the last token, at the least a fifth still opens refusing.
     tried = [score for score in scores if "refused" in score]
+    tried += [one for one in found.metadata["trials"] if "layer" in one and "rank" not in one]
     assert {score["layer"] for score in tried} == set(range(len(chat.layers)))
-    assert min(score["refused"] for score in tried) >= 0.2
+    assert min(score["refused"] for score in tried if "dropped" not in score) >= 0.2
     assert summary["single"]["refused"] >= 0.2
     # Racing: of all that were tried few ran all prompts. Without it 30,000 tokens at least.
-    assert sum(score.get("prompts") == (32, 32) for score in scores) <= 4
-    assert summary["forward_tokens"] <= 13_000
+    assert sum(score.get("prompts") == (32, 32) for score in scores) <= 2
+    assert summary["forward_tokens"] <= 9_500
     # Rank k works: all refusals gone, allowed prompts answered as before.
     assert found.selected.shape[0] == summary["rank"] >= 2
     harmful, harmless = sets.harmful.test, sets.harmless.test
@@ -108,9 +109,9 @@ def test_only_the_best_candidates_run_all_prompts():
     found = measurement.find_direction(chat, writers, prompts.load_demo(), Options())
     tried = [score for score in found.metadata["scores"] if "prompts" in score]
     assert len(tried) == 6
-    assert [score["prompts"] for score in tried].count((32, 32)) == 2
+    assert [score["prompts"] for score in tried].count((32, 32)) == 1
     # With all prompts for all of them, and passes of their own for states and logits: 14,000.
-    assert found.metadata["summary"]["forward_tokens"] <= 5_500
+    assert found.metadata["summary"]["forward_tokens"] <= 3_500
 
 
 def test_over_refusal_falls_and_harmful_prompts_go_on_being_refused(tmp_path):
