@@ -199,13 +199,11 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
 @json_flag
 def measure(model: str, output: Path, plot: Path | None, as_json: bool, **chosen: Any) -> None:
     """Find MODEL's refusal direction and keep it, with all candidates, in a file to share."""
-    from abl_mlx import pipeline, report
+    from abl_mlx import pipeline
 
     _answer(
         as_json,
-        lambda record: (
-            f"{output}: {report.summary_line(record['direction'])} of {record['source']}"
-        ),
+        "measure_line",
         pipeline.measure,
         model,
         output,

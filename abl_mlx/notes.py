@@ -53,3 +53,15 @@ def modelfile(lost: Sequence[str]) -> str | None:
         f"the Modelfile's TEMPLATE has no {' and no '.join(lost)}, which the model's own template "
         "has: Ollama will not offer them; the Modelfile says what to do"
     )
+
+
+def not_copied(files: Sequence[str]) -> str | None:
+    """What to say of a folder without the source's files that hold unedited weights."""
+    if not files:
+        return None
+    listed = ", ".join(files[:_NAMED]) + (", ..." if len(files) > _NAMED else "")
+    return f"not copied, as they hold weights that were not edited: {listed}"
+
+
+#: How many files are named.
+_NAMED = 4

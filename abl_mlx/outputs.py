@@ -252,7 +252,14 @@ def write_folder(
         )
     types = {files.info(name).dtype for name in plan.edits}
     types |= {one.type for one in matrices.values()}
-    return Written(output, leak, read_back, tuple(sorted(types)), tuple(left_out))
+    return Written(
+        output,
+        leak,
+        read_back,
+        tuple(sorted(types)),
+        tuple(left_out),
+        note=notes.not_copied(left_out),
+    )
 
 
 def _in_dtype(edit: TensorEdit, info: TensorInfo) -> Callable[[mx.array], mx.array]:

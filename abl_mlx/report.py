@@ -176,6 +176,12 @@ def summary_line(direction: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def measure_line(record: Mapping[str, Any]) -> str:
+    """What `abl-mlx measure` found, and where it is."""
+    found = f"{summary_line(record['direction'])} of {record['source']}"
+    return "\n".join([f"{record['outputs'][0]}: {found}", *notes.lines(record)])
+
+
 def apply_table(record: Mapping[str, Any]) -> str:
     """What `abl-mlx apply` wrote, tensor by tensor."""
     lines = []

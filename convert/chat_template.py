@@ -15,6 +15,7 @@ from typing import Any
 
 from convert import template_process
 from convert.errors import UserError
+from convert.suffixes import is_gguf_name
 
 Message = Mapping[str, str]
 
@@ -130,7 +131,7 @@ class ChatTemplate:
     def _error(self, what: str, kind: type[TemplateError] = TemplateError) -> TemplateError:
         mend = (
             "take a newer GGUF of the model, or its folder with another chat_template.jinja"
-            if self.file.suffix == ".gguf"
+            if is_gguf_name(self.file)
             else "replace it by the template of the model's publisher"
         )
         return kind(f"{self.file}: the chat template {what}: {mend}.")

@@ -250,7 +250,7 @@ def _copy_others(source: Path, files: TensorFiles, out: Path, skip: tuple[str, .
                 continue
             if top and name == "config.json":
                 continue
-            if name.endswith(_OTHER_WEIGHTS):
+            if name.lower().endswith(_OTHER_WEIGHTS):
                 left_out.append(str(relative))
                 continue
             (out / inside).mkdir(parents=True, exist_ok=True)

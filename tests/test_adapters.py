@@ -343,6 +343,20 @@ def test_outputs_that_do_not_fit_the_source(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "direction.npy"}
 
 
+def test_llama_cpp_ends_at_an_adapter_of_a_tied_embedding(tmp_path: Path) -> None:
+    """Why a LoRA for a tied model leaves the embedding out: the head takes its factors, too."""
+    pytest.importorskip("xllamacpp")
+    base, lora = tmp_path / "base.gguf", tmp_path / "x.lora.gguf"
+    write_gguf(MODEL_PATH, base, file_type="F16")
+    with GgufSource(base) as gguf:
+        rows, width = gguf.tensors["token_embd.weight"].shape
+    left, right = np.ones((rows, 1), np.float32), np.ones((1, width), np.float32)
+    change = files.LowRank("embedding", left, right)
+    files.write_gguf(lora, "llama", files.Adapter(1.0, {"token_embd.weight": change}))
+    with pytest.raises(UserError, match="ggml_can_mul_mat"):
+        evaluate.in_llamacpp(base, lora)(["Hello"], 2)
+
+
 def test_tensors_that_llama_cpp_applies_no_adapter_to() -> None:
     class Gguf:
         architecture = "nemotron_h_moe"

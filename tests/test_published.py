@@ -245,6 +245,7 @@ _RECORD = {
     [
         report.run_table,
         report.apply_table,
+        lambda r: report.measure_line({**r, "outputs": ["y"], "note": NOTE}),
         induce_report.table,
         lambda r: report.undo_table({**r, "tensors": 1, "from": "y"}),
         lambda r: report.convert_table({**_OUTPUT, "tensors": {}, "bytes": 0}),
@@ -309,7 +310,8 @@ def test_a_phi3_without_a_name_keeps_loading_in_llama_cpp(tmp_path):
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{{ m['content'] }}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
