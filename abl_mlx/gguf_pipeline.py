@@ -354,12 +354,12 @@ def inspect(source: Source) -> Record:
         sizes = {name: math.prod(entry.shape) for name, entry in gguf.tensors.items()}
         types = Counter(entry.type.name for entry in gguf.tensors.values() if len(entry.shape) > 1)
         touched = [name for one in named for name in one.parameters]
-        edited, whole = sum(sizes[name] for name in touched), sum(sizes.values())
+        edited, whole = sum(sizes[name] for name in touched), sum(sizes.values()) or 1
         return {
             "source": source.name,
             "file": str(gguf.parts[0]),
             "architecture": gguf.architecture,
-            "layers": int(gguf.metadata[f"{gguf.architecture}.block_count"]),
+            "layers": _blocks(gguf),
             "width": _width(gguf),
             "parameters": whole,
             "dtypes": sorted({entry.type.name for entry in gguf.tensors.values()}),
@@ -369,9 +369,20 @@ def inspect(source: Source) -> Record:
             "writers": grouped(
                 (one.name, one.kind, bool(one.gains), one.bias is not None) for one in named
             ),
-            "edit": {"tensors": len(touched), "parameters": edited, "share": edited / whole},
+            "edit": {
+                "tensors": len(touched),
+                "parameters": edited,
+                "share": edited / max(whole, 1),
+            },
             **_predicting(gguf, []),
         }
+
+
+def _blocks(gguf: GgufSource) -> int:
+    key = f"{gguf.architecture}.block_count"
+    if key not in gguf.metadata:
+        raise UserError(f"{gguf.parts[0]} has no {key} in its metadata: download it again.")
+    return int(gguf.metadata[key])
 
 
 def hashes(gguf: GgufSource, direction: directions.DirectionFile, options: Options) -> Record:

@@ -51,6 +51,16 @@ class Taken:
     transposed: bool
     strength: float
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether this can have been taken from a tensor of that shape in the file's layout."""
+        if len(shape) < -self.axis or (self.transposed and len(shape) < 2):
+            return False
+        turned = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+        k, width = self.basis.shape
+        lost = list(turned)
+        lost[self.axis] = k
+        return width == turned[self.axis] and tuple(self.along.shape) == tuple(lost)
+
     def put_back(self, values: mx.array) -> mx.array:
         """An edited tensor's float32 values, in the file's layout, with the component it had.
 

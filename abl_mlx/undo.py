@@ -248,6 +248,10 @@ class _Model(ExitStack):
         """A tensor in float32."""
         raise NotImplementedError
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        raise NotImplementedError
+
     def is_float(self, name: str) -> bool:
         """Whether a tensor is stored in a float type."""
         raise NotImplementedError
@@ -266,7 +270,7 @@ class _Model(ExitStack):
 
     def check(self, found: Mapping[str, Taken]) -> None:
         """Refuse tensors that are not there, or quantized."""
-        for name in found:
+        for name, one in found.items():
             if name not in self.names():
                 raise UserError(
                     f"{self.source.name} has no tensor {name}, from which the edit took something: "
@@ -274,6 +278,12 @@ class _Model(ExitStack):
                 )
             if not self.is_float(name):
                 raise _quantized(name, self.source)
+            if not one.fits(self.shape(name)):
+                raise UserError(
+                    f"{name} in {self.source.name} has the shape {self.shape(name)}, from which "
+                    "the edit cannot have taken what the undo file holds: it is damaged, or "
+                    "belongs to another model."
+                )
 
 
 class _Folder(_Model):
@@ -306,6 +316,9 @@ class _Folder(_Model):
 
     def values(self, name: str) -> mx.array:
         return self.files.read(name).astype(mx.float32)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.files.info(name).shape
 
     def is_float(self, name: str) -> bool:
         return self.files.info(name).dtype in FLOAT_DTYPES
@@ -374,6 +387,9 @@ class _Gguf(_Model):
         values = mx.array(self.gguf.values(name))
         self.gguf.release(name)
         return values
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.gguf.tensors[name].shape
 
     def is_float(self, name: str) -> bool:
         return self.gguf.tensors[name].type.name in FLOAT_DTYPES

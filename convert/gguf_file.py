@@ -53,6 +53,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert.errors import UserError
+from convert.gguf_keys import check_keys
 from convert.gguf_values import FORMATS
 from convert.mapped import give_back
 from convert.suffixes import GGUF, without
@@ -189,6 +190,12 @@ class GgufSource:
             name: entry for part in self._parts for name, entry in part.tensors.items()
         }
         self._metadata = _Metadata(self._parts[0])
+        try:
+            first = self._parts[0]
+            check_keys(first.path, first.fields, self._metadata, self._tensors)
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, path: Path) -> list[Part]:
         first = self._add(path, 0)

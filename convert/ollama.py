@@ -124,11 +124,12 @@ def _describe(file: str, gguf: Path, folder: Path | None) -> str:
     """A Modelfile from what the GGUF and the folder say."""
     keys = metadata(gguf)
     tokens: list[str] = keys.get("tokenizer.ggml.tokens", [])
-    roles = {
-        role: tokens[keys[f"tokenizer.ggml.{role}_token_id"]]
+    ids = {
+        role: keys.get(f"tokenizer.ggml.{role}_token_id", -1)
         for role in ("bos", "eos", "eot", "eom")
-        if f"tokenizer.ggml.{role}_token_id" in keys
     }
+    # Some files have a number that says that there is none.
+    roles = {role: tokens[token] for role, token in ids.items() if 0 <= token < len(tokens)}
     lines = Modelfile(file)
     source = keys.get("tokenizer.chat_template")
     turns = None

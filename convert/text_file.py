@@ -12,7 +12,7 @@ LONGEST = 1 << 24
 
 
 def read(path: Path, *, longest: int = LONGEST) -> str:
-    """A file's text, which has to be UTF-8 and of a bounded length.
+    """A file's text with "\\n" line ends, which has to be UTF-8 and of a bounded length.
 
     Raises:
         UserError: naming the file, and the place where it is no UTF-8.
@@ -25,7 +25,7 @@ def read(path: Path, *, longest: int = LONGEST) -> str:
     if len(data) > longest:
         raise UserError(f"{path} is longer than {longest} bytes: put a shorter one in its place.")
     try:
-        return decoded(data)
+        return decoded(data).replace("\r\n", "\n").replace("\r", "\n")
     except Refused as refused:
         raise UserError(f"{path} cannot be used: {refused}; save it as UTF-8.") from None
 

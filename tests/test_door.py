@@ -22,11 +22,13 @@ from abl_mlx import directions, journal, taken
 from abl_mlx.models import load_lazily
 from convert import escape, json_text
 from convert.errors import UserError
+from convert.gguf_file import GgufSource
 from convert.gguf_tokenizer import read_tokenizer
+from convert.gguf_values import encode_pair
 from convert.hf_config import read_config
 from convert.safetensors_files import TensorFiles
 from convert.schema import Refused, either, list_of, map_of, number, one_of, record, text, whole
-from tests.command import fails
+from tests.command import abl_mlx, fails
 
 # --- JSON ----------------------------------------------------------------------------------------
 
@@ -419,6 +421,27 @@ def test_an_undo_file_is_checked(layouts: str, said: str, tmp_path: Path) -> Non
     assert str(file) in str(caught.value)
 
 
+def test_an_undo_file_of_other_shapes_is_refused(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    basis = np.eye(1, 64, dtype=np.float32)
+    np.save(tmp_path / "d.npy", basis)
+    edited = tmp_path / "edited"
+    abl_mlx("apply", tmp_path / "d.npy", tiny_folder("llama", dtype="float32"), "-o", edited,
+            "--keep-undo")  # fmt: skip
+    tensors, metadata = mx.load(str(edited / "undo.safetensors"), return_metadata=True)  # type: ignore[misc]
+    layouts = json.loads(metadata["tensors"])
+    name = next(name for name in layouts if "down_proj" in name)
+    layouts[name][0] = -1
+    metadata["tensors"] = json.dumps(layouts)
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), tensors, metadata)
+    said = fails(
+        "undo", edited, "-o", tmp_path / "out", "--factors", tmp_path / "other.safetensors"
+    )
+    assert f"{name} in {edited} has the shape" in said
+    assert not (tmp_path / "out").exists()
+
+
 # --- journals ------------------------------------------------------------------------------------
 
 HEAD = '{"journal": 1, "role": "target", "identity": {}}\n'
@@ -445,6 +468,65 @@ def test_a_journal_is_checked(lines: str, said: str, tmp_path: Path) -> None:
         journal.Journal(path, strict=True)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == before
+
+
+# --- GGUF ----------------------------------------------------------------------------------------
+
+
+def gguf(tmp_path: Path, pairs: list[tuple[str, Any]], blocks: int = 2) -> Path:
+    """A GGUF with these metadata and a small tensor in each of so many blocks."""
+    names = [f"blk.{block}.attn_norm.weight".encode() for block in range(blocks)]
+    entries = b"".join(
+        struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 8, 0, 32 * n)
+        for n, name in enumerate(names)
+    )
+    keys = [("general.architecture", "llama"), *pairs]
+    head = b"GGUF" + struct.pack("<IQQ", 3, blocks, len(keys))
+    head += b"".join(encode_pair(key, value) for key, value in keys) + entries
+    path = tmp_path / "m.gguf"
+    path.write_bytes(head + b"\0" * (-len(head) % 32) + b"\0" * 32 * blocks)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("llama.block_count", "x", 'llama.block_count must be a whole number from 0 to .* not "x"'),
+        ("llama.block_count", [1, 2], "llama.block_count must be"),
+        ("llama.block_count", 2**31, "llama.block_count must be"),
+        ("llama.block_count", 60_000, "block_count is 60000, and its tensors are of 2 blocks"),
+        ("llama.embedding_length", float("inf"), "llama.embedding_length must be"),
+        ("llama.attention.head_count", "<b>\x1b[1m", r"head_count must be .* not .<b>\\x1b\[1m"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), "rms_epsilon must be a finite"),
+        ("tokenizer.ggml.tokens", "x", "tokenizer.ggml.tokens must be a list of texts"),
+        ("tokenizer.ggml.tokens", [1, 2], "tokenizer.ggml.tokens must be a list of texts"),
+        ("tokenizer.ggml.token_type", ["a"], "token_type must be a list of whole numbers"),
+        ("tokenizer.ggml.scores", ["a"], "scores must be a list of numbers"),
+        ("tokenizer.ggml.eos_token_id", "x", "eos_token_id must be a whole number"),
+        ("tokenizer.ggml.add_bos_token", "yes", "add_bos_token must be true or false"),
+        ("tokenizer.chat_template", 7, "tokenizer.chat_template must be text"),
+        ("general.tags", ["a", "b"], ""),
+        ("general.tags", 5, "general.tags must be a list"),
+        ("general.base_model.count", "1", "general.base_model.count must be a whole number"),
+    ],
+)
+def test_metadata_of_a_gguf_are_checked(key: str, value: Any, said: str, tmp_path: Path) -> None:
+    path = gguf(tmp_path, [(key, value)])
+    if not said:
+        assert GgufSource(path).metadata[key] == value
+        return
+    with pytest.raises(UserError, match=said) as caught:
+        GgufSource(path)
+    assert str(path) in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_a_control_vector_is_checked(tmp_path: Path) -> None:
+    path = gguf(tmp_path, [("controlvector.layer_count", "?")])
+    with pytest.raises(UserError, match=r"controlvector\.layer_count must be a whole number"):
+        directions.read(path)
+    with pytest.raises(UserError, match="no control vector: it has no tensor direction"):
+        directions.read(gguf(tmp_path, []))
 
 
 # --- escaping ------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ REFUSALS: dict[str, tuple[Callable[[], Recipe], str]] = {
     ),
     "gemma, damaged": (
         lambda: with_keys(gemma.RECIPES["gemma"], attention__head_count="many"),
-        "attention.head_count = 'many' where one number is expected",
+        "attention.head_count must be a whole number",
     ),
     "gemma2, a rate for sliding layers": (
         lambda: with_keys(_GEMMA2, rope__freq_base_swa=5000.0),

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from convert import json_text
+from convert.errors import UserError
+from convert.hf_tokenizer_files import TOKENIZER
+
 __all__ = ["MODEL_PATH", "PROMPTS_PATH", "DemoPrompt", "load_prompts", "speaks"]
 
 MODEL_PATH: Path = Path(__file__).parent / "model"
@@ -84,7 +88,7 @@ def speaks(path: Path) -> bool:
         )
     file = path / "tokenizer.json"
     try:
-        vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-        return all(vocabulary.get(text) == index for text, index in ours.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        vocabulary = json_text.read(file, TOKENIZER).get("model", {}).get("vocab")
+        return isinstance(vocabulary, dict) and ours.items() <= vocabulary.items()
+    except (FileNotFoundError, UserError):
         return False  # whatever is wrong with it is told when it is loaded
