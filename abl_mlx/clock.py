@@ -1,7 +1,8 @@
-"""Seconds per step, told on stderr as each begins."""
+"""Seconds per step, told on stderr."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from abl_mlx import interrupts, report
 
 @dataclass
 class Clock:
-    """Seconds per step; each step is told on stderr as it begins."""
+    """Seconds per step; each step is told on stderr as it begins, and where that is no terminal as
+    it ends.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -26,3 +29,5 @@ class Clock:
         interrupts.check()
         elapsed = time.perf_counter() - start
         self.seconds[name] = round(self.seconds.get(name, 0.0) + elapsed, 3)
+        if not sys.stderr.isatty():  # in a terminal progress bars tell the time
+            report.say(f"  {name}: {elapsed:.1f} s")

@@ -144,7 +144,7 @@ def run(
                 check_same(chat, gguf, own)
             with clock.step("find the residual writers"):
                 writers = find_by_probing(chat)
-            direction = find_behind_openings(chat, writers, sets, options, clock)
+            direction = find_behind_openings(chat, writers, sets, options, clock, 1 + len(paths))
             prefix = chat.reply_prefix
             del chat, writers
             let_go()
@@ -155,7 +155,7 @@ def run(
             with clock.step("load the model"):
                 chat, layout = gguf_model.load(gguf)
                 writers = gguf_model.find_writers(chat, layout, gguf, own)
-            direction = find_behind_openings(chat, writers, sets, options, clock)
+            direction = find_behind_openings(chat, writers, sets, options, clock, 1 + len(paths))
             del writers, layout
         prefix = chat.reply_prefix
         unit = orthonormal(direction.selected)

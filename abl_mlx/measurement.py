@@ -16,6 +16,7 @@ from abl_mlx.clock import Clock
 from abl_mlx.directions import Candidates, DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.evaluate import Behaviour, Chat, behaviour, generate
+from abl_mlx.forecast import forecast
 from abl_mlx.logits import behind_last_layer
 from abl_mlx.models import ChatModel, common_prefix
 from abl_mlx.options import Options
@@ -530,8 +531,12 @@ def find_behind_openings(
     sets: PromptSets,
     options: Options,
     clock: Clock,
+    times: int = 0,
 ) -> DirectionFile:
     """Find how replies open and the direction behind that; sets ``chat.reply_prefix``.
+
+    Args:
+        times: how often the held-out prompts are asked afterwards, for what is told of the time.
 
     Raises:
         UserError: as `find_direction`, and for a model whose replies show no refusal to remove.
@@ -541,6 +546,7 @@ def find_behind_openings(
         seen = first_look.look(chat, sets, options)
         first_look.check(seen, options)
         chat.reply_prefix = seen.prefix
+    say(str(forecast(chat, sets, options, times)))
     with clock.step("measure and choose a direction"):
         found = find_direction(chat, writers, sets, options)
     return replace(found, metadata={**found.metadata, "first_look": seen.record()})

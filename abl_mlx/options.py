@@ -34,6 +34,7 @@ class Options:
         harmful, harmless: prompt files or Hugging Face datasets; None for the bundled sets.
         seed: fixes the split into train, validation and test.
         limit: at most so many prompts of each set and part.
+        quick: fewer prompts still, for a first look: `pipeline.QUICK`.
         layer, position: take this candidate instead of the causal choice; a layer may lie between
             two, and a position be ``instruction-end``.
         method: how candidates are found, of `METHODS`; None for the difference of means,
@@ -84,6 +85,7 @@ class Options:
     harmless: str | None = None
     seed: int = 0
     limit: int | None = None
+    quick: bool = False
     layer: float | None = None
     position: int | str | None = None
     method: str | None = None

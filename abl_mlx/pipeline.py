@@ -51,7 +51,7 @@ from abl_mlx.models import ChatModel
 from abl_mlx.notes import joined, noted
 from abl_mlx.options import Options
 from abl_mlx.outputs import Output, Written
-from abl_mlx.prompts import PromptSets
+from abl_mlx.prompts import PromptSets, Split
 from abl_mlx.provenance import edit_label
 from abl_mlx.records import (
     combined_hash,
@@ -78,6 +78,9 @@ Record = dict[str, Any]
 #: Of these, how many are run to see that an edit of float weights is exact after every layer.
 EXACTNESS_PROMPTS = 4
 
+
+#: Prompts of each set to measure, to choose on and to ask, with ``--quick``.
+QUICK = (48, 16, 24)
 
 ROWS_WARNING = (
     "warning: keeping the lengths of rows puts part of the direction back; the leak says how much"
@@ -163,7 +166,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
         writers = find_writers(chat)
         # An edit that would touch nothing is better told now than after the measurement.
         make_edit(mx.ones((1, chat.width)), options).chosen(writers)
-    direction = find_behind_openings(chat, writers, sets, options, clock)
+    direction = find_behind_openings(chat, writers, sets, options, clock, 1 + len(paths))
     prefix = chat.reply_prefix
     sample = component_sample(chat, sets)
     unit = orthonormal(direction.selected)
@@ -460,23 +463,23 @@ def load_prompts(source: Source, options: Options) -> PromptSets:
         sets = prompts.load_sets(options.harmful, options.harmless, options.seed)
     if options.borderline is not None:
         sets = replace(sets, borderline=prompts.load(options.borderline, "--borderline"))
+    if options.quick:
+        sets = cut(sets, *QUICK)
     return prompt_lengths.fitting(cut(sets, options.limit), source)
 
 
-def cut(sets: PromptSets, limit: int | None) -> PromptSets:
-    """At most ``limit`` prompts in each part of each set."""
-    if limit is None:
+def cut(
+    sets: PromptSets, train: int | None, validation: int | None = None, test: int | None = None
+) -> PromptSets:
+    """At most so many prompts in each part of each set; ``train`` of all where it is alone."""
+    if train is None:
         return sets
+    validation, test = validation or train, test or train
     harmful, harmless = (
-        replace(
-            split,
-            train=split.train.take(limit),
-            validation=split.validation.take(limit),
-            test=split.test.take(limit),
-        )
+        Split(split.train.take(train), split.validation.take(validation), split.test.take(test))
         for split in (sets.harmful, sets.harmless)
     )
-    borderline = sets.borderline and sets.borderline.take(limit)
+    borderline = sets.borderline and sets.borderline.take(train)
     return replace(sets, harmful=harmful, harmless=harmless, borderline=borderline)
 
 

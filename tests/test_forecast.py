@@ -1,0 +1,68 @@
+"""What is to come is told before long work, and --quick makes less of it."""
+
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from abl_mlx import demo, models, pipeline, prompts, sources
+from abl_mlx.cli import cli
+from abl_mlx.forecast import Forecast, forecast
+from abl_mlx.measurement import find_direction
+from abl_mlx.options import Options
+from abl_mlx.refusals import wilson
+from abl_mlx.writers import find_writers
+
+
+def test_what_is_told_is_what_comes():
+    chat, sets = models.load(demo.MODEL_PATH), prompts.load_demo()
+    told = forecast(chat, sets, Options(), 2)
+    train = [*sets.harmful.train.texts, *sets.harmless.train.texts]
+    assert told.measured == 128
+    assert told.measure == pytest.approx(sum(len(chat.encode(text)) for text in train), rel=0.1)
+    assert (told.asked, told.times) == (128, 2)
+    assert 2 * 128 * 64 < told.ask < 2 * 128 * (64 + 40)
+    found = find_direction(chat, find_writers(chat), sets, Options())
+    assert found.metadata["summary"]["forward_tokens"] <= told.choose
+    assert told.rate > 0
+    assert told.memory > 100e6
+    alone = forecast(chat, sets, Options(layer=2), 0)
+    assert alone.choose < told.choose / 3
+    assert alone.ask == 0
+
+
+def test_the_line_names_minutes_and_what_shortens_them():
+    said = str(Forecast(208, 8201, 18000, 124, 2, 25000, 100.0, 1_200_000_000))
+    assert "measure 208 prompts (8,201 tokens), choose (at most 18,000)" in said
+    assert "ask 124 held-out prompts 2 times (at most 25,000): about 9 minutes" in said
+    assert "100 tokens a second, 1.2 GB of memory" in said
+    for flag in ("--quick", "--limit", "--max-tokens"):
+        assert flag in said
+    assert "about 30 seconds" in str(Forecast(10, 3000, 0, 0, 0, 0, 100.0, 10**9))
+
+
+def test_quick_takes_fewer_prompts_and_its_intervals_are_those_of_the_help():
+    source = sources.resolve("demo")
+    sets = pipeline.load_prompts(source, Options(quick=True))
+    for split in (sets.harmful, sets.harmless):
+        assert [len(part) for part in (split.train, split.validation, split.test)] == [48, 16, 24]
+    fewer = pipeline.load_prompts(source, Options(quick=True, limit=8))
+    assert len(fewer.harmful.train) == len(fewer.harmful.test) == 8
+    assert round(100 * wilson(0, 24)[1]) == 14
+    assert round(100 * wilson(0, 62)[1]) == 6
+    help_text = " ".join(CliRunner().invoke(cli, ["run", "--help"]).output.split())
+    assert "48 prompts of each set to measure, 16 to choose on, 24 to ask" in help_text
+    assert "at most 14%" in help_text
+
+
+def test_steps_are_told_with_their_seconds_where_there_is_no_terminal(tmp_path):
+    out = tmp_path / "out"
+    result = CliRunner().invoke(cli, ["run", "demo", "-o", str(out), "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["after"]["n_harmful"] == 24
+    lines = result.stderr.splitlines()
+    coming = next(i for i, line in enumerate(lines) if "to come: measure 96 prompts" in line)
+    assert lines.index("· measure and choose a direction") > coming
+    for step in ("load the model", "measure and choose a direction", "write"):
+        assert re.search(rf"^  {step}: \d+\.\d s$", result.stderr, re.MULTILINE)
