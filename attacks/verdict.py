@@ -47,8 +47,9 @@ def of_output(code: int, error: BaseException | None, output: str) -> Verdict:
     if unfit is not None:
         around = output[max(0, unfit.start() - 60) : unfit.end() + 20]
         return Verdict("control", ascii(around))
-    if "Traceback (most recent call last)" in output:
-        return Verdict("traceback", output[output.rindex("Traceback") :][-200:].replace("\n", " "))
+    traced = re.search(r"^Traceback \(most recent call last\)(.|\n)*", output, re.MULTILINE)
+    if traced is not None:
+        return Verdict("traceback", " ".join(traced[0][-200:].split()))
     if code in (0, 3):
         return Verdict("accepted")
     said = output.rpartition("Error: ")[2].strip()

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from convert import template_process
+from convert import escape, template_process
 from convert.errors import UserError
 from convert.suffixes import is_gguf_name
 
@@ -139,6 +139,4 @@ class ChatTemplate:
 
 def _quoted(text: str) -> str:
     """The template's own words, on one line and fit for a terminal."""
-    line = " ".join(text.split()).rstrip(".")
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    return f'"{shown[:300]}"'
+    return f'"{escape.shortened(" ".join(text.split()).rstrip("."), 300)}"'
