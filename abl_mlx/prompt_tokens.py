@@ -31,8 +31,16 @@ def encode(
     if template is None:
         ids = _by_itself(tokenizer, messages, place)
     else:
-        # The template writes the bos token itself, where there is one.
-        ids = list(tokenizer.encode(template.render(messages), add_special_tokens=False))
+        text = template.render(messages)
+        try:
+            # The template writes the bos token itself, where there is one.
+            ids = list(tokenizer.encode(text, add_special_tokens=False))
+        except Exception as error:  # transformers takes what its files say as it comes
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"{place}: its tokenizer does not encode a prompt ({reason[:200]}): fetch "
+                "tokenizer.json and tokenizer_config.json again."
+            ) from None
     if not ids:
         raise TemplateError(
             f"{place}: no token is left of a prompt in the chat template: choose another template, "

@@ -27,7 +27,7 @@ from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets, Split
 from abl_mlx.refusals import wilson
 from abl_mlx.report import percent, say
-from abl_mlx.search_journal import Journal, identity, optuna_quietly, trial_of
+from abl_mlx.search_journal import Journal, identity, optuna_quietly
 from abl_mlx.search_polish import LEAST_REFUSAL, logarithms, predicted
 from abl_mlx.search_space import DEFAULT, Directions, Parameters, Space
 from abl_mlx.search_trial import REPLY_TOKENS, Screen, Trial
@@ -90,9 +90,9 @@ class Search:
     def __post_init__(self) -> None:
         optuna = optuna_quietly()
         self._memory = optuna.create_study(directions=["minimize", "minimize"])
-        for record in self.journal.trials():
+        for record, trial in self.journal.trials(self.space.distributions()):
             self._memory.add_trial(record)
-            self._count(trial_of(record))
+            self._count(trial)
 
     def run(self, most: int) -> None:
         """Try edits until there are ``most`` trials, or the front has stopped moving.

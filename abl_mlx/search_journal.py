@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,11 +33,16 @@ class Journal:
 
     def __init__(self, path: Path | None, identity: Mapping[str, str]):
         self._optuna, self.path = optuna_quietly(), path
+        if path is not None and path.is_dir():
+            raise self._damaged
         self._held = None if path is None else _hold(path)
         try:
             self._study = self._open(identity)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            # Optuna reads a journal as if it had written it, and raises whatever that leads to.
+            if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
+                raise self._damaged from None
             raise
 
     def _open(self, identity: Mapping[str, str]) -> Any:
@@ -61,24 +67,40 @@ class Journal:
         storages = self._optuna.storages
         if self.path is None:
             return storages.InMemoryStorage()
-        damaged = UserError(
+        if not _mend(self.path):
+            raise self._damaged
+        return storages.JournalStorage(storages.journal.JournalFileBackend(str(self.path)))
+
+    @property
+    def _damaged(self) -> UserError:
+        return UserError(
             f"{self.path} is not a search journal: name another file with --search-journal."
         )
-        if not _mend(self.path):
-            raise damaged
-        try:
-            return storages.JournalStorage(storages.journal.JournalFileBackend(str(self.path)))
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise damaged from None
 
     def close(self) -> None:
         """Let another search have the file."""
         if self._held is not None:
             self._held.close()
 
-    def trials(self) -> list[Any]:
-        """Optuna's records of all finished trials."""
-        return self._study.get_trials(deepcopy=False)
+    def trials(self, distributions: Mapping[str, Any]) -> list[tuple[Any, Trial]]:
+        """All finished trials: Optuna's record and what it holds.
+
+        Args:
+            distributions: of the parameters, as `add` wrote them.
+
+        Raises:
+            UserError: when the file was changed by something else.
+        """
+        try:
+            found = []
+            for record in self._study.get_trials(deepcopy=False):
+                if record.distributions != distributions or not record.state.is_finished():
+                    raise ValueError
+                found.append((record, _trial_of(record)))
+                self._optuna.create_study(directions=["minimize", "minimize"]).add_trial(record)
+            return found
+        except Exception:
+            raise self._damaged from None
 
     def add(self, trial: Trial, distributions: Mapping[str, Any]) -> Any:
         """Write a trial down, whole or not at all; returns Optuna's record of it."""
@@ -118,18 +140,26 @@ def _hold(path: Path) -> BinaryIO:
     return stream
 
 
-def trial_of(record: Any) -> Trial:
-    """The trial that an Optuna record holds."""
+def _trial_of(record: Any) -> Trial:
+    """The trial that an Optuna record holds.
+
+    Raises:
+        Exception: of some kind, when it holds none.
+    """
     known = record.user_attrs
-    screened = Screened(
-        record.values[0],
-        known["refused"],
-        record.values[1],
-        tuple(known["early"]),
-        known["whole"],
-        known["tokens"],
-    )
+    refusal, kl = map(_finite, record.values)
+    refused, (early_refusal, early_kl) = _finite(known["refused"]), map(_finite, known["early"])
+    whole, tokens = known["whole"], known["tokens"]
+    if type(whole) is not bool or type(tokens) is not int:
+        raise TypeError
+    screened = Screened(refusal, refused, kl, (early_refusal, early_kl), whole, tokens)
     return Trial(dict(record.params), screened)
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise TypeError
+    return value
 
 
 def _mend(path: Path) -> bool:

@@ -428,6 +428,31 @@ def test_journals_of_other_searches_are_refused(demo, whole, tmp_path):
     assert broken.read_text() == "hello\n"
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"whole":true', b'"whole":"yes"'),
+        (b'"tokens":', b'"tokens":-0.5e'),
+        (b'"refused":', b'"refused":NaN,"x":'),
+        (b'"early":[', b'"early":[[],'),
+        (b'"values":[', b'"values":["a",'),
+        (b'"identity":{', b'"identity":["'),
+        (b'"identity":{', b'"identity":[],"other":{'),
+        (b'"op_code":', b'"op_code":99'),
+        (b'"study_name":', b'"study_name":' + b"[" * 20_000),
+        (rb"\"high\": ", rb"\"high\": 9"),
+    ],
+    ids=range(10),
+)
+def test_journals_that_were_changed_are_refused(demo, whole, tmp_path, old, new):
+    content = whole[0].read_bytes()
+    assert old in content
+    path = tmp_path / "search.journal"
+    path.write_bytes(content.replace(old, new))
+    with pytest.raises(UserError, match="is not a search journal"):
+        searched(demo, path, 26)
+
+
 def test_options_that_do_not_go_together(demo):
     for others, word in (({"pin": "harmless"}, "--pin"), ({"layer": 1}, "--layer")):
         with pytest.raises(UserError, match=word):
