@@ -215,8 +215,10 @@ def _value(rng: Random, kind: int, old: bytes) -> bytes:
     if kind == _STRING:
         changed = mutations.text(rng, old[8:].decode("utf-8", "replace"))
         return _text(changed.encode("utf-8", "surrogatepass"))
-    if kind != _ARRAY:
+    if kind in _SCALARS:
         return _fresh(rng, kind)
+    if kind != _ARRAY or len(old) < 12 or old[0] not in (*_SCALARS, _STRING):  # changed before
+        return mutations.bytes_of(rng, old)
     item, count = struct.unpack_from("<IQ", old)
     items = old[12:]
     what = rng.randrange(4)
@@ -239,8 +241,11 @@ def _items(item: int, count: int, data: bytes) -> list[bytes] | None:
     """The items of an array, each as its bytes."""
     if item == _ARRAY:
         return None
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     for _ in range(count):
+        if at + 8 > len(data) and item == _STRING:
+            return None
         if item == _STRING:
             (length,) = struct.unpack_from("<Q", data, at)
             size = 8 + length

@@ -48,7 +48,7 @@ def leave(out: Path) -> None:
 
 
 def paint(out: Path) -> None:
-    raise UserError("the tensor \x1b[31mw\x1b[0m is damaged: fetch it again.")
+    click.echo("the tensor \x1b[31mw\x1b[0m is fine")
 
 
 def paint_from_native_code(out: Path) -> None:
