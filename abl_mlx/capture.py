@@ -18,8 +18,8 @@ from abl_mlx.models import ChatModel, progress
 from abl_mlx.residuals import residual
 from abl_mlx.shortcuts import trusted
 from abl_mlx.units import in_bytes
+from convert import scratch
 from convert.errors import UserError
-from convert.scratch import scratch
 
 
 def check_stream(chat: ChatModel) -> None:
@@ -181,8 +181,8 @@ def stored(
             f"{in_bytes(needed)}: free some space, set TMPDIR to a larger disk, take fewer "
             "prompts (--limit), or choose --method difference-of-means, which keeps none."
         )
-    with scratch() as temporary:
-        kept = np.memmap(temporary / "states.f32", np.float32, "w+", shape=shape)
+    with scratch.scratch() as temporary:
+        kept = scratch.array(temporary / "states.f32", shape)
         for indices, states in iterate(chat, sequences, offsets, label=label):
             kept[:, :, indices] = numpy_of(states).transpose(1, 2, 0, 3)
         yield kept

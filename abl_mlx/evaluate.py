@@ -23,8 +23,8 @@ from abl_mlx.plain import vocabulary
 from abl_mlx.prompts import PromptSet, PromptSets
 from abl_mlx.refusals import Rates, Verdict, rates
 from abl_mlx.reply_notes import Seen
+from convert import scratch
 from convert.atomic import new_file
-from convert.scratch import scratch
 
 #: Prompts to replies, in order: a model in MLX, or llama.cpp with a GGUF.
 Chat = Callable[[Sequence[str], int], list[str]]
@@ -286,9 +286,9 @@ def baseline(
         sequences.append([*prompt, *reply[: tokens - 1]])
         positions.append(list(range(len(prompt) - 1, len(sequences[-1]))))
     starts = np.cumsum([0, *map(len, positions)])
-    with scratch() as folder:
+    with scratch.scratch() as folder:
         path = folder / "base.f32"
-        stored = np.memmap(path, np.float32, "w+", shape=(int(starts[-1]), vocabulary(chat)))
+        stored = scratch.array(path, (int(starts[-1]), vocabulary(chat)))
         for index, rows in log_probabilities(chat, sequences, positions, label="KL: base"):
             stored[starts[index] : starts[index + 1]] = np.array(rows.astype(mx.float32))
         stored.flush()

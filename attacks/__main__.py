@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from attacks import network, pool
+from attacks import ground, network, pool
 from attacks.verdict import GOOD, KINDS, Verdict
 
 #: Programs of their own, beside this one.
@@ -72,9 +72,9 @@ def _mutations(
     """Run the cases and print the table; the number of faults."""
     with _hostile_server() as (root, serve):
         base = root / "base"
-        _build(base)
+        ground.build(base)
         serve(base / "llama")
-        _warm()
+        ground.warm()
         from attacks.base import digest
         from attacks.kinds import KINDS as ATTACKS
 
@@ -174,26 +174,6 @@ def _hostile_server() -> Iterator[tuple[Path, object]]:
             os.environ["HF_ENDPOINT"] = address
 
         yield root, serve
-
-
-def _build(base: Path) -> None:
-    """Make the sound inputs in a process of its own: this one must compute nothing."""
-    base.mkdir()
-    subprocess.run([sys.executable, "-m", "attacks.base", str(base)], check=True)
-
-
-def _warm() -> None:
-    """Import everything that a command would, so that no worker has to."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = os.environ["HF_HUB_ETAG_TIMEOUT"] = "3"
-    for name in (
-        "abl_mlx.pipeline", "abl_mlx.gguf_pipeline", "abl_mlx.evaluation", "abl_mlx.measurement",
-        "abl_mlx.undo", "abl_mlx.audit", "abl_mlx.conversion", "abl_mlx.show", "abl_mlx.search",
-        "abl_mlx.steered", "mlx_lm", "transformers", "optuna", "pyarrow.parquet", "gguf",
-        "huggingface_hub",
-    ):  # fmt: skip
-        importlib.import_module(name)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ class _Place:
     def moving(self, files: list[Path]) -> None:
         """Note files of the folder that are about to get their names, one after the other."""
         identities = {file.name: file.stat().st_ino for file in files}
-        (self.folder / _MOVING).write_text(json.dumps(identities), encoding="utf-8")
+        # On a disk that has just become full the names are given all the same.
+        with suppress(OSError):
+            (self.folder / _MOVING).write_text(json.dumps(identities), encoding="utf-8")
 
     def close(self) -> None:
         """Remove the folder with what is left in it, and folders that were made for nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -9,13 +10,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from convert.errors import UserError
 from convert.locks import Busy, LockFile
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _PREFIX, _LOCK = "abl-mlx-", "lock"
 
 # A folder without a lock file may be one that is just being made.
 _FRESH = 3600.0
+
+# Zeros written at a time where the system does not allocate.
+_PIECE = 1 << 24
 
 
 @contextmanager
@@ -33,6 +42,32 @@ def scratch() -> Iterator[Path]:
             lock.close(remove=False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A new float32 array in a file, whose room on the disk is taken at once.
+
+    Writing to a mapped file for which the disk has no room ends the process.
+
+    Raises:
+        UserError: when there is no room.
+    """
+    import numpy as np
+
+    size = 4 * math.prod(shape)
+    try:
+        with open(path, "wb") as stream:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, size)
+            else:
+                for start in range(0, size, _PIECE):
+                    stream.write(bytes(min(_PIECE, size - start)))
+    except OSError as error:
+        raise UserError(
+            f"{tempfile.gettempdir()} has no room for {size / 1e9:.2f} GB ({error.strerror}): free "
+            "some space, or set TMPDIR to a larger disk."
+        ) from None
+    return np.memmap(path, np.float32, "r+", shape=shape)
 
 
 def sweep() -> None:

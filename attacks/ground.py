@@ -1,0 +1,29 @@
+"""What every attack begins with: the sound inputs, and a process that has imported the tool."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def build(base: Path) -> None:
+    """Make the sound inputs in a process of its own: this one must compute nothing."""
+    base.mkdir()
+    subprocess.run([sys.executable, "-m", "attacks.base", str(base)], check=True)
+
+
+def warm() -> None:
+    """Import everything that a command would, so that no forked process has to."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = os.environ["HF_HUB_ETAG_TIMEOUT"] = "3"
+    for name in (
+        "abl_mlx.pipeline", "abl_mlx.gguf_pipeline", "abl_mlx.evaluation", "abl_mlx.measurement",
+        "abl_mlx.undo", "abl_mlx.audit", "abl_mlx.conversion", "abl_mlx.show", "abl_mlx.search",
+        "abl_mlx.steered", "mlx_lm", "transformers", "optuna", "pyarrow.parquet", "gguf",
+        "huggingface_hub",
+    ):  # fmt: skip
+        importlib.import_module(name)
