@@ -228,9 +228,10 @@ def _agrees(chat: ChatModel, one: Way, tokens: list[int]) -> bool:
     n = len(tokens)
     third = n // 3
     # Lengths far apart, of which three stand side by side; the first reply ends early, and the
-    # fourth prompt takes its place beside replies that have begun.
-    prompts = [tokens, tokens[-max(2, n // 8) :], tokens[third:], tokens[: n // 2]]
-    lengths = [1, 3, 2, 2]
+    # fourth prompt takes its place beside replies that have begun. Padding that is read shows most
+    # in the shortest prompts, which have little else to look at.
+    prompts = [tokens, tokens[-2:], tokens[-4:], tokens[: n // 2]]
+    lengths = [1, 3, 3, 2]
     if one is Way.EQUAL:
         prompts, lengths = [tokens[:third], tokens[third : 2 * third], tokens[-third:]], [2, 4, 3]
     elif one is Way.SINGLE:

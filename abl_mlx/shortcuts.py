@@ -79,8 +79,8 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
     plain, half = Plain(chat), len(tokens) // 2
     every = Shortcuts(cached=plain.cached)
     none = Shortcuts(False, False, False, False, plain.cached)
-    long, short = tokens, [*tokens[:half], *tokens[-max(1, half // 4) :]]
-    shortest = tokens[-max(2, half // 4) :]
+    # Padding that is read shows most where there is little else to look at.
+    long, short, shortest = tokens, [*tokens[:half], *tokens[-2:]], tokens[-2:]
 
     def same(how: Shortcuts, *prompts: list[int]) -> bool:
         begun = Prefix(chat, tokens[:half] if how.prefix else [], cached=how.cached)
@@ -91,11 +91,15 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
     def holds(how: Shortcuts, *prompts: list[int]) -> bool:
         return _works(lambda: same(how, *prompts))
 
-    if holds(every, long, short) and holds(replace(every, prefix=False), long, shortest):
+    if holds(every, long, short) and holds(
+        replace(every, prefix=False), long, shortest, tokens[-4:]
+    ):
         return every
     plain(shortest)  # where even that cannot be run, that is said
     together = holds(replace(none, together=True), long, long[::-1], long[1:] + long[:1])
-    padded = together and holds(replace(none, together=True, padded=True), long, shortest, short)
+    padded = together and holds(
+        replace(none, together=True, padded=True), long, shortest, tokens[-4:], short
+    )
     prefix = replace(none, prefix=True, together=together)
     found = Shortcuts(
         together,
@@ -105,7 +109,9 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
         plain.cached,
     )
     # Each alone may be right, and two together not.
-    if holds(found, long, short) and holds(replace(found, prefix=False), long, shortest):
+    if holds(found, long, short) and holds(
+        replace(found, prefix=False), long, shortest, tokens[-4:]
+    ):
         return found
     return none
 

@@ -20,8 +20,10 @@ from abl_mlx.plain import needs_cache
 from convert.errors import UserError
 from tests import zoo
 
-#: Prompts of 8 to 100 tokens, far apart in length, more than one of some lengths.
+#: Prompts of 2 to 98 tokens, far apart in length, more than one of some lengths.
 PROMPTS = [
+    "o?",
+    "bed?",
     "u:paint?",
     "u:fence?",
     "u:paint the fence?",
