@@ -209,13 +209,12 @@ class Energies:
 
     Attributes:
         basis: from the subspace into the stream, (d, m).
-        grams: (N, m, m), in units of each writer's reference.
-        means: (N,), mean energy of each over all of its directions, without the few largest, in
-            the same units.
+        forms: what each writer holds there.
+        means: (N,), mean energy of each over all of its directions, without the few largest.
     """
 
     basis: np.ndarray
-    grams: np.ndarray
+    forms: spectrum.Forms
     means: np.ndarray
 
 
@@ -237,18 +236,16 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
         for one in writers:
             gram = _gram(one, np.float64 if d <= _DOUBLE else np.float32)
             bar.update(one.lines)
-            mean = candidates.add(one.role, one.layer, gram)
-            if not mean > 0:
+            if not candidates.add(one.role, one.layer, gram):
                 continue
             used.append(one)
-            means.append(mean)
+            means.append(spectrum.typical(gram))
             diagonals.append(np.diagonal(gram).astype(float))
             if keep:
                 kept.append(gram)
         if not used:
             raise UserError("every residual writer of this model is zero: nothing to audit.")
         basis, count = candidates.basis()
-        squares = candidates.units**2
         del candidates
         small = []
         for index, one in enumerate(used):
@@ -257,15 +254,8 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
             else:
                 small.append(_small_gram(one, basis))
                 bar.update(one.lines)
-    grams = np.stack(small)
-    grams = (grams + grams.transpose(0, 2, 1)) / 2
-    units = spectrum.references(grams, count)
-    # Means in the scale of the subspace.
-    scaled = [
-        mean * float((each * squares).mean() / each.mean())
-        for mean, each in zip(means, diagonals, strict=True)
-    ]
-    return Energies(basis, grams / units[:, None, None], np.stack(scaled) / units), used
+    forms = spectrum.forms(small, diagonals, basis, count)
+    return Energies(basis, forms, np.array(means) / forms.units), used
 
 
 def _gram(one: StreamWeight, dtype: type) -> np.ndarray:
@@ -296,7 +286,7 @@ def judge(
     tests, structural = [], {}
     for limits in LIMITS:
         found = []
-        for one in spectrum.search(energies.grams, limits.reach):
+        for one in spectrum.search(energies.forms, limits.reach):
             why = spectrum.structure(_in_stream(energies, [one])[0])
             if why is None:
                 found.append(one)

@@ -11,15 +11,20 @@ Dimensions of the stream are first brought to one scale (each divided by what al
 hold in it): models have loud and quiet ones, and a direction that is quiet because its dimensions
 are is no finding.
 
-Energies of one writer are told in units of its *reference*: the median energy along the directions
-that are weakest in all writers together. 1 is then what a weak direction has, 0 is nothing.
+The energy of one writer along v is measured against vᵀDv, with D the diagonal of its G: what it
+would hold along v if it wrote its dimensions independently of one another. So a single dimension
+always has the energy 1, however little is written to it: dimensions that a model hardly writes, that
+were pruned, or that the gain of a norm closes are no evidence either way.
+
+Energies of one writer are then told in units of its *reference*: the median energy along the
+directions that are weakest in all writers together. 1 is what a weak direction has, 0 is nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -42,6 +47,10 @@ _FOUND = 12
 
 _STARTS = 3
 _STEPS = 12
+
+#: Share of a writer's typical dimension that is added to both sides of an energy, so that where it
+#: holds nothing at all the energy is 1.
+_LEAST = 1e-5
 
 
 def threads(width: int) -> AbstractContextManager[object]:
@@ -236,16 +245,90 @@ class Found:
     energies: np.ndarray
 
 
-def references(grams: np.ndarray, count: int) -> np.ndarray:
-    """The reference energy of each writer (N,): its median along the first ``count`` coordinates.
+@dataclass(frozen=True)
+class Forms:
+    """What all writers hold in a subspace of m dimensions, and what they are measured against.
+
+    Attributes:
+        held: (N, m, m), Bᵀ G B of each writer's Gram matrix G, with the map B (d, m) into the stream.
+        alone: (N, m, m), Bᵀ D B with the diagonal D of G.
+        units: (N,), what an energy is divided by: the writers' references.
+    """
+
+    held: np.ndarray
+    alone: np.ndarray
+    units: np.ndarray
+
+    def energies(self, v: np.ndarray) -> np.ndarray:
+        """Of each writer along directions: (m,) -> (N,), or (m, k) -> (N, k)."""
+        axis = 1 if v.ndim > 1 else -1
+        held, alone = ((v * (form @ v)).sum(axis=axis) for form in (self.held, self.alone))
+        units = self.units if v.ndim == 1 else self.units[:, None]
+        return np.asarray(held / np.maximum(alone, 1e-30) / units)
+
+    def without(self, v: np.ndarray) -> Forms:
+        """The same in what a unit direction leaves of the subspace: m − 1 dimensions.
+
+        The coordinates are those of `mirrored`, without the first.
+        """
+        w = _mirror(v)
+        if w is None:
+            return Forms(self.held[:, 1:, 1:].copy(), self.alone[:, 1:, 1:].copy(), self.units)
+
+        def turned(forms: np.ndarray) -> np.ndarray:
+            # (I − 2wwᵀ) F (I − 2wwᵀ) = F − waᵀ − awᵀ, with a = 2Fw − 2(wᵀFw)w.
+            along = forms @ w
+            along = 2 * along - 2 * (along @ w)[:, None] * w
+            out = forms[:, 1:, 1:].copy()
+            out -= along[:, 1:, None] * w[1:]
+            out -= w[1:, None] * along[:, None, 1:]
+            return out
+
+        return Forms(turned(self.held), turned(self.alone), self.units)
+
+
+def _mirror(v: np.ndarray) -> np.ndarray | None:
+    """The unit w whose reflection I − 2wwᵀ swaps a unit v and the first axis; None if they agree."""
+    w = v.copy()
+    w[0] -= 1
+    length = float(np.linalg.norm(w))
+    return None if length < 1e-12 else w / length
+
+
+def mirrored(columns: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Vectors (m, k) reflected so that the unit ``v`` comes to lie on the first axis."""
+    w = _mirror(v)
+    return columns if w is None else np.asarray(columns - 2 * np.outer(w, w @ columns))
+
+
+def forms(
+    small: Sequence[np.ndarray], diagonals: Sequence[np.ndarray], basis: np.ndarray, count: int
+) -> Forms:
+    """The writers' forms in the subspace that `Candidates.basis` gave.
 
     Args:
-        grams: (N, m, m) in the subspace that `Candidates.basis` gave.
+        small: (m, m) each, basisᵀ G basis.
+        diagonals: (d,) each, the diagonal of G.
+        basis: (d, m).
+        count: how many of its columns are references: a writer's is its median energy along them.
     """
-    diagonals = np.diagonal(grams, axis1=1, axis2=2)
-    typical = np.median(diagonals[:, :count], axis=1)
-    whole = np.median(diagonals, axis=1)
-    return np.asarray(np.maximum(typical, np.maximum(1e-9 * whole, 1e-30)))
+    flat = basis.T @ basis
+    held, alone = [], []
+    for gram, diagonal in zip(small, diagonals, strict=True):
+        least = _LEAST * float(np.median(diagonal)) * flat
+        scale = 1 / max(float(np.median(diagonal)), 1e-30)
+        held.append(scale * ((gram + gram.T) / 2 + least))
+        alone.append(scale * (basis.T @ (diagonal[:, None] * basis) + least))
+    found = Forms(np.stack(held), np.stack(alone), np.ones(len(held)))
+    each = np.diagonal(found.held, axis1=1, axis2=2) / np.diagonal(found.alone, axis1=1, axis2=2)
+    units = np.maximum(np.median(each[:, :count], axis=1), 1e-9)
+    return replace(found, units=units)
+
+
+def typical(gram: np.ndarray) -> float:
+    """The mean energy of one writer over all directions, without its few largest: see `bulk`."""
+    units = per_dimension(gram)
+    return bulk(_scaled(gram, units)) / max(float(np.median(np.diagonal(gram))), 1e-30)
 
 
 def gains(energies: np.ndarray, reach: float) -> np.ndarray:
@@ -266,19 +349,22 @@ def _score(energies: np.ndarray, reach: float) -> float:
     return float((each.sum() - each.max()) / (len(each) - 1))
 
 
-def _climb(grams: np.ndarray, v: np.ndarray, reach: float) -> Found:
-    """A local maximum of the mean gain, by majorization: each step an eigenvector of Σ w_i G_i."""
+def _climb(forms: Forms, v: np.ndarray, reach: float) -> Found:
+    """A local maximum of the mean gain: each step the weakest direction of a weighted sum.
 
-    def energies_of(u: np.ndarray) -> np.ndarray:
-        return np.asarray((grams @ u) @ u)
-
-    energies = energies_of(v)
+    Along v the gain of writer i falls as its energy vᵀGᵢv / vᵀDᵢv grows, with a slope that weighs
+    it; the next v makes Σ wᵢ Gᵢ smallest against Σ wᵢ Dᵢ.
+    """
+    energies = forms.energies(v)
     best = gains(energies, reach).mean()
     for _ in range(_STEPS):
         floored = np.maximum(energies, 0) + FLOOR
-        weights = 1 / floored - 1 / (floored + reach)
-        turned = _weakest(np.tensordot(weights, grams, 1), v)
-        tried = energies_of(turned)
+        weights = (1 / floored - 1 / (floored + reach)) / forms.units
+        weights /= np.einsum("i,nij,j->n", v, forms.alone, v, optimize=True)
+        turned = _weakest(
+            *(np.tensordot(weights, form, 1) for form in (forms.held, forms.alone)), v
+        )
+        tried = forms.energies(turned)
         value = gains(tried, reach).mean()
         if value <= best + 1e-4:
             break
@@ -286,54 +372,48 @@ def _climb(grams: np.ndarray, v: np.ndarray, reach: float) -> Found:
     return Found(v, _score(energies, reach), energies)
 
 
-def _weakest(gram: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Nearly the weakest direction of a Gram matrix: a few inverse iterations from ``start``."""
-    shifted = gram + np.eye(len(gram)) * (1e-9 * np.trace(gram) / len(gram))
-    inverse = np.linalg.inv(shifted)
+def _weakest(held: np.ndarray, alone: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Nearly the unit v with the least vᵀ held v / vᵀ alone v: inverse iterations from ``start``."""
+    shifted = held + np.eye(len(held)) * (1e-9 * np.trace(held) / len(held))
+    step = np.linalg.solve(shifted, alone)
     v = start
     for _ in range(8):
-        v = inverse @ v
+        v = step @ v
         v /= np.linalg.norm(v)
     return v
 
 
-def search(grams: np.ndarray, reach: float, count: int = _FOUND) -> list[Found]:
+def search(forms: Forms, reach: float, count: int = _FOUND) -> list[Found]:
     """The best ``count`` orthogonal directions, one after the other, best first.
 
     Args:
-        grams: (N, m, m), in units of each writer's reference.
+        forms: of all writers in the subspace.
         reach: energies up to about this count as low: 1 for a direction that is somewhat low
             nearly everywhere (a partial strength), 0.1 for one that is empty in some writers (some
             layers).
     """
-    with threads(grams.shape[1]):
-        return _search(grams, reach, count)
+    with threads(forms.held.shape[1]):
+        return _search(forms, reach, count)
 
 
-def _search(grams: np.ndarray, reach: float, count: int) -> list[Found]:
-    m = grams.shape[1]
-    starts = [np.eye(m)[:, : min(m, 24)], np.linalg.eigh(grams.mean(axis=0))[1][:, :8]]
-    starts += [np.linalg.eigh(one)[1][:, :2] for one in grams]
+def _search(forms: Forms, reach: float, count: int) -> list[Found]:
+    m = forms.held.shape[1]
+    mean = (forms.held / forms.units[:, None, None]).mean(axis=0)
+    starts = [np.eye(m)[:, : min(m, 24)], np.linalg.eigh(mean)[1][:, :8]]
+    starts += [np.linalg.eigh(one)[1][:, :2] for one in forms.held]
     tried = np.concatenate(starts, axis=1)
     found: list[Found] = []
-    rest = np.eye(m)
+    left, rest = forms, np.eye(m)  # what is left, and its coordinates in the whole subspace
     for _ in range(min(count, m - 2)):
-        inside = rest.T @ tried
-        lengths = np.linalg.norm(inside, axis=0)
-        inside = inside[:, lengths > 0.3] / lengths[lengths > 0.3]
-        left = rest.T @ grams @ rest
-        energies = np.einsum("ik,nik->kn", inside, left @ inside, optimize=True)
-        order = np.argsort(-gains(energies, reach).mean(axis=1))[:_STARTS]
+        lengths = np.linalg.norm(tried, axis=0)
+        inside = tried[:, lengths > 0.3] / lengths[lengths > 0.3]
+        order = np.argsort(-gains(left.energies(inside), reach).mean(axis=0))[:_STARTS]
         ways = [_climb(left, inside[:, index], reach) for index in order]
         best = max(ways, key=lambda one: one.score)
         found.append(Found(rest @ best.direction, best.score, best.energies))
-        # What is left of the subspace, without the one just found.
-        rest = (
-            rest
-            @ np.linalg.qr(
-                np.concatenate([best.direction[:, None], np.eye(len(best.direction))], axis=1)
-            )[0][:, 1 : len(best.direction)]
-        )
+        left = left.without(best.direction)
+        tried = mirrored(tried, best.direction)[1:]
+        rest = mirrored(rest.T, best.direction)[1:].T
     return sorted(found, key=lambda one: -one.score)
 
 

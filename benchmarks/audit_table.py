@@ -17,8 +17,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
@@ -336,14 +337,47 @@ HEAD = [
 ]
 
 
+TITLES = {
+    SEEN: "### Edited, and seen",
+    BEYOND: "### At and beyond the limits",
+    CONTROL: "### Not edited",
+}
+
+
+def tables(cases: Iterable[Case]) -> tuple[str, int]:
+    """All cases audited: the tables' text, and how many verdicts are not what they must be."""
+    wrong = 0
+    parts: dict[str, list[str]] = {key: [] for key in TITLES}
+    for case in cases:
+        line, right = row(case)
+        parts[case.expected].append(line)
+        wrong += not right
+    text = "\n".join(
+        line
+        for key, lines in parts.items()
+        if lines
+        for line in ["", TITLES[key], "", *HEAD, *lines]
+    ).strip()
+    total = sum(map(len, parts.values()))
+    return f"{text}\n\n{wrong} of {total} verdicts are not what they must be.", wrong
+
+
+def write_between(name: str, text: str) -> None:
+    """Put a table between its two comments in docs/audit.md."""
+    page = ROOT / "docs" / "audit.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
+    after = rest.partition(f"<!-- end of {name} -->")[2]
+    page.write_text(
+        f"{before}<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->{after}", encoding="utf-8"
+    )
+
+
 def main() -> None:
     """Print the table, or put it into docs/audit.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put it into docs/audit.md")
     parser.add_argument("--only", default="", help="models to take, a regular expression")
     given = parser.parse_args()
-    wrong = 0
-    parts: dict[str, list[str]] = {SEEN: [], BEYOND: [], CONTROL: []}
     with tempfile.TemporaryDirectory(prefix="audit-") as name:
         work = Path(name)
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
@@ -352,30 +386,9 @@ def main() -> None:
             ]
             if not given.only or given.only == "controls":
                 cases.append(controls(work))
-            for one in cases:
-                for case in one:
-                    line, right = row(case)
-                    parts[case.expected].append(line)
-                    wrong += not right
-    titles = {
-        SEEN: "### Edited, and seen",
-        BEYOND: "### At and beyond the limits",
-        CONTROL: "### Not edited",
-    }
-    text = "\n".join(
-        line
-        for key, lines in parts.items()
-        if lines
-        for line in ["", titles[key], "", *HEAD, *lines]
-    ).strip()
-    text += f"\n\n{wrong} of {sum(map(len, parts.values()))} verdicts are not what they must be."
+            text, wrong = tables(chain.from_iterable(cases))
     if given.write:
-        page = ROOT / "docs" / "audit.md"
-        before, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->")
-        after = rest.partition("<!-- end of table -->")[2]
-        page.write_text(
-            f"{before}<!-- table -->\n\n{text}\n\n<!-- end of table -->{after}", encoding="utf-8"
-        )
+        write_between("table", text)
     else:
         print(text)
     sys.exit(1 if wrong else 0)
