@@ -67,7 +67,7 @@ class Limits:
 
 
 LIMITS = (
-    Limits("low everywhere", 1.0, 0.35, 3.0, 0.1, 3.0, 0.5),
+    Limits("low everywhere", 1.0, 0.35, 3.0, 0.2, 3.0, 0.5),
     Limits("empty in some", 0.1, 0.15, 3.0, 0.1, 3.0, 0.1),
 )
 

@@ -6,8 +6,8 @@
 Each model is made a float16 folder, from which every variant is written as a user would have it:
 requantized, with noise, pruned, fine-tuned, merged; and edited by abl-mlx or by plain rounding. The
 direction is the difference of means of a middle layer at the prompts' last token; a base model
-without a chat template gets one that is nothing but the prompt. The labels that abl-mlx leaves in its
-outputs are not counted. About half an hour on two cores.
+without a chat template gets one that is nothing but the prompt. Labels that abl-mlx leaves in its
+outputs are not counted. About an hour on two cores.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def controls(name: str, file: Path, folder: Path, work: Path) -> Iterator[Case]:
         )
         (work / f"{kind}.gguf").unlink()
     yield Case(name, "requantized to MLX 4-bit", CONTROL, quantized(folder, work / "four", 4))
-    tuned = fine_tuned(folder, work / "tuned", 4, RATE)
+    tuned = fine_tuned(folder, work / "tuned", 4, RATE, (1, 48))
     yield Case(name, "fine-tuned", CONTROL, tuned)
     changes: dict[str, Callable[[str, np.ndarray], np.ndarray]] = {
         "noise of 2%": noise,

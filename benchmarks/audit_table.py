@@ -106,8 +106,14 @@ def changed(
     return out
 
 
-def fine_tuned(folder: Path, out: Path, steps: int = 8, rate: float = 3e-4) -> Path:
-    """Some steps of Adam on the model's own prompts, all weights."""
+def fine_tuned(
+    folder: Path,
+    out: Path,
+    steps: int = 8,
+    rate: float = 3e-4,
+    batch: tuple[int, int] = (4, 64),
+) -> Path:
+    """Some steps of Adam on the demo's prompts, all weights; ``batch`` is (texts, tokens)."""
     from mlx_lm import load
 
     # Not through abl_mlx, which holds a CPU's weights in a form of its own, that is not trained.
@@ -115,7 +121,7 @@ def fine_tuned(folder: Path, out: Path, steps: int = 8, rate: float = 3e-4) -> P
     model.set_dtype(mx.float32)
     texts = prompts.load_demo().harmless.train.texts
     ids = [id for text in texts for id in tokenizer.encode(text, add_special_tokens=False)]
-    batches = mx.array(np.resize(ids, steps * 4 * 64)).reshape(steps, 4, 64)
+    batches = mx.array(np.resize(ids, (steps, *batch)))
 
     def loss(model: nn.Module, tokens: mx.array) -> mx.array:
         return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
