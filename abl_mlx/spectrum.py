@@ -13,8 +13,8 @@ are is no finding.
 
 The energy of one writer along v is measured against vᵀDv, with D the diagonal of its G: what it
 would hold along v if it wrote its dimensions independently of one another. So a single dimension
-always has the energy 1, however little is written to it: dimensions that a model hardly writes, that
-were pruned, or that the gain of a norm closes are no evidence either way.
+always has the energy 1, however little is written to it: dimensions that a model hardly writes,
+that were pruned, or that the gain of a norm closes are no evidence either way.
 
 Energies of one writer are then told in units of its *reference*: the median energy along the
 directions that are weakest in all writers together. 1 is what a weak direction has, 0 is nothing.
@@ -250,7 +250,7 @@ class Forms:
     """What all writers hold in a subspace of m dimensions, and what they are measured against.
 
     Attributes:
-        held: (N, m, m), Bᵀ G B of each writer's Gram matrix G, with the map B (d, m) into the stream.
+        held: (N, m, m), Bᵀ G B of each writer's Gram matrix G; B (d, m) maps into the stream.
         alone: (N, m, m), Bᵀ D B with the diagonal D of G.
         units: (N,), what an energy is divided by: the writers' references.
     """
@@ -288,7 +288,7 @@ class Forms:
 
 
 def _mirror(v: np.ndarray) -> np.ndarray | None:
-    """The unit w whose reflection I − 2wwᵀ swaps a unit v and the first axis; None if they agree."""
+    """The unit w whose reflection I − 2wwᵀ swaps v and the first axis; None if they agree."""
     w = v.copy()
     w[0] -= 1
     length = float(np.linalg.norm(w))
@@ -373,7 +373,7 @@ def _climb(forms: Forms, v: np.ndarray, reach: float) -> Found:
 
 
 def _weakest(held: np.ndarray, alone: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Nearly the unit v with the least vᵀ held v / vᵀ alone v: inverse iterations from ``start``."""
+    """Nearly the unit v of the least vᵀ held v / vᵀ alone v: inverse iterations from ``start``."""
     shifted = held + np.eye(len(held)) * (1e-9 * np.trace(held) / len(held))
     step = np.linalg.solve(shifted, alone)
     v = start
