@@ -453,19 +453,15 @@ def gap(found: Sequence[Found], most: int = 6) -> Gap:
     return Gap(rank, float(steps[rank - 1]), spread, list(found[:rank]), list(found))
 
 
-#: |cos| with one dimension, and with the mean over all, from which on a direction is no edit's.
-_ONE_DIMENSION, _MEAN = 0.7, 0.97
+#: |cos| with the mean over dimensions from which on a direction is no edit's.
+_MEAN = 0.97
 
 
 def structure(v: np.ndarray) -> str | None:
     """Why a unit direction (d,) is no edit, though little may be written along it.
 
-    Single dimensions are quiet everywhere in models that were pruned, and in some that were not;
-    the mean over dimensions is, where weights were centred for LayerNorm.
+    Nothing is written along the mean over dimensions where weights were centred for LayerNorm.
     """
-    size = np.abs(v)
-    if size.max() >= _ONE_DIMENSION:
-        return f"dimension {int(size.argmax())} is hardly written, by itself: pruned, or never used"
     if abs(float(v.sum())) / np.sqrt(len(v)) >= _MEAN:
         return "the mean over dimensions is hardly written: weights centred for LayerNorm"
     return None

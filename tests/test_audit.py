@@ -116,6 +116,26 @@ def test_energies_are_what_the_weights_hold_along_the_direction():
     assert one.score == pytest.approx((gain.sum() - gain.max()) / (len(gain) - 1))
 
 
+def test_dimensions_that_are_hardly_written_are_no_evidence():
+    """Some are quiet in every writer, others in half of them, and two are never written."""
+    quiet = writers(2)
+    for index, (_, _, w) in enumerate(quiet):
+        w[[5, 17, 40]] *= 1e-3
+        w[[60, 61, 62] if index % 2 else [63, 64, 65]] *= 1e-3
+        w[[80, 81]] = 0
+    for reach, limit in ((1.0, 0.2), (0.1, 0.05)):
+        assert analysed(quiet, reach)[1].size < limit
+    # An edit is seen beside them, and one that is mostly such a dimension too.
+    for u in (unit(96), unit(96) + 3 * np.eye(96)[:, 5:6]):
+        u = u / np.linalg.norm(u)
+        basis, found = analysed(planted(quiet, u), 1.0)
+        assert found.size > 1
+        # What an edit writes to the quiet dimensions is alike in all of them, so that differences of
+        # these may stand out beside it.
+        recovered = np.linalg.qr(basis @ np.stack([f.direction for f in found.found], axis=1))[0]
+        assert np.linalg.norm(recovered.T @ u) > 0.99
+
+
 def test_the_climb_finds_what_only_some_writers_lack():
     u = unit(96)[:, 0]
     models = planted(writers(3), u[:, None], 1, {0, 2})
