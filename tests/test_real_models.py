@@ -22,7 +22,7 @@ from tests.test_gguf_to_tokenizer import Vocabulary, plain, written
 pytestmark = pytest.mark.real
 
 #: In nats: llama.cpp rounds activations to 8 bits beside quantized weights, which moves unlikely
-#: tokens of real models by a whole nat. Beside float weights it does not, and the whole top 5 agrees.
+#: tokens of real models by a whole nat. Beside float weights it does not: the whole top 5 agrees.
 NEAR, ALL_NEAR = 0.3, 0.05
 
 PROMPTS = [
