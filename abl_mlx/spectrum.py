@@ -361,9 +361,8 @@ def _climb(forms: Forms, v: np.ndarray, reach: float) -> Found:
         floored = np.maximum(energies, 0) + FLOOR
         weights = (1 / floored - 1 / (floored + reach)) / forms.units
         weights /= np.einsum("i,nij,j->n", v, forms.alone, v, optimize=True)
-        turned = _weakest(
-            *(np.tensordot(weights, form, 1) for form in (forms.held, forms.alone)), v
-        )
+        held, alone = (np.tensordot(weights, form, 1) for form in (forms.held, forms.alone))
+        turned = _weakest(held, alone, v)
         tried = forms.energies(turned)
         value = gains(tried, reach).mean()
         if value <= best + 1e-4:
