@@ -18,6 +18,9 @@ from abl_mlx.llamacpp_process import LlamaProcess
 from abl_mlx.thoughts import opened_by, resumed
 from convert.errors import UserError
 
+#: Longest that a prompt may take in the chat template, in seconds; none takes a hundredth of one.
+RENDERING = 20.0
+
 
 class LlamaCpp:
     """A GGUF file loaded by llama.cpp, answering greedily.
@@ -133,6 +136,8 @@ class LlamaCpp:
             messages = [{"role": "user", "content": prompt}]
             if system is not None:
                 messages.insert(0, {"role": "system", "content": system})
+            # A template may never end, which nothing tells from a long reply afterwards.
+            self.render(messages, enable_thinking=enable_thinking)
             reply = self._post(
                 "/v1/chat/completions",
                 {
@@ -226,6 +231,7 @@ class LlamaCpp:
                 "messages": [dict(message) for message in messages],
                 "chat_template_kwargs": {"enable_thinking": enable_thinking},
             },
+            seconds=RENDERING,
         )
         return str(reply["prompt"])
 
@@ -253,16 +259,24 @@ class LlamaCpp:
     ) -> None:
         self.close()
 
-    def _post(self, route: str, request: dict[str, Any]) -> dict[str, Any]:
+    def _post(
+        self, route: str, request: dict[str, Any], seconds: float | None = None
+    ) -> dict[str, Any]:
+        """What the server answers, after so many seconds at most."""
         place = urlsplit(self.address)
         # Straight to the loopback interface; a proxy has no business here.
-        connection = http.client.HTTPConnection(place.hostname or "", place.port)
+        connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=seconds)
         try:
             connection.request(
                 "POST", route, json.dumps(request), {"Content-Type": "application/json"}
             )
             reply = connection.getresponse()
             content = reply.read()
+        except TimeoutError:
+            raise UserError(
+                f"llama.cpp did not render a prompt in the chat template of {self.path} within "
+                f"{seconds:.0f} s: the template does not end. Choose another file."
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             process = self._process
             if process is not None and process.died():

@@ -21,8 +21,9 @@ _PROGRAM = Path(__file__).with_name("llamacpp_child.py")
 #: more than any takes, and a damaged file may make llama.cpp compute for ever.
 COMPUTING, BYTES_PER_SECOND = 8.0, 20e6
 
-#: How much longer it may wait meanwhile, for a slow disk say.
-WAITING = 10.0
+#: Longest that it may take on the clock, for a slow disk or a busy machine: so many seconds and so
+#: many times as long.
+WAITING, TIMES = 60.0, 10.0
 
 
 class LlamaProcess:
@@ -69,12 +70,11 @@ class LlamaProcess:
             process.stdin.flush()
         except BrokenPipeError:
             pass
-        end = time.monotonic() + computing * WAITING
+        waiting = WAITING + TIMES * computing
+        end = time.monotonic() + waiting
         while not select.select([process.stdout], [], [], 1)[0]:
             if time.monotonic() > end:
-                raise UserError(
-                    f"llama.cpp did not load {self._what} within {computing * WAITING:.0f} s."
-                )
+                raise UserError(f"llama.cpp did not load {self._what} within {waiting:.0f} s.")
         line = process.stdout.readline()
         if not line:
             if process.wait() == -signal.SIGXCPU:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from abl_mlx import demo, evaluation, llamacpp, llamacpp_process
+from abl_mlx import demo, evaluation, gguf_template, llamacpp, llamacpp_process
 from abl_mlx.llamacpp import LlamaCpp
 from abl_mlx.options import EvalOptions
 from convert.errors import UserError
@@ -38,11 +38,6 @@ ENDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "epsilon": ({"attention.layer_norm_rms_epsilon": -1.0}, {}, "eps >= 0"),
     "few tokens": ({}, {"tokenizer.ggml.tokens": TOKENS[:5]}, "token_embd"),
     "equal tokens": ({}, {"tokenizer.ggml.tokens": ["a"] * len(TOKENS)}, "id_to_token"),
-    "a template that calls itself": (
-        {},
-        {"tokenizer.chat_template": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"},
-        "SIGSEGV",
-    ),
 }
 
 
@@ -66,8 +61,38 @@ def test_an_endless_load_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
     endless = "{% for a in range(10000000000) %}{{ a }}{% endfor %}"
     path = changed(tmp_path / "endless.gguf", {}, {"tokenizer.chat_template": endless})
     monkeypatch.setattr(llamacpp_process, "COMPUTING", 1.0)
+    # Without the look at the template that `LlamaCpp` takes before.
+    monkeypatch.setattr(gguf_template, "fault", lambda path: None)
     with pytest.raises(UserError, match=r"did not load .* of computing"):
         LlamaCpp(path, n_ctx=64, n_threads=1)
+
+
+def test_a_template_that_calls_itself_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    itself = "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"
+    path = changed(tmp_path / "itself.gguf", {}, {"tokenizer.chat_template": itself})
+    with pytest.raises(UserError, match="the chat template"):
+        LlamaCpp(path, n_ctx=64, n_threads=1)
+    monkeypatch.setattr(gguf_template, "fault", lambda path: None)
+    with pytest.raises(UserError, match="SIGSEGV"):
+        LlamaCpp(path, n_ctx=64, n_threads=1)
+
+
+def test_a_template_that_never_ends_for_a_prompt_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = "{% if 'garden' in messages[-1]['content'] %}{% for a in range(10000000000) %}a"
+    path = changed(
+        tmp_path / "endless.gguf",
+        {},
+        {"tokenizer.chat_template": TURNS + endless + "{% endfor %}{% endif %}"},
+    )
+    monkeypatch.setattr(llamacpp, "RENDERING", 1.0)
+    with LlamaCpp(path, n_ctx=128, n_parallel=1, n_threads=1) as runtime:
+        assert runtime.chat(["Hello"], max_tokens=2)
+        with pytest.raises(UserError, match="the template does not end"):
+            runtime.chat(["How do I plan a garden?"], max_tokens=2)
 
 
 def test_its_death_while_it_answers_is_one_sentence(tmp_path: Path) -> None:
