@@ -17,6 +17,9 @@ from abl_mlx.units import in_bytes
 #: Prompts of the timed pass.
 TIMED = 8
 
+#: Prompts of a search's trial where there are few of them: its own harmless ones and some harmful.
+SEARCHED = 96
+
 # What passes and writing need beside what a process holds once the model is loaded and has run.
 _BESIDE = 300_000_000
 
@@ -97,13 +100,15 @@ def forecast(chat: ChatModel, sets: PromptSets, options: Options, times: int) ->
 
 
 def _choice(validation: int, options: Options) -> int:
-    """Prompts that run for the choice, at most: the validation prompts once, then races."""
+    """Prompts that run for the choice, at most: the validation set once, races, and a search."""
     if options.layer is not None:
         return validation
+    trials = options.search or 0
     before, passes, left = 0, 0, choice.MOST
     for harmful, harmless, kept in race.HEATS:
         passes += left * (harmful + harmless - before)
         before, left = harmful + harmless, kept
     passes += max(0, validation - before) + choice.INDUCED
     # Where one direction is not enough, as many subspaces run.
-    return validation + passes * (2 if options.method is None else 1)
+    passes *= 2 if options.method is None else 1
+    return validation + passes + trials * max(validation, SEARCHED)

@@ -30,6 +30,8 @@ def test_what_is_told_is_what_comes():
     alone = forecast(chat, sets, Options(layer=2), 0)
     assert alone.choose < told.choose / 3
     assert alone.ask == 0
+    searched = forecast(chat, sets, Options(search=60), 0)
+    assert searched.choose - told.choose == pytest.approx(60 * 96 * 16, rel=0.2)
 
 
 def test_the_line_names_minutes_and_what_shortens_them():
