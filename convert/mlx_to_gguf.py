@@ -22,6 +22,7 @@ from convert.errors import UserError
 from convert.gguf_tokenizer import Tokenizer, read_tokenizer
 from convert.gguf_values import Value, value_type
 from convert.hf_config import read_config
+from convert.hf_counts import check_counts
 from convert.names import Target
 from convert.other_quantization import refuse_quantized
 from convert.safetensors_files import TensorFiles
@@ -203,10 +204,12 @@ def _layout(folder: Path, files: TensorFiles, file_type: str, pre: str | None) -
     file_type = _file_type(file_type)
     config = read_config(folder)
     refuse_quantized(folder, config, files)
+    check_counts(folder, config, {name: files.info(name).shape for name in files.names})
     _refuse_integers(files)
     targets = names.plan(config, files.names)
     rows = files.info(_source(targets, "token_embd.weight")).shape[0]
     tokenizer = read_tokenizer(folder, rows, pre=pre)
+    _check_heads(targets, files)
     extras = names.extra_tensors(config)
     choose = _TypeChooser(file_type, config, targets)
     types = {target.name: choose(target, _shape(target, files)) for target in targets}
@@ -259,6 +262,17 @@ def _refuse_integers(files: TensorFiles) -> None:
             raise UserError(
                 f"{name} in {info.file} is stored as {info.dtype}: take the float model it was "
                 "made from."
+            )
+
+
+def _check_heads(targets: list[Target], files: TensorFiles) -> None:
+    """Refuse a number of heads into which the rows of a tensor cannot be divided."""
+    for target in targets:
+        rows = _shape(target, files)[0] if _shape(target, files) else 0
+        if target.permute_heads and rows % (2 * target.permute_heads):
+            raise UserError(
+                f"{target.sources[0]} has {rows} rows, which are not {target.permute_heads} heads "
+                "of an even size as config.json says: fetch config.json again."
             )
 
 
@@ -352,11 +366,11 @@ class _TypeChooser:
         flat = names.text_config(config)
         self.file_type = file_type
         self.default = FILE_TYPES[file_type][1]
-        self.layers = int(flat["num_hidden_layers"])
-        heads, kv_heads = int(flat["num_attention_heads"]), names.kv_heads(flat)
+        self.layers = names.count(flat, "num_hidden_layers")
+        heads, kv_heads = names.count(flat, "num_attention_heads"), names.kv_heads(flat)
         self.group = heads // kv_heads
         self.tied = not any(target.name == "output.weight" for target in targets)
-        self.experts = int(flat.get("num_experts") or 0)
+        self.experts = names.count(flat, "num_experts") if flat.get("num_experts") else 0
         self.large = self.layers == 80 and (flat.get("model_type") == "qwen2" or self.group > 1)
 
     def __call__(self, target: Target, shape: tuple[int, ...]) -> GGMLQuantizationType:

@@ -17,6 +17,7 @@ import numpy as np
 
 from convert.errors import UserError
 from convert.hf_config import fill_in
+from convert.schema import Kind, number, shown, whole
 
 Config = Mapping[str, Any]
 
@@ -133,25 +134,25 @@ def hyperparameters(config: Config) -> dict[str, Any]:
     arch = architecture(config)
     flat = text_config(config)
     prefix = arch.gguf
-    heads = _integer(flat, "num_attention_heads")
-    hidden = _integer(flat, "hidden_size")
+    heads = count(flat, "num_attention_heads")
+    hidden = count(flat, "hidden_size")
     head_size = head_dim(flat)
     values: dict[str, Any] = {
-        "block_count": _integer(flat, "num_hidden_layers"),
-        "context_length": _integer(flat, "max_position_embeddings"),
+        "block_count": count(flat, "num_hidden_layers"),
+        "context_length": count(flat, "max_position_embeddings"),
         "embedding_length": hidden,
-        "feed_forward_length": _integer(flat, "intermediate_size"),
+        "feed_forward_length": count(flat, "intermediate_size"),
         "attention.head_count": heads,
         "attention.head_count_kv": kv_heads(flat),
-        "attention.layer_norm_rms_epsilon": float(_need(flat, "rms_norm_eps")),
-        "vocab_size": _integer(flat, "vocab_size"),
+        "attention.layer_norm_rms_epsilon": _real(flat, "rms_norm_eps"),
+        "vocab_size": count(flat, "vocab_size"),
         "rope.dimension_count": rotary_dim(flat),
     }
     if flat.get("head_dim") is not None or head_size * heads != hidden:
         values["attention.key_length"] = head_size
         values["attention.value_length"] = head_size
     if prefix not in ("gemma", "gemma2") or flat.get("rope_theta") is not None:
-        values["rope.freq_base"] = float(flat.get("rope_theta") or 10000.0)
+        values["rope.freq_base"] = _rope_theta(flat)
     values.update(_rope_scaling(flat, arch))
     values.update(_family_keys(flat, arch))
     return {f"{prefix}.{key}": value for key, value in values.items()}
@@ -163,18 +164,18 @@ def _rope_scaling(flat: dict[str, Any], arch: Architecture) -> dict[str, int | f
     if not isinstance(scaling, Mapping) or kind in ("default", "llama3", "mrope"):
         return {}
     if kind == "linear":
-        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": _real(scaling, "factor")}
     if kind == "yarn":
         values: dict[str, int | float | str] = {
             "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(scaling["factor"]),
+            "rope.scaling.factor": _real(scaling, "factor"),
             "rope.scaling.original_context_length": int(
                 scaling.get("original_max_position_embeddings") or 4096
             ),
         }
         for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
             # llama.cpp has a key for these but reads it for other architectures only.
-            if float(scaling.get(key, default)) != default:
+            if (scaling.get(key) or default) != default:
                 raise UserError(
                     f"config.json's rope_scaling sets {key} to {scaling[key]}, but llama.cpp "
                     f"always takes {default} for {arch.gguf}: remove rope_scaling to keep the "
@@ -182,10 +183,9 @@ def _rope_scaling(flat: dict[str, Any], arch: Architecture) -> dict[str, int | f
                 )
         return values
     if kind in ("longrope", "su") and arch.gguf == "phi3":
-        ratio = _integer(flat, "max_position_embeddings") / _original_context(flat)
-        factor = (
-            math.sqrt(1 + math.log(ratio) / math.log(_original_context(flat))) if ratio > 1 else 1.0
-        )
+        context = max(2, _original_context(flat))
+        ratio = count(flat, "max_position_embeddings") / context
+        factor = math.sqrt(1 + math.log(ratio) / math.log(context)) if ratio > 1 else 1.0
         return {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": factor}
     raise UserError(
         f'config.json asks for rope_scaling of type "{kind}", which llama.cpp has no counterpart '
@@ -204,7 +204,7 @@ def _family_keys(flat: dict[str, Any], arch: Architecture) -> dict[str, Any]:
                     f"Gemma 2: set it to a number such as {default}."
                 )
             values[f"{key}_logit_softcapping"] = float(cap)
-        values["attention.sliding_window"] = int(flat.get("sliding_window") or 4096)
+        values["attention.sliding_window"] = max(0, int(flat.get("sliding_window") or 4096))
     elif arch.gguf == "gemma3":
         if flat.get("attn_logit_softcapping") is not None:
             raise UserError(
@@ -214,40 +214,46 @@ def _family_keys(flat: dict[str, Any], arch: Architecture) -> dict[str, Any]:
             values["final_logit_softcapping"] = float(flat["final_logit_softcapping"])
         pattern = _sliding_pattern(flat)
         if any(pattern):
-            values["attention.sliding_window"] = _integer(flat, "sliding_window")
-            values["rope.freq_base_swa"] = float(flat["rope_local_base_freq"])
+            values["attention.sliding_window"] = count(flat, "sliding_window")
+            values["rope.freq_base_swa"] = _real(flat, "rope_local_base_freq")
             if pattern != [(layer + 1) % 6 != 0 for layer in range(len(pattern))]:
                 values["attention.sliding_window_pattern"] = pattern
     elif arch.gguf == "phi3":
-        values["attention.sliding_window"] = int(flat.get("sliding_window") or 0)
+        values["attention.sliding_window"] = max(0, int(flat.get("sliding_window") or 0))
         values["rope.scaling.original_context_length"] = _original_context(flat)
     elif arch.gguf == "granite":
-        values["attention.scale"] = float(_need(flat, "attention_multiplier"))
-        values["embedding_scale"] = float(_need(flat, "embedding_multiplier"))
-        values["residual_scale"] = float(_need(flat, "residual_multiplier"))
-        values["logit_scale"] = float(_need(flat, "logits_scaling"))
+        values["attention.scale"] = _real(flat, "attention_multiplier")
+        values["embedding_scale"] = _real(flat, "embedding_multiplier")
+        values["residual_scale"] = _real(flat, "residual_multiplier")
+        values["logit_scale"] = _real(flat, "logits_scaling")
     elif arch.gguf == "qwen3moe":
         if not flat.get("norm_topk_prob", False):
             raise UserError(
                 "config.json sets norm_topk_prob to false, but llama.cpp always normalizes "
                 "Qwen3-MoE's expert weights: this model cannot be written as GGUF."
             )
-        values["expert_feed_forward_length"] = _integer(flat, "moe_intermediate_size")
-        values["expert_count"] = _integer(flat, "num_experts")
-        values["expert_used_count"] = _integer(flat, "num_experts_per_tok")
+        values["expert_feed_forward_length"] = count(flat, "moe_intermediate_size")
+        values["expert_count"] = count(flat, "num_experts")
+        values["expert_used_count"] = count(flat, "num_experts_per_tok")
     return values
 
 
 def head_dim(flat: Config) -> int:
     """Width of one attention head. ``flat`` is `text_config`'s result."""
     if flat.get("head_dim") is not None:
-        return int(flat["head_dim"])
-    return _integer(flat, "hidden_size") // _integer(flat, "num_attention_heads")
+        return count(flat, "head_dim")
+    return count(flat, "hidden_size") // count(flat, "num_attention_heads")
 
 
 def kv_heads(flat: Config) -> int:
     """Number of key/value heads. ``flat`` is `text_config`'s result."""
-    return int(flat.get("num_key_value_heads") or _integer(flat, "num_attention_heads"))
+    return count(
+        flat, "num_key_value_heads" if flat.get("num_key_value_heads") else "num_attention_heads"
+    )
+
+
+def _rope_theta(flat: Config) -> float:
+    return _real(flat, "rope_theta") if flat.get("rope_theta") else 10000.0
 
 
 def rotary_dim(flat: Config) -> int:
@@ -257,12 +263,16 @@ def rotary_dim(flat: Config) -> int:
 
 
 def _sliding_pattern(flat: Config) -> list[bool]:
-    layers = _integer(flat, "num_hidden_layers")
+    layers = count(flat, "num_hidden_layers")
     types = flat.get("layer_types")
     every = flat.get("sliding_window_pattern") or flat.get("_sliding_window_pattern")
     if every is None and types:
+        if len(types) != layers:
+            raise UserError(
+                f"config.json's layer_types are {len(types)} for {layers} layers: fetch it again."
+            )
         return [kind == "sliding_attention" for kind in types]
-    every = int(every or 6)
+    every = _checked("sliding_window_pattern", every or 6, _COUNT)
     return [(layer + 1) % every != 0 for layer in range(layers)]
 
 
@@ -277,7 +287,7 @@ def _original_context(flat: Config) -> int:
     return int(
         flat.get("original_max_position_embeddings")
         or scaling.get("original_max_position_embeddings")
-        or _integer(flat, "max_position_embeddings")
+        or count(flat, "max_position_embeddings")
     )
 
 
@@ -287,8 +297,29 @@ def _need(flat: Config, key: str) -> Any:
     return flat[key]
 
 
-def _integer(flat: Config, key: str) -> int:
-    return int(_need(flat, key))
+def count(flat: Config, key: str) -> int:
+    """A whole number of at least one. ``flat`` is `text_config`'s result.
+
+    Raises:
+        UserError: naming the key, when it is missing or anything else.
+    """
+    return int(_checked(key, _need(flat, key), _COUNT))
+
+
+def _real(flat: Config, key: str) -> float:
+    return float(_checked(key, _need(flat, key), _NUMBER))
+
+
+def _checked(key: str, value: Any, kind: Kind) -> Any:
+    if not kind.fits(value):
+        raise UserError(
+            f"config.json's {key} must be {kind.says}, not {shown(value)}: change it to what the "
+            "model's publisher gives."
+        )
+    return value
+
+
+_COUNT, _NUMBER = whole(1), number()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,7 +372,7 @@ def plan(config: Config, names: Iterable[str]) -> list[Target]:
     """
     arch = architecture(config)
     flat = text_config(config)
-    layers = _integer(flat, "num_hidden_layers")
+    layers = count(flat, "num_hidden_layers")
     mapping = gguf.get_tensor_name_map(_gguf_arch(arch), layers)
     tied = arch.always_tied or bool(flat.get("tie_word_embeddings", arch.gguf == "gemma3"))
     targets: dict[str, Target] = {}
@@ -378,13 +409,13 @@ def plan(config: Config, names: Iterable[str]) -> list[Target]:
             scale=_attention_rescale(flat, arch, plain),
         )
     for name, stack in stacks.items():
-        count = _integer(flat, "num_experts")
-        if sorted(stack.parts) != list(range(count)):
+        experts = count(flat, "num_experts")
+        if len(stack.parts) != experts or max(stack.parts) != experts - 1:
             raise UserError(
                 f"{name} is made of experts {sorted(stack.parts)}, but config.json says there are "
-                f"{count}: download the model again."
+                f"{experts}: download the model again."
             )
-        ordered = tuple(stack.parts[expert] for expert in range(count))
+        ordered = tuple(stack.parts[expert] for expert in range(experts))
         targets[name] = Target(name, ordered, stacked=True)
     if "token_embd.weight" not in targets:
         raise UserError("the folder has no embedding (model.embed_tokens.weight): download again.")
@@ -438,11 +469,16 @@ def extra_tensors(config: Config) -> dict[str, np.ndarray]:
 
 
 def _llama3_factors(scaling: Config, flat: Config, half: int) -> np.ndarray:
-    base = float(flat.get("rope_theta") or 10000.0)
-    factor = float(scaling["factor"])
-    low = float(scaling.get("low_freq_factor", 1.0))
-    high = float(scaling.get("high_freq_factor", 4.0))
+    base = _rope_theta(flat)
+    factor = _real(scaling, "factor")
+    low = float(scaling.get("low_freq_factor") or 1.0)
+    high = float(scaling.get("high_freq_factor") or 4.0)
     context = float(scaling.get("original_max_position_embeddings") or 8192)
+    if not low < high:
+        raise UserError(
+            f"config.json's rope_scaling has low_freq_factor {low:g}, which is not below its "
+            f"high_freq_factor {high:g}: fetch config.json again."
+        )
     wavelength = 2 * np.pi * base ** (np.arange(half, dtype=np.float64) / half)
     # Short waves stay, long ones are stretched by the whole factor, the rest blends.
     share = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
@@ -459,7 +495,7 @@ def _permuted_heads(flat: Config, arch: Architecture, plain: str) -> int:
     if not arch.permutes or flat.get("rope_traditional"):
         return 0
     if re.search(r"\.q_proj\.(weight|bias)$", plain):
-        return _integer(flat, "num_attention_heads")
+        return count(flat, "num_attention_heads")
     if re.search(r"\.k_proj\.(weight|bias)$", plain):
         return kv_heads(flat)
     return 0
@@ -472,8 +508,8 @@ def _attention_rescale(flat: Config, arch: Architecture, plain: str) -> float:
         return 1.0
     wanted = float(flat.get("query_pre_attn_scalar") or 144.0)
     largest = {"gemma2": 46, "gemma3": 62}[arch.gguf]
-    if _integer(flat, "num_hidden_layers") == largest:
-        assumed = _integer(flat, "hidden_size") // _integer(flat, "num_attention_heads")
+    if count(flat, "num_hidden_layers") == largest:
+        assumed = count(flat, "hidden_size") // count(flat, "num_attention_heads")
     else:
         assumed = head_dim(flat)
     return math.sqrt(assumed / wanted)

@@ -162,6 +162,33 @@ def test_a_config_that_lies_is_refused(
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda one: one.pop("num_attention_heads"), "has no num_attention_heads"),
+        (lambda one: one.update(num_attention_heads=3), "rows, which are not 3 heads"),
+        (lambda one: one.update(num_attention_heads=[4, 4]), "num_attention_heads must be a whole"),
+        (lambda one: one.update(rope_theta=[1e4]), "rope_theta must be a finite number"),
+        (lambda one: one.update(rope_scaling={"type": "linear"}), "has no factor"),
+        (
+            lambda one: one.update(rope_scaling={"rope_type": "llama3", "factor": 8,
+                                                 "low_freq_factor": 4, "high_freq_factor": 4}),
+            "not below its high_freq_factor",
+        ),
+    ],
+)  # fmt: skip
+def test_a_config_without_what_a_gguf_needs(
+    change: Callable[[Any], Any], said: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    def changing(config: Any) -> Any:
+        change(config)
+        return config
+
+    folder = changed(tiny_folder("llama"), tmp_path / "m", "config.json", changing)
+    assert said in fails("convert", folder, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_a_config_that_is_no_json_is_named(
     file: str, tiny_folder: Callable[..., Path], tmp_path: Path
