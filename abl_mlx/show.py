@@ -16,6 +16,7 @@ from abl_mlx.edits import orthonormal
 from abl_mlx.steered import Steered
 from convert import escape
 from convert.atomic import check_new, new_file
+from convert.errors import UserError
 
 Record = dict[str, Any]
 
@@ -51,6 +52,11 @@ def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
     before = _shares(steered, tokens)
     with steered.edited():
         after = _shares(steered, tokens)
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise UserError(
+            f"{steered.name}: the residual stream of this prompt is not finite, so the model's "
+            "weights or the direction are damaged: fetch them again."
+        )
     return Projection([chat.tokenizer.decode([token]) for token in tokens], before, after)
 
 

@@ -107,10 +107,10 @@ def template(base: Path, to: Path, rng: Random) -> Case:
     what = rng.random()
     if what < 0.05:
         data = mutations.bytes_of(rng, sound.encode())
-    elif what < 0.4:
+    elif what < 0.25:  # many take their two seconds
         data = hostile.encode("utf-8", "surrogatepass")
     else:
-        mixed = rng.choice([sound, sound, sound + hostile, hostile + sound])
+        mixed = rng.choice([sound, sound, sound, sound, sound + hostile, hostile + sound])
         for _ in range(rng.choice([1, 2, 4])):
             mixed = mutations.text(rng, mixed)
         data = mixed.encode("utf-8", "surrogatepass")

@@ -179,7 +179,7 @@ def json_bytes(rng: Random, data: bytes) -> bytes:
         return _spelling(rng, data)
     try:
         document = json_value(rng, json.loads(data))
-    except ValueError:  # changed before
+    except (ValueError, RecursionError):  # changed before
         return bytes_of(rng, data)
     return json.dumps(
         document, ensure_ascii=rng.random() < 0.9, indent=rng.choice([None, 2])

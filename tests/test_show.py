@@ -13,6 +13,7 @@ from abl_mlx.models import load
 from abl_mlx.options import Options
 from abl_mlx.steered import Steered
 from abl_mlx.writers import find_writers
+from convert.errors import UserError
 from tests.test_edit_kinds import stream
 from tests.test_writers import random_direction
 
@@ -64,6 +65,14 @@ def test_half_the_layers_leave_something(tiny_folder):
     )  # fmt: skip
     np.testing.assert_array_equal(whole.before, part.before)
     assert np.abs(part.after).max() > 100 * np.abs(whole.after).max()
+
+
+def test_a_stream_that_is_not_finite_is_told(tiny_folder):
+    steered = made(tiny_folder("llama"), lambda chat: random_direction(chat.width))
+    norm = steered.chat.layers[1].input_layernorm
+    norm.weight = norm.weight * mx.array(float("nan"))
+    with pytest.raises(UserError, match="tiny: the residual stream of this prompt is not finite"):
+        show.project(steered, PROMPT)
 
 
 def test_the_command(tmp_path):
