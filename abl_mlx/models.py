@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from abl_mlx import context_length, prompt_tokens, thoughts
 from abl_mlx.arrays import parameters
+from abl_mlx.native_output import unheard
 from convert import escape, on_cpu, other_quantization, packed
 from convert.chat_template import ChatTemplate
 from convert.errors import UserError
@@ -279,7 +280,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
             f"{name} has no tokenizer.json (nor a tokenizer in another form): copy it from the "
             "model's publisher."
         )
-    with foreign(f"{name}: the tokenizer could not be loaded"):
+    with foreign(f"{name}: the tokenizer could not be loaded"), unheard():
         tokenizer = load_wrapper(folder, eos_token_ids=config.get("eos_token_id"))
     if not tokenizer.has_chat_template:
         mend = "" if is_gguf_name(name) else "add chat_template.jinja, or "

@@ -6,6 +6,7 @@ import shutil
 import mlx.core as mx
 import pytest
 
+from abl_mlx import demo
 from abl_mlx.models import common_prefix, load
 from abl_mlx.sources import resolve
 from convert.errors import UserError
@@ -166,3 +167,17 @@ def test_common_prefix():
     assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == (1, 2)
     assert common_prefix([[1], [2]]) == ()
     assert common_prefix([[], [2]]) == ()
+
+
+def test_a_tokenizer_prints_nothing_of_its_files(tiny_folder, tmp_path, capfd):
+    """The tokenizers library prints unknown keys as they are, past Python."""
+    folder = broken(tiny_folder("llama"), tmp_path, lambda copy: None)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "\x1b[31mred": 1}))
+    load(folder)
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
+def test_a_tokenizer_without_a_model_is_not_the_demos(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": null}')
+    assert not demo.speaks(tmp_path)

@@ -88,7 +88,7 @@ def speaks(path: Path) -> bool:
         )
     file = path / "tokenizer.json"
     try:
-        vocabulary = json_text.read(file, TOKENIZER).get("model", {}).get("vocab")
+        vocabulary = (json_text.read(file, TOKENIZER).get("model") or {}).get("vocab")
         return isinstance(vocabulary, dict) and ours.items() <= vocabulary.items()
     except (FileNotFoundError, UserError):
         return False  # whatever is wrong with it is told when it is loaded
