@@ -197,7 +197,6 @@ def _load_model(
     with TensorFiles(folder) as files:
         shapes = {name: files.info(name).shape for name in files.names}
         quantized = other_quantization.find(config, files)
-    check_counts(folder, config, shapes)
     try:
         _, arguments = _get_classes(config)
     except SystemExit:  # mlx-lm's olmo leaves Python without a package that it does not use
@@ -210,6 +209,7 @@ def _load_model(
             f"{folder / 'config.json'}: mlx-lm has no architecture named "
             f"{config['model_type']!r}: update mlx-lm, or choose another model."
         ) from None
+    check_counts(folder, config, shapes)
     if quantized is not None and quantized.bare:
         raise quantized.unreadable(folder)
     complete_for(arguments, config)

@@ -3,7 +3,7 @@
 MLX's wheel for Linux multiplies by a reference BLAS and takes exponentials one by one. Beside the
 matrices, which `convert.packed` multiplies through NumPy, attention and SwiGLU would take a third
 of a forward pass. `install` puts functions in their place that mlx-lm's models call like the
-originals; on a GPU, in other types and inside of ``mx.compile`` the originals run.
+originals; on a GPU, in other types, inside of ``mx.compile`` and for gradients the originals run.
 """
 
 from __future__ import annotations
@@ -40,11 +40,29 @@ def install() -> None:
 
 
 def _replace(module: Any, name: str, ours: Callable[..., Any]) -> None:
+    """Put a function in the place of another, whose gradients it keeps.
+
+    A gradient is not noticed here: its arrays can be looked at like any others. So the original is
+    what is differentiated.
+    """
     original = getattr(module, name)
 
-    def function(*args: Any, **kwargs: Any) -> Any:
-        found = ours(*args, **kwargs) if mx.default_device() == mx.Device(mx.cpu) else None
-        return original(*args, **kwargs) if found is None else found
+    def function(*arrays: Any, **more: Any) -> Any:
+        if mx.default_device() != mx.Device(mx.cpu):
+            return original(*arrays, **more)
+
+        def value(*arrays: mx.array) -> Any:
+            found = ours(*arrays, **more)
+            return original(*arrays, **more) if found is None else found
+
+        def back(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+            several = list(primals) if isinstance(primals, tuple | list) else [primals]
+            gradients = mx.vjp(lambda *at: original(*at, **more), several, [cotangent])[1]
+            return gradients if len(several) > 1 else gradients[0]
+
+        differentiable = mx.custom_function(value)
+        differentiable.vjp(back)
+        return differentiable(*arrays)
 
     function._abl_original = original  # type: ignore[attr-defined]
     setattr(module, name, function)
@@ -57,7 +75,7 @@ def _numpy(*arrays: Any) -> list[np.ndarray] | None:
             return None
     try:
         mx.eval(*arrays)
-    except (ValueError, RuntimeError):  # inside of mx.compile and of gradients
+    except (ValueError, RuntimeError):  # inside of mx.compile
         return None
     return [
         np.array(array, np.bool_, copy=False)

@@ -533,7 +533,7 @@ def test_parts_appear_together_or_not_at_all(
     (tmp_path / "in").mkdir()
     parts = split(model, tmp_path / "in" / "model.gguf", 15)
     assert len(parts) == 3
-    rename, renamed = os.rename, []
+    rename, renamed = os.replace, []
 
     def fail(old: Path, new: Path) -> None:
         renamed.append(new)
@@ -541,7 +541,7 @@ def test_parts_appear_together_or_not_at_all(
             raise OSError(errno.EIO, "Input/output error", str(old))
         rename(old, new)
 
-    monkeypatch.setattr(os, "rename", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with GgufSource(parts[0]) as source, pytest.raises(UserError, match="could not be written"):
         rewrite(source, tmp_path / "new" / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

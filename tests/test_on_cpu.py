@@ -79,7 +79,30 @@ def test_compiled_functions_and_gradients_go_on() -> None:
     on_cpu.install()
     x = random(2, 8)
     assert mx.allclose(mx.compile(lambda z: nn.silu(z) * 2)(x), 2 * x * mx.sigmoid(x), atol=1e-6)
-    assert mx.isfinite(mx.grad(lambda z: nn.silu(z).sum())(x)).all()
-    q = random(1, 2, 3, 4)
-    grown = mx.grad(lambda z: mx.fast.scaled_dot_product_attention(z, q, q, scale=1.0).sum())(q)
-    assert mx.isfinite(grown).all()
+
+
+def test_gradients_are_those_of_mlx() -> None:
+    """Whatever loads a model here may be trained afterwards, in the same process."""
+    on_cpu.install()
+    x, weight = random(2, 8), random(8, 8, seed=3)
+
+    def silu(z: mx.array) -> mx.array:
+        return z * mx.sigmoid(z)
+
+    found = mx.grad(lambda w: (nn.silu(x @ w) ** 2).sum())(weight)
+    wanted = mx.grad(lambda w: (silu(x @ w) ** 2).sum())(weight)
+    assert mx.abs(wanted).max() > 0.1
+    assert mx.allclose(found, wanted, atol=1e-5)
+    q, k, v = (random(1, 2, 3, 4, seed=seed) for seed in (1, 2, 4))
+    mask = mx.tril(mx.ones((3, 3), mx.bool_))
+
+    def loss(attend: object, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return (attend(q, k, v, scale=0.5, mask=mask) ** 2).sum()  # type: ignore[operator]
+
+    for which in range(3):
+        ours, mlxs = (
+            mx.grad(lambda *given, f=f: loss(f, *given), argnums=which)(q, k, v)
+            for f in (mx.fast.scaled_dot_product_attention, ATTENTION)
+        )
+        assert mx.abs(mlxs).max() > 0.01
+        assert mx.allclose(ours, mlxs, atol=1e-5)
