@@ -255,7 +255,7 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
                 small.append(_small_gram(one, basis))
                 bar.update(one.lines)
     forms = spectrum.forms(small, diagonals, basis, count)
-    return Energies(basis, forms, np.array(means) / forms.units), used
+    return Energies(basis, forms, np.fromiter(means, float) / forms.units), used
 
 
 def _gram(one: StreamWeight, dtype: type) -> np.ndarray:
