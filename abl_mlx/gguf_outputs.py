@@ -52,6 +52,11 @@ class Staged:
     folder: Path
 
     @property
+    def place(self) -> Path:
+        """Where it lies until it gets its name."""
+        return self.folder / self.path.name if self.is_gguf else self.folder
+
+    @property
     def is_gguf(self) -> bool:
         """Whether a GGUF is written, a model or a LoRA, rather than an MLX folder."""
         return is_gguf_name(self.path)
@@ -121,7 +126,7 @@ def write(
     if staged.is_lora:
         with clock.step("write"):
             return adapter_outputs.write_gguf(
-                gguf, source, staged.folder / staged.path.name, staged.path, plans, label,
+                gguf, source, staged.place, staged.path, plans, label,
                 options.max_leak,
             )  # fmt: skip
     write = _write_gguf if staged.is_gguf else _write_folder
@@ -138,7 +143,7 @@ def _write_gguf(
     clock: Clock,
 ) -> Record:
     with clock.step("write"):
-        files = _rewrite(gguf, source, staged.folder / staged.path.name, plans, label, options)
+        files = _rewrite(gguf, source, staged.place, plans, label, options)
     with clock.step("measure the leak"), GgufSource(files[0]) as after:
         reports = compare_all(gguf, after, plans)
     one = {
@@ -151,7 +156,7 @@ def _write_gguf(
     if len(files) == 1 and source.ollama is None:
         one |= notes.noted(notes.modelfile(lost_of_template(files[0])))
     if options.keep_undo:
-        place = taken.kept_path(staged.folder / staged.path.name)
+        place = taken.kept_path(staged.place)
         taken.keep_gguf(place, gguf, plans, label["direction_sha256"])
     return one
 
@@ -276,7 +281,7 @@ def write_companions(staged: Staged, source: Source, record: Record, written: Re
     Args:
         written: what the record says of this output.
     """
-    place = staged.folder / staged.path.name if staged.is_gguf else staged.folder
+    place = staged.place if staged.is_gguf else staged.folder
     companions = outputs.companions(place)
     companions["record"].write_text(to_json(without_home(record)) + "\n", encoding="utf-8")
     text = card(record, written, source.title, companions["record"].name, adapter=staged.is_lora)

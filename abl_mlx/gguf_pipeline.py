@@ -39,7 +39,7 @@ from abl_mlx.options import Options
 from abl_mlx.pipeline import EXACTNESS_PROMPTS, grouped
 from abl_mlx.prompts import PromptSets
 from abl_mlx.records import combined_hash, gguf_hashes, start_record, worst_leak
-from abl_mlx.run_page import write_run_page
+from abl_mlx.run_page import staged_run_page, write_run_page
 from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
 from abl_mlx.strict_json import to_json
@@ -207,7 +207,9 @@ def run(
             gguf_outputs.write_companions(one, source, record, judged)
         if options.save_replies is not None:
             evaluate.save_replies(options.save_replies, replies, sets)
-    write_run_page(record, paths, options, replies, sets)
+        there = staged_run_page(record, [one.place for one in staged], options, replies, sets)
+    if not there:
+        write_run_page(record, paths, options, replies, sets)
     return record
 
 

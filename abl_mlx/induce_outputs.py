@@ -29,7 +29,7 @@ from abl_mlx.outputs import Output
 from abl_mlx.prompts import PromptSets
 from abl_mlx.provenance import gguf_metadata, without_home
 from abl_mlx.records import hashes, start_record
-from abl_mlx.run_page import write_run_page
+from abl_mlx.run_page import staged_run_page, write_run_page
 from abl_mlx.sources import Source
 from abl_mlx.steering import steering
 from abl_mlx.strict_json import to_json
@@ -130,7 +130,9 @@ def run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Option
             _write_companions(one, source, gguf, record, judged)
         if options.save_replies is not None:
             evaluate.save_replies(options.save_replies, replies, sets)
-    write_run_page(record, paths, options, replies, sets)
+        there = staged_run_page(record, [one.staged for one in staged], options, replies, sets)
+    if not there:
+        write_run_page(record, paths, options, replies, sets)
     return record
 
 

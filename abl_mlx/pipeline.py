@@ -62,7 +62,7 @@ from abl_mlx.records import (
     start_record,
     worst_leak,
 )
-from abl_mlx.run_page import write_run_page
+from abl_mlx.run_page import staged_run_page, write_run_page
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer, find_writers
 from convert import adapters
@@ -248,7 +248,11 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
             outputs.write_companions(one, source, record, judged[one.output.path])
         if options.save_replies is not None:
             evaluate.save_replies(options.save_replies, replies, sets)
-    write_run_page(record, paths, options, replies, sets)
+        there = staged_run_page(
+            record, [one.output.staged for one in written], options, replies, sets
+        )
+    if not there:
+        write_run_page(record, paths, options, replies, sets)
     return record
 
 

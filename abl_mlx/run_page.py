@@ -21,8 +21,6 @@ def write_run_page(
 ) -> None:
     """Write the page of a run into or beside each output, or where ``--report`` says.
 
-    Called when the outputs have their names: a model that took an hour is not lost with its page.
-
     Args:
         replies: who -> what they did; shown with ``--save-completions`` alone.
     """
@@ -33,3 +31,26 @@ def write_run_page(
     places = [outputs.report_place(path) for path in paths]
     for place in places if options.report is None else [options.report]:
         pages.write(place, text)
+
+
+def staged_run_page(
+    record: Mapping[str, Any],
+    staged: Sequence[Path],
+    options: Options,
+    replies: Mapping[str, evaluate.Behaviour],
+    sets: PromptSets,
+) -> bool:
+    """The same while the outputs are staged, so that they get their names with their pages.
+
+    Returns:
+        False where the page has a place of its own, or could not be written: it is then written,
+        or what is wrong with it is told, when the outputs have their names. A model that took an
+        hour is not lost with its page.
+    """
+    if options.report is not None:
+        return False
+    try:
+        write_run_page(record, staged, options, replies, sets)
+    except Exception:  # told by the second attempt
+        return False
+    return True

@@ -127,14 +127,14 @@ def test_what_cannot_be_run_is_named(tmp_path: Path) -> None:
         other = tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf"
         with GgufSource(path) as source:
             rewrite(source, other, metadata=metadata)  # type: ignore[arg-type]
-        with GgufSource(other) as source, pytest.raises(UserError, match=words) as caught:
+        with pytest.raises(UserError, match=words) as caught, GgufSource(other) as source:
             load(source)
         assert str(other) in str(caught.value)
 
     refuses("ask for", **{"llama.attention.head_count_kv": 2})
     refuses("lacks the tensor for model.layers.3", **{"llama.block_count": 4})
     refuses("has no llama.block_count", **{"llama.block_count": None})
-    refuses("one number is expected", **{"llama.block_count": "three"})
+    refuses("must be a whole number", **{"llama.block_count": "three"})
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
