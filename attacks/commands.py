@@ -100,14 +100,9 @@ class Place:
                 found.append(f"{name} is empty")
         for folder in {Path(name).parts[0] for name in there if len(Path(name).parts) > 1}:
             inside = [name for name in whole if Path(name).parts[0] == folder]
-            if missing := [name for name in inside if name not in there and not _is_page(name)]:
+            if missing := [name for name in inside if name not in there]:
                 found.append(f"{folder} is there without {missing}")
         return found
-
-
-def _is_page(name: str) -> bool:
-    """Whether it is a run's page, which is written when the model has its name already."""
-    return name.endswith("report.html")
 
 
 def _is_named(name: str) -> bool:
