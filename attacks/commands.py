@@ -127,6 +127,8 @@ def start(
         descriptor = log if isinstance(log, int) else os.open(log, flags)
         for standard in (1, 2):
             os.dup2(descriptor, standard)
+        # Python's own streams know whether what they had before could be rewound.
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
         os.environ |= {"TMPDIR": str(place.temporary), "XDG_CACHE_HOME": str(place.cache)}
         tempfile.tempdir = str(place.temporary)
         if prepare is not None:
