@@ -336,8 +336,8 @@ class _Finding:
         """
         single = first.variant
         say(
-            f"  one direction leaves {first.refused:.0%} of the harmful prompts opening with a "
-            "refusal: subspaces are tried"
+            f"  one direction leaves {first.refused:.0%} of the harmful prompts opening in the way "
+            "that sets them apart: subspaces are tried"
         )
         assert single.layer is not None
         assert single.position is not None

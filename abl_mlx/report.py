@@ -80,7 +80,7 @@ def _single_line(single: Mapping[str, Any]) -> str:
     """Why one direction was not enough."""
     return (
         f"one direction ({summary_line(single)}) would leave {percent(single['refused'])} of the "
-        "validation prompts opening with a refusal"
+        "validation prompts opening in the way that sets them apart"
     )
 
 
