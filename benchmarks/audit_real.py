@@ -112,7 +112,7 @@ def controls(name: str, file: Path, folder: Path, work: Path) -> Iterator[Case]:
 
 def edits(name: str, folder: Path, work: Path) -> Iterator[Case]:
     """The model with a direction taken out."""
-    layers = len(models.load_weights_lazily(folder).layers)
+    layers = len(models.load_lazily(folder).layers)
     r = work / "r.safetensors"
     pipeline.measure(str(folder), r, Options(layer=layers * 3 // 5, position=-1, limit=16))
     half = frozenset(range(layers // 2, layers))
