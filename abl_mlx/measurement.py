@@ -350,7 +350,7 @@ class _Finding:
         early = [score.layer for score in here if score.layer not in deep]
         apart = selection.apart([score for score in here if score.layer in early])
         variants = []
-        for among in [None, apart] if len(apart) < means.n_layers else [None]:
+        for among in [None, apart] if 0 < len(apart) < means.n_layers else [None]:
             for rank in (2, 3, 4):
                 try:
                     span = means.across_layers(position, rank, among)

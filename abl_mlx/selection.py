@@ -182,13 +182,14 @@ def shortlist(scores: Sequence[Score], most: int, each: int = 2) -> list[Score]:
 def apart(scores: Sequence[Score]) -> tuple[int, ...]:
     """The layers that hold the two sets apart: those whose d′ is at least half of the largest.
 
-    Elsewhere the difference of the means is noise for the most part.
+    Elsewhere the difference of the means is noise for the most part. None where no d′ is above 0:
+    there validation prompts lie the other way round.
 
     Args:
         scores: of the layers to choose from, at one position.
     """
     largest = max((score.d_prime for score in scores), default=0.0)
-    return tuple(sorted(one.layer for one in scores if one.d_prime >= largest / 2))
+    return tuple(sorted(one.layer for one in scores if one.d_prime >= largest / 2 > 0))
 
 
 def direction_of(candidates: Candidates, layer: float, position: int) -> mx.array:

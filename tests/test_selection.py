@@ -131,3 +131,13 @@ def test_first_reply_token_keeps_the_order(tiny_folder):
     for row, sequence in zip(together, sequences, strict=True):
         alone = first_reply_token(chat, [sequence])[0]
         np.testing.assert_allclose(np.array(row), np.array(alone), atol=1e-4)
+
+
+def test_layers_that_hold_the_sets_apart():
+    def scores(*d_primes: float) -> list[selection.Score]:
+        return [selection.Score(layer, -1, d, 0.0, 0.0) for layer, d in enumerate(d_primes)]
+
+    assert selection.apart(scores(0.1, 2.0, 1.1, 0.9)) == (1, 2)
+    # Validation prompts that lie the other way round are held apart nowhere.
+    assert selection.apart(scores(-2.0, -1.0)) == ()
+    assert selection.apart([]) == ()
