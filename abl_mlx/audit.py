@@ -18,9 +18,11 @@ import numpy as np
 from abl_mlx import __version__, differences, directions, spectrum, stream_weights
 from abl_mlx.arrays import numpy_of
 from abl_mlx.clock import Clock
+from abl_mlx.mentions import mentions
+from abl_mlx.model_file import ModelFile, find_model
 from abl_mlx.models import progress
 from abl_mlx.outputs import check_report
-from abl_mlx.sources import Source, resolve
+from abl_mlx.sources import Source
 from abl_mlx.spectrum import Found, Gap
 from abl_mlx.stream_weights import StreamWeight, StreamWeights
 from convert.atomic import check_new
@@ -104,30 +106,31 @@ def audit(
         check_new(output)
     if report is not None:
         check_report(report)
-    source = resolve(text)
-    given = None if direction is None else _given(direction)
-    record: Record = {"abl_mlx": __version__, "source": source.name}
-    with clock.step("read what the files say"):
-        label, mentions = stream_weights.provenance(source)
-    recovered: np.ndarray | None = None
-    try:
-        if base is None:
-            with clock.step("look for a direction that all writers lack"):
-                weights, recovered = _without_base(source)
-        else:
-            with clock.step("compare with the base"):
-                weights, recovered = differences.compare(source, resolve(base))
-            record["base"] = base
-    except stream_weights.Unreachable as error:
-        weights = {"verdict": CANNOT_TELL, "evidence": [str(error)], "layers": []}
-    if given is not None:
-        weights["direction_cosine"] = _cosine(given, recovered, direction)
-    record |= {"verdict": weights["verdict"], "evidence": list(weights["evidence"])}
-    _by_its_own_account(record, label, mentions)
-    record |= {"layers": weights["layers"], "direction_cosine": weights.get("direction_cosine")}
-    record |= {"weights": weights, "label": label, "mentions": mentions}
-    with clock.step("hash the files"):
-        record["hashes"] = stream_weights.hashes(source)
+    with find_model(text) as model:
+        source = model.source
+        given = None if direction is None else _given(direction)
+        record: Record = {"abl_mlx": __version__, "source": source.name}
+        with clock.step("read what the files say"):
+            label, said = model.label(), mentions({"name": source.title, **model.said()})
+        recovered: np.ndarray | None = None
+        try:
+            if base is None:
+                with clock.step("look for a direction that all writers lack"):
+                    weights, recovered = _without_base(model)
+            else:
+                with clock.step("compare with the base"), find_model(base) as before:
+                    weights, recovered = differences.compare(model, before)
+                record["base"] = base
+        except stream_weights.Unreachable as error:
+            weights = {"verdict": CANNOT_TELL, "evidence": [str(error)], "layers": []}
+        if given is not None:
+            weights["direction_cosine"] = _cosine(given, recovered, direction)
+        record |= {"verdict": weights["verdict"], "evidence": list(weights["evidence"])}
+        _by_its_own_account(record, label, said)
+        record |= {"layers": weights["layers"], "direction_cosine": weights.get("direction_cosine")}
+        record |= {"weights": weights, "label": label, "mentions": said}
+        with clock.step("hash the files"):
+            record["hashes"] = model.hashes()
     if ask:
         record["behaviour"] = _asked(text)
     if output is not None:
@@ -218,10 +221,11 @@ class Energies:
     means: np.ndarray
 
 
-def _without_base(source: Source) -> tuple[Record, np.ndarray | None]:
-    with stream_weights.opened(source) as model, spectrum.threads(model.width):
-        energies, writers = measure(model)
-        return judge(energies, writers, model)
+def _without_base(model: ModelFile) -> tuple[Record, np.ndarray | None]:
+    weights = model.stream_weights()
+    with spectrum.threads(weights.width):
+        energies, writers = measure(weights)
+        return judge(energies, writers, weights)
 
 
 def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:

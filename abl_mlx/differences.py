@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from abl_mlx import other_tensors, spectrum, stream_weights
+from abl_mlx import other_tensors, spectrum
+from abl_mlx.model_file import ModelFile
 from abl_mlx.models import progress
-from abl_mlx.sources import Source
 from abl_mlx.stream_weights import StreamWeight, StreamWeights, Unreachable
 from convert.errors import UserError
 
@@ -33,7 +33,7 @@ _STRENGTH, _RESEMBLANCE = 0.08, 0.4
 _ALIKE = 0.93
 
 
-def compare(source: Source, base: Source) -> tuple[Record, np.ndarray | None]:
+def compare(model: ModelFile, base: ModelFile) -> tuple[Record, np.ndarray | None]:
     """Verdict, evidence and figures of a model against its base, and the directions (k, d).
 
     The two may be of different formats and types.
@@ -42,12 +42,12 @@ def compare(source: Source, base: Source) -> tuple[Record, np.ndarray | None]:
         UserError: two models of different shapes.
         Unreachable: writers that cannot be found or matched.
     """
-    with stream_weights.opened(source) as after, stream_weights.opened(base) as before:
-        pairs, left_out = _matched(before, after, base.name, source.name)
-        with spectrum.threads(after.width):
-            record, directions = _compare(pairs, left_out, after)
+    after, before = model.stream_weights(), base.stream_weights()
+    pairs, left_out = _matched(before, after, base.source.name, model.source.name)
+    with spectrum.threads(after.width):
+        record, directions = _compare(pairs, left_out, after)
     writers = [name for one in (*after.writers, *before.writers) for name in one.tensors]
-    others = other_tensors.compare(source, base, writers)
+    others = other_tensors.compare(model, base, writers)
     record["evidence"] += others.evidence()
     record["others"] = others.record()
     return record, directions

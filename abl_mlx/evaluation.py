@@ -30,6 +30,7 @@ from abl_mlx import (
 from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
 from abl_mlx.journal import Answered, Section
+from abl_mlx.model_file import ModelFile
 from abl_mlx.models import progress
 from abl_mlx.notes import noted
 from abl_mlx.options import EvalOptions
@@ -38,7 +39,6 @@ from abl_mlx.pipeline import load_prompts
 from abl_mlx.prompts import Prompt, PromptSet, PromptSets
 from abl_mlx.refusals import Oddity, Rates, Tally, Verdict, classify, examine
 from abl_mlx.reply_notes import Seen
-from abl_mlx.sources import Source
 from abl_mlx.targets import Target
 from abl_mlx.thoughts import closes_only, has_thought
 from convert.atomic import check_new
@@ -64,8 +64,27 @@ def evaluate_model(text: str, options: EvalOptions) -> Record:
             then is kept in the journal.
     """
     clock = Clock()
-    source = targets.find(text)
-    other = None if options.baseline is None else targets.find(options.baseline)
+    with ExitStack() as stack:
+        source = targets.find(text)
+        other = None if options.baseline is None else targets.find(options.baseline)
+        for one in (source, other):
+            if one is not None:
+                stack.enter_context(one)
+        return _evaluate(text, source, other, options, clock)
+
+
+def _evaluate(
+    text: str,
+    source: ModelFile | None,
+    other: ModelFile | None,
+    options: EvalOptions,
+    clock: Clock,
+) -> Record:
+    """The same, of a model and its baseline; None is a server.
+
+    Args:
+        text: what the user typed for the model.
+    """
     sets = _prompts(source, other, options)
     parts = asked_sets(sets)
     judge_name = judge.name(options)
@@ -125,9 +144,10 @@ def evaluate_model(text: str, options: EvalOptions) -> Record:
             del target
         if options.lm_eval is not None:
             assert source is not None  # the check said so
+            assert source.folder is not None
             let_go()
             with clock.step("run lm-evaluation-harness"):
-                record["lm_eval"] = harness.run(source, options.lm_eval, limit=options.limit)
+                record["lm_eval"] = harness.run(source.folder, options.lm_eval, limit=options.limit)
         if baseline is not None:
             record["baseline"] = baseline
             record["paired"] = {name: paired(baseline, record, name) for name in parts}
@@ -156,17 +176,16 @@ def asked_sets(sets: PromptSets) -> dict[str, PromptSet]:
 
 
 def _perplexity_tokens(
-    source: Source | None, other: Source | None, options: EvalOptions
+    source: ModelFile | None, other: ModelFile | None, options: EvalOptions
 ) -> int | None:
     """How many tokens are predicted: as many on both sides, few where llama.cpp is one of them."""
     runtimes = {targets.runtime_of(one, options) for one in (source, other) if one is not None}
     return None if runtimes == {"mlx-lm"} else perplexity.LLAMACPP_TOKENS
 
 
-def _prompts(source: Source | None, other: Source | None, options: EvalOptions) -> PromptSets:
+def _prompts(source: ModelFile | None, other: ModelFile | None, options: EvalOptions) -> PromptSets:
     """The prompt sets; a server is asked what its baseline is asked."""
-    known = source or other or Source("server", Path(__file__).parent)
-    sets = load_prompts(known, options)
+    sets = load_prompts(source or other, options)
     return sets if other is None else prompt_lengths.fitting(sets, other)
 
 
@@ -175,8 +194,8 @@ def _by_markers(prompt: str, reply: str) -> Verdict:
 
 
 def _check(
-    source: Source | None,
-    other: Source | None,
+    source: ModelFile | None,
+    other: ModelFile | None,
     prompts: Record,
     judge: str,
     options: EvalOptions,
@@ -192,7 +211,9 @@ def _check(
         raise UserError("--baseline-model needs --baseline URL.")
     local = [one for one in (source, other) if one is not None]
     runtimes = [targets.runtime_of(one, options) for one in local]
-    if options.runtime not in (None, "mlx-lm") and not any(one.is_gguf for one in local):
+    if options.runtime not in (None, "mlx-lm") and not any(
+        options.runtime in one.runtimes for one in local
+    ):
         raise UserError(f"--runtime {options.runtime} runs .gguf files, and none is given.")
     if options.perplexity and (source is None or (options.baseline is not None and other is None)):
         raise UserError(
@@ -375,7 +396,7 @@ def paired(baseline: Record, record: Record, name: str) -> Record:
 
 def _divergence(
     baseline: Target,
-    source: Source | None,
+    source: ModelFile | None,
     sets: PromptSets,
     options: EvalOptions,
     clock: Clock,

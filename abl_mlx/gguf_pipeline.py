@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from abl_mlx import (
     gguf_outputs,
     models,
     mtp,
+    records,
 )
 from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
@@ -36,18 +35,16 @@ from abl_mlx.measurement import (
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.notes import noted
 from abl_mlx.options import Options
-from abl_mlx.pipeline import EXACTNESS_PROMPTS, grouped
+from abl_mlx.pipeline import EXACTNESS_PROMPTS
 from abl_mlx.prompts import PromptSets
-from abl_mlx.records import combined_hash, gguf_hashes, start_record, worst_leak
+from abl_mlx.records import start_record, worst_leak
 from abl_mlx.run_page import staged_run_page, write_run_page
 from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
-from abl_mlx.strict_json import to_json
 from abl_mlx.writers import Writer
 from abl_mlx.writers import find_writers as find_by_probing
 from convert import adapters, gguf_mtp, gguf_to_mlx, gguf_writers
 from convert.errors import UserError
-from convert.families import FAMILIES
 from convert.gguf_file import GgufSource
 from convert.suffixes import is_gguf_name
 
@@ -297,7 +294,7 @@ def _width(gguf: GgufSource) -> int:
     return int(gguf.tensor("token_embd.weight").shape[-1])
 
 
-# --- apply and measure -------------------------------------------------------------------------
+# --- apply -------------------------------------------------------------------------------------
 
 
 def apply(
@@ -336,64 +333,9 @@ def apply(
     return record
 
 
-def measured_direction(
-    source: Source, sets: PromptSets, options: Options, clock: Clock
-) -> tuple[directions.DirectionFile, Record]:
-    """The direction of a GGUF, and what the direction file says of the model."""
-    with GgufSource(source.path) as gguf:
-        with clock.step("load the model"):
-            chat, writers = load(gguf, options)
-        found = find_behind_openings(chat, writers, sets, options, clock)
-        with clock.step("hash the source"):
-            sha256 = combined_hash(gguf_hashes(gguf))
-        return found, {"model_type": chat.model_type, "model_sha256": sha256}
-
-
-def inspect(source: Source) -> Record:
-    """`abl-mlx inspect` of a GGUF: from its header alone."""
-    with GgufSource(source.path) as gguf:
-        named = find_writers(gguf, Options())
-        sizes = {name: math.prod(entry.shape) for name, entry in gguf.tensors.items()}
-        types = Counter(entry.type.name for entry in gguf.tensors.values() if len(entry.shape) > 1)
-        touched = [name for one in named for name in one.parameters]
-        edited, whole = sum(sizes[name] for name in touched), sum(sizes.values()) or 1
-        return {
-            "source": source.name,
-            "file": str(gguf.parts[0]),
-            "architecture": gguf.architecture,
-            "layers": _blocks(gguf),
-            "width": _width(gguf),
-            "parameters": whole,
-            "dtypes": sorted({entry.type.name for entry in gguf.tensors.values()}),
-            "quantization": ", ".join(f"{count} × {name}" for name, count in types.most_common()),
-            "tied": any(one.tied for one in named),
-            "runs_in_mlx": gguf.architecture in FAMILIES,
-            "writers": grouped(
-                (one.name, one.kind, bool(one.gains), one.bias is not None) for one in named
-            ),
-            "edit": {
-                "tensors": len(touched),
-                "parameters": edited,
-                "share": edited / max(whole, 1),
-            },
-            **_predicting(gguf, []),
-        }
-
-
-def _blocks(gguf: GgufSource) -> int:
-    key = f"{gguf.architecture}.block_count"
-    if key not in gguf.metadata:
-        raise UserError(f"{gguf.parts[0]} has no {key} in its metadata: download it again.")
-    return int(gguf.metadata[key])
-
-
 def hashes(gguf: GgufSource, direction: directions.DirectionFile, options: Options) -> Record:
     """Hashes of the GGUF's parts, of the direction and of the options."""
-    return {
-        "source": gguf_hashes(gguf),
-        "direction": direction.sha256,
-        "options": combined_hash({"options": to_json(options.record())}),
-    }
+    return records.hashes(records.file_hashes(gguf.parts), direction, options)
 
 
 # --- diff --------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from abl_mlx.sources import Source
+from abl_mlx.model_file import ModelFile
 from convert.errors import UserError
 from convert.scratch import scratch
 
@@ -25,14 +26,14 @@ def task_names(text: str) -> list[str]:
     return names
 
 
-def check(source: Source | None, text: str) -> None:
+def check(model: ModelFile | None, text: str) -> None:
     """Refuse what cannot work before anything is loaded.
 
     Raises:
         UserError: when the target is no MLX folder, or lm-evaluation-harness is not installed.
     """
     task_names(text)
-    if source is None or source.is_gguf:
+    if model is None or model.folder is None:
         raise UserError(
             "--lm-eval runs models in MLX or Hugging Face folders alone: `abl-mlx convert` makes "
             "one of a .gguf."
@@ -41,7 +42,7 @@ def check(source: Source | None, text: str) -> None:
         raise UserError("--lm-eval needs lm-evaluation-harness: pip install lm_eval.")
 
 
-def run(source: Source, text: str, *, limit: int | None = None) -> dict[str, Any]:
+def run(folder: Path, text: str, *, limit: int | None = None) -> dict[str, Any]:
     """`python -m mlx_lm evaluate` on the folder; its results by task, as it wrote them.
 
     Args:
@@ -52,7 +53,7 @@ def run(source: Source, text: str, *, limit: int | None = None) -> dict[str, Any
     """
     names = task_names(text)
     with scratch() as place:
-        command = [sys.executable, "-m", "mlx_lm", "evaluate", "--model", str(source.path)]
+        command = [sys.executable, "-m", "mlx_lm", "evaluate", "--model", str(folder)]
         command += ["--output-dir", str(place), "--tasks", *names]
         command += [] if limit is None else ["--limit", str(limit)]
         # What it prints is for a person; its errors are wanted in a sentence.

@@ -28,7 +28,7 @@ from abl_mlx.options import Options
 from abl_mlx.outputs import Output
 from abl_mlx.prompts import PromptSets
 from abl_mlx.provenance import gguf_metadata, without_home
-from abl_mlx.records import hashes, start_record
+from abl_mlx.records import file_hashes, hashes, start_record
 from abl_mlx.run_page import staged_run_page, write_run_page
 from abl_mlx.sources import Source
 from abl_mlx.steering import steering
@@ -116,7 +116,7 @@ def run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Option
         with clock.step("hash the source"):
             if gguf is None:
                 with TensorFiles(source.path) as files:
-                    record["hashes"] = hashes(files, direction, options)
+                    record["hashes"] = hashes(file_hashes(files.files), direction, options)
             else:
                 record["hashes"] = gguf_pipeline.hashes(gguf, direction, options)
         record.update(
@@ -143,14 +143,16 @@ def run_model(text: str, paths: Sequence[Path], options: Options) -> Record:
         paths: one or more outputs, none of which exists yet.
     """
     from abl_mlx import memory, pipeline, sources
+    from abl_mlx.model_file import open_model
 
     source = sources.resolve(text)
     outputs.check(paths, source, vectors=True)
     if options.save_replies is not None:
         check_new(options.save_replies)
     outputs.check_reports(paths, options.report)
-    sets = pipeline.load_prompts(source, options)
-    memory.check(source, asked=options.memory_check)
+    with open_model(source) as model:
+        sets = pipeline.load_prompts(model, options)
+        memory.check(model, asked=options.memory_check)
     return run(source, paths, sets, options)
 
 

@@ -98,7 +98,8 @@ def opened(options: EvalOptions, clock: Clock) -> Iterator[Judge]:
     Raises:
         UserError: when it cannot be loaded or met.
     """
-    from abl_mlx import evaluate, memory, sources, targets
+    from abl_mlx import evaluate, memory
+    from abl_mlx.model_file import find_model
 
     assert options.judge is not None
     tokens = options.judge_tokens
@@ -111,18 +112,18 @@ def opened(options: EvalOptions, clock: Clock) -> Iterator[Judge]:
         raise UserError(
             f"--judge-model {options.judge_model} names a model of a server, and --judge is none."
         )
-    source = sources.resolve(options.judge)
-    memory.check(source, asked=options.memory_check)
-    if source.is_gguf and evaluate.llamacpp_is_there():
+    model = find_model(options.judge)
+    memory.check(model, asked=options.memory_check)
+    if "llama.cpp" in model.runtimes and evaluate.llamacpp_is_there():
         from abl_mlx.llamacpp import LlamaCpp
 
         with clock.step("load the judge"):
-            server = LlamaCpp(source.path, n_ctx=CONTEXT, n_parallel=1, lean=True)
+            server = LlamaCpp(model.source.path, n_ctx=CONTEXT, n_parallel=1, lean=True)
         with server:
             yield judge_with(lambda text: server.chat([text], tokens)[0])
         return
-    with clock.step("load the judge"):
-        chat = targets.load_any(source)
+    with clock.step("load the judge"), model:
+        chat = model.load()
     in_mlx = evaluate.in_mlx(chat, batch_size=1)
     yield judge_with(lambda text: in_mlx([text], tokens)[0])
 

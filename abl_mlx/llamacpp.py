@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from abl_mlx import gguf_template, memory
+from abl_mlx import gguf_template
 from abl_mlx.llamacpp_process import LlamaProcess
 from abl_mlx.thoughts import opened_by, resumed
 from convert.errors import UserError
+from convert.gguf_file import size_of
 
 #: Longest that a prompt may take in the chat template, in seconds; none takes a hundredth of one.
 RENDERING = 20.0
@@ -85,7 +86,7 @@ class LlamaCpp:
                 "lean": lean,
                 "lora": None if lora is None else str(lora),
             },
-            memory.gguf_size(self.path),
+            size_of(self.path),
         )
 
     def chat(

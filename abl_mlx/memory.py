@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from abl_mlx.model_file import ModelFile
 from abl_mlx.report import say
-from abl_mlx.sources import Source
 from abl_mlx.units import in_bytes
 from convert.errors import UserError
 
@@ -68,31 +67,17 @@ def _cgroup() -> int:
     return 0
 
 
-def size(source: Source) -> int:
-    """Bytes of a source's weights: all model*.safetensors of a folder, or all parts of a GGUF."""
-    if source.is_gguf:
-        return gguf_size(source.path)
-    return sum(file.stat().st_size for file in source.path.glob("model*.safetensors"))
-
-
-def gguf_size(path: Path) -> int:
-    """Bytes of a GGUF, all parts of it where ``path`` is one."""
-    parts = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-*-of-\1.gguf", path.name)
-    files = [path] if parts == path.name else path.parent.glob(parts)
-    return sum(file.stat().st_size for file in files)
-
-
 def needed(weights: int) -> int:
     """Bytes that a run needs, from those of the weights."""
     return weights + weights // 20 + _BESIDE
 
 
-def fits(source: Source, memory: Memory | None = None) -> bool:
+def fits(model: ModelFile, memory: Memory | None = None) -> bool:
     """Whether a run that holds the model is possible on this machine."""
-    return size(source) <= (memory or machine()).total
+    return model.size <= (memory or machine()).total
 
 
-def check(source: Source, *, asked: bool = True, memory: Memory | None = None) -> None:
+def check(model: ModelFile, *, asked: bool = True, memory: Memory | None = None) -> None:
     """Say on stderr what loading a model will need, and refuse it where it cannot be had.
 
     Nothing is said of models that need less than 1 GB.
@@ -104,14 +89,14 @@ def check(source: Source, *, asked: bool = True, memory: Memory | None = None) -
     Raises:
         UserError: when the weights alone are larger than the machine's whole memory.
     """
-    weights = size(source)
+    weights, title = model.size, model.source.title
     whole = needed(weights)
     if whole < _WORTH_SAYING:
         return
     memory = memory or machine()
     if asked and weights > memory.total:
         raise UserError(
-            f"{source.title} has {in_bytes(weights)} of weights and this machine "
+            f"{title} has {in_bytes(weights)} of weights and this machine "
             f"{in_bytes(memory.total)} of memory: take a smaller or a quantized model, "
             "`apply --lazy` a direction measured elsewhere, or try all the same with "
             "--no-memory-check."
@@ -119,6 +104,6 @@ def check(source: Source, *, asked: bool = True, memory: Memory | None = None) -
     free = "" if memory.free is None else f", {in_bytes(memory.free)} of it free"
     short = whole > (memory.total if memory.free is None else memory.free)
     say(
-        f"{source.title} needs about {in_bytes(whole)} of memory; this machine has "
+        f"{title} needs about {in_bytes(whole)} of memory; this machine has "
         f"{in_bytes(memory.total)}{free}{': expect it to be slow' if short else ''}."
     )

@@ -6,51 +6,18 @@ something else was changed as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from abl_mlx.model_file import ModelFile
 from abl_mlx.models import progress
-from abl_mlx.sources import Source
-from convert.gguf_file import GgufSource
 from convert.mlx_matrix import PARTS
-from convert.safetensors_files import TensorFiles
 
 #: How many tensors are named in a sentence.
 _NAMED = 3
-
-
-@dataclass(frozen=True)
-class _Tensors:
-    """The tensors of a model as they are stored.
-
-    Attributes:
-        kinds: name -> type and shape.
-        read: a tensor's bytes.
-        release: gives memory that reading has taken back.
-    """
-
-    kinds: dict[str, tuple[str, tuple[int, ...]]]
-    read: Callable[[str], np.ndarray]
-    release: Callable[[str], None]
-
-
-@contextmanager
-def _opened(source: Source) -> Iterator[_Tensors]:
-    if source.is_gguf:
-        with GgufSource(source.path) as gguf:
-            kinds = {name: (one.type.name, one.shape) for name, one in gguf.tensors.items()}
-            yield _Tensors(kinds, lambda name: gguf.raw(name).reshape(-1), gguf.release)
-        return
-    with TensorFiles(source.path) as files:
-        infos = {name: files.info(name) for name in files.names}
-        kinds = {name: (one.dtype, one.shape) for name, one in infos.items()}
-        yield _Tensors(
-            kinds, lambda name: np.frombuffer(files.bytes(name), np.uint8), files.release
-        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +70,7 @@ class Others:
         return found
 
 
-def compare(source: Source, base: Source, writers: Collection[str]) -> Others:
+def compare(model: ModelFile, base: ModelFile, writers: Collection[str]) -> Others:
     """Compare all tensors but the weights of residual writers, byte by byte.
 
     Args:
@@ -111,18 +78,18 @@ def compare(source: Source, base: Source, writers: Collection[str]) -> Others:
     """
     stems = {name.removesuffix(".weight") for name in writers}
     aside = set(writers) | {f"{stem}.{part}" for stem in stems for part in PARTS}
-    with _opened(source) as after, _opened(base) as before:
-        both = [name for name in after.kinds if name in before.kinds and name not in aside]
-        alike = [name for name in both if after.kinds[name] == before.kinds[name]]
-        changed = []
-        with progress(len(alike), "compare the rest", "tensor") as bar:
-            for name in alike:
-                if not np.array_equal(after.read(name), before.read(name)):
-                    changed.append(name)
-                after.release(name)
-                before.release(name)
-                bar.update()
-        alone = sorted((set(after.kinds) ^ set(before.kinds)) - aside)
+    after, before = model.kinds(), base.kinds()
+    both = [name for name in after if name in before and name not in aside]
+    alike = [name for name in both if after[name] == before[name]]
+    changed = []
+    with progress(len(alike), "compare the rest", "tensor") as bar:
+        for name in alike:
+            if not np.array_equal(model.raw(name), base.raw(name)):
+                changed.append(name)
+            model.release(name)
+            base.release(name)
+            bar.update()
+    alone = sorted((set(after) ^ set(before)) - aside)
     return Others(len(alike), changed, alone, len(both) - len(alike))
 
 

@@ -306,8 +306,9 @@ def run_page(record: Record, replies: Sequence[Record] = ()) -> str:
     first = evaluations[0]
     scores, cloud = figures.layer_charts(record), figures.cloud_chart(record)
     options = record["options"]
+    induced = ("--induce",) if record.get("induced") else ()
     command = command_line(
-        ("run", record["source"]), options, Options().record(), record["outputs"]
+        ("run", record["source"], *induced), options, Options().record(), record["outputs"]
     )
     summary = Section(
         "Before and after",

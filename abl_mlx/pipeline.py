@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,6 @@ from abl_mlx import (
     directions,
     evaluate,
     exactness,
-    head_copy,
     memory,
     models,
     mtp,
@@ -35,7 +32,6 @@ from abl_mlx import (
     taken,
 )
 from abl_mlx.apply import Plan, plan
-from abl_mlx.arrays import parameters
 from abl_mlx.clock import Clock
 from abl_mlx.edits import Edit, orthonormal
 from abl_mlx.measurement import (
@@ -47,6 +43,7 @@ from abl_mlx.measurement import (
     make_edit,
     warn_of_strength,
 )
+from abl_mlx.model_file import ModelFile, find_model, open_model
 from abl_mlx.models import ChatModel
 from abl_mlx.notes import joined, noted
 from abl_mlx.options import Options
@@ -55,10 +52,10 @@ from abl_mlx.prompts import PromptSets, Split
 from abl_mlx.provenance import edit_label
 from abl_mlx.records import (
     combined_hash,
+    file_hashes,
     hashes,
     measured,
     prompt_hashes,
-    source_hashes,
     start_record,
     worst_leak,
 )
@@ -112,8 +109,9 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
     outputs.check_reports(paths, options.report)
     if options.ollama_create is not None:
         ollama_first(paths, options.ollama_create)
-    sets = load_prompts(source, options)
-    memory.check(source, asked=options.memory_check)
+    with open_model(source) as model:
+        sets = load_prompts(model, options)
+        memory.check(model, asked=options.memory_check)
     if target.is_gguf:
         from abl_mlx import gguf_pipeline
 
@@ -188,7 +186,7 @@ def _run(source: Source, paths: Sequence[Path], sets: PromptSets, options: Optio
             written, the_plan = write_all(
                 source, chat, files, edit, writers, staged, record, options
             )
-            record["hashes"] = hashes(files, direction, options)
+            record["hashes"] = hashes(file_hashes(files.files), direction, options)
 
         def judge(one: Written, model: ChatModel) -> Record:
             known = exactness.moved(outlines, model) if one.output.is_adapter else None
@@ -292,10 +290,10 @@ def _apply(
     clock = Clock()
     with clock.step("load the model"):
         files = open_files(source, paths, options)
-        if options.lazy or not memory.fits(source):
+        if options.lazy or not memory.fits(open_model(source)):
             chat = models.load_lazily(source.path)
         else:
-            memory.check(source, asked=options.memory_check)
+            memory.check(open_model(source), asked=options.memory_check)
             chat = models.load(source.path, encodes=False)
         directions.check_width(direction, direction_path, chat)
     with clock.step("find the residual writers"):
@@ -305,7 +303,7 @@ def _apply(
         edit = edit_of(direction, options)
         with clock.step("write"):
             written, _ = write_all(source, chat, files, edit, writers, staged, record, options)
-            record["hashes"] = hashes(files, direction, options)
+            record["hashes"] = hashes(file_hashes(files.files), direction, options)
         details = [written_record(one) for one in written]
         record.update(leak=worst_leak(details), written=details, seconds=clock.seconds)
         for one, described in zip(written, details, strict=True):
@@ -326,15 +324,18 @@ def measure(text: str, out: Path, options: Options, picture: Path | None = None)
         plot.check(picture)
     options = with_journal(options, out.with_suffix(""))
     clock = Clock()
-    source = sources.resolve(text)
-    sets = load_prompts(source, options)
-    memory.check(source, asked=options.memory_check)
-    if source.is_gguf:
-        from abl_mlx import gguf_pipeline
-
-        found, model = gguf_pipeline.measured_direction(source, sets, options, clock)
-    else:
-        found, model = _measured_direction(source, sets, options, clock)
+    with find_model(text) as model:
+        source = model.source
+        sets = load_prompts(model, options)
+        memory.check(model, asked=options.memory_check)
+        with clock.step("load the model"):
+            chat = model.load()
+        with clock.step("find the residual writers"):
+            capture.check_stream(chat)
+            writers = model.find_writers(chat, options.tensors)
+        found = find_behind_openings(chat, writers, sets, options, clock)
+        with clock.step("hash the source"):
+            sha256 = combined_hash(model.hashes())
     found = replace(
         found,
         metadata={
@@ -345,7 +346,8 @@ def measure(text: str, out: Path, options: Options, picture: Path | None = None)
                 if key in found.metadata["summary"]
             },
             "model": source.public_name,
-            **model,
+            "model_type": chat.model_type,
+            "model_sha256": sha256,
             "prompt_hashes": prompt_hashes(sets),
             "seed": options.seed,
         },
@@ -365,84 +367,10 @@ def measure(text: str, out: Path, options: Options, picture: Path | None = None)
     return record
 
 
-def _measured_direction(
-    source: Source, sets: PromptSets, options: Options, clock: Clock
-) -> tuple[directions.DirectionFile, Record]:
-    """The direction of a folder, and what the direction file says of the model."""
-    with clock.step("load the model"):
-        files = TensorFiles(source.path)
-        chat = models.load(source.path)
-    with clock.step("find the residual writers"):
-        capture.check_stream(chat)
-        writers = find_writers(chat)
-    found = find_behind_openings(chat, writers, sets, options, clock)
-    model = {"model_type": chat.model_type, "model_sha256": combined_hash(source_hashes(files))}
-    return found, model
-
-
 def inspect(text: str) -> Record:
     """`abl-mlx inspect`: what the model is and what an edit would touch."""
-    source = sources.resolve(text)
-    if source.is_gguf:
-        from abl_mlx import gguf_pipeline
-
-        return gguf_pipeline.inspect(source)
-    config = read_config(source.path)
-    with TensorFiles(source.path) as files:
-        stored = Counter(files.info(name).dtype for name in files.names)
-        chat = models.load_lazily(source.path)
-        writers = find_writers(chat)
-        predicting = mtp.record(mtp.tensors(files, len(chat.layers)), [])
-        copies = head_copy.find(files, chat.config, writers)
-    whole = sum(value.size for _, value in parameters(chat.model))
-    touched = [
-        writer.module[path.rsplit(".", 1)[1]] for writer in writers for path in writer.parameters
-    ]
-    edited = sum(value.size for value in touched)
-    return {
-        "source": source.name,
-        "folder": str(source.path),
-        "architecture": config["model_type"],
-        "layers": len(chat.layers),
-        "width": chat.width,
-        "parameters": whole,
-        "dtypes": sorted(stored),
-        "quantization": config.get("quantization") or config.get("quantization_config"),
-        "tied": any(writer.tied for writer in writers) or bool(copies),
-        **({"head_copies": copies} if copies else {}),
-        **_template(chat),
-        "writers": grouped(
-            (writer.path, writer.kind, writer.gain is not None, writer.has_bias)
-            for writer in writers
-        ),
-        "edit": {"tensors": len(touched), "parameters": edited, "share": edited / whole},
-        **({"mtp": predicting} if predicting else {}),
-    }
-
-
-def _template(chat: ChatModel) -> Record:
-    """How many tokens follow the instruction in the chat template, or why there are none."""
-    try:
-        models.add_tokenizer(chat)
-        return {"template_tail": chat.template_tail}
-    except UserError as error:
-        return {"template_tail": None, "template_fault": str(error)}
-
-
-def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[Record]:
-    """Writers that differ in their layer alone, told once.
-
-    Args:
-        writers: (name, kind, whether through a gain, whether with a bias).
-    """
-    groups: dict[tuple[str, str, bool, bool], int] = {}
-    for path, kind, gain, bias in writers:
-        key = (re.sub(r"\.\d+\.", ".N.", path, count=1), kind, gain, bias)
-        groups[key] = groups.get(key, 0) + 1
-    return [
-        {"pattern": pattern, "kind": kind, "gain": gain, "bias": bias, "count": count}
-        for (pattern, kind, gain, bias), count in groups.items()
-    ]
+    with find_model(text) as model:
+        return model.inspect()
 
 
 # --- the steps ---------------------------------------------------------------------------------
@@ -455,12 +383,16 @@ def with_journal(options: Options, output: Path) -> Options:
     return replace(options, search_journal=output.with_name(f"{output.name}.search.journal"))
 
 
-def load_prompts(source: Source, options: Options) -> PromptSets:
+def load_prompts(model: ModelFile | None, options: Options) -> PromptSets:
     """The prompt sets of this run: the demo's own, the user's, or the bundled ones.
 
     A file made from the demo is asked what the demo is asked: it has heard of nothing else.
+
+    Args:
+        model: what is asked; None for a server.
     """
-    speaks_demo = source.is_demo or demo.speaks(source.path)
+    source = None if model is None else model.source
+    speaks_demo = source is not None and (source.is_demo or demo.speaks(source.path))
     if speaks_demo and options.harmful is None and options.harmless is None:
         sets = prompts.load_demo()
     else:
@@ -469,7 +401,8 @@ def load_prompts(source: Source, options: Options) -> PromptSets:
         sets = replace(sets, borderline=prompts.load(options.borderline, "--borderline"))
     if options.quick:
         sets = cut(sets, *QUICK)
-    return prompt_lengths.fitting(cut(sets, options.limit), source)
+    sets = cut(sets, options.limit)
+    return sets if model is None else prompt_lengths.fitting(sets, model)
 
 
 def cut(

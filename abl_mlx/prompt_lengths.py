@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from abl_mlx import context_length, prompt_tokens, report
+from abl_mlx import report
+from abl_mlx.model_file import ModelFile
+from abl_mlx.prompt_tokens import Count
 from abl_mlx.prompts import PromptSet, PromptSets, Split
 from abl_mlx.sources import Source
 from convert import escape
 from convert.errors import UserError
-from convert.gguf_file import GgufSource
-from convert.hf_config import read_config
 
 #: Share of a set that may be left out because it is too long.
 FEW = 0.05
@@ -22,11 +19,8 @@ FEW = 0.05
 # A text has at least as many bytes as tokens, and no template adds three quarters of a context.
 _SURELY_FITS = 4
 
-#: The number of tokens of a text as the user's message in the chat template.
-Count = Callable[[str], int]
 
-
-def fitting(sets: PromptSets, source: Source) -> PromptSets:
+def fitting(sets: PromptSets, model: ModelFile) -> PromptSets:
     """The prompts that fit into a model's context; a few that do not are left out with a note.
 
     Only prompts that are long enough for it to matter are tokenized.
@@ -34,7 +28,7 @@ def fitting(sets: PromptSets, source: Source) -> PromptSets:
     Raises:
         UserError: when more than a few are too long, or nothing is left of a part.
     """
-    longest, counter = _model(source)
+    longest = model.context_length()
     if longest is None:
         return sets
     count: list[Count] = []
@@ -44,7 +38,7 @@ def fitting(sets: PromptSets, source: Source) -> PromptSets:
         if len(text.encode()) * _SURELY_FITS <= longest:
             return 0
         if not count:
-            count.append(counter())
+            count.append(model.token_counter())
         tokens = count[0](text)
         return tokens if tokens > longest else 0
 
@@ -53,7 +47,7 @@ def fitting(sets: PromptSets, source: Source) -> PromptSets:
         "harmless": [sets.harmless.train, sets.harmless.validation, sets.harmless.test],
         "borderline": [] if sets.borderline is None else [sets.borderline],
     }
-    left = {name: _fitting(given, too_long, longest, source) for name, given in parts.items()}
+    left = {name: _fitting(given, too_long, longest, model.source) for name, given in parts.items()}
     return replace(
         sets,
         harmful=Split(*left["harmful"]),
@@ -85,39 +79,3 @@ def _fitting(
         raise UserError(f"{said}. Shorten or remove them.")
     report.say(f"· left out: {said}")
     return left
-
-
-def _model(source: Source) -> tuple[int | None, Callable[[], Count]]:
-    """A model's context, and what makes the counter of tokens for it."""
-    if source.is_gguf:
-        with GgufSource(source.path) as gguf:
-            return context_length.of_metadata(gguf.metadata), lambda: _counter_of_gguf(source.path)
-    if not (source.path / "config.json").is_file():
-        return None, lambda: len
-    config = read_config(source.path)
-    return context_length.of_config(config), lambda: _counter_of_folder(source.path, config)
-
-
-def _counter_of_folder(folder: Path, config: dict[str, Any]) -> Count:
-    from abl_mlx.models import load_tokenizer
-
-    return _counter(load_tokenizer(folder, config, folder), folder)
-
-
-def _counter_of_gguf(path: Path) -> Count:
-    from abl_mlx import gguf_model
-
-    # Without a tokenizer that MLX knows llama.cpp has the last word.
-    with suppress(UserError), GgufSource(path) as gguf:
-        return _counter(gguf_model.tokenizer(gguf, {}), path)
-    return lambda text: 0
-
-
-def _counter(tokenizer: Any, place: Path) -> Count:
-    template = prompt_tokens.template_of(tokenizer, place)
-
-    def count(text: str) -> int:
-        messages = [{"role": "user", "content": text}]
-        return len(prompt_tokens.encode(tokenizer, template, messages, place))
-
-    return count

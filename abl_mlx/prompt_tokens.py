@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ from convert.chat_template import ChatTemplate, TemplateError
 from convert.errors import UserError
 
 Message = Mapping[str, str]
+
+#: The number of tokens of a text as the user's message in the chat template.
+Count = Callable[[str], int]
 
 # What a template is told beside the messages: thinking is switched off where it can be.
 OPTIONS = {"enable_thinking": False}
@@ -47,6 +50,20 @@ def encode(
             "or fetch the tokenizer again."
         )
     return ids
+
+
+def counter(tokenizer: Any, place: Path) -> Count:
+    """What counts the tokens of prompts, by a model's tokenizer and chat template.
+
+    Args:
+        place: the model's folder or GGUF.
+    """
+    template = template_of(tokenizer, place)
+
+    def count(text: str) -> int:
+        return len(encode(tokenizer, template, [{"role": "user", "content": text}], place))
+
+    return count
 
 
 def template_of(tokenizer: Any, place: Path) -> ChatTemplate | None:

@@ -13,8 +13,6 @@ from abl_mlx.directions import DirectionFile
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
 from abl_mlx.sources import Source
-from convert.gguf_file import GgufSource
-from convert.safetensors_files import TensorFiles
 
 Record = dict[str, Any]
 
@@ -58,12 +56,7 @@ def measured(direction: DirectionFile) -> Record:
     return found
 
 
-def source_hashes(files: TensorFiles) -> dict[str, str]:
-    """SHA-256 of every weight file."""
-    return _hashes(files.files)
-
-
-def _hashes(files: Sequence[Path]) -> dict[str, str]:
+def file_hashes(files: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of each file by its name, read in pieces (hashlib.file_digest is of Python 3.11)."""
     found = {}
     total = sum(file.stat().st_size for file in files)
@@ -78,23 +71,21 @@ def _hashes(files: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def combined_hash(parts: Mapping[str, str]) -> str:
-    """One SHA-256 for several named ones."""
+def combined_hash(parts: Mapping[str, Any]) -> str:
+    """One SHA-256 for several named JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def gguf_hashes(gguf: GgufSource) -> dict[str, str]:
-    """SHA-256 of every part of a GGUF."""
-    return _hashes(gguf.parts)
+def hashes(source: Mapping[str, str], direction: DirectionFile, options: Options) -> Record:
+    """Hashes of the source's files, of the direction and of the options.
 
-
-def hashes(files: TensorFiles, direction: DirectionFile, options: Options) -> Record:
-    """Hashes of the source's files, of the direction and of the options."""
-    chosen = json.dumps(options.record(), sort_keys=True)
+    Args:
+        source: SHA-256 of every file that holds weights.
+    """
     return {
-        "source": source_hashes(files),
+        "source": dict(source),
         "direction": direction.sha256,
-        "options": hashlib.sha256(chosen.encode()).hexdigest(),
+        "options": combined_hash(options.record()),
     }
 
 

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from abl_mlx import directions, gguf_pipeline, memory, models, pipeline, sources
+from abl_mlx import directions, memory, pipeline
 from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.measurement import edit_of, find_behind_openings, warn_of_strength
+from abl_mlx.model_file import find_model
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.steering import ablation
-from abl_mlx.writers import Writer, find_writers
-from convert.gguf_file import GgufSource
+from abl_mlx.writers import Writer
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,16 @@ def load(text: str, direction: Path | None, options: Options) -> Steered:
     """
     clock = Clock()
     warn_of_strength(options.strength)
-    source = sources.resolve(text)
-    given = None if direction is None else directions.read(direction)
-    memory.check(source, asked=options.memory_check)
-    with clock.step("load the model"):
-        if source.is_gguf:
-            with GgufSource(source.path) as gguf:
-                chat, writers = gguf_pipeline.load(gguf, options)
-        else:
-            chat = models.load(source.path)
-            writers = find_writers(chat)
-    if given is not None and direction is not None:
-        directions.check_width(given, direction, chat)
-        return Steered(source.name, chat, writers, given, options)
-    sets = pipeline.load_prompts(source, options)
+    with find_model(text) as model:
+        name = model.source.name
+        given = None if direction is None else directions.read(direction)
+        memory.check(model, asked=options.memory_check)
+        with clock.step("load the model"):
+            chat = model.load()
+            writers = model.find_writers(chat, options.tensors)
+        if given is not None and direction is not None:
+            directions.check_width(given, direction, chat)
+            return Steered(name, chat, writers, given, options)
+        sets = pipeline.load_prompts(model, options)
     found = find_behind_openings(chat, writers, sets, options, clock)
-    return Steered(source.name, chat, writers, found, options)
+    return Steered(name, chat, writers, found, options)

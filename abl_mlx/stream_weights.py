@@ -6,28 +6,22 @@ Nothing is run and nothing is held; a slab is decoded when it is asked for.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from abl_mlx import gguf_edit, models
 from abl_mlx.arrays import numpy_of
 from abl_mlx.edits import stream_axis
-from abl_mlx.records import gguf_hashes, source_hashes
 from abl_mlx.slabs import Slab, slabs
-from abl_mlx.sources import Source
 from abl_mlx.writers import Writer, find_writers
 from convert import gguf_to_mlx, gguf_writers
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
-from convert.hf_config import read_config
 from convert.mlx_matrix import Matrix, find_matrix
 from convert.parameters import Stored, locate
 from convert.safetensors_files import TensorFiles
@@ -130,26 +124,15 @@ class Unreachable(UserError):
     """The residual writers of this model cannot be told; nothing is wrong with the file."""
 
 
-@contextmanager
-def opened(source: Source) -> Iterator[StreamWeights]:
-    """The residual writers of a model, its files open while the block runs.
-
-    Raises:
-        Unreachable: an architecture whose writers cannot be found.
-        UserError: damaged or missing files.
-    """
-    if source.is_gguf:
-        with GgufSource(source.path) as gguf:
-            yield _of_gguf(gguf)
-    else:
-        with TensorFiles(source.path) as files:
-            yield _of_folder(source.path, files)
-
-
 # --- GGUF --------------------------------------------------------------------------------------
 
 
-def _of_gguf(gguf: GgufSource) -> StreamWeights:
+def of_gguf(gguf: GgufSource) -> StreamWeights:
+    """The residual writers of a GGUF, as long as that is open.
+
+    Raises:
+        Unreachable: an architecture whose writers cannot be found.
+    """
     shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
     try:
         named = gguf_writers.find(gguf.architecture, shapes, gguf.metadata)
@@ -211,7 +194,12 @@ def _gguf_weight(gguf: GgufSource, one: gguf_writers.GgufWriter) -> StreamWeight
 # --- folders -----------------------------------------------------------------------------------
 
 
-def _of_folder(folder: Path, files: TensorFiles) -> StreamWeights:
+def of_folder(folder: Path, files: TensorFiles) -> StreamWeights:
+    """The residual writers of an MLX or Hugging Face folder, as long as its files are open.
+
+    Raises:
+        Unreachable: an architecture whose writers cannot be found.
+    """
     chat = models.load_lazily(folder)
     try:
         found = find_writers(chat)
@@ -311,72 +299,3 @@ def _quantized(files: TensorFiles, matrix: Matrix) -> _Part:
         return matrix.read(files, slab.rows, slab.columns).values()
 
     return _Part(matrix.shape, str(matrix.quantization), read, lambda: matrix.release(files))
-
-
-# --- what the files are, and say of themselves -------------------------------------------------
-
-#: Names under which edited models go.
-_NAMES = re.compile(
-    r"abliterat\w*|uncensored|orthogonali[sz]ed|heretic|derestricted|decensored|"
-    r"refusal[ _-]?(?:removed|ablated|free)|unaligned|lobotomi[sz]ed",
-    re.IGNORECASE,
-)
-
-#: How much of a card or a metadata value is read.
-_READ = 20_000
-
-
-def provenance(source: Source) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
-    """abl-mlx's own label of an edit, if there is one, and where names of other tools' edits occur.
-
-    Returns:
-        The label's keys and values; and for each mention its ``place`` and the ``text`` found.
-    """
-    texts: dict[str, str] = {"name": source.title}
-    label: dict[str, Any] | None = None
-    if source.is_gguf:
-        with GgufSource(source.path) as gguf:
-            values = {
-                key: value
-                for key, value in gguf.metadata.items()
-                if isinstance(value, str | int | float | bool | list)
-                and not key.startswith("tokenizer.")
-            }
-        label = {
-            k.removeprefix("abl_mlx."): v for k, v in values.items() if k.startswith("abl_mlx.")
-        }
-        texts |= {k: _text(v) for k, v in values.items() if k.startswith("general.")}
-        texts["card"] = _read(source.path.with_name(f"{source.path.stem}.README.md"))
-    else:
-        config = read_config(source.path)
-        label = config.get("abl_mlx") if isinstance(config.get("abl_mlx"), Mapping) else None
-        texts["config.json"] = json.dumps(
-            {k: v for k, v in config.items() if k not in ("abl_mlx", "quantization")}
-        )
-        texts["README.md"] = _read(source.path / "README.md")
-    mentions = [
-        {"place": place, "text": match[0]}
-        for place, text in texts.items()
-        if (match := _NAMES.search(text)) is not None
-    ]
-    return (dict(label) if label else None), mentions
-
-
-def hashes(source: Source) -> dict[str, str]:
-    """SHA-256 of every file that holds weights."""
-    if not source.is_gguf:
-        with TensorFiles(source.path) as files:
-            return source_hashes(files)
-    with GgufSource(source.path) as gguf:
-        return gguf_hashes(gguf)
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value))[:_READ] if isinstance(value, list) else str(value)[:_READ]
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        return stream.read(_READ)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abl_mlx import evaluate, memory, models, sources
+from abl_mlx import evaluate, memory
 from abl_mlx.clock import Clock
 from abl_mlx.endpoint import Endpoint, is_endpoint
+from abl_mlx.model_file import ModelFile, find_model
 from abl_mlx.models import ChatModel
 from abl_mlx.options import EvalOptions
-from abl_mlx.sources import Source
 from convert.errors import UserError
-from convert.gguf_file import GgufSource
 
 RUNTIMES = ("mlx-lm", "llama.cpp", "llama-server")
 """What ``--runtime`` takes."""
@@ -48,71 +47,68 @@ class Target:
     note: str | None = None
 
 
-def find(text: str) -> Source | None:
-    """Where the model lies that ``text`` names; None for the address of a server.
+def find(text: str) -> ModelFile | None:
+    """The files of the model that ``text`` names; None for the address of a server.
 
     Raises:
         UserError: when there is none.
     """
-    return None if is_endpoint(text) else sources.resolve(text)
+    return None if is_endpoint(text) else find_model(text)
 
 
 @contextmanager
 def opened(
-    text: str, source: Source | None, options: EvalOptions, clock: Clock, model: str | None
+    text: str, file: ModelFile | None, options: EvalOptions, clock: Clock, model: str | None
 ) -> Iterator[Target]:
     """Load a model, or meet a server; it is let go at the end.
 
     Args:
         text: what the user typed.
-        source: where that is, as `find` says.
+        file: what that is, as `find` says.
         model: its name on a server; None where it has one alone.
 
     Raises:
         UserError: when it cannot be loaded or met.
     """
     with ExitStack() as stack:
-        if source is None:
+        if file is None:
             with clock.step("meet the server"):
                 endpoint = Endpoint(text, model, options.asking)
             yield Target(
                 endpoint.name, "server", endpoint.identity, endpoint.ask, model=endpoint.model
             )
             return
-        runtime = runtime_of(source, options)
-        identity = {"model": source.name, "files": _fingerprint(source), "runtime": runtime}
+        name, path = file.source.name, file.source.path
+        runtime = runtime_of(file, options)
+        identity = {"model": name, "files": _fingerprint(path), "runtime": runtime}
         if runtime == "mlx-lm":
             with clock.step("load the model"):
-                memory.check(source, asked=options.memory_check)
-                chat = load_any(source)
+                memory.check(file, asked=options.memory_check)
+                chat = file.load()
             ask = evaluate.stream_in_mlx(chat, batch_size=options.batch_size)
-            yield Target(source.name, runtime, identity, ask, chat=chat)
+            yield Target(name, runtime, identity, ask, chat=chat)
             return
-        memory.check(source, asked=options.memory_check)
+        memory.check(file, asked=options.memory_check)
         if runtime == "llama.cpp":
-            ask = evaluate.stream_in_llamacpp(source.path)
+            ask = evaluate.stream_in_llamacpp(path)
         else:
             from abl_mlx.llama_server import LlamaServer
 
             with clock.step("start llama-server"):
-                server = stack.enter_context(LlamaServer(source.path, options.asking))
+                server = stack.enter_context(LlamaServer(path, options.asking))
             ask = server.endpoint.ask
-        note = _without_template(source)
-        yield Target(source.name, runtime, identity, ask, gguf=source.path, note=note)
+        note = None if file.has_template() else _WITHOUT_TEMPLATE.format(file.source.title)
+        yield Target(name, runtime, identity, ask, gguf=path, note=note)
 
 
-def _without_template(source: Source) -> str | None:
-    """What to say of a GGUF that llama.cpp has to ask through a template of its own."""
-    with GgufSource(source.path) as gguf:
-        if gguf.metadata.get("tokenizer.chat_template"):
-            return None
-    return (
-        f"{source.title} has no chat template: llama.cpp asks it through its default one, ChatML, "
-        "which the model may never have seen"
-    )
+#: What to say of a GGUF that llama.cpp has to ask through a template of its own.
+_WITHOUT_TEMPLATE = (
+    "{} has no chat template: llama.cpp asks it through its default one, ChatML, which the model "
+    "may never have seen"
+)
 
 
-def runtime_of(source: Source, options: EvalOptions) -> str:
+def runtime_of(file: ModelFile, options: EvalOptions) -> str:
     """What runs a model of this machine: one of `RUNTIMES`, of which a folder has no choice.
 
     Raises:
@@ -120,7 +116,7 @@ def runtime_of(source: Source, options: EvalOptions) -> str:
     """
     server = shutil.which("llama-server")
     wanted = options.runtime
-    if not source.is_gguf:
+    if file.runtimes == ("mlx-lm",):
         return "mlx-lm"
     if wanted == "llama-server" and server is None:
         raise UserError("--runtime llama-server: no llama-server is on the PATH.")
@@ -131,22 +127,12 @@ def runtime_of(source: Source, options: EvalOptions) -> str:
     return "mlx-lm" if server is None else "llama-server"
 
 
-def load_any(source: Source) -> ChatModel:
-    """A folder or a GGUF as a model in MLX."""
-    if not source.is_gguf:
-        return models.load(source.path)
-    from abl_mlx import gguf_model
-
-    with GgufSource(source.path) as gguf:
-        return gguf_model.load(gguf)[0]
-
-
-def _fingerprint(source: Source) -> list[list[Any]]:
+def _fingerprint(place: Path) -> list[list[Any]]:
     """Name, size and time of the files, by which a changed model is known."""
-    if source.path.is_file():
-        files = [source.path]
+    if place.is_file():
+        files = [place]
     else:
-        files = [path for path in source.path.iterdir() if path.is_file()]
+        files = [path for path in place.iterdir() if path.is_file()]
         files = [path for path in files if path.suffix in (".safetensors", ".json", ".jinja")]
     stats = sorted((path.name, path.stat()) for path in files)
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

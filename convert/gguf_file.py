@@ -371,6 +371,13 @@ def part_paths(path: Path, count: int) -> list[Path]:
     ]
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a GGUF, all parts of it where ``path`` is one; nothing of it is read."""
+    parts = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-*-of-\1.gguf", path.name)
+    files = [path] if parts == path.name else path.parent.glob(parts)
+    return sum(file.stat().st_size for file in files)
+
+
 def row_bytes(kind: GGMLQuantizationType, width: int) -> int:
     """Bytes of ``width`` weights, a multiple of the type's block, in this type."""
     block, size = gguf.GGML_QUANT_SIZES[kind]

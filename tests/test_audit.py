@@ -18,12 +18,12 @@ from abl_mlx import (
     directions,
     pipeline,
     prompts,
-    sources,
     spectrum,
     stream_weights,
 )
 from abl_mlx.cli import cli
 from abl_mlx.demo import MODEL_PATH
+from abl_mlx.model_file import find_model
 from abl_mlx.models import load
 from abl_mlx.options import Options
 from abl_mlx.writers import find_writers
@@ -200,7 +200,8 @@ def test_slabs_are_the_models_weights_behind_their_gains(tmp_path, arch):
             stacked = w if w.ndim == 2 else np.concatenate(list(w), axis=1)
         gain = 1 if writer.gain is None else np.array(writer.gain.astype(mx.float32))[:, None]
         expected[f"{writer.path}.weight"] = stacked * gain
-    with stream_weights.opened(sources.resolve(str(folder))) as model:
+    with find_model(str(folder)) as file:
+        model = file.stream_weights()
         assert {one.name for one in model.writers} == set(expected)
         assert [one.layer for one in model.writers] == sorted(one.layer for one in model.writers)
         for one in model.writers:

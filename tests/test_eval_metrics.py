@@ -286,7 +286,7 @@ def test_lm_eval_is_handed_over_and_its_results_come_back(stand_in: Path) -> Non
     line = next(line for line in eval_report.table(record).splitlines() if "lm-eval" in line)
     assert line.split() == ["lm-eval", "arc_easy", "0.250", "acc"]
     with pytest.raises(UserError, match="KeyError: no such task"):
-        harness.run(sources.resolve("demo"), "broken")
+        harness.run(sources.resolve("demo").path, "broken")
 
 
 def test_mlx_lm_takes_the_flags_it_is_given() -> None:

@@ -32,11 +32,11 @@ from abl_mlx import (
     models,
     pipeline,
     prompts,
-    sources,
 )
 from abl_mlx.clock import Clock
 from abl_mlx.llama_server import LlamaServer, _free_port
 from abl_mlx.llamacpp import LlamaCpp
+from abl_mlx.model_file import find_model
 from abl_mlx.options import EvalOptions, Options
 from abl_mlx.targets import opened
 from convert.errors import UserError
@@ -306,7 +306,7 @@ def test_the_cut_kl_of_two_runtimes_is_near_the_exact_one(half: Path) -> None:
     options = replace(EvalOptions(), memory_check=False)
 
     def target(text: str) -> Any:
-        return opened(text, sources.resolve(text), options, Clock(), None)
+        return opened(text, find_model(text), options, Clock(), None)
 
     with target("demo") as original:
         reference = divergence.refer(original, texts, tokens=12)

@@ -6,10 +6,11 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import demo, models, pipeline, prompts, sources
+from abl_mlx import demo, models, pipeline, prompts
 from abl_mlx.cli import cli
 from abl_mlx.forecast import Forecast, forecast
 from abl_mlx.measurement import find_direction
+from abl_mlx.model_file import find_model
 from abl_mlx.options import Options
 from abl_mlx.refusals import wilson
 from abl_mlx.writers import find_writers
@@ -45,7 +46,7 @@ def test_the_line_names_minutes_and_what_shortens_them():
 
 
 def test_quick_takes_fewer_prompts_and_its_intervals_are_those_of_the_help():
-    source = sources.resolve("demo")
+    source = find_model("demo")
     sets = pipeline.load_prompts(source, Options(quick=True))
     for split in (sets.harmful, sets.harmless):
         assert [len(part) for part in (split.train, split.validation, split.test)] == [48, 16, 24]

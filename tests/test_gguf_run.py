@@ -129,6 +129,18 @@ def test_both_formats_in_one_command(demo: Callable[[str], Path], tmp_path: Path
     assert reply.strip()
 
 
+def test_the_same_options_have_the_same_hash_for_both_formats(
+    demo: Callable[[str], Path], tmp_path: Path
+) -> None:
+    direction = tmp_path / "r.npy"
+    np.save(direction, np.ones(256, np.float32))
+    hashes = [
+        abl_mlx("apply", direction, source, "-o", tmp_path / out)["hashes"]["options"]
+        for source, out in (("demo", "folder"), (demo("F16"), "out.gguf"))
+    ]
+    assert hashes[0] == hashes[1]
+
+
 def test_without_llama_cpp_mlx_runs_the_file(
     demo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

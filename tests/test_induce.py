@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import shlex
 from pathlib import Path
 
 import mlx.core as mx
@@ -116,6 +119,27 @@ def test_a_gguf_alone_is_made_to_refuse(tmp_path: Path) -> None:
 
     tags = gguf.GGUFReader(out).fields["general.tags"].contents()
     assert tags == induce_outputs.TAGS
+
+
+def test_the_command_on_the_page_makes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--induce`` is in the line: without it the same choices would remove refusals."""
+    monkeypatch.chdir(tmp_path)
+    chosen = ["--induce", "--layer", "1", "--position", "-3", "--limit", "8", "--max-tokens", "4"]
+    done = CliRunner().invoke(cli, ["run", "demo", "-o", "out", *chosen])
+    assert done.exit_code == 0, done.output
+    first = {file.name: file.read_bytes() for file in Path("out").glob("*.safetensors")}
+    before = json.loads(Path("out/abl.json").read_text())
+    page = html.unescape(Path("out/report.html").read_text(encoding="utf-8"))
+    [line] = re.findall(r"abl-mlx run demo[^<\n]*", page)
+    Path("out").rename("first")
+    done = CliRunner().invoke(cli, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.output
+    assert {file.name: file.read_bytes() for file in Path("out").glob("*.safetensors")} == first
+    again = json.loads(Path("out/abl.json").read_text())
+    assert again["induced"] is True
+    assert again["hashes"] == before["hashes"]
 
 
 @pytest.mark.parametrize(

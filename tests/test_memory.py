@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from abl_mlx import memory, models, pipeline
 from abl_mlx.cli import cli
 from abl_mlx.memory import Memory
+from abl_mlx.model_file import open_model
 from abl_mlx.options import Options
 from abl_mlx.sources import Source
 from convert.errors import UserError
@@ -23,7 +24,7 @@ def folder(tmp_path):
         with open(place / f"model-0000{part}-of-00002.safetensors", "wb") as stream:
             stream.truncate(10 * GB)
     (place / "tokenizer.json").write_text("{}")
-    return Source("org/Big", place)
+    return open_model(Source("org/Big", place))
 
 
 def test_a_model_larger_than_the_machine_is_refused_in_a_sentence(folder):
@@ -51,7 +52,7 @@ def test_a_model_that_fits_is_told_what_it_takes(folder, free, slow, capsys):
 
 def test_small_models_go_without_saying(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    memory.check(Source("small", tmp_path), memory=Memory(GB, GB))
+    memory.check(open_model(Source("small", tmp_path)), memory=Memory(GB, GB))
     assert capsys.readouterr().err == ""
 
 
@@ -59,9 +60,9 @@ def test_all_parts_of_a_split_gguf_count(tmp_path):
     for part in (1, 2, 3):
         (tmp_path / f"m-0000{part}-of-00003.gguf").write_bytes(bytes(100))
     (tmp_path / "m-00001-of-00002.gguf").write_bytes(bytes(7))
-    assert memory.size(Source("m", tmp_path / "m-00002-of-00003.gguf")) == 300
+    assert open_model(Source("m", tmp_path / "m-00002-of-00003.gguf")).size == 300
     (tmp_path / "one.gguf").write_bytes(bytes(11))
-    assert memory.size(Source("one", tmp_path / "one.gguf")) == 11
+    assert open_model(Source("one", tmp_path / "one.gguf")).size == 11
 
 
 def test_the_machine_has_some_memory():
@@ -102,10 +103,10 @@ def test_apply_is_lazy_unasked_where_the_model_does_not_fit(
 @pytest.mark.parametrize("command", ["run", "measure", "eval"])
 def test_commands_refuse_before_loading(command, folder, tmp_path, monkeypatch):
     """The folder holds zeros; no command gets so far as to see that."""
-    (folder.path / "config.json").write_text('{"model_type": "llama"}')
+    (folder.source.path / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(memory, "machine", lambda: Memory(16 * GB, None))
     out = {"run": ["-o", tmp_path / "x"], "measure": ["-o", tmp_path / "x.safetensors"]}
-    words = [command, str(folder.path), *map(str, out.get(command, []))]
+    words = [command, str(folder.source.path), *map(str, out.get(command, []))]
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 1
     assert "20.0 GB of weights and this machine 16.0 GB of memory" in result.output

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from abl_mlx import context_length, demo, prompt_lengths, prompts
-from abl_mlx.sources import resolve
+from abl_mlx.model_file import find_model
 from convert.errors import UserError
 from convert.mlx_to_gguf import write_gguf
 from tests.command import abl_mlx, fails
@@ -45,7 +45,7 @@ def test_one_that_is_too_long_is_left_out(
 ) -> None:
     harmful, harmless = files(tmp_path, 1)
     sets = prompts.load_sets(str(harmful), str(harmless), 0)
-    fitting = prompt_lengths.fitting(sets, resolve(models[kind]))
+    fitting = prompt_lengths.fitting(sets, find_model(models[kind]))
     parts = ("train", "validation", "test")
     assert sum(len(getattr(sets.harmful, part)) for part in parts) == 21
     assert sum(len(getattr(fitting.harmful, part)) for part in parts) == 20
@@ -102,7 +102,7 @@ def test_a_part_is_never_emptied(models: Sequence[str]) -> None:
     split = prompts.Split(few, few, few)
     sets = prompts.PromptSets(split, split, None)
     with pytest.raises(UserError, match="Shorten or remove them"):
-        prompt_lengths.fitting(sets, resolve("demo"))
+        prompt_lengths.fitting(sets, find_model("demo"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""A model on this machine in whatever format: a folder, a GGUF, a split GGUF, a store's entry.
+
+Commands ask a `ModelFile` for what they need; what its format is, is asked here alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx import sources
+from abl_mlx.model_folder import FolderFile
+from abl_mlx.model_gguf import GgufFile
+from abl_mlx.models import ChatModel
+from abl_mlx.prompt_tokens import Count
+from abl_mlx.sources import Source
+from abl_mlx.stream_weights import StreamWeights
+from abl_mlx.writers import Writer
+
+Record = dict[str, Any]
+
+
+class ModelFile(Protocol):
+    """A model in files, which are opened when they are first asked for.
+
+    Use as a context manager where anything but its sizes is asked: it closes the files.
+    """
+
+    @property
+    def source(self) -> Source:
+        """Where the files are, and what the model is called."""
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """What runs such files as they are: ``mlx-lm``, ``llama.cpp``, ``llama-server``."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that mlx-lm's own commands take; None for a GGUF."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights."""
+
+    # --- what the files say ---
+
+    def context_length(self) -> int | None:
+        """How many tokens the model can read; None if that is not said."""
+
+    def token_counter(self) -> Count:
+        """What counts the tokens of a text as the user's message in the chat template."""
+
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+
+    def label(self) -> dict[str, Any] | None:
+        """What the model says of an edit that abl-mlx made of it; None without one."""
+
+    def said(self) -> dict[str, str]:
+        """Place -> text of what its publisher says of it, in metadata and card."""
+
+    def inspect(self) -> Record:
+        """Its architecture, its residual writers, and what an edit would touch, as JSON values."""
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every file that holds weights."""
+
+    # --- its tensors ---
+
+    def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor -> type and shape, as stored."""
+
+    def raw(self, name: str) -> np.ndarray:
+        """A tensor's bytes."""
+
+    def values(self, name: str) -> mx.array:
+        """A tensor in float32, in the file's layout; where it is quantized, as it is stored."""
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading a tensor has taken."""
+
+    def stream_weights(self) -> StreamWeights:
+        """The residual writers' weights as the stream sees them.
+
+        Raises:
+            Unreachable: an architecture whose writers cannot be found.
+        """
+
+    # --- running it ---
+
+    def load(self) -> ChatModel:
+        """The model in MLX, whole.
+
+        Raises:
+            UserError: an architecture that MLX cannot run, damaged files, no chat template.
+        """
+
+    def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
+        """The residual writers that an edit of the files changes, as modules of the loaded model.
+
+        Args:
+            pattern: of a GGUF, a regular expression for the tensors to edit, in place of what is
+                known of the architecture.
+
+        Raises:
+            UserError: when an edit cannot reach what writes to the stream.
+        """
+
+    def __enter__(self) -> ModelFile: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None: ...
+
+
+def open_model(source: Source) -> ModelFile:
+    """The files of a model, of whichever format."""
+    return GgufFile(source) if source.is_gguf else FolderFile(source)
+
+
+def find_model(text: str) -> ModelFile:
+    """The files of the model that ``text`` names.
+
+    Raises:
+        UserError: when there is no such model, or it cannot be had.
+    """
+    return open_model(sources.resolve(text))

@@ -1,0 +1,153 @@
+"""A model in an MLX or Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx import context_length, head_copy, models, mtp, prompt_tokens, records, stream_weights
+from abl_mlx.arrays import parameters
+from abl_mlx.inspection import edit_share, grouped
+from abl_mlx.mentions import read_card
+from abl_mlx.models import ChatModel
+from abl_mlx.sources import Source
+from abl_mlx.stream_weights import StreamWeights
+from abl_mlx.writers import Writer, find_writers
+from convert.errors import UserError
+from convert.hf_config import read_config
+from convert.safetensors_files import TensorFiles
+
+Record = dict[str, Any]
+
+
+class FolderFile(ExitStack):
+    """A folder as a `abl_mlx.model_file.ModelFile`."""
+
+    runtimes: tuple[str, ...] = ("mlx-lm",)
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source = source
+
+    @cached_property
+    def files(self) -> TensorFiles:
+        """Its safetensors files."""
+        return self.enter_context(TensorFiles(self.source.path))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json with renamed keys filled in."""
+        return read_config(self.source.path)
+
+    @property
+    def folder(self) -> Path | None:
+        return self.source.path
+
+    @property
+    def size(self) -> int:
+        return sum(file.stat().st_size for file in self.source.path.glob("model*.safetensors"))
+
+    # --- what the files say --------------------------------------------------------------------
+
+    def context_length(self) -> int | None:
+        if not (self.source.path / "config.json").is_file():
+            return None
+        return context_length.of_config(self.config)
+
+    def token_counter(self) -> prompt_tokens.Count:
+        folder = self.source.path
+        tokenizer = models.load_tokenizer(folder, self.config, folder)
+        return prompt_tokens.counter(tokenizer, folder)
+
+    def has_template(self) -> bool:
+        return True  # or it is refused when it is loaded
+
+    def label(self) -> dict[str, Any] | None:
+        label = self.config.get("abl_mlx")
+        return dict(label) if isinstance(label, Mapping) and label else None
+
+    def said(self) -> dict[str, str]:
+        kept = {k: v for k, v in self.config.items() if k not in ("abl_mlx", "quantization")}
+        return {
+            "config.json": json.dumps(kept),
+            "README.md": read_card(self.source.path / "README.md"),
+        }
+
+    def inspect(self) -> Record:
+        config, files = self.config, self.files
+        stored = Counter(files.info(name).dtype for name in files.names)
+        chat = models.load_lazily(self.source.path)
+        writers = find_writers(chat)
+        predicting = mtp.record(mtp.tensors(files, len(chat.layers)), [])
+        copies = head_copy.find(files, chat.config, writers)
+        whole = sum(value.size for _, value in parameters(chat.model))
+        touched = [
+            writer.module[path.rsplit(".", 1)[1]].size
+            for writer in writers
+            for path in writer.parameters
+        ]
+        return {
+            "source": self.source.name,
+            "folder": str(self.source.path),
+            "architecture": config["model_type"],
+            "layers": len(chat.layers),
+            "width": chat.width,
+            "parameters": whole,
+            "dtypes": sorted(stored),
+            "quantization": config.get("quantization") or config.get("quantization_config"),
+            "tied": any(writer.tied for writer in writers) or bool(copies),
+            **({"head_copies": copies} if copies else {}),
+            **_template(chat),
+            "writers": grouped(
+                (writer.path, writer.kind, writer.gain is not None, writer.has_bias)
+                for writer in writers
+            ),
+            "edit": edit_share(touched, whole),
+            **({"mtp": predicting} if predicting else {}),
+        }
+
+    def hashes(self) -> dict[str, str]:
+        return records.file_hashes(self.files.files)
+
+    # --- its tensors ---------------------------------------------------------------------------
+
+    def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        infos = {name: self.files.info(name) for name in self.files.names}
+        return {name: (info.dtype, info.shape) for name, info in infos.items()}
+
+    def raw(self, name: str) -> np.ndarray:
+        return np.frombuffer(self.files.bytes(name), np.uint8)
+
+    def values(self, name: str) -> mx.array:
+        return self.files.read(name).astype(mx.float32)
+
+    def release(self, name: str) -> None:
+        self.files.release(name)
+
+    def stream_weights(self) -> StreamWeights:
+        return stream_weights.of_folder(self.source.path, self.files)
+
+    # --- running it ----------------------------------------------------------------------------
+
+    def load(self) -> ChatModel:
+        return models.load(self.source.path)
+
+    def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
+        return find_writers(chat)
+
+
+def _template(chat: ChatModel) -> Record:
+    """How many tokens follow the instruction in the chat template, or why there are none."""
+    try:
+        models.add_tokenizer(chat)
+        return {"template_tail": chat.template_tail}
+    except UserError as error:
+        return {"template_tail": None, "template_fault": str(error)}

@@ -1,0 +1,169 @@
+"""A model in a GGUF, whole or split, wherever it comes from."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx import context_length, gguf_model, mtp, prompt_tokens, records, stream_weights
+from abl_mlx.inspection import edit_share, grouped
+from abl_mlx.mentions import READ, read_card
+from abl_mlx.models import ChatModel
+from abl_mlx.sources import Source
+from abl_mlx.stream_weights import StreamWeights
+from abl_mlx.writers import Writer
+from convert import gguf_mtp, gguf_to_mlx, gguf_writers
+from convert.errors import UserError
+from convert.families import FAMILIES
+from convert.gguf_file import GgufSource, size_of
+from convert.gguf_writers import GgufWriter
+
+Record = dict[str, Any]
+
+
+class GgufFile(ExitStack):
+    """A GGUF as a `abl_mlx.model_file.ModelFile`."""
+
+    runtimes: tuple[str, ...] = ("llama.cpp", "mlx-lm", "llama-server")
+    folder: Path | None = None
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source = source
+
+    @cached_property
+    def gguf(self) -> GgufSource:
+        """Its metadata and tensors."""
+        return self.enter_context(GgufSource(self.source.path))
+
+    @cached_property
+    def layout(self) -> gguf_to_mlx.Layout:
+        """Where mlx-lm's model has its tensors."""
+        return gguf_to_mlx.layout(self.gguf)
+
+    @property
+    def size(self) -> int:
+        return size_of(self.source.path)
+
+    @property
+    def width(self) -> int:
+        """d, the number of dimensions of the residual stream."""
+        return int(self.gguf.tensor("token_embd.weight").shape[-1])
+
+    def named_writers(self, pattern: str | None = None) -> list[GgufWriter]:
+        """The residual writers by its architecture, or those that ``--tensors`` names."""
+        shapes = {name: entry.shape for name, entry in self.gguf.tensors.items()}
+        return gguf_writers.find(self.gguf.architecture, shapes, self.gguf.metadata, pattern)
+
+    # --- what the file says --------------------------------------------------------------------
+
+    def context_length(self) -> int | None:
+        return context_length.of_metadata(self.gguf.metadata)
+
+    def token_counter(self) -> prompt_tokens.Count:
+        # Without a tokenizer that MLX knows llama.cpp has the last word.
+        with suppress(UserError):
+            return prompt_tokens.counter(gguf_model.tokenizer(self.gguf, {}), self.source.path)
+        return lambda text: 0
+
+    def has_template(self) -> bool:
+        return bool(self.gguf.metadata.get("tokenizer.chat_template"))
+
+    def label(self) -> dict[str, Any] | None:
+        return gguf_to_mlx.edit_label(self.gguf) or None
+
+    def said(self) -> dict[str, str]:
+        metadata, path = self.gguf.metadata, self.source.path
+        texts = {key: _text(metadata[key]) for key in metadata if key.startswith("general.")}
+        return {
+            **{key: text for key, text in texts.items() if text is not None},
+            "card": read_card(path.with_name(f"{path.stem}.README.md")),
+        }
+
+    def inspect(self) -> Record:
+        gguf, named = self.gguf, self.named_writers()
+        sizes = {name: math.prod(entry.shape) for name, entry in gguf.tensors.items()}
+        types = Counter(entry.type.name for entry in gguf.tensors.values() if len(entry.shape) > 1)
+        whole = sum(sizes.values()) or 1
+        return {
+            "source": self.source.name,
+            "file": str(gguf.parts[0]),
+            "architecture": gguf.architecture,
+            "layers": self._blocks(),
+            "width": self.width,
+            "parameters": whole,
+            "dtypes": sorted({entry.type.name for entry in gguf.tensors.values()}),
+            "quantization": ", ".join(f"{count} × {name}" for name, count in types.most_common()),
+            "tied": any(one.tied for one in named),
+            "runs_in_mlx": gguf.architecture in FAMILIES,
+            "writers": grouped(
+                (one.name, one.kind, bool(one.gains), one.bias is not None) for one in named
+            ),
+            "edit": edit_share((sizes[name] for one in named for name in one.parameters), whole),
+            **self.predicting([]),
+        }
+
+    def predicting(self, edited: Iterable[str]) -> Record:
+        """What a record says of tensors of multi-token prediction, if there are any.
+
+        Args:
+            edited: names of all tensors that are edited.
+        """
+        gguf = self.gguf
+        names = gguf_mtp.tensors(gguf.architecture, gguf.tensors, gguf.metadata)
+        found = mtp.record(names, edited)
+        return {"mtp": found} if found else {}
+
+    def _blocks(self) -> int:
+        key = f"{self.gguf.architecture}.block_count"
+        if key not in self.gguf.metadata:
+            raise UserError(
+                f"{self.gguf.parts[0]} has no {key} in its metadata: download it again."
+            )
+        return int(self.gguf.metadata[key])
+
+    def hashes(self) -> dict[str, str]:
+        return records.file_hashes(self.gguf.parts)
+
+    # --- its tensors ---------------------------------------------------------------------------
+
+    def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {name: (one.type.name, one.shape) for name, one in self.gguf.tensors.items()}
+
+    def raw(self, name: str) -> np.ndarray:
+        return self.gguf.raw(name).reshape(-1)
+
+    def values(self, name: str) -> mx.array:
+        values = mx.array(self.gguf.values(name))
+        self.gguf.release(name)
+        return values
+
+    def release(self, name: str) -> None:
+        self.gguf.release(name)
+
+    def stream_weights(self) -> StreamWeights:
+        return stream_weights.of_gguf(self.gguf)
+
+    # --- running it ----------------------------------------------------------------------------
+
+    def load(self) -> ChatModel:
+        chat, self.layout = gguf_model.load(self.gguf)
+        return chat
+
+    def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
+        return gguf_model.find_writers(chat, self.layout, self.gguf, self.named_writers(pattern))
+
+
+def _text(value: Any) -> str | None:
+    """A metadata value as text; None for bytes and the like."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))[:READ]
+    return str(value)[:READ] if isinstance(value, str | int | float | bool) else None
