@@ -22,12 +22,12 @@ from abl_mlx.adapters import (
     tensor_parts,
     untouched_leak,
 )
-from abl_mlx.apply import LeakReport
 from abl_mlx.edits import Edit, Leak, total_leak
 from abl_mlx.gguf_edit import TensorPlan
+from abl_mlx.leak_report import LeakReport
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.notes import noted
-from abl_mlx.outputs import Output, Written
+from abl_mlx.outputs import Output
 from abl_mlx.provenance import gguf_metadata
 from abl_mlx.sources import Source
 from abl_mlx.writers import Writer
@@ -91,12 +91,15 @@ def write_mlx(
     output: Output,
     label: Mapping[str, Any],
     max_leak: float,
-) -> Written:
+) -> tuple[LeakReport, list[str], str | None]:
     """Write an mlx-lm adapter to the output's staged folder; its leak is that of the written bytes.
 
     Args:
         chat: the model it is for, as loaded: float or quantized.
         label: what an edited model would say of the edit.
+
+    Returns:
+        (its leak; how it is stored; a note).
 
     Raises:
         UserError: when mlx-lm has no LoRA for a writer, or biases keep more than ``max_leak``.
@@ -126,17 +129,7 @@ def write_mlx(
             biases.append(f"{writer.path}.bias")
             leaks[biases[-1]] = bias_leak(edit, writer, writer.module["bias"])
     check_leak(output.path, leaks, biases, max_leak)
-
-    def read_back(name: str) -> mx.array:
-        raise UserError(f"{name} is not in {output.path}: an adapter holds no weights.")
-
-    return Written(
-        output,
-        LeakReport(leaks),
-        read_back,
-        (f"rank {written.rank}",),
-        note=biases_note(leaks, biases),
-    )
+    return LeakReport(leaks), [f"rank {written.rank}"], biases_note(leaks, biases)
 
 
 # --- GGUF --------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 
 from abl_mlx import head_copy
 from abl_mlx import mtp as prediction
-from abl_mlx.edits import Edit, Leak, leak, rounded, target, total_leak
+from abl_mlx.edits import Edit, Leak, leak, rounded, target
+from abl_mlx.leak_report import LeakReport
 from abl_mlx.mlx_edit import MatrixEdit, promoted
 from abl_mlx.models import ChatModel, skeleton
 from abl_mlx.writers import Writer
@@ -187,39 +187,6 @@ def _float_type(files: TensorFiles, scales: str) -> str:
     return "F16" if scales == "F16" else "BF16"
 
 
-@dataclass(frozen=True)
-class LeakReport:
-    """Leak of every edited tensor of one output, measured from the bytes written.
-
-    Attributes:
-        tensors: source tensor name -> Leak.
-    """
-
-    tensors: dict[str, Leak]
-
-    @property
-    def total(self) -> float:
-        """Root of the summed squares over all edited tensors."""
-        return total_leak(list(self.tensors.values()))
-
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The tensor with the largest leak."""
-        name = max(self.tensors, key=lambda name: self.tensors[name].value)
-        return name, self.tensors[name].value
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "total": self.total,
-            "max": self.worst[1],
-            "tensors": {
-                name: {"leak": leak.value, "weight_error": leak.error}
-                for name, leak in self.tensors.items()
-            },
-        }
-
-
 def measure_leak(
     files: TensorFiles,
     edits: Mapping[str, TensorEdit],
@@ -246,11 +213,5 @@ def measure_leak(
         tensors[name] = edit.leak(files.read(name).astype(mx.float32), read_back(name))
     tensors.update((name, measured()) for name, measured in (others or {}).items())
     report = LeakReport(tensors)
-    if not report.total <= limit:
-        worst, value = report.worst
-        raise UserError(
-            f"the edit did not survive in {output}: {report.total:.1%} of the component is still "
-            f"in the weights (most in {worst}: {value:.1%}) and --max-leak is {limit:g}; write a "
-            "finer type, or raise --max-leak."
-        )
+    report.check(output, limit, "write a finer type")
     return report

@@ -165,15 +165,12 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
 
     MODEL may be a .gguf of any type: nothing else is needed, and every tensor keeps its type.
     """
-    if induce:
-        from abl_mlx import induce_outputs, induce_report
+    from abl_mlx import induce_report, report
+    from abl_mlx import run as running
 
-        given = model, outputs, _options(chosen)
-        _answer(as_json, induce_report.table, induce_outputs.run_model, *given)
-        return
-    from abl_mlx import pipeline
-
-    _answer(as_json, "run_table", pipeline.run, model, outputs, _options(chosen))
+    work = running.run_induced if induce else running.run
+    table = induce_report.table if induce else report.run_table
+    _answer(as_json, table, work, model, outputs, _options(chosen))
 
 
 @cli.command()
@@ -444,10 +441,13 @@ def diff(
     first: Path, second: Path, direction: Path | None, as_json: bool, tensors: str | None
 ) -> None:
     """Show which tensors differ between two GGUF files, and what is left of a direction."""
-    from abl_mlx import gguf_pipeline
+    from abl_mlx import diff as comparing
 
-    options = _options({"tensors": tensors})
-    _answer(as_json, "diff_table", gguf_pipeline.diff, first, second, direction, options)
+    _answer(
+        as_json,
+        "diff_table",
+        lambda: comparing.diff(first, second, direction=direction, tensors=tensors),
+    )
 
 
 @cli.command()

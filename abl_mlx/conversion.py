@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from abl_mlx import __version__, notes, outputs, sources
+from abl_mlx import __version__, notes, outputs
 from abl_mlx.clock import Clock
+from abl_mlx.model_file import find_model
 from abl_mlx.models import progress
 from abl_mlx.provenance import TAGS
 from abl_mlx.sources import Source
@@ -14,7 +15,6 @@ from convert import gguf_to_mlx, mlx_to_gguf
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.hf_config import read_config
-from convert.suffixes import is_gguf_name
 
 Record = dict[str, Any]
 
@@ -40,10 +40,11 @@ def convert(
         UserError: when the source has the output's format already, and as the two writers do.
     """
     clock = Clock()
-    source = sources.resolve(text)
-    to_gguf = is_gguf_name(out)
-    outputs.check([out], source)
-    if to_gguf == source.is_gguf:
+    model = find_model(text)
+    source = model.source
+    outputs.check([out], source, model.adapter)
+    to_gguf = outputs.is_file(out)
+    if (outputs.GGUF if to_gguf else outputs.FOLDER) == model.format:
         other = "mlx_lm.convert" if not to_gguf else "llama.cpp's llama-quantize"
         raise UserError(
             f"{text} is {'a GGUF' if to_gguf else 'a folder'} already, and so would {out} be: to "

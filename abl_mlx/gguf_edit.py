@@ -5,7 +5,7 @@ Work goes in slabs, so memory is bounded by the slab and the tensor's bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,11 +272,9 @@ class TensorReport:
     bytes_changed: int | None
     type: str
 
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
+    def details(self) -> dict[str, Any]:
+        """What there is to say beside the leak, as JSON values."""
         return {
-            "leak": self.leak.value,
-            "weight_error": self.leak.error,
             "codes_changed": self.codes_changed,
             "bytes_changed": self.bytes_changed,
             "type": self.type,
@@ -318,9 +316,3 @@ def bytes_changed(old: np.ndarray, new: np.ndarray) -> int:
         int(np.count_nonzero(old[start : start + step] != new[start : start + step]))
         for start in range(0, len(old), step)
     )
-
-
-def largest(reports: Mapping[str, TensorReport]) -> tuple[str, float]:
-    """The tensor with the largest leak."""
-    name = max(reports, key=lambda name: reports[name].leak.value)
-    return name, reports[name].leak.value

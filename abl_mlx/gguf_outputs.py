@@ -1,70 +1,49 @@
-"""What is written of an edited GGUF: GGUFs, MLX folders, and what lies beside them."""
+"""An edit of a GGUF, and what is written of it: GGUFs, MLX folders and adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import adapter_outputs, notes, outputs, taken
+from abl_mlx import adapter_outputs, evaluate, exactness, gguf_model, models, mtp, notes, taken
 from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
-from abl_mlx.edits import Leak, leak, total_leak
-from abl_mlx.gguf_edit import (
-    TensorPlan,
-    TensorReport,
-    compare,
-    largest,
-    replacement,
-)
-from abl_mlx.models import progress
+from abl_mlx.edits import Leak, leak
+from abl_mlx.gguf_edit import TensorPlan, TensorReport, compare, replacement
+from abl_mlx.leak_report import LeakReport
+from abl_mlx.loaded import Loaded
+from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
-from abl_mlx.provenance import edit_label, gguf_metadata, without_home
-from abl_mlx.report import card
+from abl_mlx.outputs import (
+    FOLDER,
+    GGUF,
+    LORA,
+    Output,
+    Written,
+    check_space,
+    format_of,
+)
+from abl_mlx.provenance import edit_label, gguf_metadata
 from abl_mlx.sources import Source
-from abl_mlx.strict_json import to_json
-from convert import adapters, gguf_to_mlx
-from convert.atomic import check_new, new_files, new_folder
+from abl_mlx.writers import Writer
+from convert import gguf_mtp, gguf_to_mlx
+from convert.atomic import check_new
 from convert.errors import UserError
 from convert.gguf_file import GgufSource, part_paths
 from convert.gguf_rewrite import rewrite
-from convert.ollama import lost_of_template, modelfile
+from convert.gguf_writers import GgufWriter
+from convert.ollama import lost_of_template
 from convert.safetensors_files import TensorFiles
-from convert.suffixes import is_gguf_name
 
 Record = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Staged:
-    """An output that is being written.
-
-    Attributes:
-        path: the final name: NAME.gguf, or a folder.
-        folder: the temporary folder its files go to: beside NAME.gguf, or the folder to be.
-    """
-
-    path: Path
-    folder: Path
-
-    @property
-    def place(self) -> Path:
-        """Where it lies until it gets its name."""
-        return self.folder / self.path.name if self.is_gguf else self.folder
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether a GGUF is written, a model or a LoRA, rather than an MLX folder."""
-        return is_gguf_name(self.path)
-
-    @property
-    def is_lora(self) -> bool:
-        """Whether it is a LoRA for the source."""
-        return adapters.is_lora(self.path)
+_OF_THE_FILE = "KL and component are of the file, in MLX"
+_IN_MLX = "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have llama.cpp do it"
 
 
 def check(paths: Sequence[Path], gguf: GgufSource, options: Options) -> None:
@@ -83,82 +62,211 @@ def check(paths: Sequence[Path], gguf: GgufSource, options: Options) -> None:
             f"--ollama-create: {gguf.parts[0].name} is one of {len(gguf.parts)} parts, and the "
             "output would be as well: join them with llama.cpp's `llama-gguf-split --merge` first."
         )
-    for path in paths:
-        if adapters.is_lora(path):
-            continue
-        if is_gguf_name(path):
+    formats = {path: format_of(path) for path in paths}
+    for path, form in formats.items():
+        if form == GGUF:
             for part in part_paths(path, len(gguf.parts)):
                 check_new(part)
-        else:
+        elif form == FOLDER:
             gguf_to_mlx.layout(gguf)
-    models = [path for path in paths if not adapters.is_lora(path)]
-    outputs.check_space(models, sum(part.stat().st_size for part in gguf.parts))
+    whole = [path for path in paths if formats[path] != LORA]
+    check_space(whole, sum(part.stat().st_size for part in gguf.parts))
+
+
+def drafting(gguf: GgufSource, paths: Sequence[Path], options: Options) -> list[GgufWriter]:
+    """With ``--mtp``, what writes to the stream in blocks of multi-token prediction.
+
+    Raises:
+        UserError: where there is none, it is not known, or an output has no place for it.
+    """
+    if not options.mtp:
+        return []
+    if options.tensors is not None:
+        raise UserError("--mtp: with --tensors, exactly what it names is edited; name them there.")
+    for path in paths:
+        if format_of(path) != GGUF:
+            raise UserError(
+                f"--mtp: {path} has no blocks of multi-token prediction, as a GGUF has: write "
+                "-o NAME.gguf, or leave the flag out."
+            )
+    shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
+    found = gguf_mtp.find(gguf.architecture, shapes, gguf.metadata)
+    last = max(one.layer for one in found)
+    if options.layers is not None and last not in options.layers:
+        raise UserError(
+            "--mtp: blocks of multi-token prediction are edited as the last layer is, "
+            f"{last}, which this edit leaves alone; leave the flag out."
+        )
+    return found
+
+
+def predicting(gguf: GgufSource, edited: Iterable[str]) -> Record:
+    """What a record says of tensors of multi-token prediction, if there are any.
+
+    Args:
+        edited: names of all tensors that are edited.
+    """
+    names = gguf_mtp.tensors(gguf.architecture, gguf.tensors, gguf.metadata)
+    found = mtp.record(names, edited)
+    return {"mtp": found} if found else {}
+
+
+@dataclass
+class GgufEdit:
+    """An edit of a GGUF, ready to be written; a `abl_mlx.model_file.PlannedEdit`.
+
+    Attributes:
+        source, gguf: of the model.
+        plans: tensor -> what is done to it.
+        named: the residual writers, without those of drafting blocks.
+        direction: along which.
+        options: how it is written.
+        loaded: the model in MLX, if it is; nothing is written from it.
+    """
+
+    source: Source
+    gguf: GgufSource
+    plans: Mapping[str, TensorPlan]
+    named: Sequence[GgufWriter]
+    direction: DirectionFile
+    options: Options
+    loaded: Loaded | None
+
+    needs_model = False
+
+    @property
+    def original(self) -> evaluate.Chat | None:
+        return evaluate.in_llamacpp(self.source.path)
+
+    def predicting(self) -> Record:
+        return predicting(self.gguf, self.plans)
+
+    def let_go(self) -> None:
+        if self.loaded is not None:
+            self.loaded.let_go()
+
+    def write(self, output: Output, clock: Clock) -> Written:
+        embedding = any(one.writer.kind == "embedding" for one in self.plans.values())
+        label = edit_label(
+            self.direction.sha256, self.options, self.source,
+            self.direction.metadata.get("recipe"), embedding=embedding,
+        )  # fmt: skip
+        if output.format == LORA:
+            return self._write_lora(output, label, clock)
+        write = {GGUF: self._write_gguf, FOLDER: self._write_folder}[output.format]
+        written = write(output, label, clock)
+        written.facts["embedding"] = embedding
+        return written
+
+    def _write_lora(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
+        gguf, place = self.gguf, output.staged
+        with clock.step("write"):
+            facts = adapter_outputs.write_gguf(
+                gguf, self.source, place, output.path, self.plans, label, self.options.max_leak
+            )
+        biased = any(writer.bias for writer in self.named)
+        types = {one.old.name for one in self.plans.values()}
+        return Written(
+            output,
+            facts,
+            lambda: adapter_outputs.in_mlx(gguf, place),
+            llamacpp=evaluate.in_llamacpp(gguf.parts[0], place),
+            notes=(_IN_MLX, _OF_THE_FILE),
+            limit=None if biased else self._limit(types),
+            writers_in=self._writers_in,
+        )
+
+    def _write_gguf(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
+        with clock.step("write"):
+            files = _rewrite(self.gguf, self.source, output.staged, self.plans, label, self.options)
+        with clock.step("measure the leak"), GgufSource(files[0]) as after:
+            report = compare_all(self.gguf, after, self.plans)
+        facts = {
+            "output": str(output.path.with_name(files[0].name)),
+            "format": GGUF,
+            "files": [file.name for file in files],
+            **leak_record(report),
+        }
+        self._check_leak(output.path, report)
+        if len(files) == 1 and self.source.ollama is None:
+            facts |= notes.noted(notes.modelfile(lost_of_template(files[0])))
+        if self.options.keep_undo:
+            place = taken.kept_path(output.staged)
+            taken.keep_gguf(place, self.gguf, self.plans, label["direction_sha256"])
+        return Written(
+            output,
+            facts,
+            lambda: opened(files[0]),
+            llamacpp=evaluate.in_llamacpp(files[0]),
+            notes=(_IN_MLX, _OF_THE_FILE),
+            limit=self._limit(facts["types"]),
+            writers_in=self._writers_in,
+        )
+
+    def _write_folder(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
+        """An MLX folder: the edited GGUF, converted. Its leak is that of the folder's own bytes."""
+        with clock.step("write"):
+            beside = output.staged.with_name(f"{output.path.name}.gguf")
+            files = _rewrite(self.gguf, self.source, beside, self.plans, label, self.options)
+            with GgufSource(files[0]) as edited:
+                found = gguf_to_mlx.layout(edited)
+                size = sum(entry.nbytes for entry in edited.tensors.values())
+                with progress(size, f"write {output.path.name}", "B") as bar:
+                    report = gguf_to_mlx.fill_folder(
+                        edited,
+                        found,
+                        output.staged,
+                        extra={"abl_mlx": dict(label)},
+                        progress=bar.update,
+                    )
+        for file in files:
+            file.unlink()
+        leaks: dict[str, Leak] = {}
+        details = {}
+        with clock.step("measure the leak"), TensorFiles(output.staged) as written:
+            for name, one in self.plans.items():
+                before = mx.array(self.gguf.values(name))
+                self.gguf.release(name)
+                after = gguf_to_mlx.read_back(found, output.staged, written, name)
+                leaks[name] = leak(one.edit, one.writer, one.parameter, before, after)
+                details[name] = TensorReport(leaks[name], None, None, one.old.name).details()
+        found_leak = LeakReport(leaks, details)
+        facts = {
+            "output": str(output.path),
+            "format": FOLDER,
+            **leak_record(found_leak),
+            "types": sorted(report.forms),
+            **notes.noted(notes.drafting(report.left_out)),
+        }
+        self._check_leak(output.path, found_leak)
+        return Written(
+            output,
+            facts,
+            lambda: nullcontext(models.load(output.staged, check=False)),
+            limit=self._limit(facts["types"]),
+        )
+
+    def _check_leak(self, path: Path, report: LeakReport) -> None:
+        plain = self.options.plain_rounding
+        mend = "leave out --plain-rounding" if plain else "choose a file of a finer type"
+        report.check(str(path), self.options.max_leak, mend)
+
+    def _limit(self, types: Iterable[str]) -> float | None:
+        """What a complete edit of tensors of these types may leave; None where some are left."""
+        if self.options.tensors is not None:
+            return None  # what --tensors leaves alone still writes
+        as_gguf = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # how MLX calls them
+        return exactness.limit_for(as_gguf.get(kind, kind) for kind in types)
+
+    def _writers_in(self, chat: ChatModel) -> list[Writer]:
+        return gguf_model.find_writers(chat, gguf_to_mlx.layout(self.gguf), self.gguf, self.named)
 
 
 @contextmanager
-def staging(paths: Sequence[Path]) -> Iterator[list[Staged]]:
-    """Yield the outputs with their temporary folders; name all of them when the block ends well."""
-    with ExitStack() as stack:
-        staged = []
-        for path in paths:
-            manager = new_files(path) if is_gguf_name(path) else new_folder(path)
-            staged.append(Staged(path, stack.enter_context(manager)))
-        yield staged
-
-
-def write(
-    gguf: GgufSource,
-    source: Source,
-    staged: Staged,
-    plans: Mapping[str, TensorPlan],
-    direction: DirectionFile,
-    options: Options,
-    clock: Clock,
-) -> Record:
-    """Write one output to its temporary folder and measure its leak in the written bytes.
-
-    Raises:
-        UserError: when more than ``--max-leak`` is left.
-    """
-    embedding = any(one.writer.kind == "embedding" for one in plans.values())
-    recipe = direction.metadata.get("recipe")
-    label = edit_label(direction.sha256, options, source, recipe, embedding=embedding)
-    if staged.is_lora:
-        with clock.step("write"):
-            return adapter_outputs.write_gguf(
-                gguf, source, staged.place, staged.path, plans, label,
-                options.max_leak,
-            )  # fmt: skip
-    write = _write_gguf if staged.is_gguf else _write_folder
-    return {**write(gguf, source, staged, plans, label, options, clock), "embedding": embedding}
-
-
-def _write_gguf(
-    gguf: GgufSource,
-    source: Source,
-    staged: Staged,
-    plans: Mapping[str, TensorPlan],
-    label: Mapping[str, Any],
-    options: Options,
-    clock: Clock,
-) -> Record:
-    with clock.step("write"):
-        files = _rewrite(gguf, source, staged.place, plans, label, options)
-    with clock.step("measure the leak"), GgufSource(files[0]) as after:
-        reports = compare_all(gguf, after, plans)
-    one = {
-        "output": str(staged.path.with_name(files[0].name)),
-        "format": "GGUF",
-        "files": [file.name for file in files],
-        **leak_record(reports),
-    }
-    _check_leak(staged.path, reports, one["leak"], options)
-    if len(files) == 1 and source.ollama is None:
-        one |= notes.noted(notes.modelfile(lost_of_template(files[0])))
-    if options.keep_undo:
-        place = taken.kept_path(staged.place)
-        taken.keep_gguf(place, gguf, plans, label["direction_sha256"])
-    return one
+def opened(path: Path) -> Iterator[ChatModel]:
+    """A written GGUF as a model in MLX."""
+    with GgufSource(path) as edited:
+        yield gguf_model.load(edited)[0]
 
 
 def _rewrite(
@@ -187,106 +295,25 @@ def _rewrite(
         )
 
 
-def _write_folder(
-    gguf: GgufSource,
-    source: Source,
-    staged: Staged,
-    plans: Mapping[str, TensorPlan],
-    label: Mapping[str, Any],
-    options: Options,
-    clock: Clock,
-) -> Record:
-    """An MLX folder: the edited GGUF, converted. Its leak is that of the folder's own bytes."""
-    with clock.step("write"):
-        beside = staged.folder.with_name(f"{staged.path.name}.gguf")
-        files = _rewrite(gguf, source, beside, plans, label, options)
-        with GgufSource(files[0]) as edited:
-            found = gguf_to_mlx.layout(edited)
-            size = sum(entry.nbytes for entry in edited.tensors.values())
-            with progress(size, f"write {staged.path.name}", "B") as bar:
-                report = gguf_to_mlx.fill_folder(
-                    edited,
-                    found,
-                    staged.folder,
-                    extra={"abl_mlx": dict(label)},
-                    progress=bar.update,
-                )
-    for file in files:
-        file.unlink()
-    reports: dict[str, TensorReport] = {}
-    with clock.step("measure the leak"), TensorFiles(staged.folder) as written:
-        for name, one in plans.items():
-            before = mx.array(gguf.values(name))
-            gguf.release(name)
-            after = gguf_to_mlx.read_back(found, staged.folder, written, name)
-            missing: Leak = leak(one.edit, one.writer, one.parameter, before, after)
-            reports[name] = TensorReport(missing, None, None, one.old.name)
-    one_record = {
-        "output": str(staged.path),
-        "format": "MLX",
-        **leak_record(reports),
-        "types": sorted(report.forms),
-        **notes.noted(notes.drafting(report.left_out)),
-    }
-    _check_leak(staged.path, reports, one_record["leak"], options)
-    return one_record
-
-
 def compare_all(
     before: GgufSource, after: GgufSource, plans: Mapping[str, TensorPlan]
-) -> dict[str, TensorReport]:
+) -> LeakReport:
     """Every edited tensor of two files compared."""
     reports = {}
     with progress(len(plans), "read back", "tensor") as bar:
         for name, one in plans.items():
             reports[name] = compare(before, after, one)
             bar.update()
-    return reports
+    return LeakReport(
+        {name: one.leak for name, one in reports.items()},
+        {name: one.details() for name, one in reports.items()},
+    )
 
 
-def leak_record(reports: Mapping[str, TensorReport]) -> Record:
+def leak_record(report: LeakReport) -> Record:
     """What the comparison of all edited tensors says, as JSON values."""
-    leaks = [report.leak for report in reports.values()]
-    whole = sum(leaks[1:], start=leaks[0])
     return {
-        "types": sorted({report.type for report in reports.values()}),
-        "leak": {
-            "total": total_leak(leaks),
-            "max": largest(reports)[1],
-            "tensors": {name: report.record() for name, report in reports.items()},
-        },
-        "weight_error": whole.error,
+        "types": sorted({str(one["type"]) for one in report.details.values()}),
+        "leak": report.record(),
+        "weight_error": report.error,
     }
-
-
-def _check_leak(
-    path: Path, reports: Mapping[str, TensorReport], leak: Mapping[str, Any], options: Options
-) -> None:
-    if leak["total"] <= options.max_leak:
-        return
-    name, value = largest(reports)
-    mend = (
-        "leave out --plain-rounding" if options.plain_rounding else "choose a file of a finer type"
-    )
-    raise UserError(
-        f"the edit did not survive in {path}: {leak['total']:.1%} of the component is still in the "
-        f"weights (most in {name}: {value:.1%}) and --max-leak is {options.max_leak:g}; {mend}, or "
-        "raise --max-leak."
-    )
-
-
-def write_companions(staged: Staged, source: Source, record: Record, written: Record) -> None:
-    """Write the record, the card and, for a GGUF that is not split, the Modelfile.
-
-    Args:
-        written: what the record says of this output.
-    """
-    place = staged.place if staged.is_gguf else staged.folder
-    companions = outputs.companions(place)
-    companions["record"].write_text(to_json(without_home(record)) + "\n", encoding="utf-8")
-    text = card(record, written, source.title, companions["record"].name, adapter=staged.is_lora)
-    companions["card"].write_text(text, encoding="utf-8")
-    # A Modelfile names one file; older Ollamas take no more.
-    if "modelfile" in companions and place.is_file():
-        text = modelfile(place, None, staged.path.name, kept=source.ollama)
-        companions["modelfile"].write_text(text, encoding="utf-8")

@@ -25,7 +25,7 @@ from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
 from abl_mlx.refusals import Verdict, classify
-from abl_mlx.steering import Intervention, adding, steering
+from abl_mlx.steering import Induction, Intervention, adding, steering
 from convert.errors import UserError
 
 #: Multiples of the mean difference that are tried.
@@ -49,26 +49,6 @@ _SURPRISE = 1.0
 
 # Share of the validation prompts that has to be refused in fluent sentences.
 _ENOUGH, _LEAST = 0.95, 0.5
-
-
-@dataclass(frozen=True)
-class Induction:
-    """What is added to the residual stream after a layer, at every token.
-
-    Attributes:
-        vector: (d,) float32, strength included.
-        layer: after which layer it is added, counted from 0.
-        summary: how it was chosen, as JSON values.
-    """
-
-    vector: mx.array
-    layer: int
-    summary: dict[str, Any]
-
-    @property
-    def intervention(self) -> Intervention:
-        """The same at runtime."""
-        return adding(self.vector, self.layer)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def opened(options: EvalOptions, clock: Clock) -> Iterator[Judge]:
             f"--judge-model {options.judge_model} names a model of a server, and --judge is none."
         )
     model = find_model(options.judge)
-    memory.check(model, asked=options.memory_check)
+    memory.check(model.source.title, model.size, asked=options.memory_check)
     if "llama.cpp" in model.runtimes and evaluate.llamacpp_is_there():
         from abl_mlx.llamacpp import LlamaCpp
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx.model_file import ModelFile
 from abl_mlx.report import say
 from abl_mlx.units import in_bytes
 from convert.errors import UserError
@@ -72,24 +71,25 @@ def needed(weights: int) -> int:
     return weights + weights // 20 + _BESIDE
 
 
-def fits(model: ModelFile, memory: Memory | None = None) -> bool:
-    """Whether a run that holds the model is possible on this machine."""
-    return model.size <= (memory or machine()).total
+def fits(weights: int, memory: Memory | None = None) -> bool:
+    """Whether a run that holds so many bytes of weights is possible on this machine."""
+    return weights <= (memory or machine()).total
 
 
-def check(model: ModelFile, *, asked: bool = True, memory: Memory | None = None) -> None:
+def check(title: str, weights: int, *, asked: bool = True, memory: Memory | None = None) -> None:
     """Say on stderr what loading a model will need, and refuse it where it cannot be had.
 
     Nothing is said of models that need less than 1 GB.
 
     Args:
+        title: what the model is called.
+        weights: bytes of its weights.
         asked: False to say it and go on nevertheless (--no-memory-check).
         memory: of the machine, when it is known already.
 
     Raises:
         UserError: when the weights alone are larger than the machine's whole memory.
     """
-    weights, title = model.size, model.source.title
     whole = needed(weights)
     if whole < _WORTH_SAYING:
         return

@@ -5,6 +5,7 @@ Commands ask a `ModelFile` for what they need; what its format is, is asked here
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -13,15 +14,48 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx import sources
+from abl_mlx.clock import Clock
+from abl_mlx.directions import DirectionFile
+from abl_mlx.edits import Edit
+from abl_mlx.evaluate import Chat
+from abl_mlx.loaded import Loaded
 from abl_mlx.model_folder import FolderFile
 from abl_mlx.model_gguf import GgufFile
 from abl_mlx.models import ChatModel
+from abl_mlx.options import Options
+from abl_mlx.outputs import Output, Written
 from abl_mlx.prompt_tokens import Count
 from abl_mlx.sources import Source
+from abl_mlx.steering import Induction
 from abl_mlx.stream_weights import StreamWeights
 from abl_mlx.writers import Writer
 
 Record = dict[str, Any]
+
+
+class PlannedEdit(Protocol):
+    """A change of a model, ready to be written in every format that the model's files can have."""
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the loaded model is needed to write it, or to judge some of what was written."""
+
+    @property
+    def original(self) -> Chat | None:
+        """The real llama.cpp with the unchanged model; None where MLX is asked."""
+
+    def predicting(self) -> Record:
+        """What a record says of tensors of multi-token prediction, if there are any."""
+
+    def write(self, output: Output, clock: Clock) -> Written:
+        """Write an output to its staged name, and measure its leak in the written bytes.
+
+        Raises:
+            UserError: when more than ``--max-leak`` is left.
+        """
+
+    def let_go(self) -> None:
+        """Let the loaded model go; nothing more can be written."""
 
 
 class ModelFile(Protocol):
@@ -33,6 +67,14 @@ class ModelFile(Protocol):
     @property
     def source(self) -> Source:
         """Where the files are, and what the model is called."""
+
+    @property
+    def format(self) -> str:
+        """Of `abl_mlx.outputs.MODELS`."""
+
+    @property
+    def adapter(self) -> str:
+        """The format of the adapters that such a model takes, of `abl_mlx.outputs.ADAPTERS`."""
 
     @property
     def runtimes(self) -> tuple[str, ...]:
@@ -110,6 +152,55 @@ class ModelFile(Protocol):
             UserError: when an edit cannot reach what writes to the stream.
         """
 
+    # --- editing it ---
+
+    def check(self, paths: Sequence[Path], options: Options) -> None:
+        """Refuse, before any long work, outputs that cannot be written from these files.
+
+        Raises:
+            UserError: naming the output, the tensor or the flag.
+        """
+
+    def outline(self, options: Options, clock: Clock) -> Loaded | None:
+        """What `plan` has to have of a model that is not run; None where the files say it all."""
+
+    def plan(
+        self,
+        edit: Edit,
+        direction: DirectionFile,
+        paths: Sequence[Path],
+        loaded: Loaded | None,
+        options: Options,
+    ) -> PlannedEdit:
+        """Work out what the removal of a direction changes.
+
+        Args:
+            edit: the removal.
+            direction: what is removed, for what the written model says of itself.
+            paths: what will be written.
+            loaded: the model, from `load` or `outline`.
+            options: how it is written.
+
+        Raises:
+            UserError: an edit that touches nothing, or that cannot be written.
+        """
+
+    def check_constant(self, paths: Sequence[Path], loaded: Loaded) -> None:
+        """Refuse, before any long work, outputs that have no place for a constant.
+
+        Raises:
+            UserError: naming the output.
+        """
+
+    def plan_constant(
+        self, found: Induction, direction: DirectionFile, loaded: Loaded, options: Options
+    ) -> PlannedEdit:
+        """Work out where a constant goes.
+
+        Args:
+            direction: the record of the constant.
+        """
+
     def __enter__(self) -> ModelFile: ...
 
     def __exit__(
@@ -123,6 +214,15 @@ class ModelFile(Protocol):
 def open_model(source: Source) -> ModelFile:
     """The files of a model, of whichever format."""
     return GgufFile(source) if source.is_gguf else FolderFile(source)
+
+
+def find_gguf(text: str) -> GgufFile:
+    """The GGUF that ``text`` names, in any of the forms of `abl_mlx.sources.resolve_gguf`.
+
+    Raises:
+        UserError: when there is no such file, or ``text`` names something else.
+    """
+    return GgufFile(sources.resolve_gguf(text))
 
 
 def find_model(text: str) -> ModelFile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,34 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import context_length, head_copy, models, mtp, prompt_tokens, records, stream_weights
+from abl_mlx import (
+    context_length,
+    folder_outputs,
+    head_copy,
+    induce_outputs,
+    memory,
+    models,
+    mtp,
+    outputs,
+    prompt_tokens,
+    records,
+    stream_weights,
+)
+from abl_mlx.apply import plan
 from abl_mlx.arrays import parameters
+from abl_mlx.clock import Clock
+from abl_mlx.directions import DirectionFile
+from abl_mlx.edits import Edit
+from abl_mlx.folder_outputs import ROWS_WARNING, FolderEdit
+from abl_mlx.induce_outputs import FolderConstant
 from abl_mlx.inspection import edit_share, grouped
+from abl_mlx.loaded import Loaded
 from abl_mlx.mentions import read_card
 from abl_mlx.models import ChatModel
+from abl_mlx.options import Options
+from abl_mlx.report import say
 from abl_mlx.sources import Source
+from abl_mlx.steering import Induction
 from abl_mlx.stream_weights import StreamWeights
 from abl_mlx.writers import Writer, find_writers
 from convert.errors import UserError
@@ -31,6 +53,8 @@ Record = dict[str, Any]
 class FolderFile(ExitStack):
     """A folder as a `abl_mlx.model_file.ModelFile`."""
 
+    format = outputs.FOLDER
+    adapter = outputs.ADAPTER
     runtimes: tuple[str, ...] = ("mlx-lm",)
 
     def __init__(self, source: Source) -> None:
@@ -142,6 +166,49 @@ class FolderFile(ExitStack):
 
     def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
         return find_writers(chat)
+
+    # --- editing it ----------------------------------------------------------------------------
+
+    def check(self, paths: Sequence[Path], options: Options) -> None:
+        folder_outputs.check(self.source, self.files, paths, options)
+
+    def outline(self, options: Options, clock: Clock) -> Loaded | None:
+        with clock.step("load the model"):
+            if options.lazy or not memory.fits(self.size):
+                chat = models.load_lazily(self.source.path)
+            else:
+                memory.check(self.source.title, self.size, asked=options.memory_check)
+                chat = models.load(self.source.path, encodes=False)
+        with clock.step("find the residual writers"):
+            return Loaded(chat, find_writers(chat))
+
+    def plan(
+        self,
+        edit: Edit,
+        direction: DirectionFile,
+        paths: Sequence[Path],
+        loaded: Loaded | None,
+        options: Options,
+    ) -> FolderEdit:
+        assert loaded is not None  # `outline` gives it
+        if edit.norm == "rows":
+            say(ROWS_WARNING)
+        tensors = None
+        if any(outputs.format_of(path) != outputs.ADAPTER for path in paths):
+            tensors = plan(
+                loaded.chat, self.files, edit, loaded.writers,
+                writer_bits=options.writer_bits, mtp=options.mtp,
+            )  # fmt: skip
+        return FolderEdit(self.source, self.files, loaded, edit, direction, options, tensors)
+
+    def check_constant(self, paths: Sequence[Path], loaded: Loaded) -> None:
+        for path in paths:
+            induce_outputs.check_place(path, loaded)
+
+    def plan_constant(
+        self, found: Induction, direction: DirectionFile, loaded: Loaded, options: Options
+    ) -> FolderConstant:
+        return FolderConstant(self.source, loaded, found, direction, options)
 
 
 def _template(chat: ChatModel) -> Record:

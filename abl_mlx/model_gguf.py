@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +13,34 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import context_length, gguf_model, mtp, prompt_tokens, records, stream_weights
+from abl_mlx import (
+    adapter_outputs,
+    context_length,
+    gguf_model,
+    gguf_outputs,
+    induce_outputs,
+    outputs,
+    prompt_tokens,
+    records,
+    stream_weights,
+)
+from abl_mlx.clock import Clock
+from abl_mlx.directions import DirectionFile
+from abl_mlx.edits import Edit, stream_axis
+from abl_mlx.gguf_edit import plan
+from abl_mlx.gguf_outputs import GgufEdit
+from abl_mlx.induce_outputs import GgufConstant
 from abl_mlx.inspection import edit_share, grouped
+from abl_mlx.loaded import Loaded
 from abl_mlx.mentions import READ, read_card
 from abl_mlx.models import ChatModel
+from abl_mlx.options import Options
+from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
+from abl_mlx.steering import Induction
 from abl_mlx.stream_weights import StreamWeights
 from abl_mlx.writers import Writer
-from convert import gguf_mtp, gguf_to_mlx, gguf_writers
+from convert import gguf_to_mlx, gguf_writers
 from convert.errors import UserError
 from convert.families import FAMILIES
 from convert.gguf_file import GgufSource, size_of
@@ -32,6 +52,8 @@ Record = dict[str, Any]
 class GgufFile(ExitStack):
     """A GGUF as a `abl_mlx.model_file.ModelFile`."""
 
+    format = outputs.GGUF
+    adapter = outputs.LORA
     runtimes: tuple[str, ...] = ("llama.cpp", "mlx-lm", "llama-server")
     folder: Path | None = None
 
@@ -108,19 +130,8 @@ class GgufFile(ExitStack):
                 (one.name, one.kind, bool(one.gains), one.bias is not None) for one in named
             ),
             "edit": edit_share((sizes[name] for one in named for name in one.parameters), whole),
-            **self.predicting([]),
+            **gguf_outputs.predicting(gguf, []),
         }
-
-    def predicting(self, edited: Iterable[str]) -> Record:
-        """What a record says of tensors of multi-token prediction, if there are any.
-
-        Args:
-            edited: names of all tensors that are edited.
-        """
-        gguf = self.gguf
-        names = gguf_mtp.tensors(gguf.architecture, gguf.tensors, gguf.metadata)
-        found = mtp.record(names, edited)
-        return {"mtp": found} if found else {}
 
     def _blocks(self) -> int:
         key = f"{self.gguf.architecture}.block_count"
@@ -160,6 +171,61 @@ class GgufFile(ExitStack):
 
     def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
         return gguf_model.find_writers(chat, self.layout, self.gguf, self.named_writers(pattern))
+
+    def check_same(self, chat: ChatModel, pattern: str | None) -> None:
+        """Refuse a loaded model that is another one than this.
+
+        Args:
+            pattern: as `find_writers` takes it.
+        """
+        check_same(chat, self.gguf, self.named_writers(pattern))
+
+    # --- editing it ----------------------------------------------------------------------------
+
+    def check(self, paths: Sequence[Path], options: Options) -> None:
+        gguf_outputs.check(paths, self.gguf, options)
+        named = self._edited(paths, options)
+        # An edit that would touch nothing is better told now than after the measurement.
+        axis = stream_axis(named[0].kind, "weight")
+        width = self.gguf.tensors[named[0].name].shape[axis]
+        edit = Edit(mx.ones((1, width)), 1.0, options.layers, options.embedding)
+        plan(self.gguf, edit, named, strict_types=options.strict_types)
+
+    def _edited(self, paths: Sequence[Path], options: Options) -> list[GgufWriter]:
+        """All residual writers that an edit may change, those of drafting blocks too."""
+        named = [
+            *self.named_writers(options.tensors),
+            *gguf_outputs.drafting(self.gguf, paths, options),
+        ]
+        if any(outputs.format_of(path) == outputs.LORA for path in paths):
+            adapter_outputs.check_gguf(self.gguf, named)
+        return named
+
+    def outline(self, options: Options, clock: Clock) -> Loaded | None:
+        return None  # the file itself says all there is to know
+
+    def plan(
+        self,
+        edit: Edit,
+        direction: DirectionFile,
+        paths: Sequence[Path],
+        loaded: Loaded | None,
+        options: Options,
+    ) -> GgufEdit:
+        named = self._edited(paths, options)
+        plans = plan(self.gguf, edit, named, strict_types=options.strict_types)
+        own = self.named_writers(options.tensors)
+        return GgufEdit(self.source, self.gguf, plans, own, direction, options, loaded)
+
+    def check_constant(self, paths: Sequence[Path], loaded: Loaded) -> None:
+        for path in paths:
+            induce_outputs.check_gguf(path, self.gguf)
+            induce_outputs.check_place(path, loaded)
+
+    def plan_constant(
+        self, found: Induction, direction: DirectionFile, loaded: Loaded, options: Options
+    ) -> GgufConstant:
+        return GgufConstant(self.source, loaded, found, direction, options, self.gguf)
 
 
 def _text(value: Any) -> str | None:

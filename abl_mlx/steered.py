@@ -65,7 +65,7 @@ def load(text: str, direction: Path | None, options: Options) -> Steered:
     with find_model(text) as model:
         name = model.source.name
         given = None if direction is None else directions.read(direction)
-        memory.check(model, asked=options.memory_check)
+        memory.check(model.source.title, model.size, asked=options.memory_check)
         with clock.step("load the model"):
             chat = model.load()
             writers = model.find_writers(chat, options.tensors)

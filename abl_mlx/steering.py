@@ -130,6 +130,26 @@ def adding(vector: mx.array, layer: int, strength: float = 1.0) -> Intervention:
     return Intervention("add", vector[None], strength, layers=frozenset({layer}))
 
 
+@dataclass(frozen=True)
+class Induction:
+    """What is added to the residual stream after a layer, at every token.
+
+    Attributes:
+        vector: (d,) float32, strength included.
+        layer: after which layer it is added, counted from 0.
+        summary: how it was chosen, as JSON values.
+    """
+
+    vector: mx.array
+    layer: int
+    summary: dict[str, Any]
+
+    @property
+    def intervention(self) -> Intervention:
+        """The same at runtime."""
+        return adding(self.vector, self.layer)
+
+
 @contextmanager
 def steering(chat: ChatModel, *interventions: Intervention) -> Iterator[None]:
     """Within the block the residual stream is intervened on, in the order given.

@@ -18,15 +18,14 @@ from abl_mlx import __version__
 from abl_mlx.apply import Plan, TensorEdit
 from abl_mlx.edits import stream_axis
 from abl_mlx.gguf_edit import TensorPlan
-from abl_mlx.sources import Source
-from convert import adapters, json_text, safetensors_files
+from abl_mlx.outputs import ADAPTERS, format_of, is_file
+from convert import json_text, safetensors_files
 from convert.atomic import check_new
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
 from convert.mlx_folder import FLOAT_DTYPES
 from convert.safetensors_files import TensorFiles
 from convert.schema import FLAG, TEXT, Kind, Refused, check, map_of, number, one_of, record
-from convert.suffixes import is_gguf_name
 
 #: The file inside an edited folder; beside NAME.gguf it is NAME.undo.safetensors.
 KEPT = "undo.safetensors"
@@ -102,11 +101,15 @@ def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
 
 def kept_path(path: Path) -> Path:
     """Where an edited model's undo file is: inside the folder, or beside the GGUF."""
-    return path.with_name(f"{path.stem}.{KEPT}") if is_gguf_name(path) else path / KEPT
+    return path.with_name(f"{path.stem}.{KEPT}") if is_file(path) else path / KEPT
 
 
-def check_keep(paths: Sequence[Path], source: Source, norm: str = "none") -> None:
+def check_keep(paths: Sequence[Path], name: str, form: str, norm: str = "none") -> None:
     """Refuse ``--keep-undo`` where it would keep nothing, or what does not fit.
+
+    Args:
+        name: of the source.
+        form: its format.
 
     Raises:
         UserError: naming the output.
@@ -117,17 +120,17 @@ def check_keep(paths: Sequence[Path], source: Source, norm: str = "none") -> Non
             "not give back; leave one of the flags out."
         )
     for path in paths:
-        if adapters.is_mlx(path) or adapters.is_lora(path):
+        if format_of(path) in ADAPTERS:
             raise UserError(
                 f"--keep-undo: {path} is an adapter, which is undone by leaving it out; leave the "
                 "flag out."
             )
-        if is_gguf_name(path) != source.is_gguf:
+        if format_of(path) != form:
             raise UserError(
-                f"--keep-undo: {path} has another format than {source.name}; write the edit in the "
+                f"--keep-undo: {path} has another format than {name}; write the edit in the "
                 "source's own format, and convert that."
             )
-        if is_gguf_name(path):
+        if is_file(path):
             check_new(kept_path(path))
 
 

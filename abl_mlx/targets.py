@@ -83,12 +83,12 @@ def opened(
         identity = {"model": name, "files": _fingerprint(path), "runtime": runtime}
         if runtime == "mlx-lm":
             with clock.step("load the model"):
-                memory.check(file, asked=options.memory_check)
+                memory.check(file.source.title, file.size, asked=options.memory_check)
                 chat = file.load()
             ask = evaluate.stream_in_mlx(chat, batch_size=options.batch_size)
             yield Target(name, runtime, identity, ask, chat=chat)
             return
-        memory.check(file, asked=options.memory_check)
+        memory.check(file.source.title, file.size, asked=options.memory_check)
         if runtime == "llama.cpp":
             ask = evaluate.stream_in_llamacpp(path)
         else:

@@ -27,6 +27,7 @@ from abl_mlx.arrays import number
 from abl_mlx.clock import Clock
 from abl_mlx.edits import Edit
 from abl_mlx.gguf_edit import plan as plan_gguf
+from abl_mlx.model_file import open_model
 from abl_mlx.models import ChatModel
 from abl_mlx.provenance import TAGS
 from abl_mlx.sources import Source
@@ -78,7 +79,7 @@ def undo(
     """
     clock = Clock()
     source = sources.resolve(text)
-    outputs.check(paths, source)
+    outputs.check(paths, source, open_model(source).adapter)
     for path in paths:
         if not _is_adapter(path) and is_gguf_name(path) != source.is_gguf:
             raise UserError(

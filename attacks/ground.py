@@ -21,7 +21,7 @@ def warm() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = os.environ["HF_HUB_ETAG_TIMEOUT"] = "3"
     for name in (
-        "abl_mlx.pipeline", "abl_mlx.gguf_pipeline", "abl_mlx.evaluation", "abl_mlx.measurement",
+        "abl_mlx.pipeline", "abl_mlx.run", "abl_mlx.evaluation", "abl_mlx.measurement",
         "abl_mlx.undo", "abl_mlx.audit", "abl_mlx.conversion", "abl_mlx.show", "abl_mlx.search",
         "abl_mlx.steered", "mlx_lm", "transformers", "optuna", "pyarrow.parquet", "gguf",
         "huggingface_hub",

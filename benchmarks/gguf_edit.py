@@ -93,8 +93,11 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
 
 def edit(source: Path, out: Path, direction: Path) -> None:
     """The product's own edit, in this process; prints what the parent reads."""
-    from abl_mlx import gguf_edit, gguf_pipeline, pipeline
+    from abl_mlx import directions, gguf_edit, pipeline
+    from abl_mlx.edits import Edit
+    from abl_mlx.model_gguf import GgufFile
     from abl_mlx.options import Options
+    from abl_mlx.sources import Source
 
     # Kernels are compiled once a machine; that is not part of the speed.
     pipeline.apply(direction, str(source), [out.with_name("warm.gguf")],
@@ -102,13 +105,10 @@ def edit(source: Path, out: Path, direction: Path) -> None:
     start = time.perf_counter()
     record = pipeline.apply(direction, str(source), [out], Options())
     seconds = record["seconds"]
-    with gguf_pipeline.GgufSource(source) as file:
-        plans = gguf_edit.plan(
-            file,
-            pipeline.make_edit(pipeline.directions.read(direction).selected, Options()),
-            gguf_pipeline.find_writers(file, Options()),
-        )
-        weights = sum(math.prod(file.tensors[name].shape) for name in plans)
+    with GgufFile(Source(source.name, source)) as model:
+        edit = Edit(directions.read(direction).selected)
+        plans = gguf_edit.plan(model.gguf, edit, model.named_writers())
+        weights = sum(math.prod(model.gguf.tensors[name].shape) for name in plans)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(time.perf_counter() - start, seconds["write"], seconds["measure the leak"], weights, peak,
           record["leak"]["total"], record["written"][0]["weight_error"])  # fmt: skip
@@ -116,17 +116,17 @@ def edit(source: Path, out: Path, direction: Path) -> None:
 
 def plainly(source: Path, direction: Path) -> tuple[float, float]:
     """ggml's own way over the same tensors: dequantize, edit, requantize. Seconds and leak."""
-    from abl_mlx import gguf_pipeline
-    from abl_mlx.options import Options
+    from abl_mlx.model_gguf import GgufFile
+    from abl_mlx.sources import Source
     from convert import ggml
-    from convert.gguf_file import GgufSource
 
     r = np.load(direction).astype(np.float32)
     r /= np.linalg.norm(r)
     missing = wanted = 0.0
     start = time.perf_counter()
-    with GgufSource(source) as file:
-        for one in gguf_pipeline.find_writers(file, Options()):
+    with GgufFile(Source(source.name, source)) as model:
+        file = model.gguf
+        for one in model.named_writers():
             entry = file.tensors[one.name]
             values = ggml.dequantize(np.array(file.raw(one.name)), entry.type)
             along = values @ r if one.kind == "embedding" else r @ values

@@ -151,8 +151,8 @@ def test_nothing_is_written_along_the_direction_with_an_mlx_adapter(
     chat = models.load(base)
     edit = Edit(directions(2, chat.width))
     with outputs.staging([tmp_path / "x.adapter"]) as (output,):
-        written = adapter_outputs.write_mlx(chat, edit, find_writers(chat), output, {}, 1e-6)
-    assert written.note is None
+        _, _, note = adapter_outputs.write_mlx(chat, edit, find_writers(chat), output, {}, 1e-6)
+    assert note is None
 
     # mlx-lm's own loader, on its own modules.
     model, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "x.adapter"))

@@ -10,7 +10,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 
-from abl_mlx import gguf_model, outputs, pipeline
+from abl_mlx import folder_outputs, gguf_model, outputs, pipeline
 from abl_mlx.models import load
 from abl_mlx.options import Options
 from abl_mlx.writers import find_writers
@@ -192,18 +192,25 @@ def test_several_outputs_or_none(tiny_folder, direction, tmp_path):
         (OSError(28, "No space left on device"), UserError),
     ],
 )
-@pytest.mark.parametrize("moment", ["measure_leak", "write_companions", "rewrite_folder"])
+@pytest.mark.parametrize(
+    ("module", "moment"),
+    [
+        (folder_outputs, "measure_leak"),
+        (outputs, "write_companions"),
+        (folder_outputs, "rewrite_folder"),
+    ],
+)
 def test_an_interruption_leaves_nothing(
-    moment, error, seen, tiny_folder, direction, tmp_path, monkeypatch
+    module, moment, error, seen, tiny_folder, direction, tmp_path, monkeypatch
 ):
     source = tiny_folder("llama")
-    original = getattr(outputs, moment)
+    original = getattr(module, moment)
 
     def interrupted(*args, **kwargs):
         original(*args, **kwargs)
         raise error
 
-    monkeypatch.setattr(outputs, moment, interrupted)
+    monkeypatch.setattr(module, moment, interrupted)
     with pytest.raises(seen):
         pipeline.apply(direction, str(source), [tmp_path / "deep" / "er" / "out"], Options())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direction.npy"]

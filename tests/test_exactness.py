@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from abl_mlx import evaluate, exactness, gguf_pipeline, pipeline
+from abl_mlx import evaluate, exactness, model_folder, model_gguf, run
 from abl_mlx.edits import Edit, rounded, target
 from abl_mlx.models import add_tokenizer, load, load_lazily
 from abl_mlx.options import Options
@@ -136,26 +136,24 @@ def test_run_fails_when_what_it_wrote_is_not_exact(
     for path, word in zip(sets, ("break", "plant"), strict=True):
         Path(path).write_text("".join(f"How do I {word} {n} things?\n" for n in range(20)))
     quick = replace(quick, harmful=sets[0], harmless=sets[1])
-    module = pipeline
+    place, which = model_folder, "find_writers"
     if name == "gguf":
-        module = gguf_pipeline
+        place, which = model_gguf.GgufFile, "named_writers"
         source = write_gguf(source, tmp_path / "source.gguf").path
     monkeypatch.setattr(evaluate, "llamacpp_is_there", lambda: False)  # MLX is looked at here
-    everything = module.find_writers
-    monkeypatch.setattr(module, "find_writers", lambda *given: everything(*given)[:-1])
+    everything = getattr(place, which)
+    monkeypatch.setattr(place, which, lambda *given: everything(*given)[:-1])
     with pytest.raises(UserError, match="stream after layer 2, "):
-        pipeline.run(str(source), [out], quick)
+        run.run(str(source), [out], quick)
     assert not out.exists()
-    monkeypatch.setattr(module, "find_writers", everything)
-    assert pipeline.run(str(source), [out], quick)["component"]["after"] < 1e-4
+    monkeypatch.setattr(place, which, everything)
+    assert run.run(str(source), [out], quick)["component"]["after"] < 1e-4
     if name == "gguf" and not suffix:
         return
     # What is not to be exact is not held to it.
     if name == "gguf" and suffix == ".gguf":
         some = replace(quick, tensors="token_embd|attn_output")
-        assert (
-            pipeline.run(str(source), [tmp_path / "some.gguf"], some)["component"]["after"] > 0.01
-        )
+        assert run.run(str(source), [tmp_path / "some.gguf"], some)["component"]["after"] > 0.01
 
 
 def test_an_adapter_beside_biases_is_not_held_to_it(tmp_path):
@@ -166,5 +164,5 @@ def test_an_adapter_beside_biases_is_not_held_to_it(tmp_path):
         Path(path).write_text("".join(f"How do I {word} {n} things?\n" for n in range(20)))
     quick = Options(limit=4, layer=1, position=-1, max_tokens=2, max_leak=1.0,
                     harmful=sets[0], harmless=sets[1])  # fmt: skip
-    record = pipeline.run(str(source), [tmp_path / "edited.adapter"], quick)
+    record = run.run(str(source), [tmp_path / "edited.adapter"], quick)
     assert record["component"]["after"] > 1e-3

@@ -12,9 +12,10 @@ import pytest
 from gguf import GGMLQuantizationType
 from mlx_lm.utils import load_model
 
-from abl_mlx import gguf_model, gguf_pipeline
+from abl_mlx import gguf_model
+from abl_mlx.model_gguf import GgufFile
 from abl_mlx.models import ChatModel
-from abl_mlx.options import Options
+from abl_mlx.sources import Source
 from abl_mlx.writers import find_writers
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
@@ -70,7 +71,7 @@ def test_writers_of_the_file_are_those_that_probing_finds(name: str, tmp_path: P
     with GgufSource(path) as source:
         loaded = load(source)
         chat = _Ids(path, loaded.model, None, loaded.config)
-        named = gguf_pipeline.find_writers(source, Options())
+        named = GgufFile(Source("model", source.parts[0])).named_writers()
         ours = {
             writer.path: writer
             for writer in gguf_model.find_writers(chat, loaded.layout, source, named)
@@ -103,7 +104,7 @@ def test_a_written_folder_is_read_back_under_the_files_names(tmp_path: Path) -> 
     with GgufSource(path) as source, TensorFiles(_folder(source, tmp_path)) as files:
         found = layout(source)
         columns = 0
-        for writer in gguf_pipeline.find_writers(source, Options()):
+        for writer in GgufFile(Source("model", source.parts[0])).named_writers():
             values = read_back(found, tmp_path / "folder", files, writer.name)
             expected = source.values(writer.name)
             assert values.shape == expected.shape

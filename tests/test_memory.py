@@ -29,12 +29,12 @@ def folder(tmp_path):
 
 def test_a_model_larger_than_the_machine_is_refused_in_a_sentence(folder):
     with pytest.raises(UserError, match=r"Big has 20.0 GB of weights and this machine 16.0 GB"):
-        memory.check(folder, memory=Memory(16 * GB, 9 * GB))
-    assert not memory.fits(folder, Memory(16 * GB, None))
+        memory.check("Big", folder.size, memory=Memory(16 * GB, 9 * GB))
+    assert not memory.fits(folder.size, Memory(16 * GB, None))
 
 
 def test_no_memory_check_says_it_and_goes_on(folder, capsys):
-    memory.check(folder, asked=False, memory=Memory(16 * GB, 9 * GB))
+    memory.check("Big", folder.size, asked=False, memory=Memory(16 * GB, 9 * GB))
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == (
@@ -45,14 +45,14 @@ def test_no_memory_check_says_it_and_goes_on(folder, capsys):
 
 @pytest.mark.parametrize(("free", "slow"), [(30 * GB, False), (21 * GB, True), (None, False)])
 def test_a_model_that_fits_is_told_what_it_takes(folder, free, slow, capsys):
-    memory.check(folder, memory=Memory(32 * GB, free))
+    memory.check("Big", folder.size, memory=Memory(32 * GB, free))
     assert ("slow" in capsys.readouterr().err) == slow
-    assert memory.fits(folder, Memory(32 * GB, free))
+    assert memory.fits(folder.size, Memory(32 * GB, free))
 
 
 def test_small_models_go_without_saying(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    memory.check(open_model(Source("small", tmp_path)), memory=Memory(GB, GB))
+    memory.check("small", open_model(Source("small", tmp_path)).size, memory=Memory(GB, GB))
     assert capsys.readouterr().err == ""
 
 

@@ -13,7 +13,17 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 
-from abl_mlx import edits, evaluate, mlx_edit, models, pipeline, prompts, rounding, slabs
+from abl_mlx import (
+    edits,
+    evaluate,
+    mlx_edit,
+    model_folder,
+    models,
+    pipeline,
+    prompts,
+    rounding,
+    slabs,
+)
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.edits import Edit
 from abl_mlx.options import Options
@@ -232,7 +242,7 @@ def probe_floats_instead(folder, monkeypatch):
     MLX multiplies experts that have a global scale on a GPU alone, so they cannot be probed here.
     """
     writers = find_writers(models.load(folder))
-    monkeypatch.setattr(pipeline, "find_writers", lambda chat: writers)
+    monkeypatch.setattr(model_folder, "find_writers", lambda chat: writers)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
