@@ -5,7 +5,7 @@ Commands ask a `ModelFile` for what they need; what its format is, is asked here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -15,9 +15,11 @@ import numpy as np
 
 from abl_mlx import sources
 from abl_mlx.clock import Clock
+from abl_mlx.converted import NewTypes
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.evaluate import Chat
+from abl_mlx.label import Label
 from abl_mlx.loaded import Loaded
 from abl_mlx.model_folder import FolderFile
 from abl_mlx.model_gguf import GgufFile
@@ -28,6 +30,7 @@ from abl_mlx.prompt_tokens import Count
 from abl_mlx.sources import Source
 from abl_mlx.steering import Induction
 from abl_mlx.stream_weights import StreamWeights
+from abl_mlx.taken import Taken, Tensors
 from abl_mlx.writers import Writer
 
 Record = dict[str, Any]
@@ -98,6 +101,12 @@ class ModelFile(Protocol):
 
     def has_template(self) -> bool:
         """Whether there is a chat template."""
+
+    def has_tokens(self, wanted: Mapping[str, int]) -> bool:
+        """Whether the vocabulary has all of these tokens, under these numbers."""
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Name, size and time of the files, by which a changed model is known."""
 
     def label(self) -> dict[str, Any] | None:
         """What the model says of an edit that abl-mlx made of it; None without one."""
@@ -199,6 +208,42 @@ class ModelFile(Protocol):
 
         Args:
             direction: the record of the constant.
+        """
+
+    # --- what comes of it ---
+
+    def convert(self, out: Path, types: NewTypes) -> Record:
+        """Write the same weights, unedited, in the other format.
+
+        Returns:
+            What a record says of them.
+        """
+
+    def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
+        """What an edit of this model takes out of another's tensors, or out of its own.
+
+        Args:
+            label: what the edited model says of the edit.
+
+        Raises:
+            UserError: when a tensor of the edit is quantized.
+        """
+
+    def restore(self, path: Path, found: Mapping[str, Taken]) -> float:
+        """Write the model as it was before its edit, in its own format.
+
+        Args:
+            found: tensor -> what the edit took out of it.
+
+        Returns:
+            The share of what was taken that is not back in the written weights.
+        """
+
+    def restore_by_adapter(self, path: Path, found: Mapping[str, Taken], label: Label) -> None:
+        """Write an adapter for the edited model that undoes its edit.
+
+        Raises:
+            UserError: when no adapter holds what the edit took.
         """
 
     def __enter__(self) -> ModelFile: ...

@@ -15,6 +15,7 @@ import numpy as np
 
 from abl_mlx import (
     context_length,
+    converted,
     folder_outputs,
     head_copy,
     induce_outputs,
@@ -24,16 +25,19 @@ from abl_mlx import (
     outputs,
     prompt_tokens,
     records,
+    restored_folder,
     stream_weights,
 )
 from abl_mlx.apply import plan
 from abl_mlx.arrays import parameters
 from abl_mlx.clock import Clock
+from abl_mlx.converted import NewTypes
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.folder_outputs import ROWS_WARNING, FolderEdit
 from abl_mlx.induce_outputs import FolderConstant
 from abl_mlx.inspection import edit_share, grouped
+from abl_mlx.label import Label
 from abl_mlx.loaded import Loaded
 from abl_mlx.mentions import read_card
 from abl_mlx.models import ChatModel
@@ -42,9 +46,12 @@ from abl_mlx.report import say
 from abl_mlx.sources import Source
 from abl_mlx.steering import Induction
 from abl_mlx.stream_weights import StreamWeights
+from abl_mlx.taken import Taken, Tensors, taken
 from abl_mlx.writers import Writer, find_writers
+from convert import json_text
 from convert.errors import UserError
 from convert.hf_config import read_config
+from convert.hf_tokenizer_files import TOKENIZER
 from convert.safetensors_files import TensorFiles
 
 Record = dict[str, Any]
@@ -71,6 +78,11 @@ class FolderFile(ExitStack):
         """config.json with renamed keys filled in."""
         return read_config(self.source.path)
 
+    @cached_property
+    def lazily(self) -> ChatModel:
+        """The model in MLX, its weights still in the files and without its tokenizer."""
+        return models.load_lazily(self.source.path)
+
     @property
     def folder(self) -> Path | None:
         return self.source.path
@@ -94,6 +106,19 @@ class FolderFile(ExitStack):
     def has_template(self) -> bool:
         return True  # or it is refused when it is loaded
 
+    def has_tokens(self, wanted: Mapping[str, int]) -> bool:
+        file = self.source.path / "tokenizer.json"
+        try:
+            vocabulary = (json_text.read(file, TOKENIZER).get("model") or {}).get("vocab")
+        except (FileNotFoundError, UserError):
+            return False  # whatever is wrong with it is told when it is loaded
+        return isinstance(vocabulary, dict) and wanted.items() <= vocabulary.items()
+
+    def fingerprint(self) -> list[list[Any]]:
+        files = [path for path in self.source.path.iterdir() if path.is_file()]
+        kept = (".safetensors", ".json", ".jinja")
+        return records.fingerprint(path for path in files if path.suffix in kept)
+
     def label(self) -> dict[str, Any] | None:
         label = self.config.get("abl_mlx")
         return dict(label) if isinstance(label, Mapping) and label else None
@@ -108,7 +133,7 @@ class FolderFile(ExitStack):
     def inspect(self) -> Record:
         config, files = self.config, self.files
         stored = Counter(files.info(name).dtype for name in files.names)
-        chat = models.load_lazily(self.source.path)
+        chat = self.lazily
         writers = find_writers(chat)
         predicting = mtp.record(mtp.tensors(files, len(chat.layers)), [])
         copies = head_copy.find(files, chat.config, writers)
@@ -175,7 +200,7 @@ class FolderFile(ExitStack):
     def outline(self, options: Options, clock: Clock) -> Loaded | None:
         with clock.step("load the model"):
             if options.lazy or not memory.fits(self.size):
-                chat = models.load_lazily(self.source.path)
+                chat = self.lazily
             else:
                 memory.check(self.source.title, self.size, asked=options.memory_check)
                 chat = models.load(self.source.path, encodes=False)
@@ -209,6 +234,21 @@ class FolderFile(ExitStack):
         self, found: Induction, direction: DirectionFile, loaded: Loaded, options: Options
     ) -> FolderConstant:
         return FolderConstant(self.source, loaded, found, direction, options)
+
+    # --- what comes of it ----------------------------------------------------------------------
+
+    def convert(self, out: Path, types: NewTypes) -> Record:
+        return converted.to_gguf(self.source, self.label(), out, types)
+
+    def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
+        plan = restored_folder.plan(self.source, self.lazily, self.files, edit, mtp=label.mtp)
+        return {name: taken(one, of.values(name)) for name, one in plan.edits.items()}
+
+    def restore(self, path: Path, found: Mapping[str, Taken]) -> float:
+        return restored_folder.write(self.source, self.files, path, found)
+
+    def restore_by_adapter(self, path: Path, found: Mapping[str, Taken], label: Label) -> None:
+        restored_folder.write_adapter(self.source, self.lazily, self.files, path, found, label)
 
 
 def _template(chat: ChatModel) -> Record:

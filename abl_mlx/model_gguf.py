@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
@@ -16,21 +16,25 @@ import numpy as np
 from abl_mlx import (
     adapter_outputs,
     context_length,
+    converted,
     gguf_model,
     gguf_outputs,
     induce_outputs,
     outputs,
     prompt_tokens,
     records,
+    restored_gguf,
     stream_weights,
 )
 from abl_mlx.clock import Clock
+from abl_mlx.converted import NewTypes
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit, stream_axis
 from abl_mlx.gguf_edit import plan
 from abl_mlx.gguf_outputs import GgufEdit
 from abl_mlx.induce_outputs import GgufConstant
 from abl_mlx.inspection import edit_share, grouped
+from abl_mlx.label import Label
 from abl_mlx.loaded import Loaded
 from abl_mlx.mentions import READ, read_card
 from abl_mlx.models import ChatModel
@@ -39,8 +43,9 @@ from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
 from abl_mlx.steering import Induction
 from abl_mlx.stream_weights import StreamWeights
+from abl_mlx.taken import Taken, Tensors, taken
 from abl_mlx.writers import Writer
-from convert import gguf_to_mlx, gguf_writers
+from convert import gguf_mtp, gguf_to_mlx, gguf_writers
 from convert.errors import UserError
 from convert.families import FAMILIES
 from convert.gguf_file import GgufSource, size_of
@@ -98,6 +103,16 @@ class GgufFile(ExitStack):
 
     def has_template(self) -> bool:
         return bool(self.gguf.metadata.get("tokenizer.chat_template"))
+
+    def has_tokens(self, wanted: Mapping[str, int]) -> bool:
+        tokens = self.gguf.metadata.get("tokenizer.ggml.tokens")
+        # The file may be padded to a rounder number of tokens.
+        return isinstance(tokens, list) and all(
+            index < len(tokens) and tokens[index] == text for text, index in wanted.items()
+        )
+
+    def fingerprint(self) -> list[list[Any]]:
+        return records.fingerprint([self.source.path])
 
     def label(self) -> dict[str, Any] | None:
         return gguf_to_mlx.edit_label(self.gguf) or None
@@ -226,6 +241,27 @@ class GgufFile(ExitStack):
         self, found: Induction, direction: DirectionFile, loaded: Loaded, options: Options
     ) -> GgufConstant:
         return GgufConstant(self.source, loaded, found, direction, options, self.gguf)
+
+    # --- what comes of it ----------------------------------------------------------------------
+
+    def convert(self, out: Path, types: NewTypes) -> Record:
+        return converted.to_folder(self.gguf, out, types)
+
+    def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
+        # What --tensors named is to be found again; its regular expression is in the label.
+        writers = self.named_writers(label.tensors)
+        if label.mtp:
+            gguf = self.gguf
+            shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
+            writers += gguf_mtp.find(gguf.architecture, shapes, gguf.metadata)
+        plans = plan(self.gguf, edit, writers)
+        return {name: taken(one, of.values(name)) for name, one in plans.items()}
+
+    def restore(self, path: Path, found: Mapping[str, Taken]) -> float:
+        return restored_gguf.write(self.gguf, path, found)
+
+    def restore_by_adapter(self, path: Path, found: Mapping[str, Taken], label: Label) -> None:
+        restored_gguf.write_adapter(self.gguf, path, found)
 
 
 def _text(value: Any) -> str | None:

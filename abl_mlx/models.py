@@ -24,7 +24,6 @@ from convert.gemma2_window import give_window
 from convert.hf_config import read_config
 from convert.hf_counts import check_counts
 from convert.safetensors_files import TensorFiles
-from convert.suffixes import is_gguf_name
 
 # Weights up to which a model is widened to float32 at once: 256 MB.
 _WIDENED = 1 << 26
@@ -283,7 +282,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
     with foreign(f"{name}: the tokenizer could not be loaded"), unheard():
         tokenizer = load_wrapper(folder, eos_token_ids=config.get("eos_token_id"))
     if not tokenizer.has_chat_template:
-        mend = "" if is_gguf_name(name) else "add chat_template.jinja, or "
+        mend = "add chat_template.jinja, or " if name == folder else ""
         raise UserError(
             f"{name} has no chat template, so it is no chat model: {mend}choose the "
             "instruction-tuned variant."

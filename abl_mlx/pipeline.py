@@ -193,8 +193,9 @@ def load_prompts(model: ModelFile | None, options: Options) -> PromptSets:
     Args:
         model: what is asked; None for a server.
     """
-    source = None if model is None else model.source
-    speaks_demo = source is not None and (source.is_demo or demo.speaks(source.path))
+    speaks_demo = model is not None and (
+        model.source.is_demo or model.has_tokens(demo.vocabulary())
+    )
     if speaks_demo and options.harmful is None and options.harmless is None:
         sets = prompts.load_demo()
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,12 @@ def file_hashes(files: Sequence[Path]) -> dict[str, str]:
                     bar.update(len(piece))
             found[file.name] = digest.hexdigest()
     return found
+
+
+def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
+    """Name, size and time of files, by which a changed one is known."""
+    stats = sorted((path.name, path.stat()) for path in files)
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def combined_hash(parts: Mapping[str, Any]) -> str:

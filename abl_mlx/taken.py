@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -78,6 +78,13 @@ class Taken:
         """The components of a tensor's float32 values, in the file's layout."""
         turned = mx.swapaxes(values, -1, -2) if self.transposed else values
         return turned @ self.basis.T if self.axis == -1 else self.basis @ turned
+
+
+class Tensors(Protocol):
+    """Something that tensors are read from."""
+
+    def values(self, name: str) -> mx.array:
+        """A tensor in float32, in the file's layout."""
 
 
 def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
@@ -193,13 +200,13 @@ def keep_gguf(
                 f"--keep-undo: {name} is of the type {one.old.name}, whose rounding cannot be "
                 "undone; write -o NAME.lora.gguf, which leaves the model as it is."
             )
-    keep(path, taken_of_gguf(gguf, plans), direction_sha256)
 
+    def parts() -> Iterator[tuple[str, Taken]]:
+        for name, one in plans.items():
+            yield name, taken(one, mx.array(gguf.values(name)))
+            gguf.release(name)
 
-def taken_of_gguf(gguf: GgufSource, plans: Mapping[str, TensorPlan]) -> Iterator[tuple[str, Taken]]:
-    for name, one in plans.items():
-        yield name, taken(one, mx.array(gguf.values(name)))
-        gguf.release(name)
+    keep(path, parts(), direction_sha256)
 
 
 def read_kept(path: Path, direction_sha256: str) -> dict[str, Taken]:

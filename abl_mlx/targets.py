@@ -80,7 +80,7 @@ def opened(
             return
         name, path = file.source.name, file.source.path
         runtime = runtime_of(file, options)
-        identity = {"model": name, "files": _fingerprint(path), "runtime": runtime}
+        identity = {"model": name, "files": file.fingerprint(), "runtime": runtime}
         if runtime == "mlx-lm":
             with clock.step("load the model"):
                 memory.check(file.source.title, file.size, asked=options.memory_check)
@@ -125,14 +125,3 @@ def runtime_of(file: ModelFile, options: EvalOptions) -> str:
     if evaluate.llamacpp_is_there():
         return "llama.cpp"
     return "mlx-lm" if server is None else "llama-server"
-
-
-def _fingerprint(place: Path) -> list[list[Any]]:
-    """Name, size and time of the files, by which a changed model is known."""
-    if place.is_file():
-        files = [place]
-    else:
-        files = [path for path in place.iterdir() if path.is_file()]
-        files = [path for path in files if path.suffix in (".safetensors", ".json", ".jinja")]
-    stats = sorted((path.name, path.stat()) for path in files)
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

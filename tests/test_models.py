@@ -7,8 +7,9 @@ import mlx.core as mx
 import pytest
 
 from abl_mlx import demo
+from abl_mlx.model_file import open_model
 from abl_mlx.models import common_prefix, load
-from abl_mlx.sources import resolve
+from abl_mlx.sources import Source, resolve
 from convert.errors import UserError
 from convert.hf_config import fill_in
 from tests import tiny
@@ -180,4 +181,4 @@ def test_a_tokenizer_prints_nothing_of_its_files(tiny_folder, tmp_path, capfd):
 
 def test_a_tokenizer_without_a_model_is_not_the_demos(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": null}')
-    assert not demo.speaks(tmp_path)
+    assert not open_model(Source("x", tmp_path)).has_tokens(demo.vocabulary())

@@ -12,11 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from convert import json_text
-from convert.errors import UserError
-from convert.hf_tokenizer_files import TOKENIZER
-
-__all__ = ["MODEL_PATH", "PROMPTS_PATH", "DemoPrompt", "load_prompts", "speaks"]
+__all__ = ["MODEL_PATH", "PROMPTS_PATH", "DemoPrompt", "load_prompts", "vocabulary"]
 
 MODEL_PATH: Path = Path(__file__).parent / "model"
 """Folder of the model, in the layout that ``mlx_lm.load`` reads."""
@@ -67,28 +63,8 @@ def load_prompts(
     ]
 
 
-def speaks(path: Path) -> bool:
-    """Whether a model has the demo's vocabulary, and so was made from it.
-
-    Args:
-        path: a folder, or a GGUF file; anything else has not.
-
-    Raises:
-        UserError: a file that is no readable GGUF.
-    """
-    ours = json.loads((MODEL_PATH / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    if path.is_file():
-        from convert.gguf_file import GgufSource
-
-        with GgufSource(path) as gguf:
-            tokens = gguf.metadata.get("tokenizer.ggml.tokens")
-        # The file may be padded to a rounder number of tokens.
-        return isinstance(tokens, list) and all(
-            index < len(tokens) and tokens[index] == text for text, index in ours.items()
-        )
-    file = path / "tokenizer.json"
-    try:
-        vocabulary = (json_text.read(file, TOKENIZER).get("model") or {}).get("vocab")
-        return isinstance(vocabulary, dict) and ours.items() <= vocabulary.items()
-    except (FileNotFoundError, UserError):
-        return False  # whatever is wrong with it is told when it is loaded
+def vocabulary() -> dict[str, int]:
+    """Token -> its number in the demo model, and in whatever was made from it."""
+    file = MODEL_PATH / "tokenizer.json"
+    found: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+    return found
