@@ -22,6 +22,7 @@ from abl_mlx import (
     judge,
     outputs,
     perplexity,
+    prompt_choice,
     prompt_lengths,
     reply_notes,
     report,
@@ -35,7 +36,6 @@ from abl_mlx.models import progress
 from abl_mlx.notes import noted
 from abl_mlx.options import EvalOptions
 from abl_mlx.paired import Paired
-from abl_mlx.pipeline import load_prompts
 from abl_mlx.prompts import Prompt, PromptSet, PromptSets
 from abl_mlx.refusals import Oddity, Rates, Tally, Verdict, classify, examine
 from abl_mlx.reply_notes import Seen
@@ -185,7 +185,7 @@ def _perplexity_tokens(
 
 def _prompts(source: ModelFile | None, other: ModelFile | None, options: EvalOptions) -> PromptSets:
     """The prompt sets; a server is asked what its baseline is asked."""
-    sets = load_prompts(source or other, options)
+    sets = prompt_choice.load(source or other, options)
     return sets if other is None else prompt_lengths.fitting(sets, other)
 
 

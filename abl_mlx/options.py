@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Options:
         harmful, harmless: prompt files or Hugging Face datasets; None for the bundled sets.
         seed: fixes the split into train, validation and test.
         limit: at most so many prompts of each set and part.
-        quick: fewer prompts still, for a first look: `pipeline.QUICK`.
+        quick: fewer prompts still, for a first look: `prompt_choice.QUICK`.
         layer, position: take this candidate instead of the causal choice; a layer may lie between
             two, and a position be ``instruction-end``.
         method: how candidates are found, of `METHODS`; None for the difference of means,
@@ -123,6 +123,12 @@ class Options:
     memory_check: bool = True
     gguf: str | None = None
     ollama_create: str | None = None
+
+    def with_journal(self, output: Path) -> Options:
+        """The same with a place for the journal of a search: beside the output, if not given."""
+        if self.search is None or self.search_journal is not None:
+            return self
+        return replace(self, search_journal=output.with_name(f"{output.name}.search.journal"))
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""

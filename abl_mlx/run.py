@@ -16,13 +16,14 @@ import mlx.core as mx
 
 from abl_mlx import (
     capture,
+    destinations,
     evaluate,
     exactness,
     induce,
     induce_outputs,
     memory,
     outputs,
-    pipeline,
+    prompt_choice,
 )
 from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
@@ -142,25 +143,25 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
     Raises:
         UserError: bad input, told in one sentence; nothing is left behind.
     """
-    options = pipeline.with_journal(options, paths[0])
+    options = options.with_journal(paths[0])
     warn_of_strength(options.strength)
     with ExitStack() as files:
         model = files.enter_context(find_model(text))
         base = None if options.gguf is None else files.enter_context(find_gguf(options.gguf))
         target = model if base is None else base
-        pipeline.check_outputs(paths, target, options)
+        destinations.check(paths, target, options)
         _check_places(paths, options)
         if base is not None and model.folder is None:
             raise UserError(
                 f"--gguf {options.gguf}: MODEL is a GGUF itself; leave --gguf out, or name the MLX "
                 "or Hugging Face model to measure on."
             )
-        sets = pipeline.load_prompts(model, options)
+        sets = prompt_choice.load(model, options)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         borderline_part(sets, options, "test")  # too few are refused before anything is loaded
         target.check(paths, options)
         record = _six_steps(Job(model, base, paths, sets, options, Clock()), _look)
-    pipeline.hand_to_ollama(paths, options)
+    destinations.hand_to_ollama(paths, options)
     return record
 
 
@@ -179,7 +180,7 @@ def run_induced(text: str, paths: Sequence[Path], options: Options) -> Record:
         outputs.check(paths, model.source, model.adapter, vectors=True)
         induce_outputs.check(paths, options)
         _check_places(paths, options)
-        sets = pipeline.load_prompts(model, options)
+        sets = prompt_choice.load(model, options)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         return _six_steps(Job(model, None, paths, sets, options, Clock()), _look_for_constant)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from abl_mlx import directions, memory, pipeline
+from abl_mlx import directions, memory, prompt_choice
 from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit
@@ -72,6 +72,6 @@ def load(text: str, direction: Path | None, options: Options) -> Steered:
         if given is not None and direction is not None:
             directions.check_width(given, direction, chat)
             return Steered(name, chat, writers, given, options)
-        sets = pipeline.load_prompts(model, options)
+        sets = prompt_choice.load(model, options)
     found = find_behind_openings(chat, writers, sets, options, clock)
     return Steered(name, chat, writers, found, options)

@@ -6,7 +6,7 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import demo, models, pipeline, prompts
+from abl_mlx import demo, models, prompt_choice, prompts
 from abl_mlx.cli import cli
 from abl_mlx.forecast import Forecast, forecast
 from abl_mlx.measurement import find_direction
@@ -47,10 +47,10 @@ def test_the_line_names_minutes_and_what_shortens_them():
 
 def test_quick_takes_fewer_prompts_and_its_intervals_are_those_of_the_help():
     source = find_model("demo")
-    sets = pipeline.load_prompts(source, Options(quick=True))
+    sets = prompt_choice.load(source, Options(quick=True))
     for split in (sets.harmful, sets.harmless):
         assert [len(part) for part in (split.train, split.validation, split.test)] == [48, 16, 24]
-    fewer = pipeline.load_prompts(source, Options(quick=True, limit=8))
+    fewer = prompt_choice.load(source, Options(quick=True, limit=8))
     assert len(fewer.harmful.train) == len(fewer.harmful.test) == 8
     assert round(100 * wilson(0, 24)[1]) == 14
     assert round(100 * wilson(0, 62)[1]) == 6

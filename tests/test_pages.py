@@ -3,6 +3,7 @@
 import base64
 import copy
 import hashlib
+import html
 import json
 import re
 import shlex
@@ -451,6 +452,41 @@ def test_the_command_line_makes_the_same_choices(command):
     untouched = set(defaults) & set(context.params) - set(chosen)
     for name in untouched - {"direction", "report", "save_replies", "layers"}:
         assert context.params[name] == defaults[name], name
+
+
+def line_of(page, command):
+    """The words of the command that a page gives, without the program's name."""
+    [line] = re.findall(rf"abl-mlx {command} [^<\n]*", html.unescape(page.read_text()))
+    return shlex.split(line)[1:]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--layer", "2", "--position", "-1", "--strength", "0.9", "--layers", "0,2-3"],
+    ["--layer", "1", "--position", "-1", "--pin", "harmless"],
+    ["--per-layer", "--max-kl", "9", "--norm", "columns", "--no-embedding", "--seed", "3"],
+])  # fmt: skip
+def test_the_command_on_the_page_of_a_run_makes_the_model_again(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = invoke("run", "demo", "-o", "out dir", "--json", *SMALL, *flags)
+    weights = (tmp_path / "out dir" / "model.safetensors").read_bytes()
+    words = line_of(tmp_path / "out dir" / "report.html", "run")
+    (tmp_path / "out dir").rename("first")
+    again = invoke(*words, "--json")
+    assert (tmp_path / "out dir" / "model.safetensors").read_bytes() == weights
+    assert again["hashes"] == first["hashes"]
+    assert again["evaluations"] == first["evaluations"]
+
+
+def test_the_command_on_the_page_of_an_evaluation_asks_the_same(tmp_path):
+    page = tmp_path / "eval.html"
+    first = invoke(
+        "eval", "demo", "--baseline", "demo", "--seed", "2", "--max-drop", "0.5", "--report", page,
+        "--resume", tmp_path / "one.journal", "--json", *SMALL,
+    )  # fmt: skip
+    again = invoke(*line_of(page, "eval"), "--resume", tmp_path / "other.journal", "--json")
+    for record in (first, again):
+        del record["seconds"]
+    assert again == first
 
 
 def test_an_audit_writes_its_page(tmp_path):

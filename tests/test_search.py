@@ -25,7 +25,6 @@ from abl_mlx.edits import Edit
 from abl_mlx.logits import first_reply_token
 from abl_mlx.measurement import edit_of, find_direction
 from abl_mlx.options import Options
-from abl_mlx.pipeline import with_journal
 from abl_mlx.search_space import DEFAULT, Space, kernel
 from abl_mlx.selection import refusal_scores
 from abl_mlx.steering import ablation
@@ -460,11 +459,11 @@ def test_options_that_do_not_go_together(demo):
 
 
 def test_journal_lies_beside_the_output(tmp_path):
-    assert with_journal(Options(), tmp_path / "x").search_journal is None
-    found = with_journal(Options(search=5), tmp_path / "edited.gguf").search_journal
+    assert Options().with_journal(tmp_path / "x").search_journal is None
+    found = Options(search=5).with_journal(tmp_path / "edited.gguf").search_journal
     assert found == tmp_path / "edited.gguf.search.journal"
     given = Options(search=5, search_journal=tmp_path / "mine")
-    assert with_journal(given, tmp_path / "x").search_journal == tmp_path / "mine"
+    assert given.with_journal(tmp_path / "x").search_journal == tmp_path / "mine"
 
 
 def test_hopeless_edits_end_after_the_first_prompts(demo):

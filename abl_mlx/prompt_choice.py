@@ -1,0 +1,51 @@
+"""The prompts that a model is asked: its own, the user's or the bundled ones, as many as wanted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from abl_mlx import demo, prompt_lengths, prompts
+from abl_mlx.model_file import ModelFile
+from abl_mlx.options import Options
+from abl_mlx.prompts import PromptSets, Split
+
+#: Prompts of each set to measure, to choose on and to ask, with ``--quick``.
+QUICK = (48, 16, 24)
+
+
+def load(model: ModelFile | None, options: Options) -> PromptSets:
+    """The prompt sets of this run: the demo's own, the user's, or the bundled ones.
+
+    A file made from the demo is asked what the demo is asked: it has heard of nothing else.
+
+    Args:
+        model: what is asked; None for a server.
+    """
+    speaks_demo = model is not None and (
+        model.source.is_demo or model.has_tokens(demo.vocabulary())
+    )
+    if speaks_demo and options.harmful is None and options.harmless is None:
+        sets = prompts.load_demo()
+    else:
+        sets = prompts.load_sets(options.harmful, options.harmless, options.seed)
+    if options.borderline is not None:
+        sets = replace(sets, borderline=prompts.load(options.borderline, "--borderline"))
+    if options.quick:
+        sets = cut(sets, *QUICK)
+    sets = cut(sets, options.limit)
+    return sets if model is None else prompt_lengths.fitting(sets, model)
+
+
+def cut(
+    sets: PromptSets, train: int | None, validation: int | None = None, test: int | None = None
+) -> PromptSets:
+    """At most so many prompts in each part of each set; ``train`` of all where it is alone."""
+    if train is None:
+        return sets
+    validation, test = validation or train, test or train
+    harmful, harmless = (
+        Split(split.train.take(train), split.validation.take(validation), split.test.take(test))
+        for split in (sets.harmful, sets.harmless)
+    )
+    borderline = sets.borderline and sets.borderline.take(train)
+    return replace(sets, harmful=harmful, harmless=harmless, borderline=borderline)
