@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx import notes
-from abl_mlx.models import progress
+from abl_mlx.models import progress, progress_to
 from abl_mlx.outputs import FOLDER, GGUF
 from abl_mlx.provenance import TAGS
 from abl_mlx.sources import Source
@@ -44,12 +44,7 @@ def to_gguf(source: Source, label: Mapping[str, Any] | None, out: Path, types: N
     if label is not None:
         metadata["general.tags"] = TAGS
         metadata |= {f"abl_mlx.{key}": value for key, value in label.items()}
-    with progress(1, f"write {out.name}", "tensor") as bar:
-
-        def moved(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_to(f"write {out.name}", "tensor") as moved:
         report = mlx_to_gguf.write_gguf(
             source.path, out, file_type=types.quantize, metadata=metadata, progress=moved
         )

@@ -21,7 +21,7 @@ from abl_mlx.edits import Edit
 from abl_mlx.gguf_edit import quantize, rounded_to_float
 from abl_mlx.leak_report import LeakReport
 from abl_mlx.loaded import Loaded
-from abl_mlx.models import ChatModel, progress
+from abl_mlx.models import ChatModel, progress, progress_to
 from abl_mlx.options import Options
 from abl_mlx.outputs import (
     ADAPTER,
@@ -132,11 +132,7 @@ class FolderEdit:
         )  # fmt: skip
         write = {ADAPTER: self._write_adapter, GGUF: self._write_gguf, FOLDER: self._write_folder}
         with clock.step("write"):
-            written = write[output.format](output, label)
-        warning = ROWS_WARNING if self.edit.norm == "rows" else None
-        note = notes.joined(written.facts.pop("note", None), warning)
-        written.facts.update(notes.noted(note))
-        return written
+            return write[output.format](output, label)
 
     @property
     def _max_leak(self) -> float:
@@ -158,7 +154,7 @@ class FolderEdit:
             "leak": leak.record(),
             "embedding": self.embedding,
             "left_out": list(left_out),
-            **notes.noted(note),
+            **notes.noted(note, ROWS_WARNING if self.edit.norm == "rows" else None),
         }
 
     def _write_adapter(self, output: Output, label: Mapping[str, Any]) -> Written:
@@ -183,26 +179,72 @@ class FolderEdit:
 
     def _write_folder(self, output: Output, label: Mapping[str, Any]) -> Written:
         assert self.plan is not None  # of every output but adapters
-        leak, types, left_out = write_folder(
-            self.source, self.loaded.chat, self.files, self.plan, output, label, self._max_leak,
-            grid=self.options.grid, plain=self.options.plain_rounding,
-        )  # fmt: skip
-        if self.options.keep_undo:
+        files, edits, matrices = self.files, self.plan.edits, self.plan.matrices
+        options, folder = self.options, self.source.path
+        config = edited_config(
+            folder, self.loaded.chat.config, label, mlx_edit.quantization_changes(matrices)
+        )
+        total = sum(file.stat().st_size for file in files.files)
+        total += sum(files.info(name).nbytes for name in [*edits, *matrices])
+        with progress(total, f"write {output.path.name}", "B") as bar:
+            left_out = rewrite_folder(
+                folder,
+                files,
+                output.staged,
+                {name: _in_dtype(edit, files.info(name)) for name, edit in edits.items()},
+                config=config,
+                rewrites=[
+                    mlx_edit.rewrite(files, one, grid=options.grid, plain=options.plain_rounding)
+                    for one in matrices.values()
+                ],
+                skip=COMPANIONS,
+                progress=bar.update,
+            )
+        _keep_card(folder, output.staged)
+        with TensorFiles(output.staged) as written:
+            leak = measure_leak(
+                files,
+                edits,
+                lambda name: written.read(name).astype(mx.float32),
+                limit=self._max_leak,
+                output=str(output.path),
+                others=mlx_edit.comparisons(files, written, matrices),
+            )
+        if options.keep_undo:
             place = taken.kept_path(output.staged)
-            taken.keep_folder(place, self.files, self.plan, self.direction.sha256)
+            taken.keep_folder(place, files, self.plan, self.direction.sha256)
+        types = {files.info(name).dtype for name in edits}
+        types |= {one.type for one in matrices.values()}
         return Written(
             output,
-            self._facts(output, leak, types, notes.not_copied(left_out), left_out),
+            self._facts(output, leak, sorted(types), notes.not_copied(left_out), left_out),
             lambda: nullcontext(models.load(output.staged, check=False)),
             limit=exactness.limit_for(types),
         )
 
     def _write_gguf(self, output: Output, label: Mapping[str, Any]) -> Written:
         assert self.plan is not None  # of every output but adapters
-        leak, types, note, read_back = write_gguf_file(
-            self.source, self.files, self.plan, output, label, self.options.quantize,
-            self._max_leak, self.options.plain_rounding,
-        )  # fmt: skip
+        plan, options, folder = self.plan, self.options, self.source.path
+        edits = plan.edits_of_gguf
+        with progress_to(f"write {output.path.name}", "tensor") as moved:
+            report = write_gguf(
+                folder,
+                output.staged,
+                file_type=options.quantize,
+                edits=edits,
+                metadata=gguf_metadata(self.source, label),
+                quantize=None if options.plain_rounding else _quantizer(plan),
+                progress=moved,
+            )
+        read_back = _gguf_reader(output.staged, report.tensors)
+        leak = measure_leak(
+            self.files, edits, read_back, limit=self._max_leak, output=str(output.path)
+        )
+        types = sorted({report.types[report.tensors[name]] for name in edits})
+        note = notes.joined(
+            notes.vision(report.left_out),
+            notes.modelfile(lost_of_template(output.staged, folder)),
+        )
 
         @contextmanager
         def opened() -> Iterator[ChatModel]:
@@ -219,67 +261,6 @@ class FolderEdit:
             notes=(_NOT_ASKED, _READ_BACK),
             limit=exactness.limit_for(types),
         )
-
-
-def write_folder(
-    source: Source,
-    chat: ChatModel,
-    files: TensorFiles,
-    plan: Plan,
-    output: Output,
-    label: Mapping[str, Any],
-    max_leak: float,
-    *,
-    grid: str = "auto",
-    plain: bool = False,
-) -> tuple[LeakReport, list[str], list[str]]:
-    """Write the edited MLX folder to the output's staged name and measure its leak.
-
-    Args:
-        label: what config.json says of the edit, under the key ``abl_mlx``.
-        grid: of quantized matrices: ``own``, ``fresh`` or ``auto``.
-        plain: of quantized matrices: round every weight to its nearest level.
-
-    Returns:
-        (its leak; how the edited tensors are stored; files of the source that were not copied).
-    """
-    matrices = plan.matrices
-    total = sum(file.stat().st_size for file in files.files)
-    total += sum(files.info(name).nbytes for name in [*plan.edits, *matrices])
-    with progress(total, f"write {output.path.name}", "B") as bar:
-        left_out = rewrite_folder(
-            source.path,
-            files,
-            output.staged,
-            {name: _in_dtype(edit, files.info(name)) for name, edit in plan.edits.items()},
-            config=edited_config(
-                source.path, chat.config, label, mlx_edit.quantization_changes(matrices)
-            ),
-            rewrites=[
-                mlx_edit.rewrite(files, one, grid=grid, plain=plain) for one in matrices.values()
-            ],
-            skip=COMPANIONS,
-            progress=bar.update,
-        )
-    _keep_card(source.path, output.staged)
-    with TensorFiles(output.staged) as written:
-
-        def read_back(name: str) -> mx.array:
-            if name in matrices:
-                return matrices[name].values(written)
-            return written.read(name).astype(mx.float32)
-
-        leak = measure_leak(
-            files,
-            plan.edits,
-            read_back,
-            limit=max_leak,
-            output=str(output.path),
-            others=mlx_edit.comparisons(files, written, matrices),
-        )
-    types = {files.info(name).dtype for name in plan.edits}
-    types |= {one.type for one in matrices.values()}
-    return leak, sorted(types), list(left_out)
 
 
 def _in_dtype(edit: TensorEdit, info: TensorInfo) -> Callable[[mx.array], mx.array]:
@@ -313,49 +294,6 @@ def edited_config(
 def _keep_card(source: Path, out: Path) -> None:
     if (source / "README.md").is_file():
         (out / "README.source.md").write_bytes((source / "README.md").read_bytes())
-
-
-def write_gguf_file(
-    source: Source,
-    files: TensorFiles,
-    plan: Plan,
-    output: Output,
-    label: Mapping[str, Any],
-    file_type: str,
-    max_leak: float,
-    plain: bool = False,
-) -> tuple[LeakReport, list[str], str | None, Callable[[str], mx.array]]:
-    """Write the edited GGUF to the output's staged name and measure its leak.
-
-    Returns:
-        (its leak; how the edited tensors are stored; a note; what reads a tensor of the source
-        back from it, float32, in the source's layout).
-    """
-    with progress(1, f"write {output.path.name}", "tensor") as bar:
-
-        def moved(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = write_gguf(
-            source.path,
-            output.staged,
-            file_type=file_type,
-            edits=plan.edits_of_gguf,
-            metadata=gguf_metadata(source, label),
-            quantize=None if plain else _quantizer(plan),
-            progress=moved,
-        )
-
-    read_back = _gguf_reader(output.staged, report.tensors)
-    edits = plan.edits_of_gguf
-    leak = measure_leak(files, edits, read_back, limit=max_leak, output=str(output.path))
-    types = sorted({report.types[report.tensors[name]] for name in edits})
-    note = notes.joined(
-        notes.vision(report.left_out),
-        notes.modelfile(lost_of_template(output.staged, source.path)),
-    )
-    return leak, types, note, read_back
 
 
 def _quantizer(plan: Plan) -> Callable[[str, Any, Any], Any]:

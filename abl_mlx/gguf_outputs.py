@@ -17,7 +17,7 @@ from abl_mlx.edits import Leak, leak
 from abl_mlx.gguf_edit import TensorPlan, TensorReport, compare, replacement
 from abl_mlx.leak_report import LeakReport
 from abl_mlx.loaded import Loaded
-from abl_mlx.models import ChatModel, progress
+from abl_mlx.models import ChatModel, progress, progress_to
 from abl_mlx.options import Options
 from abl_mlx.outputs import (
     FOLDER,
@@ -277,12 +277,7 @@ def _rewrite(
     label: Mapping[str, Any],
     options: Options,
 ) -> list[Path]:
-    with progress(1, f"write {to.name}", "B") as bar:
-
-        def moved(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_to(f"write {to.name}", "B") as moved:
         return rewrite(
             gguf,
             to,

@@ -76,12 +76,6 @@ class MatrixEdit:
             return {self.name: (self.float_type, self.old.shape)}
         return self.new.tensors()
 
-    def values(self, files: TensorFiles) -> mx.array:
-        """Its float32 values in an output, in the weight's shape."""
-        if self.new is None:
-            return files.read(self.name).astype(mx.float32)
-        return mx.array(self.new.values(files))
-
 
 def promoted(one: MatrixEdit, writer_bits: str) -> MatrixEdit:
     """The same edit, written with so many bits; as it was where that is no more than it has.

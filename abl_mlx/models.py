@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -311,3 +312,15 @@ def progress(total: int, label: str, unit: str = "prompt") -> Any:
     return tqdm(
         total=total, desc=escape.line(label), unit=unit, file=sys.stderr, disable=None, leave=False
     )
+
+
+@contextmanager
+def progress_to(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar whose total is told with each step: yields what takes (done, total)."""
+    with progress(1, label, unit) as bar:
+
+        def moved(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield moved
