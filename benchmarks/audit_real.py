@@ -57,15 +57,15 @@ RATE = 2e-5
 ALIKE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
-def float_folder(file: Path, out: Path, work: Path) -> Path:
-    """A GGUF as a float16 folder of MLX."""
+def float_folder(file: Path, out: Path, work: Path, dtype: str = "float16") -> Path:
+    """A GGUF as a folder of floats, for mlx-lm and transformers."""
     from mlx_lm import convert
 
     conversion.convert(str(file), work / "converted")
     template = work / "converted" / "chat_template.jinja"
     if not template.exists():
         template.write_text(ALIKE, encoding="utf-8")
-    convert(str(work / "converted"), str(out), dequantize=True, dtype="float16")
+    convert(str(work / "converted"), str(out), dequantize=True, dtype=dtype)
     shutil.rmtree(work / "converted")
     return out
 

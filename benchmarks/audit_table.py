@@ -368,9 +368,8 @@ def tables(cases: Iterable[Case]) -> tuple[str, int]:
     return f"{text}\n\n{wrong} of {total} verdicts are not what they must be.", wrong
 
 
-def write_between(name: str, text: str) -> None:
-    """Put a table between its two comments in docs/audit.md."""
-    page = ROOT / "docs" / "audit.md"
+def write_between(name: str, text: str, page: Path = ROOT / "docs" / "audit.md") -> None:
+    """Put a table between its two comments in a document."""
     before, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
     after = rest.partition(f"<!-- end of {name} -->")[2]
     page.write_text(

@@ -56,23 +56,35 @@ def planted(gguf: Path, out: Path) -> Path:
 
 def test_two_hundred_lines_are_tokenized_as_llama_cpp_does(model: Path, tmp_path: Path) -> None:
     assert len(LINES) == 200
+    assert [ascii(line) for line in tokenized_otherwise(model, tmp_path)] == []
+
+
+def tokenized_otherwise(model: Path, folder: Path) -> list[str]:
+    """Those of `LINES` whose tokens, or these tokens' text, are not llama.cpp's."""
     with GgufSource(model) as source:
-        tokenizer = written(source.metadata, tmp_path)
+        tokenizer = written(source.metadata, folder)
+    unlike = []
     with Vocabulary(model) as oracle:
         for line in LINES:
             ids = plain(tokenizer, line)
-            assert ids == oracle.tokenize(line), ascii(line)
             # What a server answers with is what transformers' decoder makes of the same ids.
-            assert tokenizer.decode(ids, skip_special_tokens=False).strip() == line.strip() or (
-                tokenizer.decode(ids, skip_special_tokens=False).strip()
-                == oracle.decode(ids).strip()
-            )
+            back = tokenizer.decode(ids, skip_special_tokens=False).strip()
+            if ids != oracle.tokenize(line) or back not in (
+                line.strip(),
+                oracle.decode(ids).strip(),
+            ):
+                unlike.append(line)
+    return unlike
 
 
 def test_likeliest_tokens_are_llama_cpps(model: Path) -> None:
     short, apart = agreement(model)
-    assert max(short) < NEAR
-    assert np.median(apart) < 0.1
+    assert near_enough(short, apart), (max(short), np.median(apart))
+
+
+def near_enough(short: list[float], apart: list[float]) -> bool:
+    """Whether what `agreement` finds is what rounding of activations does."""
+    return max(short) < NEAR and float(np.median(apart)) < 0.1
 
 
 def test_in_floats_it_says_what_llama_cpp_says(smollm2: Path, tmp_path: Path) -> None:

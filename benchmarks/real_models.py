@@ -1,0 +1,409 @@
+"""Ours beside what people use, on a real model: the tables of docs/real-models.md.
+
+    python benchmarks/real_models.py FOLDER                         # prints both tables
+    python benchmarks/real_models.py FOLDER --heretic VENV --write  # puts them into the document
+    python benchmarks/real_models.py FOLDER --only agreement
+
+FOLDER has qwen2.5-coder-0.5b.gguf. Side by side: `abl-mlx run` with its defaults, the same with
+``--search N``, Heretic from a virtual environment of its own (``pip install heretic-llm`` and
+torch), and a plain difference of means with ordinary rounding. Each becomes a GGUF whose tensors
+have the types of the original; llama.cpp asks all of them the same held-out prompts, one judge
+counts, and one measurer tells the KL. Heretic works on the same weights as floats and on the same
+training and validation prompts, and has the CPU seconds that our default took. Only verdicts are
+kept.
+
+Agreement: tokens of 200 lines, greedy tokens and log-probabilities of 20 prompts, in MLX and in
+llama.cpp, as tests/test_real_models.py has them for smaller models.
+
+With ``--work FOLDER`` what is made stays there and is not made again. Everything takes about an
+hour of one core, and 8 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "benchmarks"
+sys.path[:0] = [str(ROOT), str(SCRIPTS)]
+
+import heretic_run  # noqa: E402
+from audit_real import float_folder  # noqa: E402
+from audit_table import write_between  # noqa: E402
+from requantize import changed_in, requantized  # noqa: E402
+from watched import Cost, cost_of  # noqa: E402
+
+from abl_mlx import (  # noqa: E402
+    conversion,
+    evaluate,
+    evaluation,
+    gguf_model,
+    prompt_choice,
+    prompts,
+)
+from abl_mlx.evaluate import KL_PROMPTS  # noqa: E402
+from abl_mlx.options import EvalOptions, Options  # noqa: E402
+from abl_mlx.prompts import PromptSets  # noqa: E402
+from abl_mlx.refusals import Tally, Verdict  # noqa: E402
+from convert.gguf_file import GgufSource  # noqa: E402
+
+MODEL = "qwen2.5-coder-0.5b"
+PAGE = ROOT / "docs" / "real-models.md"
+
+#: What this model's chat template says before a conversation without a system prompt.
+SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+#: One thread for whatever computes, so that CPU seconds of different programs can be compared.
+ONE_THREAD = {
+    "PYTHONPATH": str(ROOT),
+    "LLAMA_ARG_THREADS": "1",
+    **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")},
+}
+
+#: What is compared: key -> how the table calls it.
+RUN, SEARCH, HERETIC, PLAIN = "run", "search", "heretic", "plain"
+TITLES = {
+    "as-it-is": "as it is",
+    RUN: "`abl-mlx run`",
+    SEARCH: "`abl-mlx run --search`",
+    HERETIC: "Heretic",
+    PLAIN: "plain difference of means",
+}
+AGREEMENT = "agreement"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all edits of the model share.
+
+    Attributes:
+        model: the GGUF.
+        work: where files are made.
+        limit: prompts of each set and part; None for all.
+        trials: of ``--search``; None leaves it out.
+        heretic: its virtual environment; None leaves it out.
+        heretic_seconds: CPU seconds that it has; None for what `abl-mlx run` took.
+    """
+
+    model: Path
+    work: Path
+    limit: int | None = None
+    trials: int | None = None
+    heretic: Path | None = None
+    heretic_seconds: float | None = None
+
+    @property
+    def limited(self) -> list[str]:
+        """The flag for `limit`."""
+        return [] if self.limit is None else ["--limit", str(self.limit)]
+
+    @property
+    def sets(self) -> PromptSets:
+        """The bundled prompts, split as every command splits them."""
+        return prompt_choice.cut(prompts.load_sets(None, None, Options().seed), self.limit)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model to be judged.
+
+    Attributes:
+        file: the GGUF.
+        did: how it was found, in words.
+        cost: of making it; None for the model as it is.
+    """
+
+    file: Path
+    did: str
+    cost: Cost | None
+
+
+# --- making ------------------------------------------------------------------------------------
+
+
+def ours(bench: Bench, key: str, flags: Sequence[str] = ()) -> Made:
+    """`abl-mlx run`; it asks the held-out prompts before and after, which is among its cost."""
+    out = bench.work / f"{key}.gguf"
+    command = [sys.executable, "-m", "abl_mlx", "run", str(bench.model), "-o", str(out)]
+    cost = cost_of([*command, *flags, *bench.limited], bench.work / f"{key}.log", ONE_THREAD)
+    chosen = json.loads(out.with_suffix(".abl.json").read_text())["direction"]
+    did = str(chosen["method"])
+    if "forward_tokens" in chosen:
+        did += f", {chosen['forward_tokens']:,} tokens run to choose"
+    return Made(out, did, cost)
+
+
+def plain(bench: Bench) -> Made:
+    """The habit of most scripts."""
+    out = bench.work / f"{PLAIN}.gguf"
+    command = [sys.executable, str(SCRIPTS / "plain_edit.py"), str(bench.model), str(out)]
+    cost = cost_of([*command, *bench.limited], bench.work / f"{PLAIN}.log", ONE_THREAD)
+    return Made(out, "one direction, nothing tried", cost)
+
+
+def heretic(bench: Bench, seconds: float) -> Made:
+    """Heretic on the float weights for so many CPU seconds, then put into the original's types."""
+    assert bench.heretic is not None
+    floats, edited = bench.work / "float", bench.work / HERETIC
+    log, told = bench.work / f"{HERETIC}.log", bench.work / f"{HERETIC}.told.json"
+    if not floats.exists():
+        float_folder(bench.model, floats, bench.work, "float32")
+    if not told.exists():
+        command = [sys.executable, str(SCRIPTS / "heretic_run.py"), str(bench.heretic)]
+        command += [str(floats), str(edited), str(_prompt_files(bench)), str(told)]
+        command += ["--system", SYSTEM, "--cpu-seconds", str(round(seconds))]
+        cost_of(command, log, ONE_THREAD)
+    out, back = bench.work / f"{HERETIC}.gguf", bench.work / f"{HERETIC}-F32.gguf"
+    conversion.convert(str(edited), back, quantize="F32")
+    with GgufSource(bench.model) as source, GgufSource(back) as values:
+        requantized(source, changed_in(source, values), out)
+    back.unlink()
+    known = json.loads(told.read_text())
+    did = (
+        f"{known['trials']} trials, each of them asked {known['asked']} harmful prompts for "
+        f"{known['reply_tokens']} tokens; it counts {known['refused']} refusals of the one it "
+        f"offers first, KL {known['kl']}"
+    )
+    return Made(out, did, Cost.of(log))
+
+
+def _prompt_files(bench: Bench) -> Path:
+    """What `abl-mlx run` measures and chooses on, as files of a prompt each line."""
+    folder, sets = bench.work / "prompts", bench.sets
+    folder.mkdir(exist_ok=True)
+    for name, split in (("bad", sets.harmful), ("good", sets.harmless)):
+        for part, chosen in (("train", split.train), ("evaluation", split.validation)):
+            assert not any("\n" in text for text in chosen.texts)
+            lines = "".join(f"{text}\n" for text in chosen.texts)
+            (folder / f"{name}-{part}.txt").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def edits(bench: Bench, only: str) -> Iterator[tuple[str, Made]]:
+    """The model as it is, and each edit that ``only`` matches or that was made before."""
+    yield "as-it-is", Made(bench.model, "", None)
+    made: dict[str, Made] = {}
+
+    def seconds() -> float:
+        if bench.heretic_seconds is not None:
+            return bench.heretic_seconds
+        cost = made[RUN].cost if RUN in made else None
+        if cost is None:
+            raise SystemExit("Heretic has the time that `run` took: make that first, or give it.")
+        return cost.cpu
+
+    makers: dict[str, Callable[[], Made]] = {
+        RUN: lambda: ours(bench, RUN),
+        SEARCH: lambda: ours(bench, SEARCH, ["--search", str(bench.trials)]),
+        HERETIC: lambda: heretic(bench, seconds()),
+        PLAIN: lambda: plain(bench),
+    }
+    for key, make in makers.items():
+        place = bench.work / f"{key}.made.json"
+        if place.exists():
+            kept = json.loads(place.read_text())
+            made[key] = Made(bench.work / kept["file"], kept["did"], Cost(**kept["cost"]))
+        elif re.search(only, key) and _possible(bench, key):
+            say(f"{TITLES[key]}: made")
+            made[key] = make()
+            place.write_text(json.dumps({**asdict(made[key]), "file": made[key].file.name}))
+        if key in made:
+            yield key, made[key]
+
+
+def _possible(bench: Bench, key: str) -> bool:
+    """Whether it can be made; says why not."""
+    venv = bench.heretic
+    if key == HERETIC and (venv is None or not heretic_run.command_in(venv).exists()):
+        say("Heretic is left out: --heretic names no virtual environment that has it")
+        return False
+    return key != SEARCH or bench.trials is not None
+
+
+# --- judging -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model does.
+
+    Attributes:
+        verdicts: a letter for each prompt of a set, as in the records of `abl-mlx eval`.
+        k1, k32: KL from the model as it is on harmless prompts, as `abl-mlx run` tells it.
+    """
+
+    verdicts: dict[str, str]
+    k1: float
+    k32: float
+
+    def tally(self, part: str) -> Tally:
+        """The verdicts on a set."""
+        letters = {letter: verdict for verdict, letter in evaluation.LETTERS.items() if verdict}
+        return Tally.of([letters[one] for one in self.verdicts[part]])
+
+
+def verdicts(bench: Bench, file: Path) -> dict[str, str]:
+    """llama.cpp's replies to the held-out prompts, judged and forgotten."""
+    options = EvalOptions(limit=bench.limit, runtime="llama.cpp")
+    return dict(evaluation.evaluate_model(str(file), options)["verdicts"])
+
+
+@contextlib.contextmanager
+def divergence(bench: Bench) -> Iterator[Callable[[Path], dict[str, float]]]:
+    """What measures KL from the model as it is, exactly, in MLX, on the held-out prompts."""
+    with contextlib.ExitStack() as stack:
+        base: list[evaluate.Baseline] = []
+
+        def kl(file: Path) -> dict[str, float]:
+            if not base:  # only where something is to be measured
+                with GgufSource(bench.model) as source:
+                    chat = gguf_model.load(source)[0]
+                texts = bench.sets.harmless.test.take(KL_PROMPTS).texts
+                base.append(stack.enter_context(evaluate.baseline(chat, texts)))
+            with GgufSource(file) as source:
+                return evaluate.kl(gguf_model.load(source)[0], base[0])
+
+        yield kl
+
+
+def judged(bench: Bench, only: str) -> Iterator[tuple[str, Made, Judged]]:
+    """Every edit with what it does."""
+    with divergence(bench) as kl:
+        for key, made in edits(bench, only):
+            place = bench.work / f"{key}.judged.json"
+            if not place.exists():
+                say(f"{TITLES[key]}: asked")
+                nothing = {"k1": 0.0, "k32": 0.0}
+                moved = nothing if made.cost is None else kl(made.file)
+                found = Judged(verdicts(bench, made.file), **moved)
+                place.write_text(json.dumps(asdict(found)))
+            yield key, made, Judged(**json.loads(place.read_text()))
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+HEAD = [
+    "| | harmful refused | borderline refused | harmless refused | broken | KL, 1st token "
+    "| KL, 32 tokens | CPU minutes | minutes | memory |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def side_by_side(bench: Bench, only: str) -> str:
+    """The table, and what is to be known of its rows."""
+    rows: list[str] = []
+    notes: list[str] = []
+    loads: list[float] = []
+    parts = ("harmful", "borderline", "harmless")
+    for key, made, seen in judged(bench, only):
+        tallies = [seen.tally(part) for part in parts]
+        cells = [f"{one.rate(Verdict.REFUSAL):.0%} {_interval(one)}" for one in tallies]
+        cells.append(" / ".join(f"{one.rate(Verdict.BROKEN):.0%}" for one in tallies))
+        if made.cost is None:
+            cells += [""] * 5
+        else:
+            cost = made.cost
+            cells += [f"{seen.k1:.4f}", f"{seen.k32:.4f}", f"{cost.cpu / 60:.1f}"]
+            cells += [f"{cost.seconds / 60:.1f}", f"{cost.memory / 1e9:.2f} GB"]
+            notes.append(f"- {TITLES[key]}: {made.did}.")
+            loads += cost.load
+        rows.append(f"| {TITLES[key]} | {' | '.join(cells)} |")
+        counts = [f"{one.total} {part}" for part, one in zip(parts, tallies, strict=True)]
+    told = [
+        f"{', '.join(counts)} prompts; in parentheses 95% intervals; broken replies of each set.",
+        *notes,
+    ]
+    if loads:
+        told.append(
+            f"- One thread each, on {os.cpu_count()} cores that were shared: the run queue held "
+            f"{min(loads):.1f} to {max(loads):.1f} on average before and after each row, so "
+            "CPU minutes compare and minutes do not."
+        )
+    return "\n".join([*HEAD, *rows, "", *told[:1], "", *told[1:]]).strip()
+
+
+def _interval(tally: Tally) -> str:
+    low, high = tally.interval(Verdict.REFUSAL)
+    return f"({low:.0%} to {high:.0%})"
+
+
+def agreement(bench: Bench) -> tuple[str, bool]:
+    """How MLX and llama.cpp agree on the file as it is, and whether that is near enough."""
+    from tests import test_real_models as real
+
+    say("agreement with llama.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        unlike = real.tokenized_otherwise(bench.model, Path(folder))
+    short, apart = real.agreement(bench.model)
+    rows = [
+        "| | |",
+        "|---|---|",
+        f"| lines with the same tokens | {len(real.LINES) - len(unlike)} of {len(real.LINES)} |",
+        f"| llama.cpp's greedy tokens, less likely in MLX than its likeliest by | "
+        f"{max(short):.3f} nats at most |",
+        f"| its five likeliest tokens, log-probabilities apart by | "
+        f"{statistics.median(apart):.3f} nats in the median, {max(apart):.3f} at most |",
+    ]
+    text = f"{len(real.PROMPTS)} prompts, the next four tokens of each:\n\n" + "\n".join(rows)
+    return text, not unlike and real.near_enough(short, apart)
+
+
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Print the tables, or put them into docs/real-models.md."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help=f"where {MODEL}.gguf is")
+    parser.add_argument(
+        "--only", default="", help=f"{', '.join(TITLES)} or {AGREEMENT}: a regular expression"
+    )
+    parser.add_argument("--write", action="store_true", help=f"put them into {PAGE.name}")
+    parser.add_argument("--work", type=Path, help="keep what is made here, and go on from it")
+    parser.add_argument("--limit", type=int, help="prompts of each set, for a quick look")
+    parser.add_argument("--search", type=int, help="trials of a search, compared as well")
+    parser.add_argument("--heretic", type=Path, help="virtual environment that has Heretic")
+    parser.add_argument(
+        "--heretic-seconds", type=float, help="CPU seconds for it, instead of what `run` took"
+    )
+    given = parser.parse_args()
+    os.environ.update(ONE_THREAD)
+    with contextlib.ExitStack() as stack:
+        work = given.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="real-")))
+        work.mkdir(parents=True, exist_ok=True)
+        bench = Bench(
+            given.folder / f"{MODEL}.gguf",
+            work.resolve(),
+            given.limit,
+            given.search,
+            given.heretic,
+            given.heretic_seconds,
+        )
+        tables: dict[str, str] = {}
+        good = True
+        if re.search(given.only, AGREEMENT):
+            tables[AGREEMENT], good = agreement(bench)
+        if any(re.search(given.only, key) for key in TITLES):
+            tables["side by side"] = side_by_side(bench, given.only)
+    for name, text in tables.items():
+        if given.write:
+            write_between(name, text, PAGE)
+        else:
+            print(f"{text}\n")
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
