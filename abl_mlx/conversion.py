@@ -7,8 +7,8 @@ from typing import Any
 
 from abl_mlx import __version__, outputs
 from abl_mlx.clock import Clock
-from abl_mlx.converted import NewTypes
 from abl_mlx.model_file import find_model
+from abl_mlx.other_format import NewTypes
 from convert.errors import UserError
 
 Record = dict[str, Any]

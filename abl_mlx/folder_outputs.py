@@ -20,7 +20,7 @@ from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.gguf_edit import quantize, rounded_to_float
 from abl_mlx.leak_report import LeakReport
-from abl_mlx.loaded import Loaded
+from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.models import ChatModel, progress, progress_to
 from abl_mlx.options import Options
 from abl_mlx.outputs import (
@@ -94,7 +94,7 @@ class FolderEdit:
 
     source: Source
     files: TensorFiles
-    loaded: Loaded
+    loaded: LoadedModel
     edit: Edit
     direction: DirectionFile
     options: Options

@@ -16,7 +16,7 @@ from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Leak, leak
 from abl_mlx.gguf_edit import TensorPlan, TensorReport, compare, replacement
 from abl_mlx.leak_report import LeakReport
-from abl_mlx.loaded import Loaded
+from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.models import ChatModel, progress, progress_to
 from abl_mlx.options import Options
 from abl_mlx.outputs import (
@@ -130,7 +130,7 @@ class GgufEdit:
     named: Sequence[GgufWriter]
     direction: DirectionFile
     options: Options
-    loaded: Loaded | None
+    loaded: LoadedModel | None
 
     needs_model = False
 

@@ -21,7 +21,7 @@ from abl_mlx import __version__, evaluate, folder_outputs, gguf_outputs, models,
 from abl_mlx.arrays import numbers, numpy_of, parameters
 from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
-from abl_mlx.loaded import Loaded
+from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.outputs import ADAPTERS, COMPANIONS, FOLDER, GGUF, VECTOR, Output, Written, format_of
@@ -149,7 +149,7 @@ def check_gguf(path: Path, gguf: GgufSource) -> None:
     _check_taken(path, gguf.architecture)
 
 
-def check_place(path: Path, loaded: Loaded) -> None:
+def check_place(path: Path, loaded: LoadedModel) -> None:
     """Refuse, before any long work, an output that has no place for a constant.
 
     Raises:
@@ -190,7 +190,7 @@ class ConstantEdit:
     """
 
     source: Source
-    loaded: Loaded
+    loaded: LoadedModel
     found: Induction
     direction: DirectionFile
     options: Options

@@ -15,16 +15,16 @@ import numpy as np
 
 from abl_mlx import sources
 from abl_mlx.clock import Clock
-from abl_mlx.converted import NewTypes
 from abl_mlx.directions import DirectionFile
+from abl_mlx.edit_label import Label
 from abl_mlx.edits import Edit
 from abl_mlx.evaluate import Chat
-from abl_mlx.label import Label
-from abl_mlx.loaded import Loaded
+from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.model_folder import FolderFile
 from abl_mlx.model_gguf import GgufFile
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
+from abl_mlx.other_format import NewTypes
 from abl_mlx.outputs import Output, Written
 from abl_mlx.prompt_tokens import Count
 from abl_mlx.sources import Source
@@ -170,7 +170,7 @@ class ModelFile(Protocol):
             UserError: naming the output, the tensor or the flag.
         """
 
-    def outline(self, options: Options, clock: Clock) -> Loaded | None:
+    def outline(self, options: Options, clock: Clock) -> LoadedModel | None:
         """What `plan` has to have of a model that is not run; None where the files say it all."""
 
     def plan(
@@ -178,7 +178,7 @@ class ModelFile(Protocol):
         edit: Edit,
         direction: DirectionFile,
         paths: Sequence[Path],
-        loaded: Loaded | None,
+        loaded: LoadedModel | None,
         options: Options,
     ) -> PlannedEdit:
         """Work out what the removal of a direction changes.
@@ -194,7 +194,7 @@ class ModelFile(Protocol):
             UserError: an edit that touches nothing, or that cannot be written.
         """
 
-    def check_constant(self, paths: Sequence[Path], loaded: Loaded) -> None:
+    def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
         """Refuse, before any long work, outputs that have no place for a constant.
 
         Raises:
@@ -202,7 +202,7 @@ class ModelFile(Protocol):
         """
 
     def plan_constant(
-        self, found: Induction, direction: DirectionFile, loaded: Loaded, options: Options
+        self, found: Induction, direction: DirectionFile, loaded: LoadedModel, options: Options
     ) -> PlannedEdit:
         """Work out where a constant goes.
 

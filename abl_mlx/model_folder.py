@@ -15,33 +15,33 @@ import numpy as np
 
 from abl_mlx import (
     context_length,
-    converted,
     folder_outputs,
     head_copy,
     induce_outputs,
     memory,
     models,
     mtp,
+    other_format,
     outputs,
     prompt_tokens,
     records,
-    restored_folder,
     stream_weights,
+    undo_folder,
 )
 from abl_mlx.apply import plan
 from abl_mlx.arrays import parameters
 from abl_mlx.clock import Clock
-from abl_mlx.converted import NewTypes
 from abl_mlx.directions import DirectionFile
+from abl_mlx.edit_label import Label
 from abl_mlx.edits import Edit
 from abl_mlx.folder_outputs import ROWS_WARNING, FolderEdit
 from abl_mlx.induce_outputs import FolderConstant
 from abl_mlx.inspection import edit_share, grouped
-from abl_mlx.label import Label
-from abl_mlx.loaded import Loaded
+from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.mentions import read_card
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
+from abl_mlx.other_format import NewTypes
 from abl_mlx.report import say
 from abl_mlx.sources import Source
 from abl_mlx.steering import Induction
@@ -197,7 +197,7 @@ class FolderFile(ExitStack):
     def check(self, paths: Sequence[Path], options: Options) -> None:
         folder_outputs.check(self.source, self.files, paths, options)
 
-    def outline(self, options: Options, clock: Clock) -> Loaded | None:
+    def outline(self, options: Options, clock: Clock) -> LoadedModel | None:
         with clock.step("load the model"):
             if options.lazy or not memory.fits(self.size):
                 chat = self.lazily
@@ -205,14 +205,14 @@ class FolderFile(ExitStack):
                 memory.check(self.source.title, self.size, asked=options.memory_check)
                 chat = models.load(self.source.path, encodes=False)
         with clock.step("find the residual writers"):
-            return Loaded(chat, find_writers(chat))
+            return LoadedModel(chat, find_writers(chat))
 
     def plan(
         self,
         edit: Edit,
         direction: DirectionFile,
         paths: Sequence[Path],
-        loaded: Loaded | None,
+        loaded: LoadedModel | None,
         options: Options,
     ) -> FolderEdit:
         assert loaded is not None  # `outline` gives it
@@ -226,29 +226,29 @@ class FolderFile(ExitStack):
             )  # fmt: skip
         return FolderEdit(self.source, self.files, loaded, edit, direction, options, tensors)
 
-    def check_constant(self, paths: Sequence[Path], loaded: Loaded) -> None:
+    def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
         for path in paths:
             induce_outputs.check_place(path, loaded)
 
     def plan_constant(
-        self, found: Induction, direction: DirectionFile, loaded: Loaded, options: Options
+        self, found: Induction, direction: DirectionFile, loaded: LoadedModel, options: Options
     ) -> FolderConstant:
         return FolderConstant(self.source, loaded, found, direction, options)
 
     # --- what comes of it ----------------------------------------------------------------------
 
     def convert(self, out: Path, types: NewTypes) -> Record:
-        return converted.to_gguf(self.source, self.label(), out, types)
+        return other_format.to_gguf(self.source, self.label(), out, types)
 
     def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
-        plan = restored_folder.plan(self.source, self.lazily, self.files, edit, mtp=label.mtp)
+        plan = undo_folder.plan(self.source, self.lazily, self.files, edit, mtp=label.mtp)
         return {name: taken(one, of.values(name)) for name, one in plan.edits.items()}
 
     def restore(self, path: Path, found: Mapping[str, Taken]) -> float:
-        return restored_folder.write(self.source, self.files, path, found)
+        return undo_folder.write(self.source, self.files, path, found)
 
     def restore_by_adapter(self, path: Path, found: Mapping[str, Taken], label: Label) -> None:
-        restored_folder.write_adapter(self.source, self.lazily, self.files, path, found, label)
+        undo_folder.write_adapter(self.source, self.lazily, self.files, path, found, label)
 
 
 def _template(chat: ChatModel) -> Record:

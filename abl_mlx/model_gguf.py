@@ -16,29 +16,29 @@ import numpy as np
 from abl_mlx import (
     adapter_outputs,
     context_length,
-    converted,
     gguf_model,
     gguf_outputs,
     induce_outputs,
+    other_format,
     outputs,
     prompt_tokens,
     records,
-    restored_gguf,
     stream_weights,
+    undo_gguf,
 )
 from abl_mlx.clock import Clock
-from abl_mlx.converted import NewTypes
 from abl_mlx.directions import DirectionFile
+from abl_mlx.edit_label import Label
 from abl_mlx.edits import Edit, stream_axis
 from abl_mlx.gguf_edit import plan
 from abl_mlx.gguf_outputs import GgufEdit
 from abl_mlx.induce_outputs import GgufConstant
 from abl_mlx.inspection import edit_share, grouped
-from abl_mlx.label import Label
-from abl_mlx.loaded import Loaded
+from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.mentions import READ, read_card
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
+from abl_mlx.other_format import NewTypes
 from abl_mlx.same_model import check_same
 from abl_mlx.sources import Source
 from abl_mlx.steering import Induction
@@ -216,7 +216,7 @@ class GgufFile(ExitStack):
             adapter_outputs.check_gguf(self.gguf, named)
         return named
 
-    def outline(self, options: Options, clock: Clock) -> Loaded | None:
+    def outline(self, options: Options, clock: Clock) -> LoadedModel | None:
         return None  # the file itself says all there is to know
 
     def plan(
@@ -224,7 +224,7 @@ class GgufFile(ExitStack):
         edit: Edit,
         direction: DirectionFile,
         paths: Sequence[Path],
-        loaded: Loaded | None,
+        loaded: LoadedModel | None,
         options: Options,
     ) -> GgufEdit:
         named = self._edited(paths, options)
@@ -232,20 +232,20 @@ class GgufFile(ExitStack):
         own = self.named_writers(options.tensors)
         return GgufEdit(self.source, self.gguf, plans, own, direction, options, loaded)
 
-    def check_constant(self, paths: Sequence[Path], loaded: Loaded) -> None:
+    def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
         for path in paths:
             induce_outputs.check_gguf(path, self.gguf)
             induce_outputs.check_place(path, loaded)
 
     def plan_constant(
-        self, found: Induction, direction: DirectionFile, loaded: Loaded, options: Options
+        self, found: Induction, direction: DirectionFile, loaded: LoadedModel, options: Options
     ) -> GgufConstant:
         return GgufConstant(self.source, loaded, found, direction, options, self.gguf)
 
     # --- what comes of it ----------------------------------------------------------------------
 
     def convert(self, out: Path, types: NewTypes) -> Record:
-        return converted.to_folder(self.gguf, out, types)
+        return other_format.to_folder(self.gguf, out, types)
 
     def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
         # What --tensors named is to be found again; its regular expression is in the label.
@@ -258,10 +258,10 @@ class GgufFile(ExitStack):
         return {name: taken(one, of.values(name)) for name, one in plans.items()}
 
     def restore(self, path: Path, found: Mapping[str, Taken]) -> float:
-        return restored_gguf.write(self.gguf, path, found)
+        return undo_gguf.write(self.gguf, path, found)
 
     def restore_by_adapter(self, path: Path, found: Mapping[str, Taken], label: Label) -> None:
-        restored_gguf.write_adapter(self.gguf, path, found)
+        undo_gguf.write_adapter(self.gguf, path, found)
 
 
 def _text(value: Any) -> str | None:

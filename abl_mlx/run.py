@@ -30,7 +30,7 @@ from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit, orthonormal
 from abl_mlx.evaluate import Behaviour
-from abl_mlx.loaded import Loaded
+from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.measurement import (
     ask,
     borderline_part,
@@ -192,7 +192,7 @@ def _check_places(paths: Sequence[Path], options: Options) -> None:
     outputs.check_reports(paths, options.report)
 
 
-def _six_steps(job: Job, look: Callable[[Job, Loaded], Found]) -> Record:
+def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> Record:
     """The run itself. One model is in memory at a time.
 
     Args:
@@ -218,7 +218,7 @@ def _six_steps(job: Job, look: Callable[[Job, Loaded], Found]) -> Record:
 # --- 1. load -----------------------------------------------------------------------------------
 
 
-def _load(job: Job) -> Loaded:
+def _load(job: Job) -> LoadedModel:
     """The model that is measured, with its residual writers."""
     with job.clock.step("load the model"):
         chat = job.model.load()
@@ -227,13 +227,13 @@ def _load(job: Job) -> Loaded:
             job.base.check_same(chat, job.options.tensors)
     with job.clock.step("find the residual writers"):
         capture.check_stream(chat)
-        return Loaded(chat, job.model.find_writers(chat, job.options.tensors))
+        return LoadedModel(chat, job.model.find_writers(chat, job.options.tensors))
 
 
 # --- 2. look -----------------------------------------------------------------------------------
 
 
-def _look(job: Job, loaded: Loaded) -> Found:
+def _look(job: Job, loaded: LoadedModel) -> Found:
     """The direction, and its removal from the files."""
     chat, options = loaded.chat, job.options
     # An edit that would touch nothing is better told now than after the measurement.
@@ -253,7 +253,7 @@ def _look(job: Job, loaded: Loaded) -> Found:
     return Found(direction, job.target.plan(edit, direction, job.paths, loaded, options), edit)
 
 
-def _look_for_constant(job: Job, loaded: Loaded) -> Found:
+def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
     """The constant that makes the model refuse, and its place in the files."""
     chat, options = loaded.chat, job.options
     with job.clock.step("find how replies open"):
@@ -269,7 +269,7 @@ def _look_for_constant(job: Job, loaded: Loaded) -> Found:
 # --- 3. ask the model as it is -----------------------------------------------------------------
 
 
-def _ask_before(job: Job, loaded: Loaded, found: Found, stack: ExitStack) -> Before:
+def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -> Before:
     """What the model does before anything is changed.
 
     Args:

@@ -20,11 +20,11 @@ import mlx.core as mx
 from abl_mlx import __version__, directions, outputs
 from abl_mlx.arrays import number
 from abl_mlx.clock import Clock
+from abl_mlx.edit_label import Label, read_label
 from abl_mlx.edits import Edit
-from abl_mlx.label import Label, read_label
 from abl_mlx.model_file import ModelFile, find_model
-from abl_mlx.restored import quantized
 from abl_mlx.taken import Taken, kept_path, read_kept
+from abl_mlx.undo_weights import quantized
 from convert.errors import UserError
 from convert.mlx_folder import FLOAT_DTYPES
 

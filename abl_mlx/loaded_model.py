@@ -9,7 +9,7 @@ from abl_mlx.models import ChatModel
 from abl_mlx.writers import Writer
 
 
-class Loaded:
+class LoadedModel:
     """A model in MLX and its residual writers, until `let_go`.
 
     Whoever keeps ``chat`` or ``writers`` elsewhere keeps the model in memory.

@@ -11,8 +11,8 @@ import numpy as np
 
 from abl_mlx import adapter_outputs
 from abl_mlx.provenance import TAGS
-from abl_mlx.restored import ADAPTER_NAME, low_rank, missing_share, refuse_biases
 from abl_mlx.taken import Taken
+from abl_mlx.undo_weights import ADAPTER_NAME, low_rank, missing_share, refuse_biases
 from convert import adapters, ggml_types
 from convert.adapters import Adapter
 from convert.atomic import new_file

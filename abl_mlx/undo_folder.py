@@ -12,10 +12,12 @@ import mlx.core as mx
 from abl_mlx import outputs
 from abl_mlx.apply import Plan
 from abl_mlx.apply import plan as plan_folder
+from abl_mlx.edit_label import Label
 from abl_mlx.edits import Edit
-from abl_mlx.label import Label
 from abl_mlx.models import ChatModel
-from abl_mlx.restored import (
+from abl_mlx.sources import Source
+from abl_mlx.taken import Taken
+from abl_mlx.undo_weights import (
     ADAPTER_NAME,
     low_rank,
     missing_share,
@@ -23,8 +25,6 @@ from abl_mlx.restored import (
     refuse_biases,
     stacked,
 )
-from abl_mlx.sources import Source
-from abl_mlx.taken import Taken
 from abl_mlx.writers import find_writers
 from convert import adapters
 from convert.adapters import Adapter
