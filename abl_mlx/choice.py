@@ -9,7 +9,7 @@ from abl_mlx import race
 from abl_mlx.directions import Candidates
 from abl_mlx.edits import Edit
 from abl_mlx.race import Runner
-from abl_mlx.selection import LEFT, TOO_DEEP, Score, shortlist
+from abl_mlx.selection import TOO_DEEP, Score, shortlist
 from abl_mlx.steering import Intervention, adding
 from abl_mlx.trial import Effect, Trial
 from convert.errors import UserError
@@ -38,18 +38,27 @@ class Choice:
     scores: list[Score]
 
 
-def rank(effect: Effect, max_kl: float, whole: bool = True) -> tuple[bool, bool, float]:
+def rank(
+    effect: Effect, max_kl: float, most_left: float, whole: bool = True
+) -> tuple[bool, bool, float]:
     """What sorts edits: within the limit of KL, then leaving no refusals, then by refusal score.
 
     On a few prompts a KL is known roughly, and only twice the limit is too much.
+
+    Args:
+        max_kl: limit of the mean KL on harmless prompts, nats.
+        most_left: the largest share of refusing openings that counts as none (`Trial.left`).
+        whole: whether the effect is that on all prompts.
     """
     limit = max_kl if whole else 2 * max_kl
-    return not effect.kl <= limit, effect.refused > LEFT, effect.refusal
+    return not effect.kl <= limit, effect.refused > most_left, effect.refusal
 
 
-def gentle(effect: Effect, max_kl: float, whole: bool = True) -> tuple[bool, bool, float]:
-    """The same by KL among those that leave no refusals, as `variants.best` takes them."""
-    over, left, score = rank(effect, max_kl, whole)
+def gentle(
+    effect: Effect, max_kl: float, most_left: float, whole: bool = True
+) -> tuple[bool, bool, float]:
+    """As `rank`, but by KL among those that leave no refusals, as `variants.best` takes them."""
+    over, left, score = rank(effect, max_kl, most_left, whole)
     return over, left, score if left else effect.kl
 
 
@@ -92,7 +101,7 @@ def choose(
         return induced[at] > 0
 
     def hopeful(effect: Effect) -> bool:
-        return possible(effect) and effect.refused <= LEFT
+        return possible(effect) and effect.refused <= trial.left
 
     def good(runner: Runner[Score]) -> bool:
         return hopeful(runner.effect) and induces(runner.of)
@@ -100,12 +109,19 @@ def choose(
     def possible(effect: Effect) -> bool:
         return effect.kl <= max_kl
 
+    def works(score: Score) -> bool:
+        return not score.dropped and score.refused is not None and score.refused <= trial.left
+
+    def preference(score: Score) -> tuple[bool, float]:
+        assert score.refusal is not None
+        return not works(score), score.refusal
+
     def attempt(chosen: Sequence[Score]) -> list[Score]:
         runners = [Runner(score, edit_for(score)) for score in chosen]
         finished = race.run(
             trial,
             runners,
-            lambda effect: rank(effect, max_kl, whole=trial.is_whole(effect)),
+            lambda effect: rank(effect, max_kl, trial.left, trial.is_whole(effect)),
             possible,
             hopeful,
             good,
@@ -116,10 +132,10 @@ def choose(
         return [tried[one.of.layer, one.of.position] for one in finished]
 
     finished = attempt(shortlist(scores, MOST))
-    if deepest and not any(map(_works, finished)):
+    if deepest and not any(map(works, finished)):
         deep = [replace(score, dropped="") for score in scores if score.dropped == TOO_DEEP]
         finished += attempt(shortlist(deep, MOST))
-    left = sorted((one for one in finished if not one.dropped), key=_preference)
+    left = sorted((one for one in finished if not one.dropped), key=preference)
     if not left:
         lowest = min((score.kl for score in tried.values() if score.kl is not None), default=0.0)
         raise UserError(
@@ -127,7 +143,7 @@ def choose(
             f"(the gentlest by {lowest:.3f}): raise --max-kl, or choose with --layer and "
             "--position."
         )
-    ending = [one for one in left if _works(one)]
+    ending = [one for one in left if works(one)]
     # What ends refusals comes first, whatever it induces; of these, what induces them too.
     best = next(filter(induces, ending), left[0])
     for at, value in induced.items():
@@ -150,15 +166,6 @@ def _tried(runner: Runner[Score], max_kl: float, whole: bool) -> Score:
         prompts=effect.prompts,
         dropped=dropped,
     )
-
-
-def _preference(score: Score) -> tuple[bool, float]:
-    assert score.refusal is not None
-    return not _works(score), score.refusal
-
-
-def _works(score: Score) -> bool:
-    return not score.dropped and score.refused is not None and score.refused <= LEFT
 
 
 def addition(candidates: Candidates, score: Score) -> Intervention:

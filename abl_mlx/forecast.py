@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from abl_mlx import choice, race
+from abl_mlx import choice, prompt_choice, race
 from abl_mlx.logits import first_reply_token
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
@@ -84,7 +84,8 @@ def forecast(chat: ChatModel, sets: PromptSets, options: Options, times: int) ->
     both = sets.harmful, sets.harmless
     train = sum(len(one.train) for one in both)
     validation = sum(len(one.validation) for one in both)
-    test = sum(len(one.test) for one in both)
+    borderline = prompt_choice.borderline_asked(sets, options)
+    test = sum(len(one.test) for one in both) + len(borderline or ())
     given = options.direction is not None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Forecast(

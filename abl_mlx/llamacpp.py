@@ -145,8 +145,9 @@ class LlamaCpp:
                     "messages": messages,
                     "max_tokens": max_tokens,
                     "temperature": 0,
-                    # A reply should not depend on which slot answered what before.
-                    "cache_prompt": False,
+                    # Alone, a reply should not depend on what was answered before. Side by side
+                    # the last bits vary anyway, and what prompts share is run once a slot.
+                    "cache_prompt": self.n_parallel > 1,
                     "chat_template_kwargs": {"enable_thinking": enable_thinking},
                 },
             )

@@ -10,7 +10,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import capture, choice, directions, first_look, methods, prompts, race, selection
+from abl_mlx import (
+    capture,
+    choice,
+    directions,
+    first_look,
+    methods,
+    prompt_choice,
+    prompts,
+    race,
+    selection,
+)
 from abl_mlx.arrays import number, numpy_of
 from abl_mlx.clock import Clock
 from abl_mlx.directions import Candidates, DirectionFile
@@ -226,7 +236,9 @@ class _Finding:
         def rank(effect: Effect) -> tuple[bool, bool, bool, float]:
             whole = trial.is_whole(effect)
             few = 1 if whole else 4
-            return lost(effect) > few * selection.LEFT, *choice.gentle(effect, limit, whole=whole)
+            return lost(effect) > few * selection.LEFT, *choice.gentle(
+                effect, limit, trial.left, whole
+            )
 
         def dropped(effect: Effect, so_far: bool = False) -> str:
             if not effect.kl <= limit:
@@ -239,7 +251,7 @@ class _Finding:
             effect = runner.effect
             return Tried(
                 runner.of, effect.refusal, effect.refused, effect.kl, effect.kept_share,
-                dropped(effect),
+                dropped(effect), trial.left,
             )  # fmt: skip
 
         runners = [Runner(variant, self._edit(variant)) for variant in variants]
@@ -248,7 +260,7 @@ class _Finding:
             runners,
             rank,
             lambda effect: not dropped(effect),
-            lambda effect: not dropped(effect, so_far=True) and effect.refused <= selection.LEFT,
+            lambda effect: not dropped(effect, so_far=True) and effect.refused <= trial.left,
             lambda runner: tried(runner).works,
             label,
         )
@@ -324,7 +336,7 @@ class _Finding:
         assert score.refusal is not None
         assert score.refused is not None
         assert score.kl is not None
-        first = Tried(variant, score.refusal, score.refused, score.kl)
+        first = Tried(variant, score.refusal, score.refused, score.kl, most_left=trial.left)
         return variant if first.works else self._several(first)
 
     def _several(self, first: Tried) -> Variant:
@@ -562,13 +574,16 @@ def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
 
 
 def ask(answer: Chat, sets: PromptSets, options: Options) -> Behaviour:
-    """What a runtime does on the held-out prompts."""
+    """What a runtime does on the held-out prompts.
+
+    The bundled borderline prompts are asked beside the other bundled ones.
+    """
     return behaviour(
         answer,
         sets.harmful.test,
         sets.harmless.test,
         max_tokens=options.max_tokens,
-        borderline=borderline_part(sets, options, "test"),
+        borderline=prompt_choice.borderline_asked(sets, options),
     )
 
 

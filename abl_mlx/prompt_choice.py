@@ -7,7 +7,7 @@ from dataclasses import replace
 from abl_mlx import demo, prompt_lengths, prompts
 from abl_mlx.model_file import ModelFile
 from abl_mlx.options import Options
-from abl_mlx.prompts import PromptSets, Split
+from abl_mlx.prompts import PromptSet, PromptSets, Split
 
 #: Prompts of each set to measure, to choose on and to ask, with ``--quick``.
 QUICK = (48, 16, 24)
@@ -49,3 +49,19 @@ def cut(
     )
     borderline = sets.borderline and sets.borderline.take(train)
     return replace(sets, harmful=harmful, harmless=harmless, borderline=borderline)
+
+
+def borderline_asked(sets: PromptSets, options: Options) -> PromptSet | None:
+    """The borderline prompts that a run asks before and after, none of which it was measured on.
+
+    All of them beside the bundled sets, as many as of the others with ``--quick``; with ``--method
+    over-refusal`` the held-out part; none beside a person's own prompts.
+    """
+    whole = sets.borderline
+    if whole is None or not len(whole):
+        return None
+    if options.method == "over-refusal":
+        return prompts.split(whole, options.seed).test
+    if options.harmful is not None:
+        return None
+    return whole.take(len(sets.harmful.test)) if options.quick else whole

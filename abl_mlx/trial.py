@@ -13,7 +13,7 @@ from abl_mlx.distributions import kl_divergence, known
 from abl_mlx.edits import Edit
 from abl_mlx.logits import first_reply_token
 from abl_mlx.models import ChatModel
-from abl_mlx.selection import openings, refusal_scores, refusal_tokens
+from abl_mlx.selection import LEFT, openings, refusal_scores, refusal_tokens
 from abl_mlx.steering import Intervention, ablation, steering
 from abl_mlx.writers import Writer
 from convert.errors import UserError
@@ -87,6 +87,9 @@ class Trial:
     Attributes:
         refusal_tokens: the token ids whose odds are the refusal score.
         refusal_before: (harmful, harmless) mean refusal scores of the unedited model.
+        left: an edit ends refusals when at most this share of the harmful prompts still opens with
+            the refusal tokens: `selection.LEFT`, and the share of harmless prompts that the
+            unedited model opens with them, because answers may open with "I", too.
         kept_before: the share of the kept prompts that the unedited model opens with a refusal.
         tokens: that were run so far, counting what prompts share once for each.
     """
@@ -124,6 +127,7 @@ class Trial:
             _mean(numbers(refusal_scores(self._base, self.refusal_tokens))),
         )
         opened = openings(first, self.refusal_tokens)
+        self.left = LEFT + _mean(openings(self._base, self.refusal_tokens))
         order = sorted(range(len(harmful)), key=lambda index: not opened[index])
         self._harmful = [harmful[index] for index in order]
         self.kept_before = (

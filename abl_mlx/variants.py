@@ -71,6 +71,7 @@ class Tried:
         kept: share of the prompts opening with a refusal that should go on doing so; None without
             any.
         dropped: why it cannot be chosen.
+        most_left: the largest share of refused prompts that counts as none: `trial.Trial.left`.
     """
 
     variant: Variant
@@ -79,11 +80,12 @@ class Tried:
     kl: float
     kept: float | None = None
     dropped: str = ""
+    most_left: float = LEFT
 
     @property
     def works(self) -> bool:
         """Whether refusals are gone, as far as first tokens tell."""
-        return not self.dropped and self.refused <= LEFT
+        return not self.dropped and self.refused <= self.most_left
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""

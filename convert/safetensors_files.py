@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert import json_text
+from convert import escape, json_text
 from convert.errors import UserError
 from convert.foreign import foreign
 from convert.mapped import give_back
@@ -283,8 +283,8 @@ def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
         raise _broken(file, f"{name} lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise UserError(
-            f"{name} in {file} is stored as {dtype}, which is not supported: convert the model to "
-            f"float16 or bfloat16 first."
+            f"{name} in {file} is stored as {escape.shortened(str(dtype), 40)}, which is not "
+            "supported: convert the model to float16 or bfloat16 first."
         )
     numbers = [*shape, first, last] if isinstance(shape, list) else [None]
     plain = all(type(number) is int and 0 <= number < 2**63 for number in numbers)

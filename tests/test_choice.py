@@ -131,7 +131,8 @@ class Told:
 
     refusal_tokens, refusal_before = [7], (3.0, -3.0)
 
-    def __init__(self, effects, harmful=20, harmless=20, induced=lambda layer: 1.0):
+    def __init__(self, effects, harmful=20, harmless=20, induced=lambda layer: 1.0, left=0.05):
+        self.left = left
         self.effects, self.size, self.induced = effects, (harmful, harmless), induced
         self.tokens = 0
         self.tried = []
@@ -158,7 +159,7 @@ def raced(effects, max_kl=0.1, good=-math.inf):
     trial = Told(effects)
     runners = [Runner(name, name) for name in effects]
     found = race.run(
-        trial, runners, lambda effect: choice.rank(effect, max_kl, trial.is_whole(effect)),
+        trial, runners, lambda effect: choice.rank(effect, max_kl, 0.05, trial.is_whole(effect)),
         lambda effect: effect.kl <= max_kl, lambda effect: effect.refused <= 0.05,
         lambda one: one.effect.refusal <= good, "race",
     )  # fmt: skip
@@ -234,3 +235,29 @@ def test_where_all_move_harmless_prompts_too_far_it_is_said():
     trial = Told({0: (-5.0, 0.0, 0.3), 1: (-4.0, 0.0, 0.2)})
     with pytest.raises(UserError, match=r"--max-kl 0.1 \(the gentlest by 0.200\)"):
         choice.choose(trial, candidates, scores, edit_for=lambda score: score.layer)
+
+
+def test_what_opens_answers_too_is_not_all_refusal(tiny_folder, monkeypatch):
+    chat = load(tiny_folder("llama"))
+    _, prompts = planted(chat)
+    opening = first_reply_token(chat, prompts).argmax(axis=-1)
+    # One of two harmless prompts opens with a refusal token in the model as it is.
+    monkeypatch.setattr(
+        trial_module, "openings", lambda rows, tokens: [True, False] if len(rows) == 2 else []
+    )
+    monkeypatch.setattr(trial_module, "refusal_tokens", lambda harmful, harmless: [int(opening[0])])
+    trial = Trial(chat, find_writers(chat), prompts[:2], prompts[2:])
+    assert trial.left == selection.LEFT + 0.5
+
+
+@pytest.mark.parametrize(("left", "works"), [(0.05, False), (0.15, True)])
+def test_the_deepest_layers_are_not_tried_where_enough_is_gone(left, works):
+    effects = {layer: (1.0 - layer, 0.1, 0.01) for layer in range(4)}
+    trial = Told(effects, left=left)
+    scores = [
+        Score(layer, -1, 1.0, 0, 0, dropped=selection.TOO_DEEP if layer == 3 else "")
+        for layer in range(4)
+    ]
+    candidates = Candidates(f32(np.ones((4, 1, 3))), f32(np.zeros((4, 1, 3))), (-1,))
+    choice.choose(trial, candidates, scores, edit_for=lambda score: score.layer)
+    assert (3 in trial.tried) is not works

@@ -228,6 +228,16 @@ def test_a_shape_of_a_header_is_bounded(shape: list[int], tmp_path: Path) -> Non
         TensorFiles(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["x" * 10_000, ["F32"] * 3_000, 7])
+def test_a_type_of_a_header_is_quoted_in_part(dtype: object, tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(UserError, match="which is not supported") as caught:
+        TensorFiles(tmp_path)
+    assert len(str(caught.value)) < 300 + len(str(file))
+
+
 # --- tokenizers ----------------------------------------------------------------------------------
 
 

@@ -7,10 +7,13 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from abl_mlx import prompt_choice
+from abl_mlx.options import Options
 from abl_mlx.prompts import (
     BUNDLED,
     MINIMUM,
@@ -565,3 +568,15 @@ def test_load_demo_errors(tmp_path: Path, change: dict[str, object], part: str) 
         load_demo(Path(jsonl(tmp_path / "demo.jsonl", rows)))
     with pytest.raises(UserError, match="does not exist"):
         load_demo(tmp_path / "none.jsonl")
+
+
+def test_borderline_prompts_are_asked_beside_the_bundled_ones(tmp_path):
+    sets, options = load_sets(None, None, 0), Options()
+    assert prompt_choice.borderline_asked(sets, options) == sets.borderline
+    assert len(sets.borderline) == 70
+    quick = prompt_choice.cut(sets, *prompt_choice.QUICK)
+    assert len(prompt_choice.borderline_asked(quick, replace(options, quick=True))) == 24
+    held_out = prompt_choice.borderline_asked(sets, replace(options, method="over-refusal"))
+    assert held_out == split(sets.borderline, 0).test
+    assert prompt_choice.borderline_asked(sets, replace(options, harmful="mine.txt")) is None
+    assert prompt_choice.borderline_asked(replace(sets, borderline=None), options) is None
