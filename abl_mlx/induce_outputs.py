@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import __version__, evaluate, folder_outputs, gguf_outputs, models, notes
+from abl_mlx import evaluate, folder_outputs, gguf_outputs, models, notes
 from abl_mlx.arrays import numbers, numpy_of, parameters
 from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
@@ -25,7 +25,7 @@ from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.outputs import ADAPTERS, COMPANIONS, FOLDER, GGUF, VECTOR, Output, Written, format_of
-from abl_mlx.provenance import gguf_metadata
+from abl_mlx.provenance import gguf_metadata, label
 from abl_mlx.sources import Source
 from abl_mlx.steering import Induction, steering
 from abl_mlx.writers import Writer
@@ -48,6 +48,8 @@ BIAS_KEYS = ("mlp_bias", "use_mlp_bias", "use_bias")
 
 #: general.architecture of GGUFs whose ffn_down.bias llama.cpp takes unasked, and MLX as well.
 GGUF_BIASES = ("llama", "mistral3", "granite")
+
+_ADDED_TO = "this model was made to refuse: a constant is added to its residual stream"
 
 _INDEX = "model.safetensors.index.json"
 _ADDED = "model-induced.safetensors"
@@ -206,10 +208,7 @@ class ConstantEdit:
     def label(self) -> Record:
         """What a written model says of itself in its metadata."""
         return {
-            "edited": "this model was made to refuse: a constant is added to its residual stream",
-            "version": __version__,
-            "base_model": self.source.public_name,
-            "direction_sha256": self.direction.sha256,
+            **label(_ADDED_TO, self.direction.sha256, self.source),
             "layer": self.found.layer,
             "multiple": float(self.found.summary["multiple"]),
         }

@@ -297,7 +297,7 @@ def run_page(record: Record, replies: Sequence[Record] = ()) -> str:
     """The page of a run.
 
     Args:
-        record: of `pipeline.run`.
+        record: of `run.run`.
         replies: lines of `evaluate.reply_lines`, where they were asked for.
     """
     from abl_mlx.options import Options

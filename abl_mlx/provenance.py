@@ -18,6 +18,22 @@ from convert import phi3
 
 TAGS = ["abliterated", "abl-mlx"]
 
+_REMOVED = "the refusal direction was orthogonalized out of this model's weights"
+
+
+def label(what: str, direction_sha256: str, source: Source) -> dict[str, Any]:
+    """How every label in a written model's metadata begins.
+
+    Args:
+        what: was done, in words.
+    """
+    return {
+        "edited": what,
+        "version": __version__,
+        "base_model": source.public_name,
+        "direction_sha256": direction_sha256,
+    }
+
 
 def edit_label(
     direction_sha256: str,
@@ -35,10 +51,7 @@ def edit_label(
     """
     layers = "all" if options.layers is None else ",".join(map(str, sorted(options.layers)))
     return {
-        "edited": "the refusal direction was orthogonalized out of this model's weights",
-        "version": __version__,
-        "base_model": source.public_name,
-        "direction_sha256": direction_sha256,
+        **label(_REMOVED, direction_sha256, source),
         "strength": options.strength,
         "layers": layers,
         "embedding": embedding,
