@@ -88,8 +88,8 @@ class Trial:
         refusal_tokens: the token ids whose odds are the refusal score.
         refusal_before: (harmful, harmless) mean refusal scores of the unedited model.
         left: an edit ends refusals when at most this share of the harmful prompts still opens with
-            the refusal tokens: `selection.LEFT`, and the share of harmless prompts that the
-            unedited model opens with them, because answers may open with "I", too.
+            the refusal tokens: `selection.LEFT`, and the mean probability of these tokens in the
+            unedited model's replies to harmless prompts, because answers may open with "I", too.
         kept_before: the share of the kept prompts that the unedited model opens with a refusal.
         tokens: that were run so far, counting what prompts share once for each.
     """
@@ -127,7 +127,8 @@ class Trial:
             _mean(numbers(refusal_scores(self._base, self.refusal_tokens))),
         )
         opened = openings(first, self.refusal_tokens)
-        self.left = LEFT + _mean(openings(self._base, self.refusal_tokens))
+        odds = refusal_scores(self._base, self.refusal_tokens)
+        self.left = LEFT + _mean(numbers(mx.sigmoid(odds)))
         order = sorted(range(len(harmful)), key=lambda index: not opened[index])
         self._harmful = [harmful[index] for index in order]
         self.kept_before = (

@@ -240,14 +240,13 @@ def test_where_all_move_harmless_prompts_too_far_it_is_said():
 def test_what_opens_answers_too_is_not_all_refusal(tiny_folder, monkeypatch):
     chat = load(tiny_folder("llama"))
     _, prompts = planted(chat)
-    opening = first_reply_token(chat, prompts).argmax(axis=-1)
-    # One of two harmless prompts opens with a refusal token in the model as it is.
-    monkeypatch.setattr(
-        trial_module, "openings", lambda rows, tokens: [True, False] if len(rows) == 2 else []
-    )
-    monkeypatch.setattr(trial_module, "refusal_tokens", lambda harmful, harmless: [int(opening[0])])
+    opens = np.exp(np.array(first_reply_token(chat, prompts[2:]), np.float64))
+    likeliest = opens.mean(axis=0).argsort()[-2:].tolist()
+    monkeypatch.setattr(trial_module, "refusal_tokens", lambda harmful, harmless: likeliest)
     trial = Trial(chat, find_writers(chat), prompts[:2], prompts[2:])
-    assert trial.left == selection.LEFT + 0.5
+    expected = opens[:, likeliest].sum(axis=1).mean()
+    assert expected > 0.01
+    assert trial.left - selection.LEFT == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(("left", "works"), [(0.05, False), (0.15, True)])
