@@ -8,6 +8,7 @@ the other.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -81,11 +82,13 @@ class FirstLook:
             refusal is what is to be removed.
         harmless: to harmless prompts.
         prefix: token ids that every reply opens with, whatever was asked: an opened thought, say.
+        rate: tokens a second, of prompts and replies together.
     """
 
     refused: Asked
     harmless: Asked
     prefix: tuple[int, ...]
+    rate: float
 
     @property
     def clear(self) -> bool:
@@ -152,6 +155,8 @@ def look(chat: ChatModel, sets: PromptSets, options: Options) -> FirstLook:
         Asked("harmless", _texts(sets, "harmless", options)),
     )
     openings: list[list[int]] = []
+    prompted = 0
+    start = time.perf_counter()
 
     def ask(*asked: Asked) -> None:
         texts = [one.coming() for one in asked]
@@ -160,12 +165,15 @@ def look(chat: ChatModel, sets: PromptSets, options: Options) -> FirstLook:
             chat, sequences, REPLY_TOKENS, batch_size=options.batch_size, label="replies before"
         )
         openings.extend(replies)
+        nonlocal prompted
+        prompted += sum(map(len, sequences))
         said = iter(decode(chat, replies))
         for one, part in zip(asked, texts, strict=True):
             one.replies.extend(next(said) for _ in part)
 
     ask(refused, harmless)
-    found = FirstLook(refused, harmless, _prefix(openings))
+    rate = (prompted + sum(map(len, openings))) / max(1e-6, time.perf_counter() - start)
+    found = FirstLook(refused, harmless, _prefix(openings), rate)
     goes_on = not (by_hand(options) or options.anyway or found.thinking)
     while goes_on and not found.decided and refused.coming():
         ask(refused, harmless)

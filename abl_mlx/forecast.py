@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from abl_mlx import choice, prompt_choice, race
+from abl_mlx import choice, induce, prompt_choice, race
 from abl_mlx.logits import first_reply_token
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
@@ -33,7 +33,8 @@ class Forecast:
         measure, choose: tokens that run forward for the measurement and for the choice.
         asked, times: held-out prompts, and how often they are asked.
         ask: tokens of these prompts and of their replies, all times together.
-        rate: tokens a second, from a short timed pass.
+        rate: tokens a second that run forward, from a short timed pass.
+        reply_rate: tokens a second where replies are generated, prompts and replies together.
         memory: bytes, at the peak.
     """
 
@@ -44,12 +45,13 @@ class Forecast:
     times: int
     ask: int
     rate: float
+    reply_rate: float
     memory: int
 
     @property
     def minutes(self) -> float:
         """How long all of it takes."""
-        return (self.measure + self.choose + self.ask) / self.rate / 60
+        return ((self.measure + self.choose) / self.rate + self.ask / self.reply_rate) / 60
 
     def __str__(self) -> str:
         parts = [f"measure {self.measured} prompts ({self.measure:,} tokens)"] * bool(self.measure)
@@ -69,10 +71,20 @@ def _duration(minutes: float) -> str:
     return f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{max(1, 60 * minutes):.0f} seconds"
 
 
-def forecast(chat: ChatModel, sets: PromptSets, options: Options, times: int) -> Forecast:
+def forecast(
+    chat: ChatModel,
+    sets: PromptSets,
+    options: Options,
+    times: int,
+    reply_rate: float,
+    *,
+    inducing: bool = False,
+) -> Forecast:
     """Time a short pass, and count what is to come.
 
     Args:
+        reply_rate: tokens a second of replies that were generated already.
+        inducing: whether a constant is chosen (`induce.choose`), not a direction.
         times: how often the held-out prompts are asked: once as the model is, once for each output.
     """
     timed = [chat.encode(text) for text in sets.harmful.train.texts[:TIMED]]
@@ -91,13 +103,29 @@ def forecast(chat: ChatModel, sets: PromptSets, options: Options, times: int) ->
     return Forecast(
         train,
         0 if given else round(train * length),
-        0 if given else round(length * _choice(validation, options)),
+        _constant(length)
+        if inducing
+        else 0
+        if given
+        else round(length * _choice(validation, options)),
         test,
         times,
         round(times * test * (length + options.max_tokens)),
         rate,
+        reply_rate,
         peak * (1 if sys.platform == "darwin" else 1024) + _BESIDE,
     )
+
+
+def _constant(length: float) -> int:
+    """Tokens that run for the choice of a constant, at most.
+
+    Args:
+        length: mean tokens of a prompt.
+    """
+    tried = induce.TRIALS * len(induce.LADDER) * induce.TRIED * (length + induce.OPENING)
+    asked = (1 + induce.VERIFIED) * induce.PROMPTS * (length + induce.REPLY)
+    return round(2 * induce.PROMPTS * length + tried + asked)
 
 
 def _choice(validation: int, options: Options) -> int:

@@ -38,10 +38,10 @@ TRIALS, TRIED = 24, 8
 PROMPTS = 16
 
 # Tokens of the model's own refusals that are looked at, and of the replies that verify a choice.
-_OPENING, _REPLY = 16, 32
+OPENING, REPLY = 16, 32
 
 # Settings that are verified by generating, best first.
-_VERIFIED = 4
+VERIFIED = 4
 
 # Nats a token by which the unsteered model may be more surprised by an induced refusal than by its
 # own: beyond, the words no longer follow from one another.
@@ -128,7 +128,7 @@ def choose(
         return fluent_share(chat, steered, harmless, limit, options.batch_size)
 
     checked = []
-    for one in trials[:_VERIFIED]:
+    for one in trials[:VERIFIED]:
         found = one.strength * candidates.difference(one.layer, one.position)
         rate = share(adding(found, one.layer))
         checked.append((rate, one, found))
@@ -165,10 +165,10 @@ def own_refusals(
     Raises:
         UserError: when it refuses none.
     """
-    replies = generate(chat, harmful, _REPLY, batch_size=batch_size, label="own refusals")
+    replies = generate(chat, harmful, REPLY, batch_size=batch_size, label="own refusals")
     end = [next(iter(chat.tokenizer.eos_token_ids))]
     found = [
-        (reply if len(reply) == _REPLY else reply + end)[:_OPENING]
+        (reply if len(reply) == REPLY else reply + end)[:OPENING]
         for reply, text in zip(replies, decode(chat, replies), strict=True)
         if classify(text) == Verdict.REFUSAL
     ]
@@ -298,7 +298,7 @@ def fluent_share(
     """The share of prompts that get a refusal which surprises the unsteered model by at most
     ``limit`` nats a token."""
     with steering(chat, steered):
-        replies = generate(chat, prompts, _REPLY, batch_size=batch_size, label="induced replies")
+        replies = generate(chat, prompts, REPLY, batch_size=batch_size, label="induced replies")
     refused = [classify(text) == Verdict.REFUSAL for text in decode(chat, replies)]
     fluent = [value <= limit for value in surprises(chat, prompts, replies)]
     return sum(map(min, refused, fluent)) / len(prompts)

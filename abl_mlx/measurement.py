@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -516,25 +517,27 @@ def borderline_part(sets: PromptSets, options: Options, part: str) -> PromptSet 
     return getattr(prompts.split(whole, options.seed), part)
 
 
-def find_reply_prefix(chat: ChatModel, sets: PromptSets, batch_size: int = 32) -> tuple[int, ...]:
+def find_reply_prefix(
+    chat: ChatModel, sets: PromptSets, batch_size: int = 32
+) -> tuple[tuple[int, ...], float]:
     """What every reply opens with, whatever was asked: an opened thought block, a newline.
 
     Positions and first reply tokens are measured behind it, or they would measure the block.
+
+    Returns:
+        Token ids, and how many tokens of prompts and replies ran in a second.
     """
     texts = [
         *sets.harmful.train.texts[:_OPENING_PROMPTS],
         *sets.harmless.train.texts[:_OPENING_PROMPTS],
     ]
-    replies = generate(
-        chat,
-        [chat.encode_message(text) for text in texts],
-        _OPENING_TOKENS,
-        batch_size=batch_size,
-        label="reply openings",
-    )
+    asked = [chat.encode_message(text) for text in texts]
+    start = time.perf_counter()
+    replies = generate(chat, asked, _OPENING_TOKENS, batch_size=batch_size, label="reply openings")
+    rate = sum(map(len, [*asked, *replies])) / max(1e-6, time.perf_counter() - start)
     prefix = common_prefix(replies)
     # A reply that is nothing but the prefix leaves nothing to measure behind it.
-    return prefix if all(len(reply) > len(prefix) for reply in replies) else ()
+    return prefix if all(len(reply) > len(prefix) for reply in replies) else (), rate
 
 
 def find_behind_openings(
@@ -558,7 +561,7 @@ def find_behind_openings(
         seen = first_look.look(chat, sets, options)
         first_look.check(seen, options)
         chat.reply_prefix = seen.prefix
-    say(str(forecast(chat, sets, options, times)))
+    say(str(forecast(chat, sets, options, times, seen.rate)))
     with clock.step("measure and choose a direction"):
         found = find_direction(chat, writers, sets, options)
     return replace(found, metadata={**found.metadata, "first_look": seen.record()})

@@ -30,6 +30,7 @@ from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Edit, orthonormal
 from abl_mlx.evaluate import Behaviour
+from abl_mlx.forecast import forecast
 from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.measurement import (
     ask,
@@ -48,6 +49,7 @@ from abl_mlx.options import Options
 from abl_mlx.outputs import Output, Written
 from abl_mlx.prompts import PromptSets
 from abl_mlx.records import hashes, start_record, worst_leak
+from abl_mlx.report import say
 from abl_mlx.run_page import staged_run_page, write_run_page
 from convert.atomic import check_new
 from convert.errors import UserError
@@ -257,7 +259,8 @@ def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
     """The constant that makes the model refuse, and its place in the files."""
     chat, options = loaded.chat, job.options
     with job.clock.step("find how replies open"):
-        chat.reply_prefix = find_reply_prefix(chat, job.sets, options.batch_size)
+        chat.reply_prefix, rate = find_reply_prefix(chat, job.sets, options.batch_size)
+    say(str(forecast(chat, job.sets, options, 1 + len(job.paths), rate, inducing=True)))
     vectors = [path for path in job.paths if outputs.format_of(path) == outputs.VECTOR]
     job.model.check_constant([path for path in job.paths if path not in vectors], loaded)
     with job.clock.step("choose a constant"):

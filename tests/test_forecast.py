@@ -6,7 +6,7 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import demo, models, prompt_choice, prompts
+from abl_mlx import demo, induce, logits, models, prompt_choice, prompts, shortcuts
 from abl_mlx.cli import cli
 from abl_mlx.forecast import Forecast, forecast
 from abl_mlx.measurement import find_direction
@@ -18,7 +18,7 @@ from abl_mlx.writers import find_writers
 
 def test_what_is_told_is_what_comes():
     chat, sets = models.load(demo.MODEL_PATH), prompts.load_demo()
-    told = forecast(chat, sets, Options(), 2)
+    told = forecast(chat, sets, Options(), 2, 50.0)
     train = [*sets.harmful.train.texts, *sets.harmless.train.texts]
     assert told.measured == 128
     assert told.measure == pytest.approx(sum(len(chat.encode(text)) for text in train), rel=0.1)
@@ -28,21 +28,36 @@ def test_what_is_told_is_what_comes():
     assert found.metadata["summary"]["forward_tokens"] <= told.choose
     assert told.rate > 0
     assert told.memory > 100e6
-    alone = forecast(chat, sets, Options(layer=2), 0)
+    alone = forecast(chat, sets, Options(layer=2), 0, 50.0)
     assert alone.choose < told.choose / 3
     assert alone.ask == 0
-    searched = forecast(chat, sets, Options(search=60), 0)
+    searched = forecast(chat, sets, Options(search=60), 0, 50.0)
     assert searched.choose - told.choose == pytest.approx(60 * 96 * 16, rel=0.2)
 
 
+def test_what_a_constant_takes_is_told_too(monkeypatch):
+    chat, sets = models.load(demo.MODEL_PATH), prompts.load_demo()
+    told = forecast(chat, sets, Options(), 2, 50.0, inducing=True)
+    ran = []
+    whole = shortcuts.passes
+
+    def counted(chat, sequences, *args, **more):
+        ran.append(sum(map(len, sequences)))
+        return whole(chat, sequences, *args, **more)
+
+    monkeypatch.setattr(logits, "passes", counted)
+    induce.choose(chat, sets, Options())
+    assert 0.2 * told.choose < sum(ran) < told.choose
+
+
 def test_the_line_names_minutes_and_what_shortens_them():
-    said = str(Forecast(208, 8201, 18000, 124, 2, 25000, 100.0, 1_200_000_000))
+    said = str(Forecast(208, 8201, 18000, 124, 2, 25000, 100.0, 40.0, 1_200_000_000))
     assert "measure 208 prompts (8,201 tokens), choose (at most 18,000)" in said
-    assert "ask 124 held-out prompts 2 times (at most 25,000): about 9 minutes" in said
+    assert "ask 124 held-out prompts 2 times (at most 25,000): about 15 minutes" in said
     assert "100 tokens a second, 1.2 GB of memory" in said
     for flag in ("--quick", "--limit", "--max-tokens"):
         assert flag in said
-    assert "about 30 seconds" in str(Forecast(10, 3000, 0, 0, 0, 0, 100.0, 10**9))
+    assert "about 30 seconds" in str(Forecast(10, 3000, 0, 0, 0, 0, 100.0, 40.0, 10**9))
 
 
 def test_quick_takes_fewer_prompts_and_its_intervals_are_those_of_the_help():
