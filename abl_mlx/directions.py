@@ -23,6 +23,9 @@ from convert.errors import UserError
 from convert.schema import FLAG, TEXT, Refused, list_of, number, one_of, record, whole
 from convert.suffixes import ends_in
 
+#: Token positions that are measured at most, counted back from the prompt's end.
+MOST_POSITIONS = 8
+
 METHOD = METHODS[0]
 
 

@@ -20,7 +20,6 @@ from abl_mlx.arrays import number
 from abl_mlx.directions import Candidates
 from abl_mlx.evaluate import decode, generate
 from abl_mlx.logits import log_probabilities
-from abl_mlx.measurement import MOST_POSITIONS
 from abl_mlx.models import ChatModel, progress
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
@@ -37,10 +36,10 @@ TRIALS, TRIED = 24, 8
 #: Validation prompts of each set that the choice is verified with.
 PROMPTS = 16
 
-# Tokens of the model's own refusals that are looked at, and of the replies that verify a choice.
+#: Tokens of the model's own refusals that are looked at, and of the replies that verify a choice.
 OPENING, REPLY = 16, 32
 
-# Settings that are verified by generating, best first.
+#: Settings that are verified by generating, best first.
 VERIFIED = 4
 
 # Nats a token by which the unsteered model may be more surprised by an induced refusal than by its
@@ -100,7 +99,7 @@ def choose(
     refusals = own_refusals(chat, harmful, options.batch_size)
     tried = harmless[:TRIED]
     behind = [refusals[i % len(refusals)] for i in range(len(tried))]
-    count = min(chat.template_tail, MOST_POSITIONS)
+    count = min(chat.template_tail, directions.MOST_POSITIONS)
     if options.position is not None:
         if not isinstance(options.position, int):
             raise UserError(

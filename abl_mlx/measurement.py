@@ -43,9 +43,6 @@ from convert.errors import UserError
 #: Held-out prompts of each set in which the component is looked for.
 COMPONENT_PROMPTS = 32
 
-#: Token positions that are measured at most, counted back from the prompt's end.
-MOST_POSITIONS = 8
-
 # Prompts of each set, and tokens of each reply, in which a common opening is looked for.
 _OPENING_PROMPTS, _OPENING_TOKENS = 8, 12
 
@@ -607,7 +604,7 @@ def _positions(chat: ChatModel, options: Options) -> list[int]:
         return [wanted]
     if options.layer is not None and options.across is None:
         return [-1]
-    return list(range(-min(chat.template_tail, MOST_POSITIONS), 0))
+    return list(range(-min(chat.template_tail, directions.MOST_POSITIONS), 0))
 
 
 def make_edit(
