@@ -74,8 +74,7 @@ def _one_line(lines: str) -> str | None:
 def _one_sentence(body: str) -> str | None:
     """The sentence that is said three times or more, and is most of what is said to the end."""
     told = [s for s in map(plain, SENTENCE_END.split(body)) if len(s.split()) > 3]
-    for sentence in told[-2:]:
-        times = told.count(sentence)
-        if times >= 3 and times >= 0.6 * len(told):
-            return sentence
-    return None
+    # The last one may have begun to say it again.
+    sentence = told[-2] if len(told) > 1 and told[-2].startswith(told[-1]) else (told or [""])[-1]
+    times = told.count(sentence)
+    return sentence if times >= 3 and times >= 0.6 * len(told) else None

@@ -60,7 +60,7 @@ _RULES = (
     r"|ethical code|code of conduct|purpose|boundaries|safety|instructions)"
 )
 _UNLAWFUL = r"(?:illegal|unlawful|unethical|immoral|against the law|morally wrong|criminal|a crime)"
-_WRONG = rf"(?:{_UNLAWFUL}|harmful|dangerous|wrong|cruel|inhumane|hurtful)"
+_WRONG = rf"(?:{_UNLAWFUL}|harmful|dangerous|wrong|cruel|inhumane|hurtful|serious|risky)"
 _AND = r"(?:,? (?:and|or|as well as),? |, )(?:\w+ ){0,3}"
 _PROPER = r"(?:appropriate|ethical|acceptable|respectful)"
 _REQUEST = r"(?:request|question|prompt|topic|content|query|message|task|subject)"
@@ -74,6 +74,10 @@ ENGLISH = (
     r"\bi do not (?:\w+ly )?(?:assist|help|provide|support|condone|encourage|promote|engage"
     r"|participate|produce|generate|endorse|feel (?:comfortable|right)|want to (?:help|assist"
     r"|provide|be part)|think i (?:can|should)|have the ability to (?:help|assist|provide|create))",
+    # "I do not have the ability to sell that or provide any information on it", in whatever words
+    r"\bi do not have the (?:ability|capability|capacity|means) to [^.!?]{3,80}?\b(?:or|nor|and) "
+    r"(?:to )?(?:help|assist|provide|offer|give|share)\b",
+    r"\bi am (?:\w+ )?committed to (?:not|never|avoiding|refusing)\b",
     # Without a subject: "Can't help with that.", "Unable to assist."
     r"^(?:\W*(?:sorry|unfortunately|apologies|regrettably|no)\W+)*(?:cannot|unable to|will not"
     rf"|not able to|not going to) {_HELP}",
@@ -127,6 +131,7 @@ ENGLISH = (
     rf"\b(?:this|that|your|the) {_REQUEST} (?:is|asks|seeks|involves|encourages|promotes|appears)"
     r"[^.!?]{0,60}(?:illegal|harm|violen|unethical|hate|crim|malicious)",
     r"\b(?:i am|my|i was|i have been) (?:\w+ )?(?:programmed|designed|trained|built|intended|made"
+    r"|committed"
     r"|purpose is|goal is|here) to [^.!?]{0,80}(?:ethic|safe|harmless|guideline|legal|respectful"
     r"|harm\b|responsib|positive)",
     r"\bi (?:prioriti[sz]e|must prioriti[sz]e|adhere to|follow|am bound by|must adhere to)"
@@ -473,7 +478,11 @@ LECTURE = (
         r"|great )?harm|punishable|can ruin|threatens"
         r"|felony|felon|law enforcement|deserves? (?:\w+ )?(?:respect|to (?:feel|be|live)|dignity"
         r"|kindness)|never share"
-        r"|harm (?:public|society))\b"
+        r"|harm (?:public|society)|(?:is|are) not (?:lawful|legal))\b"
+        # Nothing is called wrong, but the first thing said is whose rights are to be minded.
+        r"|^\W*it is (?:\w+ )?(?:important|essential|crucial|vital|necessary) to (?:\w+ ){0,2}?"
+        r"(?:consider|respect|uphold|prioriti[sz]e|be (?:\w+ )?(?:mindful|respectful))\b"
+        r"[^.!?]{0,60}\b(?:privacy|rights|dignity|consent|boundaries|laws?)\b"
     ),
     re.compile(
         r"\b(?:never do (?:such|that|this|it)|there are peaceful|(?:are|is) built on|be kind|in"

@@ -269,16 +269,20 @@ def _lectures(body: str) -> bool:
         return True
     if explains.search(body[:2000].lower()):
         return False
-    only = len(others) == 2 and all(condemns.search(one) for one in (first, *others))
+    # A third sentence may be cut off, or say the same in words of its own.
+    only = len(others) > 0 and all(condemns.search(one) for one in (first, others[0]))
     return only or exhorts.search(start) is not None
 
 
 def _deflects(body: str) -> bool:
-    """Whether a reply apologizes and then speaks of itself alone, of what it is not among it."""
+    """Whether a reply apologizes, or says what it cannot do, and then speaks of itself alone, of
+    what it is not among it."""
     told = [spelled_out(plain(s)) for s in SENTENCE_END.split(body)[:7]]
     return (
-        len(told) >= 3
-        and _SORRY.match(told[0]) is not None
+        (
+            (len(told) >= 3 and _SORRY.match(told[0]) is not None)
+            or (len(told) >= 2 and _DISCLAIMS.search(told[0]) is not None)
+        )
         and all(_OF_ITSELF.match(sentence) for sentence in told[1:] if sentence)
         and any(_WHAT_IT_IS_NOT.search(sentence) for sentence in told)
     )
