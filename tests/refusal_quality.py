@@ -47,7 +47,9 @@ class Labelled:
     """One reply with a person's label, and what the markers say of it.
 
     Attributes:
-        model, prompts: who replied to which bundled prompt set; "" of replies that were made up.
+        model, prompts: who replied to which kind of prompts; "" of replies that were made up.
+        prompt, system, temperature, max_tokens: how a fresh reply was asked for.
+        note: why a label could have been another.
     """
 
     reply: str
@@ -58,6 +60,11 @@ class Labelled:
     verdict: str
     model: str = ""
     prompts: str = ""
+    prompt: str = ""
+    system: str = ""
+    temperature: float = 0.0
+    max_tokens: int = 0
+    note: str = ""
 
     @property
     def source(self) -> str:
@@ -96,6 +103,12 @@ def language_set(half: str) -> tuple[Labelled, ...]:
 def real_set(half: str) -> tuple[Labelled, ...]:
     """Replies of real models, split by a hash before the markers judged any of them."""
     return tuple(one for one in read("labelled_replies_real.jsonl") if one.half == half)
+
+
+def fresh_set(half: str) -> tuple[Labelled, ...]:
+    """Later replies of real models, labelled unseen and split by a hash before the markers judged
+    any: "dev" was tuned on, "held-out" was looked at once after that."""
+    return tuple(one for one in read("labelled_replies_fresh.jsonl") if one.half == half)
 
 
 @dataclass(frozen=True)
@@ -170,14 +183,22 @@ def document() -> str:
     held = main_set("held-out")
     quality = Quality.of(held)
     low, high = wilson(quality.right, quality.n)
+    fresh = fresh_set("held-out")
+    real = Quality.of(fresh)
+    real_low, real_high = wilson(real.right, real.n)
+    every_fresh = read("labelled_replies_fresh.jsonl")
+    unsure = sum(one.note != "" for one in every_fresh)
+    echoes = [one for one in fresh if one.kind == "echo"]
     unseen = stress_set("held-out")
     stress = Quality.of(unseen)
     answers = [one for one in unseen if one.label == "answer"]
     halves = {
         "held-out half": list(held),
         "development half": list(main_set("dev")),
-        "real models, held-out half": list(real_set("held-out")),
-        "real models, tuned on": list(real_set("dev")),
+        "fresh replies of real models, held-out half": list(fresh),
+        "fresh replies of real models, tuned on": list(fresh_set("dev")),
+        "first replies of real models, held-out half": list(real_set("held-out")),
+        "first replies of real models, tuned on": list(real_set("dev")),
         "unusual wordings, tuned on": list(stress_set("dev")),
         "unusual wordings, never tuned on": list(unseen),
         "eight further languages, tuned on": list(language_set("dev")),
@@ -192,8 +213,12 @@ def document() -> str:
             "written and labelled for the project. Generated:",
             "`python -m tests.refusal_quality > docs/refusal-detection.md`.",
             "",
-            f"**{quality.accuracy:.1%}** of {quality.n} held-out replies are judged as labelled",
-            f"(95% interval {low:.0%} to {high:.0%}); the test demands 97%.",
+            f"**{real.accuracy:.1%}** of {real.n} replies of real models, which nothing was tuned",
+            f"on, are judged as labelled (95% interval {real_low:.0%} to {real_high:.0%}); of what",
+            f"is called a refusal {real.precision:.0%} is one, and {real.recall:.0%} of the",
+            "refusals are called so. The test demands 91%. Of held-out replies that were made",
+            f"up, {quality.n}, it is {quality.accuracy:.1%} ({low:.0%} to {high:.0%}); the test",
+            "demands 97%.",
             "",
             "## What the numbers mean",
             "",
@@ -206,7 +231,8 @@ def document() -> str:
             "  more than the world resembles either. `tests/labelled_replies_stress.jsonl` says by",
             "  how much: unusual wordings, written to get past the markers. Batches that were",
             "  tuned on were at 65%, 67% and 78% when first tried. The last batch was written",
-            f"  after the last change and never tuned on: {stress.accuracy:.0%} of it is judged",
+            "  after all changes but those by the fresh replies, and never tuned on, though its",
+            f"  mistakes were counted meanwhile: {stress.accuracy:.0%} of it is judged",
             f"  right, {sum(one.right for one in answers)} of its {len(answers)} answers but",
             f"  {stress.both} of its {stress.refusals} refusals. So **whoever refuses in words of",
             "  their own is counted as answering**; an answer is seldom taken for a refusal. Where",
@@ -217,7 +243,28 @@ def document() -> str:
             "  taken for refusals and 8.0% of the refusals for answers; in the other half of",
             "  the prompts these were mostly corrections of a premise. (Not part of the repository,"
             " so no test keeps this; counted before what follows a caveat decided.)",
-            "- Replies of real models (`tests/labelled_replies_real.jsonl`): what",
+            "- Fresh replies of real models (`tests/labelled_replies_fresh.jsonl`): of",
+            "  SmolLM2-135M-Instruct, Qwen2.5-Coder-0.5B-Instruct and a Qwen whose refusal",
+            "  direction was removed, asked new harmless and borderline prompts, greedily and at",
+            "  temperatures of 0.7 and 1, under several system prompts, for 48 to 160 tokens; and",
+            "  refusals by the two untouched models of the bundled harmful prompts, under system",
+            "  prompts that bring out different wordings. No reply is in another set.",
+            "  Whoever labelled them had read this page and the tests, but not the markers, and",
+            "  labelled and split them by a hash before the markers judged any. No label was",
+            f"  changed afterwards; {unsure} have a note that says what made them doubtful. Of",
+            '  harmful prompts refusals alone were kept: replies that open like an answer ("Sure",',
+            '  "To do this", a list) were not read to the end, and about 35 that neither refuse',
+            "  nor comply were left out.",
+            "  At the first look 91.1% of all 380 were right (88% to 94%; precision 97.3%, recall",
+            "  84.3%): 92.5% of one half and so 89.6% of the other. Then rules were changed by the",
+            "  14 mistakes in the first half alone: lectures that stop early or only mind",
+            "  somebody's rights, abilities that are missing, a list taken for a loop. After that",
+            "  the other half was judged a second time, its mistakes counted by label, kind and",
+            "  verdict, and nothing changed any more. Whoever made the rules had",
+            f"  labelled, and so had read, that half too. {len(echoes)} of its replies give the",
+            "  question back, which nobody could tell without the prompt. Such small",
+            "  models ramble and lecture more strangely than large ones.",
+            "- The first replies of real models (`tests/labelled_replies_real.jsonl`): what",
             "  SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct reply greedily, in 80 to 96",
             "  tokens, to the bundled harmless and borderline prompts, and their refusals of",
             "  harmful ones; what complies with a harmful prompt was not kept, nor what was said",
@@ -231,6 +278,9 @@ def document() -> str:
             "  set grew from 348 to 481. Whoever labelled has read all of them and wrote the",
             "  markers, too, so the figure for this half is optimistic.",
             "  Replies to harmful prompts that neither refuse nor comply were left out.",
+            "  While rules were changed by the fresh replies, the mistakes in this half and in the",
+            "  other older ones were counted eight times more, and one rule, about phrases that",
+            "  return, was dropped because this half had got worse.",
             "- Eight further languages (`tests/labelled_replies_languages.jsonl`): a first batch",
             "  of 200, which the same author wrote before the patterns, was judged without a",
             "  mistake at the first try, which says little. A second batch of 99, written after",
@@ -261,7 +311,13 @@ def document() -> str:
             "",
             *_table("language", _grouped(language_set("held-out"), "language")),
             "",
-            "## Real models, held-out half",
+            "## Fresh replies of real models, held-out half",
+            "",
+            *_table("model and prompts", _grouped(fresh, "source")),
+            "",
+            *_table("kind", _grouped(fresh, "kind")),
+            "",
+            "## First replies of real models, held-out half",
             "",
             *_table("model and prompts", _grouped(real_set("held-out"), "source")),
             "",
@@ -273,7 +329,11 @@ def document() -> str:
             "",
             *_failures(held),
             "",
-            "In real models' replies, held out:",
+            "In fresh replies of real models, held out:",
+            "",
+            *_failures(fresh),
+            "",
+            "In the first replies of real models, held out:",
             "",
             *_failures(real_set("held-out")),
             "",

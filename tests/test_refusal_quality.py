@@ -8,13 +8,14 @@ from collections import Counter
 
 import pytest
 
-from abl_mlx.prompts import BUNDLED
+from abl_mlx.prompts import BUNDLED, bundled
 from abl_mlx.refusals import Verdict, classify
 from tests import refusal_quality
 from tests.refusal_quality import (
     LANGUAGES,
     Labelled,
     Quality,
+    fresh_set,
     language_set,
     main_set,
     read,
@@ -67,6 +68,36 @@ def test_replies_of_real_models() -> None:
         assert one.prompts in BUNDLED
         # What complies with a harmful prompt is not kept.
         assert one.prompts != "harmful" or one.label == "refusal"
+
+
+def test_fresh_replies_of_real_models() -> None:
+    held, tuned = fresh_set("held-out"), fresh_set("dev")
+    every = (*held, *tuned)
+    quality = Quality.of(held)
+    # What was measured at the one look; to be raised by new replies alone, not by these.
+    assert quality.accuracy >= 0.91
+    assert quality.precision is not None
+    assert quality.precision >= 0.95
+    assert quality.recall is not None
+    assert quality.recall >= 0.88
+    assert Quality.of(tuned).accuracy >= 0.95
+    assert len(every) >= 300
+    assert sum(one.label == "refusal" for one in every) >= len(every) / 3
+    files = ("labelled_replies", "labelled_replies_real", "labelled_replies_stress")
+    elsewhere = {one.reply.strip() for name in files for one in read(f"{name}.jsonl")}
+    known = {name: {prompt.text for prompt in bundled(name).prompts} for name in BUNDLED}
+    assert len({one.reply.strip() for one in every}) == len(every)
+    for one in every:
+        odd = int(hashlib.sha256(one.reply.encode()).hexdigest(), 16) % 2
+        assert one.half == ("dev" if odd else "held-out"), one.reply
+        assert one.reply.strip() not in elsewhere
+        assert one.model
+        # Harmful prompts are the bundled ones and none is complied with; the others are new.
+        if one.prompts == "harmful":
+            assert one.label == "refusal"
+            assert one.prompt in known["harmful"]
+        else:
+            assert not any(one.prompt in texts for texts in known.values())
 
 
 @pytest.mark.parametrize(
