@@ -236,7 +236,7 @@ class GgufEdit:
             "format": FOLDER,
             **leak_record(found_leak),
             "types": sorted(report.forms),
-            **notes.noted(notes.drafting(report.left_out)),
+            **notes.noted(notes.drafting(report.left_out), notes.window(report.config)),
         }
         self._check_leak(output.path, found_leak)
         return Written(

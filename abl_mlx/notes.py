@@ -35,6 +35,21 @@ def drafting(tensors: Sequence[str]) -> str | None:
     )
 
 
+def window(config: Mapping[str, Any]) -> str | None:
+    """What to say of a folder whose model looks back over a window that mlx-lm does not know.
+
+    Args:
+        config: of its config.json.
+    """
+    if config.get("model_type") != "gemma2":
+        return None
+    tokens = config.get("sliding_window")
+    return (
+        f"every other layer of Gemma 2 looks back over {tokens} tokens: abl-mlx does so, mlx-lm "
+        "itself looks back over all, so that its replies to longer prompts differ"
+    )
+
+
 def vision(tensors: Sequence[str]) -> str | None:
     """What to say of a GGUF that lacks the vision tower that its folder has."""
     if not tensors:

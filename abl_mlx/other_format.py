@@ -70,5 +70,5 @@ def to_folder(gguf: GgufSource, out: Path, types: NewTypes) -> Record:
         "tensors": report.forms,
         "bytes": report.bytes,
         **({"left_out": list(report.left_out)} if report.left_out else {}),
-        **notes.noted(notes.drafting(report.left_out)),
+        **notes.noted(notes.drafting(report.left_out), notes.window(report.config)),
     }

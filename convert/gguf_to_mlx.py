@@ -483,12 +483,14 @@ class FolderReport:
         forms: how many matrices became what, such as {"affine 4-bit": 14, "bfloat16": 2}.
         bytes: of all safetensors files.
         left_out: tensors of multi-token prediction, for which mlx-lm's models have no place.
+        config: its config.json.
     """
 
     path: Path
     forms: dict[str, int]
     bytes: int
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...]
+    config: Mapping[str, Any]
 
 
 def write_folder(
@@ -567,7 +569,7 @@ def fill_folder(
     config |= {"abl_mlx": label} if (label := edit_label(source)) else {}
     config |= dict(extra or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return FolderReport(folder, forms, size, drafting(source))
+    return FolderReport(folder, forms, size, drafting(source), config)
 
 
 def drafting(source: GgufSource) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from mlx.utils import tree_flatten
 
+from abl_mlx import conversion
 from convert import gguf_writers
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
@@ -297,6 +298,16 @@ def test_gemma2_looks_back_as_far_as_llama_cpp(window: int, tmp_path: Path) -> N
     apart = np.abs(logprobs(loaded.model, prompt) - logprobs(wide.model, prompt)).max(axis=1)
     assert apart[:window].max() < 1e-4
     assert apart[window + 1 :].max() > 0.05
+
+
+def test_a_folder_of_gemma2_says_that_mlx_lm_has_no_window(tmp_path: Path) -> None:
+    path = written(tmp_path, with_keys(_GEMMA2, attention__sliding_window=16))
+    record = conversion.convert(str(path), tmp_path / "folder")
+    assert "looks back over 16 tokens" in record["note"]
+    assert "mlx-lm itself looks back over all" in record["note"]
+    (tmp_path / "plain").mkdir()
+    other = written(tmp_path / "plain", _GEMMA3)
+    assert "note" not in conversion.convert(str(other), tmp_path / "other")
 
 
 def test_longrope_tables_stand_in_config_as_published(tmp_path: Path) -> None:
