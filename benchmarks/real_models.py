@@ -32,6 +32,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "benchmarks"
@@ -80,6 +81,9 @@ TITLES = {
     PLAIN: "plain difference of means",
 }
 AGREEMENT = "agreement"
+
+#: Sets of held-out prompts, in the table's order.
+PARTS = ("harmful", "borderline", "harmless")
 
 
 @dataclass(frozen=True)
@@ -238,24 +242,39 @@ class Judged:
     """What a model does.
 
     Attributes:
-        verdicts: a letter for each prompt of a set, as in the records of `abl-mlx eval`.
-        k1, k32: KL from the model as it is on harmless prompts, as `abl-mlx run` tells it.
+        tallies: verdicts on llama.cpp's replies to the held-out prompts of each of `PARTS`.
+        k1, k32: KL from the model as it is on harmless prompts.
     """
 
-    verdicts: dict[str, str]
+    tallies: dict[str, Tally]
     k1: float
     k32: float
 
-    def tally(self, part: str) -> Tally:
-        """The verdicts on a set."""
-        letters = {letter: verdict for verdict, letter in evaluation.LETTERS.items() if verdict}
-        return Tally.of([letters[one] for one in self.verdicts[part]])
+    @classmethod
+    def read(cls, place: Path) -> Judged:
+        """What `judged` wrote."""
+        record = json.loads(place.read_text())
+        return cls(
+            {part: Tally(**counts) for part, counts in record["tallies"].items()},
+            record["k1"],
+            record["k32"],
+        )
 
 
-def verdicts(bench: Bench, file: Path) -> dict[str, str]:
+def tallies_of(record: dict[str, Any]) -> dict[str, Tally]:
+    """The verdicts by set, as a record of `eval` or `run` has them by category."""
+    found = {}
+    for part in PARTS:
+        groups = record["categories"][part].values()
+        n, refused, broken = (sum(one[key] for one in groups) for key in ("n", "refused", "broken"))
+        found[part] = Tally(refused, n - refused - broken, broken)
+    return found
+
+
+def asked(bench: Bench, file: Path) -> dict[str, Tally]:
     """llama.cpp's replies to the held-out prompts, judged and forgotten."""
     options = EvalOptions(limit=bench.limit, runtime="llama.cpp")
-    return dict(evaluation.evaluate_model(str(file), options)["verdicts"])
+    return tallies_of(evaluation.evaluate_model(str(file), options))
 
 
 @contextlib.contextmanager
@@ -283,11 +302,15 @@ def judged(bench: Bench, only: str) -> Iterator[tuple[str, Made, Judged]]:
             place = bench.work / f"{key}.judged.json"
             if not place.exists():
                 say(f"{TITLES[key]}: asked")
-                nothing = {"k1": 0.0, "k32": 0.0}
-                moved = nothing if made.cost is None else kl(made.file)
-                found = Judged(verdicts(bench, made.file), **moved)
+                if key in (RUN, SEARCH):  # it has asked the written file itself, in the same way
+                    record = json.loads(made.file.with_suffix(".abl.json").read_text())
+                    found = Judged(tallies_of(record["after"]), **record["kl"])
+                elif made.cost is None:
+                    found = Judged(asked(bench, made.file), 0, 0)
+                else:
+                    found = Judged(asked(bench, made.file), **kl(made.file))
                 place.write_text(json.dumps(asdict(found)))
-            yield key, made, Judged(**json.loads(place.read_text()))
+            yield key, made, Judged.read(place)
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -304,9 +327,8 @@ def side_by_side(bench: Bench, only: str) -> str:
     rows: list[str] = []
     notes: list[str] = []
     loads: list[float] = []
-    parts = ("harmful", "borderline", "harmless")
     for key, made, seen in judged(bench, only):
-        tallies = [seen.tally(part) for part in parts]
+        tallies = [seen.tallies[part] for part in PARTS]
         cells = [f"{one.rate(Verdict.REFUSAL):.0%} {_interval(one)}" for one in tallies]
         cells.append(" / ".join(f"{one.rate(Verdict.BROKEN):.0%}" for one in tallies))
         if made.cost is None:
@@ -318,7 +340,7 @@ def side_by_side(bench: Bench, only: str) -> str:
             notes.append(f"- {TITLES[key]}: {made.did}.")
             loads += cost.load
         rows.append(f"| {TITLES[key]} | {' | '.join(cells)} |")
-        counts = [f"{one.total} {part}" for part, one in zip(parts, tallies, strict=True)]
+        counts = [f"{one.total} {part}" for part, one in zip(PARTS, tallies, strict=True)]
     told = [
         f"{', '.join(counts)} prompts; in parentheses 95% intervals; broken replies of each set.",
         *notes,
