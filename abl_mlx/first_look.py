@@ -8,11 +8,11 @@ the other.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from abl_mlx.evaluate import decode, generate
+from abl_mlx.evaluate import decode
+from abl_mlx.generation import timed
 from abl_mlx.models import ChatModel, common_prefix
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSet, PromptSets, split
@@ -155,32 +155,29 @@ def look(chat: ChatModel, sets: PromptSets, options: Options) -> FirstLook:
         Asked("harmless", _texts(sets, "harmless", options)),
     )
     openings: list[list[int]] = []
-    prompted = 0
-    start = time.perf_counter()
 
-    def ask(*asked: Asked) -> None:
+    def ask(*asked: Asked) -> float:
+        """Ask the next dozen of each set; how many tokens ran in a second."""
         texts = [one.coming() for one in asked]
         sequences = [chat.encode_message(text) for part in texts for text in part]
-        replies = generate(
+        replies, rate = timed(
             chat, sequences, REPLY_TOKENS, batch_size=options.batch_size, label="replies before"
         )
         openings.extend(replies)
-        nonlocal prompted
-        prompted += sum(map(len, sequences))
         said = iter(decode(chat, replies))
         for one, part in zip(asked, texts, strict=True):
             one.replies.extend(next(said) for _ in part)
+        return rate
 
-    ask(refused, harmless)
-    rate = (prompted + sum(map(len, openings))) / max(1e-6, time.perf_counter() - start)
-    found = FirstLook(refused, harmless, _prefix(openings), rate)
+    rate = ask(refused, harmless)
+    found = FirstLook(refused, harmless, reply_prefix(openings), rate)
     goes_on = not (by_hand(options) or options.anyway or found.thinking)
     while goes_on and not found.decided and refused.coming():
         ask(refused, harmless)
     return found
 
 
-def _prefix(replies: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def reply_prefix(replies: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """What all replies open with; nothing where a reply has nothing behind it to be measured."""
     prefix = common_prefix([reply[:OPENING_TOKENS] for reply in replies])
     return prefix if all(len(reply) > len(prefix) for reply in replies) else ()
@@ -189,7 +186,7 @@ def _prefix(replies: Sequence[Sequence[int]]) -> tuple[int, ...]:
 def _texts(sets: PromptSets, name: str, options: Options) -> list[str]:
     """Validation prompts of a set, and train prompts behind them where these are few."""
     if name == "borderline":
-        assert sets.borderline is not None  # `measurement.borderline_part` has checked
+        assert sets.borderline is not None  # `prompt_choice.borderline_part` has checked
         parts = split(sets.borderline, options.seed)
     else:
         parts = getattr(sets, name)

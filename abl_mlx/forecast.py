@@ -99,15 +99,15 @@ def forecast(
     borderline = prompt_choice.borderline_asked(sets, options)
     test = sum(len(one.test) for one in both) + len(borderline or ())
     given = options.direction is not None
+    if inducing:
+        choose = _constant(length)
+    else:
+        choose = 0 if given else round(length * _choice(validation, options))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Forecast(
         train,
         0 if given else round(train * length),
-        _constant(length)
-        if inducing
-        else 0
-        if given
-        else round(length * _choice(validation, options)),
+        choose,
         test,
         times,
         round(times * test * (length + options.max_tokens)),

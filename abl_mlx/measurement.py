@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +17,6 @@ from abl_mlx import (
     first_look,
     methods,
     prompt_choice,
-    prompts,
     race,
     selection,
 )
@@ -26,13 +24,14 @@ from abl_mlx.arrays import number, numpy_of
 from abl_mlx.clock import Clock
 from abl_mlx.directions import Candidates, DirectionFile
 from abl_mlx.edits import Edit
-from abl_mlx.evaluate import Behaviour, Chat, behaviour, generate
+from abl_mlx.evaluate import Behaviour, Chat, behaviour
 from abl_mlx.forecast import forecast
+from abl_mlx.generation import timed
 from abl_mlx.logits import behind_last_layer
-from abl_mlx.models import ChatModel, common_prefix
+from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.pinning import embedding_means, held_at
-from abl_mlx.prompts import PromptSet, PromptSets
+from abl_mlx.prompts import PromptSets
 from abl_mlx.race import Runner
 from abl_mlx.report import say, summary_line
 from abl_mlx.trial import Effect, Trial
@@ -43,8 +42,8 @@ from convert.errors import UserError
 #: Held-out prompts of each set in which the component is looked for.
 COMPONENT_PROMPTS = 32
 
-# Prompts of each set, and tokens of each reply, in which a common opening is looked for.
-_OPENING_PROMPTS, _OPENING_TOKENS = 8, 12
+# Prompts of each set in whose replies a common opening is looked for.
+_OPENING_PROMPTS = 8
 
 
 def find_direction(
@@ -83,7 +82,7 @@ def _analytic(
         for part in ("train", "validation")
     )
     for part, kept in (("train", train), ("validation", validation)):
-        borderline = borderline_part(sets, options, part)
+        borderline = prompt_choice.borderline_part(sets, options, part)
         if borderline is not None:
             kept["borderline"] = [chat.encode(text) for text in borderline.texts]
     candidates = directions.measure(
@@ -470,7 +469,7 @@ def _check(chat: ChatModel, sets: PromptSets, options: Options) -> None:
         _given(chat, options)
         return
     check_method(options)
-    borderline_part(sets, options, "validation")
+    prompt_choice.borderline_part(sets, options, "validation")
 
 
 def _rank(options: Options) -> int:
@@ -497,23 +496,6 @@ def _given(chat: ChatModel, options: Options) -> DirectionFile:
     return replace(file, metadata={**file.metadata, "summary": {**summary, "file": path.name}})
 
 
-def borderline_part(sets: PromptSets, options: Options, part: str) -> PromptSet | None:
-    """A part of the borderline prompts that ``over-refusal`` is about; None for other methods.
-
-    Raises:
-        UserError: when there are too few.
-    """
-    if options.method != "over-refusal":
-        return None
-    whole = sets.borderline
-    if whole is None or len(whole) < prompts.MINIMUM:
-        raise UserError(
-            "--method over-refusal needs harmless prompts that this model refuses: give at least "
-            f"{prompts.MINIMUM} of them with --borderline FILE."
-        )
-    return getattr(prompts.split(whole, options.seed), part)
-
-
 def find_reply_prefix(
     chat: ChatModel, sets: PromptSets, batch_size: int = 32
 ) -> tuple[tuple[int, ...], float]:
@@ -528,13 +510,14 @@ def find_reply_prefix(
         *sets.harmful.train.texts[:_OPENING_PROMPTS],
         *sets.harmless.train.texts[:_OPENING_PROMPTS],
     ]
-    asked = [chat.encode_message(text) for text in texts]
-    start = time.perf_counter()
-    replies = generate(chat, asked, _OPENING_TOKENS, batch_size=batch_size, label="reply openings")
-    rate = sum(map(len, [*asked, *replies])) / max(1e-6, time.perf_counter() - start)
-    prefix = common_prefix(replies)
-    # A reply that is nothing but the prefix leaves nothing to measure behind it.
-    return prefix if all(len(reply) > len(prefix) for reply in replies) else (), rate
+    replies, rate = timed(
+        chat,
+        [chat.encode_message(text) for text in texts],
+        first_look.OPENING_TOKENS,
+        batch_size=batch_size,
+        label="reply openings",
+    )
+    return first_look.reply_prefix(replies), rate
 
 
 def find_behind_openings(

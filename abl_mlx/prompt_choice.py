@@ -8,6 +8,7 @@ from abl_mlx import demo, prompt_lengths, prompts
 from abl_mlx.model_file import ModelFile
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSet, PromptSets, Split
+from convert.errors import UserError
 
 #: Prompts of each set to measure, to choose on and to ask, with ``--quick``.
 QUICK = (48, 16, 24)
@@ -51,17 +52,32 @@ def cut(
     return replace(sets, harmful=harmful, harmless=harmless, borderline=borderline)
 
 
+def borderline_part(sets: PromptSets, options: Options, part: str) -> PromptSet | None:
+    """A part of the borderline prompts that ``over-refusal`` is about; None for other methods.
+
+    Raises:
+        UserError: when there are too few.
+    """
+    if options.method != "over-refusal":
+        return None
+    whole = sets.borderline
+    if whole is None or len(whole) < prompts.MINIMUM:
+        raise UserError(
+            "--method over-refusal needs harmless prompts that this model refuses: give at least "
+            f"{prompts.MINIMUM} of them with --borderline FILE."
+        )
+    return getattr(prompts.split(whole, options.seed), part)
+
+
 def borderline_asked(sets: PromptSets, options: Options) -> PromptSet | None:
     """The borderline prompts that a run asks before and after, none of which it was measured on.
 
     All of them beside the bundled sets, as many as of the others with ``--quick``; with ``--method
     over-refusal`` the held-out part; none beside a person's own prompts.
     """
-    whole = sets.borderline
-    if whole is None or not len(whole):
-        return None
     if options.method == "over-refusal":
-        return prompts.split(whole, options.seed).test
-    if options.harmful is not None:
+        return borderline_part(sets, options, "test")
+    whole = sets.borderline
+    if not whole or options.harmful is not None:
         return None
     return whole.take(len(sets.harmful.test)) if options.quick else whole

@@ -34,7 +34,6 @@ from abl_mlx.forecast import forecast
 from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.measurement import (
     ask,
-    borderline_part,
     component_sample,
     edit_of,
     find_behind_openings,
@@ -160,7 +159,8 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
             )
         sets = prompt_choice.load(model, options)
         memory.check(model.source.title, model.size, asked=options.memory_check)
-        borderline_part(sets, options, "test")  # too few are refused before anything is loaded
+        # Too few borderline prompts are better told before anything is loaded.
+        prompt_choice.borderline_part(sets, options, "test")
         target.check(paths, options)
         record = _six_steps(Job(model, base, paths, sets, options, Clock()), _look)
     destinations.hand_to_ollama(paths, options)

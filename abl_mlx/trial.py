@@ -122,13 +122,13 @@ class Trial:
         self.refusal_tokens = refusal_tokens(first, self._base)
         if not self.refusal_tokens:
             raise UserError(NO_REFUSAL)
+        scores = refusal_scores(self._base, self.refusal_tokens)
         self.refusal_before = (
             _mean(numbers(refusal_scores(first, self.refusal_tokens))),
-            _mean(numbers(refusal_scores(self._base, self.refusal_tokens))),
+            _mean(numbers(scores)),
         )
+        self.left = LEFT + _mean(numbers(mx.sigmoid(scores)))
         opened = openings(first, self.refusal_tokens)
-        odds = refusal_scores(self._base, self.refusal_tokens)
-        self.left = LEFT + _mean(numbers(mx.sigmoid(odds)))
         order = sorted(range(len(harmful)), key=lambda index: not opened[index])
         self._harmful = [harmful[index] for index in order]
         self.kept_before = (

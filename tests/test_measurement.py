@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import capture, directions, evaluate, measurement, methods, models, prompts, shortcuts
+from abl_mlx import (
+    capture,
+    directions,
+    evaluate,
+    measurement,
+    methods,
+    models,
+    prompt_choice,
+    prompts,
+    shortcuts,
+)
 from abl_mlx.cli import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.edits import orthonormal
@@ -128,7 +138,7 @@ def test_over_refusal_falls_and_harmful_prompts_go_on_being_refused(tmp_path):
     borderline = prompts.load(str(tmp_path / "borderline.txt"), "--borderline")
     options, sets = Options(method="over-refusal"), replace(sets, borderline=borderline)
     found = measurement.find_direction(chat, writers, sets, options)
-    held_out = measurement.borderline_part(sets, options, "test").texts
+    held_out = prompt_choice.borderline_part(sets, options, "test").texts
     harmful, harmless = sets.harmful.test.texts[:32], sets.harmless.test.texts[:32]
     asked = [*held_out, *harmful, *harmless]
     before = answer(asked, 26)
