@@ -118,18 +118,14 @@ class FolderEdit:
 
     def predicting(self) -> Record:
         edited = [*self.plan.edits, *self.plan.matrices] if self.plan else []
-        found = mtp.record(mtp.tensors(self.files, self._layers), edited)
-        return {"mtp": found} if found else {}
+        return mtp.record(mtp.tensors(self.files, self._layers), edited)
 
     def let_go(self) -> None:
         self.plan = None
         self.loaded.let_go()
 
     def write(self, output: Output, clock: Clock) -> Written:
-        label = edit_label(
-            self.direction.sha256, self.options, self.source,
-            self.direction.metadata.get("recipe"), embedding=self.embedding,
-        )  # fmt: skip
+        label = edit_label(self.direction, self.options, self.source, embedding=self.embedding)
         write = {ADAPTER: self._write_adapter, GGUF: self._write_gguf, FOLDER: self._write_folder}
         with clock.step("write"):
             return write[output.format](output, label)

@@ -28,6 +28,13 @@ from convert.grids import Grid
 from convert.mlx_folder import FLOAT_DTYPES
 
 
+def stored_values(gguf: GgufSource, name: str) -> mx.array:
+    """A tensor in float32, in the file's layout; the memory that reading it took is given back."""
+    values = mx.array(gguf.values(name))
+    gguf.release(name)
+    return values
+
+
 @dataclass(frozen=True)
 class TensorPlan:
     """What is done to one tensor of a GGUF.

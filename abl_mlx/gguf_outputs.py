@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from abl_mlx import adapter_outputs, evaluate, exactness, gguf_model, models, mtp, notes, taken
 from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edits import Leak, leak
-from abl_mlx.gguf_edit import TensorPlan, TensorReport, compare, replacement
+from abl_mlx.gguf_edit import TensorPlan, TensorReport, compare, replacement, stored_values
 from abl_mlx.leak_report import LeakReport
 from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.models import ChatModel, progress, progress_to
@@ -89,8 +87,7 @@ def drafting(gguf: GgufSource, paths: Sequence[Path], options: Options) -> list[
                 f"--mtp: {path} has no blocks of multi-token prediction, as a GGUF has: write "
                 "-o NAME.gguf, or leave the flag out."
             )
-    shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
-    found = gguf_mtp.find(gguf.architecture, shapes, gguf.metadata)
+    found = gguf_mtp.find(gguf.architecture, gguf.shapes, gguf.metadata)
     last = max(one.layer for one in found)
     if options.layers is not None and last not in options.layers:
         raise UserError(
@@ -106,9 +103,7 @@ def predicting(gguf: GgufSource, edited: Iterable[str]) -> Record:
     Args:
         edited: names of all tensors that are edited.
     """
-    names = gguf_mtp.tensors(gguf.architecture, gguf.tensors, gguf.metadata)
-    found = mtp.record(names, edited)
-    return {"mtp": found} if found else {}
+    return mtp.record(gguf_mtp.tensors(gguf.architecture, gguf.tensors, gguf.metadata), edited)
 
 
 @dataclass
@@ -147,10 +142,7 @@ class GgufEdit:
 
     def write(self, output: Output, clock: Clock) -> Written:
         embedding = any(one.writer.kind == "embedding" for one in self.plans.values())
-        label = edit_label(
-            self.direction.sha256, self.options, self.source,
-            self.direction.metadata.get("recipe"), embedding=embedding,
-        )  # fmt: skip
+        label = edit_label(self.direction, self.options, self.source, embedding=embedding)
         if output.format == LORA:
             return self._write_lora(output, label, clock)
         write = {GGUF: self._write_gguf, FOLDER: self._write_folder}[output.format]
@@ -225,8 +217,7 @@ class GgufEdit:
         details = {}
         with clock.step("measure the leak"), TensorFiles(output.staged) as written:
             for name, one in self.plans.items():
-                before = mx.array(self.gguf.values(name))
-                self.gguf.release(name)
+                before = stored_values(self.gguf, name)
                 after = gguf_to_mlx.read_back(found, output.staged, written, name)
                 leaks[name] = leak(one.edit, one.writer, one.parameter, before, after)
                 details[name] = TensorReport(leaks[name], None, None, one.old.name).details()

@@ -135,7 +135,6 @@ class FolderFile(ExitStack):
         stored = Counter(files.info(name).dtype for name in files.names)
         chat = self.lazily
         writers = find_writers(chat)
-        predicting = mtp.record(mtp.tensors(files, len(chat.layers)), [])
         copies = head_copy.find(files, chat.config, writers)
         whole = sum(value.size for _, value in parameters(chat.model))
         touched = [
@@ -160,7 +159,7 @@ class FolderFile(ExitStack):
                 for writer in writers
             ),
             "edit": edit_share(touched, whole),
-            **({"mtp": predicting} if predicting else {}),
+            **mtp.record(mtp.tensors(files, len(chat.layers)), []),
         }
 
     def hashes(self) -> dict[str, str]:

@@ -30,7 +30,7 @@ from abl_mlx.clock import Clock
 from abl_mlx.directions import DirectionFile
 from abl_mlx.edit_label import Label
 from abl_mlx.edits import Edit, stream_axis
-from abl_mlx.gguf_edit import plan
+from abl_mlx.gguf_edit import plan, stored_values
 from abl_mlx.gguf_outputs import GgufEdit
 from abl_mlx.induce_outputs import GgufConstant
 from abl_mlx.inspection import edit_share, grouped
@@ -87,8 +87,8 @@ class GgufFile(ExitStack):
 
     def named_writers(self, pattern: str | None = None) -> list[GgufWriter]:
         """The residual writers by its architecture, or those that ``--tensors`` names."""
-        shapes = {name: entry.shape for name, entry in self.gguf.tensors.items()}
-        return gguf_writers.find(self.gguf.architecture, shapes, self.gguf.metadata, pattern)
+        gguf = self.gguf
+        return gguf_writers.find(gguf.architecture, gguf.shapes, gguf.metadata, pattern)
 
     # --- what the file says --------------------------------------------------------------------
 
@@ -168,9 +168,7 @@ class GgufFile(ExitStack):
         return self.gguf.raw(name).reshape(-1)
 
     def values(self, name: str) -> mx.array:
-        values = mx.array(self.gguf.values(name))
-        self.gguf.release(name)
-        return values
+        return stored_values(self.gguf, name)
 
     def release(self, name: str) -> None:
         self.gguf.release(name)
@@ -252,8 +250,7 @@ class GgufFile(ExitStack):
         writers = self.named_writers(label.tensors)
         if label.mtp:
             gguf = self.gguf
-            shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
-            writers += gguf_mtp.find(gguf.architecture, shapes, gguf.metadata)
+            writers += gguf_mtp.find(gguf.architecture, gguf.shapes, gguf.metadata)
         plans = plan(self.gguf, edit, writers)
         return {name: taken(one, of.values(name)) for name, one in plans.items()}
 

@@ -52,17 +52,18 @@ def tensors(files: TensorFiles, layers: int) -> list[str]:
     return [one.name for one in mtp_tensors(files.names, layers)]
 
 
-def record(names: Sequence[str], edited: Iterable[str]) -> dict[str, Any] | None:
-    """What a record says of MTP tensors; None where there are none.
+def record(names: Sequence[str], edited: Iterable[str]) -> dict[str, Any]:
+    """What a record says of MTP tensors, under ``mtp``; nothing where there are none.
 
     Args:
         names: of all of them.
         edited: names of all tensors that were edited.
     """
     if not names:
-        return None
+        return {}
     touched = set(names) & set(edited)
-    return {"tensors": len(names), "edited": [name for name in names if name in touched]}
+    listed = [name for name in names if name in touched]
+    return {"mtp": {"tensors": len(names), "edited": listed}}
 
 
 def find_parts(

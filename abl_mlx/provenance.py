@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx import __version__
+from abl_mlx.directions import DirectionFile
 from abl_mlx.options import Options
 from abl_mlx.sources import Source
 from convert import phi3
@@ -36,22 +37,17 @@ def label(what: str, direction_sha256: str, source: Source) -> dict[str, Any]:
 
 
 def edit_label(
-    direction_sha256: str,
-    options: Options,
-    source: Source,
-    recipe: Mapping[str, Any] | None = None,
-    *,
-    embedding: bool,
+    direction: DirectionFile, options: Options, source: Source, *, embedding: bool
 ) -> dict[str, Any]:
     """What a written model says of its edit in its metadata.
 
     Args:
-        recipe: what a direction file says of its edit beside the directions.
         embedding: whether an embedding is among what was edited.
     """
+    recipe = direction.metadata.get("recipe")
     layers = "all" if options.layers is None else ",".join(map(str, sorted(options.layers)))
     return {
-        **label(_REMOVED, direction_sha256, source),
+        **label(_REMOVED, direction.sha256, source),
         "strength": options.strength,
         "layers": layers,
         "embedding": embedding,

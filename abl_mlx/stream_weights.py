@@ -133,9 +133,8 @@ def of_gguf(gguf: GgufSource) -> StreamWeights:
     Raises:
         Unreachable: an architecture whose writers cannot be found.
     """
-    shapes = {name: entry.shape for name, entry in gguf.tensors.items()}
     try:
-        named = gguf_writers.find(gguf.architecture, shapes, gguf.metadata)
+        named = gguf_writers.find(gguf.architecture, gguf.shapes, gguf.metadata)
     except UserError as error:
         raise Unreachable(str(error)) from None
     paths, moved = _mlx_paths(gguf)

@@ -7,7 +7,7 @@ With them W is back, but for the rounding of W'.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ import mlx.core as mx
 from abl_mlx import __version__
 from abl_mlx.apply import Plan, TensorEdit
 from abl_mlx.edits import stream_axis
-from abl_mlx.gguf_edit import TensorPlan
+from abl_mlx.gguf_edit import TensorPlan, stored_values
 from abl_mlx.outputs import ADAPTERS, format_of, is_file
 from convert import json_text, safetensors_files
 from convert.atomic import check_new
@@ -201,12 +201,8 @@ def keep_gguf(
                 "undone; write -o NAME.lora.gguf, which leaves the model as it is."
             )
 
-    def parts() -> Iterator[tuple[str, Taken]]:
-        for name, one in plans.items():
-            yield name, taken(one, mx.array(gguf.values(name)))
-            gguf.release(name)
-
-    keep(path, parts(), direction_sha256)
+    parts = ((name, taken(one, stored_values(gguf, name))) for name, one in plans.items())
+    keep(path, parts, direction_sha256)
 
 
 def read_kept(path: Path, direction_sha256: str) -> dict[str, Taken]:

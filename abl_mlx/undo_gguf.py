@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx import adapter_outputs
+from abl_mlx.gguf_edit import stored_values
 from abl_mlx.provenance import TAGS
 from abl_mlx.taken import Taken
 from abl_mlx.undo_weights import ADAPTER_NAME, low_rank, missing_share, refuse_biases
@@ -38,7 +39,7 @@ def write(gguf: GgufSource, path: Path, found: Mapping[str, Taken]) -> float:
     )
     with GgufSource(files[0]) as after:
         return missing_share(
-            found, lambda name: _values(gguf, name), lambda name: mx.array(after.values(name))
+            found, lambda name: stored_values(gguf, name), lambda name: stored_values(after, name)
         )
 
 
@@ -48,7 +49,7 @@ def _replacement(gguf: GgufSource, name: str, one: Taken) -> Replacement:
     assert isinstance(codec, ggml_types.FloatCodec)
 
     def chunks() -> Iterator[np.ndarray]:
-        values = np.array(one.put_back(_values(gguf, name)).astype(mx.float32))
+        values = np.array(one.put_back(stored_values(gguf, name)).astype(mx.float32))
         yield codec.encode(codec.round(values.reshape(-1, values.shape[-1])))
 
     return Replacement(entry.type, entry.shape, chunks)
@@ -70,17 +71,11 @@ def write_adapter(gguf: GgufSource, path: Path, found: Mapping[str, Taken]) -> N
                 f"{path}: {name} was edited, to which llama.cpp applies no adapter"
                 f"{', as it is the output head too' if tied else ''}; write the model instead."
             )
-    changes = {name: low_rank(one, _values(gguf, name)) for name, one in found.items()}
+    changes = {name: low_rank(one, stored_values(gguf, name)) for name, one in found.items()}
     with new_file(path) as temporary:
         adapters.write_gguf(
             temporary, gguf.architecture, Adapter(1.0, changes), {"general.name": ADAPTER_NAME}
         )
-
-
-def _values(gguf: GgufSource, name: str) -> mx.array:
-    values = mx.array(gguf.values(name))
-    gguf.release(name)
-    return values
 
 
 def _metadata(gguf: GgufSource) -> dict[str, Any]:

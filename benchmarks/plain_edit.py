@@ -24,17 +24,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from requantize import requantized  # noqa: E402
 
 from abl_mlx import directions, pipeline  # noqa: E402
+from abl_mlx.model_file import find_gguf  # noqa: E402
 from abl_mlx.options import Options  # noqa: E402
-from convert import gguf_writers  # noqa: E402
 from convert.gguf_file import GgufSource  # noqa: E402
 
 DEPTH = 0.6
-
-
-def writers_of(source: GgufSource) -> list[gguf_writers.GgufWriter]:
-    """What writes to the residual stream."""
-    shapes = {name: entry.shape for name, entry in source.tensors.items()}
-    return gguf_writers.find(source.architecture, shapes, source.metadata, None)
 
 
 def without(source: GgufSource, name: str, kind: str, r: np.ndarray) -> np.ndarray:
@@ -50,13 +44,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--limit", type=int, help="prompts of each set, for a quick look")
     given = parser.parse_args()
-    with GgufSource(given.model) as source, tempfile.TemporaryDirectory() as work:
+    with find_gguf(str(given.model)) as model, tempfile.TemporaryDirectory() as work:
+        source = model.gguf
         layers = int(source.metadata[f"{source.architecture}.block_count"])
         file = Path(work) / "r.safetensors"
         options = Options(layer=int(layers * DEPTH), position=-1, limit=given.limit)
         pipeline.measure(str(given.model), file, options)
         r = np.array(directions.read(file).selected[0].astype(mx.float32))
-        writers = writers_of(source)
+        writers = model.named_writers()
         assert not any(one.gains or one.bias or one.kind == "experts" for one in writers)
         new = {one.name: partial(without, source, one.name, one.kind, r) for one in writers}
         requantized(source, new, given.out)

@@ -48,7 +48,7 @@ from abl_mlx import (  # noqa: E402
     conversion,
     evaluate,
     evaluation,
-    gguf_model,
+    gguf_outputs,
     prompt_choice,
     prompts,
 )
@@ -285,12 +285,11 @@ def divergence(bench: Bench) -> Iterator[Callable[[Path], dict[str, float]]]:
 
         def kl(file: Path) -> dict[str, float]:
             if not base:  # only where something is to be measured
-                with GgufSource(bench.model) as source:
-                    chat = gguf_model.load(source)[0]
                 texts = bench.sets.harmless.test.take(KL_PROMPTS).texts
-                base.append(stack.enter_context(evaluate.baseline(chat, texts)))
-            with GgufSource(file) as source:
-                return evaluate.kl(gguf_model.load(source)[0], base[0])
+                with gguf_outputs.opened(bench.model) as chat:
+                    base.append(stack.enter_context(evaluate.baseline(chat, texts)))
+            with gguf_outputs.opened(file) as chat:
+                return evaluate.kl(chat, base[0])
 
         yield kl
 

@@ -264,6 +264,11 @@ class GgufSource:
         """Every tensor by its name, in file order, part after part."""
         return self._tensors
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by its name, in file order."""
+        return {name: entry.shape for name, entry in self._tensors.items()}
+
     def tensor(self, name: str) -> TensorEntry:
         """The entry of ``name``. Raises UserError when there is no such tensor."""
         try:

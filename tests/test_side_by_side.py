@@ -21,6 +21,7 @@ from watched import cost_of  # noqa: E402
 
 from abl_mlx import conversion  # noqa: E402
 from abl_mlx.demo import MODEL_PATH  # noqa: E402
+from abl_mlx.model_file import find_gguf  # noqa: E402
 from convert import ggml  # noqa: E402
 from convert.gguf_file import GgufSource  # noqa: E402
 
@@ -96,8 +97,8 @@ def test_what_changed_is_rounded_by_ggml_and_nothing_else(original: Path, tmp_pa
     r = np.random.default_rng(0).standard_normal(256).astype(np.float32)
     r /= np.linalg.norm(r)
     out = tmp_path / "out.gguf"
-    with GgufSource(original) as source:
-        writers = plain_edit.writers_of(source)
+    with find_gguf(str(original)) as model:
+        source, writers = model.gguf, model.named_writers()
         new = {
             one.name: partial(plain_edit.without, source, one.name, one.kind, r) for one in writers
         }
