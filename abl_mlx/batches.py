@@ -10,6 +10,9 @@ import mlx.core as mx
 #: Tokens in one batch, padding included. Bounds the activations held at once, not the result.
 TOKENS_PER_BATCH = 2048
 
+#: What a pass costs beside its tokens (a CPU unpacks all weights for it), in tokens.
+PASS = 64
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -39,14 +42,7 @@ def batches(
     """
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     start = 0
-    while start < len(order):
-        stop = start + 1
-        while (
-            stop < len(order)
-            and len(sequences[order[stop]]) * (stop + 1 - start) <= tokens
-            and (padded or len(sequences[order[stop]]) == len(sequences[order[start]]))
-        ):
-            stop += 1
+    for stop in _ends([len(sequences[index]) for index in order], tokens, padded):
         chosen = order[start:stop]
         longest = len(sequences[chosen[-1]])
         rows = [
@@ -56,3 +52,30 @@ def batches(
             chosen, mx.array(rows, mx.int32), mx.array([len(sequences[index]) for index in chosen])
         )
         start = stop
+
+
+def _ends(lengths: Sequence[int], tokens: int, padded: bool) -> list[int]:
+    """Where batches end, so that all of them together cost least.
+
+    Args:
+        lengths: of the sequences, shortest first.
+        tokens, padded: as for `batches`.
+    """
+    costs, starts = [0], [0]
+    for stop in range(1, len(lengths) + 1):
+        longest = lengths[stop - 1]
+        best, at = costs[stop - 1] + longest, stop - 1
+        for start in range(stop - 2, -1, -1):
+            count = stop - start
+            if longest * count > tokens or not (padded or lengths[start] == longest):
+                break
+            cost = costs[start] + longest * count
+            if cost <= best:
+                best, at = cost, start
+        costs.append(best + PASS)
+        starts.append(at)
+    ends, stop = [], len(lengths)
+    while stop:
+        ends.append(stop)
+        stop = starts[stop]
+    return ends[::-1]

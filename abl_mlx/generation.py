@@ -8,6 +8,7 @@ compared once with the plain pass of single prompts, and batched as far as its r
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from enum import Enum
@@ -111,25 +112,40 @@ def _batch(
     batch_size: int,
     ends: frozenset[int],
 ) -> _Running:
-    """Unequal prompts side by side; where a reply ends, the next prompt takes its place."""
+    """Unequal prompts side by side, the shortest first.
+
+    Where replies end, others take their places, several at a time: every pass over new prompts
+    reads, and on a CPU unpacks, the whole model.
+    """
     from mlx_lm.generate import BatchGenerator
 
+    several = max(1, batch_size // 4)
+    # Prompts of one length begin together; of others half of a batch is padded less than a whole.
+    unequal = len({len(sequence) for sequence in sequences}) > 1
     generator = BatchGenerator(
         chat.model,
         max_tokens=max(max_tokens),
         stop_tokens=[[token] for token in ends],
         completion_batch_size=batch_size,
-        prefill_batch_size=batch_size,
+        prefill_batch_size=2 * several if unequal else batch_size,
     )
+    waiting = deque(sorted(range(len(sequences)), key=lambda index: len(sequences[index])))
+    running: dict[int, int] = {}
     try:
-        keys = generator.insert([list(s) for s in sequences], list(max_tokens))
-        index = {key: number for number, key in enumerate(keys)}
         with batch_masks(chat.model), heads.last_only(chat.model):
-            while responses := generator.next_generated():
-                for response in responses:
-                    yield index[response.uid], (response.token, response.logprobs)
+            while waiting or running:
+                free = batch_size - len(running)
+                if waiting and (free >= several or not running):
+                    chosen = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                    keys = generator.insert(
+                        [list(sequences[index]) for index in chosen],
+                        [max_tokens[index] for index in chosen],
+                    )
+                    running.update(zip(keys, chosen, strict=True))
+                for response in generator.next_generated():
+                    yield running[response.uid], (response.token, response.logprobs)
                     if response.finish_reason is not None:
-                        yield index[response.uid], None
+                        yield running.pop(response.uid), None
     finally:
         generator.close()
 

@@ -16,10 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from convert.grids import in_chunks
+from convert.cores import shared
 
 # Scores of attention that are made at a time: 32 MB.
 _SCORES = 1 << 23
+
+# Numbers for which another core is not asked.
+_LEAST = 1 << 14
 
 # What a score is where a mask hides it. Finite, so that a row with nothing to see is no NaN.
 _HIDDEN = np.float32(np.finfo(np.float32).min)
@@ -99,7 +102,7 @@ def _elementwise(work: Callable[..., None]) -> Function:
             with np.errstate(over="ignore"):
                 work(*(one[here] for one in flat), out[here])
 
-        in_chunks(part, out.size, 1)
+        shared(part, out.size, _LEAST)
         return mx.array(out).reshape(found[0].shape)
 
     return function
@@ -183,16 +186,17 @@ def attention(
         hiding = mask.reshape(four[0], *apart, *four[2:])
     tall = max(1, min(length, _SCORES // (heads * seen)))
     wide = max(1, _SCORES // (heads * tall * seen))
-    for b in range(0, batch, wide):
-        some = slice(b, b + wide)
+
+    def work(some: slice, of: slice) -> None:
+        """Some prompts of the batch, and some heads of keys and values."""
         for top in range(0, length, tall):
             rows = slice(top, min(length, top + tall))
             # Nothing behind the last of these rows is seen by any of them.
             reach = seen - length + rows.stop if causal else seen
-            part = q[some, :, :, rows]
+            part = q[some, of, :, rows]
             shape = part.shape
             scores = np.matmul(
-                part.reshape(shape[0], kv, -1, depth), k[some, :, :reach].swapaxes(-1, -2)
+                part.reshape(*shape[:2], -1, depth), k[some, of, :reach].swapaxes(-1, -2)
             ).reshape(*shape[:-1], reach)
             scores *= np.float32(scale)
             if softcap is not None:
@@ -204,27 +208,41 @@ def attention(
                 scores[..., np.arange(reach) > at[:, None]] = _HIDDEN
             if hiding is not None:
                 hidden = hiding[some if hiding.shape[0] > 1 else slice(None)]
+                hidden = hidden[:, of if hidden.shape[1] > 1 else slice(None)]
                 hidden = hidden[:, :, :, rows if hidden.shape[3] > 1 else slice(None)]
                 if hidden.dtype == np.bool_:
                     np.copyto(scores, _HIDDEN, where=~hidden)
                 else:
                     scores += hidden
-            out[some, :, :, rows] = _weighted(scores, v[some, :, :reach], sinks)
+            sink = None if sinks is None else sinks.reshape(kv, group, 1, 1)[of]
+            out[some, of, :, rows] = _weighted(scores, v[some, of, :reach], sink)
+
+    def prompts(part: slice) -> None:
+        for b in range(part.start, part.stop, wide):
+            work(slice(b, min(b + wide, part.stop)), slice(None))
+
+    if batch > 1:
+        shared(prompts, batch)
+    else:
+        shared(lambda part: work(slice(None), part), kv)
     return out.reshape(batch, heads, length, -1)
 
 
 def _weighted(scores: np.ndarray, v: np.ndarray, sinks: np.ndarray | None) -> np.ndarray:
-    """The softmax of scores (b, K, G, t, s) times values (b, K, s, Dv); changes the scores."""
+    """The softmax of scores (b, K, G, t, s) times values (b, K, s, Dv); changes the scores.
+
+    Args:
+        sinks: (K, G, 1, 1).
+    """
     b, kv, group, rows, seen = scores.shape
     most = scores.max(axis=-1, keepdims=True)
     if sinks is not None:
-        sink = sinks.reshape(kv, group, 1, 1)
-        most = np.maximum(most, sink)
+        most = np.maximum(most, sinks)
     scores -= most
     np.exp(scores, out=scores)
     total = scores.sum(axis=-1, keepdims=True)
     if sinks is not None:
-        total += np.exp(sink - most)
+        total += np.exp(sinks - most)
     made = np.matmul(scores.reshape(b, kv, group * rows, seen), v)
     made = made.reshape(b, kv, group, rows, -1)
     made /= total

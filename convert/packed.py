@@ -9,6 +9,7 @@ BLAS, which is many times faster than the reference BLAS in MLX's wheel for Linu
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,20 @@ from gguf import GGMLQuantizationType
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from convert.cores import shared
 from convert.ggml_types import grid_codec
 from convert.mlx_types import AFFINE, GROUP, MlxQuantized, pack, repack
 
 _Q = GGMLQuantizationType
 
 CHUNK = 1 << 24
-"""Weights unpacked at a time: 64 MB of float32."""
+"""Weights unpacked at a time on a GPU: 64 MB of float32."""
+
+_UNPACKED = 1 << 21
+"""Weights that each core unpacks at a time."""
+
+_LEAST = 1 << 15
+"""Weights for which another core is not asked."""
 
 # Bits of a code, weights of a group; of the types that are no affine tensor of MLX.
 _LEVELS: dict[GGMLQuantizationType, tuple[int, int]] = {
@@ -102,26 +110,29 @@ class Form:
             else:
                 out[...] = codes
             return
-        from convert.packed_kernels import unpack
+        from convert.packed_kernels import EVEN, unpack
 
-        none = np.zeros((0, 0), np.float32)
-        raw = codes.view(np.uint8)
-        levels = np.arange(1 << self.bits, dtype=np.float32) + np.float32(self.start)
+        scales = parts["scales"]
+        mins = np.zeros((0, 0), np.float32)
         if self.mode == "mxfp4":
-            scales = np.ldexp(np.float32(1), parts["scales"].astype(np.int32) - 127)
-            unpack(raw, 4, GROUP, _E2M1, scales.astype(np.float32), none, out)
-        elif self.mode:
-            scales, biases = (parts[name].astype(np.float32) for name in ("scales", "biases"))
-            unpack(raw, self.bits, self.group, levels, scales, biases, out)
+            wide = np.ldexp(np.float32(1), scales.astype(np.int32) - 127).astype(np.float32)
+            unpack(codes.view(np.uint8), _E2M1, GROUP, wide, out)
+            return
+        if self.levels is not None:
+            levels = np.array(self.levels, np.float32)
+            unpack(codes.view(np.uint8), levels, self.group, _spread(scales, parts.get("d")), out)
+            return
+        if self.mode:
+            wide = scales.astype(np.float32)
+            if "biases" in parts:
+                mins = parts["biases"].astype(np.float32)
+        elif "dmin" in parts:
+            wide = _spread(scales & 15, parts["d"])
+            mins = -_spread(scales >> 4, parts["dmin"])
         else:
-            if self.levels is not None:
-                levels = np.array(self.levels, np.float32)
-            if "dmin" not in parts:
-                scales, mins = _spread(parts["scales"], parts.get("d")), none
-            else:
-                scales = _spread(parts["scales"] & 15, parts["d"])
-                mins = -_spread(parts["scales"] >> 4, parts["dmin"])
-            unpack(raw, self.bits, self.group, levels, scales, mins, out)
+            wide = _spread(scales, parts.get("d"))
+        start = np.float32(self.start)
+        EVEN[self.bits](codes.view(np.uint32), self.group, start, wide, mins, out)
 
     def _scales(self, small: mx.array, big: mx.array | None) -> mx.array:
         """The scale of every group, (R, n // group, 1)."""
@@ -214,6 +225,23 @@ def _whole_scales(scales: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.rint(found).astype(np.int8)
 
 
+class _Room(threading.local):
+    """Arrays of this thread that are used again and again: new memory costs a page fault each."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def of(self, name: str, shape: tuple[int, int]) -> np.ndarray:
+        """Float32 of a shape, with anything in it."""
+        count = shape[0] * shape[1]
+        if name not in self._arrays or self._arrays[name].size < count:
+            self._arrays[name] = np.empty(count, np.float32)
+        return self._arrays[name][:count].reshape(shape)
+
+
+_room = _Room()
+
+
 # --------------------------------------------------------------------------------------------------
 # Modules
 
@@ -288,21 +316,29 @@ class Packed(nn.Module):
     def _multiply(self, x: np.ndarray, first: int, last: int) -> np.ndarray:
         """x Wᵀ for rows first to last - 1 of the weight, at once, by NumPy's BLAS: (m, rows).
 
-        MLX's wheel for Linux comes with the reference BLAS, which is about fifty times slower.
+        MLX's wheel for Linux comes with the reference BLAS, which is about fifty times slower. What
+        is given back is overwritten by the next product of this thread.
         """
         n = self._form.n
-        if self["weight"].dtype == mx.float32 and not self._form.bits:
-            weight = np.array(self["weight"].astype(mx.float32), copy=False).reshape(-1, n)
-            return np.asarray(x @ weight[first:last].T)
-        step = max(1, min(CHUNK // n, last - first))
-        product = np.empty((len(x), last - first), np.float32)
-        values = np.empty((step, n), np.float32)
+        product = _room.of("product", (len(x), last - first))
         views = self._views()
-        for start in range(first, last, step):
-            stop = min(start + step, last)
-            some = values[: stop - start]
-            self._form.unpack_on_cpu({k: v[start:stop] for k, v in views.items()}, some)
-            np.matmul(x, some.T, out=product[:, start - first : stop - first])
+        plain = views["codes"] if not self._form.bits else None
+
+        def part(rows: slice) -> None:
+            if plain is not None and plain.dtype == np.float32:
+                some = plain[first + rows.start : first + rows.stop]
+                np.matmul(x, some.T, out=product[:, rows])
+                return
+            step = max(1, min(_UNPACKED // n, rows.stop - rows.start))
+            values = _room.of("values", (step, n))
+            for start in range(rows.start, rows.stop, step):
+                stop = min(start + step, rows.stop)
+                some = values[: stop - start]
+                codes = {name: view[first + start : first + stop] for name, view in views.items()}
+                self._form.unpack_on_cpu(codes, some)
+                np.matmul(x, some.T, out=product[:, start:stop])
+
+        shared(part, last - first, _LEAST // n)
         return product
 
     def _views(self) -> dict[str, np.ndarray]:
