@@ -22,10 +22,11 @@ from abl_mlx.adapters import (
     tensor_parts,
     untouched_leak,
 )
+from abl_mlx.console import progress
 from abl_mlx.edits import Edit, Leak, total_leak
 from abl_mlx.gguf_edit import TensorPlan
 from abl_mlx.leak_report import LeakReport
-from abl_mlx.models import ChatModel, progress
+from abl_mlx.models import ChatModel
 from abl_mlx.notes import noted
 from abl_mlx.outputs import Output
 from abl_mlx.provenance import gguf_metadata

@@ -15,12 +15,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import __version__, differences, directions, spectrum, stream_weights
+from abl_mlx import __version__, differences, direction_file, spectrum, stream_weights
 from abl_mlx.arrays import numpy_of
 from abl_mlx.clock import Clock
+from abl_mlx.console import progress
 from abl_mlx.mentions import mentions
 from abl_mlx.model_file import ModelFile, find_model
-from abl_mlx.models import progress
 from abl_mlx.outputs import check_report
 from abl_mlx.sources import Source
 from abl_mlx.spectrum import Found, Gap
@@ -161,7 +161,7 @@ def _asked(text: str) -> Record:
 
 
 def _given(path: Path) -> np.ndarray:
-    found = numpy_of(directions.read(path).selected).astype(float)
+    found = numpy_of(direction_file.read(path).selected).astype(float)
     return np.linalg.qr(found.T)[0]
 
 
@@ -198,8 +198,9 @@ def _keep(path: Path, recovered: np.ndarray | None, source: Source, weights: Rec
         "model": source.public_name,
         "verdict": weights["verdict"],
     }
-    directions.save(
-        path, directions.DirectionFile(mx.array(recovered.astype(np.float32)), metadata=metadata)
+    direction_file.save(
+        path,
+        direction_file.DirectionFile(mx.array(recovered.astype(np.float32)), metadata=metadata),
     )
 
 

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abl_mlx.models import progress
+from abl_mlx.console import progress
 from abl_mlx.refusals import wilson
-from abl_mlx.targets import Target
+from abl_mlx.target import Target
 from abl_mlx.thoughts import without_thoughts
 
 #: Longest reply, in tokens; more only lets a wrong reply grow.

@@ -13,8 +13,9 @@ import numpy as np
 
 from abl_mlx import heads
 from abl_mlx.arrays import numpy_of
+from abl_mlx.console import progress
 from abl_mlx.hooks import around
-from abl_mlx.models import ChatModel, progress
+from abl_mlx.models import ChatModel
 from abl_mlx.residuals import residual
 from abl_mlx.shortcuts import trusted
 from abl_mlx.units import in_bytes

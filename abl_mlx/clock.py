@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from abl_mlx import interrupts, report
+from abl_mlx import interrupts
+from abl_mlx.console import say
 
 
 @dataclass
@@ -23,11 +24,11 @@ class Clock:
     def step(self, name: str) -> Iterator[None]:
         """Time a step; a name used twice adds up."""
         interrupts.check()
-        report.say(f"· {name}")
+        say(f"· {name}")
         start = time.perf_counter()
         yield
         interrupts.check()
         elapsed = time.perf_counter() - start
         self.seconds[name] = round(self.seconds.get(name, 0.0) + elapsed, 3)
         if not sys.stderr.isatty():  # in a terminal progress bars tell the time
-            report.say(f"  {name}: {elapsed:.1f} s")
+            say(f"  {name}: {elapsed:.1f} s")

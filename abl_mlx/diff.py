@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from abl_mlx import directions, gguf_outputs
+from abl_mlx import direction_file, gguf_outputs
+from abl_mlx.console import progress
 from abl_mlx.gguf_edit import bytes_changed, plan
 from abl_mlx.measurement import edit_of
 from abl_mlx.model_gguf import GgufFile
-from abl_mlx.models import progress
 from abl_mlx.options import Options
 from abl_mlx.sources import Source
 from convert.errors import UserError
@@ -60,7 +60,7 @@ def diff(
             "changed": changed,
         }
         if direction is not None:
-            file = directions.read(direction)
+            file = direction_file.read(direction)
             plans = plan(before, edit_of(file, Options()), model.named_writers(tensors))
             record |= gguf_outputs.leak_record(gguf_outputs.compare_all(before, after, plans))
             record["direction"] = file.sha256

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from abl_mlx import other_tensors, spectrum
+from abl_mlx.console import progress
 from abl_mlx.model_file import ModelFile
-from abl_mlx.models import progress
 from abl_mlx.stream_weights import StreamWeight, StreamWeights, Unreachable
 from convert.errors import UserError
 

@@ -18,9 +18,10 @@ import mlx.core as mx
 
 from abl_mlx import evaluate
 from abl_mlx.arrays import numbers
+from abl_mlx.console import progress
 from abl_mlx.logits import log_probabilities
-from abl_mlx.models import ChatModel, progress
-from abl_mlx.targets import Target
+from abl_mlx.models import ChatModel
+from abl_mlx.target import Target
 
 #: How many of the likeliest tokens llama.cpp is asked for.
 TOP_N = 64

@@ -27,7 +27,9 @@ from functools import partial
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from abl_mlx import __version__, hub, report
+from abl_mlx import __version__, hub
+from abl_mlx.console import say
+from abl_mlx.options import Asking
 from abl_mlx.refusals import WITHHELD
 from abl_mlx.thoughts import opened_by, resumed, without_thoughts
 from convert.errors import UserError
@@ -60,23 +62,6 @@ def is_endpoint(text: str) -> bool:
     return text.lower().startswith(("http://", "https://")) and not hub.is_address(text)
 
 
-@dataclass(frozen=True)
-class Asking:
-    """How a server is asked.
-
-    Attributes:
-        concurrency: requests under way at the same time.
-        timeout: seconds from connecting to the last byte of a reply.
-        retries: further tries of a request that failed in a way that may pass.
-        backoff: seconds before the second try; each later one waits twice as long.
-    """
-
-    concurrency: int = 4
-    timeout: float = 120.0
-    retries: int = 4
-    backoff: float = 0.5
-
-
 class Endpoint:
     """One model of a server, found and named when the object is made."""
 
@@ -85,7 +70,7 @@ class Endpoint:
         url: str,
         model: str | None = None,
         asking: Asking | None = None,
-        say: Callable[[str], None] = report.say,
+        say: Callable[[str], None] = say,
     ) -> None:
         """Find the server's API under ``url`` and the model in it.
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abl_mlx import notes, reply_notes
-from abl_mlx.report import interval, paired_cells, percent
+from abl_mlx.console import percent
+from abl_mlx.report import interval, paired_cells
 
 _SETS = (
     ("harmful", "refusals, harmful prompts", ""),

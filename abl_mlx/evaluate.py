@@ -15,10 +15,11 @@ import numpy as np
 
 from abl_mlx import capture, reply_notes, thoughts
 from abl_mlx.arrays import number, numbers
+from abl_mlx.console import progress
 from abl_mlx.distributions import kl_divergence
 from abl_mlx.generation import generate, stream
 from abl_mlx.logits import log_probabilities
-from abl_mlx.models import ChatModel, progress
+from abl_mlx.models import ChatModel
 from abl_mlx.plain import vocabulary
 from abl_mlx.prompts import PromptSet, PromptSets
 from abl_mlx.refusals import Rates, Verdict, rates
@@ -266,12 +267,12 @@ class Baseline:
     Attributes:
         sequences: encoded prompt and the first tokens of the base model's greedy reply.
         positions: for each sequence the tokens whose successors are predicted.
-        path: float32 log-probabilities, all positions of all sequences in a row, (ΣK, V).
+        rows: log-probabilities (V,) of all positions of all sequences in a row.
     """
 
     sequences: list[list[int]]
     positions: list[list[int]]
-    path: Path
+    rows: scratch.RowsFile
 
 
 @contextmanager
@@ -292,14 +293,12 @@ def baseline(
         positions.append(list(range(len(prompt) - 1, len(sequences[-1]))))
     starts = np.cumsum([0, *map(len, positions)])
     with scratch.scratch() as folder:
-        path = folder / "base.f32"
-        stored = scratch.array(path, (int(starts[-1]), vocabulary(chat)))
+        stored = scratch.RowsFile(folder / "base.f32", int(starts[-1]), vocabulary(chat))
         for index, rows in log_probabilities(chat, sequences, positions, label="KL: base"):
-            stored[starts[index] : starts[index + 1]] = np.array(rows.astype(mx.float32))
-        stored.flush()
+            stored.write(int(starts[index]), np.array(rows.astype(mx.float32)))
         # While this waits to be left, the model may have to make room for another.
-        del stored, chat
-        yield Baseline(sequences, positions, path)
+        del chat
+        yield Baseline(sequences, positions, stored)
 
 
 def kl(chat: ChatModel, base: Baseline) -> dict[str, float]:
@@ -310,11 +309,10 @@ def kl(chat: ChatModel, base: Baseline) -> dict[str, float]:
         greedy reply, each token weighing the same.
     """
     starts = np.cumsum([0, *map(len, base.positions)])
-    stored = np.memmap(base.path, np.float32, "r", shape=(int(starts[-1]), vocabulary(chat)))
     first: list[float] = []
     every: list[float] = []
     for index, rows in log_probabilities(chat, base.sequences, base.positions, label="KL: edited"):
-        before = mx.array(stored[starts[index] : starts[index + 1]])
+        before = mx.array(base.rows.read(int(starts[index]), len(base.positions[index])))
         values = numbers(kl_divergence(before, rows))
         first.append(values[0])
         every += values

@@ -20,26 +20,26 @@ from abl_mlx import (
     harness,
     journal,
     judge,
+    judges,
     outputs,
     perplexity,
     prompt_choice,
     prompt_lengths,
     reply_notes,
-    report,
     targets,
 )
 from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
+from abl_mlx.console import progress, say
 from abl_mlx.journal import Answered, Section
 from abl_mlx.model_file import ModelFile
-from abl_mlx.models import progress
 from abl_mlx.notes import noted
 from abl_mlx.options import EvalOptions
 from abl_mlx.paired import Paired
 from abl_mlx.prompts import Prompt, PromptSet, PromptSets
 from abl_mlx.refusals import Oddity, Rates, Tally, Verdict, classify, examine
 from abl_mlx.reply_notes import Seen
-from abl_mlx.targets import Target
+from abl_mlx.target import Target
 from abl_mlx.thoughts import closes_only, has_thought
 from convert.atomic import check_new
 from convert.errors import UserError
@@ -101,7 +101,7 @@ def _evaluate(
         kept = stack.enter_context(journal.opened(options.resume, whole))
         by: Judge = _by_markers
         if options.judge is not None:
-            by = stack.enter_context(judge.opened(options, clock))
+            by = stack.enter_context(judges.opened(options, clock))
 
         def measured(target: Target, role: str) -> tuple[Record, list[Answered]]:
             section = Section() if kept is None else kept.section(role, target.identity | how)
@@ -221,7 +221,7 @@ def _check(
             "as a folder or a .gguf file."
         )
     if options.lm_eval is not None:
-        harness.check(source, options.lm_eval)
+        harness.check(source.folder if source is not None else None, options.lm_eval)
     limits = options.limits
     if limits.max_kl is not None:
         if options.baseline is None:
@@ -276,7 +276,7 @@ def ask(
     missing = list({prompt.text: prompt for prompt in prompts if known(prompt) is None}.values())
     there = len(prompts) - len(missing)
     if there and section.path is not None:
-        report.say(f"· {there} of {len(prompts)} answers are there already, in {section.path}")
+        say(f"· {there} of {len(prompts)} answers are there already, in {section.path}")
     try:
         with progress(len(prompts), "replies") as bar:
             bar.update(there)

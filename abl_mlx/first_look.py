@@ -11,13 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from abl_mlx.console import percent, say
 from abl_mlx.evaluate import decode
 from abl_mlx.generation import timed
 from abl_mlx.models import ChatModel, common_prefix
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSet, PromptSets, split
 from abl_mlx.refusals import Tally, Verdict, classify, without_thoughts
-from abl_mlx.report import percent, say
 from convert.errors import UserError
 
 #: Prompts of each set that are asked at a time, and at most.

@@ -16,12 +16,13 @@ import mlx.nn as nn
 from abl_mlx import adapter_outputs, evaluate, exactness, mlx_edit, models, mtp, notes, taken
 from abl_mlx.apply import Plan, TensorEdit, measure_leak
 from abl_mlx.clock import Clock
-from abl_mlx.directions import DirectionFile
+from abl_mlx.console import progress, progress_to
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.gguf_edit import quantize, rounded_to_float
 from abl_mlx.leak_report import LeakReport
 from abl_mlx.loaded_model import LoadedModel
-from abl_mlx.models import ChatModel, progress, progress_to
+from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.outputs import (
     ADAPTER,

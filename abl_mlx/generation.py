@@ -18,9 +18,9 @@ import mlx.core as mx
 from abl_mlx import heads
 from abl_mlx.arrays import number
 from abl_mlx.batch_masks import batch_masks
-from abl_mlx.models import ChatModel, progress
+from abl_mlx.console import progress, say
+from abl_mlx.models import ChatModel
 from abl_mlx.plain import Plain, reach, sample
-from abl_mlx.report import say
 
 #: A token and the distribution that it was the likeliest of, log-probabilities (V,).
 Step = tuple[int, mx.array]

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from gguf import GGMLQuantizationType
 
 from abl_mlx import rounding
 from abl_mlx.apply import TensorEdit
 from abl_mlx.edits import Edit, Leak, rounded, stream_axis
+from abl_mlx.gguf_model import writer_of
 from abl_mlx.slabs import SLAB, Slab, exact_edit, leak, sample, slabs
 from abl_mlx.writers import Writer
 from convert import ggml, ggml_types
@@ -94,17 +94,6 @@ def plan(
                 )
             plans[name] = TensorPlan(name, edit, writer, parameter, entry.type, new)
     return plans
-
-
-def writer_of(source: GgufSource, one: GgufWriter) -> Writer:
-    """What an edit has to know of a GGUF's writer; its module is empty."""
-    gain = None
-    if one.gains:
-        product = np.prod([source.values(name) for name in one.gains], axis=0)
-        gain = mx.array(product.astype(np.float32))
-    # A drafting block's copy of the embedding is to be what the embedding is after any edit.
-    path = "token_embd.weight" if one.name.endswith("nextn.embed_tokens.weight") else one.name
-    return Writer(path, one.kind, one.layer, gain, one.bias is not None, nn.Module(), one.tied)
 
 
 # --- slabs -------------------------------------------------------------------------------------

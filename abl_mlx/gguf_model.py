@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from abl_mlx.gguf_edit import writer_of
-from abl_mlx.models import ChatModel, load_tokenizer, progress
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from abl_mlx.console import progress
+from abl_mlx.models import ChatModel, load_tokenizer
 from abl_mlx.writers import Writer
 from convert.errors import UserError
 from convert.gguf_file import GgufSource
@@ -72,3 +76,14 @@ def find_writers(
         path = paths[0].removesuffix(".weight")
         writers.append(replace(writer_of(gguf, one), path=path, module=module))
     return writers
+
+
+def writer_of(source: GgufSource, one: GgufWriter) -> Writer:
+    """What an edit has to know of a GGUF's writer; its module is empty."""
+    gain = None
+    if one.gains:
+        product = np.prod([source.values(name) for name in one.gains], axis=0)
+        gain = mx.array(product.astype(np.float32))
+    # A drafting block's copy of the embedding is to be what the embedding is after any edit.
+    path = "token_embd.weight" if one.name.endswith("nextn.embed_tokens.weight") else one.name
+    return Writer(path, one.kind, one.layer, gain, one.bias is not None, nn.Module(), one.tied)

@@ -10,12 +10,13 @@ from typing import Any
 
 from abl_mlx import adapter_outputs, evaluate, exactness, gguf_model, models, mtp, notes, taken
 from abl_mlx.clock import Clock
-from abl_mlx.directions import DirectionFile
+from abl_mlx.console import progress, progress_to
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.edits import Leak, leak
 from abl_mlx.gguf_edit import TensorPlan, TensorReport, compare, replacement, stored_values
 from abl_mlx.leak_report import LeakReport
 from abl_mlx.loaded_model import LoadedModel
-from abl_mlx.models import ChatModel, progress, progress_to
+from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.outputs import (
     FOLDER,

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from abl_mlx.model_file import ModelFile
 from convert.errors import UserError
 from convert.scratch import scratch
 
@@ -26,14 +25,17 @@ def task_names(text: str) -> list[str]:
     return names
 
 
-def check(model: ModelFile | None, text: str) -> None:
+def check(folder: Path | None, text: str) -> None:
     """Refuse what cannot work before anything is loaded.
+
+    Args:
+        folder: of the model; None for a target that is no folder.
 
     Raises:
         UserError: when the target is no MLX folder, or lm-evaluation-harness is not installed.
     """
     task_names(text)
-    if model is None or model.folder is None:
+    if folder is None:
         raise UserError(
             "--lm-eval runs models in MLX or Hugging Face folders alone: `abl-mlx convert` makes "
             "one of a .gguf."

@@ -17,10 +17,11 @@ import mlx.core as mx
 
 from abl_mlx import directions, selection
 from abl_mlx.arrays import number
+from abl_mlx.console import progress
 from abl_mlx.directions import Candidates
 from abl_mlx.evaluate import decode, generate
 from abl_mlx.logits import log_probabilities
-from abl_mlx.models import ChatModel, progress
+from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets
 from abl_mlx.refusals import Verdict, classify

@@ -20,7 +20,7 @@ import numpy as np
 from abl_mlx import evaluate, folder_outputs, gguf_outputs, models, notes
 from abl_mlx.arrays import numbers, numpy_of, parameters
 from abl_mlx.clock import Clock
-from abl_mlx.directions import DirectionFile
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.loaded_model import LoadedModel
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options

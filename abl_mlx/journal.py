@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abl_mlx import report
+from abl_mlx.console import say
 from abl_mlx.refusals import Oddity, Verdict
 from convert import json_text, locks
 from convert.errors import UserError
@@ -164,7 +164,7 @@ class Journal:
                     f"{self.path} is of another evaluation ({change}): name another file for "
                     "--resume, or remove this one."
                 )
-            report.say(f"· starting anew: {change}")
+            say(f"· starting anew: {change}")
             there = None
         if there is None:
             self._sections[role] = (dict(identity), {})
@@ -254,7 +254,7 @@ def opened(path: Path | None, identity: Mapping[str, Any]) -> Iterator[Journal |
     try:
         kept = Journal(place, strict=False)
     except UserError as error:
-        report.say(f"· nothing is kept to go on from: {error}")
+        say(f"· nothing is kept to go on from: {error}")
         yield None
         return
     try:

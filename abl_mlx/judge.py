@@ -12,20 +12,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
 
-from abl_mlx.clock import Clock
-from abl_mlx.endpoint import Endpoint, is_endpoint
+from abl_mlx.endpoint import is_endpoint
 from abl_mlx.journal import Answered
 from abl_mlx.loops import without_loop
 from abl_mlx.options import EvalOptions
 from abl_mlx.refusals import Oddity, Verdict, examine
 from abl_mlx.thoughts import without_thoughts
-from convert.errors import UserError
 
 RUBRIC = resources.files("abl_mlx").joinpath("texts/rubric.txt").read_text(encoding="utf-8")
 RUBRIC_SHA256 = hashlib.sha256(RUBRIC.encode()).hexdigest()
@@ -89,43 +86,6 @@ def judge_with(answer: Callable[[str], str]) -> Judge:
         return parse(answer(question(prompt, body)))
 
     return judge
-
-
-@contextmanager
-def opened(options: EvalOptions, clock: Clock) -> Iterator[Judge]:
-    """The judge that ``--judge`` names, loaded or met; it is let go at the end.
-
-    Raises:
-        UserError: when it cannot be loaded or met.
-    """
-    from abl_mlx import evaluate, memory
-    from abl_mlx.model_file import find_model
-
-    assert options.judge is not None
-    tokens = options.judge_tokens
-    if is_endpoint(options.judge):
-        with clock.step("meet the judge"):
-            endpoint = Endpoint(options.judge, options.judge_model, options.asking)
-        yield judge_with(lambda text: endpoint.reply(text, tokens))
-        return
-    if options.judge_model is not None:
-        raise UserError(
-            f"--judge-model {options.judge_model} names a model of a server, and --judge is none."
-        )
-    model = find_model(options.judge)
-    memory.check(model.source.title, model.size, asked=options.memory_check)
-    if "llama.cpp" in model.runtimes and evaluate.llamacpp_is_there():
-        from abl_mlx.llamacpp import LlamaCpp
-
-        with clock.step("load the judge"):
-            server = LlamaCpp(model.source.path, n_ctx=CONTEXT, n_parallel=1, lean=True)
-        with server:
-            yield judge_with(lambda text: server.chat([text], tokens)[0])
-        return
-    with clock.step("load the judge"), model:
-        chat = model.load()
-    in_mlx = evaluate.in_mlx(chat, batch_size=1)
-    yield judge_with(lambda text: in_mlx([text], tokens)[0])
 
 
 # --- how far the judge and the markers agree ------------------------------------------------------

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 
 from abl_mlx import gguf_template
-from abl_mlx.endpoint import Asking, Endpoint
+from abl_mlx.endpoint import Endpoint
+from abl_mlx.options import Asking
 from convert.errors import UserError
 
 _GUARD = Path(__file__).with_name("guard.py")

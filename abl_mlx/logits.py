@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from abl_mlx.console import progress
 from abl_mlx.distributions import normalized
 from abl_mlx.hooks import around
-from abl_mlx.models import ChatModel, progress
+from abl_mlx.models import ChatModel
 from abl_mlx.plain import vocabulary
 from abl_mlx.prefix import Prefix
 from abl_mlx.residuals import residual

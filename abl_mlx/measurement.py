@@ -13,6 +13,7 @@ import numpy as np
 from abl_mlx import (
     capture,
     choice,
+    direction_file,
     directions,
     first_look,
     methods,
@@ -22,7 +23,9 @@ from abl_mlx import (
 )
 from abl_mlx.arrays import number, numpy_of
 from abl_mlx.clock import Clock
-from abl_mlx.directions import Candidates, DirectionFile
+from abl_mlx.console import say
+from abl_mlx.direction_file import DirectionFile
+from abl_mlx.directions import Candidates
 from abl_mlx.edits import Edit
 from abl_mlx.evaluate import Behaviour, Chat, behaviour
 from abl_mlx.forecast import forecast
@@ -33,7 +36,7 @@ from abl_mlx.options import Options
 from abl_mlx.pinning import embedding_means, held_at
 from abl_mlx.prompts import PromptSets
 from abl_mlx.race import Runner
-from abl_mlx.report import say, summary_line
+from abl_mlx.report import summary_line
 from abl_mlx.trial import Effect, Trial
 from abl_mlx.variants import Tried, Variant, best
 from abl_mlx.writers import Writer
@@ -490,8 +493,8 @@ def _given(chat: ChatModel, options: Options) -> DirectionFile:
             raise UserError(
                 f"{flag} chooses how a direction is measured, and --direction gives one."
             )
-    file = directions.read(path, layer=options.layer, tensor=options.tensor)
-    directions.check_width(file, path, chat)
+    file = direction_file.read(path, layer=options.layer, tensor=options.tensor)
+    direction_file.check_width(file, path, chat)
     summary = file.metadata.get("summary", {"method": "given"})
     return replace(file, metadata={**file.metadata, "summary": {**summary, "file": path.name}})
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx.report import say
+from abl_mlx.console import say
 from abl_mlx.units import in_bytes
 from convert.errors import UserError
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from abl_mlx import sources
 from abl_mlx.clock import Clock
-from abl_mlx.directions import DirectionFile
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.edit_label import Label
 from abl_mlx.edits import Edit
 from abl_mlx.evaluate import Chat

@@ -31,7 +31,8 @@ from abl_mlx import (
 from abl_mlx.apply import plan
 from abl_mlx.arrays import parameters
 from abl_mlx.clock import Clock
-from abl_mlx.directions import DirectionFile
+from abl_mlx.console import say
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.edit_label import Label
 from abl_mlx.edits import Edit
 from abl_mlx.folder_outputs import ROWS_WARNING, FolderEdit
@@ -42,7 +43,6 @@ from abl_mlx.mentions import read_card
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.other_format import NewTypes
-from abl_mlx.report import say
 from abl_mlx.sources import Source
 from abl_mlx.steering import Induction
 from abl_mlx.stream_weights import StreamWeights

@@ -27,7 +27,7 @@ from abl_mlx import (
     undo_gguf,
 )
 from abl_mlx.clock import Clock
-from abl_mlx.directions import DirectionFile
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.edit_label import Label
 from abl_mlx.edits import Edit, stream_axis
 from abl_mlx.gguf_edit import plan, stored_values
@@ -179,8 +179,8 @@ class GgufFile(ExitStack):
     # --- running it ----------------------------------------------------------------------------
 
     def load(self) -> ChatModel:
-        chat, self.layout = gguf_model.load(self.gguf)
-        return chat
+        # Its layout would keep the model in memory for as long as this file is open.
+        return gguf_model.load(self.gguf)[0]
 
     def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
         return gguf_model.find_writers(chat, self.layout, self.gguf, self.named_writers(pattern))

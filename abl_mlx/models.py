@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +15,7 @@ import mlx.nn as nn
 from abl_mlx import context_length, prompt_tokens, thoughts
 from abl_mlx.arrays import parameters
 from abl_mlx.native_output import unheard
-from convert import escape, on_cpu, other_quantization, packed
+from convert import on_cpu, other_quantization, packed
 from convert.chat_template import ChatTemplate
 from convert.errors import UserError
 from convert.foreign import foreign
@@ -303,24 +301,3 @@ def check_finite(model: nn.Module, folder: Path) -> None:
                 f"{folder}: the weight {name} holds NaN or infinity: the file is damaged, fetch "
                 "it again."
             )
-
-
-def progress(total: int, label: str, unit: str = "prompt") -> Any:
-    """A progress bar on stderr; silent where stderr is no terminal."""
-    from tqdm import tqdm
-
-    return tqdm(
-        total=total, desc=escape.line(label), unit=unit, file=sys.stderr, disable=None, leave=False
-    )
-
-
-@contextmanager
-def progress_to(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar whose total is told with each step: yields what takes (done, total)."""
-    with progress(1, label, unit) as bar:
-
-        def moved(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield moved

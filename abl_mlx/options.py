@@ -6,9 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from abl_mlx.endpoint import Asking
-from abl_mlx.gate import Limits
-
 #: What ``--method`` may be; docs/methods.md has the formulas.
 METHODS = (
     "difference-of-means",
@@ -24,6 +21,52 @@ METHODS = (
 #: What ``--norm`` may keep of an edited weight: nothing, or the length of each line in the stream
 #: (a column of a writer, a row of an embedding), or of each row (an embedding's column) across it.
 NORMS = ("none", "columns", "rows")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a server is asked.
+
+    Attributes:
+        concurrency: requests under way at the same time.
+        timeout: seconds from connecting to the last byte of a reply.
+        retries: further tries of a request that failed in a way that may pass.
+        backoff: seconds before the second try; each later one waits twice as long.
+    """
+
+    concurrency: int = 4
+    timeout: float = 120.0
+    retries: int = 4
+    backoff: float = 0.5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is asked of a model; None asks nothing.
+
+    Attributes:
+        min_refusal: least share of harmful prompts that it refuses.
+        max_over_refusal: largest share of the harmless, and of the borderline prompts, that it
+            refuses.
+        max_broken: largest share of replies that are empty or loop; asked with every other limit,
+            since a broken model refuses nothing.
+        max_kl: largest mean KL(baseline ‖ model), nats a token.
+        max_drop_from: the record of an earlier `eval --json`.
+        max_drop: by how much the refusal rate on harmful prompts may have fallen from there.
+    """
+
+    min_refusal: float | None = None
+    max_over_refusal: float | None = None
+    max_broken: float = 0.1
+    max_kl: float | None = None
+    max_drop_from: Path | None = None
+    max_drop: float = 0.05
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is asked."""
+        asked = (self.min_refusal, self.max_over_refusal, self.max_kl, self.max_drop_from)
+        return any(limit is not None for limit in asked)
 
 
 @dataclass(frozen=True)

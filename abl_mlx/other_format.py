@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx import notes
-from abl_mlx.models import progress, progress_to
+from abl_mlx.console import progress, progress_to
 from abl_mlx.outputs import FOLDER, GGUF
 from abl_mlx.provenance import TAGS
 from abl_mlx.sources import Source

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from abl_mlx.console import progress
 from abl_mlx.model_file import ModelFile
-from abl_mlx.models import progress
 from convert.mlx_matrix import PARTS
 
 #: How many tensors are named in a sentence.

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abl_mlx import induce_report
 from abl_mlx.evaluate import Chat
 from abl_mlx.models import ChatModel
-from abl_mlx.provenance import without_home
-from abl_mlx.report import card
 from abl_mlx.sources import Source
-from abl_mlx.strict_json import to_json
 from abl_mlx.units import in_bytes
 from abl_mlx.writers import Writer
 from convert import adapters, control_vector
 from convert.atomic import check_new, claim, new_files, new_folder
 from convert.errors import UserError
-from convert.ollama import modelfile
 from convert.suffixes import ends_in, is_gguf_name, without
 
 Record = dict[str, Any]
@@ -216,35 +211,6 @@ def staging(paths: Sequence[Path]) -> Iterator[list[Output]]:
 
 
 # --- beside what is written --------------------------------------------------------------------
-
-
-def write_companions(
-    output: Output,
-    source: Source,
-    folder: Path | None,
-    record: Mapping[str, Any],
-    described: Mapping[str, Any],
-) -> None:
-    """Write the record, the card and, for a GGUF that is not split, the Modelfile of an output.
-
-    Args:
-        source: of the model.
-        folder: where it comes from, if that is a folder.
-        described: what the record says of this output.
-    """
-    record_name = companions(output.path)["record"].name
-    places = companions(output.staged)
-    places["record"].write_text(to_json(without_home(record)) + "\n", encoding="utf-8")
-    text = (
-        induce_report.card(record, described, source.title, record_name)
-        if record.get("induced")
-        else card(record, described, source.title, record_name, adapter=output.format in ADAPTERS)
-    )
-    places["card"].write_text(text, encoding="utf-8")
-    # A Modelfile names one file; older Ollamas take no more.
-    if "modelfile" in places and output.staged.is_file():
-        text = modelfile(output.staged, folder, output.path.name, kept=source.ollama)
-        places["modelfile"].write_text(text, encoding="utf-8")
 
 
 def check_space(paths: Sequence[Path], needed: int) -> None:

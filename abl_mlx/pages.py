@@ -21,7 +21,8 @@ from markupsafe import Markup
 from abl_mlx import __version__, charts, figures, reply_notes
 from abl_mlx.charts import Chart
 from abl_mlx.command_line import command_line
-from abl_mlx.report import interval, paired_cells, percent, summary_line
+from abl_mlx.console import percent
+from abl_mlx.report import interval, paired_cells, summary_line
 from convert import escape
 from convert.atomic import new_file
 

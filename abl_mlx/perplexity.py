@@ -20,9 +20,10 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx.arrays import numbers
+from abl_mlx.console import progress
 from abl_mlx.logits import log_probabilities
-from abl_mlx.models import ChatModel, progress
-from abl_mlx.targets import Target
+from abl_mlx.models import ChatModel
+from abl_mlx.target import Target
 from convert.errors import UserError
 
 NAME = "Alice's Adventures in Wonderland, opening"

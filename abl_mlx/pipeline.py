@@ -11,24 +11,19 @@ from abl_mlx import (
     __version__,
     capture,
     destinations,
-    directions,
+    direction_file,
     memory,
     outputs,
     plot,
     prompt_choice,
 )
 from abl_mlx.clock import Clock
+from abl_mlx.companions import write_companions
 from abl_mlx.measurement import edit_of, find_behind_openings, warn_of_strength
 from abl_mlx.model_file import find_model
 from abl_mlx.options import Options
-from abl_mlx.records import (
-    combined_hash,
-    hashes,
-    measured,
-    prompt_hashes,
-    start_record,
-    worst_leak,
-)
+from abl_mlx.prompts import prompt_hashes
+from abl_mlx.records import combined_hash, hashes, measured, start_record, worst_leak
 from convert.atomic import claim
 from convert.errors import UserError
 from convert.suffixes import ends_in
@@ -39,14 +34,14 @@ Record = dict[str, Any]
 def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Options) -> Record:
     """`abl-mlx apply`: write the edit that a direction file describes, without evaluating it."""
     warn_of_strength(options.strength)
-    direction = directions.read(direction_path)
+    direction = direction_file.read(direction_path)
     clock = Clock()
     with find_model(text) as model:
         destinations.check(paths, model, options)
         model.check(paths, options)
         loaded = model.outline(options, clock)
         if loaded is not None:
-            directions.check_width(direction, direction_path, loaded.chat)
+            direction_file.check_width(direction, direction_path, loaded.chat)
         edit = edit_of(direction, options)
         planned = model.plan(edit, direction, paths, loaded, options)
         record = start_record(model.source, paths, options, direction)
@@ -58,7 +53,7 @@ def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Optio
             facts = [one.facts for one in written]
             record.update(leak=worst_leak(facts), written=facts, seconds=clock.seconds)
             for one in written:
-                outputs.write_companions(one.output, model.source, model.folder, record, one.facts)
+                write_companions(one.output, model.source, model.folder, record, one.facts)
     destinations.hand_to_ollama(paths, options)
     return record
 
@@ -104,7 +99,7 @@ def measure(text: str, out: Path, options: Options, picture: Path | None = None)
             "seed": options.seed,
         },
     )
-    directions.save(out, found)
+    direction_file.save(out, found)
     record: Record = {
         "abl_mlx": __version__,
         "source": source.name,

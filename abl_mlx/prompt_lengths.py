@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from abl_mlx import report
+from abl_mlx.console import say
 from abl_mlx.model_file import ModelFile
 from abl_mlx.prompt_tokens import Count
 from abl_mlx.prompts import PromptSet, PromptSets, Split
@@ -77,5 +77,5 @@ def _fitting(
     )
     if len(counts) > max(1, FEW * total) or not all(map(len, left)):
         raise UserError(f"{said}. Shorten or remove them.")
-    report.say(f"· left out: {said}")
+    say(f"· left out: {said}")
     return left

@@ -707,3 +707,12 @@ def _first_line(error: BaseException) -> str:
     """What an exception says, short enough for one sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".:")[:160]
+
+
+def prompt_hashes(sets: PromptSets) -> dict[str, str]:
+    """SHA-256 of the prompts that a direction was made from and chosen on."""
+    return {
+        f"{name} {part}": getattr(split, part).sha256
+        for name, split in (("harmful", sets.harmful), ("harmless", sets.harmless))
+        for part in ("train", "validation")
+    }

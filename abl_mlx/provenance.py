@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx import __version__
-from abl_mlx.directions import DirectionFile
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.options import Options
 from abl_mlx.sources import Source
 from convert import phi3

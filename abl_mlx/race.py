@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from abl_mlx.console import progress, say
 from abl_mlx.edits import Edit
-from abl_mlx.models import progress
-from abl_mlx.report import say
 from abl_mlx.trial import Effect, Trial
 
 T = TypeVar("T")

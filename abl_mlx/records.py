@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from abl_mlx import __version__, models
-from abl_mlx.directions import DirectionFile
+from abl_mlx import __version__
+from abl_mlx.console import progress
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.options import Options
-from abl_mlx.prompts import PromptSets
 from abl_mlx.sources import Source
 
 Record = dict[str, Any]
@@ -60,7 +60,7 @@ def file_hashes(files: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of each file by its name, read in pieces (hashlib.file_digest is of Python 3.11)."""
     found = {}
     total = sum(file.stat().st_size for file in files)
-    with models.progress(total, "hash the source", "B") as bar:
+    with progress(total, "hash the source", "B") as bar:
         for file in files:
             digest = hashlib.sha256()
             with open(file, "rb") as stream:
@@ -92,15 +92,6 @@ def hashes(source: Mapping[str, str], direction: DirectionFile, options: Options
         "source": dict(source),
         "direction": direction.sha256,
         "options": combined_hash(options.record()),
-    }
-
-
-def prompt_hashes(sets: PromptSets) -> dict[str, str]:
-    """SHA-256 of the prompts that a direction was made from and chosen on."""
-    return {
-        f"{name} {part}": getattr(split, part).sha256
-        for name, split in (("harmful", sets.harmful), ("harmless", sets.harmless))
-        for part in ("train", "validation")
     }
 
 

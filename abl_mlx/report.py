@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abl_mlx import notes, reply_notes
+from abl_mlx.console import percent
 from abl_mlx.units import in_bytes, in_words
 from convert import escape
-
-
-def say(text: str) -> None:
-    """One line on stderr, where progress goes; a table may have several."""
-    print(escape.block(text), file=sys.stderr, flush=True)
-
-
-def percent(share: float | None) -> str:
-    """A share as a person reads it."""
-    return "–" if share is None else f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
 
 
 def interval(record: Mapping[str, Any], name: str) -> str:

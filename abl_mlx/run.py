@@ -27,7 +27,9 @@ from abl_mlx import (
 )
 from abl_mlx.arrays import let_go
 from abl_mlx.clock import Clock
-from abl_mlx.directions import DirectionFile
+from abl_mlx.companions import write_companions
+from abl_mlx.console import say
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.edits import Edit, orthonormal
 from abl_mlx.evaluate import Behaviour
 from abl_mlx.forecast import forecast
@@ -48,7 +50,6 @@ from abl_mlx.options import Options
 from abl_mlx.outputs import Output, Written
 from abl_mlx.prompts import PromptSets
 from abl_mlx.records import hashes, start_record, worst_leak
-from abl_mlx.report import say
 from abl_mlx.run_page import staged_run_page, write_run_page
 from convert.atomic import check_new
 from convert.errors import UserError
@@ -398,9 +399,7 @@ def _finish(
     record.update(evaluations=evaluations, seconds=job.clock.seconds)
     target = job.target
     for one in judged:
-        outputs.write_companions(
-            one.written.output, target.source, target.folder, record, one.record
-        )
+        write_companions(one.written.output, target.source, target.folder, record, one.record)
     replies = {"before": before.behaviour}
     replies |= {str(one.written.output.path): one.behaviour for one in judged}
     if job.options.save_replies is not None:

@@ -19,14 +19,14 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx import directions, interrupts, search_polish
-from abl_mlx.directions import DirectionFile
+from abl_mlx.console import percent, progress, say
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.front import front, hypervolume, still
-from abl_mlx.models import ChatModel, progress
+from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
 from abl_mlx.prompts import PromptSets, Split
 from abl_mlx.refusals import wilson
-from abl_mlx.report import percent, say
 from abl_mlx.search_journal import Journal, identity, optuna_quietly
 from abl_mlx.search_polish import LEAST_REFUSAL, logarithms, predicted
 from abl_mlx.search_space import DEFAULT, Directions, Parameters, Space

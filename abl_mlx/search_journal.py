@@ -14,8 +14,7 @@ import mlx.core as mx
 from abl_mlx.arrays import parameters
 from abl_mlx.models import ChatModel
 from abl_mlx.options import Options
-from abl_mlx.prompts import PromptSets
-from abl_mlx.records import prompt_hashes
+from abl_mlx.prompts import PromptSets, prompt_hashes
 from abl_mlx.search_space import Space
 from abl_mlx.search_trial import Screened, Trial
 from convert import locks

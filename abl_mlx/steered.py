@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from abl_mlx import directions, memory, prompt_choice
+from abl_mlx import direction_file, memory, prompt_choice
 from abl_mlx.clock import Clock
-from abl_mlx.directions import DirectionFile
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.edits import Edit
 from abl_mlx.measurement import edit_of, find_behind_openings, warn_of_strength
 from abl_mlx.model_file import find_model
@@ -64,13 +64,13 @@ def load(text: str, direction: Path | None, options: Options) -> Steered:
     warn_of_strength(options.strength)
     with find_model(text) as model:
         name = model.source.name
-        given = None if direction is None else directions.read(direction)
+        given = None if direction is None else direction_file.read(direction)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         with clock.step("load the model"):
             chat = model.load()
             writers = model.find_writers(chat, options.tensors)
         if given is not None and direction is not None:
-            directions.check_width(given, direction, chat)
+            direction_file.check_width(given, direction, chat)
             return Steered(name, chat, writers, given, options)
         sets = prompt_choice.load(model, options)
     found = find_behind_openings(chat, writers, sets, options, clock)

@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from abl_mlx import evaluate, memory
 from abl_mlx.clock import Clock
 from abl_mlx.endpoint import Endpoint, is_endpoint
 from abl_mlx.model_file import ModelFile, find_model
-from abl_mlx.models import ChatModel
 from abl_mlx.options import EvalOptions
+from abl_mlx.target import Target
 from convert.errors import UserError
 
 RUNTIMES = ("mlx-lm", "llama.cpp", "llama-server")
 """What ``--runtime`` takes."""
-
-
-@dataclass
-class Target:
-    """Something that replies to prompts.
-
-    Attributes:
-        name: what the user typed, without what may be secret in an address.
-        runtime: what runs it, for a person.
-        identity: all that its replies depend on, as JSON values.
-        ask: greedy replies as they come, (number of the prompt, reply), of at most so many tokens;
-            the iterator may be left early.
-        chat: the model, where it is in MLX.
-        gguf: the file, where llama.cpp runs it.
-        model: its name on a server.
-        note: what a reader of its figures should know.
-    """
-
-    name: str
-    runtime: str
-    identity: dict[str, Any]
-    ask: Callable[[Sequence[str], int], Iterator[tuple[int, str]]]
-    chat: ChatModel | None = None
-    gguf: Path | None = None
-    model: str | None = None
-    note: str | None = None
 
 
 def find(text: str) -> ModelFile | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx import __version__, directions, outputs
+from abl_mlx import __version__, direction_file, outputs
 from abl_mlx.arrays import number
 from abl_mlx.clock import Clock
 from abl_mlx.edit_label import Label, read_label
@@ -121,7 +121,7 @@ def _find(
             f"{name} was edited in a way (--norm, --pin or a search) that only an undo file takes "
             "back: give it with --factors, or take the model it was made from."
         )
-    file = directions.read(direction)
+    file = direction_file.read(direction)
     if file.sha256 != label.direction_sha256:
         raise UserError(f"{direction} is not the direction that {name} was edited along.")
     edit = Edit(file.selected, label.strength, label.layers, label.embedding)

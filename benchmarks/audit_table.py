@@ -31,7 +31,7 @@ from mlx.utils import tree_flatten
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from abl_mlx import audit, conversion, directions, models, pipeline, prompts  # noqa: E402
+from abl_mlx import audit, conversion, direction_file, models, pipeline, prompts  # noqa: E402
 from abl_mlx.demo import MODEL_PATH  # noqa: E402
 from abl_mlx.options import Options  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -200,7 +200,7 @@ def decayed(name: str, w: np.ndarray) -> np.ndarray:
 
 def subspace(direction: Path, out: Path, k: int) -> Path:
     """The direction with k − 1 others: those of other layers."""
-    found = directions.read(direction)
+    found = direction_file.read(direction)
     assert found.candidates is not None
     rows = np.array(found.candidates.directions[:, -1].astype(mx.float32))
     kept = [np.array(found.selected[0].astype(mx.float32))]
@@ -208,7 +208,9 @@ def subspace(direction: Path, out: Path, k: int) -> Path:
         rest = row - sum(np.dot(row, one) * one for one in kept)
         if np.linalg.norm(rest) > 0.3 and len(kept) < k:
             kept.append(rest / np.linalg.norm(rest))
-    directions.save(out, directions.DirectionFile(mx.array(np.stack(kept).astype(np.float32))))
+    direction_file.save(
+        out, direction_file.DirectionFile(mx.array(np.stack(kept).astype(np.float32)))
+    )
     return out
 
 

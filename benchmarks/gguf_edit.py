@@ -25,6 +25,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Q
 
+from abl_mlx import direction_file
+
 WIDTH, HIDDEN, VOCABULARY, KEYS = 2048, 8192, 128256, 512
 
 
@@ -93,7 +95,7 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
 
 def edit(source: Path, out: Path, direction: Path) -> None:
     """The product's own edit, in this process; prints what the parent reads."""
-    from abl_mlx import directions, gguf_edit, pipeline
+    from abl_mlx import gguf_edit, pipeline
     from abl_mlx.edits import Edit
     from abl_mlx.model_gguf import GgufFile
     from abl_mlx.options import Options
@@ -106,7 +108,7 @@ def edit(source: Path, out: Path, direction: Path) -> None:
     record = pipeline.apply(direction, str(source), [out], Options())
     seconds = record["seconds"]
     with GgufFile(Source(source.name, source)) as model:
-        edit = Edit(directions.read(direction).selected)
+        edit = Edit(direction_file.read(direction).selected)
         plans = gguf_edit.plan(model.gguf, edit, model.named_writers())
         weights = sum(math.prod(model.gguf.tensors[name].shape) for name in plans)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

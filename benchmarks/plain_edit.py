@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from requantize import requantized  # noqa: E402
 
-from abl_mlx import directions, pipeline  # noqa: E402
+from abl_mlx import direction_file, pipeline  # noqa: E402
 from abl_mlx.model_file import find_gguf  # noqa: E402
 from abl_mlx.options import Options  # noqa: E402
 from convert.gguf_file import GgufSource  # noqa: E402
@@ -50,7 +50,7 @@ def main() -> None:
         file = Path(work) / "r.safetensors"
         options = Options(layer=int(layers * DEPTH), position=-1, limit=given.limit)
         pipeline.measure(str(given.model), file, options)
-        r = np.array(directions.read(file).selected[0].astype(mx.float32))
+        r = np.array(direction_file.read(file).selected[0].astype(mx.float32))
         writers = model.named_writers()
         assert not any(one.gains or one.bias or one.kind == "experts" for one in writers)
         new = {one.name: partial(without, source, one.name, one.kind, r) for one in writers}

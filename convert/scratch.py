@@ -54,7 +54,40 @@ def array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """
     import numpy as np
 
-    size = 4 * math.prod(shape)
+    _take_room(path, 4 * math.prod(shape))
+    return np.memmap(path, np.float32, "r+", shape=shape)
+
+
+class RowsFile:
+    """Rows of float32 in a file: only those that are read or written just now are in memory."""
+
+    def __init__(self, path: Path, count: int, width: int) -> None:
+        """Take the room on the disk.
+
+        Raises:
+            UserError: when there is no room.
+        """
+        self._path, self._width = path, width
+        _take_room(path, 4 * count * width)
+
+    def write(self, first: int, rows: np.ndarray) -> None:
+        """Put rows (n, width) in the places from ``first`` on."""
+        import numpy as np
+
+        with open(self._path, "r+b") as stream:
+            stream.seek(4 * first * self._width)
+            stream.write(np.ascontiguousarray(rows, np.float32).data)
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """So many rows from ``first`` on, (count, width)."""
+        import numpy as np
+
+        start = 4 * first * self._width
+        found = np.fromfile(self._path, np.float32, count * self._width, offset=start)
+        return found.reshape(count, self._width)
+
+
+def _take_room(path: Path, size: int) -> None:
     try:
         with open(path, "wb") as stream:
             if hasattr(os, "posix_fallocate"):
@@ -67,7 +100,6 @@ def array(path: Path, shape: tuple[int, ...]) -> np.memmap:
             f"{tempfile.gettempdir()} has no room for {size / 1e9:.2f} GB ({error.strerror}): free "
             "some space, or set TMPDIR to a larger disk."
         ) from None
-    return np.memmap(path, np.float32, "r+", shape=shape)
 
 
 def sweep() -> None:

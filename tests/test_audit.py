@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from abl_mlx import (
     audit,
     conversion,
-    directions,
+    direction_file,
     pipeline,
     prompts,
     spectrum,
@@ -449,8 +449,11 @@ def test_the_command_exits_with_3_and_keeps_the_direction(work, tmp_path):
     assert record["direction_cosine"] > 0.99
     assert record["evidence"]
     assert set(record["hashes"]) == {"model.safetensors"}
-    first = directions.read(kept).selected[0]
-    assert float(mx.abs((first * directions.read(work / "r.safetensors").selected[0]).sum())) > 0.99
+    first = direction_file.read(kept).selected[0]
+    assert (
+        float(mx.abs((first * direction_file.read(work / "r.safetensors").selected[0]).sum()))
+        > 0.99
+    )
     result = CliRunner().invoke(
         cli, ["audit", str(out), "--base", "demo", "--fail-on", "cannot-tell"]
     )

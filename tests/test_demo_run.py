@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from abl_mlx import directions, evaluate, evaluation, pipeline, prompts
+from abl_mlx import direction_file, evaluate, evaluation, pipeline, prompts
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.options import EvalOptions, Options
 from abl_mlx.refusals import Verdict, classify
@@ -128,7 +128,7 @@ def test_applying_the_measured_direction_is_the_same_edit(place, record, tmp_pat
     path = tmp_path / "direction.safetensors"
     measured = pipeline.measure("demo", path, Options())
     assert measured["direction"]["sha256"] == record["direction"]["sha256"]
-    assert directions.read(path).metadata["layer"] == record["direction"]["layer"]
+    assert direction_file.read(path).metadata["layer"] == record["direction"]["layer"]
     pipeline.apply(path, "demo", [tmp_path / "Y"], Options())
     ours, theirs = place / "X" / "model.safetensors", tmp_path / "Y" / "model.safetensors"
     assert ours.read_bytes() == theirs.read_bytes()
@@ -137,7 +137,7 @@ def test_applying_the_measured_direction_is_the_same_edit(place, record, tmp_pat
 def test_every_candidate_is_scored_in_the_direction_file(tmp_path):
     path = tmp_path / "direction.safetensors"
     pipeline.measure("demo", path, Options(limit=12))
-    file = directions.read(path)
+    file = direction_file.read(path)
     layers, positions, _ = file.candidates.directions.shape
     scores = file.metadata["scores"]
     assert len(scores) == layers * positions

@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import directions
-from abl_mlx.directions import Candidates, DirectionFile
+from abl_mlx import direction_file
+from abl_mlx.direction_file import DirectionFile
+from abl_mlx.directions import Candidates
 from convert.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -25,8 +26,8 @@ def example():
 
 def test_round_trip(tmp_path):
     file = example()
-    directions.save(tmp_path / "d.safetensors", file)
-    back = directions.read(tmp_path / "d.safetensors")
+    direction_file.save(tmp_path / "d.safetensors", file)
+    back = direction_file.read(tmp_path / "d.safetensors")
     np.testing.assert_array_equal(np.array(back.selected), np.array(file.selected))
     assert back.sha256 == file.sha256
     assert back.candidates.positions == (-2, -1)
@@ -41,7 +42,7 @@ def test_round_trip(tmp_path):
 def test_the_bytes_are_what_the_docs_say(tmp_path):
     """Read with nothing but the safetensors format: an 8-byte size, JSON, float32 data."""
     file = example()
-    directions.save(tmp_path / "d.safetensors", file)
+    direction_file.save(tmp_path / "d.safetensors", file)
     raw = (tmp_path / "d.safetensors").read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8 : 8 + size])
@@ -60,10 +61,10 @@ def test_a_bare_vector_is_a_direction(tmp_path):
     vector = RNG.normal(size=16).astype(np.float32)
     np.save(tmp_path / "v.npy", vector)
     np.testing.assert_array_equal(
-        np.array(directions.read(tmp_path / "v.npy").selected), vector[None]
+        np.array(direction_file.read(tmp_path / "v.npy").selected), vector[None]
     )
     mx.save_safetensors(str(tmp_path / "v.safetensors"), {"selected": mx.array(vector)})
-    assert directions.read(tmp_path / "v.safetensors").selected.shape == (1, 16)
+    assert direction_file.read(tmp_path / "v.safetensors").selected.shape == (1, 16)
 
 
 def test_bad_files_are_told_in_a_sentence(tmp_path):
@@ -78,7 +79,7 @@ def test_bad_files_are_told_in_a_sentence(tmp_path):
     for name in ("missing.npy", "cut.safetensors", "text.npy", "other.safetensors", "nan.npy",
                  "cube.npy", "d.txt"):  # fmt: skip
         with pytest.raises(UserError, match=name):
-            directions.read(tmp_path / name)
+            direction_file.read(tmp_path / name)
 
 
 # --- directions of other origin ----------------------------------------------------------------
@@ -114,7 +115,7 @@ def test_outside_directions_of_every_form(tmp_path):
     control_vector(tmp_path / "single.gguf", {5: rows[2]})
 
     def read(name, **chosen):
-        return np.array(directions.read(tmp_path / name, **chosen).selected)
+        return np.array(direction_file.read(tmp_path / name, **chosen).selected)
 
     np.testing.assert_allclose(read("double.npy"), rows[:1])
     np.testing.assert_array_equal(read("one.npz"), rows[:2])
@@ -161,7 +162,7 @@ def test_outside_directions_that_cannot_be_taken(name, chosen, message, tmp_path
     control_vector(tmp_path / "cv.gguf", {1: vector, 2: vector})
     (tmp_path / "bad.gguf").write_bytes(b"GGUF nothing else")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nothing else")
-    directions.save(tmp_path / "own.safetensors", example())
+    direction_file.save(tmp_path / "own.safetensors", example())
     from gguf import GGUFWriter
 
     writer = GGUFWriter(tmp_path / "other.gguf", "llama")
@@ -171,4 +172,4 @@ def test_outside_directions_that_cannot_be_taken(name, chosen, message, tmp_path
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(UserError, match=re.escape(message)):
-        directions.read(tmp_path / name, **chosen)
+        direction_file.read(tmp_path / name, **chosen)

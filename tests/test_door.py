@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import directions, journal, taken
+from abl_mlx import direction_file, journal, taken
 from abl_mlx.models import load_lazily
 from convert import escape, json_text
 from convert.errors import UserError
@@ -358,7 +358,7 @@ def header(text: str, data: bytes = b"") -> bytes:
 def test_an_array_is_checked(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "d.npy").write_bytes(data)
     with pytest.raises(UserError, match=r"d\.npy"):
-        directions.read(tmp_path / "d.npy")
+        direction_file.read(tmp_path / "d.npy")
 
 
 def zipped(members: list[tuple[str, bytes]], method: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -390,11 +390,11 @@ def test_an_archive_is_checked(tmp_path: Path) -> None:
     for name, data in cases.items():
         (tmp_path / "d.npz").write_bytes(data)
         with pytest.raises(UserError, match=r"d\.npz"):
-            _ = name, directions.read(tmp_path / "d.npz")
+            _ = name, direction_file.read(tmp_path / "d.npz")
     (tmp_path / "d.npz").write_bytes(good)
-    assert directions.read(tmp_path / "d.npz").selected.shape == (1, 64)
+    assert direction_file.read(tmp_path / "d.npz").selected.shape == (1, 64)
     (tmp_path / "d.npz").write_bytes(zipped([("a.npy", one), ("b.npy", one)]))
-    chosen = directions.read(tmp_path / "d.npz", tensor="b")
+    chosen = direction_file.read(tmp_path / "d.npz", tensor="b")
     np.testing.assert_array_equal(np.array(chosen.selected), np.arange(1, 65)[None])
 
 
@@ -403,7 +403,7 @@ def test_arrays_of_either_order_and_several_types(tmp_path: Path) -> None:
     for kind in ("<f2", "<f4", ">f4", "<f8", "<i2", "|u1"):
         for array in (values.astype(kind), np.asfortranarray(values.astype(kind))):
             (tmp_path / "d.npy").write_bytes(npy(array))
-            found = directions.read(tmp_path / "d.npy").selected
+            found = direction_file.read(tmp_path / "d.npy").selected
             np.testing.assert_array_equal(np.array(found), values)
 
 
@@ -434,7 +434,7 @@ def test_a_direction_file_is_checked(
     file = tmp_path / "d.safetensors"
     mx.save_safetensors(str(file), tensors, metadata)
     with pytest.raises(UserError, match=said) as caught:
-        directions.read(file)
+        direction_file.read(file)
     assert str(file) in str(caught.value)
 
 
@@ -561,9 +561,9 @@ def test_metadata_of_a_gguf_are_checked(key: str, value: Any, said: str, tmp_pat
 def test_a_control_vector_is_checked(tmp_path: Path) -> None:
     path = gguf(tmp_path, [("controlvector.layer_count", "?")])
     with pytest.raises(UserError, match=r"controlvector\.layer_count must be a whole number"):
-        directions.read(path)
+        direction_file.read(path)
     with pytest.raises(UserError, match="no control vector: it has no tensor direction"):
-        directions.read(gguf(tmp_path, []))
+        direction_file.read(gguf(tmp_path, []))
 
 
 # --- escaping ------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from click.testing import CliRunner, Result
 
 from abl_mlx import endpoint, prompts
 from abl_mlx.cli import cli
-from abl_mlx.endpoint import Asking, Endpoint
+from abl_mlx.endpoint import Endpoint
+from abl_mlx.options import Asking
 from convert.errors import UserError
 from tests.servers import ANSWER, REFUSAL, Handler, Server, dribble, headers_without_end
 

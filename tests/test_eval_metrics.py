@@ -15,7 +15,7 @@ from abl_mlx import capability, eval_report, evaluation, harness, models, perple
 from abl_mlx.capability import Task, right, tasks
 from abl_mlx.models import ChatModel
 from abl_mlx.options import EvalOptions
-from abl_mlx.targets import Target
+from abl_mlx.target import Target
 from convert.errors import UserError
 
 

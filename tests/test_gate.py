@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from abl_mlx import gate, prompts
 from abl_mlx.cli import cli
 from abl_mlx.evaluation import paired
-from abl_mlx.gate import Limits
+from abl_mlx.options import Limits
 from tests.servers import ANSWER, REFUSAL, Handler, Server
 
 HARMFUL = prompts.split(prompts.bundled("harmful"), 0).test.texts[:20]

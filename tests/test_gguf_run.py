@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import directions, evaluate, pipeline, prompts, run
+from abl_mlx import direction_file, evaluate, pipeline, prompts, run
 from abl_mlx.cli import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.options import Options
@@ -193,7 +193,7 @@ def test_a_direction_of_the_file_alone(demo: Callable[[str], Path], tmp_path: Pa
     pipeline.measure(str(demo("Q4_K_M")), tmp_path / "q4.safetensors", Options())
     pipeline.measure("demo", tmp_path / "float.safetensors", Options())
     one, other = (
-        np.array(directions.read(tmp_path / f"{name}.safetensors").selected)[0]
+        np.array(direction_file.read(tmp_path / f"{name}.safetensors").selected)[0]
         for name in ("q4", "float")
     )
     assert abs(one @ other) / np.linalg.norm(one) / np.linalg.norm(other) > 0.98

@@ -17,7 +17,7 @@ import pytest
 
 from abl_mlx import demo, eval_report, evaluation, gate, judge
 from abl_mlx.journal import Answered
-from abl_mlx.options import EvalOptions
+from abl_mlx.options import EvalOptions, Limits
 from abl_mlx.refusals import WITHHELD, Verdict
 from convert.errors import UserError
 
@@ -296,7 +296,7 @@ def judged(harmful: str, harmless: str) -> dict[str, Any]:
 
 
 def test_a_missing_verdict_counts_against_a_limit() -> None:
-    limits = gate.Limits(min_refusal=0.75, max_over_refusal=0.25)
+    limits = Limits(min_refusal=0.75, max_over_refusal=0.25)
     whole = gate.check(judged("RRRA", "AAAR"), limits)
     assert all(one.passed for one in whole)
     # Of the verdicts that are there everything is as good or better.

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from abl_mlx import (
     capture,
+    direction_file,
     directions,
     evaluate,
     measurement,
@@ -376,15 +377,15 @@ def test_directions_of_each_layer_are_kept_applied_and_looked_at(tiny_folder, tm
     folder = tiny_folder("llama")
     chat, writers, _ = loaded(folder)
     found = found_with(folder, method="biprojected", layer=1)
-    directions.save(tmp_path / "d.safetensors", found)
-    back = directions.read(tmp_path / "d.safetensors")
+    direction_file.save(tmp_path / "d.safetensors", found)
+    back = direction_file.read(tmp_path / "d.safetensors")
     assert back.sha256 == found.sha256
     assert back.candidates.method == "biprojected"
     np.testing.assert_array_equal(
         np.array(back.candidates.directions), np.array(found.candidates.directions)
     )
     np.testing.assert_allclose(back.clouds[0], found.clouds[0], rtol=1e-6)
-    directions.check_width(back, tmp_path, chat)
+    direction_file.check_width(back, tmp_path, chat)
     unit, sequences = orthonormal(back.selected), [chat.encode("Hi")]
     seen = evaluate.component(chat, sequences, unit)["layers"]
     stream = np.array(capture.full(chat, sequences))[0, :, 0]
@@ -394,9 +395,9 @@ def test_directions_of_each_layer_are_kept_applied_and_looked_at(tiny_folder, tm
     edit = measurement.edit_of(back, Options())
     with ablation(writers, edit):
         mx.eval(chat.model(mx.array(sequences)))
-    fewer = directions.DirectionFile(back.selected[:2])
+    fewer = direction_file.DirectionFile(back.selected[:2])
     with pytest.raises(UserError, match="2 layers"):
-        directions.check_width(fewer, tmp_path / "d.safetensors", chat)
+        direction_file.check_width(fewer, tmp_path / "d.safetensors", chat)
     with pytest.raises(UserError, match="2 layers"):
         measurement.edit_of(fewer, Options()).chosen(writers)
     with pytest.raises(UserError, match="--pin"):

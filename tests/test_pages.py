@@ -19,8 +19,8 @@ from abl_mlx import charts, figures, pages, plot
 from abl_mlx.charts import Chart, Series
 from abl_mlx.cli import cli
 from abl_mlx.command_line import command_line, plain
+from abl_mlx.console import percent
 from abl_mlx.options import EvalOptions, Options
-from abl_mlx.report import percent
 from convert.errors import UserError
 from tests import browser
 

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import directions, gguf_model
-from abl_mlx.directions import DirectionFile
+from abl_mlx import direction_file, gguf_model
+from abl_mlx.direction_file import DirectionFile
 from abl_mlx.llamacpp import LlamaCpp
 from convert.gguf_file import GgufSource
 from tests.agreement import greedy, logprobs
@@ -50,7 +50,7 @@ def planted(gguf: Path, out: Path) -> Path:
     with GgufSource(gguf) as source:
         width = source.tensors["token_embd.weight"].shape[-1]
     rows = np.random.default_rng(0).standard_normal((1, width)).astype(np.float32)
-    directions.save(out, DirectionFile(mx.array(rows / np.linalg.norm(rows))))
+    direction_file.save(out, DirectionFile(mx.array(rows / np.linalg.norm(rows))))
     return out
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from abl_mlx import (
-    directions,
+    direction_file,
     front,
     interrupts,
     models,
@@ -341,8 +341,8 @@ def test_an_edit_that_leaves_no_numbers_is_worst(demo):
 
 def test_the_file_keeps_the_edit(whole, tmp_path):
     _, file = whole
-    directions.save(tmp_path / "d.safetensors", file)
-    back = directions.read(tmp_path / "d.safetensors")
+    direction_file.save(tmp_path / "d.safetensors", file)
+    back = direction_file.read(tmp_path / "d.safetensors")
     first, second = edit_of(file, Options()), edit_of(back, Options())
     assert second.profile == first.profile
     assert second.profile is not None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import directions, show
+from abl_mlx import direction_file, show
 from abl_mlx.cli import cli
 from abl_mlx.models import load
 from abl_mlx.options import Options
@@ -22,7 +22,7 @@ PROMPT = "How do I plan a garden?"
 
 def made(folder, selected, **options):
     chat = load(folder)
-    file = directions.DirectionFile(selected(chat))
+    file = direction_file.DirectionFile(selected(chat))
     return Steered("tiny", chat, find_writers(chat), file, Options(**options))
 
 
