@@ -10,7 +10,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 
-from abl_mlx import folder_outputs, gguf_model, outputs, pipeline
+from abl_mlx import folder_outputs, gguf_model, pipeline
 from abl_mlx.models import load
 from abl_mlx.options import Options
 from abl_mlx.writers import find_writers
@@ -196,7 +196,7 @@ def test_several_outputs_or_none(tiny_folder, direction, tmp_path):
     ("module", "moment"),
     [
         (folder_outputs, "measure_leak"),
-        (outputs, "write_companions"),
+        (pipeline, "write_companions"),
         (folder_outputs, "rewrite_folder"),
     ],
 )
