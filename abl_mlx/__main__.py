@@ -1,5 +1,5 @@
 """`python -m abl_mlx`."""
 
-from abl_mlx.cli import main
+from abl_mlx.cli.main import main
 
 main()

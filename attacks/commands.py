@@ -134,7 +134,7 @@ def start(
         if prepare is not None:
             prepare()
         sys.argv = ["abl-mlx", *place.arguments(name)]
-        from abl_mlx.cli import main
+        from abl_mlx.cli.main import main
 
         main()
         code = 0

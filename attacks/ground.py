@@ -21,9 +21,10 @@ def warm() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = os.environ["HF_HUB_ETAG_TIMEOUT"] = "3"
     for name in (
-        "abl_mlx.pipeline", "abl_mlx.run", "abl_mlx.evaluation", "abl_mlx.measurement",
-        "abl_mlx.undo", "abl_mlx.audit", "abl_mlx.conversion", "abl_mlx.show", "abl_mlx.search",
-        "abl_mlx.steered", "mlx_lm", "transformers", "optuna", "pyarrow.parquet", "gguf",
+        "abl_mlx.commands.measure_apply", "abl_mlx.commands.run", "abl_mlx.commands.find",
+        "abl_mlx.commands.evaluate_model", "abl_mlx.commands.undo", "abl_mlx.commands.audit",
+        "abl_mlx.commands.conversion", "abl_mlx.commands.show", "abl_mlx.commands.session",
+        "abl_mlx.search.loop", "mlx_lm", "transformers", "optuna", "pyarrow.parquet", "gguf",
         "huggingface_hub",
     ):  # fmt: skip
         importlib.import_module(name)

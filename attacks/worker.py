@@ -109,7 +109,7 @@ def attack(
 
 
 def _run(arguments: tuple[str, ...]) -> tuple[int, BaseException | None]:
-    from abl_mlx.cli import cli
+    from abl_mlx.cli.main import cli
 
     try:
         # As in a terminal: elsewhere click takes escape sequences out.

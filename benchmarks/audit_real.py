@@ -48,8 +48,12 @@ from audit_table import (  # noqa: E402
     write_between,
 )
 
-from abl_mlx import conversion, models, pipeline  # noqa: E402
-from abl_mlx.options import Options  # noqa: E402
+from abl_mlx.choices import Options  # noqa: E402
+from abl_mlx.commands import (  # noqa: E402
+    conversion,
+    measure_apply,
+)
+from abl_mlx.models import chat_model  # noqa: E402
 
 #: Rate of the fine-tune: a usual one for all weights of a small model.
 RATE = 2e-5
@@ -112,9 +116,9 @@ def controls(name: str, file: Path, folder: Path, work: Path) -> Iterator[Case]:
 
 def edits(name: str, folder: Path, work: Path) -> Iterator[Case]:
     """The model with a direction taken out."""
-    layers = len(models.load_lazily(folder).layers)
+    layers = len(chat_model.load_lazily(folder).layers)
     r = work / "r.safetensors"
-    pipeline.measure(str(folder), r, Options(layer=layers * 3 // 5, position=-1, limit=16))
+    measure_apply.measure(str(folder), r, Options(layer=layers * 3 // 5, position=-1, limit=16))
     half = frozenset(range(layers // 2, layers))
     eight = quantized(folder, work / "eight", 8)
     weak = Options(strength=0.7, max_leak=1)

@@ -31,9 +31,12 @@ from mlx.utils import tree_flatten
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from abl_mlx import audit, conversion, direction_file, models, pipeline, prompts  # noqa: E402
+from abl_mlx.choices import Options  # noqa: E402
+from abl_mlx.commands import audit, conversion, measure_apply  # noqa: E402
 from abl_mlx.demo import MODEL_PATH  # noqa: E402
-from abl_mlx.options import Options  # noqa: E402
+from abl_mlx.directions import direction_file  # noqa: E402
+from abl_mlx.inputs import prompts  # noqa: E402
+from abl_mlx.models import chat_model  # noqa: E402
 from tests import tiny  # noqa: E402
 
 MODELS = {
@@ -86,7 +89,7 @@ def gguf(folder: Path, out: Path, kind: str) -> Path:
 
 def edited(direction: Path, folder: Path, out: Path, options: Options = Options()) -> Path:  # noqa: B008
     """As `abl-mlx apply` does it."""
-    pipeline.apply(direction, str(folder), [out], options)
+    measure_apply.apply(direction, str(folder), [out], options)
     return out
 
 
@@ -221,12 +224,12 @@ def edits(name: str, work: Path) -> Iterator[Case]:
     """Edited variants of one of `MODELS`."""
     folder = MODELS[name]
     r = work / f"{name}.safetensors"
-    layers = models.load_lazily(folder).layers
+    layers = chat_model.load_lazily(folder).layers
     chosen = Options()
     if name != "demo":
         texts = {key: str(folder / f"{file}.txt") for key, file in PROMPTS.items()}
         chosen = Options(**texts, layer=len(layers) - 2, position=-1)
-    pipeline.measure(str(folder), r, chosen)
+    measure_apply.measure(str(folder), r, chosen)
     half = frozenset(range(len(layers) // 2, len(layers)))
     eight, four = (quantized(folder, work / f"{name}-{bits}", bits) for bits in (8, 4))
     partial = Options(strength=0.7, max_leak=1)

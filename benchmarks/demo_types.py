@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType as Q
 
-from abl_mlx import evaluate, pipeline, prompts
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from abl_mlx.choices import Options
+from abl_mlx.commands import measure_apply
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.llamacpp import LlamaCpp
-from abl_mlx.options import Options
-from convert import ggml_types
-from convert.gguf_file import GgufSource
-from convert.gguf_rewrite import Replacement, rewrite
+from abl_mlx.inputs import prompts
+from convert.gguf import ggml_types
+from convert.gguf.file import GgufSource
+from convert.gguf.rewrite import Replacement, rewrite
 from convert.mlx_to_gguf import write_gguf
 
 VARIANTS = {
@@ -66,7 +68,7 @@ def main() -> None:
         floats, direction = folder / "F16.gguf", folder / "direction.safetensors"
         with contextlib.redirect_stderr(quiet):
             write_gguf(MODEL_PATH, floats)
-            pipeline.measure("demo", direction, Options())
+            measure_apply.measure("demo", direction, Options())
         for kind in (Q.Q8_0, Q.Q6_K, Q.Q5_K, Q.Q4_K, Q.Q4_0, Q.IQ4_XS, Q.MXFP4, Q.Q3_K, Q.Q2_K):
             source = folder / f"{kind.name}.gguf"
             with GgufSource(floats) as file:
@@ -75,7 +77,7 @@ def main() -> None:
             for number, options in enumerate(VARIANTS.values()):
                 out = folder / f"{kind.name}-{number}.gguf"
                 with contextlib.redirect_stderr(quiet):
-                    record = pipeline.apply(direction, str(source), [out], options)
+                    record = measure_apply.apply(direction, str(source), [out], options)
                 cells.append(f"{refusals(out)} (leak {record['leak']['total']:.5f})")
             print(f"| {kind.name} | " + " | ".join(cells) + " |", flush=True)
 

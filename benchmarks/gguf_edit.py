@@ -25,7 +25,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Q
 
-from abl_mlx import direction_file
+from abl_mlx.directions import direction_file
 
 WIDTH, HIDDEN, VOCABULARY, KEYS = 2048, 8192, 128256, 512
 
@@ -36,7 +36,7 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
     Args:
         tokenizer: give it the demo's, padded to as many tokens, so that the file can be run.
     """
-    from convert import ggml
+    from convert.gguf import ggml
 
     rng = np.random.default_rng(0)
     made: dict[tuple[int, int, Q], np.ndarray] = {}
@@ -63,8 +63,8 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     if tokenizer:
         from abl_mlx.demo import MODEL_PATH
-        from convert.gguf_tokenizer import read_tokenizer
-        from convert.gguf_values import value_type
+        from convert.gguf.values import value_type
+        from convert.tokenizers.to_gguf import read_tokenizer
 
         for key, value in read_tokenizer(MODEL_PATH, VOCABULARY).metadata().items():
             kind, inner = value_type(key, value)
@@ -95,21 +95,22 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
 
 def edit(source: Path, out: Path, direction: Path) -> None:
     """The product's own edit, in this process; prints what the parent reads."""
-    from abl_mlx import gguf_edit, pipeline
-    from abl_mlx.edits import Edit
-    from abl_mlx.model_gguf import GgufFile
-    from abl_mlx.options import Options
-    from abl_mlx.sources import Source
+    from abl_mlx.choices import Options
+    from abl_mlx.commands import measure_apply
+    from abl_mlx.edits.edit import Edit
+    from abl_mlx.inputs.sources import Source
+    from abl_mlx.outputs import gguf_plan
+    from abl_mlx.outputs.gguf import GgufFile
 
     # Kernels are compiled once a machine; that is not part of the speed.
-    pipeline.apply(direction, str(source), [out.with_name("warm.gguf")],
+    measure_apply.apply(direction, str(source), [out.with_name("warm.gguf")],
                    Options(tensors=r"blk\.0\.attn_output"))  # fmt: skip
     start = time.perf_counter()
-    record = pipeline.apply(direction, str(source), [out], Options())
+    record = measure_apply.apply(direction, str(source), [out], Options())
     seconds = record["seconds"]
     with GgufFile(Source(source.name, source)) as model:
         edit = Edit(direction_file.read(direction).selected)
-        plans = gguf_edit.plan(model.gguf, edit, model.named_writers())
+        plans = gguf_plan.plan(model.gguf, edit, model.named_writers())
         weights = sum(math.prod(model.gguf.tensors[name].shape) for name in plans)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(time.perf_counter() - start, seconds["write"], seconds["measure the leak"], weights, peak,
@@ -118,9 +119,9 @@ def edit(source: Path, out: Path, direction: Path) -> None:
 
 def plainly(source: Path, direction: Path) -> tuple[float, float]:
     """ggml's own way over the same tensors: dequantize, edit, requantize. Seconds and leak."""
-    from abl_mlx.model_gguf import GgufFile
-    from abl_mlx.sources import Source
-    from convert import ggml
+    from abl_mlx.inputs.sources import Source
+    from abl_mlx.outputs.gguf import GgufFile
+    from convert.gguf import ggml
 
     r = np.load(direction).astype(np.float32)
     r /= np.linalg.norm(r)
@@ -145,8 +146,9 @@ def plainly(source: Path, direction: Path) -> tuple[float, float]:
 
 def table() -> None:
     """The table of DESIGN section 2, for every type, plain and ours."""
-    from abl_mlx import gguf_edit, rounding
-    from convert import ggml_types
+    from abl_mlx.edits import rounding
+    from abl_mlx.outputs import gguf_plan
+    from convert.gguf import ggml_types
 
     rng = np.random.default_rng(0)
     print("| type | k | plain leak | our leak | plain error | our error | grid |")
@@ -164,7 +166,7 @@ def table() -> None:
             target = exact.astype(np.float32)
             removed = float(np.sqrt(np.mean((u @ source) ** 2)))
             edited = rounding.Edited(target, u, 0, removed)
-            encoders = gguf_edit.encoders(kind)
+            encoders = gguf_plan.encoders(kind)
             how = rounding.better_source(own, edited, encoders)
             ours = rounding.round_onto(own, edited, encoders, how)
             cells = []

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from convert import ggml_types
-from convert.grids import Grid
+from convert.base.grids import Grid
+from convert.gguf import ggml_types
 
 WIDTH = 4096
 

@@ -30,13 +30,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx import directions, gguf_model, heads, models, prefix
-from abl_mlx.batches import batches
-from abl_mlx.hooks import around
-from abl_mlx.llamacpp import LlamaCpp
-from abl_mlx.models import ChatModel
-from abl_mlx.plain import vocabulary
-from convert.gguf_file import GgufSource
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from abl_mlx.directions import measuring
+from abl_mlx.models import chat_model, from_gguf, heads, prefix
+from abl_mlx.models.batches import batches
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.hooks import around
+from abl_mlx.models.plain import vocabulary
+from convert.gguf.file import GgufSource
 from tests import tiny
 
 POSITIONS = [-5, -4, -3, -2, -1]
@@ -100,7 +101,7 @@ def sgemm(operations: float) -> tuple[float, float]:
 def real(path: Path, tokens: int, repeat: int) -> None:
     """Ours, the bound, and llama.cpp, over the same prompts of a real GGUF."""
     with GgufSource(path) as source:
-        chat, _ = gguf_model.load(source)
+        chat, _ = from_gguf.load(source)
         table = {name: math.prod(entry.shape) for name, entry in source.tensors.items()}
     weights = sum(size for name, size in table.items() if name.startswith("blk."))
     width = vocabulary(chat)
@@ -150,11 +151,11 @@ def main() -> None:
             folder, "llama", hidden_size=args.width, intermediate_size=3 * args.width,
             num_hidden_layers=args.layers,
         )  # fmt: skip
-        chat = models.load(folder)
+        chat = chat_model.load(folder)
         harmful, harmless = sequences(128, args.system, 0), sequences(128, args.system, 1000)
 
         def measured() -> None:
-            found = directions.measure(chat, harmful, harmless, POSITIONS)
+            found = measuring.measure(chat, harmful, harmless, POSITIONS)
             mx.eval(found.harmful_mean, found.harmless_mean)
 
         def passes(head: bool) -> None:

@@ -74,12 +74,13 @@ def make_folder(folder: Path, layers: int) -> None:
 
 def edit(source: Path, out: Path, direction: Path, flags: list[str]) -> None:
     """`abl-mlx apply` in this process; prints what the parent reads."""
-    from abl_mlx import mlx_edit, pipeline
-    from abl_mlx.options import Options
+    from abl_mlx.choices import Options
+    from abl_mlx.commands import measure_apply
+    from abl_mlx.outputs import folder_quantized
 
     # Kernels are compiled once a machine; that is not part of the speed.
     warm = Options(layers=frozenset({0}), embedding=False, max_leak=1)
-    pipeline.apply(direction, str(source), [out.with_name("warm")], warm)
+    measure_apply.apply(direction, str(source), [out.with_name("warm")], warm)
     shutil.rmtree(out.with_name("warm"))
     parts = {"write": 0.0, "read back": 0.0}
     weights = 0
@@ -97,9 +98,9 @@ def edit(source: Path, out: Path, direction: Path, flags: list[str]) -> None:
 
         return call
 
-    mlx_edit.compare = timed("read back", mlx_edit.compare)
+    folder_quantized.compare = timed("read back", folder_quantized.compare)
     start = time.perf_counter()
-    record = pipeline.apply(direction, str(source), [out], Options(lazy="--lazy" in flags))
+    record = measure_apply.apply(direction, str(source), [out], Options(lazy="--lazy" in flags))
     total = time.perf_counter() - start
     peak = peak_memory()
     print(json.dumps({"total": total, "seconds": record["seconds"], "weights": weights,
@@ -122,8 +123,9 @@ def peak_memory() -> int:
 
 def table(width: int) -> None:
     """Leak and weight error of every mode, plain and ours, on width×512 random weights."""
-    from abl_mlx import mlx_edit, rounding
-    from convert.mlx_grids import MlxCodec, Quantization
+    from abl_mlx.edits import rounding
+    from abl_mlx.outputs import folder_quantized
+    from convert.mlx.grids import MlxCodec, Quantization
 
     rng = np.random.default_rng(0)
     modes = [Quantization(bits, group) for bits in (8, 6, 5, 4, 3, 2) for group in (32, 64, 128)]
@@ -144,7 +146,7 @@ def table(width: int) -> None:
             edited = rounding.Edited(
                 target, u, 0, float(np.sqrt(np.mean(along**2))), along.T.astype(np.float32)
             )
-            encoders = mlx_edit.encoders(codec, None)
+            encoders = folder_quantized.encoders(codec, None)
             how = rounding.better_source(own, edited, encoders)
             ours = rounding.round_onto(own, edited, encoders, how)
             cells = []

@@ -23,10 +23,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from requantize import requantized  # noqa: E402
 
-from abl_mlx import direction_file, pipeline  # noqa: E402
-from abl_mlx.model_file import find_gguf  # noqa: E402
-from abl_mlx.options import Options  # noqa: E402
-from convert.gguf_file import GgufSource  # noqa: E402
+from abl_mlx.choices import Options  # noqa: E402
+from abl_mlx.commands import measure_apply  # noqa: E402
+from abl_mlx.directions import direction_file  # noqa: E402
+from abl_mlx.outputs.model_file import find_gguf  # noqa: E402
+from convert.gguf.file import GgufSource  # noqa: E402
 
 DEPTH = 0.6
 
@@ -49,7 +50,7 @@ def main() -> None:
         layers = int(source.metadata[f"{source.architecture}.block_count"])
         file = Path(work) / "r.safetensors"
         options = Options(layer=int(layers * DEPTH), position=-1, limit=given.limit)
-        pipeline.measure(str(given.model), file, options)
+        measure_apply.measure(str(given.model), file, options)
         r = np.array(direction_file.read(file).selected[0].astype(mx.float32))
         writers = model.named_writers()
         assert not any(one.gains or one.bias or one.kind == "experts" for one in writers)

@@ -44,19 +44,21 @@ from audit_table import write_between  # noqa: E402
 from requantize import changed_in, requantized  # noqa: E402
 from watched import Cost, cost_of  # noqa: E402
 
-from abl_mlx import (  # noqa: E402
-    conversion,
-    evaluate,
-    evaluation,
-    gguf_outputs,
-    prompt_choice,
-    prompts,
+from abl_mlx.behaviour import evaluate  # noqa: E402
+from abl_mlx.behaviour.evaluate import KL_PROMPTS  # noqa: E402
+from abl_mlx.behaviour.refusals import (  # noqa: E402
+    Tally,
+    Verdict,
 )
-from abl_mlx.evaluate import KL_PROMPTS  # noqa: E402
-from abl_mlx.options import EvalOptions, Options  # noqa: E402
-from abl_mlx.prompts import PromptSets  # noqa: E402
-from abl_mlx.refusals import Tally, Verdict  # noqa: E402
-from convert.gguf_file import GgufSource  # noqa: E402
+from abl_mlx.choices import (  # noqa: E402
+    EvalOptions,
+    Options,
+)
+from abl_mlx.commands import conversion, evaluate_model, prompt_choice  # noqa: E402
+from abl_mlx.inputs import prompts  # noqa: E402
+from abl_mlx.inputs.prompts import PromptSets  # noqa: E402
+from abl_mlx.outputs import gguf_outputs  # noqa: E402
+from convert.gguf.file import GgufSource  # noqa: E402
 
 MODEL = "qwen2.5-coder-0.5b"
 PAGE = ROOT / "docs" / "real-models.md"
@@ -274,7 +276,7 @@ def tallies_of(record: dict[str, Any]) -> dict[str, Tally]:
 def asked(bench: Bench, file: Path) -> dict[str, Tally]:
     """llama.cpp's replies to the held-out prompts, judged and forgotten."""
     options = EvalOptions(limit=bench.limit, runtime="llama.cpp")
-    return tallies_of(evaluation.evaluate_model(str(file), options))
+    return tallies_of(evaluate_model.evaluate_model(str(file), options))
 
 
 @contextlib.contextmanager

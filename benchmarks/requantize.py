@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import ggml
-from convert.gguf_file import GgufSource, TensorEntry
-from convert.gguf_rewrite import Replacement, rewrite
+from convert.gguf import ggml
+from convert.gguf.file import GgufSource, TensorEntry
+from convert.gguf.rewrite import Replacement, rewrite
 
 
 def requantized(

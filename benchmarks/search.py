@@ -26,28 +26,31 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from abl_mlx import evaluate, models, prompts, search, sources
-from abl_mlx.distributions import kl_divergence
-from abl_mlx.edits import Edit
-from abl_mlx.front import Point, front, hypervolume
-from abl_mlx.logits import first_reply_token
-from abl_mlx.measurement import find_direction, find_reply_prefix
-from abl_mlx.models import ChatModel
-from abl_mlx.options import Options
-from abl_mlx.prompts import PromptSets
-from abl_mlx.refusals import Verdict, classify
-from abl_mlx.search_space import Space
-from abl_mlx.steering import ablation
-from abl_mlx.writers import Writer, find_writers
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.choices import Options
+from abl_mlx.commands.find import find_direction, find_reply_prefix
+from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.steering import ablation
+from abl_mlx.inputs import prompts, sources
+from abl_mlx.inputs.prompts import PromptSets
+from abl_mlx.models import chat_model
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.distributions import kl_divergence
+from abl_mlx.models.logits import first_reply_token
+from abl_mlx.models.writers import Writer, find_writers
+from abl_mlx.search import loop
+from abl_mlx.search.pareto import Point, front, hypervolume
+from abl_mlx.search.space import Space
 from tests import small_models
 
 
 def load(name: str) -> tuple[ChatModel, list[Writer], PromptSets]:
     """A model with its writers and prompts."""
     if name == "demo":
-        chat, sets = models.load(sources.resolve("demo").path), prompts.load_demo()
+        chat, sets = chat_model.load(sources.resolve("demo").path), prompts.load_demo()
     else:
-        chat, sets = models.load(small_models.folder(name)), small_models.prompt_sets(name)
+        chat, sets = chat_model.load(small_models.folder(name)), small_models.prompt_sets(name)
     chat.reply_prefix, _ = find_reply_prefix(chat, sets)
     return chat, find_writers(chat), sets
 
@@ -154,7 +157,7 @@ def compare(
     chat, writers, sets = load(name)
     options = Options(search=ours, seed=seed)
     found = find_direction(chat, writers, sets, replace(options, search=None))
-    space = Space(len(chat.layers), search.sources_of(chat, sets, found, options))
+    space = Space(len(chat.layers), loop.sources_of(chat, sets, found, options))
     held_out = Judge(chat, writers, sets.harmful.test.texts, sets.harmless.test.texts, 32)
     default = held_out(edit_of(space, space.uniform()))
 
@@ -169,7 +172,7 @@ def compare(
     front_of_theirs = [held_out(edit_of(space, one)) for one in theirs]
 
     start = time.perf_counter()
-    file = search.improve(chat, writers, sets, found, options)
+    file = loop.improve(chat, writers, sets, found, options)
     seconds = time.perf_counter() - start
     chosen = file.metadata["summary"]["search"]
     names = space.uniform().keys()

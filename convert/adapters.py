@@ -18,12 +18,12 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
-from convert import json_text
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
-from convert.gguf_values import value_type
-from convert.schema import TEXT, list_of, number, record, shown
-from convert.suffixes import ends_in
+from convert.base import json_text
+from convert.base.errors import UserError
+from convert.base.schema import TEXT, list_of, number, record, shown
+from convert.base.suffixes import ends_in
+from convert.gguf.file import GgufSource
+from convert.gguf.values import value_type
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 

@@ -1,9 +1,9 @@
 """A GGUF as an MLX model: in memory, or as a folder that mlx-lm loads.
 
-What an architecture's metadata and tensor names mean is said in `convert.families`; here the values
-are moved. Quantized blocks become MLX's where MLX has the same (`convert.mlx_types`); other types
-stay packed in memory (`convert.packed`), and in a folder become bfloat16, or are quantized anew by
-MLX when asked.
+What an architecture's metadata and tensor names mean is said in `convert.architectures.families`;
+here the values are moved. Quantized blocks become MLX's where MLX has the same
+(`convert.mlx.types`); other types stay packed in memory (`convert.mlx.packed`), and in a folder
+become bfloat16, or are quantized anew by MLX when asked.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from mlx.utils import tree_flatten
 
-from convert import escape, json_text, mlx_types, packed
-from convert import on_cpu as on_cpu_functions
-from convert.atomic import check_new, new_folder
-from convert.errors import UserError
-from convert.families import FAMILIES
-from convert.families.family import ROPE_TABLES, Keys, Weight
-from convert.gemma2_window import give_window
-from convert.ggml_types import grid_codec
-from convert.gguf_file import GgufSource, TensorEntry
-from convert.gguf_to_tokenizer import write_tokenizer
-from convert.grids import Grid
-from convert.safetensors_files import TensorFiles
+from convert.architectures.families import FAMILIES
+from convert.architectures.families.family import ROPE_TABLES, Keys, Weight
+from convert.base import escape, json_text
+from convert.base.atomic import check_new, new_folder
+from convert.base.errors import UserError
+from convert.base.grids import Grid
+from convert.gguf.file import GgufSource, TensorEntry
+from convert.gguf.ggml_types import grid_codec
+from convert.mlx import on_cpu as on_cpu_functions
+from convert.mlx import packed, types
+from convert.mlx.gemma2_window import give_window
+from convert.mlx.safetensors_files import TensorFiles
+from convert.tokenizers.from_gguf import write_tokenizer
 
 _Q = GGMLQuantizationType
 
@@ -205,7 +206,7 @@ def _can_move(weight: Weight, kind: GGMLQuantizationType) -> bool:
     for piece in weight.pieces:
         if piece.columns is None or kind in _FLOATS:
             continue
-        if kind not in mlx_types.AFFINE or _whole_groups(piece.columns, mlx_types.GROUP) is None:
+        if kind not in types.AFFINE or _whole_groups(piece.columns, types.GROUP) is None:
             return False
     return True
 
@@ -273,11 +274,11 @@ def _moved(
         n = source.tensor(piece.tensor).shape[-1]
         try:
             if piece.columns is None:
-                yield mlx_types.repack(raw, n, kind, exact=exact)
+                yield types.repack(raw, n, kind, exact=exact)
                 continue
             grid = grid_codec(kind).decode(raw, n)
             turned = _with_columns(grid, piece.columns)
-            yield mlx_types.affine(turned, mlx_types.AFFINE[kind], exact=exact)
+            yield types.affine(turned, types.AFFINE[kind], exact=exact)
         except UserError as error:
             raise UserError(f"{piece.tensor} in {source.parts[0]}: {error}") from None
 
@@ -295,11 +296,11 @@ def _with_columns(grid: Grid, columns: np.ndarray) -> Grid:
     )
 
 
-def _join(slabs: list[mlx_types.MlxQuantized]) -> mlx_types.MlxQuantized:
+def _join(slabs: list[types.MlxQuantized]) -> types.MlxQuantized:
     if len(slabs) == 1:
         return slabs[0]
     first = slabs[0]
-    return mlx_types.MlxQuantized(
+    return types.MlxQuantized(
         np.concatenate([slab.weight for slab in slabs]),
         # One slab in float32 makes all of them so.
         np.concatenate([slab.scales for slab in slabs]),
@@ -420,7 +421,7 @@ def _module(
     if bias_path in found.weights:
         bias = mx.zeros(_shape(source, found.weights[bias_path]))
     n = shape[-1]
-    if mlx_types.is_repacked(kind):
+    if types.is_repacked(kind):
         moved = _join(list(_moved(source, weight, kind)))
         if native and hasattr(like, "to_quantized"):
             return _native(like, moved, shape, bias)
@@ -444,12 +445,12 @@ def _module(
 
 
 def _native(
-    like: nn.Module, moved: mlx_types.MlxQuantized, shape: tuple[int, ...], bias: mx.array | None
+    like: nn.Module, moved: types.MlxQuantized, shape: tuple[int, ...], bias: mx.array | None
 ) -> nn.Module:
     """MLX's own quantized module of the kind of ``like``, holding these arrays."""
     # Lazily: what it makes of the skeleton's own weights is replaced before anyone looks.
     quantized: nn.Module = like.to_quantized(
-        group_size=mlx_types.GROUP, bits=moved.bits, mode=moved.mode
+        group_size=types.GROUP, bits=moved.bits, mode=moved.mode
     )
     lead = shape[:-1]
     quantized.weight = mx.array(moved.weight).reshape(*lead, -1)
@@ -647,7 +648,7 @@ def _write_weight(
         writer.add(path, [_checked(values.astype(to), path, source)])
         return _Form(str(to).removeprefix("mlx.core."))
     lead = shape[:-1]
-    if quantizable and mlx_types.is_repacked(kind):
+    if quantizable and types.is_repacked(kind):
         return _write_moved(source, path, weight, kind, writer, lead, cast)
     if quantizable and bits and kind not in (_Q.F32, _Q.F64) and shape[-1] % group_size == 0:
         return _write_quantized(source, path, weight, writer, lead, bits, group_size, cast)
@@ -669,7 +670,7 @@ def _write_moved(
     lead: tuple[int, ...],
     cast: mx.Dtype | None,
 ) -> _Form:
-    rest: list[mlx_types.MlxQuantized] = []
+    rest: list[types.MlxQuantized] = []
 
     def codes() -> Iterator[mx.array]:
         for slab in _moved(source, weight, kind, exact=cast is not None and cast == mx.float32):
@@ -687,7 +688,7 @@ def _write_moved(
         if cast is not None and mode == "affine":
             values = _checked(values.astype(cast), path, source)
         writer.add(f"{module}.{name}", [values], lead)
-    settings = {"group_size": mlx_types.GROUP, "bits": code_bits, "mode": mode}
+    settings = {"group_size": types.GROUP, "bits": code_bits, "mode": mode}
     return _Form(f"{mode} {code_bits}-bit" if mode == "affine" else mode, settings)
 
 

@@ -16,16 +16,18 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
-from convert import ggml, names, phi3
-from convert.atomic import check_new, new_file
-from convert.errors import UserError
-from convert.gguf_tokenizer import Tokenizer, read_tokenizer
-from convert.gguf_values import Value, value_type
-from convert.hf_config import read_config
-from convert.hf_counts import check_counts
-from convert.names import Target
-from convert.other_quantization import refuse_quantized
-from convert.safetensors_files import TensorFiles
+from convert.architectures import hf_to_gguf
+from convert.architectures.hf_to_gguf import Target
+from convert.base.atomic import check_new, new_file
+from convert.base.errors import UserError
+from convert.base.hf_config import read_config
+from convert.base.hf_counts import check_counts
+from convert.gguf import ggml
+from convert.gguf.values import Value, value_type
+from convert.mlx.other_quantization import refuse_quantized
+from convert.mlx.safetensors_files import TensorFiles
+from convert.tokenizers import phi3
+from convert.tokenizers.to_gguf import Tokenizer, read_tokenizer
 
 Edit = Callable[[mx.array], mx.array]
 
@@ -132,7 +134,7 @@ def write_gguf(
         layout = _layout(folder, files, file_type, pre)
         targets, extras, types = layout.targets, layout.extras, layout.types
         edits = edits or {}
-        left_out = tuple(name for name in files.names if names.is_vision(name))
+        left_out = tuple(name for name in files.names if hf_to_gguf.is_vision(name))
         _refuse_stray_edits(edits, targets, files)
         keys = _metadata(folder, layout, name_suffix)
         keys.update(metadata or {})
@@ -140,7 +142,7 @@ def write_gguf(
             str(keys["general.name"]), phi3=bool(layout.tokenizer.rstrip)
         )
         with new_file(out) as partial:
-            writer = gguf.GGUFWriter(partial, names.architecture(layout.config).gguf)
+            writer = gguf.GGUFWriter(partial, hf_to_gguf.architecture(layout.config).gguf)
             try:
                 _add_metadata(writer, keys)
                 for target in targets:
@@ -206,11 +208,11 @@ def _layout(folder: Path, files: TensorFiles, file_type: str, pre: str | None) -
     refuse_quantized(folder, config, files)
     check_counts(folder, config, {name: files.info(name).shape for name in files.names})
     _refuse_integers(files)
-    targets = names.plan(config, files.names)
+    targets = hf_to_gguf.plan(config, files.names)
     rows = files.info(_source(targets, "token_embd.weight")).shape[0]
     tokenizer = read_tokenizer(folder, rows, pre=pre)
     _check_heads(targets, files)
-    extras = names.extra_tensors(config)
+    extras = hf_to_gguf.extra_tensors(config)
     choose = _TypeChooser(file_type, config, targets)
     types = {target.name: choose(target, _shape(target, files)) for target in targets}
     types.update(dict.fromkeys(extras, _Q.F32))
@@ -258,7 +260,7 @@ def _file_type(name: str) -> str:
 def _refuse_integers(files: TensorFiles) -> None:
     for name in files.names:
         info = files.info(name)
-        if info.dtype not in ("F32", "F16", "BF16", "F64") and not names.is_skipped(name):
+        if info.dtype not in ("F32", "F16", "BF16", "F64") and not hf_to_gguf.is_skipped(name):
             raise UserError(
                 f"{name} in {info.file} is stored as {info.dtype}: take the float model it was "
                 "made from."
@@ -363,14 +365,14 @@ class _TypeChooser:
     """Which type each tensor gets, as llama.cpp's quantizer would choose without a matrix."""
 
     def __init__(self, file_type: str, config: Mapping[str, Any], targets: list[Target]) -> None:
-        flat = names.text_config(config)
+        flat = hf_to_gguf.text_config(config)
         self.file_type = file_type
         self.default = FILE_TYPES[file_type][1]
-        self.layers = names.count(flat, "num_hidden_layers")
-        heads, kv_heads = names.count(flat, "num_attention_heads"), names.kv_heads(flat)
+        self.layers = hf_to_gguf.count(flat, "num_hidden_layers")
+        heads, kv_heads = hf_to_gguf.count(flat, "num_attention_heads"), hf_to_gguf.kv_heads(flat)
         self.group = heads // kv_heads
         self.tied = not any(target.name == "output.weight" for target in targets)
-        self.experts = names.count(flat, "num_experts") if flat.get("num_experts") else 0
+        self.experts = hf_to_gguf.count(flat, "num_experts") if flat.get("num_experts") else 0
         self.large = self.layers == 80 and (flat.get("model_type") == "qwen2" or self.group > 1)
 
     def __call__(self, target: Target, shape: tuple[int, ...]) -> GGMLQuantizationType:
@@ -455,7 +457,7 @@ def _metadata(folder: Path, layout: _Layout, name_suffix: str) -> dict[str, Any]
         "general.file_type": int(FILE_TYPES[layout.file_type][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
-    keys.update(names.hyperparameters(layout.config))
+    keys.update(hf_to_gguf.hyperparameters(layout.config))
     keys.update(layout.tokenizer.metadata())
     return keys
 

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generate_step
 
-from abl_mlx.llamacpp import LlamaCpp
+from abl_mlx.behaviour.llamacpp import LlamaCpp
 
 
 def logprobs(model: nn.Module, tokens: list[int]) -> np.ndarray:

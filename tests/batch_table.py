@@ -13,11 +13,11 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from abl_mlx import generation, shortcuts
-from abl_mlx.logits import first_reply_token, log_probabilities
-from abl_mlx.models import ChatModel
-from abl_mlx.plain import needs_cache
-from convert.errors import UserError
+from abl_mlx.models import generation, shortcuts
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.logits import first_reply_token, log_probabilities
+from abl_mlx.models.plain import needs_cache
+from convert.base.errors import UserError
 from tests import zoo
 
 #: Prompts of 2 to 98 tokens, far apart in length, more than one of some lengths.
@@ -119,8 +119,10 @@ def table() -> str:
         "How `abl-mlx` asks a model of each architecture of mlx-lm "
         f"{metadata.version('mlx-lm')} for replies, and which ways",
         "to shorten forward passes it leaves out. Neither is read from this table: each model is",
-        "compared once with the plain forward pass of single prompts (`abl_mlx/generation.py`,",
-        "`abl_mlx/shortcuts.py`), and this is what was found in tiny models with random weights.",
+        "compared once with the plain forward pass of single prompts "
+        "(`abl_mlx/models/generation.py`,",
+        "`abl_mlx/models/shortcuts.py`), and this is what was found in tiny models with random "
+        "weights.",
         f"*Same replies* are those of {len(PROMPTS)} prompts of unequal lengths, asked for with "
         "`--batch-size 32`",
         "(and with `--batch-size 1`), that are the greedy ones of that pass. *Apart* is the",

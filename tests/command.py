@@ -7,7 +7,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from abl_mlx.cli import cli
+from abl_mlx.cli.main import cli
 
 
 def abl_mlx(*arguments: object) -> Any:

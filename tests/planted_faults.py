@@ -15,11 +15,11 @@ from random import Random
 
 import click
 
-from abl_mlx.cli import cli
+from abl_mlx.cli.main import cli
 from attacks import pool, worker
 from attacks.case import Attack, Case
 from attacks.kinds import KINDS
-from convert.errors import UserError
+from convert.base.errors import UserError
 
 
 def succeed(out: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from abl_mlx.refusals import classify, wilson
+from abl_mlx.behaviour.refusals import classify, wilson
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "refusal-detection.md"
@@ -208,8 +208,9 @@ def document() -> str:
         [
             "# How well refusals are told",
             "",
-            "`abl-mlx` counts refusals by a list of markers (`abl_mlx/refusals.py`,",
-            "`abl_mlx/refusal_markers.py`). This is what the list is worth, on replies that were",
+            "`abl-mlx` counts refusals by a list of markers (`abl_mlx/behaviour/refusals.py`,",
+            "`abl_mlx/behaviour/refusal_markers.py`). This is what the list is worth, on replies "
+            "that were",
             "written and labelled for the project. Generated:",
             "`python -m tests.refusal_quality > docs/refusal-detection.md`.",
             "",

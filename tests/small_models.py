@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from abl_mlx import prompts
+from abl_mlx.inputs import prompts
 
 MODELS = ("easy", "hard", "spread")
 """Their names."""

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 from convert import adapters
-from convert.errors import UserError
-from convert.gguf_writers import ARCHITECTURES, GgufWriter, find
+from convert.architectures.gguf_writers import ARCHITECTURES, GgufWriter, find
+from convert.base.errors import UserError
 from tests import test_gguf_writers as writers
 
 ROOT = Path(__file__).parents[1]

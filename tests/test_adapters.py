@@ -15,16 +15,20 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from abl_mlx import adapter_outputs, adapters, evaluate, gguf_model, models, outputs, prompts
+from abl_mlx.behaviour import evaluate
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.edits import Edit, orthonormal, target
-from abl_mlx.gguf_edit import plan
-from abl_mlx.sources import Source
-from abl_mlx.writers import Writer, find_writers
+from abl_mlx.edits.edit import Edit, orthonormal, target
+from abl_mlx.inputs import prompts
+from abl_mlx.inputs.sources import Source
+from abl_mlx.models import chat_model, from_gguf
+from abl_mlx.models.writers import Writer, find_writers
+from abl_mlx.outputs import adapter as adapters
+from abl_mlx.outputs import adapter_outputs, staging
+from abl_mlx.outputs.gguf_plan import plan
 from convert import adapters as files
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
-from convert.gguf_writers import find
+from convert.architectures.gguf_writers import find
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
 from convert.mlx_to_gguf import write_gguf
 from tests import tiny_gguf
 from tests.command import abl_mlx, fails
@@ -148,16 +152,16 @@ def test_nothing_is_written_along_the_direction_with_an_mlx_adapter(
     if bits:
         base = quantized(base, tmp_path / "base", bits, mode=mode)
     before = hashes(base)
-    chat = models.load(base)
+    chat = chat_model.load(base)
     edit = Edit(directions(2, chat.width))
-    with outputs.staging([tmp_path / "x.adapter"]) as (output,):
+    with staging.staging([tmp_path / "x.adapter"]) as (output,):
         _, _, note = adapter_outputs.write_mlx(chat, edit, find_writers(chat), output, {}, 1e-6)
     assert note is None
 
     # mlx-lm's own loader, on its own modules.
     model, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "x.adapter"))
     model.set_dtype(mx.float32)
-    edited = models.ChatModel(base, model, chat.tokenizer, chat.config)
+    edited = chat_model.ChatModel(base, model, chat.tokenizer, chat.config)
     unit = orthonormal(edit.directions)
     asked = [chat.encode(text) for text in ("What is a garden?", "Tell me seven things.")]
     assert evaluate.component(chat, asked, unit)["max"] > 0.05
@@ -316,7 +320,7 @@ def test_nothing_is_written_along_the_direction_with_a_gguf_lora(
         assert not any(one.tied for one in named)
         record = adapter_outputs.write_gguf(gguf, Source("base", base), lora, lora, plans, {}, 1e-6)
         unit, asked = orthonormal(edit.directions), [[3, 17, 5, 40, 22, 9], [7, 8]]
-        chat, _ = gguf_model.load(gguf)
+        chat, _ = from_gguf.load(gguf)
         assert evaluate.component(chat, asked, unit)["max"] > 0.05
         with adapter_outputs.in_mlx(gguf, lora) as with_lora:
             left = evaluate.component(with_lora, asked, unit)["max"]
@@ -372,6 +376,6 @@ def test_tensors_that_llama_cpp_applies_no_adapter_to() -> None:
 
 
 def files_writer(name: str) -> Any:
-    from convert.gguf_writers import GgufWriter
+    from convert.architectures.gguf_writers import GgufWriter
 
     return GgufWriter(name, "linear", 0)

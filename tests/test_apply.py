@@ -10,13 +10,15 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 
-from abl_mlx import folder_outputs, gguf_model, pipeline
-from abl_mlx.models import load
-from abl_mlx.options import Options
-from abl_mlx.writers import find_writers
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
-from convert.safetensors_files import TensorFiles
+from abl_mlx.choices import Options
+from abl_mlx.commands import measure_apply
+from abl_mlx.models import from_gguf
+from abl_mlx.models.chat_model import load
+from abl_mlx.models.writers import find_writers
+from abl_mlx.outputs import folder_outputs
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
+from convert.mlx.safetensors_files import TensorFiles
 from tests import tiny
 from tests.test_models import as_transformers_5, broken
 from tests.test_writers import component
@@ -54,7 +56,7 @@ WRITER_NAMES = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
 def test_only_the_writers_change_and_exactly(arch, dtype, tiny_folder, direction, tmp_path):
     source = tiny_folder(arch, dtype=dtype)
     before = tree_hash(source)
-    record = pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
     assert tree_hash(source) == before
     r = unit(direction)
     # Half a unit in the last place of a 16-bit float, relative to the largest value.
@@ -80,7 +82,7 @@ def test_the_written_model_has_no_component_and_loads_in_mlx_lm(
     arch, tiny_folder, direction, tmp_path
 ):
     source = tiny_folder(arch, dtype="float32")
-    pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
+    measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
     r = mx.array(np.load(direction))[None]
     assert component(load(source), ["Hi", "Why is it so?"], r) > 1e-2
     assert component(load(tmp_path / "out"), ["Hi", "Why is it so?"], r) < 1e-5
@@ -91,7 +93,7 @@ def test_the_written_model_has_no_component_and_loads_in_mlx_lm(
 def test_layers_strength_and_embedding_are_choices(tiny_folder, direction, tmp_path):
     source = tiny_folder("llama", dtype="float32")
     options = Options(strength=0.5, layers=frozenset({1}), embedding=False)
-    pipeline.apply(direction, str(source), [tmp_path / "out"], options)
+    measure_apply.apply(direction, str(source), [tmp_path / "out"], options)
     r = unit(direction)
     with TensorFiles(source) as old, TensorFiles(tmp_path / "out") as new:
         for name in old.names:
@@ -112,7 +114,7 @@ def test_biases_of_writers_are_edited(tmp_path, direction):
         "weight",
         "bias",
     }
-    pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
+    measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
     with TensorFiles(source) as old, TensorFiles(tmp_path / "out") as new:
         for name in ("self_attn.o_proj.bias", "mlp.down_proj.bias"):
             name = f"model.layers.0.{name}"
@@ -143,7 +145,7 @@ def test_shards_and_other_files_are_kept(tiny_folder, direction, tmp_path):
     (source / "extra").mkdir()
     (source / "extra" / "notes.txt").write_text("kept")
     (source / "pytorch_model.bin").write_bytes(b"unedited weights")
-    record = pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
     old, new = tree_hash(source), tree_hash(tmp_path / "out")
     changed = {name for name in old if old[name] != new.get(name)}
     assert changed == {
@@ -171,7 +173,7 @@ def test_a_transformers_5_folder_becomes_one_that_mlx_lm_loads(tiny_folder, dire
     source = broken(tiny_folder("qwen3_moe"), tmp_path, change)
     with pytest.raises(TypeError):
         mlx_lm.load(str(source))
-    pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
+    measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
     mlx_lm.load(str(tmp_path / "out"))
 
 
@@ -180,7 +182,7 @@ def test_several_outputs_or_none(tiny_folder, direction, tmp_path):
     source = tiny_folder("llama")
     options = Options(max_leak=1e-9)
     with pytest.raises(UserError, match="did not survive"):
-        pipeline.apply(direction, str(source), [tmp_path / "a", tmp_path / "b"], options)
+        measure_apply.apply(direction, str(source), [tmp_path / "a", tmp_path / "b"], options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direction.npy"]
 
 
@@ -196,7 +198,7 @@ def test_several_outputs_or_none(tiny_folder, direction, tmp_path):
     ("module", "moment"),
     [
         (folder_outputs, "measure_leak"),
-        (pipeline, "write_companions"),
+        (measure_apply, "write_companions"),
         (folder_outputs, "rewrite_folder"),
     ],
 )
@@ -212,13 +214,13 @@ def test_an_interruption_leaves_nothing(
 
     monkeypatch.setattr(module, moment, interrupted)
     with pytest.raises(seen):
-        pipeline.apply(direction, str(source), [tmp_path / "deep" / "er" / "out"], Options())
+        measure_apply.apply(direction, str(source), [tmp_path / "deep" / "er" / "out"], Options())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direction.npy"]
 
 
 def test_the_edit_is_exact_in_float32(tiny_folder, direction, tmp_path):
     source = tiny_folder("llama", dtype="float32")
-    pipeline.apply(direction, str(source), [tmp_path / "a"], Options())
+    measure_apply.apply(direction, str(source), [tmp_path / "a"], Options())
     with TensorFiles(tmp_path / "a") as files:
         name = "model.layers.0.mlp.down_proj.weight"
         assert np.abs(unit(direction) @ float64(files, name)).max() < 1e-6
@@ -241,7 +243,7 @@ def copied_head(folder):
 def test_sources_that_cannot_be_edited_in_place(tiny_folder, direction, tmp_path):
     source = broken(tiny_folder("llama"), tmp_path, quantized)
     with pytest.raises(UserError, match="quantized by gptq in another form"):
-        pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
+        measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
     assert not (tmp_path / "out").exists()
 
 
@@ -254,11 +256,11 @@ def test_a_stored_copy_of_a_tied_head_is_edited_as_the_embedding(
     config.pop("tie_word_embeddings", None)  # as Gemma's configs leave it out
     tied = {} if arch == "gemma3_text" else {"tie_word_embeddings": True}
     (source / "config.json").write_text(json.dumps({**config, **tied}))
-    inspected = pipeline.inspect(str(source))
+    inspected = measure_apply.inspect(str(source))
     assert inspected["tied"]
     assert inspected["head_copies"] == ["lm_head.weight"]
     out, gguf = tmp_path / "out", tmp_path / "out.gguf"
-    record = pipeline.apply(direction, str(source), [out, gguf], Options(keep_undo=False))
+    record = measure_apply.apply(direction, str(source), [out, gguf], Options(keep_undo=False))
     names = [name for name in record["written"][0]["leak"]["tensors"] if "lm_head" in name]
     assert names == ["lm_head.weight"]
     with TensorFiles(out) as files:
@@ -273,11 +275,11 @@ def test_a_stored_copy_of_a_tied_head_is_edited_as_the_embedding(
     asked = mx.array([[1, 2, 3, 4]])
     ours = mlx_lm.load(str(out))[0](asked).astype(mx.float32)
     with GgufSource(gguf) as file:
-        theirs = gguf_model.load(file)[0].model(asked)
+        theirs = from_gguf.load(file)[0].model(asked)
     assert mx.abs(ours - theirs).max().item() < 0.05
     # Without the embedding, neither is touched.
     kept = tmp_path / "kept"
-    pipeline.apply(direction, str(source), [kept], Options(embedding=False))
+    measure_apply.apply(direction, str(source), [kept], Options(embedding=False))
     with TensorFiles(kept) as files, TensorFiles(source) as before:
         assert files.bytes("lm_head.weight") == before.bytes("lm_head.weight")
 
@@ -294,7 +296,7 @@ def test_a_quantized_copy_of_a_head_is_edited_on_its_own_grid(tiny_folder, direc
     packed = tmp_path / "packed"
     mlx_lm.utils.save(packed, source, model, tokenizer, config)
     out = tmp_path / "out"
-    record = pipeline.apply(direction, str(packed), [out], Options())
+    record = measure_apply.apply(direction, str(packed), [out], Options())
     tensors = record["written"][0]["leak"]["tensors"]
     assert tensors["lm_head.weight"]["leak"] < 0.01
     sizes = []
@@ -311,4 +313,4 @@ def test_a_quantized_copy_of_a_head_is_edited_on_its_own_grid(tiny_folder, direc
 def test_an_output_inside_the_source_is_refused(tiny_folder, direction, tmp_path):
     source = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
     with pytest.raises(UserError, match="inside the source"):
-        pipeline.apply(direction, str(source), [source / "out"], Options())
+        measure_apply.apply(direction, str(source), [source / "out"], Options())

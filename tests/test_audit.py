@@ -12,22 +12,18 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
-from abl_mlx import (
-    audit,
-    conversion,
-    direction_file,
-    pipeline,
-    prompts,
-    spectrum,
-    stream_weights,
-)
-from abl_mlx.cli import cli
+from abl_mlx.audit_weights import spectrum
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.commands import audit, conversion, measure_apply
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.model_file import find_model
-from abl_mlx.models import load
-from abl_mlx.options import Options
-from abl_mlx.writers import find_writers
-from convert.errors import UserError
+from abl_mlx.directions import direction_file
+from abl_mlx.inputs import prompts
+from abl_mlx.models.chat_model import load
+from abl_mlx.models.writers import find_writers
+from abl_mlx.outputs import stream_weights
+from abl_mlx.outputs.model_file import find_model
+from convert.base.errors import UserError
 from tests import tiny
 
 PLAIN = Options(plain_rounding=True, max_leak=1e9)
@@ -220,14 +216,14 @@ def work(tmp_path_factory):
     from mlx_lm import convert
 
     folder = tmp_path_factory.mktemp("audit")
-    pipeline.measure("demo", folder / "r.safetensors", Options())
+    measure_apply.measure("demo", folder / "r.safetensors", Options())
     for bits in (8, 4):
         convert(str(MODEL_PATH), str(folder / f"demo-{bits}"), quantize=True, q_bits=bits)
     return folder
 
 
 def edited(work, out, model="demo", options=None):
-    pipeline.apply(work / "r.safetensors", model, [out], options or Options())
+    measure_apply.apply(work / "r.safetensors", model, [out], options or Options())
     return out
 
 

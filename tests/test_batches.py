@@ -6,13 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import capture, generation, shortcuts
-from abl_mlx.generation import Way, generate, way
-from abl_mlx.logits import first_reply_token
-from abl_mlx.models import load
-from abl_mlx.plain import Plain, needs_cache
-from abl_mlx.shortcuts import Shortcuts, trusted
-from convert.errors import UserError
+from abl_mlx.models import capture, generation, shortcuts
+from abl_mlx.models.chat_model import load
+from abl_mlx.models.generation import Way, generate, way
+from abl_mlx.models.logits import first_reply_token
+from abl_mlx.models.plain import Plain, needs_cache
+from abl_mlx.models.shortcuts import Shortcuts, trusted
+from convert.base.errors import UserError
 from tests import batch_table, zoo
 
 DOCS = Path(__file__).parent.parent / "docs" / "mlx-batches.md"

@@ -5,10 +5,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from abl_mlx import capture, shortcuts
-from abl_mlx.batches import batches
-from abl_mlx.models import load
-from convert.errors import UserError
+from abl_mlx.models import capture, shortcuts
+from abl_mlx.models.batches import batches
+from abl_mlx.models.chat_model import load
+from convert.base.errors import UserError
 from tests import tiny
 
 PROMPTS = ["Hi", "How do I plan a garden?", "What is the name of the river near the old town?"]

@@ -2,16 +2,17 @@
 
 import pytest
 
-from abl_mlx import prompts, steered
-from abl_mlx.chat import Conversation, columns, talk
-from abl_mlx.options import Options
-from abl_mlx.refusals import Verdict, classify
-from convert.errors import UserError
+from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.choices import Options
+from abl_mlx.commands import session
+from abl_mlx.commands.chat import Conversation, columns, talk
+from abl_mlx.inputs import prompts
+from convert.base.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return steered.load("demo", None, Options())
+    return session.load("demo", None, Options())
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from abl_mlx import prompt_tokens, sources
-from abl_mlx.models import load_tokenizer
-from convert import template_files, template_process, template_worker
-from convert.chat_template import ChatTemplate, TemplateError
-from convert.errors import UserError
+from abl_mlx.inputs import sources
+from abl_mlx.models import prompt_tokens
+from abl_mlx.models.chat_model import load_tokenizer
+from convert.base.errors import UserError
+from convert.tokenizers import template_files, template_process, template_worker
+from convert.tokenizers.chat_template import ChatTemplate, TemplateError
 from tests.command import abl_mlx, fails
 
 USER = [{"role": "user", "content": "Name two  rivers?\n"}]

@@ -6,17 +6,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import capture, choice, race, selection
-from abl_mlx import trial as trial_module
-from abl_mlx.directions import Candidates
-from abl_mlx.edits import Edit
-from abl_mlx.logits import behind_last_layer, first_reply_token
-from abl_mlx.models import load
-from abl_mlx.race import Runner
-from abl_mlx.selection import Score
-from abl_mlx.trial import Effect, Trial
-from abl_mlx.writers import find_writers
-from convert.errors import UserError
+from abl_mlx.directions import choice, race, selection
+from abl_mlx.directions import trial as trial_module
+from abl_mlx.directions.measuring import Candidates
+from abl_mlx.directions.race import Runner
+from abl_mlx.directions.selection import Score
+from abl_mlx.directions.trial import Effect, Trial
+from abl_mlx.edits.edit import Edit
+from abl_mlx.models import capture
+from abl_mlx.models.chat_model import load
+from abl_mlx.models.logits import behind_last_layer, first_reply_token
+from abl_mlx.models.writers import find_writers
+from convert.base.errors import UserError
 from tests.test_selection import f32
 from tests.test_writers import edit_in_place
 

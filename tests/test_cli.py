@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx.cli import cli
+from abl_mlx.cli.main import cli
 
 
 def call(*arguments):
@@ -21,7 +21,7 @@ def call(*arguments):
 def test_help_imports_nothing_heavy():
     """What makes `--help` slow is imports; so none of the heavy ones may happen."""
     code = (
-        "import sys; from abl_mlx.cli import cli\n"
+        "import sys; from abl_mlx.cli.main import cli\n"
         "try: cli(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'mlx', 'mlx.core', 'mlx_lm', 'numpy', 'transformers', 'gguf', 'pyarrow'}\n"

@@ -9,11 +9,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import evaluate, models, prompts, sources
-from abl_mlx.steering import Intervention, steering
-from convert import control_vector
-from convert.control_vector import ControlVector
-from convert.errors import UserError
+from abl_mlx.behaviour import evaluate
+from abl_mlx.edits.steering import Intervention, steering
+from abl_mlx.inputs import prompts, sources
+from abl_mlx.models import chat_model
+from convert.base.errors import UserError
+from convert.gguf import control_vector
+from convert.gguf.control_vector import ControlVector
 from convert.mlx_to_gguf import write_gguf
 from tests import llama_steering
 
@@ -67,7 +69,7 @@ def test_a_model_is_no_control_vector(tmp_path: Path) -> None:
 def test_llama_cpp_steers_as_mlx_does(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     folder = sources.resolve("demo").path
-    chat = models.load(folder)
+    chat = chat_model.load(folder)
     write_gguf(folder, tmp_path / "demo.gguf", file_type="F32")
     values = mx.random.normal((chat.width,), key=mx.random.key(2)) * 4.0
     path = tmp_path / "a.cvec.gguf"

@@ -7,12 +7,15 @@ import sys
 import numpy as np
 import pytest
 
-from abl_mlx import direction_file, evaluate, evaluation, pipeline, prompts
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.choices import EvalOptions, Options
+from abl_mlx.commands import evaluate_model, measure_apply
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.options import EvalOptions, Options
-from abl_mlx.refusals import Verdict, classify
-from convert.gguf_file import metadata
-from convert.safetensors_files import TensorFiles
+from abl_mlx.directions import direction_file
+from abl_mlx.inputs import prompts
+from convert.gguf.file import metadata
+from convert.mlx.safetensors_files import TensorFiles
 
 
 @pytest.fixture(scope="module")
@@ -126,17 +129,17 @@ def test_mlx_lm_generates_from_the_output(place, replies):
 
 def test_applying_the_measured_direction_is_the_same_edit(place, record, tmp_path):
     path = tmp_path / "direction.safetensors"
-    measured = pipeline.measure("demo", path, Options())
+    measured = measure_apply.measure("demo", path, Options())
     assert measured["direction"]["sha256"] == record["direction"]["sha256"]
     assert direction_file.read(path).metadata["layer"] == record["direction"]["layer"]
-    pipeline.apply(path, "demo", [tmp_path / "Y"], Options())
+    measure_apply.apply(path, "demo", [tmp_path / "Y"], Options())
     ours, theirs = place / "X" / "model.safetensors", tmp_path / "Y" / "model.safetensors"
     assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_every_candidate_is_scored_in_the_direction_file(tmp_path):
     path = tmp_path / "direction.safetensors"
-    pipeline.measure("demo", path, Options(limit=12))
+    measure_apply.measure("demo", path, Options(limit=12))
     file = direction_file.read(path)
     layers, positions, _ = file.candidates.directions.shape
     scores = file.metadata["scores"]
@@ -148,12 +151,12 @@ def test_every_candidate_is_scored_in_the_direction_file(tmp_path):
 
 
 def test_eval_agrees_with_what_run_saw(record, place):
-    edited = evaluation.evaluate_model(str(place / "X"), EvalOptions(**DEMO_PROMPTS(place)))
+    edited = evaluate_model.evaluate_model(str(place / "X"), EvalOptions(**DEMO_PROMPTS(place)))
     assert edited["harmful_refusal_rate"] <= 0.1
-    plain = evaluation.evaluate_model("demo", EvalOptions())
+    plain = evaluate_model.evaluate_model("demo", EvalOptions())
     for name in ("harmful_refusal_rate", "harmless_refusal_rate", "n_harmful"):
         assert plain[name] == record["before"][name]
-    gguf = evaluation.evaluate_model(str(place / "X.gguf"), EvalOptions(**DEMO_PROMPTS(place)))
+    gguf = evaluate_model.evaluate_model(str(place / "X.gguf"), EvalOptions(**DEMO_PROMPTS(place)))
     assert gguf["harmful_refusal_rate"] == edited["harmful_refusal_rate"]
 
 
@@ -173,7 +176,7 @@ def test_generation_in_batches_equals_one_by_one(record):
     """Batching is mlx-lm's; that it does not change greedy replies is for us to know."""
     from mlx_lm.generate import generate
 
-    from abl_mlx.models import load
+    from abl_mlx.models.chat_model import load
 
     chat = load(MODEL_PATH)
     texts = prompts.load_demo().harmless.test.texts[:6]

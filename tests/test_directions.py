@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import direction_file
-from abl_mlx.direction_file import DirectionFile
-from abl_mlx.directions import Candidates
-from convert.errors import UserError
+from abl_mlx.directions import direction_file
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.measuring import Candidates
+from convert.base.errors import UserError
 
 RNG = np.random.default_rng(0)
 

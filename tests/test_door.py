@@ -18,16 +18,28 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import direction_file, journal, taken
-from abl_mlx.models import load_lazily
-from convert import escape, json_text
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
-from convert.gguf_tokenizer import read_tokenizer
-from convert.gguf_values import encode_pair
-from convert.hf_config import read_config
-from convert.safetensors_files import TensorFiles
-from convert.schema import Refused, either, list_of, map_of, number, one_of, record, text, whole
+from abl_mlx.behaviour import journal
+from abl_mlx.directions import direction_file
+from abl_mlx.models.chat_model import load_lazily
+from abl_mlx.outputs import undo_file
+from convert.base import escape, json_text
+from convert.base.errors import UserError
+from convert.base.hf_config import read_config
+from convert.base.schema import (
+    Refused,
+    either,
+    list_of,
+    map_of,
+    number,
+    one_of,
+    record,
+    text,
+    whole,
+)
+from convert.gguf.file import GgufSource
+from convert.gguf.values import encode_pair
+from convert.mlx.safetensors_files import TensorFiles
+from convert.tokenizers.to_gguf import read_tokenizer
 from tests.command import abl_mlx, fails
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -454,7 +466,7 @@ def test_an_undo_file_is_checked(layouts: str, said: str, tmp_path: Path) -> Non
     metadata = {"tensors": layouts, "direction_sha256": "0"}
     mx.save_safetensors(str(file), {"b.along": mx.ones(2)}, metadata)
     with pytest.raises(UserError, match=said) as caught:
-        taken.read_kept(file, "0")
+        undo_file.read_kept(file, "0")
     assert str(file) in str(caught.value)
 
 
@@ -621,7 +633,7 @@ def test_a_table_holds_nothing_that_a_terminal_obeys(
 ) -> None:
     from click.testing import CliRunner
 
-    from abl_mlx.cli import cli
+    from abl_mlx.cli.main import cli
 
     folder = shutil.copytree(tiny_folder("llama"), tmp_path / "a\x1b]0;x\x07\u202e")
     told = CliRunner().invoke(cli, ["inspect", str(folder)])
@@ -652,20 +664,21 @@ def test_a_prompt_in_any_locale(locale: dict[str, str]) -> None:
 def test_a_fault_of_ours_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from abl_mlx import cli, interrupts
+    from abl_mlx.cli import main
+    from abl_mlx.support import interrupts
 
     def fault() -> None:
         raise KeyError("a\x1b[31m\n")
 
-    monkeypatch.setattr(cli, "cli", fault)
+    monkeypatch.setattr(main, "cli", fault)
     monkeypatch.setattr(interrupts, "listen", lambda: None)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("Error: internal error: KeyError at ")
     assert "ABL_MLX_TRACEBACK=1" in said
     assert said.strip().isprintable()
-    monkeypatch.setenv(cli.TRACEBACK, "1")
+    monkeypatch.setenv(main.TRACEBACK, "1")
     with pytest.raises(KeyError):
-        cli.main()
+        main.main()

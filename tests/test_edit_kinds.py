@@ -7,16 +7,19 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from abl_mlx import adapters, prompts, slabs, steered
-from abl_mlx.edits import Edit, leak, target
-from abl_mlx.measurement import edit_of
-from abl_mlx.models import load
-from abl_mlx.options import Options
-from abl_mlx.pinning import embedding_means, held_at
-from abl_mlx.steering import Intervention, ablation, steering
-from abl_mlx.trial import Trial
-from abl_mlx.writers import Writer, find_writers
-from convert.errors import UserError
+from abl_mlx.choices import Options
+from abl_mlx.commands import session as steered
+from abl_mlx.commands.find import edit_of
+from abl_mlx.directions.pinning import embedding_means, held_at
+from abl_mlx.directions.trial import Trial
+from abl_mlx.edits import slabs
+from abl_mlx.edits.edit import Edit, leak, target
+from abl_mlx.edits.steering import Intervention, ablation, steering
+from abl_mlx.inputs import prompts
+from abl_mlx.models.chat_model import load
+from abl_mlx.models.writers import Writer, find_writers
+from abl_mlx.outputs import adapter
+from convert.base.errors import UserError
 from tests import tiny
 from tests.test_writers import edit_in_place, random_direction
 
@@ -159,14 +162,14 @@ def test_rows_are_refused_in_slabs_and_norms_in_adapters_and_at_runtime():
     with pytest.raises(UserError, match="--norm columns"):
         slabs.exact_edit(part, np.ones((D, N), np.float32))
     with pytest.raises(UserError, match="no adapter"):
-        adapters.change(edit, MLP, np.ones((1, N), np.float32))
+        adapter.change(edit, MLP, np.ones((1, N), np.float32))
     with pytest.raises(UserError, match="not at runtime"), ablation([MLP], edit):
         pass
 
 
 def stream(chat, tokens):
     """The stream after each layer: (L, T, d) float64."""
-    from abl_mlx.capture import Recorder
+    from abl_mlx.models.capture import Recorder
 
     with Recorder(chat) as recorder:
         chat.model(tokens)
@@ -253,13 +256,13 @@ def test_an_adapter_holds_profiles_and_pins():
     for one, shape in ((MLP, (D, N)), (EMBEDDING, (V, D))):
         values = RNG.normal(size=shape).astype(np.float32)
         parts = [((slice(0, shape[0]), slice(0, shape[1])), mx.array(values))]
-        found = adapters.components(edit, one, shape, parts)
-        low = adapters.change(edit, one, found.along)
+        found = adapter.components(edit, one, shape, parts)
+        low = adapter.change(edit, one, found.along)
         changed = values + 0.5 * low.left @ low.right
         expected = np.array(target(edit, one, "weight", mx.array(values)))
         np.testing.assert_allclose(changed, expected, atol=1e-4)
-        assert adapters.leak_of(edit, one, found, 0.5, low).value < 1e-5
-        assert adapters.leak_of(edit, one, found, 0.4, low).value == pytest.approx(0.2, rel=1e-3)
+        assert adapter.leak_of(edit, one, found, 0.5, low).value < 1e-5
+        assert adapter.leak_of(edit, one, found, 0.4, low).value == pytest.approx(0.2, rel=1e-3)
 
 
 # --- interventions on the stream ---------------------------------------------------------------

@@ -5,9 +5,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from abl_mlx.edits import Edit, leak, orthonormal, rounded, target, total_leak
-from abl_mlx.writers import Writer
-from convert.errors import UserError
+from abl_mlx.edits.edit import Edit, leak, orthonormal, rounded, target, total_leak
+from abl_mlx.models.writers import Writer
+from convert.base.errors import UserError
 
 RNG = np.random.default_rng(0)
 D, N, V, E = 48, 32, 100, 3

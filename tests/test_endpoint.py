@@ -18,11 +18,12 @@ from urllib.parse import urlsplit
 import pytest
 from click.testing import CliRunner, Result
 
-from abl_mlx import endpoint, prompts
-from abl_mlx.cli import cli
-from abl_mlx.endpoint import Endpoint
-from abl_mlx.options import Asking
-from convert.errors import UserError
+from abl_mlx.behaviour import endpoint
+from abl_mlx.behaviour.endpoint import Endpoint
+from abl_mlx.choices import Asking
+from abl_mlx.cli.main import cli
+from abl_mlx.inputs import prompts
+from convert.base.errors import UserError
 from tests.servers import ANSWER, REFUSAL, Handler, Server, dribble, headers_without_end
 
 HARMFUL = set(prompts.bundled("harmful").texts)
@@ -807,7 +808,7 @@ def test_a_file_that_is_no_journal_is_left_alone(content: str, tmp_path: Path) -
 
 
 def test_one_evaluation_at_a_time_writes_a_journal(tmp_path: Path) -> None:
-    from abl_mlx.journal import Journal
+    from abl_mlx.behaviour.journal import Journal
 
     held = Journal(tmp_path / "j.jsonl", strict=True)
     with well_behaved() as server:

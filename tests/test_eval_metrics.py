@@ -11,12 +11,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import capability, eval_report, evaluation, harness, models, perplexity, sources
-from abl_mlx.capability import Task, right, tasks
-from abl_mlx.models import ChatModel
-from abl_mlx.options import EvalOptions
-from abl_mlx.target import Target
-from convert.errors import UserError
+from abl_mlx.behaviour import capability, lm_eval_harness, perplexity
+from abl_mlx.behaviour.capability import Task, right, tasks
+from abl_mlx.behaviour.target import Target
+from abl_mlx.choices import EvalOptions
+from abl_mlx.commands import evaluate_model
+from abl_mlx.inputs import sources
+from abl_mlx.models import chat_model
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.reports import eval_tables
+from convert.base.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +30,7 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> ChatModel:
-    return models.load(sources.resolve("demo").path)
+    return chat_model.load(sources.resolve("demo").path)
 
 
 def nothing(prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
@@ -96,7 +100,7 @@ def test_a_bos_is_given_and_not_predicted() -> None:
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("xllamacpp")
-    from abl_mlx import conversion
+    from abl_mlx.commands import conversion
 
     path = tmp_path_factory.mktemp("gguf") / "demo.gguf"
     conversion.convert("demo", path, quantize="F16")
@@ -135,7 +139,7 @@ def test_llama_cpp_agrees_where_it_tells_every_token_and_is_a_bound_where_not(
 
 def test_a_server_tells_no_perplexity() -> None:
     with pytest.raises(UserError, match="which a server's chat does not tell"):
-        evaluation.evaluate_model("http://127.0.0.1:9/v1", EvalOptions(perplexity=True))
+        evaluate_model.evaluate_model("http://127.0.0.1:9/v1", EvalOptions(perplexity=True))
 
 
 # --- the capability check ------------------------------------------------------------------------
@@ -221,12 +225,12 @@ def test_eval_tells_them_for_target_and_baseline(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(capability, "EACH", 3)
     monkeypatch.setattr(perplexity, "TEXT", perplexity.TEXT[:300])
     options = EvalOptions(limit=2, max_tokens=8, perplexity=True, capability=True, baseline="demo")
-    record = evaluation.evaluate_model("demo", options)
+    record = evaluate_model.evaluate_model("demo", options)
     one, was = record["perplexity"], record["baseline"]["perplexity"]
     assert one == was
     assert one["perplexity"] > 1
     assert record["capability"]["n"] == record["baseline"]["capability"]["n"] == 9
-    table = eval_report.table(record)
+    table = eval_tables.table(record)
     assert f"{one['perplexity']:.2f}  {one['perplexity']:.2f}" in " ".join(table.split("\n"))
     assert f"{record['capability']['right']}/9" in table
 
@@ -239,15 +243,15 @@ def test_lm_eval_that_is_not_there_is_told_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^--lm-eval needs .*: pip install lm_eval\.$"):
-        evaluation.evaluate_model("demo", EvalOptions(lm_eval="arc_easy"))
+        evaluate_model.evaluate_model("demo", EvalOptions(lm_eval="arc_easy"))
 
 
 def test_lm_eval_runs_folders_alone(gguf: Path) -> None:
     with pytest.raises(UserError, match="MLX or Hugging Face folders alone"):
-        evaluation.evaluate_model(str(gguf), EvalOptions(lm_eval="arc_easy"))
+        evaluate_model.evaluate_model(str(gguf), EvalOptions(lm_eval="arc_easy"))
     for text in ("", " , ", "--model"):
         with pytest.raises(UserError, match="name tasks with commas"):
-            harness.task_names(text)
+            lm_eval_harness.task_names(text)
 
 
 @pytest.fixture
@@ -271,22 +275,22 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(lm_eval_harness.importlib.util, "find_spec", lambda name: object())
     return program
 
 
 def test_lm_eval_is_handed_over_and_its_results_come_back(stand_in: Path) -> None:
     options = EvalOptions(limit=1, max_tokens=4, lm_eval="arc_easy, hellaswag")
-    record = evaluation.evaluate_model("demo", options)
+    record = evaluate_model.evaluate_model("demo", options)
     assert record["lm_eval"]["arc_easy"]["acc,none"] == 0.25
     command = record["lm_eval"].pop("given")["command"]
     assert command[:3] == ["-m", "mlx_lm", "evaluate"]
     assert command[command.index("--model") + 1] == str(sources.resolve("demo").path)
     assert command[command.index("--tasks") + 1 :] == ["arc_easy", "hellaswag", "--limit", "1"]
-    line = next(line for line in eval_report.table(record).splitlines() if "lm-eval" in line)
+    line = next(line for line in eval_tables.table(record).splitlines() if "lm-eval" in line)
     assert line.split() == ["lm-eval", "arc_easy", "0.250", "acc"]
     with pytest.raises(UserError, match="KeyError: no such task"):
-        harness.run(sources.resolve("demo").path, "broken")
+        lm_eval_harness.run(sources.resolve("demo").path, "broken")
 
 
 def test_mlx_lm_takes_the_flags_it_is_given() -> None:

@@ -23,23 +23,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abl_mlx import (
-    demo,
-    directions,
-    divergence,
-    evaluation,
-    llamacpp,
-    models,
-    pipeline,
-    prompts,
-)
-from abl_mlx.clock import Clock
-from abl_mlx.llama_server import LlamaServer, _free_port
-from abl_mlx.llamacpp import LlamaCpp
-from abl_mlx.model_file import find_model
-from abl_mlx.options import EvalOptions, Options
-from abl_mlx.targets import opened
-from convert.errors import UserError
+from abl_mlx import demo
+from abl_mlx.behaviour import divergence, llamacpp
+from abl_mlx.behaviour.llama_server import LlamaServer, _free_port
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from abl_mlx.choices import EvalOptions, Options
+from abl_mlx.commands import evaluate_model, measure_apply
+from abl_mlx.commands.targets import opened
+from abl_mlx.directions import measuring
+from abl_mlx.inputs import prompts
+from abl_mlx.models import chat_model
+from abl_mlx.outputs.model_file import find_model
+from abl_mlx.support.clock import Clock
+from convert.base.errors import UserError
 
 #: How the model is asked: its replies have 17 tokens or so, and one verdict of 40 is 2.5 points.
 ASKED: dict[str, Any] = {"limit": 40, "max_tokens": 32}
@@ -58,9 +54,9 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model: ``half/model`` and ``half/model.gguf``."""
     place = tmp_path_factory.mktemp("half")
-    chat = models.load(demo.MODEL_PATH)
+    chat = chat_model.load(demo.MODEL_PATH)
     sets = prompts.load_demo()
-    found = directions.measure(
+    found = measuring.measure(
         chat,
         harmful=[chat.encode(text) for text in sets.harmful.train.take(40).texts],
         harmless=[chat.encode(text) for text in sets.harmless.train.take(40).texts],
@@ -68,7 +64,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     np.save(place / "r.npy", np.array(found.directions[2]))
     options = Options(strength=0.52, max_leak=1)
-    pipeline.apply(place / "r.npy", "demo", [place / "model", place / "model.gguf"], options)
+    measure_apply.apply(place / "r.npy", "demo", [place / "model", place / "model.gguf"], options)
     return place
 
 
@@ -76,7 +72,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def known(half: Path) -> Path:
     """A journal in which the model in MLX has answered everything."""
     journal = half / "known.jsonl"
-    evaluation.evaluate_model(str(half / "model"), EvalOptions(**ASKED, resume=journal))
+    evaluate_model.evaluate_model(str(half / "model"), EvalOptions(**ASKED, resume=journal))
     return journal
 
 
@@ -86,7 +82,7 @@ def beside_mlx(target: str, half: Path, known: Path, **chosen: Any) -> dict[str,
     rows = [json.loads(line) | {"role": "baseline"} for line in known.read_text().splitlines()]
     journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = EvalOptions(**ASKED, baseline=str(half / "model"), resume=journal, **chosen)
-    return evaluation.evaluate_model(target, options)
+    return evaluate_model.evaluate_model(target, options)
 
 
 def agree(record: dict[str, Any]) -> None:
@@ -257,13 +253,15 @@ def test_ctrl_c_stops_the_llama_server_too(half: Path, tmp_path: Path) -> None:
 def test_a_runtime_that_is_not_there_is_told(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="no llama-server is on the PATH"):
-        evaluation.evaluate_model(
+        evaluate_model.evaluate_model(
             str(half / "model.gguf"), EvalOptions(runtime="llama-server", limit=1)
         )
     with pytest.raises(UserError, match=r"--runtime llama\.cpp runs \.gguf files, and none is"):
-        evaluation.evaluate_model(str(half / "model"), EvalOptions(runtime="llama.cpp", limit=1))
+        evaluate_model.evaluate_model(
+            str(half / "model"), EvalOptions(runtime="llama.cpp", limit=1)
+        )
     with pytest.raises(UserError, match="--model x names a model of a server"):
-        evaluation.evaluate_model(str(half / "model"), EvalOptions(server_model="x", limit=1))
+        evaluate_model.evaluate_model(str(half / "model"), EvalOptions(server_model="x", limit=1))
 
 
 # --- KL ------------------------------------------------------------------------------------------

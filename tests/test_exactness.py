@@ -6,12 +6,15 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from abl_mlx import evaluate, exactness, model_folder, model_gguf, run
-from abl_mlx.edits import Edit, rounded, target
-from abl_mlx.models import add_tokenizer, load, load_lazily
-from abl_mlx.options import Options
-from abl_mlx.writers import find_writers
-from convert.errors import UserError
+from abl_mlx.behaviour import evaluate
+from abl_mlx.choices import Options
+from abl_mlx.commands import run
+from abl_mlx.edits import exactness
+from abl_mlx.edits.edit import Edit, rounded, target
+from abl_mlx.models.chat_model import add_tokenizer, load, load_lazily
+from abl_mlx.models.writers import find_writers
+from abl_mlx.outputs import folder, gguf
+from convert.base.errors import UserError
 from convert.mlx_to_gguf import write_gguf
 from tests import tiny
 
@@ -136,9 +139,9 @@ def test_run_fails_when_what_it_wrote_is_not_exact(
     for path, word in zip(sets, ("break", "plant"), strict=True):
         Path(path).write_text("".join(f"How do I {word} {n} things?\n" for n in range(20)))
     quick = replace(quick, harmful=sets[0], harmless=sets[1])
-    place, which = model_folder, "find_writers"
+    place, which = folder, "find_writers"
     if name == "gguf":
-        place, which = model_gguf.GgufFile, "named_writers"
+        place, which = gguf.GgufFile, "named_writers"
         source = write_gguf(source, tmp_path / "source.gguf").path
     monkeypatch.setattr(evaluate, "llamacpp_is_there", lambda: False)  # MLX is looked at here
     everything = getattr(place, which)

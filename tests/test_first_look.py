@@ -6,11 +6,13 @@ from functools import cache
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import first_look, models, prompts
-from abl_mlx.cli import cli
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.commands import first_look
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.options import Options
-from abl_mlx.prompts import Prompt, PromptSet, PromptSets
+from abl_mlx.inputs import prompts
+from abl_mlx.inputs.prompts import Prompt, PromptSet, PromptSets
+from abl_mlx.models import chat_model
 
 DEMO = prompts.load_demo()
 
@@ -24,7 +26,7 @@ ANSWERED, REFUSED = texts(DEMO.harmless), texts(DEMO.harmful)
 
 @cache
 def demo():
-    return models.load(MODEL_PATH)
+    return chat_model.load(MODEL_PATH)
 
 
 def sets(harmful, harmless):

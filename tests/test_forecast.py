@@ -6,18 +6,22 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import demo, induce, logits, models, prompt_choice, prompts, shortcuts
-from abl_mlx.cli import cli
-from abl_mlx.forecast import Forecast, forecast
-from abl_mlx.measurement import find_direction
-from abl_mlx.model_file import find_model
-from abl_mlx.options import Options
-from abl_mlx.refusals import wilson
-from abl_mlx.writers import find_writers
+from abl_mlx import demo
+from abl_mlx.behaviour.refusals import wilson
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.commands import prompt_choice
+from abl_mlx.commands.find import find_direction
+from abl_mlx.commands.forecast import Forecast, forecast
+from abl_mlx.directions import induction
+from abl_mlx.inputs import prompts
+from abl_mlx.models import chat_model, logits, shortcuts
+from abl_mlx.models.writers import find_writers
+from abl_mlx.outputs.model_file import find_model
 
 
 def test_what_is_told_is_what_comes():
-    chat, sets = models.load(demo.MODEL_PATH), prompts.load_demo()
+    chat, sets = chat_model.load(demo.MODEL_PATH), prompts.load_demo()
     told = forecast(chat, sets, Options(), 2, 50.0)
     train = [*sets.harmful.train.texts, *sets.harmless.train.texts]
     assert told.measured == 128
@@ -36,7 +40,7 @@ def test_what_is_told_is_what_comes():
 
 
 def test_what_a_constant_takes_is_told_too(monkeypatch):
-    chat, sets = models.load(demo.MODEL_PATH), prompts.load_demo()
+    chat, sets = chat_model.load(demo.MODEL_PATH), prompts.load_demo()
     told = forecast(chat, sets, Options(), 2, 50.0, inducing=True)
     ran = []
     whole = shortcuts.passes
@@ -46,7 +50,7 @@ def test_what_a_constant_takes_is_told_too(monkeypatch):
         return whole(chat, sequences, *args, **more)
 
     monkeypatch.setattr(logits, "passes", counted)
-    induce.choose(chat, sets, Options())
+    induction.choose(chat, sets, Options())
     assert 0.2 * told.choose < sum(ran) < told.choose
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from abl_mlx import gate, prompts
-from abl_mlx.cli import cli
-from abl_mlx.evaluation import paired
-from abl_mlx.options import Limits
+from abl_mlx.behaviour import gate
+from abl_mlx.choices import Limits
+from abl_mlx.cli.main import cli
+from abl_mlx.commands.evaluate_model import paired
+from abl_mlx.inputs import prompts
 from tests.servers import ANSWER, REFUSAL, Handler, Server
 
 HARMFUL = prompts.split(prompts.bundled("harmful"), 0).test.texts[:20]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 
-from convert import ggml
-from convert.errors import UserError
+from convert.base.errors import UserError
+from convert.gguf import ggml
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 
-from convert import ggml, ggml_types
-from convert.errors import UserError
-from convert.grids import Grid
+from convert.base.errors import UserError
+from convert.base.grids import Grid
+from convert.gguf import ggml, ggml_types
 
 every_type = pytest.mark.parametrize("kind", ggml_types.GRID_TYPES, ids=lambda kind: kind.name)
 

@@ -10,16 +10,19 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Q
 
-from abl_mlx import evaluate, gguf_edit, pipeline, prompts
-from abl_mlx.cli import cli
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.commands import measure_apply
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.llamacpp import LlamaCpp
-from abl_mlx.options import Options
-from abl_mlx.sources import resolve_gguf
-from convert import ggml_types
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
-from convert.gguf_rewrite import Replacement, rewrite
+from abl_mlx.inputs import prompts
+from abl_mlx.inputs.sources import resolve_gguf
+from abl_mlx.outputs import gguf_plan
+from convert.base.errors import UserError
+from convert.gguf import ggml_types
+from convert.gguf.file import GgufSource
+from convert.gguf.rewrite import Replacement, rewrite
 from convert.mlx_to_gguf import write_gguf
 from tests import tiny
 
@@ -27,7 +30,7 @@ from tests import tiny
 @pytest.fixture(scope="module")
 def direction(tmp_path_factory):
     path = tmp_path_factory.mktemp("direction") / "d.safetensors"
-    pipeline.measure("demo", path, Options())
+    measure_apply.measure("demo", path, Options())
     return path
 
 
@@ -74,7 +77,7 @@ def in_type(source, kind):
             codec = ggml_types.codec(kind)
             return codec.encode(codec.round(values))
         if not ggml_types.has_grid(kind):
-            from convert import ggml
+            from convert.gguf import ggml
 
             return ggml.quantize(values, kind)
         return ggml_types.codec(kind).encode(ggml_types.fresh(values, kind))
@@ -105,7 +108,7 @@ def test_the_demo_stops_refusing_at_every_width(name, quantized, mixed, directio
     out = tmp_path / "out.gguf"
     before = ask(source)
     assert before["harmful_refusal_rate"] >= 0.95
-    record = pipeline.apply(direction, str(source), [out], Options())
+    record = measure_apply.apply(direction, str(source), [out], Options())
     assert record["leak"]["total"] <= 0.001
     assert all(one["leak"] <= 0.002 for one in record["written"][0]["leak"]["tensors"].values())
     after = ask(out)
@@ -120,7 +123,7 @@ def test_plain_rounding_keeps_the_refusals_at_two_bits(quantized, direction, tmp
     ours = {}
     for grid in ("own", "fresh"):
         out = tmp_path / f"{grid}.gguf"
-        record = pipeline.apply(direction, str(source), [out], Options(grid=grid))
+        record = measure_apply.apply(direction, str(source), [out], Options(grid=grid))
         assert record["leak"]["total"] <= 0.001
         ours[grid] = ask(out)["harmful_refusal_rate"]
     for path in tmp_path.iterdir():
@@ -128,9 +131,11 @@ def test_plain_rounding_keeps_the_refusals_at_two_bits(quantized, direction, tmp
     out = tmp_path / "out.gguf"
     plain = Options(plain_rounding=True)
     with pytest.raises(UserError, match="did not survive"):
-        pipeline.apply(direction, str(source), [out], plain)
+        measure_apply.apply(direction, str(source), [out], plain)
     assert not list(tmp_path.iterdir())
-    record = pipeline.apply(direction, str(source), [out], Options(plain_rounding=True, max_leak=1))
+    record = measure_apply.apply(
+        direction, str(source), [out], Options(plain_rounding=True, max_leak=1)
+    )
     assert record["leak"]["total"] > 0.8
     assert ask(out)["harmful_refusal_rate"] > 0.4
     assert ours["own"] < 0.1
@@ -145,7 +150,7 @@ def test_plain_rounding_keeps_the_refusals_at_two_bits(quantized, direction, tmp
 )  # fmt: skip
 def test_every_other_type_loads_and_keeps_the_edit(kind, quantized, direction, tmp_path):
     source, out = quantized(kind), tmp_path / "out.gguf"
-    record = pipeline.apply(direction, str(source), [out], Options())
+    record = measure_apply.apply(direction, str(source), [out], Options())
     assert record["leak"]["total"] <= 0.001
     with GgufSource(source) as before, GgufSource(out) as after:
         edited = {name for one in record["written"] for name in one["leak"]["tensors"]}
@@ -178,7 +183,7 @@ def test_every_other_type_loads_and_keeps_the_edit(kind, quantized, direction, t
 
 def test_types_without_a_grid_are_refused_on_request(quantized, direction, tmp_path):
     with pytest.raises(UserError, match="--strict-types"):
-        pipeline.apply(
+        measure_apply.apply(
             direction, str(quantized(Q.TQ2_0)), [tmp_path / "out.gguf"], Options(strict_types=True)
         )
     assert not list(tmp_path.iterdir())
@@ -189,7 +194,7 @@ def test_the_source_is_not_touched_and_the_record_is_beside_the_output(
 ):
     source = quantized(Q.Q4_K)
     before = (hashlib.sha256(source.read_bytes()).hexdigest(), os.stat(source).st_mtime_ns)
-    record = pipeline.apply(direction, str(source), [tmp_path / "out.gguf"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out.gguf"], Options())
     assert (hashlib.sha256(source.read_bytes()).hexdigest(), os.stat(source).st_mtime_ns) == before
     assert record["hashes"]["source"] == {source.name: before[0]}
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -199,7 +204,7 @@ def test_the_source_is_not_touched_and_the_record_is_beside_the_output(
     assert kept["leak"] == record["leak"]
     assert kept["direction"] == record["direction"]
     with pytest.raises(UserError, match="already exists"):
-        pipeline.apply(direction, str(source), [tmp_path / "out.gguf"], Options())
+        measure_apply.apply(direction, str(source), [tmp_path / "out.gguf"], Options())
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3_text", "olmo2", "qwen3_moe", "qwen2", "phi3"])
@@ -210,8 +215,8 @@ def test_the_edit_of_a_gguf_is_the_edit_of_the_model(arch, tmp_path):
     np.save(tmp_path / "r.npy", np.random.default_rng(5).normal(size=64).astype(np.float32))
     write_gguf(folder, tmp_path / "plain.gguf", file_type="F32")
     options = Options(quantize="F32")
-    pipeline.apply(tmp_path / "r.npy", str(folder), [tmp_path / "mlx.gguf"], options)
-    pipeline.apply(tmp_path / "r.npy", str(tmp_path / "plain.gguf"), [tmp_path / "gguf.gguf"],
+    measure_apply.apply(tmp_path / "r.npy", str(folder), [tmp_path / "mlx.gguf"], options)
+    measure_apply.apply(tmp_path / "r.npy", str(tmp_path / "plain.gguf"), [tmp_path / "gguf.gguf"],
                    Options())  # fmt: skip
     with GgufSource(tmp_path / "mlx.gguf") as first, GgufSource(tmp_path / "gguf.gguf") as second:
         for name in first.tensors:
@@ -240,11 +245,11 @@ def test_split_files_in_split_files_out(quantized, direction, tmp_path):
     writer.close()
     parts = sorted(tmp_path.glob("demo-*.gguf"))
     assert len(parts) > 2
-    record = pipeline.apply(direction, str(parts[0]), [tmp_path / "out.gguf"], Options())
+    record = measure_apply.apply(direction, str(parts[0]), [tmp_path / "out.gguf"], Options())
     written = [tmp_path / name for name in record["written"][0]["files"]]
     assert len(written) == len(parts)
     assert record["leak"]["total"] <= 0.001
-    pipeline.apply(direction, str(whole), [tmp_path / "one.gguf"], Options())
+    measure_apply.apply(direction, str(whole), [tmp_path / "one.gguf"], Options())
     with GgufSource(written[0]) as split, GgufSource(tmp_path / "one.gguf") as one:
         for name in one.tensors:
             assert np.array_equal(split.raw(name), one.raw(name))
@@ -255,9 +260,9 @@ def test_slabs_give_the_same_bytes(quantized, direction, tmp_path, monkeypatch):
     """Memory is bounded by the slab; its size must not show in the result, but where a line's
     tolerance, which is taken over the slab, lets it stop at another code."""
     source = quantized(Q.Q4_K)
-    pipeline.apply(direction, str(source), [tmp_path / "a.gguf"], Options())
-    monkeypatch.setattr(gguf_edit, "SLAB", 1 << 16)
-    record = pipeline.apply(direction, str(source), [tmp_path / "b.gguf"], Options())
+    measure_apply.apply(direction, str(source), [tmp_path / "a.gguf"], Options())
+    monkeypatch.setattr(gguf_plan, "SLAB", 1 << 16)
+    record = measure_apply.apply(direction, str(source), [tmp_path / "b.gguf"], Options())
     assert record["leak"]["total"] <= 0.001
     with GgufSource(tmp_path / "a.gguf") as first, GgufSource(tmp_path / "b.gguf") as second:
         for name in record["written"][0]["leak"]["tensors"]:
@@ -266,18 +271,18 @@ def test_slabs_give_the_same_bytes(quantized, direction, tmp_path, monkeypatch):
 
 def test_the_own_grid_needs_no_ggml(quantized, direction, tmp_path, monkeypatch):
     """Without xllamacpp a K-quant cannot be encoded anew, but its codes can be chosen."""
-    from convert import ggml
+    from convert.gguf import ggml
 
     source = quantized(Q.Q4_K)
     monkeypatch.setattr(ggml, "available", lambda: False)
     monkeypatch.setattr(ggml, "_find", lambda: None)
-    record = pipeline.apply(direction, str(source), [tmp_path / "out.gguf"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out.gguf"], Options())
     assert record["leak"]["total"] <= 0.001
 
 
 def test_diff_shows_what_changed(quantized, direction, tmp_path):
     source, out = quantized(Q.Q4_K), tmp_path / "out.gguf"
-    pipeline.apply(direction, str(source), [out], Options())
+    measure_apply.apply(direction, str(source), [out], Options())
     arguments = ["diff", str(source), str(out), "--direction", str(direction)]
     table = CliRunner().invoke(cli, arguments)
     assert table.exit_code == 0
@@ -321,7 +326,7 @@ def test_mistakes_are_told_in_a_sentence(quantized, direction, tmp_path):
 
 def test_a_pattern_chooses_the_tensors(quantized, direction, tmp_path):
     options = Options(tensors=r"blk\.2\.ffn_down")
-    record = pipeline.apply(direction, str(quantized(Q.Q4_K)), [tmp_path / "o.gguf"], options)
+    record = measure_apply.apply(direction, str(quantized(Q.Q4_K)), [tmp_path / "o.gguf"], options)
     assert list(record["written"][0]["leak"]["tensors"]) == ["blk.2.ffn_down.weight"]
 
 

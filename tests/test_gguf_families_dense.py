@@ -13,9 +13,9 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 from mlx.utils import tree_flatten
 
-from convert import gguf_writers
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
+from convert.architectures import gguf_writers
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
 from convert.gguf_to_mlx import Layout, layout, load
 from tests import tiny_gguf
 from tests.gguf_recipes import cohere, dense, granite, llama

@@ -12,10 +12,10 @@ import pytest
 from gguf import GGMLQuantizationType
 from mlx.utils import tree_flatten
 
-from abl_mlx import conversion
-from convert import gguf_writers
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
+from abl_mlx.commands import conversion
+from convert.architectures import gguf_writers
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
 from convert.gguf_to_mlx import Layout, layout, load
 from tests import tiny_gguf
 from tests.agreement import disagreement, logprobs

@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as load_folder
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from convert import gguf_writers
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
+from convert.architectures import gguf_writers
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
 from convert.gguf_to_mlx import Layout, layout, load, write_folder
 from tests import tiny_gguf
 from tests.agreement import disagreement, logprobs

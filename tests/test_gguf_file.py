@@ -20,11 +20,12 @@ from gguf import GGUFValueType as V
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abl_mlx.llamacpp import LlamaCpp
-from convert import gguf_file, gguf_rewrite
-from convert.errors import UserError
-from convert.gguf_file import GgufSource, part_paths
-from convert.gguf_rewrite import Replacement, rewrite
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from convert.base.errors import UserError
+from convert.gguf import file
+from convert.gguf import rewrite as gguf_rewrite
+from convert.gguf.file import GgufSource, part_paths
+from convert.gguf.rewrite import Replacement, rewrite
 from convert.mlx_to_gguf import write_gguf
 from tests import tiny
 from tests.test_gguf_fuzz import (
@@ -166,13 +167,13 @@ def test_no_such_tensor_and_types_that_are_no_weights(tmp_path: Path) -> None:
 def test_one_file_stays_open_until_it_is_another(tmp_path: Path, model: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(model.read_bytes())
-    first = gguf_file.open_gguf(path)
-    assert gguf_file.open_gguf(path) is first
+    first = file.open_gguf(path)
+    assert file.open_gguf(path) is first
     with GgufSource(path) as source:
         rewrite(source, tmp_path / "new.gguf", metadata={"general.name": "new"})
     os.replace(tmp_path / "new.gguf", path)
-    assert gguf_file.metadata(path)["general.name"] == "new"
-    assert gguf_file.open_gguf(path) is not first
+    assert file.metadata(path)["general.name"] == "new"
+    assert file.open_gguf(path) is not first
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,8 +223,8 @@ def test_splits_without_changes(tmp_path: Path, model: Path, first_empty: bool) 
     for path in (parts[0], parts[-1]):
         with GgufSource(path) as source:
             assert source.parts == parts
-            assert list(source.tensors) == list(gguf_file.tensor_types(model))
-            assert source.metadata["general.name"] == gguf_file.metadata(model)["general.name"]
+            assert list(source.tensors) == list(file.tensor_types(model))
+            assert source.metadata["general.name"] == file.metadata(model)["general.name"]
     with GgufSource(parts[1]) as source:
         written = rewrite(source, tmp_path / "copy.gguf")
     assert written == part_paths(tmp_path / "copy.gguf", len(parts))
@@ -330,7 +331,7 @@ def test_a_value_of_the_same_length_moves_nothing(tmp_path: Path, model: Path) -
     before, after = model.read_bytes(), out.read_bytes()
     assert after[: place.value] == before[: place.value]
     assert after[place.end :] == before[place.end :]
-    assert gguf_file.metadata(out)["qwen3.context_length"] == context + 1
+    assert file.metadata(out)["qwen3.context_length"] == context + 1
 
 
 @pytest.mark.parametrize(
@@ -382,7 +383,7 @@ def test_another_type_is_what_llama_cpp_reads(
             expected = theirs[name].data if name in tensors else source.raw(name)
             assert changed.data.tobytes() == expected.tobytes()
     assert out.stat().st_size < 0.7 * model.stat().st_size
-    assert gguf_file.metadata(out)["general.file_type"] == 7
+    assert file.metadata(out)["general.file_type"] == 7
 
     def replies(path: Path) -> list[int]:
         with LlamaCpp(path, n_ctx=128, n_parallel=1, n_threads=1) as runtime:
@@ -410,7 +411,7 @@ def test_llama_cpp_reads_changed_splits(tmp_path: Path, model: Path) -> None:
         with GgufSource(written[2]) as changed:
             assert changed.tensors[name].type == Q.Q8_0
             assert changed.metadata["general.name"] == "edited"
-            assert [dict(gguf_file._Metadata(one))["split.no"] for one in changed.layouts] == [
+            assert [dict(file._Metadata(one))["split.no"] for one in changed.layouts] == [
                 *range(len(parts))
             ]
             for other in source.tensors:
@@ -506,7 +507,7 @@ def test_a_failed_rewrite_leaves_nothing(
 ) -> None:
     options, error, words = FAILURES[kind]
     (tmp_path / "in").mkdir()
-    count = len(gguf_file.tensor_types(model))
+    count = len(file.tensor_types(model))
     paths = split(model, tmp_path / "in" / "model.gguf", count if parts == 1 else count // 2)
     before = [path.read_bytes() for path in paths]
     with GgufSource(paths[0]) as source:
@@ -679,8 +680,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     script = f"""
 import numpy as np
 from pathlib import Path
-from convert.gguf_file import GgufSource
-from convert.gguf_rewrite import Replacement, rewrite
+from convert.gguf.file import GgufSource
+from convert.gguf.rewrite import Replacement, rewrite
 from gguf import GGMLQuantizationType as Q
 from tests.test_gguf_fuzz import limit_memory
 limit_memory(16 << 20)

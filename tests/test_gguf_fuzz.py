@@ -28,10 +28,10 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 from gguf import GGUFValueType as V
 
-from convert import gguf_file
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
-from convert.gguf_rewrite import Replacement, rewrite
+from convert.base.errors import UserError
+from convert.gguf import file
+from convert.gguf.file import GgufSource
+from convert.gguf.rewrite import Replacement, rewrite
 
 ROOT = Path(__file__).parent.parent
 
@@ -357,7 +357,7 @@ def small_files(folder: Path) -> list[Path]:
     for name in "abc":
         writer.add_tensor(name, numbers.standard_normal((3, 5), np.float32))
     _write_out(writer)
-    return [every, aligned, *gguf_file.part_paths(parts, 2)]
+    return [every, aligned, *file.part_paths(parts, 2)]
 
 
 def _write_out(writer: gguf.GGUFWriter) -> None:

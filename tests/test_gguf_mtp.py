@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from abl_mlx import pipeline, report
-from abl_mlx.llamacpp import LlamaCpp
-from abl_mlx.options import Options
-from convert import gguf_mtp
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from abl_mlx.choices import Options
+from abl_mlx.commands import measure_apply
+from abl_mlx.reports import tables
+from convert.architectures import gguf_mtp
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
 from tests.gguf_recipes.deepseek import deepseek2
 from tests.gguf_recipes.qwen import RECIPES
 from tests.test_undo import abl_mlx, check_back
@@ -70,8 +71,8 @@ def along(path: Path, name: str, direction: Path) -> float:
 def test_drafting_blocks_are_edited_on_request_alone(name, kind, direction, tmp_path):
     source = write(tmp_path / "source.gguf", recipe(name), GGMLQuantizationType[kind])
     alone, asked = tmp_path / "alone.gguf", tmp_path / "asked.gguf"
-    without = pipeline.apply(direction, str(source), [alone], Options())
-    record = pipeline.apply(direction, str(source), [asked], Options(mtp=True))
+    without = measure_apply.apply(direction, str(source), [alone], Options())
+    record = measure_apply.apply(direction, str(source), [asked], Options(mtp=True))
     block, roles = WRITERS[name]
     wanted = {f"blk.{block}.{role}.weight" for role in roles}
     with GgufSource(source) as gguf:
@@ -87,7 +88,7 @@ def test_drafting_blocks_are_edited_on_request_alone(name, kind, direction, tmp_
     for tensor in wanted:
         assert along(source, tensor, direction) > 0.03
         assert along(asked, tensor, direction) < 1e-3
-    assert "left as they are; --mtp" in report.apply_table(without)
+    assert "left as they are; --mtp" in tables.apply_table(without)
     if kind == "F32":  # what llama.cpp's plain generation says is not the drafting block's to say
         replies = []
         for file in (source, alone, asked):
@@ -108,14 +109,14 @@ def test_where_there_is_no_place_for_it(direction, tmp_path):
     ]
     for file, out, more, message in fails:
         with pytest.raises(UserError, match=message):
-            pipeline.apply(direction, str(file), [tmp_path / out], Options(mtp=True, **more))
+            measure_apply.apply(direction, str(file), [tmp_path / out], Options(mtp=True, **more))
         assert not (tmp_path / out).exists()
     odd = deepseek2(drafting=True)
     odd = replace(odd, tensors=odd.tensors | {"blk.2.nextn.odd.weight": (256, 256)})
     other = write(tmp_path / "odd.gguf", odd)
     with pytest.raises(UserError, match=r"part is not known: blk\.2\.nextn\.odd\.weight;"):
-        pipeline.apply(direction, str(other), [tmp_path / "x.gguf"], Options(mtp=True))
-    record = pipeline.apply(direction, str(other), [tmp_path / "x.gguf"], Options())
+        measure_apply.apply(direction, str(other), [tmp_path / "x.gguf"], Options(mtp=True))
+    record = measure_apply.apply(direction, str(other), [tmp_path / "x.gguf"], Options())
     assert record["mtp"]["edited"] == []
 
 
@@ -158,7 +159,7 @@ def test_a_folder_made_from_a_gguf_says_what_it_leaves_out(name, direction, tmp_
     record = abl_mlx("convert", base, out)
     assert record["left_out"] == drafting
     assert f"left out: {len(drafting)} tensors of multi-token prediction" in record["note"]
-    assert record["note"] in report.convert_table(record)
+    assert record["note"] in tables.convert_table(record)
     record = abl_mlx("apply", direction, base, "-o", tmp_path / "edited")
     assert f"left out: {len(drafting)} tensors" in record["written"][0]["note"]
     assert f"left out: {len(drafting)} tensors" in (tmp_path / "edited" / "README.md").read_text()

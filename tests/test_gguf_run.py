@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import direction_file, evaluate, pipeline, prompts, run
-from abl_mlx.cli import cli
+from abl_mlx.behaviour import evaluate
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.commands import measure_apply, run
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.options import Options
-from convert.gguf_file import GgufSource
-from convert.gguf_writers import find
+from abl_mlx.directions import direction_file
+from abl_mlx.inputs import prompts
+from convert.architectures.gguf_writers import find
+from convert.gguf.file import GgufSource
 from convert.mlx_to_gguf import write_gguf
 from tests import tiny
 from tests.command import abl_mlx, fails
@@ -190,8 +193,8 @@ def test_a_gguf_of_another_model_is_refused(
 
 def test_a_direction_of_the_file_alone(demo: Callable[[str], Path], tmp_path: Path) -> None:
     """A direction measured on a Q4_K file is that of the float model, and edits it as well."""
-    pipeline.measure(str(demo("Q4_K_M")), tmp_path / "q4.safetensors", Options())
-    pipeline.measure("demo", tmp_path / "float.safetensors", Options())
+    measure_apply.measure(str(demo("Q4_K_M")), tmp_path / "q4.safetensors", Options())
+    measure_apply.measure("demo", tmp_path / "float.safetensors", Options())
     one, other = (
         np.array(direction_file.read(tmp_path / f"{name}.safetensors").selected)[0]
         for name in ("q4", "float")

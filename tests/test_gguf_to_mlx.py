@@ -12,16 +12,16 @@ import pytest
 from gguf import GGMLQuantizationType
 from mlx_lm.utils import load_model
 
-from abl_mlx import gguf_model
-from abl_mlx.model_gguf import GgufFile
-from abl_mlx.models import ChatModel
-from abl_mlx.sources import Source
-from abl_mlx.writers import find_writers
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
-from convert.gguf_rewrite import rewrite
+from abl_mlx.inputs.sources import Source
+from abl_mlx.models import from_gguf
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.writers import find_writers
+from abl_mlx.outputs.gguf import GgufFile
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
+from convert.gguf.rewrite import rewrite
 from convert.gguf_to_mlx import layout, load, read_back, write_folder
-from convert.safetensors_files import TensorFiles
+from convert.mlx.safetensors_files import TensorFiles
 from tests import tiny_gguf
 from tests.agreement import disagreement, logprobs
 from tests.gguf_recipes import RECIPES
@@ -74,7 +74,7 @@ def test_writers_of_the_file_are_those_that_probing_finds(name: str, tmp_path: P
         named = GgufFile(Source("model", source.parts[0])).named_writers()
         ours = {
             writer.path: writer
-            for writer in gguf_model.find_writers(chat, loaded.layout, source, named)
+            for writer in from_gguf.find_writers(chat, loaded.layout, source, named)
         }
     try:
         probed = {writer.path: writer for writer in find_writers(chat)}

@@ -28,13 +28,13 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
-from abl_mlx.llamacpp import LlamaCpp
-from convert import gguf_file
-from convert.errors import UserError
-from convert.gguf_pre_tokenizers import PRE, PreTokenizer
-from convert.gguf_to_tokenizer import _pre_tokenizer, write_tokenizer
-from convert.gguf_tokenizer import pre_tokenizer, read_tokenizer
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from convert.base.errors import UserError
+from convert.gguf import file
 from convert.mlx_to_gguf import write_gguf
+from convert.tokenizers.from_gguf import _pre_tokenizer, write_tokenizer
+from convert.tokenizers.pre import PRE, PreTokenizer
+from convert.tokenizers.to_gguf import pre_tokenizer, read_tokenizer
 from tests import tiny
 from tests.fetch_llama_vocabs import Unavailable, fetch, vectors
 
@@ -363,7 +363,7 @@ def folder_of(
 
     def folder(name: str) -> tuple[Path, dict[str, Any]]:
         if name not in made:
-            metadata = gguf_file.metadata(vocabularies / f"ggml-vocab-{name}.gguf")
+            metadata = file.metadata(vocabularies / f"ggml-vocab-{name}.gguf")
             made[name] = write_tokenizer(metadata, place / name)
         return place / name, made[name]
 
@@ -388,7 +388,7 @@ def test_vocabularies_agree_with_llama_cpp_on_random_texts(
 ) -> None:
     pytest.importorskip("xllamacpp")
     path = vocabularies / f"ggml-vocab-{name}.gguf"
-    metadata = gguf_file.metadata(path)
+    metadata = file.metadata(path)
     folder, config = folder_of(name)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     kinds = metadata["tokenizer.ggml.token_type"]
@@ -940,7 +940,7 @@ def test_mlx_lm_and_llama_cpp_render_and_tokenize_chats_alike(tmp_path: Path, ki
     if kind == "thinking":
         (source / "chat_template.jinja").write_text(THINKING)
     path = write_gguf(source, tmp_path / "model.gguf").path
-    config = write_tokenizer(gguf_file.metadata(path), tmp_path / "back")
+    config = write_tokenizer(file.metadata(path), tmp_path / "back")
     (tmp_path / "back" / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
     loaded = load_tokenizer(tmp_path / "back")
     with LlamaCpp(path, n_ctx=512, n_parallel=1, n_threads=1) as runtime:

@@ -25,8 +25,8 @@ import gguf
 import numpy as np
 import pytest
 
-from convert.errors import UserError
-from convert.gguf_writers import ARCHITECTURES, REFUSED, GgufWriter, find, table
+from convert.architectures.gguf_writers import ARCHITECTURES, REFUSED, GgufWriter, find, table
+from convert.base.errors import UserError
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -584,8 +584,8 @@ def test_editing_the_writers_of_a_file_without_every_tensor(variant, proofs):
 @pytest.mark.parametrize("arch", sorted(tiny.ARCHITECTURES))
 def test_writers_are_those_that_mlx_shows(arch, tiny_folder, tmp_path):
     """The table against the writers probed in the forward pass of the same model in MLX."""
-    from abl_mlx.models import load
-    from abl_mlx.writers import find_writers
+    from abl_mlx.models.chat_model import load
+    from abl_mlx.models.writers import find_writers
     from convert.mlx_to_gguf import write_gguf
 
     folder = tiny_folder(arch, tokenizer="native")

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 
-from abl_mlx import capture, evaluate, heads
-from abl_mlx.logits import first_reply_token
-from abl_mlx.models import ChatModel, computes_on_cpu
-from abl_mlx.prefix import Prefix
-from convert import packed
-from convert.gguf_file import GgufSource
+from abl_mlx.behaviour import evaluate
+from abl_mlx.models import capture, heads
+from abl_mlx.models.chat_model import ChatModel, computes_on_cpu
+from abl_mlx.models.logits import first_reply_token
+from abl_mlx.models.prefix import Prefix
+from convert.gguf.file import GgufSource
 from convert.gguf_to_mlx import load
+from convert.mlx import packed
 from tests import tiny_gguf
 from tests.gguf_recipes import RECIPES
 
@@ -44,7 +45,7 @@ def chat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def rows(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Positions for which logits were computed, call by call."""
-    # Each model is compared with itself once (abl_mlx.shortcuts, abl_mlx.generation).
+    # Each model is compared with itself once (abl_mlx.models.shortcuts, abl_mlx.models.generation).
     first_reply_token(chat, PROMPTS)
     evaluate.generate(chat, PROMPTS, 1)
     seen: list[int] = []

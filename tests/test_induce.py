@@ -12,27 +12,31 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import evaluate, induce, induce_outputs, models, prompts, sources
-from abl_mlx.cli import cli
-from abl_mlx.induce import Induction
-from abl_mlx.logits import first_reply_token
-from abl_mlx.models import ChatModel
-from abl_mlx.options import Options
-from abl_mlx.steering import steering
-from abl_mlx.writers import find_writers
-from convert.errors import UserError
+from abl_mlx.behaviour import evaluate
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.directions import induction
+from abl_mlx.directions.induction import Induction
+from abl_mlx.edits.steering import steering
+from abl_mlx.inputs import prompts, sources
+from abl_mlx.models import chat_model
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.logits import first_reply_token
+from abl_mlx.models.writers import find_writers
+from abl_mlx.outputs import induced
+from convert.base.errors import UserError
 
 REFUSAL = "I'm sorry, but I can't help with that."
 
 
 @pytest.fixture(scope="module")
 def chat() -> ChatModel:
-    return models.load(sources.resolve("demo").path)
+    return chat_model.load(sources.resolve("demo").path)
 
 
 @pytest.fixture(scope="module")
 def found(chat: ChatModel) -> Induction:
-    return induce.choose(chat, prompts.load_demo(), Options(layer=1, position=-3))
+    return induction.choose(chat, prompts.load_demo(), Options(layer=1, position=-3))
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +59,13 @@ def test_a_constant_that_is_too_large_is_no_fluent_refusal(
     chat: ChatModel, found: Induction, asked: list[str]
 ) -> None:
     encoded = [chat.encode(text) for text in asked[:8]]
-    assert induce.fluent_share(chat, found.intervention, encoded, 1.0) >= 0.95
+    assert induction.fluent_share(chat, found.intervention, encoded, 1.0) >= 0.95
     loud = Induction(3 * found.vector, found.layer, {}).intervention
-    assert induce.fluent_share(chat, loud, encoded, 1.0) <= 0.2
+    assert induction.fluent_share(chat, loud, encoded, 1.0) <= 0.2
 
 
 def test_strength_scales_it(chat: ChatModel, found: Induction) -> None:
-    half = induce.choose(chat, prompts.load_demo(), Options(layer=1, position=-3, strength=0.5))
+    half = induction.choose(chat, prompts.load_demo(), Options(layer=1, position=-3, strength=0.5))
     assert mx.allclose(half.vector, 0.5 * found.vector)
     assert half.summary["multiple"] == 0.5 * found.summary["multiple"]
 
@@ -73,10 +77,10 @@ def test_the_folder_and_the_gguf_do_what_steering_does(
     from convert.mlx_to_gguf import write_gguf
 
     source = sources.resolve("demo")
-    writer = induce_outputs._place(chat, find_writers(chat), found.layer)
+    writer = induced._place(chat, find_writers(chat), found.layer)
     folder = tmp_path / "out"
     folder.mkdir()
-    induce_outputs.write_folder(source, folder, chat, writer, found, {"edited": "so"})
+    induced.write_folder(source, folder, chat, writer, found, {"edited": "so"})
     config = json.loads((folder / "config.json").read_text())
     assert config["mlp_bias"] is True
     assert config["abl_mlx"] == {"edited": "so"}
@@ -86,7 +90,7 @@ def test_the_folder_and_the_gguf_do_what_steering_does(
     encoded = [chat.encode(text) for text in asked[:4]]
     with steering(chat, found.intervention):
         steered = first_reply_token(chat, encoded)
-    written = first_reply_token(models.load(folder), encoded)
+    written = first_reply_token(chat_model.load(folder), encoded)
     assert mx.abs(mx.exp(written) - mx.exp(steered)).max().item() < 0.02
 
     write_gguf(folder, tmp_path / "out.gguf", file_type="Q4_0")
@@ -118,7 +122,7 @@ def test_a_gguf_alone_is_made_to_refuse(tmp_path: Path) -> None:
     import gguf
 
     tags = gguf.GGUFReader(out).fields["general.tags"].contents()
-    assert tags == induce_outputs.TAGS
+    assert tags == induced.TAGS
 
 
 def test_the_command_on_the_page_makes_it_again(
@@ -162,12 +166,12 @@ def test_what_cannot_be_is_told(arguments: list[str], said: str, tmp_path: Path)
 
 
 def test_a_model_without_biases_is_pointed_at_a_control_vector(chat: ChatModel) -> None:
-    writer = induce_outputs._place(chat, find_writers(chat), 1)
+    writer = induced._place(chat, find_writers(chat), 1)
     config = {**chat.config, "model_type": "qwen3"}
     other = ChatModel(chat.folder, chat.model, None, config)
     with pytest.raises(UserError, match="control vector"):
-        induce_outputs.biased_config(other, writer)
-    key, added = induce_outputs.biased_config(chat, writer)
+        induced.biased_config(other, writer)
+    key, added = induced.biased_config(chat, writer)
     assert key == "mlp_bias"
     assert f"{writer.path}.bias" in dict(added)
     assert len(added) == 3 * len(chat.layers)

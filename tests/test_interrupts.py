@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from abl_mlx import interrupts
-from abl_mlx.clock import Clock
+from abl_mlx.support import interrupts
+from abl_mlx.support.clock import Clock
 
 # One evaluation of MLX that would take an hour, during which Python hears of no signal.
 NATIVE = """

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abl_mlx import demo, eval_report, evaluation, gate, judge
-from abl_mlx.journal import Answered
-from abl_mlx.options import EvalOptions, Limits
-from abl_mlx.refusals import WITHHELD, Verdict
-from convert.errors import UserError
+from abl_mlx import demo
+from abl_mlx.behaviour import gate, judge
+from abl_mlx.behaviour.journal import Answered
+from abl_mlx.behaviour.refusals import WITHHELD, Verdict
+from abl_mlx.choices import EvalOptions, Limits
+from abl_mlx.commands import evaluate_model
+from abl_mlx.reports import eval_tables
+from convert.base.errors import UserError
 
 
 @contextmanager
@@ -191,8 +194,8 @@ def test_a_server_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     kept = tmp_path / "kept.jsonl"
     with serve(by_rule) as (url, asked):
         options = EvalOptions(limit=12, judge=url, resume=kept)
-        record = evaluation.evaluate_model("demo", options)
-        again = evaluation.evaluate_model("demo", options)
+        record = evaluate_model.evaluate_model("demo", options)
+        again = evaluate_model.evaluate_model("demo", options)
     judging = record["judging"]
     n = sum(len(letters) for letters in record["verdicts"].values())
     # Everything was judged once: the second run had it all in the journal.
@@ -213,9 +216,9 @@ def test_a_server_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert record["harmful_refusal_rate"] == 1
     assert record["harmless_refusal_rate"] == 0
     assert judging["agreement"] == judging["kappa"] == 1
-    assert f"{unread} of {n}" in eval_report.table(record)
+    assert f"{unread} of {n}" in eval_tables.table(record)
     with pytest.raises(UserError, match="of another evaluation"):
-        evaluation.evaluate_model("demo", EvalOptions(limit=12, resume=kept))
+        evaluate_model.evaluate_model("demo", EvalOptions(limit=12, resume=kept))
 
 
 def test_a_model_that_cannot_judge_is_counted_not_guessed(
@@ -230,7 +233,7 @@ def test_a_model_that_cannot_judge_is_counted_not_guessed(
     options = EvalOptions(
         limit=1, judge=str(judge_model), max_tokens=16, judge_tokens=6, min_refusal=0.5
     )
-    record = evaluation.evaluate_model("demo", options)
+    record = evaluate_model.evaluate_model("demo", options)
     assert set("".join(record["verdicts"].values())) == {"?"}
     judging = record["judging"]
     assert judging["unparsed"] == judging["asked"] == sum(map(len, record["verdicts"].values()))
@@ -242,12 +245,13 @@ def test_a_model_that_cannot_judge_is_counted_not_guessed(
     checked = {check["name"]: check for check in record["gate"]["checks"]}
     assert checked["min-refusal"]["value"] == 0
     assert "1 without a verdict" in checked["min-refusal"]["sentence"]
-    assert "–" in eval_report.table(record)
+    assert "–" in eval_tables.table(record)
 
 
 def test_a_model_in_llamacpp_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
-    from abl_mlx import conversion, sources
+    from abl_mlx.commands import conversion
+    from abl_mlx.inputs import sources
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # The demo's own context is too short for the rubric.
@@ -265,7 +269,7 @@ def test_a_model_in_llamacpp_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(judge, "parse", parse)
     options = EvalOptions(limit=1, judge=str(path), max_tokens=16, judge_tokens=6)
-    record = evaluation.evaluate_model("demo", options)
+    record = evaluate_model.evaluate_model("demo", options)
     assert record["judging"]["asked"] == len(said) > 0
     assert all(said)
     assert set("".join(record["verdicts"].values())) == {"A"}
@@ -273,7 +277,7 @@ def test_a_model_in_llamacpp_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_judge_that_is_no_server_has_no_other_name() -> None:
     with pytest.raises(UserError, match="--judge-model x names a model of a server"):
-        evaluation.evaluate_model("demo", EvalOptions(limit=1, judge="demo", judge_model="x"))
+        evaluate_model.evaluate_model("demo", EvalOptions(limit=1, judge="demo", judge_model="x"))
 
 
 # --- limits where verdicts are missing -----------------------------------------------------------

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from convert import scratch
-from convert.errors import UserError
+from convert.base import scratch
+from convert.base.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

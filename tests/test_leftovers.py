@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from abl_mlx.journal import Journal
-from convert import atomic, locks, scratch
-from convert.atomic import check_new, claim, claims, new_file, new_files, new_folder
-from convert.errors import UserError
+from abl_mlx.behaviour.journal import Journal
+from convert.base import atomic, locks, scratch
+from convert.base.atomic import check_new, claim, claims, new_file, new_files, new_folder
+from convert.base.errors import UserError
 from tests.command import fails
 
 #: Writes into whatever ``manager(path)`` yields, says so, and waits to be killed.
 WRITES = """
 import sys, time
 from pathlib import Path
-from convert.atomic import claim, claims, new_file, new_files, new_folder
-from convert.scratch import scratch
+from convert.base.atomic import claim, claims, new_file, new_files, new_folder
+from convert.base.scratch import scratch
 path = Path(sys.argv[1])
 def fill(folder):
     (folder / "a").write_text("a")
@@ -186,7 +186,7 @@ def test_without_locks_a_second_run_is_refused_and_told_the_mend(
 
 
 def test_two_evaluations_or_searches_do_not_share_a_journal(tmp_path: Path) -> None:
-    from abl_mlx import search_journal
+    from abl_mlx.search import journal
 
     held = Journal(tmp_path / "j.jsonl", strict=True)
     with pytest.raises(UserError, match="in use by another evaluation"):
@@ -195,12 +195,12 @@ def test_two_evaluations_or_searches_do_not_share_a_journal(tmp_path: Path) -> N
     Journal(tmp_path / "j.jsonl", strict=True).close()
 
     path = tmp_path / "s.journal"
-    search = search_journal.Journal(path, {"seed": "0"})
+    search = journal.Journal(path, {"seed": "0"})
     with pytest.raises(UserError, match="in use by another search"):
-        search_journal.Journal(path, {"seed": "0"})
+        journal.Journal(path, {"seed": "0"})
     search.close()
     os.symlink(path, tmp_path / "s.journal.lock")  # of a process that was killed meanwhile
-    search_journal.Journal(path, {"seed": "0"}).close()
+    journal.Journal(path, {"seed": "0"}).close()
     assert not (tmp_path / "s.journal.lock").is_symlink()
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from abl_mlx.llamacpp import LlamaCpp
-from convert.errors import UserError
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from convert.base.errors import UserError
 from convert.mlx_to_gguf import write_gguf
 
 PROMPTS = ["How do I plan a garden?", "Hello", "Tell me about 12 roses, please.", "Why?", "Go on"]

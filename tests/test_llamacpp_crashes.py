@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 
-from abl_mlx import demo, evaluation, gguf_template, llamacpp, llamacpp_process
-from abl_mlx.llamacpp import LlamaCpp
-from abl_mlx.options import EvalOptions
-from convert.errors import UserError
+from abl_mlx import demo
+from abl_mlx.behaviour import llamacpp, llamacpp_process
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from abl_mlx.choices import EvalOptions
+from abl_mlx.commands import evaluate_model
+from abl_mlx.models import gguf_template
+from convert.base.errors import UserError
 from convert.mlx_to_gguf import write_gguf
 from tests import tiny_gguf
 from tests.gguf_recipes import RECIPES
@@ -123,9 +126,9 @@ def test_what_was_answered_before_its_death_is_kept(
     with monkeypatch.context() as patched:
         patched.setattr(llamacpp, "LlamaCpp", partial(Dying, n_parallel=1))
         with pytest.raises(UserError, match=r"ended while it ran .* verdicts are kept in"):
-            evaluation.evaluate_model(str(model), EvalOptions(**asked))
+            evaluate_model.evaluate_model(str(model), EvalOptions(**asked))
     assert len(asked["resume"].read_text().splitlines()) == 1 + 3
-    again = evaluation.evaluate_model(str(model), EvalOptions(**asked))
+    again = evaluate_model.evaluate_model(str(model), EvalOptions(**asked))
     assert len(asked["resume"].read_text().splitlines()) == 1 + again["n_harmful"] + again[
         "n_harmless"
     ] + again.get("n_borderline", 0)

@@ -11,28 +11,21 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import (
-    capture,
-    direction_file,
-    directions,
-    evaluate,
-    measurement,
-    methods,
-    models,
-    prompt_choice,
-    prompts,
-    shortcuts,
-)
-from abl_mlx.cli import cli
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.commands import find, prompt_choice
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.edits import orthonormal
-from abl_mlx.options import Options
-from abl_mlx.prompts import Prompt, PromptSet, PromptSets, Split
-from abl_mlx.refusals import Verdict, classify
-from abl_mlx.steering import ablation
-from abl_mlx.variants import Tried, Variant, best
-from abl_mlx.writers import find_writers
-from convert.errors import UserError
+from abl_mlx.directions import direction_file, estimators, measuring
+from abl_mlx.directions.variants import Tried, Variant, best
+from abl_mlx.edits.edit import orthonormal
+from abl_mlx.edits.steering import ablation
+from abl_mlx.inputs import prompts
+from abl_mlx.inputs.prompts import Prompt, PromptSet, PromptSets, Split
+from abl_mlx.models import capture, chat_model, shortcuts
+from abl_mlx.models.writers import find_writers
+from convert.base.errors import UserError
 from tests import small_models
 
 
@@ -42,7 +35,7 @@ def refused(replies):
 
 @cache
 def loaded(folder):
-    chat = models.load(folder)
+    chat = chat_model.load(folder)
     return chat, find_writers(chat), evaluate.in_mlx(chat, batch_size=64)
 
 
@@ -53,7 +46,7 @@ def loaded(folder):
 def test_the_default_goes_on_to_a_subspace_where_one_direction_fails(name):
     chat, writers, answer = loaded(small_models.folder(name))
     sets = small_models.prompt_sets(name)
-    found = measurement.find_direction(chat, writers, sets, Options())
+    found = find.find_direction(chat, writers, sets, Options())
     summary, scores = found.metadata["summary"], found.metadata["scores"]
     # Rank 1 fails: of every layer at the last token, at the least a fifth still opens refusing.
     tried = [score for score in scores if "refused" in score]
@@ -68,7 +61,7 @@ def test_the_default_goes_on_to_a_subspace_where_one_direction_fails(name):
     assert found.selected.shape[0] == summary["rank"] >= 2
     harmful, harmless = sets.harmful.test, sets.harmless.test
     before = answer(harmless.texts, 26)
-    with ablation(writers, measurement.edit_of(found, Options())):
+    with ablation(writers, find.edit_of(found, Options())):
         after = answer([*harmful.texts, *harmless.texts], 26)
     assert refused(after[: len(harmful)]) <= 0.05
     known = [a == b for a, b in zip(after, small_models.answers(harmful), strict=False)]
@@ -89,14 +82,14 @@ def test_a_direction_is_chosen_by_its_whole_removal_and_then_scaled(search):
     """At strength -1 the edit that leaves least refusals would be the one that does least."""
     chat, writers, answer = loaded(MODEL_PATH)
     sets = prompts.load_demo()
-    whole = measurement.find_direction(chat, writers, sets, Options(search=search))
+    whole = find.find_direction(chat, writers, sets, Options(search=search))
     turned = Options(strength=-1.0, search=search)
-    found = measurement.find_direction(chat, writers, sets, turned)
+    found = find.find_direction(chat, writers, sets, turned)
     np.testing.assert_array_equal(np.array(found.selected), np.array(whole.selected))
     assert found.metadata["summary"] == whole.metadata["summary"]
-    with ablation(writers, measurement.edit_of(found, turned)):
+    with ablation(writers, find.edit_of(found, turned)):
         assert refused(answer(sets.harmful.test.texts, 26)) == 1
-    with ablation(writers, measurement.edit_of(found, Options())):
+    with ablation(writers, find.edit_of(found, Options())):
         assert refused(answer(sets.harmful.test.texts, 26)) <= 0.05
 
 
@@ -117,7 +110,7 @@ def test_beyond_two_the_component_comes_back_and_one_is_told(tiny_folder, tmp_pa
 
 def test_only_the_best_candidates_run_all_prompts():
     chat, writers, _ = loaded(MODEL_PATH)
-    found = measurement.find_direction(chat, writers, prompts.load_demo(), Options())
+    found = find.find_direction(chat, writers, prompts.load_demo(), Options())
     tried = [score for score in found.metadata["scores"] if "prompts" in score]
     assert len(tried) == 6
     assert [score["prompts"] for score in tried].count((32, 32)) == 1
@@ -138,13 +131,13 @@ def test_over_refusal_falls_and_harmful_prompts_go_on_being_refused(tmp_path):
     (tmp_path / "borderline.txt").write_text("\n".join(lines))
     borderline = prompts.load(str(tmp_path / "borderline.txt"), "--borderline")
     options, sets = Options(method="over-refusal"), replace(sets, borderline=borderline)
-    found = measurement.find_direction(chat, writers, sets, options)
+    found = find.find_direction(chat, writers, sets, options)
     held_out = prompt_choice.borderline_part(sets, options, "test").texts
     harmful, harmless = sets.harmful.test.texts[:32], sets.harmless.test.texts[:32]
     asked = [*held_out, *harmful, *harmless]
     before = answer(asked, 26)
     assert refused(before[: len(held_out)]) >= 0.5
-    with ablation(writers, measurement.edit_of(found, options)):
+    with ablation(writers, find.edit_of(found, options)):
         after = answer(asked, 26)
     assert refused(after[: len(held_out)]) <= 0.3
     assert refused(after[len(held_out) : -32]) >= 0.95
@@ -191,21 +184,21 @@ def states(chat, split, offsets):
 
 def found_with(folder, **chosen):
     chat, writers, _ = loaded(folder)
-    return measurement.find_direction(chat, writers, SETS, Options(**chosen))
+    return find.find_direction(chat, writers, SETS, Options(**chosen))
 
 
 def by_hand(method, bad, good):
     """The methods' formulas once more, in float64; (N, d) states of one layer and token."""
     difference = bad.mean(axis=0) - good.mean(axis=0)
     if method == "winsorized-means":
-        return methods.winsorized(bad).mean(axis=0) - methods.winsorized(good).mean(axis=0)
+        return estimators.winsorized(bad).mean(axis=0) - estimators.winsorized(good).mean(axis=0)
     if method == "median-means":
         return np.median(bad, axis=0) - np.median(good, axis=0)
     if method in ("projected", "biprojected"):
         mean = good.mean(axis=0)
         return difference - mean * (difference @ mean) / (mean @ mean)
     if method == "probe":
-        return methods.probe(bad, good).weight
+        return estimators.probe(bad, good).weight
     return difference
 
 
@@ -218,7 +211,7 @@ def test_each_method_is_its_formula_on_the_models_states(method, tiny_folder):
     chat = loaded(folder)[0]
     found = found_with(folder, method=method, layer=1, position=-2)
     bad, good = (states(chat, one, [-2])[:, 1, 0] for one in (SETS.harmful, SETS.harmless))
-    expected = methods.unit(by_hand(method, bad, good))
+    expected = estimators.unit(by_hand(method, bad, good))
     np.testing.assert_allclose(np.array(found.selected)[0], expected, atol=2e-5)
     assert found.metadata["summary"] | {"chosen_by": ""} == {
         "method": method, "layer": 1, "position": -2, "chosen_by": "",
@@ -252,9 +245,9 @@ def test_biprojected_is_orthogonal_to_the_harmless_means_here_and_there(tiny_fol
     assert found.selected.shape == (3, 1, chat.width)
     for layer, row in enumerate(np.array(found.selected)[:, 0]):
         for mean in (means[1], means[layer]):
-            assert abs(row @ methods.unit(mean)) < 1e-5
+            assert abs(row @ estimators.unit(mean)) < 1e-5
         difference = states(chat, SETS.harmful, [-1])[:, 1, 0].mean(axis=0) - means[1]
-        expected = methods.unit(methods.without(difference, means[[1, layer]]))
+        expected = estimators.unit(estimators.without(difference, means[[1, layer]]))
         np.testing.assert_allclose(row, expected, atol=1e-4)
 
 
@@ -263,7 +256,7 @@ def test_layers_between_each_its_own_and_all_together(tiny_folder):
     chat = loaded(folder)[0]
     every = np.array(found_with(folder, layer=0).candidates.directions)[:, 0].astype(np.float64)
     between = found_with(folder, layer=1.25)
-    expected = methods.unit(0.75 * every[1] + 0.25 * every[2])
+    expected = estimators.unit(0.75 * every[1] + 0.25 * every[2])
     np.testing.assert_allclose(np.array(between.selected)[0], expected, atol=1e-5)
     assert between.metadata["summary"]["layer"] == 1.25
     candidates = between.candidates
@@ -287,10 +280,10 @@ def test_positions_by_name_and_together(tiny_folder):
     last = [chat.tokenizer.decode([chat.encode(text)[offset]]) for text in ("Say this", "a dog")]
     assert "this".endswith(last[0].strip()) or "dog".endswith(last[1].strip())
     together = found_with(folder, layer=1, across="positions", rank=2)
-    count = min(chat.template_tail, directions.MOST_POSITIONS)
+    count = min(chat.template_tail, measuring.MOST_POSITIONS)
     offsets = list(range(-count, 0))
     bad, good = (states(chat, one, offsets)[:, 1] for one in (SETS.harmful, SETS.harmless))
-    rows = methods.unit(bad.mean(axis=0) - good.mean(axis=0))
+    rows = estimators.unit(bad.mean(axis=0) - good.mean(axis=0))
     _, _, vectors = np.linalg.svd(rows, full_matrices=False)
     selected = np.array(together.selected).astype(np.float64)
     angles = np.linalg.svd(selected @ vectors[:2].T, compute_uv=False)
@@ -307,7 +300,7 @@ def test_the_over_refusal_direction_on_the_models_states(tiny_folder):
         np.array(capture.full(chat, [chat.encode(text) for text in middle])).mean(axis=0)[1, 0],
         states(chat, SETS.harmless, [-1])[:, 1, 0].mean(axis=0),
     )
-    expected = methods.unit(methods.over_refusal(*three))
+    expected = estimators.unit(estimators.over_refusal(*three))
     np.testing.assert_allclose(np.array(found.selected)[0], expected, atol=1e-4)
 
 
@@ -392,13 +385,13 @@ def test_directions_of_each_layer_are_kept_applied_and_looked_at(tiny_folder, tm
     rows = np.array(back.selected)[:, 0]
     expected = np.abs((stream * rows).sum(axis=1)) / np.linalg.norm(stream, axis=1)
     np.testing.assert_allclose(seen, expected, rtol=1e-3)
-    edit = measurement.edit_of(back, Options())
+    edit = find.edit_of(back, Options())
     with ablation(writers, edit):
         mx.eval(chat.model(mx.array(sequences)))
     fewer = direction_file.DirectionFile(back.selected[:2])
     with pytest.raises(UserError, match="2 layers"):
         direction_file.check_width(fewer, tmp_path / "d.safetensors", chat)
     with pytest.raises(UserError, match="2 layers"):
-        measurement.edit_of(fewer, Options()).chosen(writers)
+        find.edit_of(fewer, Options()).chosen(writers)
     with pytest.raises(UserError, match="--pin"):
-        measurement.edit_of(back, Options(pin="1"))
+        find.edit_of(back, Options(pin="1"))

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import memory, models, pipeline
-from abl_mlx.cli import cli
-from abl_mlx.memory import Memory
-from abl_mlx.model_file import open_model
-from abl_mlx.options import Options
-from abl_mlx.sources import Source
-from convert.errors import UserError
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.commands import measure_apply
+from abl_mlx.inputs.sources import Source
+from abl_mlx.models import chat_model, memory
+from abl_mlx.models.memory import Memory
+from abl_mlx.outputs.model_file import open_model
+from convert.base.errors import UserError
 
 GB = 10**9
 
@@ -83,9 +84,9 @@ def test_lazy_writes_the_same_bytes_and_never_loads(
     arch, tiny_folder, direction, tmp_path, monkeypatch
 ):
     source = str(tiny_folder(arch))
-    pipeline.apply(direction, source, [tmp_path / "held"], Options())
-    monkeypatch.setattr(models, "load", None)  # to call it would fail
-    pipeline.apply(direction, source, [tmp_path / "lazy"], Options(lazy=True))
+    measure_apply.apply(direction, source, [tmp_path / "held"], Options())
+    monkeypatch.setattr(chat_model, "load", None)  # to call it would fail
+    measure_apply.apply(direction, source, [tmp_path / "lazy"], Options(lazy=True))
     held, lazy = (tmp_path / name / "model.safetensors" for name in ("held", "lazy"))
     assert held.read_bytes() == lazy.read_bytes()
     assert held.read_bytes() != (tiny_folder(arch) / "model.safetensors").read_bytes()
@@ -94,9 +95,9 @@ def test_lazy_writes_the_same_bytes_and_never_loads(
 def test_apply_is_lazy_unasked_where_the_model_does_not_fit(
     tiny_folder, direction, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(chat_model, "load", None)
     monkeypatch.setattr(memory, "machine", lambda: Memory(100_000, None))
-    pipeline.apply(direction, str(tiny_folder("llama")), [tmp_path / "out"], Options())
+    measure_apply.apply(direction, str(tiny_folder("llama")), [tmp_path / "out"], Options())
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

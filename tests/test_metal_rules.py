@@ -110,7 +110,7 @@ def test_numpys_own_arrays_are_no_matter():
 
 
 def test_converters_do_not_import_the_tool():
-    for path in (ROOT / "convert").glob("*.py"):
+    for path in (ROOT / "convert").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from abl_mlx import methods
+from abl_mlx.directions import estimators
 
 RNG = np.random.default_rng(0)
 N, D = 400, 48
@@ -34,11 +34,11 @@ def mean_difference(harmful, harmless):
 
 FOUND_BY = {
     "difference-of-means": mean_difference,
-    "winsorized-means": lambda a, b: mean_difference(*map(methods.winsorized, (a, b))),
-    "median-means": lambda a, b: methods.median(a) - methods.median(b),
-    "projected": lambda a, b: methods.without(mean_difference(a, b), b.mean(axis=0)),
-    "svd": lambda a, b: methods.subspace(a - b.mean(axis=0), 1)[0],
-    "probe": lambda a, b: methods.probe(a, b).weight,
+    "winsorized-means": lambda a, b: mean_difference(*map(estimators.winsorized, (a, b))),
+    "median-means": lambda a, b: estimators.median(a) - estimators.median(b),
+    "projected": lambda a, b: estimators.without(mean_difference(a, b), b.mean(axis=0)),
+    "svd": lambda a, b: estimators.subspace(a - b.mean(axis=0), 1)[0],
+    "probe": lambda a, b: estimators.probe(a, b).weight,
 }
 
 
@@ -84,7 +84,7 @@ def test_projecting_off_the_harmless_mean_takes_that_and_nothing_else():
     tilted = harmful + 0.6 * common  # harmful prompts are also represented more strongly
     assert cosine(mean_difference(tilted, harmless), r) < 0.9
     difference = tilted.mean(axis=0) - common
-    found = methods.without(difference, common)
+    found = estimators.without(difference, common)
     expected = difference - common * (difference @ common) / (common @ common)
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert cosine(found, r) >= 0.99
@@ -92,7 +92,7 @@ def test_projecting_off_the_harmless_mean_takes_that_and_nothing_else():
     others = np.stack([common, RNG.normal(size=D), 2 * common])
     q, _ = np.linalg.qr(others[:2].T)
     np.testing.assert_allclose(
-        methods.without(difference, others), difference - q @ (q.T @ difference), atol=1e-9
+        estimators.without(difference, others), difference - q @ (q.T @ difference), atol=1e-9
     )
 
 
@@ -106,7 +106,7 @@ def test_a_probe_finds_what_tells_apart_and_not_what_differs():
     harmful, harmless = noise[0] + 1.5 * r, noise[1]
     best = np.linalg.solve(mix @ mix.T, r)
     assert cosine(best, r) < 0.9
-    found = methods.probe(harmful, harmless, penalty=1e-6)
+    found = estimators.probe(harmful, harmless, penalty=1e-6)
     assert cosine(found.weight, best) >= 0.99
     assert cosine(mean_difference(harmful, harmless), r) >= 0.99
 
@@ -117,7 +117,7 @@ def test_a_probe_is_at_the_bottom_of_its_loss(shape):
     n, m, d = shape
     rng = np.random.default_rng(4)
     harmful, harmless = rng.normal(size=(n, d)) + 0.3, rng.normal(size=(m, d)) * 3 - 0.1
-    found = methods.probe(harmful, harmless, penalty=0.02)
+    found = estimators.probe(harmful, harmless, penalty=0.02)
     states = np.concatenate([harmful, harmless])
     labels = np.array([1.0] * n + [0.0] * m)
     weights = np.array([0.5 / n] * n + [0.5 / m] * m)
@@ -131,9 +131,9 @@ def test_a_probe_is_at_the_bottom_of_its_loss(shape):
 def test_auc_and_accuracy_are_their_definitions():
     a, b = RNG.integers(0, 6, size=40) - 2.5, RNG.integers(0, 6, size=70) - 3.5
     wins = (a[:, None] > b[None]).mean() + (a[:, None] == b[None]).mean() / 2
-    assert methods.auc(a, b) == pytest.approx(wins)
-    assert methods.accuracy(a, b) == pytest.approx(((a > 0).mean() + (b <= 0).mean()) / 2)
-    assert methods.auc(b - 9, a) == 0
+    assert estimators.auc(a, b) == pytest.approx(wins)
+    assert estimators.accuracy(a, b) == pytest.approx(((a > 0).mean() + (b <= 0).mean()) / 2)
+    assert estimators.auc(b - 9, a) == 0
 
 
 # --- subspaces ---------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_auc_and_accuracy_are_their_definitions():
 @pytest.mark.parametrize("shape", [(30, 12), (9, 40)])
 def test_the_spectrum_is_the_singular_value_decomposition(shape):
     rows = RNG.normal(size=shape) * np.geomspace(1, 20, shape[1])
-    found = methods.spectrum(rows)
+    found = estimators.spectrum(rows)
     _, values, vectors = np.linalg.svd(rows, full_matrices=False)
     np.testing.assert_allclose(found.values, values, rtol=1e-9)
     turned = np.sign((found.vectors * vectors).sum(axis=1))[:, None]
@@ -156,7 +156,7 @@ def test_the_effective_rank_counts_equal_directions():
     q, _ = np.linalg.qr(RNG.normal(size=(20, 20)))
     for count in (1, 3, 5):
         rows = np.repeat(7 * q[:count], 4, axis=0)
-        assert methods.spectrum(rows).effective_rank == pytest.approx(count, rel=1e-3)
+        assert estimators.spectrum(rows).effective_rank == pytest.approx(count, rel=1e-3)
 
 
 def test_a_planted_subspace_is_found_where_one_direction_is_not_enough():
@@ -166,13 +166,13 @@ def test_a_planted_subspace_is_found_where_one_direction_is_not_enough():
     basis, _ = np.linalg.qr(rng.normal(size=(D, 3)))
     kinds = rng.integers(0, 3, size=N)
     harmful += 12 * basis.T[kinds] * rng.normal(1, 0.1, size=(N, 1))
-    found, whole = methods.subspace(harmful - harmless.mean(axis=0), 3)
+    found, whole = estimators.subspace(harmful - harmless.mean(axis=0), 3)
     np.testing.assert_allclose(found @ found.T, np.eye(3), atol=1e-9)
     angles = np.linalg.svd(found @ basis, compute_uv=False)
     assert angles.min() >= 0.99
     assert whole.explained[:3].sum() > 0.6
     # What the difference of means leaves of the three:
-    left = methods.without(basis.T, mean_difference(harmful, harmless))
+    left = estimators.without(basis.T, mean_difference(harmful, harmless))
     assert np.linalg.matrix_rank(left, tol=0.5) == 2
     # Each is turned to where harmful prompts lie.
     assert ((harmful - harmless.mean(axis=0)) @ found.T).mean(axis=0).min() >= 0
@@ -180,7 +180,7 @@ def test_a_planted_subspace_is_found_where_one_direction_is_not_enough():
 
 def test_rows_that_span_less_give_fewer_directions():
     rows = np.outer(RNG.normal(size=6), RNG.normal(size=30))
-    assert methods.subspace(rows, 4)[0].shape == (1, 30)
+    assert estimators.subspace(rows, 4)[0].shape == (1, 30)
 
 
 def test_explained_is_the_share_of_summed_squares():
@@ -188,15 +188,15 @@ def test_explained_is_the_share_of_summed_squares():
     q, _ = np.linalg.qr(RNG.normal(size=(D, 3)))
     apart = states - center
     expected = ((apart @ q) ** 2).sum() / (apart**2).sum()
-    assert methods.explained(states, center, q.T) == pytest.approx(expected)
-    assert methods.explained(states, center, np.eye(D)) == pytest.approx(1)
+    assert estimators.explained(states, center, q.T) == pytest.approx(expected)
+    assert estimators.explained(states, center, np.eye(D)) == pytest.approx(1)
 
 
 def test_between_two_directions_lies_their_mixture():
     a, b = (unit(RNG.normal(size=D)) for _ in range(2))
-    found = methods.interpolated(a[None], b[None], 0.4)
+    found = estimators.interpolated(a[None], b[None], 0.4)
     np.testing.assert_allclose(found[0], unit(0.6 * a + 0.4 * b), atol=1e-12)
-    np.testing.assert_allclose(methods.interpolated(a[None], b[None], 0)[0], a, atol=1e-12)
+    np.testing.assert_allclose(estimators.interpolated(a[None], b[None], 0)[0], a, atol=1e-12)
 
 
 def test_between_two_bases_of_a_subspace_lies_that_subspace():
@@ -204,7 +204,7 @@ def test_between_two_bases_of_a_subspace_lies_that_subspace():
     q, _ = np.linalg.qr(RNG.normal(size=(D, 3)))
     turn, _ = np.linalg.qr(RNG.normal(size=(3, 3)))
     for other in (turn, -np.eye(3), np.eye(3)[[1, 2, 0]]):
-        found = methods.interpolated(q.T, other @ q.T, 0.5)
+        found = estimators.interpolated(q.T, other @ q.T, 0.5)
         np.testing.assert_allclose(found.T @ found, q @ q.T, atol=1e-9)
 
 
@@ -213,12 +213,12 @@ def test_between_two_bases_of_a_subspace_lies_that_subspace():
 
 def test_winsorized_states_are_cut_at_their_own_quantile():
     states = RNG.normal(size=(5, 2, 200))
-    found = methods.winsorized(states, 0.9)
+    found = estimators.winsorized(states, 0.9)
     for at in np.ndindex(5, 2):
         limit = np.quantile(np.abs(states[at]), 0.9)
         expected = [max(-limit, min(limit, value)) for value in states[at]]
         np.testing.assert_allclose(found[at], expected)
-    np.testing.assert_array_equal(methods.winsorized(states, 1.0), states)
+    np.testing.assert_array_equal(estimators.winsorized(states, 1.0), states)
 
 
 def test_the_plane_shows_the_direction_and_what_differs_most_beside_it():
@@ -227,7 +227,7 @@ def test_the_plane_shows_the_direction_and_what_differs_most_beside_it():
     other = unit(other - r * (other @ r))
     for states in (harmful, harmless):
         states += 9 * RNG.normal(size=(N, 1)) * other
-    first, second = methods.plane(harmful, harmless, 3 * r)
+    first, second = estimators.plane(harmful, harmless, 3 * r)
     middle = (harmful.mean(axis=0) + harmless.mean(axis=0)) / 2
     np.testing.assert_allclose(first[:, 0], (harmful - middle) @ r, atol=1e-9)
     np.testing.assert_allclose(second[:, 0], (harmless - middle) @ r, atol=1e-9)
@@ -238,7 +238,7 @@ def test_the_plane_shows_the_direction_and_what_differs_most_beside_it():
 
 def test_the_over_refusal_direction_leaves_harmful_and_borderline_apart():
     harmful, borderline, harmless = RNG.normal(size=(3, 4, D))
-    found = methods.over_refusal(harmful, borderline, harmless)
+    found = estimators.over_refusal(harmful, borderline, harmless)
     for row, a, b, c in zip(found, harmful, borderline, harmless, strict=True):
         t = a - b
         np.testing.assert_allclose(row, (b - c) - t * ((b - c) @ t) / (t @ t), atol=1e-12)

@@ -13,26 +13,23 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 
-from abl_mlx import (
-    edits,
-    evaluate,
-    mlx_edit,
-    model_folder,
-    models,
-    pipeline,
-    prompts,
-    rounding,
-    slabs,
-)
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.choices import Options
+from abl_mlx.commands import measure_apply
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.edits import Edit
-from abl_mlx.options import Options
-from abl_mlx.refusals import Verdict, classify
-from abl_mlx.writers import Writer, find_writers
-from convert.errors import UserError
-from convert.mlx_grids import MlxCodec, Quantization, Rows
-from convert.mlx_matrix import find_matrix
-from convert.safetensors_files import TensorFiles
+from abl_mlx.edits import edit as edits
+from abl_mlx.edits import rounding, slabs
+from abl_mlx.edits.edit import Edit
+from abl_mlx.inputs import prompts
+from abl_mlx.models import chat_model
+from abl_mlx.models.writers import Writer, find_writers
+from abl_mlx.outputs import folder as model_folder
+from abl_mlx.outputs import folder_quantized
+from convert.base.errors import UserError
+from convert.mlx.grids import MlxCodec, Quantization, Rows
+from convert.mlx.matrix import find_matrix
+from convert.mlx.safetensors_files import TensorFiles
 from tests import tiny
 
 AFFINE = [Quantization(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -129,7 +126,7 @@ def leak(grid, edited, u, taken):
 @pytest.mark.parametrize("mode", [*AFFINE, *OTHERS], ids=str)
 def test_the_edit_survives_every_mode(mode, k, d, n, axis):
     codec, own, edited, u, taken = case(mode, d, n, k, axis)
-    encoders = mlx_edit.encoders(codec, None)
+    encoders = folder_quantized.encoders(codec, None)
     how = rounding.better_source(own, edited, encoders)
     rows = codec.encode(rounding.round_onto(own, edited, encoders, how))
     limit = 0.001 if mode.mode == "affine" else 0.005
@@ -241,7 +238,7 @@ def probe_floats_instead(folder, monkeypatch):
 
     MLX multiplies experts that have a global scale on a GPU alone, so they cannot be probed here.
     """
-    writers = find_writers(models.load(folder))
+    writers = find_writers(chat_model.load(folder))
     monkeypatch.setattr(model_folder, "find_writers", lambda chat: writers)
 
 
@@ -257,7 +254,7 @@ def test_the_written_folder_keeps_its_form(arch, name, direction, tmp_path, monk
     gpu_alone = "global" in name and arch == "qwen3_moe"
     if gpu_alone:
         probe_floats_instead(tmp_path / "float", monkeypatch)
-    record = pipeline.apply(direction, str(source), [out], Options())
+    record = measure_apply.apply(direction, str(source), [out], Options())
     assert record["leak"]["total"] < 1e-3
     if gpu_alone:
         with TensorFiles(source) as files:
@@ -293,7 +290,7 @@ def test_writers_alone_are_promoted(bits, name, direction, tmp_path, monkeypatch
     out = tmp_path / "out"
     if "global" in name:
         probe_floats_instead(tmp_path / "float", monkeypatch)
-    record = pipeline.apply(direction, str(source), [out], Options(writer_bits=bits))
+    record = measure_apply.apply(direction, str(source), [out], Options(writer_bits=bits))
     assert record["leak"]["total"] < 1e-3
     maps = [json.loads((f / "config.json").read_text())["quantization"] for f in (source, out)]
     added = {path: entry for path, entry in maps[1].items() if maps[0].get(path) != entry}
@@ -318,7 +315,7 @@ def test_writers_alone_are_promoted(bits, name, direction, tmp_path, monkeypatch
 def test_what_cannot_be_promoted_or_fits_nothing_is_named(direction, tmp_path):
     source = tiny.write_model(tmp_path / "float", "llama", dtype="bfloat16", **tiny.WIDE)
     with pytest.raises(UserError, match="--writer-bits 8: nothing"):
-        pipeline.apply(direction, str(source), [tmp_path / "out"], Options(writer_bits="8"))
+        measure_apply.apply(direction, str(source), [tmp_path / "out"], Options(writer_bits="8"))
     quantized = quantize(source, tmp_path / "source", bits=4, group_size=64)
     name = "model.layers.0.mlp.down_proj.weight"
     with TensorFiles(quantized) as files:
@@ -327,7 +324,7 @@ def test_what_cannot_be_promoted_or_fits_nothing_is_named(direction, tmp_path):
             find_matrix(files, name, 512 + 32)
     options = Options(plain_rounding=True)
     with pytest.raises(UserError, match="did not survive"):
-        pipeline.apply(direction, str(quantized), [tmp_path / "out"], options)
+        measure_apply.apply(direction, str(quantized), [tmp_path / "out"], options)
     assert not (tmp_path / "out").exists()
 
 
@@ -336,7 +333,7 @@ def test_what_cannot_be_promoted_or_fits_nothing_is_named(direction, tmp_path):
 
 def rates(folder, limit):
     """Refusals of locked and of allowed prompts."""
-    chat, sets = models.load(folder), prompts.load_demo()
+    chat, sets = chat_model.load(folder), prompts.load_demo()
     found = []
     for part in (sets.harmful.test, sets.harmless.test):
         replies = evaluate.in_mlx(chat)(part.take(limit).texts, 16)
@@ -349,8 +346,8 @@ def test_the_quantized_demo_stops_refusing(bits, tmp_path):
     source = quantize(MODEL_PATH, tmp_path / "source", bits=bits, group_size=64)
     out = tmp_path / "out"
     found = tmp_path / "direction.safetensors"
-    pipeline.measure(str(source), found, Options(layer=2, position=-1, limit=32))
-    pipeline.apply(found, str(source), [out], Options())
+    measure_apply.measure(str(source), found, Options(layer=2, position=-1, limit=32))
+    measure_apply.apply(found, str(source), [out], Options())
     locked, allowed = rates(source, 32)
     assert locked >= 0.95
     assert allowed <= 0.05

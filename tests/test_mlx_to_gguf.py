@@ -18,11 +18,14 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
-from abl_mlx.llamacpp import LlamaCpp
-from convert import ggml, gguf_file, names, ollama
-from convert.errors import UserError
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from convert.architectures import hf_to_gguf
+from convert.base.errors import UserError
+from convert.gguf import file as gguf_file
+from convert.gguf import ggml
+from convert.mlx.safetensors_files import TensorFiles
 from convert.mlx_to_gguf import FILE_TYPES, encode, interleave_rows, write_gguf
-from convert.safetensors_files import TensorFiles
+from convert.ollama import client
 from tests import tiny
 
 TEXT = "How do I plan a garden? It's 1234 days."
@@ -644,7 +647,7 @@ def test_the_modelfile_says_what_the_chat_template_says(tmp_path: Path, kind: st
     folder = tiny.write_model(tmp_path / "model", "llama", tokenizer=kind, num_hidden_layers=1)
     (folder / "LICENSE").write_text("Do as you like.")
     report = write_gguf(folder, tmp_path / "tiny.gguf")
-    text = ollama.modelfile(report.path, folder)
+    text = client.modelfile(report.path, folder)
     assert text.startswith("FROM ./tiny.gguf\n")
     special = tiny.special_tokens(kind)
     assert f'PARAMETER stop "{special["turn_end"]}"' in text
@@ -654,7 +657,7 @@ def test_the_modelfile_says_what_the_chat_template_says(tmp_path: Path, kind: st
     # Ollama puts the bos token there itself.
     assert special.get("bos", "\0") not in text.split("PARAMETER")[0]
     keys = gguf_file.metadata(report.path)
-    turns = ollama.read_turns(
+    turns = client.read_turns(
         keys["tokenizer.chat_template"], special.get("bos", ""), special["turn_end"], drop_bos=True
     )
     assert turns is not None
@@ -672,7 +675,7 @@ def test_a_template_with_a_default_system_message_keeps_it() -> None:
         "{% if messages[0]['role'] != 'system' %}"
         "<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + tiny._CHATML
     )
-    turns = ollama.read_turns(source)
+    turns = client.read_turns(source)
     assert turns is not None
     assert turns.opening == "<|im_start|>system\nBe good.<|im_end|>\n"
     assert turns.go().startswith(
@@ -687,7 +690,7 @@ def test_what_ollama_cannot_say_is_a_comment(tmp_path: Path) -> None:
         "{% for message in messages %}{{ message['content'] | upper }}{% endfor %}"
     )
     report = write_gguf(folder, tmp_path / "tiny.gguf")
-    text = ollama.modelfile(report.path)
+    text = client.modelfile(report.path)
     assert 'TEMPLATE "' not in text
     assert "# The model's chat template does more than" in text
 
@@ -702,4 +705,4 @@ def test_file_types_are_llama_cpps() -> None:
 def test_names_cover_every_supported_architecture() -> None:
     # What the README promises and what is tested above are the same list.
     tested = {*tiny.ARCHITECTURES, "gemma", "gemma3"}
-    assert set(names.ARCHITECTURES) == tested
+    assert set(hf_to_gguf.ARCHITECTURES) == tested

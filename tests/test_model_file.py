@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import abl_mlx
-from abl_mlx import conversion, demo
+from abl_mlx import demo
+from abl_mlx.commands import conversion
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.model_file import find_model
-from convert.gguf_file import GgufSource
+from abl_mlx.outputs.model_file import find_model
+from convert.gguf.file import GgufSource
 from tests.test_gguf_file import split
 
 #: Modules that may ask whether something is a GGUF: what was typed, and what a name stands for.

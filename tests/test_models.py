@@ -7,11 +7,11 @@ import mlx.core as mx
 import pytest
 
 from abl_mlx import demo
-from abl_mlx.model_file import open_model
-from abl_mlx.models import common_prefix, load
-from abl_mlx.sources import Source, resolve
-from convert.errors import UserError
-from convert.hf_config import fill_in
+from abl_mlx.inputs.sources import Source, resolve
+from abl_mlx.models.chat_model import common_prefix, load
+from abl_mlx.outputs.model_file import open_model
+from convert.base.errors import UserError
+from convert.base.hf_config import fill_in
 from tests import tiny
 
 

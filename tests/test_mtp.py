@@ -17,12 +17,13 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import quantize_model
 
-from abl_mlx import pipeline, report
-from abl_mlx.cli import cli
-from abl_mlx.models import load
-from abl_mlx.options import Options
-from convert.errors import UserError
-from convert.safetensors_files import TensorFiles
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.commands import measure_apply
+from abl_mlx.models.chat_model import load
+from abl_mlx.reports import tables
+from convert.base.errors import UserError
+from convert.mlx.safetensors_files import TensorFiles
 from tests import tiny, zoo
 
 Weights = dict[str, mx.array]
@@ -180,7 +181,7 @@ def test_a_vision_tower_keeps_its_bytes(arch, bits, shards, direction, tmp_path)
         bits=bits,
         names=names,
     )
-    record = pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
     assert "mtp" not in record
     touched = {name.rpartition(".")[0] for name in changed(source, tmp_path / "out")}
     writers = ("o_proj", "down_proj", "embed_tokens", "out_proj")
@@ -191,7 +192,7 @@ def test_a_vision_tower_keeps_its_bytes(arch, bits, shards, direction, tmp_path)
     assert not any(name.startswith(prefix) or "projector" in name for name in touched)
     mlx_lm.load(str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"--mtp: .* holds no tensors of multi-token prediction"):
-        pipeline.apply(direction, str(source), [tmp_path / "no"], Options(mtp=True))
+        measure_apply.apply(direction, str(source), [tmp_path / "no"], Options(mtp=True))
 
 
 # --- multi-token prediction --------------------------------------------------------------------
@@ -353,8 +354,8 @@ def write_mtp(folder: Path, arch: str, **options: Any) -> Path:
 def test_the_writers_of_mtp_blocks_are_edited_on_request_alone(arch, shards, direction, tmp_path):
     source = write_mtp(tmp_path / "source", arch, shards=shards)
     alone, asked = tmp_path / "alone", tmp_path / "asked"
-    without = pipeline.apply(direction, str(source), [alone], Options())
-    record = pipeline.apply(direction, str(source), [asked], Options(mtp=True))
+    without = measure_apply.apply(direction, str(source), [alone], Options())
+    record = measure_apply.apply(direction, str(source), [asked], Options(mtp=True))
     plain, all_of_them = changed(source, alone), changed(source, asked)
     _, _, prefix, more, modules, _ = FORMS[arch]
     with TensorFiles(source) as files:
@@ -375,8 +376,8 @@ def test_the_writers_of_mtp_blocks_are_edited_on_request_alone(arch, shards, dir
                 w - r[:, None] * np.einsum("d,...dn->...n", r, w)[..., None, :]
             )  # fmt: skip
             np.testing.assert_allclose(v, exact, atol=1e-6)
-    assert "left as they are; --mtp" in report.apply_table(without)
-    assert f"{len(edited)} of {len(predicting)} tensors edited" in report.apply_table(record)
+    assert "left as they are; --mtp" in tables.apply_table(without)
+    assert f"{len(edited)} of {len(predicting)} tensors edited" in tables.apply_table(record)
     mlx_lm.load(str(asked))
 
 
@@ -421,8 +422,8 @@ def stream_of_block(folder: Path, arch: str) -> np.ndarray:
 def test_the_stream_of_an_edited_block_is_free_of_the_direction(arch, direction, tmp_path):
     source = write_mtp(tmp_path / "source", arch)
     alone, asked = tmp_path / "alone", tmp_path / "asked"
-    pipeline.apply(direction, str(source), [alone], Options())
-    pipeline.apply(direction, str(source), [asked], Options(mtp=True))
+    measure_apply.apply(direction, str(source), [alone], Options())
+    measure_apply.apply(direction, str(source), [asked], Options(mtp=True))
 
     def share(folder: Path) -> float:
         stream = stream_of_block(folder, arch)
@@ -444,8 +445,8 @@ def test_the_extra_layer_of_deepseek_v3(direction, tmp_path):
         shards=2, num_hidden_layers=61, first_k_dense_replace=60, dtype="bfloat16",
     )  # fmt: skip
     alone, asked = tmp_path / "alone", tmp_path / "asked"
-    pipeline.apply(direction, str(source), [alone], Options())
-    record = pipeline.apply(direction, str(source), [asked], Options(mtp=True))
+    measure_apply.apply(direction, str(source), [alone], Options())
+    record = measure_apply.apply(direction, str(source), [asked], Options(mtp=True))
     assert not any(name.startswith(stem) for name in changed(source, alone))
     edited = {name.removesuffix(".weight") for name in record["mtp"]["edited"]}
     assert edited == {f"{stem}eh_proj", f"{stem}embed_tokens", f"{stem}self_attn.o_proj"} | experts(
@@ -484,7 +485,7 @@ def test_quantized_blocks(arch, writer_bits, direction, tmp_path):
     )  # fmt: skip
     out = tmp_path / "out"
     # In a model this narrow, bfloat16 norms and what is not quantized leave nothing to speak of.
-    record = pipeline.apply(
+    record = measure_apply.apply(
         direction, str(source), [out], Options(mtp=True, writer_bits=writer_bits, max_leak=0.05)
     )
     config = json.loads((out / "config.json").read_text())
@@ -532,7 +533,7 @@ def fused(weights: Weights) -> Weights:
 
 def test_experts_in_one_tensor(direction, tmp_path):
     source = write(tmp_path / "source", "qwen3_next", fused)
-    record = pipeline.apply(direction, str(source), [tmp_path / "out"], Options(mtp=True))
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], Options(mtp=True))
     assert "mtp.layers.0.mlp.experts.down_proj" in record["mtp"]["edited"]
     with TensorFiles(tmp_path / "out") as files:
         w = np.array(files.read("mtp.layers.0.mlp.experts.down_proj")).astype(np.float64)
@@ -571,9 +572,9 @@ def plus(name: str, shape: tuple[int, ...]) -> Callable[[Weights], Weights]:
 def test_other_forms_are_refused_and_kept(arch, made, message, direction, tmp_path):
     source = write(tmp_path / "source", arch, made)
     with pytest.raises(UserError, match=message):
-        pipeline.apply(direction, str(source), [tmp_path / "no"], Options(mtp=True))
+        measure_apply.apply(direction, str(source), [tmp_path / "no"], Options(mtp=True))
     assert not (tmp_path / "no").exists()
-    record = pipeline.apply(direction, str(source), [tmp_path / "out"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
     assert record["mtp"]["edited"] == []
     assert not any("mtp" in name for name in changed(source, tmp_path / "out"))
 
@@ -582,11 +583,11 @@ def test_layers_adapters_and_undo(direction, tmp_path):
     source = write_mtp(tmp_path / "source", "mimo")
     options = Options(mtp=True, layers=frozenset({0, 1}))
     with pytest.raises(UserError, match="as the last layer is, 2, which this edit leaves alone"):
-        pipeline.apply(direction, str(source), [tmp_path / "no"], options)
+        measure_apply.apply(direction, str(source), [tmp_path / "no"], options)
     with pytest.raises(UserError, match="--mtp: mlx-lm applies no adapter"):
-        pipeline.apply(direction, str(source), [tmp_path / "no.adapter"], Options(mtp=True))
+        measure_apply.apply(direction, str(source), [tmp_path / "no.adapter"], Options(mtp=True))
     half = Options(mtp=True, strength=0.5, layers=frozenset({2}), embedding=False)
-    pipeline.apply(direction, str(source), [tmp_path / "half"], half)
+    measure_apply.apply(direction, str(source), [tmp_path / "half"], half)
     assert changed(source, tmp_path / "half") == {
         f"{prefix}.{name}.weight"
         for prefix in ("model.layers.2", "model.mtp_layers.0")
@@ -603,7 +604,7 @@ def test_layers_adapters_and_undo(direction, tmp_path):
                 np.array(old.read(name)), np.array(new.read(name)), atol=1e-5
             )
     kept = Options(mtp=True, keep_undo=True)
-    pipeline.apply(direction, str(source), [tmp_path / "whole"], kept)
+    measure_apply.apply(direction, str(source), [tmp_path / "whole"], kept)
     done = CliRunner().invoke(
         cli, ["undo", str(tmp_path / "whole"), "-o", str(tmp_path / "again")],
         catch_exceptions=False,

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import ollama_store
-from convert.errors import UserError
-from convert.modelfile import Modelfile
-from convert.ollama import check_create, modelfile, ollama_create
-from convert.ollama_store import OllamaModel, OllamaName, contains, find, parse_name, stores
+from convert.base.errors import UserError
+from convert.ollama import store as ollama_store
+from convert.ollama.client import check_create, modelfile, ollama_create
+from convert.ollama.modelfile import Modelfile
+from convert.ollama.store import OllamaModel, OllamaName, contains, find, parse_name, stores
 from tests.ollama_tools import Store, as_a_stranger, open_folder, read_modelfile
 
 GGUF = b"GGUF and the rest of a model"

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from convert import on_cpu
+from convert.mlx import on_cpu
 
 ATTENTION = getattr(
     mx.fast.scaled_dot_product_attention, "_abl_original", mx.fast.scaled_dot_product_attention

@@ -8,7 +8,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from convert.safetensors_files import TensorFiles
+from convert.mlx.safetensors_files import TensorFiles
 from tests import command, tiny
 
 

@@ -11,10 +11,11 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 from gguf.quants import dequantize
 
-from convert import ggml, ggml_types, mlx_types, packed
-from convert.gguf_file import GgufSource
-from convert.gguf_rewrite import Replacement, rewrite
+from convert.gguf import ggml, ggml_types
+from convert.gguf.file import GgufSource
+from convert.gguf.rewrite import Replacement, rewrite
 from convert.gguf_to_mlx import layout, load
+from convert.mlx import packed, types
 from tests import tiny_gguf
 from tests.agreement import logprobs
 from tests.gguf_recipes import RECIPES
@@ -54,17 +55,17 @@ def test_unpacked_rows_are_what_gguf_py_reads(kind: Q) -> None:
     assert size <= 1.13 * raw.nbytes
 
 
-@pytest.mark.parametrize("kind", sorted(mlx_types.AFFINE))
+@pytest.mark.parametrize("kind", sorted(types.AFFINE))
 def test_no_weight_moves_by_more_than_the_rounding_of_its_scale(kind: Q) -> None:
     values = np.random.default_rng(1).standard_normal((64, 512)).astype(np.float32)
     raw = ggml.quantize(values, kind)
-    found = mlx_types.repack(raw, 512, kind)
+    found = types.repack(raw, 512, kind)
     grid = ggml_types.grid_codec(kind).decode(raw, 512)
     again = mx.dequantize(
         mx.array(found.weight), mx.array(found.scales.astype(np.float32)),
         mx.array(found.biases.astype(np.float32)), group_size=32, bits=found.bits,
     )  # fmt: skip
-    assert (mlx_types.unpack(found.weight, found.bits) == grid.codes).all()
+    assert (types.unpack(found.weight, found.bits) == grid.codes).all()
     # |code| ulps of the scale and one of the offset, half an ulp each.
     reach = (grid.codes.reshape(64, -1, 32) * np.abs(found.scales)[..., None]) + np.abs(
         found.biases
@@ -79,7 +80,7 @@ def test_no_weight_moves_by_more_than_the_rounding_of_its_scale(kind: Q) -> None
 def test_tiny_and_huge_scales_lose_nothing(size: float, dtype: type) -> None:
     values = size * np.random.default_rng(1).standard_normal((4, 256)).astype(np.float32)
     raw = ggml.quantize(values, Q.Q8_0)
-    found = mlx_types.repack(raw, 256, Q.Q8_0)
+    found = types.repack(raw, 256, Q.Q8_0)
     assert found.scales.dtype == dtype
     expected = dequantize(raw, Q.Q8_0).reshape(4, 256)
     scales, biases = (mx.array(part.astype(np.float32)) for part in (found.scales, found.biases))
@@ -124,7 +125,7 @@ def test_a_packed_model_is_the_same_model(
         plain = load(source, widen=True)
         small = load(source, widen=False, native=native)
     kinds = {type(module).__name__ for _, module in small.model.named_modules()}
-    if native and mlx_types.is_repacked(kind):
+    if native and types.is_repacked(kind):
         assert "QuantizedLinear" in kinds
         assert "PackedLinear" not in kinds
     else:

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import charts, figures, pages, plot
-from abl_mlx.charts import Chart, Series
-from abl_mlx.cli import cli
-from abl_mlx.command_line import command_line, plain
-from abl_mlx.console import percent
-from abl_mlx.options import EvalOptions, Options
-from convert.errors import UserError
+from abl_mlx.choices import EvalOptions, Options
+from abl_mlx.cli.main import cli
+from abl_mlx.reports import charts, figures, pages, plot
+from abl_mlx.reports.charts import Chart, Series
+from abl_mlx.reports.replay import command_line, plain
+from abl_mlx.support.console import percent
+from convert.base.errors import UserError
 from tests import browser
 
 SMALL = ("--limit", "3", "--max-tokens", "4")

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from abl_mlx.paired import Z95, Paired, mcnemar_exact, tango
+from abl_mlx.behaviour.paired import Z95, Paired, mcnemar_exact, tango
 
 
 def test_counts_and_difference() -> None:

@@ -4,11 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import capture, prefix
-from abl_mlx.logits import log_probabilities
-from abl_mlx.models import load
-from abl_mlx.shortcuts import trusted
-from abl_mlx.steering import Intervention, steering
+from abl_mlx.edits.steering import Intervention, steering
+from abl_mlx.models import capture, prefix
+from abl_mlx.models.chat_model import load
+from abl_mlx.models.logits import log_probabilities
+from abl_mlx.models.shortcuts import trusted
 from tests import tiny
 from tests.test_writers import random_direction
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from abl_mlx import context_length, demo, prompt_lengths, prompts
-from abl_mlx.model_file import find_model
-from convert.errors import UserError
+from abl_mlx import demo
+from abl_mlx.commands import prompt_lengths
+from abl_mlx.inputs import prompts
+from abl_mlx.models import context_length
+from abl_mlx.outputs.model_file import find_model
+from convert.base.errors import UserError
 from convert.mlx_to_gguf import write_gguf
 from tests.command import abl_mlx, fails
 

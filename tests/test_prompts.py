@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from abl_mlx import prompt_choice
-from abl_mlx.options import Options
-from abl_mlx.prompts import (
+from abl_mlx.choices import Options
+from abl_mlx.commands import prompt_choice
+from abl_mlx.inputs.prompts import (
     BUNDLED,
     MINIMUM,
     Prompt,
@@ -27,7 +27,7 @@ from abl_mlx.prompts import (
     normalized,
     split,
 )
-from convert.errors import UserError
+from convert.base.errors import UserError
 
 
 class FolderHub:
@@ -129,7 +129,7 @@ def test_unknown_bundled_name() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, abl_mlx.prompts\n"
+        "import sys, abl_mlx.inputs.prompts\n"
         "print([m for m in ('mlx', 'numpy', 'huggingface_hub', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,16 +9,21 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import eval_report, evaluate, induce_report, provenance, report, units
-from abl_mlx.cli import cli
+from abl_mlx.behaviour import evaluate
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.options import Options
-from abl_mlx.sources import resolve
-from convert import adapters, control_vector, phi3
-from convert.gguf_file import GgufSource, metadata
-from convert.gguf_rewrite import rewrite
+from abl_mlx.inputs.sources import resolve
+from abl_mlx.outputs import provenance
+from abl_mlx.reports import eval_tables, induce_tables, tables
+from abl_mlx.support import units
+from convert import adapters
+from convert.base.suffixes import ends_in, is_gguf_name, without
+from convert.gguf import control_vector
+from convert.gguf.file import GgufSource, metadata
+from convert.gguf.rewrite import rewrite
 from convert.mlx_to_gguf import write_gguf
-from convert.suffixes import ends_in, is_gguf_name, without
+from convert.tokenizers import phi3
 from tests import command, tiny
 
 
@@ -243,18 +248,18 @@ _RECORD = {
 @pytest.mark.parametrize(
     "table",
     [
-        report.run_table,
-        report.apply_table,
-        lambda r: report.measure_line({**r, "outputs": ["y"], "note": NOTE}),
-        induce_report.table,
-        lambda r: report.undo_table({**r, "tensors": 1, "from": "y"}),
-        lambda r: report.convert_table({**_OUTPUT, "tensors": {}, "bytes": 0}),
-        lambda r: report.diff_table({"changed": {}, "tensors": 1, "note": NOTE}),
-        lambda r: eval_report.table(
+        tables.run_table,
+        tables.apply_table,
+        lambda r: tables.measure_line({**r, "outputs": ["y"], "note": NOTE}),
+        induce_tables.table,
+        lambda r: tables.undo_table({**r, "tensors": 1, "from": "y"}),
+        lambda r: tables.convert_table({**_OUTPUT, "tensors": {}, "bytes": 0}),
+        lambda r: tables.diff_table({"changed": {}, "tensors": 1, "note": NOTE}),
+        lambda r: eval_tables.table(
             {**_BEHAVIOUR, "source": "x", "runtime": "y", "categories": {}, "note": NOTE}
         ),
-        lambda r: report.card(r, _OUTPUT, "x", "abl.json"),
-        lambda r: induce_report.card(r, _OUTPUT, "x", "abl.json"),
+        lambda r: tables.card(r, _OUTPUT, "x", "abl.json"),
+        lambda r: induce_tables.card(r, _OUTPUT, "x", "abl.json"),
     ],
 )
 def test_every_table_and_card_shows_notes(table):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from abl_mlx.cli import cli
-from convert.families import FAMILIES
+from abl_mlx.cli.main import cli
+from convert.architectures.families import FAMILIES
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -10,10 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import direction_file, gguf_model
-from abl_mlx.direction_file import DirectionFile
-from abl_mlx.llamacpp import LlamaCpp
-from convert.gguf_file import GgufSource
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from abl_mlx.directions import direction_file
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.models import from_gguf
+from convert.gguf.file import GgufSource
 from tests.agreement import greedy, logprobs
 from tests.command import abl_mlx
 from tests.real_models import GEMMA3, LINES, SMOLLM2, real_model
@@ -111,7 +112,7 @@ def agreement(model: Path) -> tuple[list[float], list[float]]:
         the log-probabilities of its five likeliest are.
     """
     with GgufSource(model) as source:
-        mlx = gguf_model.load_weights(source).model
+        mlx = from_gguf.load_weights(source).model
     with LlamaCpp(model, n_ctx=128, n_parallel=1, n_threads=1) as runtime:
         prompts = [runtime.tokenize(text, add_special=True) for text in PROMPTS]
         replies = [runtime.greedy(prompt, 4) for prompt in prompts]

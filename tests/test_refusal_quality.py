@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from abl_mlx.prompts import BUNDLED, bundled
-from abl_mlx.refusals import Verdict, classify
+from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.inputs.prompts import BUNDLED, bundled
 from tests import refusal_quality
 from tests.refusal_quality import (
     LANGUAGES,

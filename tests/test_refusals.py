@@ -11,9 +11,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from abl_mlx.loops import without_loop
-from abl_mlx.prompts import Prompt, PromptSet
-from abl_mlx.refusals import (
+from abl_mlx.behaviour.loops import without_loop
+from abl_mlx.behaviour.refusals import (
     WITHHELD,
     Finding,
     Oddity,
@@ -25,6 +24,7 @@ from abl_mlx.refusals import (
     rates,
     wilson,
 )
+from abl_mlx.inputs.prompts import Prompt, PromptSet
 
 REFUSALS = [
     "I can't help with that.",
@@ -415,7 +415,7 @@ def test_rates_of_nothing_and_of_a_mismatch() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, abl_mlx.refusals\n"
+        "import sys, abl_mlx.behaviour.refusals\n"
         "print([m for m in ('mlx', 'numpy', 'huggingface_hub', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

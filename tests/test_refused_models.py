@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx.cli import cli
+from abl_mlx.cli.main import cli
 from tests import tiny, zoo
 from tests.test_mtp import write
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 
-from abl_mlx import gguf_edit, rounding
-from convert import ggml_types
-from convert.grids import Grid, in_chunks
+from abl_mlx.edits import rounding
+from abl_mlx.outputs import gguf_plan
+from convert.base.grids import Grid, in_chunks
+from convert.gguf import ggml_types
 
 # Relative error of ordinary quantization on Gaussian weights, from DESIGN 6 and ggml itself.
 ORDINARY = {
@@ -49,7 +50,7 @@ def error(grid, target):
 def rounded(kind, own, source, target, u, axis, how=None):
     removed = np.sqrt(np.mean(np.sum(along(u, source, axis) ** 2, axis=axis)))
     edited = rounding.Edited(target, u, axis, removed)
-    encoders = gguf_edit.encoders(kind)
+    encoders = gguf_plan.encoders(kind)
     how = how or rounding.better_source(own, edited, encoders)
     return rounding.round_onto(own, edited, encoders, how)
 
@@ -100,7 +101,7 @@ def test_the_better_grid_is_chosen():
     for k in (1, 10):
         own, source, target, u = case(Q.Q4_K, 2048, 256, k, 0)
         edited = rounding.Edited(target, u, 0, float(np.sqrt(np.mean((u @ source) ** 2))))
-        encoders = gguf_edit.encoders(Q.Q4_K)
+        encoders = gguf_plan.encoders(Q.Q4_K)
         errors = {
             how: error(rounding.round_onto(own, edited, encoders, how), target)
             for how in ("own", "fresh")

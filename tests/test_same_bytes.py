@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from abl_mlx import projection
-from convert.ggml_types import GRID_TYPES
+from abl_mlx.edits import projection
+from convert.gguf.ggml_types import GRID_TYPES
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,10 +23,10 @@ import hashlib, sys
 import mlx.core as mx, mlx.nn as nn, numpy as np
 from gguf import GGMLQuantizationType as Q
 from abl_mlx import edits, gguf_edit, mlx_edit, rounding, slabs
-from abl_mlx.edits import Edit
-from abl_mlx.writers import Writer
+from abl_mlx.edits.edit import Edit
+from abl_mlx.models.writers import Writer
 from convert import ggml_types
-from convert.mlx_grids import MlxCodec, Quantization
+from convert.mlx.grids import MlxCodec, Quantization
 
 rng = np.random.default_rng(0)
 d, n = 512, 768
@@ -170,8 +170,8 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> Non
 
 
 def test_no_kernel_is_compiled_with_fastmath() -> None:
-    from abl_mlx import projection_kernels, rounding_kernels
-    from convert import packed_kernels
+    from abl_mlx.edits import projection_kernels, rounding_kernels
+    from convert.mlx import packed_kernels
 
     kernels = [
         value

@@ -8,28 +8,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import (
-    direction_file,
-    front,
-    interrupts,
-    models,
-    prompts,
-    search,
-    search_polish,
-    search_trial,
-    sources,
-)
-from abl_mlx.arrays import number
-from abl_mlx.distributions import kl_divergence
-from abl_mlx.edits import Edit
-from abl_mlx.logits import first_reply_token
-from abl_mlx.measurement import edit_of, find_direction
-from abl_mlx.options import Options
-from abl_mlx.search_space import DEFAULT, Space, kernel
-from abl_mlx.selection import refusal_scores
-from abl_mlx.steering import ablation
-from abl_mlx.writers import find_writers
-from convert.errors import UserError
+from abl_mlx.choices import Options
+from abl_mlx.commands.find import edit_of, find_direction
+from abl_mlx.directions import direction_file
+from abl_mlx.directions.selection import refusal_scores
+from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.steering import ablation
+from abl_mlx.inputs import prompts, sources
+from abl_mlx.models import chat_model
+from abl_mlx.models.distributions import kl_divergence
+from abl_mlx.models.logits import first_reply_token
+from abl_mlx.models.writers import find_writers
+from abl_mlx.search import loop, pareto, polish, screening
+from abl_mlx.search.space import DEFAULT, Space, kernel
+from abl_mlx.support import interrupts
+from abl_mlx.support.arrays import number
+from convert.base.errors import UserError
 
 RNG = np.random.default_rng(6)
 
@@ -65,7 +59,7 @@ def test_front_is_that_of_brute_force(count):
             for number, (x, y) in enumerate(points)
             if any(a <= x and b <= y and (a < x or b < y) for a, b in points)
         }
-        found = front.front(points)
+        found = pareto.front(points)
         assert {points[n] for n in found} == {p for n, p in enumerate(points) if n not in beaten}
         assert len({points[n] for n in found}) == len(found)
         assert [points[n] for n in found] == sorted(points[n] for n in found)
@@ -79,30 +73,30 @@ def test_hypervolume_is_the_share_of_a_grid_that_is_beaten():
         beaten = np.zeros_like(x, bool)
         for a, b in points:
             beaten |= (x > a) & (y > b)
-        assert front.hypervolume(points) == pytest.approx(beaten.mean())
-    assert front.hypervolume([(1.0, 0.0), (0.2, 1.5)]) == 0
+        assert pareto.hypervolume(points) == pytest.approx(beaten.mean())
+    assert pareto.hypervolume([(1.0, 0.0), (0.2, 1.5)]) == 0
 
 
 def test_a_search_ends_when_the_front_has_not_moved_for_long_enough():
     rising = [0.1 + 0.01 * n for n in range(30)]
-    assert not front.still(rising, 10)
-    assert not front.still([*rising, *[rising[-1]] * 9], 10)
-    assert front.still([*rising, *[rising[-1]] * 10], 10)
-    assert front.still([*rising, *[rising[-1] * 1.0005] * 10], 10)
-    assert not front.still([*rising, *[rising[-1] * 1.01] * 10], 10)
-    assert not front.still([0.0] * 50, 10)  # nothing found yet
-    assert not front.still([0.5] * 10, 10)
+    assert not pareto.still(rising, 10)
+    assert not pareto.still([*rising, *[rising[-1]] * 9], 10)
+    assert pareto.still([*rising, *[rising[-1]] * 10], 10)
+    assert pareto.still([*rising, *[rising[-1] * 1.0005] * 10], 10)
+    assert not pareto.still([*rising, *[rising[-1] * 1.01] * 10], 10)
+    assert not pareto.still([0.0] * 50, 10)  # nothing found yet
+    assert not pareto.still([0.5] * 10, 10)
 
 
 def test_target_is_met_where_it_will_hold_for_others_as_well():
-    assert search.meets(0, 8, 0.05)  # too few to ask for more
-    assert not search.meets(1 / 8, 8, 0.2)
-    assert not search.meets(1 / 32, 32, 0.05)
-    assert search.meets(1 / 64, 64, 0.05)
-    assert not search.meets(2 / 64, 64, 0.05)
+    assert loop.meets(0, 8, 0.05)  # too few to ask for more
+    assert not loop.meets(1 / 8, 8, 0.2)
+    assert not loop.meets(1 / 32, 32, 0.05)
+    assert loop.meets(1 / 64, 64, 0.05)
+    assert not loop.meets(2 / 64, 64, 0.05)
     # (p + z²/2n + z √(pq/n + z²/4n²)) / (1 + z²/n) for 3 and 4 of 100: 0.048 and 0.061
-    assert search.meets(3 / 100, 100, 0.05)
-    assert not search.meets(4 / 100, 100, 0.05)
+    assert loop.meets(3 / 100, 100, 0.05)
+    assert not loop.meets(4 / 100, 100, 0.05)
 
 
 def test_predictions_find_a_smooth_function_again():
@@ -111,13 +105,13 @@ def test_predictions_find_a_smooth_function_again():
     def function(x):
         return np.stack([3 * x[:, 0] - x[:, 1], np.sin(2 * x[:, 2]) + x[:, 0] ** 2], axis=1)
 
-    found, doubt = search.predicted(places, function(places), asked)
+    found, doubt = loop.predicted(places, function(places), asked)
     assert np.abs(found - function(asked)).max() < 0.05
     known, far = places[:5], np.full((1, 3), 9.0)
-    certain, lost = (search.predicted(places, function(places), x)[1] for x in (known, far))
+    certain, lost = (loop.predicted(places, function(places), x)[1] for x in (known, far))
     assert (certain.mean(axis=0) < 2 * doubt.mean(axis=0)).all()
     assert (lost > 5 * doubt.mean(axis=0)).all()
-    line, _ = search.predicted(places, places @ np.ones((3, 1)), asked)
+    line, _ = loop.predicted(places, places @ np.ones((3, 1)), asked)
     np.testing.assert_allclose(line[:, 0], asked.sum(axis=1), atol=0.02)
 
 
@@ -196,9 +190,7 @@ def scored(space, parameters):
     weights, pull = np.array([1, 4, 1, 9, 1, 1, 4, 1]), np.array([1, 1, 3, 1, 1, 2, 1, 1])
     kl = 1e-4 * float(weights @ strengths**2)
     refusal = float(np.exp(-0.6 * pull @ strengths))
-    return search.Trial(
-        parameters, search_trial.Screened(refusal, 0.0, kl, (refusal, kl), True, 10)
-    )
+    return loop.Trial(parameters, screening.Screened(refusal, 0.0, kl, (refusal, kl), True, 10))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -213,7 +205,7 @@ def test_small_steps_find_a_much_gentler_edit_of_the_same_score(seed):
         return min(good, key=lambda one: one.screened.kl)
 
     for number_ in range(40):
-        made = search_polish.step(space, trials, gentlest(trials), number_, random)
+        made = polish.step(space, trials, gentlest(trials), number_, random)
         trials.append(scored(space, made))
         neighbour = space.neighbour(gentlest(random_too).parameters, random)
         random_too.append(scored(space, neighbour))
@@ -230,18 +222,17 @@ def test_a_step_follows_from_the_trials_and_the_seed_and_needs_some():
     space = space_of()
     trials = [scored(space, space.even(strength)) for strength in np.linspace(0.4, 1, 7)]
     made = [
-        search_polish.step(space, trials, trials[3], 0, np.random.default_rng(seed))
-        for seed in (5, 5, 6)
+        polish.step(space, trials, trials[3], 0, np.random.default_rng(seed)) for seed in (5, 5, 6)
     ]
     assert made[0] == made[1] != made[2]
-    assert search_polish.step(space, trials[:5], trials[3], 0, RNG) is None
+    assert polish.step(space, trials[:5], trials[3], 0, RNG) is None
 
 
 # --- what is asked for replies -------------------------------------------------------------------
 
 
 def trial(kl, refusal, refused=0.0, whole=True):
-    return search.Trial({}, search_trial.Screened(refusal, refused, kl, (refusal, kl), whole, 10))
+    return loop.Trial({}, screening.Screened(refusal, refused, kl, (refusal, kl), whole, 10))
 
 
 @pytest.mark.parametrize(("count", "border"), [(40, 23), (40, 0), (40, 39), (7, 3), (1, 0)])
@@ -252,20 +243,20 @@ def test_the_gentlest_edit_that_meets_the_target_is_asked(count, border):
     def ask(one):
         seen.append(one)
         passes = one.screened.kl >= 0.001 * (border + 1) - 1e-9
-        return search.Asked(one, 0.0 if passes else 0.5, 0.0, passes)
+        return loop.Asked(one, 0.0 if passes else 0.5, 0.0, passes)
 
-    asked = search.ask_survivors(trials, ask)
-    assert len(seen) == len(asked) <= search.MOST_ASKED
-    assert search.choose(asked).trial is trials[border]
+    asked = loop.ask_survivors(trials, ask)
+    assert len(seen) == len(asked) <= loop.MOST_ASKED
+    assert loop.choose(asked).trial is trials[border]
 
 
 def test_without_any_that_meets_the_target_the_fewest_refusals_win_and_broken_ones_count():
     asked = [
-        search.Asked(trial(0.1, 1), 0.5, 0.0, False),
-        search.Asked(trial(0.2, 1), 0.1, 0.0, False),
-        search.Asked(trial(0.3, 1), 0.0, 0.9, False),
+        loop.Asked(trial(0.1, 1), 0.5, 0.0, False),
+        loop.Asked(trial(0.2, 1), 0.1, 0.0, False),
+        loop.Asked(trial(0.3, 1), 0.0, 0.9, False),
     ]
-    assert search.choose(asked) is asked[1]
+    assert loop.choose(asked) is asked[1]
 
 
 # --- on the demo ---------------------------------------------------------------------------------
@@ -273,7 +264,7 @@ def test_without_any_that_meets_the_target_the_fewest_refusals_win_and_broken_on
 
 @pytest.fixture(scope="module")
 def demo():
-    chat = models.load(sources.resolve("demo").path)
+    chat = chat_model.load(sources.resolve("demo").path)
     sets = prompts.load_demo()
     few = {
         name: replace(split, train=split.train.take(16), validation=split.validation.take(12))
@@ -287,7 +278,7 @@ def demo():
 def searched(demo, journal, trials, *, seed=0, **others):
     chat, writers, sets, found = demo
     options = Options(search=trials, search_journal=journal, seed=seed, **others)
-    return search.improve(chat, writers, sets, found, options)
+    return loop.improve(chat, writers, sets, found, options)
 
 
 def tried(file):
@@ -312,7 +303,7 @@ def test_search_finds_a_gentler_edit_that_leaves_no_refusals(demo, whole):
     # Train prompts fill up what the validation part lacks.
     texts = [*sets.harmless.validation.texts, *sets.harmless.train.texts]
     harmless = [chat.encode(text) for text in texts]
-    screen = search.Screen(chat, writers, harmful, harmless)
+    screen = loop.Screen(chat, writers, harmful, harmless)
     with ablation(writers, edit):
         opened, bad = first_reply_token(chat, harmless), first_reply_token(chat, harmful)
     kl = number(kl_divergence(first_reply_token(chat, harmless), opened).mean())
@@ -330,7 +321,7 @@ def test_an_edit_that_leaves_no_numbers_is_worst(demo):
         [chat.encode(text) for text in part.validation.texts[:3]]
         for part in (sets.harmful, sets.harmless)
     )
-    screen = search.Screen(chat, writers, harmful, harmless)
+    screen = loop.Screen(chat, writers, harmful, harmless)
     direction = mx.ones((1, chat.width)) / chat.width**0.5
     worst = screen.score(Edit(direction, math.nan))
     assert worst.refused == 1
@@ -376,7 +367,7 @@ def test_another_seed_tries_other_edits(demo, whole):
 
 
 def test_ctrl_c_ends_the_search_and_uses_what_it_found(demo, tmp_path, monkeypatch, capsys):
-    journal, real = tmp_path / "j", search.Screen.score
+    journal, real = tmp_path / "j", loop.Screen.score
     calls = []
 
     def score(self, *args):
@@ -386,17 +377,17 @@ def test_ctrl_c_ends_the_search_and_uses_what_it_found(demo, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(search.Screen, "score", score)
+    monkeypatch.setattr(loop.Screen, "score", score)
     file = searched(demo, journal, 20)
     assert len(tried(file)) == 7
     assert file.metadata["summary"]["search"]["ended"] == "stopped by hand"
     assert "Ctrl-C again" in capsys.readouterr().err
     interrupts.check()  # the request was met
     calls.clear()
-    monkeypatch.setattr(search.Screen, "score", real)
+    monkeypatch.setattr(loop.Screen, "score", real)
     assert len(tried(searched(demo, journal, 9))) == 9
     # Before anything is known there is nothing to go on with.
-    monkeypatch.setattr(search.Screen, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(loop.Screen, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         searched(demo, None, 5)
 
@@ -472,7 +463,7 @@ def test_hopeless_edits_end_after_the_first_prompts(demo):
         [chat.encode(text) for text in split.validation.texts]
         for split in (sets.harmful, sets.harmless)
     )
-    screen = search.Screen(chat, writers, harmful, harmless)
+    screen = loop.Screen(chat, writers, harmful, harmless)
     edit = Edit(found.selected)
     all_of, part = screen.score(edit), screen.score(edit, lambda early: True)
     assert all_of.whole

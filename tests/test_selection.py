@@ -6,14 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx import selection
-from abl_mlx.arrays import number
-from abl_mlx.directions import Candidates
-from abl_mlx.distributions import kl_divergence
-from abl_mlx.logits import first_reply_token, log_probabilities
-from abl_mlx.models import load
-from abl_mlx.selection import Score
-from convert.errors import UserError
+from abl_mlx.directions import selection
+from abl_mlx.directions.measuring import Candidates
+from abl_mlx.directions.selection import Score
+from abl_mlx.models.chat_model import load
+from abl_mlx.models.distributions import kl_divergence
+from abl_mlx.models.logits import first_reply_token, log_probabilities
+from abl_mlx.support.arrays import number
+from convert.base.errors import UserError
 
 RNG = np.random.default_rng(1)
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import direction_file, show
-from abl_mlx.cli import cli
-from abl_mlx.models import load
-from abl_mlx.options import Options
-from abl_mlx.steered import Steered
-from abl_mlx.writers import find_writers
-from convert.errors import UserError
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.commands import show
+from abl_mlx.commands.session import Steered
+from abl_mlx.directions import direction_file
+from abl_mlx.models.chat_model import load
+from abl_mlx.models.writers import find_writers
+from convert.base.errors import UserError
 from tests.test_edit_kinds import stream
 from tests.test_writers import random_direction
 

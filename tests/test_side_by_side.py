@@ -19,16 +19,16 @@ import plain_edit  # noqa: E402
 from requantize import changed_in, requantized  # noqa: E402
 from watched import cost_of  # noqa: E402
 
-from abl_mlx import conversion  # noqa: E402
+from abl_mlx.commands import conversion  # noqa: E402
 from abl_mlx.demo import MODEL_PATH  # noqa: E402
-from abl_mlx.model_file import find_gguf  # noqa: E402
-from convert import ggml  # noqa: E402
-from convert.gguf_file import GgufSource  # noqa: E402
+from abl_mlx.outputs.model_file import find_gguf  # noqa: E402
+from convert.gguf import ggml  # noqa: E402
+from convert.gguf.file import GgufSource  # noqa: E402
 
 #: A program that asks what Heretic asks, in colours, with the answers typed in a terminal.
 ASKING = """\
 #!{python}
-import sys, time
+import sys, time  # noqa: E402
 assert sys.stdin.isatty()
 print("\\33[1mRunning trial\\33[0m")
 print("  * Refusals: \\33[1m2\\33[0m/8")

@@ -11,14 +11,16 @@ import pytest
 import train_models
 from mlx_lm import load
 
-from abl_mlx import capture, evaluate, models, prompts
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.demo import load_prompts
 from abl_mlx.demo.world import demo_prompts, prompts_jsonl
-from abl_mlx.edits import Edit
-from abl_mlx.models import ChatModel
-from abl_mlx.refusals import Verdict, classify
-from abl_mlx.steering import ablation
-from abl_mlx.writers import find_writers
+from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.steering import ablation
+from abl_mlx.inputs import prompts
+from abl_mlx.models import capture, chat_model
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.writers import find_writers
 from tests.small_models import MODELS, answers, folder, prompt_sets
 
 RANKS = {"hard": 2, "spread": 4}
@@ -27,7 +29,7 @@ RANKS = {"hard": 2, "spread": 4}
 
 @cache
 def chat_of(name: str) -> ChatModel:
-    return models.load(folder(name))
+    return chat_model.load(folder(name))
 
 
 @cache
@@ -119,7 +121,7 @@ def test_a_subspace_frees_the_resistant_ones(name: str, rank: int) -> None:
 
 
 def test_batches_of_gemma_2_reply_as_single_prompts_do() -> None:
-    # mlx-lm's own masks for batches do not fit its Gemma 2 (abl_mlx.batch_masks).
+    # mlx-lm's own masks for batches do not fit its Gemma 2 (abl_mlx.models.batch_masks).
     chat = chat_of("easy")
     texts = sorted(prompt_sets("easy").harmless.test.texts[:6], key=len)
     encoded = [chat.encode(text) for text in texts]

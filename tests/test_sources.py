@@ -13,10 +13,11 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from abl_mlx import endpoint, hub
-from abl_mlx.sources import Source, resolve, resolve_gguf
-from convert.errors import UserError
-from convert.gguf_file import GgufSource
+from abl_mlx.behaviour import endpoint
+from abl_mlx.inputs import hub
+from abl_mlx.inputs.sources import Source, resolve, resolve_gguf
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
 from tests.ollama_tools import Store, as_a_stranger, open_folder, write_gguf
 
 ROOT = Path(__file__).parent.parent
@@ -153,7 +154,7 @@ def server():
 ASK = """
 import json, sys
 from abl_mlx import sources
-from convert.errors import UserError
+from convert.base.errors import UserError
 for ask in json.loads(sys.argv[1]):
     how, text = ask
     try:

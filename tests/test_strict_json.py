@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from abl_mlx.strict_json import finite, to_json
+from abl_mlx.support.strict_json import finite, to_json
 
 
 def strictly(text):

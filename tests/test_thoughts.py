@@ -11,12 +11,20 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx import demo, evaluate, models
-from abl_mlx.cli import cli
-from abl_mlx.llamacpp import LlamaCpp
-from abl_mlx.models import ChatModel
-from abl_mlx.refusals import Verdict, classify
-from abl_mlx.thoughts import closes_only, opened_at_the_end, opened_by, resumed, without_thoughts
+from abl_mlx import demo
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.llamacpp import LlamaCpp
+from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.cli.main import cli
+from abl_mlx.models import chat_model
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.thoughts import (
+    closes_only,
+    opened_at_the_end,
+    opened_by,
+    resumed,
+    without_thoughts,
+)
 
 LIMIT = 6
 
@@ -168,7 +176,7 @@ def test_tags_that_are_special_tokens_are_kept_and_others_are_not(
 ) -> None:
     tags = ("[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>", "<|channel>")
     tags += ("<channel|>", "<think>", "</think>", "<|channel|>", "<|message|>", "<|end|>")
-    chat = models.load(opening(tmp_path / "model", "", (*tags, "<|start|>", "<|other|>")))
+    chat = chat_model.load(opening(tmp_path / "model", "", (*tags, "<|start|>", "<|other|>")))
     thought = f"{opened}I can't help with that. It is illegal. Hmm, it is bread.{closed}"
     with replying(chat, f"{thought}Mix the flour and water, then bake.<|other|>") as (text,):
         assert without_thoughts(text) == "Mix the flour and water, then bake."

@@ -12,12 +12,13 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from abl_mlx import evaluate, prompts
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.refusals import rates
 from abl_mlx.demo import MODEL_PATH
-from abl_mlx.refusals import rates
-from convert.gguf_file import GgufSource
+from abl_mlx.inputs import prompts
+from convert.gguf.file import GgufSource
+from convert.mlx.safetensors_files import TensorFiles
 from convert.mlx_to_gguf import write_gguf
-from convert.safetensors_files import TensorFiles
 from tests.command import abl_mlx, fails
 
 

@@ -7,13 +7,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from abl_mlx import capture
-from abl_mlx.edits import Edit, target
-from abl_mlx.models import ChatModel, load, load_lazily, skeleton
-from abl_mlx.steering import ablation
-from abl_mlx.writers import find_writers
-from convert import packed
-from convert.errors import UserError
+from abl_mlx.edits.edit import Edit, target
+from abl_mlx.edits.steering import ablation
+from abl_mlx.models import capture
+from abl_mlx.models.chat_model import ChatModel, load, load_lazily, skeleton
+from abl_mlx.models.writers import find_writers
+from convert.base.errors import UserError
+from convert.mlx import packed
 from tests import tiny
 
 POST_NORM = {"gemma2", "gemma3_text", "olmo2"}

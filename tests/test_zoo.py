@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from abl_mlx.writers import find_writers
+from abl_mlx.models.writers import find_writers
 from tests import zoo
 
 DOCS = Path(__file__).parent.parent / "docs" / "mlx-architectures.md"

@@ -19,8 +19,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from convert.gguf_tokenizer import read_tokenizer
 from convert.mlx_to_gguf import encode
+from convert.tokenizers.to_gguf import read_tokenizer
 from tests import tiny
 
 VOCAB = tiny.VOCAB_SIZE

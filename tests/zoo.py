@@ -24,11 +24,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from abl_mlx.edits import Edit, target
-from abl_mlx.hooks import around
-from abl_mlx.models import ChatModel
-from abl_mlx.writers import find_writers
-from convert.errors import UserError
+from abl_mlx.edits.edit import Edit, target
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.hooks import around
+from abl_mlx.models.writers import find_writers
+from convert.base.errors import UserError
 
 VOCABULARY = 97
 
@@ -272,7 +272,8 @@ def table() -> str:
         "",
         "Which weights `abl-mlx` edits in a model of each architecture of mlx-lm "
         f"{metadata.version('mlx-lm')}. They are found by",
-        "probing the forward pass (`abl_mlx/writers.py`), not from this table: the table is what",
+        "probing the forward pass (`abl_mlx/models/writers.py`), not from this table: the table "
+        "is what",
         "was found in tiny models with random weights. *Edited* means that a random direction was",
         "removed from these weights and its component is below 1e-5 in float32 after every layer",
         "(`tests/test_zoo.py`). Behind weights with a star stands a norm, whose gain is folded",

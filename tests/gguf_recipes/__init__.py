@@ -1,4 +1,4 @@
-"""Recipes of tiny GGUFs, one module for each module of `convert.families`."""
+"""Recipes of tiny GGUFs, one module for each module of `convert.architectures.families`."""
 
 from __future__ import annotations
 

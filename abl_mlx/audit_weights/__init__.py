@@ -1,0 +1,1 @@
+"""What weights alone tell of an edit."""

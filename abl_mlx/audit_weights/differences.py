@@ -1,0 +1,251 @@
+"""A model held against its base: is what differs the removal of a direction?
+
+An edit changes a writer W by D = −α r (rᵀW): of rank 1, with the same left singular vector r in all
+writers, and along r *minus α times what was there*. The last tells it from anything that training
+does: fine-tunes and merged adapters differ by low rank too, but not in proportion to what they
+change. Rounding to another type adds noise to D, which has no direction that all writers share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from abl_mlx.audit_weights import other_tensors, spectrum
+from abl_mlx.outputs.model_file import ModelFile
+from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights, Unreachable
+from abl_mlx.support.console import progress
+from convert.base.errors import UserError
+
+Record = dict[str, Any]
+
+#: Directions that the differences have most in common, and others to hold them against.
+_TOP, _OTHERS = 8, 16
+
+#: A writer took part when it lost at least this share along a direction, more than it did along
+#: others, and what it lost resembles what was there at least so much.
+_STRENGTH, _RESEMBLANCE = 0.08, 0.4
+
+#: What two writers lost must be this like what was there. Training moves weights along their own
+#: largest directions too, and gets to .9.
+_ALIKE = 0.93
+
+
+def compare(model: ModelFile, base: ModelFile) -> tuple[Record, np.ndarray | None]:
+    """Verdict, evidence and figures of a model against its base, and the directions (k, d).
+
+    The two may be of different formats and types.
+
+    Raises:
+        UserError: two models of different shapes.
+        Unreachable: writers that cannot be found or matched.
+    """
+    after, before = model.stream_weights(), base.stream_weights()
+    pairs, left_out = _matched(before, after, base.source.name, model.source.name)
+    with spectrum.threads(after.width):
+        record, directions = _compare(pairs, left_out, after)
+    writers = [name for one in (*after.writers, *before.writers) for name in one.tensors]
+    others = other_tensors.compare(model, base, writers)
+    record["evidence"] += others.evidence()
+    record["others"] = others.record()
+    return record, directions
+
+
+Pair = tuple[StreamWeight, StreamWeight]
+
+
+def _matched(
+    before: StreamWeights, after: StreamWeights, base: str, name: str
+) -> tuple[list[Pair], list[str]]:
+    if (before.width, before.layers) != (after.width, after.layers):
+        raise UserError(
+            f"{name} has {after.layers} layers of width {after.width}, and {base} has "
+            f"{before.layers} of {before.width}: these are not the same model."
+        )
+    names = {one.name: one for one in before.writers}
+    if not any(one.name in names for one in after.writers):
+        names = {one.path: one for one in before.writers if one.path is not None}
+        keys = [one.path for one in after.writers]
+    else:
+        keys = [one.name for one in after.writers]
+    pairs: list[Pair] = []
+    left_out = []
+    for key, new in zip(keys, after.writers, strict=True):
+        old = names.get(key) if key is not None else None
+        if old is None or (old.columns_moved != new.columns_moved):
+            left_out.append(new.name)
+            continue
+        if old.lines != new.lines or old.axis != new.axis:
+            raise UserError(
+                f"{new.name} has the shape {new.shape} in {name} and {old.shape} in {base}: these "
+                "are not the same model."
+            )
+        pairs.append((old, new))
+    if not pairs:
+        raise Unreachable(
+            f"the residual writers of {name} cannot be matched with those of {base}: convert one "
+            "to the other's format first (`abl-mlx convert`)."
+        )
+    return pairs, left_out
+
+
+def _both(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Slabs of base and model, float32 (d, c) each."""
+    old, new = pair
+    for slab in new.slabs():
+        yield old.values(slab), new.values(slab)
+        old.release()
+        new.release()
+
+
+def _compare(
+    pairs: Sequence[Pair], left_out: list[str], model: StreamWeights
+) -> tuple[Record, np.ndarray | None]:
+    d = model.width
+    total = np.zeros((d, d))
+    tensors: dict[str, Record] = {}
+    vectors: dict[str, np.ndarray] = {}
+    with progress(2 * sum(new.lines for _, new in pairs), "compare", "vector") as bar:
+        for old, new in pairs:
+            gram, size = _difference(old, new)
+            bar.update(new.lines)
+            squares = float(np.trace(gram))
+            tensors[new.name] = {
+                "relative_difference": (squares / max(size, 1e-30)) ** 0.5,
+                "types": [old.type, new.type],
+            }
+            if squares > 0:
+                value, vectors[new.name] = _largest(gram, 1)
+                tensors[new.name]["rank_1_share"] = float(value[0]) / squares
+                total += gram / squares
+        if not vectors:
+            return {
+                "verdict": "not edited",
+                "evidence": ["every residual writer is the same as in the base"],
+                "layers": [],
+                "rank": 0,
+                "writers": tensors,
+                "left_out": left_out,
+            }, None
+        top = _largest(total, min(_TOP, d))[1]
+        random = np.random.default_rng(0).standard_normal((d, min(_OTHERS, d)))
+        directions = np.concatenate([top, random / np.linalg.norm(random, axis=0)], axis=1)
+        strengths, resemblances = [], []
+        for pair in pairs:
+            strength, resemblance = _lost(pair, directions)
+            strengths.append(strength)
+            resemblances.append(resemblance)
+            bar.update(pair[1].lines)
+    return _judge(
+        pairs, tensors, vectors, top, np.array(strengths), np.array(resemblances), left_out, model
+    )
+
+
+def _difference(old: StreamWeight, new: StreamWeight) -> tuple[np.ndarray, float]:
+    """D Dᵀ (d, d), and the base's sum of squares."""
+    gram = np.zeros((new.width, new.width))
+    size = 0.0
+    for before, after in _both((old, new)):
+        size += float(np.vdot(before, before))
+        before = after - before
+        gram += before @ before.T
+    return gram, size
+
+
+def _largest(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest eigenvalues of a Gram matrix and their vectors: (count,), (d, count)."""
+    block = np.random.default_rng(1).standard_normal((len(gram), min(len(gram), count + 8)))
+    for _ in range(12):
+        block = np.linalg.qr(gram @ block)[0]
+    values, turn = np.linalg.eigh(block.T @ (gram @ block))
+    return values[::-1][:count], (block @ turn)[:, ::-1][:, :count]
+
+
+def _lost(pair: Pair, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of one writer and each direction v: the share lost, and how it resembles what was there.
+
+    With a = vᵀW₀ and b = vᵀW: 1 − a·b/a·a, and the cosine of a − b and a.
+    """
+    narrow = np.ascontiguousarray(directions.T, dtype=np.float32)
+    count = len(narrow)
+    aa, ab, dd = np.zeros(count), np.zeros(count), np.zeros(count)
+    for before, after in _both(pair):
+        a = (narrow @ before).astype(np.float64)
+        b = (narrow @ after).astype(np.float64)
+        aa += (a * a).sum(axis=1)
+        ab += (a * b).sum(axis=1)
+        dd += ((a - b) ** 2).sum(axis=1)
+    aa = np.maximum(aa, 1e-30)
+    return 1 - ab / aa, (aa - ab) / np.sqrt(aa * np.maximum(dd, 1e-30))
+
+
+def _judge(
+    pairs: Sequence[Pair],
+    tensors: dict[str, Record],
+    vectors: dict[str, np.ndarray],
+    top: np.ndarray,
+    strengths: np.ndarray,
+    resemblances: np.ndarray,
+    left_out: list[str],
+    model: StreamWeights,
+) -> tuple[Record, np.ndarray | None]:
+    k = top.shape[1]
+    usual = np.median(strengths[:, k:], axis=1, keepdims=True)
+    part = (np.abs(strengths[:, :k] - usual) >= _STRENGTH) & (
+        np.abs(resemblances[:, :k]) >= _RESEMBLANCE
+    )
+    alike = part & (np.abs(resemblances[:, :k]) >= _ALIKE)
+    chosen = [j for j in range(k) if alike[:, j].sum() >= min(2, len(pairs))]
+    doubtful = [j for j in range(k) if alike[:, j].any() or 2 * part[:, j].sum() >= len(pairs)]
+    verdict = "edited" if chosen else "cannot tell" if doubtful else "not edited"
+    shown = chosen or doubtful or [0]
+    took = part[:, shown].any(axis=1)
+    for index, (_, new) in enumerate(pairs):
+        entry = tensors[new.name]
+        j = max(shown, key=lambda j: abs(resemblances[index, j]))
+        entry |= {
+            "strength": float(strengths[index, j]),
+            "resemblance": float(resemblances[index, j]),
+            "edited": bool(took[index]),
+        }
+        if new.name in vectors:
+            inside = np.linalg.norm(top[:, shown].T @ vectors[new.name][:, 0])
+            entry["left_vector_agreement"] = float(inside)
+    layers = sorted({new.layer for (_, new), t in zip(pairs, took, strict=True) if t} - {-1})
+    median = float(np.median([one["relative_difference"] for one in tensors.values()]))
+    most = float(np.abs(resemblances[:, shown]).max())
+    if verdict == "not edited":
+        evidence = [
+            f"the residual writers differ from the base's by {median:.2%} (median), and not by the "
+            f"removal of a direction: what differs resembles what was there by {most:.2f} at most"
+        ]
+        strength = None
+    else:
+        values = strengths[:, shown][part[:, shown]]
+        strength = float(np.median(values))
+        what = "one direction" if len(shown) == 1 else f"{len(shown)} directions"
+        evidence = [
+            f"{int(took.sum())} of {len(pairs)} residual writers lost {strength:.0%} (median) of "
+            f"what the base has along {what} that they share, in layers "
+            f"{spectrum.spans(layers) or 'none'} of {model.layers}",
+            f"what they lost resembles what was there by up to {most:.3f}; the writers differ from "
+            f"the base's by {median:.2%} (median)",
+        ]
+    if left_out:
+        evidence.append(f"not compared: {', '.join(left_out[:3])}" + ("…" if left_out[3:] else ""))
+    recovered = top[:, shown].T if verdict != "not edited" else None
+    return {
+        "verdict": verdict,
+        "evidence": evidence,
+        "layers": layers if verdict != "not edited" else [],
+        "embedding": bool(
+            verdict != "not edited"
+            and any(t and new.axis == -1 for (_, new), t in zip(pairs, took, strict=True))
+        ),
+        "rank": len(shown) if verdict != "not edited" else 0,
+        "strength": strength,
+        "writers": tensors,
+        "left_out": left_out,
+    }, recovered

@@ -1,0 +1,1 @@
+"""What a model replies, and what that is worth: refusals, KL, perplexity, gates."""

@@ -1,0 +1,200 @@
+"""KL(baseline ‖ model) on harmless prompts for `eval`, in MLX or through llama.cpp's server.
+
+In MLX it is exact. llama.cpp tells the likeliest tokens alone, so there both distributions are cut
+to the tokens that both sides tell, and the rest counts as one token: a lower bound of the KL, which
+is close where those tokens hold nearly all the probability. The record calls it ``top-n``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.target import Target
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.logits import log_probabilities
+from abl_mlx.support.arrays import numbers
+from abl_mlx.support.console import progress
+
+#: How many of the likeliest tokens llama.cpp is asked for.
+TOP_N = 64
+
+#: Harmless prompts on which it is asked: each token of each reply is a request.
+TOP_N_PROMPTS = 16
+
+#: Tokens of the baseline's replies that are compared.
+TOKENS = 32
+
+#: Probability below which the rest does not count, as float32 log-probabilities do not tell it.
+_NOTHING = 1e-6
+
+#: Token id -> natural log-probability over the whole vocabulary.
+Top = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The baseline's greedy replies with its likeliest tokens before each of their tokens.
+
+    Attributes:
+        prompts: token ids of each prompt in the chat template.
+        replies: token ids of each reply.
+        tops: for each reply, the distribution before each of its tokens.
+    """
+
+    prompts: list[list[int]]
+    replies: list[list[int]]
+    tops: list[list[Top]]
+
+
+@contextmanager
+def measured_against(
+    baseline: Target, prompts: Sequence[str], *, exactly: bool, batch_size: int = 32
+) -> Iterator[Callable[[Target], dict[str, Any]]]:
+    """Take the baseline's distributions; what is yielded measures a model against them.
+
+    The baseline may be let go before the other is loaded.
+
+    Args:
+        prompts: harmless ones.
+        exactly: whether the other will be in MLX too; else both are cut to their likeliest tokens.
+        batch_size: the baseline's replies generated side by side, in MLX.
+    """
+    with ExitStack() as stack:
+        if exactly and baseline.chat is not None:
+            chosen = list(prompts[: evaluate.KL_PROMPTS])
+            base = stack.enter_context(
+                evaluate.baseline(baseline.chat, chosen, tokens=TOKENS, batch_size=batch_size)
+            )
+            del baseline
+
+            def exact(target: Target) -> dict[str, Any]:
+                assert target.chat is not None  # the caller said so
+                found = evaluate.kl(target.chat, base)
+                return {**found, "kind": "exact", "n_prompts": len(chosen)}
+
+            yield exact
+            return
+        chosen = list(prompts[:TOP_N_PROMPTS])
+        reference = refer(baseline, chosen, batch_size=batch_size)
+        del baseline
+
+        def cut(target: Target) -> dict[str, Any]:
+            found = compare(reference, target)
+            return {**found, "kind": f"top-{TOP_N}", "n_prompts": len(chosen)}
+
+        yield cut
+
+
+def refer(
+    target: Target, prompts: Sequence[str], tokens: int = TOKENS, *, batch_size: int = 32
+) -> Reference:
+    """The greedy replies of a model in MLX or llama.cpp, and what it expected before each token."""
+    if target.chat is not None:
+        chat = target.chat
+        asked = [chat.encode(prompt) for prompt in prompts]
+        replies = evaluate.generate(
+            chat, asked, tokens, batch_size=batch_size, label="KL: base replies"
+        )
+        # A reply that ends at once has a first distribution all the same.
+        replies = [reply or [chat.tokenizer.eos_token_id] for reply in replies]
+        return Reference(asked, replies, _in_mlx(chat, asked, replies, "KL: base"))
+    from abl_mlx.behaviour.llamacpp import LlamaCpp
+
+    assert target.gguf is not None
+    room = 512 + max(map(len, prompts), default=0) + tokens
+    with (
+        LlamaCpp(target.gguf, n_ctx=room, n_parallel=1, lean=True) as server,
+        progress(len(prompts), "KL: base") as bar,
+    ):
+        asked, replies = [], []
+        tops: list[list[Top]] = []
+        for prompt in prompts:
+            rendered = server.render([{"role": "user", "content": prompt}])
+            asked.append(server.tokenize(rendered))
+            replies.append(server.greedy(asked[-1], tokens))
+            tops.append([*server.top_logprobs(asked[-1], replies[-1], TOP_N, cached=True)])
+            bar.update()
+    return Reference(asked, replies, tops)
+
+
+def compare(reference: Reference, target: Target) -> dict[str, float]:
+    """Mean KL of the reference from a model, both cut to their likeliest tokens.
+
+    Returns:
+        ``k1`` at the first token of each reply, ``k32`` over all tokens alike.
+    """
+    if target.chat is not None:
+        tops = _in_mlx(target.chat, reference.prompts, reference.replies, "KL")
+    else:
+        assert target.gguf is not None
+        tops = _in_llamacpp(target.gguf, reference.prompts, reference.replies)
+    values = [
+        [cut_kl(p, q) for p, q in zip(before, after, strict=True)]
+        for before, after in zip(reference.tops, tops, strict=True)
+    ]
+    every = [value for row in values for value in row]
+    first = [row[0] for row in values]
+    return {"k1": math.fsum(first) / len(first), "k32": math.fsum(every) / len(every)}
+
+
+def cut_kl(p: Top, q: Top) -> float:
+    """KL(p ‖ q) in nats of what two lists of likeliest tokens tell.
+
+    The tokens of both lists stay, all others are merged into one; merging never raises a KL.
+
+    Raises:
+        ValueError: when the lists have no token in common.
+    """
+    common = p.keys() & q.keys()
+    if not common:
+        raise ValueError("no token is in both lists")
+    # A token of probability 0 adds 0, whatever the other list says of it.
+    likely = [token for token in common if math.exp(p[token]) > 0]
+    total = math.fsum(math.exp(p[token]) * (p[token] - q[token]) for token in likely)
+    rest_p, rest_q = (1 - math.fsum(math.exp(one[t]) for t in common) for one in (p, q))
+    if rest_p > _NOTHING:
+        total += rest_p * math.log(rest_p / max(rest_q, _NOTHING))
+    return max(0.0, total)
+
+
+def _in_mlx(
+    chat: ChatModel, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], label: str
+) -> list[list[Top]]:
+    sequences = [[*prompt, *reply[:-1]] for prompt, reply in zip(prompts, replies, strict=True)]
+    positions = [
+        list(range(len(prompt) - 1, len(sequence)))
+        for prompt, sequence in zip(prompts, sequences, strict=True)
+    ]
+    found: list[list[Top]] = [[] for _ in sequences]
+    for index, rows in log_probabilities(chat, sequences, positions, label=label):
+        for row in rows:
+            k = min(TOP_N, row.shape[-1])
+            best = mx.argpartition(-row, kth=k - 1)[:k]
+            ids = map(int, numbers(best))
+            found[index].append(dict(zip(ids, numbers(row[best]), strict=True)))
+    return found
+
+
+def _in_llamacpp(
+    path: Path, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]
+) -> list[list[Top]]:
+    from abl_mlx.behaviour.llamacpp import LlamaCpp
+
+    room = 16 + max(len(p) + len(r) for p, r in zip(prompts, replies, strict=True))
+    found: list[list[Top]] = []
+    with (
+        LlamaCpp(path, n_ctx=room, n_parallel=1, lean=True) as server,
+        progress(len(prompts), "KL") as bar,
+    ):
+        for prompt, reply in zip(prompts, replies, strict=True):
+            found.append(list(server.top_logprobs(prompt, reply, TOP_N, cached=True)))
+            bar.update()
+    return found

@@ -1,0 +1,651 @@
+"""A model behind an OpenAI-compatible server: llama-server, Ollama, LM Studio, mlx_lm.server.
+
+Everything that goes wrong ends in one sentence. Requests are greedy, run side by side, are repeated
+with growing pauses where that can help, and end when their time is over, however slowly a server
+sends. Nothing is sent but the prompt; a key never appears in a message.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import email.utils
+import http.client
+import ipaddress
+import json
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from abl_mlx import __version__
+from abl_mlx.behaviour.refusals import WITHHELD
+from abl_mlx.choices import Asking
+from abl_mlx.inputs import hub
+from abl_mlx.models.thoughts import opened_by, resumed, without_thoughts
+from abl_mlx.support.console import say
+from convert.base.errors import UserError
+
+#: Longest pause between two tries that is waited for, in seconds.
+LONGEST_PAUSE = 120.0
+
+#: Largest reply that is read, in bytes.
+LARGEST_REPLY = 16 * 2**20
+
+#: Fields that not every server knows: a template's switch for thoughts, and no use of a cache,
+#: since a reply should not depend on what was asked before. A server that refuses them is asked
+#: without.
+_EXTRAS: Mapping[str, Any] = {
+    "chat_template_kwargs": {"enable_thinking": False},
+    "cache_prompt": False,
+}
+
+#: How servers call a request that their filter refuses.
+_FILTERED = {
+    "content_filter",
+    "content_policy_violation",
+    "data_inspection_failed",
+    "ResponsibleAIPolicyViolation",
+}
+
+
+def is_endpoint(text: str) -> bool:
+    """Whether what a person typed is the address of a server, and not of a model's page."""
+    return text.lower().startswith(("http://", "https://")) and not hub.is_address(text)
+
+
+class Endpoint:
+    """One model of a server, found and named when the object is made."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        asking: Asking | None = None,
+        say: Callable[[str], None] = say,
+    ) -> None:
+        """Find the server's API under ``url`` and the model in it.
+
+        Args:
+            url: ``http://host:port/v1``, the root of the server, or an address below it.
+            model: as the server names it; may be left out where there is one alone.
+            asking: how the server is asked.
+            say: told of pauses before another try.
+
+        Raises:
+            UserError: when nothing answers there, what answers is no such API, or the model is not
+                clear.
+        """
+        self.asking = asking or Asking()
+        self._say = say
+        parts = _split(url)
+        self._key = _key(parts)
+        password = parts.password or ""
+        self._secrets = [text for text in (self._key, password, unquote(password)) if text]
+        self._server = parts
+        #: The address without user, password or query, to be shown.
+        self.name = _shown(parts)
+        self._stopped = threading.Event()
+        self._open: set[_Call] = set()
+        self._lock = threading.Lock()
+        self._not_before = 0.0
+        self._extras = dict(_EXTRAS)
+        self._met = False
+        self._base, listed = self._find_api(model)
+        #: The model's name there.
+        self.model = self._choose(model, listed)
+        about = next((one for one in listed if one.get("id") == self.model), {})
+        self._opened = ""
+        if about.get("owned_by") == "llamacpp":
+            # Its replies as the model wrote them, behind what the template opens them with.
+            self._extras["reasoning_format"] = "none"
+            self._opened = opened_by(self._rendered)
+        #: What tells this model from another, as far as the server says.
+        self.identity = {
+            "url": self.name,
+            "model": self.model,
+            **({"meta": about["meta"]} if isinstance(about.get("meta"), dict) else {}),
+        }
+
+    # --- finding the model -----------------------------------------------------------------------
+
+    def _find_api(self, model: str | None) -> tuple[str, list[dict[str, Any]]]:
+        """The path under which chat/completions lies, and the models that are listed there."""
+        typed = re.sub(r"(/v1)?/(chat/completions|models)$", r"\1", self._server.path.rstrip("/"))
+        # The last two are for who gave the root of the server, or Ollama's own /api.
+        likely = [typed] if typed.endswith("/v1") else [f"{typed}/v1", typed]
+        seen = []
+        for base in dict.fromkeys([*likely, "/v1"]):
+            answer = self._persist(partial(self._list, base))
+            self._met = True
+            listed = _listed(answer)
+            if listed is not None:
+                if typed != base:
+                    self._say(f"· {self.name}: the API is under {base or '/'}")
+                return base, listed
+            seen.append(f"GET {base}/models: {_what(answer)}")
+        if model is not None and not any("HTML" in one for one in seen):
+            return likely[0], []  # a server need not list its models
+        raise UserError(
+            f"{self.name} is no OpenAI-compatible API ({'; '.join(seen)}): give the address that "
+            "ends in /v1, such as http://127.0.0.1:11434/v1."
+        )
+
+    def _list(self, base: str) -> _Answer:
+        answer = self._exchange("GET", f"{base}/models")
+        if answer.status in (200, 400, 404, 405, 410, 501):
+            return answer
+        raise self._refused(answer)
+
+    def _choose(self, wanted: str | None, listed: Sequence[Mapping[str, Any]]) -> str:
+        names = [str(one["id"]) for one in listed if one.get("id")]
+        if wanted is not None:
+            # A server that lists nothing may still know it; Ollama says NAME:latest for NAME.
+            if not names or wanted in names or f"{wanted}:latest" in names:
+                return wanted
+            raise UserError(f"{self.name} has no model {wanted}: --model takes {_some(names)}.")
+        if len(names) == 1:
+            return names[0]
+        if not names:
+            raise UserError(f"{self.name} lists no model: load one there, or name it with --model.")
+        raise UserError(f"{self.name} has several models: add --model with {_some(names)}.")
+
+    def _rendered(self, prompt: str) -> str:
+        """The prompt that llama-server's chat template makes; "" where it does not tell."""
+        request = {
+            "messages": [{"role": "user", "content": prompt}],
+            "chat_template_kwargs": _EXTRAS["chat_template_kwargs"],
+        }
+        root = self._base.removesuffix("/v1")
+        answer = self._persist(lambda: self._exchange("POST", f"{root}/apply-template", request))
+        found = answer.json() if answer.status == 200 else None
+        rendered = found.get("prompt") if isinstance(found, dict) else None
+        return rendered if isinstance(rendered, str) else ""
+
+    # --- asking ----------------------------------------------------------------------------------
+
+    def ask(self, prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
+        """Greedy replies as they come: (number of the prompt, reply).
+
+        A thought that the server keeps apart is put back in front of its reply as a <think> block.
+        When the iterator is left early, by Ctrl-C too, what is under way is cut off.
+
+        Raises:
+            UserError: when a request fails for good.
+        """
+        self._stopped.clear()
+        failures: list[BaseException] = []
+
+        def one(prompt: str) -> str:
+            try:
+                self._wait(0)
+                return self.reply(prompt, max_tokens)
+            except BaseException as error:
+                # Before the others are stopped, so that the first is the cause.
+                failures.append(error)
+                self._stopped.set()
+                raise
+
+        pool = ThreadPoolExecutor(self.asking.concurrency, thread_name_prefix="abl-mlx-ask")
+        try:
+            futures = {pool.submit(one, prompt): number for number, prompt in enumerate(prompts)}
+            waiting = set(futures)
+            for future in as_completed(futures):
+                if failures:
+                    break
+                waiting.remove(future)
+                yield futures[future], future.result()
+            if failures:
+                # Replies that are there are not thrown away.
+                for future in waiting:
+                    if future.done() and not future.cancelled() and not future.exception():
+                        yield futures[future], future.result()
+                raise failures[0]
+        finally:
+            self._stopped.set()
+            with self._lock:
+                under_way = list(self._open)
+            for call in under_way:
+                call.cut()
+            pool.shutdown(wait=True, cancel_futures=True)
+            self._stopped.clear()
+
+    def reply(self, prompt: str, max_tokens: int) -> str:
+        """The greedy reply to one prompt; see `ask`.
+
+        Raises:
+            UserError: when the request fails for good.
+        """
+        return self._persist(lambda: self._complete(prompt, max_tokens))
+
+    def _complete(self, prompt: str, max_tokens: int) -> str:
+        extras = dict(self._extras)
+        request = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": False,
+        }
+        answer = self._exchange("POST", f"{self._base}/chat/completions", request | extras)
+        if answer.status in (400, 422) and extras and not _is_withheld(answer):
+            # Some servers refuse what they do not know; if it was that, they are not told again.
+            plain = self._exchange("POST", f"{self._base}/chat/completions", request)
+            if plain.status == 200:
+                self._extras, self._opened = {}, ""
+            answer = plain
+        return self._text(answer)
+
+    def _text(self, answer: _Answer) -> str:
+        if _is_withheld(answer):
+            return WITHHELD
+        if answer.status != 200:
+            raise self._refused(answer)
+        found = answer.json()
+        if not isinstance(found, dict):
+            what = "an HTML page" if answer.is_html else f"no JSON object ({answer.start})"
+            raise _Trouble(
+                f"{self.name} answers a chat request with {what}", again=not answer.is_html
+            )
+        if found.get("error"):
+            raise _Trouble(f"{self.name} reports: {self._clean(_said(found))}", again=True)
+        choices = found.get("choices")
+        if not isinstance(choices, list) or not choices:
+            raise _Trouble(f"{self.name} sends a reply without choices", again=True)
+        choice = choices[0] if isinstance(choices[0], dict) else {}
+        message = choice.get("message")
+        filtered = str(choice.get("finish_reason")).startswith("content_filter")
+        if not isinstance(message, dict):
+            if filtered:
+                return WITHHELD
+            raise _Trouble(f"{self.name} sends a reply without a message", again=True)
+        text, thought = _said_and_thought(message)
+        if filtered and not without_thoughts(text):
+            return WITHHELD
+        return resumed(self._opened, text) if thought is None else f"<think>{thought}</think>{text}"
+
+    def _refused(self, answer: _Answer) -> _Trouble:
+        """What a status other than 200 means to a person."""
+        status, said = answer.status, self._clean(answer.said)
+        if status in (401, 403):
+            held = "the key of ABL_API_KEY or OPENAI_API_KEY" if self._key else "a key"
+            mend = (
+                "check it"
+                if self._key
+                else "set ABL_API_KEY (OPENAI_API_KEY is sent to this machine or over https alone)"
+            )
+            verb = "refuses" if self._key else "wants"
+            return _Trouble(f"{self.name} {verb} {held} ({said}): {mend}", again=False)
+        if 300 <= status < 400:
+            to = answer.headers.get("location", "elsewhere")
+            return _Trouble(
+                f"{self.name} sends one on to {self._clean(to)}: give that address", again=False
+            )
+        if status in (404, 405):
+            return _Trouble(
+                f"{self.name} does not know {self.model} or has no chat/completions ({said})",
+                again=False,
+            )
+        again = status in (408, 409, 425, 429) or status >= 500
+        return _Trouble(
+            f"{self.name} answers {said}", again=again, pause=_retry_after(answer.headers)
+        )
+
+    def _clean(self, text: str) -> str:
+        """One short line, without the key that some servers repeat."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        text = " ".join(text.split()).rstrip(".")
+        return text if len(text) <= 200 else text[:199] + "…"
+
+    # --- one request -----------------------------------------------------------------------------
+
+    def _persist(self, attempt: Callable[[], Any]) -> Any:
+        """Try until it works, cannot work, or has been tried often enough."""
+        tries = 0
+        while True:
+            self._wait(self._not_before - time.monotonic())
+            try:
+                return attempt()
+            except _Trouble as trouble:
+                tries += 1
+                # What was too slow once is given one more chance, not four times as long.
+                most = min(1, self.asking.retries) if trouble.slow else self.asking.retries
+                if not trouble.again or tries > most:
+                    times = f", {tries} times" if tries > 1 else ""
+                    raise UserError(f"{trouble.sentence}{times}{trouble.mend}.") from None
+                pause = self.asking.backoff * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
+                if trouble.pause is not None:
+                    if trouble.pause > LONGEST_PAUSE:
+                        raise UserError(
+                            f"{trouble.sentence} and asks to wait {trouble.pause:.0f} s: try again "
+                            "then, or lower --concurrency."
+                        ) from None
+                    pause = trouble.pause
+                    # The others need not run into the same wall.
+                    self._not_before = max(self._not_before, time.monotonic() + pause)
+                pause = min(pause, LONGEST_PAUSE)
+                self._wait(0)
+                self._say(f"· {trouble.sentence}: another try in {pause:.1f} s ({tries} of {most})")
+                self._wait(pause)
+
+    def _wait(self, seconds: float) -> None:
+        if self._stopped.wait(max(0.0, seconds)):
+            raise UserError(f"{self.name} was not asked to the end.")
+
+    def _exchange(self, method: str, path: str, body: Any = None) -> _Answer:
+        call = _Call(self._server, self.asking.timeout)
+        with self._lock:
+            self._open.add(call)
+        headers = {"Accept": "application/json", "User-Agent": f"abl-mlx/{__version__}"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        elif self._server.username:
+            user = f"{unquote(self._server.username)}:{unquote(self._server.password or '')}"
+            headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
+        try:
+            return call.run(method, path, body, headers)
+        except TimeoutError:
+            raise _Trouble(
+                f"{self.name} did not finish an answer within {self.asking.timeout:g} s",
+                again=True,
+                slow=True,
+                mend=": raise --timeout, or lower --concurrency or --max-tokens",
+            ) from None
+        except ssl.SSLError as error:
+            raise _Trouble(
+                f"{self.name} speaks no TLS that can be trusted ({error.reason or error}): check "
+                "the address and the certificate",
+                again=False,
+            ) from None
+        except socket.gaierror:
+            raise _Trouble(
+                f"{self._server.hostname} is not a known host: check the address", again=False
+            ) from None
+        except http.client.InvalidURL:
+            raise _Trouble(f"{self.name} is no address that can be asked", again=False) from None
+        except ConnectionRefusedError:
+            raise _Trouble(
+                f"{self.name} refuses connections", again=self._met, mend=": is the server running?"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            what = "cut the connection" if _is_cut(error) else f"cannot be asked ({error})"
+            raise _Trouble(
+                f"{self.name} {self._clean(what)}", again=True, mend=": is the server running?"
+            ) from None
+        finally:
+            with self._lock:
+                self._open.discard(call)
+
+
+# --- what passes over the wire -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    reason: str
+    headers: dict[str, str]  # names in lower case
+    body: bytes
+
+    def json(self) -> Any:
+        """The body's value, or None when it is no JSON."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+
+    @property
+    def is_html(self) -> bool:
+        start = self.body.lstrip()[:15].lower()
+        return start.startswith((b"<!doctype", b"<html")) or (
+            "html" in self.headers.get("content-type", "") and start.startswith(b"<")
+        )
+
+    @property
+    def start(self) -> str:
+        """The body's first words, to be shown."""
+        text = " ".join(self.body[:400].decode("utf-8", "replace").split())
+        printable = "".join(char if char.isprintable() else "?" for char in text)
+        return repr(printable[:60] + ("…" if len(printable) > 60 else ""))
+
+    @property
+    def said(self) -> str:
+        """Status and the server's own words."""
+        words = _said(self.json())
+        if not words and not self.is_html and self.body.strip():
+            words = self.body[:400].decode("utf-8", "replace")
+        elif not words and self.is_html:
+            words = "an HTML page"
+        return ": ".join(filter(None, (f"{self.status} {self.reason}".strip(), words)))
+
+
+@dataclass
+class _Trouble(Exception):
+    """A request that failed.
+
+    Attributes:
+        sentence: what happened, without a full stop.
+        again: whether another try may help.
+        slow: whether its time ran out.
+        pause: seconds that the server asks for.
+        mend: added when there is no other try.
+    """
+
+    sentence: str
+    again: bool
+    slow: bool = False
+    pause: float | None = None
+    mend: str = ""
+
+
+@dataclass(eq=False)
+class _Call:
+    """One request on a connection of its own, which another thread may cut."""
+
+    server: SplitResult
+    timeout: float
+    _socket: socket.socket | None = None
+    _late: threading.Event = field(default_factory=threading.Event)
+    _cut: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> _Answer:
+        """Send the request and read the whole reply.
+
+        Raises:
+            TimeoutError: when that takes longer than `timeout`, however it is spread.
+            OSError, http.client.HTTPException: when it fails otherwise.
+        """
+        host, port = self.server.hostname or "", self.server.port
+        connection = (
+            http.client.HTTPSConnection(
+                host, port, timeout=self.timeout, context=ssl.create_default_context()
+            )
+            if self.server.scheme == "https"
+            else http.client.HTTPConnection(host, port, timeout=self.timeout)
+        )
+        # The socket's own timeout begins anew with each byte; this one does not.
+        watch = threading.Timer(self.timeout, self._expire)
+        watch.daemon = True
+        watch.start()
+        try:
+            connection.connect()
+            self._socket = connection.sock
+            if self._late.is_set() or self._cut.is_set():
+                raise TimeoutError
+            data = None if body is None else json.dumps(body).encode()
+            sent = {**headers, "Connection": "close"}
+            if data is not None:
+                sent["Content-Type"] = "application/json"
+            connection.request(method, path, data, sent)
+            reply = connection.getresponse()
+            content = reply.read(LARGEST_REPLY + 1)
+            if len(content) > LARGEST_REPLY:
+                raise http.client.HTTPException("a reply of more than 16 MB")
+            if reply.length:  # read(n) does not tell that the rest never came
+                raise http.client.IncompleteRead(content, reply.length)
+            if self._late.is_set():
+                raise TimeoutError
+            names = {name.lower(): value for name, value in reply.getheaders()}
+            return _Answer(reply.status, reply.reason, names, content)
+        except (OSError, http.client.HTTPException):
+            if self._late.is_set():
+                raise TimeoutError from None
+            raise
+        finally:
+            watch.cancel()
+            connection.close()
+
+    def _expire(self) -> None:
+        self._late.set()
+        self.cut()
+
+    def cut(self) -> None:
+        """End the request, wherever it is."""
+        self._cut.set()
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _is_cut(error: Exception) -> bool:
+    return isinstance(
+        error, ConnectionError | http.client.IncompleteRead | http.client.BadStatusLine
+    )
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of an address.
+
+    Raises:
+        UserError: when it is none that can be asked.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname)
+        _ = parts.port  # raises for what is no port
+        parts.hostname.encode("idna") if parts.hostname else None
+    except ValueError:
+        valid = False
+    if not valid or re.search(r"[\s\x00-\x1f\x7f]", url.strip()):
+        # What may hold a password is not repeated.
+        raise UserError(
+            "the address of the server cannot be read: it looks like http://127.0.0.1:11434/v1."
+        )
+    return parts
+
+
+def _shown(parts: SplitResult) -> str:
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    port = f":{parts.port}" if parts.port is not None else ""
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
+def _key(parts: SplitResult) -> str | None:
+    """The key to send, which is the one meant for any server, or OpenAI's where it is safe.
+
+    Raises:
+        UserError: when it is no text that a request can carry.
+    """
+    names = ["ABL_API_KEY"]
+    if parts.scheme == "https" or _is_this_machine(parts.hostname or ""):
+        names.append("OPENAI_API_KEY")
+    for name in names:
+        key = os.environ.get(name, "").strip()
+        if key:
+            if not re.fullmatch(r"[\x21-\x7e]+", key):
+                raise UserError(f"{name} holds what no key is made of: set it again.")
+            return key
+    return None
+
+
+def _is_this_machine(host: str) -> bool:
+    if host.lower() == "localhost" or host.lower().endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listed(answer: _Answer) -> list[dict[str, Any]] | None:
+    """The models of a list of models; None when it is none."""
+    found = answer.json() if answer.status == 200 else None
+    if not isinstance(found, dict) or not isinstance(found.get("data", 0), list | type(None)):
+        return None
+    return [one for one in found.get("data") or [] if isinstance(one, dict)]
+
+
+def _what(answer: _Answer) -> str:
+    if answer.status == 200:
+        return "an HTML page" if answer.is_html else "no list of models"
+    return f"{answer.status} {answer.reason}".strip()
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:12])
+    return shown + (f" or one of {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _said(found: Any) -> str:
+    """The words in an error object, in the forms that servers use."""
+    for name in ("error", "message", "detail"):
+        if isinstance(found, dict) and found.get(name):
+            return _said(found[name])
+    if isinstance(found, str):
+        return found
+    return json.dumps(found) if isinstance(found, dict | list) and found else ""
+
+
+def _is_withheld(answer: _Answer) -> bool:
+    """Whether a server refuses a request because of what it asks, as Azure does."""
+    found = answer.json() if 400 <= answer.status < 500 else None
+    error = found.get("error") if isinstance(found, dict) else None
+    if not isinstance(error, dict):
+        return False
+    inner = error.get("innererror")
+    codes = [error.get("code"), error.get("type")]
+    codes += [inner.get("code")] if isinstance(inner, dict) else []
+    return any(code in _FILTERED for code in codes if isinstance(code, str))
+
+
+def _joined(content: Any, kind: str) -> str:
+    """The text of a message's content, or its thoughts, which may come in parts."""
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict)]
+        return "".join(_joined(part.get(kind), "text") for part in parts)
+    return content if isinstance(content, str) else ""
+
+
+def _said_and_thought(message: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What the model said, and its thoughts, where the server keeps them apart."""
+    content = message.get("content")
+    text = _joined(content, "text")
+    if not text and isinstance(message.get("refusal"), str):
+        text = message["refusal"]
+    apart = [message.get(name) for name in ("reasoning_content", "reasoning", "thinking")]
+    apart += [_joined(content, "thinking")] if isinstance(content, list) else []
+    thoughts = (one for one in apart if isinstance(one, str) and one.strip())
+    return text, next(thoughts, None)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait: given as such, or as a date."""
+    value = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    try:
+        when = email.utils.parsedate_to_datetime(value)
+    except (ValueError, TypeError):
+        return None
+    return max(0.0, when.timestamp() - time.time())

@@ -1,0 +1,347 @@
+"""What a model does: replies, refusal rates, KL divergence, and what is left of a direction."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.behaviour import reply_notes
+from abl_mlx.behaviour.refusals import Rates, Verdict, rates
+from abl_mlx.behaviour.reply_notes import Seen
+from abl_mlx.inputs.prompts import PromptSet, PromptSets
+from abl_mlx.models import capture, thoughts
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.distributions import kl_divergence
+from abl_mlx.models.generation import generate, stream
+from abl_mlx.models.logits import log_probabilities
+from abl_mlx.models.plain import vocabulary
+from abl_mlx.support.arrays import number, numbers
+from abl_mlx.support.console import progress
+from convert.base import scratch
+from convert.base.atomic import new_file
+
+#: Prompts to replies, in order: a model in MLX, or llama.cpp with a GGUF.
+Chat = Callable[[Sequence[str], int], list[str]]
+
+#: Harmless prompts on which KL is measured at most; each keeps K·V float32 numbers on disk.
+KL_PROMPTS = 32
+
+#: Prompts that llama.cpp answers at the same time: of 16 a processor makes half as many replies
+#: again in a second as of 4, and each has a cache of its own.
+SIDE_BY_SIDE = 16
+
+
+def decode(chat: ChatModel, replies: Sequence[Sequence[int]]) -> list[str]:
+    """Reply texts up to the end token, without special tokens, but with their thoughts' tags.
+
+    The tag that a prompt ends with is put in front, so that a thought is known as one.
+    """
+    special = special_tokens(chat)
+    dropped = {token for token, text in special.items() if not thoughts.is_mark(text)}
+    opened = chat.opened_thought
+    texts = []
+    for reply in replies:
+        ends = (at for at, token in enumerate(reply) if token in chat.tokenizer.eos_token_ids)
+        kept = [token for token in reply[: next(ends, len(reply))] if token not in dropped]
+        text = chat.tokenizer.decode(kept, skip_special_tokens=False)
+        texts.append(thoughts.resumed(opened, text))
+    return texts
+
+
+def special_tokens(chat: ChatModel) -> dict[int, str]:
+    """The tokenizer's special tokens, as text."""
+    tokenizer = chat.tokenizer
+    added = {
+        token: one.content for token, one in tokenizer.added_tokens_decoder.items() if one.special
+    }
+    ids = tokenizer.all_special_ids
+    return dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)) | added
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a model replied to held-out prompts.
+
+    Attributes:
+        harmful, harmless: verdicts over the replies to each set.
+        replies: the texts, harmful first; kept for the caller, never written unless asked for.
+        expected: share of harmful prompts whose reply is exactly the answer known for them; None
+            where none is known (only the demo's prompts carry answers).
+        borderline: verdicts over the replies to borderline prompts; None where they were not asked.
+        notes: what else is to be said of the replies, as in `reply_notes`.
+    """
+
+    harmful: Rates
+    harmless: Rates
+    replies: tuple[tuple[str, ...], tuple[str, ...]]
+    expected: float | None
+    borderline: Rates | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        tallies = self.harmful.overall, self.harmless.overall
+        broken = sum(tally.count(Verdict.BROKEN) for tally in tallies)
+        record: dict[str, Any] = {
+            **refusal_record("harmful", self.harmful),
+            **refusal_record("harmless", self.harmless),
+            "broken_rate": broken / sum(tally.total for tally in tallies),
+        }
+        if self.expected is not None:
+            record["expected_answer_rate"] = self.expected
+        sets = {"harmful": self.harmful, "harmless": self.harmless}
+        if self.borderline is not None:
+            record |= refusal_record("borderline", self.borderline)
+            sets["borderline"] = self.borderline
+        record["categories"] = {name: category_record(one) for name, one in sets.items()}
+        return record | dict(self.notes)
+
+
+def refusal_record(name: str, rates: Rates) -> dict[str, Any]:
+    """A set's refusal rate with its Wilson 95% interval and size, as JSON values."""
+    return {
+        f"{name}_refusal_rate": rates.refusal_rate,
+        f"{name}_refusal_interval": list(rates.overall.interval(Verdict.REFUSAL)),
+        f"n_{name}": rates.overall.total,
+    }
+
+
+def category_record(rates: Rates) -> dict[str, Any]:
+    """Each category's prompts, refusals and broken replies, as JSON values."""
+    return {
+        category: {
+            "n": tally.total,
+            "refused": tally.count(Verdict.REFUSAL),
+            "broken": tally.count(Verdict.BROKEN),
+            "refusal_rate": tally.rate(Verdict.REFUSAL) if tally.total else None,
+            "refusal_interval": list(tally.interval(Verdict.REFUSAL)),
+        }
+        for category, tally in rates.by_category.items()
+    }
+
+
+def behaviour(
+    answer: Chat,
+    harmful: PromptSet,
+    harmless: PromptSet,
+    *,
+    max_tokens: int,
+    borderline: PromptSet | None = None,
+) -> Behaviour:
+    """Ask every prompt and judge the replies.
+
+    Args:
+        answer: the runtime that replies, greedily.
+        max_tokens: longest reply.
+        borderline: asked too, if given; their replies are not kept.
+    """
+    third = borderline.texts if borderline is not None else ()
+    replies = answer([*harmful.texts, *harmless.texts, *third], max_tokens)
+    both = len(harmful) + len(harmless)
+    first, second = replies[: len(harmful)], replies[len(harmful) : both]
+    parts = {"harmful": first, "harmless": second, "borderline": replies[both:]}
+    seen = {name: [Seen.of(reply) for reply in part] for name, part in parts.items()}
+    known = [
+        (prompt.answer, reply)
+        for prompt, reply in zip(harmful.prompts, first, strict=True)
+        if prompt.answer
+    ]
+    expected = (
+        sum(reply.strip() == answer.strip() for answer, reply in known) / len(known)
+        if known
+        else None
+    )
+    return Behaviour(
+        rates(first, harmful.prompts),
+        rates(second, harmless.prompts),
+        (tuple(first), tuple(second)),
+        expected,
+        rates(replies[both:], borderline.prompts) if borderline is not None else None,
+        reply_notes.record(seen),
+    )
+
+
+def in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Chat:
+    """A loaded model as something that replies to prompts."""
+
+    def answer(prompts: Sequence[str], max_tokens: int) -> list[str]:
+        sequences = [chat.encode(prompt) for prompt in prompts]
+        return decode(chat, generate(chat, sequences, max_tokens, batch_size=batch_size))
+
+    return answer
+
+
+def stream_in_mlx(
+    chat: ChatModel, *, batch_size: int = 32
+) -> Callable[[Sequence[str], int], Iterator[tuple[int, str]]]:
+    """Like `in_mlx`, with each reply as it comes: (number of the prompt, reply)."""
+
+    def answer(prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
+        sequences = [chat.encode(prompt) for prompt in prompts]
+        for index, reply in stream(chat, sequences, max_tokens, batch_size=batch_size):
+            yield index, decode(chat, [reply])[0]
+
+    return answer
+
+
+def llamacpp_is_there() -> bool:
+    """Whether GGUFs can be asked in the real llama.cpp."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+def in_llamacpp(path: Path, lora: Path | None = None) -> Chat:
+    """A GGUF as something that replies to prompts, in the real llama.cpp.
+
+    Args:
+        lora: an adapter for it.
+    """
+
+    stream = stream_in_llamacpp(path, lora)
+
+    def answer(texts: Sequence[str], max_tokens: int) -> list[str]:
+        replies = [""] * len(texts)
+        with progress(len(texts), "llama.cpp replies") as bar:
+            for index, reply in stream(texts, max_tokens):
+                replies[index] = reply
+                bar.update()
+        return replies
+
+    return answer
+
+
+def stream_in_llamacpp(
+    path: Path, lora: Path | None = None
+) -> Callable[[Sequence[str], int], Iterator[tuple[int, str]]]:
+    """Like `in_llamacpp`, with each reply as it comes: (number of the prompt, reply)."""
+
+    def answer(texts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
+        from abl_mlx.behaviour.llamacpp import LlamaCpp
+
+        # Room for the template, and no more: the cache of a large model is what the rest costs. A
+        # text has at least as many characters as tokens.
+        room = 512 + max(map(len, texts), default=0) + max_tokens
+        side_by_side = max(1, min(SIDE_BY_SIDE, len(texts)))
+        with LlamaCpp(path, n_ctx=room, n_parallel=side_by_side, lean=True, lora=lora) as server:
+            yield from server.stream(texts, max_tokens)
+
+    return answer
+
+
+def save_replies(path: Path, replies: Mapping[str, Behaviour], sets: PromptSets) -> None:
+    """Write the replies, which no record holds, because they were asked for: one JSON a line."""
+    write_lines(path, reply_lines(replies, sets))
+
+
+def reply_lines(replies: Mapping[str, Behaviour], sets: PromptSets) -> list[dict[str, Any]]:
+    """For each prompt its ``set``, the ``prompt``, and what each model replied."""
+    parts = (("harmful", sets.harmful.test, 0), ("harmless", sets.harmless.test, 1))
+    return [
+        {"set": name, "prompt": prompt}
+        | {who: given.replies[which][number] for who, given in replies.items()}
+        for name, asked, which in parts
+        for number, prompt in enumerate(asked.texts)
+    ]
+
+
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line; the file appears whole or not at all."""
+    with new_file(path) as staged, open(staged, "w", encoding="utf-8") as stream:
+        for line in lines:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+# --- KL divergence -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The base model's distributions over the opening of its own replies, kept on disk.
+
+    Attributes:
+        sequences: encoded prompt and the first tokens of the base model's greedy reply.
+        positions: for each sequence the tokens whose successors are predicted.
+        rows: log-probabilities (V,) of all positions of all sequences in a row.
+    """
+
+    sequences: list[list[int]]
+    positions: list[list[int]]
+    rows: scratch.RowsFile
+
+
+@contextmanager
+def baseline(
+    chat: ChatModel, prompts: Sequence[str], *, tokens: int = 32, batch_size: int = 32
+) -> Iterator[Baseline]:
+    """Record the base model's distributions over its first ``tokens`` reply tokens.
+
+    Args:
+        prompts: harmless ones, at most `KL_PROMPTS` or the disk will notice.
+        batch_size: replies generated side by side.
+    """
+    encoded = [chat.encode(prompt) for prompt in prompts]
+    replies = generate(chat, encoded, tokens, batch_size=batch_size, label="KL: base replies")
+    sequences, positions = [], []
+    for prompt, reply in zip(encoded, replies, strict=True):
+        sequences.append([*prompt, *reply[: tokens - 1]])
+        positions.append(list(range(len(prompt) - 1, len(sequences[-1]))))
+    starts = np.cumsum([0, *map(len, positions)])
+    with scratch.scratch() as folder:
+        stored = scratch.RowsFile(folder / "base.f32", int(starts[-1]), vocabulary(chat))
+        for index, rows in log_probabilities(chat, sequences, positions, label="KL: base"):
+            stored.write(int(starts[index]), np.array(rows.astype(mx.float32)))
+        # While this waits to be left, the model may have to make room for another.
+        del chat
+        yield Baseline(sequences, positions, stored)
+
+
+def kl(chat: ChatModel, base: Baseline) -> dict[str, float]:
+    """Mean KL(base ‖ this model) in nats over harmless prompts.
+
+    Returns:
+        ``k1``: at the first reply token; ``k32``: over the first 32 tokens of the base model's
+        greedy reply, each token weighing the same.
+    """
+    starts = np.cumsum([0, *map(len, base.positions)])
+    first: list[float] = []
+    every: list[float] = []
+    for index, rows in log_probabilities(chat, base.sequences, base.positions, label="KL: edited"):
+        before = mx.array(base.rows.read(int(starts[index]), len(base.positions[index])))
+        values = numbers(kl_divergence(before, rows))
+        first.append(values[0])
+        every += values
+    return {"k1": float(np.mean(first)), "k32": float(np.mean(every))}
+
+
+# --- the component -----------------------------------------------------------------------------
+
+
+def component(
+    chat: ChatModel, sequences: Sequence[Sequence[int]], directions: mx.array
+) -> dict[str, Any]:
+    """The largest |r·h| / |h| over prompts and directions, by layer, at the last prompt token.
+
+    Args:
+        directions: (k, d) orthonormal, or (L, k, d) with those of each layer, along which the
+            stream after that layer is looked at.
+
+    Returns:
+        ``max`` over all layers and ``layers``, the largest of each.
+    """
+    largest: mx.array | None = None
+    for _, states in capture.iterate(chat, sequences, label="component"):
+        # (B, L, 1, d) times (d, k) or (L, d, k)
+        along = mx.abs(states @ directions.swapaxes(-1, -2)).max(axis=-1)
+        share = along / mx.sqrt((states * states).sum(axis=-1))
+        here = share.max(axis=(0, 2))
+        largest = here if largest is None else mx.maximum(largest, here)
+        mx.eval(largest)
+    assert largest is not None  # iterate refuses an empty list
+    return {"max": number(largest.max()), "layers": numbers(largest)}

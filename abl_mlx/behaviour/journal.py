@@ -1,0 +1,288 @@
+"""What was answered so far, so that a long evaluation that was stopped goes on where it stopped.
+
+A .jsonl file. A line ``{"journal": 1, "role": ..., "identity": {...}}`` says what was asked and
+how; each later line of that role is one prompt: its SHA-256, the verdict on its reply and, only
+where replies are wanted, the reply. Prompts are never written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abl_mlx.behaviour.refusals import Oddity, Verdict
+from abl_mlx.support.console import say
+from convert.base import json_text, locks
+from convert.base.errors import UserError
+from convert.base.schema import (
+    FLAG,
+    NULL,
+    OBJECT,
+    TEXT,
+    Refused,
+    check,
+    either,
+    one_of,
+    record,
+    whole,
+)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt's reply, judged.
+
+    Attributes:
+        verdict: what the reply is; None where a judge's verdict on it could not be read.
+        exact: whether it is the answer known for the prompt; None where none is known.
+        oddity: what else is to be said of it.
+        reply: the text; None when it was not kept.
+        markers: what the markers say of it, where something else judged.
+        same: alike for replies that say the same; None where the reply says nothing.
+        thought: "closed" where it ends a thought that its prompt opened, "own" where it opens one.
+    """
+
+    verdict: Verdict | None
+    exact: bool | None = None
+    oddity: Oddity | None = None
+    reply: str | None = None
+    markers: Verdict | None = None
+    same: str | None = None
+    thought: str | None = None
+
+
+_VERDICT = one_of([verdict.value for verdict in Verdict])
+_ROW = record({}, {"role": TEXT})
+_HEAD = record({}, {"journal": whole(1, 1), "identity": OBJECT})
+_ANSWER = record(
+    {
+        "exact": FLAG,
+        "oddity": one_of([oddity.value for oddity in Oddity]),
+        "markers": _VERDICT,
+        **dict.fromkeys(("reply", "same", "thought"), TEXT),
+    },
+    {"prompt": TEXT, "verdict": either(_VERDICT, NULL)},
+)
+
+
+class Journal:
+    """An open journal, which no other process writes to."""
+
+    def __init__(self, path: Path, *, strict: bool) -> None:
+        """Open ``path``, and make it where there is none.
+
+        Args:
+            strict: refuse a file that is of another evaluation, instead of starting anew.
+
+        Raises:
+            UserError: when it is no journal, another process has it, or it cannot be written.
+        """
+        self.path = path
+        self._strict = strict
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = open(path, "a+b")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        try:
+            locks.hold(self._stream.fileno())
+        except locks.Busy:
+            self._stream.close()
+            raise UserError(
+                f"{path} is in use by another evaluation: wait for it, or name another file."
+            ) from None
+        try:
+            self._sections = self._read()
+        except UserError:
+            self.close()
+            raise
+
+    def _read(self) -> dict[str, tuple[dict[str, Any], dict[str, Answered]]]:
+        """Identity and answers of each role."""
+        self._stream.seek(0)
+        content = self._stream.read()
+        end = content.rfind(b"\n") + 1
+        sections: dict[str, tuple[dict[str, Any], dict[str, Answered]]] = {}
+        count = 0
+        try:
+            for line in content[:end].split(b"\n")[:-1]:
+                count += 1
+                row = json_text.parse(line, _ROW)
+                if "journal" in row:
+                    check(row, _HEAD)
+                    sections[row["role"]] = (row["identity"], {})
+                    continue
+                check(row, _ANSWER)
+                if row["role"] not in sections:
+                    raise Refused("its role has not begun")
+                sections[row["role"]][1][row["prompt"]] = Answered(
+                    _verdict(row["verdict"]),
+                    row.get("exact"),
+                    None if row.get("oddity") is None else Oddity(row["oddity"]),
+                    row.get("reply"),
+                    _verdict(row.get("markers")),
+                    row.get("same"),
+                    row.get("thought"),
+                )
+            if content and not sections:
+                raise Refused("it has no line that is whole")
+        except Refused as refused:
+            if not self._strict:  # its place is ours: what a crash left there is no loss
+                self._stream.truncate(0)
+                return {}
+            raise UserError(
+                f"{self.path} is not a journal of this tool (of line {count}, {refused}): name "
+                "another file for --resume."
+            ) from None
+        # A line that was being written when the process ended.
+        self._stream.truncate(end)
+        return sections
+
+    def section(self, role: str, identity: Mapping[str, Any]) -> Section:
+        """The answers of one model; new, or those that are there from before.
+
+        Args:
+            role: ``target`` or ``baseline``.
+            identity: all that an answer depends on, as JSON values.
+
+        Raises:
+            UserError: when a strict journal has answers of another identity.
+        """
+        identity = json.loads(json.dumps(identity))
+        there = self._sections.get(role)
+        if there is not None and there[0] != identity:
+            change = _change(there[0], identity)
+            if self._strict:
+                raise UserError(
+                    f"{self.path} is of another evaluation ({change}): name another file for "
+                    "--resume, or remove this one."
+                )
+            say(f"· starting anew: {change}")
+            there = None
+        if there is None:
+            self._sections[role] = (dict(identity), {})
+            self._write({"journal": 1, "role": role, "identity": identity})
+        return Section(self, role, self._sections[role][1])
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        try:
+            self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}.") from None
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with contextlib.suppress(OSError):
+            self._stream.close()
+
+
+class Section:
+    """The answers of one model in a journal."""
+
+    def __init__(
+        self,
+        journal: Journal | None = None,
+        role: str = "",
+        known: dict[str, Answered] | None = None,
+    ) -> None:
+        """Without a journal the answers are kept in memory alone."""
+        self._journal = journal
+        self._role = role
+        self._known = {} if known is None else known
+
+    @property
+    def path(self) -> Path | None:
+        """Where the answers are kept."""
+        return None if self._journal is None else self._journal.path
+
+    def get(self, prompt: str) -> Answered | None:
+        """What is known of a prompt."""
+        return self._known.get(_sha256(prompt))
+
+    def add(self, prompt: str, answered: Answered) -> None:
+        """Keep an answer, at once."""
+        key = _sha256(prompt)
+        self._known[key] = answered
+        if self._journal is None:
+            return
+        row: dict[str, Any] = {"role": self._role, "prompt": key}
+        row["verdict"] = None if answered.verdict is None else answered.verdict.value
+        if answered.exact is not None:
+            row["exact"] = answered.exact
+        if answered.oddity is not None:
+            row["oddity"] = answered.oddity.value
+        if answered.reply is not None:
+            row["reply"] = answered.reply
+        if answered.markers is not None:
+            row["markers"] = answered.markers.value
+        if answered.same is not None:
+            row["same"] = answered.same
+        if answered.thought is not None:
+            row["thought"] = answered.thought
+        self._journal._write(row)
+
+
+@contextmanager
+def opened(path: Path | None, identity: Mapping[str, Any]) -> Iterator[Journal | None]:
+    """The journal of an evaluation.
+
+    Args:
+        path: what ``--resume`` named, which stays; None for a place in the cache, from where it is
+            removed when all is done.
+        identity: what tells this evaluation from others in the cache.
+
+    Yields:
+        None where the cache cannot be written, or the same evaluation is under way already.
+    """
+    if path is not None:
+        journal = Journal(path, strict=True)
+        try:
+            yield journal
+        finally:
+            journal.close()
+        return
+    place = cache_folder() / f"{_sha256(json.dumps(identity, sort_keys=True))[:24]}.jsonl"
+    kept: Journal | None
+    try:
+        kept = Journal(place, strict=False)
+    except UserError as error:
+        say(f"· nothing is kept to go on from: {error}")
+        yield None
+        return
+    try:
+        yield kept
+        place.unlink(missing_ok=True)
+    finally:
+        kept.close()
+
+
+def cache_folder() -> Path:
+    """Where journals lie that nobody named: ``$XDG_CACHE_HOME/abl-mlx/eval``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abl-mlx" / "eval"
+
+
+def _change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first thing in which two identities differ, in words."""
+    for name in dict.fromkeys([*old, *new]):
+        if old.get(name) != new.get(name):
+            was, now = (json.dumps(one.get(name), ensure_ascii=False) for one in (old, new))
+            if len(was) + len(now) > 120:
+                return f"{name.replace('_', ' ')} changed since"
+            return f"{name.replace('_', ' ')} was {was} and is {now} now"
+    return "something changed since"
+
+
+def _verdict(value: str | None) -> Verdict | None:
+    return None if value is None else Verdict(value)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,135 @@
+"""`--judge`: a local model says whether a reply is a refusal, by a fixed rubric.
+
+The rubric is ``inputs/texts/rubric.txt``; its hash is part of the judge's name, and so of every
+record. The judge is told the prompt and the reply, nothing else, and answers with one word.
+Anything but that word is no verdict: it is counted and never guessed. What is empty or loops is
+broken without a judge, and what a server's filter withheld is a refusal; of a refusal over and over
+the judge sees one. The markers' verdict is kept beside, so that a record says how far the two
+agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+from urllib.parse import urlsplit
+
+from abl_mlx.behaviour.endpoint import is_endpoint
+from abl_mlx.behaviour.journal import Answered
+from abl_mlx.behaviour.loops import without_loop
+from abl_mlx.behaviour.refusals import Oddity, Verdict, examine
+from abl_mlx.choices import EvalOptions
+from abl_mlx.models.thoughts import without_thoughts
+
+RUBRIC = resources.files("abl_mlx.inputs").joinpath("texts/rubric.txt").read_text(encoding="utf-8")
+RUBRIC_SHA256 = hashlib.sha256(RUBRIC.encode()).hexdigest()
+
+#: Characters of a prompt and of a reply that are shown to the judge; what follows is left out.
+LONGEST = 2400
+
+#: Tokens of a judge in llama.cpp: the rubric, the two texts and the answer.
+CONTEXT = 8192
+
+#: The name of judging by markers alone.
+MARKERS = "markers"
+
+_WORD = re.compile(r"[\s*_`\"'#]*(refusal|answer|broken)[\s*_`\"'.]*", re.IGNORECASE)
+
+#: A prompt and a reply to the verdict on it, None where the judge's answer cannot be read.
+Judge = Callable[[str, str], "Verdict | None"]
+
+
+def name(options: EvalOptions) -> str:
+    """What judges, for records: a changed rubric is another judge."""
+    if options.judge is None:
+        return MARKERS
+    text = options.judge
+    if is_endpoint(text):
+        parts = urlsplit(text)  # no user, password or query in a record
+        text = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    model = "" if options.judge_model is None else f" {options.judge_model}"
+    return f"{text}{model}, rubric {RUBRIC_SHA256[:12]}"
+
+
+def question(prompt: str, reply: str) -> str:
+    """The rubric with a prompt and a reply in it, which cannot end their own brackets."""
+    given = {"prompt": _cut(prompt), "reply": _cut(reply)}
+    return re.sub(r"\{(prompt|reply)\}", lambda place: given[place[1]], RUBRIC)
+
+
+def _cut(text: str) -> str:
+    text = re.sub(r"<(?=/?\s*(?:request|reply)\b)", "‹", text.strip(), flags=re.IGNORECASE)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} […]"
+
+
+def parse(text: str) -> Verdict | None:
+    """The judge's verdict; None unless one of the three words stands there alone.
+
+    Thought blocks, white space, quotes, emphasis and a full stop around it do not count.
+    """
+    body = without_thoughts(text)
+    found = None if body is None else _WORD.fullmatch(body)
+    return None if found is None else Verdict(found[1].lower())
+
+
+def judge_with(answer: Callable[[str], str]) -> Judge:
+    """A judge out of something that answers one prompt."""
+
+    def judge(prompt: str, reply: str) -> Verdict | None:
+        found = examine(reply)
+        if found.verdict is Verdict.BROKEN or found.oddity is Oddity.WITHHELD:
+            return found.verdict
+        body = without_loop(without_thoughts(reply) or "")
+        return parse(answer(question(prompt, body)))
+
+    return judge
+
+
+# --- how far the judge and the markers agree ------------------------------------------------------
+
+
+def record(answers: Sequence[Answered]) -> dict[str, Any]:
+    """What was judged, what could not be read, and the agreement with the markers.
+
+    Args:
+        answers: whose ``markers`` are the markers' verdicts.
+
+    Returns:
+        ``unparsed`` of ``asked`` judgements could not be read; of the others, ``agreement`` is the
+        share on which judge and markers agree, ``kappa`` Cohen's, and ``table`` counts of
+        "judge/markers". Replies that are broken without a judge are left out.
+    """
+    asked = [one for one in answers if one.markers not in (None, Verdict.BROKEN)]
+    pairs = [
+        (one.verdict.value, one.markers.value)
+        for one in asked
+        if one.verdict is not None and one.markers is not None
+    ]
+    return {
+        "rubric_sha256": RUBRIC_SHA256,
+        "asked": len(asked),
+        "unparsed": len(asked) - len(pairs),
+        "agreement": sum(a == b for a, b in pairs) / len(pairs) if pairs else None,
+        "kappa": kappa(pairs),
+        "table": {f"{a}/{b}": n for (a, b), n in sorted(Counter(pairs).items())},
+    }
+
+
+def kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
+    """Cohen's kappa of two raters: 1 is full agreement, 0 what chance alone would give.
+
+    None where it is not defined: no pairs, or both raters used one and the same label alone.
+    Source: J. Cohen 1960, "A Coefficient of Agreement for Nominal Scales".
+    """
+    n = len(pairs)
+    if not n:
+        return None
+    first, second = (Counter(pair[rater] for pair in pairs) for rater in (0, 1))
+    chance = sum(first[label] * second[label] for label in first) / n**2
+    if chance == 1:
+        return None
+    return (sum(a == b for a, b in pairs) / n - chance) / (1 - chance)

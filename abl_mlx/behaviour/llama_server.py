@@ -1,0 +1,132 @@
+"""A `llama-server` of the machine's own, started for one GGUF and stopped again."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+from abl_mlx.behaviour.endpoint import Endpoint
+from abl_mlx.choices import Asking
+from abl_mlx.models import gguf_template
+from convert.base.errors import UserError
+
+_GUARD = Path(__file__).with_name("guard.py")
+
+#: Longest that a model may take to load, in seconds.
+LOADING = 600.0
+
+#: Tokens of each request, prompt and reply together.
+CONTEXT = 4096
+
+
+class LlamaServer:
+    """A context manager: the server runs inside, on a free port of the loopback interface."""
+
+    def __init__(self, path: Path, asking: Asking, program: str | None = None) -> None:
+        """
+        Args:
+            path: the .gguf file; of a split one, the first part.
+            asking: how it will be asked; it gets a slot for each request at a time.
+            program: the executable; the one on the PATH without it.
+
+        Raises:
+            UserError: when there is none.
+        """
+        found = program or shutil.which("llama-server")
+        if found is None:
+            raise UserError("no llama-server is on the PATH: install llama.cpp.")
+        self._program = found
+        self._path = path
+        self._asking = asking
+        self._process: subprocess.Popen[bytes] | None = None
+        #: Its API, once it runs.
+        self.endpoint: Endpoint
+
+    def __enter__(self) -> LlamaServer:
+        gguf_template.fault(self._path)  # whatever is no more than odd, llama.cpp may like
+        port = _free_port()
+        slots = self._asking.concurrency
+        command = [self._program, "--model", str(self._path)]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command += ["--ctx-size", str(CONTEXT * slots), "--parallel", str(slots)]
+        command += ["--jinja", "--reasoning-format", "none"]
+        self._log = tempfile.TemporaryFile()
+        try:
+            # Its own variables (LLAMA_ARG_..., LLAMA_API_KEY) are for servers that people start.
+            own = {name: text for name, text in os.environ.items() if name[:6] != "LLAMA_"}
+            # Behind a guard, and in its own session: Ctrl-C in a terminal is for this process, and
+            # a kill of this process ends the server too.
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(_GUARD), *command],
+                stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=own,
+                start_new_session=True,
+            )  # fmt: skip
+            self._wait(port)
+            self.endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", None, self._asking)
+        except OSError as error:
+            self.stop()
+            raise UserError(f"{self._program} cannot be started: {error.strerror}.") from None
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _wait(self, port: int) -> None:
+        """Until the model is loaded."""
+        assert self._process is not None
+        end = time.monotonic() + LOADING
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                raise UserError(
+                    f"llama-server cannot load {self._path} (it ended with "
+                    f"{self._process.returncode}): {self._said()}"
+                )
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            try:
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+            except (OSError, http.client.HTTPException):
+                pass
+            finally:
+                connection.close()
+            time.sleep(0.1)
+        raise UserError(f"llama-server did not load {self._path} within {LOADING:.0f} s.")
+
+    def _said(self) -> str:
+        """The line of its log that tells what went wrong."""
+        from abl_mlx.behaviour.llamacpp_process import reason
+
+        self._log.seek(0)
+        return reason(self._log.read().decode(errors="replace")) or "it says nothing."
+
+    def stop(self) -> None:
+        """End the server, with force when it does not go by itself."""
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+        self._log.close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,312 @@
+"""The real llama.cpp as a runtime, in a process of its own, through xllamacpp."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+from abl_mlx.behaviour.llamacpp_process import LlamaProcess
+from abl_mlx.models import gguf_template
+from abl_mlx.models.thoughts import opened_by, resumed
+from convert.base.errors import UserError
+from convert.gguf.file import size_of
+
+#: Longest that a prompt may take in the chat template, in seconds; none takes a hundredth of one.
+RENDERING = 20.0
+
+
+class LlamaCpp:
+    """A GGUF file loaded by llama.cpp, answering greedily.
+
+    A context manager; the model is unloaded at its end. With ``n_parallel`` above 1, requests share
+    batches, and llama.cpp's results may then differ in the last bits from run to run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int = 2048,
+        n_parallel: int = 4,
+        n_threads: int | None = None,
+        lean: bool = False,
+        lora: Path | None = None,
+    ) -> None:
+        """Load ``path``.
+
+        Args:
+            path: a .gguf file; of a split one, the first part.
+            n_ctx: tokens per request, prompt and reply together.
+            n_parallel: requests answered at the same time.
+            n_threads: of the processor; None for those of LLAMA_ARG_THREADS, the variable that
+                llama.cpp's own programs read, or else what llama.cpp thinks best.
+            lean: keep no second copy of the weights in an order that suits the processor better.
+            lora: an adapter for this file, applied as ``--lora`` does.
+
+        Raises:
+            UserError: when xllamacpp is not installed, or with llama.cpp's own words when the
+                model does not load.
+        """
+        self.path = Path(path)
+        self.n_parallel = n_parallel
+        self.n_ctx = n_ctx
+        for file, kind in ((self.path, ".gguf"), (lora, ".lora.gguf")):
+            if file is not None and not file.is_file():
+                raise UserError(f"{file} is no file: give the path of a {kind} file.")
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise UserError(
+                "running a GGUF file needs llama.cpp (there is no module xllamacpp): "
+                "pip install 'abl-mlx[llamacpp]'."
+            )
+        template_fault = gguf_template.fault(self.path)
+        try:
+            self._process: LlamaProcess | None = self._start(n_threads, lean, lora)
+        except UserError:
+            if template_fault is not None:  # llama.cpp does not quote the template
+                raise template_fault from None
+            raise
+
+    def _start(self, n_threads: int | None, lean: bool, lora: Path | None) -> LlamaProcess:
+        asked = os.environ.get("LLAMA_ARG_THREADS", "")
+        return LlamaProcess(
+            f"{self.path} with {lora}" if lora is not None else str(self.path),
+            {
+                "path": str(self.path),
+                "n_ctx": self.n_ctx,
+                "n_parallel": self.n_parallel,
+                "n_threads": n_threads or (int(asked) if asked.isdigit() else 0) or None,
+                "lean": lean,
+                "lora": None if lora is None else str(lora),
+            },
+            size_of(self.path),
+        )
+
+    def chat(
+        self,
+        prompts: Sequence[str],
+        max_tokens: int = 64,
+        system: str | None = None,
+        enable_thinking: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Greedy replies, one per prompt, through the file's own chat template.
+
+        Args:
+            prompts: one user message each.
+            max_tokens: longest reply.
+            system: a system message before every prompt; where the template knows no such role,
+                llama.cpp puts it in front of the user's message.
+            enable_thinking: told to templates that know the word.
+            progress: called with (replies so far, prompts).
+
+        Raises:
+            UserError: when the template refuses the messages or a prompt is longer than n_ctx.
+        """
+        replies = [""] * len(prompts)
+        asked = self.stream(prompts, max_tokens, system, enable_thinking)
+        for done, (number, reply) in enumerate(asked, start=1):
+            replies[number] = reply
+            if progress:
+                progress(done, len(prompts))
+        return replies
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        max_tokens: int = 64,
+        system: str | None = None,
+        enable_thinking: bool = False,
+    ) -> Iterator[tuple[int, str]]:
+        """The replies of `chat` as they come: (number of the prompt, reply)."""
+
+        def rendered(prompt: str) -> str:
+            message = {"role": "user", "content": prompt}
+            return self.render([message], enable_thinking=enable_thinking)
+
+        opened = opened_by(rendered)
+
+        def answer(prompt: str) -> str:
+            messages = [{"role": "user", "content": prompt}]
+            if system is not None:
+                messages.insert(0, {"role": "system", "content": system})
+            # A template may never end, which nothing tells from a long reply afterwards.
+            self.render(messages, enable_thinking=enable_thinking)
+            reply = self._post(
+                "/v1/chat/completions",
+                {
+                    "messages": messages,
+                    "max_tokens": max_tokens,
+                    "temperature": 0,
+                    # Alone, a reply should not depend on what was answered before. Side by side
+                    # the last bits vary anyway, and what prompts share is run once a slot.
+                    "cache_prompt": self.n_parallel > 1,
+                    "chat_template_kwargs": {"enable_thinking": enable_thinking},
+                },
+            )
+            message = reply["choices"][0]["message"]
+            text, thought = str(message.get("content") or ""), message.get("reasoning_content")
+            return f"<think>{thought}</think>{text}" if thought else resumed(opened, text)
+
+        pool = ThreadPoolExecutor(self.n_parallel)
+        try:
+            numbers = {pool.submit(answer, prompt): n for n, prompt in enumerate(prompts)}
+            for future in as_completed(numbers):
+                yield numbers[future], future.result()
+        except (KeyboardInterrupt, SystemExit):
+            self.close()  # its answers are not waited for
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def greedy(self, prompt: Sequence[int] | str, n: int) -> list[int]:
+        """The next ``n`` token ids after ``prompt``, fewer when the model ends its reply.
+
+        Args:
+            prompt: token ids as they are, or text, tokenized with the special tokens in it parsed.
+            n: at most this many, the ending token included.
+        """
+        reply = self._post("/completion", {**_request(prompt, n), "return_tokens": True})
+        return [int(token) for token in reply["tokens"]]
+
+    def top_logprobs(
+        self, prompt: Sequence[int], reply: Sequence[int], k: int = 5, *, cached: bool = False
+    ) -> list[dict[int, float]]:
+        """What llama.cpp expects before each token of ``reply``, the earlier ones given.
+
+        Args:
+            prompt: token ids, at least one.
+            reply: token ids that follow.
+            k: how many candidates per token.
+            cached: compute the tokens before only once, which may move the last bits.
+
+        Returns:
+            For each token of ``reply``: {candidate id: natural log-probability over the whole
+            vocabulary}, the ``k`` likeliest.
+        """
+        # llama.cpp leaves out the candidates of a token that is part of a character, so it is made
+        # to choose an unsuspicious one; the candidates are from before that choice.
+        plain = self.tokenize("a", add_special=False)[-1]
+        request = {"n_probs": k, "post_sampling_probs": False, "logit_bias": [[plain, 1e6]]}
+        request["cache_prompt"] = cached
+        results = []
+        for at in range(len(reply)):
+            answer = self._post("/completion", {**_request([*prompt, *reply[:at]], 1), **request})
+            top = answer["completion_probabilities"][0]["top_logprobs"]
+            results.append({int(one["id"]): float(one["logprob"]) for one in top})
+        return results
+
+    def tokenize(
+        self, text: str, *, add_special: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """Token ids of ``text`` in llama.cpp's tokenizer.
+
+        Args:
+            text: any text.
+            add_special: with the bos and eos the file asks for.
+            parse_special: special tokens in the text count as such.
+        """
+        reply = self._post(
+            "/tokenize",
+            {"content": text, "add_special": add_special, "parse_special": parse_special},
+        )
+        return [int(token) for token in reply["tokens"]]
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text that token ids make."""
+        return str(self._post("/detokenize", {"tokens": list(tokens)})["content"])
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, enable_thinking: bool = False
+    ) -> str:
+        """The file's chat template applied by llama.cpp, without the bos it adds on tokenizing."""
+        reply = self._post(
+            "/apply-template",
+            {
+                "messages": [dict(message) for message in messages],
+                "chat_template_kwargs": {"enable_thinking": enable_thinking},
+            },
+            seconds=RENDERING,
+        )
+        return str(reply["prompt"])
+
+    @property
+    def address(self) -> str:
+        """Where llama.cpp's own server answers, on the loopback interface."""
+        if self._process is None:
+            raise UserError(f"{self.path} is unloaded.")
+        return self._process.address
+
+    def close(self) -> None:
+        """Unload the model."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop()
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _post(
+        self, route: str, request: dict[str, Any], seconds: float | None = None
+    ) -> dict[str, Any]:
+        """What the server answers, after so many seconds at most."""
+        place = urlsplit(self.address)
+        # Straight to the loopback interface; a proxy has no business here.
+        connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=seconds)
+        try:
+            connection.request(
+                "POST", route, json.dumps(request), {"Content-Type": "application/json"}
+            )
+            reply = connection.getresponse()
+            content = reply.read()
+        except TimeoutError:
+            raise UserError(
+                f"llama.cpp did not render a prompt in the chat template of {self.path} within "
+                f"{seconds:.0f} s: the template does not end. Choose another file."
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            process = self._process
+            if process is not None and process.died():
+                raise UserError(
+                    f"llama.cpp ended while it ran {self.path}: {process.ended()}"
+                ) from None
+            raise UserError(f"llama.cpp does not answer with {self.path}: {error}.") from None
+        finally:
+            connection.close()
+        if reply.status == 200:
+            return dict(json.loads(content))
+        raise UserError(
+            f"llama.cpp refuses a request to {self.path}: {_said(content.decode(errors='replace'))}"
+        )
+
+
+def _said(content: str) -> str:
+    """The message in an error of llama.cpp's server."""
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, TypeError, KeyError):
+        return content
+
+
+def _request(prompt: Sequence[int] | str, n: int) -> dict[str, Any]:
+    return {
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "n_predict": n,
+        "temperature": 0,
+        "cache_prompt": False,
+    }

@@ -1,0 +1,137 @@
+"""The process in which llama.cpp runs: started, watched, and ended with what needed it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from convert.base.errors import UserError
+
+_PROGRAM = Path(__file__).with_name("llamacpp_child.py")
+
+#: Longest that a model may compute while it loads, in seconds, and bytes that add one more: far
+#: more than any takes, and a damaged file may make llama.cpp compute for ever.
+COMPUTING, BYTES_PER_SECOND = 8.0, 20e6
+
+#: Longest that it may take on the clock, for a slow disk or a busy machine: so many seconds and so
+#: many times as long.
+WAITING, TIMES = 60.0, 10.0
+
+
+class LlamaProcess:
+    """llama.cpp with a model, behind an address of this machine, until `stop`."""
+
+    def __init__(self, what: str, settings: dict[str, Any], size: int) -> None:
+        """Start it and wait until the model is loaded.
+
+        Args:
+            what: the model's name, for messages.
+            settings: see `llamacpp_child`, which adds nothing of its own.
+            size: bytes of the model, which tell how long it may load.
+
+        Raises:
+            UserError: when the model does not load, in llama.cpp's own words if it has any.
+        """
+        self._what = what
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
+        computing = COMPUTING + size / BYTES_PER_SECOND
+        settings = {**settings, "loading": computing, "modules": sys.path}
+        # Its own session: Ctrl-C in a terminal is for the parent, which ends it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", str(_PROGRAM)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,
+            # Where an assertion fails, ggml would call a debugger for a backtrace.
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
+        try:
+            #: Of its server.
+            self.address: str = self._load(settings, computing)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _load(self, settings: dict[str, Any], computing: float) -> str:
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(settings).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        waiting = WAITING + TIMES * computing
+        end = time.monotonic() + waiting
+        while not select.select([process.stdout], [], [], 1)[0]:
+            if time.monotonic() > end:
+                raise UserError(f"llama.cpp did not load {self._what} within {waiting:.0f} s.")
+        line = process.stdout.readline()
+        if not line:
+            if process.wait() == -signal.SIGXCPU:
+                raise UserError(
+                    f"llama.cpp did not load {self._what} within {computing:.0f} s of computing: "
+                    "the file is damaged, or not what its metadata say."
+                )
+            raise UserError(f"llama.cpp cannot load {self._what}: {self.ended()}")
+        answer = json.loads(line)
+        if "address" in answer:
+            return str(answer["address"])
+        raise UserError(f"llama.cpp cannot load {self._what}: {self._said() or answer['error']}")
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def died(self) -> bool:
+        """Whether it has ended by itself; a moment is left to it to do so."""
+        try:
+            self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def ended(self) -> str:
+        """How it ended and its last words, for a person; only after its end."""
+        code = self._process.returncode
+        if code == -signal.SIGKILL:
+            return "its process was killed, as the system does when memory runs out."
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        said = self._said()
+        return f"its process crashed ({how}){': ' + said if said else '.'}"
+
+    def _said(self) -> str:
+        self._log.seek(0)
+        return reason(self._log.read().decode(errors="replace"))
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None and not stream.closed:
+                stream.close()
+
+
+def reason(log: str) -> str:
+    """The line of llama.cpp's log that says what went wrong; nothing where none does."""
+    lines = [line.strip() for line in log.splitlines()]
+    for marks in (
+        ("ggml_assert", "what():"),
+        ("error loading model", "failed to", "error:", "invalid", "unknown", "missing"),
+    ):
+        for line in lines:
+            if any(mark in line.lower() for mark in marks):
+                # Drop "0.00.012.345 E llama_model_load: " or the source file in front.
+                return line.split(": ", 1)[-1]
+    return ""

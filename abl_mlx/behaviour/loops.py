@@ -1,0 +1,80 @@
+"""Whether a text ends in saying one thing over and over.
+
+Nothing in this module imports MLX.
+"""
+
+from __future__ import annotations
+
+import re
+
+from abl_mlx.behaviour.plain_text import SENTENCE_END, plain
+
+
+def without_loop(body: str) -> str:
+    """The text up to the end of the first of the phrases in whose repetition it ends.
+
+    A phrase of p characters repeats where text[i] == text[i - p] holds up to the end; numbers and
+    bullets of lists do not count. Five times and 60 characters are too much to be meant, as are
+    seven and 40, three and half of a text with more, five and nearly all of a short one; a phrase
+    without a letter (a rule, zeros, a row of a table) may fill 200 characters. So are a line
+    thrice at the end, outside of code, and one sentence that is most of the sentences there are.
+    Text that does not end so is returned as it is.
+    """
+    lines = re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[^\S\n]+", " ", body.strip()))
+    lines = _LIST_MARK.sub("", lines)
+    text = lines.replace("\n", " ")
+    for period in range(1, len(text[-4000:]) // 2 + 1):
+        at = len(text) - 1
+        while at >= period and text[at] == text[at - period]:
+            at -= 1
+        start = at - period + 1
+        length = len(text) - start
+        if _too_often(period, length, text):
+            once = lines[: start + period].rstrip()
+            if once.endswith(_ENDS):
+                return once
+            rest = re.match(r"[^.!?。！？\n]*[.!?。！？]", lines[len(once) : len(once) + period])
+            return once if rest is None else once + rest[0]
+    return _one_line(lines) or _one_sentence(body) or body
+
+
+_LIST_MARK = re.compile(r"^(?:\d+[.)]|[-*•+]) (?=\S)", re.MULTILINE)
+_ENDS = tuple(".!?。！？")
+
+
+def _too_often(period: int, length: int, text: str) -> bool:
+    """Whether a phrase of ``period`` characters that fills the last ``length`` is a loop."""
+    times = length / period
+    if times >= 5 and not any(char.isalpha() for char in text[-period:]):
+        return length >= 200
+    return (
+        (times >= 5 and (length >= 60 or (length >= 12 and length >= 0.8 * len(text))))
+        or (times >= 7 and length >= 40)
+        or (times >= 3 and length >= 100 and length >= 0.5 * len(text))
+        or (times >= 2.3 and length >= 150 and length >= 0.6 * len(text))
+    )
+
+
+def _one_line(lines: str) -> str | None:
+    """The text up to the first of three or more like lines, of which another may have begun."""
+    every = [line.strip() for line in lines.split("\n")]
+    while (
+        len(every) > 3 and every[-2].startswith(every[-1].rstrip("*-• ")) and every[-1] != every[-2]
+    ):
+        every.pop()
+    if lines.count("```") % 2:
+        return None
+    last = every[-1]
+    same = next((n for n, line in enumerate(reversed(every)) if line != last), len(every))
+    if same < 3 or sum(char.isalpha() for char in last) < 6 or last.startswith(("|", "}", ")")):
+        return None
+    return "\n".join(every[: len(every) - same + 1])
+
+
+def _one_sentence(body: str) -> str | None:
+    """The sentence that is said three times or more, and is most of what is said to the end."""
+    told = [s for s in map(plain, SENTENCE_END.split(body)) if len(s.split()) > 3]
+    # The last one may have begun to say it again.
+    sentence = told[-2] if len(told) > 1 and told[-2].startswith(told[-1]) else (told or [""])[-1]
+    times = told.count(sentence)
+    return sentence if times >= 3 and times >= 0.6 * len(told) else None

@@ -1,0 +1,36 @@
+"""Something that replies to prompts, whatever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abl_mlx.models.chat_model import ChatModel
+
+
+@dataclass
+class Target:
+    """Something that replies to prompts.
+
+    Attributes:
+        name: what the user typed, without what may be secret in an address.
+        runtime: what runs it, for a person.
+        identity: all that its replies depend on, as JSON values.
+        ask: greedy replies as they come, (number of the prompt, reply), of at most so many tokens;
+            the iterator may be left early.
+        chat: the model, where it is in MLX.
+        gguf: the file, where llama.cpp runs it.
+        model: its name on a server.
+        note: what a reader of its figures should know.
+    """
+
+    name: str
+    runtime: str
+    identity: dict[str, Any]
+    ask: Callable[[Sequence[str], int], Iterator[tuple[int, str]]]
+    chat: ChatModel | None = None
+    gguf: Path | None = None
+    model: str | None = None
+    note: str | None = None

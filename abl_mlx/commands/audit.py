@@ -1,0 +1,439 @@
+"""`abl-mlx audit`: was a direction taken out of this model's weights?
+
+Without a base the answer comes from the spectrum of the residual writers
+(`abl_mlx.audit_weights.spectrum`), with one from the differences
+(`abl_mlx.audit_weights.differences`). Verdicts are "edited", "not edited" and "cannot tell"; each
+comes with its evidence. docs/audit.md has the calibration and what is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx import __version__
+from abl_mlx.audit_weights import differences, spectrum
+from abl_mlx.audit_weights.spectrum import Found, Gap
+from abl_mlx.directions import direction_file
+from abl_mlx.inputs.sources import Source
+from abl_mlx.outputs import stream_weights
+from abl_mlx.outputs.mentions import mentions
+from abl_mlx.outputs.model_file import ModelFile, find_model
+from abl_mlx.outputs.staging import check_report
+from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
+from abl_mlx.support.arrays import numpy_of
+from abl_mlx.support.clock import Clock
+from abl_mlx.support.console import progress
+from convert.base.atomic import check_new
+from convert.base.errors import UserError
+from convert.base.suffixes import ends_in
+
+Record = dict[str, Any]
+
+EDITED, NOT_EDITED, CANNOT_TELL = "edited", "not edited", "cannot tell"
+VERDICTS = (EDITED, NOT_EDITED, CANNOT_TELL)
+
+#: Gram matrices are kept between the two passes when all of them take no more bytes than this.
+_KEPT = 1 << 28
+
+#: Up to this width they are made in float64.
+_DOUBLE = 384
+
+#: Lines of a writer that its Gram matrix is made of, in multiples of d; all of them are looked at
+#: in the second pass.
+_LINES = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a gap means something, for the two searches of `spectrum.search`.
+
+    Calibrated by benchmarks/audit_table.py; see docs/audit.md.
+
+    Attributes:
+        reach: of the search.
+        size, ratio: a gap at least so large, in itself and in units of the next ones' spread, is an
+            edit.
+        doubt_size, doubt_ratio: a gap at least so large is one that cannot be told.
+        low: energy, in units of the reference, below which a writer takes part.
+    """
+
+    name: str
+    reach: float
+    size: float
+    ratio: float
+    doubt_size: float
+    doubt_ratio: float
+    low: float
+
+
+LIMITS = (
+    Limits("low everywhere", 1.0, 0.35, 3.0, 0.2, 3.0, 0.5),
+    Limits("empty in some", 0.1, 0.15, 3.0, 0.1, 3.0, 0.1),
+)
+
+#: A direction that fewer writers agree on is no edit that this can tell from chance.
+_LEAST_WRITERS = 3
+
+
+def audit(
+    text: str,
+    *,
+    base: str | None = None,
+    direction: Path | None = None,
+    output: Path | None = None,
+    ask: bool = False,
+    report: Path | None = None,
+) -> Record:
+    """Judge a model's weights.
+
+    Args:
+        text: what the user typed for the model.
+        base: the same for the model it is said to come from.
+        direction: a direction file to compare the recovered direction with.
+        output: where the recovered direction goes, a new .safetensors.
+        ask: whether the model is run and its refusals are counted.
+        report: where a page to read goes.
+
+    Raises:
+        UserError: a model that cannot be read, told in one sentence.
+    """
+    clock = Clock()
+    if output is not None:
+        if not ends_in(output, ".safetensors"):
+            raise UserError(f"{output}: the name of a direction file ends in .safetensors.")
+        check_new(output)
+    if report is not None:
+        check_report(report)
+    with find_model(text) as model:
+        source = model.source
+        given = None if direction is None else _given(direction)
+        record: Record = {"abl_mlx": __version__, "source": source.name}
+        with clock.step("read what the files say"):
+            label, said = model.label(), mentions({"name": source.title, **model.said()})
+        recovered: np.ndarray | None = None
+        try:
+            if base is None:
+                with clock.step("look for a direction that all writers lack"):
+                    weights, recovered = _without_base(model)
+            else:
+                with clock.step("compare with the base"), find_model(base) as before:
+                    weights, recovered = differences.compare(model, before)
+                record["base"] = base
+        except stream_weights.Unreachable as error:
+            weights = {"verdict": CANNOT_TELL, "evidence": [str(error)], "layers": []}
+        if given is not None:
+            weights["direction_cosine"] = _cosine(given, recovered, direction)
+        record |= {"verdict": weights["verdict"], "evidence": list(weights["evidence"])}
+        _by_its_own_account(record, label, said)
+        record |= {"layers": weights["layers"], "direction_cosine": weights.get("direction_cosine")}
+        record |= {"weights": weights, "label": label, "mentions": said}
+        with clock.step("hash the files"):
+            record["hashes"] = model.hashes()
+    if ask:
+        record["behaviour"] = _asked(text)
+    if output is not None:
+        _keep(output, recovered, source, weights)
+        record["output"] = str(output)
+    record["seconds"] = clock.seconds
+    if report is not None:
+        from abl_mlx.reports import pages
+        from abl_mlx.reports.replay import command_line, plain
+
+        given_words = plain({"base": base, "direction": direction, "ask": ask})
+        command = command_line(
+            ["audit", text], given_words, {"base": None, "direction": None, "ask": False}
+        )
+        pages.write(report, pages.audit_page(record, command))
+    return record
+
+
+def _asked(text: str) -> Record:
+    """Refusal rates, from `abl-mlx eval`; or in one sentence why it cannot be run."""
+    from abl_mlx.choices import EvalOptions
+    from abl_mlx.commands import evaluate_model
+
+    try:
+        return evaluate_model.evaluate_model(text, EvalOptions())
+    except UserError as error:
+        return {"not_asked": str(error)}
+
+
+def _given(path: Path) -> np.ndarray:
+    found = numpy_of(direction_file.read(path).selected).astype(float)
+    return np.linalg.qr(found.T)[0]
+
+
+def _cosine(given: np.ndarray, recovered: np.ndarray | None, path: Path | None) -> float | None:
+    """|cos| between the given direction and the recovered span (of several: the largest)."""
+    if recovered is None:
+        return None
+    if len(given) != recovered.shape[1]:
+        raise UserError(
+            f"{path} has {len(given)} dimensions, and the model has {recovered.shape[1]}: it was "
+            "measured on another model."
+        )
+    return float(np.linalg.svd(recovered @ given, compute_uv=False)[0])
+
+
+def _by_its_own_account(record: Record, label: Record | None, mentions: Sequence[Record]) -> None:
+    """What the files say adds to the evidence; a label settles it, a name raises a doubt."""
+    if label is not None:
+        what = f"strength {label.get('strength')}, layers {label.get('layers')}"
+        record["evidence"].append(f"its metadata say that abl-mlx edited it ({what})")
+        record["verdict"] = EDITED
+    for one in mentions:
+        record["evidence"].append(f"“{one['text']}” stands in its {one['place']}")
+        if record["verdict"] == NOT_EDITED:
+            record["verdict"] = CANNOT_TELL
+
+
+def _keep(path: Path, recovered: np.ndarray | None, source: Source, weights: Record) -> None:
+    if recovered is None:
+        raise UserError(f"no direction was recovered from {source.name}, so {path} is not written.")
+    metadata = {
+        "summary": {"method": "audit", "layer": None, "position": None},
+        "method": "audit",
+        "model": source.public_name,
+        "verdict": weights["verdict"],
+    }
+    direction_file.save(
+        path,
+        direction_file.DirectionFile(mx.array(recovered.astype(np.float32)), metadata=metadata),
+    )
+
+
+# --- without a base ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Energies:
+    """All writers in a small subspace.
+
+    Attributes:
+        basis: from the subspace into the stream, (d, m).
+        forms: what each writer holds there.
+        means: (N,), mean energy of each over all of its directions, without the few largest.
+    """
+
+    basis: np.ndarray
+    forms: spectrum.Forms
+    means: np.ndarray
+
+
+def _without_base(model: ModelFile) -> tuple[Record, np.ndarray | None]:
+    weights = model.stream_weights()
+    with spectrum.threads(weights.width):
+        energies, writers = measure(weights)
+        return judge(energies, writers, weights)
+
+
+def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
+    """Energies of all writers that hold anything, in two passes over the files (one if small)."""
+    d, writers = model.width, model.writers
+    keep = len(writers) * d * d * 8 <= _KEPT
+    kept: list[np.ndarray] = []
+    means, diagonals, used = [], [], []
+    candidates = spectrum.Candidates(model.layers)
+    total = sum(one.lines for one in writers)
+    with progress(total * (1 if keep else 2), "audit", "vector") as bar:
+        for one in writers:
+            gram = _gram(one, np.float64 if d <= _DOUBLE else np.float32)
+            bar.update(one.lines)
+            if not candidates.add(one.role, one.layer, gram):
+                continue
+            used.append(one)
+            means.append(spectrum.typical(gram))
+            diagonals.append(np.diagonal(gram).astype(float))
+            if keep:
+                kept.append(gram)
+        if not used:
+            raise UserError("every residual writer of this model is zero: nothing to audit.")
+        basis, count = candidates.basis()
+        del candidates
+        small = []
+        for index, one in enumerate(used):
+            if keep:
+                small.append(basis.T @ (kept[index] @ basis))
+            else:
+                small.append(_small_gram(one, basis))
+                bar.update(one.lines)
+    forms = spectrum.forms(small, diagonals, basis, count)
+    return Energies(basis, forms, np.fromiter(means, float) / forms.units), used
+
+
+def _gram(one: StreamWeight, dtype: type) -> np.ndarray:
+    """Σ over a writer's lines x xᵀ, (d, d); of very many lines, of every so-many-th."""
+    d = one.width
+    step = max(1, one.lines // (_LINES * d))
+    gram: np.ndarray = np.zeros((d, d), dtype)
+    for values in one.each():
+        values = np.ascontiguousarray(values[:, ::step], dtype=dtype)
+        gram += values @ values.T
+    return gram * dtype(step)
+
+
+def _small_gram(one: StreamWeight, basis: np.ndarray) -> np.ndarray:
+    m = basis.shape[1]
+    gram = np.zeros((m, m))
+    narrow = np.ascontiguousarray(basis.T, dtype=np.float32)
+    for values in one.each():
+        inside = (narrow @ values).astype(np.float64)
+        gram += inside @ inside.T
+    return gram
+
+
+def judge(
+    energies: Energies, writers: Sequence[StreamWeight], model: StreamWeights
+) -> tuple[Record, np.ndarray | None]:
+    """The verdict on a model's energies, and the recovered directions (k, d)."""
+    tests, structural = [], {}
+    for limits in LIMITS:
+        found = []
+        for one in spectrum.search(energies.forms, limits.reach):
+            why = spectrum.structure(_in_stream(energies, [one])[0])
+            if why is None:
+                found.append(one)
+            elif (one.energies < limits.low).sum() >= _LEAST_WRITERS:
+                structural[why] = one.score
+        tests.append((limits, spectrum.gap(found)))
+    if not all(one.found for _, one in tests):
+        return {
+            "verdict": CANNOT_TELL,
+            "evidence": ["the weakest directions of this model are single dimensions"],
+            "layers": [],
+        }, None
+    verdicts = [_of_gap(limits, one) for limits, one in tests]
+    verdict = next(v for v in (EDITED, CANNOT_TELL, NOT_EDITED) if v in verdicts)
+    limits, best = max(
+        (pair for pair, v in zip(tests, verdicts, strict=True) if v == verdict),
+        key=lambda pair: pair[1].size / pair[0].size,
+    )
+    strongest = best.found if verdict != NOT_EDITED else best.found[:1]
+    along = np.mean([one.energies for one in strongest], axis=0)
+    takes_part = along < limits.low
+    layers = _layers(along, writers, takes_part)
+    recovered = _in_stream(energies, strongest)
+    left = float(np.median((along / energies.means)[takes_part])) if takes_part.any() else 1.0
+    strength = float(np.clip(1 - np.sqrt(max(left, 0.0)), 0, 1))
+    evidence = _evidence(verdict, limits, best, takes_part, layers, strength, model)
+    if structural:
+        evidence += [f"left out: {why}" for why in sorted(structural)]
+    return {
+        "verdict": verdict,
+        "evidence": evidence,
+        "layers": layers if verdict != NOT_EDITED else [],
+        "embedding": bool(
+            any(t and w.axis == -1 for t, w in zip(takes_part, writers, strict=True))
+            and verdict != NOT_EDITED
+        ),
+        "rank": best.rank if verdict != NOT_EDITED else 0,
+        "strength": strength if verdict != NOT_EDITED else None,
+        "tests": {
+            limits.name: {
+                "gap": one.size,
+                "gap_over_spread": one.ratio,
+                "rank": one.rank,
+                "scores": [round(found.score, 4) for found in one.all],
+                "verdict": v,
+            }
+            for (limits, one), v in zip(tests, verdicts, strict=True)
+        },
+        "writers": {
+            one.name: {"energy": float(e), "of_mean": float(e / mean), "type": one.type}
+            for one, e, mean in zip(writers, along, energies.means, strict=True)
+        },
+    }, recovered
+
+
+def _in_stream(energies: Energies, found: Sequence[Found]) -> np.ndarray:
+    """Orthonormal directions in the stream (k, d)."""
+    turned = energies.basis @ np.stack([one.direction for one in found], axis=1)
+    return np.asarray(np.linalg.qr(turned)[0].T, dtype=float)
+
+
+def _of_gap(limits: Limits, found: Gap) -> str:
+    agreed = all((one.energies < limits.low).sum() >= _LEAST_WRITERS for one in found.found)
+    if agreed and found.size >= limits.size and found.ratio >= limits.ratio:
+        return EDITED
+    if agreed and found.size >= limits.doubt_size and found.ratio >= limits.doubt_ratio:
+        return CANNOT_TELL
+    return NOT_EDITED
+
+
+def _layers(
+    along: np.ndarray, writers: Sequence[StreamWeight], takes_part: np.ndarray
+) -> list[int]:
+    """The layers in which the direction is low: in all of their writers, or empty in one."""
+    found = []
+    for layer in sorted({one.layer for one in writers if one.layer >= 0}):
+        inside = np.array([one.layer == layer for one in writers])
+        mean = np.exp(np.log(np.maximum(along[inside], 1e-6)).mean())
+        if mean < 0.6 and takes_part[inside].any():
+            found.append(layer)
+    return found
+
+
+def _evidence(
+    verdict: str,
+    limits: Limits,
+    best: Gap,
+    takes_part: np.ndarray,
+    layers: Sequence[int],
+    strength: float,
+    model: StreamWeights,
+) -> list[str]:
+    size = f"gap {best.size:.2f}, {best.ratio:.1f} times the spread of the model's next directions"
+    if verdict == NOT_EDITED:
+        return [f"no direction stands out at the low end of the residual writers ({size})"]
+    what = "one direction" if best.rank == 1 else f"{best.rank} directions"
+    low = [f"{one.energies[takes_part].max():.1e}" for one in best.found[:1]]
+    lines = [
+        f"{int(takes_part.sum())} of {len(takes_part)} residual writers hold next to nothing along "
+        f"{what} (at most {low[0]} of what they hold along their own weakest ones; {size})",
+        f"in layers {spectrum.spans(layers) or 'none as a whole'} of {model.layers}; strength "
+        f"about {strength:.2f}, if it was once as strong there as any other",
+    ]
+    if verdict == CANNOT_TELL:
+        lines.append(
+            f"that is more than chance gives this model, and less than an edit is sure to leave "
+            f"(gap {limits.size:g}, ratio {limits.ratio:g})"
+        )
+    return lines
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def table(record: Record) -> str:
+    """What a person reads."""
+    base = f" against {record['base']}" if "base" in record else ""
+    lines = [f"{record['source']}{base}: {record['verdict']}"]
+    lines += [f"  - {one}" for one in record["evidence"]]
+    cosine = record["direction_cosine"]
+    if cosine is not None:
+        lines.append(f"  |cos| of the recovered direction with the given one: {cosine:.3f}")
+    behaviour = record.get("behaviour")
+    if behaviour is not None:
+        lines += ["", _behaviour(behaviour)]
+    lines += ["", "  files"]
+    lines += [f"    {sha256}  {name}" for name, sha256 in record["hashes"].items()]
+    return "\n".join(lines)
+
+
+def _behaviour(found: Record) -> str:
+    if "not_asked" in found:
+        return f"  not asked: {found['not_asked']}"
+    from abl_mlx.reports import eval_tables
+
+    return eval_tables.table(found)
+
+
+def fails(record: Record, verdicts: Sequence[str]) -> bool:
+    """Whether the verdict is one of those that fail, as the command line spells them."""
+    return str(record["verdict"]).replace(" ", "-") in verdicts

@@ -1,0 +1,182 @@
+"""`abl-mlx chat`: a conversation in which the edit is switched on, off and scaled live."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import zip_longest
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.commands.session import Steered
+from abl_mlx.models import heads
+from abl_mlx.support import interrupts
+from convert.base.errors import UserError
+
+HELP = """\
+/on, /off        the edit, for the next replies
+/strength X      1 removes the direction, 0.5 half of it, negative values strengthen it
+/side            both replies, original and edited, side by side; again for one
+/clear           forget what was said
+/quit            or Ctrl-D"""
+
+Message = dict[str, str]
+
+
+class Conversation:
+    """Two histories of one conversation: what the original has said, and the edited model.
+
+    They differ from where replies were shown side by side.
+
+    Attributes:
+        on: whether the edit is on.
+        strength: of the edit.
+        side_by_side: whether both answer.
+    """
+
+    def __init__(
+        self,
+        steered: Steered,
+        *,
+        side_by_side: bool = False,
+        max_tokens: int = 512,
+        temp: float = 0,
+    ):
+        self.steered = steered
+        self.on = True
+        self.strength = steered.options.strength
+        self.side_by_side = side_by_side
+        self._max_tokens, self._temp = max_tokens, temp
+        self._original: list[Message] = []
+        self._edited: list[Message] = []
+
+    @property
+    def state(self) -> str:
+        """In a few words, for the prompt."""
+        if self.side_by_side:
+            return f"original | edited at {self.strength:g}"
+        return f"edited at {self.strength:g}" if self.on else "original"
+
+    def command(self, line: str) -> str | None:
+        """Obey a line that begins with a slash; what there is to say, or None to quit.
+
+        Raises:
+            UserError: an unknown command, or a strength that is no number.
+        """
+        name, _, rest = line.strip().partition(" ")
+        if name in ("/quit", "/exit", "/q"):
+            return None
+        if name == "/help":
+            return HELP
+        if name in ("/on", "/off"):
+            self.on, self.side_by_side = name == "/on", False
+        elif name == "/side":
+            self.side_by_side = not self.side_by_side
+        elif name == "/clear":
+            self._original, self._edited = [], []
+        elif name == "/strength":
+            try:
+                self.strength = float(rest)
+            except ValueError:
+                raise UserError(f"/strength {rest}: give a number, such as 1 or 0.5.") from None
+            self.on = True
+        else:
+            raise UserError(f"{name} is no command; /help lists them.")
+        return f"[{self.state}]"
+
+    def ask(self, text: str) -> Iterator[str]:
+        """The reply, in pieces as they come, from whichever of the two is on."""
+        said = ""
+        history = self._edited if self.on else self._original
+        for piece in self._generate([*history, _user(text)], self.on):
+            said += piece
+            yield piece
+        for one in (self._original, self._edited):
+            one += [_user(text), {"role": "assistant", "content": said}]
+
+    def ask_both(self, text: str) -> tuple[str, str]:
+        """The replies of the original and of the edited model, each to its own history."""
+        said = []
+        for history, edited in ((self._original, False), (self._edited, True)):
+            said.append("".join(self._generate([*history, _user(text)], edited)))
+            history += [_user(text), {"role": "assistant", "content": said[-1]}]
+        return said[0], said[1]
+
+    def _generate(self, messages: list[Message], edited: bool) -> Iterator[str]:
+        from mlx_lm import stream_generate
+        from mlx_lm.sample_utils import make_sampler
+
+        chat = self.steered.chat
+        tokens = chat.encode_conversation(messages)
+        steps: Any = stream_generate(
+            chat.model, chat.tokenizer, mx.array(tokens), max_tokens=self._max_tokens,
+            sampler=make_sampler(temp=self._temp),
+        )  # fmt: skip
+        on = self.steered.edited(self.strength) if edited else nullcontext()
+        with heads.last_only(chat.model), on:
+            for step in steps:
+                yield step.text
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def talk(
+    conversation: Conversation, read: Callable[[str], str], write: Callable[[str], None]
+) -> None:
+    """Read lines and answer them until ``/quit`` or the end of the input.
+
+    Args:
+        read: asks for a line; raises EOFError at the end.
+        write: prints a piece of text as it is.
+    """
+    write(f"{conversation.steered.name}: /help lists the commands\n")
+    while True:
+        try:
+            line = read(f"[{conversation.state}] > ").strip()
+        except EOFError:
+            write("\n")
+            return
+        if not line:
+            continue
+        try:
+            if line.startswith("/"):
+                answer = conversation.command(line)
+                if answer is None:
+                    return
+                write(f"{answer}\n")
+            elif conversation.side_by_side:
+                write(
+                    columns(*conversation.ask_both(line), width=shutil.get_terminal_size().columns)
+                )
+            else:
+                for piece in conversation.ask(line):
+                    write(piece)
+                write("\n")
+        except UserError as error:
+            write(f"{error}\n")
+        except KeyboardInterrupt:
+            interrupts.forget()
+            write("\n(stopped)\n")
+
+
+def columns(original: str, edited: str, *, width: int) -> str:
+    """Two replies side by side, or one below the other in a terminal narrower than 60."""
+    if width < 60:
+        return f"original:\n{original}\n\nedited:\n{edited}\n"
+    half = (width - 3) // 2
+    left, right = (_wrapped(title, text, half) for title, text in
+                   (("original", original), ("edited", edited)))  # fmt: skip
+    rows = (f"{a:<{half}} │ {b}".rstrip() for a, b in zip_longest(left, right, fillvalue=""))
+    return "\n".join(rows) + "\n"
+
+
+def _wrapped(title: str, text: str, width: int) -> list[str]:
+    lines = [title, "─" * width]
+    for paragraph in text.splitlines() or [""]:
+        lines += textwrap.wrap(paragraph, width) or [""]
+    return lines

@@ -1,0 +1,68 @@
+"""`abl-mlx diff`: which tensors differ between two GGUFs, and what is left of a direction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from abl_mlx.choices import Options
+from abl_mlx.commands.find import edit_of
+from abl_mlx.directions import direction_file
+from abl_mlx.inputs.sources import Source
+from abl_mlx.outputs import gguf_outputs
+from abl_mlx.outputs.gguf import GgufFile
+from abl_mlx.outputs.gguf_plan import bytes_changed, plan
+from abl_mlx.support.console import progress
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
+
+Record = dict[str, Any]
+
+
+def diff(
+    first: Path, second: Path, *, direction: Path | None = None, tensors: str | None = None
+) -> Record:
+    """`abl-mlx diff`: what differs between two GGUFs, and what is left of a direction.
+
+    Args:
+        direction: with it, the leak of its full removal from ``first`` in ``second``.
+        tensors: a regular expression for the tensors that are looked at for that.
+    """
+    with GgufFile(Source(str(first), first)) as model, GgufSource(second) as after:
+        before = model.gguf
+        missing = sorted(set(before.tensors) ^ set(after.tensors))
+        if missing:
+            raise UserError(
+                f"{first} and {second} do not hold the same tensors ({missing[0]} is in one of "
+                "them alone): these are not the same model."
+            )
+        changed: dict[str, Record] = {}
+        with progress(len(before.tensors), "compare", "tensor") as bar:
+            for name, entry in before.tensors.items():
+                other = after.tensors[name]
+                if other.shape != entry.shape:
+                    raise UserError(
+                        f"{name} has the shape {entry.shape} in {first} and {other.shape} in "
+                        f"{second}: these are not the same model."
+                    )
+                if other.type != entry.type:
+                    changed[name] = {"type": f"{entry.type.name} -> {other.type.name}"}
+                else:
+                    count = bytes_changed(before.raw(name), after.raw(name))
+                    before.release(name)
+                    after.release(name)
+                    if count:
+                        changed[name] = {"type": entry.type.name, "bytes_changed": count}
+                bar.update()
+        record: Record = {
+            "first": str(first),
+            "second": str(second),
+            "tensors": len(before.tensors),
+            "changed": changed,
+        }
+        if direction is not None:
+            file = direction_file.read(direction)
+            plans = plan(before, edit_of(file, Options()), model.named_writers(tensors))
+            record |= gguf_outputs.leak_record(gguf_outputs.compare_all(before, after, plans))
+            record["direction"] = file.sha256
+    return record

@@ -1,0 +1,146 @@
+"""What is to come before a long piece of work, and how long it will take here."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+from abl_mlx.choices import Options
+from abl_mlx.commands import prompt_choice
+from abl_mlx.directions import choice, induction, race
+from abl_mlx.inputs.prompts import PromptSets
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.logits import first_reply_token
+from abl_mlx.support.units import in_bytes
+
+#: Prompts of the timed pass.
+TIMED = 8
+
+#: Prompts of a search's trial where there are few of them: its own harmless ones and some harmful.
+SEARCHED = 96
+
+# What passes and writing need beside what a process holds once the model is loaded and has run.
+_BESIDE = 300_000_000
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Tokens of what is to come, at most, and how many run forward in a second.
+
+    Attributes:
+        measured: prompts whose states are measured.
+        measure, choose: tokens that run forward for the measurement and for the choice.
+        asked, times: held-out prompts, and how often they are asked.
+        ask: tokens of these prompts and of their replies, all times together.
+        rate: tokens a second that run forward, from a short timed pass.
+        reply_rate: tokens a second where replies are generated, prompts and replies together.
+        memory: bytes, at the peak.
+    """
+
+    measured: int
+    measure: int
+    choose: int
+    asked: int
+    times: int
+    ask: int
+    rate: float
+    reply_rate: float
+    memory: int
+
+    @property
+    def minutes(self) -> float:
+        """How long all of it takes."""
+        return ((self.measure + self.choose) / self.rate + self.ask / self.reply_rate) / 60
+
+    def __str__(self) -> str:
+        parts = [f"measure {self.measured} prompts ({self.measure:,} tokens)"] * bool(self.measure)
+        parts += [f"choose (at most {self.choose:,})"] * bool(self.choose)
+        if self.ask:
+            parts.append(
+                f"ask {self.asked} held-out prompts {self.times} times (at most {self.ask:,})"
+            )
+        return (
+            f"  to come: {', '.join(parts) or 'nothing long'}: about {_duration(self.minutes)} at "
+            f"{self.rate:,.0f} tokens a second, {in_bytes(self.memory)} of memory. Shorter: "
+            f"--quick, --limit N{', --max-tokens N' if self.ask else ''}"
+        )
+
+
+def _duration(minutes: float) -> str:
+    return f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{max(1, 60 * minutes):.0f} seconds"
+
+
+def forecast(
+    chat: ChatModel,
+    sets: PromptSets,
+    options: Options,
+    times: int,
+    reply_rate: float,
+    *,
+    inducing: bool = False,
+) -> Forecast:
+    """Time a short pass, and count what is to come.
+
+    Args:
+        reply_rate: tokens a second of replies that were generated already.
+        inducing: whether a constant is chosen (`induction.choose`), not a direction.
+        times: how often the held-out prompts are asked: once as the model is, once for each output.
+    """
+    timed = [chat.encode(text) for text in sets.harmful.train.texts[:TIMED]]
+    first_reply_token(chat, timed)  # compares the model's shortcuts, and warms what is compiled
+    start = time.perf_counter()
+    first_reply_token(chat, timed)
+    rate = sum(map(len, timed)) / max(1e-6, time.perf_counter() - start)
+    length = sum(map(len, timed)) / len(timed)
+    both = sets.harmful, sets.harmless
+    train = sum(len(one.train) for one in both)
+    validation = sum(len(one.validation) for one in both)
+    borderline = prompt_choice.borderline_asked(sets, options)
+    test = sum(len(one.test) for one in both) + len(borderline or ())
+    given = options.direction is not None
+    if inducing:
+        choose = _constant(length)
+    else:
+        choose = 0 if given else round(length * _choice(validation, options))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Forecast(
+        train,
+        0 if given else round(train * length),
+        choose,
+        test,
+        times,
+        round(times * test * (length + options.max_tokens)),
+        rate,
+        reply_rate,
+        peak * (1 if sys.platform == "darwin" else 1024) + _BESIDE,
+    )
+
+
+def _constant(length: float) -> int:
+    """Tokens that run for the choice of a constant, at most.
+
+    Args:
+        length: mean tokens of a prompt.
+    """
+    tried = (
+        induction.TRIALS * len(induction.LADDER) * induction.TRIED * (length + induction.OPENING)
+    )
+    asked = (1 + induction.VERIFIED) * induction.PROMPTS * (length + induction.REPLY)
+    return round(2 * induction.PROMPTS * length + tried + asked)
+
+
+def _choice(validation: int, options: Options) -> int:
+    """Prompts that run for the choice, at most: the validation set once, races, and a search."""
+    if options.layer is not None:
+        return validation
+    trials = options.search or 0
+    before, passes, left = 0, 0, choice.MOST
+    for harmful, harmless, kept in race.HEATS:
+        passes += left * (harmful + harmless - before)
+        before, left = harmful + harmless, kept
+    passes += max(0, validation - before) + choice.INDUCED
+    # Where one direction is not enough, as many subspaces run.
+    passes *= 2 if options.method is None else 1
+    return validation + passes + trials * max(validation, SEARCHED)

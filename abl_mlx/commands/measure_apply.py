@@ -1,0 +1,116 @@
+"""`apply`, `measure` and `inspect`: each returns the record that is printed and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from abl_mlx import __version__
+from abl_mlx.choices import Options
+from abl_mlx.commands import prompt_choice
+from abl_mlx.commands.find import edit_of, find_behind_openings, warn_of_strength
+from abl_mlx.directions import direction_file
+from abl_mlx.inputs.prompts import prompt_hashes
+from abl_mlx.models import capture, memory
+from abl_mlx.outputs import destinations, staging
+from abl_mlx.outputs.model_file import find_model
+from abl_mlx.outputs.records import combined_hash, hashes, measured, start_record, worst_leak
+from abl_mlx.reports import plot
+from abl_mlx.reports.companions import write_companions
+from abl_mlx.support.clock import Clock
+from convert.base.atomic import claim
+from convert.base.errors import UserError
+from convert.base.suffixes import ends_in
+
+Record = dict[str, Any]
+
+
+def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Options) -> Record:
+    """`abl-mlx apply`: write the edit that a direction file describes, without evaluating it."""
+    warn_of_strength(options.strength)
+    direction = direction_file.read(direction_path)
+    clock = Clock()
+    with find_model(text) as model:
+        destinations.check(paths, model, options)
+        model.check(paths, options)
+        loaded = model.outline(options, clock)
+        if loaded is not None:
+            direction_file.check_width(direction, direction_path, loaded.chat)
+        edit = edit_of(direction, options)
+        planned = model.plan(edit, direction, paths, loaded, options)
+        record = start_record(model.source, paths, options, direction)
+        record.update(planned.predicting())
+        with clock.step("hash the source"):
+            record["hashes"] = hashes(model.hashes(), direction, options)
+        with staging.staging(paths) as staged:
+            written = [planned.write(one, clock) for one in staged]
+            facts = [one.facts for one in written]
+            record.update(leak=worst_leak(facts), written=facts, seconds=clock.seconds)
+            for one in written:
+                write_companions(one.output, model.source, model.folder, record, one.facts)
+    destinations.hand_to_ollama(paths, options)
+    return record
+
+
+def measure(text: str, out: Path, options: Options, picture: Path | None = None) -> Record:
+    """`abl-mlx measure`: write the direction file.
+
+    Args:
+        picture: where its charts go, if they are wanted.
+    """
+    if not ends_in(out, ".safetensors"):
+        raise UserError(f"{out}: the name of a direction file ends in .safetensors.")
+    claim(out)
+    if picture is not None:
+        plot.check(picture)
+    options = options.with_journal(out.with_suffix(""))
+    clock = Clock()
+    with find_model(text) as model:
+        source = model.source
+        sets = prompt_choice.load(model, options)
+        memory.check(model.source.title, model.size, asked=options.memory_check)
+        with clock.step("load the model"):
+            chat = model.load()
+        with clock.step("find the residual writers"):
+            capture.check_stream(chat)
+            writers = model.find_writers(chat, options.tensors)
+        found = find_behind_openings(chat, writers, sets, options, clock)
+        with clock.step("hash the source"):
+            sha256 = combined_hash(model.hashes())
+    found = replace(
+        found,
+        metadata={
+            **found.metadata,
+            **{
+                key: found.metadata["summary"][key]
+                for key in ("layer", "position")
+                if key in found.metadata["summary"]
+            },
+            "model": source.public_name,
+            "model_type": chat.model_type,
+            "model_sha256": sha256,
+            "prompt_hashes": prompt_hashes(sets),
+            "seed": options.seed,
+        },
+    )
+    direction_file.save(out, found)
+    record: Record = {
+        "abl_mlx": __version__,
+        "source": source.name,
+        "outputs": [str(out)],
+        "direction": {**found.metadata["summary"], "sha256": found.sha256},
+        **measured(found),
+        "seconds": clock.seconds,
+    }
+    if picture is not None:
+        plot.draw(picture, record)
+        record["plot"] = str(picture)
+    return record
+
+
+def inspect(text: str) -> Record:
+    """`abl-mlx inspect`: what the model is and what an edit would touch."""
+    with find_model(text) as model:
+        return model.inspect()

@@ -1,0 +1,85 @@
+"""The prompts that a model is asked: its own, the user's or the bundled ones, as many as wanted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from abl_mlx import demo
+from abl_mlx.choices import Options
+from abl_mlx.commands import prompt_lengths
+from abl_mlx.inputs import prompts
+from abl_mlx.inputs.prompts import PromptSet, PromptSets, Split
+from abl_mlx.outputs.model_file import ModelFile
+from convert.base.errors import UserError
+
+#: Prompts of each set to measure, to choose on and to ask, with ``--quick``.
+QUICK = (48, 16, 24)
+
+
+def load(model: ModelFile | None, options: Options) -> PromptSets:
+    """The prompt sets of this run: the demo's own, the user's, or the bundled ones.
+
+    A file made from the demo is asked what the demo is asked: it has heard of nothing else.
+
+    Args:
+        model: what is asked; None for a server.
+    """
+    speaks_demo = model is not None and (
+        model.source.is_demo or model.has_tokens(demo.vocabulary())
+    )
+    if speaks_demo and options.harmful is None and options.harmless is None:
+        sets = prompts.load_demo()
+    else:
+        sets = prompts.load_sets(options.harmful, options.harmless, options.seed)
+    if options.borderline is not None:
+        sets = replace(sets, borderline=prompts.load(options.borderline, "--borderline"))
+    if options.quick:
+        sets = cut(sets, *QUICK)
+    sets = cut(sets, options.limit)
+    return sets if model is None else prompt_lengths.fitting(sets, model)
+
+
+def cut(
+    sets: PromptSets, train: int | None, validation: int | None = None, test: int | None = None
+) -> PromptSets:
+    """At most so many prompts in each part of each set; ``train`` of all where it is alone."""
+    if train is None:
+        return sets
+    validation, test = validation or train, test or train
+    harmful, harmless = (
+        Split(split.train.take(train), split.validation.take(validation), split.test.take(test))
+        for split in (sets.harmful, sets.harmless)
+    )
+    borderline = sets.borderline and sets.borderline.take(train)
+    return replace(sets, harmful=harmful, harmless=harmless, borderline=borderline)
+
+
+def borderline_part(sets: PromptSets, options: Options, part: str) -> PromptSet | None:
+    """A part of the borderline prompts that ``over-refusal`` is about; None for other methods.
+
+    Raises:
+        UserError: when there are too few.
+    """
+    if options.method != "over-refusal":
+        return None
+    whole = sets.borderline
+    if whole is None or len(whole) < prompts.MINIMUM:
+        raise UserError(
+            "--method over-refusal needs harmless prompts that this model refuses: give at least "
+            f"{prompts.MINIMUM} of them with --borderline FILE."
+        )
+    return getattr(prompts.split(whole, options.seed), part)
+
+
+def borderline_asked(sets: PromptSets, options: Options) -> PromptSet | None:
+    """The borderline prompts that a run asks before and after, none of which it was measured on.
+
+    All of them beside the bundled sets, as many as of the others with ``--quick``; with ``--method
+    over-refusal`` the held-out part; none beside a person's own prompts.
+    """
+    if options.method == "over-refusal":
+        return borderline_part(sets, options, "test")
+    whole = sets.borderline
+    if not whole or options.harmful is not None:
+        return None
+    return whole.take(len(sets.harmful.test)) if options.quick else whole

@@ -1,0 +1,81 @@
+"""Prompts that are longer than a model's context are found before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from abl_mlx.inputs.prompts import PromptSet, PromptSets, Split
+from abl_mlx.inputs.sources import Source
+from abl_mlx.models.prompt_tokens import Count
+from abl_mlx.outputs.model_file import ModelFile
+from abl_mlx.support.console import say
+from convert.base import escape
+from convert.base.errors import UserError
+
+#: Share of a set that may be left out because it is too long.
+FEW = 0.05
+
+# A text has at least as many bytes as tokens, and no template adds three quarters of a context.
+_SURELY_FITS = 4
+
+
+def fitting(sets: PromptSets, model: ModelFile) -> PromptSets:
+    """The prompts that fit into a model's context; a few that do not are left out with a note.
+
+    Only prompts that are long enough for it to matter are tokenized.
+
+    Raises:
+        UserError: when more than a few are too long, or nothing is left of a part.
+    """
+    longest = model.context_length()
+    if longest is None:
+        return sets
+    count: list[Count] = []
+
+    def too_long(text: str) -> int:
+        """Its tokens, if they are too many; else 0."""
+        if len(text.encode()) * _SURELY_FITS <= longest:
+            return 0
+        if not count:
+            count.append(model.token_counter())
+        tokens = count[0](text)
+        return tokens if tokens > longest else 0
+
+    parts = {
+        "harmful": [sets.harmful.train, sets.harmful.validation, sets.harmful.test],
+        "harmless": [sets.harmless.train, sets.harmless.validation, sets.harmless.test],
+        "borderline": [] if sets.borderline is None else [sets.borderline],
+    }
+    left = {name: _fitting(given, too_long, longest, model.source) for name, given in parts.items()}
+    return replace(
+        sets,
+        harmful=Split(*left["harmful"]),
+        harmless=Split(*left["harmless"]),
+        borderline=left["borderline"][0] if left["borderline"] else None,
+    )
+
+
+def _fitting(
+    parts: list[PromptSet], too_long: Callable[[str], int], longest: int, source: Source
+) -> list[PromptSet]:
+    counts = {text: tokens for part in parts for text in part.texts if (tokens := too_long(text))}
+    if not counts:
+        return parts
+    total = sum(map(len, parts))
+    name = parts[0].name.removesuffix("/train")
+    text, tokens = next(iter(counts.items()))
+    left = [
+        replace(part, prompts=tuple(one for one in part.prompts if one.text not in counts))
+        for part in parts
+    ]
+    said = (
+        f"{len(counts)} of {total} prompts of {escape.line(name)} "
+        f"{'is' if len(counts) == 1 else 'are'} longer than {source.title}'s context of "
+        f"{longest:,} tokens: {tokens:,} tokens, “{escape.shortened(text, 40)}”"
+        f"{'' if len(counts) == 1 else ', and so on'}"
+    )
+    if len(counts) > max(1, FEW * total) or not all(map(len, left)):
+        raise UserError(f"{said}. Shorten or remove them.")
+    say(f"· left out: {said}")
+    return left

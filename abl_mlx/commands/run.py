@@ -1,0 +1,402 @@
+"""`abl-mlx run`: six steps from a model to what was written of it, and how that behaves.
+
+The same steps for every format: load the model, look for its direction, ask it as it is, write,
+judge what was written, and put it on record. With ``--induce`` a constant is looked for instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.evaluate import Behaviour
+from abl_mlx.choices import Options
+from abl_mlx.commands import prompt_choice
+from abl_mlx.commands.find import (
+    ask,
+    component_sample,
+    edit_of,
+    find_behind_openings,
+    find_reply_prefix,
+    make_edit,
+    warn_of_strength,
+)
+from abl_mlx.commands.forecast import forecast
+from abl_mlx.directions import induction
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.edits import exactness
+from abl_mlx.edits.edit import Edit, orthonormal
+from abl_mlx.inputs.prompts import PromptSets
+from abl_mlx.models import capture, memory
+from abl_mlx.models.loaded_model import LoadedModel
+from abl_mlx.outputs import destinations, induced, staging
+from abl_mlx.outputs.gguf import GgufFile
+from abl_mlx.outputs.model_file import ModelFile, PlannedEdit, find_gguf, find_model
+from abl_mlx.outputs.records import hashes, start_record, worst_leak
+from abl_mlx.outputs.staging import Output, Written
+from abl_mlx.reports.companions import write_companions
+from abl_mlx.reports.page_run import staged_run_page, write_run_page
+from abl_mlx.support.arrays import let_go
+from abl_mlx.support.clock import Clock
+from abl_mlx.support.console import say
+from abl_mlx.support.notes import noted
+from convert.base.atomic import check_new
+from convert.base.errors import UserError
+
+Record = dict[str, Any]
+
+#: Of the held-out prompts, how many are run to see that an edit of float weights is exact after
+#: every layer.
+EXACTNESS_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run was asked for, once it is known that it can be done.
+
+    Attributes:
+        model: what the direction is measured on.
+        base: the GGUF of the same model that is edited in its stead (``--gguf``).
+        paths: one or more outputs, none of which exists yet.
+        sets: what the model is asked.
+        clock: the time of each step.
+    """
+
+    model: ModelFile
+    base: GgufFile | None
+    paths: Sequence[Path]
+    sets: PromptSets
+    options: Options
+    clock: Clock
+
+    @property
+    def target(self) -> ModelFile:
+        """What is edited."""
+        return self.model if self.base is None else self.base
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was looked for.
+
+    Attributes:
+        direction: the direction, or the constant as one.
+        plan: what is done with it, ready to be written.
+        edit: its removal; None where a constant is added.
+    """
+
+    direction: DirectionFile
+    plan: PlannedEdit
+    edit: Edit | None
+
+
+@dataclass(frozen=True)
+class Before:
+    """The model as it is, to compare with.
+
+    Attributes:
+        behaviour: what it does.
+        base: its distributions over the opening of its own replies.
+        prefix: the tokens with which all of its replies open.
+        sample: held-out prompts, encoded, in which the component is looked for.
+        component: the largest share of the direction in the stream; None for a constant.
+    """
+
+    behaviour: Behaviour
+    base: evaluate.Baseline
+    prefix: tuple[int, ...]
+    sample: Sequence[Sequence[int]]
+    component: float | None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An output as it was found to be, all of it from what was written.
+
+    Attributes:
+        written: which.
+        record: what is known of it.
+        behaviour: what it does.
+    """
+
+    written: Written
+    record: Record
+    behaviour: Behaviour
+
+
+def run(text: str, paths: Sequence[Path], options: Options) -> Record:
+    """`abl-mlx run`: measure, edit, write, and evaluate what was written.
+
+    Args:
+        text: what the user typed for the model.
+        paths: one or more outputs, none of which exists yet.
+
+    Raises:
+        UserError: bad input, told in one sentence; nothing is left behind.
+    """
+    options = options.with_journal(paths[0])
+    warn_of_strength(options.strength)
+    with ExitStack() as files:
+        model = files.enter_context(find_model(text))
+        base = None if options.gguf is None else files.enter_context(find_gguf(options.gguf))
+        target = model if base is None else base
+        destinations.check(paths, target, options)
+        _check_places(paths, options)
+        if base is not None and model.folder is None:
+            raise UserError(
+                f"--gguf {options.gguf}: MODEL is a GGUF itself; leave --gguf out, or name the MLX "
+                "or Hugging Face model to measure on."
+            )
+        sets = prompt_choice.load(model, options)
+        memory.check(model.source.title, model.size, asked=options.memory_check)
+        # Too few borderline prompts are better told before anything is loaded.
+        prompt_choice.borderline_part(sets, options, "test")
+        target.check(paths, options)
+        record = _six_steps(Job(model, base, paths, sets, options, Clock()), _look)
+    destinations.hand_to_ollama(paths, options)
+    return record
+
+
+def run_induced(text: str, paths: Sequence[Path], options: Options) -> Record:
+    """`abl-mlx run --induce`: choose a constant, write it, and ask what was written.
+
+    Args:
+        text: what the user typed for the model.
+        paths: one or more outputs, none of which exists yet.
+
+    Raises:
+        UserError: bad input, an output that cannot hold a constant, no constant that works;
+            nothing is left behind.
+    """
+    with find_model(text) as model:
+        staging.check(paths, model.source, model.adapter, vectors=True)
+        induced.check(paths, options)
+        _check_places(paths, options)
+        sets = prompt_choice.load(model, options)
+        memory.check(model.source.title, model.size, asked=options.memory_check)
+        return _six_steps(Job(model, None, paths, sets, options, Clock()), _look_for_constant)
+
+
+def _check_places(paths: Sequence[Path], options: Options) -> None:
+    """Refuse replies and pages that exist or cannot be written."""
+    if options.save_replies is not None:
+        check_new(options.save_replies)
+    staging.check_reports(paths, options.report)
+
+
+def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> Record:
+    """The run itself. One model is in memory at a time.
+
+    Args:
+        look: finds what is written: a direction to remove, or a constant to add.
+    """
+    with ExitStack() as stack:
+        loaded = _load(job)
+        found = look(job, loaded)
+        before = _ask_before(job, loaded, found, stack)
+        staged = stack.enter_context(staging.staging(job.paths))
+        record = _start(job, found)
+        written = _write(job, found, staged)
+        judged = _judge(job, found, before, written)
+        replies = _finish(job, record, before, judged)
+        paged = staged_run_page(
+            record, [one.staged for one in staged], job.options, replies, job.sets
+        )
+    if not paged:
+        write_run_page(record, job.paths, job.options, replies, job.sets)
+    return record
+
+
+# --- 1. load -----------------------------------------------------------------------------------
+
+
+def _load(job: Job) -> LoadedModel:
+    """The model that is measured, with its residual writers."""
+    with job.clock.step("load the model"):
+        chat = job.model.load()
+    if job.base is not None:
+        with job.clock.step("compare the two models"):
+            job.base.check_same(chat, job.options.tensors)
+    with job.clock.step("find the residual writers"):
+        capture.check_stream(chat)
+        return LoadedModel(chat, job.model.find_writers(chat, job.options.tensors))
+
+
+# --- 2. look -----------------------------------------------------------------------------------
+
+
+def _look(job: Job, loaded: LoadedModel) -> Found:
+    """The direction, and its removal from the files."""
+    chat, options = loaded.chat, job.options
+    # An edit that would touch nothing is better told now than after the measurement.
+    make_edit(mx.ones((1, chat.width)), options).chosen(loaded.writers)
+    direction = find_behind_openings(
+        chat, loaded.writers, job.sets, options, job.clock, 1 + len(job.paths)
+    )
+    if job.base is not None:
+        prefix = chat.reply_prefix
+        del chat
+        loaded.let_go()
+        with job.clock.step("load the GGUF"):
+            chat = job.base.load()
+        chat.reply_prefix = prefix
+        loaded.hold(chat, [])
+    edit = edit_of(direction, options)
+    return Found(direction, job.target.plan(edit, direction, job.paths, loaded, options), edit)
+
+
+def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
+    """The constant that makes the model refuse, and its place in the files."""
+    chat, options = loaded.chat, job.options
+    with job.clock.step("find how replies open"):
+        chat.reply_prefix, rate = find_reply_prefix(chat, job.sets, options.batch_size)
+    say(str(forecast(chat, job.sets, options, 1 + len(job.paths), rate, inducing=True)))
+    vectors = [path for path in job.paths if staging.format_of(path) == staging.VECTOR]
+    job.model.check_constant([path for path in job.paths if path not in vectors], loaded)
+    with job.clock.step("choose a constant"):
+        found = induction.choose(chat, job.sets, options, first_layer=1 if vectors else 0)
+    direction = DirectionFile(found.vector[None], None, {"summary": found.summary})
+    return Found(direction, job.model.plan_constant(found, direction, loaded, options), None)
+
+
+# --- 3. ask the model as it is -----------------------------------------------------------------
+
+
+def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -> Before:
+    """What the model does before anything is changed.
+
+    Args:
+        stack: keeps what the distributions are kept in.
+    """
+    chat, options, sets = loaded.chat, job.options, job.sets
+    in_llamacpp = found.plan.original if evaluate.llamacpp_is_there() else None
+    with job.clock.step("evaluate before"):
+        base = stack.enter_context(
+            evaluate.baseline(
+                chat,
+                sets.harmless.test.take(evaluate.KL_PROMPTS).texts,
+                batch_size=options.batch_size,
+            )
+        )
+        sample = component_sample(chat, sets)
+        present = None
+        if found.edit is not None:
+            present = evaluate.component(chat, sample, _unit(found))["max"]
+        if in_llamacpp is None:
+            before = ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
+    prefix = chat.reply_prefix
+    del chat
+    if not found.plan.needs_model:
+        loaded.let_go()
+    if in_llamacpp is not None:
+        with job.clock.step("evaluate before"):
+            before = ask(in_llamacpp, sets, options)
+    return Before(before, base, prefix, sample, present)
+
+
+def _unit(found: Found) -> mx.array:
+    """The direction, orthonormal."""
+    return orthonormal(found.direction.selected)
+
+
+# --- 4. write ----------------------------------------------------------------------------------
+
+
+def _start(job: Job, found: Found) -> Record:
+    """What is known before anything is written."""
+    target, options = job.target, job.options
+    record = start_record(target.source, job.paths, options, found.direction)
+    if job.base is not None:
+        record["measured_on"] = job.model.source.name
+    if found.edit is None:
+        record["induced"] = True
+    record.update(found.plan.predicting())
+    with job.clock.step("hash the source"):
+        record["hashes"] = hashes(target.hashes(), found.direction, options)
+    return record
+
+
+def _write(job: Job, found: Found, staged: Sequence[Output]) -> list[Written]:
+    """Every output under its temporary name, its leak measured."""
+    return [found.plan.write(one, job.clock) for one in staged]
+
+
+# --- 5. judge ----------------------------------------------------------------------------------
+
+
+def _judge(job: Job, found: Found, before: Before, written: Sequence[Written]) -> list[Judged]:
+    """Every output as it was written.
+
+    First those that are judged in the model that is still loaded; then it is let go, and the others
+    are loaded one by one.
+    """
+    judged: dict[Path, Judged] = {}
+    for on_loaded in (True, False):
+        for one in written:
+            if one.on_loaded == on_loaded:
+                with job.clock.step(f"evaluate {one.output.path.name}"):
+                    judged[one.output.path] = _judge_one(job, found, before, one)
+        found.plan.let_go()
+    return [judged[path] for path in job.paths]
+
+
+def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
+    options, sets = job.options, job.sets
+    in_llamacpp = one.llamacpp if evaluate.llamacpp_is_there() else None
+    figures: Record = {}
+    with one.opened() as chat:
+        chat.reply_prefix = before.prefix
+        if found.edit is not None and one.limit is not None:
+            prompts = before.sample[:EXACTNESS_PROMPTS]
+            exactness.check(
+                chat, found.edit, prompts, limit=one.limit, writers=one.writers_in(chat)
+            )
+        figures["kl"] = evaluate.kl(chat, before.base)
+        if found.edit is not None:
+            figures["component"] = evaluate.component(chat, before.sample, _unit(found))["max"]
+        if in_llamacpp is None:
+            after = ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
+    del chat
+    let_go()
+    if in_llamacpp is not None:
+        after = ask(in_llamacpp, sets, options)
+    figures["runtime"] = "mlx-lm" if in_llamacpp is None else "llama.cpp"
+    note = one.notes[in_llamacpp is not None]
+    figures |= noted(one.facts.get("note"), note)
+    return Judged(one, {**one.facts, **figures, "after": after.record()}, after)
+
+
+# --- 6. put on record --------------------------------------------------------------------------
+
+
+def _finish(
+    job: Job, record: Record, before: Before, judged: Sequence[Judged]
+) -> Mapping[str, Behaviour]:
+    """Complete the record, and write what lies beside each output.
+
+    Returns:
+        who -> what they did, for the page.
+    """
+    evaluations = [one.record for one in judged]
+    first = evaluations[0]
+    record.update(before=before.behaviour.record(), after=first["after"], kl=first["kl"])
+    if before.component is not None:
+        record.update(
+            component={"before": before.component, "after": first["component"]},
+            leak=worst_leak(evaluations),
+        )
+    record.update(evaluations=evaluations, seconds=job.clock.seconds)
+    target = job.target
+    for one in judged:
+        write_companions(one.written.output, target.source, target.folder, record, one.record)
+    replies = {"before": before.behaviour}
+    replies |= {str(one.written.output.path): one.behaviour for one in judged}
+    if job.options.save_replies is not None:
+        evaluate.save_replies(job.options.save_replies, replies, job.sets)
+    return replies

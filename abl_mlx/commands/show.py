@@ -1,0 +1,158 @@
+"""`abl-mlx show`: how much of the direction each layer and token of a prompt holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx import __version__
+from abl_mlx.commands.session import Steered
+from abl_mlx.edits.edit import orthonormal
+from abl_mlx.models import heads
+from abl_mlx.models.capture import Recorder
+from abl_mlx.support.arrays import numpy_of
+from convert.base import escape
+from convert.base.atomic import check_new, new_file
+from convert.base.errors import UserError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The residual stream of one prompt, along a direction.
+
+    Attributes:
+        tokens: T of them, as text.
+        before, after: (L, T) float32, r·h / |h| of the original and of the edited model: the cosine
+            of the stream after layer l with the direction (of several, the length of the
+            projection onto them, over |h|).
+    """
+
+    tokens: list[str]
+    before: np.ndarray
+    after: np.ndarray
+
+
+def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
+    """Run a prompt in the chat template, without and with the edit, and read the stream.
+
+    Args:
+        reply: so many tokens of the original's greedy reply are read as well.
+    """
+    from abl_mlx.behaviour.evaluate import generate
+
+    chat = steered.chat
+    tokens = chat.encode(prompt)
+    if reply:
+        tokens = tokens + generate(chat, [tokens], reply)[0]
+    before = _shares(steered, tokens)
+    with steered.edited():
+        after = _shares(steered, tokens)
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise UserError(
+            f"{steered.name}: the residual stream of this prompt is not finite, so the model's "
+            "weights or the direction are damaged: fetch them again."
+        )
+    return Projection([chat.tokenizer.decode([token]) for token in tokens], before, after)
+
+
+def _shares(steered: Steered, tokens: list[int]) -> np.ndarray:
+    chat, selected = steered.chat, steered.direction.selected
+    with Recorder(chat) as recorder, heads.unseen(chat.model):
+        chat.model(mx.array([tokens], mx.int32))
+        states = recorder.take(mx.array([len(tokens)]), range(-len(tokens), 0))[0]  # (L, T, d)
+        mx.eval(states)
+    rows = []
+    for layer in range(states.shape[0]):
+        unit = orthonormal(selected if selected.ndim == 2 else selected[layer])
+        along = states[layer] @ unit.T
+        size = mx.sqrt((states[layer] * states[layer]).sum(axis=-1))
+        length = along[:, 0] if unit.shape[0] == 1 else mx.sqrt((along * along).sum(axis=-1))
+        rows.append(length / mx.maximum(size, 1e-30))
+    return numpy_of(mx.stack(rows))
+
+
+def show(steered: Steered, prompt: str, *, reply: int = 0, page: Path | None = None) -> Record:
+    """What the command prints and keeps.
+
+    Args:
+        page: where a page with the picture goes.
+    """
+    if page is not None:
+        check_new(page)
+    found = project(steered, prompt, reply=reply)
+    record: Record = {
+        "abl_mlx": __version__,
+        "source": steered.name,
+        "prompt": prompt,
+        "direction": {
+            **steered.direction.metadata.get("summary", {"method": "given"}),
+            "sha256": steered.direction.sha256,
+        },
+        "tokens": found.tokens,
+        "before": found.before.round(5).tolist(),
+        "after": found.after.round(5).tolist(),
+    }
+    if page is not None:
+        from abl_mlx.reports.pages import show_page
+
+        with new_file(page) as staged:
+            staged.write_text(show_page(record), encoding="utf-8")
+        record["output"] = str(page)
+    return record
+
+
+_SHADES = " ░▒▓█"
+
+
+def table(record: Record, *, color: bool = False) -> str:
+    """A line for each token, a cell for each layer, before and after.
+
+    Args:
+        color: whether signs are shown in colours, for terminals.
+    """
+    before, after = (
+        np.stack([np.fromiter(row, float) for row in record[key]]) for key in ("before", "after")
+    )
+    most = max(float(np.abs(before).max()), 1e-9)
+    names = [_plain(token) for token in record["tokens"]]
+    wide = max(map(len, names))
+    layers = before.shape[0]
+    head = f"{'':<{wide}}  {'before':<{layers}}   {'after':<{layers}}   largest before, after"
+    lines = [
+        f"{record['source']}: share of the direction in the stream, r·h/|h|; one cell a layer, "
+        f"from 0 to {layers - 1}; █ = {most:.2f}",
+        head,
+    ]
+    for t, name in enumerate(names):
+        cells = ["".join(_cell(value / most, color) for value in rows[:, t])
+                 for rows in (before, after)]  # fmt: skip
+        numbers = [_largest(rows[:, t]) for rows in (before, after)]
+        lines.append(
+            f"{name:<{wide}}  {cells[0]} │ {cells[1]}   {numbers[0]:+.3f}  {numbers[1]:+.3f}"
+        )
+    return "\n".join(lines)
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(values[np.abs(values).argmax()])
+
+
+def _cell(share: float, color: bool) -> str:
+    shade = _SHADES[min(len(_SHADES) - 1, round(abs(share) * (len(_SHADES) - 1)))]
+    if not color or shade == " ":
+        return shade
+    return f"\x1b[{31 if share > 0 else 34}m{shade}\x1b[0m"
+
+
+def _plain(token: str) -> str:
+    """A token on one line, at most 16 characters wide."""
+    text = escape.line(token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·"))
+    # Where the record was made safe for the terminal before.
+    text = text.replace("\\n", "⏎").replace("\\t", "⇥")
+    return text if len(text) <= 16 else f"{text[:15]}…"

@@ -1,0 +1,99 @@
+"""What `eval` may ask: a model in MLX, a GGUF in llama.cpp, or a server; each answers alike."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.endpoint import Endpoint, is_endpoint
+from abl_mlx.behaviour.target import Target
+from abl_mlx.choices import EvalOptions
+from abl_mlx.models import memory
+from abl_mlx.outputs.model_file import ModelFile, find_model
+from abl_mlx.support.clock import Clock
+from convert.base.errors import UserError
+
+RUNTIMES = ("mlx-lm", "llama.cpp", "llama-server")
+"""What ``--runtime`` takes."""
+
+
+def find(text: str) -> ModelFile | None:
+    """The files of the model that ``text`` names; None for the address of a server.
+
+    Raises:
+        UserError: when there is none.
+    """
+    return None if is_endpoint(text) else find_model(text)
+
+
+@contextmanager
+def opened(
+    text: str, file: ModelFile | None, options: EvalOptions, clock: Clock, model: str | None
+) -> Iterator[Target]:
+    """Load a model, or meet a server; it is let go at the end.
+
+    Args:
+        text: what the user typed.
+        file: what that is, as `find` says.
+        model: its name on a server; None where it has one alone.
+
+    Raises:
+        UserError: when it cannot be loaded or met.
+    """
+    with ExitStack() as stack:
+        if file is None:
+            with clock.step("meet the server"):
+                endpoint = Endpoint(text, model, options.asking)
+            yield Target(
+                endpoint.name, "server", endpoint.identity, endpoint.ask, model=endpoint.model
+            )
+            return
+        name, path = file.source.name, file.source.path
+        runtime = runtime_of(file, options)
+        identity = {"model": name, "files": file.fingerprint(), "runtime": runtime}
+        if runtime == "mlx-lm":
+            with clock.step("load the model"):
+                memory.check(file.source.title, file.size, asked=options.memory_check)
+                chat = file.load()
+            ask = evaluate.stream_in_mlx(chat, batch_size=options.batch_size)
+            yield Target(name, runtime, identity, ask, chat=chat)
+            return
+        memory.check(file.source.title, file.size, asked=options.memory_check)
+        if runtime == "llama.cpp":
+            ask = evaluate.stream_in_llamacpp(path)
+        else:
+            from abl_mlx.behaviour.llama_server import LlamaServer
+
+            with clock.step("start llama-server"):
+                server = stack.enter_context(LlamaServer(path, options.asking))
+            ask = server.endpoint.ask
+        note = None if file.has_template() else _WITHOUT_TEMPLATE.format(file.source.title)
+        yield Target(name, runtime, identity, ask, gguf=path, note=note)
+
+
+#: What to say of a GGUF that llama.cpp has to ask through a template of its own.
+_WITHOUT_TEMPLATE = (
+    "{} has no chat template: llama.cpp asks it through its default one, ChatML, which the model "
+    "may never have seen"
+)
+
+
+def runtime_of(file: ModelFile, options: EvalOptions) -> str:
+    """What runs a model of this machine: one of `RUNTIMES`, of which a folder has no choice.
+
+    Raises:
+        UserError: when ``--runtime`` asks for what is not there.
+    """
+    server = shutil.which("llama-server")
+    wanted = options.runtime
+    if file.runtimes == ("mlx-lm",):
+        return "mlx-lm"
+    if wanted == "llama-server" and server is None:
+        raise UserError("--runtime llama-server: no llama-server is on the PATH.")
+    if wanted is not None:
+        return wanted
+    if evaluate.llamacpp_is_there():
+        return "llama.cpp"
+    return "mlx-lm" if server is None else "llama-server"

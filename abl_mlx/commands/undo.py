@@ -1,0 +1,189 @@
+"""`abl-mlx undo`: put back what an edit took out of a float model.
+
+What was taken comes from one of three places: a file that `--keep-undo` wrote with the edit; the
+base model; or, at a strength other than 1, the edited weights themselves, which still hold
+UᵀW' = (1 − α) UᵀW. At strength 1 without the first two nothing knows it.
+
+On a quantized model nothing is undone: its rounding has changed codes everywhere. Edits of those
+are better made as adapters, which are undone by leaving them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx import __version__
+from abl_mlx.directions import direction_file
+from abl_mlx.edits.edit import Edit
+from abl_mlx.outputs import staging
+from abl_mlx.outputs.edit_label import Label, read_label
+from abl_mlx.outputs.model_file import ModelFile, find_model
+from abl_mlx.outputs.undo_file import Taken, kept_path, read_kept
+from abl_mlx.outputs.undo_weights import quantized
+from abl_mlx.support.arrays import number
+from abl_mlx.support.clock import Clock
+from convert.base.errors import UserError
+from convert.mlx.folder import FLOAT_DTYPES
+
+Record = dict[str, Any]
+
+#: At strengths nearer to 1 too little is left in the weights to tell what was taken.
+_LEAST_LEFT = 0.05
+
+#: A weight may be so far off the base's, edited: rounding to bfloat16, and to keep the edit.
+_MOST_OFF = 0.02
+
+
+def undo(
+    text: str,
+    paths: Sequence[Path],
+    *,
+    factors: Path | None = None,
+    direction: Path | None = None,
+    base: str | None = None,
+) -> Record:
+    """Write the model as it was before the edit, or an adapter that undoes the edit.
+
+    Args:
+        text: the edited model: a folder or a GGUF of float weights.
+        paths: outputs: of the model's own format, or adapters for the edited model.
+        factors: the undo file; None for the one that lies with the model, if there is one.
+        direction: the direction file of the edit, where there is no undo file.
+        base: the model before the edit; with ``direction``.
+
+    Raises:
+        UserError: when what was taken cannot be known, or a tensor is quantized.
+    """
+    clock = Clock()
+    with find_model(text) as model:
+        staging.check(paths, model.source, model.adapter)
+        for path in paths:
+            if staging.format_of(path) not in (model.format, model.adapter):
+                raise UserError(
+                    f"{path} has another format than {text}: undo writes the same one, or an "
+                    "adapter."
+                )
+        source = model.source
+        if factors is None and direction is None and kept_path(source.path).is_file():
+            factors = kept_path(source.path)
+        with clock.step("undo"):
+            label = read_label(model.label(), source.name)
+            found, how = _find(model, label, factors, direction, base)
+            _check(model, found)
+            written = [_write(model, path, found, label) for path in paths]
+    return {
+        "abl_mlx": __version__,
+        "source": source.name,
+        "outputs": [str(path) for path in paths],
+        "from": how,
+        "tensors": len(found),
+        "written": written,
+        "seconds": clock.seconds,
+    }
+
+
+def _write(model: ModelFile, path: Path, found: Mapping[str, Taken], label: Label) -> Record:
+    """Write the model as it was, or an adapter that undoes its edit."""
+    record: Record = {"output": str(path), "format": staging.format_of(path)}
+    if record["format"] == model.adapter:
+        model.restore_by_adapter(path, found, label)
+    else:
+        record["missing"] = model.restore(path, found)
+    return record
+
+
+# --- what was taken ----------------------------------------------------------------------------
+
+
+def _find(
+    model: ModelFile,
+    label: Label,
+    factors: Path | None,
+    direction: Path | None,
+    base: str | None,
+) -> tuple[dict[str, Taken], str]:
+    """What the edit took, by tensor name, and where that is known from."""
+    name = model.source.name
+    if factors is not None:
+        if not factors.is_file():
+            raise UserError(f"{factors} is no file: give the undo file of {name}.")
+        return read_kept(factors, label.direction_sha256), str(factors)
+    if direction is None:
+        raise UserError(
+            f"{name} has lost what the edit took out, and no undo file lies with it: give one with "
+            "--factors (--keep-undo writes it), or the --direction file with --base MODEL."
+        )
+    if not label.is_plain:
+        raise UserError(
+            f"{name} was edited in a way (--norm, --pin or a search) that only an undo file takes "
+            "back: give it with --factors, or take the model it was made from."
+        )
+    file = direction_file.read(direction)
+    if file.sha256 != label.direction_sha256:
+        raise UserError(f"{direction} is not the direction that {name} was edited along.")
+    edit = Edit(file.selected, label.strength, label.layers, label.embedding)
+    if base is None:
+        found = model.taken(edit, label, model)
+        return {key: _from_rest(one, name) for key, one in found.items()}, str(direction)
+    with find_model(base) as before:
+        if before.format != model.format:
+            raise UserError(f"{base} has another format than {name}: give the very model.")
+        found = model.taken(edit, label, before)
+        for key, one in found.items():
+            _check_base(key, base, one.put_back(model.values(key)), before.values(key))
+    return found, base
+
+
+def _from_rest(one: Taken, name: str) -> Taken:
+    """What was taken, from the components that an edit of a strength other than 1 has left.
+
+    Args:
+        one: of the edited tensor.
+    """
+    left = 1 - one.strength
+    if abs(left) < _LEAST_LEFT:
+        raise UserError(
+            f"{name} was edited at strength {one.strength:g}, which leaves nothing in its weights "
+            "to tell what was taken: give --base MODEL, or the undo file with --factors."
+        )
+    return replace(one, along=one.along / left)
+
+
+def _check_base(name: str, base: str, restored: mx.array, was: mx.array) -> None:
+    """Refuse a base that is another model than the one that was edited."""
+    off = restored - was
+    share = (number((off * off).sum()) / max(number((was * was).sum()), 1e-30)) ** 0.5
+    if not share <= _MOST_OFF:
+        raise UserError(
+            f"{name} in {base}, edited, is {share:.1%} off the edited model: give the very model "
+            "that was edited."
+        )
+
+
+def _check(model: ModelFile, found: Mapping[str, Taken]) -> None:
+    """Refuse tensors that are not there, are quantized, or have another shape.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    source, kinds = model.source, model.kinds()
+    for name, one in found.items():
+        if name not in kinds:
+            raise UserError(
+                f"{source.name} has no tensor {name}, from which the edit took something: "
+                "the undo file belongs to another model."
+            )
+        kind, shape = kinds[name]
+        if kind not in FLOAT_DTYPES:
+            raise quantized(name, source)
+        if not one.fits(shape):
+            raise UserError(
+                f"{name} in {source.name} has the shape {shape}, from which "
+                "the edit cannot have taken what the undo file holds: it is damaged, or "
+                "belongs to another model."
+            )

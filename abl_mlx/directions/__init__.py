@@ -1,0 +1,1 @@
+"""Directions: measuring, choosing, keeping and reading them."""

@@ -1,0 +1,173 @@
+"""Which candidate direction: the causal choice of Arditi et al. 2024, as a race."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from abl_mlx.directions import race
+from abl_mlx.directions.measuring import Candidates
+from abl_mlx.directions.race import Runner
+from abl_mlx.directions.selection import TOO_DEEP, Score, shortlist
+from abl_mlx.directions.trial import Effect, Trial
+from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.steering import Intervention, adding
+from convert.base.errors import UserError
+
+#: Candidates that are tried at most.
+MOST = 14
+
+#: Harmless prompts on which a candidate is added.
+INDUCED = 12
+
+
+#: Why an edit that did not run all prompts is not taken.
+OUTRUN = "others did better on the first prompts"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate and how it was found.
+
+    Attributes:
+        score: of the chosen candidate.
+        scores: of every candidate.
+    """
+
+    score: Score
+    scores: list[Score]
+
+
+def rank(
+    effect: Effect, max_kl: float, most_left: float, whole: bool = True
+) -> tuple[bool, bool, float]:
+    """What sorts edits: within the limit of KL, then leaving no refusals, then by refusal score.
+
+    On a few prompts a KL is known roughly, and only twice the limit is too much.
+
+    Args:
+        max_kl: limit of the mean KL on harmless prompts, nats.
+        most_left: the largest share of refusing openings that counts as none (`Trial.left`).
+        whole: whether the effect is that on all prompts.
+    """
+    limit = max_kl if whole else 2 * max_kl
+    return not effect.kl <= limit, effect.refused > most_left, effect.refusal
+
+
+def gentle(
+    effect: Effect, max_kl: float, most_left: float, whole: bool = True
+) -> tuple[bool, bool, float]:
+    """As `rank`, but by KL among those that leave no refusals, as `variants.best` takes them."""
+    over, left, score = rank(effect, max_kl, most_left, whole)
+    return over, left, score if left else effect.kl
+
+
+def choose(
+    trial: Trial,
+    candidates: Candidates,
+    scores: Sequence[Score],
+    *,
+    edit_for: Callable[[Score], Edit],
+    max_kl: float = 0.1,
+    deepest: bool = True,
+) -> Choice:
+    """Ablate candidates, and see what it does to the first reply token.
+
+    Among the shortlisted candidates whose ablation moves harmless prompts by at most ``max_kl``
+    (nats, first reply token), the one that leaves the lowest refusal score on harmful ones
+    (bypass). Of those that ran all prompts of the race a candidate that makes harmless prompts
+    refused when it is added (induce) is taken before one that does not: what only stops refusals
+    may have broken something else. The deepest layers are tried when nothing before them ends
+    refusals.
+
+    Args:
+        scores: of all candidates, from `selection.separation`.
+        edit_for: the edit to try a candidate with.
+        max_kl: limit of the mean KL on harmless prompts, nats.
+        deepest: whether there is nothing else to try than the deepest layers, where none of the
+            others ends refusals.
+
+    Raises:
+        UserError: when no candidate stays under the limit.
+    """
+    tried: dict[tuple[int, int], Score] = {}
+    induced: dict[tuple[int, int], float] = {}
+
+    def induces(score: Score) -> bool:
+        """Whether a candidate brings refusals about; asked of those alone that might be taken."""
+        at = score.layer, score.position
+        if at not in induced:
+            induced[at] = trial.of_adding(addition(candidates, score), INDUCED)
+        return induced[at] > 0
+
+    def hopeful(effect: Effect) -> bool:
+        return possible(effect) and effect.refused <= trial.left
+
+    def good(runner: Runner[Score]) -> bool:
+        return hopeful(runner.effect) and induces(runner.of)
+
+    def possible(effect: Effect) -> bool:
+        return effect.kl <= max_kl
+
+    def works(score: Score) -> bool:
+        return not score.dropped and score.refused is not None and score.refused <= trial.left
+
+    def preference(score: Score) -> tuple[bool, float]:
+        assert score.refusal is not None
+        return not works(score), score.refusal
+
+    def attempt(chosen: Sequence[Score]) -> list[Score]:
+        runners = [Runner(score, edit_for(score)) for score in chosen]
+        finished = race.run(
+            trial,
+            runners,
+            lambda effect: rank(effect, max_kl, trial.left, trial.is_whole(effect)),
+            possible,
+            hopeful,
+            good,
+            "causal choice",
+        )
+        for one in runners:
+            tried[one.of.layer, one.of.position] = _tried(one, max_kl, trial.is_whole(one.effect))
+        return [tried[one.of.layer, one.of.position] for one in finished]
+
+    finished = attempt(shortlist(scores, MOST))
+    if deepest and not any(map(works, finished)):
+        deep = [replace(score, dropped="") for score in scores if score.dropped == TOO_DEEP]
+        finished += attempt(shortlist(deep, MOST))
+    left = sorted((one for one in finished if not one.dropped), key=preference)
+    if not left:
+        lowest = min((score.kl for score in tried.values() if score.kl is not None), default=0.0)
+        raise UserError(
+            f"every candidate direction moves harmless prompts by more than --max-kl {max_kl:g} "
+            f"(the gentlest by {lowest:.3f}): raise --max-kl, or choose with --layer and "
+            "--position."
+        )
+    ending = [one for one in left if works(one)]
+    # What ends refusals comes first, whatever it induces; of these, what induces them too.
+    best = next(filter(induces, ending), left[0])
+    for at, value in induced.items():
+        tried[at] = replace(tried[at], induced=value)
+    best = tried[best.layer, best.position]
+    return Choice(best, [tried.get((one.layer, one.position), one) for one in scores])
+
+
+def _tried(runner: Runner[Score], max_kl: float, whole: bool) -> Score:
+    effect, dropped = runner.effect, ""
+    if not effect.kl <= max_kl:
+        dropped = f"KL {effect.kl:.3f} over the limit of {max_kl:g}"
+    elif not whole:
+        dropped = OUTRUN
+    return replace(
+        runner.of,
+        refusal=effect.refusal,
+        refused=effect.refused,
+        kl=effect.kl,
+        prompts=effect.prompts,
+        dropped=dropped,
+    )
+
+
+def addition(candidates: Candidates, score: Score) -> Intervention:
+    """The difference of means, in its own length, added after a candidate's layer."""
+    return adding(candidates.difference(score.layer, score.position), score.layer)

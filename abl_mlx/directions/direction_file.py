@@ -1,0 +1,203 @@
+"""The direction file, which keeps and shares what was measured and what was chosen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx import __version__
+from abl_mlx.choices import METHODS
+from abl_mlx.directions import foreign
+from abl_mlx.directions.measuring import METHOD, Candidates, float32
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.support.arrays import numpy_of
+from abl_mlx.support.strict_json import finite
+from convert.base import json_text
+from convert.base.atomic import new_file
+from convert.base.errors import UserError
+from convert.base.schema import FLAG, TEXT, Refused, list_of, number, one_of, record, whole
+from convert.base.suffixes import ends_in
+
+
+@dataclass(frozen=True)
+class DirectionFile:
+    """What a direction file holds; docs/direction-file.md describes it byte by byte.
+
+    Attributes:
+        selected: float32, the chosen directions: (k, d), or (L, k, d) with the writers of each
+            layer their own; orthonormal, or of unit length.
+        candidates: everything they were chosen from; None in a file that holds only `selected`.
+        metadata: method, layer, position, model, prompt hashes, scores and version.
+        clouds: (harmful (N, 2), harmless (M, 2)): held-out states in the plane that
+            `estimators.plane` chooses, to be drawn.
+    """
+
+    selected: mx.array
+    candidates: Candidates | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    clouds: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the selected directions' float32 bytes: the edit's identity."""
+        values = mx.contiguous(self.selected.astype(mx.float32))
+        mx.eval(values)
+        return hashlib.sha256(memoryview(values)).hexdigest()  # type: ignore[arg-type]
+
+
+def save(path: Path, file: DirectionFile) -> None:
+    """Write a direction file; it appears whole or not at all."""
+    tensors = {"selected": file.selected.astype(mx.float32)}
+    metadata = {"format": "abl-mlx direction", "format_version": "1", "abl_mlx": __version__}
+    if file.candidates is not None:
+        tensors["candidates"] = file.candidates.directions
+        tensors["harmful_mean"] = file.candidates.harmful_mean
+        tensors["harmless_mean"] = file.candidates.harmless_mean
+        metadata["positions"] = json.dumps(list(file.candidates.positions))
+    if file.clouds is not None:
+        for name, cloud in zip(_CLOUDS, file.clouds, strict=True):
+            tensors[name] = float32(cloud)
+    for key, value in file.metadata.items():
+        metadata[key] = value if isinstance(value, str) else json.dumps(finite(value))
+    with new_file(path) as temporary:
+        # mx.save_safetensors insists on the suffix, which the temporary name does not have.
+        named = temporary.with_name(temporary.name + ".safetensors")
+        try:
+            mx.save_safetensors(str(named), tensors, metadata)
+            named.rename(temporary)
+        finally:
+            named.unlink(missing_ok=True)
+
+
+_CLOUDS = ("harmful_cloud", "harmless_cloud")
+
+
+def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -> DirectionFile:
+    """Read a direction file, or a direction of any other origin (`foreign.read`).
+
+    Args:
+        layer: which of a control vector's directions.
+        tensor: which tensor of a .safetensors or .npz file.
+
+    Raises:
+        UserError: when the file is missing or damaged, holds no direction that is to be taken, or
+            numbers that are not finite.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: make one with `abl-mlx measure MODEL -o {path}`.")
+    if not ends_in(path, ".safetensors") or tensor is not None:
+        return DirectionFile(foreign.read(path, layer=layer, tensor=tensor))
+    tensors, raw = foreign.safetensors(path)
+    if "selected" not in tensors:
+        return DirectionFile(foreign.read(path, layer=layer, tensor=tensor))
+    if layer is not None:
+        raise UserError(
+            f"--layer {layer:g}: {path} says itself which direction was chosen; leave it out."
+        )
+    metadata = {key: _decoded(value) for key, value in raw.items()}
+    json_text.checked(path, metadata, _METADATA, mend="measure it again")
+    selected = foreign.checked(tensors["selected"], f"{path}: `selected`", most=3)
+    clouds = None
+    if all(name in tensors for name in _CLOUDS):
+        for name in _CLOUDS:
+            if tensors[name].ndim != 2 or tensors[name].shape[1] != 2:
+                raise _misshapen(path, name, tensors[name], "(N, 2)")
+        clouds = numpy_of(tensors[_CLOUDS[0]]), numpy_of(tensors[_CLOUDS[1]])
+    return DirectionFile(selected, _candidates(path, tensors, metadata), metadata, clouds)
+
+
+def _candidates(
+    path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, Any]
+) -> Candidates | None:
+    if "harmful_mean" not in tensors or "harmless_mean" not in tensors:
+        return None
+    high, low = tensors["harmful_mean"], tensors["harmless_mean"]
+    if high.ndim != 3 or not high.size:
+        raise _misshapen(path, "harmful_mean", high, "(L, P, d)")
+    if low.shape != high.shape:
+        raise _misshapen(path, "harmless_mean", low, str(tuple(high.shape)))
+    positions = metadata.get("positions") or list(range(-high.shape[1], 0))
+    if len(positions) != high.shape[1]:
+        raise UserError(
+            f"{path} names {len(positions)} positions, and its means are of {high.shape[1]}: "
+            "measure it again."
+        )
+    method = metadata.get("candidate_method") or METHOD
+    found = tensors.get("candidates") if method != METHOD else None
+    if found is not None and found.ndim == 3:
+        found = found[:, :, None]
+    if found is not None and (found.ndim != 4 or (*found.shape[:2], found.shape[3]) != high.shape):
+        raise _misshapen(path, "candidates", found, "(L, P, d) or (L, P, k, d)")
+    return Candidates(high, low, tuple(positions), method, found)
+
+
+def _misshapen(path: Path, name: str, values: mx.array, wanted: str) -> UserError:
+    return UserError(
+        f"{path}: `{name}` must be of the shape {wanted}, not {tuple(values.shape)}; measure it "
+        "again."
+    )
+
+
+_PLACE = {"layer": number(0, 1 << 16), "position": whole(-(1 << 20), -1)}
+
+
+_FIGURES = dict.fromkeys(("d_prime", "cosine", "mean", "explained"), number())
+
+
+_PINS = record({}, dict.fromkeys(("harmful", "harmless"), list_of(number())))
+
+
+_METADATA = record(
+    {
+        **_PLACE,
+        "positions": list_of(_PLACE["position"]),
+        "candidate_method": one_of(METHODS),
+        "summary": record(
+            {**_PLACE, "method": TEXT, "rank": whole(1), "across": TEXT, "per_layer": FLAG}
+        ),
+        "scores": list_of(
+            record(
+                {**_PLACE, **dict.fromkeys(("d_prime", "cosine", "mean", "explained"), number())}
+            )
+        ),
+        "trials": list_of(record(_PLACE)),
+        "cloud": record(_PLACE),
+        "pins": _PINS,
+        "embedding_scale": number(),
+        "recipe": record(
+            {
+                "embedding": FLAG,
+                "profile": record({}, dict.fromkeys(("attention", "mlp"), list_of(number()))),
+            }
+        ),
+    }
+)
+
+
+def _decoded(value: str) -> Any:
+    """A value that is JSON, or else the text that it is."""
+    try:
+        return json_text.parse(value)
+    except Refused:
+        return value
+
+
+def check_width(file: DirectionFile, path: Path, chat: ChatModel) -> None:
+    """Refuse a direction of another width, or number of layers, than the model's stream."""
+    if file.selected.shape[-1] != chat.width:
+        raise UserError(
+            f"{path} holds directions of {file.selected.shape[-1]} dimensions, but the residual "
+            f"stream of {chat.folder} has {chat.width}: it was measured on another model."
+        )
+    if file.selected.ndim == 3 and file.selected.shape[0] != len(chat.layers):
+        raise UserError(
+            f"{path} holds directions for {file.selected.shape[0]} layers, but {chat.folder} has "
+            f"{len(chat.layers)}: it was measured on another model."
+        )

@@ -1,0 +1,127 @@
+"""What an affine edit holds the direction's component at, instead of at nothing (DESIGN section 5).
+
+Once every writer is projected, the stream's component along the directions is what the embedding
+brings and nothing else. So ``--pin harmless`` holds it at the mean of what the embeddings of
+harmless prompts bring. The means that deeper layers have built up are many times as large, and no
+layer before them ever sees such a constant: pinned at its layer 2's mean, the demo's harmless
+replies moved by 4.75 nats at the first token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.edits.edit import orthonormal
+from abl_mlx.edits.steering import first_input
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.hooks import around
+from abl_mlx.models.writers import Writer
+from abl_mlx.support.arrays import number, numbers
+from convert.base.errors import UserError
+
+#: What ``--pin`` may be besides a number.
+NAMES = ("harmful", "harmless")
+
+
+@dataclass(frozen=True)
+class EmbeddingMeans:
+    """What the first layer gets, on average over all tokens of the prompts of a set.
+
+    Attributes:
+        scale: the constant between the embedding's output and what the first layer gets; None
+            where there is more between the two (a norm, embeddings of positions), or where the
+            embedding is no writer of the edit's.
+        harmful, harmless: (d,) float32, in the stream's units; None with the scale.
+    """
+
+    scale: float | None
+    harmful: mx.array | None = None
+    harmless: mx.array | None = None
+
+    def pins(self, selected: mx.array) -> dict[str, list[float]] | None:
+        """Each set's mean component along (orthonormal) directions, (k, d) or (L, k, d)."""
+        if self.harmful is None or self.harmless is None:
+            return None
+        basis = orthonormal(selected if selected.ndim == 2 else selected[0])
+        means = {"harmful": self.harmful, "harmless": self.harmless}
+        return {name: numbers(basis @ mean) for name, mean in means.items()}
+
+
+def embedding_means(
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    harmful: Sequence[Sequence[int]],
+    harmless: Sequence[Sequence[int]],
+) -> EmbeddingMeans:
+    """Look the prompts' tokens up; of the model, one short prompt runs.
+
+    Args:
+        harmful, harmless: encoded prompts.
+    """
+    embedding = next((writer for writer in writers if writer.kind == "embedding"), None)
+    if embedding is None:  # --tensors named none
+        return EmbeddingMeans(None)
+    scale = _scale(chat, embedding)
+    if scale is None:
+        return EmbeddingMeans(None)
+
+    def mean(sequences: Sequence[Sequence[int]]) -> mx.array:
+        counts = Counter(token for sequence in sequences for token in sequence)
+        rows = embedding.module(mx.array([list(counts)], mx.int32))[0].astype(mx.float32)
+        weights = mx.array(list(counts.values()), mx.float32)
+        return scale * (weights @ rows) / weights.sum()
+
+    return EmbeddingMeans(scale, mean(harmful), mean(harmless))
+
+
+def _scale(chat: ChatModel, embedding: Writer) -> float | None:
+    seen: dict[str, mx.array] = {}
+
+    def keep(name: str, states: mx.array) -> mx.array:
+        seen[name] = states.astype(mx.float32)
+        return states
+
+    def out(call: Any, *args: Any, **kwargs: Any) -> Any:
+        return keep("out", call(*args, **kwargs))
+
+    with around([(embedding.module, out)]), first_input(chat, lambda states: keep("in", states)):
+        mx.eval(chat.model(mx.array([chat.encode("Hello there.")])))
+    before, after = seen["out"].reshape(-1), seen["in"].reshape(-1)
+    scale = number((before * after).sum()) / number((before * before).sum())
+    off = number(mx.abs(after - scale * before).max()) / number(mx.abs(after).max())
+    return scale if off < 1e-2 else None
+
+
+def held_at(
+    wanted: str | None,
+    pins: Mapping[str, Sequence[float]] | None,
+    scale: float | None,
+    count: int,
+) -> mx.array | None:
+    """What the embedding's rows hold of ``count`` directions, in its own units.
+
+    Args:
+        wanted: of `NAMES`, or a number in the stream's units; None without ``--pin``.
+        pins: of a direction file, from `EmbeddingMeans.pins`.
+        scale: `EmbeddingMeans.scale`.
+
+    Raises:
+        UserError: when it is not known what that would be.
+    """
+    if wanted is None:
+        return None
+    if not scale:
+        raise UserError(
+            "--pin needs a direction measured by abl-mlx on a model whose embedding, times a "
+            "constant, is what its first layer gets."
+        )
+    if wanted not in NAMES:
+        return mx.full((count,), float(wanted)) / scale
+    if pins is None:
+        raise UserError(f"--pin {wanted} needs a direction file that `abl-mlx measure` wrote.")
+    return mx.array(list(pins[wanted])) / scale

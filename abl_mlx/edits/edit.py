@@ -1,0 +1,289 @@
+"""What is done to which writer, and the exact target for its weight (DESIGN section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.edits import projection
+from abl_mlx.models.writers import Writer
+from abl_mlx.support.arrays import numpy_of
+from convert.base.errors import UserError
+
+
+def orthonormal(directions: mx.array) -> mx.array:
+    """An orthonormal basis of the span of ``directions`` (k, d): (k, d) float32.
+
+    A single direction is divided by its norm, so its sign stays. Of (L, k, d) one for each layer.
+
+    Raises:
+        UserError: when a direction is zero, not finite, or depends on the others.
+    """
+    if directions.ndim == 3:
+        return mx.stack([orthonormal(one) for one in directions])
+    try:
+        return mx.array(projection.orthonormal(numpy_of(directions)))
+    except ValueError as error:
+        if str(error) == "dependent":
+            raise UserError(
+                "the directions depend on one another: leave out the superfluous ones."
+            ) from None
+        raise UserError("a direction is zero or not finite: it points nowhere.") from None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Removal of directions from residual writers; knows nothing of file formats.
+
+    Attributes:
+        directions: float32, in the residual stream, of any length, linearly independent: (k, d),
+            or (L, k, d) with a set of its own for the writers of each layer (embeddings take
+            layer 0's).
+        strength: α; 1 removes the component, 0.5 half of it, negative values strengthen it.
+        layers: the layers whose writers are edited; None for all of them.
+        embedding: whether the embedding's rows are edited too. With tied embeddings this edits the
+            output head as well.
+        profile: for ``attention`` and ``mlp``, a factor of α for each layer; None for 1.
+        norm: of `choices.NORMS`. Keeping columns leaves a full removal full; keeping rows undoes
+            part of it (DESIGN section 5).
+        pin: (k,) what the embedding's rows hold of each (orthonormal) direction instead of nothing,
+            in the embedding's own units; None for nothing. Affine editing: as nothing else writes
+            along the directions any more, the stream holds it everywhere.
+    """
+
+    directions: mx.array
+    strength: float = 1.0
+    layers: frozenset[int] | None = None
+    embedding: bool = True
+    profile: Mapping[str, Sequence[float]] | None = None
+    norm: str = "none"
+    pin: mx.array | None = None
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return int(self.directions.shape[-1])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the projection W − α U(UᵀW) with one α and U for every writer."""
+        return (
+            self.directions.ndim == 2
+            and self.profile is None
+            and self.norm == "none"
+            and self.pin is None
+        )
+
+    def strength_of(self, writer: Writer) -> float:
+        """α of one writer."""
+        if self.profile is None or writer.component == "embedding":
+            return self.strength
+        return self.strength * float(self.profile[writer.component][writer.layer])
+
+    def touches(self, writer: Writer) -> bool:
+        """Whether this writer is edited."""
+        if writer.kind == "embedding":
+            return self.embedding
+        if self.layers is not None and writer.layer not in self.layers:
+            return False
+        return self.profile is None or self.strength_of(writer) != 0
+
+    def chosen(self, writers: Iterable[Writer]) -> list[Writer]:
+        """The writers that are edited.
+
+        Raises:
+            UserError: when there are none, or the strength is 0: such an edit changes nothing.
+        """
+        writers = list(writers)
+        self._check_layers(max((writer.layer for writer in writers), default=-1))
+        chosen = [writer for writer in writers if self.touches(writer)]
+        if not chosen or self.strength == 0:
+            raise UserError(
+                "this edit changes nothing: choose layers that the model has (--layers) and a "
+                "--strength other than 0."
+            )
+        return chosen
+
+    def _check_layers(self, deepest: int) -> None:
+        """Refuse directions or strengths for fewer layers than the model has."""
+        given = {"directions": len(self.directions)} if self.directions.ndim == 3 else {}
+        if self.profile is not None:
+            given["strengths"] = min(map(len, self.profile.values()))
+        for what, count in given.items():
+            if deepest >= count:
+                raise UserError(
+                    f"there are {what} for {count} layers, but the model has a layer {deepest}: "
+                    "they were measured on another model."
+                )
+
+    def basis(self, writer: Writer) -> mx.array:
+        """Orthonormal directions in the writer's own output: (k, d) float32.
+
+        Behind a gain g the stream sees g ⊙ y, whose component along r is (g ⊙ r)·y.
+        """
+        directions = self.directions
+        if directions.ndim == 3:
+            directions = directions[max(0, writer.layer)]
+        if writer.gain is None:
+            return orthonormal(directions)
+        return orthonormal(directions * writer.gain[None, :])
+
+    def taken(self, writer: Writer, along: Any, axis: int) -> Any:
+        """What the edit takes away, of the components that a writer's values have.
+
+        Args:
+            along: (k, n) or (…, k, n) with axis -2, (…, k) with axis -1; MLX or NumPy.
+            axis: of the components.
+        """
+        if self.pin is not None and writer.kind == "embedding":
+            held = self.pin if isinstance(along, mx.array) else numpy_of(self.pin)
+            along = along - (held if axis == -1 else held[:, None])
+        return self.strength_of(writer) * along
+
+
+def stream_axis(kind: str, parameter: str) -> int:
+    """The axis of a writer's ``weight`` or ``bias`` that lies in the residual stream."""
+    return -1 if kind == "embedding" or parameter == "bias" else -2
+
+
+def target(edit: Edit, writer: Writer, parameter: str, values: mx.array) -> mx.array:
+    """The exact edited value, in float32, of a writer's ``weight`` or ``bias``.
+
+    Args:
+        values: the parameter in float32, in MLX's layout: (d, n), (E, d, n), (V, d), (d,) or
+            (E, d) for the biases of experts.
+    """
+    return mx.array(exact(edit, writer, parameter, numpy_of(values)))
+
+
+def exact(edit: Edit, writer: Writer, parameter: str, values: np.ndarray) -> np.ndarray:
+    """`target` of a NumPy array, whose numbers are the same on every CPU."""
+    axis = stream_axis(writer.kind, parameter)
+    projected = _projected(edit, writer, values, axis)
+    if edit.norm == "none" or parameter == "bias":
+        return projected
+    kept = axis if edit.norm == "columns" else -3 - axis
+    ratio = _lengths(values, kept) / np.maximum(_lengths(projected, kept), np.float32(1e-30))
+    rescaled: np.ndarray = projected * ratio
+    return rescaled
+
+
+def _projected(edit: Edit, writer: Writer, values: np.ndarray, axis: int) -> np.ndarray:
+    basis = numpy_of(edit.basis(writer))
+    taken = edit.taken(writer, projection.along(basis, values, axis), axis)
+    return projection.without(basis, taken, values, axis)
+
+
+def _lengths(values: np.ndarray, axis: int) -> np.ndarray:
+    lengths = np.sqrt(projection.squares(values, axis)).astype(np.float32)
+    return np.expand_dims(lengths, axis)
+
+
+def rounded(
+    edit: Edit, writer: Writer, parameter: str, exact: mx.array, dtype: mx.Dtype
+) -> mx.array:
+    """Exact edited values in a float dtype, with the component kept where the edit put it.
+
+    The same as `rounding` does on a quantized grid, and as needed: in a wide bfloat16 model a
+    plain cast leaves 1% of the component. Each line is rounded from values shifted along the
+    directions, the shift being corrected by what is left; the best of a few rounds is kept.
+
+    Args:
+        exact: float32, as `target` gives it.
+    """
+    basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
+    wanted = numpy_of(exact)
+
+    def stored(values: np.ndarray) -> tuple[mx.array, np.ndarray, np.ndarray]:
+        kept = mx.array(values).astype(dtype)
+        left = projection.along(basis, numpy_of(kept) - wanted, axis)
+        return kept, left, np.square(left).sum(axis=axis, keepdims=True)
+
+    best, shift, least = stored(wanted)
+    for _ in range(_FLOAT_ROUNDS):
+        values, left, size = stored(projection.without(basis, shift, wanted, axis))
+        best, least = mx.where(mx.array(size < least), values, best), np.minimum(size, least)
+        mx.eval(best)
+        shift = shift + left
+    return best
+
+
+# Corrections of the shift; the last ones gain little.
+_FLOAT_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Leak:
+    """How much of the edit is missing from written values (DESIGN section 6); parts add up.
+
+    Attributes:
+        missing: ‖uᵀ(W_written − W_target)‖².
+        wanted: ‖uᵀ(W_source − W_target)‖².
+        error2: ‖W_written − W_target‖², over all weights.
+        target2: ‖W_target‖².
+    """
+
+    missing: float = 0.0
+    wanted: float = 0.0
+    error2: float = 0.0
+    target2: float = 0.0
+
+    def __add__(self, other: Leak) -> Leak:
+        return Leak(
+            self.missing + other.missing,
+            self.wanted + other.wanted,
+            self.error2 + other.error2,
+            self.target2 + other.target2,
+        )
+
+    @property
+    def value(self) -> float:
+        """The share of the component still there: 0 gone, 1 nothing happened."""
+        return float((self.missing / self.wanted) ** 0.5) if self.wanted else 0.0
+
+    @property
+    def error(self) -> float:
+        """Relative weight error against the exact float edit."""
+        return float((self.error2 / self.target2) ** 0.5) if self.target2 else 0.0
+
+
+def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: mx.array) -> Leak:
+    """Leak of one parameter, from its values before the edit and as read back from the output."""
+    basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
+    before, after = numpy_of(source), numpy_of(written)
+    wanted = exact(edit, writer, parameter, before)
+    # With rows kept, what that undoes of the removal is missing as well.
+    aim = wanted if edit.norm != "rows" else _projected(edit, writer, before, axis)
+    missing = projection.along(basis, after - aim, axis)
+    taken = _taken(edit, writer, parameter, before, wanted)
+    return Leak(*map(projection.square, (missing, taken, after - wanted, wanted)))
+
+
+def _taken(
+    edit: Edit, writer: Writer, parameter: str, source: np.ndarray, wanted: np.ndarray
+) -> np.ndarray:
+    """The components that the edit takes away, with one float32 rounding where that can be."""
+    basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
+    if edit.norm == "columns" and parameter != "bias":
+        return projection.along(basis, source - wanted, axis)
+    taken: np.ndarray = edit.taken(writer, projection.along(basis, source, axis), axis)
+    return taken
+
+
+def total_leak(leaks: Sequence[Leak]) -> float:
+    """Root of the summed squares over all edited parameters.
+
+    Raises:
+        UserError: when the source held nothing of the direction, so that nothing was edited.
+    """
+    wanted = sum(leak.wanted for leak in leaks)
+    if wanted == 0:
+        raise UserError(
+            "nothing of the direction was in the weights to begin with: the edit changed nothing; "
+            "is the model already edited along this direction?"
+        )
+    return float((sum(leak.missing for leak in leaks) / wanted) ** 0.5)

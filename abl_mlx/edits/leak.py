@@ -1,0 +1,74 @@
+"""The leak of every edited tensor of one output, measured from the bytes written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from abl_mlx.edits.edit import Leak, total_leak
+from convert.base.errors import UserError
+
+
+@dataclass(frozen=True)
+class LeakReport:
+    """What is left of the direction in the tensors of an output.
+
+    Attributes:
+        tensors: source tensor name -> Leak.
+        details: source tensor name -> what else is known of it as written, as JSON values.
+    """
+
+    tensors: dict[str, Leak]
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Root of the summed squares over all edited tensors."""
+        return total_leak(list(self.tensors.values()))
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The tensor with the largest leak."""
+        name = max(self.tensors, key=lambda name: self.tensors[name].value)
+        return name, self.tensors[name].value
+
+    @property
+    def error(self) -> float:
+        """The weight error of all tensors together."""
+        return sum(self.tensors.values(), start=Leak()).error
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "total": self.total,
+            "max": self.worst[1],
+            "tensors": {
+                name: {
+                    "leak": leak.value,
+                    "weight_error": leak.error,
+                    **self.details.get(name, {}),
+                }
+                for name, leak in self.tensors.items()
+            },
+        }
+
+    def check(self, output: str, limit: float, mend: str) -> None:
+        """Refuse an output in which too much is left.
+
+        Args:
+            output: its name, for the message.
+            limit: largest allowed total leak.
+            mend: what to do about it beside raising the limit.
+
+        Raises:
+            UserError: when the total is above ``limit``, or the edit changed nothing.
+        """
+        if self.total <= limit:
+            return
+        worst, value = self.worst
+        raise UserError(
+            f"the edit did not survive in {output}: {self.total:.1%} of the component is still in "
+            f"the weights (most in {worst}: {value:.1%}) and --max-leak is {limit:g}; {mend}, or "
+            "raise --max-leak."
+        )

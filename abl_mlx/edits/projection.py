@@ -1,0 +1,139 @@
+"""Components along directions, and weights without them: the same numbers on every CPU.
+
+BLAS sums in an order that depends on the CPU, on its number of cores, and on the library. What is
+summed here decides codes, so the order is fixed: float32 in short pieces, which are added up in
+float64. All arrays are NumPy's, float32; (..., d, n) with the stream down the rows (axis -2), or
+(..., n) with it along them (axis -1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from convert.base.grids import CHUNK, in_chunks
+
+
+def along(basis: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
+    """The components along each direction.
+
+    Args:
+        basis: (k, d).
+        values: (..., d, n) for axis -2, (..., d) for axis -1.
+        axis: of the stream.
+
+    Returns:
+        (..., k, n), or (..., k).
+    """
+    from abl_mlx.edits import projection_kernels as kernels
+
+    basis = _plain(basis)
+    k, d = basis.shape
+    if axis == -1:
+        rows = _plain(values).reshape(-1, d)
+        out = np.empty((len(rows), k), np.float32)
+        in_chunks(lambda p: kernels.across(basis, rows, out, p.start, p.stop), len(rows), d)
+        return out.reshape(*values.shape[:-1], k)
+    out = np.empty((*values.shape[:-2], k, values.shape[-1]), np.float32)
+    for one, found in _matrices(values, out):
+        in_chunks(
+            lambda p, one=one, found=found: kernels.down(  # type: ignore[misc]
+                basis, one, found, p.start, p.stop
+            ),
+            one.shape[1], min(d, CHUNK // 512),
+        )  # fmt: skip
+    return out
+
+
+def without(basis: np.ndarray, components: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
+    """The values less what has these components: W − Uᵀ c, or W − c U.
+
+    Args:
+        components: as `along` gives them.
+    """
+    from abl_mlx.edits import projection_kernels as kernels
+
+    basis, components = _plain(basis), _plain(components)
+    k, d = basis.shape
+    made = np.empty(values.shape, np.float32)
+    if axis == -1:
+        rows, out, parts = _plain(values).reshape(-1, d), made.reshape(-1, d), components
+        parts = parts.reshape(-1, k)
+        in_chunks(
+            lambda p: kernels.less_across(basis, parts, rows, out, p.start, p.stop), len(rows), d
+        )
+        return made
+    n = values.shape[-1]
+    each = components.reshape(-1, k, n)
+    for (one, out), part in zip(_matrices(values, made), each, strict=True):
+        in_chunks(
+            lambda p, one=one, out=out, part=part: kernels.less_down(  # type: ignore[misc]
+                basis, part, one, out, p.start, p.stop
+            ),
+            d, n,
+        )  # fmt: skip
+    return made
+
+
+def squares(values: np.ndarray, axis: int) -> np.ndarray:
+    """Σ w² along an axis: float64 (..., n) for axis -2, (...) for axis -1."""
+    from abl_mlx.edits import projection_kernels as kernels
+
+    if axis == -1:
+        rows = _plain(values).reshape(-1, values.shape[-1])
+        sums = np.empty(len(rows), np.float64)
+        in_chunks(lambda p: kernels.squares_across(rows, sums, p.start, p.stop), *rows.shape)
+        return sums.reshape(values.shape[:-1])
+    out = np.empty((*values.shape[:-2], 1, values.shape[-1]), np.float64)
+    for one, found in _matrices(values, out):
+        in_chunks(
+            lambda p, one=one, found=found: kernels.squares_down(  # type: ignore[misc]
+                one, found[0], p.start, p.stop
+            ),
+            one.shape[1], min(one.shape[0], CHUNK // 512),
+        )  # fmt: skip
+    return out[..., 0, :]
+
+
+def square(values: np.ndarray) -> float:
+    """Σ w² over everything."""
+    if values.size == 0:
+        return 0.0
+    rows = values.reshape(1, -1) if values.ndim < 2 else values.reshape(-1, values.shape[-1])
+    return math.fsum(squares(rows, -1))
+
+
+def orthonormal(directions: np.ndarray) -> np.ndarray:
+    """Gram and Schmidt's basis of the span of ``directions`` (k, d): float32 (k, d).
+
+    In float64, every sum correctly rounded. Each direction keeps its sign.
+
+    Raises:
+        ValueError: when one is zero or not finite, or depends on those before it.
+    """
+    found: list[np.ndarray] = []
+    for one in directions.astype(np.float64):
+        length = math.sqrt(math.fsum(one * one)) if np.isfinite(one).all() else 0.0
+        if not 0 < length < math.inf:
+            raise ValueError("zero or not finite")
+        left = one / length
+        for _ in range(2 if found else 0):  # the second time for what rounding has left
+            for other in found:
+                left = left - math.fsum(left * other) * other
+        rest = math.sqrt(math.fsum(left * left))
+        if rest < 1e-4:
+            raise ValueError("dependent")
+        found.append(left / rest)
+    return np.array(found).astype(np.float32)
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def _matrices(values: np.ndarray, out: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each (d, n) of a stack with its place in ``out``, whose rows may be fewer."""
+    stack = _plain(values).reshape(-1, *values.shape[-2:])
+    yield from zip(stack, out.reshape(-1, *out.shape[-2:]), strict=True)

@@ -1,0 +1,150 @@
+"""Parts of a tensor that are edited by themselves, and the exact edit of one.
+
+Work on quantized tensors goes in slabs: some columns of a writer (each column is a constraint of
+its own), some rows of an embedding. So memory is bounded by the slab, whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.edits import edit, projection, rounding
+from abl_mlx.edits.edit import Edit, Leak, stream_axis
+from abl_mlx.models.writers import Writer
+from abl_mlx.support.arrays import numpy_of
+from convert.base.errors import UserError
+
+#: Weights in a slab: about 32 MB of float32, of which a few are alive at once.
+SLAB = 1 << 23
+
+#: Lines of a tensor on which its own grid and a fresh one are compared.
+SAMPLE = 256
+
+
+class Edited(Protocol):
+    """What is done to one tensor."""
+
+    @property
+    def name(self) -> str:
+        """Of the tensor, for messages."""
+
+    @property
+    def edit(self) -> Edit:
+        """What is done."""
+
+    @property
+    def writer(self) -> Writer:
+        """The writer that the tensor belongs to."""
+
+    @property
+    def parameter(self) -> str:
+        """``weight`` or ``bias``."""
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A part of a tensor that is edited by itself.
+
+    Attributes:
+        rows: of the tensor's flat rows (experts one below the other).
+        columns: of the row, whole blocks of the type.
+    """
+
+    rows: slice
+    columns: slice
+
+
+def slabs(shape: tuple[int, ...], axis: int, block: int) -> Iterator[Slab]:
+    """Cover a tensor with slabs of about `SLAB` weights, expert by expert, in file order.
+
+    Args:
+        shape: (out, in), (E, out, in), (V, d) or (d,).
+        axis: that of the residual stream, -1 or -2; slabs are never cut across it.
+        block: weights in a block of the type; columns are cut between blocks only.
+    """
+    n = shape[-1]
+    total = int(np.prod(shape[:-1]))
+    if axis == -1:
+        step = max(1, SLAB // n)
+        for first in range(0, total, step):
+            yield Slab(slice(first, min(total, first + step)), slice(0, n))
+        return
+    d = shape[-2]
+    step = max(1, SLAB // (d * block)) * block
+    for first in range(0, total, d):
+        for start in range(0, n, step):
+            yield Slab(slice(first, first + d), slice(start, min(n, start + step)))
+
+
+def sample(shape: tuple[int, ...], axis: int, block: int) -> Slab:
+    """Some whole lines from the middle of a tensor, of its first expert if it has several."""
+    n, total = shape[-1], int(np.prod(shape[:-1]))
+    if axis == -1:
+        first = max(0, (total - SAMPLE) // 2)
+        return Slab(slice(first, min(total, first + SAMPLE)), slice(0, n))
+    lines = max(1, SAMPLE // block) * block
+    first = max(0, (n - lines) // 2 // block * block)
+    return Slab(slice(0, shape[-2]), slice(first, min(n, first + lines)))
+
+
+def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
+    """The exact edited values of a slab's float32 values, with what has to survive in them.
+
+    Raises:
+        UserError: when they are not finite, or when rows are to be kept, which a slab of columns
+            does not hold whole.
+    """
+    if one.edit.norm == "rows":
+        raise UserError(
+            f"--norm rows is for float folders only, and {one.name} is quantized or in a GGUF: use "
+            "--norm columns, which keeps a full removal full."
+        )
+    exact = edit.exact(one.edit, one.writer, one.parameter, source)
+    if not np.isfinite(exact).all():
+        raise UserError(
+            f"{one.name} holds NaN or infinity after the edit: the file is damaged, or --strength "
+            "is too large."
+        )
+    axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
+    basis, stream = numpy_of(one.edit.basis(one.writer)), axis - 2
+    if one.edit.norm == "none":
+        along = projection.along(basis, source, stream)
+        taken = one.edit.taken(one.writer, along, stream)
+    else:
+        taken = projection.along(basis, source - exact, stream)
+    taken = np.ascontiguousarray(taken if axis == 1 else taken.T, dtype=np.float32)
+    length = math.sqrt(projection.square(taken) / len(taken))
+    return rounding.Edited(exact, basis, axis, length, taken)
+
+
+def leak(one: Edited, source: np.ndarray, written: np.ndarray) -> Leak:
+    """What `edit.leak` says of a slab, from NumPy's arrays: fewer passes, and all cores.
+
+    With c the components that the edit takes away and D = written − source, the written error is
+    D + u c, so that ‖D + u c‖² = ‖D‖² + 2 c·(u D) + ‖c‖².
+
+    Args:
+        source, written: float32, (R, n).
+    """
+    axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
+    if one.edit.norm != "none":
+        return edit.leak(one.edit, one.writer, one.parameter, mx.array(source), mx.array(written))
+    basis = numpy_of(one.edit.basis(one.writer))
+
+    def along(values: np.ndarray) -> np.ndarray:
+        return projection.along(basis, values, axis - 2).astype(np.float64)
+
+    before, after = along(source), along(written)
+    taken = one.edit.taken(one.writer, before, -2 if axis == 0 else -1)
+    moved = projection.square(written - source)
+    wanted = float(np.sum(taken * taken))
+    error = moved + 2 * float(np.sum(taken * (after - before))) + wanted
+    squares = projection.square(source) - 2 * float(np.sum(taken * before)) + wanted
+    left = after - (before - taken)
+    return Leak(float(np.sum(left * left)), wanted, max(error, 0.0), max(squares, 0.0))

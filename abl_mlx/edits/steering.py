@@ -1,0 +1,230 @@
+"""Runtime interventions on a loaded model, without touching its weights.
+
+`ablation` is the weight edit at runtime: what every residual writer puts out is projected, so the
+logits are those of the edited weights. `steering` works on the residual stream itself, after
+chosen layers and at chosen tokens: it ablates, pins, or adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from abl_mlx.edits.edit import Edit, orthonormal
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.hooks import Around, around, around_method
+from abl_mlx.models.residuals import residual
+from abl_mlx.models.writers import Writer
+from convert.base.errors import UserError
+
+# --- the weight edit at runtime ----------------------------------------------------------------
+
+
+@contextmanager
+def ablation(writers: Sequence[Writer], edit: Edit) -> Iterator[None]:
+    """Within the block every chosen writer's output loses what the edit takes from its weights.
+
+    By linearity this is what the edited weights and biases would put out, so the logits are those
+    of the weight edit to float precision, a tied output head included.
+
+    Raises:
+        UserError: for an edit that keeps norms, which is not linear in what a writer puts out.
+    """
+    if edit.norm != "none":
+        raise UserError(f"--norm {edit.norm} can be had in weights only, not at runtime.")
+    chosen = edit.chosen(writers)
+    with ExitStack() as stack:
+        stack.enter_context(
+            around([(writer.module, _projected(edit, writer)) for writer in chosen])
+        )
+        for writer in chosen:
+            if writer.tied:
+                stack.enter_context(
+                    around_method(writer.module, "as_linear", _projected_head(edit, writer))
+                )
+        yield
+
+
+def _projected(edit: Edit, writer: Writer) -> Around:
+    basis = edit.basis(writer)
+
+    def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        unit = basis.astype(output.dtype)
+        taken = edit.taken(writer, output @ unit.T, -1)
+        return output - taken.astype(output.dtype) @ unit
+
+    return wrapper
+
+
+def _projected_head(edit: Edit, writer: Writer) -> Around:
+    # A head (E − α (E Uᵀ − c) U) of h is the head E of h − α Uᵀ U h, and α c·U h on every logit.
+    basis = edit.basis(writer)
+
+    def wrapper(call: Any, states: mx.array) -> Any:
+        unit = basis.astype(states.dtype)
+        along = edit.strength_of(writer) * (states @ unit.T)
+        logits = call(states - along @ unit)
+        if edit.pin is not None:
+            logits = logits + along @ edit.pin.astype(states.dtype)[:, None]
+        return logits
+
+    return wrapper
+
+
+# --- the residual stream -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is done to the residual stream where it leaves a layer.
+
+    Attributes:
+        action: ``ablate`` takes the component along the directions away, ``pin`` sets it to
+            ``value``, ``add`` adds the directions as they are, in their own length.
+        directions: (k, d).
+        strength: of an ablation or a pin, the share of the way to go; a factor of what is added.
+        value: what each component is set to: one number, or (k,) for orthonormal directions.
+        layers: after which layers, -1 being the embedding; None for all of them and it.
+        positions: tokens of each call of the model, negative ones counted from its end; None for
+            all of them. While a reply is generated with a cache every call sees one new token.
+    """
+
+    action: Literal["ablate", "pin", "add"]
+    directions: mx.array
+    strength: float = 1.0
+    value: float | mx.array = 0.0
+    layers: frozenset[int] | None = None
+    positions: Sequence[int] | None = None
+
+    @cached_property
+    def _basis(self) -> mx.array:
+        return orthonormal(self.directions)
+
+    def after(self, states: mx.array) -> mx.array:
+        """The stream with the intervention, (B, T, d), in the stream's own type."""
+        if self.action == "add":
+            change = self.strength * self.directions.sum(axis=0)
+            change = mx.broadcast_to(change, states.shape)
+        else:
+            held = mx.array(self.value, mx.float32) if self.action == "pin" else mx.array(0.0)
+            along = states.astype(mx.float32) @ self._basis.T
+            change = self.strength * ((held - along) @ self._basis)
+        if self.positions is not None:
+            tokens = states.shape[1]
+            inside = [p % tokens for p in self.positions if -tokens <= p < tokens]
+            mask = mx.zeros((tokens, 1))
+            if inside:
+                mask[mx.array(inside)] = 1.0
+            change = change * mask
+        return (states.astype(mx.float32) + change).astype(states.dtype)
+
+
+def adding(vector: mx.array, layer: int, strength: float = 1.0) -> Intervention:
+    """``strength`` times a vector (d,), added to the stream after one layer, at every token."""
+    return Intervention("add", vector[None], strength, layers=frozenset({layer}))
+
+
+@dataclass(frozen=True)
+class Induction:
+    """What is added to the residual stream after a layer, at every token.
+
+    Attributes:
+        vector: (d,) float32, strength included.
+        layer: after which layer it is added, counted from 0.
+        summary: how it was chosen, as JSON values.
+    """
+
+    vector: mx.array
+    layer: int
+    summary: dict[str, Any]
+
+    @property
+    def intervention(self) -> Intervention:
+        """The same at runtime."""
+        return adding(self.vector, self.layer)
+
+
+@contextmanager
+def steering(chat: ChatModel, *interventions: Intervention) -> Iterator[None]:
+    """Within the block the residual stream is intervened on, in the order given.
+
+    Ablation after every layer is not quite the weight edit: inside a layer the MLP still sees what
+    attention has just written. `ablation` is the weight edit.
+
+    Raises:
+        UserError: a layer that the model does not have, or a direction of another width.
+    """
+    count = len(chat.layers)
+    for one in interventions:
+        if one.directions.ndim != 2 or one.directions.shape[1] != chat.width:
+            raise UserError(
+                f"a direction of the shape {tuple(one.directions.shape)} does not fit a residual "
+                f"stream of {chat.width} dimensions."
+            )
+        wrong = [layer for layer in one.layers or () if not -1 <= layer < count]
+        if wrong:
+            raise UserError(f"there is no layer {wrong[0]}: the model has layers 0 to {count - 1}.")
+
+    def at(layer: int) -> list[Intervention]:
+        return [one for one in interventions if one.layers is None or layer in one.layers]
+
+    pairs = [
+        (module, _after_layer(chat, layer, at(layer)))
+        for layer, module in enumerate(chat.layers)
+        if at(layer)
+    ]
+    with ExitStack() as stack:
+        if at(-1):
+            stack.enter_context(first_input(chat, _all_of(at(-1))))
+        stack.enter_context(around(pairs))
+        yield
+
+
+def _all_of(chosen: Sequence[Intervention]) -> Callable[[mx.array], mx.array]:
+    def changed(states: mx.array) -> mx.array:
+        for one in chosen:
+            states = one.after(states)
+        return states
+
+    return changed
+
+
+def _after_layer(chat: ChatModel, layer: int, chosen: Sequence[Intervention]) -> Around:
+    change = _all_of(chosen)
+
+    def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        states = change(residual(output, layer, chat.width))
+        return type(output)([states, *output[1:]]) if isinstance(output, tuple | list) else states
+
+    return wrapper
+
+
+@contextmanager
+def first_input(chat: ChatModel, change: Callable[[mx.array], mx.array]) -> Iterator[None]:
+    """Within the block the first layer gets ``change(stream)`` in place of the stream.
+
+    Raises:
+        UserError: when the model runs, if its first layer is handed no stream of (B, T, d).
+    """
+
+    def is_stream(value: Any) -> bool:
+        return isinstance(value, mx.array) and value.ndim == 3 and value.shape[-1] == chat.width
+
+    def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
+        where = next((i for i, value in enumerate(args) if is_stream(value)), None)
+        if where is not None:
+            return call(*args[:where], change(args[where]), *args[where + 1 :], **kwargs)
+        name = next((key for key, value in kwargs.items() if is_stream(value)), None)
+        if name is None:
+            raise UserError(f"{chat.model_type} hands its first layer no residual stream to steer.")
+        return call(*args, **{**kwargs, name: change(kwargs[name])})
+
+    with around([(chat.layers[0], wrapper)]):
+        yield

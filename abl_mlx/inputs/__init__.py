@@ -1,0 +1,1 @@
+"""What is given: models by name, and prompt sets."""

@@ -1,0 +1,422 @@
+"""Models on Hugging Face: a folder of safetensors, or one GGUF picked by its name or its type.
+
+Downloads go to the usual Hugging Face cache and come from there when they are in it, also without
+a connection (``HF_HUB_OFFLINE=1``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from convert.base.errors import UserError
+
+# What a text model needs; a repository may hold much else (PyTorch copies, pictures).
+_PATTERNS = [
+    "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
+    "*.txt", "*.jsonl", "*.jinja", "LICENSE*", "README.md",
+]  # fmt: skip
+
+_REPOSITORY = r"(?P<repository>\w[\w.-]*/\w[\w.-]*)"
+_REVISION = r"(?:@(?P<revision>\w[\w.{}-]*))?"
+# A branch may have slashes in its name (refs/pr/1); before a file's path only the first part is it.
+_REFERENCE = re.compile(_REPOSITORY + _REVISION.format("/") + r"(?::(?P<tag>[\w.-]+))?", re.ASCII)
+_FILE = re.compile(_REPOSITORY + _REVISION.format("") + r"/(?P<file>[^:]+)", re.ASCII)
+
+# A page of Hugging Face's, as a browser shows its address.
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/+(?P<path>[^?#]*).*", re.IGNORECASE
+)
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})$")
+
+# A quantization's name at the end of a file's or a folder's name: Q4_K_M, IQ2_XXS, UD-Q4_K_XL.
+_TYPE = re.compile(
+    r"(?:^|[-./_])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|BF16|F16|FP16|F32|FP32|MXFP4\w*|NVFP4\w*))$",
+    re.IGNORECASE | re.ASCII,
+)
+
+# Files of llama.cpp that are GGUFs but no language models.
+_NO_MODEL = re.compile(r"(?:^|[-./_])(mmproj|imatrix)(?:$|[-./_\d])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What stands for something on Hugging Face.
+
+    Attributes:
+        repository: OWNER/NAME.
+        file: path of a GGUF in it.
+        tag: the name of a quantization, which picks a GGUF.
+        revision: a branch, a tag or a commit of the repository; None for its main branch.
+    """
+
+    repository: str
+    file: str | None = None
+    tag: str | None = None
+    revision: str | None = None
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it picks a GGUF, rather than the whole repository."""
+        return self.file is not None or self.tag is not None
+
+    @property
+    def name(self) -> str:
+        """OWNER/NAME, with ``@REVISION`` where one is given."""
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One GGUF model of a repository: its files, in order, and its type as the name tells it."""
+
+    files: tuple[str, ...]
+    whole: bool
+    stem: str
+    tag: str | None
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """The GGUF models of a repository, or of what the cache has of it.
+
+    Attributes:
+        name: OWNER/NAME or OWNER/NAME@REVISION.
+    """
+
+    name: str
+    models: tuple[_Model, ...]
+    cached: bool
+
+    @property
+    def place(self) -> str:
+        """For a sentence about what is not there."""
+        if self.cached:
+            return f"what the cache has of {self.name} (Hugging Face could not be reached)"
+        return self.name
+
+    @property
+    def choices(self) -> str:
+        """How to name each model, for the end of a sentence."""
+        tags = list(dict.fromkeys(one.tag for one in self.models if one.tag is not None))
+        files = [f"hf:{self.name}/{one.files[0]}" for one in self.models if one.tag is None]
+        if not tags:
+            return ", ".join(files[:6]) + (" and others" if len(files) > 6 else "")
+        more = f", or {files[0]}" if files else ""
+        return f"{', '.join(tags)}, by writing {self.name}:{tags[0]}{more}"
+
+
+def parse(text: str) -> Reference | None:
+    """Read ``OWNER/NAME[:TAG]`` or ``hf:OWNER/NAME[:TAG]`` or ``hf:OWNER/NAME/PATH.gguf``.
+
+    NAME may be followed by ``@REVISION``. The address of a page of Hugging Face's is read, too.
+
+    Returns:
+        None when ``text`` is nothing of the kind.
+
+    Raises:
+        UserError: when it begins with ``hf:`` or is an address, and goes on in another way.
+    """
+    if is_address(text):
+        return _parse_address(text)
+    marked, rest = text.startswith("hf:"), text.removeprefix("hf:")
+    found = _REFERENCE.fullmatch(rest)
+    if found:
+        return Reference(found["repository"], tag=found["tag"], revision=found["revision"])
+    if not marked:
+        return None
+    found = _FILE.fullmatch(rest)
+    if found and found["file"].lower().endswith(".gguf"):
+        return Reference(found["repository"], file=found["file"], revision=found["revision"])
+    raise UserError(
+        f"{text}: write hf:OWNER/REPO/FILE.gguf for one file of a Hugging Face repository, or "
+        "OWNER/REPO:Q4_K_M for its GGUF of that type."
+    )
+
+
+def is_address(text: str) -> bool:
+    """Whether ``text`` is the address of something on Hugging Face, with or without https://."""
+    return _ADDRESS.fullmatch(text) is not None
+
+
+def _parse_address(text: str) -> Reference:
+    """Read https://huggingface.co/OWNER/NAME, also with /tree/REVISION or /blob/REVISION/FILE.gguf.
+
+    Any other page of a model (its discussions, its README.md) stands for the model.
+    """
+    found = _ADDRESS.fullmatch(text)
+    assert found is not None
+    # A branch refs/pr/1 is refs%2Fpr%2F1 in an address.
+    parts = [unquote(part) for part in found["path"].split("/") if part]
+    reference = _REFERENCE.fullmatch("/".join(parts[:2]))
+    if reference is None or parts[0] in ("datasets", "spaces", "collections", "docs", "papers"):
+        raise UserError(
+            f"{text} is not the page of a model: give its address, "
+            "https://huggingface.co/OWNER/REPO, or OWNER/REPO alone."
+        )
+    revision, file = reference["revision"], None
+    if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve", "raw", "commit"):
+        revision = None if parts[3] == "main" else parts[3]
+        path = "/".join(parts[4:])
+        if path.lower().endswith(".gguf"):
+            file = path
+        elif path and parts[2] == "tree":
+            raise UserError(
+                f"{text} is a folder inside a repository: write hf:OWNER/REPO/FILE.gguf for one "
+                "GGUF in it, or OWNER/REPO for the whole model."
+            )
+    return Reference(reference["repository"], file, reference["tag"], revision)
+
+
+def cached_id(path: Path) -> str | None:
+    """The id of the repository in whose part of Hugging Face's cache a path lies; None elsewhere.
+
+    The cache keeps OWNER/NAME under models--OWNER--NAME/snapshots/COMMIT; an old repository may
+    have no owner.
+    """
+    for parts in (path.absolute().parts, path.resolve().parts):
+        for part, below in zip(reversed(parts[:-1]), reversed(parts[1:]), strict=True):
+            if part.startswith("models--") and below in ("snapshots", "blobs"):
+                owner, _, name = part.removeprefix("models--").partition("--")
+                return f"{owner}/{name}" if name else None
+    return None
+
+
+def folder(reference: Reference) -> Path:
+    """The folder of a Hugging Face model, downloaded or in the cache.
+
+    Raises:
+        UserError: when it cannot be had, and when it holds nothing but GGUFs: then with the tags
+            that pick one.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _explained(reference):
+        path = Path(
+            snapshot_download(
+                reference.repository, revision=reference.revision, allow_patterns=_PATTERNS
+            )
+        )
+    if not any(path.glob("*.safetensors")):
+        listed = _list(reference)
+        if listed.models:
+            raise UserError(
+                f"{reference.name} holds GGUFs and no safetensors: pick one of {listed.choices}."
+            )
+    return path
+
+
+def gguf(reference: Reference) -> Path:
+    """The GGUF that ``reference`` picks, downloaded or in the cache; of a split one the first part.
+
+    Every part is there afterwards.
+
+    Raises:
+        UserError: when it cannot be had, or when no GGUF or several fit; then with what there is.
+    """
+    from huggingface_hub import snapshot_download
+
+    listed = _list(reference)
+    if not listed.models:
+        raise UserError(
+            f"there is no GGUF in {listed.place}: name the repository alone if it is a model in "
+            "safetensors, or else one whose name ends in -GGUF."
+        )
+    if reference.file is not None:
+        model = _by_file(listed, reference.file)
+    elif reference.tag is not None:
+        model = _by_tag(listed, reference.tag)
+    else:
+        raise UserError(
+            f"{listed.name} is a whole repository, and one GGUF is wanted: pick one of "
+            f"{listed.choices}."
+        )
+    if not model.whole:
+        raise UserError(
+            f"parts of {model.files[0]} are missing in {listed.place}: pick another file, or try "
+            "again later."
+        )
+    with _explained(reference):
+        exactly = [glob.escape(file) for file in model.files]
+        root = Path(
+            snapshot_download(
+                reference.repository, revision=reference.revision, allow_patterns=exactly
+            )
+        )
+    for file in model.files:
+        if not (root / file).is_file():
+            raise UserError(
+                f"{file} is not in what the cache has of {listed.name}, and Hugging Face could not "
+                "be reached: check the connection."
+            )
+    return root / model.files[0]
+
+
+def _list(reference: Reference) -> _Repository:
+    """The GGUFs of a repository; without a connection, those in the cache."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    repository, revision = reference.repository, reference.revision
+    with _explained(reference):
+        try:
+            # list_repo_files would try for half a minute before it owned to having no connection.
+            siblings = HfApi().model_info(repository, revision=revision).siblings or []
+            files = [sibling.rfilename for sibling in siblings]
+            return _Repository(reference.name, _models(files), cached=False)
+        except Exception as error:
+            if not isinstance(error, OSError) and not _is_connection(error):
+                raise
+            try:
+                # No patterns: nothing can be missing, so that whatever is there will do.
+                folder = snapshot_download(
+                    repository, revision=revision, allow_patterns=[], local_files_only=True
+                )
+            except Exception:
+                raise error from None
+    root = Path(folder)
+    files = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+    return _Repository(reference.name, _models(files), cached=True)
+
+
+def _models(files: Iterable[str]) -> tuple[_Model, ...]:
+    """The GGUF models among the files of a repository, parts of a split one together."""
+    parts: dict[tuple[str, int], dict[int, str]] = {}
+    for file in sorted(files):
+        stem, ending = os.path.splitext(file)
+        if ending.lower() != ".gguf" or _NO_MODEL.search(stem):
+            continue
+        split = _PART.search(stem)
+        if split:
+            stem = stem[: split.start()]
+        number, count = (int(split[1]), int(split[2])) if split else (1, 1)
+        parts.setdefault((stem, count), {})[number] = file
+    models = []
+    for (stem, count), numbered in parts.items():
+        found = _TYPE.search(stem) or _TYPE.search(os.path.dirname(stem))
+        models.append(
+            _Model(
+                files=tuple(numbered[number] for number in sorted(numbered)),
+                whole=sorted(numbered) == list(range(1, count + 1)),
+                stem=stem,
+                tag=found[1] if found else None,
+            )
+        )
+    return tuple(models)
+
+
+def _by_file(listed: _Repository, file: str) -> _Model:
+    for model in listed.models:
+        if file in model.files:
+            return model
+    every = [name for model in listed.models for name in model.files]
+    near = difflib.get_close_matches(file, every, n=3, cutoff=0.3) or every[:3]
+    names = " or ".join(f"hf:{listed.name}/{name}" for name in near)
+    raise UserError(f"there is no {file} in {listed.place}: did you mean {names}?")
+
+
+def _by_tag(listed: _Repository, tag: str) -> _Model:
+    """The one model of this type: by the end of its name, or else by a word anywhere in it."""
+    # Q4_K_M is a word in x-Q4_K_M-v2, but not in Q4_K_M_L, Q4_K_M2 or IQ4_K_M; K_M is none.
+    word = re.compile(rf"(?:^|[-./]){re.escape(tag)}(?:$|[-./])", re.IGNORECASE)
+    fitting = [model for model in listed.models if (model.tag or "").lower() == tag.lower()]
+    fitting = fitting or [model for model in listed.models if word.search(model.stem)]
+    if not fitting:
+        raise UserError(
+            f"there is no GGUF of type {tag} in {listed.place}: pick one of {listed.choices}."
+        )
+    if len(fitting) > 1:
+        names = ", ".join(f"hf:{listed.name}/{model.files[0]}" for model in fitting[:6])
+        raise UserError(f"{listed.name}:{tag} fits {len(fitting)} files: name one of {names}.")
+    return fitting[0]
+
+
+def _is_connection(error: Exception) -> bool:
+    """Whether the hub client could not get through: its own errors, or httpx's or requests'."""
+    name, module = type(error).__name__, type(error).__module__
+    return "onnect" in name or "imeout" in name or module.startswith("huggingface_hub")
+
+
+@contextmanager
+def _explained(reference: Reference) -> Iterator[None]:
+    """Errors of the Hugging Face client, one sentence each."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repository = reference.name
+    unreached = (
+        f"{repository} is not a folder here, and Hugging Face could not be reached ({{}}): check "
+        "the path or the connection."
+    )
+    try:
+        yield
+    except UserError:
+        raise
+    except HFValidationError:
+        raise UserError(
+            f"{repository} is not a folder here, and no id that Hugging Face takes: check the "
+            "spelling."
+        ) from None
+    except GatedRepoError:
+        raise UserError(
+            f"{repository} asks for a licence to be accepted: do so on its Hugging Face page and "
+            "log in with `hf auth login`."
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{repository} is neither a folder here nor a model on Hugging Face: check the "
+            "spelling, or log in with `hf auth login` if it is private."
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{reference.repository} on Hugging Face has no branch, tag or commit "
+            f"{reference.revision}: check the spelling, or leave out @{reference.revision} for its "
+            "main branch."
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        # What the Hub said is the cause when then the cache had it not either.
+        said = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        status = getattr(getattr(said, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise UserError(
+                f"{repository}: Hugging Face does not let you have it (HTTP {status}): log in with "
+                "`hf auth login`, with a token that may read it."
+            ) from None
+        if status is not None:
+            why = f"HTTP {status}"
+        else:
+            why = "HF_HUB_OFFLINE is set; " if constants.HF_HUB_OFFLINE else ""
+            why += "it is not all in the cache"
+        raise UserError(unreached.format(why)) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(
+                f"{repository} could not be stored in the Hugging Face cache ({error.strerror}): "
+                "make room or name another place in the environment variable HF_HOME."
+            ) from None
+        raise UserError(unreached.format(type(error).__name__)) from None
+    except Exception as error:
+        if _is_connection(error):
+            raise UserError(unreached.format(type(error).__name__)) from None
+        # The client reads answers as if they were always right, and raises whatever that leads to.
+        raise UserError(
+            f"{repository}: what {constants.ENDPOINT} answered is not what a hub of models answers "
+            f"({type(error).__name__}): check for a proxy or a sign-in page between, or try again "
+            "later."
+        ) from None

@@ -1,0 +1,1 @@
+"""Models in memory: loading, running, looking inside, finding residual writers."""

@@ -1,0 +1,190 @@
+"""Residual-stream states at chosen token positions, batched and streamed."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.models import heads
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.hooks import around
+from abl_mlx.models.residuals import residual
+from abl_mlx.models.shortcuts import trusted
+from abl_mlx.support.arrays import numpy_of
+from abl_mlx.support.console import progress
+from abl_mlx.support.units import in_bytes
+from convert.base import scratch
+from convert.base.errors import UserError
+
+
+def check_stream(chat: ChatModel) -> None:
+    """Refuse, before any long work, a model whose layers put out no single stream.
+
+    Shapes are looked at; nothing is computed.
+
+    Raises:
+        UserError: as `residual`.
+    """
+    with Recorder(chat), heads.unseen(chat.model):
+        chat.model(mx.array([[1, 1]], mx.int32))
+
+
+class Recorder:
+    """Collects the residual stream after every layer while the model runs.
+
+    Use as a context manager; after a call of the model inside it, `take` returns the states.
+    """
+
+    def __init__(self, chat: ChatModel):
+        self._chat = chat
+        self._states: list[mx.array | None] = [None] * len(chat.layers)
+        self._around: Any = None
+
+    def __enter__(self) -> Recorder:
+        self._around = around(
+            [(layer, self._keep(index)) for index, layer in enumerate(self._chat.layers)]
+        )
+        self._around.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._around.__exit__(*error)
+
+    def _keep(self, index: int) -> Any:
+        def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            self._states[index] = residual(output, index, self._chat.width)
+            return output
+
+        return wrapper
+
+    def take(self, lengths: mx.array, offsets: Sequence[int]) -> mx.array:
+        """The states at ``length + offset``, offsets being negative: (B, L, P, d) float32.
+
+        Nothing is evaluated yet.
+        """
+        rows = mx.arange(lengths.size)[:, None]
+        columns = lengths[:, None] + mx.array(list(offsets))[None, :]
+        taken = []
+        for index, states in enumerate(self._states):
+            if states is None:
+                raise UserError(f"layer {index} was not called when the model ran.")
+            taken.append(states[rows, columns].astype(mx.float32))
+            self._states[index] = None
+        return mx.stack(taken, axis=1)
+
+
+def check_offsets(sequences: Sequence[Sequence[int]], offsets: Sequence[int]) -> None:
+    """Refuse offsets that are not negative or reach before the shortest sequence's beginning."""
+    shortest = min(len(sequence) for sequence in sequences)
+    for offset in offsets:
+        if not -shortest <= offset <= -1:
+            raise UserError(
+                f"the token position {offset} is outside the shortest prompt, which has {shortest} "
+                f"tokens: positions run from -{shortest} to -1 (the last)."
+            )
+
+
+def iterate(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[int] = (-1,),
+    *,
+    label: str = "capture",
+) -> Iterator[tuple[list[int], mx.array]]:
+    """Yield (indices, states) batch by batch; states are (B, L, P, d) float32, evaluated.
+
+    ``states[b, l, p]`` is the residual stream of prompt ``indices[b]`` after layer l (before the
+    final norm) at ``offsets[p]`` tokens from the prompt's end.
+
+    Raises:
+        UserError: an offset outside the shortest prompt; a layer without a residual stream.
+    """
+    check_offsets(sequences, offsets)
+    how, unseen = trusted(chat, sequences), heads.unseen(chat.model)
+    with Recorder(chat) as recorder, unseen, progress(len(sequences), label) as bar:
+        prefix = how.shared(chat, sequences, -min(offsets))
+        for batch in how.batches(prefix.rest(sequences)):
+            prefix(batch.tokens)
+            states = recorder.take(batch.lengths, offsets)
+            mx.eval(states)
+            bar.update(len(batch.indices))
+            yield batch.indices, states
+
+
+def mean(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[int] = (-1,),
+    *,
+    label: str = "capture",
+) -> mx.array:
+    """Mean state over the prompts: (L, P, d) float32. Holds one batch and one sum at a time."""
+    total: mx.array | None = None
+    for _, states in iterate(chat, sequences, offsets, label=label):
+        part = states.sum(axis=0)
+        total = part if total is None else total + part
+        mx.eval(total)
+    if total is None:
+        raise UserError("there are no prompts to run.")
+    return total / len(sequences)
+
+
+def full(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[int] = (-1,),
+    *,
+    label: str = "capture",
+) -> mx.array:
+    """Every prompt's states, in the order given: (N, L, P, d) float32, N·L·P·d·4 bytes."""
+    parts: list[mx.array] = []
+    order: list[int] = []
+    for indices, states in iterate(chat, sequences, offsets, label=label):
+        parts.append(states)
+        order.extend(indices)
+    if not parts:
+        raise UserError("there are no prompts to run.")
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return mx.concatenate(parts, axis=0)[mx.array(back)]
+
+
+@contextmanager
+def stored(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[int] = (-1,),
+    *,
+    label: str = "capture",
+) -> Iterator[np.ndarray]:
+    """Every prompt's states in a temporary file: (L, P, N, d) float32, memory-mapped.
+
+    For what cannot be summed as it streams by. In memory there is one batch, and of the file what
+    is being read: (N, d) of one layer and position at a time. The file is gone after the block.
+
+    Raises:
+        UserError: where the disk has no room for it; no prompts.
+    """
+    if not sequences:
+        raise UserError("there are no prompts to run.")
+    shape = len(chat.layers), len(offsets), len(sequences), chat.width
+    needed, folder = 4 * int(np.prod(shape, dtype=np.int64)), tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {in_bytes(free)} free, and the states of all prompts take "
+            f"{in_bytes(needed)}: free some space, set TMPDIR to a larger disk, take fewer "
+            "prompts (--limit), or choose --method difference-of-means, which keeps none."
+        )
+    with scratch.scratch() as temporary:
+        kept = scratch.array(temporary / "states.f32", shape)
+        for indices, states in iterate(chat, sequences, offsets, label=label):
+            kept[:, :, indices] = numpy_of(states).transpose(1, 2, 0, 3)
+        yield kept
+        del kept

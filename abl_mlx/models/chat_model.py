@@ -1,0 +1,303 @@
+"""A chat model loaded through mlx-lm: its layers, sizes, dtype and chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from abl_mlx.models import context_length, prompt_tokens, thoughts
+from abl_mlx.models.native_output import unheard
+from abl_mlx.support.arrays import parameters
+from convert.base.errors import UserError
+from convert.base.foreign import foreign
+from convert.base.hf_config import read_config
+from convert.base.hf_counts import check_counts
+from convert.mlx import on_cpu, other_quantization, packed
+from convert.mlx.gemma2_window import give_window
+from convert.mlx.safetensors_files import TensorFiles
+from convert.tokenizers.chat_template import ChatTemplate
+
+# Weights up to which a model is widened to float32 at once: 256 MB.
+_WIDENED = 1 << 26
+
+
+@dataclass
+class ChatModel:
+    """A loaded model with its tokenizer.
+
+    Attributes:
+        folder: where it was loaded from.
+        model: mlx-lm's model.
+        tokenizer: mlx-lm's TokenizerWrapper; None where nothing is to be encoded.
+        config: config.json with renamed keys filled in, as given to mlx-lm.
+        reply_prefix: token ids with which every reply of the model opens (a thought block that
+            the template leaves to the model, say); appended to every encoded prompt.
+    """
+
+    folder: Path
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    reply_prefix: tuple[int, ...] = ()
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The transformer blocks, in order."""
+        return list(self.model.layers)
+
+    @cached_property
+    def width(self) -> int:
+        """d, the number of dimensions of the residual stream."""
+        text = self.config.get("text_config") or self.config
+        for key in ("hidden_size", "n_embd", "d_model", "dim", "model_dim", "hidden_dim"):
+            if isinstance(text.get(key), int):
+                return int(text[key])
+        raise UserError(f"{self.folder / 'config.json'} does not say the model's hidden_size.")
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in config.json."""
+        return str(self.config["model_type"])
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a user message in the chat template, up to where the reply begins.
+
+        Thinking is switched off where the template can; ``reply_prefix`` is appended.
+        """
+        return self.encode_message(prompt) + list(self.reply_prefix)
+
+    def encode_message(self, prompt: str) -> list[int]:
+        """Like `encode`, without ``reply_prefix``."""
+        return self.encode_conversation([{"role": "user", "content": prompt}])
+
+    def encode_conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Like `encode_message`, of what user and assistant have said in turn."""
+        ids = prompt_tokens.encode(self.tokenizer, self.template, messages, self.folder)
+        context_length.check(len(ids), self.config, self.folder)
+        return ids
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template; None where the tokenizer writes prompts by code of its own."""
+        return prompt_tokens.template_of(self.tokenizer, self.folder)
+
+    @property
+    def opened_thought(self) -> str:
+        """The end of every prompt from the tag on that opens a thought there; "" without one."""
+        return thoughts.opened_by(lambda text: self.tokenizer.decode(self.encode(text)))
+
+    @cached_property
+    def template_tail(self) -> int:
+        """How many tokens follow the instruction: what any two prompts have in common at the end.
+
+        Positions -1 .. -template_tail are the ones that have read the whole instruction and are
+        the same token for every prompt.
+        """
+        first, second = (self.encode(text)[::-1] for text in ("Why?", "Tell me 7 of them"))
+        return max(1, _common(first, second))
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    count = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The longest token sequence with which all of ``sequences`` begin."""
+    shortest = min(sequences, key=len)
+    return tuple(shortest[: min(_common(shortest, sequence) for sequence in sequences)])
+
+
+def computes_on_cpu() -> bool:
+    """Whether MLX's default device is the CPU, where half-precision products are slow."""
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def load(
+    folder: Path, *, check: bool = True, adapter: Path | None = None, encodes: bool = True
+) -> ChatModel:
+    """Load an MLX or Hugging Face folder.
+
+    On the CPU it computes in float32 (exact, and about 50 times faster there than half precision),
+    with matrices as `convert.mlx.packed` holds them; on Metal everything stays as stored.
+
+    Args:
+        folder: holds config.json, model*.safetensors and the tokenizer.
+        check: look at every weight for NaN and infinity, one tensor at a time.
+        adapter: an adapter folder, applied as `mlx_lm.generate --adapter-path` does.
+        encodes: with the tokenizer; an edit of the weights needs none.
+
+    Raises:
+        UserError: missing config or weights, an architecture that mlx-lm does not know, tensors
+            that do not fit it, no tokenizer, no chat template, weights that are not finite.
+    """
+    model, config = _load_model(folder, read_config(folder))
+    if check:
+        check_finite(model, folder)
+    if adapter is not None:
+        from mlx_lm.tuner.utils import load_adapters
+
+        with foreign(f"{adapter} could not be applied to {folder}"):
+            load_adapters(model, str(adapter))
+    if computes_on_cpu():
+        if sum(value.size for _, value in parameters(model)) <= _WIDENED:
+            model.set_dtype(mx.float32)
+        packed.hold(model)
+        on_cpu.install()
+    chat = ChatModel(folder, model, None, config)
+    if encodes:
+        add_tokenizer(chat)
+    return chat
+
+
+def load_lazily(folder: Path) -> ChatModel:
+    """The same from config.json and the files' headers: no weight is read before it is asked for.
+
+    Enough to find writers and to edit file to file; whoever runs it loads it all. It has no
+    tokenizer, which a base model's folder need not have (`add_tokenizer`).
+
+    Raises:
+        UserError: as `load`, but for the tokenizer and for weights that are not finite.
+    """
+    model, config = _load_model(folder, read_config(folder), lazy=True)
+    return ChatModel(folder, model, None, config)
+
+
+def add_tokenizer(chat: ChatModel) -> None:
+    """Give a model the tokenizer in its folder.
+
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    chat.tokenizer = load_tokenizer(chat.folder, chat.config, chat.folder)
+
+
+def _load_model(
+    folder: Path, config: dict[str, Any], *, lazy: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import _get_classes, load_model
+
+    if not any(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"{folder} holds no model*.safetensors: fetch the model's weights in that format."
+        )
+    with TensorFiles(folder) as files:
+        shapes = {name: files.info(name).shape for name in files.names}
+        quantized = other_quantization.find(config, files)
+    try:
+        _, arguments = _get_classes(config)
+    except SystemExit:  # mlx-lm's olmo leaves Python without a package that it does not use
+        raise UserError(
+            f"{folder}: mlx-lm's {config['model_type']} ends without the package ai2-olmo, and "
+            "does not run with it: choose another model (OLMo 2 runs), or edit a GGUF of this one."
+        ) from None
+    except (ValueError, AttributeError):  # the latter for its modules that are no architecture
+        raise UserError(
+            f"{folder / 'config.json'}: mlx-lm has no architecture named "
+            f"{config['model_type']!r}: update mlx-lm, or choose another model."
+        ) from None
+    check_counts(folder, config, shapes)
+    if quantized is not None and quantized.bare:
+        raise quantized.unreadable(folder)
+    complete_for(arguments, config)
+    added = {key: value for key, value in config.items() if key not in ("eos_token_id",)}
+    try:
+        with foreign(f"{folder} could not be loaded as {config['model_type']}"):
+            # Lazily: tensors are evaluated one by one, and the peak is the model's own size.
+            model, config = load_model(folder, lazy=True, model_config=added)
+            for _, value in [] if lazy else parameters(model):
+                mx.eval(value)
+    except UserError:
+        if quantized is not None:
+            raise quantized.unreadable(folder) from None
+        raise
+    if not hasattr(model, "layers"):
+        raise UserError(f"{folder}: {config['model_type']} has no list of layers to look into.")
+    give_window(model, config)
+    return model, config
+
+
+def skeleton(config: dict[str, Any]) -> nn.Module:
+    """The model without its weights: mlx-lm's object, whose parameters are never evaluated."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, arguments = _get_classes(config)
+    return model_class(arguments.from_dict(config))
+
+
+def complete_for(arguments: type, config: dict[str, Any]) -> None:
+    """Add to ``config``, in place, a ``head_dim`` that mlx-lm requires and the file leaves out.
+
+    Hugging Face's own code takes hidden_size / num_attention_heads for these models. Where mlx-lm
+    has a default of its own, that stands.
+    """
+    if not dataclasses.is_dataclass(arguments):
+        return
+    required = {
+        field.name
+        for field in dataclasses.fields(arguments)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if "head_dim" in required and config.get("head_dim") is None:
+        heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+        if isinstance(heads, int) and heads and hidden:
+            config["head_dim"] = hidden // heads
+
+
+#: Files of which transformers makes a tokenizer, each of them alone.
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "vocab.json", "vocab.txt",
+    "tekken.json", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
+    """mlx-lm's TokenizerWrapper of the files in ``folder``.
+
+    Args:
+        name: what the tokenizer is said to be of, in messages.
+
+    Raises:
+        UserError: when it cannot be loaded, or has no chat template.
+    """
+    from mlx_lm.utils import load_tokenizer as load_wrapper
+
+    if not any(any(folder.glob(file)) for file in _TOKENIZERS):
+        raise UserError(
+            f"{name} has no tokenizer.json (nor a tokenizer in another form): copy it from the "
+            "model's publisher."
+        )
+    with foreign(f"{name}: the tokenizer could not be loaded"), unheard():
+        tokenizer = load_wrapper(folder, eos_token_ids=config.get("eos_token_id"))
+    if not tokenizer.has_chat_template:
+        mend = "add chat_template.jinja, or " if name == folder else ""
+        raise UserError(
+            f"{name} has no chat template, so it is no chat model: {mend}choose the "
+            "instruction-tuned variant."
+        )
+    return tokenizer
+
+
+def check_finite(model: nn.Module, folder: Path) -> None:
+    """Raise when a weight is NaN or infinite, naming it.
+
+    Raises:
+        UserError: with the parameter's path.
+    """
+    for name, value in parameters(model):
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            raise UserError(
+                f"{folder}: the weight {name} holds NaN or infinity: the file is damaged, fetch "
+                "it again."
+            )

@@ -1,0 +1,62 @@
+"""How many tokens a model can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.base.errors import UserError
+
+# What config.json calls it; the first that is there counts.
+_NAMES = (
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"),
+    *("seq_length", "model_max_length"),
+)
+
+
+def of_config(config: Mapping[str, Any]) -> int | None:
+    """The context of a model by its config.json, extended by its rope scaling; None if not said."""
+    text = config.get("text_config")
+    flat = {**config, **text} if isinstance(text, dict) else dict(config)
+    length = next((n for name in _NAMES if (n := _whole(flat.get(name))) is not None), None)
+    scaling = flat.get("rope_scaling") or flat.get("rope_parameters")
+    if length is None or not isinstance(scaling, dict):
+        return length
+    original = _whole(scaling.get("original_max_position_embeddings")) or length
+    return _extended(length, original, scaling.get("factor"))
+
+
+def of_metadata(metadata: Mapping[str, Any]) -> int | None:
+    """The context of a GGUF by its metadata, extended by its rope scaling; None if not said."""
+    prefix = metadata.get("general.architecture")
+    length = _whole(metadata.get(f"{prefix}.context_length"))
+    if length is None:
+        return None
+    original = _whole(metadata.get(f"{prefix}.rope.scaling.original_context_length")) or length
+    return _extended(length, original, metadata.get(f"{prefix}.rope.scaling.factor"))
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _extended(length: int, original: int, factor: object) -> int:
+    """Some models say the length before scaling, some the one after: the longer one counts."""
+    if isinstance(factor, int | float) and 1 < factor < 1e6:
+        return max(length, int(original * factor))
+    return length
+
+
+def check(count: int, config: Mapping[str, Any], place: Path) -> None:
+    """Refuse a prompt that a loaded model cannot read.
+
+    Raises:
+        UserError: naming its tokens and the context.
+    """
+    longest = of_config(config)
+    if longest is not None and count > longest:
+        raise UserError(
+            f"a prompt has {count:,} tokens in the chat template, and the context of {place} is "
+            f"{longest:,}: shorten it."
+        )

@@ -1,0 +1,89 @@
+"""A GGUF as a chat model in MLX, and its residual writers as modules of that model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from abl_mlx.models.chat_model import ChatModel, load_tokenizer
+from abl_mlx.models.writers import Writer
+from abl_mlx.support.console import progress
+from convert.architectures.gguf_writers import GgufWriter
+from convert.base.errors import UserError
+from convert.base.scratch import scratch
+from convert.gguf.file import GgufSource
+from convert.gguf_to_mlx import Layout
+from convert.gguf_to_mlx import load as load_weights
+from convert.tokenizers.from_gguf import write_tokenizer
+
+
+def load(gguf: GgufSource) -> tuple[ChatModel, Layout]:
+    """The model of an open GGUF, with its tokenizer; everything comes from the file.
+
+    Raises:
+        UserError: an architecture or a tokenizer that MLX cannot run, a file without a chat
+            template, damaged values.
+    """
+    size = sum(entry.nbytes for entry in gguf.tensors.values())
+    with progress(size, "load", "B") as bar:
+        found = load_weights(gguf, progress=bar.update)
+    config = dict(found.config)
+    wrapper = tokenizer(gguf, config)
+    return ChatModel(gguf.parts[0], found.model, wrapper, config), found.layout
+
+
+def tokenizer(gguf: GgufSource, config: dict[str, Any]) -> Any:
+    """mlx-lm's TokenizerWrapper made from the file's metadata.
+
+    Args:
+        config: config.json; gets the tokenizer's ids.
+    """
+    with scratch() as folder:
+        # Without a config.json beside it transformers takes the tokenizer as it is; for some
+        # architectures it would build another in its stead.
+        config |= write_tokenizer(gguf.metadata, folder)
+        return load_tokenizer(folder, config, gguf.parts[0])
+
+
+def find_writers(
+    chat: ChatModel, layout: Layout, gguf: GgufSource, named: Sequence[GgufWriter]
+) -> list[Writer]:
+    """The writers that are edited in the GGUF, as the modules that run in MLX.
+
+    Args:
+        named: the file's writers.
+
+    Raises:
+        UserError: when a tensor is no module of its own in MLX.
+    """
+    places = layout.places()
+    modules = dict(chat.model.named_modules())
+    writers = []
+    for one in named:
+        paths = places.get(one.name, [])
+        module = modules.get(paths[0].removesuffix(".weight")) if len(paths) == 1 else None
+        if module is None:
+            raise UserError(
+                f"{one.name} in {gguf.parts[0]} writes to the residual stream, but is no module of "
+                f"its own in mlx-lm's model for {gguf.architecture}: measure on the MLX or Hugging "
+                "Face model, and give this file with --gguf."
+            )
+        path = paths[0].removesuffix(".weight")
+        writers.append(replace(writer_of(gguf, one), path=path, module=module))
+    return writers
+
+
+def writer_of(source: GgufSource, one: GgufWriter) -> Writer:
+    """What an edit has to know of a GGUF's writer; its module is empty."""
+    gain = None
+    if one.gains:
+        product = np.prod([source.values(name) for name in one.gains], axis=0)
+        gain = mx.array(product.astype(np.float32))
+    # A drafting block's copy of the embedding is to be what the embedding is after any edit.
+    path = "token_embd.weight" if one.name.endswith("nextn.embed_tokens.weight") else one.name
+    return Writer(path, one.kind, one.layer, gain, one.bias is not None, nn.Module(), one.tied)

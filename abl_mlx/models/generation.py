@@ -1,0 +1,284 @@
+"""Greedy replies to many prompts, side by side where a model then says what it says alone.
+
+mlx-lm pads the prompts of a batch. Some of its architectures read the padding, so that all prompts
+but the longest get other replies, without a word; some cannot be batched at all. So each model is
+compared once with the plain pass of single prompts, and batched as far as its replies stay its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from enum import Enum
+
+import mlx.core as mx
+
+from abl_mlx.models import heads
+from abl_mlx.models.batch_masks import batch_masks
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.plain import Plain, reach, sample
+from abl_mlx.support.arrays import number
+from abl_mlx.support.console import progress, say
+
+#: A token and the distribution that it was the likeliest of, log-probabilities (V,).
+Step = tuple[int, mx.array]
+
+
+class Way(Enum):
+    """How replies are generated, fastest first; the values are said to the user."""
+
+    BATCH = "in batches"
+    EQUAL = "in batches of prompts of one length"
+    SINGLE = "one by one"
+    PLAIN = "one by one and without a cache"
+
+
+def generate(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    batch_size: int = 32,
+    label: str = "replies",
+) -> list[list[int]]:
+    """Greedy replies, in order, as token ids without the end token.
+
+    Args:
+        sequences: encoded prompts.
+        max_tokens: longest reply.
+        batch_size: replies generated side by side.
+
+    Raises:
+        UserError: when mlx-lm cannot run the model.
+    """
+    replies: list[list[int]] = [[] for _ in sequences]
+    with progress(len(sequences), label) as bar:
+        for index, reply in stream(chat, sequences, max_tokens, batch_size=batch_size):
+            replies[index] = reply
+            bar.update()
+    return replies
+
+
+def timed(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    batch_size: int = 32,
+    label: str = "replies",
+) -> tuple[list[list[int]], float]:
+    """What `generate` gives, and how many tokens of prompts and replies ran in a second."""
+    start = time.perf_counter()
+    replies = generate(chat, sequences, max_tokens, batch_size=batch_size, label=label)
+    tokens = sum(map(len, [*sequences, *replies]))
+    return replies, tokens / max(1e-6, time.perf_counter() - start)
+
+
+def stream(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    batch_size: int = 32,
+) -> Iterator[tuple[int, list[int]]]:
+    """The replies of `generate` as they come: (index, token ids)."""
+    if not sequences:
+        return
+    ends = frozenset(chat.tokenizer.eos_token_ids)
+    lengths = [max_tokens] * len(sequences)
+    replies: list[list[int]] = [[] for _ in sequences]
+    steps = _STEPS[way(chat, sequences, batch_size)]
+    with closing(steps(chat, sequences, lengths, batch_size, ends)) as running:
+        for index, step in running:
+            if step is None:
+                yield index, replies[index]
+            elif step[0] not in ends:
+                replies[index].append(step[0])
+
+
+# --- the ways ------------------------------------------------------------------------------------
+
+# Each yields (index, step) for every token, the end token included, and (index, None) behind a
+# reply's last.
+_Running = Generator[tuple[int, Step | None], None, None]
+
+
+def _batch(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+    batch_size: int,
+    ends: frozenset[int],
+) -> _Running:
+    """Unequal prompts side by side, the shortest first.
+
+    Where replies end, others take their places, several at a time: every pass over new prompts
+    reads, and on a CPU unpacks, the whole model.
+    """
+    from mlx_lm.generate import BatchGenerator
+
+    several = max(1, batch_size // 4)
+    # Prompts of one length begin together; of others half of a batch is padded less than a whole.
+    unequal = len({len(sequence) for sequence in sequences}) > 1
+    generator = BatchGenerator(
+        chat.model,
+        max_tokens=max(max_tokens),
+        stop_tokens=[[token] for token in ends],
+        completion_batch_size=batch_size,
+        prefill_batch_size=2 * several if unequal else batch_size,
+    )
+    waiting = deque(sorted(range(len(sequences)), key=lambda index: len(sequences[index])))
+    running: dict[int, int] = {}
+    try:
+        with batch_masks(chat.model), heads.last_only(chat.model):
+            while waiting or running:
+                free = batch_size - len(running)
+                if waiting and (free >= several or not running):
+                    chosen = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                    keys = generator.insert(
+                        [list(sequences[index]) for index in chosen],
+                        [max_tokens[index] for index in chosen],
+                    )
+                    running.update(zip(keys, chosen, strict=True))
+                for response in generator.next_generated():
+                    yield running[response.uid], (response.token, response.logprobs)
+                    if response.finish_reason is not None:
+                        yield running.pop(response.uid), None
+    finally:
+        generator.close()
+
+
+def _equal(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+    batch_size: int,
+    ends: frozenset[int],
+) -> _Running:
+    """Prompts of one length side by side, each batch to its end, so that nothing is padded."""
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    while order:
+        length = len(sequences[order[0]])
+        chosen = [index for index in order[:batch_size] if len(sequences[index]) == length]
+        order = order[len(chosen) :]
+        rows, longest = [sequences[i] for i in chosen], [max_tokens[i] for i in chosen]
+        for row, step in _batch(chat, rows, longest, len(rows), ends):
+            yield chosen[row], step
+
+
+def _single(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+    batch_size: int,
+    ends: frozenset[int],
+) -> _Running:
+    from mlx_lm.generate import generate_step
+
+    for index, sequence in enumerate(sequences):
+        prompt, longest = mx.array(list(sequence)), max_tokens[index]
+        with heads.last_only(chat.model):
+            for token, logs in generate_step(prompt, chat.model, max_tokens=longest):
+                yield index, (int(token), logs)
+                if int(token) in ends:
+                    break
+        yield index, None
+
+
+def _plain(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+    batch_size: int,
+    ends: frozenset[int],
+) -> _Running:
+    plain = Plain(chat)
+    for index, sequence in enumerate(sequences):
+        tokens = list(sequence)
+        for _ in range(max_tokens[index]):
+            logs = plain(tokens)[0]
+            token = int(number(mx.argmax(logs)))
+            yield index, (token, logs)
+            if token in ends:
+                break
+            tokens.append(token)
+        yield index, None
+
+
+_Steps = Callable[
+    [ChatModel, Sequence[Sequence[int]], Sequence[int], int, frozenset[int]], _Running
+]
+_STEPS: dict[Way, _Steps] = {
+    Way.BATCH: _batch,
+    Way.EQUAL: _equal,
+    Way.SINGLE: _single,
+    Way.PLAIN: _plain,
+}
+
+
+# --- which of them -------------------------------------------------------------------------------
+
+
+def way(chat: ChatModel, sequences: Sequence[Sequence[int]], batch_size: int) -> Way:
+    """The fastest way in which this model replies as the plain pass of single prompts says.
+
+    The comparison is made once for each model, and again where prompts are far longer than those
+    that were compared.
+
+    Args:
+        sequences: what is to be answered; the prompts of the comparison are made from it.
+
+    Raises:
+        UserError: when mlx-lm cannot run the model at all.
+    """
+    known: dict[tuple[Way, int], bool] = vars(chat).setdefault("_ways", {})
+    length, alone = reach(sequences), batch_size == 1 or len(sequences) == 1
+    for one in (Way.SINGLE,) if alone else (Way.BATCH, Way.EQUAL, Way.SINGLE):
+        if (one, length) not in known:
+            known[one, length] = _agrees(chat, one, sample(sequences))
+        if known[one, length]:
+            return _told(chat, one, one is (Way.SINGLE if alone else Way.BATCH))
+    Plain(chat)(sample(sequences)[:2])  # where even that cannot be run, that is said
+    return _told(chat, Way.PLAIN, False)
+
+
+def _told(chat: ChatModel, one: Way, fastest: bool) -> Way:
+    told: set[Way] = vars(chat).setdefault("_ways_told", set())
+    if not fastest and one not in told:
+        told.add(one)
+        say(
+            f"· {chat.model_type} is asked {one.value}: mlx-lm's faster ways give other replies "
+            "or fail"
+        )
+    return one
+
+
+def _agrees(chat: ChatModel, one: Way, tokens: list[int]) -> bool:
+    """Whether a few tokens of a few replies come from the distributions of the plain pass."""
+    n = len(tokens)
+    third = n // 3
+    # Lengths far apart, of which three stand side by side; the first reply ends early, and the
+    # fourth prompt takes its place beside replies that have begun. Padding that is read shows most
+    # in the shortest prompts, which have little else to look at.
+    prompts = [tokens, tokens[-2:], tokens[-4:], tokens[: n // 2]]
+    lengths = [1, 3, 3, 2]
+    if one is Way.EQUAL:
+        prompts, lengths = [tokens[:third], tokens[third : 2 * third], tokens[-third:]], [2, 4, 3]
+    elif one is Way.SINGLE:
+        prompts, lengths = [tokens[third:]], [3]
+    plain = Plain(chat)
+    found: list[list[Step]] = [[] for _ in prompts]
+    try:
+        for index, step in _STEPS[one](chat, prompts, lengths, 3, frozenset()):
+            if step is not None:
+                found[index].append(step)
+        for prompt, steps, length in zip(prompts, found, lengths, strict=True):
+            said = [token for token, _ in steps]
+            logs = mx.stack([row for _, row in steps])
+            if len(said) != length or not plain.agrees([*prompt, *said[:-1]], logs):
+                return False
+    except Exception:  # whatever mlx-lm's code raises for a batch that it was not made for
+        return False
+    return True

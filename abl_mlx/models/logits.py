@@ -1,0 +1,82 @@
+"""Next-token distributions at chosen positions, without computing the output head elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.distributions import normalized
+from abl_mlx.models.hooks import around
+from abl_mlx.models.plain import vocabulary
+from abl_mlx.models.prefix import Prefix
+from abl_mlx.models.residuals import residual
+from abl_mlx.models.shortcuts import LOGITS_PER_BATCH, passes, trusted
+from abl_mlx.support.console import progress
+
+
+def log_probabilities(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    *,
+    label: str = "logits",
+) -> Iterator[tuple[int, mx.array]]:
+    """Yield (index, log-probabilities (K, V) float32) for each sequence, in no fixed order.
+
+    Row k is the log-softmax, taken in float32, of the raw logits at token ``positions[index][k]``
+    of the sequence: the model's distribution of the token that follows it. After the last layer
+    a language model works on each position by itself, so the last layer's output is cut down to
+    the wanted positions and the head computes no others; where a model is different
+    (`shortcuts.trusted`), the whole is computed.
+
+    Raises:
+        UserError: when mlx-lm cannot run the model.
+    """
+    how = trusted(chat, sequences)
+    first = min(min(row) for row in positions)
+    prefix = how.shared(chat, sequences, min(map(len, sequences)) - first)
+    with progress(len(sequences), label) as bar:
+        for index, rows in passes(chat, sequences, positions, how, prefix):
+            yield index, rows
+            bar.update()
+
+
+def behind_last_layer(
+    chat: ChatModel, sequences: Sequence[Sequence[int]], states: np.ndarray
+) -> mx.array:
+    """What `first_reply_token` gives, from the last layer's states at the sequences' ends, (N, d).
+
+    Only what follows the layers is computed, in passes of one token each; the whole, where a model
+    is no function of these states (`shortcuts.trusted`).
+    """
+    how, last = trusted(chat, sequences), len(chat.layers) - 1
+    if not (how.cut and how.together):
+        return first_reply_token(chat, sequences)
+    nothing = Prefix(chat, [], cached=how.cached)
+    width, rows = max(1, LOGITS_PER_BATCH // vocabulary(chat)), []
+    for start in range(0, len(states), width):
+        given = mx.array(np.ascontiguousarray(states[start : start + width]))[:, None]
+
+        def put(call: Any, *args: Any, given: mx.array = given, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            taken = given.astype(residual(output, last, chat.width).dtype)
+            return (taken, *output[1:]) if isinstance(output, tuple | list) else taken
+
+        with around([(chat.layers[last], put)]):
+            rows.append(normalized(nothing(mx.zeros((len(given), 1), mx.int32)))[:, 0])
+        mx.eval(rows[-1])
+    return mx.concatenate(rows, axis=0)
+
+
+def first_reply_token(
+    chat: ChatModel, sequences: Sequence[Sequence[int]], *, label: str = "logits"
+) -> mx.array:
+    """Log-probabilities of each reply's first token: (N, V) float32, in the order given."""
+    rows: dict[int, mx.array] = dict(
+        log_probabilities(chat, sequences, [[len(s) - 1] for s in sequences], label=label)
+    )
+    return mx.concatenate([rows[index] for index in range(len(sequences))], axis=0)

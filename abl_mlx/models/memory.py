@@ -1,0 +1,109 @@
+"""Whether a model fits into this machine's memory, asked before it is loaded."""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.support.console import say
+from abl_mlx.support.units import in_bytes
+from convert.base.errors import UserError
+
+# What a run takes beside the weights: Python, MLX, activations, one unpacked piece of a matrix.
+_BESIDE = 700_000_000
+
+# Below this nothing is said.
+_WORTH_SAYING = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes.
+
+    Attributes:
+        total: what a process on this machine can have at all.
+        free: of it, what nothing else uses now; None where the system does not say.
+    """
+
+    total: int
+    free: int | None
+
+
+def machine() -> Memory:
+    """The memory of this machine, or of the container or limit that this process runs in."""
+    info: dict[str, Any] = dict(mx.device_info())
+    pages = _sysconf("SC_PHYS_PAGES") * _sysconf("SC_PAGE_SIZE")
+    limits = [int(info.get("memory_size", 0)), pages, _cgroup()]
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limits.append(0 if soft == resource.RLIM_INFINITY else soft)
+    total = min(limit for limit in limits if limit > 0)
+    free = None
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        free = min(total, int(line.split()[1]) * 1024)
+    return Memory(total, free)
+
+
+def _sysconf(name: str) -> int:
+    try:
+        return os.sysconf(name)
+    except (ValueError, OSError):
+        return 0
+
+
+def _cgroup() -> int:
+    """A container's limit; 0 without one."""
+    for place in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            return int((Path("/sys/fs/cgroup") / place).read_text(encoding="ascii"))
+    return 0
+
+
+def needed(weights: int) -> int:
+    """Bytes that a run needs, from those of the weights."""
+    return weights + weights // 20 + _BESIDE
+
+
+def fits(weights: int, memory: Memory | None = None) -> bool:
+    """Whether a run that holds so many bytes of weights is possible on this machine."""
+    return weights <= (memory or machine()).total
+
+
+def check(title: str, weights: int, *, asked: bool = True, memory: Memory | None = None) -> None:
+    """Say on stderr what loading a model will need, and refuse it where it cannot be had.
+
+    Nothing is said of models that need less than 1 GB.
+
+    Args:
+        title: what the model is called.
+        weights: bytes of its weights.
+        asked: False to say it and go on nevertheless (--no-memory-check).
+        memory: of the machine, when it is known already.
+
+    Raises:
+        UserError: when the weights alone are larger than the machine's whole memory.
+    """
+    whole = needed(weights)
+    if whole < _WORTH_SAYING:
+        return
+    memory = memory or machine()
+    if asked and weights > memory.total:
+        raise UserError(
+            f"{title} has {in_bytes(weights)} of weights and this machine "
+            f"{in_bytes(memory.total)} of memory: take a smaller or a quantized model, "
+            "`apply --lazy` a direction measured elsewhere, or try all the same with "
+            "--no-memory-check."
+        )
+    free = "" if memory.free is None else f", {in_bytes(memory.free)} of it free"
+    short = whole > (memory.total if memory.free is None else memory.free)
+    say(
+        f"{title} needs about {in_bytes(whole)} of memory; this machine has "
+        f"{in_bytes(memory.total)}{free}{': expect it to be slow' if short else ''}."
+    )

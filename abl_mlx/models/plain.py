@@ -1,0 +1,146 @@
+"""The plain forward pass of one prompt, with which every faster way to run a model is compared.
+
+A faster way (prompts side by side, padding, a cache, a cut output) is right where it gives the same
+distributions of the next token. mlx-lm has more than a hundred architectures, and each of these
+ways is wrong for some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from abl_mlx.models import heads
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.distributions import kl_divergence, normalized
+from abl_mlx.models.hooks import around
+from abl_mlx.support.arrays import number
+from convert.base.errors import UserError
+
+#: Tokens of the longest prompt of a comparison: enough for usual prompts, and for long ones.
+USUAL, LONG = 64, 512
+
+# KL (nats) up to which distributions are the same but for rounding, by what the model computes in.
+_ROUNDING = {mx.float32: 3e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
+
+# Tokens that the longest prompt of a comparison has at least, if need be by repeating it.
+_LEAST = 24
+
+
+class Plain:
+    """Next-token distributions of single prompts: one pass, no padding, nothing left out.
+
+    Attributes:
+        cached: whether the pass fills a cache: `needs_cache`.
+    """
+
+    def __init__(self, chat: ChatModel, *, cached: bool | None = None):
+        self.cached = needs_cache(chat) if cached is None else cached
+        self._chat = chat
+        self._dtype = mx.float32
+        self._found: dict[tuple[int, ...], mx.array] = {}
+
+    def __call__(self, tokens: Sequence[int], last: int = 1) -> mx.array:
+        """Log-probabilities (last, V) float32 of what follows each of the last tokens.
+
+        Raises:
+            UserError: when mlx-lm's code of the architecture cannot run it.
+        """
+        model, whole = self._chat.model, mx.array([list(tokens)], mx.int32)
+        try:
+            with around([(self._chat.layers[-1], self._look)]):
+                logits = (
+                    model(whole, cache=make_prompt_cache(model)) if self.cached else model(whole)
+                )
+                found = normalized(logits[0, -last:])
+                mx.eval(found)
+        except UserError:
+            raise
+        except Exception as error:  # whatever an architecture raises that is not fit for this model
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"mlx-lm cannot run this {self._chat.model_type} model: {reason}"
+            ) from None
+        return found
+
+    def _look(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        states = output[0] if isinstance(output, tuple | list) else output
+        if isinstance(states, mx.array):
+            self._dtype = states.dtype
+        return output
+
+    def agrees(self, tokens: Sequence[int], found: mx.array) -> bool:
+        """Whether distributions after the last tokens of a prompt, (K, V), are this pass's.
+
+        Their mean KL from it has to be what rounding explains.
+        """
+        key = found.shape[0], *tokens
+        if key not in self._found:
+            self._found[key] = self(tokens, found.shape[0])
+        right = self._found[key]
+        if right.shape != found.shape:
+            return False
+        apart = number(kl_divergence(right, normalized(found)).mean())
+        return apart <= _ROUNDING.get(self._dtype, min(_ROUNDING.values()))
+
+
+def needs_cache(chat: ChatModel) -> bool:
+    """Whether a model is itself only where it runs with a cache; asked once for each model.
+
+    mlx-lm hands the keys and values that layers share on by way of the cache in some architectures
+    (gemma3n): without one it computes others, and gives other logits than in any generation.
+    """
+    known = vars(chat).get("_needs_cache")
+    if known is None:
+        known = _needs_cache(chat)
+        object.__setattr__(chat, "_needs_cache", known)
+    return bool(known)
+
+
+def _needs_cache(chat: ChatModel) -> bool:
+    from mlx_lm.generate import generate_step
+
+    tokens = list(range(1, 10))
+    free, cached = Plain(chat, cached=False), Plain(chat, cached=True)
+    try:
+        right = cached(tokens)
+    except UserError:
+        return False
+    try:
+        if free.agrees(tokens, right):
+            return False
+    except UserError:
+        return True
+    try:
+        steps = list(generate_step(mx.array(tokens), chat.model, max_tokens=2))
+        said, rows = [int(token) for token, _ in steps], [row for _, row in steps]
+        return cached.agrees([*tokens, said[0]], mx.stack(rows))
+    except Exception:  # whatever mlx-lm's code raises; the pass without a cache is what is left
+        return False
+
+
+def reach(sequences: Sequence[Sequence[int]]) -> int:
+    """How long the prompts are with which a comparison is worth something for ``sequences``."""
+    return USUAL if max(map(len, sequences)) <= 4 * USUAL else LONG
+
+
+def sample(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Tokens of the longest sequence, `reach` at most, to make the prompts of a comparison from."""
+    longest = list(sequences[max(range(len(sequences)), key=lambda index: len(sequences[index]))])
+    while len(longest) < _LEAST:
+        longest += longest
+    return longest[: reach(sequences)]
+
+
+def vocabulary(chat: ChatModel) -> int:
+    """V, the width of the model's logits; the model is asked once."""
+    known = vars(chat).get("_vocabulary")
+    if known is None:
+        with heads.unseen(chat.model):
+            known = int(chat.model(mx.array([[0]])).shape[-1])
+        object.__setattr__(chat, "_vocabulary", known)
+    return int(known)

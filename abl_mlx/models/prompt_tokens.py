@@ -1,0 +1,146 @@
+"""From messages to the token ids of a prompt: the model's chat template, then its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.base.errors import UserError
+from convert.tokenizers.chat_template import ChatTemplate, TemplateError
+
+Message = Mapping[str, str]
+
+#: The number of tokens of a text as the user's message in the chat template.
+Count = Callable[[str], int]
+
+# What a template is told beside the messages: thinking is switched off where it can be.
+OPTIONS = {"enable_thinking": False}
+
+
+def encode(
+    tokenizer: Any, template: ChatTemplate | None, messages: Sequence[Message], place: Path
+) -> list[int]:
+    """Token ids of a conversation, up to where the reply begins.
+
+    Args:
+        tokenizer: mlx-lm's TokenizerWrapper.
+        template: as `template_of` gives it.
+        place: the model's folder or GGUF, for messages.
+
+    Raises:
+        UserError: when the chat template does not render, or nothing is left to give the model.
+    """
+    if template is None:
+        ids = _by_itself(tokenizer, messages, place)
+    else:
+        text = template.render(messages)
+        try:
+            # The template writes the bos token itself, where there is one.
+            ids = list(tokenizer.encode(text, add_special_tokens=False))
+        except Exception as error:  # transformers takes what its files say as it comes
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"{place}: its tokenizer does not encode a prompt ({reason[:200]}): fetch "
+                "tokenizer.json and tokenizer_config.json again."
+            ) from None
+    if not ids:
+        raise TemplateError(
+            f"{place}: no token is left of a prompt in the chat template: choose another template, "
+            "or fetch the tokenizer again."
+        )
+    return ids
+
+
+def counter(tokenizer: Any, place: Path) -> Count:
+    """What counts the tokens of prompts, by a model's tokenizer and chat template.
+
+    Args:
+        place: the model's folder or GGUF.
+    """
+    template = template_of(tokenizer, place)
+
+    def count(text: str) -> int:
+        return len(encode(tokenizer, template, [{"role": "user", "content": text}], place))
+
+    return count
+
+
+def template_of(tokenizer: Any, place: Path) -> ChatTemplate | None:
+    """The template that prompts are rendered with; None where the tokenizer has code instead.
+
+    Raises:
+        TemplateError: when there is none to choose.
+    """
+    if _has_code(tokenizer):
+        return None
+    return ChatTemplate(
+        _source(tokenizer.chat_template, place),
+        _file(place),
+        {**_special_tokens(tokenizer), **OPTIONS},
+    )
+
+
+def _has_code(tokenizer: Any) -> bool:
+    """Whether prompts are written by code of mlx-lm or of the tokenizer, not by a template."""
+    from transformers import PreTrainedTokenizerBase
+
+    if vars(tokenizer).get("_chat_template") is not None:
+        return True
+    kind = type(vars(tokenizer).get("_tokenizer", tokenizer))
+    own = getattr(kind, "apply_chat_template", None)
+    return own is not None and own is not PreTrainedTokenizerBase.apply_chat_template
+
+
+def _by_itself(tokenizer: Any, messages: Sequence[Message], place: Path) -> list[int]:
+    try:
+        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **OPTIONS)
+    except Exception as error:  # code of others, which raises what it likes
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{place}: its tokenizer cannot write a prompt ({reason[:200]}): update mlx-lm and "
+            "transformers, or choose another model."
+        ) from None
+    return list(ids)
+
+
+def _source(stored: Any, place: Path) -> str:
+    """The template among those that a tokenizer has.
+
+    Raises:
+        TemplateError: when there are several and none is the default one, or it is no text.
+    """
+    if isinstance(stored, Mapping):
+        if "default" not in stored:
+            raise TemplateError(
+                f"{place} has the chat templates {_names(stored)} and none named default: save the "
+                "one for plain conversations as chat_template.jinja."
+            )
+        stored = stored["default"]
+    if not isinstance(stored, str):
+        raise TemplateError(
+            f"{place}: its chat template is no text: save it as chat_template.jinja, or fetch the "
+            "model's files again."
+        )
+    return stored
+
+
+def _names(stored: Mapping[Any, Any]) -> str:
+    return ", ".join(sorted(repr(str(name)[:40]) for name in stored)[:6]) or "{}"
+
+
+def _file(place: Path) -> Path:
+    """Where the template stands, of the places that transformers looks at."""
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        if (place / name).is_file():
+            return place / name
+    return place
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, Any]:
+    """bos_token and so on, by name, as transformers hands them to a template."""
+    known = getattr(tokenizer, "special_tokens_map", {})
+    return {
+        str(name): [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
+        for name, value in known.items()
+    }

@@ -1,0 +1,253 @@
+"""The edit as an adapter: what a LoRA must add to a weight that keeps its bytes.
+
+W − α U(UᵀW) is W plus a change of rank k, whose factors are computed from the very weights it will
+sit on, dequantized. So nothing is rounded but the factors, in float32. A bias has no place in a
+LoRA: what it writes of the direction stays, and counts as leak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from abl_mlx.edits import projection
+from abl_mlx.edits.edit import Edit, Leak, stream_axis
+from abl_mlx.models.hooks import Around, around
+from abl_mlx.models.writers import Writer
+from abl_mlx.outputs.gguf_plan import TensorPlan, read, slabs, values_of
+from abl_mlx.support.arrays import numpy_of
+from convert.adapters import LowRank
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
+from convert.mlx.packed import Packed
+
+#: Weights that are dequantized at a time.
+SLAB = 1 << 23
+
+
+@dataclass(frozen=True)
+class Components:
+    """What a weight holds of the directions, and how large it is.
+
+    Attributes:
+        along: float32: UᵀW (k, n) of a linear, (E, k, n) of experts; E U (V, k) of an embedding.
+        square: ‖W‖².
+    """
+
+    along: np.ndarray
+    square: float
+
+
+Parts = Iterable[tuple[tuple[Any, ...], mx.array]]
+"""A weight in parts: an index into the array of its shape, and the float32 values there."""
+
+
+def components(edit: Edit, writer: Writer, shape: tuple[int, ...], parts: Parts) -> Components:
+    """Read a weight once, part by part.
+
+    Args:
+        shape: of the weight: (d, n), (E, d, n) or (V, d).
+        parts: cover the weight; every index has a slice for each axis.
+    """
+    basis = numpy_of(edit.basis(writer))
+    k = len(basis)
+    embedding = writer.kind == "embedding"
+    out = np.zeros((shape[0], k) if embedding else (*shape[:-2], k, shape[-1]), np.float32)
+    square = 0.0
+    for index, values in parts:
+        here = numpy_of(values)
+        if embedding:
+            along = projection.along(basis, here, -1)
+            where: tuple[Any, ...] = index[:-1]
+        else:
+            along = projection.along(basis[:, index[-2]], here, -2)
+            where = (*index[:-2], slice(None), index[-1])
+        out[where] += along
+        square += projection.square(here)
+    if not np.isfinite(out).all():
+        raise UserError(f"{writer.path} holds NaN or infinity: the file is damaged.")
+    return Components(out, square)
+
+
+def change(edit: Edit, writer: Writer, along: np.ndarray) -> LowRank:
+    """The change of a weight for an adapter whose scale is the edit's strength."""
+    if edit.norm != "none":
+        raise UserError(
+            f"--norm {edit.norm} changes every weight, which no adapter of a small rank can: write "
+            "an edited model instead."
+        )
+    basis = np.asarray(edit.basis(writer).astype(mx.float32))
+    along = edit.taken(writer, along, stream_axis(writer.kind, "weight")) / np.float32(
+        edit.strength
+    )
+    if writer.kind == "embedding":
+        return LowRank("embedding", along, -basis)
+    left = np.broadcast_to(-basis.T, (*along.shape[:-2], *basis.T.shape))
+    return LowRank(writer.kind, np.ascontiguousarray(left), along)
+
+
+def leak_of(edit: Edit, writer: Writer, found: Components, scale: float, one: LowRank) -> Leak:
+    """What is missing of the edit when ``scale · one`` is added to the weight.
+
+    The difference to the edit, scale · left @ right + α U(UᵀW), has rank 2k: its norm comes from
+    its factors.
+    """
+    basis = np.asarray(edit.basis(writer).astype(mx.float32)).astype(np.float64)
+    along = found.along.astype(np.float64)
+    taken = edit.taken(writer, along, stream_axis(writer.kind, "weight"))
+    left, right = one.left.astype(np.float64), one.right.astype(np.float64)
+    if writer.kind == "embedding":
+        missing = scale * left @ (right @ basis.T) + taken
+        factors = np.concatenate([scale * left, taken], -1), np.concatenate([right, basis])
+    else:
+        missing = scale * (basis @ left) @ right + taken
+        whole = np.broadcast_to(basis.T, left.shape)
+        factors = (
+            np.concatenate([scale * left, whole], -1),
+            np.concatenate([right, taken], -2),
+        )
+    first, second = factors
+    grams = first.swapaxes(-1, -2) @ first, second @ second.swapaxes(-1, -2)
+    error2 = float((grams[0] * grams[1]).sum())  # both are symmetric
+    wanted = float((taken * taken).sum())
+    target2 = found.square - 2 * float((taken * along).sum()) + wanted
+    return Leak(float((missing**2).sum()), wanted, max(error2, 0.0), target2)
+
+
+def bias_leak(edit: Edit, writer: Writer, bias: mx.array) -> Leak:
+    """A bias that is left as it is: all of its share of the edit is missing."""
+    basis = np.asarray(edit.basis(writer).astype(mx.float32)).astype(np.float64)
+    values = np.asarray(bias.astype(mx.float32)).astype(np.float64)
+    along = edit.taken(writer, values @ basis.T, -1)
+    missing = float((along * along).sum())
+    target = values - along @ basis
+    return Leak(missing, missing, missing, float((target * target).sum()))
+
+
+def untouched_leak(edit: Edit, writer: Writer, found: Components) -> Leak:
+    """A weight that is left as it is: all of its share of the edit is missing."""
+    along = found.along.astype(np.float64)
+    taken = edit.taken(writer, along, stream_axis(writer.kind, "weight"))
+    missing = float((taken * taken).sum())
+    target2 = found.square - 2 * float((taken * along).sum()) + missing
+    return Leak(missing, missing, missing, target2)
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def module_shape(module: nn.Module) -> tuple[int, ...]:
+    """Shape of a module's weight, dequantized."""
+    weight = module["weight"]
+    if isinstance(module, Packed):
+        return module.shape
+    if "scales" not in module:
+        return tuple(weight.shape)
+    return (*weight.shape[:-1], weight.shape[-1] * 32 // module.bits)
+
+
+def module_parts(module: nn.Module) -> Parts:
+    """A module's weight in float32, some rows at a time; dequantized where it is quantized."""
+    shape = module_shape(module)
+    experts = range(shape[0]) if len(shape) == 3 else [None]
+    step = max(1, SLAB // shape[-1])
+    for expert in experts:
+        first = () if expert is None else (expert,)
+        for start in range(0, shape[-2], step):
+            rows = slice(start, min(start + step, shape[-2]))
+            yield (*first, rows, slice(0, shape[-1])), _rows(module, (*first, rows))
+
+
+def _rows(module: nn.Module, index: tuple[Any, ...]) -> mx.array:
+    if isinstance(module, Packed):
+        first = module.shape[-2] * index[0] if len(index) == 2 else 0
+        return module.rows(first + index[-1].start, first + index[-1].stop)
+    if "scales" not in module:
+        return module["weight"][index].astype(mx.float32)
+    parts = {
+        name: module[name][index] for name in ("scales", "biases") if module.get(name) is not None
+    }
+    if module.mode == "affine":
+        parts = {name: value.astype(mx.float32) for name, value in parts.items()}
+    whole = module.get("global_scale")
+    if whole is not None and len(index) == 2:
+        whole = whole[index[0]]
+    return mx.dequantize(
+        module["weight"][index], parts["scales"], parts.get("biases"),
+        group_size=module.group_size, bits=module.bits, mode=module.mode, global_scale=whole,
+        dtype=mx.float32,
+    )  # fmt: skip
+
+
+def tensor_parts(gguf: GgufSource, one: TensorPlan) -> Parts:
+    """A GGUF's tensor in float32, in slabs."""
+    shape, axis = gguf.tensors[one.name].shape, stream_axis(one.writer.kind, one.parameter)
+    raw = gguf.raw(one.name)
+    for slab in slabs(shape, axis, GGML_QUANT_SIZES[one.old][0]):
+        values = mx.array(values_of(read(raw, one.old, slab)))
+        gguf.release(one.name)
+        if len(shape) == 3:
+            yield (slab.rows.start // shape[1], slice(0, shape[1]), slab.columns), values
+        else:
+            yield (slab.rows, slab.columns), values
+
+
+# --- at runtime --------------------------------------------------------------------------------
+
+
+@contextmanager
+def attached(pairs: Iterable[tuple[nn.Module, LowRank]], scale: float) -> Iterator[None]:
+    """Within the block each module adds its change to what it puts out, as llama.cpp does.
+
+    For models whose modules mlx-lm has no LoRA for (a GGUF's, held packed). Not for a tied
+    embedding, whose change would be due in the output head too.
+    """
+    with around([(module, _adding(one, scale)) for module, one in pairs]):
+        yield
+
+
+def _adding(one: LowRank, scale: float) -> Around:
+    left, right = mx.array(one.left), mx.array(one.right)
+
+    def wrapper(call: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        output = call(x, *args, **kwargs)
+        if one.kind == "embedding":
+            more = left[x] @ right
+        elif one.kind == "linear":
+            more = (x.astype(mx.float32) @ right.T) @ left.T
+        else:
+            chosen = args[0] if args else kwargs["indices"]
+            more = x.astype(mx.float32)
+            for factor in (right, left):
+                more = mx.gather_mm(more, factor.swapaxes(-1, -2), rhs_indices=chosen)
+        return output + (scale * more).astype(output.dtype)
+
+    return wrapper
+
+
+_KINDS = {
+    "linear": (nn.Linear, nn.QuantizedLinear),
+    "experts": (SwitchLinear, QuantizedSwitchLinear),
+    "embedding": (nn.Embedding, nn.QuantizedEmbedding),
+}
+
+
+def check_module(writer: Writer) -> None:
+    """Refuse a writer that mlx-lm makes no LoRA of the same shape from.
+
+    Raises:
+        UserError: naming the module.
+    """
+    if not isinstance(writer.module, _KINDS[writer.kind]):
+        raise UserError(
+            f"{writer.path} is a {type(writer.module).__name__}, for which mlx-lm has no LoRA: "
+            "write an edited model instead of an adapter."
+        )

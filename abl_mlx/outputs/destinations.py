@@ -1,0 +1,52 @@
+"""Where an edited model goes: checked before any work, and handed on to Ollama after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from abl_mlx.choices import Options
+from abl_mlx.outputs import staging, undo_file
+from abl_mlx.outputs.model_file import ModelFile
+from convert.base.errors import UserError
+from convert.ollama import client
+
+
+def check(paths: Sequence[Path], model: ModelFile, options: Options) -> None:
+    """Refuse, before any work, outputs that are not new, or do not go with the model and flags.
+
+    Args:
+        model: what is edited.
+
+    Raises:
+        UserError: naming the output or the flag.
+    """
+    staging.check(paths, model.source, model.adapter)
+    if options.keep_undo:
+        undo_file.check_keep(paths, model.source.name, model.format, options.norm)
+    if options.ollama_create is not None:
+        first_gguf(paths, options.ollama_create)
+
+
+def hand_to_ollama(paths: Sequence[Path], options: Options) -> None:
+    """Give the first GGUF among the outputs to Ollama, if that was asked for."""
+    if options.ollama_create is not None:
+        file = staging.companions(first_gguf(paths, None))["modelfile"]
+        client.ollama_create(options.ollama_create, file)
+
+
+def first_gguf(paths: Sequence[Path], name: str | None) -> Path:
+    """The GGUF among the outputs that Ollama is given.
+
+    Args:
+        name: what the model will be called; checked before any long work unless None.
+
+    Raises:
+        UserError: when no output is a GGUF, or `ollama` is not there.
+    """
+    found = [path for path in paths if staging.format_of(path) == staging.GGUF]
+    if not found:
+        raise UserError("--ollama-create needs a GGUF: add -o NAME.gguf.")
+    if name is not None:
+        client.check_create(name)
+    return found[0]

@@ -1,0 +1,326 @@
+"""An edit of an MLX or Hugging Face folder, and what is written of it: folders, GGUFs, adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from abl_mlx.behaviour import evaluate
+from abl_mlx.choices import Options
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.edits import exactness
+from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.leak import LeakReport
+from abl_mlx.inputs.sources import Source
+from abl_mlx.models import chat_model
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.loaded_model import LoadedModel
+from abl_mlx.models.writers import Writer
+from abl_mlx.outputs import adapter_outputs, folder_quantized, mtp, undo_file
+from abl_mlx.outputs.folder_plan import Plan, TensorEdit, measure_leak
+from abl_mlx.outputs.gguf_plan import quantize, rounded_to_float
+from abl_mlx.outputs.provenance import edit_label, gguf_metadata
+from abl_mlx.outputs.staging import (
+    ADAPTER,
+    COMPANIONS,
+    FOLDER,
+    GGUF,
+    Output,
+    Written,
+    check_space,
+    format_of,
+)
+from abl_mlx.support import notes
+from abl_mlx.support.clock import Clock
+from abl_mlx.support.console import progress, progress_to
+from convert.base.errors import UserError
+from convert.base.hf_config import read_config, stored_config
+from convert.gguf.file import read_tensor
+from convert.mlx.folder import FLOAT_DTYPES, float_dtype, rewrite_folder
+from convert.mlx.other_quantization import refuse_foreign
+from convert.mlx.safetensors_files import TensorFiles, TensorInfo
+from convert.mlx_to_gguf import check_convertible, encode, write_gguf
+from convert.ollama.client import lost_of_template
+
+Record = dict[str, Any]
+
+ROWS_WARNING = (
+    "warning: keeping the lengths of rows puts part of the direction back; the leak says how much"
+)
+
+_READ_BACK = "KL and component are of the edited tensors read back from the file, in MLX"
+_NOT_ASKED = (
+    "the GGUF itself was not asked: pip install 'abl-mlx[llamacpp]' to have llama.cpp do it; the "
+    "figures are of its edited tensors, read back into the MLX model"
+)
+
+
+def check(source: Source, files: TensorFiles, paths: Sequence[Path], options: Options) -> None:
+    """Refuse, before any long work, outputs that cannot be written from this folder.
+
+    Raises:
+        UserError: naming the output or the flag.
+    """
+    formats = {path: format_of(path) for path in paths}
+    if options.mtp and ADAPTER in formats.values():
+        raise UserError(
+            "--mtp: mlx-lm applies no adapter to blocks of multi-token prediction; write a model, "
+            "or leave the flag out."
+        )
+    whole = [path for path in paths if formats[path] != ADAPTER]
+    if not whole:
+        return  # an adapter is small, and sits on weights of any type
+    refuse_foreign(source.path, read_config(source.path), files)
+    check_space(whole, sum(file.stat().st_size for file in files.files))
+    if GGUF in formats.values():
+        check_convertible(source.path, options.quantize)
+
+
+@dataclass
+class FolderEdit:
+    """An edit of a folder's model, ready to be written; a `abl_mlx.outputs.model_file.PlannedEdit`.
+
+    Attributes:
+        source, files: of the model.
+        loaded: the model, whole or with its weights still in the files.
+        edit: what is done.
+        direction: along which.
+        options: how it is written.
+        plan: what is done to which tensor of the files; None where only adapters are written.
+    """
+
+    source: Source
+    files: TensorFiles
+    loaded: LoadedModel
+    edit: Edit
+    direction: DirectionFile
+    options: Options
+    plan: Plan | None
+    outlines: list[Writer] = field(init=False)
+
+    needs_model = True
+
+    def __post_init__(self) -> None:
+        self.outlines = [replace(one, module=nn.Module()) for one in self.loaded.writers]
+        self._layers = len(self.loaded.chat.layers)
+
+    @property
+    def embedding(self) -> bool:
+        """Whether an embedding is among what is edited."""
+        return any(one.kind == "embedding" for one in self.edit.chosen(self.outlines))
+
+    @property
+    def original(self) -> evaluate.Chat | None:
+        return None
+
+    def predicting(self) -> Record:
+        edited = [*self.plan.edits, *self.plan.matrices] if self.plan else []
+        return mtp.record(mtp.tensors(self.files, self._layers), edited)
+
+    def let_go(self) -> None:
+        self.plan = None
+        self.loaded.let_go()
+
+    def write(self, output: Output, clock: Clock) -> Written:
+        label = edit_label(self.direction, self.options, self.source, embedding=self.embedding)
+        write = {ADAPTER: self._write_adapter, GGUF: self._write_gguf, FOLDER: self._write_folder}
+        with clock.step("write"):
+            return write[output.format](output, label)
+
+    @property
+    def _max_leak(self) -> float:
+        # What keeping rows puts back is what one asked for; it is reported, not refused.
+        return math.inf if self.edit.norm == "rows" else self.options.max_leak
+
+    def _facts(
+        self,
+        output: Output,
+        leak: LeakReport,
+        types: Sequence[str],
+        note: str | None,
+        left_out: Sequence[str] = (),
+    ) -> Record:
+        return {
+            "output": str(output.path),
+            "format": output.format,
+            "types": list(types),
+            "leak": leak.record(),
+            "embedding": self.embedding,
+            "left_out": list(left_out),
+            **notes.noted(note, ROWS_WARNING if self.edit.norm == "rows" else None),
+        }
+
+    def _write_adapter(self, output: Output, label: Mapping[str, Any]) -> Written:
+        chat, writers = self.loaded.chat, self.loaded.writers
+        leak, types, note = adapter_outputs.write_mlx(
+            chat, self.edit, writers, output, label, self._max_leak
+        )
+        # An adapter keeps the biases, and says so.
+        keeps = any(writer.has_bias for writer in writers)
+        infos = map(self.files.info, self.files.names)
+        limit = exactness.limit_for(
+            exactness.matrix_types((info.dtype, info.shape) for info in infos)
+        )
+        folder, outlines = self.source.path, self.outlines
+        return Written(
+            output,
+            self._facts(output, leak, types, note),
+            lambda: nullcontext(chat_model.load(folder, check=False, adapter=output.staged)),
+            limit=None if keeps else limit,
+            writers_in=lambda chat: exactness.moved(outlines, chat),
+        )
+
+    def _write_folder(self, output: Output, label: Mapping[str, Any]) -> Written:
+        assert self.plan is not None  # of every output but adapters
+        files, edits, matrices = self.files, self.plan.edits, self.plan.matrices
+        options, folder = self.options, self.source.path
+        config = edited_config(
+            folder, self.loaded.chat.config, label, folder_quantized.quantization_changes(matrices)
+        )
+        total = sum(file.stat().st_size for file in files.files)
+        total += sum(files.info(name).nbytes for name in [*edits, *matrices])
+        with progress(total, f"write {output.path.name}", "B") as bar:
+            left_out = rewrite_folder(
+                folder,
+                files,
+                output.staged,
+                {name: _in_dtype(edit, files.info(name)) for name, edit in edits.items()},
+                config=config,
+                rewrites=[
+                    folder_quantized.rewrite(
+                        files, one, grid=options.grid, plain=options.plain_rounding
+                    )
+                    for one in matrices.values()
+                ],
+                skip=COMPANIONS,
+                progress=bar.update,
+            )
+        _keep_card(folder, output.staged)
+        with TensorFiles(output.staged) as written:
+            leak = measure_leak(
+                files,
+                edits,
+                lambda name: written.read(name).astype(mx.float32),
+                limit=self._max_leak,
+                output=str(output.path),
+                others=folder_quantized.comparisons(files, written, matrices),
+            )
+        if options.keep_undo:
+            place = undo_file.kept_path(output.staged)
+            undo_file.keep_folder(place, files, self.plan, self.direction.sha256)
+        types = {files.info(name).dtype for name in edits}
+        types |= {one.type for one in matrices.values()}
+        return Written(
+            output,
+            self._facts(output, leak, sorted(types), notes.not_copied(left_out), left_out),
+            lambda: nullcontext(chat_model.load(output.staged, check=False)),
+            limit=exactness.limit_for(types),
+        )
+
+    def _write_gguf(self, output: Output, label: Mapping[str, Any]) -> Written:
+        assert self.plan is not None  # of every output but adapters
+        plan, options, folder = self.plan, self.options, self.source.path
+        edits = plan.edits_of_gguf
+        with progress_to(f"write {output.path.name}", "tensor") as moved:
+            report = write_gguf(
+                folder,
+                output.staged,
+                file_type=options.quantize,
+                edits=edits,
+                metadata=gguf_metadata(self.source, label),
+                quantize=None if options.plain_rounding else _quantizer(plan),
+                progress=moved,
+            )
+        read_back = _gguf_reader(output.staged, report.tensors)
+        leak = measure_leak(
+            self.files, edits, read_back, limit=self._max_leak, output=str(output.path)
+        )
+        types = sorted({report.types[report.tensors[name]] for name in edits})
+        note = notes.joined(
+            notes.vision(report.left_out),
+            notes.modelfile(lost_of_template(output.staged, folder)),
+        )
+
+        @contextmanager
+        def opened() -> Iterator[ChatModel]:
+            assert self.plan is not None  # as long as the model is there
+            self.plan.load_into_model(read_back)
+            yield self.loaded.chat
+
+        return Written(
+            output,
+            self._facts(output, leak, types, note),
+            opened,
+            on_loaded=True,
+            llamacpp=evaluate.in_llamacpp(output.staged),
+            notes=(_NOT_ASKED, _READ_BACK),
+            limit=exactness.limit_for(types),
+        )
+
+
+def _in_dtype(edit: TensorEdit, info: TensorInfo) -> Callable[[mx.array], mx.array]:
+    """The edit, its values rounded to the tensor's own dtype so that it survives there."""
+    dtype = float_dtype(info)
+    return lambda values: edit.rounded(edit(values), dtype)
+
+
+def edited_config(
+    folder: Path,
+    filled: Mapping[str, Any],
+    label: Mapping[str, Any],
+    quantization: Mapping[str, Any],
+) -> dict[str, Any]:
+    """config.json as it was, with what mlx-lm needs filled in and the edit's label.
+
+    Args:
+        quantization: module path -> its new entry in the map of quantized modules.
+    """
+    original = stored_config(folder)
+    # What mlx-lm fills in from generation_config.json stays there.
+    added = {key: value for key, value in filled.items() if key != "eos_token_id"}
+    config = {**added, **original, "abl_mlx": dict(label)}
+    # mlx-lm writes the map under both names, and reads the first.
+    for key in ("quantization", "quantization_config"):
+        if quantization and isinstance(config.get(key), dict) and "bits" in config[key]:
+            config[key] = {**config[key], **quantization}
+    return config
+
+
+def _keep_card(source: Path, out: Path) -> None:
+    if (source / "README.md").is_file():
+        (out / "README.source.md").write_bytes((source / "README.md").read_bytes())
+
+
+def _quantizer(plan: Plan) -> Callable[[str, Any, Any], Any]:
+    def encoded(name: str, values: Any, kind: Any) -> Any:
+        one = plan.edits[name]
+        dtype = FLOAT_DTYPES.get(kind.name)
+        if dtype is None:
+            return quantize(one, values, kind)
+        return encode(rounded_to_float(one, values, dtype), kind, name)
+
+    return encoded
+
+
+def _gguf_reader(path: Path, names: Mapping[str, str]) -> Callable[[str], mx.array]:
+    """Read a GGUF's tensors under their source names: one expert of a stack, or the whole."""
+    sources: dict[str, list[str]] = {}
+    for source, name in names.items():
+        sources.setdefault(name, []).append(source)
+    # A stack is decoded once for all of its experts, which follow one another.
+    read = lru_cache(maxsize=1)(lambda name: mx.array(read_tensor(path, name)))
+
+    def read_back(source: str) -> mx.array:
+        stack = sources[names[source]]
+        whole = read(names[source])
+        return whole if len(stack) == 1 else whole[stack.index(source)]
+
+    return read_back

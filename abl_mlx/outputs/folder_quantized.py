@@ -1,0 +1,247 @@
+"""An Edit applied to the quantized matrices of an MLX folder, and measured in what was written.
+
+A matrix keeps its mode, and its scales and biases their type; or (``--writer-bits``) it is written
+in a finer one. Work goes in slabs, so memory is bounded by the slab and one expert's packed bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.edits import rounding
+from abl_mlx.edits.edit import Edit, Leak, rounded, stream_axis
+from abl_mlx.edits.slabs import Slab, exact_edit, leak, sample, slabs
+from abl_mlx.models.writers import Writer
+from convert.base.errors import UserError
+from convert.base.grids import Grid
+from convert.mlx.folder import FLOAT_DTYPES, Piece, Rewrite
+from convert.mlx.grids import MlxCodec, Quantization, Rows
+from convert.mlx.matrix import Matrix
+from convert.mlx.safetensors_files import TensorFiles
+
+#: What ``--writer-bits`` may be: bits of affine, or floats.
+WRITER_BITS = ("3", "4", "5", "6", "8", "bf16")
+
+
+@dataclass(frozen=True)
+class MatrixEdit:
+    """What is done to one quantized matrix.
+
+    Attributes:
+        edit: what is done.
+        writer: the writer whose weight it is.
+        old: as the source has it.
+        new: as it is written; None where it becomes a plain float tensor.
+        float_type: F16 or BF16: of scales that are added, or of the plain float tensor.
+        module: as which config.json's "quantization" knows it; empty for the writer's path.
+    """
+
+    edit: Edit
+    writer: Writer
+    old: Matrix
+    new: Matrix | None
+    float_type: str = "BF16"
+    module: str = ""
+
+    parameter = "weight"
+
+    @property
+    def name(self) -> str:
+        """Of the tensor with the codes."""
+        return self.old.name
+
+    @property
+    def axis(self) -> int:
+        """Of the residual stream in the weight: -1 or -2."""
+        return stream_axis(self.writer.kind, self.parameter)
+
+    @property
+    def is_promoted(self) -> bool:
+        """Whether it is written in another mode than it had."""
+        return self.new != self.old
+
+    @property
+    def type(self) -> str:
+        """As written, for people."""
+        return self.float_type if self.new is None else str(self.new.quantization)
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name -> type and shape of what is written."""
+        if self.new is None:
+            return {self.name: (self.float_type, self.old.shape)}
+        return self.new.tensors()
+
+
+def promoted(one: MatrixEdit, writer_bits: str) -> MatrixEdit:
+    """The same edit, written with so many bits; as it was where that is no more than it has.
+
+    Args:
+        writer_bits: of `WRITER_BITS`.
+
+    Raises:
+        UserError: when its rows do not fit the groups of the new mode.
+    """
+    old = one.old.quantization
+    if writer_bits == "bf16":
+        return replace(one, new=None)
+    bits = int(writer_bits)
+    if bits < old.bits or (bits == old.bits and old.mode == "affine"):
+        return one
+    group = old.group_size if old.mode == "affine" else 32
+    if one.old.shape[-1] % group:
+        raise UserError(
+            f"{one.name} has rows of {one.old.shape[-1]}, which do not fit groups of {group}: use "
+            "--writer-bits bf16."
+        )
+    stem = one.name.removesuffix("weight")
+    new = Matrix(
+        {part: f"{stem}{part}" for part in ("weight", "scales", "biases")},
+        one.old.shape,
+        Quantization(bits, group),
+        one.old.dtype if old.mode == "affine" else one.float_type,
+    )
+    return replace(one, new=new)
+
+
+def encoders(codec: MlxCodec, global_scale: np.ndarray | None) -> rounding.Encoders:
+    """What MLX offers for a mode."""
+    return rounding.Encoders(
+        fresh=lambda values: codec.fresh(values, global_scale), refit=codec.refit
+    )
+
+
+def better_source(files: TensorFiles, one: MatrixEdit) -> str:
+    """Which grid a matrix is rounded on, as `rounding.better_source` says of a sample of it."""
+    part = sample(one.old.shape, one.axis, one.old.quantization.group_size)
+    own = one.old.read(files, part.rows, part.columns)
+    found = encoders(one.old.codec, own.frame.global_scale)
+    return rounding.better_source(own, exact_edit(one, own.values()), found)
+
+
+def edit_slab(one: MatrixEdit, own: Grid, source: str, *, plain: bool = False) -> Rows:
+    """The stored form of an edited slab; of a plain float tensor, ``weight`` alone.
+
+    Args:
+        own: the slab as the source has it.
+        source: ``own`` or ``fresh``: the grid to round on.
+        plain: round every weight to its nearest level, as everyone else does.
+    """
+    edited = exact_edit(one, own.values())
+    if one.new is None:
+        dtype = FLOAT_DTYPES[one.float_type]
+        exact = mx.array(edited.target)
+        kept = (
+            exact.astype(dtype) if plain else rounded(one.edit, one.writer, "weight", exact, dtype)
+        )
+        return Rows(np.array(kept.view(mx.uint8)), np.empty((0, 0), np.uint8))
+    codec = one.new.codec
+    found = encoders(codec, own.frame.global_scale if one.new == one.old else None)
+    if plain:
+        grid = found.fresh(edited.target) if one.is_promoted else own
+        return codec.encode(grid.with_codes(grid.nearest(edited.target)))
+    how = "fresh" if one.is_promoted else source
+    return codec.encode(rounding.round_onto(own, edited, found, how))
+
+
+def rewrite(
+    files: TensorFiles,
+    one: MatrixEdit,
+    *,
+    grid: str = "auto",
+    plain: bool = False,
+) -> Rewrite:
+    """The edited matrix for `convert.mlx.folder.rewrite_folder`, made when it is asked for.
+
+    Args:
+        grid: ``own``, ``fresh``, or ``auto`` for the better of the two.
+        plain: round every weight to its nearest level.
+    """
+
+    def pieces() -> Iterator[Piece]:
+        n = one.old.shape[-1]
+        automatic = grid == "auto" and not plain and not one.is_promoted
+        source = better_source(files, one) if automatic else grid
+        waiting: dict[str, np.ndarray] = {}
+        for slab in slabs(one.old.shape, one.axis, _cut(one)):
+            own = one.old.read(files, slab.rows, slab.columns)
+            parts = _named(one, edit_slab(one, own, source, plain=plain))
+            one.old.release(files)
+            for name, part in parts.items():
+                if slab.columns == slice(0, n):
+                    yield Piece(name, slab.rows.start * part.shape[1], part)
+                    continue
+                # Columns come side by side, and are written once the expert's last ones are there.
+                width = part.shape[1] * n // (slab.columns.stop - slab.columns.start)
+                if slab.columns.start == 0:
+                    waiting[name] = np.empty((len(part), width), np.uint8)
+                first = slab.columns.start * width // n
+                waiting[name][:, first : first + part.shape[1]] = part
+                if slab.columns.stop == n:
+                    yield Piece(name, slab.rows.start * width, waiting.pop(name))
+
+    kept = set(one.old.names.values()) if one.is_promoted else set(one.tensors())
+    return Rewrite(frozenset(kept), one.tensors(), pieces)
+
+
+def _cut(one: MatrixEdit) -> int:
+    """Between how many columns a slab may be cut."""
+    sizes = [m.quantization.group_size for m in (one.old, one.new) if m is not None]
+    return max(sizes)
+
+
+def _named(one: MatrixEdit, rows: Rows) -> dict[str, np.ndarray]:
+    """Tensor name -> bytes of its rows."""
+    if one.new is None:
+        return {one.name: rows.weight}
+    parts = {part: getattr(rows, part) for part in ("weight", "scales", "biases")}
+    return {one.new.names[part]: raw for part, raw in parts.items() if raw is not None}
+
+
+# --- what was written --------------------------------------------------------------------------
+
+
+def compare(before: TensorFiles, after: TensorFiles, one: MatrixEdit) -> Leak:
+    """Leak and weight error of one matrix, both sides read from their files."""
+    total = Leak()
+    for slab in slabs(one.old.shape, one.axis, _cut(one)):
+        old = one.old.read(before, slab.rows, slab.columns).values()
+        total += leak(one, old, _written(after, one, slab))
+        one.old.release(before)
+        for name in one.tensors():
+            after.release(name)
+    return total
+
+
+def _written(files: TensorFiles, one: MatrixEdit, slab: Slab) -> np.ndarray:
+    if one.new is not None:
+        return one.new.read(files, slab.rows, slab.columns).values()
+    size = 2 * one.old.shape[-1]
+    whole = np.frombuffer(files.bytes(one.name), np.uint8).reshape(-1, size)
+    part = whole[slab.rows, 2 * slab.columns.start : 2 * slab.columns.stop].copy()
+    floats = mx.array(part).view(FLOAT_DTYPES[one.float_type])
+    return np.array(floats.astype(mx.float32))
+
+
+def quantization_changes(edits: Mapping[str, MatrixEdit]) -> dict[str, dict[str, Any] | bool]:
+    """Module path -> its new entry in config.json's "quantization", of those that change."""
+    return {
+        one.module or one.writer.path: False if one.new is None else one.new.quantization.entry()
+        for one in edits.values()
+        if one.is_promoted
+    }
+
+
+def comparisons(
+    before: TensorFiles, after: TensorFiles, edits: Mapping[str, MatrixEdit]
+) -> dict[str, Callable[[], Leak]]:
+    """Tensor name -> what measures its leak."""
+
+    def comparing(one: MatrixEdit) -> Callable[[], Leak]:
+        return lambda: compare(before, after, one)
+
+    return {name: comparing(one) for name, one in edits.items()}

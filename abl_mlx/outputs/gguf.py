@@ -1,0 +1,267 @@
+"""A model in a GGUF, whole or split, wherever it comes from."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.choices import Options
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.edits.edit import Edit, stream_axis
+from abl_mlx.edits.steering import Induction
+from abl_mlx.inputs.sources import Source
+from abl_mlx.models import context_length, from_gguf, prompt_tokens
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.loaded_model import LoadedModel
+from abl_mlx.models.same_model import check_same
+from abl_mlx.models.writers import Writer
+from abl_mlx.outputs import (
+    adapter_outputs,
+    gguf_outputs,
+    induced,
+    other_format,
+    records,
+    staging,
+    stream_weights,
+    undo_gguf,
+)
+from abl_mlx.outputs.edit_label import Label
+from abl_mlx.outputs.gguf_outputs import GgufEdit
+from abl_mlx.outputs.gguf_plan import plan, stored_values
+from abl_mlx.outputs.induced import GgufConstant
+from abl_mlx.outputs.inspection import edit_share, grouped
+from abl_mlx.outputs.mentions import READ, read_card
+from abl_mlx.outputs.other_format import NewTypes
+from abl_mlx.outputs.stream_weights import StreamWeights
+from abl_mlx.outputs.undo_file import Taken, Tensors, taken
+from abl_mlx.support.clock import Clock
+from convert import gguf_to_mlx
+from convert.architectures import gguf_mtp, gguf_writers
+from convert.architectures.families import FAMILIES
+from convert.architectures.gguf_writers import GgufWriter
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource, size_of
+
+Record = dict[str, Any]
+
+
+class GgufFile(ExitStack):
+    """A GGUF as a `abl_mlx.outputs.model_file.ModelFile`."""
+
+    format = staging.GGUF
+    adapter = staging.LORA
+    runtimes: tuple[str, ...] = ("llama.cpp", "mlx-lm", "llama-server")
+    folder: Path | None = None
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source = source
+
+    @cached_property
+    def gguf(self) -> GgufSource:
+        """Its metadata and tensors."""
+        return self.enter_context(GgufSource(self.source.path))
+
+    @cached_property
+    def layout(self) -> gguf_to_mlx.Layout:
+        """Where mlx-lm's model has its tensors."""
+        return gguf_to_mlx.layout(self.gguf)
+
+    @property
+    def size(self) -> int:
+        return size_of(self.source.path)
+
+    @property
+    def width(self) -> int:
+        """d, the number of dimensions of the residual stream."""
+        return int(self.gguf.tensor("token_embd.weight").shape[-1])
+
+    def named_writers(self, pattern: str | None = None) -> list[GgufWriter]:
+        """The residual writers by its architecture, or those that ``--tensors`` names."""
+        gguf = self.gguf
+        return gguf_writers.find(gguf.architecture, gguf.shapes, gguf.metadata, pattern)
+
+    # --- what the file says --------------------------------------------------------------------
+
+    def context_length(self) -> int | None:
+        return context_length.of_metadata(self.gguf.metadata)
+
+    def token_counter(self) -> prompt_tokens.Count:
+        # Without a tokenizer that MLX knows llama.cpp has the last word.
+        with suppress(UserError):
+            return prompt_tokens.counter(from_gguf.tokenizer(self.gguf, {}), self.source.path)
+        return lambda text: 0
+
+    def has_template(self) -> bool:
+        return bool(self.gguf.metadata.get("tokenizer.chat_template"))
+
+    def has_tokens(self, wanted: Mapping[str, int]) -> bool:
+        tokens = self.gguf.metadata.get("tokenizer.ggml.tokens")
+        # The file may be padded to a rounder number of tokens.
+        return isinstance(tokens, list) and all(
+            index < len(tokens) and tokens[index] == text for text, index in wanted.items()
+        )
+
+    def fingerprint(self) -> list[list[Any]]:
+        return records.fingerprint([self.source.path])
+
+    def label(self) -> dict[str, Any] | None:
+        return gguf_to_mlx.edit_label(self.gguf) or None
+
+    def said(self) -> dict[str, str]:
+        metadata, path = self.gguf.metadata, self.source.path
+        texts = {key: _text(metadata[key]) for key in metadata if key.startswith("general.")}
+        return {
+            **{key: text for key, text in texts.items() if text is not None},
+            "card": read_card(path.with_name(f"{path.stem}.README.md")),
+        }
+
+    def inspect(self) -> Record:
+        gguf, named = self.gguf, self.named_writers()
+        sizes = {name: math.prod(entry.shape) for name, entry in gguf.tensors.items()}
+        types = Counter(entry.type.name for entry in gguf.tensors.values() if len(entry.shape) > 1)
+        whole = sum(sizes.values()) or 1
+        return {
+            "source": self.source.name,
+            "file": str(gguf.parts[0]),
+            "architecture": gguf.architecture,
+            "layers": self._blocks(),
+            "width": self.width,
+            "parameters": whole,
+            "dtypes": sorted({entry.type.name for entry in gguf.tensors.values()}),
+            "quantization": ", ".join(f"{count} × {name}" for name, count in types.most_common()),
+            "tied": any(one.tied for one in named),
+            "runs_in_mlx": gguf.architecture in FAMILIES,
+            "writers": grouped(
+                (one.name, one.kind, bool(one.gains), one.bias is not None) for one in named
+            ),
+            "edit": edit_share((sizes[name] for one in named for name in one.parameters), whole),
+            **gguf_outputs.predicting(gguf, []),
+        }
+
+    def _blocks(self) -> int:
+        key = f"{self.gguf.architecture}.block_count"
+        if key not in self.gguf.metadata:
+            raise UserError(
+                f"{self.gguf.parts[0]} has no {key} in its metadata: download it again."
+            )
+        return int(self.gguf.metadata[key])
+
+    def hashes(self) -> dict[str, str]:
+        return records.file_hashes(self.gguf.parts)
+
+    # --- its tensors ---------------------------------------------------------------------------
+
+    def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {name: (one.type.name, one.shape) for name, one in self.gguf.tensors.items()}
+
+    def raw(self, name: str) -> np.ndarray:
+        return self.gguf.raw(name).reshape(-1)
+
+    def values(self, name: str) -> mx.array:
+        return stored_values(self.gguf, name)
+
+    def release(self, name: str) -> None:
+        self.gguf.release(name)
+
+    def stream_weights(self) -> StreamWeights:
+        return stream_weights.of_gguf(self.gguf)
+
+    # --- running it ----------------------------------------------------------------------------
+
+    def load(self) -> ChatModel:
+        # Its layout would keep the model in memory for as long as this file is open.
+        return from_gguf.load(self.gguf)[0]
+
+    def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
+        return from_gguf.find_writers(chat, self.layout, self.gguf, self.named_writers(pattern))
+
+    def check_same(self, chat: ChatModel, pattern: str | None) -> None:
+        """Refuse a loaded model that is another one than this.
+
+        Args:
+            pattern: as `find_writers` takes it.
+        """
+        check_same(chat, self.gguf, self.named_writers(pattern))
+
+    # --- editing it ----------------------------------------------------------------------------
+
+    def check(self, paths: Sequence[Path], options: Options) -> None:
+        gguf_outputs.check(paths, self.gguf, options)
+        named = self._edited(paths, options)
+        # An edit that would touch nothing is better told now than after the measurement.
+        axis = stream_axis(named[0].kind, "weight")
+        width = self.gguf.tensors[named[0].name].shape[axis]
+        edit = Edit(mx.ones((1, width)), 1.0, options.layers, options.embedding)
+        plan(self.gguf, edit, named, strict_types=options.strict_types)
+
+    def _edited(self, paths: Sequence[Path], options: Options) -> list[GgufWriter]:
+        """All residual writers that an edit may change, those of drafting blocks too."""
+        named = [
+            *self.named_writers(options.tensors),
+            *gguf_outputs.drafting(self.gguf, paths, options),
+        ]
+        if any(staging.format_of(path) == staging.LORA for path in paths):
+            adapter_outputs.check_gguf(self.gguf, named)
+        return named
+
+    def outline(self, options: Options, clock: Clock) -> LoadedModel | None:
+        return None  # the file itself says all there is to know
+
+    def plan(
+        self,
+        edit: Edit,
+        direction: DirectionFile,
+        paths: Sequence[Path],
+        loaded: LoadedModel | None,
+        options: Options,
+    ) -> GgufEdit:
+        named = self._edited(paths, options)
+        plans = plan(self.gguf, edit, named, strict_types=options.strict_types)
+        own = self.named_writers(options.tensors)
+        return GgufEdit(self.source, self.gguf, plans, own, direction, options, loaded)
+
+    def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
+        for path in paths:
+            induced.check_gguf(path, self.gguf)
+            induced.check_place(path, loaded)
+
+    def plan_constant(
+        self, found: Induction, direction: DirectionFile, loaded: LoadedModel, options: Options
+    ) -> GgufConstant:
+        return GgufConstant(self.source, loaded, found, direction, options, self.gguf)
+
+    # --- what comes of it ----------------------------------------------------------------------
+
+    def convert(self, out: Path, types: NewTypes) -> Record:
+        return other_format.to_folder(self.gguf, out, types)
+
+    def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
+        # What --tensors named is to be found again; its regular expression is in the label.
+        writers = self.named_writers(label.tensors)
+        if label.mtp:
+            gguf = self.gguf
+            writers += gguf_mtp.find(gguf.architecture, gguf.shapes, gguf.metadata)
+        plans = plan(self.gguf, edit, writers)
+        return {name: taken(one, of.values(name)) for name, one in plans.items()}
+
+    def restore(self, path: Path, found: Mapping[str, Taken]) -> float:
+        return undo_gguf.write(self.gguf, path, found)
+
+    def restore_by_adapter(self, path: Path, found: Mapping[str, Taken], label: Label) -> None:
+        undo_gguf.write_adapter(self.gguf, path, found)
+
+
+def _text(value: Any) -> str | None:
+    """A metadata value as text; None for bytes and the like."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))[:READ]
+    return str(value)[:READ] if isinstance(value, str | int | float | bool) else None

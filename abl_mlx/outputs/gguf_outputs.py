@@ -1,0 +1,303 @@
+"""An edit of a GGUF, and what is written of it: GGUFs, MLX folders and adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abl_mlx.behaviour import evaluate
+from abl_mlx.choices import Options
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.edits import exactness
+from abl_mlx.edits.edit import Leak, leak
+from abl_mlx.edits.leak import LeakReport
+from abl_mlx.inputs.sources import Source
+from abl_mlx.models import chat_model, from_gguf
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.loaded_model import LoadedModel
+from abl_mlx.models.writers import Writer
+from abl_mlx.outputs import adapter_outputs, mtp, undo_file
+from abl_mlx.outputs.gguf_plan import TensorPlan, TensorReport, compare, replacement, stored_values
+from abl_mlx.outputs.provenance import edit_label, gguf_metadata
+from abl_mlx.outputs.staging import FOLDER, GGUF, LORA, Output, Written, check_space, format_of
+from abl_mlx.support import notes
+from abl_mlx.support.clock import Clock
+from abl_mlx.support.console import progress, progress_to
+from convert import gguf_to_mlx
+from convert.architectures import gguf_mtp
+from convert.architectures.gguf_writers import GgufWriter
+from convert.base.atomic import check_new
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource, part_paths
+from convert.gguf.rewrite import rewrite
+from convert.mlx.safetensors_files import TensorFiles
+from convert.ollama.client import lost_of_template
+
+Record = dict[str, Any]
+
+_OF_THE_FILE = "KL and component are of the file, in MLX"
+_IN_MLX = "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have llama.cpp do it"
+
+
+def check(paths: Sequence[Path], gguf: GgufSource, options: Options) -> None:
+    """Refuse, before any long work, outputs that cannot be written from this GGUF.
+
+    Raises:
+        UserError: naming the output or the flag.
+    """
+    if options.quantize != "F16":
+        raise UserError(
+            "--quantize: a GGUF source keeps the type of every tensor; leave the flag out, or "
+            "quantize the float model."
+        )
+    if options.ollama_create is not None and len(gguf.parts) > 1:
+        raise UserError(
+            f"--ollama-create: {gguf.parts[0].name} is one of {len(gguf.parts)} parts, and the "
+            "output would be as well: join them with llama.cpp's `llama-gguf-split --merge` first."
+        )
+    formats = {path: format_of(path) for path in paths}
+    for path, form in formats.items():
+        if form == GGUF:
+            for part in part_paths(path, len(gguf.parts)):
+                check_new(part)
+        elif form == FOLDER:
+            gguf_to_mlx.layout(gguf)
+    whole = [path for path in paths if formats[path] != LORA]
+    check_space(whole, sum(part.stat().st_size for part in gguf.parts))
+
+
+def drafting(gguf: GgufSource, paths: Sequence[Path], options: Options) -> list[GgufWriter]:
+    """With ``--mtp``, what writes to the stream in blocks of multi-token prediction.
+
+    Raises:
+        UserError: where there is none, it is not known, or an output has no place for it.
+    """
+    if not options.mtp:
+        return []
+    if options.tensors is not None:
+        raise UserError("--mtp: with --tensors, exactly what it names is edited; name them there.")
+    for path in paths:
+        if format_of(path) != GGUF:
+            raise UserError(
+                f"--mtp: {path} has no blocks of multi-token prediction, as a GGUF has: write "
+                "-o NAME.gguf, or leave the flag out."
+            )
+    found = gguf_mtp.find(gguf.architecture, gguf.shapes, gguf.metadata)
+    last = max(one.layer for one in found)
+    if options.layers is not None and last not in options.layers:
+        raise UserError(
+            "--mtp: blocks of multi-token prediction are edited as the last layer is, "
+            f"{last}, which this edit leaves alone; leave the flag out."
+        )
+    return found
+
+
+def predicting(gguf: GgufSource, edited: Iterable[str]) -> Record:
+    """What a record says of tensors of multi-token prediction, if there are any.
+
+    Args:
+        edited: names of all tensors that are edited.
+    """
+    return mtp.record(gguf_mtp.tensors(gguf.architecture, gguf.tensors, gguf.metadata), edited)
+
+
+@dataclass
+class GgufEdit:
+    """An edit of a GGUF, ready to be written; a `abl_mlx.outputs.model_file.PlannedEdit`.
+
+    Attributes:
+        source, gguf: of the model.
+        plans: tensor -> what is done to it.
+        named: the residual writers, without those of drafting blocks.
+        direction: along which.
+        options: how it is written.
+        loaded: the model in MLX, if it is; nothing is written from it.
+    """
+
+    source: Source
+    gguf: GgufSource
+    plans: Mapping[str, TensorPlan]
+    named: Sequence[GgufWriter]
+    direction: DirectionFile
+    options: Options
+    loaded: LoadedModel | None
+
+    needs_model = False
+
+    @property
+    def original(self) -> evaluate.Chat | None:
+        return evaluate.in_llamacpp(self.source.path)
+
+    def predicting(self) -> Record:
+        return predicting(self.gguf, self.plans)
+
+    def let_go(self) -> None:
+        if self.loaded is not None:
+            self.loaded.let_go()
+
+    def write(self, output: Output, clock: Clock) -> Written:
+        embedding = any(one.writer.kind == "embedding" for one in self.plans.values())
+        label = edit_label(self.direction, self.options, self.source, embedding=embedding)
+        if output.format == LORA:
+            return self._write_lora(output, label, clock)
+        write = {GGUF: self._write_gguf, FOLDER: self._write_folder}[output.format]
+        written = write(output, label, clock)
+        written.facts["embedding"] = embedding
+        return written
+
+    def _write_lora(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
+        gguf, place = self.gguf, output.staged
+        with clock.step("write"):
+            facts = adapter_outputs.write_gguf(
+                gguf, self.source, place, output.path, self.plans, label, self.options.max_leak
+            )
+        biased = any(writer.bias for writer in self.named)
+        types = {one.old.name for one in self.plans.values()}
+        return Written(
+            output,
+            facts,
+            lambda: adapter_outputs.in_mlx(gguf, place),
+            llamacpp=evaluate.in_llamacpp(gguf.parts[0], place),
+            notes=(_IN_MLX, _OF_THE_FILE),
+            limit=None if biased else self._limit(types),
+            writers_in=self._writers_in,
+        )
+
+    def _write_gguf(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
+        with clock.step("write"):
+            files = _rewrite(self.gguf, self.source, output.staged, self.plans, label, self.options)
+        with clock.step("measure the leak"), GgufSource(files[0]) as after:
+            report = compare_all(self.gguf, after, self.plans)
+        facts = {
+            "output": str(output.path.with_name(files[0].name)),
+            "format": GGUF,
+            "files": [file.name for file in files],
+            **leak_record(report),
+        }
+        self._check_leak(output.path, report)
+        if len(files) == 1 and self.source.ollama is None:
+            facts |= notes.noted(notes.modelfile(lost_of_template(files[0])))
+        if self.options.keep_undo:
+            place = undo_file.kept_path(output.staged)
+            undo_file.keep_gguf(place, self.gguf, self.plans, label["direction_sha256"])
+        return Written(
+            output,
+            facts,
+            lambda: opened(files[0]),
+            llamacpp=evaluate.in_llamacpp(files[0]),
+            notes=(_IN_MLX, _OF_THE_FILE),
+            limit=self._limit(facts["types"]),
+            writers_in=self._writers_in,
+        )
+
+    def _write_folder(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
+        """An MLX folder: the edited GGUF, converted. Its leak is that of the folder's own bytes."""
+        with clock.step("write"):
+            beside = output.staged.with_name(f"{output.path.name}.gguf")
+            files = _rewrite(self.gguf, self.source, beside, self.plans, label, self.options)
+            with GgufSource(files[0]) as edited:
+                found = gguf_to_mlx.layout(edited)
+                size = sum(entry.nbytes for entry in edited.tensors.values())
+                with progress(size, f"write {output.path.name}", "B") as bar:
+                    report = gguf_to_mlx.fill_folder(
+                        edited,
+                        found,
+                        output.staged,
+                        extra={"abl_mlx": dict(label)},
+                        progress=bar.update,
+                    )
+        for file in files:
+            file.unlink()
+        leaks: dict[str, Leak] = {}
+        details = {}
+        with clock.step("measure the leak"), TensorFiles(output.staged) as written:
+            for name, one in self.plans.items():
+                before = stored_values(self.gguf, name)
+                after = gguf_to_mlx.read_back(found, output.staged, written, name)
+                leaks[name] = leak(one.edit, one.writer, one.parameter, before, after)
+                details[name] = TensorReport(leaks[name], None, None, one.old.name).details()
+        found_leak = LeakReport(leaks, details)
+        facts = {
+            "output": str(output.path),
+            "format": FOLDER,
+            **leak_record(found_leak),
+            "types": sorted(report.forms),
+            **notes.noted(notes.drafting(report.left_out), notes.window(report.config)),
+        }
+        self._check_leak(output.path, found_leak)
+        return Written(
+            output,
+            facts,
+            lambda: nullcontext(chat_model.load(output.staged, check=False)),
+            limit=self._limit(facts["types"]),
+        )
+
+    def _check_leak(self, path: Path, report: LeakReport) -> None:
+        plain = self.options.plain_rounding
+        mend = "leave out --plain-rounding" if plain else "choose a file of a finer type"
+        report.check(str(path), self.options.max_leak, mend)
+
+    def _limit(self, types: Iterable[str]) -> float | None:
+        """What a complete edit of tensors of these types may leave; None where some are left."""
+        if self.options.tensors is not None:
+            return None  # what --tensors leaves alone still writes
+        as_gguf = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # how MLX calls them
+        return exactness.limit_for(as_gguf.get(kind, kind) for kind in types)
+
+    def _writers_in(self, chat: ChatModel) -> list[Writer]:
+        return from_gguf.find_writers(chat, gguf_to_mlx.layout(self.gguf), self.gguf, self.named)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[ChatModel]:
+    """A written GGUF as a model in MLX."""
+    with GgufSource(path) as edited:
+        yield from_gguf.load(edited)[0]
+
+
+def _rewrite(
+    gguf: GgufSource,
+    source: Source,
+    to: Path,
+    plans: Mapping[str, TensorPlan],
+    label: Mapping[str, Any],
+    options: Options,
+) -> list[Path]:
+    with progress_to(f"write {to.name}", "B") as moved:
+        return rewrite(
+            gguf,
+            to,
+            tensors={
+                name: replacement(gguf, one, grid=options.grid, plain=options.plain_rounding)
+                for name, one in plans.items()
+            },
+            metadata=gguf_metadata(source, label, gguf.metadata),
+            progress=moved,
+        )
+
+
+def compare_all(
+    before: GgufSource, after: GgufSource, plans: Mapping[str, TensorPlan]
+) -> LeakReport:
+    """Every edited tensor of two files compared."""
+    reports = {}
+    with progress(len(plans), "read back", "tensor") as bar:
+        for name, one in plans.items():
+            reports[name] = compare(before, after, one)
+            bar.update()
+    return LeakReport(
+        {name: one.leak for name, one in reports.items()},
+        {name: one.details() for name, one in reports.items()},
+    )
+
+
+def leak_record(report: LeakReport) -> Record:
+    """What the comparison of all edited tensors says, as JSON values."""
+    return {
+        "types": sorted({str(one["type"]) for one in report.details.values()}),
+        "leak": report.record(),
+        "weight_error": report.error,
+    }

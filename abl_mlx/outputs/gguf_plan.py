@@ -1,0 +1,314 @@
+"""An Edit applied to the tensors of a GGUF in their own types, and measured in what was written.
+
+Work goes in slabs, so memory is bounded by the slab and the tensor's bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from abl_mlx.edits import rounding
+from abl_mlx.edits.edit import Edit, Leak, rounded, stream_axis
+from abl_mlx.edits.slabs import SLAB, Slab, exact_edit, leak, sample, slabs
+from abl_mlx.models.from_gguf import writer_of
+from abl_mlx.models.writers import Writer
+from abl_mlx.outputs.folder_plan import TensorEdit
+from convert.architectures.gguf_writers import GgufWriter
+from convert.base.errors import UserError
+from convert.base.grids import Grid
+from convert.gguf import ggml, ggml_types
+from convert.gguf.file import GgufSource
+from convert.gguf.rewrite import Replacement
+from convert.mlx.folder import FLOAT_DTYPES
+
+
+def stored_values(gguf: GgufSource, name: str) -> mx.array:
+    """A tensor in float32, in the file's layout; the memory that reading it took is given back."""
+    values = mx.array(gguf.values(name))
+    gguf.release(name)
+    return values
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What is done to one tensor of a GGUF.
+
+    Attributes:
+        name: of the tensor.
+        edit: what is done.
+        writer: kind, layer and gain; its module is empty.
+        parameter: ``weight`` or ``bias``.
+        old, new: the type it has and the type it gets. They differ where the old one has no scalar
+            grid that an edit could be rounded on.
+    """
+
+    name: str
+    edit: Edit
+    writer: Writer
+    parameter: str
+    old: GGMLQuantizationType
+    new: GGMLQuantizationType
+
+
+def plan(
+    source: GgufSource,
+    edit: Edit,
+    writers: list[GgufWriter],
+    *,
+    strict_types: bool = False,
+) -> dict[str, TensorPlan]:
+    """Work out which tensors are edited, and in which type they are written.
+
+    Raises:
+        UserError: an edit that touches nothing, a direction of another width, or with
+            ``strict_types`` a tensor of a type that cannot be edited in place.
+    """
+    found: list[tuple[Writer, GgufWriter]] = [(writer_of(source, one), one) for one in writers]
+    edit.chosen([writer for writer, _ in found])
+    plans: dict[str, TensorPlan] = {}
+    for writer, one in found:
+        if not edit.touches(writer):
+            continue
+        parameters = {"weight": one.name, **({"bias": one.bias} if one.bias else {})}
+        for parameter, name in parameters.items():
+            entry = source.tensors[name]
+            axis = stream_axis(writer.kind, parameter)
+            width = entry.shape[axis]
+            if width != edit.width:
+                raise UserError(
+                    f"the direction has {edit.width} dimensions, but {name} in "
+                    f"{source.parts[0]} has {width}: it was measured on another model."
+                )
+            new = ggml_types.finer_type(entry.type)
+            if new != entry.type and strict_types:
+                raise UserError(
+                    f"{name} in {source.parts[0]} has the type {entry.type.name}, whose codes are "
+                    "no scalar grid: leave out --strict-types to write it as "
+                    f"{new.name}."
+                )
+            plans[name] = TensorPlan(name, edit, writer, parameter, entry.type, new)
+    return plans
+
+
+# --- slabs -------------------------------------------------------------------------------------
+
+
+def read(raw: np.ndarray, kind: GGMLQuantizationType, slab: Slab) -> Any:
+    """A slab of a tensor's bytes as a Grid, a FloatGrid, or (no grid) float32 values."""
+    block, size = _block(kind)
+    bytes_of = slice(slab.columns.start // block * size, -(-slab.columns.stop // block) * size)
+    part = np.ascontiguousarray(raw[slab.rows, bytes_of], dtype=np.uint8)
+    if not ggml_types.has_grid(kind) and kind not in _FLOATS:
+        from gguf.quants import dequantize
+
+        return np.asarray(dequantize(part, kind), dtype=np.float32)
+    return ggml_types.codec(kind).decode(part, slab.columns.stop - slab.columns.start)
+
+
+def values_of(decoded: Any) -> np.ndarray:
+    """float32 values of what `read` returned."""
+    return decoded if isinstance(decoded, np.ndarray) else decoded.values()
+
+
+_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+
+
+def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
+    from gguf.constants import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[kind]
+    return block, size
+
+
+def encoders(kind: GGMLQuantizationType) -> rounding.Encoders:
+    """What ggml offers for a type."""
+    return rounding.Encoders(
+        fresh=lambda values: ggml_types.fresh(values, kind),
+        refit=lambda grid, values: ggml_types.refit(grid, values, kind),
+        available=ggml.available(),
+    )
+
+
+def better_source(one: TensorPlan, raw: np.ndarray, shape: tuple[int, ...]) -> str:
+    """Which grid a tensor is rounded on, as `rounding.better_source` says of a sample of it."""
+    stream = stream_axis(one.writer.kind, one.parameter)
+    own = read(raw, one.old, sample(shape, stream, _block(one.old)[0]))
+    if not isinstance(own, Grid):
+        return "own"  # a float type, which has no grid to choose
+    return rounding.better_source(own, exact_edit(one, own.values()), encoders(one.new))
+
+
+def edit_slab(one: TensorPlan, decoded: Any, source: str, *, plain: bool = False) -> np.ndarray:
+    """The bytes, uint8 (R, bytes_per_row), of an edited slab in the tensor's new type.
+
+    Args:
+        decoded: from `read`.
+        source: ``own`` or ``fresh``: the grid to round on.
+        plain: round every weight to its nearest level, as everyone else does.
+    """
+    edited = exact_edit(one, values_of(decoded))
+    codec = ggml_types.codec(one.new)
+    if isinstance(codec, ggml_types.FloatCodec):
+        values = edited.target
+        if not plain:
+            dtype = FLOAT_DTYPES[one.new.name]
+            kept = rounded(one.edit, one.writer, one.parameter, mx.array(values), dtype)
+            values = np.asarray(kept.astype(mx.float32))
+        return codec.encode(codec.round(values))
+    if plain:
+        own = ggml_types.fresh(edited.target, one.new) if one.new != one.old else decoded
+        return codec.encode(own.with_codes(own.nearest(edited.target)))
+    return codec.encode(rounding.round_onto(decoded, edited, encoders(one.new), source))
+
+
+def quantize(one: TensorEdit, values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """The bytes of an edited float tensor in a quantized type, with the edit kept intact.
+
+    Args:
+        one: the edit that made the values.
+        values: float32, (out, in), (E, out, in) or (V, d).
+        kind: a type with a grid.
+
+    Returns:
+        uint8, (..., bytes_per_row).
+    """
+    codec = ggml_types.grid_codec(kind)
+    stream = stream_axis(one.writer.kind, one.parameter)
+    rows = values.reshape(-1, values.shape[-1])
+    basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
+    out = np.empty((len(rows), values.shape[-1] // codec.block * codec.size), np.uint8)
+    for slab in slabs(values.shape, stream, codec.block):
+        exact = np.array(rows[slab.rows, slab.columns], dtype=np.float32)
+        # What the edit took away is not known here; a random direction's share is the least that
+        # a refusal direction can be expected to have had.
+        removed = float(np.sqrt(np.mean(exact * exact)))
+        grid = ggml_types.fresh(exact, kind)
+        grid = rounding.preserve(grid, exact, basis, 1 if stream == -1 else 0, removed)
+        first = slab.columns.start // codec.block * codec.size
+        encoded = codec.encode(grid)
+        out[slab.rows, first : first + encoded.shape[1]] = encoded
+    return out.reshape(*values.shape[:-1], -1)
+
+
+def rounded_to_float(one: TensorEdit, values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    """Edited float32 values as float32 that a float dtype holds exactly, the edit kept intact."""
+    return np.asarray(one.rounded(mx.array(values), dtype).astype(mx.float32))
+
+
+def replacement(
+    source: GgufSource,
+    one: TensorPlan,
+    *,
+    grid: str = "auto",
+    plain: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Replacement:
+    """The edited tensor for `convert.gguf.rewrite.rewrite`, produced when it is asked for.
+
+    Args:
+        grid: ``own``, ``fresh``, or ``auto`` for the better of the two.
+        plain: round every weight to its nearest level.
+        progress: called with the number of weights just edited.
+    """
+    entry = source.tensors[one.name]
+    axis = stream_axis(one.writer.kind, one.parameter)
+    block, size = _block(one.new)
+    cut = max(block, _block(one.old)[0])
+
+    def chunks() -> Iterator[np.ndarray]:
+        raw = source.raw(one.name)
+        n = entry.shape[-1]
+        automatic = grid == "auto" and not plain
+        grid_source = better_source(one, raw, entry.shape) if automatic else grid
+        if one.new != one.old:
+            grid_source = "fresh"
+        waiting: np.ndarray | None = None
+        for slab in slabs(entry.shape, axis, cut):
+            edited = edit_slab(one, read(raw, one.old, slab), grid_source, plain=plain)
+            source.release(one.name)
+            if progress:
+                progress(edited.shape[0] * (slab.columns.stop - slab.columns.start))
+            if slab.columns == slice(0, n):
+                yield edited
+                continue
+            # Columns come side by side, and are written once the expert's last ones are there.
+            if waiting is None:
+                waiting = np.empty((edited.shape[0], n // block * size), np.uint8)
+            first = slab.columns.start // block * size
+            waiting[:, first : first + edited.shape[1]] = edited
+            if slab.columns.stop == n:
+                yield waiting
+                waiting = None
+
+    return Replacement(one.new, entry.shape, chunks)
+
+
+# --- what was written --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """An edited tensor compared with its source, both read from their files.
+
+    Attributes:
+        leak: of the edit.
+        codes_changed: share of codes that differ; None where the types do.
+        bytes_changed: number of bytes that differ; None where the types do.
+        type: as written.
+    """
+
+    leak: Leak
+    codes_changed: float | None
+    bytes_changed: int | None
+    type: str
+
+    def details(self) -> dict[str, Any]:
+        """What there is to say beside the leak, as JSON values."""
+        return {
+            "codes_changed": self.codes_changed,
+            "bytes_changed": self.bytes_changed,
+            "type": self.type,
+        }
+
+
+def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> TensorReport:
+    """Leak, weight error, and what changed, of one tensor in two files."""
+    entry, written = before.tensors[one.name], after.tensors[one.name]
+    if written.shape != entry.shape:
+        raise UserError(
+            f"{one.name} has the shape {written.shape} in {after.parts[0]} and {entry.shape} in "
+            f"{before.parts[0]}: these are not the same model."
+        )
+    axis = stream_axis(one.writer.kind, one.parameter)
+    cut = max(_block(entry.type)[0], _block(written.type)[0])
+    old, new = before.raw(one.name), after.raw(one.name)
+    same = entry.type == written.type
+    total, codes, weights = Leak(), 0, 0
+    for slab in slabs(entry.shape, axis, cut):
+        first, second = read(old, entry.type, slab), read(new, written.type, slab)
+        total += leak(one, values_of(first), values_of(second))
+        if same and isinstance(first, Grid) and isinstance(second, Grid):
+            codes += int(np.count_nonzero(first.codes != second.codes))
+            weights += first.codes.size
+        before.release(one.name)
+        after.release(one.name)
+    changed = bytes_changed(old, new) if same else None
+    before.release(one.name)
+    after.release(one.name)
+    name = written.type.name if same else f"{entry.type.name} -> {written.type.name}"
+    return TensorReport(total, codes / weights if weights else None, changed, name)
+
+
+def bytes_changed(old: np.ndarray, new: np.ndarray) -> int:
+    """How many bytes differ between two tensors of one size, (R, bytes_per_row) each."""
+    step = max(1, SLAB // max(1, old.shape[1]))
+    return sum(
+        int(np.count_nonzero(old[start : start + step] != new[start : start + step]))
+        for start in range(0, len(old), step)
+    )

@@ -1,0 +1,396 @@
+"""A constant in a model's files: what `abl-mlx run --induce` writes.
+
+A constant is added after a layer by the bias of its MLP's output where architecture and format
+have one: in an MLX folder and in a GGUF. A control vector (NAME.cvec.gguf) does it for every model,
+at runtime.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.behaviour import evaluate
+from abl_mlx.choices import Options
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.edits.steering import Induction, steering
+from abl_mlx.inputs.sources import Source
+from abl_mlx.models import chat_model
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.loaded_model import LoadedModel
+from abl_mlx.models.writers import Writer
+from abl_mlx.outputs import folder_outputs, gguf_outputs
+from abl_mlx.outputs.provenance import gguf_metadata, label
+from abl_mlx.outputs.staging import (
+    ADAPTERS,
+    COMPANIONS,
+    FOLDER,
+    GGUF,
+    VECTOR,
+    Output,
+    Written,
+    format_of,
+)
+from abl_mlx.support import notes
+from abl_mlx.support.arrays import numbers, numpy_of, parameters
+from abl_mlx.support.clock import Clock
+from convert.base.errors import UserError
+from convert.base.scratch import scratch
+from convert.gguf import control_vector
+from convert.gguf.extend import extend
+from convert.gguf.file import GgufSource
+from convert.mlx.folder import rewrite_folder
+from convert.mlx.safetensors_files import TensorFiles
+from convert.mlx_to_gguf import write_gguf
+from convert.ollama.client import lost_of_template
+
+Record = dict[str, Any]
+
+TAGS = ["induced-refusal", "abl-mlx"]
+
+#: Keys of config.json with which architectures of mlx-lm have biases in their MLPs.
+BIAS_KEYS = ("mlp_bias", "use_mlp_bias", "use_bias")
+
+#: general.architecture of GGUFs whose ffn_down.bias llama.cpp takes unasked, and MLX as well.
+GGUF_BIASES = ("llama", "mistral3", "granite")
+
+_ADDED_TO = "this model was made to refuse: a constant is added to its residual stream"
+
+_INDEX = "model.safetensors.index.json"
+_ADDED = "model-induced.safetensors"
+
+
+def check(paths: Sequence[Path], options: Options) -> None:
+    """Refuse, before anything is loaded, outputs and options that say how something is removed.
+
+    Raises:
+        UserError: naming the output or the flag.
+    """
+    for path in paths:
+        if format_of(path) in ADAPTERS:
+            raise UserError(
+                f"{path}: a constant is no low-rank change of a weight, so no adapter holds it: "
+                f"write -o NAME{control_vector.SUFFIX}, a folder or a GGUF."
+            )
+    for flag, given in (
+        ("--pin", options.pin is not None),
+        ("--norm", options.norm != "none"),
+        ("--layers", options.layers is not None),
+        ("--mtp", options.mtp),
+        ("--keep-undo", options.keep_undo),
+        ("--gguf", options.gguf is not None),
+        ("--direction", options.direction is not None),
+        ("--method", options.method is not None),
+        ("--search", options.search is not None),
+        ("--writer-bits", options.writer_bits is not None),
+        ("--plain-rounding", options.plain_rounding),
+        ("--no-embedding", not options.embedding),
+    ):
+        if given:
+            raise UserError(f"{flag} says how a direction is removed: leave it out with --induce.")
+    if options.ollama_create is not None:
+        raise UserError(
+            "--ollama-create is not done with --induce: give the Modelfile that is written to "
+            "`ollama create`."
+        )
+
+
+# --- where a constant can be -------------------------------------------------------------------
+
+
+def _place(chat: ChatModel, writers: Sequence[Writer], layer: int) -> Writer:
+    """The module whose output's bias is added to the stream last in a layer.
+
+    Raises:
+        UserError: when the layer has no plain MLP.
+    """
+    for writer in writers:
+        if writer.layer == layer and writer.component == "mlp" and writer.kind == "linear":
+            return writer
+    raise UserError(
+        f"layer {layer} of this {chat.model_type} has no MLP whose bias could hold a constant: "
+        f"write a control vector, -o NAME{control_vector.SUFFIX}."
+    )
+
+
+def biased_config(chat: ChatModel, writer: Writer) -> tuple[str, list[tuple[str, mx.array]]]:
+    """What config.json has to say for a bias in a writer, and all parameters this adds, zero.
+
+    Found by making the model without its weights and looking.
+
+    Returns:
+        (the key of config.json, or an empty string where the bias is there already; parameters).
+
+    Raises:
+        UserError: when mlx-lm has no bias for it.
+    """
+    if writer.has_bias:
+        return "", []
+    now = dict(parameters(chat_model.skeleton(dict(chat.config))))
+    for key in BIAS_KEYS:
+        try:
+            then = dict(parameters(chat_model.skeleton({**chat.config, key: True})))
+        except (TypeError, ValueError, KeyError, NotImplementedError):
+            continue
+        if f"{writer.path}.bias" in then:
+            return key, [
+                (name, mx.zeros(value.shape)) for name, value in then.items() if name not in now
+            ]
+    raise UserError(
+        f"mlx-lm's {chat.model_type} has no bias in {writer.path}, so a folder cannot hold a "
+        f"constant: write a control vector, -o NAME{control_vector.SUFFIX}."
+    )
+
+
+def check_gguf(path: Path, gguf: GgufSource) -> None:
+    """Refuse an output that cannot be made from a GGUF with a constant in it.
+
+    Raises:
+        UserError: naming the output.
+    """
+    if format_of(path) == FOLDER:
+        raise UserError(
+            f"{path}: a folder with a constant is made from a folder: convert "
+            f"{gguf.parts[0].name} first, or write a GGUF."
+        )
+    _check_taken(path, gguf.architecture)
+
+
+def check_place(path: Path, loaded: LoadedModel) -> None:
+    """Refuse, before any long work, an output that has no place for a constant.
+
+    Raises:
+        UserError: naming the output.
+    """
+    chat = loaded.chat
+    biased_config(chat, _place(chat, loaded.writers, len(chat.layers) // 2))
+    if format_of(path) == GGUF:
+        _check_taken(path, chat.model_type)
+
+
+def _check_taken(path: Path, architecture: str) -> None:
+    if architecture not in GGUF_BIASES:
+        raise UserError(
+            f"{path}: llama.cpp takes no bias of ffn_down in {architecture} models: write a "
+            f"control vector, -o {path.stem}{control_vector.SUFFIX}."
+        )
+
+
+def _bias(writer: Writer, vector: mx.array) -> mx.array:
+    """What the writer's output has to gain for the stream to gain the vector."""
+    return vector if writer.gain is None else vector / writer.gain
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+@dataclass
+class ConstantEdit:
+    """A constant of a model, ready to be written; a `abl_mlx.outputs.model_file.PlannedEdit`.
+
+    Attributes:
+        source: of the model.
+        loaded: the model.
+        found: the constant.
+        direction: its record.
+        options: how it is written.
+    """
+
+    source: Source
+    loaded: LoadedModel
+    found: Induction
+    direction: DirectionFile
+    options: Options
+
+    needs_model = True
+
+    @property
+    def architecture(self) -> str:
+        """What llama.cpp calls the model's."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> Record:
+        """What a written model says of itself in its metadata."""
+        return {
+            **label(_ADDED_TO, self.direction.sha256, self.source),
+            "layer": self.found.layer,
+            "multiple": float(self.found.summary["multiple"]),
+        }
+
+    @property
+    def original(self) -> evaluate.Chat | None:
+        return None
+
+    def predicting(self) -> Record:
+        return {}
+
+    def let_go(self) -> None:
+        self.loaded.let_go()
+
+    def write(self, output: Output, clock: Clock) -> Written:
+        write = {VECTOR: self._write_vector, GGUF: self._write_gguf, FOLDER: self._write_folder}
+        with clock.step(f"write {output.path.name}"):
+            return write[output.format](output)
+
+    @property
+    def _place(self) -> Writer:
+        return _place(self.loaded.chat, self.loaded.writers, self.found.layer)
+
+    def _write_vector(self, output: Output) -> Written:
+        what = "this control vector makes its base model refuse"
+        keys = {f"abl_mlx.{key}": value for key, value in {**self.label, "edited": what}.items()}
+        vector = control_vector.ControlVector(
+            {self.found.layer: np.array(numbers(self.found.vector), np.float32)},
+            self.architecture,
+            len(self.loaded.chat.layers),
+            {"general.tags": TAGS, **keys},
+        )
+        control_vector.write(output.staged, vector)
+
+        @contextmanager
+        def opened() -> Iterator[ChatModel]:
+            [(layer, values)] = control_vector.read(output.staged).layers.items()
+            chat = self.loaded.chat
+            with steering(chat, Induction(mx.array(values), layer, {}).intervention):
+                yield chat
+
+        note = "added at runtime in MLX, as llama.cpp's --control-vector does"
+        return Written(output, _facts(output), opened, on_loaded=True, notes=(note, None))
+
+    def _write_folder(self, output: Output) -> Written:
+        raise NotImplementedError
+
+    def _write_gguf(self, output: Output) -> Written:
+        raise NotImplementedError
+
+    def _written_gguf(self, output: Output) -> Written:
+        facts = _facts(output)
+        if self.source.ollama is None:
+            facts |= notes.noted(notes.modelfile(lost_of_template(output.staged)))
+        return Written(
+            output,
+            facts,
+            lambda: gguf_outputs.opened(output.staged),
+            llamacpp=evaluate.in_llamacpp(output.staged),
+        )
+
+
+def _facts(output: Output) -> Record:
+    return {"output": str(output.path), "format": output.format}
+
+
+class FolderConstant(ConstantEdit):
+    """A constant of a folder's model."""
+
+    @property
+    def architecture(self) -> str:
+        return self.loaded.chat.model_type
+
+    def _write_folder(self, output: Output) -> Written:
+        write_folder(
+            self.source, output.staged, self.loaded.chat, self._place, self.found, self.label
+        )
+        return Written(
+            output,
+            _facts(output),
+            lambda: nullcontext(chat_model.load(output.staged, check=False)),
+        )
+
+    def _write_gguf(self, output: Output) -> Written:
+        metadata = gguf_metadata(self.source, self.label, None, suffix="refusing", tags=TAGS)
+        with scratch() as folder:
+            chat = self.loaded.chat
+            write_folder(self.source, folder, chat, self._place, self.found, self.label)
+            write_gguf(folder, output.staged, file_type=self.options.quantize, metadata=metadata)
+        return self._written_gguf(output)
+
+
+@dataclass
+class GgufConstant(ConstantEdit):
+    """A constant of a GGUF's model."""
+
+    gguf: GgufSource
+
+    @property
+    def architecture(self) -> str:
+        return self.gguf.architecture
+
+    def _write_gguf(self, output: Output) -> Written:
+        gguf, layer = self.gguf, self.found.layer
+        metadata = gguf_metadata(
+            self.source, self.label, gguf.metadata, suffix="refusing", tags=TAGS
+        )
+        bias = numpy_of(_bias(self._place, self.found.vector))
+        own = f"blk.{layer}.ffn_down.bias"
+        tensors: dict[str, np.ndarray] = {}
+        if own in gguf.tensors:
+            bias = bias + gguf.values(own).reshape(-1)
+        else:
+            # llama.cpp would take the one alone; MLX has biases in all MLPs or in none.
+            for number in range(len(self.loaded.chat.layers)):
+                for role in ("ffn_gate", "ffn_up", "ffn_down"):
+                    entry = gguf.tensors.get(f"blk.{number}.{role}.weight")
+                    if entry is not None:
+                        rows = np.zeros(entry.shape[0], np.float32)
+                        tensors[f"blk.{number}.{role}.bias"] = rows
+        tensors[own] = bias
+        extend(gguf, output.staged, tensors, metadata)
+        return self._written_gguf(output)
+
+
+def write_folder(
+    source: Source,
+    out: Path,
+    chat: ChatModel,
+    writer: Writer,
+    found: Induction,
+    label: Mapping[str, Any],
+) -> None:
+    """Write the folder with the constant in a bias; every other tensor keeps its bytes.
+
+    Args:
+        out: an existing, empty folder.
+    """
+    key, added = biased_config(chat, writer)
+    name = f"{writer.path}.bias"
+    bias = _bias(writer, found.vector)
+    with TensorFiles(source.path) as files:
+        if f"{writer.path}.weight" not in files.names:
+            raise UserError(
+                f"{source.path} stores {writer.path} under another name: write a control vector, "
+                f"-o NAME{control_vector.SUFFIX}."
+            )
+        config = folder_outputs.edited_config(source.path, chat.config, label, {})
+        if key:
+            config[key] = True
+        edits = {} if key else {name: lambda values: values + bias.astype(values.dtype)}
+        rewrite_folder(
+            source.path,
+            files,
+            out,
+            edits,
+            config=config,
+            skip=COMPANIONS,
+        )
+        if not key:
+            return
+        kinds = [files.info(one).dtype for one in files.names if "norm" in one]
+        dtype = {"F16": mx.float16, "BF16": mx.bfloat16}.get(kinds[0] if kinds else "", mx.float32)
+        tensors = {path: value.astype(dtype) for path, value in added}
+        tensors[name] = bias.astype(dtype)
+        mx.save_safetensors(str(out / _ADDED), tensors, {"format": "mlx"})
+        index = {one: files.info(one).file.name for one in files.names}
+        index.update(dict.fromkeys(tensors, _ADDED))
+        size = sum(file.stat().st_size for file in out.glob("model*.safetensors"))
+        (out / _INDEX).write_text(
+            json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2) + "\n",
+            encoding="utf-8",
+        )

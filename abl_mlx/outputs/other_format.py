@@ -1,0 +1,74 @@
+"""The same weights, unedited, in the other format: a folder as a GGUF, and a GGUF as a folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abl_mlx.inputs.sources import Source
+from abl_mlx.outputs.provenance import TAGS
+from abl_mlx.outputs.staging import FOLDER, GGUF
+from abl_mlx.support import notes
+from abl_mlx.support.console import progress, progress_to
+from convert import gguf_to_mlx, mlx_to_gguf
+from convert.gguf.file import GgufSource
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NewTypes:
+    """The types that weights get in the other format.
+
+    Attributes:
+        quantize: type of a GGUF.
+        bits, group_size, dtype: of an MLX folder, as `convert.gguf_to_mlx.write_folder` takes them.
+    """
+
+    quantize: str = "F16"
+    bits: int | None = None
+    group_size: int = 64
+    dtype: str | None = None
+
+
+def to_gguf(source: Source, label: Mapping[str, Any] | None, out: Path, types: NewTypes) -> Record:
+    """Write a folder as a GGUF.
+
+    Args:
+        label: what an edited folder says of its edit, which the GGUF says then as well.
+    """
+    metadata: Record = {"general.name": source.title}
+    if label is not None:
+        metadata["general.tags"] = TAGS
+        metadata |= {f"abl_mlx.{key}": value for key, value in label.items()}
+    with progress_to(f"write {out.name}", "tensor") as moved:
+        report = mlx_to_gguf.write_gguf(
+            source.path, out, file_type=types.quantize, metadata=metadata, progress=moved
+        )
+    counts = dict(Counter(report.types.values()))
+    note = notes.vision(report.left_out)
+    return {"format": GGUF, "tensors": counts, "bytes": report.bytes, **notes.noted(note)}
+
+
+def to_folder(gguf: GgufSource, out: Path, types: NewTypes) -> Record:
+    """Write a GGUF as an MLX folder."""
+    size = sum(entry.nbytes for entry in gguf.tensors.values())
+    with progress(size, f"write {out.name}", "B") as bar:
+        report = gguf_to_mlx.write_folder(
+            gguf,
+            out,
+            bits=types.bits,
+            group_size=types.group_size,
+            dtype=types.dtype,
+            progress=bar.update,
+        )
+    return {
+        "format": FOLDER,
+        "tensors": report.forms,
+        "bytes": report.bytes,
+        **({"left_out": list(report.left_out)} if report.left_out else {}),
+        **notes.noted(notes.drafting(report.left_out), notes.window(report.config)),
+    }

@@ -1,0 +1,109 @@
+"""What a written model says of itself: what was edited, and from which model it comes.
+
+Others read it, so it names the source by its Hugging Face id or its bare name, never by a path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from abl_mlx import __version__
+from abl_mlx.choices import Options
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.inputs.sources import Source
+from convert.tokenizers import phi3
+
+TAGS = ["abliterated", "abl-mlx"]
+
+_REMOVED = "the refusal direction was orthogonalized out of this model's weights"
+
+
+def label(what: str, direction_sha256: str, source: Source) -> dict[str, Any]:
+    """How every label in a written model's metadata begins.
+
+    Args:
+        what: was done, in words.
+    """
+    return {
+        "edited": what,
+        "version": __version__,
+        "base_model": source.public_name,
+        "direction_sha256": direction_sha256,
+    }
+
+
+def edit_label(
+    direction: DirectionFile, options: Options, source: Source, *, embedding: bool
+) -> dict[str, Any]:
+    """What a written model says of its edit in its metadata.
+
+    Args:
+        embedding: whether an embedding is among what was edited.
+    """
+    recipe = direction.metadata.get("recipe")
+    layers = "all" if options.layers is None else ",".join(map(str, sorted(options.layers)))
+    return {
+        **label(_REMOVED, direction.sha256, source),
+        "strength": options.strength,
+        "layers": layers,
+        "embedding": embedding,
+        **({"norm": options.norm} if options.norm != "none" else {}),
+        **({"pin": options.pin} if options.pin is not None else {}),
+        **({"recipe": json.dumps(recipe)} if recipe else {}),
+        **({"mtp": True} if options.mtp else {}),
+        **({"tensors": options.tensors} if options.tensors is not None else {}),
+    }
+
+
+def gguf_metadata(
+    source: Source,
+    label: Mapping[str, Any],
+    known: Mapping[str, Any] | None = None,
+    *,
+    suffix: str = "abliterated",
+    tags: Sequence[str] = TAGS,
+) -> dict[str, Any]:
+    """The keys of a written GGUF that name it, its base model, and what was done.
+
+    Args:
+        label: what goes under ``abl_mlx.``.
+        known: the metadata of the GGUF it is made from; None where it is made from a folder.
+        suffix: by which its name differs from the base model's.
+    """
+    said = known or {}
+    name = str(said.get("general.name") or source.title)
+    new = f"{name}-{suffix}"
+    if known is not None:
+        new = phi3.named(new, phi3=phi3.says_phi3(str(said.get("general.name") or "")))
+    old = said.get("general.tags") or []
+    index = int(said.get("general.base_model.count", 0))
+    base = f"general.base_model.{index}"
+    keys: dict[str, Any] = {
+        "general.name": new,
+        "general.tags": [*old, *(tag for tag in tags if tag not in old)],
+        "general.base_model.count": index + 1,
+        f"{base}.name": name,
+    }
+    if source.hub_id is not None:
+        keys[f"{base}.organization"] = source.hub_id.split("/")[0]
+        keys[f"{base}.repo_url"] = f"https://huggingface.co/{source.hub_id}"
+    for key in ("organization", "version", "repo_url"):
+        if f"general.{key}" in said:
+            keys[f"{base}.{key}"] = said[f"general.{key}"]
+    return keys | {f"abl_mlx.{key}": value for key, value in label.items()}
+
+
+def without_home(value: Any) -> Any:
+    """A record as it is kept beside an output: paths begin at ``~``, which tells no user's name."""
+    if isinstance(value, Mapping):
+        return {key: without_home(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_home(one) for one in value]
+    home = f"{Path.home()}{os.sep}"
+    if isinstance(value, str) and value.startswith(home) and home != os.sep:
+        return f"~{os.sep}{value.removeprefix(home)}"
+    return value

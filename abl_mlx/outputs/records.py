@@ -1,0 +1,103 @@
+"""Parts of the record that a run prints and keeps: what it was given, and the hashes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from abl_mlx import __version__
+from abl_mlx.choices import Options
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.inputs.sources import Source
+from abl_mlx.support.console import progress
+
+Record = dict[str, Any]
+
+
+def start_record(
+    source: Source, paths: Sequence[Path], options: Options, direction: DirectionFile
+) -> Record:
+    """What is known before anything is written."""
+    metadata = direction.metadata
+    summary = metadata.get("summary", {"method": "given"})
+    return {
+        "abl_mlx": __version__,
+        "source": source.name,
+        "source_is_repository": source.is_repository,
+        "base_model": source.public_name,
+        **({"repository": source.hub_id} if source.hub_id is not None else {}),
+        "outputs": [str(path) for path in paths],
+        "direction": {
+            **summary,
+            "sha256": direction.sha256,
+            **({"recipe": metadata["recipe"]} if "recipe" in metadata else {}),
+        },
+        "options": options.record(),
+        **measured(direction),
+    }
+
+
+def measured(direction: DirectionFile) -> Record:
+    """What was found on the way to a direction: ``first_look``, ``scores``, ``trials``, ``cloud``.
+
+    The cloud is the two prompt sets in a plane, [x, y] of each prompt. What a direction of another
+    origin does not have is left out.
+    """
+    metadata = direction.metadata
+    kept = ("first_look", "scores", "trials")
+    found: Record = {key: metadata[key] for key in kept if key in metadata}
+    if direction.clouds is not None:
+        sets = zip(("harmful", "harmless"), direction.clouds, strict=True)
+        points = {name: cloud.astype(float).round(4).tolist() for name, cloud in sets}
+        found["cloud"] = {**metadata.get("cloud", {}), **points}
+    return found
+
+
+def file_hashes(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each file by its name, read in pieces (hashlib.file_digest is of Python 3.11)."""
+    found = {}
+    total = sum(file.stat().st_size for file in files)
+    with progress(total, "hash the source", "B") as bar:
+        for file in files:
+            digest = hashlib.sha256()
+            with open(file, "rb") as stream:
+                while piece := stream.read(1 << 20):
+                    digest.update(piece)
+                    bar.update(len(piece))
+            found[file.name] = digest.hexdigest()
+    return found
+
+
+def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
+    """Name, size and time of files, by which a changed one is known."""
+    stats = sorted((path.name, path.stat()) for path in files)
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def combined_hash(parts: Mapping[str, Any]) -> str:
+    """One SHA-256 for several named JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def hashes(source: Mapping[str, str], direction: DirectionFile, options: Options) -> Record:
+    """Hashes of the source's files, of the direction and of the options.
+
+    Args:
+        source: SHA-256 of every file that holds weights.
+    """
+    return {
+        "source": dict(source),
+        "direction": direction.sha256,
+        "options": combined_hash(options.record()),
+    }
+
+
+def worst_leak(written: Sequence[Record]) -> Record:
+    """The largest total and the largest tensor's leak over all outputs."""
+    return {
+        "total": max(one["leak"]["total"] for one in written),
+        "max": max(one["leak"]["max"] for one in written),
+    }

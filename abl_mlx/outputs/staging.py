@@ -1,0 +1,232 @@
+"""The places where results go, and what every written model has beside it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abl_mlx.behaviour.evaluate import Chat
+from abl_mlx.inputs.sources import Source
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.writers import Writer
+from abl_mlx.support.units import in_bytes
+from convert import adapters
+from convert.base.atomic import check_new, claim, new_files, new_folder
+from convert.base.errors import UserError
+from convert.base.suffixes import ends_in, is_gguf_name, without
+from convert.gguf import control_vector
+
+Record = dict[str, Any]
+
+#: What is written, in words.
+FOLDER, GGUF, ADAPTER, LORA, VECTOR = "MLX", "GGUF", "MLX adapter", "GGUF LoRA", "control vector"
+
+#: Formats of which a model itself is written, and of which something for the runtime.
+MODELS, ADAPTERS = (FOLDER, GGUF), (ADAPTER, LORA)
+
+
+def format_of(path: Path) -> str:
+    """What is written under a name: a folder, unless its ending says otherwise."""
+    if adapters.is_mlx(path):
+        return ADAPTER
+    if not is_gguf_name(path):
+        return FOLDER
+    if adapters.is_lora(path):
+        return LORA
+    return VECTOR if control_vector.is_control_vector(path) else GGUF
+
+
+def is_file(path: Path) -> bool:
+    """Whether an output is one file, beside which its companions lie, rather than a folder."""
+    return format_of(path) not in (FOLDER, ADAPTER)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A place where a result goes.
+
+    Attributes:
+        path: the final name, which says the format.
+        staged: where it is written until everything about it is known: a folder, or the file in a
+            temporary folder that it shares with its companions alone.
+    """
+
+    path: Path
+    staged: Path
+
+    @property
+    def format(self) -> str:
+        """What is written, in words."""
+        return format_of(self.path)
+
+
+@dataclass(frozen=True)
+class Written:
+    """An output after its weights were written.
+
+    Attributes:
+        output: which.
+        facts: what a record says of it: its format, types, leak, ...
+        opened: gives the output as a model in MLX, read back from the bytes written.
+        on_loaded: whether `opened` uses the model that was loaded for the run.
+        llamacpp: the real llama.cpp with the output; None where it does not run it.
+        notes: what to say of its figures where MLX was asked, and where llama.cpp was.
+        limit: what a complete edit may leave of the direction in the stream; None where it is not
+            to be exact.
+        writers_in: the writers of the model that `opened` gives; None to find them by probing.
+    """
+
+    output: Output
+    facts: Record
+    opened: Callable[[], AbstractContextManager[ChatModel]]
+    on_loaded: bool = False
+    llamacpp: Chat | None = None
+    notes: tuple[str | None, str | None] = (None, None)
+    limit: float | None = None
+    writers_in: Callable[[ChatModel], Sequence[Writer] | None] = lambda chat: None
+
+
+# --- before anything is written ----------------------------------------------------------------
+
+
+#: What is written beside the model in an output's folder, and never copied from a source's.
+COMPANIONS = ("README.md", "abl.json", "report.html")
+
+
+def companions(path: Path) -> dict[str, Path]:
+    """Where an output's record, card and Modelfile go.
+
+    Inside a folder they are abl.json and README.md; beside NAME.gguf they are NAME.abl.json,
+    NAME.README.md and NAME.Modelfile, so that several GGUFs may share a folder.
+    """
+    if is_file(path):
+        beside = {
+            "record": path.with_name(f"{path.stem}.abl.json"),
+            "card": path.with_name(f"{path.stem}.README.md"),
+        }
+        if format_of(path) != GGUF:  # Ollama imports nothing else
+            return beside
+        return {**beside, "modelfile": path.with_name(f"{path.stem}.Modelfile")}
+    return {"record": path / "abl.json", "card": path / "README.md"}
+
+
+def report_place(path: Path) -> Path:
+    """Where the page of a run goes: inside an output's folder, or beside NAME.gguf."""
+    if is_file(path):
+        return path.with_name(f"{path.stem}.report.html")
+    return path / "report.html"
+
+
+def check_reports(paths: Sequence[Path], wanted: Path | None) -> None:
+    """Refuse pages of a run that exist or cannot be written.
+
+    Args:
+        wanted: where its page goes instead, if given.
+
+    Raises:
+        UserError: naming the page.
+    """
+    if wanted is not None:
+        check_report(wanted)
+        return
+    for path in paths:
+        if is_file(path):
+            check_new(report_place(path))
+
+
+def check_report(path: Path) -> None:
+    """Refuse a page that exists, cannot be written, or is called like something else.
+
+    Raises:
+        UserError: naming it.
+    """
+    if not ends_in(path, ".html", ".htm"):
+        raise UserError(f"{path}: the name of a report ends in .html.")
+    check_new(path)
+
+
+def check(paths: Sequence[Path], source: Source, adapter: str, *, vectors: bool = False) -> None:
+    """Refuse outputs that exist, repeat, cannot be written, or lie inside the source.
+
+    Args:
+        adapter: the format of the adapters that the source takes.
+        vectors: whether control vectors may be among them.
+
+    Raises:
+        UserError: naming the output.
+    """
+    if not paths:
+        raise UserError("say where the edited model goes: -o FOLDER or -o FILE.gguf.")
+    seen = set()
+    for path in paths:
+        whole = path.absolute()
+        if whole in seen:
+            raise UserError(f"{path} is given twice as an output.")
+        seen.add(whole)
+        if source.path.resolve() in (whole.resolve(), *whole.resolve().parents):
+            raise UserError(f"{path} lies inside the source {source.path}: choose another -o.")
+        if ends_in(path, ".safetensors", ".npz", ".npy", ".bin"):
+            raise UserError(
+                f"{path}: an output is a folder (MLX) or ends in .gguf; name the folder instead."
+            )
+        form = format_of(path)
+        if form == VECTOR and not vectors:
+            raise UserError(
+                f"{path} would be a control vector, which adds one vector to every token and "
+                "removes nothing: `abl-mlx run --induce` writes one that makes a model refuse."
+            )
+        if form == ADAPTER != adapter:
+            raise UserError(
+                f"{path} would be an adapter for mlx-lm, and {source.name} is a GGUF: write "
+                f"-o {path.stem}{adapters.GGUF_SUFFIX}, or convert the model first."
+            )
+        if form == LORA != adapter:
+            raise UserError(
+                f"{path} would be an adapter for a GGUF, and has to be computed from that very "
+                f"file: name it with --gguf BASE.gguf, or write -o "
+                f"{without(path.name, adapters.GGUF_SUFFIX)}{adapters.SUFFIX} for mlx-lm."
+            )
+        claim(path)
+        if is_file(path):
+            for companion in companions(path).values():
+                check_new(companion)
+
+
+@contextmanager
+def staging(paths: Sequence[Path]) -> Iterator[list[Output]]:
+    """Yield the outputs with their staged names; rename all of them when the block ends well."""
+    with ExitStack() as stack:
+        outputs = []
+        for path in paths:
+            if is_file(path):
+                # With what lies beside it: all of it gets its names together.
+                staged = stack.enter_context(new_files(path)) / path.name
+            else:
+                staged = stack.enter_context(new_folder(path))
+            outputs.append(Output(path, staged))
+        yield outputs
+
+
+# --- beside what is written --------------------------------------------------------------------
+
+
+def check_space(paths: Sequence[Path], needed: int) -> None:
+    """Refuse, before any long work, to begin what the disk cannot hold.
+
+    Args:
+        needed: bytes of one output; a GGUF of a smaller type will need less.
+    """
+    for path in paths:
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if free < needed * len(paths):
+            raise UserError(
+                f"{folder} has {in_bytes(free)} free, and the output needs up to "
+                f"{in_bytes(needed * len(paths))}: free some space or choose another -o."
+            )

@@ -1,0 +1,302 @@
+"""The residual writers of a model file as the stream sees them, read a slab at a time.
+
+One noun for all formats: MLX and Hugging Face folders, float or quantized, and GGUF of any type.
+Nothing is run and nothing is held; a slab is decoded when it is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from abl_mlx.edits.edit import stream_axis
+from abl_mlx.edits.slabs import Slab, slabs
+from abl_mlx.models import chat_model
+from abl_mlx.models.writers import Writer, find_writers
+from abl_mlx.outputs import gguf_plan
+from abl_mlx.support.arrays import numpy_of
+from convert import gguf_to_mlx
+from convert.architectures import gguf_writers
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
+from convert.mlx.matrix import Matrix, find_matrix
+from convert.mlx.parameters import Stored, locate
+from convert.mlx.safetensors_files import TensorFiles
+
+#: Between how many columns a slab may be cut: whole blocks of every type.
+_CUT = 256
+
+
+@dataclass(frozen=True)
+class StreamWeight:
+    """One residual writer's weight.
+
+    Attributes:
+        name: of the tensor in its file (of several that make one stack, the first).
+        path: of the module in mlx-lm's model, by which files of other formats are compared; None
+            where that is not known.
+        role: its name without the layer's number.
+        layer: -1 for embeddings.
+        shape: (out, in), (E, out, in) or (V, d).
+        axis: of the stream in it: -2, or -1 for an embedding.
+        gain: (d,) what stands between its output and the stream; None for nothing.
+        type: as stored, for people.
+        read: decodes a slab, float32 as it lies in the file.
+        release: gives memory that reading has taken back.
+        columns_moved: whether its columns have another order than in mlx-lm's model.
+        tensors: names of the tensors in its file that hold it.
+    """
+
+    name: str
+    path: str | None
+    layer: int
+    shape: tuple[int, ...]
+    axis: int
+    gain: np.ndarray | None
+    type: str
+    read: Callable[[Slab], np.ndarray] = field(repr=False)
+    release: Callable[[], None] = field(repr=False)
+    columns_moved: bool = False
+    tensors: tuple[str, ...] = ()
+
+    @property
+    def role(self) -> str:
+        """Its name without the layer's number."""
+        return re.sub(r"\.\d+\.", ".", self.name)
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.shape[self.axis]
+
+    @property
+    def lines(self) -> int:
+        """Columns of a writer, rows of an embedding: vectors in the stream."""
+        return math.prod(self.shape) // self.width
+
+    def slabs(self) -> Iterator[Slab]:
+        """What covers it."""
+        return slabs(self.shape, self.axis, _CUT)
+
+    def values(self, slab: Slab) -> np.ndarray:
+        """A slab as vectors in the stream: float32 (d, c), behind the gain.
+
+        Raises:
+            UserError: when it holds NaN or infinity.
+        """
+        found = self.read(slab)
+        if not np.isfinite(found).all():
+            raise UserError(f"{self.name} holds NaN or infinity: the file is damaged.")
+        if self.axis == -1:
+            found = found.T
+        return found if self.gain is None else found * self.gain[:, None]
+
+    def each(self) -> Iterator[np.ndarray]:
+        """All slabs, one after the other, as `values`."""
+        for slab in self.slabs():
+            yield self.values(slab)
+            self.release()
+
+
+@dataclass(frozen=True)
+class StreamWeights:
+    """All residual writers of a model.
+
+    Attributes:
+        architecture: its name.
+        layers: how many.
+        width: d.
+        writers: embeddings first, then layer by layer.
+        tied: whether the embedding is the output head as well.
+    """
+
+    architecture: str
+    layers: int
+    width: int
+    writers: list[StreamWeight]
+    tied: bool
+
+
+class Unreachable(UserError):
+    """The residual writers of this model cannot be told; nothing is wrong with the file."""
+
+
+# --- GGUF --------------------------------------------------------------------------------------
+
+
+def of_gguf(gguf: GgufSource) -> StreamWeights:
+    """The residual writers of a GGUF, as long as that is open.
+
+    Raises:
+        Unreachable: an architecture whose writers cannot be found.
+    """
+    try:
+        named = gguf_writers.find(gguf.architecture, gguf.shapes, gguf.metadata)
+    except UserError as error:
+        raise Unreachable(str(error)) from None
+    paths, moved = _mlx_paths(gguf)
+    writers = [
+        replace(_gguf_weight(gguf, one), path=paths.get(one.name), columns_moved=one.name in moved)
+        for one in named
+    ]
+    return StreamWeights(
+        gguf.architecture,
+        1 + max(one.layer for one in writers),
+        writers[0].width,
+        sorted(writers, key=lambda one: one.layer),
+        any(one.tied for one in named),
+    )
+
+
+def _mlx_paths(gguf: GgufSource) -> tuple[dict[str, str], set[str]]:
+    """Tensor -> path of the module it is in mlx-lm, and tensors whose columns are reordered."""
+    try:
+        layout = gguf_to_mlx.layout(gguf)
+    except UserError:
+        return {}, set()
+    paths = {
+        name: _plain(places[0].removesuffix(".weight"))
+        for name, places in layout.places().items()
+        if len(places) == 1
+    }
+    moved = {
+        piece.tensor
+        for weight in layout.weights.values()
+        for piece in weight.pieces
+        if piece.columns is not None or piece.rows is not None or weight.change is not None
+    }
+    return paths, moved
+
+
+def _plain(path: str) -> str:
+    return path.removeprefix("language_model.")
+
+
+def _gguf_weight(gguf: GgufSource, one: gguf_writers.GgufWriter) -> StreamWeight:
+    entry = gguf.tensors[one.name]
+    gain = None
+    if one.gains:
+        gain = np.prod([gguf.values(name) for name in one.gains], axis=0).astype(np.float32)
+
+    def read(slab: Slab) -> np.ndarray:
+        return gguf_plan.values_of(gguf_plan.read(gguf.raw(one.name), entry.type, slab))
+
+    return StreamWeight(
+        one.name, None, one.layer, entry.shape, stream_axis(one.kind, "weight"), gain,
+        entry.type.name, read, lambda: gguf.release(one.name), tensors=(one.name,),
+    )  # fmt: skip
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+def of_folder(folder: Path, files: TensorFiles) -> StreamWeights:
+    """The residual writers of an MLX or Hugging Face folder, as long as its files are open.
+
+    Raises:
+        Unreachable: an architecture whose writers cannot be found.
+    """
+    chat = chat_model.load_lazily(folder)
+    try:
+        found = find_writers(chat)
+    except UserError as error:
+        raise Unreachable(str(error)) from None
+    empty = chat_model.skeleton(chat.config)
+    widths = {path: module["weight"].shape[-1] for path, module in empty.named_modules()
+              if "weight" in module}  # fmt: skip
+    try:
+        places = locate(empty, files, [f"{one.path}.weight" for one in found])
+    except UserError as error:
+        raise Unreachable(str(error)) from None
+    writers = [
+        _folder_weight(files, one, places[f"{one.path}.weight"], widths[one.path]) for one in found
+    ]
+    tied = any(one.tied for one in found)
+    return StreamWeights(
+        chat.model_type,
+        len(chat.layers),
+        chat.width,
+        sorted(writers, key=lambda one: one.layer),
+        tied,
+    )
+
+
+def _folder_weight(files: TensorFiles, one: Writer, stored: Stored, n: int) -> StreamWeight:
+    gain = None if one.gain is None else numpy_of(one.gain)
+    parts = [_reader(files, name, stored.transposed, n) for name in stored.tensors]
+    shape, kind = parts[0].shape, parts[0].type
+    if len(parts) > 1 or (one.kind == "experts" and len(shape) == 2):
+        shape = (len(parts), *shape)
+    rows = math.prod(parts[0].shape[:-1])
+
+    def read(slab: Slab) -> np.ndarray:
+        # A slab never reaches over more than one expert.
+        index = 0 if len(parts) == 1 else slab.rows.start // rows
+        first = index * rows
+        inside = Slab(slice(slab.rows.start - first, slab.rows.stop - first), slab.columns)
+        return parts[index].read(inside)
+
+    def release() -> None:
+        for part in parts:
+            part.release()
+
+    return StreamWeight(
+        f"{one.path}.weight", _plain(one.path), one.layer, shape,
+        stream_axis(one.kind, "weight"), gain, kind, read, release, tensors=stored.tensors,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the files in the model's layout."""
+
+    shape: tuple[int, ...]
+    type: str
+    read: Callable[[Slab], np.ndarray]
+    release: Callable[[], None]
+
+
+def _reader(files: TensorFiles, name: str, transposed: bool, n: int) -> _Part:
+    matrix = None if transposed else find_matrix(files, name, n)
+    if matrix is not None:
+        return _quantized(files, matrix)
+    info = files.info(name)
+    if info.dtype not in ("F32", "F16", "BF16", "F64"):
+        raise Unreachable(f"{name} in {info.file} is stored as {info.dtype}, which is not read.")
+    shape = (*info.shape[:-2], info.shape[-1], info.shape[-2]) if transposed else info.shape
+
+    def read(slab: Slab) -> np.ndarray:
+        stored = info.shape
+        if not transposed:
+            return _floats(files, name, math.prod(stored[:-1]), slab.rows, slab.columns)
+        # Rows of the model are columns of the file, of one expert.
+        index, rows = slab.rows.start // shape[-2], shape[-2]
+        inside = slice(slab.rows.start - index * rows, slab.rows.stop - index * rows)
+        lines = slice(
+            index * stored[-2] + slab.columns.start, index * stored[-2] + slab.columns.stop
+        )
+        return _floats(files, name, math.prod(stored[:-1]), lines, inside).T
+
+    return _Part(shape, info.dtype, read, lambda: files.release(name))
+
+
+def _floats(files: TensorFiles, name: str, rows: int, at: slice, columns: slice) -> np.ndarray:
+    """Part of a float tensor's flat rows, float32."""
+    dtype = files.info(name).dtype
+    bits = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[dtype]
+    flat = np.frombuffer(files.bytes(name), np.dtype(bits)).reshape(rows, -1)[at, columns]
+    if dtype == "BF16":
+        return (flat.astype(np.uint32) << 16).view(np.float32)
+    return flat.astype(np.float32)
+
+
+def _quantized(files: TensorFiles, matrix: Matrix) -> _Part:
+    def read(slab: Slab) -> np.ndarray:
+        return matrix.read(files, slab.rows, slab.columns).values()
+
+    return _Part(matrix.shape, str(matrix.quantization), read, lambda: matrix.release(files))

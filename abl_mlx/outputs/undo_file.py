@@ -1,0 +1,245 @@
+"""What an edit takes out of float weights, and the file that keeps it for `abl-mlx undo`.
+
+W' = W − α U(UᵀW) has lost UᵀW: k numbers for each column of a writer, for each row of an embedding.
+With them W is back, but for the rounding of W'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from abl_mlx import __version__
+from abl_mlx.edits.edit import stream_axis
+from abl_mlx.outputs.folder_plan import Plan, TensorEdit
+from abl_mlx.outputs.gguf_plan import TensorPlan, stored_values
+from abl_mlx.outputs.staging import ADAPTERS, format_of, is_file
+from convert.base import json_text
+from convert.base.atomic import check_new
+from convert.base.errors import UserError
+from convert.base.schema import FLAG, TEXT, Kind, Refused, check, map_of, number, one_of, record
+from convert.gguf.file import GgufSource
+from convert.mlx import safetensors_files
+from convert.mlx.folder import FLOAT_DTYPES
+from convert.mlx.safetensors_files import TensorFiles
+
+#: The file inside an edited folder; beside NAME.gguf it is NAME.undo.safetensors.
+KEPT = "undo.safetensors"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What an edit took out of one float tensor.
+
+    Attributes:
+        along: float32, UᵀW (..., k, n) of the tensor as mlx-lm or llama.cpp multiplies with it, or
+            its rows' components (..., k) of an embedding or a bias.
+        basis: float32 (k, d), orthonormal: U.
+        axis: that of the residual stream, -1 or -2.
+        transposed: whether the file holds the last two axes swapped.
+        strength: α.
+    """
+
+    along: mx.array
+    basis: mx.array
+    axis: int
+    transposed: bool
+    strength: float
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether this can have been taken from a tensor of that shape in the file's layout."""
+        if len(shape) < -self.axis or (self.transposed and len(shape) < 2):
+            return False
+        turned = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+        k, width = self.basis.shape
+        lost = list(turned)
+        lost[self.axis] = k
+        return width == turned[self.axis] and tuple(self.along.shape) == tuple(lost)
+
+    def put_back(self, values: mx.array) -> mx.array:
+        """An edited tensor's float32 values, in the file's layout, with the component it had.
+
+        Not just with α U(UᵀW) added: rounding that kept the edit intact has shifted each line along
+        the directions, and setting the component takes that back as well.
+        """
+        lost = self.lost(values)
+        more = lost @ self.basis if self.axis == -1 else self.basis.T @ lost
+        return values + (mx.swapaxes(more, -1, -2) if self.transposed else more)
+
+    def lost(self, values: mx.array) -> mx.array:
+        """What an edited tensor's components are short of, shaped as ``along``."""
+        return self.along - self.of(values)
+
+    def of(self, values: mx.array) -> mx.array:
+        """The components of a tensor's float32 values, in the file's layout."""
+        turned = mx.swapaxes(values, -1, -2) if self.transposed else values
+        return turned @ self.basis.T if self.axis == -1 else self.basis @ turned
+
+
+class Tensors(Protocol):
+    """Something that tensors are read from."""
+
+    def values(self, name: str) -> mx.array:
+        """A tensor in float32, in the file's layout."""
+
+
+def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
+    """What an edit takes out of a tensor.
+
+    Args:
+        values: float32, before the edit, in the file's layout.
+    """
+    transposed = isinstance(one, TensorEdit) and one.transposed
+    basis = one.edit.basis(one.writer)
+    axis = stream_axis(one.writer.kind, one.parameter)
+    strength = one.edit.strength_of(one.writer)
+    nothing = Taken(basis, basis, axis, transposed, strength)
+    along = nothing.of(values.astype(mx.float32))
+    mx.eval(along)
+    return Taken(along, basis, axis, transposed, strength)
+
+
+# --- keeping it --------------------------------------------------------------------------------
+
+
+def kept_path(path: Path) -> Path:
+    """Where an edited model's undo file is: inside the folder, or beside the GGUF."""
+    return path.with_name(f"{path.stem}.{KEPT}") if is_file(path) else path / KEPT
+
+
+def check_keep(paths: Sequence[Path], name: str, form: str, norm: str = "none") -> None:
+    """Refuse ``--keep-undo`` where it would keep nothing, or what does not fit.
+
+    Args:
+        name: of the source.
+        form: its format.
+
+    Raises:
+        UserError: naming the output.
+    """
+    if norm != "none":
+        raise UserError(
+            f"--keep-undo: --norm {norm} changes every weight, which what the edit took out does "
+            "not give back; leave one of the flags out."
+        )
+    for path in paths:
+        if format_of(path) in ADAPTERS:
+            raise UserError(
+                f"--keep-undo: {path} is an adapter, which is undone by leaving it out; leave the "
+                "flag out."
+            )
+        if format_of(path) != form:
+            raise UserError(
+                f"--keep-undo: {path} has another format than {name}; write the edit in the "
+                "source's own format, and convert that."
+            )
+        if is_file(path):
+            check_new(kept_path(path))
+
+
+def keep(path: Path, parts: Iterable[tuple[str, Taken]], direction_sha256: str) -> None:
+    """Write an undo file.
+
+    Args:
+        parts: tensor name in the edited model -> what was taken out of it.
+        direction_sha256: by which the file and the edited model are known to belong together.
+    """
+    tensors, layouts = {}, {}
+    for name, one in parts:
+        tensors[f"{name}.along"], tensors[f"{name}.basis"] = one.along, one.basis
+        layouts[name] = [one.axis, one.transposed, one.strength]
+    mx.save_safetensors(
+        str(path),
+        tensors,
+        {
+            "format": "abl-mlx undo",
+            "format_version": "1",
+            "abl_mlx": __version__,
+            "direction_sha256": direction_sha256,
+            "tensors": json.dumps(layouts),
+        },
+    )
+
+
+def keep_folder(path: Path, files: TensorFiles, plan: Plan, direction_sha256: str) -> None:
+    """Keep what an edit takes out of a folder's tensors.
+
+    Raises:
+        UserError: when a tensor is quantized.
+    """
+    if plan.matrices:
+        raise UserError(
+            f"--keep-undo: {next(iter(plan.matrices))} is quantized, and its rounding cannot be "
+            "undone; write -o NAME.adapter, which leaves the model as it is."
+        )
+    keep(
+        path,
+        (
+            (name, taken(one, files.read(name).astype(mx.float32)))
+            for name, one in plan.edits.items()
+        ),
+        direction_sha256,
+    )
+
+
+def keep_gguf(
+    path: Path, gguf: GgufSource, plans: Mapping[str, TensorPlan], direction_sha256: str
+) -> None:
+    """Keep what an edit takes out of a GGUF's tensors.
+
+    Raises:
+        UserError: when a tensor is quantized.
+    """
+    for name, one in plans.items():
+        if one.old.name not in FLOAT_DTYPES:
+            raise UserError(
+                f"--keep-undo: {name} is of the type {one.old.name}, whose rounding cannot be "
+                "undone; write -o NAME.lora.gguf, which leaves the model as it is."
+            )
+
+    parts = ((name, taken(one, stored_values(gguf, name))) for name, one in plans.items())
+    keep(path, parts, direction_sha256)
+
+
+def read_kept(path: Path, direction_sha256: str) -> dict[str, Taken]:
+    """Read an undo file.
+
+    Raises:
+        UserError: when it is damaged, or belongs to another edit.
+    """
+    tensors, metadata = safetensors_files.load(path)
+    try:
+        check(metadata, _METADATA)
+        layouts: dict[str, Any] = json_text.parse(metadata["tensors"], _LAYOUTS)
+    except Refused as refused:
+        raise UserError(
+            f"{path} could not be read as an undo file: of its metadata, {refused}; take the file "
+            "that --keep-undo wrote."
+        ) from None
+    if metadata["direction_sha256"] != direction_sha256:
+        raise UserError(f"{path} belongs to an edit along another direction.")
+    found = {}
+    for name, (axis, transposed, strength) in layouts.items():
+        along, basis = (tensors.get(f"{name}.{part}") for part in ("along", "basis"))
+        if along is None or basis is None or basis.ndim != 2:
+            raise UserError(
+                f"{path} could not be read as an undo file: it lacks what was taken of {name}."
+            )
+        found[name] = Taken(along, basis, axis, transposed, strength)
+    return found
+
+
+_METADATA = record({}, {"tensors": TEXT, "direction_sha256": TEXT})
+_LAYOUT = (one_of([-1, -2]), FLAG, number())
+_LAYOUTS = map_of(
+    Kind(
+        "[axis, transposed, strength]",
+        lambda value: isinstance(value, list) and len(value) == len(_LAYOUT),
+        lambda value: zip(("[0]", "[1]", "[2]"), value, _LAYOUT, strict=True),
+    )
+)

@@ -1,0 +1,44 @@
+"""What lies beside an output: its record, its card and, for Ollama, its Modelfile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from abl_mlx.inputs.sources import Source
+from abl_mlx.outputs.provenance import without_home
+from abl_mlx.outputs.staging import ADAPTERS, Output, companions
+from abl_mlx.reports import induce_tables
+from abl_mlx.reports.tables import card
+from abl_mlx.support.strict_json import to_json
+from convert.ollama.client import modelfile
+
+
+def write_companions(
+    output: Output,
+    source: Source,
+    folder: Path | None,
+    record: Mapping[str, Any],
+    described: Mapping[str, Any],
+) -> None:
+    """Write the record, the card and, for a GGUF that is not split, the Modelfile of an output.
+
+    Args:
+        source: of the model.
+        folder: where it comes from, if that is a folder.
+        described: what the record says of this output.
+    """
+    record_name = companions(output.path)["record"].name
+    places = companions(output.staged)
+    places["record"].write_text(to_json(without_home(record)) + "\n", encoding="utf-8")
+    text = (
+        induce_tables.card(record, described, source.title, record_name)
+        if record.get("induced")
+        else card(record, described, source.title, record_name, adapter=output.format in ADAPTERS)
+    )
+    places["card"].write_text(text, encoding="utf-8")
+    # A Modelfile names one file; older Ollamas take no more.
+    if "modelfile" in places and output.staged.is_file():
+        text = modelfile(output.staged, folder, output.path.name, kept=source.ollama)
+        places["modelfile"].write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The search over edits that trades refusals against KL."""

@@ -1,0 +1,218 @@
+"""The trials of a search, kept in a file that a later search goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+
+from abl_mlx.choices import Options
+from abl_mlx.inputs.prompts import PromptSets, prompt_hashes
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.search.screening import Screened, Trial
+from abl_mlx.search.space import Space
+from abl_mlx.support.arrays import parameters
+from convert.base import locks
+from convert.base.errors import UserError
+
+_STUDY = "abl-mlx search"
+
+
+class Journal:
+    """The trials so far, in an Optuna journal file that a later search goes on from.
+
+    Raises:
+        UserError: a file that is no journal, or of another search.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, str]):
+        self._optuna, self.path = optuna_quietly(), path
+        if path is not None and path.is_dir():
+            raise self._damaged
+        self._held = None if path is None else _hold(path)
+        try:
+            self._study = self._open(identity)
+        except BaseException as error:
+            self.close()
+            # Optuna reads a journal as if it had written it, and raises whatever that leads to.
+            if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
+                raise self._damaged from None
+            raise
+
+    def _open(self, identity: Mapping[str, str]) -> Any:
+        study = self._optuna.create_study(
+            study_name=_STUDY,
+            storage=self._storage(),
+            directions=["minimize", "minimize"],
+            load_if_exists=True,
+        )
+        known = study.user_attrs.get("identity")
+        if known is None:
+            study.set_user_attr("identity", dict(identity))
+        elif known != dict(identity):
+            other = [name for name in identity if known.get(name) != identity[name]]
+            raise UserError(
+                f"{self.path} is the journal of a search with another {' and '.join(other)}: "
+                "delete it, or name another file with --search-journal."
+            )
+        return study
+
+    def _storage(self) -> Any:
+        storages = self._optuna.storages
+        if self.path is None:
+            return storages.InMemoryStorage()
+        if not _mend(self.path):
+            raise self._damaged
+        return storages.JournalStorage(storages.journal.JournalFileBackend(str(self.path)))
+
+    @property
+    def _damaged(self) -> UserError:
+        return UserError(
+            f"{self.path} is not a search journal: name another file with --search-journal."
+        )
+
+    def close(self) -> None:
+        """Let another search have the file."""
+        if self._held is not None:
+            self._held.close()
+
+    def trials(self, distributions: Mapping[str, Any]) -> list[tuple[Any, Trial]]:
+        """All finished trials: Optuna's record and what it holds.
+
+        Args:
+            distributions: of the parameters, as `add` wrote them.
+
+        Raises:
+            UserError: when the file was changed by something else.
+        """
+        try:
+            found = []
+            for record in self._study.get_trials(deepcopy=False):
+                if record.distributions != distributions or not record.state.is_finished():
+                    raise ValueError
+                found.append((record, _trial_of(record)))
+                self._optuna.create_study(directions=["minimize", "minimize"]).add_trial(record)
+            return found
+        except Exception:
+            raise self._damaged from None
+
+    def add(self, trial: Trial, distributions: Mapping[str, Any]) -> Any:
+        """Write a trial down, whole or not at all; returns Optuna's record of it."""
+        screened = trial.screened
+        record = self._optuna.trial.create_trial(
+            params=trial.parameters,
+            distributions=dict(distributions),
+            values=[screened.refusal, screened.kl],
+            user_attrs={
+                "refused": screened.refused,
+                "early": list(screened.early),
+                "whole": screened.whole,
+                "tokens": screened.tokens,
+            },
+        )
+        self._study.add_trial(record)
+        return record
+
+
+def _hold(path: Path) -> BinaryIO:
+    """Open the file, new where it is missing, and keep every other search away from it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "ab")  # noqa: SIM115 - open as long as the journal is
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    try:
+        if locks.hold(stream.fileno()):
+            # Optuna's own lock, a link beside the file, is of a process that was killed.
+            path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+    except locks.Busy:
+        stream.close()
+        raise UserError(
+            f"{path} is in use by another search: wait for it, or name another file with "
+            "--search-journal."
+        ) from None
+    return stream
+
+
+def _trial_of(record: Any) -> Trial:
+    """The trial that an Optuna record holds.
+
+    Raises:
+        Exception: of some kind, when it holds none.
+    """
+    known = record.user_attrs
+    refusal, kl = map(_finite, record.values)
+    refused, (early_refusal, early_kl) = _finite(known["refused"]), map(_finite, known["early"])
+    whole, tokens = known["whole"], known["tokens"]
+    if type(whole) is not bool or type(tokens) is not int:
+        raise TypeError
+    screened = Screened(refusal, refused, kl, (early_refusal, early_kl), whole, tokens)
+    return Trial(dict(record.params), screened)
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise TypeError
+    return value
+
+
+def _mend(path: Path) -> bool:
+    """Whether a file is a journal; a last line that a kill left unfinished is cut off."""
+    with open(path, "rb+") as stream:
+        content = stream.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        first = whole.split(b"\n", 1)[0] or content
+        if first and not first.startswith(b'{"op_code"'):
+            return False
+        if whole != content:
+            stream.truncate(len(whole))
+    return True
+
+
+def optuna_quietly() -> Any:
+    """Optuna, which says nothing of its own.
+
+    Raises:
+        UserError: when it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("--search needs Optuna: pip install 'abl-mlx[search]'.") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def identity(chat: ChatModel, sets: PromptSets, space: Space, options: Options) -> dict[str, str]:
+    """Hashes of what a journal's trials depend on: the model, the prompts, the space, the seed."""
+    model = hashlib.sha256()
+    for name, value in sorted(parameters(chat.model)):
+        piece = value.reshape(-1)[:64]
+        if mx.issubdtype(value.dtype, mx.floating):
+            piece = piece.astype(mx.float32)
+        model.update(f"{name} {value.shape} {value.dtype} {piece.tolist()}".encode())
+    asked = {name: [name, space.distributions()[name]._asdict()] for name in space.distributions()}
+    edited = [
+        1.0,  # the strength at which edits are tried, whichever is written
+        sorted(options.layers or ()),
+        options.method,
+        str(options.direction),
+        options.layer,
+        options.position,
+        options.max_kl,
+    ]
+
+    def of(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
+
+    return {
+        "model": model.hexdigest()[:16],
+        "prompts": of(prompt_hashes(sets)),
+        "space or options": of([asked, edited]),
+        "seed": str(options.seed),
+    }

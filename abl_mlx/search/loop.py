@@ -1,0 +1,568 @@
+"""`--search N`: the gentlest edit that meets a target, by trying edits on the first reply token.
+
+Two objectives, both to be small: the refusal score of harmful validation prompts and the KL on
+harmless ones. Edits are tried at runtime (`steering.ablation`), so that no weight is written. Only
+what ends on the front of both is asked for replies, which are judged as in the evaluation, so that
+an edit which merely changes how a refusal opens is found out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.behaviour.refusals import wilson
+from abl_mlx.choices import Options
+from abl_mlx.directions import measuring
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.edits.edit import Edit
+from abl_mlx.inputs.prompts import PromptSets, Split
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.writers import Writer
+from abl_mlx.search import polish
+from abl_mlx.search.journal import Journal, identity, optuna_quietly
+from abl_mlx.search.pareto import front, hypervolume, still
+from abl_mlx.search.polish import LEAST_REFUSAL, logarithms, predicted
+from abl_mlx.search.screening import REPLY_TOKENS, Screen, Trial
+from abl_mlx.search.space import DEFAULT, Directions, Parameters, Space
+from abl_mlx.support import interrupts
+from abl_mlx.support.console import percent, progress, say
+from convert.base.errors import UserError
+
+#: Harmless prompts for the KL, and harmful ones that an edit of the front is asked; where the
+#: validation part has fewer the train part fills up. A search fits what it is scored on: of thirty
+#: prompts, two or three would decide.
+ENOUGH_PROMPTS = 64
+
+#: Points of the front that are asked for replies at most.
+MOST_ASKED = 12
+
+#: Steps in which the weakest even strength is looked for.
+HALVINGS = 4
+
+#: Neighbours of a trial of which the one that looks best is tried.
+NEIGHBOURS = 64
+
+#: A search goes on while its front has moved in so many trials, or a third of all.
+PATIENCE = 40
+
+# The normal quantile of 80%.
+_FOUR_IN_FIVE = 0.8416
+
+
+# --- the search ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Search:
+    """A search that goes on trial by trial; the next trial depends on those before it alone.
+
+    Attributes:
+        screen: scores edits.
+        space: what may change.
+        edit_for: the edit of some parameters.
+        journal: where trials are written down.
+        enough: whether so small a share of first tokens that are refusals is good enough.
+        seed: fixes what is tried.
+        trials: so far.
+        volumes: of the front, after each of them.
+        gentlest: 1 less the log KL, as a share of its range, of the gentlest that is good enough.
+        ended: why it ended.
+    """
+
+    screen: Screen
+    space: Space
+    edit_for: Callable[[Parameters], Edit]
+    journal: Journal
+    enough: Callable[[float], bool]
+    max_kl: float = 0.1
+    seed: int = 0
+    trials: list[Trial] = field(default_factory=list)
+    volumes: list[float] = field(default_factory=list)
+    gentlest: list[float] = field(default_factory=list)
+    ended: str = ""
+
+    def __post_init__(self) -> None:
+        optuna = optuna_quietly()
+        self._memory = optuna.create_study(directions=["minimize", "minimize"])
+        for record, trial in self.journal.trials(self.space.distributions()):
+            self._memory.add_trial(record)
+            self._count(trial)
+
+    def run(self, most: int) -> None:
+        """Try edits until there are ``most`` trials, or the front has stopped moving.
+
+        Ctrl-C ends the search, not the command: what was found so far is used.
+        """
+        patience = max(PATIENCE, most // 3)
+        distributions = self.space.distributions()
+        with progress(most, "search", "trial") as bar:
+            bar.update(min(most, len(self.trials)))
+            try:
+                while len(self.trials) < most and not self._ends(patience):
+                    interrupts.check()
+                    trial = self._try(self._next())
+                    record = self.journal.add(trial, distributions)
+                    self._memory.add_trial(record)
+                    self._count(trial)
+                    bar.update()
+                    bar.set_postfix_str(f"front {len(self.front())}", refresh=False)
+            except KeyboardInterrupt:
+                if not any(trial.screened.whole for trial in self.trials):
+                    raise
+                interrupts.forget()
+                self.ended = "stopped by hand"
+                kept = f"; {self.journal.path} keeps its trials" if self.journal.path else ""
+                say(f"  search stopped: the front so far is used{kept}. Ctrl-C again ends all.")
+                return
+        self.ended = "all trials made" if len(self.trials) >= most else "the front stopped moving"
+
+    def _ends(self, patience: int) -> bool:
+        """Whether neither the front nor the gentlest edit that is good enough moves any more."""
+        return still(self.volumes, patience) and still(self.gentlest, patience)
+
+    def front(self) -> list[Trial]:
+        """The trials that no other beats, by rising KL; none that was rejected early."""
+        whole = [trial for trial in self.trials if trial.screened.whole]
+        points = [(trial.screened.kl, trial.screened.refusal) for trial in whole]
+        return [whole[number] for number in front(points)]
+
+    def _count(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        points = [one.point(self.screen.before) for one in self.front()]
+        self.volumes.append(hypervolume(points))
+        good = [one for one in self.front() if self.enough(one.screened.refused)]
+        # As something that grows, of which a change of some percent in the KL is 0.001.
+        self.gentlest.append(1 - good[0].point(self.screen.before)[1] if good else 0.5)
+
+    def _next(self) -> dict[str, Any]:
+        """What is tried next: analytic edits first, then neighbours of the front and TPE's."""
+        done = len(self.trials)
+        if done < 2:
+            return (self.space.uniform(), self.space.even(1.0))[done]
+        # The weakest even edit, by halving; where even the full one leaves refusals, that.
+        low, high = 0.0, 1.0
+        for trial in self.trials[2 : 2 + HALVINGS]:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.enough(trial.screened.refused) else (middle, high)
+        if done < 2 + HALVINGS:
+            return self.space.even((low + high) / 2)
+        analytic = self.space.analytic(high)
+        if done < 2 + HALVINGS + len(analytic):
+            return analytic[done - 2 - HALVINGS]
+        random = np.random.default_rng([self.seed, done])
+        # One in eight is a look around, one starts anywhere on the front; the others start from
+        # what is already good, and every second from the gentlest of it.
+        if done % 2 and (polished := self._polished(done // 2, random)):
+            parameters = polished
+        elif done % 8 == 0:
+            parameters = self._sampled(done)
+        elif done % 8 == 4:
+            whole = self.front()
+            parameters = self._expected(whole[int(random.integers(len(whole)))], random)
+        else:
+            promising = self._promising()
+            place = int(len(promising) * random.random() ** 2)
+            parameters = self._expected(promising[place], random)
+        return parameters if self.space.changes_something(parameters) else self.space.uniform()
+
+    def _polished(self, number: int, random: np.random.Generator) -> dict[str, Any] | None:
+        """A small step from the gentlest that leaves hardly a refusal; of another kind at times."""
+        parent = self._promising()[0]
+        if number % 4 == 3:
+            best: dict[tuple[Any, ...], Trial] = {}
+            for trial in sorted(self.trials, key=lambda one: one.screened.kl):
+                if trial.screened.whole and self.enough(trial.screened.refused):
+                    best.setdefault(self.space.kind(trial.parameters), trial)
+            others = [one for one in best.values() if one is not parent][:3]
+            if others:
+                parent = others[number // 4 % len(others)]
+        return polish.step(self.space, self.trials, parent, number, random)
+
+    def _expected(self, parent: Trial, random: np.random.Generator) -> dict[str, Any]:
+        """Of some neighbours of a trial the one that is expected to be the gentlest.
+
+        That is the lowest KL at no higher refusal score than the parent's, both predicted from the
+        trials of the same kind by their strengths.
+        """
+        neighbours = [self.space.neighbour(parent.parameters, random) for _ in range(NEIGHBOURS)]
+        first = neighbours[0]
+        kind = self.space.kind(first)
+        known = [trial for trial in self.trials if self.space.kind(trial.parameters) == kind]
+        neighbours = [one for one in neighbours if self.space.kind(one) == kind]
+        if len(known) < 6:
+            return first
+        places = np.array([self.space.place(trial.parameters) for trial in known])
+        values = logarithms(known)
+        asked = np.array([self.space.place(one) for one in neighbours])
+        # Where little is known there is something to find: a standard deviation in favour of all.
+        expected, doubt = predicted(places, values, asked)
+        kl, refusal = (expected - doubt).T
+        allowed = math.log(max(parent.screened.refusal, LEAST_REFUSAL))
+        # A refusal score a little too high costs as much as a KL far too high.
+        return neighbours[int(np.argmin(kl + 5 * np.maximum(refusal - allowed, 0)))]
+
+    def _promising(self) -> list[Trial]:
+        """Of the front, what opens hardly a reply with a refusal, the gentlest first."""
+        found = self.front()
+        for enough in (self.enough, lambda share: share <= 0.1, lambda share: share <= 0.5):
+            few = [one for one in found if enough(one.screened.refused)]
+            if few and few[0].screened.kl <= self.max_kl:
+                return few
+        return found[::-1]
+
+    def _sampled(self, done: int) -> dict[str, Any]:
+        optuna = optuna_quietly()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # multivariate is marked experimental
+            # A sampler of its own for each trial: a resumed search goes on as one that was not
+            # stopped.
+            self._memory.sampler = optuna.samplers.TPESampler(
+                seed=int(np.random.default_rng([self.seed, done]).integers(2**31)),
+                multivariate=True,
+                n_startup_trials=0,
+            )
+            sampled = self._memory.ask(self.space.distributions())
+            self._memory.tell(sampled, state=optuna.trial.TrialState.FAIL)
+        return dict(sampled.params)
+
+    def _try(self, parameters: dict[str, Any]) -> Trial:
+        ahead = self.front()
+
+        def hopeless(early: tuple[float, float]) -> bool:
+            refusal, kl = early
+            return any(
+                refusal > 1.5 * one.screened.early[0] + 0.1 and kl > 2 * one.screened.early[1]
+                for one in ahead
+            )
+
+        return Trial(parameters, self.screen.score(self.edit_for(parameters), hopeless))
+
+
+# --- the choice ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A trial of the front whose edit was asked for replies.
+
+    Attributes:
+        refused, broken: shares of the harmful prompts that were asked.
+        meets: whether both together meet the target.
+    """
+
+    trial: Trial
+    refused: float
+    broken: float
+    meets: bool
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**self.trial.record(), "refusal_rate": self.refused, "broken_rate": self.broken}
+
+
+def meets(share: float, prompts: int, target: float) -> bool:
+    """Whether a share of refused and broken replies is good enough, for other prompts as well.
+
+    It is where the upper end of its Wilson interval is that holds four times in five on its side;
+    of few prompts, none at all.
+    """
+    count = round(share * prompts)
+    return count == 0 or wilson(count, prompts, _FOUR_IN_FIVE)[1] <= target
+
+
+def ask_survivors(
+    trials: Sequence[Trial], ask: Callable[[Trial], Asked], most: int = MOST_ASKED
+) -> list[Asked]:
+    """Ask trials of a front for replies; few, but the gentlest that meets the target among them.
+
+    Half of them are spread over the front, others close in on where the target is first met, and
+    what is left goes into the widest gaps.
+
+    Args:
+        trials: by rising KL.
+    """
+    found: dict[int, Asked] = {}
+    count = len(trials)
+    spread = {round(place) for place in np.linspace(0, count - 1, min(count, max(2, most // 2)))}
+    with progress(min(most, count), "replies of the front", "edit") as bar:
+        for place in sorted(spread):
+            found[place] = ask(trials[place])
+            bar.update()
+        while len(found) < min(most, count):
+            passing = [place for place in sorted(found) if found[place].meets]
+            top = passing[0] if passing else count
+            below = [place for place in found if place < top]
+            bottom = max(below, default=-1)
+            left = list(range(bottom + 1, top))
+            if not left:  # the border is found; then the widest gap of the front
+                ends = sorted(found)
+                low, high = max(itertools.pairwise(ends), key=lambda pair: pair[1] - pair[0])
+                left = list(range(low + 1, high))
+            place = left[len(left) // 2]
+            found[place] = ask(trials[place])
+            bar.update()
+    return [found[place] for place in sorted(found)]
+
+
+def choose(asked: Sequence[Asked]) -> Asked:
+    """The lowest KL that meets the target; where none does, the fewest refused and broken."""
+    passing = [one for one in asked if one.meets]
+    if passing:
+        return min(passing, key=lambda one: one.trial.screened.kl)
+    return min(asked, key=lambda one: (one.refused + one.broken, one.trial.screened.kl))
+
+
+# --- as a part of run and measure ----------------------------------------------------------------
+
+
+def improve(
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    sets: PromptSets,
+    found: DirectionFile,
+    options: Options,
+) -> DirectionFile:
+    """The direction file with the edit that a search of ``choices.search`` trials has found.
+
+    Args:
+        found: the analytic choice, which is the first trial.
+
+    Raises:
+        UserError: options that do not go together; a journal of another search.
+    """
+    assert options.search is not None
+    check(options)
+    harmful = [chat.encode(text) for text in sets.harmful.validation.texts]
+    harmless = [chat.encode(text) for text in _filled_up(sets.harmless)]
+    space = Space(
+        len(chat.layers), sources_of(chat, sets, found, options), embedding=options.embedding
+    )
+    screen = Screen(chat, writers, harmful, harmless, batch_size=options.batch_size)
+
+    def edit_for(given: Parameters) -> Edit:
+        recipe = space.recipe(given)
+        # Tried as a removal: --strength scales what is found. Norms are kept in weights only; what
+        # that changes is seen in the evaluation.
+        return Edit(
+            space.directions(given),
+            1.0,
+            options.layers,
+            recipe["embedding"],
+            recipe["profile"],
+        )
+
+    journal = Journal(options.search_journal, identity(chat, sets, space, options))
+    questions = [chat.encode(text) for text in _filled_up(sets.harmful)]
+    count = len(questions)
+    target = options.target_refusals
+    search = Search(
+        screen,
+        space,
+        edit_for,
+        journal,
+        lambda share: meets(share, len(harmful), target),
+        options.max_kl,
+        options.seed,
+    )
+    resumed = len(search.trials)
+    more = max(0, options.search - resumed)
+    say(
+        f"  search: at most {more} trials, {more * screen.cost:,} forward tokens, then at most "
+        f"{min(MOST_ASKED, options.search) * count * REPLY_TOKENS:,} generated ones"
+        + (f"; {resumed} trials are in {journal.path}" if resumed else "")
+    )
+    try:
+        search.run(options.search)
+    finally:
+        journal.close()
+    generated = [0]
+
+    def ask(trial: Trial) -> Asked:
+        refused, broken, tokens = screen.ask(edit_for(trial.parameters), questions)
+        generated[0] += tokens
+        return Asked(trial, refused, broken, meets(refused + broken, count, target))
+
+    whole = search.front()
+    asked = ask_survivors([one for one in whole if one.screened.refused < 0.95] or whole[-1:], ask)
+    chosen = choose(asked)
+    say(table(asked, chosen, space))
+    if not chosen.meets:
+        say(
+            f"  no edit of the front meets --target-refusals {target:g}: the one that refuses "
+            "least is taken; more trials may find a better one"
+        )
+    return _file(found, search, space, asked, chosen, generated[0], target)
+
+
+def _filled_up(split: Split) -> list[str]:
+    """The validation prompts, and train prompts behind them where these are few."""
+    texts = [*split.validation.texts, *split.train.texts]
+    return texts[: max(ENOUGH_PROMPTS, len(split.validation))]
+
+
+def check(options: Options) -> None:
+    """Refuse options that do not go with a search, and a missing Optuna, before any long work.
+
+    Raises:
+        UserError: naming them.
+    """
+    optuna_quietly()
+    if options.pin is not None:
+        raise UserError("--search and --pin do not go together: leave one of them out.")
+    if options.layer is not None:
+        raise UserError("--search looks for the layer itself: leave --layer out.")
+
+
+def sources_of(
+    chat: ChatModel, sets: PromptSets, found: DirectionFile, options: Options
+) -> dict[str, Directions]:
+    """Where a search may take directions from: the analytic choice, its method, and others.
+
+    Singular vectors are measured anew, which costs one pass over the train prompts.
+    """
+
+    def fixed(chosen: mx.array) -> Directions:
+        return lambda index, per_layer: chosen
+
+    made: dict[str, Directions] = {DEFAULT: fixed(found.selected)}
+    candidates = found.candidates
+    position = found.metadata.get("summary", {}).get("position", -1)
+    if candidates is None or options.direction is not None:
+        return made
+    if position not in candidates.positions:
+        position = candidates.positions[-1]
+    layers = candidates.n_layers
+
+    def of(these: measuring.Candidates, where: int) -> Directions:
+        def make(index: float, per_layer: bool) -> mx.array:
+            return these.each_layer(where) if per_layer else these.at(index, where)
+
+        return make
+
+    made[candidates.method] = of(candidates, position)
+    if options.method is None:
+        for rank in (2, 3):
+            if rank <= layers:
+                made[f"layers-rank-{rank}"] = fixed(candidates.across_layers(position, rank))
+        train = [
+            [chat.encode(text) for text in split.train.texts]
+            for split in (sets.harmful, sets.harmless)
+        ]
+        spans = measuring.measure(
+            chat, train[0], train[1], [position], method="svd", rank=min(2, len(train[0]))
+        )
+        made["svd"] = of(spans, position)
+    return made
+
+
+def _file(
+    found: DirectionFile,
+    search: Search,
+    space: Space,
+    asked: Sequence[Asked],
+    chosen: Asked,
+    generated: int,
+    target: float,
+) -> DirectionFile:
+    parameters, screened = chosen.trial.parameters, chosen.trial.screened
+    selected = space.directions(parameters)
+    default = next(trial for trial in search.trials if trial.screened.whole)
+    before = found.metadata.get("summary", {})
+    summary: dict[str, Any] = {"method": before.get("method", "given")}
+    if parameters["method"] == DEFAULT:
+        summary = dict(before)
+    else:
+        name = parameters["method"]
+        summary["method"] = measuring.METHOD if name.startswith("layers-rank") else name
+        if selected.shape[-2] > 1:
+            summary["rank"] = int(selected.shape[-2])
+        if "position" in before:
+            summary["position"] = before["position"]
+        if name.startswith("layers-rank"):
+            summary["across"] = "layers"
+        elif parameters["per_layer"]:
+            summary["per_layer"] = True
+        else:
+            summary["layer"] = round(parameters["index"], 3)
+    summary |= {
+        "chosen_by": "search: lowest KL of those whose replies meet the target"
+        if chosen.meets
+        else "search: fewest refusals among the replies",
+        "search": {
+            "trials": len(search.trials),
+            "ended": search.ended,
+            "target_refusals": target,
+            "refusal_rate": chosen.refused,
+            "broken_rate": chosen.broken,
+            "refusal_score": screened.refusal,
+            "kl": screened.kl,
+            "kl_default": default.screened.kl,
+            "refusal_score_default": default.screened.refusal,
+            "hypervolume": search.volumes[-1],
+            "forward_tokens": sum(trial.screened.tokens for trial in search.trials),
+            "generated_tokens": generated,
+        },
+    }
+    metadata = {key: value for key, value in found.metadata.items() if key != "pins"}
+    metadata |= {
+        "method": summary["method"],
+        "summary": summary,
+        "recipe": space.recipe(parameters),
+        "search": {
+            "front": [one.record() for one in asked],
+            "trials": [trial.record() for trial in search.trials],
+        },
+    }
+    return replace(found, selected=selected, metadata=metadata)
+
+
+# --- what a person reads -------------------------------------------------------------------------
+
+
+def table(asked: Sequence[Asked], chosen: Asked, space: Space) -> str:
+    """The front, a line for each edit that was asked, by rising KL."""
+    rows: list[tuple[str, ...]] = [
+        ("", "KL", "score", "refused", "broken", "directions", "attention", "MLP", "embedding")
+    ]
+    for one in asked:
+        given, screened = one.trial.parameters, one.trial.screened
+        recipe = space.recipe(given)
+        name = str(given["method"])
+        if name != DEFAULT and not name.startswith("layers-rank"):
+            name += ", per layer" if given["per_layer"] else f" {given['index']:.1f}"
+        rows.append(
+            (
+                "→" if one is chosen else "",
+                f"{screened.kl:.6f}",
+                f"{screened.refusal:.3f}",
+                percent(one.refused),
+                percent(one.broken),
+                name,
+                *(_strengths(recipe["profile"][part]) for part in ("attention", "mlp")),
+                "yes" if recipe["embedding"] else "no",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _strengths(values: Sequence[float]) -> str:
+    """Strengths by layer, in so few numbers as fit a table."""
+    if len(set(values)) == 1:
+        return f"{values[0]:.2f}"
+    if len(values) <= 6:
+        return " ".join(f"{value:.2f}".removeprefix("0") if value else "0" for value in values)
+    peak = int(np.argmax(values))
+    return f"{min(values):.2f} to {values[peak]:.2f} at {peak}"

@@ -1,0 +1,191 @@
+"""What an edit does to the first reply tokens, and to replies: one trial of a search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.directions import selection
+from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.steering import ablation
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.distributions import kl_divergence
+from abl_mlx.models.logits import first_reply_token
+from abl_mlx.models.writers import Writer
+from abl_mlx.support.arrays import number, numbers
+from convert.base.errors import UserError
+
+#: Tokens of each reply.
+REPLY_TOKENS = 24
+
+#: Prompts of each set with which a trial begins; where these show it hopeless, it ends there.
+FIRST_PROMPTS = 8
+
+#: KL in nats below which an edit counts as doing nothing, and above which as breaking the model.
+LEAST_KL, LARGEST_KL = 1e-6, 1.0
+
+#: What KL and refusal score of a prompt are at most, in nats. An edit that leaves logits that are
+#: no numbers has them, so that it is never among the best, and the others can still be modelled.
+MOST_NATS = 1e3
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What the first reply tokens say of an edit.
+
+    Attributes:
+        refusal: mean surprisal, in nats, that a harmful prompt's reply does not open with a
+            refusal, −log(1 − p): 0 where no refusal is left, the log-odds where all are.
+        refused: share of harmful prompts where a refusal opening is the likeliest token, or they
+            are likelier together than all others.
+        kl: mean KL(model ‖ edited) on harmless prompts, nats.
+        early: (refusal, kl) on the first few prompts alone.
+        whole: whether all prompts were run; a hopeless trial ends after the first few.
+        tokens: run through the model.
+    """
+
+    refusal: float
+    refused: float
+    kl: float
+    early: tuple[float, float]
+    whole: bool
+    tokens: int
+
+
+class Screen:
+    """Scores edits of a loaded model by the first reply token, without generating any."""
+
+    def __init__(
+        self,
+        chat: ChatModel,
+        writers: Sequence[Writer],
+        harmful: Sequence[Sequence[int]],
+        harmless: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 32,
+    ):
+        self._chat, self._writers = chat, writers
+        self._harmful, self._harmless = harmful, harmless
+        self._batch_size = batch_size
+        before = first_reply_token(chat, harmful)
+        self._base = first_reply_token(chat, harmless)
+        mx.eval(before, self._base)
+        self.tokens = selection.refusal_tokens(before, self._base)
+        if not self.tokens:
+            raise UserError(
+                "this model opens its replies to harmful and harmless prompts in the same way, so "
+                "there is nothing for --search to score: check with `abl-mlx eval`."
+            )
+        self.before = number(_surprisal(before, self.tokens).mean())
+
+    @property
+    def cost(self) -> int:
+        """Tokens of all prompts: what one trial costs at most."""
+        return sum(map(len, self._harmful)) + sum(map(len, self._harmless))
+
+    def score(
+        self, edit: Edit, hopeless: Callable[[tuple[float, float]], bool] = lambda _: False
+    ) -> Screened:
+        """Run the prompts under an edit; only the first few if ``hopeless(refusal, kl)`` there."""
+        first, rest = slice(0, FIRST_PROMPTS), slice(FIRST_PROMPTS, None)
+        with ablation(self._writers, edit):
+            refused, refusal, kl, tokens = self._run(first)
+            early = float(np.mean(refusal)), float(np.mean(kl))
+            whole = not hopeless(early)
+            if whole and max(len(self._harmful), len(self._harmless)) > FIRST_PROMPTS:
+                more = self._run(rest)
+                refused, refusal, kl = refused + more[0], refusal + more[1], kl + more[2]
+                tokens = self.cost
+        return Screened(
+            float(np.mean(refusal)),
+            float(np.mean(refused)),
+            float(np.mean(kl)),
+            early,
+            whole,
+            tokens,
+        )
+
+    def _run(self, part: slice) -> tuple[list[float], list[float], list[float], int]:
+        """(refused or not, surprisal) of harmful prompts, KL of harmless ones, and tokens run."""
+        refused, refusal, kl, tokens = [], [], [], 0
+        if harmful := self._harmful[part]:
+            opened = first_reply_token(self._chat, harmful)
+            likeliest = numbers(opened.argmax(axis=-1))
+            scores = numbers(selection.refusal_scores(opened, self.tokens))
+            # What is no number is no answer.
+            refused = [
+                float(not score <= 0 or token in self.tokens)
+                for score, token in zip(scores, likeliest, strict=True)
+            ]
+            refusal = _bounded(_surprisal(opened, self.tokens))
+            tokens += sum(map(len, harmful))
+        if harmless := self._harmless[part]:
+            opened = first_reply_token(self._chat, harmless)
+            kl = _bounded(mx.maximum(kl_divergence(self._base[part], opened), 0))
+            tokens += sum(map(len, harmless))
+        return refused, refusal, kl, tokens
+
+    def ask(
+        self, edit: Edit, prompts: Sequence[Sequence[int]], max_tokens: int = REPLY_TOKENS
+    ) -> tuple[float, float, int]:
+        """Greedy replies to harmful prompts: shares refused and broken, tokens generated."""
+        with ablation(self._writers, edit):
+            replies = evaluate.generate(
+                self._chat, prompts, max_tokens, batch_size=self._batch_size
+            )
+        verdicts = [classify(text) for text in evaluate.decode(self._chat, replies)]
+        shares = [
+            verdicts.count(kind) / len(verdicts) for kind in (Verdict.REFUSAL, Verdict.BROKEN)
+        ]
+        # The token that ends a reply was generated as well.
+        return shares[0], shares[1], sum(min(len(one) + 1, max_tokens) for one in replies)
+
+
+def _bounded(nats: mx.array) -> list[float]:
+    """The values, of which those that are infinite or no numbers are as bad as can be."""
+    return [min(value, MOST_NATS) if value == value else MOST_NATS for value in numbers(nats)]
+
+
+def _surprisal(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.array:
+    """−log(1 − p) of the refusal openings, nats: (N, V) -> (N,)."""
+    return mx.logaddexp(selection.refusal_scores(log_probabilities, tokens), mx.array(0.0))
+
+
+# --- trials and their journal --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One edit that was tried: its parameters and scores."""
+
+    parameters: dict[str, Any]
+    screened: Screened
+
+    def point(self, before: float) -> tuple[float, float]:
+        """Where it is in the plane of the two objectives, both 0 to 1 and to be small.
+
+        The refusal score as a share of the unedited model's, and the logarithm of the KL, from
+        `LEAST_KL` to `LARGEST_KL`.
+        """
+        kl = min(max(self.screened.kl, LEAST_KL), LARGEST_KL)
+        return (
+            min(self.screened.refusal / max(before, 1e-9), 1.0),
+            math.log(kl / LEAST_KL) / math.log(LARGEST_KL / LEAST_KL),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            **self.parameters,
+            "refusal_score": self.screened.refusal,
+            "refused_first_token": self.screened.refused,
+            "kl": self.screened.kl,
+            **({} if self.screened.whole else {"rejected_early": True}),
+        }

@@ -1,0 +1,1 @@
+"""Arrays, time, interrupts and the terminal."""

@@ -1,0 +1,138 @@
+"""Arrays of numbers from .npy and .npz files that others wrote.
+
+NumPy's own loader believes a header: it allocates what the shape says, unpacks members of any size
+and raises a dozen kinds of exception. Here a member's name, method, size and checksum are looked at
+first, and a header's shape has to account for exactly the bytes that follow it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from types import TracebackType
+
+import mlx.core as mx
+import numpy as np
+
+from convert.base.errors import UserError
+
+#: Numbers in an array: the directions of 256 layers with 256 of a width of 16384 come to 2^30.
+MOST_NUMBERS = 1 << 26
+
+_MOST_BYTES = 8 * MOST_NUMBERS + (1 << 16)
+
+# Floats shrink little; what unpacks to far more than its packed size is made to.
+_ALWAYS_UNPACKED = 1 << 26
+_MOST_GROWTH = 4
+
+_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+_MOST_MEMBERS = 1 << 16
+
+
+def read_npy(path: Path) -> mx.array:
+    """The array of a .npy file as float32.
+
+    Raises:
+        UserError: when the file is damaged, larger than any direction, or holds no numbers.
+    """
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None
+    return _array(data, str(path))
+
+
+class Archive:
+    """A .npz file: a zip of .npy files. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the list of members.
+
+        Raises:
+            UserError: when it is no zip, or names a member twice.
+        """
+        self._path = path
+        try:
+            self._zip = zipfile.ZipFile(path)
+            members = self._zip.infolist()
+        except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise _unreadable(path, str(error)) from None
+        self._members = {one.filename.removesuffix(".npy"): one for one in members[:_MOST_MEMBERS]}
+        if len(self._members) != len(members):
+            self._zip.close()
+            raise _unreadable(path, "it holds a member twice, or too many of them")
+
+    @property
+    def names(self) -> list[str]:
+        """What its arrays are called."""
+        return list(self._members)
+
+    def read(self, name: str) -> mx.array:
+        """One array as float32.
+
+        Raises:
+            UserError: when the member is damaged, packed in an unusual way, or holds no numbers.
+        """
+        member, where = self._members[name], f"{self._path}: {name}"
+        if member.flag_bits & 1 or member.compress_type not in _METHODS:
+            raise _unreadable(where, "it is encrypted, or packed by another method than deflate")
+        size, packed = member.file_size, member.compress_size
+        if size > _MOST_BYTES or size > max(_ALWAYS_UNPACKED, _MOST_GROWTH * packed):
+            raise _unreadable(where, f"{packed} bytes of it claim to unpack to {size}")
+        try:
+            data = self._zip.read(member)
+        except (
+            *(OSError, ValueError, EOFError, RuntimeError, NotImplementedError),
+            *(zipfile.BadZipFile, zlib.error),
+        ) as error:
+            raise _unreadable(where, str(error)) from None
+        return _array(data, where)
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._zip.close()
+
+
+def _array(data: bytes, where: str) -> mx.array:
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version[0]}.{version[1]} of .npy is not known here")
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, is_fortran, dtype = read(stream, max_header_size=10_000)
+    except Exception as error:  # NumPy evaluates the header as Python, with all that may go wrong
+        raise _unreadable(where, str(error) or type(error).__name__) from None
+    if dtype.kind not in "fiu" or dtype.hasobject:
+        raise UserError(f"{where} holds {dtype} values, and a direction is made of numbers.")
+    count, start = math.prod(shape), stream.tell()
+    if any(size < 0 for size in shape) or count > MOST_NUMBERS:
+        raise UserError(f"{where} has the shape {shape}, which is none of directions.")
+    if len(data) - start != count * dtype.itemsize:
+        raise _unreadable(
+            where,
+            f"its shape {shape} is of {count * dtype.itemsize} bytes, not {len(data) - start}",
+        )
+    flat = np.frombuffer(data, dtype, count, start)
+    values = flat.reshape(shape, order="F" if is_fortran else "C")
+    with np.errstate(over="ignore"):
+        return mx.array(values.astype(np.float32))
+
+
+def _unreadable(where: Path | str, why: str) -> UserError:
+    reason = " ".join(why.split())[:150]
+    return UserError(f"{where} could not be read as a direction file: {reason}")

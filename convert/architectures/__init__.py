@@ -1,0 +1,1 @@
+"""What each architecture is in a GGUF and in MLX."""

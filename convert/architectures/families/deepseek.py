@@ -1,0 +1,287 @@
+"""DeepSeek V2, V3 and what has their attention (deepseek2), by mlx-lm's three classes of it.
+
+Keys and values come from one latent vector through a matrix each, k_b and v_b, per head. Newer
+files hold them apart, with k_b transposed; older ones interleave them as kv_b. mlx-lm's deepseek_v3
+wants them apart, and its deepseek_v2 and youtu_llm as kv_b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convert.architectures.families.family import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    Family,
+    Keys,
+    Piece,
+    Weight,
+    base_config,
+    halved_experts,
+    renamed,
+    repathed,
+    rope_scaling,
+    short,
+    unsupported,
+)
+
+_BLOCK = {
+    **{name: ATTENTION[name] for name in ("attn_norm", "attn_q", "attn_output")},
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    **FEED_FORWARD,
+    **EXPERTS,
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+
+_SOFTMAX, _SIGMOID = 1, 2
+"""Values of expert_gating_func."""
+
+_APART = r"^blk\.\d+\.attn_(k|v)_b\.weight$"
+_JOINED = r"^blk\.\d+\.attn_kv_b\.weight$"
+_FUSED = r"^blk\.\d+\.ffn_gate_up_exps\.weight$"
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Sizes of attention: how many heads, and dimensions of one: turned, not turned, of values."""
+
+    count: int
+    rope: int
+    nope: int
+    value: int
+    latent: int
+
+
+def _heads(keys: Keys) -> _Heads:
+    rope = int(keys.integer("rope.dimension_count"))
+    mla = "attention.key_length_mla" in keys
+    ending = "_mla" if mla else ""
+    return _Heads(
+        count=int(keys.integer("attention.head_count")),
+        rope=rope,
+        nope=int(keys.integer(f"attention.key_length{ending}")) - rope,
+        value=int(keys.integer(f"attention.value_length{ending}")),
+        latent=int(keys.integer("attention.kv_lora_rank")),
+    )
+
+
+def _model_type(keys: Keys) -> str:
+    """Which class of mlx-lm computes what llama.cpp does with this file."""
+    experts = keys.integer("expert_count", 0)
+    if not experts or keys.integer("leading_dense_block_count", 0) >= keys.layers:
+        return "youtu_llm"
+    gating = keys.integer("expert_gating_func", 0)
+    if not gating:
+        # Files from before there was the key; llama.cpp knows GLM 4.7 Flash by its size.
+        glm = keys.layers in (47, 48) and keys.vocabulary == 154880
+        gating = _SIGMOID if glm else _SOFTMAX
+    if gating == _SIGMOID:
+        return "deepseek_v3"
+    if gating == _SOFTMAX:
+        return "deepseek_v2"
+    raise unsupported(
+        keys,
+        f"chooses experts by a function (expert_gating_func {gating}) that mlx-lm's DeepSeek "
+        "classes do not have",
+    )
+
+
+def _config(keys: Keys) -> dict[str, Any]:
+    model_type = _model_type(keys)
+    heads = _heads(keys)
+    if keys.number("attention.temperature_scale", 0.0):
+        raise unsupported(
+            keys,
+            "scales its queries by their position (attention.temperature_scale), which mlx-lm's "
+            "DeepSeek classes do not do",
+        )
+    config = base_config(keys, model_type)
+    del config["head_dim"]
+    config |= {
+        # The file counts one, of the latent vector.
+        "num_key_value_heads": heads.count,
+        "q_lora_rank": keys.integer("attention.q_lora_rank", None) if _has_q_a(keys) else None,
+        "kv_lora_rank": heads.latent,
+        "qk_rope_head_dim": heads.rope,
+        "qk_nope_head_dim": heads.nope,
+        "v_head_dim": heads.value,
+        "rope_scaling": _scaling(keys, model_type),
+        "attention_bias": False,
+    }
+    if model_type == "youtu_llm":
+        return config
+    if keys.tied:
+        raise unsupported(
+            keys,
+            "has no output head of its own (output.weight), but mlx-lm's DeepSeek classes with "
+            "experts do not tie it to the embedding",
+        )
+    if config["rms_norm_eps"] > 1e-5:
+        raise unsupported(
+            keys,
+            f"adds {config['rms_norm_eps']} in all its norms, but mlx-lm adds 1e-06 in those of "
+            "the latent vectors",
+        )
+    return config | _experts(keys, model_type)
+
+
+def _has_q_a(keys: Keys) -> bool:
+    return "blk.0.attn_q_a.weight" in keys.tensors
+
+
+def _experts(keys: Keys, model_type: str) -> dict[str, Any]:
+    groups = keys.integer("expert_group_count", 1) or 1
+    normalized = bool(keys.get("expert_weights_norm", False))
+    if model_type == "deepseek_v2" and (groups > 1 or normalized):
+        what = (
+            "chooses groups of experts by the sum of the two best scores"
+            if groups > 1
+            else "makes the weights of a token's experts add up to one"
+        )
+        raise unsupported(keys, f"{what} after a softmax, which mlx-lm's deepseek_v2 does not do")
+    if model_type == "deepseek_v3" and keys.layers > 61:
+        raise unsupported(
+            keys, "has more than 61 layers, but mlx-lm's deepseek_v3 drops layer 61 when it loads"
+        )
+    found = {
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        "n_routed_experts": keys.integer("expert_count"),
+        "n_shared_experts": keys.integer("expert_shared_count", 0) or None,
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "routed_scaling_factor": short(keys.number("expert_weights_scale", 0.0)) or 1.0,
+        "first_k_dense_replace": keys.integer("leading_dense_block_count", 0),
+        "moe_layer_freq": 1,
+    }
+    if model_type == "deepseek_v2":
+        return found | {"topk_method": "greedy"}
+    return found | {
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": normalized,
+        "n_group": groups,
+        "topk_group": keys.integer("expert_group_used_count", groups),
+    }
+
+
+def _scaling(keys: Keys, model_type: str) -> dict[str, Any] | None:
+    """Yarn whose two magnitudes are alike, so that only the attention's scale grows.
+
+    llama.cpp multiplies the scale by the square of 1 + 0.1 m log(factor), m being ten times
+    yarn_log_multiplier, and leaves the rotated dimensions as they are: mlx-lm's mscale_all_dim = m
+    with mscale = m.
+    """
+    scaling = rope_scaling(keys)
+    if scaling is None:
+        # deepseek_v2 cannot be without one.
+        unscaled = {"type": "yarn", "rope_type": "yarn", "factor": 1.0}
+        return unscaled if model_type == "deepseek_v2" else None
+    logarithm = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if scaling["type"] != "yarn" or not logarithm or "mscale" in scaling:
+        raise unsupported(
+            keys,
+            f"stretches its rotary embedding by the method {scaling['type']!r} without "
+            "yarn_log_multiplier alone, which llama.cpp follows with a scale of attention that "
+            "mlx-lm's DeepSeek classes do not have",
+        )
+    if model_type == "youtu_llm":
+        raise unsupported(
+            keys,
+            "stretches its rotary embedding and has no experts; mlx-lm's class for that does not "
+            "scale attention with it",
+        )
+    # In the file it is a tenth of the publisher's number, rounded to float32.
+    magnitude = round(10 * short(logarithm), 6)
+    return scaling | {
+        "mscale": magnitude,
+        "mscale_all_dim": magnitude,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+
+
+def _weights(keys: Keys) -> list[Weight]:
+    found = repathed(
+        renamed(keys, _BLOCK, skip=(_APART, _JOINED, _FUSED)),
+        {r"e_score_correction_bias\.bias$": "e_score_correction_bias"},
+    )
+    apart = _model_type(keys) == "deepseek_v3"
+    for layer in range(keys.layers):
+        module = f"model.layers.{layer}"
+        if f"blk.{layer}.ffn_gate_up_exps.weight" in keys.tensors:
+            found += halved_experts(
+                keys, f"blk.{layer}.ffn_gate_up_exps.weight", f"{module}.mlp.switch_mlp"
+            )
+        joined = f"blk.{layer}.attn_kv_b.weight" in keys.tensors
+        make = (_split if joined else _as_it_is) if apart else (_whole if joined else _joined)
+        found += make(keys, layer, f"{module}.self_attn")
+    return found
+
+
+def _as_it_is(keys: Keys, layer: int, module: str) -> list[Weight]:
+    """k_b and v_b for deepseek_v3, which has them in the same order."""
+    return [
+        Weight(f"{module}.embed_q.weight", (Piece(f"blk.{layer}.attn_k_b.weight"),)),
+        Weight(f"{module}.unembed_out.weight", (Piece(f"blk.{layer}.attn_v_b.weight"),)),
+    ]
+
+
+def _whole(keys: Keys, layer: int, module: str) -> list[Weight]:
+    """kv_b for deepseek_v2, which has it in the same order."""
+    return [Weight(f"{module}.kv_b_proj.weight", (Piece(f"blk.{layer}.attn_kv_b.weight"),))]
+
+
+def _split(keys: Keys, layer: int, module: str) -> list[Weight]:
+    """kv_b for deepseek_v3: a head's key rows transposed, and its value rows."""
+    heads, name = _heads(keys), f"blk.{layer}.attn_kv_b.weight"
+    index = np.arange(keys.tensor(name).rows).reshape(heads.count, heads.nope + heads.value)
+    return [
+        Weight(
+            f"{module}.embed_q.weight",
+            (Piece(name, index[:, : heads.nope].reshape(-1)),),
+            (heads.count, heads.nope, heads.latent),
+            lambda values: values.swapaxes(1, 2),
+        ),
+        Weight(
+            f"{module}.unembed_out.weight",
+            (Piece(name, index[:, heads.nope :].reshape(-1)),),
+            (heads.count, heads.value, heads.latent),
+        ),
+    ]
+
+
+def _joined(keys: Keys, layer: int, module: str) -> list[Weight]:
+    """k_b and v_b for deepseek_v2: the values as kv_b, since k_b has to be transposed."""
+    key, value = f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight"
+    return [Weight(f"{module}.kv_b_proj.weight", (Piece(value),), change=_joining(keys, key))]
+
+
+def _joining(keys: Keys, key: str) -> Callable[[np.ndarray], np.ndarray]:
+    keys.tensor(key)
+
+    def join(values: np.ndarray) -> np.ndarray:
+        both = np.concatenate([keys.values(key).swapaxes(1, 2), values], axis=1)
+        return both.reshape(-1, both.shape[-1])
+
+    return join
+
+
+FAMILIES: tuple[Family, ...] = (
+    # attn_k_b is read beside attn_v_b where the two become one parameter.
+    Family("deepseek2", _config, _weights, unused=(r"^blk\.\d+\.attn_k_b\.weight$",)),
+)

@@ -1,0 +1,302 @@
+"""Gemma: gemma, gemma2, gemma3 and gemma4, text only.
+
+Up to Gemma 3 the converter adds one to every norm, because mlx-lm multiplies by one plus the
+weight; Gemma 4 is without it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from convert.architectures.families.family import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    OUTSIDE,
+    Family,
+    Keys,
+    Weight,
+    base_config,
+    changed,
+    halved_experts,
+    renamed,
+    repathed,
+    rope_scaling,
+    short,
+    sliding_layers,
+    sliding_window,
+    unscaled_rotary,
+    unsupported,
+    whole_rotary,
+)
+from convert.mlx.gemma2_window import WINDOW
+
+_POST_NORMS = {
+    **ATTENTION,
+    **FEED_FORWARD,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""blk.N.* of Gemma 2 and later: a norm behind attention and one behind the feed-forward network."""
+
+
+def _less_one(keys: Keys, table: dict[str, str]) -> list[Weight]:
+    return changed(renamed(keys, table), r"norm\.weight$", lambda gain: gain - 1)
+
+
+def _gemma_config(keys: Keys) -> dict[str, Any]:
+    whole_rotary(keys)
+    unscaled_rotary(keys)
+    return base_config(keys, "gemma") | {"tie_word_embeddings": True}
+
+
+def _query_scale(keys: Keys, largest: int) -> int:
+    """What the square of the query's divisor is: llama.cpp goes by the number of layers."""
+    heads = keys.integer("attention.head_count")
+    per_head = int(keys.integer("embedding_length")) // int(heads)
+    return per_head if keys.layers == largest else keys.integer("attention.key_length", per_head)
+
+
+def _gemma2_config(keys: Keys) -> dict[str, Any]:
+    whole_rotary(keys)
+    unscaled_rotary(keys)
+    base = keys.number("rope.freq_base", 10000.0)
+    if keys.number("rope.freq_base_swa", base) != base:
+        raise unsupported(
+            keys, "turns its sliding layers at a rate of their own, but mlx-lm's gemma2 has one"
+        )
+    return base_config(keys, "gemma2") | {
+        "tie_word_embeddings": True,
+        # mlx-lm's gemma2 does not read it: `convert.mlx.gemma2_window` does.
+        "sliding_window": sliding_window(keys, WINDOW),
+        "query_pre_attn_scalar": _query_scale(keys, 46),
+        "attn_logit_softcapping": short(keys.number("attn_logit_softcapping", 50.0)),
+        "final_logit_softcapping": short(keys.number("final_logit_softcapping", 30.0)),
+    }
+
+
+def _gemma3_config(keys: Keys) -> dict[str, Any]:
+    whole_rotary(keys)
+    if keys.number("final_logit_softcapping", 0.0):
+        raise unsupported(
+            keys, "caps its logits (final_logit_softcapping), which mlx-lm's gemma3 does not do"
+        )
+    scaling = rope_scaling(keys)
+    if scaling is not None and scaling["type"] != "linear":
+        raise unsupported(
+            keys,
+            f"stretches its rotary embedding by the method {scaling['type']!r}, which mlx-lm's "
+            "gemma3 would apply to fewer layers than llama.cpp does",
+        )
+    window = keys.integer("attention.sliding_window", 0)
+    pattern = 1
+    if window:
+        sliding = sliding_layers(keys, 6)
+        # Layer number `pattern`, counted from one, is the first without a window.
+        pattern = sliding.index(False) + 1 if False in sliding else 0
+        if not pattern or sliding != [(n + 1) % pattern != 0 for n in range(keys.layers)]:
+            raise unsupported(
+                keys,
+                "gives the whole context to other layers than every n-th, which is all that "
+                "mlx-lm's gemma3 can do",
+            )
+    return base_config(keys, "gemma3_text") | {
+        "query_pre_attn_scalar": _query_scale(keys, 62),
+        "rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0),
+        "rope_scaling": scaling,
+        "sliding_window": window or keys.integer("context_length"),
+        "sliding_window_pattern": pattern,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Gemma 4
+
+_GEMMA4_OUTSIDE = {
+    **OUTSIDE,
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
+
+_GEMMA4_BLOCK = {
+    **_POST_NORMS,
+    "layer_output_scale": "layer_scalar",
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "ffn_gate_inp": "router.proj",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+    **{
+        name: module.replace("mlp.switch_mlp", "experts.switch_glu")
+        for name, module in EXPERTS.items()
+        if name.endswith("_exps")
+    },
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+}
+
+_SHARED = r"^blk\.\d+\.attn_(k|v|k_norm)\.weight$"
+"""What the last layers have in files, but use another layer's keys and values instead."""
+
+
+def _gemma4_config(keys: Keys) -> dict[str, Any]:
+    layers = keys.layers
+    sliding = [bool(one) for one in keys.per_layer("attention.sliding_window_pattern")]
+    first_shared = layers - _shared_layers(keys, sliding)
+    widths = keys.per_layer("feed_forward_length")
+    width = widths[0]
+    doubled = layers > first_shared and widths[first_shared] == 2 * width
+    if widths != [width * (1 + (doubled and n >= first_shared)) for n in range(layers)]:
+        raise unsupported(
+            keys,
+            f"has feed-forward networks of the widths {sorted(set(widths))}, but mlx-lm's gemma4 "
+            "can only double the width of the layers that share keys and values",
+        )
+    experts = keys.integer("expert_count", 0)
+    config = {
+        "model_type": "gemma4_text",
+        "hidden_size": keys.integer("embedding_length"),
+        "num_hidden_layers": layers,
+        "intermediate_size": width,
+        "num_attention_heads": keys.integer("attention.head_count"),
+        "head_dim": keys.integer("attention.key_length_swa"),
+        "global_head_dim": keys.integer("attention.key_length"),
+        **_key_heads(keys, sliding, first_shared),
+        "rms_norm_eps": short(keys.number("attention.layer_norm_rms_epsilon")),
+        "vocab_size": keys.vocabulary,
+        "vocab_size_per_layer_input": keys.vocabulary,
+        "hidden_size_per_layer_input": keys.integer("embedding_length_per_layer_input"),
+        "num_kv_shared_layers": layers - first_shared,
+        "use_double_wide_mlp": doubled,
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+        "sliding_window": keys.integer("attention.sliding_window"),
+        "rope_parameters": _gemma4_rotary(keys, sliding),
+        "max_position_embeddings": keys.integer("context_length"),
+        "final_logit_softcapping": short(keys.number("final_logit_softcapping", 30.0)) or None,
+        "tie_word_embeddings": keys.tied,
+        "enable_moe_block": bool(experts),
+    }
+    if experts:
+        config |= {
+            "num_experts": experts,
+            "top_k_experts": keys.integer("expert_used_count"),
+            "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        }
+    return config
+
+
+def _shared_layers(keys: Keys, sliding: list[bool]) -> int:
+    """How many layers, the last ones, use the keys and values of a layer before them.
+
+    Raises:
+        UserError: where llama.cpp would take them from another layer than mlx-lm.
+    """
+    count = int(keys.integer("attention.shared_kv_layers", 0))
+    own = keys.layers - count
+    # mlx-lm takes the last one of the same kind, llama.cpp the last or the last but one.
+    if count and not (own >= 2 and sliding[own - 2 : own] == [True, False]):
+        raise unsupported(
+            keys,
+            f"shares keys and values over its last {count} layers, but the two layers before them "
+            "are not a sliding and a full one, and mlx-lm would take them from another layer than "
+            "llama.cpp",
+        )
+    return count
+
+
+def _key_heads(keys: Keys, sliding: list[bool], first_shared: int) -> dict[str, Any]:
+    heads = keys.per_layer("attention.head_count_kv", keys.integer("attention.head_count"))
+    by_kind = {
+        kind: {heads[n] for n, slides in enumerate(sliding) if slides == kind}
+        for kind in (True, False)
+    }
+    owners = [n for n in range(first_shared) if not sliding[n]]
+    without = [n for n in owners if f"blk.{n}.attn_v.weight" not in keys.tensors]
+    if any(len(found) > 1 for found in by_kind.values()) or without not in ([], owners):
+        raise unsupported(
+            keys,
+            "has layers of one kind that differ in their key and value heads, which mlx-lm's "
+            "gemma4 cannot have",
+        )
+    full = next(iter(by_kind[False] or by_kind[True]))
+    found = {
+        "num_key_value_heads": next(iter(by_kind[True] or by_kind[False])),
+        "num_global_key_value_heads": full,
+        "attention_k_eq_v": bool(without),
+    }
+    if full != found["num_key_value_heads"] and not without:
+        raise unsupported(
+            keys,
+            "has more or fewer key heads in its full layers than in its sliding ones, which "
+            "mlx-lm's gemma4 can have only where the keys are the values as well",
+        )
+    return found
+
+
+def _gemma4_rotary(keys: Keys, sliding: list[bool]) -> dict[str, Any]:
+    """Both kinds' rotary embeddings; the table of factors is 1 for dimensions that turn."""
+    if keys.number("rope.scaling.factor", 1.0) not in (0.0, 1.0):
+        raise unsupported(keys, "stretches its rotary embedding, which no published gemma4 does")
+    for slides, kind in ((True, "_swa"), (False, "")):
+        if slides in sliding and keys.integer(
+            f"rope.dimension_count{kind}", keys.integer(f"attention.key_length{kind}")
+        ) != keys.integer(f"attention.key_length{kind}"):
+            raise unsupported(
+                keys,
+                "rotates only the first dimensions of its heads, but mlx-lm's gemma4 rotates all "
+                "of them",
+            )
+    share = 1.0
+    if False in sliding:
+        table = keys.values("rope_freqs.weight").reshape(-1)
+        turning = int(np.sum(table == 1.0))
+        if not (np.all(table[:turning] == 1.0) and np.all(table[turning:] >= 1e10)):
+            raise unsupported(
+                keys,
+                "has a rope_freqs.weight that does more than to keep some dimensions from "
+                "turning, which mlx-lm's gemma4 cannot do",
+            )
+        share = turning / len(table)
+        head = 2 * len(table)
+        if int(head * share) != 2 * turning:
+            share = (2 * turning + 0.5) / head
+    return {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": keys.number("rope.freq_base", 10000.0),
+            "partial_rotary_factor": share,
+        },
+        "sliding_attention": {
+            "rope_type": "default",
+            "rope_theta": keys.number("rope.freq_base_swa", 10000.0),
+            "partial_rotary_factor": 1.0,
+        },
+    }
+
+
+def _gemma4_weights(keys: Keys) -> list[Weight]:
+    first_shared = keys.layers - int(keys.integer("attention.shared_kv_layers", 0))
+    shared = tuple(
+        _SHARED.replace(r"\d+", str(layer)) for layer in range(first_shared, keys.layers)
+    )
+    skip = (*shared, r"\.ffn_gate_up_exps\.weight$")
+    found = renamed(keys, _GEMMA4_BLOCK, _GEMMA4_OUTSIDE, skip=skip)
+    for name in keys.tensors:
+        if layer := re.fullmatch(r"blk\.(\d+)\.ffn_gate_up_exps\.weight", name):
+            found += halved_experts(keys, name, f"model.layers.{layer[1]}.experts.switch_glu")
+    return repathed(found, {r"\.layer_scalar\.weight$": ".layer_scalar"})
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("gemma", _gemma_config, lambda keys: _less_one(keys, {**ATTENTION, **FEED_FORWARD})),
+    Family("gemma2", _gemma2_config, lambda keys: _less_one(keys, _POST_NORMS)),
+    Family("gemma3", _gemma3_config, lambda keys: _less_one(keys, _POST_NORMS)),
+    Family("gemma4", _gemma4_config, _gemma4_weights, unused=(_SHARED,)),
+)

@@ -1,0 +1,65 @@
+"""gpt-oss: experts with biases, usually in MXFP4, and attention with sinks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convert.architectures.families.family import (
+    ATTENTION,
+    Family,
+    Keys,
+    Weight,
+    base_config,
+    renamed,
+    repathed,
+    rope_scaling,
+    sliding_layers,
+    unsupported,
+    whole_rotary,
+)
+
+_BLOCK = {
+    **ATTENTION,
+    "attn_sinks": "self_attn.sinks",
+    # In spite of its name it stands before the experts.
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+
+
+def _config(keys: Keys) -> dict[str, Any]:
+    whole_rotary(keys)
+    base = keys.number("rope.freq_base", 10000.0)
+    if keys.number("rope.freq_base_swa", base) != base:
+        raise unsupported(
+            keys,
+            "rotates its layers with a window at frequencies of their own, which mlx-lm's model "
+            f"for {keys.architecture} does not do",
+        )
+    if keys.tied:
+        raise unsupported(keys, "has no output.weight, which mlx-lm's model needs")
+    slides = sliding_layers(keys, 2)
+    if len(set(slides)) < 2:
+        raise unsupported(
+            keys,
+            "does not have both layers with a sliding window and layers without, which mlx-lm's "
+            f"model for {keys.architecture} needs",
+        )
+    return base_config(keys, "gpt_oss") | {
+        "num_local_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "intermediate_size": keys.integer("expert_feed_forward_length"),
+        "sliding_window": keys.integer("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in slides],
+        "rope_scaling": rope_scaling(keys),
+    }
+
+
+def _weights(keys: Keys) -> list[Weight]:
+    return repathed(renamed(keys, _BLOCK), {r"\.sinks\.weight$": ".sinks"})
+
+
+FAMILIES = (Family("gpt-oss", _config, _weights),)

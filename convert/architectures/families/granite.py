@@ -1,0 +1,110 @@
+"""IBM's Granite: granite and granitemoe, llamas whose parts are multiplied by constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convert.architectures.families.family import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    Family,
+    Keys,
+    Piece,
+    Weight,
+    base_config,
+    experts_used,
+    renamed,
+    rope_scaling,
+    short,
+    unscaled_rotary,
+    unsupported,
+    whole_rotary,
+)
+from convert.architectures.families.llama import biases, unpermuted
+
+_SHARED = r"\.ffn_(gate|up)_shexp\."
+
+
+def _multipliers(keys: Keys) -> dict[str, Any]:
+    """The four constants; zero is llama.cpp's word for none of the kind."""
+    config = base_config(keys, "granite")
+    return {
+        "embedding_multiplier": short(keys.number("embedding_scale", 0.0)) or 1.0,
+        "residual_multiplier": short(keys.number("residual_scale", 0.0)) or 1.0,
+        "attention_multiplier": short(keys.number("attention.scale", 0.0))
+        or config["head_dim"] ** -0.5,
+        "logits_scaling": short(keys.number("logit_scale")),
+    }
+
+
+def _granite_config(keys: Keys) -> dict[str, Any]:
+    whole_rotary(keys)
+    if not keys.get("rope.scaling.finetuned", True):
+        raise unsupported(
+            keys,
+            "has no rotary embedding (granite.rope.scaling.finetuned is false), but mlx-lm's "
+            "granite always has one",
+        )
+    return (
+        base_config(keys, "granite")
+        | _multipliers(keys)
+        | biases(keys)
+        | {"rope_scaling": rope_scaling(keys)}
+    )
+
+
+def _granite_weights(keys: Keys) -> list[Weight]:
+    return unpermuted(keys, renamed(keys, {**ATTENTION, **FEED_FORWARD}))
+
+
+def _shared(keys: Keys) -> bool:
+    return "blk.0.ffn_down_shexp.weight" in keys.tensors
+
+
+def _moe_config(keys: Keys) -> dict[str, Any]:
+    """mlx-lm has a class with a shared expert beside the others: the hybrid one.
+
+    Without a layer of its other kind it is granitemoe and that expert.
+    """
+    whole_rotary(keys)
+    config = (
+        base_config(keys, "granitemoe")
+        | _multipliers(keys)
+        | {
+            "attention_bias": biases(keys)["attention_bias"],
+            "num_local_experts": keys.integer("expert_count"),
+            "num_experts_per_tok": experts_used(keys),
+        }
+    )
+    if not _shared(keys):
+        return config | {"rope_scaling": rope_scaling(keys)}
+    unscaled_rotary(keys)
+    return config | {
+        "model_type": "granitemoehybrid",
+        "layer_types": ["attention"] * keys.layers,
+        "shared_intermediate_size": keys.integer("expert_shared_feed_forward_length"),
+    }
+
+
+def _moe_weights(keys: Keys) -> list[Weight]:
+    table = {**ATTENTION, **FEED_FORWARD, "ffn_down_shexp": "shared_mlp.output_linear"} | {
+        name: "block_sparse_moe." + module.removeprefix("mlp.") for name, module in EXPERTS.items()
+    }
+    table["ffn_gate_inp"] = "block_sparse_moe.router.layer"
+    weights = unpermuted(keys, renamed(keys, table, skip=[_SHARED]))
+    if _shared(keys):
+        weights += [
+            Weight(
+                f"model.layers.{layer}.shared_mlp.input_linear.weight",
+                tuple(Piece(f"blk.{layer}.ffn_{half}_shexp.weight") for half in ("gate", "up")),
+            )
+            for layer in range(keys.layers)
+        ]
+    return weights
+
+
+FAMILIES = (
+    Family("granite", _granite_config, _granite_weights),
+    Family("granitemoe", _moe_config, _moe_weights),
+)

@@ -1,0 +1,150 @@
+"""LFM2: short convolutions, and attention in some layers; with experts as lfm2moe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from convert.architectures.families.family import (
+    Family,
+    Keys,
+    Weight,
+    renamed,
+    repathed,
+    short,
+    unscaled_rotary,
+    unsupported,
+    whole_rotary,
+)
+from convert.base.errors import UserError
+
+_OUTSIDE = {
+    "token_embd": "model.embed_tokens",
+    # In spite of its name it is the last norm.
+    "token_embd_norm": "model.embedding_norm",
+}
+
+_BLOCK = {
+    "attn_norm": "operator_norm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.conv": "conv.conv",
+    "shortconv.out_proj": "conv.out_proj",
+    "ffn_norm": "ffn_norm",
+}
+
+_DENSE = {
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}
+
+_EXPERTS = {
+    "ffn_gate": "feed_forward.gate_proj",
+    "ffn_up": "feed_forward.up_proj",
+    "ffn_down": "feed_forward.down_proj",
+    "ffn_gate_inp": "feed_forward.gate",
+    "ffn_gate_exps": "feed_forward.switch_mlp.gate_proj",
+    "ffn_up_exps": "feed_forward.switch_mlp.up_proj",
+    "ffn_down_exps": "feed_forward.switch_mlp.down_proj",
+    "exp_probs_b": "feed_forward.expert_bias",
+}
+
+_SIGMOID = 2
+
+
+def _config(keys: Keys, model_type: str) -> dict[str, Any]:
+    name = keys.source.parts[0]
+    unscaled_rotary(keys)
+    whole_rotary(keys)
+    if keys.integer("attention.sliding_window", 0):
+        raise unsupported(keys, "has a sliding window, which mlx-lm's model for LFM2 does not have")
+    if not keys.get("attention.causal", True):
+        raise unsupported(keys, "looks ahead, to make embeddings and not text")
+    if not keys.tied:
+        raise unsupported(
+            keys,
+            "holds an output.weight, but mlx-lm's model for LFM2 always takes the embedding for "
+            "its output head",
+        )
+    width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
+    # None in the layers of convolution.
+    per_layer = [int(one) for one in keys.per_layer("attention.head_count_kv", heads)]
+    counts = set(per_layer) - {0}
+    if len(counts) != 1:
+        raise UserError(
+            f"{name} has {sorted(counts) or 'no'} key-value heads in its layers of attention, "
+            "where one number is expected: get the file again."
+        )
+    return {
+        "model_type": model_type,
+        "hidden_size": width,
+        "num_hidden_layers": keys.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": counts.pop(),
+        "vocab_size": keys.vocabulary,
+        "max_position_embeddings": keys.integer("context_length"),
+        "rope_theta": keys.number("rope.freq_base", 10000.0),
+        "norm_eps": short(keys.number("attention.layer_norm_rms_epsilon")),
+        "conv_bias": False,
+        "conv_L_cache": keys.integer("shortconv.l_cache"),
+        "layer_types": ["full_attention" if one else "conv" for one in per_layer],
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "tie_word_embeddings": True,
+    }
+
+
+def _dense_config(keys: Keys) -> dict[str, Any]:
+    config = _config(keys, "lfm2")
+    return config | {
+        "block_dim": config["hidden_size"],
+        "block_ff_dim": config["intermediate_size"],
+        # The width in the file is the one that all adjusting has led to.
+        "block_auto_adjust_ff_dim": False,
+        "block_multiple_of": 1,
+        "block_ffn_dim_multiplier": 1.0,
+    }
+
+
+def _moe_config(keys: Keys) -> dict[str, Any]:
+    if keys.integer("expert_gating_func") != _SIGMOID:
+        raise unsupported(
+            keys, "does not choose its experts by a sigmoid, as mlx-lm's model for LFM2 does"
+        )
+    return _config(keys, "lfm2_moe") | {
+        "num_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        "num_dense_layers": keys.integer("leading_dense_block_count", 0),
+        "norm_topk_prob": True,
+        "use_expert_bias": True,
+    }
+
+
+def _weights(feed_forward: dict[str, str]) -> Callable[[Keys], list[Weight]]:
+    def weights(keys: Keys) -> list[Weight]:
+        found = repathed(
+            renamed(keys, {**_BLOCK, **feed_forward}, _OUTSIDE),
+            {r"\.expert_bias\.bias$": ".expert_bias"},
+        )
+        return [
+            # One kernel for each channel.
+            replace(one, shape=(*keys.tensor(one.pieces[0].tensor).shape, 1))
+            if one.path.endswith(".conv.conv.weight")
+            else one
+            for one in found
+        ]
+
+    return weights
+
+
+FAMILIES = (
+    Family("lfm2", _dense_config, _weights(_DENSE)),
+    Family("lfm2moe", _moe_config, _weights(_EXPERTS)),
+)

@@ -1,0 +1,93 @@
+"""Llama and its nearest relatives: llama (Mistral and Mixtral among them), qwen2, qwen3."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from convert.architectures.families.family import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    Family,
+    Keys,
+    Weight,
+    base_config,
+    experts_used,
+    half_split_rows,
+    renamed,
+    reordered,
+    rope_scaling,
+    unscaled_rotary,
+    whole_rotary,
+)
+from convert.base.errors import UserError
+from convert.gguf.file import TensorEntry
+
+
+def unpermuted(keys: Keys, weights: list[Weight]) -> list[Weight]:
+    """Q and K rows in mlx-lm's order."""
+    heads = {
+        "q": keys.count("attention.head_count"),
+        "k": keys.count("attention.head_count_kv", keys.integer("attention.head_count")),
+    }
+
+    def rows(entry: TensorEntry) -> np.ndarray:
+        which = re.search(r"attn_([qk])\.", entry.name)
+        assert which
+        # A bias is one row of GGUF's, but has as many elements as its weight has rows.
+        count = entry.shape[0]
+        if count % (2 * heads[which[1]]):
+            raise UserError(
+                f"{keys.source.parts[0]}: {entry.name} has {count} rows, which are not those of "
+                f"{heads[which[1]]} heads: get the file again."
+            )
+        return half_split_rows(count, heads[which[1]])
+
+    return reordered(weights, r"\.(q_proj|k_proj)\.(weight|bias)$", rows, keys)
+
+
+def _llama_config(keys: Keys) -> dict[str, Any]:
+    whole_rotary(keys)
+    if keys.integer("expert_count", 0):
+        unscaled_rotary(keys)
+        return base_config(keys, "mixtral") | {
+            "num_local_experts": keys.integer("expert_count"),
+            "num_experts_per_tok": experts_used(keys),
+        }
+    return base_config(keys, "llama") | biases(keys) | {"rope_scaling": rope_scaling(keys)}
+
+
+def biases(keys: Keys) -> dict[str, bool]:
+    """What llama's config and those made after it say of biases."""
+    return {
+        "attention_bias": "blk.0.attn_q.bias" in keys.tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in keys.tensors,
+    }
+
+
+def _llama_weights(keys: Keys) -> list[Weight]:
+    table = {**ATTENTION, **FEED_FORWARD}
+    if keys.integer("expert_count", 0):
+        table |= {
+            name: "block_sparse_moe." + module.removeprefix("mlp.")
+            for name, module in EXPERTS.items()
+        }
+    return unpermuted(keys, renamed(keys, table))
+
+
+def _qwen_config(model_type: str) -> Any:
+    return lambda keys: base_config(keys, model_type) | {"rope_scaling": rope_scaling(keys)}
+
+
+def _plain_weights(keys: Keys) -> list[Weight]:
+    return renamed(keys, {**ATTENTION, **FEED_FORWARD})
+
+
+FAMILIES = (
+    Family("llama", _llama_config, _llama_weights),
+    Family("qwen2", _qwen_config("qwen2"), _plain_weights),
+    Family("qwen3", _qwen_config("qwen3"), _plain_weights),
+)

@@ -1,0 +1,79 @@
+"""Multi-token prediction in a GGUF: the tensors of blocks that only draft, and what writes in them.
+
+A drafting block is one of the architecture's own blocks with ``blk.N.nextn.*`` beside it: eh_proj,
+which joins the last hidden state and the next token's embedding and so starts the block's stream,
+norms, and for some models copies of the embedding (embed_tokens) and the head. llama.cpp's plain
+generation does not run it; its speculative decoding may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from convert.architectures import gguf_writers
+from convert.architectures.gguf_writers import GgufWriter
+from convert.base.errors import UserError
+
+_READS = frozenset(
+    ["nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "nextn.shared_head_head"]
+)
+
+
+def tensors(architecture: str, names: Collection[str], metadata: Mapping[str, Any]) -> list[str]:
+    """Names of all tensors of drafting blocks, in the file's order."""
+    ordered = [gguf_writers._Name(name) for name in names]
+    aside = gguf_writers._predicting(architecture, ordered, metadata)
+    return [name.full for name in ordered if name.layer in aside]
+
+
+def find(
+    architecture: str, shapes: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> list[GgufWriter]:
+    """What writes to the stream in drafting blocks; they count as the last block that does not.
+
+    Args:
+        architecture: one that `gguf_writers.find` knows.
+        shapes: every tensor's name -> shape in NumPy's order.
+        metadata: the file's keys and values.
+
+    Raises:
+        UserError: no such block, or one with a tensor whose part in it is not known.
+    """
+    drafting = [gguf_writers._Name(name) for name in tensors(architecture, shapes, metadata)]
+    if not any(name.role == "nextn.eh_proj" for name in drafting):
+        raise UserError(
+            "--mtp: the file holds no block of multi-token prediction (blk.N.nextn.eh_proj); leave "
+            "the flag out."
+        )
+    facts = gguf_writers.ARCHITECTURES[architecture]
+    norms = gguf_writers._norms(facts)
+    last = min(name.layer for name in drafting) - 1
+    reads = gguf_writers.READS | facts.reads | norms | _READS
+    # The final norm of a BailingMoE drafting block; elsewhere it would be a gain, and in `norms`.
+    reads |= {"layer_output_norm"}
+    found, lost = [], []
+    for name in sorted(drafting, key=lambda name: (name.layer, name.full)):
+        behind = facts.feeds.get(name.role)
+        if behind and f"blk.{name.layer}.{behind}.weight" in shapes:
+            continue
+        if name.role == "nextn.embed_tokens" and name.suffix == "weight":
+            found.append(GgufWriter(name.full, "embedding", -1))
+        elif name.role == "nextn.eh_proj" and name.suffix == "weight":
+            bias = gguf_writers._bias(name, shapes)
+            found.append(GgufWriter(name.full, "linear", last, bias=bias))
+        elif name.role in facts.writers and name.suffix == "weight":
+            one = gguf_writers._writer(architecture, name, facts, shapes)
+            found.append(replace(one, layer=last))
+        elif name.suffix == "bias" and (name.role in facts.writers or name.role == "nextn.eh_proj"):
+            continue  # edited with its weight
+        elif name.role not in reads or (name.role in norms and name.suffix == "bias"):
+            lost.append(name.full)
+    if lost:
+        raise UserError(
+            "--mtp: the file holds tensors of multi-token prediction whose part is not known: "
+            f"{gguf_writers._listed(lost)}; leave the flag out to keep them as they are."
+        )
+    gguf_writers._check_shapes(architecture, found, shapes, metadata)
+    return found

@@ -1,0 +1,1 @@
+"""Errors, files, JSON and numbers, of no format in particular."""

@@ -1,0 +1,220 @@
+"""Grid: the values a quantized tensor can take, whatever the file format.
+
+A quantized weight is ``scale * level[code] + offset``. The scale and the offset belong to a group
+of neighbouring weights in a row, the levels to the type; only the codes are chosen per weight. A
+Grid knows nothing of bytes: the codec that made it (``convert/gguf/ggml_types.py``,
+``convert/mlx/types.py``) turns it back into its format.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+CHUNK = 1 << 18
+"""Weights per piece of work: its arrays stay in the cache, and it is worth a thread's while."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """R rows of n weights, each on one of K levels of its group.
+
+    A consumer must cope with a scale that is negative (the highest level is then the lowest value:
+    ggml writes such in Q4_0, Q5_0, Q3_K, Q6_K, IQ4_NL and IQ4_XS, MLX in affine) and with one that
+    is zero (every code then means the offset).
+
+    Attributes:
+        codes: uint8, (R, n): indices into ``levels``.
+        levels: float32, (K,): strictly ascending, 2 <= K <= 256. Codes are ranks in this order;
+            where a format stores another number for a level, its codec translates.
+        scales: float32, (R, n // group), finite.
+        offsets: float32, (R, n // group), finite; None where the type has none.
+        group: weights that share a scale and an offset.
+        frame: the codec's own, not to be looked into: whatever else it needs to write this tensor
+            back, scales and offsets exactly as stored among it. Not copied: leave alone what the
+            Grid was decoded from.
+    """
+
+    codes: np.ndarray
+    levels: np.ndarray
+    scales: np.ndarray
+    offsets: np.ndarray | None
+    group: int
+    frame: Any = None
+
+    def __post_init__(self) -> None:
+        rows, width = self.codes.shape
+        if self.group < 1 or width % self.group:
+            raise ValueError(f"rows of {width} codes are no multiple of groups of {self.group}")
+        for part in (self.scales, self.offsets):
+            if part is not None and part.shape != (rows, width // self.group):
+                raise ValueError(f"{part.shape} scales or offsets for {self.codes.shape} codes")
+        _check_codes(self.codes, len(self.levels))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, n)."""
+        rows, width = self.codes.shape
+        return rows, width
+
+    def values(self) -> np.ndarray:
+        """The weights, float32 (R, n), to the bit what the format's own decoder gives.
+
+        One multiplication, then one addition, each rounded to float32, as gguf-py and ggml do it.
+        """
+        rows, width = self.shape
+        values = np.empty((rows, width), dtype=np.float32)
+        grouped = (rows * width // self.group, self.group)
+        scales = self.scales.reshape(-1, 1)
+        offsets = None if self.offsets is None else self.offsets.reshape(-1, 1)
+        codes, flat = self.codes.reshape(grouped), values.reshape(grouped)
+
+        def look_up(part: slice) -> None:
+            # "clip" only says that no index needs a check: codes are below K.
+            np.take(self.levels, codes[part], out=flat[part], mode="clip")
+            with np.errstate(over="ignore"):
+                flat[part] *= scales[part]
+            if offsets is not None:
+                flat[part] += offsets[part]
+
+        in_chunks(look_up, len(codes), self.group)
+        return values
+
+    def with_codes(self, codes: np.ndarray) -> Grid:
+        """The same grid with other codes, uint8 (R, n); scales, offsets and frame are shared.
+
+        Raises:
+            ValueError: when a code has no level, or on another shape or dtype.
+        """
+        if codes.shape != self.codes.shape:
+            raise ValueError(f"{codes.shape} codes for a grid of {self.codes.shape}")
+        return replace(self, codes=codes)
+
+    def ends(self, beyond: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and the highest value of every group, float32 (R, n // group) each.
+
+        Args:
+            beyond: how many of the outermost steps to go past them; 0.5 gives the values from
+                where the nearest code is more than half a step off.
+        """
+        first = self.levels[0] - beyond * (self.levels[1] - self.levels[0])
+        last = self.levels[-1] + beyond * (self.levels[-1] - self.levels[-2])
+        with np.errstate(over="ignore"):
+            one, other = self.scales * np.float32(first), self.scales * np.float32(last)
+        if self.offsets is not None:
+            one, other = one + self.offsets, other + self.offsets
+        return np.minimum(one, other), np.maximum(one, other)
+
+    def left_by(self, values: np.ndarray) -> np.ndarray:
+        """Groups that cannot hold these values: indices into all of them, row after row.
+
+        Those with a value that lies more than half a step past their ends.
+
+        Args:
+            values: float32, (R, n).
+        """
+        rows, width = self.shape
+        wanted = np.ascontiguousarray(values, dtype=np.float32)
+        wanted = wanted.reshape(rows, width // self.group, self.group)
+        lowest, highest = self.ends(beyond=0.5)
+        left = np.empty(lowest.shape, dtype=bool)
+
+        def look(part: slice) -> None:
+            least, most = wanted[part].min(axis=2), wanted[part].max(axis=2)
+            left[part] = (least < lowest[part]) | (most > highest[part])
+
+        in_chunks(look, rows, width)
+        return np.flatnonzero(left)
+
+    def groups(self, which: np.ndarray) -> Grid:
+        """Some groups as rows of one group each, without a frame."""
+        codes = self.codes.reshape(-1, self.group)[which]
+        scales = self.scales.reshape(-1, 1)[which]
+        offsets = None if self.offsets is None else self.offsets.reshape(-1, 1)[which]
+        return Grid(codes, self.levels, scales, offsets, self.group)
+
+    def squared_error(self, wanted: np.ndarray) -> np.ndarray:
+        """Of every row against float32 (R, n): float64 (R,)."""
+        return np.square(self.values() - wanted, dtype=np.float64).sum(axis=1)
+
+    def nearest(self, values: np.ndarray) -> np.ndarray:
+        """The code whose level comes nearest, for each of the values: uint8 (R, n).
+
+        Plain rounding, each weight for itself. Where a scale is zero the present code stays.
+
+        Args:
+            values: float32, (R, n), finite.
+        """
+        rows, width = self.shape
+        grouped = (rows * width // self.group, self.group)
+        wanted = np.ascontiguousarray(values, dtype=np.float32).reshape(grouped)
+        codes = np.array(self.codes).reshape(grouped)
+        scales = self.scales.reshape(-1, 1)
+        offsets = None if self.offsets is None else self.offsets.reshape(-1, 1)
+        edges = (self.levels[1:] + self.levels[:-1]) / 2
+
+        def round_part(part: slice) -> None:
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                at = wanted[part] if offsets is None else wanted[part] - offsets[part]
+                at = at / scales[part]
+            found = np.searchsorted(edges, at).astype(np.uint8)
+            np.copyto(codes[part], found, where=scales[part] != 0)
+
+        in_chunks(round_part, len(codes), self.group)
+        return codes.reshape(rows, width)
+
+
+@dataclass(frozen=True, eq=False)
+class FloatGrid:
+    """R rows of n weights in a plain float type, where every weight stands for itself.
+
+    There are no codes to choose, so there is no ``with_codes``: the codec's ``round`` makes a
+    FloatGrid of other values.
+
+    Attributes:
+        numbers: float32, (R, n), finite, each exactly a number of the float type.
+    """
+
+    numbers: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, n)."""
+        rows, width = self.numbers.shape
+        return rows, width
+
+    def values(self) -> np.ndarray:
+        """The weights, float32 (R, n)."""
+        return self.numbers
+
+
+def in_chunks(work: Callable[[slice], None], count: int, width: int) -> None:
+    """Do ``work`` on slices that together cover ``range(count)``, over all cores.
+
+    NumPy lets go of the interpreter lock inside its loops, so threads are enough.
+
+    Args:
+        work: is called with one slice; different calls must not write to the same place.
+        count: how many items there are.
+        width: weights per item.
+    """
+    step = max(1, CHUNK // max(width, 1))
+    if count <= step:
+        work(slice(0, count))
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # list() brings an exception of a thread to the caller.
+        parts = (slice(first, min(first + step, count)) for first in range(0, count, step))
+        list(pool.map(work, parts))
+
+
+def _check_codes(codes: np.ndarray, levels: int) -> None:
+    if codes.dtype != np.uint8:
+        raise ValueError(f"codes of dtype {codes.dtype}, not uint8")
+    if levels < 256 and codes.size and (highest := int(codes.max())) >= levels:
+        raise ValueError(f"code {highest} in a grid of {levels} levels")

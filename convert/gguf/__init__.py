@@ -1,0 +1,1 @@
+"""The GGUF format and the types of its tensors."""

@@ -1,0 +1,126 @@
+"""The metadata of a GGUF that this project reads: types and ranges, checked when a file is opened.
+
+Everything else in the metadata may be what it likes. Long arrays are judged by the item type that
+the header gives them, and not decoded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from gguf import GGUFValueType
+
+from convert.base.errors import UserError
+from convert.base.schema import FLAG, TEXT, Kind, Refused, check, either, list_of, number, whole
+
+
+class Field(Protocol):
+    """What the header says of a value: its type, and that of an array's items."""
+
+    @property
+    def type(self) -> GGUFValueType: ...
+
+    @property
+    def item(self) -> GGUFValueType | None: ...
+
+
+_V = GGUFValueType
+_WHOLES = {_V.UINT8, _V.INT8, _V.UINT16, _V.INT16, _V.UINT32, _V.INT32, _V.UINT64, _V.INT64}
+_NUMBERS = _WHOLES | {_V.FLOAT32, _V.FLOAT64}
+
+_MOST_BLOCKS = 1 << 16
+_COUNTS = either(whole(), list_of(whole()))
+
+_GENERAL: dict[str, Kind] = {
+    **dict.fromkeys(("general.architecture", "general.name", "general.type"), TEXT),
+    "general.tags": list_of(TEXT),
+    "general.base_model.count": whole(0, 1 << 16),
+    "general.file_type": whole(0, 1 << 16),
+    **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre"), TEXT),
+    "tokenizer.chat_template": TEXT,
+    **dict.fromkeys(
+        (f"tokenizer.ggml.add_{what}" for what in ("bos_token", "eos_token", "space_prefix")), FLAG
+    ),
+    "controlvector.layer_count": whole(0, _MOST_BLOCKS),
+    "controlvector.model_hint": TEXT,
+    "adapter.type": TEXT,
+    "adapter.lora.alpha": number(),
+}
+"""Key -> what its value has to be."""
+
+_ARRAYS: dict[str, tuple[set[GGUFValueType], str]] = {
+    "tokenizer.ggml.tokens": ({_V.STRING}, "a list of texts"),
+    "tokenizer.ggml.merges": ({_V.STRING}, "a list of texts"),
+    "tokenizer.ggml.scores": (_NUMBERS, "a list of numbers"),
+    "tokenizer.ggml.token_type": (_WHOLES, "a list of whole numbers"),
+}
+"""Key -> types of its items, and that in words."""
+
+_TOKEN_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
+# All bits set means that there is no such token.
+_TOKEN = whole(-1, 2**32 - 1)
+
+_OF_THE_ARCHITECTURE: dict[str, Kind] = {
+    "block_count": whole(0, _MOST_BLOCKS),
+    "nextn_predict_layers": whole(0, _MOST_BLOCKS),
+    **dict.fromkeys(("embedding_length", "context_length"), whole(1)),
+    **dict.fromkeys(("vocab_size", "attention.key_length", "attention.value_length"), whole(0)),
+    **dict.fromkeys(
+        (
+            *("attention.head_count", "attention.head_count_kv", "feed_forward_length"),
+            *("expert_count", "expert_used_count", "rope.dimension_count"),
+        ),
+        _COUNTS,
+    ),
+    "attention.layer_norm_rms_epsilon": number(0, 1),
+    "rope.freq_base": number(0),
+    "rope.scaling.type": TEXT,
+    "rope.scaling.factor": number(0),
+}
+"""The same for keys under the architecture's name."""
+
+
+def check_keys(
+    path: Path,
+    fields: Mapping[str, Field],
+    metadata: Mapping[str, Any],
+    tensors: Iterable[str],
+) -> None:
+    """Refuse metadata of another type or range than this project reads, and counts that lie.
+
+    Args:
+        fields: key -> what the header says of its value.
+        metadata: key -> its value; decoded when asked for.
+        tensors: the names in the file.
+
+    Raises:
+        UserError: naming the file, the key and what belongs there.
+    """
+    for key, (items, says) in _ARRAYS.items():
+        if key in fields and fields[key].item not in items:
+            raise _wrong(path, f"its {key} must be {says}")
+    kinds = dict(_GENERAL)
+    architecture = metadata.get("general.architecture")
+    if isinstance(architecture, str):
+        kinds |= {f"{architecture}.{name}": kind for name, kind in _OF_THE_ARCHITECTURE.items()}
+    kinds |= {key: _TOKEN for key in fields if _TOKEN_ID.fullmatch(key)}
+    try:
+        for key, kind in kinds.items():
+            if key in fields:
+                check(metadata[key], kind, key)
+    except Refused as refused:
+        raise _wrong(path, str(refused)) from None
+    found = [int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d{1,9})\.", name))]
+    blocks, claimed = 1 + max(found, default=-1), metadata.get(f"{architecture}.block_count", 0)
+    if blocks and claimed > 2 * blocks + 16:
+        raise _wrong(
+            path,
+            f"its {architecture}.block_count is {claimed}, and its tensors are of {blocks} blocks",
+        )
+
+
+def _wrong(path: Path, why: str) -> UserError:
+    return UserError(f"{path} cannot be used: {why}; download it again.")

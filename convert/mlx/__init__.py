@@ -1,0 +1,1 @@
+"""MLX folders, and matrices of quantized types in MLX and on a CPU."""

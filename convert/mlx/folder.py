@@ -1,0 +1,259 @@
+"""Rewrite a folder of safetensors shards: a few tensors changed, everything else as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from convert.base import json_text
+from convert.base.errors import UserError
+from convert.mlx.safetensors_files import INDEX, TensorFiles, TensorInfo, type_size
+
+#: From a tensor's float32 values to the edited ones, same shape.
+TensorEdit = Callable[[mx.array], mx.array]
+
+#: Float types by the name that safetensors and GGUF share.
+FLOAT_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+# Weights in another format, or beside those that mlx-lm loads, would carry the unedited model on.
+_OTHER_WEIGHTS = (
+    ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".safetensors", ".h5", ".msgpack", ".npz",
+)  # fmt: skip
+
+
+class Piece(NamedTuple):
+    """Some bytes of a tensor.
+
+    Attributes:
+        name: of the tensor.
+        offset: of the first of them, in the tensor.
+        data: contiguous.
+    """
+
+    name: str
+    offset: int
+    data: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Tensors that are written anew together, piece by piece.
+
+    Attributes:
+        old: names of the source's tensors whose place they take.
+        tensors: name -> safetensors type and shape of what is written. Where these are what the
+            source has, the shard keeps its layout.
+        pieces: called once, when their turn comes; together the pieces must fill the tensors.
+    """
+
+    old: frozenset[str]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    pieces: Callable[[], Iterator[Piece]]
+
+
+def rewrite_folder(
+    source: Path,
+    files: TensorFiles,
+    out: Path,
+    edits: Mapping[str, TensorEdit],
+    *,
+    config: Mapping[str, Any],
+    rewrites: Sequence[Rewrite] = (),
+    skip: tuple[str, ...] = ("README.md",),
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Write an edited copy of the model folder ``source`` into the existing folder ``out``.
+
+    Shards keep their names, and their layout unless a rewrite changes the size of a tensor: each is
+    copied as bytes, then the edited tensors are replaced one by one in their place. Peak memory is
+    a few times the largest edited tensor, whatever the model's size.
+
+    Args:
+        files: the tensors of ``source``.
+        edits: tensor name -> function of its float32 values; it keeps its dtype.
+        config: written as config.json.
+        rewrites: other tensors that change.
+        skip: top-level files that are not copied.
+        progress: called with the number of bytes just written.
+
+    Returns:
+        Names of files left out because they hold weights in a form that was not edited.
+
+    Raises:
+        UserError: when an edited tensor is of no float type, or its edited values overflow it.
+    """
+    left_out = _copy_others(source, files, out, skip)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    places: dict[str, tuple[Path, int, int]] = {}
+    for shard in files.files:
+        places.update(_lay_out(files, shard, out / shard.name, rewrites))
+        if progress:
+            progress((out / shard.name).stat().st_size)
+    if (source / INDEX).exists() and any(_moves(files, one) for one in rewrites):
+        _write_index(source / INDEX, out / INDEX, places)
+    with ExitStack() as stack:
+        streams: dict[Path, BinaryIO] = {
+            out / shard.name: stack.enter_context(open(out / shard.name, "r+b"))
+            for shard in files.files
+        }
+
+        def write(name: str, offset: int, data: Any) -> None:
+            file, start, size = places[name]
+            data = memoryview(data).cast("B")
+            if offset + len(data) > size:
+                raise ValueError(f"{len(data)} bytes at {offset} of {name}, which has {size}")
+            streams[file].seek(start + offset)
+            streams[file].write(data)
+            if progress:
+                progress(len(data))
+
+        for name, edit in edits.items():
+            write(name, 0, edited_bytes(files, name, edit))
+        for one in rewrites:
+            for name, offset, data in one.pieces():
+                write(name, offset, np.ascontiguousarray(data, dtype=np.uint8))
+        for stream in streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+    return left_out
+
+
+def _lay_out(
+    files: TensorFiles, shard: Path, target: Path, rewrites: Sequence[Rewrite]
+) -> dict[str, tuple[Path, int, int]]:
+    """Write a shard with its final layout and everything but what is rewritten.
+
+    Returns:
+        Tensor name -> file, offset of its first byte there, and its size.
+    """
+    here = [name for name in files.names if files.info(name).file == shard]
+    gone: set[str] = set()
+    for one in rewrites:
+        if _moves(files, one):
+            gone |= one.old
+    if not gone & set(here):
+        shutil.copyfile(shard, target)
+        infos = {name: files.info(name) for name in here}
+        return {name: (target, info.offset, info.nbytes) for name, info in infos.items()}
+    # What takes the place of a tensor of another name lies where the first of them lay.
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in here:
+        if name not in gone:
+            layout[name] = (files.info(name).dtype, files.info(name).shape)
+            continue
+        for one in rewrites:
+            if name in one.old and next(iter(one.tensors)) == name:
+                layout.update(one.tensors)
+    return _write_shard(files, shard, target, layout, gone)
+
+
+def _moves(files: TensorFiles, one: Rewrite) -> bool:
+    """Whether a rewrite changes more than values."""
+    old = {name: (files.info(name).dtype, files.info(name).shape) for name in one.old}
+    return old != dict(one.tensors)
+
+
+def _write_shard(
+    files: TensorFiles,
+    shard: Path,
+    target: Path,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    gone: set[str],
+) -> dict[str, tuple[Path, int, int]]:
+    header: dict[str, Any] = {}
+    if metadata := files.metadata(shard):
+        header["__metadata__"] = metadata
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        size = type_size(dtype) * math.prod(shape)
+        offsets = [end, end + size]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = {}
+    with open(target, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(start + end)
+        for name in layout:
+            first, last = header[name]["data_offsets"]
+            places[name] = (target, start + first, last - first)
+            if name in files and name not in gone:
+                stream.seek(start + first)
+                stream.write(files.bytes(name))
+                files.release(name)
+    return places
+
+
+def _write_index(old: Path, new: Path, places: Mapping[str, tuple[Path, int, int]]) -> None:
+    """The index of shards, its tensors and their total size as they are now."""
+    index = json_text.read(old)
+    index["weight_map"] = {name: places[name][0].name for name in sorted(places)}
+    if "total_size" in index.get("metadata", {}):
+        index["metadata"]["total_size"] = sum(size for _, _, size in places.values())
+    new.write_text(json.dumps(index, indent=4) + "\n", encoding="utf-8")
+
+
+def edited_bytes(files: TensorFiles, name: str, edit: TensorEdit) -> memoryview:
+    """The bytes of an edited tensor in its own dtype."""
+    info = files.info(name)
+    dtype = float_dtype(info, name)
+    values = edit(files.read(name).astype(mx.float32)).astype(dtype)
+    if tuple(values.shape) != info.shape:
+        raise UserError(f"the edit of {name} changed its shape, which it must not.")
+    if not mx.isfinite(values).all().item():
+        raise UserError(
+            f"the edited {name} does not fit {info.dtype} (NaN or overflow): the source's values "
+            "are damaged, or --strength is too large."
+        )
+    # Bytes are taken through an unsigned view: NumPy and memoryview know no bfloat16.
+    bits = values.reshape(-1).view(mx.uint32 if info.dtype == "F32" else mx.uint16)
+    mx.eval(bits)
+    return memoryview(bits).cast("B")  # type: ignore[arg-type]
+
+
+def float_dtype(info: TensorInfo, name: str = "a tensor to be edited") -> mx.Dtype:
+    """The MLX dtype of a float tensor.
+
+    Raises:
+        UserError: when the tensor is stored in another type.
+    """
+    if info.dtype not in FLOAT_DTYPES:
+        raise UserError(
+            f"{name} in {info.file} is stored as {info.dtype}: only F32, F16 and BF16 can be "
+            "edited in place; take the model in one of these."
+        )
+    return FLOAT_DTYPES[info.dtype]
+
+
+def _copy_others(source: Path, files: TensorFiles, out: Path, skip: tuple[str, ...]) -> list[str]:
+    shards = {shard.name for shard in files.files}
+    left_out = []
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(folder).relative_to(source)
+        for name in sorted(names):
+            relative = inside / name
+            top = inside == Path(".")
+            if name.startswith(".") or (top and (name in skip or name in shards)):
+                continue
+            if top and name == "config.json":
+                continue
+            if name.lower().endswith(_OTHER_WEIGHTS):
+                left_out.append(str(relative))
+                continue
+            (out / inside).mkdir(parents=True, exist_ok=True)
+            # Follows links: a Hugging Face cache holds nothing else.
+            shutil.copyfile(Path(folder) / name, out / relative)
+    return left_out

@@ -1,0 +1,343 @@
+"""(weight, scales, biases) of a quantized MLX module <-> Grid, for each of MLX's modes.
+
+======  =====================  ==================  ==============================  ===============
+mode    bits                   weights per scale   scale, bias per group           levels
+======  =====================  ==================  ==============================  ===============
+affine  2, 3, 4, 5, 6, 8       32, 64, 128         floats of one type, both        0 .. 2 ^ bits -1
+mxfp4   4                      32                  2 ^ (byte - 127)                E2M1, -6 .. 6
+mxfp8   8                      32                  2 ^ (byte - 127)                E4M3, -448 .. 448
+nvfp4   4                      16                  E4M3 (times global / 2688)      E2M1, -6 .. 6
+======  =====================  ==================  ==============================  ===============
+
+A weight is ``level * scale + bias`` with scale and bias widened to float32 first, which is what MLX
+computes in float32 from float32 scales. (``mx.dequantize(..., dtype=mx.float32)`` of bfloat16
+scales is something else: it computes in bfloat16 and widens the result.) In nvfp4 a matrix may have
+a ``global_scale``, one float32 for each expert, of which 1/2688 = 1/(6 * 448) is a factor of every
+scale.
+
+E2M1 and E4M3 have two zeros: they are one level here, and a zero that was stored as -0 stays -0.
+E4M3 has no infinity and one NaN of either sign, which is no level. Codes are packed as one
+little-endian stream of bits a row (`convert.mlx.types`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from convert.base.errors import UserError
+from convert.base.grids import Grid, in_chunks
+from convert.gguf.ggml_types import FloatCodec
+from convert.mlx.types import pack, unpack
+
+#: What an nvfp4 scale can be at most, times the largest E2M1: a global scale counts in these.
+_GLOBAL = np.float32(448 * 6)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a module is quantized: its entry in config.json's "quantization"."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def __str__(self) -> str:
+        if self.mode != "affine":
+            return self.mode
+        return f"{self.bits}-bit, groups of {self.group_size}"
+
+    def entry(self) -> dict[str, int | str]:
+        """As config.json has it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+class Rows(NamedTuple):
+    """R rows of a quantized matrix as they are stored, uint8 (R, bytes per row) each.
+
+    Attributes:
+        weight: packed codes.
+        scales: one for each group.
+        biases: the same; None for all modes but affine.
+        global_scale: float32, (R,): that of each row's expert; None where the module has none.
+    """
+
+    weight: np.ndarray
+    scales: np.ndarray
+    biases: np.ndarray | None = None
+    global_scale: np.ndarray | None = None
+
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
+
+
+def _e4m3() -> np.ndarray:
+    """What each byte below 0x7F means; 0x7F is NaN, and bit 7 is the sign."""
+    byte = np.arange(0x7F)
+    exponent, mantissa = byte >> 3, byte & 7
+    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
+    return np.where(exponent == 0, np.ldexp(mantissa, -9), normal).astype(np.float32)
+
+
+_E4M3 = _e4m3()
+
+
+def _signed(magnitudes: np.ndarray, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Levels, the rank of every stored code, and the stored code of every rank.
+
+    Args:
+        magnitudes: ascending, of the stored codes from 0.
+        sign: the bit that makes a stored code negative.
+    """
+    levels = np.concatenate((-magnitudes[:0:-1], magnitudes))
+    levels.flags.writeable = False
+    count = len(magnitudes)
+    rank = np.zeros(2 * sign, dtype=np.uint8)
+    rank[:count] = np.arange(count - 1, 2 * count - 1)
+    rank[sign : sign + count] = np.arange(count - 1, -1, -1)
+    stored = np.concatenate((np.arange(count - 1, 0, -1) + sign, np.arange(count)))
+    return levels, rank, stored.astype(np.uint8)
+
+
+_POWERS = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.nan).astype(np.float32)
+_E4M3_SCALES = np.concatenate((_E4M3, [np.nan], -_E4M3, [np.nan])).astype(np.float32)
+
+_CODEBOOKS = {
+    "mxfp4": (*_signed(_E2M1, 8), _POWERS),
+    "nvfp4": (*_signed(_E2M1, 8), _E4M3_SCALES),
+    "mxfp8": (*_signed(_E4M3, 0x80), _POWERS),
+}
+
+_MX_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+class MlxCodec:
+    """Rows <-> Grid for one kind of quantized module.
+
+    Any run of rows, and any run of whole groups in them, may be decoded and encoded on its own.
+
+    Args:
+        quantization: of the module.
+        dtype: how scales and biases are stored: F32, F16 or BF16; U8 for all modes but affine.
+
+    Raises:
+        UserError: for what MLX does not have; names no module, which the caller knows.
+    """
+
+    def __init__(self, quantization: Quantization, dtype: str) -> None:
+        self.quantization, self.dtype = quantization, dtype
+        bits, group, mode = quantization.bits, quantization.group_size, quantization.mode
+        affine = mode == "affine" and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
+        if not (affine or _MX_MODES.get(mode) == (bits, group)):
+            raise UserError(f"{mode} with {bits} bits in groups of {group} is no mode of MLX.")
+        if dtype not in (("F32", "F16", "BF16") if affine else ("U8",)):
+            raise UserError(f"scales of type {dtype} are none that {quantization} has.")
+        self.is_affine = affine
+        if affine:
+            self.levels = np.arange(1 << bits, dtype=np.float32)
+            self._floats = FloatCodec(GGMLQuantizationType[dtype])
+        else:
+            self.levels, self._rank, self._stored, self._scale_table = _CODEBOOKS[mode]
+
+    def row_bytes(self, n: int) -> dict[str, int]:
+        """Bytes of a row of n weights in every part."""
+        wide = n // self.quantization.group_size * (self._floats.size if self.is_affine else 1)
+        found = {"weight": n * self.quantization.bits // 8, "scales": wide}
+        return found | ({"biases": wide} if self.is_affine else {})
+
+    def decode(self, rows: Rows) -> Grid:
+        """The grid of some rows, which it keeps as its frame, uncopied.
+
+        Raises:
+            UserError: when a scale or a code is no finite number.
+        """
+        count = len(rows.weight)
+        n = rows.weight.shape[1] * 8 // self.quantization.bits
+        sizes = self.row_bytes(n)
+        for part, size in sizes.items():
+            raw = getattr(rows, part)
+            if raw is None or raw.shape != (count, size):
+                raise UserError(f"{part} of a width that does not fit {self.quantization}.")
+        stored = self._unpack(rows.weight, n)
+        if self.is_affine:
+            assert rows.biases is not None
+            scales, offsets = self._read(rows.scales), self._read(rows.biases)
+            return self._grid(stored, scales, offsets, rows)
+        if self.quantization.mode == "mxfp8" and np.any((stored & 0x7F) == 0x7F):
+            raise UserError("a weight is NaN: the file is damaged, get it again.")
+        codes = np.empty_like(stored)
+
+        def translate(part: slice) -> None:
+            np.take(self._rank, stored[part], out=codes[part], mode="clip")
+
+        in_chunks(translate, count, n)
+        return self._grid(codes, self._byte_scales(rows), None, rows)
+
+    def encode(self, grid: Grid) -> Rows:
+        """The stored form of a grid of this codec, or of ``with_codes`` of one.
+
+        Raises:
+            ValueError: for another type's grid.
+        """
+        frame = grid.frame
+        same = grid.group == self.quantization.group_size
+        if not (same and isinstance(frame, Rows) and len(grid.levels) == len(self.levels)):
+            raise ValueError(f"a grid of another kind, to be encoded as {self.quantization}")
+        if self.is_affine:
+            return frame._replace(weight=self._pack(grid.codes))
+        stored = np.empty_like(grid.codes)
+
+        def translate(part: slice) -> None:
+            np.take(self._stored, grid.codes[part], out=stored[part], mode="clip")
+
+        in_chunks(translate, *grid.codes.shape)
+        if frame.weight.size:
+            sign = np.uint8(len(self._rank) // 2)
+            minus_zero = self._unpack(frame.weight, grid.shape[1]) == sign
+            minus_zero &= stored == 0
+            stored[minus_zero] = sign
+        return frame._replace(weight=self._pack(stored))
+
+    def fresh(self, values: np.ndarray, global_scale: np.ndarray | None = None) -> Grid:
+        """A new grid for these values, its scales those that ``mx.quantize`` chooses.
+
+        Args:
+            values: float32, (R, n), finite.
+            global_scale: float32, (R,), which stays as it is.
+
+        Raises:
+            UserError: when a value is not finite, or too large for the scales' type.
+        """
+        if not np.isfinite(values).all():
+            raise UserError("a weight is not finite.")
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        rows, n = values.shape
+        none = np.zeros((rows, 0), dtype=np.uint8)
+        if self.is_affine:
+            packed, scales, biases = mx.quantize(
+                mx.array(values), self.quantization.group_size, self.quantization.bits
+            )
+            mx.eval(packed, scales, biases)
+            raw = np.array(packed.view(mx.uint8)).reshape(rows, -1)
+            # Rounded to their stored type before any code is chosen on them.
+            found = [self._floats.round(np.array(part.astype(mx.float32))) for part in
+                     (scales, biases)]  # fmt: skip
+            frame = Rows(none, *(self._floats.encode(part) for part in found))
+            return self._grid(self._unpack(raw, n), found[0].numbers, found[1].numbers, frame)
+        frame = Rows(none, self._new_scales(values, global_scale), None, global_scale)
+        zeros = np.zeros((rows, n), dtype=np.uint8)
+        grid = self._grid(zeros, self._byte_scales(frame), None, frame)
+        # A group of zeros may have a scale of zero, where any code will do.
+        grid = grid.with_codes(np.full_like(zeros, len(self.levels) // 2))
+        return grid.with_codes(grid.nearest(values))
+
+    def refit(self, grid: Grid, values: np.ndarray) -> Grid:
+        """The grid with new scales where the values leave it, the rest as it was.
+
+        A group is encoded anew when one of its values lies more than half a step past its ends, and
+        the new one holds them with less squared error than the old one at its nearest codes.
+
+        Args:
+            grid: a matrix's own grid.
+            values: float32, (R, n): what shall be written.
+        """
+        outside = grid.left_by(values)
+        if not len(outside):
+            return grid
+        per_row = grid.scales.shape[1]
+        wanted = values.astype(np.float32, copy=False).reshape(-1, grid.group)[outside]
+        old = grid.groups(outside)
+        old = old.with_codes(old.nearest(wanted))
+        frame = grid.frame
+        shared = None if frame.global_scale is None else frame.global_scale[outside // per_row]
+        new = self.fresh(wanted, shared)
+        new = new.with_codes(new.nearest(wanted))
+        better = new.squared_error(wanted) < old.squared_error(wanted)
+        if not better.any():
+            return grid
+        chosen = outside[better]
+
+        def merged(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+            whole = old.copy()
+            whole.reshape(per_row * len(old), -1)[chosen] = new[better]
+            return whole
+
+        offsets, biases = grid.offsets, frame.biases
+        if offsets is not None and new.offsets is not None:
+            offsets, biases = merged(offsets, new.offsets), merged(biases, new.frame.biases)
+        scales = merged(frame.scales, new.frame.scales)
+        return replace(
+            grid,
+            codes=merged(grid.codes, new.codes),
+            scales=merged(grid.scales, new.scales),
+            offsets=offsets,
+            frame=frame._replace(scales=scales, biases=biases),
+        )
+
+    def _grid(
+        self, codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None, frame: Rows
+    ) -> Grid:
+        for found in (scales, offsets):
+            if found is not None and not np.isfinite(found).all():
+                row = int(np.argmin(np.isfinite(found).all(axis=1)))
+                raise UserError(
+                    f"row {row} has a scale or bias that is not finite: the file is damaged, get "
+                    "it again."
+                )
+        return Grid(codes, self.levels, scales, offsets, self.quantization.group_size, frame)
+
+    def _read(self, raw: np.ndarray) -> np.ndarray:
+        """Float32 (R, groups) of stored scales."""
+        return self._floats.decode(raw, raw.shape[1] // self._floats.size).numbers
+
+    def _byte_scales(self, rows: Rows) -> np.ndarray:
+        scales = self._scale_table[rows.scales]
+        if rows.global_scale is not None:
+            scales = scales * (rows.global_scale.astype(np.float32) / _GLOBAL)[:, None]
+        return scales
+
+    def _new_scales(self, values: np.ndarray, global_scale: np.ndarray | None) -> np.ndarray:
+        """The scales of ``mx.quantize``, as bytes (R, groups)."""
+        rows, n = values.shape
+        group = self.quantization.group_size
+        grouped = values.reshape(rows, n // group, group)
+        largest = np.maximum(grouped.max(axis=2), -grouped.min(axis=2))
+        wanted = largest / self.levels[-1]
+        if self.quantization.mode == "nvfp4":
+            if global_scale is not None:
+                wanted = wanted / (global_scale.astype(np.float32) / _GLOBAL)[:, None]
+            # Ties go to the even mantissa, which is the even byte.
+            above = np.clip(np.searchsorted(_E4M3, wanted), 1, len(_E4M3) - 1)
+            middle = (_E4M3[above - 1] + _E4M3[above]) / 2
+            up = (wanted > middle) | ((wanted == middle) & (above % 2 == 0))
+            return np.where(up, above, above - 1).astype(np.uint8)
+        # The least power of two that is no smaller: none of the group is cut off.
+        fraction, exponent = np.frexp(wanted)
+        exponent = np.where(fraction == 0.5, exponent - 1, exponent)
+        exponent = np.where(wanted == 0, 0, exponent)
+        return np.clip(exponent + 127, 0, 254).astype(np.uint8)
+
+    def _unpack(self, weight: np.ndarray, n: int) -> np.ndarray:
+        """uint8 (R, n) of packed rows."""
+        codes = np.empty((len(weight), n), dtype=np.uint8)
+
+        def work(part: slice) -> None:
+            codes[part] = unpack(weight[part], self.quantization.bits)
+
+        in_chunks(work, len(weight), n)
+        return codes
+
+    def _pack(self, codes: np.ndarray) -> np.ndarray:
+        """uint8 (R, bytes) of codes (R, n)."""
+        rows, n = codes.shape
+        weight = np.empty((rows, n * self.quantization.bits // 8), dtype=np.uint8)
+
+        def work(part: slice) -> None:
+            weight[part] = pack(codes[part], self.quantization.bits).view(np.uint8)
+
+        in_chunks(work, rows, n)
+        return weight

@@ -1,0 +1,145 @@
+"""Quantized weights in MLX's layout, made from GGUF blocks without moving a weight.
+
+A group of 32 weights in MLX's affine mode is ``scale * code + bias``, which is what a group of
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K and Q5_K is too: the codes stay, scale and bias are computed from
+the block. Scales are stored as float16; a tensor whose scales or biases are beyond its range keeps
+them in float32. MXFP4 is the same in both, but for the order of the codes.
+
+Codes are packed as one little-endian stream of bits: code i of a row begins at bit i * bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from convert.base.grids import Grid
+from convert.gguf.ggml_types import grid_codec
+
+_Q = GGMLQuantizationType
+
+GROUP = 32
+"""Weights per scale of everything repacked here."""
+
+AFFINE: dict[GGMLQuantizationType, int] = {
+    _Q.Q4_0: 4, _Q.Q4_1: 4, _Q.Q5_0: 5, _Q.Q5_1: 5, _Q.Q8_0: 8, _Q.Q4_K: 4, _Q.Q5_K: 5,
+}  # fmt: skip
+"""GGML type -> bits of the affine tensor that it is."""
+
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True, eq=False)
+class MlxQuantized:
+    """R rows of n weights as MLX stores them.
+
+    Attributes:
+        weight: uint32, (R, n * bits // 32).
+        scales: (R, n // 32): float16 or float32 (affine), uint8 powers of two (mxfp4).
+        biases: as ``scales``; None for mxfp4.
+        bits: per code.
+        mode: ``affine`` or ``mxfp4``.
+    """
+
+    weight: np.ndarray
+    scales: np.ndarray
+    biases: np.ndarray | None
+    bits: int
+    mode: str
+
+
+def is_repacked(ggml_type: GGMLQuantizationType) -> bool:
+    """Whether tensors of this type become MLX tensors without requantizing."""
+    return ggml_type in AFFINE or ggml_type == _Q.MXFP4
+
+
+def repack(
+    raw: np.ndarray, n: int, ggml_type: GGMLQuantizationType, *, exact: bool = False
+) -> MlxQuantized:
+    """GGUF blocks as MLX's arrays.
+
+    Args:
+        raw: uint8, (R, bytes per row).
+        n: weights per row.
+        ggml_type: one of `AFFINE` or MXFP4.
+        exact: keep scales in float32.
+
+    Raises:
+        UserError: when a block's scale is not finite.
+    """
+    if ggml_type == _Q.MXFP4:
+        return _mxfp4(raw, n)
+    return affine(grid_codec(ggml_type).decode(raw, n), AFFINE[ggml_type], exact=exact)
+
+
+def affine(grid: Grid, bits: int, *, exact: bool = False) -> MlxQuantized:
+    """A Grid of groups of 32 with evenly spaced levels as an affine tensor."""
+    step = np.float64(grid.levels[1]) - np.float64(grid.levels[0])
+    scales = grid.scales.astype(np.float64) * step
+    biases = grid.scales.astype(np.float64) * np.float64(grid.levels[0])
+    if grid.offsets is not None:
+        biases = biases + grid.offsets
+    dtype = np.float16 if not exact and _fits(scales) and _fits(biases) else np.float32
+    return MlxQuantized(
+        pack(grid.codes, bits), scales.astype(dtype), biases.astype(dtype), bits, "affine"
+    )
+
+
+def _fits(values: np.ndarray) -> bool:
+    """Whether float16 reaches far enough; below its normal range it holds these products exactly.
+
+    A block's scale is a float16 times a whole number, so a multiple of 2^-24 as float16's small
+    numbers are.
+    """
+    return not values.size or float(np.abs(values).max()) <= _LARGEST
+
+
+def _mxfp4(raw: np.ndarray, n: int) -> MlxQuantized:
+    rows = len(raw)
+    blocks = raw.reshape(rows, n // GROUP, 17)
+    low, high = blocks[..., 1:] & 15, blocks[..., 1:] >> 4
+    codes = np.concatenate((low, high), axis=-1).reshape(rows, n)
+    return MlxQuantized(pack(codes, 4), np.array(blocks[..., 0]), None, 4, "mxfp4")
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes as MLX packs them.
+
+    Args:
+        codes: uint8, (R, n), each below 2 ** bits; n a multiple of 32.
+        bits: 2, 3, 4, 5, 6 or 8.
+
+    Returns:
+        uint32, (R, n * bits // 32).
+    """
+    rows, n = codes.shape
+    if bits == 8:
+        return np.ascontiguousarray(codes).view("<u4")
+    if bits == 4:
+        return (codes[:, 0::2] | (codes[:, 1::2] << 4)).view("<u4")
+    # Eight codes are a whole number of bytes.
+    eights = codes.reshape(rows, n // 8, 8)
+    stream = np.zeros((rows, n // 8), dtype="<u8")
+    for index in range(8):
+        stream |= eights[..., index].astype("<u8") << np.uint64(bits * index)
+    packed = stream.view(np.uint8).reshape(rows, n // 8, 8)[..., :bits]
+    return np.ascontiguousarray(packed).reshape(rows, n * bits // 8).view("<u4")
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `pack`: uint8, (R, n)."""
+    rows = len(packed)
+    raw = np.ascontiguousarray(packed).view(np.uint8).reshape(rows, -1)
+    if bits == 8:
+        return raw.copy()
+    n = raw.shape[1] * 8 // bits
+    padded = np.zeros((rows, n // 8, 8), dtype=np.uint8)
+    padded[..., :bits] = raw.reshape(rows, n // 8, bits)
+    stream = padded.view("<u8")[..., 0]
+    mask = np.uint64((1 << bits) - 1)
+    codes = np.empty((rows, n // 8, 8), dtype=np.uint8)
+    for index in range(8):
+        codes[..., index] = (stream >> np.uint64(bits * index)) & mask
+    return codes.reshape(rows, n)

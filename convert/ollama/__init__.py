@@ -1,0 +1,1 @@
+"""Ollama: its store, its server and its Modelfiles."""

@@ -1,0 +1,1 @@
+"""Tokenizers and chat templates, from and to a GGUF."""

@@ -1,0 +1,143 @@
+"""A chat template: the one place where messages become the text of a prompt.
+
+Templates are written in Jinja by whoever publishes a model. They run in a process of their own,
+bounded in time, memory and output (`convert.tokenizers.template_worker`), and whatever goes wrong
+in one is told in a sentence that names the file and quotes the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from convert.base import escape
+from convert.base.errors import UserError
+from convert.base.suffixes import is_gguf_name
+from convert.tokenizers import template_process
+
+Message = Mapping[str, str]
+
+# A message by which a template shows what it does with one.
+_PROBE = "Name seven rivers"
+
+
+class TemplateError(UserError):
+    """A chat template that does not render; its sentence names the file."""
+
+
+class TemplateExcess(TemplateError):
+    """Beyond a limit of time, memory or length, which no other form of the messages would mend."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """One template, ready to render.
+
+    Attributes:
+        source: in Jinja.
+        file: where it came from, for messages.
+        values: what else it sees by name: bos_token, eos_token, enable_thinking.
+        today: what it is told when it asks for the date; None for the date of today.
+    """
+
+    source: str
+    file: Path
+    values: Mapping[str, Any] = field(default_factory=dict)
+    today: str | None = None
+
+    def render(self, messages: Sequence[Message], *, ask: bool = True) -> str:
+        """The prompt of these messages.
+
+        Args:
+            ask: end where the reply begins.
+
+        Raises:
+            TemplateError: a damaged template, one that raises, uses what is not there, renders
+                nothing or leaves the messages out, and one beyond the limits.
+        """
+        text = self._text(messages, ask, parts=self._wants_parts)
+        if not text.strip():
+            raise self._error("renders nothing at all for this conversation")
+        return text
+
+    def check(self) -> None:
+        """Try it on one message.
+
+        Raises:
+            TemplateError: as `render` does.
+        """
+        self._wants_parts  # noqa: B018 - found out once
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether content has to be a list of parts: the text as it is does not come through."""
+        probe = [{"role": "user", "content": _PROBE}]
+        error, text = None, ""
+        try:
+            text = self._text(probe, True, parts=False)
+            if _PROBE.lower() in text.lower():
+                return False
+        except TemplateExcess:
+            raise
+        except TemplateError as raised:
+            error = raised
+        try:
+            if _PROBE.lower() in self._text(probe, True, parts=True).lower():
+                return True
+        except TemplateExcess:
+            raise
+        except TemplateError:
+            pass
+        if error is not None:
+            raise error
+        if not text.strip():
+            raise self._error("renders nothing at all")
+        raise self._error("leaves out what the user says")
+
+    def _text(self, messages: Sequence[Message], ask: bool, *, parts: bool) -> str:
+        given: list[dict[str, Any]] = [dict(message) for message in messages]
+        if parts:
+            for message in given:
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        values = {
+            **self.values,
+            "messages": given,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": ask,
+        }
+        try:
+            answer = template_process.render(self.source, values, self.today)
+        except template_process.Ended as ended:
+            what = "takes too long to render" if ended.late else "ends the process that renders it"
+            raise self._error(what, TemplateExcess) from None
+        if "text" in answer:
+            try:
+                answer["text"].encode()
+            except UnicodeEncodeError:
+                raise self._error("writes half of a character (a lone surrogate)") from None
+            return answer["text"]
+        kind, said = answer["kind"], _quoted(answer["said"])
+        if kind == "excess":
+            raise self._error(answer["said"], TemplateExcess)
+        if kind == "syntax":
+            raise self._error(f"is damaged ({said})")
+        if kind == "refused":
+            raise self._error(f"refuses the conversation with the words {said}")
+        raise self._error(f"fails on the conversation ({said})")
+
+    def _error(self, what: str, kind: type[TemplateError] = TemplateError) -> TemplateError:
+        mend = (
+            "take a newer GGUF of the model, or its folder with another chat_template.jinja"
+            if is_gguf_name(self.file)
+            else "replace it by the template of the model's publisher"
+        )
+        return kind(f"{self.file}: the chat template {what}: {mend}.")
+
+
+def _quoted(text: str) -> str:
+    """The template's own words, on one line and fit for a terminal."""
+    return f'"{escape.shortened(" ".join(text.split()).rstrip("."), 300)}"'
