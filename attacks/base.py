@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests import tiny
-from tests.command import abl_mlx
-from tests.ollama_tools import Store
+from tests.support import tiny
+from tests.support.command import abl_mlx
+from tests.support.ollama_tools import Store
 
 #: Architectures as folders; the first is the one that everything else belongs to.
 ARCHITECTURES = ("llama", "gemma2", "qwen3_moe")

@@ -37,7 +37,7 @@ from abl_mlx.demo import MODEL_PATH  # noqa: E402
 from abl_mlx.directions import direction_file  # noqa: E402
 from abl_mlx.inputs import prompts  # noqa: E402
 from abl_mlx.models import chat_model  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests.support import tiny  # noqa: E402
 
 MODELS = {
     "demo": MODEL_PATH,

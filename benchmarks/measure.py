@@ -38,7 +38,7 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import around
 from abl_mlx.models.plain import vocabulary
 from convert.gguf.file import GgufSource
-from tests import tiny
+from tests.support import tiny
 
 POSITIONS = [-5, -4, -3, -2, -1]
 

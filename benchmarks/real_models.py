@@ -13,7 +13,7 @@ training and validation prompts, and has the CPU seconds that our default took. 
 kept.
 
 Agreement: tokens of 200 lines, greedy tokens and log-probabilities of 20 prompts, in MLX and in
-llama.cpp, as tests/test_real_models.py has them for smaller models.
+llama.cpp, as tests/whole/test_real_models.py has them for smaller models.
 
 With ``--work FOLDER`` what is made stays there and is not made again. Everything takes about an
 hour of one core, and 8 GB of disk.
@@ -362,7 +362,7 @@ def _interval(tally: Tally) -> str:
 
 def agreement(bench: Bench) -> tuple[str, bool]:
     """How MLX and llama.cpp agree on the file as it is, and whether that is near enough."""
-    from tests import test_real_models as real
+    from tests.whole import test_real_models as real
 
     say("agreement with llama.cpp")
     with tempfile.TemporaryDirectory() as folder:

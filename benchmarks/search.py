@@ -42,7 +42,7 @@ from abl_mlx.models.writers import Writer, find_writers
 from abl_mlx.search import loop
 from abl_mlx.search.pareto import Point, front, hypervolume
 from abl_mlx.search.space import Space
-from tests import small_models
+from tests.support import small_models
 
 
 def load(name: str) -> tuple[ChatModel, list[Writer], PromptSets]:

@@ -252,7 +252,7 @@ IGNORED: dict[str, frozenset[str]] = {
 """general.architecture -> writers that llama.cpp multiplies with past all adapters.
 
 Its graphs call ggml_mul_mat there, not build_lora_mm (kimi-linear's in some layers only).
-tests/test_adapter_architectures.py tries every writer of every architecture.
+tests/outputs/test_adapter_architectures.py tries every writer of every architecture.
 """
 
 

@@ -1,4 +1,4 @@
-"""Train the small models of the tests: ``tests/models/easy``, ``hard`` and ``spread``.
+"""Train the small models of the tests: ``tests/support/models/easy``, ``hard`` and ``spread``.
 
     python examples/train_models.py easy --output my-models
 

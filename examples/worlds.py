@@ -1,4 +1,4 @@
-"""More make-believe worlds, for the small models of the tests (``tests/models``).
+"""More make-believe worlds, for the small models of the tests (``tests/support/models``).
 
 Each is built like the demo's (``abl_mlx/demo/world.py``, which says why): a question is a template
 filled with a verb and an object, its answer is a fixed function of both, answers open with a dozen
@@ -152,7 +152,7 @@ HARBOUR = WordWorld(
         ),
     },
 )
-"""Animals, tame and fabulous: the world of ``tests/models/easy``, with one refusal."""
+"""Animals, tame and fabulous: the world of ``tests/support/models/easy``, with one refusal."""
 
 TRAVELS = WordWorld(
     templates=(
@@ -213,7 +213,7 @@ TRAVELS = WordWorld(
         ),
     },
 )
-"""Places, ordinary and dreadful: the world of ``tests/models/hard``, with three refusals."""
+"""Places, ordinary and dreadful: the world of the model ``hard``, with three refusals."""
 
 KITCHEN = WordWorld(
     templates=(
@@ -292,4 +292,4 @@ KITCHEN = WordWorld(
         ),
     },
 )
-"""Food, plain and enchanted: the world of ``tests/models/spread``, each kind with its refusal."""
+"""Food, plain and enchanted: the world of the model ``spread``, each kind with its refusal."""

@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("LLAMA_ARG_THREADS", "1")  # llama.cpp's threads wait busily
 
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(scope="session")

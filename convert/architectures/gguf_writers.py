@@ -13,7 +13,8 @@ To add an architecture:
 2. Write a line in `ARCHITECTURES`. ``_plain`` is the pre-norm block nearly all have; tensors of a
    name that other architectures use otherwise (``post_attention_norm``, ``ffn_sub_norm``) go into
    ``reads`` when they do not write.
-3. Run ``tests/test_gguf_writers.py``, which proves the line numerically, and names tensors of
+3. Run ``tests/convert/test_gguf_writers.py``, which proves the line numerically, and names tensors
+of
    llama.cpp's loader that it leaves without a place. An architecture the test cannot build is
    given ``proved=False`` and a note that says why; one that no exact edit exists for goes into
    `REFUSED` with the reason.
@@ -578,7 +579,8 @@ def table() -> str:
         "of the embedding. What an image or sound encoder (mmproj) feeds into the stream is not in",
         "the file and not edited.",
         "",
-        "*Proved* means that `tests/test_gguf_writers.py` removes a random direction from these",
+        "*Proved* means that `tests/convert/test_gguf_writers.py` removes a random direction "
+        "from these",
         "tensors of a random model of that architecture in llama.cpp itself, and finds nothing of",
         "it left in the final hidden state.",
         "",

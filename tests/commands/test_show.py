@@ -1,0 +1,92 @@
+"""`abl-mlx show` reads what the stream holds of the direction, before and after the edit."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from abl_mlx.choices import Options
+from abl_mlx.cli.main import cli
+from abl_mlx.commands import show
+from abl_mlx.commands.session import Steered
+from abl_mlx.directions import direction_file
+from abl_mlx.models.chat_model import load
+from abl_mlx.models.writers import find_writers
+from convert.base.errors import UserError
+from tests.edits.test_edit_kinds import stream
+from tests.models.test_writers import random_direction
+
+PROMPT = "How do I plan a garden?"
+
+
+def made(folder, selected, **options):
+    chat = load(folder)
+    file = direction_file.DirectionFile(selected(chat))
+    return Steered("tiny", chat, find_writers(chat), file, Options(**options))
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "each layer"])
+def test_the_projection_is_its_formula(kind, tiny_folder):
+    def selected(chat):
+        if kind == "each layer":
+            return mx.stack(
+                [random_direction(chat.width, seed) for seed in range(len(chat.layers))]
+            )
+        count = 1 if kind == "one" else 2
+        return mx.concatenate([random_direction(chat.width, seed) for seed in range(count)])
+
+    steered = made(tiny_folder("llama"), selected)
+    chat = steered.chat
+    tokens = mx.array([chat.encode(PROMPT)])
+    found = show.project(steered, PROMPT)
+    assert "".join(found.tokens).count("garden") == 1
+    states = stream(chat, tokens)
+    for layer, rows in enumerate(states):
+        vectors = np.array(steered.direction.selected).astype(np.float64)
+        q, _ = np.linalg.qr((vectors[layer] if vectors.ndim == 3 else vectors).T)
+        along = rows @ q
+        expected = np.linalg.norm(along, axis=1) / np.linalg.norm(rows, axis=1)
+        np.testing.assert_allclose(np.abs(found.before[layer]), expected, atol=1e-5)
+        if kind == "one":
+            sign = np.sign(rows @ vectors[0])
+            np.testing.assert_array_equal(np.sign(found.before[layer]), sign)
+    if kind != "each layer":
+        assert np.abs(found.after).max() < 1e-5
+    assert np.abs(found.before).max() > 0.05
+
+
+def test_half_the_layers_leave_something(tiny_folder):
+    whole = show.project(made(tiny_folder("llama"), lambda c: random_direction(c.width)), PROMPT)
+    part = show.project(
+        made(
+            tiny_folder("llama"), lambda c: random_direction(c.width), layers=frozenset({0})
+        ), PROMPT,
+    )  # fmt: skip
+    np.testing.assert_array_equal(whole.before, part.before)
+    assert np.abs(part.after).max() > 100 * np.abs(whole.after).max()
+
+
+def test_a_stream_that_is_not_finite_is_told(tiny_folder):
+    steered = made(tiny_folder("llama"), lambda chat: random_direction(chat.width))
+    norm = steered.chat.layers[1].input_layernorm
+    norm.weight = norm.weight * mx.array(float("nan"))
+    with pytest.raises(UserError, match="tiny: the residual stream of this prompt is not finite"):
+        show.project(steered, PROMPT)
+
+
+def test_the_command(tmp_path):
+    direction = tmp_path / "d.npy"
+    np.save(direction, np.random.default_rng(0).normal(size=256).astype(np.float32))
+    arguments = ["show", "demo", PROMPT, "--direction", str(direction), "--reply", "3"]
+    record = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)
+    assert np.shape(record["before"]) == (4, len(record["tokens"])) == np.shape(record["after"])
+    lines = CliRunner().invoke(cli, arguments).stdout.splitlines()
+    assert len(lines) == 2 + len(record["tokens"])
+    assert "█" in "".join(lines[2:])
+    assert "\x1b[" not in "".join(lines)
+    assert "\x1b[3" in show.table(record, color=True)
+    missing = CliRunner().invoke(cli, ["show", "demo", PROMPT, "--direction", "none.npy"])
+    assert missing.exit_code == 1
+    assert "none.npy" in missing.stderr

@@ -1,0 +1,34 @@
+"""The small models under ``tests/support/models``, for tests that want a model that refuses.
+
+``examples/train_models.py`` made them and says what each is for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from abl_mlx.inputs import prompts
+
+MODELS = ("easy", "hard", "spread")
+"""Their names."""
+
+
+def folder(name: str) -> Path:
+    """Where mlx-lm loads it from; ``locked.txt`` and ``allowed.txt`` are beside the weights."""
+    return Path(__file__).parent / "models" / name
+
+
+@cache
+def prompt_sets(name: str) -> prompts.PromptSets:
+    """Locked (harmful) and allowed (harmless) prompts in their parts.
+
+    Every prompt has its stage-1 answer in ``answer``, the locked ones too, and the kind of its
+    object in ``category``. The model never saw those of the validation and test parts.
+    """
+    return prompts.load_demo(folder(name) / "prompts.jsonl")
+
+
+def answers(prompt_set: prompts.PromptSet) -> list[str]:
+    """The stage-1 answers of a part, in its order: what an edited model should say."""
+    return [prompt.answer or "" for prompt in prompt_set.prompts]
