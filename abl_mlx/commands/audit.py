@@ -26,6 +26,8 @@ from abl_mlx.outputs.mentions import mentions
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.outputs.staging import check_report
 from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
+from abl_mlx.reports.page import write
+from abl_mlx.reports.page_audit import audit_page
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress
@@ -142,14 +144,13 @@ def audit(
         record["output"] = str(output)
     record["seconds"] = clock.seconds
     if report is not None:
-        from abl_mlx.reports import pages
         from abl_mlx.reports.replay import command_line, plain
 
         given_words = plain({"base": base, "direction": direction, "ask": ask})
         command = command_line(
             ["audit", text], given_words, {"base": None, "direction": None, "ask": False}
         )
-        pages.write(report, pages.audit_page(record, command))
+        write(report, audit_page(record, command))
     return record
 
 

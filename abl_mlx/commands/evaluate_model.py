@@ -34,6 +34,8 @@ from abl_mlx.inputs.prompts import Prompt, PromptSet, PromptSets
 from abl_mlx.models.thoughts import closes_only, has_thought
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.model_file import ModelFile
+from abl_mlx.reports.page import write
+from abl_mlx.reports.page_eval import eval_page
 from abl_mlx.support.arrays import let_go
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress, say
@@ -435,9 +437,8 @@ def _write_report(
     path: Path, text: str, record: Record, options: EvalOptions, lines: Sequence[Record]
 ) -> None:
     """The page of an evaluation; with replies where they were asked for there."""
-    from abl_mlx.reports import pages
     from abl_mlx.reports.replay import command_line, plain
 
     command = command_line(["eval", text], plain(vars(options)), plain(vars(EvalOptions())))
     shown = lines if options.save_completions else ()
-    pages.write(path, pages.eval_page(record, command, shown))
+    write(path, eval_page(record, command, shown))

@@ -99,7 +99,7 @@ def show(steered: Steered, prompt: str, *, reply: int = 0, page: Path | None = N
         "after": found.after.round(5).tolist(),
     }
     if page is not None:
-        from abl_mlx.reports.pages import show_page
+        from abl_mlx.reports.page_show import show_page
 
         with new_file(page) as staged:
             staged.write_text(show_page(record), encoding="utf-8")

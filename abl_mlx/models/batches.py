@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 #: Tokens in one batch, padding included. Bounds the activations held at once, not the result.
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024
 
 #: What a pass costs beside its tokens (a CPU unpacks all weights for it), in tokens.
 PASS = 64

@@ -17,8 +17,13 @@ from click.testing import CliRunner
 
 from abl_mlx.choices import EvalOptions, Options
 from abl_mlx.cli.main import cli
-from abl_mlx.reports import charts, figures, pages, plot
+from abl_mlx.reports import charts, figures, plot
 from abl_mlx.reports.charts import Chart, Series
+from abl_mlx.reports.page import style
+from abl_mlx.reports.page_audit import audit_page
+from abl_mlx.reports.page_eval import eval_page
+from abl_mlx.reports.page_run import run_page
+from abl_mlx.reports.page_show import show_page
 from abl_mlx.reports.replay import command_line, plain
 from abl_mlx.support.console import percent
 from convert.base.errors import UserError
@@ -132,10 +137,10 @@ def every_page(ran):
     record = ran[0]
     lines = [{"set": "harmful", "prompt": "p", "before": "said", "out": "done"}]
     return {
-        "run": pages.run_page(record, lines),
-        "eval": pages.eval_page(evaluated(), "abl-mlx eval target", lines),
-        "audit": pages.audit_page(AUDITED, "abl-mlx audit suspect"),
-        "show": pages.show_page(SHOWN),
+        "run": run_page(record, lines),
+        "eval": eval_page(evaluated(), "abl-mlx eval target", lines),
+        "audit": audit_page(AUDITED, "abl-mlx audit suspect"),
+        "show": show_page(SHOWN),
     }
 
 
@@ -144,7 +149,7 @@ def every_page(ran):
 
 def test_a_run_writes_its_page(ran):
     record, text, out = ran
-    assert text == pages.run_page(record)
+    assert text == run_page(record)
     page = Parsed(text).text
     one = record["evaluations"][0]
     for name in ("harmful", "harmless"):
@@ -229,7 +234,7 @@ def test_an_audit(ran):
 
 
 def test_a_prompt_by_layer_and_token():
-    text = pages.show_page(SHOWN)
+    text = show_page(SHOWN)
     cells = re.findall(r'<td class="(\w+)" tabindex="0"><span>([^<]*)</span>', text)
     assert len(cells) == 2 * 2 * 3
     expected = []
@@ -241,7 +246,7 @@ def test_a_prompt_by_layer_and_token():
                 shade = "p0" if not step else f"{'p' if value > 0 else 'n'}{step}"
                 expected.append((shade, f"layer {layer}, {token}: {value:+.4f}"))
     assert cells == expected
-    sheet = pages.style()
+    sheet = style()
     assert all(f".{shade}{{background" in sheet for shade, _ in cells)
 
 
@@ -355,10 +360,10 @@ def test_everything_is_escaped(ran):
     target = poisoned(evaluated())
     target["categories"]["harmful"][EVIL] = {"n": 1, "refused": 1, "broken": 0}
     written = [
-        (pages.run_page(record, lines), every_page(ran)["run"]),
-        (pages.eval_page(target, EVIL, lines), every_page(ran)["eval"]),
-        (pages.audit_page(poisoned(AUDITED), EVIL), every_page(ran)["audit"]),
-        (pages.show_page(poisoned(SHOWN)), every_page(ran)["show"]),
+        (run_page(record, lines), every_page(ran)["run"]),
+        (eval_page(target, EVIL, lines), every_page(ran)["eval"]),
+        (audit_page(poisoned(AUDITED), EVIL), every_page(ran)["audit"]),
+        (show_page(poisoned(SHOWN)), every_page(ran)["show"]),
     ]
     for evil, good in written:
         page = Parsed(evil)
@@ -391,7 +396,7 @@ def test_what_is_missing_gets_no_heading(ran):
     del one["leak"], one["component"], one["after"]["categories"]
     # As of a direction that was given, and of `--induce`.
     record["direction"] = {"method": "given", "sha256": "0"}
-    text = pages.run_page(record)
+    text = run_page(record)
     assert headings(text) == ["Before and after", "To reproduce"]
     assert "<figure" not in text
     plain_eval = {
@@ -399,10 +404,10 @@ def test_what_is_missing_gets_no_heading(ran):
         for key, value in evaluated().items()
         if key not in ("baseline", "paired", "gate", "categories", "kl", "judging", "prompts")
     }
-    assert headings(pages.eval_page(plain_eval, "c")) == ["Summary", "To reproduce"]
+    assert headings(eval_page(plain_eval, "c")) == ["Summary", "To reproduce"]
     bare = {**AUDITED, "label": None, "mentions": [], "behaviour": None,
             "weights": {"verdict": "cannot tell"}}  # fmt: skip
-    assert headings(pages.audit_page(bare, "c")) == ["Evidence", "To reproduce"]
+    assert headings(audit_page(bare, "c")) == ["Evidence", "To reproduce"]
 
 
 def test_replies_are_there_on_request_alone(ran, tmp_path):
@@ -495,7 +500,7 @@ def test_an_audit_writes_its_page(tmp_path):
     np.save(direction, np.ones(256, np.float32))
     record = invoke("audit", "demo", "--direction", direction, "--report", page, "--json")
     command = f"abl-mlx audit demo --direction {direction}"
-    assert page.read_text() == pages.audit_page(record, command)
+    assert page.read_text() == audit_page(record, command)
     for arguments, said in (
         (("audit", "demo", "--report", page), "audit.html"),
         (("eval", "demo", "--report", tmp_path / "x.pdf"), "ends in .html"),
@@ -592,7 +597,7 @@ def test_a_page_that_complains_is_seen(chromium, tmp_path):
     requests, loud = complaints(chromium.open(page))
     assert requests == [page.as_uri(), "https://abl-mlx.invalid/x.png"]
     assert any("nothing is not defined" in json.dumps(one) for one in loud)
-    good = pages.show_page(SHOWN)
+    good = show_page(SHOWN)
     page.write_text(good.replace("</body>", "<img src='https://abl-mlx.invalid/x.png'></body>"))
     _, loud = complaints(chromium.open(page))
     assert any("Content Security Policy" in json.dumps(one) for one in loud)
@@ -645,7 +650,7 @@ def test_in_chromium(name, ran, chromium, tmp_path):
 
 def test_a_cell_tells_its_number_when_tapped(chromium, tmp_path):
     page = tmp_path / "show.html"
-    page.write_text(pages.show_page(SHOWN), encoding="utf-8")
+    page.write_text(show_page(SHOWN), encoding="utf-8")
     chromium.open(page, width=360)
     cell = "document.querySelectorAll('table.grid tbody td')[3]"
     shown = f"getComputedStyle({cell}.firstChild).display"
