@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from convert.gguf import ggml
-from convert.gguf.file import GgufSource, TensorEntry
+from convert.gguf.file import GgufSource
+from convert.gguf.layout import TensorEntry
 from convert.gguf.rewrite import Replacement, rewrite
 
 

@@ -28,8 +28,9 @@ from convert.base import escape, json_text
 from convert.base.atomic import check_new, new_folder
 from convert.base.errors import UserError
 from convert.base.grids import Grid
-from convert.gguf.file import GgufSource, TensorEntry
+from convert.gguf.file import GgufSource
 from convert.gguf.ggml_types import grid_codec
+from convert.gguf.layout import TensorEntry
 from convert.mlx import on_cpu as on_cpu_functions
 from convert.mlx import packed, types
 from convert.mlx.gemma2_window import give_window

@@ -17,7 +17,7 @@ from abl_mlx.behaviour.llamacpp_process import LlamaProcess
 from abl_mlx.models import gguf_template
 from abl_mlx.models.thoughts import opened_by, resumed
 from convert.base.errors import UserError
-from convert.gguf.file import size_of
+from convert.gguf.parts import size_of
 
 #: Longest that a prompt may take in the chat template, in seconds; none takes a hundredth of one.
 RENDERING = 20.0

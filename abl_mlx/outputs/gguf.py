@@ -48,7 +48,8 @@ from convert.architectures import gguf_mtp, gguf_writers
 from convert.architectures.families import FAMILIES
 from convert.architectures.gguf_writers import GgufWriter
 from convert.base.errors import UserError
-from convert.gguf.file import GgufSource, size_of
+from convert.gguf.file import GgufSource
+from convert.gguf.parts import size_of
 
 Record = dict[str, Any]
 

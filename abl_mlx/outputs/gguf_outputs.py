@@ -31,7 +31,8 @@ from convert.architectures import gguf_mtp
 from convert.architectures.gguf_writers import GgufWriter
 from convert.base.atomic import check_new
 from convert.base.errors import UserError
-from convert.gguf.file import GgufSource, part_paths
+from convert.gguf.file import GgufSource
+from convert.gguf.parts import part_paths
 from convert.gguf.rewrite import rewrite
 from convert.mlx.safetensors_files import TensorFiles
 from convert.ollama.client import lost_of_template

@@ -24,16 +24,9 @@ from gguf import GGMLQuantizationType
 
 from convert.base.atomic import check_new, new_file
 from convert.base.errors import UserError
-from convert.gguf.file import (
-    ALIGNMENT,
-    GgufSource,
-    Part,
-    TensorEntry,
-    aligned,
-    in_data_order,
-    part_paths,
-    row_bytes,
-)
+from convert.gguf.file import GgufSource
+from convert.gguf.layout import ALIGNMENT, Part, TensorEntry, aligned, in_data_order, row_bytes
+from convert.gguf.parts import part_paths
 from convert.gguf.values import Value, encode_pair
 
 _FIXED = ("general.architecture", ALIGNMENT, "split.no", "split.count", "split.tensors.count")

@@ -29,6 +29,11 @@ FORMATS: dict[GGUFValueType, str] = {
 }
 """The types of a fixed length, as struct (and NumPy) spell them."""
 
+U64 = struct.Struct("<Q")
+"""How lengths and counts are stored."""
+
+VALUE_TYPES = {int(kind): kind for kind in GGUFValueType}
+"""The number of a value's type in a file -> the type."""
 
 _FLOATS = ("<f", "<d")
 

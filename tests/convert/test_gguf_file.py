@@ -24,7 +24,9 @@ from abl_mlx.behaviour.llamacpp import LlamaCpp
 from convert.base.errors import UserError
 from convert.gguf import file
 from convert.gguf import rewrite as gguf_rewrite
-from convert.gguf.file import GgufSource, part_paths
+from convert.gguf.file import GgufSource
+from convert.gguf.metadata import Metadata
+from convert.gguf.parts import part_paths
 from convert.gguf.rewrite import Replacement, rewrite
 from convert.mlx_to_gguf import write_gguf
 from tests.convert.test_gguf_fuzz import (
@@ -410,7 +412,7 @@ def test_llama_cpp_reads_changed_splits(tmp_path: Path, model: Path) -> None:
         with GgufSource(written[2]) as changed:
             assert changed.tensors[name].type == Q.Q8_0
             assert changed.metadata["general.name"] == "edited"
-            assert [dict(file._Metadata(one))["split.no"] for one in changed.layouts] == [
+            assert [dict(Metadata(one))["split.no"] for one in changed.layouts] == [
                 *range(len(parts))
             ]
             for other in source.tensors:

@@ -29,8 +29,8 @@ from gguf import GGMLQuantizationType as Q
 from gguf import GGUFValueType as V
 
 from convert.base.errors import UserError
-from convert.gguf import file
 from convert.gguf.file import GgufSource
+from convert.gguf.parts import part_paths
 from convert.gguf.rewrite import Replacement, rewrite
 from tests.support.places import ROOT
 
@@ -356,7 +356,7 @@ def small_files(folder: Path) -> list[Path]:
     for name in "abc":
         writer.add_tensor(name, numbers.standard_normal((3, 5), np.float32))
     _write_out(writer)
-    return [every, aligned, *file.part_paths(parts, 2)]
+    return [every, aligned, *part_paths(parts, 2)]
 
 
 def _write_out(writer: gguf.GGUFWriter) -> None:

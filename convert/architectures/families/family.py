@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from convert.base.errors import UserError
-from convert.gguf.file import GgufSource, TensorEntry
+from convert.gguf.file import GgufSource
+from convert.gguf.layout import TensorEntry
 
 _MISSING = object()
 

@@ -24,7 +24,7 @@ from convert.architectures.families.family import (
     whole_rotary,
 )
 from convert.base.errors import UserError
-from convert.gguf.file import TensorEntry
+from convert.gguf.layout import TensorEntry
 
 
 def unpermuted(keys: Keys, weights: list[Weight]) -> list[Weight]:

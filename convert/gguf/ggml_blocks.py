@@ -1,0 +1,396 @@
+"""The quantized GGML types with levels of their own, one small class each.
+
+The block layouts are those of llama.cpp's ggml/src/ggml-common.h, the arithmetic that of
+ggml/src/ggml-quants.c and of gguf-py's quants.py.
+
+======== ===== ========== =============================== ================================
+type     block bits/weight scale, offset per group         levels
+======== ===== ========== =============================== ================================
+Q4_0        32     4.5     d / 32                          -8 .. 7
+Q4_1        32     5       d, m / 32                       0 .. 15
+Q5_0        32     5.5     d / 32                          -16 .. 15
+Q5_1        32     6       d, m / 32                       0 .. 31
+Q8_0        32     8.5     d / 32                          -128 .. 127 (ggml never writes -128)
+Q2_K       256     2.625   d * 4 bits, -dmin * 4 bits / 16 0 .. 3
+Q3_K       256     3.4375  d * signed 6 bits / 16          -4 .. 3
+Q4_K       256     4.5     d * 6 bits, -dmin * 6 bits / 32 0 .. 15
+Q5_K       256     5.5     d * 6 bits, -dmin * 6 bits / 32 0 .. 31
+Q6_K       256     6.5625  d * signed 8 bits / 16          -32 .. 31
+IQ4_NL      32     4.5     d / 32                          the IQ4 table, -127 .. 113
+IQ4_XS     256     4.25    d * signed 6 bits / 32          the IQ4 table
+MXFP4       32     4.25    power of two / 32               E2M1, doubled: -12 .. 12
+NVFP4       64     4.5     unsigned E4M3 / 16              E2M1, doubled
+======== ===== ========== =============================== ================================
+
+d, dmin and m are float16. E2M1 has two zeros: they are one level here, and a zero that was stored
+as -0 stays -0.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from convert.gguf.ggml_codecs import GridCodec
+
+
+def _levels(*values: int) -> np.ndarray:
+    table = np.array(values, dtype=np.float32)
+    table.flags.writeable = False
+    return table
+
+
+def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
+    """Float32 (B, 1) of the two bytes at ``at``."""
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
+
+
+# Two bits of 256 weights in 64 bytes: byte i of the first 32 holds the weights i, 32 + i, 64 + i
+# and 96 + i from its lowest bits upwards; the other 32 bytes hold the other 128 weights.
+
+
+def _unpack_quarters(packed: np.ndarray, codes: np.ndarray, left: int, merge: bool = False) -> None:
+    packed = packed.reshape(len(packed), 2, 32)
+    quarters = codes.reshape(len(codes), 2, 4, 32)
+    for part in range(4):
+        bits = ((packed >> (2 * part)) & 3) << left
+        if merge:
+            quarters[:, :, part] |= bits
+        else:
+            quarters[:, :, part] = bits
+
+
+def _pack_quarters(bits: np.ndarray) -> np.ndarray:
+    quarters = bits.reshape(len(bits), 2, 4, 32)
+    packed = quarters[:, :, 0].copy()
+    for part in range(1, 4):
+        packed |= quarters[:, :, part] << (2 * part)
+    return packed.reshape(len(bits), 64)
+
+
+# One bit of 256 weights in 32 bytes: byte i holds the weights i, 32 + i, .. 224 + i.
+
+
+def _unpack_eighths(packed: np.ndarray, codes: np.ndarray, left: int) -> None:
+    eighths = codes.reshape(len(codes), 8, 32)
+    for part in range(8):
+        eighths[:, part] |= ((packed >> part) & 1) << left
+
+
+def _pack_eighths(bits: np.ndarray) -> np.ndarray:
+    eighths = bits.reshape(len(bits), 8, 32)
+    packed = eighths[:, 0].copy()
+    for part in range(1, 8):
+        packed |= eighths[:, part] << part
+    return packed
+
+
+class _Halves(GridCodec):
+    """Four bits of a code: byte i of a sub-block holds its weights i (low) and half + i (high).
+
+    Attributes:
+        at: the byte of a block where they begin.
+        half: bytes per sub-block, which are half as many as its weights.
+    """
+
+    at: ClassVar[int]
+    half: ClassVar[int]
+
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        packed, pairs = self._packed(blocks), self._pairs(codes)
+        np.bitwise_and(packed, 15, out=pairs[:, :, 0])
+        np.right_shift(packed, 4, out=pairs[:, :, 1])
+
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        pairs = self._pairs(codes)
+        packed = pairs[:, :, 1] << 4
+        packed |= pairs[:, :, 0] & 15
+        used = self.block // 2
+        blocks[:, self.at : self.at + used] = packed.reshape(len(blocks), used)
+
+    def _packed(self, blocks: np.ndarray) -> np.ndarray:
+        used = self.block // 2
+        found = blocks[:, self.at : self.at + used]
+        return found.reshape(len(blocks), used // self.half, self.half)
+
+    def _pairs(self, codes: np.ndarray) -> np.ndarray:
+        return codes.reshape(len(codes), self.block // (2 * self.half), 2, self.half)
+
+
+class Q4_0(_Halves):
+    """float16 d, 16 bytes of codes."""
+
+    type, group, levels = GGMLQuantizationType.Q4_0, 32, _levels(*range(-8, 8))
+    at, half = 2, 16
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 0)
+
+
+class Q4_1(_Halves):
+    """float16 d, float16 m, 16 bytes of codes."""
+
+    type, group, levels = GGMLQuantizationType.Q4_1, 32, _levels(*range(16))
+    at, half = 4, 16
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 0)
+
+    def _offsets(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 2)
+
+
+class _FifthBits(_Halves):
+    """Low four bits as in Q4_0; before them, in 4 bytes, the fifth bit of weight i in bit i."""
+
+    half = 16
+
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        super()._unpack(blocks, codes)
+        high = np.unpackbits(blocks[:, self.at - 4 : self.at], axis=1, bitorder="little")
+        high <<= 4
+        codes |= high
+
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        super()._pack(codes, blocks)
+        blocks[:, self.at - 4 : self.at] = np.packbits(codes >> 4, axis=1, bitorder="little")
+
+
+class Q5_0(_FifthBits):
+    """float16 d, 4 bytes of fifth bits, 16 bytes of low bits."""
+
+    type, group, levels = GGMLQuantizationType.Q5_0, 32, _levels(*range(-16, 16))
+    at = 6
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 0)
+
+
+class Q5_1(_FifthBits):
+    """float16 d, float16 m, 4 bytes of fifth bits, 16 bytes of low bits."""
+
+    type, group, levels = GGMLQuantizationType.Q5_1, 32, _levels(*range(32))
+    at = 8
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 0)
+
+    def _offsets(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 2)
+
+
+class Q8_0(GridCodec):
+    """float16 d, 32 signed bytes. A byte's sign bit flipped is its rank."""
+
+    type, group, levels = GGMLQuantizationType.Q8_0, 32, _levels(*range(-128, 128))
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 0)
+
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        np.bitwise_xor(blocks[:, 2:], 0x80, out=codes)
+
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        np.bitwise_xor(codes, 0x80, out=blocks[:, 2:])
+
+
+class Q2_K(GridCodec):
+    """16 bytes of 4-bit scales and offsets, 64 bytes of codes, float16 d, float16 dmin."""
+
+    type, group, levels = GGMLQuantizationType.Q2_K, 16, _levels(*range(4))
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 80) * (blocks[:, :16] & 15).astype(np.float32)
+
+    def _offsets(self, blocks: np.ndarray) -> np.ndarray:
+        return -(_float16(blocks, 82) * (blocks[:, :16] >> 4).astype(np.float32))
+
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        _unpack_quarters(blocks[:, 16:80], codes, left=0)
+
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        blocks[:, 16:80] = _pack_quarters(codes & 3)
+
+
+class Q3_K(GridCodec):
+    """32 bytes of third bits, 64 bytes of low bits, 12 bytes of 6-bit scales, float16 d.
+
+    A third bit that is set means codes 4 to 7, which are the levels 0 to 3.
+    """
+
+    type, group, levels = GGMLQuantizationType.Q3_K, 16, _levels(*range(-4, 4))
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        low, high = blocks[:, 96:104], blocks[:, 104:108]
+        scales = np.empty((len(blocks), 16), dtype=np.uint8)
+        scales[:, :8], scales[:, 8:] = low & 15, low >> 4
+        for part in range(4):
+            scales[:, 4 * part : 4 * part + 4] |= ((high >> (2 * part)) & 3) << 4
+        return _float16(blocks, 108) * (scales.astype(np.float32) - np.float32(32))
+
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        _unpack_quarters(blocks[:, 32:96], codes, left=0)
+        _unpack_eighths(blocks[:, :32], codes, left=2)
+
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        blocks[:, 32:96] = _pack_quarters(codes & 3)
+        blocks[:, :32] = _pack_eighths(codes >> 2)
+
+
+class _SixBitScales(GridCodec):
+    """float16 d, float16 dmin, then 12 bytes with 8 scales and 8 offsets of six bits each.
+
+    Bytes 0-3 and 4-7 are the first four scales and offsets; bytes 8-11 the low four bits of the
+    other four, whose upper two are the upper two of bytes 0-7.
+    """
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 0) * self._six_bits(blocks, 4, 0)
+
+    def _offsets(self, blocks: np.ndarray) -> np.ndarray:
+        return -(_float16(blocks, 2) * self._six_bits(blocks, 8, 4))
+
+    @staticmethod
+    def _six_bits(blocks: np.ndarray, at: int, shift: int) -> np.ndarray:
+        first, last = blocks[:, at : at + 4], blocks[:, 12:16]
+        numbers = np.empty((len(blocks), 8), dtype=np.float32)
+        numbers[:, :4] = first & 63
+        numbers[:, 4:] = ((last >> shift) & 15) | ((first >> 2) & 48)
+        return numbers
+
+
+class Q4_K(_SixBitScales, _Halves):
+    """16 bytes of scales, 128 bytes of codes."""
+
+    type, group, levels = GGMLQuantizationType.Q4_K, 32, _levels(*range(16))
+    at, half = 16, 32
+
+
+class Q5_K(_SixBitScales, _Halves):
+    """16 bytes of scales, 32 bytes of fifth bits, 128 bytes of low bits."""
+
+    type, group, levels = GGMLQuantizationType.Q5_K, 32, _levels(*range(32))
+    at, half = 48, 32
+
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        super()._unpack(blocks, codes)
+        _unpack_eighths(blocks[:, 16:48], codes, left=4)
+
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        super()._pack(codes, blocks)
+        blocks[:, 16:48] = _pack_eighths(codes >> 4)
+
+
+class Q6_K(_Halves):
+    """128 bytes of low four bits, 64 bytes of upper two, 16 signed bytes of scales, float16 d."""
+
+    type, group, levels = GGMLQuantizationType.Q6_K, 16, _levels(*range(-32, 32))
+    at, half = 0, 64
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
+
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        super()._unpack(blocks, codes)
+        _unpack_quarters(blocks[:, 128:192], codes, left=4, merge=True)
+
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        super()._pack(codes, blocks)
+        blocks[:, 128:192] = _pack_quarters(codes >> 4)
+
+
+_IQ4 = _levels(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+class IQ4_NL(_Halves):
+    """float16 d, 16 bytes of codes."""
+
+    type, group, levels = GGMLQuantizationType.IQ4_NL, 32, _IQ4
+    at, half = 2, 16
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 0)
+
+
+class IQ4_XS(_Halves):
+    """float16 d, 8 scales of six bits (2 bytes of upper two, 4 of low four), 128 bytes of codes."""
+
+    type, group, levels = GGMLQuantizationType.IQ4_XS, 32, _IQ4
+    at, half = 8, 16
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        scales = np.empty((len(blocks), 8), dtype=np.uint8)
+        scales[:, 0::2], scales[:, 1::2] = blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4
+        for part in range(4):
+            scales[:, part::4] |= ((blocks[:, 2:4] >> (2 * part)) & 3) << 4
+        return _float16(blocks, 0) * (scales.astype(np.float32) - np.float32(32))
+
+
+# E2M1, doubled so that all are whole numbers, by stored code; 8 is -0.
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_E2M1_LEVELS = _levels(*sorted(set(_E2M1)))
+_E2M1_RANK = np.searchsorted(_E2M1_LEVELS, np.array(_E2M1)).astype(np.uint8)
+_E2M1_STORED = np.array([_E2M1.index(int(level)) for level in _E2M1_LEVELS], dtype=np.uint8)
+
+
+class _Fp4(_Halves):
+    """Codes are E2M1 numbers, stored as sign and magnitude."""
+
+    levels = _E2M1_LEVELS
+
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        super()._unpack(blocks, codes)
+        np.take(_E2M1_RANK, codes, out=codes, mode="clip")
+
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        stored = np.empty_like(codes)
+        super()._unpack(blocks, stored)
+        minus_zero = stored == 8
+        np.take(_E2M1_STORED, codes, out=stored, mode="clip")
+        minus_zero &= stored == 0
+        stored |= minus_zero.view(np.uint8) << 3
+        super()._pack(stored, blocks)
+
+
+class MXFP4(_Fp4):
+    """One byte e, 16 bytes of codes. The scale is 2 ** (e - 128), levels being doubled.
+
+    e = 255 is no number, as in the OCP Microscaling specification and in llama.cpp's check.
+    """
+
+    type, group = GGMLQuantizationType.MXFP4, 32
+    at, half = 1, 16
+    _table = np.append(np.ldexp(np.float32(1), np.arange(-128, 127)), np.nan).astype(np.float32)
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return self._table[blocks[:, :1]]
+
+
+def _unsigned_e4m3() -> np.ndarray:
+    """Half of what each byte means, levels being doubled. ggml reads 0x7F as zero, no sign bit."""
+    byte = np.arange(256)
+    exponent, mantissa = (byte >> 3) & 15, byte & 7
+    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
+    table = np.where(exponent == 0, np.ldexp(mantissa, -9), normal) / 2
+    table[0x7F] = 0
+    return table.astype(np.float32)
+
+
+class NVFP4(_Fp4):
+    """Four scales, one byte each, 32 bytes of codes."""
+
+    type, group = GGMLQuantizationType.NVFP4, 16
+    at, half = 4, 8
+    _table = _unsigned_e4m3()
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return self._table[blocks[:, :4]]
+
+
+GRID_CODECS: tuple[GridCodec, ...] = (
+    *(Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0()),
+    *(Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K()),
+    *(IQ4_NL(), IQ4_XS(), MXFP4(), NVFP4()),
+)

@@ -1,0 +1,236 @@
+"""What a codec of a GGML type does: bytes of a GGUF tensor <-> Grid, R rows of n weights at once.
+
+R is the product of all dimensions but ne0, n is ne0, and a row's blocks follow each other. Any run
+of rows may be decoded and encoded on its own. `convert.gguf.ggml_blocks` has the quantized types.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from convert.base.errors import UserError
+from convert.base.grids import FloatGrid, Grid, in_chunks
+
+
+class GridCodec(ABC):
+    """Bytes <-> Grid for one quantized type.
+
+    Attributes:
+        type: the GGML type.
+        group: weights per scale.
+        levels: float32, (K,), ascending: what a code stands for.
+    """
+
+    type: ClassVar[GGMLQuantizationType]
+    group: ClassVar[int]
+    levels: ClassVar[np.ndarray]
+    is_grid: ClassVar[bool] = True
+
+    @property
+    def block(self) -> int:
+        """Weights per block; n must be a multiple of it."""
+        return int(gguf.GGML_QUANT_SIZES[self.type][0])
+
+    @property
+    def size(self) -> int:
+        """Bytes per block."""
+        return int(gguf.GGML_QUANT_SIZES[self.type][1])
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight in the file, scales included."""
+        return 8 * self.size / self.block
+
+    def decode(self, raw: np.ndarray, n: int) -> Grid:
+        """The grid of some rows.
+
+        Args:
+            raw: uint8, (R, bytes per row). The grid keeps it as its frame, uncopied.
+            n: weights per row.
+
+        Raises:
+            UserError: when sizes do not fit, or a block's scale is not a finite number; names no
+                tensor, which the caller knows.
+        """
+        check_rows(raw, n, self.block, self.size, self.type)
+        raw = np.ascontiguousarray(raw)
+        rows, count = len(raw), len(raw) * (n // self.block)
+        blocks = raw.reshape(count, self.size)
+        codes = np.empty((count, self.block), dtype=np.uint8)
+        groups = self.block // self.group
+        scales = np.empty((count, groups), dtype=np.float32)
+        offsets = np.empty_like(scales) if self._has_offsets() else None
+
+        def read(part: slice) -> None:
+            self._unpack(blocks[part], codes[part])
+            # A damaged block's scale is infinite or no number, and is told of below.
+            with np.errstate(invalid="ignore"):
+                scales[part] = self._scales(blocks[part])
+                if offsets is not None:
+                    offsets[part] = self._offsets(blocks[part])
+
+        in_chunks(read, count, self.block)
+        for found in (scales, offsets):
+            if found is not None and not np.isfinite(found).all():
+                bad = int(np.argmin(np.isfinite(found).all(axis=1)))
+                row, block = divmod(bad, n // self.block)
+                raise UserError(
+                    f"block {block} of row {row} has a {self.type.name} scale that is not finite: "
+                    "the file is damaged, get it again."
+                )
+        shape = (rows, n // self.group)
+        return Grid(
+            codes=codes.reshape(rows, n),
+            levels=self.levels,
+            scales=scales.reshape(shape),
+            offsets=None if offsets is None else offsets.reshape(shape),
+            group=self.group,
+            frame=raw,
+        )
+
+    def encode(self, grid: Grid) -> np.ndarray:
+        """The bytes of a grid that this codec decoded, or of ``with_codes`` of one.
+
+        Returns:
+            uint8, (R, bytes per row): a new array, equal to the grid's frame in all but code bits.
+
+        Raises:
+            ValueError: for another type's grid.
+        """
+        rows, n = grid.shape
+        frame = grid.frame
+        fits = isinstance(frame, np.ndarray) and frame.shape == (rows, n // self.block * self.size)
+        if not fits or grid.group != self.group or not np.array_equal(grid.levels, self.levels):
+            raise ValueError(f"a grid of another type, to be encoded as {self.type.name}")
+        count = rows * (n // self.block)
+        raw = np.array(frame)
+        blocks = raw.reshape(count, self.size)
+        codes = np.ascontiguousarray(grid.codes).reshape(count, self.block)
+
+        def write(part: slice) -> None:
+            self._pack(codes[part], blocks[part])
+
+        in_chunks(write, count, self.block)
+        return raw
+
+    @abstractmethod
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        """Float32 (B, block // group) of uint8 (B, size)."""
+
+    def _offsets(self, blocks: np.ndarray) -> np.ndarray:
+        """The same for offsets, where the type has any."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        """Fill ``codes``, uint8 (B, block), from ``blocks``, uint8 (B, size)."""
+
+    @abstractmethod
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        """Write ``codes`` over the code bits of ``blocks``, which hold the old ones."""
+
+    @classmethod
+    def _has_offsets(cls) -> bool:
+        return cls._offsets is not GridCodec._offsets
+
+
+class FloatCodec:
+    """Bytes <-> FloatGrid for F32, F16 or BF16, which have no codes.
+
+    Attributes:
+        type: the GGML type.
+    """
+
+    is_grid: ClassVar[bool] = False
+    block: ClassVar[int] = 1
+
+    def __init__(self, kind: GGMLQuantizationType) -> None:
+        self.type = kind
+
+    @property
+    def size(self) -> int:
+        """Bytes per weight."""
+        return int(gguf.GGML_QUANT_SIZES[self.type][1])
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight."""
+        return 8.0 * self.size
+
+    def decode(self, raw: np.ndarray, n: int) -> FloatGrid:
+        """The weights of some rows: uint8 (R, bytes per row), n weights each.
+
+        Raises:
+            UserError: when sizes do not fit, or a weight is not finite.
+        """
+        check_rows(raw, n, self.block, self.size, self.type)
+        numbers = self._read(np.ascontiguousarray(raw))
+        if not np.isfinite(numbers).all():
+            row = int(np.argmin(np.isfinite(numbers).all(axis=1)))
+            raise UserError(f"row {row} holds a weight that is not finite: get the file again.")
+        return FloatGrid(numbers)
+
+    def encode(self, grid: FloatGrid) -> np.ndarray:
+        """The bytes, uint8 (R, bytes per row), of a grid from ``decode`` or ``round``."""
+        return self._write(np.ascontiguousarray(grid.numbers, dtype=np.float32))
+
+    def round(self, values: np.ndarray) -> FloatGrid:
+        """Each value on the type's nearest number, ties to even: float32 (R, n).
+
+        Raises:
+            UserError: when a value is not finite or too large for the type.
+        """
+        check_values(values)
+        numbers = self._read(self._write(np.ascontiguousarray(values, dtype=np.float32)))
+        if not np.isfinite(numbers).all():
+            largest = float(np.abs(values).max())
+            raise UserError(f"a weight of {largest:g} does not fit {self.type.name}: write F32.")
+        return FloatGrid(numbers)
+
+    def _read(self, raw: np.ndarray) -> np.ndarray:
+        if self.type == GGMLQuantizationType.F32:
+            return np.array(raw.view("<f4"), dtype=np.float32)
+        if self.type == GGMLQuantizationType.F16:
+            return raw.view("<f2").astype(np.float32)
+        return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+    def _write(self, numbers: np.ndarray) -> np.ndarray:
+        if self.type == GGMLQuantizationType.F32:
+            return numbers.astype("<f4").view(np.uint8)
+        if self.type == GGMLQuantizationType.F16:
+            with np.errstate(over="ignore"):
+                return numbers.astype("<f2").view(np.uint8)
+        bits = numbers.view(np.uint32)
+        # Finite float32 only: adding up to half of the last place kept cannot wrap around.
+        bits = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+        return (bits >> np.uint32(16)).astype("<u2").view(np.uint8)
+
+
+def check_rows(
+    raw: np.ndarray, n: int, block: int, size: int, ggml_type: GGMLQuantizationType
+) -> None:
+    """Refuse raw rows that are not ``n`` weights of this type each."""
+    if raw.ndim != 2 or raw.dtype != np.uint8:
+        raise UserError(f"raw rows are uint8 of 2 dimensions, not {raw.dtype} of {raw.ndim}.")
+    if n < 1 or n % block:
+        raise UserError(
+            f"rows of {n} do not fit {ggml_type.name}, whose blocks hold {block} weights."
+        )
+    if raw.shape[1] != n // block * size:
+        raise UserError(
+            f"a row of {n} weights takes {n // block * size} bytes in {ggml_type.name}, "
+            f"but has {raw.shape[1]}."
+        )
+
+
+def check_values(values: np.ndarray) -> None:
+    """Refuse values that are no matrix of finite numbers."""
+    if values.ndim != 2:
+        raise UserError(f"rows of weights have 2 dimensions, not {values.ndim}.")
+    if not np.isfinite(values).all():
+        raise UserError("a weight is not finite.")
