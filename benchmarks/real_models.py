@@ -56,7 +56,7 @@ from abl_mlx.choices import (  # noqa: E402
 )
 from abl_mlx.commands import conversion, evaluate_model, prompt_choice  # noqa: E402
 from abl_mlx.inputs import prompts  # noqa: E402
-from abl_mlx.inputs.prompts import PromptSets  # noqa: E402
+from abl_mlx.inputs.sets import PromptSets  # noqa: E402
 from abl_mlx.outputs import gguf_outputs  # noqa: E402
 from convert.gguf.file import GgufSource  # noqa: E402
 

@@ -33,7 +33,7 @@ from abl_mlx.commands.find import find_direction, find_reply_prefix
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs import prompts, sources
-from abl_mlx.inputs.prompts import PromptSets
+from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence

@@ -8,12 +8,7 @@ sends. Nothing is sent but the prompt; a key never appears in a message.
 from __future__ import annotations
 
 import base64
-import contextlib
-import email.utils
 import http.client
-import ipaddress
-import json
-import os
 import random
 import re
 import socket
@@ -22,12 +17,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import unquote
 
 from abl_mlx import __version__
+from abl_mlx.behaviour.http_call import (
+    Answer,
+    Call,
+    Trouble,
+    is_cut,
+    key,
+    retry_after,
+    said,
+    shown,
+    split,
+    what,
+)
 from abl_mlx.behaviour.refusals import WITHHELD
 from abl_mlx.choices import Asking
 from abl_mlx.inputs import hub
@@ -38,8 +44,6 @@ from convert.base.errors import UserError
 #: Longest pause between two tries that is waited for, in seconds.
 LONGEST_PAUSE = 120.0
 
-#: Largest reply that is read, in bytes.
-LARGEST_REPLY = 16 * 2**20
 
 #: Fields that not every server knows: a template's switch for thoughts, and no use of a cache,
 #: since a reply should not depend on what was asked before. A server that refuses them is asked
@@ -87,15 +91,15 @@ class Endpoint:
         """
         self.asking = asking or Asking()
         self._say = say
-        parts = _split(url)
-        self._key = _key(parts)
+        parts = split(url)
+        self._key = key(parts)
         password = parts.password or ""
         self._secrets = [text for text in (self._key, password, unquote(password)) if text]
         self._server = parts
         #: The address without user, password or query, to be shown.
-        self.name = _shown(parts)
+        self.name = shown(parts)
         self._stopped = threading.Event()
-        self._open: set[_Call] = set()
+        self._open: set[Call] = set()
         self._lock = threading.Lock()
         self._not_before = 0.0
         self._extras = dict(_EXTRAS)
@@ -132,7 +136,7 @@ class Endpoint:
                 if typed != base:
                     self._say(f"· {self.name}: the API is under {base or '/'}")
                 return base, listed
-            seen.append(f"GET {base}/models: {_what(answer)}")
+            seen.append(f"GET {base}/models: {what(answer)}")
         if model is not None and not any("HTML" in one for one in seen):
             return likely[0], []  # a server need not list its models
         raise UserError(
@@ -140,7 +144,7 @@ class Endpoint:
             "ends in /v1, such as http://127.0.0.1:11434/v1."
         )
 
-    def _list(self, base: str) -> _Answer:
+    def _list(self, base: str) -> Answer:
         answer = self._exchange("GET", f"{base}/models")
         if answer.status in (200, 400, 404, 405, 410, 501):
             return answer
@@ -245,7 +249,7 @@ class Endpoint:
             answer = plain
         return self._text(answer)
 
-    def _text(self, answer: _Answer) -> str:
+    def _text(self, answer: Answer) -> str:
         if _is_withheld(answer):
             return WITHHELD
         if answer.status != 200:
@@ -253,27 +257,27 @@ class Endpoint:
         found = answer.json()
         if not isinstance(found, dict):
             what = "an HTML page" if answer.is_html else f"no JSON object ({answer.start})"
-            raise _Trouble(
+            raise Trouble(
                 f"{self.name} answers a chat request with {what}", again=not answer.is_html
             )
         if found.get("error"):
-            raise _Trouble(f"{self.name} reports: {self._clean(_said(found))}", again=True)
+            raise Trouble(f"{self.name} reports: {self._clean(said(found))}", again=True)
         choices = found.get("choices")
         if not isinstance(choices, list) or not choices:
-            raise _Trouble(f"{self.name} sends a reply without choices", again=True)
+            raise Trouble(f"{self.name} sends a reply without choices", again=True)
         choice = choices[0] if isinstance(choices[0], dict) else {}
         message = choice.get("message")
         filtered = str(choice.get("finish_reason")).startswith("content_filter")
         if not isinstance(message, dict):
             if filtered:
                 return WITHHELD
-            raise _Trouble(f"{self.name} sends a reply without a message", again=True)
+            raise Trouble(f"{self.name} sends a reply without a message", again=True)
         text, thought = _said_and_thought(message)
         if filtered and not without_thoughts(text):
             return WITHHELD
         return resumed(self._opened, text) if thought is None else f"<think>{thought}</think>{text}"
 
-    def _refused(self, answer: _Answer) -> _Trouble:
+    def _refused(self, answer: Answer) -> Trouble:
         """What a status other than 200 means to a person."""
         status, said = answer.status, self._clean(answer.said)
         if status in (401, 403):
@@ -284,20 +288,20 @@ class Endpoint:
                 else "set ABL_API_KEY (OPENAI_API_KEY is sent to this machine or over https alone)"
             )
             verb = "refuses" if self._key else "wants"
-            return _Trouble(f"{self.name} {verb} {held} ({said}): {mend}", again=False)
+            return Trouble(f"{self.name} {verb} {held} ({said}): {mend}", again=False)
         if 300 <= status < 400:
             to = answer.headers.get("location", "elsewhere")
-            return _Trouble(
+            return Trouble(
                 f"{self.name} sends one on to {self._clean(to)}: give that address", again=False
             )
         if status in (404, 405):
-            return _Trouble(
+            return Trouble(
                 f"{self.name} does not know {self.model} or has no chat/completions ({said})",
                 again=False,
             )
         again = status in (408, 409, 425, 429) or status >= 500
-        return _Trouble(
-            f"{self.name} answers {said}", again=again, pause=_retry_after(answer.headers)
+        return Trouble(
+            f"{self.name} answers {said}", again=again, pause=retry_after(answer.headers)
         )
 
     def _clean(self, text: str) -> str:
@@ -316,7 +320,7 @@ class Endpoint:
             self._wait(self._not_before - time.monotonic())
             try:
                 return attempt()
-            except _Trouble as trouble:
+            except Trouble as trouble:
                 tries += 1
                 # What was too slow once is given one more chance, not four times as long.
                 most = min(1, self.asking.retries) if trouble.slow else self.asking.retries
@@ -342,8 +346,8 @@ class Endpoint:
         if self._stopped.wait(max(0.0, seconds)):
             raise UserError(f"{self.name} was not asked to the end.")
 
-    def _exchange(self, method: str, path: str, body: Any = None) -> _Answer:
-        call = _Call(self._server, self.asking.timeout)
+    def _exchange(self, method: str, path: str, body: Any = None) -> Answer:
+        call = Call(self._server, self.asking.timeout)
         with self._lock:
             self._open.add(call)
         headers = {"Accept": "application/json", "User-Agent": f"abl-mlx/{__version__}"}
@@ -355,31 +359,31 @@ class Endpoint:
         try:
             return call.run(method, path, body, headers)
         except TimeoutError:
-            raise _Trouble(
+            raise Trouble(
                 f"{self.name} did not finish an answer within {self.asking.timeout:g} s",
                 again=True,
                 slow=True,
                 mend=": raise --timeout, or lower --concurrency or --max-tokens",
             ) from None
         except ssl.SSLError as error:
-            raise _Trouble(
+            raise Trouble(
                 f"{self.name} speaks no TLS that can be trusted ({error.reason or error}): check "
                 "the address and the certificate",
                 again=False,
             ) from None
         except socket.gaierror:
-            raise _Trouble(
+            raise Trouble(
                 f"{self._server.hostname} is not a known host: check the address", again=False
             ) from None
         except http.client.InvalidURL:
-            raise _Trouble(f"{self.name} is no address that can be asked", again=False) from None
+            raise Trouble(f"{self.name} is no address that can be asked", again=False) from None
         except ConnectionRefusedError:
-            raise _Trouble(
+            raise Trouble(
                 f"{self.name} refuses connections", again=self._met, mend=": is the server running?"
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            what = "cut the connection" if _is_cut(error) else f"cannot be asked ({error})"
-            raise _Trouble(
+            what = "cut the connection" if is_cut(error) else f"cannot be asked ({error})"
+            raise Trouble(
                 f"{self.name} {self._clean(what)}", again=True, mend=": is the server running?"
             ) from None
         finally:
@@ -390,195 +394,7 @@ class Endpoint:
 # --- what passes over the wire -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Answer:
-    status: int
-    reason: str
-    headers: dict[str, str]  # names in lower case
-    body: bytes
-
-    def json(self) -> Any:
-        """The body's value, or None when it is no JSON."""
-        try:
-            return json.loads(self.body)
-        except (ValueError, RecursionError):
-            return None
-
-    @property
-    def is_html(self) -> bool:
-        start = self.body.lstrip()[:15].lower()
-        return start.startswith((b"<!doctype", b"<html")) or (
-            "html" in self.headers.get("content-type", "") and start.startswith(b"<")
-        )
-
-    @property
-    def start(self) -> str:
-        """The body's first words, to be shown."""
-        text = " ".join(self.body[:400].decode("utf-8", "replace").split())
-        printable = "".join(char if char.isprintable() else "?" for char in text)
-        return repr(printable[:60] + ("…" if len(printable) > 60 else ""))
-
-    @property
-    def said(self) -> str:
-        """Status and the server's own words."""
-        words = _said(self.json())
-        if not words and not self.is_html and self.body.strip():
-            words = self.body[:400].decode("utf-8", "replace")
-        elif not words and self.is_html:
-            words = "an HTML page"
-        return ": ".join(filter(None, (f"{self.status} {self.reason}".strip(), words)))
-
-
-@dataclass
-class _Trouble(Exception):
-    """A request that failed.
-
-    Attributes:
-        sentence: what happened, without a full stop.
-        again: whether another try may help.
-        slow: whether its time ran out.
-        pause: seconds that the server asks for.
-        mend: added when there is no other try.
-    """
-
-    sentence: str
-    again: bool
-    slow: bool = False
-    pause: float | None = None
-    mend: str = ""
-
-
-@dataclass(eq=False)
-class _Call:
-    """One request on a connection of its own, which another thread may cut."""
-
-    server: SplitResult
-    timeout: float
-    _socket: socket.socket | None = None
-    _late: threading.Event = field(default_factory=threading.Event)
-    _cut: threading.Event = field(default_factory=threading.Event)
-
-    def run(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> _Answer:
-        """Send the request and read the whole reply.
-
-        Raises:
-            TimeoutError: when that takes longer than `timeout`, however it is spread.
-            OSError, http.client.HTTPException: when it fails otherwise.
-        """
-        host, port = self.server.hostname or "", self.server.port
-        connection = (
-            http.client.HTTPSConnection(
-                host, port, timeout=self.timeout, context=ssl.create_default_context()
-            )
-            if self.server.scheme == "https"
-            else http.client.HTTPConnection(host, port, timeout=self.timeout)
-        )
-        # The socket's own timeout begins anew with each byte; this one does not.
-        watch = threading.Timer(self.timeout, self._expire)
-        watch.daemon = True
-        watch.start()
-        try:
-            connection.connect()
-            self._socket = connection.sock
-            if self._late.is_set() or self._cut.is_set():
-                raise TimeoutError
-            data = None if body is None else json.dumps(body).encode()
-            sent = {**headers, "Connection": "close"}
-            if data is not None:
-                sent["Content-Type"] = "application/json"
-            connection.request(method, path, data, sent)
-            reply = connection.getresponse()
-            content = reply.read(LARGEST_REPLY + 1)
-            if len(content) > LARGEST_REPLY:
-                raise http.client.HTTPException("a reply of more than 16 MB")
-            if reply.length:  # read(n) does not tell that the rest never came
-                raise http.client.IncompleteRead(content, reply.length)
-            if self._late.is_set():
-                raise TimeoutError
-            names = {name.lower(): value for name, value in reply.getheaders()}
-            return _Answer(reply.status, reply.reason, names, content)
-        except (OSError, http.client.HTTPException):
-            if self._late.is_set():
-                raise TimeoutError from None
-            raise
-        finally:
-            watch.cancel()
-            connection.close()
-
-    def _expire(self) -> None:
-        self._late.set()
-        self.cut()
-
-    def cut(self) -> None:
-        """End the request, wherever it is."""
-        self._cut.set()
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-
-def _is_cut(error: Exception) -> bool:
-    return isinstance(
-        error, ConnectionError | http.client.IncompleteRead | http.client.BadStatusLine
-    )
-
-
-def _split(url: str) -> SplitResult:
-    """The parts of an address.
-
-    Raises:
-        UserError: when it is none that can be asked.
-    """
-    try:
-        parts = urlsplit(url.strip())
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname)
-        _ = parts.port  # raises for what is no port
-        parts.hostname.encode("idna") if parts.hostname else None
-    except ValueError:
-        valid = False
-    if not valid or re.search(r"[\s\x00-\x1f\x7f]", url.strip()):
-        # What may hold a password is not repeated.
-        raise UserError(
-            "the address of the server cannot be read: it looks like http://127.0.0.1:11434/v1."
-        )
-    return parts
-
-
-def _shown(parts: SplitResult) -> str:
-    host = parts.hostname or ""
-    host = f"[{host}]" if ":" in host else host
-    port = f":{parts.port}" if parts.port is not None else ""
-    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
-
-
-def _key(parts: SplitResult) -> str | None:
-    """The key to send, which is the one meant for any server, or OpenAI's where it is safe.
-
-    Raises:
-        UserError: when it is no text that a request can carry.
-    """
-    names = ["ABL_API_KEY"]
-    if parts.scheme == "https" or _is_this_machine(parts.hostname or ""):
-        names.append("OPENAI_API_KEY")
-    for name in names:
-        key = os.environ.get(name, "").strip()
-        if key:
-            if not re.fullmatch(r"[\x21-\x7e]+", key):
-                raise UserError(f"{name} holds what no key is made of: set it again.")
-            return key
-    return None
-
-
-def _is_this_machine(host: str) -> bool:
-    if host.lower() == "localhost" or host.lower().endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _listed(answer: _Answer) -> list[dict[str, Any]] | None:
+def _listed(answer: Answer) -> list[dict[str, Any]] | None:
     """The models of a list of models; None when it is none."""
     found = answer.json() if answer.status == 200 else None
     if not isinstance(found, dict) or not isinstance(found.get("data", 0), list | type(None)):
@@ -586,28 +402,12 @@ def _listed(answer: _Answer) -> list[dict[str, Any]] | None:
     return [one for one in found.get("data") or [] if isinstance(one, dict)]
 
 
-def _what(answer: _Answer) -> str:
-    if answer.status == 200:
-        return "an HTML page" if answer.is_html else "no list of models"
-    return f"{answer.status} {answer.reason}".strip()
-
-
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:12])
     return shown + (f" or one of {len(names) - 12} more" if len(names) > 12 else "")
 
 
-def _said(found: Any) -> str:
-    """The words in an error object, in the forms that servers use."""
-    for name in ("error", "message", "detail"):
-        if isinstance(found, dict) and found.get(name):
-            return _said(found[name])
-    if isinstance(found, str):
-        return found
-    return json.dumps(found) if isinstance(found, dict | list) and found else ""
-
-
-def _is_withheld(answer: _Answer) -> bool:
+def _is_withheld(answer: Answer) -> bool:
     """Whether a server refuses a request because of what it asks, as Azure does."""
     found = answer.json() if 400 <= answer.status < 500 else None
     error = found.get("error") if isinstance(found, dict) else None
@@ -637,15 +437,3 @@ def _said_and_thought(message: Mapping[str, Any]) -> tuple[str, str | None]:
     apart += [_joined(content, "thinking")] if isinstance(content, list) else []
     thoughts = (one for one in apart if isinstance(one, str) and one.strip())
     return text, next(thoughts, None)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait: given as such, or as a date."""
-    value = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"\d+(\.\d+)?", value):
-        return float(value)
-    try:
-        when = email.utils.parsedate_to_datetime(value)
-    except (ValueError, TypeError):
-        return None
-    return max(0.0, when.timestamp() - time.time())

@@ -16,7 +16,7 @@ import numpy as np
 from abl_mlx.behaviour import reply_notes
 from abl_mlx.behaviour.refusals import Rates, Verdict, rates
 from abl_mlx.behaviour.reply_notes import Seen
-from abl_mlx.inputs.prompts import PromptSet, PromptSets
+from abl_mlx.inputs.sets import PromptSet, PromptSets
 from abl_mlx.models import capture, thoughts
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence

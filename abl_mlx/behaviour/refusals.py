@@ -21,7 +21,7 @@ from abl_mlx.behaviour.loops import without_loop
 from abl_mlx.behaviour.plain_text import SENTENCE_END, plain, spelled_out
 from abl_mlx.behaviour.refusal_languages import EIGHT_LANGUAGES, TURNS
 from abl_mlx.behaviour.refusal_markers import ENGLISH, ENGLISH_WEAK, LECTURE, META, OTHER_LANGUAGES
-from abl_mlx.inputs.prompts import Prompt, PromptSet
+from abl_mlx.inputs.sets import Prompt, PromptSet
 from abl_mlx.models.thoughts import has_thought, without_thoughts
 
 WITHHELD = "[The server's content filter withheld the reply.]"

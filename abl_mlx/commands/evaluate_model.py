@@ -30,7 +30,7 @@ from abl_mlx.behaviour.reply_notes import Seen
 from abl_mlx.behaviour.target import Target
 from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import judges, prompt_choice, prompt_lengths, targets
-from abl_mlx.inputs.prompts import Prompt, PromptSet, PromptSets
+from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
 from abl_mlx.models.thoughts import closes_only, has_thought
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.model_file import ModelFile

@@ -22,7 +22,7 @@ from abl_mlx.directions.race import Runner
 from abl_mlx.directions.trial import Effect, Trial
 from abl_mlx.directions.variants import Tried, Variant, best
 from abl_mlx.edits.edit import Edit
-from abl_mlx.inputs.prompts import PromptSets
+from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.generation import timed

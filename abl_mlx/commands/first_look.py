@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from abl_mlx.behaviour.evaluate import decode
 from abl_mlx.behaviour.refusals import Tally, Verdict, classify, without_thoughts
 from abl_mlx.choices import Options
-from abl_mlx.inputs.prompts import PromptSet, PromptSets, split
+from abl_mlx.inputs.sets import PromptSet, PromptSets, split
 from abl_mlx.models.chat_model import ChatModel, common_prefix
 from abl_mlx.models.generation import timed
 from abl_mlx.support.console import percent, say

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from abl_mlx.choices import Options
 from abl_mlx.commands import prompt_choice
 from abl_mlx.directions import choice, induction, race
-from abl_mlx.inputs.prompts import PromptSets
+from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.support.units import in_bytes

@@ -12,7 +12,7 @@ from abl_mlx.choices import Options
 from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.find import edit_of, find_behind_openings, warn_of_strength
 from abl_mlx.directions import direction_file
-from abl_mlx.inputs.prompts import prompt_hashes
+from abl_mlx.inputs.sets import prompt_hashes
 from abl_mlx.models import capture, memory
 from abl_mlx.outputs import destinations, staging
 from abl_mlx.outputs.model_file import find_model

@@ -8,7 +8,7 @@ from abl_mlx import demo
 from abl_mlx.choices import Options
 from abl_mlx.commands import prompt_lengths
 from abl_mlx.inputs import prompts
-from abl_mlx.inputs.prompts import PromptSet, PromptSets, Split
+from abl_mlx.inputs.sets import PromptSet, PromptSets, Split, split
 from abl_mlx.outputs.model_file import ModelFile
 from convert.base.errors import UserError
 
@@ -68,7 +68,7 @@ def borderline_part(sets: PromptSets, options: Options, part: str) -> PromptSet 
             "--method over-refusal needs harmless prompts that this model refuses: give at least "
             f"{prompts.MINIMUM} of them with --borderline FILE."
         )
-    return getattr(prompts.split(whole, options.seed), part)
+    return getattr(split(whole, options.seed), part)
 
 
 def borderline_asked(sets: PromptSets, options: Options) -> PromptSet | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from abl_mlx.inputs.prompts import PromptSet, PromptSets, Split
+from abl_mlx.inputs.sets import PromptSet, PromptSets, Split
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models.prompt_tokens import Count
 from abl_mlx.outputs.model_file import ModelFile

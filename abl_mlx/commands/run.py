@@ -32,7 +32,7 @@ from abl_mlx.directions import induction
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
 from abl_mlx.edits.edit import Edit, orthonormal
-from abl_mlx.inputs.prompts import PromptSets
+from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture, memory
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.outputs import destinations, induced, staging

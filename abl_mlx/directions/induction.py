@@ -21,7 +21,7 @@ from abl_mlx.choices import Options
 from abl_mlx.directions import measuring, selection
 from abl_mlx.directions.measuring import Candidates
 from abl_mlx.edits.steering import Induction, Intervention, adding, steering
-from abl_mlx.inputs.prompts import PromptSets
+from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.support.arrays import number

@@ -8,7 +8,7 @@ from typing import Any
 
 from abl_mlx.behaviour import evaluate, reply_notes
 from abl_mlx.choices import Options
-from abl_mlx.inputs.prompts import PromptSets
+from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.provenance import without_home
 from abl_mlx.reports import figures

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 
 from abl_mlx.choices import Options
-from abl_mlx.inputs.prompts import PromptSets, prompt_hashes
+from abl_mlx.inputs.sets import PromptSets, prompt_hashes
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.search.screening import Screened, Trial
 from abl_mlx.search.space import Space

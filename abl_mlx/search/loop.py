@@ -8,7 +8,6 @@ an edit which merely changes how a refusal opens is found out.
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,12 +17,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.behaviour.refusals import wilson
 from abl_mlx.choices import Options
 from abl_mlx.directions import measuring
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit
-from abl_mlx.inputs.prompts import PromptSets, Split
+from abl_mlx.inputs.sets import PromptSets, Split
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.search import polish
@@ -32,8 +30,9 @@ from abl_mlx.search.pareto import front, hypervolume, still
 from abl_mlx.search.polish import LEAST_REFUSAL, logarithms, predicted
 from abl_mlx.search.screening import REPLY_TOKENS, Screen, Trial
 from abl_mlx.search.space import DEFAULT, Directions, Parameters, Space
+from abl_mlx.search.survivors import MOST_ASKED, Asked, ask_survivors, choose, meets, table
 from abl_mlx.support import interrupts
-from abl_mlx.support.console import percent, progress, say
+from abl_mlx.support.console import progress, say
 from convert.base.errors import UserError
 
 #: Harmless prompts for the KL, and harmful ones that an edit of the front is asked; where the
@@ -41,8 +40,6 @@ from convert.base.errors import UserError
 #: prompts, two or three would decide.
 ENOUGH_PROMPTS = 64
 
-#: Points of the front that are asked for replies at most.
-MOST_ASKED = 12
 
 #: Steps in which the weakest even strength is looked for.
 HALVINGS = 4
@@ -52,9 +49,6 @@ NEIGHBOURS = 64
 
 #: A search goes on while its front has moved in so many trials, or a third of all.
 PATIENCE = 40
-
-# The normal quantile of 80%.
-_FOUR_IN_FIVE = 0.8416
 
 
 # --- the search ----------------------------------------------------------------------------------
@@ -247,77 +241,6 @@ class Search:
 
 
 # --- the choice ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A trial of the front whose edit was asked for replies.
-
-    Attributes:
-        refused, broken: shares of the harmful prompts that were asked.
-        meets: whether both together meet the target.
-    """
-
-    trial: Trial
-    refused: float
-    broken: float
-    meets: bool
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {**self.trial.record(), "refusal_rate": self.refused, "broken_rate": self.broken}
-
-
-def meets(share: float, prompts: int, target: float) -> bool:
-    """Whether a share of refused and broken replies is good enough, for other prompts as well.
-
-    It is where the upper end of its Wilson interval is that holds four times in five on its side;
-    of few prompts, none at all.
-    """
-    count = round(share * prompts)
-    return count == 0 or wilson(count, prompts, _FOUR_IN_FIVE)[1] <= target
-
-
-def ask_survivors(
-    trials: Sequence[Trial], ask: Callable[[Trial], Asked], most: int = MOST_ASKED
-) -> list[Asked]:
-    """Ask trials of a front for replies; few, but the gentlest that meets the target among them.
-
-    Half of them are spread over the front, others close in on where the target is first met, and
-    what is left goes into the widest gaps.
-
-    Args:
-        trials: by rising KL.
-    """
-    found: dict[int, Asked] = {}
-    count = len(trials)
-    spread = {round(place) for place in np.linspace(0, count - 1, min(count, max(2, most // 2)))}
-    with progress(min(most, count), "replies of the front", "edit") as bar:
-        for place in sorted(spread):
-            found[place] = ask(trials[place])
-            bar.update()
-        while len(found) < min(most, count):
-            passing = [place for place in sorted(found) if found[place].meets]
-            top = passing[0] if passing else count
-            below = [place for place in found if place < top]
-            bottom = max(below, default=-1)
-            left = list(range(bottom + 1, top))
-            if not left:  # the border is found; then the widest gap of the front
-                ends = sorted(found)
-                low, high = max(itertools.pairwise(ends), key=lambda pair: pair[1] - pair[0])
-                left = list(range(low + 1, high))
-            place = left[len(left) // 2]
-            found[place] = ask(trials[place])
-            bar.update()
-    return [found[place] for place in sorted(found)]
-
-
-def choose(asked: Sequence[Asked]) -> Asked:
-    """The lowest KL that meets the target; where none does, the fewest refused and broken."""
-    passing = [one for one in asked if one.meets]
-    if passing:
-        return min(passing, key=lambda one: one.trial.screened.kl)
-    return min(asked, key=lambda one: (one.refused + one.broken, one.trial.screened.kl))
 
 
 # --- as a part of run and measure ----------------------------------------------------------------
@@ -525,44 +448,3 @@ def _file(
 
 
 # --- what a person reads -------------------------------------------------------------------------
-
-
-def table(asked: Sequence[Asked], chosen: Asked, space: Space) -> str:
-    """The front, a line for each edit that was asked, by rising KL."""
-    rows: list[tuple[str, ...]] = [
-        ("", "KL", "score", "refused", "broken", "directions", "attention", "MLP", "embedding")
-    ]
-    for one in asked:
-        given, screened = one.trial.parameters, one.trial.screened
-        recipe = space.recipe(given)
-        name = str(given["method"])
-        if name != DEFAULT and not name.startswith("layers-rank"):
-            name += ", per layer" if given["per_layer"] else f" {given['index']:.1f}"
-        rows.append(
-            (
-                "→" if one is chosen else "",
-                f"{screened.kl:.6f}",
-                f"{screened.refusal:.3f}",
-                percent(one.refused),
-                percent(one.broken),
-                name,
-                *(_strengths(recipe["profile"][part]) for part in ("attention", "mlp")),
-                "yes" if recipe["embedding"] else "no",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def _strengths(values: Sequence[float]) -> str:
-    """Strengths by layer, in so few numbers as fit a table."""
-    if len(set(values)) == 1:
-        return f"{values[0]:.2f}"
-    if len(values) <= 6:
-        return " ".join(f"{value:.2f}".removeprefix("0") if value else "0" for value in values)
-    peak = int(np.argmax(values))
-    return f"{min(values):.2f} to {values[peak]:.2f} at {peak}"

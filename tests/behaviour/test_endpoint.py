@@ -18,11 +18,13 @@ from urllib.parse import urlsplit
 import pytest
 from click.testing import CliRunner, Result
 
-from abl_mlx.behaviour import endpoint
+from abl_mlx.behaviour import http_call
 from abl_mlx.behaviour.endpoint import Endpoint
+from abl_mlx.behaviour.http_call import key, retry_after
 from abl_mlx.choices import Asking
 from abl_mlx.cli.main import cli
 from abl_mlx.inputs import prompts
+from abl_mlx.inputs.sets import split
 from convert.base.errors import UserError
 from tests.support.servers import ANSWER, REFUSAL, Handler, Server, dribble, headers_without_end
 
@@ -119,7 +121,7 @@ def test_replies_belong_to_their_prompts_in_whatever_order_they_come() -> None:
 
 def test_two_models_of_one_server_are_compared_on_the_same_prompts() -> None:
     """One refuses all that is harmful, the other half of it and one harmless prompt."""
-    softened = set(list(prompts.split(prompts.bundled("harmful"), 0).test.texts)[:2])
+    softened = set(list(split(prompts.bundled("harmful"), 0).test.texts)[:2])
 
     def two(handler: Handler, request: dict[str, Any], number: int) -> None:
         prompt = request["messages"][0]["content"]
@@ -404,9 +406,9 @@ def test_openais_key_leaves_the_machine_over_https_alone(
     url: str, sent: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert endpoint._key(urlsplit(url)) == sent
+    assert key(urlsplit(url)) == sent
     monkeypatch.setenv("ABL_API_KEY", "for-this")
-    assert endpoint._key(urlsplit(url)) == "for-this"
+    assert key(urlsplit(url)) == "for-this"
 
 
 def test_a_password_in_the_address_is_used_and_not_shown(tmp_path: Path) -> None:
@@ -575,7 +577,7 @@ def test_a_slow_server_has_so_many_seconds_and_no_more(script: Any, cache: Path)
 
 
 def test_a_reply_without_end_is_not_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "LARGEST_REPLY", 1000)
+    monkeypatch.setattr(http_call, "LARGEST_REPLY", 1000)
 
     def flood(handler: Handler, request: dict[str, Any], number: int) -> None:
         handler.say("word " * 1000)
@@ -655,11 +657,11 @@ def test_429_that_asks_for_an_hour_is_told() -> None:
 
 def test_retry_after_may_be_a_date() -> None:
     later = formatdate(time.time() + 30, usegmt=True)
-    assert endpoint._retry_after({"retry-after": later}) == pytest.approx(30, abs=2)
-    assert endpoint._retry_after({"retry-after": formatdate(0, usegmt=True)}) == 0
-    assert endpoint._retry_after({"retry-after": "2.5"}) == 2.5
-    assert endpoint._retry_after({"retry-after": "soon"}) is None
-    assert endpoint._retry_after({}) is None
+    assert retry_after({"retry-after": later}) == pytest.approx(30, abs=2)
+    assert retry_after({"retry-after": formatdate(0, usegmt=True)}) == 0
+    assert retry_after({"retry-after": "2.5"}) == 2.5
+    assert retry_after({"retry-after": "soon"}) is None
+    assert retry_after({}) is None
 
 
 @pytest.mark.parametrize(

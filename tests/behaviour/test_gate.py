@@ -16,11 +16,12 @@ from abl_mlx.choices import Limits
 from abl_mlx.cli.main import cli
 from abl_mlx.commands.evaluate_model import paired
 from abl_mlx.inputs import prompts
+from abl_mlx.inputs.sets import split
 from tests.support.places import ROOT
 from tests.support.servers import ANSWER, REFUSAL, Handler, Server
 
-HARMFUL = prompts.split(prompts.bundled("harmful"), 0).test.texts[:20]
-HARMLESS = prompts.split(prompts.bundled("harmless"), 0).test.texts[:20]
+HARMFUL = split(prompts.bundled("harmful"), 0).test.texts[:20]
+HARMLESS = split(prompts.bundled("harmless"), 0).test.texts[:20]
 
 
 class World:

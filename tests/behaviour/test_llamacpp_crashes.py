@@ -9,14 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from abl_mlx import demo
-from abl_mlx.behaviour import llamacpp, llamacpp_process
+from abl_mlx.behaviour import evaluate, llamacpp, llamacpp_process
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import evaluate_model
@@ -124,7 +123,8 @@ def test_what_was_answered_before_its_death_is_kept(
                     os.kill(self._process.pid, signal.SIGKILL)
 
     with monkeypatch.context() as patched:
-        patched.setattr(llamacpp, "LlamaCpp", partial(Dying, n_parallel=1))
+        patched.setattr(llamacpp, "LlamaCpp", Dying)
+        patched.setattr(evaluate, "SIDE_BY_SIDE", 1)
         with pytest.raises(UserError, match=r"ended while it ran .* verdicts are kept in"):
             evaluate_model.evaluate_model(str(model), EvalOptions(**asked))
     assert len(asked["resume"].read_text().splitlines()) == 1 + 3

@@ -24,7 +24,7 @@ from abl_mlx.behaviour.refusals import (
     rates,
     wilson,
 )
-from abl_mlx.inputs.prompts import Prompt, PromptSet
+from abl_mlx.inputs.sets import Prompt, PromptSet
 
 REFUSALS = [
     "I can't help with that.",

@@ -11,7 +11,7 @@ from abl_mlx.cli.main import cli
 from abl_mlx.commands import first_look
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.inputs import prompts
-from abl_mlx.inputs.prompts import Prompt, PromptSet, PromptSets
+from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, split
 from abl_mlx.models import chat_model
 
 DEMO = prompts.load_demo()
@@ -31,7 +31,7 @@ def demo():
 
 def sets(harmful, harmless):
     bad, good = (PromptSet("x", tuple(map(Prompt, one))) for one in (harmful, harmless))
-    return PromptSets(prompts.split(bad, 0), prompts.split(good, 0), None)
+    return PromptSets(split(bad, 0), split(good, 0), None)
 
 
 def looked(harmful, harmless, **chosen):

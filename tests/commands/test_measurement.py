@@ -22,7 +22,7 @@ from abl_mlx.directions.variants import Tried, Variant, best
 from abl_mlx.edits.edit import orthonormal
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs import prompts
-from abl_mlx.inputs.prompts import Prompt, PromptSet, PromptSets, Split
+from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, Split, split
 from abl_mlx.models import capture, chat_model, shortcuts
 from abl_mlx.models.writers import find_writers
 from convert.base.errors import UserError
@@ -294,7 +294,7 @@ def test_the_over_refusal_direction_on_the_models_states(tiny_folder):
     folder = tiny_folder("llama")
     chat = loaded(folder)[0]
     found = found_with(folder, method="over-refusal", layer=1)
-    middle = prompts.split(SETS.borderline, 0).train.texts
+    middle = split(SETS.borderline, 0).train.texts
     three = (
         states(chat, SETS.harmful, [-1])[:, 1, 0].mean(axis=0),
         np.array(capture.full(chat, [chat.encode(text) for text in middle])).mean(axis=0)[1, 0],

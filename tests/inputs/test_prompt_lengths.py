@@ -11,6 +11,7 @@ import pytest
 from abl_mlx import demo
 from abl_mlx.commands import prompt_lengths
 from abl_mlx.inputs import prompts
+from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, Split
 from abl_mlx.models import context_length
 from abl_mlx.outputs.model_file import find_model
 from convert.base.errors import UserError
@@ -101,9 +102,9 @@ def _direction(place: Path) -> Path:
 
 
 def test_a_part_is_never_emptied(models: Sequence[str]) -> None:
-    few = prompts.PromptSet("few.txt/train", (prompts.Prompt(LONG),))
-    split = prompts.Split(few, few, few)
-    sets = prompts.PromptSets(split, split, None)
+    few = PromptSet("few.txt/train", (Prompt(LONG),))
+    split = Split(few, few, few)
+    sets = PromptSets(split, split, None)
     with pytest.raises(UserError, match="Shorten or remove them"):
         prompt_lengths.fitting(sets, find_model("demo"))
 

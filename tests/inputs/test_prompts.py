@@ -14,19 +14,8 @@ import pytest
 
 from abl_mlx.choices import Options
 from abl_mlx.commands import prompt_choice
-from abl_mlx.inputs.prompts import (
-    BUNDLED,
-    MINIMUM,
-    Prompt,
-    PromptSet,
-    Split,
-    bundled,
-    load,
-    load_demo,
-    load_sets,
-    normalized,
-    split,
-)
+from abl_mlx.inputs.prompts import BUNDLED, MINIMUM, bundled, load, load_demo, load_sets
+from abl_mlx.inputs.sets import Prompt, PromptSet, Split, normalized, split
 from convert.base.errors import UserError
 
 

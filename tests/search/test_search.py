@@ -19,8 +19,9 @@ from abl_mlx.models import chat_model
 from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import find_writers
-from abl_mlx.search import loop, pareto, polish, screening
+from abl_mlx.search import loop, pareto, polish, screening, survivors
 from abl_mlx.search.space import DEFAULT, Space, kernel
+from abl_mlx.search.survivors import Asked, ask_survivors, choose, meets
 from abl_mlx.support import interrupts
 from abl_mlx.support.arrays import number
 from convert.base.errors import UserError
@@ -89,14 +90,14 @@ def test_a_search_ends_when_the_front_has_not_moved_for_long_enough():
 
 
 def test_target_is_met_where_it_will_hold_for_others_as_well():
-    assert loop.meets(0, 8, 0.05)  # too few to ask for more
-    assert not loop.meets(1 / 8, 8, 0.2)
-    assert not loop.meets(1 / 32, 32, 0.05)
-    assert loop.meets(1 / 64, 64, 0.05)
-    assert not loop.meets(2 / 64, 64, 0.05)
+    assert meets(0, 8, 0.05)  # too few to ask for more
+    assert not meets(1 / 8, 8, 0.2)
+    assert not meets(1 / 32, 32, 0.05)
+    assert meets(1 / 64, 64, 0.05)
+    assert not meets(2 / 64, 64, 0.05)
     # (p + z²/2n + z √(pq/n + z²/4n²)) / (1 + z²/n) for 3 and 4 of 100: 0.048 and 0.061
-    assert loop.meets(3 / 100, 100, 0.05)
-    assert not loop.meets(4 / 100, 100, 0.05)
+    assert meets(3 / 100, 100, 0.05)
+    assert not meets(4 / 100, 100, 0.05)
 
 
 def test_predictions_find_a_smooth_function_again():
@@ -243,20 +244,20 @@ def test_the_gentlest_edit_that_meets_the_target_is_asked(count, border):
     def ask(one):
         seen.append(one)
         passes = one.screened.kl >= 0.001 * (border + 1) - 1e-9
-        return loop.Asked(one, 0.0 if passes else 0.5, 0.0, passes)
+        return Asked(one, 0.0 if passes else 0.5, 0.0, passes)
 
-    asked = loop.ask_survivors(trials, ask)
-    assert len(seen) == len(asked) <= loop.MOST_ASKED
-    assert loop.choose(asked).trial is trials[border]
+    asked = ask_survivors(trials, ask)
+    assert len(seen) == len(asked) <= survivors.MOST_ASKED
+    assert choose(asked).trial is trials[border]
 
 
 def test_without_any_that_meets_the_target_the_fewest_refusals_win_and_broken_ones_count():
     asked = [
-        loop.Asked(trial(0.1, 1), 0.5, 0.0, False),
-        loop.Asked(trial(0.2, 1), 0.1, 0.0, False),
-        loop.Asked(trial(0.3, 1), 0.0, 0.9, False),
+        Asked(trial(0.1, 1), 0.5, 0.0, False),
+        Asked(trial(0.2, 1), 0.1, 0.0, False),
+        Asked(trial(0.3, 1), 0.0, 0.9, False),
     ]
-    assert loop.choose(asked) is asked[1]
+    assert choose(asked) is asked[1]
 
 
 # --- on the demo ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from abl_mlx.inputs import prompts
+from abl_mlx.inputs.sets import PromptSet, PromptSets
 
 MODELS = ("easy", "hard", "spread")
 """Their names."""
@@ -20,7 +21,7 @@ def folder(name: str) -> Path:
 
 
 @cache
-def prompt_sets(name: str) -> prompts.PromptSets:
+def prompt_sets(name: str) -> PromptSets:
     """Locked (harmful) and allowed (harmless) prompts in their parts.
 
     Every prompt has its stage-1 answer in ``answer``, the locked ones too, and the kind of its
@@ -29,6 +30,6 @@ def prompt_sets(name: str) -> prompts.PromptSets:
     return prompts.load_demo(folder(name) / "prompts.jsonl")
 
 
-def answers(prompt_set: prompts.PromptSet) -> list[str]:
+def answers(prompt_set: PromptSet) -> list[str]:
     """The stage-1 answers of a part, in its order: what an edited model should say."""
     return [prompt.answer or "" for prompt in prompt_set.prompts]

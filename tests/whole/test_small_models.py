@@ -18,6 +18,7 @@ from abl_mlx.demo.world import demo_prompts, prompts_jsonl
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs import prompts
+from abl_mlx.inputs.sets import PromptSet
 from abl_mlx.models import capture, chat_model
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import find_writers
@@ -50,7 +51,7 @@ def refusals(replies: list[str]) -> float:
 
 
 def replies_to(
-    name: str, asked: prompts.PromptSet, directions: mx.array | None = None, tokens: int = 26
+    name: str, asked: PromptSet, directions: mx.array | None = None, tokens: int = 26
 ) -> list[str]:
     """Greedy replies, with ``directions`` (k, d) ablated."""
     chat = chat_of(name)
