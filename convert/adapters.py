@@ -179,7 +179,7 @@ def _mlx_factors(one: LowRank) -> tuple[np.ndarray, np.ndarray]:
 def write_gguf(
     path: Path, architecture: str, adapter: Adapter, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a LoRA for llama.cpp's ``--lora``.
+    """Write a LoRA that llama.cpp applies.
 
     llama.cpp multiplies by adapter.lora.alpha / rank, so alpha is scale · rank.
 

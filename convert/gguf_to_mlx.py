@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from convert.architectures.families import FAMILIES
 from convert.architectures.families.family import ROPE_TABLES, Keys, Weight
 from convert.base import escape, json_text
 from convert.base.atomic import check_new, new_folder
-from convert.base.errors import UserError
+from convert.base.errors import OPTION, UserError
 from convert.base.grids import Grid
 from convert.gguf.file import GgufSource
 from convert.gguf.ggml_types import grid_codec
@@ -502,6 +502,8 @@ def write_folder(
     bits: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
+    label: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> FolderReport:
     """Write a GGUF as a folder that mlx-lm loads; whole, or not at all.
@@ -516,6 +518,8 @@ def write_folder(
         group_size: 32, 64 or 128, for the same.
         dtype: float16, bfloat16 or float32 for all floats, scales included, instead of exact ones.
             mlx-lm computes in float32 where types mix, which is exact, but slower.
+        label: what the folder says of an edit of the model, under ``abl_mlx`` in its config.json.
+        tags: more tags of its card.
         progress: called with the bytes of the GGUF that were dealt with.
 
     Raises:
@@ -526,9 +530,17 @@ def write_folder(
     found = layout(source)
     with new_folder(out) as folder:
         report = fill_folder(
-            source, found, folder, bits=bits, group_size=group_size, dtype=dtype, progress=progress
+            source,
+            found,
+            folder,
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+            extra={"abl_mlx": dict(label)} if label else None,
+            progress=progress,
         )
-        (folder / "README.md").write_text(_card(source, report.forms), encoding="utf-8")
+        card = _card(source, report.forms, label or {}, tags)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return replace(report, path=out)
 
 
@@ -568,7 +580,6 @@ def fill_folder(
         usual = max(settings.values(), key=list(settings.values()).count)
         config["quantization"] = {**usual, **settings}
         config["quantization_config"] = config["quantization"]
-    config |= {"abl_mlx": label} if (label := edit_label(source)) else {}
     config |= dict(extra or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return FolderReport(folder, forms, size, drafting(source), config)
@@ -578,12 +589,6 @@ def drafting(source: GgufSource) -> tuple[str, ...]:
     """Names of the tensors that only draft further tokens, which no folder of mlx-lm's holds."""
     patterns = Keys(source).drafting
     return tuple(n for n in source.tensors if any(re.search(pattern, n) for pattern in patterns))
-
-
-def edit_label(source: GgufSource) -> dict[str, Any]:
-    """What an edited GGUF says of its edit: its ``abl_mlx.`` keys, without that; else nothing."""
-    found = source.metadata
-    return {key.removeprefix("abl_mlx."): found[key] for key in found if key.startswith("abl_mlx.")}
 
 
 _CASTS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -727,7 +732,8 @@ def _checked(values: mx.array, path: str, source: GgufSource) -> mx.array:
         raise UserError(
             f"{source.parts[0]}: the values of {path} are not all finite numbers of "
             f"{str(values.dtype).removeprefix('mlx.core.')}: the file is damaged, get it again (or "
-            "choose another --dtype)."
+            f"choose another {OPTION}).",
+            option="dtype",
         )
     return values
 
@@ -813,11 +819,12 @@ class _Shards:
         self._stream = None
 
 
-def _card(source: GgufSource, forms: Mapping[str, int]) -> str:
+def _card(
+    source: GgufSource, forms: Mapping[str, int], label: Mapping[str, Any], tags: Sequence[str]
+) -> str:
     known = source.metadata
     title = known.get("general.name") or source.parts[0].stem
-    label = edit_label(source)
-    lines = ["---", "library_name: mlx", "tags:", "- mlx", *(["- abliterated"] if label else [])]
+    lines = ["---", "library_name: mlx", "tags:", "- mlx", *(f"- {tag}" for tag in tags)]
     if isinstance(known.get("general.license"), str):
         lines.append(f"license: {escape.yaml(known['general.license'])}")
     made = ", ".join(f"{count} matrices {name}" for name, count in forms.items())

@@ -99,7 +99,6 @@ def write_gguf(
     file_type: str = "F16",
     edits: Mapping[str, Edit] | None = None,
     metadata: Mapping[str, Value] | None = None,
-    name_suffix: str = "",
     pre: str | None = None,
     quantize: Quantizer | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -117,7 +116,6 @@ def write_gguf(
             runs before rows are permuted, experts stacked and values quantized.
         metadata: more GGUF keys, or others' values: str, bool, int (uint32; int64 where it does not
             fit), float (float32), list of str.
-        name_suffix: appended to general.name, such as "-abliterated".
         pre: tokenizer.ggml.pre, where the tokenizer's structure does not tell it.
         quantize: encodes the edited tensors of all types but F32 in place of `encode`:
             (source name, float32 values in GGUF's layout, type) -> what `encode` would return.
@@ -136,7 +134,7 @@ def write_gguf(
         edits = edits or {}
         left_out = tuple(name for name in files.names if hf_to_gguf.is_vision(name))
         _refuse_stray_edits(edits, targets, files)
-        keys = _metadata(folder, layout, name_suffix)
+        keys = _metadata(folder, layout)
         keys.update(metadata or {})
         keys["general.name"] = phi3.named(
             str(keys["general.name"]), phi3=bool(layout.tokenizer.rstrip)
@@ -450,10 +448,10 @@ class _TypeChooser:
 # Metadata
 
 
-def _metadata(folder: Path, layout: _Layout, name_suffix: str) -> dict[str, Any]:
+def _metadata(folder: Path, layout: _Layout) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "general.type": "model",
-        "general.name": _general_name(folder) + name_suffix,
+        "general.name": _general_name(folder),
         "general.file_type": int(FILE_TYPES[layout.file_type][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }

@@ -19,6 +19,7 @@ from typing import Any
 
 from abl_mlx.behaviour.refusals import Oddity, Verdict
 from abl_mlx.support.console import say
+from abl_mlx.support.flags import said
 from convert.base import json_text, locks
 from convert.base.errors import UserError
 from convert.base.schema import (
@@ -254,7 +255,7 @@ def opened(path: Path | None, identity: Mapping[str, Any]) -> Iterator[Journal |
     try:
         kept = Journal(place, strict=False)
     except UserError as error:
-        say(f"· nothing is kept to go on from: {error}")
+        say(f"· nothing is kept to go on from: {said(error)}")
         yield None
         return
     try:

@@ -31,6 +31,7 @@ from abl_mlx.cli.flags import (
     steered_flags,
 )
 from abl_mlx.support import interrupts
+from abl_mlx.support.flags import said
 from convert.base import atomic, escape, scratch
 from convert.base.errors import UserError
 
@@ -47,7 +48,7 @@ class Group(click.Group):
                 scratch.sweep()
                 return super().invoke(ctx)
         except UserError as error:
-            raise click.ClickException(escape.line(str(error))) from None
+            raise click.ClickException(escape.line(said(error))) from None
         except OSError as error:
             if error.filename is None:
                 raise

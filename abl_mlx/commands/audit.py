@@ -28,6 +28,7 @@ from abl_mlx.outputs.staging import check_report
 from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
 from abl_mlx.reports.page import write
 from abl_mlx.reports.page_audit import audit_page
+from abl_mlx.support import flags
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress
@@ -162,7 +163,7 @@ def _asked(text: str) -> Record:
     try:
         return evaluate_model.evaluate_model(text, EvalOptions())
     except UserError as error:
-        return {"not_asked": str(error)}
+        return {"not_asked": flags.said(error)}
 
 
 def _given(path: Path) -> np.ndarray:

@@ -14,6 +14,7 @@ import mlx.core as mx
 from abl_mlx.commands.session import Steered
 from abl_mlx.models import heads
 from abl_mlx.support import interrupts
+from abl_mlx.support.flags import said
 from convert.base.errors import UserError
 
 HELP = """\
@@ -158,7 +159,7 @@ def talk(
                     write(piece)
                 write("\n")
         except UserError as error:
-            write(f"{error}\n")
+            write(f"{said(error)}\n")
         except KeyboardInterrupt:
             interrupts.forget()
             write("\n(stopped)\n")

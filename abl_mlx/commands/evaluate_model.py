@@ -39,6 +39,7 @@ from abl_mlx.reports.page_eval import eval_page
 from abl_mlx.support.arrays import let_go
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress, say
+from abl_mlx.support.flags import said
 from abl_mlx.support.notes import noted
 from convert.base.atomic import check_new
 from convert.base.errors import UserError
@@ -291,7 +292,7 @@ def ask(
         if not done or section.path is None:
             raise
         raise UserError(
-            f"{error} {done} of {len(prompts)} verdicts are kept in {section.path}: the same "
+            f"{said(error)} {done} of {len(prompts)} verdicts are kept in {section.path}: the same "
             "command goes on from there."
         ) from None
     return [answer for prompt in prompts if (answer := known(prompt)) is not None]

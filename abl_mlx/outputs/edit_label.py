@@ -9,6 +9,7 @@ from typing import Any
 from convert.base import schema
 from convert.base.errors import UserError
 from convert.base.schema import FLAG, TEXT, Refused, check, either, one_of, record
+from convert.gguf.file import GgufSource
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Label:
     mtp: bool = False
     tensors: str | None = None
     is_plain: bool = True
+
+
+def gguf_label(source: GgufSource) -> dict[str, Any]:
+    """What an edited GGUF says of its edit: its ``abl_mlx.`` keys, without that; else nothing."""
+    found = source.metadata
+    return {key.removeprefix("abl_mlx."): found[key] for key in found if key.startswith("abl_mlx.")}
 
 
 def read_label(values: Mapping[str, Any] | None, name: str) -> Label:

@@ -33,7 +33,7 @@ from abl_mlx.outputs import (
     stream_weights,
     undo_gguf,
 )
-from abl_mlx.outputs.edit_label import Label
+from abl_mlx.outputs.edit_label import Label, gguf_label
 from abl_mlx.outputs.gguf_outputs import GgufEdit
 from abl_mlx.outputs.gguf_plan import plan, stored_values
 from abl_mlx.outputs.induced import GgufConstant
@@ -115,7 +115,7 @@ class GgufFile(ExitStack):
         return records.fingerprint([self.source.path])
 
     def label(self) -> dict[str, Any] | None:
-        return gguf_to_mlx.edit_label(self.gguf) or None
+        return gguf_label(self.gguf) or None
 
     def said(self) -> dict[str, str]:
         metadata, path = self.gguf.metadata, self.source.path

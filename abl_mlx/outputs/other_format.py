@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx.inputs.sources import Source
+from abl_mlx.outputs.edit_label import gguf_label
 from abl_mlx.outputs.provenance import TAGS
 from abl_mlx.outputs.staging import FOLDER, GGUF
 from abl_mlx.support import notes
@@ -56,6 +57,7 @@ def to_gguf(source: Source, label: Mapping[str, Any] | None, out: Path, types: N
 def to_folder(gguf: GgufSource, out: Path, types: NewTypes) -> Record:
     """Write a GGUF as an MLX folder."""
     size = sum(entry.nbytes for entry in gguf.tensors.values())
+    label = gguf_label(gguf)
     with progress(size, f"write {out.name}", "B") as bar:
         report = gguf_to_mlx.write_folder(
             gguf,
@@ -63,6 +65,8 @@ def to_folder(gguf: GgufSource, out: Path, types: NewTypes) -> Record:
             bits=types.bits,
             group_size=types.group_size,
             dtype=types.dtype,
+            label=label,
+            tags=TAGS[:1] if label else (),
             progress=bar.update,
         )
     return {

@@ -20,6 +20,7 @@ from abl_mlx.models import chat_model
 from abl_mlx.models.writers import Writer, find_writers
 from abl_mlx.outputs import gguf_plan
 from abl_mlx.support.arrays import numpy_of
+from abl_mlx.support.flags import said
 from convert import gguf_to_mlx
 from convert.architectures import gguf_writers
 from convert.base.errors import UserError
@@ -138,7 +139,7 @@ def of_gguf(gguf: GgufSource) -> StreamWeights:
     try:
         named = gguf_writers.find(gguf.architecture, gguf.shapes, gguf.metadata)
     except UserError as error:
-        raise Unreachable(str(error)) from None
+        raise Unreachable(said(error)) from None
     paths, moved = _mlx_paths(gguf)
     writers = [
         replace(_gguf_weight(gguf, one), path=paths.get(one.name), columns_moved=one.name in moved)
@@ -205,14 +206,14 @@ def of_folder(folder: Path, files: TensorFiles) -> StreamWeights:
     try:
         found = find_writers(chat)
     except UserError as error:
-        raise Unreachable(str(error)) from None
+        raise Unreachable(said(error)) from None
     empty = chat_model.skeleton(chat.config)
     widths = {path: module["weight"].shape[-1] for path, module in empty.named_modules()
               if "weight" in module}  # fmt: skip
     try:
         places = locate(empty, files, [f"{one.path}.weight" for one in found])
     except UserError as error:
-        raise Unreachable(str(error)) from None
+        raise Unreachable(said(error)) from None
     writers = [
         _folder_weight(files, one, places[f"{one.path}.weight"], widths[one.path]) for one in found
     ]

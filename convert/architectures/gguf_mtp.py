@@ -14,7 +14,7 @@ from typing import Any
 
 from convert.architectures import gguf_writers
 from convert.architectures.gguf_writers import GgufWriter
-from convert.base.errors import UserError
+from convert.base.errors import OPTION, UserError
 
 _READS = frozenset(
     ["nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "nextn.shared_head_head"]
@@ -44,8 +44,9 @@ def find(
     drafting = [gguf_writers._Name(name) for name in tensors(architecture, shapes, metadata)]
     if not any(name.role == "nextn.eh_proj" for name in drafting):
         raise UserError(
-            "--mtp: the file holds no block of multi-token prediction (blk.N.nextn.eh_proj); leave "
-            "the flag out."
+            f"{OPTION}: the file holds no block of multi-token prediction (blk.N.nextn.eh_proj); "
+            "leave the flag out.",
+            option="mtp",
         )
     facts = gguf_writers.ARCHITECTURES[architecture]
     norms = gguf_writers._norms(facts)
@@ -72,8 +73,9 @@ def find(
             lost.append(name.full)
     if lost:
         raise UserError(
-            "--mtp: the file holds tensors of multi-token prediction whose part is not known: "
-            f"{gguf_writers._listed(lost)}; leave the flag out to keep them as they are."
+            f"{OPTION}: the file holds tensors of multi-token prediction whose part is not known: "
+            f"{gguf_writers._listed(lost)}; leave the flag out to keep them as they are.",
+            option="mtp",
         )
     gguf_writers._check_shapes(architecture, found, shapes, metadata)
     return found

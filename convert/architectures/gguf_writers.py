@@ -14,11 +14,10 @@ To add an architecture:
    name that other architectures use otherwise (``post_attention_norm``, ``ffn_sub_norm``) go into
    ``reads`` when they do not write.
 3. Run ``tests/convert/test_gguf_writers.py``, which proves the line numerically, and names tensors
-of
-   llama.cpp's loader that it leaves without a place. An architecture the test cannot build is
+   of llama.cpp's loader that it leaves without a place. An architecture the test cannot build is
    given ``proved=False`` and a note that says why; one that no exact edit exists for goes into
    `REFUSED` with the reason.
-4. ``python -m convert.architectures.gguf_writers > docs/gguf-writers.md``.
+4. ``python -m tools.gguf_writers > docs/gguf-writers.md``.
 
 A gain is used as it stands in the file: GGUF holds Gemma's 1 + w already added.
 """
@@ -30,7 +29,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from convert.base.errors import UserError
+from convert.base.errors import OPTION, UserError
 
 _SHOWN = 8
 
@@ -352,10 +351,9 @@ def find(
         names: every tensor's name. With a mapping name -> shape in NumPy's order (the reverse of
             the file's), kinds are checked against the shapes.
         metadata: the file's keys and values; embedding_length is checked against the shapes.
-        pattern: a regular expression searched for anywhere in a name, as llama.cpp's own tensor
-            options do (``--tensors``). Exactly the weights of two or three dimensions with a match
-            are the writers then, whatever the architecture; their biases come with them, gains are
-            not taken into account.
+        pattern: a regular expression searched for anywhere in a name. Exactly the weights of two
+            or three dimensions with a match are the writers then, whatever the architecture; their
+            biases come with them, gains are not taken into account.
 
     Raises:
         UserError: when the architecture is unknown or refused, when a tensor of the file has no
@@ -368,14 +366,16 @@ def find(
         if architecture in REFUSED:
             raise UserError(
                 f"GGUF files of architecture {architecture} are not edited: "
-                f"{REFUSED[architecture]} {_way_out()}"
+                f"{REFUSED[architecture]} {_way_out()}",
+                option="tensors",
             )
         if architecture not in ARCHITECTURES:
             likely = [n.full for n in ordered if n.suffix == "weight" and _CANDIDATES.match(n.role)]
             shown = f": {_listed(likely)}" if likely else ", and no tensor looks like one"
             raise UserError(
                 f"the architecture {architecture} is not known, so its residual writers have to be "
-                f"guessed{shown}. {_way_out()}"
+                f"guessed{shown}. {_way_out()}",
+                option="tensors",
             )
         writers = _placed(architecture, ordered, metadata or {})
     if isinstance(names, Mapping):
@@ -384,7 +384,7 @@ def find(
 
 
 def _way_out() -> str:
-    return "Use --tensors REGEX to name the tensors to edit yourself."
+    return f"Use {OPTION} REGEX to name the tensors to edit yourself."
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -427,7 +427,8 @@ def _placed(
     if lost:
         raise UserError(
             f"the file holds tensors whose part in a model of architecture {architecture} is not "
-            f"known: {_listed(lost)}. They may write to the residual stream. {_way_out()}"
+            f"known: {_listed(lost)}. They may write to the residual stream. {_way_out()}",
+            option="tensors",
         )
     if not any(writer.name == "token_embd.weight" for writer in writers):
         raise UserError(
@@ -472,7 +473,8 @@ def _writer(
             raise UserError(
                 f"{name.full} writes to the residual stream through a norm in every {architecture} "
                 f"model, but the file has no blk.{name.layer}.{gain.split('|')[0]}.weight: it is "
-                f"damaged. {_way_out()}"
+                f"damaged. {_way_out()}",
+                option="tensors",
             )
     kind = _kind(name)
     return GgufWriter(
@@ -500,7 +502,9 @@ def _matching(pattern: str, ordered: list[_Name], names: Collection[str]) -> lis
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"--tensors {pattern} is no regular expression: {error}.") from None
+        raise UserError(
+            f"{OPTION} {pattern} is no regular expression: {error}.", option="tensors"
+        ) from None
     writers = []
     for name in ordered:
         if not expression.search(name.full) or name.suffix in ("bias", "scale", "input_scale"):
@@ -517,8 +521,9 @@ def _matching(pattern: str, ordered: list[_Name], names: Collection[str]) -> lis
         writers.append(GgufWriter(name.full, kind, name.layer, None, _bias(name, names), tied))
     if not writers:
         raise UserError(
-            f"--tensors {pattern} matches no weight of two or three dimensions; the file's look "
-            f"like {_listed(n.full for n in ordered if n.suffix == 'weight')}."
+            f"{OPTION} {pattern} matches no weight of two or three dimensions; the file's look "
+            f"like {_listed(n.full for n in ordered if n.suffix == 'weight')}.",
+            option="tensors",
         )
     return writers
 
@@ -539,78 +544,6 @@ def _check_shapes(
         if len(shape) != ranks[writer.kind] or (width is not None and shape[axis] != int(width)):
             raise UserError(
                 f"{writer.name} has the shape {shape}, which does not write to a residual stream "
-                f"of {width} dimensions: the file is damaged, or --tensors names what is no writer."
+                f"of {width} dimensions: the file is damaged, or {OPTION} names what is no writer.",
+                option="tensors",
             )
-
-
-# --------------------------------------------------------------------------------------------------
-# The table in docs/gguf-writers.md
-
-
-def _shown(gain: str) -> str:
-    names = " or ".join(f"`{one}`" for one in gain.rstrip("?").split("|"))
-    return f"({names} in files with experts)" if gain.endswith("?") else names
-
-
-def table() -> str:
-    """docs/gguf-writers.md, in Markdown."""
-    groups: dict[tuple[str, str, str, bool], list[str]] = {}
-    for name, facts in ARCHITECTURES.items():
-        key = (
-            ", ".join(f"`{one}`" for one in (*facts.embeddings, *facts.writers)),
-            "; ".join(
-                f"{' · '.join(_shown(gain) for gain in gains)} behind `{writer}`"
-                for writer, gains in facts.writers.items()
-                if gains
-            ),
-            facts.note,
-            facts.proved,
-        )
-        groups.setdefault(key, []).append(name)
-    lines = [
-        "# Residual writers of GGUF files",
-        "",
-        "Which tensors `abl-mlx` edits in a GGUF file of each architecture, as far as the file has",
-        "them, with their biases. A *gain* is a norm's weight that stands between the tensor and",
-        "the residual stream and is folded into the edit. Biases of these tensors are edited with",
-        "them; blocks with `nextn` tensors (multi-token prediction) are not part of the forward",
-        "pass and stay as they are, but for `--mtp`: then the same tensors are edited there, with",
-        "`nextn.eh_proj`, which starts such a block's stream, and `nextn.embed_tokens`, its copy",
-        "of the embedding. What an image or sound encoder (mmproj) feeds into the stream is not in",
-        "the file and not edited.",
-        "",
-        "*Proved* means that `tests/convert/test_gguf_writers.py` removes a random direction "
-        "from these",
-        "tensors of a random model of that architecture in llama.cpp itself, and finds nothing of",
-        "it left in the final hidden state.",
-        "",
-        "Generated: `python -m convert.architectures.gguf_writers > docs/gguf-writers.md`.",
-        "",
-        "| Architecture | Writers | Gains | Proved | Note |",
-        "|---|---|---|---|---|",
-    ]
-    for (writers, gains, note, proved), names in groups.items():
-        shown = ", ".join(f"`{name}`" for name in sorted(names))
-        cells = (shown, writers, gains, "yes" if proved else "no", note)
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "## Refused",
-        "",
-        "Other architectures, and files with tensors of unknown use, are refused as well;",
-        "`--tensors REGEX` names the tensors to edit in any file, without gains.",
-        "",
-        "| Architecture | Reason |",
-        "|---|---|",
-    ]
-    reasons: dict[str, list[str]] = {}
-    for name, reason in REFUSED.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        shown = ", ".join(f"`{name}`" for name in sorted(names))
-        lines.append(f"| {shown} | {reason[0].upper()}{reason[1:]} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(table(), end="")

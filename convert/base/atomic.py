@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from convert.base.errors import UserError
+from convert.base.errors import OPTION, UserError
 from convert.base.locks import Busy, LockFile
 
 # In the folder beside an output: the lock, and the files that are being named together.
@@ -56,14 +56,16 @@ class _Place:
                 if not ours or ((names := os.listdir(self.folder)) and _LOCK not in names):
                     raise UserError(
                         f"{self.folder} is in the way of what becomes {path.name}: remove it, or "
-                        "choose another -o."
+                        f"choose another {OPTION}.",
+                        option="output",
                     )
                 try:
                     lock = LockFile(self.folder / _LOCK)
                 except Busy:
                     raise UserError(
                         f"{path} is being written by another run: wait for that one, or choose "
-                        "another -o."
+                        f"another {OPTION}.",
+                        option="output",
                     ) from None
                 if lock.certain or not lock.was_there:
                     return lock
@@ -172,12 +174,15 @@ def _checked(path: Path) -> _Place:
         problem = error
     except OSError as error:
         problem = UserError(
-            f"{existing} cannot be written to ({error.strerror}): choose another -o."
+            f"{existing} cannot be written to ({error.strerror}): choose another {OPTION}.",
+            option="output",
         )
     if path.exists() or path.is_symlink():
         if place is not None:
             place.close()
-        raise UserError(f"{path} already exists: choose another -o or remove it first.")
+        raise UserError(
+            f"{path} already exists: choose another {OPTION} or remove it first.", option="output"
+        )
     if not existing.is_dir():
         raise UserError(f"{existing} is not a folder, so {path} cannot be written there.")
     if place is None:

@@ -1,4 +1,4 @@
-"""Control vectors of llama.cpp's: vectors that ``--control-vector`` adds to the residual stream.
+"""Control vectors of llama.cpp's: vectors that it adds to the residual stream.
 
 A GGUF of general.architecture "controlvector" with one float32 tensor ``direction.N`` for each
 layer that is steered; llama.cpp adds it to what leaves layer N, counted from 0 (common/common.cpp,
@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from convert.base.errors import UserError
+from convert.base.errors import OPTION, UserError
 from convert.base.suffixes import ends_in
 from convert.gguf.file import GgufSource
 from convert.gguf.values import value_type
@@ -81,8 +81,9 @@ def _check(path: Path, layers: Mapping[int, np.ndarray]) -> None:
     for layer, values in layers.items():
         if layer < 1:
             raise UserError(
-                f"{path}: llama.cpp adds no control vector after layer {layer}: choose a --layer "
-                "of 1 or more."
+                f"{path}: llama.cpp adds no control vector after layer {layer}: choose a "
+                f"{OPTION} of 1 or more.",
+                option="layer",
             )
         if values.ndim != 1 or not np.isfinite(values).all():
             raise UserError(f"{path}: the vector of layer {layer} is not of finite numbers (d,).")

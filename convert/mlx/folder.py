@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from convert.base import json_text
-from convert.base.errors import UserError
+from convert.base.errors import OPTION, UserError
 from convert.mlx.safetensors_files import INDEX, TensorFiles, TensorInfo, type_size
 
 #: From a tensor's float32 values to the edited ones, same shape.
@@ -215,7 +215,8 @@ def edited_bytes(files: TensorFiles, name: str, edit: TensorEdit) -> memoryview:
     if not mx.isfinite(values).all().item():
         raise UserError(
             f"the edited {name} does not fit {info.dtype} (NaN or overflow): the source's values "
-            "are damaged, or --strength is too large."
+            f"are damaged, or {OPTION} is too large.",
+            option="strength",
         )
     # Bytes are taken through an unsigned view: NumPy and memoryview know no bfloat16.
     bits = values.reshape(-1).view(mx.uint32 if info.dtype == "F32" else mx.uint16)

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.base.errors import UserError
+from convert.base.errors import OPTION, UserError
 from convert.gguf.file import metadata
 from convert.ollama.modelfile import ROLES, Modelfile
 from convert.ollama.store import OllamaModel, contains, parse_name
@@ -245,13 +245,15 @@ def check_create(name: str) -> None:
     wanted = parse_name(name)
     if contains(wanted):
         raise UserError(
-            f"--ollama-create {name}: Ollama has a model {wanted} already; give another name, or "
-            f"remove that one with `ollama rm {shlex.quote(name)}`."
+            f"{OPTION} {name}: Ollama has a model {wanted} already; give another name, or "
+            f"remove that one with `ollama rm {shlex.quote(name)}`.",
+            option="ollama_create",
         )
     if shutil.which("ollama") is None:
         raise UserError(
-            f"--ollama-create {name}: there is no program `ollama` here; install Ollama "
-            "(https://ollama.com), or leave the flag out and use the Modelfile where it is."
+            f"{OPTION} {name}: there is no program `ollama` here; install Ollama "
+            "(https://ollama.com), or leave the flag out and use the Modelfile where it is.",
+            option="ollama_create",
         )
 
 

@@ -446,7 +446,7 @@ def test_metadata_of_every_kind_is_in_the_file(wide: Path, tmp_path: Path) -> No
         "abl_mlx.none": [],
         "general.name": "Given",
     }
-    report = write_gguf(wide, tmp_path / "model.gguf", metadata=given, name_suffix="-x")
+    report = write_gguf(wide, tmp_path / "model.gguf", metadata=given)
     keys = gguf_file.metadata(report.path)
     del given["abl_mlx.none"]
     assert {key: keys[key] for key in given} == given
@@ -456,8 +456,8 @@ def test_metadata_of_every_kind_is_in_the_file(wide: Path, tmp_path: Path) -> No
     assert keys["llama.rope.dimension_count"] == 64
     assert keys["tokenizer.ggml.pre"] == "llama-bpe"
     assert len(keys["tokenizer.ggml.tokens"]) == tiny.VOCAB_SIZE
-    named = write_gguf(wide, tmp_path / "named.gguf", name_suffix="-x")
-    assert gguf_file.metadata(named.path)["general.name"] == f"{wide.name}-x"
+    named = write_gguf(wide, tmp_path / "named.gguf")
+    assert gguf_file.metadata(named.path)["general.name"] == wide.name
     with pytest.raises(UserError, match=r"general\.architecture is fixed"):
         write_gguf(wide, tmp_path / "no.gguf", metadata={"general.architecture": "gemma"})
     # A number outside uint32 and llama.cpp still loads all of it.

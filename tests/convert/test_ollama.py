@@ -600,7 +600,7 @@ def test_without_a_modelfile_nothing_is_called(tmp_path, program):
 
 def test_without_the_program_the_command_is_told(tmp_path, program):
     (tmp_path / "Modelfile").write_text("FROM ./x.gguf\n")
-    with pytest.raises(UserError, match="--ollama-create edited: there is no program `ollama`"):
+    with pytest.raises(UserError, match="ollama_create edited: there is no program `ollama`"):
         check_create("edited")
     with pytest.raises(
         UserError, match=f"run `ollama create edited -f {tmp_path}/Modelfile` where"

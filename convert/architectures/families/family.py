@@ -323,27 +323,6 @@ def half_split_rows(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, half, 2).swapaxes(1, 2).reshape(-1)
 
 
-def split_rows(path: str, keys: Keys, tensor: str, sizes: Mapping[str, int]) -> list[Weight]:
-    """One fused tensor as several parameters, each so many rows of it, in order.
-
-    Args:
-        path: with ``{}`` where the names of ``sizes`` go.
-        sizes: name -> rows. They must add up.
-    """
-    entry = keys.tensor(tensor)
-    rows = entry.rows if len(entry.shape) > 1 else entry.shape[0]
-    if sum(sizes.values()) != rows:
-        raise UserError(
-            f"{tensor} has {rows} rows where {sum(sizes.values())} are expected: get the file "
-            "again."
-        )
-    found, start = [], 0
-    for name, count in sizes.items():
-        found.append(Weight(path.format(name), (Piece(tensor, np.arange(start, start + count)),)))
-        start += count
-    return found
-
-
 def halved_experts(keys: Keys, tensor: str, module: str) -> list[Weight]:
     """A stack of experts (E, 2 f, n), the gate's rows before the up projection's, as two stacks.
 

@@ -1,0 +1,1 @@
+"""Programs that write documents of the project from its code."""
