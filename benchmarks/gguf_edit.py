@@ -145,7 +145,7 @@ def plainly(source: Path, direction: Path) -> tuple[float, float]:
 
 
 def table() -> None:
-    """The table of DESIGN section 2, for every type, plain and ours."""
+    """The table of docs/gguf.md, for every type, plain and ours."""
     from abl_mlx.edits import rounding
     from abl_mlx.outputs import gguf_plan
     from convert.gguf import ggml_types

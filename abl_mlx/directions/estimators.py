@@ -105,7 +105,7 @@ def subspace(rows: Array, rank: int, toward: Array | None = None) -> tuple[Array
     """The top singular vectors of (N, d), and the whole spectrum.
 
     Of harmful states less the harmless mean this is a subspace that holds as much as ``rank``
-    directions can of what sets harmful prompts apart (DESIGN section 10).
+    directions can of what sets harmful prompts apart (docs/architecture.md).
 
     Args:
         rank: how many; fewer come back where the rows have no more.

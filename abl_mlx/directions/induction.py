@@ -2,8 +2,8 @@
 
 Multiplying the component along the refusal direction only amplifies what is there; adding a
 multiple of the mean difference after one layer, at every token, is what turns answers into
-refusals (DESIGN section 5). Which layer, which token's difference and how much of it is chosen by
-its effect.
+refusals (docs/architecture.md, "Induce"). The layer, the token and the multiple are chosen by their
+effect.
 """
 
 from __future__ import annotations

@@ -308,7 +308,7 @@ def _median(bad: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, dict[str, fl
 
 
 def _svd(bad: np.ndarray, good: np.ndarray, rank: int) -> tuple[np.ndarray, dict[str, float]]:
-    """DESIGN section 10: of harmful states less the harmless mean."""
+    """Directions of the harmful states less the harmless mean (docs/architecture.md)."""
     rows = bad.astype(np.float64) - good.mean(axis=0, dtype=np.float64)
     top, whole = estimators.subspace(rows, rank)
     if len(top) < rank:

@@ -1,4 +1,6 @@
-"""What an affine edit holds the direction's component at, instead of at nothing (DESIGN section 5).
+"""The value at which an affine edit holds the component along a direction, instead of at 0.
+
+The formula is in docs/architecture.md, "Pin".
 
 Once every writer is projected, the stream's component along the directions is what the embedding
 brings and nothing else. So ``--pin harmless`` holds it at the mean of what the embeddings of

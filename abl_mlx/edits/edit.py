@@ -1,4 +1,7 @@
-"""What is done to which writer, and the exact target for its weight (DESIGN section 5)."""
+"""What is done to which writer, and the exact target for its weight.
+
+The formulas are in docs/architecture.md, "Mathematics of the edit".
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class Edit:
             output head as well.
         profile: for ``attention`` and ``mlp``, a factor of α for each layer; None for 1.
         norm: of `choices.NORMS`. Keeping columns leaves a full removal full; keeping rows undoes
-            part of it (DESIGN section 5).
+            part of it (docs/architecture.md, "Keeping norms").
         pin: (k,) what the embedding's rows hold of each (orthonormal) direction instead of nothing,
             in the embedding's own units; None for nothing. Affine editing: as nothing else writes
             along the directions any more, the stream holds it everywhere.
@@ -218,7 +221,9 @@ _FLOAT_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Leak:
-    """How much of the edit is missing from written values (DESIGN section 6); parts add up.
+    """Share of the edit that is missing from written values (docs/architecture.md, "Leak").
+
+    Leaks of parts are added to give that of the whole.
 
     Attributes:
         missing: ‖uᵀ(W_written − W_target)‖².

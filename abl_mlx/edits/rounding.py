@@ -1,4 +1,6 @@
-"""Edit-preserving rounding: codes that keep an edit's component where it was put (DESIGN 6).
+"""Edit-preserving rounding: quantized codes that keep the component that an edit asks for.
+
+The mathematics and its figures are in docs/architecture.md, "Edit-preserving rounding".
 
 Ordinary rounding moves every weight to its nearest level, and the edit of a refusal direction, far
 smaller than half a step in each weight, is mostly rounded away. Here the codes of a whole line (a

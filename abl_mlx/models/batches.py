@@ -35,7 +35,7 @@ def batches(
     """Batches of at most ``tokens`` tokens (or one sequence), sorted by length to pad little.
 
     Padding stands on the right: a causal model's states at a real position do not see it, so no
-    mask is needed (DESIGN section 7).
+    mask is needed (docs/architecture.md, "MLX and Metal").
 
     Args:
         padded: whether sequences of different lengths may stand in one batch.

@@ -36,8 +36,8 @@ def around(pairs: Iterable[tuple[nn.Module, Around]]) -> Iterator[None]:
     """Within the block, calls of each module go through its wrapper.
 
     The module's ``__class__`` is swapped for a subclass, so its place in the model, its
-    parameters and isinstance checks stay what they are (DESIGN section 7). Blocks nest: the
-    innermost block's wrapper is the outermost call.
+    parameters and isinstance checks stay what they are (docs/architecture.md, "MLX and Metal").
+    Blocks nest: the innermost block's wrapper is the outermost call.
     """
     entered: list[tuple[nn.Module, Around]] = []
     try:

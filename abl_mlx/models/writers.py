@@ -1,4 +1,4 @@
-"""Every residual writer of a model, found by probing its forward pass (DESIGN section 7).
+"""Every residual writer of a model, found by probing its forward pass (docs/architecture.md).
 
 A writer is a weight whose output is added to the residual stream. Which modules are writers, and
 what gain stands between a module's output and the stream, is read off the model's behaviour, never
@@ -46,7 +46,7 @@ class Writer:
             (weight (V, d), whose rows live in the stream).
         layer: the layer it stands in; -1 for embeddings and what else stands before the layers.
         gain: per-element gain g between its output and the stream, (d,) float32, up to a constant
-            factor; None when it is the same for all elements (DESIGN section 5, post-norm).
+            factor; None when it is the same for all elements (docs/architecture.md, "Post-norms").
         has_bias: whether it adds a bias, which is edited with the weight.
         module: the module itself.
         tied: whether the weight is the output head as well (tied embeddings).

@@ -9,7 +9,7 @@ from abl_mlx.outputs import gguf_plan
 from convert.base.grids import Grid, in_chunks
 from convert.gguf import ggml_types
 
-# Relative error of ordinary quantization on Gaussian weights, from DESIGN 6 and ggml itself.
+# Relative error of ordinary quantization on Gaussian weights: docs/architecture.md, and ggml.
 ORDINARY = {
     Q.Q8_0: 0.0055, Q.Q6_K: 0.018, Q.Q5_K: 0.037, Q.Q4_K: 0.072, Q.Q4_0: 0.087, Q.Q3_K: 0.151,
     Q.Q2_K: 0.297, Q.Q4_1: 0.079, Q.Q5_0: 0.043, Q.Q5_1: 0.038, Q.IQ4_NL: 0.077, Q.IQ4_XS: 0.077,

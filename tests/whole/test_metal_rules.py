@@ -1,4 +1,4 @@
-"""No Mac runs these tests, so the rules of DESIGN section 7 are kept by reading the source.
+"""The Metal rules of docs/architecture.md, checked by reading the source: no Mac runs the tests.
 
 Metal has no float64; mx.linalg runs on the CPU alone; NumPy cannot read an MLX bfloat16 array.
 """
