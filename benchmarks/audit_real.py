@@ -48,7 +48,7 @@ from audit_table import (  # noqa: E402
     write_between,
 )
 
-from abl_mlx.choices import Options  # noqa: E402
+from abl_mlx.choices import ApplyOptions, MeasureOptions  # noqa: E402
 from abl_mlx.commands import (  # noqa: E402
     conversion,
     measure_apply,
@@ -118,18 +118,20 @@ def edits(name: str, folder: Path, work: Path) -> Iterator[Case]:
     """The model with a direction taken out."""
     layers = len(chat_model.load_lazily(folder).layers)
     r = work / "r.safetensors"
-    measure_apply.measure(str(folder), r, Options(layer=layers * 3 // 5, position=-1, limit=16))
+    measure_apply.measure(
+        str(folder), r, MeasureOptions.of(layer=layers * 3 // 5, position=-1, limit=16)
+    )
     half = frozenset(range(layers // 2, layers))
     eight = quantized(folder, work / "eight", 8)
-    weak = Options(strength=0.7, max_leak=1)
+    weak = ApplyOptions.of(strength=0.7, max_leak=1)
     kinds = [
-        ("float", folder, Options(), SEEN),
+        ("float", folder, ApplyOptions(), SEEN),
         ("float, strength 0.7", folder, weak, SEEN),
-        ("float, half of the layers", folder, Options(layers=half), SEEN),
-        ("float, no embedding", folder, Options(embedding=False), SEEN),
-        ("8 bits", eight, Options(), SEEN),
+        ("float, half of the layers", folder, ApplyOptions.of(layers=half), SEEN),
+        ("float, no embedding", folder, ApplyOptions.of(embedding=False), SEEN),
+        ("8 bits", eight, ApplyOptions(), SEEN),
         ("8 bits, strength 0.7", eight, weak, SEEN),
-        ("8 bits, half of the layers", eight, Options(layers=half), SEEN),
+        ("8 bits, half of the layers", eight, ApplyOptions.of(layers=half), SEEN),
         ("8 bits, naive rounding", eight, PLAIN, SEEN),
         ("8 bits, naive rounding, strength 0.7", eight, replace(PLAIN, strength=0.7), SEEN),
         ("8 bits, naive rounding, half", eight, replace(PLAIN, layers=half), SEEN),

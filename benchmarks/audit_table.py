@@ -31,7 +31,7 @@ from mlx.utils import tree_flatten
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from abl_mlx.choices import Options  # noqa: E402
+from abl_mlx.choices import ApplyOptions, MeasureOptions  # noqa: E402
 from abl_mlx.commands import audit, conversion, measure_apply  # noqa: E402
 from abl_mlx.demo import MODEL_PATH  # noqa: E402
 from abl_mlx.directions import direction_file  # noqa: E402
@@ -45,7 +45,7 @@ MODELS = {
 }
 WRITER = re.compile(r"(embed_tokens|o_proj|down_proj)\.weight$")
 PROMPTS = {"harmful": "locked", "harmless": "allowed"}
-PLAIN = Options(plain_rounding=True, max_leak=1e9)
+PLAIN = ApplyOptions.of(plain_rounding=True, max_leak=1e9)
 SEEN, BEYOND, CONTROL = "edited", "beyond what must be seen", "not edited"
 
 
@@ -87,7 +87,9 @@ def gguf(folder: Path, out: Path, kind: str) -> Path:
     return out
 
 
-def edited(direction: Path, folder: Path, out: Path, options: Options = Options()) -> Path:  # noqa: B008
+def edited(
+    direction: Path, folder: Path, out: Path, options: ApplyOptions = ApplyOptions()
+) -> Path:
     """As `abl-mlx apply` does it."""
     measure_apply.apply(direction, str(folder), [out], options)
     return out
@@ -225,33 +227,43 @@ def edits(name: str, work: Path) -> Iterator[Case]:
     folder = MODELS[name]
     r = work / f"{name}.safetensors"
     layers = chat_model.load_lazily(folder).layers
-    chosen = Options()
+    chosen = MeasureOptions()
     if name != "demo":
         texts = {key: str(folder / f"{file}.txt") for key, file in PROMPTS.items()}
-        chosen = Options(**texts, layer=len(layers) - 2, position=-1)
+        chosen = MeasureOptions.of(**texts, layer=len(layers) - 2, position=-1)
     measure_apply.measure(str(folder), r, chosen)
     half = frozenset(range(len(layers) // 2, len(layers)))
     eight, four = (quantized(folder, work / f"{name}-{bits}", bits) for bits in (8, 4))
-    partial = Options(strength=0.7, max_leak=1)
-    kinds: list[tuple[str, Path, Options, str]] = [
-        ("float", folder, Options(), SEEN),
+    partial = ApplyOptions.of(strength=0.7, max_leak=1)
+    kinds: list[tuple[str, Path, ApplyOptions, str]] = [
+        ("float", folder, ApplyOptions(), SEEN),
         ("float, strength 0.7", folder, partial, SEEN),
-        ("float, half of the layers", folder, Options(layers=half), SEEN),
-        ("float, no embedding", folder, Options(embedding=False), SEEN),
-        ("8 bits", eight, Options(), SEEN),
+        ("float, half of the layers", folder, ApplyOptions.of(layers=half), SEEN),
+        ("float, no embedding", folder, ApplyOptions.of(embedding=False), SEEN),
+        ("8 bits", eight, ApplyOptions(), SEEN),
         ("8 bits, strength 0.7", eight, partial, SEEN),
-        ("8 bits, half of the layers", eight, Options(layers=half), SEEN),
+        ("8 bits, half of the layers", eight, ApplyOptions.of(layers=half), SEEN),
         ("8 bits, naive rounding", eight, PLAIN, SEEN),
         ("8 bits, naive rounding, strength 0.7", eight, replace(PLAIN, strength=0.7), SEEN),
         ("8 bits, naive rounding, half", eight, replace(PLAIN, layers=half), SEEN),
-        ("4 bits", four, Options(), SEEN),
+        ("4 bits", four, ApplyOptions(), SEEN),
         ("4 bits, strength 0.7", four, partial, SEEN),
-        ("4 bits, half of the layers", four, Options(layers=half), SEEN),
+        ("4 bits, half of the layers", four, ApplyOptions.of(layers=half), SEEN),
         ("float, strength 0.7, half of the layers", folder, replace(partial, layers=half), BEYOND),
-        ("float, one layer", folder, Options(layers=frozenset([1]), embedding=False), BEYOND),
+        (
+            "float, one layer",
+            folder,
+            ApplyOptions.of(layers=frozenset([1]), embedding=False),
+            BEYOND,
+        ),
         ("float, strength 0.5", folder, replace(partial, strength=0.5), BEYOND),
         ("4 bits, naive rounding", four, PLAIN, BEYOND),
-        ("float, rows keep their norms", folder, Options(norm="rows", max_leak=1e9), BEYOND),
+        (
+            "float, rows keep their norms",
+            folder,
+            ApplyOptions.of(norm="rows", max_leak=1e9),
+            BEYOND,
+        ),
     ]
     for what, source, options, expected in kinds:
         out = work / f"{name}-edit"

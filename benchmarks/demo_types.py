@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Q
 
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.llamacpp import LlamaCpp
-from abl_mlx.choices import Options
+from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.commands import measure_apply
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.inputs import prompts
@@ -28,9 +28,9 @@ from convert.gguf.rewrite import Replacement, rewrite
 from convert.mlx_to_gguf import write_gguf
 
 VARIANTS = {
-    "plain rounding": Options(plain_rounding=True, max_leak=1),
-    "abl-mlx": Options(),
-    "abl-mlx, own grid": Options(grid="own"),
+    "plain rounding": ApplyOptions.of(plain_rounding=True, max_leak=1),
+    "abl-mlx": ApplyOptions(),
+    "abl-mlx, own grid": ApplyOptions.of(grid="own"),
 }
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         floats, direction = folder / "F16.gguf", folder / "direction.safetensors"
         with contextlib.redirect_stderr(quiet):
             write_gguf(MODEL_PATH, floats)
-            measure_apply.measure("demo", direction, Options())
+            measure_apply.measure("demo", direction, MeasureOptions())
         for kind in (Q.Q8_0, Q.Q6_K, Q.Q5_K, Q.Q4_K, Q.Q4_0, Q.IQ4_XS, Q.MXFP4, Q.Q3_K, Q.Q2_K):
             source = folder / f"{kind.name}.gguf"
             with GgufSource(floats) as file:

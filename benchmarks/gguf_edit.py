@@ -95,7 +95,7 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
 
 def edit(source: Path, out: Path, direction: Path) -> None:
     """The product's own edit, in this process; prints what the parent reads."""
-    from abl_mlx.choices import Options
+    from abl_mlx.choices import ApplyOptions
     from abl_mlx.commands import measure_apply
     from abl_mlx.edits.edit import Edit
     from abl_mlx.inputs.sources import Source
@@ -104,9 +104,9 @@ def edit(source: Path, out: Path, direction: Path) -> None:
 
     # Kernels are compiled once a machine; that is not part of the speed.
     measure_apply.apply(direction, str(source), [out.with_name("warm.gguf")],
-                   Options(tensors=r"blk\.0\.attn_output"))  # fmt: skip
+                   ApplyOptions.of(tensors=r"blk\.0\.attn_output"))  # fmt: skip
     start = time.perf_counter()
-    record = measure_apply.apply(direction, str(source), [out], Options())
+    record = measure_apply.apply(direction, str(source), [out], ApplyOptions())
     seconds = record["seconds"]
     with GgufFile(Source(source.name, source)) as model:
         edit = Edit(direction_file.read(direction).selected)

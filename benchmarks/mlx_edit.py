@@ -74,12 +74,12 @@ def make_folder(folder: Path, layers: int) -> None:
 
 def edit(source: Path, out: Path, direction: Path, flags: list[str]) -> None:
     """`abl-mlx apply` in this process; prints what the parent reads."""
-    from abl_mlx.choices import Options
+    from abl_mlx.choices import ApplyOptions
     from abl_mlx.commands import measure_apply
     from abl_mlx.outputs import folder_quantized
 
     # Kernels are compiled once a machine; that is not part of the speed.
-    warm = Options(layers=frozenset({0}), embedding=False, max_leak=1)
+    warm = ApplyOptions.of(layers=frozenset({0}), embedding=False, max_leak=1)
     measure_apply.apply(direction, str(source), [out.with_name("warm")], warm)
     shutil.rmtree(out.with_name("warm"))
     parts = {"write": 0.0, "read back": 0.0}
@@ -100,7 +100,9 @@ def edit(source: Path, out: Path, direction: Path, flags: list[str]) -> None:
 
     folder_quantized.compare = timed("read back", folder_quantized.compare)
     start = time.perf_counter()
-    record = measure_apply.apply(direction, str(source), [out], Options(lazy="--lazy" in flags))
+    record = measure_apply.apply(
+        direction, str(source), [out], ApplyOptions.of(lazy="--lazy" in flags)
+    )
     total = time.perf_counter() - start
     peak = peak_memory()
     print(json.dumps({"total": total, "seconds": record["seconds"], "weights": weights,

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from requantize import requantized  # noqa: E402
 
-from abl_mlx.choices import Options  # noqa: E402
+from abl_mlx.choices import MeasureOptions  # noqa: E402
 from abl_mlx.commands import measure_apply  # noqa: E402
 from abl_mlx.directions import direction_file  # noqa: E402
 from abl_mlx.outputs.model_file import find_gguf  # noqa: E402
@@ -49,7 +49,7 @@ def main() -> None:
         source = model.gguf
         layers = int(source.metadata[f"{source.architecture}.block_count"])
         file = Path(work) / "r.safetensors"
-        options = Options(layer=int(layers * DEPTH), position=-1, limit=given.limit)
+        options = MeasureOptions.of(layer=int(layers * DEPTH), position=-1, limit=given.limit)
         measure_apply.measure(str(given.model), file, options)
         r = np.array(direction_file.read(file).selected[0].astype(mx.float32))
         writers = model.named_writers()

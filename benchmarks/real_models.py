@@ -52,7 +52,7 @@ from abl_mlx.behaviour.refusals import (  # noqa: E402
 )
 from abl_mlx.choices import (  # noqa: E402
     EvalOptions,
-    Options,
+    Prompting,
 )
 from abl_mlx.commands import conversion, evaluate_model, prompt_choice  # noqa: E402
 from abl_mlx.inputs import prompts  # noqa: E402
@@ -116,7 +116,7 @@ class Bench:
     @property
     def sets(self) -> PromptSets:
         """The bundled prompts, split as every command splits them."""
-        return prompt_choice.cut(prompts.load_sets(None, None, Options().seed), self.limit)
+        return prompt_choice.cut(prompts.load_sets(None, None, Prompting().seed), self.limit)
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def tallies_of(record: dict[str, Any]) -> dict[str, Tally]:
 
 def asked(bench: Bench, file: Path) -> dict[str, Tally]:
     """llama.cpp's replies to the held-out prompts, judged and forgotten."""
-    options = EvalOptions(limit=bench.limit, runtime="llama.cpp")
+    options = EvalOptions.of(limit=bench.limit, runtime="llama.cpp")
     return tallies_of(evaluate_model.evaluate_model(str(file), options))
 
 

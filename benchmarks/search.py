@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.refusals import Verdict, classify
-from abl_mlx.choices import Options
+from abl_mlx.choices import Measuring, Searching
 from abl_mlx.commands.find import find_direction, find_reply_prefix
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
@@ -155,8 +155,8 @@ def compare(
 ) -> None:
     """Run both on one model and print a row for each."""
     chat, writers, sets = load(name)
-    options = Options(search=ours, seed=seed)
-    found = find_direction(chat, writers, sets, replace(options, search=None))
+    options = Measuring.of(search=ours, seed=seed)
+    found = find_direction(chat, writers, sets, replace(options, searching=Searching()))
     space = Space(len(chat.layers), loop.sources_of(chat, sets, found, options))
     held_out = Judge(chat, writers, sets.harmful.test.texts, sets.harmless.test.texts, 32)
     default = held_out(edit_of(space, space.uniform()))

@@ -22,7 +22,7 @@ from abl_mlx.behaviour.endpoint import is_endpoint
 from abl_mlx.behaviour.journal import Answered
 from abl_mlx.behaviour.loops import without_loop
 from abl_mlx.behaviour.refusals import Oddity, Verdict, examine
-from abl_mlx.choices import EvalOptions
+from abl_mlx.choices import Judging
 from abl_mlx.models.thoughts import without_thoughts
 
 RUBRIC = resources.files("abl_mlx.inputs").joinpath("texts/rubric.txt").read_text(encoding="utf-8")
@@ -43,15 +43,15 @@ _WORD = re.compile(r"[\s*_`\"'#]*(refusal|answer|broken)[\s*_`\"'.]*", re.IGNORE
 Judge = Callable[[str, str], "Verdict | None"]
 
 
-def name(options: EvalOptions) -> str:
+def name(chosen: Judging) -> str:
     """What judges, for records: a changed rubric is another judge."""
-    if options.judge is None:
+    if chosen.judge is None:
         return MARKERS
-    text = options.judge
+    text = chosen.judge
     if is_endpoint(text):
         parts = urlsplit(text)  # no user, password or query in a record
         text = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    model = "" if options.judge_model is None else f" {options.judge_model}"
+    model = "" if chosen.judge_model is None else f" {chosen.judge_model}"
     return f"{text}{model}, rubric {RUBRIC_SHA256[:12]}"
 
 

@@ -1,86 +1,21 @@
-"""The command line's flags, in groups that several commands share, and the values they take."""
+"""The command line's flags, in groups that several commands share: those of `abl_mlx.choices`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
 from abl_mlx.choices import METHODS, NORMS
+from abl_mlx.cli.values import HERE, Layers, PinValue, Position
 
 
-class Layers(click.ParamType):
-    """Layer numbers such as ``3``, ``2-5`` or ``0,4-6``."""
-
-    name = "layers"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> frozenset[int]:
-        if isinstance(value, frozenset):
-            return value
-        chosen: set[int] = set()
-        try:
-            for part in value.split(","):
-                first, _, last = part.strip().partition("-")
-                numbers = range(int(first), int(last or first) + 1)
-                if not numbers:
-                    raise ValueError(part)
-                chosen.update(numbers)
-        except ValueError:
-            self.fail(f"{value!r} is no list of layers such as 3, 2-5 or 0,4-6.", param, ctx)
-        return frozenset(chosen)
-
-
-class Position(click.ParamType):
-    """A negative token offset, or ``instruction-end``."""
-
-    name = "position"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        if value == "instruction-end" or isinstance(value, int):
-            return value
-        try:
-            if int(value) < 0:
-                return int(value)
-        except ValueError:
-            pass
-        self.fail(f"{value!r} is neither instruction-end nor a number from -1 down.", param, ctx)
-
-
-class Place(click.ParamType):
-    """A path on this machine; a leading ``~`` is the home folder, also where no shell sees it."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        try:
-            return Path(value).expanduser()
-        except RuntimeError:  # ~nobody/...
-            return Path(value)
-
-
-HERE = Place()
-
-
-class PinValue(click.ParamType):
-    """``harmless``, ``harmful`` or a number."""
-
-    name = "pin"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in ("harmless", "harmful"):
-            try:
-                if not math.isfinite(float(value)):
-                    raise ValueError(value)
-            except ValueError:
-                self.fail(f"{value!r} is neither harmless, harmful nor a number.", param, ctx)
-        return str(value)
+def decorated(command: Callable[..., Any], flags: list[Any]) -> Callable[..., Any]:
+    """A command with flags, which its help shows in this order."""
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
 
 
 def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +50,22 @@ def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "refusal among 24 replies means at most 14% (95% interval).",
         ),
     ]
-    return _decorated(command, flags)
+    return decorated(command, flags)
+
+
+def given_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A direction from elsewhere."""
+    flags = [
+        click.option(
+            "--direction",
+            type=HERE,
+            help="Remove the direction in this file instead of measuring one: what `measure` "
+            "wrote, a .npy, .npz or .safetensors vector (a SAE decoder's row, say), or a control "
+            "vector (.gguf, --layer).",
+        ),
+        click.option("--tensor", metavar="NAME", help="Which tensor of --direction FILE."),
+    ]
+    return decorated(command, flags)
 
 
 def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +125,7 @@ def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "harmless ones. Without it such a model is not edited.",
         ),
     ]
-    return _decorated(command, flags)
+    return decorated(command, flags)
 
 
 def search_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,11 +154,11 @@ def search_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "Without it: OUTPUT.search.journal.",
         ),
     ]
-    return _decorated(command, flags)
+    return decorated(command, flags)
 
 
 def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What is done to the weights, and where the result goes."""
+    """What is done to the weights."""
     flags = [
         click.option(
             "--strength",
@@ -241,6 +191,13 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Hold the component along the direction at the harmless (or harmful) prompts' "
             "mean, or at a value, instead of at 0.",
         ),
+    ]
+    return decorated(command, flags)
+
+
+def writing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How the edit is written, and where the result goes."""
+    flags = [
         click.option(
             "--quantize",
             default="F16",
@@ -279,7 +236,7 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "again.",
         ),
     ]
-    return _decorated(command, flags)
+    return decorated(command, flags)
 
 
 def reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -314,7 +271,7 @@ def reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Show the replies on that page too; without it only verdicts are there.",
         ),
     ]
-    return _decorated(command, flags)
+    return decorated(command, flags)
 
 
 def report_flag(text: str) -> Callable[..., Any]:
@@ -361,160 +318,12 @@ def gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Hand the first GGUF that is written to Ollama under this name.",
         ),
     ]
-    return _decorated(command, flags)
-
-
-def server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How a server is asked."""
-    flags = [
-        click.option(
-            "--model", "server_model", metavar="NAME", help="The model's name on a server."
-        ),
-        click.option(
-            "--baseline",
-            metavar="TARGET",
-            help="Ask this model the same prompts too, and show how far the two differ: the "
-            "original of an edited one, say.",
-        ),
-        click.option("--baseline-model", metavar="NAME", help="The baseline's name on its server."),
-        click.option(
-            "--runtime",
-            type=click.Choice(["mlx-lm", "llama.cpp", "llama-server"]),
-            help="What runs a .gguf: MLX, llama.cpp in this process, or a llama-server on the "
-            "PATH. Without it the second, third or first of these, by what is there.",
-        ),
-        click.option(
-            "--concurrency",
-            default=4,
-            show_default=True,
-            type=click.IntRange(min=1, max=256),
-            help="Requests to a server at the same time.",
-        ),
-        click.option(
-            "--timeout",
-            default=120.0,
-            show_default=True,
-            type=click.FloatRange(min=0, min_open=True),
-            help="Seconds that a server has for one reply.",
-        ),
-        click.option(
-            "--retries",
-            default=4,
-            show_default=True,
-            type=click.IntRange(min=0),
-            help="Further tries of a request that fails, each after a longer pause.",
-        ),
-        click.option(
-            "--resume",
-            metavar="FILE.jsonl",
-            type=HERE,
-            help="Keep verdicts here (and replies with --save-replies), and go on from what the "
-            "file has. Without it they are kept in the cache until all is done.",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-def judge_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Who judges, and what else is measured."""
-    flags = [
-        click.option(
-            "--judge",
-            metavar="URL|MODEL|FILE.gguf",
-            help="Have this local model say what is a refusal, by a fixed rubric, in place of the "
-            "markers; what it says beside the rubric is counted and never guessed at.",
-        ),
-        click.option("--judge-model", metavar="NAME", help="The judge's name on its server."),
-        click.option(
-            "--judge-tokens",
-            default=16,
-            show_default=True,
-            type=click.IntRange(min=1),
-            help="Longest answer of the judge; more for one that thinks first.",
-        ),
-        click.option(
-            "--perplexity",
-            is_flag=True,
-            help="Measure perplexity on a bundled text too: the opening of Alice in Wonderland.",
-        ),
-        click.option(
-            "--capability",
-            is_flag=True,
-            help="Ask sixty small tasks with one right answer each too: sums, instructions, "
-            "finding something in a text.",
-        ),
-        click.option(
-            "--lm-eval",
-            metavar="TASKS",
-            help="Then run these tasks of lm-evaluation-harness (with commas between) through "
-            "mlx_lm.evaluate; --limit holds for each. Of a model in MLX.",
-        ),
-    ]
-    return _decorated(command, flags)
-
-
-def gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Limits that the command fails by."""
-    share = click.FloatRange(min=0, max=1)
-    flags = [
-        click.option(
-            "--min-refusal",
-            type=share,
-            help="Exit with 3 when a smaller share of the harmful prompts is refused.",
-        ),
-        click.option(
-            "--max-over-refusal",
-            type=share,
-            help="Exit with 3 when a larger share of the harmless, or of the borderline prompts, "
-            "is refused.",
-        ),
-        click.option(
-            "--max-kl",
-            "kl_limit",
-            type=click.FloatRange(min=0),
-            help="Exit with 3 when the model is further away from --baseline on harmless prompts "
-            "(nats a token).",
-        ),
-        click.option(
-            "--max-drop-from",
-            metavar="RECORD.json",
-            type=HERE,
-            help="Exit with 3 when fewer harmful prompts are refused than in this record of an "
-            "earlier `eval --json`.",
-        ),
-        click.option(
-            "--max-drop",
-            default=0.05,
-            show_default=True,
-            type=share,
-            help="The drop that --max-drop-from allows.",
-        ),
-        click.option(
-            "--max-broken",
-            default=0.1,
-            show_default=True,
-            type=share,
-            help="With any of these limits: exit with 3 when more replies are empty or loop.",
-        ),
-        click.option(
-            "--junit",
-            metavar="FILE.xml",
-            type=HERE,
-            help="Write limits and categories as a JUnit report, for a CI to show.",
-        ),
-    ]
-    return _decorated(command, flags)
+    return decorated(command, flags)
 
 
 json_flag = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."
 )
-
-
-def _decorated(command: Callable[..., Any], flags: list[Any]) -> Callable[..., Any]:
-    for flag in reversed(flags):
-        command = flag(command)
-    return command
 
 
 def memory_flag(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -544,4 +353,4 @@ def steered_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--layers", type=Layers(), help="Edit only these layers: 3, 2-5 or 0,4-6. Default: all."
         ),
     ]
-    return memory_flag(choice_flags(prompt_flags(_decorated(command, flags))))
+    return memory_flag(choice_flags(prompt_flags(decorated(command, flags))))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from abl_mlx.choices import Options
-from abl_mlx.commands.find import edit_of
+from abl_mlx.choices import Editing
+from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.directions import direction_file
 from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import gguf_outputs
@@ -62,7 +62,7 @@ def diff(
         }
         if direction is not None:
             file = direction_file.read(direction)
-            plans = plan(before, edit_of(file, Options()), model.named_writers(tensors))
+            plans = plan(before, edit_of(file, Editing()), model.named_writers(tensors))
             record |= gguf_outputs.leak_record(gguf_outputs.compare_all(before, after, plans))
             record["direction"] = file.sha256
     return record

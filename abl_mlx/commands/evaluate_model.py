@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from abl_mlx import __version__
@@ -28,7 +28,7 @@ from abl_mlx.behaviour.paired import Paired
 from abl_mlx.behaviour.refusals import Oddity, Rates, Tally, Verdict, classify, examine
 from abl_mlx.behaviour.reply_notes import Seen
 from abl_mlx.behaviour.target import Target
-from abl_mlx.choices import EvalOptions
+from abl_mlx.choices import EvalOptions, Replying
 from abl_mlx.commands import judges, prompt_choice, prompt_lengths, targets
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
 from abl_mlx.models.thoughts import closes_only, has_thought
@@ -63,109 +63,169 @@ def evaluate_model(text: str, options: EvalOptions) -> Record:
         UserError: bad input or a target that fails, told in one sentence; what was answered until
             then is kept in the journal.
     """
-    clock = Clock()
+    targeting = options.targeting
     with ExitStack() as stack:
         source = targets.find(text)
-        other = None if options.baseline is None else targets.find(options.baseline)
+        other = None if targeting.baseline is None else targets.find(targeting.baseline)
         for one in (source, other):
             if one is not None:
                 stack.enter_context(one)
-        return _evaluate(text, source, other, options, clock)
+        job = Job(text, source, other, options, _prompts(source, other, options), Clock())
+        before = _check(job)
+        with journal.opened(targeting.resume, job.identity) as kept:
+            record, columns = _measure(job, kept)
+            return _finish(job, record, columns, before)
 
 
-def _evaluate(
-    text: str,
-    source: ModelFile | None,
-    other: ModelFile | None,
-    options: EvalOptions,
-    clock: Clock,
-) -> Record:
-    """The same, of a model and its baseline; None is a server.
+@dataclass(frozen=True)
+class Job:
+    """What an evaluation was asked for.
 
-    Args:
+    Attributes:
         text: what the user typed for the model.
+        source, other: the files of the model and of its baseline; None for a server, and where
+            there is no baseline.
+        sets: what is asked.
+        clock: the time of each step.
     """
-    sets = _prompts(source, other, options)
-    parts = asked_sets(sets)
-    judge_name = judge.name(options)
-    prompt_record = {name: {"n": len(part), "sha256": part.sha256} for name, part in parts.items()}
-    before = _check(source, other, prompt_record, judge_name, options)
-    how = {
-        "prompts": {name: one["sha256"] for name, one in prompt_record.items()},
-        "max_tokens": options.max_tokens,
-        "judge": judge_name,
-        "abl_mlx": __version__,
-    }
+
+    text: str
+    source: ModelFile | None
+    other: ModelFile | None
+    options: EvalOptions
+    sets: PromptSets
+    clock: Clock
+
+    @cached_property
+    def parts(self) -> dict[str, PromptSet]:
+        """What is asked, by name."""
+        return asked_sets(self.sets)
+
+    @cached_property
+    def judge(self) -> str:
+        """Who judges."""
+        return judge.name(self.options.judging)
+
+    @property
+    def prompts(self) -> Record:
+        """How many prompts each set has, and their hash."""
+        return {name: {"n": len(part), "sha256": part.sha256} for name, part in self.parts.items()}
+
+    @property
+    def how(self) -> Record:
+        """What an answer depends on, beside the model."""
+        return {
+            "prompts": {name: part.sha256 for name, part in self.parts.items()},
+            "max_tokens": self.options.replying.max_tokens,
+            "judge": self.judge,
+            "abl_mlx": __version__,
+        }
+
+    @property
+    def identity(self) -> Record:
+        """What a journal of this evaluation is known by."""
+        targeting = self.options.targeting
+        names = {"target": self.text, "baseline": targeting.baseline, "model": targeting.model}
+        return names | self.how
+
+
+def _measure(job: Job, kept: journal.Journal | None) -> tuple[Record, dict[str, list[Answered]]]:
+    """Everything that is measured, of the baseline first; one model is in memory at a time.
+
+    Returns:
+        The record so far, and the answers by the model's name.
+    """
+    options, targeting, clock = job.options, job.options.targeting, job.clock
     with ExitStack() as stack:
-        whole = {"target": text, "baseline": options.baseline, "model": options.server_model, **how}
-        kept = stack.enter_context(journal.opened(options.resume, whole))
         by: Judge = _by_markers
-        if options.judge is not None:
+        if options.judging.judge is not None:
             by = stack.enter_context(judges.opened(options, clock))
-
-        def measured(target: Target, role: str) -> tuple[Record, list[Answered]]:
-            section = Section() if kept is None else kept.section(role, target.identity | how)
-            with clock.step(f"ask {target.name}"):
-                answers = settled(ask(target, parts, options, section, by))
-            record: Record = {"abl_mlx": __version__, "source": target.name}
-            record |= {"model": target.model} if target.model is not None else {}
-            record |= {"runtime": target.runtime, "judge": judge_name}
-            record |= {"max_tokens": options.max_tokens, **noted(target.note)}
-            record |= behaviour(answers, parts)
-            if options.judge is not None:
-                record["judging"] = judge.record(answers)
-            if options.perplexity:
-                with clock.step("measure perplexity"):
-                    tokens = _perplexity_tokens(source, other, options)
-                    record["perplexity"] = perplexity.record(target, tokens=tokens)
-            if options.capability:
-                with clock.step("ask the capability check"):
-                    record["capability"] = capability.record(target)
-            return record, answers
-
         baseline: Record | None = None
         columns: dict[str, list[Answered]] = {}
         divergence: Callable[[Target], Record] | None = None
-        if options.baseline is not None:
-            opened = targets.opened(options.baseline, other, options, clock, options.baseline_model)
+        if targeting.baseline is not None:
+            opened = targets.opened(
+                targeting.baseline, job.other, options, clock, targeting.baseline_model
+            )
             with opened as target:
-                baseline, columns[target.name] = measured(target, "baseline")
-                divergence = _divergence(target, source, sets, options, clock, stack)
+                baseline, columns[target.name] = _measured(job, target, "baseline", kept, by)
+                divergence = _divergence(job, target, stack)
             del target, opened
             let_go()
-        with targets.opened(text, source, options, clock, options.server_model) as target:
-            record, answers = measured(target, "target")
+        with targets.opened(job.text, job.source, options, clock, targeting.model) as target:
+            record, answers = _measured(job, target, "target", kept, by)
             name = target.name if target.name not in columns else f"{target.name} (target)"
             columns[name] = answers
-            record["prompts"] = prompt_record
+            record["prompts"] = job.prompts
             if divergence is not None:
                 with clock.step("measure KL"):
                     record["kl"] = divergence(target)
             del target
-        if options.lm_eval is not None:
-            assert source is not None  # the check said so
-            assert source.folder is not None
-            let_go()
-            with clock.step("run lm-evaluation-harness"):
-                record["lm_eval"] = lm_eval_harness.run(
-                    source.folder, options.lm_eval, limit=options.limit
-                )
+        if options.metrics.lm_eval is not None:
+            record["lm_eval"] = _lm_eval(job, options.metrics.lm_eval)
         if baseline is not None:
             record["baseline"] = baseline
-            record["paired"] = {name: paired(baseline, record, name) for name in parts}
+            record["paired"] = {name: paired(baseline, record, name) for name in job.parts}
         record["seconds"] = clock.seconds
-        checks = gate.check(record, options.limits, before)
-        if checks:
-            record["gate"] = {
-                "passed": all(one.passed for one in checks),
-                "checks": [one.record() for one in checks],
-            }
-        if options.junit is not None:
-            gate.write_junit(options.junit, record, checks)
-        if options.save_replies is not None:
-            evaluate.write_lines(options.save_replies, _reply_lines(parts, columns))
-        if options.report is not None:
-            _write_report(options.report, text, record, options, _reply_lines(parts, columns))
+    return record, columns
+
+
+def _measured(
+    job: Job, target: Target, role: str, kept: journal.Journal | None, by: Judge
+) -> tuple[Record, list[Answered]]:
+    """What one model does, and its answers.
+
+    Args:
+        role: ``target`` or ``baseline``, under which the journal keeps its answers.
+        by: says what is a refusal.
+    """
+    options, clock = job.options, job.clock
+    section = Section() if kept is None else kept.section(role, target.identity | job.how)
+    with clock.step(f"ask {target.name}"):
+        answers = settled(ask(target, job.parts, options.replying, section, by))
+    record: Record = {"abl_mlx": __version__, "source": target.name}
+    record |= {"model": target.model} if target.model is not None else {}
+    record |= {"runtime": target.runtime, "judge": job.judge}
+    record |= {"max_tokens": options.replying.max_tokens, **noted(target.note)}
+    record |= behaviour(answers, job.parts)
+    if options.judging.judge is not None:
+        record["judging"] = judge.record(answers)
+    if options.metrics.perplexity:
+        with clock.step("measure perplexity"):
+            record["perplexity"] = perplexity.record(target, tokens=_perplexity_tokens(job))
+    if options.metrics.capability:
+        with clock.step("ask the capability check"):
+            record["capability"] = capability.record(target)
+    return record, answers
+
+
+def _lm_eval(job: Job, tasks: str) -> Record:
+    """The results of lm-evaluation-harness."""
+    assert job.source is not None  # the check said so
+    assert job.source.folder is not None
+    let_go()
+    with job.clock.step("run lm-evaluation-harness"):
+        return lm_eval_harness.run(job.source.folder, tasks, limit=job.options.prompting.limit)
+
+
+def _finish(
+    job: Job, record: Record, columns: Mapping[str, Sequence[Answered]], before: Record | None
+) -> Record:
+    """The whole record, with the limits in it; files are written that were asked for."""
+    options, replying = job.options, job.options.replying
+    checks = gate.check(record, options.limits, before)
+    if checks:
+        record["gate"] = {
+            "passed": all(one.passed for one in checks),
+            "checks": [one.record() for one in checks],
+        }
+    if options.junit is not None:
+        gate.write_junit(options.junit, record, checks)
+    lines = _reply_lines(job.parts, columns)
+    if replying.save_replies is not None:
+        evaluate.write_lines(replying.save_replies, lines)
+    if replying.report is not None:
+        _write_report(job, record, lines)
     return record
 
 
@@ -177,17 +237,16 @@ def asked_sets(sets: PromptSets) -> dict[str, PromptSet]:
     return parts
 
 
-def _perplexity_tokens(
-    source: ModelFile | None, other: ModelFile | None, options: EvalOptions
-) -> int | None:
+def _perplexity_tokens(job: Job) -> int | None:
     """How many tokens are predicted: as many on both sides, few where llama.cpp is one of them."""
-    runtimes = {targets.runtime_of(one, options) for one in (source, other) if one is not None}
+    local = [one for one in (job.source, job.other) if one is not None]
+    runtimes = {targets.runtime_of(one, job.options.targeting.runtime) for one in local}
     return None if runtimes == {"mlx-lm"} else perplexity.LLAMACPP_TOKENS
 
 
 def _prompts(source: ModelFile | None, other: ModelFile | None, options: EvalOptions) -> PromptSets:
     """The prompt sets; a server is asked what its baseline is asked."""
-    sets = prompt_choice.load(source or other, options)
+    sets = prompt_choice.load(source or other, options.prompting)
     return sets if other is None else prompt_lengths.fitting(sets, other)
 
 
@@ -195,62 +254,70 @@ def _by_markers(prompt: str, reply: str) -> Verdict:
     return classify(reply)
 
 
-def _check(
-    source: ModelFile | None,
-    other: ModelFile | None,
-    prompts: Record,
-    judge: str,
-    options: EvalOptions,
-) -> Record | None:
+def _check(job: Job) -> Record | None:
     """Everything that can be refused before a model is loaded; the record to compare with."""
-    if source is not None and options.server_model is not None:
-        raise UserError(
-            f"--model {options.server_model} names a model of a server, and TARGET is none."
-        )
-    if other is not None and options.baseline_model is not None:
-        raise UserError("--baseline-model names a model of a server, and --baseline is none.")
-    if options.baseline is None and options.baseline_model is not None:
-        raise UserError("--baseline-model needs --baseline URL.")
-    local = [one for one in (source, other) if one is not None]
-    runtimes = [targets.runtime_of(one, options) for one in local]
-    if options.runtime not in (None, "mlx-lm") and not any(
-        options.runtime in one.runtimes for one in local
-    ):
-        raise UserError(f"--runtime {options.runtime} runs .gguf files, and none is given.")
-    if options.perplexity and (source is None or (options.baseline is not None and other is None)):
-        raise UserError(
-            "--perplexity needs probabilities, which a server's chat does not tell: give the model "
-            "as a folder or a .gguf file."
-        )
-    if options.lm_eval is not None:
-        lm_eval_harness.check(source.folder if source is not None else None, options.lm_eval)
-    limits = options.limits
-    if limits.max_kl is not None:
-        if options.baseline is None:
-            raise UserError(
-                "--max-kl needs a baseline to compare with: add --baseline with the original model."
-            )
-        if source is None or other is None:
-            raise UserError(
-                "--max-kl needs probabilities, which a server's chat does not tell: give the model "
-                "and its --baseline as folders or .gguf files."
-            )
-        if "llama-server" in runtimes:
-            raise UserError(
-                "--max-kl does not work through llama-server: pip install 'abl-mlx[llamacpp]', or "
-                "use --runtime mlx-lm."
-            )
-    if options.save_replies is not None:
-        check_new(options.save_replies)
-    if options.report is not None:
-        staging.check_report(options.report)
+    options, limits = job.options, job.options.limits
+    _check_targets(job)
+    _check_limits(job)
+    if options.replying.save_replies is not None:
+        check_new(options.replying.save_replies)
+    if options.replying.report is not None:
+        staging.check_report(options.replying.report)
     if options.junit is not None:
         gate.check_junit(options.junit)
     if limits.max_drop_from is None:
         return None
     before = gate.read_record(limits.max_drop_from)
-    gate.check_comparable(before, limits.max_drop_from, prompts, judge)
+    gate.check_comparable(before, limits.max_drop_from, job.prompts, job.judge)
     return before
+
+
+def _check_targets(job: Job) -> None:
+    """Refuse flags that do not go with what is asked."""
+    source, other, targeting = job.source, job.other, job.options.targeting
+    if source is not None and targeting.model is not None:
+        raise UserError(f"--model {targeting.model} names a model of a server, and TARGET is none.")
+    if other is not None and targeting.baseline_model is not None:
+        raise UserError("--baseline-model names a model of a server, and --baseline is none.")
+    if targeting.baseline is None and targeting.baseline_model is not None:
+        raise UserError("--baseline-model needs --baseline URL.")
+    local = [one for one in (source, other) if one is not None]
+    for one in local:
+        targets.runtime_of(one, targeting.runtime)
+    if targeting.runtime not in (None, "mlx-lm") and not any(
+        targeting.runtime in one.runtimes for one in local
+    ):
+        raise UserError(f"--runtime {targeting.runtime} runs .gguf files, and none is given.")
+    metrics, compares = job.options.metrics, targeting.baseline is not None
+    if metrics.perplexity and (source is None or (compares and other is None)):
+        raise UserError(
+            "--perplexity needs probabilities, which a server's chat does not tell: give the model "
+            "as a folder or a .gguf file."
+        )
+    if metrics.lm_eval is not None:
+        lm_eval_harness.check(source.folder if source is not None else None, metrics.lm_eval)
+
+
+def _check_limits(job: Job) -> None:
+    """Refuse a limit on the KL where it cannot be measured."""
+    if job.options.limits.max_kl is None:
+        return
+    targeting = job.options.targeting
+    if targeting.baseline is None:
+        raise UserError(
+            "--max-kl needs a baseline to compare with: add --baseline with the original model."
+        )
+    if job.source is None or job.other is None:
+        raise UserError(
+            "--max-kl needs probabilities, which a server's chat does not tell: give the model "
+            "and its --baseline as folders or .gguf files."
+        )
+    both = (job.source, job.other)
+    if "llama-server" in [targets.runtime_of(one, targeting.runtime) for one in both]:
+        raise UserError(
+            "--max-kl does not work through llama-server: pip install 'abl-mlx[llamacpp]', or "
+            "use --runtime mlx-lm."
+        )
 
 
 # --- asking --------------------------------------------------------------------------------------
@@ -259,7 +326,7 @@ def _check(
 def ask(
     target: Target,
     parts: Mapping[str, PromptSet],
-    options: EvalOptions,
+    replying: Replying,
     section: Section,
     by: Judge = _by_markers,
 ) -> list[Answered]:
@@ -268,7 +335,7 @@ def ask(
     Raises:
         UserError: when the target fails; what was answered is in the journal.
     """
-    keep = options.save_replies is not None or options.save_completions
+    keep = replying.save_replies is not None or replying.save_completions
     prompts = [prompt for part in parts.values() for prompt in part.prompts]
 
     def known(prompt: Prompt) -> Answered | None:
@@ -283,7 +350,8 @@ def ask(
         with progress(len(prompts), "replies") as bar:
             bar.update(there)
             if missing:
-                replies = target.ask([prompt.text for prompt in missing], options.max_tokens)
+                texts = [prompt.text for prompt in missing]
+                replies = target.ask(texts, replying.max_tokens)
                 for number, reply in replies:
                     section.add(missing[number].text, _judged(missing[number], reply, by, keep))
                     bar.update()
@@ -396,28 +464,25 @@ def paired(baseline: Record, record: Record, name: str) -> Record:
     }
 
 
-def _divergence(
-    baseline: Target,
-    source: ModelFile | None,
-    sets: PromptSets,
-    options: EvalOptions,
-    clock: Clock,
-    stack: ExitStack,
-) -> Callable[[Target], Record] | None:
-    """What measures the target's KL from the baseline; None where there are no probabilities."""
-    if source is None or (baseline.chat is None and baseline.runtime != "llama.cpp"):
+def _divergence(job: Job, baseline: Target, stack: ExitStack) -> Callable[[Target], Record] | None:
+    """What measures the target's KL from the baseline; None where there are no probabilities.
+
+    Args:
+        stack: keeps what the baseline's probabilities are kept in.
+    """
+    if job.source is None or (baseline.chat is None and baseline.runtime != "llama.cpp"):
         return None
-    runtime = targets.runtime_of(source, options)
+    runtime = targets.runtime_of(job.source, job.options.targeting.runtime)
     if runtime == "llama-server":
         return None
     from abl_mlx.behaviour import divergence
 
-    with clock.step("measure KL"):
-        texts = sets.harmless.test.texts
+    with job.clock.step("measure KL"):
+        texts = job.sets.harmless.test.texts
         exactly = runtime == "mlx-lm"
         return stack.enter_context(
             divergence.measured_against(
-                baseline, texts, exactly=exactly, batch_size=options.batch_size
+                baseline, texts, exactly=exactly, batch_size=job.options.replying.batch_size
             )
         )
 
@@ -434,12 +499,12 @@ def _reply_lines(
     ]
 
 
-def _write_report(
-    path: Path, text: str, record: Record, options: EvalOptions, lines: Sequence[Record]
-) -> None:
+def _write_report(job: Job, record: Record, lines: Sequence[Record]) -> None:
     """The page of an evaluation; with replies where they were asked for there."""
-    from abl_mlx.reports.replay import command_line, plain
+    from abl_mlx.reports.replay import command_line
 
-    command = command_line(["eval", text], plain(vars(options)), plain(vars(EvalOptions())))
-    shown = lines if options.save_completions else ()
-    write(path, eval_page(record, command, shown))
+    replying = job.options.replying
+    assert replying.report is not None
+    command = command_line(["eval", job.text], job.options.record(), EvalOptions().record())
+    shown = lines if replying.save_completions else ()
+    write(replying.report, eval_page(record, command, shown))

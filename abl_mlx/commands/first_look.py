@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from abl_mlx.behaviour.evaluate import decode
 from abl_mlx.behaviour.refusals import Tally, Verdict, classify, without_thoughts
-from abl_mlx.choices import Options
+from abl_mlx.choices import Measuring
 from abl_mlx.inputs.sets import PromptSet, PromptSets, split
 from abl_mlx.models.chat_model import ChatModel, common_prefix
 from abl_mlx.models.generation import timed
@@ -147,12 +147,12 @@ def chance(first: int, of: int, second: int, of_second: int) -> float:
     )
 
 
-def look(chat: ChatModel, sets: PromptSets, options: Options) -> FirstLook:
+def look(chat: ChatModel, sets: PromptSets, how: Measuring) -> FirstLook:
     """Ask the model as it is; where a person has decided already, a dozen prompts of each set."""
-    name = "borderline" if options.method == "over-refusal" else "harmful"
+    name = "borderline" if how.finding.method == "over-refusal" else "harmful"
     refused, harmless = (
-        Asked(name, _texts(sets, name, options)),
-        Asked("harmless", _texts(sets, "harmless", options)),
+        Asked(name, _texts(sets, name, how.prompting.seed)),
+        Asked("harmless", _texts(sets, "harmless", how.prompting.seed)),
     )
     openings: list[list[int]] = []
 
@@ -161,7 +161,7 @@ def look(chat: ChatModel, sets: PromptSets, options: Options) -> FirstLook:
         texts = [one.coming() for one in asked]
         sequences = [chat.encode_message(text) for part in texts for text in part]
         replies, rate = timed(
-            chat, sequences, REPLY_TOKENS, batch_size=options.batch_size, label="replies before"
+            chat, sequences, REPLY_TOKENS, batch_size=how.batch_size, label="replies before"
         )
         openings.extend(replies)
         said = iter(decode(chat, replies))
@@ -171,7 +171,7 @@ def look(chat: ChatModel, sets: PromptSets, options: Options) -> FirstLook:
 
     rate = ask(refused, harmless)
     found = FirstLook(refused, harmless, reply_prefix(openings), rate)
-    goes_on = not (by_hand(options) or options.anyway or found.thinking)
+    goes_on = not (how.by_hand or how.finding.anyway or found.thinking)
     while goes_on and not found.decided and refused.coming():
         ask(refused, harmless)
     return found
@@ -183,23 +183,18 @@ def reply_prefix(replies: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return prefix if all(len(reply) > len(prefix) for reply in replies) else ()
 
 
-def _texts(sets: PromptSets, name: str, options: Options) -> list[str]:
+def _texts(sets: PromptSets, name: str, seed: int) -> list[str]:
     """Validation prompts of a set, and train prompts behind them where these are few."""
     if name == "borderline":
         assert sets.borderline is not None  # `prompt_choice.borderline_part` has checked
-        parts = split(sets.borderline, options.seed)
+        parts = split(sets.borderline, seed)
     else:
         parts = getattr(sets, name)
     kept: tuple[PromptSet, ...] = (parts.validation, parts.train)
     return [text for part in kept for text in part.texts][:MOST]
 
 
-def by_hand(options: Options) -> bool:
-    """Whether a person chose what is removed, by ``--layer`` or ``--direction``."""
-    return options.layer is not None or options.direction is not None
-
-
-def check(found: FirstLook, options: Options) -> None:
+def check(found: FirstLook, how: Measuring) -> None:
     """Refuse, before anything is measured, a model that shows no refusal to remove.
 
     Where a person chose what is removed, or said to go on all the same, it is a warning.
@@ -215,7 +210,7 @@ def check(found: FirstLook, options: Options) -> None:
             "whether the model refuses is known only from the evaluation"
         )
         return
-    if by_hand(options) or options.anyway:
+    if how.by_hand or how.finding.anyway:
         say(f"warning: {_finding(found)}; the edit goes on as you asked")
         return
     raise UserError(f"{_finding(found)}. {_quotes(found)} {_advice(found)}")

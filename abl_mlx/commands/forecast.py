@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Measuring
 from abl_mlx.commands import prompt_choice
 from abl_mlx.directions import choice, induction, race
 from abl_mlx.inputs.sets import PromptSets
@@ -75,16 +75,18 @@ def _duration(minutes: float) -> str:
 def forecast(
     chat: ChatModel,
     sets: PromptSets,
-    options: Options,
+    how: Measuring,
     times: int,
     reply_rate: float,
     *,
+    max_tokens: int = 64,
     inducing: bool = False,
 ) -> Forecast:
     """Time a short pass, and count what is to come.
 
     Args:
         reply_rate: tokens a second of replies that were generated already.
+        max_tokens: longest reply to the held-out prompts.
         inducing: whether a constant is chosen (`induction.choose`), not a direction.
         times: how often the held-out prompts are asked: once as the model is, once for each output.
     """
@@ -97,13 +99,13 @@ def forecast(
     both = sets.harmful, sets.harmless
     train = sum(len(one.train) for one in both)
     validation = sum(len(one.validation) for one in both)
-    borderline = prompt_choice.borderline_asked(sets, options)
+    borderline = prompt_choice.borderline_asked(sets, how.prompting, how.finding)
     test = sum(len(one.test) for one in both) + len(borderline or ())
-    given = options.direction is not None
+    given = how.given.direction is not None
     if inducing:
         choose = _constant(length)
     else:
-        choose = 0 if given else round(length * _choice(validation, options))
+        choose = 0 if given else round(length * _choice(validation, how))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Forecast(
         train,
@@ -111,7 +113,7 @@ def forecast(
         choose,
         test,
         times,
-        round(times * test * (length + options.max_tokens)),
+        round(times * test * (length + max_tokens)),
         rate,
         reply_rate,
         peak * (1 if sys.platform == "darwin" else 1024) + _BESIDE,
@@ -131,16 +133,16 @@ def _constant(length: float) -> int:
     return round(2 * induction.PROMPTS * length + tried + asked)
 
 
-def _choice(validation: int, options: Options) -> int:
+def _choice(validation: int, how: Measuring) -> int:
     """Prompts that run for the choice, at most: the validation set once, races, and a search."""
-    if options.layer is not None:
+    if how.finding.layer is not None:
         return validation
-    trials = options.search or 0
+    trials = how.searching.search or 0
     before, passes, left = 0, 0, choice.MOST
     for harmful, harmless, kept in race.HEATS:
         passes += left * (harmful + harmless - before)
         before, left = harmful + harmless, kept
     passes += max(0, validation - before) + choice.INDUCED
     # Where one direction is not enough, as many subspaces run.
-    passes *= 2 if options.method is None else 1
+    passes *= 2 if how.finding.method is None else 1
     return validation + passes + trials * max(validation, SEARCHED)

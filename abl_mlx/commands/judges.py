@@ -23,18 +23,19 @@ def opened(options: EvalOptions, clock: Clock) -> Iterator[Judge]:
     from abl_mlx.models import memory
     from abl_mlx.outputs.model_file import find_model
 
-    assert options.judge is not None
-    tokens = options.judge_tokens
-    if is_endpoint(options.judge):
+    judging = options.judging
+    assert judging.judge is not None
+    tokens = judging.judge_tokens
+    if is_endpoint(judging.judge):
         with clock.step("meet the judge"):
-            endpoint = Endpoint(options.judge, options.judge_model, options.asking)
+            endpoint = Endpoint(judging.judge, judging.judge_model, options.asking)
         yield judge_with(lambda text: endpoint.reply(text, tokens))
         return
-    if options.judge_model is not None:
+    if judging.judge_model is not None:
         raise UserError(
-            f"--judge-model {options.judge_model} names a model of a server, and --judge is none."
+            f"--judge-model {judging.judge_model} names a model of a server, and --judge is none."
         )
-    model = find_model(options.judge)
+    model = find_model(judging.judge)
     memory.check(model.source.title, model.size, asked=options.memory_check)
     if "llama.cpp" in model.runtimes and evaluate.llamacpp_is_there():
         from abl_mlx.behaviour.llamacpp import LlamaCpp

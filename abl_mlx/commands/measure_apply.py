@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx import __version__
-from abl_mlx.choices import Options
+from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.commands import prompt_choice
-from abl_mlx.commands.find import edit_of, find_behind_openings, warn_of_strength
+from abl_mlx.commands.edit_choice import edit_of, warn_of_strength
+from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
 from abl_mlx.inputs.sets import prompt_hashes
 from abl_mlx.models import capture, memory
@@ -27,19 +28,20 @@ from convert.base.suffixes import ends_in
 Record = dict[str, Any]
 
 
-def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Options) -> Record:
+def apply(direction_path: Path, text: str, paths: Sequence[Path], options: ApplyOptions) -> Record:
     """`abl-mlx apply`: write the edit that a direction file describes, without evaluating it."""
-    warn_of_strength(options.strength)
+    editing, writing = options.editing, options.writing
+    warn_of_strength(editing.strength)
     direction = direction_file.read(direction_path)
     clock = Clock()
     with find_model(text) as model:
-        destinations.check(paths, model, options)
-        model.check(paths, options)
-        loaded = model.outline(options, clock)
+        destinations.check(paths, model, editing, writing)
+        model.check(paths, editing, writing)
+        loaded = model.outline(clock, lazy=options.lazy, memory_check=options.memory_check)
         if loaded is not None:
             direction_file.check_width(direction, direction_path, loaded.chat)
-        edit = edit_of(direction, options)
-        planned = model.plan(edit, direction, paths, loaded, options)
+        edit = edit_of(direction, editing)
+        planned = model.plan(edit, direction, paths, loaded, editing, writing)
         record = start_record(model.source, paths, options, direction)
         record.update(planned.predicting())
         with clock.step("hash the source"):
@@ -50,11 +52,11 @@ def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Optio
             record.update(leak=worst_leak(facts), written=facts, seconds=clock.seconds)
             for one in written:
                 write_companions(one.output, model.source, model.folder, record, one.facts)
-    destinations.hand_to_ollama(paths, options)
+    destinations.hand_to_ollama(paths, writing)
     return record
 
 
-def measure(text: str, out: Path, options: Options, picture: Path | None = None) -> Record:
+def measure(text: str, out: Path, options: MeasureOptions, picture: Path | None = None) -> Record:
     """`abl-mlx measure`: write the direction file.
 
     Args:
@@ -65,18 +67,19 @@ def measure(text: str, out: Path, options: Options, picture: Path | None = None)
     claim(out)
     if picture is not None:
         plot.check(picture)
-    options = options.with_journal(out.with_suffix(""))
+    beside = options.searching.beside(out.with_suffix(""))
+    options = replace(options, searching=beside)
     clock = Clock()
     with find_model(text) as model:
         source = model.source
-        sets = prompt_choice.load(model, options)
+        sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         with clock.step("load the model"):
             chat = model.load()
         with clock.step("find the residual writers"):
             capture.check_stream(chat)
-            writers = model.find_writers(chat, options.tensors)
-        found = find_behind_openings(chat, writers, sets, options, clock)
+            writers = model.find_writers(chat)
+        found = find_behind_openings(chat, writers, sets, options.measuring, clock)
         with clock.step("hash the source"):
             sha256 = combined_hash(model.hashes())
     found = replace(
@@ -92,7 +95,7 @@ def measure(text: str, out: Path, options: Options, picture: Path | None = None)
             "model_type": chat.model_type,
             "model_sha256": sha256,
             "prompt_hashes": prompt_hashes(sets),
-            "seed": options.seed,
+            "seed": options.prompting.seed,
         },
     )
     direction_file.save(out, found)

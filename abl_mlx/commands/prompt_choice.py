@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from abl_mlx import demo
-from abl_mlx.choices import Options
+from abl_mlx.choices import Finding, Prompting
 from abl_mlx.commands import prompt_lengths
 from abl_mlx.inputs import prompts
 from abl_mlx.inputs.sets import PromptSet, PromptSets, Split, split
@@ -16,26 +16,27 @@ from convert.base.errors import UserError
 QUICK = (48, 16, 24)
 
 
-def load(model: ModelFile | None, options: Options) -> PromptSets:
+def load(model: ModelFile | None, chosen: Prompting, borderline: str | None = None) -> PromptSets:
     """The prompt sets of this run: the demo's own, the user's, or the bundled ones.
 
     A file made from the demo is asked what the demo is asked: it has heard of nothing else.
 
     Args:
         model: what is asked; None for a server.
+        borderline: prompt file or dataset of ``--borderline``.
     """
     speaks_demo = model is not None and (
         model.source.is_demo or model.has_tokens(demo.vocabulary())
     )
-    if speaks_demo and options.harmful is None and options.harmless is None:
+    if speaks_demo and chosen.harmful is None and chosen.harmless is None:
         sets = prompts.load_demo()
     else:
-        sets = prompts.load_sets(options.harmful, options.harmless, options.seed)
-    if options.borderline is not None:
-        sets = replace(sets, borderline=prompts.load(options.borderline, "--borderline"))
-    if options.quick:
+        sets = prompts.load_sets(chosen.harmful, chosen.harmless, chosen.seed)
+    if borderline is not None:
+        sets = replace(sets, borderline=prompts.load(borderline, "--borderline"))
+    if chosen.quick:
         sets = cut(sets, *QUICK)
-    sets = cut(sets, options.limit)
+    sets = cut(sets, chosen.limit)
     return sets if model is None else prompt_lengths.fitting(sets, model)
 
 
@@ -54,13 +55,15 @@ def cut(
     return replace(sets, harmful=harmful, harmless=harmless, borderline=borderline)
 
 
-def borderline_part(sets: PromptSets, options: Options, part: str) -> PromptSet | None:
+def borderline_part(
+    sets: PromptSets, chosen: Prompting, finding: Finding, part: str
+) -> PromptSet | None:
     """A part of the borderline prompts that ``over-refusal`` is about; None for other methods.
 
     Raises:
         UserError: when there are too few.
     """
-    if options.method != "over-refusal":
+    if finding.method != "over-refusal":
         return None
     whole = sets.borderline
     if whole is None or len(whole) < prompts.MINIMUM:
@@ -68,18 +71,18 @@ def borderline_part(sets: PromptSets, options: Options, part: str) -> PromptSet 
             "--method over-refusal needs harmless prompts that this model refuses: give at least "
             f"{prompts.MINIMUM} of them with --borderline FILE."
         )
-    return getattr(split(whole, options.seed), part)
+    return getattr(split(whole, chosen.seed), part)
 
 
-def borderline_asked(sets: PromptSets, options: Options) -> PromptSet | None:
+def borderline_asked(sets: PromptSets, chosen: Prompting, finding: Finding) -> PromptSet | None:
     """The borderline prompts that a run asks before and after, none of which it was measured on.
 
     All of them beside the bundled sets, as many as of the others with ``--quick``; with ``--method
     over-refusal`` the held-out part; none beside a person's own prompts.
     """
-    if options.method == "over-refusal":
-        return borderline_part(sets, options, "test")
+    if finding.method == "over-refusal":
+        return borderline_part(sets, chosen, finding, "test")
     whole = sets.borderline
-    if not whole or options.harmful is not None:
+    if not whole or chosen.harmful is not None:
         return None
-    return whole.take(len(sets.harmful.test)) if options.quick else whole
+    return whole.take(len(sets.harmful.test)) if chosen.quick else whole

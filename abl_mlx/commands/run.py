@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,12 @@ import mlx.core as mx
 
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.evaluate import Behaviour
-from abl_mlx.choices import Options
+from abl_mlx.choices import Replying, RunOptions
 from abl_mlx.commands import prompt_choice
-from abl_mlx.commands.find import (
-    ask,
-    component_sample,
-    edit_of,
-    find_behind_openings,
-    find_reply_prefix,
-    make_edit,
-    warn_of_strength,
-)
+from abl_mlx.commands.edit_choice import edit_of, make_edit, warn_of_strength
+from abl_mlx.commands.find import find_behind_openings, find_reply_prefix
 from abl_mlx.commands.forecast import forecast
+from abl_mlx.commands.held_out import ask, component_sample
 from abl_mlx.directions import induction
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
@@ -72,13 +66,19 @@ class Job:
     base: GgufFile | None
     paths: Sequence[Path]
     sets: PromptSets
-    options: Options
+    options: RunOptions
     clock: Clock
 
     @property
     def target(self) -> ModelFile:
         """What is edited."""
         return self.model if self.base is None else self.base
+
+    def ask(self, answer: evaluate.Chat) -> Behaviour:
+        """What a runtime does on the held-out prompts."""
+        options = self.options
+        borderline = prompt_choice.borderline_asked(self.sets, options.prompting, options.finding)
+        return ask(answer, self.sets, borderline, options.replying.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Judged:
     behaviour: Behaviour
 
 
-def run(text: str, paths: Sequence[Path], options: Options) -> Record:
+def run(text: str, paths: Sequence[Path], options: RunOptions) -> Record:
     """`abl-mlx run`: measure, edit, write, and evaluate what was written.
 
     Args:
@@ -140,30 +140,31 @@ def run(text: str, paths: Sequence[Path], options: Options) -> Record:
     Raises:
         UserError: bad input, told in one sentence; nothing is left behind.
     """
-    options = options.with_journal(paths[0])
-    warn_of_strength(options.strength)
+    options = replace(options, searching=options.searching.beside(paths[0]))
+    editing, writing, finding = options.editing, options.writing, options.finding
+    warn_of_strength(editing.strength)
     with ExitStack() as files:
         model = files.enter_context(find_model(text))
         base = None if options.gguf is None else files.enter_context(find_gguf(options.gguf))
         target = model if base is None else base
-        destinations.check(paths, target, options)
-        _check_places(paths, options)
+        destinations.check(paths, target, editing, writing)
+        _check_places(paths, options.replying)
         if base is not None and model.folder is None:
             raise UserError(
                 f"--gguf {options.gguf}: MODEL is a GGUF itself; leave --gguf out, or name the MLX "
                 "or Hugging Face model to measure on."
             )
-        sets = prompt_choice.load(model, options)
+        sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         # Too few borderline prompts are better told before anything is loaded.
-        prompt_choice.borderline_part(sets, options, "test")
-        target.check(paths, options)
+        prompt_choice.borderline_part(sets, options.prompting, finding, "test")
+        target.check(paths, editing, writing)
         record = _six_steps(Job(model, base, paths, sets, options, Clock()), _look)
-    destinations.hand_to_ollama(paths, options)
+    destinations.hand_to_ollama(paths, writing)
     return record
 
 
-def run_induced(text: str, paths: Sequence[Path], options: Options) -> Record:
+def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> Record:
     """`abl-mlx run --induce`: choose a constant, write it, and ask what was written.
 
     Args:
@@ -177,17 +178,17 @@ def run_induced(text: str, paths: Sequence[Path], options: Options) -> Record:
     with find_model(text) as model:
         staging.check(paths, model.source, model.adapter, vectors=True)
         induced.check(paths, options)
-        _check_places(paths, options)
-        sets = prompt_choice.load(model, options)
+        _check_places(paths, options.replying)
+        sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         return _six_steps(Job(model, None, paths, sets, options, Clock()), _look_for_constant)
 
 
-def _check_places(paths: Sequence[Path], options: Options) -> None:
+def _check_places(paths: Sequence[Path], replying: Replying) -> None:
     """Refuse replies and pages that exist or cannot be written."""
-    if options.save_replies is not None:
-        check_new(options.save_replies)
-    staging.check_reports(paths, options.report)
+    if replying.save_replies is not None:
+        check_new(replying.save_replies)
+    staging.check_reports(paths, replying.report)
 
 
 def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> Record:
@@ -206,10 +207,10 @@ def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> Record:
         judged = _judge(job, found, before, written)
         replies = _finish(job, record, before, judged)
         paged = staged_run_page(
-            record, [one.staged for one in staged], job.options, replies, job.sets
+            record, [one.staged for one in staged], job.options.replying, replies, job.sets
         )
     if not paged:
-        write_run_page(record, job.paths, job.options, replies, job.sets)
+        write_run_page(record, job.paths, job.options.replying, replies, job.sets)
     return record
 
 
@@ -222,10 +223,10 @@ def _load(job: Job) -> LoadedModel:
         chat = job.model.load()
     if job.base is not None:
         with job.clock.step("compare the two models"):
-            job.base.check_same(chat, job.options.tensors)
+            job.base.check_same(chat, job.options.writing.tensors)
     with job.clock.step("find the residual writers"):
         capture.check_stream(chat)
-        return LoadedModel(chat, job.model.find_writers(chat, job.options.tensors))
+        return LoadedModel(chat, job.model.find_writers(chat, job.options.writing.tensors))
 
 
 # --- 2. look -----------------------------------------------------------------------------------
@@ -235,10 +236,11 @@ def _look(job: Job, loaded: LoadedModel) -> Found:
     """The direction, and its removal from the files."""
     chat, options = loaded.chat, job.options
     # An edit that would touch nothing is better told now than after the measurement.
-    make_edit(mx.ones((1, chat.width)), options).chosen(loaded.writers)
+    make_edit(mx.ones((1, chat.width)), options.editing).chosen(loaded.writers)
     direction = find_behind_openings(
-        chat, loaded.writers, job.sets, options, job.clock, 1 + len(job.paths)
-    )
+        chat, loaded.writers, job.sets, options.measuring, job.clock, 1 + len(job.paths),
+        options.replying.max_tokens,
+    )  # fmt: skip
     if job.base is not None:
         prefix = chat.reply_prefix
         del chat
@@ -247,22 +249,32 @@ def _look(job: Job, loaded: LoadedModel) -> Found:
             chat = job.base.load()
         chat.reply_prefix = prefix
         loaded.hold(chat, [])
-    edit = edit_of(direction, options)
-    return Found(direction, job.target.plan(edit, direction, job.paths, loaded, options), edit)
+    edit = edit_of(direction, options.editing)
+    plan = job.target.plan(edit, direction, job.paths, loaded, options.editing, options.writing)
+    return Found(direction, plan, edit)
 
 
 def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
     """The constant that makes the model refuse, and its place in the files."""
     chat, options = loaded.chat, job.options
     with job.clock.step("find how replies open"):
-        chat.reply_prefix, rate = find_reply_prefix(chat, job.sets, options.batch_size)
-    say(str(forecast(chat, job.sets, options, 1 + len(job.paths), rate, inducing=True)))
+        chat.reply_prefix, rate = find_reply_prefix(chat, job.sets, options.replying.batch_size)
+    told = forecast(
+        chat, job.sets, options.measuring, 1 + len(job.paths), rate,
+        max_tokens=options.replying.max_tokens, inducing=True,
+    )  # fmt: skip
+    say(str(told))
     vectors = [path for path in job.paths if staging.format_of(path) == staging.VECTOR]
     job.model.check_constant([path for path in job.paths if path not in vectors], loaded)
     with job.clock.step("choose a constant"):
-        found = induction.choose(chat, job.sets, options, first_layer=1 if vectors else 0)
+        found = induction.choose(
+            chat, job.sets, options.finding, strength=options.editing.strength,
+            batch_size=options.replying.batch_size, first_layer=1 if vectors else 0,
+        )  # fmt: skip
     direction = DirectionFile(found.vector[None], None, {"summary": found.summary})
-    return Found(direction, job.model.plan_constant(found, direction, loaded, options), None)
+    return Found(
+        direction, job.model.plan_constant(found, direction, loaded, options.writing), None
+    )
 
 
 # --- 3. ask the model as it is -----------------------------------------------------------------
@@ -274,14 +286,14 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
     Args:
         stack: keeps what the distributions are kept in.
     """
-    chat, options, sets = loaded.chat, job.options, job.sets
+    chat, batch_size, sets = loaded.chat, job.options.replying.batch_size, job.sets
     in_llamacpp = found.plan.original if evaluate.llamacpp_is_there() else None
     with job.clock.step("evaluate before"):
         base = stack.enter_context(
             evaluate.baseline(
                 chat,
                 sets.harmless.test.take(evaluate.KL_PROMPTS).texts,
-                batch_size=options.batch_size,
+                batch_size=batch_size,
             )
         )
         sample = component_sample(chat, sets)
@@ -289,14 +301,14 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
         if found.edit is not None:
             present = evaluate.component(chat, sample, _unit(found))["max"]
         if in_llamacpp is None:
-            before = ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
+            before = job.ask(evaluate.in_mlx(chat, batch_size=batch_size))
     prefix = chat.reply_prefix
     del chat
     if not found.plan.needs_model:
         loaded.let_go()
     if in_llamacpp is not None:
         with job.clock.step("evaluate before"):
-            before = ask(in_llamacpp, sets, options)
+            before = job.ask(in_llamacpp)
     return Before(before, base, prefix, sample, present)
 
 
@@ -347,7 +359,7 @@ def _judge(job: Job, found: Found, before: Before, written: Sequence[Written]) -
 
 
 def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
-    options, sets = job.options, job.sets
+    batch_size = job.options.replying.batch_size
     in_llamacpp = one.llamacpp if evaluate.llamacpp_is_there() else None
     figures: Record = {}
     with one.opened() as chat:
@@ -361,11 +373,11 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
         if found.edit is not None:
             figures["component"] = evaluate.component(chat, before.sample, _unit(found))["max"]
         if in_llamacpp is None:
-            after = ask(evaluate.in_mlx(chat, batch_size=options.batch_size), sets, options)
+            after = job.ask(evaluate.in_mlx(chat, batch_size=batch_size))
     del chat
     let_go()
     if in_llamacpp is not None:
-        after = ask(in_llamacpp, sets, options)
+        after = job.ask(in_llamacpp)
     figures["runtime"] = "mlx-lm" if in_llamacpp is None else "llama.cpp"
     note = one.notes[in_llamacpp is not None]
     figures |= noted(one.facts.get("note"), note)
@@ -397,6 +409,6 @@ def _finish(
         write_companions(one.written.output, target.source, target.folder, record, one.record)
     replies = {"before": before.behaviour}
     replies |= {str(one.written.output.path): one.behaviour for one in judged}
-    if job.options.save_replies is not None:
-        evaluate.save_replies(job.options.save_replies, replies, job.sets)
+    if job.options.replying.save_replies is not None:
+        evaluate.save_replies(job.options.replying.save_replies, replies, job.sets)
     return replies

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing, SteerOptions
 from abl_mlx.commands import prompt_choice
-from abl_mlx.commands.find import edit_of, find_behind_openings, warn_of_strength
+from abl_mlx.commands.edit_choice import edit_of, warn_of_strength
+from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit
@@ -28,52 +28,50 @@ class Steered:
     Attributes:
         name: what the user typed.
         direction: from a file, or measured.
+        editing: what is done with it.
     """
 
     name: str
     chat: ChatModel
     writers: Sequence[Writer]
     direction: DirectionFile
-    options: Options
+    editing: Editing
 
     def edit(self, strength: float | None = None) -> Edit:
-        """The edit, of the options' strength or another one."""
-        options = self.options
+        """The edit, of the chosen strength or another one."""
+        editing = self.editing
         if strength is not None:
-            options = replace(options, strength=strength)
-        return edit_of(self.direction, options)
+            editing = replace(editing, strength=strength)
+        return edit_of(self.direction, editing)
 
     @contextmanager
     def edited(self, strength: float | None = None) -> Iterator[None]:
         """Within the block the model runs as its edited weights would; at 0 as it is."""
-        if (self.options.strength if strength is None else strength) == 0:
+        if (self.editing.strength if strength is None else strength) == 0:
             yield
             return
         with ablation(self.writers, self.edit(strength)):
             yield
 
 
-def load(text: str, direction: Path | None, options: Options) -> Steered:
-    """Load a model, a folder or a GGUF, and its direction.
-
-    Args:
-        direction: a direction file; None to measure one on the options' prompts.
+def load(text: str, options: SteerOptions) -> Steered:
+    """Load a model, a folder or a GGUF, and its direction, from a file or measured.
 
     Raises:
         UserError: bad input, told in one sentence.
     """
-    clock = Clock()
-    warn_of_strength(options.strength)
+    clock, direction = Clock(), options.direction
+    warn_of_strength(options.editing.strength)
     with find_model(text) as model:
         name = model.source.name
         given = None if direction is None else direction_file.read(direction)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         with clock.step("load the model"):
             chat = model.load()
-            writers = model.find_writers(chat, options.tensors)
+            writers = model.find_writers(chat)
         if given is not None and direction is not None:
             direction_file.check_width(given, direction, chat)
-            return Steered(name, chat, writers, given, options)
-        sets = prompt_choice.load(model, options)
-    found = find_behind_openings(chat, writers, sets, options, clock)
-    return Steered(name, chat, writers, found, options)
+            return Steered(name, chat, writers, given, options.editing)
+        sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
+    found = find_behind_openings(chat, writers, sets, options.measuring, clock)
+    return Steered(name, chat, writers, found, options.editing)

@@ -51,13 +51,13 @@ def opened(
             )
             return
         name, path = file.source.name, file.source.path
-        runtime = runtime_of(file, options)
+        runtime = runtime_of(file, options.targeting.runtime)
         identity = {"model": name, "files": file.fingerprint(), "runtime": runtime}
         if runtime == "mlx-lm":
             with clock.step("load the model"):
                 memory.check(file.source.title, file.size, asked=options.memory_check)
                 chat = file.load()
-            ask = evaluate.stream_in_mlx(chat, batch_size=options.batch_size)
+            ask = evaluate.stream_in_mlx(chat, batch_size=options.replying.batch_size)
             yield Target(name, runtime, identity, ask, chat=chat)
             return
         memory.check(file.source.title, file.size, asked=options.memory_check)
@@ -80,14 +80,13 @@ _WITHOUT_TEMPLATE = (
 )
 
 
-def runtime_of(file: ModelFile, options: EvalOptions) -> str:
+def runtime_of(file: ModelFile, wanted: str | None) -> str:
     """What runs a model of this machine: one of `RUNTIMES`, of which a folder has no choice.
 
     Raises:
         UserError: when ``--runtime`` asks for what is not there.
     """
     server = shutil.which("llama-server")
-    wanted = options.runtime
     if file.runtimes == ("mlx-lm",):
         return "mlx-lm"
     if wanted == "llama-server" and server is None:

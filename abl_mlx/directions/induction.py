@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from abl_mlx.behaviour.evaluate import decode, generate
 from abl_mlx.behaviour.refusals import Verdict, classify
-from abl_mlx.choices import Options
+from abl_mlx.choices import Finding
 from abl_mlx.directions import measuring, selection
 from abl_mlx.directions.measuring import Candidates
 from abl_mlx.edits.steering import Induction, Intervention, adding, steering
@@ -75,7 +75,13 @@ class Trial:
 
 
 def choose(
-    chat: ChatModel, sets: PromptSets, options: Options, *, first_layer: int = 0
+    chat: ChatModel,
+    sets: PromptSets,
+    finding: Finding,
+    *,
+    strength: float = 1.0,
+    batch_size: int = 32,
+    first_layer: int = 0,
 ) -> Induction:
     """The constant that makes harmless prompts be refused in fluent sentences.
 
@@ -85,6 +91,9 @@ def choose(
     finish the sentence. The best are verified by replies.
 
     Args:
+        finding: a layer and a position that are taken without a choice, where given.
+        strength: scales the constant.
+        batch_size: replies generated side by side.
         first_layer: layers before it are left out (llama.cpp steers from layer 1).
 
     Raises:
@@ -97,24 +106,24 @@ def choose(
 
     harmful = encoded(sets.harmful.validation.texts[:PROMPTS])
     harmless = encoded(sets.harmless.validation.texts[:PROMPTS])
-    refusals = own_refusals(chat, harmful, options.batch_size)
+    refusals = own_refusals(chat, harmful, batch_size)
     tried = harmless[:TRIED]
     behind = [refusals[i % len(refusals)] for i in range(len(tried))]
     count = min(chat.template_tail, measuring.MOST_POSITIONS)
-    if options.position is not None:
-        if not isinstance(options.position, int):
+    if finding.position is not None:
+        if not isinstance(finding.position, int):
             raise UserError(
-                f"--position {options.position}: with --induce, count from the prompt's end: -1 is "
+                f"--position {finding.position}: with --induce, count from the prompt's end: -1 is "
                 "the last token."
             )
-        count = max(count, -options.position)
+        count = max(count, -finding.position)
     candidates = measuring.measure(
         chat,
         encoded(sets.harmful.train.texts),
         encoded(sets.harmless.train.texts),
         list(range(-count, 0)),
     )
-    cells = _cells(chat, candidates, harmful, harmless, options, first_layer)
+    cells = _cells(chat, candidates, harmful, harmless, finding, first_layer)
     openings = {reply[0] for reply in refusals}
     trials: list[Trial] = []
     with progress(len(cells), "induce", "candidate") as bar:
@@ -125,7 +134,7 @@ def choose(
     limit = _SURPRISE + surprise(chat, harmful[: len(refusals)], refusals)
 
     def share(steered: Intervention) -> float:
-        return fluent_share(chat, steered, harmless, limit, options.batch_size)
+        return fluent_share(chat, steered, harmless, limit, batch_size)
 
     checked = []
     for one in trials[:VERIFIED]:
@@ -140,14 +149,14 @@ def choose(
             "no constant makes this model refuse in fluent sentences (the best, after layer "
             f"{best.layer}, {rate:.0%} of harmless prompts): choose another --layer or --position."
         )
-    vector = options.strength * vector
-    if options.strength != 1:
+    vector = strength * vector
+    if strength != 1:
         rate = share(adding(vector, best.layer))
     summary = {
         "method": "induced refusals",
         "layer": best.layer,
         "position": best.position,
-        "multiple": best.strength * options.strength,
+        "multiple": best.strength * strength,
         "length": number(mx.linalg.norm(vector, stream=mx.cpu)),
         "chosen_by": "the model's own refusals becoming its replies to harmless validation prompts",
         "agreement": best.agreement,
@@ -185,28 +194,28 @@ def _cells(
     candidates: Candidates,
     harmful: Sequence[Sequence[int]],
     harmless: Sequence[Sequence[int]],
-    options: Options,
+    finding: Finding,
     first_layer: int,
 ) -> list[tuple[int, int]]:
     """The layers and positions that are tried, best-separating first."""
-    if options.layer is not None and options.layer != int(options.layer):
-        raise UserError(f"--layer {options.layer:g}: a constant is added after one whole layer.")
-    if options.layer is not None and options.layer < first_layer:
+    if finding.layer is not None and finding.layer != int(finding.layer):
+        raise UserError(f"--layer {finding.layer:g}: a constant is added after one whole layer.")
+    if finding.layer is not None and finding.layer < first_layer:
         raise UserError(
-            f"--layer {options.layer}: llama.cpp adds no control vector before layer {first_layer}."
+            f"--layer {finding.layer}: llama.cpp adds no control vector before layer {first_layer}."
         )
-    if options.layer is not None and options.layer >= candidates.n_layers:
+    if finding.layer is not None and finding.layer >= candidates.n_layers:
         raise UserError(
-            f"--layer {options.layer}: the model has layers 0 to {candidates.n_layers - 1}."
+            f"--layer {finding.layer}: the model has layers 0 to {candidates.n_layers - 1}."
         )
     scores = selection.separation(chat, candidates, harmful, harmless)
     fits = [
         replace(score, dropped="")
         for score in scores
-        if (options.position is None or score.position == options.position)
+        if (finding.position is None or score.position == finding.position)
         and (
-            score.layer == options.layer
-            if options.layer is not None
+            score.layer == finding.layer
+            if finding.layer is not None
             else first_layer <= score.layer and not score.dropped
         )
     ]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing, Writing
 from abl_mlx.outputs import staging, undo_file
 from abl_mlx.outputs.model_file import ModelFile
 from convert.base.errors import UserError
 from convert.ollama import client
 
 
-def check(paths: Sequence[Path], model: ModelFile, options: Options) -> None:
+def check(paths: Sequence[Path], model: ModelFile, editing: Editing, writing: Writing) -> None:
     """Refuse, before any work, outputs that are not new, or do not go with the model and flags.
 
     Args:
@@ -22,17 +22,17 @@ def check(paths: Sequence[Path], model: ModelFile, options: Options) -> None:
         UserError: naming the output or the flag.
     """
     staging.check(paths, model.source, model.adapter)
-    if options.keep_undo:
-        undo_file.check_keep(paths, model.source.name, model.format, options.norm)
-    if options.ollama_create is not None:
-        first_gguf(paths, options.ollama_create)
+    if writing.keep_undo:
+        undo_file.check_keep(paths, model.source.name, model.format, editing.norm)
+    if writing.ollama_create is not None:
+        first_gguf(paths, writing.ollama_create)
 
 
-def hand_to_ollama(paths: Sequence[Path], options: Options) -> None:
+def hand_to_ollama(paths: Sequence[Path], writing: Writing) -> None:
     """Give the first GGUF among the outputs to Ollama, if that was asked for."""
-    if options.ollama_create is not None:
+    if writing.ollama_create is not None:
         file = staging.companions(first_gguf(paths, None))["modelfile"]
-        client.ollama_create(options.ollama_create, file)
+        client.ollama_create(writing.ollama_create, file)
 
 
 def first_gguf(paths: Sequence[Path], name: str | None) -> Path:

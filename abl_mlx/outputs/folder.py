@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Induction
@@ -190,15 +190,17 @@ class FolderFile(ExitStack):
 
     # --- editing it ----------------------------------------------------------------------------
 
-    def check(self, paths: Sequence[Path], options: Options) -> None:
-        folder_outputs.check(self.source, self.files, paths, options)
+    def check(self, paths: Sequence[Path], editing: Editing, writing: Writing) -> None:
+        folder_outputs.check(self.source, self.files, paths, writing)
 
-    def outline(self, options: Options, clock: Clock) -> LoadedModel | None:
+    def outline(
+        self, clock: Clock, *, lazy: bool = False, memory_check: bool = True
+    ) -> LoadedModel | None:
         with clock.step("load the model"):
-            if options.lazy or not memory.fits(self.size):
+            if lazy or not memory.fits(self.size):
                 chat = self.lazily
             else:
-                memory.check(self.source.title, self.size, asked=options.memory_check)
+                memory.check(self.source.title, self.size, asked=memory_check)
                 chat = chat_model.load(self.source.path, encodes=False)
         with clock.step("find the residual writers"):
             return LoadedModel(chat, find_writers(chat))
@@ -209,7 +211,8 @@ class FolderFile(ExitStack):
         direction: DirectionFile,
         paths: Sequence[Path],
         loaded: LoadedModel | None,
-        options: Options,
+        editing: Editing,
+        writing: Writing,
     ) -> FolderEdit:
         assert loaded is not None  # `outline` gives it
         if edit.norm == "rows":
@@ -218,18 +221,20 @@ class FolderFile(ExitStack):
         if any(staging.format_of(path) != staging.ADAPTER for path in paths):
             tensors = plan(
                 loaded.chat, self.files, edit, loaded.writers,
-                writer_bits=options.writer_bits, mtp=options.mtp,
+                writer_bits=writing.writer_bits, mtp=writing.mtp,
             )  # fmt: skip
-        return FolderEdit(self.source, self.files, loaded, edit, direction, options, tensors)
+        return FolderEdit(
+            self.source, self.files, loaded, edit, direction, editing, writing, tensors
+        )
 
     def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
         for path in paths:
             induced.check_place(path, loaded)
 
     def plan_constant(
-        self, found: Induction, direction: DirectionFile, loaded: LoadedModel, options: Options
+        self, found: Induction, direction: DirectionFile, loaded: LoadedModel, writing: Writing
     ) -> FolderConstant:
-        return FolderConstant(self.source, loaded, found, direction, options)
+        return FolderConstant(self.source, loaded, found, direction, writing)
 
     # --- what comes of it ----------------------------------------------------------------------
 

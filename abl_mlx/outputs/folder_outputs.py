@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
 from abl_mlx.edits.edit import Edit
@@ -63,14 +63,14 @@ _NOT_ASKED = (
 )
 
 
-def check(source: Source, files: TensorFiles, paths: Sequence[Path], options: Options) -> None:
+def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Writing) -> None:
     """Refuse, before any long work, outputs that cannot be written from this folder.
 
     Raises:
         UserError: naming the output or the flag.
     """
     formats = {path: format_of(path) for path in paths}
-    if options.mtp and ADAPTER in formats.values():
+    if writing.mtp and ADAPTER in formats.values():
         raise UserError(
             "--mtp: mlx-lm applies no adapter to blocks of multi-token prediction; write a model, "
             "or leave the flag out."
@@ -81,7 +81,7 @@ def check(source: Source, files: TensorFiles, paths: Sequence[Path], options: Op
     refuse_foreign(source.path, read_config(source.path), files)
     check_space(whole, sum(file.stat().st_size for file in files.files))
     if GGUF in formats.values():
-        check_convertible(source.path, options.quantize)
+        check_convertible(source.path, writing.quantize)
 
 
 @dataclass
@@ -93,7 +93,8 @@ class FolderEdit:
         loaded: the model, whole or with its weights still in the files.
         edit: what is done.
         direction: along which.
-        options: how it is written.
+        editing: what was chosen of the edit, for what the written model says of itself.
+        writing: how it is written.
         plan: what is done to which tensor of the files; None where only adapters are written.
     """
 
@@ -102,7 +103,8 @@ class FolderEdit:
     loaded: LoadedModel
     edit: Edit
     direction: DirectionFile
-    options: Options
+    editing: Editing
+    writing: Writing
     plan: Plan | None
     outlines: list[Writer] = field(init=False)
 
@@ -130,7 +132,9 @@ class FolderEdit:
         self.loaded.let_go()
 
     def write(self, output: Output, clock: Clock) -> Written:
-        label = edit_label(self.direction, self.options, self.source, embedding=self.embedding)
+        label = edit_label(
+            self.direction, self.editing, self.writing, self.source, embedding=self.embedding
+        )
         write = {ADAPTER: self._write_adapter, GGUF: self._write_gguf, FOLDER: self._write_folder}
         with clock.step("write"):
             return write[output.format](output, label)
@@ -138,7 +142,7 @@ class FolderEdit:
     @property
     def _max_leak(self) -> float:
         # What keeping rows puts back is what one asked for; it is reported, not refused.
-        return math.inf if self.edit.norm == "rows" else self.options.max_leak
+        return math.inf if self.edit.norm == "rows" else self.writing.max_leak
 
     def _facts(
         self,
@@ -181,7 +185,7 @@ class FolderEdit:
     def _write_folder(self, output: Output, label: Mapping[str, Any]) -> Written:
         assert self.plan is not None  # of every output but adapters
         files, edits, matrices = self.files, self.plan.edits, self.plan.matrices
-        options, folder = self.options, self.source.path
+        writing, folder = self.writing, self.source.path
         config = edited_config(
             folder, self.loaded.chat.config, label, folder_quantized.quantization_changes(matrices)
         )
@@ -196,7 +200,7 @@ class FolderEdit:
                 config=config,
                 rewrites=[
                     folder_quantized.rewrite(
-                        files, one, grid=options.grid, plain=options.plain_rounding
+                        files, one, grid=writing.grid, plain=writing.plain_rounding
                     )
                     for one in matrices.values()
                 ],
@@ -213,7 +217,7 @@ class FolderEdit:
                 output=str(output.path),
                 others=folder_quantized.comparisons(files, written, matrices),
             )
-        if options.keep_undo:
+        if writing.keep_undo:
             place = undo_file.kept_path(output.staged)
             undo_file.keep_folder(place, files, self.plan, self.direction.sha256)
         types = {files.info(name).dtype for name in edits}
@@ -227,16 +231,16 @@ class FolderEdit:
 
     def _write_gguf(self, output: Output, label: Mapping[str, Any]) -> Written:
         assert self.plan is not None  # of every output but adapters
-        plan, options, folder = self.plan, self.options, self.source.path
+        plan, writing, folder = self.plan, self.writing, self.source.path
         edits = plan.edits_of_gguf
         with progress_to(f"write {output.path.name}", "tensor") as moved:
             report = write_gguf(
                 folder,
                 output.staged,
-                file_type=options.quantize,
+                file_type=writing.quantize,
                 edits=edits,
                 metadata=gguf_metadata(self.source, label),
-                quantize=None if options.plain_rounding else _quantizer(plan),
+                quantize=None if writing.plain_rounding else _quantizer(plan),
                 progress=moved,
             )
         read_back = _gguf_reader(output.staged, report.tensors)

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit, stream_axis
 from abl_mlx.edits.steering import Induction
@@ -195,26 +195,30 @@ class GgufFile(ExitStack):
 
     # --- editing it ----------------------------------------------------------------------------
 
-    def check(self, paths: Sequence[Path], options: Options) -> None:
-        gguf_outputs.check(paths, self.gguf, options)
-        named = self._edited(paths, options)
+    def check(self, paths: Sequence[Path], editing: Editing, writing: Writing) -> None:
+        gguf_outputs.check(paths, self.gguf, writing)
+        named = self._edited(paths, editing, writing)
         # An edit that would touch nothing is better told now than after the measurement.
         axis = stream_axis(named[0].kind, "weight")
         width = self.gguf.tensors[named[0].name].shape[axis]
-        edit = Edit(mx.ones((1, width)), 1.0, options.layers, options.embedding)
-        plan(self.gguf, edit, named, strict_types=options.strict_types)
+        edit = Edit(mx.ones((1, width)), 1.0, editing.layers, editing.embedding)
+        plan(self.gguf, edit, named, strict_types=writing.strict_types)
 
-    def _edited(self, paths: Sequence[Path], options: Options) -> list[GgufWriter]:
+    def _edited(
+        self, paths: Sequence[Path], editing: Editing, writing: Writing
+    ) -> list[GgufWriter]:
         """All residual writers that an edit may change, those of drafting blocks too."""
         named = [
-            *self.named_writers(options.tensors),
-            *gguf_outputs.drafting(self.gguf, paths, options),
+            *self.named_writers(writing.tensors),
+            *gguf_outputs.drafting(self.gguf, paths, editing, writing),
         ]
         if any(staging.format_of(path) == staging.LORA for path in paths):
             adapter_outputs.check_gguf(self.gguf, named)
         return named
 
-    def outline(self, options: Options, clock: Clock) -> LoadedModel | None:
+    def outline(
+        self, clock: Clock, *, lazy: bool = False, memory_check: bool = True
+    ) -> LoadedModel | None:
         return None  # the file itself says all there is to know
 
     def plan(
@@ -223,12 +227,13 @@ class GgufFile(ExitStack):
         direction: DirectionFile,
         paths: Sequence[Path],
         loaded: LoadedModel | None,
-        options: Options,
+        editing: Editing,
+        writing: Writing,
     ) -> GgufEdit:
-        named = self._edited(paths, options)
-        plans = plan(self.gguf, edit, named, strict_types=options.strict_types)
-        own = self.named_writers(options.tensors)
-        return GgufEdit(self.source, self.gguf, plans, own, direction, options, loaded)
+        named = self._edited(paths, editing, writing)
+        plans = plan(self.gguf, edit, named, strict_types=writing.strict_types)
+        own = self.named_writers(writing.tensors)
+        return GgufEdit(self.source, self.gguf, plans, own, direction, editing, writing, loaded)
 
     def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
         for path in paths:
@@ -236,9 +241,9 @@ class GgufFile(ExitStack):
             induced.check_place(path, loaded)
 
     def plan_constant(
-        self, found: Induction, direction: DirectionFile, loaded: LoadedModel, options: Options
+        self, found: Induction, direction: DirectionFile, loaded: LoadedModel, writing: Writing
     ) -> GgufConstant:
-        return GgufConstant(self.source, loaded, found, direction, options, self.gguf)
+        return GgufConstant(self.source, loaded, found, direction, writing, self.gguf)
 
     # --- what comes of it ----------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
 from abl_mlx.edits.edit import Leak, leak
@@ -43,18 +43,18 @@ _OF_THE_FILE = "KL and component are of the file, in MLX"
 _IN_MLX = "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have llama.cpp do it"
 
 
-def check(paths: Sequence[Path], gguf: GgufSource, options: Options) -> None:
+def check(paths: Sequence[Path], gguf: GgufSource, writing: Writing) -> None:
     """Refuse, before any long work, outputs that cannot be written from this GGUF.
 
     Raises:
         UserError: naming the output or the flag.
     """
-    if options.quantize != "F16":
+    if writing.quantize != "F16":
         raise UserError(
             "--quantize: a GGUF source keeps the type of every tensor; leave the flag out, or "
             "quantize the float model."
         )
-    if options.ollama_create is not None and len(gguf.parts) > 1:
+    if writing.ollama_create is not None and len(gguf.parts) > 1:
         raise UserError(
             f"--ollama-create: {gguf.parts[0].name} is one of {len(gguf.parts)} parts, and the "
             "output would be as well: join them with llama.cpp's `llama-gguf-split --merge` first."
@@ -70,15 +70,17 @@ def check(paths: Sequence[Path], gguf: GgufSource, options: Options) -> None:
     check_space(whole, sum(part.stat().st_size for part in gguf.parts))
 
 
-def drafting(gguf: GgufSource, paths: Sequence[Path], options: Options) -> list[GgufWriter]:
+def drafting(
+    gguf: GgufSource, paths: Sequence[Path], editing: Editing, writing: Writing
+) -> list[GgufWriter]:
     """With ``--mtp``, what writes to the stream in blocks of multi-token prediction.
 
     Raises:
         UserError: where there is none, it is not known, or an output has no place for it.
     """
-    if not options.mtp:
+    if not writing.mtp:
         return []
-    if options.tensors is not None:
+    if writing.tensors is not None:
         raise UserError("--mtp: with --tensors, exactly what it names is edited; name them there.")
     for path in paths:
         if format_of(path) != GGUF:
@@ -88,7 +90,7 @@ def drafting(gguf: GgufSource, paths: Sequence[Path], options: Options) -> list[
             )
     found = gguf_mtp.find(gguf.architecture, gguf.shapes, gguf.metadata)
     last = max(one.layer for one in found)
-    if options.layers is not None and last not in options.layers:
+    if editing.layers is not None and last not in editing.layers:
         raise UserError(
             "--mtp: blocks of multi-token prediction are edited as the last layer is, "
             f"{last}, which this edit leaves alone; leave the flag out."
@@ -114,7 +116,8 @@ class GgufEdit:
         plans: tensor -> what is done to it.
         named: the residual writers, without those of drafting blocks.
         direction: along which.
-        options: how it is written.
+        editing: what was chosen of the edit, for what the written model says of itself.
+        writing: how it is written.
         loaded: the model in MLX, if it is; nothing is written from it.
     """
 
@@ -123,7 +126,8 @@ class GgufEdit:
     plans: Mapping[str, TensorPlan]
     named: Sequence[GgufWriter]
     direction: DirectionFile
-    options: Options
+    editing: Editing
+    writing: Writing
     loaded: LoadedModel | None
 
     needs_model = False
@@ -141,7 +145,9 @@ class GgufEdit:
 
     def write(self, output: Output, clock: Clock) -> Written:
         embedding = any(one.writer.kind == "embedding" for one in self.plans.values())
-        label = edit_label(self.direction, self.options, self.source, embedding=embedding)
+        label = edit_label(
+            self.direction, self.editing, self.writing, self.source, embedding=embedding
+        )
         if output.format == LORA:
             return self._write_lora(output, label, clock)
         write = {GGUF: self._write_gguf, FOLDER: self._write_folder}[output.format]
@@ -153,7 +159,7 @@ class GgufEdit:
         gguf, place = self.gguf, output.staged
         with clock.step("write"):
             facts = adapter_outputs.write_gguf(
-                gguf, self.source, place, output.path, self.plans, label, self.options.max_leak
+                gguf, self.source, place, output.path, self.plans, label, self.writing.max_leak
             )
         biased = any(writer.bias for writer in self.named)
         types = {one.old.name for one in self.plans.values()}
@@ -169,7 +175,7 @@ class GgufEdit:
 
     def _write_gguf(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
         with clock.step("write"):
-            files = _rewrite(self.gguf, self.source, output.staged, self.plans, label, self.options)
+            files = _rewrite(self.gguf, self.source, output.staged, self.plans, label, self.writing)
         with clock.step("measure the leak"), GgufSource(files[0]) as after:
             report = compare_all(self.gguf, after, self.plans)
         facts = {
@@ -181,7 +187,7 @@ class GgufEdit:
         self._check_leak(output.path, report)
         if len(files) == 1 and self.source.ollama is None:
             facts |= notes.noted(notes.modelfile(lost_of_template(files[0])))
-        if self.options.keep_undo:
+        if self.writing.keep_undo:
             place = undo_file.kept_path(output.staged)
             undo_file.keep_gguf(place, self.gguf, self.plans, label["direction_sha256"])
         return Written(
@@ -198,7 +204,7 @@ class GgufEdit:
         """An MLX folder: the edited GGUF, converted. Its leak is that of the folder's own bytes."""
         with clock.step("write"):
             beside = output.staged.with_name(f"{output.path.name}.gguf")
-            files = _rewrite(self.gguf, self.source, beside, self.plans, label, self.options)
+            files = _rewrite(self.gguf, self.source, beside, self.plans, label, self.writing)
             with GgufSource(files[0]) as edited:
                 found = gguf_to_mlx.layout(edited)
                 size = sum(entry.nbytes for entry in edited.tensors.values())
@@ -237,13 +243,13 @@ class GgufEdit:
         )
 
     def _check_leak(self, path: Path, report: LeakReport) -> None:
-        plain = self.options.plain_rounding
+        plain = self.writing.plain_rounding
         mend = "leave out --plain-rounding" if plain else "choose a file of a finer type"
-        report.check(str(path), self.options.max_leak, mend)
+        report.check(str(path), self.writing.max_leak, mend)
 
     def _limit(self, types: Iterable[str]) -> float | None:
         """What a complete edit of tensors of these types may leave; None where some are left."""
-        if self.options.tensors is not None:
+        if self.writing.tensors is not None:
             return None  # what --tensors leaves alone still writes
         as_gguf = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # how MLX calls them
         return exactness.limit_for(as_gguf.get(kind, kind) for kind in types)
@@ -265,14 +271,14 @@ def _rewrite(
     to: Path,
     plans: Mapping[str, TensorPlan],
     label: Mapping[str, Any],
-    options: Options,
+    writing: Writing,
 ) -> list[Path]:
     with progress_to(f"write {to.name}", "B") as moved:
         return rewrite(
             gguf,
             to,
             tensors={
-                name: replacement(gguf, one, grid=options.grid, plain=options.plain_rounding)
+                name: replacement(gguf, one, grid=writing.grid, plain=writing.plain_rounding)
                 for name, one in plans.items()
             },
             metadata=gguf_metadata(source, label, gguf.metadata),

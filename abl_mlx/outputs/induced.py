@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.choices import Options
+from abl_mlx.choices import RunOptions, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.steering import Induction, steering
 from abl_mlx.inputs.sources import Source
@@ -67,7 +67,7 @@ _INDEX = "model.safetensors.index.json"
 _ADDED = "model-induced.safetensors"
 
 
-def check(paths: Sequence[Path], options: Options) -> None:
+def check(paths: Sequence[Path], options: RunOptions) -> None:
     """Refuse, before anything is loaded, outputs and options that say how something is removed.
 
     Raises:
@@ -79,23 +79,24 @@ def check(paths: Sequence[Path], options: Options) -> None:
                 f"{path}: a constant is no low-rank change of a weight, so no adapter holds it: "
                 f"write -o NAME{control_vector.SUFFIX}, a folder or a GGUF."
             )
+    finding, editing, writing = options.finding, options.editing, options.writing
     for flag, given in (
-        ("--pin", options.pin is not None),
-        ("--norm", options.norm != "none"),
-        ("--layers", options.layers is not None),
-        ("--mtp", options.mtp),
-        ("--keep-undo", options.keep_undo),
+        ("--pin", editing.pin is not None),
+        ("--norm", editing.norm != "none"),
+        ("--layers", editing.layers is not None),
+        ("--mtp", writing.mtp),
+        ("--keep-undo", writing.keep_undo),
         ("--gguf", options.gguf is not None),
-        ("--direction", options.direction is not None),
-        ("--method", options.method is not None),
-        ("--search", options.search is not None),
-        ("--writer-bits", options.writer_bits is not None),
-        ("--plain-rounding", options.plain_rounding),
-        ("--no-embedding", not options.embedding),
+        ("--direction", options.given.direction is not None),
+        ("--method", finding.method is not None),
+        ("--search", options.searching.search is not None),
+        ("--writer-bits", writing.writer_bits is not None),
+        ("--plain-rounding", writing.plain_rounding),
+        ("--no-embedding", not editing.embedding),
     ):
         if given:
             raise UserError(f"{flag} says how a direction is removed: leave it out with --induce.")
-    if options.ollama_create is not None:
+    if writing.ollama_create is not None:
         raise UserError(
             "--ollama-create is not done with --induce: give the Modelfile that is written to "
             "`ollama create`."
@@ -200,14 +201,14 @@ class ConstantEdit:
         loaded: the model.
         found: the constant.
         direction: its record.
-        options: how it is written.
+        writing: how it is written.
     """
 
     source: Source
     loaded: LoadedModel
     found: Induction
     direction: DirectionFile
-    options: Options
+    writing: Writing
 
     needs_model = True
 
@@ -309,7 +310,7 @@ class FolderConstant(ConstantEdit):
         with scratch() as folder:
             chat = self.loaded.chat
             write_folder(self.source, folder, chat, self._place, self.found, self.label)
-            write_gguf(folder, output.staged, file_type=self.options.quantize, metadata=metadata)
+            write_gguf(folder, output.staged, file_type=self.writing.quantize, metadata=metadata)
         return self._written_gguf(output)
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.behaviour.evaluate import Chat
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Induction
@@ -163,15 +163,22 @@ class ModelFile(Protocol):
 
     # --- editing it ---
 
-    def check(self, paths: Sequence[Path], options: Options) -> None:
+    def check(self, paths: Sequence[Path], editing: Editing, writing: Writing) -> None:
         """Refuse, before any long work, outputs that cannot be written from these files.
 
         Raises:
             UserError: naming the output, the tensor or the flag.
         """
 
-    def outline(self, options: Options, clock: Clock) -> LoadedModel | None:
-        """What `plan` has to have of a model that is not run; None where the files say it all."""
+    def outline(
+        self, clock: Clock, *, lazy: bool = False, memory_check: bool = True
+    ) -> LoadedModel | None:
+        """What `plan` has to have of a model that is not run; None where the files say it all.
+
+        Args:
+            lazy: leave the weights in the files.
+            memory_check: refuse a model that is larger than the machine's memory.
+        """
 
     def plan(
         self,
@@ -179,7 +186,8 @@ class ModelFile(Protocol):
         direction: DirectionFile,
         paths: Sequence[Path],
         loaded: LoadedModel | None,
-        options: Options,
+        editing: Editing,
+        writing: Writing,
     ) -> PlannedEdit:
         """Work out what the removal of a direction changes.
 
@@ -188,7 +196,8 @@ class ModelFile(Protocol):
             direction: what is removed, for what the written model says of itself.
             paths: what will be written.
             loaded: the model, from `load` or `outline`.
-            options: how it is written.
+            editing: what was chosen of the edit, for what the written model says of itself.
+            writing: how it is written.
 
         Raises:
             UserError: an edit that touches nothing, or that cannot be written.
@@ -202,7 +211,7 @@ class ModelFile(Protocol):
         """
 
     def plan_constant(
-        self, found: Induction, direction: DirectionFile, loaded: LoadedModel, options: Options
+        self, found: Induction, direction: DirectionFile, loaded: LoadedModel, writing: Writing
     ) -> PlannedEdit:
         """Work out where a constant goes.
 

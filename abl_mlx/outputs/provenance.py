@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx import __version__
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs.sources import Source
 from convert.tokenizers import phi3
@@ -37,7 +37,7 @@ def label(what: str, direction_sha256: str, source: Source) -> dict[str, Any]:
 
 
 def edit_label(
-    direction: DirectionFile, options: Options, source: Source, *, embedding: bool
+    direction: DirectionFile, editing: Editing, writing: Writing, source: Source, *, embedding: bool
 ) -> dict[str, Any]:
     """What a written model says of its edit in its metadata.
 
@@ -45,17 +45,17 @@ def edit_label(
         embedding: whether an embedding is among what was edited.
     """
     recipe = direction.metadata.get("recipe")
-    layers = "all" if options.layers is None else ",".join(map(str, sorted(options.layers)))
+    layers = "all" if editing.layers is None else ",".join(map(str, sorted(editing.layers)))
     return {
         **label(_REMOVED, direction.sha256, source),
-        "strength": options.strength,
+        "strength": editing.strength,
         "layers": layers,
         "embedding": embedding,
-        **({"norm": options.norm} if options.norm != "none" else {}),
-        **({"pin": options.pin} if options.pin is not None else {}),
+        **({"norm": editing.norm} if editing.norm != "none" else {}),
+        **({"pin": editing.pin} if editing.pin is not None else {}),
         **({"recipe": json.dumps(recipe)} if recipe else {}),
-        **({"mtp": True} if options.mtp else {}),
-        **({"tensors": options.tensors} if options.tensors is not None else {}),
+        **({"mtp": True} if writing.mtp else {}),
+        **({"tensors": writing.tensors} if writing.tensors is not None else {}),
     }
 
 

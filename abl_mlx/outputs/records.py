@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx import __version__
-from abl_mlx.choices import Options
+from abl_mlx.choices import Choices
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs.sources import Source
 from abl_mlx.support.console import progress
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 
 def start_record(
-    source: Source, paths: Sequence[Path], options: Options, direction: DirectionFile
+    source: Source, paths: Sequence[Path], options: Choices, direction: DirectionFile
 ) -> Record:
     """What is known before anything is written."""
     metadata = direction.metadata
@@ -82,7 +82,7 @@ def combined_hash(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def hashes(source: Mapping[str, str], direction: DirectionFile, options: Options) -> Record:
+def hashes(source: Mapping[str, str], direction: DirectionFile, options: Choices) -> Record:
     """Hashes of the source's files, of the direction and of the options.
 
     Args:

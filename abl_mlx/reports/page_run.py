@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx.behaviour import evaluate, reply_notes
-from abl_mlx.choices import Options
+from abl_mlx.choices import Replying, RunOptions
 from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.provenance import without_home
@@ -29,7 +29,7 @@ from abl_mlx.support.console import percent
 def write_run_page(
     record: Mapping[str, Any],
     paths: Sequence[Path],
-    options: Options,
+    replying: Replying,
     replies: Mapping[str, evaluate.Behaviour],
     sets: PromptSets,
 ) -> None:
@@ -38,17 +38,17 @@ def write_run_page(
     Args:
         replies: who -> what they did; shown with ``--save-completions`` alone.
     """
-    lines = evaluate.reply_lines(replies, sets) if options.save_completions else []
+    lines = evaluate.reply_lines(replies, sets) if replying.save_completions else []
     text = run_page(without_home(record), lines)
     places = [staging.report_place(path) for path in paths]
-    for place in places if options.report is None else [options.report]:
+    for place in places if replying.report is None else [replying.report]:
         write(place, text)
 
 
 def staged_run_page(
     record: Mapping[str, Any],
     staged: Sequence[Path],
-    options: Options,
+    replying: Replying,
     replies: Mapping[str, evaluate.Behaviour],
     sets: PromptSets,
 ) -> bool:
@@ -59,10 +59,10 @@ def staged_run_page(
         or what is wrong with it is told, when the outputs have their names. A model that took an
         hour is not lost with its page.
     """
-    if options.report is not None:
+    if replying.report is not None:
         return False
     try:
-        write_run_page(record, staged, options, replies, sets)
+        write_run_page(record, staged, replying, replies, sets)
     except Exception:  # told by the second attempt
         return False
     return True
@@ -75,7 +75,6 @@ def run_page(record: Record, replies: Sequence[Record] = ()) -> str:
         record: of `run.run`.
         replies: lines of `evaluate.reply_lines`, where they were asked for.
     """
-    from abl_mlx.choices import Options
 
     before, evaluations = record["before"], record["evaluations"]
     first = evaluations[0]
@@ -83,7 +82,7 @@ def run_page(record: Record, replies: Sequence[Record] = ()) -> str:
     options = record["options"]
     induced = ("--induce",) if record.get("induced") else ()
     command = command_line(
-        ("run", record["source"], *induced), options, Options().record(), record["outputs"]
+        ("run", record["source"], *induced), options, RunOptions().record(), record["outputs"]
     )
     summary = Section(
         "Before and after",

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Options whose flags are not called as they are.
-_FLAGS = {"server_model": "--model", "kl_limit": "--max-kl"}
-
 #: What says where something is written or found, not what is done.
 _PLACES = {"report", "save_replies", "resume", "junit", "search_journal"}
 
@@ -33,7 +30,7 @@ def command_line(
     for name, value in chosen.items():
         if name not in defaults or value == defaults[name] or name in _PLACES:
             continue
-        flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+        flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             parts.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list | tuple | set | frozenset):

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import mlx.core as mx
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Measuring
 from abl_mlx.inputs.sets import PromptSets, prompt_hashes
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.search.screening import Screened, Trial
@@ -188,7 +188,7 @@ def optuna_quietly() -> Any:
     return optuna
 
 
-def identity(chat: ChatModel, sets: PromptSets, space: Space, options: Options) -> dict[str, str]:
+def identity(chat: ChatModel, sets: PromptSets, space: Space, how: Measuring) -> dict[str, str]:
     """Hashes of what a journal's trials depend on: the model, the prompts, the space, the seed."""
     model = hashlib.sha256()
     for name, value in sorted(parameters(chat.model)):
@@ -199,12 +199,12 @@ def identity(chat: ChatModel, sets: PromptSets, space: Space, options: Options) 
     asked = {name: [name, space.distributions()[name]._asdict()] for name in space.distributions()}
     edited = [
         1.0,  # the strength at which edits are tried, whichever is written
-        sorted(options.layers or ()),
-        options.method,
-        str(options.direction),
-        options.layer,
-        options.position,
-        options.max_kl,
+        sorted(how.editing.layers or ()),
+        how.finding.method,
+        str(how.given.direction),
+        how.finding.layer,
+        how.finding.position,
+        how.finding.max_kl,
     ]
 
     def of(value: Any) -> str:
@@ -214,5 +214,5 @@ def identity(chat: ChatModel, sets: PromptSets, space: Space, options: Options) 
         "model": model.hexdigest()[:16],
         "prompts": of(prompt_hashes(sets)),
         "space or options": of([asked, edited]),
-        "seed": str(options.seed),
+        "seed": str(how.prompting.seed),
     }

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Measuring
 from abl_mlx.directions import measuring
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit
@@ -251,24 +251,25 @@ def improve(
     writers: Sequence[Writer],
     sets: PromptSets,
     found: DirectionFile,
-    options: Options,
+    how: Measuring,
 ) -> DirectionFile:
-    """The direction file with the edit that a search of ``choices.search`` trials has found.
+    """The direction file with the edit that a search of ``--search`` trials has found.
 
     Args:
         found: the analytic choice, which is the first trial.
 
     Raises:
-        UserError: options that do not go together; a journal of another search.
+        UserError: flags that do not go together; a journal of another search.
     """
-    assert options.search is not None
-    check(options)
+    trials = how.searching.search
+    assert trials is not None
+    check(how)
     harmful = [chat.encode(text) for text in sets.harmful.validation.texts]
     harmless = [chat.encode(text) for text in _filled_up(sets.harmless)]
     space = Space(
-        len(chat.layers), sources_of(chat, sets, found, options), embedding=options.embedding
+        len(chat.layers), sources_of(chat, sets, found, how), embedding=how.editing.embedding
     )
-    screen = Screen(chat, writers, harmful, harmless, batch_size=options.batch_size)
+    screen = Screen(chat, writers, harmful, harmless, batch_size=how.batch_size)
 
     def edit_for(given: Parameters) -> Edit:
         recipe = space.recipe(given)
@@ -277,33 +278,33 @@ def improve(
         return Edit(
             space.directions(given),
             1.0,
-            options.layers,
+            how.editing.layers,
             recipe["embedding"],
             recipe["profile"],
         )
 
-    journal = Journal(options.search_journal, identity(chat, sets, space, options))
+    journal = Journal(how.searching.search_journal, identity(chat, sets, space, how))
     questions = [chat.encode(text) for text in _filled_up(sets.harmful)]
     count = len(questions)
-    target = options.target_refusals
+    target = how.searching.target_refusals
     search = Search(
         screen,
         space,
         edit_for,
         journal,
         lambda share: meets(share, len(harmful), target),
-        options.max_kl,
-        options.seed,
+        how.finding.max_kl,
+        how.prompting.seed,
     )
     resumed = len(search.trials)
-    more = max(0, options.search - resumed)
+    more = max(0, trials - resumed)
     say(
         f"  search: at most {more} trials, {more * screen.cost:,} forward tokens, then at most "
-        f"{min(MOST_ASKED, options.search) * count * REPLY_TOKENS:,} generated ones"
+        f"{min(MOST_ASKED, trials) * count * REPLY_TOKENS:,} generated ones"
         + (f"; {resumed} trials are in {journal.path}" if resumed else "")
     )
     try:
-        search.run(options.search)
+        search.run(trials)
     finally:
         journal.close()
     generated = [0]
@@ -331,21 +332,21 @@ def _filled_up(split: Split) -> list[str]:
     return texts[: max(ENOUGH_PROMPTS, len(split.validation))]
 
 
-def check(options: Options) -> None:
-    """Refuse options that do not go with a search, and a missing Optuna, before any long work.
+def check(how: Measuring) -> None:
+    """Refuse flags that do not go with a search, and a missing Optuna, before any long work.
 
     Raises:
         UserError: naming them.
     """
     optuna_quietly()
-    if options.pin is not None:
+    if how.editing.pin is not None:
         raise UserError("--search and --pin do not go together: leave one of them out.")
-    if options.layer is not None:
+    if how.finding.layer is not None:
         raise UserError("--search looks for the layer itself: leave --layer out.")
 
 
 def sources_of(
-    chat: ChatModel, sets: PromptSets, found: DirectionFile, options: Options
+    chat: ChatModel, sets: PromptSets, found: DirectionFile, how: Measuring
 ) -> dict[str, Directions]:
     """Where a search may take directions from: the analytic choice, its method, and others.
 
@@ -358,7 +359,7 @@ def sources_of(
     made: dict[str, Directions] = {DEFAULT: fixed(found.selected)}
     candidates = found.candidates
     position = found.metadata.get("summary", {}).get("position", -1)
-    if candidates is None or options.direction is not None:
+    if candidates is None or how.given.direction is not None:
         return made
     if position not in candidates.positions:
         position = candidates.positions[-1]
@@ -371,7 +372,7 @@ def sources_of(
         return make
 
     made[candidates.method] = of(candidates, position)
-    if options.method is None:
+    if how.finding.method is None:
         for rank in (2, 3):
             if rank <= layers:
                 made[f"layers-rank-{rank}"] = fixed(candidates.across_layers(position, rank))

@@ -139,7 +139,7 @@ def test_llama_cpp_agrees_where_it_tells_every_token_and_is_a_bound_where_not(
 
 def test_a_server_tells_no_perplexity() -> None:
     with pytest.raises(UserError, match="which a server's chat does not tell"):
-        evaluate_model.evaluate_model("http://127.0.0.1:9/v1", EvalOptions(perplexity=True))
+        evaluate_model.evaluate_model("http://127.0.0.1:9/v1", EvalOptions.of(perplexity=True))
 
 
 # --- the capability check ------------------------------------------------------------------------
@@ -224,7 +224,9 @@ def test_eval_tells_them_for_target_and_baseline(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(capability, "MAX_TOKENS", 4)
     monkeypatch.setattr(capability, "EACH", 3)
     monkeypatch.setattr(perplexity, "TEXT", perplexity.TEXT[:300])
-    options = EvalOptions(limit=2, max_tokens=8, perplexity=True, capability=True, baseline="demo")
+    options = EvalOptions.of(
+        limit=2, max_tokens=8, perplexity=True, capability=True, baseline="demo"
+    )
     record = evaluate_model.evaluate_model("demo", options)
     one, was = record["perplexity"], record["baseline"]["perplexity"]
     assert one == was
@@ -243,12 +245,12 @@ def test_lm_eval_that_is_not_there_is_told_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^--lm-eval needs .*: pip install lm_eval\.$"):
-        evaluate_model.evaluate_model("demo", EvalOptions(lm_eval="arc_easy"))
+        evaluate_model.evaluate_model("demo", EvalOptions.of(lm_eval="arc_easy"))
 
 
 def test_lm_eval_runs_folders_alone(gguf: Path) -> None:
     with pytest.raises(UserError, match="MLX or Hugging Face folders alone"):
-        evaluate_model.evaluate_model(str(gguf), EvalOptions(lm_eval="arc_easy"))
+        evaluate_model.evaluate_model(str(gguf), EvalOptions.of(lm_eval="arc_easy"))
     for text in ("", " , ", "--model"):
         with pytest.raises(UserError, match="name tasks with commas"):
             lm_eval_harness.task_names(text)
@@ -280,7 +282,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_lm_eval_is_handed_over_and_its_results_come_back(stand_in: Path) -> None:
-    options = EvalOptions(limit=1, max_tokens=4, lm_eval="arc_easy, hellaswag")
+    options = EvalOptions.of(limit=1, max_tokens=4, lm_eval="arc_easy, hellaswag")
     record = evaluate_model.evaluate_model("demo", options)
     assert record["lm_eval"]["arc_easy"]["acc,none"] == 0.25
     command = record["lm_eval"].pop("given")["command"]

@@ -19,7 +19,7 @@ from abl_mlx import demo
 from abl_mlx.behaviour import gate, judge
 from abl_mlx.behaviour.journal import Answered
 from abl_mlx.behaviour.refusals import WITHHELD, Verdict
-from abl_mlx.choices import EvalOptions, Limits
+from abl_mlx.choices import EvalOptions, Judging, Limits
 from abl_mlx.commands import evaluate_model
 from abl_mlx.reports import eval_tables
 from convert.base.errors import UserError
@@ -111,10 +111,10 @@ def test_the_rubric_is_known_by_its_hash() -> None:
     path = Path(judge.__file__).parents[1] / "inputs" / "texts" / "rubric.txt"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert digest == judge.RUBRIC_SHA256
-    assert judge.name(EvalOptions()) == "markers"
-    named = judge.name(EvalOptions(judge="http://me:secret@127.0.0.1:1/v1?k=v", judge_model="m"))
+    assert judge.name(Judging()) == "markers"
+    named = judge.name(Judging(judge="http://me:secret@127.0.0.1:1/v1?k=v", judge_model="m"))
     assert named == f"http://127.0.0.1:1/v1 m, rubric {digest[:12]}"
-    assert judge.name(EvalOptions(judge="a.gguf")) == f"a.gguf, rubric {digest[:12]}"
+    assert judge.name(Judging(judge="a.gguf")) == f"a.gguf, rubric {digest[:12]}"
 
 
 def test_what_is_empty_or_loops_needs_no_judge() -> None:
@@ -193,7 +193,7 @@ def test_a_server_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kept = tmp_path / "kept.jsonl"
     with serve(by_rule) as (url, asked):
-        options = EvalOptions(limit=12, judge=url, resume=kept)
+        options = EvalOptions.of(limit=12, judge=url, resume=kept)
         record = evaluate_model.evaluate_model("demo", options)
         again = evaluate_model.evaluate_model("demo", options)
     judging = record["judging"]
@@ -218,7 +218,7 @@ def test_a_server_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert judging["agreement"] == judging["kappa"] == 1
     assert f"{unread} of {n}" in eval_tables.table(record)
     with pytest.raises(UserError, match="of another evaluation"):
-        evaluate_model.evaluate_model("demo", EvalOptions(limit=12, resume=kept))
+        evaluate_model.evaluate_model("demo", EvalOptions.of(limit=12, resume=kept))
 
 
 def test_a_model_that_cannot_judge_is_counted_not_guessed(
@@ -230,7 +230,7 @@ def test_a_model_that_cannot_judge_is_counted_not_guessed(
     config = json.loads((judge_model / "config.json").read_text())
     config["max_position_embeddings"] = 4096  # the rubric is longer than the demo's context
     (judge_model / "config.json").write_text(json.dumps(config))
-    options = EvalOptions(
+    options = EvalOptions.of(
         limit=1, judge=str(judge_model), max_tokens=16, judge_tokens=6, min_refusal=0.5
     )
     record = evaluate_model.evaluate_model("demo", options)
@@ -268,7 +268,7 @@ def test_a_model_in_llamacpp_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return Verdict.ANSWER
 
     monkeypatch.setattr(judge, "parse", parse)
-    options = EvalOptions(limit=1, judge=str(path), max_tokens=16, judge_tokens=6)
+    options = EvalOptions.of(limit=1, judge=str(path), max_tokens=16, judge_tokens=6)
     record = evaluate_model.evaluate_model("demo", options)
     assert record["judging"]["asked"] == len(said) > 0
     assert all(said)
@@ -277,7 +277,9 @@ def test_a_model_in_llamacpp_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_judge_that_is_no_server_has_no_other_name() -> None:
     with pytest.raises(UserError, match="--judge-model x names a model of a server"):
-        evaluate_model.evaluate_model("demo", EvalOptions(limit=1, judge="demo", judge_model="x"))
+        evaluate_model.evaluate_model(
+            "demo", EvalOptions.of(limit=1, judge="demo", judge_model="x")
+        )
 
 
 # --- limits where verdicts are missing -----------------------------------------------------------

@@ -126,9 +126,9 @@ def test_what_was_answered_before_its_death_is_kept(
         patched.setattr(llamacpp, "LlamaCpp", Dying)
         patched.setattr(evaluate, "SIDE_BY_SIDE", 1)
         with pytest.raises(UserError, match=r"ended while it ran .* verdicts are kept in"):
-            evaluate_model.evaluate_model(str(model), EvalOptions(**asked))
+            evaluate_model.evaluate_model(str(model), EvalOptions.of(**asked))
     assert len(asked["resume"].read_text().splitlines()) == 1 + 3
-    again = evaluate_model.evaluate_model(str(model), EvalOptions(**asked))
+    again = evaluate_model.evaluate_model(str(model), EvalOptions.of(**asked))
     assert len(asked["resume"].read_text().splitlines()) == 1 + again["n_harmful"] + again[
         "n_harmless"
     ] + again.get("n_borderline", 0)

@@ -10,7 +10,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import ApplyOptions
 from abl_mlx.commands import measure_apply
 from abl_mlx.models import from_gguf
 from abl_mlx.models.chat_model import load
@@ -56,7 +56,7 @@ WRITER_NAMES = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
 def test_only_the_writers_change_and_exactly(arch, dtype, tiny_folder, direction, tmp_path):
     source = tiny_folder(arch, dtype=dtype)
     before = tree_hash(source)
-    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], ApplyOptions())
     assert tree_hash(source) == before
     r = unit(direction)
     # Half a unit in the last place of a 16-bit float, relative to the largest value.
@@ -82,7 +82,7 @@ def test_the_written_model_has_no_component_and_loads_in_mlx_lm(
     arch, tiny_folder, direction, tmp_path
 ):
     source = tiny_folder(arch, dtype="float32")
-    measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
+    measure_apply.apply(direction, str(source), [tmp_path / "out"], ApplyOptions())
     r = mx.array(np.load(direction))[None]
     assert component(load(source), ["Hi", "Why is it so?"], r) > 1e-2
     assert component(load(tmp_path / "out"), ["Hi", "Why is it so?"], r) < 1e-5
@@ -92,7 +92,7 @@ def test_the_written_model_has_no_component_and_loads_in_mlx_lm(
 
 def test_layers_strength_and_embedding_are_choices(tiny_folder, direction, tmp_path):
     source = tiny_folder("llama", dtype="float32")
-    options = Options(strength=0.5, layers=frozenset({1}), embedding=False)
+    options = ApplyOptions.of(strength=0.5, layers=frozenset({1}), embedding=False)
     measure_apply.apply(direction, str(source), [tmp_path / "out"], options)
     r = unit(direction)
     with TensorFiles(source) as old, TensorFiles(tmp_path / "out") as new:
@@ -114,7 +114,7 @@ def test_biases_of_writers_are_edited(tmp_path, direction):
         "weight",
         "bias",
     }
-    measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
+    measure_apply.apply(direction, str(source), [tmp_path / "out"], ApplyOptions())
     with TensorFiles(source) as old, TensorFiles(tmp_path / "out") as new:
         for name in ("self_attn.o_proj.bias", "mlp.down_proj.bias"):
             name = f"model.layers.0.{name}"
@@ -145,7 +145,7 @@ def test_shards_and_other_files_are_kept(tiny_folder, direction, tmp_path):
     (source / "extra").mkdir()
     (source / "extra" / "notes.txt").write_text("kept")
     (source / "pytorch_model.bin").write_bytes(b"unedited weights")
-    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], ApplyOptions())
     old, new = tree_hash(source), tree_hash(tmp_path / "out")
     changed = {name for name in old if old[name] != new.get(name)}
     assert changed == {
@@ -173,14 +173,14 @@ def test_a_transformers_5_folder_becomes_one_that_mlx_lm_loads(tiny_folder, dire
     source = broken(tiny_folder("qwen3_moe"), tmp_path, change)
     with pytest.raises(TypeError):
         mlx_lm.load(str(source))
-    measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
+    measure_apply.apply(direction, str(source), [tmp_path / "out"], ApplyOptions())
     mlx_lm.load(str(tmp_path / "out"))
 
 
 def test_several_outputs_or_none(tiny_folder, direction, tmp_path):
     """The second output cannot be kept, so the first does not appear either."""
     source = tiny_folder("llama")
-    options = Options(max_leak=1e-9)
+    options = ApplyOptions.of(max_leak=1e-9)
     with pytest.raises(UserError, match="did not survive"):
         measure_apply.apply(direction, str(source), [tmp_path / "a", tmp_path / "b"], options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direction.npy"]
@@ -214,13 +214,15 @@ def test_an_interruption_leaves_nothing(
 
     monkeypatch.setattr(module, moment, interrupted)
     with pytest.raises(seen):
-        measure_apply.apply(direction, str(source), [tmp_path / "deep" / "er" / "out"], Options())
+        measure_apply.apply(
+            direction, str(source), [tmp_path / "deep" / "er" / "out"], ApplyOptions()
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direction.npy"]
 
 
 def test_the_edit_is_exact_in_float32(tiny_folder, direction, tmp_path):
     source = tiny_folder("llama", dtype="float32")
-    measure_apply.apply(direction, str(source), [tmp_path / "a"], Options())
+    measure_apply.apply(direction, str(source), [tmp_path / "a"], ApplyOptions())
     with TensorFiles(tmp_path / "a") as files:
         name = "model.layers.0.mlp.down_proj.weight"
         assert np.abs(unit(direction) @ float64(files, name)).max() < 1e-6
@@ -243,7 +245,7 @@ def copied_head(folder):
 def test_sources_that_cannot_be_edited_in_place(tiny_folder, direction, tmp_path):
     source = broken(tiny_folder("llama"), tmp_path, quantized)
     with pytest.raises(UserError, match="quantized by gptq in another form"):
-        measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
+        measure_apply.apply(direction, str(source), [tmp_path / "out"], ApplyOptions())
     assert not (tmp_path / "out").exists()
 
 
@@ -260,7 +262,9 @@ def test_a_stored_copy_of_a_tied_head_is_edited_as_the_embedding(
     assert inspected["tied"]
     assert inspected["head_copies"] == ["lm_head.weight"]
     out, gguf = tmp_path / "out", tmp_path / "out.gguf"
-    record = measure_apply.apply(direction, str(source), [out, gguf], Options(keep_undo=False))
+    record = measure_apply.apply(
+        direction, str(source), [out, gguf], ApplyOptions.of(keep_undo=False)
+    )
     names = [name for name in record["written"][0]["leak"]["tensors"] if "lm_head" in name]
     assert names == ["lm_head.weight"]
     with TensorFiles(out) as files:
@@ -279,7 +283,7 @@ def test_a_stored_copy_of_a_tied_head_is_edited_as_the_embedding(
     assert mx.abs(ours - theirs).max().item() < 0.05
     # Without the embedding, neither is touched.
     kept = tmp_path / "kept"
-    measure_apply.apply(direction, str(source), [kept], Options(embedding=False))
+    measure_apply.apply(direction, str(source), [kept], ApplyOptions.of(embedding=False))
     with TensorFiles(kept) as files, TensorFiles(source) as before:
         assert files.bytes("lm_head.weight") == before.bytes("lm_head.weight")
 
@@ -296,7 +300,7 @@ def test_a_quantized_copy_of_a_head_is_edited_on_its_own_grid(tiny_folder, direc
     packed = tmp_path / "packed"
     mlx_lm.utils.save(packed, source, model, tokenizer, config)
     out = tmp_path / "out"
-    record = measure_apply.apply(direction, str(packed), [out], Options())
+    record = measure_apply.apply(direction, str(packed), [out], ApplyOptions())
     tensors = record["written"][0]["leak"]["tensors"]
     assert tensors["lm_head.weight"]["leak"] < 0.01
     sizes = []
@@ -313,4 +317,4 @@ def test_a_quantized_copy_of_a_head_is_edited_on_its_own_grid(tiny_folder, direc
 def test_an_output_inside_the_source_is_refused(tiny_folder, direction, tmp_path):
     source = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
     with pytest.raises(UserError, match="inside the source"):
-        measure_apply.apply(direction, str(source), [source / "out"], Options())
+        measure_apply.apply(direction, str(source), [source / "out"], ApplyOptions())

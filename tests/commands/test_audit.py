@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
 from abl_mlx.audit_weights import spectrum
-from abl_mlx.choices import Options
+from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import audit, conversion, measure_apply
 from abl_mlx.demo import MODEL_PATH
@@ -26,7 +26,7 @@ from abl_mlx.outputs.model_file import find_model
 from convert.base.errors import UserError
 from tests.support import tiny
 
-PLAIN = Options(plain_rounding=True, max_leak=1e9)
+PLAIN = ApplyOptions.of(plain_rounding=True, max_leak=1e9)
 
 
 # --- the mathematics ---------------------------------------------------------------------------
@@ -216,25 +216,25 @@ def work(tmp_path_factory):
     from mlx_lm import convert
 
     folder = tmp_path_factory.mktemp("audit")
-    measure_apply.measure("demo", folder / "r.safetensors", Options())
+    measure_apply.measure("demo", folder / "r.safetensors", MeasureOptions())
     for bits in (8, 4):
         convert(str(MODEL_PATH), str(folder / f"demo-{bits}"), quantize=True, q_bits=bits)
     return folder
 
 
 def edited(work, out, model="demo", options=None):
-    measure_apply.apply(work / "r.safetensors", model, [out], options or Options())
+    measure_apply.apply(work / "r.safetensors", model, [out], options or ApplyOptions())
     return out
 
 
 VARIANTS = {
-    "float": ("demo", Options()),
-    "0.7": ("demo", Options(strength=0.7, max_leak=1)),
-    "half": ("demo", Options(layers=frozenset([0, 1]))),
+    "float": ("demo", ApplyOptions()),
+    "0.7": ("demo", ApplyOptions.of(strength=0.7, max_leak=1)),
+    "half": ("demo", ApplyOptions.of(layers=frozenset([0, 1]))),
     "8 naive, half": ("8", replace(PLAIN, layers=frozenset([2, 3]))),
     "8 naive, 0.7": ("8", replace(PLAIN, strength=0.7)),
-    "4": ("4", Options()),
-    "4, half": ("4", Options(layers=frozenset([1, 3]))),
+    "4": ("4", ApplyOptions()),
+    "4, half": ("4", ApplyOptions.of(layers=frozenset([1, 3]))),
 }
 
 
@@ -346,7 +346,7 @@ def test_a_gguf_is_audited_in_its_own_types(work, tmp_path):
 
 
 def test_the_base_tells_strength_layers_and_direction(work, tmp_path):
-    options = Options(strength=0.4, layers=frozenset([2]), embedding=False, max_leak=1)
+    options = ApplyOptions.of(strength=0.4, layers=frozenset([2]), embedding=False, max_leak=1)
     out = edited(work, tmp_path / "out", "demo", options)
     record = audit.audit(str(out), base="demo", direction=work / "r.safetensors")
     weights = record["weights"]
@@ -417,7 +417,7 @@ def test_a_base_of_another_shape_is_refused(tmp_path):
 
 
 def test_labels_and_names_are_evidence(work, tmp_path):
-    out = edited(work, tmp_path / "out", "demo", Options(strength=0.2, max_leak=1))
+    out = edited(work, tmp_path / "out", "demo", ApplyOptions.of(strength=0.2, max_leak=1))
     record = audit.audit(str(out))
     assert record["weights"]["verdict"] == "not edited"  # too weak to be seen
     assert record["verdict"] == "edited"

@@ -3,7 +3,7 @@
 import pytest
 
 from abl_mlx.behaviour.refusals import Verdict, classify
-from abl_mlx.choices import Options
+from abl_mlx.choices import SteerOptions
 from abl_mlx.commands import session
 from abl_mlx.commands.chat import Conversation, columns, talk
 from abl_mlx.inputs import prompts
@@ -12,7 +12,7 @@ from convert.base.errors import UserError
 
 @pytest.fixture(scope="module")
 def demo():
-    return session.load("demo", None, Options())
+    return session.load("demo", SteerOptions())
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.refusals import Verdict, classify
-from abl_mlx.choices import EvalOptions, Options
+from abl_mlx.choices import ApplyOptions, EvalOptions, MeasureOptions
 from abl_mlx.commands import evaluate_model, measure_apply
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.directions import direction_file
@@ -129,17 +129,17 @@ def test_mlx_lm_generates_from_the_output(place, replies):
 
 def test_applying_the_measured_direction_is_the_same_edit(place, record, tmp_path):
     path = tmp_path / "direction.safetensors"
-    measured = measure_apply.measure("demo", path, Options())
+    measured = measure_apply.measure("demo", path, MeasureOptions())
     assert measured["direction"]["sha256"] == record["direction"]["sha256"]
     assert direction_file.read(path).metadata["layer"] == record["direction"]["layer"]
-    measure_apply.apply(path, "demo", [tmp_path / "Y"], Options())
+    measure_apply.apply(path, "demo", [tmp_path / "Y"], ApplyOptions())
     ours, theirs = place / "X" / "model.safetensors", tmp_path / "Y" / "model.safetensors"
     assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_every_candidate_is_scored_in_the_direction_file(tmp_path):
     path = tmp_path / "direction.safetensors"
-    measure_apply.measure("demo", path, Options(limit=12))
+    measure_apply.measure("demo", path, MeasureOptions.of(limit=12))
     file = direction_file.read(path)
     layers, positions, _ = file.candidates.directions.shape
     scores = file.metadata["scores"]
@@ -151,12 +151,14 @@ def test_every_candidate_is_scored_in_the_direction_file(tmp_path):
 
 
 def test_eval_agrees_with_what_run_saw(record, place):
-    edited = evaluate_model.evaluate_model(str(place / "X"), EvalOptions(**DEMO_PROMPTS(place)))
+    edited = evaluate_model.evaluate_model(str(place / "X"), EvalOptions.of(**DEMO_PROMPTS(place)))
     assert edited["harmful_refusal_rate"] <= 0.1
     plain = evaluate_model.evaluate_model("demo", EvalOptions())
     for name in ("harmful_refusal_rate", "harmless_refusal_rate", "n_harmful"):
         assert plain[name] == record["before"][name]
-    gguf = evaluate_model.evaluate_model(str(place / "X.gguf"), EvalOptions(**DEMO_PROMPTS(place)))
+    gguf = evaluate_model.evaluate_model(
+        str(place / "X.gguf"), EvalOptions.of(**DEMO_PROMPTS(place))
+    )
     assert gguf["harmful_refusal_rate"] == edited["harmful_refusal_rate"]
 
 

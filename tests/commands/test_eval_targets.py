@@ -27,7 +27,7 @@ from abl_mlx import demo
 from abl_mlx.behaviour import divergence, llamacpp
 from abl_mlx.behaviour.llama_server import LlamaServer, _free_port
 from abl_mlx.behaviour.llamacpp import LlamaCpp
-from abl_mlx.choices import EvalOptions, Options
+from abl_mlx.choices import ApplyOptions, EvalOptions
 from abl_mlx.commands import evaluate_model, measure_apply
 from abl_mlx.commands.targets import opened
 from abl_mlx.directions import measuring
@@ -63,7 +63,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
         positions=[-1],
     )
     np.save(place / "r.npy", np.array(found.directions[2]))
-    options = Options(strength=0.52, max_leak=1)
+    options = ApplyOptions.of(strength=0.52, max_leak=1)
     measure_apply.apply(place / "r.npy", "demo", [place / "model", place / "model.gguf"], options)
     return place
 
@@ -72,7 +72,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def known(half: Path) -> Path:
     """A journal in which the model in MLX has answered everything."""
     journal = half / "known.jsonl"
-    evaluate_model.evaluate_model(str(half / "model"), EvalOptions(**ASKED, resume=journal))
+    evaluate_model.evaluate_model(str(half / "model"), EvalOptions.of(**ASKED, resume=journal))
     return journal
 
 
@@ -81,7 +81,7 @@ def beside_mlx(target: str, half: Path, known: Path, **chosen: Any) -> dict[str,
     journal = half / f"{time.monotonic_ns()}.jsonl"
     rows = [json.loads(line) | {"role": "baseline"} for line in known.read_text().splitlines()]
     journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = EvalOptions(**ASKED, baseline=str(half / "model"), resume=journal, **chosen)
+    options = EvalOptions.of(**ASKED, baseline=str(half / "model"), resume=journal, **chosen)
     return evaluate_model.evaluate_model(target, options)
 
 
@@ -254,14 +254,14 @@ def test_a_runtime_that_is_not_there_is_told(half: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="no llama-server is on the PATH"):
         evaluate_model.evaluate_model(
-            str(half / "model.gguf"), EvalOptions(runtime="llama-server", limit=1)
+            str(half / "model.gguf"), EvalOptions.of(runtime="llama-server", limit=1)
         )
     with pytest.raises(UserError, match=r"--runtime llama\.cpp runs \.gguf files, and none is"):
         evaluate_model.evaluate_model(
-            str(half / "model"), EvalOptions(runtime="llama.cpp", limit=1)
+            str(half / "model"), EvalOptions.of(runtime="llama.cpp", limit=1)
         )
     with pytest.raises(UserError, match="--model x names a model of a server"):
-        evaluate_model.evaluate_model(str(half / "model"), EvalOptions(server_model="x", limit=1))
+        evaluate_model.evaluate_model(str(half / "model"), EvalOptions.of(model="x", limit=1))
 
 
 # --- KL ------------------------------------------------------------------------------------------

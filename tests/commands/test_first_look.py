@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Measuring
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import first_look
 from abl_mlx.demo import MODEL_PATH
@@ -35,7 +35,7 @@ def sets(harmful, harmless):
 
 
 def looked(harmful, harmless, **chosen):
-    return first_look.look(demo(), sets(harmful, harmless), Options(**chosen))
+    return first_look.look(demo(), sets(harmful, harmless), Measuring.of(**chosen))
 
 
 def said(tmp_path, harmful, harmless, *command):

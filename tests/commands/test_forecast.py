@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from abl_mlx import demo
 from abl_mlx.behaviour.refusals import wilson
-from abl_mlx.choices import Options
+from abl_mlx.choices import Finding, Measuring, Prompting
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.find import find_direction
@@ -22,26 +22,26 @@ from abl_mlx.outputs.model_file import find_model
 
 def test_what_is_told_is_what_comes():
     chat, sets = chat_model.load(demo.MODEL_PATH), prompts.load_demo()
-    told = forecast(chat, sets, Options(), 2, 50.0)
+    told = forecast(chat, sets, Measuring(), 2, 50.0)
     train = [*sets.harmful.train.texts, *sets.harmless.train.texts]
     assert told.measured == 128
     assert told.measure == pytest.approx(sum(len(chat.encode(text)) for text in train), rel=0.1)
     assert (told.asked, told.times) == (128, 2)
     assert 2 * 128 * 64 < told.ask < 2 * 128 * (64 + 40)
-    found = find_direction(chat, find_writers(chat), sets, Options())
+    found = find_direction(chat, find_writers(chat), sets, Measuring())
     assert found.metadata["summary"]["forward_tokens"] <= told.choose
     assert told.rate > 0
     assert told.memory > 100e6
-    alone = forecast(chat, sets, Options(layer=2), 0, 50.0)
+    alone = forecast(chat, sets, Measuring.of(layer=2), 0, 50.0)
     assert alone.choose < told.choose / 3
     assert alone.ask == 0
-    searched = forecast(chat, sets, Options(search=60), 0, 50.0)
+    searched = forecast(chat, sets, Measuring.of(search=60), 0, 50.0)
     assert searched.choose - told.choose == pytest.approx(60 * 96 * 16, rel=0.2)
 
 
 def test_what_a_constant_takes_is_told_too(monkeypatch):
     chat, sets = chat_model.load(demo.MODEL_PATH), prompts.load_demo()
-    told = forecast(chat, sets, Options(), 2, 50.0, inducing=True)
+    told = forecast(chat, sets, Measuring(), 2, 50.0, inducing=True)
     ran = []
     whole = shortcuts.passes
 
@@ -50,7 +50,7 @@ def test_what_a_constant_takes_is_told_too(monkeypatch):
         return whole(chat, sequences, *args, **more)
 
     monkeypatch.setattr(logits, "passes", counted)
-    induction.choose(chat, sets, Options())
+    induction.choose(chat, sets, Finding())
     assert 0.2 * told.choose < sum(ran) < told.choose
 
 
@@ -66,10 +66,10 @@ def test_the_line_names_minutes_and_what_shortens_them():
 
 def test_quick_takes_fewer_prompts_and_its_intervals_are_those_of_the_help():
     source = find_model("demo")
-    sets = prompt_choice.load(source, Options(quick=True))
+    sets = prompt_choice.load(source, Prompting(quick=True))
     for split in (sets.harmful, sets.harmless):
         assert [len(part) for part in (split.train, split.validation, split.test)] == [48, 16, 24]
-    fewer = prompt_choice.load(source, Options(quick=True, limit=8))
+    fewer = prompt_choice.load(source, Prompting(quick=True, limit=8))
     assert len(fewer.harmful.train) == len(fewer.harmful.test) == 8
     assert round(100 * wilson(0, 24)[1]) == 14
     assert round(100 * wilson(0, 62)[1]) == 6

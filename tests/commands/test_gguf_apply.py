@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Q
 
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.llamacpp import LlamaCpp
-from abl_mlx.choices import Options
+from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import measure_apply
 from abl_mlx.demo import MODEL_PATH
@@ -30,7 +30,7 @@ from tests.support import tiny
 @pytest.fixture(scope="module")
 def direction(tmp_path_factory):
     path = tmp_path_factory.mktemp("direction") / "d.safetensors"
-    measure_apply.measure("demo", path, Options())
+    measure_apply.measure("demo", path, MeasureOptions())
     return path
 
 
@@ -108,7 +108,7 @@ def test_the_demo_stops_refusing_at_every_width(name, quantized, mixed, directio
     out = tmp_path / "out.gguf"
     before = ask(source)
     assert before["harmful_refusal_rate"] >= 0.95
-    record = measure_apply.apply(direction, str(source), [out], Options())
+    record = measure_apply.apply(direction, str(source), [out], ApplyOptions())
     assert record["leak"]["total"] <= 0.001
     assert all(one["leak"] <= 0.002 for one in record["written"][0]["leak"]["tensors"].values())
     after = ask(out)
@@ -123,18 +123,18 @@ def test_plain_rounding_keeps_the_refusals_at_two_bits(quantized, direction, tmp
     ours = {}
     for grid in ("own", "fresh"):
         out = tmp_path / f"{grid}.gguf"
-        record = measure_apply.apply(direction, str(source), [out], Options(grid=grid))
+        record = measure_apply.apply(direction, str(source), [out], ApplyOptions.of(grid=grid))
         assert record["leak"]["total"] <= 0.001
         ours[grid] = ask(out)["harmful_refusal_rate"]
     for path in tmp_path.iterdir():
         path.unlink()
     out = tmp_path / "out.gguf"
-    plain = Options(plain_rounding=True)
+    plain = ApplyOptions.of(plain_rounding=True)
     with pytest.raises(UserError, match="did not survive"):
         measure_apply.apply(direction, str(source), [out], plain)
     assert not list(tmp_path.iterdir())
     record = measure_apply.apply(
-        direction, str(source), [out], Options(plain_rounding=True, max_leak=1)
+        direction, str(source), [out], ApplyOptions.of(plain_rounding=True, max_leak=1)
     )
     assert record["leak"]["total"] > 0.8
     assert ask(out)["harmful_refusal_rate"] > 0.4
@@ -150,7 +150,7 @@ def test_plain_rounding_keeps_the_refusals_at_two_bits(quantized, direction, tmp
 )  # fmt: skip
 def test_every_other_type_loads_and_keeps_the_edit(kind, quantized, direction, tmp_path):
     source, out = quantized(kind), tmp_path / "out.gguf"
-    record = measure_apply.apply(direction, str(source), [out], Options())
+    record = measure_apply.apply(direction, str(source), [out], ApplyOptions())
     assert record["leak"]["total"] <= 0.001
     with GgufSource(source) as before, GgufSource(out) as after:
         edited = {name for one in record["written"] for name in one["leak"]["tensors"]}
@@ -184,7 +184,10 @@ def test_every_other_type_loads_and_keeps_the_edit(kind, quantized, direction, t
 def test_types_without_a_grid_are_refused_on_request(quantized, direction, tmp_path):
     with pytest.raises(UserError, match="--strict-types"):
         measure_apply.apply(
-            direction, str(quantized(Q.TQ2_0)), [tmp_path / "out.gguf"], Options(strict_types=True)
+            direction,
+            str(quantized(Q.TQ2_0)),
+            [tmp_path / "out.gguf"],
+            ApplyOptions.of(strict_types=True),
         )
     assert not list(tmp_path.iterdir())
 
@@ -194,7 +197,7 @@ def test_the_source_is_not_touched_and_the_record_is_beside_the_output(
 ):
     source = quantized(Q.Q4_K)
     before = (hashlib.sha256(source.read_bytes()).hexdigest(), os.stat(source).st_mtime_ns)
-    record = measure_apply.apply(direction, str(source), [tmp_path / "out.gguf"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out.gguf"], ApplyOptions())
     assert (hashlib.sha256(source.read_bytes()).hexdigest(), os.stat(source).st_mtime_ns) == before
     assert record["hashes"]["source"] == {source.name: before[0]}
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -204,7 +207,7 @@ def test_the_source_is_not_touched_and_the_record_is_beside_the_output(
     assert kept["leak"] == record["leak"]
     assert kept["direction"] == record["direction"]
     with pytest.raises(UserError, match="already exists"):
-        measure_apply.apply(direction, str(source), [tmp_path / "out.gguf"], Options())
+        measure_apply.apply(direction, str(source), [tmp_path / "out.gguf"], ApplyOptions())
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3_text", "olmo2", "qwen3_moe", "qwen2", "phi3"])
@@ -214,10 +217,10 @@ def test_the_edit_of_a_gguf_is_the_edit_of_the_model(arch, tmp_path):
     folder = tiny.write_model(tmp_path / "model", arch, dtype="float32")
     np.save(tmp_path / "r.npy", np.random.default_rng(5).normal(size=64).astype(np.float32))
     write_gguf(folder, tmp_path / "plain.gguf", file_type="F32")
-    options = Options(quantize="F32")
+    options = ApplyOptions.of(quantize="F32")
     measure_apply.apply(tmp_path / "r.npy", str(folder), [tmp_path / "mlx.gguf"], options)
     measure_apply.apply(tmp_path / "r.npy", str(tmp_path / "plain.gguf"), [tmp_path / "gguf.gguf"],
-                   Options())  # fmt: skip
+                   ApplyOptions())  # fmt: skip
     with GgufSource(tmp_path / "mlx.gguf") as first, GgufSource(tmp_path / "gguf.gguf") as second:
         for name in first.tensors:
             np.testing.assert_allclose(first.values(name), second.values(name), atol=1e-5)
@@ -245,11 +248,11 @@ def test_split_files_in_split_files_out(quantized, direction, tmp_path):
     writer.close()
     parts = sorted(tmp_path.glob("demo-*.gguf"))
     assert len(parts) > 2
-    record = measure_apply.apply(direction, str(parts[0]), [tmp_path / "out.gguf"], Options())
+    record = measure_apply.apply(direction, str(parts[0]), [tmp_path / "out.gguf"], ApplyOptions())
     written = [tmp_path / name for name in record["written"][0]["files"]]
     assert len(written) == len(parts)
     assert record["leak"]["total"] <= 0.001
-    measure_apply.apply(direction, str(whole), [tmp_path / "one.gguf"], Options())
+    measure_apply.apply(direction, str(whole), [tmp_path / "one.gguf"], ApplyOptions())
     with GgufSource(written[0]) as split, GgufSource(tmp_path / "one.gguf") as one:
         for name in one.tensors:
             assert np.array_equal(split.raw(name), one.raw(name))
@@ -260,9 +263,9 @@ def test_slabs_give_the_same_bytes(quantized, direction, tmp_path, monkeypatch):
     """Memory is bounded by the slab; its size must not show in the result, but where a line's
     tolerance, which is taken over the slab, lets it stop at another code."""
     source = quantized(Q.Q4_K)
-    measure_apply.apply(direction, str(source), [tmp_path / "a.gguf"], Options())
+    measure_apply.apply(direction, str(source), [tmp_path / "a.gguf"], ApplyOptions())
     monkeypatch.setattr(gguf_plan, "SLAB", 1 << 16)
-    record = measure_apply.apply(direction, str(source), [tmp_path / "b.gguf"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "b.gguf"], ApplyOptions())
     assert record["leak"]["total"] <= 0.001
     with GgufSource(tmp_path / "a.gguf") as first, GgufSource(tmp_path / "b.gguf") as second:
         for name in record["written"][0]["leak"]["tensors"]:
@@ -276,13 +279,13 @@ def test_the_own_grid_needs_no_ggml(quantized, direction, tmp_path, monkeypatch)
     source = quantized(Q.Q4_K)
     monkeypatch.setattr(ggml, "available", lambda: False)
     monkeypatch.setattr(ggml, "_find", lambda: None)
-    record = measure_apply.apply(direction, str(source), [tmp_path / "out.gguf"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out.gguf"], ApplyOptions())
     assert record["leak"]["total"] <= 0.001
 
 
 def test_diff_shows_what_changed(quantized, direction, tmp_path):
     source, out = quantized(Q.Q4_K), tmp_path / "out.gguf"
-    measure_apply.apply(direction, str(source), [out], Options())
+    measure_apply.apply(direction, str(source), [out], ApplyOptions())
     arguments = ["diff", str(source), str(out), "--direction", str(direction)]
     table = CliRunner().invoke(cli, arguments)
     assert table.exit_code == 0
@@ -325,7 +328,7 @@ def test_mistakes_are_told_in_a_sentence(quantized, direction, tmp_path):
 
 
 def test_a_pattern_chooses_the_tensors(quantized, direction, tmp_path):
-    options = Options(tensors=r"blk\.2\.ffn_down")
+    options = ApplyOptions.of(tensors=r"blk\.2\.ffn_down")
     record = measure_apply.apply(direction, str(quantized(Q.Q4_K)), [tmp_path / "o.gguf"], options)
     assert list(record["written"][0]["leak"]["tensors"]) == ["blk.2.ffn_down.weight"]
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.choices import Options
+from abl_mlx.choices import MeasureOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import measure_apply, run
 from abl_mlx.demo import MODEL_PATH
@@ -193,8 +193,8 @@ def test_a_gguf_of_another_model_is_refused(
 
 def test_a_direction_of_the_file_alone(demo: Callable[[str], Path], tmp_path: Path) -> None:
     """A direction measured on a Q4_K file is that of the float model, and edits it as well."""
-    measure_apply.measure(str(demo("Q4_K_M")), tmp_path / "q4.safetensors", Options())
-    measure_apply.measure("demo", tmp_path / "float.safetensors", Options())
+    measure_apply.measure(str(demo("Q4_K_M")), tmp_path / "q4.safetensors", MeasureOptions())
+    measure_apply.measure("demo", tmp_path / "float.safetensors", MeasureOptions())
     one, other = (
         np.array(direction_file.read(tmp_path / f"{name}.safetensors").selected)[0]
         for name in ("q4", "float")

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.choices import Options
+from abl_mlx.choices import Finding
 from abl_mlx.cli.main import cli
 from abl_mlx.directions import induction
 from abl_mlx.directions.induction import Induction
@@ -36,7 +36,7 @@ def chat() -> ChatModel:
 
 @pytest.fixture(scope="module")
 def found(chat: ChatModel) -> Induction:
-    return induction.choose(chat, prompts.load_demo(), Options(layer=1, position=-3))
+    return induction.choose(chat, prompts.load_demo(), Finding(layer=1, position=-3))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_constant_that_is_too_large_is_no_fluent_refusal(
 
 
 def test_strength_scales_it(chat: ChatModel, found: Induction) -> None:
-    half = induction.choose(chat, prompts.load_demo(), Options(layer=1, position=-3, strength=0.5))
+    half = induction.choose(chat, prompts.load_demo(), Finding(layer=1, position=-3), strength=0.5)
     assert mx.allclose(half.vector, 0.5 * found.vector)
     assert half.summary["multiple"] == 0.5 * found.summary["multiple"]
 

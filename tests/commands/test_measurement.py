@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.refusals import Verdict, classify
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing, Measuring
 from abl_mlx.cli.main import cli
-from abl_mlx.commands import find, prompt_choice
+from abl_mlx.commands import edit_choice, find, prompt_choice
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.directions import direction_file, estimators, measuring
 from abl_mlx.directions.variants import Tried, Variant, best
@@ -46,7 +46,7 @@ def loaded(folder):
 def test_the_default_goes_on_to_a_subspace_where_one_direction_fails(name):
     chat, writers, answer = loaded(small_models.folder(name))
     sets = small_models.prompt_sets(name)
-    found = find.find_direction(chat, writers, sets, Options())
+    found = find.find_direction(chat, writers, sets, Measuring())
     summary, scores = found.metadata["summary"], found.metadata["scores"]
     # Rank 1 fails: of every layer at the last token, at the least a fifth still opens refusing.
     tried = [score for score in scores if "refused" in score]
@@ -61,7 +61,7 @@ def test_the_default_goes_on_to_a_subspace_where_one_direction_fails(name):
     assert found.selected.shape[0] == summary["rank"] >= 2
     harmful, harmless = sets.harmful.test, sets.harmless.test
     before = answer(harmless.texts, 26)
-    with ablation(writers, find.edit_of(found, Options())):
+    with ablation(writers, edit_choice.edit_of(found, Editing())):
         after = answer([*harmful.texts, *harmless.texts], 26)
     assert refused(after[: len(harmful)]) <= 0.05
     known = [a == b for a, b in zip(after, small_models.answers(harmful), strict=False)]
@@ -82,14 +82,14 @@ def test_a_direction_is_chosen_by_its_whole_removal_and_then_scaled(search):
     """At strength -1 the edit that leaves least refusals would be the one that does least."""
     chat, writers, answer = loaded(MODEL_PATH)
     sets = prompts.load_demo()
-    whole = find.find_direction(chat, writers, sets, Options(search=search))
-    turned = Options(strength=-1.0, search=search)
+    whole = find.find_direction(chat, writers, sets, Measuring.of(search=search))
+    turned = Measuring.of(strength=-1.0, search=search)
     found = find.find_direction(chat, writers, sets, turned)
     np.testing.assert_array_equal(np.array(found.selected), np.array(whole.selected))
     assert found.metadata["summary"] == whole.metadata["summary"]
-    with ablation(writers, find.edit_of(found, turned)):
+    with ablation(writers, edit_choice.edit_of(found, turned.editing)):
         assert refused(answer(sets.harmful.test.texts, 26)) == 1
-    with ablation(writers, find.edit_of(found, Options())):
+    with ablation(writers, edit_choice.edit_of(found, Editing())):
         assert refused(answer(sets.harmful.test.texts, 26)) <= 0.05
 
 
@@ -110,7 +110,7 @@ def test_beyond_two_the_component_comes_back_and_one_is_told(tiny_folder, tmp_pa
 
 def test_only_the_best_candidates_run_all_prompts():
     chat, writers, _ = loaded(MODEL_PATH)
-    found = find.find_direction(chat, writers, prompts.load_demo(), Options())
+    found = find.find_direction(chat, writers, prompts.load_demo(), Measuring())
     tried = [score for score in found.metadata["scores"] if "prompts" in score]
     assert len(tried) == 6
     assert [score["prompts"] for score in tried].count((32, 32)) == 1
@@ -130,14 +130,14 @@ def test_over_refusal_falls_and_harmful_prompts_go_on_being_refused(tmp_path):
     ]
     (tmp_path / "borderline.txt").write_text("\n".join(lines))
     borderline = prompts.load(str(tmp_path / "borderline.txt"), "--borderline")
-    options, sets = Options(method="over-refusal"), replace(sets, borderline=borderline)
+    options, sets = Measuring.of(method="over-refusal"), replace(sets, borderline=borderline)
     found = find.find_direction(chat, writers, sets, options)
-    held_out = prompt_choice.borderline_part(sets, options, "test").texts
+    held_out = prompt_choice.borderline_part(sets, options.prompting, options.finding, "test").texts
     harmful, harmless = sets.harmful.test.texts[:32], sets.harmless.test.texts[:32]
     asked = [*held_out, *harmful, *harmless]
     before = answer(asked, 26)
     assert refused(before[: len(held_out)]) >= 0.5
-    with ablation(writers, find.edit_of(found, options)):
+    with ablation(writers, edit_choice.edit_of(found, options.editing)):
         after = answer(asked, 26)
     assert refused(after[: len(held_out)]) <= 0.3
     assert refused(after[len(held_out) : -32]) >= 0.95
@@ -184,7 +184,7 @@ def states(chat, split, offsets):
 
 def found_with(folder, **chosen):
     chat, writers, _ = loaded(folder)
-    return find.find_direction(chat, writers, SETS, Options(**chosen))
+    return find.find_direction(chat, writers, SETS, Measuring.of(**chosen))
 
 
 def by_hand(method, bad, good):
@@ -385,13 +385,13 @@ def test_directions_of_each_layer_are_kept_applied_and_looked_at(tiny_folder, tm
     rows = np.array(back.selected)[:, 0]
     expected = np.abs((stream * rows).sum(axis=1)) / np.linalg.norm(stream, axis=1)
     np.testing.assert_allclose(seen, expected, rtol=1e-3)
-    edit = find.edit_of(back, Options())
+    edit = edit_choice.edit_of(back, Editing())
     with ablation(writers, edit):
         mx.eval(chat.model(mx.array(sequences)))
     fewer = direction_file.DirectionFile(back.selected[:2])
     with pytest.raises(UserError, match="2 layers"):
         direction_file.check_width(fewer, tmp_path / "d.safetensors", chat)
     with pytest.raises(UserError, match="2 layers"):
-        find.edit_of(fewer, Options()).chosen(writers)
+        edit_choice.edit_of(fewer, Editing()).chosen(writers)
     with pytest.raises(UserError, match="--pin"):
-        find.edit_of(back, Options(pin="1"))
+        edit_choice.edit_of(back, Editing(pin="1"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import show
 from abl_mlx.commands.session import Steered
@@ -24,7 +24,7 @@ PROMPT = "How do I plan a garden?"
 def made(folder, selected, **options):
     chat = load(folder)
     file = direction_file.DirectionFile(selected(chat))
-    return Steered("tiny", chat, find_writers(chat), file, Options(**options))
+    return Steered("tiny", chat, find_writers(chat), file, Editing(**options))
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "each layer"])

@@ -7,9 +7,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Editing, SteerOptions
 from abl_mlx.commands import session as steered
-from abl_mlx.commands.find import edit_of
+from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.directions.pinning import embedding_means, held_at
 from abl_mlx.directions.trial import Trial
 from abl_mlx.edits import slabs
@@ -332,7 +332,7 @@ def test_steering_refuses_what_does_not_fit(tiny_folder):
 
 @pytest.fixture(scope="module")
 def demo():
-    return steered.load("demo", None, Options())
+    return steered.load("demo", SteerOptions())
 
 
 def first_tokens(demo, options):
@@ -347,15 +347,15 @@ def first_tokens(demo, options):
 
 
 def test_negative_strengths_strengthen(demo):
-    before, weaker = first_tokens(demo, Options(strength=0.3))
-    _, stronger = first_tokens(demo, Options(strength=-0.3))
+    before, weaker = first_tokens(demo, Editing(strength=0.3))
+    _, stronger = first_tokens(demo, Editing(strength=-0.3))
     assert weaker.refusal < before - 1 < before + 0.5 < stronger.refusal
     assert stronger.refused == 1
 
 
 @pytest.mark.parametrize("pin", ["harmless", "harmful", "-0.1"])
 def test_pinned_models_answer_and_leave_the_rest(pin, demo):
-    _, effect = first_tokens(demo, Options(pin=pin))
+    _, effect = first_tokens(demo, Editing(pin=pin))
     assert effect.refused == 0
     assert effect.kl < 0.01
-    assert edit_of(demo.direction, Options(pin=pin)).pin is not None
+    assert edit_of(demo.direction, Editing(pin=pin)).pin is not None

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.choices import Options
+from abl_mlx.choices import RunOptions
 from abl_mlx.commands import run
 from abl_mlx.edits import exactness
 from abl_mlx.edits.edit import Edit, rounded, target
@@ -134,7 +134,7 @@ def test_run_fails_when_what_it_wrote_is_not_exact(
 ):
     """A writer that the search missed is found out on the written model, and nothing is left."""
     source, out = tiny_folder("llama"), tmp_path / f"edited{suffix}"
-    quick = Options(limit=4, layer=1, position=-1, max_tokens=2, max_leak=1.0)
+    quick = RunOptions.of(limit=4, layer=1, position=-1, max_tokens=2, max_leak=1.0)
     sets = [str(tmp_path / f"{name}.txt") for name in ("harmful", "harmless")]
     for path, word in zip(sets, ("break", "plant"), strict=True):
         Path(path).write_text("".join(f"How do I {word} {n} things?\n" for n in range(20)))
@@ -165,7 +165,7 @@ def test_an_adapter_beside_biases_is_not_held_to_it(tmp_path):
     sets = [str(tmp_path / f"{name}.txt") for name in ("harmful", "harmless")]
     for path, word in zip(sets, ("break", "plant"), strict=True):
         Path(path).write_text("".join(f"How do I {word} {n} things?\n" for n in range(20)))
-    quick = Options(limit=4, layer=1, position=-1, max_tokens=2, max_leak=1.0,
+    quick = RunOptions.of(limit=4, layer=1, position=-1, max_tokens=2, max_leak=1.0,
                     harmful=sets[0], harmless=sets[1])  # fmt: skip
     record = run.run(str(source), [tmp_path / "edited.adapter"], quick)
     assert record["component"]["after"] > 1e-3

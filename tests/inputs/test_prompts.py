@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import Finding, Prompting
 from abl_mlx.commands import prompt_choice
 from abl_mlx.inputs.prompts import BUNDLED, MINIMUM, bundled, load, load_demo, load_sets
 from abl_mlx.inputs.sets import Prompt, PromptSet, Split, normalized, split
@@ -560,12 +560,12 @@ def test_load_demo_errors(tmp_path: Path, change: dict[str, object], part: str) 
 
 
 def test_borderline_prompts_are_asked_beside_the_bundled_ones(tmp_path):
-    sets, options = load_sets(None, None, 0), Options()
-    assert prompt_choice.borderline_asked(sets, options) == sets.borderline
+    sets, asked, found = load_sets(None, None, 0), Prompting(), Finding()
+    assert prompt_choice.borderline_asked(sets, asked, found) == sets.borderline
     assert len(sets.borderline) == 70
     quick = prompt_choice.cut(sets, *prompt_choice.QUICK)
-    assert len(prompt_choice.borderline_asked(quick, replace(options, quick=True))) == 24
-    held_out = prompt_choice.borderline_asked(sets, replace(options, method="over-refusal"))
+    assert len(prompt_choice.borderline_asked(quick, replace(asked, quick=True), found)) == 24
+    held_out = prompt_choice.borderline_asked(sets, asked, replace(found, method="over-refusal"))
     assert held_out == split(sets.borderline, 0).test
-    assert prompt_choice.borderline_asked(sets, replace(options, harmful="mine.txt")) is None
-    assert prompt_choice.borderline_asked(replace(sets, borderline=None), options) is None
+    assert prompt_choice.borderline_asked(sets, replace(asked, harmful="mine.txt"), found) is None
+    assert prompt_choice.borderline_asked(replace(sets, borderline=None), asked, found) is None

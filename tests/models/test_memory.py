@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import ApplyOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import measure_apply
 from abl_mlx.inputs.sources import Source
@@ -84,9 +84,9 @@ def test_lazy_writes_the_same_bytes_and_never_loads(
     arch, tiny_folder, direction, tmp_path, monkeypatch
 ):
     source = str(tiny_folder(arch))
-    measure_apply.apply(direction, source, [tmp_path / "held"], Options())
+    measure_apply.apply(direction, source, [tmp_path / "held"], ApplyOptions())
     monkeypatch.setattr(chat_model, "load", None)  # to call it would fail
-    measure_apply.apply(direction, source, [tmp_path / "lazy"], Options(lazy=True))
+    measure_apply.apply(direction, source, [tmp_path / "lazy"], ApplyOptions.of(lazy=True))
     held, lazy = (tmp_path / name / "model.safetensors" for name in ("held", "lazy"))
     assert held.read_bytes() == lazy.read_bytes()
     assert held.read_bytes() != (tiny_folder(arch) / "model.safetensors").read_bytes()
@@ -97,7 +97,7 @@ def test_apply_is_lazy_unasked_where_the_model_does_not_fit(
 ):
     monkeypatch.setattr(chat_model, "load", None)
     monkeypatch.setattr(memory, "machine", lambda: Memory(100_000, None))
-    measure_apply.apply(direction, str(tiny_folder("llama")), [tmp_path / "out"], Options())
+    measure_apply.apply(direction, str(tiny_folder("llama")), [tmp_path / "out"], ApplyOptions())
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from abl_mlx.behaviour.llamacpp import LlamaCpp
-from abl_mlx.choices import Options
+from abl_mlx.choices import ApplyOptions
 from abl_mlx.commands import measure_apply
 from abl_mlx.reports import tables
 from convert.architectures import gguf_mtp
@@ -71,8 +71,8 @@ def along(path: Path, name: str, direction: Path) -> float:
 def test_drafting_blocks_are_edited_on_request_alone(name, kind, direction, tmp_path):
     source = write(tmp_path / "source.gguf", recipe(name), GGMLQuantizationType[kind])
     alone, asked = tmp_path / "alone.gguf", tmp_path / "asked.gguf"
-    without = measure_apply.apply(direction, str(source), [alone], Options())
-    record = measure_apply.apply(direction, str(source), [asked], Options(mtp=True))
+    without = measure_apply.apply(direction, str(source), [alone], ApplyOptions())
+    record = measure_apply.apply(direction, str(source), [asked], ApplyOptions.of(mtp=True))
     block, roles = WRITERS[name]
     wanted = {f"blk.{block}.{role}.weight" for role in roles}
     with GgufSource(source) as gguf:
@@ -109,14 +109,16 @@ def test_where_there_is_no_place_for_it(direction, tmp_path):
     ]
     for file, out, more, message in fails:
         with pytest.raises(UserError, match=message):
-            measure_apply.apply(direction, str(file), [tmp_path / out], Options(mtp=True, **more))
+            measure_apply.apply(
+                direction, str(file), [tmp_path / out], ApplyOptions.of(mtp=True, **more)
+            )
         assert not (tmp_path / out).exists()
     odd = deepseek2(drafting=True)
     odd = replace(odd, tensors=odd.tensors | {"blk.2.nextn.odd.weight": (256, 256)})
     other = write(tmp_path / "odd.gguf", odd)
     with pytest.raises(UserError, match=r"part is not known: blk\.2\.nextn\.odd\.weight;"):
-        measure_apply.apply(direction, str(other), [tmp_path / "x.gguf"], Options(mtp=True))
-    record = measure_apply.apply(direction, str(other), [tmp_path / "x.gguf"], Options())
+        measure_apply.apply(direction, str(other), [tmp_path / "x.gguf"], ApplyOptions.of(mtp=True))
+    record = measure_apply.apply(direction, str(other), [tmp_path / "x.gguf"], ApplyOptions())
     assert record["mtp"]["edited"] == []
 
 

@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model, quantize_model
 
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.refusals import Verdict, classify
-from abl_mlx.choices import Options
+from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.commands import measure_apply
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.edits import edit as edits
@@ -254,7 +254,7 @@ def test_the_written_folder_keeps_its_form(arch, name, direction, tmp_path, monk
     gpu_alone = "global" in name and arch == "qwen3_moe"
     if gpu_alone:
         probe_floats_instead(tmp_path / "float", monkeypatch)
-    record = measure_apply.apply(direction, str(source), [out], Options())
+    record = measure_apply.apply(direction, str(source), [out], ApplyOptions())
     assert record["leak"]["total"] < 1e-3
     if gpu_alone:
         with TensorFiles(source) as files:
@@ -290,7 +290,7 @@ def test_writers_alone_are_promoted(bits, name, direction, tmp_path, monkeypatch
     out = tmp_path / "out"
     if "global" in name:
         probe_floats_instead(tmp_path / "float", monkeypatch)
-    record = measure_apply.apply(direction, str(source), [out], Options(writer_bits=bits))
+    record = measure_apply.apply(direction, str(source), [out], ApplyOptions.of(writer_bits=bits))
     assert record["leak"]["total"] < 1e-3
     maps = [json.loads((f / "config.json").read_text())["quantization"] for f in (source, out)]
     added = {path: entry for path, entry in maps[1].items() if maps[0].get(path) != entry}
@@ -315,14 +315,16 @@ def test_writers_alone_are_promoted(bits, name, direction, tmp_path, monkeypatch
 def test_what_cannot_be_promoted_or_fits_nothing_is_named(direction, tmp_path):
     source = tiny.write_model(tmp_path / "float", "llama", dtype="bfloat16", **tiny.WIDE)
     with pytest.raises(UserError, match="--writer-bits 8: nothing"):
-        measure_apply.apply(direction, str(source), [tmp_path / "out"], Options(writer_bits="8"))
+        measure_apply.apply(
+            direction, str(source), [tmp_path / "out"], ApplyOptions.of(writer_bits="8")
+        )
     quantized = quantize(source, tmp_path / "source", bits=4, group_size=64)
     name = "model.layers.0.mlp.down_proj.weight"
     with TensorFiles(quantized) as files:
         assert find_matrix(files, name, 256).quantization == Quantization(4, 64)
         with pytest.raises(UserError, match=r"down_proj\.weight"):
             find_matrix(files, name, 512 + 32)
-    options = Options(plain_rounding=True)
+    options = ApplyOptions.of(plain_rounding=True)
     with pytest.raises(UserError, match="did not survive"):
         measure_apply.apply(direction, str(quantized), [tmp_path / "out"], options)
     assert not (tmp_path / "out").exists()
@@ -346,8 +348,8 @@ def test_the_quantized_demo_stops_refusing(bits, tmp_path):
     source = quantize(MODEL_PATH, tmp_path / "source", bits=bits, group_size=64)
     out = tmp_path / "out"
     found = tmp_path / "direction.safetensors"
-    measure_apply.measure(str(source), found, Options(layer=2, position=-1, limit=32))
-    measure_apply.apply(found, str(source), [out], Options())
+    measure_apply.measure(str(source), found, MeasureOptions.of(layer=2, position=-1, limit=32))
+    measure_apply.apply(found, str(source), [out], ApplyOptions())
     locked, allowed = rates(source, 32)
     assert locked >= 0.95
     assert allowed <= 0.05

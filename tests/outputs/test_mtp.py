@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import quantize_model
 
-from abl_mlx.choices import Options
+from abl_mlx.choices import ApplyOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import measure_apply
 from abl_mlx.models.chat_model import load
@@ -181,7 +181,7 @@ def test_a_vision_tower_keeps_its_bytes(arch, bits, shards, direction, tmp_path)
         bits=bits,
         names=names,
     )
-    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], ApplyOptions())
     assert "mtp" not in record
     touched = {name.rpartition(".")[0] for name in changed(source, tmp_path / "out")}
     writers = ("o_proj", "down_proj", "embed_tokens", "out_proj")
@@ -192,7 +192,7 @@ def test_a_vision_tower_keeps_its_bytes(arch, bits, shards, direction, tmp_path)
     assert not any(name.startswith(prefix) or "projector" in name for name in touched)
     mlx_lm.load(str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"--mtp: .* holds no tensors of multi-token prediction"):
-        measure_apply.apply(direction, str(source), [tmp_path / "no"], Options(mtp=True))
+        measure_apply.apply(direction, str(source), [tmp_path / "no"], ApplyOptions.of(mtp=True))
 
 
 # --- multi-token prediction --------------------------------------------------------------------
@@ -354,8 +354,8 @@ def write_mtp(folder: Path, arch: str, **options: Any) -> Path:
 def test_the_writers_of_mtp_blocks_are_edited_on_request_alone(arch, shards, direction, tmp_path):
     source = write_mtp(tmp_path / "source", arch, shards=shards)
     alone, asked = tmp_path / "alone", tmp_path / "asked"
-    without = measure_apply.apply(direction, str(source), [alone], Options())
-    record = measure_apply.apply(direction, str(source), [asked], Options(mtp=True))
+    without = measure_apply.apply(direction, str(source), [alone], ApplyOptions())
+    record = measure_apply.apply(direction, str(source), [asked], ApplyOptions.of(mtp=True))
     plain, all_of_them = changed(source, alone), changed(source, asked)
     _, _, prefix, more, modules, _ = FORMS[arch]
     with TensorFiles(source) as files:
@@ -422,8 +422,8 @@ def stream_of_block(folder: Path, arch: str) -> np.ndarray:
 def test_the_stream_of_an_edited_block_is_free_of_the_direction(arch, direction, tmp_path):
     source = write_mtp(tmp_path / "source", arch)
     alone, asked = tmp_path / "alone", tmp_path / "asked"
-    measure_apply.apply(direction, str(source), [alone], Options())
-    measure_apply.apply(direction, str(source), [asked], Options(mtp=True))
+    measure_apply.apply(direction, str(source), [alone], ApplyOptions())
+    measure_apply.apply(direction, str(source), [asked], ApplyOptions.of(mtp=True))
 
     def share(folder: Path) -> float:
         stream = stream_of_block(folder, arch)
@@ -445,8 +445,8 @@ def test_the_extra_layer_of_deepseek_v3(direction, tmp_path):
         shards=2, num_hidden_layers=61, first_k_dense_replace=60, dtype="bfloat16",
     )  # fmt: skip
     alone, asked = tmp_path / "alone", tmp_path / "asked"
-    measure_apply.apply(direction, str(source), [alone], Options())
-    record = measure_apply.apply(direction, str(source), [asked], Options(mtp=True))
+    measure_apply.apply(direction, str(source), [alone], ApplyOptions())
+    record = measure_apply.apply(direction, str(source), [asked], ApplyOptions.of(mtp=True))
     assert not any(name.startswith(stem) for name in changed(source, alone))
     edited = {name.removesuffix(".weight") for name in record["mtp"]["edited"]}
     assert edited == {f"{stem}eh_proj", f"{stem}embed_tokens", f"{stem}self_attn.o_proj"} | experts(
@@ -486,7 +486,10 @@ def test_quantized_blocks(arch, writer_bits, direction, tmp_path):
     out = tmp_path / "out"
     # In a model this narrow, bfloat16 norms and what is not quantized leave nothing to speak of.
     record = measure_apply.apply(
-        direction, str(source), [out], Options(mtp=True, writer_bits=writer_bits, max_leak=0.05)
+        direction,
+        str(source),
+        [out],
+        ApplyOptions.of(mtp=True, writer_bits=writer_bits, max_leak=0.05),
     )
     config = json.loads((out / "config.json").read_text())
     edited = {name.removesuffix(".weight") for name in record["mtp"]["edited"]}
@@ -533,7 +536,9 @@ def fused(weights: Weights) -> Weights:
 
 def test_experts_in_one_tensor(direction, tmp_path):
     source = write(tmp_path / "source", "qwen3_next", fused)
-    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], Options(mtp=True))
+    record = measure_apply.apply(
+        direction, str(source), [tmp_path / "out"], ApplyOptions.of(mtp=True)
+    )
     assert "mtp.layers.0.mlp.experts.down_proj" in record["mtp"]["edited"]
     with TensorFiles(tmp_path / "out") as files:
         w = np.array(files.read("mtp.layers.0.mlp.experts.down_proj")).astype(np.float64)
@@ -572,21 +577,23 @@ def plus(name: str, shape: tuple[int, ...]) -> Callable[[Weights], Weights]:
 def test_other_forms_are_refused_and_kept(arch, made, message, direction, tmp_path):
     source = write(tmp_path / "source", arch, made)
     with pytest.raises(UserError, match=message):
-        measure_apply.apply(direction, str(source), [tmp_path / "no"], Options(mtp=True))
+        measure_apply.apply(direction, str(source), [tmp_path / "no"], ApplyOptions.of(mtp=True))
     assert not (tmp_path / "no").exists()
-    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], Options())
+    record = measure_apply.apply(direction, str(source), [tmp_path / "out"], ApplyOptions())
     assert record["mtp"]["edited"] == []
     assert not any("mtp" in name for name in changed(source, tmp_path / "out"))
 
 
 def test_layers_adapters_and_undo(direction, tmp_path):
     source = write_mtp(tmp_path / "source", "mimo")
-    options = Options(mtp=True, layers=frozenset({0, 1}))
+    options = ApplyOptions.of(mtp=True, layers=frozenset({0, 1}))
     with pytest.raises(UserError, match="as the last layer is, 2, which this edit leaves alone"):
         measure_apply.apply(direction, str(source), [tmp_path / "no"], options)
     with pytest.raises(UserError, match="--mtp: mlx-lm applies no adapter"):
-        measure_apply.apply(direction, str(source), [tmp_path / "no.adapter"], Options(mtp=True))
-    half = Options(mtp=True, strength=0.5, layers=frozenset({2}), embedding=False)
+        measure_apply.apply(
+            direction, str(source), [tmp_path / "no.adapter"], ApplyOptions.of(mtp=True)
+        )
+    half = ApplyOptions.of(mtp=True, strength=0.5, layers=frozenset({2}), embedding=False)
     measure_apply.apply(direction, str(source), [tmp_path / "half"], half)
     assert changed(source, tmp_path / "half") == {
         f"{prefix}.{name}.weight"
@@ -603,7 +610,7 @@ def test_layers_adapters_and_undo(direction, tmp_path):
             np.testing.assert_allclose(
                 np.array(old.read(name)), np.array(new.read(name)), atol=1e-5
             )
-    kept = Options(mtp=True, keep_undo=True)
+    kept = ApplyOptions.of(mtp=True, keep_undo=True)
     measure_apply.apply(direction, str(source), [tmp_path / "whole"], kept)
     done = CliRunner().invoke(
         cli, ["undo", str(tmp_path / "whole"), "-o", str(tmp_path / "again")],

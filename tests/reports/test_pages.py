@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx.choices import EvalOptions, Options
+from abl_mlx.choices import EvalOptions, RunOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.reports import charts, figures, plot
 from abl_mlx.reports.charts import Chart, Series
@@ -24,7 +24,7 @@ from abl_mlx.reports.page_audit import audit_page
 from abl_mlx.reports.page_eval import eval_page
 from abl_mlx.reports.page_run import run_page
 from abl_mlx.reports.page_show import show_page
-from abl_mlx.reports.replay import command_line, plain
+from abl_mlx.reports.replay import command_line
 from abl_mlx.support.console import percent
 from convert.base.errors import UserError
 from tests.support import browser
@@ -439,10 +439,10 @@ def test_the_command_line_makes_the_same_choices(command):
             "layer": 2.5, "position": -2, "strength": -0.5, "layers": [0, 2, 3], "embedding": False,
             "norm": "rows", "pin": "-3", "max_leak": 0.5, "keep_undo": True,
         }  # fmt: skip
-        defaults = Options().record()
+        defaults = RunOptions().record()
     else:
         chosen |= {"server_model": "m", "kl_limit": 0.25, "min_refusal": 0.9, "capability": True}
-        defaults = plain(vars(EvalOptions()))
+        defaults = EvalOptions().record()
     outputs = ["out dir"] if command == "run" else []
     text = command_line([command, "-model"], {**defaults, **chosen}, defaults, outputs)
     words = shlex.split(text)

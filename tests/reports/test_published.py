@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.choices import Options
+from abl_mlx.choices import RunOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.inputs.sources import resolve
@@ -240,7 +240,7 @@ _OUTPUT = {
 _RECORD = {
     "source": "x", "base_model": "x", "abl_mlx": "0", "before": _BEHAVIOUR,
     "direction": {"sha256": "0", "multiple": 1, "position": -1, "layer": 1},
-    "component": {"before": 0.0}, "options": Options().record(),
+    "component": {"before": 0.0}, "options": RunOptions().record(),
     "evaluations": [_OUTPUT], "written": [_OUTPUT],
 }  # fmt: skip
 

@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx.choices import Options
-from abl_mlx.commands.find import edit_of, find_direction
+from abl_mlx.choices import Editing, Measuring, Searching
+from abl_mlx.commands.edit_choice import edit_of
+from abl_mlx.commands.find import find_direction
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.selection import refusal_scores
 from abl_mlx.edits.edit import Edit
@@ -273,12 +274,12 @@ def demo():
     }
     sets = replace(sets, **few)
     writers = find_writers(chat)
-    return chat, writers, sets, find_direction(chat, writers, sets, Options(position=-1))
+    return chat, writers, sets, find_direction(chat, writers, sets, Measuring.of(position=-1))
 
 
 def searched(demo, journal, trials, *, seed=0, **others):
     chat, writers, sets, found = demo
-    options = Options(search=trials, search_journal=journal, seed=seed, **others)
+    options = Measuring.of(search=trials, search_journal=journal, seed=seed, **others)
     return loop.improve(chat, writers, sets, found, options)
 
 
@@ -299,7 +300,7 @@ def test_search_finds_a_gentler_edit_that_leaves_no_refusals(demo, whole):
     assert chosen["refusal_rate"] == 0
     assert chosen["kl"] < 0.8 * default["kl"]
     # What is written down is the edit whose scores are written down, also through a file.
-    edit = edit_of(file, Options())
+    edit = edit_of(file, Editing())
     harmful = [chat.encode(text) for text in sets.harmful.validation.texts]
     # Train prompts fill up what the validation part lacks.
     texts = [*sets.harmless.validation.texts, *sets.harmless.train.texts]
@@ -335,7 +336,7 @@ def test_the_file_keeps_the_edit(whole, tmp_path):
     _, file = whole
     direction_file.save(tmp_path / "d.safetensors", file)
     back = direction_file.read(tmp_path / "d.safetensors")
-    first, second = edit_of(file, Options()), edit_of(back, Options())
+    first, second = edit_of(file, Editing()), edit_of(back, Editing())
     assert second.profile == first.profile
     assert second.profile is not None
     assert second.embedding == first.embedding
@@ -451,11 +452,11 @@ def test_options_that_do_not_go_together(demo):
 
 
 def test_journal_lies_beside_the_output(tmp_path):
-    assert Options().with_journal(tmp_path / "x").search_journal is None
-    found = Options(search=5).with_journal(tmp_path / "edited.gguf").search_journal
+    assert Searching().beside(tmp_path / "x").search_journal is None
+    found = Searching(search=5).beside(tmp_path / "edited.gguf").search_journal
     assert found == tmp_path / "edited.gguf.search.journal"
-    given = Options(search=5, search_journal=tmp_path / "mine")
-    assert given.with_journal(tmp_path / "x").search_journal == tmp_path / "mine"
+    given = Searching(search=5, search_journal=tmp_path / "mine")
+    assert given.beside(tmp_path / "x").search_journal == tmp_path / "mine"
 
 
 def test_hopeless_edits_end_after_the_first_prompts(demo):

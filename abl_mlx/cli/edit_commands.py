@@ -1,0 +1,221 @@
+"""The commands that write: run, measure, apply, undo, convert. They parse, call and print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from abl_mlx.cli.answer import answer
+from abl_mlx.cli.flags import (
+    choice_flags,
+    edit_flags,
+    gguf_flags,
+    given_flags,
+    json_flag,
+    memory_flag,
+    prompt_flags,
+    reply_flags,
+    search_flags,
+    writing_flags,
+)
+from abl_mlx.cli.group import cli
+from abl_mlx.cli.values import HERE
+
+
+@cli.command()
+@click.argument("model")
+@edit_flags
+@writing_flags
+@given_flags
+@click.option(
+    "--gguf",
+    metavar="BASE.gguf",
+    help="Measure on MODEL (MLX or Hugging Face) and edit this GGUF of the same model instead.",
+)
+@click.option(
+    "--induce",
+    is_flag=True,
+    help="The reverse: make MODEL refuse everything, by a constant after one layer; --strength "
+    "scales it, --layer fixes where. Written as a bias, or with -o NAME.cvec.gguf as a control "
+    "vector for llama.cpp.",
+)
+@prompt_flags
+@choice_flags
+@search_flags
+@reply_flags
+@gguf_flags
+@memory_flag
+@json_flag
+def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **chosen: Any) -> None:
+    """Find MODEL's refusal direction, remove it, write the result and show what changed.
+
+    The format follows the name: `-o edited/` is an MLX folder, `-o edited.gguf` a GGUF for
+    llama.cpp, Ollama and LM Studio; several -o write several. Refusals are counted before and
+    after, on prompts that were not used to find the direction, and from the files as written.
+
+    MODEL may be a .gguf of any type: nothing else is needed, and every tensor keeps its type.
+    """
+    from abl_mlx.choices import RunOptions
+    from abl_mlx.commands import run as running
+    from abl_mlx.reports import induce_tables, tables
+
+    work = running.run_induced if induce else running.run
+    table = induce_tables.table if induce else tables.run_table
+    answer(as_json, table, work, model, outputs, RunOptions.of(**chosen))
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=HERE,
+    help="The direction file, NAME.safetensors.",
+)
+@click.option(
+    "--plot",
+    metavar="FILE.png|FILE.svg",
+    type=HERE,
+    help="Draw separation, causal scores, KL and explained variance by layer, and both prompt sets "
+    "in a plane.",
+)
+@prompt_flags
+@choice_flags
+@search_flags
+@memory_flag
+@json_flag
+def measure(model: str, output: Path, plot: Path | None, as_json: bool, **chosen: Any) -> None:
+    """Find MODEL's refusal direction and keep it, with all candidates, in a file to share."""
+    from abl_mlx.choices import MeasureOptions
+    from abl_mlx.commands import measure_apply
+
+    options = MeasureOptions.of(**chosen)
+    answer(as_json, "measure_line", measure_apply.measure, model, output, options, plot)
+
+
+@cli.command()
+@click.argument("direction", type=HERE)
+@click.argument("model")
+@edit_flags
+@writing_flags
+@gguf_flags
+@click.option(
+    "--lazy",
+    is_flag=True,
+    help="Edit file to file: no more of the model is in memory at a time than one tensor. For "
+    "models larger than the memory this is done unasked; a GGUF is always edited so.",
+)
+@memory_flag
+@json_flag
+def apply(
+    direction: Path, model: str, outputs: tuple[Path, ...], as_json: bool, **chosen: Any
+) -> None:
+    """Remove DIRECTION, a file made by `measure` (or a bare .npy vector), from MODEL's weights.
+
+    MODEL may also be a .gguf of any type: it is edited tensor by tensor in its own types, rounded
+    so that the edit survives, and everything else in it is copied byte for byte.
+    """
+    from abl_mlx.choices import ApplyOptions
+    from abl_mlx.commands import measure_apply
+
+    options = ApplyOptions.of(**chosen)
+    answer(as_json, "apply_table", measure_apply.apply, direction, model, outputs, options)
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    required=True,
+    type=HERE,
+    help="Where the model goes as it was: a folder for a folder, NAME.gguf for a GGUF; or an "
+    "adapter for MODEL that undoes its edit. May be given again.",
+)
+@click.option(
+    "--factors",
+    type=HERE,
+    help="What the edit took out, as --keep-undo wrote it. Without it: the undo file that lies "
+    "with MODEL.",
+)
+@click.option(
+    "--direction",
+    type=HERE,
+    help="The edit's direction file, where there is no undo file: with --base, or for an edit of "
+    "a strength other than 1.",
+)
+@click.option("--base", metavar="MODEL", help="The model before the edit.")
+@json_flag
+def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> None:
+    """Put back what abl-mlx took out of MODEL, a folder or GGUF of float weights.
+
+    A full removal leaves nothing to go back by, so it needs what `run --keep-undo` or
+    `apply --keep-undo` kept, or the base model.
+    """
+    from abl_mlx.commands import undo as undoing
+
+    answer(as_json, "undo_table", lambda: undoing.undo(model, outputs, **given))
+
+
+@cli.command("convert")
+@click.argument("source")
+@click.argument("output", type=HERE)
+@click.option(
+    "--quantize",
+    default="F16",
+    show_default=True,
+    metavar="TYPE",
+    help="Type of a GGUF: F32, F16, BF16, Q8_0, Q4_0, ..., or a K-quant such as Q4_K_M.",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
+    help="Of an MLX folder: quantize to so many bits what MLX has no type for (Q6_K, Q3_K, Q2_K, "
+    "IQ*), instead of writing bfloat16.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Weights per scale, for --bits.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Of an MLX folder: all floats in this type. Without it every float stays exactly what it "
+    "is, and mlx-lm computes in float32 where types mix.",
+)
+@json_flag
+def convert_model(
+    source: str,
+    output: Path,
+    quantize: str,
+    bits: str | None,
+    group_size: str,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Write SOURCE in the other format: a GGUF as an MLX folder, or a folder as OUTPUT.gguf.
+
+    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and MXFP4 become MLX tensors without requantizing.
+    """
+    from abl_mlx.commands import conversion
+
+    answer(
+        as_json,
+        "convert_table",
+        lambda: conversion.convert(
+            source,
+            output,
+            quantize=quantize,
+            bits=int(bits) if bits else None,
+            group_size=int(group_size),
+            dtype=dtype,
+        ),
+    )

@@ -1,0 +1,51 @@
+"""The command line's root, and what it makes of errors."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from abl_mlx import __version__
+from abl_mlx.support.flags import said
+from convert.base import atomic, escape, scratch
+from convert.base.errors import UserError
+
+
+class Group(click.Group):
+    """Tells a person's mistakes in one sentence, with exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with atomic.claims():
+                scratch.sweep()
+                return super().invoke(ctx)
+        except UserError as error:
+            raise click.ClickException(escape.line(said(error))) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            told = f"{os.fsdecode(error.filename)}: {error.strerror}."
+            raise click.ClickException(escape.line(told)) from None
+        except MemoryError:
+            raise click.ClickException(
+                "not enough memory: choose a smaller model, or a smaller --batch-size."
+            ) from None
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="abl-mlx")
+def cli() -> None:
+    """Find, remove and measure the refusal direction of a local chat model.
+
+    MODEL is `demo` (bundled, works offline), a folder in MLX or Hugging Face form, a .gguf file, a
+    Hugging Face id such as mlx-community/SomeModel, a GGUF there (owner/repo:Q4_K_M or
+    hf:owner/repo/file.gguf), or a model that Ollama has (ollama:NAME).
+
+    \b
+    Try it:   abl-mlx run demo -o demo-edited
+    """

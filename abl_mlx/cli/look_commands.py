@@ -1,0 +1,233 @@
+"""The commands that look at a model: eval, audit, inspect, diff, show, chat."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from abl_mlx.cli.answer import answer, typed
+from abl_mlx.cli.eval_flags import gate_flags, judge_flags, metric_flags, server_flags
+from abl_mlx.cli.flags import (
+    json_flag,
+    memory_flag,
+    prompt_flags,
+    reply_flags,
+    report_flag,
+    steered_flags,
+)
+from abl_mlx.cli.group import cli
+from abl_mlx.cli.values import HERE
+from convert.base import escape
+
+
+@cli.command("eval")
+@click.argument("target")
+@server_flags
+@judge_flags
+@metric_flags
+@gate_flags
+@prompt_flags
+@reply_flags
+@memory_flag
+@json_flag
+def evaluate(target: str, as_json: bool, **chosen: Any) -> None:
+    """Count TARGET's refusals of harmful, harmless and borderline prompts; nothing is edited.
+
+    TARGET is a model as for the other commands, or a server that speaks OpenAI's chat API
+    (llama-server, Ollama, LM Studio, mlx_lm.server). A .gguf file is run by llama.cpp where that is
+    installed, else by a llama-server on the PATH, else by MLX.
+
+    \b
+    abl-mlx eval http://127.0.0.1:11434/v1 --model llama3.2
+    abl-mlx eval edited.gguf --baseline original.gguf
+    abl-mlx eval SomeModel --min-refusal 0.9 --max-over-refusal 0.1 --junit refusals.xml
+
+    An evaluation that was stopped goes on where it stopped when the same command is given again.
+    A key for a server is read from ABL_API_KEY, or OPENAI_API_KEY (this machine and https alone).
+
+    Exit codes: 1 for anything that went wrong, 3 when a limit is not met.
+    """
+    from abl_mlx.behaviour.gate import NOT_MET
+    from abl_mlx.choices import EvalOptions
+    from abl_mlx.commands import evaluate_model
+    from abl_mlx.reports import eval_tables
+
+    options = EvalOptions.of(**chosen)
+    record = answer(as_json, eval_tables.table, evaluate_model.evaluate_model, target, options)
+    if not record.get("gate", {"passed": True})["passed"]:
+        click.echo(eval_tables.failures(escape.record(record)), err=True)
+        sys.exit(NOT_MET)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--base", metavar="MODEL", help="The model that MODEL is said to come from.")
+@click.option(
+    "--direction",
+    type=HERE,
+    help="A direction file to hold against the recovered direction.",
+)
+@click.option(
+    "--ask/--no-ask",
+    default=False,
+    show_default=True,
+    help="Run MODEL too, and count its refusals as `abl-mlx eval` does.",
+)
+@click.option(
+    "--fail-on",
+    multiple=True,
+    type=click.Choice(["edited", "cannot-tell", "not-edited"]),
+    help="Exit with 3 when this is the verdict. May be given again.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=HERE,
+    help="Keep the recovered direction in this file, NAME.safetensors.",
+)
+@report_flag("Write a page to read in a browser here.")
+@json_flag
+def audit(model: str, as_json: bool, fail_on: tuple[str, ...], **given: Any) -> None:
+    """Was a direction taken out of MODEL's weights? For folders and GGUFs of any type.
+
+    The verdict is "edited", "not edited" or "cannot tell", with its evidence. Nothing but the model
+    is needed: what is looked for is a direction along which the weights that write to the residual
+    stream hold less than chance can explain. docs/audit.md says what that cannot see.
+
+    \b
+    abl-mlx audit some-model-Q4_K_M.gguf --fail-on edited --fail-on cannot-tell
+
+    Exit codes: 1 for anything that went wrong, 3 for a verdict of --fail-on.
+    """
+    from abl_mlx.behaviour.gate import NOT_MET
+    from abl_mlx.commands import audit as auditing
+
+    record = answer(as_json, auditing.table, lambda: auditing.audit(model, **given))
+    if auditing.fails(record, fail_on):
+        sys.exit(NOT_MET)
+
+
+@cli.command()
+@click.argument("model")
+@json_flag
+def inspect(model: str, as_json: bool) -> None:
+    """Show MODEL's architecture, its residual writers, and what an edit would touch."""
+    from abl_mlx.commands import measure_apply
+
+    answer(as_json, "inspect_table", measure_apply.inspect, model)
+
+
+@cli.command()
+@click.argument("first", type=HERE)
+@click.argument("second", type=HERE)
+@click.option(
+    "--direction",
+    type=HERE,
+    help="Show how much of this direction's removal from FIRST has arrived in SECOND.",
+)
+@click.option("--tensors", metavar="REGEX", help="The tensors to look at for --direction.")
+@json_flag
+def diff(
+    first: Path, second: Path, direction: Path | None, as_json: bool, tensors: str | None
+) -> None:
+    """Show which tensors differ between two GGUF files, and what is left of a direction."""
+    from abl_mlx.commands import diff as comparing
+
+    answer(
+        as_json,
+        "diff_table",
+        lambda: comparing.diff(first, second, direction=direction, tensors=tensors),
+    )
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option(
+    "--reply",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Read so many tokens of the model's own reply as well.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=HERE,
+    help="Draw it too, in this page.html.",
+)
+@steered_flags
+@json_flag
+def show(
+    model: str,
+    prompt: str,
+    reply: int,
+    output: Path | None,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
+    """Show how much of the refusal direction every layer and token of PROMPT holds.
+
+    Before and after the edit, which is made at runtime: nothing is written.
+    """
+    from abl_mlx.choices import SteerOptions
+    from abl_mlx.commands import session
+    from abl_mlx.commands import show as showing
+
+    color = sys.stdout.isatty()
+    prompt = typed("PROMPT", prompt)
+    answer(
+        as_json,
+        lambda record: showing.table(record, color=color),
+        lambda: showing.show(
+            session.load(model, SteerOptions.of(**chosen)), prompt, reply=reply, page=output
+        ),
+    )
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--side-by-side", is_flag=True, help="Show what the original says beside what the edited does."
+)
+@click.option(
+    "--max-tokens",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Longest reply.",
+)
+@click.option(
+    "--temp",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Temperature; 0 takes the likeliest token.",
+)
+@steered_flags
+def chat(
+    model: str,
+    side_by_side: bool,
+    max_tokens: int,
+    temp: float,
+    **chosen: Any,
+) -> None:
+    """Talk with MODEL, its edit switched on, off and scaled live (/help says how).
+
+    The edit is made at runtime, and equals that of the weights; nothing is written.
+    """
+    from abl_mlx.choices import SteerOptions
+    from abl_mlx.commands import chat as chatting
+    from abl_mlx.commands import session
+
+    with suppress(ImportError):
+        import readline  # noqa: F401  (editing of the line, and its history)
+    conversation = chatting.Conversation(
+        session.load(model, SteerOptions.of(**chosen)),
+        side_by_side=side_by_side, max_tokens=max_tokens, temp=temp,
+    )  # fmt: skip
+    chatting.talk(conversation, input, lambda text: click.echo(escape.block(text), nl=False))

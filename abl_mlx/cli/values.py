@@ -1,0 +1,80 @@
+"""The values that flags take: layers, positions, places, pins."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class Layers(click.ParamType):
+    """Layer numbers such as ``3``, ``2-5`` or ``0,4-6``."""
+
+    name = "layers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> frozenset[int]:
+        if isinstance(value, frozenset):
+            return value
+        chosen: set[int] = set()
+        try:
+            for part in value.split(","):
+                first, _, last = part.strip().partition("-")
+                numbers = range(int(first), int(last or first) + 1)
+                if not numbers:
+                    raise ValueError(part)
+                chosen.update(numbers)
+        except ValueError:
+            self.fail(f"{value!r} is no list of layers such as 3, 2-5 or 0,4-6.", param, ctx)
+        return frozenset(chosen)
+
+
+class Position(click.ParamType):
+    """A negative token offset, or ``instruction-end``."""
+
+    name = "position"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if value == "instruction-end" or isinstance(value, int):
+            return value
+        try:
+            if int(value) < 0:
+                return int(value)
+        except ValueError:
+            pass
+        self.fail(f"{value!r} is neither instruction-end nor a number from -1 down.", param, ctx)
+
+
+class Place(click.ParamType):
+    """A path on this machine; a leading ``~`` is the home folder, also where no shell sees it."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:  # ~nobody/...
+            return Path(value)
+
+
+HERE = Place()
+
+
+class PinValue(click.ParamType):
+    """``harmless``, ``harmful`` or a number."""
+
+    name = "pin"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in ("harmless", "harmful"):
+            try:
+                if not math.isfinite(float(value)):
+                    raise ValueError(value)
+            except ValueError:
+                self.fail(f"{value!r} is neither harmless, harmful nor a number.", param, ctx)
+        return str(value)

@@ -1,0 +1,342 @@
+"""Which of the measured candidates is taken, and why: by hand, by its cause, or a subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from abl_mlx.choices import Finding, Measuring
+from abl_mlx.commands.edit_choice import make_edit
+from abl_mlx.directions import choice, estimators, measuring, race, selection
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.measuring import Candidates
+from abl_mlx.directions.pinning import embedding_means, held_at
+from abl_mlx.directions.race import Runner
+from abl_mlx.directions.trial import Effect, Trial
+from abl_mlx.directions.variants import Tried, Variant, best
+from abl_mlx.edits.edit import Edit
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.logits import behind_last_layer
+from abl_mlx.models.writers import Writer
+from abl_mlx.reports.tables import summary_line
+from abl_mlx.support.arrays import number, numpy_of
+from abl_mlx.support.console import say
+from convert.base.errors import UserError
+
+# Edits that are tried at most, of those that a list is made of; layers whose singular vectors are;
+# layers so deep that they come last.
+_MOST_TRIALS, _MOST_LAYERS, _MOST_DEEP = 16, 3, 2
+
+
+def rank_of(finding: Finding) -> int:
+    """How many directions a subspace has: ``--rank``, or what suits the method."""
+    if finding.rank is not None:
+        return finding.rank
+    return 2 if finding.method == "svd" else 3
+
+
+class Finder:
+    """The choice among candidates, and what is written down of it."""
+
+    def __init__(
+        self,
+        chat: ChatModel,
+        writers: Sequence[Writer],
+        candidates: Candidates,
+        train: Mapping[str, list[list[int]]],
+        validation: Mapping[str, list[list[int]]],
+        states: tuple[np.ndarray, np.ndarray],
+        how: Measuring,
+    ):
+        """Take what was measured.
+
+        Args:
+            states: of the validation prompts that should be refused no more and of harmless ones,
+                (L, P, N, d), at the candidates' positions and the last.
+        """
+        self._chat, self._writers, self._how = chat, writers, how
+        self._train, self._validation = train, validation
+        self._candidates = candidates
+        self._embedding = embedding_means(chat, writers, train["harmful"], train["harmless"])
+        count = len(candidates.positions)
+        self._states = states[0][:, :count], states[1][:, :count]
+        self._last = states[0][-1, -1], states[1][-1, -1]
+        self._scores = selection.separation_of(candidates, *self._states)
+        self._tried: list[Tried] = []
+        self._notes: dict[str, Any] = {}
+
+    def file(self) -> DirectionFile:
+        """The chosen direction with everything that is known of it."""
+        variant = self._chosen()
+        candidates, how = self._candidates, self._how
+        bad, good = self._states
+        candidates = measuring.describe(candidates, bad, good)
+        layer = candidates.n_layers - 1 if variant.layer is None else round(variant.layer)
+        position = candidates.positions[-1] if variant.position is None else variant.position
+        at = layer, candidates.positions.index(position)
+        lead = variant.directions if variant.directions.ndim == 2 else candidates.bases[at]
+        clouds = estimators.plane(bad[at], good[at], numpy_of(lead[0]))
+        counted = {"forward_tokens": self._trial.tokens} if "_trial" in vars(self) else {}
+        metadata = {
+            "method": variant.method,
+            "candidate_method": candidates.method,
+            "summary": {**variant.record(), **self._notes, **counted},
+            "scores": [_score_record(score, candidates) for score in self._scores],
+            "trials": [tried.record() for tried in self._tried],
+            "cloud": {"layer": layer, "position": position},
+            "embedding_scale": self._embedding.scale,
+        }
+        if pins := self._embedding.pins(variant.directions):
+            metadata["pins"] = pins
+        if how.finding.across == "positions":
+            metadata["across"] = "positions"
+        return DirectionFile(variant.directions, candidates, metadata, clouds)
+
+    def _chosen(self) -> Variant:
+        finding, candidates = self._how.finding, self._candidates
+        if finding.layer is not None:
+            self._notes["chosen_by"] = "hand"
+            position = candidates.positions[-1] if finding.across else self._position
+            return self._variant(finding.layer, position)
+        if finding.per_layer or finding.across == "layers":
+            return self._among([self._together(position) for position in candidates.positions])
+        if finding.method == "over-refusal":
+            return self._over_refusal()
+        return self._by_cause()
+
+    @property
+    def _position(self) -> int:
+        return -1 if self._how.finding.position is None else self._candidates.positions[0]
+
+    def _variant(self, layer: float, position: int) -> Variant:
+        several = self._how.finding.across == "positions"
+        return Variant(
+            self._candidates.for_edit(layer, position),
+            self._candidates.method,
+            layer,
+            None if several else position,
+            "positions" if several else None,
+            self._candidates.method == "biprojected",
+        )
+
+    def _together(self, position: int) -> Variant:
+        method = self._candidates.method
+        if self._how.finding.per_layer:
+            each = self._candidates.each_layer(position)
+            return Variant(each, method, None, position, per_layer=True)
+        span = self._candidates.across_layers(position, rank_of(self._how.finding))
+        return Variant(span, method, None, position, "layers")
+
+    def _edit(self, variant: Variant) -> Edit:
+        """The whole removal, whatever strength is written: what is left tells directions apart."""
+        embedding = self._embedding
+        pins = None if self._how.editing.pin is None else embedding.pins(variant.directions)
+        pin = held_at(self._how.editing.pin, pins, embedding.scale, variant.rank)
+        return make_edit(variant.directions, replace(self._how.editing, strength=1.0), pin=pin)
+
+    @cached_property
+    def _trial(self) -> Trial:
+        validation = self._validation
+        refused = validation.get("borderline", validation["harmful"])
+        kept = validation["harmful"] if "borderline" in validation else []
+        before = [
+            behind_last_layer(self._chat, sequences, states)
+            for sequences, states in zip((refused, validation["harmless"]), self._last, strict=True)
+        ]
+        trial = Trial(
+            self._chat, self._writers, refused, validation["harmless"], kept,
+            before=(before[0], before[1]),
+        )  # fmt: skip
+        # The states were read off one pass of both sets.
+        trial.tokens += sum(map(len, [*refused, *validation["harmless"]]))
+        return trial
+
+    def _try(self, variants: Sequence[Variant], label: str) -> list[Tried]:
+        trial, limit = self._trial, self._how.finding.max_kl
+
+        def lost(effect: Effect) -> float:
+            """The share of the prompts to be kept that are refused no more."""
+            return 0.0 if effect.kept_share is None else trial.kept_before - effect.kept_share
+
+        def rank(effect: Effect) -> tuple[bool, bool, bool, float]:
+            whole = trial.is_whole(effect)
+            few = 1 if whole else 4
+            return lost(effect) > few * selection.LEFT, *choice.gentle(
+                effect, limit, trial.left, whole
+            )
+
+        def dropped(effect: Effect, so_far: bool = False) -> str:
+            if not effect.kl <= limit:
+                return f"KL {effect.kl:.3f} over the limit of {limit:g}"
+            if lost(effect) > selection.LEFT:
+                return f"{lost(effect):.0%} of the harmful prompts are refused no more"
+            return "" if so_far or trial.is_whole(effect) else choice.OUTRUN
+
+        def tried(runner: Runner[Variant]) -> Tried:
+            effect = runner.effect
+            return Tried(
+                runner.of, effect.refusal, effect.refused, effect.kl, effect.kept_share,
+                dropped(effect), trial.left,
+            )  # fmt: skip
+
+        runners = [Runner(variant, self._edit(variant)) for variant in variants]
+        race.run(
+            trial,
+            runners,
+            rank,
+            lambda effect: not dropped(effect),
+            lambda effect: not dropped(effect, so_far=True) and effect.refused <= trial.left,
+            lambda runner: tried(runner).works,
+            label,
+        )
+        done = [tried(one) for one in runners]
+        self._tried += done
+        return done
+
+    def _take(self, tried: Tried | None) -> Variant:
+        """Write down why an edit was taken."""
+        trial = self._trial
+        if tried is None:
+            lowest = min(one.kl for one in self._tried)
+            raise UserError(
+                "every candidate would move harmless prompts by more than --max-kl "
+                f"{self._how.finding.max_kl:g} (the gentlest by {lowest:.3f}) or undo refusals "
+                "that should stay: raise --max-kl, or choose with --layer and --position."
+            )
+        why = (
+            "lowest KL of those that leave no refusals"
+            if tried.works
+            else "least refusals left within the KL limit"
+        )
+        self._notes.update(
+            chosen_by=f"{why}, by the first reply tokens to validation prompts",
+            refusal_score={
+                "harmful": trial.refusal_before[0],
+                "harmless": trial.refusal_before[1],
+                "harmful_ablated": tried.refusal,
+            },
+            refused=tried.refused,
+            validation_kl=tried.kl,
+            refusal_tokens=self._words(trial.refusal_tokens),
+        )
+        if tried.kept is not None:
+            self._notes["kept_refused"] = tried.kept
+        return tried.variant
+
+    def _words(self, tokens: Sequence[int]) -> list[str]:
+        return [self._chat.tokenizer.decode([token]) for token in tokens]
+
+    def _among(self, variants: Sequence[Variant]) -> Variant:
+        return self._take(best(self._try(variants, "causal choice")))
+
+    def _over_refusal(self) -> Variant:
+        chosen = selection.shortlist(self._scores, _MOST_TRIALS)
+        return self._among([self._variant(score.layer, score.position) for score in chosen])
+
+    def _by_cause(self) -> Variant:
+        def edit_for(score: selection.Score) -> Edit:
+            return self._edit(self._variant(score.layer, score.position))
+
+        trial = self._trial
+        chosen = choice.choose(
+            trial, self._candidates, self._scores, edit_for=edit_for,
+            max_kl=self._how.finding.max_kl, deepest=self._how.finding.method is not None,
+        )  # fmt: skip
+        score, self._scores = chosen.score, chosen.scores
+        variant = self._variant(score.layer, score.position)
+        self._notes = {
+            "chosen_by": "lowest refusal score under ablation within the KL limit, on validation "
+            "prompts",
+            "refusal_score": {
+                "harmful": trial.refusal_before[0],
+                "harmless": trial.refusal_before[1],
+                "harmful_ablated": score.refusal,
+            },
+            "validation_kl": score.kl,
+            "refused": score.refused,
+            "refusal_tokens": self._words(trial.refusal_tokens),
+        }
+        if self._how.finding.method is not None:
+            return variant
+        assert score.refusal is not None
+        assert score.refused is not None
+        assert score.kl is not None
+        first = Tried(variant, score.refusal, score.refused, score.kl, most_left=trial.left)
+        return variant if first.works else self._several(first)
+
+    def _several(self, first: Tried) -> Variant:
+        """A subspace where one direction leaves refusals, if that leaves fewer.
+
+        First what is made of the means alone, subspaces across all layers and each layer its own,
+        and the singular vectors of the states that separate best. Only if none of these is enough,
+        those of the last fifth of the layers too, which are close to words.
+        """
+        single = first.variant
+        say(
+            f"  one direction leaves {first.refused:.0%} of the harmful prompts opening in the way "
+            "that sets them apart: subspaces are tried"
+        )
+        assert single.layer is not None
+        assert single.position is not None
+        position, means = single.position, self._candidates
+        here = [score for score in self._scores if score.position == position]
+        here.sort(key=lambda score: -score.d_prime)
+        deep = [
+            score.layer for score in here if (score.layer + 1) / means.n_layers > selection.DEEPEST
+        ]
+        early = [score.layer for score in here if score.layer not in deep]
+        apart = selection.apart([score for score in here if score.layer in early])
+        variants = []
+        for among in [None, apart] if 0 < len(apart) < means.n_layers else [None]:
+            for rank in (2, 3, 4):
+                try:
+                    span = means.across_layers(position, rank, among)
+                except UserError:  # these layers have no more directions than before
+                    break
+                variants.append(Variant(span, means.method, None, position, "layers", among=among))
+        if self._how.editing.pin is None:
+            variants.append(
+                Variant(means.each_layer(position), means.method, None, position, per_layer=True)
+            )
+        else:
+            variants = []
+        spans = measuring.measure(
+            self._chat,
+            self._train["harmful"],
+            self._train["harmless"],
+            [position],
+            method="svd",
+            rank=min(3, len(self._train["harmful"])),
+        )
+
+        def of(layers: Sequence[int]) -> list[Variant]:
+            return [
+                Variant(spans.at(layer, position)[:k], "svd", layer, position)
+                for layer in layers[:_MOST_LAYERS]
+                for k in range(2, spans.rank + 1)
+            ]
+
+        last = [self._variant(layer, position) for layer in deep[:_MOST_DEEP]]
+        done = [first, *self._try([*variants, *of(early), *last], "subspaces")]
+        if not any(one.works for one in done):
+            done += self._try(of(deep), "subspaces, last layers")
+        taken = best(done)
+        if taken is None or taken is first:
+            say("  no subspace leaves fewer within the limit; the single direction is kept")
+            return single
+        alone = [one for one in done if one.variant.rank == 1 and not one.variant.per_layer]
+        self._notes["single"] = min(alone, key=lambda one: one.refused).record()
+        say(f"  taken instead: {summary_line(taken.variant.record())}")
+        return self._take(taken)
+
+
+def _score_record(score: selection.Score, candidates: Candidates) -> dict[str, Any]:
+    at = score.layer, candidates.positions.index(score.position)
+    facts = {
+        name: number(values[at]) for name, values in candidates.facts.items() if name != "threshold"
+    }
+    return {**score.record(), **facts}

@@ -1,0 +1,73 @@
+"""The edit that was chosen: a direction with the strength, layers, norm and pin of the flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.choices import Editing
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.pinning import held_at
+from abl_mlx.edits.edit import Edit
+from abl_mlx.support.console import say
+from convert.base.errors import UserError
+
+
+def make_edit(
+    selected: mx.array,
+    editing: Editing,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    pin: mx.array | None = None,
+) -> Edit:
+    """The edit that removes ``selected``, (k, d) or (L, k, d), as it was chosen.
+
+    Args:
+        recipe: what a search has found beside the directions: ``profile``, ``embedding``.
+        pin: what the embedding holds of the directions instead, in its own units.
+
+    Raises:
+        UserError: flags that do not go together.
+    """
+    recipe = recipe or {}
+    if pin is not None and editing.norm != "none":
+        raise UserError("--pin and --norm do not go together: leave one of them out.")
+    embedding = editing.embedding and bool(recipe.get("embedding", True))
+    if pin is not None and selected.ndim == 3:
+        raise UserError(
+            "--pin holds the same directions in all layers, and these differ by layer: leave it "
+            "out."
+        )
+    if pin is not None and not embedding:
+        raise UserError("--pin is written into the embedding: leave --no-embedding out.")
+    return Edit(
+        selected, editing.strength, editing.layers, embedding, recipe.get("profile"), editing.norm,
+        pin,
+    )  # fmt: skip
+
+
+def edit_of(direction: DirectionFile, editing: Editing) -> Edit:
+    """The edit that a direction file describes, as it was chosen.
+
+    Raises:
+        UserError: flags that do not go together, or a file that lacks what ``--pin`` needs.
+    """
+    metadata = direction.metadata
+    pin = held_at(
+        editing.pin,
+        metadata.get("pins"),
+        metadata.get("embedding_scale"),
+        int(direction.selected.shape[-2]),
+    )
+    return make_edit(direction.selected, editing, recipe=metadata.get("recipe"), pin=pin)
+
+
+def warn_of_strength(strength: float) -> None:
+    """Tell that an edit overshoots: of the component it leaves 1 less its strength."""
+    if strength > 2:
+        say(
+            f"warning: --strength {strength:g} overshoots: beyond 2 the component returns reversed "
+            f"and longer than it was ({strength - 1:.3g} times); 1 removes it"
+        )
