@@ -28,7 +28,7 @@ METHODS = (
 #: (a column of a writer, a row of an embedding), or of each row (an embedding's column) across it.
 NORMS = ("none", "columns", "rows")
 
-Self = TypeVar("Self", bound="Choices")
+Self = TypeVar("Self", bound="Choices")  # typing.Self is of Python 3.11
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,25 @@ class Choices:
         Raises:
             TypeError: for a name that no group has.
         """
-        known = set(cls.names())
-        if unknown := sorted(set(flags) - known):
-            raise TypeError(f"{cls.__name__} has no {', '.join(unknown)}")
+        return cls().but(**flags)
+
+    def but(self: Self, **flags: Any) -> Self:
+        """The same with other values of these flags.
+
+        Raises:
+            TypeError: for a name that no group has.
+        """
+        if unknown := sorted(set(flags) - set(self.names())):
+            raise TypeError(f"{type(self).__name__} has no {', '.join(unknown)}")
         values: dict[str, Any] = {}
-        for field in fields(cls):
+        for field in fields(self):
             group = _group(field)
             if group is not None:
                 mine = {name: flags[name] for name in group.names() if name in flags}
-                values[field.name] = group.of(**mine)
+                values[field.name] = getattr(self, field.name).but(**mine)
             elif field.name in flags:
                 values[field.name] = flags[field.name]
-        return cls(**values)
+        return replace(self, **values)
 
     @classmethod
     def names(cls) -> Iterator[str]:

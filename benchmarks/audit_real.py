@@ -20,7 +20,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -133,10 +132,10 @@ def edits(name: str, folder: Path, work: Path) -> Iterator[Case]:
         ("8 bits, strength 0.7", eight, weak, SEEN),
         ("8 bits, half of the layers", eight, ApplyOptions.of(layers=half), SEEN),
         ("8 bits, naive rounding", eight, PLAIN, SEEN),
-        ("8 bits, naive rounding, strength 0.7", eight, replace(PLAIN, strength=0.7), SEEN),
-        ("8 bits, naive rounding, half", eight, replace(PLAIN, layers=half), SEEN),
-        ("float, strength 0.7, half of the layers", folder, replace(weak, layers=half), BEYOND),
-        ("float, strength 0.5", folder, replace(weak, strength=0.5), BEYOND),
+        ("8 bits, naive rounding, strength 0.7", eight, PLAIN.but(strength=0.7), SEEN),
+        ("8 bits, naive rounding, half", eight, PLAIN.but(layers=half), SEEN),
+        ("float, strength 0.7, half of the layers", folder, weak.but(layers=half), BEYOND),
+        ("float, strength 0.5", folder, weak.but(strength=0.5), BEYOND),
     ]
     for what, source, options, expected in kinds:
         out = edited(r, source, work / "edit", options)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -45,6 +45,7 @@ MODELS = {
 }
 WRITER = re.compile(r"(embed_tokens|o_proj|down_proj)\.weight$")
 PROMPTS = {"harmful": "locked", "harmless": "allowed"}
+WHOLE = ApplyOptions()
 PLAIN = ApplyOptions.of(plain_rounding=True, max_leak=1e9)
 SEEN, BEYOND, CONTROL = "edited", "beyond what must be seen", "not edited"
 
@@ -87,9 +88,7 @@ def gguf(folder: Path, out: Path, kind: str) -> Path:
     return out
 
 
-def edited(
-    direction: Path, folder: Path, out: Path, options: ApplyOptions = ApplyOptions()
-) -> Path:
+def edited(direction: Path, folder: Path, out: Path, options: ApplyOptions = WHOLE) -> Path:
     """As `abl-mlx apply` does it."""
     measure_apply.apply(direction, str(folder), [out], options)
     return out
@@ -244,19 +243,19 @@ def edits(name: str, work: Path) -> Iterator[Case]:
         ("8 bits, strength 0.7", eight, partial, SEEN),
         ("8 bits, half of the layers", eight, ApplyOptions.of(layers=half), SEEN),
         ("8 bits, naive rounding", eight, PLAIN, SEEN),
-        ("8 bits, naive rounding, strength 0.7", eight, replace(PLAIN, strength=0.7), SEEN),
-        ("8 bits, naive rounding, half", eight, replace(PLAIN, layers=half), SEEN),
+        ("8 bits, naive rounding, strength 0.7", eight, PLAIN.but(strength=0.7), SEEN),
+        ("8 bits, naive rounding, half", eight, PLAIN.but(layers=half), SEEN),
         ("4 bits", four, ApplyOptions(), SEEN),
         ("4 bits, strength 0.7", four, partial, SEEN),
         ("4 bits, half of the layers", four, ApplyOptions.of(layers=half), SEEN),
-        ("float, strength 0.7, half of the layers", folder, replace(partial, layers=half), BEYOND),
+        ("float, strength 0.7, half of the layers", folder, partial.but(layers=half), BEYOND),
         (
             "float, one layer",
             folder,
             ApplyOptions.of(layers=frozenset([1]), embedding=False),
             BEYOND,
         ),
-        ("float, strength 0.5", folder, replace(partial, strength=0.5), BEYOND),
+        ("float, strength 0.5", folder, partial.but(strength=0.5), BEYOND),
         ("4 bits, naive rounding", four, PLAIN, BEYOND),
         (
             "float, rows keep their norms",

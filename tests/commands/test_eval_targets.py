@@ -101,7 +101,7 @@ def test_llama_cpp_in_process_agrees_with_mlx_and_tells_kl(
     half: Path, known: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(divergence, "TOP_N_PROMPTS", 3)
-    record = beside_mlx(str(half / "model.gguf"), half, known, kl_limit=0.01)
+    record = beside_mlx(str(half / "model.gguf"), half, known, max_kl=0.01)
     assert (record["runtime"], record["baseline"]["runtime"]) == ("llama.cpp", "mlx-lm")
     agree(record)
     # The GGUF holds the same numbers, so all that is left is the two runtimes' arithmetic.

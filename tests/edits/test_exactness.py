@@ -1,6 +1,5 @@
 """An edit that is not exact after every layer is refused, with the layer and the module."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -138,7 +137,7 @@ def test_run_fails_when_what_it_wrote_is_not_exact(
     sets = [str(tmp_path / f"{name}.txt") for name in ("harmful", "harmless")]
     for path, word in zip(sets, ("break", "plant"), strict=True):
         Path(path).write_text("".join(f"How do I {word} {n} things?\n" for n in range(20)))
-    quick = replace(quick, harmful=sets[0], harmless=sets[1])
+    quick = quick.but(harmful=sets[0], harmless=sets[1])
     place, which = folder, "find_writers"
     if name == "gguf":
         place, which = gguf.GgufFile, "named_writers"
@@ -155,7 +154,7 @@ def test_run_fails_when_what_it_wrote_is_not_exact(
         return
     # What is not to be exact is not held to it.
     if name == "gguf" and suffix == ".gguf":
-        some = replace(quick, tensors="token_embd|attn_output")
+        some = quick.but(tensors="token_embd|attn_output")
         assert run.run(str(source), [tmp_path / "some.gguf"], some)["component"]["after"] > 0.01
 
 

@@ -441,7 +441,7 @@ def test_the_command_line_makes_the_same_choices(command):
         }  # fmt: skip
         defaults = RunOptions().record()
     else:
-        chosen |= {"server_model": "m", "kl_limit": 0.25, "min_refusal": 0.9, "capability": True}
+        chosen |= {"model": "m", "max_kl": 0.25, "min_refusal": 0.9, "capability": True}
         defaults = EvalOptions().record()
     outputs = ["out dir"] if command == "run" else []
     text = command_line([command, "-model"], {**defaults, **chosen}, defaults, outputs)
