@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -231,8 +230,8 @@ VARIANTS = {
     "float": ("demo", ApplyOptions()),
     "0.7": ("demo", ApplyOptions.of(strength=0.7, max_leak=1)),
     "half": ("demo", ApplyOptions.of(layers=frozenset([0, 1]))),
-    "8 naive, half": ("8", replace(PLAIN, layers=frozenset([2, 3]))),
-    "8 naive, 0.7": ("8", replace(PLAIN, strength=0.7)),
+    "8 naive, half": ("8", PLAIN.but(layers=frozenset([2, 3]))),
+    "8 naive, 0.7": ("8", PLAIN.but(strength=0.7)),
     "4": ("4", ApplyOptions()),
     "4, half": ("4", ApplyOptions.of(layers=frozenset([1, 3]))),
 }
