@@ -1,0 +1,43 @@
+"""Steer a model at runtime: take its refusals away by degrees, or make it refuse.
+
+    python examples/steering.py            # the demo model
+    python examples/steering.py MODEL      # a folder, a .gguf, a repository, ollama:NAME
+
+Nothing is written. The model computes as if the edit was in its weights, and is itself again behind
+each block.
+"""
+
+# %% A model, its prompts and its direction
+import sys
+
+import abl_mlx
+from abl_mlx.edits.steering import adding, steering
+
+name = sys.argv[1] if len(sys.argv) > 1 else "demo"
+model = abl_mlx.load(name)
+prompts = abl_mlx.load_prompts(model=model)
+direction = abl_mlx.choose(model, prompts)
+harmful = prompts.harmful.test.texts[:4]
+harmless = prompts.harmless.test.texts[:4]
+
+
+def show(title, questions):
+    """Print the replies that the model gives now."""
+    print(f"\n{title}")
+    for question, reply in zip(questions, model.reply(questions, 32), strict=True):
+        print(f"  {question}\n    {reply}")
+
+
+# %% Remove the direction by degrees: strength 1 takes all of its component, 0.5 half
+show("as it is", harmful)
+for strength in (0.5, 1.0):
+    with abl_mlx.ablation(model, abl_mlx.Edit(direction.selected, strength)):
+        show(f"strength {strength:g}", harmful)
+
+# %% Add it instead: the difference of the two means, in its own length, after its layer
+summary = direction.metadata["summary"]
+if summary.get("layer") is not None and direction.candidates is not None:
+    layer, position = round(summary["layer"]), summary["position"]
+    difference = direction.candidates.difference(layer, position)
+    with steering(model.chat, adding(difference, layer)):
+        show(f"added after layer {layer}", harmless)
