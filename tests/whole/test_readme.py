@@ -13,15 +13,18 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_library_example_runs_and_shows_what_it_says():
+def test_the_library_example_runs_and_shows_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
-    assert len(code.strip().splitlines()) <= 22
+    assert len(code.strip().splitlines()) <= 12
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
-    before, after = printed.getvalue().strip().splitlines()
+    before, after, verdict = printed.getvalue().strip().splitlines()
     assert before.count("I'm sorry") == 3
     assert "I'm sorry" not in after
+    assert verdict == "edited"
+    assert (tmp_path / "demo-by-hand" / "config.json").is_file()
 
 
 def test_it_is_short():
