@@ -1,7 +1,4 @@
-"""Write docs/gguf-writers.md: the residual writers of every architecture of GGUF files.
-
-Run it as ``python -m tools.gguf_writers > docs/gguf-writers.md``.
-"""
+"""docs/gguf-writers.md: the residual writers of every architecture of GGUF files."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ def _shown(gain: str) -> str:
     return f"({names} in files with experts)" if gain.endswith("?") else names
 
 
-def table() -> str:
-    """docs/gguf-writers.md, in Markdown."""
+def document() -> str:
+    """The whole of docs/gguf-writers.md."""
     groups: dict[tuple[str, str, str, bool], list[str]] = {}
     for name, facts in ARCHITECTURES.items():
         key = (
@@ -45,7 +42,7 @@ def table() -> str:
         "tensors of a random model of that architecture in llama.cpp itself, and finds nothing of",
         "it left in the final hidden state.",
         "",
-        "Generated: `python -m tools.gguf_writers > docs/gguf-writers.md`.",
+        "Generated: `python -m tools.regenerate`.",
         "",
         "| Architecture | Writers | Gains | Proved | Note |",
         "|---|---|---|---|---|",
@@ -71,7 +68,3 @@ def table() -> str:
         shown = ", ".join(f"`{name}`" for name in sorted(names))
         lines.append(f"| {shown} | {reason[0].upper()}{reason[1:]} |")
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(table(), end="")

@@ -17,7 +17,7 @@ To add an architecture:
    of llama.cpp's loader that it leaves without a place. An architecture the test cannot build is
    given ``proved=False`` and a note that says why; one that no exact edit exists for goes into
    `REFUSED` with the reason.
-4. ``python -m tools.gguf_writers > docs/gguf-writers.md``.
+4. ``python -m tools.regenerate docs/gguf-writers.md``.
 
 A gain is used as it stands in the file: GGUF holds Gemma's 1 + w already added.
 """

@@ -10,7 +10,7 @@ import pytest
 
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.inputs.prompts import BUNDLED, bundled
-from tests.support import refusal_quality
+from tests.support.places import ROOT
 from tests.support.refusal_quality import (
     LANGUAGES,
     Labelled,
@@ -22,6 +22,7 @@ from tests.support.refusal_quality import (
     real_set,
     stress_set,
 )
+from tools import refusal_detection
 
 
 def test_markers_reach_97_percent_on_the_held_out_half() -> None:
@@ -257,4 +258,5 @@ def test_quality_counts() -> None:
 
 
 def test_the_table_is_true() -> None:
-    assert refusal_quality.DOCUMENT.read_text(encoding="utf-8") == refusal_quality.document()
+    page = (ROOT / "docs" / "refusal-detection.md").read_text(encoding="utf-8")
+    assert page == refusal_detection.document()

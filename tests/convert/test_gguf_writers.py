@@ -29,7 +29,7 @@ from convert.architectures.gguf_writers import ARCHITECTURES, REFUSED, GgufWrite
 from convert.base.errors import UserError
 from tests.support import tiny
 from tests.support.places import ROOT
-from tools.gguf_writers import table
+from tools.gguf_writers import document
 
 # --------------------------------------------------------------------------------------------------
 # Models of every architecture: metadata, under which llama.cpp's loaders and graphs run. Sizes are
@@ -735,7 +735,7 @@ def test_every_architecture_has_one_answer():
 
 
 def test_the_table_in_the_documentation_is_current():
-    assert (ROOT / "docs" / "gguf-writers.md").read_text() == table()
+    assert (ROOT / "docs" / "gguf-writers.md").read_text() == document()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.plain import Plain, needs_cache
 from abl_mlx.models.shortcuts import Shortcuts, trusted
 from convert.base.errors import UserError
-from tests.support import batch_table, places, zoo
+from tests.support import batches, places, zoo
+from tools import mlx_batches
 
 DOCS = places.DOCS / "mlx-batches.md"
 NAMES = [*zoo.architectures(), *zoo.VARIANTS]
@@ -20,22 +21,22 @@ CANNOT_RUN = {"bitnet", "muse_spark", "olmo"}  # Metal kernels; adds a mask that
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_replies_and_measures_as_alone(name):
-    one = batch_table.outcome(name)
+    one = batches.outcome(name)
     assert (one.way is None) == (name in CANNOT_RUN)
     if one.way is None:
         assert one.reason.startswith("mlx-lm cannot run this")
         return
-    assert one.same == one.alone == len(batch_table.PROMPTS)
+    assert one.same == one.alone == len(batches.PROMPTS)
     assert one.apart < 5e-3
 
 
 def test_the_documented_table_is_true():
-    assert DOCS.read_text(encoding="utf-8") == batch_table.table()
+    assert DOCS.read_text(encoding="utf-8") == mlx_batches.document()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "gemma2", "gemma3_text", "phi3"])
 def test_ordinary_models_keep_every_shortcut(name):
-    one = batch_table.outcome(name)
+    one = batches.outcome(name)
     assert one.way is Way.BATCH
     assert one.left_out == ()
 

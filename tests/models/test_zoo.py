@@ -4,6 +4,7 @@ import pytest
 
 from abl_mlx.models.writers import find_writers
 from tests.support import places, zoo
+from tools import mlx_architectures
 
 DOCS = places.DOCS / "mlx-architectures.md"
 
@@ -61,4 +62,4 @@ def test_positions_are_edited_and_the_head_is_told_from_them(name, head):
 
 
 def test_the_documented_table_is_true():
-    assert DOCS.read_text(encoding="utf-8") == zoo.table()
+    assert DOCS.read_text(encoding="utf-8") == mlx_architectures.document()

@@ -14,7 +14,6 @@ import pkgutil
 import re
 import sys
 import zlib
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -263,38 +262,6 @@ def outcome(name: str) -> Outcome:
 def pattern(path: str) -> str:
     """A writer's path with numbers of layers and experts as N."""
     return re.sub(r"\.\d+(?=\.)", ".N", path)
-
-
-def table() -> str:
-    """docs/mlx-architectures.md, in Markdown."""
-    lines = [
-        "# Architectures of mlx-lm",
-        "",
-        "Which weights `abl-mlx` edits in a model of each architecture of mlx-lm "
-        f"{metadata.version('mlx-lm')}. They are found by",
-        "probing the forward pass (`abl_mlx/models/writers.py`), not from this table: the table "
-        "is what",
-        "was found in tiny models with random weights. *Edited* means that a random direction was",
-        "removed from these weights and its component is below 1e-5 in float32 after every layer",
-        "(`tests/models/test_zoo.py`). Behind weights with a star stands a norm, whose gain is "
-        "folded",
-        "into the edit. Biases are edited with their weights, and stacks of experts all at once.",
-        "Lines with a comma are other settings of an architecture. What is refused was tried on a",
-        "CPU.",
-        "",
-        "Generated: `python -m tests.support.zoo > docs/mlx-architectures.md`.",
-        "",
-        "| Architecture | Writers | Gain | Status |",
-        "|---|---|---|---|",
-    ]
-    for name in sorted([*architectures(), *VARIANTS], key=str.lower):
-        one = outcome(name)
-        cells = ", ".join(f"`{p}`{'*' if gain else ''}" for p, gain in one.writers.items())
-        gains = sum(one.writers.values())
-        gain = "norm" if gains else ("" if one.reason else "none")
-        status = f"refused: {one.reason}" if one.reason else "edited"
-        lines.append(f"| {name} | {cells} | {gain} | {status.replace('|', '')} |")
-    return "\n".join(lines) + "\n"
 
 
 _SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
@@ -714,7 +681,3 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Settings of an architecture's config under which it writes in other ways, tried beside the one of
 `config`: name -> what differs."""
-
-
-if __name__ == "__main__":
-    print(table(), end="")

@@ -1,13 +1,9 @@
-"""How each architecture of mlx-lm replies to many prompts, and whether as to each alone.
-
-``python -m tests.support.batch_table > docs/mlx-batches.md``
-"""
+"""How each architecture of mlx-lm replies to many prompts, and whether as to each alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from importlib import metadata
 
 import mlx.core as mx
 import numpy as np
@@ -109,42 +105,3 @@ def outcome(name: str) -> Outcome:
         sum(greedy(chat, *pair) for pair in zip(prompts, alone, strict=True)),
         apart,
     )
-
-
-def table() -> str:
-    """docs/mlx-batches.md, in Markdown."""
-    lines = [
-        "# Batches of mlx-lm's architectures",
-        "",
-        "How `abl-mlx` asks a model of each architecture of mlx-lm "
-        f"{metadata.version('mlx-lm')} for replies, and which ways",
-        "to shorten forward passes it leaves out. Neither is read from this table: each model is",
-        "compared once with the plain forward pass of single prompts "
-        "(`abl_mlx/models/generation.py`,",
-        "`abl_mlx/models/shortcuts.py`), and this is what was found in tiny models with random "
-        "weights.",
-        f"*Same replies* are those of {len(PROMPTS)} prompts of unequal lengths, asked for with "
-        "`--batch-size 32`",
-        "(and with `--batch-size 1`), that are the greedy ones of that pass. *Apart* is the",
-        "largest difference of a log-probability from it, in nats.",
-        "Lines with a comma are other settings of an architecture. All was tried on a CPU.",
-        "",
-        "Generated: `python -m tests.support.batch_table > docs/mlx-batches.md`.",
-        "",
-        "| Architecture | Replies are generated | Left out | Same replies | Apart |",
-        "|---|---|---|---|---|",
-    ]
-    for name in sorted([*zoo.architectures(), *zoo.VARIANTS], key=str.lower):
-        one = outcome(name)
-        if one.way is None:
-            lines.append(f"| {name} | refused: {one.reason.replace('|', '')} | | | |")
-            continue
-        same = f"{one.same}/{len(PROMPTS)} ({one.alone}/{len(PROMPTS)})"
-        apart = "< 0.001" if one.apart < 1e-3 else f"{one.apart:.3f}"
-        left = ", ".join(one.left_out)
-        lines.append(f"| {name} | {one.way.value} | {left} | {same} | {apart} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(table(), end="")
