@@ -18,6 +18,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
+from convert.architectures.table import STREAMS
 from convert.base import json_text
 from convert.base.errors import UserError
 from convert.base.schema import TEXT, list_of, number, record, shown
@@ -244,21 +245,10 @@ def read_gguf(path: Path) -> Adapter:
     return Adapter(alpha / adapter.rank, changes)
 
 
-IGNORED: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("kimi-linear", "bailingmoe3", "glm5-next"), frozenset({"attn_output"})),
-    "kimi-k3": frozenset({"attn_output", "ffn_down", "ffn_down_shexp", "ffn_routed_up"}),
-    "nemotron_h_moe": frozenset({"ffn_latent_up"}),
-}
-"""general.architecture -> writers that llama.cpp multiplies with past all adapters.
-
-Its graphs call ggml_mul_mat there, not build_lora_mm (kimi-linear's in some layers only).
-tests/outputs/test_adapter_architectures.py tries every writer of every architecture.
-"""
-
-
 def ignored(architecture: str, names: Iterable[str]) -> list[str]:
     """The tensors to which llama.cpp would not apply an adapter."""
-    roles = IGNORED.get(architecture, frozenset())
+    stream = STREAMS.get(architecture)
+    roles = frozenset() if stream is None else stream.past_adapters
     return [name for name in names if roles & set(name.split("."))]
 
 

@@ -22,8 +22,9 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from mlx.utils import tree_flatten
 
-from convert.architectures.families import FAMILIES
-from convert.architectures.families.family import ROPE_TABLES, Keys, Weight
+from convert.architectures.keys import Keys
+from convert.architectures.table import IN_MLX
+from convert.architectures.weights import ROPE_TABLES, Weight
 from convert.base import escape, json_text
 from convert.base.atomic import check_new, new_folder
 from convert.base.errors import OPTION, UserError
@@ -87,12 +88,12 @@ def layout(source: GgufSource) -> Layout:
             without a tensor, metadata that are missing or that mlx-lm cannot follow.
     """
     name = source.parts[0]
-    if source.architecture not in FAMILIES:
+    if source.architecture not in IN_MLX:
         raise UserError(
             f"{name} is of the architecture {source.architecture}, which cannot be run with MLX "
-            f"from a GGUF; supported are {', '.join(sorted(FAMILIES))}."
+            f"from a GGUF; supported are {', '.join(sorted(IN_MLX))}."
         )
-    family = FAMILIES[source.architecture]
+    family = IN_MLX[source.architecture]
     keys = Keys(source)
     config = family.config(keys)
     weights: dict[str, Weight] = {}

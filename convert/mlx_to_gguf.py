@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
-from convert.architectures import hf_to_gguf
+from convert.architectures import hf_keys, hf_to_gguf
 from convert.architectures.hf_to_gguf import Target
 from convert.base.atomic import check_new, new_file
 from convert.base.errors import UserError
@@ -366,11 +366,11 @@ class _TypeChooser:
         flat = hf_to_gguf.text_config(config)
         self.file_type = file_type
         self.default = FILE_TYPES[file_type][1]
-        self.layers = hf_to_gguf.count(flat, "num_hidden_layers")
-        heads, kv_heads = hf_to_gguf.count(flat, "num_attention_heads"), hf_to_gguf.kv_heads(flat)
+        self.layers = hf_keys.count(flat, "num_hidden_layers")
+        heads, kv_heads = hf_keys.count(flat, "num_attention_heads"), hf_keys.kv_heads(flat)
         self.group = heads // kv_heads
         self.tied = not any(target.name == "output.weight" for target in targets)
-        self.experts = hf_to_gguf.count(flat, "num_experts") if flat.get("num_experts") else 0
+        self.experts = hf_keys.count(flat, "num_experts") if flat.get("num_experts") else 0
         self.large = self.layers == 80 and (flat.get("model_type") == "qwen2" or self.group > 1)
 
     def __call__(self, target: Target, shape: tuple[int, ...]) -> GGMLQuantizationType:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from convert.architectures.gguf_writers import ARCHITECTURES, REFUSED
+from convert.architectures.table import REFUSED, STREAMS
 
 
 def _shown(gain: str) -> str:
@@ -13,7 +13,7 @@ def _shown(gain: str) -> str:
 def document() -> str:
     """The whole of docs/gguf-writers.md."""
     groups: dict[tuple[str, str, str, bool], list[str]] = {}
-    for name, facts in ARCHITECTURES.items():
+    for name, facts in STREAMS.items():
         key = (
             ", ".join(f"`{one}`" for one in (*facts.embeddings, *facts.writers)),
             "; ".join(

@@ -45,8 +45,8 @@ from abl_mlx.outputs.undo_file import Taken, Tensors, taken
 from abl_mlx.support.clock import Clock
 from convert import gguf_to_mlx
 from convert.architectures import gguf_mtp, gguf_writers
-from convert.architectures.families import FAMILIES
 from convert.architectures.gguf_writers import GgufWriter
+from convert.architectures.table import IN_MLX
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
 from convert.gguf.parts import size_of
@@ -140,7 +140,7 @@ class GgufFile(ExitStack):
             "dtypes": sorted({entry.type.name for entry in gguf.tensors.values()}),
             "quantization": ", ".join(f"{count} × {name}" for name, count in types.most_common()),
             "tied": any(one.tied for one in named),
-            "runs_in_mlx": gguf.architecture in FAMILIES,
+            "runs_in_mlx": gguf.architecture in IN_MLX,
             "writers": grouped(
                 (one.name, one.kind, bool(one.gains), one.bias is not None) for one in named
             ),

@@ -14,11 +14,9 @@ from typing import Any
 
 from convert.architectures import gguf_writers
 from convert.architectures.gguf_writers import GgufWriter
+from convert.architectures.mtp import GGUF_EMBEDDING, GGUF_INPUT, GGUF_READS
+from convert.architectures.table import STREAMS
 from convert.base.errors import OPTION, UserError
-
-_READS = frozenset(
-    ["nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "nextn.shared_head_head"]
-)
 
 
 def tensors(architecture: str, names: Collection[str], metadata: Mapping[str, Any]) -> list[str]:
@@ -42,16 +40,16 @@ def find(
         UserError: no such block, or one with a tensor whose part in it is not known.
     """
     drafting = [gguf_writers._Name(name) for name in tensors(architecture, shapes, metadata)]
-    if not any(name.role == "nextn.eh_proj" for name in drafting):
+    if not any(name.role == GGUF_INPUT for name in drafting):
         raise UserError(
             f"{OPTION}: the file holds no block of multi-token prediction (blk.N.nextn.eh_proj); "
             "leave the flag out.",
             option="mtp",
         )
-    facts = gguf_writers.ARCHITECTURES[architecture]
+    facts = STREAMS[architecture]
     norms = gguf_writers._norms(facts)
     last = min(name.layer for name in drafting) - 1
-    reads = gguf_writers.READS | facts.reads | norms | _READS
+    reads = gguf_writers.READS | facts.reads | norms | GGUF_READS
     # The final norm of a BailingMoE drafting block; elsewhere it would be a gain, and in `norms`.
     reads |= {"layer_output_norm"}
     found, lost = [], []
@@ -59,15 +57,15 @@ def find(
         behind = facts.feeds.get(name.role)
         if behind and f"blk.{name.layer}.{behind}.weight" in shapes:
             continue
-        if name.role == "nextn.embed_tokens" and name.suffix == "weight":
+        if name.role == GGUF_EMBEDDING and name.suffix == "weight":
             found.append(GgufWriter(name.full, "embedding", -1))
-        elif name.role == "nextn.eh_proj" and name.suffix == "weight":
+        elif name.role == GGUF_INPUT and name.suffix == "weight":
             bias = gguf_writers._bias(name, shapes)
             found.append(GgufWriter(name.full, "linear", last, bias=bias))
         elif name.role in facts.writers and name.suffix == "weight":
             one = gguf_writers._writer(architecture, name, facts, shapes)
             found.append(replace(one, layer=last))
-        elif name.suffix == "bias" and (name.role in facts.writers or name.role == "nextn.eh_proj"):
+        elif name.suffix == "bias" and (name.role in facts.writers or name.role == GGUF_INPUT):
             continue  # edited with its weight
         elif name.role not in reads or (name.role in norms and name.suffix == "bias"):
             lost.append(name.full)

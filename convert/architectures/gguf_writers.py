@@ -7,17 +7,8 @@ architecture, read off llama.cpp's graphs (src/models/*.cpp) and proved in llama
 tests let it build a random model of each architecture with every tensor its loader knows, remove a
 direction from the writers found here, and see that nothing of it is left in the final hidden state.
 
-To add an architecture:
-
-1. Read its graph: what is added to the stream, and which norm's weight stands before the addition.
-2. Write a line in `ARCHITECTURES`. ``_plain`` is the pre-norm block nearly all have; tensors of a
-   name that other architectures use otherwise (``post_attention_norm``, ``ffn_sub_norm``) go into
-   ``reads`` when they do not write.
-3. Run ``tests/convert/test_gguf_writers.py``, which proves the line numerically, and names tensors
-   of llama.cpp's loader that it leaves without a place. An architecture the test cannot build is
-   given ``proved=False`` and a note that says why; one that no exact edit exists for goes into
-   `REFUSED` with the reason.
-4. ``python -m tools.regenerate docs/gguf-writers.md``.
+The facts stand in each architecture's entry (`convert.architectures.table`);
+`docs/adding-an-architecture.md` says how to add one.
 
 A gain is used as it stands in the file: GGUF holds Gemma's 1 + w already added.
 """
@@ -29,6 +20,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from convert.architectures.architecture import Stream, words
+from convert.architectures.table import REFUSED, STREAMS
 from convert.base.errors import OPTION, UserError
 
 _SHOWN = 8
@@ -72,36 +65,7 @@ class GgufWriter:
 
 # The norms behind a writer, the nearest first: "a|b" is the one of the two that the file has, "a?"
 # may be missing.
-_Gains = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What one architecture's tensors do.
-
-    Attributes:
-        writers: tensor name without ``blk.N.`` and ``.weight`` -> the norms behind it, nearest
-            first; of "a|b" the file has one, "a?" may be missing.
-        reads: further tensors, beyond `READS`, that do not write to the stream.
-        feeds: writer -> another that stands behind it in some files, and writes in its stead.
-        embeddings: tensors outside the blocks whose rows are added to the stream.
-        proved: whether the test shows it numerically in llama.cpp.
-        note: what a reader of the table should know.
-    """
-
-    writers: Mapping[str, _Gains]
-    reads: frozenset[str] = frozenset()
-    embeddings: tuple[str, ...] = ("token_embd",)
-    proved: bool = True
-    note: str = ""
-    feeds: Mapping[str, str] = field(default_factory=dict)
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-READS = _words(
+READS = words(
     # Outside the blocks.
     "output output_norm rope_freqs rope_factors_long rope_factors_short "
     # In front of the attention, and inside it.
@@ -118,192 +82,6 @@ READS = _words(
     "ssm_g_a ssm_g_b ssm_g"
 )
 """Tensors that write to the stream in no architecture of the table."""
-
-
-def _plain(
-    more: str = "",
-    *,
-    reads: str = "",
-    embeddings: str = "token_embd",
-    proved: bool = True,
-    note: str = "",
-) -> Architecture:
-    """The pre-norm block: attention and feed-forward outputs are added as they are."""
-    names = f"attn_output ffn_down ffn_down_exps ffn_down_shexp {more}".split()
-    return Architecture(
-        dict.fromkeys(names, ()),
-        _words(reads),
-        tuple(embeddings.split()),
-        proved,
-        note,
-    )
-
-
-def _post_norm(
-    attention: str = "post_attention_norm",
-    feed_forward: str = "post_ffw_norm",
-    more: Mapping[str, _Gains] | None = None,
-    *,
-    reads: str = "",
-    note: str = "",
-) -> Architecture:
-    """A norm stands between each output and the stream."""
-    writers: dict[str, _Gains] = {"attn_output": (attention,)}
-    for name in ("ffn_down", "ffn_down_exps", "ffn_down_shexp"):
-        writers[name] = (feed_forward,)
-    return Architecture({**writers, **(more or {})}, _words(reads), note=note)
-
-
-def _each(names: str, architecture: Architecture) -> dict[str, Architecture]:
-    return dict.fromkeys(names.split(), architecture)
-
-
-_DIFFUSION = "diffusion model: llama.cpp generates with it in a program of its own"
-
-# Hyper-connections: several streams of the same dimensions, which share writers and are read, mixed
-# and written to with scalars computed from them. A direction that nothing writes is in none.
-_HYPER = (
-    "hc_attn_fn hc_attn_base hc_attn_scale hc_ffn_fn hc_ffn_base hc_ffn_scale output_hc_fn "
-    "output_hc_base output_hc_scale"
-)
-_STREAMS = "several streams, mixed by scalars (hyper-connections)"
-
-ARCHITECTURES: dict[str, Architecture] = {
-    **_each(
-        "llama llama4 deci mistral3 mistral4 qwen qwen2 qwen2moe qwen2vl qwen3moe qwen3vlmoe "
-        "gemma phi2 phi3 phimoe plamo falcon baichuan refact gptneox starcoder2 stablelm codeshell "
-        "orion internlm2 minicpm minicpm3 xverse command-r cohere2 cohere2moe olmo olmoe openelm "
-        "deepseek deepseek2 deepseek2-ocr deepseek32 chatglm glm-dsa jais jais2 nemotron exaone "
-        "exaone-moe granite granitemoe granite_swa bailingmoe bailingmoe2 dots1 dots3note arcee "
-        "laguna ernie4_5 ernie4_5-moe hunyuan-moe hunyuan-dense hunyuan_vl hy_v3 smollm3 "
-        "smallthinker apertus minimax-m2 minimax-m3 pangu-embedded paddleocr mimo2 step35 "
-        "spark2_5 maincoder mellum maple kimi-linear bailingmoe3",
-        _plain(),
-    ),
-    **_each("dream llada llada-moe rnd1", _plain(note=_DIFFUSION)),
-    **_each("qwen3 qwen3vl", _plain(reads="cls.output")),
-    **_each("gpt2 starcoder", _plain(embeddings="token_embd position_embd")),
-    "mpt": _plain(reads="ffn.act.scales", embeddings="token_embd position_embd"),
-    "arctic": _plain(reads="ffn_norm_exps"),
-    "bitnet": _plain(reads="attn_sub_norm ffn_sub_norm"),
-    "dbrx": _plain(
-        reads="attn_output_norm", note="attn_output_norm stands before the feed-forward network"
-    ),
-    "grovemoe": _plain("ffn_down_chexps", reads="ffn_gate_chexps ffn_up_chexps"),
-    "talkie": _plain(reads="layer_output_scale", note="the embedding is added in every layer"),
-    "hy_v4": _plain(reads=_HYPER, note=_STREAMS),
-    "glm5-next": _plain(
-        reads=f"{_HYPER} indexer_compressor_ape indexer_compressor_gate", note=_STREAMS
-    ),
-    "deepseek4": Architecture(
-        _plain("attn_output_b").writers,
-        _words(
-            f"{_HYPER} attn_output_a attn_kv attn_compressor_ape attn_compressor_gate "
-            "attn_compressor_kv attn_compressor_norm indexer_compressor_ape "
-            "indexer_compressor_gate indexer_compressor_kv indexer_compressor_norm ffn_gate_tid2eid"
-        ),
-        note=f"{_STREAMS}; the attention writes through attn_output_b",
-    ),
-    "kimi-k3": Architecture(
-        _plain("ffn_routed_up").writers,
-        _words("ffn_routed_down ffn_routed_norm attn_res_score ffn_res_score output_res_score"),
-        note="the experts write through ffn_routed_up; layers read earlier streams, mixed by "
-        "scalars",
-        feeds={"ffn_down_exps": "ffn_routed_up"},
-    ),
-    **_each(
-        "glm4moe gpt-oss seed_oss",
-        _plain(
-            reads="post_attention_norm",
-            note="post_attention_norm stands before the feed-forward network",
-        ),
-    ),
-    **_each(
-        "qwen3next qwen35 qwen35moe",
-        _plain(
-            "ssm_out",
-            reads="post_attention_norm cls.output",
-            note="post_attention_norm stands before the feed-forward network",
-        ),
-    ),
-    **_each(
-        "mamba mamba2 jamba falcon-h1 granitehybrid",
-        _plain("ssm_out"),
-    ),
-    **_each(
-        "nemotron_h nemotron_h_moe",
-        Architecture(
-            _plain("ssm_out ffn_latent_up").writers,
-            _words("ffn_latent_down"),
-            note="where there is an ffn_latent_up, the experts write through it",
-            feeds={"ffn_down_exps": "ffn_latent_up"},
-        ),
-    ),
-    **_each(
-        "lfm2 lfm2moe",
-        _plain(
-            "shortconv.out_proj",
-            reads="shortconv.conv shortconv.in_proj token_embd_norm dense_2",
-            note="token_embd_norm is the final norm",
-        ),
-    ),
-    **_each("gemma2 gemma3 glm4 olmo2 exaone4 afmoe muse-glimmer plamo3", _post_norm()),
-    "plamo2": _post_norm(more={"ssm_out": ("post_attention_norm",)}),
-    "grok": _post_norm("attn_output_norm", "layer_output_norm|post_ffw_norm"),
-    "gemma4": Architecture(
-        {
-            "attn_output": ("post_attention_norm",),
-            "ffn_down": ("post_ffw_norm_1?", "post_ffw_norm"),
-            "ffn_down_exps": ("post_ffw_norm_2", "post_ffw_norm"),
-            "proj": ("post_norm",),
-        },
-        _words(
-            "inp_gate layer_output_scale per_layer_token_embd per_layer_model_proj "
-            "per_layer_proj_norm pre_ffw_norm_2"
-        ),
-        note="per-layer inputs write through proj; experts through two norms",
-    ),
-}
-"""general.architecture -> what its tensors do."""
-
-_EMBEDS = "it makes embeddings and generates no text."
-_NORMED = "its embedding is normalized on its way into the stream, with the mean subtracted."
-_DRAFT = "it only drafts tokens for another model, from that model's hidden states."
-_SPEECH = "it makes sound, not text."
-
-REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        _words(
-            "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 "
-            "eurobert gemma-embedding llama-embed t5encoder"
-        ),
-        _EMBEDS,
-    ),
-    **dict.fromkeys(("gemma4-assistant", "eagle3", "dflash"), _DRAFT),
-    **dict.fromkeys(("wavtokenizer-dec", "qwen3tts", "pockettts"), _SPEECH),
-    "clip": "it is the vision half of a model: give the language half.",
-    "t5": "it has an encoder and a decoder, with a stream each.",
-    "gptj": "there is no implementation of it in llama.cpp.",
-    "bloom": _NORMED,
-    "rwkv6": _NORMED,
-    "rwkv7": _NORMED,
-    "rwkv6qwen2": "its recurrent blocks have not been proved in llama.cpp.",
-    "arwkv7": "its recurrent blocks have not been proved in llama.cpp.",
-    "gemma3n": "its four streams are mixed by learned matrices (AltUp) and written to through "
-    "Laurel and per-layer inputs, which no removal of one direction from weights undoes.",
-    "minimax-01": "its residual is the normalized stream, so that every norm's gain turns the "
-    "direction.",
-    "nanbeige": "its layers may run in loops with a norm in between, whose gain turns the "
-    "direction.",
-    "hrm_text": "its layers run in loops on two streams, one of which starts from a learned state.",
-    "chameleon": "it is implemented only in part in llama.cpp.",
-    "graniteswitch": "it switches adapters inside the model, which write to the stream too.",
-    "cogvlm": "image tokens run through weights of their own.",
-    "plm": "it has not been proved in llama.cpp.",
-    "qwen4exp": "its streams are mixed by learned maps (hyper-connections) and written to by "
-    "per-layer n-gram embeddings.",
-}
-"""general.architecture -> why no exact edit of its weights is offered, in one sentence."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,7 +147,7 @@ def find(
                 f"{REFUSED[architecture]} {_way_out()}",
                 option="tensors",
             )
-        if architecture not in ARCHITECTURES:
+        if architecture not in STREAMS:
             likely = [n.full for n in ordered if n.suffix == "weight" and _CANDIDATES.match(n.role)]
             shown = f": {_listed(likely)}" if likely else ", and no tensor looks like one"
             raise UserError(
@@ -396,7 +174,7 @@ def _listed(names: Iterable[str]) -> str:
 def _placed(
     architecture: str, ordered: list[_Name], metadata: Mapping[str, Any]
 ) -> list[GgufWriter]:
-    facts = ARCHITECTURES[architecture]
+    facts = STREAMS[architecture]
     present = {name.full for name in ordered}
     aside = _predicting(architecture, ordered, metadata)
     tied = "output.weight" not in present
@@ -446,7 +224,7 @@ def _predicting(architecture: str, ordered: list[_Name], metadata: Mapping[str, 
     return aside | set(range(blocks - count, blocks))
 
 
-def _norms(facts: Architecture) -> frozenset[str]:
+def _norms(facts: Stream) -> frozenset[str]:
     return frozenset(
         one
         for gains in facts.writers.values()
@@ -455,9 +233,7 @@ def _norms(facts: Architecture) -> frozenset[str]:
     )
 
 
-def _writer(
-    architecture: str, name: _Name, facts: Architecture, present: Collection[str]
-) -> GgufWriter:
+def _writer(architecture: str, name: _Name, facts: Stream, present: Collection[str]) -> GgufWriter:
     gains = []
     for gain in facts.writers[name.role]:
         choices = [

@@ -1,7 +1,8 @@
-"""What a model's config and tensor names become in a GGUF file, architecture by architecture.
+"""What a model folder becomes in a GGUF file: its metadata, and its tensors by name and change.
 
 Facts are those of llama.cpp's own converter and loaders (conversion/*.py, src/models/*.cpp); tensor
-names go through gguf-py's TensorNameMap.
+names go through gguf-py's TensorNameMap. What differs between architectures is said in their
+entries (`convert.architectures.table`).
 """
 
 from __future__ import annotations
@@ -15,67 +16,21 @@ from typing import Any
 import gguf
 import numpy as np
 
+from convert.architectures.config_keys import SHARED
+from convert.architectures.hf_keys import (
+    Config,
+    count,
+    head_dim,
+    kv_heads,
+    original_context,
+    real,
+    rope_kind,
+    rope_theta,
+    rotary_dim,
+)
+from convert.architectures.table import FROM_FOLDER, Written
 from convert.base.errors import UserError
 from convert.base.hf_config import fill_in
-from convert.base.schema import Kind, number, shown, whole
-
-Config = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One model family's facts.
-
-    Attributes:
-        model_type: as in config.json.
-        gguf: general.architecture, also the prefix of its metadata keys.
-        permutes: Q and K rows are reordered for llama.cpp's interleaved rotary embedding.
-        norm_offset: added to every norm weight (Gemma stores the gain minus one).
-        always_tied: llama.cpp has no separate output head for it.
-    """
-
-    model_type: str
-    gguf: str
-    permutes: bool = False
-    norm_offset: float = 0.0
-    always_tied: bool = False
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    arch.model_type: arch
-    for arch in (
-        Architecture("llama", "llama", permutes=True),
-        Architecture("mistral", "llama", permutes=True),
-        Architecture("qwen2", "qwen2"),
-        Architecture("qwen3", "qwen3"),
-        Architecture("qwen3_moe", "qwen3moe"),
-        Architecture("gemma", "gemma", norm_offset=1.0, always_tied=True),
-        Architecture("gemma2", "gemma2", norm_offset=1.0, always_tied=True),
-        Architecture("gemma3", "gemma3", norm_offset=1.0),
-        Architecture("gemma3_text", "gemma3", norm_offset=1.0),
-        Architecture("phi3", "phi3"),
-        Architecture("olmo2", "olmo2"),
-        Architecture("granite", "granite", permutes=True),
-    )
-}
-"""model_type -> facts, for every family that can be written as GGUF."""
-
-# What transformers fills in when a Gemma 3 config (nested in a multimodal one) leaves it out.
-_GEMMA3_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 262208,
-    "max_position_embeddings": 131072,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "rope_theta": 1_000_000.0,
-    "rope_local_base_freq": 10_000.0,
-}
 
 _VISION = re.compile(
     r"(^|\.)(vision_tower|vision_model|multi_modal_projector|embed_vision|visual)\."
@@ -93,27 +48,28 @@ def text_config(config: Config) -> dict[str, Any]:
     if isinstance(nested, Mapping):
         kept = {key: value for key, value in nested.items() if key != "model_type"}
         flat = {**flat, **kept}
-    if flat.get("model_type") in ("gemma3", "gemma3_text"):
-        flat = {**_GEMMA3_DEFAULTS, **flat}
+    known = FROM_FOLDER.get(str(flat.get("model_type")))
+    if known is not None:
+        flat = {**known.folder.defaults, **flat}
     flat = fill_in(flat)
     flat.pop("rope_parameters", None)
     return flat
 
 
-def architecture(config: Config) -> Architecture:
+def architecture(config: Config) -> Written:
     """The facts for a config.json.
 
     Raises:
         UserError: naming the model_type and what is supported.
     """
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if model_type not in FROM_FOLDER:
         raise UserError(
             f'config.json says model_type "{model_type}", which cannot be written as GGUF yet; '
-            f"supported are {', '.join(ARCHITECTURES)}. llama.cpp's convert_hf_to_gguf.py may know "
+            f"supported are {', '.join(FROM_FOLDER)}. llama.cpp's convert_hf_to_gguf.py may know "
             f"it."
         )
-    return ARCHITECTURES[model_type]
+    return FROM_FOLDER[model_type]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,37 +94,37 @@ def hyperparameters(config: Config) -> dict[str, Any]:
     hidden = count(flat, "hidden_size")
     head_size = head_dim(flat)
     values: dict[str, Any] = {
-        "block_count": count(flat, "num_hidden_layers"),
-        "context_length": count(flat, "max_position_embeddings"),
-        "embedding_length": hidden,
-        "feed_forward_length": count(flat, "intermediate_size"),
-        "attention.head_count": heads,
-        "attention.head_count_kv": kv_heads(flat),
-        "attention.layer_norm_rms_epsilon": _real(flat, "rms_norm_eps"),
+        SHARED["num_hidden_layers"]: count(flat, "num_hidden_layers"),
+        SHARED["max_position_embeddings"]: count(flat, "max_position_embeddings"),
+        SHARED["hidden_size"]: hidden,
+        SHARED["intermediate_size"]: count(flat, "intermediate_size"),
+        SHARED["num_attention_heads"]: heads,
+        SHARED["num_key_value_heads"]: kv_heads(flat),
+        SHARED["rms_norm_eps"]: real(flat, "rms_norm_eps"),
         "vocab_size": count(flat, "vocab_size"),
         "rope.dimension_count": rotary_dim(flat),
     }
     if flat.get("head_dim") is not None or head_size * heads != hidden:
-        values["attention.key_length"] = head_size
+        values[SHARED["head_dim"]] = head_size
         values["attention.value_length"] = head_size
-    if prefix not in ("gemma", "gemma2") or flat.get("rope_theta") is not None:
-        values["rope.freq_base"] = _rope_theta(flat)
+    if not arch.folder.fixed_rope_base or flat.get("rope_theta") is not None:
+        values[SHARED["rope_theta"]] = rope_theta(flat)
     values.update(_rope_scaling(flat, arch))
-    values.update(_family_keys(flat, arch))
+    values.update(arch.folder.keys(flat))
     return {f"{prefix}.{key}": value for key, value in values.items()}
 
 
-def _rope_scaling(flat: dict[str, Any], arch: Architecture) -> dict[str, int | float | str]:
+def _rope_scaling(flat: dict[str, Any], arch: Written) -> dict[str, int | float | str]:
     scaling = flat.get("rope_scaling")
-    kind = _rope_kind(scaling)
+    kind = rope_kind(scaling)
     if not isinstance(scaling, Mapping) or kind in ("default", "llama3", "mrope"):
         return {}
     if kind == "linear":
-        return {"rope.scaling.type": "linear", "rope.scaling.factor": _real(scaling, "factor")}
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": real(scaling, "factor")}
     if kind == "yarn":
         values: dict[str, int | float | str] = {
             "rope.scaling.type": "yarn",
-            "rope.scaling.factor": _real(scaling, "factor"),
+            "rope.scaling.factor": real(scaling, "factor"),
             "rope.scaling.original_context_length": int(
                 scaling.get("original_max_position_embeddings") or 4096
             ),
@@ -182,8 +138,8 @@ def _rope_scaling(flat: dict[str, Any], arch: Architecture) -> dict[str, int | f
                     f"trained context length."
                 )
         return values
-    if kind in ("longrope", "su") and arch.gguf == "phi3":
-        context = max(2, _original_context(flat))
+    if kind in ("longrope", "su") and arch.folder.longrope:
+        context = max(2, original_context(flat))
         ratio = count(flat, "max_position_embeddings") / context
         factor = math.sqrt(1 + math.log(ratio) / math.log(context)) if ratio > 1 else 1.0
         return {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": factor}
@@ -191,135 +147,6 @@ def _rope_scaling(flat: dict[str, Any], arch: Architecture) -> dict[str, int | f
         f'config.json asks for rope_scaling of type "{kind}", which llama.cpp has no counterpart '
         f"for in {arch.gguf}: remove rope_scaling to keep the trained context length."
     )
-
-
-def _family_keys(flat: dict[str, Any], arch: Architecture) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    if arch.gguf == "gemma2":
-        for key, default in (("attn", 50.0), ("final", 30.0)):
-            cap = flat.get(f"{key}_logit_softcapping", default)
-            if cap is None:
-                raise UserError(
-                    f"config.json sets {key}_logit_softcapping to null, but llama.cpp always caps "
-                    f"Gemma 2: set it to a number such as {default}."
-                )
-            values[f"{key}_logit_softcapping"] = float(cap)
-        values["attention.sliding_window"] = max(0, int(flat.get("sliding_window") or 4096))
-    elif arch.gguf == "gemma3":
-        if flat.get("attn_logit_softcapping") is not None:
-            raise UserError(
-                "config.json sets attn_logit_softcapping, which Gemma 3 does not have: remove it."
-            )
-        if flat.get("final_logit_softcapping") is not None:
-            values["final_logit_softcapping"] = float(flat["final_logit_softcapping"])
-        pattern = _sliding_pattern(flat)
-        if any(pattern):
-            values["attention.sliding_window"] = count(flat, "sliding_window")
-            values["rope.freq_base_swa"] = _real(flat, "rope_local_base_freq")
-            if pattern != [(layer + 1) % 6 != 0 for layer in range(len(pattern))]:
-                values["attention.sliding_window_pattern"] = pattern
-    elif arch.gguf == "phi3":
-        values["attention.sliding_window"] = max(0, int(flat.get("sliding_window") or 0))
-        values["rope.scaling.original_context_length"] = _original_context(flat)
-    elif arch.gguf == "granite":
-        values["attention.scale"] = _real(flat, "attention_multiplier")
-        values["embedding_scale"] = _real(flat, "embedding_multiplier")
-        values["residual_scale"] = _real(flat, "residual_multiplier")
-        values["logit_scale"] = _real(flat, "logits_scaling")
-    elif arch.gguf == "qwen3moe":
-        if not flat.get("norm_topk_prob", False):
-            raise UserError(
-                "config.json sets norm_topk_prob to false, but llama.cpp always normalizes "
-                "Qwen3-MoE's expert weights: this model cannot be written as GGUF."
-            )
-        values["expert_feed_forward_length"] = count(flat, "moe_intermediate_size")
-        values["expert_count"] = count(flat, "num_experts")
-        values["expert_used_count"] = count(flat, "num_experts_per_tok")
-    return values
-
-
-def head_dim(flat: Config) -> int:
-    """Width of one attention head. ``flat`` is `text_config`'s result."""
-    if flat.get("head_dim") is not None:
-        return count(flat, "head_dim")
-    return count(flat, "hidden_size") // count(flat, "num_attention_heads")
-
-
-def kv_heads(flat: Config) -> int:
-    """Number of key/value heads. ``flat`` is `text_config`'s result."""
-    return count(
-        flat, "num_key_value_heads" if flat.get("num_key_value_heads") else "num_attention_heads"
-    )
-
-
-def _rope_theta(flat: Config) -> float:
-    return _real(flat, "rope_theta") if flat.get("rope_theta") else 10000.0
-
-
-def rotary_dim(flat: Config) -> int:
-    """How many leading dimensions of a head are rotated. ``flat`` is `text_config`'s result."""
-    factor = flat.get("partial_rotary_factor")
-    return int(head_dim(flat) * (1.0 if factor is None else float(factor)))
-
-
-def _sliding_pattern(flat: Config) -> list[bool]:
-    layers = count(flat, "num_hidden_layers")
-    types = flat.get("layer_types")
-    every = flat.get("sliding_window_pattern") or flat.get("_sliding_window_pattern")
-    if every is None and types:
-        if len(types) != layers:
-            raise UserError(
-                f"config.json's layer_types are {len(types)} for {layers} layers: fetch it again."
-            )
-        return [kind == "sliding_attention" for kind in types]
-    every = _checked("sliding_window_pattern", every or 6, _COUNT)
-    return [(layer + 1) % every != 0 for layer in range(layers)]
-
-
-def _rope_kind(scaling: Any) -> str:
-    if not isinstance(scaling, Mapping):
-        return "default"
-    return str(scaling.get("type") or scaling.get("rope_type") or "default").lower()
-
-
-def _original_context(flat: Config) -> int:
-    scaling = flat.get("rope_scaling") or {}
-    return int(
-        flat.get("original_max_position_embeddings")
-        or scaling.get("original_max_position_embeddings")
-        or count(flat, "max_position_embeddings")
-    )
-
-
-def _need(flat: Config, key: str) -> Any:
-    if flat.get(key) is None:
-        raise UserError(f"config.json has no {key}: add it as the model's publisher gives it.")
-    return flat[key]
-
-
-def count(flat: Config, key: str) -> int:
-    """A whole number of at least one. ``flat`` is `text_config`'s result.
-
-    Raises:
-        UserError: naming the key, when it is missing or anything else.
-    """
-    return int(_checked(key, _need(flat, key), _COUNT))
-
-
-def _real(flat: Config, key: str) -> float:
-    return float(_checked(key, _need(flat, key), _NUMBER))
-
-
-def _checked(key: str, value: Any, kind: Kind) -> Any:
-    if not kind.fits(value):
-        raise UserError(
-            f"config.json's {key} must be {kind.says}, not {shown(value)}: change it to what the "
-            "model's publisher gives."
-        )
-    return value
-
-
-_COUNT, _NUMBER = whole(1), number()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,7 +201,9 @@ def plan(config: Config, names: Iterable[str]) -> list[Target]:
     flat = text_config(config)
     layers = count(flat, "num_hidden_layers")
     mapping = gguf.get_tensor_name_map(_gguf_arch(arch), layers)
-    tied = arch.always_tied or bool(flat.get("tie_word_embeddings", arch.gguf == "gemma3"))
+    tied = arch.folder.always_tied or bool(
+        flat.get("tie_word_embeddings", arch.folder.tied_by_default)
+    )
     targets: dict[str, Target] = {}
     stacks: dict[str, _Stack] = {}
     for source in names:
@@ -405,7 +234,7 @@ def plan(config: Config, names: Iterable[str]) -> list[Target]:
             name,
             (source,),
             permute_heads=_permuted_heads(flat, arch, plain),
-            offset=arch.norm_offset if plain.endswith("norm.weight") else 0.0,
+            offset=arch.folder.norm_offset if plain.endswith("norm.weight") else 0.0,
             scale=_attention_rescale(flat, arch, plain),
         )
     for name, stack in stacks.items():
@@ -448,7 +277,7 @@ def extra_tensors(config: Config) -> dict[str, np.ndarray]:
     """
     flat = text_config(config)
     scaling = flat.get("rope_scaling")
-    kind = _rope_kind(scaling)
+    kind = rope_kind(scaling)
     if not isinstance(scaling, Mapping):
         return {}
     half = rotary_dim(flat) // 2
@@ -469,8 +298,8 @@ def extra_tensors(config: Config) -> dict[str, np.ndarray]:
 
 
 def _llama3_factors(scaling: Config, flat: Config, half: int) -> np.ndarray:
-    base = _rope_theta(flat)
-    factor = _real(scaling, "factor")
+    base = rope_theta(flat)
+    factor = real(scaling, "factor")
     low = float(scaling.get("low_freq_factor") or 1.0)
     high = float(scaling.get("high_freq_factor") or 4.0)
     context = float(scaling.get("original_max_position_embeddings") or 8192)
@@ -485,14 +314,14 @@ def _llama3_factors(scaling: Config, flat: Config, half: int) -> np.ndarray:
     return (1.0 / ((1.0 - share) / factor + share)).astype(np.float32)
 
 
-def _gguf_arch(arch: Architecture) -> gguf.MODEL_ARCH:
+def _gguf_arch(arch: Written) -> gguf.MODEL_ARCH:
     by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     return by_name[arch.gguf]
 
 
-def _permuted_heads(flat: Config, arch: Architecture, plain: str) -> int:
+def _permuted_heads(flat: Config, arch: Written, plain: str) -> int:
     # A model trained with interleaved rotation needs no reordering.
-    if not arch.permutes or flat.get("rope_traditional"):
+    if not arch.folder.permutes or flat.get("rope_traditional"):
         return 0
     if re.search(r"\.q_proj\.(weight|bias)$", plain):
         return count(flat, "num_attention_heads")
@@ -501,14 +330,12 @@ def _permuted_heads(flat: Config, arch: Architecture, plain: str) -> int:
     return 0
 
 
-def _attention_rescale(flat: Config, arch: Architecture, plain: str) -> float:
+def _attention_rescale(flat: Config, arch: Written, plain: str) -> float:
     """llama.cpp scales Gemma's queries by the head size (27B: by hidden/heads), not the config."""
-    at = {"gemma2": ".q_proj.weight", "gemma3": ".q_norm.weight"}.get(arch.gguf)
-    if at is None or not plain.endswith(at):
+    if arch.folder.rescaled is None or not plain.endswith(arch.folder.rescaled):
         return 1.0
     wanted = float(flat.get("query_pre_attn_scalar") or 144.0)
-    largest = {"gemma2": 46, "gemma3": 62}[arch.gguf]
-    if count(flat, "num_hidden_layers") == largest:
+    if count(flat, "num_hidden_layers") == arch.folder.largest:
         assumed = count(flat, "hidden_size") // count(flat, "num_attention_heads")
     else:
         assumed = head_dim(flat)

@@ -1,4 +1,4 @@
-"""Multi-token prediction (MTP) in a folder: which tensors belong to it, and their parts in it.
+"""Multi-token prediction (MTP): names of its tensors in folders and GGUFs, and their parts in it.
 
 An MTP block drafts further tokens: it joins the last hidden state and the next token's embedding by
 a projection, runs one more layer on that, and ends in the output head. mlx-lm drops these tensors
@@ -17,6 +17,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+#: The same parts in a GGUF, where every form has one set of names, ``blk.N.nextn.*``.
+GGUF_INPUT = "nextn.eh_proj"
+GGUF_EMBEDDING = "nextn.embed_tokens"
+GGUF_READS = frozenset(
+    ["nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "nextn.shared_head_head"]
+)
 
 #: What joins the hidden state and the embedding: its output is the stream of the block.
 INPUTS = frozenset(["eh_proj", "fc", "input_proj", "mtp_linear_proj"])

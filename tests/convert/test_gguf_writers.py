@@ -25,7 +25,9 @@ import gguf
 import numpy as np
 import pytest
 
-from convert.architectures.gguf_writers import ARCHITECTURES, REFUSED, GgufWriter, find
+from convert.architectures.gguf_writers import GgufWriter, find
+from convert.architectures.table import REFUSED
+from convert.architectures.table import STREAMS as ARCHITECTURES
 from convert.base.errors import UserError
 from tests.support import tiny
 from tests.support.places import ROOT

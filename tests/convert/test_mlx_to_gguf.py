@@ -19,7 +19,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 from abl_mlx.behaviour.llamacpp import LlamaCpp
-from convert.architectures import hf_to_gguf
+from convert.architectures.table import FROM_FOLDER
 from convert.base.errors import UserError
 from convert.gguf import file as gguf_file
 from convert.gguf import ggml
@@ -705,4 +705,4 @@ def test_file_types_are_llama_cpps() -> None:
 def test_names_cover_every_supported_architecture() -> None:
     # What the README promises and what is tested above are the same list.
     tested = {*tiny.ARCHITECTURES, "gemma", "gemma3"}
-    assert set(hf_to_gguf.ARCHITECTURES) == tested
+    assert set(FROM_FOLDER) == tested

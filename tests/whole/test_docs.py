@@ -13,7 +13,7 @@ import click
 import pytest
 
 from abl_mlx.cli.main import cli
-from convert.architectures.families import FAMILIES
+from convert.architectures.table import IN_MLX
 from tests.support.places import ROOT
 
 DOCS = ROOT / "docs"
@@ -129,5 +129,5 @@ def test_architectures_that_run_from_a_gguf_are_listed() -> None:
     page = text(DOCS / "gguf.md")
     (named,) = re.findall(r"Architectures that run this way: (.*?)\. On tiny", page, re.DOTALL)
     named = re.sub(r"\(.*?\)", "", named.replace("\n", " "))
-    assert sorted(name.strip() for name in named.split(",")) == sorted(FAMILIES)
-    assert f"{len(FAMILIES)} of them run from the GGUF alone" in text(ROOT / "README.md")
+    assert sorted(name.strip() for name in named.split(",")) == sorted(IN_MLX)
+    assert f"{len(IN_MLX)} of them run from the GGUF alone" in text(ROOT / "README.md")

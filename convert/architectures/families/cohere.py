@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.architectures.families.family import (
-    ATTENTION,
-    FEED_FORWARD,
-    Family,
-    Keys,
-    Weight,
+from convert.architectures.architecture import (
+    Architecture,
+    InMlx,
+    edited,
+    plain,
+)
+from convert.architectures.keys import Keys
+from convert.architectures.mlx_config import (
     base_config,
-    renamed,
     short,
     sliding_layers,
     sliding_window,
@@ -19,6 +20,7 @@ from convert.architectures.families.family import (
     unsupported,
     whole_rotary,
 )
+from convert.architectures.weights import ATTENTION, FEED_FORWARD, Weight, renamed
 
 
 def _config(keys: Keys, model_type: str) -> dict[str, Any]:
@@ -56,7 +58,8 @@ def _weights(keys: Keys) -> list[Weight]:
     return renamed(keys, {**ATTENTION, **FEED_FORWARD})
 
 
-FAMILIES = (
-    Family("command-r", _cohere_config, _weights),
-    Family("cohere2", _cohere2_config, _weights),
+ARCHITECTURES = (
+    Architecture("command-r", plain(), InMlx(_cohere_config, _weights)),
+    Architecture("cohere2", plain(), InMlx(_cohere2_config, _weights)),
+    *edited("cohere2moe", plain()),
 )

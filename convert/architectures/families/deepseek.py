@@ -13,21 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from convert.architectures.families.family import (
+from convert.architectures.architecture import (
+    Architecture,
+    InMlx,
+    edited,
+    plain,
+)
+from convert.architectures.keys import Keys
+from convert.architectures.mlx_config import base_config, rope_scaling, short, unsupported
+from convert.architectures.weights import (
     ATTENTION,
     EXPERTS,
     FEED_FORWARD,
-    Family,
-    Keys,
     Piece,
     Weight,
-    base_config,
     halved_experts,
     renamed,
     repathed,
-    rope_scaling,
-    short,
-    unsupported,
 )
 
 _BLOCK = {
@@ -281,7 +283,29 @@ def _joining(keys: Keys, key: str) -> Callable[[np.ndarray], np.ndarray]:
     return join
 
 
-FAMILIES: tuple[Family, ...] = (
+# Hyper-connections: several streams of the same dimensions, which share writers and are read, mixed
+# and written to with scalars computed from them. A direction that nothing writes is in none.
+HYPER = (
+    "hc_attn_fn hc_attn_base hc_attn_scale hc_ffn_fn hc_ffn_base hc_ffn_scale output_hc_fn "
+    "output_hc_base output_hc_scale"
+)
+STREAMS = "several streams, mixed by scalars (hyper-connections)"
+
+ARCHITECTURES = (
     # attn_k_b is read beside attn_v_b where the two become one parameter.
-    Family("deepseek2", _config, _weights, unused=(r"^blk\.\d+\.attn_k_b\.weight$",)),
+    Architecture(
+        "deepseek2", plain(), InMlx(_config, _weights, unused=(r"^blk\.\d+\.attn_k_b\.weight$",))
+    ),
+    *edited("deepseek deepseek2-ocr deepseek32", plain()),
+    Architecture(
+        "deepseek4",
+        plain(
+            "attn_output_b",
+            reads=f"{HYPER} attn_output_a attn_kv attn_compressor_ape attn_compressor_gate "
+            "attn_compressor_kv attn_compressor_norm indexer_compressor_ape "
+            "indexer_compressor_gate indexer_compressor_kv indexer_compressor_norm "
+            "ffn_gate_tid2eid",
+            note=f"{STREAMS}; the attention writes through attn_output_b",
+        ),
+    ),
 )

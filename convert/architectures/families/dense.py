@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from convert.architectures.families.family import (
-    ATTENTION,
-    EXPERTS,
-    FEED_FORWARD,
-    Family,
-    Keys,
-    Weight,
+from convert.architectures.architecture import (
+    Architecture,
+    FromFolder,
+    InMlx,
+    plain,
+    post_norm,
+)
+from convert.architectures.families.llama import biases, unpermuted
+from convert.architectures.keys import Keys
+from convert.architectures.mlx_config import (
     base_config,
-    changed,
     experts_used,
-    renamed,
     rope_scaling,
     rotary_factor,
     short,
@@ -27,7 +28,7 @@ from convert.architectures.families.family import (
     unsupported,
     whole_rotary,
 )
-from convert.architectures.families.llama import biases, unpermuted
+from convert.architectures.weights import ATTENTION, EXPERTS, FEED_FORWARD, Weight, changed, renamed
 
 _POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
@@ -339,24 +340,50 @@ def _mistral3_rope(keys: Keys) -> dict[str, Any] | None:
     return scaling
 
 
-FAMILIES = (
-    Family("glm4", _glm4_config, _tables(ATTENTION, FEED_FORWARD, _GLM4)),
-    Family(
+ARCHITECTURES = (
+    Architecture("glm4", post_norm(), InMlx(_glm4_config, _tables(ATTENTION, FEED_FORWARD, _GLM4))),
+    Architecture(
         "starcoder2",
-        _starcoder2_config,
-        _tables(ATTENTION, FEED_FORWARD, {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
+        plain(),
+        InMlx(
+            _starcoder2_config,
+            _tables(ATTENTION, FEED_FORWARD, {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
+        ),
     ),
-    Family("smollm3", _smollm3_config, _smollm3_weights),
-    Family("exaone4", _exaone4_config, _tables(ATTENTION, FEED_FORWARD, _POST_NORMS)),
-    Family("olmo2", _olmo2_config, _tables(ATTENTION, FEED_FORWARD, _POST_NORMS)),
-    Family("nemotron", _nemotron_config, _nemotron_weights),
-    Family("ernie4_5", _ernie_config("ernie4_5"), _tables(ATTENTION, FEED_FORWARD)),
-    Family("ernie4_5-moe", _ernie_moe_config, _ernie_moe_weights, unused=(_CORRECTION,)),
-    Family(
+    Architecture("smollm3", plain(), InMlx(_smollm3_config, _smollm3_weights)),
+    Architecture(
+        "exaone4",
+        post_norm(),
+        InMlx(_exaone4_config, _tables(ATTENTION, FEED_FORWARD, _POST_NORMS)),
+    ),
+    Architecture(
+        "olmo2",
+        post_norm(),
+        InMlx(_olmo2_config, _tables(ATTENTION, FEED_FORWARD, _POST_NORMS)),
+        FromFolder(("olmo2",)),
+    ),
+    Architecture("nemotron", plain(), InMlx(_nemotron_config, _nemotron_weights)),
+    Architecture(
+        "ernie4_5", plain(), InMlx(_ernie_config("ernie4_5"), _tables(ATTENTION, FEED_FORWARD))
+    ),
+    Architecture(
+        "ernie4_5-moe",
+        plain(),
+        InMlx(_ernie_moe_config, _ernie_moe_weights, unused=(_CORRECTION,)),
+    ),
+    Architecture(
         "seed_oss",
-        _seed_config,
-        _tables(ATTENTION, FEED_FORWARD, {"post_attention_norm": "post_attention_layernorm"}),
+        plain(
+            reads="post_attention_norm",
+            note="post_attention_norm stands before the feed-forward network",
+        ),
+        InMlx(
+            _seed_config,
+            _tables(ATTENTION, FEED_FORWARD, {"post_attention_norm": "post_attention_layernorm"}),
+        ),
     ),
-    Family("hunyuan-dense", _hunyuan_config, _tables(ATTENTION, FEED_FORWARD, _HUNYUAN)),
-    Family("mistral3", _mistral3_config, _smollm3_weights),
+    Architecture(
+        "hunyuan-dense", plain(), InMlx(_hunyuan_config, _tables(ATTENTION, FEED_FORWARD, _HUNYUAN))
+    ),
+    Architecture("mistral3", plain(), InMlx(_mistral3_config, _smollm3_weights)),
 )

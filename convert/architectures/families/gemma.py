@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from convert.architectures.families.family import (
-    ATTENTION,
-    EXPERTS,
-    FEED_FORWARD,
-    OUTSIDE,
-    Family,
-    Keys,
-    Weight,
+from convert.architectures.architecture import (
+    Architecture,
+    FromFolder,
+    InMlx,
+    Stream,
+    plain,
+    post_norm,
+    refused,
+    words,
+)
+from convert.architectures.families.reasons import DRAFTS, EMBEDS
+from convert.architectures.hf_keys import Config, count, real, sliding_pattern
+from convert.architectures.keys import Keys
+from convert.architectures.mlx_config import (
     base_config,
-    changed,
-    halved_experts,
-    renamed,
-    repathed,
     rope_scaling,
     short,
     sliding_layers,
@@ -32,6 +34,18 @@ from convert.architectures.families.family import (
     unsupported,
     whole_rotary,
 )
+from convert.architectures.weights import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    OUTSIDE,
+    Weight,
+    changed,
+    halved_experts,
+    renamed,
+    repathed,
+)
+from convert.base.errors import UserError
 from convert.mlx.gemma2_window import WINDOW
 
 _POST_NORMS = {
@@ -42,6 +56,10 @@ _POST_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 """blk.N.* of Gemma 2 and later: a norm behind attention and one behind the feed-forward network."""
+
+
+_LARGEST_2, _LARGEST_3 = 46, 62
+"""Layers of the 27B models, whose queries llama.cpp divides by √(hidden / heads)."""
 
 
 def _less_one(keys: Keys, table: dict[str, str]) -> list[Weight]:
@@ -73,7 +91,7 @@ def _gemma2_config(keys: Keys) -> dict[str, Any]:
         "tie_word_embeddings": True,
         # mlx-lm's gemma2 does not read it: `convert.mlx.gemma2_window` does.
         "sliding_window": sliding_window(keys, WINDOW),
-        "query_pre_attn_scalar": _query_scale(keys, 46),
+        "query_pre_attn_scalar": _query_scale(keys, _LARGEST_2),
         "attn_logit_softcapping": short(keys.number("attn_logit_softcapping", 50.0)),
         "final_logit_softcapping": short(keys.number("final_logit_softcapping", 30.0)),
     }
@@ -105,7 +123,7 @@ def _gemma3_config(keys: Keys) -> dict[str, Any]:
                 "mlx-lm's gemma3 can do",
             )
     return base_config(keys, "gemma3_text") | {
-        "query_pre_attn_scalar": _query_scale(keys, 62),
+        "query_pre_attn_scalar": _query_scale(keys, _LARGEST_3),
         "rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0),
         "rope_scaling": scaling,
         "sliding_window": window or keys.integer("context_length"),
@@ -294,9 +312,115 @@ def _gemma4_weights(keys: Keys) -> list[Weight]:
     return repathed(found, {r"\.layer_scalar\.weight$": ".layer_scalar"})
 
 
-FAMILIES: tuple[Family, ...] = (
-    Family("gemma", _gemma_config, lambda keys: _less_one(keys, {**ATTENTION, **FEED_FORWARD})),
-    Family("gemma2", _gemma2_config, lambda keys: _less_one(keys, _POST_NORMS)),
-    Family("gemma3", _gemma3_config, lambda keys: _less_one(keys, _POST_NORMS)),
-    Family("gemma4", _gemma4_config, _gemma4_weights, unused=(_SHARED,)),
+# --------------------------------------------------------------------------------------------------
+# From folders
+
+
+def _gemma2_keys(flat: Config) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, default in (("attn", 50.0), ("final", 30.0)):
+        cap = flat.get(f"{key}_logit_softcapping", default)
+        if cap is None:
+            raise UserError(
+                f"config.json sets {key}_logit_softcapping to null, but llama.cpp always caps "
+                f"Gemma 2: set it to a number such as {default}."
+            )
+        values[f"{key}_logit_softcapping"] = float(cap)
+    values["attention.sliding_window"] = max(0, int(flat.get("sliding_window") or 4096))
+    return values
+
+
+def _gemma3_keys(flat: Config) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if flat.get("attn_logit_softcapping") is not None:
+        raise UserError(
+            "config.json sets attn_logit_softcapping, which Gemma 3 does not have: remove it."
+        )
+    if flat.get("final_logit_softcapping") is not None:
+        values["final_logit_softcapping"] = float(flat["final_logit_softcapping"])
+    pattern = sliding_pattern(flat)
+    if any(pattern):
+        values["attention.sliding_window"] = count(flat, "sliding_window")
+        values["rope.freq_base_swa"] = real(flat, "rope_local_base_freq")
+        if pattern != [(layer + 1) % 6 != 0 for layer in range(len(pattern))]:
+            values["attention.sliding_window_pattern"] = pattern
+    return values
+
+
+# What transformers fills in when a Gemma 3 config (nested in a multimodal one) leaves it out.
+_GEMMA3_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+}
+
+ARCHITECTURES = (
+    Architecture(
+        "gemma",
+        plain(),
+        InMlx(_gemma_config, lambda keys: _less_one(keys, {**ATTENTION, **FEED_FORWARD})),
+        FromFolder(("gemma",), norm_offset=1.0, always_tied=True, fixed_rope_base=True),
+    ),
+    Architecture(
+        "gemma2",
+        post_norm(),
+        InMlx(_gemma2_config, lambda keys: _less_one(keys, _POST_NORMS)),
+        FromFolder(
+            ("gemma2",),
+            _gemma2_keys,
+            norm_offset=1.0,
+            always_tied=True,
+            fixed_rope_base=True,
+            rescaled=".q_proj.weight",
+            largest=_LARGEST_2,
+        ),
+    ),
+    Architecture(
+        "gemma3",
+        post_norm(),
+        InMlx(_gemma3_config, lambda keys: _less_one(keys, _POST_NORMS)),
+        FromFolder(
+            ("gemma3", "gemma3_text"),
+            _gemma3_keys,
+            norm_offset=1.0,
+            tied_by_default=True,
+            rescaled=".q_norm.weight",
+            largest=_LARGEST_3,
+            defaults=_GEMMA3_DEFAULTS,
+        ),
+    ),
+    Architecture(
+        "gemma4",
+        Stream(
+            {
+                "attn_output": ("post_attention_norm",),
+                "ffn_down": ("post_ffw_norm_1?", "post_ffw_norm"),
+                "ffn_down_exps": ("post_ffw_norm_2", "post_ffw_norm"),
+                "proj": ("post_norm",),
+            },
+            words(
+                "inp_gate layer_output_scale per_layer_token_embd per_layer_model_proj "
+                "per_layer_proj_norm pre_ffw_norm_2"
+            ),
+            note="per-layer inputs write through proj; experts through two norms",
+        ),
+        InMlx(_gemma4_config, _gemma4_weights, unused=(_SHARED,)),
+    ),
+    *refused("gemma-embedding", EMBEDS),
+    *refused("gemma4-assistant", DRAFTS),
+    *refused(
+        "gemma3n",
+        "its four streams are mixed by learned matrices (AltUp) and written to through Laurel and "
+        "per-layer inputs, which no removal of one direction from weights undoes.",
+    ),
 )

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.architectures.families.family import (
-    ATTENTION,
-    Family,
-    Keys,
-    Weight,
+from convert.architectures.architecture import (
+    Architecture,
+    InMlx,
+    plain,
+)
+from convert.architectures.keys import Keys
+from convert.architectures.mlx_config import (
     base_config,
-    renamed,
-    repathed,
     rope_scaling,
     sliding_layers,
     unsupported,
     whole_rotary,
 )
+from convert.architectures.weights import ATTENTION, Weight, renamed, repathed
 
 _BLOCK = {
     **ATTENTION,
@@ -62,4 +63,13 @@ def _weights(keys: Keys) -> list[Weight]:
     return repathed(renamed(keys, _BLOCK), {r"\.sinks\.weight$": ".sinks"})
 
 
-FAMILIES = (Family("gpt-oss", _config, _weights),)
+ARCHITECTURES = (
+    Architecture(
+        "gpt-oss",
+        plain(
+            reads="post_attention_norm",
+            note="post_attention_norm stands before the feed-forward network",
+        ),
+        InMlx(_config, _weights),
+    ),
+)

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.architectures.families.family import (
-    ATTENTION,
-    EXPERTS,
-    FEED_FORWARD,
-    Family,
-    Keys,
-    Piece,
-    Weight,
+from convert.architectures.architecture import (
+    Architecture,
+    FromFolder,
+    InMlx,
+    edited,
+    plain,
+    refused,
+)
+from convert.architectures.families.llama import biases, unpermuted
+from convert.architectures.hf_keys import Config, real
+from convert.architectures.keys import Keys
+from convert.architectures.mlx_config import (
     base_config,
     experts_used,
-    renamed,
     rope_scaling,
     short,
     unscaled_rotary,
     unsupported,
     whole_rotary,
 )
-from convert.architectures.families.llama import biases, unpermuted
+from convert.architectures.weights import ATTENTION, EXPERTS, FEED_FORWARD, Piece, Weight, renamed
+
+_MULTIPLIERS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+"""Key of config.json -> key of the GGUF, both ways."""
 
 _SHARED = r"\.ffn_(gate|up)_shexp\."
 
@@ -29,12 +40,15 @@ _SHARED = r"\.ffn_(gate|up)_shexp\."
 def _multipliers(keys: Keys) -> dict[str, Any]:
     """The four constants; zero is llama.cpp's word for none of the kind."""
     config = base_config(keys, "granite")
+
+    def given(name: str, default: float) -> float:
+        return short(keys.number(_MULTIPLIERS[name], 0.0)) or default
+
     return {
-        "embedding_multiplier": short(keys.number("embedding_scale", 0.0)) or 1.0,
-        "residual_multiplier": short(keys.number("residual_scale", 0.0)) or 1.0,
-        "attention_multiplier": short(keys.number("attention.scale", 0.0))
-        or config["head_dim"] ** -0.5,
-        "logits_scaling": short(keys.number("logit_scale")),
+        "embedding_multiplier": given("embedding_multiplier", 1.0),
+        "residual_multiplier": given("residual_multiplier", 1.0),
+        "attention_multiplier": given("attention_multiplier", config["head_dim"] ** -0.5),
+        "logits_scaling": short(keys.number(_MULTIPLIERS["logits_scaling"])),
     }
 
 
@@ -104,7 +118,21 @@ def _moe_weights(keys: Keys) -> list[Weight]:
     return weights
 
 
-FAMILIES = (
-    Family("granite", _granite_config, _granite_weights),
-    Family("granitemoe", _moe_config, _moe_weights),
+def _granite_keys(flat: Config) -> dict[str, Any]:
+    return {ours: real(flat, name) for name, ours in _MULTIPLIERS.items()}
+
+
+ARCHITECTURES = (
+    Architecture(
+        "granite",
+        plain(),
+        InMlx(_granite_config, _granite_weights),
+        FromFolder(("granite",), _granite_keys, permutes=True),
+    ),
+    Architecture("granitemoe", plain(), InMlx(_moe_config, _moe_weights)),
+    *edited("granite_swa", plain()),
+    *edited("granitehybrid", plain("ssm_out")),
+    *refused(
+        "graniteswitch", "it switches adapters inside the model, which write to the stream too."
+    ),
 )

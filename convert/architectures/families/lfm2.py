@@ -6,17 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from convert.architectures.families.family import (
-    Family,
-    Keys,
-    Weight,
-    renamed,
-    repathed,
-    short,
-    unscaled_rotary,
-    unsupported,
-    whole_rotary,
+from convert.architectures.architecture import (
+    Architecture,
+    InMlx,
+    plain,
 )
+from convert.architectures.keys import Keys
+from convert.architectures.mlx_config import short, unscaled_rotary, unsupported, whole_rotary
+from convert.architectures.weights import Weight, renamed, repathed
 from convert.base.errors import UserError
 
 _OUTSIDE = {
@@ -144,7 +141,13 @@ def _weights(feed_forward: dict[str, str]) -> Callable[[Keys], list[Weight]]:
     return weights
 
 
-FAMILIES = (
-    Family("lfm2", _dense_config, _weights(_DENSE)),
-    Family("lfm2moe", _moe_config, _weights(_EXPERTS)),
+_STREAM = plain(
+    "shortconv.out_proj",
+    reads="shortconv.conv shortconv.in_proj token_embd_norm dense_2",
+    note="token_embd_norm is the final norm",
+)
+
+ARCHITECTURES = (
+    Architecture("lfm2", _STREAM, InMlx(_dense_config, _weights(_DENSE))),
+    Architecture("lfm2moe", _STREAM, InMlx(_moe_config, _weights(_EXPERTS))),
 )

@@ -7,21 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from convert.architectures.families.family import (
-    ATTENTION,
-    EXPERTS,
-    FEED_FORWARD,
-    Family,
-    Keys,
-    Weight,
+from convert.architectures.architecture import (
+    Architecture,
+    FromFolder,
+    InMlx,
+    edited,
+    plain,
+    refused,
+)
+from convert.architectures.families.reasons import EMBEDS
+from convert.architectures.keys import Keys
+from convert.architectures.mlx_config import (
     base_config,
     experts_used,
-    half_split_rows,
-    renamed,
-    reordered,
     rope_scaling,
     unscaled_rotary,
     whole_rotary,
+)
+from convert.architectures.weights import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    Weight,
+    half_split_rows,
+    renamed,
+    reordered,
 )
 from convert.base.errors import UserError
 from convert.gguf.layout import TensorEntry
@@ -86,8 +96,22 @@ def _plain_weights(keys: Keys) -> list[Weight]:
     return renamed(keys, {**ATTENTION, **FEED_FORWARD})
 
 
-FAMILIES = (
-    Family("llama", _llama_config, _llama_weights),
-    Family("qwen2", _qwen_config("qwen2"), _plain_weights),
-    Family("qwen3", _qwen_config("qwen3"), _plain_weights),
+ARCHITECTURES = (
+    Architecture(
+        "llama",
+        plain(),
+        InMlx(_llama_config, _llama_weights),
+        FromFolder(("llama", "mistral"), permutes=True),
+    ),
+    Architecture(
+        "qwen2", plain(), InMlx(_qwen_config("qwen2"), _plain_weights), FromFolder(("qwen2",))
+    ),
+    Architecture(
+        "qwen3",
+        plain(reads="cls.output"),
+        InMlx(_qwen_config("qwen3"), _plain_weights),
+        FromFolder(("qwen3",)),
+    ),
+    *edited("llama4 deci mistral4", plain()),
+    *refused("llama-embed", EMBEDS),
 )

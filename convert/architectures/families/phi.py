@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.architectures.families.family import (
-    Family,
-    Keys,
-    Weight,
-    base_config,
-    renamed,
-    rope_scaling,
-    rotary_factor,
-    unsupported,
+from convert.architectures.architecture import (
+    Architecture,
+    FromFolder,
+    InMlx,
+    edited,
+    plain,
 )
+from convert.architectures.hf_keys import Config, original_context
+from convert.architectures.keys import Keys
+from convert.architectures.mlx_config import base_config, rope_scaling, rotary_factor, unsupported
+from convert.architectures.weights import Weight, renamed
 
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -108,4 +109,19 @@ def _weights(keys: Keys) -> list[Weight]:
     return renamed(keys, _BLOCK)
 
 
-FAMILIES: tuple[Family, ...] = (Family("phi3", _config, _weights),)
+def _phi3_keys(flat: Config) -> dict[str, Any]:
+    return {
+        "attention.sliding_window": max(0, int(flat.get("sliding_window") or 0)),
+        "rope.scaling.original_context_length": original_context(flat),
+    }
+
+
+ARCHITECTURES = (
+    Architecture(
+        "phi3",
+        plain(),
+        InMlx(_config, _weights),
+        FromFolder(("phi3",), _phi3_keys, longrope=True),
+    ),
+    *edited("phi2 phimoe", plain()),
+)

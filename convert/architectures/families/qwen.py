@@ -9,23 +9,35 @@ from typing import Any
 
 import numpy as np
 
-from convert.architectures.families.family import (
-    ATTENTION,
-    EXPERTS,
-    FEED_FORWARD,
-    OUTSIDE,
-    Family,
-    Keys,
-    Piece,
-    Weight,
+from convert.architectures.architecture import (
+    Architecture,
+    FromFolder,
+    InMlx,
+    edited,
+    plain,
+    refused,
+)
+from convert.architectures.config_keys import EXPERTS as EXPERT_KEYS
+from convert.architectures.families.reasons import SPEECH
+from convert.architectures.hf_keys import Config, count
+from convert.architectures.keys import Keys
+from convert.architectures.mlx_config import (
     base_config,
-    renamed,
-    repathed,
     rope_scaling,
     rotary_factor,
     unscaled_rotary,
     unsupported,
     whole_rotary,
+)
+from convert.architectures.weights import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    OUTSIDE,
+    Piece,
+    Weight,
+    renamed,
+    repathed,
 )
 from convert.base.errors import UserError
 
@@ -59,7 +71,9 @@ _HYBRID = {
 
 
 def _expert_config(keys: Keys) -> dict[str, Any]:
-    count, used = keys.integer("expert_count"), keys.integer("expert_used_count")
+    count, used = (
+        keys.integer(EXPERT_KEYS[name]) for name in ("num_experts", "num_experts_per_tok")
+    )
     if not 1 <= used <= count:
         raise UserError(
             f"{keys.source.parts[0]} asks for {used} of {count} experts: get the file again."
@@ -69,7 +83,8 @@ def _expert_config(keys: Keys) -> dict[str, Any]:
         "num_experts": count,
         "num_experts_per_tok": used,
         "intermediate_size": dense,
-        "moe_intermediate_size": keys.integer("expert_feed_forward_length", 0) or dense // used,
+        "moe_intermediate_size": keys.integer(EXPERT_KEYS["moe_intermediate_size"], 0)
+        or dense // used,
         "shared_expert_intermediate_size": (
             keys.integer("expert_shared_feed_forward_length", 0) or dense
         ),
@@ -329,12 +344,51 @@ def _split(keys: Keys, heads: _Heads) -> list[Weight]:
     return found
 
 
-FAMILIES = (
-    Family("qwen2moe", _qwen2moe_config, _moe_weights),
-    Family("qwen3moe", _moe_config("qwen3_moe", normalized=True), _moe_weights),
+def _qwen3moe_keys(flat: Config) -> dict[str, Any]:
+    if not flat.get("norm_topk_prob", False):
+        raise UserError(
+            "config.json sets norm_topk_prob to false, but llama.cpp always normalizes "
+            "Qwen3-MoE's expert weights: this model cannot be written as GGUF."
+        )
+    return {ours: count(flat, name) for name, ours in EXPERT_KEYS.items()}
+
+
+_HYBRID_STREAM = plain(
+    "ssm_out",
+    reads="post_attention_norm cls.output",
+    note="post_attention_norm stands before the feed-forward network",
+)
+
+ARCHITECTURES = (
+    Architecture("qwen2moe", plain(), InMlx(_qwen2moe_config, _moe_weights)),
+    Architecture(
+        "qwen3moe",
+        plain(),
+        InMlx(_moe_config("qwen3_moe", normalized=True), _moe_weights),
+        FromFolder(("qwen3_moe",), _qwen3moe_keys),
+    ),
     # The same model as mlx-lm's qwen3_next, whose class joins matrices that are apart in the file
     # and may be of different types there.
-    Family("qwen3next", _hybrid_config("qwen3_5_moe"), _hybrid_weights(tiled=False)),
-    Family("qwen35", _hybrid_config("qwen3_5"), _hybrid_weights(tiled=True)),
-    Family("qwen35moe", _hybrid_config("qwen3_5_moe"), _hybrid_weights(tiled=True)),
+    Architecture(
+        "qwen3next",
+        _HYBRID_STREAM,
+        InMlx(_hybrid_config("qwen3_5_moe"), _hybrid_weights(tiled=False)),
+    ),
+    Architecture(
+        "qwen35", _HYBRID_STREAM, InMlx(_hybrid_config("qwen3_5"), _hybrid_weights(tiled=True))
+    ),
+    Architecture(
+        "qwen35moe",
+        _HYBRID_STREAM,
+        InMlx(_hybrid_config("qwen3_5_moe"), _hybrid_weights(tiled=True)),
+    ),
+    *edited("qwen qwen2vl qwen3vlmoe", plain()),
+    *edited("qwen3vl", plain(reads="cls.output")),
+    *refused("rwkv6qwen2", "its recurrent blocks have not been proved in llama.cpp."),
+    *refused(
+        "qwen4exp",
+        "its streams are mixed by learned maps (hyper-connections) and written to by per-layer "
+        "n-gram embeddings.",
+    ),
+    *refused("qwen3tts", SPEECH),
 )

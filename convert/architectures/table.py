@@ -1,0 +1,62 @@
+"""Every architecture's entry, by its name in a GGUF and by the model_type of a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from convert.architectures.architecture import Architecture, FromFolder, InMlx, Stream
+from convert.architectures.families import (
+    cohere,
+    deepseek,
+    dense,
+    gemma,
+    gpt_oss,
+    granite,
+    lfm2,
+    llama,
+    others,
+    phi,
+    qwen,
+)
+
+_GROUPS = (llama, qwen, gemma, phi, cohere, dense, granite, deepseek, gpt_oss, lfm2, others)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    one.name: one for group in _GROUPS for one in group.ARCHITECTURES
+}
+"""general.architecture -> all that is known of it."""
+
+STREAMS: dict[str, Stream] = {
+    name: one.stream for name, one in ARCHITECTURES.items() if one.stream is not None
+}
+"""general.architecture -> what writes to the residual stream, of those that can be edited."""
+
+REFUSED: dict[str, str] = {name: one.refused for name, one in ARCHITECTURES.items() if one.refused}
+"""general.architecture -> why no exact edit of its weights is offered, in one sentence."""
+
+IN_MLX: dict[str, InMlx] = {
+    name: one.in_mlx for name, one in ARCHITECTURES.items() if one.in_mlx is not None
+}
+"""general.architecture -> how mlx-lm runs its GGUFs, of those that it can run."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The architecture that a folder's model_type becomes.
+
+    Attributes:
+        gguf: general.architecture, also the prefix of its metadata keys.
+        folder: what its folders need.
+    """
+
+    gguf: str
+    folder: FromFolder
+
+
+FROM_FOLDER: dict[str, Written] = {
+    model_type: Written(name, one.from_folder)
+    for name, one in ARCHITECTURES.items()
+    if one.from_folder is not None
+    for model_type in one.from_folder.model_types
+}
+"""model_type of config.json -> what it is in a GGUF, of those that can be written as one."""
