@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -14,7 +17,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("LLAMA_ARG_THREADS", "1")  # llama.cpp's threads wait busily
 
+from abl_mlx.records.record import Record
+from abl_mlx.records.schema import COMMANDS
 from tests.support import tiny
+
+SCHEMA = Path(__file__).parents[1] / "docs" / "records.schema.json"
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +37,23 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def records_keep_to_their_schema() -> Iterator[None]:
+    """Every record that a command makes in a test is held against docs/records.schema.json."""
+    whole = json.loads(SCHEMA.read_text())
+    by_class = {
+        record: jsonschema.Draft202012Validator({**whole, "$ref": f"#/$defs/{command}"})
+        for command, record in COMMANDS.items()
+    }
+    of = Record.of.__func__  # type: ignore[attr-defined]
+
+    def checked(cls: type[Record], values: Mapping[str, Any]) -> Record:
+        record: Record = of(cls, values)
+        by_class[cls].validate(record.json)
+        return record
+
+    Record.of = classmethod(checked)  # type: ignore[assignment]
+    yield
+    del Record.of

@@ -12,6 +12,7 @@ from typing import Any
 
 from abl_mlx.behaviour.paired import Paired
 from abl_mlx.choices import Limits
+from abl_mlx.records.reading import check_version
 from abl_mlx.support.console import percent
 from convert.base import json_text, schema
 from convert.base.atomic import new_file
@@ -63,6 +64,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json_text.read(path, _RECORD, mend=mend)
     except FileNotFoundError:
         raise UserError(f"{path} cannot be read: it is not there.") from None
+    check_version(record, path, mend)
     verdicts = record["verdicts"]["harmful"]
     if len(verdicts) - verdicts.count(UNJUDGED) != record["n_harmful"]:
         raise UserError(

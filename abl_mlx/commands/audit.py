@@ -8,7 +8,7 @@ comes with its evidence. docs/audit.md has the calibration and what is not seen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from abl_mlx.outputs.mentions import mentions
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.outputs.staging import check_report
 from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
+from abl_mlx.records.looks import AuditRecord
 from abl_mlx.reports.page import write
 from abl_mlx.reports.page_audit import audit_page
 from abl_mlx.support import flags
@@ -92,7 +93,7 @@ def audit(
     output: Path | None = None,
     ask: bool = False,
     report: Path | None = None,
-) -> Record:
+) -> AuditRecord:
     """Judge a model's weights.
 
     Args:
@@ -116,7 +117,7 @@ def audit(
     with find_model(text) as model:
         source = model.source
         given = None if direction is None else _given(direction)
-        record: Record = {"abl_mlx": __version__, "source": source.name}
+        known: Record = {"abl_mlx": __version__, "source": source.name}
         with clock.step("read what the files say"):
             label, said = model.label(), mentions({"name": source.title, **model.said()})
         recovered: np.ndarray | None = None
@@ -127,23 +128,24 @@ def audit(
             else:
                 with clock.step("compare with the base"), find_model(base) as before:
                     weights, recovered = differences.compare(model, before)
-                record["base"] = base
+                known["base"] = base
         except stream_weights.Unreachable as error:
             weights = {"verdict": CANNOT_TELL, "evidence": [str(error)], "layers": []}
         if given is not None:
             weights["direction_cosine"] = _cosine(given, recovered, direction)
-        record |= {"verdict": weights["verdict"], "evidence": list(weights["evidence"])}
-        _by_its_own_account(record, label, said)
-        record |= {"layers": weights["layers"], "direction_cosine": weights.get("direction_cosine")}
-        record |= {"weights": weights, "label": label, "mentions": said}
+        known |= {"verdict": weights["verdict"], "evidence": list(weights["evidence"])}
+        _by_its_own_account(known, label, said)
+        known |= {"layers": weights["layers"], "direction_cosine": weights.get("direction_cosine")}
+        known |= {"weights": weights, "label": label, "mentions": said}
         with clock.step("hash the files"):
-            record["hashes"] = model.hashes()
+            known["hashes"] = model.hashes()
     if ask:
-        record["behaviour"] = _asked(text)
+        known["behaviour"] = _asked(text)
     if output is not None:
         _keep(output, recovered, source, weights)
-        record["output"] = str(output)
-    record["seconds"] = clock.seconds
+        known["output"] = str(output)
+    known["seconds"] = clock.seconds
+    record = AuditRecord.of(known)
     if report is not None:
         from abl_mlx.reports.replay import command_line, plain
 
@@ -155,7 +157,7 @@ def audit(
     return record
 
 
-def _asked(text: str) -> Record:
+def _asked(text: str) -> Mapping[str, Any]:
     """Refusal rates, from `abl-mlx eval`; or in one sentence why it cannot be run."""
     from abl_mlx.choices import EvalOptions
     from abl_mlx.commands import evaluate_model

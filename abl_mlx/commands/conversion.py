@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from abl_mlx import __version__
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.model_file import find_model
 from abl_mlx.outputs.other_format import NewTypes
+from abl_mlx.records.edits import ConvertRecord
 from abl_mlx.support.clock import Clock
 from convert.base.errors import UserError
-
-Record = dict[str, Any]
 
 
 def convert(
@@ -23,7 +21,7 @@ def convert(
     bits: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
-) -> Record:
+) -> ConvertRecord:
     """A GGUF as an MLX folder, or an MLX or Hugging Face folder as a GGUF.
 
     Args:
@@ -51,10 +49,12 @@ def convert(
             )
         with clock.step("convert"):
             written = model.convert(out, NewTypes(quantize, bits, group_size, dtype))
-    return {
-        "abl_mlx": __version__,
-        "source": model.source.name,
-        "output": str(out),
-        **written,
-        "seconds": clock.seconds,
-    }
+    return ConvertRecord.of(
+        {
+            "abl_mlx": __version__,
+            "source": model.source.name,
+            "output": str(out),
+            **written,
+            "seconds": clock.seconds,
+        }
+    )

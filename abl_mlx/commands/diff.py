@@ -12,6 +12,7 @@ from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import gguf_outputs
 from abl_mlx.outputs.gguf import GgufFile
 from abl_mlx.outputs.gguf_plan import bytes_changed, plan
+from abl_mlx.records.looks import DiffRecord
 from abl_mlx.support.console import progress
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
@@ -21,7 +22,7 @@ Record = dict[str, Any]
 
 def diff(
     first: Path, second: Path, *, direction: Path | None = None, tensors: str | None = None
-) -> Record:
+) -> DiffRecord:
     """`abl-mlx diff`: what differs between two GGUFs, and what is left of a direction.
 
     Args:
@@ -65,4 +66,4 @@ def diff(
             plans = plan(before, edit_of(file, Editing()), model.named_writers(tensors))
             record |= gguf_outputs.leak_record(gguf_outputs.compare_all(before, after, plans))
             record["direction"] = file.sha256
-    return record
+    return DiffRecord.of(record)

@@ -34,6 +34,7 @@ from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
 from abl_mlx.models.thoughts import closes_only, has_thought
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.model_file import ModelFile
+from abl_mlx.records.evaluations import EvalRecord
 from abl_mlx.reports.page import write
 from abl_mlx.reports.page_eval import eval_page
 from abl_mlx.support.arrays import let_go
@@ -53,7 +54,7 @@ Judge = Callable[[str, str], "Verdict | None"]
 LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B", None: gate.UNJUDGED}
 
 
-def evaluate_model(text: str, options: EvalOptions) -> Record:
+def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
     """`abl-mlx eval`: what a model, a GGUF or a server refuses, alone or beside a baseline.
 
     Args:
@@ -209,16 +210,17 @@ def _lm_eval(job: Job, tasks: str) -> Record:
 
 
 def _finish(
-    job: Job, record: Record, columns: Mapping[str, Sequence[Answered]], before: Record | None
-) -> Record:
+    job: Job, known: Record, columns: Mapping[str, Sequence[Answered]], before: Record | None
+) -> EvalRecord:
     """The whole record, with the limits in it; files are written that were asked for."""
     options, replying = job.options, job.options.replying
-    checks = gate.check(record, options.limits, before)
+    checks = gate.check(known, options.limits, before)
     if checks:
-        record["gate"] = {
+        known["gate"] = {
             "passed": all(one.passed for one in checks),
             "checks": [one.record() for one in checks],
         }
+    record = EvalRecord.of(known)
     if options.junit is not None:
         gate.write_junit(options.junit, record, checks)
     lines = _reply_lines(job.parts, columns)
@@ -499,7 +501,7 @@ def _reply_lines(
     ]
 
 
-def _write_report(job: Job, record: Record, lines: Sequence[Record]) -> None:
+def _write_report(job: Job, record: EvalRecord, lines: Sequence[Record]) -> None:
     """The page of an evaluation; with replies where they were asked for there."""
     from abl_mlx.reports.replay import command_line
 

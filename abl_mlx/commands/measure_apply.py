@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from abl_mlx import __version__
 from abl_mlx.choices import ApplyOptions, MeasureOptions
@@ -17,7 +16,9 @@ from abl_mlx.inputs.sets import prompt_hashes
 from abl_mlx.models import capture, memory
 from abl_mlx.outputs import destinations, staging
 from abl_mlx.outputs.model_file import find_model
-from abl_mlx.outputs.records import combined_hash, hashes, measured, start_record, worst_leak
+from abl_mlx.outputs.record_parts import combined_hash, hashes, measured, start_record, worst_leak
+from abl_mlx.records.edits import ApplyRecord, MeasureRecord
+from abl_mlx.records.looks import InspectRecord
 from abl_mlx.reports import plot
 from abl_mlx.reports.companions import write_companions
 from abl_mlx.support.clock import Clock
@@ -25,10 +26,10 @@ from convert.base.atomic import claim
 from convert.base.errors import UserError
 from convert.base.suffixes import ends_in
 
-Record = dict[str, Any]
 
-
-def apply(direction_path: Path, text: str, paths: Sequence[Path], options: ApplyOptions) -> Record:
+def apply(
+    direction_path: Path, text: str, paths: Sequence[Path], options: ApplyOptions
+) -> ApplyRecord:
     """`abl-mlx apply`: write the edit that a direction file describes, without evaluating it."""
     editing, writing = options.editing, options.writing
     warn_of_strength(editing.strength)
@@ -42,21 +43,24 @@ def apply(direction_path: Path, text: str, paths: Sequence[Path], options: Apply
             direction_file.check_width(direction, direction_path, loaded.chat)
         edit = edit_of(direction, editing)
         planned = model.plan(edit, direction, paths, loaded, editing, writing)
-        record = start_record(model.source, paths, options, direction)
-        record.update(planned.predicting())
+        known = start_record(model.source, paths, options, direction)
+        known.update(planned.predicting())
         with clock.step("hash the source"):
-            record["hashes"] = hashes(model.hashes(), direction, options)
+            known["hashes"] = hashes(model.hashes(), direction, options)
         with staging.staging(paths) as staged:
             written = [planned.write(one, clock) for one in staged]
             facts = [one.facts for one in written]
-            record.update(leak=worst_leak(facts), written=facts, seconds=clock.seconds)
+            known.update(leak=worst_leak(facts), written=facts, seconds=clock.seconds)
+            record = ApplyRecord.of(known)
             for one in written:
                 write_companions(one.output, model.source, model.folder, record, one.facts)
     destinations.hand_to_ollama(paths, writing)
     return record
 
 
-def measure(text: str, out: Path, options: MeasureOptions, picture: Path | None = None) -> Record:
+def measure(
+    text: str, out: Path, options: MeasureOptions, picture: Path | None = None
+) -> MeasureRecord:
     """`abl-mlx measure`: write the direction file.
 
     Args:
@@ -99,21 +103,23 @@ def measure(text: str, out: Path, options: MeasureOptions, picture: Path | None 
         },
     )
     direction_file.save(out, found)
-    record: Record = {
-        "abl_mlx": __version__,
-        "source": source.name,
-        "outputs": [str(out)],
-        "direction": {**found.metadata["summary"], "sha256": found.sha256},
-        **measured(found),
-        "seconds": clock.seconds,
-    }
-    if picture is not None:
-        plot.draw(picture, record)
-        record["plot"] = str(picture)
-    return record
+    record = MeasureRecord.of(
+        {
+            "abl_mlx": __version__,
+            "source": source.name,
+            "outputs": [str(out)],
+            "direction": {**found.metadata["summary"], "sha256": found.sha256},
+            **measured(found),
+            "seconds": clock.seconds,
+        }
+    )
+    if picture is None:
+        return record
+    plot.draw(picture, record)
+    return replace(record, plot=str(picture))
 
 
-def inspect(text: str) -> Record:
+def inspect(text: str) -> InspectRecord:
     """`abl-mlx inspect`: what the model is and what an edit would touch."""
     with find_model(text) as model:
-        return model.inspect()
+        return InspectRecord.of(model.inspect())

@@ -32,8 +32,9 @@ from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.outputs import destinations, induced, staging
 from abl_mlx.outputs.gguf import GgufFile
 from abl_mlx.outputs.model_file import ModelFile, PlannedEdit, find_gguf, find_model
-from abl_mlx.outputs.records import hashes, start_record, worst_leak
+from abl_mlx.outputs.record_parts import hashes, start_record, worst_leak
 from abl_mlx.outputs.staging import Output, Written
+from abl_mlx.records.edits import RunRecord
 from abl_mlx.reports.companions import write_companions
 from abl_mlx.reports.page_run import staged_run_page, write_run_page
 from abl_mlx.support.arrays import let_go
@@ -130,7 +131,7 @@ class Judged:
     behaviour: Behaviour
 
 
-def run(text: str, paths: Sequence[Path], options: RunOptions) -> Record:
+def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
     """`abl-mlx run`: measure, edit, write, and evaluate what was written.
 
     Args:
@@ -164,7 +165,7 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> Record:
     return record
 
 
-def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> Record:
+def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
     """`abl-mlx run --induce`: choose a constant, write it, and ask what was written.
 
     Args:
@@ -191,7 +192,7 @@ def _check_places(paths: Sequence[Path], replying: Replying) -> None:
     staging.check_reports(paths, replying.report)
 
 
-def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> Record:
+def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> RunRecord:
     """The run itself. One model is in memory at a time.
 
     Args:
@@ -202,10 +203,11 @@ def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> Record:
         found = look(job, loaded)
         before = _ask_before(job, loaded, found, stack)
         staged = stack.enter_context(staging.staging(job.paths))
-        record = _start(job, found)
+        known = _start(job, found)
         written = _write(job, found, staged)
         judged = _judge(job, found, before, written)
-        replies = _finish(job, record, before, judged)
+        record = _finish(job, known, before, judged)
+        replies = _replies(job, before, judged)
         paged = staged_run_page(
             record, [one.staged for one in staged], job.options.replying, replies, job.sets
         )
@@ -387,26 +389,26 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
 # --- 6. put on record --------------------------------------------------------------------------
 
 
-def _finish(
-    job: Job, record: Record, before: Before, judged: Sequence[Judged]
-) -> Mapping[str, Behaviour]:
-    """Complete the record, and write what lies beside each output.
-
-    Returns:
-        who -> what they did, for the page.
-    """
+def _finish(job: Job, known: Record, before: Before, judged: Sequence[Judged]) -> RunRecord:
+    """The whole record; what lies beside each output is written."""
     evaluations = [one.record for one in judged]
     first = evaluations[0]
-    record.update(before=before.behaviour.record(), after=first["after"], kl=first["kl"])
+    known.update(before=before.behaviour.record(), after=first["after"], kl=first["kl"])
     if before.component is not None:
-        record.update(
+        known.update(
             component={"before": before.component, "after": first["component"]},
             leak=worst_leak(evaluations),
         )
-    record.update(evaluations=evaluations, seconds=job.clock.seconds)
+    known.update(evaluations=evaluations, seconds=job.clock.seconds)
+    record = RunRecord.of(known)
     target = job.target
     for one in judged:
         write_companions(one.written.output, target.source, target.folder, record, one.record)
+    return record
+
+
+def _replies(job: Job, before: Before, judged: Sequence[Judged]) -> Mapping[str, Behaviour]:
+    """Who -> what they did, for the page; saved where that was asked for."""
     replies = {"before": before.behaviour}
     replies |= {str(one.written.output.path): one.behaviour for one in judged}
     if job.options.replying.save_replies is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,11 @@ from abl_mlx.commands.session import Steered
 from abl_mlx.edits.edit import orthonormal
 from abl_mlx.models import heads
 from abl_mlx.models.capture import Recorder
+from abl_mlx.records.looks import ShowRecord
 from abl_mlx.support.arrays import numpy_of
 from convert.base import escape
 from convert.base.atomic import check_new, new_file
 from convert.base.errors import UserError
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _shares(steered: Steered, tokens: list[int]) -> np.ndarray:
     return numpy_of(mx.stack(rows))
 
 
-def show(steered: Steered, prompt: str, *, reply: int = 0, page: Path | None = None) -> Record:
+def show(steered: Steered, prompt: str, *, reply: int = 0, page: Path | None = None) -> ShowRecord:
     """What the command prints and keeps.
 
     Args:
@@ -86,31 +86,33 @@ def show(steered: Steered, prompt: str, *, reply: int = 0, page: Path | None = N
     if page is not None:
         check_new(page)
     found = project(steered, prompt, reply=reply)
-    record: Record = {
-        "abl_mlx": __version__,
-        "source": steered.name,
-        "prompt": prompt,
-        "direction": {
-            **steered.direction.metadata.get("summary", {"method": "given"}),
-            "sha256": steered.direction.sha256,
-        },
-        "tokens": found.tokens,
-        "before": found.before.round(5).tolist(),
-        "after": found.after.round(5).tolist(),
-    }
+    record = ShowRecord.of(
+        {
+            "abl_mlx": __version__,
+            "source": steered.name,
+            "prompt": prompt,
+            "direction": {
+                **steered.direction.metadata.get("summary", {"method": "given"}),
+                "sha256": steered.direction.sha256,
+            },
+            "tokens": found.tokens,
+            "before": found.before.round(5).tolist(),
+            "after": found.after.round(5).tolist(),
+        }
+    )
     if page is not None:
         from abl_mlx.reports.page_show import show_page
 
         with new_file(page) as staged:
             staged.write_text(show_page(record), encoding="utf-8")
-        record["output"] = str(page)
+        record = replace(record, output=str(page))
     return record
 
 
 _SHADES = " ░▒▓█"
 
 
-def table(record: Record, *, color: bool = False) -> str:
+def table(record: Mapping[str, Any], *, color: bool = False) -> str:
     """A line for each token, a cell for each layer, before and after.
 
     Args:

@@ -25,6 +25,7 @@ from abl_mlx.outputs.edit_label import Label, read_label
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.outputs.undo_file import Taken, kept_path, read_kept
 from abl_mlx.outputs.undo_weights import quantized
+from abl_mlx.records.edits import UndoRecord
 from abl_mlx.support.arrays import number
 from abl_mlx.support.clock import Clock
 from convert.base.errors import UserError
@@ -46,7 +47,7 @@ def undo(
     factors: Path | None = None,
     direction: Path | None = None,
     base: str | None = None,
-) -> Record:
+) -> UndoRecord:
     """Write the model as it was before the edit, or an adapter that undoes the edit.
 
     Args:
@@ -76,15 +77,17 @@ def undo(
             found, how = _find(model, label, factors, direction, base)
             _check(model, found)
             written = [_write(model, path, found, label) for path in paths]
-    return {
-        "abl_mlx": __version__,
-        "source": source.name,
-        "outputs": [str(path) for path in paths],
-        "from": how,
-        "tensors": len(found),
-        "written": written,
-        "seconds": clock.seconds,
-    }
+    return UndoRecord.of(
+        {
+            "abl_mlx": __version__,
+            "source": source.name,
+            "outputs": [str(path) for path in paths],
+            "from": how,
+            "tensors": len(found),
+            "written": written,
+            "seconds": clock.seconds,
+        }
+    )
 
 
 def _write(model: ModelFile, path: Path, found: Mapping[str, Taken], label: Label) -> Record:

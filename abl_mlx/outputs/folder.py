@@ -28,7 +28,7 @@ from abl_mlx.outputs import (
     induced,
     mtp,
     other_format,
-    records,
+    record_parts,
     staging,
     stream_weights,
     undo_folder,
@@ -114,7 +114,7 @@ class FolderFile(ExitStack):
     def fingerprint(self) -> list[list[Any]]:
         files = [path for path in self.source.path.iterdir() if path.is_file()]
         kept = (".safetensors", ".json", ".jinja")
-        return records.fingerprint(path for path in files if path.suffix in kept)
+        return record_parts.fingerprint(path for path in files if path.suffix in kept)
 
     def label(self) -> dict[str, Any] | None:
         label = self.config.get("abl_mlx")
@@ -160,7 +160,7 @@ class FolderFile(ExitStack):
         }
 
     def hashes(self) -> dict[str, str]:
-        return records.file_hashes(self.files.files)
+        return record_parts.file_hashes(self.files.files)
 
     # --- its tensors ---------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from abl_mlx.outputs import (
     gguf_outputs,
     induced,
     other_format,
-    records,
+    record_parts,
     staging,
     stream_weights,
     undo_gguf,
@@ -112,7 +112,7 @@ class GgufFile(ExitStack):
         )
 
     def fingerprint(self) -> list[list[Any]]:
-        return records.fingerprint([self.source.path])
+        return record_parts.fingerprint([self.source.path])
 
     def label(self) -> dict[str, Any] | None:
         return gguf_label(self.gguf) or None
@@ -157,7 +157,7 @@ class GgufFile(ExitStack):
         return int(self.gguf.metadata[key])
 
     def hashes(self) -> dict[str, str]:
-        return records.file_hashes(self.gguf.parts)
+        return record_parts.file_hashes(self.gguf.parts)
 
     # --- its tensors ---------------------------------------------------------------------------
 

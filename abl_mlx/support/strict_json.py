@@ -19,7 +19,7 @@ def to_json(record: Mapping[str, Any]) -> str:
     (or ``"inf"``, ``"-inf"``), by the keys and places of lists that lead to it, joined by points.
     """
     lost = dict(_not_finite(record, ""))
-    whole = {**finite(record), "not_finite": lost} if lost else record
+    whole = {**finite(record), "not_finite": lost} if lost else dict(record)
     return escape.json_text(json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False))
 
 

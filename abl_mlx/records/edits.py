@@ -1,0 +1,234 @@
+"""What was measured, edited and written: the records of measure, run, apply, undo and convert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from abl_mlx.records.evaluations import Divergence, Made, Refusals
+from abl_mlx.records.record import Part, Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looked(Part):
+    """Prompts of a set that were asked before anything was measured, and those refused."""
+
+    asked: int
+    refused: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cloud(Part):
+    """Two prompt sets in a plane: [x, y] of every prompt, after ``layer`` at ``position``."""
+
+    layer: int | None = None
+    position: int | None = None
+    harmful: list[list[float]]
+    harmless: list[list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found(Part):
+    """What was found on the way to a direction; of another's direction file, less.
+
+    Attributes:
+        direction: its ``method``, why it was chosen, and its ``sha256``.
+        first_look: set -> replies of the model as it is.
+        scores: every candidate: layer, position, figures.
+        trials: what else was tried.
+    """
+
+    direction: dict[str, Any]
+    first_look: dict[str, Looked] | None = None
+    scores: list[dict[str, Any]] | None = None
+    trials: list[dict[str, Any]] | None = None
+    cloud: Cloud | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureRecord(Record, Found, Made):
+    """What `measure` did; ``plot`` is the file of its charts."""
+
+    outputs: list[str]
+    seconds: dict[str, float]
+    plot: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafting(Part):
+    """Tensors of multi-token prediction: how many, and those that were edited."""
+
+    tensors: int
+    edited: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hashes(Part):
+    """SHA-256 of the source's files by name, of the direction, and of the options."""
+
+    source: dict[str, str]
+    direction: str
+    options: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstLeak(Part):
+    """The largest share of the component that is left: of all tensors, and of one."""
+
+    total: float
+    max: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaks(WorstLeak):
+    """The same with every tensor: ``leak``, ``weight_error`` and what its type adds.
+
+    Attributes:
+        with_left_out: the total with what an adapter leaves alone.
+    """
+
+    tensors: dict[str, dict[str, Any]]
+    with_left_out: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenEdit(Part):
+    """An output, measured in the bytes that were written.
+
+    Attributes:
+        output: its path.
+        format: ``MLX``, ``GGUF``, or one of the adapters' and the control vector's.
+        files: of a GGUF, its parts.
+        types: of the edited tensors.
+        weight_error: relative distance of the written weights from the exact edit.
+        embedding: whether an embedding is among what was edited.
+        left_out: what was not copied, or not edited by an adapter.
+    """
+
+    output: str
+    format: str
+    files: list[str] | None = None
+    types: list[str] | None = None
+    leak: Leaks | None = None
+    weight_error: float | None = None
+    embedding: bool | None = None
+    left_out: list[str] | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedEdit(WrittenEdit):
+    """An output and what it does.
+
+    Attributes:
+        kl: from the model as it was.
+        component: largest share of the direction in the stream; not of a constant.
+        runtime: what ran it.
+    """
+
+    kl: Divergence
+    component: float | None = None
+    runtime: str
+    after: Refusals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edited(Found, Made):
+    """What `run` and `apply` have in common.
+
+    Attributes:
+        source_is_repository: whether the source is a Hugging Face id.
+        base_model: what written models say they come from.
+        repository: the Hugging Face id, where it is known.
+        options: flag -> value, of all flags of the command.
+        hashes: of what the outputs were made from.
+    """
+
+    source_is_repository: bool
+    base_model: str
+    repository: str | None = None
+    outputs: list[str]
+    options: dict[str, Any]
+    mtp: Drafting | None = None
+    hashes: Hashes
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component(Part):
+    """The largest share of the direction in the stream of held-out prompts."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record, Edited):
+    """What `run` did; ``after``, ``kl`` and ``component`` are the first output's.
+
+    Attributes:
+        measured_on: the model that the direction was measured on, with ``--gguf``.
+        induced: with ``--induce``.
+        evaluations: every output.
+    """
+
+    measured_on: str | None = None
+    induced: bool | None = None
+    before: Refusals
+    after: Refusals
+    kl: Divergence
+    component: Component | None = None
+    leak: WorstLeak | None = None
+    evaluations: list[EvaluatedEdit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyRecord(Record, Edited):
+    """What `apply` wrote."""
+
+    leak: WorstLeak
+    written: list[WrittenEdit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored(Part):
+    """An output of `undo`; ``missing`` is what could not be put back of a model's weights."""
+
+    output: str
+    format: str
+    missing: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UndoRecord(Record, Made):
+    """What `undo` wrote.
+
+    Attributes:
+        from_: where that was known from: an undo file, a direction file, a base model.
+        tensors: how many were put back.
+    """
+
+    outputs: list[str]
+    from_: str
+    tensors: int
+    written: list[Restored]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRecord(Record, Made):
+    """What `convert` wrote.
+
+    Attributes:
+        tensors: type -> how many.
+        bytes: of all tensors.
+        left_out: what the other format has no place for.
+    """
+
+    output: str
+    format: str
+    tensors: dict[str, int]
+    bytes: int
+    left_out: list[str] | None = None
+    note: str | None = None
+    seconds: dict[str, float]

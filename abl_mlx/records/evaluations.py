@@ -1,0 +1,219 @@
+"""What a model does: the record of `eval`, and the figures that `run` has of each output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from abl_mlx.records.record import LEFT_OUT, Part, Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Category(Part):
+    """A category of prompts.
+
+    Attributes:
+        n, refused, broken: numbers of replies.
+        refusal_rate: None of no reply.
+        refusal_interval: Wilson's, 95%.
+    """
+
+    n: int
+    refused: int
+    broken: int
+    refusal_rate: float | None
+    refusal_interval: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedReply(Part):
+    """One reply to nearly everything: ``n`` of ``of`` replies, and the verdict on it."""
+
+    n: int
+    of_: int
+    verdict: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusals(Part):
+    """Refusal rates on each prompt set, with Wilson 95% intervals.
+
+    Attributes:
+        broken_rate: share of replies to harmful and harmless prompts that are empty or loop.
+        expected_answer_rate: share of harmful prompts answered as their set says.
+        unfinished_thoughts, looping_refusals, withheld_replies: numbers of replies.
+        fixed_reply: where nearly all replies are one and the same.
+        categories: set -> category -> figures.
+    """
+
+    harmful_refusal_rate: float | None
+    harmful_refusal_interval: list[float]
+    n_harmful: int
+    harmless_refusal_rate: float | None
+    harmless_refusal_interval: list[float]
+    n_harmless: int
+    broken_rate: float | None
+    expected_answer_rate: float | None = None
+    borderline_refusal_rate: float | None = LEFT_OUT
+    borderline_refusal_interval: list[float] | None = None
+    n_borderline: int | None = None
+    unfinished_thoughts: int | None = None
+    looping_refusals: int | None = None
+    withheld_replies: int | None = None
+    fixed_reply: FixedReply | None = None
+    categories: dict[str, dict[str, Category]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made(Part):
+    """By which version, of what.
+
+    Attributes:
+        abl_mlx: the version of abl-mlx.
+        source: what the user typed for the model.
+    """
+
+    abl_mlx: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share(Part):
+    """How many of ``n`` answers are right, with Wilson's 95% interval."""
+
+    n: int
+    right: int
+    share: float
+    interval: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability(Share):
+    """The small capability check, whole and by kind of task."""
+
+    tasks_sha256: str
+    groups: dict[str, Share]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Part):
+    """How a judge's verdicts compare with those of the markers.
+
+    Attributes:
+        asked, unparsed: numbers of replies; an answer beside the rubric is not parsed.
+        agreement, kappa: of the two verdicts; None where there is nothing to compare.
+        table: ``judge/markers`` -> number of replies.
+    """
+
+    rubric_sha256: str
+    asked: int
+    unparsed: int
+    agreement: float | None
+    kappa: float | None
+    table: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(Refusals, Made):
+    """One model that `eval` asked.
+
+    Attributes:
+        model: its name on a server.
+        runtime: what ran it.
+        judge: who said what a refusal is.
+        max_tokens: longest reply.
+        verdicts: set -> a letter for each prompt: R refused, A answered, B broken, ? not judged.
+        judging, perplexity, capability: where asked for.
+    """
+
+    model: str | None = None
+    runtime: str
+    judge: str
+    max_tokens: int
+    note: str | None = None
+    verdicts: dict[str, str]
+    judging: Judged | None = None
+    perplexity: dict[str, Any] | None = None
+    capability: Capability | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedPrompts(Part):
+    """A prompt set: how many, and the hash of their texts."""
+
+    n: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence(Part):
+    """KL(before ‖ after) on harmless prompts, nats a token.
+
+    Attributes:
+        k1: at the first reply token.
+        k32: mean over the first 32.
+        kind: ``exact``, or over the likeliest tokens alone.
+        n_prompts: how many prompts.
+    """
+
+    k1: float
+    k32: float
+    kind: str | None = None
+    n_prompts: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Part):
+    """Refusals of a set by model and baseline, prompt by prompt, with McNemar's exact test."""
+
+    n: int
+    both: int
+    gained: int
+    lost: int
+    neither: int
+    difference: float
+    interval: list[float]
+    p: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit(Part):
+    """One limit and what was found; ``value`` is None where nothing was measured."""
+
+    name: str
+    kind: str
+    value: float | None
+    limit: float
+    passed: bool
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Part):
+    """All limits that were asked for."""
+
+    passed: bool
+    checks: list[Limit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord(Record, Asked):
+    """What `eval` found.
+
+    Attributes:
+        prompts: what was asked, by set.
+        kl: from the baseline.
+        lm_eval: task -> results of lm-evaluation-harness.
+        baseline: the other model.
+        paired: set -> the two compared.
+        seconds: step -> time.
+        gate: where limits were given.
+    """
+
+    prompts: dict[str, AskedPrompts]
+    kl: Divergence | None = None
+    lm_eval: dict[str, Any] | None = None
+    baseline: Asked | None = None
+    paired: dict[str, Comparison] | None = None
+    seconds: dict[str, float]
+    gate: Gate | None = None

@@ -1,0 +1,121 @@
+"""Records as JSON and back, in one place; which keys there are, each record's class says."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
+from typing import Any, TypeVar
+
+#: The version of every record that is written. Records of earlier versions of abl-mlx say none:
+#: that is version 0, which has the same keys. It rises when a key goes or changes its meaning, not
+#: when one is added.
+FORMAT_VERSION = 1
+
+#: The value of a key that may be null and may also be left out; None then means null.
+LEFT_OUT: Any = type("LeftOut", (), {"__repr__": lambda self: "LEFT_OUT"})()
+
+PartOf = TypeVar("PartOf", bound="Part")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a record. A field that is None by default is left out of the JSON while it is."""
+
+    @classmethod
+    def of(cls: type[PartOf], values: Mapping[str, Any]) -> PartOf:
+        """From JSON values; keys that are not known are kept, and written again.
+
+        Raises:
+            TypeError: when a key is missing.
+        """
+        kinds = kinds_of(cls)
+        known = {name: values[key(name)] for name in kinds if key(name) in values}
+        more = {name: value for name, value in values.items() if f"{name}_" not in kinds}
+        more = {name: value for name, value in more.items() if name not in kinds}
+        more.pop("format_version", None)
+        return cls(**{name: _made(kinds[name], one) for name, one in known.items()}, more=more)
+
+    more: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def json(self) -> dict[str, Any]:
+        """As JSON values."""
+        found: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            left_out = value is LEFT_OUT or (value is None and one.default is None)
+            if one.name != "more" and not left_out:
+                found[key(one.name)] = plain(value)
+        return found | plain(dict(self.more))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Part, Mapping[str, Any]):
+    """What a command returns; it reads like its JSON: ``record["source"]``."""
+
+    @cached_property
+    def json(self) -> dict[str, Any]:
+        """As JSON values, with the version of the format."""
+        return {"format_version": FORMAT_VERSION, **super().json}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.json[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.json)
+
+    def __len__(self) -> int:
+        return len(self.json)
+
+
+def key(name: str) -> str:
+    """The JSON key of a field: ``from`` of ``from_``, which Python keeps for itself."""
+    return name.rstrip("_")
+
+
+def kinds_of(part: type[Part]) -> dict[str, Any]:
+    """The type of every field by its name."""
+    hints = typing.get_type_hints(part)
+    return {one.name: hints[one.name] for one in fields(part) if one.name != "more"}
+
+
+def required(part: type[Part]) -> list[str]:
+    """The fields that are never left out."""
+    return [
+        one.name
+        for one in fields(part)
+        if one.default is MISSING and one.default_factory is MISSING
+    ]
+
+
+def options_of(kind: Any) -> tuple[Any, ...]:
+    """The members of a union; the type itself where it is none."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def _made(kind: Any, value: Any) -> Any:
+    """A JSON value as the type that a field has."""
+    for one in options_of(kind):
+        origin, inner = typing.get_origin(one), typing.get_args(one)
+        if isinstance(one, type) and issubclass(one, Part) and isinstance(value, Mapping):
+            return value if isinstance(value, one) else one.of(value)
+        if origin is list and isinstance(value, list | tuple):
+            return [_made(inner[0], each) for each in value]
+        if origin is dict and isinstance(value, Mapping):
+            return {name: _made(inner[1], each) for name, each in value.items()}
+    return value
+
+
+def plain(value: Any) -> Any:
+    """Records inside a value as JSON values."""
+    if isinstance(value, Part):
+        return value.json
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return value

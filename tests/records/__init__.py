@@ -1,0 +1,1 @@
+"""Tests of abl_mlx.records."""
