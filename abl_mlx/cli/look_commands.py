@@ -180,11 +180,12 @@ def show(
 
     color = sys.stdout.isatty()
     prompt = typed("PROMPT", prompt)
+    options = SteerOptions.of(**chosen)
     answer(
         as_json,
         lambda record: showing.table(record, color=color),
         lambda: showing.show(
-            session.load(model, SteerOptions.of(**chosen)), prompt, reply=reply, page=output
+            session.load(model, options), prompt, reply=reply, page=output, options=options
         ),
     )
 

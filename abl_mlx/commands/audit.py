@@ -147,11 +147,12 @@ def audit(
     known["seconds"] = clock.seconds
     record = AuditRecord.of(known)
     if report is not None:
-        from abl_mlx.reports.replay import command_line, plain
+        from abl_mlx.reports.replay import command_line
 
-        given_words = plain({"base": base, "direction": direction, "ask": ask})
+        file = None if direction is None else str(direction)
+        chosen = {"base": base, "direction": file, "ask": ask}
         command = command_line(
-            ["audit", text], given_words, {"base": None, "direction": None, "ask": False}
+            ["audit", text], chosen, {"base": None, "direction": None, "ask": False}
         )
         write(report, audit_page(record, command))
     return record

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx import __version__
+from abl_mlx.choices import SteerOptions
 from abl_mlx.commands.session import Steered
 from abl_mlx.edits.edit import orthonormal
 from abl_mlx.models import heads
@@ -77,11 +78,19 @@ def _shares(steered: Steered, tokens: list[int]) -> np.ndarray:
     return numpy_of(mx.stack(rows))
 
 
-def show(steered: Steered, prompt: str, *, reply: int = 0, page: Path | None = None) -> ShowRecord:
+def show(
+    steered: Steered,
+    prompt: str,
+    *,
+    reply: int = 0,
+    page: Path | None = None,
+    options: SteerOptions | None = None,
+) -> ShowRecord:
     """What the command prints and keeps.
 
     Args:
         page: where a page with the picture goes.
+        options: what was chosen, for the command on the page.
     """
     if page is not None:
         check_new(page)
@@ -102,9 +111,14 @@ def show(steered: Steered, prompt: str, *, reply: int = 0, page: Path | None = N
     )
     if page is not None:
         from abl_mlx.reports.page_show import show_page
+        from abl_mlx.reports.replay import command_line
+
+        defaults = SteerOptions().record() | {"reply": 0}
+        chosen = (options or SteerOptions()).record() | {"reply": reply}
+        command = command_line(["show", steered.name, prompt], chosen, defaults)
 
         with new_file(page) as staged:
-            staged.write_text(show_page(record), encoding="utf-8")
+            staged.write_text(show_page(record, command), encoding="utf-8")
         record = replace(record, output=str(page))
     return record
 

@@ -82,7 +82,10 @@ def run_page(record: Record, replies: Sequence[Record] = ()) -> str:
     options = record["options"]
     induced = ("--induce",) if record.get("induced") else ()
     command = command_line(
-        ("run", record["source"], *induced), options, RunOptions().record(), record["outputs"]
+        ("run", record.get("measured_on", record["source"]), *induced),
+        options,
+        RunOptions().record(),
+        record["outputs"],
     )
     summary = Section(
         "Before and after",

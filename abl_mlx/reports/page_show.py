@@ -16,14 +16,16 @@ from abl_mlx.reports.page import (
     Tile,
     html,
 )
+from abl_mlx.reports.page_parts import reproduce
 from abl_mlx.reports.tables import summary_line
 
 
-def show_page(record: Record) -> str:
+def show_page(record: Record, command: str = "") -> str:
     """The page of `abl-mlx show`: a prompt's tokens by layer, before and after the edit.
 
     Args:
         record: of `show.show`: ``tokens`` (T), ``before`` and ``after`` (L, T).
+        command: makes the same record again.
     """
     values = {"before": record["before"], "after": record["after"]}
     most = max((abs(v) for rows in values.values() for row in rows for v in row), default=0.0)
@@ -47,11 +49,13 @@ def show_page(record: Record) -> str:
     )
     head = ("token", *(f"layer {layer}" for layer in range(len(record["before"]))))
     numbers = Table(head, rows, tuple(range(1, len(head))), "The numbers before the edit")
-    sections = (
+    sections: tuple[Section, ...] = (
         Section("By layer and token", (text,), tables=(numbers,), grids=grids, legend=legend),
         Section("The direction", code=f"{summary_line(record['direction'])}\n"
                                       f"SHA-256 {record['direction']['sha256']}"),
     )  # fmt: skip
+    if command:
+        sections += (reproduce(command, record, {}),)
     lead = (f"“{record['prompt']}”",)
     return html(Page("Shown with abl-mlx", record["source"], lead, tiles, sections))
 

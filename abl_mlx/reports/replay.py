@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 #: What says where something is written or found, not what is done.
@@ -36,19 +35,8 @@ def command_line(
         elif isinstance(value, list | tuple | set | frozenset):
             parts += [flag, ",".join(map(str, sorted(value)))]
         elif value is not None:
-            value = f"{value:g}" if isinstance(value, float) else value
+            # Every digit counts: 0.1234567 is not 0.123457.
+            value = repr(value).removesuffix(".0") if isinstance(value, float) else value
             # A value that starts with a dash would be read as a flag.
             parts += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return shlex.join(parts)
-
-
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as JSON values: paths as text, sets as sorted lists."""
-    return {
-        name: str(value)
-        if isinstance(value, Path)
-        else sorted(value)
-        if isinstance(value, set | frozenset)
-        else value
-        for name, value in values.items()
-    }
