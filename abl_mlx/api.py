@@ -52,9 +52,11 @@ from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.model_file import ModelFile, find_model
+from abl_mlx.records.edits import ApplyRecord
+from abl_mlx.records.evaluations import EvalRecord
+from abl_mlx.records.looks import AuditRecord
 from abl_mlx.support.clock import Clock
 
-Record = dict[str, Any]
 """What a command puts on record, as JSON values: what its ``--json`` prints."""
 
 
@@ -203,7 +205,7 @@ def apply(
     model: str | PathLike[str],
     *outputs: str | PathLike[str],
     **flags: Any,
-) -> Record:
+) -> ApplyRecord:
     """Write the removal of a direction into files, as `abl-mlx apply` does.
 
     Args:
@@ -227,7 +229,7 @@ def apply(
         return measure_apply.apply(path, str(model), places, options)
 
 
-def evaluate(model: str | PathLike[str], **flags: Any) -> Record:
+def evaluate(model: str | PathLike[str], **flags: Any) -> EvalRecord:
     """Ask a model, and count refusals, over-refusals and broken replies, as `abl-mlx eval` does.
 
     Args:
@@ -243,7 +245,7 @@ def evaluate(model: str | PathLike[str], **flags: Any) -> Record:
 
 def audit(
     model: str | PathLike[str], base: str | PathLike[str] | None = None, *, ask: bool = False
-) -> Record:
+) -> AuditRecord:
     """Whether a direction was taken out of a model's weights, as `abl-mlx audit` says.
 
     Args:
