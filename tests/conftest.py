@@ -24,6 +24,15 @@ from tests.support import tiny
 SCHEMA = Path(__file__).parents[1] / "docs" / "records.schema.json"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the files that fast.txt names are marked ``fast``."""
+    here = Path(__file__).parent
+    fast = {here / line for line in (here / "fast.txt").read_text(encoding="utf-8").split()}
+    for item in items:
+        if item.path in fast:
+            item.add_marker("fast")
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``tiny_folder(arch, **options)``: the folder of a tiny model; never write into it."""

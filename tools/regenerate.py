@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tools import cli_reference, gguf_writers, mlx_architectures, mlx_batches, refusal_detection
+from tools import (
+    cli_reference,
+    gguf_writers,
+    mlx_architectures,
+    mlx_batches,
+    record_schema,
+    refusal_detection,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +47,7 @@ class Document:
 DOCUMENTS = (
     Document("docs/cli.md", cli_reference.document, 1),
     Document("docs/gguf-writers.md", gguf_writers.document, 1),
+    Document("docs/records.schema.json", record_schema.text, 1),
     Document("docs/refusal-detection.md", refusal_detection.document, 5),
     Document("docs/mlx-architectures.md", mlx_architectures.document, 80),
     Document("docs/mlx-batches.md", mlx_batches.document, 80),

@@ -131,3 +131,9 @@ def test_architectures_that_run_from_a_gguf_are_listed() -> None:
     named = re.sub(r"\(.*?\)", "", named.replace("\n", " "))
     assert sorted(name.strip() for name in named.split(",")) == sorted(IN_MLX)
     assert f"{len(IN_MLX)} of them run from the GGUF alone" in text(ROOT / "README.md")
+
+
+def test_files_of_the_fast_tier_exist() -> None:
+    names = (ROOT / "tests" / "fast.txt").read_text(encoding="utf-8").split()
+    assert names == sorted(set(names))
+    assert [name for name in names if not (ROOT / "tests" / name).exists()] == []

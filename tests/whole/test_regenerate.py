@@ -26,7 +26,7 @@ def test_every_page_that_says_it_is_generated_is_written() -> None:
         for page in (ROOT / "docs").glob("*.md")
         if "python -m tools.regenerate`" in page.read_text(encoding="utf-8")
     }
-    assert said == {one.name for one in DOCUMENTS}
+    assert said == {one.name for one in DOCUMENTS if one.name.endswith(".md")}
 
 
 def test_check_tells_a_document_that_would_change(
