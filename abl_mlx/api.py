@@ -57,8 +57,6 @@ from abl_mlx.records.evaluations import EvalRecord
 from abl_mlx.records.looks import AuditRecord
 from abl_mlx.support.clock import Clock
 
-"""What a command puts on record, as JSON values: what its ``--json`` prints."""
-
 
 @dataclass(frozen=True)
 class Model:

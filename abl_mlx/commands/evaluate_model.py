@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 from abl_mlx import __version__
@@ -30,9 +29,9 @@ from abl_mlx.behaviour.reply_notes import Seen
 from abl_mlx.behaviour.target import Target
 from abl_mlx.choices import EvalOptions, Replying
 from abl_mlx.commands import judges, prompt_choice, prompt_lengths, targets
+from abl_mlx.commands.eval_job import Job, check
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
 from abl_mlx.models.thoughts import closes_only, has_thought
-from abl_mlx.outputs import staging
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.records.evaluations import EvalRecord
 from abl_mlx.reports.page import write
@@ -42,7 +41,6 @@ from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress, say
 from abl_mlx.support.flags import said
 from abl_mlx.support.notes import noted
-from convert.base.atomic import check_new
 from convert.base.errors import UserError
 
 Record = dict[str, Any]
@@ -72,62 +70,10 @@ def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
             if one is not None:
                 stack.enter_context(one)
         job = Job(text, source, other, options, _prompts(source, other, options), Clock())
-        before = _check(job)
+        before = check(job)
         with journal.opened(targeting.resume, job.identity) as kept:
             record, columns = _measure(job, kept)
             return _finish(job, record, columns, before)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What an evaluation was asked for.
-
-    Attributes:
-        text: what the user typed for the model.
-        source, other: the files of the model and of its baseline; None for a server, and where
-            there is no baseline.
-        sets: what is asked.
-        clock: the time of each step.
-    """
-
-    text: str
-    source: ModelFile | None
-    other: ModelFile | None
-    options: EvalOptions
-    sets: PromptSets
-    clock: Clock
-
-    @cached_property
-    def parts(self) -> dict[str, PromptSet]:
-        """What is asked, by name."""
-        return asked_sets(self.sets)
-
-    @cached_property
-    def judge(self) -> str:
-        """Who judges."""
-        return judge.name(self.options.judging)
-
-    @property
-    def prompts(self) -> Record:
-        """How many prompts each set has, and their hash."""
-        return {name: {"n": len(part), "sha256": part.sha256} for name, part in self.parts.items()}
-
-    @property
-    def how(self) -> Record:
-        """What an answer depends on, beside the model."""
-        return {
-            "prompts": {name: part.sha256 for name, part in self.parts.items()},
-            "max_tokens": self.options.replying.max_tokens,
-            "judge": self.judge,
-            "abl_mlx": __version__,
-        }
-
-    @property
-    def identity(self) -> Record:
-        """What a journal of this evaluation is known by."""
-        targeting = self.options.targeting
-        names = {"target": self.text, "baseline": targeting.baseline, "model": targeting.model}
-        return names | self.how
 
 
 def _measure(job: Job, kept: journal.Journal | None) -> tuple[Record, dict[str, list[Answered]]]:
@@ -231,14 +177,6 @@ def _finish(
     return record
 
 
-def asked_sets(sets: PromptSets) -> dict[str, PromptSet]:
-    """What is asked, by name; a set without prompts is left out."""
-    parts = {"harmful": sets.harmful.test, "harmless": sets.harmless.test}
-    if sets.borderline is not None and len(sets.borderline):
-        parts["borderline"] = sets.borderline
-    return parts
-
-
 def _perplexity_tokens(job: Job) -> int | None:
     """How many tokens are predicted: as many on both sides, few where llama.cpp is one of them."""
     local = [one for one in (job.source, job.other) if one is not None]
@@ -254,72 +192,6 @@ def _prompts(source: ModelFile | None, other: ModelFile | None, options: EvalOpt
 
 def _by_markers(prompt: str, reply: str) -> Verdict:
     return classify(reply)
-
-
-def _check(job: Job) -> Record | None:
-    """Everything that can be refused before a model is loaded; the record to compare with."""
-    options, limits = job.options, job.options.limits
-    _check_targets(job)
-    _check_limits(job)
-    if options.replying.save_replies is not None:
-        check_new(options.replying.save_replies)
-    if options.replying.report is not None:
-        staging.check_report(options.replying.report)
-    if options.junit is not None:
-        gate.check_junit(options.junit)
-    if limits.max_drop_from is None:
-        return None
-    before = gate.read_record(limits.max_drop_from)
-    gate.check_comparable(before, limits.max_drop_from, job.prompts, job.judge)
-    return before
-
-
-def _check_targets(job: Job) -> None:
-    """Refuse flags that do not go with what is asked."""
-    source, other, targeting = job.source, job.other, job.options.targeting
-    if source is not None and targeting.model is not None:
-        raise UserError(f"--model {targeting.model} names a model of a server, and TARGET is none.")
-    if other is not None and targeting.baseline_model is not None:
-        raise UserError("--baseline-model names a model of a server, and --baseline is none.")
-    if targeting.baseline is None and targeting.baseline_model is not None:
-        raise UserError("--baseline-model needs --baseline URL.")
-    local = [one for one in (source, other) if one is not None]
-    for one in local:
-        targets.runtime_of(one, targeting.runtime)
-    if targeting.runtime not in (None, "mlx-lm") and not any(
-        targeting.runtime in one.runtimes for one in local
-    ):
-        raise UserError(f"--runtime {targeting.runtime} runs .gguf files, and none is given.")
-    metrics, compares = job.options.metrics, targeting.baseline is not None
-    if metrics.perplexity and (source is None or (compares and other is None)):
-        raise UserError(
-            "--perplexity needs probabilities, which a server's chat does not tell: give the model "
-            "as a folder or a .gguf file."
-        )
-    if metrics.lm_eval is not None:
-        lm_eval_harness.check(source.folder if source is not None else None, metrics.lm_eval)
-
-
-def _check_limits(job: Job) -> None:
-    """Refuse a limit on the KL where it cannot be measured."""
-    if job.options.limits.max_kl is None:
-        return
-    targeting = job.options.targeting
-    if targeting.baseline is None:
-        raise UserError(
-            "--max-kl needs a baseline to compare with: add --baseline with the original model."
-        )
-    if job.source is None or job.other is None:
-        raise UserError(
-            "--max-kl needs probabilities, which a server's chat does not tell: give the model "
-            "and its --baseline as folders or .gguf files."
-        )
-    both = (job.source, job.other)
-    if "llama-server" in [targets.runtime_of(one, targeting.runtime) for one in both]:
-        raise UserError(
-            "--max-kl does not work through llama-server: pip install 'abl-mlx[llamacpp]', or "
-            "use --runtime mlx-lm."
-        )
 
 
 # --- asking --------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def choose(
         return effect.kl <= max_kl
 
     def works(score: Score) -> bool:
-        return not score.dropped and score.refused is not None and score.refused <= trial.left
+        return score.outcome(trial.left).works
 
     def preference(score: Score) -> tuple[bool, float]:
         assert score.refusal is not None

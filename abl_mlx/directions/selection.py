@@ -26,6 +26,27 @@ LEFT = 0.05
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """Whether a removal ends refusals, as far as first reply tokens tell.
+
+    Attributes:
+        refused: share of the harmful validation prompts whose likeliest first token opens a
+            refusal with it; None where it was not tried.
+        dropped: why it cannot be chosen; empty when it can.
+        most_left: the largest share that counts as none: `trial.Trial.left`.
+    """
+
+    refused: float | None
+    dropped: str
+    most_left: float
+
+    @property
+    def works(self) -> bool:
+        """Whether refusals are gone."""
+        return not self.dropped and self.refused is not None and self.refused <= self.most_left
+
+
+@dataclass(frozen=True)
 class Score:
     """What is known of one candidate.
 
@@ -60,6 +81,10 @@ class Score:
     prompts: tuple[int, int] | None = None
     induced: float | None = None
     dropped: str = ""
+
+    def outcome(self, most_left: float) -> Outcome:
+        """Whether its removal ends refusals."""
+        return Outcome(self.refused, self.dropped, most_left)
 
     def record(self) -> dict[str, Any]:
         """The score as JSON values."""

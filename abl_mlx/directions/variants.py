@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx.directions.selection import LEFT
+from abl_mlx.directions.selection import LEFT, Outcome
 
 # KLs closer than this (nats) are the same for all that a few dozen prompts can tell.
 _SAME_KL = 1e-3
@@ -85,7 +85,7 @@ class Tried:
     @property
     def works(self) -> bool:
         """Whether refusals are gone, as far as first tokens tell."""
-        return not self.dropped and self.refused <= self.most_left
+        return Outcome(self.refused, self.dropped, self.most_left).works
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""

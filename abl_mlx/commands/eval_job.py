@@ -1,0 +1,146 @@
+"""What an evaluation was asked for, and what is refused of it before a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from abl_mlx import __version__
+from abl_mlx.behaviour import gate, judge, lm_eval_harness
+from abl_mlx.choices import EvalOptions
+from abl_mlx.commands import targets
+from abl_mlx.inputs.sets import PromptSet, PromptSets
+from abl_mlx.outputs import staging
+from abl_mlx.outputs.model_file import ModelFile
+from abl_mlx.support.clock import Clock
+from convert.base.atomic import check_new
+from convert.base.errors import UserError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an evaluation was asked for.
+
+    Attributes:
+        text: what the user typed for the model.
+        source, other: the files of the model and of its baseline; None for a server, and where
+            there is no baseline.
+        sets: what is asked.
+        clock: the time of each step.
+    """
+
+    text: str
+    source: ModelFile | None
+    other: ModelFile | None
+    options: EvalOptions
+    sets: PromptSets
+    clock: Clock
+
+    @cached_property
+    def parts(self) -> dict[str, PromptSet]:
+        """What is asked, by name."""
+        return asked_sets(self.sets)
+
+    @cached_property
+    def judge(self) -> str:
+        """Who judges."""
+        return judge.name(self.options.judging)
+
+    @property
+    def prompts(self) -> Record:
+        """How many prompts each set has, and their hash."""
+        return {name: {"n": len(part), "sha256": part.sha256} for name, part in self.parts.items()}
+
+    @property
+    def how(self) -> Record:
+        """What an answer depends on, beside the model."""
+        return {
+            "prompts": {name: part.sha256 for name, part in self.parts.items()},
+            "max_tokens": self.options.replying.max_tokens,
+            "judge": self.judge,
+            "abl_mlx": __version__,
+        }
+
+    @property
+    def identity(self) -> Record:
+        """What a journal of this evaluation is known by."""
+        targeting = self.options.targeting
+        names = {"target": self.text, "baseline": targeting.baseline, "model": targeting.model}
+        return names | self.how
+
+
+def asked_sets(sets: PromptSets) -> dict[str, PromptSet]:
+    """What is asked, by name; a set without prompts is left out."""
+    parts = {"harmful": sets.harmful.test, "harmless": sets.harmless.test}
+    if sets.borderline is not None and len(sets.borderline):
+        parts["borderline"] = sets.borderline
+    return parts
+
+
+def check(job: Job) -> Record | None:
+    """Everything that can be refused before a model is loaded; the record to compare with."""
+    options, limits = job.options, job.options.limits
+    _check_targets(job)
+    _check_limits(job)
+    if options.replying.save_replies is not None:
+        check_new(options.replying.save_replies)
+    if options.replying.report is not None:
+        staging.check_report(options.replying.report)
+    if options.junit is not None:
+        gate.check_junit(options.junit)
+    if limits.max_drop_from is None:
+        return None
+    before = gate.read_record(limits.max_drop_from)
+    gate.check_comparable(before, limits.max_drop_from, job.prompts, job.judge)
+    return before
+
+
+def _check_targets(job: Job) -> None:
+    """Refuse flags that do not go with what is asked."""
+    source, other, targeting = job.source, job.other, job.options.targeting
+    if source is not None and targeting.model is not None:
+        raise UserError(f"--model {targeting.model} names a model of a server, and TARGET is none.")
+    if other is not None and targeting.baseline_model is not None:
+        raise UserError("--baseline-model names a model of a server, and --baseline is none.")
+    if targeting.baseline is None and targeting.baseline_model is not None:
+        raise UserError("--baseline-model needs --baseline URL.")
+    local = [one for one in (source, other) if one is not None]
+    for one in local:
+        targets.runtime_of(one, targeting.runtime)
+    if targeting.runtime not in (None, "mlx-lm") and not any(
+        targeting.runtime in one.runtimes for one in local
+    ):
+        raise UserError(f"--runtime {targeting.runtime} runs .gguf files, and none is given.")
+    metrics, compares = job.options.metrics, targeting.baseline is not None
+    if metrics.perplexity and (source is None or (compares and other is None)):
+        raise UserError(
+            "--perplexity needs probabilities, which a server's chat does not tell: give the model "
+            "as a folder or a .gguf file."
+        )
+    if metrics.lm_eval is not None:
+        lm_eval_harness.check(source.folder if source is not None else None, metrics.lm_eval)
+
+
+def _check_limits(job: Job) -> None:
+    """Refuse a limit on the KL where it cannot be measured."""
+    if job.options.limits.max_kl is None:
+        return
+    targeting = job.options.targeting
+    if targeting.baseline is None:
+        raise UserError(
+            "--max-kl needs a baseline to compare with: add --baseline with the original model."
+        )
+    if job.source is None or job.other is None:
+        raise UserError(
+            "--max-kl needs probabilities, which a server's chat does not tell: give the model "
+            "and its --baseline as folders or .gguf files."
+        )
+    both = (job.source, job.other)
+    if "llama-server" in [targets.runtime_of(one, targeting.runtime) for one in both]:
+        raise UserError(
+            "--max-kl does not work through llama-server: pip install 'abl-mlx[llamacpp]', or "
+            "use --runtime mlx-lm."
+        )
