@@ -246,9 +246,9 @@ def test_edited_models_are_told_and_their_direction_is_recovered(work, tmp_path,
     weights = record["weights"]
     assert weights["verdict"] == "edited", weights
     assert record["direction_cosine"] >= (0.9 if source == "4" else 0.95)
-    assert weights["layers"] == sorted(options.layers or range(4))
-    assert weights["embedding"] or options.strength < 1
-    assert weights["strength"] == pytest.approx(options.strength, abs=0.15)
+    assert weights["layers"] == sorted(options.editing.layers or range(4))
+    assert weights["embedding"] or options.editing.strength < 1
+    assert weights["strength"] == pytest.approx(options.editing.strength, abs=0.15)
     assert weights["rank"] == 1
 
 
