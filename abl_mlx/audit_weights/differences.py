@@ -181,6 +181,31 @@ def _lost(pair: Pair, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return 1 - ab / aa, (aa - ab) / np.sqrt(aa * np.maximum(dd, 1e-30))
 
 
+def _evidence(lost: str, median: float, most: float, left_out: Sequence[str]) -> list[str]:
+    """What a verdict rests on, a sentence each.
+
+    Args:
+        lost: what the writers lost along a direction; empty where they lost nothing.
+        median: relative difference of the writers from the base's.
+        most: the largest resemblance of what they lost to what was there.
+        left_out: names of tensors that were not compared.
+    """
+    if lost:
+        evidence = [
+            lost,
+            f"what they lost resembles what was there by up to {most:.3f}; the writers differ from "
+            f"the base's by {median:.2%} (median)",
+        ]
+    else:
+        evidence = [
+            f"the residual writers differ from the base's by {median:.2%} (median), and not by the "
+            f"removal of a direction: what differs resembles what was there by {most:.2f} at most"
+        ]
+    if left_out:
+        evidence.append(f"not compared: {', '.join(left_out[:3])}" + ("…" if left_out[3:] else ""))
+    return evidence
+
+
 def _judge(
     pairs: Sequence[Pair],
     tensors: dict[str, Record],
@@ -216,25 +241,17 @@ def _judge(
     layers = sorted({new.layer for (_, new), t in zip(pairs, took, strict=True) if t} - {-1})
     median = float(np.median([one["relative_difference"] for one in tensors.values()]))
     most = float(np.abs(resemblances[:, shown]).max())
-    if verdict == "not edited":
-        evidence = [
-            f"the residual writers differ from the base's by {median:.2%} (median), and not by the "
-            f"removal of a direction: what differs resembles what was there by {most:.2f} at most"
-        ]
-        strength = None
-    else:
-        values = strengths[:, shown][part[:, shown]]
-        strength = float(np.median(values))
+    strength = None
+    lost = ""
+    if verdict != "not edited":
+        strength = float(np.median(strengths[:, shown][part[:, shown]]))
         what = "one direction" if len(shown) == 1 else f"{len(shown)} directions"
-        evidence = [
+        lost = (
             f"{int(took.sum())} of {len(pairs)} residual writers lost {strength:.0%} (median) of "
             f"what the base has along {what} that they share, in layers "
-            f"{spectrum.spans(layers) or 'none'} of {model.layers}",
-            f"what they lost resembles what was there by up to {most:.3f}; the writers differ from "
-            f"the base's by {median:.2%} (median)",
-        ]
-    if left_out:
-        evidence.append(f"not compared: {', '.join(left_out[:3])}" + ("…" if left_out[3:] else ""))
+            f"{spectrum.spans(layers) or 'none'} of {model.layers}"
+        )
+    evidence = _evidence(lost, median, most, left_out)
     recovered = top[:, shown].T if verdict != "not edited" else None
     return {
         "verdict": verdict,

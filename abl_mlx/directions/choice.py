@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from abl_mlx.directions import race
@@ -100,21 +100,17 @@ def choose(
             induced[at] = trial.of_adding(addition(candidates, score), INDUCED)
         return induced[at] > 0
 
-    def hopeful(effect: Effect) -> bool:
-        return possible(effect) and effect.refused <= trial.left
-
-    def good(runner: Runner[Score]) -> bool:
-        return hopeful(runner.effect) and induces(runner.of)
-
     def possible(effect: Effect) -> bool:
         return effect.kl <= max_kl
+
+    def hopeful(effect: Effect) -> bool:
+        return possible(effect) and effect.refused <= trial.left
 
     def works(score: Score) -> bool:
         return score.outcome(trial.left).works
 
     def preference(score: Score) -> tuple[bool, float]:
-        assert score.refusal is not None
-        return not works(score), score.refusal
+        return not works(score), _measured(score.refusal)
 
     def attempt(chosen: Sequence[Score]) -> list[Score]:
         runners = [Runner(score, edit_for(score)) for score in chosen]
@@ -124,7 +120,7 @@ def choose(
             lambda effect: rank(effect, max_kl, trial.left, trial.is_whole(effect)),
             possible,
             hopeful,
-            good,
+            lambda runner: hopeful(runner.effect) and induces(runner.of),
             "causal choice",
         )
         for one in runners:
@@ -137,12 +133,7 @@ def choose(
         finished += attempt(shortlist(deep, MOST))
     left = sorted((one for one in finished if not one.dropped), key=preference)
     if not left:
-        lowest = min((score.kl for score in tried.values() if score.kl is not None), default=0.0)
-        raise UserError(
-            f"every candidate direction moves harmless prompts by more than --max-kl {max_kl:g} "
-            f"(the gentlest by {lowest:.3f}): raise --max-kl, or choose with --layer and "
-            "--position."
-        )
+        raise _none_gentle(tried.values(), max_kl)
     ending = [one for one in left if works(one)]
     # What ends refusals comes first, whatever it induces; of these, what induces them too.
     best = next(filter(induces, ending), left[0])
@@ -150,6 +141,20 @@ def choose(
         tried[at] = replace(tried[at], induced=value)
     best = tried[best.layer, best.position]
     return Choice(best, [tried.get((one.layer, one.position), one) for one in scores])
+
+
+def _measured(value: float | None) -> float:
+    assert value is not None
+    return value
+
+
+def _none_gentle(tried: Iterable[Score], max_kl: float) -> UserError:
+    lowest = min((score.kl for score in tried if score.kl is not None), default=0.0)
+    return UserError(
+        f"every candidate direction moves harmless prompts by more than --max-kl {max_kl:g} "
+        f"(the gentlest by {lowest:.3f}): raise --max-kl, or choose with --layer and "
+        "--position."
+    )
 
 
 def _tried(runner: Runner[Score], max_kl: float, whole: bool) -> Score:

@@ -9,7 +9,7 @@ effect.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +74,50 @@ class Trial:
         return dict(vars(self))
 
 
+def _positions(chat: ChatModel, finding: Finding) -> int:
+    """How many positions are measured, back from the prompt's end.
+
+    Raises:
+        UserError: a position that is no number.
+    """
+    count = min(chat.template_tail, measuring.MOST_POSITIONS)
+    if finding.position is None:
+        return count
+    if not isinstance(finding.position, int):
+        raise UserError(
+            f"--position {finding.position}: with --induce, count from the prompt's end: -1 is "
+            "the last token."
+        )
+    return max(count, -finding.position)
+
+
+def _first_fluent(
+    trials: Sequence[Trial], candidates: Candidates, share: Callable[[Intervention], float]
+) -> tuple[float, Trial, mx.array]:
+    """The first trial that brings enough fluent refusals about, or the best: (share, trial, (d,)).
+
+    Args:
+        share: of harmless prompts that are refused in fluent sentences under an intervention.
+
+    Raises:
+        UserError: when even the best brings too few about.
+    """
+    checked = []
+    for one in trials[:VERIFIED]:
+        found = one.strength * candidates.difference(one.layer, one.position)
+        rate = share(adding(found, one.layer))
+        checked.append((rate, one, found))
+        if rate >= _ENOUGH:
+            break
+    rate, best, vector = max(checked, key=lambda each: each[0])
+    if rate < _LEAST:
+        raise UserError(
+            "no constant makes this model refuse in fluent sentences (the best, after layer "
+            f"{best.layer}, {rate:.0%} of harmless prompts): choose another --layer or --position."
+        )
+    return rate, best, vector
+
+
 def choose(
     chat: ChatModel,
     sets: PromptSets,
@@ -109,14 +153,7 @@ def choose(
     refusals = own_refusals(chat, harmful, batch_size)
     tried = harmless[:TRIED]
     behind = [refusals[i % len(refusals)] for i in range(len(tried))]
-    count = min(chat.template_tail, measuring.MOST_POSITIONS)
-    if finding.position is not None:
-        if not isinstance(finding.position, int):
-            raise UserError(
-                f"--position {finding.position}: with --induce, count from the prompt's end: -1 is "
-                "the last token."
-            )
-        count = max(count, -finding.position)
+    count = _positions(chat, finding)
     candidates = measuring.measure(
         chat,
         encoded(sets.harmful.train.texts),
@@ -136,19 +173,7 @@ def choose(
     def share(steered: Intervention) -> float:
         return fluent_share(chat, steered, harmless, limit, batch_size)
 
-    checked = []
-    for one in trials[:VERIFIED]:
-        found = one.strength * candidates.difference(one.layer, one.position)
-        rate = share(adding(found, one.layer))
-        checked.append((rate, one, found))
-        if rate >= _ENOUGH:
-            break
-    rate, best, vector = max(checked, key=lambda each: each[0])
-    if rate < _LEAST:
-        raise UserError(
-            "no constant makes this model refuse in fluent sentences (the best, after layer "
-            f"{best.layer}, {rate:.0%} of harmless prompts): choose another --layer or --position."
-        )
+    rate, best, vector = _first_fluent(trials, candidates, share)
     vector = strength * vector
     if strength != 1:
         rate = share(adding(vector, best.layer))

@@ -345,6 +345,31 @@ def _is_connection(error: Exception) -> bool:
     return "onnect" in name or "imeout" in name or module.startswith("huggingface_hub")
 
 
+_UNREACHED = (
+    "{repository} is not a folder here, and Hugging Face could not be reached ({{}}): check the "
+    "path or the connection."
+)
+
+
+def _not_had(repository: str, unreached: str, status: int | None) -> UserError:
+    """Why a repository could not be had, by the status of HTTP if there was one.
+
+    Args:
+        unreached: what to say with a reason where it is not forbidden.
+    """
+    from huggingface_hub import constants
+
+    if status in (401, 403):
+        return UserError(
+            f"{repository}: Hugging Face does not let you have it (HTTP {status}): log in with "
+            "`hf auth login`, with a token that may read it."
+        )
+    if status is not None:
+        return UserError(unreached.format(f"HTTP {status}"))
+    offline = "HF_HUB_OFFLINE is set; " if constants.HF_HUB_OFFLINE else ""
+    return UserError(unreached.format(f"{offline}it is not all in the cache"))
+
+
 @contextmanager
 def _explained(reference: Reference) -> Iterator[None]:
     """Errors of the Hugging Face client, one sentence each."""
@@ -360,10 +385,7 @@ def _explained(reference: Reference) -> Iterator[None]:
     )
 
     repository = reference.name
-    unreached = (
-        f"{repository} is not a folder here, and Hugging Face could not be reached ({{}}): check "
-        "the path or the connection."
-    )
+    unreached = _UNREACHED.format(repository=repository)
     try:
         yield
     except UserError:
@@ -393,17 +415,7 @@ def _explained(reference: Reference) -> Iterator[None]:
         # What the Hub said is the cause when then the cache had it not either.
         said = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
         status = getattr(getattr(said, "response", None), "status_code", None)
-        if status in (401, 403):
-            raise UserError(
-                f"{repository}: Hugging Face does not let you have it (HTTP {status}): log in with "
-                "`hf auth login`, with a token that may read it."
-            ) from None
-        if status is not None:
-            why = f"HTTP {status}"
-        else:
-            why = "HF_HUB_OFFLINE is set; " if constants.HF_HUB_OFFLINE else ""
-            why += "it is not all in the cache"
-        raise UserError(unreached.format(why)) from None
+        raise _not_had(repository, unreached, status) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(

@@ -164,6 +164,25 @@ def check_applied(gguf: GgufSource, names: Iterable[str]) -> None:
             )
 
 
+def _not_applied(weights: Mapping[str, TensorPlan], named: Path) -> list[str]:
+    """The embeddings to which llama.cpp applies no adapter.
+
+    Raises:
+        UserError: when nothing else is edited.
+    """
+    left_out = [
+        name
+        for name, one in weights.items()
+        if one.writer.kind == "embedding" and (one.writer.tied or not adapters.is_embedding(name))
+    ]
+    if len(left_out) == len(weights):
+        raise UserError(
+            f"{named} would be empty: llama.cpp applies no adapter to {left_out[0]}; choose layers "
+            "that the model has (--layers)."
+        )
+    return left_out
+
+
 def write_gguf(
     gguf: GgufSource,
     source: Source,
@@ -190,16 +209,7 @@ def write_gguf(
         What is known of it, as JSON values.
     """
     weights = {name: one for name, one in plans.items() if one.parameter == "weight"}
-    left_out = [
-        name
-        for name, one in weights.items()
-        if one.writer.kind == "embedding" and (one.writer.tied or not adapters.is_embedding(name))
-    ]
-    if len(left_out) == len(weights):
-        raise UserError(
-            f"{named} would be empty: llama.cpp applies no adapter to {left_out[0]}; choose layers "
-            "that the model has (--layers)."
-        )
+    left_out = _not_applied(weights, named)
     found, changes, lost = {}, {}, {}
     total = sum(gguf.tensors[name].nbytes for name in weights)
     with progress(total, f"write {named.name}", "B") as bar:

@@ -152,19 +152,9 @@ def plan(
             for name in stored.tensors:
                 if not add(name, writer, parameter, stored.transposed, widths[writer.path]):
                     floats[path] = stored
-    if mtp:
-        parts = prediction.find_parts(
-            files, chat.config, len(chat.layers), chat.width, writers, places
-        )
-        parts = [part for part in parts if edit.touches(part.writer)]
-        if not any(part.writer.layer >= 0 for part in parts):
-            raise UserError(
-                "--mtp: blocks of multi-token prediction are edited as the last layer is, "
-                f"{len(chat.layers) - 1}, which this edit leaves alone; leave the flag out."
-            )
-        for part in parts:
-            module = part.name.removesuffix(".weight")
-            add(part.name, part.writer, part.parameter, part.transposed, part.row, module)
+    for part in _prediction_parts(chat, files, edit, writers, places) if mtp else []:
+        module = part.name.removesuffix(".weight")
+        add(part.name, part.writer, part.parameter, part.transposed, part.row, module)
     if writer_bits and not matrices:
         raise UserError(
             f"--writer-bits {writer_bits}: nothing that is edited in {files.folder} is quantized; "
@@ -177,6 +167,28 @@ def plan(
         module = name.removesuffix(".weight")
         add(name, head_copy.as_writer(name, embedding, chat), "weight", False, chat.width, module)
     return Plan(edits, floats, matrices, copies)
+
+
+def _prediction_parts(
+    chat: ChatModel,
+    files: TensorFiles,
+    edit: Edit,
+    writers: Sequence[Writer],
+    places: Mapping[str, Stored],
+) -> list[prediction.Part]:
+    """The tensors of blocks of multi-token prediction that an edit touches.
+
+    Raises:
+        UserError: when it leaves the last layer alone, as which they are edited.
+    """
+    parts = prediction.find_parts(files, chat.config, len(chat.layers), chat.width, writers, places)
+    touched = [part for part in parts if edit.touches(part.writer)]
+    if not any(part.writer.layer >= 0 for part in touched):
+        raise UserError(
+            "--mtp: blocks of multi-token prediction are edited as the last layer is, "
+            f"{len(chat.layers) - 1}, which this edit leaves alone; leave the flag out."
+        )
+    return touched
 
 
 def _float_type(files: TensorFiles, scales: str) -> str:

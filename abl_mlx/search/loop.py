@@ -275,17 +275,11 @@ def improve(
         recipe = space.recipe(given)
         # Tried as a removal: --strength scales what is found. Norms are kept in weights only; what
         # that changes is seen in the evaluation.
-        return Edit(
-            space.directions(given),
-            1.0,
-            how.editing.layers,
-            recipe["embedding"],
-            recipe["profile"],
-        )
+        directions, layers = space.directions(given), how.editing.layers
+        return Edit(directions, 1.0, layers, recipe["embedding"], recipe["profile"])
 
     journal = Journal(how.searching.search_journal, identity(chat, sets, space, how))
     questions = [chat.encode(text) for text in _filled_up(sets.harmful)]
-    count = len(questions)
     target = how.searching.target_refusals
     search = Search(
         screen,
@@ -300,22 +294,14 @@ def improve(
     more = max(0, trials - resumed)
     say(
         f"  search: at most {more} trials, {more * screen.cost:,} forward tokens, then at most "
-        f"{min(MOST_ASKED, trials) * count * REPLY_TOKENS:,} generated ones"
+        f"{min(MOST_ASKED, trials) * len(questions) * REPLY_TOKENS:,} generated ones"
         + (f"; {resumed} trials are in {journal.path}" if resumed else "")
     )
     try:
         search.run(trials)
     finally:
         journal.close()
-    generated = [0]
-
-    def ask(trial: Trial) -> Asked:
-        refused, broken, tokens = screen.ask(edit_for(trial.parameters), questions)
-        generated[0] += tokens
-        return Asked(trial, refused, broken, meets(refused + broken, count, target))
-
-    whole = search.front()
-    asked = ask_survivors([one for one in whole if one.screened.refused < 0.95] or whole[-1:], ask)
+    asked, generated = _ask_front(search, questions, target)
     chosen = choose(asked)
     say(table(asked, chosen, space))
     if not chosen.meets:
@@ -323,7 +309,30 @@ def improve(
             f"  no edit of the front meets --target-refusals {target:g}: the one that refuses "
             "least is taken; more trials may find a better one"
         )
-    return _file(found, search, space, asked, chosen, generated[0], target)
+    return _file(found, search, space, asked, chosen, generated, target)
+
+
+def _ask_front(
+    search: Search, questions: Sequence[Sequence[int]], target: float
+) -> tuple[list[Asked], int]:
+    """Replies of the trials that nothing dominates, and how many tokens they took.
+
+    Args:
+        questions: encoded harmful prompts.
+        target: the share of refused and broken replies that is good enough.
+    """
+    generated = 0
+
+    def ask(trial: Trial) -> Asked:
+        nonlocal generated
+        edit = search.edit_for(trial.parameters)
+        refused, broken, tokens = search.screen.ask(edit, questions)
+        generated += tokens
+        return Asked(trial, refused, broken, meets(refused + broken, len(questions), target))
+
+    whole = search.front()
+    some = [one for one in whole if one.screened.refused < 0.95] or whole[-1:]
+    return list(ask_survivors(some, ask)), generated
 
 
 def _filled_up(split: Split) -> list[str]:
