@@ -283,7 +283,7 @@ def baseline(
     """Record the base model's distributions over its first ``tokens`` reply tokens.
 
     Args:
-        prompts: harmless ones, at most `KL_PROMPTS` or the disk will notice.
+        prompts: harmless ones, at most `KL_PROMPTS`: each takes tokens × V × 4 bytes of disk.
         batch_size: replies generated side by side.
     """
     encoded = [chat.encode(prompt) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""A `llama-server` of the machine's own, started for one GGUF and stopped again."""
+"""Starts a `llama-server` from the PATH for one GGUF, and stops it again."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class LlamaServer:
         return self
 
     def _wait(self, port: int) -> None:
-        """Until the model is loaded."""
+        """Wait until the model is loaded."""
         assert self._process is not None
         end = time.monotonic() + LOADING
         while time.monotonic() < end:
@@ -102,14 +102,14 @@ class LlamaServer:
         raise UserError(f"llama-server did not load {self._path} within {LOADING:.0f} s.")
 
     def _said(self) -> str:
-        """The line of its log that tells what went wrong."""
+        """The line of the server's log that says what went wrong."""
         from abl_mlx.behaviour.llamacpp_process import reason
 
         self._log.seek(0)
         return reason(self._log.read().decode(errors="replace")) or "it says nothing."
 
     def stop(self) -> None:
-        """End the server, with force when it does not go by itself."""
+        """Stop the server; kill it if it does not stop when asked."""
         process, self._process = self._process, None
         if process is not None:
             assert process.stdin is not None

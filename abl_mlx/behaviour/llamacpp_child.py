@@ -1,4 +1,4 @@
-"""The program in which llama.cpp runs, so that a model that ends it ends nothing else.
+"""Runs llama.cpp in its own process, so that a crash there does not end the caller.
 
 Started by `abl_mlx.behaviour.llamacpp_process` as a file of its own: it imports nothing of this
 package. Its settings are one JSON object on the first line of stdin; it answers with one on stdout,
@@ -74,7 +74,7 @@ def _params(xllamacpp: Any, settings: dict[str, Any]) -> Any:
 
 
 def _end_with_the_parent() -> None:
-    """End this process when stdin does, which nobody writes to any more."""
+    """End this process when stdin closes, which means that the parent process has ended."""
 
     def wait() -> None:
         while os.read(0, 1024):

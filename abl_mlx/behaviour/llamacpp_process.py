@@ -1,4 +1,4 @@
-"""The process in which llama.cpp runs: started, watched, and ended with what needed it."""
+"""Starts, watches and ends the process in which llama.cpp runs."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ class LlamaProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The process id."""
         return self._process.pid
 
     def died(self) -> bool:
-        """Whether it has ended by itself; a moment is left to it to do so."""
+        """Whether the process has ended by itself, after waiting a moment for it."""
         try:
             self._process.wait(2)
         except subprocess.TimeoutExpired:
@@ -102,7 +102,7 @@ class LlamaProcess:
         return True
 
     def ended(self) -> str:
-        """How it ended and its last words, for a person; only after its end."""
+        """How the process ended and the last lines of its log; only valid after its end."""
         code = self._process.returncode
         if code == -signal.SIGKILL:
             return "its process was killed, as the system does when memory runs out."

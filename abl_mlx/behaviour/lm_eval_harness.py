@@ -26,10 +26,10 @@ def task_names(text: str) -> list[str]:
 
 
 def check(folder: Path | None, text: str) -> None:
-    """Refuse what cannot work before anything is loaded.
+    """Raise before anything is loaded when the evaluation cannot work.
 
     Args:
-        folder: of the model; None for a target that is no folder.
+        folder: the model's folder; None for a target that is not a folder.
 
     Raises:
         UserError: when the target is no MLX folder, or lm-evaluation-harness is not installed.
@@ -48,7 +48,7 @@ def run(folder: Path, text: str, *, limit: int | None = None) -> dict[str, Any]:
     """`python -m mlx_lm evaluate` on the folder; its results by task, as it wrote them.
 
     Args:
-        limit: at most so many examples of each task.
+        limit: the largest number of examples per task.
 
     Raises:
         UserError: with the last line it printed, when it fails.

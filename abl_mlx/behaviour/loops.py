@@ -1,4 +1,4 @@
-"""Whether a text ends in saying one thing over and over.
+"""Detects texts that end in repetition.
 
 Nothing in this module imports MLX.
 """

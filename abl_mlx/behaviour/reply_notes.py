@@ -23,7 +23,7 @@ FEWEST = 6
 
 @dataclass(frozen=True)
 class Seen:
-    """A reply as far as notes are made of it.
+    """What the notes need to know of one reply.
 
     Attributes:
         verdict: None where a judge gave none.
@@ -43,14 +43,14 @@ class Seen:
 
 
 def sameness(reply: str, found: Finding) -> str | None:
-    """What replies have in common that say the same, numbers aside; None of a broken reply."""
+    """A key that is equal for replies that differ in numbers only; None for a broken reply."""
     if found.verdict is Verdict.BROKEN:
         return None
     return hashlib.sha256(gist(reply).encode()).hexdigest()[:16]
 
 
 def record(sets: Mapping[str, Sequence[Seen]]) -> dict[str, Any]:
-    """The notes as JSON values, a key for each that there is.
+    """The notes as JSON values; only keys of notes that apply are present.
 
     Returns:
         ``unfinished_thoughts``, ``looping_refusals``, ``withheld_replies``: numbers of replies;

@@ -1,1 +1,1 @@
-"""The command line: flags and commands, and what a wrong one is told."""
+"""The command line: flags and commands, and messages for wrong calls."""

@@ -14,7 +14,7 @@ from convert.base.errors import UserError
 
 
 class Group(click.Group):
-    """Tells a person's mistakes in one sentence, with exit code 1."""
+    """Command group that prints a `UserError` as one sentence and exits with code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

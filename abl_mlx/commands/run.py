@@ -157,7 +157,7 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
             )
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
         memory.check(model.source.title, model.size, asked=options.memory_check)
-        # Too few borderline prompts are better told before anything is loaded.
+        # Report too few borderline prompts before anything is loaded.
         prompt_choice.borderline_part(sets, options.prompting, finding, "test")
         target.check(paths, editing, writing)
         record = _six_steps(Job(model, base, paths, sets, options, Clock()), _look)

@@ -41,9 +41,9 @@ class Choice:
 def rank(
     effect: Effect, max_kl: float, most_left: float, whole: bool = True
 ) -> tuple[bool, bool, float]:
-    """What sorts edits: within the limit of KL, then leaving no refusals, then by refusal score.
+    """Sort key of edits: within the KL limit, then without refusals left, then refusal score.
 
-    On a few prompts a KL is known roughly, and only twice the limit is too much.
+    On a few prompts the KL is uncertain, so only twice the limit disqualifies an edit.
 
     Args:
         max_kl: limit of the mean KL on harmless prompts, nats.
@@ -71,7 +71,7 @@ def choose(
     max_kl: float = 0.1,
     deepest: bool = True,
 ) -> Choice:
-    """Ablate candidates, and see what it does to the first reply token.
+    """Choose the candidate whose ablation acts best on the first reply token.
 
     Among the shortlisted candidates whose ablation moves harmless prompts by at most ``max_kl``
     (nats, first reply token), the one that leaves the lowest refusal score on harmful ones
@@ -94,7 +94,7 @@ def choose(
     induced: dict[tuple[int, int], float] = {}
 
     def induces(score: Score) -> bool:
-        """Whether a candidate brings refusals about; asked of those alone that might be taken."""
+        """Whether adding a candidate causes refusals; computed only if it may be chosen."""
         at = score.layer, score.position
         if at not in induced:
             induced[at] = trial.of_adding(addition(candidates, score), INDUCED)

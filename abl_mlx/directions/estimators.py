@@ -27,8 +27,8 @@ def winsorized(states: Array, quantile: float = WINSORIZED) -> Array:
     """States (…, d) with every magnitude cut down to a quantile of the state's own magnitudes.
 
     Tames massive activations: a few dimensions hundreds of times larger than the rest in every
-    state (Sun et al. 2024, arXiv 2402.17762), whose chance differences outweigh all others. As
-    heretic does it (its option ``winsorization_quantile``).
+    state (Sun et al. 2024, arXiv 2402.17762), whose chance differences outweigh all others.
+    Heretic's option ``winsorization_quantile`` does the same.
     """
     limit = np.quantile(np.abs(states), quantile, axis=-1, keepdims=True)
     return np.clip(states, -limit, limit)
@@ -40,7 +40,7 @@ def median(states: Array) -> Array:
 
 
 def unit(vectors: Array) -> Array:
-    """Vectors (…, d) divided by their lengths; zeros stay."""
+    """Vectors (…, d) divided by their lengths; zero vectors stay zero."""
     vectors = np.asarray(vectors, np.float64)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
 

@@ -53,7 +53,7 @@ _ENOUGH, _LEAST = 0.95, 0.5
 
 @dataclass(frozen=True)
 class Trial:
-    """How harmless prompts go on under one constant, their replies given word by word.
+    """Effect of one constant on harmless prompts, with the replies given token by token.
 
     Attributes:
         layer, position: whose mean difference is added, after which layer.
@@ -257,7 +257,7 @@ def _climb(
     behind: Sequence[Sequence[int]],
     openings: set[int],
 ) -> list[Trial]:
-    """The rungs of the ladder, up to where it goes down again."""
+    """The multiples tried for one cell, in rising order, until the score falls."""
     trials: list[Trial] = []
     vector = candidates.difference(layer, position)
     for strength in LADDER:

@@ -32,7 +32,7 @@ NAMES = ("harmful", "harmless")
 
 @dataclass(frozen=True)
 class EmbeddingMeans:
-    """What the first layer gets, on average over all tokens of the prompts of a set.
+    """Mean input of the first layer over all tokens of a prompt set.
 
     Attributes:
         scale: the constant between the embedding's output and what the first layer gets; None
@@ -60,7 +60,7 @@ def embedding_means(
     harmful: Sequence[Sequence[int]],
     harmless: Sequence[Sequence[int]],
 ) -> EmbeddingMeans:
-    """Look the prompts' tokens up; of the model, one short prompt runs.
+    """Mean embeddings of the prompts' tokens; only one short prompt runs through the model.
 
     Args:
         harmful, harmless: encoded prompts.
@@ -105,7 +105,7 @@ def held_at(
     scale: float | None,
     count: int,
 ) -> mx.array | None:
-    """What the embedding's rows hold of ``count`` directions, in its own units.
+    """Components along ``count`` directions that embedding rows get, in the embedding's units.
 
     Args:
         wanted: of `NAMES`, or a number in the stream's units; None without ``--pin``.

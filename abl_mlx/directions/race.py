@@ -1,7 +1,7 @@
-"""A race of edits: all on a few prompts, the better on more, the last on all.
+"""A race of edits: all are tried on a few prompts, the better ones on more, the best on all.
 
-A trial costs a forward pass of every prompt, and of most edits a handful shows that others do
-better.
+A trial costs one forward pass per prompt, and for most edits a few prompts suffice to show that
+others are better.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Trial:
         harmful: int | None = None,
         harmless: int | None = None,
     ) -> Effect:
-        """The effect of an edit, without its kept norms, which are had in weights only.
+        """Effect of an edit. Norm preservation is ignored: it has no runtime equivalent.
 
         Args:
             known_effect: on the prompts that were run before; only those behind them are.

@@ -1,7 +1,7 @@
-"""Parts of a tensor that are edited by themselves, and the exact edit of one.
+"""Parts of a tensor that are edited independently, and the exact edit of one.
 
-Work on quantized tensors goes in slabs: some columns of a writer (each column is a constraint of
-its own), some rows of an embedding. So memory is bounded by the slab, whatever the tensor's size.
+Quantized tensors are edited in slabs: some columns of a writer (each column has its own
+constraint), or some rows of an embedding. Memory is bounded by the slab, not by the tensor.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def slabs(shape: tuple[int, ...], axis: int, block: int) -> Iterator[Slab]:
 
 
 def sample(shape: tuple[int, ...], axis: int, block: int) -> Slab:
-    """Some whole lines from the middle of a tensor, of its first expert if it has several."""
+    """A few whole lines from the middle of a tensor (of its first expert, if it has several)."""
     n, total = shape[-1], int(np.prod(shape[:-1]))
     if axis == -1:
         first = max(0, (total - SAMPLE) // 2)
@@ -94,7 +94,7 @@ def sample(shape: tuple[int, ...], axis: int, block: int) -> Slab:
 
 
 def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
-    """The exact edited values of a slab's float32 values, with what has to survive in them.
+    """The exact edited values of a slab, float32, and the component that rounding has to keep.
 
     Raises:
         UserError: when they are not finite, or when rows are to be kept, which a slab of columns
@@ -124,7 +124,7 @@ def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
 
 
 def leak(one: Edited, source: np.ndarray, written: np.ndarray) -> Leak:
-    """What `edit.leak` says of a slab, from NumPy's arrays: fewer passes, and all cores.
+    """The same as `edit.leak` for a slab of NumPy arrays, in fewer passes and on all cores.
 
     With c the components that the edit takes away and D = written − source, the written error is
     D + u c, so that ‖D + u c‖² = ‖D‖² + 2 c·(u D) + ‖c‖².

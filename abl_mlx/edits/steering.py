@@ -27,16 +27,18 @@ from convert.base.errors import UserError
 
 @contextmanager
 def ablation(writers: Sequence[Writer], edit: Edit) -> Iterator[None]:
-    """Within the block every chosen writer's output loses what the edit takes from its weights.
+    """Context manager that applies a weight edit to the outputs of the chosen writers.
 
-    By linearity this is what the edited weights and biases would put out, so the logits are those
-    of the weight edit to float precision, a tied output head included.
+    Because writers are linear, the outputs equal those of edited weights and biases, so the logits
+    equal those of the weight edit to float precision, including a tied output head.
 
     Raises:
         UserError: for an edit that keeps norms, which is not linear in what a writer puts out.
     """
     if edit.norm != "none":
-        raise UserError(f"--norm {edit.norm} can be had in weights only, not at runtime.")
+        raise UserError(
+            f"--norm {edit.norm} has no runtime equivalent: it can only be applied to weights."
+        )
     chosen = edit.chosen(writers)
     with ExitStack() as stack:
         stack.enter_context(
@@ -152,7 +154,7 @@ class Induction:
 
 @contextmanager
 def steering(chat: ChatModel, *interventions: Intervention) -> Iterator[None]:
-    """Within the block the residual stream is intervened on, in the order given.
+    """Context manager that applies interventions to the residual stream, in the order given.
 
     Ablation after every layer is not quite the weight edit: inside a layer the MLP still sees what
     attention has just written. `ablation` is the weight edit.
@@ -208,7 +210,7 @@ def _after_layer(chat: ChatModel, layer: int, chosen: Sequence[Intervention]) ->
 
 @contextmanager
 def first_input(chat: ChatModel, change: Callable[[mx.array], mx.array]) -> Iterator[None]:
-    """Within the block the first layer gets ``change(stream)`` in place of the stream.
+    """Context manager in which the first layer gets ``change(stream)`` instead of the stream.
 
     Raises:
         UserError: when the model runs, if its first layer is handed no stream of (B, T, d).

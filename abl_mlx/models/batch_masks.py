@@ -14,7 +14,7 @@ from abl_mlx.models.hooks import around
 
 @contextmanager
 def batch_masks(model: nn.Module) -> Iterator[None]:
-    """Within the block the model takes the masks that mlx-lm's BatchGenerator makes.
+    """Context manager in which the model accepts the masks of mlx-lm's BatchGenerator.
 
     Gemma 2 groups its query heads, so that its scores are (B, kv heads, queries, T, S); a batch's
     mask (B, 1, T, S) meets the wrong axes there (mlx-lm 0.32: "Shapes (64,1,17,17) and

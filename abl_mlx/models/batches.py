@@ -1,4 +1,4 @@
-"""Prompts side by side in one forward pass."""
+"""Batches: several prompts in one forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PASS = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of like length, right-padded.
+    """Prompts of similar length, padded on the right.
 
     Attributes:
         indices: which prompts of the input these are.
@@ -55,7 +55,7 @@ def batches(
 
 
 def _ends(lengths: Sequence[int], tokens: int, padded: bool) -> list[int]:
-    """Where batches end, so that all of them together cost least.
+    """The end index of each batch, chosen so that the total cost is lowest.
 
     Args:
         lengths: of the sequences, shortest first.

@@ -24,9 +24,9 @@ from convert.base.errors import UserError
 
 
 def check_stream(chat: ChatModel) -> None:
-    """Refuse, before any long work, a model whose layers put out no single stream.
+    """Raise before any long work when the model's layers do not return one residual stream.
 
-    Shapes are looked at; nothing is computed.
+    Only shapes are inspected; nothing is computed.
 
     Raises:
         UserError: as `residual`.
@@ -81,7 +81,7 @@ class Recorder:
 
 
 def check_offsets(sequences: Sequence[Sequence[int]], offsets: Sequence[int]) -> None:
-    """Refuse offsets that are not negative or reach before the shortest sequence's beginning."""
+    """Raise for offsets that are not negative, or that lie before the shortest sequence's start."""
     shortest = min(len(sequence) for sequence in sequences)
     for offset in offsets:
         if not -shortest <= offset <= -1:
@@ -165,8 +165,8 @@ def stored(
 ) -> Iterator[np.ndarray]:
     """Every prompt's states in a temporary file: (L, P, N, d) float32, memory-mapped.
 
-    For what cannot be summed as it streams by. In memory there is one batch, and of the file what
-    is being read: (N, d) of one layer and position at a time. The file is gone after the block.
+    For estimators that need all states at once. Memory holds one batch while the file is written,
+    and (N, d) of one layer and position while it is read. The file is deleted after the block.
 
     Raises:
         UserError: where the disk has no room for it; no prompts.

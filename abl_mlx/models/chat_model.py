@@ -78,24 +78,24 @@ class ChatModel:
         return self.encode_conversation([{"role": "user", "content": prompt}])
 
     def encode_conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Like `encode_message`, of what user and assistant have said in turn."""
+        """Like `encode_message`, for a conversation of user and assistant messages in turn."""
         ids = prompt_tokens.encode(self.tokenizer, self.template, messages, self.folder)
         context_length.check(len(ids), self.config, self.folder)
         return ids
 
     @cached_property
     def template(self) -> ChatTemplate | None:
-        """The chat template; None where the tokenizer writes prompts by code of its own."""
+        """The chat template; None where the tokenizer formats prompts in code."""
         return prompt_tokens.template_of(self.tokenizer, self.folder)
 
     @property
     def opened_thought(self) -> str:
-        """The end of every prompt from the tag on that opens a thought there; "" without one."""
+        """The end of every prompt, from the tag that opens a thought; "" when none is opened."""
         return thoughts.opened_by(lambda text: self.tokenizer.decode(self.encode(text)))
 
     @cached_property
     def template_tail(self) -> int:
-        """How many tokens follow the instruction: what any two prompts have in common at the end.
+        """How many tokens follow the instruction: the number that all prompts share at the end.
 
         Positions -1 .. -template_tail are the ones that have read the whole instruction and are
         the same token for every prompt.
@@ -136,7 +136,7 @@ def load(
         folder: holds config.json, model*.safetensors and the tokenizer.
         check: look at every weight for NaN and infinity, one tensor at a time.
         adapter: an adapter folder, applied as `mlx_lm.generate --adapter-path` does.
-        encodes: with the tokenizer; an edit of the weights needs none.
+        encodes: whether the tokenizer is loaded; editing weights needs none.
 
     Raises:
         UserError: missing config or weights, an architecture that mlx-lm does not know, tensors
@@ -162,10 +162,10 @@ def load(
 
 
 def load_lazily(folder: Path) -> ChatModel:
-    """The same from config.json and the files' headers: no weight is read before it is asked for.
+    """Load a model lazily: a weight is read from disk when it is first used.
 
-    Enough to find writers and to edit file to file; whoever runs it loads it all. It has no
-    tokenizer, which a base model's folder need not have (`add_tokenizer`).
+    This is enough to find writers and to edit file to file; running the model loads all weights.
+    The model has no tokenizer, because a base model's folder may lack one (`add_tokenizer`).
 
     Raises:
         UserError: as `load`, but for the tokenizer and for weights that are not finite.
@@ -266,7 +266,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
     """mlx-lm's TokenizerWrapper of the files in ``folder``.
 
     Args:
-        name: what the tokenizer is said to be of, in messages.
+        name: the model's name, for messages.
 
     Raises:
         UserError: when it cannot be loaded, or has no chat template.

@@ -1,4 +1,4 @@
-"""How many tokens a model can read."""
+"""The context length of a model, in tokens."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ def _whole(value: object) -> int | None:
 
 
 def _extended(length: int, original: int, factor: object) -> int:
-    """Some models say the length before scaling, some the one after: the longer one counts."""
+    """The longer of the stated and the scaled length: some models state the length before rope
+    scaling, others the length after it."""
     if isinstance(factor, int | float) and 1 < factor < 1e6:
         return max(length, int(original * factor))
     return length
 
 
 def check(count: int, config: Mapping[str, Any], place: Path) -> None:
-    """Refuse a prompt that a loaded model cannot read.
+    """Raise when a prompt is longer than a loaded model's context.
 
     Raises:
         UserError: naming its tokens and the context.

@@ -21,5 +21,5 @@ def kl_divergence(base: mx.array, other: mx.array) -> mx.array:
 
 
 def known(log_probabilities: mx.array) -> bool:
-    """Whether all of them are numbers; −inf is one."""
+    """Whether no value is NaN; −inf is allowed."""
     return not mx.isnan(log_probabilities).any().item()

@@ -41,7 +41,7 @@ def tokenizer(gguf: GgufSource, config: dict[str, Any]) -> Any:
     """mlx-lm's TokenizerWrapper made from the file's metadata.
 
     Args:
-        config: config.json; gets the tokenizer's ids.
+        config: config.json as a dict; the tokenizer's special ids are added to it.
     """
     with scratch() as folder:
         # Without a config.json beside it transformers takes the tokenizer as it is; for some
@@ -79,7 +79,7 @@ def find_writers(
 
 
 def writer_of(source: GgufSource, one: GgufWriter) -> Writer:
-    """What an edit has to know of a GGUF's writer; its module is empty."""
+    """A GGUF's writer as a `Writer`, with what an edit needs; its module is empty."""
     gain = None
     if one.gains:
         product = np.prod([source.values(name) for name in one.gains], axis=0)

@@ -1,8 +1,8 @@
-"""Greedy replies to many prompts, side by side where a model then says what it says alone.
+"""Greedy replies to many prompts, in batches where that does not change the replies.
 
 mlx-lm pads the prompts of a batch. Some of its architectures read the padding, so that all prompts
-but the longest get other replies, without a word; some cannot be batched at all. So each model is
-compared once with the plain pass of single prompts, and batched as far as its replies stay its own.
+but the longest silently get other replies; some cannot be batched at all. Each model is therefore
+compared once with the plain pass of single prompts, and batched only where the two agree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Step = tuple[int, mx.array]
 
 
 class Way(Enum):
-    """How replies are generated, fastest first; the values are said to the user."""
+    """How replies are generated, fastest first; the values appear in messages."""
 
     BATCH = "in batches"
     EQUAL = "in batches of prompts of one length"
@@ -69,7 +69,7 @@ def timed(
     batch_size: int = 32,
     label: str = "replies",
 ) -> tuple[list[list[int]], float]:
-    """What `generate` gives, and how many tokens of prompts and replies ran in a second."""
+    """The result of `generate`, and the speed in tokens (prompts and replies) per second."""
     start = time.perf_counter()
     replies = generate(chat, sequences, max_tokens, batch_size=batch_size, label=label)
     tokens = sum(map(len, [*sequences, *replies]))
@@ -112,10 +112,10 @@ def _batch(
     batch_size: int,
     ends: frozenset[int],
 ) -> _Running:
-    """Unequal prompts side by side, the shortest first.
+    """Generate in batches of prompts of unequal length, the shortest first.
 
-    Where replies end, others take their places, several at a time: every pass over new prompts
-    reads, and on a CPU unpacks, the whole model.
+    Finished replies are replaced by new prompts, several at a time, because every pass over new
+    prompts reads the whole model (and unpacks it, on a CPU).
     """
     from mlx_lm.generate import BatchGenerator
 
@@ -157,7 +157,7 @@ def _equal(
     batch_size: int,
     ends: frozenset[int],
 ) -> _Running:
-    """Prompts of one length side by side, each batch to its end, so that nothing is padded."""
+    """Generate in batches of prompts of equal length, so that nothing is padded."""
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     while order:
         length = len(sequences[order[0]])
@@ -222,7 +222,7 @@ _STEPS: dict[Way, _Steps] = {
 
 
 def way(chat: ChatModel, sequences: Sequence[Sequence[int]], batch_size: int) -> Way:
-    """The fastest way in which this model replies as the plain pass of single prompts says.
+    """The fastest way whose replies equal those of the plain pass of single prompts.
 
     The comparison is made once for each model, and again where prompts are far longer than those
     that were compared.
@@ -256,7 +256,7 @@ def _told(chat: ChatModel, one: Way, fastest: bool) -> Way:
 
 
 def _agrees(chat: ChatModel, one: Way, tokens: list[int]) -> bool:
-    """Whether a few tokens of a few replies come from the distributions of the plain pass."""
+    """Whether a few tokens of a few replies agree with the distributions of the plain pass."""
     n = len(tokens)
     third = n // 3
     # Lengths far apart, of which three stand side by side; the first reply ends early, and the

@@ -1,8 +1,8 @@
-"""A GGUF's chat template, tried before llama.cpp is given it.
+"""Checks a GGUF's chat template before llama.cpp renders it.
 
-llama.cpp renders templates without limits: one that loops holds it for ever, one that calls itself
-ends it. What the bounded renderer of `convert.tokenizers.chat_template` cannot end in time,
-llama.cpp is not asked to.
+llama.cpp renders templates without limits: an endless loop never returns, and endless recursion
+ends the process. A template that the bounded renderer of `convert.tokenizers.chat_template` cannot
+render in time is therefore never given to llama.cpp.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from convert.tokenizers.chat_template import ChatTemplate, TemplateError, Templa
 
 
 def fault(path: Path) -> TemplateError | None:
-    """What is wrong with a GGUF's template by our renderer; llama.cpp may still get on with it.
+    """What our renderer finds wrong with a GGUF's template; llama.cpp may still accept it.
 
     Raises:
         TemplateExcess: beyond a limit.

@@ -1,9 +1,9 @@
-"""The output head of a model, computed only where somebody looks at it.
+"""Skips the output head where its logits are not used.
 
-On a CPU matrices are multiplied at once, by NumPy's BLAS (`convert.mlx.packed`), so that MLX's
-laziness does not leave out a vocabulary-wide product that nobody asks for. Over a batch of prompts
-that product would take gigabytes. Only modules of `convert.mlx.packed` are looked after: what MLX
-multiplies itself, it leaves out by itself.
+On a CPU, NumPy's BLAS multiplies matrices immediately (`convert.mlx.packed`), so MLX's lazy
+evaluation cannot skip a vocabulary-wide product whose result is unused. Over a batch of prompts
+that product would take gigabytes. Only modules of `convert.mlx.packed` are changed here: MLX skips
+its own products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from convert.mlx.packed import PackedEmbedding, PackedLinear
 
 @contextmanager
 def unseen(model: nn.Module) -> Iterator[None]:
-    """Within the block nobody looks at logits: they keep their shape, and are all NaN."""
+    """Context manager in which logits are not computed: they keep their shape and are all NaN."""
 
     def nothing(call: Any, states: mx.array, *, width: int) -> mx.array:
         return mx.broadcast_to(mx.array(mx.nan), (*states.shape[:-1], width))
@@ -32,7 +32,7 @@ def unseen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def last_only(model: nn.Module) -> Iterator[None]:
-    """Within the block logits are those of each row's last position: (B, 1, V), not (B, T, V)."""
+    """Context manager in which logits are those of the last position: (B, 1, V), not (B, T, V)."""
 
     def last(call: Any, states: mx.array, *, width: int) -> Any:
         return call(states[:, -1:] if states.ndim == 3 else states)
@@ -57,9 +57,9 @@ def _around_heads(model: nn.Module, wrapper: Any) -> Iterator[None]:
 
 
 def _heads(model: nn.Module) -> list[PackedEmbedding | PackedLinear]:
-    """Embeddings, which serve as heads where they are tied, and what is as wide as they are long.
+    """Modules that may be output heads: embeddings, and matrices as wide as these are long.
 
-    No part of a layer is a head.
+    Modules inside layers are never heads.
     """
     within = {id(part) for layer in model.layers for _, part in layer.named_modules()}
     outside = [module for _, module in model.named_modules() if id(module) not in within]

@@ -33,7 +33,7 @@ def _bind(wrapper: Around, call: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def around(pairs: Iterable[tuple[nn.Module, Around]]) -> Iterator[None]:
-    """Within the block, calls of each module go through its wrapper.
+    """Context manager in which calls of each module go through its wrapper.
 
     The module's ``__class__`` is swapped for a subclass, so its place in the model, its
     parameters and isinstance checks stay what they are (docs/architecture.md, "MLX and Metal").
@@ -61,9 +61,9 @@ def around(pairs: Iterable[tuple[nn.Module, Around]]) -> Iterator[None]:
 
 @contextmanager
 def around_method(module: nn.Module, name: str, wrapper: Around) -> Iterator[None]:
-    """Within the block, ``module.name(...)`` goes through ``wrapper`` (for ``as_linear``).
+    """Context manager in which ``module.name(...)`` goes through ``wrapper`` (for ``as_linear``).
 
-    Blocks nest, as those of `around`.
+    Blocks nest as those of `around` do.
     """
     outer = vars(module).get(name)
     object.__setattr__(module, name, _bind(wrapper, getattr(module, name)))

@@ -1,4 +1,4 @@
-"""A model in memory that is let go before another is loaded."""
+"""A model in memory that can be released before another one is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from abl_mlx.support import arrays
 class LoadedModel:
     """A model in MLX and its residual writers, until `let_go`.
 
-    Whoever keeps ``chat`` or ``writers`` elsewhere keeps the model in memory.
+    A reference to ``chat`` or ``writers`` kept elsewhere keeps the model in memory.
     """
 
     def __init__(self, chat: ChatModel, writers: Sequence[Writer]) -> None:
@@ -26,15 +26,15 @@ class LoadedModel:
 
     @property
     def writers(self) -> Sequence[Writer]:
-        """Its residual writers, as modules of it."""
+        """The model's residual writers, as modules."""
         assert self._held is not None, "the model was let go"
         return self._held[1]
 
     def hold(self, chat: ChatModel, writers: Sequence[Writer]) -> None:
-        """Take another model in the place of one that was let go."""
+        """Hold another model in place of the released one."""
         self._held = chat, writers
 
     def let_go(self) -> None:
-        """Give its memory back to the system."""
+        """Release the model and return its memory to the system."""
         self._held = None
         arrays.let_go()

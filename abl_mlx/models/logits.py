@@ -48,10 +48,10 @@ def log_probabilities(
 def behind_last_layer(
     chat: ChatModel, sequences: Sequence[Sequence[int]], states: np.ndarray
 ) -> mx.array:
-    """What `first_reply_token` gives, from the last layer's states at the sequences' ends, (N, d).
+    """The result of `first_reply_token`, from the last layer's states (N, d) at the ends.
 
-    Only what follows the layers is computed, in passes of one token each; the whole, where a model
-    is no function of these states (`shortcuts.trusted`).
+    Only the part of the model behind the layers runs, one token per pass; where its output is not a
+    function of these states alone (`shortcuts.trusted`) the whole model runs.
     """
     how, last = trusted(chat, sequences), len(chat.layers) - 1
     if not (how.cut and how.together):

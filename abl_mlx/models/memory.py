@@ -1,4 +1,4 @@
-"""Whether a model fits into this machine's memory, asked before it is loaded."""
+"""Checks before loading whether a model fits into this machine's memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from convert.base.errors import UserError
 # What a run takes beside the weights: Python, MLX, activations, one unpacked piece of a matrix.
 _BESIDE = 700_000_000
 
-# Below this nothing is said.
+# Bytes below which nothing is printed.
 _WORTH_SAYING = 1_000_000_000
 
 
@@ -67,7 +67,7 @@ def _cgroup() -> int:
 
 
 def needed(weights: int) -> int:
-    """Bytes that a run needs, from those of the weights."""
+    """Bytes of memory that a run needs, given the bytes of the weights."""
     return weights + weights // 20 + _BESIDE
 
 
@@ -77,14 +77,14 @@ def fits(weights: int, memory: Memory | None = None) -> bool:
 
 
 def check(title: str, weights: int, *, asked: bool = True, memory: Memory | None = None) -> None:
-    """Say on stderr what loading a model will need, and refuse it where it cannot be had.
+    """Print on stderr how much memory loading a model needs; raise when the machine has less.
 
-    Nothing is said of models that need less than 1 GB.
+    Nothing is printed for models that need less than 1 GB.
 
     Args:
         title: what the model is called.
         weights: bytes of its weights.
-        asked: False to say it and go on nevertheless (--no-memory-check).
+        asked: False to print it and load the model anyway (--no-memory-check).
         memory: of the machine, when it is known already.
 
     Raises:

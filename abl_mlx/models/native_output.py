@@ -1,4 +1,4 @@
-"""What native code of libraries prints past Python."""
+"""Silences what native library code prints to standard output."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """Let nothing through to the standard output.
+    """Context manager in which nothing reaches standard output.
 
-    The tokenizers library prints keys of tokenizer_config.json there as they are, which a terminal
-    would obey.
+    The tokenizers library prints keys of tokenizer_config.json unescaped, and a terminal would obey
+    escape sequences in them.
     """
     sys.stdout.flush()
     try:

@@ -76,7 +76,7 @@ class Plain:
     def agrees(self, tokens: Sequence[int], found: mx.array) -> bool:
         """Whether distributions after the last tokens of a prompt, (K, V), are this pass's.
 
-        Their mean KL from it has to be what rounding explains.
+        They agree when their mean KL from it is no more than rounding explains.
         """
         key = found.shape[0], *tokens
         if key not in self._found:
@@ -89,7 +89,7 @@ class Plain:
 
 
 def needs_cache(chat: ChatModel) -> bool:
-    """Whether a model is itself only where it runs with a cache; asked once for each model.
+    """Whether a model gives its own logits only with a cache; determined once for each model.
 
     mlx-lm hands the keys and values that layers share on by way of the cache in some architectures
     (gemma3n): without one it computes others, and gives other logits than in any generation.
@@ -124,7 +124,7 @@ def _needs_cache(chat: ChatModel) -> bool:
 
 
 def reach(sequences: Sequence[Sequence[int]]) -> int:
-    """How long the prompts are with which a comparison is worth something for ``sequences``."""
+    """Length in tokens of the prompts with which a comparison is valid for ``sequences``."""
     return USUAL if max(map(len, sequences)) <= 4 * USUAL else LONG
 
 
@@ -137,7 +137,7 @@ def sample(sequences: Sequence[Sequence[int]]) -> list[int]:
 
 
 def vocabulary(chat: ChatModel) -> int:
-    """V, the width of the model's logits; the model is asked once."""
+    """V, the width of the model's logits; determined by one forward pass."""
     known = vars(chat).get("_vocabulary")
     if known is None:
         with heads.unseen(chat.model):

@@ -1,4 +1,4 @@
-"""What all prompts of a set begin with, run once and reused by every batch of them.
+"""Runs the tokens with which all prompts of a set begin once, and reuses them in every batch.
 
 A chat template opens every prompt with the same tokens, a system prompt among them. Their keys and
 values are computed once, for a batch of one, and repeated for each batch; only what follows runs.
@@ -65,7 +65,7 @@ def shared(
     """Run what all sequences begin with, as the model is now, interventions included.
 
     Args:
-        keep: so many tokens at least are left of each sequence.
+        keep: the least number of tokens that stay outside the prefix in each sequence.
         cached: as in `Prefix`.
     """
     common = list(common_prefix(sequences))

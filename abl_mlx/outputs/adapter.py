@@ -1,8 +1,8 @@
-"""The edit as an adapter: what a LoRA must add to a weight that keeps its bytes.
+"""The edit as an adapter: the low-rank change that a LoRA adds to an unchanged weight.
 
 W − α U(UᵀW) is W plus a change of rank k, whose factors are computed from the very weights it will
-sit on, dequantized. So nothing is rounded but the factors, in float32. A bias has no place in a
-LoRA: what it writes of the direction stays, and counts as leak.
+sit on, dequantized. Only the factors are rounded, to float32. A LoRA cannot change a bias: what the
+bias writes along the direction stays, and counts as leak.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SLAB = 1 << 23
 
 @dataclass(frozen=True)
 class Components:
-    """What a weight holds of the directions, and how large it is.
+    """A weight's components along the directions, and its squared norm.
 
     Attributes:
         along: float32: UᵀW (k, n) of a linear, (E, k, n) of experts; E U (V, k) of an embedding.
@@ -95,7 +95,7 @@ def change(edit: Edit, writer: Writer, along: np.ndarray) -> LowRank:
 
 
 def leak_of(edit: Edit, writer: Writer, found: Components, scale: float, one: LowRank) -> Leak:
-    """What is missing of the edit when ``scale · one`` is added to the weight.
+    """The leak when ``scale · one`` is added to the weight.
 
     The difference to the edit, scale · left @ right + α U(UᵀW), has rank 2k: its norm comes from
     its factors.
@@ -123,7 +123,7 @@ def leak_of(edit: Edit, writer: Writer, found: Components, scale: float, one: Lo
 
 
 def bias_leak(edit: Edit, writer: Writer, bias: mx.array) -> Leak:
-    """A bias that is left as it is: all of its share of the edit is missing."""
+    """The leak of a bias that is left unchanged: its whole share of the edit is missing."""
     basis = np.asarray(edit.basis(writer).astype(mx.float32)).astype(np.float64)
     values = np.asarray(bias.astype(mx.float32)).astype(np.float64)
     along = edit.taken(writer, values @ basis.T, -1)
@@ -133,7 +133,7 @@ def bias_leak(edit: Edit, writer: Writer, bias: mx.array) -> Leak:
 
 
 def untouched_leak(edit: Edit, writer: Writer, found: Components) -> Leak:
-    """A weight that is left as it is: all of its share of the edit is missing."""
+    """The leak of a weight that is left unchanged: its whole share of the edit is missing."""
     along = found.along.astype(np.float64)
     taken = edit.taken(writer, along, stream_axis(writer.kind, "weight"))
     missing = float((taken * taken).sum())
@@ -205,7 +205,7 @@ def tensor_parts(gguf: GgufSource, one: TensorPlan) -> Parts:
 
 @contextmanager
 def attached(pairs: Iterable[tuple[nn.Module, LowRank]], scale: float) -> Iterator[None]:
-    """Within the block each module adds its change to what it puts out, as llama.cpp does.
+    """Context manager in which each module adds its change to its output, as llama.cpp does.
 
     For models whose modules mlx-lm has no LoRA for (a GGUF's, held packed). Not for a tied
     embedding, whose change would be due in the output head too.
@@ -241,7 +241,7 @@ _KINDS = {
 
 
 def check_module(writer: Writer) -> None:
-    """Refuse a writer that mlx-lm makes no LoRA of the same shape from.
+    """Raise for a writer for which mlx-lm has no LoRA of the same shape.
 
     Raises:
         UserError: naming the module.

@@ -43,12 +43,12 @@ Record = dict[str, Any]
 
 
 def label_of(label: Mapping[str, Any]) -> Record:
-    """What an adapter says of itself, from what an edited model would say."""
+    """An adapter's label, made from the label of an edited model."""
     return {**label, "edited": "this adapter removes the refusal direction from its base model"}
 
 
 def biases_note(leaks: Mapping[str, Leak], biases: Sequence[str]) -> str | None:
-    """What to say of biases, which a LoRA cannot hold; None where they hold nothing."""
+    """A note about biases, which a LoRA cannot change; None when they have no share in the edit."""
     share = _share(leaks, biases)
     if not share:
         return None
@@ -59,7 +59,7 @@ def biases_note(leaks: Mapping[str, Leak], biases: Sequence[str]) -> str | None:
 
 
 def _share(leaks: Mapping[str, Leak], names: Sequence[str]) -> float:
-    """How much of the whole edit is missing in some of its parameters."""
+    """Share of the whole edit that is missing because of some of its parameters."""
     wanted = sum(one.wanted for one in leaks.values())
     missing = sum(leaks[name].missing for name in names)
     return float((missing / wanted) ** 0.5) if wanted else 0.0
@@ -68,7 +68,7 @@ def _share(leaks: Mapping[str, Leak], names: Sequence[str]) -> float:
 def check_leak(
     output: Path, leaks: Mapping[str, Leak], biases: Sequence[str], limit: float
 ) -> None:
-    """Refuse an adapter that is not the whole edit.
+    """Raise when an adapter leaves out more of the edit than allowed.
 
     Raises:
         UserError: above ``limit``, which only biases bring about.
@@ -138,7 +138,7 @@ def write_mlx(
 
 
 def check_gguf(gguf: GgufSource, writers: Sequence[gguf_writers.GgufWriter]) -> None:
-    """Refuse a GGUF for which llama.cpp does not apply adapters as it should.
+    """Raise for a GGUF to which llama.cpp does not apply adapters correctly.
 
     Raises:
         UserError: naming the tensor.
@@ -258,7 +258,7 @@ def write_gguf(
 
 
 def _left_out_note(names: Sequence[str], tied: bool, leak: float) -> str | None:
-    """What to say of embeddings that are not in a LoRA; None where there are none."""
+    """A note about embeddings that are left out of a LoRA; None when there are none."""
     if not names:
         return None
     listed = ", ".join(names)
@@ -273,7 +273,7 @@ def _left_out_note(names: Sequence[str], tied: bool, leak: float) -> str | None:
 
 @contextmanager
 def in_mlx(gguf: GgufSource, lora: Path) -> Iterator[ChatModel]:
-    """A GGUF as a model in MLX, with a LoRA of llama.cpp's applied."""
+    """A GGUF as a model in MLX, with a GGUF LoRA applied."""
     chat, layout = from_gguf.load(gguf)
     adapter = adapters.read_gguf(lora)
     places, modules = layout.places(), dict(chat.model.named_modules())

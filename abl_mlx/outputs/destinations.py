@@ -1,4 +1,4 @@
-"""Where an edited model goes: checked before any work, and handed on to Ollama after it."""
+"""Output paths: checked before any work; a GGUF output may be given to Ollama afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An edit of an MLX or Hugging Face folder, and what is written of it: folders, GGUFs, adapters."""
+"""Writes the edit of an MLX or Hugging Face folder as a folder, a GGUF or an adapter."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _NOT_ASKED = (
 
 
 def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Writing) -> None:
-    """Refuse, before any long work, outputs that cannot be written from this folder.
+    """Raise before any long work for outputs that cannot be written from this folder.
 
     Raises:
         UserError: naming the output or the flag.

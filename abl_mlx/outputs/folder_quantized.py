@@ -52,12 +52,12 @@ class MatrixEdit:
 
     @property
     def name(self) -> str:
-        """Of the tensor with the codes."""
+        """Name of the tensor that holds the codes."""
         return self.old.name
 
     @property
     def axis(self) -> int:
-        """Of the residual stream in the weight: -1 or -2."""
+        """Axis of the residual stream in the weight: -1 or -2."""
         return stream_axis(self.writer.kind, self.parameter)
 
     @property
@@ -67,7 +67,7 @@ class MatrixEdit:
 
     @property
     def type(self) -> str:
-        """As written, for people."""
+        """The type as written, for messages."""
         return self.float_type if self.new is None else str(self.new.quantization)
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -78,7 +78,7 @@ class MatrixEdit:
 
 
 def promoted(one: MatrixEdit, writer_bits: str) -> MatrixEdit:
-    """The same edit, written with so many bits; as it was where that is no more than it has.
+    """The same edit, written with ``writer_bits`` if that is more than the matrix has.
 
     Args:
         writer_bits: of `WRITER_BITS`.
@@ -109,7 +109,7 @@ def promoted(one: MatrixEdit, writer_bits: str) -> MatrixEdit:
 
 
 def encoders(codec: MlxCodec, global_scale: np.ndarray | None) -> rounding.Encoders:
-    """What MLX offers for a mode."""
+    """MLX's encoders for a mode."""
     return rounding.Encoders(
         fresh=lambda values: codec.fresh(values, global_scale), refit=codec.refit
     )
@@ -189,7 +189,7 @@ def rewrite(
 
 
 def _cut(one: MatrixEdit) -> int:
-    """Between how many columns a slab may be cut."""
+    """The number of columns whose multiples are allowed slab borders."""
     sizes = [m.quantization.group_size for m in (one.old, one.new) if m is not None]
     return max(sizes)
 

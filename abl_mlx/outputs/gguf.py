@@ -73,7 +73,7 @@ class GgufFile(ExitStack):
 
     @cached_property
     def layout(self) -> gguf_to_mlx.Layout:
-        """Where mlx-lm's model has its tensors."""
+        """Which parameter of mlx-lm's model each tensor becomes."""
         return gguf_to_mlx.layout(self.gguf)
 
     @property
@@ -186,7 +186,7 @@ class GgufFile(ExitStack):
         return from_gguf.find_writers(chat, self.layout, self.gguf, self.named_writers(pattern))
 
     def check_same(self, chat: ChatModel, pattern: str | None) -> None:
-        """Refuse a loaded model that is another one than this.
+        """Raise when a loaded model is a different one from this file.
 
         Args:
             pattern: as `find_writers` takes it.

@@ -1,4 +1,4 @@
-"""An edit of a GGUF, and what is written of it: GGUFs, MLX folders and adapters."""
+"""Writes the edit of a GGUF as a GGUF, an MLX folder or an adapter."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _IN_MLX = "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have ll
 
 
 def check(paths: Sequence[Path], gguf: GgufSource, writing: Writing) -> None:
-    """Refuse, before any long work, outputs that cannot be written from this GGUF.
+    """Raise before any long work for outputs that cannot be written from this GGUF.
 
     Raises:
         UserError: naming the output or the flag.
@@ -99,7 +99,7 @@ def drafting(
 
 
 def predicting(gguf: GgufSource, edited: Iterable[str]) -> Record:
-    """What a record says of tensors of multi-token prediction, if there are any.
+    """The record's entry about tensors of multi-token prediction; empty when there are none.
 
     Args:
         edited: names of all tensors that are edited.
@@ -248,7 +248,7 @@ class GgufEdit:
         report.check(str(path), self.writing.max_leak, mend)
 
     def _limit(self, types: Iterable[str]) -> float | None:
-        """What a complete edit of tensors of these types may leave; None where some are left."""
+        """The largest component that an edit of these types may leave; None with ``--tensors``."""
         if self.writing.tensors is not None:
             return None  # what --tensors leaves alone still writes
         as_gguf = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # how MLX calls them

@@ -29,7 +29,7 @@ from convert.mlx.folder import FLOAT_DTYPES
 
 
 def stored_values(gguf: GgufSource, name: str) -> mx.array:
-    """A tensor in float32, in the file's layout; the memory that reading it took is given back."""
+    """A tensor in float32, in the file's layout; memory used for reading is released."""
     values = mx.array(gguf.values(name))
     gguf.release(name)
     return values
@@ -127,7 +127,7 @@ def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
 
 
 def encoders(kind: GGMLQuantizationType) -> rounding.Encoders:
-    """What ggml offers for a type."""
+    """ggml's encoders for a type."""
     return rounding.Encoders(
         fresh=lambda values: ggml_types.fresh(values, kind),
         refit=lambda grid, values: ggml_types.refit(grid, values, kind),
@@ -269,7 +269,7 @@ class TensorReport:
     type: str
 
     def details(self) -> dict[str, Any]:
-        """What there is to say beside the leak, as JSON values."""
+        """Details beside the leak, as JSON values."""
         return {
             "codes_changed": self.codes_changed,
             "bytes_changed": self.bytes_changed,

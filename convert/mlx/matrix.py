@@ -34,7 +34,7 @@ class Matrix:
 
     @property
     def name(self) -> str:
-        """Of the tensor with the codes."""
+        """Name of the tensor that holds the codes."""
         return self.names["weight"]
 
     @cached_property
