@@ -6,7 +6,7 @@ converter. Quantized types come from gguf-py, K-quants from ggml itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,22 +150,11 @@ def write_gguf(
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_ti_data_to_file()
-                total = len(targets) + len(extras)
-                for done, target in enumerate(targets):
-                    values = _values(target, files, edits)
-                    kind = types[target.name]
-                    edited = target.sources[0] in edits and kind != _Q.F32
-                    writer.write_tensor_data(
-                        quantize(target.sources[0], values, kind)
-                        if edited and quantize
-                        else encode(values, kind, target.name)
-                    )
+                arrays = _arrays(layout, files, edits, quantize)
+                for done, array in enumerate(arrays, start=1):
+                    writer.write_tensor_data(array)
                     if progress:
-                        progress(done + 1, total)
-                for done, values in enumerate(extras.values()):
-                    writer.write_tensor_data(values)
-                    if progress:
-                        progress(len(targets) + done + 1, total)
+                        progress(done, len(targets) + len(extras))
             finally:
                 writer.close()
             size = partial.stat().st_size
@@ -309,6 +298,22 @@ def _values(target: Target, files: TensorFiles, edits: Mapping[str, Edit]) -> np
     if target.scale != 1.0:
         values = values * np.float32(target.scale)
     return values
+
+
+def _arrays(
+    layout: _Layout, files: TensorFiles, edits: Mapping[str, Edit], quantize: Quantizer | None
+) -> Iterator[np.ndarray]:
+    """Every tensor as it is written, one after the other."""
+    for target in layout.targets:
+        values = _values(target, files, edits)
+        kind = layout.types[target.name]
+        edited = target.sources[0] in edits and kind != _Q.F32
+        yield (
+            quantize(target.sources[0], values, kind)
+            if edited and quantize
+            else encode(values, kind, target.name)
+        )
+    yield from layout.extras.values()
 
 
 def _source_values(name: str, files: TensorFiles, edits: Mapping[str, Edit]) -> np.ndarray:

@@ -52,7 +52,7 @@ def array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     Raises:
         UserError: when there is no room.
     """
-    import numpy as np
+    import numpy as np  # lazily: a command's help needs none
 
     _take_room(path, 4 * math.prod(shape))
     return np.memmap(path, np.float32, "r+", shape=shape)
@@ -72,7 +72,7 @@ class RowsFile:
 
     def write(self, first: int, rows: np.ndarray) -> None:
         """Put rows (n, width) in the places from ``first`` on."""
-        import numpy as np
+        import numpy as np  # lazily: a command's help needs none
 
         with open(self._path, "r+b") as stream:
             stream.seek(4 * first * self._width)
@@ -80,7 +80,7 @@ class RowsFile:
 
     def read(self, first: int, count: int) -> np.ndarray:
         """So many rows from ``first`` on, (count, width)."""
-        import numpy as np
+        import numpy as np  # lazily: a command's help needs none
 
         start = 4 * first * self._width
         found = np.fromfile(self._path, np.float32, count * self._width, offset=start)

@@ -200,20 +200,12 @@ def attention(
             ).reshape(*shape[:-1], reach)
             scores *= np.float32(scale)
             if softcap is not None:
-                scores /= np.float32(softcap)
-                np.tanh(scores, out=scores)
-                scores *= np.float32(softcap)
+                _cap(scores, softcap)
             if causal:
                 at = np.arange(rows.start, rows.stop) + seen - length
                 scores[..., np.arange(reach) > at[:, None]] = _HIDDEN
             if hiding is not None:
-                hidden = hiding[some if hiding.shape[0] > 1 else slice(None)]
-                hidden = hidden[:, of if hidden.shape[1] > 1 else slice(None)]
-                hidden = hidden[:, :, :, rows if hidden.shape[3] > 1 else slice(None)]
-                if hidden.dtype == np.bool_:
-                    np.copyto(scores, _HIDDEN, where=~hidden)
-                else:
-                    scores += hidden
+                _hide(scores, hiding, some, of, rows)
             sink = None if sinks is None else sinks.reshape(kv, group, 1, 1)[of]
             out[some, of, :, rows] = _weighted(scores, v[some, of, :reach], sink)
 
@@ -226,6 +218,23 @@ def attention(
     else:
         shared(lambda part: work(slice(None), part), kv)
     return out.reshape(batch, heads, length, -1)
+
+
+def _cap(scores: np.ndarray, softcap: float) -> None:
+    scores /= np.float32(softcap)
+    np.tanh(scores, out=scores)
+    scores *= np.float32(softcap)
+
+
+def _hide(scores: np.ndarray, hiding: np.ndarray, some: slice, of: slice, rows: slice) -> None:
+    """Apply the part of a mask (B or 1, K or 1, G or 1, T or 1, S) that lies over these scores."""
+    hidden = hiding[some if hiding.shape[0] > 1 else slice(None)]
+    hidden = hidden[:, of if hidden.shape[1] > 1 else slice(None)]
+    hidden = hidden[:, :, :, rows if hidden.shape[3] > 1 else slice(None)]
+    if hidden.dtype == np.bool_:
+        np.copyto(scores, _HIDDEN, where=~hidden)
+    else:
+        scores += hidden
 
 
 def _weighted(scores: np.ndarray, v: np.ndarray, sinks: np.ndarray | None) -> np.ndarray:

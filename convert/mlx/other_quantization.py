@@ -99,7 +99,7 @@ def mend(folder: Path, config: Mapping[str, Any], found: Foreign, flags: str = "
 
 def _mlx_reads(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether mlx-lm takes the folder, and writes it in a form of MLX's own."""
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_model  # lazily: it brings transformers
 
     method = config.get("quantization_config")
     if isinstance(method, dict) and method.get("quant_method") == "bitnet":

@@ -110,7 +110,7 @@ class Form:
             else:
                 out[...] = codes
             return
-        from convert.mlx.packed_kernels import EVEN, unpack
+        from convert.mlx.packed_kernels import EVEN, unpack  # lazily: it brings numba
 
         scales = parts["scales"]
         mins = np.zeros((0, 0), np.float32)

@@ -19,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -323,10 +323,6 @@ def read_turns(
         None when the parts do not reproduce the template on one-turn and two-turn chats with and
         without a system message.
     """
-    user = {"role": "user", "content": _MARKS["user"]}
-    reply = {"role": "assistant", "content": _MARKS["assistant"]}
-    system = {"role": "system", "content": _MARKS["system"]}
-
     # The same day on every run.
     template = ChatTemplate(
         source, Path(), {"bos_token": bos, "eos_token": eos}, today="01 Jan 2026"
@@ -339,33 +335,70 @@ def read_turns(
             return None
         return text.removeprefix(bos) if drop_bos else text
 
-    one = render([user])
-    if one is None:
-        return None
-    two = render([user, reply, user])
-    bare = render([user], ask=False)
-    with_system = render([system, user])
-    if two is None or bare is None:
-        return None
-    mark, answer, lead = _MARKS["user"], _MARKS["assistant"], _MARKS["system"]
-    if one.count(mark) != 1 or two.count(mark) != 2 or two.count(answer) != 1:
+    one, two = render([_USER]), render([_USER, _REPLY, _USER])
+    bare = render([_USER], ask=False)
+    if one is None or two is None or bare is None:
         return None
     if not one.startswith(bare):
         # Some end the text where no reply is asked for.
         bare = bare.removesuffix(eos)
     if not one.startswith(bare):
         return None
-    generation = one[len(bare) :]
+    rendered = _Rendered(one, two, render([_SYSTEM, _USER]), one[len(bare) :])
+    found = list(_cuts(rendered))
+    if not found:
+        return None
+    # Several cuts give the same text; take the one a person would have written.
+    whole = [t for t in found if t.assistant[1] == t.user[1]]
+    ended = [t for t in found if eos and t.assistant[1].endswith(eos)]
+    return (whole or ended or found)[0]
+
+
+_USER, _REPLY, _SYSTEM = (
+    {"role": role, "content": _MARKS[role]} for role in ("user", "assistant", "system")
+)
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """What a template makes of chats whose messages are marks.
+
+    Attributes:
+        one: of a user's message.
+        two: of a user's message, a reply, and the same message again.
+        with_system: of a system message and a user's; None where the template refuses it.
+        generation: the end of all of them, which asks for a reply.
+    """
+
+    one: str
+    two: str
+    with_system: str | None
+    generation: str
+
+    def is_of(self, turns: Turns) -> bool:
+        """Whether these turns render the same."""
+        same = turns.render([_USER]) == self.one
+        same = same and turns.render([_USER, _REPLY, _USER]) == self.two
+        return same and (
+            self.with_system is None or turns.render([_SYSTEM, _USER]) == self.with_system
+        )
+
+
+def _cuts(rendered: _Rendered) -> Iterator[Turns]:
+    """Every way to cut the renderings into turns that give them again."""
+    one, two, generation = rendered.one, rendered.two, rendered.generation
+    with_system = rendered.with_system
+    mark, answer, lead = _MARKS["user"], _MARKS["assistant"], _MARKS["system"]
+    if one.count(mark) != 1 or two.count(mark) != 2 or two.count(answer) != 1:
+        return
     before, after = one.split(mark)
     after = after[: len(after) - len(generation)] if generation else after
-    between = two.split(answer)
-    first, last = between[0], between[1]
+    first, last = two.split(answer)
     if not first.startswith(before + mark + after):
-        return None
+        return
     assistant_before = first[len(before + mark + after) :]
     # What follows the reply is its ending and then the second user turn.
     tail = last.split(mark)[0]
-    found = []
     for cut in range(len(before) + 1):
         opening, user_before = before[:cut], before[cut:]
         if not tail.endswith(user_before):
@@ -382,15 +415,8 @@ def read_turns(
             else:
                 continue
         turns = Turns(opening, system_around, separator, (user_before, after), around, generation)
-        same = turns.render([user]) == one and turns.render([user, reply, user]) == two
-        if same and (with_system is None or turns.render([system, user]) == with_system):
-            found.append(turns)
-    if not found:
-        return None
-    # Several cuts give the same text; take the one a person would have written.
-    whole = [t for t in found if t.assistant[1] == after]
-    ended = [t for t in found if eos and t.assistant[1].endswith(eos)]
-    return (whole or ended or found)[0]
+        if rendered.is_of(turns):
+            yield turns
 
 
 def _go(text: str) -> str:

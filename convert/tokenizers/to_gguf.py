@@ -1,16 +1,9 @@
-"""A Hugging Face tokenizer folder as GGUF tokenizer metadata.
-
-What each ``tokenizer.ggml.pre`` name means is fixed in llama.cpp's src/llama-vocab.cpp: a list of
-regular expressions applied one after the other, and whether merges are ignored for whole words in
-the vocabulary. The name is found by comparing that with the structure of tokenizer.json.
-"""
+"""A Hugging Face tokenizer folder as GGUF tokenizer metadata."""
 
 from __future__ import annotations
 
-import json
 import re
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +12,13 @@ from gguf import TokenType
 
 from convert.base import json_text
 from convert.base.errors import UserError
-from convert.base.foreign import foreign
 from convert.base.hf_config import CONFIG, GENERATION
 from convert.base.schema import OBJECT, Kind
 from convert.tokenizers import template_files
 from convert.tokenizers.hf_files import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG
-from convert.tokenizers.pre import CONTRACTION, DIGIT, GPT2, LINE, PRE
+from convert.tokenizers.pre_names import pre_tokenizer
+from convert.tokenizers.sentencepiece_file import Piece, read_sentencepiece
+from convert.tokenizers.tokenizer_json import is_byte_level, merges_of, steps_of
 
 _SPACE = "▁"
 
@@ -144,7 +138,7 @@ def read_tokenizer(folder: Path, rows: int | None = None, *, pre: str | None = N
             f"{folder} has neither tokenizer.json nor tokenizer.model: copy them from the model's "
             f"publisher."
         )
-    byte_level = files.tokenizer is not None and _is_byte_level(files.tokenizer)
+    byte_level = files.tokenizer is not None and is_byte_level(files.tokenizer)
     entries = _byte_level_entries(files) if byte_level else _sentencepiece_entries(files)
     for token_id, added in files.added.items():
         entries[token_id] = _added_entry(added)
@@ -164,7 +158,7 @@ def read_tokenizer(folder: Path, rows: int | None = None, *, pre: str | None = N
     merges = None
     if byte_level:
         assert files.tokenizer is not None
-        merges = [" ".join(pair) for pair in _merges(files.tokenizer)]
+        merges = [" ".join(pair) for pair in merges_of(files.tokenizer)]
         name = pre or pre_tokenizer(files.tokenizer)
     else:
         name = pre or "default"
@@ -205,11 +199,11 @@ class _Files:
         self.generation = _json(folder / "generation_config.json", GENERATION)
         self.special_map = _json(folder / "special_tokens_map.json", SPECIAL_TOKENS)
         model = folder / "tokenizer.model"
-        self.pieces: list[_Piece] = []
+        self.pieces: list[Piece] = []
         self.dummy_prefix = True
-        skip = self.tokenizer is not None and _is_byte_level(self.tokenizer)
+        skip = self.tokenizer is not None and is_byte_level(self.tokenizer)
         if model.is_file() and not skip:
-            self.pieces, self.dummy_prefix = _read_sentencepiece(model)
+            self.pieces, self.dummy_prefix = read_sentencepiece(model)
         self.added = self._added()
         older = _json(folder / "chat_template.json", OBJECT)
         self.chat_templates = template_files.read(folder, self.config, older)
@@ -242,85 +236,6 @@ def _json(path: Path, kind: Kind) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class _Piece:
-    text: str
-    score: float
-    kind: int
-
-
-def _read_sentencepiece(path: Path) -> tuple[list[_Piece], bool]:
-    """Pieces and add_dummy_prefix of a SentencePiece model.
-
-    The file is one protocol buffer message (sentencepiece_model.proto): field 1 repeats the pieces
-    {1 text, 2 score, 3 type}, 2 is the trainer {3 model type}, 3 the normalizer {3 dummy prefix}.
-    """
-    pieces: list[_Piece] = []
-    model_type, dummy_prefix = 1, True
-    try:
-        for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                text, score, kind = "", 0.0, 1
-                for inner, content in _fields(value):
-                    if inner == 1:
-                        text = bytes(memoryview(content)).decode("utf-8")
-                    elif inner == 2:
-                        score = struct.unpack("<f", content)[0]
-                    elif inner == 3:
-                        kind = TokenType(content)
-                pieces.append(_Piece(text, score, kind))
-            elif number == 2:
-                model_type = next((int(v) for n, v in _fields(value) if n == 3), 1)
-            elif number == 3:
-                dummy_prefix = next((bool(v) for n, v in _fields(value) if n == 3), True)
-    except (IndexError, ValueError, TypeError, struct.error):
-        raise UserError(f"{path} is no SentencePiece model: download it again.") from None
-    if not pieces:
-        raise UserError(f"{path} is no SentencePiece model: download it again.")
-    if model_type != 2:
-        raise UserError(
-            f"{path} is not of SentencePiece's BPE type, the only one llama.cpp reads as such: "
-            f"write this model with llama.cpp's convert_hf_to_gguf.py."
-        )
-    return pieces, dummy_prefix
-
-
-def _fields(message: Any) -> Iterator[tuple[int, Any]]:
-    view = memoryview(message)
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value, shift = 0, 0
-        while True:
-            byte = view[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if shift > 70:
-                raise ValueError("a number of more than 64 bits")
-            if byte < 0x80:
-                return value
-
-    while at < len(view):
-        key = varint()
-        wire = key & 7
-        if wire == 0:
-            yield key >> 3, varint()
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-            yield key >> 3, view[at : at + size]
-            at += size
-        elif wire == 2:
-            size = varint()
-            if at + size > len(view):
-                raise ValueError("truncated")
-            yield key >> 3, view[at : at + size]
-            at += size
-        else:
-            raise ValueError(f"wire type {wire}")
-
-
 # --------------------------------------------------------------------------------------------------
 # Vocabulary
 
@@ -330,24 +245,6 @@ class _Entry:
     text: str
     kind: TokenType
     score: float = 0.0
-
-
-def _is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
-    return any(
-        step.get("type") == "ByteLevel"
-        for part in ("pre_tokenizer", "decoder")
-        for step in _sequence(tokenizer.get(part))
-    )
-
-
-def _sequence(part: Any) -> list[dict[str, Any]]:
-    """A pre-tokenizer, normalizer, decoder or post-processor as a flat list of steps."""
-    if not isinstance(part, Mapping):
-        return []
-    if part.get("type") != "Sequence":
-        return [dict(part)]
-    inner = next((value for value in part.values() if isinstance(value, list)), [])
-    return [step for entry in inner for step in _sequence(entry)]
 
 
 def _model(files: _Files) -> dict[str, Any]:
@@ -368,14 +265,6 @@ def _model(files: _Files) -> dict[str, Any]:
     return dict(model)
 
 
-def _merges(tokenizer: Mapping[str, Any]) -> list[tuple[str, str]]:
-    pairs = []
-    for merge in tokenizer["model"].get("merges") or []:
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-        pairs.append((left, right))
-    return pairs
-
-
 def _byte_level_entries(files: _Files) -> dict[int, _Entry]:
     model = _model(files)
     return {int(i): _Entry(text, TokenType.NORMAL) for text, i in model["vocab"].items()}
@@ -393,7 +282,7 @@ def _sentencepiece_entries(files: _Files) -> dict[int, _Entry]:
             )
         # The earlier a pair merges, the higher the score of what it becomes.
         scores: dict[str, float] = {}
-        for rank, (left, right) in enumerate(_merges(files.tokenizer)):
+        for rank, (left, right) in enumerate(merges_of(files.tokenizer)):
             scores.setdefault(left + right, -float(rank))
         unmerged = -float(len(scores) + 1)
         for text, token_id in model["vocab"].items():
@@ -491,7 +380,7 @@ def _special(
 
 
 def _affixes(files: _Files, special: Mapping[str, int], byte_level: bool) -> tuple[bool, bool]:
-    steps = _sequence((files.tokenizer or {}).get("post_processor"))
+    steps = steps_of((files.tokenizer or {}).get("post_processor"))
     for step in steps:
         if step.get("type") == "TemplateProcessing":
             single = step.get("single") or []
@@ -509,186 +398,11 @@ def _space_prefix(files: _Files) -> bool:
     if files.tokenizer is None:
         configured = files.config.get("add_prefix_space")
         return bool(files.dummy_prefix if configured is None else configured)
-    for step in _sequence(files.tokenizer.get("normalizer")):
+    for step in steps_of(files.tokenizer.get("normalizer")):
         if step.get("type") == "Prepend":
             return True
-    for step in _sequence(files.tokenizer.get("pre_tokenizer")):
+    for step in steps_of(files.tokenizer.get("pre_tokenizer")):
         if step.get("type") == "Metaspace":
             scheme = step.get("prepend_scheme")
             return bool(step.get("add_prefix_space", True)) if not scheme else scheme != "never"
     return False
-
-
-# --------------------------------------------------------------------------------------------------
-# Pre-tokenizers
-
-# As Hugging Face's files spell them. What llama.cpp runs in their place is in
-# `convert.tokenizers.pre`; the difference, if any, is in rare characters.
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_DIGITS = r"\p{N}+"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + LINE
-)
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + LINE
-)
-_DEEPSEEK_HAN = "[一-龥ࠀ-一가-퟿]+"
-# DeepSeek spells out every letter of the cased scripts; its beginning tells it from all others.
-_DEEPSEEK_LETTERS = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯ"
-
-
-def _alike(name: str) -> tuple[str, tuple[str, ...], bool]:
-    """A name whose splits in llama.cpp are those of the Hugging Face files."""
-    splits = (split.replace(CONTRACTION, _CONTRACTION) for split in PRE[name].splits)
-    return name, tuple(splits), PRE[name].ignore_merges
-
-
-PRE_TOKENIZERS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
-    _alike("gpt-2"),
-    _alike("smollm"),
-    _alike("llama-bpe"),
-    _alike("smaug-bpe"),
-    _alike("qwen2"),
-    _alike("qwen35"),
-    _alike("ufakzeka"),
-    ("tekken", (_TEKKEN,), True),
-    ("gpt-4o", (_GPT4O,), False),
-    _alike("deepseek-v3"),
-    (
-        "deepseek-llm",
-        (
-            r"[\r\n]",
-            _DEEPSEEK_LETTERS,
-            r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-            r"\s+$",
-            _DEEPSEEK_HAN,
-            DIGIT,
-        ),
-        False,
-    ),
-    (
-        "deepseek-coder",
-        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_HAN, DIGIT),
-        False,
-    ),
-    ("falcon", ("punctuation", GPT2, "[0-9][0-9][0-9]"), False),
-    _alike("seed-coder"),
-    ("bloom", (r" ?[^(\s|[.,!?…。，、।۔،])]+",), False),
-    _alike("minicpm5"),
-)
-"""(llama.cpp's name, its splits in order, whether whole words ignore merges).
-
-Where several names mean the same, the one that the most versions of llama.cpp and Ollama know.
-"""
-
-
-def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer.json.
-
-    Args:
-        tokenizer: tokenizer.json as parsed.
-
-    Raises:
-        UserError: when llama.cpp implements no such splitting, naming the ``pre=`` override.
-    """
-    for step in _sequence(tokenizer.get("normalizer")):
-        # llama.cpp normalizes nothing; NFC leaves ordinary text as it is.
-        if step.get("type") != "NFC":
-            raise _unknown(f"the normalizer {step.get('type')}")
-    splits = _splits(tokenizer)
-    ignores = bool((tokenizer.get("model") or {}).get("ignore_merges"))
-    known = [
-        (name, flag) for name, expected, flag in (*PRE_TOKENIZERS, *_OWN) if expected == splits
-    ]
-    if not known:
-        raise _unknown(f"the splits {json.dumps(splits, ensure_ascii=False)}")
-    for name, flag in known:
-        if flag == ignores:
-            return name
-    unreachable = _unreachable(tokenizer)
-    if unreachable is not None:
-        raise _unknown(
-            f'ignore_merges {str(ignores).lower()} (it matters for the token "{unreachable}")'
-        )
-    return known[0][0]
-
-
-def _unknown(what: str) -> UserError:
-    return UserError(
-        f"tokenizer.json has {what}, for which no llama.cpp pre-tokenizer is known: pass pre= with "
-        f"the name llama.cpp's convert_hf_to_gguf.py gives this model, such as pre='llama-bpe'."
-    )
-
-
-def _splits(tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
-    splits: list[str] = []
-    for step in _sequence(tokenizer.get("pre_tokenizer")):
-        kind = step.get("type")
-        if kind == "Split":
-            pattern = step.get("pattern") or {}
-            behaviour = (step.get("behavior"), bool(step.get("invert")))
-            # Removing what does not match is isolating what does, for patterns that match all.
-            if behaviour not in (("Isolated", False), ("Removed", True)):
-                raise _unknown(f"a Split with behavior {behaviour[0]}, invert {behaviour[1]}")
-            text = pattern.get("Regex")
-            splits.append(
-                canonical_regex(text) if text is not None else re.escape(pattern.get("String", ""))
-            )
-        elif kind == "Digits":
-            splits.append(DIGIT if step.get("individual_digits") else _DIGITS)
-        elif kind == "ByteLevel":
-            if step.get("add_prefix_space"):
-                raise _unknown("a ByteLevel step with add_prefix_space")
-            if step.get("use_regex", True):
-                splits.append(GPT2)
-        elif kind == "Punctuation" and step.get("behavior") == "Contiguous":
-            splits.append("punctuation")
-        else:
-            raise _unknown(f"the pre-tokenizer step {json.dumps(step, ensure_ascii=False)[:200]}")
-    return tuple(splits)
-
-
-def canonical_regex(regex: str) -> str:
-    """One spelling for the spellings of one pattern that tokenizer files use."""
-    text = regex.replace("\r", r"\r").replace("\n", r"\n")
-    # Possessive where the next atom cannot match what was taken: greedy is the same.
-    text = text.replace("]?+", "]?").replace("]++", "]+").replace("}++", "}+")
-    text = text.replace(r"{1,3}+", r"{1,3}").replace(r"\p{N}{1}", r"\p{N}")
-    # White space up to the last line break: the first star takes all other breaks anyway.
-    text = text.replace(r"|\s*[\r\n]|", r"|\s*[\r\n]+|")
-    if text.startswith(_DEEPSEEK_LETTERS):
-        return _DEEPSEEK_LETTERS
-    for contraction in (
-        CONTRACTION,
-        r"'(?i:[sdmt]|ll|ve|re)",
-        r"(?i:'(?:[sdmt]|ll|ve|re))",
-    ):
-        text = text.replace(contraction, _CONTRACTION)
-    return text
-
-
-# What `convert.tokenizers.from_gguf` writes.
-_OWN = tuple(
-    (name, tuple(map(canonical_regex, pre.splits)), pre.ignore_merges)
-    for name, pre in PRE.items()
-    if pre.byte_level
-)
-
-
-def _unreachable(tokenizer: Mapping[str, Any]) -> str | None:
-    """A token that merges alone do not build, for which ignore_merges makes a difference."""
-    from tokenizers import models
-
-    model = tokenizer["model"]
-    with foreign("tokenizer.json cannot be run"):
-        bpe = models.BPE(vocab=model["vocab"], merges=_merges(tokenizer))
-    for text in model["vocab"]:
-        pieces = bpe.tokenize(text)
-        if len(pieces) != 1:
-            return str(text)
-    return None

@@ -34,7 +34,8 @@ from convert.gguf import file
 from convert.mlx_to_gguf import write_gguf
 from convert.tokenizers.from_gguf import _pre_tokenizer, write_tokenizer
 from convert.tokenizers.pre import PRE, PreTokenizer
-from convert.tokenizers.to_gguf import pre_tokenizer, read_tokenizer
+from convert.tokenizers.pre_names import pre_tokenizer
+from convert.tokenizers.to_gguf import read_tokenizer
 from tests.support import tiny
 from tests.support.fetch_llama_vocabs import Unavailable, fetch, vectors
 

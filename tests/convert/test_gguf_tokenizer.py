@@ -17,13 +17,9 @@ from transformers import AutoTokenizer
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from convert.base.errors import UserError
 from convert.mlx_to_gguf import write_gguf
-from convert.tokenizers import to_gguf
-from convert.tokenizers.to_gguf import (
-    PRE_TOKENIZERS,
-    canonical_regex,
-    pre_tokenizer,
-    read_tokenizer,
-)
+from convert.tokenizers.pre_names import PRE_TOKENIZERS, canonical_regex, pre_tokenizer
+from convert.tokenizers.sentencepiece_file import read_sentencepiece
+from convert.tokenizers.to_gguf import read_tokenizer
 from tests.support import tiny
 
 TEXTS = [
@@ -300,7 +296,7 @@ def test_our_reading_of_a_sentencepiece_file_is_sentencepieces(tmp_path: Path) -
         folder = tmp_path / kind
         folder.mkdir()
         tiny.write_tokenizer(folder, kind)
-        pieces, dummy_prefix = to_gguf._read_sentencepiece(folder / "tokenizer.model")
+        pieces, dummy_prefix = read_sentencepiece(folder / "tokenizer.model")
         processor = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
         assert [piece.text for piece in pieces] == [
             processor.id_to_piece(i) for i in range(processor.get_piece_size())

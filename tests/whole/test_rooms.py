@@ -60,6 +60,37 @@ def test_no_module_imports_itself_by_way_of_others():
         pytest.fail("a circle of imports: " + " <- ".join(error.args[1]))
 
 
+def test_imports_inside_functions_of_convert_say_that_they_are_lazy():
+    for name, path in modules("convert").items():
+        text = path.read_text()
+        for function in ast.walk(ast.parse(text)):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                for node in ast.walk(function):
+                    if isinstance(node, ast.Import | ast.ImportFrom):
+                        line = text.splitlines()[node.lineno - 1]
+                        assert "# lazily: " in line, f"{name}: {line.strip()}"
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> int:
+    """Lines of a function that are code: no docstring, no blank ones, no comments."""
+    documented = ast.get_docstring(function) is not None
+    said = function.body[0] if documented else None
+    skipped = range(said.lineno, (said.end_lineno or 0) + 1) if said else range(0)
+    numbers = range(function.lineno, (function.end_lineno or 0) + 1)
+    code = (lines[n - 1].strip() for n in numbers if n not in skipped)
+    return sum(1 for line in code if line and not line.startswith("#"))
+
+
+def test_modules_and_functions_of_convert_are_short():
+    for name, path in modules("convert").items():
+        text = path.read_text()
+        lines = text.splitlines()
+        assert len(lines) <= 500, f"{name} has {len(lines)} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert code_lines(node, lines) <= 60, f"{name}.{node.name}"
+
+
 def flags_of(command: click.Command) -> set[str]:
     """Every long flag of a command and of those below it."""
     found = {one for option in command.params for one in option.opts + option.secondary_opts}

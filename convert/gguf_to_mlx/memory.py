@@ -1,0 +1,178 @@
+"""A GGUF as a model in memory, computing in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from gguf import GGMLQuantizationType
+from mlx.utils import tree_flatten, tree_unflatten
+
+from convert.architectures.weights import Weight
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
+from convert.gguf_to_mlx.parameters import Layout, layout, shape_of
+from convert.gguf_to_mlx.values import can_move, joined, moved_slabs, raw_slabs, type_of, values_of
+from convert.mlx import on_cpu as on_cpu_functions
+from convert.mlx import packed, types
+
+_Q = GGMLQuantizationType
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A GGUF as a model in memory.
+
+    Attributes:
+        model: mlx-lm's model, its weights evaluated.
+        config: config.json.
+        layout: which parameter is which tensor.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    layout: Layout
+
+
+def load(
+    source: GgufSource,
+    *,
+    widen: bool | None = None,
+    native: bool | None = None,
+    progress: Progress | None = None,
+) -> Loaded:
+    """The model of a GGUF, computing in float32.
+
+    Args:
+        source: open; not needed afterwards.
+        widen: unpack all weights to float32 at once. By default on a CPU where that takes little
+            more memory than the file.
+        native: use MLX's own quantized modules where there is one. By default on a GPU.
+        progress: called with the bytes of the GGUF that were dealt with.
+
+    Raises:
+        UserError: as `layout`, and for damaged or infinite values.
+    """
+    found = layout(source)
+    on_cpu = bool(mx.default_device() == mx.Device(mx.cpu))
+    if native is None:
+        native = not on_cpu
+    if widen is None:
+        size = sum(entry.nbytes for entry in source.tensors.values())
+        weights = sum(int(np.prod(entry.shape)) for entry in source.tensors.values())
+        widen = on_cpu and 4 * weights <= size + _AFFORDABLE
+    replaced: dict[str, nn.Module] = {}
+    values: list[tuple[str, mx.array]] = []
+    for path, weight in found.weights.items():
+        module_path, _, name = path.rpartition(".")
+        module = found.modules.get(module_path)
+        kind = type_of(source, weight)
+        new = None
+        if name == "weight" and module is not None and kind is not None and not widen:
+            new = _module(source, found, weight, kind, module, native)
+        if new is not None:
+            replaced[module_path] = new
+            # A bias is a weight of its own, and comes by itself.
+            values += [(f"{module_path}.{key}", one) for key, one in parameters_of(new)
+                       if key != "bias"]  # fmt: skip
+        else:
+            values.append((path, mx.array(values_of(source, weight))))
+        mx.eval(values[-1][1])
+        if progress:
+            progress(sum(source.tensor(piece.tensor).nbytes for piece in weight.pieces))
+    if replaced:
+        found.model.update_modules(_tree(replaced))
+    found.model.load_weights(values, strict=True)
+    found.model.eval()
+    if on_cpu:
+        on_cpu_functions.install()
+        if widen:
+            packed.hold(found.model)
+    _check_finite(found.model, source)
+    return Loaded(found.model, found.config, found)
+
+
+def parameters_of(module: nn.Module) -> list[tuple[str, mx.array]]:
+    found: Any = tree_flatten(module.parameters())
+    return list(found)
+
+
+# What a small model may take more than its file.
+_AFFORDABLE = 256 << 20
+
+
+def _tree(modules: Mapping[str, nn.Module]) -> Any:
+    return tree_unflatten(list(modules.items()))
+
+
+def _module(
+    source: GgufSource,
+    found: Layout,
+    weight: Weight,
+    kind: GGMLQuantizationType,
+    like: nn.Module,
+    native: bool,
+) -> nn.Module | None:
+    """A module that holds a quantized or half-precision matrix as it is; None to widen it."""
+    shape = shape_of(source, weight)
+    if not can_move(weight, kind) or not packed.is_packed(kind):
+        return None
+    bias_path = weight.path.removesuffix("weight") + "bias"
+    bias = None
+    if bias_path in found.weights:
+        bias = mx.zeros(shape_of(source, found.weights[bias_path]))
+    n = shape[-1]
+    if types.is_repacked(kind):
+        moved = joined(list(moved_slabs(source, weight, kind)))
+        if native and hasattr(like, "to_quantized"):
+            return _native(like, moved, shape, bias)
+        form, parts = packed.from_mlx(moved, n)
+    else:
+        if any(piece.columns is not None for piece in weight.pieces):
+            return None
+        forms = [packed.pack_rows(raw, n, kind)
+                 for raw, _ in raw_slabs(source, weight)]  # fmt: skip
+        form = forms[0][0]
+        parts = {
+            key: forms[0][1][key]
+            if len(forms) == 1
+            else np.concatenate([one[1][key] for one in forms])
+            for key in forms[0][1]
+        }
+    arrays = {key: mx.array(value) for key, value in parts.items()}
+    if kind == _Q.BF16:
+        arrays["codes"] = arrays["codes"].view(mx.bfloat16)
+    return packed.packed_module(like, form, arrays, shape, bias)
+
+
+def _native(
+    like: nn.Module, moved: types.MlxQuantized, shape: tuple[int, ...], bias: mx.array | None
+) -> nn.Module:
+    """MLX's own quantized module of the kind of ``like``, holding these arrays."""
+    # Lazily: what it makes of the skeleton's own weights is replaced before anyone looks.
+    quantized: nn.Module = like.to_quantized(
+        group_size=types.GROUP, bits=moved.bits, mode=moved.mode
+    )
+    lead = shape[:-1]
+    quantized.weight = mx.array(moved.weight).reshape(*lead, -1)
+    quantized.scales = mx.array(moved.scales).reshape(*lead, -1)
+    if moved.biases is not None:
+        quantized.biases = mx.array(moved.biases).reshape(*lead, -1)
+    if bias is not None:
+        quantized.bias = bias
+    return quantized
+
+
+def _check_finite(model: nn.Module, source: GgufSource) -> None:
+    for path, value in parameters_of(model):
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            raise UserError(
+                f"{source.parts[0]}: the values of {path} are not all finite: the file is damaged, "
+                "get it again."
+            )
