@@ -54,6 +54,6 @@ def answer(
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         click.echo(said if encoding.lower().startswith("utf") else escape.json_ascii(said))
     else:
-        told = escape.record(record)
+        told = record.of(escape.record(record))
         click.echo(table(told) if callable(table) else getattr(tables, table)(told))
     return record

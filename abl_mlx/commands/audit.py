@@ -415,19 +415,18 @@ def _evidence(
 # --- the command -------------------------------------------------------------------------------
 
 
-def table(record: Record) -> str:
+def table(record: AuditRecord) -> str:
     """What a person reads."""
-    base = f" against {record['base']}" if "base" in record else ""
-    lines = [f"{record['source']}{base}: {record['verdict']}"]
-    lines += [f"  - {one}" for one in record["evidence"]]
-    cosine = record["direction_cosine"]
+    base = f" against {record.base}" if record.base is not None else ""
+    lines = [f"{record.source}{base}: {record.verdict}"]
+    lines += [f"  - {one}" for one in record.evidence]
+    cosine = record.direction_cosine
     if cosine is not None:
         lines.append(f"  |cos| of the recovered direction with the given one: {cosine:.3f}")
-    behaviour = record.get("behaviour")
-    if behaviour is not None:
-        lines += ["", _behaviour(behaviour)]
+    if record.behaviour is not None:
+        lines += ["", _behaviour(record.behaviour)]
     lines += ["", "  files"]
-    lines += [f"    {sha256}  {name}" for name, sha256 in record["hashes"].items()]
+    lines += [f"    {sha256}  {name}" for name, sha256 in record.hashes.items()]
     return "\n".join(lines)
 
 
@@ -439,6 +438,6 @@ def _behaviour(found: Record) -> str:
     return eval_tables.table(found)
 
 
-def fails(record: Record, verdicts: Sequence[str]) -> bool:
+def fails(record: AuditRecord, verdicts: Sequence[str]) -> bool:
     """Whether the verdict is one of those that fail, as the command line spells them."""
-    return str(record["verdict"]).replace(" ", "-") in verdicts
+    return record.verdict.replace(" ", "-") in verdicts

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -126,22 +124,23 @@ def show(
 _SHADES = " ░▒▓█"
 
 
-def table(record: Mapping[str, Any], *, color: bool = False) -> str:
+def table(record: ShowRecord, *, color: bool = False) -> str:
     """A line for each token, a cell for each layer, before and after.
 
     Args:
         color: whether signs are shown in colours, for terminals.
     """
     before, after = (
-        np.stack([np.fromiter(row, float) for row in record[key]]) for key in ("before", "after")
+        np.stack([np.fromiter(row, float) for row in rows])
+        for rows in (record.before, record.after)
     )
     most = max(float(np.abs(before).max()), 1e-9)
-    names = [_plain(token) for token in record["tokens"]]
+    names = [_plain(token) for token in record.tokens]
     wide = max(map(len, names))
     layers = before.shape[0]
     head = f"{'':<{wide}}  {'before':<{layers}}   {'after':<{layers}}   largest before, after"
     lines = [
-        f"{record['source']}: share of the direction in the stream, r·h/|h|; one cell a layer, "
+        f"{record.source}: share of the direction in the stream, r·h/|h|; one cell a layer, "
         f"from 0 to {layers - 1}; █ = {most:.2f}",
         head,
     ]

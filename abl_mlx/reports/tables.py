@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abl_mlx.behaviour import reply_notes
+from abl_mlx.records.edits import ConvertRecord
+from abl_mlx.records.looks import DiffRecord, InspectRecord
+from abl_mlx.records.record import LEFT_OUT
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
 from abl_mlx.support.units import in_bytes, in_words
@@ -220,24 +223,26 @@ def _align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in cells]
 
 
-def diff_table(record: Mapping[str, Any]) -> str:
+def diff_table(record: DiffRecord) -> str:
     """What `abl-mlx diff` found."""
-    edited = record.get("leak", {}).get("tensors", {})
-    rows = {name: {**edited.get(name, {}), **change} for name, change in record["changed"].items()}
+    edited = {} if record.leak is None else record.leak.tensors
+    rows = {
+        name: {**edited.get(name, {}), **change.json} for name, change in record.changed.items()
+    }
     lines = _align_columns([_TENSOR_COLUMNS, *_tensor_rows(rows)])
-    lines.append(f"{len(record['changed'])} of {record['tensors']} tensors differ")
-    if "leak" in record:
+    lines.append(f"{len(record.changed)} of {record.tensors} tensors differ")
+    if record.leak is not None:
         lines.append(
-            f"leak {record['leak']['total']:.5f}, largest in one tensor "
-            f"{record['leak']['max']:.5f}; weight error {record['weight_error']:.4f}"
+            f"leak {record.leak.total:.5f}, largest in one tensor "
+            f"{record.leak.max:.5f}; weight error {record.weight_error:.4f}"
         )
-    return "\n".join([*lines, *notes.lines(record)])
+    return "\n".join(lines)
 
 
-def convert_table(record: Mapping[str, Any]) -> str:
+def convert_table(record: ConvertRecord) -> str:
     """What `abl-mlx convert` wrote."""
-    made = ", ".join(f"{count} × {name}" for name, count in record["tensors"].items())
-    line = f"{record['output']}  ({record['format']}, {in_bytes(record['bytes'])}): {made}"
+    made = ", ".join(f"{count} × {name}" for name, count in record.tensors.items())
+    line = f"{record.output}  ({record.format}, {in_bytes(record.bytes)}): {made}"
     return "\n".join([line, *notes.lines(record)])
 
 
@@ -253,43 +258,43 @@ def undo_table(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *notes.lines(record)])
 
 
-def _head_words(record: Mapping[str, Any]) -> str:
-    if not record["tied"]:
+def _head_words(record: InspectRecord) -> str:
+    if not record.tied:
         return "its own weights"
-    copies = record.get("head_copies")
+    copies = record.head_copies
     stored = f", and stored as {', '.join(copies)}, which is edited alike" if copies else ""
     return f"tied to the embedding{stored}"
 
 
-def inspect_table(record: Mapping[str, Any]) -> str:
+def inspect_table(record: InspectRecord) -> str:
     """What `abl-mlx inspect` says of a model."""
-    edit = record["edit"]
+    edit = record.edit
     rows = [
-        ("architecture", record["architecture"]),
-        ("layers", f"{record['layers']}, residual stream of {record['width']} dimensions"),
-        ("parameters", f"{in_words(record['parameters'])}, {', '.join(record['dtypes'])}"),
-        ("quantization", record["quantization"] or "none"),
+        ("architecture", record.architecture),
+        ("layers", f"{record.layers}, residual stream of {record.width} dimensions"),
+        ("parameters", f"{in_words(record.parameters)}, {', '.join(record.dtypes)}"),
+        ("quantization", str(record.quantization or "none")),
         ("output head", _head_words(record)),
     ]
-    if "template_fault" in record:
-        rows.append(("chat template", f"none that can be used: {record['template_fault']}"))
-    elif "template_tail" in record:
-        rows.append(("chat template", f"{record['template_tail']} tokens after the instruction"))
-    if "runs_in_mlx" in record:
+    if record.template_fault is not None:
+        rows.append(("chat template", f"none that can be used: {record.template_fault}"))
+    elif record.template_tail is not LEFT_OUT:
+        rows.append(("chat template", f"{record.template_tail} tokens after the instruction"))
+    if record.runs_in_mlx is not None:
         can = "yes: `run` and `measure` need nothing but this file"
-        rows.append(("runs in MLX", can if record["runs_in_mlx"] else "no: it can be edited only"))
-    lines = [record["source"], *(f"  {name:<14}  {value}" for name, value in rows)]
+        rows.append(("runs in MLX", can if record.runs_in_mlx else "no: it can be edited only"))
+    lines = [record.source, *(f"  {name:<14}  {value}" for name, value in rows)]
     lines.append("  residual writers")
-    for writer in record["writers"]:
-        note = ", through a norm's gain" if writer["gain"] else ""
-        note += ", with bias" if writer["bias"] else ""
-        lines.append(f"    {writer['count']:>4} × {writer['pattern']}  ({writer['kind']}{note})")
+    for writer in record.writers:
+        note = ", through a norm's gain" if writer.gain else ""
+        note += ", with bias" if writer.bias else ""
+        lines.append(f"    {writer.count:>4} × {writer.pattern}  ({writer.kind}{note})")
     lines.append(
-        f"  an edit touches {edit['tensors']} tensors with {in_words(edit['parameters'])} "
-        f"parameters ({percent(edit['share'])} of the model)"
+        f"  an edit touches {edit.tensors} tensors with {in_words(edit.parameters)} "
+        f"parameters ({percent(edit.share)} of the model)"
     )
     lines += [f"  {line}" for line in _mtp_lines(record)]
-    return "\n".join([*lines, *notes.lines(record)])
+    return "\n".join(lines)
 
 
 def card(

@@ -132,6 +132,21 @@ def test_a_record_of_other_prompts_is_refused_before_anything_is_asked(
     assert len(world.server.posts) == asked
 
 
+def test_a_record_of_an_earlier_version_is_read_and_of_a_later_one_refused(
+    world: World, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "baseline.json"
+    record = json.loads(world.eval("--json").stdout)
+    del record["format_version"]  # as abl-mlx wrote them before there were versions
+    earlier.write_text(json.dumps(record))
+    assert world.eval("--max-drop-from", earlier).exit_code == 0
+    earlier.write_text(json.dumps(record | {"format_version": 7}))
+    result = world.eval("--max-drop-from", earlier)
+    assert result.exit_code == 1
+    assert f"{earlier} cannot be used: its format_version is 7" in result.stderr
+    assert "update abl-mlx" in result.stderr
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"before": {}}', "\x00", '{"verdicts": {"harmful": "RRX"}}']
 )
