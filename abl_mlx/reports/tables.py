@@ -236,7 +236,7 @@ def diff_table(record: DiffRecord) -> str:
             f"leak {record.leak.total:.5f}, largest in one tensor "
             f"{record.leak.max:.5f}; weight error {record.weight_error:.4f}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes.lines(record)])
 
 
 def convert_table(record: ConvertRecord) -> str:
@@ -294,7 +294,7 @@ def inspect_table(record: InspectRecord) -> str:
         f"parameters ({percent(edit.share)} of the model)"
     )
     lines += [f"  {line}" for line in _mtp_lines(record)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes.lines(record)])
 
 
 def card(

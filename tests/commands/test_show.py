@@ -14,6 +14,7 @@ from abl_mlx.commands.session import Steered
 from abl_mlx.directions import direction_file
 from abl_mlx.models.chat_model import load
 from abl_mlx.models.writers import find_writers
+from abl_mlx.records.looks import ShowRecord
 from convert.base.errors import UserError
 from tests.edits.test_edit_kinds import stream
 from tests.models.test_writers import random_direction
@@ -86,7 +87,7 @@ def test_the_command(tmp_path):
     assert len(lines) == 2 + len(record["tokens"])
     assert "█" in "".join(lines[2:])
     assert "\x1b[" not in "".join(lines)
-    assert "\x1b[3" in show.table(record, color=True)
+    assert "\x1b[3" in show.table(ShowRecord.of(record), color=True)
     missing = CliRunner().invoke(cli, ["show", "demo", PROMPT, "--direction", "none.npy"])
     assert missing.exit_code == 1
     assert "none.npy" in missing.stderr

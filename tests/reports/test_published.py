@@ -15,6 +15,8 @@ from abl_mlx.cli.main import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.inputs.sources import resolve
 from abl_mlx.outputs import provenance
+from abl_mlx.records.edits import ConvertRecord
+from abl_mlx.records.looks import DiffRecord
 from abl_mlx.reports import eval_tables, induce_tables, tables
 from abl_mlx.support import units
 from convert import adapters
@@ -253,8 +255,21 @@ _RECORD = {
         lambda r: tables.measure_line({**r, "outputs": ["y"], "note": NOTE}),
         induce_tables.table,
         lambda r: tables.undo_table({**r, "tensors": 1, "from": "y"}),
-        lambda r: tables.convert_table({**_OUTPUT, "tensors": {}, "bytes": 0}),
-        lambda r: tables.diff_table({"changed": {}, "tensors": 1, "note": NOTE}),
+        lambda r: tables.convert_table(
+            ConvertRecord(
+                abl_mlx="0",
+                source="y",
+                output="x",
+                format="MLX",
+                tensors={},
+                bytes=0,
+                seconds={},
+                note=NOTE,
+            )
+        ),
+        lambda r: tables.diff_table(
+            DiffRecord(first="x", second="y", changed={}, tensors=1, more={"note": NOTE})
+        ),
         lambda r: eval_tables.table(
             {**_BEHAVIOUR, "source": "x", "runtime": "y", "categories": {}, "note": NOTE}
         ),
