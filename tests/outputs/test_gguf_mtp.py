@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.choices import ApplyOptions
 from abl_mlx.commands import measure_apply
+from abl_mlx.records.edits import ConvertRecord
 from abl_mlx.reports import tables
 from convert.architectures import gguf_mtp
 from convert.base.errors import UserError
@@ -161,7 +162,7 @@ def test_a_folder_made_from_a_gguf_says_what_it_leaves_out(name, direction, tmp_
     record = abl_mlx("convert", base, out)
     assert record["left_out"] == drafting
     assert f"left out: {len(drafting)} tensors of multi-token prediction" in record["note"]
-    assert record["note"] in tables.convert_table(record)
+    assert record["note"] in tables.convert_table(ConvertRecord.of(record))
     record = abl_mlx("apply", direction, base, "-o", tmp_path / "edited")
     assert f"left out: {len(drafting)} tensors" in record["written"][0]["note"]
     assert f"left out: {len(drafting)} tensors" in (tmp_path / "edited" / "README.md").read_text()
