@@ -37,7 +37,7 @@ def ablation(writers: Sequence[Writer], edit: Edit) -> Iterator[None]:
     """
     if edit.norm != "none":
         raise UserError(
-            f"--norm {edit.norm} has no runtime equivalent: it can only be applied to weights."
+            f"--norm {edit.norm} can be applied to weights only, not at runtime."
         )
     chosen = edit.chosen(writers)
     with ExitStack() as stack:
