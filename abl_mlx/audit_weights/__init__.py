@@ -1,1 +1,1 @@
-"""What weights alone tell of an edit."""
+"""Detecting an edit from weights alone."""

@@ -1,4 +1,4 @@
-"""A model held against its base: is what differs the removal of a direction?
+"""Compares a model with its base: whether the differences are the removal of a direction.
 
 An edit changes a writer W by D = −α r (rᵀW): of rank 1, with the same left singular vector r in all
 writers, and along r *minus α times what was there*. The last tells it from anything that training
@@ -164,7 +164,7 @@ def _largest(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lost(pair: Pair, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of one writer and each direction v: the share lost, and how it resembles what was there.
+    """For one writer and each direction v: the share removed, and its likeness to the base.
 
     With a = vᵀW₀ and b = vᵀW: 1 − a·b/a·a, and the cosine of a − b and a.
     """
@@ -182,7 +182,7 @@ def _lost(pair: Pair, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _evidence(lost: str, median: float, most: float, left_out: Sequence[str]) -> list[str]:
-    """What a verdict rests on, a sentence each.
+    """The evidence for a verdict, one sentence each.
 
     Args:
         lost: what the writers lost along a direction; empty where they lost nothing.

@@ -1,4 +1,4 @@
-"""Tensors of a model and its base that do not write to the residual stream: are they the same?
+"""Compares tensors that do not write to the residual stream between a model and its base.
 
 `abl_mlx.audit_weights.differences` judges residual writers alone. Whoever reads its verdict has to
 know when something else was changed as well.

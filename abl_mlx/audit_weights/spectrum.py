@@ -136,7 +136,7 @@ class Candidates:
         self.units = np.empty(0)
 
     def add(self, role: str, layer: int, gram: np.ndarray) -> float:
-        """Take in one writer's Gram matrix (d, d); layers come in order, embeddings first.
+        """Add one writer's Gram matrix (d, d); layers come in order, embeddings first.
 
         Returns:
             Its `bulk`; 0 for a writer that holds nothing, which is not taken in.
@@ -199,7 +199,7 @@ class Candidates:
 
 
 def per_dimension(gram: np.ndarray) -> np.ndarray:
-    """1/√ of what each dimension of the stream holds (d,), about 1; 0 where that is nothing."""
+    """1/√(energy) of each dimension, (d,), scaled to about 1; 0 where the energy is 0."""
     diagonal = np.diagonal(gram).astype(np.float64)
     typical = float(np.median(diagonal))
     alive = diagonal > 1e-7 * typical
@@ -213,7 +213,7 @@ def _scaled(gram: np.ndarray, units: np.ndarray) -> np.ndarray:
 
 
 def _orthonormal(columns: np.ndarray) -> np.ndarray:
-    """Columns made orthonormal one after the other, without those that add nothing."""
+    """Columns made orthonormal one by one; columns that depend on earlier ones are dropped."""
     kept = np.empty((len(columns), min(columns.shape)))
     count = 0
     for column in columns.T:
@@ -332,7 +332,7 @@ def typical(gram: np.ndarray) -> float:
 
 
 def gains(energies: np.ndarray, reach: float) -> np.ndarray:
-    """What each writer adds to a score: log(1 + reach / (e + FLOOR)), for energies e (…, N).
+    """Each writer's contribution to a score: log(1 + reach / (e + FLOOR)), for energies e (…, N).
 
     It falls with e, is bounded on both sides (one writer without anything does not outweigh the
     others, and one that is full takes nothing away), and -gain is concave in e, so that
@@ -342,7 +342,7 @@ def gains(energies: np.ndarray, reach: float) -> np.ndarray:
 
 
 def _score(energies: np.ndarray, reach: float) -> float:
-    """Mean gain without the largest one: what a single writer says is no agreement."""
+    """Mean gain without the largest one, because a single writer is no agreement."""
     each = gains(energies, reach)
     if len(each) < 2:
         return float(each.mean())
@@ -418,7 +418,7 @@ def _search(forms: Forms, reach: float, count: int) -> list[Found]:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the first directions of a search stand apart from the next ones.
+    """The distance between the scores of a search's first directions and the next ones.
 
     Attributes:
         rank: how many stand apart.

@@ -112,7 +112,7 @@ class Edit:
         return chosen
 
     def _check_layers(self, deepest: int) -> None:
-        """Refuse directions or strengths for fewer layers than the model has."""
+        """Raise for directions or strengths of fewer layers than the model has."""
         given = {"directions": len(self.directions)} if self.directions.ndim == 3 else {}
         if self.profile is not None:
             given["strengths"] = min(map(len, self.profile.values()))
@@ -136,7 +136,7 @@ class Edit:
         return orthonormal(directions * writer.gain[None, :])
 
     def taken(self, writer: Writer, along: Any, axis: int) -> Any:
-        """What the edit takes away, of the components that a writer's values have.
+        """The part of a writer's components that the edit removes.
 
         Args:
             along: (k, n) or (…, k, n) with axis -2, (…, k) with axis -1; MLX or NumPy.
@@ -164,7 +164,7 @@ def target(edit: Edit, writer: Writer, parameter: str, values: mx.array) -> mx.a
 
 
 def exact(edit: Edit, writer: Writer, parameter: str, values: np.ndarray) -> np.ndarray:
-    """`target` of a NumPy array, whose numbers are the same on every CPU."""
+    """The same as `target` for a NumPy array, with equal results on every CPU."""
     axis = stream_axis(writer.kind, parameter)
     projected = _projected(edit, writer, values, axis)
     if edit.norm == "none" or parameter == "bias":
@@ -271,7 +271,7 @@ def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: 
 def _taken(
     edit: Edit, writer: Writer, parameter: str, source: np.ndarray, wanted: np.ndarray
 ) -> np.ndarray:
-    """The components that the edit takes away, with one float32 rounding where that can be."""
+    """The components that the edit removes, rounded to float32 once where possible."""
     basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
     if edit.norm == "columns" and parameter != "bias":
         return projection.along(basis, source - wanted, axis)

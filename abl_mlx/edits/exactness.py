@@ -1,4 +1,4 @@
-"""Whether an edited model is free of the direction after every layer, and else what is to blame."""
+"""Checks that an edited model is free of the direction after every layer; else names the cause."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BFLOAT16_LIMIT = 1e-3
 
 
 def is_complete(edit: Edit) -> bool:
-    """Whether the edit is one after which nothing of the direction can be left."""
+    """Whether the edit removes the whole direction, so that no component should be left."""
     return edit.strength == 1 and edit.layers is None and edit.embedding and edit.is_plain
 
 
@@ -40,7 +40,7 @@ def limit_for(types: Iterable[str]) -> float | None:
 
 
 def matrix_types(types: Iterable[tuple[str, tuple[int, ...]]]) -> set[str]:
-    """Of tensors as (type, shape), the types of those of two dimensions and more."""
+    """The types of the tensors, given as (type, shape), that have at least two dimensions."""
     return {kind for kind, shape in types if len(shape) > 1}
 
 
@@ -118,7 +118,7 @@ def check(
     limit: float = LIMIT,
     writers: Sequence[Writer] | None = None,
 ) -> list[float] | None:
-    """Refuse a model whose complete edit left something of the direction in its stream.
+    """Raise when a complete edit left a component of the direction in the residual stream.
 
     Args:
         chat: the edited model, as it was written.

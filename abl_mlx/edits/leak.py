@@ -12,7 +12,7 @@ from convert.base.errors import UserError
 
 @dataclass(frozen=True)
 class LeakReport:
-    """What is left of the direction in the tensors of an output.
+    """The leak of every edited tensor of an output.
 
     Attributes:
         tensors: source tensor name -> Leak.
@@ -54,7 +54,7 @@ class LeakReport:
         }
 
     def check(self, output: str, limit: float, mend: str) -> None:
-        """Refuse an output in which too much is left.
+        """Raise when the total leak of an output is above the limit.
 
         Args:
             output: its name, for the message.

@@ -48,7 +48,7 @@ def along(basis: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def without(basis: np.ndarray, components: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
-    """The values less what has these components: W − Uᵀ c, or W − c U.
+    """The values minus these components: W − Uᵀ c, or W − c U.
 
     Args:
         components: as `along` gives them.

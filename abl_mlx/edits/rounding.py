@@ -105,7 +105,7 @@ def preserve(
 
 @dataclass(frozen=True)
 class Encoders:
-    """What a format offers besides a tensor's own grid.
+    """Encoders of a format for grids other than a tensor's own.
 
     Attributes:
         fresh: encodes float32 rows anew in the same type.
@@ -120,7 +120,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Edited:
-    """Exact edited weights, and what has to survive in them; the arguments of `preserve`."""
+    """Exact edited weights, and the components to keep; the arguments of `preserve`."""
 
     target: np.ndarray
     basis: np.ndarray

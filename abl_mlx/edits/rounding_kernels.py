@@ -97,7 +97,7 @@ def _residual(at, slope, weight, mu, kept, levels, mids, low, high, uniform, lan
 
 @compiled()
 def _code(z, mids):
-    """How many middles between levels a value lies above."""
+    """The index of the nearest level: how many midpoints between levels lie below a value."""
     code = 0
     if mids.shape[0] <= _MANY:
         for m in range(mids.shape[0]):
@@ -201,7 +201,7 @@ def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x
 
 @compiled()
 def _owed(w, debt, taken, mean, x):
-    """x: w less the share of the debt that this line is asked to pay back.
+    """x: the weights w minus the share of earlier lines' errors that this line compensates.
 
     Without it the cheapest codes for w + c u − μ u, where a line's weights lie on levels and the
     edit takes c u away, are the levels they lie on, but for a few weights with the largest u. The
@@ -229,7 +229,7 @@ def _owed(w, debt, taken, mean, x):
 
 @compiled()
 def _owe(w, s, o, levels, codes, taken, debt):
-    """Add a line's errors to the debt."""
+    """Add a line's errors to the sum that later lines compensate."""
     k, d = debt.shape
     for i in range(d):
         error = s[i] * levels[codes[i]] + o[i] - w[i]

@@ -28,7 +28,7 @@ SAMPLE = 256
 
 
 class Edited(Protocol):
-    """What is done to one tensor."""
+    """The edit of one tensor."""
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class Edited(Protocol):
 
 @dataclass(frozen=True)
 class Slab:
-    """A part of a tensor that is edited by itself.
+    """A part of a tensor that is edited independently.
 
     Attributes:
         rows: of the tensor's flat rows (experts one below the other).

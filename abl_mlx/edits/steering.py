@@ -36,9 +36,7 @@ def ablation(writers: Sequence[Writer], edit: Edit) -> Iterator[None]:
         UserError: for an edit that keeps norms, which is not linear in what a writer puts out.
     """
     if edit.norm != "none":
-        raise UserError(
-            f"--norm {edit.norm} can be applied to weights only, not at runtime."
-        )
+        raise UserError(f"--norm {edit.norm} can be applied to weights only, not at runtime.")
     chosen = edit.chosen(writers)
     with ExitStack() as stack:
         stack.enter_context(
@@ -84,7 +82,7 @@ def _projected_head(edit: Edit, writer: Writer) -> Around:
 
 @dataclass(frozen=True)
 class Intervention:
-    """What is done to the residual stream where it leaves a layer.
+    """A change of the residual stream at the output of a layer.
 
     Attributes:
         action: ``ablate`` takes the component along the directions away, ``pin`` sets it to
@@ -134,7 +132,7 @@ def adding(vector: mx.array, layer: int, strength: float = 1.0) -> Intervention:
 
 @dataclass(frozen=True)
 class Induction:
-    """What is added to the residual stream after a layer, at every token.
+    """A vector that is added to the residual stream after a layer, at every token.
 
     Attributes:
         vector: (d,) float32, strength included.

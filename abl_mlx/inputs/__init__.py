@@ -1,1 +1,1 @@
-"""What is given: models by name, and prompt sets."""
+"""Inputs: models by name, and prompt sets."""

@@ -50,7 +50,7 @@ _NO_MODEL = re.compile(r"(?:^|[-./_])(mmproj|imatrix)(?:$|[-./_\d])", re.IGNOREC
 
 @dataclass(frozen=True)
 class Reference:
-    """What stands for something on Hugging Face.
+    """A reference to a model on Hugging Face.
 
     Attributes:
         repository: OWNER/NAME.
@@ -87,7 +87,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Repository:
-    """The GGUF models of a repository, or of what the cache has of it.
+    """The GGUF models of a repository, or of the part of it in the cache.
 
     Attributes:
         name: OWNER/NAME or OWNER/NAME@REVISION.
@@ -352,7 +352,7 @@ _UNREACHED = (
 
 
 def _not_had(repository: str, unreached: str, status: int | None) -> UserError:
-    """Why a repository could not be had, by the status of HTTP if there was one.
+    """Why a repository could not be downloaded, by the HTTP status if there was one.
 
     Args:
         unreached: what to say with a reason where it is not forbidden.

@@ -52,7 +52,7 @@ def bundled(name: str) -> PromptSet:
 
 
 def load(spec: str, flag: str, hub: Hub | None = None) -> PromptSet:
-    """Prompts from what a person typed after ``flag``.
+    """Prompts from the value that was given for ``flag``.
 
     ``spec`` is a file, ``.txt`` (a prompt a line; blank lines are skipped), ``.jsonl``, ``.csv`` or
     ``.parquet``, where ``file.csv[column]`` picks a column; or a dataset

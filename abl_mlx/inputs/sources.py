@@ -1,4 +1,4 @@
-"""What the user typed -> where the model is."""
+"""Resolves what the user typed to the place of a model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Source:
 
     @property
     def public_name(self) -> str:
-        """What others may read of where it comes from: a Hugging Face id, or its bare name."""
+        """Its origin without private paths: a Hugging Face id, or its bare name."""
         if self.is_demo or self.ollama is not None:
             return self.name
         if self.hub_id is not None:

@@ -1,4 +1,4 @@
-"""What lies beside an output: its record, its card and, for Ollama, its Modelfile."""
+"""Files beside an output: its record, its card and, for Ollama, its Modelfile."""
 
 from __future__ import annotations
 

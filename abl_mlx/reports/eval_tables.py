@@ -1,4 +1,4 @@
-"""What a person reads of an evaluation: rates, categories, the comparison, the limits."""
+"""Tables of an evaluation: rates, categories, the comparison, the limits."""
 
 from __future__ import annotations
 

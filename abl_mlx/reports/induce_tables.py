@@ -1,4 +1,4 @@
-"""What a person reads of a model that was made to refuse: the table and the card."""
+"""The table and the card of a model that was made to refuse."""
 
 from __future__ import annotations
 

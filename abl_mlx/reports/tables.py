@@ -1,4 +1,4 @@
-"""What a person reads: steps on stderr, a table on stdout, the model card."""
+"""Tables on stdout, steps on stderr, and the model card."""
 
 from __future__ import annotations
 

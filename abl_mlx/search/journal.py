@@ -1,4 +1,4 @@
-"""The trials of a search, kept in a file that a later search goes on from."""
+"""A file with the trials of a search, from which a later search continues."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STUDY = "abl-mlx search"
 
 
 class Journal:
-    """The trials so far, in an Optuna journal file that a later search goes on from.
+    """The trials so far, in an Optuna journal file from which a later search continues.
 
     Raises:
         UserError: a file that is no journal, or of another search.
@@ -77,7 +77,7 @@ class Journal:
         )
 
     def close(self) -> None:
-        """Let another search have the file."""
+        """Close the file and release its lock."""
         if self._held is not None:
             self._held.close()
 
@@ -102,7 +102,7 @@ class Journal:
             raise self._damaged from None
 
     def add(self, trial: Trial, distributions: Mapping[str, Any]) -> Any:
-        """Write a trial down, whole or not at all; returns Optuna's record of it."""
+        """Write a trial atomically; returns Optuna's record of it."""
         screened = trial.screened
         record = self._optuna.trial.create_trial(
             params=trial.parameters,
@@ -120,7 +120,7 @@ class Journal:
 
 
 def _hold(path: Path) -> BinaryIO:
-    """Open the file, new where it is missing, and keep every other search away from it."""
+    """Open or create the file, and lock it against other searches."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = open(path, "ab")  # noqa: SIM115 - open as long as the journal is
@@ -162,7 +162,7 @@ def _finite(value: Any) -> float:
 
 
 def _mend(path: Path) -> bool:
-    """Whether a file is a journal; a last line that a kill left unfinished is cut off."""
+    """Whether a file is a journal; an unfinished last line (after a kill) is removed."""
     with open(path, "rb+") as stream:
         content = stream.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -175,7 +175,7 @@ def _mend(path: Path) -> bool:
 
 
 def optuna_quietly() -> Any:
-    """Optuna, which says nothing of its own.
+    """Optuna with its own logging switched off.
 
     Raises:
         UserError: when it is not installed.

@@ -56,7 +56,7 @@ PATIENCE = 40
 
 @dataclass
 class Search:
-    """A search that goes on trial by trial; the next trial depends on those before it alone.
+    """A search that runs trial by trial; each trial depends on the earlier ones alone.
 
     Attributes:
         screen: scores edits.
@@ -315,7 +315,7 @@ def improve(
 def _ask_front(
     search: Search, questions: Sequence[Sequence[int]], target: float
 ) -> tuple[list[Asked], int]:
-    """Replies of the trials that nothing dominates, and how many tokens they took.
+    """Replies of the trials on the Pareto front, and how many tokens they took.
 
     Args:
         questions: encoded harmful prompts.
@@ -342,7 +342,7 @@ def _filled_up(split: Split) -> list[str]:
 
 
 def check(how: Measuring) -> None:
-    """Refuse flags that do not go with a search, and a missing Optuna, before any long work.
+    """Raise before any long work for flags that a search cannot have, or without Optuna.
 
     Raises:
         UserError: naming them.

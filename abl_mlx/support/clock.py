@@ -1,4 +1,4 @@
-"""Seconds per step, told on stderr."""
+"""Seconds per step, printed on stderr."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def progress(total: int, label: str, unit: str = "prompt") -> Any:
 
 @contextmanager
 def progress_to(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar whose total is told with each step: yields what takes (done, total)."""
+    """A progress bar whose total is given with each step: yields a function of (done, total)."""
     with progress(1, label, unit) as bar:
 
         def moved(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill stop the work at the next chance, and at once when they come again.
+"""SIGINT and SIGTERM stop the work at the next check; a second one stops it at once.
 
 Python raises KeyboardInterrupt wherever it happens to be: inside a destructor or a callback of
 native code it is printed and forgotten, so the request is remembered too, and looked for between
@@ -32,7 +32,7 @@ _watching = False
 
 
 def listen() -> None:
-    """Take over SIGINT and SIGTERM; for the command line, which owns the process."""
+    """Handle SIGINT and SIGTERM; only the command line calls this, as it owns the process."""
     global _watching
     for number in _SIGNALS:
         signal.signal(number, _stop)
@@ -45,7 +45,7 @@ def listen() -> None:
 
 
 def check() -> None:
-    """Stop now if a signal has asked for it before.
+    """Stop now if a signal has been received.
 
     Raises:
         KeyboardInterrupt: after SIGINT.
@@ -56,7 +56,7 @@ def check() -> None:
 
 
 def forget() -> None:
-    """Take back a request that has been met in another way than by stopping."""
+    """Clear a received signal that was handled in another way than by stopping."""
     global _forgotten, _asked_at
     with _lock:
         _forgotten, _asked_at = time.monotonic(), -SAME

@@ -68,7 +68,7 @@ class Archive:
 
     @property
     def names(self) -> list[str]:
-        """What its arrays are called."""
+        """The names of its arrays."""
         return list(self._members)
 
     def read(self, name: str) -> mx.array:

@@ -1,4 +1,4 @@
-"""Numbers in the unit that a person would choose."""
+"""Numbers as text, in a readable unit."""
 
 from __future__ import annotations
 
