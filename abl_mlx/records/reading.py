@@ -8,6 +8,7 @@ from typing import Any
 
 from abl_mlx.records.record import FORMAT_VERSION
 from convert.base.errors import UserError
+from convert.base.escape import shortened
 
 
 def check_version(values: Mapping[str, Any], path: Path, mend: str) -> None:
@@ -21,7 +22,8 @@ def check_version(values: Mapping[str, Any], path: Path, mend: str) -> None:
     """
     version = values.get("format_version", 0)
     if isinstance(version, bool) or version not in range(FORMAT_VERSION + 1):
+        said = shortened(repr(version), 40)
         raise UserError(
-            f"{path} cannot be used: its format_version is {version!r}, and this abl-mlx reads "
-            f"versions up to {FORMAT_VERSION}; {mend}, or update abl-mlx."
+            f"{path} cannot be used: its format_version is {said}, and this "
+            f"abl-mlx reads versions up to {FORMAT_VERSION}; {mend}, or update abl-mlx."
         )
