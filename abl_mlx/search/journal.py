@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -180,10 +182,13 @@ def optuna_quietly() -> Any:
     Raises:
         UserError: when it is not installed.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise UserError("--search needs Optuna: pip install 'abl-mlx[search]'.") from None
+    # Optuna keeps the errors of its optional imports, and those the frames that led to its own
+    # import, with the model in them. Behind a thread's first call there are no frames.
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            optuna = pool.submit(import_module, "optuna").result()
+        except ImportError:
+            raise UserError("--search needs Optuna: pip install 'abl-mlx[search]'.") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -26,6 +28,7 @@ from abl_mlx.search.survivors import Asked, ask_survivors, choose, meets
 from abl_mlx.support import interrupts
 from abl_mlx.support.arrays import number
 from convert.base.errors import UserError
+from tests.support.places import ROOT
 
 RNG = np.random.default_rng(6)
 
@@ -478,3 +481,22 @@ def test_hopeless_edits_end_after_the_first_prompts(demo):
 def test_trials_are_json(whole):
     _, file = whole
     assert json.loads(json.dumps(file.metadata["search"])) == file.metadata["search"]
+
+
+HELD = """
+import gc, weakref
+import abl_mlx
+model = abl_mlx.load("demo")
+prompts = abl_mlx.load_prompts(model=model, limit=16)
+abl_mlx.choose(model, prompts, search=2)
+held = weakref.ref(model.chat.model)
+del model
+gc.collect()
+print(held() is None)
+"""
+
+
+def test_a_search_keeps_no_model_in_memory() -> None:
+    """In a process of its own: whoever imports Optuna first is what it would remember."""
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "True\n", done.stderr
