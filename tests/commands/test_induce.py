@@ -156,13 +156,14 @@ def test_the_command_on_the_page_makes_it_again(
         (["-o", "x", "--induce", "--layer", "4"], "layers 0 to 3"),
     ],
 )
-def test_what_cannot_be_is_told(arguments: list[str], said: str, tmp_path: Path) -> None:
-    runner = CliRunner()
-    with runner.isolated_filesystem(tmp_path):
-        done = runner.invoke(cli, ["run", "demo", "--limit", "4", *arguments])
-        assert done.exit_code == 1
-        assert said in done.output
-        assert not list(Path().iterdir())
+def test_what_cannot_be_is_told(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["run", "demo", "--limit", "4", *arguments])
+    assert done.exit_code == 1
+    assert said in done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_biases_is_pointed_at_a_control_vector(chat: ChatModel) -> None:
