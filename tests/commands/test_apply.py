@@ -162,7 +162,7 @@ def test_shards_and_other_files_are_kept(tiny_folder, direction, tmp_path):
     assert "This is an edited model" in card
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["abl_mlx"]["direction_sha256"] == record["direction"]["sha256"]
-    assert json.loads((tmp_path / "out" / "abl.json").read_text()) == record.json()
+    assert json.loads((tmp_path / "out" / "abl.json").read_text()) == record.json
 
 
 def test_a_transformers_5_folder_becomes_one_that_mlx_lm_loads(tiny_folder, direction, tmp_path):
