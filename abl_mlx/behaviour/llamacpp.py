@@ -9,13 +9,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 from abl_mlx.behaviour.llamacpp_process import LlamaProcess
 from abl_mlx.models import gguf_template
 from abl_mlx.models.thoughts import opened_by, resumed
+from convert.base.closing import Closing
 from convert.base.errors import UserError
 from convert.gguf.parts import size_of
 
@@ -23,7 +23,7 @@ from convert.gguf.parts import size_of
 RENDERING = 20.0
 
 
-class LlamaCpp:
+class LlamaCpp(Closing):
     """A GGUF file loaded by llama.cpp, answering greedily.
 
     A context manager; the model is unloaded at its end. With ``n_parallel`` above 1, requests share
@@ -249,17 +249,6 @@ class LlamaCpp:
         process, self._process = self._process, None
         if process is not None:
             process.stop()
-
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _post(
         self, route: str, request: dict[str, Any], seconds: float | None = None

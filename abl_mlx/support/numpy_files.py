@@ -12,11 +12,11 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
-from types import TracebackType
 
 import mlx.core as mx
 import numpy as np
 
+from convert.base.closing import Closing
 from convert.base.errors import UserError
 
 #: Numbers in an array: the directions of 256 layers with 256 of a width of 16384 come to 2^30.
@@ -46,7 +46,7 @@ def read_npy(path: Path) -> mx.array:
     return _array(data, str(path))
 
 
-class Archive:
+class Archive(Closing):
     """A .npz file: a zip of .npy files. A context manager."""
 
     def __init__(self, path: Path) -> None:
@@ -92,15 +92,8 @@ class Archive:
             raise _unreadable(where, str(error)) from None
         return _array(data, where)
 
-    def __enter__(self) -> Archive:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._zip.close()
 
 

@@ -12,13 +12,13 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from convert.base.closing import Closing
 from convert.base.errors import UserError
 from convert.base.mapped import give_back
 from convert.gguf.header import read_part
@@ -31,7 +31,7 @@ _Q = GGMLQuantizationType
 _PLAIN = {_Q.I8: "<i1", _Q.I16: "<i2", _Q.I32: "<i4", _Q.I64: "<i8", _Q.F64: "<f8"}
 
 
-class GgufSource:
+class GgufSource(Closing):
     """A GGUF file, or all parts of a split one, open for reading.
 
     A context manager, which closes the files at its end. Metadata stay readable after that, and so
@@ -215,17 +215,6 @@ class GgufSource:
             self.check_unchanged()
             self._maps[part] = mmap.mmap(self.descriptor(part), 0, access=mmap.ACCESS_READ)
         return self._maps[part]
-
-    def __enter__(self) -> GgufSource:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from convert.base import escape, json_text
+from convert.base.closing import Closing
 from convert.base.errors import UserError
 from convert.base.foreign import foreign
 from convert.base.mapped import give_back
@@ -91,7 +91,7 @@ class Header:
     metadata: dict[str, str]
 
 
-class TensorFiles:
+class TensorFiles(Closing):
     """The tensors of a folder, memory-mapped; nothing is read until asked for.
 
     Usable as a context manager, which unmaps the files at its end. Arrays returned by `read` are
@@ -201,17 +201,6 @@ class TensorFiles:
             # While a view from `bytes` is alive, the mapping goes with it instead.
             with suppress(BufferError):
                 mapped.close()
-
-    def __enter__(self) -> TensorFiles:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def read_header(file: Path) -> Header:
