@@ -109,9 +109,6 @@ def choose(
     def works(score: Score) -> bool:
         return score.outcome(trial.left).works
 
-    def preference(score: Score) -> tuple[bool, float]:
-        return not works(score), _measured(score.refusal)
-
     def attempt(chosen: Sequence[Score]) -> list[Score]:
         runners = [Runner(score, edit_for(score)) for score in chosen]
         finished = race.run(
@@ -131,7 +128,9 @@ def choose(
     if deepest and not any(map(works, finished)):
         deep = [replace(score, dropped="") for score in scores if score.dropped == TOO_DEEP]
         finished += attempt(shortlist(deep, MOST))
-    left = sorted((one for one in finished if not one.dropped), key=preference)
+    left = sorted(
+        (one for one in finished if not one.dropped), key=lambda one: _preference(one, trial.left)
+    )
     if not left:
         raise _none_gentle(tried.values(), max_kl)
     ending = [one for one in left if works(one)]
@@ -143,9 +142,10 @@ def choose(
     return Choice(best, [tried.get((one.layer, one.position), one) for one in scores])
 
 
-def _measured(value: float | None) -> float:
-    assert value is not None
-    return value
+def _preference(score: Score, most_left: float) -> tuple[bool, float]:
+    """What sorts candidates that were tried: those that end refusals, then by refusal score."""
+    assert score.refusal is not None
+    return not score.outcome(most_left).works, score.refusal
 
 
 def _none_gentle(tried: Iterable[Score], max_kl: float) -> UserError:

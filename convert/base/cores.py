@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
-import numba
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 
@@ -27,7 +27,7 @@ def shared(work: Callable[[slice], None], count: int, least: int = 1) -> None:
             different calls must not write to the same place.
         least: items that a core takes at least.
     """
-    cores = max(1, min(numba.config.NUMBA_NUM_THREADS, count // max(1, least)))
+    cores = max(1, min(_cores(), count // max(1, least)))
     edges = [count * core // cores for core in range(cores + 1)]
     parts = [slice(first, last) for first, last in pairwise(edges)]
     with _blas_of_one():
@@ -41,19 +41,26 @@ def shared(work: Callable[[slice], None], count: int, least: int = 1) -> None:
 
 
 @cache
+def _cores() -> int:
+    """How many cores may be used: NUMBA_NUM_THREADS, or all that this process has."""
+    import numba  # lazily: a GPU multiplies without it
+
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+@cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, numba.config.NUMBA_NUM_THREADS - 1), "cores")
+    return ThreadPoolExecutor(max(1, _cores() - 1), "cores")
 
 
 class _Blas:
-    """How many threads ask for a BLAS of one thread just now, and what it was before."""
+    """How many threads ask for a BLAS of one thread just now, and the limit that they share."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.users = 0
-        self.controller = ThreadpoolController().select(user_api="blas")
-        self.limited = self.controller.limit(limits=1, user_api="blas")
-        self.limited.restore_original_limits()
+        self.controller = ThreadpoolController()
+        self.limit: Any = None
 
 
 @cache
@@ -66,13 +73,13 @@ def _blas_of_one() -> Iterator[None]:
     """NumPy's BLAS with one thread, in the whole process, as long as anybody is in here."""
     blas = _blas()
     with blas.lock:
+        if not blas.users:
+            blas.limit = blas.controller.limit(limits=1, user_api="blas")
         blas.users += 1
-        if blas.users == 1:
-            blas.limited = blas.controller.limit(limits=1, user_api="blas")
     try:
         yield
     finally:
         with blas.lock:
             blas.users -= 1
             if not blas.users:
-                blas.limited.restore_original_limits()
+                blas.limit.restore_original_limits()
