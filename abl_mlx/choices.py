@@ -113,6 +113,17 @@ class Prompting(Choices):
 
 
 @dataclass(frozen=True)
+class Chatting(Choices):
+    """How a model is talked to.
+
+    Attributes:
+        template: a Jinja file, ``chatml`` or ``plain``, in place of the model's own chat template.
+    """
+
+    template: str | None = None
+
+
+@dataclass(frozen=True)
 class Given(Choices):
     """A direction from elsewhere.
 
@@ -360,6 +371,7 @@ class Measuring(Choices):
     searching: Searching = Searching()
     editing: Editing = Editing()
     batch_size: int = 32
+    chatting: Chatting = Chatting()
 
     @property
     def by_hand(self) -> bool:
@@ -383,6 +395,7 @@ class RunOptions(Choices):
     editing: Editing = Editing()
     writing: Writing = Writing()
     replying: Replying = Replying()
+    chatting: Chatting = Chatting()
     gguf: str | None = None
     memory_check: bool = True
 
@@ -391,7 +404,7 @@ class RunOptions(Choices):
         """How the direction is found."""
         return Measuring(
             self.prompting, self.given, self.finding, self.searching, self.editing,
-            self.replying.batch_size,
+            self.replying.batch_size, self.chatting,
         )  # fmt: skip
 
 
@@ -406,12 +419,15 @@ class MeasureOptions(Choices):
     prompting: Prompting = Prompting()
     finding: Finding = Finding()
     searching: Searching = Searching()
+    chatting: Chatting = Chatting()
     memory_check: bool = True
 
     @property
     def measuring(self) -> Measuring:
         """How the direction is found."""
-        return Measuring(self.prompting, finding=self.finding, searching=self.searching)
+        return Measuring(
+            self.prompting, finding=self.finding, searching=self.searching, chatting=self.chatting
+        )
 
 
 @dataclass(frozen=True)
@@ -442,12 +458,15 @@ class SteerOptions(Choices):
     prompting: Prompting = Prompting()
     finding: Finding = Finding()
     editing: Editing = Editing()
+    chatting: Chatting = Chatting()
     memory_check: bool = True
 
     @property
     def measuring(self) -> Measuring:
         """How the direction is found, where no file has it."""
-        return Measuring(self.prompting, finding=self.finding, editing=self.editing)
+        return Measuring(
+            self.prompting, finding=self.finding, editing=self.editing, chatting=self.chatting
+        )
 
 
 @dataclass(frozen=True)
@@ -467,4 +486,5 @@ class EvalOptions(Choices):
     junit: Path | None = None
     prompting: Prompting = Prompting()
     replying: Replying = Replying()
+    chatting: Chatting = Chatting()
     memory_check: bool = True

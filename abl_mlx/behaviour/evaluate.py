@@ -21,6 +21,7 @@ from abl_mlx.models import capture, thoughts
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.generation import generate, stream
+from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.models.plain import vocabulary
 from abl_mlx.support.arrays import number, numbers
@@ -197,42 +198,42 @@ def llamacpp_is_there() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def in_llamacpp(path: Path, lora: Path | None = None) -> Chat:
+@dataclass(frozen=True)
+class InLlamaCpp:
     """A GGUF as something that replies to prompts, in the real llama.cpp.
 
-    Args:
+    Attributes:
+        path: the file; of a split one, the first part.
         lora: an adapter for it.
+        given: what prompts are written with instead of the file's own chat template.
     """
 
-    stream = stream_in_llamacpp(path, lora)
+    path: Path
+    lora: Path | None = None
+    given: GivenTemplate | None = None
 
-    def answer(texts: Sequence[str], max_tokens: int) -> list[str]:
+    def __call__(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        """Replies in the order of the prompts."""
         replies = [""] * len(texts)
         with progress(len(texts), "llama.cpp replies") as bar:
-            for index, reply in stream(texts, max_tokens):
+            for index, reply in self.stream(texts, max_tokens):
                 replies[index] = reply
                 bar.update()
         return replies
 
-    return answer
-
-
-def stream_in_llamacpp(
-    path: Path, lora: Path | None = None
-) -> Callable[[Sequence[str], int], Iterator[tuple[int, str]]]:
-    """Like `in_llamacpp`, with each reply as it comes: (number of the prompt, reply)."""
-
-    def answer(texts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
+    def stream(self, texts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
+        """Each reply as it comes: (number of the prompt, reply)."""
         from abl_mlx.behaviour.llamacpp import LlamaCpp
 
         # Room for the template, and no more: the cache of a large model is what the rest costs. A
         # text has at least as many characters as tokens.
         room = 512 + max(map(len, texts), default=0) + max_tokens
         side_by_side = max(1, min(SIDE_BY_SIDE, len(texts)))
-        with LlamaCpp(path, n_ctx=room, n_parallel=side_by_side, lean=True, lora=lora) as server:
+        with LlamaCpp(
+            self.path, n_ctx=room, n_parallel=side_by_side, lean=True, lora=self.lora,
+            given=self.given,
+        ) as server:  # fmt: skip
             yield from server.stream(texts, max_tokens)
-
-    return answer
 
 
 def save_replies(path: Path, replies: Mapping[str, Behaviour], sets: PromptSets) -> None:

@@ -8,12 +8,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from abl_mlx.behaviour.llamacpp_process import LlamaProcess
 from abl_mlx.models import gguf_template
+from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.thoughts import opened_by, resumed
 from convert.base.closing import Closing
 from convert.base.errors import UserError
@@ -39,6 +41,7 @@ class LlamaCpp(Closing):
         n_threads: int | None = None,
         lean: bool = False,
         lora: Path | None = None,
+        given: GivenTemplate | None = None,
     ) -> None:
         """Load ``path``.
 
@@ -50,6 +53,7 @@ class LlamaCpp(Closing):
                 llama.cpp's own programs read, or else what llama.cpp thinks best.
             lean: keep no second copy of the weights in an order that suits the processor better.
             lora: an adapter for this file, applied as ``--lora`` does.
+            given: what prompts are written with instead of the file's own chat template.
 
         Raises:
             UserError: when xllamacpp is not installed, or with llama.cpp's own words when the
@@ -66,7 +70,8 @@ class LlamaCpp(Closing):
                 "running a GGUF file needs llama.cpp (there is no module xllamacpp): "
                 "pip install 'abl-mlx[llamacpp]'."
             )
-        template_fault = gguf_template.fault(self.path)
+        self._given = None if given is None else gguf_template.given_template(self.path, given)
+        template_fault = gguf_template.fault(self.path) if given is None else None
         try:
             self._process: LlamaProcess | None = self._start(n_threads, lean, lora)
         except UserError:
@@ -85,6 +90,7 @@ class LlamaCpp(Closing):
                 "n_threads": n_threads or (int(asked) if asked.isdigit() else 0) or None,
                 "lean": lean,
                 "lora": None if lora is None else str(lora),
+                "chat_template": "" if self._given is None else "chatml",
             },
             size_of(self.path),
         )
@@ -137,6 +143,8 @@ class LlamaCpp(Closing):
             messages = [{"role": "user", "content": prompt}]
             if system is not None:
                 messages.insert(0, {"role": "system", "content": system})
+            if self._given is not None:
+                return resumed(opened, self._completion(self.encode(messages), max_tokens))
             # A template may never end, which nothing tells from a long reply afterwards.
             self.render(messages, enable_thinking=enable_thinking)
             reply = self._post(
@@ -165,6 +173,24 @@ class LlamaCpp(Closing):
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _completion(self, prompt: Sequence[int], max_tokens: int) -> str:
+        """What follows a prompt."""
+        request = {**_request(prompt, max_tokens), "cache_prompt": self.n_parallel > 1}
+        return str(self._post("/completion", request)["content"])
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the template that was given."""
+        assert self._given is not None
+        ids = self.tokenize(self._given.render(messages), add_special=False)
+        return ids if ids[:1] == self._opening else [*self._opening, *ids]
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """The bos token, where the file's tokenizer puts it in front of a text."""
+        bos = "" if self._given is None else self._given.values["bos_token"]
+        token = self.tokenize(bos, add_special=False)
+        return token if token == self.tokenize("")[:1] else []
 
     def greedy(self, prompt: Sequence[int] | str, n: int) -> list[int]:
         """The next ``n`` token ids after ``prompt``, fewer when the model ends its reply.
@@ -226,7 +252,12 @@ class LlamaCpp(Closing):
     def render(
         self, messages: Sequence[Mapping[str, str]], *, enable_thinking: bool = False
     ) -> str:
-        """The file's chat template applied by llama.cpp, without the bos it adds on tokenizing."""
+        """The file's chat template applied by llama.cpp, without the bos it adds on tokenizing.
+
+        Where a template was given, that one is applied, by this program.
+        """
+        if self._given is not None:
+            return self._given.render(messages)
         reply = self._post(
             "/apply-template",
             {

@@ -60,6 +60,7 @@ def _params(xllamacpp: Any, settings: dict[str, Any]) -> Any:
     params.warmup = False
     params.verbosity = _WARNINGS
     params.use_jinja = True
+    params.chat_template = settings["chat_template"]
     params.endpoint_metrics = True
     params.no_extra_bufts = settings["lean"]
     params.timeout_read = params.timeout_write = _DAY

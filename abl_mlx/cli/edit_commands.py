@@ -9,6 +9,7 @@ import click
 
 from abl_mlx.cli.answer import answer
 from abl_mlx.cli.flags import (
+    chat_flags,
     choice_flags,
     edit_flags,
     gguf_flags,
@@ -42,6 +43,7 @@ from abl_mlx.cli.values import HERE
     "vector for llama.cpp.",
 )
 @prompt_flags
+@chat_flags
 @choice_flags
 @search_flags
 @reply_flags
@@ -83,6 +85,7 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     "in a plane.",
 )
 @prompt_flags
+@chat_flags
 @choice_flags
 @search_flags
 @memory_flag

@@ -53,6 +53,20 @@ def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated(command, flags)
 
 
+def chat_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How the model is talked to."""
+    flags = [
+        click.option(
+            "--template",
+            metavar="FILE|chatml|plain",
+            help="Write prompts with this Jinja file, or with ChatML, instead of the model's own "
+            "chat template. plain gives the model the text as it is, to be completed: for base "
+            "models.",
+        ),
+    ]
+    return decorated(command, flags)
+
+
 def given_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """A direction from elsewhere."""
     flags = [
@@ -353,4 +367,4 @@ def steered_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--layers", type=Layers(), help="Edit only these layers: 3, 2-5 or 0,4-6. Default: all."
         ),
     ]
-    return memory_flag(choice_flags(prompt_flags(decorated(command, flags))))
+    return memory_flag(choice_flags(chat_flags(prompt_flags(decorated(command, flags)))))

@@ -12,6 +12,7 @@ import click
 from abl_mlx.cli.answer import answer, typed
 from abl_mlx.cli.eval_flags import gate_flags, judge_flags, metric_flags, server_flags
 from abl_mlx.cli.flags import (
+    chat_flags,
     json_flag,
     memory_flag,
     prompt_flags,
@@ -31,6 +32,7 @@ from convert.base import escape
 @metric_flags
 @gate_flags
 @prompt_flags
+@chat_flags
 @reply_flags
 @memory_flag
 @json_flag

@@ -64,8 +64,9 @@ def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
     """
     targeting = options.targeting
     with ExitStack() as stack:
-        source = targets.find(text)
-        other = None if targeting.baseline is None else targets.find(targeting.baseline)
+        template = options.chatting.template
+        source = targets.find(text, template)
+        other = None if targeting.baseline is None else targets.find(targeting.baseline, template)
         for one in (source, other):
             if one is not None:
                 stack.enter_context(one)

@@ -74,7 +74,7 @@ def measure(
     beside = options.searching.beside(out.with_suffix(""))
     options = replace(options, searching=beside)
     clock = Clock()
-    with find_model(text) as model:
+    with find_model(text, options.chatting.template) as model:
         source = model.source
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
         memory.check(model.source.title, model.size, asked=options.memory_check)

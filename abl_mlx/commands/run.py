@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.behaviour.evaluate import Behaviour
+from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
 from abl_mlx.choices import Replying, RunOptions
 from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.edit_choice import edit_of, make_edit, warn_of_strength
@@ -144,9 +144,12 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
     options = replace(options, searching=options.searching.beside(paths[0]))
     editing, writing, finding = options.editing, options.writing, options.finding
     warn_of_strength(editing.strength)
+    template = options.chatting.template
     with ExitStack() as files:
-        model = files.enter_context(find_model(text))
-        base = None if options.gguf is None else files.enter_context(find_gguf(options.gguf))
+        model = files.enter_context(find_model(text, template))
+        base = (
+            None if options.gguf is None else files.enter_context(find_gguf(options.gguf, template))
+        )
         target = model if base is None else base
         destinations.check(paths, target, editing, writing)
         _check_places(paths, options.replying)
@@ -176,7 +179,7 @@ def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> RunRec
         UserError: bad input, an output that cannot hold a constant, no constant that works;
             nothing is left behind.
     """
-    with find_model(text) as model:
+    with find_model(text, options.chatting.template) as model:
         staging.check(paths, model.source, model.adapter, vectors=True)
         induced.check(paths, options)
         _check_places(paths, options.replying)
@@ -289,7 +292,7 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
         stack: keeps what the distributions are kept in.
     """
     chat, batch_size, sets = loaded.chat, job.options.replying.batch_size, job.sets
-    in_llamacpp = found.plan.original if evaluate.llamacpp_is_there() else None
+    in_llamacpp = _in_llamacpp(job, found.plan.original)
     with job.clock.step("evaluate before"):
         base = stack.enter_context(
             evaluate.baseline(
@@ -312,6 +315,13 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
         with job.clock.step("evaluate before"):
             before = job.ask(in_llamacpp)
     return Before(before, base, prefix, sample, present)
+
+
+def _in_llamacpp(job: Job, runtime: InLlamaCpp | None) -> InLlamaCpp | None:
+    """The real llama.cpp as the job talks to a model; None where it is not there."""
+    if runtime is None or not evaluate.llamacpp_is_there():
+        return None
+    return replace(runtime, given=job.model.given)
 
 
 def _unit(found: Found) -> mx.array:
@@ -362,9 +372,10 @@ def _judge(job: Job, found: Found, before: Before, written: Sequence[Written]) -
 
 def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
     batch_size = job.options.replying.batch_size
-    in_llamacpp = one.llamacpp if evaluate.llamacpp_is_there() else None
+    in_llamacpp = _in_llamacpp(job, one.llamacpp)
     figures: Record = {}
     with one.opened() as chat:
+        chat.given_template = job.model.given
         chat.reply_prefix = before.prefix
         if found.edit is not None and one.limit is not None:
             prompts = before.sample[:EXACTNESS_PROMPTS]

@@ -62,7 +62,7 @@ def load(text: str, options: SteerOptions) -> Steered:
     """
     clock, direction = Clock(), options.direction
     warn_of_strength(options.editing.strength)
-    with find_model(text) as model:
+    with find_model(text, options.chatting.template) as model:
         name = model.source.name
         given = None if direction is None else direction_file.read(direction)
         memory.check(model.source.title, model.size, asked=options.memory_check)

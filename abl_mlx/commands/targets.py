@@ -11,6 +11,7 @@ from abl_mlx.behaviour.endpoint import Endpoint, is_endpoint
 from abl_mlx.behaviour.target import Target
 from abl_mlx.choices import EvalOptions
 from abl_mlx.models import memory
+from abl_mlx.models.prompt_tokens import without_template
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.support.clock import Clock
 from convert.base.errors import UserError
@@ -19,13 +20,23 @@ RUNTIMES = ("mlx-lm", "llama.cpp", "llama-server")
 """What ``--runtime`` takes."""
 
 
-def find(text: str) -> ModelFile | None:
+def find(text: str, template: str | None) -> ModelFile | None:
     """The files of the model that ``text`` names; None for the address of a server.
 
+    Args:
+        template: the value of ``--template``.
+
     Raises:
-        UserError: when there is none.
+        UserError: when there is none, or a server is to write prompts with a template.
     """
-    return None if is_endpoint(text) else find_model(text)
+    if not is_endpoint(text):
+        return find_model(text, template)
+    if template is not None:
+        raise UserError(
+            f"--template {template}: a server writes prompts with its own template; give the model "
+            "as a folder or a .gguf file."
+        )
+    return None
 
 
 @contextmanager
@@ -52,32 +63,27 @@ def opened(
             return
         name, path = file.source.name, file.source.path
         runtime = runtime_of(file, options.targeting.runtime)
+        if file.given is None and not file.has_template():
+            raise without_template(path)
+        note = None if file.given is None else file.given.note
         identity = {"model": name, "files": file.fingerprint(), "runtime": runtime}
         if runtime == "mlx-lm":
             with clock.step("load the model"):
                 memory.check(file.source.title, file.size, asked=options.memory_check)
                 chat = file.load()
             ask = evaluate.stream_in_mlx(chat, batch_size=options.replying.batch_size)
-            yield Target(name, runtime, identity, ask, chat=chat)
+            yield Target(name, runtime, identity, ask, chat=chat, note=note)
             return
         memory.check(file.source.title, file.size, asked=options.memory_check)
         if runtime == "llama.cpp":
-            ask = evaluate.stream_in_llamacpp(path)
+            ask = evaluate.InLlamaCpp(path, given=file.given).stream
         else:
             from abl_mlx.behaviour.llama_server import LlamaServer
 
             with clock.step("start llama-server"):
                 server = stack.enter_context(LlamaServer(path, options.asking))
             ask = server.endpoint.ask
-        note = None if file.has_template() else _WITHOUT_TEMPLATE.format(file.source.title)
         yield Target(name, runtime, identity, ask, gguf=path, note=note)
-
-
-#: What to say of a GGUF that llama.cpp has to ask through a template of its own.
-_WITHOUT_TEMPLATE = (
-    "{} has no chat template: llama.cpp asks it through its default one, ChatML, which the model "
-    "may never have seen"
-)
 
 
 def runtime_of(file: ModelFile, wanted: str | None) -> str:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from abl_mlx.models import context_length, prompt_tokens, thoughts
+from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.native_output import unheard
 from abl_mlx.support.arrays import parameters
 from convert.base.errors import UserError
@@ -39,6 +40,7 @@ class ChatModel:
         config: config.json with renamed keys filled in, as given to mlx-lm.
         reply_prefix: token ids with which every reply of the model opens (a thought block that
             the template leaves to the model, say); appended to every encoded prompt.
+        given_template: what prompts are written with instead of the model's own chat template.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class ChatModel:
     tokenizer: Any
     config: dict[str, Any]
     reply_prefix: tuple[int, ...] = ()
+    given_template: GivenTemplate | None = None
 
     @cached_property
     def layers(self) -> list[nn.Module]:
@@ -79,14 +82,21 @@ class ChatModel:
 
     def encode_conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Like `encode_message`, for a conversation of user and assistant messages in turn."""
-        ids = prompt_tokens.encode(self.tokenizer, self.template, messages, self.folder)
+        given = self.given_template is not None
+        ids = prompt_tokens.encode(
+            self.tokenizer, self.template, messages, self.folder, given=given
+        )
         context_length.check(len(ids), self.config, self.folder)
         return ids
 
     @cached_property
     def template(self) -> ChatTemplate | None:
-        """The chat template; None where the tokenizer formats prompts in code."""
-        return prompt_tokens.template_of(self.tokenizer, self.folder)
+        """The chat template; None where the tokenizer formats prompts in code.
+
+        Raises:
+            UserError: when the model has none and none was given.
+        """
+        return prompt_tokens.template_of(self.tokenizer, self.folder, self.given_template)
 
     @property
     def opened_thought(self) -> str:
@@ -140,7 +150,7 @@ def load(
 
     Raises:
         UserError: missing config or weights, an architecture that mlx-lm does not know, tensors
-            that do not fit it, no tokenizer, no chat template, weights that are not finite.
+            that do not fit it, no tokenizer, weights that are not finite.
     """
     model, config = _load_model(folder, read_config(folder))
     if check:
@@ -269,7 +279,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
         name: the model's name, for messages.
 
     Raises:
-        UserError: when it cannot be loaded, or has no chat template.
+        UserError: when it cannot be loaded.
     """
     from mlx_lm.utils import load_tokenizer as load_wrapper
 
@@ -280,12 +290,6 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
         )
     with foreign(f"{name}: the tokenizer could not be loaded"), unheard():
         tokenizer = load_wrapper(folder, eos_token_ids=config.get("eos_token_id"))
-    if not tokenizer.has_chat_template:
-        mend = "add chat_template.jinja, or " if name == folder else ""
-        raise UserError(
-            f"{name} has no chat template, so it is no chat model: {mend}choose the "
-            "instruction-tuned variant."
-        )
     return tokenizer
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.prompt_tokens import OPTIONS
 from convert.base.errors import UserError
 from convert.gguf.file import metadata
@@ -29,14 +30,29 @@ def fault(path: Path) -> TemplateError | None:
     source = keys.get("tokenizer.chat_template")
     if not isinstance(source, str):
         return None
-    values = {f"{role}_token": _token(keys, role) for role in ("bos", "eos")}
     try:
-        ChatTemplate(source, path, {**values, **OPTIONS}).check()
+        ChatTemplate(source, path, {**_tokens(keys), **OPTIONS}).check()
     except TemplateExcess:
         raise
     except TemplateError as error:
         return error
     return None
+
+
+def given_template(path: Path, given: GivenTemplate) -> ChatTemplate:
+    """A template that is used instead of a GGUF's own, told of the file's tokens.
+
+    Raises:
+        UserError: a file that is no GGUF, or a template that does not render.
+    """
+    keys = metadata(path)
+    template = given.ready({**_tokens(keys), **OPTIONS})
+    template.check()
+    return template
+
+
+def _tokens(keys: dict[str, Any]) -> dict[str, str]:
+    return {f"{role}_token": _token(keys, role) for role in ("bos", "eos")}
 
 
 def _token(keys: dict[str, Any], role: str) -> str:

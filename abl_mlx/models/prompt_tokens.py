@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from abl_mlx.models.given_template import GivenTemplate
 from convert.base.errors import UserError
 from convert.tokenizers.chat_template import ChatTemplate, TemplateError
 
@@ -19,7 +20,12 @@ OPTIONS = {"enable_thinking": False}
 
 
 def encode(
-    tokenizer: Any, template: ChatTemplate | None, messages: Sequence[Message], place: Path
+    tokenizer: Any,
+    template: ChatTemplate | None,
+    messages: Sequence[Message],
+    place: Path,
+    *,
+    given: bool = False,
 ) -> list[int]:
     """Token ids of a conversation, up to where the reply begins.
 
@@ -27,6 +33,8 @@ def encode(
         tokenizer: mlx-lm's TokenizerWrapper.
         template: as `template_of` gives it.
         place: the model's folder or GGUF, for messages.
+        given: whether the template is not the model's own, so that the tokenizer's bos token goes
+            in front where it adds one and the text does not begin with it.
 
     Raises:
         UserError: when the chat template does not render, or nothing is left to give the model.
@@ -36,8 +44,10 @@ def encode(
     else:
         text = template.render(messages)
         try:
-            # The template writes the bos token itself, where there is one.
+            # A model's own template writes the bos token itself, where there is one.
             ids = list(tokenizer.encode(text, add_special_tokens=False))
+            if given:
+                ids = [*_opening(tokenizer, ids), *ids]
         except Exception as error:  # transformers takes what its files say as it comes
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
@@ -52,32 +62,63 @@ def encode(
     return ids
 
 
-def counter(tokenizer: Any, place: Path) -> Count:
+def _opening(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """The bos token, where the tokenizer puts it in front of a text and ``ids`` lacks it."""
+    added = list(tokenizer.encode("", add_special_tokens=True))[:1]
+    return added if added == [tokenizer.bos_token_id] and list(ids[:1]) != added else []
+
+
+def counter(tokenizer: Any, place: Path, given: GivenTemplate | None = None) -> Count:
     """What counts the tokens of prompts, by a model's tokenizer and chat template.
 
     Args:
         place: the model's folder or GGUF.
+        given: the template that is used instead of its own.
     """
-    template = template_of(tokenizer, place)
+    template, other = template_of(tokenizer, place, given), given is not None
 
     def count(text: str) -> int:
-        return len(encode(tokenizer, template, [{"role": "user", "content": text}], place))
+        messages = [{"role": "user", "content": text}]
+        return len(encode(tokenizer, template, messages, place, given=other))
 
     return count
 
 
-def template_of(tokenizer: Any, place: Path) -> ChatTemplate | None:
+def template_of(
+    tokenizer: Any, place: Path, given: GivenTemplate | None = None
+) -> ChatTemplate | None:
     """The template that prompts are rendered with; None where the tokenizer has code instead.
+
+    Args:
+        given: the template that is used instead of the model's own.
 
     Raises:
         TemplateError: when there is none to choose.
     """
+    if given is not None:
+        return given.ready({**_special_tokens(tokenizer), **OPTIONS})
+    if not tokenizer.has_chat_template:
+        raise without_template(place)
     if _has_code(tokenizer):
         return None
     return ChatTemplate(
         _source(tokenizer.chat_template, place),
         _file(place),
         {**_special_tokens(tokenizer), **OPTIONS},
+    )
+
+
+def without_template(place: Path) -> TemplateError:
+    """What to say of a base model.
+
+    Args:
+        place: the model's folder or GGUF.
+    """
+    mend = "add chat_template.jinja, " if place.is_dir() else ""
+    return TemplateError(
+        f"{place} has no chat template, so it is no chat model: {mend}choose the instruction-tuned "
+        "variant, or say how prompts are written with --template FILE, --template chatml or "
+        "--template plain."
     )
 
 

@@ -20,6 +20,7 @@ from abl_mlx.edits.steering import Induction
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models import chat_model, context_length, memory, prompt_tokens
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer, find_writers
 from abl_mlx.outputs import (
@@ -61,9 +62,10 @@ class FolderFile(ExitStack):
     adapter = staging.ADAPTER
     runtimes: tuple[str, ...] = ("mlx-lm",)
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, given: GivenTemplate | None = None) -> None:
         super().__init__()
         self.source = source
+        self.given = given
 
     @cached_property
     def files(self) -> TensorFiles:
@@ -98,7 +100,7 @@ class FolderFile(ExitStack):
     def token_counter(self) -> prompt_tokens.Count:
         folder = self.source.path
         tokenizer = chat_model.load_tokenizer(folder, self.config, folder)
-        return prompt_tokens.counter(tokenizer, folder)
+        return prompt_tokens.counter(tokenizer, folder, self.given)
 
     def has_template(self) -> bool:
         return True  # or it is refused when it is loaded
@@ -183,7 +185,10 @@ class FolderFile(ExitStack):
     # --- running it ----------------------------------------------------------------------------
 
     def load(self) -> ChatModel:
-        return chat_model.load(self.source.path)
+        chat = chat_model.load(self.source.path)
+        chat.given_template = self.given
+        chat.template  # noqa: B018 - refused here, where there is none
+        return chat
 
     def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
         return find_writers(chat)

@@ -120,7 +120,7 @@ class FolderEdit:
         return any(one.kind == "embedding" for one in self.edit.chosen(self.outlines))
 
     @property
-    def original(self) -> evaluate.Chat | None:
+    def original(self) -> evaluate.InLlamaCpp | None:
         return None
 
     def predicting(self) -> Record:
@@ -264,7 +264,7 @@ class FolderEdit:
             self._facts(output, leak, types, note),
             opened,
             on_loaded=True,
-            llamacpp=evaluate.in_llamacpp(output.staged),
+            llamacpp=evaluate.InLlamaCpp(output.staged),
             notes=(_NOT_ASKED, _READ_BACK),
             limit=exactness.limit_for(types),
         )

@@ -20,6 +20,7 @@ from abl_mlx.edits.steering import Induction
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models import context_length, from_gguf, prompt_tokens
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.same_model import check_same
 from abl_mlx.models.writers import Writer
@@ -62,9 +63,10 @@ class GgufFile(ExitStack):
     runtimes: tuple[str, ...] = ("llama.cpp", "mlx-lm", "llama-server")
     folder: Path | None = None
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, given: GivenTemplate | None = None) -> None:
         super().__init__()
         self.source = source
+        self.given = given
 
     @cached_property
     def gguf(self) -> GgufSource:
@@ -98,7 +100,8 @@ class GgufFile(ExitStack):
     def token_counter(self) -> prompt_tokens.Count:
         # Without a tokenizer that MLX knows llama.cpp has the last word.
         with suppress(UserError):
-            return prompt_tokens.counter(from_gguf.tokenizer(self.gguf, {}), self.source.path)
+            tokenizer = from_gguf.tokenizer(self.gguf, {})
+            return prompt_tokens.counter(tokenizer, self.source.path, self.given)
         return lambda text: 0
 
     def has_template(self) -> bool:
@@ -179,8 +182,12 @@ class GgufFile(ExitStack):
     # --- running it ----------------------------------------------------------------------------
 
     def load(self) -> ChatModel:
+        if self.given is None and not self.has_template():
+            raise prompt_tokens.without_template(self.source.path)
         # Its layout would keep the model in memory for as long as this file is open.
-        return from_gguf.load(self.gguf)[0]
+        chat = from_gguf.load(self.gguf)[0]
+        chat.given_template = self.given
+        return chat
 
     def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
         return from_gguf.find_writers(chat, self.layout, self.gguf, self.named_writers(pattern))

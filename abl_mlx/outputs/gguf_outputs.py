@@ -133,8 +133,8 @@ class GgufEdit:
     needs_model = False
 
     @property
-    def original(self) -> evaluate.Chat | None:
-        return evaluate.in_llamacpp(self.source.path)
+    def original(self) -> evaluate.InLlamaCpp | None:
+        return evaluate.InLlamaCpp(self.source.path)
 
     def predicting(self) -> Record:
         return predicting(self.gguf, self.plans)
@@ -167,7 +167,7 @@ class GgufEdit:
             output,
             facts,
             lambda: adapter_outputs.in_mlx(gguf, place),
-            llamacpp=evaluate.in_llamacpp(gguf.parts[0], place),
+            llamacpp=evaluate.InLlamaCpp(gguf.parts[0], place),
             notes=(_IN_MLX, _OF_THE_FILE),
             limit=None if biased else self._limit(types),
             writers_in=self._writers_in,
@@ -194,7 +194,7 @@ class GgufEdit:
             output,
             facts,
             lambda: opened(files[0]),
-            llamacpp=evaluate.in_llamacpp(files[0]),
+            llamacpp=evaluate.InLlamaCpp(files[0]),
             notes=(_IN_MLX, _OF_THE_FILE),
             limit=self._limit(facts["types"]),
             writers_in=self._writers_in,

@@ -227,7 +227,7 @@ class ConstantEdit:
         }
 
     @property
-    def original(self) -> evaluate.Chat | None:
+    def original(self) -> evaluate.InLlamaCpp | None:
         return None
 
     def predicting(self) -> Record:
@@ -280,7 +280,7 @@ class ConstantEdit:
             output,
             facts,
             lambda: gguf_outputs.opened(output.staged),
-            llamacpp=evaluate.in_llamacpp(output.staged),
+            llamacpp=evaluate.InLlamaCpp(output.staged),
         )
 
 

@@ -13,14 +13,16 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.behaviour.evaluate import Chat
+from abl_mlx.behaviour.evaluate import InLlamaCpp
 from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Induction
 from abl_mlx.inputs import sources
 from abl_mlx.inputs.sources import Source
+from abl_mlx.models import given_template
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.prompt_tokens import Count
 from abl_mlx.models.writers import Writer
@@ -44,7 +46,7 @@ class PlannedEdit(Protocol):
         """Whether the loaded model is needed to write it, or to judge some of what was written."""
 
     @property
-    def original(self) -> Chat | None:
+    def original(self) -> InLlamaCpp | None:
         """The real llama.cpp with the unchanged model; None where MLX is asked."""
 
     def predicting(self) -> Record:
@@ -70,6 +72,10 @@ class ModelFile(Protocol):
     @property
     def source(self) -> Source:
         """Where the files are, and what the model is called."""
+
+    @property
+    def given(self) -> GivenTemplate | None:
+        """The template that prompts are written with instead of its own."""
 
     @property
     def format(self) -> str:
@@ -265,24 +271,36 @@ class ModelFile(Protocol):
     ) -> bool | None: ...
 
 
-def open_model(source: Source) -> ModelFile:
-    """The files of a model, of whichever format."""
-    return GgufFile(source) if source.is_gguf else FolderFile(source)
+def open_model(source: Source, given: GivenTemplate | None = None) -> ModelFile:
+    """The files of a model, of whichever format.
+
+    Args:
+        given: what prompts are written with instead of the model's own chat template.
+    """
+    return GgufFile(source, given) if source.is_gguf else FolderFile(source, given)
 
 
-def find_gguf(text: str) -> GgufFile:
+def find_gguf(text: str, template: str | None = None) -> GgufFile:
     """The GGUF that ``text`` names, in any of the forms of `abl_mlx.inputs.sources.resolve_gguf`.
+
+    Args:
+        template: the value of ``--template``.
 
     Raises:
         UserError: when there is no such file, or ``text`` names something else.
     """
-    return GgufFile(sources.resolve_gguf(text))
+    given = given_template.read(template)
+    return GgufFile(sources.resolve_gguf(text), given)
 
 
-def find_model(text: str) -> ModelFile:
+def find_model(text: str, template: str | None = None) -> ModelFile:
     """The files of the model that ``text`` names.
+
+    Args:
+        template: the value of ``--template``.
 
     Raises:
         UserError: when there is no such model, or it cannot be had.
     """
-    return open_model(sources.resolve(text))
+    given = given_template.read(template)
+    return open_model(sources.resolve(text), given)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abl_mlx.behaviour.evaluate import Chat
+from abl_mlx.behaviour.evaluate import InLlamaCpp
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
@@ -84,7 +84,7 @@ class Written:
     facts: Record
     opened: Callable[[], AbstractContextManager[ChatModel]]
     on_loaded: bool = False
-    llamacpp: Chat | None = None
+    llamacpp: InLlamaCpp | None = None
     notes: tuple[str | None, str | None] = (None, None)
     limit: float | None = None
     writers_in: Callable[[ChatModel], Sequence[Writer] | None] = lambda chat: None

@@ -211,6 +211,8 @@ def identity(chat: ChatModel, sets: PromptSets, space: Space, how: Measuring) ->
         how.finding.position,
         how.finding.max_kl,
     ]
+    if chat.given_template is not None:
+        edited.append(chat.given_template.record())
 
     def of(value: Any) -> str:
         return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]

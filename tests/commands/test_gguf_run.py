@@ -74,7 +74,7 @@ def test_refusals_go_and_nothing_else_changes(
     # llama.cpp once more, asked here: allowed prompts get their own answers.
     sets = prompts.load_demo()
     chosen = sets.harmless.test.take(24)
-    replies = evaluate.in_llamacpp(out)(chosen.texts, 64)
+    replies = evaluate.InLlamaCpp(out)(chosen.texts, 64)
     right = [
         one.answer and reply.strip() == one.answer.strip()
         for one, reply in zip(chosen.prompts, replies, strict=True)

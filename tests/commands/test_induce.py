@@ -94,7 +94,7 @@ def test_the_folder_and_the_gguf_do_what_steering_does(
     assert mx.abs(mx.exp(written) - mx.exp(steered)).max().item() < 0.02
 
     write_gguf(folder, tmp_path / "out.gguf", file_type="Q4_0")
-    replies = evaluate.in_llamacpp(tmp_path / "out.gguf")(asked[:8], 24)
+    replies = evaluate.InLlamaCpp(tmp_path / "out.gguf")(asked[:8], 24)
     assert replies == [REFUSAL] * 8
 
 

@@ -142,7 +142,7 @@ def garbled_config(folder):
 def test_broken_folders_are_told_in_a_sentence(change, message, tiny_folder, tmp_path):
     folder = broken(tiny_folder("llama"), tmp_path, change)
     with pytest.raises(UserError, match=message):
-        load(folder)
+        load(folder).encode("Why?")
 
 
 def test_sources(tiny_folder, tmp_path):

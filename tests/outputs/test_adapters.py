@@ -266,10 +266,10 @@ def test_gguf_lora_on_the_quantized_demo(tmp_path: Path) -> None:
 
     # llama.cpp once more, asked here, with the adapter and without.
     chosen = prompts.load_demo().harmful.test.take(8)
-    answer = evaluate.in_llamacpp(base, tmp_path / "demo.lora.gguf")(chosen.texts, 32)
+    answer = evaluate.InLlamaCpp(base, tmp_path / "demo.lora.gguf")(chosen.texts, 32)
     right = [r.strip() == p.answer for r, p in zip(answer, chosen.prompts, strict=True)]
     assert np.mean(right) >= 0.6
-    plain = evaluate.in_llamacpp(base)(chosen.texts, 32)
+    plain = evaluate.InLlamaCpp(base)(chosen.texts, 32)
     assert not any(r.strip() == p.answer for r, p in zip(plain, chosen.prompts, strict=True))
 
 
@@ -358,7 +358,7 @@ def test_llama_cpp_ends_at_an_adapter_of_a_tied_embedding(tmp_path: Path) -> Non
     change = files.LowRank("embedding", left, right)
     files.write_gguf(lora, "llama", files.Adapter(1.0, {"token_embd.weight": change}))
     with pytest.raises(UserError, match="ggml_can_mul_mat"):
-        evaluate.in_llamacpp(base, lora)(["Hello"], 2)
+        evaluate.InLlamaCpp(base, lora)(["Hello"], 2)
 
 
 def test_tensors_that_llama_cpp_applies_no_adapter_to() -> None:

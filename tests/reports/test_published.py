@@ -319,11 +319,11 @@ def test_a_phi3_without_a_name_keeps_loading_in_llama_cpp(tmp_path):
     command.abl_mlx("apply", tmp_path / "r64.npy", base, "-o", out)
     assert metadata(out)["general.name"] == "phi 3-mini-q8-abliterated"
     for path in (base, out):
-        assert len(evaluate.in_llamacpp(path)(["Hello"], 4)) == 1
+        assert len(evaluate.InLlamaCpp(path)(["Hello"], 4)) == 1
     # The other way around, and back to a GGUF.
     command.abl_mlx("convert", out, tmp_path / "phi3-folder")
     command.abl_mlx("convert", tmp_path / "phi3-folder", tmp_path / "phi3-again.gguf")
-    assert len(evaluate.in_llamacpp(tmp_path / "phi3-again.gguf")(["Hello"], 4)) == 1
+    assert len(evaluate.InLlamaCpp(tmp_path / "phi3-again.gguf")(["Hello"], 4)) == 1
 
 
 # --- templates and tokenizers ------------------------------------------------------------------
@@ -372,17 +372,6 @@ def test_a_missing_tokenizer_is_named(tmp_path):
     (source / "tokenizer.json").unlink()
     for arguments in (["measure", source, "-o", tmp_path / "r.safetensors"], ["eval", source]):
         assert f"{source} has no tokenizer.json" in command.fails(*arguments)
-
-
-def test_a_gguf_without_a_template_is_asked_with_a_note(tmp_path):
-    pytest.importorskip("xllamacpp")
-    base, bare = tmp_path / "base.gguf", tmp_path / "bare.gguf"
-    write_gguf(MODEL_PATH, base)
-    with GgufSource(base) as gguf:
-        rewrite(gguf, bare, metadata={"tokenizer.chat_template": None})
-    text = printed("eval", bare, "--limit", "2", "--max-tokens", "4")
-    assert "note: bare has no chat template: llama.cpp asks it through its default one" in text
-    assert "default one" not in printed("eval", base, "--limit", "2", "--max-tokens", "4")
 
 
 # --- what else was changed ---------------------------------------------------------------------

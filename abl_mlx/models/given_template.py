@@ -1,0 +1,89 @@
+"""What ``--template`` gives: a template in place of the model's own, which may have none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.base import text_file
+from convert.base.errors import UserError
+from convert.tokenizers.chat_template import ChatTemplate
+
+CHATML, PLAIN = "chatml", "plain"
+
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# The text of the only message as it is; of several, with an empty line between.
+_PLAIN = "{{ messages | map(attribute='content') | join('\n\n') }}"
+
+_BUNDLED = {CHATML: _CHATML, PLAIN: _PLAIN}
+
+# Bytes of a file; the longest templates have some tens of thousands.
+_LONGEST = 4 << 20
+
+
+@dataclass(frozen=True)
+class GivenTemplate:
+    """A template that a person chose.
+
+    Attributes:
+        name: as it was typed: a file, ``chatml`` or ``plain``.
+        source: in Jinja.
+    """
+
+    name: str
+    source: str
+
+    @property
+    def completes(self) -> bool:
+        """Whether the model is given text to complete, and no conversation."""
+        return self.name == PLAIN
+
+    @property
+    def note(self) -> str | None:
+        """What to say of figures that were measured with it."""
+        if not self.completes:
+            return None
+        return (
+            "the model completed the prompts' text (--template plain); replies are completions, "
+            "of no chat"
+        )
+
+    def ready(self, values: Mapping[str, Any]) -> ChatTemplate:
+        """The template to render.
+
+        Args:
+            values: what it sees by name beside the messages: bos_token and the like.
+        """
+        file = Path(f"--template {self.name}" if self.name in _BUNDLED else self.name)
+        return ChatTemplate(self.source, file, values)
+
+    def record(self) -> dict[str, str]:
+        """As JSON values, with the hash of the source."""
+        return {"name": self.name, "sha256": hashlib.sha256(self.source.encode()).hexdigest()}
+
+
+def read(chosen: str | None) -> GivenTemplate | None:
+    """What the value of ``--template`` names; None without one.
+
+    Raises:
+        UserError: when it is a file that cannot be read.
+    """
+    if chosen is None:
+        return None
+    if chosen in _BUNDLED:
+        return GivenTemplate(chosen, _BUNDLED[chosen])
+    path = Path(chosen).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"--template {chosen}: there is no such file; give a Jinja file, or the word chatml or "
+            "plain."
+        )
+    return GivenTemplate(chosen, text_file.read(path, longest=_LONGEST))

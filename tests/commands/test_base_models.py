@@ -1,0 +1,145 @@
+"""``--template``: base models, and a template in place of a model's own, in every runtime."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from abl_mlx import demo
+from abl_mlx.models import given_template
+from abl_mlx.outputs.model_file import find_model
+from convert.base.errors import UserError
+from tests.support.command import abl_mlx, fails
+
+BOS = "<|endoftext|>"
+"""A token of the demo that its own template never writes."""
+
+FEW = ("--limit", 8, "--max-tokens", 16)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The demo model without a chat template, as a folder and a GGUF."""
+    place = tmp_path_factory.mktemp("base")
+    folder, gguf = place / "base", place / "base.gguf"
+    shutil.copytree(demo.MODEL_PATH, folder)
+    (folder / "chat_template.jinja").unlink()
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["chat_template"]
+    path.write_text(json.dumps(config))
+    abl_mlx("convert", folder, gguf)
+    return folder, gguf
+
+
+@pytest.mark.parametrize("kind", ["folder", "GGUF"])
+def test_without_a_template_a_base_model_is_refused(
+    base: tuple[Path, Path], kind: str, tmp_path: Path
+) -> None:
+    model = base[kind == "GGUF"]
+    for command in (
+        ["run", model, "-o", tmp_path / f"out{model.suffix}"],
+        ["measure", model, "-o", tmp_path / "new.safetensors"],
+        ["eval", model],
+        ["eval", model, "--runtime", "mlx-lm"],
+        ["show", model, "Hi"],
+        ["chat", model],
+    ):
+        said = fails(*command)
+        assert f"{model} has no chat template" in said, command
+        assert "--template FILE, --template chatml or --template plain" in said, command
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demos_own_template_gives_the_demos_own_prompts(base: tuple[Path, Path]) -> None:
+    """ChatML is what the demo was trained with, so nothing may differ by a token."""
+    file = demo.MODEL_PATH / "chat_template.jinja"
+    wanted = find_model("demo").load().encode("Name two rivers.")
+    for model in base:
+        for chosen in ("chatml", str(file)):
+            assert find_model(str(model), chosen).load().encode("Name two rivers.") == wanted
+
+
+@pytest.mark.parametrize("kind", ["folder", "GGUF"])
+def test_a_base_model_is_asked_as_its_chat_model_is(base: tuple[Path, Path], kind: str) -> None:
+    wanted = abl_mlx("eval", "demo", *FEW)["verdicts"]
+    assert wanted == {"harmful": "R" * 8, "harmless": "A" * 8}
+    asked = ["eval", base[kind == "GGUF"], "--template", "chatml", *FEW]
+    assert abl_mlx(*asked)["verdicts"] == wanted
+    if kind == "GGUF":
+        pytest.importorskip("xllamacpp")
+        assert abl_mlx(*asked, "--runtime", "llama.cpp")["verdicts"] == wanted
+
+
+def test_plain_gives_the_text_as_it_is(base: tuple[Path, Path]) -> None:
+    for model in base:
+        chat = find_model(str(model), "plain").load()
+        assert chat.tokenizer.decode(chat.encode(" Name two\nrivers ")) == " Name two\nrivers "
+        assert chat.template_tail == 1
+
+
+def test_a_bos_token_goes_in_front_once(base: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, gguf = tmp_path / "bos", tmp_path / "bos.gguf"
+    shutil.copytree(base[0], folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": BOS}))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    number = next(one["id"] for one in tokenizer["added_tokens"] if one["content"] == BOS)
+    parts = [{"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": parts,
+        "pair": [*parts, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {BOS: {"id": BOS, "ids": [number], "tokens": [BOS]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    abl_mlx("convert", folder, gguf)
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ bos_token }}{{ messages[0].content }}")
+    for model in (folder, gguf):
+        for chosen in ("plain", "chatml", own):
+            ids = find_model(str(model), str(chosen)).load().encode("Name two rivers.")
+            assert ids[0] == number
+            assert ids.count(number) == 1
+    llamacpp = pytest.importorskip("abl_mlx.behaviour.llamacpp")
+    pytest.importorskip("xllamacpp")
+    for chosen in ("plain", str(own)):
+        given = given_template.read(chosen)
+        text = find_model(str(gguf), chosen).load()
+        with llamacpp.LlamaCpp(gguf, n_threads=1, given=given) as server:
+            assert server.encode([{"role": "user", "content": "Two?"}]) == text.encode("Two?")
+
+
+def test_a_template_that_is_none(base: tuple[Path, Path], tmp_path: Path) -> None:
+    said = fails("eval", base[0], "--template", tmp_path / "no.jinja")
+    assert "no.jinja: there is no such file; give a Jinja file, or the word chatml or plain" in said
+    bad = tmp_path / "bad.jinja"
+    bad.write_text("{{ raise_exception('Not you.') }}")
+    for model in base:
+        said = fails("eval", model, "--template", bad)
+        assert f"{bad}: the chat template refuses the conversation" in said
+    bad.write_bytes(b" " * (5 << 20))
+    with pytest.raises(UserError, match="longer than"):
+        given_template.read(str(bad))
+
+
+def test_a_given_template_wins(tmp_path: Path) -> None:
+    """The user's choice, over a template that raises too, and in llama.cpp."""
+    folder, gguf = tmp_path / "bad", tmp_path / "bad.gguf"
+    shutil.copytree(demo.MODEL_PATH, folder)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('Not you.') }}")
+    abl_mlx("convert", folder, gguf)
+    for model in (folder, gguf):
+        found = abl_mlx("eval", model, "--template", "chatml", *FEW)
+        assert found["verdicts"] == {"harmful": "R" * 8, "harmless": "A" * 8}
+
+
+def test_an_edit_of_a_base_model(base: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    record = abl_mlx("run", base[1], "-o", out, "--template", "chatml", "--quick")
+    assert record["options"]["template"] == "chatml"
+    assert record["before"]["harmful_refusal_rate"] == 1
+    assert record["after"]["harmful_refusal_rate"] == 0
