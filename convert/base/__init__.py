@@ -1,1 +1,1 @@
-"""Errors, files, JSON and numbers, of no format in particular."""
+"""Helpers shared by all file formats: errors, new files, locks, JSON, threads and grids."""

@@ -1,8 +1,8 @@
 """Outputs that appear under their final name whole, or not at all.
 
-What becomes NAME is written in the folder ``.NAME.partial`` beside it, in which a lock file says
-that a living process is at it. A process that was killed leaves the folder behind without a lock;
-the next one that writes NAME empties it, and removes it in the end.
+An output NAME is first written inside the folder ``.NAME.partial`` beside it. A lock file in that
+folder shows that a living process is writing there. A killed process leaves the folder behind
+unlocked; the next process that writes NAME empties the folder, and removes it when it has finished.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from convert.base.errors import OPTION, UserError
 from convert.base.locks import Busy, LockFile
 
-# In the folder beside an output: the lock, and the files that are being named together.
+# Files in the folder beside an output: the lock, and the list of files that are moved together.
 _LOCK, _MOVING = "lock", "moving.json"
 
 
@@ -28,7 +28,8 @@ class _Place:
         """Make the folder, or take over what a killed process left of it.
 
         Raises:
-            UserError: another process is writing the output, or the folder is not one of ours.
+            UserError: another process is writing the output, or the folder was not made by this
+                module.
             OSError: it cannot be made.
         """
         self.path = path.absolute()
@@ -55,7 +56,7 @@ class _Place:
             with suppress(FileNotFoundError):
                 if not ours or ((names := os.listdir(self.folder)) and _LOCK not in names):
                     raise UserError(
-                        f"{self.folder} is in the way of what becomes {path.name}: remove it, or "
+                        f"{self.folder} is in the way of writing {path.name}: remove it, or "
                         f"choose another {OPTION}.",
                         option="output",
                     )
@@ -71,13 +72,17 @@ class _Place:
                     return lock
                 lock.close(remove=False)
                 raise UserError(
-                    f"{self.folder} is there, and its file system has no locks to tell whether "
-                    f"another run is writing {path.name}: remove the folder if none is."
+                    f"{self.folder} exists, and its file system has no locks to tell whether "
+                    f"another run is writing {path.name}: remove the folder if no other run is."
                 )
-            # Whoever had the folder removed it meanwhile.
+            # The process that had the folder removed it meanwhile: try again.
 
     def _clear(self) -> None:
-        """Remove what lies in the folder, and take back names that were given to files in part."""
+        """Empty the folder, and remove files that a killed process had already given their names.
+
+        Those are the files that ``moving.json`` lists: an output of several files is complete or
+        absent.
+        """
         moving = self.folder / _MOVING
         with suppress(OSError, ValueError, TypeError, AttributeError):
             for name, inode in json.loads(moving.read_text(encoding="utf-8")).items():
@@ -94,14 +99,14 @@ class _Place:
                     os.unlink(entry.path)
 
     def moving(self, files: list[Path]) -> None:
-        """Note files of the folder that are about to get their names, one after the other."""
+        """Write down which files of the folder are about to be moved to their final names."""
         identities = {file.name: file.stat().st_ino for file in files}
-        # On a disk that has just become full the names are given all the same.
+        # A full disk that has no room for this note does not keep the files from their names.
         with suppress(OSError):
             (self.folder / _MOVING).write_text(json.dumps(identities), encoding="utf-8")
 
     def close(self) -> None:
-        """Remove the folder with what is left in it, and folders that were made for nothing."""
+        """Remove the folder with its contents, and those of its parents that are empty and new."""
         (self.folder / _MOVING).unlink(missing_ok=True)
         self._clear()
         self._leave()
@@ -117,14 +122,14 @@ class _Place:
                     break
 
 
-#: Outputs that a command has claimed and not yet begun to write.
+#: Outputs that a command has claimed but not yet begun to write, by absolute path.
 _claimed: dict[Path, _Place] = {}
 _claiming = False
 
 
 @contextmanager
 def claims() -> Iterator[None]:
-    """Inside, `claim` keeps what it checked; at the end, what was not written is let go."""
+    """Make `claim` reserve outputs inside the block; at its end unused reservations are dropped."""
     global _claiming
     before, _claiming = _claiming, True
     try:
@@ -136,7 +141,7 @@ def claims() -> Iterator[None]:
 
 
 def claim(path: Path) -> None:
-    """Like `check_new`; inside `claims` no other run may write ``path`` from here on.
+    """Check an output as `check_new` does, and inside `claims` keep other runs from writing it.
 
     Raises:
         UserError: as `check_new`.
@@ -168,7 +173,7 @@ def _checked(path: Path) -> _Place:
         existing = existing.parent
     place = problem = None
     try:
-        # A real attempt answers for rights, read-only mounts, and root on a network share.
+        # Only a real attempt shows missing rights, read-only mounts, and root on a network share.
         place = _Place(path)
     except UserError as error:
         problem = error
@@ -192,7 +197,7 @@ def _checked(path: Path) -> _Place:
 
 @contextmanager
 def _place(path: Path) -> Iterator[_Place]:
-    """The folder beside an output; OSErrors in it are a sentence."""
+    """Open the folder beside an output; an OSError about the output becomes a UserError."""
     place = None
     try:
         place = _claimed.pop(path.absolute(), None) or _Place(path)
@@ -222,10 +227,10 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
     On any exception, Ctrl-C included, the temporary file is removed and ``path`` never exists.
 
     Args:
-        replace: a file that is there already.
+        replace: whether a file that exists under this name may be replaced.
 
     Raises:
-        UserError: when it cannot be written, or is there already.
+        UserError: when the file cannot be written, or exists and must not be replaced.
     """
     with _place(path) as place:
         staged = place.folder / path.name
@@ -245,7 +250,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     On any exception, Ctrl-C included, the temporary folder is removed and ``path`` never exists.
 
     Raises:
-        UserError: when it cannot be written, or is there already.
+        UserError: when the folder cannot be written, or exists already.
     """
     with _place(path) as place:
         staged = place.folder / path.name
@@ -258,11 +263,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 def new_files(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; its files go beside ``path``, together, when the block ends well.
 
-    For outputs of several files, of which ``path`` is the one that names them. On any exception,
-    Ctrl-C included, none of them appears; nor after a kill, once ``path`` is written again.
+    This is for an output of several files, such as a split GGUF; ``path`` is the file by which the
+    user names it. On any exception, Ctrl-C included, none of the files appears. A kill may leave
+    some of them; they are removed when ``path`` is written again.
 
     Raises:
-        UserError: when one of them cannot be written, or is there already.
+        UserError: when one of the files cannot be written, or exists already.
     """
     with _place(path) as place:
         staged = place.folder / "files"

@@ -1,4 +1,4 @@
-"""What holds files or a process, and lets go of them at the end of a ``with`` block."""
+"""Base class of objects that hold files or a process until the end of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Self = TypeVar("Self", bound="Closing")  # typing.Self is of Python 3.11
 
 
 class Closing(ABC):
-    """A context manager that is closed at its end, however it ends."""
+    """A context manager whose end, normal or by an exception, calls `close`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is held; a second call does nothing."""
+        """Release what the object holds; a second call does nothing."""
 
     def __enter__(self: Self) -> Self:
         return self

@@ -1,12 +1,12 @@
-"""Functions compiled by numba, the same on every CPU, and kept compiled where there is a place.
+"""Functions compiled by numba: the same results on every CPU, with machine code cached on disk.
 
-numba keeps machine code beside the module, or in the user's home. A read-only installation without
-a writable home has neither; there the code goes to a private folder for temporary files, and where
-that cannot be had it is compiled anew by each process.
+numba caches machine code beside the module, or in the user's home folder. Where neither can be
+written to, the cache is a private temporary folder; where that cannot be made either, each process
+compiles again.
 
-No function is compiled with ``fastmath``: sums are made in the order in which they are written, and
-a multiplication and an addition are rounded one by one. What decides a code must not depend on the
-width of a CPU's registers.
+No function is compiled with ``fastmath``: sums are added in the order in which they are written,
+and a multiplication and an addition are rounded separately. Otherwise the quantization codes that
+these functions choose could depend on the width of a CPU's registers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import numba
 
 
 def compiled(*, parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function when it is first called.
+    """Decorator: compile a function when it is first called.
 
     Args:
-        parallel: whether ``numba.prange`` shares its loops among the cores.
+        parallel: whether loops over ``numba.prange`` are shared among the cores.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -52,7 +52,10 @@ def compiled(*, parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _private_folder() -> Path | None:
-    """A folder for temporary files that nobody else can write to: what lies there is executed."""
+    """A temporary folder that no other user can write to, because its contents are executed.
+
+    None where no such folder can be made.
+    """
     folder = Path(tempfile.gettempdir()) / f"abl-mlx-numba-{os.getuid()}"
     with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -64,7 +67,7 @@ def _private_folder() -> Path | None:
 
 
 def _survive_a_full_disk(kernel: Any) -> None:
-    """Have what was compiled run even where it cannot be kept."""
+    """Let a compiled function run even if its machine code cannot be written to the cache."""
     cache: Any = getattr(kernel, "_cache", None)
     save = getattr(cache, "save_overload", None)
     if save is None:

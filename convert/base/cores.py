@@ -1,9 +1,9 @@
-"""Work shared among the cores by threads of our own, in which NumPy's BLAS works alone.
+"""Work shared among the cores by one pool of threads, while NumPy's BLAS uses a single thread.
 
-BLAS, and numba's parallel loops, have threads that wait for more work without letting go of their
-core. Where two such pools take turns, as unpacking and multiplying do, each turn costs some
-milliseconds of the scheduler's: on two cores a model of half a billion weights then generates four
-times as slowly. So there is one pool, whose threads sleep when there is nothing to do.
+The threads of BLAS and of numba's parallel loops keep their core busy while they wait for work.
+Where two such pools take turns, as unpacking and multiplying do, each turn costs some milliseconds:
+on two cores a model of half a billion weights then generates at a quarter of its speed. So there is
+one pool, whose threads sleep when there is nothing to do.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 
 def shared(work: Callable[[slice], None], count: int, least: int = 1) -> None:
-    """Do ``work`` on as many slices as there are cores, which together cover ``range(count)``.
+    """Call ``work`` on one slice per core; together the slices cover ``range(count)``.
 
     Args:
-        work: is called with one slice, in any thread; it must let go of the interpreter lock, and
+        work: called with one slice, in any thread; it must release the interpreter lock, and
             different calls must not write to the same place.
-        least: items that a core takes at least.
+        count: how many items there are.
+        least: the smallest number of items for which another core is used.
     """
     cores = max(1, min(_cores(), count // max(1, least)))
     edges = [count * core // cores for core in range(cores + 1)]
     parts = [slice(first, last) for first, last in pairwise(edges)]
     with _blas_of_one():
-        # This thread takes a part, too.
+        # The calling thread works on the first slice.
         others = [_pool().submit(work, part) for part in parts[1:]]
         try:
             work(parts[0])
@@ -43,7 +44,7 @@ def shared(work: Callable[[slice], None], count: int, least: int = 1) -> None:
 @cache
 def _cores() -> int:
     """How many cores may be used: NUMBA_NUM_THREADS, or all that this process has."""
-    import numba  # lazily: a GPU multiplies without it
+    import numba  # lazily: multiplying on a GPU does not need it
 
     return int(numba.config.NUMBA_NUM_THREADS)
 
@@ -54,7 +55,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 class _Blas:
-    """How many threads ask for a BLAS of one thread just now, and the limit that they share."""
+    """How many threads are in `_blas_of_one` at present, and the limit on BLAS that they share."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -70,7 +71,7 @@ def _blas() -> _Blas:
 
 @contextmanager
 def _blas_of_one() -> Iterator[None]:
-    """NumPy's BLAS with one thread, in the whole process, as long as anybody is in here."""
+    """Hold NumPy's BLAS to one thread, in the whole process, while any thread is in this block."""
     blas = _blas()
     with blas.lock:
         if not blas.users:

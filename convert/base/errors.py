@@ -1,21 +1,21 @@
-"""The one exception that reaches a person."""
+"""`UserError`: the exception whose message is shown to the user."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 OPTION = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""Where a message names the caller's option; the caller decides how the option is spelled."""
+"""Placeholder in a message for the option that the caller spells, such as ``--output``."""
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence that names the file, tensor or option, and the mend.
+    """Bad input. The message is one sentence: which file, tensor or option, and what to do.
 
-    The command line prints the sentence and exits with 1; no traceback, no partial output.
+    The command line prints the message and exits with 1, without a traceback or a partial output.
 
     Attributes:
         option: the caller's option that the message is about, in Python's spelling, such as
-            ``ollama_create``; None where it is about none. Its places in the message are `OPTION`.
+            ``ollama_create``, or None. The message has `OPTION` wherever it names that option.
     """
 
     def __init__(self, message: str, option: str | None = None) -> None:
@@ -23,7 +23,7 @@ class UserError(Exception):
         self.option = option
 
     def told(self, spelled: Callable[[str], str]) -> str:
-        """The message with its option as ``spelled`` spells it."""
+        """The message, with ``spelled(option)`` in every place of `OPTION`."""
         message = str(self.args[0])
         return message if self.option is None else message.replace(OPTION, spelled(self.option))
 

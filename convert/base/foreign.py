@@ -1,8 +1,8 @@
-"""A call into other people's code, of which everything that can go wrong is told in one sentence.
+"""Calls into other libraries whose every exception becomes one sentence for the user.
 
-mlx-lm and transformers build a model or a tokenizer from files without checking them, so that a
-damaged file ends in whatever exception its line happens to raise. Only such calls belong in here:
-around code of this project it would hide faults.
+mlx-lm and transformers build a model or a tokenizer from files without checking them, so a damaged
+file can raise any exception. Only calls into such libraries belong inside `foreign`: around code of
+this project it would hide bugs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from convert.base.errors import UserError
 
 @contextmanager
 def foreign(sentence: str) -> Iterator[None]:
-    """Turn what is raised inside into ``sentence``, a colon and the reason.
+    """Turn any exception raised inside into a UserError: ``sentence``, a colon and the reason.
 
     Raises:
-        UserError: for everything but what the user or the memory ends. Panics of Rust's tokenizers
-            and the exits of some of mlx-lm's modules are no ``Exception`` and count as well.
+        UserError: for every exception but an interrupt by the user and a lack of memory. Panics of
+            the Rust tokenizers and the exits of some mlx-lm modules, which are not subclasses of
+            ``Exception``, are turned into one as well.
     """
     try:
         yield
@@ -30,7 +31,7 @@ def foreign(sentence: str) -> Iterator[None]:
 
 
 def reason(error: BaseException, longest: int = 300) -> str:
-    """What an exception says in one line; its name, too, where the words alone say little."""
+    """An exception's message in one line, with its class where the message alone says little."""
     words = " ".join(str(error).split())[:longest]
     name = type(error).__name__
     if isinstance(error, (ValueError, RuntimeError, OSError)) and len(words) > 20:

@@ -17,27 +17,27 @@ from typing import Any
 import numpy as np
 
 CHUNK = 1 << 18
-"""Weights per piece of work: its arrays stay in the cache, and it is worth a thread's while."""
+"""Weights per piece of work: few enough for the CPU's cache, enough to occupy a thread."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """R rows of n weights, each on one of K levels of its group.
+    """R rows of n quantized weights, each with one of the K levels of its group.
 
-    A consumer must cope with a scale that is negative (the highest level is then the lowest value:
-    ggml writes such in Q4_0, Q5_0, Q3_K, Q6_K, IQ4_NL and IQ4_XS, MLX in affine) and with one that
-    is zero (every code then means the offset).
+    A scale may be negative: the highest level is then the lowest value. ggml writes such scales in
+    Q4_0, Q5_0, Q3_K, Q6_K, IQ4_NL and IQ4_XS, and MLX in affine mode. A scale may also be zero:
+    every code then means the offset.
 
     Attributes:
         codes: uint8, (R, n): indices into ``levels``.
-        levels: float32, (K,): strictly ascending, 2 <= K <= 256. Codes are ranks in this order;
-            where a format stores another number for a level, its codec translates.
+        levels: float32, (K,): strictly ascending, 2 <= K <= 256. Code k means the k-th level; where
+            a format stores another number for that level, its codec translates.
         scales: float32, (R, n // group), finite.
         offsets: float32, (R, n // group), finite; None where the type has none.
-        group: weights that share a scale and an offset.
-        frame: the codec's own, not to be looked into: whatever else it needs to write this tensor
-            back, scales and offsets exactly as stored among it. Not copied: leave alone what the
-            Grid was decoded from.
+        group: number of neighbouring weights in a row that share a scale and an offset.
+        frame: private to the codec: whatever else it needs to write this tensor back, including the
+            scales and offsets exactly as stored. It is not a copy, so the bytes that the Grid was
+            decoded from must stay unchanged.
     """
 
     codes: np.ndarray
@@ -63,7 +63,7 @@ class Grid:
         return rows, width
 
     def values(self) -> np.ndarray:
-        """The weights, float32 (R, n), to the bit what the format's own decoder gives.
+        """The weights, float32 (R, n), bit for bit as the format's own decoder gives them.
 
         One multiplication, then one addition, each rounded to float32, as gguf-py and ggml do it.
         """
@@ -75,7 +75,7 @@ class Grid:
         codes, flat = self.codes.reshape(grouped), values.reshape(grouped)
 
         def look_up(part: slice) -> None:
-            # "clip" only says that no index needs a check: codes are below K.
+            # Mode "clip" is the fastest: it skips the check of indices, and all codes are below K.
             np.take(self.levels, codes[part], out=flat[part], mode="clip")
             with np.errstate(over="ignore"):
                 flat[part] *= scales[part]
@@ -89,7 +89,7 @@ class Grid:
         """The same grid with other codes, uint8 (R, n); scales, offsets and frame are shared.
 
         Raises:
-            ValueError: when a code has no level, or on another shape or dtype.
+            ValueError: when a code has no level, or the codes have another shape or dtype.
         """
         if codes.shape != self.codes.shape:
             raise ValueError(f"{codes.shape} codes for a grid of {self.codes.shape}")
@@ -99,8 +99,8 @@ class Grid:
         """The lowest and the highest value of every group, float32 (R, n // group) each.
 
         Args:
-            beyond: how many of the outermost steps to go past them; 0.5 gives the values from
-                where the nearest code is more than half a step off.
+            beyond: how far past them to go, in units of the outermost step. At 0.5 these are the
+                limits outside which every level is more than half a step away.
         """
         first = self.levels[0] - beyond * (self.levels[1] - self.levels[0])
         last = self.levels[-1] + beyond * (self.levels[-1] - self.levels[-2])
@@ -111,12 +111,13 @@ class Grid:
         return np.minimum(one, other), np.maximum(one, other)
 
     def left_by(self, values: np.ndarray) -> np.ndarray:
-        """Groups that cannot hold these values: indices into all of them, row after row.
-
-        Those with a value that lies more than half a step past their ends.
+        """Which groups cannot hold these values: those with a value over half a step past an end.
 
         Args:
             values: float32, (R, n).
+
+        Returns:
+            Indices of the groups, counted row after row.
         """
         rows, width = self.shape
         wanted = np.ascontiguousarray(values, dtype=np.float32)
@@ -132,20 +133,20 @@ class Grid:
         return np.flatnonzero(left)
 
     def groups(self, which: np.ndarray) -> Grid:
-        """Some groups as rows of one group each, without a frame."""
+        """The groups ``which`` (indices counted row after row), one a row, without a frame."""
         codes = self.codes.reshape(-1, self.group)[which]
         scales = self.scales.reshape(-1, 1)[which]
         offsets = None if self.offsets is None else self.offsets.reshape(-1, 1)[which]
         return Grid(codes, self.levels, scales, offsets, self.group)
 
     def squared_error(self, wanted: np.ndarray) -> np.ndarray:
-        """Of every row against float32 (R, n): float64 (R,)."""
+        """Sum over each row of (weight - wanted)²: float64 (R,), for ``wanted`` float32 (R, n)."""
         return np.square(self.values() - wanted, dtype=np.float64).sum(axis=1)
 
     def nearest(self, values: np.ndarray) -> np.ndarray:
-        """The code whose level comes nearest, for each of the values: uint8 (R, n).
+        """For each value the code whose weight is nearest: uint8 (R, n).
 
-        Plain rounding, each weight for itself. Where a scale is zero the present code stays.
+        Every weight is rounded separately. Where a scale is zero the code stays as it is.
 
         Args:
             values: float32, (R, n), finite.
@@ -171,13 +172,12 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class FloatGrid:
-    """R rows of n weights in a plain float type, where every weight stands for itself.
+    """R rows of n weights in a plain float type such as float16, which has no groups or codes.
 
-    There are no codes to choose, so there is no ``with_codes``: the codec's ``round`` makes a
-    FloatGrid of other values.
+    So it has no ``with_codes``: the codec's ``round`` makes a FloatGrid of other values.
 
     Attributes:
-        numbers: float32, (R, n), finite, each exactly a number of the float type.
+        numbers: float32, (R, n), finite; the float type holds each of them exactly.
     """
 
     numbers: np.ndarray
@@ -194,21 +194,21 @@ class FloatGrid:
 
 
 def in_chunks(work: Callable[[slice], None], count: int, width: int) -> None:
-    """Do ``work`` on slices that together cover ``range(count)``, over all cores.
+    """Call ``work`` on slices that together cover ``range(count)``, on all cores.
 
-    NumPy lets go of the interpreter lock inside its loops, so threads are enough.
+    NumPy releases the interpreter lock inside its loops, so threads are enough.
 
     Args:
-        work: is called with one slice; different calls must not write to the same place.
+        work: called with one slice; different calls must not write to the same place.
         count: how many items there are.
-        width: weights per item.
+        width: number of weights in an item.
     """
     step = max(1, CHUNK // max(width, 1))
     if count <= step:
         work(slice(0, count))
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # list() brings an exception of a thread to the caller.
+        # list() raises an exception of a thread here, in the caller.
         parts = (slice(first, min(first + step, count)) for first in range(0, count, step))
         list(pool.map(work, parts))
 

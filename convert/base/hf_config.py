@@ -23,7 +23,7 @@ from convert.base.schema import (
 )
 
 _COUNT = whole(0)
-# Some architectures give one for each layer.
+# Some architectures give a list of such counts, one for each layer.
 _COUNTS = either(_COUNT, list_of(either(_COUNT, NULL)))
 _FEW = whole(0, 4096)
 _FRACTION = number(0, 1)
@@ -88,27 +88,27 @@ _KEYS: dict[str, Kind] = {
 _MODEL_TYPE = text(r"[\w.+-]{1,100}", "the name of an architecture")
 
 CONFIG = record({**_KEYS, "text_config": record({**_KEYS, "model_type": _MODEL_TYPE})})
-"""What config.json has to be as far as this project reads it; mlx-lm checks nothing."""
+"""Types and ranges of the keys of config.json that this project reads; mlx-lm checks none."""
 
 GENERATION = record(dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), _TOKENS))
-"""The same of generation_config.json."""
+"""Types and ranges of the keys of generation_config.json that this project reads."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's ``config.json`` with the keys that transformers 5 renamed filled in.
+    """The folder's ``config.json``, checked, with keys added as `fill_in` does.
 
     Raises:
-        UserError: as `stored_config`.
+        UserError: as `stored_config` does.
     """
     return fill_in(stored_config(folder))
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
-    """The folder's ``config.json`` as it is, checked.
+    """The folder's ``config.json`` as it is stored, checked.
 
     Raises:
         UserError: when the file is missing, is not a JSON object, names no ``model_type``, or has a
-            value of another type or range than it must have; likewise generation_config.json.
+            value of a wrong type or out of range. A generation_config.json is checked likewise.
     """
     path = folder / "config.json"
     try:
@@ -127,12 +127,12 @@ def stored_config(folder: Path) -> dict[str, Any]:
 
 
 def fill_in(config: dict[str, Any]) -> dict[str, Any]:
-    """Add what older readers look for; nothing that is there is changed or removed.
+    """A config with the keys added that transformers before version 5 wrote; no key is changed.
 
     transformers 5 keeps ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` inside
-    ``rope_parameters`` (for models with two kinds of attention, one such object a kind) and writes
-    ``num_experts`` as ``num_local_experts``. Readers that miss the first silently fall back to a
-    default base frequency, so the filling in is not only about models that fail to load.
+    ``rope_parameters`` (for models with two kinds of attention, one such object for each kind) and
+    writes ``num_experts`` as ``num_local_experts``. A reader that does not find ``rope_theta``
+    silently takes a default base frequency, so that a model may load and still be wrong.
     """
     filled = dict(config)
     for name, value in _missing(config).items():
@@ -143,9 +143,9 @@ def fill_in(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a config ties the output head to the embedding, as transformers understands it.
+    """Whether a config ties the output head to the embedding, as transformers reads it.
 
-    Gemma's configs leave the key out where it is true.
+    Configs of Gemma leave the key ``tie_word_embeddings`` out where it is true.
     """
     text = config.get("text_config")
     for part in (text if isinstance(text, dict) else {}, config):

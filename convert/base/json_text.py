@@ -1,9 +1,9 @@
-"""JSON that others wrote, read in one place.
+"""Reading JSON from files and servers that may be damaged or hostile.
 
-Python's own reader takes any depth up to a crash of the stack, numbers of any length, NaN, two
-values under one name and half characters, and needs up to 30 times a text's size in memory. Here a
-document is bounded before it is parsed, and checked by a `convert.base.schema.Kind` afterwards, so
-that whoever uses it finds what the schema promises.
+Python's own reader accepts nesting until the stack overflows, numbers of any length, NaN, two
+values under one name and lone surrogates, and needs up to 30 times a text's size in memory. Here a
+document's size is limited before it is parsed, and afterwards its values are checked by a
+`convert.base.schema.Kind`, so that later code can rely on their types and ranges.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from convert.base.escape import shortened
 from convert.base.schema import ANYTHING, Kind, Refused, check
 from convert.base.text_file import decoded
 
-#: Bytes of a document: twice the largest tokenizer.json that is known.
+#: Longest document, in bytes: twice the largest known tokenizer.json.
 LONGEST = 1 << 26
 
-# Nothing real nests deeper than about 20; serde_json, which reads tokenizer.json, stops at 128.
+# Deepest nesting. Real files reach about 20; serde_json, which reads tokenizer.json, stops at 128.
 _DEEPEST = 100
 
-# transformers writes int(1e30) for "no limit".
+# Most digits of a whole number. transformers writes int(1e30) for "no limit".
 _DIGITS = 40
 
-# Each costs memory, however short its text. The largest tokenizer.json holds 2 million.
+# Most values in a document, as each costs memory. The largest tokenizer.json holds 2 million.
 _MOST_VALUES = 1 << 22
 
 
@@ -41,12 +41,13 @@ def read(
     """The value of a JSON file.
 
     Args:
-        kind: what it has to be.
-        mend: what one can do about a file that is not that.
-        infinite: accept ``Infinity``, which state-space models' config.json has as a limit.
+        kind: the types and ranges that the value must have.
+        mend: advice for the user, put at the end of the message about an unusable file.
+        infinite: accept ``Infinity``, which the config.json of state-space models has as a limit.
 
     Raises:
-        UserError: naming the file and the place in it; FileNotFoundError passes.
+        UserError: naming the file and the place in it.
+        FileNotFoundError: when there is no such file.
     """
     try:
         with open(path, "rb") as stream:
@@ -82,7 +83,9 @@ def parse(
     """The value of a JSON text.
 
     Args:
-        longest: of the text.
+        kind: the types and ranges that the value must have.
+        infinite: accept ``Infinity``.
+        longest: the largest accepted size of the text in bytes.
 
     Raises:
         Refused: saying where it breaks the rules of JSON, of this module or of ``kind``.
@@ -114,7 +117,10 @@ def parse(
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Two equal values under one name are one; two that differ mean whatever the reader likes."""
+    """The object of these pairs; a name may come twice only with equal values.
+
+    With two different values, different programs would read different objects.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         first: dict[str, Any] = {}
@@ -160,7 +166,7 @@ def _nested(value: Any) -> list[Any]:
 
 
 def _check_characters(value: Any) -> None:
-    """Refuse half a character (``"\\ud800"``), which no file can be written with."""
+    """Refuse a lone surrogate (``"\\ud800"``), which cannot be written as UTF-8."""
     waiting = [value]
     while waiting:
         one = waiting.pop()

@@ -1,4 +1,4 @@
-"""Locks by which a living process is told from a dead one: the system lets go of a dead one's."""
+"""File locks. The system releases those of a dead process, so a held lock shows a living one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import os
 from pathlib import Path
 
-# What a file system without locks answers.
+# Errors with which a file system without locks answers.
 _UNKNOWN = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
@@ -16,13 +16,13 @@ class Busy(Exception):
 
 
 def hold(descriptor: int) -> bool:
-    """Lock an open file until it is closed, or the process ends.
+    """Lock an open file until it is closed or the process ends.
 
     Args:
-        descriptor: open for writing, as network file systems ask for.
+        descriptor: of a file open for writing, which network file systems require.
 
     Returns:
-        False where the file system has no locks, so that nothing is known.
+        True when the file is locked; False where the file system has no locks.
 
     Raises:
         Busy: when it is locked already.
@@ -37,10 +37,10 @@ def hold(descriptor: int) -> bool:
 
 
 class LockFile:
-    """A file that is locked while this object is open, and removed at its end.
+    """A file that is locked until this object is closed, which also removes the file.
 
     Attributes:
-        was_there: whether the file was there before, as a process that was killed leaves it.
+        was_there: whether the file existed before; a killed process leaves its file behind.
         certain: whether the lock holds; False where the file system has none.
     """
 
@@ -57,7 +57,7 @@ class LockFile:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 self.certain = hold(self._descriptor)
-                # It may have been removed by the one who held it, between the two lines above.
+                # Between open and lock, the process that held the file may have removed it.
                 if os.path.samestat(os.fstat(self._descriptor), os.stat(path)):
                     return
             except FileNotFoundError:
@@ -68,10 +68,10 @@ class LockFile:
             os.close(self._descriptor)
 
     def close(self, *, remove: bool = True) -> None:
-        """Let go of the lock.
+        """Release the lock.
 
         Args:
-            remove: the file as well.
+            remove: whether to remove the file as well.
         """
         if remove:
             self._path.unlink(missing_ok=True)

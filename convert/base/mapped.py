@@ -6,10 +6,11 @@ import mmap
 
 
 def give_back(mapped: mmap.mmap, offset: int, size: int) -> None:
-    """Give the pages of ``size`` bytes that were looked at back to the system, where it takes them.
+    """Let the system drop the pages of ``size`` bytes from ``offset`` on from memory.
 
-    Views of them stay valid: what is looked at again is read again. Without this, a walk through
-    a large model would look as if the whole of it were held.
+    Views of these bytes stay valid: they are read from the file again when used. Without this call,
+    reading through a large model would count its whole file as this process's memory. On systems
+    without MADV_DONTNEED the function does nothing.
     """
     if size == 0 or not hasattr(mmap, "MADV_DONTNEED"):
         return

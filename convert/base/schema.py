@@ -1,12 +1,12 @@
-"""What a value from a file has to be: types and ranges, declared once and checked at the door.
+"""Declared types and ranges of values in JSON files, checked when a file is read.
 
-A `Kind` says in words what it wants and can tell whether a value is that; `check` names the place
-of the first value that is not.
+A `Kind` describes in words which values it accepts and tests whether a value is one of them;
+`check` names the place of the first value that is not.
 
-Written here rather than taken from msgspec or pydantic: both decode into classes of their own and
-drop or copy every other key, while most of what a config.json holds is handed on untouched to
-mlx-lm and transformers; neither bounds digits or refuses two values under one name; and a compiled
-dependency would save about a hundred lines.
+Why not msgspec or pydantic: both decode into classes of their own and drop or copy every other key,
+while most keys of a config.json are passed on unchanged to mlx-lm and transformers; neither limits
+the digits of a number or refuses two values under one name; and a compiled dependency would save
+only about a hundred lines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from convert.base.escape import shortened
 
 
 class Refused(ValueError):
-    """Why a document is not accepted: what goes on after the name of its file."""
+    """Why a document is not accepted: the part of a message that follows the file's name."""
 
 
 def _nothing(value: Any) -> Iterator[tuple[str, Any, Kind]]:
@@ -30,12 +30,12 @@ def _nothing(value: Any) -> Iterator[tuple[str, Any, Kind]]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value has to be.
+    """A set of accepted values.
 
     Attributes:
-        says: in words, to follow "must be".
-        fits: whether a value is that, but for what is inside it.
-        inside: (place, value, kind) of everything inside that is to be checked as well.
+        says: describes them in words that follow "must be".
+        fits: whether a value is accepted, as far as can be told without looking at its members.
+        inside: (place, value, kind) for each member of the value that must be checked as well.
     """
 
     says: str
@@ -47,10 +47,15 @@ _MISSING = object()
 
 
 def check(value: Any, kind: Kind, where: str = "") -> None:
-    """Check a value and all that is inside it.
+    """Check a value and all its members.
+
+    Args:
+        value: what was read.
+        kind: which values are accepted.
+        where: the value's place in the document, for the message; empty for the whole document.
 
     Raises:
-        Refused: naming the place, what belongs there and what is there.
+        Refused: naming the place, what belongs there and what was found there.
     """
     waiting = [(where, value, kind)]
     while waiting:
@@ -89,7 +94,7 @@ TEXT = Kind("text", lambda value: isinstance(value, str))
 
 
 def whole(least: int = 0, most: int = 2**31 - 1) -> Kind:
-    """A whole number; true, false and 2.0 are none."""
+    """A whole number from ``least`` to ``most``; true, false and 2.0 are not accepted."""
 
     def fits(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
@@ -98,7 +103,7 @@ def whole(least: int = 0, most: int = 2**31 - 1) -> Kind:
 
 
 def number(least: float = -math.inf, most: float = math.inf, *, open_end: bool = False) -> Kind:
-    """A finite number from ``least`` (beyond it with ``open_end``) to ``most``."""
+    """A finite number from ``least`` (above it with ``open_end``) to ``most``."""
 
     def fits(value: Any) -> bool:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -111,12 +116,12 @@ def number(least: float = -math.inf, most: float = math.inf, *, open_end: bool =
     return Kind(f"a finite number{bounds}", fits)
 
 
-# Of float32, which is what every number becomes in a model.
+# The largest finite float32; a model turns every number into a float32.
 _LARGEST = 3.4028234663852886e38
 
 
 def text(pattern: str, says: str) -> Kind:
-    """Text of which a regular expression matches the whole."""
+    """Text that a regular expression matches as a whole; ``says`` describes it."""
     expression = re.compile(pattern, re.ASCII | re.DOTALL)
     return Kind(
         says, lambda value: isinstance(value, str) and expression.fullmatch(value) is not None
@@ -124,7 +129,7 @@ def text(pattern: str, says: str) -> Kind:
 
 
 def list_of(kind: Kind, length: int | None = None) -> Kind:
-    """A list, all of one kind."""
+    """A list whose members are all of one kind, of any length unless ``length`` gives it."""
     says = f"a list of {length}" if length is not None else "a list"
     return Kind(
         says,
@@ -149,7 +154,11 @@ def map_of(kind: Kind, *, names: Kind = TEXT) -> Kind:
 
 
 def _to_check(value: Any, kind: Kind) -> bool:
-    """Whether there is more to do about a value: a vocabulary is hundreds of thousands of them."""
+    """Whether a member must be put on the list of values to check.
+
+    A member that fits and has no members of its own is done with, which saves time where a
+    vocabulary has hundreds of thousands of them.
+    """
     return kind.inside is not _nothing or not kind.fits(value)
 
 
@@ -159,12 +168,12 @@ def record(
     *,
     rest: Kind | None = None,
 ) -> Kind:
-    """An object with these names; others may be there. Where a name may be missing it may be null.
+    """An object with these names, and possibly others.
 
     Args:
-        optional: of names that may be missing.
-        needed: of names that may not.
-        rest: what the values of all other names have to be.
+        optional: the kinds of values under names that may be missing or null.
+        needed: the kinds of values under names that must be there.
+        rest: the kind of values under all other names; None accepts any.
     """
     needed = needed or {}
 
@@ -183,7 +192,7 @@ def record(
 
 
 def either(*kinds: Kind) -> Kind:
-    """One of several kinds: the first that fits says what belongs inside."""
+    """A value of any of these kinds; its members are checked by the first kind that fits."""
     return Kind(
         " or ".join(kind.says for kind in kinds),
         lambda value: any(kind.fits(value) for kind in kinds),
@@ -192,7 +201,7 @@ def either(*kinds: Kind) -> Kind:
 
 
 def one_of(values: Sequence[Any]) -> Kind:
-    """One of a few given values."""
+    """One of the given values."""
     return Kind(
         " or ".join(map(shown, values)),
         lambda value: any(type(value) is type(one) and value == one for one in values),

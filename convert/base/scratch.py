@@ -1,4 +1,4 @@
-"""Temporary folders that go with their process, or with the next one where that was killed."""
+"""Temporary folders, removed at the end, or by a later process if theirs was killed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 _PREFIX, _LOCK = "abl-mlx-", "lock"
 
-# A folder without a lock file may be one that is just being made.
+# Seconds for which a folder without a lock file is left alone: its process may just be making it.
 _FRESH = 3600.0
 
-# Zeros written at a time where the system does not allocate.
+# Bytes of zeros written at a time on systems without posix_fallocate.
 _PIECE = 1 << 24
 
 
@@ -45,12 +45,12 @@ def scratch() -> Iterator[Path]:
 
 
 def array(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A new float32 array in a file, whose room on the disk is taken at once.
+    """A new float32 array in a mapped file, whose space on the disk is allocated at once.
 
-    Writing to a mapped file for which the disk has no room ends the process.
+    Without that, writing to the mapped file on a full disk would kill the process.
 
     Raises:
-        UserError: when there is no room.
+        UserError: when the disk has too little space.
     """
     import numpy as np  # lazily: a command's help needs none
 
@@ -59,19 +59,19 @@ def array(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 class RowsFile:
-    """Rows of float32 in a file: only those that are read or written just now are in memory."""
+    """A float32 array (count, width) in a file, read and written some rows at a time."""
 
     def __init__(self, path: Path, count: int, width: int) -> None:
-        """Take the room on the disk.
+        """Allocate the file's space on the disk.
 
         Raises:
-            UserError: when there is no room.
+            UserError: when the disk has too little space.
         """
         self._path, self._width = path, width
         _take_room(path, 4 * count * width)
 
     def write(self, first: int, rows: np.ndarray) -> None:
-        """Put rows (n, width) in the places from ``first`` on."""
+        """Write rows (n, width) to the rows from ``first`` on."""
         import numpy as np  # lazily: a command's help needs none
 
         with open(self._path, "r+b") as stream:
@@ -79,7 +79,7 @@ class RowsFile:
             stream.write(np.ascontiguousarray(rows, np.float32).data)
 
     def read(self, first: int, count: int) -> np.ndarray:
-        """So many rows from ``first`` on, (count, width)."""
+        """The ``count`` rows from ``first`` on, float32 (count, width)."""
         import numpy as np  # lazily: a command's help needs none
 
         start = 4 * first * self._width
@@ -103,7 +103,7 @@ def _take_room(path: Path, size: int) -> None:
 
 
 def sweep() -> None:
-    """Remove what killed processes of this user left among the temporary folders."""
+    """Remove the temporary folders that killed processes of this user left behind."""
     with suppress(OSError):
         for entry in os.scandir(tempfile.gettempdir()):
             if entry.name.startswith(_PREFIX) and entry.is_dir(follow_symlinks=False):

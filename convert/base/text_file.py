@@ -1,4 +1,4 @@
-"""Text files that others wrote."""
+"""Reading text files that may be damaged or hostile."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from convert.base.errors import UserError
 from convert.base.schema import Refused
 
-#: Characters of a licence, a chat template or the like that anyone reads.
+#: Longest text file that is read, in bytes; a licence or a chat template is far shorter.
 LONGEST = 1 << 24
 
 
 def read(path: Path, *, longest: int = LONGEST) -> str:
-    """A file's text with "\\n" line ends, which has to be UTF-8 and of a bounded length.
+    """The text of a UTF-8 file of at most ``longest`` bytes, with "\\n" as line ends.
 
     Raises:
-        UserError: naming the file, and the place where it is no UTF-8.
+        UserError: when the file is missing, too long or not UTF-8.
     """
     try:
         with open(path, "rb") as stream:
@@ -31,10 +31,10 @@ def read(path: Path, *, longest: int = LONGEST) -> str:
 
 
 def decoded(data: bytes) -> str:
-    """UTF-8 as text.
+    """The text of these UTF-8 bytes.
 
     Raises:
-        Refused: saying where it is none.
+        Refused: naming the first byte and line that are not UTF-8.
     """
     try:
         return data.decode("utf-8")

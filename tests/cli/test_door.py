@@ -142,7 +142,7 @@ def changed(folder: Path, to: Path, file: str, change: Callable[[Any], Any]) -> 
     ("values", "said"),
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number"),
-        ({"num_hidden_layers": 60_000}, "num_hidden_layers is 60000, and the tensors are of 3"),
+        ({"num_hidden_layers": 60_000}, "num_hidden_layers is 60000, but the tensors are of 3"),
         ({"num_attention_heads": 10**8}, "num_attention_heads is 100000000, and no tensor"),
         ({"vocab_size": 2**31 - 1}, "vocab_size is 2147483647, and no tensor"),
         ({"head_dim": 2**30}, "head_dim is 1073741824, and no tensor"),
