@@ -1,8 +1,9 @@
-"""Control vectors of llama.cpp's: vectors that it adds to the residual stream.
+"""Control vector files: vectors that llama.cpp adds to the residual stream (activation addition).
 
-A GGUF of general.architecture "controlvector" with one float32 tensor ``direction.N`` for each
-layer that is steered; llama.cpp adds it to what leaves layer N, counted from 0 (common/common.cpp,
-common_control_vector_load; src/llama-adapter.cpp). It has none for layer 0: N is at least 1.
+Such a file is a GGUF of general.architecture "controlvector" with one float32 tensor
+``direction.N`` for each steered layer. llama.cpp adds it to the output of layer N, counted from 0
+(common/common.cpp, common_control_vector_load; src/llama-adapter.cpp). Layer 0 cannot be steered:
+N is at least 1.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from convert.gguf.file import GgufSource
 from convert.gguf.values import value_type
 
 ARCHITECTURE = "controlvector"
-"""Its general.architecture."""
+"""The general.architecture of a control vector file."""
 
 SUFFIX = ".cvec.gguf"
-"""How the names of control vectors end here."""
+"""The suffix that this project gives the names of control vector files."""
 
 
 def is_control_vector(path: Path) -> bool:
-    """Whether a name is that of a control vector."""
+    """Whether a path is named like a control vector file; the file need not exist."""
     return ends_in(path, SUFFIX)
 
 
 @dataclass(frozen=True)
 class ControlVector:
-    """What a control vector file holds.
+    """The contents of a control vector file.
 
     Attributes:
-        layers: layer N, at least 1 -> the float32 (d,) vector that is added after it.
-        model_hint: general.architecture of the models it is for; llama.cpp does not look at it.
+        layers: layer N, at least 1 -> the float32 (d,) vector that is added to its output.
+        model_hint: general.architecture of the models that it fits; llama.cpp ignores it.
         layer_count: the number of layers of these models, where it is known.
-        metadata: every other key.
+        metadata: every other key of the file's metadata, with its value.
     """
 
     layers: dict[int, np.ndarray]
@@ -54,13 +55,14 @@ def write(path: Path, vector: ControlVector) -> None:
     """Write a control vector; ``path`` must not exist.
 
     Raises:
-        UserError: without layers, for layer 0, for vectors of several widths or not finite.
+        UserError: when there are no layers, or there is a layer 0, or the vectors have different
+            widths or numbers that are not finite.
     """
     _check(path, vector.layers)
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     try:
         writer.add_string(f"{ARCHITECTURE}.model_hint", vector.model_hint)
-        # repeng and llama.cpp's own generator write the number of vectors here.
+        # repeng and llama.cpp's own generator write the number of vectors under this key.
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", vector.layer_count or len(vector.layers))
         for key, value in vector.metadata.items():
             kind, inner = value_type(key, value)
@@ -88,11 +90,11 @@ def _check(path: Path, layers: Mapping[int, np.ndarray]) -> None:
         if values.ndim != 1 or not np.isfinite(values).all():
             raise UserError(f"{path}: the vector of layer {layer} is not of finite numbers (d,).")
     if len({len(values) for values in layers.values()}) > 1:
-        raise UserError(f"{path}: its vectors are of several widths, which fit no one model.")
+        raise UserError(f"{path}: its vectors have different widths, so they fit no model.")
 
 
 def read(path: Path) -> ControlVector:
-    """Read a control vector, whoever made it.
+    """Read a control vector file, made by this project or any other program.
 
     Raises:
         UserError: when the file is no GGUF, no control vector, or one that llama.cpp would refuse.
@@ -100,7 +102,7 @@ def read(path: Path) -> ControlVector:
     if not path.is_file():
         raise UserError(f"{path} is no file: give the path of a control vector, NAME{SUFFIX}.")
     with GgufSource(path) as file:
-        # llama.cpp looks at the tensors' names alone, and some makers set no architecture.
+        # Like llama.cpp, go by the tensors' names: some programs set no architecture.
         names = {name: re.fullmatch(r"direction\.(\d+)", name) for name in file.tensors}
         found = {int(match[1]): name for name, match in names.items() if match}
         if not found:
@@ -110,7 +112,7 @@ def read(path: Path) -> ControlVector:
             entry = file.tensors[found[layer]]
             if entry.type != gguf.GGMLQuantizationType.F32 or len(entry.shape) != 1:
                 raise UserError(
-                    f"{path}: {entry.name} is {entry.type.name} {entry.shape}, and has to be F32 "
+                    f"{path}: {entry.name} is {entry.type.name} {entry.shape}, but must be F32 "
                     "and of one dimension."
                 )
             layers[layer] = np.array(file.values(found[layer]), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A GGUF with tensors added to it, everything else as it is."""
+"""Write a GGUF again with tensors added; everything else in it stays the same."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def extend(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write ``source`` to ``out`` with float32 tensors added, or put in the place of old ones.
+    """Write ``source`` to ``out`` with float32 tensors added or replaced.
 
     Args:
-        source: open, of one part; it is only read.
+        source: an open GGUF in one file; it is only read.
         out: must not exist.
-        tensors: name -> values.
+        tensors: name -> values, of any shape; a tensor of that name is replaced.
         metadata: key -> its new value.
 
     Raises:
-        UserError: for a split source.
+        UserError: when the source is a split model.
     """
     if len(source.parts) > 1:
         raise UserError(
-            f"{source.parts[0].name} is one of {len(source.parts)} parts, and a tensor is to be "
-            "added: join them with llama.cpp's `llama-gguf-split --merge` first."
+            f"{source.parts[0].name} is one of {len(source.parts)} parts, to which no tensor can "
+            "be added: join them with llama.cpp's `llama-gguf-split --merge` first."
         )
     reader = gguf.GGUFReader(source.parts[0])
     writer = gguf.GGUFWriter(out, source.architecture, endianess=reader.endianess)

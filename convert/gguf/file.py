@@ -1,7 +1,7 @@
 """Open GGUF files: metadata and tensors of one file, or of all parts of a split one.
 
-Whatever passes here can be looked at without surprise: `convert.gguf.header` has checked counts,
-lengths, types, UTF-8, places and sizes. Tensors' data are only mapped.
+`convert.gguf.header` has checked counts, lengths, types, UTF-8, offsets and sizes of every file
+that is opened here. The tensors' data are memory-mapped and not read until they are used.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _PLAIN = {_Q.I8: "<i1", _Q.I16: "<i2", _Q.I32: "<i4", _Q.I64: "<i8", _Q.F64: "<f
 class GgufSource(Closing):
     """A GGUF file, or all parts of a split one, open for reading.
 
-    A context manager, which closes the files at its end. Metadata stay readable after that, and so
-    do arrays that `raw` returned before.
+    It is a context manager, which closes the files at its end. The metadata, and arrays that `raw`
+    returned before, can still be read after that.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open ``path``, and with any part of a split model all the others; check every header.
+        """Open ``path`` (for a part of a split model: all its parts) and check every header.
 
         Raises:
-            UserError: naming the file and the mend, when a file is missing or damaged, when parts
-                do not belong together, or for a version, byte order or type not known here.
+            UserError: naming the file and what to do, when a file is missing or damaged, when parts
+                do not belong together, or when a version, byte order or type is not supported.
         """
         self._descriptors: list[int] = []
         self._maps: dict[int, mmap.mmap] = {}
-        # Whoever does not close it leaves no open file behind.
+        # Closes the files of an object that is dropped without `close`.
         weakref.finalize(self, _close, self._descriptors)
         try:
             self._parts = self._open(Path(path))
@@ -108,12 +108,16 @@ class GgufSource(Closing):
 
     @property
     def layouts(self) -> list[Part]:
-        """The same files with everything their headers say."""
+        """What the header of each file says, in the order of `parts`."""
         return list(self._parts)
 
     @property
     def architecture(self) -> str:
-        """general.architecture, such as "llama". Raises UserError when there is none."""
+        """The value of general.architecture, such as "llama".
+
+        Raises:
+            UserError: when there is none.
+        """
         found = self._metadata.get("general.architecture")
         if not isinstance(found, str) or not found:
             raise UserError(
@@ -124,21 +128,25 @@ class GgufSource(Closing):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Key -> str, int, float, bool or list, of the first part; decoded when asked for."""
+        """The first part's metadata: key -> str, int, float, bool or list, decoded when read."""
         return self._metadata
 
     @property
     def tensors(self) -> dict[str, TensorEntry]:
-        """Every tensor by its name, in file order, part after part."""
+        """Name -> entry of every tensor, in file order, part after part."""
         return self._tensors
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape by its name, in file order."""
+        """Name -> shape of every tensor, in file order."""
         return {name: entry.shape for name, entry in self._tensors.items()}
 
     def tensor(self, name: str) -> TensorEntry:
-        """The entry of ``name``. Raises UserError when there is no such tensor."""
+        """The entry of the tensor ``name``.
+
+        Raises:
+            UserError: when there is no such tensor.
+        """
         try:
             return self._tensors[name]
         except KeyError:
@@ -147,7 +155,7 @@ class GgufSource(Closing):
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor: uint8, (rows, bytes per row), a read-only view of the file.
 
-        Rows are the product of all dimensions but the fastest; see `convert.gguf.ggml_types`.
+        The number of rows is the product of all dimensions but the fastest.
         """
         entry = self.tensor(name)
         shape = (entry.rows, entry.row_bytes)
@@ -160,22 +168,22 @@ class GgufSource(Closing):
         return flat.reshape(shape)
 
     def release(self, name: str) -> None:
-        """Give the pages of a tensor that `raw` has brought in back to the system."""
+        """Let the system drop from memory the pages of a tensor that was read through `raw`."""
         entry = self.tensor(name)
         if entry.part in self._maps:
             give_back(self._maps[entry.part], entry.offset, entry.nbytes)
 
     def values(self, name: str) -> np.ndarray:
-        """A tensor as float32 in its shape, dequantized by gguf-py; a new array.
+        """A tensor dequantized by gguf-py: a new float32 array of the tensor's shape.
 
         Raises:
-            UserError: when there is no such tensor, or its type is not meant for weights.
+            UserError: when there is no such tensor, or gguf-py cannot dequantize its type.
         """
         entry = self.tensor(name)
         raw = self.raw(name)
         if not raw.size:
             return np.zeros(entry.shape, dtype=np.float32)
-        # Damaged scales may be infinite or no number: that is the values' business.
+        # Damaged scales may be infinite or NaN; then so are the values, which callers check.
         with np.errstate(all="ignore"):
             if entry.type in _PLAIN:
                 found = raw.view(_PLAIN[entry.type])
@@ -196,7 +204,11 @@ class GgufSource(Closing):
         return self._descriptors[part]
 
     def check_unchanged(self) -> None:
-        """Raise UserError when a file was written to since its header was read."""
+        """Check that no file was written to since its header was read.
+
+        Raises:
+            UserError: naming the file that was changed.
+        """
         for index, part in enumerate(self._parts):
             if state_of(os.fstat(self.descriptor(index))) != part.state:
                 raise UserError(f"{part.path} was changed while it was in use: start again.")
@@ -205,7 +217,7 @@ class GgufSource(Closing):
         """Close the files."""
         while self._maps:
             _, mapped = self._maps.popitem()
-            # While a view from `raw` is alive, the mapping goes with it instead.
+            # A mapping with a living view from `raw` cannot be closed; it ends with that view.
             with suppress(BufferError):
                 mapped.close()
         _close(self._descriptors)
@@ -218,11 +230,11 @@ class GgufSource(Closing):
 
 
 # --------------------------------------------------------------------------------------------------
-# Questions about one file
+# Functions of a path
 
 
 def open_gguf(path: Path) -> GgufSource:
-    """The source at ``path``, kept open while its files stay the same.
+    """The source at ``path``; opening the same unchanged files again returns the same object.
 
     Raises:
         UserError: naming the file when it is missing, damaged or no GGUF.
@@ -237,7 +249,7 @@ def open_gguf(path: Path) -> GgufSource:
     return known
 
 
-# The last two, the latest at the end.
+# The two sources that were opened last, the latest at the end.
 _opened: dict[Path, GgufSource] = {}
 
 
@@ -252,18 +264,18 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
     """Tensor ``name`` dequantized to float32, row-major: (out, in), or (experts, out, in).
 
     Raises:
-        UserError: naming the file and the tensor when it is not there.
+        UserError: naming the file and the tensor when there is no such tensor.
     """
     return open_gguf(path).values(name)
 
 
 def tensor_types(path: Path) -> dict[str, GGMLQuantizationType]:
-    """Every tensor's name and GGML type, in file order."""
+    """Name -> GGML type of every tensor, in file order."""
     return {name: entry.type for name, entry in open_gguf(path).tensors.items()}
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """Every metadata key and its value, as str, int, float, bool or a list of one of these."""
+    """Key -> value of all metadata: str, int, float, bool or a list of one of these."""
     return dict(open_gguf(path).metadata)
 
 

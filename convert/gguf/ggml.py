@@ -1,7 +1,8 @@
-"""ggml's own quantizer and dequantizer, called in the shared object that already brings them.
+"""ggml's own quantizer and dequantizer, called in an installed shared library through ctypes.
 
-gguf-py has no K-quant encoder. The wheel of xllamacpp, or Homebrew's ggml, exports the real one:
-ggml_quantize_chunk and dequantize_row_* (ggml/include/ggml.h, ggml/src/ggml-quants.h).
+gguf-py has no encoder for K-quants. The shared library in the wheel of xllamacpp, or that of
+Homebrew's ggml, exports ggml's: ggml_quantize_chunk and dequantize_row_* (ggml/include/ggml.h,
+ggml/src/ggml-quants.h).
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from gguf import GGMLQuantizationType
 from convert.base.errors import UserError
 
 ENVIRONMENT = "ABL_MLX_GGML"
-"""Names a shared object with ggml in it, tried before all others."""
+"""Environment variable with the path of a shared library of ggml, tried before all others."""
 
 _NEEDED = ("ggml_quantize_init", "ggml_quantize_chunk")
 
-# Weights per call: large enough to be worth a call, small enough to spread over threads.
+# Weights per call of ggml: enough to be worth a call, few enough to be spread over threads.
 _CHUNK = 1 << 20
 
 
 def available() -> bool:
-    """Whether a ggml was found: `quantize` and `dequantize` will not fail for want of one."""
+    """Whether a shared library of ggml was found, which `quantize` and `dequantize` need."""
     return _find() is not None
 
 
 def library() -> ctypes.CDLL:
-    """The loaded shared object.
+    """The loaded shared library of ggml.
 
     Raises:
-        UserError: when there is none, saying what to install.
+        UserError: when none was found, saying what to install.
     """
     found = _find()
     if found is None:
@@ -61,7 +62,7 @@ def quantize(values: np.ndarray, to: GGMLQuantizationType) -> np.ndarray:
         uint8, (..., bytes per row).
 
     Raises:
-        UserError: without a ggml, or when n does not fit the block size.
+        UserError: when ggml was not found, or n is not a multiple of the block size.
     """
     block, size = gguf.GGML_QUANT_SIZES[to]
     width = values.shape[-1]
@@ -95,13 +96,13 @@ def dequantize(encoded: np.ndarray, of: GGMLQuantizationType) -> np.ndarray:
 
     Args:
         encoded: uint8, (..., bytes per row).
-        of: the type they are in.
+        of: the type in which they are encoded.
 
     Returns:
         float32, (..., n).
 
     Raises:
-        UserError: without a ggml, or when it does not decode this type.
+        UserError: when ggml was not found, or does not decode this type.
     """
     block, size = gguf.GGML_QUANT_SIZES[of]
     name = "dequantize_row_" + of.name.lower().replace("_k", "_K")
@@ -130,7 +131,7 @@ def _spread(work: Callable[[int, int], None], rows: int, width: int) -> None:
     if len(starts) <= 1:
         work(0, rows)
         return
-    # ctypes lets go of the interpreter lock while ggml works.
+    # ctypes releases the interpreter lock while ggml works.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda first: work(first, min(first + step, rows)), starts):
             pass

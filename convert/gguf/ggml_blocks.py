@@ -1,7 +1,7 @@
-"""The quantized GGML types with levels of their own, one small class each.
+"""Codecs of the quantized GGML types that store one code for each weight, one class each.
 
-The block layouts are those of llama.cpp's ggml/src/ggml-common.h, the arithmetic that of
-ggml/src/ggml-quants.c and of gguf-py's quants.py.
+The block layouts are those of llama.cpp's ggml/src/ggml-common.h; the arithmetic is that of
+ggml/src/ggml-quants.c and of gguf-py's quants.py. "d / 32" means: one scale d for 32 weights.
 
 ======== ===== ========== =============================== ================================
 type     block bits/weight scale, offset per group         levels
@@ -22,8 +22,8 @@ MXFP4       32     4.25    power of two / 32               E2M1, doubled: -12 ..
 NVFP4       64     4.5     unsigned E4M3 / 16              E2M1, doubled
 ======== ===== ========== =============================== ================================
 
-d, dmin and m are float16. E2M1 has two zeros: they are one level here, and a zero that was stored
-as -0 stays -0.
+d, dmin and m are float16. E2M1 has two zeros, 0 and -0: both are one level here, and a weight that
+was stored as -0 is written as -0 again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _levels(*values: int) -> np.ndarray:
 
 
 def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
-    """Float32 (B, 1) of the two bytes at ``at``."""
+    """The float16 at byte ``at`` of each of B blocks, as float32 (B, 1)."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
@@ -88,11 +88,11 @@ def _pack_eighths(bits: np.ndarray) -> np.ndarray:
 
 
 class _Halves(GridCodec):
-    """Four bits of a code: byte i of a sub-block holds its weights i (low) and half + i (high).
+    """Four bits of each code: byte i of a sub-block holds weights i (low) and half + i (high).
 
     Attributes:
-        at: the byte of a block where they begin.
-        half: bytes per sub-block, which are half as many as its weights.
+        at: the byte of a block at which these bits begin.
+        half: bytes in a sub-block, which is half the number of its weights.
     """
 
     at: ClassVar[int]
@@ -143,7 +143,7 @@ class Q4_1(_Halves):
 
 
 class _FifthBits(_Halves):
-    """Low four bits as in Q4_0; before them, in 4 bytes, the fifth bit of weight i in bit i."""
+    """Low four bits as in Q4_0, and 4 bytes before them, whose bit i is weight i's fifth bit."""
 
     half = 16
 
@@ -182,7 +182,7 @@ class Q5_1(_FifthBits):
 
 
 class Q8_0(GridCodec):
-    """float16 d, 32 signed bytes. A byte's sign bit flipped is its rank."""
+    """float16 d, 32 signed bytes. The code is the byte with its sign bit flipped."""
 
     type, group, levels = GGMLQuantizationType.Q8_0, 32, _levels(*range(-128, 128))
 
@@ -217,7 +217,7 @@ class Q2_K(GridCodec):
 class Q3_K(GridCodec):
     """32 bytes of third bits, 64 bytes of low bits, 12 bytes of 6-bit scales, float16 d.
 
-    A third bit that is set means codes 4 to 7, which are the levels 0 to 3.
+    Where a weight's third bit is set, its code is 4 to 7, which means the levels 0 to 3.
     """
 
     type, group, levels = GGMLQuantizationType.Q3_K, 16, _levels(*range(-4, 4))
@@ -242,8 +242,9 @@ class Q3_K(GridCodec):
 class _SixBitScales(GridCodec):
     """float16 d, float16 dmin, then 12 bytes with 8 scales and 8 offsets of six bits each.
 
-    Bytes 0-3 and 4-7 are the first four scales and offsets; bytes 8-11 the low four bits of the
-    other four, whose upper two are the upper two of bytes 0-7.
+    The low six bits of bytes 0-3 are the first four scales, those of bytes 4-7 the first four
+    offsets. Bytes 8-11 hold the low four bits of the other scales and offsets, whose upper two bits
+    are the upper two bits of bytes 0-7.
     """
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
@@ -315,7 +316,7 @@ class IQ4_NL(_Halves):
 
 
 class IQ4_XS(_Halves):
-    """float16 d, 8 scales of six bits (2 bytes of upper two, 4 of low four), 128 bytes of codes."""
+    """float16 d, 8 six-bit scales (2 bytes of upper bits, 4 bytes of lower), 128 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.IQ4_XS, 32, _IQ4
     at, half = 8, 16
@@ -328,7 +329,7 @@ class IQ4_XS(_Halves):
         return _float16(blocks, 0) * (scales.astype(np.float32) - np.float32(32))
 
 
-# E2M1, doubled so that all are whole numbers, by stored code; 8 is -0.
+# Twice the E2M1 number of each stored code, so that all are whole numbers; stored code 8 is -0.
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _E2M1_LEVELS = _levels(*sorted(set(_E2M1)))
 _E2M1_RANK = np.searchsorted(_E2M1_LEVELS, np.array(_E2M1)).astype(np.uint8)
@@ -336,7 +337,7 @@ _E2M1_STORED = np.array([_E2M1.index(int(level)) for level in _E2M1_LEVELS], dty
 
 
 class _Fp4(_Halves):
-    """Codes are E2M1 numbers, stored as sign and magnitude."""
+    """Weights are E2M1 numbers, stored as sign and magnitude."""
 
     levels = _E2M1_LEVELS
 
@@ -355,9 +356,9 @@ class _Fp4(_Halves):
 
 
 class MXFP4(_Fp4):
-    """One byte e, 16 bytes of codes. The scale is 2 ** (e - 128), levels being doubled.
+    """One byte e, 16 bytes of codes. The scale is 2 ** (e - 128), as the levels are doubled.
 
-    e = 255 is no number, as in the OCP Microscaling specification and in llama.cpp's check.
+    e = 255 means NaN, as in the OCP Microscaling specification and in llama.cpp's check.
     """
 
     type, group = GGMLQuantizationType.MXFP4, 32
@@ -369,7 +370,10 @@ class MXFP4(_Fp4):
 
 
 def _unsigned_e4m3() -> np.ndarray:
-    """Half of what each byte means, levels being doubled. ggml reads 0x7F as zero, no sign bit."""
+    """float32 (256,): half of the number that each byte means, as the levels are doubled.
+
+    ggml reads 0x7F as zero and ignores the sign bit.
+    """
     byte = np.arange(256)
     exponent, mantissa = (byte >> 3) & 15, byte & 7
     normal = np.ldexp(1 + mantissa / 8, exponent - 7)

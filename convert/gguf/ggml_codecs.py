@@ -1,7 +1,8 @@
-"""What a codec of a GGML type does: bytes of a GGUF tensor <-> Grid, R rows of n weights at once.
+"""Codecs of GGML types: bytes of a GGUF tensor <-> Grid, for R rows of n weights.
 
-R is the product of all dimensions but ne0, n is ne0, and a row's blocks follow each other. Any run
-of rows may be decoded and encoded on its own. `convert.gguf.ggml_blocks` has the quantized types.
+n is the tensor's fastest dimension (ne0), R the product of all others; a row's blocks follow each
+other. Any run of rows may be decoded and encoded separately. The codecs of the quantized types are
+in `convert.gguf.ggml_blocks`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class GridCodec(ABC):
 
     Attributes:
         type: the GGML type.
-        group: weights per scale.
-        levels: float32, (K,), ascending: what a code stands for.
+        group: number of weights that share a scale.
+        levels: float32, (K,), ascending: the number that each code stands for.
     """
 
     type: ClassVar[GGMLQuantizationType]
@@ -47,15 +48,15 @@ class GridCodec(ABC):
         return 8 * self.size / self.block
 
     def decode(self, raw: np.ndarray, n: int) -> Grid:
-        """The grid of some rows.
+        """The grid of R rows.
 
         Args:
-            raw: uint8, (R, bytes per row). The grid keeps it as its frame, uncopied.
+            raw: uint8, (R, bytes per row). The grid keeps it as its frame, without a copy.
             n: weights per row.
 
         Raises:
-            UserError: when sizes do not fit, or a block's scale is not a finite number; names no
-                tensor, which the caller knows.
+            UserError: when sizes do not fit, or a block's scale is not finite. The message does
+                not name the tensor; the caller adds its name.
         """
         check_rows(raw, n, self.block, self.size, self.type)
         raw = np.ascontiguousarray(raw)
@@ -68,7 +69,7 @@ class GridCodec(ABC):
 
         def read(part: slice) -> None:
             self._unpack(blocks[part], codes[part])
-            # A damaged block's scale is infinite or no number, and is told of below.
+            # A damaged block's scale may be infinite or NaN, which is reported below.
             with np.errstate(invalid="ignore"):
                 scales[part] = self._scales(blocks[part])
                 if offsets is not None:
@@ -81,7 +82,7 @@ class GridCodec(ABC):
                 row, block = divmod(bad, n // self.block)
                 raise UserError(
                     f"block {block} of row {row} has a {self.type.name} scale that is not finite: "
-                    "the file is damaged, get it again."
+                    "the file is damaged, download it again."
                 )
         shape = (rows, n // self.group)
         return Grid(
@@ -94,13 +95,13 @@ class GridCodec(ABC):
         )
 
     def encode(self, grid: Grid) -> np.ndarray:
-        """The bytes of a grid that this codec decoded, or of ``with_codes`` of one.
+        """The bytes of a grid that this codec decoded, possibly changed by ``Grid.with_codes``.
 
         Returns:
-            uint8, (R, bytes per row): a new array, equal to the grid's frame in all but code bits.
+            uint8, (R, bytes per row): a new array, equal to the grid's frame but for the code bits.
 
         Raises:
-            ValueError: for another type's grid.
+            ValueError: when the grid is of another type.
         """
         rows, n = grid.shape
         frame = grid.frame
@@ -120,10 +121,10 @@ class GridCodec(ABC):
 
     @abstractmethod
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        """Float32 (B, block // group) of uint8 (B, size)."""
+        """The scales of B blocks, float32 (B, block // group), from ``blocks``, uint8 (B, size)."""
 
     def _offsets(self, blocks: np.ndarray) -> np.ndarray:
-        """The same for offsets, where the type has any."""
+        """The offsets of B blocks, in the shape of `_scales`, where the type has any."""
         raise NotImplementedError
 
     @abstractmethod
@@ -132,7 +133,7 @@ class GridCodec(ABC):
 
     @abstractmethod
     def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        """Write ``codes`` over the code bits of ``blocks``, which hold the old ones."""
+        """Replace the code bits of ``blocks``, uint8 (B, size), by ``codes``, uint8 (B, block)."""
 
     @classmethod
     def _has_offsets(cls) -> bool:
@@ -163,7 +164,11 @@ class FloatCodec:
         return 8.0 * self.size
 
     def decode(self, raw: np.ndarray, n: int) -> FloatGrid:
-        """The weights of some rows: uint8 (R, bytes per row), n weights each.
+        """The weights of R rows.
+
+        Args:
+            raw: uint8, (R, bytes per row).
+            n: weights per row.
 
         Raises:
             UserError: when sizes do not fit, or a weight is not finite.
@@ -176,11 +181,11 @@ class FloatCodec:
         return FloatGrid(numbers)
 
     def encode(self, grid: FloatGrid) -> np.ndarray:
-        """The bytes, uint8 (R, bytes per row), of a grid from ``decode`` or ``round``."""
+        """The bytes of a grid from ``decode`` or ``round``: uint8 (R, bytes per row)."""
         return self._write(np.ascontiguousarray(grid.numbers, dtype=np.float32))
 
     def round(self, values: np.ndarray) -> FloatGrid:
-        """Each value on the type's nearest number, ties to even: float32 (R, n).
+        """Each value of float32 (R, n) rounded to the nearest number of the type, ties to even.
 
         Raises:
             UserError: when a value is not finite or too large for the type.
@@ -206,7 +211,7 @@ class FloatCodec:
             with np.errstate(over="ignore"):
                 return numbers.astype("<f2").view(np.uint8)
         bits = numbers.view(np.uint32)
-        # Finite float32 only: adding up to half of the last place kept cannot wrap around.
+        # Half of the last kept bit is added; with finite float32 that cannot overflow 32 bits.
         bits = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
         return (bits >> np.uint32(16)).astype("<u2").view(np.uint8)
 
@@ -214,7 +219,11 @@ class FloatCodec:
 def check_rows(
     raw: np.ndarray, n: int, block: int, size: int, ggml_type: GGMLQuantizationType
 ) -> None:
-    """Refuse raw rows that are not ``n`` weights of this type each."""
+    """Check that each of the raw rows holds ``n`` weights of this type.
+
+    Raises:
+        UserError: when the rows' type, number of dimensions or length is another.
+    """
     if raw.ndim != 2 or raw.dtype != np.uint8:
         raise UserError(f"raw rows are uint8 of 2 dimensions, not {raw.dtype} of {raw.ndim}.")
     if n < 1 or n % block:
@@ -229,7 +238,11 @@ def check_rows(
 
 
 def check_values(values: np.ndarray) -> None:
-    """Refuse values that are no matrix of finite numbers."""
+    """Check that values are a matrix of finite numbers.
+
+    Raises:
+        UserError: when they are not.
+    """
     if values.ndim != 2:
         raise UserError(f"rows of weights have 2 dimensions, not {values.ndim}.")
     if not np.isfinite(values).all():

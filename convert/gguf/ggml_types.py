@@ -1,8 +1,8 @@
-"""Every GGML type that weights are stored in: its codec, or the type to write in its stead.
+"""Every GGML type in which weights are stored: its codec, or the type to write instead.
 
-Of the types without a codec, IQ1, IQ2 and IQ3 choose whole vectors of 4 or 8 weights from a
-codebook. TQ1_0 and TQ2_0 do have levels of their own (-1, 0, 1), but a step is as large as a weight
-and one scale serves 256 weights, which leaves an edit no room. ``finer_type`` names the type to
+These types have no codec. IQ1, IQ2 and IQ3 choose whole vectors of 4 or 8 weights from a codebook.
+TQ1_0 and TQ2_0 have a code for each weight (-1, 0, 1), but a step is as large as a weight and one
+scale serves 256 weights, so an edit cannot be rounded to them. ``finer_type`` names the type to
 write instead:
 
 ======== ==== ========= ====== ==== ===== ========= ========================================
@@ -19,10 +19,10 @@ TQ1_0    1.69 0         Q4_K   4.5  .072  .002      below it, -d, 0, d come back
 TQ2_0    2.06 0         Q4_K   4.5  .072  .002      the same
 ======== ==== ========= ====== ==== ===== ========= ========================================
 
-Errors are root mean squares relative to the weights, by ggml's own quantizer without an importance
-matrix on Gaussian weights (ternary ones for TQ); "re-encode" is the error that the new type adds to
-what the old one held. The rule: the smallest type whose error and whose re-encoding error are both
-no more than the old type's own error.
+Errors are root mean squares relative to the root mean square of the weights, for ggml's own
+quantizer without an importance matrix on Gaussian weights (ternary weights for TQ). "re-encode" is
+the error of writing weights that were stored in the old type in the new one. The rule: the smallest
+type whose error and whose re-encoding error are both at most the old type's own error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from convert.gguf import ggml
 from convert.gguf.ggml_blocks import GRID_CODECS
 from convert.gguf.ggml_codecs import FloatCodec, GridCodec, check_values
 
-# Types that gguf-py encodes too, to the same bytes as ggml.
+# Types that gguf-py can encode, to the same bytes as ggml.
 _ENCODED_BY_GGUF_PY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 
 Codec = GridCodec | FloatCodec
@@ -65,11 +65,11 @@ _FINER = {
 }
 
 GRID_TYPES: tuple[GGMLQuantizationType, ...] = tuple(found.type for found in GRID_CODECS)
-"""The types with codes: all that have a codec but F32, F16 and BF16."""
+"""The types with codes: every type that has a codec, except F32, F16 and BF16."""
 
 
 def has_grid(ggml_type: GGMLQuantizationType) -> bool:
-    """Whether tensors of this type have a Grid; False for plain floats and for vector codebooks."""
+    """Whether tensors of this type have a Grid; plain floats and vector codebooks have none."""
     return ggml_type in GRID_TYPES
 
 
@@ -77,7 +77,7 @@ def codec(ggml_type: GGMLQuantizationType) -> Codec:
     """The codec of a type: a GridCodec, or a FloatCodec for F32, F16 and BF16.
 
     Raises:
-        UserError: for a type without one, naming the type to write instead if there is.
+        UserError: when the type has none, naming the type to write instead where there is one.
     """
     if ggml_type in _CODECS:
         return _CODECS[ggml_type]
@@ -90,10 +90,10 @@ def codec(ggml_type: GGMLQuantizationType) -> Codec:
 
 
 def grid_codec(ggml_type: GGMLQuantizationType) -> GridCodec:
-    """The same for a type with a Grid.
+    """The codec of a type that has a Grid.
 
     Raises:
-        UserError: for plain floats too.
+        UserError: when the type has no codec, or is a plain float type.
     """
     found = codec(ggml_type)
     if not isinstance(found, GridCodec):
@@ -102,12 +102,12 @@ def grid_codec(ggml_type: GGMLQuantizationType) -> GridCodec:
 
 
 def finer_type(ggml_type: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The smallest grid type that is at least as fine; a type with a codec is its own.
+    """The type itself if it has a codec; else the smallest type with a grid that is as precise.
 
-    The module's table says why.
+    The table in this module's docstring gives the reasons.
 
     Raises:
-        UserError: when none is known, as for types that are no weights.
+        UserError: when no such type is known, for instance because the type holds no weights.
     """
     if ggml_type in _FINER:
         return _FINER[ggml_type]
@@ -115,9 +115,9 @@ def finer_type(ggml_type: GGMLQuantizationType) -> GGMLQuantizationType:
 
 
 def fresh(values: np.ndarray, ggml_type: GGMLQuantizationType) -> Grid:
-    """A new grid for these values, its scales chosen by ggml's own quantizer.
+    """A new grid for these values, whose scales ggml's own quantizer chooses.
 
-    For plain floats there is ``FloatCodec.round`` instead.
+    For plain float types use ``FloatCodec.round``.
 
     Args:
         values: float32, (R, n).
@@ -125,7 +125,7 @@ def fresh(values: np.ndarray, ggml_type: GGMLQuantizationType) -> Grid:
 
     Raises:
         UserError: when the type has no grid, n does not fit its blocks, a value is not finite, or
-            the type needs a ggml that is not there.
+            the type needs ggml and it was not found.
     """
     found = grid_codec(ggml_type)
     check_values(values)
@@ -135,7 +135,7 @@ def fresh(values: np.ndarray, ggml_type: GGMLQuantizationType) -> Grid:
             f"rows of {n} do not fit {ggml_type.name}, whose blocks hold {found.block} weights."
         )
     values = np.ascontiguousarray(values, dtype=np.float32)
-    # An older ggml would crash on a type that it does not know.
+    # ggml crashes on a type that it does not know, so look for the type's decoder first.
     if ggml.available() and hasattr(ggml.library(), _decoder_name(ggml_type)):
         raw = ggml.quantize(values, ggml_type)
     elif ggml_type.name in _ENCODED_BY_GGUF_PY:
@@ -151,19 +151,19 @@ def fresh(values: np.ndarray, ggml_type: GGMLQuantizationType) -> Grid:
 
 
 def refit(grid: Grid, values: np.ndarray, ggml_type: GGMLQuantizationType) -> Grid:
-    """The grid with new scales where the values leave it, the rest as it was.
+    """The grid with new scales for those blocks whose range is too small for the values.
 
     A block is encoded anew when one of its values lies more than half a step past the ends of its
-    group, and the new block holds them with less squared error than the old one at its nearest
-    codes. All other blocks keep every bit, codes included.
+    group and the new block has a smaller squared error than the old block with its nearest codes.
+    All other blocks keep every bit, codes included.
 
     Args:
         grid: a tensor's own grid, of this type.
-        values: float32, (R, n): what shall be written.
+        values: float32, (R, n): the values to be written.
         ggml_type: the grid's type.
 
     Raises:
-        UserError: as `fresh`.
+        UserError: as `fresh` does.
     """
     check_values(values)
     found = grid_codec(ggml_type)
@@ -194,10 +194,10 @@ def refit(grid: Grid, values: np.ndarray, ggml_type: GGMLQuantizationType) -> Gr
 
 
 def as_rows(data: np.ndarray) -> np.ndarray:
-    """A tensor's data as gguf-py's reader gives it, as raw rows: uint8, (R, bytes per row).
+    """Raw rows, uint8 (R, bytes per row), of a tensor's data as gguf-py's reader returns them.
 
     Args:
-        data: (..., bytes per row) of uint8, or (..., n) of a float type; one dimension is one row.
+        data: uint8 (..., bytes per row), or (..., n) of a float type; one dimension is one row.
     """
     width = data.shape[-1] * data.itemsize
     return np.ascontiguousarray(data).view(np.uint8).reshape(-1, width)

@@ -1,4 +1,4 @@
-"""Read the header of a GGUF file, strictly: what it claims is checked before it is believed.
+"""Read the header of a GGUF file, checking everything in it before it is used.
 
 The format, little-endian throughout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md):
 
@@ -16,19 +16,20 @@ The format, little-endian throughout (https://github.com/ggml-org/ggml/blob/mast
     string   name, under 64 bytes
     u32      number of dimensions, 1 to 4
     u64 each dimensions, the fastest first: ne0, ne1, ...; ne0 is the input of a linear layer
-    u32      GGML type, which sets the block that ne0 is a multiple of, and a block's bytes
-    u64      offset of the data, counted from where the data begin
+    u32      GGML type, which sets the number of weights in a block, of which ne0 is a multiple,
+             and the number of bytes in a block
+    u64      offset of the tensor's data, counted from the beginning of the data section
 
-    zeros up to the next multiple of general.alignment (a power of two, 32 unless given): here the
-    data begin; every offset is a multiple of the same alignment
+    zeros up to the next multiple of general.alignment (a power of two, 32 unless given); there the
+    data section begins, and every offset in it is a multiple of the same alignment
 
 A large model may be split into NAME-00001-of-0000N.gguf and so on. Every part is a GGUF file; the
 first has the metadata, all have split.no (from 0), split.count and split.tensors.count.
 
-gguf-py's own reader asserts, loops or allocates without end on damaged files, and keeps no place of
-a value, so this module parses by itself. Whatever passes here can be looked at without surprise:
-counts, lengths, types, UTF-8, places and sizes have all been checked. Reading needs a header's
-length of memory, and data are only mapped.
+gguf-py's own reader fails assertions, loops or allocates without end on damaged files, and does not
+tell where in the file a value is stored; so this module has its own parser. It checks counts,
+lengths, types, UTF-8, offsets and sizes. It needs as much memory as the header is long; data are
+not read.
 """
 
 from __future__ import annotations
@@ -80,11 +81,11 @@ _TYPES = {int(kind): kind for kind in GGMLQuantizationType if kind in gguf.GGML_
 
 
 class _Cursor:
-    """Reads a header from its start, never more of the file than the header is long.
+    """Reads a header from its start, and no more of the file than the header is long.
 
     Attributes:
-        at: what comes next, in bytes from the start of the file.
-        what: what is being read, for messages.
+        at: the next byte to be read, counted from the start of the file.
+        what: the name of the part that is being read, for messages.
     """
 
     def __init__(self, path: Path, descriptor: int, size: int) -> None:
@@ -98,11 +99,11 @@ class _Cursor:
 
     @property
     def left(self) -> int:
-        """Bytes of the file behind this place."""
+        """Number of bytes of the file that have not been read."""
         return self.size - self.at
 
     def reach(self, end: int) -> None:
-        """Have the file's bytes up to ``end`` in the buffer."""
+        """Read the file's bytes up to ``end`` into the buffer."""
         if end <= len(self.buffer):
             return
         if end > self.size:
@@ -122,7 +123,7 @@ class _Cursor:
             self.buffer += more
 
     def bytes(self, count: int) -> bytes:
-        """The next ``count`` bytes."""
+        """Read the next ``count`` bytes."""
         self.reach(self.at + count)
         found = bytes(self.buffer[self.at : self.at + count])
         self.at += count
@@ -135,7 +136,7 @@ class _Cursor:
         return int.from_bytes(self.bytes(8), "little")
 
     def name(self, what: str, longest: int) -> str:
-        """A key or a tensor's name."""
+        """Read a key or a tensor's name of 1 to ``longest`` bytes; ``what`` describes it."""
         self.what = what
         length = self.u64()
         if not 0 < length <= longest:
@@ -149,7 +150,7 @@ class _Cursor:
         return found
 
     def skip(self, kind: GGUFValueType, depth: int = 0) -> GGUFValueType | None:
-        """Check and skip a value; return an array's item type."""
+        """Check and skip a value; return the type of an array's items, None for other values."""
         if kind in FORMATS:
             self._skip_numbers(kind, 1)
         elif kind == GGUFValueType.STRING:
@@ -193,7 +194,7 @@ class _Cursor:
         return kind
 
     def _skip_strings(self, count: int) -> None:
-        """Skip many: a vocabulary has hundreds of thousands of them."""
+        """Check and skip many strings quickly: a vocabulary has hundreds of thousands."""
         if count > _MAX_STRINGS:
             raise self.broken(f"{self.what} claims {count} strings, more than any vocabulary has")
         start, at = self.at, self.at
@@ -212,7 +213,12 @@ class _Cursor:
         self._check_utf8(start, starts)
 
     def _check_utf8(self, start: int, lengths: array[int] | None = None) -> None:
-        """Check what lies between ``start`` and here, zeros put over the lengths in between."""
+        """Check that the bytes from ``start`` to here are UTF-8.
+
+        Args:
+            start: the first byte.
+            lengths: of the strings of an array, whose length fields between them are not checked.
+        """
         text = np.array(self.buffer[start : self.at], dtype=np.uint8)
         if lengths:
             places = np.frombuffer(lengths, dtype=np.int64) - start
@@ -243,14 +249,15 @@ class _Cursor:
 
 
 def read_part(path: Path, descriptor: int, index: int) -> Part:
-    """What the header of one file says.
+    """Read and check the header of one file.
 
     Args:
+        path: the file, for messages.
         descriptor: of the file, open for reading.
-        index: which part of a split model it is, from 0.
+        index: which part of a split model the file is, counted from 0.
 
     Raises:
-        UserError: naming the file and the mend, when it is damaged or of an unknown kind.
+        UserError: naming the file and what to do, when it is damaged or of an unsupported kind.
     """
     status = os.fstat(descriptor)
     cursor = _Cursor(path, descriptor, status.st_size)
@@ -308,7 +315,7 @@ def read_part(path: Path, descriptor: int, index: int) -> Part:
 
 
 def _check_start(path: Path, start: bytes, size: int) -> None:
-    """Magic and version, and what people have instead of a model."""
+    """Check a file's magic and version, and recognize common files that are no GGUF."""
     if size < 24:
         raise broken(path, f"it has only {size} bytes, which is less than a header")
     if start.startswith(b"version https://"):
@@ -336,7 +343,7 @@ def _check_start(path: Path, start: bytes, size: int) -> None:
             else "download it again, or update abl-mlx if the format is that new"
         )
         raise UserError(
-            f"{path} is in version {little} of GGUF, and only versions 2 and 3 are known here: "
+            f"{path} is in version {little} of GGUF, but only versions 2 and 3 are known here: "
             f"{mend}."
         )
 
@@ -356,7 +363,7 @@ def _alignment(cursor: _Cursor, fields: Mapping[str, Field]) -> int:
 
 
 def _read_entry(cursor: _Cursor, which: str, alignment: int, part: int) -> TensorEntry:
-    """A tensor's entry, its offset still counted from where the data begin."""
+    """Read a tensor's entry, with its offset counted from the beginning of the data section."""
     name = cursor.name(f"the name of {which}", 63)
     shown = shown_name(name)
     cursor.what = f"the entry of tensor {shown}"
@@ -374,7 +381,7 @@ def _read_entry(cursor: _Cursor, which: str, alignment: int, part: int) -> Tenso
         )
     kind = _TYPES[number]
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    # The product of what is not zero: NumPy wants that to be countable, too.
+    # Sizes of 0 count as 1: NumPy also limits the product of the other dimensions.
     if math.prod(max(size, 1) for size in shape) >= 2**56:
         raise cursor.broken(f"the tensor {shown} has the absurd shape {shape}")
     if shape[-1] % block:
@@ -406,11 +413,11 @@ def _check_data(path: Path, size: int, tensors: Mapping[str, TensorEntry]) -> No
 
 
 def shown_name(name: str) -> str:
-    """A name from a file, fit for one line of a terminal."""
+    """A name from a file, made safe and short for one line of a terminal."""
     short = name if len(name) <= 80 else name[:77] + "..."
     return short if short.isprintable() else ascii(short)
 
 
 def broken(path: Path, why: str) -> UserError:
-    """The error of a damaged file."""
+    """The error to raise for a damaged file; ``why`` says what is wrong."""
     return UserError(f"{path} is no readable GGUF file: {why}; download it again.")

@@ -1,7 +1,7 @@
-"""The metadata of a GGUF that this project reads: types and ranges, checked when a file is opened.
+"""Types and ranges of the metadata keys of a GGUF that this project reads.
 
-Everything else in the metadata may be what it likes. Long arrays are judged by the item type that
-the header gives them, and not decoded.
+They are checked when a file is opened; other keys may have any value. Long arrays are not decoded:
+only the type of their items, which the header gives, is checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from convert.base.schema import FLAG, TEXT, Kind, Refused, check, either, list_o
 
 
 class Field(Protocol):
-    """What the header says of a value: its type, and that of an array's items."""
+    """What the header says about a value: its type and, for an array, the type of its items."""
 
     @property
     def type(self) -> GGUFValueType: ...
@@ -49,7 +49,7 @@ _GENERAL: dict[str, Kind] = {
     "adapter.type": TEXT,
     "adapter.lora.alpha": number(),
 }
-"""Key -> what its value has to be."""
+"""Key -> the kind of its values."""
 
 _ARRAYS: dict[str, tuple[set[GGUFValueType], str]] = {
     "tokenizer.ggml.tokens": ({_V.STRING}, "a list of texts"),
@@ -57,10 +57,10 @@ _ARRAYS: dict[str, tuple[set[GGUFValueType], str]] = {
     "tokenizer.ggml.scores": (_NUMBERS, "a list of numbers"),
     "tokenizer.ggml.token_type": (_WHOLES, "a list of whole numbers"),
 }
-"""Key -> types of its items, and that in words."""
+"""Key of an array -> the accepted types of its items, and the same in words."""
 
 _TOKEN_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
-# All bits set means that there is no such token.
+# The id of a token; -1, or all 32 bits set, means that there is no such token.
 _TOKEN = whole(-1, 2**32 - 1)
 
 _OF_THE_ARCHITECTURE: dict[str, Kind] = {
@@ -80,7 +80,7 @@ _OF_THE_ARCHITECTURE: dict[str, Kind] = {
     "rope.scaling.type": TEXT,
     "rope.scaling.factor": number(0),
 }
-"""The same for keys under the architecture's name."""
+"""The kinds of values of keys that begin with the architecture's name."""
 
 
 def check_keys(
@@ -89,12 +89,13 @@ def check_keys(
     metadata: Mapping[str, Any],
     tensors: Iterable[str],
 ) -> None:
-    """Refuse metadata of another type or range than this project reads, and counts that lie.
+    """Check the types and ranges of metadata, and the number of blocks against the tensors.
 
     Args:
-        fields: key -> what the header says of its value.
-        metadata: key -> its value; decoded when asked for.
-        tensors: the names in the file.
+        path: the file, for messages.
+        fields: key -> what the header says about its value.
+        metadata: key -> its value, decoded when it is read.
+        tensors: the names of the file's tensors.
 
     Raises:
         UserError: naming the file, the key and what belongs there.
@@ -118,7 +119,7 @@ def check_keys(
     if blocks and claimed > 2 * blocks + 16:
         raise _wrong(
             path,
-            f"its {architecture}.block_count is {claimed}, and its tensors are of {blocks} blocks",
+            f"its {architecture}.block_count is {claimed}, but its tensors are of {blocks} blocks",
         )
 
 

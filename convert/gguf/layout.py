@@ -1,6 +1,6 @@
-"""Where things lie in a GGUF file: its metadata pairs and its tensors, in bytes.
+"""Records of where the metadata pairs and the tensors of a GGUF file lie, in bytes.
 
-The format is described in `convert.gguf.header`, which reads these records.
+`convert.gguf.header` describes the format and makes these records from a file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import gguf
 from gguf import GGMLQuantizationType, GGUFValueType
 
 ALIGNMENT = "general.alignment"
-"""The metadata key of what every tensor's offset is a multiple of, in bytes."""
+"""The metadata key with the alignment: every tensor's offset is a multiple of it, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class TensorEntry:
         type: its GGML type.
         shape: in NumPy's order, the slowest dimension first: (out, in) or (experts, out, in).
         part: index into `GgufSource.parts`.
-        offset: of its first byte, counted from the start of that file.
-        nbytes: its length.
+        offset: its first byte, counted from the start of that file.
+        nbytes: its length in bytes.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Field:
     """Where one metadata pair lies, in bytes from the start of its file.
 
     Attributes:
-        type: of the value.
-        item: of an array's items; None for other values.
-        start: of the pair, which is where the length of its key is.
-        value: of the value; an array's item type and count come first.
-        end: of the pair.
+        type: the type of the value.
+        item: the type of an array's items; None for other values.
+        start: where the pair begins, with the length of its key.
+        value: where the value begins; that of an array begins with its item type and its count.
+        end: where the pair ends.
     """
 
     type: GGUFValueType
@@ -74,14 +74,14 @@ class Part:
 
     Attributes:
         path: the file.
-        size: its length.
-        state: what tells when it is changed or replaced.
-        header: its bytes up to the last tensor's entry.
-        fields: key -> its place, in file order.
-        tensors: in file order.
-        entries: tensor name -> (start, end) of its entry in the header.
-        alignment: of offsets.
-        data_start: what offsets count from, header and padding before it.
+        size: its length in bytes.
+        state: `state_of` the file when it was opened, which shows later changes.
+        header: the file's bytes up to the end of the last tensor's entry.
+        fields: key -> where its pair lies, in file order.
+        tensors: name -> entry, in file order.
+        entries: tensor name -> (start, end) of its entry in the header, in bytes.
+        alignment: every offset is a multiple of this many bytes.
+        data_start: the byte where the data section begins, after header and padding.
     """
 
     path: Path
@@ -96,21 +96,21 @@ class Part:
 
 
 def row_bytes(kind: GGMLQuantizationType, width: int) -> int:
-    """Bytes of ``width`` weights, a multiple of the type's block, in this type."""
+    """Bytes that ``width`` weights take in this type; ``width`` is a multiple of its block size."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     return int(width // block * size)
 
 
 def aligned(offset: int, alignment: int) -> int:
-    """The next multiple of ``alignment``."""
+    """The smallest multiple of ``alignment`` that is at least ``offset``."""
     return -(-offset // alignment) * alignment
 
 
 def in_data_order(tensors: Mapping[str, TensorEntry]) -> list[TensorEntry]:
-    """Tensors of one file as their data follow each other."""
+    """The tensors of one file in the order of their data."""
     return sorted(tensors.values(), key=lambda entry: (entry.offset, entry.nbytes))
 
 
 def state_of(status: os.stat_result) -> tuple[int, ...]:
-    """What tells when a file is changed or replaced: its length, time of change and inode."""
+    """A file's length, time of change and inode, which show that it was changed or replaced."""
     return status.st_size, status.st_mtime_ns, status.st_ino

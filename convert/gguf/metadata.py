@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file, decoded key by key from a header that has been checked."""
+"""The metadata of a GGUF file as a mapping, decoded key by key from a checked header."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from convert.gguf.values import FORMATS, U64, VALUE_TYPES
 
 
 class Metadata(Mapping[str, Any]):
-    """A part's metadata, decoded from its header at the first request for each key."""
+    """The metadata of one file; each value is decoded from the header when it is first read."""
 
     def __init__(self, part: Part) -> None:
         self._header = part.header
@@ -38,7 +38,7 @@ class Metadata(Mapping[str, Any]):
 
 
 def _decode(header: bytes, kind: GGUFValueType, at: int) -> tuple[Any, int]:
-    """A checked value, and where it ends."""
+    """Decode the value at byte ``at`` of a checked header; return it and the byte after it."""
     if kind == GGUFValueType.STRING:
         start = at + 8
         end = start + U64.unpack_from(header, at)[0]

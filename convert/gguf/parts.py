@@ -1,4 +1,4 @@
-"""A model split into several GGUF files: the names of the parts, and whether they fit together."""
+"""Models split into several GGUF files: names of the parts, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SPLIT_NAME = re.compile(r"(?P<name>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf
 
 
 def part_paths(path: Path, count: int) -> list[Path]:
-    """The names of the parts of a model split into ``count`` files; of one file, ``path`` itself.
+    """The paths of the parts of a model split into ``count`` files; ``path`` itself if it is 1.
 
     Args:
         path: NAME, NAME.gguf or the path of any part.
-        count: how many.
+        count: the number of parts.
     """
     if count <= 1:
         return [path]
@@ -31,17 +31,17 @@ def part_paths(path: Path, count: int) -> list[Path]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a GGUF, all parts of it where ``path`` is one; nothing of it is read."""
+    """The size of a GGUF in bytes (all parts, if ``path`` is one of a split model)."""
     parts = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-*-of-\1.gguf", path.name)
     files = [path] if parts == path.name else path.parent.glob(parts)
     return sum(file.stat().st_size for file in files)
 
 
 def split_number(part: Part, key: str) -> int | None:
-    """A count under ``key`` in the metadata of one part; None where there is none.
+    """The count under ``key`` in the metadata of one part; None where the key is missing.
 
     Raises:
-        UserError: when it is no count.
+        UserError: when the value is not a count.
     """
     if key not in part.fields:
         return None
@@ -52,10 +52,10 @@ def split_number(part: Part, key: str) -> int | None:
 
 
 def check_parts(parts: list[Part]) -> None:
-    """Refuse parts that do not belong together.
+    """Check that files are the parts of one model, in order.
 
     Raises:
-        UserError: naming the part.
+        UserError: naming the part that does not fit.
     """
     names: dict[str, Path] = {}
     for index, part in enumerate(parts):
@@ -63,7 +63,7 @@ def check_parts(parts: list[Part]) -> None:
         if number not in (None, index) or count not in (None, len(parts)):
             raise UserError(
                 f"{part.path} calls itself part {(number or 0) + 1} of {count or len(parts)}: give "
-                f"the parts their own names back, or download them again."
+                f"the parts their original names, or download them again."
             )
         for name in part.tensors:
             if name in names:

@@ -1,9 +1,9 @@
-"""Write a GGUF file again with some tensors and metadata changed, everything else verbatim.
+"""Write a GGUF file again with some tensors and metadata changed, all other bytes unchanged.
 
 A file to be written is a list of pieces in order: ranges of the source, new bytes, new tensors.
-Ranges that follow each other become one, so a file without changes is a single range, and what lies
-between two changed tensors is one copy inside the kernel. Nothing but new tensors passes through
-memory, one chunk at a time.
+Ranges that follow each other are joined: a file without changes is a single range, and everything
+between two changed tensors is copied by one call of the operating system. Only new tensors pass
+through this process's memory, one chunk at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from convert.gguf.values import Value, encode_pair
 
 _FIXED = ("general.architecture", ALIGNMENT, "split.no", "split.count", "split.tensors.count")
 
-# Copied between two looks at Ctrl-C and two reports of progress.
+# Bytes copied at a time; Ctrl-C is noticed and progress reported between two such copies.
 _COPY = 1 << 26
 _BUFFER = 1 << 20
 
@@ -41,10 +41,10 @@ class Replacement:
     """New data of a tensor.
 
     Attributes:
-        type: the GGML type it is written in.
+        type: the GGML type in which the data are encoded.
         shape: in NumPy's order: (out, in) or (experts, out, in).
-        chunks: called once, when the tensor's turn comes; its arrays' bytes, or bytes, are written
-            one after the other. Together they must be as long as type and shape say.
+        chunks: called once, when the tensor is to be written; returns arrays or bytes, which are
+            written one after the other. Their total length must be that of the type and shape.
     """
 
     type: GGMLQuantizationType
@@ -53,7 +53,7 @@ class Replacement:
 
     @property
     def nbytes(self) -> int:
-        """What the chunks have to add up to."""
+        """The total length of the chunks in bytes."""
         return math.prod(self.shape[:-1]) * row_bytes(self.type, self.shape[-1])
 
 
@@ -67,29 +67,29 @@ def rewrite(
 ) -> list[Path]:
     """Write ``source`` to ``out`` with some tensors and metadata changed.
 
-    Every other tensor, key and value keeps its bytes and its order; so do padding and whatever else
-    is in the file. Offsets change only behind a tensor that changes its length, and the whole data
-    move where metadata or entries do. Files appear under their names whole, flushed and all
-    together, the first part last; or not at all.
+    Every other tensor, key and value keeps its bytes and its order; so do padding and anything else
+    in the file. A tensor's offset changes only when a tensor before it changes its length; the data
+    section moves when the header changes its length. Either all files appear under their names,
+    complete and flushed (the first part last), or none does.
 
     Args:
-        source: open; it is only read.
-        out: must not exist, and may have any name. Of a split source come as many parts, named
-            as `part_paths` (out, count) says.
+        source: an open GGUF; it is only read.
+        out: must not exist; any name. A split source gives as many parts, whose names are those of
+            ``part_paths(out, count)``.
         tensors: name -> its new data.
-        metadata: key -> its new value, in its old place and, for a number, in its old type if the
-            value fits; new keys come last; None removes a key if it is there. In a split model,
-            those of the first part.
-        progress: called with (bytes written, bytes in all), of all parts together.
+        metadata: key -> its new value, or None to remove the key. A key that exists keeps its place
+            and, if it is a number that fits, its type; new keys come last. In a split model these
+            are the keys of the first part.
+        progress: called with (bytes written, bytes in all), counted over all parts.
 
     Returns:
         The files written.
 
     Raises:
-        UserError: naming file, tensor or key, for a tensor that is not there or does not fit its
-            type, a key that belongs to the file's structure, an output that exists or cannot be
-            written, a source that changes meanwhile.
-        ValueError: when a replacement's chunks are shorter or longer than its type and shape.
+        UserError: naming file, tensor or key, when a tensor does not exist or does not fit its
+            type, a key belongs to the file's structure, an output exists or cannot be written, or
+            the source changes meanwhile.
+        ValueError: when a replacement's chunks are shorter or longer than its type and shape say.
     """
     tensors, metadata = tensors or {}, metadata or {}
     out = Path(out)
@@ -120,7 +120,7 @@ def rewrite(
             for index, (partial, plan) in enumerate(zip(staged, plans, strict=True)):
                 with open(partial, "wb", buffering=0) as stream:
                     _write(stream.fileno(), source.descriptor(index), plan, advance)
-                    # A full disk tells here at the latest, before any file has its name.
+                    # A full disk raises here at the latest, before any file has its final name.
                     os.fsync(stream.fileno())
                     status = os.fstat(stream.fileno())
                 ours[paths[index]] = (status.st_dev, status.st_ino)
@@ -132,7 +132,7 @@ def rewrite(
 
 
 def _remove(ours: Mapping[Path, tuple[int, int]], folders: list[Path]) -> None:
-    """Remove the parts that had been renamed before another could not be."""
+    """Remove the parts that had got their final names when another part failed to get its own."""
     for path, identity in ours.items():
         with suppress(OSError):
             status = os.lstat(path)
@@ -157,12 +157,12 @@ def _check_replacement(source: GgufSource, name: str, replacement: Replacement) 
 
 
 # --------------------------------------------------------------------------------------------------
-# What goes where
+# The order of the pieces
 
 
 @dataclass(frozen=True)
 class _Range:
-    """Bytes of the source file."""
+    """A range of bytes of the source file."""
 
     start: int
     end: int
@@ -170,7 +170,7 @@ class _Range:
 
 @dataclass(frozen=True)
 class _New:
-    """A tensor's new data."""
+    """The new data of a tensor, as a piece of the file."""
 
     name: str
     replacement: Replacement
@@ -186,7 +186,7 @@ def _length(piece: _Piece) -> int:
 
 
 class _Plan:
-    """Pieces of one file, put together as far as they can be."""
+    """The pieces of one file in order; neighbouring ranges of the source are joined."""
 
     def __init__(self) -> None:
         self.pieces: list[_Piece] = []
@@ -209,7 +209,7 @@ class _Plan:
 
 
 def _new_pairs(part: Part, metadata: Mapping[str, Value | None]) -> dict[str, bytes]:
-    """Key -> the bytes of its pair, none for a key to be removed."""
+    """Key -> the bytes of its new pair, which are empty for a key to be removed."""
     pairs: dict[str, bytes] = {}
     for key, value in metadata.items():
         if key in _FIXED:
@@ -253,7 +253,7 @@ def _plan(
 def _plan_data(
     part: Part, tensors: Mapping[str, Replacement]
 ) -> tuple[list[_Piece], dict[str, int]]:
-    """The pieces from where the data begin, and each tensor's offset from there."""
+    """The pieces of the data section, and name -> offset of each tensor in that section."""
     pieces: list[_Piece] = []
     offsets: dict[str, int] = {}
     in_order = in_data_order(part.tensors)
@@ -270,7 +270,7 @@ def _plan_data(
         pieces.append(_Range(entry.offset, end) if new is None else _New(entry.name, new))
         at += nbytes
         if nbytes != entry.nbytes:
-            # Other padding; what follows the old one (nothing, in any usual file) stays.
+            # New padding replaces the old; bytes after the old padding (usually none) stay.
             padding = aligned(at, part.alignment) - at
             pieces.append(bytes(padding))
             at += padding
@@ -282,7 +282,7 @@ def _plan_data(
 
 
 def _add_padding(plan: _Plan, part: Part) -> None:
-    """What lies between the header and the data, or behind a header without data."""
+    """Add the bytes between the header and the data, or after a header without data."""
     header_end = len(part.header)
     data_start = min(part.data_start, part.size)
     if plan.length == header_end:
@@ -358,8 +358,8 @@ def _write_all(target: int, data: bytes | bytearray | memoryview) -> None:
 class _Copier:
     """Copies from one open file to the end of another, by the fastest way that works here.
 
-    os.copy_file_range shares blocks where the file system can, os.sendfile stays within the kernel;
-    macOS has neither for files.
+    os.copy_file_range shares blocks on file systems that can; os.sendfile copies inside the kernel.
+    macOS has neither for files, so there the bytes are read and written.
     """
 
     def __init__(self, source: int, target: int) -> None:
@@ -372,12 +372,12 @@ class _Copier:
                 self.ways.append(getattr(self, f"_{name}"))
 
     def __call__(self, at: int, count: int) -> int:
-        """Copy up to ``count`` bytes from the source's byte ``at``; return how many."""
+        """Copy up to ``count`` bytes from the source's byte ``at`` on; return how many."""
         while True:
             try:
                 copied = self.ways[-1](at, count)
             except OSError as error:
-                # A full disk is full for the other ways too.
+                # On a full disk the other ways would fail as well.
                 if len(self.ways) == 1 or error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 copied = 0

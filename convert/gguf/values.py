@@ -1,4 +1,4 @@
-"""Metadata values of a GGUF file: Python's on one side, the file's types and bytes on the other."""
+"""Encoding Python values as metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gguf import GGUFValueType
 from convert.base.errors import UserError
 
 Value = str | int | float | bool | list[str]
-"""What can be given as the value of a metadata key."""
+"""Python types that can be the value of a metadata key."""
 
 _V = GGUFValueType
 
@@ -27,32 +27,32 @@ FORMATS: dict[GGUFValueType, str] = {
     _V.INT64: "<q",
     _V.FLOAT64: "<d",
 }
-"""The types of a fixed length, as struct (and NumPy) spell them."""
+"""The types of a fixed length -> their format letters in struct and NumPy."""
 
 U64 = struct.Struct("<Q")
-"""How lengths and counts are stored."""
+"""The struct format of lengths and counts."""
 
 VALUE_TYPES = {int(kind): kind for kind in GGUFValueType}
-"""The number of a value's type in a file -> the type."""
+"""The number that stands for a type in a file -> the type."""
 
 _FLOATS = ("<f", "<d")
 
 
 def value_type(key: str, value: Any) -> tuple[GGUFValueType, GGUFValueType | None]:
-    """The GGUF type of a value, and of a list's items.
+    """The GGUF type of a value and, for a list, that of its items (None for other values).
 
-    str; bool; int as uint32, or int64 where that does not fit; float as float32; lists of one of
-    these, numbers in them as int32.
+    An int becomes uint32, or int64 where it does not fit; in a list it becomes int32. A float
+    becomes float32.
 
     Raises:
-        UserError: naming the key, for any other type and for lists of several types.
+        UserError: naming the key, when the value has another type, or a list mixes types.
     """
     if isinstance(value, (list, tuple)):
         inner = {value_type(key, item)[0] for item in value} or {_V.STRING}
         if len(inner) > 1:
             raise UserError(f"the metadata {key} mixes types in one list: make them the same.")
         only = inner.pop()
-        # Lists of numbers are signed in GGUF files by habit (token types).
+        # Programs that write GGUF files store lists of whole numbers (token types) as signed.
         return _V.ARRAY, _V.INT32 if only == _V.UINT32 else only
     if isinstance(value, bool):
         return _V.BOOL, None
@@ -78,8 +78,8 @@ def encode_pair(
     Args:
         key: 1 to 65535 bytes of UTF-8.
         value: as for `value_type`.
-        old: the type, and a list's item type, that the key has so far. A number that fits keeps
-            it, since llama.cpp refuses some keys in any other type.
+        old: the type of the key's value in the source, and that of a list's items. A value that
+            fits is written in this type, because llama.cpp refuses some keys in another type.
 
     Raises:
         UserError: naming the key, when the value fits no type.
@@ -105,7 +105,7 @@ def encode_pair(
 
 
 def _fits(value: Any, kind: GGUFValueType) -> bool:
-    """Whether a value can be stored in this type and stay of its sort: number, bool or text."""
+    """Whether a value can be stored in this type and remain a number, a bool or a text."""
     if kind in (_V.STRING, _V.BOOL):
         return isinstance(value, str if kind == _V.STRING else bool)
     if kind not in FORMATS or isinstance(value, bool) or not isinstance(value, (int, float)):
