@@ -1,9 +1,9 @@
-"""LoRA adapters for mlx-lm and llama.cpp: low-rank changes beside weights that stay as they are.
+"""LoRA adapters for mlx-lm and llama.cpp: low-rank changes in a file beside unchanged weights.
 
-A change of a weight W is scale · left @ right. mlx-lm reads a folder of adapter_config.json and
+The change of a weight W is scale · left @ right. mlx-lm reads a folder with adapter_config.json and
 adapters.safetensors (mlx_lm/tuner/utils.py, load_adapters), llama.cpp a GGUF of general.type
-"adapter" (src/llama-adapter.cpp). Both compute W x and the change of it separately, so a quantized
-base keeps its bytes. Factors are float32 in both: what a runtime does not round away it applies.
+"adapter" (src/llama-adapter.cpp). Both compute W x and its change separately, so a quantized base
+model keeps its bytes. The factors are float32 in both formats.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from convert.gguf.values import value_type
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 
 SUFFIX, GGUF_SUFFIX = ".adapter", ".lora.gguf"
-"""How the names of the two formats end here."""
+"""The suffixes that this project gives adapters of mlx-lm and of llama.cpp."""
 
 
 def is_mlx(path: Path) -> bool:
-    """Whether a name is that of an mlx-lm adapter."""
+    """Whether a path is named like an mlx-lm adapter; it need not exist."""
     return ends_in(path, SUFFIX)
 
 
 def is_lora(path: Path) -> bool:
-    """Whether a name is that of a LoRA of llama.cpp's."""
+    """Whether a path is named like a LoRA file for llama.cpp; it need not exist."""
     return ends_in(path, GGUF_SUFFIX)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one weight, but for the adapter's scale: left @ right.
+    """The change of one weight before the adapter's scale: left @ right.
 
     Attributes:
         kind: ``linear`` (W is (out, in)), ``experts`` ((E, out, in)) or ``embedding`` ((V, d)).
@@ -63,21 +63,21 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight that is changed."""
+        """The shape of the weight that is changed."""
         return (*self.left.shape[:-1], self.right.shape[-1])
 
     @property
     def nbytes(self) -> int:
-        """Of both factors."""
+        """The bytes of both factors."""
         return self.left.nbytes + self.right.nbytes
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter file holds.
+    """The contents of an adapter.
 
     Attributes:
-        scale: by which every change is multiplied.
+        scale: the factor of every change.
         changes: module path (MLX) or tensor name (GGUF) of the weight -> its change.
     """
 
@@ -86,14 +86,14 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """k, the same for all changes.
+        """k, the rank of every change.
 
         Raises:
-            UserError: when there are none, or they differ: the formats hold one rank and scale.
+            UserError: when there are no changes, or their ranks differ: both formats hold one rank.
         """
         ranks = {one.rank for one in self.changes.values()}
         if len(ranks) != 1:
-            raise UserError("an adapter needs changes of one and the same rank.")
+            raise UserError("an adapter needs changes that all have the same rank.")
         return ranks.pop()
 
 
@@ -103,11 +103,13 @@ class Adapter:
 def write_mlx(folder: Path, adapter: Adapter, label: Mapping[str, Any] | None = None) -> None:
     """Write the two files of an mlx-lm adapter into an existing folder.
 
-    ``num_layers`` is 0 and ``keys`` hold whole paths: mlx-lm looks for keys first inside each
-    layer, by paths relative to it, where none of these is, and then in the whole model.
+    ``num_layers`` is 0 and ``keys`` are paths from the model's root. mlx-lm looks for keys first
+    inside each layer, by paths from that layer, and finds none; then in the whole model.
 
     Args:
-        label: what adapter_config.json says under the key ``abl_mlx``; mlx-lm does not look at it.
+        folder: an existing folder.
+        adapter: what to write.
+        label: a value for the key ``abl_mlx`` of adapter_config.json, which mlx-lm ignores.
     """
     config = {
         "fine_tune_type": "lora",
@@ -133,10 +135,11 @@ _CONFIG = record({}, {"lora_parameters": record({}, {"scale": number(), "keys": 
 
 
 def read_mlx(folder: Path, kinds: Mapping[str, str]) -> Adapter:
-    """Read back an adapter folder.
+    """Read a folder of an mlx-lm adapter.
 
     Args:
-        kinds: module path -> kind of the weight, which the files do not tell.
+        folder: the folder.
+        kinds: module path -> kind of the weight (as in `LowRank`), which the files do not say.
 
     Raises:
         UserError: when the folder is no such adapter, or lacks a factor.
@@ -166,7 +169,7 @@ def read_mlx(folder: Path, kinds: Mapping[str, str]) -> Adapter:
 
 
 def _mlx_factors(one: LowRank) -> tuple[np.ndarray, np.ndarray]:
-    """lora_a and lora_b as mlx_lm/tuner/lora.py multiplies them."""
+    """lora_a and lora_b in the shapes in which mlx_lm/tuner/lora.py multiplies them."""
     if one.kind == "linear":  # x @ lora_a @ lora_b
         return one.right.T, one.left.T
     if one.kind == "experts":  # x @ lora_aᵀ @ lora_bᵀ of the chosen experts
@@ -180,12 +183,14 @@ def _mlx_factors(one: LowRank) -> tuple[np.ndarray, np.ndarray]:
 def write_gguf(
     path: Path, architecture: str, adapter: Adapter, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a LoRA that llama.cpp applies.
+    """Write a LoRA file for llama.cpp.
 
     llama.cpp multiplies by adapter.lora.alpha / rank, so alpha is scale · rank.
 
     Args:
-        architecture: that of the base file, or llama.cpp refuses it.
+        path: the file to write.
+        architecture: the base file's general.architecture; llama.cpp refuses any other.
+        adapter: what to write.
         metadata: further keys and values.
 
     Raises:
@@ -200,7 +205,7 @@ def write_gguf(
         writer.add_key_value(key, value, kind, sub_type=inner)
     for name, one in adapter.changes.items():
         if len(name.encode()) + len(".lora_a") > _LONGEST:
-            raise UserError(f"the tensor name {name} is too long for an adapter of it.")
+            raise UserError(f"the tensor name {name} is too long for an adapter file.")
         for suffix, values in zip((".lora_a", ".lora_b"), _gguf_factors(name, one), strict=True):
             writer.add_tensor(name + suffix, values.astype(np.float32, order="C"))
     writer.write_header_to_file()
@@ -209,7 +214,7 @@ def write_gguf(
     writer.close()
 
 
-# ggml keeps 64 bytes for a name, the last of them zero.
+# Longest name of a tensor in bytes: ggml keeps 64, the last of which is zero.
 _LONGEST = 63
 
 
@@ -221,7 +226,7 @@ def _alpha(path: Path, value: Any) -> float:
 
 
 def read_gguf(path: Path) -> Adapter:
-    """Read back a LoRA of llama.cpp's.
+    """Read a LoRA file for llama.cpp.
 
     Raises:
         UserError: when the file is no GGUF or no LoRA.
@@ -246,19 +251,19 @@ def read_gguf(path: Path) -> Adapter:
 
 
 def ignored(architecture: str, names: Iterable[str]) -> list[str]:
-    """The tensors to which llama.cpp would not apply an adapter."""
+    """Those of the tensors ``names`` to which llama.cpp would not apply an adapter."""
     stream = STREAMS.get(architecture)
     roles = frozenset() if stream is None else stream.past_adapters
     return [name for name in names if roles & set(name.split("."))]
 
 
 def is_embedding(name: str) -> bool:
-    """Whether llama.cpp takes an adapter of this tensor for one of its token embedding."""
+    """Whether llama.cpp treats an adapter of this tensor as one of the token embedding."""
     return name.endswith("token_embd.weight")
 
 
 def _gguf_factors(name: str, one: LowRank) -> tuple[np.ndarray, np.ndarray]:
-    """lora_a and lora_b in NumPy's order."""
-    if is_embedding(name):  # flipped: rows of lora_a are looked up
+    """lora_a and lora_b with their dimensions in NumPy's order."""
+    if is_embedding(name):  # the other way round: llama.cpp looks up rows of lora_a
         return one.left, one.right.T
     return one.right, one.left

@@ -1,7 +1,8 @@
 """Write an MLX or Hugging Face model folder as one GGUF file, tensor by tensor.
 
-Types per tensor follow llama.cpp's quantizer (src/llama-quant.cpp); names and metadata follow its
-converter. Quantized types come from gguf-py, K-quants from ggml itself.
+Each tensor gets the type that llama.cpp's quantizer would choose (src/llama-quant.cpp); names and
+metadata are those of llama.cpp's converter. gguf-py encodes the older quantized types, ggml the
+K-quants.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Edit = Callable[[mx.array], mx.array]
 
 _Q = GGMLQuantizationType
 
-# What the user types -> (general.file_type, the type of most tensors).
+# File type as the user writes it -> (general.file_type, the type of most tensors).
 FILE_TYPES: dict[str, tuple[LlamaFileType, GGMLQuantizationType]] = {
     "F32": (LlamaFileType.ALL_F32, _Q.F32),
     "F16": (LlamaFileType.MOSTLY_F16, _Q.F16),
@@ -53,10 +54,10 @@ FILE_TYPES: dict[str, tuple[LlamaFileType, GGMLQuantizationType]] = {
     "Q5_K_M": (LlamaFileType.MOSTLY_Q5_K_M, _Q.Q5_K),
     "Q6_K": (LlamaFileType.MOSTLY_Q6_K, _Q.Q6_K),
 }
-"""Every file type that `write_gguf` takes."""
+"""Every file type that `write_gguf` accepts."""
 
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-"""llama-quantize's short names."""
+"""Short names of file types, as in llama-quantize -> full names."""
 
 _K_QUANTS = {_Q.Q2_K, _Q.Q3_K, _Q.Q4_K, _Q.Q5_K, _Q.Q6_K}
 _FALLBACKS = {
@@ -68,7 +69,7 @@ _FALLBACKS = {
 }
 
 
-#: An edited tensor as written: (source name, float32 values, type) -> float16, or the type's bytes.
+#: Encodes an edited tensor: (source name, float32 values, type) -> float16, or the type's bytes.
 Quantizer = Callable[[str, np.ndarray, GGMLQuantizationType], np.ndarray]
 
 
@@ -78,11 +79,10 @@ class GgufReport:
 
     Attributes:
         path: the file.
-        tensors: source tensor name -> GGUF tensor name; an expert maps to its stack.
+        tensors: source tensor name -> GGUF tensor name; every expert has the name of its stack.
         types: GGUF tensor name -> its type, such as "Q6_K".
-        bytes: the file's length.
-        left_out: tensors of the source that a GGUF of the language model does not hold, and that
-            are not made anew: those of a vision tower.
+        bytes: the file's size.
+        left_out: source tensors that the GGUF does not hold: those of a vision tower.
     """
 
     path: Path
@@ -105,26 +105,26 @@ def write_gguf(
 ) -> GgufReport:
     """Write the model in ``folder`` as the GGUF file ``out``.
 
-    One tensor is in memory at a time. The file appears under its name whole or not at all.
+    One tensor is in memory at a time. The file appears under its name complete or not at all.
 
     Args:
-        folder: config.json, model*.safetensors in F32, F16 or BF16, and a tokenizer.
+        folder: a folder with config.json, model*.safetensors in F32, F16 or BF16, and a tokenizer.
         out: must not exist.
         file_type: a key of FILE_TYPES or ALIASES.
-        edits: source tensor name (as in the safetensors file) -> function of that whole tensor in
-            float32, in its source layout (out, in), returning the edited one in the same shape. It
-            runs before rows are permuted, experts stacked and values quantized.
-        metadata: more GGUF keys, or others' values: str, bool, int (uint32; int64 where it does not
-            fit), float (float32), list of str.
-        pre: tokenizer.ggml.pre, where the tokenizer's structure does not tell it.
-        quantize: encodes the edited tensors of all types but F32 in place of `encode`:
-            (source name, float32 values in GGUF's layout, type) -> what `encode` would return.
+        edits: tensor name in the safetensors files -> function from the whole tensor, float32
+            (out, in), to the edited one in the same shape. It is called before rows are permuted,
+            experts stacked and values quantized.
+        metadata: further GGUF keys, or other values for existing keys: str, bool, int (uint32, or
+            int64 where it does not fit), float (float32), list of str.
+        pre: the value of tokenizer.ggml.pre, where it cannot be found from the tokenizer.
+        quantize: used in place of `encode` for edited tensors of all types but F32: (source name,
+            float32 values in GGUF's layout, type) -> what `encode` would return.
         progress: called with (tensors written, tensors in all).
 
     Raises:
-        UserError: an unsupported architecture or tokenizer, a quantized source, a tensor without a
-            place or with NaN or infinity, an edit of a tensor that is not there or that changes its
-            shape, a K-quant without ggml, an output that exists.
+        UserError: when the architecture or tokenizer is not supported, the source is quantized, a
+            tensor has no place in a GGUF or is not finite, an edit is of a missing tensor or
+            changes the shape, a K-quant is asked for without ggml, or the output exists.
     """
     folder, out = Path(folder), Path(out)
     check_new(out)
@@ -168,10 +168,10 @@ def write_gguf(
 
 
 def check_convertible(folder: Path, file_type: str, *, pre: str | None = None) -> None:
-    """Refuse what `write_gguf` would refuse from the headers alone, before any long work.
+    """Check, before any long work, what `write_gguf` can check from the files' headers alone.
 
     Raises:
-        UserError: as `write_gguf` does, except for what only the tensors' values tell.
+        UserError: as `write_gguf` does, except for reasons that lie in the tensors' values.
     """
     with TensorFiles(Path(folder)) as files:
         _layout(Path(folder), files, file_type, pre)
@@ -179,7 +179,7 @@ def check_convertible(folder: Path, file_type: str, *, pre: str | None = None) -
 
 @dataclass(frozen=True)
 class _Layout:
-    """Everything about a file to be written but its values."""
+    """Everything about a file to be written except its values."""
 
     config: dict[str, Any]
     file_type: str
@@ -204,21 +204,21 @@ def _layout(folder: Path, files: TensorFiles, file_type: str, pre: str | None) -
     types = {target.name: choose(target, _shape(target, files)) for target in targets}
     types.update(dict.fromkeys(extras, _Q.F32))
     if any(kind in _K_QUANTS for kind in types.values()):
-        # Better now than after the first gigabytes.
+        # If ggml is missing, fail here rather than after writing gigabytes.
         ggml.library()
     return _Layout(config, file_type, targets, extras, types, tokenizer)
 
 
 def encode(values: np.ndarray, to: GGMLQuantizationType, name: str) -> np.ndarray:
-    """Float32 values as a GGUF tensor's array: float32, float16 or bytes of the type.
+    """Encode float32 values for a GGUF tensor: as float32, float16 or bytes of the type.
 
     Args:
         values: float32, (..., n).
         to: F32, F16, BF16, or a quantized type whose block divides n.
-        name: for messages.
+        name: the tensor's name, for messages.
 
     Raises:
-        UserError: naming the tensor, when a value does not fit float16.
+        UserError: naming the tensor, when a value is too large for float16.
     """
     if to == _Q.F32:
         return np.ascontiguousarray(values, dtype=np.float32)
@@ -239,7 +239,7 @@ def _file_type(name: str) -> str:
     found = ALIASES.get(name.upper(), name.upper())
     if found not in FILE_TYPES:
         raise UserError(
-            f"{name} is no GGUF file type known here: choose one of {', '.join(FILE_TYPES)}."
+            f"{name} is not a supported GGUF file type: choose one of {', '.join(FILE_TYPES)}."
         )
     return found
 
@@ -255,7 +255,7 @@ def _refuse_integers(files: TensorFiles) -> None:
 
 
 def _check_heads(targets: list[Target], files: TensorFiles) -> None:
-    """Refuse a number of heads into which the rows of a tensor cannot be divided."""
+    """Refuse a config.json whose number of heads does not divide the rows of a tensor."""
     for target in targets:
         rows = _shape(target, files)[0] if _shape(target, files) else 0
         if target.permute_heads and rows % (2 * target.permute_heads):
@@ -303,7 +303,7 @@ def _values(target: Target, files: TensorFiles, edits: Mapping[str, Edit]) -> np
 def _arrays(
     layout: _Layout, files: TensorFiles, edits: Mapping[str, Edit], quantize: Quantizer | None
 ) -> Iterator[np.ndarray]:
-    """Every tensor as it is written, one after the other."""
+    """Yield every tensor as it is to be written, one after the other."""
     for target in layout.targets:
         values = _values(target, files, edits)
         kind = layout.types[target.name]
@@ -339,7 +339,7 @@ def _check_finite(array: mx.array, name: str, how: str) -> None:
 
 
 def interleave_rows(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from (first half, second half) to alternating order.
+    """Reorder the rows of each head from (first half, second half) to alternating order.
 
     MLX and Hugging Face rotate dimension i with i + d/2; llama.cpp's llama rotates 2i with 2i + 1.
 
@@ -365,7 +365,7 @@ def _add_info(
 
 
 class _TypeChooser:
-    """Which type each tensor gets, as llama.cpp's quantizer would choose without a matrix."""
+    """Chooses each tensor's type as llama.cpp's quantizer does without an importance matrix."""
 
     def __init__(self, file_type: str, config: Mapping[str, Any], targets: list[Target]) -> None:
         flat = hf_to_gguf.text_config(config)
@@ -390,7 +390,7 @@ class _TypeChooser:
         if width % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = _FALLBACKS.get(kind, kind)
         if kind == _Q.Q6_K and self.default not in _K_QUANTS and not ggml.available():
-            # The head of a Q4_0 file: no reason to ask for a library.
+            # The output head of a Q4_0 file is Q8_0 instead of Q6_K, which would need ggml.
             kind = _Q.Q8_0
         return kind if width % gguf.GGML_QUANT_SIZES[kind][0] == 0 else _Q.F16
 
@@ -467,7 +467,7 @@ def _metadata(folder: Path, layout: _Layout) -> dict[str, Any]:
 
 def _general_name(folder: Path) -> str:
     parts = folder.absolute().parts
-    # The hub's cache keeps a model under models--owner--name/snapshots/hash.
+    # Hugging Face's cache keeps a model under models--owner--name/snapshots/hash.
     cached = next((part for part in reversed(parts) if part.startswith("models--")), None)
     return cached.split("--")[-1] if cached else folder.absolute().name
 
@@ -478,6 +478,6 @@ def _add_metadata(writer: gguf.GGUFWriter, keys: Mapping[str, Any]) -> None:
             raise UserError(f"{key} is fixed by the file and cannot be given as metadata.")
         kind, inner = value_type(key, value)
         if kind == GGUFValueType.ARRAY and not value:
-            # GGUF has no empty arrays.
+            # gguf-py cannot write empty arrays.
             continue
         writer.add_key_value(key, value, kind, sub_type=inner)

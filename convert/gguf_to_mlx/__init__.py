@@ -1,9 +1,9 @@
-"""A GGUF as an MLX model: in memory, or as a folder that mlx-lm loads.
+"""Turns a GGUF into an MLX model: in memory, or as a folder that mlx-lm loads.
 
-What an architecture's metadata and tensor names mean is said in `convert.architectures.families`;
-here the values are moved. Quantized blocks become MLX's where MLX has the same
-(`convert.mlx.types`); other types stay packed in memory (`convert.mlx.packed`), and in a folder
-become bfloat16, or are quantized anew by MLX when asked.
+`convert.architectures.families` says what the metadata and tensor names of an architecture mean;
+the modules here move the values. Quantized types that MLX has as well are repacked
+(`convert.mlx.types`). Other types stay packed in memory (`convert.mlx.packed`); in a folder they
+become bfloat16, or on request MLX quantizes them anew.
 """
 
 from __future__ import annotations

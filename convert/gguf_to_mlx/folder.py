@@ -1,4 +1,4 @@
-"""A GGUF as a folder that mlx-lm loads."""
+"""Write a GGUF as a folder that mlx-lm loads."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class FolderReport:
 
     Attributes:
         path: the folder.
-        forms: how many matrices became what, such as {"affine 4-bit": 14, "bfloat16": 2}.
-        bytes: of all safetensors files.
-        left_out: tensors of multi-token prediction, for which mlx-lm's models have no place.
-        config: its config.json.
+        forms: format -> number of matrices in it, such as {"affine 4-bit": 14, "bfloat16": 2}.
+        bytes: total size of the safetensors files.
+        left_out: names of the tensors for multi-token prediction, which mlx-lm's models lack.
+        config: the contents of its config.json.
     """
 
     path: Path
@@ -68,24 +68,28 @@ def write_folder(
     tags: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> FolderReport:
-    """Write a GGUF as a folder that mlx-lm loads; whole, or not at all.
+    """Write a GGUF as a folder that mlx-lm loads; the folder appears complete or not at all.
 
-    Types that MLX has too are moved without requantizing; plain floats stay in their type; any
-    other type becomes bfloat16, or with ``bits`` is quantized by MLX. A slab of one tensor is in
-    memory at a time.
+    Types that MLX has as well are repacked without requantizing; plain floats keep their type; any
+    other type becomes bfloat16, or with ``bits`` is quantized by MLX. Only a part (slab) of one
+    tensor is in memory at a time.
 
     Args:
+        source: an open GGUF.
         out: must not exist.
-        bits: 2, 3, 4, 5, 6 or 8, for matrices of types that MLX does not have.
-        group_size: 32, 64 or 128, for the same.
+        bits: 2, 3, 4, 5, 6 or 8: quantize matrices of types that MLX does not have.
+        group_size: 32, 64 or 128 weights per scale, used with ``bits``.
         dtype: float16, bfloat16 or float32 for all floats, scales included, instead of exact ones.
             mlx-lm computes in float32 where types mix, which is exact, but slower.
-        label: what the folder says of an edit of the model, under ``abl_mlx`` in its config.json.
-        tags: more tags of its card.
-        progress: called with the bytes of the GGUF that were dealt with.
+        label: a description of an edit of the model, kept under ``abl_mlx`` in config.json.
+        tags: further tags of the model card.
+        progress: called with the number of bytes of the GGUF that were converted.
+
+    Returns:
+        What was written.
 
     Raises:
-        UserError: as `layout`, for a tokenizer that cannot be written, an output that exists.
+        UserError: as `layout` does; when the tokenizer cannot be written or the output exists.
     """
     out = Path(out)
     check_new(out)
@@ -117,10 +121,13 @@ def fill_folder(
     extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> FolderReport:
-    """As `write_folder`, into a folder that is there, and without a card.
+    """Do what `write_folder` does, in an existing folder and without a model card.
 
     Args:
-        found: from `layout`.
+        source: an open GGUF.
+        found: its `layout`.
+        folder: an existing, empty folder.
+        bits, group_size, dtype, progress: as for `write_folder`.
         extra: further keys of config.json.
     """
     cast = None if dtype is None else _CASTS[dtype]
@@ -148,7 +155,7 @@ def fill_folder(
 
 
 def drafting(source: GgufSource) -> tuple[str, ...]:
-    """Names of the tensors that only draft further tokens, which no folder of mlx-lm's holds."""
+    """Names of the tensors for multi-token prediction, which mlx-lm's folders do not hold."""
     patterns = Keys(source).drafting
     return tuple(n for n in source.tensors if any(re.search(pattern, n) for pattern in patterns))
 
@@ -156,17 +163,17 @@ def drafting(source: GgufSource) -> tuple[str, ...]:
 _CASTS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 DTYPES = tuple(_CASTS)
-"""What ``dtype`` of `write_folder` may be."""
+"""The accepted values of `write_folder`'s ``dtype``."""
 
 
 def read_back(found: Layout, folder: Path, files: TensorFiles, tensor: str) -> mx.array:
     """A GGUF tensor's values as a written folder holds them: float32, in the GGUF's shape.
 
     Args:
-        found: the layout of the GGUF the folder was written from.
-        folder: where it is.
+        found: the layout of the GGUF from which the folder was written.
+        folder: the written folder.
         files: its tensors.
-        tensor: a matrix or vector that is one parameter, whole.
+        tensor: the name of a GGUF tensor that became exactly one parameter.
     """
     paths = found.places()[tensor]
     weight = found.weights[paths[0]]

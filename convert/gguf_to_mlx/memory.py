@@ -1,4 +1,4 @@
-"""A GGUF as a model in memory, computing in float32."""
+"""Load a GGUF as a model in memory that computes in float32."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A GGUF as a model in memory.
+    """A GGUF loaded as a model in memory.
 
     Attributes:
-        model: mlx-lm's model, its weights evaluated.
-        config: config.json.
-        layout: which parameter is which tensor.
+        model: mlx-lm's model, with evaluated weights.
+        config: what config.json would hold.
+        layout: which parameter is made from which tensors.
     """
 
     model: nn.Module
@@ -50,14 +50,15 @@ def load(
     """The model of a GGUF, computing in float32.
 
     Args:
-        source: open; not needed afterwards.
-        widen: unpack all weights to float32 at once. By default on a CPU where that takes little
-            more memory than the file.
-        native: use MLX's own quantized modules where there is one. By default on a GPU.
-        progress: called with the bytes of the GGUF that were dealt with.
+        source: an open GGUF; it may be closed afterwards.
+        widen: unpack all weights to float32 when loading. The default is to do so on a CPU if that
+            takes little more memory than the file.
+        native: use MLX's own quantized modules where there are any. The default is to do so on a
+            GPU.
+        progress: called with the number of bytes of the GGUF that were loaded.
 
     Raises:
-        UserError: as `layout`, and for damaged or infinite values.
+        UserError: as `layout` does, and when values are damaged or not finite.
     """
     found = layout(source)
     on_cpu = bool(mx.default_device() == mx.Device(mx.cpu))
@@ -78,7 +79,7 @@ def load(
             new = _module(source, found, weight, kind, module, native)
         if new is not None:
             replaced[module_path] = new
-            # A bias is a weight of its own, and comes by itself.
+            # A bias is listed as a weight of its own, so it is left out here.
             values += [(f"{module_path}.{key}", one) for key, one in parameters_of(new)
                        if key != "bias"]  # fmt: skip
         else:
@@ -103,7 +104,7 @@ def parameters_of(module: nn.Module) -> list[tuple[str, mx.array]]:
     return list(found)
 
 
-# What a small model may take more than its file.
+# Bytes of memory that an unpacked model may take beyond the size of its file.
 _AFFORDABLE = 256 << 20
 
 
@@ -119,7 +120,7 @@ def _module(
     like: nn.Module,
     native: bool,
 ) -> nn.Module | None:
-    """A module that holds a quantized or half-precision matrix as it is; None to widen it."""
+    """A module that keeps a quantized or half-precision matrix packed; None to unpack it."""
     shape = shape_of(source, weight)
     if not can_move(weight, kind) or not packed.is_packed(kind):
         return None
@@ -154,8 +155,8 @@ def _module(
 def _native(
     like: nn.Module, moved: types.MlxQuantized, shape: tuple[int, ...], bias: mx.array | None
 ) -> nn.Module:
-    """MLX's own quantized module of the kind of ``like``, holding these arrays."""
-    # Lazily: what it makes of the skeleton's own weights is replaced before anyone looks.
+    """MLX's own quantized counterpart of the module ``like``, with these arrays."""
+    # MLX is lazy: the skeleton's own weights are replaced before they are ever quantized.
     quantized: nn.Module = like.to_quantized(
         group_size=types.GROUP, bits=moved.bits, mode=moved.mode
     )

@@ -1,4 +1,4 @@
-"""A GGUF's tensors as parameters of mlx-lm's model: what goes where, checked to be complete."""
+"""Which tensors of a GGUF become which parameters of mlx-lm's model, checked to be complete."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from convert.mlx.gemma2_window import give_window
 
 @dataclass(frozen=True)
 class Layout:
-    """A GGUF's tensors as parameters of mlx-lm's model.
+    """Which tensors of a GGUF become which parameters of mlx-lm's model.
 
     Attributes:
-        config: config.json.
-        weights: parameter path -> where its values are.
-        model: mlx-lm's model, its parameters not yet evaluated.
+        config: what config.json would hold.
+        weights: parameter path -> the tensors that hold its values.
+        model: mlx-lm's model, with parameters that are not yet evaluated.
         modules: module path -> module.
     """
 
@@ -38,7 +38,7 @@ class Layout:
     modules: dict[str, nn.Module]
 
     def places(self) -> dict[str, list[str]]:
-        """GGUF tensor -> the parameters that hold some of it."""
+        """GGUF tensor -> paths of the parameters that take values from it."""
         found: dict[str, list[str]] = {}
         for path, weight in self.weights.items():
             for piece in weight.pieces:
@@ -47,11 +47,11 @@ class Layout:
 
 
 def layout(source: GgufSource) -> Layout:
-    """What a GGUF is in mlx-lm.
+    """The mlx-lm model of a GGUF, without its values.
 
     Raises:
-        UserError: an architecture that is not supported, a tensor without a place, a parameter
-            without a tensor, metadata that are missing or that mlx-lm cannot follow.
+        UserError: when the architecture is not supported, a tensor belongs to no parameter or a
+            parameter has no tensor, or metadata are missing or not supported by mlx-lm.
     """
     name = source.parts[0]
     if source.architecture not in IN_MLX:
@@ -86,7 +86,7 @@ def _skeleton(config: dict[str, Any], name: Path) -> nn.Module:
             f"({' '.join(str(error).split())[:200]}): update mlx-lm, or get the file again."
         ) from None
     if config.get("tie_word_embeddings") and "lm_head" in model:
-        # Some classes make a head and let their sanitize drop it, and remember that.
+        # Some classes make an output head that their sanitize drops when embeddings are tied.
         model.pop("lm_head")
         if hasattr(model, "tie_word_embeddings"):
             model.tie_word_embeddings = True
@@ -131,7 +131,7 @@ def _check_complete(
 
 
 def shape_of(source: GgufSource, weight: Weight) -> tuple[int, ...]:
-    """The shape of a parameter before its ``change``."""
+    """The shape of a parameter's values before ``weight.change`` is applied to them."""
     if weight.shape is not None:
         return weight.shape
     entries = [source.tensor(piece.tensor) for piece in weight.pieces]

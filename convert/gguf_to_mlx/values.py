@@ -1,4 +1,4 @@
-"""The values of a parameter, moved from tensors of a GGUF a slab at a time."""
+"""Reads the values of a parameter from tensors of a GGUF, a part (slab) of rows at a time."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ _Q = GGMLQuantizationType
 FLOATS = {_Q.F32: mx.float32, _Q.F16: mx.float16, _Q.BF16: mx.bfloat16, _Q.F64: mx.float32}
 
 SLAB = 1 << 25
-"""Weights of a tensor that are looked at together."""
+"""Number of weights in a slab."""
 
 
 def type_of(source: GgufSource, weight: Weight) -> GGMLQuantizationType | None:
-    """The one type of all its pieces; None when they differ or their columns move too finely."""
+    """The GGML type of all pieces of a weight.
+
+    None when the types differ, or when columns are reordered within groups that share a scale.
+    """
     kinds = {source.tensor(piece.tensor).type for piece in weight.pieces}
     if len(kinds) > 1 or weight.change is not None:
         return None
@@ -36,7 +39,7 @@ def type_of(source: GgufSource, weight: Weight) -> GGMLQuantizationType | None:
 
 
 def _whole_groups(columns: np.ndarray, group: int) -> np.ndarray | None:
-    """Where whole groups of columns go, as indices of groups; None when groups are torn apart."""
+    """The order of groups in an order of columns; None when columns of one group are separated."""
     if len(columns) % group:
         return None
     table = columns.reshape(-1, group)
@@ -46,7 +49,7 @@ def _whole_groups(columns: np.ndarray, group: int) -> np.ndarray | None:
 
 
 def can_move(weight: Weight, kind: GGMLQuantizationType) -> bool:
-    """Whether the blocks can be moved without looking at values."""
+    """Whether the blocks of a weight can be moved without decoding their values."""
     for piece in weight.pieces:
         if piece.columns is None or kind in FLOATS:
             continue
@@ -56,7 +59,7 @@ def can_move(weight: Weight, kind: GGMLQuantizationType) -> bool:
 
 
 def raw_slabs(source: GgufSource, weight: Weight) -> Iterator[tuple[np.ndarray, int]]:
-    """The raw rows of all pieces in order, contiguous, a slab at a time, with the piece's index."""
+    """Yield the raw rows of all pieces in order, as contiguous slabs with the piece's index."""
     for index, piece in enumerate(weight.pieces):
         entry = source.tensor(piece.tensor)
         raw = source.raw(piece.tensor)
@@ -69,7 +72,7 @@ def raw_slabs(source: GgufSource, weight: Weight) -> Iterator[tuple[np.ndarray, 
 
 
 def values_of(source: GgufSource, weight: Weight) -> np.ndarray:
-    """A parameter's values, float32 in its shape."""
+    """The values of a parameter, float32, in its shape."""
     parts = []
     for piece in weight.pieces:
         entry = source.tensor(piece.tensor)
@@ -93,7 +96,7 @@ def values_of(source: GgufSource, weight: Weight) -> np.ndarray:
 
 
 def float_slabs(source: GgufSource, weight: Weight) -> Iterator[mx.array]:
-    """A matrix's values, float32 (rows, n) a slab at a time; for weights without a change."""
+    """Yield a matrix's values as slabs of float32 (rows, n); only for weights without a change."""
     for raw, index in raw_slabs(source, weight):
         piece = weight.pieces[index]
         entry = source.tensor(piece.tensor)
@@ -110,7 +113,7 @@ def _decode(raw: np.ndarray, entry: TensorEntry) -> np.ndarray:
 def moved_slabs(
     source: GgufSource, weight: Weight, kind: GGMLQuantizationType, *, exact: bool = False
 ) -> Iterator[Any]:
-    """MLX's arrays of a type that is repacked, a slab of rows at a time."""
+    """Yield MLX's arrays of a weight whose type is repacked, a slab of rows at a time."""
     for raw, index in raw_slabs(source, weight):
         piece = weight.pieces[index]
         n = source.tensor(piece.tensor).shape[-1]
@@ -126,7 +129,7 @@ def moved_slabs(
 
 
 def _with_columns(grid: Grid, columns: np.ndarray) -> Grid:
-    """The grid with its columns in another order, whole groups of 32 at a time."""
+    """The grid with its columns in another order, which keeps whole groups of 32 together."""
     groups = _whole_groups(columns, grid.group)
     assert groups is not None
     return Grid(
@@ -144,7 +147,7 @@ def joined(slabs: list[types.MlxQuantized]) -> types.MlxQuantized:
     first = slabs[0]
     return types.MlxQuantized(
         np.concatenate([slab.weight for slab in slabs]),
-        # One slab in float32 makes all of them so.
+        # If one slab's scales are float32, concatenation makes all of them float32.
         np.concatenate([slab.scales for slab in slabs]),
         None
         if first.biases is None

@@ -1,1 +1,1 @@
-"""MLX folders, and matrices of quantized types in MLX and on a CPU."""
+"""Folders of MLX models, MLX's quantized matrices, and fast computation on a CPU."""

@@ -1,4 +1,4 @@
-"""Rewrite a folder of safetensors shards: a few tensors changed, everything else as it was."""
+"""Write a model folder again with some tensors changed and everything else as it was."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from convert.base import json_text
 from convert.base.errors import OPTION, UserError
 from convert.mlx.safetensors_files import INDEX, TensorFiles, TensorInfo, type_size
 
-#: From a tensor's float32 values to the edited ones, same shape.
+#: A function from a tensor's float32 values to the edited ones, of the same shape.
 TensorEdit = Callable[[mx.array], mx.array]
 
-#: Float types by the name that safetensors and GGUF share.
+#: Name of a float type in safetensors and GGUF -> MLX's dtype.
 FLOAT_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
-# Weights in another format, or beside those that mlx-lm loads, would carry the unedited model on.
+# Files that are not copied: weights in formats that are not edited, which would still be unedited.
 _OTHER_WEIGHTS = (
     ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".safetensors", ".h5", ".msgpack", ".npz",
 )  # fmt: skip
 
 
 class Piece(NamedTuple):
-    """Some bytes of a tensor.
+    """A run of bytes of a tensor.
 
     Attributes:
-        name: of the tensor.
-        offset: of the first of them, in the tensor.
-        data: contiguous.
+        name: the tensor.
+        offset: where the run begins, in bytes from the start of the tensor.
+        data: the bytes, contiguous in memory.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Tensors that are written anew together, piece by piece.
+    """New data for some tensors that are made together, such as the codes and scales of a matrix.
 
     Attributes:
-        old: names of the source's tensors whose place they take.
-        tensors: name -> safetensors type and shape of what is written. Where these are what the
-            source has, the shard keeps its layout.
-        pieces: called once, when their turn comes; together the pieces must fill the tensors.
+        old: names of the source's tensors that are replaced.
+        tensors: name -> safetensors type and shape of the new tensors. If they equal those of the
+            source, the shard keeps its layout.
+        pieces: called once, when the tensors are to be written; together the pieces must fill them.
     """
 
     old: frozenset[str]
@@ -79,15 +79,17 @@ def rewrite_folder(
     a few times the largest edited tensor, whatever the model's size.
 
     Args:
+        source: the model's folder; it is only read.
         files: the tensors of ``source``.
-        edits: tensor name -> function of its float32 values; it keeps its dtype.
+        out: an existing, empty folder.
+        edits: tensor name -> function of its float32 values; the tensor keeps its dtype.
         config: written as config.json.
-        rewrites: other tensors that change.
+        rewrites: new data for other tensors.
         skip: top-level files that are not copied.
         progress: called with the number of bytes just written.
 
     Returns:
-        Names of files left out because they hold weights in a form that was not edited.
+        Names of files that were not copied because they hold weights in a format not edited here.
 
     Raises:
         UserError: when an edited tensor is of no float type, or its edited values overflow it.
@@ -131,10 +133,10 @@ def rewrite_folder(
 def _lay_out(
     files: TensorFiles, shard: Path, target: Path, rewrites: Sequence[Rewrite]
 ) -> dict[str, tuple[Path, int, int]]:
-    """Write a shard with its final layout and everything but what is rewritten.
+    """Write a shard in its final layout, with all data but those of rewritten tensors.
 
     Returns:
-        Tensor name -> file, offset of its first byte there, and its size.
+        Tensor name -> file, offset of its first byte in that file, and its size in bytes.
     """
     here = [name for name in files.names if files.info(name).file == shard]
     gone: set[str] = set()
@@ -145,7 +147,7 @@ def _lay_out(
         shutil.copyfile(shard, target)
         infos = {name: files.info(name) for name in here}
         return {name: (target, info.offset, info.nbytes) for name, info in infos.items()}
-    # What takes the place of a tensor of another name lies where the first of them lay.
+    # New tensors with other names lie where the first tensor that they replace lay.
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in here:
         if name not in gone:
@@ -158,7 +160,7 @@ def _lay_out(
 
 
 def _moves(files: TensorFiles, one: Rewrite) -> bool:
-    """Whether a rewrite changes more than values."""
+    """Whether a rewrite changes names, types or shapes, and so the layout of its shard."""
     old = {name: (files.info(name).dtype, files.info(name).shape) for name in one.old}
     return old != dict(one.tensors)
 
@@ -197,7 +199,7 @@ def _write_shard(
 
 
 def _write_index(old: Path, new: Path, places: Mapping[str, tuple[Path, int, int]]) -> None:
-    """The index of shards, its tensors and their total size as they are now."""
+    """Write the index of shards again with the new tensors' names and total size."""
     index = json_text.read(old)
     index["weight_map"] = {name: places[name][0].name for name in sorted(places)}
     if "total_size" in index.get("metadata", {}):
@@ -206,7 +208,11 @@ def _write_index(old: Path, new: Path, places: Mapping[str, tuple[Path, int, int
 
 
 def edited_bytes(files: TensorFiles, name: str, edit: TensorEdit) -> memoryview:
-    """The bytes of an edited tensor in its own dtype."""
+    """The bytes of a tensor after ``edit``, in the tensor's own dtype.
+
+    Raises:
+        UserError: when the edited values are not finite in that dtype.
+    """
     info = files.info(name)
     dtype = float_dtype(info, name)
     values = edit(files.read(name).astype(mx.float32)).astype(dtype)
@@ -218,7 +224,7 @@ def edited_bytes(files: TensorFiles, name: str, edit: TensorEdit) -> memoryview:
             f"are damaged, or {OPTION} is too large.",
             option="strength",
         )
-    # Bytes are taken through an unsigned view: NumPy and memoryview know no bfloat16.
+    # Bytes are taken through a view as unsigned integers: memoryview does not support bfloat16.
     bits = values.reshape(-1).view(mx.uint32 if info.dtype == "F32" else mx.uint16)
     mx.eval(bits)
     return memoryview(bits).cast("B")  # type: ignore[arg-type]
@@ -233,7 +239,7 @@ def float_dtype(info: TensorInfo, name: str = "a tensor to be edited") -> mx.Dty
     if info.dtype not in FLOAT_DTYPES:
         raise UserError(
             f"{name} in {info.file} is stored as {info.dtype}: only F32, F16 and BF16 can be "
-            "edited in place; take the model in one of these."
+            "edited in place; take the model in one of these types."
         )
     return FLOAT_DTYPES[info.dtype]
 
@@ -255,6 +261,6 @@ def _copy_others(source: Path, files: TensorFiles, out: Path, skip: tuple[str, .
                 left_out.append(str(relative))
                 continue
             (out / inside).mkdir(parents=True, exist_ok=True)
-            # Follows links: a Hugging Face cache holds nothing else.
+            # Links are followed: in a Hugging Face cache every file is a link.
             shutil.copyfile(Path(folder) / name, out / relative)
     return left_out

@@ -1,7 +1,7 @@
-"""Gemma 2's sliding window, which mlx-lm's gemma2 does not have.
+"""Gemma 2's sliding-window attention, which mlx-lm's gemma2 does not have.
 
-Every other layer looks back over so many tokens only. llama.cpp and Transformers do so; without it
-a prompt longer than the window is answered otherwise.
+In every other layer a token attends to the last ``window`` tokens only. llama.cpp and Transformers
+do this; without it, the replies to prompts longer than the window differ.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.gemma2 import Attention
 
-#: The window of a config.json that names none, as Transformers has it.
+#: The window in tokens when config.json gives none: Transformers' default.
 WINDOW = 4096
 
 
 class WindowedAttention(Attention):
-    """Attention over the last ``window`` tokens, the query's own among them."""
+    """Attention over the last ``window`` tokens, the query's own token included."""
 
     window: int
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """As mlx-lm's, with a mask (T, S), (B, 1, T, S) or (B, 1, 1, T, S), or none."""
+        """As mlx-lm's Attention; mask (T, S), (B, 1, T, S), (B, 1, 1, T, S), or None."""
         length = x.shape[1]
         seen = mask.shape[-1] if mask is not None else length + (cache.offset if cache else 0)
         if seen > self.window:
-            # Places in the cache, which lie as far apart as the tokens, whatever stands before.
+            # Positions in the cache; their differences are those of the tokens' positions.
             places = mx.arange(seen)
             near = places[seen - length :, None] - places[None] < self.window
             if mask is None:
@@ -40,7 +40,7 @@ class WindowedAttention(Attention):
 
 
 def give_window(model: nn.Module, config: dict[str, Any]) -> None:
-    """Have a model of mlx-lm look back as far as its config.json says; others stay as they are."""
+    """Give a Gemma 2 model of mlx-lm the window of its config.json; leave other models alone."""
     if config.get("model_type") != "gemma2":
         return
     window = config.get("sliding_window", WINDOW)

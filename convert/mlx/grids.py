@@ -9,15 +9,15 @@ mxfp8   8                      32                  2 ^ (byte - 127)             
 nvfp4   4                      16                  E4M3 (times global / 2688)      E2M1, -6 .. 6
 ======  =====================  ==================  ==============================  ===============
 
-A weight is ``level * scale + bias`` with scale and bias widened to float32 first, which is what MLX
-computes in float32 from float32 scales. (``mx.dequantize(..., dtype=mx.float32)`` of bfloat16
-scales is something else: it computes in bfloat16 and widens the result.) In nvfp4 a matrix may have
-a ``global_scale``, one float32 for each expert, of which 1/2688 = 1/(6 * 448) is a factor of every
-scale.
+A weight is ``level * scale + bias``, computed in float32 from scale and bias in float32, as in MLX
+when scales are stored in float32. (``mx.dequantize(..., dtype=mx.float32)`` with bfloat16 scales
+differs: it computes in bfloat16 and widens the result.) In nvfp4 a matrix may have a
+``global_scale``, one float32 for each expert; every scale is then multiplied by
+global_scale / 2688, where 2688 = 6 * 448.
 
-E2M1 and E4M3 have two zeros: they are one level here, and a zero that was stored as -0 stays -0.
-E4M3 has no infinity and one NaN of either sign, which is no level. Codes are packed as one
-little-endian stream of bits a row (`convert.mlx.types`).
+E2M1 and E4M3 have two zeros, 0 and -0: both are one level here, and a weight that was stored as -0
+is written as -0 again. E4M3 has no infinities; its NaNs are not levels. Each row's codes are packed
+as one little-endian stream of bits (`convert.mlx.types`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from convert.base.grids import Grid, in_chunks
 from convert.gguf.ggml_types import FloatCodec
 from convert.mlx.types import pack, unpack
 
-#: What an nvfp4 scale can be at most, times the largest E2M1: a global scale counts in these.
+#: The largest nvfp4 scale times the largest E2M1 number: the unit of a global scale.
 _GLOBAL = np.float32(448 * 6)
 
 
@@ -52,7 +52,7 @@ class Quantization:
         return f"{self.bits}-bit, groups of {self.group_size}"
 
     def entry(self) -> dict[str, int | str]:
-        """As config.json has it."""
+        """The entry as it stands in config.json."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
@@ -62,8 +62,8 @@ class Rows(NamedTuple):
     Attributes:
         weight: packed codes.
         scales: one for each group.
-        biases: the same; None for all modes but affine.
-        global_scale: float32, (R,): that of each row's expert; None where the module has none.
+        biases: one for each group; None for all modes but affine.
+        global_scale: float32, (R,): the global scale of each row's expert; None if there is none.
     """
 
     weight: np.ndarray
@@ -76,7 +76,7 @@ _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
 
 
 def _e4m3() -> np.ndarray:
-    """What each byte below 0x7F means; 0x7F is NaN, and bit 7 is the sign."""
+    """float32 (127,): the E4M3 number of each byte below 0x7F, which is NaN; bit 7 is the sign."""
     byte = np.arange(0x7F)
     exponent, mantissa = byte >> 3, byte & 7
     normal = np.ldexp(1 + mantissa / 8, exponent - 7)
@@ -87,11 +87,15 @@ _E4M3 = _e4m3()
 
 
 def _signed(magnitudes: np.ndarray, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Levels, the rank of every stored code, and the stored code of every rank.
+    """Levels of a format that stores sign and magnitude.
 
     Args:
-        magnitudes: ascending, of the stored codes from 0.
+        magnitudes: the numbers of the stored codes 0, 1, ..., ascending.
         sign: the bit that makes a stored code negative.
+
+    Returns:
+        The levels, ascending; the index of the level of every stored code; the stored code of every
+        level.
     """
     levels = np.concatenate((-magnitudes[:0:-1], magnitudes))
     levels.flags.writeable = False
@@ -118,14 +122,15 @@ _MX_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 class MlxCodec:
     """Rows <-> Grid for one kind of quantized module.
 
-    Any run of rows, and any run of whole groups in them, may be decoded and encoded on its own.
+    Any run of rows, and any run of whole groups in them, may be decoded and encoded separately.
 
     Args:
-        quantization: of the module.
+        quantization: how the module is quantized.
         dtype: how scales and biases are stored: F32, F16 or BF16; U8 for all modes but affine.
 
     Raises:
-        UserError: for what MLX does not have; names no module, which the caller knows.
+        UserError: when MLX has no such mode. The message does not name the module; the caller adds
+            its name.
     """
 
     def __init__(self, quantization: Quantization, dtype: str) -> None:
@@ -133,9 +138,9 @@ class MlxCodec:
         bits, group, mode = quantization.bits, quantization.group_size, quantization.mode
         affine = mode == "affine" and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
         if not (affine or _MX_MODES.get(mode) == (bits, group)):
-            raise UserError(f"{mode} with {bits} bits in groups of {group} is no mode of MLX.")
+            raise UserError(f"MLX has no mode {mode} with {bits} bits in groups of {group}.")
         if dtype not in (("F32", "F16", "BF16") if affine else ("U8",)):
-            raise UserError(f"scales of type {dtype} are none that {quantization} has.")
+            raise UserError(f"{quantization} cannot have scales of type {dtype}.")
         self.is_affine = affine
         if affine:
             self.levels = np.arange(1 << bits, dtype=np.float32)
@@ -144,16 +149,16 @@ class MlxCodec:
             self.levels, self._rank, self._stored, self._scale_table = _CODEBOOKS[mode]
 
     def row_bytes(self, n: int) -> dict[str, int]:
-        """Bytes of a row of n weights in every part."""
+        """Part (weight, scales, biases) -> its bytes in a row of n weights."""
         wide = n // self.quantization.group_size * (self._floats.size if self.is_affine else 1)
         found = {"weight": n * self.quantization.bits // 8, "scales": wide}
         return found | ({"biases": wide} if self.is_affine else {})
 
     def decode(self, rows: Rows) -> Grid:
-        """The grid of some rows, which it keeps as its frame, uncopied.
+        """The grid of these rows; it keeps ``rows`` as its frame, without a copy.
 
         Raises:
-            UserError: when a scale or a code is no finite number.
+            UserError: when a scale or a code is not a finite number.
         """
         count = len(rows.weight)
         n = rows.weight.shape[1] * 8 // self.quantization.bits
@@ -178,10 +183,10 @@ class MlxCodec:
         return self._grid(codes, self._byte_scales(rows), None, rows)
 
     def encode(self, grid: Grid) -> Rows:
-        """The stored form of a grid of this codec, or of ``with_codes`` of one.
+        """The stored rows of a grid that this codec made, possibly changed by ``Grid.with_codes``.
 
         Raises:
-            ValueError: for another type's grid.
+            ValueError: when the grid is of another type.
         """
         frame = grid.frame
         same = grid.group == self.quantization.group_size
@@ -203,11 +208,11 @@ class MlxCodec:
         return frame._replace(weight=self._pack(stored))
 
     def fresh(self, values: np.ndarray, global_scale: np.ndarray | None = None) -> Grid:
-        """A new grid for these values, its scales those that ``mx.quantize`` chooses.
+        """A new grid for these values, with the scales that ``mx.quantize`` chooses.
 
         Args:
             values: float32, (R, n), finite.
-            global_scale: float32, (R,), which stays as it is.
+            global_scale: float32, (R,), or None; it is used as it is.
 
         Raises:
             UserError: when a value is not finite, or too large for the scales' type.
@@ -223,7 +228,7 @@ class MlxCodec:
             )
             mx.eval(packed, scales, biases)
             raw = np.array(packed.view(mx.uint8)).reshape(rows, -1)
-            # Rounded to their stored type before any code is chosen on them.
+            # Scales are rounded to their stored type first, because codes depend on them.
             found = [self._floats.round(np.array(part.astype(mx.float32))) for part in
                      (scales, biases)]  # fmt: skip
             frame = Rows(none, *(self._floats.encode(part) for part in found))
@@ -231,19 +236,19 @@ class MlxCodec:
         frame = Rows(none, self._new_scales(values, global_scale), None, global_scale)
         zeros = np.zeros((rows, n), dtype=np.uint8)
         grid = self._grid(zeros, self._byte_scales(frame), None, frame)
-        # A group of zeros may have a scale of zero, where any code will do.
+        # A group of zeros may have a scale of zero; then any code means the same.
         grid = grid.with_codes(np.full_like(zeros, len(self.levels) // 2))
         return grid.with_codes(grid.nearest(values))
 
     def refit(self, grid: Grid, values: np.ndarray) -> Grid:
-        """The grid with new scales where the values leave it, the rest as it was.
+        """The grid with new scales for those groups whose range is too small for the values.
 
-        A group is encoded anew when one of its values lies more than half a step past its ends, and
-        the new one holds them with less squared error than the old one at its nearest codes.
+        A group is encoded anew when one of its values lies more than half a step past its ends and
+        the new group has a smaller squared error than the old one with its nearest codes.
 
         Args:
             grid: a matrix's own grid.
-            values: float32, (R, n): what shall be written.
+            values: float32, (R, n): the values to be written.
         """
         outside = grid.left_by(values)
         if not len(outside):
@@ -291,7 +296,7 @@ class MlxCodec:
         return Grid(codes, self.levels, scales, offsets, self.quantization.group_size, frame)
 
     def _read(self, raw: np.ndarray) -> np.ndarray:
-        """Float32 (R, groups) of stored scales."""
+        """Stored scales as float32 (R, groups)."""
         return self._floats.decode(raw, raw.shape[1] // self._floats.size).numbers
 
     def _byte_scales(self, rows: Rows) -> np.ndarray:
@@ -301,7 +306,7 @@ class MlxCodec:
         return scales
 
     def _new_scales(self, values: np.ndarray, global_scale: np.ndarray | None) -> np.ndarray:
-        """The scales of ``mx.quantize``, as bytes (R, groups)."""
+        """The scales that ``mx.quantize`` chooses, as stored bytes: uint8 (R, groups)."""
         rows, n = values.shape
         group = self.quantization.group_size
         grouped = values.reshape(rows, n // group, group)
@@ -315,14 +320,14 @@ class MlxCodec:
             middle = (_E4M3[above - 1] + _E4M3[above]) / 2
             up = (wanted > middle) | ((wanted == middle) & (above % 2 == 0))
             return np.where(up, above, above - 1).astype(np.uint8)
-        # The least power of two that is no smaller: none of the group is cut off.
+        # The smallest power of two that is at least as large, so that no weight is clipped.
         fraction, exponent = np.frexp(wanted)
         exponent = np.where(fraction == 0.5, exponent - 1, exponent)
         exponent = np.where(wanted == 0, 0, exponent)
         return np.clip(exponent + 127, 0, 254).astype(np.uint8)
 
     def _unpack(self, weight: np.ndarray, n: int) -> np.ndarray:
-        """uint8 (R, n) of packed rows."""
+        """The stored codes of packed rows: uint8 (R, n)."""
         codes = np.empty((len(weight), n), dtype=np.uint8)
 
         def work(part: slice) -> None:
@@ -332,7 +337,7 @@ class MlxCodec:
         return codes
 
     def _pack(self, codes: np.ndarray) -> np.ndarray:
-        """uint8 (R, bytes) of codes (R, n)."""
+        """Packed rows, uint8 (R, bytes), of stored codes (R, n)."""
         rows, n = codes.shape
         weight = np.empty((rows, n * self.quantization.bits // 8), dtype=np.uint8)
 

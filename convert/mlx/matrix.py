@@ -1,4 +1,4 @@
-"""A quantized matrix of an MLX model where it lies in a folder: its tensors, read as Grids."""
+"""A quantized matrix in a folder of an MLX model, read as Grids."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Matrix:
     """The quantized weight of a module, in the tensors of a folder.
 
     Attributes:
-        names: part (of `PARTS`) -> tensor name; the parts that it has.
-        shape: of the weight unpacked: (out, in), (E, out, in) or (V, d).
-        quantization: its mode.
-        dtype: of scales and biases: F32, F16 or BF16; U8 for all modes but affine.
+        names: part (one of `PARTS`) -> tensor name, for each part that the module has.
+        shape: the shape of the unpacked weight: (out, in), (E, out, in) or (V, d).
+        quantization: its mode, bits and group size.
+        dtype: the type of scales and biases: F32, F16 or BF16; U8 for all modes but affine.
     """
 
     names: dict[str, str]
@@ -39,12 +39,12 @@ class Matrix:
 
     @cached_property
     def codec(self) -> MlxCodec:
-        """Its stored form <-> Grid."""
+        """The codec that turns its stored rows into a Grid and back."""
         return MlxCodec(self.quantization, self.dtype)
 
     @property
     def rows(self) -> int:
-        """R: experts one below the other."""
+        """R, the number of rows, those of all experts together."""
         return math.prod(self.shape[:-1])
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -58,10 +58,10 @@ class Matrix:
         return made
 
     def read(self, files: TensorFiles, rows: slice, columns: slice) -> Grid:
-        """Some of its rows, and of these some columns: whole groups.
+        """The Grid of some rows and columns; the columns must be whole groups.
 
         Raises:
-            UserError: naming the tensor, when it holds something that is no finite number.
+            UserError: naming the tensor, when it holds a number that is not finite.
         """
         n = self.shape[-1]
         raw: dict[str, np.ndarray] = {}
@@ -80,27 +80,28 @@ class Matrix:
             raise UserError(f"{self.name} in {files.info(self.name).file}: {error}") from None
 
     def values(self, files: TensorFiles) -> np.ndarray:
-        """The whole of it, float32, in its shape."""
+        """All weights, float32, in the matrix's shape."""
         grid = self.read(files, slice(0, self.rows), slice(0, self.shape[-1]))
         return grid.values().reshape(self.shape)
 
     def release(self, files: TensorFiles) -> None:
-        """Give the pages that reading has brought in back to the system."""
+        """Let the system drop from memory the pages of the file that were read."""
         for name in self.names.values():
             files.release(name)
 
 
 def find_matrix(files: TensorFiles, weight: str, n: int) -> Matrix | None:
-    """The matrix whose codes are the tensor ``weight``; None where that is no quantized matrix.
+    """The matrix whose codes are the tensor ``weight``; None if that is not a quantized matrix.
 
-    Bits, group size and mode follow from the shapes and types, as mlx-lm's loader infers them.
+    Bits, group size and mode are inferred from shapes and types, as mlx-lm's loader does.
 
     Args:
-        weight: tensor name; scales and biases lie beside it under its name.
+        files: the folder's tensors.
+        weight: a tensor's name; those of its scales and biases follow from it.
         n: weights per row.
 
     Raises:
-        UserError: when the parts do not fit one another.
+        UserError: when weight, scales and biases do not fit together.
     """
     stem = weight.removesuffix("weight")
     if f"{stem}scales" not in files:
@@ -130,7 +131,7 @@ def find_matrix(files: TensorFiles, weight: str, n: int) -> Matrix | None:
         raise UserError(f"{where}: {error}") from None
     if not fits:
         raise UserError(
-            f"{where} and its scales and biases do not fit one another for rows of {n} weights: "
+            f"{where} and its scales and biases do not fit together for rows of {n} weights: "
             "convert the model again with `mlx_lm.convert`."
         )
     return found

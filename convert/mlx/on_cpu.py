@@ -1,9 +1,9 @@
-"""What MLX computes slowly on a CPU, done by NumPy: attention and activations of float32.
+"""Attention and activations in float32 on a CPU, computed by NumPy because MLX is slow there.
 
-MLX's wheel for Linux multiplies by a reference BLAS and takes exponentials one by one. Beside the
-matrices, which `convert.mlx.packed` multiplies through NumPy, attention and SwiGLU would take a
-third of a forward pass. `install` puts functions in their place that mlx-lm's models call like the
-originals; on a GPU, in other types, inside of ``mx.compile`` and for gradients the originals run.
+MLX's wheel for Linux multiplies with a reference BLAS and computes exponentials without vector
+instructions. With matrices multiplied through NumPy (`convert.mlx.packed`), attention and SwiGLU
+would take a third of a forward pass. `install` replaces the functions that mlx-lm's models call.
+The originals still run on a GPU, for other types, inside ``mx.compile`` and for gradients.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import numpy as np
 
 from convert.base.cores import shared
 
-# Scores of attention that are made at a time: 32 MB.
+# Attention scores that are computed at a time: 32 MB of float32.
 _SCORES = 1 << 23
 
-# Numbers for which another core is not asked.
+# The smallest number of values for which another core is used.
 _LEAST = 1 << 14
 
-# What a score is where a mask hides it. Finite, so that a row with nothing to see is no NaN.
+# The score of a masked position. It is finite, so that a row with no visible position is not NaN.
 _HIDDEN = np.float32(np.finfo(np.float32).min)
 
 Function = Callable[..., Any]
 
 
 def install() -> None:
-    """Have models that mlx-lm has imported so far compute on a CPU as said above."""
+    """Make the model modules that are imported so far use NumPy for attention and activations."""
     if not hasattr(mx.fast.scaled_dot_product_attention, "_abl_original"):
         _replace(mx.fast, "scaled_dot_product_attention", _attention)
         _replace(nn, "silu", _elementwise(_silu))
@@ -43,10 +43,10 @@ def install() -> None:
 
 
 def _replace(module: Any, name: str, ours: Callable[..., Any]) -> None:
-    """Put a function in the place of another, whose gradients it keeps.
+    """Replace ``module.name`` by ``ours``; gradients are still those of the original function.
 
-    A gradient is not noticed here: its arrays can be looked at like any others. So the original is
-    what is differentiated.
+    Inside a gradient the arrays look like any others, so ``ours`` cannot step aside there; instead
+    the replacement declares the original's derivative as its own.
     """
     original = getattr(module, name)
 
@@ -69,7 +69,7 @@ def _replace(module: Any, name: str, ours: Callable[..., Any]) -> None:
 
 
 def _numpy(*arrays: Any) -> list[np.ndarray] | None:
-    """Views of arrays of float32 (masks may be of bool); None where they cannot be had."""
+    """NumPy views of float32 arrays (masks may be bool); None where there can be no view."""
     for array in arrays:
         if not isinstance(array, mx.array) or array.dtype not in (mx.float32, mx.bool_):
             return None
@@ -89,7 +89,7 @@ def _numpy(*arrays: Any) -> list[np.ndarray] | None:
 
 
 def _elementwise(work: Callable[..., None]) -> Function:
-    """A function of float32 arrays of one shape, from one that fills ``out``."""
+    """A function of float32 MLX arrays of one shape, from a NumPy function that fills ``out``."""
 
     def function(*arrays: Any) -> mx.array | None:
         found = _numpy(*arrays)
@@ -169,10 +169,12 @@ def attention(
         q: (B, H, T, D).
         k: (B, K, S, D); H is a multiple of K.
         v: (B, K, S, Dv).
-        mask: of bool, what is seen, or of float32, what is added; broadcasts with (B, H, T, S).
-        causal: the queries are the last T of S positions, and see nothing behind themselves.
-        sinks: (H,): a score of each head that takes its share of the softmax and no value.
-        softcap: scores become c tanh(score / c) before they are masked.
+        scale: factor of the scores.
+        mask: bool (true where a key is visible) or float32 (added to the scores); broadcasts with
+            (B, H, T, S).
+        causal: the queries are the last T of S positions, and no query attends to a later position.
+        sinks: (H,): one more score for each head, which takes part in the softmax but has no value.
+        softcap: c; scores become c tanh(score / c) before they are masked.
     """
     batch, heads, length, depth = q.shape
     kv, seen = k.shape[1], k.shape[2]
@@ -188,10 +190,10 @@ def attention(
     wide = max(1, _SCORES // (heads * tall * seen))
 
     def work(some: slice, of: slice) -> None:
-        """Some prompts of the batch, and some heads of keys and values."""
+        """Compute some prompts of the batch, for some heads of keys and values."""
         for top in range(0, length, tall):
             rows = slice(top, min(length, top + tall))
-            # Nothing behind the last of these rows is seen by any of them.
+            # No row of these attends to a position after the last of them.
             reach = seen - length + rows.stop if causal else seen
             part = q[some, of, :, rows]
             shape = part.shape
@@ -227,7 +229,7 @@ def _cap(scores: np.ndarray, softcap: float) -> None:
 
 
 def _hide(scores: np.ndarray, hiding: np.ndarray, some: slice, of: slice, rows: slice) -> None:
-    """Apply the part of a mask (B or 1, K or 1, G or 1, T or 1, S) that lies over these scores."""
+    """Apply to these scores their part of a mask (B or 1, K or 1, G or 1, T or 1, S), in place."""
     hidden = hiding[some if hiding.shape[0] > 1 else slice(None)]
     hidden = hidden[:, of if hidden.shape[1] > 1 else slice(None)]
     hidden = hidden[:, :, :, rows if hidden.shape[3] > 1 else slice(None)]
@@ -238,10 +240,12 @@ def _hide(scores: np.ndarray, hiding: np.ndarray, some: slice, of: slice, rows: 
 
 
 def _weighted(scores: np.ndarray, v: np.ndarray, sinks: np.ndarray | None) -> np.ndarray:
-    """The softmax of scores (b, K, G, t, s) times values (b, K, s, Dv); changes the scores.
+    """softmax(scores) v: (b, K, G, t, Dv). The scores are overwritten.
 
     Args:
-        sinks: (K, G, 1, 1).
+        scores: (b, K, G, t, s).
+        v: (b, K, s, Dv).
+        sinks: (K, G, 1, 1), or None.
     """
     b, kv, group, rows, seen = scores.shape
     most = scores.max(axis=-1, keepdims=True)

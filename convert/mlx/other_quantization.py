@@ -1,8 +1,9 @@
-"""Folders that are quantized in another form than MLX's own: what they are, and what helps.
+"""Folders with quantized weights in a form other than MLX's own: recognition, and advice.
 
-mlx-lm reads some of them (AutoAWQ's, gpt-oss's MXFP4, DeepSeek's FP8 and others), and its convert
-command then writes them in MLX's form. It cannot do so with the rest, of which only the float model
-helps that they were made from. Which is which is not kept in a list here: mlx-lm is asked.
+mlx-lm reads some of these forms (AutoAWQ, gpt-oss's MXFP4, DeepSeek's FP8 and others), and its
+convert command can write such a model in MLX's form. For all other forms the user needs the
+float model from which the folder was made. Which case applies is tested with mlx-lm, not looked up
+in a list.
 """
 
 from __future__ import annotations
@@ -15,25 +16,26 @@ from typing import Any
 from convert.base.errors import UserError
 from convert.mlx.safetensors_files import TensorFiles
 
-#: How the names of tensors end that only quantized modules have.
+#: Endings of the names of tensors that only quantized modules have.
 _ENDINGS = (
     ".scales", ".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", "_blocks",
     ".SCB", ".absmax",
 )  # fmt: skip
 
-#: What scales an 8-bit float tensor: a tensor of the same name with one of these added, or put in
-#: place of ``weight``.
+#: Endings of the names of tensors that scale an 8-bit float tensor: they are added to its name, or
+#: replace ``weight`` at its end.
 _SCALES = ("_scale_inv", "_scale", "_scales")
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """What a folder is quantized by, as far as it says so.
+    """How a folder is quantized, as far as its files say.
 
     Attributes:
-        method: the name of it in config.json.
-        tensor: one that shows it.
-        bare: the tensor is an 8-bit float without a scale, of which MLX reads the bytes as numbers.
+        method: the name of the method in config.json, if there is one.
+        tensor: a tensor that shows the method, if there is one.
+        bare: whether that tensor is an 8-bit float without a scale; MLX would read its bytes as
+            whole numbers.
     """
 
     method: str | None
@@ -45,7 +47,7 @@ class Foreign:
         return f"quantized{by}{f' ({self.tensor})' if self.tensor else ''}"
 
     def unreadable(self, folder: Path) -> UserError:
-        """What to say where mlx-lm does not read the folder, or reads other numbers."""
+        """The error to raise where mlx-lm cannot read the folder, or would read wrong numbers."""
         return UserError(
             f"{folder} is {self} in a form that mlx-lm cannot read: take the float model it was "
             "made from."
@@ -53,10 +55,11 @@ class Foreign:
 
 
 def find(config: Mapping[str, Any], files: TensorFiles) -> Foreign | None:
-    """How a folder is quantized in another form than MLX's own; None when it is not.
+    """How a folder is quantized in a form other than MLX's own; None when it is not.
 
     Args:
-        config: config.json.
+        config: the contents of config.json.
+        files: the folder's tensors.
     """
     bare = next((name for name in files.names if _is_bare(name, files)), None)
     if bare is not None:
@@ -84,11 +87,13 @@ def _is_bare(name: str, files: TensorFiles) -> bool:
 
 
 def mend(folder: Path, config: Mapping[str, Any], found: Foreign, flags: str = "") -> str:
-    """What helps, for the end of a sentence.
+    """Advice for the user, to end a sentence with.
 
     Args:
-        config: config.json.
-        flags: for mlx-lm's convert command, beside the paths.
+        folder: the model's folder.
+        config: the contents of config.json.
+        found: how the folder is quantized.
+        flags: further flags for mlx-lm's convert command.
     """
     if found.bare or not _mlx_reads(folder, config):
         return "mlx-lm cannot convert it either: take the float model it was made from"
@@ -98,14 +103,14 @@ def mend(folder: Path, config: Mapping[str, Any], found: Foreign, flags: str = "
 
 
 def _mlx_reads(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether mlx-lm takes the folder, and writes it in a form of MLX's own."""
+    """Whether mlx-lm loads the folder, and converts it to a form of MLX's own."""
     from mlx_lm.utils import load_model  # lazily: it brings transformers
 
     method = config.get("quantization_config")
     if isinstance(method, dict) and method.get("quant_method") == "bitnet":
-        return False  # it is read, and written as it was
+        return False  # mlx-lm reads it, and writes it unchanged
     if config.get("model_file"):
-        return False  # code in the folder, which is not run to answer a question
+        return False  # code in the folder is not run just to find this out
     try:
         load_model(folder, lazy=True, model_config=dict(config))
     except Exception:  # whatever mlx-lm trips over
@@ -114,10 +119,10 @@ def _mlx_reads(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def refuse_foreign(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> None:
-    """Refuse a folder that is quantized in another form than MLX's own.
+    """Refuse a folder that is quantized in a form other than MLX's own.
 
     Raises:
-        UserError: naming the folder and the mend.
+        UserError: naming the folder and what to do.
     """
     found = find(config, files)
     if found is not None:
@@ -127,10 +132,10 @@ def refuse_foreign(folder: Path, config: Mapping[str, Any], files: TensorFiles) 
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> None:
-    """Refuse a quantized folder, whose weights are read as floats here.
+    """Refuse a quantized folder where float weights are needed.
 
     Raises:
-        UserError: naming the folder and the mend.
+        UserError: naming the folder and what to do.
     """
     found = find(config, files)
     said = "quantized weights of a folder do not become a GGUF here"

@@ -1,8 +1,8 @@
-"""MLX modules whose weights stay as small as they are in a GGUF, and are unpacked when used.
+"""MLX modules that keep weights as small as in a GGUF and unpack them when they are used.
 
-MLX's own quantized modules serve the types that are affine groups of 32 (`convert.mlx.types`), on
-Metal. Everything else is held here: types whose groups have 16 weights or a codebook, which no mode
-of MLX is. On a CPU all matrices are, float ones too, because there products go through NumPy's
+On Metal, types that are affine groups of 32 use MLX's own quantized modules (`convert.mlx.types`);
+these modules hold the other types, with groups of 16 weights or a codebook, which no mode of MLX
+has. On a CPU they hold all matrices, float ones included, because products then go through NumPy's
 BLAS, which is many times faster than the reference BLAS in MLX's wheel for Linux. A product unpacks
 `CHUNK` weights at a time.
 """
@@ -34,9 +34,9 @@ _UNPACKED = 1 << 21
 """Weights that each core unpacks at a time."""
 
 _LEAST = 1 << 15
-"""Weights for which another core is not asked."""
+"""The smallest number of weights for which another core is used."""
 
-# Bits of a code, weights of a group; of the types that are no affine tensor of MLX.
+# (bits of a code, weights in a group) of the types that are not affine tensors of MLX.
 _LEVELS: dict[GGMLQuantizationType, tuple[int, int]] = {
     _Q.Q2_K: (2, 16),
     _Q.Q3_K: (3, 16),
@@ -54,15 +54,15 @@ def is_packed(kind: GGMLQuantizationType) -> bool:
 
 @dataclass(frozen=True)
 class Form:
-    """How rows are unpacked.
+    """How rows are packed, which is what unpacking them needs to know.
 
     Attributes:
         n: weights per row.
-        bits: of a code; 0 for plain floats.
+        bits: bits of a code; 0 for plain floats.
         group: weights per scale.
-        levels: what codes stand for, where that is not start + code.
-        start: of the lowest code.
-        mode: MLX's mode of the affine and mxfp4 ones, else empty.
+        levels: the number that each code stands for; None where that is start + code.
+        start: the number that code 0 stands for.
+        mode: MLX's mode for affine and mxfp4 rows, empty for others.
     """
 
     n: int
@@ -73,7 +73,7 @@ class Form:
     mode: str = ""
 
     def unpack(self, parts: Mapping[str, mx.array]) -> mx.array:
-        """Float32 (R, n) of R rows of every array."""
+        """The weights, float32 (R, n), of arrays with R rows each."""
         codes = parts["codes"]
         if not self.bits:
             return codes.astype(mx.float32)
@@ -102,7 +102,7 @@ class Form:
         return values.reshape(rows, self.n)
 
     def unpack_on_cpu(self, parts: Mapping[str, np.ndarray], out: np.ndarray) -> None:
-        """The same into a NumPy array (R, n), float32; bfloat16 codes as uint16."""
+        """Unpack NumPy arrays into ``out``, float32 (R, n); bfloat16 codes are given as uint16."""
         codes = parts["codes"]
         if not self.bits:
             if codes.dtype == np.uint16:
@@ -182,7 +182,7 @@ def pack_rows(
     if kind.name.startswith("IQ4") or kind == _Q.NVFP4:
         start, levels = 0.0, tuple(map(float, grid.levels))
     if kind not in _BLOCKED:
-        # IQ4_NL's scales are float16, NVFP4's need fewer bits still.
+        # IQ4_NL's scales are float16 in the file; float16 also holds NVFP4's scales exactly.
         parts["scales"] = grid.scales.astype(np.float16)
     else:
         blocks = raw.reshape(rows, n // 256, -1)
@@ -195,7 +195,8 @@ def pack_rows(
     return Form(n, bits, group, levels, start), parts
 
 
-# Where the float16 of a block of 256 are: what its small whole scales are to be multiplied by.
+# Types with blocks of 256 -> the byte of a block where the float16 lies by which its small
+# whole-number scales (or minima) are multiplied.
 _BLOCKED: dict[GGMLQuantizationType, dict[str, int]] = {
     _Q.Q2_K: {"d": 80, "dmin": 82},
     _Q.Q3_K: {"d": 108},
@@ -213,10 +214,10 @@ def from_mlx(found: MlxQuantized, n: int) -> tuple[Form, dict[str, np.ndarray]]:
 
 
 def _whole_scales(scales: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """A block's signed 6- or 8-bit scales, from their products with d, which float32 holds exactly.
+    """The signed 6- or 8-bit scales of blocks, from their products with d, exact in float32.
 
     Args:
-        scales: (R, groups).
+        scales: the products, (R, groups).
         d: (R, blocks).
     """
     per_group = np.repeat(d.astype(np.float32), scales.shape[1] // d.shape[1], axis=-1)
@@ -226,13 +227,13 @@ def _whole_scales(scales: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 
 class _Room(threading.local):
-    """Arrays of this thread that are used again and again: new memory costs a page fault each."""
+    """Arrays that each thread uses again and again, because new memory costs page faults."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, np.ndarray] = {}
 
     def of(self, name: str, shape: tuple[int, int]) -> np.ndarray:
-        """Float32 of a shape, with anything in it."""
+        """A float32 array of this shape, with arbitrary contents."""
         count = shape[0] * shape[1]
         if name not in self._arrays or self._arrays[name].size < count:
             self._arrays[name] = np.empty(count, np.float32)
@@ -247,13 +248,13 @@ _room = _Room()
 
 
 class Packed(nn.Module):
-    """A weight of R rows held packed.
+    """A packed weight of R rows.
 
     Args:
-        form: how rows are unpacked.
+        form: how the rows are packed.
         parts: name -> array with R rows.
-        shape: of the weight: (out, in) or (experts, out, in).
-        bias: (out,) or (experts, out).
+        shape: the weight's shape: (out, in) or (experts, out, in).
+        bias: (out,) or (experts, out), or None.
     """
 
     def __init__(
@@ -263,12 +264,12 @@ class Packed(nn.Module):
         shape: tuple[int, ...],
         bias: mx.array | None = None,
     ) -> None:
-        # Not the base class's, which would make up weights of its own.
+        # nn.Module's constructor only: that of nn.Linear or SwitchLinear would make random weights.
         nn.Module.__init__(self)
         self._form = form
         self._shape = shape
         for name, value in parts.items():
-            # "weight" is what says of a module that it is a linear map, and how wide it writes.
+            # Code that looks for linear maps goes by an array "weight" and its number of rows.
             self["weight" if name == "codes" else f"packed_{name}"] = value.reshape(
                 *shape[:-1], *value.shape[1:]
             )
@@ -278,16 +279,16 @@ class Packed(nn.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, unpacked: (out, in) or (experts, out, in)."""
+        """The shape of the unpacked weight: (out, in) or (experts, out, in)."""
         return self._shape
 
     @property
     def bits(self) -> int:
-        """Of a stored code; 16 for plain floats."""
+        """Bits of a stored code; 16 for plain floats."""
         return self._form.bits or 16
 
     def _part(self, pick: Any) -> dict[str, mx.array]:
-        """Some rows of every array: a slice of, or indices into, the rows in one line."""
+        """Some rows of every array: ``pick`` is a slice of the rows, or indices of rows."""
         found = {}
         for key, value in self.items():
             if key == "weight" or key.startswith("packed_"):
@@ -296,7 +297,7 @@ class Packed(nn.Module):
         return found
 
     def rows(self, first: int, last: int) -> mx.array:
-        """Float32 values of rows first to last - 1, counted through all experts."""
+        """The weights of rows first to last - 1, counted through all experts: float32."""
         return self._form.unpack(self._part(slice(first, last)))
 
     def _product(self, x: mx.array) -> mx.array:
@@ -314,10 +315,10 @@ class Packed(nn.Module):
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     def _multiply(self, x: np.ndarray, first: int, last: int) -> np.ndarray:
-        """x Wᵀ for rows first to last - 1 of the weight, at once, by NumPy's BLAS: (m, rows).
+        """x Wᵀ for rows first to last - 1 of the weight, by NumPy's BLAS: (m, rows).
 
-        MLX's wheel for Linux comes with the reference BLAS, which is about fifty times slower. What
-        is given back is overwritten by the next product of this thread.
+        MLX's wheel for Linux comes with the reference BLAS, which is about fifty times slower. The
+        returned array is overwritten by the next product in this thread.
         """
         n = self._form.n
         product = _room.of("product", (len(x), last - first))
@@ -342,7 +343,7 @@ class Packed(nn.Module):
         return product
 
     def _views(self) -> dict[str, np.ndarray]:
-        """The arrays as NumPy sees them, without a copy."""
+        """The arrays as NumPy views, without a copy."""
         found = {}
         for name, part in self._part(slice(None)).items():
             mx.eval(part)
@@ -356,7 +357,7 @@ def _on_cpu() -> bool:
 
 
 class PackedLinear(Packed, nn.Linear):
-    """x Wᵀ + b."""
+    """Packed linear map: x Wᵀ + b."""
 
     def __call__(self, x: mx.array) -> mx.array:
         product = self._product(x)
@@ -364,7 +365,7 @@ class PackedLinear(Packed, nn.Linear):
 
 
 class PackedEmbedding(Packed, nn.Embedding):
-    """Rows by token; also the output head, where it is tied."""
+    """Packed embedding: rows by token; with tied embeddings it is the output head as well."""
 
     def __call__(self, x: mx.array) -> mx.array:
         values = self._form.unpack(self._part(x.reshape(-1)))
@@ -376,7 +377,7 @@ class PackedEmbedding(Packed, nn.Embedding):
 
 
 class PackedSwitchLinear(Packed, SwitchLinear):
-    """The experts that each token is sent to: as mlx-lm's SwitchLinear."""
+    """Packed linear maps of experts, of which each token uses some, as in mlx-lm's SwitchLinear."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         x = x.astype(mx.float32)
@@ -401,7 +402,7 @@ class PackedSwitchLinear(Packed, SwitchLinear):
         return total
 
     def _of_experts(self, x: mx.array, indices: mx.array) -> mx.array:
-        """(..., m, n) and experts (...) that broadcast with one another -> (..., m, out)."""
+        """Inputs (..., m, n) and expert indices (...) that broadcast with them -> (..., m, out)."""
         _, out, n = self._shape
         mx.eval(x, indices)
         values = np.array(x.astype(mx.float32), copy=False)
@@ -420,10 +421,10 @@ class PackedSwitchLinear(Packed, SwitchLinear):
 
 
 def hold(model: nn.Module) -> None:
-    """Have a loaded model's matrices multiplied by NumPy's BLAS, for a model on the CPU.
+    """Make a loaded model on the CPU multiply its matrices with NumPy's BLAS.
 
-    Matrices keep their type, quantized ones their codes; everything else in the model is widened to
-    float32, in which it then computes.
+    Matrices keep their type, and quantized ones their codes; everything else in the model becomes
+    float32, in which the model then computes.
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
@@ -440,7 +441,7 @@ def hold(model: nn.Module) -> None:
 
 
 def _held(module: nn.Module) -> nn.Module | None:
-    """The packed counterpart of a module with a matrix; None for any other."""
+    """The packed counterpart of a module with a matrix; None for any other module."""
     kind = type(module)
     if kind in (nn.Linear, nn.Embedding, SwitchLinear):
         weight = module["weight"]
@@ -469,7 +470,7 @@ def packed_module(
     shape: tuple[int, ...],
     bias: mx.array | None,
 ) -> nn.Module | None:
-    """The packed counterpart of a module of mlx-lm; None for a kind that has none."""
+    """The packed counterpart of the mlx-lm module ``like``; None if its class has none."""
     if isinstance(like, nn.Embedding | nn.QuantizedEmbedding):
         return PackedEmbedding(form, parts, shape)
     if isinstance(like, SwitchLinear | QuantizedSwitchLinear):

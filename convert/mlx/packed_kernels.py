@@ -1,4 +1,4 @@
-"""Unpacking on a CPU, compiled by numba: many times faster than as MLX operations there."""
+"""Unpacking on a CPU, compiled by numba, which is many times faster there than MLX operations."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from convert.base.compiled import compiled
 
-#: Weights that are unpacked at once; with any number of bits they end at a whole word.
+#: Weights that are unpacked at once; with any number of bits per code they fill whole words.
 _BLOCK = 32
 
 
 def _for_even_levels(bits: int) -> Any:
-    """A kernel for codes of so many bits, which the compiler then unrolls.
+    """A kernel for codes of ``bits`` bits, a constant with which the compiler unrolls its loops.
 
     Args:
         bits: 2, 3, 4, 5, 6 or 8.
@@ -34,7 +34,7 @@ def _for_even_levels(bits: int) -> Any:
         Args:
             words: uint32, (R, n * bits / 32): one little-endian stream of bits a row.
             group: weights per scale: 16, or a multiple of 32.
-            start: what the code 0 stands for.
+            start: the number that code 0 stands for.
             scales: float32, (R, n // group).
             offsets: float32, as ``scales``, or (0, 0).
             out: float32, (R, n); n is a multiple of 32.
@@ -45,7 +45,7 @@ def _for_even_levels(bits: int) -> Any:
             numbers = np.empty(_BLOCK, np.float32)
             for block in range(out.shape[1] // _BLOCK):
                 first = block * bits
-                # Eight codes are at most 64 bits, and begin at a whole byte.
+                # Eight codes take at most 64 bits, and begin at a whole byte.
                 for eighth in range(4):
                     at = first + (8 * eighth * bits >> 5)
                     pair = np.uint64(words[row, at])
@@ -66,7 +66,7 @@ def _for_even_levels(bits: int) -> Any:
     return unpack_even
 
 
-#: Bits of a code -> the kernel for codes that stand for numbers one apart.
+#: Bits of a code -> the kernel for codes that stand for consecutive whole numbers.
 EVEN = {bits: _for_even_levels(bits) for bits in (2, 3, 4, 5, 6, 8)}
 
 
@@ -78,11 +78,11 @@ def unpack(
     scales: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Fill ``out`` with level * scale, where a code of four bits stands for any number.
+    """Fill ``out`` with level * scale, where the levels of the four-bit codes are any numbers.
 
     Args:
-        codes: uint8, (R, n / 2): the lower half of a byte comes first.
-        levels: float32, (16,): what each code stands for.
+        codes: uint8, (R, n / 2): the lower half of a byte is the first code.
+        levels: float32, (16,): the number that each code stands for.
         group: weights per scale.
         scales: float32, (R, n // group).
         out: float32, (R, n).

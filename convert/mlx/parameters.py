@@ -1,9 +1,9 @@
-"""Which tensors of the files a parameter of mlx-lm's model is made of.
+"""From which tensors in the files each parameter of mlx-lm's model is made.
 
-mlx-lm renames, stacks and transposes what it reads (each model's ``sanitize``). Instead of keeping
-a list of those rules, this runs the model's own ``sanitize`` on the lazily loaded files and sees
-where each array went: most come out as the very objects that went in; stacked experts are matched
-by their values and then compared whole.
+mlx-lm renames, stacks and transposes the tensors that it reads (each model's ``sanitize``). This
+module keeps no list of those rules: it runs the model's own ``sanitize`` on the lazily loaded files
+and finds each array in the result. Most come out as the same Python objects; stacked experts are
+found by comparing their values.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from convert.mlx.safetensors_files import TensorFiles
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter's place in the files.
+    """How a parameter is stored in the files.
 
     Attributes:
-        tensors: names of the tensors it is made of: one, or one for each expert, in order.
+        tensors: names of the tensors from which it is made: one, or one for each expert, in order.
         transposed: whether the last two axes are swapped in the files.
     """
 
@@ -36,11 +36,13 @@ def locate(model: Any, files: TensorFiles, parameters: Sequence[str]) -> dict[st
     """Find each of ``parameters`` (paths in the model, ``layers.0.mlp.down_proj.weight``).
 
     Args:
-        model: a fresh model object of mlx-lm for that folder. Its ``sanitize`` is run, which may
-            change the object (Gemma 3 drops its head there, once), so no model in use is given.
+        model: a new model object of mlx-lm for that folder, used for nothing else: running its
+            ``sanitize`` may change the object (Gemma 3 drops its head there).
+        files: the folder's tensors.
+        parameters: the parameters to find.
 
     Raises:
-        UserError: naming the parameter, when it is not stored as such.
+        UserError: naming the parameter that no tensor holds in the form in which it is used.
     """
     weights: dict[str, mx.array] = {}
     for file in files.files:
@@ -61,7 +63,7 @@ def locate(model: Any, files: TensorFiles, parameters: Sequence[str]) -> dict[st
 
 
 def _by_value(files: TensorFiles, parameter: str, array: mx.array, taken: set[str]) -> Stored:
-    """Match a parameter that ``sanitize`` computed with the tensors it was computed from."""
+    """Find by their values the tensors from which ``sanitize`` computed a parameter."""
     layer = re.search(r"\.(\d+)\.", parameter)
     nearby = [
         name
@@ -101,7 +103,7 @@ def _slices(files: TensorFiles, nearby: Sequence[str], array: mx.array) -> tuple
 
 
 def _equal(first: mx.array, second: mx.array) -> bool:
-    # The first row tells nearly all apart; only a match is compared whole.
+    # The first 64 values tell nearly all arrays apart; only if they match is the rest compared.
     head = first.reshape(-1)[:64], second.reshape(-1)[:64]
     if not mx.array_equal(*head).item():
         return False

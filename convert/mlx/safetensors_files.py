@@ -26,14 +26,14 @@ from convert.base.schema import Refused, map_of, record, text
 
 INDEX = "model.safetensors.index.json"
 
-# The reference implementation refuses longer headers too.
+# Longest header in bytes; the reference implementation has the same limit.
 _MAX_HEADER = 100_000_000
 
-# With the two offsets. No array library has more.
+# Most values in a tensor's entry: 64 dimensions, the most that array libraries have, and 2 offsets.
 _MAX_DIMENSIONS = 64 + 2
 
 # safetensors name -> (bytes per element, NumPy type of the stored bits, MLX type to view them as).
-# MLX has no 8-bit floats: it reads them as bytes, and so does this.
+# MLX has no 8-bit floats and reads them as bytes, and so does this module.
 _DTYPES: dict[str, tuple[int, type[np.generic], mx.Dtype | None]] = {
     "F64": (8, np.float64, None),
     "F32": (4, np.float32, None),
@@ -69,11 +69,11 @@ class TensorInfo:
     """Where one tensor lies.
 
     Attributes:
-        dtype: the safetensors name: F32, F16, BF16, U32, ...
-        shape: row-major.
+        dtype: its type as safetensors names it: F32, F16, BF16, U32, ...
+        shape: its dimensions, the slowest first.
         file: the file that holds it.
-        offset: of its first byte, counted from the start of the file.
-        nbytes: its length.
+        offset: its first byte, counted from the start of the file.
+        nbytes: its length in bytes.
     """
 
     dtype: str
@@ -92,7 +92,7 @@ class Header:
 
 
 class TensorFiles(Closing):
-    """The tensors of a folder, memory-mapped; nothing is read until asked for.
+    """The tensors of a folder, memory-mapped; data are read from disk when they are used.
 
     Usable as a context manager, which unmaps the files at its end. Arrays returned by `read` are
     copies and outlive it.
@@ -105,8 +105,8 @@ class TensorFiles(Closing):
         model*.safetensors, as mlx-lm loads them.
 
         Raises:
-            UserError: naming the file and the mend, when there is no such file, a header is
-                malformed, tensors overlap or reach past the end, or the index disagrees.
+            UserError: naming the file and what to do, when there is no such file, a header is
+                malformed, tensors overlap or reach past the end, or the index does not fit.
         """
         self.folder = Path(folder)
         index = self.folder / INDEX
@@ -157,7 +157,11 @@ class TensorFiles(Closing):
         return len(self._infos)
 
     def info(self, name: str) -> TensorInfo:
-        """Type, shape and place of ``name``. Raises UserError when there is no such tensor."""
+        """Type, shape and place of the tensor ``name``.
+
+        Raises:
+            UserError: when there is no such tensor.
+        """
         try:
             return self._infos[name]
         except KeyError:
@@ -178,7 +182,7 @@ class TensorFiles(Closing):
         return memoryview(self._maps[info.file])[info.offset : info.offset + info.nbytes]
 
     def release(self, name: str) -> None:
-        """Give the pages of a tensor that `bytes` has brought in back to the system."""
+        """Let the system drop from memory the pages of a tensor that was read through `bytes`."""
         info = self.info(name)
         if info.file in self._maps:
             give_back(self._maps[info.file], info.offset, info.nbytes)
@@ -198,7 +202,7 @@ class TensorFiles(Closing):
         """Unmap the files."""
         while self._maps:
             _, mapped = self._maps.popitem()
-            # While a view from `bytes` is alive, the mapping goes with it instead.
+            # A mapping with a living view from `bytes` cannot be closed; it ends with that view.
             with suppress(BufferError):
                 mapped.close()
 
@@ -254,10 +258,10 @@ def read_header(file: Path) -> Header:
 
 
 def load(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """All tensors of one file, none of them read before it is looked at, and its metadata.
+    """All tensors of one file by name (MLX reads each when it is used), and the file's metadata.
 
     Raises:
-        UserError: as `read_header`.
+        UserError: as `read_header` does.
     """
     header = read_header(file)
     with foreign(f"{file} could not be read"):

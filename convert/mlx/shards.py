@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, from arrays that come a slab at a time."""
+"""Writing safetensors files tensor by tensor, each from a sequence of arrays (slabs)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _DTYPES = {
 
 
 class Shards:
-    """Safetensors files written tensor by tensor, their headers last."""
+    """Writes the shards of a model, tensor by tensor; each file's header is written last."""
 
     def __init__(self, folder: Path, tensors: int) -> None:
         self._folder = folder
-        # A name, a type, a shape and two offsets, generously.
+        # Bytes left free for the header: ample for a name, a type, a shape and offsets per tensor.
         self._room = 256 * (tensors + 4)
         self._files: list[tuple[Path, dict[str, Any]]] = []
         self._stream: Any = None
@@ -33,8 +33,9 @@ class Shards:
         """Append a tensor.
 
         Args:
-            slabs: arrays, joined along the first axis.
-            shape: of the whole; its last dimension may be left out.
+            name: the tensor's name.
+            slabs: arrays, which are joined along the first axis.
+            shape: the shape of the whole tensor; its last dimension may be left out.
         """
         if self._stream is None or self._at > SHARD:
             self._finish()
@@ -65,7 +66,7 @@ class Shards:
         }
 
     def close(self) -> int:
-        """Write the headers, name the files, and return the bytes of all of them."""
+        """Write the headers, give the files their final names, and return their total bytes."""
         self._finish()
         count, size = len(self._files), 0
         index: dict[str, str] = {}

@@ -1,9 +1,9 @@
-"""Quantized weights in MLX's layout, made from GGUF blocks without moving a weight.
+"""Quantized weights in MLX's layout, made from GGUF blocks without changing any weight.
 
-A group of 32 weights in MLX's affine mode is ``scale * code + bias``, which is what a group of
-Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K and Q5_K is too: the codes stay, scale and bias are computed from
-the block. Scales are stored as float16; a tensor whose scales or biases are beyond its range keeps
-them in float32. MXFP4 is the same in both, but for the order of the codes.
+A weight in MLX's affine mode with groups of 32 is ``scale * code + bias``. So is one in Q4_0, Q4_1,
+Q5_0, Q5_1, Q8_0, Q4_K and Q5_K: the codes stay, and scale and bias are computed from the block.
+Scales are stored as float16, or as float32 where a scale or bias of the tensor exceeds float16's
+range. MXFP4 differs between the two formats only in the order of the codes.
 
 Codes are packed as one little-endian stream of bits: code i of a row begins at bit i * bits.
 """
@@ -21,12 +21,12 @@ from convert.gguf.ggml_types import grid_codec
 _Q = GGMLQuantizationType
 
 GROUP = 32
-"""Weights per scale of everything repacked here."""
+"""Weights per scale of all types that are repacked."""
 
 AFFINE: dict[GGMLQuantizationType, int] = {
     _Q.Q4_0: 4, _Q.Q4_1: 4, _Q.Q5_0: 5, _Q.Q5_1: 5, _Q.Q8_0: 8, _Q.Q4_K: 4, _Q.Q5_K: 5,
 }  # fmt: skip
-"""GGML type -> bits of the affine tensor that it is."""
+"""GGML type -> bits of the affine tensor that it becomes."""
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -38,8 +38,8 @@ class MlxQuantized:
     Attributes:
         weight: uint32, (R, n * bits // 32).
         scales: (R, n // 32): float16 or float32 (affine), uint8 powers of two (mxfp4).
-        biases: as ``scales``; None for mxfp4.
-        bits: per code.
+        biases: in the shape of ``scales``; None for mxfp4.
+        bits: bits of a code.
         mode: ``affine`` or ``mxfp4``.
     """
 
@@ -58,12 +58,12 @@ def is_repacked(ggml_type: GGMLQuantizationType) -> bool:
 def repack(
     raw: np.ndarray, n: int, ggml_type: GGMLQuantizationType, *, exact: bool = False
 ) -> MlxQuantized:
-    """GGUF blocks as MLX's arrays.
+    """MLX's arrays with the weights of GGUF blocks.
 
     Args:
         raw: uint8, (R, bytes per row).
         n: weights per row.
-        ggml_type: one of `AFFINE` or MXFP4.
+        ggml_type: a key of `AFFINE`, or MXFP4.
         exact: keep scales in float32.
 
     Raises:
@@ -75,7 +75,7 @@ def repack(
 
 
 def affine(grid: Grid, bits: int, *, exact: bool = False) -> MlxQuantized:
-    """A Grid of groups of 32 with evenly spaced levels as an affine tensor."""
+    """The affine tensor of a Grid with groups of 32 and evenly spaced levels."""
     step = np.float64(grid.levels[1]) - np.float64(grid.levels[0])
     scales = grid.scales.astype(np.float64) * step
     biases = grid.scales.astype(np.float64) * np.float64(grid.levels[0])
@@ -88,10 +88,10 @@ def affine(grid: Grid, bits: int, *, exact: bool = False) -> MlxQuantized:
 
 
 def _fits(values: np.ndarray) -> bool:
-    """Whether float16 reaches far enough; below its normal range it holds these products exactly.
+    """Whether float16 can hold these scales or biases: whether none exceeds its largest number.
 
-    A block's scale is a float16 times a whole number, so a multiple of 2^-24 as float16's small
-    numbers are.
+    Small ones are no problem: each is a float16 times a whole number, so a multiple of 2^-24, as
+    float16's subnormal numbers are.
     """
     return not values.size or float(np.abs(values).max()) <= _LARGEST
 
@@ -105,7 +105,7 @@ def _mxfp4(raw: np.ndarray, n: int) -> MlxQuantized:
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes as MLX packs them.
+    """Pack codes as MLX does.
 
     Args:
         codes: uint8, (R, n), each below 2 ** bits; n a multiple of 32.
@@ -119,7 +119,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
         return np.ascontiguousarray(codes).view("<u4")
     if bits == 4:
         return (codes[:, 0::2] | (codes[:, 1::2] << 4)).view("<u4")
-    # Eight codes are a whole number of bytes.
+    # Eight codes take a whole number of bytes.
     eights = codes.reshape(rows, n // 8, 8)
     stream = np.zeros((rows, n // 8), dtype="<u8")
     for index in range(8):

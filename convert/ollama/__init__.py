@@ -1,1 +1,1 @@
-"""Ollama: its store, its server and its Modelfiles."""
+"""Ollama: its store of models, its command-line program and its Modelfiles."""

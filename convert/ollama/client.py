@@ -1,15 +1,15 @@
-"""A Modelfile for Ollama beside a GGUF file.
+"""The Modelfile that is written beside a GGUF file for Ollama.
 
-Most versions of Ollama do not run Jinja: of a GGUF's own chat template they only recognise a score
-of well-known ones by edit distance, and give the model the bare prompt otherwise (ollama:
-template/template.go); newer ones may hand it to llama.cpp. So the template is rendered here with
-marked messages, what stands around them is read off, and the same text is written in Ollama's Go
-template language, if that reproduces the original. A model that came out of Ollama's own store
-keeps what it had there instead.
+Most versions of Ollama do not run a GGUF's chat template, which is in Jinja. They recognise about
+twenty well-known templates by edit distance, and otherwise give the model the bare prompt (ollama:
+template/template.go); newer versions may hand the template to llama.cpp. So this module renders the
+template with marked messages, reads off the text around them, and writes that text in Ollama's Go
+template language if the result reproduces the original. A model from Ollama's own store keeps the
+template and settings that it had there.
 
-Of a template with tools or thinking only the turns are written. That Ollama then offers neither is
-the smaller harm: without a TEMPLATE, a model whose template it does not recognise could not chat at
-all. What is lost is said in the Modelfile and in the record, and how to have Ollama try instead.
+Of a template with tools or thinking, only the turns are written, so Ollama offers neither. Without
+a TEMPLATE line it would be worse: a model whose template Ollama does not recognise could not chat
+at all. The Modelfile and the record say what is lost, and how to make Ollama try its own way.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ _MARKS = {"system": "S7system7S", "user": "U7user7U", "assistant": "A7assistant7
 
 @dataclass(frozen=True)
 class Turns:
-    """A chat template as what stands around each message.
+    """A chat template, as the texts around each message.
 
     Attributes:
-        opening: before everything when there is no system message.
-        system: before and after a system message; None when it belongs into the first user turn.
-        system_separator: between a system message and the user's, in the latter case.
-        user: before and after a user message.
-        assistant: before and after a reply that is already there.
-        reply: what the model continues.
+        opening: the text before everything when there is no system message.
+        system: the texts before and after a system message; None when the system message is put
+            inside the first user turn.
+        system_separator: the text between system and user message in a shared turn.
+        user: the texts before and after a user message.
+        assistant: the texts before and after an earlier reply.
+        reply: the text at the end, which the model continues.
     """
 
     opening: str
@@ -72,7 +73,7 @@ class Turns:
         return text + self.reply
 
     def go(self) -> str:
-        """The same in Ollama's template language."""
+        """These turns in Ollama's template language."""
         parts = []
         if self.system:
             system = f"{_go(self.system[0])}{{{{ .System }}}}{_go(self.system[1])}"
@@ -100,18 +101,18 @@ def modelfile(
     *,
     kept: OllamaModel | None = None,
 ) -> str:
-    """The text of a Modelfile that hands ``gguf`` to Ollama, from the same folder.
+    """The text of a Modelfile that gives ``gguf``, in the same folder, to Ollama.
 
     Args:
         gguf: the file, already written.
-        folder: the model folder it was made from, for its licence and every end-of-reply token.
-        name: the file's name once it is in its place; None when it is there already.
-        kept: the model in Ollama's store that it was made from; then the lines say what that one
-            had, and neither ``gguf`` nor ``folder`` is read.
+        folder: the model folder from which it was made, for its licence and end-of-reply tokens.
+        name: the file's final name, if ``gguf`` is still at a temporary path.
+        kept: the model in Ollama's store from which it was made. The lines are then those of that
+            model, and neither ``gguf`` nor ``folder`` is read.
 
     Returns:
-        FROM, TEMPLATE, PARAMETER, SYSTEM, MESSAGE, LICENSE, RENDERER, PARSER and REQUIRES lines, as
-        far as there is something to say. Comments tell what is left out, and why.
+        FROM, TEMPLATE, PARAMETER, SYSTEM, MESSAGE, LICENSE, RENDERER, PARSER and REQUIRES lines,
+        as many as apply. Comments say what is left out, and why.
 
     Raises:
         UserError: when ``gguf`` is no GGUF file.
@@ -121,20 +122,20 @@ def modelfile(
 
 
 def _describe(file: str, gguf: Path, folder: Path | None) -> str:
-    """A Modelfile from what the GGUF and the folder say."""
+    """A Modelfile from the contents of the GGUF and of the folder."""
     keys = metadata(gguf)
     tokens: list[str] = keys.get("tokenizer.ggml.tokens", [])
     ids = {
         role: keys.get(f"tokenizer.ggml.{role}_token_id", -1)
         for role in ("bos", "eos", "eot", "eom")
     }
-    # Some files have a number that says that there is none.
+    # Some files have a number out of range, which means that there is no such token.
     roles = {role: tokens[token] for role, token in ids.items() if 0 <= token < len(tokens)}
     lines = Modelfile(file)
     source = keys.get("tokenizer.chat_template")
     turns = None
     if source:
-        # With add_bos_token, Ollama puts the bos token there itself.
+        # With add_bos_token, Ollama adds the bos token itself.
         turns = read_turns(
             source,
             roles.get("bos", ""),
@@ -170,7 +171,7 @@ def _describe(file: str, gguf: Path, folder: Path | None) -> str:
     return str(lines)
 
 
-#: What a chat template may do beside turns -> how it shows.
+#: What a chat template may do besides turns -> a pattern that shows it in the template.
 _BEYOND = {
     "tools": re.compile(r"\b(?:tools|tool_calls?|functions)\b"),
     "thinking": re.compile(
@@ -180,7 +181,7 @@ _BEYOND = {
 
 
 def beyond_turns(source: str) -> list[str]:
-    """What a chat template in Jinja does beside turns, in words: "tools", "thinking"."""
+    """What a chat template in Jinja does besides turns: a list of "tools" and "thinking"."""
     code = _COMMENT.sub("", source)
     return [what for what, sign in _BEYOND.items() if sign.search(code)]
 
@@ -189,7 +190,7 @@ _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
 def lost_of_template(gguf: Path, folder: Path | None = None) -> list[str]:
-    """What the model's chat template has, and the Modelfile's TEMPLATE has not.
+    """What the model's chat template does and the Modelfile's TEMPLATE does not, as `beyond_turns`.
 
     Args:
         gguf, folder: as for `modelfile`.
@@ -201,7 +202,7 @@ def lost_of_template(gguf: Path, folder: Path | None = None) -> list[str]:
 
 
 def _keep(file: str, kept: OllamaModel) -> str:
-    """A Modelfile that says what the model in Ollama's store had."""
+    """A Modelfile with the settings of a model in Ollama's store."""
     lines = Modelfile(file)
     lines.comment(f"The other lines are those of {kept.name} in Ollama.")
     for projector in kept.projectors:
@@ -236,11 +237,11 @@ def _keep(file: str, kept: OllamaModel) -> str:
 
 
 def check_create(name: str) -> None:
-    """What `ollama create` needs, to be asked before long work.
+    """Check, before any long work, that `ollama create` can succeed.
 
     Raises:
-        UserError: when Ollama would not take the name, when it has a model of this name already, or
-            when there is no `ollama` program.
+        UserError: when Ollama would not accept the name, it has a model of this name already, or
+            there is no `ollama` program.
     """
     wanted = parse_name(name)
     if contains(wanted):
@@ -258,15 +259,15 @@ def check_create(name: str) -> None:
 
 
 def ollama_create(name: str, modelfile: Path) -> None:
-    """Run `ollama create NAME -f MODELFILE`; what it prints goes to the standard error.
+    """Run `ollama create NAME -f MODELFILE`, with its output on standard error.
 
     Args:
         name: the new model's name in Ollama.
         modelfile: the file, beside the GGUF that it names.
 
     Raises:
-        UserError: when there is no such file or no such program, or when it fails; with its last
-            line, and the command to repeat by hand. The files that were written stay.
+        UserError: when there is no such file or program, or the program fails. The message has the
+            program's last line and the command to repeat by hand. The written files stay.
     """
     parse_name(name)
     path = Path(modelfile).absolute()
@@ -304,26 +305,26 @@ def ollama_create(name: str, modelfile: Path) -> None:
         raise UserError(f"ollama could not make {name} ({why}): mend that and run `{by_hand}`.")
 
 
-# What moves the cursor and hides it while Ollama shows its progress.
+# Escape sequences with which Ollama moves and hides the cursor while it shows its progress.
 _TERMINAL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-_]")
 
 
 def read_turns(
     source: str, bos: str = "", eos: str = "", *, drop_bos: bool = False
 ) -> Turns | None:
-    """What stands around the messages of a Jinja chat template.
+    """The texts around the messages of a Jinja chat template.
 
     Args:
         source: the template.
-        bos: the text of the bos token, as the template may write it.
+        bos: the text of the bos token, which the template may write.
         eos: the text of the eos token.
-        drop_bos: leave out the bos token in front, for a runtime that adds it.
+        drop_bos: leave out the bos token at the beginning, for a runtime that adds it.
 
     Returns:
-        None when the parts do not reproduce the template on one-turn and two-turn chats with and
-        without a system message.
+        The turns; None when no turns reproduce what the template renders for chats of one and two
+        turns, with and without a system message.
     """
-    # The same day on every run.
+    # A fixed date, so that the result is the same on every day.
     template = ChatTemplate(
         source, Path(), {"bos_token": bos, "eos_token": eos}, today="01 Jan 2026"
     )
@@ -340,7 +341,7 @@ def read_turns(
     if one is None or two is None or bare is None:
         return None
     if not one.startswith(bare):
-        # Some end the text where no reply is asked for.
+        # Some templates add the eos token where no reply is asked for.
         bare = bare.removesuffix(eos)
     if not one.startswith(bare):
         return None
@@ -348,7 +349,7 @@ def read_turns(
     found = list(_cuts(rendered))
     if not found:
         return None
-    # Several cuts give the same text; take the one a person would have written.
+    # Several cuts give the same text; prefer one whose turns end alike.
     whole = [t for t in found if t.assistant[1] == t.user[1]]
     ended = [t for t in found if eos and t.assistant[1].endswith(eos)]
     return (whole or ended or found)[0]
@@ -361,13 +362,13 @@ _USER, _REPLY, _SYSTEM = (
 
 @dataclass(frozen=True)
 class _Rendered:
-    """What a template makes of chats whose messages are marks.
+    """What a template renders for chats whose messages are marks.
 
     Attributes:
-        one: of a user's message.
-        two: of a user's message, a reply, and the same message again.
-        with_system: of a system message and a user's; None where the template refuses it.
-        generation: the end of all of them, which asks for a reply.
+        one: the text for a user message.
+        two: the text for a user message, a reply, and the same user message again.
+        with_system: the text for a system and a user message; None if the template refuses it.
+        generation: the end of all these texts, which asks for a reply.
     """
 
     one: str
@@ -376,7 +377,7 @@ class _Rendered:
     generation: str
 
     def is_of(self, turns: Turns) -> bool:
-        """Whether these turns render the same."""
+        """Whether these turns render the same texts."""
         same = turns.render([_USER]) == self.one
         same = same and turns.render([_USER, _REPLY, _USER]) == self.two
         return same and (
@@ -385,7 +386,7 @@ class _Rendered:
 
 
 def _cuts(rendered: _Rendered) -> Iterator[Turns]:
-    """Every way to cut the renderings into turns that give them again."""
+    """Yield every way to cut the rendered texts into turns; some may not reproduce the texts."""
     one, two, generation = rendered.one, rendered.two, rendered.generation
     with_system = rendered.with_system
     mark, answer, lead = _MARKS["user"], _MARKS["assistant"], _MARKS["system"]
@@ -397,7 +398,7 @@ def _cuts(rendered: _Rendered) -> Iterator[Turns]:
     if not first.startswith(before + mark + after):
         return
     assistant_before = first[len(before + mark + after) :]
-    # What follows the reply is its ending and then the second user turn.
+    # The reply is followed by its turn's ending and then the second user turn.
     tail = last.split(mark)[0]
     for cut in range(len(before) + 1):
         opening, user_before = before[:cut], before[cut:]
@@ -420,7 +421,7 @@ def _cuts(rendered: _Rendered) -> Iterator[Turns]:
 
 
 def _go(text: str) -> str:
-    """Literal text in a Go template."""
+    """Text as a Go template writes it literally."""
     return text.replace("{{", '{{ "{{" }}')
 
 

@@ -1,8 +1,9 @@
-"""The text of a Modelfile, said so that Ollama reads it back as it was.
+"""Writing a Modelfile so that Ollama reads every text exactly as it was.
 
-Ollama strips one pair of quotes around a value, single or triple, and undoes no escape. A
-triple-quoted text ends where the first line ends in three quotes; within a line they are text.
-Characters that do not print, other than newlines and tabs, are dropped (ollama: parser/parser.go).
+Ollama strips one pair of quotes around a value, single or triple, and has no escapes. A
+triple-quoted text ends at the first line that ends in three quotes; elsewhere three quotes are
+text. Ollama drops characters that do not print, except newlines and tabs (ollama:
+parser/parser.go).
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-# Whose messages a Modelfile may hold.
+# Roles of the messages that a Modelfile may hold.
 ROLES = ("system", "user", "assistant")
 
-# Parameters that manifests of older models set, and `ollama create` refuses today.
+# Parameters that manifests of older models set, but that `ollama create` now refuses.
 _FORMER_PARAMETERS = {
     "cache",
     "embedding_only",
@@ -26,7 +27,7 @@ _FORMER_PARAMETERS = {
     "tfs_z",
 }
 
-# An action of a Go template. Its texts may hold braces, and a comment anything.
+# An action of a Go template. Texts inside it may contain braces, and a comment anything.
 _ACTION = re.compile(
     r"""(
     \{\{-?\s*/\*.*?\*/\s*-?\}\}                # a comment
@@ -37,12 +38,12 @@ _ACTION = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 
-# Three quotes at the end of a line that is not the last: there a triple-quoted text would end.
+# Three quotes at the end of a line that is not the last one, which would end a triple-quoted text.
 _ENDING = re.compile(r'"""(?=[ \t]*[\r\n])')
 
 
 def _each_unsayable(text: str, instead: Callable[[str], str]) -> str:
-    """``text`` with something else for each character that Ollama drops from a Modelfile."""
+    """``text`` with ``instead(c)`` for each character c that Ollama drops from a Modelfile."""
     if text.isprintable():
         return text
     kept = (c if c.isprintable() or c in "\n\r\t" else instead(c) for c in text)
@@ -50,16 +51,16 @@ def _each_unsayable(text: str, instead: Callable[[str], str]) -> str:
 
 
 def _in_action(character: str) -> str:
-    """A character as a Go template writes it."""
+    """An action of a Go template that prints this character."""
     code = ord(character)
     return '{{ "' + (f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}") + '" }}'
 
 
 class Modelfile:
-    """A Modelfile being written, a line after the other; what cannot be said becomes a comment.
+    """A Modelfile that is being written; for what it cannot hold, a comment says so.
 
     Args:
-        file: the GGUF's name, beside the Modelfile.
+        file: the name of the GGUF, which lies beside the Modelfile.
     """
 
     def __init__(self, file: str) -> None:
@@ -76,16 +77,16 @@ class Modelfile:
         self._lines += [f"# {line}" for line in lines]
 
     def parameter(self, key: str, value: str | int | float) -> None:
-        """One PARAMETER line; a comment if Ollama has dropped the parameter and would refuse it."""
+        """Add a PARAMETER line, or a comment if Ollama no longer accepts the parameter."""
         if isinstance(value, bool):
             said = "true" if value else "false"
         elif isinstance(value, str):
             said = self._sayable(key, value)
-            # One quote is enough for a line, but not before two others.
+            # Single quotes are enough for a line, unless it begins with a quote.
             quotes = '"""' if re.search(r'^"|[\r\n]', said) else '"'
             said = f"{quotes}{said}{quotes}"
         else:
-            # Where Ollama wants a whole number it does not take 4096.0.
+            # Where Ollama wants a whole number it does not accept 4096.0.
             whole = isinstance(value, int) or value.is_integer()
             said = str(int(value)) if whole else repr(value)
         if key in _FORMER_PARAMETERS:
@@ -94,13 +95,13 @@ class Modelfile:
             self.add(f"PARAMETER {key} {said}")
 
     def text(self, word: str, text: str) -> None:
-        """SYSTEM, MESSAGE or LICENSE, of any number of lines."""
+        """Add a SYSTEM, MESSAGE or LICENSE text of any number of lines."""
         self.add(f'{word} """{self._sayable(word, text)}"""')
 
     def template(self, text: str) -> None:
-        """TEMPLATE, whose own language can say what a Modelfile's cannot."""
+        """Add a TEMPLATE; actions of its language stand for what a Modelfile cannot hold."""
         pieces = []
-        # Outside of actions everything can be said in an action: {{ "\u00a0" }}.
+        # Outside of actions, an action such as {{ "\u00a0" }} can print any character.
         for piece in _ACTION.split(text):
             if not piece.startswith("{{"):
                 piece = _each_unsayable(_ENDING.sub('"""{{ "" }}', piece), _in_action)
@@ -108,7 +109,7 @@ class Modelfile:
         self.text("TEMPLATE", "".join(pieces))
 
     def _sayable(self, word: str, text: str) -> str:
-        """``text`` without what a Modelfile cannot say, which a comment above it admits."""
+        """``text`` without what a Modelfile cannot hold; a comment is added where that is lost."""
         new = _each_unsayable(text, lambda c: " " if unicodedata.category(c) == "Zs" else "")
         lost = new != text and word != "LICENSE"
         ended = _ENDING.search(new)

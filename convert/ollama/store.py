@@ -1,16 +1,16 @@
-"""Ollama's store of models on this machine: names, manifests, blobs.
+"""Reading Ollama's store of models on this machine: names, manifests, blobs.
 
 The layout (ollama: manifest/paths.go, types/model/name.go, server/images.go), below the folder that
 ``OLLAMA_MODELS`` names, or ``~/.ollama/models``, or a Linux service's own home:
 
     manifests/HOST/NAMESPACE/MODEL/TAG   JSON: {"config": LAYER, "layers": [LAYER, ...]}
-    blobs/sha256-HEX                     the content of a layer; once sha256:HEX
+    blobs/sha256-HEX                     the content of a layer; older versions wrote sha256:HEX
 
     LAYER = {"mediaType": ..., "digest": "sha256:HEX", "size": bytes}
 
-A name is ``[[HOST/]NAMESPACE/]MODEL[:TAG]``; what is left out is ``registry.ollama.ai``,
-``library`` and ``latest``, and upper and lower case are the same. Nothing is written here, and
-nothing that a manifest says is believed before it was checked.
+A name is ``[[HOST/]NAMESPACE/]MODEL[:TAG]``. The defaults are ``registry.ollama.ai``, ``library``
+and ``latest``; upper and lower case are the same. Nothing in the store is written, and a manifest's
+contents are checked before they are used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _IMAGE = "application/vnd.ollama.image."
 _DIGEST = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
 _PARAMETER = re.compile(r"[A-Za-z0-9_]+")
 
-# Far above every real manifest, template or licence; a layer of text this long is none.
+# Longest manifest or text layer in bytes, far above every real template or licence.
 _MAX_TEXT = 16 << 20
 
 
@@ -55,16 +55,16 @@ class OllamaName:
 
     @property
     def parts(self) -> tuple[str, str, str, str]:
-        """From the host to the tag, as manifests are filed."""
+        """Host, namespace, model and tag: the path of the manifest."""
         return (self.host, self.namespace, self.model, self.tag)
 
     @property
     def title(self) -> str:
-        """MODEL:TAG, without the tag ``latest``: what tells a model from its neighbours."""
+        """MODEL:TAG, or MODEL if the tag is ``latest``."""
         return self.model if self.tag.lower() == _TAG else f"{self.model}:{self.tag}"
 
     def __str__(self) -> str:
-        """As `ollama list` shows it: without the default host and namespace."""
+        """The name as `ollama list` shows it: without the default host and namespace."""
         owner = f"{self.namespace}/"
         if self.host.lower() != _HOST:
             owner = f"{self.host}/{owner}"
@@ -75,21 +75,21 @@ class OllamaName:
 
 @dataclass(frozen=True)
 class OllamaModel:
-    """A model in Ollama's store, with everything that its new Modelfile keeps.
+    """A model in Ollama's store, with everything that a new Modelfile for it keeps.
 
     Attributes:
-        name: where it is filed.
-        gguf: its weights, a blob without an ending in its name. Never written to.
-        template: in Ollama's own template language; None when it relies on the GGUF's.
-        params: what PARAMETER lines set: numbers, booleans, texts, or lists of texts.
+        name: its name.
+        gguf: the blob with its weights, whose name has no suffix. It is never written to.
+        template: in Ollama's own template language; None when Ollama uses the GGUF's template.
+        params: the values of its PARAMETER lines: numbers, booleans, texts, or lists of texts.
         system: the system message, if it has one.
         licenses: every licence text.
         messages: (role, content) pairs that precede every conversation.
         renderer: the name of a prompt renderer built into Ollama, instead of a template.
         parser: the name of a reply parser built into Ollama.
-        requires: the least version of Ollama.
+        requires: the oldest version of Ollama that runs it.
         projectors: GGUF files that turn pictures or sound into tokens; not part of ``gguf``.
-        draft: a GGUF file of a small model that guesses ahead of this one.
+        draft: a GGUF file of a small draft model for speculative decoding.
     """
 
     name: OllamaName
@@ -110,8 +110,8 @@ def parse_name(text: str) -> OllamaName:
     """Read ``[[HOST/]NAMESPACE/]MODEL[:TAG]`` by Ollama's rules.
 
     Raises:
-        UserError: when Ollama would not take the name. That includes every name with ``..`` or an
-            empty part, so that a name cannot lead out of the store.
+        UserError: when Ollama would not accept the name. That includes every name with ``..`` or
+            an empty part, so that a name cannot lead out of the store.
     """
     rest, tag = text, _TAG
     if rest.rfind(":") > rest.rfind("/"):
@@ -132,7 +132,7 @@ def parse_name(text: str) -> OllamaName:
 
 
 def stores() -> list[Path]:
-    """Where Ollama's models may be: ``OLLAMA_MODELS`` alone if set, else its usual places."""
+    """Folders where Ollama's models may be: ``OLLAMA_MODELS`` if set, else the usual places."""
     named = os.environ.get("OLLAMA_MODELS", "").strip().strip("\"'")
     if named:
         return [Path(named)]
@@ -146,9 +146,9 @@ def find(text: str) -> OllamaModel:
         text: its name in Ollama, without ``ollama:``.
 
     Raises:
-        UserError: when there is no such model or no store, when the store may not be read or is
-            damaged, and when the model is of a kind whose edit would lose something: weights in
-            safetensors, an adapter, several weight files, or a model that runs elsewhere.
+        UserError: when there is no such model or no store; when the store is not readable or is
+            damaged; when the model cannot be edited without losing a part of it: weights in
+            safetensors, an adapter, several weight files, or a model that runs on a server.
     """
     name = parse_name(text)
     unreadable: UserError | None = None
@@ -179,7 +179,7 @@ def find(text: str) -> OllamaModel:
 
 
 def contains(name: OllamaName) -> bool:
-    """Whether a store that can be read here has a model of this name."""
+    """Whether any store that this user can read has a model of this name."""
     for store in stores():
         try:
             if _manifest_path(store, name) is not None:
@@ -198,10 +198,10 @@ def _reading(store: Path, path: Path) -> Iterator[None]:
     try:
         yield
     except PermissionError:
-        # Not the folder above, which holds Ollama's private key beside the models.
+        # Only x for the folder above: it also holds Ollama's private key.
         above = f"{shlex.quote(str(store.parent.parent))} {shlex.quote(str(store.parent))}"
         raise _NotReadableError(
-            f"{path} may not be read by you, since Ollama runs as a user of its own: "
+            f"{path} may not be read by you, because Ollama runs as another user: "
             f"`sudo chmod a+x {above} && sudo chmod -R a+rX {shlex.quote(str(store))}` lets "
             "everyone on this machine read its models."
         ) from None
@@ -213,7 +213,7 @@ def _reading(store: Path, path: Path) -> Iterator[None]:
 
 
 def _exists(path: Path) -> bool:
-    """Whether ``path`` is there, refusing to say no of what may not be looked at."""
+    """Whether ``path`` exists; an error, not False, where this user may not look."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -222,7 +222,7 @@ def _exists(path: Path) -> bool:
 
 
 def _manifest_path(store: Path, name: OllamaName) -> Path | None:
-    """The manifest's file: each part as it is spelled, or else in other case."""
+    """The file of a model's manifest, upper and lower case being the same; None without one."""
     path = store / "manifests"
     with _reading(store, path):
         if not _exists(path):
@@ -246,7 +246,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _names(store: Path) -> list[str]:
-    """Every model in a store, as `ollama list` shows them."""
+    """The names of all models in a store, as `ollama list` shows them."""
     root = store / "manifests"
     with _reading(store, root):
         level = [root]
@@ -260,7 +260,7 @@ def _names(store: Path) -> list[str]:
 
 
 def _near(name: OllamaName, present: list[str]) -> list[str]:
-    """Other tags of the model, and names that a slip of the hand turns into this one."""
+    """Names of other tags of the model, and names with similar spelling."""
     tags: dict[str, list[str]] = {}
     for other in present:
         tags.setdefault(other.rpartition(":")[0].lower(), []).append(other)
@@ -301,7 +301,7 @@ def _read_model(store: Path, manifest: Path) -> OllamaModel:
     def other(kind: str) -> list[Path]:
         return [_blob(store, manifest, layer) for layer in of_kind.get(kind, ())]
 
-    # Of several Ollama takes the last; only licences add up.
+    # Of several layers of one kind Ollama uses the last; only licences add up.
     template = ([None, *texts("template", "prompt")])[-1]
     system = ([None, *texts("system")])[-1]
     return OllamaModel(
@@ -327,7 +327,11 @@ def _weights(
     config: Mapping[str, Any],
     of_kind: Mapping[str, list[_Layer]],
 ) -> Path:
-    """The one GGUF of a model, or the reason why it has none that can stand for it."""
+    """The GGUF of a model.
+
+    Raises:
+        UserError: when the model is not exactly one GGUF, saying what it is.
+    """
     if "adapter" in of_kind:
         raise UserError(
             f"{name} in Ollama is a model with an adapter, which the edited model would lose: "
@@ -347,7 +351,7 @@ def _weights(
     if len(models) != 1:
         found = f"{len(models)} files of weights" if models else "no weights"
         raise UserError(
-            f"{name} has {found} in Ollama's manifest {manifest}, and exactly one GGUF can be "
+            f"{name} has {found} in Ollama's manifest {manifest}, but exactly one GGUF can be "
             "edited: name the GGUF or the model it was made from."
         )
     path = _blob(store, manifest, models[0])
@@ -370,7 +374,7 @@ def _layer(store: Path, manifest: Path, entry: Any) -> _Layer:
         raise _damaged(manifest, "a layer lacks mediaType or digest")
     matched = _DIGEST.fullmatch(digest)
     if not matched:
-        # Whatever else it is, it would name a file outside the blobs.
+        # Anything else could name a file outside the folder of blobs.
         raise _damaged(manifest, f"{digest[:80]!r} is no sha256 digest")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise _damaged(manifest, f"the size of layer {digest[:19]} is {size!r}")
@@ -383,7 +387,7 @@ def _layer(store: Path, manifest: Path, entry: Any) -> _Layer:
 
 
 def _blob(store: Path, manifest: Path, layer: _Layer) -> Path:
-    """The layer's file, present and as long as the manifest says."""
+    """The file of a layer, which must exist and have the size that the manifest says."""
     with _reading(store, layer.path):
         if not _exists(layer.path):
             raise _damaged(manifest, f"{layer.path}, its {layer.kind} layer, is not there")
@@ -401,7 +405,7 @@ def _text(store: Path, manifest: Path, path: Path) -> str:
         if path.stat().st_size > _MAX_TEXT:
             raise _damaged(manifest, f"{path} is too long for a text")
         raw = path.read_bytes()
-    # As Go does: what is no UTF-8 becomes the replacement character. Old licences are Latin-1.
+    # As in Go, bytes that are not UTF-8 become the replacement character; old licences are Latin-1.
     return raw.decode("utf-8", errors="replace")
 
 
@@ -410,7 +414,7 @@ def _json(store: Path, manifest: Path, path: Path, kind: type) -> Any:
     try:
         value = json_text.parse(text)
     except Refused as refused:
-        raise _damaged(manifest, f"{path} is no JSON to go by, for {refused}") from None
+        raise _damaged(manifest, f"{path} is no JSON that can be used: {refused}") from None
     if value is None and kind is list:
         return []
     if not isinstance(value, kind):
@@ -458,7 +462,7 @@ def _setting(manifest: Path, config: Mapping[str, Any], key: str) -> str | None:
 
 def _damaged(manifest: Path, why: str) -> UserError:
     return UserError(
-        f"Ollama's manifest {manifest} cannot be followed: {why}. Pull or create the model again."
+        f"Ollama's manifest {manifest} cannot be used: {why}. Pull or create the model again."
     )
 
 

@@ -502,7 +502,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
             write_gguf(folder, out, file_type=file_type)
         assert not out.exists()
 
-    refuses("Q7 is no GGUF file type", "Q7")
+    refuses("Q7 is not a supported GGUF file type", "Q7")
     for changes, words in (
         ({"model_type": "mamba"}, 'model_type "mamba", which cannot be written'),
         ({"quantization": {"bits": 4}}, "is quantized, .* dequantize it first"),

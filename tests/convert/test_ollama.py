@@ -257,7 +257,7 @@ def test_a_layer_that_cannot_be_believed_is_named(store, key, value, words):
     path = _change(store, lambda content: content["layers"][0].__setitem__(key, value))
     message = refused("x")
     assert re.search(words, message)
-    assert message.startswith(f"Ollama's manifest {path} cannot be followed: ")
+    assert message.startswith(f"Ollama's manifest {path} cannot be used: ")
     assert message.endswith("Pull or create the model again.")
 
 
@@ -354,7 +354,7 @@ def test_a_store_of_another_user_says_how_to_open_it(monkeypatch, closed):
             message = refused("x")
             missing = refused("nosuch")
         path.chmod(stat.S_IMODE(mode))
-        assert "may not be read by you, since Ollama runs as a user of its own" in message
+        assert "may not be read by you, because Ollama runs as another user" in message
         assert str(path) in message
         command = message.split("`")[1]
         assert shlex.split(command) == [
