@@ -70,6 +70,7 @@ class LlamaCpp(Closing):
                 "running a GGUF file needs llama.cpp (there is no module xllamacpp): "
                 "pip install 'abl-mlx[llamacpp]'."
             )
+        given = given or gguf_template.named_template(self.path)
         self._given = None if given is None else gguf_template.given_template(self.path, given)
         template_fault = gguf_template.fault(self.path) if given is None else None
         try:

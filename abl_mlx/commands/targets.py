@@ -11,7 +11,6 @@ from abl_mlx.behaviour.endpoint import Endpoint, is_endpoint
 from abl_mlx.behaviour.target import Target
 from abl_mlx.choices import EvalOptions
 from abl_mlx.models import memory
-from abl_mlx.models.prompt_tokens import without_template
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.support.clock import Clock
 from convert.base.errors import UserError
@@ -63,8 +62,7 @@ def opened(
             return
         name, path = file.source.name, file.source.path
         runtime = runtime_of(file, options.targeting.runtime)
-        if file.given is None and not file.has_template():
-            raise without_template(path)
+        file.check_template()
         note = None if file.given is None else file.given.note
         identity = {"model": name, "files": file.fingerprint(), "runtime": runtime}
         if runtime == "mlx-lm":

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from abl_mlx.models import context_length, prompt_tokens, thoughts
+from abl_mlx.models import context_length, prompt_tokens, thoughts, tokenizer_config
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.native_output import unheard
 from abl_mlx.support.arrays import parameters
@@ -23,6 +23,7 @@ from convert.base.hf_counts import check_counts
 from convert.mlx import on_cpu, other_quantization, packed
 from convert.mlx.gemma2_window import give_window
 from convert.mlx.safetensors_files import TensorFiles
+from convert.tokenizers import template_files
 from convert.tokenizers.chat_template import ChatTemplate
 
 # Weights up to which a model is widened to float32 at once: 256 MB.
@@ -288,8 +289,10 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
             f"{name} has no tokenizer.json (nor a tokenizer in another form): copy it from the "
             "model's publisher."
         )
+    template_files.of_folder(folder)  # a sentence of our own for what is no template
+    more = tokenizer_config.amended(folder)
     with foreign(f"{name}: the tokenizer could not be loaded"), unheard():
-        tokenizer = load_wrapper(folder, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = load_wrapper(folder, more, eos_token_ids=config.get("eos_token_id"))
     return tokenizer
 
 

@@ -14,7 +14,7 @@ from abl_mlx.models.chat_model import ChatModel, load_tokenizer
 from abl_mlx.models.writers import Writer
 from abl_mlx.support.console import progress
 from convert.architectures.gguf_writers import GgufWriter
-from convert.base.errors import UserError
+from convert.base.errors import UserError, of
 from convert.base.scratch import scratch
 from convert.gguf.file import GgufSource
 from convert.gguf_to_mlx import Layout
@@ -46,7 +46,8 @@ def tokenizer(gguf: GgufSource, config: dict[str, Any]) -> Any:
     with scratch() as folder:
         # Without a config.json beside it transformers takes the tokenizer as it is; for some
         # architectures it would build another in its stead.
-        config |= write_tokenizer(gguf.metadata, folder)
+        with of(gguf.parts[0]):
+            config |= write_tokenizer(gguf.metadata, folder)
         return load_tokenizer(folder, config, gguf.parts[0])
 
 

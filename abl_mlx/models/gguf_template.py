@@ -14,7 +14,9 @@ from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.prompt_tokens import OPTIONS
 from convert.base.errors import UserError
 from convert.gguf.file import metadata
+from convert.tokenizers import template_files
 from convert.tokenizers.chat_template import ChatTemplate, TemplateError, TemplateExcess
+from convert.tokenizers.from_gguf import chat_templates
 
 
 def fault(path: Path) -> TemplateError | None:
@@ -49,6 +51,19 @@ def given_template(path: Path, given: GivenTemplate) -> ChatTemplate:
     template = given.ready({**_tokens(keys), **OPTIONS})
     template.check()
     return template
+
+
+def named_template(path: Path) -> GivenTemplate | None:
+    """The template for plain conversations of a GGUF that has only named ones.
+
+    llama.cpp looks at the default one alone, and asks through ChatML where there is none.
+    """
+    try:
+        templates = chat_templates(metadata(path))
+    except UserError:
+        return None  # llama.cpp has its own words for a file that it does not read
+    name = template_files.plain(templates)
+    return None if name in (None, "default") else GivenTemplate(str(path), templates[name])
 
 
 def _tokens(keys: dict[str, Any]) -> dict[str, str]:

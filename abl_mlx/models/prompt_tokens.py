@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from abl_mlx.models.given_template import GivenTemplate
 from convert.base.errors import UserError
+from convert.tokenizers import template_files
 from convert.tokenizers.chat_template import ChatTemplate, TemplateError
 
 Message = Mapping[str, str]
@@ -97,13 +98,17 @@ def template_of(
     """
     if given is not None:
         return given.ready({**_special_tokens(tokenizer), **OPTIONS})
-    if not tokenizer.has_chat_template:
-        raise without_template(place)
     if _has_code(tokenizer):
         return None
+    templates = _templates(tokenizer, place)
+    if not templates:
+        raise without_template(place)
+    name = template_files.plain(templates)
+    if name is None:
+        raise without_plain_template(templates, place)
     return ChatTemplate(
-        _source(tokenizer.chat_template, place),
-        _file(place),
+        templates[name],
+        template_files.file_of(place, name) if place.is_dir() else place,
         {**_special_tokens(tokenizer), **OPTIONS},
     )
 
@@ -145,43 +150,36 @@ def _by_itself(tokenizer: Any, messages: Sequence[Message], place: Path) -> list
     return list(ids)
 
 
-def _source(stored: Any, place: Path) -> str:
-    """The template among those that a tokenizer has.
+def _templates(tokenizer: Any, place: Path) -> dict[str, str]:
+    """All templates of a model by name: of its folder, or else those that its tokenizer has."""
+    found = template_files.of_folder(place) if place.is_dir() else {}
+    stored = tokenizer.chat_template
+    if found or stored is None:
+        return found
+    named = stored if isinstance(stored, Mapping) else {"default": stored}
+    return template_files.said({str(name): str(source) for name, source in named.items()})
 
-    Raises:
-        TemplateError: when there are several and none is the default one, or it is no text.
+
+def without_plain_template(templates: Iterable[str], place: Path) -> TemplateError:
+    """What to say of a model with templates of which none is known to be for plain conversations.
+
+    Args:
+        templates: their names.
+        place: the model's folder or GGUF.
     """
-    if isinstance(stored, Mapping):
-        if "default" not in stored:
-            raise TemplateError(
-                f"{place} has the chat templates {_names(stored)} and none named default: save the "
-                "one for plain conversations as chat_template.jinja."
-            )
-        stored = stored["default"]
-    if not isinstance(stored, str):
-        raise TemplateError(
-            f"{place}: its chat template is no text: save it as chat_template.jinja, or fetch the "
-            "model's files again."
-        )
-    return stored
-
-
-def _names(stored: Mapping[Any, Any]) -> str:
-    return ", ".join(sorted(repr(str(name)[:40]) for name in stored)[:6]) or "{}"
-
-
-def _file(place: Path) -> Path:
-    """Where the template stands, of the places that transformers looks at."""
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        if (place / name).is_file():
-            return place / name
-    return place
+    names = ", ".join(sorted(repr(name[:40]) for name in templates)[:6])
+    mend = "save the one for plain conversations as chat_template.jinja, or " * place.is_dir()
+    return TemplateError(
+        f"{place} has the chat templates {names} and none named default: {mend}give one with "
+        "--template FILE."
+    )
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, Any]:
     """bos_token and so on, by name, as transformers hands them to a template."""
     known = getattr(tokenizer, "special_tokens_map", {})
-    return {
+    # A template may join the first two to other text without asking whether they are there.
+    return {"bos_token": "", "eos_token": ""} | {
         str(name): [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
         for name, value in known.items()
     }

@@ -102,8 +102,8 @@ class FolderFile(ExitStack):
         tokenizer = chat_model.load_tokenizer(folder, self.config, folder)
         return prompt_tokens.counter(tokenizer, folder, self.given)
 
-    def has_template(self) -> bool:
-        return True  # or it is refused when it is loaded
+    def check_template(self) -> None:
+        pass  # a tokenizer may have code in its place, which is known once it is loaded
 
     def has_tokens(self, wanted: Mapping[str, int]) -> bool:
         file = self.source.path / "tokenizer.json"

@@ -48,9 +48,11 @@ from convert import gguf_to_mlx
 from convert.architectures import gguf_mtp, gguf_writers
 from convert.architectures.gguf_writers import GgufWriter
 from convert.architectures.table import IN_MLX
-from convert.base.errors import UserError
+from convert.base.errors import UserError, of
 from convert.gguf.file import GgufSource
 from convert.gguf.parts import size_of
+from convert.tokenizers import template_files
+from convert.tokenizers.from_gguf import chat_templates
 
 Record = dict[str, Any]
 
@@ -104,8 +106,14 @@ class GgufFile(ExitStack):
             return prompt_tokens.counter(tokenizer, self.source.path, self.given)
         return lambda text: 0
 
-    def has_template(self) -> bool:
-        return bool(self.gguf.metadata.get("tokenizer.chat_template"))
+    def check_template(self) -> None:
+        with of(self.source.path):
+            templates = chat_templates(self.gguf.metadata)
+        if self.given is not None or template_files.plain(templates) is not None:
+            return
+        if templates:
+            raise prompt_tokens.without_plain_template(templates, self.source.path)
+        raise prompt_tokens.without_template(self.source.path)
 
     def has_tokens(self, wanted: Mapping[str, int]) -> bool:
         tokens = self.gguf.metadata.get("tokenizer.ggml.tokens")
@@ -182,8 +190,7 @@ class GgufFile(ExitStack):
     # --- running it ----------------------------------------------------------------------------
 
     def load(self) -> ChatModel:
-        if self.given is None and not self.has_template():
-            raise prompt_tokens.without_template(self.source.path)
+        self.check_template()
         # Its layout would keep the model in memory for as long as this file is open.
         chat = from_gguf.load(self.gguf)[0]
         chat.given_template = self.given

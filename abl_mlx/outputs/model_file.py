@@ -105,8 +105,12 @@ class ModelFile(Protocol):
     def token_counter(self) -> Count:
         """What counts the tokens of a text as the user's message in the chat template."""
 
-    def has_template(self) -> bool:
-        """Whether there is a chat template."""
+    def check_template(self) -> None:
+        """Refuse, before it is loaded, a model whose prompts cannot be written.
+
+        Raises:
+            TemplateError: where there is no chat template and none was given.
+        """
 
     def has_tokens(self, wanted: Mapping[str, int]) -> bool:
         """Whether the vocabulary has all of these tokens, under these numbers."""

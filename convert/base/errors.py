@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 OPTION = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Placeholder in a message for the option that the caller spells, such as ``--output``."""
@@ -29,3 +31,12 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return self.told(lambda option: option)
+
+
+@contextmanager
+def of(path: Path) -> Iterator[None]:
+    """Put a file's name in front of what is said inside of its values, which does not name it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

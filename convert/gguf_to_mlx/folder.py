@@ -17,7 +17,7 @@ from convert.architectures.keys import Keys
 from convert.architectures.weights import Weight
 from convert.base import escape, json_text
 from convert.base.atomic import check_new, new_folder
-from convert.base.errors import OPTION, UserError
+from convert.base.errors import OPTION, UserError, of
 from convert.gguf.file import GgufSource
 from convert.gguf_to_mlx.parameters import Layout, layout, shape_of
 from convert.gguf_to_mlx.values import (
@@ -133,7 +133,8 @@ def fill_folder(
     cast = None if dtype is None else _CASTS[dtype]
     forms: dict[str, int] = {}
     settings: dict[str, Any] = {}
-    config = found.config | write_tokenizer(source.metadata, folder)
+    with of(source.parts[0]):
+        config = found.config | write_tokenizer(source.metadata, folder)
     writer = Shards(folder, len(found.weights) * 3)
     for path, weight in found.weights.items():
         module = path.removesuffix(".weight")

@@ -32,6 +32,7 @@ from typing import Any
 from tokenizers.models import BPE
 
 from convert.base.errors import UserError
+from convert.tokenizers import template_files
 from convert.tokenizers.gguf_vocabulary import (
     CONTROL,
     PREFIX,
@@ -80,7 +81,7 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]
         config["pad_token_id"] = vocabulary.pad
     if vocabulary.ends:
         files["generation_config.json"] = config
-    templates = _chat_templates(metadata)
+    templates = _template_files(chat_templates(metadata))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -94,24 +95,38 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]
     return dict(config)
 
 
-def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """File name -> Jinja source."""
+def chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates that a GGUF holds: name -> Jinja source; "default" has no name there.
+
+    Raises:
+        UserError: a template that is no text.
+    """
     templates: dict[str, str] = {}
     for key, value in metadata.items():
         if key != _TEMPLATE and not key.startswith(_TEMPLATE + "."):
             continue
-        name = key[len(_TEMPLATE) + 1 :]
         if not isinstance(value, str):
             raise UserError(f"{key} is {shown(value)}, which is not text: remove it.")
-        if key == _TEMPLATE:
-            templates["chat_template.jinja"] = value
-        elif re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
-            templates[f"additional_chat_templates/{name}.jinja"] = value
-        else:
+        templates[key[len(_TEMPLATE) + 1 :] or "default"] = value
+    return template_files.said(templates)
+
+
+def _template_files(templates: Mapping[str, str]) -> dict[str, str]:
+    """File name -> Jinja source; the one for plain conversations is chat_template.jinja, too."""
+    files: dict[str, str] = {}
+    plain = template_files.plain(templates)
+    if plain is not None:
+        files["chat_template.jinja"] = templates[plain]
+    for name, source in templates.items():
+        if name == "default":
+            continue
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
             raise UserError(
-                f"{key[:80]!r} names a template that no file can be named after: rename it."
+                f"{f'{_TEMPLATE}.{name}'[:80]!r} names a template that no file can be named after: "
+                "rename it."
             )
-    return templates
+        files[f"additional_chat_templates/{name}.jinja"] = source
+    return files
 
 
 def _tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:

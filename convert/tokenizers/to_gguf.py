@@ -72,7 +72,7 @@ class Tokenizer:
         add_bos: put bos before every text.
         add_eos: put eos after every text.
         add_space_prefix: put a space before every text; None where it does not apply.
-        chat_templates: name -> Jinja source; "default" is the one used.
+        chat_templates: name -> Jinja source; `template_files.plain` says which one is used.
         ends: ids that end a reply, all of them, even those GGUF has no role for.
         rstrip: special tokens swallow the white space after them (Phi-3).
     """
@@ -110,8 +110,9 @@ class Tokenizer:
         if self.add_space_prefix is not None:
             values["tokenizer.ggml.add_space_prefix"] = self.add_space_prefix
         named = {name: text for name, text in self.chat_templates.items() if name != "default"}
-        if "default" in self.chat_templates:
-            values["tokenizer.chat_template"] = self.chat_templates["default"]
+        default = template_files.plain(self.chat_templates)
+        if default is not None:
+            values["tokenizer.chat_template"] = self.chat_templates[default]
         if named:
             values["tokenizer.chat_templates"] = sorted(named)
             for name, text in named.items():

@@ -317,7 +317,7 @@ def test_several_templates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stored", [5, [5], {"default": CHATML}, [{"name": "default"}], [{"template": CHATML}]]
+    "stored", [5, [5], {"default": 5}, [{"name": "default"}], [{"template": CHATML}]]
 )
 def test_templates_that_are_no_text(stored: object, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer_config\.json: chat_template is neither text"):
