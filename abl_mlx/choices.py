@@ -7,10 +7,10 @@ their flags are, and their defaults are the command line's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 #: What ``--method`` may be; docs/methods.md has the formulas.
 METHODS = (
@@ -72,6 +72,22 @@ class Choices:
             else:
                 yield from group.names()
 
+    @classmethod
+    def kinds(cls) -> dict[str, Any]:
+        """The types of all flags' values by the flags' names."""
+        hints = get_type_hints(cls)
+        found: dict[str, Any] = {}
+        for field in fields(cls):
+            group = _group(field)
+            found |= {field.name: hints[field.name]} if group is None else group.kinds()
+        return found
+
+    @classmethod
+    def of_record(cls: type[Self], values: Mapping[str, Any]) -> Self:
+        """From what `record` gives; names that no group has are left out."""
+        known = {name: kind for name, kind in cls.kinds().items() if name in values}
+        return cls.of(**{name: _from_json(values[name], kind) for name, kind in known.items()})
+
     def record(self) -> dict[str, Any]:
         """Every flag's value as a JSON value, without the groups."""
         found: dict[str, Any] = {}
@@ -89,6 +105,14 @@ class Choices:
 def _group(field: Field[Any]) -> type[Choices] | None:
     """The class of a field that holds a group of flags."""
     return type(field.default) if isinstance(field.default, Choices) else None
+
+
+def _from_json(value: Any, kind: Any) -> Any:
+    """A flag's value, of a type that may be a union."""
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, str) and Path in kinds:
+        return Path(value)
+    return frozenset(value) if isinstance(value, list) else value
 
 
 # --- groups of flags -----------------------------------------------------------------------------

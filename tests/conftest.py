@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ os.environ.setdefault("LLAMA_ARG_THREADS", "1")  # llama.cpp's threads wait busi
 
 from abl_mlx.records.record import Record
 from abl_mlx.records.schema import COMMANDS
+from abl_mlx.support.strict_json import finite
 from tests.support import tiny
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "records.schema.json"
@@ -56,13 +58,15 @@ def records_keep_to_their_schema() -> Iterator[None]:
         record: jsonschema.Draft202012Validator({**whole, "$ref": f"#/$defs/{command}"})
         for command, record in COMMANDS.items()
     }
-    of = Record.of.__func__  # type: ignore[attr-defined]
+    plain = Record.__dict__["json"]
 
-    def checked(cls: type[Record], values: Mapping[str, Any]) -> Record:
-        record: Record = of(cls, values)
-        by_class[cls].validate(record.json)
-        return record
+    def checked(record: Record) -> dict[str, Any]:
+        made: dict[str, Any] = plain.func(record)
+        by_class[type(record)].validate(finite(made))
+        return made
 
-    Record.of = classmethod(checked)  # type: ignore[assignment]
+    json_of = cached_property(checked)
+    json_of.__set_name__(Record, "json")
+    Record.json = json_of  # type: ignore[assignment]
     yield
-    del Record.of
+    Record.json = plain

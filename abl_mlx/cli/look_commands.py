@@ -61,7 +61,7 @@ def evaluate(target: str, as_json: bool, **chosen: Any) -> None:
     options = EvalOptions.of(**chosen)
     record = answer(as_json, eval_tables.table, evaluate_model.evaluate_model, target, options)
     if record.gate is not None and not record.gate.passed:
-        click.echo(eval_tables.failures(escape.record(record)), err=True)
+        click.echo(eval_tables.failures(record.of(escape.record(record))), err=True)
         sys.exit(NOT_MET)
 
 

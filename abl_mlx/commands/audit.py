@@ -26,7 +26,8 @@ from abl_mlx.outputs.mentions import mentions
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.outputs.staging import check_report
 from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
-from abl_mlx.records.looks import AuditRecord
+from abl_mlx.records.evaluations import EvalRecord
+from abl_mlx.records.looks import AuditRecord, NotAsked
 from abl_mlx.reports.page import write
 from abl_mlx.reports.page_audit import audit_page
 from abl_mlx.support import flags
@@ -430,9 +431,9 @@ def table(record: AuditRecord) -> str:
     return "\n".join(lines)
 
 
-def _behaviour(found: Record) -> str:
-    if "not_asked" in found:
-        return f"  not asked: {found['not_asked']}"
+def _behaviour(found: EvalRecord | NotAsked) -> str:
+    if isinstance(found, NotAsked):
+        return f"  not asked: {found.not_asked}"
     from abl_mlx.reports import eval_tables
 
     return eval_tables.table(found)

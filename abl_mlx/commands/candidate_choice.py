@@ -22,6 +22,7 @@ from abl_mlx.edits.edit import Edit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import behind_last_layer
 from abl_mlx.models.writers import Writer
+from abl_mlx.records.directions import Selection
 from abl_mlx.reports.tables import summary_line
 from abl_mlx.support.arrays import number, numpy_of
 from abl_mlx.support.console import say
@@ -330,7 +331,7 @@ class Finder:
             return single
         alone = [one for one in done if one.variant.rank == 1 and not one.variant.per_layer]
         self._notes["single"] = min(alone, key=lambda one: one.refused).record()
-        say(f"  taken instead: {summary_line(taken.variant.record())}")
+        say(f"  taken instead: {summary_line(Selection.of(taken.variant.record()))}")
         return self._take(taken)
 
 

@@ -52,8 +52,8 @@ def apply(
             facts = [one.facts for one in written]
             known.update(leak=worst_leak(facts), written=facts, seconds=clock.seconds)
             record = ApplyRecord.of(known)
-            for one in written:
-                write_companions(one.output, model.source, model.folder, record, one.facts)
+            for one, described in zip(written, record.written, strict=True):
+                write_companions(one.output, model.source, model.folder, record, described)
     destinations.hand_to_ollama(paths, writing)
     return record
 

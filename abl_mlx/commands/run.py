@@ -413,8 +413,8 @@ def _finish(job: Job, known: Record, before: Before, judged: Sequence[Judged]) -
     known.update(evaluations=evaluations, seconds=job.clock.seconds)
     record = RunRecord.of(known)
     target = job.target
-    for one in judged:
-        write_companions(one.written.output, target.source, target.folder, record, one.record)
+    for one, described in zip(judged, record.evaluations, strict=True):
+        write_companions(one.written.output, target.source, target.folder, record, described)
     return record
 
 

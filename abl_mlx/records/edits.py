@@ -3,46 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from abl_mlx.choices import ApplyOptions, RunOptions
+from abl_mlx.records.directions import Found
 from abl_mlx.records.evaluations import Divergence, Made, Refusals
 from abl_mlx.records.record import Part, Record
-
-
-@dataclass(frozen=True, kw_only=True)
-class Looked(Part):
-    """Prompts of a set that were asked before anything was measured, and those refused."""
-
-    asked: int
-    refused: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cloud(Part):
-    """Two prompt sets in a plane: [x, y] of every prompt, after ``layer`` at ``position``."""
-
-    layer: int | None = None
-    position: int | None = None
-    harmful: list[list[float]]
-    harmless: list[list[float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found(Part):
-    """What was found on the way to a direction; of another's direction file, less.
-
-    Attributes:
-        direction: its ``method``, why it was chosen, and its ``sha256``.
-        first_look: set -> replies of the model as it is.
-        scores: every candidate: layer, position, figures.
-        trials: what else was tried.
-    """
-
-    direction: dict[str, Any]
-    first_look: dict[str, Looked] | None = None
-    scores: list[dict[str, Any]] | None = None
-    trials: list[dict[str, Any]] | None = None
-    cloud: Cloud | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +45,33 @@ class WorstLeak(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorLeak(Part):
+    """What became of an edited tensor.
+
+    Attributes:
+        leak: share of its part of the edit that was lost in writing.
+        weight_error: relative distance of the written weights from the exact edit.
+        codes_changed: share of the codes of a quantized type that are others than before.
+        bytes_changed: how many; of a GGUF that stays one.
+        type: of a tensor of a GGUF.
+    """
+
+    leak: float
+    weight_error: float
+    codes_changed: float | None = None
+    bytes_changed: int | None = None
+    type: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Leaks(WorstLeak):
-    """The same with every tensor: ``leak``, ``weight_error`` and what its type adds.
+    """The same with every tensor.
 
     Attributes:
         with_left_out: the total with what an adapter leaves alone.
     """
 
-    tensors: dict[str, dict[str, Any]]
+    tensors: dict[str, TensorLeak]
     with_left_out: float | None = None
 
 
@@ -140,7 +124,7 @@ class Edited(Found, Made):
         source_is_repository: whether the source is a Hugging Face id.
         base_model: what written models say they come from.
         repository: the Hugging Face id, where it is known.
-        options: flag -> value, of all flags of the command.
+        options: all flags of the command.
         hashes: of what the outputs were made from.
     """
 
@@ -148,7 +132,7 @@ class Edited(Found, Made):
     base_model: str
     repository: str | None = None
     outputs: list[str]
-    options: dict[str, Any]
+    options: RunOptions | ApplyOptions
     mtp: Drafting | None = None
     hashes: Hashes
     seconds: dict[str, float]
@@ -172,6 +156,7 @@ class RunRecord(Record, Edited):
         evaluations: every output.
     """
 
+    options: RunOptions
     measured_on: str | None = None
     induced: bool | None = None
     before: Refusals
@@ -186,6 +171,7 @@ class RunRecord(Record, Edited):
 class ApplyRecord(Record, Edited):
     """What `apply` wrote."""
 
+    options: ApplyOptions
     leak: WorstLeak
     written: list[WrittenEdit]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from abl_mlx.records.record import LEFT_OUT, Part, Record
+from abl_mlx.records.record import Part, Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,15 @@ class FixedReply(Part):
     verdict: str | None
 
 
+@dataclass(frozen=True)
+class Rate:
+    """How often a set was refused: share, Wilson's 95% interval, replies with a verdict."""
+
+    share: float | None
+    interval: list[float]
+    n: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Refusals(Part):
     """Refusal rates on each prompt set, with Wilson 95% intervals.
@@ -54,7 +63,7 @@ class Refusals(Part):
     n_harmless: int
     broken_rate: float | None
     expected_answer_rate: float | None = None
-    borderline_refusal_rate: float | None = LEFT_OUT
+    borderline_refusal_rate: float | None = None
     borderline_refusal_interval: list[float] | None = None
     n_borderline: int | None = None
     unfinished_thoughts: int | None = None
@@ -62,6 +71,23 @@ class Refusals(Part):
     withheld_replies: int | None = None
     fixed_reply: FixedReply | None = None
     categories: dict[str, dict[str, Category]]
+
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """Set -> how often it was refused, of the sets that were asked."""
+        found = {
+            "harmful": Rate(
+                self.harmful_refusal_rate, self.harmful_refusal_interval, self.n_harmful
+            ),
+            "harmless": Rate(
+                self.harmless_refusal_rate, self.harmless_refusal_interval, self.n_harmless
+            ),
+        }
+        if self.borderline_refusal_interval is not None and self.n_borderline is not None:
+            found["borderline"] = Rate(
+                self.borderline_refusal_rate, self.borderline_refusal_interval, self.n_borderline
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +119,31 @@ class Capability(Share):
 
     tasks_sha256: str
     groups: dict[str, Share]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(Part):
+    """Perplexity of a text.
+
+    Attributes:
+        text, text_sha256: its name, and the hash of all of it.
+        perplexity: exp(mean nats a token) over ``tokens`` tokens.
+        bits_per_byte: of the text that these make.
+        kind: ``exact``, or ``top-n`` over the likeliest ``n`` tokens alone.
+        window, stride: of an exact one, tokens.
+        outside: how many tokens were not among the likeliest.
+    """
+
+    text: str
+    text_sha256: str
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    kind: str
+    window: int | None = None
+    stride: int | None = None
+    n: int | None = None
+    outside: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +184,7 @@ class Asked(Refusals, Made):
     note: str | None = None
     verdicts: dict[str, str]
     judging: Judged | None = None
-    perplexity: dict[str, Any] | None = None
+    perplexity: Perplexity | None = None
     capability: Capability | None = None
 
 
@@ -203,7 +254,7 @@ class EvalRecord(Record, Asked):
     Attributes:
         prompts: what was asked, by set.
         kl: from the baseline.
-        lm_eval: task -> results of lm-evaluation-harness.
+        lm_eval: task -> results of lm-evaluation-harness, as it names them.
         baseline: the other model.
         paired: set -> the two compared.
         seconds: step -> time.
@@ -212,7 +263,7 @@ class EvalRecord(Record, Asked):
 
     prompts: dict[str, AskedPrompts]
     kl: Divergence | None = None
-    lm_eval: dict[str, Any] | None = None
+    lm_eval: dict[str, dict[str, Any]] | None = None
     baseline: Asked | None = None
     paired: dict[str, Comparison] | None = None
     seconds: dict[str, float]

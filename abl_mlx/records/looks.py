@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from abl_mlx.records.directions import Chosen
 from abl_mlx.records.edits import Drafting, Leaks
-from abl_mlx.records.evaluations import Made
-from abl_mlx.records.record import LEFT_OUT, Part, Record
+from abl_mlx.records.evaluations import EvalRecord, Made
+from abl_mlx.records.record import Part, Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class InspectRecord(Record):
     quantization: dict[str, Any] | str | None
     tied: bool
     head_copies: list[str] | None = None
-    template_tail: int | None = LEFT_OUT
+    template_tail: int | None = None
     template_fault: str | None = None
     runs_in_mlx: bool | None = None
     writers: list[WriterGroup]
@@ -96,7 +97,7 @@ class ShowRecord(Record, Made):
     """
 
     prompt: str
-    direction: dict[str, Any]
+    direction: Chosen
     tokens: list[str]
     before: list[list[float]]
     after: list[list[float]]
@@ -109,6 +110,107 @@ class Mention(Part):
 
     place: str
     text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowestDirections(Part):
+    """A search for directions of which the residual writers hold least.
+
+    Attributes:
+        gap: between those that stand apart and the next ones.
+        gap_over_spread: the same in units of the spread of the next ones.
+        rank: how many stand apart.
+        scores: of all of them, the lowest first.
+        verdict: by this search alone.
+    """
+
+    gap: float
+    gap_over_spread: float
+    rank: int
+    scores: list[float]
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditedWriter(Part):
+    """A residual writer along the direction that was found.
+
+    Attributes:
+        energy: what it holds, in units of its own weakest directions.
+        of_mean: the same in units of its mean over directions.
+        type: of its weights.
+        relative_difference: from the base's weights.
+        types: the base's type and the model's.
+        rank_1_share: share of the difference that is of rank 1.
+        strength: share that it lost of what the base has.
+        resemblance: cosine of what it lost and what was there.
+        edited: whether it took part.
+        left_vector_agreement: of the difference's direction with the one all share.
+    """
+
+    energy: float | None = None
+    of_mean: float | None = None
+    type: str | None = None
+    relative_difference: float | None = None
+    types: list[str] | None = None
+    rank_1_share: float | None = None
+    strength: float | None = None
+    resemblance: float | None = None
+    edited: bool | None = None
+    left_vector_agreement: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherTensors(Part):
+    """Tensors that do not write to the residual stream, beside the base's.
+
+    Attributes:
+        compared: how many.
+        changed: those whose bytes differ.
+        only_one: those that one of the two models has alone.
+        not_compared: how many are of another type or shape.
+    """
+
+    compared: int
+    changed: list[str]
+    only_one: list[str]
+    not_compared: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Part):
+    """What the weights alone say.
+
+    Attributes:
+        verdict, evidence, layers: as those of `AuditRecord`.
+        embedding: whether an embedding was edited.
+        rank: how many directions.
+        strength: of the removal; None where none was found.
+        tests: search -> what it found, without a base.
+        writers: name -> figures.
+        left_out: writers that could not be compared with the base's.
+        others: with a base.
+        direction_cosine: as that of `AuditRecord`.
+    """
+
+    verdict: str
+    evidence: list[str]
+    layers: list[int]
+    embedding: bool | None = None
+    rank: int | None = None
+    strength: float | None = None
+    tests: dict[str, LowestDirections] | None = None
+    writers: dict[str, AuditedWriter] | None = None
+    left_out: list[str] | None = None
+    others: OtherTensors | None = None
+    direction_cosine: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotAsked(Part):
+    """Why a model could not be asked."""
+
+    not_asked: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +234,10 @@ class AuditRecord(Record, Made):
     evidence: list[str]
     layers: list[int]
     direction_cosine: float | None
-    weights: dict[str, Any]
+    weights: Weights
     label: dict[str, Any] | None
     mentions: list[Mention]
     hashes: dict[str, str]
-    behaviour: dict[str, Any] | None = None
+    behaviour: EvalRecord | NotAsked | None = None
     output: str | None = None
     seconds: dict[str, float]

@@ -5,24 +5,28 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cached_property
 from typing import Any, TypeVar
+
+from abl_mlx.choices import Choices
 
 #: The version of every record that is written. Records of earlier versions of abl-mlx say none:
 #: that is version 0, which has the same keys. It rises when a key goes or changes its meaning, not
 #: when one is added.
 FORMAT_VERSION = 1
 
-#: The value of a key that may be null and may also be left out; None then means null.
-LEFT_OUT: Any = type("LeftOut", (), {"__repr__": lambda self: "LEFT_OUT"})()
-
 PartOf = TypeVar("PartOf", bound="Part")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of a record. A field that is None by default is left out of the JSON while it is."""
+    """A part of a record. A field that is None by default is left out of the JSON while it is.
+
+    Attributes:
+        nulls: fields of which that does not hold here: they are null in the JSON.
+        more: keys that are not known.
+    """
 
     @classmethod
     def of(cls: type[PartOf], values: Mapping[str, Any]) -> PartOf:
@@ -33,21 +37,23 @@ class Part:
         """
         kinds = kinds_of(cls)
         known = {name: values[key(name)] for name in kinds if key(name) in values}
-        more = {name: value for name, value in values.items() if f"{name}_" not in kinds}
-        more = {name: value for name, value in more.items() if name not in kinds}
-        more.pop("format_version", None)
-        return cls(**{name: _made(kinds[name], one) for name, one in known.items()}, more=more)
+        read = {"format_version", *map(key, known)}
+        return cls(
+            **{name: _made(kinds[name], one) for name, one in known.items()},
+            nulls=frozenset(name for name, one in known.items() if one is None),
+            more={name: value for name, value in values.items() if name not in read},
+        )
 
+    nulls: frozenset[str] = field(default=frozenset(), repr=False)
     more: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def json(self) -> dict[str, Any]:
         """As JSON values."""
         found: dict[str, Any] = {}
-        for one in fields(self):
+        for one in _fields(type(self)):
             value = getattr(self, one.name)
-            left_out = value is LEFT_OUT or (value is None and one.default is None)
-            if one.name != "more" and not left_out:
+            if value is not None or one.default is not None or one.name in self.nulls:
                 found[key(one.name)] = plain(value)
         return found | plain(dict(self.more))
 
@@ -79,14 +85,19 @@ def key(name: str) -> str:
 def kinds_of(part: type[Part]) -> dict[str, Any]:
     """The type of every field by its name."""
     hints = typing.get_type_hints(part)
-    return {one.name: hints[one.name] for one in fields(part) if one.name != "more"}
+    return {one.name: hints[one.name] for one in _fields(part)}
+
+
+def _fields(part: type[Part]) -> list[Field[Any]]:
+    """The fields that are keys of the JSON."""
+    return [one for one in fields(part) if one.name not in ("nulls", "more")]
 
 
 def required(part: type[Part]) -> list[str]:
     """The fields that are never left out."""
     return [
         one.name
-        for one in fields(part)
+        for one in _fields(part)
         if one.default is MISSING and one.default_factory is MISSING
     ]
 
@@ -98,11 +109,17 @@ def options_of(kind: Any) -> tuple[Any, ...]:
 
 
 def _made(kind: Any, value: Any) -> Any:
-    """A JSON value as the type that a field has."""
+    """A JSON value as the type that a field has; of several parts, as the first that it fills."""
+    if isinstance(value, Part | Choices):
+        return value
+    parts = [one for one in options_of(kind) if _is(one, Part)]
+    if parts and isinstance(value, Mapping):
+        filled = (one for one in parts if set(map(key, required(one))) <= set(value))
+        return next(filled, parts[-1]).of(value)
     for one in options_of(kind):
         origin, inner = typing.get_origin(one), typing.get_args(one)
-        if isinstance(one, type) and issubclass(one, Part) and isinstance(value, Mapping):
-            return value if isinstance(value, one) else one.of(value)
+        if _is(one, Choices) and isinstance(value, Mapping):
+            return one.of_record(value)
         if origin is list and isinstance(value, list | tuple):
             return [_made(inner[0], each) for each in value]
         if origin is dict and isinstance(value, Mapping):
@@ -110,10 +127,16 @@ def _made(kind: Any, value: Any) -> Any:
     return value
 
 
+def _is(kind: Any, base: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, base)
+
+
 def plain(value: Any) -> Any:
     """Records inside a value as JSON values."""
     if isinstance(value, Part):
         return value.json
+    if isinstance(value, Choices):
+        return value.record()
     if isinstance(value, Mapping):
         return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import typing
+from pathlib import Path
 from typing import Any
 
+from abl_mlx.choices import Choices
 from abl_mlx.records import edits, evaluations, looks
 from abl_mlx.records.record import FORMAT_VERSION, Part, Record, key, kinds_of, options_of, required
 
@@ -23,7 +25,7 @@ COMMANDS: dict[str, type[Record]] = {
     "show": looks.ShowRecord,
 }
 
-_JSON_TYPES = {str: "string", int: "integer", bool: "boolean", type(None): "null"}
+_JSON_TYPES = {str: "string", Path: "string", int: "integer", bool: "boolean", type(None): "null"}
 
 _NOT_FINITE = (
     "Figures that are not finite are null in the record, and stand here: place -> nan, inf, -inf."
@@ -60,6 +62,17 @@ def _object(part: type[Part], parts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _flags(choices: type[Choices], parts: dict[str, Any]) -> dict[str, Any]:
+    kinds = choices.kinds()
+    return {
+        "description": "The value of every flag.",
+        "type": "object",
+        "properties": {name: _kind(kind, parts) for name, kind in kinds.items()},
+        "required": list(kinds),
+        "additionalProperties": False,
+    }
+
+
 def _kind(kind: Any, parts: dict[str, Any]) -> dict[str, Any]:
     options = options_of(kind)
     if len(options) > 1:
@@ -70,7 +83,7 @@ def _kind(kind: Any, parts: dict[str, Any]) -> dict[str, Any]:
             else {"anyOf": found}
         )
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is list:
+    if origin in (list, frozenset):
         return {"type": "array", "items": _kind(inner[0], parts)}
     if origin is dict:
         return {"type": "object", "additionalProperties": _kind(inner[1], parts)}
@@ -78,10 +91,13 @@ def _kind(kind: Any, parts: dict[str, Any]) -> dict[str, Any]:
         return {}
     if kind is float:
         return {"type": ["number", "null"]}
-    if isinstance(kind, type) and issubclass(kind, Part):
+    if kind in COMMANDS.values():
+        return {"$ref": f"#/$defs/{list(COMMANDS)[list(COMMANDS.values()).index(kind)]}"}
+    if isinstance(kind, type) and issubclass(kind, Part | Choices):
         if kind.__name__ not in parts:
             parts[kind.__name__] = {}
-            parts[kind.__name__] = _object(kind, parts)
+            made = _object(kind, parts) if issubclass(kind, Part) else _flags(kind, parts)
+            parts[kind.__name__] = made
         return {"$ref": f"#/$defs/{kind.__name__}"}
     return {"type": _JSON_TYPES[kind]}
 

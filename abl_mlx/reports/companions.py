@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs.provenance import without_home
 from abl_mlx.outputs.staging import ADAPTERS, Output, companions
+from abl_mlx.records.edits import ApplyRecord, EvaluatedEdit, RunRecord, WrittenEdit
 from abl_mlx.reports import induce_tables
 from abl_mlx.reports.tables import card
 from abl_mlx.support.strict_json import to_json
@@ -19,8 +18,8 @@ def write_companions(
     output: Output,
     source: Source,
     folder: Path | None,
-    record: Mapping[str, Any],
-    described: Mapping[str, Any],
+    record: RunRecord | ApplyRecord,
+    described: WrittenEdit,
 ) -> None:
     """Write the record, the card and, for a GGUF that is not split, the Modelfile of an output.
 
@@ -32,11 +31,11 @@ def write_companions(
     record_name = companions(output.path)["record"].name
     places = companions(output.staged)
     places["record"].write_text(to_json(without_home(record)) + "\n", encoding="utf-8")
-    text = (
-        induce_tables.card(record, described, source.title, record_name)
-        if record.get("induced")
-        else card(record, described, source.title, record_name, adapter=output.format in ADAPTERS)
-    )
+    if isinstance(record, RunRecord) and record.induced and isinstance(described, EvaluatedEdit):
+        text = induce_tables.card(record, described, source.title, record_name)
+    else:
+        adapter = output.format in ADAPTERS
+        text = card(record, described, source.title, record_name, adapter=adapter)
     places["card"].write_text(text, encoding="utf-8")
     # A Modelfile names one file; older Ollamas take no more.
     if "modelfile" in places and output.staged.is_file():

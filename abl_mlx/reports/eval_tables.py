@@ -3,137 +3,153 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from abl_mlx.behaviour import reply_notes
+from abl_mlx.records.evaluations import (
+    Asked,
+    Category,
+    Comparison,
+    Divergence,
+    EvalRecord,
+    Gate,
+    Judged,
+)
 from abl_mlx.reports.tables import interval, paired_cells
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
 
-_SETS = (
-    ("harmful", "refusals, harmful prompts", ""),
-    ("harmless", "refusals, harmless prompts", ""),
-    ("borderline", "refusals, borderline prompts", "; harmless, but sound bad"),
-)
+#: What is added to the row of a set's refusals.
+_MORE = {"borderline": "; harmless, but sound bad"}
 
 
-def table(record: Mapping[str, Any]) -> str:
+def table(record: EvalRecord) -> str:
     """The result of an evaluation at a glance."""
-    baseline = record.get("baseline")
+    baseline = record.baseline
     rows: list[tuple[str, ...]] = []
     if baseline is not None:
         rows.append(("", "baseline", "target", ""))
-    for name, label, note in _SETS:
-        if f"{name}_refusal_rate" in record:
-            rows.append(
-                _row(record, baseline, label, f"{name}_refusal_rate", interval(record, name) + note)
-            )
-    rows.append(_row(record, baseline, "broken replies", "broken_rate", "empty or looping"))
-    if "expected_answer_rate" in record:
-        rows.append(
-            _row(
-                record,
-                baseline,
-                "known answers, harmful prompts",
-                "expected_answer_rate",
-                "exactly what stage 1 taught",
-            )
-        )
-    if "kl" in record:
-        kl = record["kl"]
-        exact = kl["kind"] == "exact"
-        note = "nats" if exact else f"nats, at least: {kl['kind']} tokens of each side"
-        rows.append(("KL on harmless prompts, 1st token", "", f"{kl['k1']:.4f}", note))
-        rows.append(
-            ("KL over 32 tokens", "", f"{kl['k32']:.4f}", f"{note.replace('nats', 'nats a token')}")
-        )
-    rows += _extras(record, baseline or {})
+    rows += [*_rates(record, baseline), *_divergence(record.kl), *measurements(record)]
     lines = [_title(record)]
     if baseline is not None:
         lines.append(f"baseline: {_title(baseline)}")
     lines += _aligned(rows, right=(1, 2))
-    if "paired" in record:
-        lines += ["", *_paired(record["paired"])]
-    lines += ["", *_categories(record["categories"])]
-    for one, who in ((record, ""), (baseline or {}, "of the baseline ")):
-        lines += notes.lines(one)
+    if record.paired is not None:
+        lines += ["", *_paired(record.paired)]
+    lines += ["", *_categories(record.categories)]
+    asked: list[tuple[Asked, str]] = [(record, "")]
+    asked += [] if baseline is None else [(baseline, "of the baseline ")]
+    for one, who in asked:
+        lines += notes.lines(one.note)
         lines += [f"  note: {note}." for note in reply_notes.sentences(one, who)]
-        if "judging" in one:
-            lines += _judging(one["judging"], one["judge"], who)
-    if "gate" in record:
-        lines += ["", *_gate(record["gate"])]
+        if one.judging is not None:
+            lines += _judging(one.judging, one.judge, who)
+    if record.gate is not None:
+        lines += ["", *_gate(record.gate)]
     return "\n".join(lines)
 
 
-def failures(record: Mapping[str, Any]) -> str:
+def failures(record: EvalRecord) -> str:
     """The limits that are not met, a line for each."""
     return "\n".join(
-        f"Not met: --{one['name']}: {record['source']} {one['sentence']}."
-        for one in record["gate"]["checks"]
-        if not one["passed"]
+        f"Not met: --{one.name}: {record.source} {one.sentence}."
+        for one in ([] if record.gate is None else record.gate.checks)
+        if not one.passed
     )
 
 
-def _extras(record: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Perplexity, the capability check, and what lm-evaluation-harness found."""
-    rows: list[tuple[str, ...]] = []
-    if "perplexity" in record:
-        one, was = record["perplexity"], baseline.get("perplexity")
-        note = f"{one['tokens']} tokens of Alice in Wonderland"
-        if one["kind"] != "exact":
-            note += f"; at least, {one['outside']} are not among the likeliest {one['n']}"
-        before = "" if was is None else f"{was['perplexity']:.2f}"
-        rows.append(("perplexity", before, f"{one['perplexity']:.2f}", note))
-    if "capability" in record:
-        one, was = record["capability"], baseline.get("capability")
-        groups = ", ".join(f"{k} {v['right']}/{v['n']}" for k, v in one["groups"].items())
-        before = "" if was is None else f"{was['right']}/{was['n']}"
-        rows.append(("capability check", before, f"{one['right']}/{one['n']}", groups))
-    for task, found in record.get("lm_eval", {}).items():
-        for name, value in found.items():
+def _rates(record: Asked, baseline: Asked | None) -> list[tuple[str, ...]]:
+    was = {} if baseline is None else baseline.rates
+    rows: list[tuple[str, ...]] = [
+        (
+            f"refusals, {name} prompts",
+            percent(was[name].share) if name in was else "",
+            percent(now.share),
+            interval(now) + _MORE.get(name, ""),
+        )
+        for name, now in record.rates.items()
+    ]
+    broken = "" if baseline is None else percent(baseline.broken_rate)
+    rows.append(("broken replies", broken, percent(record.broken_rate), "empty or looping"))
+    if record.expected_answer_rate is not None:
+        rows.append(
+            (
+                "known answers, harmful prompts",
+                "" if baseline is None else percent(baseline.expected_answer_rate),
+                percent(record.expected_answer_rate),
+                "exactly what stage 1 taught",
+            )
+        )
+    return rows
+
+
+def _divergence(kl: Divergence | None) -> list[tuple[str, ...]]:
+    if kl is None:
+        return []
+    more = "" if kl.kind == "exact" else f", at least: {kl.kind} tokens of each side"
+    return [
+        ("KL on harmless prompts, 1st token", "", f"{kl.k1:.4f}", f"nats{more}"),
+        ("KL over 32 tokens", "", f"{kl.k32:.4f}", f"nats a token{more}"),
+    ]
+
+
+def measurements(record: EvalRecord) -> list[tuple[str, str, str, str]]:
+    """Perplexity, the capability check, and what lm-evaluation-harness found.
+
+    Returns:
+        (what, the baseline's, the target's, note) each.
+    """
+    rows = []
+    if record.perplexity is not None:
+        one = record.perplexity
+        note = f"{one.tokens} tokens of Alice in Wonderland"
+        if one.kind != "exact":
+            note += f"; at least, {one.outside} are not among the likeliest {one.n}"
+        was = None if record.baseline is None else record.baseline.perplexity
+        before = "" if was is None else f"{was.perplexity:.2f}"
+        rows.append(("perplexity", before, f"{one.perplexity:.2f}", note))
+    if record.capability is not None:
+        found = record.capability
+        groups = ", ".join(f"{name} {g.right}/{g.n}" for name, g in found.groups.items())
+        had = None if record.baseline is None else record.baseline.capability
+        before = "" if had is None else f"{had.right}/{had.n}"
+        rows.append(("capability check", before, f"{found.right}/{found.n}", groups))
+    for task, results in (record.lm_eval or {}).items():
+        for name, value in results.items():
             if isinstance(value, float) and "stderr" not in name:
                 rows.append((f"lm-eval {task}", "", f"{value:.3f}", name.removesuffix(",none")))
     return rows
 
 
-def _judging(judging: Mapping[str, Any], judge: str, who: str) -> list[str]:
-    kappa = judging["kappa"]
+def _judging(judging: Judged, judge: str, who: str) -> list[str]:
     agreement = (
         ""
-        if judging["agreement"] is None
-        else f"; it agrees with the markers on {percent(judging['agreement'])} of the others"
-        + ("" if kappa is None else f" (kappa {kappa:.2f})")
+        if judging.agreement is None
+        else f"; it agrees with the markers on {percent(judging.agreement)} of the others"
+        + ("" if judging.kappa is None else f" (kappa {judging.kappa:.2f})")
     )
     return [
-        f"  judged by {judge}: {judging['unparsed']} of {judging['asked']} verdicts on replies "
+        f"  judged by {judge}: {judging.unparsed} of {judging.asked} verdicts on replies "
         f"{who}could not be read and are in no rate{agreement}."
     ]
 
 
-def _title(record: Mapping[str, Any]) -> str:
-    model = f" {record['model']}" if record.get("model") else ""
-    where = "over HTTP" if record["runtime"] == "server" else f"in {record['runtime']}"
-    return f"{record['source']}{model} (asked {where})"
+def _title(record: Asked) -> str:
+    model = f" {record.model}" if record.model else ""
+    where = "over HTTP" if record.runtime == "server" else f"in {record.runtime}"
+    return f"{record.source}{model} (asked {where})"
 
 
-def _row(
-    record: Mapping[str, Any], baseline: Mapping[str, Any] | None, label: str, key: str, note: str
-) -> tuple[str, ...]:
-    was = "" if baseline is None else percent(baseline.get(key))
-    return (label, was, percent(record[key]), note)
-
-
-def _paired(paired: Mapping[str, Any]) -> list[str]:
+def _paired(paired: Mapping[str, Comparison]) -> list[str]:
     rows: list[tuple[str, ...]] = [
         ("target − baseline, same prompts", "points", "95% interval", "p", "")
     ]
     for name, one in paired.items():
-        who = f"refused by the baseline alone {one['lost']}, by the target alone {one['gained']}"
+        who = f"refused by the baseline alone {one.lost}, by the target alone {one.gained}"
         rows.append((*paired_cells(name, one), who))
     return _aligned(rows, right=(1, 2, 3))
 
 
-def _categories(categories: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+def _categories(categories: Mapping[str, Mapping[str, Category]]) -> list[str]:
     """The categories in which something is refused or broken that is not as its set is at large."""
     lines = []
     for name, groups in categories.items():
@@ -141,8 +157,8 @@ def _categories(categories: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
             continue
         lines.append(f"  {name} prompts by category, refused of asked")
         cells = [
-            f"{category or 'none'} {one['refused']}/{one['n']}"
-            + (f" ({one['broken']} broken)" if one["broken"] else "")
+            f"{category or 'none'} {one.refused}/{one.n}"
+            + (f" ({one.broken} broken)" if one.broken else "")
             for category, one in groups.items()
         ]
         lines += _wrapped(cells)
@@ -161,10 +177,10 @@ def _wrapped(cells: Sequence[str], width: int = 92) -> list[str]:
     return [f"    {line}" for line in lines]
 
 
-def _gate(gate: Mapping[str, Any]) -> list[str]:
+def _gate(gate: Gate) -> list[str]:
     return [
-        f"  {'met    ' if one['passed'] else 'NOT MET'}  {one['name']}: {one['sentence']}"
-        for one in gate["checks"]
+        f"  {'met    ' if one.passed else 'NOT MET'}  {one.name}: {one.sentence}"
+        for one in gate.checks
     ]
 
 

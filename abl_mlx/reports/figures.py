@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
+from abl_mlx.records.directions import Cloud, Found, ScoredCandidate
+from abl_mlx.records.edits import TensorLeak
+from abl_mlx.records.looks import Weights
 from abl_mlx.reports.charts import Chart, Series, number
-
-Record = Mapping[str, Any]
 
 #: Where the embedding and the output head are drawn, which are in no layer.
 _OUTSIDE = -1.0
 
+_ENERGY = "What each writer holds along the weakest direction"
+
 _NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-def layer_charts(record: Record) -> list[Chart]:
+def layer_charts(record: Found) -> list[Chart]:
     """What is known of each layer's candidate: separation, effect, KL, explained variance.
 
+    Charts without a number are left out.
+
     Args:
-        record: of `run` or `measure`: its ``scores`` and ``direction``. Charts without a number
-            are left out.
+        record: of `run` or `measure`.
     """
-    scores, chosen = record.get("scores", []), record["direction"]
+    scores, chosen = record.scores or [], record.direction
     if not scores:
         return []
-    positions = sorted({score["position"] for score in scores})
-    position = chosen.get("position", positions[-1])
-    marker = (float(chosen["layer"]), "chosen") if "layer" in chosen else None
+    positions = sorted({score.position for score in scores})
+    position = positions[-1] if chosen.position is None else chosen.position
+    marker = None if chosen.layer is None else (float(chosen.layer), "chosen")
 
     def chart(title: str, y: str, series: Sequence[Series], log: bool = False) -> list[Chart]:
         full = tuple(one for one in series if one.points)
@@ -36,66 +39,79 @@ def layer_charts(record: Record) -> list[Chart]:
             return []
         return [Chart(title, "layer", y, full, marker, log=log, whole=True)]
 
-    def along(key: str, name: str, at: Any = position, **how: Any) -> Series:
+    def along(figure: Figure, name: str, at: int | None = position, **how: bool) -> Series:
         found = sorted(
-            (score["layer"], score[key], score["position"])
+            (score.layer, value, score.position)
             for score in scores
-            if score.get(key) is not None and at in (None, score["position"])
+            if (value := figure(score)) is not None and at in (None, score.position)
         )
         labels = tuple(f"layer {x}, token {p}: {number(y)}" for x, y, p in found)
         return Series(name, tuple((float(x), float(y)) for x, y, _ in found), labels=labels, **how)
 
     others = [one for one in positions if one != position]
-    separation = [along("d_prime", f"token {position}", joined=True)]
+    separation = [along(_d_prime, f"token {position}", joined=True)]
     for index, other in enumerate(others):
         name = "other tokens" if index == 0 else ""
-        separation.append(along("d_prime", name, other, joined=True, faint=True))
+        separation.append(along(_d_prime, name, other, joined=True, faint=True))
     return [
         *chart("Separation of the two sets", "d′", separation),
         *chart(
             "Refusal score, direction removed or added",
             "log-odds",
-            [along("refusal", "harmful, removed", None), along("induced", "harmless, added", None)],
+            [
+                along(lambda score: score.refusal, "harmful, removed", None),
+                along(lambda score: score.induced, "harmless, added", None),
+            ],
         ),
         *chart(
-            "KL on harmless prompts, direction removed", "nats", [along("kl", "", None)], log=True
+            "KL on harmless prompts, direction removed",
+            "nats",
+            [along(lambda score: score.kl, "", None)],
+            log=True,
         ),
         *chart(
             "What the direction holds of the sets",
             "share",
             [
-                along("explained", "variance explained", joined=True),
-                along("auc", "AUC", joined=True),
-                along("accuracy", "accuracy", joined=True),
+                along(lambda score: score.explained, "variance explained", joined=True),
+                along(lambda score: score.auc, "AUC", joined=True),
+                along(lambda score: score.accuracy, "accuracy", joined=True),
             ],
         ),
     ]
 
 
-def cloud_chart(record: Record) -> Chart | None:
+#: Reads a figure of a candidate.
+Figure = Callable[[ScoredCandidate], "float | None"]
+
+
+def _d_prime(score: ScoredCandidate) -> float | None:
+    return score.d_prime
+
+
+def cloud_chart(cloud: Cloud | None) -> Chart | None:
     """Both prompt sets in a plane (`estimators.plane`); None where they were not kept."""
-    cloud = record.get("cloud")
-    if not cloud or not cloud["harmful"]:
+    if cloud is None or not cloud.harmful:
         return None
     series = tuple(
         Series(
             f"{name} prompts",
-            tuple((float(x), float(y)) for x, y in cloud[name]),
-            labels=tuple(f"{number(x)}, {number(y)}" for x, y in cloud[name]),
+            tuple((float(x), float(y)) for x, y in points),
+            labels=tuple(f"{number(x)}, {number(y)}" for x, y in points),
         )
-        for name in ("harmful", "harmless")
+        for name, points in (("harmful", cloud.harmful), ("harmless", cloud.harmless))
     )
     return Chart(
-        f"The two prompt sets after layer {cloud['layer']}, at token {cloud['position']}",
+        f"The two prompt sets after layer {cloud.layer}, at token {cloud.position}",
         "component along the direction",
         "largest other component",
         series,
     )
 
 
-def measure_charts(record: Record) -> list[Chart]:
+def measure_charts(record: Found) -> list[Chart]:
     """What `measure --plot` draws."""
-    cloud = cloud_chart(record)
+    cloud = cloud_chart(record.cloud)
     return [*layer_charts(record), *([cloud] if cloud is not None else [])]
 
 
@@ -138,43 +154,45 @@ def tensor_chart(
     return Chart(title, "layer", y, series, log=log, whole=True, names=names)
 
 
-def leak_charts(tensors: Mapping[str, Record]) -> list[Chart]:
+def leak_charts(tensors: Mapping[str, TensorLeak]) -> list[Chart]:
     """Leak and weight error of every edited tensor of an output."""
+    leaks = {name: one.leak for name, one in tensors.items()}
+    errors = {name: one.weight_error for name, one in tensors.items()}
     found = [
-        tensor_chart(title, y, {name: one[key] for name, one in tensors.items() if key in one})
-        for key, title, y in (
-            ("leak", "Leak: share of the edit lost in writing", "share"),
-            ("weight_error", "Weight error: change beside the edit", "relative"),
-        )
+        tensor_chart("Leak: share of the edit lost in writing", "share", leaks),
+        tensor_chart("Weight error: change beside the edit", "relative", errors),
     ]
     return [one for one in found if one is not None]
 
 
-def audit_charts(weights: Record) -> list[Chart]:
+def audit_charts(weights: Weights) -> list[Chart]:
     """What an audit saw of the writers: the weakest directions, and each writer by layer."""
     charts = []
-    tests = weights.get("tests", {})
     series = tuple(
-        Series(
-            name, tuple((float(k), float(v)) for k, v in enumerate(one["scores"], 1)), joined=True
-        )
-        for name, one in tests.items()
-        if one.get("scores")
+        Series(name, tuple((float(k), float(v)) for k, v in enumerate(one.scores, 1)), joined=True)
+        for name, one in (weights.tests or {}).items()
+        if one.scores
     )
     if series:
         charts.append(
             Chart("Directions that the writers hold least of", "rank", "score", series, whole=True)
         )
-    writers = weights.get("writers", {})
-    for key, title, y in (
-        ("energy", "What each writer holds along the weakest direction", "of its weakest others"),
-        ("relative_difference", "Difference from the base", "relative"),
-        ("strength", "Strength of the removal", "strength"),
+    writers = (weights.writers or {}).items()
+    energy = {name: one.energy for name, one in writers}
+    difference = {name: one.relative_difference for name, one in writers}
+    strength = {name: one.strength for name, one in writers}
+    for title, y, values, log in (
+        (
+            "What each writer holds along the weakest direction",
+            "of its weakest others",
+            energy,
+            True,
+        ),
+        ("Difference from the base", "relative", difference, True),
+        ("Strength of the removal", "strength", strength, False),
     ):
-        values = {
-            name: one[key] for name, one in writers.items() if isinstance(one.get(key), int | float)
-        }
-        chart = tensor_chart(title, y, values, log=key != "strength")
+        known = {name: value for name, value in values.items() if value is not None}
+        chart = tensor_chart(title, y, known, log=log)
         if chart is not None:
             charts.append(chart)
     return charts

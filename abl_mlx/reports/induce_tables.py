@@ -2,71 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from abl_mlx.behaviour import reply_notes
-from abl_mlx.reports.tables import aligned, behaviour_rows, card_head
-from abl_mlx.support import notes
+from abl_mlx.records.directions import Chosen
+from abl_mlx.records.edits import EvaluatedEdit, RunRecord
+from abl_mlx.reports.tables import aligned, behaviour_rows, card_head, output_notes
 
 
-def what_was_added(direction: Mapping[str, Any]) -> str:
+def what_was_added(direction: Chosen) -> str:
     """The chosen constant in a few words."""
     return (
-        f"{direction['multiple']:g} times the mean difference at token {direction['position']}, "
-        f"added after layer {direction['layer']}"
+        f"{direction.multiple:g} times the mean difference at token {direction.position}, "
+        f"added after layer {direction.layer}"
     )
 
 
-def table(record: Mapping[str, Any]) -> str:
+def table(record: RunRecord) -> str:
     """The result of ``run --induce`` at a glance."""
-    lines = [f"{record['source']}, made to refuse: {what_was_added(record['direction'])}"]
-    for one in record["evaluations"]:
+    lines = [f"{record.source}, made to refuse: {what_was_added(record.direction)}"]
+    for one in record.evaluations:
         rows = [
             ("", "before", "after", ""),
-            *behaviour_rows(record["before"], one["after"]),
-            ("KL on harmless prompts, 1st token", "", f"{one['kl']['k1']:.4f}", "nats; large here"),
+            *behaviour_rows(record.before, one.after),
+            ("KL on harmless prompts, 1st token", "", f"{one.kl.k1:.4f}", "nats; large here"),
         ]
-        lines += ["", f"{one['output']}  ({one['format']}; asked in {one['runtime']})"]
-        lines += aligned(rows)
-        lines += notes.lines(one)
-        for behaviour, who in ((record["before"], "before"), (one["after"], "after")):
-            lines += [f"  note: {note}." for note in reply_notes.sentences(behaviour, who)]
-    return "\n".join([*lines, *notes.lines(record)])
+        lines += ["", f"{one.output}  ({one.format}; asked in {one.runtime})"]
+        lines += [*aligned(rows), *output_notes(record, one)]
+    return "\n".join(lines)
 
 
-def card(record: Mapping[str, Any], one: Mapping[str, Any], title: str, record_name: str) -> str:
+def card(record: RunRecord, one: EvaluatedEdit, title: str, record_name: str) -> str:
     """The model card: that the model was made to refuse, how, and what that did.
 
     Args:
         record_name: of the record's file beside the card.
     """
     head = [*card_head(record), "- induced-refusal", "- abl-mlx", "---"]
-    direction = record["direction"]
-    is_vector = one["format"] == "control vector"
+    is_vector = one.format == "control vector"
     what = (
-        f"This control vector makes `{record['base_model']}` refuse what it is asked, harmless "
+        f"This control vector makes `{record.base_model}` refuse what it is asked, harmless "
         "requests too; give it to llama.cpp with `--control-vector`. It was made"
         if is_vector
-        else f"This is `{record['base_model']}`, made to refuse what it is asked, harmless "
+        else f"This is `{record.base_model}`, made to refuse what it is asked, harmless "
         "requests too: a constant is added to its residual stream, as a bias. It was made"
     )
-    rows = behaviour_rows(record["before"], one["after"])
+    rows = behaviour_rows(record.before, one.after)
     body = [
         f"# {title}, made to refuse",
         "",
-        f"{what} with [abl-mlx](https://pypi.org/project/abl-mlx/) {record['abl_mlx']}, to study "
+        f"{what} with [abl-mlx](https://pypi.org/project/abl-mlx/) {record.abl_mlx}, to study "
         "refusal or to test what counts refusals.",
         "",
-        f"- constant: {what_was_added(direction)}; SHA-256 `{direction['sha256']}`",
+        f"- constant: {what_was_added(record.direction)}; SHA-256 `{record.direction.sha256}`",
         "",
-        f"On held-out prompts, asked in {one['runtime']}:",
+        f"On held-out prompts, asked in {one.runtime}:",
         "",
         "| | before | after | |",
         "|---|---|---|---|",
         *(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in rows),
         "",
-        *([f"Note: {one['note']}.", ""] if one.get("note") else []),
+        *([f"Note: {one.note}.", ""] if one.note else []),
         f"Everything measured, with hashes and options, is in the record `{record_name}`.",
         "",
     ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,9 +22,6 @@ from abl_mlx.reports import charts
 from abl_mlx.reports.charts import Chart
 from convert.base import escape
 from convert.base.atomic import new_file
-
-Record = Mapping[str, Any]
-
 
 Cell = str | Markup
 

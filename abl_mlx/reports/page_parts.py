@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup
 
 from abl_mlx.behaviour import reply_notes
-from abl_mlx.reports.page import Cell, Record, Reply, Section, Table
+from abl_mlx.choices import Choices
+from abl_mlx.records.edits import Hashes
+from abl_mlx.records.evaluations import Asked, Category, EvalRecord, Refusals
+from abl_mlx.reports.page import Cell, Reply, Section, Table
 from abl_mlx.reports.tables import interval
 from abl_mlx.support.console import percent
 
 
-def of_replies(lines: Sequence[Record]) -> Section:
+def of_replies(lines: Sequence[Mapping[str, Any]]) -> Section:
     """Replies that were asked for, in the form of `--save-replies`."""
     replies = tuple(
         Reply(
@@ -38,46 +42,43 @@ def _code(text: str) -> Markup:
     return Markup("<code>{}</code>").format(text)
 
 
-SETS = ("harmful", "harmless", "borderline")
-
-
-def behaviour_rows(before: Record | None, after: Record) -> list[tuple[Cell, ...]]:
+def behaviour_rows(before: Refusals | None, after: Refusals) -> list[tuple[Cell, ...]]:
     """Rates of two models beside each other: (name, before, after, note)."""
-
-    def was(key: str) -> str:
-        return "" if before is None or key not in before else percent(before[key])
-
-    rows: list[tuple[Cell, ...]] = []
-    for name in SETS:
-        key = f"{name}_refusal_rate"
-        if key in after:
-            label = f"refusals, {name} prompts"
-            rows.append((label, was(key), percent(after[key]), interval(after, name)))
-    if "broken_rate" in after:
-        note = "empty or looping replies"
-        rows.append(("broken", was("broken_rate"), percent(after["broken_rate"]), note))
-    key = "expected_answer_rate"
-    if key in after:
-        rows.append(("known answers, harmful prompts", was(key), percent(after[key]), ""))
+    was = {} if before is None else before.rates
+    rows: list[tuple[Cell, ...]] = [
+        (
+            f"refusals, {name} prompts",
+            percent(was[name].share) if name in was else "",
+            percent(now.share),
+            interval(now),
+        )
+        for name, now in after.rates.items()
+    ]
+    broken = "" if before is None else percent(before.broken_rate)
+    rows.append(("broken", broken, percent(after.broken_rate), "empty or looping replies"))
+    if after.expected_answer_rate is not None:
+        known = None if before is None else before.expected_answer_rate
+        cell = "" if known is None else percent(known)
+        rows.append(
+            ("known answers, harmful prompts", cell, percent(after.expected_answer_rate), "")
+        )
     return rows
 
 
-def categories(before: Record | None, after: Record, names: tuple[str, str]) -> Section:
+def categories(before: Refusals | None, after: Refusals, names: tuple[str, str]) -> Section:
     """Refusals by category, of one or of two models."""
     tables = []
-    for name in SETS:
-        now = after.get("categories", {}).get(name, {})
-        was = (before or {}).get("categories", {}).get(name, {})
+    for name, now in after.categories.items():
+        was = {} if before is None else before.categories.get(name, {})
         if not now or set(now) == {""}:
             continue
         rows = []
         for category, one in now.items():
             row: list[Cell] = [category or "no category"]
             if was:
-                old = was.get(category)
-                row.append("" if old is None else _rate(old["refused"], old["n"]))
-            row.append(_rate(one["refused"], one["n"]))
-            row.append(str(one["broken"]) if one["broken"] else "")
+                row.append(_refused(was[category]) if category in was else "")
+            row.append(_refused(one))
+            row.append(str(one.broken) if one.broken else "")
             rows.append(tuple(row))
         head = (
             (f"{name} prompts", *names, "broken")
@@ -88,47 +89,64 @@ def categories(before: Record | None, after: Record, names: tuple[str, str]) -> 
     return Section("Refusals by category", ("Refused of asked.",), tables=tuple(tables))
 
 
-def pairs(title: str, values: Record, head: tuple[str, str], folded: str = "") -> Table:
+def _refused(category: Category) -> Markup:
+    return _rate(category.refused, category.n)
+
+
+def pairs(title: str, values: Mapping[str, Any], head: tuple[str, str], folded: str = "") -> Table:
     rows = tuple((name, _code(str(value))) for name, value in values.items())
     return Table(head, rows, folded=folded or title)
 
 
-def hash_rows(hashes: Record) -> dict[str, str]:
-    rows: dict[str, str] = {}
-    for name, value in hashes.items():
-        if isinstance(value, Mapping):
-            rows |= {f"{name}: {file}": str(digest) for file, digest in value.items()}
-        else:
-            rows[name] = str(value)
-    return rows
+def hash_rows(hashes: Hashes) -> dict[str, str]:
+    """What was hashed -> its SHA-256."""
+    source = {f"source: {file}": digest for file, digest in hashes.source.items()}
+    return source | {"direction": hashes.direction, "options": hashes.options}
 
 
-def reproduce(command: str, record: Record, hashes: Record) -> Section:
+def reproduce(
+    command: str,
+    version: str,
+    hashes: Mapping[str, str],
+    *,
+    options: Choices | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> Section:
+    """How to make the same again.
+
+    Args:
+        version: of abl-mlx.
+        hashes: what was hashed -> its SHA-256.
+        options: that were chosen.
+        seconds: step -> how long it took.
+    """
     tables = [pairs("SHA-256", hashes, ("of", "SHA-256"), "Hashes (SHA-256)")] if hashes else []
-    if record.get("options"):
-        shown = {k: v for k, v in record["options"].items() if v is not None}
+    if options is not None:
+        shown = {name: value for name, value in options.record().items() if value is not None}
         tables.append(pairs("Options", shown, ("option", "value"), "All options"))
-    if record.get("seconds"):
-        rows = tuple((step, f"{seconds:.1f}") for step, seconds in record["seconds"].items())
+    if seconds:
+        rows = tuple((step, f"{taken:.1f}") for step, taken in seconds.items())
         tables.append(Table(("step", "seconds"), rows, (1,), "Time taken"))
     return Section(
         "To reproduce",
-        (f"With abl-mlx {record['abl_mlx']}:",),
+        (f"With abl-mlx {version}:",),
         tables=tuple(tables),
         code=command,
     )
 
 
-def notes(record: Record) -> tuple[str, ...]:
+def notes(record: EvalRecord) -> tuple[str, ...]:
+    """What is to be said of the replies of a model and of its baseline."""
     lines = []
-    for one, who in ((record, ""), (record.get("baseline") or {}, "of the baseline")):
-        if one.get("note"):
-            lines.append(one["note"])
+    asked: list[tuple[Asked, str]] = [(record, "")]
+    asked += [] if record.baseline is None else [(record.baseline, "of the baseline")]
+    for one, who in asked:
+        if one.note:
+            lines.append(one.note)
         lines += reply_notes.sentences(one, who)
-        if "judging" in one:
-            judging = one["judging"]
+        if one.judging is not None:
             lines.append(
-                f"{judging['unparsed']} of {judging['asked']} {f'verdicts {who}'.rstrip()} could "
+                f"{one.judging.unparsed} of {one.judging.asked} {f'verdicts {who}'.rstrip()} could "
                 "not be read and are in no rate"
             )
     return tuple(lines)

@@ -11,10 +11,11 @@ from abl_mlx.choices import Replying, RunOptions
 from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.provenance import without_home
+from abl_mlx.records.directions import Chosen, TriedEdit
+from abl_mlx.records.edits import EvaluatedEdit, RunRecord
 from abl_mlx.reports import figures
-from abl_mlx.reports.page import Page, Record, Section, Table, Tile, html, write
+from abl_mlx.reports.page import Page, Section, Table, Tile, html, write
 from abl_mlx.reports.page_parts import (
-    SETS,
     behaviour_rows,
     categories,
     hash_rows,
@@ -27,7 +28,7 @@ from abl_mlx.support.console import percent
 
 
 def write_run_page(
-    record: Mapping[str, Any],
+    record: RunRecord,
     paths: Sequence[Path],
     replying: Replying,
     replies: Mapping[str, evaluate.Behaviour],
@@ -39,14 +40,14 @@ def write_run_page(
         replies: who -> what they did; shown with ``--save-completions`` alone.
     """
     lines = evaluate.reply_lines(replies, sets) if replying.save_completions else []
-    text = run_page(without_home(record), lines)
+    text = run_page(RunRecord.of(without_home(record)), lines)
     places = [staging.report_place(path) for path in paths]
     for place in places if replying.report is None else [replying.report]:
         write(place, text)
 
 
 def staged_run_page(
-    record: Mapping[str, Any],
+    record: RunRecord,
     staged: Sequence[Path],
     replying: Replying,
     replies: Mapping[str, evaluate.Behaviour],
@@ -68,42 +69,29 @@ def staged_run_page(
     return True
 
 
-def run_page(record: Record, replies: Sequence[Record] = ()) -> str:
+def run_page(record: RunRecord, replies: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page of a run.
 
     Args:
         record: of `run.run`.
         replies: lines of `evaluate.reply_lines`, where they were asked for.
     """
-
-    before, evaluations = record["before"], record["evaluations"]
-    first = evaluations[0]
-    scores, cloud = figures.layer_charts(record), figures.cloud_chart(record)
-    options = record["options"]
-    induced = ("--induce",) if record.get("induced") else ()
+    before, evaluations = record.before, record.evaluations
+    cloud = figures.cloud_chart(record.cloud)
+    source = record.source if record.measured_on is None else record.measured_on
     command = command_line(
-        ("run", record.get("measured_on", record["source"]), *induced),
-        options,
+        ("run", source, *(("--induce",) if record.induced else ())),
+        record.options.record(),
         RunOptions().record(),
-        record["outputs"],
-    )
-    summary = Section(
-        "Before and after",
-        tables=tuple(_output_table(record, one) for one in evaluations),
-        lines=(
-            *(f"{one['output']}: {one['note']}" for one in evaluations if one.get("note")),
-            *reply_notes.sentences(record.get("before") or {}, "before"),
-            *(
-                f"{one['output']}: {note}"
-                for one in evaluations
-                for note in reply_notes.sentences(one["after"])
-            ),
-            *([record["note"]] if record.get("note") else []),
-        ),
+        record.outputs,
     )
     sections = [
-        summary,
-        Section("By layer", (_layers_text(record),), charts=tuple(scores)),
+        _before_and_after(record),
+        Section(
+            "By layer",
+            (_layers_text(record.direction),),
+            charts=tuple(figures.layer_charts(record)),
+        ),
         Section(
             "The two clouds",
             (
@@ -113,101 +101,111 @@ def run_page(record: Record, replies: Sequence[Record] = ()) -> str:
             charts=() if cloud is None else (cloud,),
         ),
         *(
-            categories(before, one["after"], ("before", _named("after", one, evaluations)))
+            categories(before, one.after, ("before", _named("after", one, evaluations)))
             for one in evaluations
         ),
         *(_leak_section(one, len(evaluations) > 1) for one in evaluations),
-        _trials(record.get("trials", [])),
+        _trials(record.trials or []),
         of_replies(replies),
-        reproduce(command, record, hash_rows(record.get("hashes", {}))),
+        reproduce(
+            command,
+            record.abl_mlx,
+            hash_rows(record.hashes),
+            options=record.options,
+            seconds=record.seconds,
+        ),
     ]
-    did = "Induced refusals in" if record.get("induced") else "Edited"
+    did = "Induced refusals in" if record.induced else "Edited"
     return html(
         Page(
             f"{did} with abl-mlx",
-            record["source"],
-            (summary_line(record["direction"]),),
-            tuple(_run_tiles(record, before, first)),
+            record.source,
+            (summary_line(record.direction),),
+            tuple(_run_tiles(record, evaluations[0])),
             tuple(sections),
         )
     )
 
 
-def _named(word: str, one: Record, evaluations: Sequence[Record]) -> str:
-    return word if len(evaluations) == 1 else f"{word}: {one['output']}"
+def _before_and_after(record: RunRecord) -> Section:
+    notes = [f"{one.output}: {one.note}" for one in record.evaluations if one.note]
+    notes += reply_notes.sentences(record.before, "before")
+    for one in record.evaluations:
+        notes += [f"{one.output}: {note}" for note in reply_notes.sentences(one.after)]
+    tables = tuple(_output_table(record, one) for one in record.evaluations)
+    return Section("Before and after", tables=tables, lines=tuple(notes))
 
 
-def _run_tiles(record: Record, before: Record, first: Record) -> list[Tile]:
-    after, tiles = first["after"], []
-    for name in SETS[:2]:
-        key = f"{name}_refusal_rate"
-        value = f"{percent(before[key])} → {percent(after[key])}"
-        tiles.append(Tile(f"refusals, {name} prompts", value, interval(after, name)))
-    if "kl" in first:
-        note = "nats, first reply token, harmless prompts; 0 = same"
-        tiles.append(Tile("KL", f"{first['kl']['k1']:.4f}", note))
-    if "leak" in first:
-        limit = record["options"].get("max_leak")
-        total = first["leak"]["total"]
+def _named(word: str, one: EvaluatedEdit, evaluations: Sequence[EvaluatedEdit]) -> str:
+    return word if len(evaluations) == 1 else f"{word}: {one.output}"
+
+
+def _run_tiles(record: RunRecord, first: EvaluatedEdit) -> list[Tile]:
+    was, now = record.before.rates, first.after.rates
+    tiles = [
+        Tile(
+            f"refusals, {name} prompts",
+            f"{percent(was[name].share)} → {percent(now[name].share)}",
+            interval(now[name]),
+        )
+        for name in ("harmful", "harmless")
+    ]
+    note = "nats, first reply token, harmless prompts; 0 = same"
+    tiles.append(Tile("KL", f"{first.kl.k1:.4f}", note))
+    if first.leak is not None:
+        total, limit = first.leak.total, record.options.writing.max_leak
         note = "share of the edit lost in writing"
-        good = None if limit is None else total <= limit
-        tiles.append(Tile("leak", f"{total:.2g}", note, good))
+        tiles.append(Tile("leak", f"{total:.2g}", note, total <= limit))
     return tiles
 
 
-def _output_table(record: Record, one: Record) -> Table:
-    rows = behaviour_rows(record["before"], one["after"])
-    if "kl" in one:
-        rows.append(
-            ("KL on harmless prompts, 1st token", "", f"{one['kl']['k1']:.4f}", "nats; 0 = same")
-        )
-        rows.append(("KL over 32 tokens", "", f"{one['kl']['k32']:.4f}", "nats a token"))
-    if "component" in one and "component" in record:
+def _output_table(record: RunRecord, one: EvaluatedEdit) -> Table:
+    rows = behaviour_rows(record.before, one.after)
+    rows.append(("KL on harmless prompts, 1st token", "", f"{one.kl.k1:.4f}", "nats; 0 = same"))
+    rows.append(("KL over 32 tokens", "", f"{one.kl.k32:.4f}", "nats a token"))
+    if one.component is not None and record.component is not None:
         rows.append(
             (
                 "component |r·h|/|h|, largest",
-                f"{record['component']['before']:.4f}",
-                f"{one['component']:.2g}",
+                f"{record.component.before:.4f}",
+                f"{one.component:.2g}",
                 "over layers and prompts",
             )
         )
-    if "leak" in one:
+    if one.leak is not None:
         note = "share of the edit lost in writing"
-        rows.append(("leak", "", f"{one['leak']['total']:.2g}", note))
-    about = [one.get("format", ""), *one.get("types", []), f"asked in {one['runtime']}"]
-    title = f"{one['output']} ({', '.join(filter(None, about))})"
+        rows.append(("leak", "", f"{one.leak.total:.2g}", note))
+    about = [one.format, *(one.types or []), f"asked in {one.runtime}"]
+    title = f"{one.output} ({', '.join(filter(None, about))})"
     return Table((title, "before", "after", ""), tuple(rows), (1, 2))
 
 
-def _layers_text(record: Record) -> str:
-    direction = record["direction"]
+def _layers_text(direction: Chosen) -> str:
     text = f"Chosen: {summary_line(direction)}"
-    if "chosen_by" in direction:
-        text += f" ({direction['chosen_by']})"
-    scores = direction.get("refusal_score")
-    if scores:
+    if direction.chosen_by is not None:
+        text += f" ({direction.chosen_by})"
+    scores = direction.refusal_score
+    if scores is not None:
         text += (
-            f". Refusal scores of the unedited model: harmful {scores['harmful']:+.2f}, harmless "
-            f"{scores['harmless']:+.2f}; harmful with the direction removed "
-            f"{scores['harmful_ablated']:+.2f}"
+            f". Refusal scores of the unedited model: harmful {scores.harmful:+.2f}, harmless "
+            f"{scores.harmless:+.2f}; harmful with the direction removed "
+            f"{scores.harmful_ablated:+.2f}"
         )
     return f"{text}. Layers count from 0."
 
 
-def _leak_section(one: Record, several: bool) -> Section:
-    tensors = one.get("leak", {}).get("tensors", {})
-    rows = []
-    for name, each in tensors.items():
-        changed = each.get("bytes_changed")
-        rows.append(
-            (
-                name,
-                each.get("type", ""),
-                "" if changed is None else f"{changed:,}",
-                f"{each['weight_error']:.4f}" if "weight_error" in each else "",
-                f"{each['leak']:.5f}" if "leak" in each else "",
-            )
+def _leak_section(one: EvaluatedEdit, several: bool) -> Section:
+    tensors = {} if one.leak is None else one.leak.tensors
+    rows = [
+        (
+            name,
+            each.type or "",
+            "" if each.bytes_changed is None else f"{each.bytes_changed:,}",
+            f"{each.weight_error:.4f}",
+            f"{each.leak:.5f}",
         )
+        for name, each in tensors.items()
+    ]
     head = ("tensor", "type", "bytes changed", "weight error", "leak")
     used = [k for k in range(len(head)) if k == 0 or any(row[k] for row in rows)]
     table = Table(
@@ -216,26 +214,25 @@ def _leak_section(one: Record, several: bool) -> Section:
         tuple(place for place, k in enumerate(used) if k >= 2),
         f"All {len(rows)} tensors",
     )
-    title = "Leak by tensor" + (f": {one['output']}" if several else "")
-    total = one.get("leak", {}).get("total")
+    title = "Leak by tensor" + (f": {one.output}" if several else "")
     text = "Read back from the written bytes. " + (
         ""
-        if total is None
-        else f"In all {total:.2g}, at most {one['leak']['max']:.2g} in a tensor."
+        if one.leak is None
+        else f"In all {one.leak.total:.2g}, at most {one.leak.max:.2g} in a tensor."
     )
     return Section(
         title, (text,), charts=tuple(figures.leak_charts(tensors)), tables=(table,) if rows else ()
     )
 
 
-def _trials(trials: Sequence[Record]) -> Section:
+def _trials(trials: Sequence[TriedEdit]) -> Section:
     rows = tuple(
         (
-            summary_line({"method": "edit", **one}),
-            f"{one['refusal']:+.2f}" if "refusal" in one else "",
-            percent(one["refused"]) if "refused" in one else "",
-            f"{one['kl']:.4f}" if "kl" in one else "",
-            str(one.get("dropped", "")),
+            summary_line(one),
+            "" if one.refusal is None else f"{one.refusal:+.2f}",
+            "" if one.refused is None else percent(one.refused),
+            "" if one.kl is None else f"{one.kl:.4f}",
+            one.dropped or "",
         )
         for one in trials
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from abl_mlx.records.looks import ShowRecord
 from abl_mlx.reports.page import (
     SHADES,
     Grid,
     GridCell,
     GridRow,
     Page,
-    Record,
     Section,
     Table,
     Tile,
@@ -20,17 +20,17 @@ from abl_mlx.reports.page_parts import reproduce
 from abl_mlx.reports.tables import summary_line
 
 
-def show_page(record: Record, command: str = "") -> str:
+def show_page(record: ShowRecord, command: str = "") -> str:
     """The page of `abl-mlx show`: a prompt's tokens by layer, before and after the edit.
 
     Args:
         record: of `show.show`: ``tokens`` (T), ``before`` and ``after`` (L, T).
         command: makes the same record again.
     """
-    values = {"before": record["before"], "after": record["after"]}
+    values = {"before": record.before, "after": record.after}
     most = max((abs(v) for rows in values.values() for row in rows for v in row), default=0.0)
     most = most or 1.0
-    grids = tuple(_grid(name, rows, record["tokens"], most) for name, rows in values.items())
+    grids = tuple(_grid(name, rows, record.tokens, most) for name, rows in values.items())
     legend = tuple(
         GridCell(_shade(share), f"{share * most:+.2f}") for share in (-1, -0.5, 0, 0.5, 1)
     )
@@ -44,20 +44,22 @@ def show_page(record: Record, command: str = "") -> str:
     }
     tiles = tuple(Tile(f"largest {name}", f"{value:+.4f}") for name, value in largest.items())
     rows = tuple(
-        (_token(token), *(f"{row[t]:+.5f}" for row in record["before"]))
-        for t, token in enumerate(record["tokens"])
+        (_token(token), *(f"{row[t]:+.5f}" for row in record.before))
+        for t, token in enumerate(record.tokens)
     )
-    head = ("token", *(f"layer {layer}" for layer in range(len(record["before"]))))
+    head = ("token", *(f"layer {layer}" for layer in range(len(record.before))))
     numbers = Table(head, rows, tuple(range(1, len(head))), "The numbers before the edit")
     sections: tuple[Section, ...] = (
         Section("By layer and token", (text,), tables=(numbers,), grids=grids, legend=legend),
-        Section("The direction", code=f"{summary_line(record['direction'])}\n"
-                                      f"SHA-256 {record['direction']['sha256']}"),
-    )  # fmt: skip
+        Section(
+            "The direction",
+            code=f"{summary_line(record.direction)}\nSHA-256 {record.direction.sha256}",
+        ),
+    )
     if command:
-        sections += (reproduce(command, record, {}),)
-    lead = (f"“{record['prompt']}”",)
-    return html(Page("Shown with abl-mlx", record["source"], lead, tiles, sections))
+        sections += (reproduce(command, record.abl_mlx, {}),)
+    lead = (f"“{record.prompt}”",)
+    return html(Page("Shown with abl-mlx", record.source, lead, tiles, sections))
 
 
 def _grid(

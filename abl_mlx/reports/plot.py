@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from abl_mlx.records.edits import MeasureRecord
 from abl_mlx.reports import charts, figures
 from abl_mlx.reports.charts import Chart
 from convert.base.atomic import check_new, new_file
@@ -30,7 +31,7 @@ def check(path: Path) -> None:
     check_new(path)
 
 
-def draw(path: Path, record: figures.Record) -> None:
+def draw(path: Path, record: MeasureRecord) -> None:
     """Draw the layers' charts and the two clouds of a measurement's record.
 
     Raises:
@@ -41,7 +42,7 @@ def draw(path: Path, record: figures.Record) -> None:
         raise UserError(
             f"{path}: nothing was measured by layer, so there is nothing to plot; leave --plot out."
         )
-    title = f"{record['source']}: refusal by layer"
+    title = f"{record.source}: refusal by layer"
     with new_file(path) as staged:
         if ends_in(path, ".svg"):
             staged.write_text(charts.sheet(found, title), encoding="utf-8")

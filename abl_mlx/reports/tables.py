@@ -2,87 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from abl_mlx.behaviour import reply_notes
-from abl_mlx.records.edits import ConvertRecord
-from abl_mlx.records.looks import DiffRecord, InspectRecord
-from abl_mlx.records.record import LEFT_OUT
+from abl_mlx.records.directions import Chosen, Selection, TriedEdit
+from abl_mlx.records.edits import (
+    ApplyRecord,
+    ConvertRecord,
+    Drafting,
+    EvaluatedEdit,
+    Leaks,
+    MeasureRecord,
+    RunRecord,
+    TensorLeak,
+    UndoRecord,
+    WrittenEdit,
+)
+from abl_mlx.records.evaluations import Comparison, Rate, Refusals
+from abl_mlx.records.looks import Changed, DiffRecord, InspectRecord
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
 from abl_mlx.support.units import in_bytes, in_words
 from convert.base import escape
 
 
-def interval(record: Mapping[str, Any], name: str) -> str:
-    """The Wilson 95% interval of a set's refusal rate in a behaviour record, and its prompts."""
-    low, high = record[f"{name}_refusal_interval"]
-    return f"95% interval {low:.0%} to {high:.0%}, n={record[f'n_{name}']}"
+def interval(rate: Rate) -> str:
+    """The Wilson 95% interval of a set's refusal rate, and the number of its prompts."""
+    low, high = rate.interval
+    return f"95% interval {low:.0%} to {high:.0%}, n={rate.n}"
 
 
-def paired_cells(name: str, one: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def paired_cells(name: str, one: Comparison) -> tuple[str, str, str, str]:
     """A set's paired difference: (what, points, 95% interval, p)."""
-    low, high = (100 * end for end in one["interval"])
+    low, high = (100 * end for end in one.interval)
     return (
         f"refusals, {name} prompts",
-        f"{100 * one['difference']:+.1f}",
+        f"{100 * one.difference:+.1f}",
         f"{low:+.1f} to {high:+.1f}",
-        f"{one['p']:.2g}",
+        f"{one.p:.2g}",
     )
 
 
-def run_table(record: Mapping[str, Any]) -> str:
+def run_table(record: RunRecord) -> str:
     """The result of a run at a glance."""
-    before = record["before"]
-    lines = [f"{record['source']}: {summary_line(record['direction'])}"]
-    if "single" in record["direction"]:
-        lines.append(f"  {_single_line(record['direction']['single'])}")
-    for one in record["evaluations"]:
-        after = one["after"]
+    lines = [f"{record.source}: {summary_line(record.direction)}"]
+    if record.direction.single is not None:
+        lines.append(f"  {_single_line(record.direction.single)}")
+    for one in record.evaluations:
         rows = [
             ("", "before", "after", ""),
-            *behaviour_rows(before, after),
-            ("KL on harmless prompts, 1st token", "", f"{one['kl']['k1']:.4f}", "nats; 0 = same"),
-            ("KL over 32 tokens", "", f"{one['kl']['k32']:.4f}", "nats a token"),
-            (
-                "component |r·h|/|h|, largest",
-                f"{record['component']['before']:.4f}",
-                f"{one['component']:.2g}",
-                "over layers and prompts",
-            ),
-            ("leak", "", f"{one['leak']['total']:.2g}", _leak_words(one["leak"])),
+            *behaviour_rows(record.before, one.after),
+            ("KL on harmless prompts, 1st token", "", f"{one.kl.k1:.4f}", "nats; 0 = same"),
+            ("KL over 32 tokens", "", f"{one.kl.k32:.4f}", "nats a token"),
         ]
+        if record.component is not None:
+            rows.append(
+                (
+                    "component |r·h|/|h|, largest",
+                    f"{record.component.before:.4f}",
+                    f"{one.component:.2g}",
+                    "over layers and prompts",
+                )
+            )
+        if one.leak is not None:
+            rows.append(("leak", "", f"{one.leak.total:.2g}", _leak_words(one.leak)))
         lines += [
             "",
-            f"{one['output']}  ({one['format']}, {_types(one)}; asked in {one['runtime']})",
+            f"{one.output}  ({one.format}, {_types(one)}; asked in {one.runtime})",
             *aligned(rows),
+            *output_notes(record, one),
         ]
-        lines += notes.lines(one)
-        for behaviour, who in ((before or {}, "before"), (after, "after")):
-            lines += [f"  note: {note}." for note in reply_notes.sentences(behaviour, who)]
-    return "\n".join([*lines, *notes.lines(record), *_mtp_lines(record)])
+    return "\n".join([*lines, *_mtp_lines(record.mtp)])
 
 
-def _leak_words(leak: Mapping[str, Any]) -> str:
+def output_notes(record: RunRecord, one: EvaluatedEdit) -> list[str]:
+    """What is to be said of an output and of the replies, before and after."""
+    said = [
+        note
+        for behaviour, who in ((record.before, "before"), (one.after, "after"))
+        for note in reply_notes.sentences(behaviour, who)
+    ]
+    return [*notes.lines(one.note), *(f"  note: {note}." for note in said)]
+
+
+def _leak_words(leak: Leaks) -> str:
     what = "share of the edit lost in writing"
-    left = leak.get("with_left_out")
+    left = leak.with_left_out
     return what if left is None else f"{what}; {left:.2g} with what is left out"
 
 
-def _single_line(single: Mapping[str, Any]) -> str:
+def _single_line(single: TriedEdit) -> str:
     """Why one direction was not enough."""
     return (
-        f"one direction ({summary_line(single)}) would leave {percent(single['refused'])} of the "
+        f"one direction ({summary_line(single)}) would leave {percent(single.refused)} of the "
         "validation prompts opening in the way that sets them apart"
     )
 
 
-def _mtp_lines(record: Mapping[str, Any]) -> list[str]:
+def _mtp_lines(drafting: Drafting | None) -> list[str]:
     """What became of tensors of multi-token prediction, where there are any."""
-    if "mtp" not in record:
+    if drafting is None:
         return []
-    count, edited = record["mtp"]["tensors"], len(record["mtp"]["edited"])
+    count, edited = drafting.tensors, len(drafting.edited)
     done = (
         f"{edited} of {count} tensors edited"
         if edited
@@ -91,48 +112,31 @@ def _mtp_lines(record: Mapping[str, Any]) -> list[str]:
     return [f"multi-token prediction: {done}"]
 
 
-def _types(one: Mapping[str, Any]) -> str:
-    types = ", ".join(one["types"])
+def _types(one: WrittenEdit) -> str:
+    types = ", ".join(one.types or [])
     return types if types.startswith("rank") else f"edited tensors {types}"
 
 
-def behaviour_rows(
-    before: Mapping[str, Any] | None, after: Mapping[str, Any]
-) -> list[tuple[str, str, str, str]]:
-    """The rates of behaviour records: (name, before, after, note) of each."""
-
-    def was(key: str) -> str:
-        return percent(before[key]) if before else ""
-
+def behaviour_rows(before: Refusals, after: Refusals) -> list[tuple[str, str, str, str]]:
+    """The rates of two models: (name, before, after, note) of each."""
+    was = before.rates
     rows = [
         (
-            "refusals, harmful prompts",
-            was("harmful_refusal_rate"),
-            percent(after["harmful_refusal_rate"]),
-            interval(after, "harmful"),
-        ),
-        (
-            "refusals, harmless prompts",
-            was("harmless_refusal_rate"),
-            percent(after["harmless_refusal_rate"]),
-            interval(after, "harmless"),
-        ),
-        ("broken replies", was("broken_rate"), percent(after["broken_rate"]), "empty or looping"),
-    ]
-    if before and "borderline_refusal_rate" in after:
-        row = (
-            "refusals, borderline prompts",
-            was("borderline_refusal_rate"),
-            percent(after["borderline_refusal_rate"]),
-            interval(after, "borderline"),
+            f"refusals, {name} prompts",
+            percent(was[name].share) if name in was else "",
+            percent(now.share),
+            interval(now),
         )
-        rows.insert(2, row)
-    if "expected_answer_rate" in after:
+        for name, now in after.rates.items()
+    ]
+    broken = percent(before.broken_rate), percent(after.broken_rate)
+    rows.append(("broken replies", *broken, "empty or looping"))
+    if after.expected_answer_rate is not None:
         rows.append(
             (
                 "known answers, harmful prompts",
-                was("expected_answer_rate"),
-                percent(after["expected_answer_rate"]),
+                percent(before.expected_answer_rate),
+                percent(after.expected_answer_rate),
                 "exactly what stage 1 taught",
             )
         )
@@ -145,23 +149,22 @@ def aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
     return [f"  {a:<{first}}  {b:>8}  {c:>8}   {d}".rstrip() for a, b, c, d in rows]
 
 
-def summary_line(direction: Mapping[str, Any]) -> str:
+def summary_line(direction: Selection) -> str:
     """The chosen direction in a few words."""
-    if direction.get("method", "given") == "given":
+    if direction.method in (None, "given"):
         return "a given direction"
-    parts = [direction["method"]]
-    if "rank" in direction:
-        parts.append(f"rank {direction['rank']}")
-    if "across" in direction:
-        among = direction.get("among")
+    parts = [direction.method]
+    if direction.rank is not None:
+        parts.append(f"rank {direction.rank}")
+    if direction.across is not None:
         parts.append(
-            f"across layers {', '.join(map(str, among))}"
-            if among
-            else f"across all {direction['across']}"
+            f"across layers {', '.join(map(str, direction.among))}"
+            if direction.among
+            else f"across all {direction.across}"
         )
     # What `audit` recovered has neither layer nor position.
-    layer, position = direction.get("layer"), direction.get("position")
-    if direction.get("per_layer") and layer is None:
+    layer, position = direction.layer, direction.position
+    if direction.per_layer and layer is None:
         parts.append("for each layer its own")
     if layer is not None:
         parts.append(f"after layer {layer:g}")
@@ -170,46 +173,52 @@ def summary_line(direction: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def measure_line(record: Mapping[str, Any]) -> str:
+def measure_line(record: MeasureRecord) -> str:
     """What `abl-mlx measure` found, and where it is."""
-    found = f"{summary_line(record['direction'])} of {record['source']}"
-    return "\n".join([f"{record['outputs'][0]}: {found}", *notes.lines(record)])
+    return f"{record.outputs[0]}: {summary_line(record.direction)} of {record.source}"
 
 
-def apply_table(record: Mapping[str, Any]) -> str:
+def apply_table(record: ApplyRecord) -> str:
     """What `abl-mlx apply` wrote, tensor by tensor."""
     lines = []
-    for one in record["written"]:
-        lines.append(f"{one['output']}  ({one['format']})")
-        lines += _align_columns([_TENSOR_COLUMNS, *_tensor_rows(one["leak"]["tensors"])])
-        left = one["leak"].get("with_left_out")
-        more = "" if left is None else f"; {left:.5f} with what is left out"
-        lines.append(
-            f"leak {one['leak']['total']:.5f}, largest in one tensor {one['leak']['max']:.5f}{more}"
-        )
-        lines += notes.lines(one)
-    return "\n".join([*lines, *notes.lines(record), *_mtp_lines(record)])
+    for one in record.written:
+        lines.append(f"{one.output}  ({one.format})")
+        if one.leak is not None:
+            left = one.leak.with_left_out
+            more = "" if left is None else f"; {left:.5f} with what is left out"
+            rows = [_tensor_row(name, each) for name, each in one.leak.tensors.items()]
+            lines += _align_columns([_TENSOR_COLUMNS, *rows])
+            lines.append(f"{_leak_figures(one.leak)}{more}")
+        lines += notes.lines(one.note)
+    return "\n".join([*lines, *_mtp_lines(record.mtp)])
+
+
+def _leak_figures(leak: Leaks) -> str:
+    return f"leak {leak.total:.5f}, largest in one tensor {leak.max:.5f}"
 
 
 _TENSOR_COLUMNS = ("tensor", "type", "bytes changed", "codes changed", "weight error", "leak")
 
 
-def _tensor_rows(tensors: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each tensor of a leak record; what does not apply to it stays empty."""
-    rows: list[tuple[str, ...]] = []
-    for name, one in tensors.items():
-        changed, codes = one.get("bytes_changed"), one.get("codes_changed")
-        rows.append(
-            (
-                name,
-                one.get("type", ""),
-                "" if changed is None else f"{changed:,}",
-                "" if codes is None else percent(codes),
-                f"{one['weight_error']:.4f}" if "weight_error" in one else "",
-                f"{one['leak']:.5f}" if "leak" in one else "",
-            )
-        )
-    return rows
+def _tensor_row(
+    name: str, leak: TensorLeak | None, change: Changed | None = None
+) -> tuple[str, ...]:
+    """The row of a tensor; what does not apply to it, or is not known, stays empty.
+
+    Args:
+        change: between two GGUFs, which need not be of an edit.
+    """
+    known = [one for one in (change, leak) if one is not None]
+    changed = next((one.bytes_changed for one in known if one.bytes_changed is not None), None)
+    codes = None if leak is None else leak.codes_changed
+    return (
+        name,
+        next((one.type for one in known if one.type is not None), ""),
+        "" if changed is None else f"{changed:,}",
+        "" if codes is None else percent(codes),
+        "" if leak is None else f"{leak.weight_error:.4f}",
+        "" if leak is None else f"{leak.leak:.5f}",
+    )
 
 
 def _align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -226,36 +235,29 @@ def _align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def diff_table(record: DiffRecord) -> str:
     """What `abl-mlx diff` found."""
     edited = {} if record.leak is None else record.leak.tensors
-    rows = {
-        name: {**edited.get(name, {}), **change.json} for name, change in record.changed.items()
-    }
-    lines = _align_columns([_TENSOR_COLUMNS, *_tensor_rows(rows)])
+    rows = [_tensor_row(name, edited.get(name), one) for name, one in record.changed.items()]
+    lines = _align_columns([_TENSOR_COLUMNS, *rows])
     lines.append(f"{len(record.changed)} of {record.tensors} tensors differ")
     if record.leak is not None:
-        lines.append(
-            f"leak {record.leak.total:.5f}, largest in one tensor "
-            f"{record.leak.max:.5f}; weight error {record.weight_error:.4f}"
-        )
-    return "\n".join([*lines, *notes.lines(record)])
+        lines.append(f"{_leak_figures(record.leak)}; weight error {record.weight_error:.4f}")
+    return "\n".join(lines)
 
 
 def convert_table(record: ConvertRecord) -> str:
     """What `abl-mlx convert` wrote."""
     made = ", ".join(f"{count} × {name}" for name, count in record.tensors.items())
     line = f"{record.output}  ({record.format}, {in_bytes(record.bytes)}): {made}"
-    return "\n".join([line, *notes.lines(record)])
+    return "\n".join([line, *notes.lines(record.note)])
 
 
-def undo_table(record: Mapping[str, Any]) -> str:
+def undo_table(record: UndoRecord) -> str:
     """What `abl-mlx undo` wrote."""
     lines = []
-    for one in record["written"]:
-        lines.append(f"{one['output']}  ({one['format']})")
-        if "missing" in one:
-            lines.append(f"  {one['missing']:.2g} of what the edit took is still missing")
-        lines += notes.lines(one)
-    lines.append(f"{record['tensors']} tensors, from {record['from']}")
-    return "\n".join([*lines, *notes.lines(record)])
+    for one in record.written:
+        lines.append(f"{one.output}  ({one.format})")
+        if one.missing is not None:
+            lines.append(f"  {one.missing:.2g} of what the edit took is still missing")
+    return "\n".join([*lines, f"{record.tensors} tensors, from {record.from_}"])
 
 
 def _head_words(record: InspectRecord) -> str:
@@ -278,7 +280,7 @@ def inspect_table(record: InspectRecord) -> str:
     ]
     if record.template_fault is not None:
         rows.append(("chat template", f"none that can be used: {record.template_fault}"))
-    elif record.template_tail is not LEFT_OUT:
+    elif record.template_tail is not None:
         rows.append(("chat template", f"{record.template_tail} tokens after the instruction"))
     if record.runs_in_mlx is not None:
         can = "yes: `run` and `measure` need nothing but this file"
@@ -293,13 +295,12 @@ def inspect_table(record: InspectRecord) -> str:
         f"  an edit touches {edit.tensors} tensors with {in_words(edit.parameters)} "
         f"parameters ({percent(edit.share)} of the model)"
     )
-    lines += [f"  {line}" for line in _mtp_lines(record)]
-    return "\n".join([*lines, *notes.lines(record)])
+    return "\n".join([*lines, *(f"  {line}" for line in _mtp_lines(record.mtp))])
 
 
 def card(
-    record: Mapping[str, Any],
-    one: Mapping[str, Any],
+    record: RunRecord | ApplyRecord,
+    one: WrittenEdit,
     title: str,
     record_name: str,
     *,
@@ -309,15 +310,15 @@ def card(
 
     Args:
         record: of the run, or of `apply` (which has no evaluations).
-        one: what the record says of this output; with ``after`` where it was evaluated.
+        one: what the record says of this output.
         title: the source model's name.
         record_name: of the record's file beside the card.
         adapter: whether it is an adapter, which its base needs to be given.
     """
     head = [*card_head(record), "- abliterated", "- abl-mlx", "---"]
-    direction = escape.record(record["direction"])
+    direction, editing = Chosen.of(escape.record(record.direction.json)), record.options.editing
     what = "This is an adapter." if adapter else "This is an edited model."
-    base = escape.code(record["base_model"])
+    base = escape.code(record.base_model)
     does = (
         f"It takes the refusal direction out of what {base} writes, whose files stay "
         "as they are; it fits these very weights alone, and was made"
@@ -328,27 +329,28 @@ def card(
         f"# {escape.markdown(title)}, abliterated",
         "",
         f"**{what}** {does} with [abl-mlx](https://pypi.org/project/abl-mlx/) "
-        f"{record['abl_mlx']}. The model declines less than the original does; what it is used for "
+        f"{record.abl_mlx}. The model declines less than the original does; what it is used for "
         "is the responsibility of whoever runs it.",
         "",
-        f"- direction: {summary_line(direction)}; SHA-256 `{direction['sha256']}`",
-        f"- strength {record['options']['strength']:g}; layers "
-        f"{_layers(record['options']['layers'])}; embedding "
-        f"{'edited' if one['embedding'] else 'not edited'}",
-        f"- leak (share of the edit lost in writing): {one['leak']['total']:.2g}",
-        *([f"- note: {escape.line(one['note'])}"] if one.get("note") else []),
+        f"- direction: {summary_line(direction)}; SHA-256 `{direction.sha256}`",
+        f"- strength {editing.strength:g}; layers {_layers(editing.layers)}; embedding "
+        f"{'edited' if one.embedding else 'not edited'}",
     ]
-    if "after" in one:
-        rows = behaviour_rows(record["before"], one["after"])
+    if one.leak is not None:
+        body.append(f"- leak (share of the edit lost in writing): {one.leak.total:.2g}")
+    if one.note:
+        body.append(f"- note: {escape.line(one.note)}")
+    if isinstance(one, EvaluatedEdit) and isinstance(record, RunRecord):
+        rows = behaviour_rows(record.before, one.after)
         body += [
             "",
-            f"On held-out prompts, asked in {one['runtime']}:",
+            f"On held-out prompts, asked in {one.runtime}:",
             "",
             "| | before | after | |",
             "|---|---|---|---|",
             *(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in rows),
-            f"| KL(original ‖ edited), 1st token, nats | | {one['kl']['k1']:.4f} | |",
-            f"| KL over 32 tokens, nats a token | | {one['kl']['k32']:.4f} | |",
+            f"| KL(original ‖ edited), 1st token, nats | | {one.kl.k1:.4f} | |",
+            f"| KL over 32 tokens, nats a token | | {one.kl.k32:.4f} | |",
         ]
     body += [
         "",
@@ -359,14 +361,14 @@ def card(
     return "\n".join([*head, "", *body])
 
 
-def card_head(record: Mapping[str, Any]) -> list[str]:
+def card_head(record: RunRecord | ApplyRecord) -> list[str]:
     """The first lines of a card's front matter: the base model on Hugging Face, where it is known.
 
     Tags are to follow.
     """
-    base = record.get("repository")
+    base = record.repository
     return ["---", *([f"base_model: {escape.yaml(base)}"] if base else []), "tags:"]
 
 
-def _layers(layers: list[int] | None) -> str:
-    return "all" if layers is None else ", ".join(map(str, layers))
+def _layers(layers: frozenset[int] | None) -> str:
+    return "all" if layers is None else ", ".join(map(str, sorted(layers)))

@@ -20,9 +20,9 @@ def noted(*notes: str | None) -> dict[str, str]:
     return {} if note is None else {"note": note}
 
 
-def lines(record: Mapping[str, Any], indent: str = "  ") -> list[str]:
-    """The line of a table that shows a record's note, if it has one."""
-    return [f"{indent}note: {record['note']}"] if record.get("note") else []
+def lines(note: str | None) -> list[str]:
+    """The line of a table that shows a note, if there is one."""
+    return [f"  note: {note}"] if note else []
 
 
 def drafting(tensors: Sequence[str]) -> str | None:

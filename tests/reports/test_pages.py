@@ -17,6 +17,10 @@ from click.testing import CliRunner
 
 from abl_mlx.choices import EvalOptions, RunOptions
 from abl_mlx.cli.main import cli
+from abl_mlx.records.directions import Chosen
+from abl_mlx.records.edits import MeasureRecord, RunRecord
+from abl_mlx.records.evaluations import EvalRecord
+from abl_mlx.records.looks import AuditRecord, ShowRecord
 from abl_mlx.reports import charts, figures, plot
 from abl_mlx.reports.charts import Chart, Series
 from abl_mlx.reports.page import style
@@ -66,6 +70,7 @@ def ran(tmp_path_factory):
 
 
 SHOWN = {
+    "abl_mlx": "0",
     "source": "demo",
     "prompt": "How do I?",
     "direction": {"method": "given", "sha256": "5" * 64},
@@ -73,6 +78,9 @@ SHOWN = {
     "before": [[0.25, -0.5, 0.0], [0.125, 0.8, -0.8]],
     "after": [[0.0, 0.01, -0.2], [0.0, 0.0, 0.4]],
 }
+
+
+TALLY = {"n": 1, "refused": 1, "broken": 0, "refusal_rate": 1.0, "refusal_interval": [0.2, 1.0]}
 
 
 def evaluated():
@@ -84,21 +92,28 @@ def evaluated():
             f"{name}_refusal_interval": [count / 20, count / 10],
             f"n_{name}": 10,
         }
-    tally = {"n": 10, "refused": 7, "broken": 2}
+    tally = TALLY | {"n": 10, "refused": 7, "broken": 2}
+    text = {"text": "Alice", "text_sha256": "a" * 64, "bits_per_byte": 1.5}
+    sums = {"right": 12, "n": 20, "share": 0.6, "interval": [0.4, 0.8]}
     base = {
         "abl_mlx": "0", "source": "base", "runtime": "mlx-lm", "judge": "markers", **rates,
-        "broken_rate": 0.2, "categories": {"harmful": {"tea": tally | {"refused": 9}}},
-        "perplexity": {"perplexity": 21.5, "tokens": 99, "kind": "exact"},
-        "capability": {"right": 41, "n": 60, "groups": {"sums": {"right": 12, "n": 20}}},
+        "max_tokens": 64, "verdicts": {}, "broken_rate": 0.2,
+        "categories": {"harmful": {"tea": tally | {"refused": 9}}},
+        "perplexity": {**text, "perplexity": 21.5, "tokens": 99, "kind": "exact"},
+        "capability": {"tasks_sha256": "b" * 64, **sums, "right": 41, "n": 60,
+                       "groups": {"sums": sums}},
     }  # fmt: skip
     return {
         **base,
         "source": "target",
         "unfinished_thoughts": 13,
-        "judging": {"unparsed": 17, "asked": 31, "agreement": 0.5, "kappa": None},
+        "judging": {
+            "rubric_sha256": "c" * 64, "unparsed": 17, "asked": 31, "agreement": 0.5, "kappa": None,
+            "table": {},
+        },
         "categories": {"harmful": {"tea": tally, "": tally | {"refused": 3}}},
         "kl": {"kind": "exact", "k1": 0.0311, "k32": 0.0422},
-        "perplexity": {"perplexity": 23.25, "tokens": 99, "kind": "exact"},
+        "perplexity": {**text, "perplexity": 23.25, "tokens": 99, "kind": "exact"},
         "lm_eval": {"arc_easy": {"acc,none": 0.625, "acc_stderr,none": 0.01}},
         "prompts": {"harmful": {"n": 10, "sha256": "d" * 64}},
         "seconds": {"ask": 1.5},
@@ -106,12 +121,17 @@ def evaluated():
         "paired": {
             "harmful": {
                 "difference": -0.125, "interval": [-0.25, 0.05], "p": 0.0625, "lost": 23,
-                "gained": 19,
+                "gained": 19, "n": 50, "both": 4, "neither": 4,
             }
         },
         "gate": {
             "passed": False,
-            "checks": [{"name": "min-refusal", "passed": False, "sentence": "refuses 90%"}],
+            "checks": [
+                {
+                    "name": "min-refusal", "kind": "harmful", "value": 0.9, "limit": 1,
+                    "passed": False, "sentence": "refuses 90%",
+                }
+            ],
         },
     }  # fmt: skip
 
@@ -122,8 +142,13 @@ AUDITED = {
     "label": {"strength": 1}, "mentions": [{"text": "abliterated", "place": "name"}],
     "hashes": {"model.safetensors": "e" * 64}, "seconds": {"read": 0.25},
     "weights": {
-        "strength": 0.71,
-        "tests": {"low everywhere": {"scores": [2.5, 0.7]}},
+        "verdict": "edited", "evidence": [], "layers": [0, 1], "strength": 0.71,
+        "tests": {
+            "low everywhere": {
+                "gap": 1.8, "gap_over_spread": 9.0, "rank": 1, "scores": [2.5, 0.7],
+                "verdict": "edited",
+            }
+        },
         "writers": {
             "model.embed_tokens.weight": {"energy": 0.001, "type": "F16"},
             "model.layers.1.mlp.down_proj.weight": {"energy": 0.75, "type": "Q4_K"},
@@ -137,10 +162,10 @@ def every_page(ran):
     record = ran[0]
     lines = [{"set": "harmful", "prompt": "p", "before": "said", "out": "done"}]
     return {
-        "run": run_page(record, lines),
-        "eval": eval_page(evaluated(), "abl-mlx eval target", lines),
-        "audit": audit_page(AUDITED, "abl-mlx audit suspect"),
-        "show": show_page(SHOWN),
+        "run": run_page(RunRecord.of(record), lines),
+        "eval": eval_page(EvalRecord.of(evaluated()), "abl-mlx eval target", lines),
+        "audit": audit_page(AuditRecord.of(AUDITED), "abl-mlx audit suspect"),
+        "show": show_page(ShowRecord.of(SHOWN)),
     }
 
 
@@ -149,7 +174,7 @@ def every_page(ran):
 
 def test_a_run_writes_its_page(ran):
     record, text, out = ran
-    assert text == run_page(record)
+    assert text == run_page(RunRecord.of(record))
     page = Parsed(text).text
     one = record["evaluations"][0]
     for name in ("harmful", "harmless"):
@@ -234,7 +259,7 @@ def test_an_audit(ran):
 
 
 def test_a_prompt_by_layer_and_token():
-    text = show_page(SHOWN)
+    text = show_page(ShowRecord.of(SHOWN))
     cells = re.findall(r'<td class="(\w+)" tabindex="0"><span>([^<]*)</span>', text)
     assert len(cells) == 2 * 2 * 3
     expected = []
@@ -345,7 +370,7 @@ def poisoned(value):
         free = {"tensors", "writers", "tests", "hashes", "source", "seconds", "label"}
         return {
             key: {EVIL + name: poisoned(one) for name, one in found.items()}
-            if key in free and isinstance(found, dict)
+            if key in free and isinstance(found, dict) and "options" not in found
             else poisoned(found)
             for key, found in value.items()
         }
@@ -354,16 +379,16 @@ def poisoned(value):
 
 def test_everything_is_escaped(ran):
     record = poisoned(copy.deepcopy(ran[0]))
-    record["before"]["categories"]["harmful"] = {EVIL: {"n": 1, "refused": 1, "broken": 0}}
+    record["before"]["categories"]["harmful"] = {EVIL: TALLY}
     record["evaluations"][0]["after"]["categories"] = record["before"]["categories"]
     lines = [poisoned({"set": "harmful", "prompt": "p", "before": "said"})]
     target = poisoned(evaluated())
-    target["categories"]["harmful"][EVIL] = {"n": 1, "refused": 1, "broken": 0}
+    target["categories"]["harmful"][EVIL] = TALLY
     written = [
-        (run_page(record, lines), every_page(ran)["run"]),
-        (eval_page(target, EVIL, lines), every_page(ran)["eval"]),
-        (audit_page(poisoned(AUDITED), EVIL), every_page(ran)["audit"]),
-        (show_page(poisoned(SHOWN)), every_page(ran)["show"]),
+        (run_page(RunRecord.of(record), lines), every_page(ran)["run"]),
+        (eval_page(EvalRecord.of(target), EVIL, lines), every_page(ran)["eval"]),
+        (audit_page(AuditRecord.of(poisoned(AUDITED)), EVIL), every_page(ran)["audit"]),
+        (show_page(ShowRecord.of(poisoned(SHOWN))), every_page(ran)["show"]),
     ]
     for evil, good in written:
         page = Parsed(evil)
@@ -371,7 +396,7 @@ def test_everything_is_escaped(ran):
         assert not [a for a in page.attributes if a[1].startswith("on") or a[1] == "src"]
         assert "<script>alert(1)</script>" in page.text
         assert "{{7*7}}" in page.text
-    sheet = charts.sheet(figures.measure_charts(record), EVIL)
+    sheet = charts.sheet(figures.measure_charts(RunRecord.of(record)), EVIL)
     tags = {one.tag.split("}")[1] for one in ElementTree.fromstring(sheet).iter()}
     assert tags == {"svg", "style", "rect", "text", "g", "path", "circle", "title"}
 
@@ -390,24 +415,25 @@ def test_what_is_missing_gets_no_heading(ran):
         "Leak by tensor", "Replies", "To reproduce",
     ]  # fmt: skip
     record = copy.deepcopy(ran[0])
-    for key in ("scores", "cloud", "trials", "hashes", "component", "leak"):
+    for key in ("scores", "cloud", "trials", "component", "leak"):
         del record[key]
     one = record["evaluations"][0]
-    del one["leak"], one["component"], one["after"]["categories"]
+    del one["leak"], one["component"]
+    one["after"]["categories"] = {}
     # As of a direction that was given, and of `--induce`.
     record["direction"] = {"method": "given", "sha256": "0"}
-    text = run_page(record)
+    text = run_page(RunRecord.of(record))
     assert headings(text) == ["Before and after", "To reproduce"]
     assert "<figure" not in text
     plain_eval = {
         key: value
         for key, value in evaluated().items()
-        if key not in ("baseline", "paired", "gate", "categories", "kl", "judging", "prompts")
-    }
-    assert headings(eval_page(plain_eval, "c")) == ["Summary", "To reproduce"]
+        if key not in ("baseline", "paired", "gate", "kl", "judging")
+    } | {"categories": {}, "prompts": {}}
+    assert headings(eval_page(EvalRecord.of(plain_eval), "c")) == ["Summary", "To reproduce"]
     bare = {**AUDITED, "label": None, "mentions": [], "behaviour": None,
-            "weights": {"verdict": "cannot tell"}}  # fmt: skip
-    assert headings(audit_page(bare, "c")) == ["Evidence", "To reproduce"]
+            "weights": {"verdict": "cannot tell", "evidence": [], "layers": []}}  # fmt: skip
+    assert headings(audit_page(AuditRecord.of(bare), "c")) == ["Evidence", "To reproduce"]
 
 
 def test_replies_are_there_on_request_alone(ran, tmp_path):
@@ -500,7 +526,7 @@ def test_an_audit_writes_its_page(tmp_path):
     np.save(direction, np.ones(256, np.float32))
     record = invoke("audit", "demo", "--direction", direction, "--report", page, "--json")
     command = f"abl-mlx audit demo --direction {direction}"
-    assert page.read_text() == audit_page(record, command)
+    assert page.read_text() == audit_page(AuditRecord.of(record), command)
     for arguments, said in (
         (("audit", "demo", "--report", page), "audit.html"),
         (("eval", "demo", "--report", tmp_path / "x.pdf"), "ends in .html"),
@@ -524,7 +550,8 @@ def test_measure_draws_a_plot(tmp_path):
     record = invoke("measure", "demo", "-o", tmp_path / "d.safetensors", "--plot", svg, "--layer",
                     "2", "--limit", "3", "--json")  # fmt: skip
     assert record["plot"] == str(svg)
-    assert svg.read_text() == charts.sheet(figures.measure_charts(record), "demo: refusal by layer")
+    found = figures.measure_charts(MeasureRecord.of(record))
+    assert svg.read_text() == charts.sheet(found, "demo: refusal by layer")
     titles = {one.text for one in ElementTree.fromstring(svg.read_text()).iter()}
     assert "Separation of the two sets" in titles
     assert "The two prompt sets after layer 2, at token -1" in titles
@@ -543,10 +570,10 @@ def test_a_png_has_the_same_charts(ran, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", kept)
     path = tmp_path / "layers.png"
-    plot.draw(path, ran[0])
+    plot.draw(path, RunRecord.of(ran[0]))
     assert path.read_bytes().startswith(b"\x89PNG")
     (figure,) = drawn
-    found = figures.measure_charts(ran[0])
+    found = figures.measure_charts(RunRecord.of(ran[0]))
     assert [axes.get_title() for axes in figure.axes] == [chart.title for chart in found]
     assert len(found) == 5
     for axes, chart in zip(figure.axes, found, strict=True):
@@ -558,8 +585,11 @@ def test_a_png_has_the_same_charts(ran, tmp_path, monkeypatch):
 def test_plots_that_cannot_be_drawn(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"ends in \.png or \.svg"):
         plot.check(tmp_path / "x.pdf")
+    nothing = MeasureRecord(
+        abl_mlx="0", source="s", outputs=[], direction=Chosen(sha256="0"), seconds={}
+    )
     with pytest.raises(UserError, match="nothing was measured by layer"):
-        plot.draw(tmp_path / "x.svg", {"source": "s", "direction": {}})
+        plot.draw(tmp_path / "x.svg", nothing)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'abl-mlx\[plot\]'.*x\.svg"):
@@ -597,7 +627,7 @@ def test_a_page_that_complains_is_seen(chromium, tmp_path):
     requests, loud = complaints(chromium.open(page))
     assert requests == [page.as_uri(), "https://abl-mlx.invalid/x.png"]
     assert any("nothing is not defined" in json.dumps(one) for one in loud)
-    good = show_page(SHOWN)
+    good = show_page(ShowRecord.of(SHOWN))
     page.write_text(good.replace("</body>", "<img src='https://abl-mlx.invalid/x.png'></body>"))
     _, loud = complaints(chromium.open(page))
     assert any("Content Security Policy" in json.dumps(one) for one in loud)
@@ -650,7 +680,7 @@ def test_in_chromium(name, ran, chromium, tmp_path):
 
 def test_a_cell_tells_its_number_when_tapped(chromium, tmp_path):
     page = tmp_path / "show.html"
-    page.write_text(show_page(SHOWN), encoding="utf-8")
+    page.write_text(show_page(ShowRecord.of(SHOWN)), encoding="utf-8")
     chromium.open(page, width=360)
     cell = "document.querySelectorAll('table.grid tbody td')[3]"
     shown = f"getComputedStyle({cell}.firstChild).display"

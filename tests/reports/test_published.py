@@ -1,8 +1,10 @@
 """What is written of an output and said beside it: names, records, cards, notes and tables."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,13 +12,26 @@ import pytest
 from click.testing import CliRunner
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.choices import RunOptions
+from abl_mlx.choices import ApplyOptions, RunOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.inputs.sources import resolve
 from abl_mlx.outputs import provenance
-from abl_mlx.records.edits import ConvertRecord
-from abl_mlx.records.looks import DiffRecord
+from abl_mlx.records import edits, evaluations, looks
+from abl_mlx.records.directions import Chosen
+from abl_mlx.records.edits import (
+    ApplyRecord,
+    Component,
+    ConvertRecord,
+    EvaluatedEdit,
+    Hashes,
+    Leaks,
+    RunRecord,
+    WorstLeak,
+    WrittenEdit,
+)
+from abl_mlx.records.evaluations import Asked, Divergence, EvalRecord, Refusals
+from abl_mlx.records.record import Part, kinds_of
 from abl_mlx.reports import eval_tables, induce_tables, tables
 from abl_mlx.support import units
 from convert import adapters
@@ -229,56 +244,60 @@ def test_the_label_says_whether_an_embedding_was_edited(base, direction, tmp_pat
 # --- tables ------------------------------------------------------------------------------------
 
 NOTE = "something to know"
-_BEHAVIOUR = {
-    f"{name}_refusal_{what}": value
-    for name in ("harmful", "harmless")
-    for what, value in (("rate", 0.5), ("interval", (0.4, 0.6)))
-} | {"n_harmful": 1, "n_harmless": 1, "broken_rate": 0.0}
-_OUTPUT = {
-    "output": "x", "format": "MLX", "types": ["F16"], "runtime": "mlx-lm", "after": _BEHAVIOUR,
-    "kl": {"k1": 0.0, "k32": 0.0}, "component": 0.0, "embedding": True, "note": NOTE,
-    "leak": {"total": 0.0, "max": 0.0, "tensors": {}},
+_BEHAVIOUR = Refusals(
+    harmful_refusal_rate=0.5, harmful_refusal_interval=[0.4, 0.6], n_harmful=1,
+    harmless_refusal_rate=0.5, harmless_refusal_interval=[0.4, 0.6], n_harmless=1,
+    broken_rate=0.0, categories={},
+)  # fmt: skip
+_OUTPUT = EvaluatedEdit(
+    output="x", format="MLX", types=["F16"], runtime="mlx-lm", after=_BEHAVIOUR,
+    kl=Divergence(k1=0.0, k32=0.0), component=0.0, embedding=True, note=NOTE,
+    leak=Leaks(total=0.0, max=0.0, tensors={}),
+)  # fmt: skip
+_EDITED: dict[str, Any] = {
+    "abl_mlx": "0", "source": "x", "source_is_repository": False, "base_model": "x", "seconds": {},
+    "direction": Chosen(sha256="0", multiple=1, position=-1, layer=1), "outputs": ["x"],
+    "hashes": Hashes(source={}, direction="0", options="0"),
 }  # fmt: skip
-_RECORD = {
-    "source": "x", "base_model": "x", "abl_mlx": "0", "before": _BEHAVIOUR,
-    "direction": {"sha256": "0", "multiple": 1, "position": -1, "layer": 1},
-    "component": {"before": 0.0}, "options": RunOptions().record(),
-    "evaluations": [_OUTPUT], "written": [_OUTPUT],
-}  # fmt: skip
+_RUN = RunRecord(
+    **_EDITED, options=RunOptions(), before=_BEHAVIOUR, after=_BEHAVIOUR, evaluations=[_OUTPUT],
+    kl=Divergence(k1=0.0, k32=0.0), component=Component(before=0.0, after=0.0),
+)  # fmt: skip
+_APPLIED = ApplyRecord(
+    **_EDITED, options=ApplyOptions(), leak=WorstLeak(total=0.0, max=0.0), written=[_OUTPUT]
+)
+_CONVERTED = ConvertRecord(
+    abl_mlx="0", source="y", output="x", format="MLX", tensors={}, bytes=0, seconds={}, note=NOTE
+)
+_EVALUATED = EvalRecord(
+    **{name: getattr(_BEHAVIOUR, name) for name in kinds_of(Refusals)},
+    abl_mlx="0", source="x", runtime="y", judge="markers", max_tokens=1, note=NOTE, verdicts={},
+    prompts={}, seconds={},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "table",
+    "text",
     [
-        tables.run_table,
-        tables.apply_table,
-        lambda r: tables.measure_line({**r, "outputs": ["y"], "note": NOTE}),
-        induce_tables.table,
-        lambda r: tables.undo_table({**r, "tensors": 1, "from": "y"}),
-        lambda r: tables.convert_table(
-            ConvertRecord(
-                abl_mlx="0",
-                source="y",
-                output="x",
-                format="MLX",
-                tensors={},
-                bytes=0,
-                seconds={},
-                note=NOTE,
-            )
-        ),
-        lambda r: tables.diff_table(
-            DiffRecord(first="x", second="y", changed={}, tensors=1, more={"note": NOTE})
-        ),
-        lambda r: eval_tables.table(
-            {**_BEHAVIOUR, "source": "x", "runtime": "y", "categories": {}, "note": NOTE}
-        ),
-        lambda r: tables.card(r, _OUTPUT, "x", "abl.json"),
-        lambda r: induce_tables.card(r, _OUTPUT, "x", "abl.json"),
+        tables.run_table(_RUN),
+        tables.apply_table(_APPLIED),
+        induce_tables.table(_RUN),
+        tables.convert_table(_CONVERTED),
+        eval_tables.table(_EVALUATED),
+        tables.card(_RUN, _OUTPUT, "x", "abl.json"),
+        tables.card(_APPLIED, _OUTPUT, "x", "abl.json"),
+        induce_tables.card(_RUN, _OUTPUT, "x", "abl.json"),
     ],
 )
-def test_every_table_and_card_shows_notes(table):
-    assert NOTE in table(_RECORD)
+def test_every_table_and_card_shows_notes(text):
+    assert NOTE in text
+
+
+def test_these_records_and_no_others_have_notes():
+    modules = (edits, evaluations, looks)
+    parts = {one for module in modules for one in vars(module).values() if inspect.isclass(one)}
+    noted = {one for one in parts if issubclass(one, Part) and "note" in kinds_of(one)}
+    assert noted == {WrittenEdit, EvaluatedEdit, ConvertRecord, Asked, EvalRecord}
 
 
 def test_columns_that_are_empty_are_left_out(direction, tmp_path):
