@@ -48,7 +48,7 @@ from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.measuring import Candidates
 from abl_mlx.edits import steering
 from abl_mlx.edits.edit import Edit
-from abl_mlx.inputs.sets import PromptSets
+from abl_mlx.inputs.sets import Prompt, PromptSets
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.model_file import ModelFile, find_model
@@ -72,12 +72,12 @@ class Model:
     writers: Sequence[Writer]
     file: ModelFile
 
-    def encode(self, prompt: str) -> list[int]:
-        """The token ids of one user message in the chat template, up to where the reply begins."""
+    def encode(self, prompt: str | Prompt) -> list[int]:
+        """The token ids of a prompt in the chat template, up to where the reply begins."""
         return self.chat.encode(prompt)
 
-    def reply(self, prompts: Sequence[str], max_tokens: int = 64) -> list[str]:
-        """Greedy replies, one for each user message, of at most ``max_tokens`` tokens."""
+    def reply(self, prompts: Sequence[str | Prompt], max_tokens: int = 64) -> list[str]:
+        """Greedy replies, one for each user message or prompt, of at most ``max_tokens`` tokens."""
         return replies.in_mlx(self.chat)(prompts, max_tokens)
 
 
@@ -155,10 +155,10 @@ def measure(
         prompts, Prompting(), Finding(method=method), "train"
     )
     harmful, harmless = (
-        [model.encode(text) for text in part.train.texts]
+        [model.encode(one) for one in part.train.prompts]
         for part in (prompts.harmful, prompts.harmless)
     )
-    between = None if borderline is None else [model.encode(text) for text in borderline.texts]
+    between = None if borderline is None else [model.encode(one) for one in borderline.prompts]
     return measuring.measure(
         model.chat, harmful, harmless, list(positions), method=method, rank=rank,
         borderline=between,

@@ -120,13 +120,16 @@ def _from_json(value: Any, kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class Prompting(Choices):
-    """Which prompts.
+    """Which prompts, and how they are asked.
 
     Attributes:
         harmful, harmless: prompt files or Hugging Face datasets; None for the bundled sets.
         seed: fixes the split into train, validation and test.
         limit: at most so many prompts of each set and part.
         quick: fewer prompts still, for a first look: `prompt_choice.QUICK`.
+        system: the system message before every prompt that has none of its own, or the name of a
+            file that holds it.
+        thinking: off, on, both, or an amount that the model's template knows, such as low.
     """
 
     harmful: str | None = None
@@ -134,6 +137,8 @@ class Prompting(Choices):
     seed: int = 0
     limit: int | None = None
     quick: bool = False
+    system: str | None = None
+    thinking: str = "off"
 
 
 @dataclass(frozen=True)

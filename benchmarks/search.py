@@ -51,7 +51,7 @@ def load(name: str) -> tuple[ChatModel, list[Writer], PromptSets]:
         chat, sets = chat_model.load(sources.resolve("demo").path), prompts.load_demo()
     else:
         chat, sets = chat_model.load(small_models.folder(name)), small_models.prompt_sets(name)
-    chat.reply_prefix, _ = find_reply_prefix(chat, sets)
+    chat.reply_prefixes[None], _ = find_reply_prefix(chat, sets)
     return chat, find_writers(chat), sets
 
 

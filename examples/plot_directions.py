@@ -18,7 +18,7 @@ name = sys.argv[1] if len(sys.argv) > 1 else "demo"
 picture = sys.argv[2] if len(sys.argv) > 2 else None
 model = abl_mlx.load(name)
 prompts = abl_mlx.load_prompts(model=model)
-positions = list(range(-min(model.chat.template_tail, 4), 0))
+positions = list(range(-min(model.chat.template_tail(), 4), 0))
 candidates = abl_mlx.measure(model, prompts, positions=positions)
 
 # %% The distance of the means, in units of the mean length of a state

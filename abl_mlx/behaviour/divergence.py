@@ -17,7 +17,9 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.evaluate import Question
 from abl_mlx.behaviour.target import Target
+from abl_mlx.inputs.sets import prompt_of
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.support.arrays import numbers
@@ -56,7 +58,7 @@ class Reference:
 
 @contextmanager
 def measured_against(
-    baseline: Target, prompts: Sequence[str], *, exactly: bool, batch_size: int = 32
+    baseline: Target, prompts: Sequence[Question], *, exactly: bool, batch_size: int = 32
 ) -> Iterator[Callable[[Target], dict[str, Any]]]:
     """Take the baseline's distributions; what is yielded measures a model against them.
 
@@ -94,7 +96,7 @@ def measured_against(
 
 
 def refer(
-    target: Target, prompts: Sequence[str], tokens: int = TOKENS, *, batch_size: int = 32
+    target: Target, prompts: Sequence[Question], tokens: int = TOKENS, *, batch_size: int = 32
 ) -> Reference:
     """The greedy replies of a model in MLX or llama.cpp, and what it expected before each token."""
     if target.chat is not None:
@@ -109,7 +111,7 @@ def refer(
     from abl_mlx.behaviour.llamacpp import LlamaCpp
 
     assert target.gguf is not None
-    room = 512 + max(map(len, prompts), default=0) + tokens
+    room = 512 + max((prompt_of(one).length for one in prompts), default=0) + tokens
     with (
         LlamaCpp(target.gguf, n_ctx=room, n_parallel=1, lean=True) as server,
         progress(len(prompts), "KL: base") as bar,
@@ -117,7 +119,7 @@ def refer(
         asked, replies = [], []
         tops: list[list[Top]] = []
         for prompt in prompts:
-            rendered = server.render([{"role": "user", "content": prompt}])
+            rendered = server.render_prompt(prompt)
             asked.append(server.tokenize(rendered))
             replies.append(server.greedy(asked[-1], tokens))
             tops.append([*server.top_logprobs(asked[-1], replies[-1], TOP_N, cached=True)])

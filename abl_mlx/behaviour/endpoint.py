@@ -37,6 +37,8 @@ from abl_mlx.behaviour.http_call import (
 from abl_mlx.behaviour.refusals import WITHHELD
 from abl_mlx.choices import Asking
 from abl_mlx.inputs import hub
+from abl_mlx.inputs.sets import Prompt, prompt_of
+from abl_mlx.inputs.thinking import request_fields, template_values
 from abl_mlx.models.thoughts import opened_by, resumed, without_thoughts
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
@@ -45,13 +47,9 @@ from convert.base.errors import UserError
 LONGEST_PAUSE = 120.0
 
 
-#: Fields that not every server knows: a template's switch for thoughts, and no use of a cache,
-#: since a reply should not depend on what was asked before. A server that refuses them is asked
-#: without.
-_EXTRAS: Mapping[str, Any] = {
-    "chat_template_kwargs": {"enable_thinking": False},
-    "cache_prompt": False,
-}
+#: A field that not every server knows: no use of a cache, since a reply should not depend on what
+#: was asked before. A server that refuses it, or the fields about thoughts, is asked without.
+_EXTRAS: Mapping[str, Any] = {"cache_prompt": False}
 
 #: How servers call a request that their filter refuses.
 _FILTERED = {
@@ -107,12 +105,15 @@ class Endpoint:
         self._base, listed = self._find_api(model)
         #: The model's name there.
         self.model = self._choose(model, listed)
+        self._opened: dict[str | None, str] = {}
+        self._renders = False
+        self._strict = False
+        self._system_role = True
         about = next((one for one in listed if one.get("id") == self.model), {})
-        self._opened = ""
         if about.get("owned_by") == "llamacpp":
             # Its replies as the model wrote them, behind what the template opens them with.
             self._extras["reasoning_format"] = "none"
-            self._opened = opened_by(self._rendered)
+            self._renders = True
         #: What tells this model from another, as far as the server says.
         self.identity = {
             "url": self.name,
@@ -163,11 +164,21 @@ class Endpoint:
             raise UserError(f"{self.name} lists no model: load one there, or name it with --model.")
         raise UserError(f"{self.name} has several models: add --model with {_some(names)}.")
 
-    def _rendered(self, prompt: str) -> str:
+    def _opens(self, thinking: str | None) -> str:
+        """What llama-server's chat template opens a thought with; "" where it does not tell."""
+        if not self._renders or self._strict:
+            return ""
+        if thinking not in self._opened:
+            self._opened[thinking] = opened_by(
+                lambda text: self._rendered(Prompt(text, thinking=thinking))
+            )
+        return self._opened[thinking]
+
+    def _rendered(self, prompt: Prompt) -> str:
         """The prompt that llama-server's chat template makes; "" where it does not tell."""
         request = {
-            "messages": [{"role": "user", "content": prompt}],
-            "chat_template_kwargs": _EXTRAS["chat_template_kwargs"],
+            "messages": prompt.messages(),
+            "chat_template_kwargs": template_values(prompt.thinking),
         }
         root = self._base.removesuffix("/v1")
         answer = self._persist(lambda: self._exchange("POST", f"{root}/apply-template", request))
@@ -177,7 +188,7 @@ class Endpoint:
 
     # --- asking ----------------------------------------------------------------------------------
 
-    def ask(self, prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
+    def ask(self, prompts: Sequence[str | Prompt], max_tokens: int) -> Iterator[tuple[int, str]]:
         """Greedy replies as they come: (number of the prompt, reply).
 
         A thought that the server keeps apart is put back in front of its reply as a <think> block.
@@ -189,7 +200,11 @@ class Endpoint:
         self._stopped.clear()
         failures: list[BaseException] = []
 
-        def one(prompt: str) -> str:
+        asked = [prompt_of(question) for question in prompts]
+        for mode in dict.fromkeys(prompt.thinking for prompt in asked):
+            self._opens(mode)
+
+        def one(prompt: Prompt) -> str:
             try:
                 self._wait(0)
                 return self.reply(prompt, max_tokens)
@@ -201,7 +216,7 @@ class Endpoint:
 
         pool = ThreadPoolExecutor(self.asking.concurrency, thread_name_prefix="abl-mlx-ask")
         try:
-            futures = {pool.submit(one, prompt): number for number, prompt in enumerate(prompts)}
+            futures = {pool.submit(one, prompt): number for number, prompt in enumerate(asked)}
             waiting = set(futures)
             for future in as_completed(futures):
                 if failures:
@@ -223,19 +238,42 @@ class Endpoint:
             pool.shutdown(wait=True, cancel_futures=True)
             self._stopped.clear()
 
-    def reply(self, prompt: str, max_tokens: int) -> str:
+    def reply(self, question: str | Prompt, max_tokens: int) -> str:
         """The greedy reply to one prompt; see `ask`.
 
         Raises:
             UserError: when the request fails for good.
         """
+        prompt = prompt_of(question)
         return self._persist(lambda: self._complete(prompt, max_tokens))
 
-    def _complete(self, prompt: str, max_tokens: int) -> str:
-        extras = dict(self._extras)
+    def _complete(self, prompt: Prompt, max_tokens: int) -> str:
+        answer = self._requested(prompt, max_tokens)
+        if (
+            prompt.system is not None
+            and self._system_role
+            and answer.status in (400, 422, 500)
+            and not _is_withheld(answer)
+        ):
+            # Templates that know no such role raise, and servers answer with that.
+            self._system_role = False
+            folded = self._requested(prompt, max_tokens)
+            if folded.status == 200:
+                self._say(
+                    f"· {self.name} takes no system message ({self._clean(answer.said)}): it "
+                    "stands at the beginning of the first user message"
+                )
+                answer = folded
+            else:
+                self._system_role = True
+        return self._text(answer, self._opens(prompt.thinking))
+
+    def _requested(self, prompt: Prompt, max_tokens: int) -> Answer:
+        """What the server answers, asked without the fields that it refuses."""
+        extras = {} if self._strict else self._extras | request_fields(prompt.thinking)
         request = {
             "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": prompt.messages(system_role=self._system_role),
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": False,
@@ -245,11 +283,16 @@ class Endpoint:
             # Some servers refuse what they do not know; if it was that, they are not told again.
             plain = self._exchange("POST", f"{self._base}/chat/completions", request)
             if plain.status == 200:
-                self._extras, self._opened = {}, ""
+                self._strict = True
+                if prompt.thinking is not None:
+                    self._say(
+                        f"warning: {self.name} does not take --thinking {prompt.thinking} "
+                        f"({self._clean(answer.said)}): it is asked as it is set up"
+                    )
             answer = plain
-        return self._text(answer)
+        return answer
 
-    def _text(self, answer: Answer) -> str:
+    def _text(self, answer: Answer, opened: str) -> str:
         if _is_withheld(answer):
             return WITHHELD
         if answer.status != 200:
@@ -275,7 +318,7 @@ class Endpoint:
         text, thought = _said_and_thought(message)
         if filtered and not without_thoughts(text):
             return WITHHELD
-        return resumed(self._opened, text) if thought is None else f"<think>{thought}</think>{text}"
+        return resumed(opened, text) if thought is None else f"<think>{thought}</think>{text}"
 
     def _refused(self, answer: Answer) -> Trouble:
         """What a status other than 200 means to a person."""

@@ -16,7 +16,7 @@ import numpy as np
 from abl_mlx.behaviour import reply_notes
 from abl_mlx.behaviour.refusals import Rates, Verdict, rates
 from abl_mlx.behaviour.reply_notes import Seen
-from abl_mlx.inputs.sets import PromptSet, PromptSets
+from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, prompt_of
 from abl_mlx.models import capture, thoughts
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence
@@ -29,8 +29,14 @@ from abl_mlx.support.console import progress
 from convert.base import scratch
 from convert.base.atomic import new_file
 
-#: Prompts to replies, in order: a model in MLX, or llama.cpp with a GGUF.
-Chat = Callable[[Sequence[str], int], list[str]]
+#: A prompt, or the text of a user's message.
+Question = str | Prompt
+
+#: Prompts to replies of at most so many tokens, in order: a model in MLX, or a GGUF in llama.cpp.
+Chat = Callable[[Sequence[Question], int], list[str]]
+
+#: Like `Chat`, with each reply as it comes: (number of the prompt, reply).
+Stream = Callable[[Sequence[Question], int], Iterator[tuple[int, str]]]
 
 #: Harmless prompts on which KL is measured at most; each keeps K·V float32 numbers on disk.
 KL_PROMPTS = 32
@@ -40,20 +46,27 @@ KL_PROMPTS = 32
 SIDE_BY_SIDE = 16
 
 
-def decode(chat: ChatModel, replies: Sequence[Sequence[int]]) -> list[str]:
+def decode(
+    chat: ChatModel, replies: Sequence[Sequence[int]], asked: Sequence[Question] | None = None
+) -> list[str]:
     """Reply texts up to the end token, without special tokens, but with their thoughts' tags.
 
     The tag that a prompt ends with is put in front, so that a thought is known as one.
+
+    Args:
+        replies: token ids.
+        asked: the prompt of each; None where all were asked without thinking.
     """
     special = special_tokens(chat)
     dropped = {token for token, text in special.items() if not thoughts.is_mark(text)}
-    opened = chat.opened_thought
+    modes = [prompt_of(one).thinking for one in asked] if asked else [None] * len(replies)
+    opened = {mode: chat.opened_thought(mode) for mode in set(modes)}
     texts = []
-    for reply in replies:
+    for reply, mode in zip(replies, modes, strict=True):
         ends = (at for at, token in enumerate(reply) if token in chat.tokenizer.eos_token_ids)
         kept = [token for token in reply[: next(ends, len(reply))] if token not in dropped]
         text = chat.tokenizer.decode(kept, skip_special_tokens=False)
-        texts.append(thoughts.resumed(opened, text))
+        texts.append(thoughts.resumed(opened[mode], text))
     return texts
 
 
@@ -144,8 +157,8 @@ def behaviour(
         max_tokens: longest reply.
         borderline: asked too, if given; their replies are not kept.
     """
-    third = borderline.texts if borderline is not None else ()
-    replies = answer([*harmful.texts, *harmless.texts, *third], max_tokens)
+    third = borderline.prompts if borderline is not None else ()
+    replies = answer([*harmful.prompts, *harmless.prompts, *third], max_tokens)
     both = len(harmful) + len(harmless)
     first, second = replies[: len(harmful)], replies[len(harmful) : both]
     parts = {"harmful": first, "harmless": second, "borderline": replies[both:]}
@@ -173,22 +186,21 @@ def behaviour(
 def in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Chat:
     """A loaded model as something that replies to prompts."""
 
-    def answer(prompts: Sequence[str], max_tokens: int) -> list[str]:
+    def answer(prompts: Sequence[Question], max_tokens: int) -> list[str]:
         sequences = [chat.encode(prompt) for prompt in prompts]
-        return decode(chat, generate(chat, sequences, max_tokens, batch_size=batch_size))
+        replies = generate(chat, sequences, max_tokens, batch_size=batch_size)
+        return decode(chat, replies, prompts)
 
     return answer
 
 
-def stream_in_mlx(
-    chat: ChatModel, *, batch_size: int = 32
-) -> Callable[[Sequence[str], int], Iterator[tuple[int, str]]]:
+def stream_in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Stream:
     """Like `in_mlx`, with each reply as it comes: (number of the prompt, reply)."""
 
-    def answer(prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
+    def answer(prompts: Sequence[Question], max_tokens: int) -> Iterator[tuple[int, str]]:
         sequences = [chat.encode(prompt) for prompt in prompts]
         for index, reply in stream(chat, sequences, max_tokens, batch_size=batch_size):
-            yield index, decode(chat, [reply])[0]
+            yield index, decode(chat, [reply], [prompts[index]])[0]
 
     return answer
 
@@ -212,28 +224,29 @@ class InLlamaCpp:
     lora: Path | None = None
     given: GivenTemplate | None = None
 
-    def __call__(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+    def __call__(self, prompts: Sequence[Question], max_tokens: int) -> list[str]:
         """Replies in the order of the prompts."""
-        replies = [""] * len(texts)
-        with progress(len(texts), "llama.cpp replies") as bar:
-            for index, reply in self.stream(texts, max_tokens):
+        replies = [""] * len(prompts)
+        with progress(len(prompts), "llama.cpp replies") as bar:
+            for index, reply in self.stream(prompts, max_tokens):
                 replies[index] = reply
                 bar.update()
         return replies
 
-    def stream(self, texts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, str]]:
+    def stream(self, prompts: Sequence[Question], max_tokens: int) -> Iterator[tuple[int, str]]:
         """Each reply as it comes: (number of the prompt, reply)."""
         from abl_mlx.behaviour.llamacpp import LlamaCpp
 
         # Room for the template, and no more: the cache of a large model is what the rest costs. A
         # text has at least as many characters as tokens.
-        room = 512 + max(map(len, texts), default=0) + max_tokens
-        side_by_side = max(1, min(SIDE_BY_SIDE, len(texts)))
+        longest = max((prompt_of(one).length for one in prompts), default=0)
+        room = 512 + longest + max_tokens
+        side_by_side = max(1, min(SIDE_BY_SIDE, len(prompts)))
         with LlamaCpp(
             self.path, n_ctx=room, n_parallel=side_by_side, lean=True, lora=self.lora,
             given=self.given,
         ) as server:  # fmt: skip
-            yield from server.stream(texts, max_tokens)
+            yield from server.stream(prompts, max_tokens)
 
 
 def save_replies(path: Path, replies: Mapping[str, Behaviour], sets: PromptSets) -> None:
@@ -279,7 +292,7 @@ class Baseline:
 
 @contextmanager
 def baseline(
-    chat: ChatModel, prompts: Sequence[str], *, tokens: int = 32, batch_size: int = 32
+    chat: ChatModel, prompts: Sequence[Question], *, tokens: int = 32, batch_size: int = 32
 ) -> Iterator[Baseline]:
     """Record the base model's distributions over its first ``tokens`` reply tokens.
 

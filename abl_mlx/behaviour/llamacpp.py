@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from abl_mlx.behaviour.llamacpp_process import LlamaProcess
+from abl_mlx.inputs.sets import Message, Prompt, prompt_of
+from abl_mlx.inputs.thinking import template_values
 from abl_mlx.models import gguf_template
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.thoughts import opened_by, resumed
@@ -98,27 +100,23 @@ class LlamaCpp(Closing):
 
     def chat(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         max_tokens: int = 64,
-        system: str | None = None,
-        enable_thinking: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Greedy replies, one per prompt, through the file's own chat template.
 
         Args:
-            prompts: one user message each.
+            prompts: conversations, or one user message each. Where the template knows no such
+                role, the system message stands at the beginning of the first user message.
             max_tokens: longest reply.
-            system: a system message before every prompt; where the template knows no such role,
-                llama.cpp puts it in front of the user's message.
-            enable_thinking: told to templates that know the word.
             progress: called with (replies so far, prompts).
 
         Raises:
             UserError: when the template refuses the messages or a prompt is longer than n_ctx.
         """
         replies = [""] * len(prompts)
-        asked = self.stream(prompts, max_tokens, system, enable_thinking)
+        asked = self.stream(prompts, max_tokens)
         for done, (number, reply) in enumerate(asked, start=1):
             replies[number] = reply
             if progress:
@@ -126,47 +124,39 @@ class LlamaCpp(Closing):
         return replies
 
     def stream(
-        self,
-        prompts: Sequence[str],
-        max_tokens: int = 64,
-        system: str | None = None,
-        enable_thinking: bool = False,
+        self, prompts: Sequence[str | Prompt], max_tokens: int = 64
     ) -> Iterator[tuple[int, str]]:
         """The replies of `chat` as they come: (number of the prompt, reply)."""
+        asked = [prompt_of(question) for question in prompts]
+        opened = {mode: self._opens(mode) for mode in {prompt.thinking for prompt in asked}}
 
-        def rendered(prompt: str) -> str:
-            message = {"role": "user", "content": prompt}
-            return self.render([message], enable_thinking=enable_thinking)
-
-        opened = opened_by(rendered)
-
-        def answer(prompt: str) -> str:
-            messages = [{"role": "user", "content": prompt}]
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": system})
+        def answer(prompt: Prompt) -> str:
             if self._given is not None:
-                return resumed(opened, self._completion(self.encode(messages), max_tokens))
+                completed = self._completion(self.encode(prompt), max_tokens)
+                return resumed(opened[prompt.thinking], completed)
             # A template may never end, which nothing tells from a long reply afterwards.
-            self.render(messages, enable_thinking=enable_thinking)
+            self.render_prompt(prompt)
             reply = self._post(
                 "/v1/chat/completions",
                 {
-                    "messages": messages,
+                    "messages": self._messages(prompt),
                     "max_tokens": max_tokens,
                     "temperature": 0,
                     # Alone, a reply should not depend on what was answered before. Side by side
                     # the last bits vary anyway, and what prompts share is run once a slot.
                     "cache_prompt": self.n_parallel > 1,
-                    "chat_template_kwargs": {"enable_thinking": enable_thinking},
+                    "chat_template_kwargs": template_values(prompt.thinking),
                 },
             )
             message = reply["choices"][0]["message"]
             text, thought = str(message.get("content") or ""), message.get("reasoning_content")
-            return f"<think>{thought}</think>{text}" if thought else resumed(opened, text)
+            if thought:
+                return f"<think>{thought}</think>{text}"
+            return resumed(opened[prompt.thinking], text)
 
         pool = ThreadPoolExecutor(self.n_parallel)
         try:
-            numbers = {pool.submit(answer, prompt): n for n, prompt in enumerate(prompts)}
+            numbers = {pool.submit(answer, prompt): n for n, prompt in enumerate(asked)}
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
         except (KeyboardInterrupt, SystemExit):
@@ -180,10 +170,9 @@ class LlamaCpp(Closing):
         request = {**_request(prompt, max_tokens), "cache_prompt": self.n_parallel > 1}
         return str(self._post("/completion", request)["content"])
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the template that was given."""
-        assert self._given is not None
-        ids = self.tokenize(self._given.render(messages), add_special=False)
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt in the template that was given."""
+        ids = self.tokenize(self.render_prompt(prompt), add_special=False)
         return ids if ids[:1] == self._opening else [*self._opening, *ids]
 
     @cached_property
@@ -192,6 +181,10 @@ class LlamaCpp(Closing):
         bos = "" if self._given is None else self._given.values["bos_token"]
         token = self.tokenize(bos, add_special=False)
         return token if token == self.tokenize("")[:1] else []
+
+    def _opens(self, thinking: str | None) -> str:
+        """What the file's template opens a thought with at the end of every prompt."""
+        return opened_by(lambda text: self.render_prompt(Prompt(text, thinking=thinking)))
 
     def greedy(self, prompt: Sequence[int] | str, n: int) -> list[int]:
         """The next ``n`` token ids after ``prompt``, fewer when the model ends its reply.
@@ -250,24 +243,39 @@ class LlamaCpp(Closing):
         """The text that token ids make."""
         return str(self._post("/detokenize", {"tokens": list(tokens)})["content"])
 
-    def render(
-        self, messages: Sequence[Mapping[str, str]], *, enable_thinking: bool = False
-    ) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]], *, thinking: str | None = None) -> str:
         """The file's chat template applied by llama.cpp, without the bos it adds on tokenizing.
 
         Where a template was given, that one is applied, by this program.
+
+        Args:
+            thinking: as of `Prompt`.
         """
         if self._given is not None:
-            return self._given.render(messages)
+            return self._given.render(messages, template_values(thinking))
         reply = self._post(
             "/apply-template",
             {
                 "messages": [dict(message) for message in messages],
-                "chat_template_kwargs": {"enable_thinking": enable_thinking},
+                "chat_template_kwargs": template_values(thinking),
             },
             seconds=RENDERING,
         )
         return str(reply["prompt"])
+
+    def render_prompt(self, question: str | Prompt) -> str:
+        """A prompt in the file's chat template: `render` of its messages."""
+        prompt = prompt_of(question)
+        return self.render(self._messages(prompt), thinking=prompt.thinking)
+
+    def _messages(self, prompt: Prompt) -> list[Message]:
+        return prompt.messages(system_role=prompt.system is None or self._takes_system)
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the file's template has a system role, as our own renderer sees it."""
+        template = self._given or gguf_template.template_of(self.path)
+        return template is None or template.takes_system
 
     @property
     def address(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
 
 
@@ -29,7 +30,7 @@ class Target:
     name: str
     runtime: str
     identity: dict[str, Any]
-    ask: Callable[[Sequence[str], int], Iterator[tuple[int, str]]]
+    ask: Callable[[Sequence[str | Prompt], int], Iterator[tuple[int, str]]]
     chat: ChatModel | None = None
     gguf: Path | None = None
     model: str | None = None

@@ -49,6 +49,19 @@ def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="A first look: 48 prompts of each set to measure, 16 to choose on, 24 to ask. No "
             "refusal among 24 replies means at most 14% (95% interval).",
         ),
+        click.option(
+            "--system",
+            metavar="TEXT|FILE",
+            help="Put this system message before every prompt that has none of its own.",
+        ),
+        click.option(
+            "--thinking",
+            metavar="off|on|both|LEVEL",
+            default="off",
+            show_default=True,
+            help="Whether the model thinks before it replies; both measures and judges in both "
+            "ways. LEVEL is an amount that its template knows, such as low, medium or high.",
+        ),
     ]
     return decorated(command, flags)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -24,7 +25,8 @@ HELP = """\
 /clear           forget what was said
 /quit            or Ctrl-D"""
 
-Message = dict[str, str]
+#: (role, content) of what was said.
+Turn = tuple[str, str]
 
 
 class Conversation:
@@ -51,8 +53,8 @@ class Conversation:
         self.strength = steered.editing.strength
         self.side_by_side = side_by_side
         self._max_tokens, self._temp = max_tokens, temp
-        self._original: list[Message] = []
-        self._edited: list[Message] = []
+        self._original: list[Turn] = []
+        self._edited: list[Turn] = []
 
     @property
     def state(self) -> str:
@@ -92,26 +94,27 @@ class Conversation:
         """The reply, in pieces as they come, from whichever of the two is on."""
         said = ""
         history = self._edited if self.on else self._original
-        for piece in self._generate([*history, _user(text)], self.on):
+        for piece in self._generate(history, text, self.on):
             said += piece
             yield piece
         for one in (self._original, self._edited):
-            one += [_user(text), {"role": "assistant", "content": said}]
+            one += [("user", text), ("assistant", said)]
 
     def ask_both(self, text: str) -> tuple[str, str]:
         """The replies of the original and of the edited model, each to its own history."""
         said = []
         for history, edited in ((self._original, False), (self._edited, True)):
-            said.append("".join(self._generate([*history, _user(text)], edited)))
-            history += [_user(text), {"role": "assistant", "content": said[-1]}]
+            said.append("".join(self._generate(history, text, edited)))
+            history += [("user", text), ("assistant", said[-1])]
         return said[0], said[1]
 
-    def _generate(self, messages: list[Message], edited: bool) -> Iterator[str]:
+    def _generate(self, history: Sequence[Turn], text: str, edited: bool) -> Iterator[str]:
         from mlx_lm import stream_generate
         from mlx_lm.sample_utils import make_sampler
 
         chat = self.steered.chat
-        tokens = chat.encode_conversation(messages)
+        prompt = replace(self.steered.prompt(text), earlier=tuple(history))
+        tokens = chat.encode_message(prompt)
         steps: Any = stream_generate(
             chat.model, chat.tokenizer, mx.array(tokens), max_tokens=self._max_tokens,
             sampler=make_sampler(temp=self._temp),
@@ -120,10 +123,6 @@ class Conversation:
         with heads.last_only(chat.model), on:
             for step in steps:
                 yield step.text
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
 
 
 def talk(

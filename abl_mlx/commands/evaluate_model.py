@@ -214,10 +214,11 @@ def ask(
     prompts = [prompt for part in parts.values() for prompt in part.prompts]
 
     def known(prompt: Prompt) -> Answered | None:
-        found = section.get(prompt.text)
+        found = section.get(prompt.identity)
         return None if found is None or (keep and found.reply is None) else found
 
-    missing = list({prompt.text: prompt for prompt in prompts if known(prompt) is None}.values())
+    open_ones = {prompt.identity: prompt for prompt in prompts if known(prompt) is None}
+    missing = list(open_ones.values())
     there = len(prompts) - len(missing)
     if there and section.path is not None:
         say(f"· {there} of {len(prompts)} answers are there already, in {section.path}")
@@ -225,10 +226,8 @@ def ask(
         with progress(len(prompts), "replies") as bar:
             bar.update(there)
             if missing:
-                texts = [prompt.text for prompt in missing]
-                replies = target.ask(texts, replying.max_tokens)
-                for number, reply in replies:
-                    section.add(missing[number].text, _judged(missing[number], reply, by, keep))
+                for number, reply in target.ask(missing, replying.max_tokens):
+                    section.add(missing[number].identity, _judged(missing[number], reply, by, keep))
                     bar.update()
     except UserError as error:
         done = sum(known(prompt) is not None for prompt in prompts)
@@ -353,11 +352,11 @@ def _divergence(job: Job, baseline: Target, stack: ExitStack) -> Callable[[Targe
     from abl_mlx.behaviour import divergence
 
     with job.clock.step("measure KL"):
-        texts = job.sets.harmless.test.texts
+        prompts = job.sets.harmless.test.prompts
         exactly = runtime == "mlx-lm"
         return stack.enter_context(
             divergence.measured_against(
-                baseline, texts, exactly=exactly, batch_size=job.options.replying.batch_size
+                baseline, prompts, exactly=exactly, batch_size=job.options.replying.batch_size
             )
         )
 

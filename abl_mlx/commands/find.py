@@ -54,15 +54,15 @@ def _analytic(
         return _given(chat, how)
     train, validation = (
         {
-            "harmful": [chat.encode(text) for text in getattr(sets.harmful, part).texts],
-            "harmless": [chat.encode(text) for text in getattr(sets.harmless, part).texts],
+            "harmful": [chat.encode(one) for one in getattr(sets.harmful, part).prompts],
+            "harmless": [chat.encode(one) for one in getattr(sets.harmless, part).prompts],
         }
         for part in ("train", "validation")
     )
     for part, kept in (("train", train), ("validation", validation)):
         borderline = prompt_choice.borderline_part(sets, how.prompting, how.finding, part)
         if borderline is not None:
-            kept["borderline"] = [chat.encode(text) for text in borderline.texts]
+            kept["borderline"] = [chat.encode(one) for one in borderline.prompts]
     candidates = measuring.measure(
         chat,
         train["harmful"],
@@ -172,13 +172,13 @@ def find_reply_prefix(
     Returns:
         Token ids, and how many tokens of prompts and replies ran in a second.
     """
-    texts = [
-        *sets.harmful.train.texts[:_OPENING_PROMPTS],
-        *sets.harmless.train.texts[:_OPENING_PROMPTS],
+    prompts = [
+        *sets.harmful.train.prompts[:_OPENING_PROMPTS],
+        *sets.harmless.train.prompts[:_OPENING_PROMPTS],
     ]
     replies, rate = timed(
         chat,
-        [chat.encode_message(text) for text in texts],
+        [chat.encode_message(prompt) for prompt in prompts],
         first_look.OPENING_TOKENS,
         batch_size=batch_size,
         label="reply openings",
@@ -195,7 +195,7 @@ def find_behind_openings(
     times: int = 0,
     max_tokens: int = 64,
 ) -> DirectionFile:
-    """Find how replies open and the direction behind that; sets ``chat.reply_prefix``.
+    """Find how replies open and the direction behind that; sets ``chat.reply_prefixes``.
 
     Args:
         times: how often the held-out prompts are asked afterwards, for what is told of the time.
@@ -208,7 +208,7 @@ def find_behind_openings(
     with clock.step("ask the model as it is"):
         seen = first_look.look(chat, sets, how)
         first_look.check(seen, how)
-        chat.reply_prefix = seen.prefix
+        chat.reply_prefixes[sets.thinking] = seen.prefix
     say(str(forecast(chat, sets, how, times, seen.rate, max_tokens=max_tokens)))
     with clock.step("measure and choose a direction"):
         found = find_direction(chat, writers, sets, how)
@@ -220,7 +220,7 @@ def _positions(chat: ChatModel, finding: Finding) -> list[int]:
     wanted = finding.position
     if wanted == "instruction-end":
         # Behind the instruction all prompts have the template's tail.
-        return [-chat.template_tail - 1]
+        return [-chat.template_tail() - 1]
     if isinstance(wanted, str):
         raise UserError(f"--position {wanted}: it is instruction-end, or a number such as -1.")
     if wanted is not None:
@@ -232,4 +232,4 @@ def _positions(chat: ChatModel, finding: Finding) -> list[int]:
         return [wanted]
     if finding.layer is not None and finding.across is None:
         return [-1]
-    return list(range(-min(chat.template_tail, measuring.MOST_POSITIONS), 0))
+    return list(range(-min(chat.template_tail(), measuring.MOST_POSITIONS), 0))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from abl_mlx.behaviour.evaluate import decode
 from abl_mlx.behaviour.refusals import Tally, Verdict, classify, without_thoughts
 from abl_mlx.choices import Measuring
-from abl_mlx.inputs.sets import PromptSet, PromptSets, split
+from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, split
 from abl_mlx.models.chat_model import ChatModel, common_prefix
 from abl_mlx.models.generation import timed
 from abl_mlx.support.console import percent, say
@@ -42,11 +42,11 @@ class Asked:
     """Prompts of one set with the unedited model's replies, cut to `REPLY_TOKENS`.
 
     Attributes:
-        texts: all that may be asked; so far as many as there are replies.
+        prompts: all that may be asked; so far as many as there are replies.
     """
 
     name: str
-    texts: Sequence[str]
+    prompts: Sequence[Prompt]
     replies: list[str] = field(default_factory=list)
 
     @property
@@ -64,9 +64,9 @@ class Asked:
         """Their share."""
         return self.refused / max(1, len(self.replies))
 
-    def coming(self) -> Sequence[str]:
+    def coming(self) -> Sequence[Prompt]:
         """The next dozen prompts."""
-        return self.texts[len(self.replies) :][:DOZEN]
+        return self.prompts[len(self.replies) :][:DOZEN]
 
     def record(self) -> dict[str, int]:
         """As JSON values."""
@@ -151,21 +151,22 @@ def look(chat: ChatModel, sets: PromptSets, how: Measuring) -> FirstLook:
     """Ask the model as it is; where a person has decided already, a dozen prompts of each set."""
     name = "borderline" if how.finding.method == "over-refusal" else "harmful"
     refused, harmless = (
-        Asked(name, _texts(sets, name, how.prompting.seed)),
-        Asked("harmless", _texts(sets, "harmless", how.prompting.seed)),
+        Asked(name, _prompts(sets, name, how.prompting.seed)),
+        Asked("harmless", _prompts(sets, "harmless", how.prompting.seed)),
     )
     openings: list[list[int]] = []
 
     def ask(*asked: Asked) -> float:
         """Ask the next dozen of each set; how many tokens ran in a second."""
-        texts = [one.coming() for one in asked]
-        sequences = [chat.encode_message(text) for part in texts for text in part]
+        coming = [one.coming() for one in asked]
+        prompts = [prompt for part in coming for prompt in part]
+        sequences = [chat.encode_message(prompt) for prompt in prompts]
         replies, rate = timed(
             chat, sequences, REPLY_TOKENS, batch_size=how.batch_size, label="replies before"
         )
         openings.extend(replies)
-        said = iter(decode(chat, replies))
-        for one, part in zip(asked, texts, strict=True):
+        said = iter(decode(chat, replies, prompts))
+        for one, part in zip(asked, coming, strict=True):
             one.replies.extend(next(said) for _ in part)
         return rate
 
@@ -183,7 +184,7 @@ def reply_prefix(replies: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return prefix if all(len(reply) > len(prefix) for reply in replies) else ()
 
 
-def _texts(sets: PromptSets, name: str, seed: int) -> list[str]:
+def _prompts(sets: PromptSets, name: str, seed: int) -> list[Prompt]:
     """Validation prompts of a set, and train prompts behind them where these are few."""
     if name == "borderline":
         assert sets.borderline is not None  # `prompt_choice.borderline_part` has checked
@@ -191,7 +192,7 @@ def _texts(sets: PromptSets, name: str, seed: int) -> list[str]:
     else:
         parts = getattr(sets, name)
     kept: tuple[PromptSet, ...] = (parts.validation, parts.train)
-    return [text for part in kept for text in part.texts][:MOST]
+    return [prompt for part in kept for prompt in part.prompts][:MOST]
 
 
 def check(found: FirstLook, how: Measuring) -> None:
@@ -244,7 +245,7 @@ def _quotes(found: FirstLook) -> str:
         reply = _line(one.replies[place])
         if one is found.refused and kinds[place] is not Verdict.REFUSAL:
             reply = " ".join(reply.split()[:_FEW_WORDS]) + " ..."
-        shown.append(f"{_cut(_line(one.texts[place]))} with {_cut(reply)}")
+        shown.append(f"{_cut(_line(one.prompts[place].text))} with {_cut(reply)}")
     return f"It answers {shown[0]} and {shown[1]}."
 
 

@@ -90,7 +90,7 @@ def forecast(
         inducing: whether a constant is chosen (`induction.choose`), not a direction.
         times: how often the held-out prompts are asked: once as the model is, once for each output.
     """
-    timed = [chat.encode(text) for text in sets.harmful.train.texts[:TIMED]]
+    timed = [chat.encode(one) for one in sets.harmful.train.prompts[:TIMED]]
     first_reply_token(chat, timed)  # compares the model's shortcuts, and warms what is compiled
     start = time.perf_counter()
     first_reply_token(chat, timed)

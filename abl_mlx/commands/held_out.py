@@ -15,7 +15,7 @@ def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
     return [
         chat.encode(prompt)
         for part in (sets.harmful.test, sets.harmless.test)
-        for prompt in part.take(COMPONENT_PROMPTS).texts
+        for prompt in part.take(COMPONENT_PROMPTS).prompts
     ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from abl_mlx import demo
 from abl_mlx.choices import Finding, Prompting
 from abl_mlx.commands import prompt_lengths
-from abl_mlx.inputs import prompts
+from abl_mlx.inputs import prompts, thinking
 from abl_mlx.inputs.sets import PromptSet, PromptSets, Split, split
 from abl_mlx.outputs.model_file import ModelFile
 from convert.base.errors import UserError
@@ -34,6 +34,11 @@ def load(model: ModelFile | None, chosen: Prompting, borderline: str | None = No
         sets = prompts.load_sets(chosen.harmful, chosen.harmless, chosen.seed)
     if borderline is not None:
         sets = replace(sets, borderline=prompts.load(borderline, "--borderline"))
+    if chosen.thinking == thinking.BOTH:
+        raise UserError("--thinking both is not there yet: run once with off and once with on.")
+    sets = sets.asked(
+        system=prompts.system_message(chosen.system), thinking=thinking.modes(chosen.thinking)[0]
+    )
     if chosen.quick:
         sets = cut(sets, *QUICK)
     sets = cut(sets, chosen.limit)

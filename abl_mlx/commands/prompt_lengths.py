@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from abl_mlx.inputs.sets import PromptSet, PromptSets, Split
+from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, Split
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models.prompt_tokens import Count
 from abl_mlx.outputs.model_file import ModelFile
@@ -16,7 +16,8 @@ from convert.base.errors import UserError
 #: Share of a set that may be left out because it is too long.
 FEW = 0.05
 
-# A text has at least as many bytes as tokens, and no template adds three quarters of a context.
+# A text has at most four bytes a character and at least as many bytes as tokens, and no template
+# adds three quarters of a context.
 _SURELY_FITS = 4
 
 
@@ -33,13 +34,13 @@ def fitting(sets: PromptSets, model: ModelFile) -> PromptSets:
         return sets
     count: list[Count] = []
 
-    def too_long(text: str) -> int:
+    def too_long(prompt: Prompt) -> int:
         """Its tokens, if they are too many; else 0."""
-        if len(text.encode()) * _SURELY_FITS <= longest:
+        if 4 * prompt.length * _SURELY_FITS <= longest:
             return 0
         if not count:
             count.append(model.token_counter())
-        tokens = count[0](text)
+        tokens = count[0](prompt)
         return tokens if tokens > longest else 0
 
     parts = {
@@ -57,22 +58,22 @@ def fitting(sets: PromptSets, model: ModelFile) -> PromptSets:
 
 
 def _fitting(
-    parts: list[PromptSet], too_long: Callable[[str], int], longest: int, source: Source
+    parts: list[PromptSet], too_long: Callable[[Prompt], int], longest: int, source: Source
 ) -> list[PromptSet]:
-    counts = {text: tokens for part in parts for text in part.texts if (tokens := too_long(text))}
+    counts = {one: tokens for part in parts for one in part.prompts if (tokens := too_long(one))}
     if not counts:
         return parts
     total = sum(map(len, parts))
     name = parts[0].name.removesuffix("/train")
-    text, tokens = next(iter(counts.items()))
+    first, tokens = next(iter(counts.items()))
     left = [
-        replace(part, prompts=tuple(one for one in part.prompts if one.text not in counts))
+        replace(part, prompts=tuple(one for one in part.prompts if one not in counts))
         for part in parts
     ]
     said = (
         f"{len(counts)} of {total} prompts of {escape.line(name)} "
         f"{'is' if len(counts) == 1 else 'are'} longer than {source.title}'s context of "
-        f"{longest:,} tokens: {tokens:,} tokens, “{escape.shortened(text, 40)}”"
+        f"{longest:,} tokens: {tokens:,} tokens, “{escape.shortened(first.text, 40)}”"
         f"{'' if len(counts) == 1 else ', and so on'}"
     )
     if len(counts) > max(1, FEW * total) or not all(map(len, left)):

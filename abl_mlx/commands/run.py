@@ -104,14 +104,14 @@ class Before:
     Attributes:
         behaviour: what it does.
         base: its distributions over the opening of its own replies.
-        prefix: the tokens with which all of its replies open.
+        prefixes: the tokens with which all of its replies open, by the prompts' thinking.
         sample: held-out prompts, encoded, in which the component is looked for.
         component: the largest share of the direction in the stream; None for a constant.
     """
 
     behaviour: Behaviour
     base: evaluate.Baseline
-    prefix: tuple[int, ...]
+    prefixes: dict[str | None, tuple[int, ...]]
     sample: Sequence[Sequence[int]]
     component: float | None
 
@@ -247,12 +247,12 @@ def _look(job: Job, loaded: LoadedModel) -> Found:
         options.replying.max_tokens,
     )  # fmt: skip
     if job.base is not None:
-        prefix = chat.reply_prefix
+        prefixes = chat.reply_prefixes
         del chat
         loaded.let_go()
         with job.clock.step("load the GGUF"):
             chat = job.base.load()
-        chat.reply_prefix = prefix
+        chat.reply_prefixes = prefixes
         loaded.hold(chat, [])
     edit = edit_of(direction, options.editing)
     plan = job.target.plan(edit, direction, job.paths, loaded, options.editing, options.writing)
@@ -263,7 +263,8 @@ def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
     """The constant that makes the model refuse, and its place in the files."""
     chat, options = loaded.chat, job.options
     with job.clock.step("find how replies open"):
-        chat.reply_prefix, rate = find_reply_prefix(chat, job.sets, options.replying.batch_size)
+        prefix, rate = find_reply_prefix(chat, job.sets, options.replying.batch_size)
+        chat.reply_prefixes[job.sets.thinking] = prefix
     told = forecast(
         chat, job.sets, options.measuring, 1 + len(job.paths), rate,
         max_tokens=options.replying.max_tokens, inducing=True,
@@ -297,7 +298,7 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
         base = stack.enter_context(
             evaluate.baseline(
                 chat,
-                sets.harmless.test.take(evaluate.KL_PROMPTS).texts,
+                sets.harmless.test.take(evaluate.KL_PROMPTS).prompts,
                 batch_size=batch_size,
             )
         )
@@ -307,14 +308,14 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
             present = evaluate.component(chat, sample, _unit(found))["max"]
         if in_llamacpp is None:
             before = job.ask(evaluate.in_mlx(chat, batch_size=batch_size))
-    prefix = chat.reply_prefix
+    prefixes = chat.reply_prefixes
     del chat
     if not found.plan.needs_model:
         loaded.let_go()
     if in_llamacpp is not None:
         with job.clock.step("evaluate before"):
             before = job.ask(in_llamacpp)
-    return Before(before, base, prefix, sample, present)
+    return Before(before, base, prefixes, sample, present)
 
 
 def _in_llamacpp(job: Job, runtime: InLlamaCpp | None) -> InLlamaCpp | None:
@@ -376,7 +377,7 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
     figures: Record = {}
     with one.opened() as chat:
         chat.given_template = job.model.given
-        chat.reply_prefix = before.prefix
+        chat.reply_prefixes = before.prefixes
         if found.edit is not None and one.limit is not None:
             prompts = before.sample[:EXACTNESS_PROMPTS]
             exactness.check(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from abl_mlx.choices import Editing, SteerOptions
+from abl_mlx.choices import Editing, Prompting, SteerOptions
 from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.edit_choice import edit_of, warn_of_strength
 from abl_mlx.commands.find import find_behind_openings
@@ -14,6 +14,8 @@ from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
+from abl_mlx.inputs import prompts, thinking
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import memory
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
@@ -29,6 +31,7 @@ class Steered:
         name: what the user typed.
         direction: from a file, or measured.
         editing: what is done with it.
+        prompting: how it is asked: its system message and its thinking.
     """
 
     name: str
@@ -36,6 +39,12 @@ class Steered:
     writers: Sequence[Writer]
     direction: DirectionFile
     editing: Editing
+    prompting: Prompting = field(default_factory=Prompting)
+
+    def prompt(self, text: str) -> Prompt:
+        """A user's message as this model is asked it; thinking "both" is shown with it on."""
+        mode = thinking.modes(self.prompting.thinking)[-1]
+        return Prompt(text, system=prompts.system_message(self.prompting.system), thinking=mode)
 
     def edit(self, strength: float | None = None) -> Edit:
         """The edit, of the chosen strength or another one."""
@@ -71,7 +80,7 @@ def load(text: str, options: SteerOptions) -> Steered:
             writers = model.find_writers(chat)
         if given is not None and direction is not None:
             direction_file.check_width(given, direction, chat)
-            return Steered(name, chat, writers, given, options.editing)
+            return Steered(name, chat, writers, given, options.editing, options.prompting)
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
     found = find_behind_openings(chat, writers, sets, options.measuring, clock)
-    return Steered(name, chat, writers, found, options.editing)
+    return Steered(name, chat, writers, found, options.editing, options.prompting)

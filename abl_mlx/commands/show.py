@@ -46,7 +46,7 @@ def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
     from abl_mlx.behaviour.evaluate import generate
 
     chat = steered.chat
-    tokens = chat.encode(prompt)
+    tokens = chat.encode(steered.prompt(prompt))
     if reply:
         tokens = tokens + generate(chat, [tokens], reply)[0]
     before = _shares(steered, tokens)

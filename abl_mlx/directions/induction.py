@@ -21,7 +21,7 @@ from abl_mlx.choices import Finding
 from abl_mlx.directions import measuring, selection
 from abl_mlx.directions.measuring import Candidates
 from abl_mlx.edits.steering import Induction, Intervention, adding, steering
-from abl_mlx.inputs.sets import PromptSets
+from abl_mlx.inputs.sets import Prompt, PromptSets
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.support.arrays import number
@@ -80,7 +80,7 @@ def _positions(chat: ChatModel, finding: Finding) -> int:
     Raises:
         UserError: a position that is no number.
     """
-    count = min(chat.template_tail, measuring.MOST_POSITIONS)
+    count = min(chat.template_tail(), measuring.MOST_POSITIONS)
     if finding.position is None:
         return count
     if not isinstance(finding.position, int):
@@ -145,19 +145,19 @@ def choose(
             constant brings fluent refusals about.
     """
 
-    def encoded(texts: Sequence[str]) -> list[list[int]]:
-        return [chat.encode(text) for text in texts]
+    def encoded(prompts: Sequence[Prompt]) -> list[list[int]]:
+        return [chat.encode(prompt) for prompt in prompts]
 
-    harmful = encoded(sets.harmful.validation.texts[:PROMPTS])
-    harmless = encoded(sets.harmless.validation.texts[:PROMPTS])
+    harmful = encoded(sets.harmful.validation.prompts[:PROMPTS])
+    harmless = encoded(sets.harmless.validation.prompts[:PROMPTS])
     refusals = own_refusals(chat, harmful, batch_size)
     tried = harmless[:TRIED]
     behind = [refusals[i % len(refusals)] for i in range(len(tried))]
     count = _positions(chat, finding)
     candidates = measuring.measure(
         chat,
-        encoded(sets.harmful.train.texts),
-        encoded(sets.harmless.train.texts),
+        encoded(sets.harmful.train.prompts),
+        encoded(sets.harmless.train.prompts),
         list(range(-count, 0)),
     )
     cells = _cells(chat, candidates, harmful, harmless, finding, first_layer)

@@ -9,13 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from abl_mlx.inputs.conversations import MESSAGES, prompt_of_row
 from abl_mlx.inputs.sets import Prompt
 from convert.base import json_text
 from convert.base.errors import UserError
 from convert.base.schema import Refused
 
 COLUMNS = ("text", "prompt", "instruction", "goal")
-"""Names a prompt column is looked for under, in this order, when none is given."""
+"""Names a prompt column is looked for under, in this order, when none is given; then `MESSAGES`."""
+
+#: Columns that are read beside the prompt's.
+_BESIDE = ("category", "system", "prefix", "suffix", MESSAGES)
 
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".csv")
@@ -52,6 +56,10 @@ def read_file(
     if suffix == ".jsonl":
         rows = jsonl_rows(text, where)
         field = _pick(list(rows[0][1]), column, where, "field") if rows else ""
+        if field == MESSAGES and column is None:
+            # Other lines of a file of conversations may have a text alone.
+            named = {name for _, row in rows for name in row}
+            field = next((name for name in COLUMNS if name in named), MESSAGES)
         return _prompts(rows, field, where, "line", skip_blank)
     lines = [{"text": line} for line in text.split("\n")]
     full = [(n, row) for n, row in enumerate(lines, 1) if row["text"].strip()]
@@ -147,7 +155,7 @@ def _csv_rows(text: str, column: str | None, where: str) -> tuple[list[Row], str
 def _header(cell: str) -> str:
     """A header cell as a name: known names in any case, others as written."""
     bare = cell.strip().strip('"')
-    return bare.lower() if bare.lower() in (*COLUMNS, "category") else bare
+    return bare.lower() if bare.lower() in (*COLUMNS, *_BESIDE) else bare
 
 
 def _is_header(cell: str) -> bool:
@@ -166,7 +174,7 @@ def _parquet_rows(path: Path, column: str | None, where: str) -> tuple[list[Row]
         with parquet.ParquetFile(path) as file:
             names = list(file.schema_arrow.names)
             name = _pick(names, column, where, "column")
-            wanted = [name] + [n for n in ("category",) if n in names and n != name]
+            wanted = [name] + [n for n in _BESIDE if n in names and n != name]
             rows = file.read(columns=wanted).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{where} is not a readable parquet file ({first_line(error)}).") from None
@@ -179,7 +187,7 @@ def _pick(names: Sequence[str], wanted: str | None, where: str, word: str) -> st
         if wanted in names:
             return wanted
         raise _no_column(names, wanted, where, word)
-    for name in COLUMNS:
+    for name in (*COLUMNS, MESSAGES):
         if name in names:
             return name
     raise _no_column(names, None, where, word)
@@ -197,36 +205,14 @@ def _prompts(
     """One prompt a row, or an error that tells the first row without one."""
     prompts = []
     for number, row in rows:
-        text = cell(row, name, where, number, word)
-        if text is None:
-            if skip_blank:
-                continue
+        prompt = prompt_of_row(row, name, f"{where}: {word} {number}")
+        if prompt is not None:
+            prompts.append(prompt)
+        elif not skip_blank:
             raise UserError(f"{where}: {word} {number} has no prompt in {name}: remove it.")
-        category = row.get("category") if name != "category" else None
-        prompts.append(Prompt(text, category.strip() if isinstance(category, str) else ""))
     if not prompts:
         raise UserError(f"{where} holds no prompts.")
     return tuple(prompts)
-
-
-def cell(
-    row: Mapping[str, Any], name: str, where: str, number: int, word: str = "line"
-) -> str | None:
-    """A cell's text without white space around it; None when it is missing or blank."""
-    value = row.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where}: {word} {number} holds a value of type {type(value).__name__} in {name}, "
-            f"where a text belongs."
-        )
-    if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
-        raise UserError(
-            f"{where}: {word} {number} holds a NUL or half a character in {name}: mend or remove "
-            f"it."
-        )
-    return value.strip() or None
 
 
 def listed(words: Sequence[str]) -> str:

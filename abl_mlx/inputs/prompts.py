@@ -13,10 +13,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from abl_mlx.inputs.conversations import prompt_of_row
 from abl_mlx.inputs.prompt_datasets import Hub, HuggingFaceHub, is_dataset, read_dataset
 from abl_mlx.inputs.prompt_files import (
     SUFFIXES,
-    cell,
     jsonl_rows,
     known_suffix,
     listed,
@@ -58,8 +58,9 @@ def load(spec: str, flag: str, hub: Hub | None = None) -> PromptSet:
     ``.parquet``, where ``file.csv[column]`` picks a column; or a dataset
     ``owner/name[split][column]`` with split ``train`` and the first of :data:`COLUMNS` by default.
     Where a dataset keeps configurations in folders, ``owner/name[folder/train]`` picks one. A
-    field or column ``category`` is read along. A path that exists is always a file. The order is
-    kept, and so are duplicates: :func:`split` removes them.
+    field or column ``category`` is read along, and so are those of `inputs.conversations`. A path
+    that exists is always a file. The order is kept, and so are duplicates: :func:`split` removes
+    them.
 
     Args:
         flag: named in every error, such as ``--harmful``.
@@ -79,6 +80,23 @@ def load(spec: str, flag: str, hub: Hub | None = None) -> PromptSet:
     column = selectors[1] if len(selectors) > 1 else None
     prompts = read_dataset(repo, wanted_split, column, flag, hub or HuggingFaceHub())
     return PromptSet(spec, prompts)
+
+
+def system_message(given: str | None) -> str | None:
+    """The system message of ``--system TEXT|FILE``: the text, or what the file of that name holds.
+
+    Raises:
+        UserError: when the file cannot be read or is empty.
+    """
+    if given is None:
+        return None
+    path = os.path.expanduser(given)
+    # A text of many lines, or of more bytes than a name may have, is no file's name.
+    if "\n" not in path and len(path.encode()) < 256 and os.path.isfile(path):
+        return read_text(Path(path), f"--system {given}").strip()
+    if not given.strip():
+        raise UserError("--system is empty: give a text, or the name of a file that holds one.")
+    return given.strip()
 
 
 def load_sets(
@@ -140,20 +158,14 @@ def load_demo(path: Path | None = None) -> PromptSets:
                 f"{where}: line {line} has set {key[0]} and part {key[1]}, where harmful or "
                 f"harmless and train, validation or test are known."
             )
-        text = cell(row, "text", where, line)
-        if text is None:
+        prompt = prompt_of_row(row, "text", f"{where}: line {line}")
+        if prompt is None:
             raise UserError(f"{where}: line {line} has no text.")
-        if normalized(text) in seen:
-            raise UserError(f"{where}: line {line} repeats the prompt {text!r}.")
-        seen.add(normalized(text))
-        answer, category = row.get("answer"), row.get("category")
-        parts[key].append(
-            Prompt(
-                text,
-                category if isinstance(category, str) else "",
-                answer if isinstance(answer, str) else None,
-            )
-        )
+        if normalized(prompt.text) in seen:
+            raise UserError(f"{where}: line {line} repeats the prompt {prompt.text!r}.")
+        seen.add(normalized(prompt.text))
+        answer = row.get("answer")
+        parts[key].append(replace(prompt, answer=answer if isinstance(answer, str) else None))
 
     def part_of(kind: str, part: str) -> PromptSet:
         return PromptSet(f"demo:{kind}/{part}", tuple(parts[kind, part]))

@@ -8,18 +8,70 @@ seed.
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+Message = Mapping[str, str]
+"""One turn of a conversation: its ``role`` (system, user or assistant) and its ``content``."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user message. ``answer`` is a reference reply; only the demo's prompts have one."""
+    """A conversation that ends with a user's message, to which a model is to reply.
+
+    Attributes:
+        text: the last user message.
+        category: what it is about; "" where the file does not say.
+        answer: a reference reply; only the demo's prompts have one.
+        system: the system message; None for none.
+        earlier: (role, content) of the turns between the system message and ``text``.
+        thinking: how the model is asked to think before it replies, as `inputs.thinking` has it;
+            None where it is asked not to.
+    """
 
     text: str
     category: str = ""
     answer: str | None = None
+    system: str | None = None
+    earlier: tuple[tuple[str, str], ...] = ()
+    thinking: str | None = None
+
+    def messages(self, *, system_role: bool = True) -> list[Message]:
+        """The whole conversation, oldest message first.
+
+        Args:
+            system_role: whether the model's chat template has such a role. Without it the system
+                message is the first line of the first user message, as llama.cpp has it.
+        """
+        turns = [*self.earlier, ("user", self.text)]
+        if self.system is not None and system_role:
+            turns.insert(0, ("system", self.system))
+        elif self.system is not None:
+            first = next(n for n, (role, _) in enumerate(turns) if role == "user")
+            turns[first] = ("user", f"{self.system}\n{turns[first][1]}")
+        return [{"role": role, "content": content} for role, content in turns]
+
+    @property
+    def identity(self) -> str:
+        """A text that is equal for prompts to which a model replies alike, and for no others.
+
+        It is the user's message where nothing else is given.
+        """
+        if self.system is None and not self.earlier and self.thinking is None:
+            return self.text
+        return json.dumps([self.messages(), self.thinking], ensure_ascii=False)
+
+    @property
+    def length(self) -> int:
+        """Characters of all messages together."""
+        return sum(len(message["content"]) for message in self.messages())
+
+
+def prompt_of(question: str | Prompt) -> Prompt:
+    """A text as a prompt of one user message; a prompt as it is."""
+    return Prompt(question) if isinstance(question, str) else question
 
 
 @dataclass(frozen=True)
@@ -36,14 +88,31 @@ class PromptSet:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 (hex) of the texts in order, each in UTF-8 and followed by one NUL byte.
+        """SHA-256 (hex) of the prompts in order, each in UTF-8 and followed by one NUL byte.
 
-        Names, categories and answers do not enter; a loaded text never holds a NUL.
+        A prompt enters as its text, or as JSON of its messages and its thinking where it has more
+        (`Prompt.identity`). Names, categories and answers do not enter; a loaded text never holds a
+        NUL.
         """
         digest = hashlib.sha256()
-        for text in self.texts:
-            digest.update(text.encode() + b"\0")
+        for prompt in self.prompts:
+            digest.update(prompt.identity.encode() + b"\0")
         return digest.hexdigest()
+
+    def asked(self, *, system: str | None = None, thinking: str | None = None) -> PromptSet:
+        """The same prompts, asked in this way.
+
+        Args:
+            system: the system message of those that have none.
+            thinking: as of `Prompt`.
+        """
+        return replace(
+            self,
+            prompts=tuple(
+                replace(one, system=system if one.system is None else one.system, thinking=thinking)
+                for one in self.prompts
+            ),
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -69,6 +138,15 @@ class Split:
     validation: PromptSet
     test: PromptSet
 
+    def asked(self, *, system: str | None = None, thinking: str | None = None) -> Split:
+        """The same prompts, asked in this way: `PromptSet.asked`."""
+        return Split(
+            *(
+                part.asked(system=system, thinking=thinking)
+                for part in (self.train, self.validation, self.test)
+            )
+        )
+
 
 @dataclass(frozen=True)
 class PromptSets:
@@ -77,6 +155,19 @@ class PromptSets:
     harmful: Split
     harmless: Split
     borderline: PromptSet | None
+
+    @property
+    def thinking(self) -> str | None:
+        """How the model is asked to think, which is the same for all prompts of a run."""
+        return next((one.thinking for one in self.harmful.train.prompts), None)
+
+    def asked(self, *, system: str | None = None, thinking: str | None = None) -> PromptSets:
+        """The same prompts, asked in this way: `PromptSet.asked`."""
+        return PromptSets(
+            self.harmful.asked(system=system, thinking=thinking),
+            self.harmless.asked(system=system, thinking=thinking),
+            self.borderline and self.borderline.asked(system=system, thinking=thinking),
+        )
 
 
 def split(
@@ -125,14 +216,25 @@ def normalized(text: str) -> str:
 
 
 def unique(prompts: Iterable[Prompt]) -> dict[str, Prompt]:
-    """Normalized text -> prompt; of several alike the least by text, whatever their order."""
+    """Normalized text -> prompt; of several alike the least by text, whatever their order.
+
+    Prompts with other system messages or earlier turns are others, and their keys have these too.
+    """
     chosen: dict[str, Prompt] = {}
     for prompt in prompts:
-        key = normalized(prompt.text)
+        key = _key(prompt)
         other = chosen.get(key)
         if other is None or (prompt.text, prompt.category) < (other.text, other.category):
             chosen[key] = prompt
     return chosen
+
+
+def _key(prompt: Prompt) -> str:
+    if prompt.system is None and not prompt.earlier:
+        return normalized(prompt.text)
+    return "\n".join(
+        f"{message['role']}: {normalized(message['content'])}" for message in prompt.messages()
+    )
 
 
 def _fraction_of_hash(seed: int, *parts: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from abl_mlx.inputs.sets import Prompt, prompt_of
 from abl_mlx.models import context_length, prompt_tokens, thoughts, tokenizer_config
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.native_output import unheard
 from abl_mlx.support.arrays import parameters
+from abl_mlx.support.console import say
 from convert.base.errors import UserError
 from convert.base.foreign import foreign
 from convert.base.hf_config import read_config
@@ -39,8 +41,9 @@ class ChatModel:
         model: mlx-lm's model.
         tokenizer: mlx-lm's TokenizerWrapper; None where nothing is to be encoded.
         config: config.json with renamed keys filled in, as given to mlx-lm.
-        reply_prefix: token ids with which every reply of the model opens (a thought block that
-            the template leaves to the model, say); appended to every encoded prompt.
+        reply_prefixes: token ids with which every reply of the model opens (a thought block that
+            the template leaves to the model, say), by the prompt's thinking; appended to every
+            encoded prompt.
         given_template: what prompts are written with instead of the model's own chat template.
     """
 
@@ -48,8 +51,9 @@ class ChatModel:
     model: nn.Module
     tokenizer: Any
     config: dict[str, Any]
-    reply_prefix: tuple[int, ...] = ()
+    reply_prefixes: dict[str | None, tuple[int, ...]] = field(default_factory=dict)
     given_template: GivenTemplate | None = None
+    _told: bool = field(default=False, init=False, repr=False)
 
     @cached_property
     def layers(self) -> list[nn.Module]:
@@ -70,23 +74,28 @@ class ChatModel:
         """The architecture's name in config.json."""
         return str(self.config["model_type"])
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a user message in the chat template, up to where the reply begins.
+    def encode(self, question: str | Prompt) -> list[int]:
+        """Token ids of a prompt in the chat template, up to where the reply begins.
 
-        Thinking is switched off where the template can; ``reply_prefix`` is appended.
+        Args:
+            question: a prompt, or the text of a user's message. What its replies open with,
+                ``reply_prefixes``, is appended.
         """
-        return self.encode_message(prompt) + list(self.reply_prefix)
+        prompt = prompt_of(question)
+        return self.encode_message(prompt) + list(self.reply_prefixes.get(prompt.thinking, ()))
 
-    def encode_message(self, prompt: str) -> list[int]:
-        """Like `encode`, without ``reply_prefix``."""
-        return self.encode_conversation([{"role": "user", "content": prompt}])
-
-    def encode_conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Like `encode_message`, for a conversation of user and assistant messages in turn."""
+    def encode_message(self, question: str | Prompt) -> list[int]:
+        """Like `encode`, without what its reply opens with."""
+        prompt = prompt_of(question)
+        if prompt.system is not None and not self._told and self.template is not None:
+            self._told = True
+            if not self.template.takes_system:
+                say(
+                    f"· the chat template of {self.folder.name} has no system role: the system "
+                    "message stands at the beginning of the first user message"
+                )
         given = self.given_template is not None
-        ids = prompt_tokens.encode(
-            self.tokenizer, self.template, messages, self.folder, given=given
-        )
+        ids = prompt_tokens.encode(self.tokenizer, self.template, prompt, self.folder, given=given)
         context_length.check(len(ids), self.config, self.folder)
         return ids
 
@@ -99,19 +108,29 @@ class ChatModel:
         """
         return prompt_tokens.template_of(self.tokenizer, self.folder, self.given_template)
 
-    @property
-    def opened_thought(self) -> str:
-        """The end of every prompt, from the tag that opens a thought; "" when none is opened."""
-        return thoughts.opened_by(lambda text: self.tokenizer.decode(self.encode(text)))
+    def opened_thought(self, thinking: str | None = None) -> str:
+        """The end of every prompt, from the tag that opens a thought; "" when none is opened.
 
-    @cached_property
-    def template_tail(self) -> int:
+        Args:
+            thinking: as of `Prompt`.
+        """
+        return thoughts.opened_by(
+            lambda text: self.tokenizer.decode(self.encode(Prompt(text, thinking=thinking)))
+        )
+
+    def template_tail(self, thinking: str | None = None) -> int:
         """How many tokens follow the instruction: the number that all prompts share at the end.
 
         Positions -1 .. -template_tail are the ones that have read the whole instruction and are
         the same token for every prompt.
+
+        Args:
+            thinking: as of `Prompt`.
         """
-        first, second = (self.encode(text)[::-1] for text in ("Why?", "Tell me 7 of them"))
+        first, second = (
+            self.encode(Prompt(text, thinking=thinking))[::-1]
+            for text in ("Why?", "Tell me 7 of them")
+        )
         return max(1, _common(first, second))
 
 

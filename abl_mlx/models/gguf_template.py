@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx.models.given_template import GivenTemplate
-from abl_mlx.models.prompt_tokens import OPTIONS
 from convert.base.errors import UserError
 from convert.gguf.file import metadata
 from convert.tokenizers import template_files
@@ -25,6 +24,20 @@ def fault(path: Path) -> TemplateError | None:
     Raises:
         TemplateExcess: beyond a limit.
     """
+    template = template_of(path)
+    if template is None:
+        return None
+    try:
+        template.check()
+    except TemplateExcess:
+        raise
+    except TemplateError as error:
+        return error
+    return None
+
+
+def template_of(path: Path) -> ChatTemplate | None:
+    """A GGUF's template; None where it has none, or cannot be read."""
     try:
         keys = metadata(path)
     except UserError:
@@ -32,13 +45,7 @@ def fault(path: Path) -> TemplateError | None:
     source = keys.get("tokenizer.chat_template")
     if not isinstance(source, str):
         return None
-    try:
-        ChatTemplate(source, path, {**_tokens(keys), **OPTIONS}).check()
-    except TemplateExcess:
-        raise
-    except TemplateError as error:
-        return error
-    return None
+    return ChatTemplate(source, path, _tokens(keys))
 
 
 def given_template(path: Path, given: GivenTemplate) -> ChatTemplate:
@@ -48,7 +55,7 @@ def given_template(path: Path, given: GivenTemplate) -> ChatTemplate:
         UserError: a file that is no GGUF, or a template that does not render.
     """
     keys = metadata(path)
-    template = given.ready({**_tokens(keys), **OPTIONS})
+    template = given.ready(_tokens(keys))
     template.check()
     return template
 

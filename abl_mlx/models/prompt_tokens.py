@@ -6,29 +6,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from abl_mlx.inputs.sets import Prompt, prompt_of
+from abl_mlx.inputs.thinking import template_values
 from abl_mlx.models.given_template import GivenTemplate
 from convert.base.errors import UserError
 from convert.tokenizers import template_files
 from convert.tokenizers.chat_template import ChatTemplate, TemplateError
 
-Message = Mapping[str, str]
-
-#: The number of tokens of a text as the user's message in the chat template.
-Count = Callable[[str], int]
-
-# What a template is told beside the messages: thinking is switched off where it can be.
-OPTIONS = {"enable_thinking": False}
+#: The number of tokens of a prompt in the chat template.
+Count = Callable[[Prompt], int]
 
 
 def encode(
     tokenizer: Any,
     template: ChatTemplate | None,
-    messages: Sequence[Message],
+    question: str | Prompt,
     place: Path,
     *,
     given: bool = False,
 ) -> list[int]:
     """Token ids of a conversation, up to where the reply begins.
+
+    Where the template has no role for it, the system message stands at the beginning of the first
+    user message.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper.
@@ -40,10 +40,13 @@ def encode(
     Raises:
         UserError: when the chat template does not render, or nothing is left to give the model.
     """
+    prompt = prompt_of(question)
+    values = template_values(prompt.thinking)
     if template is None:
-        ids = _by_itself(tokenizer, messages, place)
+        ids = _by_itself(tokenizer, prompt, values, place)
     else:
-        text = template.render(messages)
+        system_role = prompt.system is None or template.takes_system
+        text = template.render(prompt.messages(system_role=system_role), values)
         try:
             # A model's own template writes the bos token itself, where there is one.
             ids = list(tokenizer.encode(text, add_special_tokens=False))
@@ -78,9 +81,8 @@ def counter(tokenizer: Any, place: Path, given: GivenTemplate | None = None) -> 
     """
     template, other = template_of(tokenizer, place, given), given is not None
 
-    def count(text: str) -> int:
-        messages = [{"role": "user", "content": text}]
-        return len(encode(tokenizer, template, messages, place, given=other))
+    def count(prompt: Prompt) -> int:
+        return len(encode(tokenizer, template, prompt, place, given=other))
 
     return count
 
@@ -97,7 +99,7 @@ def template_of(
         TemplateError: when there is none to choose.
     """
     if given is not None:
-        return given.ready({**_special_tokens(tokenizer), **OPTIONS})
+        return given.ready(_special_tokens(tokenizer))
     if _has_code(tokenizer):
         return None
     templates = _templates(tokenizer, place)
@@ -109,7 +111,7 @@ def template_of(
     return ChatTemplate(
         templates[name],
         template_files.file_of(place, name) if place.is_dir() else place,
-        {**_special_tokens(tokenizer), **OPTIONS},
+        _special_tokens(tokenizer),
     )
 
 
@@ -138,16 +140,22 @@ def _has_code(tokenizer: Any) -> bool:
     return own is not None and own is not PreTrainedTokenizerBase.apply_chat_template
 
 
-def _by_itself(tokenizer: Any, messages: Sequence[Message], place: Path) -> list[int]:
-    try:
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **OPTIONS)
-    except Exception as error:  # code of others, which raises what it likes
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"{place}: its tokenizer cannot write a prompt ({reason[:200]}): update mlx-lm and "
-            "transformers, or choose another model."
-        ) from None
-    return list(ids)
+def _by_itself(tokenizer: Any, prompt: Prompt, values: Mapping[str, Any], place: Path) -> list[int]:
+    """Token ids of a conversation, by the tokenizer's own code."""
+    raised: Exception | None = None
+    for system_role in (True, False) if prompt.system is not None else (True,):
+        messages = [dict(one) for one in prompt.messages(system_role=system_role)]
+        try:
+            return list(
+                tokenizer.apply_chat_template(messages, add_generation_prompt=True, **values)
+            )
+        except Exception as error:  # code of others, which raises what it likes
+            raised = raised or error
+    reason = " ".join(f"{type(raised).__name__}: {raised}".split())
+    raise UserError(
+        f"{place}: its tokenizer cannot write a prompt ({reason[:200]}): update mlx-lm and "
+        "transformers, or choose another model."
+    )
 
 
 def _templates(tokenizer: Any, place: Path) -> dict[str, str]:

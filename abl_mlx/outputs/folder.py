@@ -261,6 +261,6 @@ def _template(chat: ChatModel) -> Record:
     """How many tokens follow the instruction in the chat template, or why there are none."""
     try:
         chat_model.add_tokenizer(chat)
-        return {"template_tail": chat.template_tail}
+        return {"template_tail": chat.template_tail()}
     except UserError as error:
         return {"template_tail": None, "template_fault": str(error)}

@@ -21,7 +21,7 @@ from abl_mlx.choices import Measuring
 from abl_mlx.directions import measuring
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit
-from abl_mlx.inputs.sets import PromptSets, Split
+from abl_mlx.inputs.sets import Prompt, PromptSets, Split
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.search import polish
@@ -264,8 +264,8 @@ def improve(
     trials = how.searching.search
     assert trials is not None
     check(how)
-    harmful = [chat.encode(text) for text in sets.harmful.validation.texts]
-    harmless = [chat.encode(text) for text in _filled_up(sets.harmless)]
+    harmful = [chat.encode(one) for one in sets.harmful.validation.prompts]
+    harmless = [chat.encode(one) for one in _filled_up(sets.harmless)]
     space = Space(
         len(chat.layers), sources_of(chat, sets, found, how), embedding=how.editing.embedding
     )
@@ -279,7 +279,7 @@ def improve(
         return Edit(directions, 1.0, layers, recipe["embedding"], recipe["profile"])
 
     journal = Journal(how.searching.search_journal, identity(chat, sets, space, how))
-    questions = [chat.encode(text) for text in _filled_up(sets.harmful)]
+    questions = [chat.encode(one) for one in _filled_up(sets.harmful)]
     target = how.searching.target_refusals
     search = Search(
         screen,
@@ -335,10 +335,10 @@ def _ask_front(
     return list(ask_survivors(some, ask)), generated
 
 
-def _filled_up(split: Split) -> list[str]:
+def _filled_up(split: Split) -> list[Prompt]:
     """The validation prompts, and train prompts behind them where these are few."""
-    texts = [*split.validation.texts, *split.train.texts]
-    return texts[: max(ENOUGH_PROMPTS, len(split.validation))]
+    prompts = [*split.validation.prompts, *split.train.prompts]
+    return prompts[: max(ENOUGH_PROMPTS, len(split.validation))]
 
 
 def check(how: Measuring) -> None:
@@ -386,7 +386,7 @@ def sources_of(
             if rank <= layers:
                 made[f"layers-rank-{rank}"] = fixed(candidates.across_layers(position, rank))
         train = [
-            [chat.encode(text) for text in split.train.texts]
+            [chat.encode(one) for one in split.train.prompts]
             for split in (sets.harmful, sets.harmless)
         ]
         spans = measuring.measure(

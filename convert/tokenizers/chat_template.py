@@ -22,6 +22,7 @@ Message = Mapping[str, str]
 
 # A message by which a template shows what it does with one.
 _PROBE = "Name seven rivers"
+_SYSTEM = "Answer within eleven words"
 
 
 class TemplateError(UserError):
@@ -39,7 +40,7 @@ class ChatTemplate:
     Attributes:
         source: in Jinja.
         file: where it came from, for messages.
-        values: what else it sees by name: bos_token, eos_token, enable_thinking.
+        values: what else it sees by name: bos_token, eos_token.
         today: what it is told when it asks for the date; None for the date of today.
     """
 
@@ -48,17 +49,24 @@ class ChatTemplate:
     values: Mapping[str, Any] = field(default_factory=dict)
     today: str | None = None
 
-    def render(self, messages: Sequence[Message], *, ask: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        values: Mapping[str, Any] | None = None,
+        *,
+        ask: bool = True,
+    ) -> str:
         """The prompt of these messages.
 
         Args:
+            values: what the template sees by name for this prompt alone, such as enable_thinking.
             ask: end where the reply begins.
 
         Raises:
             TemplateError: a damaged template, one that raises, uses what is not there, renders
                 nothing or leaves the messages out, and one beyond the limits.
         """
-        text = self._text(messages, ask, parts=self._wants_parts)
+        text = self._text(messages, ask, parts=self._wants_parts, values=values)
         if not text.strip():
             raise self._error("renders nothing at all for this conversation")
         return text
@@ -70,6 +78,22 @@ class ChatTemplate:
             TemplateError: as `render` does.
         """
         self._wants_parts  # noqa: B018 - found out once
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a system message before the user's comes through, and both are in the prompt.
+
+        Raises:
+            TemplateExcess: beyond a limit of time, memory or length.
+        """
+        probe = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _PROBE}]
+        try:
+            text = self._text(probe, True, parts=self._wants_parts).lower()
+        except TemplateExcess:
+            raise
+        except TemplateError:
+            return False
+        return _SYSTEM.lower() in text and _PROBE.lower() in text
 
     @cached_property
     def _wants_parts(self) -> bool:
@@ -97,20 +121,28 @@ class ChatTemplate:
             raise self._error("renders nothing at all")
         raise self._error("leaves out what the user says")
 
-    def _text(self, messages: Sequence[Message], ask: bool, *, parts: bool) -> str:
+    def _text(
+        self,
+        messages: Sequence[Message],
+        ask: bool,
+        *,
+        parts: bool,
+        values: Mapping[str, Any] | None = None,
+    ) -> str:
         given: list[dict[str, Any]] = [dict(message) for message in messages]
         if parts:
             for message in given:
                 message["content"] = [{"type": "text", "text": message["content"]}]
-        values = {
+        seen = {
             **self.values,
+            **(values or {}),
             "messages": given,
             "tools": None,
             "documents": None,
             "add_generation_prompt": ask,
         }
         try:
-            answer = template_process.render(self.source, values, self.today)
+            answer = template_process.render(self.source, seen, self.today)
         except template_process.Ended as ended:
             what = "takes too long to render" if ended.late else "ends the process that renders it"
             raise self._error(what, TemplateExcess) from None

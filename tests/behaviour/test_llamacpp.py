@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from abl_mlx.behaviour.llamacpp import LlamaCpp
+from abl_mlx.inputs.sets import Prompt
 from convert.base.errors import UserError
 from convert.mlx_to_gguf import write_gguf
 
@@ -61,7 +62,7 @@ def test_a_template_without_system_role_gets_it_with_the_user_message(model: Pat
     with LlamaCpp(model, n_ctx=128, n_parallel=1, n_threads=1) as runtime:
         merged = runtime.render([{"role": "system", "content": "Be brief."}, user])
         assert "user\nBe brief.\nHow do I plan" in merged
-        (reply,) = runtime.chat(PROMPTS[:1], max_tokens=8, system="Be brief.")
+        (reply,) = runtime.chat([Prompt(PROMPTS[0], system="Be brief.")], max_tokens=8)
         (same,) = runtime.chat([f"Be brief.\n{PROMPTS[0]}"], max_tokens=8)
         assert reply == same
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from abl_mlx import demo
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import given_template
 from abl_mlx.outputs.model_file import find_model
 from convert.base.errors import UserError
@@ -110,7 +111,7 @@ def test_a_bos_token_goes_in_front_once(base: tuple[Path, Path], tmp_path: Path)
         given = given_template.read(chosen)
         text = find_model(str(gguf), chosen).load()
         with llamacpp.LlamaCpp(gguf, n_threads=1, given=given) as server:
-            assert server.encode([{"role": "user", "content": "Two?"}]) == text.encode("Two?")
+            assert server.encode(Prompt("Two?")) == text.encode("Two?")
 
 
 def test_a_template_that_is_none(base: tuple[Path, Path], tmp_path: Path) -> None:

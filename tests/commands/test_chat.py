@@ -47,7 +47,7 @@ def test_side_by_side_each_keeps_its_own_history(demo, locked):
     assert verdict(original) is Verdict.REFUSAL
     assert edited == locked.answer
     contents = [
-        [m["content"] for m in one] for one in (conversation._original, conversation._edited)
+        [content for _, content in one] for one in (conversation._original, conversation._edited)
     ]
     assert contents == [[locked.text, original], [locked.text, edited]]
     conversation.command("/clear")

@@ -81,7 +81,7 @@ def test_more_are_asked_where_a_dozen_cannot_decide():
 
 def test_of_a_few_prompts_the_train_part_is_asked_too():
     found = looked(REFUSED[:6], ANSWERED[:6])
-    assert len(found.refused.replies) == len(found.refused.texts) < 6
+    assert len(found.refused.replies) == len(found.refused.prompts) < 6
     assert found.clear
 
 

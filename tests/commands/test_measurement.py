@@ -275,12 +275,12 @@ def test_positions_by_name_and_together(tiny_folder):
     folder = tiny_folder("llama")
     chat = loaded(folder)[0]
     end = found_with(folder, layer=1, position="instruction-end")
-    offset = -chat.template_tail - 1
+    offset = -chat.template_tail() - 1
     assert end.metadata["summary"]["position"] == offset
     last = [chat.tokenizer.decode([chat.encode(text)[offset]]) for text in ("Say this", "a dog")]
     assert "this".endswith(last[0].strip()) or "dog".endswith(last[1].strip())
     together = found_with(folder, layer=1, across="positions", rank=2)
-    count = min(chat.template_tail, measuring.MOST_POSITIONS)
+    count = min(chat.template_tail(), measuring.MOST_POSITIONS)
     offsets = list(range(-count, 0))
     bad, good = (states(chat, one, offsets)[:, 1] for one in (SETS.harmful, SETS.harmless))
     rows = estimators.unit(bad.mean(axis=0) - good.mean(axis=0))

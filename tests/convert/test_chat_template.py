@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from abl_mlx.inputs import sources
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import prompt_tokens
 from abl_mlx.models.chat_model import load_tokenizer
 from convert.base.errors import UserError
@@ -117,7 +118,10 @@ def test_token_ids_are_those_of_transformers(tokenizer) -> None:
         wanted = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, enable_thinking=False
         )
-        assert prompt_tokens.encode(tokenizer, template, messages, folder) == list(wanted)
+        turns = [(message["role"], message["content"]) for message in messages]
+        system = turns.pop(0)[1] if turns[0][0] == "system" else None
+        prompt = Prompt(turns[-1][1], system=system, earlier=tuple(turns[:-1]))
+        assert prompt_tokens.encode(tokenizer, template, prompt, folder) == list(wanted)
 
 
 PARTS = (

@@ -950,7 +950,7 @@ def test_mlx_lm_and_llama_cpp_render_and_tokenize_chats_alike(tmp_path: Path, ki
                 CHAT, add_generation_prompt=True, enable_thinking=thinking, tokenize=False
             )
             assert isinstance(text, str)
-            rendered = runtime.render(CHAT, enable_thinking=thinking)
+            rendered = runtime.render(CHAT, thinking="on" if thinking else None)
             adds_bos = loaded.encode("a")[0] == loaded.bos_token_id
             assert rendered == (text.removeprefix(loaded.bos_token) if adds_bos else text)
             ids = loaded.apply_chat_template(

@@ -120,7 +120,7 @@ def test_positions_outside_the_prompt_are_refused(offset, tiny_folder):
 
 def test_the_template_tail_is_what_follows_the_instruction(tiny_folder):
     chat = load(tiny_folder("llama"))
-    tail = chat.tokenizer.decode(chat.encode("Some words")[-chat.template_tail :])
+    tail = chat.tokenizer.decode(chat.encode("Some words")[-chat.template_tail() :])
     rendered = chat.tokenizer.apply_chat_template(
         [{"role": "user", "content": "Some words"}], add_generation_prompt=True, tokenize=False
     )
