@@ -79,7 +79,7 @@ def test_plain_gives_the_text_as_it_is(base: tuple[Path, Path]) -> None:
     for model in base:
         chat = find_model(str(model), "plain").load()
         assert chat.tokenizer.decode(chat.encode(" Name two\nrivers ")) == " Name two\nrivers "
-        assert chat.template_tail == 1
+        assert chat.template_tail() == 1
 
 
 def test_a_bos_token_goes_in_front_once(base: tuple[Path, Path], tmp_path: Path) -> None:
