@@ -88,9 +88,16 @@ _RECORD = schema.record(
 
 
 def check_comparable(
-    before: Mapping[str, Any], path: Path, prompts: Mapping[str, Any], judge: str
+    before: Mapping[str, Any],
+    path: Path,
+    prompts: Mapping[str, Any],
+    judge: str,
+    template: Mapping[str, Any],
 ) -> None:
     """Refuse an earlier record that was made from other prompts or judged in another way.
+
+    Args:
+        template: what a record says of a given template; empty where none was given.
 
     Raises:
         UserError: saying what differs.
@@ -105,6 +112,12 @@ def check_comparable(
         raise UserError(
             f"{path} was judged by {before.get('judge')}, and this is judged by {judge}: make the "
             "record anew."
+        )
+    was, now = ((one.get("template") or {}).get("sha256") for one in (before, template))
+    if was != now:
+        raise UserError(
+            f"{path} was made with another chat template (--template): use the same one, or make "
+            "the record anew."
         )
 
 

@@ -11,6 +11,7 @@ from abl_mlx.behaviour import gate, judge, lm_eval_harness
 from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import targets
 from abl_mlx.inputs.sets import PromptSet, PromptSets
+from abl_mlx.models import given_template
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.support.clock import Clock
@@ -45,6 +46,11 @@ class Job:
         return asked_sets(self.sets)
 
     @cached_property
+    def template(self) -> Record:
+        """What a record says of a given template."""
+        return given_template.record(given_template.read(self.options.chatting.template))
+
+    @cached_property
     def judge(self) -> str:
         """Who judges."""
         return judge.name(self.options.judging)
@@ -61,6 +67,7 @@ class Job:
             "prompts": {name: part.sha256 for name, part in self.parts.items()},
             "max_tokens": self.options.replying.max_tokens,
             "judge": self.judge,
+            **self.template,
             "abl_mlx": __version__,
         }
 
@@ -94,7 +101,7 @@ def check(job: Job) -> Record | None:
     if limits.max_drop_from is None:
         return None
     before = gate.read_record(limits.max_drop_from)
-    gate.check_comparable(before, limits.max_drop_from, job.prompts, job.judge)
+    gate.check_comparable(before, limits.max_drop_from, job.prompts, job.judge, job.template)
     return before
 
 

@@ -135,6 +135,7 @@ def _measured(
     record |= {"model": target.model} if target.model is not None else {}
     record |= {"runtime": target.runtime, "judge": job.judge}
     record |= {"max_tokens": options.replying.max_tokens, **noted(target.note)}
+    record |= job.template
     record |= behaviour(answers, job.parts)
     if options.judging.judge is not None:
         record["judging"] = judge.record(answers)

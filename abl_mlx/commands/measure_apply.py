@@ -13,7 +13,7 @@ from abl_mlx.commands.edit_choice import edit_of, warn_of_strength
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
 from abl_mlx.inputs.sets import prompt_hashes
-from abl_mlx.models import capture, memory
+from abl_mlx.models import capture, given_template, memory
 from abl_mlx.outputs import destinations, staging
 from abl_mlx.outputs.model_file import find_model
 from abl_mlx.outputs.record_parts import combined_hash, hashes, measured, start_record, worst_leak
@@ -22,6 +22,7 @@ from abl_mlx.records.looks import InspectRecord
 from abl_mlx.reports import plot
 from abl_mlx.reports.companions import write_companions
 from abl_mlx.support.clock import Clock
+from abl_mlx.support.notes import noted
 from convert.base.atomic import claim
 from convert.base.errors import UserError
 from convert.base.suffixes import ends_in
@@ -98,6 +99,7 @@ def measure(
             "model": source.public_name,
             "model_type": chat.model_type,
             "model_sha256": sha256,
+            **given_template.record(model.given),
             "prompt_hashes": prompt_hashes(sets),
             "seed": options.prompting.seed,
         },
@@ -108,6 +110,8 @@ def measure(
             "abl_mlx": __version__,
             "source": source.name,
             "outputs": [str(out)],
+            **given_template.record(model.given),
+            **noted(given_template.note(model.given)),
             "direction": {**found.metadata["summary"], "sha256": found.sha256},
             **measured(found),
             "seconds": clock.seconds,

@@ -27,7 +27,7 @@ from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
 from abl_mlx.edits.edit import Edit, orthonormal
 from abl_mlx.inputs.sets import PromptSets
-from abl_mlx.models import capture, memory
+from abl_mlx.models import capture, given_template, memory
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.outputs import destinations, induced, staging
 from abl_mlx.outputs.gguf import GgufFile
@@ -341,9 +341,10 @@ def _start(job: Job, found: Found) -> Record:
         record["measured_on"] = job.model.source.name
     if found.edit is None:
         record["induced"] = True
-    record.update(found.plan.predicting())
+    template = given_template.record(job.model.given)
+    record.update(found.plan.predicting() | template)
     with job.clock.step("hash the source"):
-        record["hashes"] = hashes(target.hashes(), found.direction, options)
+        record["hashes"] = hashes(target.hashes(), found.direction, options, template)
     return record
 
 
@@ -394,7 +395,7 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
         after = job.ask(in_llamacpp)
     figures["runtime"] = "mlx-lm" if in_llamacpp is None else "llama.cpp"
     note = one.notes[in_llamacpp is not None]
-    figures |= noted(one.facts.get("note"), note)
+    figures |= noted(one.facts.get("note"), note, given_template.note(job.model.given))
     return Judged(one, {**one.facts, **figures, "after": after.record()}, after)
 
 

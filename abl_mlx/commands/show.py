@@ -12,7 +12,7 @@ from abl_mlx import __version__
 from abl_mlx.choices import SteerOptions
 from abl_mlx.commands.session import Steered
 from abl_mlx.edits.edit import orthonormal
-from abl_mlx.models import heads
+from abl_mlx.models import given_template, heads
 from abl_mlx.models.capture import Recorder
 from abl_mlx.records.looks import ShowRecord
 from abl_mlx.support.arrays import numpy_of
@@ -105,6 +105,7 @@ def show(
             "tokens": found.tokens,
             "before": found.before.round(5).tolist(),
             "after": found.after.round(5).tolist(),
+            **given_template.record(steered.chat.given_template),
         }
     )
     if page is not None:

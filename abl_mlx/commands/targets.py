@@ -10,7 +10,7 @@ from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.endpoint import Endpoint, is_endpoint
 from abl_mlx.behaviour.target import Target
 from abl_mlx.choices import EvalOptions
-from abl_mlx.models import memory
+from abl_mlx.models import given_template, memory
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.support.clock import Clock
 from convert.base.errors import UserError
@@ -63,7 +63,7 @@ def opened(
         name, path = file.source.name, file.source.path
         runtime = runtime_of(file, options.targeting.runtime)
         file.check_template()
-        note = None if file.given is None else file.given.note
+        note = given_template.note(file.given)
         identity = {"model": name, "files": file.fingerprint(), "runtime": runtime}
         if runtime == "mlx-lm":
             with clock.step("load the model"):

@@ -46,16 +46,6 @@ class GivenTemplate:
         """Whether the model is given text to complete, and no conversation."""
         return self.name == PLAIN
 
-    @property
-    def note(self) -> str | None:
-        """What to say of figures that were measured with it."""
-        if not self.completes:
-            return None
-        return (
-            "the model completed the prompts' text (--template plain); replies are completions, "
-            "of no chat"
-        )
-
     def ready(self, values: Mapping[str, Any]) -> ChatTemplate:
         """The template to render.
 
@@ -64,10 +54,6 @@ class GivenTemplate:
         """
         file = Path(f"--template {self.name}" if self.name in _BUNDLED else self.name)
         return ChatTemplate(self.source, file, values)
-
-    def record(self) -> dict[str, str]:
-        """As JSON values, with the hash of the source."""
-        return {"name": self.name, "sha256": hashlib.sha256(self.source.encode()).hexdigest()}
 
 
 def read(chosen: str | None) -> GivenTemplate | None:
@@ -87,3 +73,21 @@ def read(chosen: str | None) -> GivenTemplate | None:
             "plain."
         )
     return GivenTemplate(chosen, text_file.read(path, longest=_LONGEST))
+
+
+def record(given: GivenTemplate | None) -> dict[str, dict[str, str]]:
+    """What a record gains by a given template: its name and the hash of its source."""
+    if given is None:
+        return {}
+    sha256 = hashlib.sha256(given.source.encode()).hexdigest()
+    return {"template": {"name": given.name, "sha256": sha256}}
+
+
+def note(given: GivenTemplate | None) -> str | None:
+    """What to say of figures that were measured with it."""
+    if given is None or not given.completes:
+        return None
+    return (
+        "the model was given the prompts' text to complete, in no chat template (--template "
+        "plain): its replies are completions"
+    )

@@ -82,16 +82,22 @@ def combined_hash(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def hashes(source: Mapping[str, str], direction: DirectionFile, options: Choices) -> Record:
+def hashes(
+    source: Mapping[str, str],
+    direction: DirectionFile,
+    options: Choices,
+    template: Mapping[str, Any] | None = None,
+) -> Record:
     """Hashes of the source's files, of the direction and of the options.
 
     Args:
         source: SHA-256 of every file that holds weights.
+        template: what a record says of a given template, which is one of the options.
     """
     return {
         "source": dict(source),
         "direction": direction.sha256,
-        "options": combined_hash(options.record()),
+        "options": combined_hash({**options.record(), **(template or {})}),
     }
 
 

@@ -6,15 +6,22 @@ from dataclasses import dataclass
 
 from abl_mlx.choices import ApplyOptions, RunOptions
 from abl_mlx.records.directions import Found
-from abl_mlx.records.evaluations import Divergence, Made, Refusals
+from abl_mlx.records.evaluations import Divergence, Made, Refusals, Template
 from abl_mlx.records.record import Part, Record
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureRecord(Record, Found, Made):
-    """What `measure` did; ``plot`` is the file of its charts."""
+    """What `measure` did.
+
+    Attributes:
+        template: what prompts were written with, in place of the model's own template.
+        plot: the file of its charts.
+    """
 
     outputs: list[str]
+    template: Template | None = None
+    note: str | None = None
     seconds: dict[str, float]
     plot: str | None = None
 
@@ -153,12 +160,14 @@ class RunRecord(Record, Edited):
     Attributes:
         measured_on: the model that the direction was measured on, with ``--gguf``.
         induced: with ``--induce``.
+        template: what prompts were written with, in place of the model's own template.
         evaluations: every output.
     """
 
     options: RunOptions
     measured_on: str | None = None
     induced: bool | None = None
+    template: Template | None = None
     before: Refusals
     after: Refusals
     kl: Divergence

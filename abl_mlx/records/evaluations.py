@@ -26,6 +26,14 @@ class Category(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Template(Part):
+    """A chat template that was given in place of the model's own: its name, and its hash."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FixedReply(Part):
     """One reply to nearly everything: ``n`` of ``of`` replies, and the verdict on it."""
 
@@ -173,6 +181,7 @@ class Asked(Refusals, Made):
         runtime: what ran it.
         judge: who said what a refusal is.
         max_tokens: longest reply.
+        template: what prompts were written with, in place of the model's own template.
         verdicts: set -> a letter for each prompt: R refused, A answered, B broken, ? not judged.
         judging, perplexity, capability: where asked for.
     """
@@ -181,6 +190,7 @@ class Asked(Refusals, Made):
     runtime: str
     judge: str
     max_tokens: int
+    template: Template | None = None
     note: str | None = None
     verdicts: dict[str, str]
     judging: Judged | None = None

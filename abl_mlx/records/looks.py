@@ -7,7 +7,7 @@ from typing import Any
 
 from abl_mlx.records.directions import Chosen
 from abl_mlx.records.edits import Drafting, Leaks
-from abl_mlx.records.evaluations import EvalRecord, Made
+from abl_mlx.records.evaluations import EvalRecord, Made, Template
 from abl_mlx.records.record import Part, Record
 
 
@@ -93,6 +93,7 @@ class ShowRecord(Record, Made):
     Attributes:
         direction: as in the record of `measure`.
         before, after: [layer][token].
+        template: what the prompt was written with, in place of the model's own template.
         output: the page.
     """
 
@@ -101,6 +102,7 @@ class ShowRecord(Record, Made):
     tokens: list[str]
     before: list[list[float]]
     after: list[list[float]]
+    template: Template | None = None
     output: str | None = None
 
 

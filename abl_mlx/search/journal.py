@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from abl_mlx.choices import Measuring
 from abl_mlx.inputs.sets import PromptSets, prompt_hashes
+from abl_mlx.models import given_template
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.search.screening import Screened, Trial
 from abl_mlx.search.space import Space
@@ -212,7 +213,7 @@ def identity(chat: ChatModel, sets: PromptSets, space: Space, how: Measuring) ->
         how.finding.max_kl,
     ]
     if chat.given_template is not None:
-        edited.append(chat.given_template.record())
+        edited.append(given_template.record(chat.given_template))
 
     def of(value: Any) -> str:
         return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from abl_mlx import demo
+from abl_mlx.directions import direction_file
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import given_template
 from abl_mlx.outputs.model_file import find_model
@@ -141,6 +143,36 @@ def test_a_given_template_wins(tmp_path: Path) -> None:
 def test_an_edit_of_a_base_model(base: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     record = abl_mlx("run", base[1], "-o", out, "--template", "chatml", "--quick")
-    assert record["options"]["template"] == "chatml"
+    assert record["options"]["template"] == record["template"]["name"] == "chatml"
     assert record["before"]["harmful_refusal_rate"] == 1
     assert record["after"]["harmful_refusal_rate"] == 0
+
+
+def test_records_say_what_prompts_were_written_with(
+    base: tuple[Path, Path], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text((demo.MODEL_PATH / "chat_template.jinja").read_text())
+    sha256 = hashlib.sha256(own.read_bytes()).hexdigest()
+    direction = tmp_path / "r.safetensors"
+    measured = abl_mlx("measure", base[0], "-o", direction, "--template", own, "--limit", 8)
+    assert measured["template"] == {"name": str(own), "sha256": sha256}
+    assert direction_file.read(direction).metadata["template"]["sha256"] == sha256
+    shown = abl_mlx("show", base[0], "Hi", "--direction", direction, "--template", own)
+    assert shown["template"]["sha256"] == sha256
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps(abl_mlx("eval", base[0], "--template", own, *FEW)))
+    gate = ("--max-drop-from", before, *FEW)
+    assert abl_mlx("eval", base[0], "--template", own, *gate)["gate"]["passed"]
+    said = fails("eval", base[0], "--template", "plain", *gate)
+    assert "was made with another chat template (--template)" in said
+
+
+def test_figures_of_completions_are_said_to_be(base: tuple[Path, Path], tmp_path: Path) -> None:
+    plain = ("--template", "plain", "--limit", 8)
+    found = abl_mlx("eval", base[1], *plain, "--max-tokens", 4)
+    assert "its replies are completions" in found["note"]
+    assert found["template"]["name"] == "plain"
+    direction = tmp_path / "r.safetensors"
+    measured = abl_mlx("measure", base[0], "-o", direction, *plain, "--layer", 1)
+    assert "its replies are completions" in measured["note"]
