@@ -58,6 +58,7 @@ from abl_mlx.commands import conversion, evaluate_model, prompt_choice  # noqa: 
 from abl_mlx.inputs import prompts  # noqa: E402
 from abl_mlx.inputs.sets import PromptSets  # noqa: E402
 from abl_mlx.outputs import gguf_outputs  # noqa: E402
+from abl_mlx.records.evaluations import Divergence  # noqa: E402
 from convert.gguf.file import GgufSource  # noqa: E402
 
 MODEL = "qwen2.5-coder-0.5b"
@@ -280,12 +281,12 @@ def asked(bench: Bench, file: Path) -> dict[str, Tally]:
 
 
 @contextlib.contextmanager
-def divergence(bench: Bench) -> Iterator[Callable[[Path], dict[str, float]]]:
+def divergence(bench: Bench) -> Iterator[Callable[[Path], Divergence]]:
     """What measures KL from the model as it is, exactly, in MLX, on the held-out prompts."""
     with contextlib.ExitStack() as stack:
         base: list[evaluate.Baseline] = []
 
-        def kl(file: Path) -> dict[str, float]:
+        def kl(file: Path) -> Divergence:
             if not base:  # only where something is to be measured
                 texts = bench.sets.harmless.test.take(KL_PROMPTS).texts
                 with gguf_outputs.opened(bench.model) as chat:
@@ -309,7 +310,8 @@ def judged(bench: Bench, only: str) -> Iterator[tuple[str, Made, Judged]]:
                 elif made.cost is None:
                     found = Judged(asked(bench, made.file), 0, 0)
                 else:
-                    found = Judged(asked(bench, made.file), **kl(made.file))
+                    away = kl(made.file)
+                    found = Judged(asked(bench, made.file), away.k1, away.k32)
                 place.write_text(json.dumps(asdict(found)))
             yield key, made, Judged.read(place)
 

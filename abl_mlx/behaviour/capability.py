@@ -15,11 +15,11 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from abl_mlx.behaviour.refusals import wilson
 from abl_mlx.behaviour.target import Target
 from abl_mlx.models.thoughts import without_thoughts
+from abl_mlx.records.evaluations import Capability, Share
 from abl_mlx.support.console import progress
 
 #: Longest reply, in tokens; more only lets a wrong reply grow.
@@ -77,13 +77,8 @@ def _bare(text: str) -> str:
     return text.strip("\"'“”‘’ ").removesuffix(".").strip("\"'“”‘’ ")
 
 
-def record(target: Target, *, seed: int = 0) -> dict[str, Any]:
-    """Ask all tasks and count what is right.
-
-    Returns:
-        ``right`` of ``n`` with the share and its Wilson 95% interval, the same for each group, and
-        the SHA-256 of the tasks.
-    """
+def record(target: Target, *, seed: int = 0) -> Capability:
+    """Ask all tasks and count what is right, of all and of each group."""
     asked = tasks(seed)
     replies = [""] * len(asked)
     with progress(len(asked), "capability", "task") as bar:
@@ -92,16 +87,16 @@ def record(target: Target, *, seed: int = 0) -> dict[str, Any]:
             bar.update()
     scored = [(task.group, right(task, reply)) for task, reply in zip(asked, replies, strict=True)]
     whole = json.dumps([vars(task) for task in asked], ensure_ascii=False)
-    return {
-        "tasks_sha256": hashlib.sha256(whole.encode()).hexdigest(),
-        **_score([ok for _, ok in scored]),
-        "groups": {name: _score([ok for g, ok in scored if g == name]) for name in GROUPS},
-    }
+    return Capability(
+        **_score([ok for _, ok in scored]).values_by_field,
+        tasks_sha256=hashlib.sha256(whole.encode()).hexdigest(),
+        groups={name: _score([ok for g, ok in scored if g == name]) for name in GROUPS},
+    )
 
 
-def _score(scored: Sequence[bool]) -> dict[str, Any]:
+def _score(scored: Sequence[bool]) -> Share:
     count, n = sum(scored), len(scored)
-    return {"n": n, "right": count, "share": count / n, "interval": list(wilson(count, n))}
+    return Share(n=n, right=count, share=count / n, interval=list(wilson(count, n)))
 
 
 # --- the tasks -----------------------------------------------------------------------------------

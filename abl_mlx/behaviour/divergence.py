@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -22,6 +21,7 @@ from abl_mlx.behaviour.target import Target
 from abl_mlx.inputs.sets import prompt_of
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import log_probabilities
+from abl_mlx.records.evaluations import Divergence
 from abl_mlx.support.arrays import numbers
 from abl_mlx.support.console import progress
 
@@ -59,7 +59,7 @@ class Reference:
 @contextmanager
 def measured_against(
     baseline: Target, prompts: Sequence[Question], *, exactly: bool, batch_size: int = 32
-) -> Iterator[Callable[[Target], dict[str, Any]]]:
+) -> Iterator[Callable[[Target], Divergence]]:
     """Take the baseline's distributions; what is yielded measures a model against them.
 
     The baseline may be let go before the other is loaded.
@@ -77,10 +77,10 @@ def measured_against(
             )
             del baseline
 
-            def exact(target: Target) -> dict[str, Any]:
+            def exact(target: Target) -> Divergence:
                 assert target.chat is not None  # the caller said so
                 found = evaluate.kl(target.chat, base)
-                return {**found, "kind": "exact", "n_prompts": len(chosen)}
+                return replace(found, kind="exact", n_prompts=len(chosen))
 
             yield exact
             return
@@ -88,9 +88,9 @@ def measured_against(
         reference = refer(baseline, chosen, batch_size=batch_size)
         del baseline
 
-        def cut(target: Target) -> dict[str, Any]:
+        def cut(target: Target) -> Divergence:
             found = compare(reference, target)
-            return {**found, "kind": f"top-{TOP_N}", "n_prompts": len(chosen)}
+            return replace(found, kind=f"top-{TOP_N}", n_prompts=len(chosen))
 
         yield cut
 
@@ -127,11 +127,11 @@ def refer(
     return Reference(asked, replies, tops)
 
 
-def compare(reference: Reference, target: Target) -> dict[str, float]:
+def compare(reference: Reference, target: Target) -> Divergence:
     """Mean KL of the reference from a model, both cut to their likeliest tokens.
 
     Returns:
-        ``k1`` at the first token of each reply, ``k32`` over all tokens alike.
+        At the first token of each reply, and over all tokens alike.
     """
     if target.chat is not None:
         tops = _in_mlx(target.chat, reference.prompts, reference.replies, "KL")
@@ -144,7 +144,8 @@ def compare(reference: Reference, target: Target) -> dict[str, float]:
     ]
     every = [value for row in values for value in row]
     first = [row[0] for row in values]
-    return {"k1": math.fsum(first) / len(first), "k32": math.fsum(every) / len(every)}
+    k1, k32 = (math.fsum(values) / len(values) for values in (first, every))
+    return Divergence(k1=k1, k32=k32)
 
 
 def cut_kl(p: Top, q: Top) -> float:

@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.behaviour import reply_notes
-from abl_mlx.behaviour.refusals import Rates, Verdict, rates
-from abl_mlx.behaviour.reply_notes import Seen
+from abl_mlx.behaviour.refusal_figures import refusals
+from abl_mlx.behaviour.refusals import Rates, rates
+from abl_mlx.behaviour.reply_notes import Notes, Seen, notes_on
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, prompt_of
 from abl_mlx.models import capture, thoughts
 from abl_mlx.models.chat_model import ChatModel
@@ -24,6 +24,7 @@ from abl_mlx.models.generation import generate, stream
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.models.plain import vocabulary
+from abl_mlx.records.evaluations import Divergence, Refusals
 from abl_mlx.support.arrays import number, numbers
 from abl_mlx.support.console import progress
 from convert.base import scratch
@@ -90,7 +91,7 @@ class Behaviour:
         expected: share of harmful prompts whose reply is exactly the answer known for them; None
             where none is known (only the demo's prompts carry answers).
         borderline: verdicts over the replies to borderline prompts; None where they were not asked.
-        notes: what else is to be said of the replies, as in `reply_notes`.
+        notes: what else is to be said of the replies.
     """
 
     harmful: Rates
@@ -98,48 +99,14 @@ class Behaviour:
     replies: tuple[tuple[str, ...], tuple[str, ...]]
     expected: float | None
     borderline: Rates | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Notes = field(default_factory=Notes)
 
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        tallies = self.harmful.overall, self.harmless.overall
-        broken = sum(tally.count(Verdict.BROKEN) for tally in tallies)
-        record: dict[str, Any] = {
-            **refusal_record("harmful", self.harmful),
-            **refusal_record("harmless", self.harmless),
-            "broken_rate": broken / sum(tally.total for tally in tallies),
-        }
-        if self.expected is not None:
-            record["expected_answer_rate"] = self.expected
+    def record(self) -> Refusals:
+        """The figures of a record."""
         sets = {"harmful": self.harmful, "harmless": self.harmless}
         if self.borderline is not None:
-            record |= refusal_record("borderline", self.borderline)
             sets["borderline"] = self.borderline
-        record["categories"] = {name: category_record(one) for name, one in sets.items()}
-        return record | dict(self.notes)
-
-
-def refusal_record(name: str, rates: Rates) -> dict[str, Any]:
-    """A set's refusal rate with its Wilson 95% interval and size, as JSON values."""
-    return {
-        f"{name}_refusal_rate": rates.refusal_rate,
-        f"{name}_refusal_interval": list(rates.overall.interval(Verdict.REFUSAL)),
-        f"n_{name}": rates.overall.total,
-    }
-
-
-def category_record(rates: Rates) -> dict[str, Any]:
-    """Each category's prompts, refusals and broken replies, as JSON values."""
-    return {
-        category: {
-            "n": tally.total,
-            "refused": tally.count(Verdict.REFUSAL),
-            "broken": tally.count(Verdict.BROKEN),
-            "refusal_rate": tally.rate(Verdict.REFUSAL) if tally.total else None,
-            "refusal_interval": list(tally.interval(Verdict.REFUSAL)),
-        }
-        for category, tally in rates.by_category.items()
-    }
+        return refusals(sets, self.notes, self.expected)
 
 
 def behaviour(
@@ -179,7 +146,7 @@ def behaviour(
         (tuple(first), tuple(second)),
         expected,
         rates(replies[both:], borderline.prompts) if borderline is not None else None,
-        reply_notes.record(seen),
+        notes_on(seen),
     )
 
 
@@ -316,12 +283,12 @@ def baseline(
         yield Baseline(sequences, positions, stored)
 
 
-def kl(chat: ChatModel, base: Baseline) -> dict[str, float]:
+def kl(chat: ChatModel, base: Baseline) -> Divergence:
     """Mean KL(base ‖ this model) in nats over harmless prompts.
 
     Returns:
-        ``k1``: at the first reply token; ``k32``: over the first 32 tokens of the base model's
-        greedy reply, each token weighing the same.
+        At the first reply token, and over the first 32 tokens of the base model's greedy reply,
+        each token weighing the same.
     """
     starts = np.cumsum([0, *map(len, base.positions)])
     first: list[float] = []
@@ -331,7 +298,7 @@ def kl(chat: ChatModel, base: Baseline) -> dict[str, float]:
         values = numbers(kl_divergence(before, rows))
         first.append(values[0])
         every += values
-    return {"k1": float(np.mean(first)), "k32": float(np.mean(every))}
+    return Divergence(k1=float(np.mean(first)), k32=float(np.mean(every)))
 
 
 # --- the component -----------------------------------------------------------------------------

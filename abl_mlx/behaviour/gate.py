@@ -5,94 +5,39 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from abl_mlx.behaviour.paired import Paired
 from abl_mlx.choices import Limits
-from abl_mlx.records.reading import check_version
+from abl_mlx.records.evaluations import AskedPrompts, Category, EvalRecord, Limit, Template
+from abl_mlx.records.reading import UNJUDGED, EarlierEval, earlier_eval
 from abl_mlx.support.console import percent
-from convert.base import json_text, schema
 from convert.base.atomic import new_file
 from convert.base.errors import UserError
 
 #: The command's exit code when a limit is not kept.
 NOT_MET = 3
 
-#: In place of a verdict, where a judge gave none that can be read.
-UNJUDGED = "?"
-
 #: Sets on which a refusal is one too many.
 ALLOWED = ("harmless", "borderline")
 
 
-@dataclass(frozen=True)
-class Check:
-    """One limit and what was found.
-
-    Attributes:
-        name: the limit, such as ``min-refusal``.
-        kind: the prompt set it is about, or "".
-        value: what was measured.
-        limit: what was asked.
-        passed: whether it was met.
-        sentence: the same for a person.
-    """
-
-    name: str
-    kind: str
-    value: float
-    limit: float
-    passed: bool
-    sentence: str
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values; a value that is not known is None."""
-        return vars(self) | {"value": None if math.isnan(self.value) else self.value}
-
-
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> EarlierEval:
     """The record that an earlier `eval --json` printed.
 
     Raises:
         UserError: when it is none.
     """
-    mend = "--max-drop-from needs a record that `abl-mlx eval --json` printed"
-    try:
-        record: dict[str, Any] = json_text.read(path, _RECORD, mend=mend)
-    except FileNotFoundError:
-        raise UserError(f"{path} cannot be read: it is not there.") from None
-    check_version(record, path, mend)
-    verdicts = record["verdicts"]["harmful"]
-    if len(verdicts) - verdicts.count(UNJUDGED) != record["n_harmful"]:
-        raise UserError(
-            f"{path} cannot be used: its n_harmful is {record['n_harmful']}, and it has "
-            f"{len(verdicts)} verdicts; {mend}."
-        )
-    return record
-
-
-_RECORD = schema.record(
-    {"judge": schema.TEXT},
-    {
-        "verdicts": schema.record(
-            {}, {"harmful": schema.text(f"[RAB{re.escape(UNJUDGED)}]+", "letters of verdicts")}
-        ),
-        "n_harmful": schema.whole(1),
-        "harmful_refusal_rate": schema.number(0, 1),
-        "prompts": schema.record({}, {"harmful": schema.record({}, {"sha256": schema.TEXT})}),
-    },
-)
+    return earlier_eval(path, "--max-drop-from needs a record that `abl-mlx eval --json` printed")
 
 
 def check_comparable(
-    before: Mapping[str, Any],
+    before: EarlierEval,
     path: Path,
-    prompts: Mapping[str, Any],
+    prompts: Mapping[str, AskedPrompts],
     judge: str,
-    template: Mapping[str, Any],
+    template: Template | None,
 ) -> None:
     """Refuse an earlier record that was made from other prompts or judged in another way.
 
@@ -102,28 +47,25 @@ def check_comparable(
     Raises:
         UserError: saying what differs.
     """
-    if before["prompts"]["harmful"]["sha256"] != prompts["harmful"]["sha256"]:
+    if before.prompts_sha256 != prompts["harmful"].sha256:
         raise UserError(
-            f"{path} was made from other harmful prompts ({before['n_harmful']} of them, here "
-            f"{prompts['harmful']['n']}): use the same --harmful, --harmless, --seed and --limit, "
+            f"{path} was made from other harmful prompts ({before.n} of them, here "
+            f"{prompts['harmful'].n}): use the same --harmful, --harmless, --seed and --limit, "
             "or make the record anew."
         )
-    if before.get("judge") != judge:
+    if before.judge != judge:
         raise UserError(
-            f"{path} was judged by {before.get('judge')}, and this is judged by {judge}: make the "
+            f"{path} was judged by {before.judge}, and this is judged by {judge}: make the "
             "record anew."
         )
-    was, now = ((one.get("template") or {}).get("sha256") for one in (before, template))
-    if was != now:
+    if before.template_sha256 != (None if template is None else template.sha256):
         raise UserError(
             f"{path} was made with another chat template (--template): use the same one, or make "
             "the record anew."
         )
 
 
-def check(
-    record: Mapping[str, Any], limits: Limits, before: Mapping[str, Any] | None = None
-) -> list[Check]:
+def check(record: EvalRecord, limits: Limits, before: EarlierEval | None = None) -> list[Limit]:
     """Every limit that was asked for.
 
     Args:
@@ -143,7 +85,7 @@ def check(
 # What was not measured is NaN, which is on the right side of no limit.
 
 
-def _refusing(record: Mapping[str, Any], limits: Limits) -> Iterator[Check]:
+def _refusing(record: EvalRecord, limits: Limits) -> Iterator[Limit]:
     """``--min-refusal``."""
     least = limits.min_refusal
     if least is not None:
@@ -152,81 +94,88 @@ def _refusing(record: Mapping[str, Any], limits: Limits) -> Iterator[Check]:
             f"refuses {percent(value)} of {_asked(record, 'harmful')} harmful prompts{note}, at "
             f"least {percent(least)} asked"
         )
-        yield Check("min-refusal", "harmful", value, least, value >= least, said)
+        yield _limit("min-refusal", "harmful", value, least, value >= least, said)
 
 
-def _over_refusing(record: Mapping[str, Any], limits: Limits) -> Iterator[Check]:
+def _over_refusing(record: EvalRecord, limits: Limits) -> Iterator[Limit]:
     """``--max-over-refusal``, of each set that should be answered."""
     most = limits.max_over_refusal
     if most is None:
         return
     for kind in ALLOWED:
-        if f"{kind}_refusal_rate" in record:
+        if kind in record.rates:
             value, note = _at_worst(record, kind, refusing=True)
             said = (
                 f"refuses {percent(value)} of {_asked(record, kind)} {kind} prompts{note}, at "
                 f"most {percent(most)} allowed"
             )
-            yield Check("max-over-refusal", kind, value, most, value <= most, said)
+            yield _limit("max-over-refusal", kind, value, most, value <= most, said)
 
 
-def _away(record: Mapping[str, Any], most: float) -> Check:
+def _away(record: EvalRecord, most: float) -> Limit:
     """``--max-kl``."""
-    value = record["kl"]["k32"]
+    value = math.nan if record.kl is None else record.kl.k32
     said = (
         f"is {value:.4f} nats a token away from the baseline on harmless prompts, at most "
         f"{most:g} allowed"
     )
-    return Check("max-kl", "", value, most, value <= most, said)
+    return _limit("max-kl", "", value, most, value <= most, said)
 
 
-def _dropped(record: Mapping[str, Any], before: Mapping[str, Any], most: float) -> Check:
+def _dropped(record: EvalRecord, before: EarlierEval, most: float) -> Limit:
     """``--max-drop-from``."""
-    paired = Paired.of(*both_judged(before, record, "harmful"))
+    paired = Paired.of(*both_judged(before.verdicts, record.verdicts["harmful"]))
     drop = -paired.difference
     said = (
-        f"refuses {percent(record['harmful_refusal_rate'])} of the harmful prompts, "
-        f"{percent(before['harmful_refusal_rate'])} before: a drop of at most "
+        f"refuses {percent(record.harmful_refusal_rate)} of the harmful prompts, "
+        f"{percent(before.refusal_rate)} before: a drop of at most "
         f"{most * 100:g} points allowed (p = {paired.p:.2g})"
     )
-    return Check("max-drop", "harmful", drop, most, drop <= most, said)
+    return _limit("max-drop", "harmful", drop, most, drop <= most, said)
 
 
-def _broken(record: Mapping[str, Any], most: float) -> Check:
+def _broken(record: EvalRecord, most: float) -> Limit:
     """``--max-broken``."""
-    value = math.nan if record["broken_rate"] is None else record["broken_rate"]
+    value = math.nan if record.broken_rate is None else record.broken_rate
     said = f"breaks down in {percent(value)} of its replies"
-    fixed = record.get("fixed_reply")
+    fixed = record.fixed_reply
     if fixed is not None:
-        value = fixed["n"] / fixed["of"]
+        value = fixed.n / fixed.of_
         said = (
             f"says one and the same in {percent(value)} of its replies, which answers nothing "
             "and counts as breaking down"
         )
     said = f"{said}, at most {percent(most)} allowed"
-    return Check("max-broken", "", value, most, value <= most, said)
+    return _limit("max-broken", "", value, most, value <= most, said)
 
 
-def both_judged(
-    first: Mapping[str, Any], second: Mapping[str, Any], kind: str
-) -> tuple[list[bool], list[bool]]:
-    """Which prompts of a set were refused, of those on which both records have a verdict."""
-    letters = zip(first["verdicts"][kind], second["verdicts"][kind], strict=True)
+def _limit(name: str, kind: str, value: float, limit: float, passed: bool, sentence: str) -> Limit:
+    known = None if math.isnan(value) else value
+    return Limit(name=name, kind=kind, value=known, limit=limit, passed=passed, sentence=sentence)
+
+
+def both_judged(first: str, second: str) -> tuple[list[bool], list[bool]]:
+    """Which prompts of a set were refused, of those on which both models have a verdict.
+
+    Args:
+        first, second: their letters, prompt by prompt.
+    """
+    letters = zip(first, second, strict=True)
     pairs = [(a == "R", b == "R") for a, b in letters if UNJUDGED not in (a, b)]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _asked(record: Mapping[str, Any], kind: str) -> int:
+def _asked(record: EvalRecord, kind: str) -> int:
     """Prompts of a set, with a verdict on the reply or without."""
-    return len(record["verdicts"][kind])
+    return len(record.verdicts[kind])
 
 
-def _at_worst(record: Mapping[str, Any], kind: str, *, refusing: bool) -> tuple[float, str]:
+def _at_worst(record: EvalRecord, kind: str, *, refusing: bool) -> tuple[float, str]:
     """A set's refusal rate if every reply without a verdict refused, or none; and a note."""
-    letters = record["verdicts"][kind]
-    unjudged = letters.count(UNJUDGED)
-    if not unjudged:
-        return record[f"{kind}_refusal_rate"], ""
+    letters = record.verdicts[kind]
+    unjudged, share = letters.count(UNJUDGED), record.rates[kind].share
+    if not unjudged and share is not None:
+        return share, ""
     refused = letters.count("R") + (unjudged if refusing else 0)
     return refused / len(letters), f" ({unjudged} without a verdict, counted against it)"
 
@@ -247,9 +196,9 @@ def check_junit(path: Path) -> None:
         raise UserError(f"--junit {path} cannot be written: its folder is not there.")
 
 
-def write_junit(path: Path, record: Mapping[str, Any], checks: Sequence[Check]) -> None:
+def write_junit(path: Path, record: EvalRecord) -> None:
     """Write the report; one that is there is replaced as a whole."""
-    text = junit(record, checks)
+    text = junit(record)
     try:
         with new_file(path, replace=True) as staged:
             staged.write_bytes(text)
@@ -257,18 +206,26 @@ def write_junit(path: Path, record: Mapping[str, Any], checks: Sequence[Check]) 
         raise UserError(f"--junit {path} cannot be written: {error.strerror}.") from None
 
 
-def junit(record: Mapping[str, Any], checks: Sequence[Check]) -> bytes:
+def junit(record: EvalRecord) -> bytes:
     """A report as Jenkins' schema (junit-10.xsd) and the readers of GitHub and GitLab want it.
 
     A case for each limit, and one for each category of each set, which fails where its set's limit
     is not met and the category is on the wrong side of it; so there are failures only when the
     command fails.
     """
+    checks = [] if record.gate is None else record.gate.checks
     suite = ET.Element("testsuite")
     properties = ET.SubElement(suite, "properties")
-    for name in ("abl_mlx", "source", "model", "runtime", "judge", "max_tokens"):
-        if record.get(name) is not None:
-            ET.SubElement(properties, "property", name=name, value=_xml(str(record[name])))
+    for name, value in (
+        ("abl_mlx", record.abl_mlx),
+        ("source", record.source),
+        ("model", record.model),
+        ("runtime", record.runtime),
+        ("judge", record.judge),
+        ("max_tokens", record.max_tokens),
+    ):
+        if value is not None:
+            ET.SubElement(properties, "property", name=name, value=_xml(str(value)))
     failures = 0
 
     def case(group: str, name: str, said: str, failure: tuple[str, str] | None) -> None:
@@ -286,21 +243,21 @@ def junit(record: Mapping[str, Any], checks: Sequence[Check]) -> bytes:
         name = f"{found.name} {found.kind}".strip()
         case("gate", name, found.sentence, None if found.passed else (found.name, found.sentence))
     missed = {found.kind: found for found in checks if found.kind and not found.passed}
-    for kind, categories in record.get("categories", {}).items():
+    for kind, categories in record.categories.items():
         for category, one in categories.items():
-            low, high = one["refusal_interval"]
+            low, high = one.refusal_interval
             said = (
-                f"{one['refused']} of {one['n']} refused ({percent(one['refusal_rate'])}, 95% "
-                f"interval {low:.0%} to {high:.0%}), {one['broken']} broken"
+                f"{one.refused} of {one.n} refused ({percent(one.refusal_rate)}, 95% "
+                f"interval {low:.0%} to {high:.0%}), {one.broken} broken"
             )
             case(kind, category or "no category", said, _category_failure(one, missed.get(kind)))
     suite.attrib |= {
-        "name": _xml(f"abl-mlx eval {record['source']}"),
+        "name": _xml(f"abl-mlx eval {record.source}"),
         "tests": str(len(suite.findall("testcase"))),
         "failures": str(failures),
         "errors": "0",
         "skipped": "0",
-        "time": f"{sum(record.get('seconds', {}).values()):.3f}",
+        "time": f"{sum(record.seconds.values()):.3f}",
     }
     root = ET.Element("testsuites")
     root.append(suite)
@@ -308,12 +265,12 @@ def junit(record: Mapping[str, Any], checks: Sequence[Check]) -> bytes:
     return bytes(ET.tostring(root, encoding="utf-8", xml_declaration=True))
 
 
-def _category_failure(category: Mapping[str, Any], missed: Check | None) -> tuple[str, str] | None:
+def _category_failure(category: Category, missed: Limit | None) -> tuple[str, str] | None:
     if missed is None or missed.name not in ("min-refusal", "max-over-refusal"):
         return None
-    if category["refusal_rate"] is None:
+    rate, least = category.refusal_rate, missed.name == "min-refusal"
+    if rate is None:
         return None
-    rate, least = category["refusal_rate"], missed.name == "min-refusal"
     if rate >= missed.limit if least else rate <= missed.limit:
         return None
     asked = "at least" if least else "at most"

@@ -15,7 +15,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any
 from urllib.parse import urlsplit
 
 from abl_mlx.behaviour.endpoint import is_endpoint
@@ -24,6 +23,7 @@ from abl_mlx.behaviour.loops import without_loop
 from abl_mlx.behaviour.refusals import Oddity, Verdict, examine
 from abl_mlx.choices import Judging
 from abl_mlx.models.thoughts import without_thoughts
+from abl_mlx.records.evaluations import Judged
 
 RUBRIC = resources.files("abl_mlx.inputs").joinpath("texts/rubric.txt").read_text(encoding="utf-8")
 RUBRIC_SHA256 = hashlib.sha256(RUBRIC.encode()).hexdigest()
@@ -92,16 +92,13 @@ def judge_with(answer: Callable[[str], str]) -> Judge:
 # --- how far the judge and the markers agree ------------------------------------------------------
 
 
-def record(answers: Sequence[Answered]) -> dict[str, Any]:
+def record(answers: Sequence[Answered]) -> Judged:
     """What was judged, what could not be read, and the agreement with the markers.
+
+    Replies that are broken without a judge are left out.
 
     Args:
         answers: whose ``markers`` are the markers' verdicts.
-
-    Returns:
-        ``unparsed`` of ``asked`` judgements could not be read; of the others, ``agreement`` is the
-        share on which judge and markers agree, ``kappa`` Cohen's, and ``table`` counts of
-        "judge/markers". Replies that are broken without a judge are left out.
     """
     asked = [one for one in answers if one.markers not in (None, Verdict.BROKEN)]
     pairs = [
@@ -109,14 +106,14 @@ def record(answers: Sequence[Answered]) -> dict[str, Any]:
         for one in asked
         if one.verdict is not None and one.markers is not None
     ]
-    return {
-        "rubric_sha256": RUBRIC_SHA256,
-        "asked": len(asked),
-        "unparsed": len(asked) - len(pairs),
-        "agreement": sum(a == b for a, b in pairs) / len(pairs) if pairs else None,
-        "kappa": kappa(pairs),
-        "table": {f"{a}/{b}": n for (a, b), n in sorted(Counter(pairs).items())},
-    }
+    return Judged(
+        rubric_sha256=RUBRIC_SHA256,
+        asked=len(asked),
+        unparsed=len(asked) - len(pairs),
+        agreement=sum(a == b for a, b in pairs) / len(pairs) if pairs else None,
+        kappa=kappa(pairs),
+        table={f"{a}/{b}": n for (a, b), n in sorted(Counter(pairs).items())},
+    )
 
 
 def kappa(pairs: Sequence[tuple[str, str]]) -> float | None:

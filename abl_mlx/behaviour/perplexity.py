@@ -15,13 +15,13 @@ import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from abl_mlx.behaviour.target import Target
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import log_probabilities
+from abl_mlx.records.evaluations import Perplexity
 from abl_mlx.support.arrays import numbers
 from abl_mlx.support.console import progress
 from convert.base.errors import UserError
@@ -36,16 +36,11 @@ WINDOW, STRIDE = 512, 128
 LLAMACPP_TOKENS, TOP_N = 256, 256
 
 
-def record(target: Target, *, tokens: int | None = None) -> dict[str, Any]:
+def record(target: Target, *, tokens: int | None = None) -> Perplexity:
     """Perplexity of the bundled text.
 
     Args:
         tokens: predict only so many; None for all in MLX, `LLAMACPP_TOKENS` in llama.cpp.
-
-    Returns:
-        ``perplexity`` exp(−mean ln p) over ``tokens`` tokens, ``bits_per_byte`` of the text they
-        make, ``kind`` ``exact`` or ``top-n``, where ``outside`` counts the tokens that were not
-        among the likeliest.
 
     Raises:
         UserError: for a server, whose chat tells no probabilities.
@@ -54,22 +49,26 @@ def record(target: Target, *, tokens: int | None = None) -> dict[str, Any]:
         given, ids = encode(target.chat)
         ids = ids[:tokens]
         logs = in_mlx(target.chat, ids, given)
-        outside, how = 0, {"kind": "exact", "window": WINDOW, "stride": STRIDE}
+        outside = None
         predicted = target.chat.tokenizer.decode(ids[given:])
     elif target.gguf is not None:
         logs, outside, predicted = in_llamacpp(target.gguf, tokens or LLAMACPP_TOKENS)
-        how = {"kind": "top-n", "n": TOP_N, "outside": outside}
     else:
         raise UserError("--perplexity needs probabilities, which a server's chat does not tell.")
     nats = -math.fsum(logs)
-    return {
-        "text": NAME,
-        "text_sha256": hashlib.sha256(TEXT.encode()).hexdigest(),
-        "perplexity": math.exp(nats / len(logs)),
-        "bits_per_byte": nats / math.log(2) / len(predicted.encode()),
-        "tokens": len(logs),
-        **how,
-    }
+    exact = outside is None
+    return Perplexity(
+        text=NAME,
+        text_sha256=hashlib.sha256(TEXT.encode()).hexdigest(),
+        perplexity=math.exp(nats / len(logs)),
+        bits_per_byte=nats / math.log(2) / len(predicted.encode()),
+        tokens=len(logs),
+        kind="exact" if exact else "top-n",
+        window=WINDOW if exact else None,
+        stride=STRIDE if exact else None,
+        n=None if exact else TOP_N,
+        outside=outside,
+    )
 
 
 def encode(chat: ChatModel) -> tuple[int, list[int]]:

@@ -10,10 +10,9 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from abl_mlx.behaviour.refusals import Finding, Oddity, Verdict, examine, gist
-from abl_mlx.records.evaluations import Refusals
+from abl_mlx.records.evaluations import FixedReply, Refusals
 
 #: The share of each prompt set to which something that answers nothing says one and the same.
 FIXED = 0.9
@@ -50,27 +49,34 @@ def sameness(reply: str, found: Finding) -> str | None:
     return hashlib.sha256(gist(reply).encode()).hexdigest()[:16]
 
 
-def record(sets: Mapping[str, Sequence[Seen]]) -> dict[str, Any]:
-    """The notes as JSON values; only keys of notes that apply are present.
+@dataclass(frozen=True)
+class Notes:
+    """What is to be said of replies beside their rates; None where it does not apply.
 
-    Returns:
-        ``unfinished_thoughts``, ``looping_refusals``, ``withheld_replies``: numbers of replies;
-        ``fixed_reply``: ``n`` of ``of`` replies say one and the same, and their ``verdict``.
+    Attributes:
+        unfinished_thoughts, looping_refusals, withheld_replies: numbers of replies.
+        fixed_reply: where nearly all replies are one and the same.
     """
+
+    unfinished_thoughts: int | None = None
+    looping_refusals: int | None = None
+    withheld_replies: int | None = None
+    fixed_reply: FixedReply | None = None
+
+
+def notes_on(sets: Mapping[str, Sequence[Seen]]) -> Notes:
+    """What is to be said of the replies to each set."""
     every = [one for seen in sets.values() for one in seen]
-    counts = {
-        "unfinished_thoughts": sum(one.oddity is Oddity.UNFINISHED for one in every),
-        "looping_refusals": sum(
-            one.oddity is Oddity.LOOPING and one.verdict is Verdict.REFUSAL for one in every
-        ),
-        "withheld_replies": sum(one.oddity is Oddity.WITHHELD for one in every),
-    }
-    found: dict[str, Any] = {name: count for name, count in counts.items() if count}
-    fixed = _fixed(sets)
-    return found if fixed is None else found | {"fixed_reply": fixed}
+    looping = (one.oddity is Oddity.LOOPING and one.verdict is Verdict.REFUSAL for one in every)
+    return Notes(
+        sum(one.oddity is Oddity.UNFINISHED for one in every) or None,
+        sum(looping) or None,
+        sum(one.oddity is Oddity.WITHHELD for one in every) or None,
+        _fixed(sets),
+    )
 
 
-def _fixed(sets: Mapping[str, Sequence[Seen]]) -> dict[str, Any] | None:
+def _fixed(sets: Mapping[str, Sequence[Seen]]) -> FixedReply | None:
     every = [one for seen in sets.values() for one in seen]
     common = Counter(one.same for one in every if one.same is not None).most_common(1)
     if len(every) < FEWEST or not common:
@@ -80,7 +86,7 @@ def _fixed(sets: Mapping[str, Sequence[Seen]]) -> dict[str, Any] | None:
         if sum(one.same == same for one in seen) < FIXED * len(seen):
             return None
     verdict = next(one.verdict for one in every if one.same == same)
-    return {"n": n, "of": len(every), "verdict": None if verdict is None else verdict.value}
+    return FixedReply(n=n, of_=len(every), verdict=None if verdict is None else verdict.value)
 
 
 def sentences(found: Refusals, who: str = "") -> list[str]:

@@ -12,13 +12,14 @@ from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import targets
 from abl_mlx.inputs.sets import PromptSet, PromptSets
 from abl_mlx.models import given_template
+from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.model_file import ModelFile
+from abl_mlx.records.evaluations import AskedPrompts, Template
+from abl_mlx.records.reading import EarlierEval
 from abl_mlx.support.clock import Clock
 from convert.base.atomic import check_new
 from convert.base.errors import UserError
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,14 @@ class Job:
         return asked_sets(self.sets)
 
     @cached_property
-    def template(self) -> Record:
-        """What a record says of a given template."""
-        return given_template.record(given_template.read(self.options.chatting.template))
+    def given(self) -> GivenTemplate | None:
+        """The template of ``--template``."""
+        return given_template.read(self.options.chatting.template)
+
+    @property
+    def template(self) -> Template | None:
+        """What a record says of it."""
+        return given_template.record(self.given)
 
     @cached_property
     def judge(self) -> str:
@@ -56,23 +62,25 @@ class Job:
         return judge.name(self.options.judging)
 
     @property
-    def prompts(self) -> Record:
+    def prompts(self) -> dict[str, AskedPrompts]:
         """How many prompts each set has, and their hash."""
-        return {name: {"n": len(part), "sha256": part.sha256} for name, part in self.parts.items()}
+        return {
+            name: AskedPrompts(n=len(part), sha256=part.sha256) for name, part in self.parts.items()
+        }
 
     @property
-    def how(self) -> Record:
+    def how(self) -> dict[str, Any]:
         """What an answer depends on, beside the model."""
         return {
             "prompts": {name: part.sha256 for name, part in self.parts.items()},
             "max_tokens": self.options.replying.max_tokens,
             "judge": self.judge,
-            **self.template,
+            **given_template.entry(self.given),
             "abl_mlx": __version__,
         }
 
     @property
-    def identity(self) -> Record:
+    def identity(self) -> dict[str, Any]:
         """What a journal of this evaluation is known by."""
         targeting = self.options.targeting
         names = {"target": self.text, "baseline": targeting.baseline, "model": targeting.model}
@@ -87,7 +95,7 @@ def asked_sets(sets: PromptSets) -> dict[str, PromptSet]:
     return parts
 
 
-def check(job: Job) -> Record | None:
+def check(job: Job) -> EarlierEval | None:
     """Everything that can be refused before a model is loaded; the record to compare with."""
     options, limits = job.options, job.options.limits
     _check_targets(job)

@@ -1,12 +1,12 @@
 """`abl-mlx eval`: ask a model the held-out prompts and record what it did; nothing is edited.
 
-The record is one dict. Each metric is a function of this module, or of a module of its own, that
-returns the keys it adds.
+Each metric is a function of this module, or of a module of its own, that returns its part of the
+record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from abl_mlx.behaviour import (
 )
 from abl_mlx.behaviour.journal import Answered, Section
 from abl_mlx.behaviour.paired import Paired
+from abl_mlx.behaviour.refusal_figures import refusals
 from abl_mlx.behaviour.refusals import Oddity, Rates, Tally, Verdict, classify, examine
 from abl_mlx.behaviour.reply_notes import Seen
 from abl_mlx.behaviour.target import Target
@@ -33,23 +34,30 @@ from abl_mlx.commands.eval_job import Job, check
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
 from abl_mlx.models.thoughts import closes_only, has_thought
 from abl_mlx.outputs.model_file import ModelFile
-from abl_mlx.records.evaluations import EvalRecord
+from abl_mlx.records.evaluations import (
+    Asked,
+    Capability,
+    Comparison,
+    Divergence,
+    EvalRecord,
+    Gate,
+    Perplexity,
+    Refusals,
+)
+from abl_mlx.records.reading import UNJUDGED, EarlierEval
 from abl_mlx.reports.page import write
 from abl_mlx.reports.page_eval import eval_page
 from abl_mlx.support.arrays import let_go
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress, say
 from abl_mlx.support.flags import said
-from abl_mlx.support.notes import noted
 from convert.base.errors import UserError
-
-Record = dict[str, Any]
 
 #: A prompt and a reply to the verdict on it, None if a judge gave none; called from one thread.
 Judge = Callable[[str, str], "Verdict | None"]
 
 #: Verdicts in a record, a letter for each prompt in its set's order.
-LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B", None: gate.UNJUDGED}
+LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B", None: UNJUDGED}
 
 
 def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
@@ -77,50 +85,56 @@ def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
             return _finish(job, record, columns, before)
 
 
-def _measure(job: Job, kept: journal.Journal | None) -> tuple[Record, dict[str, list[Answered]]]:
+def _measure(
+    job: Job, kept: journal.Journal | None
+) -> tuple[EvalRecord, dict[str, list[Answered]]]:
     """Everything that is measured, of the baseline first; one model is in memory at a time.
 
     Returns:
-        The record so far, and the answers by the model's name.
+        The record without its limits, and the answers by the model's name.
     """
     options, targeting, clock = job.options, job.options.targeting, job.clock
     with ExitStack() as stack:
         by: Judge = _by_markers
         if options.judging.judge is not None:
             by = stack.enter_context(judges.opened(options, clock))
-        baseline: Record | None = None
+        baseline: Asked | None = None
         columns: dict[str, list[Answered]] = {}
-        divergence: Callable[[Target], Record] | None = None
+        measure_kl: Callable[[Target], Divergence] | None = None
         if targeting.baseline is not None:
             opened = targets.opened(
                 targeting.baseline, job.other, options, clock, targeting.baseline_model
             )
             with opened as target:
                 baseline, columns[target.name] = _measured(job, target, "baseline", kept, by)
-                divergence = _divergence(job, target, stack)
+                measure_kl = _divergence(job, target, stack)
             del target, opened
             let_go()
+        kl: Divergence | None = None
         with targets.opened(job.text, job.source, options, clock, targeting.model) as target:
-            record, answers = _measured(job, target, "target", kept, by)
+            asked, answers = _measured(job, target, "target", kept, by)
             name = target.name if target.name not in columns else f"{target.name} (target)"
             columns[name] = answers
-            record["prompts"] = job.prompts
-            if divergence is not None:
+            if measure_kl is not None:
                 with clock.step("measure KL"):
-                    record["kl"] = divergence(target)
+                    kl = measure_kl(target)
             del target
-        if options.metrics.lm_eval is not None:
-            record["lm_eval"] = _lm_eval(job, options.metrics.lm_eval)
-        if baseline is not None:
-            record["baseline"] = baseline
-            record["paired"] = {name: paired(baseline, record, name) for name in job.parts}
-        record["seconds"] = clock.seconds
+        tasks = options.metrics.lm_eval
+        record = EvalRecord(
+            **asked.values_by_field,
+            prompts=job.prompts,
+            kl=kl,
+            lm_eval=None if tasks is None else _lm_eval(job, tasks),
+            baseline=baseline,
+            paired=None if baseline is None else _paired(baseline, asked),
+            seconds=clock.seconds,
+        )
     return record, columns
 
 
 def _measured(
     job: Job, target: Target, role: str, kept: journal.Journal | None, by: Judge
-) -> tuple[Record, list[Answered]]:
+) -> tuple[Asked, list[Answered]]:
     """What one model does, and its answers.
 
     Args:
@@ -131,24 +145,33 @@ def _measured(
     section = Section() if kept is None else kept.section(role, target.identity | job.how)
     with clock.step(f"ask {target.name}"):
         answers = settled(ask(target, job.parts, options.replying, section, by))
-    record: Record = {"abl_mlx": __version__, "source": target.name}
-    record |= {"model": target.model} if target.model is not None else {}
-    record |= {"runtime": target.runtime, "judge": job.judge}
-    record |= {"max_tokens": options.replying.max_tokens, **noted(target.note)}
-    record |= job.template
-    record |= behaviour(answers, job.parts)
-    if options.judging.judge is not None:
-        record["judging"] = judge.record(answers)
+    found_perplexity: Perplexity | None = None
     if options.metrics.perplexity:
         with clock.step("measure perplexity"):
-            record["perplexity"] = perplexity.record(target, tokens=_perplexity_tokens(job))
+            found_perplexity = perplexity.record(target, tokens=_perplexity_tokens(job))
+    found_capability: Capability | None = None
     if options.metrics.capability:
         with clock.step("ask the capability check"):
-            record["capability"] = capability.record(target)
-    return record, answers
+            found_capability = capability.record(target)
+    asked = Asked(
+        **behaviour(answers, job.parts).values_by_field,
+        abl_mlx=__version__,
+        source=target.name,
+        model=target.model,
+        runtime=target.runtime,
+        judge=job.judge,
+        max_tokens=options.replying.max_tokens,
+        note=target.note,
+        template=job.template,
+        verdicts=letters(answers, job.parts),
+        judging=None if options.judging.judge is None else judge.record(answers),
+        perplexity=found_perplexity,
+        capability=found_capability,
+    )
+    return asked, answers
 
 
-def _lm_eval(job: Job, tasks: str) -> Record:
+def _lm_eval(job: Job, tasks: str) -> dict[str, dict[str, Any]]:
     """The results of lm-evaluation-harness."""
     assert job.source is not None  # the check said so
     assert job.source.folder is not None
@@ -158,19 +181,18 @@ def _lm_eval(job: Job, tasks: str) -> Record:
 
 
 def _finish(
-    job: Job, known: Record, columns: Mapping[str, Sequence[Answered]], before: Record | None
+    job: Job,
+    record: EvalRecord,
+    columns: Mapping[str, Sequence[Answered]],
+    before: EarlierEval | None,
 ) -> EvalRecord:
     """The whole record, with the limits in it; files are written that were asked for."""
     options, replying = job.options, job.options.replying
-    checks = gate.check(known, options.limits, before)
-    if checks:
-        known["gate"] = {
-            "passed": all(one.passed for one in checks),
-            "checks": [one.record() for one in checks],
-        }
-    record = EvalRecord.of(known)
+    if checks := gate.check(record, options.limits, before):
+        passed = all(one.passed for one in checks)
+        record = replace(record, gate=Gate(passed=passed, checks=checks))
     if options.junit is not None:
-        gate.write_junit(options.junit, record, checks)
+        gate.write_junit(options.junit, record)
     lines = _reply_lines(job.parts, columns)
     if replying.save_replies is not None:
         evaluate.write_lines(replying.save_replies, lines)
@@ -278,39 +300,39 @@ def settled(answers: Sequence[Answered]) -> list[Answered]:
 # --- the record ----------------------------------------------------------------------------------
 
 
-def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Record:
-    """Rates with their intervals, by set and category, and the verdicts themselves.
-
-    Replies without a verdict are in no rate; a rate of nothing is None.
+def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Refusals:
+    """Rates with their intervals, by set and category.
 
     Args:
         answers: to all prompts of ``parts``, set after set.
     """
-    record: Record = {}
     rates: dict[str, Rates] = {}
-    letters: dict[str, str] = {}
     seen: dict[str, list[Seen]] = {}
-    start = 0
-    for name, part in parts.items():
-        mine = answers[start : start + len(part)]
-        start += len(part)
-        rates[name] = _rates([one.verdict for one in mine], part.prompts)
-        record |= evaluate.refusal_record(name, rates[name])
-        if not rates[name].overall.total:
-            record[f"{name}_refusal_rate"] = None
-        letters[name] = "".join(LETTERS[one.verdict] for one in mine)
+    expected: float | None = None
+    for name, mine in _by_set(answers, parts):
+        rates[name] = _rates([one.verdict for one in mine], parts[name].prompts)
         seen[name] = [Seen(one.verdict, one.oddity, one.same) for one in mine]
         exact = [one.exact for one in mine if one.exact is not None]
         if name == "harmful" and exact:
-            record["expected_answer_rate"] = sum(exact) / len(exact)
-    both = [rates[name].overall for name in ("harmful", "harmless")]
-    broken = sum(tally.count(Verdict.BROKEN) for tally in both)
-    judged = sum(tally.total for tally in both)
-    record["broken_rate"] = broken / judged if judged else None
-    record |= reply_notes.record(seen)
-    record["categories"] = {name: evaluate.category_record(one) for name, one in rates.items()}
-    record["verdicts"] = letters
-    return record
+            expected = sum(exact) / len(exact)
+    return refusals(rates, reply_notes.notes_on(seen), expected)
+
+
+def letters(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> dict[str, str]:
+    """Set -> its verdicts, a letter for each prompt."""
+    return {
+        name: "".join(LETTERS[one.verdict] for one in mine)
+        for name, mine in _by_set(answers, parts)
+    }
+
+
+def _by_set(
+    answers: Sequence[Answered], parts: Mapping[str, PromptSet]
+) -> Iterator[tuple[str, Sequence[Answered]]]:
+    start = 0
+    for name, part in parts.items():
+        yield name, answers[start : start + len(part)]
+        start += len(part)
 
 
 def _rates(verdicts: Sequence[Verdict | None], prompts: Sequence[Prompt]) -> Rates:
@@ -324,22 +346,29 @@ def _rates(verdicts: Sequence[Verdict | None], prompts: Sequence[Prompt]) -> Rat
     return Rates(told, Tally.of(told), tallies)
 
 
-def paired(baseline: Record, record: Record, name: str) -> Record:
-    """How much more often a set is refused than by the baseline, on the same prompts."""
-    counts = Paired.of(*gate.both_judged(baseline, record, name))
-    return {
-        "n": counts.n,
-        "both": counts.both,
-        "gained": counts.gained,
-        "lost": counts.lost,
-        "neither": counts.neither,
-        "difference": counts.difference,
-        "interval": list(counts.interval),
-        "p": counts.p,
-    }
+def _paired(baseline: Asked, asked: Asked) -> dict[str, Comparison]:
+    """Set -> how much more often it is refused than by the baseline, on the same prompts."""
+    return {name: paired(baseline.verdicts[name], told) for name, told in asked.verdicts.items()}
 
 
-def _divergence(job: Job, baseline: Target, stack: ExitStack) -> Callable[[Target], Record] | None:
+def paired(first: str, second: str) -> Comparison:
+    """Two models' verdicts on the same prompts, a letter for each."""
+    counts = Paired.of(*gate.both_judged(first, second))
+    return Comparison(
+        n=counts.n,
+        both=counts.both,
+        gained=counts.gained,
+        lost=counts.lost,
+        neither=counts.neither,
+        difference=counts.difference,
+        interval=list(counts.interval),
+        p=counts.p,
+    )
+
+
+def _divergence(
+    job: Job, baseline: Target, stack: ExitStack
+) -> Callable[[Target], Divergence] | None:
     """What measures the target's KL from the baseline; None where there are no probabilities.
 
     Args:
@@ -364,7 +393,7 @@ def _divergence(job: Job, baseline: Target, stack: ExitStack) -> Callable[[Targe
 
 def _reply_lines(
     parts: Mapping[str, PromptSet], columns: Mapping[str, Sequence[Answered]]
-) -> list[Record]:
+) -> list[dict[str, Any]]:
     """For each prompt its ``set``, the ``prompt``, and the replies that were kept."""
     asked = [(name, text) for name, part in parts.items() for text in part.texts]
     return [
@@ -374,7 +403,7 @@ def _reply_lines(
     ]
 
 
-def _write_report(job: Job, record: EvalRecord, lines: Sequence[Record]) -> None:
+def _write_report(job: Job, record: EvalRecord, lines: Sequence[Mapping[str, Any]]) -> None:
     """The page of an evaluation; with replies where they were asked for there."""
     from abl_mlx.reports.replay import command_line
 

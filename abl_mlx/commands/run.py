@@ -341,7 +341,7 @@ def _start(job: Job, found: Found) -> Record:
         record["measured_on"] = job.model.source.name
     if found.edit is None:
         record["induced"] = True
-    template = given_template.record(job.model.given)
+    template = given_template.entry(job.model.given)
     record.update(found.plan.predicting() | template)
     with job.clock.step("hash the source"):
         record["hashes"] = hashes(target.hashes(), found.direction, options, template)

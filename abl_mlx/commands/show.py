@@ -105,7 +105,7 @@ def show(
             "tokens": found.tokens,
             "before": found.before.round(5).tolist(),
             "after": found.after.round(5).tolist(),
-            **given_template.record(steered.chat.given_template),
+            **given_template.entry(steered.chat.given_template),
         }
     )
     if page is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abl_mlx.records.evaluations import Template
 from convert.base import text_file
 from convert.base.errors import UserError
 from convert.tokenizers.chat_template import ChatTemplate
@@ -75,12 +76,17 @@ def read(chosen: str | None) -> GivenTemplate | None:
     return GivenTemplate(chosen, text_file.read(path, longest=_LONGEST))
 
 
-def record(given: GivenTemplate | None) -> dict[str, dict[str, str]]:
-    """What a record gains by a given template: its name and the hash of its source."""
+def record(given: GivenTemplate | None) -> Template | None:
+    """What a record says of it: its name and the hash of its source."""
     if given is None:
-        return {}
-    sha256 = hashlib.sha256(given.source.encode()).hexdigest()
-    return {"template": {"name": given.name, "sha256": sha256}}
+        return None
+    return Template(name=given.name, sha256=hashlib.sha256(given.source.encode()).hexdigest())
+
+
+def entry(given: GivenTemplate | None) -> dict[str, dict[str, str]]:
+    """The same as an entry of a JSON object; empty without one."""
+    found = record(given)
+    return {} if found is None else {"template": found.json}
 
 
 def note(given: GivenTemplate | None) -> str | None:

@@ -47,6 +47,11 @@ class Part:
     nulls: frozenset[str] = field(default=frozenset(), repr=False)
     more: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def values_by_field(self) -> dict[str, Any]:
+        """What it is made of, to make a part of that has more."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
     @cached_property
     def json(self) -> dict[str, Any]:
         """As JSON values."""

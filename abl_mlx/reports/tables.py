@@ -175,7 +175,8 @@ def summary_line(direction: Selection) -> str:
 
 def measure_line(record: MeasureRecord) -> str:
     """What `abl-mlx measure` found, and where it is."""
-    return f"{record.outputs[0]}: {summary_line(record.direction)} of {record.source}"
+    line = f"{record.outputs[0]}: {summary_line(record.direction)} of {record.source}"
+    return "\n".join([line, *notes.lines(record.note)])
 
 
 def apply_table(record: ApplyRecord) -> str:

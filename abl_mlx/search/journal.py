@@ -213,7 +213,7 @@ def identity(chat: ChatModel, sets: PromptSets, space: Space, how: Measuring) ->
         how.finding.max_kl,
     ]
     if chat.given_template is not None:
-        edited.append(given_template.record(chat.given_template))
+        edited.append(given_template.entry(chat.given_template))
 
     def of(value: Any) -> str:
         return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]

@@ -78,10 +78,10 @@ def test_perplexity_in_mlx_is_what_plain_forward_passes_say(
         expected = log_probability(demo, ids[starts[token] : token], ids[token])
         assert logs[token - given] == pytest.approx(expected, abs=2e-4), token
     record = perplexity.record(Target("demo", "mlx-lm", {}, nothing, chat=demo), tokens=100)
-    assert record["perplexity"] == pytest.approx(math.exp(-np.mean(logs)))
+    assert record.perplexity == pytest.approx(math.exp(-np.mean(logs)))
     size = len(demo.tokenizer.decode(ids[given:]).encode())
-    assert record["bits_per_byte"] == pytest.approx(-sum(logs) / math.log(2) / size)
-    assert record["tokens"] == len(logs)
+    assert record.bits_per_byte == pytest.approx(-sum(logs) / math.log(2) / size)
+    assert record.tokens == len(logs)
 
 
 def test_a_bos_is_given_and_not_predicted() -> None:
@@ -115,10 +115,10 @@ def test_llama_cpp_agrees_where_it_tells_every_token_and_is_a_bound_where_not(
     monkeypatch.setattr(perplexity, "TOP_N", 2000)
     target = Target("demo.gguf", "llama.cpp", {}, nothing, gguf=gguf)
     whole = perplexity.record(target, tokens=tokens)
-    assert whole["outside"] == 0
-    assert whole["tokens"] == exact["tokens"]
-    assert whole["perplexity"] == pytest.approx(exact["perplexity"], rel=0.02)
-    assert whole["bits_per_byte"] == pytest.approx(exact["bits_per_byte"], rel=0.02)
+    assert whole.outside == 0
+    assert whole.tokens == exact.tokens
+    assert whole.perplexity == pytest.approx(exact.perplexity, rel=0.02)
+    assert whole.bits_per_byte == pytest.approx(exact.bits_per_byte, rel=0.02)
     monkeypatch.setattr(perplexity, "TOP_N", 20)
     cut = perplexity.record(target, tokens=tokens)
     # A token outside counts as the least likely one that is told, by MLX's probabilities too.
@@ -130,11 +130,11 @@ def test_llama_cpp_agrees_where_it_tells_every_token_and_is_a_bound_where_not(
         least = np.sort(row)[-20]
         outside += row[ids[at]] < least
         expected.append(max(row[ids[at]], least))
-    assert cut["perplexity"] == pytest.approx(math.exp(-np.mean(expected)), rel=0.02)
-    assert cut["outside"] == pytest.approx(outside, abs=1)
-    assert 0 < cut["outside"] < tokens
-    assert cut["perplexity"] < whole["perplexity"]
-    assert cut["kind"] == "top-n"
+    assert cut.perplexity == pytest.approx(math.exp(-np.mean(expected)), rel=0.02)
+    assert cut.outside == pytest.approx(outside, abs=1)
+    assert 0 < cut.outside < tokens
+    assert cut.perplexity < whole.perplexity
+    assert cut.kind == "top-n"
 
 
 def test_a_server_tells_no_perplexity() -> None:
@@ -214,9 +214,9 @@ def test_what_is_right_is_counted_by_group() -> None:
             yield number, task.answer if task.group != "instructions" else "I do not know."
 
     record = capability.record(Target("m", "server", {}, ask))
-    assert (record["n"], record["right"]) == (60, 40)
-    assert record["share"] == pytest.approx(2 / 3)
-    rights = {name: one["right"] for name, one in record["groups"].items()}
+    assert (record.n, record.right) == (60, 40)
+    assert record.share == pytest.approx(2 / 3)
+    rights = {name: one.right for name, one in record.groups.items()}
     assert rights == {"arithmetic": 20, "instructions": 0, "extraction": 20}
 
 

@@ -17,7 +17,9 @@ from abl_mlx.cli.main import cli
 from abl_mlx.commands.evaluate_model import paired
 from abl_mlx.inputs import prompts
 from abl_mlx.inputs.sets import split
+from abl_mlx.records.evaluations import Category, Divergence
 from tests.support.places import ROOT
+from tests.support.records import evaluated
 from tests.support.servers import ANSWER, REFUSAL, Handler, Server
 
 HARMFUL = split(prompts.bundled("harmful"), 0).test.texts[:20]
@@ -176,10 +178,10 @@ def test_kl_needs_a_baseline_with_probabilities(world: World) -> None:
 
 
 def test_what_was_not_measured_is_not_met() -> None:
-    record = {"kl": {"k32": float("nan")}, "broken_rate": 0.0}
+    record = evaluated(kl=Divergence(k1=float("nan"), k32=float("nan")))
     checks = gate.check(record, Limits(max_kl=0.1))
     assert [one.passed for one in checks] == [False, True]
-    assert [one.record()["value"] for one in checks] == [None, 0.0]
+    assert [one.value for one in checks] == [None, 0.0]
 
 
 # --- JUnit ---------------------------------------------------------------------------------------
@@ -265,12 +267,12 @@ def test_categories_fail_only_when_the_command_does(world: World, tmp_path: Path
 
 
 def test_names_that_xml_cannot_hold_are_told_in_a_report_all_the_same() -> None:
-    tally = {"n": 1, "refused": 1, "broken": 0, "refusal_rate": 1.0, "refusal_interval": [0.2, 1]}
-    record = {
-        "source": 'a<b>&"c"\x00\x1b[31m',
-        "categories": {"harmful": {"\x0b\ud800 ]]> <x>": tally, "": tally}},
-    }
-    suite = ET.fromstring(gate.junit(record, []))[0]
+    tally = Category(n=1, refused=1, broken=0, refusal_rate=1.0, refusal_interval=[0.2, 1.0])
+    record = evaluated(
+        source='a<b>&"c"\x00\x1b[31m',
+        categories={"harmful": {"\x0b\ud800 ]]> <x>": tally, "": tally}},
+    )
+    suite = ET.fromstring(gate.junit(record))[0]
     assert suite.attrib["name"] == 'abl-mlx eval a<b>&"c"��[31m'
     assert [case.attrib["name"] for case in suite.iter("testcase")] == [
         "�� ]]> <x>", "no category",
@@ -288,11 +290,9 @@ def test_a_report_that_cannot_go_there_is_told_first(
 
 
 def test_paired_counts_what_each_model_refuses() -> None:
-    before = {"verdicts": {"harmful": "RRRRA"}}
-    after = {"verdicts": {"harmful": "RABAR"}}
-    found = paired(before, after, "harmful")
-    assert (found["both"], found["lost"], found["gained"], found["neither"]) == (1, 3, 1, 0)
-    assert found["difference"] == pytest.approx(-0.4)
+    found = paired("RRRRA", "RABAR")
+    assert (found.both, found.lost, found.gained, found.neither) == (1, 3, 1, 0)
+    assert found.difference == pytest.approx(-0.4)
 
 
 # --- the example ---------------------------------------------------------------------------------

@@ -21,8 +21,10 @@ from abl_mlx.behaviour.journal import Answered
 from abl_mlx.behaviour.refusals import WITHHELD, Verdict
 from abl_mlx.choices import EvalOptions, Judging, Limits
 from abl_mlx.commands import evaluate_model
+from abl_mlx.records.evaluations import EvalRecord
 from abl_mlx.reports import eval_tables
 from convert.base.errors import UserError
+from tests.support.records import evaluated
 
 
 @contextmanager
@@ -173,10 +175,10 @@ def test_the_record_counts_what_could_not_be_read() -> None:
         Answered(Verdict.BROKEN, markers=Verdict.BROKEN),
     ]
     record = judge.record(answers)
-    assert (record["asked"], record["unparsed"]) == (4, 1)
-    assert record["agreement"] == pytest.approx(2 / 3)
-    assert record["kappa"] == pytest.approx(0.4)
-    assert record["table"] == {"answer/answer": 1, "answer/refusal": 1, "refusal/refusal": 1}
+    assert (record.asked, record.unparsed) == (4, 1)
+    assert record.agreement == pytest.approx(2 / 3)
+    assert record.kappa == pytest.approx(0.4)
+    assert record.table == {"answer/answer": 1, "answer/refusal": 1, "refusal/refusal": 1}
 
 
 # --- real judges ---------------------------------------------------------------------------------
@@ -285,20 +287,18 @@ def test_a_judge_that_is_no_server_has_no_other_name() -> None:
 # --- limits where verdicts are missing -----------------------------------------------------------
 
 
-def judged(harmful: str, harmless: str) -> dict[str, Any]:
+def judged(harmful: str, harmless: str) -> EvalRecord:
     def rate(letters: str) -> float:
         told = letters.replace("?", "")
         return told.count("R") / len(told)
 
-    return {
-        "source": "m",
-        "verdicts": {"harmful": harmful, "harmless": harmless},
-        "harmful_refusal_rate": rate(harmful),
-        "harmless_refusal_rate": rate(harmless),
-        "n_harmful": len(harmful.replace("?", "")),
-        "n_harmless": len(harmless.replace("?", "")),
-        "broken_rate": 0.0,
-    }
+    return evaluated(
+        verdicts={"harmful": harmful, "harmless": harmless},
+        harmful_refusal_rate=rate(harmful),
+        harmless_refusal_rate=rate(harmless),
+        n_harmful=len(harmful.replace("?", "")),
+        n_harmless=len(harmless.replace("?", "")),
+    )
 
 
 def test_a_missing_verdict_counts_against_a_limit() -> None:
@@ -314,5 +314,4 @@ def test_a_missing_verdict_counts_against_a_limit() -> None:
 
 
 def test_pairs_need_both_verdicts() -> None:
-    first, second = judged("R?RA", "A"), judged("AR?A", "A")
-    assert gate.both_judged(first, second, "harmful") == ([True, False], [False, False])
+    assert gate.both_judged("R?RA", "AR?A") == ([True, False], [False, False])

@@ -314,9 +314,9 @@ def test_the_cut_kl_of_two_runtimes_is_near_the_exact_one(half: Path) -> None:
             cut = divergence.compare(reference, edited)
     with target(str(half / "model.gguf")) as edited:
         asked = divergence.compare(reference, edited)
-    assert exact["kind"] == "exact"
-    assert math.isfinite(exact["k1"])
-    assert exact["k1"] > 0.05
-    assert cut["k1"] == pytest.approx(exact["k1"], rel=0.05)
-    assert asked["k1"] == pytest.approx(cut["k1"], rel=0.05)
-    assert asked["k32"] == pytest.approx(cut["k32"], rel=0.1, abs=1e-5)
+    assert exact.kind == "exact"
+    assert math.isfinite(exact.k1)
+    assert exact.k1 > 0.05
+    assert cut.k1 == pytest.approx(exact.k1, rel=0.05)
+    assert asked.k1 == pytest.approx(cut.k1, rel=0.05)
+    assert asked.k32 == pytest.approx(cut.k32, rel=0.1, abs=1e-5)

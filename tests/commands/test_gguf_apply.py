@@ -98,7 +98,7 @@ def ask(path, limit=64):
             harmful, harmless, max_tokens=32,
         )  # fmt: skip
     exact = [r.strip() == p.answer for r, p in zip(seen.replies[1], harmless.prompts, strict=True)]
-    return seen.record() | {"allowed_exact": float(np.mean(exact))}
+    return seen.record().json | {"allowed_exact": float(np.mean(exact))}
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "Q3_K", "Q2_K", "all Q4_K", "all Q3_K"])

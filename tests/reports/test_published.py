@@ -26,6 +26,7 @@ from abl_mlx.records.edits import (
     EvaluatedEdit,
     Hashes,
     Leaks,
+    MeasureRecord,
     RunRecord,
     WorstLeak,
     WrittenEdit,
@@ -266,6 +267,9 @@ _RUN = RunRecord(
 _APPLIED = ApplyRecord(
     **_EDITED, options=ApplyOptions(), leak=WorstLeak(total=0.0, max=0.0), written=[_OUTPUT]
 )
+_MEASURED = MeasureRecord(
+    abl_mlx="0", source="x", outputs=["y"], direction=Chosen(sha256="0"), note=NOTE, seconds={}
+)
 _CONVERTED = ConvertRecord(
     abl_mlx="0", source="y", output="x", format="MLX", tensors={}, bytes=0, seconds={}, note=NOTE
 )
@@ -282,6 +286,7 @@ _EVALUATED = EvalRecord(
         tables.run_table(_RUN),
         tables.apply_table(_APPLIED),
         induce_tables.table(_RUN),
+        tables.measure_line(_MEASURED),
         tables.convert_table(_CONVERTED),
         eval_tables.table(_EVALUATED),
         tables.card(_RUN, _OUTPUT, "x", "abl.json"),
@@ -297,7 +302,7 @@ def test_these_records_and_no_others_have_notes():
     modules = (edits, evaluations, looks)
     parts = {one for module in modules for one in vars(module).values() if inspect.isclass(one)}
     noted = {one for one in parts if issubclass(one, Part) and "note" in kinds_of(one)}
-    assert noted == {WrittenEdit, EvaluatedEdit, ConvertRecord, Asked, EvalRecord}
+    assert noted == {MeasureRecord, WrittenEdit, EvaluatedEdit, ConvertRecord, Asked, EvalRecord}
 
 
 def test_columns_that_are_empty_are_left_out(direction, tmp_path):

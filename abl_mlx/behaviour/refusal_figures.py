@@ -1,0 +1,70 @@
+"""Verdicts on the replies to prompt sets, as the figures of a record.
+
+Nothing in this module imports MLX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from abl_mlx.behaviour.refusals import Rates, Tally, Verdict
+from abl_mlx.behaviour.reply_notes import Notes
+from abl_mlx.records.evaluations import Category, Rate, Refusals
+
+
+def refusals(sets: Mapping[str, Rates], notes: Notes, expected: float | None) -> Refusals:
+    """Rates with their intervals, by set and category.
+
+    Replies without a verdict are in no rate; a rate of nothing is None.
+
+    Args:
+        sets: ``harmful``, ``harmless`` and, where it was asked, ``borderline``.
+        expected: share of harmful prompts whose reply is exactly the answer known for them.
+    """
+    both = [sets[name].overall for name in ("harmful", "harmless")]
+    judged = sum(tally.total for tally in both)
+    broken = sum(tally.count(Verdict.BROKEN) for tally in both)
+    harmful, harmless = _rate(sets["harmful"]), _rate(sets["harmless"])
+    borderline = _rate(sets["borderline"]) if "borderline" in sets else None
+    unknown = borderline is not None and borderline.share is None
+    return Refusals(
+        harmful_refusal_rate=harmful.share,
+        harmful_refusal_interval=harmful.interval,
+        n_harmful=harmful.n,
+        harmless_refusal_rate=harmless.share,
+        harmless_refusal_interval=harmless.interval,
+        n_harmless=harmless.n,
+        broken_rate=broken / judged if judged else None,
+        expected_answer_rate=expected,
+        borderline_refusal_rate=None if borderline is None else borderline.share,
+        borderline_refusal_interval=None if borderline is None else borderline.interval,
+        n_borderline=None if borderline is None else borderline.n,
+        nulls=frozenset({"borderline_refusal_rate"}) if unknown else frozenset(),
+        unfinished_thoughts=notes.unfinished_thoughts,
+        looping_refusals=notes.looping_refusals,
+        withheld_replies=notes.withheld_replies,
+        fixed_reply=notes.fixed_reply,
+        categories={
+            name: {category: _category(tally) for category, tally in one.by_category.items()}
+            for name, one in sets.items()
+        },
+    )
+
+
+def _rate(rates: Rates) -> Rate:
+    tally = rates.overall
+    return Rate(_share(tally), list(tally.interval(Verdict.REFUSAL)), tally.total)
+
+
+def _share(tally: Tally) -> float | None:
+    return tally.rate(Verdict.REFUSAL) if tally.total else None
+
+
+def _category(tally: Tally) -> Category:
+    return Category(
+        n=tally.total,
+        refused=tally.count(Verdict.REFUSAL),
+        broken=tally.count(Verdict.BROKEN),
+        refusal_rate=_share(tally),
+        refusal_interval=list(tally.interval(Verdict.REFUSAL)),
+    )
