@@ -1,1 +1,1 @@
-"""What an edit does to a weight, to its rounding, and at runtime."""
+"""Edits: their effect on weights, rounding that preserves it, and the same at runtime."""

@@ -1,4 +1,4 @@
-"""What is done to which writer, and the exact target for its weight.
+"""`Edit`: which directions are removed from which writers, and the exact edited weights.
 
 The formulas are in docs/architecture.md, "Mathematics of the edit".
 """
@@ -19,9 +19,10 @@ from convert.base.errors import UserError
 
 
 def orthonormal(directions: mx.array) -> mx.array:
-    """An orthonormal basis of the span of ``directions`` (k, d): (k, d) float32.
+    """An orthonormal basis of the span of ``directions``, float32 (k, d).
 
-    A single direction is divided by its norm, so its sign stays. Of (L, k, d) one for each layer.
+    Directions of shape (L, k, d) give one basis for each layer, (L, k, d). A single direction is
+    only divided by its norm, so it keeps its sign.
 
     Raises:
         UserError: when a direction is zero, not finite, or depends on the others.
@@ -33,29 +34,30 @@ def orthonormal(directions: mx.array) -> mx.array:
     except ValueError as error:
         if str(error) == "dependent":
             raise UserError(
-                "the directions depend on one another: leave out the superfluous ones."
+                "the directions are linearly dependent: leave out the superfluous ones."
             ) from None
         raise UserError("a direction is zero or not finite: it points nowhere.") from None
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Removal of directions from residual writers; knows nothing of file formats.
+    """Removal of directions from residual writers. It does not depend on a file format.
 
     Attributes:
         directions: float32, in the residual stream, of any length, linearly independent: (k, d),
-            or (L, k, d) with a set of its own for the writers of each layer (embeddings take
-            layer 0's).
+            or (L, k, d) with separate directions for the writers of each layer (embeddings use
+            those of layer 0).
         strength: α; 1 removes the component, 0.5 half of it, negative values strengthen it.
-        layers: the layers whose writers are edited; None for all of them.
-        embedding: whether the embedding's rows are edited too. With tied embeddings this edits the
-            output head as well.
-        profile: for ``attention`` and ``mlp``, a factor of α for each layer; None for 1.
-        norm: of `choices.NORMS`. Keeping columns leaves a full removal full; keeping rows undoes
-            part of it (docs/architecture.md, "Keeping norms").
-        pin: (k,) what the embedding's rows hold of each (orthonormal) direction instead of nothing,
-            in the embedding's own units; None for nothing. Affine editing: as nothing else writes
-            along the directions any more, the stream holds it everywhere.
+        layers: the layers whose writers are edited; None for all layers.
+        embedding: whether the embedding's rows are edited as well. With tied embeddings this also
+            edits the output head.
+        profile: for ``attention`` and ``mlp`` writers, a factor of α for each layer; None for 1.
+        norm: one of `choices.NORMS`: which norms of the weights are kept. A full removal stays full
+            if the norms of columns are kept, but not if those of rows are (docs/architecture.md,
+            "Keeping norms").
+        pin: (k,), the component along each (orthonormal) direction that every row of the embedding
+            gets, in the embedding's units; None for 0. As no other writer writes along the
+            directions after the edit, the stream has this component everywhere (affine editing).
     """
 
     directions: mx.array
@@ -73,7 +75,7 @@ class Edit:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is the projection W − α U(UᵀW) with one α and U for every writer."""
+        """Whether the edit is W − α U(UᵀW) with the same α and U for every writer."""
         return (
             self.directions.ndim == 2
             and self.profile is None
@@ -82,7 +84,7 @@ class Edit:
         )
 
     def strength_of(self, writer: Writer) -> float:
-        """α of one writer."""
+        """The strength α for one writer."""
         if self.profile is None or writer.component == "embedding":
             return self.strength
         return self.strength * float(self.profile[writer.component][writer.layer])
@@ -112,7 +114,11 @@ class Edit:
         return chosen
 
     def _check_layers(self, deepest: int) -> None:
-        """Raise for directions or strengths of fewer layers than the model has."""
+        """Check that per-layer directions and strengths are for all layers of the model.
+
+        Raises:
+            UserError: when they are for fewer layers.
+        """
         given = {"directions": len(self.directions)} if self.directions.ndim == 3 else {}
         if self.profile is not None:
             given["strengths"] = min(map(len, self.profile.values()))
@@ -124,9 +130,10 @@ class Edit:
                 )
 
     def basis(self, writer: Writer) -> mx.array:
-        """Orthonormal directions in the writer's own output: (k, d) float32.
+        """The directions to remove from the writer's output: orthonormal, float32 (k, d).
 
-        Behind a gain g the stream sees g ⊙ y, whose component along r is (g ⊙ r)·y.
+        If the output y is multiplied by a gain g, the stream gets g ⊙ y, whose component along r is
+        (g ⊙ r)·y; so g ⊙ r takes the place of r.
         """
         directions = self.directions
         if directions.ndim == 3:
@@ -136,11 +143,13 @@ class Edit:
         return orthonormal(directions * writer.gain[None, :])
 
     def taken(self, writer: Writer, along: Any, axis: int) -> Any:
-        """The part of a writer's components that the edit removes.
+        """The part of a writer's components along the directions that the edit removes.
 
         Args:
-            along: (k, n) or (…, k, n) with axis -2, (…, k) with axis -1; MLX or NumPy.
-            axis: of the components.
+            writer: the writer.
+            along: the components, (k, n) or (…, k, n) for axis -2, (…, k) for axis -1; MLX or
+                NumPy.
+            axis: the axis of length k.
         """
         if self.pin is not None and writer.kind == "embedding":
             held = self.pin if isinstance(along, mx.array) else numpy_of(self.pin)
@@ -149,22 +158,25 @@ class Edit:
 
 
 def stream_axis(kind: str, parameter: str) -> int:
-    """The axis of a writer's ``weight`` or ``bias`` that lies in the residual stream."""
+    """The axis of length d, the residual stream's, in a writer's ``weight`` or ``bias``."""
     return -1 if kind == "embedding" or parameter == "bias" else -2
 
 
 def target(edit: Edit, writer: Writer, parameter: str, values: mx.array) -> mx.array:
-    """The exact edited value, in float32, of a writer's ``weight`` or ``bias``.
+    """The exact edited values, in float32, of a writer's ``weight`` or ``bias``.
 
     Args:
-        values: the parameter in float32, in MLX's layout: (d, n), (E, d, n), (V, d), (d,) or
+        edit: the edit.
+        writer: the writer.
+        parameter: ``weight`` or ``bias``.
+        values: the parameter in float32, in MLX's layout: (d, n), (E, d, n), (V, d), (d,), or
             (E, d) for the biases of experts.
     """
     return mx.array(exact(edit, writer, parameter, numpy_of(values)))
 
 
 def exact(edit: Edit, writer: Writer, parameter: str, values: np.ndarray) -> np.ndarray:
-    """The same as `target` for a NumPy array, with equal results on every CPU."""
+    """The exact edited values as by `target`, for a NumPy array; the same on every CPU."""
     axis = stream_axis(writer.kind, parameter)
     projected = _projected(edit, writer, values, axis)
     if edit.norm == "none" or parameter == "bias":
@@ -189,14 +201,19 @@ def _lengths(values: np.ndarray, axis: int) -> np.ndarray:
 def rounded(
     edit: Edit, writer: Writer, parameter: str, exact: mx.array, dtype: mx.Dtype
 ) -> mx.array:
-    """Exact edited values in a float dtype, with the component kept where the edit put it.
+    """Exact edited values rounded to a float dtype so that the edit's component is preserved.
 
-    The same as `rounding` does on a quantized grid, and as needed: in a wide bfloat16 model a
-    plain cast leaves 1% of the component. Each line is rounded from values shifted along the
-    directions, the shift being corrected by what is left; the best of a few rounds is kept.
+    This is for floats what `rounding` is for quantized grids, and it is needed: in a wide bfloat16
+    model a plain cast leaves 1% of the component. Each line of the weight is shifted along the
+    directions before it is rounded; the shift is corrected a few times by the component that is
+    left, and the best result is kept.
 
     Args:
-        exact: float32, as `target` gives it.
+        edit: the edit.
+        writer: the writer.
+        parameter: ``weight`` or ``bias``.
+        exact: float32, the result of `target`.
+        dtype: the float type to round to.
     """
     basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
     wanted = numpy_of(exact)
@@ -215,20 +232,20 @@ def rounded(
     return best
 
 
-# Corrections of the shift; the last ones gain little.
+# How often the shift is corrected; further corrections gain little.
 _FLOAT_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Leak:
-    """Share of the edit that is missing from written values (docs/architecture.md, "Leak").
+    """Share of the edit that is missing from written weights (docs/architecture.md, "Leak").
 
-    Leaks of parts are added to give that of the whole.
+    The sum of the leaks of several tensors, or parts of one, is the leak of all of them together.
 
     Attributes:
         missing: ‖uᵀ(W_written − W_target)‖².
         wanted: ‖uᵀ(W_source − W_target)‖².
-        error2: ‖W_written − W_target‖², over all weights.
+        error2: ‖W_written − W_target‖², the squared error of the weights.
         target2: ‖W_target‖².
     """
 
@@ -247,21 +264,28 @@ class Leak:
 
     @property
     def value(self) -> float:
-        """The share of the component still there: 0 gone, 1 nothing happened."""
+        """The share of the intended change that is missing: 0 none, 1 all of it."""
         return float((self.missing / self.wanted) ** 0.5) if self.wanted else 0.0
 
     @property
     def error(self) -> float:
-        """Relative weight error against the exact float edit."""
+        """The error of the weights relative to the exactly edited ones, ‖W_written − W_target‖ /
+        ‖W_target‖."""
         return float((self.error2 / self.target2) ** 0.5) if self.target2 else 0.0
 
 
 def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: mx.array) -> Leak:
-    """Leak of one parameter, from its values before the edit and as read back from the output."""
+    """The leak of one parameter.
+
+    Args:
+        edit, writer, parameter: as for `target`.
+        source: its values before the edit, float32.
+        written: its values as read back from the output, float32.
+    """
     basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
     before, after = numpy_of(source), numpy_of(written)
     wanted = exact(edit, writer, parameter, before)
-    # With rows kept, what that undoes of the removal is missing as well.
+    # Keeping the norms of rows undoes a part of the removal; that part counts as missing.
     aim = wanted if edit.norm != "rows" else _projected(edit, writer, before, axis)
     missing = projection.along(basis, after - aim, axis)
     taken = _taken(edit, writer, parameter, before, wanted)
@@ -271,7 +295,7 @@ def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: 
 def _taken(
     edit: Edit, writer: Writer, parameter: str, source: np.ndarray, wanted: np.ndarray
 ) -> np.ndarray:
-    """The components that the edit removes, rounded to float32 once where possible."""
+    """The components that the edit removes, rounded to float32 only once where possible."""
     basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
     if edit.norm == "columns" and parameter != "bias":
         return projection.along(basis, source - wanted, axis)
@@ -280,15 +304,15 @@ def _taken(
 
 
 def total_leak(leaks: Sequence[Leak]) -> float:
-    """Root of the summed squares over all edited parameters.
+    """The leak of all edited parameters together.
 
     Raises:
-        UserError: when the source held nothing of the direction, so that nothing was edited.
+        UserError: when the source has no component along the direction, so nothing was edited.
     """
     wanted = sum(leak.wanted for leak in leaks)
     if wanted == 0:
         raise UserError(
-            "nothing of the direction was in the weights to begin with: the edit changed nothing; "
-            "is the model already edited along this direction?"
+            "the weights had no component along the direction before the edit, so it changed "
+            "nothing: is the model already edited along this direction?"
         )
     return float((sum(leak.missing for leak in leaks) / wanted) ** 0.5)

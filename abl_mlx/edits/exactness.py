@@ -1,4 +1,4 @@
-"""Checks that an edited model is free of the direction after every layer; else names the cause."""
+"""Checks that nothing of the direction is left in an edited model's residual stream."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from abl_mlx.models.writers import Writer, find_writers
 from abl_mlx.support.arrays import number
 from convert.base.errors import UserError
 
-#: The largest |r·h| / |h| that a complete edit of float weights leaves.
+#: The largest |r·h| / |h| that a complete edit of float32 or float16 weights may leave.
 LIMIT = 1e-4
 
-# bfloat16 has 8 bits: rounded as well as may be, it leaves 6e-4 in a model 64 wide and 1e-4 in one
-# of 2048. A writer that was missed leaves ten times as much.
+# The same for bfloat16, which has 8 bits of precision: the best rounding leaves 6e-4 in a model of
+# width 64 and 1e-4 in one of width 2048. A writer that was not edited leaves ten times as much.
 _BFLOAT16_LIMIT = 1e-3
 
 
 def is_complete(edit: Edit) -> bool:
-    """Whether the edit removes the whole direction, so that no component should be left."""
+    """Whether the edit removes the whole direction everywhere, so that no component may be left."""
     return edit.strength == 1 and edit.layers is None and edit.embedding and edit.is_plain
 
 
 def limit_for(types: Iterable[str]) -> float | None:
-    """What a complete edit of weights of these types may leave at most; None for quantized ones.
+    """The largest |r·h| / |h| that a complete edit may leave in weights of these types.
+
+    None if one of them is a quantized type.
 
     Args:
-        types: as files name them: F32, F16, BF16, Q8_0, ...
+        types: names of types as in files: F32, F16, BF16, Q8_0, ...
     """
     limits = {"F32": LIMIT, "F16": LIMIT, "BF16": _BFLOAT16_LIMIT}
     kinds = set(types)
@@ -40,12 +42,15 @@ def limit_for(types: Iterable[str]) -> float | None:
 
 
 def matrix_types(types: Iterable[tuple[str, tuple[int, ...]]]) -> set[str]:
-    """The types of the tensors, given as (type, shape), that have at least two dimensions."""
+    """The types of those tensors, given as (type, shape), that have at least two dimensions."""
     return {kind for kind, shape in types if len(shape) > 1}
 
 
 def moved(writers: Iterable[Writer], chat: ChatModel) -> list[Writer]:
-    """The same writers in another model of the same architecture, such as one with an adapter."""
+    """The writers with the modules of another model of the same architecture.
+
+    For instance the same model with an adapter.
+    """
     modules = dict(chat.model.named_modules())
     return [replace(writer, module=modules[writer.path]) for writer in writers]
 
@@ -56,14 +61,20 @@ def by_layer(
     sequences: Sequence[Sequence[int]],
     directions: mx.array,
 ) -> tuple[list[float], dict[str, float]]:
-    """The largest |r·h| / |h| after every layer, and |u·y| / |y| of every writer's output y.
+    """The largest |r·h| / |h| after each layer, and the largest |u·y| / |y| of each writer.
 
-    Runs in float32 whatever the weights are stored in: embeddings are widened, and everything
-    that meets them follows. A writer's u is where its output must have nothing, behind its gain.
+    h is a state of the residual stream, y a writer's output, and u the direction that the edit
+    removes from y (r, or normalize(g ⊙ r) where a gain g follows). The model computes in float32
+    whatever type its weights have, because the embeddings are turned into float32.
 
     Args:
+        chat: the edited model.
+        writers: its residual writers.
         sequences: encoded prompts, run one by one.
         directions: (k, d).
+
+    Returns:
+        One number for each layer, and writer's path -> number.
     """
     unit = orthonormal(directions)
     layers: list[mx.array | None] = [None] * len(chat.layers)
@@ -118,19 +129,21 @@ def check(
     limit: float = LIMIT,
     writers: Sequence[Writer] | None = None,
 ) -> list[float] | None:
-    """Raise when a complete edit left a component of the direction in the residual stream.
+    """Check that a complete edit left no component of the direction in the residual stream.
 
     Args:
         chat: the edited model, as it was written.
-        sequences: encoded prompts; a few are enough: what is looked at holds at every token.
-        limit: from `limit_for`.
-        writers: of the model, where they are known; a model with an adapter cannot be probed.
+        edit: the edit.
+        sequences: encoded prompts. A few are enough, because every token is checked.
+        limit: the result of `limit_for`.
+        writers: the model's writers; None to find them, which fails for a model with an adapter.
 
     Returns:
-        the largest |r·h| / |h| after every layer; None for an edit that is not complete.
+        The largest |r·h| / |h| after each layer; None for an edit that is not complete.
 
     Raises:
-        UserError: with the first layer above ``limit`` and the module that writes most of it.
+        UserError: when it exceeds ``limit``; with the first such layer, and the module that writes
+            most of it.
     """
     if not is_complete(edit):
         return None
@@ -152,5 +165,5 @@ def check(
     raise UserError(
         f"the edited model still holds {layers[worst]:.1e} of the direction in its residual stream "
         f"after layer {worst}, {who}: more than {limit:g}, so the edit is not exact; write the "
-        "edited weights in a finer type, and if they are finer already, please report it."
+        "edited weights in a more precise type, and if they are precise already, please report it."
     )

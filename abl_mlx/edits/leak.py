@@ -16,7 +16,7 @@ class LeakReport:
 
     Attributes:
         tensors: source tensor name -> Leak.
-        details: source tensor name -> what else is known of it as written, as JSON values.
+        details: source tensor name -> further facts about the written tensor, as JSON values.
     """
 
     tensors: dict[str, Leak]
@@ -24,22 +24,22 @@ class LeakReport:
 
     @property
     def total(self) -> float:
-        """Root of the summed squares over all edited tensors."""
+        """The leak of all edited tensors together."""
         return total_leak(list(self.tensors.values()))
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The tensor with the largest leak."""
+        """The name of the tensor with the largest leak, and that leak."""
         name = max(self.tensors, key=lambda name: self.tensors[name].value)
         return name, self.tensors[name].value
 
     @property
     def error(self) -> float:
-        """The weight error of all tensors together."""
+        """The relative error of the weights of all edited tensors together."""
         return sum(self.tensors.values(), start=Leak()).error
 
     def record(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The report as JSON values."""
         return {
             "total": self.total,
             "max": self.worst[1],
@@ -54,12 +54,12 @@ class LeakReport:
         }
 
     def check(self, output: str, limit: float, mend: str) -> None:
-        """Raise when the total leak of an output is above the limit.
+        """Check the total leak against a limit.
 
         Args:
-            output: its name, for the message.
-            limit: largest allowed total leak.
-            mend: what to do about it beside raising the limit.
+            output: the output's name, for the message.
+            limit: the largest allowed total leak.
+            mend: advice for the message, besides raising the limit.
 
         Raises:
             UserError: when the total is above ``limit``, or the edit changed nothing.

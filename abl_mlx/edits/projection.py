@@ -1,9 +1,9 @@
-"""Components along directions, and weights without them: the same numbers on every CPU.
+"""Components of weights along directions, and their removal, with the same result on every CPU.
 
-BLAS sums in an order that depends on the CPU, on its number of cores, and on the library. What is
-summed here decides codes, so the order is fixed: float32 in short pieces, which are added up in
-float64. All arrays are NumPy's, float32; (..., d, n) with the stream down the rows (axis -2), or
-(..., n) with it along them (axis -1).
+BLAS sums in an order that depends on the CPU, its number of cores, and the library. Quantization
+codes depend on these sums, so here the order is fixed: short pieces are summed in float32, and the
+pieces in float64. All arrays are float32 in NumPy. The residual stream is axis -2 of weights
+(..., d, n), or the last axis of weights (..., d).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from convert.base.grids import CHUNK, in_chunks
 
 
 def along(basis: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
-    """The components along each direction.
+    """The components of weights along each direction.
 
     Args:
-        basis: (k, d).
+        basis: the directions, (k, d).
         values: (..., d, n) for axis -2, (..., d) for axis -1.
-        axis: of the stream.
+        axis: the axis of the residual stream.
 
     Returns:
         (..., k, n), or (..., k).
@@ -48,10 +48,13 @@ def along(basis: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def without(basis: np.ndarray, components: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
-    """The values minus these components: W − Uᵀ c, or W − c U.
+    """Weights without these components: W − Uᵀ c (axis -2), or W − c U (axis -1).
 
     Args:
-        components: as `along` gives them.
+        basis: the directions U, (k, d).
+        components: c, in the shape that `along` returns.
+        values: W, as for `along`.
+        axis: the axis of the residual stream.
     """
     from abl_mlx.edits import projection_kernels as kernels
 
@@ -98,7 +101,7 @@ def squares(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def square(values: np.ndarray) -> float:
-    """Σ w² over everything."""
+    """Σ w² over all values."""
     if values.size == 0:
         return 0.0
     rows = values.reshape(1, -1) if values.ndim < 2 else values.reshape(-1, values.shape[-1])
@@ -106,12 +109,12 @@ def square(values: np.ndarray) -> float:
 
 
 def orthonormal(directions: np.ndarray) -> np.ndarray:
-    """Gram and Schmidt's basis of the span of ``directions`` (k, d): float32 (k, d).
+    """An orthonormal basis of the span of ``directions`` (k, d) by Gram-Schmidt: float32 (k, d).
 
-    In float64, every sum correctly rounded. Each direction keeps its sign.
+    It is computed in float64 with correctly rounded sums. Each direction keeps its sign.
 
     Raises:
-        ValueError: when one is zero or not finite, or depends on those before it.
+        ValueError: when a direction is zero, not finite, or linearly dependent on earlier ones.
     """
     found: list[np.ndarray] = []
     for one in directions.astype(np.float64):
@@ -119,7 +122,7 @@ def orthonormal(directions: np.ndarray) -> np.ndarray:
         if not 0 < length < math.inf:
             raise ValueError("zero or not finite")
         left = one / length
-        for _ in range(2 if found else 0):  # the second time for what rounding has left
+        for _ in range(2 if found else 0):  # the second time removes what rounding left
             for other in found:
                 left = left - math.fsum(left * other) * other
         rest = math.sqrt(math.fsum(left * left))
@@ -134,6 +137,6 @@ def _plain(values: np.ndarray) -> np.ndarray:
 
 
 def _matrices(values: np.ndarray, out: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each (d, n) of a stack with its place in ``out``, whose rows may be fewer."""
+    """Yield each matrix (d, n) of a stack with the part of ``out`` that belongs to it."""
     stack = _plain(values).reshape(-1, *values.shape[-2:])
     yield from zip(stack, out.reshape(-1, *out.shape[-2:]), strict=True)

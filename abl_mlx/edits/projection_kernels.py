@@ -1,4 +1,4 @@
-"""Numba kernels of `projection`: sums over the residual stream in an order of their own."""
+"""Numba kernels of `projection`: sums over the residual stream in a fixed order."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from convert.base.compiled import compiled
 
 F = np.float32
 
-# Numbers that are summed in float32 before they join a sum in float64.
+# How many numbers are summed in float32 before the result is added to a float64 sum.
 _BLOCK = 32
 
-# Columns that are worked on together; their sums stay in the cache.
+# How many columns are processed together, so that their sums stay in the CPU's cache.
 _WIDTH = 512
 
 

@@ -1,19 +1,20 @@
-"""Edit-preserving rounding: quantized codes that keep the component that an edit asks for.
+"""Edit-preserving rounding: quantized codes whose components along the directions are the edit's.
 
-The mathematics and its figures are in docs/architecture.md, "Edit-preserving rounding".
+The mathematics and measurements are in docs/architecture.md, "Edit-preserving rounding".
 
-Ordinary rounding moves every weight to its nearest level, and the edit of a refusal direction, far
-smaller than half a step in each weight, is mostly rounded away. Here the codes of a whole line (a
-column of a writer, a row of an embedding) are chosen together: of all codes for which the line's
-component along the directions is what the edit wants, those with little weight error.
+Ordinary rounding moves every weight to its nearest level. The edit of a refusal direction changes
+each weight by far less than half a step, so most of the edit is rounded away. Here the codes of a
+whole line (a column of a writer, a row of an embedding) are chosen together, so that the line's
+component along the directions is the one that the edit asks for and the weight error is small.
 
-Little, not least. The weights of a quantized model lie on its levels, and the cheapest codes that
-take a component c out of a line leave nearly all of them where they are: they move the few weights
-whose share of the direction is largest by whole steps. Over many lines these moves are c times one
-and the same vector, so that what was read along the direction can be read along that vector: the
-component is turned, not removed. A demo at two bits went on refusing so at a leak of 0.0002. So the
-errors of a tensor are kept from correlating with c from line to line, at a price in weight error
-that stays below what the quantization itself has cost.
+The error is small but not minimal, for this reason. The weights of a quantized model lie on its
+levels. The codes with the least error that remove a component c from a line keep nearly all weights
+where they are, and move only the few with the largest share of the direction by whole steps. Over
+many lines these moves are c times the same vector, so later layers could read along that vector
+what they used to read along the direction: the component would be rotated, not removed. A demo
+model at two bits still refused in this way at a leak of 0.0002. So the errors of a tensor are kept
+from correlating with c over the lines; the weight error that this adds is smaller than the error of
+the quantization itself.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ import numpy as np
 from abl_mlx.edits import projection
 from convert.base.grids import CHUNK, Grid, in_chunks
 
-#: Leak aimed at in each line, as a share of the tensor's root mean square component.
+#: Tolerated error of the component in each line, as a share of the tensor's root mean square
+#: component.
 AIM = 1e-4
 
-#: A fresh grid gives up every code and scale of the source, so it must lower the error by this
-#: share of itself, or by this share of the weights' norm.
+#: A fresh grid gives up every code and scale of the source, so it is used only if it lowers the
+#: error by this share of the error, or by this share of the weights' norm.
 _WORTH_RELATIVE, _WORTH_ABSOLUTE = 0.025, 0.002
 
-# Columns rounded together; divides the group size of every format.
+# How many columns are rounded together; it divides the group size of every format.
 _TILE = 16
 
-# Lines that one thread rounds in turn, at least: their errors are kept apart from c together.
+# The smallest number of lines for one thread, which keeps their errors from correlating with c.
 _LINES = 512
 
-# Single steps that finish a line, for each direction. Mostly one will do.
+# Most single steps that finish a line, for each direction; usually one is enough.
 _STEPS = 16
 
 
@@ -52,17 +54,16 @@ def preserve(
     removed: float,
     taken: np.ndarray | None = None,
 ) -> Grid:
-    """Round ``target`` onto a grid's levels so that its components along ``basis`` survive.
+    """Round ``target`` to a grid's levels so that its components along ``basis`` are preserved.
 
     Args:
-        grid: scales, offsets and levels to choose from; its codes are not looked at.
+        grid: the scales, offsets and levels to choose from; its codes are ignored.
         target: (R, n) float32, the exact edited weights.
         basis: (k, d) float32, orthonormal.
-        axis: 0 when the stream runs down the rows (a writer, d = R), 1 when it runs along them
-            (an embedding, d = n).
+        axis: the axis of the residual stream: 0 for a writer (d = R), 1 for an embedding (d = n).
         removed: root mean square, over the lines, of the norm of the component that the edit
-            takes away; sets the tolerance.
-        taken: (lines, k) float32, c: the components that the edit took away from each line, with
+            removes; the tolerance is a share of it.
+        taken: c, (lines, k) float32: the components that the edit removed from each line, with
             which the errors must not correlate. None where they are not known.
 
     Returns:
@@ -105,12 +106,12 @@ def preserve(
 
 @dataclass(frozen=True)
 class Encoders:
-    """Encoders of a format for grids other than a tensor's own.
+    """Functions of a format that choose new scales for a tensor.
 
     Attributes:
-        fresh: encodes float32 rows anew in the same type.
-        refit: re-encodes the blocks of a grid that values have left.
-        available: whether the two can be called; a tensor's own grid needs neither.
+        fresh: makes a new grid of the same type for float32 rows.
+        refit: chooses new scales for those blocks of a grid whose range is too small for values.
+        available: whether these functions can be called. A tensor's own grid needs neither.
     """
 
     fresh: Callable[[np.ndarray], Grid]
@@ -120,7 +121,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Edited:
-    """Exact edited weights, and the components to keep; the arguments of `preserve`."""
+    """Exact edited weights with the other arguments of `preserve`."""
 
     target: np.ndarray
     basis: np.ndarray
@@ -129,16 +130,16 @@ class Edited:
     taken: np.ndarray | None = None
 
     def on(self, grid: Grid) -> Grid:
-        """Rounded onto a grid."""
+        """The edited weights rounded to a grid."""
         return preserve(grid, self.target, self.basis, self.axis, self.removed, self.taken)
 
 
 def better_source(own: Grid, edited: Edited, encoders: Encoders) -> str:
-    """``own`` or ``fresh``: which grid holds the edited weights with less error.
+    """Which grid holds the edited weights with less error: ``own`` or ``fresh``.
 
-    The own grid keeps tuned scales and most codes, so a fresh one has to be clearly better. Both
-    are tried, rounding included: where the edit must be forced against a coarse grid, the forcing
-    costs more than the quantization. Meant for a sample of whole lines.
+    The tensor's own grid keeps its scales and most codes, so a fresh one must be clearly better.
+    The edited weights are rounded to both, because on a coarse grid the rounding that preserves the
+    edit may cost more than the quantization. Meant for a sample of whole lines.
     """
     if not encoders.available:
         return "own"
@@ -150,11 +151,14 @@ def better_source(own: Grid, edited: Edited, encoders: Encoders) -> str:
 
 
 def round_onto(own: Grid, edited: Edited, encoders: Encoders, source: str) -> Grid:
-    """Round onto the tensor's own grid, with new scales where values have left it, or onto a fresh
-    one.
+    """Round edited weights to the tensor's own grid or to a fresh one.
 
     Args:
-        source: ``own`` or ``fresh``, as `better_source` says.
+        own: the tensor's own grid. Blocks whose range is too small get new scales if ``encoders``
+            are available.
+        edited: the edited weights.
+        encoders: those of the tensor's format.
+        source: ``own`` or ``fresh``, the result of `better_source`.
     """
     if source == "fresh":
         return edited.on(encoders.fresh(edited.target))

@@ -1,10 +1,10 @@
 """Numba kernels of `rounding`: one line of weights at a time, in float32.
 
-A line is what one constraint spans: a column of a writer's weight, or a row of an embedding. All
-kernels release the interpreter lock, so that threads can share the lines.
+A line is the set of weights that share a constraint: a column of a writer's weight, or a row of an
+embedding. All kernels release the interpreter lock, so that threads can share the lines.
 
-Sums over a line are made in `LANES` parts side by side, which are added up at the end. So they are
-the same on every CPU, and a compiler may still put the parts into one register.
+Sums over a line are computed as `LANES` partial sums, which are added at the end. So they are the
+same on every CPU, while the compiler can still keep the partial sums in a vector register.
 """
 
 from __future__ import annotations
@@ -16,31 +16,32 @@ from convert.base.compiled import compiled
 F = np.float32
 
 LANES = 32
-"""Parts of a sum."""
+"""The number of partial sums."""
 
-# Evaluations of the residual in one search for a multiplier, besides those that bracket it.
+# Most evaluations of the residual in a search for a multiplier, besides those that bracket it.
 _EVALUATIONS = 10
 _BRACKETS = 6
 
-# Levels above which they are searched by halving, and not compared one by one in vector registers.
+# With more levels than this they are searched by bisection; fewer are compared one by one, with
+# vector instructions.
 _MANY = 32
 
-# Scales below have no finite inverse.
+# Scales smaller than this have no finite inverse.
 _LEAST = F(1.2e-38)
 
-# Share of its debt that a line like the others is asked for, times two.
+# Twice the share of the accumulated errors that an average line compensates.
 _PAID = F(0.5)
 
 
 @compiled()
 def _inverse(scale):
-    """1 / scale; 0 where that is no finite number, as of a scale of zero."""
+    """1 / scale; 0 where that is not finite, for instance for a scale of zero."""
     return F(1) / scale if abs(scale) >= _LEAST else F(0)
 
 
 @compiled()
 def _total(lanes):
-    """The sum of the lanes' sums."""
+    """The sum of the partial sums."""
     total = 0.0
     for lane in range(LANES):
         total += lanes[lane]
@@ -49,13 +50,13 @@ def _total(lanes):
 
 @compiled()
 def _prepare(x, u, w, s, inv, o, at, slope, weight, lanes):
-    """What `_residual` needs of a line and a direction, and the part of it that stays.
+    """Fill the arrays that `_residual` needs for a line and a direction.
 
-    A weight's level is that nearest to at − μ slope, and adds weight · level to the residual. The
-    three are longer than the line, up to a multiple of `LANES`, and zero there.
+    A weight's level is the one nearest to at − μ slope, and it adds weight · level to the residual.
+    The arrays ``at``, ``slope`` and ``weight`` are padded with zeros to a multiple of `LANES`.
 
     Returns:
-        Σ u (offset − w).
+        Σ u (offset − w), the part of the residual that does not depend on μ.
     """
     d = x.shape[0]
     lanes[:] = 0
@@ -77,7 +78,7 @@ def _prepare(x, u, w, s, inv, o, at, slope, weight, lanes):
 
 @compiled()
 def _residual(at, slope, weight, mu, kept, levels, mids, low, high, uniform, lanes):
-    """Σ u (value − w) over the line, where every value is the one nearest to x − μ u."""
+    """Σ u (value − w) over the line, where each value is the grid's nearest to x − μ u."""
     lanes[:] = 0
     for start in range(0, at.shape[0], LANES):
         ats, slopes = at[start : start + LANES], slope[start : start + LANES]
@@ -97,7 +98,7 @@ def _residual(at, slope, weight, mu, kept, levels, mids, low, high, uniform, lan
 
 @compiled()
 def _code(z, mids):
-    """The index of the nearest level: how many midpoints between levels lie below a value."""
+    """The index of the level nearest to z: the number of midpoints between levels below z."""
     code = 0
     if mids.shape[0] <= _MANY:
         for m in range(mids.shape[0]):
@@ -130,11 +131,11 @@ def _choose(at, mids, low, high, uniform, codes):
 @compiled()
 def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x, turns, tolerance,
                  scratch):  # fmt: skip
-    """Step 1: codes Q(x − Σ μ_a u_a), each μ_a found in turn by a bracketed false position.
+    """Step 1: codes Q(x − Σ μ_a u_a), where each μ_a is found in turn by bracketed false position.
 
-    x is w, or what `_owed` makes of it, and is changed. Each residual falls as its own multiplier
-    grows, so this climbs the Lagrangian's dual one coordinate at a time. It is a staircase: the
-    best step seen is kept.
+    x is w or the result of `_owed`; it is overwritten. Each residual falls as its own multiplier
+    grows, so this is coordinate ascent on the Lagrangian dual. The residual is a step function of
+    μ_a, so the best value seen is kept.
     """
     k, d = basis.shape
     at, slope, weight, lanes = scratch
@@ -144,14 +145,14 @@ def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x
             u = basis[a]
             if mu[a] != 0:
                 for i in range(d):
-                    x[i] += mu[a] * u[i]  # x is now without this direction's share
+                    x[i] += mu[a] * u[i]  # takes this direction's shift out of x
             kept = _prepare(x, u, w, s, inv, o, at, slope, weight, lanes)
             m0 = mu[a]
             f0 = _residual(at, slope, weight, m0, kept, levels, mids, low, high, uniform,
                            lanes)  # fmt: skip
             best, least = m0, abs(f0)
             if least > tolerance:
-                # On average the values follow, so f falls by one as μ grows by one.
+                # On average the values follow x − μ u, so f falls by one as μ grows by one.
                 step = f0 * F(1.5)
                 m1 = m0 + step
                 f1 = _residual(at, slope, weight, m1, kept, levels, mids, low, high, uniform,
@@ -172,7 +173,8 @@ def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x
                     side = 0
                     for _ in range(_EVALUATIONS):
                         m = m0 + (m1 - m0) * f0 / (f0 - f1)
-                        # Kept off the ends, so that the bracket shrinks at a steep step too.
+                        # The point is kept away from the ends, so that the bracket also shrinks at
+                        # a steep step.
                         left, width = min(m0, m1), abs(m1 - m0)
                         m = min(max(m, left + F(0.1) * width), left + F(0.9) * width)
                         f = _residual(at, slope, weight, m, kept, levels, mids, low, high, uniform,
@@ -181,8 +183,8 @@ def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x
                             best, least = m, abs(f)
                         if abs(f) <= tolerance:
                             break
-                        # An end that stays counts half as much (the Illinois rule), so that a flat
-                        # stretch on its side does not hold the search up.
+                        # The value at an end that stays is halved (the Illinois rule), so that a
+                        # flat stretch on its side does not slow the search.
                         if f * f0 > 0:
                             m0, f0 = m, f
                             f1 *= F(0.5) if side == 1 else F(1)
@@ -201,18 +203,20 @@ def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x
 
 @compiled()
 def _owed(w, debt, taken, mean, x):
-    """x: the weights w minus the share of earlier lines' errors that this line compensates.
+    """Write to x the weights w minus the share of earlier lines' errors that this line compensates.
 
-    Without it the cheapest codes for w + c u − μ u, where a line's weights lie on levels and the
-    edit takes c u away, are the levels they lie on, but for a few weights with the largest u. The
-    component along u would be gone, and c be found again along those few others: turned, not
-    removed. So every weight's error times c is kept (``debt``, as in error diffusion), and later
-    lines are rounded from where it shrinks.
+    Why: if a line's weights lie on levels and the edit removes c u, then the codes with the least
+    error are nearly all the old ones; only a few weights, those with the largest u, move. The
+    component along u would be gone, but c could be read along those few weights: it would be
+    rotated, not removed. So the sum of every weight's error times c is kept (``debt``, as in error
+    diffusion), and later lines are rounded from a point that reduces it.
 
     Args:
-        debt: (k, d): Σ over earlier lines of c_a times the error of their weights.
-        taken: (k,): c of this line.
-        mean: Σ_a c_a², on average over the lines.
+        w: the exact weights of the line, (d,).
+        debt: (k, d), the sum over earlier lines of c_a times the errors of their weights.
+        taken: (k,), c of this line.
+        mean: Σ_a c_a², averaged over the lines.
+        x: (d,), the result.
     """
     k, d = debt.shape
     square = mean
@@ -229,7 +233,7 @@ def _owed(w, debt, taken, mean, x):
 
 @compiled()
 def _owe(w, s, o, levels, codes, taken, debt):
-    """Add a line's errors to the sum that later lines compensate."""
+    """Add a line's errors times c to ``debt``, the sum that later lines compensate."""
     k, d = debt.shape
     for i in range(d):
         error = s[i] * levels[codes[i]] + o[i] - w[i]
@@ -239,9 +243,10 @@ def _owe(w, s, o, levels, codes, taken, debt):
 
 @compiled()
 def _finish(w, s, o, basis, levels, codes, residual, tolerance, steps, lanes):
-    """Step 2: single steps of single codes that best cancel what is left of the residual.
+    """Step 2: change single codes by one step each, so as to cancel the remaining residual.
 
-    Of the steps that bring it within the tolerance, the one that adds least weight error is taken.
+    Of the steps that bring the residual within the tolerance, the one that adds the least weight
+    error is taken; if there are none, the one that leaves the smallest residual.
     """
     k, d = basis.shape
     top = levels.shape[0] - 1
@@ -300,9 +305,9 @@ def columns(
     target, scales, offsets, group, basis, levels, mids, low, high, uniform, taken, mean, out, tile,
     first, last, turns, tolerance, steps,
 ):  # fmt: skip
-    """Round the columns of tiles ``first`` to ``last``: the constraint is Σ_i u_i Ŵ_ij per j.
+    """Round the columns of tiles ``first`` to ``last``; column j has a constraint on Σ_i u_i Ŵ_ij.
 
-    ``tile`` columns lie within one group, so that they share every row's scale.
+    The columns of a tile lie within one group, so in each row they share a scale.
     """
     d, n = target.shape
     k = basis.shape[0]
@@ -344,7 +349,7 @@ def rows(
     target, scales, offsets, group, basis, levels, mids, low, high, uniform, taken, mean, out,
     first, last, turns, tolerance, steps,
 ):  # fmt: skip
-    """Round the rows ``first`` to ``last``: the constraint is Σ_j u_j Ŵ_ij per i."""
+    """Round the rows ``first`` to ``last``; row i has a constraint on Σ_j u_j Ŵ_ij."""
     n = target.shape[1]
     k = basis.shape[0]
     s, inv, o, x = np.empty(n, F), np.empty(n, F), np.empty(n, F), np.empty(n, F)

@@ -1,7 +1,7 @@
-"""Parts of a tensor that are edited independently, and the exact edit of one.
+"""Slabs: parts of a tensor that are edited separately, which bounds the memory in use.
 
-Quantized tensors are edited in slabs: some columns of a writer (each column has its own
-constraint), or some rows of an embedding. Memory is bounded by the slab, not by the tensor.
+A slab is a run of columns of a writer or of rows of an embedding. Each column or row has its own
+constraint, so slabs are independent.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from abl_mlx.models.writers import Writer
 from abl_mlx.support.arrays import numpy_of
 from convert.base.errors import UserError
 
-#: Weights in a slab: about 32 MB of float32, of which a few are alive at once.
+#: Weights in a slab: 32 MB of float32. A few such arrays are in memory at the same time.
 SLAB = 1 << 23
 
-#: Lines of a tensor on which its own grid and a fresh one are compared.
+#: The number of lines of a tensor on which its own grid and a fresh one are compared.
 SAMPLE = 256
 
 
 class Edited(Protocol):
-    """The edit of one tensor."""
+    """The edit of one tensor, as this module needs it."""
 
     @property
     def name(self) -> str:
-        """Of the tensor, for messages."""
+        """The tensor's name, for messages."""
 
     @property
     def edit(self) -> Edit:
-        """What is done."""
+        """The edit."""
 
     @property
     def writer(self) -> Writer:
@@ -49,11 +49,11 @@ class Edited(Protocol):
 
 @dataclass(frozen=True)
 class Slab:
-    """A part of a tensor that is edited independently.
+    """A part of a tensor that is edited separately.
 
     Attributes:
-        rows: of the tensor's flat rows (experts one below the other).
-        columns: of the row, whole blocks of the type.
+        rows: a range of the tensor's rows, counted through all experts.
+        columns: a range of columns, in whole blocks of the tensor's type.
     """
 
     rows: slice
@@ -65,8 +65,8 @@ def slabs(shape: tuple[int, ...], axis: int, block: int) -> Iterator[Slab]:
 
     Args:
         shape: (out, in), (E, out, in), (V, d) or (d,).
-        axis: that of the residual stream, -1 or -2; slabs are never cut across it.
-        block: weights in a block of the type; columns are cut between blocks only.
+        axis: the axis of the residual stream, -1 or -2; a slab holds all of this axis.
+        block: weights in a block of the type; a slab has whole blocks.
     """
     n = shape[-1]
     total = int(np.prod(shape[:-1]))
@@ -94,11 +94,11 @@ def sample(shape: tuple[int, ...], axis: int, block: int) -> Slab:
 
 
 def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
-    """The exact edited values of a slab, float32, and the component that rounding has to keep.
+    """The exact edited values of a slab, float32, and the component that rounding must preserve.
 
     Raises:
-        UserError: when they are not finite, or when rows are to be kept, which a slab of columns
-            does not hold whole.
+        UserError: when the values are not finite; or when the edit keeps the norms of rows, which
+            is impossible for a slab because it does not hold whole rows.
     """
     if one.edit.norm == "rows":
         raise UserError(
@@ -124,12 +124,13 @@ def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
 
 
 def leak(one: Edited, source: np.ndarray, written: np.ndarray) -> Leak:
-    """The same as `edit.leak` for a slab of NumPy arrays, in fewer passes and on all cores.
+    """The leak of a slab, as by `edit.leak`, in fewer passes and on all cores.
 
-    With c the components that the edit takes away and D = written − source, the written error is
-    D + u c, so that ‖D + u c‖² = ‖D‖² + 2 c·(u D) + ‖c‖².
+    With c the components that the edit removes and D = written − source, the error of the written
+    weights is D + u c, and ‖D + u c‖² = ‖D‖² + 2 c·(u D) + ‖c‖².
 
     Args:
+        one: the edit of the tensor.
         source, written: float32, (R, n).
     """
     axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0

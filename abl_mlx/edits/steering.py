@@ -1,8 +1,8 @@
-"""Runtime interventions on a loaded model, without touching its weights.
+"""Runtime interventions on a loaded model, without changing its weights.
 
-`ablation` is the weight edit at runtime: what every residual writer puts out is projected, so the
-logits are those of the edited weights. `steering` works on the residual stream itself, after
-chosen layers and at chosen tokens: it ablates, pins, or adds.
+`ablation` is the weight edit at runtime: the output of every residual writer is projected, so the
+logits are those of the edited weights. `steering` changes the residual stream itself, after chosen
+layers and at chosen tokens: it ablates, pins, or adds.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from convert.base.errors import UserError
 
 @contextmanager
 def ablation(writers: Sequence[Writer], edit: Edit) -> Iterator[None]:
-    """Context manager that applies a weight edit to the outputs of the chosen writers.
+    """Context manager that applies a weight edit to the outputs of the writers that it edits.
 
-    Because writers are linear, the outputs equal those of edited weights and biases, so the logits
-    equal those of the weight edit to float precision, including a tied output head.
+    Because writers are linear, their outputs, and so the logits, are those of the edited weights
+    and biases to float precision. A tied output head is included.
 
     Raises:
-        UserError: for an edit that keeps norms, which is not linear in what a writer puts out.
+        UserError: when the edit keeps norms, which is not a linear function of a writer's output.
     """
     if edit.norm != "none":
         raise UserError(f"--norm {edit.norm} can be applied to weights only, not at runtime.")
@@ -85,14 +85,17 @@ class Intervention:
     """A change of the residual stream at the output of a layer.
 
     Attributes:
-        action: ``ablate`` takes the component along the directions away, ``pin`` sets it to
-            ``value``, ``add`` adds the directions as they are, in their own length.
+        action: ``ablate`` removes the component along the directions, ``pin`` sets it to ``value``,
+            ``add`` adds the directions in their own length.
         directions: (k, d).
-        strength: of an ablation or a pin, the share of the way to go; a factor of what is added.
-        value: what each component is set to: one number, or (k,) for orthonormal directions.
-        layers: after which layers, -1 being the embedding; None for all of them and it.
-        positions: tokens of each call of the model, negative ones counted from its end; None for
-            all of them. While a reply is generated with a cache every call sees one new token.
+        strength: for an ablation or a pin, the share of the change that is made; for ``add``, a
+            factor of the directions.
+        value: the component that a pin sets: one number, or (k,) for orthonormal directions.
+        layers: the layers after which the stream is changed, -1 being the embedding; None for the
+            embedding and all layers.
+        positions: the tokens of each call of the model whose states are changed, negative numbers
+            counted from the end; None for all. While a reply is generated with a cache, each call
+            has one token.
     """
 
     action: Literal["ablate", "pin", "add"]
@@ -107,7 +110,7 @@ class Intervention:
         return orthonormal(self.directions)
 
     def after(self, states: mx.array) -> mx.array:
-        """The stream with the intervention, (B, T, d), in the stream's own type."""
+        """The changed stream, (B, T, d), in the stream's own type."""
         if self.action == "add":
             change = self.strength * self.directions.sum(axis=0)
             change = mx.broadcast_to(change, states.shape)
@@ -126,7 +129,7 @@ class Intervention:
 
 
 def adding(vector: mx.array, layer: int, strength: float = 1.0) -> Intervention:
-    """``strength`` times a vector (d,), added to the stream after one layer, at every token."""
+    """The intervention that adds ``strength`` times a vector (d,) after a layer, at every token."""
     return Intervention("add", vector[None], strength, layers=frozenset({layer}))
 
 
@@ -136,7 +139,7 @@ class Induction:
 
     Attributes:
         vector: (d,) float32, strength included.
-        layer: after which layer it is added, counted from 0.
+        layer: the layer after which it is added, counted from 0.
         summary: how it was chosen, as JSON values.
     """
 
@@ -146,7 +149,7 @@ class Induction:
 
     @property
     def intervention(self) -> Intervention:
-        """The same at runtime."""
+        """The intervention that adds the vector at runtime."""
         return adding(self.vector, self.layer)
 
 
@@ -154,11 +157,11 @@ class Induction:
 def steering(chat: ChatModel, *interventions: Intervention) -> Iterator[None]:
     """Context manager that applies interventions to the residual stream, in the order given.
 
-    Ablation after every layer is not quite the weight edit: inside a layer the MLP still sees what
-    attention has just written. `ablation` is the weight edit.
+    Ablating after every layer differs from the weight edit, which is `ablation`: inside a layer the
+    MLP still gets the unprojected output of the attention.
 
     Raises:
-        UserError: a layer that the model does not have, or a direction of another width.
+        UserError: when the model has no such layer, or its width is not that of a direction.
     """
     count = len(chat.layers)
     for one in interventions:
@@ -208,10 +211,10 @@ def _after_layer(chat: ChatModel, layer: int, chosen: Sequence[Intervention]) ->
 
 @contextmanager
 def first_input(chat: ChatModel, change: Callable[[mx.array], mx.array]) -> Iterator[None]:
-    """Context manager in which the first layer gets ``change(stream)`` instead of the stream.
+    """Context manager in which the first layer's input is ``change(stream)`` instead of the stream.
 
     Raises:
-        UserError: when the model runs, if its first layer is handed no stream of (B, T, d).
+        UserError: when the model runs, if the input of its first layer is no stream (B, T, d).
     """
 
     def is_stream(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""Arrays, time, interrupts and the terminal."""
+"""Helpers for all rooms: arrays, timing, interrupts, JSON and the terminal."""

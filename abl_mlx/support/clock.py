@@ -1,4 +1,4 @@
-"""Seconds per step, printed on stderr."""
+"""Timing of a command's steps, reported on stderr."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from abl_mlx.support.console import say
 
 @dataclass
 class Clock:
-    """Seconds per step; each step is told on stderr as it begins, and where that is no terminal as
-    it ends.
+    """Measures the seconds of each step of a command.
+
+    A line on stderr announces each step; where stderr is no terminal, another reports its time.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Time a step; a name used twice adds up."""
+        """Context manager that times a step; the times of steps with the same name are added."""
         interrupts.check()
         say(f"· {name}")
         start = time.perf_counter()
@@ -30,5 +31,5 @@ class Clock:
         interrupts.check()
         elapsed = time.perf_counter() - start
         self.seconds[name] = round(self.seconds.get(name, 0.0) + elapsed, 3)
-        if not sys.stderr.isatty():  # in a terminal progress bars tell the time
+        if not sys.stderr.isatty():  # in a terminal, progress bars show the time
             say(f"  {name}: {elapsed:.1f} s")

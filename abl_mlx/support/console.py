@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: lines and progress bars on stderr."""
+"""Messages and progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from convert.base import escape
 
 
 def say(text: str) -> None:
-    """One line on stderr, where progress goes; a table may have several."""
+    """Print a line, or a table of several lines, on stderr."""
     print(escape.block(text), file=sys.stderr, flush=True)
 
 
 def percent(share: float | None) -> str:
-    """A share as a person reads it."""
+    """A share as text in percent; a dash for None."""
     return "–" if share is None else f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
 
 
 def progress(total: int, label: str, unit: str = "prompt") -> Any:
-    """A progress bar on stderr; silent where stderr is no terminal."""
+    """A progress bar on stderr; nothing is shown where stderr is no terminal."""
     from tqdm import tqdm
 
     return tqdm(
@@ -31,7 +31,7 @@ def progress(total: int, label: str, unit: str = "prompt") -> Any:
 
 @contextmanager
 def progress_to(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar whose total is given with each step: yields a function of (done, total)."""
+    """Context manager of a progress bar; it yields a function to call with (done, total)."""
     with progress(1, label, unit) as bar:
 
         def moved(done: int, total: int) -> None:

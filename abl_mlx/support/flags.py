@@ -1,4 +1,4 @@
-"""How the command line spells an option, and messages that name one."""
+"""How the command line spells options, also in the messages of errors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _SHORT = {"output": "-o"}
 
 
 def flag(option: str) -> str:
-    """The flag of an option in Python's spelling: ``--ollama-create`` of ``ollama_create``."""
+    """The flag of an option in Python's spelling: ``--ollama-create`` for ``ollama_create``."""
     return _SHORT.get(option) or "--" + option.replace("_", "-")
 
 
 def said(error: UserError) -> str:
-    """The sentence of an error, its option spelled as the flag."""
+    """The message of an error, with its option spelled as a flag."""
     return error.told(flag)

@@ -1,10 +1,10 @@
-"""SIGINT and SIGTERM stop the work at the next check; a second one stops it at once.
+"""SIGINT and SIGTERM stop the work at the next check; a second signal stops it at once.
 
-Python raises KeyboardInterrupt wherever it happens to be: inside a destructor or a callback of
-native code it is printed and forgotten, so the request is remembered too, and looked for between
-steps. And while native code computes, Python does not hear of a signal at all. Therefore a thread
-is woken by the first one and gives the signal its default meaning back, which is to end the
-process: the second one needs nobody to listen.
+Python raises KeyboardInterrupt at whatever point it has reached. Inside a destructor or a callback
+from native code the exception is printed and lost, so the request is also kept here and checked
+between steps. And while native code computes, Python does not handle signals at all. So the first
+signal also wakes a thread that restores the signal's default action, which is to end the process;
+a second signal then ends it without Python's help.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAME = 0.3
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# What was asked for, and when. The thread and the main thread share the time under the lock.
+# The signals that were received, and the times; both threads use these under the lock.
 _requested: list[int] = []
 _lock = threading.Lock()
 _forgotten = 0.0
@@ -32,7 +32,7 @@ _watching = False
 
 
 def listen() -> None:
-    """Handle SIGINT and SIGTERM; only the command line calls this, as it owns the process."""
+    """Handle SIGINT and SIGTERM. Only the command line calls this, because it owns the process."""
     global _watching
     for number in _SIGNALS:
         signal.signal(number, _stop)
@@ -56,7 +56,7 @@ def check() -> None:
 
 
 def forget() -> None:
-    """Clear a received signal that was handled in another way than by stopping."""
+    """Clear a received signal, after it was handled in another way than by stopping."""
     global _forgotten, _asked_at
     with _lock:
         _forgotten, _asked_at = time.monotonic(), -SAME
@@ -77,7 +77,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _watch(awake: int) -> None:
-    """Wait for signals; after each, let the next one of its kind end the process."""
+    """Wait for signals; after each, make the next signal of its kind end the process."""
     system = ctypes.CDLL(None)
     system.signal.argtypes = ctypes.c_int, ctypes.c_void_p
     system.signal.restype = ctypes.c_void_p
@@ -85,9 +85,9 @@ def _watch(awake: int) -> None:
         heard = time.monotonic()
         time.sleep(SAME)
         with _lock:
-            # The main thread may have met the request before this one was woken.
+            # The main thread may have handled the request before this thread was woken.
             met = _forgotten > heard - SAME
-            # The C function, since Python's own works in the main thread only. Null is SIG_DFL.
+            # The C function, because Python's works in the main thread only. Null is SIG_DFL.
             if number[0] in _SIGNALS and not met:
                 system.signal(number[0], None)
 

@@ -1,6 +1,6 @@
-"""Notes: what a reader of an output's figures should know beside them.
+"""Notes: remarks that a reader of an output's figures should know.
 
-A record keeps them under ``note``; every command's table and every card shows them.
+A record keeps them under ``note``; the tables of all commands and the model cards show them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def joined(*notes: str | None) -> str | None:
-    """Several notes as one; None where there is nothing to say."""
+    """Several notes joined into one; None where all are None."""
     return "; ".join(filter(None, notes)) or None
 
 
 def noted(*notes: str | None) -> dict[str, str]:
-    """What a record gains by these notes."""
+    """The member ``note`` of a record with these notes; empty where all are None."""
     note = joined(*notes)
     return {} if note is None else {"note": note}
 
@@ -26,7 +26,7 @@ def lines(note: str | None) -> list[str]:
 
 
 def drafting(tensors: Sequence[str]) -> str | None:
-    """What to say of a folder that lacks tensors of multi-token prediction that the GGUF has."""
+    """Note for a folder without the tensors of multi-token prediction that its GGUF has."""
     if not tensors:
         return None
     return (
@@ -36,22 +36,22 @@ def drafting(tensors: Sequence[str]) -> str | None:
 
 
 def window(config: Mapping[str, Any]) -> str | None:
-    """What to say of a folder whose model looks back over a window that mlx-lm does not know.
+    """Note for a folder whose model has sliding windows that mlx-lm does not apply.
 
     Args:
-        config: of its config.json.
+        config: the contents of its config.json.
     """
     if config.get("model_type") != "gemma2":
         return None
     tokens = config.get("sliding_window")
     return (
-        f"every other layer of Gemma 2 looks back over {tokens} tokens: abl-mlx does so, mlx-lm "
-        "itself looks back over all, so that its replies to longer prompts differ"
+        f"every other layer of Gemma 2 attends to the last {tokens} tokens only: abl-mlx does so, "
+        "mlx-lm itself attends to all, so that its replies to longer prompts differ"
     )
 
 
 def vision(tensors: Sequence[str]) -> str | None:
-    """What to say of a GGUF that lacks the vision tower that its folder has."""
+    """Note for a GGUF without the vision tower that its folder has."""
     if not tensors:
         return None
     return (
@@ -61,7 +61,7 @@ def vision(tensors: Sequence[str]) -> str | None:
 
 
 def modelfile(lost: Sequence[str]) -> str | None:
-    """What to say of a Modelfile whose TEMPLATE lacks what the model's own template has."""
+    """Note for a Modelfile whose TEMPLATE lacks a part of the model's own template."""
     if not lost:
         return None
     return (
@@ -71,12 +71,12 @@ def modelfile(lost: Sequence[str]) -> str | None:
 
 
 def not_copied(files: Sequence[str]) -> str | None:
-    """What to say of a folder without the source's files that hold unedited weights."""
+    """Note for a folder without those files of the source that hold unedited weights."""
     if not files:
         return None
     listed = ", ".join(files[:_NAMED]) + (", ..." if len(files) > _NAMED else "")
     return f"not copied, as they hold weights that were not edited: {listed}"
 
 
-#: How many files are named.
+#: How many files a note names at most.
 _NAMED = 4

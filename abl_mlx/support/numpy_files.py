@@ -1,8 +1,8 @@
-"""Arrays of numbers from .npy and .npz files that others wrote.
+"""Reading .npy and .npz files that may be damaged or hostile.
 
-NumPy's own loader believes a header: it allocates what the shape says, unpacks members of any size
-and raises a dozen kinds of exception. Here a member's name, method, size and checksum are looked at
-first, and a header's shape has to account for exactly the bytes that follow it.
+NumPy's own loader trusts a header: it allocates what the shape says, unpacks members of any size
+and raises a dozen kinds of exception. Here a member's name, compression, size and checksum are
+checked first, and the shape in a header must match the number of bytes that follow it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import numpy as np
 from convert.base.closing import Closing
 from convert.base.errors import UserError
 
-#: Numbers in an array: the directions of 256 layers with 256 of a width of 16384 come to 2^30.
+#: Most numbers in an array: 4096 directions of width 16384.
 MOST_NUMBERS = 1 << 26
 
 _MOST_BYTES = 8 * MOST_NUMBERS + (1 << 16)
 
-# Floats shrink little; what unpacks to far more than its packed size is made to.
+# Members up to this many bytes are unpacked whatever their packed size. Floats compress little, so
+# a larger member that unpacks to far more than its packed size is hostile.
 _ALWAYS_UNPACKED = 1 << 26
 _MOST_GROWTH = 4
 
@@ -36,7 +37,7 @@ def read_npy(path: Path) -> mx.array:
     """The array of a .npy file as float32.
 
     Raises:
-        UserError: when the file is damaged, larger than any direction, or holds no numbers.
+        UserError: when the file is damaged, too large for directions, or holds no numbers.
     """
     try:
         with open(path, "rb") as stream:
@@ -50,10 +51,10 @@ class Archive(Closing):
     """A .npz file: a zip of .npy files. A context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Read the list of members.
+        """Open the file and read its list of members.
 
         Raises:
-            UserError: when it is no zip, or names a member twice.
+            UserError: when it is no zip file, or names a member twice.
         """
         self._path = path
         try:
@@ -68,11 +69,11 @@ class Archive(Closing):
 
     @property
     def names(self) -> list[str]:
-        """The names of its arrays."""
+        """The names of the arrays in the file."""
         return list(self._members)
 
     def read(self, name: str) -> mx.array:
-        """One array as float32.
+        """The array ``name`` as float32.
 
         Raises:
             UserError: when the member is damaged, packed in an unusual way, or holds no numbers.
@@ -108,13 +109,13 @@ def _array(data: bytes, where: str) -> mx.array:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, is_fortran, dtype = read(stream, max_header_size=10_000)
-    except Exception as error:  # NumPy evaluates the header as Python, with all that may go wrong
+    except Exception as error:  # NumPy parses the header as Python, which may raise anything
         raise _unreadable(where, str(error) or type(error).__name__) from None
     if dtype.kind not in "fiu" or dtype.hasobject:
-        raise UserError(f"{where} holds {dtype} values, and a direction is made of numbers.")
+        raise UserError(f"{where} holds {dtype} values, but a direction is made of numbers.")
     count, start = math.prod(shape), stream.tell()
     if any(size < 0 for size in shape) or count > MOST_NUMBERS:
-        raise UserError(f"{where} has the shape {shape}, which is none of directions.")
+        raise UserError(f"{where} has the shape {shape}, which directions cannot have.")
     if len(data) - start != count * dtype.itemsize:
         raise _unreadable(
             where,

@@ -1,4 +1,4 @@
-"""Records as strict JSON, which has no word for NaN or infinity."""
+"""Records as strict JSON, which cannot represent NaN or infinity."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from convert.base import escape
 
 
 def to_json(record: Mapping[str, Any]) -> str:
-    """The one object that `--json` prints and that a record's file holds.
+    """A record as the JSON object that ``--json`` prints and that a record's file holds.
 
-    What a terminal would obey and half characters (of file names that are no text) are written as
-    JSON's escapes. A figure that is not finite never keeps a record from being written: it becomes
-    ``null``, and ``not_finite`` at the end of the object says which it was: ``{"kl.k1": "nan"}``
-    (or ``"inf"``, ``"-inf"``), by the keys and places of lists that lead to it, joined by points.
+    Terminal controls and lone surrogates (in names of files that are not UTF-8) are written as JSON
+    escapes. A number that is not finite becomes ``null``, and ``not_finite`` at the end of the
+    object says what it was: ``{"kl.k1": "nan"}`` (or ``"inf"``, ``"-inf"``). There the number's
+    place is given as the keys and list indices that lead to it, joined by points.
     """
     lost = dict(_not_finite(record, ""))
     whole = {**finite(record), "not_finite": lost} if lost else dict(record)
@@ -24,7 +24,7 @@ def to_json(record: Mapping[str, Any]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same JSON value with None in place of every figure that is not finite."""
+    """A JSON value with None in place of every number that is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -35,7 +35,7 @@ def finite(value: Any) -> Any:
 
 
 def _not_finite(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    """(place, ``nan``, ``inf`` or ``-inf``) of every figure that is not finite."""
+    """Yield (place, ``nan``, ``inf`` or ``-inf``) for every number that is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         yield place, str(float(value))
         return

@@ -1,21 +1,21 @@
-"""Numbers as text, in a readable unit."""
+"""Large numbers as text in a readable unit."""
 
 from __future__ import annotations
 
 
 def in_bytes(count: float) -> str:
-    """An amount of memory or disk: ``512 bytes``, ``48.3 kB``, ``1.2 GB``."""
+    """A number of bytes as text: ``512 bytes``, ``48.3 kB``, ``1.2 GB``."""
     return _scaled(count, (" bytes", " kB", " MB", " GB", " TB"))
 
 
 def in_words(count: float) -> str:
-    """How many there are: ``512``, ``46.4 thousand``, ``2.5 million``, ``7.2 billion``."""
+    """A count as text: ``512``, ``46.4 thousand``, ``2.5 million``, ``7.2 billion``."""
     return _scaled(count, ("", " thousand", " million", " billion", " trillion"))
 
 
 def _scaled(count: float, units: tuple[str, ...]) -> str:
     power = 0
-    # 999,960 would be shown as 1000.0 of the smaller unit.
+    # From 999.95 on, rounding to one decimal would show 1000.0 of the smaller unit.
     while power + 1 < len(units) and count >= 999.95:
         count, power = count / 1000, power + 1
     return f"{count:.1f}{units[power]}" if power else f"{count:.0f}{units[0]}"

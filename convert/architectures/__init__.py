@@ -1,1 +1,1 @@
-"""What each architecture is in a GGUF and in MLX."""
+"""The facts about each architecture that reading, writing and editing its models needs."""

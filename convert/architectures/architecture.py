@@ -1,4 +1,4 @@
-"""What is to be said about one architecture: the record that its family's module fills in.
+"""The record of facts about one architecture, which a module in ``families`` fills in.
 
 One entry holds everything that differs between architectures, in both directions: which of its GGUF
 tensors write to the residual stream, how mlx-lm runs a GGUF of it, and how a model folder of it
@@ -20,18 +20,18 @@ Gains = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Stream:
-    """Which tensors of a GGUF write to the residual stream, as llama.cpp's graph has it.
+    """Which tensors of a GGUF write to the residual stream in llama.cpp's graph.
 
     Attributes:
-        writers: tensor name without ``blk.N.`` and ``.weight`` -> the norms behind it, nearest
-            first; of "a|b" the file has one, "a?" may be missing.
-        reads: further tensors, beyond `gguf_writers.READS`, that do not write to the stream.
+        writers: tensor name without ``blk.N.`` and ``.weight`` -> the norms between its output and
+            the stream, nearest first; of "a|b" a file has one, and "a?" may be missing.
+        reads: tensors that do not write to the stream, in addition to `gguf_writers.READS`.
         embeddings: tensors outside the blocks whose rows are added to the stream.
-        proved: whether tests/convert/test_gguf_writers.py shows it numerically in llama.cpp.
-        note: what a reader of docs/gguf-writers.md should know.
-        feeds: writer -> another that stands behind it in some files, and writes in its stead.
-        past_adapters: writers that llama.cpp multiplies with past all adapters. Its graphs call
-            ggml_mul_mat there, not build_lora_mm. tests/outputs/test_adapter_architectures.py
+        proved: whether tests/convert/test_gguf_writers.py proves it numerically in llama.cpp.
+        note: a remark for the table in docs/gguf-writers.md.
+        feeds: writer -> a tensor that follows it in some files, and then is the writer instead.
+        past_adapters: writers to which llama.cpp does not apply adapters, because its graphs call
+            ggml_mul_mat there and not build_lora_mm. tests/outputs/test_adapter_architectures.py
             tries every writer of every architecture.
     """
 
@@ -49,12 +49,13 @@ class InMlx:
     """How mlx-lm runs a GGUF of the architecture.
 
     Attributes:
-        config: the keys of config.json that mlx-lm needs, "model_type" among them; sizes, rope,
-            everything but the tokenizer's ids. Refuses with UserError what mlx-lm would run
-            otherwise than llama.cpp.
-        weights: every parameter of the model, and the rows and columns of tensors it is made of.
-        unused: regular expressions of tensors that mlx-lm's model has no place for and that do not
-            belong to the text model's forward pass, such as multi-token prediction heads.
+        config: makes the keys of config.json that mlx-lm needs, from "model_type" to sizes and rope
+            but without the tokenizer's ids. It raises UserError for a file that mlx-lm would not
+            run as llama.cpp does.
+        weights: lists every parameter of the model with the rows and columns of the tensors from
+            which it is made.
+        unused: regular expressions of tensors that mlx-lm's model does not have and that the text
+            model's forward pass does not use, such as those of multi-token prediction.
     """
 
     config: Callable[[Keys], dict[str, Any]]
@@ -70,25 +71,24 @@ def _no_keys(flat: Config) -> dict[str, Any]:
 class FromFolder:
     """How a Hugging Face or MLX folder of the architecture becomes a GGUF.
 
-    Names of tensors are gguf-py's (its TensorNameMap); what is said here is what else llama.cpp's
-    converter does. ``flat`` is `hf_keys.text_config`'s result.
+    Names of tensors come from gguf-py (its TensorNameMap); this record holds the other things that
+    llama.cpp's converter does. ``flat`` is the result of `hf_to_gguf.text_config`.
 
     Attributes:
-        model_types: of config.json.
-        keys: flat -> metadata beyond what every architecture has, without the architecture's
-            prefix. Refuses with UserError what llama.cpp has no place for.
-        permutes: Q and K rows are reordered for llama.cpp's interleaved rotary embedding.
+        model_types: values of model_type in config.json.
+        keys: makes from ``flat`` the metadata that not every architecture has, without the
+            architecture's prefix. It raises UserError for what llama.cpp cannot represent.
+        permutes: whether Q and K rows are reordered for llama.cpp's interleaved rotary embedding.
         norm_offset: added to every norm weight (Gemma stores the gain minus one).
-        always_tied: llama.cpp has no separate output head for it.
-        tied_by_default: what tie_word_embeddings is where config.json does not say.
-        fixed_rope_base: llama.cpp takes a base of 10000 where the file names none, and files of
-            this architecture do not name it.
-        longrope: llama.cpp has two tables of rotary factors for it.
-        rescaled: the parameter that takes up the difference between config.json's
-            query_pre_attn_scalar and what llama.cpp divides queries by; None where it is not fixed.
+        always_tied: whether llama.cpp has no separate output head for it.
+        tied_by_default: the value of tie_word_embeddings where config.json has none.
+        fixed_rope_base: whether files leave out the rotary base, for which llama.cpp takes 10000.
+        longrope: whether llama.cpp has two tables of rotary factors for it.
+        rescaled: the parameter that is multiplied so that llama.cpp's fixed divisor of the queries
+            has the effect of config.json's query_pre_attn_scalar; None where no divisor is fixed.
         largest: the number of layers of the one model in which llama.cpp divides by hidden / heads
             instead of the head size.
-        defaults: what transformers fills in where config.json leaves a key out.
+        defaults: the values that transformers uses for keys missing in config.json.
     """
 
     model_types: tuple[str, ...]
@@ -110,10 +110,10 @@ class Architecture:
 
     Attributes:
         name: general.architecture in a GGUF, also the prefix of its metadata keys.
-        stream: what writes to the residual stream; None where it is ``refused``.
+        stream: which tensors write to the residual stream; None where the architecture is refused.
         in_mlx: how mlx-lm runs its GGUFs; None where it cannot.
-        from_folder: how its folders become GGUFs; None where that is left to llama.cpp's converter.
-        refused: why no exact edit of its weights is offered, in one sentence.
+        from_folder: how its folders become GGUFs; None where only llama.cpp's converter can do it.
+        refused: why its weights cannot be edited exactly, in one sentence; empty where they can.
     """
 
     name: str
@@ -133,11 +133,12 @@ def plain(
     feeds: Mapping[str, str] | None = None,
     past_adapters: str = "",
 ) -> Stream:
-    """The pre-norm block: attention and feed-forward outputs are added as they are.
+    """The `Stream` of pre-norm blocks, whose outputs are added to the stream without a norm.
 
     Args:
-        more: further writers, separated by spaces, as are ``reads``, ``embeddings`` and
-            ``past_adapters``.
+        more: further writers. Like ``reads``, ``embeddings`` and ``past_adapters`` this is a list
+            of names separated by spaces.
+        reads, embeddings, proved, note, feeds, past_adapters: as in `Stream`.
     """
     names = f"attn_output ffn_down ffn_down_exps ffn_down_shexp {more}".split()
     return Stream(
@@ -159,7 +160,14 @@ def post_norm(
     reads: str = "",
     note: str = "",
 ) -> Stream:
-    """A norm stands between each output and the stream."""
+    """The `Stream` of blocks with a norm between each output and the stream.
+
+    Args:
+        attention: the norm behind the attention's output.
+        feed_forward: the norm behind the feed-forward network's output.
+        more: further writers and the norms behind them.
+        reads, note: as in `Stream`.
+    """
     writers: dict[str, Gains] = {"attn_output": (attention,)}
     for name in ("ffn_down", "ffn_down_exps", "ffn_down_shexp"):
         writers[name] = (feed_forward,)
@@ -167,15 +175,18 @@ def post_norm(
 
 
 def edited(names: str, stream: Stream) -> tuple[Architecture, ...]:
-    """Architectures of which only the residual writers are known: their GGUFs can be edited."""
+    """Entries for architectures of which only the residual writers are known.
+
+    GGUFs of them can be edited, but neither run by mlx-lm nor written from a folder.
+    """
     return tuple(Architecture(name, stream) for name in names.split())
 
 
 def refused(names: str, reason: str) -> tuple[Architecture, ...]:
-    """Architectures whose GGUFs are not edited."""
+    """Entries for architectures whose GGUFs are not edited, with the reason in one sentence."""
     return tuple(Architecture(name, refused=reason) for name in names.split())
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text."""
+    """The words of a text, which are separated by spaces."""
     return frozenset(text.split())

@@ -1,7 +1,7 @@
-"""Keys that config.json and a GGUF's metadata both have, under names of their own.
+"""Pairs of a key of config.json and a metadata key of a GGUF with the same meaning.
 
-Each pair stands here once and is used both ways. What a missing key means differs by direction, and
-is said where the key is read.
+Each pair is used in both directions. The meaning of a missing key depends on the direction and is
+decided where the key is read.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ SHARED: dict[str, str] = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
-"""Key of config.json -> key under the architecture's name, of nearly every model."""
+"""Key of config.json -> GGUF key under the architecture's prefix, for nearly every model."""
 
 EXPERTS: dict[str, str] = {
     "moe_intermediate_size": "expert_feed_forward_length",
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
 }
-"""The same for Qwen's mixtures of experts."""
+"""Key of config.json -> GGUF key under the architecture's prefix, for Qwen's MoE models."""

@@ -1,9 +1,9 @@
-"""Multi-token prediction in a GGUF: the tensors of blocks that only draft, and what writes in them.
+"""Blocks for multi-token prediction in a GGUF: their tensors, and which of them are writers.
 
-A drafting block is one of the architecture's own blocks with ``blk.N.nextn.*`` beside it: eh_proj,
-which joins the last hidden state and the next token's embedding and so starts the block's stream,
-norms, and for some models copies of the embedding (embed_tokens) and the head. llama.cpp's plain
-generation does not run it; its speculative decoding may.
+Such a block is one of the architecture's ordinary blocks with additional tensors ``blk.N.nextn.*``:
+eh_proj, which joins the last hidden state and the next token's embedding and so begins the block's
+residual stream; norms; and in some models copies of the embedding (embed_tokens) and of the output
+head. llama.cpp's plain generation does not run these blocks; its speculative decoding may.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from convert.base.errors import OPTION, UserError
 
 
 def tensors(architecture: str, names: Collection[str], metadata: Mapping[str, Any]) -> list[str]:
-    """Names of all tensors of drafting blocks, in the file's order."""
+    """Names of all tensors of blocks for multi-token prediction, in the file's order."""
     ordered = [gguf_writers._Name(name) for name in names]
     aside = gguf_writers._predicting(architecture, ordered, metadata)
     return [name.full for name in ordered if name.layer in aside]
@@ -29,15 +29,17 @@ def tensors(architecture: str, names: Collection[str], metadata: Mapping[str, An
 def find(
     architecture: str, shapes: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> list[GgufWriter]:
-    """What writes to the stream in drafting blocks; they count as the last block that does not.
+    """The residual writers in blocks for multi-token prediction.
+
+    Their ``layer`` is that of the model's last ordinary block.
 
     Args:
-        architecture: one that `gguf_writers.find` knows.
+        architecture: one that `gguf_writers.find` supports.
         shapes: every tensor's name -> shape in NumPy's order.
         metadata: the file's keys and values.
 
     Raises:
-        UserError: no such block, or one with a tensor whose part in it is not known.
+        UserError: when there is no such block, or the role of one of its tensors is not known.
     """
     drafting = [gguf_writers._Name(name) for name in tensors(architecture, shapes, metadata)]
     if not any(name.role == GGUF_INPUT for name in drafting):
@@ -50,7 +52,7 @@ def find(
     norms = gguf_writers._norms(facts)
     last = min(name.layer for name in drafting) - 1
     reads = gguf_writers.READS | facts.reads | norms | GGUF_READS
-    # The final norm of a BailingMoE drafting block; elsewhere it would be a gain, and in `norms`.
+    # The final norm of such a block in BailingMoE; in other architectures this name is in `norms`.
     reads |= {"layer_output_norm"}
     found, lost = [], []
     for name in sorted(drafting, key=lambda name: (name.layer, name.full)):

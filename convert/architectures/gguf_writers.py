@@ -1,16 +1,16 @@
-"""Which tensors of a GGUF file write to the residual stream, architecture by architecture.
+"""Finds the tensors of a GGUF file that write to the residual stream.
 
-A GGUF file names its tensors but does not say what its architecture does with them, and the same
-name plays different parts: post_attention_norm stands between the attention and the stream in
-gemma2, and in front of the feed-forward network in qwen35. So the writers are facts about each
-architecture, read off llama.cpp's graphs (src/models/*.cpp) and proved in llama.cpp itself: the
-tests let it build a random model of each architecture with every tensor its loader knows, remove a
-direction from the writers found here, and see that nothing of it is left in the final hidden state.
+A GGUF file names its tensors but does not say how its architecture uses them, and the same name has
+different roles: post_attention_norm stands between the attention and the stream in gemma2, but in
+front of the feed-forward network in qwen35. So the writers of each architecture are listed, as read
+from llama.cpp's graphs (src/models/*.cpp), and proved in llama.cpp: the tests make it build a
+random model of each architecture with every tensor that its loader accepts, remove a direction from
+the writers found here, and check that nothing of it is left in the final hidden state.
 
-The facts stand in each architecture's entry (`convert.architectures.table`);
+The lists are in each architecture's entry (`convert.architectures.table`);
 `docs/adding-an-architecture.md` says how to add one.
 
-A gain is used as it stands in the file: GGUF holds Gemma's 1 + w already added.
+Gains are used as they are stored: for Gemma a GGUF stores 1 + w, not w.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ class GgufWriter:
     """A tensor of a GGUF file that writes to the residual stream.
 
     Attributes:
-        name: of the tensor, such as ``blk.3.ffn_down.weight``.
+        name: the tensor's name, such as ``blk.3.ffn_down.weight``.
         kind: ``linear`` ((d, n) in NumPy's order), ``experts`` ((E, d, n)) or ``embedding``
-            ((V, d), whose rows live in the stream).
-        layer: the block it stands in; -1 for an embedding.
-        gain: name of the norm weight g (d,) whose elements stand between the tensor's output and
-            the stream, so that normalize(g ⊙ r) is to be projected out; None without one.
-        bias: name of the bias added to its output, (d,) or (E, d), edited along with it.
-        tied: an embedding that is the output head as well, because the file has no output.weight.
-        more_gains: further norm weights behind ``gain``, where two norms follow one another
-            (gemma4's experts); an edit multiplies all of `gains`.
+            ((V, d), whose rows are added to the stream).
+        layer: its block; -1 for an embedding.
+        gain: name of the norm weight g, shape (d,), by which the tensor's output is multiplied
+            before it is added to the stream, so that an edit projects out normalize(g ⊙ r); None
+            where there is no norm.
+        bias: name of the bias added to its output, (d,) or (E, d), which is edited as well.
+        tied: whether the embedding is the output head as well (the file has no output.weight).
+        more_gains: further norm weights, where several norms follow one another (gemma4's experts);
+            an edit multiplies all of `gains`.
     """
 
     name: str
@@ -63,8 +64,6 @@ class GgufWriter:
         return [self.name] + ([self.bias] if self.bias else [])
 
 
-# The norms behind a writer, the nearest first: "a|b" is the one of the two that the file has, "a?"
-# may be missing.
 READS = words(
     # Outside the blocks.
     "output output_norm rope_freqs rope_factors_long rope_factors_short "
@@ -91,7 +90,7 @@ READS = words(
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
 _SUFFIX = re.compile(r"\.(weight|bias|scale|input_scale)$")
 
-# What writes in one architecture or another: for the message about an unknown one.
+# Names of writers in any architecture, for the message about an architecture that is not known.
 _CANDIDATES = re.compile(
     r"(attn_output|attn_out|ffn_down\w*|\w*down_proj|ssm_out|out_proj|time_mix_output|"
     r"channel_mix_value|proj|o_proj|\w*_embd|token_types|ffn_latent_up)$"
@@ -100,7 +99,7 @@ _CANDIDATES = re.compile(
 
 @dataclass(frozen=True)
 class _Name:
-    """A tensor's name in its parts: ``blk.3.ffn_down.weight`` -> 3, "ffn_down", "weight"."""
+    """A tensor's name and its parts: ``blk.3.ffn_down.weight`` -> 3, "ffn_down", "weight"."""
 
     full: str
     layer: int = field(init=False, default=-1)
@@ -125,17 +124,17 @@ def find(
     """All residual writers of a GGUF file: embeddings first, then block by block.
 
     Args:
-        architecture: general.architecture.
-        names: every tensor's name. With a mapping name -> shape in NumPy's order (the reverse of
-            the file's), kinds are checked against the shapes.
+        architecture: the file's general.architecture.
+        names: every tensor's name. If it is a mapping name -> shape in NumPy's order (the reverse
+            of the file's), the shapes are checked as well.
         metadata: the file's keys and values; embedding_length is checked against the shapes.
-        pattern: a regular expression searched for anywhere in a name. Exactly the weights of two
-            or three dimensions with a match are the writers then, whatever the architecture; their
-            biases come with them, gains are not taken into account.
+        pattern: a regular expression, searched for anywhere in a name. If it is given, the writers
+            are exactly the weights of two or three dimensions whose name matches, with their
+            biases and without gains, whatever the architecture.
 
     Raises:
-        UserError: when the architecture is unknown or refused, when a tensor of the file has no
-            known role in it, or when ``pattern`` is no regular expression or matches no weight.
+        UserError: when the architecture is unknown or refused, the role of a tensor in it is not
+            known, or ``pattern`` is no regular expression or matches no weight.
     """
     ordered = sorted((_Name(name) for name in names), key=lambda name: (name.layer, name.full))
     if pattern is not None:
@@ -197,7 +196,7 @@ def _placed(
                 f"{name.full[: -len(name.suffix)]}weight" not in present
             ):
                 lost.append(name.full)
-        # A bias of a norm behind a writer would be added to the stream by itself.
+        # A bias of a norm behind a writer would itself be added to the stream.
         elif name.role not in READS | facts.reads | norms or (
             name.role in norms and name.suffix == "bias"
         ):
@@ -217,7 +216,7 @@ def _placed(
 
 
 def _predicting(architecture: str, ordered: list[_Name], metadata: Mapping[str, Any]) -> set[int]:
-    """Blocks that draft further tokens (multi-token prediction), outside the forward pass."""
+    """Numbers of the blocks for multi-token prediction, which the forward pass does not run."""
     aside = {name.layer for name in ordered if name.role.startswith("nextn.")}
     count = int(metadata.get(f"{architecture}.nextn_predict_layers", 0))
     blocks = int(metadata.get(f"{architecture}.block_count", 0))
@@ -239,7 +238,7 @@ def _writer(architecture: str, name: _Name, facts: Stream, present: Collection[s
         choices = [
             full
             for role in gain.rstrip("?").split("|")
-            # PLaMo's norms have no suffix.
+            # In PLaMo the names of norms have no suffix ".weight".
             for full in (f"blk.{name.layer}.{role}.weight", f"blk.{name.layer}.{role}")
             if full in present
         ]

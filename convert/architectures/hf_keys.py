@@ -1,4 +1,4 @@
-"""What is read of a config.json, flat, in the keys mlx-lm uses: counts and numbers, checked."""
+"""Reads checked counts and numbers from the language model's config.json in mlx-lm's keys."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from convert.base.errors import UserError
 from convert.base.schema import Kind, number, shown, whole
 
 Config = Mapping[str, Any]
-"""A config.json as parsed."""
+"""A parsed config.json."""
 
 
 def head_dim(flat: Config) -> int:
-    """Width of one attention head. ``flat`` is `hf_to_gguf.text_config`'s result."""
+    """The number of dimensions of an attention head. ``flat`` is `hf_to_gguf.text_config`'s."""
     if flat.get("head_dim") is not None:
         return count(flat, "head_dim")
     return count(flat, "hidden_size") // count(flat, "num_attention_heads")
 
 
 def kv_heads(flat: Config) -> int:
-    """Number of key/value heads. ``flat`` is `hf_to_gguf.text_config`'s result."""
+    """The number of key/value heads. ``flat`` is the result of `hf_to_gguf.text_config`."""
     return count(
         flat, "num_key_value_heads" if flat.get("num_key_value_heads") else "num_attention_heads"
     )
 
 
 def rope_theta(flat: Config) -> float:
-    """The base of the rotary embedding; 10000 where none is given."""
+    """The base of the rotary embedding; 10000 where config.json gives none."""
     return real(flat, "rope_theta") if flat.get("rope_theta") else 10000.0
 
 
 def rotary_dim(flat: Config) -> int:
-    """How many leading dimensions of a head are rotated."""
+    """How many dimensions of a head, counted from the first, the rotary embedding rotates."""
     factor = flat.get("partial_rotary_factor")
     return int(head_dim(flat) * (1.0 if factor is None else float(factor)))
 
 
 def sliding_pattern(flat: Config) -> list[bool]:
-    """Which layers look back over a window only."""
+    """For each layer, whether its attention is limited to a sliding window."""
     layers = count(flat, "num_hidden_layers")
     types = flat.get("layer_types")
     every = flat.get("sliding_window_pattern") or flat.get("_sliding_window_pattern")
@@ -53,14 +53,14 @@ def sliding_pattern(flat: Config) -> list[bool]:
 
 
 def rope_kind(scaling: Any) -> str:
-    """The method of a rope_scaling, "default" for none."""
+    """The method that a rope_scaling names; "default" for none."""
     if not isinstance(scaling, Mapping):
         return "default"
     return str(scaling.get("type") or scaling.get("rope_type") or "default").lower()
 
 
 def original_context(flat: Config) -> int:
-    """The context length before it was stretched."""
+    """The context length in tokens before rope_scaling extended it."""
     scaling = flat.get("rope_scaling") or {}
     return int(
         flat.get("original_max_position_embeddings")
@@ -76,19 +76,19 @@ def _need(flat: Config, key: str) -> Any:
 
 
 def count(flat: Config, key: str) -> int:
-    """A whole number of at least one. ``flat`` is `hf_to_gguf.text_config`'s result.
+    """The value of ``key``, a whole number of at least 1.
 
     Raises:
-        UserError: naming the key, when it is missing or anything else.
+        UserError: naming the key, when it is missing or its value is anything else.
     """
     return int(_checked(key, _need(flat, key), _COUNT))
 
 
 def real(flat: Config, key: str) -> float:
-    """A finite number.
+    """The value of ``key``, a finite number.
 
     Raises:
-        UserError: naming the key, when it is missing or anything else.
+        UserError: naming the key, when it is missing or its value is anything else.
     """
     return float(_checked(key, _need(flat, key), _NUMBER))
 

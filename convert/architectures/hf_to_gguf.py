@@ -1,8 +1,8 @@
-"""What a model folder becomes in a GGUF file: its metadata, and its tensors by name and change.
+"""The metadata and the tensors of the GGUF file that a model folder becomes.
 
-Facts are those of llama.cpp's own converter and loaders (conversion/*.py, src/models/*.cpp); tensor
-names go through gguf-py's TensorNameMap. What differs between architectures is said in their
-entries (`convert.architectures.table`).
+They follow llama.cpp's own converter and loaders (conversion/*.py, src/models/*.cpp); gguf-py's
+TensorNameMap gives the names of tensors. What differs between architectures is in their entries
+(`convert.architectures.table`).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _SKIPPED = re.compile(rf"{_VISION.pattern}|\.rotary_emb\.(?:inv_freq|cos_cached|
 
 
 def text_config(config: Config) -> dict[str, Any]:
-    """The language model's config, flat, in the keys mlx-lm uses.
+    """The language model's part of a config.json as one flat object with mlx-lm's keys.
 
-    Multimodal configs keep it under text_config; keys that transformers 5 renamed are filled in.
+    Multimodal configs keep that part under text_config. Keys that transformers 5 renamed are added.
     """
     flat = dict(config)
     nested = flat.pop("text_config", None)
@@ -57,10 +57,10 @@ def text_config(config: Config) -> dict[str, Any]:
 
 
 def architecture(config: Config) -> Written:
-    """The facts for a config.json.
+    """The architecture that a folder with this config.json becomes.
 
     Raises:
-        UserError: naming the model_type and what is supported.
+        UserError: when the model_type is not supported, naming it and those that are.
     """
     model_type = config.get("model_type")
     if model_type not in FROM_FOLDER:
@@ -79,13 +79,13 @@ def architecture(config: Config) -> Written:
 def hyperparameters(config: Config) -> dict[str, Any]:
     """The architecture's GGUF metadata: full key -> value.
 
-    Values are int (meant as uint32), float (float32), str, or a list of bool.
+    Values are int (for uint32), float (for float32), str, or a list of bool.
 
     Args:
-        config: config.json as parsed.
+        config: the parsed config.json.
 
     Raises:
-        UserError: naming the config key that is missing or that llama.cpp has no place for.
+        UserError: naming a key of config.json that is missing or that a GGUF cannot represent.
     """
     arch = architecture(config)
     flat = text_config(config)
@@ -130,7 +130,7 @@ def _rope_scaling(flat: dict[str, Any], arch: Written) -> dict[str, int | float 
             ),
         }
         for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-            # llama.cpp has a key for these but reads it for other architectures only.
+            # llama.cpp has metadata keys for these, but reads them only for other architectures.
             if (scaling.get(key) or default) != default:
                 raise UserError(
                     f"config.json's rope_scaling sets {key} to {scaling[key]}, but llama.cpp "
@@ -155,18 +155,19 @@ def _rope_scaling(flat: dict[str, Any], arch: Written) -> dict[str, int | float 
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor of the GGUF file and how it is made from the source.
+    """One tensor of the GGUF file and how it is made from source tensors.
 
-    The value is: the sources' float32 values (stacked on a new first axis when ``stacked``), rows
-    permuted, plus ``offset``, times ``scale``.
+    Its values are the sources' float32 values (stacked on a new first axis if ``stacked``), with
+    rows permuted, plus ``offset``, times ``scale``.
 
     Attributes:
-        name: in the GGUF file.
-        sources: source tensor names; several only for a stack of experts.
-        stacked: the sources become one tensor with a leading expert axis.
-        permute_heads: with n > 0, the rows of n heads go from half-split to interleaved order.
+        name: its name in the GGUF file.
+        sources: names of source tensors; several only for a stack of experts.
+        stacked: whether the sources become one tensor with a leading axis of experts.
+        permute_heads: n > 0 reorders the rows of n heads from half-split to interleaved; 0 does
+            not.
         offset: added to every value (Gemma's norms).
-        scale: multiplied into every value, where llama.cpp fixes a scale the config changes.
+        scale: factor of every value, where llama.cpp fixes a scale that config.json sets otherwise.
     """
 
     name: str
@@ -178,7 +179,7 @@ class Target:
 
     @property
     def layer(self) -> int | None:
-        """The block it belongs to, if any."""
+        """The number of its block; None for a tensor outside the blocks."""
         found = re.match(r"blk\.(\d+)\.", self.name)
         return int(found[1]) if found else None
 
@@ -189,10 +190,10 @@ class _Stack:
 
 
 def plan(config: Config, names: Iterable[str]) -> list[Target]:
-    """The GGUF tensors that a model with these source tensors becomes, embeddings first.
+    """The GGUF tensors that a model with source tensors of these names becomes, embeddings first.
 
-    Covers hub names, mlx-lm's expert stacks (``switch_mlp``), and both with a ``language_model.``
-    prefix; the vision half of a multimodal model is left out.
+    The names may be those of Hugging Face models or of mlx-lm's expert stacks (``switch_mlp``),
+    with or without a prefix ``language_model.``. Tensors of a vision tower are left out.
 
     Raises:
         UserError: naming a tensor that has no place in the architecture, or a missing expert.
@@ -252,7 +253,7 @@ def plan(config: Config, names: Iterable[str]) -> list[Target]:
 
 
 def is_skipped(source: str) -> bool:
-    """Whether a tensor is left out: vision towers, and rotary tables that llama.cpp recomputes."""
+    """Whether a tensor is left out: one of a vision tower, or a recomputed rotary table."""
     return _SKIPPED.search(source) is not None
 
 
@@ -262,7 +263,7 @@ def is_vision(source: str) -> bool:
 
 
 def canonical_name(source: str) -> str:
-    """``source`` as a plain causal model would name it, without language_model prefixes."""
+    """A tensor's name without ``language_model`` prefixes, as in a model that is not multimodal."""
     name = re.sub(r"^(model\.)?language_model\.", "", source)
     if not name.startswith(("model.", "lm_head.")):
         name = f"model.{name}"
@@ -270,10 +271,10 @@ def canonical_name(source: str) -> str:
 
 
 def extra_tensors(config: Config) -> dict[str, np.ndarray]:
-    """Float32 tensors that come from the config: rotary factors, shape (rotary dim / 2,).
+    """Tensors that are made from config.json: rotary factors, float32 (rotary dimensions / 2,).
 
-    llama3 scaling becomes ``rope_freqs.weight``: what each frequency is divided by. Phi-3's
-    longrope becomes ``rope_factors_long.weight`` and ``rope_factors_short.weight``.
+    llama3 scaling becomes ``rope_freqs.weight``, the divisor of each frequency. Phi-3's longrope
+    becomes ``rope_factors_long.weight`` and ``rope_factors_short.weight``.
     """
     flat = text_config(config)
     scaling = flat.get("rope_scaling")
@@ -309,7 +310,7 @@ def _llama3_factors(scaling: Config, flat: Config, half: int) -> np.ndarray:
             f"high_freq_factor {high:g}: fetch config.json again."
         )
     wavelength = 2 * np.pi * base ** (np.arange(half, dtype=np.float64) / half)
-    # Short waves stay, long ones are stretched by the whole factor, the rest blends.
+    # Short waves keep their length, long ones are stretched by the whole factor, others in between.
     share = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
     return (1.0 / ((1.0 - share) / factor + share)).astype(np.float32)
 
@@ -320,7 +321,7 @@ def _gguf_arch(arch: Written) -> gguf.MODEL_ARCH:
 
 
 def _permuted_heads(flat: Config, arch: Written, plain: str) -> int:
-    # A model trained with interleaved rotation needs no reordering.
+    # With rope_traditional the rotation is interleaved already, so rows keep their order.
     if not arch.folder.permutes or flat.get("rope_traditional"):
         return 0
     if re.search(r"\.q_proj\.(weight|bias)$", plain):
@@ -331,7 +332,11 @@ def _permuted_heads(flat: Config, arch: Written, plain: str) -> int:
 
 
 def _attention_rescale(flat: Config, arch: Written, plain: str) -> float:
-    """llama.cpp scales Gemma's queries by the head size (27B: by hidden/heads), not the config."""
+    """The factor for the parameter ``rescaled``: 1 where no divisor of the queries is fixed.
+
+    llama.cpp divides Gemma's queries by the root of the head size (in the 27B models of hidden /
+    heads), whatever query_pre_attn_scalar config.json has.
+    """
     if arch.folder.rescaled is None or not plain.endswith(arch.folder.rescaled):
         return 1.0
     wanted = float(flat.get("query_pre_attn_scalar") or 144.0)

@@ -1,4 +1,4 @@
-"""A GGUF's metadata under its architecture's prefix, and its tensors, as families ask for them."""
+"""Checked access to a GGUF's metadata under its architecture's prefix, and to its tensors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from convert.gguf.file import GgufSource
 from convert.gguf.layout import TensorEntry
 
 MISSING = object()
-"""The default of a key that has to be there."""
+"""Given as the default of a key that must exist."""
 
 
 class Keys:
     """A GGUF's metadata, read under its architecture's prefix, and its tensors.
 
-    ``keys.integer("block_count")`` is the value of ``llama.block_count`` in a llama file. Keys that
-    hold a dot-less name are looked up the same way; ``general.`` and ``tokenizer.`` ones are found
-    in ``keys.source.metadata``.
+    ``keys.integer("block_count")`` is the value of ``llama.block_count`` in a file of the
+    architecture llama. Keys ``general.*`` and ``tokenizer.*`` are in ``keys.source.metadata``.
     """
 
     def __init__(self, source: GgufSource) -> None:
@@ -31,18 +30,22 @@ class Keys:
         self.tensors: Mapping[str, TensorEntry] = source.tensors
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of ``ARCHITECTURE.key``, or the default."""
+        """The value of ``ARCHITECTURE.key``, or the default where the key is missing."""
         return self.source.metadata.get(f"{self.architecture}.{key}", default)
 
     def __contains__(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.source.metadata
 
     def integer(self, key: str, default: Any = MISSING) -> Any:
-        """An int. Raises UserError when it is missing without a default, or no single number."""
+        """The value of ``ARCHITECTURE.key`` as an int, or the default where the key is missing.
+
+        Raises:
+            UserError: when there is neither a value nor a default, or the value is not one number.
+        """
         return self._number(key, int, default)
 
     def count(self, key: str, default: Any = MISSING) -> Any:
-        """The same, refusing what is below one."""
+        """The value as by `integer`, which must be at least 1."""
         value = self.integer(key, default)
         if value < 1:
             raise UserError(
@@ -51,7 +54,7 @@ class Keys:
         return value
 
     def number(self, key: str, default: Any = MISSING) -> Any:
-        """The same as a float."""
+        """The value as by `integer`, but as a float."""
         return self._number(key, float, default)
 
     def _number(self, key: str, kind: Callable[[Any], Any], default: Any) -> Any:
@@ -70,7 +73,7 @@ class Keys:
         return kind(value)
 
     def per_layer(self, key: str, default: Any = MISSING) -> list[Any]:
-        """One value for each layer: an array as it is, a single value repeated."""
+        """One value for each layer: the array in the file, or its single value repeated."""
         value = self.get(key, default)
         if value is MISSING:
             raise self._lacks(key)
@@ -85,21 +88,21 @@ class Keys:
 
     @property
     def layers(self) -> int:
-        """Number of transformer blocks; those that only draft further tokens do not count."""
+        """The number of transformer blocks without those for multi-token prediction."""
         return int(self.integer(SHARED["num_hidden_layers"])) - int(
             self.integer("nextn_predict_layers", 0)
         )
 
     @property
     def drafting(self) -> tuple[str, ...]:
-        """Regular expressions of the tensors of such blocks, which stand behind all others."""
+        """Regular expressions of the tensors of the last blocks, for multi-token prediction."""
         return tuple(
             rf"^blk\.{n}\." for n in range(self.layers, self.integer(SHARED["num_hidden_layers"]))
         )
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
+        """The number of rows of the embedding."""
         return self.tensor("token_embd.weight").shape[0]
 
     @property
@@ -108,11 +111,15 @@ class Keys:
         return "output.weight" not in self.tensors
 
     def tensor(self, name: str) -> TensorEntry:
-        """The entry of a tensor. Raises UserError when there is none."""
+        """The entry of the tensor ``name``.
+
+        Raises:
+            UserError: when there is no such tensor.
+        """
         return self.source.tensor(name)
 
     def values(self, name: str) -> np.ndarray:
-        """A tensor's values, float32 in NumPy's order of dimensions."""
+        """A tensor's values, float32, with dimensions in NumPy's order."""
         return self.source.values(name)
 
     def _lacks(self, key: str) -> UserError:

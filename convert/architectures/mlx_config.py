@@ -1,4 +1,4 @@
-"""config.json of mlx-lm's model from a GGUF's metadata, as far as families share it."""
+"""Makes config.json for mlx-lm from a GGUF's metadata: the parts that several families share."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def base_config(keys: Keys, model_type: str) -> dict[str, Any]:
 
 
 def short(value: float) -> float:
-    """The float32 that a file holds, in its shortest decimal form: 1e-05, not 9.99e-06."""
+    """The number whose decimal form is the shortest for a float32: 1e-05, not 9.99e-06."""
     return float(str(np.float32(value)))
 
 
 def unsupported(keys: Keys, why: str) -> UserError:
-    """A refusal of the file: ``why`` goes on after its name."""
+    """The error to raise for a file that cannot be run; ``why`` follows its name in the message."""
     return UserError(f"{keys.source.parts[0]} {why}: this file cannot be run with MLX.")
 
 
 def rotary_factor(keys: Keys) -> float:
-    """The share of a head that is rotated, such that int(head * share) is exact.
+    """The share of a head's dimensions that is rotated; int(head * share) is exact.
 
     Raises:
-        UserError: it is no even number of a head's dimensions.
+        UserError: when the number of rotated dimensions is odd or larger than the head.
     """
     head, rotated = _rotated(keys)
     share = float(rotated / head)
@@ -58,7 +58,7 @@ def rotary_factor(keys: Keys) -> float:
 
 
 def _rotated(keys: Keys) -> tuple[int, int]:
-    """A head's dimensions, and how many of them are rotated."""
+    """The number of dimensions of a head, and how many of them are rotated."""
     head = keys.count(
         "attention.key_length",
         keys.integer("embedding_length") // keys.count("attention.head_count"),
@@ -73,15 +73,15 @@ def _rotated(keys: Keys) -> tuple[int, int]:
 
 
 def sliding_window(keys: Keys, default: Any = MISSING) -> int:
-    """attention.sliding_window, at least one token."""
+    """The value of attention.sliding_window in tokens, at least 1."""
     return int(keys.count("attention.sliding_window", default))
 
 
 def whole_rotary(keys: Keys) -> None:
-    """Refuse a file that rotates only a part of each head, where mlx-lm's model rotates all of it.
+    """For a model of mlx-lm that rotates all dimensions of a head: check that the file does, too.
 
     Raises:
-        UserError: it does.
+        UserError: when the file rotates only a part of each head.
     """
     if rotary_factor(keys) != 1.0:
         raise unsupported(
@@ -92,10 +92,10 @@ def whole_rotary(keys: Keys) -> None:
 
 
 def unscaled_rotary(keys: Keys) -> None:
-    """Refuse a file that stretches its rotary embedding, where mlx-lm's model cannot.
+    """For a model of mlx-lm without rope scaling: check that the file needs none.
 
     Raises:
-        UserError: it does.
+        UserError: when the file scales its rotary embedding.
     """
     if rope_scaling(keys) is not None:
         raise unsupported(
@@ -106,7 +106,7 @@ def unscaled_rotary(keys: Keys) -> None:
 
 
 def experts_used(keys: Keys) -> int:
-    """expert_used_count, at least one and no more than there are."""
+    """The value of expert_used_count, from 1 to the number of experts."""
     used, count = keys.count("expert_used_count"), keys.count("expert_count")
     if used > count:
         raise UserError(
@@ -116,10 +116,10 @@ def experts_used(keys: Keys) -> int:
 
 
 def sliding_layers(keys: Keys, period: int) -> list[bool]:
-    """Which layers look back over attention.sliding_window tokens only.
+    """For each layer, whether its attention is limited to attention.sliding_window tokens.
 
-    The pattern is an array in newer files. A number n, or else ``period``, leaves every n-th layer
-    the whole context.
+    Newer files have an array with one value for each layer. A single number n (or ``period`` where
+    the key is missing) means that every n-th layer attends to the whole context.
     """
     pattern = keys.get("attention.sliding_window_pattern", period)
     if isinstance(pattern, list):
@@ -129,10 +129,10 @@ def sliding_layers(keys: Keys, period: int) -> list[bool]:
 
 
 def rope_scaling(keys: Keys) -> dict[str, Any] | None:
-    """config.json's rope_scaling: none, linear, yarn, or llama3's from the table of factors.
+    """The rope_scaling of config.json: None, linear, yarn, or llama3 from the table of factors.
 
     Raises:
-        UserError: a kind that mlx-lm has no counterpart for.
+        UserError: when the file's kind of scaling has no counterpart in mlx-lm.
     """
     base = keys.number("rope.freq_base", 10000.0)
     if base <= 1.0:
@@ -183,10 +183,11 @@ def rope_scaling(keys: Keys) -> dict[str, Any] | None:
 
 
 def _llama3_scaling(keys: Keys) -> dict[str, Any] | None:
-    """The parameters that make the file's factors: the inverse of `hf_to_gguf.extra_tensors`.
+    """The parameters of llama3 scaling that give the file's table of factors.
 
-    A wave of length w has the factor 1 / ((1 - s) / f + s), s = clip((c / w - low) / (high - low)).
-    Only c / low and c / high show, so c is the usual 8192.
+    This is the inverse of `hf_to_gguf.extra_tensors`. A wave of length w has the factor
+    1 / ((1 - s) / f + s), where s = clip((c / w - low) / (high - low), 0, 1). Only c / low and
+    c / high can be found from the factors, so c is taken to be the usual 8192.
     """
     factors = keys.values("rope_freqs.weight").astype(np.float64).reshape(-1)
     refusal = unsupported(
@@ -216,7 +217,7 @@ def _llama3_scaling(keys: Keys) -> dict[str, Any] | None:
             low = float(stretched.max()) if len(stretched) else 1.0
             high = float(kept.min()) if len(kept) else 4.0
             if blended.any():
-                # Any line through the one point between will do that meets neither side.
+                # With a single blended point, any line through it will do that leaves the others.
                 at, value = (context / waves[blended])[0], share[blended][0]
                 low = max(low if len(stretched) else 0.0, (at - value * high) / (1 - value))
                 high = low + (at - low) / value

@@ -1,8 +1,8 @@
-"""Multi-token prediction (MTP): names of its tensors in folders and GGUFs, and their parts in it.
+"""Names and roles of the tensors for multi-token prediction (MTP) in folders and GGUFs.
 
 An MTP block drafts further tokens: it joins the last hidden state and the next token's embedding by
-a projection, runs one more layer on that, and ends in the output head. mlx-lm drops these tensors
-when it loads a model; other runtimes use them. The forms known here, by their names:
+a projection, runs one more layer on the result, and ends in the output head. mlx-lm drops these
+tensors when it loads a model; other runtimes use them. The supported forms, by their names:
 
 - further layers behind the last: ``model.layers.N.*`` with eh_proj, enorm, hnorm, shared_head
   (deepseek_v3, deepseek_v32, glm4_moe, glm4_moe_lite, step3p5, bailing_hybrid, bailing_moe_v3);
@@ -18,20 +18,20 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-#: The same parts in a GGUF, where every form has one set of names, ``blk.N.nextn.*``.
+#: Names of these tensors in a GGUF, where all forms have the same names, ``blk.N.nextn.*``.
 GGUF_INPUT = "nextn.eh_proj"
 GGUF_EMBEDDING = "nextn.embed_tokens"
 GGUF_READS = frozenset(
     ["nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "nextn.shared_head_head"]
 )
 
-#: What joins the hidden state and the embedding: its output is the stream of the block.
+#: Projections that join the hidden state and the embedding; their output begins the block's stream.
 INPUTS = frozenset(["eh_proj", "fc", "input_proj", "mtp_linear_proj"])
 
 #: Copies of the model's embedding.
 EMBEDDINGS = frozenset(["embed_tokens", "word_embeddings"])
 
-#: What else is particular to MTP blocks, none of which writes to the stream: norms and heads.
+#: Other modules that only MTP blocks have: norms and heads, which do not write to the stream.
 READS = frozenset([
     "enorm", "hnorm", "norm", "final_layernorm", "pre_fc_norm_embedding", "pre_fc_norm_hidden",
     "token_layernorm", "hidden_layernorm", "mtp_hidden_norm", "mtp_emb_norm", "input_layernorm",
@@ -45,7 +45,7 @@ _TEXT = r"^((?:(?:model|language_model|text_model|backbone|transformer)\.)*)"
 _LAYER = re.compile(_TEXT + r"layers\.(\d+)\.(.+)$")
 _MTP = re.compile(_TEXT + r"((?:mtp|nextn)[a-z_]*)\.(.+)$")
 
-# Parts of a parameter; names that end in none of them are weights themselves.
+# Endings of names that are parts of a module; a name with another ending is a weight itself.
 _PARTS = ("weight", "bias", "scales", "biases", "global_scale", "weight_scale_inv", "weight_scale")
 
 
@@ -54,10 +54,10 @@ class Tensor:
     """A tensor of a layer or an MTP block.
 
     Attributes:
-        name: in the files.
-        module: its name without the part.
-        role: the same inside its layer, stacks of experts and single ones alike:
-            ``mlp.experts.down_proj``.
+        name: its name in the files.
+        module: that name without ``part``.
+        role: the module's name inside its layer, the same for stacks of experts and single
+            experts: ``mlp.experts.down_proj``.
         part: ``weight``, ``bias``, ``scales``, ...
     """
 
@@ -68,9 +68,10 @@ class Tensor:
 
 
 def layer_tensors(names: Iterable[str], layers: int) -> list[Tensor]:
-    """The tensors of the model's own layers.
+    """The tensors of the model's ordinary layers.
 
     Args:
+        names: all tensors of the model.
         layers: how many layers the model has.
     """
     found = ((name, _LAYER.match(name)) for name in names)
@@ -81,7 +82,8 @@ def mtp_tensors(names: Iterable[str], layers: int) -> list[Tensor]:
     """The tensors of MTP blocks, in the order of ``names``.
 
     Args:
-        layers: how many layers the model has; those beyond are MTP blocks.
+        names: all tensors of the model.
+        layers: how many layers the model has; layers with higher numbers are MTP blocks.
     """
     found = []
     for name in names:

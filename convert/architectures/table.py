@@ -24,29 +24,29 @@ _GROUPS = (llama, qwen, gemma, phi, cohere, dense, granite, deepseek, gpt_oss, l
 ARCHITECTURES: dict[str, Architecture] = {
     one.name: one for group in _GROUPS for one in group.ARCHITECTURES
 }
-"""general.architecture -> all that is known of it."""
+"""general.architecture -> its entry."""
 
 STREAMS: dict[str, Stream] = {
     name: one.stream for name, one in ARCHITECTURES.items() if one.stream is not None
 }
-"""general.architecture -> what writes to the residual stream, of those that can be edited."""
+"""general.architecture -> its residual writers, for the architectures that can be edited."""
 
 REFUSED: dict[str, str] = {name: one.refused for name, one in ARCHITECTURES.items() if one.refused}
-"""general.architecture -> why no exact edit of its weights is offered, in one sentence."""
+"""general.architecture -> why its weights cannot be edited exactly, in one sentence."""
 
 IN_MLX: dict[str, InMlx] = {
     name: one.in_mlx for name, one in ARCHITECTURES.items() if one.in_mlx is not None
 }
-"""general.architecture -> how mlx-lm runs its GGUFs, of those that it can run."""
+"""general.architecture -> how mlx-lm runs its GGUFs, for the architectures that it can run."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """The architecture that a folder's model_type becomes.
+    """The architecture that a folder becomes in a GGUF.
 
     Attributes:
-        gguf: general.architecture, also the prefix of its metadata keys.
-        folder: what its folders need.
+        gguf: its general.architecture, also the prefix of its metadata keys.
+        folder: how its folders become GGUFs.
     """
 
     gguf: str
@@ -59,4 +59,4 @@ FROM_FOLDER: dict[str, Written] = {
     if one.from_folder is not None
     for model_type in one.from_folder.model_types
 }
-"""model_type of config.json -> what it is in a GGUF, of those that can be written as one."""
+"""model_type of config.json -> the architecture in a GGUF, for those that can be written as one."""

@@ -1,6 +1,6 @@
-"""Where the parameters of mlx-lm's model lie in a GGUF: rows (and, rarely, columns) of its tensors.
+"""Records of which rows (rarely, columns) of GGUF tensors make up each parameter of mlx-lm's model.
 
-A place is never values, so that quantized blocks can be moved as they are.
+They hold indices and no values, so that quantized blocks can be moved without being decoded.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ class Piece:
     """A GGUF tensor, or some of its rows and columns.
 
     Attributes:
-        tensor: its name.
-        rows: indices into its rows, which are the product of all dimensions but the fastest (row
-            e * out + o of an expert stack (E, out, in)), or into the elements of a vector; None for
-            all of them in order.
-        columns: indices into the fastest dimension; None for all in order. Blocks of quantized
-            weights run along it, so a tensor whose columns move may have to be dequantized.
+        tensor: the tensor's name.
+        rows: indices of its rows, counted over all dimensions but the fastest (row e * out + o of
+            an expert stack (E, out, in)), or of the elements of a vector; None for all in order.
+        columns: indices into the fastest dimension; None for all in order. Quantized blocks lie
+            along this dimension, so a tensor with reordered columns may have to be dequantized.
     """
 
     tensor: str
@@ -39,12 +38,13 @@ class Weight:
     """One parameter of mlx-lm's model and where its values come from.
 
     Attributes:
-        path: as in ``tree_flatten(model.parameters())``, such as
-            ``model.layers.0.self_attn.q_proj.weight``: the name after the class's ``sanitize``.
-        pieces: joined along the rows, in this order.
-        shape: of the parameter; None for the only piece's own shape, or (rows in all, n).
-        change: applied to the float32 values of that shape, for what is no mere move (norms less
-            one, logarithms, transposed kernels); the result may have another shape.
+        path: the parameter's path as in ``tree_flatten(model.parameters())``, such as
+            ``model.layers.0.self_attn.q_proj.weight``: its name after the class's ``sanitize``.
+        pieces: the tensors that hold its values, joined along the rows in this order.
+        shape: the shape of the joined pieces; None for the shape of the only piece, or for
+            (number of rows, n) of several.
+        change: applied to the float32 values of that shape, where the parameter has other values
+            (norms minus one, logarithms, transposed kernels); the result may have another shape.
     """
 
     path: str
@@ -54,14 +54,14 @@ class Weight:
 
 
 # --------------------------------------------------------------------------------------------------
-# What most families share
+# Names that most families share
 
 OUTSIDE = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-"""Tensors outside the blocks -> modules."""
+"""Names of tensors outside the blocks -> modules of mlx-lm's model."""
 
 ATTENTION = {
     "attn_norm": "input_layernorm",
@@ -72,7 +72,7 @@ ATTENTION = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
-"""blk.N.* -> modules of a layer: attention with a norm in front."""
+"""Names of tensors in a block -> modules of a layer: attention and the norm before it."""
 
 FEED_FORWARD = {
     "ffn_norm": "post_attention_layernorm",
@@ -80,7 +80,7 @@ FEED_FORWARD = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""The same for a gated feed-forward network with a norm in front."""
+"""The same for a gated feed-forward network and the norm before it."""
 
 EXPERTS = {
     "ffn_gate_inp": "mlp.gate",
@@ -88,10 +88,10 @@ EXPERTS = {
     "ffn_up_exps": "mlp.switch_mlp.up_proj",
     "ffn_down_exps": "mlp.switch_mlp.down_proj",
 }
-"""The same for a mixture of experts, whose stacks (E, out, in) are alike in both."""
+"""The same for a mixture of experts, whose stacks are (E, out, in) in GGUF and in MLX."""
 
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""Tensors that become part of config.json."""
+"""Names of tensors whose values become part of config.json."""
 
 
 def renamed(
@@ -102,13 +102,14 @@ def renamed(
     layers: str = "model.layers",
     skip: Iterable[str] = (),
 ) -> list[Weight]:
-    """A Weight for each tensor of the file, renamed; ``.weight`` and ``.bias`` stay what they are.
+    """A Weight for each tensor of the file under its name in mlx-lm's model, with the same suffix.
 
     Args:
-        block: names within ``blk.N.`` without their ending -> modules within a layer.
-        outside: the same for tensors outside the blocks.
-        layers: where the model's layers are.
-        skip: regular expressions of names that the caller takes care of itself.
+        keys: the file.
+        block: names in ``blk.N.`` without ``.weight`` or ``.bias`` -> modules of a layer.
+        outside: names of tensors outside the blocks -> modules of the model.
+        layers: the path of the model's list of layers.
+        skip: regular expressions of tensors that are left to the caller.
 
     Raises:
         UserError: naming a tensor that is in neither table.
@@ -139,7 +140,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def repathed(weights: Iterable[Weight], names: Mapping[str, str]) -> list[Weight]:
-    """The weights with their paths changed: regular expression -> what to put in its place."""
+    """The weights with changed paths; ``names`` maps regular expressions to replacements."""
     found = []
     for weight in weights:
         path = weight.path
@@ -152,7 +153,7 @@ def repathed(weights: Iterable[Weight], names: Mapping[str, str]) -> list[Weight
 def changed(
     weights: Iterable[Weight], pattern: str, change: Callable[[np.ndarray], np.ndarray]
 ) -> list[Weight]:
-    """The weights, with ``change`` on those whose path matches the regular expression."""
+    """The weights, with ``change`` for those whose path matches the regular expression."""
     return [
         replace(weight, change=change) if re.search(pattern, weight.path) else weight
         for weight in weights
@@ -162,10 +163,13 @@ def changed(
 def reordered(
     weights: Iterable[Weight], pattern: str, rows: Callable[[TensorEntry], np.ndarray], keys: Keys
 ) -> list[Weight]:
-    """The weights, those whose path matches with their tensor's rows in another order.
+    """The weights, with reordered rows for those whose path matches the regular expression.
 
     Args:
-        rows: tensor entry -> indices, as in `Piece.rows`.
+        weights: all weights.
+        pattern: the regular expression.
+        rows: makes from a tensor's entry the order of its rows, as in `Piece.rows`.
+        keys: the file.
     """
     return [
         replace(
@@ -182,22 +186,25 @@ def reordered(
 
 
 def half_split_rows(rows: int, heads: int) -> np.ndarray:
-    """Undo llama.cpp's interleaving of Q and K rows, for ``reordered``.
+    """The order of Q or K rows that undoes llama.cpp's interleaving, for ``reordered``.
 
-    Its llama rotates dimension 2i with 2i + 1, mlx-lm i with i + d/2.
+    For llama, llama.cpp rotates dimension 2i with 2i + 1; mlx-lm rotates i with i + d/2.
 
     Args:
-        rows: heads * d.
+        rows: the number of rows, heads * d.
+        heads: the number of heads.
     """
     half = rows // heads // 2
     return np.arange(rows).reshape(heads, half, 2).swapaxes(1, 2).reshape(-1)
 
 
 def halved_experts(keys: Keys, tensor: str, module: str) -> list[Weight]:
-    """A stack of experts (E, 2 f, n), the gate's rows before the up projection's, as two stacks.
+    """The two Weights, gate and up projection, of a stack of experts that holds both.
 
     Args:
-        module: holds gate_proj and up_proj.
+        keys: the file.
+        tensor: the stack (E, 2 f, n), in each expert the gate's rows before those of up.
+        module: the module that has gate_proj and up_proj.
     """
     experts, rows, n = keys.tensor(tensor).shape
     index = np.arange(experts * rows).reshape(experts, 2, rows // 2)

@@ -1,24 +1,25 @@
-"""GGUF tokenizer metadata as the tokenizer files that mlx-lm and transformers load.
+"""Writes the tokenizer files that mlx-lm and transformers load, from the metadata of a GGUF.
 
-The opposite of `convert.tokenizers.to_gguf`. The files tokenize as llama.cpp does
-(src/llama-vocab.cpp, as in llama-cpp-python 0.3.36): tokenizer.json is written from the metadata
-alone, without any knowledge of what the model's publisher wrote in the first place.
+This is the opposite of `convert.tokenizers.to_gguf`. The files tokenize as llama.cpp does
+(src/llama-vocab.cpp, as in llama-cpp-python 0.3.36). tokenizer.json is written from the metadata
+alone, without the files of the model's publisher.
 
-What Hugging Face's tokenizers cannot say, and what is written instead:
+Hugging Face's tokenizers cannot do everything that llama.cpp does. The differences:
 
-- llama.cpp looks for special tokens longest first over the whole text; here the leftmost is taken,
-  and the longest of those. It differs for special tokens that overlap each other.
-- Phi-3's special tokens swallow the white space after them: in ASCII there, all of it here.
+- Special tokens that overlap each other in a text: llama.cpp finds the longest first in the whole
+  text; these files find the leftmost, and of several there the longest.
+- Phi-3's special tokens swallow the white space after them: in llama.cpp only ASCII white space,
+  with these files all white space.
 - Special tokens are always recognised in text: llama.cpp's parse_special=false has no counterpart.
-- A byte-level vocabulary that lacks a byte: llama.cpp leaves the byte out after merging, here it is
-  left out before.
+- In a byte-level vocabulary without some byte, llama.cpp drops that byte after merging, these files
+  before.
 - Special tokens that are spelled like bytes ("õ" in DeepSeek Coder) are decoded as these bytes, and
   "▁" in a special token as a space.
 
-transformers 5 has its own idea of the tokenizer of a folder whose config.json has model_type qwen2
-or qwen3_5, publishers' folders included: it takes tokens, merges and special tokens from
-tokenizer.json, cuts text as Qwen does, and normalizes it to NFC first, which llama.cpp does not.
-For Qwen's own pre-tokenizers only text with decomposed characters is tokenized differently.
+For a folder whose config.json has model_type qwen2 or qwen3_5, transformers 5 has its own tokenizer
+class: it takes tokens, merges and special tokens from tokenizer.json, but splits text as Qwen
+does and first normalizes it to NFC, which llama.cpp does not. With Qwen's own pre-tokenizers only
+text with decomposed characters is then tokenized differently.
 """
 
 from __future__ import annotations
@@ -48,23 +49,22 @@ _TEMPLATE = "tokenizer.chat_template"
 
 
 def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the tokenizer that a GGUF's metadata describe into a model folder.
+    """Write into a model folder the tokenizer that the metadata of a GGUF describe.
 
     Writes tokenizer.json, tokenizer_config.json, generation_config.json (when a token ends a
     reply), chat_template.jinja and additional_chat_templates/ (when there are templates).
 
     Args:
-        metadata: GGUF key -> value, as `convert.gguf.file.GgufSource.metadata` gives: str, int,
-            float, bool, or a list of one of these.
+        metadata: GGUF key -> value, as in `convert.gguf.file.GgufSource.metadata`: str, int, float,
+            bool, or a list of one of these.
         folder: created if missing; files of these names are replaced.
 
     Returns:
-        What config.json should say: bos_token_id, pad_token_id (int), eos_token_id (int, or a list
-        of all tokens at which llama.cpp ends a reply, the file's eos first). Keys without a value
-        are left out.
+        Keys for config.json: bos_token_id, pad_token_id (int) and eos_token_id (int, or a list of
+        all tokens at which llama.cpp ends a reply, the file's eos first), as far as they are known.
 
     Raises:
-        UserError: naming the key and the mend, before any file is written.
+        UserError: naming the key and what to do, before any file is written.
     """
     vocabulary = read_vocabulary(metadata)
     files: dict[str, Any] = {
@@ -173,10 +173,11 @@ def _tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _whole_breaks(vocabulary: Vocabulary) -> frozenset[int]:
-    """Runs of line breaks that have to be found as added tokens.
+    """Ids of tokens of line breaks that must be written as added tokens.
 
-    None where merges make a token of every run that is one, as in Gemma 4's own vocabulary. Else
-    runs that are no token come out as the longest that are, while llama.cpp merges them.
+    There are none where merging builds every such token, as in Gemma 4's own vocabulary. Where they
+    are added tokens, a longer run of line breaks becomes the longest tokens that fit into it, while
+    llama.cpp merges it.
     """
     if vocabulary.pre is None or not vocabulary.pre.whole_breaks:
         return frozenset()
@@ -194,7 +195,7 @@ def _normalizer(vocabulary: Vocabulary) -> dict[str, Any] | None:
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if not vocabulary.space_prefix:
         return spaces
-    # It is applied to each stretch of text between special tokens, as in llama.cpp.
+    # The normalizer is applied to each stretch of text between special tokens, as in llama.cpp.
     return {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
 
 
@@ -252,7 +253,7 @@ def _post_processor(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _decoder(vocabulary: Vocabulary) -> dict[str, Any]:
-    # mlx-lm knows how to stream these three by their exact structure.
+    # mlx-lm recognises these three decoders by their exact structure, and so can stream replies.
     if vocabulary.byte_level:
         return {
             "type": "ByteLevel",
@@ -278,8 +279,8 @@ def _tokenizer_config(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> di
         "pad_token": vocabulary.pad,
     }
     config: dict[str, Any] = {
-        # The class that takes tokenizer.json as it is. What it adds by itself is said here to be
-        # absent: without add_bos_token and add_eos_token it leaves the post-processor alone.
+        # This class uses tokenizer.json as it is. Without the keys add_bos_token and add_eos_token
+        # it does not change the post-processor.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **{
@@ -288,7 +289,7 @@ def _tokenizer_config(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> di
         },
     }
     if metadata.get(PREFIX + "pre") == "tekken":
-        # transformers warns of a mistake in Mistral's own files, which is not in these.
+        # Otherwise transformers warns of a mistake in Mistral's own files, which these do not have.
         config["fix_mistral_regex"] = False
     architecture = metadata.get("general.architecture")
     length = metadata.get(f"{architecture}.context_length")

@@ -1,4 +1,4 @@
-"""The vocabulary that a GGUF's metadata describe, checked, with what llama.cpp reads into them."""
+"""Reads the vocabulary from a GGUF's metadata, checked and corrected as llama.cpp corrects it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _REFUSED = {
     "no_vocab": "no vocabulary",
 }
 
-# Tokens for filling in the middle, looked for by text where the metadata name none: llama.cpp makes
-# them control tokens. Role: (texts, whether the token ends a reply).
+# Tokens for filling in the middle, found by their text where the metadata name none. llama.cpp
+# makes them control tokens. Role -> (texts, whether the token ends a reply).
 _FILL_IN: dict[str, tuple[frozenset[str], bool]] = {
     "fim_pre": (
         frozenset(
@@ -86,7 +86,7 @@ _FILL_IN: dict[str, tuple[frozenset[str], bool]] = {
 }
 _OLD_NAMES = {"fim_pre": "prefix", "fim_suf": "suffix", "fim_mid": "middle"}
 
-# gpt-oss: shown in replies, though they are special.
+# Special tokens of gpt-oss that are nevertheless shown in replies.
 _SHOWN = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))
 
 _NO_TOKEN = (-1, 2**32 - 1)
@@ -96,17 +96,17 @@ CONTROL = (int(TokenType.UNKNOWN), int(TokenType.CONTROL))
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The metadata, checked, with what llama.cpp reads into them.
+    """The vocabulary of a GGUF, checked and corrected as llama.cpp corrects it.
 
     Attributes:
-        tokens: text by id, all different, none empty.
-        types: by id, after llama.cpp's corrections.
-        merges: pairs in the order of their rank.
-        pre: how text is cut; None for SentencePiece, which does not.
-        space_prefix: put a space before every stretch of ordinary text.
-        bos, eos, unknown, pad: ids.
-        add_bos, add_eos: put them around every text.
-        ends: ids that end a reply, eos first.
+        tokens: the text of each token by id, all different, none empty.
+        types: gguf.TokenType by id, after llama.cpp's corrections.
+        merges: pairs of token texts, in the order of their rank.
+        pre: how text is split before merging; None for SentencePiece, which does not split it.
+        space_prefix: whether a space is put before every stretch of ordinary text.
+        bos, eos, unknown, pad: ids of these tokens; None where there is none.
+        add_bos, add_eos: whether bos and eos are put around every text.
+        ends: ids of the tokens that end a reply, eos first.
         rstrip: ids of special tokens that swallow the white space after them.
     """
 
@@ -184,7 +184,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 def _added(
     metadata: Mapping[str, Any], pre: PreTokenizer | None, special: Mapping[str, int | None]
 ) -> tuple[bool, bool]:
-    """Whether bos and eos are put around every text."""
+    """Whether bos is put before, and eos after, every text."""
     add_bos = _one(metadata, "add_bos_token", bool)
     if add_bos is None or (pre is not None and pre.forced_bos):
         add_bos = pre is None or pre.add_bos or pre.forced_bos
@@ -199,7 +199,11 @@ def _added(
 
 
 def _one(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
-    """The value of tokenizer.ggml.``name``, of type ``kind``, or None where there is none."""
+    """The value of tokenizer.ggml.``name``, or None where there is none.
+
+    Raises:
+        UserError: when its type is not ``kind``.
+    """
     value = metadata.get(PREFIX + name)
     if value is None:
         return None
@@ -237,14 +241,14 @@ def _tokens(metadata: Mapping[str, Any]) -> list[str]:
             f"the metadata have no {PREFIX}tokens: take a GGUF of the whole model, not of its "
             f"weights alone."
         )
-    # llama.cpp names nameless tokens like this.
+    # llama.cpp gives tokens without a text this text.
     tokens = [text or f"[EMPTY_{token}]" for token, text in enumerate(listed)]
     if len(set(tokens)) != len(tokens):
         text, _ = Counter(tokens).most_common(1)[0]
         first = tokens.index(text)
         raise UserError(
             f"{PREFIX}tokens has {text!r} twice, as {first} and {tokens.index(text, first + 1)}: "
-            f"convert the model again, for llama.cpp cannot load this file either."
+            f"convert the model again; llama.cpp cannot load this file either."
         )
     try:
         "".join(tokens).encode()
@@ -289,7 +293,7 @@ def _pre(metadata: Mapping[str, Any], model: str) -> PreTokenizer | None:
     name = _one(metadata, "pre", str)
     if model == "gemma4":
         return PRE["gemma4"]
-    # llama.cpp warns of a file that names none, and goes on.
+    # If a file names none, llama.cpp warns and uses its default.
     found = PRE.get(name or "default")
     if found is None:
         raise UserError(
@@ -300,7 +304,7 @@ def _pre(metadata: Mapping[str, Any], model: str) -> PreTokenizer | None:
 
 
 def _default(role: str, model: str) -> int | None:
-    # For the other kinds llama.cpp's default is token 11 of GPT-2, which is no special token.
+    # For other kinds of vocabulary llama.cpp's default is GPT-2's token 11, which is not special.
     return {"bos": 1, "eos": 2, "unknown": 0}.get(role) if model == "llama" else None
 
 
@@ -322,7 +326,7 @@ def _corrected(
     ids: Mapping[str, int],
     special: Mapping[str, int | None],
 ) -> tuple[list[int], tuple[int, ...]]:
-    """Types by id, and the ids that end a reply: the file's own, corrected by the tokens' texts."""
+    """Types by id, and the ids that end a reply: those of the file, corrected by tokens' texts."""
     types = _per_token(metadata, "token_type", (int,), len(tokens))
     if types is None:
         types = [int(TokenType.NORMAL)] * len(tokens)
@@ -351,11 +355,11 @@ def _corrected(
     texts_of_ends = {tokens[token] for token in ends}
     calls = texts_of_ends & {"<|call|>", "<|calls|>"}
     if calls and texts_of_ends & {"<|return|>", "<|flush|>"} and "<|end|>" in texts_of_ends:
-        # gpt-oss and Solar end a part of a reply with it.
+        # In gpt-oss and Solar, <|end|> ends a part of a reply, not the reply.
         types[ids["<|end|>"]] = int(TokenType.USER_DEFINED)
         del ends[ids["<|end|>"]]
     if "<|tool_response>" in texts_of_ends and "</s>" in texts_of_ends:
-        # Gemma 4 has it as an ordinary word.
+        # In Gemma 4, </s> is an ordinary token.
         types[ids["</s>"]] = int(TokenType.NORMAL)
         del ends[ids["</s>"]]
     return types, tuple(ends)
@@ -364,7 +368,7 @@ def _corrected(
 def _rstrip(
     metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
 ) -> frozenset[int]:
-    """Special tokens that swallow the white space after them: Phi-3's, known by its name."""
+    """Ids of special tokens that swallow the white space after them, if the file is a Phi-3."""
     if not phi3.says_phi3(str(metadata.get("general.name") or "")):
         return frozenset()
     return frozenset(
@@ -380,14 +384,14 @@ def _rstrip(
 
 
 def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The file's merges, the first of two that are alike."""
+    """The file's merges, without repetitions."""
     listed = _list(metadata, "merges", (str,))
     if listed is None:
         if metadata.get(PREFIX + "pre") == "kimi-k2":
             return []
         raise UserError(
-            f"the metadata have no {PREFIX}merges, without which a byte-pair vocabulary has no "
-            f"use: convert the model again with llama.cpp's convert_hf_to_gguf.py."
+            f"the metadata have no {PREFIX}merges, without which a byte-pair vocabulary cannot be "
+            f"used: convert the model again with llama.cpp's convert_hf_to_gguf.py."
         )
     merges: dict[tuple[str, str], None] = {}
     for rank, merge in enumerate(listed):
@@ -400,7 +404,7 @@ def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[s
             )
         if left not in ids or right not in ids or left + right not in ids:
             raise UserError(
-                f"{PREFIX}merges has {merge[:60]!r} as {rank}, of which not all parts are in "
+                f"{PREFIX}merges has {merge[:60]!r} as {rank}, whose parts are not all in "
                 f"{PREFIX}tokens: convert the model again with llama.cpp's convert_hf_to_gguf.py."
             )
         merges[left, right] = None
@@ -410,18 +414,18 @@ def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[s
 def _merges_by_score(
     tokens: Sequence[str], types: Sequence[int], ids: Mapping[str, int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-    """The pairs that SentencePiece would merge, in the order in which it would.
+    """A list of merges, in order of rank, that has the effect of SentencePiece's scores.
 
-    It merges the neighbours that make the token of the highest score, the leftmost of equals. Here
-    every pair that makes a token is listed, by the score of that token. That all pairs of one token
-    share a score does no harm: what happens inside a stretch of text that becomes a token does not
-    depend on what surrounds it, so a token always arises from the same two pieces, those it arises
-    from when it is the whole text. Other pairs that make it are torn apart by higher scores before
-    they can meet.
+    SentencePiece merges the two neighbours that make the token with the highest score; of several
+    with that score, the leftmost. The list returned here has every pair that makes a token, ordered
+    by the token's score. Several pairs may make the same token and so have the same score; their
+    order does not matter. How a stretch of text becomes a token does not depend on the text around
+    it, so a token always arises from the same two pieces, and the pieces of other pairs are merged
+    otherwise, with higher scores, before they can meet.
 
-    Different tokens of one score are another matter, for here the order cannot be the position's.
-    SentencePiece gives all runs of spaces one score, and merges them from the left into ever longer
-    ones: the same as taking the longest first.
+    Different tokens with the same score do matter, because a list of merges cannot prefer the
+    leftmost. SentencePiece gives all runs of spaces the same score, and merging them from the left
+    has the effect of merging the longest first, so they are listed in that order.
 
     Raises:
         UserError: when most tokens have one score, so that position alone would decide.

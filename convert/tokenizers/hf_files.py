@@ -1,4 +1,4 @@
-"""What the files of a Hugging Face tokenizer have to be, as far as this project reads them."""
+"""Types and ranges of the values in a Hugging Face tokenizer's files that this project reads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _steps(value: Any) -> Iterator[tuple[str, Any, Kind]]:
     return _STEP.inside(value)
 
 
-# A normalizer, pre-tokenizer, decoder or post-processor; a Sequence holds others in a list.
+# A normalizer, pre-tokenizer, decoder or post-processor; one of type Sequence holds a list of them.
 _ANY_STEP = Kind("an object", OBJECT.fits, _steps)
 _STEP = record(
     {
@@ -50,7 +50,7 @@ TOKENIZER = record(
         "model": record(
             {
                 "type": TEXT,
-                # A list of pairs is a Unigram model's.
+                # In a Unigram model the vocabulary is a list of pairs.
                 "vocab": either(map_of(_ID), list_of(ANYTHING)),
                 "merges": list_of(_MERGE),
                 "byte_fallback": FLAG,
@@ -75,7 +75,7 @@ TOKENIZER_CONFIG = record(
         **_ROLE_TOKENS,
     }
 )
-"""tokenizer_config.json, but for its chat templates (`convert.tokenizers.template_files`)."""
+"""tokenizer_config.json, except its chat templates (`convert.tokenizers.template_files`)."""
 
 SPECIAL_TOKENS = record(_ROLE_TOKENS)
 """special_tokens_map.json."""

@@ -1,21 +1,22 @@
-"""What each ``tokenizer.ggml.pre`` name makes llama.cpp do to a text before merging.
+"""How llama.cpp splits a text before merging, for each name in ``tokenizer.ggml.pre``.
 
-llama.cpp cuts a text with a list of regular expressions, each applied to the pieces the one before
-it left: what matches is a piece, what lies between matches is a piece. Source: src/llama-vocab.cpp
-(the names) and src/unicode.cpp (how the expressions are run), as in llama-cpp-python 0.3.36.
+llama.cpp splits a text with a list of regular expressions, each applied to the pieces that the
+previous one left: every match is a piece, and so is the text between two matches. Sources:
+src/llama-vocab.cpp (the names) and src/unicode.cpp (how the expressions are run), as in
+llama-cpp-python 0.3.36.
 
-The expressions here are in Oniguruma's dialect, which Hugging Face's tokenizers run, and say what
-llama.cpp does rather than what it wrote down:
+The expressions here are in the dialect of Oniguruma, which Hugging Face's tokenizers use. They
+describe what llama.cpp does, which its own expressions do not always say:
 
-- it ignores case in English contractions for ASCII letters alone, where (?i:) takes "ſ" for "s";
-- where it searches the text itself, every white space beyond ASCII is a vertical tab by then, so
-  that a range of characters never matches one;
-- where a class of letters occurs, all kinds of letters are one letter to it, and "[^a-z]" beside
-  them tells case in ASCII alone;
-- digits that are grouped from the right take the text before them along.
+- in English contractions it ignores case for ASCII letters only; (?i:) also takes "ſ" for "s";
+- before some searches it replaces all white space beyond ASCII by vertical tabs, so that a range of
+  characters never matches it;
+- where an expression has a class of letters, all letters are replaced by the same one, and "[^a-z]"
+  beside it distinguishes case in ASCII only;
+- digits that are grouped from the right include the text before them in their first group.
 
-One difference remains: characters assigned after Unicode 15 are letters, digits and so on to
-Oniguruma, and nothing yet to llama.cpp.
+One difference remains: characters assigned after Unicode 15 are letters, digits and so on for
+Oniguruma, but not for llama.cpp.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # --------------------------------------------------------------------------------------------------
-# Expressions that several names share.
+# Expressions used by several names
 
 CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 DIGIT = r"\p{N}"
@@ -43,7 +44,7 @@ DEEPSEEK3_CJK = "[一-龥぀-ゟ゠-ヿ]+"
 NEW_LINES = r"[^\n]+|\n+"
 
 _HAN = r"[一-龥ࠀ-一가-\x{D7FF}&&[^\s]]+"
-# The letters of the cased scripts, as DeepSeek spells them out: first and last code points.
+# The letters of the cased scripts, as DeepSeek lists them: first and last code points in hex.
 _CASED = (
     "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 "
     "388-38A 38C 38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA "
@@ -85,7 +86,7 @@ _ANY_CASE = r"[\p{L}\p{M}]"
 _AYA = _cased_words(_ANY_CASE, _ANY_CASE, CONTRACTION + "?", r"\p{N}{1,3}", r"[\r\n/]*")
 _YOUTU = _cased_words(_ANY_CASE, _ANY_CASE, CONTRACTION + "?", r"\p{N}", r"[\r\n/]*")
 
-# What stands before the digits belongs to their first group.
+# The text before the digits belongs to their first group.
 _DIGITS_FROM_RIGHT = r"[^\p{N}]*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 
 _HAN_LETTERS = (
@@ -112,16 +113,17 @@ _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What a ``tokenizer.ggml.pre`` name stands for.
+    """The meaning of a ``tokenizer.ggml.pre`` name.
 
     Attributes:
-        splits: expressions that cut the text, one after the other.
-        ignore_merges: a piece that is a token as a whole stays whole, whatever the merges say.
-        add_bos: put bos before every text, where tokenizer.ggml.add_bos_token does not tell.
-        byte_level: pieces are spelled in GPT-2's byte alphabet; if not, they are plain text with
-            "▁" for a space, and what is no token is spelled in byte tokens, <0x00> to <0xFF>.
+        splits: expressions that split the text, one after the other.
+        ignore_merges: whether a piece that is a token stays whole even if merges do not build it.
+        add_bos: whether bos is put before every text if tokenizer.ggml.add_bos_token is missing.
+        byte_level: whether pieces are spelled in GPT-2's byte alphabet. If not, they are plain text
+            with "▁" for a space, and characters without a token become byte tokens, <0x00> to
+            <0xFF>.
         forced_bos: bos is put before every text whatever tokenizer.ggml.add_bos_token says.
-        whole_breaks: as ignore_merges, but for runs of line breaks alone.
+        whole_breaks: as ``ignore_merges``, but only for runs of line breaks.
     """
 
     splits: tuple[str, ...]
@@ -212,7 +214,7 @@ PRE: dict[str, PreTokenizer] = {
             "hunyuan",
             "solar-open",
             "grok-2",
-            # White space up to "[\r\n]" ends at the last line break, as up to "[\r\n]+".
+            # "\s*[\r\n]" ends at the last line break, as "\s*[\r\n]+" does.
             "bailingmoe",
             "bailingmoe2",
             "llada-moe",
@@ -251,7 +253,7 @@ PRE: dict[str, PreTokenizer] = {
         (
             r"[\r\n]",
             rf"\s?{_CASED_CLASS}+",
-            # U+3000 is in the range that DeepSeek wrote, and is white space.
+            # DeepSeek's range contains U+3000, but that is white space.
             r"\s?[!-/:-~！-／：-～‘-‟、-。]+",
             r"\s+\z",
             _HAN,
@@ -285,4 +287,4 @@ PRE: dict[str, PreTokenizer] = {
     **dict.fromkeys(("gemma4", "granite-embed-multi-311m"), _GEMMA4_LIKE),
     "sarvam-moe": PreTokenizer((NEW_LINES,), byte_level=False),
 }
-"""llama.cpp's name -> what it does. "whitespace" and DNA models are left out: they embed only."""
+"""llama.cpp's name -> its meaning. Names for embedding and DNA models are left out."""

@@ -1,8 +1,8 @@
-"""llama.cpp's name of the pre-tokenizer of a tokenizer.json.
+"""Finds llama.cpp's name for the pre-tokenizer of a tokenizer.json.
 
-What each ``tokenizer.ggml.pre`` name means is fixed in llama.cpp's src/llama-vocab.cpp: a list of
+llama.cpp's src/llama-vocab.cpp fixes the meaning of each ``tokenizer.ggml.pre`` name: a list of
 regular expressions applied one after the other, and whether merges are ignored for whole words in
-the vocabulary. The name is found by comparing that with the structure of tokenizer.json.
+the vocabulary. The name is found by comparing these with the structure of tokenizer.json.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from convert.base.foreign import foreign
 from convert.tokenizers.pre import CONTRACTION, DIGIT, GPT2, LINE, PRE
 from convert.tokenizers.tokenizer_json import merges_of, steps_of
 
-# As Hugging Face's files spell them. What llama.cpp runs in their place is in
-# `convert.tokenizers.pre`; the difference, if any, is in rare characters.
+# The expressions as Hugging Face's files spell them. `convert.tokenizers.pre` has those that
+# llama.cpp runs; they differ, if at all, for rare characters.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _DIGITS = r"\p{N}+"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -33,12 +33,12 @@ _GPT4O = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + LINE
 )
 _DEEPSEEK_HAN = "[一-龥ࠀ-一가-퟿]+"
-# DeepSeek spells out every letter of the cased scripts; its beginning tells it from all others.
+# DeepSeek's expression lists every letter of the cased scripts; this beginning identifies it.
 _DEEPSEEK_LETTERS = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯ"
 
 
 def _alike(name: str) -> tuple[str, tuple[str, ...], bool]:
-    """A name whose splits in llama.cpp are those of the Hugging Face files."""
+    """An entry for a name whose expressions are the same in llama.cpp and Hugging Face's files."""
     splits = (split.replace(CONTRACTION, _CONTRACTION) for split in PRE[name].splits)
     return name, tuple(splits), PRE[name].ignore_merges
 
@@ -76,9 +76,10 @@ PRE_TOKENIZERS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("bloom", (r" ?[^(\s|[.,!?…。，、।۔،])]+",), False),
     _alike("minicpm5"),
 )
-"""(llama.cpp's name, its splits in order, whether whole words ignore merges).
+"""(llama.cpp's name, its expressions in order, whether merges are ignored for whole words).
 
-Where several names mean the same, the one that the most versions of llama.cpp and Ollama know.
+Of several names with the same meaning, this is the one that most versions of llama.cpp and Ollama
+support.
 """
 
 
@@ -86,13 +87,13 @@ def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer.json.
 
     Args:
-        tokenizer: tokenizer.json as parsed.
+        tokenizer: the parsed tokenizer.json.
 
     Raises:
-        UserError: when llama.cpp implements no such splitting, naming the ``pre=`` override.
+        UserError: when llama.cpp has no such pre-tokenizer; it names the argument ``pre=``.
     """
     for step in steps_of(tokenizer.get("normalizer")):
-        # llama.cpp normalizes nothing; NFC leaves ordinary text as it is.
+        # llama.cpp does not normalize; NFC is accepted because it leaves ordinary text as it is.
         if step.get("type") != "NFC":
             raise _unknown(f"the normalizer {step.get('type')}")
     splits = _splits(tokenizer)
@@ -127,7 +128,7 @@ def _splits(tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
         if kind == "Split":
             pattern = step.get("pattern") or {}
             behaviour = (step.get("behavior"), bool(step.get("invert")))
-            # Removing what does not match is isolating what does, for patterns that match all.
+            # For patterns that match everything, "remove what does not match" means "isolate".
             if behaviour not in (("Isolated", False), ("Removed", True)):
                 raise _unknown(f"a Split with behavior {behaviour[0]}, invert {behaviour[1]}")
             text = pattern.get("Regex")
@@ -149,12 +150,12 @@ def _splits(tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def canonical_regex(regex: str) -> str:
-    """One spelling for the spellings of one pattern that tokenizer files use."""
+    """A regular expression in one of the several spellings that tokenizer files use for it."""
     text = regex.replace("\r", r"\r").replace("\n", r"\n")
-    # Possessive where the next atom cannot match what was taken: greedy is the same.
+    # Possessive quantifiers: greedy ones are the same here, as the next atom cannot match there.
     text = text.replace("]?+", "]?").replace("]++", "]+").replace("}++", "}+")
     text = text.replace(r"{1,3}+", r"{1,3}").replace(r"\p{N}{1}", r"\p{N}")
-    # White space up to the last line break: the first star takes all other breaks anyway.
+    # White space up to the last line break: the first star takes all earlier breaks anyway.
     text = text.replace(r"|\s*[\r\n]|", r"|\s*[\r\n]+|")
     if text.startswith(_DEEPSEEK_LETTERS):
         return _DEEPSEEK_LETTERS
@@ -167,7 +168,7 @@ def canonical_regex(regex: str) -> str:
     return text
 
 
-# What `convert.tokenizers.from_gguf` writes.
+# The expressions that `convert.tokenizers.from_gguf` writes.
 _OWN = tuple(
     (name, tuple(map(canonical_regex, pre.splits)), pre.ignore_merges)
     for name, pre in PRE.items()
@@ -176,7 +177,7 @@ _OWN = tuple(
 
 
 def _unreachable(tokenizer: Mapping[str, Any]) -> str | None:
-    """A token that merges alone do not build, for which ignore_merges makes a difference."""
+    """A token that merges do not build, so that ignore_merges makes a difference; None without."""
     from tokenizers import models  # lazily: few tokenizers need it
 
     model = tokenizer["model"]

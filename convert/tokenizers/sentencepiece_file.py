@@ -1,4 +1,4 @@
-"""A SentencePiece model file (tokenizer.model), read as protocol buffers without their library."""
+"""Reads a SentencePiece model file (tokenizer.model) without the protocol buffers library."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ class Piece:
 
 
 def read_sentencepiece(path: Path) -> tuple[list[Piece], bool]:
-    """Pieces and add_dummy_prefix of a SentencePiece model.
+    """The pieces and add_dummy_prefix of a SentencePiece model.
 
-    The file is one protocol buffer message (sentencepiece_model.proto): field 1 repeats the pieces
-    {1 text, 2 score, 3 type}, 2 is the trainer {3 model type}, 3 the normalizer {3 dummy prefix}.
+    The file is one protocol buffer message (sentencepiece_model.proto): field 1, repeated, is a
+    piece {1 text, 2 score, 3 type}; field 2 is the trainer {3 model type}; field 3 is the
+    normalizer {3 dummy prefix}.
+
+    Raises:
+        UserError: when the file is no SentencePiece model, or not of its BPE type.
     """
     pieces: list[Piece] = []
     model_type, dummy_prefix = 1, True

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer folder as GGUF tokenizer metadata."""
+"""Turns the tokenizer of a Hugging Face folder into tokenizer metadata of a GGUF."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from convert.tokenizers.tokenizer_json import is_byte_level, merges_of, steps_of
 
 _SPACE = "▁"
 
-# Embeddings are padded, and reserved tokens not always listed.
+# Most ids without a token: embeddings are padded, and reserved tokens not always listed.
 _GAPS = 1 << 16
 
 KNOWN_ENDS = frozenset(
@@ -51,30 +51,30 @@ KNOWN_ENDS = frozenset(
         "[e~[",
     )
 )
-"""llama.cpp ends a reply at tokens of these texts, whatever the metadata says."""
+"""Texts of tokens at which llama.cpp ends a reply, whatever the metadata say."""
 
-# Tokens that end a turn rather than a text.
+# Texts of tokens that end a turn of a chat rather than a text.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer in GGUF's terms.
+    """A tokenizer as a GGUF describes it.
 
     Attributes:
         model: "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE).
         pre: the pre-tokenizer's name in llama.cpp.
         tokens: text by id, one per row of the embedding.
         types: gguf.TokenType by id.
-        scores: by id, SentencePiece only: the higher, the earlier merged.
-        merges: "left right", byte-level BPE only.
+        scores: by id, for SentencePiece only; tokens with higher scores are merged earlier.
+        merges: texts "left right" in order of rank, for byte-level BPE only.
         special: role (bos, eos, eot, eom, unknown, padding) -> id.
         add_bos: put bos before every text.
         add_eos: put eos after every text.
         add_space_prefix: put a space before every text; None where it does not apply.
         chat_templates: name -> Jinja source; `template_files.plain` says which one is used.
-        ends: ids that end a reply, all of them, even those GGUF has no role for.
-        rstrip: special tokens swallow the white space after them (Phi-3).
+        ends: ids of all tokens that end a reply, including those for which a GGUF has no role.
+        rstrip: whether special tokens swallow the white space after them (Phi-3).
     """
 
     model: str
@@ -124,13 +124,13 @@ def read_tokenizer(folder: Path, rows: int | None = None, *, pre: str | None = N
     """Read the tokenizer of a model folder.
 
     Args:
-        folder: with tokenizer.json or tokenizer.model, and what accompanies them.
-        rows: rows of the embedding; shorter vocabularies are padded with unused tokens, tokens
-            past the end are left out. None takes the vocabulary as it is.
-        pre: llama.cpp's name of the pre-tokenizer, where the structure alone does not tell.
+        folder: a folder with tokenizer.json or tokenizer.model, and their accompanying files.
+        rows: rows of the embedding. A shorter vocabulary is padded with unused tokens, and tokens
+            past the end are left out. None keeps the vocabulary as it is.
+        pre: llama.cpp's name of the pre-tokenizer, where it cannot be found from tokenizer.json.
 
     Raises:
-        UserError: naming the file and what about it has no counterpart in llama.cpp.
+        UserError: naming the file and the part of it that has no counterpart in llama.cpp.
     """
     folder = Path(folder)
     files = _Files(folder)
@@ -187,7 +187,7 @@ def read_tokenizer(folder: Path, rows: int | None = None, *, pre: str | None = N
 
 
 class _Files:
-    """What the folder says, parsed once."""
+    """The tokenizer files of a folder, parsed once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -220,7 +220,7 @@ class _Files:
         return added
 
     def role_text(self, role: str) -> str | None:
-        """The token text configured for bos, eos, unk or pad."""
+        """The text of the token configured as bos, eos, unk or pad; None where there is none."""
         for source in (self.config, self.special_map):
             value = source.get(f"{role}_token")
             if isinstance(value, Mapping):
@@ -281,7 +281,7 @@ def _sentencepiece_entries(files: _Files) -> dict[int, _Entry]:
                 f"with byte fallback, so llama.cpp cannot run it: this tokenizer cannot be written "
                 f"as GGUF."
             )
-        # The earlier a pair merges, the higher the score of what it becomes.
+        # The earlier a pair is merged, the higher is the score of the token that it makes.
         scores: dict[str, float] = {}
         for rank, (left, right) in enumerate(merges_of(files.tokenizer)):
             scores.setdefault(left + right, -float(rank))
@@ -295,7 +295,7 @@ def _sentencepiece_entries(files: _Files) -> dict[int, _Entry]:
             score = scores.get(text, 0.0 if len(text) == 1 else unmerged)
             entries[int(token_id)] = _Entry(text, kind, score)
     for token_id, piece in enumerate(files.pieces):
-        # SentencePiece's types have GGUF's numbers.
+        # GGUF's types of tokens have the numbers of SentencePiece's.
         kind = TokenType(piece.kind)
         user_defined = kind == TokenType.USER_DEFINED
         text = piece.text.replace(_SPACE, " ") if user_defined else piece.text

@@ -303,8 +303,8 @@ def test_gemma2_looks_back_as_far_as_llama_cpp(window: int, tmp_path: Path) -> N
 def test_a_folder_of_gemma2_says_that_mlx_lm_has_no_window(tmp_path: Path) -> None:
     path = written(tmp_path, with_keys(_GEMMA2, attention__sliding_window=16))
     record = conversion.convert(str(path), tmp_path / "folder")
-    assert "looks back over 16 tokens" in record["note"]
-    assert "mlx-lm itself looks back over all" in record["note"]
+    assert "attends to the last 16 tokens only" in record["note"]
+    assert "mlx-lm itself attends to all" in record["note"]
     (tmp_path / "plain").mkdir()
     other = written(tmp_path / "plain", _GEMMA3)
     assert "note" not in conversion.convert(str(other), tmp_path / "other")

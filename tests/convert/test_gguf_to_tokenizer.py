@@ -1009,7 +1009,7 @@ _BPE = byte_level("gpt-2", pairs=300)
         (_BPE, {"merges": None}, "have no tokenizer.ggml.merges"),
         (_BPE, {"merges": ["ab"]}, "ggml.merges has 'ab' as 0, which is not \"left right\""),
         (_BPE, {"merges": ["a "]}, "ggml.merges has 'a ' as 0"),
-        (_BPE, {"merges": ["xx yy"]}, "ggml.merges has 'xx yy' as 0, of which not all parts"),
+        (_BPE, {"merges": ["xx yy"]}, "ggml.merges has 'xx yy' as 0, whose parts are not all"),
         (_BPE, {"eos_token_id": 10**6}, "ggml.eos_token_id is 1000000, but there are"),
         (_BPE, {"eot_token_id": -2}, "ggml.eot_token_id is -2, but there are"),
         (_BPE, {"bos_token_id": "5"}, "ggml.bos_token_id is '5', which is not a whole number"),

@@ -1,1 +1,1 @@
-"""What each architecture is: one module for each group of relatives."""
+"""The entries of all architectures: one module for each family of related ones."""

@@ -40,7 +40,7 @@ def _cohere_config(keys: Keys) -> dict[str, Any]:
 
 def _cohere2_config(keys: Keys) -> dict[str, Any]:
     slides = sliding_layers(keys, 4)
-    # mlx-lm knows windows in all layers but every n-th, and needs one of each kind.
+    # In mlx-lm every n-th layer has no window and all others have one; both kinds must occur.
     period = slides.index(False) + 1 if False in slides else 0
     if period < 2 or slides != [(layer + 1) % period != 0 for layer in range(keys.layers)]:
         raise unsupported(

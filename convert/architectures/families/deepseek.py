@@ -48,7 +48,7 @@ _BLOCK = {
 }
 
 _SOFTMAX, _SIGMOID = 1, 2
-"""Values of expert_gating_func."""
+"""Meaning of the values of expert_gating_func."""
 
 _APART = r"^blk\.\d+\.attn_(k|v)_b\.weight$"
 _JOINED = r"^blk\.\d+\.attn_kv_b\.weight$"
@@ -57,7 +57,7 @@ _FUSED = r"^blk\.\d+\.ffn_gate_up_exps\.weight$"
 
 @dataclass(frozen=True)
 class _Heads:
-    """Sizes of attention: how many heads, and dimensions of one: turned, not turned, of values."""
+    """Sizes of attention: heads, and per head the rotated, unrotated and value dimensions."""
 
     count: int
     rope: int
@@ -80,13 +80,13 @@ def _heads(keys: Keys) -> _Heads:
 
 
 def _model_type(keys: Keys) -> str:
-    """Which class of mlx-lm computes what llama.cpp does with this file."""
+    """The mlx-lm model class that computes this file as llama.cpp does."""
     experts = keys.integer("expert_count", 0)
     if not experts or keys.integer("leading_dense_block_count", 0) >= keys.layers:
         return "youtu_llm"
     gating = keys.integer("expert_gating_func", 0)
     if not gating:
-        # Files from before there was the key; llama.cpp knows GLM 4.7 Flash by its size.
+        # Older files lack the key; llama.cpp recognises GLM 4.7 Flash by its size.
         glm = keys.layers in (47, 48) and keys.vocabulary == 154880
         gating = _SIGMOID if glm else _SOFTMAX
     if gating == _SIGMOID:
@@ -112,7 +112,7 @@ def _config(keys: Keys) -> dict[str, Any]:
     config = base_config(keys, model_type)
     del config["head_dim"]
     config |= {
-        # The file counts one, of the latent vector.
+        # The file says 1, for the latent vector that all heads share.
         "num_key_value_heads": heads.count,
         "q_lora_rank": keys.integer("attention.q_lora_rank", None) if _has_q_a(keys) else None,
         "kv_lora_rank": heads.latent,
@@ -178,15 +178,15 @@ def _experts(keys: Keys, model_type: str) -> dict[str, Any]:
 
 
 def _scaling(keys: Keys, model_type: str) -> dict[str, Any] | None:
-    """Yarn whose two magnitudes are alike, so that only the attention's scale grows.
+    """The rope_scaling for yarn with equal magnitudes, where only the attention's scale changes.
 
-    llama.cpp multiplies the scale by the square of 1 + 0.1 m log(factor), m being ten times
-    yarn_log_multiplier, and leaves the rotated dimensions as they are: mlx-lm's mscale_all_dim = m
-    with mscale = m.
+    llama.cpp multiplies the scale by (1 + 0.1 m log(factor))², where m is ten times
+    yarn_log_multiplier, and does not scale the rotated dimensions. In mlx-lm that is
+    mscale_all_dim = mscale = m.
     """
     scaling = rope_scaling(keys)
     if scaling is None:
-        # deepseek_v2 cannot be without one.
+        # mlx-lm's deepseek_v2 needs a rope_scaling.
         unscaled = {"type": "yarn", "rope_type": "yarn", "factor": 1.0}
         return unscaled if model_type == "deepseek_v2" else None
     logarithm = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
@@ -203,7 +203,7 @@ def _scaling(keys: Keys, model_type: str) -> dict[str, Any] | None:
             "stretches its rotary embedding and has no experts; mlx-lm's class for that does not "
             "scale attention with it",
         )
-    # In the file it is a tenth of the publisher's number, rounded to float32.
+    # The file has a tenth of the publisher's number, rounded to float32.
     magnitude = round(10 * short(logarithm), 6)
     return scaling | {
         "mscale": magnitude,
@@ -236,7 +236,7 @@ def _weights(keys: Keys) -> list[Weight]:
 
 
 def _as_it_is(keys: Keys, layer: int, module: str) -> list[Weight]:
-    """k_b and v_b for deepseek_v3, which has them in the same order."""
+    """The Weights of k_b and v_b for mlx-lm's deepseek_v3, which has them in the same order."""
     return [
         Weight(f"{module}.embed_q.weight", (Piece(f"blk.{layer}.attn_k_b.weight"),)),
         Weight(f"{module}.unembed_out.weight", (Piece(f"blk.{layer}.attn_v_b.weight"),)),
@@ -244,12 +244,12 @@ def _as_it_is(keys: Keys, layer: int, module: str) -> list[Weight]:
 
 
 def _whole(keys: Keys, layer: int, module: str) -> list[Weight]:
-    """kv_b for deepseek_v2, which has it in the same order."""
+    """The Weight of kv_b for mlx-lm's deepseek_v2, which has it in the same order."""
     return [Weight(f"{module}.kv_b_proj.weight", (Piece(f"blk.{layer}.attn_kv_b.weight"),))]
 
 
 def _split(keys: Keys, layer: int, module: str) -> list[Weight]:
-    """kv_b for deepseek_v3: a head's key rows transposed, and its value rows."""
+    """kv_b as two Weights for deepseek_v3: each head's key rows, transposed, and its value rows."""
     heads, name = _heads(keys), f"blk.{layer}.attn_kv_b.weight"
     index = np.arange(keys.tensor(name).rows).reshape(heads.count, heads.nope + heads.value)
     return [
@@ -268,7 +268,7 @@ def _split(keys: Keys, layer: int, module: str) -> list[Weight]:
 
 
 def _joined(keys: Keys, layer: int, module: str) -> list[Weight]:
-    """k_b and v_b for deepseek_v2: the values as kv_b, since k_b has to be transposed."""
+    """k_b and v_b as the single kv_b of deepseek_v2, by values because k_b is transposed."""
     key, value = f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight"
     return [Weight(f"{module}.kv_b_proj.weight", (Piece(value),), change=_joining(keys, key))]
 
@@ -283,8 +283,9 @@ def _joining(keys: Keys, key: str) -> Callable[[np.ndarray], np.ndarray]:
     return join
 
 
-# Hyper-connections: several streams of the same dimensions, which share writers and are read, mixed
-# and written to with scalars computed from them. A direction that nothing writes is in none.
+# Hyper-connections: several residual streams of the same width share the writers; they are read,
+# mixed and written to with scalars computed from them. So a direction that no writer writes is in
+# none of the streams.
 HYPER = (
     "hc_attn_fn hc_attn_base hc_attn_scale hc_ffn_fn hc_ffn_base hc_ffn_scale output_hc_fn "
     "output_hc_base output_hc_scale"
@@ -292,7 +293,7 @@ HYPER = (
 STREAMS = "several streams, mixed by scalars (hyper-connections)"
 
 ARCHITECTURES = (
-    # attn_k_b is read beside attn_v_b where the two become one parameter.
+    # attn_k_b is listed because attn_k_b and attn_v_b may become one parameter.
     Architecture(
         "deepseek2", plain(), InMlx(_config, _weights, unused=(r"^blk\.\d+\.attn_k_b\.weight$",))
     ),

@@ -45,7 +45,7 @@ def _layer_norm_eps(keys: Keys) -> float:
 
 
 def _tables(*tables: Mapping[str, str]) -> Callable[[Keys], list[Weight]]:
-    """Weights that are renamed only."""
+    """Weights of an architecture whose tensors are only renamed."""
     together = {name: module for table in tables for name, module in table.items()}
     return lambda keys: renamed(keys, together)
 
@@ -63,7 +63,7 @@ def _glm4_config(keys: Keys) -> dict[str, Any]:
             "glm4 has a head of its own",
         )
     sections = keys.get("rope.dimension_sections", [])
-    # llama.cpp pairs dimensions i and i + d/2 where images have a place in the rotation.
+    # With rotary sections for images, llama.cpp rotates dimension i with i + d/2.
     pictures = isinstance(sections, list) and all(sections[:2]) and len(sections) > 1
     return (
         base_config(keys, "glm4")
@@ -115,7 +115,7 @@ def _smollm3_weights(keys: Keys) -> list[Weight]:
 # EXAONE 4: norms behind each half of a layer; the 32B has windows, and no rotation without them
 
 _EXAONE4_32B = 64
-"""llama.cpp slides windows in a model of so many layers, and only there."""
+"""The number of layers of the model in which llama.cpp uses sliding windows; no other has them."""
 
 
 def _exaone4_config(keys: Keys) -> dict[str, Any]:
@@ -246,7 +246,7 @@ _SHARED_EXPERT = {
 
 
 _CORRECTION = r"\.exp_probs_b\."
-"""A tensor that may be there and do nothing."""
+"""A tensor that some files have and that neither runtime uses."""
 
 
 def _ernie_moe_weights(keys: Keys) -> list[Weight]:
@@ -320,7 +320,7 @@ def _mistral3_config(keys: Keys) -> dict[str, Any]:
 
 
 def _mistral3_rope(keys: Keys) -> dict[str, Any] | None:
-    """rope_scaling with what llama.cpp reads for mistral3 besides."""
+    """rope_scaling with the additional keys that llama.cpp reads for mistral3."""
     scaling = rope_scaling(keys)
     if scaling is None or scaling["type"] != "yarn":
         return scaling

@@ -73,7 +73,7 @@ def _gemma_config(keys: Keys) -> dict[str, Any]:
 
 
 def _query_scale(keys: Keys, largest: int) -> int:
-    """What the square of the query's divisor is: llama.cpp goes by the number of layers."""
+    """The square of the queries' divisor, which llama.cpp chooses by the number of layers."""
     heads = keys.integer("attention.head_count")
     per_head = int(keys.integer("embedding_length")) // int(heads)
     return per_head if keys.layers == largest else keys.integer("attention.key_length", per_head)
@@ -89,7 +89,7 @@ def _gemma2_config(keys: Keys) -> dict[str, Any]:
         )
     return base_config(keys, "gemma2") | {
         "tie_word_embeddings": True,
-        # mlx-lm's gemma2 does not read it: `convert.mlx.gemma2_window` does.
+        # mlx-lm's gemma2 ignores this key; `convert.mlx.gemma2_window` uses it.
         "sliding_window": sliding_window(keys, WINDOW),
         "query_pre_attn_scalar": _query_scale(keys, _LARGEST_2),
         "attn_logit_softcapping": short(keys.number("attn_logit_softcapping", 50.0)),
@@ -114,7 +114,7 @@ def _gemma3_config(keys: Keys) -> dict[str, Any]:
     pattern = 1
     if window:
         sliding = sliding_layers(keys, 6)
-        # Layer number `pattern`, counted from one, is the first without a window.
+        # The first layer without a window is number `pattern`, counted from 1.
         pattern = sliding.index(False) + 1 if False in sliding else 0
         if not pattern or sliding != [(n + 1) % pattern != 0 for n in range(keys.layers)]:
             raise unsupported(
@@ -161,7 +161,7 @@ _GEMMA4_BLOCK = {
 }
 
 _SHARED = r"^blk\.\d+\.attn_(k|v|k_norm)\.weight$"
-"""What the last layers have in files, but use another layer's keys and values instead."""
+"""Tensors that files have for the last layers, which use keys and values of another layer."""
 
 
 def _gemma4_config(keys: Keys) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _shared_layers(keys: Keys, sliding: list[bool]) -> int:
     """
     count = int(keys.integer("attention.shared_kv_layers", 0))
     own = keys.layers - count
-    # mlx-lm takes the last one of the same kind, llama.cpp the last or the last but one.
+    # mlx-lm shares with the last layer of the same kind, llama.cpp with the last or the one before.
     if count and not (own >= 2 and sliding[own - 2 : own] == [True, False]):
         raise unsupported(
             keys,
@@ -259,7 +259,7 @@ def _key_heads(keys: Keys, sliding: list[bool], first_shared: int) -> dict[str, 
 
 
 def _gemma4_rotary(keys: Keys, sliding: list[bool]) -> dict[str, Any]:
-    """Both kinds' rotary embeddings; the table of factors is 1 for dimensions that turn."""
+    """The rotary embeddings of both kinds of layers; rotated dimensions have the factor 1."""
     if keys.number("rope.scaling.factor", 1.0) not in (0.0, 1.0):
         raise unsupported(keys, "stretches its rotary embedding, which no published gemma4 does")
     for slides, kind in ((True, "_swa"), (False, "")):
@@ -347,7 +347,7 @@ def _gemma3_keys(flat: Config) -> dict[str, Any]:
     return values
 
 
-# What transformers fills in when a Gemma 3 config (nested in a multimodal one) leaves it out.
+# transformers' defaults for keys that a Gemma 3 config (inside a multimodal one) leaves out.
 _GEMMA3_DEFAULTS: dict[str, Any] = {
     "hidden_size": 2304,
     "intermediate_size": 9216,

@@ -22,7 +22,7 @@ from convert.architectures.weights import ATTENTION, Weight, renamed, repathed
 _BLOCK = {
     **ATTENTION,
     "attn_sinks": "self_attn.sinks",
-    # In spite of its name it stands before the experts.
+    # In spite of its name, this norm stands before the experts.
     "post_attention_norm": "post_attention_layernorm",
     "ffn_gate_inp": "mlp.router",
     "ffn_gate_exps": "mlp.experts.gate_proj",

@@ -32,13 +32,13 @@ _MULTIPLIERS = {
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
 }
-"""Key of config.json -> key of the GGUF, both ways."""
+"""Key of config.json -> GGUF key with the same meaning."""
 
 _SHARED = r"\.ffn_(gate|up)_shexp\."
 
 
 def _multipliers(keys: Keys) -> dict[str, Any]:
-    """The four constants; zero is llama.cpp's word for none of the kind."""
+    """The four constants by which parts are multiplied; llama.cpp takes 0 for a missing one."""
     config = base_config(keys, "granite")
 
     def given(name: str, default: float) -> float:
@@ -77,9 +77,9 @@ def _shared(keys: Keys) -> bool:
 
 
 def _moe_config(keys: Keys) -> dict[str, Any]:
-    """mlx-lm has a class with a shared expert beside the others: the hybrid one.
+    """config.json for granitemoe; with a shared expert it is one for mlx-lm's granitemoehybrid.
 
-    Without a layer of its other kind it is granitemoe and that expert.
+    That class has a shared expert. With attention layers only, it is granitemoe with that expert.
     """
     whole_rotary(keys)
     config = (

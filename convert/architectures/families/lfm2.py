@@ -18,7 +18,7 @@ from convert.base.errors import UserError
 
 _OUTSIDE = {
     "token_embd": "model.embed_tokens",
-    # In spite of its name it is the last norm.
+    # In spite of its name, this is the final norm.
     "token_embd_norm": "model.embedding_norm",
 }
 
@@ -71,7 +71,7 @@ def _config(keys: Keys, model_type: str) -> dict[str, Any]:
             "its output head",
         )
     width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
-    # None in the layers of convolution.
+    # Layers of convolution have 0 key/value heads.
     per_layer = [int(one) for one in keys.per_layer("attention.head_count_kv", heads)]
     counts = set(per_layer) - {0}
     if len(counts) != 1:
@@ -102,7 +102,7 @@ def _dense_config(keys: Keys) -> dict[str, Any]:
     return config | {
         "block_dim": config["hidden_size"],
         "block_ff_dim": config["intermediate_size"],
-        # The width in the file is the one that all adjusting has led to.
+        # The width in the file is final: it must not be adjusted again.
         "block_auto_adjust_ff_dim": False,
         "block_multiple_of": 1,
         "block_ffn_dim_multiplier": 1.0,

@@ -38,7 +38,7 @@ from convert.gguf.layout import TensorEntry
 
 
 def unpermuted(keys: Keys, weights: list[Weight]) -> list[Weight]:
-    """Q and K rows in mlx-lm's order."""
+    """The Weights with Q and K rows in mlx-lm's order."""
     heads = {
         "q": keys.count("attention.head_count"),
         "k": keys.count("attention.head_count_kv", keys.integer("attention.head_count")),
@@ -71,7 +71,7 @@ def _llama_config(keys: Keys) -> dict[str, Any]:
 
 
 def biases(keys: Keys) -> dict[str, bool]:
-    """What llama's config and those made after it say of biases."""
+    """The keys with which configs of llama and its relatives say which biases there are."""
     return {
         "attention_bias": "blk.0.attn_q.bias" in keys.tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in keys.tensors,

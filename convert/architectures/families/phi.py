@@ -32,7 +32,7 @@ _TABLES = ("rope_factors_short.weight", "rope_factors_long.weight")
 
 
 def _config(keys: Keys) -> dict[str, Any]:
-    # Both runtimes leave attention.sliding_window alone.
+    # Both runtimes ignore attention.sliding_window.
     config = base_config(keys, "phi3")
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         raise unsupported(
@@ -53,11 +53,11 @@ def _original_context(keys: Keys) -> int:
 
 
 def _scaling(keys: Keys) -> dict[str, Any] | None:
-    """The two tables of longrope as the publisher's config.json has them.
+    """The two tables of longrope factors, as in the publisher's config.json.
 
-    mlx-lm turns by the long table always, llama.cpp in contexts of more tokens than the original
-    number, and by the short one in others. So they agree in the file's own, long context, which
-    llama.cpp takes unless told otherwise.
+    mlx-lm always uses the long table. llama.cpp uses the long table in contexts longer than the
+    original one and the short table in others. So the two agree in the file's own, long context,
+    which is llama.cpp's default.
     """
     if not any(name in keys.tensors for name in _TABLES):
         scaling = rope_scaling(keys)
@@ -69,7 +69,7 @@ def _scaling(keys: Keys) -> dict[str, Any] | None:
                 f"stretches its rotary embedding by the method {scaling['type']!r}, which mlx-lm's "
                 "phi3 does not know",
             )
-        # mlx-lm asks for the key, and does not look at it.
+        # mlx-lm requires this key but does not use it.
         return scaling | {"long_factor": []}
     short, long = (_table(keys, name) for name in _TABLES)
     if keys.number("rope.scaling.factor", 0.0) not in (0.0, 1.0):
@@ -90,7 +90,7 @@ def _scaling(keys: Keys) -> dict[str, Any] | None:
 
 
 def _table(keys: Keys, name: str) -> list[float]:
-    """Factors in the shortest decimal form that is the same float32."""
+    """Factors in the shortest decimal form that gives the same float32."""
     values = keys.values(name).reshape(-1)
     rotated = keys.integer(
         "rope.dimension_count",

@@ -65,7 +65,7 @@ _HYBRID = {
     **EXPERTS,
     **_SHARED_EXPERT,
     **_LINEAR_ATTENTION,
-    # In spite of its name it stands before the feed-forward network.
+    # In spite of its name, this norm stands before the feed-forward network.
     "post_attention_norm": "post_attention_layernorm",
 }
 
@@ -94,7 +94,7 @@ def _expert_config(keys: Keys) -> dict[str, Any]:
 
 
 def _shared_gates(keys: Keys, weights: list[Weight]) -> list[Weight]:
-    """The shared expert's gate as a matrix of one row, which GGUF holds as a vector."""
+    """The shared expert's gate: a vector in GGUF, a matrix of one row in mlx-lm."""
     return [
         replace(weight, shape=(1, *keys.tensor(weight.pieces[0].tensor).shape[-1:]))
         if weight.path.endswith("shared_expert_gate.weight")
@@ -147,8 +147,8 @@ def _hybrid_config(model_type: str) -> Callable[[Keys], dict[str, Any]]:
             "linear_value_head_dim": keys.integer("ssm.inner_size") // max(1, value_heads),
             "linear_conv_kernel_dim": keys.integer("ssm.conv_kernel"),
             "full_attention_interval": _interval(keys),
-            # Tokens of text stand at the same place in all of the sections that positions of
-            # images have, so that these do not matter.
+            # The sections are for positions in images; a token of text has the same position in
+            # all of them, so they do not matter here.
             "rope_parameters": {
                 "type": "default",
                 "rope_type": "default",
@@ -167,7 +167,7 @@ def _hybrid_config(model_type: str) -> Callable[[Keys], dict[str, Any]]:
 
 
 def _interval(keys: Keys) -> int:
-    """Every how many layers there is one of full attention."""
+    """n, where every n-th layer has full attention."""
     recurrent = keys.get("attention.recurrent_layers")
     every = int(keys.integer("full_attention_interval", 4))
     if recurrent is not None:
@@ -199,10 +199,10 @@ def _check_rows(keys: Keys, tensor: str, *rows: np.ndarray) -> None:
 
 
 class _Heads:
-    """The sizes of linear attention, and where its rows are.
+    """The sizes of linear attention, and the order of its rows.
 
-    mlx-lm keeps the value heads of one key head together. Files of qwen35 and qwen35moe begin with
-    the first value head of every key head (``tiled``).
+    mlx-lm keeps the value heads of one key head together. Files of qwen35 and qwen35moe have the
+    first value head of every key head, then the second of every key head, and so on (``tiled``).
     """
 
     def __init__(self, keys: Keys, *, tiled: bool) -> None:
@@ -227,17 +227,17 @@ class _Heads:
 
     @property
     def values(self) -> np.ndarray:
-        """Rows of the value heads in mlx-lm's order."""
+        """The order of the value heads' rows that mlx-lm has."""
         return (self.order[:, None] * self.value_size + np.arange(self.value_size)).reshape(-1)
 
     @property
     def mixed(self) -> np.ndarray:
-        """The same where queries and keys stand in front of them."""
+        """The order of rows where queries and keys precede the value heads."""
         before = 2 * self.count * self.size
         return np.concatenate((np.arange(before), before + self.values))
 
     def parts(self, *sizes: int) -> list[np.ndarray]:
-        """Rows of each of several parts that are interleaved by key head, so many rows each."""
+        """The rows of each part, where parts of these sizes are interleaved by key head."""
         firsts = np.arange(self.count)[:, None] * sum(sizes)
         starts = np.cumsum((0, *sizes))
         return [
@@ -247,7 +247,7 @@ class _Heads:
 
 
 def _log_of_negative(decay: np.ndarray) -> np.ndarray:
-    # What is no negative number becomes no finite one, which is found later.
+    # A number that is not negative becomes NaN or infinite here, which is refused later.
     with np.errstate(all="ignore"):
         return np.log(-decay)
 
@@ -272,7 +272,7 @@ def _hybrid_weights(*, tiled: bool) -> Callable[[Keys], list[Weight]]:
 
 
 def _placed(keys: Keys, heads: _Heads, weight: Weight) -> Weight:
-    """A tensor of linear attention with its heads in mlx-lm's order; any other as it is."""
+    """A Weight of linear attention with its heads in mlx-lm's order; any other Weight unchanged."""
     tensor = weight.pieces[0].tensor
     block = re.match(r"blk\.\d+\.([^.]+)", tensor)
     stem = block[1] if block else ""
@@ -304,7 +304,7 @@ def _placed(keys: Keys, heads: _Heads, weight: Weight) -> Weight:
 
 
 def _split(keys: Keys, heads: _Heads) -> list[Weight]:
-    """Tensors that hold several parameters."""
+    """The Weights of tensors that each hold several parameters."""
     found = []
     value = heads.each * heads.value_size
     for name in keys.tensors:
@@ -321,7 +321,7 @@ def _split(keys: Keys, heads: _Heads) -> list[Weight]:
                 Weight(f"{module}.linear_attn.in_proj_a.weight", (Piece(name, alpha),)),
             ]
         elif stem == "ssm_in":
-            # Of qwen3next's first files.
+            # Only in qwen3next's first files.
             *mixed, gate = heads.parts(heads.size, heads.size, value, value)
             rows = np.concatenate(mixed)
             _check_rows(keys, name, rows, gate)
@@ -367,8 +367,8 @@ ARCHITECTURES = (
         InMlx(_moe_config("qwen3_moe", normalized=True), _moe_weights),
         FromFolder(("qwen3_moe",), _qwen3moe_keys),
     ),
-    # The same model as mlx-lm's qwen3_next, whose class joins matrices that are apart in the file
-    # and may be of different types there.
+    # mlx-lm's qwen3_next is the same model, but its class joins matrices that are separate in the
+    # file and may have different types there.
     Architecture(
         "qwen3next",
         _HYBRID_STREAM,

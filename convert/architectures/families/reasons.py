@@ -1,4 +1,4 @@
-"""Why the weights of an architecture are not edited, where several share the reason."""
+"""Reasons, shared by several architectures, why their weights are not edited."""
 
 from __future__ import annotations
 
