@@ -1,1 +1,1 @@
-"""Directions: measuring, choosing, keeping and reading them."""
+"""Directions: measuring, choosing, saving and reading them."""

@@ -1,4 +1,4 @@
-"""Which candidate direction: the causal choice of Arditi et al. 2024, as a race."""
+"""Choosing a candidate direction by its causal effect, as in Arditi et al. 2024, in a race."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Intervention, adding
 from convert.base.errors import UserError
 
-#: Candidates that are tried at most.
+#: The largest number of candidates that are tried.
 MOST = 14
 
-#: Harmless prompts on which a candidate is added.
+#: The number of harmless prompts on which the effect of adding a candidate is measured.
 INDUCED = 12
 
 
-#: Why an edit that did not run all prompts is not taken.
+#: The reason given for not choosing an edit that was dropped before it had run all prompts.
 OUTRUN = "others did better on the first prompts"
 
 
@@ -30,8 +30,8 @@ class Choice:
     """The chosen candidate and how it was found.
 
     Attributes:
-        score: of the chosen candidate.
-        scores: of every candidate.
+        score: the score of the chosen candidate.
+        scores: the scores of all candidates.
     """
 
     score: Score
@@ -41,14 +41,16 @@ class Choice:
 def rank(
     effect: Effect, max_kl: float, most_left: float, whole: bool = True
 ) -> tuple[bool, bool, float]:
-    """Sort key of edits: within the KL limit, then without refusals left, then refusal score.
+    """Sort key of edits: within the KL limit first, then without refusals, then by score.
 
-    On a few prompts the KL is uncertain, so only twice the limit disqualifies an edit.
+    While only some prompts were run the KL is uncertain, so then only twice the limit counts.
 
     Args:
-        max_kl: limit of the mean KL on harmless prompts, nats.
-        most_left: the largest share of refusing openings that counts as none (`Trial.left`).
-        whole: whether the effect is that on all prompts.
+        effect: the edit's effect.
+        max_kl: limit of the mean KL on harmless prompts, in nats.
+        most_left: the largest share of harmful prompts opening with a refusal that counts as none
+            (`Trial.left`).
+        whole: whether the effect was measured on all prompts.
     """
     limit = max_kl if whole else 2 * max_kl
     return not effect.kl <= limit, effect.refused > most_left, effect.refusal
@@ -57,7 +59,7 @@ def rank(
 def gentle(
     effect: Effect, max_kl: float, most_left: float, whole: bool = True
 ) -> tuple[bool, bool, float]:
-    """As `rank`, but by KL among those that leave no refusals, as `variants.best` takes them."""
+    """Sort key like `rank`, but with KL for edits that leave no refusals (see `variants.best`)."""
     over, left, score = rank(effect, max_kl, most_left, whole)
     return over, left, score if left else effect.kl
 
@@ -71,21 +73,22 @@ def choose(
     max_kl: float = 0.1,
     deepest: bool = True,
 ) -> Choice:
-    """Choose the candidate whose ablation acts best on the first reply token.
+    """Choose the candidate whose ablation has the best effect on the first reply token.
 
-    Among the shortlisted candidates whose ablation moves harmless prompts by at most ``max_kl``
-    (nats, first reply token), the one that leaves the lowest refusal score on harmful ones
-    (bypass). Of those that ran all prompts of the race a candidate that makes harmless prompts
-    refused when it is added (induce) is taken before one that does not: what only stops refusals
-    may have broken something else. The deepest layers are tried when nothing before them ends
-    refusals.
+    Candidates are allowed if their ablation changes harmless prompts by at most ``max_kl`` (mean KL
+    in nats at the first reply token). Of the shortlisted ones, the candidate that leaves the lowest
+    refusal score on harmful prompts is chosen. But of those that ran all prompts of the race, a
+    candidate whose addition makes the model refuse harmless prompts is preferred to one without
+    this effect: a candidate that only stops refusals may have broken something else. If no other
+    candidate ends refusals, those of the deepest layers are tried.
 
     Args:
-        scores: of all candidates, from `selection.separation`.
-        edit_for: the edit to try a candidate with.
-        max_kl: limit of the mean KL on harmless prompts, nats.
-        deepest: whether there is nothing else to try than the deepest layers, where none of the
-            others ends refusals.
+        trial: tries edits.
+        candidates: all candidates.
+        scores: the scores of all candidates, from `selection.separation`.
+        edit_for: makes the edit with which a candidate is tried.
+        max_kl: limit of the mean KL on harmless prompts, in nats.
+        deepest: whether the deepest layers are tried if no other candidate ends refusals.
 
     Raises:
         UserError: when no candidate stays under the limit.
@@ -94,7 +97,7 @@ def choose(
     induced: dict[tuple[int, int], float] = {}
 
     def induces(score: Score) -> bool:
-        """Whether adding a candidate causes refusals; computed only if it may be chosen."""
+        """Whether adding a candidate causes refusals; computed only when it matters."""
         at = score.layer, score.position
         if at not in induced:
             induced[at] = trial.of_adding(addition(candidates, score), INDUCED)
@@ -134,7 +137,7 @@ def choose(
     if not left:
         raise _none_gentle(tried.values(), max_kl)
     ending = [one for one in left if works(one)]
-    # What ends refusals comes first, whatever it induces; of these, what induces them too.
+    # Candidates that end refusals come first; of these, one whose addition also induces refusals.
     best = next(filter(induces, ending), left[0])
     for at, value in induced.items():
         tried[at] = replace(tried[at], induced=value)
@@ -143,7 +146,7 @@ def choose(
 
 
 def _preference(score: Score, most_left: float) -> tuple[bool, float]:
-    """What sorts candidates that were tried: those that end refusals, then by refusal score."""
+    """Sort key of candidates that were tried: first those that end refusals, then by score."""
     assert score.refusal is not None
     return not score.outcome(most_left).works, score.refusal
 
@@ -174,5 +177,5 @@ def _tried(runner: Runner[Score], max_kl: float, whole: bool) -> Score:
 
 
 def addition(candidates: Candidates, score: Score) -> Intervention:
-    """The difference of means, in its own length, added after a candidate's layer."""
+    """The intervention that adds a candidate's difference of means, in its length, at its layer."""
     return adding(candidates.difference(score.layer, score.position), score.layer)

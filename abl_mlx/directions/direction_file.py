@@ -1,4 +1,4 @@
-"""The direction file, which keeps and shares what was measured and what was chosen."""
+"""The direction file: the measured candidates and the chosen directions."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from convert.base.suffixes import ends_in
 
 @dataclass(frozen=True)
 class DirectionFile:
-    """What a direction file holds; docs/direction-file.md describes it byte by byte.
+    """The contents of a direction file; docs/direction-file.md describes the format.
 
     Attributes:
-        selected: float32, the chosen directions: (k, d), or (L, k, d) with the writers of each
-            layer their own; orthonormal, or of unit length.
-        candidates: everything they were chosen from; None in a file that holds only `selected`.
+        selected: float32, the chosen directions: (k, d), or (L, k, d) with separate directions for
+            the writers of each layer; orthonormal, or of unit length.
+        candidates: the candidates that they were chosen from; None in a file without them.
         metadata: method, layer, position, model, prompt hashes, scores and version.
-        clouds: (harmful (N, 2), harmless (M, 2)): held-out states in the plane that
-            `estimators.plane` chooses, to be drawn.
+        clouds: (harmful (N, 2), harmless (M, 2)): held-out states in the plane of
+            `estimators.plane`, for plots.
     """
 
     selected: mx.array
@@ -46,14 +46,14 @@ class DirectionFile:
 
     @property
     def sha256(self) -> str:
-        """Hash of the selected directions' float32 bytes: the edit's identity."""
+        """SHA-256 of the float32 bytes of the chosen directions, in hex, which identifies them."""
         values = mx.contiguous(self.selected.astype(mx.float32))
         mx.eval(values)
         return hashlib.sha256(memoryview(values)).hexdigest()  # type: ignore[arg-type]
 
 
 def save(path: Path, file: DirectionFile) -> None:
-    """Write a direction file; it appears whole or not at all."""
+    """Write a direction file; it appears complete or not at all."""
     tensors = {"selected": file.selected.astype(mx.float32)}
     metadata = {"format": "abl-mlx direction", "format_version": "1", "abl_mlx": __version__}
     if file.candidates is not None:
@@ -67,7 +67,7 @@ def save(path: Path, file: DirectionFile) -> None:
     for key, value in file.metadata.items():
         metadata[key] = value if isinstance(value, str) else json.dumps(finite(value))
     with new_file(path) as temporary:
-        # mx.save_safetensors insists on the suffix, which the temporary name does not have.
+        # mx.save_safetensors adds the suffix if a name does not have it.
         named = temporary.with_name(temporary.name + ".safetensors")
         try:
             mx.save_safetensors(str(named), tensors, metadata)
@@ -80,14 +80,15 @@ _CLOUDS = ("harmful_cloud", "harmless_cloud")
 
 
 def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -> DirectionFile:
-    """Read a direction file, or a direction of any other origin (`foreign.read`).
+    """Read a direction file, or directions from another kind of file (`foreign.read`).
 
     Args:
-        layer: which of a control vector's directions.
-        tensor: which tensor of a .safetensors or .npz file.
+        path: the file.
+        layer: the layer whose direction is read from a control vector.
+        tensor: the name of the tensor to read from a .safetensors or .npz file.
 
     Raises:
-        UserError: when the file is missing or damaged, holds no direction that is to be taken, or
+        UserError: when the file is missing or damaged, does not hold the wanted direction, or has
             numbers that are not finite.
     """
     if not path.is_file():
@@ -126,7 +127,7 @@ def _candidates(
     positions = metadata.get("positions") or list(range(-high.shape[1], 0))
     if len(positions) != high.shape[1]:
         raise UserError(
-            f"{path} names {len(positions)} positions, and its means are of {high.shape[1]}: "
+            f"{path} names {len(positions)} positions, but its means are of {high.shape[1]}: "
             "measure it again."
         )
     method = metadata.get("candidate_method") or METHOD
@@ -182,7 +183,7 @@ _METADATA = record(
 
 
 def _decoded(value: str) -> Any:
-    """A value that is JSON, or else the text that it is."""
+    """A value of the metadata, decoded if it is JSON, else as text."""
     try:
         return json_text.parse(value)
     except Refused:
@@ -190,7 +191,11 @@ def _decoded(value: str) -> Any:
 
 
 def check_width(file: DirectionFile, path: Path, chat: ChatModel) -> None:
-    """Refuse a direction of another width, or number of layers, than the model's stream."""
+    """Check that directions have the model's width and number of layers.
+
+    Raises:
+        UserError: when they do not.
+    """
     if file.selected.shape[-1] != chat.width:
         raise UserError(
             f"{path} holds directions of {file.selected.shape[-1]} dimensions, but the residual "

@@ -1,8 +1,9 @@
-"""From residual states to directions: the mathematics of every method, in float64 NumPy.
+"""Estimating directions from residual states: the mathematics of each method, in float64 NumPy.
 
-Shapes: N prompts of one set, d dimensions of the residual stream, k directions. States are (N, d)
-of one layer and token, and may be memory-mapped. Directions come as unit vectors (d,), subspaces as
-orthonormal rows (k, d), each row turned so that harmful prompts lie on its positive side.
+Shapes: N prompts of one set, width d of the residual stream, k directions. States are (N, d) for
+one layer and token position, and may be memory-mapped. A direction is a unit vector (d,), a
+subspace is given by orthonormal rows (k, d); each has the sign for which harmful prompts lie on its
+positive side.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import numpy as np
 
 Array = np.ndarray
 
-#: Magnitudes in a state above this quantile of its own are cut down to it by `winsorized`.
+#: `winsorized` limits the magnitudes in a state to this quantile of that state's magnitudes.
 WINSORIZED = 0.99
 
-# The penalty of the probe, on states whose root mean square distance from their mean is 1.
+# The probe's penalty, for states whose root mean square distance from their mean is 1.
 _PENALTY = 1e-2
 
 
@@ -24,18 +25,18 @@ _PENALTY = 1e-2
 
 
 def winsorized(states: Array, quantile: float = WINSORIZED) -> Array:
-    """States (…, d) with every magnitude cut down to a quantile of the state's own magnitudes.
+    """States (…, d) with every magnitude limited to a quantile of the state's own magnitudes.
 
-    Tames massive activations: a few dimensions hundreds of times larger than the rest in every
-    state (Sun et al. 2024, arXiv 2402.17762), whose chance differences outweigh all others.
-    Heretic's option ``winsorization_quantile`` does the same.
+    This limits massive activations: a few dimensions that in every state are hundreds of times
+    larger than the others (Sun et al. 2024, arXiv 2402.17762), so that their random differences
+    outweigh all others. Heretic's option ``winsorization_quantile`` does the same.
     """
     limit = np.quantile(np.abs(states), quantile, axis=-1, keepdims=True)
     return np.clip(states, -limit, limit)
 
 
 def median(states: Array) -> Array:
-    """The median of each dimension: (N, d) -> (d,). Prompts that are far out do not move it."""
+    """The median of each dimension, (N, d) -> (d,), which outlying prompts do not change."""
     return np.median(np.asarray(states, np.float64), axis=0)
 
 
@@ -46,11 +47,12 @@ def unit(vectors: Array) -> Array:
 
 
 def without(vectors: Array, others: Array) -> Array:
-    """Vectors (…, d) less their part in the span of ``others``, (m, d) or (d,).
+    """Vectors (…, d) minus their projection on the span of ``others``, (m, d) or (d,).
 
-    With the harmless mean for ``others`` this is "projected abliteration": what the difference of
-    means has along the harmless mean says how strongly prompts are represented, not that they are
-    refused (grimjim 2025, https://huggingface.co/blog/grimjim/projected-abliteration).
+    With the harmless mean as ``others`` this is "projected abliteration": the component of the
+    difference of means along the harmless mean reflects how strongly prompts are represented, not
+    whether they are refused (grimjim 2025,
+    https://huggingface.co/blog/grimjim/projected-abliteration).
     """
     others = np.atleast_2d(np.asarray(others, np.float64))
     basis = np.linalg.svd(others, full_matrices=False)
@@ -64,7 +66,7 @@ def without(vectors: Array, others: Array) -> Array:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular vectors of some rows, strongest first.
+    """Singular values and vectors of a matrix, largest first.
 
     Attributes:
         values: (m,) singular values.
@@ -76,27 +78,27 @@ class Spectrum:
 
     @property
     def explained(self) -> Array:
-        """(m,) the share of the rows' summed squares along each vector."""
+        """(m,), the share of the matrix's summed squares along each vector."""
         squares = self.values**2
         return squares / max(float(squares.sum()), 1e-300)
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the normalized singular values (Roy & Vetterli 2007)."""
+        """exp(entropy of the normalized singular values) (Roy & Vetterli 2007)."""
         shares = self.values / max(float(self.values.sum()), 1e-300)
         shares = shares[shares > 0]
         return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def spectrum(rows: Array) -> Spectrum:
-    """Singular values and right singular vectors of (N, d), through the smaller Gram matrix."""
+    """Singular values and right singular vectors of (N, d), from the smaller Gram matrix."""
     rows = np.asarray(rows, np.float64)
     if rows.shape[0] > rows.shape[1]:
         values, vectors = np.linalg.eigh(rows.T @ rows)
         return Spectrum(np.sqrt(np.maximum(values[::-1], 0)), vectors.T[::-1])
     values, left = np.linalg.eigh(rows @ rows.T)
     values = np.sqrt(np.maximum(values[::-1], 0))
-    # Vectors of values that are nothing but rounding have no direction, and are left out.
+    # Singular values that are only rounding errors are left out: their vectors are arbitrary.
     kept = values > 1e-7 * max(float(values[0]), 1e-300)
     return Spectrum(values[kept], unit(left.T[::-1][kept] @ rows))
 
@@ -104,12 +106,14 @@ def spectrum(rows: Array) -> Spectrum:
 def subspace(rows: Array, rank: int, toward: Array | None = None) -> tuple[Array, Spectrum]:
     """The top singular vectors of (N, d), and the whole spectrum.
 
-    Of harmful states less the harmless mean this is a subspace that holds as much as ``rank``
-    directions can of what sets harmful prompts apart (docs/architecture.md).
+    For harmful states minus the harmless mean, this subspace holds the largest part that ``rank``
+    directions can hold of what distinguishes harmful prompts (docs/architecture.md).
 
     Args:
-        rank: how many; fewer come back where the rows have no more.
-        toward: (d,) turns each vector to its side; the rows' mean without it.
+        rows: (N, d).
+        rank: the number of vectors; fewer are returned if the matrix has a lower rank.
+        toward: (d,); each vector gets the sign for which its product with it is positive. None for
+            the mean of the rows.
     """
     whole = spectrum(rows)
     top = whole.vectors[:rank]
@@ -125,11 +129,11 @@ def explained(states: Array, center: Array, basis: Array) -> float:
 
 
 def plane(harmful: Array, harmless: Array, direction: Array) -> tuple[Array, Array]:
-    """Two sets of states in a plane, to be drawn: (N, d), (M, d) -> (N, 2), (M, 2).
+    """Two sets of states projected on a plane, for plots: (N, d), (M, d) -> (N, 2), (M, 2).
 
-    Across is the component along the direction, from 0 at the middle between the sets' means. Up
-    is what else differs most among all states, in their own units: the first principal component
-    of what is orthogonal to the direction.
+    The first coordinate is the component along the direction, 0 being the middle between the means
+    of the two sets. The second is the first principal component of all states' parts orthogonal to
+    the direction. Both are in the units of the states.
     """
     along = unit(direction)
     sets = [np.asarray(one, np.float64) for one in (harmful, harmless)]
@@ -142,13 +146,18 @@ def plane(harmful: Array, harmless: Array, direction: Array) -> tuple[Array, Arr
 
 
 def interpolated(first: Array, second: Array, share: float) -> Array:
-    """Directions (k, d) between two sets of them: ``share`` of the way to the second.
+    """Directions between two candidates, at ``share`` of the way from the first to the second.
 
-    Single directions are mixed as they are, as heretic does. Bases of subspaces are first turned
-    onto one another (orthogonal Procrustes), as they are known up to a rotation only.
+    Single directions are averaged with these weights, as heretic does. Bases of subspaces are first
+    rotated to match each other (orthogonal Procrustes), because a basis is arbitrary up to a
+    rotation.
+
+    Args:
+        first, second: (k, d).
+        share: from 0 to 1.
 
     Returns:
-        orthonormal (k, d).
+        Orthonormal rows (k, d).
     """
     if len(first) > 1:
         left, _, right = np.linalg.svd(first @ second.T)
@@ -183,11 +192,18 @@ def probe(
 ) -> Probe:
     """Fit a linear probe by Newton's method on the mean log-loss plus ``penalty`` ‖w‖² / 2.
 
-    Both sets weigh the same, whatever their sizes. States are centred and divided by their root
-    mean square length first, which is what the penalty is in units of; w and b are of the states
-    as they are. The weight lies in the span of the states, so the problem is solved there, in at
-    most N + M dimensions. It is the direction that tells the sets apart best, Σ⁻¹(μ₁ − μ₀) for
-    Gaussian states of covariance Σ, and differs from the difference of means where noise does.
+    Both sets have the same weight, whatever their sizes. For the fit, states are centred and
+    divided by their root mean square length, so ``penalty`` has no units; the returned w and b are
+    for the original states. The weight lies in the span of the states, so the problem is solved
+    there, in at most N + M dimensions. The weight is the direction that best separates the sets:
+    for Gaussian states of covariance Σ it is Σ⁻¹(μ₁ − μ₀), which differs from the difference of
+    means unless Σ is a multiple of the identity.
+
+    Args:
+        harmful: (N, d).
+        harmless: (M, d).
+        penalty: weight of the penalty.
+        rounds: the largest number of Newton steps.
     """
     states = np.concatenate([np.asarray(harmful, np.float64), np.asarray(harmless, np.float64)])
     labels = np.repeat([1.0, 0.0], [len(harmful), len(harmless)])
@@ -223,12 +239,12 @@ def probe(
 
 
 def accuracy(harmful: Array, harmless: Array) -> float:
-    """The share of log-odds on the right side of 0, both sets weighing the same."""
+    """The share of log-odds on the right side of 0; both sets have the same weight."""
     return float(((harmful > 0).mean() + (harmless <= 0).mean()) / 2)
 
 
 def auc(harmful: Array, harmless: Array) -> float:
-    """The chance that a harmful prompt scores above a harmless one; ties count half."""
+    """The probability that a harmful prompt scores above a harmless one (AUC); ties count half."""
     ordered = np.sort(harmless)
     below = np.searchsorted(ordered, harmful, "left") + np.searchsorted(ordered, harmful, "right")
     return float(below.mean() / 2 / len(ordered))
@@ -238,11 +254,14 @@ def auc(harmful: Array, harmless: Array) -> float:
 
 
 def over_refusal(harmful: Array, borderline: Array, harmless: Array) -> Array:
-    """Borderline minus harmless, made orthogonal to harmful minus borderline: means (…, d).
+    """The over-refusal direction: borderline − harmless, orthogonal to harmful − borderline.
 
-    With b = borderline − harmless and t = harmful − borderline it is b − (b·t / t·t) t. Taken out
-    of the stream, it leaves harmful and borderline prompts exactly as far apart as they were, and
-    of what sets borderline prompts apart from harmless ones no more than their part along t.
+    With b = borderline − harmless and t = harmful − borderline it is b − (b·t / t·t) t. Removing it
+    from the stream keeps the distance between harmful and borderline means exactly, and leaves of
+    the difference between borderline and harmless means only its part along t.
+
+    Args:
+        harmful, borderline, harmless: mean states, (…, d).
     """
     apart = unit(harmful - borderline)
     other = np.asarray(borderline, np.float64) - harmless

@@ -1,4 +1,4 @@
-"""Directions of other origin: someone's .npy, a SAE decoder's row, a control vector."""
+"""Directions made by other programs: a .npy array, a row of an SAE's decoder, a control vector."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ _PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -> mx.array:
-    """One or more directions from a .npy, .npz, .safetensors or control-vector .gguf file.
+    """Read one or more directions from a .npy, .npz, .safetensors or control vector .gguf file.
 
     Args:
-        layer: of a control vector, the direction added after this layer, counted from 0; needed
-            where it has several.
-        tensor: its name in a .npz or .safetensors file; needed where there are several.
+        path: the file.
+        layer: for a control vector, the layer (counted from 0) after which the direction is added;
+            needed if it has several.
+        tensor: the tensor's name in a .npz or .safetensors file; needed if it has several.
 
     Returns:
         (k, d) float32, as they are in the file.
 
     Raises:
-        UserError: a file of another form, more than one tensor and none named, a tensor that is
-            neither (d,) nor (k, d), numbers that are not finite, or nothing but zeros.
+        UserError: when the file has another format; several tensors, and none was named; or a
+            tensor that is neither (d,) nor (k, d), is not finite, or is zero.
     """
     if ends_in(path, *_PICKLED):
         raise UserError(
@@ -63,19 +64,24 @@ def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -
 
 
 def safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """A .safetensors file's tensors and metadata.
+    """The tensors and the metadata of a .safetensors file.
 
     Raises:
-        UserError: when it is damaged.
+        UserError: when the file is damaged.
     """
     return safetensors_files.load(path)
 
 
 def checked(values: mx.array, where: str, most: int = 2) -> mx.array:
-    """Directions as (k, d) float32, or up to ``most`` axes.
+    """Directions as float32 (k, d), or (L, k, d) if ``most`` is 3.
+
+    Args:
+        values: (d,), (k, d) or (L, k, d).
+        where: the file and tensor, for messages.
+        most: the largest number of dimensions.
 
     Raises:
-        UserError: of another shape, with numbers that are not finite, or of length zero.
+        UserError: when the shape is another, a number is not finite, or a direction is zero.
     """
     fits = 1 <= values.ndim <= most and 0 < values.size <= MOST_NUMBERS
     if fits:
@@ -104,7 +110,7 @@ def _one_of(names: list[str], wanted: str | None, path: Path) -> str:
 
 
 def _control_vector(path: Path, layer: float | None) -> mx.array:
-    """``direction.N`` of a control vector: llama.cpp adds it after layer N, counted from 0."""
+    """The tensor ``direction.N`` of a control vector, which llama.cpp adds after layer N."""
     with GgufSource(path) as file:
         matches = (re.fullmatch(r"direction\.(\d{1,6})", name, re.ASCII) for name in file.tensors)
         found = {int(match[1]): match[0] for match in matches if match}
@@ -112,7 +118,7 @@ def _control_vector(path: Path, layer: float | None) -> mx.array:
 
 
 def _layer(path: Path, found: Sequence[int], layer: float | None) -> int:
-    """Which of the layers that a control vector has directions for."""
+    """The layer to read from a control vector with directions for the layers ``found``."""
     if not found:
         raise UserError(
             f"{path} is no control vector: it has no tensor direction.N. A model's own GGUF is not "

@@ -1,9 +1,9 @@
-"""The reverse: a constant vector in the residual stream that makes a model refuse everything.
+"""Inducing refusals: choosing a vector whose addition makes a model refuse everything.
 
-Multiplying the component along the refusal direction only amplifies what is there; adding a
-multiple of the mean difference after one layer, at every token, is what turns answers into
-refusals (docs/architecture.md, "Induce"). The layer, the token and the multiple are chosen by their
-effect.
+A multiple of the difference of means is added to the residual stream after one layer, at every
+token, which turns answers into refusals (docs/architecture.md, "Induce"). Multiplying the component
+along the refusal direction would not do so, because it only amplifies an existing component. The
+layer, the token position and the multiple are chosen by their effect.
 """
 
 from __future__ import annotations
@@ -28,39 +28,42 @@ from abl_mlx.support.arrays import number
 from abl_mlx.support.console import progress
 from convert.base.errors import UserError
 
-#: Multiples of the mean difference that are tried.
+#: Multiples of the difference of means that are tried.
 LADDER = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-#: Pairs of layer and position that are tried, and harmless validation prompts for each trial.
+#: How many pairs of layer and position are tried, and on how many harmless validation prompts each.
 TRIALS, TRIED = 24, 8
 
-#: Validation prompts of each set that the choice is verified with.
+#: How many validation prompts of each set verify the choice.
 PROMPTS = 16
 
-#: Tokens of the model's own refusals that are looked at, and of the replies that verify a choice.
+#: How many tokens of the model's own refusals are used, and of the replies that verify a choice.
 OPENING, REPLY = 16, 32
 
-#: Settings that are verified by generating, best first.
+#: How many settings are verified by generating replies, the best first.
 VERIFIED = 4
 
-# Nats a token by which the unsteered model may be more surprised by an induced refusal than by its
-# own: beyond, the words no longer follow from one another.
+# By how many nats per token the surprise of the unsteered model at an induced refusal may exceed
+# that at its own refusals. With more, the text is no longer fluent.
 _SURPRISE = 1.0
 
-# Share of the validation prompts that has to be refused in fluent sentences.
+# Shares of validation prompts refused in fluent sentences: enough to stop the search, and the least
+# that is accepted.
 _ENOUGH, _LEAST = 0.95, 0.5
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Effect of one constant on harmless prompts, with the replies given token by token.
+    """The effect of one vector on harmless prompts that are followed by given refusals.
 
     Attributes:
-        layer, position: whose mean difference is added, after which layer.
-        strength: multiple of the difference.
-        agreement: mean over prompts of the share of the refusal's tokens that the steered model
-            would say itself, 0 where it would not open with it: 1 is a fluent refusal everywhere.
-        likelihood: mean log-probability of these tokens, nats.
+        layer, position: the layer and token position of the difference of means; the vector is
+            added after that layer.
+        strength: the multiple of the difference.
+        agreement: the share of the refusal's tokens that the steered model itself would generate,
+            counted as 0 where it would not open with a refusal; the mean over prompts. 1 means a
+            fluent refusal of every prompt.
+        likelihood: mean log-probability of these tokens, in nats.
     """
 
     layer: int
@@ -75,10 +78,10 @@ class Trial:
 
 
 def _positions(chat: ChatModel, finding: Finding) -> int:
-    """How many positions are measured, back from the prompt's end.
+    """How many positions are measured, counted back from the prompt's end.
 
     Raises:
-        UserError: a position that is no number.
+        UserError: when the position in ``finding`` is not a number.
     """
     count = min(chat.template_tail(), measuring.MOST_POSITIONS)
     if finding.position is None:
@@ -94,13 +97,19 @@ def _positions(chat: ChatModel, finding: Finding) -> int:
 def _first_fluent(
     trials: Sequence[Trial], candidates: Candidates, share: Callable[[Intervention], float]
 ) -> tuple[float, Trial, mx.array]:
-    """The first trial that brings enough fluent refusals about, or the best: (share, trial, (d,)).
+    """The first trial that causes enough fluent refusals, or else the best one.
 
     Args:
-        share: of harmless prompts that are refused in fluent sentences under an intervention.
+        trials: the best first.
+        candidates: the measured differences of means.
+        share: the share of harmless prompts that are refused in fluent sentences under an
+            intervention.
+
+    Returns:
+        That share, the trial, and its vector (d,).
 
     Raises:
-        UserError: when even the best brings too few about.
+        UserError: when even the best trial causes too few fluent refusals.
     """
     checked = []
     for one in trials[:VERIFIED]:
@@ -127,22 +136,24 @@ def choose(
     batch_size: int = 32,
     first_layer: int = 0,
 ) -> Induction:
-    """The constant that makes harmless prompts be refused in fluent sentences.
+    """Choose the vector whose addition makes the model refuse harmless prompts in fluent sentences.
 
-    The model's own refusals are put behind harmless validation prompts, and every candidate (the
-    mean difference of the train prompts at a layer and position, times a multiple) is judged by
-    whether the steered model would say them itself: that it opens with a refusal, and that it can
-    finish the sentence. The best are verified by replies.
+    The model's own refusals are appended to harmless validation prompts. Each candidate (the
+    difference of means over the train prompts at a layer and position, times a multiple) is judged
+    by whether the steered model itself would generate them: whether it opens with a refusal and can
+    finish the sentence. The best candidates are verified by generating replies.
 
     Args:
-        finding: a layer and a position that are taken without a choice, where given.
-        strength: scales the constant.
-        batch_size: replies generated side by side.
-        first_layer: layers before it are left out (llama.cpp steers from layer 1).
+        chat: the model.
+        sets: the prompts.
+        finding: a layer and a position that are used without a choice, if given.
+        strength: a factor of the vector.
+        batch_size: how many replies are generated at the same time.
+        first_layer: earlier layers are not tried (llama.cpp steers from layer 1 on).
 
     Raises:
-        UserError: a model that refuses nothing, a layer or position that is not there, or when no
-            constant brings fluent refusals about.
+        UserError: when the model refuses nothing, there is no such layer or position, or no vector
+            causes fluent refusals.
     """
 
     def encoded(prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -194,10 +205,10 @@ def choose(
 def own_refusals(
     chat: ChatModel, harmful: Sequence[Sequence[int]], batch_size: int = 32
 ) -> list[list[int]]:
-    """How the model refuses harmful prompts: the first tokens of each refusal, its end included.
+    """The first `OPENING` tokens of the model's refusals of harmful prompts, their end included.
 
     Raises:
-        UserError: when it refuses none.
+        UserError: when it refuses none of the prompts.
     """
     replies = generate(chat, harmful, REPLY, batch_size=batch_size, label="own refusals")
     end = [next(iter(chat.tokenizer.eos_token_ids))]
@@ -222,7 +233,11 @@ def _cells(
     finding: Finding,
     first_layer: int,
 ) -> list[tuple[int, int]]:
-    """The layers and positions that are tried, best-separating first."""
+    """The pairs of layer and position to try, those that separate the sets best first.
+
+    Raises:
+        UserError: when the layer in ``finding`` does not exist or cannot be used.
+    """
     if finding.layer is not None and finding.layer != int(finding.layer):
         raise UserError(f"--layer {finding.layer:g}: a constant is added after one whole layer.")
     if finding.layer is not None and finding.layer < first_layer:
@@ -257,7 +272,7 @@ def _climb(
     behind: Sequence[Sequence[int]],
     openings: set[int],
 ) -> list[Trial]:
-    """The multiples tried for one cell, in rising order, until the score falls."""
+    """Trials of one layer and position with rising multiples, until the score falls."""
     trials: list[Trial] = []
     vector = candidates.difference(layer, position)
     for strength in LADDER:
@@ -275,7 +290,7 @@ def _said(
     behind: Sequence[Sequence[int]],
     openings: set[int],
 ) -> tuple[float, float]:
-    """(agreement, likelihood) of replies that are put behind prompts."""
+    """(agreement, likelihood), as in `Trial`, of given replies to prompts."""
     sequences = [[*prompt, *reply] for prompt, reply in zip(prompts, behind, strict=True)]
     positions = [
         list(range(len(prompt) - 1, len(prompt) - 1 + len(reply)))
@@ -298,7 +313,7 @@ def _said(
 def surprise(
     chat: ChatModel, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]
 ) -> float:
-    """Mean −log p, nats a token, of replies under the model as it is, the first token left out."""
+    """The mean of `surprises`, in nats per token."""
     values = surprises(chat, prompts, replies)
     return sum(values) / len(values)
 
@@ -306,7 +321,10 @@ def surprise(
 def surprises(
     chat: ChatModel, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]
 ) -> list[float]:
-    """The same of each reply; 0 for replies of fewer than two tokens."""
+    """Mean −log p per token of each reply without its first token, in nats, under the plain model.
+
+    It is 0 for replies of fewer than two tokens.
+    """
     found = [0.0] * len(replies)
     long = [index for index, reply in enumerate(replies) if len(reply) > 1]
     if not long:
@@ -329,8 +347,10 @@ def fluent_share(
     limit: float,
     batch_size: int = 32,
 ) -> float:
-    """The share of prompts that get a refusal which surprises the unsteered model by at most
-    ``limit`` nats a token."""
+    """The share of prompts to which the steered model replies with a fluent refusal.
+
+    A refusal is fluent if it surprises the unsteered model by at most ``limit`` nats per token.
+    """
     with steering(chat, steered):
         replies = generate(chat, prompts, REPLY, batch_size=batch_size, label="induced replies")
     refused = [classify(text) == Verdict.REFUSAL for text in decode(chat, replies)]

@@ -15,7 +15,7 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.support.arrays import numbers, numpy_of
 from convert.base.errors import UserError
 
-#: Token positions that are measured at most, counted back from the prompt's end.
+#: The largest number of token positions that are measured, counted back from the prompt's end.
 MOST_POSITIONS = 8
 
 METHOD = METHODS[0]
@@ -27,13 +27,13 @@ class Candidates:
 
     Attributes:
         harmful_mean: (L, P, d) float32, mean state over harmful prompts after layer l at
-            position p; of the method over-refusal, over borderline prompts.
-        harmless_mean: (L, P, d) float32, the same over harmless prompts.
-        positions: the P token offsets from the prompt's end, -1 being the last token.
-        method: of `choices.METHODS`.
-        found: (L, P, k, d) float32, what the method found: orthonormal rows. None for the
-            difference of means, which follows from the means (Arditi et al. 2024).
-        facts: name -> (L, P) of what else is known of each candidate: ``effective_rank``, ...
+            position p; for the method over-refusal, over borderline prompts.
+        harmless_mean: (L, P, d) float32, mean state over harmless prompts.
+        positions: the P token positions, counted from the prompt's end, -1 being the last token.
+        method: one of `choices.METHODS`.
+        found: (L, P, k, d) float32, the candidates that the method found, as orthonormal rows. None
+            for the difference of means, which follows from the means (Arditi et al. 2024).
+        facts: name -> (L, P), further facts about each candidate, such as ``effective_rank``.
     """
 
     harmful_mean: mx.array
@@ -45,7 +45,7 @@ class Candidates:
 
     @property
     def bases(self) -> mx.array:
-        """(L, P, k, d) float32, orthonormal rows."""
+        """The candidates as orthonormal rows, (L, P, k, d) float32."""
         if self.found is not None:
             return self.found
         return _unit(self.harmful_mean - self.harmless_mean)[:, :, None]
@@ -57,7 +57,7 @@ class Candidates:
 
     @property
     def leads(self) -> mx.array:
-        """Unit vectors (L, P, d): the direction of each candidate along which the means differ."""
+        """Unit vectors (L, P, d): each candidate's direction along which the means differ."""
         if self.rank == 1:
             return self.bases[:, :, 0]
         difference = (self.harmful_mean - self.harmless_mean)[:, :, None]
@@ -71,11 +71,11 @@ class Candidates:
 
     @property
     def rank(self) -> int:
-        """k, how many directions a candidate has."""
+        """k, the number of directions in a candidate."""
         return 1 if self.found is None else int(self.found.shape[2])
 
     def at(self, layer: float, position: int) -> mx.array:
-        """One candidate as (k, d) float32; between two layers, what lies between theirs.
+        """One candidate as (k, d) float32; for a layer such as 3.5, between those of two layers.
 
         Raises:
             UserError: when there is no such layer or position.
@@ -92,7 +92,7 @@ class Candidates:
         return mx.array(between.astype(np.float32))
 
     def difference(self, layer: int, position: int) -> mx.array:
-        """Harmful mean minus harmless mean, (d,) float32, in its own length."""
+        """Harmful mean minus harmless mean, (d,) float32, not normalized."""
         at = layer, self._column(position)
         return self.harmful_mean[at] - self.harmless_mean[at]
 
@@ -105,15 +105,16 @@ class Candidates:
         return self.positions.index(position)
 
     def each_layer(self, position: int) -> mx.array:
-        """The candidates at one position, for an edit of each layer's own: (L, k, d)."""
+        """The candidates of all layers at one position, (L, k, d), for an edit of every layer with
+        its own directions."""
         return self.bases[:, self._column(position)]
 
     def for_edit(self, layer: float, position: int) -> mx.array:
-        """What an edit with one candidate removes: (k, d), or (L, k, d) where layers differ.
+        """The directions that an edit with one candidate removes: (k, d), or (L, k, d) per layer.
 
-        Of the method "biprojected" the writers of layer t get the direction made orthogonal to the
-        harmless means both where it was measured and after layer t, so that no harmless mean of an
-        edited layer is disturbed (grimjim 2025,
+        They differ per layer for the method "biprojected": from the writers of layer t an edit
+        removes the direction made orthogonal both to the harmless mean where it was measured and
+        to the one after layer t, so that no edited layer's harmless mean changes (grimjim 2025,
         https://huggingface.co/blog/grimjim/norm-preserving-biprojected-abliteration).
         """
         basis = self.at(layer, position)
@@ -129,10 +130,10 @@ class Candidates:
         return mx.array(np.stack(rows).astype(np.float32))
 
     def across_positions(self, rank: int) -> Candidates:
-        """Subspaces of what is measured at all positions: one candidate for each layer.
+        """Candidates that combine the directions at all positions: one subspace for each layer.
 
-        They are the top ``rank`` singular vectors of a layer's directions at all positions, each
-        of length 1. The means are those at the last position.
+        It is spanned by the top ``rank`` singular vectors of the layer's directions (unit vectors)
+        at all positions. The means are those at the last position.
         """
         bases, last = numpy_of(self.bases), max(self.positions)
         found = [
@@ -152,13 +153,17 @@ class Candidates:
     def across_layers(
         self, position: int, rank: int, layers: Sequence[int] | None = None
     ) -> mx.array:
-        """The subspace of one position's directions after all layers: (k, d), k = ``rank``.
+        """A subspace that combines the directions of several layers at one position: (rank, d).
 
-        The top singular vectors of the directions, each of length 1: what they have in common
-        comes first. A refusal that moves to another direction on its way up lies in it whole.
+        It is spanned by the top singular vectors of the directions (unit vectors), those that they
+        have in common first. So it also holds a refusal whose direction changes from layer to
+        layer.
 
         Args:
-            layers: of these alone; where the sets are hardly apart, directions are noise.
+            position: the token position.
+            rank: the number of dimensions.
+            layers: the layers to combine; None for all. Where the sets are hardly separated,
+                directions are noise.
         """
         rows = numpy_of(self.each_layer(position))
         if layers is not None:
@@ -197,18 +202,21 @@ def measure(
     rank: int = 1,
     borderline: Sequences | None = None,
 ) -> Candidates:
-    """Candidates over the encoded prompts at every layer and the given positions.
+    """Measure candidates on encoded prompts, at every layer and the given positions.
 
-    Sums are streamed: memory does not grow with the number of prompts. Methods that need every
-    prompt's states (medians, svd, probe) keep them in a temporary file (`capture.stored`).
+    Means are accumulated, so memory does not grow with the number of prompts. Methods that need the
+    states of every prompt (medians, svd, probe) keep them in a temporary file (`capture.stored`).
 
     Args:
-        method: of `choices.METHODS`.
-        rank: how many directions ``svd`` finds.
-        borderline: what ``over-refusal`` needs: harmless prompts that sound harmful.
+        chat: the model.
+        harmful, harmless: encoded prompts.
+        positions: token positions, counted from the prompt's end.
+        method: one of `choices.METHODS`.
+        rank: the number of directions that ``svd`` finds.
+        borderline: encoded harmless prompts that sound harmful, needed by ``over-refusal``.
 
     Raises:
-        UserError: a state that is not finite, naming the layer.
+        UserError: when a state is not finite, naming the layer.
     """
     if method == "winsorized-means":
         parts = [_two_means(chat, one, positions, label) for one, label in (
@@ -251,7 +259,7 @@ def float32(values: np.ndarray) -> mx.array:
 def _two_means(
     chat: ChatModel, sequences: Sequences, positions: Sequence[int], label: str
 ) -> tuple[mx.array, np.ndarray]:
-    """The mean state, and the mean of winsorized ones: (L, P, d) each."""
+    """The mean of the states, and the mean of the winsorized states, (L, P, d) each."""
     plain: mx.array | None = None
     cut: np.ndarray | None = None
     for _, states in capture.iterate(chat, sequences, positions, label=label):
@@ -308,7 +316,7 @@ def _median(bad: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, dict[str, fl
 
 
 def _svd(bad: np.ndarray, good: np.ndarray, rank: int) -> tuple[np.ndarray, dict[str, float]]:
-    """Directions of the harmful states less the harmless mean (docs/architecture.md)."""
+    """The top singular vectors of harmful states minus the harmless mean, and facts about them."""
     rows = bad.astype(np.float64) - good.mean(axis=0, dtype=np.float64)
     top, whole = estimators.subspace(rows, rank)
     if len(top) < rank:
@@ -326,14 +334,16 @@ def _probe(bad: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, dict[str, flo
 
 
 def describe(candidates: Candidates, harmful: np.ndarray, harmless: np.ndarray) -> Candidates:
-    """The candidates with what held-out states say of each.
+    """The candidates with further ``facts``, measured on held-out states.
 
-    ``explained``: the share of Σ‖h − harmless mean‖² over harmful states within the candidate.
-    ``auc`` and ``accuracy``: how well the projection on it (on `leads`) tells the two sets apart;
-    the accuracy at the probe's threshold, or else half way between the training means.
+    ``explained`` is the share of Σ‖h − harmless mean‖² over harmful states that lies in the
+    candidate. ``auc`` and ``accuracy`` say how well the projection on `leads` separates the two
+    sets; the threshold of the accuracy is the probe's, or else half way between the training means.
 
     Args:
-        harmful, harmless: (L, P, N, d) and (L, P, M, d), of prompts they were not made from.
+        candidates: the candidates.
+        harmful, harmless: (L, P, N, d) and (L, P, M, d), states of prompts that were not used to
+            measure the candidates.
     """
     bases, leads = numpy_of(candidates.bases), numpy_of(candidates.leads)
     low, high = numpy_of(candidates.harmless_mean), numpy_of(candidates.harmful_mean)

@@ -1,12 +1,12 @@
-"""The value at which an affine edit holds the component along a direction, instead of at 0.
+"""The value at which an affine edit holds the component along a direction, instead of 0.
 
 The formula is in docs/architecture.md, "Pin".
 
-Once every writer is projected, the stream's component along the directions is what the embedding
-brings and nothing else. So ``--pin harmless`` holds it at the mean of what the embeddings of
-harmless prompts bring. The means that deeper layers have built up are many times as large, and no
-layer before them ever sees such a constant: pinned at its layer 2's mean, the demo's harmless
-replies moved by 4.75 nats at the first token.
+After every other writer is projected, the embedding alone determines the stream's component along
+the directions. So ``--pin harmless`` holds the component at its mean over the embeddings of
+harmless prompts. The means after deeper layers would be wrong: they are many times as large, and
+earlier layers never get such a component. Pinned at the mean after layer 2, the demo's replies to
+harmless prompts moved by 4.75 nats at the first token.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from abl_mlx.models.writers import Writer
 from abl_mlx.support.arrays import number, numbers
 from convert.base.errors import UserError
 
-#: What ``--pin`` may be besides a number.
+#: The names that ``--pin`` accepts besides a number.
 NAMES = ("harmful", "harmless")
 
 
 @dataclass(frozen=True)
 class EmbeddingMeans:
-    """Mean input of the first layer over all tokens of a prompt set.
+    """The mean input of the first layer over all tokens of each prompt set.
 
     Attributes:
-        scale: the constant between the embedding's output and what the first layer gets; None
-            where there is more between the two (a norm, embeddings of positions), or where the
-            embedding is no writer of the edit's.
-        harmful, harmless: (d,) float32, in the stream's units; None with the scale.
+        scale: the constant by which the embedding's output is multiplied to give the first layer's
+            input. None where more than a constant lies between them (a norm, embeddings of
+            positions), or where the embedding is not among the edit's writers.
+        harmful, harmless: (d,) float32, in the stream's units; None if ``scale`` is None.
     """
 
     scale: float | None
@@ -46,7 +46,13 @@ class EmbeddingMeans:
     harmless: mx.array | None = None
 
     def pins(self, selected: mx.array) -> dict[str, list[float]] | None:
-        """Each set's mean component along (orthonormal) directions, (k, d) or (L, k, d)."""
+        """Name of a set -> its k mean components along orthonormal directions.
+
+        None if ``scale`` is None.
+
+        Args:
+            selected: (k, d), or (L, k, d), of which those of layer 0 count.
+        """
         if self.harmful is None or self.harmless is None:
             return None
         basis = orthonormal(selected if selected.ndim == 2 else selected[0])
@@ -60,13 +66,15 @@ def embedding_means(
     harmful: Sequence[Sequence[int]],
     harmless: Sequence[Sequence[int]],
 ) -> EmbeddingMeans:
-    """Mean embeddings of the prompts' tokens; only one short prompt runs through the model.
+    """The mean embeddings of the prompts' tokens; the model itself runs one short prompt only.
 
     Args:
+        chat: the model.
+        writers: the edit's writers.
         harmful, harmless: encoded prompts.
     """
     embedding = next((writer for writer in writers if writer.kind == "embedding"), None)
-    if embedding is None:  # --tensors named none
+    if embedding is None:  # --tensors left the embedding out
         return EmbeddingMeans(None)
     scale = _scale(chat, embedding)
     if scale is None:
@@ -105,15 +113,18 @@ def held_at(
     scale: float | None,
     count: int,
 ) -> mx.array | None:
-    """Components along ``count`` directions that embedding rows get, in the embedding's units.
+    """The components that ``--pin`` gives the embedding's rows, (count,), in the embedding's units.
+
+    None without ``--pin``.
 
     Args:
-        wanted: of `NAMES`, or a number in the stream's units; None without ``--pin``.
-        pins: of a direction file, from `EmbeddingMeans.pins`.
+        wanted: the value of ``--pin``: one of `NAMES`, or a number in the stream's units.
+        pins: the result of `EmbeddingMeans.pins`, as the direction file has it.
         scale: `EmbeddingMeans.scale`.
+        count: the number of directions.
 
     Raises:
-        UserError: when it is not known what that would be.
+        UserError: when the components cannot be computed because ``pins`` or ``scale`` is missing.
     """
     if wanted is None:
         return None

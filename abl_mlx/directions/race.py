@@ -1,7 +1,7 @@
 """A race of edits: all are tried on a few prompts, the better ones on more, the best on all.
 
-A trial costs one forward pass per prompt, and for most edits a few prompts suffice to show that
-others are better.
+A trial costs one forward pass per prompt, and a few prompts are enough to show that most edits are
+worse than others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from abl_mlx.support.console import progress, say
 
 T = TypeVar("T")
 
-#: Harmful and harmless prompts that each heat goes up to, and how many edits are left after it.
+#: For each heat: how many harmful and harmless prompts have been run by its end, and how many edits
+#: go on after it.
 HEATS = ((4, 2, 4), (10, 6, 2))
 
 
@@ -25,8 +26,8 @@ class Runner(Generic[T]):
     """An edit in a race.
 
     Attributes:
-        of: what the edit is of.
-        effect: on the prompts that were run so far.
+        of: the candidate or variant that the edit belongs to.
+        effect: the edit's effect on the prompts that were run so far.
     """
 
     of: T
@@ -43,17 +44,21 @@ def run(
     good: Callable[[Runner[T]], bool],
     label: str,
 ) -> list[Runner[T]]:
-    """The edits that ran all prompts, the best first; the effects of the others are kept as well.
+    """Run a race and return the edits that ran all prompts, the best first.
 
-    Of those that are left after the heats the first runs all prompts, and the others while none is
-    good, if they are hopeful. Where none of them is possible, the next do, one by one: no edit that
-    might be taken is given up for one that may not.
+    The effects of the others stay in ``runners``. Of the edits that are left after the heats, the
+    first runs all prompts; the others do so, if they are hopeful, until one is good. If none of
+    these is possible, the edits that were dropped run all prompts one by one, the better ones
+    first, until one is possible.
 
     Args:
-        rank: what sorts edits by their effect on equally many prompts, the best first.
-        possible: whether an edit may be taken at all.
-        hopeful: whether what is known of an edit so far is as one wants it.
-        good: whether it may be taken without a look at those behind it.
+        trial: tries edits.
+        runners: the edits.
+        rank: a sort key for effects that were measured on equally many prompts, the best first.
+        possible: whether an edit with this effect may be chosen.
+        hopeful: whether an edit with this effect so far might be good.
+        good: whether an edit may be chosen without trying those that rank behind it.
+        label: what is raced, for the line of progress.
     """
     begun = trial.tokens
     with progress(len(runners), label, "edit") as bar:
@@ -65,7 +70,7 @@ def run(
             for one in alive:
                 one.effect = trial.of_edit(one.edit, one.effect, harmful, harmless)
             alive.sort(key=lambda one: rank(one.effect))
-            # Those that are given up here come before all that were given up earlier.
+            # Edits that are dropped now rank before all that were dropped in earlier heats.
             order[:0] = alive[left:]
             bar.update(len(alive) - left)
             alive = alive[:left]

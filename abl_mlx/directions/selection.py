@@ -1,4 +1,4 @@
-"""How candidate directions are scored: separation, and refusal by the first reply token."""
+"""Scores of candidate directions: separation of the prompt sets, and refusal at the first token."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.support.arrays import number, numbers, numpy_of
 
-#: Directions read off the last 20% of the layers are left out: they are about to become words,
-#: and removing them forbids tokens rather than refusing (Arditi et al. 2024, section C).
+#: Directions from the last 20% of the layers are left out: they are close to the output tokens, so
+#: removing them suppresses particular tokens rather than refusing (Arditi et al. 2024, section C).
 DEEPEST = 0.8
 TOO_DEEP = f"in the last {1 - DEEPEST:.0%} of the layers"
 
-#: A direction ends refusals when this share of replies at most still opens as one.
+#: A removal ends refusals when at most this share of replies still opens with a refusal.
 LEFT = 0.05
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a removal ends refusals, as far as first reply tokens tell.
+    """Whether a removal ends refusals, judged by the first reply token.
 
     Attributes:
-        refused: share of the harmful validation prompts whose likeliest first token opens a
-            refusal with it; None where it was not tried.
-        dropped: why it cannot be chosen; empty when it can.
-        most_left: the largest share that counts as none: `trial.Trial.left`.
+        refused: share of the harmful validation prompts whose likeliest first token still opens a
+            refusal after the removal; None if it was not tried.
+        dropped: why the removal cannot be chosen; empty if it can.
+        most_left: the largest share that counts as no refusals: `trial.Trial.left`.
     """
 
     refused: float | None
@@ -42,32 +42,32 @@ class Outcome:
 
     @property
     def works(self) -> bool:
-        """Whether refusals are gone."""
+        """Whether the removal ends refusals and can be chosen."""
         return not self.dropped and self.refused is not None and self.refused <= self.most_left
 
 
 @dataclass(frozen=True)
 class Score:
-    """What is known of one candidate.
+    """The scores of one candidate.
 
     Attributes:
-        layer: the candidate is the mean difference after this layer, counted from 0.
-        position: token offset from the prompt's end.
+        layer: the layer after which the candidate was measured, counted from 0.
+        position: its token position, counted from the prompt's end.
         d_prime: (μ_harmful − μ_harmless) / √((σ²_harmful + σ²_harmless) / 2) of the projections
             of validation prompts.
         cosine: 1 − cos(harmful mean, harmless mean).
-        mean: |mean element| of the unit direction, the ranking of FailSpy's abliterator.
-        refusal: mean refusal score (log-odds) of harmful validation prompts with the direction
-            ablated; None where it was not tried.
+        mean: |mean element| of the unit direction, by which FailSpy's abliterator ranks.
+        refusal: mean refusal score (log-odds, nats) of harmful validation prompts with the
+            direction ablated; None if it was not tried.
         refused: share of these prompts whose likeliest first token still opens a refusal with the
-            direction ablated; None where it was not tried.
+            direction ablated; None if it was not tried.
         kl: mean KL(model ‖ ablated) in nats at the first reply token of harmless validation
-            prompts; None where it was not tried.
-        prompts: harmful and harmless ones that these three were measured on; None where it was not
-            tried.
+            prompts; None if it was not tried.
+        prompts: the numbers of harmful and harmless prompts on which these three were measured;
+            None if it was not tried.
         induced: mean refusal score of harmless validation prompts with the difference of means
-            added to the stream after the candidate's layer; None where it was not tried.
-        dropped: why the candidate cannot be chosen; empty when it can.
+            added to the stream after the candidate's layer; None if it was not tried.
+        dropped: why the candidate cannot be chosen; empty if it can.
     """
 
     layer: int
@@ -83,7 +83,7 @@ class Score:
     dropped: str = ""
 
     def outcome(self, most_left: float) -> Outcome:
-        """Whether its removal ends refusals."""
+        """Whether the candidate's removal ends refusals."""
         return Outcome(self.refused, self.dropped, most_left)
 
     def record(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def separation(
     harmful: Sequence[Sequence[int]],
     harmless: Sequence[Sequence[int]],
 ) -> list[Score]:
-    """Separation scores of every candidate on encoded prompts it was not made from."""
+    """Separation scores of every candidate, on encoded prompts that were not used to measure it."""
     states = [
         capture.full(chat, prompts, candidates.positions, label=f"separation, {name}")
         for prompts, name in ((harmful, "harmful"), (harmless, "harmless"))
@@ -106,7 +106,7 @@ def separation(
 
 
 def separation_of(candidates: Candidates, harmful: np.ndarray, harmless: np.ndarray) -> list[Score]:
-    """The same from the prompts' states, (L, P, N, d) and (L, P, M, d)."""
+    """Separation scores of every candidate, from states (L, P, N, d) and (L, P, M, d)."""
     leads = numpy_of(candidates.leads)
     projections = []
     for states in (harmful, harmless):
@@ -148,15 +148,15 @@ def cosine_separation(candidates: Candidates) -> mx.array:
 
 
 def refusal_tokens(harmful: mx.array, harmless: mx.array, *, most: int = 16) -> list[int]:
-    """The tokens with which this model opens refusals, found from its own behaviour.
+    """The refusal openings: ids of the tokens with which this model begins its refusals.
 
-    They are those whose mean probability as the first reply token is at least 0.02 higher after
-    harmful prompts than after harmless ones and at least three times as high.
+    They are those tokens whose mean probability as the first reply token is at least 0.02 higher
+    after harmful prompts than after harmless ones, and at least three times as high.
 
     Args:
-        harmful: log-probabilities (N, V) float32 of the first reply token.
-        harmless: the same, (M, V).
-        most: at most so many tokens, those with the largest difference.
+        harmful: log-probabilities of the first reply token, (N, V) float32.
+        harmless: log-probabilities of the first reply token, (M, V) float32.
+        most: the largest number of tokens; those with the largest difference are returned.
     """
     a, b = mx.exp(harmful).mean(axis=0), mx.exp(harmless).mean(axis=0)
     difference = a - b
@@ -171,17 +171,21 @@ def refusal_tokens(harmful: mx.array, harmless: mx.array, *, most: int = 16) -> 
 def refusal_scores(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.array:
     """Log-odds, in nats, that a reply opens with one of ``tokens``: (N, V) -> (N,)."""
     inside = mx.logsumexp(log_probabilities[:, mx.array(list(tokens))], axis=-1)
-    # log(1 − p) from p would lose what is left when p is close to one; the rest is summed.
+    # The other tokens' probabilities are summed, because 1 − p would be imprecise for p close to 1.
     outside = mx.array(log_probabilities)
     outside[:, mx.array(list(tokens))] = -math.inf
     return inside - mx.logsumexp(outside, axis=-1)
 
 
 def openings(log_probabilities: mx.array, tokens: Sequence[int]) -> list[bool]:
-    """Whether each greedy reply opens with one of ``tokens``, from (N, V).
+    """For each prompt, whether the greedy reply opens with one of ``tokens``.
 
-    Odds above 1 would miss some: where answers open in many ways, a refusal's opening may be the
-    likeliest of all tokens at a probability far below a half.
+    Log-odds above 0 would be another criterion: where answers open in many ways, a refusal opening
+    may be the likeliest token with a probability far below one half.
+
+    Args:
+        log_probabilities: of the first reply token, (N, V).
+        tokens: ids of tokens.
     """
     return [int(token) in tokens for token in numbers(log_probabilities.argmax(axis=-1))]
 
@@ -190,10 +194,11 @@ def openings(log_probabilities: mx.array, tokens: Sequence[int]) -> list[bool]:
 
 
 def shortlist(scores: Sequence[Score], most: int, each: int = 2) -> list[Score]:
-    """The candidates worth a causal trial, at most ``most`` of them, best-separating first.
+    """The candidates to try causally, at most ``most``, those that separate the sets best first.
 
-    The best position of every allowed layer comes before the second-best of any, since directions
-    at neighbouring positions of one layer are alike; no layer gets more than ``each``.
+    The best position of every allowed layer comes before the second-best position of any layer,
+    because directions at neighbouring positions of a layer are similar. No layer has more than
+    ``each`` candidates in the list.
     """
     ranked: list[list[Score]] = [[] for _ in range(each)]
     seen: Counter[int] = Counter()
@@ -205,13 +210,13 @@ def shortlist(scores: Sequence[Score], most: int, each: int = 2) -> list[Score]:
 
 
 def apart(scores: Sequence[Score]) -> tuple[int, ...]:
-    """The layers that hold the two sets apart: those whose d′ is at least half of the largest.
+    """The layers that separate the two sets: those whose d′ is at least half of the largest.
 
-    Elsewhere the difference of the means is noise for the most part. None where no d′ is above 0:
-    there validation prompts lie the other way round.
+    In other layers the difference of means is mostly noise. The result is empty if no d′ is above
+    0, that is, if the validation prompts lie the other way round.
 
     Args:
-        scores: of the layers to choose from, at one position.
+        scores: the scores of the layers to choose from, at one position.
     """
     largest = max((score.d_prime for score in scores), default=0.0)
     return tuple(sorted(one.layer for one in scores if one.d_prime >= largest / 2 > 0))

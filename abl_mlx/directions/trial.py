@@ -1,4 +1,4 @@
-"""What edits do to the first reply token, tried on a loaded model without writing a weight."""
+"""Trying edits at runtime: their effect on the first reply token, without writing weights."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ NO_REFUSAL = (
 
 @dataclass(frozen=True)
 class Effect:
-    """What an edit does to the first reply token, on the validation prompts that were run so far.
+    """The effect of an edit on the first reply token of the validation prompts run so far.
 
-    An edit that leaves logits that are no numbers has an infinite refusal score and KL, so that
-    nothing chooses it.
+    An edit whose logits are not finite has an infinite refusal score and KL, so it is never chosen.
 
     Attributes:
-        scores: the refusal score (log-odds, nats) of each harmful prompt.
-        opened: whether its likeliest first token opens a refusal.
-        kls: KL(model ‖ edited), nats, of each harmless prompt.
-        kept: of each prompt that should go on being refused, whether it opens as a refusal.
+        scores: for each harmful prompt, the refusal score (log-odds, nats).
+        opened: for each harmful prompt, whether its likeliest first token opens a refusal.
+        kls: for each harmless prompt, KL(model ‖ edited) in nats.
+        kept: for each prompt that should still be refused, whether its likeliest first token opens
+            a refusal.
     """
 
     scores: tuple[float, ...] = ()
@@ -61,16 +61,19 @@ class Effect:
 
     @property
     def kept_share(self) -> float | None:
-        """The share of kept prompts that open as refusals; None without any."""
+        """The share of the prompts that should still be refused whose reply opens with a refusal.
+
+        None if there are no such prompts.
+        """
         return _mean(self.kept) if self.kept else None
 
     @property
     def prompts(self) -> tuple[int, int]:
-        """How many harmful and harmless prompts were run."""
+        """The numbers of harmful and harmless prompts that were run."""
         return len(self.scores), len(self.kls)
 
 
-#: Of an edit that was not tried yet.
+#: The effect of an edit that was not tried yet.
 NOTHING_RUN = Effect()
 
 
@@ -79,19 +82,20 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class Trial:
-    """Tries edits on a loaded model at runtime, by what they do to the first reply token.
+    """Tries edits on a loaded model at runtime and measures the effect on the first reply token.
 
-    Harmful prompts that the model opens with a refusal come first: of the others there is little to
-    learn.
+    Harmful prompts whose reply opens with a refusal are run first, because the others show little.
 
     Attributes:
-        refusal_tokens: the token ids whose odds are the refusal score.
+        refusal_tokens: the ids of the refusal openings, whose log-odds are the refusal score.
         refusal_before: (harmful, harmless) mean refusal scores of the unedited model.
         left: an edit ends refusals when at most this share of the harmful prompts still opens with
-            the refusal tokens: `selection.LEFT`, and the mean probability of these tokens in the
-            unedited model's replies to harmless prompts, because answers may open with "I", too.
-        kept_before: the share of the kept prompts that the unedited model opens with a refusal.
-        tokens: that were run so far, counting what prompts share once for each.
+            a refusal opening. It is `selection.LEFT` plus the mean probability of these tokens in
+            the unedited model's replies to harmless prompts, because answers may also open with
+            "I".
+        kept_before: the share of the prompts in ``kept`` whose reply by the unedited model opens
+            with a refusal.
+        tokens: how many tokens were run so far; tokens that prompts share count for each prompt.
     """
 
     def __init__(
@@ -104,13 +108,15 @@ class Trial:
         *,
         before: tuple[mx.array, mx.array] | None = None,
     ):
-        """Run the model as it is once.
+        """Run the unedited model once.
 
         Args:
+            chat: the model.
+            writers: its residual writers.
             harmful, harmless: encoded prompts.
-            kept: prompts that should go on being refused.
-            before: the unedited model's `first_reply_token` of harmful and harmless prompts, where
-                it is known already.
+            kept: encoded prompts that should still be refused.
+            before: the unedited model's `first_reply_token` for harmful and harmless prompts, if it
+                is already known.
 
         Raises:
             UserError: when the model does not open refusals differently from answers.
@@ -142,12 +148,13 @@ class Trial:
         harmful: int | None = None,
         harmless: int | None = None,
     ) -> Effect:
-        """Effect of an edit. Norm preservation is ignored: it has no runtime equivalent.
+        """The effect of an edit. Norm preservation is ignored: it has no runtime equivalent.
 
         Args:
-            known_effect: on the prompts that were run before; only those behind them are.
-            harmful, harmless: how many prompts of each set to go up to; all without it. Of kept
-                prompts there are as many as of harmful ones.
+            edit: the edit.
+            known_effect: its effect on prompts that were already run, which are not run again.
+            harmful, harmless: how many prompts of each set to have run in the end; None for all. Of
+                the kept prompts as many are run as of the harmful ones.
         """
         before = known_effect
         bad = self._harmful[len(before.scores) : harmful]
@@ -179,14 +186,15 @@ class Trial:
         return Effect(scores, opens, kls, kept)
 
     def is_whole(self, effect: Effect) -> bool:
-        """Whether an effect is that on all prompts."""
+        """Whether an effect was measured on all prompts."""
         return effect.prompts == (len(self._harmful), len(self._harmless))
 
     def of_adding(self, intervention: Intervention, harmless: int | None = None) -> float:
         """The mean refusal score of harmless prompts under an intervention on the stream.
 
         Args:
-            harmless: of the first so many; all without it.
+            intervention: the intervention.
+            harmless: how many of the prompts to run, from the first on; None for all.
         """
         with steering(self._chat, intervention):
             opened = self._first(self._harmless[:harmless])

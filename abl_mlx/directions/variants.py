@@ -1,4 +1,4 @@
-"""The edits that a measurement may end in, and which of them is taken."""
+"""Variants: the edits between which a measurement chooses, and the choice."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import mlx.core as mx
 
 from abl_mlx.directions.selection import LEFT, Outcome
 
-# KLs closer than this (nats) are the same for all that a few dozen prompts can tell.
+# KLs that differ by less than this (in nats) count as equal: a few dozen prompts show no more.
 _SAME_KL = 1e-3
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An edit's directions, and what they are.
+    """The directions of an edit, and how they were made.
 
     Attributes:
         directions: (k, d) or (L, k, d).
-        method: of `choices.METHODS`.
-        layer: after which they were read; None for all of them together, or each for itself.
-        position: token offset from the prompt's end; None for all of them together.
-        across: ``layers`` or ``positions`` where those are taken together.
-        among: the layers that are taken together, where these are not all.
-        per_layer: whether the writers of each layer lose their own layer's.
+        method: one of `choices.METHODS`.
+        layer: the layer after which they were measured; None if several layers are combined, or
+            each layer has its own.
+        position: the token position, counted from the prompt's end; None if positions are combined.
+        across: ``layers`` or ``positions`` if these are combined, else None.
+        among: the layers that are combined, if these are not all.
+        per_layer: whether the writers of each layer lose the directions of that layer.
     """
 
     directions: mx.array
@@ -42,7 +43,7 @@ class Variant:
         return int(self.directions.shape[-2])
 
     def record(self) -> dict[str, Any]:
-        """As JSON values, without the directions."""
+        """The variant as JSON values, without the directions."""
         record: dict[str, Any] = {"method": self.method}
         if self.layer is not None:
             record["layer"] = int(self.layer) if self.layer == int(self.layer) else self.layer
@@ -61,16 +62,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Tried:
-    """What an edit does to the first reply token, on validation prompts.
+    """A variant with the effect of its edit on the first reply token of validation prompts.
 
     Attributes:
         variant: what is removed.
-        refusal: mean refusal score of harmful prompts.
-        refused: share of them whose likeliest first token opens a refusal.
-        kl: mean KL(model ‖ edited) on harmless prompts, nats.
-        kept: share of the prompts opening with a refusal that should go on doing so; None without
-            any.
-        dropped: why it cannot be chosen.
+        refusal: mean refusal score of harmful prompts, in nats.
+        refused: share of harmful prompts whose likeliest first token opens a refusal.
+        kl: mean KL(model ‖ edited) on harmless prompts, in nats.
+        kept: of the prompts that should still be refused, the share whose reply opens with a
+            refusal; None if there are no such prompts.
+        dropped: why the variant cannot be chosen; empty if it can.
         most_left: the largest share of refused prompts that counts as none: `trial.Trial.left`.
     """
 
@@ -84,7 +85,7 @@ class Tried:
 
     @property
     def works(self) -> bool:
-        """Whether refusals are gone, as far as first tokens tell."""
+        """Whether the edit ends refusals, judged by the first reply token."""
         return Outcome(self.refused, self.dropped, self.most_left).works
 
     def record(self) -> dict[str, Any]:
@@ -99,10 +100,11 @@ class Tried:
 
 
 def best(trials: Iterable[Tried]) -> Tried | None:
-    """Of the trials that work, the gentlest; where none does, the one that leaves least refusals.
+    """The best of the tried variants; None if all were dropped.
 
-    Of edits about as gentle the one of fewer directions is taken, then that of lower score. None
-    where all were dropped.
+    Of those that end refusals it is the one with the lowest KL; of variants with about the same KL
+    the one with fewer directions, then the one with the lower refusal score. If none ends refusals,
+    it is the one that leaves the fewest.
     """
     left = [one for one in trials if not one.dropped]
     working = [one for one in left if one.works]

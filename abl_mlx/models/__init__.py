@@ -1,1 +1,1 @@
-"""Models in memory: loading, running, looking inside, finding residual writers."""
+"""Models in memory: loading, running, recording states, finding residual writers."""

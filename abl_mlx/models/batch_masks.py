@@ -1,4 +1,4 @@
-"""Masks of batches, for architectures of mlx-lm that take only those of single prompts."""
+"""Attention masks of batches, for architectures of mlx-lm that accept only masks of one prompt."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from abl_mlx.models.hooks import around
 def batch_masks(model: nn.Module) -> Iterator[None]:
     """Context manager in which the model accepts the masks of mlx-lm's BatchGenerator.
 
-    Gemma 2 groups its query heads, so that its scores are (B, kv heads, queries, T, S); a batch's
-    mask (B, 1, T, S) meets the wrong axes there (mlx-lm 0.32: "Shapes (64,1,17,17) and
-    (64,4,2,17,17) cannot be broadcast").
+    Gemma 2 groups its query heads, so its attention scores have the shape (B, kv heads, queries, T,
+    S), with which a batch's mask (B, 1, T, S) does not broadcast (mlx-lm 0.32: "Shapes
+    (64,1,17,17) and (64,4,2,17,17) cannot be broadcast").
     """
     from mlx_lm.models.gemma2 import Attention
 

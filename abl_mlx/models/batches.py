@@ -10,7 +10,7 @@ import mlx.core as mx
 #: Tokens in one batch, padding included. Bounds the activations held at once, not the result.
 TOKENS_PER_BATCH = 1024
 
-#: What a pass costs beside its tokens (a CPU unpacks all weights for it), in tokens.
+#: The cost of a forward pass besides its tokens (a CPU unpacks all weights for it), in tokens.
 PASS = 64
 
 
@@ -34,11 +34,13 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of at most ``tokens`` tokens (or one sequence), sorted by length to pad little.
 
-    Padding stands on the right: a causal model's states at a real position do not see it, so no
-    mask is needed (docs/architecture.md, "MLX and Metal").
+    Padding is on the right: in a causal model no real position attends to it, so no mask is needed
+    (docs/architecture.md, "MLX and Metal").
 
     Args:
-        padded: whether sequences of different lengths may stand in one batch.
+        sequences: encoded prompts.
+        tokens: the largest number of tokens in a batch, padding included.
+        padded: whether a batch may hold sequences of different lengths.
     """
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     start = 0

@@ -1,4 +1,4 @@
-"""Residual-stream states at chosen token positions, batched and streamed."""
+"""Recording the residual stream's states at chosen token positions, batch by batch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from convert.base.errors import UserError
 
 
 def check_stream(chat: ChatModel) -> None:
-    """Raise before any long work when the model's layers do not return one residual stream.
+    """Check, before any long work, that the model's layers return one residual stream.
 
     Only shapes are inspected; nothing is computed.
 
     Raises:
-        UserError: as `residual`.
+        UserError: as `residual` does.
     """
     with Recorder(chat), heads.unseen(chat.model):
         chat.model(mx.array([[1, 1]], mx.int32))
@@ -65,9 +65,11 @@ class Recorder:
         return wrapper
 
     def take(self, lengths: mx.array, offsets: Sequence[int]) -> mx.array:
-        """The states at ``length + offset``, offsets being negative: (B, L, P, d) float32.
+        """The states at the positions ``length + offset``: (B, L, P, d) float32, not evaluated.
 
-        Nothing is evaluated yet.
+        Args:
+            lengths: the number of real tokens of each sequence, (B,).
+            offsets: P negative numbers.
         """
         rows = mx.arange(lengths.size)[:, None]
         columns = lengths[:, None] + mx.array(list(offsets))[None, :]
@@ -81,7 +83,11 @@ class Recorder:
 
 
 def check_offsets(sequences: Sequence[Sequence[int]], offsets: Sequence[int]) -> None:
-    """Raise for offsets that are not negative, or that lie before the shortest sequence's start."""
+    """Check that offsets are negative and lie within the shortest sequence.
+
+    Raises:
+        UserError: when one does not.
+    """
     shortest = min(len(sequence) for sequence in sequences)
     for offset in offsets:
         if not -shortest <= offset <= -1:
@@ -104,7 +110,8 @@ def iterate(
     final norm) at ``offsets[p]`` tokens from the prompt's end.
 
     Raises:
-        UserError: an offset outside the shortest prompt; a layer without a residual stream.
+        UserError: when an offset lies outside the shortest prompt, or a layer does not return a
+            residual stream.
     """
     check_offsets(sequences, offsets)
     how, unseen = trusted(chat, sequences), heads.unseen(chat.model)
@@ -125,7 +132,7 @@ def mean(
     *,
     label: str = "capture",
 ) -> mx.array:
-    """Mean state over the prompts: (L, P, d) float32. Holds one batch and one sum at a time."""
+    """Mean state over the prompts: (L, P, d) float32. Memory holds one batch and one sum."""
     total: mx.array | None = None
     for _, states in iterate(chat, sequences, offsets, label=label):
         part = states.sum(axis=0)
@@ -163,13 +170,14 @@ def stored(
     *,
     label: str = "capture",
 ) -> Iterator[np.ndarray]:
-    """Every prompt's states in a temporary file: (L, P, N, d) float32, memory-mapped.
+    """Context manager with every prompt's states in a temporary file: (L, P, N, d) float32.
 
-    For estimators that need all states at once. Memory holds one batch while the file is written,
-    and (N, d) of one layer and position while it is read. The file is deleted after the block.
+    For estimators that need all states at once. The array is memory-mapped: memory holds one batch
+    while the file is written, and (N, d) for one layer and position while it is read. The file is
+    deleted after the block.
 
     Raises:
-        UserError: where the disk has no room for it; no prompts.
+        UserError: when the disk has too little space, or there are no prompts.
     """
     if not sequences:
         raise UserError("there are no prompts to run.")
@@ -178,7 +186,7 @@ def stored(
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder} has {in_bytes(free)} free, and the states of all prompts take "
+            f"{folder} has {in_bytes(free)} free, but the states of all prompts take "
             f"{in_bytes(needed)}: free some space, set TMPDIR to a larger disk, take fewer "
             "prompts (--limit), or choose --method difference-of-means, which keeps none."
         )

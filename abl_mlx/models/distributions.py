@@ -14,7 +14,8 @@ def normalized(logits: mx.array) -> mx.array:
 def kl_divergence(base: mx.array, other: mx.array) -> mx.array:
     """KL(base ‖ other) in nats along the last axis, from log-probabilities: (…, V) -> (…).
 
-    A token of probability 0 under base (a logit of −inf, say) adds 0, whatever the other gives it.
+    A token with probability 0 under ``base`` (such as a logit of −inf) adds 0, whatever its
+    probability under ``other``.
     """
     p = mx.exp(base)
     return mx.where(p == 0, 0, p * (base - other)).sum(axis=-1)

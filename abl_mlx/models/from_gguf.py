@@ -1,4 +1,4 @@
-"""A GGUF as a chat model in MLX, and its residual writers as modules of that model."""
+"""Loads a GGUF as a chat model in MLX, and finds its residual writers in that model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from convert.tokenizers.from_gguf import write_tokenizer
 
 
 def load(gguf: GgufSource) -> tuple[ChatModel, Layout]:
-    """The model of an open GGUF, with its tokenizer; everything comes from the file.
+    """The model and tokenizer of an open GGUF, made from this file alone.
 
     Raises:
-        UserError: an architecture or a tokenizer that MLX cannot run, a file without a chat
-            template, damaged values.
+        UserError: when MLX cannot run the architecture or the tokenizer, the file has no chat
+            template, or values are damaged.
     """
     size = sum(entry.nbytes for entry in gguf.tensors.values())
     with progress(size, "load", "B") as bar:
@@ -38,14 +38,15 @@ def load(gguf: GgufSource) -> tuple[ChatModel, Layout]:
 
 
 def tokenizer(gguf: GgufSource, config: dict[str, Any]) -> Any:
-    """mlx-lm's TokenizerWrapper made from the file's metadata.
+    """mlx-lm's TokenizerWrapper, made from the file's metadata.
 
     Args:
-        config: config.json as a dict; the tokenizer's special ids are added to it.
+        gguf: the open file.
+        config: the contents of config.json; the tokenizer's special ids are added to it.
     """
     with scratch() as folder:
-        # Without a config.json beside it transformers takes the tokenizer as it is; for some
-        # architectures it would build another in its stead.
+        # No config.json is written beside it: for some architectures transformers would then build
+        # another tokenizer instead of using these files as they are.
         with of(gguf.parts[0]):
             config |= write_tokenizer(gguf.metadata, folder)
         return load_tokenizer(folder, config, gguf.parts[0])
@@ -54,13 +55,16 @@ def tokenizer(gguf: GgufSource, config: dict[str, Any]) -> Any:
 def find_writers(
     chat: ChatModel, layout: Layout, gguf: GgufSource, named: Sequence[GgufWriter]
 ) -> list[Writer]:
-    """The writers that are edited in the GGUF, as the modules that run in MLX.
+    """The residual writers of a GGUF, as modules of the MLX model.
 
     Args:
+        chat: the model.
+        layout: which of its parameters are made from which tensors.
+        gguf: the open file.
         named: the file's writers.
 
     Raises:
-        UserError: when a tensor is no module of its own in MLX.
+        UserError: when no module of the model is made from exactly one writer.
     """
     places = layout.places()
     modules = dict(chat.model.named_modules())
@@ -70,8 +74,8 @@ def find_writers(
         module = modules.get(paths[0].removesuffix(".weight")) if len(paths) == 1 else None
         if module is None:
             raise UserError(
-                f"{one.name} in {gguf.parts[0]} writes to the residual stream, but is no module of "
-                f"its own in mlx-lm's model for {gguf.architecture}: measure on the MLX or Hugging "
+                f"{one.name} in {gguf.parts[0]} writes to the residual stream, but is not a single "
+                f"module in mlx-lm's model for {gguf.architecture}: measure on the MLX or Hugging "
                 "Face model, and give this file with --gguf."
             )
         path = paths[0].removesuffix(".weight")
@@ -80,11 +84,11 @@ def find_writers(
 
 
 def writer_of(source: GgufSource, one: GgufWriter) -> Writer:
-    """A GGUF's writer as a `Writer`, with what an edit needs; its module is empty."""
+    """A GGUF's writer as a `Writer` for edits of the file; its module is empty."""
     gain = None
     if one.gains:
         product = np.prod([source.values(name) for name in one.gains], axis=0)
         gain = mx.array(product.astype(np.float32))
-    # A drafting block's copy of the embedding is to be what the embedding is after any edit.
+    # The copy of the embedding in a block for multi-token prediction is edited as the embedding is.
     path = "token_embd.weight" if one.name.endswith("nextn.embed_tokens.weight") else one.name
     return Writer(path, one.kind, one.layer, gain, one.bias is not None, nn.Module(), one.tied)

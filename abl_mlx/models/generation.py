@@ -1,8 +1,8 @@
 """Greedy replies to many prompts, in batches where that does not change the replies.
 
-mlx-lm pads the prompts of a batch. Some of its architectures read the padding, so that all prompts
-but the longest silently get other replies; some cannot be batched at all. Each model is therefore
-compared once with the plain pass of single prompts, and batched only where the two agree.
+mlx-lm pads the prompts of a batch. In some of its architectures the padding changes the replies to
+all prompts but the longest, without any error; some cannot be batched at all. So each model is
+compared once with the plain forward pass of single prompts, and batched only where the two agree.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from abl_mlx.models.plain import Plain, reach, sample
 from abl_mlx.support.arrays import number
 from abl_mlx.support.console import progress, say
 
-#: A token and the distribution that it was the likeliest of, log-probabilities (V,).
+#: A token, and the log-probabilities (V,) of the distribution from which it was chosen.
 Step = tuple[int, mx.array]
 
 
@@ -47,8 +47,8 @@ def generate(
 
     Args:
         sequences: encoded prompts.
-        max_tokens: longest reply.
-        batch_size: replies generated side by side.
+        max_tokens: the largest number of tokens in a reply.
+        batch_size: how many replies are generated at the same time.
 
     Raises:
         UserError: when mlx-lm cannot run the model.
@@ -83,7 +83,7 @@ def stream(
     *,
     batch_size: int = 32,
 ) -> Iterator[tuple[int, list[int]]]:
-    """The replies of `generate` as they come: (index, token ids)."""
+    """Yield the replies of `generate` as soon as each is finished: (index, token ids)."""
     if not sequences:
         return
     ends = frozenset(chat.tokenizer.eos_token_ids)
@@ -100,8 +100,8 @@ def stream(
 
 # --- the ways ------------------------------------------------------------------------------------
 
-# Each yields (index, step) for every token, the end token included, and (index, None) behind a
-# reply's last.
+# Each way yields (index, step) for every token, the end token included, and (index, None) after the
+# last token of a reply.
 _Running = Generator[tuple[int, Step | None], None, None]
 
 
@@ -120,7 +120,7 @@ def _batch(
     from mlx_lm.generate import BatchGenerator
 
     several = max(1, batch_size // 4)
-    # Prompts of one length begin together; of others half of a batch is padded less than a whole.
+    # Prompts of one length can begin together. With other lengths half a batch needs less padding.
     unequal = len({len(sequence) for sequence in sequences}) > 1
     generator = BatchGenerator(
         chat.model,
@@ -222,13 +222,15 @@ _STEPS: dict[Way, _Steps] = {
 
 
 def way(chat: ChatModel, sequences: Sequence[Sequence[int]], batch_size: int) -> Way:
-    """The fastest way whose replies equal those of the plain pass of single prompts.
+    """The fastest way whose replies are those of the plain pass of single prompts.
 
-    The comparison is made once for each model, and again where prompts are far longer than those
-    that were compared.
+    The comparison is made once for each model, and again if prompts are far longer than those that
+    were compared.
 
     Args:
-        sequences: what is to be answered; the prompts of the comparison are made from it.
+        chat: the model.
+        sequences: the prompts to be answered, from which those of the comparison are made.
+        batch_size: how many replies are generated at the same time.
 
     Raises:
         UserError: when mlx-lm cannot run the model at all.
@@ -240,7 +242,7 @@ def way(chat: ChatModel, sequences: Sequence[Sequence[int]], batch_size: int) ->
             known[one, length] = _agrees(chat, one, sample(sequences))
         if known[one, length]:
             return _told(chat, one, one is (Way.SINGLE if alone else Way.BATCH))
-    Plain(chat)(sample(sequences)[:2])  # where even that cannot be run, that is said
+    Plain(chat)(sample(sequences)[:2])  # raises an error with the reason if even this cannot run
     return _told(chat, Way.PLAIN, False)
 
 
@@ -259,9 +261,9 @@ def _agrees(chat: ChatModel, one: Way, tokens: list[int]) -> bool:
     """Whether a few tokens of a few replies agree with the distributions of the plain pass."""
     n = len(tokens)
     third = n // 3
-    # Lengths far apart, of which three stand side by side; the first reply ends early, and the
-    # fourth prompt takes its place beside replies that have begun. Padding that is read shows most
-    # in the shortest prompts, which have little else to look at.
+    # Three prompts of very different lengths run in one batch; the first reply ends early, and the
+    # fourth prompt takes its place beside replies that have begun. An influence of padding shows
+    # most in the shortest prompts, which have few other tokens to attend to.
     prompts = [tokens, tokens[-2:], tokens[-4:], tokens[: n // 2]]
     lengths = [1, 3, 3, 2]
     if one is Way.EQUAL:
@@ -279,6 +281,6 @@ def _agrees(chat: ChatModel, one: Way, tokens: list[int]) -> bool:
             logs = mx.stack([row for _, row in steps])
             if len(said) != length or not plain.agrees([*prompt, *said[:-1]], logs):
                 return False
-    except Exception:  # whatever mlx-lm's code raises for a batch that it was not made for
+    except Exception:  # mlx-lm's code may raise anything for a batch that it does not support
         return False
     return True

@@ -28,10 +28,10 @@ def log_probabilities(
     """Yield (index, log-probabilities (K, V) float32) for each sequence, in no fixed order.
 
     Row k is the log-softmax, taken in float32, of the raw logits at token ``positions[index][k]``
-    of the sequence: the model's distribution of the token that follows it. After the last layer
-    a language model works on each position by itself, so the last layer's output is cut down to
-    the wanted positions and the head computes no others; where a model is different
-    (`shortcuts.trusted`), the whole is computed.
+    of the sequence: the model's distribution of the token that follows it. After the last layer a
+    language model processes each position separately, so only the wanted positions of the last
+    layer's output are passed on to the output head. Where a model is different
+    (`shortcuts.trusted`), all positions are computed.
 
     Raises:
         UserError: when mlx-lm cannot run the model.
@@ -48,10 +48,15 @@ def log_probabilities(
 def behind_last_layer(
     chat: ChatModel, sequences: Sequence[Sequence[int]], states: np.ndarray
 ) -> mx.array:
-    """The result of `first_reply_token`, from the last layer's states (N, d) at the ends.
+    """The result of `first_reply_token`, from the states after the last layer at the prompts' ends.
 
-    Only the part of the model behind the layers runs, one token per pass; where its output is not a
-    function of these states alone (`shortcuts.trusted`) the whole model runs.
+    Only the part of the model after the layers runs, one token per pass. Where the output does not
+    depend on these states alone (`shortcuts.trusted`), the whole model runs.
+
+    Args:
+        chat: the model.
+        sequences: encoded prompts.
+        states: (N, d).
     """
     how, last = trusted(chat, sequences), len(chat.layers) - 1
     if not (how.cut and how.together):

@@ -15,20 +15,20 @@ from abl_mlx.support.console import say
 from abl_mlx.support.units import in_bytes
 from convert.base.errors import UserError
 
-# What a run takes beside the weights: Python, MLX, activations, one unpacked piece of a matrix.
+# Bytes that a run needs besides the weights: Python, MLX, activations, an unpacked piece.
 _BESIDE = 700_000_000
 
-# Bytes below which nothing is printed.
+# A run that needs less than this many bytes is not announced.
 _WORTH_SAYING = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes.
+    """Amounts of memory in bytes.
 
     Attributes:
-        total: what a process on this machine can have at all.
-        free: of it, what nothing else uses now; None where the system does not say.
+        total: the most that a process on this machine can have.
+        free: the part of it that nothing uses at present; None where the system does not say.
     """
 
     total: int
@@ -59,7 +59,7 @@ def _sysconf(name: str) -> int:
 
 
 def _cgroup() -> int:
-    """A container's limit; 0 without one."""
+    """The memory limit of the container in bytes; 0 where there is none."""
     for place in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):
             return int((Path("/sys/fs/cgroup") / place).read_text(encoding="ascii"))
@@ -72,20 +72,20 @@ def needed(weights: int) -> int:
 
 
 def fits(weights: int, memory: Memory | None = None) -> bool:
-    """Whether a run that holds so many bytes of weights is possible on this machine."""
+    """Whether this machine has the memory for a run with so many bytes of weights."""
     return weights <= (memory or machine()).total
 
 
 def check(title: str, weights: int, *, asked: bool = True, memory: Memory | None = None) -> None:
-    """Print on stderr how much memory loading a model needs; raise when the machine has less.
+    """Print on stderr how much memory a model needs, and check that the machine has it.
 
     Nothing is printed for models that need less than 1 GB.
 
     Args:
-        title: what the model is called.
-        weights: bytes of its weights.
-        asked: False to print it and load the model anyway (--no-memory-check).
-        memory: of the machine, when it is known already.
+        title: the model's name.
+        weights: the bytes of its weights.
+        asked: False to skip the check and only print (--no-memory-check).
+        memory: the machine's memory, if it is already known.
 
     Raises:
         UserError: when the weights alone are larger than the machine's whole memory.
@@ -96,7 +96,7 @@ def check(title: str, weights: int, *, asked: bool = True, memory: Memory | None
     memory = memory or machine()
     if asked and weights > memory.total:
         raise UserError(
-            f"{title} has {in_bytes(weights)} of weights and this machine "
+            f"{title} has {in_bytes(weights)} of weights, but this machine has "
             f"{in_bytes(memory.total)} of memory: take a smaller or a quantized model, "
             "`apply --lazy` a direction measured elsewhere, or try all the same with "
             "--no-memory-check."

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """Context manager in which nothing reaches standard output.
+    """Context manager in which nothing is written to standard output.
 
     The tokenizers library prints keys of tokenizer_config.json unescaped, and a terminal would obey
     escape sequences in them.

@@ -1,6 +1,6 @@
 """The plain forward pass of one prompt, with which every faster way to run a model is compared.
 
-A faster way (prompts side by side, padding, a cache, a cut output) is right where it gives the same
+A faster way (batches, padding, a cache, fewer output positions) is correct if it gives the same
 distributions of the next token. mlx-lm has more than a hundred architectures, and each of these
 ways is wrong for some of them.
 """
@@ -20,21 +20,21 @@ from abl_mlx.models.hooks import around
 from abl_mlx.support.arrays import number
 from convert.base.errors import UserError
 
-#: Tokens of the longest prompt of a comparison: enough for usual prompts, and for long ones.
+#: The number of tokens in the longest prompt of a comparison, for usual and for long prompts.
 USUAL, LONG = 64, 512
 
-# KL (nats) up to which distributions are the same but for rounding, by what the model computes in.
+# Type in which a model computes -> the largest KL (nats) that rounding explains.
 _ROUNDING = {mx.float32: 3e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
 
-# Tokens that the longest prompt of a comparison has at least, if need be by repeating it.
+# The least number of tokens in the longest prompt of a comparison; a shorter one is repeated.
 _LEAST = 24
 
 
 class Plain:
-    """Next-token distributions of single prompts: one pass, no padding, nothing left out.
+    """Computes next-token distributions of single prompts, with one pass and without padding.
 
     Attributes:
-        cached: whether the pass fills a cache: `needs_cache`.
+        cached: whether the pass uses a cache (`needs_cache`).
     """
 
     def __init__(self, chat: ChatModel, *, cached: bool | None = None):
@@ -44,10 +44,10 @@ class Plain:
         self._found: dict[tuple[int, ...], mx.array] = {}
 
     def __call__(self, tokens: Sequence[int], last: int = 1) -> mx.array:
-        """Log-probabilities (last, V) float32 of what follows each of the last tokens.
+        """Log-probabilities (last, V) float32 of the next token after each of the ``last`` tokens.
 
         Raises:
-            UserError: when mlx-lm's code of the architecture cannot run it.
+            UserError: when mlx-lm cannot run the model.
         """
         model, whole = self._chat.model, mx.array([list(tokens)], mx.int32)
         try:
@@ -59,7 +59,7 @@ class Plain:
                 mx.eval(found)
         except UserError:
             raise
-        except Exception as error:  # whatever an architecture raises that is not fit for this model
+        except Exception as error:  # mlx-lm's code may raise anything for this model
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"mlx-lm cannot run this {self._chat.model_type} model: {reason}"
@@ -74,9 +74,13 @@ class Plain:
         return output
 
     def agrees(self, tokens: Sequence[int], found: mx.array) -> bool:
-        """Whether distributions after the last tokens of a prompt, (K, V), are this pass's.
+        """Whether the distributions ``found``, (K, V), are those of this pass.
 
-        They agree when their mean KL from it is no more than rounding explains.
+        They are if their mean KL from those of this pass is no larger than rounding explains.
+
+        Args:
+            tokens: a prompt.
+            found: log-probabilities after the prompt's last K tokens.
         """
         key = found.shape[0], *tokens
         if key not in self._found:
@@ -89,10 +93,10 @@ class Plain:
 
 
 def needs_cache(chat: ChatModel) -> bool:
-    """Whether a model gives its own logits only with a cache; determined once for each model.
+    """Whether a model computes its correct logits only with a cache; determined once per model.
 
-    mlx-lm hands the keys and values that layers share on by way of the cache in some architectures
-    (gemma3n): without one it computes others, and gives other logits than in any generation.
+    In some architectures (gemma3n) mlx-lm passes the keys and values that layers share through the
+    cache. Without a cache it computes others, so the logits differ from those in generation.
     """
     known = vars(chat).get("_needs_cache")
     if known is None:
@@ -119,7 +123,7 @@ def _needs_cache(chat: ChatModel) -> bool:
         steps = list(generate_step(mx.array(tokens), chat.model, max_tokens=2))
         said, rows = [int(token) for token, _ in steps], [row for _, row in steps]
         return cached.agrees([*tokens, said[0]], mx.stack(rows))
-    except Exception:  # whatever mlx-lm's code raises; the pass without a cache is what is left
+    except Exception:  # mlx-lm's code may raise anything; then there is only the pass without cache
         return False
 
 
@@ -129,7 +133,7 @@ def reach(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def sample(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """Tokens of the longest sequence, `reach` at most, to make the prompts of a comparison from."""
+    """At most `reach` tokens of the longest sequence, for the prompts of a comparison."""
     longest = list(sequences[max(range(len(sequences)), key=lambda index: len(sequences[index]))])
     while len(longest) < _LEAST:
         longest += longest

@@ -1,7 +1,8 @@
-"""Runs the tokens with which all prompts of a set begin once, and reuses them in every batch.
+"""Runs the common first tokens of all prompts once, and reuses their cache in every batch.
 
-A chat template opens every prompt with the same tokens, a system prompt among them. Their keys and
-values are computed once, for a batch of one, and repeated for each batch; only what follows runs.
+A chat template begins every prompt with the same tokens, such as a system prompt. Their keys and
+values are computed once, for a batch of one, and repeated for each batch; each batch then runs only
+the tokens after them.
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ from mlx_lm.models.cache import make_prompt_cache
 from abl_mlx.models import heads
 from abl_mlx.models.chat_model import ChatModel, common_prefix
 
-#: Prefixes of fewer tokens are run with each prompt: repeating a cache costs as much.
+#: Shorter prefixes (in tokens) are run with each prompt, because repeating a cache costs as much.
 SHORTEST = 8
 
 
 class Prefix:
-    """The first ``length`` tokens of some sequences, already run.
+    """The common first tokens of some sequences, already run.
 
     Attributes:
-        length: how many there are; 0 where nothing is shared, or the model's cache cannot be.
+        length: their number; 0 where sequences share too few, or the cache cannot be shared.
     """
 
     def __init__(self, chat: ChatModel, tokens: Sequence[int], *, cached: bool = False):
         """Run the tokens.
 
         Args:
-            cached: whether the model runs with a cache even where there are none.
+            chat: the model.
+            tokens: the common first tokens, possibly none.
+            cached: whether the model runs with a cache even if there are no such tokens.
         """
         self.length = len(tokens)
         self._model = chat.model
@@ -44,11 +47,11 @@ class Prefix:
             mx.eval([_arrays(cache) for cache in self._caches])
 
     def rest(self, sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """What follows the prefix in each sequence."""
+        """The tokens of each sequence after the prefix."""
         return [sequence[self.length :] for sequence in sequences]
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """The model's logits (B, T, V) for what follows the prefix in a batch of sequences.
+        """The model's logits (B, T, V) at the tokens after the prefix, for a batch of sequences.
 
         Args:
             tokens: (B, T), right-padded, without the prefix.
@@ -62,10 +65,12 @@ class Prefix:
 def shared(
     chat: ChatModel, sequences: Sequence[Sequence[int]], *, keep: int = 1, cached: bool = False
 ) -> Prefix:
-    """Run what all sequences begin with, as the model is now, interventions included.
+    """Run the common first tokens of sequences with the model and its present interventions.
 
     Args:
-        keep: the least number of tokens that stay outside the prefix in each sequence.
+        chat: the model.
+        sequences: encoded prompts.
+        keep: the least number of tokens of each sequence that do not belong to the prefix.
         cached: as in `Prefix`.
     """
     common = list(common_prefix(sequences))
@@ -86,7 +91,7 @@ def _arrays(value: Any) -> list[mx.array]:
 
 
 def _repeated(value: Any, count: int) -> Any:
-    """A cache for a batch of ``count``, from that of a batch of one."""
+    """A cache for a batch of ``count`` sequences, from that of a batch of one."""
     if isinstance(value, mx.array):
         return mx.repeat(value, count, axis=0) if value.ndim and value.shape[0] == 1 else value
     if isinstance(value, list | tuple):

@@ -1,12 +1,11 @@
-"""Forward passes of a model whose weights answer with noise instead of multiplying.
+"""Forward passes of a model in which random numbers replace the products with weight matrices.
 
-What a writer does to the residual stream is a matter of what lies between its output and the
-stream: additions, constants, norms. None of it asks what the weights hold. So modules with a matrix
-do not compute: they answer with random numbers of the shape their product would have, the same ones
-in every run. No matrix is ever read, and a pass costs what its small operations cost. That is why
-no smaller model is made to stand for a large one: this is the real model, at its real size, with
-its real norms, and it may be one whose weights still lie in the files (`chat_model.load_lazily`).
-It makes no difference either how the weights are stored, or which experts a prompt would choose.
+How a writer's output reaches the residual stream depends on what lies between the two (additions,
+constants, norms), but not on the values of the weights. So every module with a matrix returns
+random numbers in the shape of its product, the same in every run. No matrix is ever read, and a
+pass costs only its small operations. So the real model can be probed, at its real size and with its
+real norms, even if its weights are still in the files (`chat_model.load_lazily`). The result does
+not depend on how weights are stored, or on which experts a prompt would choose.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from abl_mlx.support.arrays import parameters
 from convert.base.errors import UserError
 from convert.mlx.packed import Packed, PackedEmbedding, PackedSwitchLinear
 
-# Enough tokens for every mask, window and router to do something, and cheap.
+# The number of tokens of a pass: enough for every mask, window and router to have an effect.
 _TOKENS = 16
 
 
 @dataclass
 class Leaf:
-    """A module with parameters and no modules inside.
+    """A module with parameters and no modules inside it.
 
     Attributes:
-        path: in the model.
-        module: itself.
-        layer: the layer it stands in; None outside of all layers.
-        norm: whether it is a norm, which runs as it is.
-        stub: whether it answers with noise: whether it holds a matrix.
-        called: whether it was called at all.
-        widths: of the last axis of its outputs, as far as they are arrays.
+        path: its path in the model.
+        module: the module.
+        layer: the number of its layer; None outside of all layers.
+        norm: whether it is a norm, which computes as usual.
+        stub: whether it holds a matrix and so returns random numbers.
+        called: whether the forward pass called it.
+        widths: the sizes of the last axis of its outputs, as far as these are arrays.
     """
 
     path: str
@@ -56,14 +55,14 @@ class Leaf:
 
 @dataclass
 class Call:
-    """A layer's arguments and output, as the model called it; of a tuple, the first."""
+    """The arguments and the output of a call of a layer; of a tuple only the first element."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
 
     def arrays(self, width: int) -> list[mx.array]:
-        """What it was given of that width, and what it handed on, as (N, width)."""
+        """All arrays of this width among the arguments and the output, each as (N, width)."""
         given = [*self.args, *self.kwargs.values()]
         return [
             one.reshape(-1, width).astype(mx.float32)
@@ -73,20 +72,20 @@ class Call:
 
 
 class Probe:
-    """Runs of one model; use as a context manager, within which the model is not to be used else.
+    """Probing passes of one model; a context manager in which the model must not be used otherwise.
 
     Args:
         model: mlx-lm's model. Its weights may be unevaluated, and stay so.
         layers: its layers, in order.
-        width: d.
-        seed: of the noise.
+        width: d, the width of the residual stream.
+        seed: the seed of the random numbers.
 
     Attributes:
         leaves: all modules that may hold a matrix or a norm.
-        calls: of each layer, from the last whole run.
-        heads: leaves whose weight was used as the output head.
-        tilt: unit vector (d,) of which every noise of that width holds a good share, so that
-            whatever writes and is not projected shows.
+        calls: the calls of each layer in the last whole run.
+        heads: indices of the leaves whose weight was used as the output head.
+        tilt: unit vector (d,) along which all random outputs of width d have a large component, so
+            that a writer whose output is not projected is noticed.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], width: int, seed: int = 0):
@@ -135,7 +134,7 @@ class Probe:
         originals = self.model.parameters()
         training = self.model.training
         try:
-            # In float32 nothing is lost to rounding. Nothing is computed yet either.
+            # Float32 avoids rounding errors. MLX is lazy, so this computes nothing yet.
             self.model.update(tree_map(_widen, originals))
             self.model.train(False)
             with ExitStack() as stack:
@@ -152,7 +151,7 @@ class Probe:
 
     @contextmanager
     def _frozen_primitives(self) -> Iterator[None]:
-        """MLX's norms, held at the scale of the run before while shifts are looked at."""
+        """Hold MLX's norms at the scale of the previous run while shifts are measured."""
         rms_norm, layer_norm = mx.fast.rms_norm, mx.fast.layer_norm
 
         def frozen_rms(x: mx.array, weight: Any, eps: float, **_: Any) -> mx.array:
@@ -171,7 +170,7 @@ class Probe:
             y = y * (1.0 if weight is None else weight)
             return y + (0.0 if bias is None else bias)
 
-        # Inside a compiled function no array could be kept.
+        # Arrays inside compiled functions could not be kept.
         mx.disable_compile()
         mx.fast.rms_norm, mx.fast.layer_norm = frozen_rms, frozen_layer
         try:
@@ -181,7 +180,7 @@ class Probe:
             mx.enable_compile()
 
     def _before(self, x: mx.array) -> mx.array | None:
-        """What this call of a norm was given in the run before; None in that run itself."""
+        """The input of this call of a norm in the previous run; None if that run is going on."""
         self._norms += 1
         if self._held:
             return self._normed[self._norms - 1]
@@ -191,12 +190,12 @@ class Probe:
     # --- runs ----------------------------------------------------------------------------------
 
     def run(self) -> list[mx.array]:
-        """The whole model, norms as they are: the stream after every layer, (N, d) each.
+        """Run the whole model with its norms: the stream after every layer, (N, d) each.
 
-        Layers that are run several times are taken as they come, so there may be more of them.
+        A layer that is run several times is in the list several times.
 
         Raises:
-            UserError: when a layer was not called, or hands on something of another width.
+            UserError: when a layer was not called, or its output has another width.
         """
         self._start(held=False)
         self._recording, self.calls = True, [[] for _ in self.layers]
@@ -216,10 +215,14 @@ class Probe:
         return states
 
     def run_shifted(self, leaf: int, shift: mx.array) -> list[mx.array]:
-        """Like `run`, with norms held at the scale of the last `run` and one leaf shifted.
+        """Run the model with norms held at the scale of the last `run` and one output shifted.
+
+        Args:
+            leaf: the index of the leaf.
+            shift: added to its output, (d,).
 
         Returns:
-            what `Call.arrays` gives for every call of every layer.
+            The `Call.arrays` of all calls of all layers.
         """
         kept = self.calls
         self._start(held=True, shifts={leaf: shift})
@@ -233,17 +236,18 @@ class Probe:
         return found
 
     def arrays(self) -> list[mx.array]:
-        """What `Call.arrays` gives for every call of the last `run`."""
+        """The `Call.arrays` of all calls in the last `run`."""
         return [
             array for calls in self.calls for call in calls for array in call.arrays(self.width)
         ]
 
     def run_layer(self, index: int, shifts: dict[int, mx.array] | None = None) -> mx.array:
-        """One layer, called as in the last `run`: its output, (N, d).
+        """Call one layer as in the last `run`, and return its output, (N, d).
 
         Args:
-            shifts: leaf -> (d,), what is added to its output. With any, norms are held at the
-                scale they had in the last run of this layer without.
+            index: the number of the layer.
+            shifts: index of a leaf -> what is added to its output, (d,). If there are any, norms
+                are held at the scale that they had in this layer's last run without shifts.
         """
         self._start(held=shifts is not None, shifts=shifts)
         call = self.calls[index][0]
@@ -254,7 +258,11 @@ class Probe:
         return states
 
     def run_projected(self, bases: dict[int, mx.array]) -> list[mx.array]:
-        """Like `run`, the output of some leaves having lost its component along (k, d) bases."""
+        """Run the model as `run` does, with directions projected out of the outputs of some leaves.
+
+        Args:
+            bases: index of a leaf -> the orthonormal directions, (k, d).
+        """
         self._bases = bases
         try:
             return self.run()
@@ -262,7 +270,7 @@ class Probe:
             self._bases = {}
 
     def states(self, output: Any, layer: int) -> mx.array:
-        """What a layer hands on, as (N, d): tokens, and streams where there are several."""
+        """A layer's output as (N, d), where N counts tokens, and streams if there are several."""
         found = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(found, mx.array) or found.shape[-1] != self.width:
             form = found.shape if isinstance(found, mx.array) else type(found).__name__
@@ -280,11 +288,11 @@ class Probe:
         if not held:
             self._kept, self._normed = {}, []
 
-    # --- what stands in for the modules --------------------------------------------------------
+    # --- replacements of the modules' calls ----------------------------------------------------
 
     def _record(self, index: int) -> Callable[..., Any]:
         def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
-            # Copies, because a model may write into arrays that it was handed.
+            # Copies, because a model may write into arrays that were passed to it.
             given = tuple(map(_snapshot, args)), {k: _snapshot(v) for k, v in kwargs.items()}
             output = call(*args, **kwargs)
             if self._recording:
@@ -307,10 +315,10 @@ class Probe:
                 return call(*args, **kwargs)
             if isinstance(leaf.module, Packed):
                 return self._noise(index, nth, _packed_shape(leaf.module, args))
-            # Never evaluated: what is asked of it is its shape.
+            # The output is never evaluated; only its shape is used.
             output = call(*args, **kwargs)
             if not isinstance(output, mx.array) or not mx.issubdtype(output.dtype, mx.floating):
-                # A router that chooses experts itself.
+                # This is a router that itself chooses experts.
                 kept = self._kept.setdefault((index, nth), (None, output))
                 return kept[1]
             return self._noise(index, nth, output.shape)
@@ -344,14 +352,15 @@ class Probe:
             return output if before is None else output + _frozen_norm(call, before, args[0])
         output = call(*args, **kwargs)
         if not self._held and self._norms == started and isinstance(output, mx.array):
-            # It computes its scale itself. With a second array, a gate, it is held whole.
+            # This norm computes its scale itself. With a second array (a gate), its whole output
+            # is kept from the previous run.
             plain = len(args) == 1 and not kwargs
             self._kept[index, nth] = (args[0] if plain else None, output)
         return output
 
 
 def _packed_shape(module: Packed, args: tuple[Any, ...]) -> tuple[int, ...]:
-    """Of the module's output; a call would compute it at once."""
+    """The shape of the module's output, without a call, which would compute it at once."""
     first = tuple(args[0].shape)
     if isinstance(module, PackedEmbedding):
         return (*first, module.shape[-1])
@@ -362,15 +371,15 @@ def _packed_shape(module: Packed, args: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def _frozen_norm(call: Callable[..., Any], before: mx.array, now: mx.array) -> mx.array:
-    """How a root-mean-square norm's output moves when its scale stays that of ``before``."""
+    """The output of an RMS norm for ``now``, with the scale that it has for ``before``."""
     scale = mx.rsqrt(mx.mean(before * before, axis=-1, keepdims=True) + 1e-6)
-    # g is what the norm makes of ones, whose own scale is one.
+    # The gain g is the norm's output for ones, whose root mean square is 1.
     gain = call(mx.ones((1, 1, now.shape[-1]), mx.float32))
     return (now - before) * scale * gain.reshape(-1)
 
 
 def _snapshot(value: Any) -> Any:
-    """The value as it is now; arrays, and objects that collect them, may be written into."""
+    """A copy of a value, because arrays and objects that hold them may be changed later."""
     if isinstance(value, mx.array):
         return value.reshape(value.shape)
     return value if value is None or isinstance(value, nn.Module) else copy.copy(value)

@@ -1,4 +1,4 @@
-"""The residual stream in what a layer puts out."""
+"""Finding the residual stream in a layer's output."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from convert.base.errors import UserError
 
 
 def residual(output: Any, layer: int, width: int) -> mx.array:
-    """The residual stream in a layer's output: (B, T, d), the first where it is a tuple.
+    """The residual stream in a layer's output, (B, T, d): the output, or a tuple's first element.
 
     Raises:
-        UserError: where the layer's output is of another form.
+        UserError: when it has another shape.
     """
     states = output[0] if isinstance(output, tuple | list) else output
     if isinstance(states, mx.array) and states.ndim == 4 and states.shape[-1] == width:

@@ -1,4 +1,4 @@
-"""Is a GGUF the same model as the one that is loaded? A direction of one fits only then."""
+"""Checks that a GGUF is the same model as a loaded one, so that directions fit both."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ _TEXTS = (
     "你好,世界! Привет, мир!",
 )
 
-#: Writers whose values are compared: of the first, the middle and the last layers.
+#: The number of writers whose values are compared, from the first, middle and last layers.
 _COMPARED = 6
 
 
 def check_same(chat: ChatModel, gguf: GgufSource, named: Sequence[GgufWriter]) -> None:
-    """Compare sizes, vocabularies and a few weights.
+    """Compare sizes, vocabularies and a few weights of a GGUF with those of a loaded model.
 
     Args:
-        chat: the model that was loaded from a folder.
+        chat: the model, loaded from a folder.
+        gguf: the open GGUF.
         named: the GGUF's writers.
 
     Raises:
-        UserError: naming the first thing that differs.
+        UserError: naming the first difference.
     """
     found = gguf_to_mlx.layout(gguf)
     name = gguf.parts[0]
@@ -101,7 +102,7 @@ def _plain(path: str) -> str:
 
 
 def _values(module: nn.Module) -> tuple[mx.array, float]:
-    """A module's weights, float32, and how many bits each was stored in."""
+    """A module's weights in float32, and the number of bits in which each was stored."""
     if isinstance(module, Packed):
         rows = math.prod(module.shape[:-1])
         return module.rows(0, rows).reshape(module.shape), float(module.bits)
@@ -121,5 +122,5 @@ def _distance(ours: mx.array, theirs: mx.array) -> float:
 
 
 def _allowed(bits: float) -> float:
-    """About three times the relative error that quantizing to so many bits makes."""
+    """The allowed relative difference: about three times the error of quantizing."""
     return 0.005 + 4.5 * 2.0**-bits

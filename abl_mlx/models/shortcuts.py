@@ -1,9 +1,10 @@
-"""Forward passes of many prompts, shortened in every way that changes nothing on the model at hand.
+"""Shorter forward passes of many prompts, as far as they do not change the logits.
 
-Prompts stand side by side, padded on the right; what all begin with is run once; the last layer's
-output is cut down to the positions that are asked for. On some of mlx-lm's architectures one or the
-other gives other logits, without a word: a layer that is run twice is cut too early, a sparse
-attention sees the padding. So each model is compared once with the plain pass of single prompts.
+There are three shortcuts: prompts run in one batch, padded on the right; their common first tokens
+run once; and of the last layer's output only the needed positions are passed on. On some of
+mlx-lm's architectures a shortcut gives wrong logits without any error: a layer that is run twice
+has its output cut too early, or a sparse attention attends to the padding. So each model is
+compared once with the plain pass of single prompts.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from abl_mlx.models.plain import Plain, reach, sample, vocabulary
 from abl_mlx.models.prefix import Prefix, shared
 from abl_mlx.models.residuals import residual
 
-#: Logits made at once: 32 MB of float32, of which several copies live at a time; where the last
-#: layer's output is not cut, eight times as many.
+#: The number of logits that are computed at once: 32 MB of float32, of which several copies are in
+#: memory at a time. Where the last layer's output is not cut, eight times as many.
 LOGITS_PER_BATCH = 2**23
 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Which ways to shorten forward passes give a model's own logits.
+    """Which shortcuts give a model's correct logits.
 
     Attributes:
-        together: prompts of one length side by side.
-        padded: prompts of any lengths side by side, padded on the right.
-        prefix: what all prompts begin with run once, and its cache repeated.
-        cut: the last layer's output cut to the positions whose logits are asked for.
-        cached: no shortcut, but what this model needs to be itself: `plain.needs_cache`.
+        together: running prompts of one length in a batch.
+        padded: running prompts of any lengths in a batch, padded on the right.
+        prefix: running the common first tokens of all prompts once and repeating their cache.
+        cut: passing on only those positions of the last layer's output whose logits are needed.
+        cached: whether the model needs a cache (`plain.needs_cache`); this is no shortcut.
     """
 
     together: bool = True
@@ -46,24 +47,26 @@ class Shortcuts:
     cached: bool = False
 
     def batches(self, sequences: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """Batches that may be run at once."""
+        """The batches in which the sequences may be run."""
         most = TOKENS_PER_BATCH if self.together else 1
         return batches(sequences, most, padded=self.padded)
 
     def shared(self, chat: ChatModel, sequences: Sequence[Sequence[int]], keep: int) -> Prefix:
-        """What all sequences begin with, run once; nothing where that is not to be trusted."""
+        """The common first tokens of all sequences, run once; none if ``prefix`` is false."""
         if not self.prefix:
             return Prefix(chat, [], cached=self.cached)
         return shared(chat, sequences, keep=keep, cached=self.cached)
 
 
 def trusted(chat: ChatModel, sequences: Sequence[Sequence[int]]) -> Shortcuts:
-    """The shortcuts that change nothing, by a comparison that is made once for each model.
+    """The shortcuts that do not change this model's logits.
 
-    Made again where prompts are far longer than those that were compared.
+    They are found by a comparison, made once for each model, and again if prompts are far longer
+    than those that were compared.
 
     Args:
-        sequences: what is to be run; the prompts of the comparison are made from it.
+        chat: the model.
+        sequences: the prompts to be run, from which those of the comparison are made.
 
     Raises:
         UserError: when mlx-lm cannot run the model at all.
@@ -79,7 +82,7 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
     plain, half = Plain(chat), len(tokens) // 2
     every = Shortcuts(cached=plain.cached)
     none = Shortcuts(False, False, False, False, plain.cached)
-    # Padding that is read shows most where there is little else to look at.
+    # An influence of padding shows most in short prompts, with few other tokens to attend to.
     long, short, shortest = tokens, [*tokens[:half], *tokens[-2:]], tokens[-2:]
 
     def same(how: Shortcuts, *prompts: list[int]) -> bool:
@@ -95,7 +98,7 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
         replace(every, prefix=False), long, shortest, tokens[-4:]
     ):
         return every
-    plain(shortest)  # where even that cannot be run, that is said
+    plain(shortest)  # raises an error with the reason if even this cannot run
     together = holds(replace(none, together=True), long, long[::-1], long[1:] + long[:1])
     padded = together and holds(
         replace(none, together=True, padded=True), long, shortest, tokens[-4:], short
@@ -108,7 +111,7 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
         holds(replace(none, cut=True), long),
         plain.cached,
     )
-    # Each alone may be right, and two together not.
+    # Two shortcuts may each be correct alone and wrong together.
     if holds(found, long, short) and holds(
         replace(found, prefix=False), long, shortest, tokens[-4:]
     ):
@@ -117,10 +120,10 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
 
 
 def _works(attempt: Callable[[], bool]) -> bool:
-    """What an attempt finds; False where a shortcut is one that the architecture does not take."""
+    """The result of an attempt; False if the architecture cannot run the shortcut at all."""
     try:
         return attempt()
-    except Exception:  # whatever mlx-lm's code raises for what it was not made for
+    except Exception:  # mlx-lm's code may raise anything for a pass that it does not support
         return False
 
 
@@ -134,8 +137,12 @@ def passes(
     """Yield (index, log-probabilities (K, V) float32) for each sequence, in no fixed order.
 
     Args:
-        positions: for each sequence the tokens whose successors' distributions are asked for.
-        prefix: what all sequences begin with, already run.
+        chat: the model.
+        sequences: encoded prompts.
+        positions: for each sequence, the positions of the tokens for which the distribution of the
+            next token is wanted.
+        how: the shortcuts to use.
+        prefix: the common first tokens of the sequences, already run.
     """
     widest = max(map(len, positions))
     for batch in how.batches(prefix.rest(sequences)):
@@ -154,7 +161,7 @@ def passes(
 
 
 def _rows(chat: ChatModel, how: Shortcuts, widest: int, length: int) -> int:
-    """How many rows of a batch have their logits made at once."""
+    """For how many rows of a batch logits are computed at once."""
     each = vocabulary(chat) * (widest if how.cut else max(1, length // 8))
     return max(1, LOGITS_PER_BATCH // each)
 

@@ -1,8 +1,8 @@
-"""The thoughts that a reply may open with: where they end, and whether the prompt opened them.
+"""The thoughts with which a reply may open: where they end, and whether the prompt opened them.
 
-A reply in full is text in which its thoughts are marked by their tags. Where the chat template
-opens the thought, the tag stands in the prompt, and the runtime puts it back in front of the reply
-(`resumed`); where the tags are special tokens, they are kept in decoding (`is_mark`).
+A complete reply is a text in which thoughts are marked by tags. If the chat template opens the
+thought, the opening tag is in the prompt, and the runtime puts it in front of the reply again
+(`resumed`). If the tags are special tokens, decoding keeps them (`is_mark`).
 
 Nothing in this module imports MLX.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-#: The tags of thoughts: an opening, and what closes it.
+#: The tags of thoughts: (opening, closing), as regular expressions.
 _TAGS = (
     (r"<think>", r"</think>"),
     (r"<thinking>", r"</thinking>"),
@@ -33,11 +33,11 @@ _THOUGHTS = tuple(
     (re.compile(opened, re.IGNORECASE), re.compile(closed, re.IGNORECASE))
     for opened, closed in (
         *_TAGS,
-        # OpenAI's, with its special tokens dropped by the detokenizer.
+        # The tags of gpt-oss, when the detokenizer has dropped their special tokens.
         (r"(?-i:analysis(?=[A-Z]))", r"assistant(?:commentary|final)"),
     )
 )
-# A tag that closes nothing else, so that it tells of a thought without its opening.
+# Closing tags that have no other use, so that one shows a thought even without its opening tag.
 _ONLY_CLOSED = re.compile(
     ".*?(?:" + "|".join(closed for _, closed in _TAGS[:-2]) + ")", re.IGNORECASE | re.DOTALL
 )
@@ -55,10 +55,10 @@ _TEMPLATE_TOKEN = re.compile(
 
 
 def without_thoughts(reply: str) -> str | None:
-    """The reply behind its leading thought blocks, without chat template tokens.
+    """The reply after its leading thoughts, without tokens of the chat template.
 
-    A block whose opening tag stood in the prompt is known by its closing tag. None: a block was
-    opened and never closed.
+    A thought whose opening tag was in the prompt is recognised by its closing tag. The result is
+    None if a thought was opened and never closed.
     """
     text = reply.strip()
     while True:
@@ -84,7 +84,7 @@ def without_thoughts(reply: str) -> str | None:
 
 
 def closes_only(reply: str) -> bool:
-    """Whether the reply ends a thought that it did not open, which its prompt must have done."""
+    """Whether the reply closes a thought that it did not open; then its prompt opened it."""
     text = reply.strip()
     return _ONLY_CLOSED.match(text) is not None and not any(
         opened.match(text) for opened, _ in _THOUGHTS
@@ -92,18 +92,18 @@ def closes_only(reply: str) -> bool:
 
 
 def has_thought(reply: str) -> bool:
-    """Whether the reply begins with a thought, or within one."""
+    """Whether the reply begins with a thought, or inside a thought that its prompt opened."""
     text = reply.strip()
     return closes_only(text) or any(opened.match(text) for opened, _ in _THOUGHTS)
 
 
 def is_mark(token: str) -> bool:
-    """Whether a special token is a tag of thoughts, or a part of one."""
+    """Whether a special token is a tag of thoughts, or a part of such a tag."""
     return _MARK.fullmatch(token.strip()) is not None
 
 
 def opened_at_the_end(text: str) -> str:
-    """The end of a prompt from the tag on that opens a thought there; "" where none is open."""
+    """The end of a prompt, from the tag on that opens a thought; "" if no thought is open there."""
     found = ""
     for opened, closed in _THOUGHTS[:-1]:
         starts = list(opened.finditer(text))
@@ -114,10 +114,10 @@ def opened_at_the_end(text: str) -> str:
 
 
 def opened_by(render: Callable[[str], str]) -> str:
-    """What a chat template opens a thought with at the end of every prompt; "" where it does not.
+    """The text with which a chat template opens a thought at every prompt's end; "" if it does not.
 
     Args:
-        render: a user's message to the prompt, up to where the reply begins.
+        render: turns a user's message into the prompt, up to where the reply begins.
     """
     first, second = (render(text)[::-1] for text in ("Why?", "Tell me 7 of them"))
     same = 0
@@ -127,7 +127,7 @@ def opened_by(render: Callable[[str], str]) -> str:
 
 
 def resumed(opened: str, reply: str) -> str:
-    """A reply in full: behind the tag with which its prompt ended, unless it has one itself."""
+    """The complete reply: with the tag that ended its prompt in front, unless it has one itself."""
     text = reply.lstrip()
     if not opened or any(tag.match(text) for tag, _ in _THOUGHTS[:-1]):
         return reply

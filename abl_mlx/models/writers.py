@@ -1,14 +1,14 @@
-"""Every residual writer of a model, found by probing its forward pass (docs/architecture.md).
+"""Finds every residual writer of a model by probing its forward pass (docs/architecture.md).
 
 A writer is a weight whose output is added to the residual stream. Which modules are writers, and
-what gain stands between a module's output and the stream, is read off the model's behaviour, never
-off a list of names. `abl_mlx.models.probe` runs the model with noise in place of every product;
-here one module's output after another is shifted, everything else being held. Only additions,
-constants and norms then lie between the shift and the stream, and norms are held at the scale of
-the first run. So the stream moves by M v for a shift v, and the module is a writer when M is not
-zero. Edits need M to be diagonal. Last, all that was found is rehearsed: with every writer's noise
-projected as its weight would be, nothing of the direction may be left after any layer, or something
-was missed and the architecture is refused.
+which gain stands between a module's output and the stream, is found from the model's behaviour and
+not from a list of names. `abl_mlx.models.probe` runs the model with random numbers in place of all
+products; here the output of one module after another is shifted. Only additions, constants and
+norms lie between the shift and the stream, and norms are held at the scale of the first run, so a
+shift v moves the stream by M v. The module is a writer if M is not zero; edits need M to be
+diagonal. In the end the edit is rehearsed: the output of every writer is projected as its weight
+would be. If a component of the direction is left after any layer, a writer was missed, and the
+architecture is refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from abl_mlx.models.probe import Leaf, Probe
 from abl_mlx.support.arrays import number
 from convert.base.errors import UserError
 
-# A shift is read as a gain when every entry agrees to this share of the largest.
+# A response to a shift is a gain if every entry agrees within this share of the largest one.
 _TOLERANCE = 1e-3
 
-# The component left in a rehearsal, all of which runs in float32. Rounding leaves 1e-6 in a deep
-# model; a writer that was missed, a hundredth.
+# The largest component that may be left in a rehearsal, which runs in float32. Rounding leaves 1e-6
+# in a deep model; a missed writer leaves about 1e-2.
 _REHEARSED = 1e-4
 
 
@@ -43,12 +43,13 @@ class Writer:
     Attributes:
         path: its path in the model, such as ``model.layers.3.self_attn.o_proj``.
         kind: ``linear`` (weight (d, n)), ``experts`` (weight (E, d, n)) or ``embedding``
-            (weight (V, d), whose rows live in the stream).
-        layer: the layer it stands in; -1 for embeddings and what else stands before the layers.
-        gain: per-element gain g between its output and the stream, (d,) float32, up to a constant
-            factor; None when it is the same for all elements (docs/architecture.md, "Post-norms").
+            (weight (V, d), whose rows are added to the stream).
+        layer: the number of its layer; -1 for embeddings and other modules before the layers.
+        gain: the elementwise gain g between its output and the stream, (d,) float32, up to a
+            constant factor; None if it is the same for all elements (docs/architecture.md,
+            "Post-norms").
         has_bias: whether it adds a bias, which is edited with the weight.
-        module: the module itself.
+        module: the module.
         tied: whether the weight is the output head as well (tied embeddings).
     """
 
@@ -62,9 +63,10 @@ class Writer:
 
     @property
     def component(self) -> str:
-        """``embedding``, ``mlp`` (experts too) or ``attention`` (any other mixer of tokens).
+        """``embedding``, ``mlp`` (also experts) or ``attention`` (also other mixers of tokens).
 
-        By its name; it steers how strongly searches edit what, never whether an edit is exact.
+        It is found from the module's name. Searches use it to choose strengths; whether an edit is
+        exact never depends on it.
         """
         if self.layer < 0 or self.kind == "embedding":
             return "embedding"
@@ -77,16 +79,16 @@ class Writer:
 
 
 def find_writers(chat: ChatModel) -> list[Writer]:
-    """All residual writers of the model: what stands before the layers first, then layer by layer.
+    """All residual writers of the model: first those before the layers, then layer by layer.
 
-    Of several embeddings (tokens, positions) one that is the output head too is the first.
+    Of several embeddings (tokens, positions) the one that is also the output head comes first.
 
-    No weight but those of norms and routers is read, so the model may be one whose weights are
-    still in their files.
+    Only the weights of norms and routers are read, so the other weights may still be in their
+    files.
 
     Raises:
-        UserError: when something writes to the stream that a rank-1 edit of weights cannot
-            reach, with the layer and the reason.
+        UserError: when something writes to the stream that an edit of weights cannot remove
+            exactly, with the layer and the reason.
     """
     _refuse_rotated(chat)
     with Probe(chat.model, chat.layers, chat.width) as probe:
@@ -99,7 +101,7 @@ def find_writers(chat: ChatModel) -> list[Writer]:
             for which, gain in found.items()
         ]
         _rehearse(chat, probe, found)
-    # An embedding that is the output head too is what most callers ask for.
+    # Most callers want the embedding that is also the output head.
     return sorted(writers, key=lambda writer: not writer.tied)
 
 
@@ -119,7 +121,7 @@ def _first_run(chat: ChatModel, probe: Probe) -> None:
         states = probe.run()
     except UserError as error:
         raise UserError(f"{chat.model_type} is refused: {error}") from None
-    except Exception as error:  # whatever mlx-lm's own code of the architecture raises
+    except Exception as error:  # mlx-lm's code of the architecture may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"mlx-lm cannot run {chat.model_type} on this machine: {reason}") from None
     if not all(mx.isfinite(one).all().item() for one in states):
@@ -129,11 +131,11 @@ def _first_run(chat: ChatModel, probe: Probe) -> None:
         )
 
 
-# --- what a shift does -------------------------------------------------------------------------
+# --- the effects of shifts ---------------------------------------------------------------------
 
 
 def _before_layers(chat: ChatModel, probe: Probe) -> dict[int, mx.array | None]:
-    """Writers outside of all layers, by leaf, with their gains."""
+    """Writers outside of all layers: index of the leaf -> its gain, None if it is constant."""
     base = probe.arrays()
     size = max(map(_size, base))
     found: dict[int, mx.array | None] = {}
@@ -143,7 +145,7 @@ def _before_layers(chat: ChatModel, probe: Probe) -> dict[int, mx.array | None]:
         ones, noise = mx.ones((chat.width,)), mx.random.normal((chat.width,), key=_key(which))
         by_ones = probe.run_shifted(which, ones * size)
         by_noise = probe.run_shifted(which, noise * size)
-        # The first that feels it tells; that all others agree is what the rehearsal asks.
+        # The first array that moves gives the gain; the rehearsal checks that all others agree.
         for before, one, other in zip(base, by_ones, by_noise, strict=True):
             gain = _gain(leaf, (one - before) / size, (other - before) / size, noise)
             if gain is not None:
@@ -153,7 +155,7 @@ def _before_layers(chat: ChatModel, probe: Probe) -> dict[int, mx.array | None]:
 
 
 def _of_layer(chat: ChatModel, probe: Probe, index: int) -> dict[int, mx.array | None]:
-    """Writers inside one layer, by leaf, with their gains."""
+    """Writers inside one layer: index of the leaf -> its gain, None if it is constant."""
     base = probe.run_layer(index)
     size = _size(base)
     found: dict[int, mx.array | None] = {}
@@ -173,9 +175,9 @@ def _of_layer(chat: ChatModel, probe: Probe, index: int) -> dict[int, mx.array |
 def _not_called(
     chat: ChatModel, probe: Probe, index: int, found: dict[int, mx.array | None]
 ) -> dict[int, mx.array | None]:
-    """Writers of a layer that no token was sent to: experts that are modules of their own (DBRX).
+    """Writers of a layer that were not called: separate experts without a token (DBRX).
 
-    They write as the other experts of their list do.
+    They have the gain of the other experts in their list.
     """
     gains = {_pattern(probe.leaves[which].path): gain for which, gain in found.items()}
     called = {_pattern(leaf.path) for leaf in probe.leaves if leaf.layer == index and leaf.called}
@@ -212,21 +214,23 @@ def _size(states: mx.array) -> float:
 
 
 def _gain(leaf: Leaf, by_ones: mx.array, by_noise: mx.array, noise: mx.array) -> mx.array | None:
-    """The gain (d,) of a leaf, up to a factor; None when it does not write to the stream.
+    """The gain (d,) of a leaf, up to a factor; None if the leaf does not write to the stream.
 
     Args:
-        by_ones, by_noise: (N, d), how far the stream moved, at each token, for a shift by ones
-            and for one by ``noise`` (d,).
+        leaf: the leaf.
+        by_ones, by_noise: (N, d), the change of the stream at each token for a shift by ones and
+            for a shift by ``noise``.
+        noise: (d,).
 
     Raises:
-        UserError: when it writes through more than a gain.
+        UserError: when more than a gain lies between the leaf and the stream.
     """
     most = int(number(mx.abs(by_ones).max(axis=-1).argmax()))
     largest = number(mx.abs(by_ones).max())
     if max(largest, number(mx.abs(by_noise).max())) < 1e-5:
         return None
     gain = by_ones[most]
-    # Tokens may differ by a factor, as the weights of experts do, and by nothing else.
+    # Tokens may differ only by a factor, such as the weights of experts.
     factor = (by_ones @ gain)[:, None] / (gain @ gain)
     error = mx.abs(by_noise - factor * gain * noise).max()
     if number(error) > _TOLERANCE * largest:
@@ -266,10 +270,10 @@ def _writer(leaf: Leaf, gain: mx.array | None, chat: ChatModel, tied: bool) -> W
 
 
 def _rehearse(chat: ChatModel, probe: Probe, found: dict[int, mx.array | None]) -> None:
-    """Run the model as if it were edited, and refuse it when a layer is not free of the direction.
+    """Run the model with the outputs of all writers projected, as after an edit.
 
     Raises:
-        UserError: with the layer.
+        UserError: when a component of the direction is left after a layer; with that layer.
     """
     bases = {}
     for which, gain in found.items():

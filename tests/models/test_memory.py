@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def test_a_model_larger_than_the_machine_is_refused_in_a_sentence(folder):
-    with pytest.raises(UserError, match=r"Big has 20.0 GB of weights and this machine 16.0 GB"):
+    with pytest.raises(UserError, match=r"Big has 20.0 GB of weights, but this machine has 16.0 GB"):
         memory.check("Big", folder.size, memory=Memory(16 * GB, 9 * GB))
     assert not memory.fits(folder.size, Memory(16 * GB, None))
 
@@ -110,5 +110,5 @@ def test_commands_refuse_before_loading(command, folder, tmp_path, monkeypatch):
     words = [command, str(folder.source.path), *map(str, out.get(command, []))]
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 1
-    assert "20.0 GB of weights and this machine 16.0 GB of memory" in result.output
+    assert "20.0 GB of weights, but this machine has 16.0 GB of memory" in result.output
     assert "--no-memory-check" in result.output
