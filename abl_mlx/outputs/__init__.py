@@ -1,1 +1,1 @@
-"""Model files in every format: reading, editing, writing, and taking an edit back."""
+"""Model files in every format: reading, editing, writing, and undoing an edit."""

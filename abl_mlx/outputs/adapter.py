@@ -1,8 +1,8 @@
 """The edit as an adapter: the low-rank change that a LoRA adds to an unchanged weight.
 
-W − α U(UᵀW) is W plus a change of rank k, whose factors are computed from the very weights it will
-sit on, dequantized. Only the factors are rounded, to float32. A LoRA cannot change a bias: what the
-bias writes along the direction stays, and counts as leak.
+W − α U(UᵀW) is W plus a change of rank k. Its factors are computed from the very weights to which
+it will be added, dequantized, and only these factors are rounded, to float32. A LoRA cannot change
+a bias: the component that a bias writes along the direction stays, and counts as leak.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
 from convert.mlx.packed import Packed
 
-#: Weights that are dequantized at a time.
+#: The number of weights that are dequantized at a time.
 SLAB = 1 << 23
 
 
@@ -38,7 +38,8 @@ class Components:
     """A weight's components along the directions, and its squared norm.
 
     Attributes:
-        along: float32: UᵀW (k, n) of a linear, (E, k, n) of experts; E U (V, k) of an embedding.
+        along: float32: UᵀW, (k, n) for a linear weight, (E, k, n) for experts; or for an embedding
+            E Uᵀ, (V, k).
         square: ‖W‖².
     """
 
@@ -47,15 +48,20 @@ class Components:
 
 
 Parts = Iterable[tuple[tuple[Any, ...], mx.array]]
-"""A weight in parts: an index into the array of its shape, and the float32 values there."""
+"""A weight in parts: pairs of an index into the whole array and the float32 values there."""
 
 
 def components(edit: Edit, writer: Writer, shape: tuple[int, ...], parts: Parts) -> Components:
-    """Read a weight once, part by part.
+    """Compute a weight's components and norm, reading it once, part by part.
 
     Args:
-        shape: of the weight: (d, n), (E, d, n) or (V, d).
-        parts: cover the weight; every index has a slice for each axis.
+        edit: the edit.
+        writer: the writer whose weight it is.
+        shape: the weight's shape: (d, n), (E, d, n) or (V, d).
+        parts: together they cover the weight; every index has a slice for each axis.
+
+    Raises:
+        UserError: when a value is not finite.
     """
     basis = numpy_of(edit.basis(writer))
     k = len(basis)
@@ -97,8 +103,8 @@ def change(edit: Edit, writer: Writer, along: np.ndarray) -> LowRank:
 def leak_of(edit: Edit, writer: Writer, found: Components, scale: float, one: LowRank) -> Leak:
     """The leak when ``scale · one`` is added to the weight.
 
-    The difference to the edit, scale · left @ right + α U(UᵀW), has rank 2k: its norm comes from
-    its factors.
+    The difference to the exact edit, scale · left @ right + α U(UᵀW), has rank 2k, so its norm is
+    computed from its factors.
     """
     basis = np.asarray(edit.basis(writer).astype(mx.float32)).astype(np.float64)
     along = found.along.astype(np.float64)
@@ -145,7 +151,7 @@ def untouched_leak(edit: Edit, writer: Writer, found: Components) -> Leak:
 
 
 def module_shape(module: nn.Module) -> tuple[int, ...]:
-    """Shape of a module's weight, dequantized."""
+    """The shape of a module's dequantized weight."""
     weight = module["weight"]
     if isinstance(module, Packed):
         return module.shape
@@ -155,7 +161,7 @@ def module_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def module_parts(module: nn.Module) -> Parts:
-    """A module's weight in float32, some rows at a time; dequantized where it is quantized."""
+    """A module's weight in float32, dequantized, some rows at a time."""
     shape = module_shape(module)
     experts = range(shape[0]) if len(shape) == 3 else [None]
     step = max(1, SLAB // shape[-1])
@@ -188,7 +194,7 @@ def _rows(module: nn.Module, index: tuple[Any, ...]) -> mx.array:
 
 
 def tensor_parts(gguf: GgufSource, one: TensorPlan) -> Parts:
-    """A GGUF's tensor in float32, in slabs."""
+    """A tensor of a GGUF in float32, a slab at a time."""
     shape, axis = gguf.tensors[one.name].shape, stream_axis(one.writer.kind, one.parameter)
     raw = gguf.raw(one.name)
     for slab in slabs(shape, axis, GGML_QUANT_SIZES[one.old][0]):
@@ -207,8 +213,8 @@ def tensor_parts(gguf: GgufSource, one: TensorPlan) -> Parts:
 def attached(pairs: Iterable[tuple[nn.Module, LowRank]], scale: float) -> Iterator[None]:
     """Context manager in which each module adds its change to its output, as llama.cpp does.
 
-    For models whose modules mlx-lm has no LoRA for (a GGUF's, held packed). Not for a tied
-    embedding, whose change would be due in the output head too.
+    For models with modules for which mlx-lm has no LoRA (those of a GGUF, which are packed). It is
+    not for a tied embedding, whose change would also have to be added in the output head.
     """
     with around([(module, _adding(one, scale)) for module, one in pairs]):
         yield
@@ -241,10 +247,10 @@ _KINDS = {
 
 
 def check_module(writer: Writer) -> None:
-    """Raise for a writer for which mlx-lm has no LoRA of the same shape.
+    """Check that mlx-lm has a LoRA for the writer's kind of module.
 
     Raises:
-        UserError: naming the module.
+        UserError: naming the module, when it has none.
     """
     if not isinstance(writer.module, _KINDS[writer.kind]):
         raise UserError(

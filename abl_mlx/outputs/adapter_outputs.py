@@ -59,7 +59,7 @@ def biases_note(leaks: Mapping[str, Leak], biases: Sequence[str]) -> str | None:
 
 
 def _share(leaks: Mapping[str, Leak], names: Sequence[str]) -> float:
-    """Share of the whole edit that is missing because of some of its parameters."""
+    """The share of the whole edit that is missing because of the parameters ``names``."""
     wanted = sum(one.wanted for one in leaks.values())
     missing = sum(leaks[name].missing for name in names)
     return float((missing / wanted) ** 0.5) if wanted else 0.0
@@ -68,17 +68,17 @@ def _share(leaks: Mapping[str, Leak], names: Sequence[str]) -> float:
 def check_leak(
     output: Path, leaks: Mapping[str, Leak], biases: Sequence[str], limit: float
 ) -> None:
-    """Raise when an adapter leaves out more of the edit than allowed.
+    """Check that an adapter does not leave out more of the edit than ``limit``.
 
     Raises:
-        UserError: above ``limit``, which only biases bring about.
+        UserError: when it does; only biases can cause this.
     """
     total = LeakReport(dict(leaks)).total
     if total <= limit:
         return
     why = f"{_share(leaks, biases):.1%} of it is in biases, which a LoRA cannot hold"
     raise UserError(
-        f"{output} would leave {total:.1%} of the component, and --max-leak is {limit:g}: {why}; "
+        f"{output} would leave {total:.1%} of the component, but --max-leak is {limit:g}: {why}; "
         "write an edited model instead, or raise --max-leak."
     )
 
@@ -97,14 +97,19 @@ def write_mlx(
     """Write an mlx-lm adapter to the output's staged folder; its leak is that of the written bytes.
 
     Args:
-        chat: the model it is for, as loaded: float or quantized.
-        label: what an edited model would say of the edit.
+        chat: the model that the adapter is for, float or quantized.
+        edit: the edit.
+        writers: the model's writers.
+        output: where the adapter goes.
+        label: the label that an edited model would have.
+        max_leak: the largest allowed leak.
 
     Returns:
-        (its leak; how it is stored; a note).
+        The adapter's leak, the types in which it is stored, and a note.
 
     Raises:
-        UserError: when mlx-lm has no LoRA for a writer, or biases keep more than ``max_leak``.
+        UserError: when mlx-lm has no LoRA for a writer, or the leak exceeds ``max_leak`` because of
+            biases.
     """
     chosen = edit.chosen(writers)
     for writer in chosen:
@@ -138,16 +143,20 @@ def write_mlx(
 
 
 def check_gguf(gguf: GgufSource, writers: Sequence[gguf_writers.GgufWriter]) -> None:
-    """Raise for a GGUF to which llama.cpp does not apply adapters correctly.
+    """Check that llama.cpp applies adapters of these writers correctly.
 
     Raises:
-        UserError: naming the tensor.
+        UserError: naming the tensor, when it does not.
     """
     check_applied(gguf, [one.name for one in writers])
 
 
 def check_applied(gguf: GgufSource, names: Iterable[str]) -> None:
-    """The same for the tensors of these names."""
+    """Check that llama.cpp applies adapters of the tensors ``names`` correctly.
+
+    Raises:
+        UserError: naming the tensor, when it does not.
+    """
     names = list(names)
     ignored = adapters.ignored(gguf.architecture, names)
     if ignored:
@@ -194,19 +203,22 @@ def write_gguf(
 ) -> Record:
     """Write a LoRA for llama.cpp; its leak is that of the written bytes.
 
-    Embeddings that llama.cpp applies no adapter to are left out: tied ones, and those of positions.
-    It does look up rows of a tied embedding with an adapter's factors, but multiplies the output
-    head with the same ones as they lie for that, which ends the process (build_inp_embd and
-    build_lora_mm in its src/llama-graph.cpp).
+    Tied embeddings and embeddings of positions are left out, because llama.cpp cannot apply an
+    adapter to them. For a tied embedding it looks up rows with an adapter's factors, but it also
+    multiplies the output head with these factors in the layout of the lookup, which ends the
+    process (build_inp_embd and build_lora_mm in its src/llama-graph.cpp).
 
     Args:
-        path: where it is written.
-        named: what it will be called, for messages.
-        plans: of the edit, from `abl_mlx.outputs.gguf_plan.plan`.
-        label: what an edited model would say of the edit.
+        gguf: the open base model.
+        source: where it comes from.
+        path: where the LoRA is written.
+        named: its final name, for messages.
+        plans: the edit's plans, from `abl_mlx.outputs.gguf_plan.plan`.
+        label: the label that an edited model would have.
+        max_leak: the largest allowed leak.
 
     Returns:
-        What is known of it, as JSON values.
+        Facts about the LoRA for a record, as JSON values.
     """
     weights = {name: one for name, one in plans.items() if one.parameter == "weight"}
     left_out = _not_applied(weights, named)
@@ -287,6 +299,6 @@ def in_mlx(gguf: GgufSource, lora: Path) -> Iterator[ChatModel]:
 
 
 def _in_layout(layout: Layout, path: str, one: LowRank) -> LowRank:
-    """A change with its columns in MLX's order."""
+    """The change ``one`` with its columns in the order of the parameter ``path`` in MLX."""
     columns = layout.weights[path].pieces[0].columns
     return one if columns is None else LowRank(one.kind, one.left, one.right[..., columns])

@@ -13,10 +13,12 @@ from convert.ollama import client
 
 
 def check(paths: Sequence[Path], model: ModelFile, editing: Editing, writing: Writing) -> None:
-    """Refuse, before any work, outputs that are not new, or do not go with the model and flags.
+    """Check, before any work, that outputs are new and fit the model and the flags.
 
     Args:
-        model: what is edited.
+        paths: the outputs.
+        model: the model to be edited.
+        editing, writing: the flags.
 
     Raises:
         UserError: naming the output or the flag.
@@ -39,10 +41,11 @@ def first_gguf(paths: Sequence[Path], name: str | None) -> Path:
     """The GGUF among the outputs that Ollama is given.
 
     Args:
-        name: what the model will be called; checked before any long work unless None.
+        paths: the outputs.
+        name: the model's name in Ollama, which is checked unless it is None.
 
     Raises:
-        UserError: when no output is a GGUF, or `ollama` is not there.
+        UserError: when no output is a GGUF, or there is no program `ollama`.
     """
     found = [path for path in paths if staging.format_of(path) == staging.GGUF]
     if not found:

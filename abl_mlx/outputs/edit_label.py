@@ -1,4 +1,4 @@
-"""What an edited model says of its edit, read back from its files."""
+"""The label in which an edited model describes its edit, read from its files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from convert.gguf.file import GgufSource
 
 @dataclass(frozen=True)
 class Label:
-    """What an edited model says of its edit."""
+    """The description of an edit in an edited model's files."""
 
     direction_sha256: str
     strength: float
@@ -26,16 +26,21 @@ class Label:
 
 
 def gguf_label(source: GgufSource) -> dict[str, Any]:
-    """What an edited GGUF says of its edit: its ``abl_mlx.`` keys, without that; else nothing."""
+    """The values of a GGUF's ``abl_mlx.*`` keys, by the names after that prefix; may be empty."""
     found = source.metadata
     return {key.removeprefix("abl_mlx."): found[key] for key in found if key.startswith("abl_mlx.")}
 
 
 def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
-    """From config.json's ``abl_mlx`` or a GGUF's ``abl_mlx.*``.
+    """The label from config.json's ``abl_mlx``, or from a GGUF's ``abl_mlx.*`` keys.
+
+    Args:
+        values: the label's values, or None.
+        name: the model's name, for messages.
 
     Raises:
-        UserError: when there is none: the model was not edited by abl-mlx.
+        UserError: when there is no label, because abl-mlx did not edit the model, or when the label
+            is incomplete.
     """
     if not values:
         raise UserError(f"{name} does not say that abl-mlx edited it: there is nothing to undo.")
@@ -58,7 +63,7 @@ def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
         ) from None
 
 
-# A GGUF of an older version holds its numbers as text.
+# GGUFs written by older versions of abl-mlx hold numbers as text.
 _LABEL = record(
     {
         "mtp": either(FLAG, one_of(["True", "False"])),

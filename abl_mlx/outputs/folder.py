@@ -79,7 +79,7 @@ class FolderFile(ExitStack):
 
     @cached_property
     def lazily(self) -> ChatModel:
-        """The model in MLX, its weights still in the files and without its tokenizer."""
+        """The model in MLX, with weights still in the files and without a tokenizer."""
         return chat_model.load_lazily(self.source.path)
 
     @property
@@ -103,14 +103,14 @@ class FolderFile(ExitStack):
         return prompt_tokens.counter(tokenizer, folder, self.given)
 
     def check_template(self) -> None:
-        pass  # a tokenizer may have code in its place, which is known once it is loaded
+        pass  # a tokenizer may have code instead of a template, which loading it will show
 
     def has_tokens(self, wanted: Mapping[str, int]) -> bool:
         file = self.source.path / "tokenizer.json"
         try:
             vocabulary = (json_text.read(file, TOKENIZER).get("model") or {}).get("vocab")
         except (FileNotFoundError, UserError):
-            return False  # whatever is wrong with it is told when it is loaded
+            return False  # loading the tokenizer will report what is wrong with it
         return isinstance(vocabulary, dict) and wanted.items() <= vocabulary.items()
 
     def fingerprint(self) -> list[list[Any]]:
@@ -187,7 +187,7 @@ class FolderFile(ExitStack):
     def load(self) -> ChatModel:
         chat = chat_model.load(self.source.path)
         chat.given_template = self.given
-        chat.template  # noqa: B018 - refused here, where there is none
+        chat.template  # noqa: B018 - raises here if there is none
         return chat
 
     def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
@@ -258,7 +258,7 @@ class FolderFile(ExitStack):
 
 
 def _template(chat: ChatModel) -> Record:
-    """How many tokens follow the instruction in the chat template, or why there are none."""
+    """For a record: how many tokens follow the instruction in the chat template, or an error."""
     try:
         chat_model.add_tokenizer(chat)
         return {"template_tail": chat.template_tail()}

@@ -53,7 +53,7 @@ from convert.ollama.client import lost_of_template
 Record = dict[str, Any]
 
 ROWS_WARNING = (
-    "warning: keeping the lengths of rows puts part of the direction back; the leak says how much"
+    "warning: keeping the norms of rows puts part of the direction back; the leak says how much"
 )
 
 _READ_BACK = "KL and component are of the edited tensors read back from the file, in MLX"
@@ -64,10 +64,10 @@ _NOT_ASKED = (
 
 
 def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Writing) -> None:
-    """Raise before any long work for outputs that cannot be written from this folder.
+    """Check, before any long work, that the outputs can be written from this folder.
 
     Raises:
-        UserError: naming the output or the flag.
+        UserError: naming the output or the flag that does not fit.
     """
     formats = {path: format_of(path) for path in paths}
     if writing.mtp and ADAPTER in formats.values():
@@ -77,7 +77,7 @@ def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Wr
         )
     whole = [path for path in paths if formats[path] != ADAPTER]
     if not whole:
-        return  # an adapter is small, and sits on weights of any type
+        return  # an adapter is small, and its base may have weights of any type
     refuse_foreign(source.path, read_config(source.path), files)
     check_space(whole, sum(file.stat().st_size for file in files.files))
     if GGUF in formats.values():
@@ -89,13 +89,13 @@ class FolderEdit:
     """An edit of a folder's model, ready to be written; a `abl_mlx.outputs.model_file.PlannedEdit`.
 
     Attributes:
-        source, files: of the model.
-        loaded: the model, whole or with its weights still in the files.
-        edit: what is done.
-        direction: along which.
-        editing: what was chosen of the edit, for what the written model says of itself.
-        writing: how it is written.
-        plan: what is done to which tensor of the files; None where only adapters are written.
+        source, files: where the model is, and its tensors.
+        loaded: the model, with its weights in memory or still in the files.
+        edit: the edit.
+        direction: the directions that it removes.
+        editing: the chosen options of the edit, for the written model's label.
+        writing: the options of writing.
+        plan: the edit of each tensor of the files; None if only adapters are written.
     """
 
     source: Source
@@ -116,7 +116,7 @@ class FolderEdit:
 
     @property
     def embedding(self) -> bool:
-        """Whether an embedding is among what is edited."""
+        """Whether the edit changes an embedding."""
         return any(one.kind == "embedding" for one in self.edit.chosen(self.outlines))
 
     @property
@@ -141,7 +141,8 @@ class FolderEdit:
 
     @property
     def _max_leak(self) -> float:
-        # What keeping rows puts back is what one asked for; it is reported, not refused.
+        # The user asked for the norms of rows to be kept, so the leak that this causes is reported
+        # but not refused.
         return math.inf if self.edit.norm == "rows" else self.writing.max_leak
 
     def _facts(
@@ -167,7 +168,7 @@ class FolderEdit:
         leak, types, note = adapter_outputs.write_mlx(
             chat, self.edit, writers, output, label, self._max_leak
         )
-        # An adapter keeps the biases, and says so.
+        # Biases stay unedited with an adapter, which its note says.
         keeps = any(writer.has_bias for writer in writers)
         infos = map(self.files.info, self.files.names)
         limit = exactness.limit_for(
@@ -271,7 +272,7 @@ class FolderEdit:
 
 
 def _in_dtype(edit: TensorEdit, info: TensorInfo) -> Callable[[mx.array], mx.array]:
-    """The edit, its values rounded to the tensor's own dtype so that it survives there."""
+    """The edit with its values rounded to the tensor's own dtype so that the edit is preserved."""
     dtype = float_dtype(info)
     return lambda values: edit.rounded(edit(values), dtype)
 
@@ -282,13 +283,16 @@ def edited_config(
     label: Mapping[str, Any],
     quantization: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """config.json as it was, with what mlx-lm needs filled in and the edit's label.
+    """The config.json of an edited folder.
 
     Args:
+        folder: the source.
+        filled: its config.json with the keys that mlx-lm needs added.
+        label: the edit's label.
         quantization: module path -> its new entry in the map of quantized modules.
     """
     original = stored_config(folder)
-    # What mlx-lm fills in from generation_config.json stays there.
+    # mlx-lm takes eos_token_id from generation_config.json, where it stays.
     added = {key: value for key, value in filled.items() if key != "eos_token_id"}
     config = {**added, **original, "abl_mlx": dict(label)}
     # mlx-lm writes the map under both names, and reads the first.
@@ -315,11 +319,11 @@ def _quantizer(plan: Plan) -> Callable[[str, Any, Any], Any]:
 
 
 def _gguf_reader(path: Path, names: Mapping[str, str]) -> Callable[[str], mx.array]:
-    """Read a GGUF's tensors under their source names: one expert of a stack, or the whole."""
+    """A function from a source tensor's name to its values in a GGUF: one expert, or a tensor."""
     sources: dict[str, list[str]] = {}
     for source, name in names.items():
         sources.setdefault(name, []).append(source)
-    # A stack is decoded once for all of its experts, which follow one another.
+    # A stack is decoded only once, because its experts are read one after the other.
     read = lru_cache(maxsize=1)(lambda name: mx.array(read_tensor(path, name)))
 
     def read_back(source: str) -> mx.array:

@@ -1,4 +1,4 @@
-"""An Edit applied to the tensors of model files, and its leak measured from what was written."""
+"""Plans an edit of the tensors of a folder, and measures its leak in written files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from convert.mlx.safetensors_files import TensorFiles
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """The edit of one tensor in a file; a function of its float32 values in the file's layout.
+    """The edit of one tensor in a file: a function of its float32 values in the file's layout.
 
     Attributes:
-        edit: what is done.
-        writer: the writer the tensor belongs to.
+        edit: the edit.
+        writer: the writer to which the tensor belongs.
         parameter: ``weight`` or ``bias``.
-        transposed: whether the file holds the last two axes swapped.
+        transposed: whether the last two axes are swapped in the file.
     """
 
     edit: Edit
@@ -42,33 +42,35 @@ class TensorEdit:
         return self.turn(edited)
 
     def rounded(self, values: mx.array, dtype: mx.Dtype) -> mx.array:
-        """The edited values in a float dtype, rounded so that the edit survives.
+        """Edited values rounded to a float dtype so that the edit is preserved.
 
         Args:
-            values: from a call of this edit: exact, float32, in the file's layout.
+            values: the result of a call of this edit: exact, float32, in the file's layout.
+            dtype: the float dtype.
         """
         kept = rounded(self.edit, self.writer, self.parameter, self.turn(values), dtype)
         return self.turn(kept)
 
     def leak(self, source: mx.array, written: mx.array) -> Leak:
-        """Leak of this tensor from its values before the edit and as read back."""
+        """The leak of this tensor, from its values before the edit and as read back."""
         return leak(self.edit, self.writer, self.parameter, self.turn(source), self.turn(written))
 
     def turn(self, values: mx.array) -> mx.array:
-        """From the file's layout to the model's, or back."""
+        """Values turned from the file's layout to the model's, or back."""
         return mx.swapaxes(values, -1, -2) if self.transposed else values
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to which tensor of the source's files.
+    """The edit of each tensor of the source's files.
 
     Attributes:
-        edits: name of a float tensor -> its edit, in model order.
-        places: path of a float parameter in the model -> the tensors it is stored in.
-        matrices: name of the tensor with a quantized matrix's codes -> its edit, in model order.
-        copies: name of the tensor with a stored copy of a tied head, which is edited too -> that of
-            the embedding. A GGUF has none.
+        edits: name of a float tensor -> its edit, in the model's order.
+        places: path of a float parameter in the model -> the tensors in which it is stored.
+        matrices: name of the tensor with a quantized matrix's codes -> its edit, in the model's
+            order.
+        copies: name of a tensor that is a copy of a tied head, and is edited as well -> name of the
+            embedding. A GGUF has none.
     """
 
     edits: dict[str, TensorEdit]
@@ -78,14 +80,15 @@ class Plan:
 
     @property
     def edits_of_gguf(self) -> dict[str, TensorEdit]:
-        """The edits of what a GGUF holds."""
+        """The edits of the tensors that a GGUF of this model has."""
         return {name: edit for name, edit in self.edits.items() if name not in self.copies}
 
     def load_into_model(self, read_back: Callable[[str], mx.array]) -> None:
-        """Put values read back from an output into the loaded model's parameters.
+        """Set the loaded model's parameters to values read back from an output.
 
         Args:
-            read_back: tensor name -> the values in the output, float32, in the source's layout.
+            read_back: from a tensor's name to its values in the output, float32, in the source's
+                layout.
         """
         for stored in self.places.values():
             edit = self.edits[stored.tensors[0]]
@@ -96,7 +99,7 @@ class Plan:
             edit.writer.module[edit.parameter] = new
         for name, embedding in self.copies.items():
             module = self.edits[name].writer.module if name in self.edits else {}
-            if "weight" in module:  # where mlx-lm takes the copy for the head
+            if "weight" in module:  # mlx-lm uses the copy as the head
                 module["weight"] = read_back(embedding).astype(module["weight"].dtype)
                 mx.eval(module["weight"])
 
@@ -110,16 +113,21 @@ def plan(
     writer_bits: str | None = None,
     mtp: bool = False,
 ) -> Plan:
-    """Work out which tensors of the files an edit changes.
+    """Find the tensors of the files that an edit changes.
 
     Args:
-        writer_bits: of a quantized model, what the edited matrices are promoted to
-            (`folder_quantized.WRITER_BITS`); None keeps every matrix's own mode.
-        mtp: whether blocks of multi-token prediction are edited too, as the last layer is.
+        chat: the model.
+        files: the folder's tensors.
+        edit: the edit.
+        writers: the model's writers.
+        writer_bits: the precision in which edited matrices of a quantized model are written (one of
+            `folder_quantized.WRITER_BITS`); None keeps every matrix's own mode.
+        mtp: whether blocks for multi-token prediction are edited as well, like the last layer.
 
     Raises:
-        UserError: an edit that touches nothing, a parameter that the files do not hold as such, or
-            ``writer_bits`` where nothing is quantized, ``mtp`` where nothing is known of it.
+        UserError: when the edit changes nothing, a parameter is not stored as it is used,
+            ``writer_bits`` is given but nothing is quantized, or ``mtp`` is given but there are no
+            such blocks in a known form.
     """
     chosen = edit.chosen(writers)
     paths = [path for writer in (writers if mtp else chosen) for path in writer.parameters]
@@ -176,10 +184,10 @@ def _prediction_parts(
     writers: Sequence[Writer],
     places: Mapping[str, Stored],
 ) -> list[prediction.Part]:
-    """The tensors of blocks of multi-token prediction that an edit touches.
+    """The tensors of blocks for multi-token prediction that an edit changes.
 
     Raises:
-        UserError: when it leaves the last layer alone, as which they are edited.
+        UserError: when the edit does not change the last layer, like which they are edited.
     """
     parts = prediction.find_parts(files, chat.config, len(chat.layers), chat.width, writers, places)
     touched = [part for part in parts if edit.touches(part.writer)]
@@ -192,7 +200,7 @@ def _prediction_parts(
 
 
 def _float_type(files: TensorFiles, scales: str) -> str:
-    """The 16-bit float type that a model's other tensors have; BF16 if none says F16."""
+    """The 16-bit float type of the model's other tensors: F16 if one has it, else BF16."""
     if scales == "U8":
         kinds = [files.info(name).dtype for name in files.names if name.endswith("norm.weight")]
         scales = kinds[0] if kinds else "BF16"
@@ -208,14 +216,16 @@ def measure_leak(
     output: str,
     others: Mapping[str, Callable[[], Leak]] | None = None,
 ) -> LeakReport:
-    """Compare what was written with what the edit wanted, tensor by tensor.
+    """Measure the leak of an output by comparing it with the exact edit, tensor by tensor.
 
     Args:
         files: the source's tensors.
-        read_back: source tensor name -> the values in the output, float32, same layout.
-        limit: largest allowed total leak.
+        edits: tensor name -> its edit.
+        read_back: from a tensor's name to its values in the output, float32, in the source's
+            layout.
+        limit: the largest allowed total leak.
         output: the output's name, for the message.
-        others: tensor name -> what measures its leak, of tensors that are not in ``edits``.
+        others: tensor name -> a function that measures its leak, for tensors not in ``edits``.
 
     Raises:
         UserError: when the total is above ``limit``, or the edit changed nothing.

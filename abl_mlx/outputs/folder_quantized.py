@@ -1,7 +1,8 @@
-"""An Edit applied to the quantized matrices of an MLX folder, and measured in what was written.
+"""Edits the quantized matrices of an MLX folder, and measures the leak in written files.
 
-A matrix keeps its mode, and its scales and biases their type; or (``--writer-bits``) it is written
-in a finer one. Work goes in slabs, so memory is bounded by the slab and one expert's packed bytes.
+A matrix keeps its mode, and its scales and biases keep their type, or with ``--writer-bits`` it is
+written with more bits. A slab is edited at a time, so memory is bounded by the slab and the packed
+bytes of one expert.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from convert.mlx.grids import MlxCodec, Quantization, Rows
 from convert.mlx.matrix import Matrix
 from convert.mlx.safetensors_files import TensorFiles
 
-#: What ``--writer-bits`` may be: bits of affine, or floats.
+#: The accepted values of ``--writer-bits``: bits of MLX's affine mode, or a float type.
 WRITER_BITS = ("3", "4", "5", "6", "8", "bf16")
 
 
 @dataclass(frozen=True)
 class MatrixEdit:
-    """What is done to one quantized matrix.
+    """The edit of one quantized matrix.
 
     Attributes:
-        edit: what is done.
-        writer: the writer whose weight it is.
-        old: as the source has it.
-        new: as it is written; None where it becomes a plain float tensor.
-        float_type: F16 or BF16: of scales that are added, or of the plain float tensor.
-        module: as which config.json's "quantization" knows it; empty for the writer's path.
+        edit: the edit.
+        writer: the writer whose weight the matrix is.
+        old: the matrix in the source.
+        new: the matrix as it is written; None if it becomes a plain float tensor.
+        float_type: F16 or BF16: the type of new scales, or of the plain float tensor.
+        module: its name in config.json's "quantization"; empty if that is the writer's path.
     """
 
     edit: Edit
@@ -52,12 +53,12 @@ class MatrixEdit:
 
     @property
     def name(self) -> str:
-        """Name of the tensor that holds the codes."""
+        """The name of the tensor that holds the codes."""
         return self.old.name
 
     @property
     def axis(self) -> int:
-        """Axis of the residual stream in the weight: -1 or -2."""
+        """The axis of the residual stream in the weight: -1 or -2."""
         return stream_axis(self.writer.kind, self.parameter)
 
     @property
@@ -67,21 +68,22 @@ class MatrixEdit:
 
     @property
     def type(self) -> str:
-        """The type as written, for messages."""
+        """The type in which it is written, for messages."""
         return self.float_type if self.new is None else str(self.new.quantization)
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Tensor name -> type and shape of what is written."""
+        """Name -> type and shape of each tensor that is written."""
         if self.new is None:
             return {self.name: (self.float_type, self.old.shape)}
         return self.new.tensors()
 
 
 def promoted(one: MatrixEdit, writer_bits: str) -> MatrixEdit:
-    """The same edit, written with ``writer_bits`` if that is more than the matrix has.
+    """The edit, written with ``writer_bits`` if the matrix has fewer bits.
 
     Args:
-        writer_bits: of `WRITER_BITS`.
+        one: the edit.
+        writer_bits: one of `WRITER_BITS`.
 
     Raises:
         UserError: when its rows do not fit the groups of the new mode.
@@ -109,14 +111,14 @@ def promoted(one: MatrixEdit, writer_bits: str) -> MatrixEdit:
 
 
 def encoders(codec: MlxCodec, global_scale: np.ndarray | None) -> rounding.Encoders:
-    """MLX's encoders for a mode."""
+    """MLX's functions that choose new scales for a mode."""
     return rounding.Encoders(
         fresh=lambda values: codec.fresh(values, global_scale), refit=codec.refit
     )
 
 
 def better_source(files: TensorFiles, one: MatrixEdit) -> str:
-    """Which grid a matrix is rounded on, as `rounding.better_source` says of a sample of it."""
+    """``own`` or ``fresh``: the result of `rounding.better_source` for a sample of a matrix."""
     part = sample(one.old.shape, one.axis, one.old.quantization.group_size)
     own = one.old.read(files, part.rows, part.columns)
     found = encoders(one.old.codec, own.frame.global_scale)
@@ -124,12 +126,13 @@ def better_source(files: TensorFiles, one: MatrixEdit) -> str:
 
 
 def edit_slab(one: MatrixEdit, own: Grid, source: str, *, plain: bool = False) -> Rows:
-    """The stored form of an edited slab; of a plain float tensor, ``weight`` alone.
+    """An edited slab as it is stored; for a plain float tensor it has only ``weight``.
 
     Args:
-        own: the slab as the source has it.
-        source: ``own`` or ``fresh``: the grid to round on.
-        plain: round every weight to its nearest level, as everyone else does.
+        one: the edit.
+        own: the slab in the source.
+        source: ``own`` or ``fresh``: the grid to round to.
+        plain: round every weight to its nearest level, without preserving the edit.
     """
     edited = exact_edit(one, own.values())
     if one.new is None:
@@ -155,11 +158,13 @@ def rewrite(
     grid: str = "auto",
     plain: bool = False,
 ) -> Rewrite:
-    """The edited matrix for `convert.mlx.folder.rewrite_folder`, made when it is asked for.
+    """The edited matrix for `convert.mlx.folder.rewrite_folder`, computed when it is written.
 
     Args:
+        files: the source's tensors.
+        one: the edit.
         grid: ``own``, ``fresh``, or ``auto`` for the better of the two.
-        plain: round every weight to its nearest level.
+        plain: round every weight to its nearest level, without preserving the edit.
     """
 
     def pieces() -> Iterator[Piece]:
@@ -175,7 +180,7 @@ def rewrite(
                 if slab.columns == slice(0, n):
                     yield Piece(name, slab.rows.start * part.shape[1], part)
                     continue
-                # Columns come side by side, and are written once the expert's last ones are there.
+                # Slabs hold some columns each; they are written when an expert is complete.
                 width = part.shape[1] * n // (slab.columns.stop - slab.columns.start)
                 if slab.columns.start == 0:
                     waiting[name] = np.empty((len(part), width), np.uint8)
@@ -189,13 +194,13 @@ def rewrite(
 
 
 def _cut(one: MatrixEdit) -> int:
-    """The number of columns whose multiples are allowed slab borders."""
+    """Slabs may be cut at multiples of this number of columns."""
     sizes = [m.quantization.group_size for m in (one.old, one.new) if m is not None]
     return max(sizes)
 
 
 def _named(one: MatrixEdit, rows: Rows) -> dict[str, np.ndarray]:
-    """Tensor name -> bytes of its rows."""
+    """Tensor name -> the bytes of its rows."""
     if one.new is None:
         return {one.name: rows.weight}
     parts = {part: getattr(rows, part) for part in ("weight", "scales", "biases")}
@@ -206,7 +211,7 @@ def _named(one: MatrixEdit, rows: Rows) -> dict[str, np.ndarray]:
 
 
 def compare(before: TensorFiles, after: TensorFiles, one: MatrixEdit) -> Leak:
-    """Leak and weight error of one matrix, both sides read from their files."""
+    """The leak of one matrix, from the source's and the output's files."""
     total = Leak()
     for slab in slabs(one.old.shape, one.axis, _cut(one)):
         old = one.old.read(before, slab.rows, slab.columns).values()
@@ -228,7 +233,7 @@ def _written(files: TensorFiles, one: MatrixEdit, slab: Slab) -> np.ndarray:
 
 
 def quantization_changes(edits: Mapping[str, MatrixEdit]) -> dict[str, dict[str, Any] | bool]:
-    """Module path -> its new entry in config.json's "quantization", of those that change."""
+    """Module path -> its new entry in config.json's "quantization", for the entries that change."""
     return {
         one.module or one.writer.path: False if one.new is None else one.new.quantization.entry()
         for one in edits.values()
@@ -239,7 +244,7 @@ def quantization_changes(edits: Mapping[str, MatrixEdit]) -> dict[str, dict[str,
 def comparisons(
     before: TensorFiles, after: TensorFiles, edits: Mapping[str, MatrixEdit]
 ) -> dict[str, Callable[[], Leak]]:
-    """Tensor name -> what measures its leak."""
+    """Tensor name -> a function that measures its leak."""
 
     def comparing(one: MatrixEdit) -> Callable[[], Leak]:
         return lambda: compare(before, after, one)

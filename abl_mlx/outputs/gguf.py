@@ -1,4 +1,4 @@
-"""A model in a GGUF, whole or split, wherever it comes from."""
+"""A model in a GGUF: one file or a split one, or an entry of Ollama's store."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class GgufFile(ExitStack):
 
     @cached_property
     def gguf(self) -> GgufSource:
-        """Its metadata and tensors."""
+        """The open file."""
         return self.enter_context(GgufSource(self.source.path))
 
     @cached_property
     def layout(self) -> gguf_to_mlx.Layout:
-        """Which parameter of mlx-lm's model each tensor becomes."""
+        """Which tensors become which parameters of mlx-lm's model."""
         return gguf_to_mlx.layout(self.gguf)
 
     @property
@@ -90,7 +90,7 @@ class GgufFile(ExitStack):
         return int(self.gguf.tensor("token_embd.weight").shape[-1])
 
     def named_writers(self, pattern: str | None = None) -> list[GgufWriter]:
-        """The residual writers by its architecture, or those that ``--tensors`` names."""
+        """The residual writers of the file's architecture, or those that ``--tensors`` names."""
         gguf = self.gguf
         return gguf_writers.find(gguf.architecture, gguf.shapes, gguf.metadata, pattern)
 
@@ -100,7 +100,7 @@ class GgufFile(ExitStack):
         return context_length.of_metadata(self.gguf.metadata)
 
     def token_counter(self) -> prompt_tokens.Count:
-        # Without a tokenizer that MLX knows llama.cpp has the last word.
+        # If MLX cannot run the tokenizer, llama.cpp counts the tokens.
         with suppress(UserError):
             tokenizer = from_gguf.tokenizer(self.gguf, {})
             return prompt_tokens.counter(tokenizer, self.source.path, self.given)
@@ -117,7 +117,7 @@ class GgufFile(ExitStack):
 
     def has_tokens(self, wanted: Mapping[str, int]) -> bool:
         tokens = self.gguf.metadata.get("tokenizer.ggml.tokens")
-        # The file may be padded to a rounder number of tokens.
+        # The file may have further tokens, which only pad the vocabulary.
         return isinstance(tokens, list) and all(
             index < len(tokens) and tokens[index] == text for text, index in wanted.items()
         )
@@ -191,7 +191,7 @@ class GgufFile(ExitStack):
 
     def load(self) -> ChatModel:
         self.check_template()
-        # Its layout would keep the model in memory for as long as this file is open.
+        # The layout is dropped, because it would keep the model in memory while this file is open.
         chat = from_gguf.load(self.gguf)[0]
         chat.given_template = self.given
         return chat
@@ -200,10 +200,14 @@ class GgufFile(ExitStack):
         return from_gguf.find_writers(chat, self.layout, self.gguf, self.named_writers(pattern))
 
     def check_same(self, chat: ChatModel, pattern: str | None) -> None:
-        """Raise when a loaded model is a different one from this file.
+        """Check that a loaded model is the same as the one in this file.
 
         Args:
-            pattern: as `find_writers` takes it.
+            chat: the loaded model.
+            pattern: as for `find_writers`.
+
+        Raises:
+            UserError: when it is another model.
         """
         check_same(chat, self.gguf, self.named_writers(pattern))
 
@@ -212,7 +216,7 @@ class GgufFile(ExitStack):
     def check(self, paths: Sequence[Path], editing: Editing, writing: Writing) -> None:
         gguf_outputs.check(paths, self.gguf, writing)
         named = self._edited(paths, editing, writing)
-        # An edit that would touch nothing is better told now than after the measurement.
+        # An edit that would change nothing is refused now, before the direction is measured.
         axis = stream_axis(named[0].kind, "weight")
         width = self.gguf.tensors[named[0].name].shape[axis]
         edit = Edit(mx.ones((1, width)), 1.0, editing.layers, editing.embedding)
@@ -221,7 +225,7 @@ class GgufFile(ExitStack):
     def _edited(
         self, paths: Sequence[Path], editing: Editing, writing: Writing
     ) -> list[GgufWriter]:
-        """All residual writers that an edit may change, those of drafting blocks too."""
+        """All residual writers that an edit may change, with those of multi-token prediction."""
         named = [
             *self.named_writers(writing.tensors),
             *gguf_outputs.drafting(self.gguf, paths, editing, writing),
@@ -233,7 +237,7 @@ class GgufFile(ExitStack):
     def outline(
         self, clock: Clock, *, lazy: bool = False, memory_check: bool = True
     ) -> LoadedModel | None:
-        return None  # the file itself says all there is to know
+        return None  # the file alone is enough to plan an edit
 
     def plan(
         self,
@@ -265,7 +269,7 @@ class GgufFile(ExitStack):
         return other_format.to_folder(self.gguf, out, types)
 
     def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
-        # What --tensors named is to be found again; its regular expression is in the label.
+        # The label has the regular expression of --tensors, which finds the same tensors again.
         writers = self.named_writers(label.tensors)
         if label.mtp:
             gguf = self.gguf
@@ -281,7 +285,7 @@ class GgufFile(ExitStack):
 
 
 def _text(value: Any) -> str | None:
-    """A metadata value as text; None for bytes and the like."""
+    """A metadata value as text; None for values that are no text or number."""
     if isinstance(value, list):
         return " ".join(map(str, value))[:READ]
     return str(value)[:READ] if isinstance(value, str | int | float | bool) else None

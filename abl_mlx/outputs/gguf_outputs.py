@@ -44,10 +44,10 @@ _IN_MLX = "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have ll
 
 
 def check(paths: Sequence[Path], gguf: GgufSource, writing: Writing) -> None:
-    """Raise before any long work for outputs that cannot be written from this GGUF.
+    """Check, before any long work, that the outputs can be written from this GGUF.
 
     Raises:
-        UserError: naming the output or the flag.
+        UserError: naming the output or the flag that does not fit.
     """
     if writing.quantize != "F16":
         raise UserError(
@@ -73,10 +73,11 @@ def check(paths: Sequence[Path], gguf: GgufSource, writing: Writing) -> None:
 def drafting(
     gguf: GgufSource, paths: Sequence[Path], editing: Editing, writing: Writing
 ) -> list[GgufWriter]:
-    """With ``--mtp``, what writes to the stream in blocks of multi-token prediction.
+    """With ``--mtp``, the residual writers in blocks for multi-token prediction, else none.
 
     Raises:
-        UserError: where there is none, it is not known, or an output has no place for it.
+        UserError: when there are no such blocks, their tensors are not known, or an output cannot
+            hold them.
     """
     if not writing.mtp:
         return []
@@ -102,6 +103,7 @@ def predicting(gguf: GgufSource, edited: Iterable[str]) -> Record:
     """The record's entry about tensors of multi-token prediction; empty when there are none.
 
     Args:
+        gguf: the open source.
         edited: names of all tensors that are edited.
     """
     return mtp.record(gguf_mtp.tensors(gguf.architecture, gguf.tensors, gguf.metadata), edited)
@@ -112,13 +114,13 @@ class GgufEdit:
     """An edit of a GGUF, ready to be written; a `abl_mlx.outputs.model_file.PlannedEdit`.
 
     Attributes:
-        source, gguf: of the model.
-        plans: tensor -> what is done to it.
-        named: the residual writers, without those of drafting blocks.
-        direction: along which.
-        editing: what was chosen of the edit, for what the written model says of itself.
-        writing: how it is written.
-        loaded: the model in MLX, if it is; nothing is written from it.
+        source, gguf: where the model is, and the open file.
+        plans: tensor name -> its edit.
+        named: the residual writers, without those of multi-token prediction.
+        direction: the directions that the edit removes.
+        editing: the chosen options of the edit, for the written model's label.
+        writing: the options of writing.
+        loaded: the model in MLX, if it is loaded; writing does not use it.
     """
 
     source: Source
@@ -201,7 +203,7 @@ class GgufEdit:
         )
 
     def _write_folder(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
-        """An MLX folder: the edited GGUF, converted. Its leak is that of the folder's own bytes."""
+        """Convert the edited GGUF to an MLX folder; the leak is measured in the folder's bytes."""
         with clock.step("write"):
             beside = output.staged.with_name(f"{output.path.name}.gguf")
             files = _rewrite(self.gguf, self.source, beside, self.plans, label, self.writing)
@@ -250,8 +252,8 @@ class GgufEdit:
     def _limit(self, types: Iterable[str]) -> float | None:
         """The largest component that an edit of these types may leave; None with ``--tensors``."""
         if self.writing.tensors is not None:
-            return None  # what --tensors leaves alone still writes
-        as_gguf = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # how MLX calls them
+            return None  # writers that --tensors does not name still write along the direction
+        as_gguf = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # from MLX's names
         return exactness.limit_for(as_gguf.get(kind, kind) for kind in types)
 
     def _writers_in(self, chat: ChatModel) -> list[Writer]:
@@ -260,7 +262,7 @@ class GgufEdit:
 
 @contextmanager
 def opened(path: Path) -> Iterator[ChatModel]:
-    """A written GGUF as a model in MLX."""
+    """Context manager with a written GGUF as a model in MLX."""
     with GgufSource(path) as edited:
         yield from_gguf.load(edited)[0]
 
@@ -289,7 +291,7 @@ def _rewrite(
 def compare_all(
     before: GgufSource, after: GgufSource, plans: Mapping[str, TensorPlan]
 ) -> LeakReport:
-    """Every edited tensor of two files compared."""
+    """Compare every edited tensor of two files."""
     reports = {}
     with progress(len(plans), "read back", "tensor") as bar:
         for name, one in plans.items():
@@ -302,7 +304,7 @@ def compare_all(
 
 
 def leak_record(report: LeakReport) -> Record:
-    """What the comparison of all edited tensors says, as JSON values."""
+    """The comparison of all edited tensors as JSON values."""
     return {
         "types": sorted({str(one["type"]) for one in report.details.values()}),
         "leak": report.record(),

@@ -1,6 +1,6 @@
-"""An Edit applied to the tensors of a GGUF in their own types, and measured in what was written.
+"""Edits the tensors of a GGUF in their own types, and measures the leak in written files.
 
-Work goes in slabs, so memory is bounded by the slab and the tensor's bytes.
+A slab is edited at a time, so memory is bounded by the slab and the tensor's bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from convert.mlx.folder import FLOAT_DTYPES
 
 
 def stored_values(gguf: GgufSource, name: str) -> mx.array:
-    """A tensor in float32, in the file's layout; memory used for reading is released."""
+    """A tensor in float32, in the file's layout; the file's pages are dropped from memory."""
     values = mx.array(gguf.values(name))
     gguf.release(name)
     return values
@@ -37,15 +37,15 @@ def stored_values(gguf: GgufSource, name: str) -> mx.array:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What is done to one tensor of a GGUF.
+    """The edit of one tensor of a GGUF.
 
     Attributes:
-        name: of the tensor.
-        edit: what is done.
-        writer: kind, layer and gain; its module is empty.
+        name: the tensor's name.
+        edit: the edit.
+        writer: the writer's kind, layer and gain; its module is empty.
         parameter: ``weight`` or ``bias``.
-        old, new: the type it has and the type it gets. They differ where the old one has no scalar
-            grid that an edit could be rounded on.
+        old, new: the tensor's type in the source, and the type in which it is written. They differ
+            if the old type has no grid to which an edit could be rounded.
     """
 
     name: str
@@ -63,11 +63,17 @@ def plan(
     *,
     strict_types: bool = False,
 ) -> dict[str, TensorPlan]:
-    """Work out which tensors are edited, and in which type they are written.
+    """Find the tensors that an edit changes, and the type in which each is written.
+
+    Args:
+        source: the open GGUF.
+        edit: the edit.
+        writers: its residual writers.
+        strict_types: refuse to change a tensor's type.
 
     Raises:
-        UserError: an edit that touches nothing, a direction of another width, or with
-            ``strict_types`` a tensor of a type that cannot be edited in place.
+        UserError: when the edit changes nothing, a direction has another width than the model, or
+            with ``strict_types`` a tensor has a type that cannot be edited.
     """
     found: list[tuple[Writer, GgufWriter]] = [(writer_of(source, one), one) for one in writers]
     edit.chosen([writer for writer, _ in found])
@@ -100,7 +106,7 @@ def plan(
 
 
 def read(raw: np.ndarray, kind: GGMLQuantizationType, slab: Slab) -> Any:
-    """A slab of a tensor's bytes as a Grid, a FloatGrid, or (no grid) float32 values."""
+    """A slab of a tensor's bytes as a Grid, a FloatGrid, or float32 values if it has no grid."""
     block, size = _block(kind)
     bytes_of = slice(slab.columns.start // block * size, -(-slab.columns.stop // block) * size)
     part = np.ascontiguousarray(raw[slab.rows, bytes_of], dtype=np.uint8)
@@ -112,7 +118,7 @@ def read(raw: np.ndarray, kind: GGMLQuantizationType, slab: Slab) -> Any:
 
 
 def values_of(decoded: Any) -> np.ndarray:
-    """float32 values of what `read` returned."""
+    """The float32 values of a result of `read`."""
     return decoded if isinstance(decoded, np.ndarray) else decoded.values()
 
 
@@ -127,7 +133,7 @@ def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
 
 
 def encoders(kind: GGMLQuantizationType) -> rounding.Encoders:
-    """ggml's encoders for a type."""
+    """ggml's functions that choose new scales for a type."""
     return rounding.Encoders(
         fresh=lambda values: ggml_types.fresh(values, kind),
         refit=lambda grid, values: ggml_types.refit(grid, values, kind),
@@ -136,7 +142,7 @@ def encoders(kind: GGMLQuantizationType) -> rounding.Encoders:
 
 
 def better_source(one: TensorPlan, raw: np.ndarray, shape: tuple[int, ...]) -> str:
-    """Which grid a tensor is rounded on, as `rounding.better_source` says of a sample of it."""
+    """``own`` or ``fresh``: the result of `rounding.better_source` for a sample of a tensor."""
     stream = stream_axis(one.writer.kind, one.parameter)
     own = read(raw, one.old, sample(shape, stream, _block(one.old)[0]))
     if not isinstance(own, Grid):
@@ -148,9 +154,10 @@ def edit_slab(one: TensorPlan, decoded: Any, source: str, *, plain: bool = False
     """The bytes, uint8 (R, bytes_per_row), of an edited slab in the tensor's new type.
 
     Args:
-        decoded: from `read`.
-        source: ``own`` or ``fresh``: the grid to round on.
-        plain: round every weight to its nearest level, as everyone else does.
+        one: the edit.
+        decoded: the slab, from `read`.
+        source: ``own`` or ``fresh``: the grid to round to.
+        plain: round every weight to its nearest level, without preserving the edit.
     """
     edited = exact_edit(one, values_of(decoded))
     codec = ggml_types.codec(one.new)
@@ -185,8 +192,8 @@ def quantize(one: TensorEdit, values: np.ndarray, kind: GGMLQuantizationType) ->
     out = np.empty((len(rows), values.shape[-1] // codec.block * codec.size), np.uint8)
     for slab in slabs(values.shape, stream, codec.block):
         exact = np.array(rows[slab.rows, slab.columns], dtype=np.float32)
-        # What the edit took away is not known here; a random direction's share is the least that
-        # a refusal direction can be expected to have had.
+        # The removed component is not known here, so the component along a random direction is
+        # taken, which is the least that a refusal direction can be expected to have.
         removed = float(np.sqrt(np.mean(exact * exact)))
         grid = ggml_types.fresh(exact, kind)
         grid = rounding.preserve(grid, exact, basis, 1 if stream == -1 else 0, removed)
@@ -197,7 +204,7 @@ def quantize(one: TensorEdit, values: np.ndarray, kind: GGMLQuantizationType) ->
 
 
 def rounded_to_float(one: TensorEdit, values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
-    """Edited float32 values as float32 that a float dtype holds exactly, the edit kept intact."""
+    """Edited values rounded to float32 numbers that a float dtype holds, preserving the edit."""
     return np.asarray(one.rounded(mx.array(values), dtype).astype(mx.float32))
 
 
@@ -209,11 +216,13 @@ def replacement(
     plain: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Replacement:
-    """The edited tensor for `convert.gguf.rewrite.rewrite`, produced when it is asked for.
+    """The edited tensor for `convert.gguf.rewrite.rewrite`, computed when it is written.
 
     Args:
+        source: the open GGUF.
+        one: the edit.
         grid: ``own``, ``fresh``, or ``auto`` for the better of the two.
-        plain: round every weight to its nearest level.
+        plain: round every weight to its nearest level, without preserving the edit.
         progress: called with the number of weights just edited.
     """
     entry = source.tensors[one.name]
@@ -237,7 +246,7 @@ def replacement(
             if slab.columns == slice(0, n):
                 yield edited
                 continue
-            # Columns come side by side, and are written once the expert's last ones are there.
+            # Slabs hold some columns each, and are written when an expert's columns are complete.
             if waiting is None:
                 waiting = np.empty((edited.shape[0], n // block * size), np.uint8)
             first = slab.columns.start // block * size
@@ -257,10 +266,10 @@ class TensorReport:
     """An edited tensor compared with its source, both read from their files.
 
     Attributes:
-        leak: of the edit.
-        codes_changed: share of codes that differ; None where the types do.
-        bytes_changed: number of bytes that differ; None where the types do.
-        type: as written.
+        leak: the edit's leak.
+        codes_changed: the share of codes that differ; None if the types differ.
+        bytes_changed: the number of bytes that differ; None if the types differ.
+        type: the type in which it was written.
     """
 
     leak: Leak
@@ -269,7 +278,7 @@ class TensorReport:
     type: str
 
     def details(self) -> dict[str, Any]:
-        """Details beside the leak, as JSON values."""
+        """The facts besides the leak, as JSON values."""
         return {
             "codes_changed": self.codes_changed,
             "bytes_changed": self.bytes_changed,
@@ -278,7 +287,7 @@ class TensorReport:
 
 
 def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> TensorReport:
-    """Leak, weight error, and what changed, of one tensor in two files."""
+    """Compare one tensor in two files."""
     entry, written = before.tensors[one.name], after.tensors[one.name]
     if written.shape != entry.shape:
         raise UserError(
@@ -306,7 +315,7 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> TensorRep
 
 
 def bytes_changed(old: np.ndarray, new: np.ndarray) -> int:
-    """How many bytes differ between two tensors of one size, (R, bytes_per_row) each."""
+    """The number of bytes that differ between two arrays of one shape, (R, bytes per row)."""
     step = max(1, SLAB // max(1, old.shape[1]))
     return sum(
         int(np.count_nonzero(old[start : start + step] != new[start : start + step]))

@@ -1,8 +1,8 @@
 """A stored copy of a tied output head: ``lm_head.weight`` beside the embedding it equals.
 
 Some folders have one (Granite 4.1, and Gemma 3 as some tools save it). mlx-lm drops it for most
-architectures; for Gemma 3 it takes it for the head, as other readers may. So it is edited as the
-embedding is, and all readers of the edited folder see one model.
+architectures, but for Gemma 3 it uses it as the head, as other programs may. So the copy is edited
+like the embedding, and all programs that read the edited folder get the same model.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ _HEAD = re.compile(
 
 
 def find(files: TensorFiles, config: Mapping[str, Any], writers: Sequence[Writer]) -> list[str]:
-    """Names of the tensors that are copies of a tied head; none where the head is its own.
+    """Names of the tensors that are copies of a tied head; none if the head is not tied.
 
     Args:
-        config: config.json.
-        writers: of the model.
+        files: the folder's tensors.
+        config: the contents of config.json.
+        writers: the model's writers.
     """
     embedding = next(writer for writer in writers if writer.kind == "embedding")
     if not (embedding.tied or is_tied(config)):
@@ -38,10 +39,12 @@ def find(files: TensorFiles, config: Mapping[str, Any], writers: Sequence[Writer
 
 
 def as_writer(name: str, embedding: Writer, chat: ChatModel) -> Writer:
-    """The copy as a writer: edited as the embedding is, in the module that holds it, if one does.
+    """The copy as a writer, which is edited like the embedding.
 
     Args:
-        name: of the tensor.
+        name: the name of the copy's tensor.
+        embedding: the embedding.
+        chat: the model, which may have a module for the copy.
     """
     path = name.removesuffix(".weight")
     modules = dict(chat.model.named_modules())

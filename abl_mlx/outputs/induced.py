@@ -1,8 +1,8 @@
-"""A constant in a model's files: what `abl-mlx run --induce` writes.
+"""Writes the output of `abl-mlx run --induce`: a model with a constant added to its stream.
 
-A constant is added after a layer by the bias of its MLP's output where architecture and format
-have one: in an MLX folder and in a GGUF. A control vector (NAME.cvec.gguf) does it for every model,
-at runtime.
+In an MLX folder or a GGUF the constant is added to the bias of the MLP's output in one layer, if
+the architecture and the format have such a bias. A control vector (NAME.cvec.gguf), which llama.cpp
+adds at runtime, works for every model.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ Record = dict[str, Any]
 
 TAGS = ["induced-refusal", "abl-mlx"]
 
-#: Keys of config.json with which architectures of mlx-lm have biases in their MLPs.
+#: Keys of config.json that give architectures of mlx-lm biases in their MLPs.
 BIAS_KEYS = ("mlp_bias", "use_mlp_bias", "use_bias")
 
-#: general.architecture of GGUFs whose ffn_down.bias llama.cpp takes unasked, and MLX as well.
+#: general.architecture of GGUFs in which llama.cpp and MLX use a tensor ffn_down.bias if it exists.
 GGUF_BIASES = ("llama", "mistral3", "granite")
 
 _ADDED_TO = "this model was made to refuse: a constant is added to its residual stream"
@@ -68,7 +68,7 @@ _ADDED = "model-induced.safetensors"
 
 
 def check(paths: Sequence[Path], options: RunOptions) -> None:
-    """Refuse, before anything is loaded, outputs and options that say how something is removed.
+    """Refuse, before anything is loaded, outputs and options that only a removal can have.
 
     Raises:
         UserError: naming the output or the flag.
@@ -107,7 +107,7 @@ def check(paths: Sequence[Path], options: RunOptions) -> None:
 
 
 def _place(chat: ChatModel, writers: Sequence[Writer], layer: int) -> Writer:
-    """The module whose output's bias is added to the stream last in a layer.
+    """The writer of a layer to whose bias a constant can be added: its MLP's last weight.
 
     Raises:
         UserError: when the layer has no plain MLP.
@@ -122,15 +122,16 @@ def _place(chat: ChatModel, writers: Sequence[Writer], layer: int) -> Writer:
 
 
 def biased_config(chat: ChatModel, writer: Writer) -> tuple[str, list[tuple[str, mx.array]]]:
-    """What config.json has to say for a bias in a writer, and all parameters this adds, zero.
+    """How to give a writer a bias: the key of config.json, and the parameters that it adds.
 
-    Found by making the model without its weights and looking.
+    It is found by making mlx-lm's model without weights, with each of the keys.
 
     Returns:
-        (the key of config.json, or an empty string where the bias is there already; parameters).
+        The key of config.json (empty if the writer already has a bias), and (path, zeros) of all
+        parameters that the key adds.
 
     Raises:
-        UserError: when mlx-lm has no bias for it.
+        UserError: when mlx-lm's architecture can have no such bias.
     """
     if writer.has_bias:
         return "", []
@@ -151,10 +152,10 @@ def biased_config(chat: ChatModel, writer: Writer) -> tuple[str, list[tuple[str,
 
 
 def check_gguf(path: Path, gguf: GgufSource) -> None:
-    """Refuse an output that cannot be made from a GGUF with a constant in it.
+    """Check that an output with a constant can be made from a GGUF.
 
     Raises:
-        UserError: naming the output.
+        UserError: naming the output, when it cannot.
     """
     if format_of(path) == FOLDER:
         raise UserError(
@@ -165,10 +166,10 @@ def check_gguf(path: Path, gguf: GgufSource) -> None:
 
 
 def check_place(path: Path, loaded: LoadedModel) -> None:
-    """Refuse, before any long work, an output that has no place for a constant.
+    """Check, before any long work, that an output has a bias for a constant.
 
     Raises:
-        UserError: naming the output.
+        UserError: naming the output, when it has none.
     """
     chat = loaded.chat
     biased_config(chat, _place(chat, loaded.writers, len(chat.layers) // 2))
@@ -185,7 +186,7 @@ def _check_taken(path: Path, architecture: str) -> None:
 
 
 def _bias(writer: Writer, vector: mx.array) -> mx.array:
-    """What the writer's output has to gain for the stream to gain the vector."""
+    """What must be added to the writer's bias so that ``vector`` is added to the stream."""
     return vector if writer.gain is None else vector / writer.gain
 
 
@@ -194,14 +195,14 @@ def _bias(writer: Writer, vector: mx.array) -> mx.array:
 
 @dataclass
 class ConstantEdit:
-    """A constant of a model, ready to be written; a `abl_mlx.outputs.model_file.PlannedEdit`.
+    """A constant for a model, ready to be written; a `abl_mlx.outputs.model_file.PlannedEdit`.
 
     Attributes:
-        source: of the model.
+        source: where the model is.
         loaded: the model.
         found: the constant.
-        direction: its record.
-        writing: how it is written.
+        direction: the constant as a direction file.
+        writing: the options of writing.
     """
 
     source: Source
@@ -214,12 +215,12 @@ class ConstantEdit:
 
     @property
     def architecture(self) -> str:
-        """What llama.cpp calls the model's."""
+        """The model's general.architecture in llama.cpp."""
         raise NotImplementedError
 
     @property
     def label(self) -> Record:
-        """What a written model says of itself in its metadata."""
+        """The written model's label."""
         return {
             **label(_ADDED_TO, self.direction.sha256, self.source),
             "layer": self.found.layer,
@@ -289,7 +290,7 @@ def _facts(output: Output) -> Record:
 
 
 class FolderConstant(ConstantEdit):
-    """A constant of a folder's model."""
+    """A constant for the model in a folder."""
 
     @property
     def architecture(self) -> str:
@@ -316,7 +317,7 @@ class FolderConstant(ConstantEdit):
 
 @dataclass
 class GgufConstant(ConstantEdit):
-    """A constant of a GGUF's model."""
+    """A constant for the model in a GGUF."""
 
     gguf: GgufSource
 
@@ -335,7 +336,7 @@ class GgufConstant(ConstantEdit):
         if own in gguf.tensors:
             bias = bias + gguf.values(own).reshape(-1)
         else:
-            # llama.cpp would take the one alone; MLX has biases in all MLPs or in none.
+            # llama.cpp would accept this bias alone; MLX has biases in all MLPs or in none.
             for number in range(len(self.loaded.chat.layers)):
                 for role in ("ffn_gate", "ffn_up", "ffn_down"):
                     entry = gguf.tensors.get(f"blk.{number}.{role}.weight")

@@ -1,4 +1,4 @@
-"""What `abl-mlx inspect` says of residual writers, whatever file they are in."""
+"""Parts of the record of `abl-mlx inspect` about residual writers, for all formats."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[dict[str, Any]]:
-    """Writers that differ in their layer alone, told once.
+    """The writers, with those that differ only in their layer as one entry.
 
     Args:
-        writers: (name, kind, whether through a gain, whether with a bias).
+        writers: (name, kind, whether it has a gain, whether it has a bias) of each.
     """
     groups: dict[tuple[str, str, bool, bool], int] = {}
     for path, kind, gain, bias in writers:
@@ -24,11 +24,11 @@ def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[dict[str, An
 
 
 def edit_share(touched: Iterable[int], whole: int) -> dict[str, Any]:
-    """How much of a model a full edit changes.
+    """How much of a model a full edit changes, as JSON values.
 
     Args:
-        touched: number of parameters of each tensor that is edited.
-        whole: of the whole model.
+        touched: the number of parameters in each tensor that is edited.
+        whole: the number of parameters in the whole model.
     """
     sizes = list(touched)
     return {"tensors": len(sizes), "parameters": sum(sizes), "share": sum(sizes) / max(whole, 1)}

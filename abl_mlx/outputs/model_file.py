@@ -1,6 +1,6 @@
-"""A model on this machine in whatever format: a folder, a GGUF, a split GGUF, a store's entry.
+"""A model on this machine in any format: a folder, a GGUF, a split GGUF, an entry of a store.
 
-Commands ask a `ModelFile` for what they need; what its format is, is asked here alone.
+Commands use a `ModelFile`; only this module distinguishes the formats.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ Record = dict[str, Any]
 
 
 class PlannedEdit(Protocol):
-    """A change of a model, ready to be written in every format that the model's files can have."""
+    """A change of a model, ready to be written in any format that is possible for the model."""
 
     @property
     def needs_model(self) -> bool:
-        """Whether the loaded model is needed to write it, or to judge some of what was written."""
+        """Whether the loaded model is needed for writing, or for judging an output."""
 
     @property
     def original(self) -> InLlamaCpp | None:
-        """The real llama.cpp with the unchanged model; None where MLX is asked."""
+        """The unchanged model in llama.cpp; None if MLX runs it."""
 
     def predicting(self) -> Record:
-        """What a record says of tensors of multi-token prediction, if there are any."""
+        """The record's entry about tensors of multi-token prediction, empty if there are none."""
 
     def write(self, output: Output, clock: Clock) -> Written:
         """Write an output to its staged name, and measure its leak in the written bytes.
@@ -60,38 +60,38 @@ class PlannedEdit(Protocol):
         """
 
     def let_go(self) -> None:
-        """Let the loaded model go; nothing more can be written."""
+        """Release the loaded model; nothing can be written afterwards."""
 
 
 class ModelFile(Protocol):
-    """A model in files, which are opened when they are first asked for.
+    """A model in files, which are opened when they are first needed.
 
-    Use as a context manager where anything but its sizes is asked: it closes the files.
+    Use it as a context manager, which closes the files, for everything but the model's size.
     """
 
     @property
     def source(self) -> Source:
-        """Where the files are, and what the model is called."""
+        """Where the files are, and the model's name."""
 
     @property
     def given(self) -> GivenTemplate | None:
-        """The template that prompts are written with instead of its own."""
+        """The chat template that replaces the model's own; None for its own."""
 
     @property
     def format(self) -> str:
-        """Of `abl_mlx.outputs.staging.MODELS`."""
+        """The format, one of `abl_mlx.outputs.staging.MODELS`."""
 
     @property
     def adapter(self) -> str:
-        """The format of the adapters that such a model takes, of `staging.ADAPTERS`."""
+        """The format of adapters for such a model, one of `staging.ADAPTERS`."""
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """What runs such files as they are: ``mlx-lm``, ``llama.cpp``, ``llama-server``."""
+        """The programs that run such files: ``mlx-lm``, ``llama.cpp``, ``llama-server``."""
 
     @property
     def folder(self) -> Path | None:
-        """The folder that mlx-lm's own commands take; None for a GGUF."""
+        """The folder that mlx-lm's own commands accept; None for a GGUF."""
 
     @property
     def size(self) -> int:
@@ -100,32 +100,32 @@ class ModelFile(Protocol):
     # --- what the files say ---
 
     def context_length(self) -> int | None:
-        """How many tokens the model can read; None if that is not said."""
+        """The context length in tokens; None if the files do not say it."""
 
     def token_counter(self) -> Count:
-        """What counts the tokens of a text as the user's message in the chat template."""
+        """A function that counts the tokens of a text as a user's message in the chat template."""
 
     def check_template(self) -> None:
-        """Refuse, before it is loaded, a model whose prompts cannot be written.
+        """Check, before the model is loaded, that there is a chat template for its prompts.
 
         Raises:
-            TemplateError: where there is no chat template and none was given.
+            TemplateError: when the model has none and none was given.
         """
 
     def has_tokens(self, wanted: Mapping[str, int]) -> bool:
-        """Whether the vocabulary has all of these tokens, under these numbers."""
+        """Whether the vocabulary has all of these tokens with these ids."""
 
     def fingerprint(self) -> list[list[Any]]:
-        """Name, size and time of the files, by which a changed model is known."""
+        """Name, size and time of change of each file, which show that a model was changed."""
 
     def label(self) -> dict[str, Any] | None:
-        """What the model says of an edit that abl-mlx made of it; None without one."""
+        """The values of the label of an edit by abl-mlx; None if the model has none."""
 
     def said(self) -> dict[str, str]:
-        """Place -> text of what its publisher says of it, in metadata and card."""
+        """Place (a metadata key, the card) -> its publisher's text there."""
 
     def inspect(self) -> Record:
-        """Its architecture, its residual writers, and what an edit would touch, as JSON values."""
+        """Architecture, residual writers, and how much an edit would change, as JSON values."""
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every file that holds weights."""
@@ -133,61 +133,64 @@ class ModelFile(Protocol):
     # --- its tensors ---
 
     def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Tensor -> type and shape, as stored."""
+        """Tensor name -> type and shape as stored."""
 
     def raw(self, name: str) -> np.ndarray:
-        """A tensor's bytes."""
+        """The stored bytes of a tensor."""
 
     def values(self, name: str) -> mx.array:
-        """A tensor in float32, in the file's layout; where it is quantized, as it is stored."""
+        """A tensor in float32, in the file's layout; in a folder, quantized ones as stored."""
 
     def release(self, name: str) -> None:
-        """Give back the memory that reading a tensor has taken."""
+        """Let the system drop from memory the pages of a tensor that was read."""
 
     def stream_weights(self) -> StreamWeights:
-        """The residual writers' weights as the stream sees them.
+        """The weights of the residual writers, as vectors that are added to the stream.
 
         Raises:
-            Unreachable: an architecture whose writers cannot be found.
+            Unreachable: when the writers of the architecture cannot be found.
         """
 
     # --- running it ---
 
     def load(self) -> ChatModel:
-        """The model in MLX, whole.
+        """Load the whole model in MLX.
 
         Raises:
-            UserError: an architecture that MLX cannot run, damaged files, no chat template.
+            UserError: when MLX cannot run the architecture, files are damaged, or there is no chat
+                template.
         """
 
     def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
         """The residual writers that an edit of the files changes, as modules of the loaded model.
 
         Args:
-            pattern: of a GGUF, a regular expression for the tensors to edit, in place of what is
-                known of the architecture.
+            chat: the loaded model.
+            pattern: for a GGUF, a regular expression that names the tensors to edit, instead of
+                the architecture's list of writers.
 
         Raises:
-            UserError: when an edit cannot reach what writes to the stream.
+            UserError: when something writes to the stream that an edit cannot change.
         """
 
     # --- editing it ---
 
     def check(self, paths: Sequence[Path], editing: Editing, writing: Writing) -> None:
-        """Refuse, before any long work, outputs that cannot be written from these files.
+        """Check, before any long work, that the outputs can be written from these files.
 
         Raises:
-            UserError: naming the output, the tensor or the flag.
+            UserError: naming the output, the tensor or the flag that does not fit.
         """
 
     def outline(
         self, clock: Clock, *, lazy: bool = False, memory_check: bool = True
     ) -> LoadedModel | None:
-        """What `plan` has to have of a model that is not run; None where the files say it all.
+        """Load what `plan` needs of a model that is not run; None if the files are enough.
 
         Args:
-            lazy: leave the weights in the files.
-            memory_check: refuse a model that is larger than the machine's memory.
+            clock: times the steps.
+            lazy: whether to leave the weights in the files.
+            memory_check: whether to refuse a model that is larger than the machine's memory.
         """
 
     def plan(
@@ -199,34 +202,37 @@ class ModelFile(Protocol):
         editing: Editing,
         writing: Writing,
     ) -> PlannedEdit:
-        """Work out what the removal of a direction changes.
+        """Find what the removal of directions changes.
 
         Args:
             edit: the removal.
-            direction: what is removed, for what the written model says of itself.
-            paths: what will be written.
+            direction: the directions, for the written model's label.
+            paths: the outputs.
             loaded: the model, from `load` or `outline`.
-            editing: what was chosen of the edit, for what the written model says of itself.
-            writing: how it is written.
+            editing: the chosen options of the edit, for the written model's label.
+            writing: the options of writing.
 
         Raises:
-            UserError: an edit that touches nothing, or that cannot be written.
+            UserError: when the edit changes nothing or cannot be written.
         """
 
     def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
-        """Refuse, before any long work, outputs that have no place for a constant.
+        """Check, before any long work, that the outputs can hold a constant (``--induce``).
 
         Raises:
-            UserError: naming the output.
+            UserError: naming the output that cannot.
         """
 
     def plan_constant(
         self, found: Induction, direction: DirectionFile, loaded: LoadedModel, writing: Writing
     ) -> PlannedEdit:
-        """Work out where a constant goes.
+        """Find where a constant (``--induce``) is added.
 
         Args:
-            direction: the record of the constant.
+            found: the constant.
+            direction: the constant as a direction file.
+            loaded: the model.
+            writing: the options of writing.
         """
 
     # --- what comes of it ---
@@ -235,34 +241,40 @@ class ModelFile(Protocol):
         """Write the same weights, unedited, in the other format.
 
         Returns:
-            What a record says of them.
+            Facts about the output for a record.
         """
 
     def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
-        """What an edit of this model takes out of another's tensors, or out of its own.
+        """What an edit of this model removes from the tensors ``of``.
 
         Args:
-            label: what the edited model says of the edit.
+            edit: the edit.
+            label: the edited model's label.
+            of: this model's tensors, or those of the model before its edit.
+
+        Returns:
+            Tensor name -> what the edit removes.
 
         Raises:
-            UserError: when a tensor of the edit is quantized.
+            UserError: when a tensor that the edit changes is quantized.
         """
 
     def restore(self, path: Path, found: Mapping[str, Taken]) -> float:
         """Write the model as it was before its edit, in its own format.
 
         Args:
-            found: tensor -> what the edit took out of it.
+            path: where it is written.
+            found: tensor name -> what the edit removed from it.
 
         Returns:
-            The share of what was taken that is not back in the written weights.
+            The share of the removed components that is missing from the written weights.
         """
 
     def restore_by_adapter(self, path: Path, found: Mapping[str, Taken], label: Label) -> None:
         """Write an adapter for the edited model that undoes its edit.
 
         Raises:
-            UserError: when no adapter holds what the edit took.
+            UserError: when no adapter can hold what the edit removed.
         """
 
     def __enter__(self) -> ModelFile: ...
@@ -276,10 +288,11 @@ class ModelFile(Protocol):
 
 
 def open_model(source: Source, given: GivenTemplate | None = None) -> ModelFile:
-    """The files of a model, of whichever format.
+    """The files of a model in any format.
 
     Args:
-        given: what prompts are written with instead of the model's own chat template.
+        source: where they are.
+        given: a chat template that replaces the model's own.
     """
     return GgufFile(source, given) if source.is_gguf else FolderFile(source, given)
 
@@ -304,7 +317,7 @@ def find_model(text: str, template: str | None = None) -> ModelFile:
         template: the value of ``--template``.
 
     Raises:
-        UserError: when there is no such model, or it cannot be had.
+        UserError: when there is no such model, or it cannot be downloaded.
     """
     given = given_template.read(template)
     return open_model(sources.resolve(text), given)

@@ -1,10 +1,10 @@
-"""``--mtp``: the residual writers of multi-token prediction blocks, which mlx-lm does not run.
+"""``--mtp``: finds the residual writers in blocks for multi-token prediction (MTP) of a folder.
 
-They cannot be probed. But an MTP block's layer is one of the model's own, so what writes there has
-the name of what was found to write in the model's layers; before it stands a projection that every
-form of MTP has under a name of its own (`convert.architectures.mtp.INPUTS`). Every other tensor of
-a block has to be known not to write, or the block is refused. Edits treat a block as they do the
-last layer.
+mlx-lm does not run these blocks, so they cannot be probed. But the layer in an MTP block is like
+the model's own layers, so its writers have the names of the writers in those. In front of it there
+is a projection, whose name depends on the form of MTP (`convert.architectures.mtp.INPUTS`). Every
+other tensor of a block must be known not to write, or the block is refused. An edit treats an MTP
+block like the last layer.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Part:
     """A tensor of an MTP block that is edited.
 
     Attributes:
-        writer: as which it is; its module is empty.
+        writer: the writer to which it belongs; its module is empty.
         parameter: ``weight`` or ``bias``.
-        name: of the tensor.
-        transposed: whether the file holds its last two axes swapped.
-        row: how many weights a row of it has.
+        name: the tensor's name.
+        transposed: whether its last two axes are swapped in the file.
+        row: the number of weights in a row.
     """
 
     writer: Writer
@@ -54,11 +54,11 @@ def tensors(files: TensorFiles, layers: int) -> list[str]:
 
 
 def record(names: Sequence[str], edited: Iterable[str]) -> dict[str, Any]:
-    """What a record says of MTP tensors, under ``mtp``; nothing where there are none.
+    """The record's entry ``mtp`` about MTP tensors; empty if there are none.
 
     Args:
-        names: of all of them.
-        edited: names of all tensors that were edited.
+        names: the names of all MTP tensors.
+        edited: the names of all tensors that were edited.
     """
     if not names:
         return {}
@@ -75,17 +75,18 @@ def find_parts(
     writers: Sequence[Writer],
     places: Mapping[str, Stored],
 ) -> list[Part]:
-    """What writes to the stream in the MTP blocks of a folder.
+    """The residual writers in the MTP blocks of a folder.
 
     Args:
-        config: config.json.
-        layers: of the model, without MTP.
+        files: the folder's tensors.
+        config: the contents of config.json.
+        layers: the number of the model's layers, without MTP blocks.
         width: d.
-        writers: all those of the model itself.
-        places: parameter -> where it is stored, of all of these.
+        writers: the writers in the model's own layers.
+        places: parameter of these writers -> where it is stored.
 
     Raises:
-        UserError: no MTP block at all, or one with a tensor whose part in it is not known.
+        UserError: when there is no MTP block, or the role of one of its tensors is not known.
     """
     blocks = mtp_tensors(files.names, layers)
     if not blocks:
@@ -123,10 +124,11 @@ def _refuse(names: Sequence[str], files: TensorFiles) -> None:
 def _roles(
     files: TensorFiles, layers: int, writers: Sequence[Writer], places: Mapping[str, Stored]
 ) -> tuple[set[str], set[str], dict[tuple[str, int], bool]]:
-    """Of the model's own layers: what writes, what does not, and which weights lie transposed.
+    """The roles of the tensors in the model's own layers.
 
     Returns:
-        roles, roles, and (role, number of axes) -> whether the file has the last two swapped.
+        The roles that write, those that do not, and (role, number of dimensions) -> whether the
+        last two axes are swapped in the file.
     """
     written: dict[str, bool] = {}
     for writer in writers:
@@ -160,7 +162,7 @@ def _part(
     row = _row(one, files, config)
     whole = (*shape[:-1], row)
     if one.role in mtp.EMBEDDINGS:
-        # Under the embedding's path, so that the copy is what the embedding is after any edit.
+        # It has the embedding's path, so that the copy is edited exactly like the embedding.
         writer = Writer(embedding.path, "embedding", -1, None, False, nn.Module())
         swapped, fits = False, len(whole) == 2 and whole[-1] == width
     else:
@@ -170,7 +172,7 @@ def _part(
         swapped = bool(known) if known is not None else False
         if one.part == "bias":
             swapped, fits = False, whole[-1] == width
-        elif known is None and len(shape) == 3:  # the model's own are one by one
+        elif known is None and len(shape) == 3:  # the model's own experts are separate tensors
             swapped = whole[-2] != width
             fits = whole[-1 if swapped else -2] == width and whole[-1] != whole[-2]
         else:
@@ -184,7 +186,7 @@ def _part(
 
 
 def _row(one: Tensor, files: TensorFiles, config: Mapping[str, Any]) -> int:
-    """How many weights a row of a tensor has, unpacked."""
+    """The number of weights in a row of a tensor, unpacked."""
     last = files.info(one.name).shape[-1]
     if one.part != "weight" or f"{one.module}.scales" not in files:
         return last

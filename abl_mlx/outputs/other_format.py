@@ -25,8 +25,8 @@ class NewTypes:
     """The types that weights get in the other format.
 
     Attributes:
-        quantize: type of a GGUF.
-        bits, group_size, dtype: of an MLX folder, as `convert.gguf_to_mlx.write_folder` takes them.
+        quantize: the file type of a GGUF.
+        bits, group_size, dtype: for an MLX folder, as for `convert.gguf_to_mlx.write_folder`.
     """
 
     quantize: str = "F16"
@@ -39,7 +39,10 @@ def to_gguf(source: Source, label: Mapping[str, Any] | None, out: Path, types: N
     """Write a folder as a GGUF.
 
     Args:
-        label: what an edited folder says of its edit, which the GGUF says then as well.
+        source: the folder.
+        label: the label of an edited folder, which the GGUF keeps; None for others.
+        out: the GGUF to write.
+        types: the types of its weights.
     """
     metadata: Record = {"general.name": source.title}
     if label is not None:

@@ -1,6 +1,7 @@
-"""What a written model says of itself: what was edited, and from which model it comes.
+"""The label and metadata of a written model: what was edited, and from which model it comes.
 
-Others read it, so it names the source by its Hugging Face id or its bare name, never by a path.
+Other people may read them, so they name the source by its Hugging Face id or its name, never by a
+path.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ _REMOVED = "the refusal direction was orthogonalized out of this model's weights
 
 
 def label(what: str, direction_sha256: str, source: Source) -> dict[str, Any]:
-    """How every label in a written model's metadata begins.
+    """The first entries of every label in a written model's metadata.
 
     Args:
-        what: was done, in words.
+        what: describes the change in words.
+        direction_sha256: the hash of the directions.
+        source: the source model.
     """
     return {
         "edited": what,
@@ -39,10 +42,14 @@ def label(what: str, direction_sha256: str, source: Source) -> dict[str, Any]:
 def edit_label(
     direction: DirectionFile, editing: Editing, writing: Writing, source: Source, *, embedding: bool
 ) -> dict[str, Any]:
-    """What a written model says of its edit in its metadata.
+    """The label in which a written model describes its edit.
 
     Args:
-        embedding: whether an embedding is among what was edited.
+        direction: the directions that were removed.
+        editing: the chosen options of the edit.
+        writing: the options of writing.
+        source: the source model.
+        embedding: whether the edit changed an embedding.
     """
     recipe = direction.metadata.get("recipe")
     layers = "all" if editing.layers is None else ",".join(map(str, sorted(editing.layers)))
@@ -70,9 +77,11 @@ def gguf_metadata(
     """The keys of a written GGUF that name it, its base model, and what was done.
 
     Args:
-        label: what goes under ``abl_mlx.``.
-        known: the metadata of the GGUF it is made from; None where it is made from a folder.
-        suffix: by which its name differs from the base model's.
+        source: the source model.
+        label: the values of the keys ``abl_mlx.*``.
+        known: the metadata of the source, if that is a GGUF.
+        suffix: added to the base model's name.
+        tags: added to its tags.
     """
     said = known or {}
     name = str(said.get("general.name") or source.title)
@@ -98,7 +107,7 @@ def gguf_metadata(
 
 
 def without_home(value: Any) -> Any:
-    """A record as it is kept beside an output: paths begin at ``~``, which tells no user's name."""
+    """A record in which paths in the home folder begin with ``~``, which hides the user's name."""
     if isinstance(value, Mapping):
         return {key: without_home(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

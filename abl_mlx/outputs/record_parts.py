@@ -1,4 +1,4 @@
-"""Parts of the record that a run prints and keeps: what it was given, and the hashes of it."""
+"""Parts of a run's record: its inputs and their hashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Record = dict[str, Any]
 def start_record(
     source: Source, paths: Sequence[Path], options: Choices, direction: DirectionFile
 ) -> Record:
-    """What is known before anything is written."""
+    """The entries of a run's record that are known before anything is written."""
     metadata = direction.metadata
     summary = metadata.get("summary", {"method": "given"})
     return {
@@ -41,10 +41,10 @@ def start_record(
 
 
 def measured(direction: DirectionFile) -> Record:
-    """What was found on the way to a direction: ``first_look``, ``scores``, ``trials``, ``cloud``.
+    """Results of measuring a direction: ``first_look``, ``scores``, ``trials`` and ``cloud``.
 
-    The cloud is the two prompt sets in a plane, [x, y] of each prompt. What a direction of another
-    origin does not have is left out.
+    The cloud has the coordinates [x, y] of each prompt of the two sets in a plane. Entries that a
+    direction from another program lacks are left out.
     """
     metadata = direction.metadata
     kept = ("first_look", "scores", "trials")
@@ -57,7 +57,7 @@ def measured(direction: DirectionFile) -> Record:
 
 
 def file_hashes(files: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of each file by its name, read in pieces (hashlib.file_digest is of Python 3.11)."""
+    """Name of each file -> its SHA-256; read in pieces (hashlib.file_digest needs Python 3.11)."""
     found = {}
     total = sum(file.stat().st_size for file in files)
     with progress(total, "hash the source", "B") as bar:
@@ -72,13 +72,13 @@ def file_hashes(files: Sequence[Path]) -> dict[str, str]:
 
 
 def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
-    """Name, size and time of files, by which a changed one is known."""
+    """Name, size and time of change of each file, which show that one was changed."""
     stats = sorted((path.name, path.stat()) for path in files)
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def combined_hash(parts: Mapping[str, Any]) -> str:
-    """One SHA-256 for several named JSON values."""
+    """One SHA-256 of several named JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -91,8 +91,10 @@ def hashes(
     """Hashes of the source's files, of the direction and of the options.
 
     Args:
-        source: SHA-256 of every file that holds weights.
-        template: what a record says of a given template, which is one of the options.
+        source: name -> SHA-256 of every file that holds weights.
+        direction: the directions.
+        options: the chosen options.
+        template: the record's entry about a given template, which counts as an option.
     """
     return {
         "source": dict(source),
@@ -102,7 +104,7 @@ def hashes(
 
 
 def worst_leak(written: Sequence[Record]) -> Record:
-    """The largest total and the largest tensor's leak over all outputs."""
+    """The largest total leak, and the largest leak of a tensor, of all outputs."""
     return {
         "total": max(one["leak"]["total"] for one in written),
         "max": max(one["leak"]["max"] for one in written),

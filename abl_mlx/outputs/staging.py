@@ -1,4 +1,4 @@
-"""The places where results go, and what every written model has beside it."""
+"""Output paths: formats, temporary (staged) places, and companion files beside a model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from convert.gguf import control_vector
 
 Record = dict[str, Any]
 
-#: What is written, in words.
+#: Names of the output formats.
 FOLDER, GGUF, ADAPTER, LORA, VECTOR = "MLX", "GGUF", "MLX adapter", "GGUF LoRA", "control vector"
 
-#: Formats of which a model itself is written, and of which something for the runtime.
+#: Formats of whole models, and formats of adapters that a runtime adds to a model.
 MODELS, ADAPTERS = (FOLDER, GGUF), (ADAPTER, LORA)
 
 
 def format_of(path: Path) -> str:
-    """What is written under a name: a folder, unless its ending says otherwise."""
+    """The format of an output by its name: an MLX folder, unless its suffix says otherwise."""
     if adapters.is_mlx(path):
         return ADAPTER
     if not is_gguf_name(path):
@@ -41,18 +41,18 @@ def format_of(path: Path) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """Whether an output is one file, beside which its companions lie, rather than a folder."""
+    """Whether an output is a file, with companion files beside it, rather than a folder."""
     return format_of(path) not in (FOLDER, ADAPTER)
 
 
 @dataclass(frozen=True)
 class Output:
-    """A place where a result goes.
+    """An output of a run.
 
     Attributes:
-        path: the final name, which says the format.
-        staged: where it is written until everything about it is known: a folder, or the file in a
-            temporary folder that it shares with its companions alone.
+        path: its final path, whose name says the format.
+        staged: its temporary path until the run is complete: a folder, or a file in a temporary
+            folder that holds only this file and its companions.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Output:
 
     @property
     def format(self) -> str:
-        """What is written, in words."""
+        """The name of its format."""
         return format_of(self.path)
 
 
@@ -69,15 +69,15 @@ class Written:
     """An output after its weights were written.
 
     Attributes:
-        output: which.
-        facts: what a record says of it: its format, types, leak, ...
-        opened: gives the output as a model in MLX, read back from the bytes written.
+        output: the output.
+        facts: its entries in the record: format, types, leak, ...
+        opened: context manager with the output as a model in MLX, read from the written bytes.
         on_loaded: whether `opened` uses the model that was loaded for the run.
-        llamacpp: the real llama.cpp with the output; None where it does not run it.
-        notes: what to say of its figures where MLX was asked, and where llama.cpp was.
-        limit: what a complete edit may leave of the direction in the stream; None where it is not
-            to be exact.
-        writers_in: the writers of the model that `opened` gives; None to find them by probing.
+        llamacpp: the output in llama.cpp; None if llama.cpp does not run it.
+        notes: notes on its figures if MLX gave the replies, and if llama.cpp did.
+        limit: the largest component of the direction that a complete edit may leave in the stream;
+            None if the edit need not be exact.
+        writers_in: finds the writers of the model from `opened`; None to find them by probing.
     """
 
     output: Output
@@ -93,12 +93,12 @@ class Written:
 # --- before anything is written ----------------------------------------------------------------
 
 
-#: What is written beside the model in an output's folder, and never copied from a source's.
+#: Files that are written beside the model in an output's folder, and not copied from the source.
 COMPANIONS = ("README.md", "abl.json", "report.html")
 
 
 def companions(path: Path) -> dict[str, Path]:
-    """Where an output's record, card and Modelfile go.
+    """The paths of an output's record, card and Modelfile.
 
     Inside a folder they are abl.json and README.md; beside NAME.gguf they are NAME.abl.json,
     NAME.README.md and NAME.Modelfile, so that several GGUFs may share a folder.
@@ -108,27 +108,28 @@ def companions(path: Path) -> dict[str, Path]:
             "record": path.with_name(f"{path.stem}.abl.json"),
             "card": path.with_name(f"{path.stem}.README.md"),
         }
-        if format_of(path) != GGUF:  # Ollama imports nothing else
+        if format_of(path) != GGUF:  # Ollama imports only GGUFs
             return beside
         return {**beside, "modelfile": path.with_name(f"{path.stem}.Modelfile")}
     return {"record": path / "abl.json", "card": path / "README.md"}
 
 
 def report_place(path: Path) -> Path:
-    """Where the page of a run goes: inside an output's folder, or beside NAME.gguf."""
+    """The path of a run's report: inside an output's folder, or beside NAME.gguf."""
     if is_file(path):
         return path.with_name(f"{path.stem}.report.html")
     return path / "report.html"
 
 
 def check_reports(paths: Sequence[Path], wanted: Path | None) -> None:
-    """Refuse pages of a run that exist or cannot be written.
+    """Refuse reports that exist or cannot be written.
 
     Args:
-        wanted: where its page goes instead, if given.
+        paths: the outputs.
+        wanted: the path of the report, if the user gave one.
 
     Raises:
-        UserError: naming the page.
+        UserError: naming the report.
     """
     if wanted is not None:
         check_report(wanted)
@@ -139,10 +140,10 @@ def check_reports(paths: Sequence[Path], wanted: Path | None) -> None:
 
 
 def check_report(path: Path) -> None:
-    """Refuse a page that exists, cannot be written, or is called like something else.
+    """Refuse a report that exists, cannot be written, or does not end in .html.
 
     Raises:
-        UserError: naming it.
+        UserError: naming the report.
     """
     if not ends_in(path, ".html", ".htm"):
         raise UserError(f"{path}: the name of a report ends in .html.")
@@ -153,8 +154,10 @@ def check(paths: Sequence[Path], source: Source, adapter: str, *, vectors: bool 
     """Refuse outputs that exist, repeat, cannot be written, or lie inside the source.
 
     Args:
-        adapter: the format of the adapters that the source takes.
-        vectors: whether control vectors may be among them.
+        paths: the outputs.
+        source: the source model.
+        adapter: the format of adapters for the source.
+        vectors: whether control vectors may be among the outputs.
 
     Raises:
         UserError: naming the output.
@@ -181,7 +184,7 @@ def check(paths: Sequence[Path], source: Source, adapter: str, *, vectors: bool 
             )
         if form == ADAPTER != adapter:
             raise UserError(
-                f"{path} would be an adapter for mlx-lm, and {source.name} is a GGUF: write "
+                f"{path} would be an adapter for mlx-lm, but {source.name} is a GGUF: write "
                 f"-o {path.stem}{adapters.GGUF_SUFFIX}, or convert the model first."
             )
         if form == LORA != adapter:
@@ -198,12 +201,12 @@ def check(paths: Sequence[Path], source: Source, adapter: str, *, vectors: bool 
 
 @contextmanager
 def staging(paths: Sequence[Path]) -> Iterator[list[Output]]:
-    """Yield the outputs with their staged names; rename all of them when the block ends well."""
+    """Context manager with the staged outputs; all are renamed when the block ends well."""
     with ExitStack() as stack:
         outputs = []
         for path in paths:
             if is_file(path):
-                # With what lies beside it: all of it gets its names together.
+                # The file and its companions get their final names together.
                 staged = stack.enter_context(new_files(path)) / path.name
             else:
                 staged = stack.enter_context(new_folder(path))
@@ -215,10 +218,14 @@ def staging(paths: Sequence[Path]) -> Iterator[list[Output]]:
 
 
 def check_space(paths: Sequence[Path], needed: int) -> None:
-    """Refuse, before any long work, to begin what the disk cannot hold.
+    """Check, before any long work, that the disks have space for the outputs.
 
     Args:
-        needed: bytes of one output; a GGUF of a smaller type will need less.
+        paths: the outputs.
+        needed: the bytes of one output; a GGUF of a smaller type will need less.
+
+    Raises:
+        UserError: naming a folder with too little space.
     """
     for path in paths:
         folder = path.absolute().parent
@@ -227,6 +234,6 @@ def check_space(paths: Sequence[Path], needed: int) -> None:
         free = shutil.disk_usage(folder).free
         if free < needed * len(paths):
             raise UserError(
-                f"{folder} has {in_bytes(free)} free, and the output needs up to "
+                f"{folder} has {in_bytes(free)} free, but the output needs up to "
                 f"{in_bytes(needed * len(paths))}: free some space or choose another -o."
             )

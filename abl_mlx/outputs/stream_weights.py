@@ -1,7 +1,7 @@
-"""The residual writers of a model file as the stream sees them, read a slab at a time.
+"""The weights of a model file's residual writers, as vectors that are added to the stream.
 
-One noun for all formats: MLX and Hugging Face folders, float or quantized, and GGUF of any type.
-Nothing is run and nothing is held; a slab is decoded when it is asked for.
+This works for all formats: MLX and Hugging Face folders, float or quantized, and GGUFs of any type.
+The model is not run, and weights are not kept in memory: a slab is decoded when it is needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from convert.mlx.matrix import Matrix, find_matrix
 from convert.mlx.parameters import Stored, locate
 from convert.mlx.safetensors_files import TensorFiles
 
-#: Between how many columns a slab may be cut: whole blocks of every type.
+#: Slabs are cut at multiples of this number of columns, so that blocks of all types are whole.
 _CUT = 256
 
 
@@ -38,19 +38,19 @@ class StreamWeight:
     """One residual writer's weight.
 
     Attributes:
-        name: of the tensor in its file (of several that make one stack, the first).
-        path: of the module in mlx-lm's model, by which files of other formats are compared; None
-            where that is not known.
+        name: the tensor's name in the file (for a stack from several tensors, the first one).
+        path: the module's path in mlx-lm's model, which is the same for files of all formats; None
+            if it is not known.
         role: its name without the layer's number.
-        layer: -1 for embeddings.
+        layer: the number of its layer; -1 for embeddings.
         shape: (out, in), (E, out, in) or (V, d).
-        axis: of the stream in it: -2, or -1 for an embedding.
-        gain: (d,) what stands between its output and the stream; None for nothing.
-        type: as stored, for people.
-        read: decodes a slab, float32 as it lies in the file.
-        release: gives memory that reading has taken back.
+        axis: the axis of the residual stream: -2, or -1 for an embedding.
+        gain: the gain between its output and the stream, (d,); None if there is none.
+        type: its type as stored, for tables.
+        read: decodes a slab to float32 in the file's layout.
+        release: lets the system drop from memory the pages that were read.
         columns_moved: whether its columns have another order than in mlx-lm's model.
-        tensors: names of the tensors in its file that hold it.
+        tensors: names of the tensors in the file that hold it.
     """
 
     name: str
@@ -67,7 +67,7 @@ class StreamWeight:
 
     @property
     def role(self) -> str:
-        """Its name without the layer's number."""
+        """The name without the layer's number."""
         return re.sub(r"\.\d+\.", ".", self.name)
 
     @property
@@ -77,15 +77,15 @@ class StreamWeight:
 
     @property
     def lines(self) -> int:
-        """Columns of a writer, rows of an embedding: vectors in the stream."""
+        """The number of vectors: columns of a writer, rows of an embedding."""
         return math.prod(self.shape) // self.width
 
     def slabs(self) -> Iterator[Slab]:
-        """What covers it."""
+        """Yield slabs that together cover the weight."""
         return slabs(self.shape, self.axis, _CUT)
 
     def values(self, slab: Slab) -> np.ndarray:
-        """A slab as vectors in the stream: float32 (d, c), behind the gain.
+        """A slab as c vectors in the stream, multiplied by the gain: float32 (d, c).
 
         Raises:
             UserError: when it holds NaN or infinity.
@@ -98,7 +98,7 @@ class StreamWeight:
         return found if self.gain is None else found * self.gain[:, None]
 
     def each(self) -> Iterator[np.ndarray]:
-        """All slabs, one after the other, as `values`."""
+        """Yield the `values` of all slabs, one after the other."""
         for slab in self.slabs():
             yield self.values(slab)
             self.release()
@@ -109,8 +109,8 @@ class StreamWeights:
     """All residual writers of a model.
 
     Attributes:
-        architecture: its name.
-        layers: how many.
+        architecture: the architecture's name.
+        layers: the number of layers.
         width: d.
         writers: embeddings first, then layer by layer.
         tied: whether the embedding is the output head as well.
@@ -124,17 +124,17 @@ class StreamWeights:
 
 
 class Unreachable(UserError):
-    """The residual writers of this model cannot be told; nothing is wrong with the file."""
+    """The residual writers of this model cannot be found, although the file is sound."""
 
 
 # --- GGUF --------------------------------------------------------------------------------------
 
 
 def of_gguf(gguf: GgufSource) -> StreamWeights:
-    """The residual writers of a GGUF, as long as that is open.
+    """The residual writers of a GGUF, which must stay open while they are used.
 
     Raises:
-        Unreachable: an architecture whose writers cannot be found.
+        Unreachable: when the writers of the architecture cannot be found.
     """
     try:
         named = gguf_writers.find(gguf.architecture, gguf.shapes, gguf.metadata)
@@ -155,7 +155,7 @@ def of_gguf(gguf: GgufSource) -> StreamWeights:
 
 
 def _mlx_paths(gguf: GgufSource) -> tuple[dict[str, str], set[str]]:
-    """Tensor -> path of the module it is in mlx-lm, and tensors whose columns are reordered."""
+    """Tensor -> path of its module in mlx-lm's model; and the tensors with reordered columns."""
     try:
         layout = gguf_to_mlx.layout(gguf)
     except UserError:
@@ -197,10 +197,10 @@ def _gguf_weight(gguf: GgufSource, one: gguf_writers.GgufWriter) -> StreamWeight
 
 
 def of_folder(folder: Path, files: TensorFiles) -> StreamWeights:
-    """The residual writers of an MLX or Hugging Face folder, as long as its files are open.
+    """The residual writers of an MLX or Hugging Face folder, whose files must stay open.
 
     Raises:
-        Unreachable: an architecture whose writers cannot be found.
+        Unreachable: when the writers of the architecture cannot be found.
     """
     chat = chat_model.load_lazily(folder)
     try:
@@ -236,7 +236,7 @@ def _folder_weight(files: TensorFiles, one: Writer, stored: Stored, n: int) -> S
     rows = math.prod(parts[0].shape[:-1])
 
     def read(slab: Slab) -> np.ndarray:
-        # A slab never reaches over more than one expert.
+        # A slab never spans more than one expert.
         index = 0 if len(parts) == 1 else slab.rows.start // rows
         first = index * rows
         inside = Slab(slice(slab.rows.start - first, slab.rows.stop - first), slab.columns)
@@ -287,7 +287,7 @@ def _reader(files: TensorFiles, name: str, transposed: bool, n: int) -> _Part:
 
 
 def _floats(files: TensorFiles, name: str, rows: int, at: slice, columns: slice) -> np.ndarray:
-    """Part of a float tensor's flat rows, float32."""
+    """Some rows (counted through all experts) and columns of a float tensor, float32."""
     dtype = files.info(name).dtype
     bits = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[dtype]
     flat = np.frombuffer(files.bytes(name), np.dtype(bits)).reshape(rows, -1)[at, columns]

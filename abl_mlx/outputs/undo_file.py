@@ -1,7 +1,7 @@
-"""What an edit takes out of float weights, and the file that keeps it for `abl-mlx undo`.
+"""The components that an edit removes from float weights, and the undo file that keeps them.
 
-W' = W − α U(UᵀW) has lost UᵀW: k numbers for each column of a writer, for each row of an embedding.
-With them W is back, but for the rounding of W'.
+W' = W − α U(UᵀW) lacks UᵀW, which is k numbers for each column of a writer or row of an embedding.
+With these numbers `abl-mlx undo` restores W, except for the rounding of W'.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ KEPT = "undo.safetensors"
 
 @dataclass(frozen=True)
 class Taken:
-    """What an edit took out of one float tensor.
+    """The components that an edit removed from one float tensor.
 
     Attributes:
-        along: float32, UᵀW (..., k, n) of the tensor as mlx-lm or llama.cpp multiplies with it, or
-            its rows' components (..., k) of an embedding or a bias.
-        basis: float32 (k, d), orthonormal: U.
-        axis: that of the residual stream, -1 or -2.
-        transposed: whether the file holds the last two axes swapped.
+        along: float32: UᵀW, (..., k, n), for the tensor in the layout in which it is multiplied; or
+            the components of the rows, (..., k), of an embedding or a bias.
+        basis: U, float32 (k, d), orthonormal.
+        axis: the axis of the residual stream, -1 or -2.
+        transposed: whether the last two axes are swapped in the file.
         strength: α.
     """
 
@@ -52,7 +52,7 @@ class Taken:
     strength: float
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether this can have been taken from a tensor of that shape in the file's layout."""
+        """Whether these can be the components of a tensor with that shape in the file's layout."""
         if len(shape) < -self.axis or (self.transposed and len(shape) < 2):
             return False
         turned = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
@@ -62,37 +62,38 @@ class Taken:
         return width == turned[self.axis] and tuple(self.along.shape) == tuple(lost)
 
     def put_back(self, values: mx.array) -> mx.array:
-        """An edited tensor's float32 values, in the file's layout, with the component it had.
+        """An edited tensor's float32 values, in the file's layout, with the removed components set.
 
-        Not just with α U(UᵀW) added: rounding that kept the edit intact has shifted each line along
-        the directions, and setting the component takes that back as well.
+        α U(UᵀW) is not simply added: edit-preserving rounding also shifted each line along the
+        directions, and setting the components undoes that as well.
         """
         lost = self.lost(values)
         more = lost @ self.basis if self.axis == -1 else self.basis.T @ lost
         return values + (mx.swapaxes(more, -1, -2) if self.transposed else more)
 
     def lost(self, values: mx.array) -> mx.array:
-        """What an edited tensor's components are short of, shaped as ``along``."""
+        """The difference of the components from those of an edited tensor, shaped as ``along``."""
         return self.along - self.of(values)
 
     def of(self, values: mx.array) -> mx.array:
-        """The components of a tensor's float32 values, in the file's layout."""
+        """The components of a tensor, whose float32 values are in the file's layout."""
         turned = mx.swapaxes(values, -1, -2) if self.transposed else values
         return turned @ self.basis.T if self.axis == -1 else self.basis @ turned
 
 
 class Tensors(Protocol):
-    """Something that tensors are read from."""
+    """An object from which tensors can be read by name."""
 
     def values(self, name: str) -> mx.array:
         """A tensor in float32, in the file's layout."""
 
 
 def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
-    """What an edit takes out of a tensor.
+    """The components that an edit removes from a tensor.
 
     Args:
-        values: float32, before the edit, in the file's layout.
+        one: the edit of the tensor.
+        values: its float32 values before the edit, in the file's layout.
     """
     transposed = isinstance(one, TensorEdit) and one.transposed
     basis = one.edit.basis(one.writer)
@@ -108,16 +109,18 @@ def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
 
 
 def kept_path(path: Path) -> Path:
-    """Where an edited model's undo file is: inside the folder, or beside the GGUF."""
+    """The path of an edited model's undo file: inside the folder, or beside the GGUF."""
     return path.with_name(f"{path.stem}.{KEPT}") if is_file(path) else path / KEPT
 
 
 def check_keep(paths: Sequence[Path], name: str, form: str, norm: str = "none") -> None:
-    """Refuse ``--keep-undo`` where it would keep nothing, or what does not fit.
+    """Check that ``--keep-undo`` is possible for these outputs.
 
     Args:
-        name: of the source.
-        form: its format.
+        paths: the outputs.
+        name: the source's name.
+        form: the source's format.
+        norm: the value of ``--norm``.
 
     Raises:
         UserError: naming the output.
@@ -146,8 +149,10 @@ def keep(path: Path, parts: Iterable[tuple[str, Taken]], direction_sha256: str) 
     """Write an undo file.
 
     Args:
-        parts: tensor name in the edited model -> what was taken out of it.
-        direction_sha256: by which the file and the edited model are known to belong together.
+        path: where it is written.
+        parts: (tensor name in the edited model, components removed from it).
+        direction_sha256: the hash of the directions, which shows that the file and an edited model
+            belong together.
     """
     tensors, layouts = {}, {}
     for name, one in parts:
@@ -167,7 +172,7 @@ def keep(path: Path, parts: Iterable[tuple[str, Taken]], direction_sha256: str) 
 
 
 def keep_folder(path: Path, files: TensorFiles, plan: Plan, direction_sha256: str) -> None:
-    """Keep what an edit takes out of a folder's tensors.
+    """Write the undo file of an edit of a folder.
 
     Raises:
         UserError: when a tensor is quantized.
@@ -190,7 +195,7 @@ def keep_folder(path: Path, files: TensorFiles, plan: Plan, direction_sha256: st
 def keep_gguf(
     path: Path, gguf: GgufSource, plans: Mapping[str, TensorPlan], direction_sha256: str
 ) -> None:
-    """Keep what an edit takes out of a GGUF's tensors.
+    """Write the undo file of an edit of a GGUF.
 
     Raises:
         UserError: when a tensor is quantized.

@@ -1,4 +1,4 @@
-"""An edited folder as it was: what its edit took, written back or made an adapter."""
+"""Undoes the edit of a folder, by writing the folder again or by writing an adapter."""
 
 from __future__ import annotations
 
@@ -35,13 +35,17 @@ from convert.mlx.safetensors_files import TensorFiles
 
 
 def plan(source: Source, chat: ChatModel, files: TensorFiles, edit: Edit, *, mtp: bool) -> Plan:
-    """What an edit changes in the folder's float tensors; no weight is read.
+    """The plan of an edit of the folder's float tensors; no weight is read.
 
     Args:
-        chat: the model, its weights still in the files.
+        source: the folder.
+        chat: the model, with its weights still in the files.
+        files: the folder's tensors.
+        edit: the edit.
+        mtp: whether blocks for multi-token prediction were edited.
 
     Raises:
-        UserError: when one of them is quantized.
+        UserError: when a tensor that the edit changes is quantized.
     """
     found = plan_folder(chat, files, edit, find_writers(chat), mtp=mtp)
     if found.matrices:
@@ -53,10 +57,13 @@ def write(source: Source, files: TensorFiles, path: Path, found: Mapping[str, Ta
     """Write the folder as it was before its edit.
 
     Args:
-        found: tensor -> what the edit took out of it.
+        source: the edited folder.
+        files: its tensors.
+        path: where it is written.
+        found: tensor name -> the components that the edit removed.
 
     Returns:
-        The share of what was taken that is not back in the written weights.
+        The share of the removed components that is missing from the written weights.
     """
     config = {key: value for key, value in stored_config(source.path).items() if key != "abl_mlx"}
     with new_folder(path) as staged:
@@ -85,16 +92,20 @@ def write_adapter(
     found: Mapping[str, Taken],
     label: Label,
 ) -> None:
-    """Write an adapter for mlx-lm that adds what the edit took.
+    """Write an adapter for mlx-lm that adds what the edit removed.
 
     Args:
-        chat: the model, its weights still in the files.
-        found: tensor -> what the edit took out of it.
+        source: the edited folder.
+        chat: the model, with its weights still in the files.
+        files: the folder's tensors.
+        path: where the adapter is written.
+        found: tensor name -> the components that the edit removed.
+        label: the edited model's label.
 
     Raises:
         UserError: when the edit changed biases.
     """
-    # Only the tensors' places are asked for, which no direction changes.
+    # Any direction will do, because only the places of the tensors are needed.
     edit = Edit(mx.ones((1, chat.width)), 1.0, label.layers, label.embedding)
     planned = plan(source, chat, files, edit, mtp=label.mtp)
     changes: dict[str, Any] = {}
@@ -103,7 +114,7 @@ def write_adapter(
         parts = [low_rank(found[name], _values(files, name)) for name in stored.tensors]
         changes[parameter.removesuffix(".weight")] = stacked(parts)
     for name in planned.copies:
-        if "weight" in planned.edits[name].writer.module:  # mlx-lm takes it for the head
+        if "weight" in planned.edits[name].writer.module:  # mlx-lm uses it as the head
             one = low_rank(found[name], _values(files, name))
             changes[planned.edits[name].writer.path] = replace(one, kind="linear")
     with new_folder(path) as staged:

@@ -1,4 +1,4 @@
-"""An edited GGUF as it was: what its edit took, written back or made an adapter."""
+"""Undoes the edit of a GGUF, by writing the file again or by writing an adapter."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ def write(gguf: GgufSource, path: Path, found: Mapping[str, Taken]) -> float:
     """Write the GGUF as it was before its edit.
 
     Args:
-        found: tensor -> what the edit took out of it.
+        gguf: the open edited file.
+        path: where it is written.
+        found: tensor name -> the components that the edit removed.
 
     Returns:
-        The share of what was taken that is not back in the written weights.
+        The share of the removed components that is missing from the written weights.
     """
     files = rewrite(
         gguf,
@@ -57,17 +59,17 @@ def _replacement(gguf: GgufSource, name: str, one: Taken) -> Replacement:
 
 
 def write_adapter(gguf: GgufSource, path: Path, found: Mapping[str, Taken]) -> None:
-    """Write a LoRA for llama.cpp that adds what the edit took.
+    """Write a LoRA for llama.cpp that adds what the edit removed.
 
     Raises:
-        UserError: when the edit changed what llama.cpp applies no adapter to.
+        UserError: when the edit changed a tensor to which llama.cpp applies no adapter.
     """
     refuse_biases(path, found)
     adapter_outputs.check_applied(gguf, found)
     tied = "output.weight" not in gguf.tensors
     for name, one in found.items():
         if one.axis == -1 and (tied or not adapters.is_embedding(name)):
-            # Without its share the head does not see what the layers write again.
+            # Without the head's part, the head would ignore what the layers write again.
             raise UserError(
                 f"{path}: {name} was edited, to which llama.cpp applies no adapter"
                 f"{', as it is the output head too' if tied else ''}; write the model instead."
@@ -80,7 +82,7 @@ def write_adapter(gguf: GgufSource, path: Path, found: Mapping[str, Taken]) -> N
 
 
 def _metadata(gguf: GgufSource) -> dict[str, Any]:
-    """The metadata without what the edit added to it."""
+    """The metadata without the keys that the edit added."""
     known = gguf.metadata
     changes: dict[str, Any] = {key: None for key in known if key.startswith("abl_mlx.")}
     name = known.get("general.name")

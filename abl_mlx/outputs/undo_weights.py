@@ -1,4 +1,4 @@
-"""Edited float weights with what was taken from them put back, or the adapter that does it."""
+"""Restoring edited float weights, or making the adapter that restores them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from abl_mlx.support.arrays import number
 from convert.adapters import LowRank
 from convert.base.errors import UserError
 
-#: What an adapter that undoes an edit says of itself.
+#: The name of an adapter that undoes an edit.
 ADAPTER_NAME = "undoes the removal of the refusal direction"
 
 
 def quantized(name: str, source: Source) -> UserError:
-    """What to say of a tensor whose edit was rounded."""
+    """The error to raise for a quantized tensor, whose edit was rounded and cannot be undone."""
     return UserError(
         f"{name} in {source.name} is quantized, and the rounding of its edit cannot be undone: go "
         "back to the model that was edited."
@@ -27,15 +27,15 @@ def quantized(name: str, source: Source) -> UserError:
 
 
 def refuse_biases(path: Path, names: Iterable[str]) -> None:
-    """Refuse an adapter of an edit that changed biases.
+    """Refuse an adapter that undoes an edit of biases.
 
     Raises:
-        UserError: naming the bias.
+        UserError: naming a bias, if there is one among ``names``.
     """
     for name in names:
         if name.endswith(".bias"):
             raise UserError(
-                f"{path}: {name} was edited, and an adapter cannot hold a bias; write the model "
+                f"{path}: {name} was edited, but an adapter cannot hold a bias; write the model "
                 "instead."
             )
 
@@ -45,7 +45,7 @@ def missing_share(
     edited: Callable[[str], mx.array],
     restored: Callable[[str], mx.array],
 ) -> float:
-    """The share of what was taken that is not back in the written weights."""
+    """The share of the removed components that is missing from the restored weights."""
     missing = wanted = 0.0
     for name, one in found.items():
         left, lost = one.lost(restored(name)), one.lost(edited(name))
@@ -55,7 +55,7 @@ def missing_share(
 
 
 def low_rank(one: Taken, edited: mx.array) -> LowRank:
-    """The change that brings an edited tensor back, for an adapter whose scale is 1."""
+    """The change that restores an edited tensor, for an adapter with scale 1."""
     along = np.array(one.lost(edited).astype(mx.float32))
     basis = np.array(one.basis.astype(mx.float32))
     if one.axis == -1:
@@ -65,7 +65,7 @@ def low_rank(one: Taken, edited: mx.array) -> LowRank:
 
 
 def stacked(parts: Sequence[LowRank]) -> LowRank:
-    """One change of a stack of experts that the files hold one by one."""
+    """One change for a stack of experts, from those of separate experts."""
     if len(parts) == 1:
         return parts[0]
     left, right = np.stack([p.left for p in parts]), np.stack([p.right for p in parts])

@@ -29,7 +29,8 @@ def folder(tmp_path):
 
 
 def test_a_model_larger_than_the_machine_is_refused_in_a_sentence(folder):
-    with pytest.raises(UserError, match=r"Big has 20.0 GB of weights, but this machine has 16.0 GB"):
+    says = r"Big has 20.0 GB of weights, but this machine has 16.0 GB"
+    with pytest.raises(UserError, match=says):
         memory.check("Big", folder.size, memory=Memory(16 * GB, 9 * GB))
     assert not memory.fits(folder.size, Memory(16 * GB, None))
 
