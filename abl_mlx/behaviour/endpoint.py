@@ -18,10 +18,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from abl_mlx import __version__
+from abl_mlx.behaviour.chat_answer import (
+    is_withheld,
+    listed_models,
+    said_and_thought,
+    some_names,
+)
 from abl_mlx.behaviour.http_call import (
     Answer,
     Call,
@@ -35,6 +41,7 @@ from abl_mlx.behaviour.http_call import (
     what,
 )
 from abl_mlx.behaviour.refusals import WITHHELD
+from abl_mlx.behaviour.whole_reply import WholeReply, of_answer, of_pieces, pieces_of, tokenizing
 from abl_mlx.choices import Asking
 from abl_mlx.inputs import hub
 from abl_mlx.inputs.sets import Prompt, prompt_of
@@ -51,13 +58,8 @@ LONGEST_PAUSE = 120.0
 #: was asked before. A server that refuses it, or the fields about thoughts, is asked without.
 _EXTRAS: Mapping[str, Any] = {"cache_prompt": False}
 
-#: How servers call a request that their filter refuses.
-_FILTERED = {
-    "content_filter",
-    "content_policy_violation",
-    "data_inspection_failed",
-    "ResponsibleAIPolicyViolation",
-}
+#: What a request is answered with: a text, or a reply that can be cut.
+Said = TypeVar("Said")
 
 
 def is_endpoint(text: str) -> bool:
@@ -109,6 +111,7 @@ class Endpoint:
         self._renders = False
         self._strict = False
         self._system_role = True
+        self._silent = False  # whether it refuses to tell the tokens of a reply
         about = next((one for one in listed if one.get("id") == self.model), {})
         if about.get("owned_by") == "llamacpp":
             # Its replies as the model wrote them, behind what the template opens them with.
@@ -132,7 +135,7 @@ class Endpoint:
         for base in dict.fromkeys([*likely, "/v1"]):
             answer = self._persist(partial(self._list, base))
             self._met = True
-            listed = _listed(answer)
+            listed = listed_models(answer)
             if listed is not None:
                 if typed != base:
                     self._say(f"· {self.name}: the API is under {base or '/'}")
@@ -157,12 +160,14 @@ class Endpoint:
             # A server that lists nothing may still know it; Ollama says NAME:latest for NAME.
             if not names or wanted in names or f"{wanted}:latest" in names:
                 return wanted
-            raise UserError(f"{self.name} has no model {wanted}: --model takes {_some(names)}.")
+            raise UserError(
+                f"{self.name} has no model {wanted}: --model takes {some_names(names)}."
+            )
         if len(names) == 1:
             return names[0]
         if not names:
             raise UserError(f"{self.name} lists no model: load one there, or name it with --model.")
-        raise UserError(f"{self.name} has several models: add --model with {_some(names)}.")
+        raise UserError(f"{self.name} has several models: add --model with {some_names(names)}.")
 
     def _opens(self, thinking: str | None) -> str:
         """What llama-server's chat template opens a thought with; "" where it does not tell."""
@@ -197,6 +202,18 @@ class Endpoint:
         Raises:
             UserError: when a request fails for good.
         """
+        return self._each(prompts, lambda prompt: self.reply(prompt, max_tokens))
+
+    def wholes(
+        self, prompts: Sequence[str | Prompt], max_tokens: int
+    ) -> Iterator[tuple[int, WholeReply]]:
+        """Like `ask`, with replies that can be cut, by what the server tells of their tokens."""
+        return self._each(prompts, lambda prompt: self.whole(prompt, max_tokens))
+
+    def _each(
+        self, prompts: Sequence[str | Prompt], answer: Callable[[Prompt], Said]
+    ) -> Iterator[tuple[int, Said]]:
+        """Answers as they come: (number of the prompt, answer)."""
         self._stopped.clear()
         failures: list[BaseException] = []
 
@@ -204,10 +221,10 @@ class Endpoint:
         for mode in dict.fromkeys(prompt.thinking for prompt in asked):
             self._opens(mode)
 
-        def one(prompt: Prompt) -> str:
+        def one(prompt: Prompt) -> Said:
             try:
                 self._wait(0)
-                return self.reply(prompt, max_tokens)
+                return answer(prompt)
             except BaseException as error:
                 # Before the others are stopped, so that the first is the cause.
                 failures.append(error)
@@ -245,19 +262,50 @@ class Endpoint:
             UserError: when the request fails for good.
         """
         prompt = prompt_of(question)
-        return self._persist(lambda: self._complete(prompt, max_tokens))
+        return self._persist(
+            lambda: self._text(self._complete(prompt, max_tokens), self._opens(prompt.thinking))
+        )
 
-    def _complete(self, prompt: Prompt, max_tokens: int) -> str:
-        answer = self._requested(prompt, max_tokens)
+    def whole(self, prompt: Prompt, max_tokens: int) -> WholeReply:
+        """The greedy reply to one prompt, which can be cut.
+
+        Raises:
+            UserError: when a request fails for good.
+        """
+
+        def attempt() -> WholeReply:
+            more = None if self._renders or self._silent else {"logprobs": True}
+            answer = self._complete(prompt, max_tokens, more)
+            if more and answer.status in (400, 422) and not is_withheld(answer):
+                answer = self._complete(prompt, max_tokens)
+                self._silent = self._silent or answer.status == 200
+            opened = self._opens(prompt.thinking)
+            text = self._text(answer, opened)
+            pieces = self._pieces(text.removeprefix(opened)) if self._renders else None
+            return of_answer(text, answer.json()) if pieces is None else of_pieces(text, pieces)
+
+        return self._persist(attempt)
+
+    def _pieces(self, text: str) -> list[bytes] | None:
+        """What each token of a text writes, by a llama-server's tokenizer; None without one."""
+        place = f"{self._base.removesuffix('/v1')}/tokenize"
+        answer = self._exchange("POST", place, tokenizing(text))
+        return pieces_of(answer.json()) if answer.status == 200 else None
+
+    def _complete(
+        self, prompt: Prompt, max_tokens: int, more: Mapping[str, Any] | None = None
+    ) -> Answer:
+        """What the server answers to a chat request, with the system message where it takes it."""
+        answer = self._requested(prompt, max_tokens, more or {})
         if (
             prompt.system is not None
             and self._system_role
             and answer.status in (400, 422, 500)
-            and not _is_withheld(answer)
+            and not is_withheld(answer)
         ):
             # Templates that know no such role raise, and servers answer with that.
             self._system_role = False
-            folded = self._requested(prompt, max_tokens)
+            folded = self._requested(prompt, max_tokens, more or {})
             if folded.status == 200:
                 self._say(
                     f"· {self.name} takes no system message ({self._clean(answer.said)}): it "
@@ -266,9 +314,9 @@ class Endpoint:
                 answer = folded
             else:
                 self._system_role = True
-        return self._text(answer, self._opens(prompt.thinking))
+        return answer
 
-    def _requested(self, prompt: Prompt, max_tokens: int) -> Answer:
+    def _requested(self, prompt: Prompt, max_tokens: int, more: Mapping[str, Any]) -> Answer:
         """What the server answers, asked without the fields that it refuses."""
         extras = {} if self._strict else self._extras | request_fields(prompt.thinking)
         request = {
@@ -277,9 +325,10 @@ class Endpoint:
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": False,
+            **more,
         }
         answer = self._exchange("POST", f"{self._base}/chat/completions", request | extras)
-        if answer.status in (400, 422) and extras and not _is_withheld(answer):
+        if answer.status in (400, 422) and extras and not is_withheld(answer):
             # Some servers refuse what they do not know; if it was that, they are not told again.
             plain = self._exchange("POST", f"{self._base}/chat/completions", request)
             if plain.status == 200:
@@ -293,7 +342,7 @@ class Endpoint:
         return answer
 
     def _text(self, answer: Answer, opened: str) -> str:
-        if _is_withheld(answer):
+        if is_withheld(answer):
             return WITHHELD
         if answer.status != 200:
             raise self._refused(answer)
@@ -315,7 +364,7 @@ class Endpoint:
             if filtered:
                 return WITHHELD
             raise Trouble(f"{self.name} sends a reply without a message", again=True)
-        text, thought = _said_and_thought(message)
+        text, thought = said_and_thought(message)
         if filtered and not without_thoughts(text):
             return WITHHELD
         return resumed(opened, text) if thought is None else f"<think>{thought}</think>{text}"
@@ -356,7 +405,7 @@ class Endpoint:
 
     # --- one request -----------------------------------------------------------------------------
 
-    def _persist(self, attempt: Callable[[], Any]) -> Any:
+    def _persist(self, attempt: Callable[[], Said]) -> Said:
         """Try until it works, cannot work, or has been tried often enough."""
         tries = 0
         while True:
@@ -432,51 +481,3 @@ class Endpoint:
         finally:
             with self._lock:
                 self._open.discard(call)
-
-
-# --- what passes over the wire -------------------------------------------------------------------
-
-
-def _listed(answer: Answer) -> list[dict[str, Any]] | None:
-    """The models of a list of models; None when it is none."""
-    found = answer.json() if answer.status == 200 else None
-    if not isinstance(found, dict) or not isinstance(found.get("data", 0), list | type(None)):
-        return None
-    return [one for one in found.get("data") or [] if isinstance(one, dict)]
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:12])
-    return shown + (f" or one of {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def _is_withheld(answer: Answer) -> bool:
-    """Whether a server refuses a request because of what it asks, as Azure does."""
-    found = answer.json() if 400 <= answer.status < 500 else None
-    error = found.get("error") if isinstance(found, dict) else None
-    if not isinstance(error, dict):
-        return False
-    inner = error.get("innererror")
-    codes = [error.get("code"), error.get("type")]
-    codes += [inner.get("code")] if isinstance(inner, dict) else []
-    return any(code in _FILTERED for code in codes if isinstance(code, str))
-
-
-def _joined(content: Any, kind: str) -> str:
-    """The text of a message's content, or its thoughts, which may come in parts."""
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, dict)]
-        return "".join(_joined(part.get(kind), "text") for part in parts)
-    return content if isinstance(content, str) else ""
-
-
-def _said_and_thought(message: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What the model said, and its thoughts, where the server keeps them apart."""
-    content = message.get("content")
-    text = _joined(content, "text")
-    if not text and isinstance(message.get("refusal"), str):
-        text = message["refusal"]
-    apart = [message.get(name) for name in ("reasoning_content", "reasoning", "thinking")]
-    apart += [_joined(content, "thinking")] if isinstance(content, list) else []
-    thoughts = (one for one in apart if isinstance(one, str) and one.strip())
-    return text, next(thoughts, None)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from abl_mlx.behaviour.refusal_figures import refusals
 from abl_mlx.behaviour.refusals import Rates, rates
 from abl_mlx.behaviour.reply_notes import Notes, Seen, notes_on
+from abl_mlx.behaviour.whole_reply import TOKENS, WholeReply, of_pieces
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, prompt_of
 from abl_mlx.models import capture, thoughts
 from abl_mlx.models.chat_model import ChatModel
@@ -30,6 +31,9 @@ from abl_mlx.support.console import progress
 from convert.base import scratch
 from convert.base.atomic import new_file
 
+if TYPE_CHECKING:
+    from abl_mlx.behaviour.llamacpp import LlamaCpp
+
 #: A prompt, or the text of a user's message.
 Question = str | Prompt
 
@@ -39,6 +43,9 @@ Chat = Callable[[Sequence[Question], int], list[str]]
 #: Like `Chat`, with each reply as it comes: (number of the prompt, reply).
 Stream = Callable[[Sequence[Question], int], Iterator[tuple[int, str]]]
 
+#: Like `Stream`, with replies that can be cut.
+Wholes = Callable[[Sequence[Question], int], Iterator[tuple[int, WholeReply]]]
+
 #: Harmless prompts on which KL is measured at most; each keeps K·V float32 numbers on disk.
 KL_PROMPTS = 32
 
@@ -47,28 +54,48 @@ KL_PROMPTS = 32
 SIDE_BY_SIDE = 16
 
 
+class Decoder:
+    """Token ids of replies as their texts, up to the end token.
+
+    Special tokens are left out, but not the tags of thoughts. The tag that a prompt ends with is
+    put in front, so that a thought is known as one.
+    """
+
+    def __init__(self, chat: ChatModel) -> None:
+        self._chat = chat
+        special = special_tokens(chat)
+        self._dropped = {token for token, text in special.items() if not thoughts.is_mark(text)}
+        self._opened: dict[str | None, str] = {}
+
+    def __call__(self, reply: Sequence[int], asked: Question | None = None) -> str:
+        """The text of a reply.
+
+        Args:
+            reply: token ids.
+            asked: its prompt; None for one that was asked without thinking.
+        """
+        tokenizer, mode = self._chat.tokenizer, prompt_of(asked).thinking if asked else None
+        if mode not in self._opened:
+            self._opened[mode] = self._chat.opened_thought(mode)
+        ends = (at for at, token in enumerate(reply) if token in tokenizer.eos_token_ids)
+        kept = [token for token in reply[: next(ends, len(reply))] if token not in self._dropped]
+        text = tokenizer.decode(kept, skip_special_tokens=False)
+        return thoughts.resumed(self._opened[mode], text)
+
+
 def decode(
     chat: ChatModel, replies: Sequence[Sequence[int]], asked: Sequence[Question] | None = None
 ) -> list[str]:
-    """Reply texts up to the end token, without special tokens, but with their thoughts' tags.
-
-    The tag that a prompt ends with is put in front, so that a thought is known as one.
+    """The texts of replies, as of `Decoder`.
 
     Args:
         replies: token ids.
         asked: the prompt of each; None where all were asked without thinking.
     """
-    special = special_tokens(chat)
-    dropped = {token for token, text in special.items() if not thoughts.is_mark(text)}
-    modes = [prompt_of(one).thinking for one in asked] if asked else [None] * len(replies)
-    opened = {mode: chat.opened_thought(mode) for mode in set(modes)}
-    texts = []
-    for reply, mode in zip(replies, modes, strict=True):
-        ends = (at for at, token in enumerate(reply) if token in chat.tokenizer.eos_token_ids)
-        kept = [token for token in reply[: next(ends, len(reply))] if token not in dropped]
-        text = chat.tokenizer.decode(kept, skip_special_tokens=False)
-        texts.append(thoughts.resumed(opened[mode], text))
-    return texts
+    decoder = Decoder(chat)
+    if asked is None:
+        return [decoder(reply) for reply in replies]
+    return [decoder(reply, one) for reply, one in zip(replies, asked, strict=True)]
 
 
 def special_tokens(chat: ChatModel) -> dict[int, str]:
@@ -164,10 +191,28 @@ def in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Chat:
 def stream_in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Stream:
     """Like `in_mlx`, with each reply as it comes: (number of the prompt, reply)."""
 
+    whole = wholes_in_mlx(chat, batch_size=batch_size)
+
     def answer(prompts: Sequence[Question], max_tokens: int) -> Iterator[tuple[int, str]]:
-        sequences = [chat.encode(prompt) for prompt in prompts]
+        for index, reply in whole(prompts, max_tokens):
+            yield index, reply.text
+
+    return answer
+
+
+def wholes_in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Wholes:
+    """Like `stream_in_mlx`, with replies that can be cut, by the model's own tokens."""
+
+    def answer(prompts: Sequence[Question], max_tokens: int) -> Iterator[tuple[int, WholeReply]]:
+        sequences, decoder = [chat.encode(prompt) for prompt in prompts], Decoder(chat)
         for index, reply in stream(chat, sequences, max_tokens, batch_size=batch_size):
-            yield index, decode(chat, [reply], [prompts[index]])[0]
+
+            def beginning(
+                n: int, reply: list[int] = reply, asked: Question = prompts[index]
+            ) -> str:
+                return decoder(reply[:n], asked)
+
+            yield index, WholeReply(beginning(len(reply)), len(reply), TOKENS, beginning)
 
     return answer
 
@@ -202,6 +247,19 @@ class InLlamaCpp:
 
     def stream(self, prompts: Sequence[Question], max_tokens: int) -> Iterator[tuple[int, str]]:
         """Each reply as it comes: (number of the prompt, reply)."""
+        with self._loaded(prompts, max_tokens) as server:
+            yield from server.stream(prompts, max_tokens)
+
+    def wholes(
+        self, prompts: Sequence[Question], max_tokens: int
+    ) -> Iterator[tuple[int, WholeReply]]:
+        """Like `stream`, with replies that can be cut, by the file's own tokens."""
+        with self._loaded(prompts, max_tokens) as server:
+            for index, reply in server.stream(prompts, max_tokens):
+                said = reply.removeprefix(server.opened(prompt_of(prompts[index]).thinking))
+                yield index, of_pieces(reply, server.pieces(said))
+
+    def _loaded(self, prompts: Sequence[Question], max_tokens: int) -> LlamaCpp:
         from abl_mlx.behaviour.llamacpp import LlamaCpp
 
         # Room for the template, and no more: the cache of a large model is what the rest costs. A
@@ -209,11 +267,10 @@ class InLlamaCpp:
         longest = max((prompt_of(one).length for one in prompts), default=0)
         room = 512 + longest + max_tokens
         side_by_side = max(1, min(SIDE_BY_SIDE, len(prompts)))
-        with LlamaCpp(
+        return LlamaCpp(
             self.path, n_ctx=room, n_parallel=side_by_side, lean=True, lora=self.lora,
             given=self.given,
-        ) as server:  # fmt: skip
-            yield from server.stream(prompts, max_tokens)
+        )  # fmt: skip
 
 
 def save_replies(path: Path, replies: Mapping[str, Behaviour], sets: PromptSets) -> None:

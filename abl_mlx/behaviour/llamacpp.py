@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from abl_mlx.behaviour.llamacpp_process import LlamaProcess
+from abl_mlx.behaviour.whole_reply import pieces_of, tokenizing
 from abl_mlx.inputs.sets import Message, Prompt, prompt_of
 from abl_mlx.inputs.thinking import template_values
 from abl_mlx.models import gguf_template
@@ -64,6 +65,7 @@ class LlamaCpp(Closing):
         self.path = Path(path)
         self.n_parallel = n_parallel
         self.n_ctx = n_ctx
+        self._opened: dict[str | None, str] = {}
         for file, kind in ((self.path, ".gguf"), (lora, ".lora.gguf")):
             if file is not None and not file.is_file():
                 raise UserError(f"{file} is no file: give the path of a {kind} file.")
@@ -128,7 +130,7 @@ class LlamaCpp(Closing):
     ) -> Iterator[tuple[int, str]]:
         """The replies of `chat` as they come: (number of the prompt, reply)."""
         asked = [prompt_of(question) for question in prompts]
-        opened = {mode: self._opens(mode) for mode in {prompt.thinking for prompt in asked}}
+        opened = {mode: self.opened(mode) for mode in {prompt.thinking for prompt in asked}}
 
         def answer(prompt: Prompt) -> str:
             if self._given is not None:
@@ -182,9 +184,13 @@ class LlamaCpp(Closing):
         token = self.tokenize(bos, add_special=False)
         return token if token == self.tokenize("")[:1] else []
 
-    def _opens(self, thinking: str | None) -> str:
+    def opened(self, thinking: str | None) -> str:
         """What the file's template opens a thought with at the end of every prompt."""
-        return opened_by(lambda text: self.render_prompt(Prompt(text, thinking=thinking)))
+        if thinking not in self._opened:
+            self._opened[thinking] = opened_by(
+                lambda text: self.render_prompt(Prompt(text, thinking=thinking))
+            )
+        return self._opened[thinking]
 
     def greedy(self, prompt: Sequence[int] | str, n: int) -> list[int]:
         """The next ``n`` token ids after ``prompt``, fewer when the model ends its reply.
@@ -238,6 +244,10 @@ class LlamaCpp(Closing):
             {"content": text, "add_special": add_special, "parse_special": parse_special},
         )
         return [int(token) for token in reply["tokens"]]
+
+    def pieces(self, text: str) -> list[bytes]:
+        """What each token of ``text`` writes, special tokens in it parsed, without bos and eos."""
+        return pieces_of(self._post("/tokenize", tokenizing(text))) or []
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text that token ids make."""

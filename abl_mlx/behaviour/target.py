@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abl_mlx.behaviour.whole_reply import WholeReply, of_words
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
 
@@ -25,6 +26,8 @@ class Target:
         gguf: the file, where llama.cpp runs it.
         model: its name on a server.
         note: what a reader of its figures should know.
+        wholes: like ``ask``, with replies that can be cut; None where nothing is known of their
+            tokens.
     """
 
     name: str
@@ -35,3 +38,14 @@ class Target:
     gguf: Path | None = None
     model: str | None = None
     note: str | None = None
+    wholes: Callable[[Sequence[str | Prompt], int], Iterator[tuple[int, WholeReply]]] | None = None
+
+    def ask_wholes(
+        self, prompts: Sequence[str | Prompt], max_tokens: int
+    ) -> Iterator[tuple[int, WholeReply]]:
+        """Like ``ask``, with replies that can be cut, by words where nothing else is known."""
+        if self.wholes is not None:
+            yield from self.wholes(prompts, max_tokens)
+            return
+        for number, reply in self.ask(prompts, max_tokens):
+            yield number, of_words(reply)

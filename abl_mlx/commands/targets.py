@@ -57,8 +57,9 @@ def opened(
             with clock.step("meet the server"):
                 endpoint = Endpoint(text, model, options.asking)
             yield Target(
-                endpoint.name, "server", endpoint.identity, endpoint.ask, model=endpoint.model
-            )
+                endpoint.name, "server", endpoint.identity, endpoint.ask, model=endpoint.model,
+                wholes=endpoint.wholes,
+            )  # fmt: skip
             return
         name, path = file.source.name, file.source.path
         runtime = runtime_of(file, options.targeting.runtime)
@@ -69,19 +70,22 @@ def opened(
             with clock.step("load the model"):
                 memory.check(file.source.title, file.size, asked=options.memory_check)
                 chat = file.load()
-            ask = evaluate.stream_in_mlx(chat, batch_size=options.replying.batch_size)
-            yield Target(name, runtime, identity, ask, chat=chat, note=note)
+            batch = options.replying.batch_size
+            ask = evaluate.stream_in_mlx(chat, batch_size=batch)
+            wholes = evaluate.wholes_in_mlx(chat, batch_size=batch)
+            yield Target(name, runtime, identity, ask, chat=chat, note=note, wholes=wholes)
             return
         memory.check(file.source.title, file.size, asked=options.memory_check)
         if runtime == "llama.cpp":
-            ask = evaluate.InLlamaCpp(path, given=file.given).stream
+            in_llamacpp = evaluate.InLlamaCpp(path, given=file.given)
+            ask, wholes = in_llamacpp.stream, in_llamacpp.wholes
         else:
             from abl_mlx.behaviour.llama_server import LlamaServer
 
             with clock.step("start llama-server"):
                 server = stack.enter_context(LlamaServer(path, options.asking))
-            ask = server.endpoint.ask
-        yield Target(name, runtime, identity, ask, gguf=path, note=note)
+            ask, wholes = server.endpoint.ask, server.endpoint.wholes
+        yield Target(name, runtime, identity, ask, gguf=path, note=note, wholes=wholes)
 
 
 def runtime_of(file: ModelFile, wanted: str | None) -> str:

@@ -1,0 +1,145 @@
+"""A reply that was asked for once, at its longest, and can be cut afterwards.
+
+Greedy decoding does not look ahead: what a model says with fewer tokens is the beginning of what it
+says with more. Where the cut is made is told by the model's own tokens where they are known. A
+server that tells only how many there were has them spread evenly over the characters, and one that
+does not even tell that is taken to need four tokens for three words.
+
+Nothing in this module imports MLX.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+TOKENS, SPREAD, WORDS = "tokens", "spread", "words"
+"""What a reply is cut by: its tokens, their number spread over the characters, or its words."""
+
+#: How many tokens a word takes where nothing is known of them.
+TOKENS_PER_WORD = 4 / 3
+
+#: A word, or one character of a script that is written without spaces.
+_WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\s\u0e00-\u0e7f\u3040-\u9fff]+")
+
+
+@dataclass(frozen=True)
+class WholeReply:
+    """A reply, and its beginnings.
+
+    Attributes:
+        text: all of it, as the runtime gave it.
+        tokens: how many it has.
+        unit: what it is cut by: `TOKENS`, `SPREAD` or `WORDS`.
+        beginning: the text of its first so many tokens.
+    """
+
+    text: str
+    tokens: int
+    unit: str
+    beginning: Callable[[int], str]
+
+    def cut(self, tokens: int) -> str:
+        """What the reply is with at most so many tokens."""
+        return self.text if tokens >= self.tokens else self.beginning(tokens)
+
+
+def of_pieces(text: str, pieces: Sequence[bytes]) -> WholeReply:
+    """A reply whose tokens are known by what each of them writes.
+
+    The pieces may lack what the prompt opened the reply with, and may have white space at the ends
+    that the text lacks. Where they are not of this text, only their number is used.
+    """
+    ends = list(accumulate(map(len, pieces)))
+    joined, wanted = b"".join(pieces), text.encode()
+    core = joined.strip()
+    before, start = wanted.find(core), len(joined) - len(joined.lstrip())
+    if not core or before < 0:
+        core = wanted.strip()
+        before, start = wanted.find(core), joined.find(core)
+    if not core or start < 0:
+        return spread(text, len(pieces))
+    opened = wanted[:before].decode()
+
+    def beginning(tokens: int) -> str:
+        end = ends[tokens - 1] if tokens else 0
+        return opened + joined[start:end].decode(errors="ignore")
+
+    return WholeReply(text, len(pieces), TOKENS, beginning)
+
+
+def spread(text: str, tokens: int) -> WholeReply:
+    """A reply of so many tokens, taken to be of one length."""
+
+    def beginning(n: int) -> str:
+        return text[: round(len(text) * n / max(1, tokens))]
+
+    return WholeReply(text, tokens, SPREAD, beginning)
+
+
+def of_words(text: str) -> WholeReply:
+    """A reply of which nothing is known but its text."""
+    ends = [found.end() for found in _WORD.finditer(text)]
+
+    def beginning(n: int) -> str:
+        words = int(n / TOKENS_PER_WORD)
+        return text[: ends[words - 1]] if 0 < words <= len(ends) else text if words else ""
+
+    return WholeReply(text, round(len(ends) * TOKENS_PER_WORD), WORDS, beginning)
+
+
+def of_answer(text: str, answer: Any) -> WholeReply:
+    """A reply of a server's chat, cut by what its answer tells of the tokens.
+
+    Args:
+        text: the reply.
+        answer: the answer's JSON: ``logprobs`` names each token, ``usage`` counts them.
+    """
+    told = answer if isinstance(answer, Mapping) else {}
+    choices = told.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    logprobs = choice.get("logprobs") if isinstance(choice, Mapping) else None
+    content = logprobs.get("content") if isinstance(logprobs, Mapping) else None
+    if isinstance(content, list) and content:
+        pieces = [_piece(one) for one in content]
+        known = [piece for piece in pieces if piece is not None]
+        return of_pieces(text, known) if known == pieces else spread(text, len(content))
+    usage = told.get("usage")
+    count = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
+    if isinstance(count, int) and count > 0:
+        return spread(text, count)
+    return of_words(text)
+
+
+def tokenizing(text: str) -> dict[str, Any]:
+    """The request to llama.cpp's ``/tokenize`` for what each token of a text writes."""
+    return {"content": text, "add_special": False, "parse_special": True, "with_pieces": True}
+
+
+def pieces_of(answer: Any) -> list[bytes] | None:
+    """What each token writes, in the answer to `tokenizing`; None where it is no such answer."""
+    tokens = answer.get("tokens") if isinstance(answer, Mapping) else None
+    if not isinstance(tokens, list):
+        return None
+    pieces = [_bytes(one.get("piece")) if isinstance(one, Mapping) else None for one in tokens]
+    return [piece or b"" for piece in pieces]
+
+
+def _bytes(value: Any) -> bytes | None:
+    """What a token writes: text, or the numbers of its bytes."""
+    if isinstance(value, str):
+        return value.encode()
+    try:
+        return bytes(value) if isinstance(value, list) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _piece(token: Any) -> bytes | None:
+    if not isinstance(token, Mapping):
+        return None
+    found = _bytes(token.get("bytes"))
+    return _bytes(token.get("token")) if found is None else found
