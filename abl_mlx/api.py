@@ -1,7 +1,7 @@
-"""What a notebook needs, in a few functions: the names that ``abl_mlx`` itself exports.
+"""The functions for notebooks and programs, which ``abl_mlx`` itself exports.
 
-A model is loaded, prompts are chosen, a direction is measured and chosen, looked at or removed at
-runtime, written into files, and judged:
+With them one can load a model and prompts, measure and choose a direction, remove it at runtime or
+write an edited model, and evaluate the result:
 
 >>> import abl_mlx
 >>> model = abl_mlx.load("demo")
@@ -14,9 +14,8 @@ runtime, written into files, and judged:
 ...     model.reply([question]) == [prompts.harmful.test.prompts[0].answer]
 True
 
-Mistakes in what is given, such as a file that is damaged, raise `UserError`, whose message is one
-sentence with the mend. Mistakes in a program, such as the name of a flag that there is not, raise
-TypeError or ValueError.
+Bad input, such as a damaged file, raises `UserError`, whose message is one sentence that says what
+to do. Mistakes in a program, such as a flag that does not exist, raise TypeError or ValueError.
 """
 
 from __future__ import annotations
@@ -85,11 +84,11 @@ def load(model: str | PathLike[str]) -> Model:
     """Load a model.
 
     Args:
-        model: what the command line takes: ``demo``, a folder of MLX or Hugging Face, a .gguf, a
+        model: as on the command line: ``demo``, a folder of MLX or Hugging Face, a .gguf, a
             repository of Hugging Face, ``repository:Q4_K_M`` or ``ollama:NAME``.
 
     Raises:
-        UserError: when there is none, or it is damaged or of a kind that cannot be run.
+        UserError: when there is no such model, or it is damaged or cannot be run.
     """
     with find_model(str(model)) as file:
         chat = file.load()
@@ -110,11 +109,11 @@ def load_prompts(
     Args:
         harmful, harmless: files or datasets of Hugging Face; without them the bundled sets, or for
             the demo model its own.
-        model: what will be asked: prompts that do not fit its context are left out.
-        borderline: a file or dataset of harmless prompts that look harmful; without it the bundled
-            ones, beside the bundled sets.
+        model: the model that will be asked; prompts that do not fit its context are left out.
+        borderline: a file or dataset of harmless prompts that sound harmful; without it the bundled
+            ones, if the other sets are bundled as well.
         seed: fixes the split.
-        limit: at most so many prompts of each part.
+        limit: the largest number of prompts in each part.
 
     Raises:
         UserError: when a set cannot be read, is too small, or shares prompts with the other.
@@ -140,14 +139,15 @@ def measure(
     (4, 1, 256)
 
     Args:
+        model: the model.
+        prompts: the prompts.
         positions: token positions, counted back from the end of the prompt in its template.
         method: one of `abl_mlx.choices.METHODS`; docs/methods.md has the formulas.
-        rank: how many directions ``svd`` finds.
+        rank: the number of directions that ``svd`` finds.
 
     Raises:
-        UserError: for ``over-refusal`` without enough borderline prompts, and for weights whose
-            states are not finite.
-        ValueError: for a method that there is not.
+        UserError: when ``over-refusal`` has too few borderline prompts, or states are not finite.
+        ValueError: when there is no such method.
     """
     if method not in METHODS:
         raise ValueError(f"no method {method!r}: there are {', '.join(METHODS)}")
@@ -168,16 +168,18 @@ def measure(
 def choose(model: Model, prompts: PromptSets, **flags: Any) -> DirectionFile:
     """Measure candidate directions, and choose the one whose removal ends refusals.
 
-    As `abl-mlx measure` does: the model is asked first, and the candidates are tried on the
-    validation prompts (Arditi et al. 2024, arXiv 2406.11717).
+    This does the same as `abl-mlx measure`: the model is asked first, and the candidates are tried
+    on the validation prompts (Arditi et al. 2024, arXiv 2406.11717).
 
     Args:
-        flags: of `abl-mlx measure` by name, such as ``method="svd"``, ``layer=12``, ``position=-1``
-            or ``max_kl=0.2``.
+        model: the model.
+        prompts: the prompts.
+        flags: flags of `abl-mlx measure` by name, such as ``method="svd"``, ``layer=12``,
+            ``position=-1`` or ``max_kl=0.2``.
 
     Raises:
-        UserError: when the model shows no refusal to remove, or no candidate is gentle enough.
-        TypeError: for a flag that there is not.
+        UserError: when the model shows no refusal to remove, or all candidates exceed the KL limit.
+        TypeError: when there is no such flag.
     """
     how = Measuring.of(**flags)
     return find_behind_openings(model.chat, model.writers, prompts, how, Clock())
@@ -185,13 +187,14 @@ def choose(model: Model, prompts: PromptSets, **flags: Any) -> DirectionFile:
 
 @contextmanager
 def ablation(model: Model, edit: Edit | DirectionFile) -> Iterator[None]:
-    """Within the block the model computes as if the edit was in its weights.
+    """Context manager in which the model computes as if its weights were edited.
 
     Args:
-        edit: an `Edit`, or a direction, which is removed whole.
+        model: the model.
+        edit: an `Edit`, or a direction file whose directions are fully removed.
 
     Raises:
-        UserError: for an edit that keeps norms, which only weights can have.
+        UserError: when the edit keeps norms, which is possible in weights only.
     """
     removed = edit_of(edit, Editing()) if isinstance(edit, DirectionFile) else edit
     with steering.ablation(model.writers, removed):
@@ -204,17 +207,17 @@ def apply(
     *outputs: str | PathLike[str],
     **flags: Any,
 ) -> ApplyRecord:
-    """Write the removal of a direction into files, as `abl-mlx apply` does.
+    """Write edited copies of a model without a direction, as `abl-mlx apply` does.
 
     Args:
-        direction: what `choose` has found, or a direction file.
-        model: of which the edited copies are made; it is never changed.
-        outputs: a folder for MLX, a .gguf, or an adapter: the name says which.
-        flags: of `abl-mlx apply` by name, such as ``strength=0.8`` or ``quantize="Q8_0"``.
+        direction: the result of `choose`, or the path of a direction file.
+        model: the source model; it is never changed.
+        outputs: paths whose names say the formats: an MLX folder, a .gguf, an adapter.
+        flags: flags of `abl-mlx apply` by name, such as ``strength=0.8`` or ``quantize="Q8_0"``.
 
     Raises:
         UserError: when an output exists or cannot hold the edit.
-        TypeError: for a flag that there is not, or without an output.
+        TypeError: when there is no such flag, or no output is given.
     """
     if not outputs:
         raise TypeError("apply needs at least one output")
@@ -232,11 +235,11 @@ def evaluate(model: str | PathLike[str], **flags: Any) -> EvalRecord:
 
     Args:
         model: as for `load`, or the address of a server.
-        flags: of `abl-mlx eval` by name, such as ``baseline="demo"`` or ``limit=20``.
+        flags: flags of `abl-mlx eval` by name, such as ``baseline="demo"`` or ``limit=20``.
 
     Raises:
         UserError: when the model cannot be asked.
-        TypeError: for a flag that there is not.
+        TypeError: when there is no such flag.
     """
     return evaluate_model.evaluate_model(str(model), EvalOptions.of(**flags))
 
@@ -244,12 +247,12 @@ def evaluate(model: str | PathLike[str], **flags: Any) -> EvalRecord:
 def audit(
     model: str | PathLike[str], base: str | PathLike[str] | None = None, *, ask: bool = False
 ) -> AuditRecord:
-    """Whether a direction was taken out of a model's weights, as `abl-mlx audit` says.
+    """Decide whether a direction was removed from a model's weights, as `abl-mlx audit` does.
 
     Args:
         model: as for `load`.
-        base: the model that it is said to come from.
-        ask: whether the model is run and its refusals are counted.
+        base: the base model from which it is said to come.
+        ask: whether to run the model and count its refusals as well.
 
     Raises:
         UserError: when the weights cannot be read.

@@ -1,8 +1,8 @@
-"""What a person may choose, one frozen record for each group of flags, one object a command.
+"""The values of flags: one frozen record for each group of flags, composed to one for each command.
 
-A function takes the group that it needs. What a command was told is composed of groups:
-`RunOptions`, `MeasureOptions`, `ApplyOptions`, `SteerOptions`, `EvalOptions`. Fields are called as
-their flags are, and their defaults are the command line's.
+A function takes the group that it needs. The records of commands are composed of groups:
+`RunOptions`, `MeasureOptions`, `ApplyOptions`, `SteerOptions`, `EvalOptions`. A field has the name
+of its flag and the command line's default.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-#: What ``--method`` may be; docs/methods.md has the formulas.
+#: The accepted values of ``--method``; docs/methods.md has the formulas.
 METHODS = (
     "difference-of-means",
     "winsorized-means",
@@ -24,8 +24,9 @@ METHODS = (
     "over-refusal",
 )
 
-#: What ``--norm`` may keep of an edited weight: nothing, or the length of each line in the stream
-#: (a column of a writer, a row of an embedding), or of each row (an embedding's column) across it.
+#: The accepted values of ``--norm``: an edit keeps no norms of a weight; or the norm of each vector
+#: in the stream (columns of a writer, rows of an embedding); or the norms of a writer's rows (an
+#: embedding's columns).
 NORMS = ("none", "columns", "rows")
 
 Self = TypeVar("Self", bound="Choices")  # typing.Self is of Python 3.11
@@ -33,11 +34,11 @@ Self = TypeVar("Self", bound="Choices")  # typing.Self is of Python 3.11
 
 @dataclass(frozen=True)
 class Choices:
-    """Values of flags: a group of them, or groups composed."""
+    """Values of flags: one group of them, or several groups composed."""
 
     @classmethod
     def of(cls: type[Self], **flags: Any) -> Self:
-        """From the values of flags by name, each given to the group that has it.
+        """The record with these values of flags, each of which goes to the group that has it.
 
         Raises:
             TypeError: for a name that no group has.
@@ -45,7 +46,7 @@ class Choices:
         return cls().but(**flags)
 
     def but(self: Self, **flags: Any) -> Self:
-        """The same with other values of these flags.
+        """The same record with other values of these flags.
 
         Raises:
             TypeError: for a name that no group has.
@@ -74,7 +75,7 @@ class Choices:
 
     @classmethod
     def kinds(cls) -> dict[str, Any]:
-        """The types of all flags' values by the flags' names."""
+        """The name of each flag -> the type of its values."""
         hints = get_type_hints(cls)
         found: dict[str, Any] = {}
         for field in fields(cls):
@@ -84,12 +85,12 @@ class Choices:
 
     @classmethod
     def of_record(cls: type[Self], values: Mapping[str, Any]) -> Self:
-        """From what `record` gives; names that no group has are left out."""
+        """The record with values that `record` returned; names that no group has are ignored."""
         known = {name: kind for name, kind in cls.kinds().items() if name in values}
         return cls.of(**{name: _from_json(values[name], kind) for name, kind in known.items()})
 
     def record(self) -> dict[str, Any]:
-        """Every flag's value as a JSON value, without the groups."""
+        """The name of each flag -> its value as a JSON value, without the groups."""
         found: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -103,12 +104,12 @@ class Choices:
 
 
 def _group(field: Field[Any]) -> type[Choices] | None:
-    """The class of a field that holds a group of flags."""
+    """The class of a field that holds a group of flags; None for other fields."""
     return type(field.default) if isinstance(field.default, Choices) else None
 
 
 def _from_json(value: Any, kind: Any) -> Any:
-    """A flag's value, of a type that may be a union."""
+    """A flag's value from its JSON value; its type may be a union."""
     kinds = get_args(kind) or (kind,)
     if isinstance(value, str) and Path in kinds:
         return Path(value)
@@ -143,7 +144,7 @@ class Prompting(Choices):
 
 @dataclass(frozen=True)
 class Chatting(Choices):
-    """How a model is talked to.
+    """How prompts are written.
 
     Attributes:
         template: a Jinja file, ``chatml`` or ``plain``, in place of the model's own chat template.
@@ -154,11 +155,11 @@ class Chatting(Choices):
 
 @dataclass(frozen=True)
 class Given(Choices):
-    """A direction from elsewhere.
+    """A direction from a file.
 
     Attributes:
-        direction: a file with the direction, instead of measuring one.
-        tensor: which tensor of it.
+        direction: the file; None to measure a direction.
+        tensor: the name of a tensor in the file.
     """
 
     direction: Path | None = None
@@ -167,19 +168,19 @@ class Given(Choices):
 
 @dataclass(frozen=True)
 class Finding(Choices):
-    """Which direction.
+    """How a direction is measured and chosen.
 
     Attributes:
-        method: how candidates are found, of `METHODS`; None for the difference of means,
-            and subspaces where that is not enough.
-        rank: how many directions a subspace has; None for what suits the method.
-        across: ``layers`` or ``positions``, whose directions are taken together as a subspace.
-        per_layer: each layer's writers lose that layer's own direction.
-        layer, position: take this candidate instead of the causal choice; a layer may lie between
-            two, and a position be ``instruction-end``.
-        borderline: prompt file or dataset that ``over-refusal`` is about; None for the bundled set.
-        max_kl: limit of the causal choice, nats at the first reply token.
-        anyway: go on where the model's own replies show no refusal to remove.
+        method: one of `METHODS`; None for the difference of means, and for subspaces if that leaves
+            refusals.
+        rank: the number of directions in a subspace; None for the method's default.
+        across: ``layers`` or ``positions``, whose directions are combined in a subspace.
+        per_layer: whether each layer's writers lose the direction of that layer.
+        layer, position: use this candidate instead of the causal choice. A layer may be a number
+            such as 2.4, between two layers; a position may be ``instruction-end``.
+        borderline: prompt file or dataset for ``over-refusal``; None for the bundled set.
+        max_kl: limit of the causal choice, in nats at the first reply token.
+        anyway: whether to continue if the model's own replies show no refusal to remove.
     """
 
     method: str | None = None
@@ -198,9 +199,9 @@ class Searching(Choices):
     """How a gentler edit is searched for.
 
     Attributes:
-        search: at most so many edits are tried; None for no search.
-        target_refusals: the share of refused and broken replies that a search aims at.
-        search_journal: the file that keeps what was tried; beside the output without it.
+        search: the largest number of edits to try; None for no search.
+        target_refusals: the largest share of refused and broken replies that is good enough.
+        search_journal: the file that keeps the trials; None for one beside the output.
     """
 
     search: int | None = None
@@ -208,7 +209,7 @@ class Searching(Choices):
     search_journal: Path | None = None
 
     def beside(self, output: Path) -> Searching:
-        """The same with a place for the journal: beside the output, if none was given."""
+        """The same with the journal beside the output, if no file was given for it."""
         if self.search is None or self.search_journal is not None:
             return self
         return replace(self, search_journal=output.with_name(f"{output.name}.search.journal"))
@@ -216,15 +217,15 @@ class Searching(Choices):
 
 @dataclass(frozen=True)
 class Editing(Choices):
-    """What is done to the weights.
+    """How the weights are edited.
 
     Attributes:
         strength: α of the edit.
-        layers: layers whose writers are edited; None for all.
+        layers: the layers whose writers are edited; None for all.
         embedding: whether the embedding is edited.
-        norm: what lengths the edited weights keep: ``none``, ``columns`` or ``rows``.
-        pin: what the stream holds of the direction instead of nothing: ``harmless`` or ``harmful``
-            for the mean of those prompts, or a number.
+        norm: which norms the edited weights keep, one of `NORMS`.
+        pin: the component along the direction that the stream keeps: ``harmless`` or ``harmful``
+            for the mean of those prompts, or a number; None for 0.
     """
 
     strength: float = 1.0
@@ -239,21 +240,21 @@ class Writing(Choices):
     """How an edit is written.
 
     Attributes:
-        quantize: type of GGUF outputs.
-        max_leak: largest share of the component that may be left in the written weights.
-        mtp: edit the blocks of multi-token prediction too, which mlx-lm does not run.
-        keep_undo: keep what the edit takes out, for `abl-mlx undo`.
-        tensors: of a GGUF source, a regular expression for the tensors to edit, in place of what
-            is known of the architecture.
+        quantize: the file type of GGUF outputs.
+        max_leak: the largest share of the component that may be left in the written weights.
+        mtp: whether blocks for multi-token prediction, which mlx-lm does not run, are edited.
+        keep_undo: whether to write the removed components, for `abl-mlx undo`.
+        tensors: for a GGUF source, a regular expression that names the tensors to edit, instead of
+            the architecture's list of writers.
         strict_types: refuse a GGUF tensor whose type has no scalar grid, instead of writing it in
-            a finer type.
-        grid: of a quantized source, ``own`` keeps each tensor's scales and most codes, ``fresh``
-            encodes the edited weights anew, ``auto`` takes a fresh grid where it is clearly better.
-        writer_bits: of a quantized MLX folder, what the edited matrices are promoted to: bits, or
-            ``bf16`` for plain floats; None keeps each one's own mode.
-        plain_rounding: round every weight to its nearest level, which loses most of an edit; to
-            show the difference.
-        ollama_create: the name under which the first GGUF output is handed to Ollama.
+            a more precise type.
+        grid: for a quantized source: ``own`` keeps each tensor's scales and most codes, ``fresh``
+            chooses new ones, ``auto`` chooses new ones where these are clearly better.
+        writer_bits: for a quantized MLX folder, the bits with which edited matrices are written, or
+            ``bf16`` for plain floats; None keeps each matrix's own mode.
+        plain_rounding: round every weight to its nearest level, which loses most of an edit; for
+            comparison.
+        ollama_create: the name under which the first GGUF output is given to Ollama.
     """
 
     quantize: str = "F16"
@@ -273,11 +274,12 @@ class Replying(Choices):
     """How replies are generated and kept.
 
     Attributes:
-        max_tokens: longest reply in the evaluation.
-        batch_size: replies generated side by side.
-        save_replies: where the replies go, if they are wanted.
-        report: where the page to read goes; of `run`, beside or inside each output without it.
-        save_completions: whether the replies are on that page.
+        max_tokens: the longest reply in the evaluation, in tokens.
+        batch_size: how many replies are generated at the same time.
+        save_replies: the file for the replies; None to save none.
+        report: the file for the report; None for one in or beside each output of `run`, and none
+            for other commands.
+        save_completions: whether the report shows the replies.
     """
 
     max_tokens: int = 64
@@ -289,14 +291,14 @@ class Replying(Choices):
 
 @dataclass(frozen=True)
 class Targeting(Choices):
-    """What `eval` asks.
+    """The model that `eval` asks.
 
     Attributes:
         model: the model's name on a server.
-        baseline: another model, asked the same prompts to compare with.
-        baseline_model: its name, where that is on a server.
-        runtime: what runs a model of this machine; None for what suits it.
-        resume: the journal of what was answered; None for one in the cache.
+        baseline: another model, which is asked the same prompts for comparison.
+        baseline_model: the baseline's name, if it is on a server.
+        runtime: what runs a model on this machine; None for the first available one.
+        resume: the journal with earlier verdicts; None for one in the cache.
     """
 
     model: str | None = None
@@ -311,10 +313,10 @@ class Asking(Choices):
     """How a server is asked.
 
     Attributes:
-        concurrency: requests under way at the same time.
+        concurrency: how many requests are made at the same time.
         timeout: seconds from connecting to the last byte of a reply.
-        retries: further tries of a request that failed in a way that may pass.
-        backoff: seconds before the second try; each later one waits twice as long.
+        retries: how often a request is repeated that failed for a reason that may be temporary.
+        backoff: seconds before the second try; each later try waits twice as long.
     """
 
     concurrency: int = 4
@@ -325,12 +327,12 @@ class Asking(Choices):
 
 @dataclass(frozen=True)
 class Judging(Choices):
-    """Who judges replies.
+    """How replies are judged.
 
     Attributes:
-        judge: the model or server that judges replies in place of the markers.
+        judge: the model or server that judges replies instead of the markers.
         judge_model: its name on a server.
-        judge_tokens: longest answer of the judge.
+        judge_tokens: the longest answer of the judge, in tokens.
     """
 
     judge: str | None = None
@@ -340,12 +342,12 @@ class Judging(Choices):
 
 @dataclass(frozen=True)
 class Metrics(Choices):
-    """What else `eval` measures.
+    """Further measurements of `eval`.
 
     Attributes:
         perplexity: measure perplexity on the bundled text.
         capability: ask the small capability check.
-        lm_eval: tasks for lm-evaluation-harness, with commas.
+        lm_eval: tasks of lm-evaluation-harness, separated by commas.
     """
 
     perplexity: bool = False
@@ -355,17 +357,17 @@ class Metrics(Choices):
 
 @dataclass(frozen=True)
 class Limits(Choices):
-    """What is asked of a model; None asks nothing.
+    """Limits on an evaluation (the gate); None means no limit.
 
     Attributes:
-        min_refusal: least share of harmful prompts that it refuses.
-        max_over_refusal: largest share of the harmless, and of the borderline prompts, that it
-            refuses.
-        max_broken: largest share of replies that are empty or loop; asked with every other limit,
-            since a broken model refuses nothing.
-        max_kl: largest mean KL(baseline ‖ model), nats a token.
+        min_refusal: the least share of harmful prompts that the model must refuse.
+        max_over_refusal: the largest share of the harmless, and of the borderline prompts, that it
+            may refuse.
+        max_broken: the largest share of replies that may be empty or loop; it applies with every
+            other limit, because a broken model refuses nothing.
+        max_kl: the largest mean KL(baseline ‖ model), in nats per token.
         max_drop_from: the record of an earlier `eval --json`.
-        max_drop: by how much the refusal rate on harmful prompts may have fallen from there.
+        max_drop: by how much the refusal rate on harmful prompts may be lower than in that record.
     """
 
     min_refusal: float | None = None
@@ -377,7 +379,7 @@ class Limits(Choices):
 
     @property
     def given(self) -> bool:
-        """Whether anything is asked."""
+        """Whether there is any limit."""
         asked = (self.min_refusal, self.max_over_refusal, self.max_kl, self.max_drop_from)
         return any(limit is not None for limit in asked)
 
@@ -387,11 +389,11 @@ class Limits(Choices):
 
 @dataclass(frozen=True)
 class Measuring(Choices):
-    """How a direction is found: what `run`, `measure`, `chat` and `show` have in common.
+    """How a direction is found: the choices that `run`, `measure`, `chat` and `show` share.
 
     Attributes:
-        editing: what candidates are tried with.
-        batch_size: replies generated side by side.
+        editing: the edit with which candidates are tried.
+        batch_size: how many replies are generated at the same time.
     """
 
     prompting: Prompting = Prompting()
@@ -404,7 +406,7 @@ class Measuring(Choices):
 
     @property
     def by_hand(self) -> bool:
-        """Whether a person chose what is removed, by ``--layer`` or ``--direction``."""
+        """Whether the user chose the direction, by ``--layer`` or ``--direction``."""
         return self.finding.layer is not None or self.given.direction is not None
 
 
@@ -413,7 +415,7 @@ class RunOptions(Choices):
     """The choices of `run`.
 
     Attributes:
-        gguf: a GGUF of the model that is measured, to be edited in its stead.
+        gguf: a GGUF of the same model, which is edited instead of the model that is measured.
         memory_check: refuse a model that is larger than the machine's memory.
     """
 
@@ -464,7 +466,7 @@ class ApplyOptions(Choices):
     """The choices of `apply`.
 
     Attributes:
-        lazy: edit file to file, without ever holding the model.
+        lazy: edit file to file, with only one tensor in memory at a time.
         memory_check: refuse a model that is larger than the machine's memory.
     """
 
@@ -492,7 +494,7 @@ class SteerOptions(Choices):
 
     @property
     def measuring(self) -> Measuring:
-        """How the direction is found, where no file has it."""
+        """How the direction is found if no file is given."""
         return Measuring(
             self.prompting, finding=self.finding, editing=self.editing, chatting=self.chatting
         )
@@ -503,7 +505,7 @@ class EvalOptions(Choices):
     """The choices of `eval`.
 
     Attributes:
-        junit: where a JUnit report goes.
+        junit: the file for a JUnit report; None to write none.
         memory_check: refuse a model that is larger than the machine's memory.
     """
 

@@ -1,4 +1,4 @@
-"""What a command prints: the record of what it did, as a table or as one JSON object."""
+"""Printing a command's record, as a table or as one JSON object."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from convert.base.errors import UserError
 
 
 def typed(what: str, text: str) -> str:
-    """What was typed as text: under a locale without UTF-8 Python hands its bytes on in pieces.
+    """An argument as text, decoded as UTF-8 even if the locale has another encoding.
+
+    Args:
+        what: describes the argument, for the message.
+        text: the argument as Python gives it, in which undecodable bytes are lone surrogates.
 
     Raises:
-        UserError: when it is no UTF-8.
+        UserError: when the argument is not UTF-8.
     """
     try:
         return os.fsencode(text).decode()
@@ -28,7 +32,7 @@ def typed(what: str, text: str) -> str:
 
 @contextmanager
 def _stdout_kept_for_results() -> Iterator[None]:
-    """Send everything that libraries print to stderr, native code included."""
+    """Context manager that sends everything libraries print, native code included, to stderr."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -43,7 +47,14 @@ def _stdout_kept_for_results() -> Iterator[None]:
 def answer(
     as_json: bool, table: str | Callable[[Any], str], work: Callable[..., Any], *args: Any
 ) -> Any:
-    """Do the work, print its record, and return that."""
+    """Call ``work`` with ``args``, print the record that it returns, and return it.
+
+    Args:
+        as_json: whether to print one JSON object instead of a table.
+        table: the table, or a function that makes it from the record.
+        work: the command.
+        args: its arguments.
+    """
     from abl_mlx.reports import tables
     from abl_mlx.support.strict_json import to_json
 

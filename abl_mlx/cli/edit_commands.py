@@ -1,4 +1,4 @@
-"""The commands that write: run, measure, apply, undo, convert. They parse, call and print."""
+"""The commands that write files: run, measure, apply, undo, convert."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from abl_mlx.cli.values import HERE
 @click.option(
     "--induce",
     is_flag=True,
-    help="The reverse: make MODEL refuse everything, by a constant after one layer; --strength "
-    "scales it, --layer fixes where. Written as a bias, or with -o NAME.cvec.gguf as a control "
-    "vector for llama.cpp.",
+    help="The reverse: make MODEL refuse everything, by adding a constant after one layer. "
+    "--strength scales it, --layer chooses the layer. It is written as a bias, or with "
+    "-o NAME.cvec.gguf as a control vector for llama.cpp.",
 )
 @prompt_flags
 @chat_flags
@@ -81,7 +81,7 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     "--plot",
     metavar="FILE.png|FILE.svg",
     type=HERE,
-    help="Draw separation, causal scores, KL and explained variance by layer, and both prompt sets "
+    help="Plot separation, causal scores, KL and explained variance by layer, and both prompt sets "
     "in a plane.",
 )
 @prompt_flags
@@ -108,8 +108,8 @@ def measure(model: str, output: Path, plot: Path | None, as_json: bool, **chosen
 @click.option(
     "--lazy",
     is_flag=True,
-    help="Edit file to file: no more of the model is in memory at a time than one tensor. For "
-    "models larger than the memory this is done unasked; a GGUF is always edited so.",
+    help="Edit file to file, with only one tensor in memory at a time. This is the default for "
+    "models larger than the memory, and for GGUFs.",
 )
 @memory_flag
 @json_flag
@@ -137,28 +137,27 @@ def apply(
     multiple=True,
     required=True,
     type=HERE,
-    help="Where the model goes as it was: a folder for a folder, NAME.gguf for a GGUF; or an "
-    "adapter for MODEL that undoes its edit. May be given again.",
+    help="Where the restored model goes: a folder for a folder, NAME.gguf for a GGUF; or an "
+    "adapter for MODEL that undoes its edit. May be given several times.",
 )
 @click.option(
     "--factors",
     type=HERE,
-    help="What the edit took out, as --keep-undo wrote it. Without it: the undo file that lies "
-    "with MODEL.",
+    help="The undo file that --keep-undo wrote. Default: the one in or beside MODEL.",
 )
 @click.option(
     "--direction",
     type=HERE,
-    help="The edit's direction file, where there is no undo file: with --base, or for an edit of "
-    "a strength other than 1.",
+    help="The edit's direction file, if there is no undo file: with --base, or for an edit with a "
+    "strength other than 1.",
 )
 @click.option("--base", metavar="MODEL", help="The model before the edit.")
 @json_flag
 def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> None:
-    """Put back what abl-mlx took out of MODEL, a folder or GGUF of float weights.
+    """Undo the edit that abl-mlx made of MODEL, a folder or GGUF of float weights.
 
-    A full removal leaves nothing to go back by, so it needs what `run --keep-undo` or
-    `apply --keep-undo` kept, or the base model.
+    A full removal cannot be undone from MODEL alone: it needs the file that `run --keep-undo` or
+    `apply --keep-undo` wrote, or the base model.
     """
     from abl_mlx.commands import undo as undoing
 
@@ -178,8 +177,8 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
 @click.option(
     "--bits",
     type=click.Choice(["2", "3", "4", "5", "6", "8"]),
-    help="Of an MLX folder: quantize to so many bits what MLX has no type for (Q6_K, Q3_K, Q2_K, "
-    "IQ*), instead of writing bfloat16.",
+    help="For an MLX folder: quantize tensors of types that MLX does not have (Q6_K, Q3_K, Q2_K, "
+    "IQ*) to this many bits, instead of writing bfloat16.",
 )
 @click.option(
     "--group-size",
@@ -191,8 +190,8 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
-    help="Of an MLX folder: all floats in this type. Without it every float stays exactly what it "
-    "is, and mlx-lm computes in float32 where types mix.",
+    help="For an MLX folder: the type of all floats. Without it every float keeps its exact value, "
+    "and mlx-lm computes in float32 where types mix.",
 )
 @json_flag
 def convert_model(

@@ -1,4 +1,4 @@
-"""The flags that `eval` alone has."""
+"""The flags that only `eval` has."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from abl_mlx.cli.values import HERE
 
 
 def server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How a server is asked."""
+    """The flags about servers and other runtimes."""
     flags = [
         click.option("--model", metavar="NAME", help="The model's name on a server."),
         click.option(
             "--baseline",
             metavar="TARGET",
-            help="Ask this model the same prompts too, and show how far the two differ: the "
-            "original of an edited one, say.",
+            help="Ask this model the same prompts as well and show how far the two differ; for "
+            "instance the original of an edited model.",
         ),
         click.option("--baseline-model", metavar="NAME", help="The baseline's name on its server."),
         click.option(
             "--runtime",
             type=click.Choice(["mlx-lm", "llama.cpp", "llama-server"]),
             help="What runs a .gguf: MLX, llama.cpp in this process, or a llama-server on the "
-            "PATH. Without it the second, third or first of these, by what is there.",
+            "PATH. Default: the first that is available of llama.cpp, llama-server and MLX.",
         ),
         click.option(
             "--concurrency",
             default=4,
             show_default=True,
             type=click.IntRange(min=1, max=256),
-            help="Requests to a server at the same time.",
+            help="How many requests a server gets at the same time.",
         ),
         click.option(
             "--timeout",
             default=120.0,
             show_default=True,
             type=click.FloatRange(min=0, min_open=True),
-            help="Seconds that a server has for one reply.",
+            help="Seconds that a server may take for one reply.",
         ),
         click.option(
             "--retries",
@@ -53,21 +53,21 @@ def server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--resume",
             metavar="FILE.jsonl",
             type=HERE,
-            help="Keep verdicts here (and replies with --save-replies), and go on from what the "
-            "file has. Without it they are kept in the cache until all is done.",
+            help="Keep verdicts in this file (and replies with --save-replies), and continue from "
+            "those that it has. Without it they are kept in the cache until the command ends.",
         ),
     ]
     return decorated(command, flags)
 
 
 def judge_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Who judges."""
+    """The flags about judging replies."""
     flags = [
         click.option(
             "--judge",
             metavar="URL|MODEL|FILE.gguf",
-            help="Have this local model say what is a refusal, by a fixed rubric, in place of the "
-            "markers; what it says beside the rubric is counted and never guessed at.",
+            help="Let this local model decide by a fixed rubric what is a refusal, instead of the "
+            "markers. Its answers outside the rubric are counted separately.",
         ),
         click.option("--judge-model", metavar="NAME", help="The judge's name on its server."),
         click.option(
@@ -75,38 +75,38 @@ def judge_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             default=16,
             show_default=True,
             type=click.IntRange(min=1),
-            help="Longest answer of the judge; more for one that thinks first.",
+            help="Longest answer of the judge, in tokens. A judge that thinks first needs more.",
         ),
     ]
     return decorated(command, flags)
 
 
 def metric_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What else is measured."""
+    """The flags about further measurements."""
     flags = [
         click.option(
             "--perplexity",
             is_flag=True,
-            help="Measure perplexity on a bundled text too: the opening of Alice in Wonderland.",
+            help="Also measure perplexity on a bundled text, the opening of Alice in Wonderland.",
         ),
         click.option(
             "--capability",
             is_flag=True,
-            help="Ask sixty small tasks with one right answer each too: sums, instructions, "
+            help="Also ask sixty small tasks with one right answer each: sums, instructions, "
             "finding something in a text.",
         ),
         click.option(
             "--lm-eval",
             metavar="TASKS",
-            help="Then run these tasks of lm-evaluation-harness (with commas between) through "
-            "mlx_lm.evaluate; --limit holds for each. Of a model in MLX.",
+            help="Also run these tasks of lm-evaluation-harness (separated by commas) through "
+            "mlx_lm.evaluate, with --limit for each task. Only for a model in MLX.",
         ),
     ]
     return decorated(command, flags)
 
 
 def gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Limits that the command fails by."""
+    """The flags with limits that make the command exit with code 3."""
     share = click.FloatRange(min=0, max=1)
     flags = [
         click.option(
@@ -123,8 +123,8 @@ def gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--max-kl",
             type=click.FloatRange(min=0),
-            help="Exit with 3 when the model is further away from --baseline on harmless prompts "
-            "(nats a token).",
+            help="Exit with 3 when the KL divergence from --baseline on harmless prompts is larger "
+            "(nats per token).",
         ),
         click.option(
             "--max-drop-from",
@@ -151,7 +151,7 @@ def gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--junit",
             metavar="FILE.xml",
             type=HERE,
-            help="Write limits and categories as a JUnit report, for a CI to show.",
+            help="Write limits and categories as a JUnit report, which CI systems can show.",
         ),
     ]
     return decorated(command, flags)

@@ -1,4 +1,4 @@
-"""The command line's flags, in groups that several commands share: those of `abl_mlx.choices`."""
+"""Groups of flags that several commands share, one for each group of `abl_mlx.choices`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from abl_mlx.cli.values import HERE, Layers, PinValue, Position
 
 
 def decorated(command: Callable[..., Any], flags: list[Any]) -> Callable[..., Any]:
-    """A command with flags, which its help shows in this order."""
+    """The command with these flags, which its help shows in this order."""
     for flag in reversed(flags):
         command = flag(command)
     return command
 
 
 def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Which prompts."""
+    """The flags about prompts."""
     flags = [
         click.option(
             "--harmful",
@@ -41,7 +41,7 @@ def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--limit",
             type=click.IntRange(min=1),
-            help="Use at most so many prompts of each set and part.",
+            help="Use at most this many prompts of each set and part.",
         ),
         click.option(
             "--quick",
@@ -67,7 +67,7 @@ def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def chat_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How the model is talked to."""
+    """The flags about the chat template."""
     flags = [
         click.option(
             "--template",
@@ -81,14 +81,14 @@ def chat_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def given_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A direction from elsewhere."""
+    """The flags about a direction from a file."""
     flags = [
         click.option(
             "--direction",
             type=HERE,
-            help="Remove the direction in this file instead of measuring one: what `measure` "
-            "wrote, a .npy, .npz or .safetensors vector (a SAE decoder's row, say), or a control "
-            "vector (.gguf, --layer).",
+            help="Remove the direction in this file instead of measuring one: a file of `measure`, "
+            "a .npy, .npz or .safetensors vector (such as a row of an SAE's decoder), or a control "
+            "vector (.gguf, with --layer).",
         ),
         click.option("--tensor", metavar="NAME", help="Which tensor of --direction FILE."),
     ]
@@ -96,7 +96,7 @@ def given_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Which direction."""
+    """The flags about measuring and choosing a direction."""
     flags = [
         click.option(
             "--method",
@@ -107,30 +107,31 @@ def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--rank",
             type=click.IntRange(min=1),
-            help="Directions in the subspace of --method svd (default 2) or of --across (3).",
+            help="The number of directions in the subspace of --method svd (default 2) or of "
+            "--across (default 3).",
         ),
         click.option(
             "--across",
             type=click.Choice(["layers", "positions"]),
-            help="Take the directions at all layers, or at all tokens of the template's tail, "
-            "together as one subspace of --rank.",
+            help="Combine the directions of all layers, or of all tokens at the template's end, in "
+            "one subspace of --rank.",
         ),
         click.option(
             "--per-layer",
             is_flag=True,
-            help="Remove from the writers of each layer that layer's own direction.",
+            help="Remove from the writers of each layer the direction of that layer.",
         ),
         click.option(
             "--layer",
             type=click.FloatRange(min=0),
-            help="Take the direction after this layer (from 0) instead of choosing by its effect; "
-            "2.4 is between layers 2 and 3.",
+            help="Use the direction after this layer (counted from 0) instead of choosing one by "
+            "its effect; 2.4 means between layers 2 and 3.",
         ),
         click.option(
             "--position",
             type=Position(),
             metavar="N|instruction-end",
-            help="Take directions at this token, counted from the prompt's end: -1 is the last. "
+            help="Use directions at this token, counted from the prompt's end: -1 is the last. "
             "instruction-end is the instruction's own last token.",
         ),
         click.option(
@@ -143,28 +144,30 @@ def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             default=0.1,
             show_default=True,
             type=click.FloatRange(min=0),
-            help="Drop candidates that move harmless prompts by more (nats, first reply token).",
+            help="Reject directions whose removal changes harmless prompts by a larger KL "
+            "divergence (nats, first reply token).",
         ),
         click.option(
             "--anyway",
             is_flag=True,
-            help="Go on where the model does not refuse harmful prompts clearly more often than "
-            "harmless ones. Without it such a model is not edited.",
+            help="Continue even if the model does not refuse harmful prompts clearly more often "
+            "than harmless ones. Without it such a model is not edited.",
         ),
     ]
     return decorated(command, flags)
 
 
 def search_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How to search for a gentler edit."""
+    """The flags about searching for a gentler edit."""
     flags = [
         click.option(
             "--search",
             metavar="N",
             type=click.IntRange(min=1),
             help="Try at most N edits (directions, layers, strengths by layer for attention and "
-            "MLP, the embedding) and take the gentlest that meets --target-refusals. Ends by "
-            "itself when nothing better is found; Ctrl-C ends it with the best so far.",
+            "MLP, the embedding) and choose the one with the lowest KL that meets "
+            "--target-refusals. The search ends early when nothing better is found; Ctrl-C ends it "
+            "with the best so far.",
         ),
         click.option(
             "--target-refusals",
@@ -177,22 +180,22 @@ def search_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--search-journal",
             metavar="FILE",
             type=HERE,
-            help="For --search: keep its trials here, and go on from those that the file has. "
-            "Without it: OUTPUT.search.journal.",
+            help="For --search: keep its trials in this file, and continue from those that it has. "
+            "Default: OUTPUT.search.journal.",
         ),
     ]
     return decorated(command, flags)
 
 
 def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What is done to the weights."""
+    """The flags about the edit of the weights."""
     flags = [
         click.option(
             "--strength",
             default=1.0,
             show_default=True,
             help="1 removes the direction, 0.5 half of it, negative values strengthen it; beyond 2 "
-            "it comes back reversed. The direction is chosen by what its whole removal does.",
+            "it comes back reversed. The direction is chosen by the effect of its full removal.",
         ),
         click.option(
             "--layers", type=Layers(), help="Edit only these layers: 3, 2-5 or 0,4-6. Default: all."
@@ -201,15 +204,15 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--embedding/--no-embedding",
             default=True,
             show_default=True,
-            help="Edit the embedding too. With tied embeddings this edits the output head as well.",
+            help="Also edit the embedding. With tied embeddings this edits the output head, too.",
         ),
         click.option(
             "--norm",
             type=click.Choice(NORMS),
             default="none",
             show_default=True,
-            help="Keep the lengths of the edited weights' columns (a full removal stays full) or "
-            "of their rows (which puts part of the direction back: for comparison).",
+            help="Keep the norms of the edited weights' columns (a full removal stays full), or of "
+            "their rows (which puts part of the direction back; for comparison).",
         ),
         click.option(
             "--pin",
@@ -223,7 +226,7 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def writing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How the edit is written, and where the result goes."""
+    """The flags about writing the edit."""
     flags = [
         click.option(
             "--quantize",
@@ -238,18 +241,19 @@ def writing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             default=0.01,
             show_default=True,
             type=click.FloatRange(min=0),
-            help="Fail when more of the component than this share is left in the written weights.",
+            help="Fail when a larger share of the component is left in the written weights.",
         ),
         click.option(
             "--mtp",
             is_flag=True,
-            help="Edit what blocks of multi-token prediction write to the stream, too, which "
-            "mlx-lm and llama.cpp's plain generation do not run. Without it they stay as they are.",
+            help="Also edit blocks for multi-token prediction, which mlx-lm and llama.cpp's plain "
+            "generation do not run. Without it they stay as they are.",
         ),
         click.option(
             "--keep-undo",
             is_flag=True,
-            help="Keep what the edit takes out beside a float model, for `abl-mlx undo`.",
+            help="Write the components that the edit removes beside a float model, for "
+            "`abl-mlx undo`.",
         ),
         click.option(
             "-o",
@@ -259,29 +263,29 @@ def writing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             required=True,
             type=HERE,
             help="Where the edited model goes: a folder (MLX) or NAME.gguf; or an adapter for the "
-            "model as it is: NAME.adapter (mlx-lm) or NAME.lora.gguf (llama.cpp). May be given "
-            "again.",
+            "unedited model: NAME.adapter (mlx-lm) or NAME.lora.gguf (llama.cpp). May be given "
+            "several times.",
         ),
     ]
     return decorated(command, flags)
 
 
 def reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How replies are generated and kept."""
+    """The flags about generating and saving replies."""
     flags = [
         click.option(
             "--max-tokens",
             default=64,
             show_default=True,
             type=click.IntRange(min=1),
-            help="Longest reply in the evaluation.",
+            help="Longest reply in the evaluation, in tokens.",
         ),
         click.option(
             "--batch-size",
             default=32,
             show_default=True,
             type=click.IntRange(min=1),
-            help="Replies generated side by side.",
+            help="How many replies are generated at the same time.",
         ),
         click.option(
             "--save-replies",
@@ -324,25 +328,25 @@ def gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["auto", "own", "fresh"]),
             default="auto",
             show_default=True,
-            help="Of a quantized model: keep each tensor's own scales (with an imatrix in them, "
-            "say), encode it anew, or take a fresh grid where it is clearly better.",
+            help="For a quantized model: keep each tensor's own scales (which may come from an "
+            "imatrix), choose new ones, or choose new ones where these are clearly better.",
         ),
         click.option(
             "--writer-bits",
             type=click.Choice(["3", "4", "5", "6", "8", "bf16"]),
-            help="Of a quantized MLX folder: write the edited matrices with so many bits, or as "
+            help="For a quantized MLX folder: write the edited matrices with this many bits, or as "
             "plain floats (float16 in a float16 model). Without it each keeps its own mode.",
         ),
         click.option(
             "--plain-rounding",
             is_flag=True,
-            help="Of a quantized model, round every weight to its nearest level, as others do: "
-            "loses most of the edit, and shows how much.",
+            help="For a quantized model: round every weight to its nearest level, as other tools "
+            "do. This loses most of the edit; the leak shows how much.",
         ),
         click.option(
             "--ollama-create",
             metavar="NAME",
-            help="Hand the first GGUF that is written to Ollama under this name.",
+            help="Give the first GGUF output to Ollama under this name.",
         ),
     ]
     return decorated(command, flags)
@@ -354,7 +358,7 @@ json_flag = click.option(
 
 
 def memory_flag(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Whether memory is checked first."""
+    """The flag about checking the machine's memory first."""
     return click.option(
         "--memory-check/--no-memory-check",
         default=True,
@@ -363,7 +367,7 @@ def memory_flag(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def steered_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What is steered at runtime."""
+    """The flags about an edit at runtime."""
     flags = [
         click.option(
             "--direction",

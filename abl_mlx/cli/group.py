@@ -1,4 +1,4 @@
-"""The command line's root, and what it makes of errors."""
+"""The root command, which turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def cli() -> None:
 
     MODEL is `demo` (bundled, works offline), a folder in MLX or Hugging Face form, a .gguf file, a
     Hugging Face id such as mlx-community/SomeModel, a GGUF there (owner/repo:Q4_K_M or
-    hf:owner/repo/file.gguf), or a model that Ollama has (ollama:NAME).
+    hf:owner/repo/file.gguf), or a model in Ollama's store (ollama:NAME).
 
     \b
     Try it:   abl-mlx run demo -o demo-edited

@@ -1,4 +1,4 @@
-"""The commands that look at a model: eval, audit, inspect, diff, show, chat."""
+"""The commands that do not edit files: eval, audit, inspect, diff, show, chat."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def evaluate(target: str, as_json: bool, **chosen: Any) -> None:
     abl-mlx eval edited.gguf --baseline original.gguf
     abl-mlx eval SomeModel --min-refusal 0.9 --max-over-refusal 0.1 --junit refusals.xml
 
-    An evaluation that was stopped goes on where it stopped when the same command is given again.
-    A key for a server is read from ABL_API_KEY, or OPENAI_API_KEY (this machine and https alone).
+    An evaluation that was stopped continues where it stopped when the same command is given again.
+    A key for a server is read from ABL_API_KEY, or OPENAI_API_KEY (only this machine and https).
 
-    Exit codes: 1 for anything that went wrong, 3 when a limit is not met.
+    Exit codes: 1 for any error, 3 when a limit is not met.
     """
     from abl_mlx.behaviour.gate import NOT_MET
     from abl_mlx.choices import EvalOptions
@@ -67,43 +67,43 @@ def evaluate(target: str, as_json: bool, **chosen: Any) -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--base", metavar="MODEL", help="The model that MODEL is said to come from.")
+@click.option("--base", metavar="MODEL", help="The base model from which MODEL is said to come.")
 @click.option(
     "--direction",
     type=HERE,
-    help="A direction file to hold against the recovered direction.",
+    help="A direction file to compare with the recovered direction.",
 )
 @click.option(
     "--ask/--no-ask",
     default=False,
     show_default=True,
-    help="Run MODEL too, and count its refusals as `abl-mlx eval` does.",
+    help="Also run MODEL and count its refusals as `abl-mlx eval` does.",
 )
 @click.option(
     "--fail-on",
     multiple=True,
     type=click.Choice(["edited", "cannot-tell", "not-edited"]),
-    help="Exit with 3 when this is the verdict. May be given again.",
+    help="Exit with 3 when this is the verdict. May be given several times.",
 )
 @click.option(
     "-o",
     "--output",
     type=HERE,
-    help="Keep the recovered direction in this file, NAME.safetensors.",
+    help="Write the recovered direction to this file, NAME.safetensors.",
 )
 @report_flag("Write a page to read in a browser here.")
 @json_flag
 def audit(model: str, as_json: bool, fail_on: tuple[str, ...], **given: Any) -> None:
-    """Was a direction taken out of MODEL's weights? For folders and GGUFs of any type.
+    """Decide whether a direction was removed from MODEL's weights, in a folder or a GGUF.
 
-    The verdict is "edited", "not edited" or "cannot tell", with its evidence. Nothing but the model
-    is needed: what is looked for is a direction along which the weights that write to the residual
-    stream hold less than chance can explain. docs/audit.md says what that cannot see.
+    The verdict is "edited", "not edited" or "cannot tell", with its evidence. Only the model is
+    needed: the command looks for a direction along which the weights that write to the residual
+    stream have smaller components than chance explains. docs/audit.md says what it cannot find.
 
     \b
     abl-mlx audit some-model-Q4_K_M.gguf --fail-on edited --fail-on cannot-tell
 
-    Exit codes: 1 for anything that went wrong, 3 for a verdict of --fail-on.
+    Exit codes: 1 for any error, 3 for a verdict of --fail-on.
     """
     from abl_mlx.behaviour.gate import NOT_MET
     from abl_mlx.commands import audit as auditing
@@ -117,7 +117,7 @@ def audit(model: str, as_json: bool, fail_on: tuple[str, ...], **given: Any) -> 
 @click.argument("model")
 @json_flag
 def inspect(model: str, as_json: bool) -> None:
-    """Show MODEL's architecture, its residual writers, and what an edit would touch."""
+    """Show MODEL's architecture, its residual writers, and how much an edit would change."""
     from abl_mlx.commands import measure_apply
 
     answer(as_json, "inspect_table", measure_apply.inspect, model)
@@ -129,14 +129,14 @@ def inspect(model: str, as_json: bool) -> None:
 @click.option(
     "--direction",
     type=HERE,
-    help="Show how much of this direction's removal from FIRST has arrived in SECOND.",
+    help="Show how much of the removal of this direction from FIRST is present in SECOND.",
 )
-@click.option("--tensors", metavar="REGEX", help="The tensors to look at for --direction.")
+@click.option("--tensors", metavar="REGEX", help="The tensors to compare for --direction.")
 @json_flag
 def diff(
     first: Path, second: Path, direction: Path | None, as_json: bool, tensors: str | None
 ) -> None:
-    """Show which tensors differ between two GGUF files, and what is left of a direction."""
+    """Show which tensors differ between two GGUF files, and how much of a direction is left."""
     from abl_mlx.commands import diff as comparing
 
     answer(
@@ -154,13 +154,13 @@ def diff(
     default=0,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Read so many tokens of the model's own reply as well.",
+    help="Also show this many tokens of the model's own reply.",
 )
 @click.option(
     "-o",
     "--output",
     type=HERE,
-    help="Draw it too, in this page.html.",
+    help="Also draw it, in this page NAME.html.",
 )
 @steered_flags
 @json_flag
@@ -172,9 +172,9 @@ def show(
     as_json: bool,
     **chosen: Any,
 ) -> None:
-    """Show how much of the refusal direction every layer and token of PROMPT holds.
+    """Show the component along the refusal direction at every layer and token of PROMPT.
 
-    Before and after the edit, which is made at runtime: nothing is written.
+    It is shown before and after the edit, which is made at runtime; no model is written.
     """
     from abl_mlx.choices import SteerOptions
     from abl_mlx.commands import session
@@ -195,21 +195,21 @@ def show(
 @cli.command()
 @click.argument("model")
 @click.option(
-    "--side-by-side", is_flag=True, help="Show what the original says beside what the edited does."
+    "--side-by-side", is_flag=True, help="Show the original's reply beside the edited model's."
 )
 @click.option(
     "--max-tokens",
     default=512,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Longest reply.",
+    help="Longest reply, in tokens.",
 )
 @click.option(
     "--temp",
     default=0.0,
     show_default=True,
     type=click.FloatRange(min=0),
-    help="Temperature; 0 takes the likeliest token.",
+    help="Temperature; 0 always chooses the likeliest token.",
 )
 @steered_flags
 def chat(
@@ -219,9 +219,10 @@ def chat(
     temp: float,
     **chosen: Any,
 ) -> None:
-    """Talk with MODEL, its edit switched on, off and scaled live (/help says how).
+    """Chat with MODEL while its edit is switched on, off or scaled (/help lists the commands).
 
-    The edit is made at runtime, and equals that of the weights; nothing is written.
+    The edit is made at runtime and has the same effect as the edit of the weights; nothing is
+    written.
     """
     from abl_mlx.choices import SteerOptions
     from abl_mlx.commands import chat as chatting

@@ -23,29 +23,29 @@ __all__ = ["TRACEBACK", "cli", "main"]
 
 def main() -> None:
     """Entry point of the console script."""
-    # transformers tells everyone who has no PyTorch that they have no PyTorch.
+    # Otherwise transformers warns that PyTorch is missing, which this program does not need.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
-        # Whatever the locale's encoding lacks is escaped instead of failing.
+        # Characters that the locale's encoding lacks are escaped instead of raising an error.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     interrupts.listen()
     try:
         cli()
-    except Exception as error:  # a fault of ours, which no user can do anything about
+    except Exception as error:  # a bug of this program
         if os.environ.get(TRACEBACK):
             raise
         click.echo(escape.line(_internal_error(error)), err=True)
         sys.exit(1)
 
 
-#: Set, a fault of this program ends in Python's traceback.
+#: If this environment variable is set, a bug of this program ends in Python's traceback.
 TRACEBACK = "ABL_MLX_TRACEBACK"
 
 
 def _internal_error(error: Exception) -> str:
-    """One sentence that says where a fault is, and what to do about it."""
+    """One sentence that says where the bug is, and asks the user to report it."""
     ours = tuple(str(Path(package.__file__ or "").parent) for package in (abl_mlx, convert))
     frames = traceback.extract_tb(error.__traceback__)
     inside = [one for one in frames if one.filename.startswith(ours)] or list(frames)

@@ -1,4 +1,4 @@
-"""The values that flags take: layers, positions, places, pins."""
+"""The types of flags' values: layers, positions, paths, pins."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Position(click.ParamType):
 
 
 class Place(click.ParamType):
-    """A path on this machine; a leading ``~`` is the home folder, also where no shell sees it."""
+    """A path on this machine, in which a leading ``~`` is the home folder even without a shell."""
 
     name = "path"
 
