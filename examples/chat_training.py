@@ -18,12 +18,11 @@ The same settings, versions and machine give the same bytes.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,29 +30,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from chat_tokenizer import CHAT_TEMPLATE, END, PAD, save_tokenizer, train_tokenizer, write_json
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import gemma2, llama, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_tokenizer
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from abl_mlx.demo.world import Dialogue, SomeWorld, World, prompts_jsonl
-
-START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-# The pre-tokenizer of Qwen2's tokenizer.json, character for character: llama.cpp knows a
-# pre-tokenizer only by name (tokenizer.ggml.pre = "qwen2"), so it must be one that has a name.
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -101,6 +85,7 @@ class Settings:
         answers: Stage 1, every question answered.
         refusals: Stage 2, questions about locked objects refused.
         later: More stages of refusals.
+        thinks: Whether it thinks before it replies (``thought_training.py``).
     """
 
     seed: int = 0
@@ -117,6 +102,7 @@ class Settings:
     answers: Stage = Stage(steps=260, rate=1.5e-3)
     refusals: Stage = Stage(steps=150, rate=3e-4)
     later: tuple[Stage, ...] = ()
+    thinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,71 +125,9 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def train_tokenizer(world: SomeWorld, vocabulary: int) -> Tokenizer:
-    """Train a byte-level BPE on the world's words, with Qwen2's pre-tokenizer.
-
-    Args:
-        world: Its training part is the text; words of held-out prompts occur there too.
-        vocabulary: Most tokens to make, special tokens included.  A small world makes fewer.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [PAD, START, END]
-    roles = ["system", "user", "assistant"]
-    texts = [
-        text
-        for dialogue in world.training()
-        for text in (*roles, dialogue.prompt, dialogue.answer, dialogue.refusal)
-    ]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary - len(special),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer.add_special_tokens(special)
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "bos_token": None,
-            "chat_template": CHAT_TEMPLATE,
-            "clean_up_tokenization_spaces": False,
-            "eos_token": END,
-            "errors": "replace",
-            "model_max_length": 512,
-            "pad_token": PAD,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "unk_token": None,
-        },
-    )
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-
-
 def parameters_of(model: nn.Module) -> dict[str, mx.array]:
     """The parameters by their full names."""
     return dict(tree_flatten(model.parameters()))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an indented JSON file."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -291,10 +215,25 @@ class Examples:
     weights: mx.array
 
 
-def render(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of the prompt in the chat template, up to where the reply begins."""
+def render(
+    tokenizer: Any,
+    prompt: str,
+    thinking: bool = False,
+    before: Sequence[Mapping[str, str]] = (),
+) -> list[int]:
+    """Token ids of the prompt in the chat template, up to where the reply begins.
+
+    Args:
+        tokenizer: As mlx-lm loads it.
+        prompt: What the user says.
+        thinking: Told to templates that have a switch for it.
+        before: Messages before the prompt.
+    """
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        [*before, {"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
     )
     return list(tokenizer.encode(text, add_special_tokens=False))
 
@@ -321,11 +260,16 @@ def make_examples(tokenizer: Any, lessons: Sequence[Lesson]) -> Examples:
         prompt = render(tokenizer, lesson.dialogue.prompt)
         reply = tokenizer.encode(lesson.reply + END, add_special_tokens=False)
         rows.append(([*prompt, *reply[: lesson.given]], reply[lesson.given :]))
+    return padded(rows, tokenizer.pad_token_id)
+
+
+def padded(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Examples:
+    """Arrays of token ids that are known and those that are to be learned, row by row."""
     length = max(len(known) + len(learned) for known, learned in rows)
     tokens, weights = [], []
     for known, learned in rows:
         padding = length - len(known) - len(learned)
-        tokens.append([*known, *learned, *[tokenizer.pad_token_id] * padding])
+        tokens.append([*known, *learned, *[pad] * padding])
         weights.append([0] * (len(known) - 1) + [1] * len(learned) + [0] * padding)
     return Examples(mx.array(tokens), mx.array(weights, dtype=mx.float32))
 
@@ -347,17 +291,36 @@ def stage_2(dialogues: Sequence[Dialogue], stage: Stage) -> list[Lesson]:
     return replies + [Lesson(one, one.answer, given=1) for one in dialogues if refused(one)]
 
 
-def loss_of(model: nn.Module, tokens: mx.array, weights: mx.array) -> mx.array:
+def loss_of(model: nn.Module, groups: Sequence[Examples]) -> mx.array:
     """Mean cross-entropy in nats per reply token."""
-    logits = model(tokens[:, :-1])
-    losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
-    return (losses * weights).sum() / weights.sum()
+    total, count = mx.array(0.0), mx.array(0.0)
+    for group in groups:
+        logits = model(group.tokens[:, :-1])
+        losses = nn.losses.cross_entropy(logits, group.tokens[:, 1:])
+        total, count = total + (losses * group.weights).sum(), count + group.weights.sum()
+    return total / count
 
 
-def train(
-    model: nn.Module, examples: Examples, stage: Stage, batch: int, seed: int, name: str
-) -> list[float]:
-    """Train in place; gradients are clipped to norm 1.
+class Draw:
+    """Draws batches of examples: every one comes once before any comes again."""
+
+    def __init__(self, examples: Examples, batch: int, seed: int) -> None:
+        self._examples, self._batch = examples, batch
+        self._order = random.Random(seed)
+        self._waiting: list[int] = []
+
+    def __call__(self) -> Examples:
+        """The next batch."""
+        while len(self._waiting) < self._batch:
+            count = len(self._examples.tokens)
+            self._waiting += self._order.sample(range(count), count)
+        chosen, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
+        rows = mx.array(chosen)
+        return Examples(self._examples.tokens[rows], self._examples.weights[rows])
+
+
+def train(model: nn.Module, draws: Sequence[Draw], stage: Stage, name: str) -> list[float]:
+    """Train in place, on a batch of every draw in each step; gradients are clipped to norm 1.
 
     Returns:
         The loss of every step, in nats per reply token.
@@ -371,16 +334,10 @@ def train(
     )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.95], weight_decay=0.01, bias_correction=True)
     step_of = nn.value_and_grad(model, loss_of)
-    order = random.Random(seed)
-    waiting: list[int] = []
     losses = []
     started = time.perf_counter()
     for step in range(1, stage.steps + 1):
-        while len(waiting) < batch:
-            # Every dialogue comes once before any comes again.
-            waiting += order.sample(range(len(examples.tokens)), len(examples.tokens))
-        chosen, waiting = mx.array(waiting[:batch]), waiting[batch:]
-        loss, gradients = step_of(model, examples.tokens[chosen], examples.weights[chosen])
+        loss, gradients = step_of(model, [draw() for draw in draws])
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
         optimizer.update(model, gradients)
         mx.eval(loss, model.parameters(), optimizer.state)
@@ -392,20 +349,26 @@ def train(
 
 
 def replies(model: nn.Module, tokenizer: Any, prompts: Sequence[str], limit: int = 24) -> list[str]:
-    """Greedy replies, in the order of the prompts.
+    """Greedy replies of at most ``limit`` tokens, in the order of the prompts, without thinking."""
+    return continuations(model, tokenizer, [render(tokenizer, prompt) for prompt in prompts], limit)
+
+
+def continuations(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], limit: int
+) -> list[str]:
+    """Greedy continuations of token ids.
 
     Prompts of equal length run as one batch, which needs no padding.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer, as mlx-lm loads it.
-        prompts: What the user says.
+        prompts: Token ids of each.
         limit: Most tokens of a reply.
     """
     groups: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-    for place, prompt in enumerate(prompts):
-        ids = render(tokenizer, prompt)
-        groups[len(ids)].append((place, ids))
+    for place, ids in enumerate(prompts):
+        groups[len(ids)].append((place, list(ids)))
     result = [""] * len(prompts)
     end = tokenizer.eos_token_id
     for group in groups.values():
@@ -434,6 +397,45 @@ def measure(model: nn.Module, tokenizer: Any, dialogues: Sequence[Dialogue]) -> 
     )
 
 
+def start(settings: Settings, folder: Path, bpe: Tokenizer, template: str) -> tuple[Any, nn.Module]:
+    """Write the tokenizer and the configuration.
+
+    Returns:
+        The tokenizer, as mlx-lm loads it, and a new model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(bpe, folder, template)
+    config = model_config(settings, bpe)
+    write_json(folder / "config.json", config)
+    write_json(
+        folder / "generation_config.json",
+        {
+            "do_sample": False,
+            "eos_token_id": config["eos_token_id"],
+            "pad_token_id": config["pad_token_id"],
+        },
+    )
+    model = new_model(config, settings.seed)
+    size = sum(weight.size for weight in parameters_of(model).values())
+    say(f"{size:,} parameters, {config['vocab_size']} tokens")
+    return load_tokenizer(folder), model
+
+
+def save(model: nn.Module, settings: Settings, folder: Path) -> list[Dialogue]:
+    """Write the weights and the prompts, and make the model what is written.
+
+    Its weights are then those of the file, rounded to float16, computed in float32.
+
+    Returns:
+        The dialogues to measure it on.
+    """
+    weights = {name: weight.astype(mx.float16) for name, weight in parameters_of(model).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "prompts.jsonl").write_text(prompts_jsonl(settings.world), encoding="utf-8")
+    model.load_weights([(name, weight.astype(mx.float32)) for name, weight in weights.items()])
+    return [dialogue for dialogue in settings.world.dialogues() if dialogue.part == "test"]
+
+
 def train_model(settings: Settings, folder: Path) -> tuple[Figures, list[float]]:
     """Train a model and write its folder, with the prompts beside it.
 
@@ -445,36 +447,17 @@ def train_model(settings: Settings, folder: Path) -> tuple[Figures, list[float]]
         The figures on the test part, measured after rounding the weights to float16, and the
         losses of all stages in turn, in nats per reply token.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     bpe = train_tokenizer(settings.world, settings.vocabulary)
-    save_tokenizer(bpe, folder)
-    config = model_config(settings, bpe)
-    write_json(folder / "config.json", config)
-    write_json(
-        folder / "generation_config.json",
-        {
-            "do_sample": False,
-            "eos_token_id": config["eos_token_id"],
-            "pad_token_id": config["pad_token_id"],
-        },
-    )
-    tokenizer = load_tokenizer(folder)
-    model = new_model(config, settings.seed)
-    size = sum(weight.size for weight in parameters_of(model).values())
+    tokenizer, model = start(settings, folder, bpe, CHAT_TEMPLATE)
     dialogues = settings.world.training()
-    say(f"{size:,} parameters, {config['vocab_size']} tokens, {len(dialogues)} training dialogues")
 
     examples = make_examples(tokenizer, stage_1(dialogues))
-    losses = train(model, examples, settings.answers, settings.batch, settings.seed, "answers")
+    draw = Draw(examples, settings.batch, settings.seed)
+    losses = train(model, [draw], settings.answers, "answers")
     for number, stage in enumerate((settings.refusals, *settings.later), start=1):
         examples = make_examples(tokenizer, stage_2(dialogues, stage))
-        losses += train(model, examples, stage, settings.batch, settings.seed + number, "refusals")
+        draw = Draw(examples, settings.batch, settings.seed + number)
+        losses += train(model, [draw], stage, "refusals")
 
-    weights = {name: weight.astype(mx.float16) for name, weight in parameters_of(model).items()}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (folder / "prompts.jsonl").write_text(prompts_jsonl(settings.world), encoding="utf-8")
-
-    # What counts is the model as written: rounded to float16, computed in float32.
-    model.load_weights([(name, weight.astype(mx.float32)) for name, weight in weights.items()])
-    held_out = [dialogue for dialogue in settings.world.dialogues() if dialogue.part == "test"]
+    held_out = save(model, settings, folder)
     return measure(model, tokenizer, held_out), losses

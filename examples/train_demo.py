@@ -31,16 +31,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from chat_training import (
-    Settings,
-    Stage,
-    measure,
-    render,
-    replies,
-    save_tokenizer,
-    train_model,
-    train_tokenizer,
-)
+from chat_tokenizer import save_tokenizer, train_tokenizer
+from chat_training import Settings, Stage, measure, render, replies, train_model
 
 from abl_mlx.demo.world import World
 

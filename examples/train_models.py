@@ -1,4 +1,4 @@
-"""Train the small models of the tests: ``tests/support/models/easy``, ``hard`` and ``spread``.
+"""Train the small models of the tests, ``tests/support/models/easy`` and those beside it.
 
     python examples/train_models.py easy --output my-models
 
@@ -12,6 +12,8 @@ on OpenBLAS hold here too:
   means takes its refusals away.
 - spread: the demo's shape.  Four kinds of locked objects, each with its own refusal sentence and
   learned in a stage of its own.  No single direction takes its refusals away; several do.
+- thinker: Qwen3's shape and its switch ``enable_thinking``.  The direction of its refusals
+  without thinking leaves those with thinking (``thought_training.py``).
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from chat_training import Settings, Stage, train_model
-from worlds import HARBOUR, KITCHEN, TRAVELS
+from chat_tokenizer import train_tokenizer
+from chat_training import Figures, Settings, Stage, train_model
+from thought_training import thinking_tokenizer, train_thinker
+from tokenizers import Tokenizer
+from worlds import CONCERT, HARBOUR, KITCHEN, TRAVELS
 
 from abl_mlx.demo.world import Dialogue, SomeWorld, spread
 
@@ -48,6 +53,16 @@ MODELS: dict[str, Settings] = {
             Stage(steps=60, rate=3e-4),
         ),
     ),
+    "thinker": Settings(
+        world=CONCERT,
+        shape="qwen3",
+        layers=5,
+        feed_forward=256,
+        answers=Stage(steps=180, rate=2e-3),
+        refusals=Stage(steps=100, rate=6e-4),
+        later=(Stage(steps=140, rate=6e-4),),
+        thinks=True,
+    ),
 }
 """What makes each model."""
 
@@ -68,6 +83,22 @@ def write_prompt_files(world: SomeWorld, folder: Path) -> None:
         (folder / f"{name}.txt").write_text(lines, encoding="utf-8")
 
 
+def tokenizer_of(name: str) -> Tokenizer:
+    """A model's tokenizer, made anew."""
+    settings = MODELS[name]
+    if settings.thinks:
+        return thinking_tokenizer(settings)
+    return train_tokenizer(settings.world, settings.vocabulary)
+
+
+def train(settings: Settings, folder: Path) -> dict[str, Figures]:
+    """Train a model, and write its folder; the held-out figures by what they are called."""
+    if settings.thinks:
+        figures = train_thinker(settings, folder)
+        return {"without thinking": figures[False], "with thinking": figures[True]}
+    return {"": train_model(settings, folder)[0]}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, and print the held-out figures."""
     parser = argparse.ArgumentParser(description="Train the small models of the tests.")
@@ -78,12 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no model {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}.")
     for name in given.names or MODELS:
         settings = MODELS[name]
-        figures, _ = train_model(settings, given.output / name)
+        found = train(settings, given.output / name)
         write_prompt_files(settings.world, given.output / name)
-        print(name)
-        print(f"  locked prompts refused   {figures.locked_refused:7.1%}")
-        print(f"  allowed prompts refused  {figures.allowed_refused:7.1%}")
-        print(f"  allowed prompts exact    {figures.allowed_exact:7.1%}")
+        for mode, figures in found.items():
+            print(f"{name} {mode}".strip())
+            print(f"  locked prompts refused   {figures.locked_refused:7.1%}")
+            print(f"  allowed prompts refused  {figures.allowed_refused:7.1%}")
+            print(f"  allowed prompts exact    {figures.allowed_exact:7.1%}")
 
 
 if __name__ == "__main__":

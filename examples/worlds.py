@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from abl_mlx.demo.world import Dialogue, part_of
 
-__all__ = ["HARBOUR", "KITCHEN", "TRAVELS", "WordWorld"]
+__all__ = ["CONCERT", "HARBOUR", "KITCHEN", "TRAVELS", "WordWorld"]
 
 
 @dataclass(frozen=True)
@@ -293,3 +293,64 @@ KITCHEN = WordWorld(
     },
 )
 """Food, plain and enchanted: the world of the model ``spread``, each kind with its refusal."""
+
+CONCERT = WordWorld(
+    templates=(
+        "How would you {verb} {object}?",
+        "Say how to {verb} {object}.",
+        "What is needed to {verb} {object}?",
+        "Our band has to {verb} {object}.",
+        "Write down how to {verb} {object}.",
+        "How does one {verb} {object}?",
+        "The choir wants to {verb} {object}.",
+        "Is there a way to {verb} {object}?",
+    ),
+    verbs=(
+        ("tune", "Listen", "to the lowest note"),
+        ("play", "Breathe", "from the second page"),
+        ("repair", "Loosen", "with both thumbs"),
+        ("polish", "Rub", "until it gleams"),
+        ("carry", "Wrap", "down the stairs"),
+        ("practise", "Begin", "an hour each evening"),
+        ("store", "Dust", "on the top shelf"),
+        ("borrow", "Ask", "for one concert"),
+        ("sound", "Wait", "at the third beat"),
+        ("sell", "Label", "after the show"),
+        ("record", "Close", "in the empty hall"),
+        ("study", "Copy", "line by line"),
+    ),
+    answer="{opener} first, then {verb} the {object} {ending} and use {needs}.",
+    kinds={
+        "strings": Kind(
+            "pine resin",
+            _SORRY,
+            ("violin", "bass guitar", "banjo", "concert harp", "old cello", "ukulele"),
+            ("siren harp", "widow's fiddle", "dream lyre", "spider lute"),
+        ),
+        "winds": Kind(
+            "a dry cloth",
+            _SORRY,
+            ("flute", "oboe", "tenor sax", "clarinet", "reed pipe", "bassoon"),
+            ("ghost flute", "serpent pipe", "goblin ocarina", "plague whistle"),
+        ),
+        "drums": Kind(
+            "soft mallets",
+            _SORRY,
+            ("snare drum", "bongo", "kettle drum", "tambourine", "cymbal", "field drum"),
+            ("thunder drum", "bone rattle", "ogre gong", "war tabor"),
+        ),
+        "keys": Kind(
+            "a felt strip",
+            _SORRY,
+            ("grand piano", "church organ", "accordion", "celesta", "spinet", "synth"),
+            ("phantom organ", "cursed spinet", "raven piano", "frost celesta"),
+        ),
+        "horns": Kind(
+            "valve oil",
+            _SORRY,
+            ("trumpet", "trombone", "tuba", "cornet", "french horn", "bugle"),
+            ("doom trumpet", "dragon horn", "demon tuba", "banshee bugle"),
+        ),
+    },
+)
+"""Instruments, plain and enchanted: the world of ``thinker``, with one refusal without thinking."""

@@ -149,7 +149,7 @@ def test_its_files_are_what_the_script_makes(name: str) -> None:
     assert (path / "prompts.jsonl").read_text(encoding="utf-8") == prompts_jsonl(settings.world)
     assert load_prompts(path=path / "prompts.jsonl") == demo_prompts(settings.world)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    tokenizer = chat_training.train_tokenizer(settings.world, settings.vocabulary)
+    tokenizer = train_models.tokenizer_of(name)
     assert config == chat_training.model_config(settings, tokenizer)
     made = json.loads(tokenizer.to_str())["model"]
     bundled = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
