@@ -70,6 +70,8 @@ def is_endpoint(text: str) -> bool:
 class Endpoint:
     """One model of a server, found and named when the object is made."""
 
+    _route = "chat/completions"
+
     def __init__(
         self,
         url: str,
@@ -108,21 +110,26 @@ class Endpoint:
         #: The model's name there.
         self.model = self._choose(model, listed)
         self._opened: dict[str | None, str] = {}
-        self._renders = False
         self._strict = False
         self._system_role = True
         self._silent = False  # whether it refuses to tell the tokens of a reply
         about = next((one for one in listed if one.get("id") == self.model), {})
-        if about.get("owned_by") == "llamacpp":
+        #: What the server calls itself in its list of models.
+        self.owner = about.get("owned_by")
+        if self.is_llamacpp:
             # Its replies as the model wrote them, behind what the template opens them with.
             self._extras["reasoning_format"] = "none"
-            self._renders = True
         #: What tells this model from another, as far as the server says.
         self.identity = {
             "url": self.name,
             "model": self.model,
             **({"meta": about["meta"]} if isinstance(about.get("meta"), dict) else {}),
         }
+
+    @property
+    def is_llamacpp(self) -> bool:
+        """Whether it is a llama-server, which has more to ask it for."""
+        return bool(self.owner == "llamacpp")
 
     # --- finding the model -----------------------------------------------------------------------
 
@@ -171,7 +178,7 @@ class Endpoint:
 
     def _opens(self, thinking: str | None) -> str:
         """What llama-server's chat template opens a thought with; "" where it does not tell."""
-        if not self._renders or self._strict:
+        if not self.is_llamacpp or self._strict:
             return ""
         if thinking not in self._opened:
             self._opened[thinking] = opened_by(
@@ -274,14 +281,14 @@ class Endpoint:
         """
 
         def attempt() -> WholeReply:
-            more = None if self._renders or self._silent else {"logprobs": True}
+            more = None if self.is_llamacpp or self._silent else {"logprobs": True}
             answer = self._complete(prompt, max_tokens, more)
             if more and answer.status in (400, 422) and not is_withheld(answer):
                 answer = self._complete(prompt, max_tokens)
                 self._silent = self._silent or answer.status == 200
             opened = self._opens(prompt.thinking)
             text = self._text(answer, opened)
-            pieces = self._pieces(text.removeprefix(opened)) if self._renders else None
+            pieces = self._pieces(text.removeprefix(opened)) if self.is_llamacpp else None
             return of_answer(text, answer.json()) if pieces is None else of_pieces(text, pieces)
 
         return self._persist(attempt)
@@ -319,18 +326,12 @@ class Endpoint:
     def _requested(self, prompt: Prompt, max_tokens: int, more: Mapping[str, Any]) -> Answer:
         """What the server answers, asked without the fields that it refuses."""
         extras = {} if self._strict else self._extras | request_fields(prompt.thinking)
-        request = {
-            "model": self.model,
-            "messages": prompt.messages(system_role=self._system_role),
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": False,
-            **more,
-        }
-        answer = self._exchange("POST", f"{self._base}/chat/completions", request | extras)
+        place = f"{self._base}/{self._route}"
+        request = self._request(prompt, max_tokens) | dict(more)
+        answer = self._exchange("POST", place, request | extras)
         if answer.status in (400, 422) and extras and not is_withheld(answer):
             # Some servers refuse what they do not know; if it was that, they are not told again.
-            plain = self._exchange("POST", f"{self._base}/chat/completions", request)
+            plain = self._exchange("POST", place, request)
             if plain.status == 200:
                 self._strict = True
                 if prompt.thinking is not None:
@@ -340,6 +341,16 @@ class Endpoint:
                     )
             answer = plain
         return answer
+
+    def _request(self, prompt: Prompt, max_tokens: int) -> dict[str, Any]:
+        """What every server takes."""
+        return {
+            "model": self.model,
+            "messages": prompt.messages(system_role=self._system_role),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": False,
+        }
 
     def _text(self, answer: Answer, opened: str) -> str:
         if is_withheld(answer):
@@ -358,7 +369,7 @@ class Endpoint:
         if not isinstance(choices, list) or not choices:
             raise Trouble(f"{self.name} sends a reply without choices", again=True)
         choice = choices[0] if isinstance(choices[0], dict) else {}
-        message = choice.get("message")
+        message = self._message(choice)
         filtered = str(choice.get("finish_reason")).startswith("content_filter")
         if not isinstance(message, dict):
             if filtered:
@@ -368,6 +379,10 @@ class Endpoint:
         if filtered and not without_thoughts(text):
             return WITHHELD
         return resumed(opened, text) if thought is None else f"<think>{thought}</think>{text}"
+
+    def _message(self, choice: Mapping[str, Any]) -> Any:
+        """What was said, as a chat's message."""
+        return choice.get("message")
 
     def _refused(self, answer: Answer) -> Trouble:
         """What a status other than 200 means to a person."""

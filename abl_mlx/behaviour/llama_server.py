@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from abl_mlx.behaviour.completions import Completions
 from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.choices import Asking
 from abl_mlx.models import gguf_template
+from abl_mlx.models.given_template import GivenTemplate
 from convert.base.errors import UserError
 
 _GUARD = Path(__file__).with_name("guard.py")
@@ -30,12 +32,19 @@ CONTEXT = 4096
 class LlamaServer:
     """A context manager: the server runs inside, on a free port of the loopback interface."""
 
-    def __init__(self, path: Path, asking: Asking, program: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        asking: Asking,
+        program: str | None = None,
+        given: GivenTemplate | None = None,
+    ) -> None:
         """
         Args:
             path: the .gguf file; of a split one, the first part.
             asking: how it will be asked; it gets a slot for each request at a time.
             program: the executable; the one on the PATH without it.
+            given: what prompts are written with instead of the file's own chat template.
 
         Raises:
             UserError: when there is none.
@@ -46,18 +55,25 @@ class LlamaServer:
         self._program = found
         self._path = path
         self._asking = asking
+        self._given = given or gguf_template.named_template(path)
         self._process: subprocess.Popen[bytes] | None = None
         #: Its API, once it runs.
         self.endpoint: Endpoint
 
     def __enter__(self) -> LlamaServer:
-        gguf_template.fault(self._path)  # whatever is no more than odd, llama.cpp may like
+        template = None
+        if self._given is None:
+            gguf_template.fault(self._path)  # whatever is no more than odd, llama.cpp may like
+        else:
+            template = gguf_template.given_template(self._path, self._given)
         port = _free_port()
         slots = self._asking.concurrency
         command = [self._program, "--model", str(self._path)]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         command += ["--ctx-size", str(CONTEXT * slots), "--parallel", str(slots)]
         command += ["--jinja", "--reasoning-format", "none"]
+        if template is not None:  # whatever the file's own is, it is not looked at
+            command += ["--chat-template", "chatml"]
         self._log = tempfile.TemporaryFile()
         try:
             # Its own variables (LLAMA_ARG_..., LLAMA_API_KEY) are for servers that people start.
@@ -70,7 +86,12 @@ class LlamaServer:
                 start_new_session=True,
             )  # fmt: skip
             self._wait(port)
-            self.endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", None, self._asking)
+            url = f"http://127.0.0.1:{port}/v1"
+            self.endpoint = (
+                Endpoint(url, None, self._asking)
+                if template is None
+                else Completions(url, None, self._asking, template)
+            )
         except OSError as error:
             self.stop()
             raise UserError(f"{self._program} cannot be started: {error.strerror}.") from None

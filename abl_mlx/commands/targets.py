@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.completions import Completions
 from abl_mlx.behaviour.endpoint import Endpoint, is_endpoint
 from abl_mlx.behaviour.target import Target
 from abl_mlx.choices import EvalOptions
@@ -30,10 +31,10 @@ def find(text: str, template: str | None) -> ModelFile | None:
     """
     if not is_endpoint(text):
         return find_model(text, template)
-    if template is not None:
+    if template not in (None, given_template.PLAIN):
         raise UserError(
-            f"--template {template}: a server writes prompts with its own template; give the model "
-            "as a folder or a .gguf file."
+            f"--template {template}: a server writes conversations with its own template; give the "
+            "model as a folder or a .gguf file, or --template plain for completions."
         )
     return None
 
@@ -55,10 +56,15 @@ def opened(
     with ExitStack() as stack:
         if file is None:
             with clock.step("meet the server"):
-                endpoint = Endpoint(text, model, options.asking)
+                given = given_template.read(options.chatting.template)
+                endpoint = (
+                    Endpoint(text, model, options.asking)
+                    if given is None
+                    else Completions(text, model, options.asking, given.ready({}))
+                )
             yield Target(
                 endpoint.name, "server", endpoint.identity, endpoint.ask, model=endpoint.model,
-                wholes=endpoint.wholes,
+                note=given_template.note(given), wholes=endpoint.wholes,
             )  # fmt: skip
             return
         name, path = file.source.name, file.source.path
@@ -83,7 +89,7 @@ def opened(
             from abl_mlx.behaviour.llama_server import LlamaServer
 
             with clock.step("start llama-server"):
-                server = stack.enter_context(LlamaServer(path, options.asking))
+                server = stack.enter_context(LlamaServer(path, options.asking, given=file.given))
             ask, wholes = server.endpoint.ask, server.endpoint.wholes
         yield Target(name, runtime, identity, ask, gguf=path, note=note, wholes=wholes)
 

@@ -854,3 +854,49 @@ def test_a_signal_ends_it_at_once_and_leaves_what_was_answered(
         server.script = server.behave
         assert record_of(evaluate(server.url, "--resume", journal, "--json"))["model"] == "tiny"
     assert len(server.posts) == 4 + 2 + (ALL - 4)
+
+
+# --- text to complete ----------------------------------------------------------------------------
+
+
+def test_a_server_is_given_the_text_to_complete() -> None:
+    with Server(refused=HARMFUL.__contains__, routes=("completions",)) as server:
+        record = record_of(evaluate(server.url, "--template", "plain", "--json"))
+    assert record["verdicts"]["harmful"] == "R" * LIMIT
+    assert record["verdicts"]["harmless"] == "A" * LIMIT
+    assert "its replies are completions" in record["note"]
+    texts = {request["prompt"] for _, _, request in server.posts}
+    assert len(texts & HARMFUL) == LIMIT
+    assert {path for path, _, _ in server.posts} == {"/v1/completions"}
+    assert all("messages" not in request for _, _, request in server.posts)
+
+
+def test_a_server_without_completions() -> None:
+    with Server() as server:
+        said = sentence(evaluate(server.url, "--template", "plain"))
+    assert "has no /completions, which --template plain needs (404" in said
+    assert "leave --template out" in said
+
+
+@pytest.mark.parametrize("template", ["chatml", "own.jinja"])
+def test_a_server_writes_conversations_itself(template: str) -> None:
+    said = sentence(evaluate("http://127.0.0.1:9/v1", "--template", template))
+    assert f"--template {template}: a server writes conversations with its own template" in said
+    assert "--template plain for completions" in said
+
+
+def test_ollama_writes_conversations_even_then() -> None:
+    with Server(routes=("completions",), owner="library") as server:
+        said = sentence(evaluate(server.url, "--template", "plain"))
+    assert "is Ollama, which writes its template around a text to complete" in said
+    assert "give ollama:tiny instead" in said
+    assert server.posts == []
+
+
+def test_a_completion_without_a_text() -> None:
+    def wrong(handler: Handler, request: dict[str, Any], number: int) -> None:
+        handler.choose({"text": None})
+
+    with Server(wrong, routes=("completions",)) as server:
+        asked = evaluate(server.url, "--template", "plain", "--retries", "0")
+    assert "sends a reply without a message" in sentence(asked)

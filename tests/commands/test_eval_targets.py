@@ -158,6 +158,26 @@ def test_mlx_lms_server_agrees_with_mlx(half: Path, known: Path, tmp_path: Path)
     agree(record)
 
 
+def completed(target: Any, half: Path, **chosen: Any) -> None:
+    """Ask a target in a template of the user's, and the model in MLX: one verdict may differ."""
+    options = EvalOptions.of(limit=20, max_tokens=8, baseline=str(half / "model"), **chosen)
+    record = evaluate_model.evaluate_model(str(target), options)
+    assert record.baseline is not None
+    assert (record.runtime, record.baseline.runtime) != ("mlx-lm", "mlx-lm")
+    assert record.template == record.baseline.template is not None
+    for name in ("harmful", "harmless"):
+        pairs = zip(record.verdicts[name], record.baseline.verdicts[name], strict=True)
+        assert sum(one != another for one, another in pairs) <= 1
+    assert len(set(record.verdicts["harmful"])) > 1  # it could have failed
+
+
+def test_completions_over_http_agree_with_mlx(half: Path, tmp_path: Path) -> None:
+    with LlamaCpp(half / "model.gguf", n_ctx=512, lean=True, n_threads=1) as runtime:
+        completed(runtime.address, half, template="plain")
+    with mlx_lm_server(half / "model", tmp_path) as url:
+        completed(url, half, template="plain")
+
+
 # --- a llama-server on the PATH ------------------------------------------------------------------
 
 #: The real llama.cpp behind llama-server's own flags: the HTTP server that xllamacpp packs.
@@ -167,6 +187,7 @@ parser = argparse.ArgumentParser()
 for name in ("--model", "--host", "--port", "--ctx-size", "--parallel", "--reasoning-format"):
     parser.add_argument(name, required=True)
 parser.add_argument("--jinja", action="store_true", required=True)
+parser.add_argument("--chat-template", default="")
 given = parser.parse_args()
 with open({pids!r}, "a") as stream:
     stream.write(f"{{os.getpid()}} {{given.host}} {{os.environ.get('LLAMA_API_KEY')}}\\n")
@@ -179,6 +200,7 @@ params.model.path, params.port = given.model, int(given.port)
 params.n_ctx, params.n_parallel = int(given.ctx_size), int(given.parallel)
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.use_jinja, params.warmup, params.verbosity = True, False, -1
+params.chat_template = given.chat_template
 assert given.reasoning_format == "none"
 params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
 server = xllamacpp.Server(params)
@@ -217,6 +239,17 @@ def test_a_llama_server_is_started_agrees_and_is_stopped(
     (line,) = (tmp_path / "pids").read_text().splitlines()
     assert line.split()[1:] == ["127.0.0.1", "None"]
     assert is_gone(line)
+
+
+def test_a_llama_server_completes_what_a_given_template_writes(
+    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = program(tmp_path)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    own = tmp_path / "own.jinja"
+    own.write_text((demo.MODEL_PATH / "chat_template.jinja").read_text().replace("user", "User"))
+    for template in ("plain", str(own)):
+        completed(half / "model.gguf", half, template=template, runtime="llama-server")
 
 
 def test_a_llama_server_that_cannot_load_is_told_in_its_words(half: Path, tmp_path: Path) -> None:

@@ -38,7 +38,11 @@ class Handler(BaseHTTPRequestHandler):
     def say(self, reply: str | None, **more: Any) -> None:
         """Answer as OpenAI's API does."""
         message = {"role": "assistant", "content": reply, **more}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        self.choose({"message": message})
+
+    def choose(self, said: dict[str, Any]) -> None:
+        """Answer with one choice."""
+        choice = {"index": 0, "finish_reason": "stop", **said}
         self.send(200, json.dumps({"object": "chat.completion", "choices": [choice]}))
 
     def do_GET(self) -> None:
@@ -46,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.listing is not None:
             self.server.listing(self)
         elif self.path == f"{self.server.root}/models":
-            listed = [{"id": name, "object": "model"} for name in self.server.models]
+            owner = self.server.owner
+            listed = [{"id": name, "owned_by": owner} for name in self.server.models]
             self.send(200, json.dumps({"object": "list", "data": listed}))
         else:
             self.send(404, "<html><body>Not found</body></html>", "text/html")
@@ -56,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             number = len(self.server.posts)
             self.server.posts.append((self.path, dict(self.headers), request))
-        if self.path != f"{self.server.root}/chat/completions":
+        if self.path not in [f"{self.server.root}/{route}" for route in self.server.routes]:
             self.send(404, "Not Found", "text/plain")
             return
         self.server.script(self, request, number)
@@ -84,6 +89,8 @@ class Server(ThreadingHTTPServer):
         root: str = "/v1",
         listing: Callable[[Handler], None] | None = None,
         refused: Callable[[str], bool] = lambda prompt: False,
+        routes: tuple[str, ...] = ("chat/completions",),
+        owner: str = "someone",
     ) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.script = script or self.behave
@@ -91,11 +98,16 @@ class Server(ThreadingHTTPServer):
         self.root = root
         self.listing = listing
         self.refused = refused
+        self.routes = routes
+        self.owner = owner
         self.lock = threading.Lock()
         self.gets: list[tuple[str, dict[str, str]]] = []
         self.posts: list[tuple[str, dict[str, str], dict[str, Any]]] = []
 
     def behave(self, handler: Handler, request: dict[str, Any], number: int) -> None:
+        if "prompt" in request:
+            handler.choose({"text": REFUSAL if self.refused(request["prompt"]) else ANSWER})
+            return
         handler.say(REFUSAL if self.refused(request["messages"][0]["content"]) else ANSWER)
 
     @property
