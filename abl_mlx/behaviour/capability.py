@@ -1,10 +1,10 @@
 """`--capability`: sixty small tasks with one right answer each, to see that an edit broke nothing.
 
-Twenty each of arithmetic, following an instruction, and finding something in a short text, made by
-a generator with a fixed seed, so they are the same everywhere. A reply is right when it is the
-answer and nothing else; thoughts, white space, emphasis, quotes, a full stop and, in arithmetic,
-thousands separators do not count. It is a check, not a benchmark: no model is told from another by
-a few points.
+There are twenty tasks each of arithmetic, following an instruction, and finding something in a
+short text. A generator with a fixed seed makes them, so they are always the same. A reply is right
+if it is the answer and nothing else; thoughts, white space, emphasis, quotes, a full stop and, in
+arithmetic, thousands separators are ignored. This is a check and not a benchmark: a difference of a
+few points between two models means nothing.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from abl_mlx.models.thoughts import without_thoughts
 from abl_mlx.records.evaluations import Capability, Share
 from abl_mlx.support.console import progress
 
-#: Longest reply, in tokens; more only lets a wrong reply grow.
+#: Longest reply, in tokens; right replies are shorter.
 MAX_TOKENS = 48
 
 GROUPS = ("arithmetic", "instructions", "extraction")
 
-#: Tasks of each group.
+#: The number of tasks in each group.
 EACH = 20
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt with the one reply that is right.
+    """A prompt with its one right reply.
 
     Attributes:
-        group: of `GROUPS`.
-        prompt: what is asked.
+        group: one of `GROUPS`.
+        prompt: the user's message.
         answer: the right reply.
     """
 
@@ -78,7 +78,7 @@ def _bare(text: str) -> str:
 
 
 def record(target: Target, *, seed: int = 0) -> Capability:
-    """Ask all tasks and count what is right, of all and of each group."""
+    """Ask all tasks and count the right replies, in total and in each group."""
     asked = tasks(seed)
     replies = [""] * len(asked)
     with progress(len(asked), "capability", "task") as bar:

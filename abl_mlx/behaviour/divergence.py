@@ -1,8 +1,9 @@
 """KL(baseline ‖ model) on harmless prompts for `eval`, in MLX or through llama.cpp's server.
 
-In MLX it is exact. llama.cpp tells the likeliest tokens alone, so there both distributions are cut
-to the tokens that both sides tell, and the rest counts as one token: a lower bound of the KL, which
-is close where those tokens hold nearly all the probability. The record calls it ``top-n``.
+In MLX it is exact. llama.cpp returns only the likeliest tokens, so both distributions are reduced
+to the tokens that both sides return, and all others are merged into one. This gives a lower bound
+of the KL, which is close if those tokens have nearly all the probability. The record calls it
+``top-n``.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from abl_mlx.records.evaluations import Divergence
 from abl_mlx.support.arrays import numbers
 from abl_mlx.support.console import progress
 
-#: How many of the likeliest tokens llama.cpp is asked for.
+#: The number of likeliest tokens that llama.cpp is asked for.
 TOP_N = 64
 
-#: Harmless prompts on which it is asked: each token of each reply is a request.
+#: The number of harmless prompts with llama.cpp, where each token of each reply is a request.
 TOP_N_PROMPTS = 16
 
-#: Tokens of the baseline's replies that are compared.
+#: The number of tokens of each of the baseline's replies that are compared.
 TOKENS = 32
 
-#: Probability below which the rest does not count, as float32 log-probabilities do not tell it.
+#: A smaller probability of all other tokens counts as 0, because float32 is not precise enough.
 _NOTHING = 1e-6
 
 #: Token id -> natural log-probability over the whole vocabulary.
@@ -43,12 +44,12 @@ Top = Mapping[int, float]
 
 @dataclass(frozen=True)
 class Reference:
-    """The baseline's greedy replies with its likeliest tokens before each of their tokens.
+    """The baseline's greedy replies, with its distribution for each of their tokens.
 
     Attributes:
         prompts: token ids of each prompt in the chat template.
         replies: token ids of each reply.
-        tops: for each reply, the distribution before each of its tokens.
+        tops: for each reply, the likeliest tokens in the place of each of its tokens.
     """
 
     prompts: list[list[int]]
@@ -60,14 +61,17 @@ class Reference:
 def measured_against(
     baseline: Target, prompts: Sequence[Question], *, exactly: bool, batch_size: int = 32
 ) -> Iterator[Callable[[Target], Divergence]]:
-    """Take the baseline's distributions; what is yielded measures a model against them.
+    """Context manager with a function that measures a model's KL from the baseline.
 
-    The baseline may be let go before the other is loaded.
+    The baseline's distributions are computed first, so it may be released before the other model
+    is loaded.
 
     Args:
-        prompts: harmless ones.
-        exactly: whether the other will be in MLX too; else both are cut to their likeliest tokens.
-        batch_size: the baseline's replies generated side by side, in MLX.
+        baseline: the baseline.
+        prompts: harmless prompts.
+        exactly: whether the other model will also be in MLX; if not, both distributions are reduced
+            to their likeliest tokens.
+        batch_size: how many of the baseline's replies are generated at the same time, in MLX.
     """
     with ExitStack() as stack:
         if exactly and baseline.chat is not None:
@@ -78,7 +82,7 @@ def measured_against(
             del baseline
 
             def exact(target: Target) -> Divergence:
-                assert target.chat is not None  # the caller said so
+                assert target.chat is not None  # it is in MLX, because ``exactly`` is true
                 found = evaluate.kl(target.chat, base)
                 return replace(found, kind="exact", n_prompts=len(chosen))
 
@@ -98,14 +102,14 @@ def measured_against(
 def refer(
     target: Target, prompts: Sequence[Question], tokens: int = TOKENS, *, batch_size: int = 32
 ) -> Reference:
-    """The greedy replies of a model in MLX or llama.cpp, and what it expected before each token."""
+    """The greedy replies of a model in MLX or llama.cpp, and its distribution for each token."""
     if target.chat is not None:
         chat = target.chat
         asked = [chat.encode(prompt) for prompt in prompts]
         replies = evaluate.generate(
             chat, asked, tokens, batch_size=batch_size, label="KL: base replies"
         )
-        # A reply that ends at once has a first distribution all the same.
+        # A reply that ends at once also has a distribution for its first token.
         replies = [reply or [chat.tokenizer.eos_token_id] for reply in replies]
         return Reference(asked, replies, _in_mlx(chat, asked, replies, "KL: base"))
     from abl_mlx.behaviour.llamacpp import LlamaCpp
@@ -128,10 +132,10 @@ def refer(
 
 
 def compare(reference: Reference, target: Target) -> Divergence:
-    """Mean KL of the reference from a model, both cut to their likeliest tokens.
+    """Mean KL(reference ‖ model), with both distributions reduced to their likeliest tokens.
 
     Returns:
-        At the first token of each reply, and over all tokens alike.
+        The mean at the first token of each reply, and the mean over all tokens.
     """
     if target.chat is not None:
         tops = _in_mlx(target.chat, reference.prompts, reference.replies, "KL")
@@ -149,9 +153,10 @@ def compare(reference: Reference, target: Target) -> Divergence:
 
 
 def cut_kl(p: Top, q: Top) -> float:
-    """KL(p ‖ q) in nats of what two lists of likeliest tokens tell.
+    """A lower bound of KL(p ‖ q) in nats, from two lists of likeliest tokens.
 
-    The tokens of both lists stay, all others are merged into one; merging never raises a KL.
+    Tokens that are in both lists are kept, and all others are merged into one token; merging never
+    raises a KL.
 
     Raises:
         ValueError: when the lists have no token in common.
@@ -159,7 +164,7 @@ def cut_kl(p: Top, q: Top) -> float:
     common = p.keys() & q.keys()
     if not common:
         raise ValueError("no token is in both lists")
-    # A token of probability 0 adds 0, whatever the other list says of it.
+    # A token with probability 0 under p adds 0, whatever its probability under q.
     likely = [token for token in common if math.exp(p[token]) > 0]
     total = math.fsum(math.exp(p[token]) * (p[token] - q[token]) for token in likely)
     rest_p, rest_q = (1 - math.fsum(math.exp(one[t]) for t in common) for one in (p, q))

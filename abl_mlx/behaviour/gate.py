@@ -1,4 +1,4 @@
-"""Limits that a model must keep, checked against the record of `eval`, for a CI to read."""
+"""The gate: limits on a model's behaviour, checked on the record of `eval`, and a JUnit report."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from abl_mlx.support.console import percent
 from convert.base.atomic import new_file
 from convert.base.errors import UserError
 
-#: The command's exit code when a limit is not kept.
+#: The command's exit code when a limit is not met.
 NOT_MET = 3
 
-#: Sets on which a refusal is one too many.
+#: Prompt sets that a model should answer, on which a refusal is an over-refusal.
 ALLOWED = ("harmless", "borderline")
 
 
 def read_record(path: Path) -> EarlierEval:
-    """The record that an earlier `eval --json` printed.
+    """Read the record that an earlier `eval --json` printed.
 
     Raises:
-        UserError: when it is none.
+        UserError: when the file holds no such record.
     """
     return earlier_eval(path, "--max-drop-from needs a record that `abl-mlx eval --json` printed")
 
@@ -39,10 +39,14 @@ def check_comparable(
     judge: str,
     template: Template | None,
 ) -> None:
-    """Refuse an earlier record that was made from other prompts or judged in another way.
+    """Check that an earlier record was made from the same prompts and judged in the same way.
 
     Args:
-        template: what a record says of a given template; empty where none was given.
+        before: the earlier record.
+        path: its file, for messages.
+        prompts: the prompts of this evaluation.
+        judge: the judge's name in this evaluation.
+        template: the record's entry about a given chat template; None if none was given.
 
     Raises:
         UserError: saying what differs.
@@ -66,10 +70,11 @@ def check_comparable(
 
 
 def check(record: EvalRecord, limits: Limits, before: EarlierEval | None = None) -> list[Limit]:
-    """Every limit that was asked for.
+    """Check every given limit.
 
     Args:
-        record: of `eval`.
+        record: the record of `eval`.
+        limits: the limits.
         before: the earlier record, for ``max_drop_from``.
     """
     checks = [*_refusing(record, limits), *_over_refusing(record, limits)]
@@ -82,7 +87,7 @@ def check(record: EvalRecord, limits: Limits, before: EarlierEval | None = None)
     return checks
 
 
-# What was not measured is NaN, which is on the right side of no limit.
+# A value that was not measured is NaN, which meets no limit.
 
 
 def _refusing(record: EvalRecord, limits: Limits) -> Iterator[Limit]:
@@ -98,7 +103,7 @@ def _refusing(record: EvalRecord, limits: Limits) -> Iterator[Limit]:
 
 
 def _over_refusing(record: EvalRecord, limits: Limits) -> Iterator[Limit]:
-    """``--max-over-refusal``, of each set that should be answered."""
+    """Check ``--max-over-refusal`` on each set that should be answered."""
     most = limits.max_over_refusal
     if most is None:
         return
@@ -116,7 +121,7 @@ def _away(record: EvalRecord, most: float) -> Limit:
     """``--max-kl``."""
     value = math.nan if record.kl is None else record.kl.k32
     said = (
-        f"is {value:.4f} nats a token away from the baseline on harmless prompts, at most "
+        f"is {value:.4f} nats per token away from the baseline on harmless prompts, at most "
         f"{most:g} allowed"
     )
     return _limit("max-kl", "", value, most, value <= most, said)
@@ -155,10 +160,10 @@ def _limit(name: str, kind: str, value: float, limit: float, passed: bool, sente
 
 
 def both_judged(first: str, second: str) -> tuple[list[bool], list[bool]]:
-    """Which prompts of a set were refused, of those on which both models have a verdict.
+    """For the prompts on which both models have a verdict, whether each model refused.
 
     Args:
-        first, second: their letters, prompt by prompt.
+        first, second: the models' verdicts as letters, prompt by prompt.
     """
     letters = zip(first, second, strict=True)
     pairs = [(a == "R", b == "R") for a, b in letters if UNJUDGED not in (a, b)]
@@ -166,12 +171,19 @@ def both_judged(first: str, second: str) -> tuple[list[bool], list[bool]]:
 
 
 def _asked(record: EvalRecord, kind: str) -> int:
-    """Prompts of a set, with a verdict on the reply or without."""
+    """The number of prompts in a set, whether or not the reply has a verdict."""
     return len(record.verdicts[kind])
 
 
 def _at_worst(record: EvalRecord, kind: str, *, refusing: bool) -> tuple[float, str]:
-    """A set's refusal rate if every reply without a verdict refused, or none; and a note."""
+    """A set's refusal rate in the worst case, and a note.
+
+    Args:
+        record: the record of `eval`.
+        kind: the set.
+        refusing: whether replies without a verdict count as refusals (the worst case where the
+            model should answer) or as answers.
+    """
     letters = record.verdicts[kind]
     unjudged, share = letters.count(UNJUDGED), record.rates[kind].share
     if not unjudged and share is not None:
@@ -184,11 +196,10 @@ def _at_worst(record: EvalRecord, kind: str, *, refusing: bool) -> tuple[float, 
 
 
 def check_junit(path: Path) -> None:
-    """Refuse a place for the report where it cannot go, before any long work.
+    """Check, before any long work, that the report can be written. An earlier one is replaced.
 
     Raises:
-        UserError: when the name does not end in .xml (an earlier report is replaced), or its folder
-            is not there.
+        UserError: when the name does not end in .xml, or its folder does not exist.
     """
     if path.suffix.lower() != ".xml":
         raise UserError(f"--junit {path}: the name of a JUnit report ends in .xml.")
@@ -197,7 +208,7 @@ def check_junit(path: Path) -> None:
 
 
 def write_junit(path: Path, record: EvalRecord) -> None:
-    """Write the report; one that is there is replaced as a whole."""
+    """Write the report; an existing one is replaced at once."""
     text = junit(record)
     try:
         with new_file(path, replace=True) as staged:
@@ -207,11 +218,11 @@ def write_junit(path: Path, record: EvalRecord) -> None:
 
 
 def junit(record: EvalRecord) -> bytes:
-    """A report as Jenkins' schema (junit-10.xsd) and the readers of GitHub and GitLab want it.
+    """The report in the form of Jenkins' schema (junit-10.xsd), which GitHub and GitLab also read.
 
-    A case for each limit, and one for each category of each set, which fails where its set's limit
-    is not met and the category is on the wrong side of it; so there are failures only when the
-    command fails.
+    It has a case for each limit, and one for each category of each set. A category's case fails if
+    its set does not meet a limit and the category itself does not either. So there are failures
+    only when the command fails.
     """
     checks = [] if record.gate is None else record.gate.checks
     suite = ET.Element("testsuite")

@@ -1,4 +1,4 @@
-"""One HTTP request with a deadline for all of it, and its answer."""
+"""One HTTP request with a deadline for the whole of it, and the server's answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Answer:
     body: bytes
 
     def json(self) -> Any:
-        """The body's value, or None when it is no JSON."""
+        """The body's JSON value; None when it is no JSON."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -47,14 +47,14 @@ class Answer:
 
     @property
     def start(self) -> str:
-        """The body's first words, to be shown."""
+        """The first words of the body, for messages."""
         text = " ".join(self.body[:400].decode("utf-8", "replace").split())
         printable = "".join(char if char.isprintable() else "?" for char in text)
         return repr(printable[:60] + ("…" if len(printable) > 60 else ""))
 
     @property
     def said(self) -> str:
-        """Status and the server's own words."""
+        """The status and the server's own message."""
         words = said(self.json())
         if not words and not self.is_html and self.body.strip():
             words = self.body[:400].decode("utf-8", "replace")
@@ -69,10 +69,10 @@ class Trouble(Exception):
 
     Attributes:
         sentence: what happened, without a full stop.
-        again: whether another try may help.
-        slow: whether its time ran out.
-        pause: seconds that the server asks for.
-        mend: added when there is no other try.
+        again: whether another try may succeed.
+        slow: whether the request timed out.
+        pause: seconds that the server asks to wait before another try.
+        mend: advice for the user, used when there is no further try.
     """
 
     sentence: str
@@ -84,7 +84,7 @@ class Trouble(Exception):
 
 @dataclass(eq=False)
 class Call:
-    """One request on a connection of its own, which another thread may cut."""
+    """One request on its own connection, which another thread may cut."""
 
     server: SplitResult
     timeout: float
@@ -96,8 +96,8 @@ class Call:
         """Send the request and read the whole reply.
 
         Raises:
-            TimeoutError: when that takes longer than `timeout`, however it is spread.
-            OSError, http.client.HTTPException: when it fails otherwise.
+            TimeoutError: when the whole takes longer than `timeout`.
+            OSError, http.client.HTTPException: when it fails for another reason.
         """
         host, port = self.server.hostname or "", self.server.port
         connection = (
@@ -107,7 +107,7 @@ class Call:
             if self.server.scheme == "https"
             else http.client.HTTPConnection(host, port, timeout=self.timeout)
         )
-        # The socket's own timeout begins anew with each byte; this one does not.
+        # The socket's own timeout starts again with each byte; this timer does not.
         watch = threading.Timer(self.timeout, self._expire)
         watch.daemon = True
         watch.start()
@@ -125,7 +125,7 @@ class Call:
             content = reply.read(LARGEST_REPLY + 1)
             if len(content) > LARGEST_REPLY:
                 raise http.client.HTTPException("a reply of more than 16 MB")
-            if reply.length:  # read(n) does not tell that the rest never came
+            if reply.length:  # read(n) does not raise when the rest is missing
                 raise http.client.IncompleteRead(content, reply.length)
             if self._late.is_set():
                 raise TimeoutError
@@ -144,7 +144,7 @@ class Call:
         self.cut()
 
     def cut(self) -> None:
-        """End the request, wherever it is."""
+        """End the request at whatever stage it is."""
         self._cut.set()
         if self._socket is not None:
             with contextlib.suppress(OSError):
@@ -161,7 +161,7 @@ def split(url: str) -> SplitResult:
     """The parts of an address.
 
     Raises:
-        UserError: when it is none that can be asked.
+        UserError: when it is not the address of a server.
     """
     try:
         parts = urlsplit(url.strip())
@@ -171,7 +171,7 @@ def split(url: str) -> SplitResult:
     except ValueError:
         valid = False
     if not valid or re.search(r"[\s\x00-\x1f\x7f]", url.strip()):
-        # What may hold a password is not repeated.
+        # The address is not repeated, because it may hold a password.
         raise UserError(
             "the address of the server cannot be read: it looks like http://127.0.0.1:11434/v1."
         )
@@ -186,10 +186,10 @@ def shown(parts: SplitResult) -> str:
 
 
 def key(parts: SplitResult) -> str | None:
-    """The key to send, which is the one meant for any server, or OpenAI's where it is safe.
+    """The key to send: ABL_API_KEY, or OPENAI_API_KEY where that is safe.
 
     Raises:
-        UserError: when it is no text that a request can carry.
+        UserError: when the key has characters that a request cannot contain.
     """
     names = ["ABL_API_KEY"]
     if parts.scheme == "https" or _is_this_machine(parts.hostname or ""):
@@ -219,7 +219,7 @@ def what(answer: Answer) -> str:
 
 
 def said(found: Any) -> str:
-    """The words in an error object, in the forms that servers use."""
+    """The message in an error object, in any of the forms that servers use."""
     for name in ("error", "message", "detail"):
         if isinstance(found, dict) and found.get(name):
             return said(found[name])
@@ -229,7 +229,7 @@ def said(found: Any) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait: given as such, or as a date."""
+    """The seconds that a server asks to wait, from a Retry-After header in seconds or as a date."""
     value = headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", value):
         return float(value)

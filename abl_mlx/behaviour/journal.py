@@ -1,8 +1,8 @@
-"""What was answered so far, so that a long evaluation that was stopped goes on where it stopped.
+"""The journal of an evaluation: earlier verdicts, so that a stopped evaluation can continue.
 
-A .jsonl file. A line ``{"journal": 1, "role": ..., "identity": {...}}`` says what was asked and
-how; each later line of that role is one prompt: its SHA-256, the verdict on its reply and, only
-where replies are wanted, the reply. Prompts are never written.
+It is a .jsonl file. A line ``{"journal": 1, "role": ..., "identity": {...}}`` says which model was
+asked and how. Each later line of that role is for one prompt: its SHA-256, the verdict on its reply
+and, only if replies are saved, the reply. Prompts are never written.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ class Answered:
     """A prompt's reply, judged.
 
     Attributes:
-        verdict: what the reply is; None where a judge's verdict on it could not be read.
-        exact: whether it is the answer known for the prompt; None where none is known.
-        oddity: what else is to be said of it.
-        reply: the text; None when it was not kept.
-        markers: what the markers say of it, where something else judged.
-        same: alike for replies that say the same; None where the reply says nothing.
-        thought: "closed" where it ends a thought that its prompt opened, "own" where it opens one.
+        verdict: the verdict on the reply; None if a judge's answer could not be read.
+        exact: whether the reply is the prompt's known answer; None if there is no known answer.
+        oddity: something unusual about the reply.
+        reply: its text; None if it was not kept.
+        markers: the markers' verdict, if a model was the judge.
+        same: equal for replies that say the same; None for a broken reply.
+        thought: "closed" if the reply closes a thought that its prompt opened, "own" if it opens
+            one.
     """
 
     verdict: Verdict | None
@@ -77,10 +78,11 @@ class Journal:
     """An open journal, which no other process writes to."""
 
     def __init__(self, path: Path, *, strict: bool) -> None:
-        """Open ``path``, and make it where there is none.
+        """Open ``path``; create it if it does not exist.
 
         Args:
-            strict: refuse a file that is of another evaluation, instead of starting anew.
+            path: the file.
+            strict: refuse a file of another evaluation, instead of starting it anew.
 
         Raises:
             UserError: when it is no journal, another process has it, or it cannot be written.
@@ -135,23 +137,23 @@ class Journal:
             if content and not sections:
                 raise Refused("it has no line that is whole")
         except Refused as refused:
-            if not self._strict:  # its place is ours: what a crash left there is no loss
+            if not self._strict:  # a file in the cache that a crash damaged may be dropped
                 self._stream.truncate(0)
                 return {}
             raise UserError(
                 f"{self.path} is not a journal of this tool (of line {count}, {refused}): name "
                 "another file for --resume."
             ) from None
-        # A line that was being written when the process ended.
+        # Drop a last line that was being written when the process ended.
         self._stream.truncate(end)
         return sections
 
     def section(self, role: str, identity: Mapping[str, Any]) -> Section:
-        """The answers of one model; new, or those that are there from before.
+        """The answers of one model, including those from an earlier evaluation.
 
         Args:
             role: ``target`` or ``baseline``.
-            identity: all that an answer depends on, as JSON values.
+            identity: everything on which an answer depends, as JSON values.
 
         Raises:
             UserError: when a strict journal has answers of another identity.
@@ -180,7 +182,7 @@ class Journal:
             raise UserError(f"{self.path} cannot be written: {error.strerror}.") from None
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file and release its lock."""
         with contextlib.suppress(OSError):
             self._stream.close()
 
@@ -194,22 +196,22 @@ class Section:
         role: str = "",
         known: dict[str, Answered] | None = None,
     ) -> None:
-        """Without a journal the answers are kept in memory alone."""
+        """Keep answers in a journal; without one, in memory only."""
         self._journal = journal
         self._role = role
         self._known = {} if known is None else known
 
     @property
     def path(self) -> Path | None:
-        """Where the answers are kept."""
+        """The journal's path; None without a journal."""
         return None if self._journal is None else self._journal.path
 
     def get(self, prompt: str) -> Answered | None:
-        """What is known of a prompt."""
+        """The answer to a prompt; None if there is none yet."""
         return self._known.get(_sha256(prompt))
 
     def add(self, prompt: str, answered: Answered) -> None:
-        """Keep an answer, at once."""
+        """Add an answer, which is written at once."""
         key = _sha256(prompt)
         self._known[key] = answered
         if self._journal is None:
@@ -236,12 +238,12 @@ def opened(path: Path | None, identity: Mapping[str, Any]) -> Iterator[Journal |
     """The journal of an evaluation.
 
     Args:
-        path: what ``--resume`` named, which stays; None for a place in the cache, from where it is
-            removed when all is done.
-        identity: what tells this evaluation from others in the cache.
+        path: the file of ``--resume``, which is kept; None for a file in the cache, which is
+            removed when the evaluation is complete.
+        identity: distinguishes this evaluation from others in the cache.
 
     Yields:
-        None where the cache cannot be written, or the same evaluation is under way already.
+        The journal; None if the cache cannot be written, or the same evaluation is already running.
     """
     if path is not None:
         journal = Journal(path, strict=True)
@@ -266,7 +268,7 @@ def opened(path: Path | None, identity: Mapping[str, Any]) -> Iterator[Journal |
 
 
 def cache_folder() -> Path:
-    """Where journals lie that nobody named: ``$XDG_CACHE_HOME/abl-mlx/eval``."""
+    """The folder for journals without ``--resume``: ``$XDG_CACHE_HOME/abl-mlx/eval``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abl-mlx" / "eval"
 
 

@@ -1,4 +1,4 @@
-"""Starts a `llama-server` from the PATH for one GGUF, and stops it again."""
+"""Starts a `llama-server` from the PATH for one GGUF, and stops it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from convert.base.errors import UserError
 
 _GUARD = Path(__file__).with_name("guard.py")
 
-#: Longest that a model may take to load, in seconds.
+#: The longest time that a model may take to load, in seconds.
 LOADING = 600.0
 
-#: Tokens of each request, prompt and reply together.
+#: Context length of each request in tokens, for prompt and reply together.
 CONTEXT = 4096
 
 
@@ -41,13 +41,13 @@ class LlamaServer:
     ) -> None:
         """
         Args:
-            path: the .gguf file; of a split one, the first part.
-            asking: how it will be asked; it gets a slot for each request at a time.
-            program: the executable; the one on the PATH without it.
-            given: what prompts are written with instead of the file's own chat template.
+            path: the .gguf file; for a split model, the first part.
+            asking: how it will be asked; the server gets a slot for each simultaneous request.
+            program: the executable; None for the one on the PATH.
+            given: a chat template that replaces the file's own.
 
         Raises:
-            UserError: when there is none.
+            UserError: when there is no such program.
         """
         found = program or shutil.which("llama-server")
         if found is None:
@@ -57,13 +57,13 @@ class LlamaServer:
         self._asking = asking
         self._given = given or gguf_template.named_template(path)
         self._process: subprocess.Popen[bytes] | None = None
-        #: Its API, once it runs.
+        #: The server's API, once it runs.
         self.endpoint: Endpoint
 
     def __enter__(self) -> LlamaServer:
         template = None
         if self._given is None:
-            gguf_template.fault(self._path)  # whatever is no more than odd, llama.cpp may like
+            gguf_template.fault(self._path)  # raises only for a template beyond a limit
         else:
             template = gguf_template.given_template(self._path, self._given)
         port = _free_port()
@@ -72,14 +72,14 @@ class LlamaServer:
         command += ["--host", "127.0.0.1", "--port", str(port)]
         command += ["--ctx-size", str(CONTEXT * slots), "--parallel", str(slots)]
         command += ["--jinja", "--reasoning-format", "none"]
-        if template is not None:  # whatever the file's own is, it is not looked at
+        if template is not None:  # instead of the file's own
             command += ["--chat-template", "chatml"]
         self._log = tempfile.TemporaryFile()
         try:
-            # Its own variables (LLAMA_ARG_..., LLAMA_API_KEY) are for servers that people start.
+            # The variables LLAMA_ARG_... and LLAMA_API_KEY are meant for servers that users start.
             own = {name: text for name, text in os.environ.items() if name[:6] != "LLAMA_"}
-            # Behind a guard, and in its own session: Ctrl-C in a terminal is for this process, and
-            # a kill of this process ends the server too.
+            # The server has its own session, so that Ctrl-C in a terminal only reaches this
+            # process; and a guard, so that it ends if this process is killed.
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(_GUARD), *command],
                 stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=own,
@@ -123,14 +123,14 @@ class LlamaServer:
         raise UserError(f"llama-server did not load {self._path} within {LOADING:.0f} s.")
 
     def _said(self) -> str:
-        """The line of the server's log that says what went wrong."""
+        """The line of the server's log that gives the reason of a failure."""
         from abl_mlx.behaviour.llamacpp_process import reason
 
         self._log.seek(0)
         return reason(self._log.read().decode(errors="replace")) or "it says nothing."
 
     def stop(self) -> None:
-        """Stop the server; kill it if it does not stop when asked."""
+        """Stop the server; kill it if it does not stop."""
         process, self._process = self._process, None
         if process is not None:
             assert process.stdin is not None

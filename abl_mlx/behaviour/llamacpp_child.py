@@ -1,9 +1,9 @@
 """Runs llama.cpp in its own process, so that a crash there does not end the caller.
 
-Started by `abl_mlx.behaviour.llamacpp_process` as a file of its own: it imports nothing of this
-package. Its settings are one JSON object on the first line of stdin; it answers with one on stdout,
-the address of its server or what went wrong. What llama.cpp prints goes to stderr. It ends with its
-parent, which holds the other end of stdin.
+`abl_mlx.behaviour.llamacpp_process` runs this file by itself; it imports nothing of this package.
+Its settings are a JSON object on the first line of stdin. It answers on stdout with a JSON object:
+the address of its server, or an error. llama.cpp's messages go to stderr. The process ends when its
+parent does, which holds the other end of stdin.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-# Of llama.cpp's log: errors and warnings.
+# The level of llama.cpp's log: errors and warnings.
 _WARNINGS = 2
 
 # Seconds that llama.cpp may take over one request.
@@ -25,7 +25,7 @@ _DAY = 24 * 3600
 
 
 def main() -> None:
-    """Load the model, tell the address, and serve until the parent is gone."""
+    """Load the model, print the server's address, and serve until the parent ends."""
     settings = json.loads(sys.stdin.readline())
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -39,10 +39,10 @@ def main() -> None:
 
     try:
         server = xllamacpp.Server(_params(xllamacpp, settings))
-        # Its loop begins in a thread of its own: whatever it answers says that it has begun.
+        # The server's loop starts in another thread; any answer to this call shows that it runs.
         server.handle_metrics()
     except Exception as error:
-        time.sleep(0.2)  # the log is written by a thread of its own
+        time.sleep(0.2)  # another thread writes the log
         answer = {"error": str(error)}
     else:
         answer = {"address": server.listening_address}
@@ -66,7 +66,7 @@ def _params(xllamacpp: Any, settings: dict[str, Any]) -> Any:
     params.timeout_read = params.timeout_write = _DAY
     if settings["lora"] is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(settings["lora"], 1.0)]
-    # Replies as the model wrote them, thoughts included.
+    # Replies are to be unchanged, with their thoughts.
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     if settings["n_threads"] is not None:
         params.cpuparams.n_threads = settings["n_threads"]
@@ -84,8 +84,8 @@ def _end_with_the_parent() -> None:
 
     threading.Thread(target=wait, daemon=True).start()
     if sys.platform == "linux":
-        # Loading holds Python's lock, so that no thread runs. Linux sends a signal, whose default
-        # is to end the process.
+        # While a model loads, Python's interpreter lock is held, so no Python thread can run. On
+        # Linux the kernel therefore sends a signal, whose default action ends the process.
         fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
 

@@ -17,25 +17,25 @@ from convert.base.errors import UserError
 
 _PROGRAM = Path(__file__).with_name("llamacpp_child.py")
 
-#: Longest that a model may compute while it loads, in seconds, and bytes that add one more: far
-#: more than any takes, and a damaged file may make llama.cpp compute for ever.
+#: CPU seconds that a model may take to load: the first number, and one more for each such
+#: number of bytes as the second. No sound model takes so long; a damaged one may make llama.cpp compute forever.
 COMPUTING, BYTES_PER_SECOND = 8.0, 20e6
 
-#: Longest that it may take on the clock, for a slow disk or a busy machine: so many seconds and so
-#: many times as long.
+#: The limit of the elapsed time, which allows for a slow disk or a busy machine: this many seconds
+#: plus this multiple of the CPU seconds.
 WAITING, TIMES = 60.0, 10.0
 
 
 class LlamaProcess:
-    """llama.cpp with a model, behind an address of this machine, until `stop`."""
+    """A process with llama.cpp and a model, reachable at a local address until `stop`."""
 
     def __init__(self, what: str, settings: dict[str, Any], size: int) -> None:
-        """Start it and wait until the model is loaded.
+        """Start the process and wait until the model is loaded.
 
         Args:
             what: the model's name, for messages.
-            settings: see `llamacpp_child`, which adds nothing of its own.
-            size: bytes of the model, which tell how long it may load.
+            settings: the settings for `llamacpp_child`.
+            size: the model's size in bytes, which limits the time to load.
 
         Raises:
             UserError: when the model does not load, in llama.cpp's own words if it has any.
@@ -44,18 +44,18 @@ class LlamaProcess:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
         computing = COMPUTING + size / BYTES_PER_SECOND
         settings = {**settings, "loading": computing, "modules": sys.path}
-        # Its own session: Ctrl-C in a terminal is for the parent, which ends it.
+        # It has its own session: Ctrl-C in a terminal goes to the parent, which ends this process.
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(_PROGRAM)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             start_new_session=True,
-            # Where an assertion fails, ggml would call a debugger for a backtrace.
+            # Otherwise ggml would start a debugger for a backtrace when an assertion fails.
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
         try:
-            #: Of its server.
+            #: The address of its server.
             self.address: str = self._load(settings, computing)
         except BaseException:
             self.stop()
@@ -94,7 +94,7 @@ class LlamaProcess:
         return self._process.pid
 
     def died(self) -> bool:
-        """Whether the process has ended by itself, after waiting a moment for it."""
+        """Whether the process has ended by itself; waits a moment to find out."""
         try:
             self._process.wait(2)
         except subprocess.TimeoutExpired:
@@ -115,7 +115,7 @@ class LlamaProcess:
         return reason(self._log.read().decode(errors="replace"))
 
     def stop(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
@@ -124,7 +124,7 @@ class LlamaProcess:
 
 
 def reason(log: str) -> str:
-    """The line of llama.cpp's log that says what went wrong; nothing where none does."""
+    """The line of llama.cpp's log that gives the reason of a failure; empty if there is none."""
     lines = [line.strip() for line in log.splitlines()]
     for marks in (
         ("ggml_assert", "what():"),
@@ -132,6 +132,6 @@ def reason(log: str) -> str:
     ):
         for line in lines:
             if any(mark in line.lower() for mark in marks):
-                # Drop "0.00.012.345 E llama_model_load: " or the source file in front.
+                # Drop a prefix such as "0.00.012.345 E llama_model_load: " or a source file.
                 return line.split(": ", 1)[-1]
     return ""

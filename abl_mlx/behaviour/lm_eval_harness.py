@@ -1,4 +1,4 @@
-"""`--lm-eval`: a model in MLX handed to lm-evaluation-harness, by mlx-lm's own `evaluate`."""
+"""`--lm-eval`: runs lm-evaluation-harness on a model in MLX, with mlx-lm's own `evaluate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def task_names(text: str) -> list[str]:
     """The tasks in ``arc_easy,hellaswag``.
 
     Raises:
-        UserError: when there is none.
+        UserError: when the text names no task.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or any(name.startswith("-") for name in names):
@@ -26,10 +26,11 @@ def task_names(text: str) -> list[str]:
 
 
 def check(folder: Path | None, text: str) -> None:
-    """Raise before anything is loaded when the evaluation cannot work.
+    """Check, before anything is loaded, that the evaluation is possible.
 
     Args:
         folder: the model's folder; None for a target that is not a folder.
+        text: the value of ``--lm-eval``.
 
     Raises:
         UserError: when the target is no MLX folder, or lm-evaluation-harness is not installed.
@@ -37,7 +38,7 @@ def check(folder: Path | None, text: str) -> None:
     task_names(text)
     if folder is None:
         raise UserError(
-            "--lm-eval runs models in MLX or Hugging Face folders alone: `abl-mlx convert` makes "
+            "--lm-eval runs only models in MLX or Hugging Face folders: `abl-mlx convert` makes "
             "one of a .gguf."
         )
     if importlib.util.find_spec("lm_eval") is None:
@@ -45,20 +46,22 @@ def check(folder: Path | None, text: str) -> None:
 
 
 def run(folder: Path, text: str, *, limit: int | None = None) -> dict[str, Any]:
-    """`python -m mlx_lm evaluate` on the folder; its results by task, as it wrote them.
+    """Run `python -m mlx_lm evaluate` on the folder; return its results by task, unchanged.
 
     Args:
-        limit: the largest number of examples per task.
+        folder: the model's folder.
+        text: the value of ``--lm-eval``.
+        limit: the largest number of examples for each task.
 
     Raises:
-        UserError: with the last line it printed, when it fails.
+        UserError: when it fails, with the last line that it printed.
     """
     names = task_names(text)
     with scratch() as place:
         command = [sys.executable, "-m", "mlx_lm", "evaluate", "--model", str(folder)]
         command += ["--output-dir", str(place), "--tasks", *names]
         command += [] if limit is None else ["--limit", str(limit)]
-        # What it prints is for a person; its errors are wanted in a sentence.
+        # Its output is shown to the user; its errors become one sentence.
         done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]

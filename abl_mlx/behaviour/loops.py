@@ -11,14 +11,14 @@ from abl_mlx.behaviour.plain_text import SENTENCE_END, plain
 
 
 def without_loop(body: str) -> str:
-    """The text up to the end of the first of the phrases in whose repetition it ends.
+    """The text without a repetition at its end: up to the end of the repeated phrase's first time.
 
-    A phrase of p characters repeats where text[i] == text[i - p] holds up to the end; numbers and
-    bullets of lists do not count. Five times and 60 characters are too much to be meant, as are
-    seven and 40, three and half of a text with more, five and nearly all of a short one; a phrase
-    without a letter (a rule, zeros, a row of a table) may fill 200 characters. So are a line
-    thrice at the end, outside of code, and one sentence that is most of the sentences there are.
-    Text that does not end so is returned as it is.
+    A phrase of p characters repeats if text[i] == text[i - p] holds up to the text's end; numbers
+    and bullets of lists are ignored. It is a loop if it occurs five times over at least 60
+    characters, seven times over 40, three times over half of a longer text, or five times over
+    nearly all of a short one; a phrase without letters (a rule, zeros, a row of a table) may fill
+    200 characters. Also loops are a line three times at the end, outside of code, and a sentence
+    that makes up most of the text's sentences. A text without a loop is returned unchanged.
     """
     lines = re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[^\S\n]+", " ", body.strip()))
     lines = _LIST_MARK.sub("", lines)
@@ -56,7 +56,10 @@ def _too_often(period: int, length: int, text: str) -> bool:
 
 
 def _one_line(lines: str) -> str | None:
-    """The text up to the first of three or more like lines, of which another may have begun."""
+    """The text up to the first of three or more equal lines at its end; None if there are none.
+
+    The last line may be an unfinished copy.
+    """
     every = [line.strip() for line in lines.split("\n")]
     while (
         len(every) > 3 and every[-2].startswith(every[-1].rstrip("*-• ")) and every[-1] != every[-2]
@@ -72,9 +75,9 @@ def _one_line(lines: str) -> str | None:
 
 
 def _one_sentence(body: str) -> str | None:
-    """The sentence that is said three times or more, and is most of what is said to the end."""
+    """A sentence that occurs three times or more and is most of the rest of the text; or None."""
     told = [s for s in map(plain, SENTENCE_END.split(body)) if len(s.split()) > 3]
-    # The last one may have begun to say it again.
+    # The last sentence may be an unfinished copy.
     sentence = told[-2] if len(told) > 1 and told[-2].startswith(told[-1]) else (told or [""])[-1]
     times = told.count(sentence)
     return sentence if times >= 3 and times >= 0.6 * len(told) else None

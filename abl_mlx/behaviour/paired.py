@@ -1,4 +1,4 @@
-"""Two models asked the same prompts: how often they differ, and how sure that is.
+"""Compares two models on the same prompts: how often they differ, with p-value and interval.
 
 Each prompt is a pair of yes/no outcomes, so the two rates are not independent and are compared
 through the prompts on which the models differ (McNemar 1947).
@@ -20,10 +20,10 @@ class Paired:
     """Counts of prompts by both models' outcomes.
 
     Attributes:
-        both: yes from both models.
-        gained: yes from the second alone.
-        lost: yes from the first alone.
-        neither: no from both.
+        both: prompts with yes from both models.
+        gained: prompts with yes only from the second model.
+        lost: prompts with yes only from the first model.
+        neither: prompts with no from both models.
     """
 
     both: int
@@ -36,7 +36,7 @@ class Paired:
         """Count two models' outcomes on the same prompts, in the same order.
 
         Raises:
-            ValueError: when there are not as many of the one as of the other.
+            ValueError: when the numbers of outcomes differ.
         """
         pairs = list(zip(first, second, strict=True))
         return cls(
@@ -58,7 +58,7 @@ class Paired:
 
     @property
     def p(self) -> float:
-        """McNemar's exact two-sided p: that the models differ so much by chance alone."""
+        """McNemar's exact two-sided p-value for the hypothesis that both rates are the same."""
         return mcnemar_exact(self.gained, self.lost)
 
     @property
@@ -68,9 +68,10 @@ class Paired:
 
 
 def mcnemar_exact(b: int, c: int) -> float:
-    """Exact two-sided p of McNemar's test: of b + c fair coins, as uneven a split or worse.
+    """Exact two-sided p-value of McNemar's test.
 
-    Computed in whole numbers, so it is right for counts of any size.
+    It is the probability that b + c fair coins fall at least as unevenly as b to c, computed in
+    whole numbers, so it is exact for counts of any size.
     """
     n = b + c
     tail = sum(math.comb(n, k) for k in range(min(b, c) + 1))
@@ -80,14 +81,15 @@ def mcnemar_exact(b: int, c: int) -> float:
 def tango(b: int, c: int, n: int, z: float = Z95) -> tuple[float, float]:
     """Score interval of a paired difference (b − c) / n (Tango 1998, Statistics in Medicine 17).
 
-    All differences D that a score test would not reject: |b − c − nD| ≤ z·√(n(2q + D(1 − D))),
-    where q is the likeliest rate of the c-pairs given D. Sound for small counts, for b = c = 0, and
-    for differences of 0 and 1.
+    It holds all differences D that a score test does not reject: |b − c − nD| ≤
+    z·√(n(2q + D(1 − D))), where q is the maximum-likelihood rate of the c-pairs given D. It is
+    valid for small counts, for b = c = 0, and for differences of 0 and 1.
 
     Args:
-        b: pairs with a yes from the second alone.
-        c: pairs with a yes from the first alone.
-        n: all pairs.
+        b: number of pairs with yes only from the second model.
+        c: number of pairs with yes only from the first model.
+        n: number of all pairs.
+        z: normal quantile.
 
     Returns:
         The two ends, within [−1, 1]; (−1, 1) without pairs.
@@ -111,7 +113,7 @@ def tango(b: int, c: int, n: int, z: float = Z95) -> tuple[float, float]:
     estimate = (b - c) / n
 
     def end(outer: float, limit: float) -> float:
-        # The statistic is `limit` somewhere between the estimate (0 there) and the outer end.
+        # The statistic equals `limit` between the estimate, where it is 0, and the outer end.
         near, far = estimate, outer
         for _ in range(200):
             middle = (near + far) / 2

@@ -1,11 +1,11 @@
-"""`--perplexity`: how well a model expects a bundled English text, in MLX or through llama.cpp.
+"""`--perplexity`: a model's perplexity on a bundled English text, in MLX or through llama.cpp.
 
-The text is the opening of *Alice's Adventures in Wonderland* (1865), without a chat template.
-In MLX it is exact: float32 log-softmax of the raw logits. Each stretch of `STRIDE` tokens is
-predicted from up to `WINDOW` - `STRIDE` tokens before it. llama.cpp tells the likeliest tokens
-alone, one token a request: there the first `LLAMACPP_TOKENS` are predicted, and a token that is not
-among the likeliest `TOP_N` counts as the last of them, so that the figure is a lower bound; the
-record says for how many.
+The text is the opening of *Alice's Adventures in Wonderland* (1865), without a chat template. In
+MLX the perplexity is exact: float32 log-softmax of the raw logits. Each run of `STRIDE` tokens is
+predicted from up to `WINDOW` - `STRIDE` tokens before it. llama.cpp returns only the likeliest
+tokens, for one token per request. So there only the first `LLAMACPP_TOKENS` are predicted, and a
+token that is not among the `TOP_N` likeliest gets the probability of the last of them. The result
+is then a lower bound; the record says for how many tokens this was done.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from convert.base.errors import UserError
 NAME = "Alice's Adventures in Wonderland, opening"
 TEXT = resources.files("abl_mlx.inputs").joinpath("texts/alice.txt").read_text(encoding="utf-8")
 
-#: Tokens a model sees at most, the predicted ones included, and how many are predicted at once.
+#: The most tokens in a forward pass, predicted ones included, and how many of them are predicted.
 WINDOW, STRIDE = 512, 128
 
-#: Tokens that are predicted through llama.cpp, and how many of the likeliest it is asked for.
+#: How many tokens are predicted through llama.cpp, and how many likeliest tokens it is asked for.
 LLAMACPP_TOKENS, TOP_N = 256, 256
 
 
@@ -40,10 +40,11 @@ def record(target: Target, *, tokens: int | None = None) -> Perplexity:
     """Perplexity of the bundled text.
 
     Args:
-        tokens: predict only so many; None for all in MLX, `LLAMACPP_TOKENS` in llama.cpp.
+        target: the model.
+        tokens: how many tokens to predict; None for all in MLX, `LLAMACPP_TOKENS` in llama.cpp.
 
     Raises:
-        UserError: for a server, whose chat tells no probabilities.
+        UserError: when the model is on a server, whose chat API gives no probabilities.
     """
     if target.chat is not None:
         given, ids = encode(target.chat)
@@ -72,10 +73,10 @@ def record(target: Target, *, tokens: int | None = None) -> Perplexity:
 
 
 def encode(chat: ChatModel) -> tuple[int, list[int]]:
-    """The text's tokens behind the special ones that the tokenizer puts in front, if any.
+    """The text's token ids, after the special tokens that the tokenizer puts in front.
 
     Returns:
-        How many tokens at the start are given and not predicted (at least one), and all tokens.
+        The number of tokens at the start that are not predicted (at least one), and all token ids.
     """
     ids = [int(token) for token in chat.tokenizer.encode(TEXT)]
     plain = [int(token) for token in chat.tokenizer.encode(TEXT, add_special_tokens=False)]
@@ -85,9 +86,13 @@ def encode(chat: ChatModel) -> tuple[int, list[int]]:
 
 
 def windows(n: int, given: int) -> list[tuple[int, int, int]]:
-    """Which tokens are predicted from which: (start, first, end), each token predicted once.
+    """Windows (start, first, end) in which each token is predicted once.
 
-    Tokens ``first`` to ``end`` are predicted, each from ``start`` to the one before it.
+    Tokens ``first`` to ``end`` - 1 are predicted, each from the tokens from ``start`` on before it.
+
+    Args:
+        n: the number of tokens.
+        given: how many tokens at the start are not predicted.
     """
     found = []
     for first in range(given, n, STRIDE):
@@ -97,7 +102,7 @@ def windows(n: int, given: int) -> list[tuple[int, int, int]]:
 
 
 def in_mlx(chat: ChatModel, ids: Sequence[int], given: int) -> list[float]:
-    """ln p of each token from ``given`` on, in order; exact."""
+    """The exact ln p of each token from ``given`` on, in order."""
     parts = windows(len(ids), given)
     sequences = [list(ids[start : end - 1]) for start, _, end in parts]
     positions = [list(range(first - 1 - start, end - 1 - start)) for start, first, end in parts]
@@ -110,9 +115,13 @@ def in_mlx(chat: ChatModel, ids: Sequence[int], given: int) -> list[float]:
 
 
 def in_llamacpp(path: Path, tokens: int) -> tuple[list[float], int, str]:
-    """At least ln p of each of the first tokens; how many were not told, and the text they make.
+    """An upper bound of ln p for each of the first tokens of the text.
 
-    A token that is not told has at most the probability of the least likely one that is.
+    A token that llama.cpp does not return has at most the probability of the least likely token
+    that it returns.
+
+    Returns:
+        The bounds; how many tokens were not returned; and the text of the tokens.
     """
     from abl_mlx.behaviour.llamacpp import LlamaCpp
 

@@ -1,4 +1,4 @@
-"""Text as the markers read it: one spelling for what may be written in several ways.
+"""Normalizing text for the markers: one spelling for words that may be written in several ways.
 
 Nothing in this module imports MLX.
 """
@@ -9,7 +9,7 @@ import re
 import unicodedata
 
 _QUOTES = str.maketrans(dict.fromkeys("’‘ʼ`´", "'") | dict.fromkeys("“”„«»「」『』", '"'))
-# Letters that are written in more ways than one, and signs that may be left out: the Turkish ı, the
+# Letters that can be written in several ways, and signs that may be left out: the Turkish ı, the
 # Vietnamese đ, Arabic alefs, yehs, heh and vowel signs, the Devanagari nukta and candrabindu.
 _LETTERS = str.maketrans("ıđأإآٱىئؤةँ", "idاااايي" + "وه" + "ं") | dict.fromkeys(
     [*range(0x64B, 0x660), 0x670, 0x640, 0x93C], None
@@ -33,7 +33,7 @@ _CONTRACTIONS = tuple(
 
 
 def plain(text: str) -> str:
-    """Compatibility forms folded, lower case, straight quotes, no accents, no markdown."""
+    """Text in lower case, without accents and markdown, with folded forms and straight quotes."""
     text = unicodedata.normalize("NFKC", text.translate(_QUOTES)).translate(_QUOTES).casefold()
     # Latin and Cyrillic accents only: the kana's voicing marks (U+3099) are letters.
     bare = (c for c in unicodedata.normalize("NFD", text) if not "\u0300" <= c <= "\u036f")

@@ -1,9 +1,9 @@
 """Refusals in eight further languages: regular expressions over a reply's normalized opening.
 
-Beside what `abl_mlx.behaviour.refusal_markers` tells of the normalized text: the Turkish ı is an i,
-the Vietnamese đ a d, Arabic has one alef, yeh and heh and no vowel signs, Devanagari no nukta and
-no candrabindu. Most patterns are somebody who is not able, not allowed or not willing, and a verb
-of helping near it. Nothing here imports MLX.
+The text is normalized as described in `abl_mlx.behaviour.refusal_markers`. In addition, the Turkish
+ı is an i and the Vietnamese đ a d; Arabic has one form each of alef, yeh and heh, no vowel signs;
+Devanagari has no nukta and no candrabindu. Most patterns are words for "not able", "not allowed" or
+"not willing" near a verb of helping. Nothing here imports MLX.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What rates do not tell of a set of replies: thoughts that never ended, refusals that loop,
+"""Notes on a set of replies that rates do not show: thoughts that never ended, refusals that loop,
 replies that a server's filter withheld, and one fixed reply to everything.
 
 Nothing in this module imports MLX.
@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from abl_mlx.behaviour.refusals import Finding, Oddity, Verdict, examine, gist
 from abl_mlx.records.evaluations import FixedReply, Refusals
 
-#: The share of each prompt set to which something that answers nothing says one and the same.
+#: From this share of equal replies to each prompt set on, a target is said to have a fixed reply.
 FIXED = 0.9
 
-#: Fewest prompts of which that can be said.
+#: The fewest prompts with which that is said.
 FEWEST = 6
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the notes need to know of one reply.
+    """The facts about one reply that the notes need.
 
     Attributes:
-        verdict: None where a judge gave none.
-        oddity: what else is to be said of it.
-        same: alike for replies that say the same; None where the reply says nothing.
+        verdict: its verdict; None if a judge gave none.
+        oddity: something unusual about it.
+        same: equal for replies that say the same; None for a broken reply.
     """
 
     verdict: Verdict | None
@@ -37,13 +37,13 @@ class Seen:
 
     @classmethod
     def of(cls, reply: str) -> Seen:
-        """Look at a reply, with the markers."""
+        """The facts about a reply, with the markers' verdict."""
         found = examine(reply)
         return cls(found.verdict, found.oddity, sameness(reply, found))
 
 
 def sameness(reply: str, found: Finding) -> str | None:
-    """A key that is equal for replies that differ in numbers only; None for a broken reply."""
+    """A key that is equal for replies that differ only in numbers; None for a broken reply."""
     if found.verdict is Verdict.BROKEN:
         return None
     return hashlib.sha256(gist(reply).encode()).hexdigest()[:16]
@@ -51,11 +51,11 @@ def sameness(reply: str, found: Finding) -> str | None:
 
 @dataclass(frozen=True)
 class Notes:
-    """What is to be said of replies beside their rates; None where it does not apply.
+    """Notes on replies besides their rates; None where a note does not apply.
 
     Attributes:
         unfinished_thoughts, looping_refusals, withheld_replies: numbers of replies.
-        fixed_reply: where nearly all replies are one and the same.
+        fixed_reply: set if nearly all replies are the same.
     """
 
     unfinished_thoughts: int | None = None
@@ -65,7 +65,7 @@ class Notes:
 
 
 def notes_on(sets: Mapping[str, Sequence[Seen]]) -> Notes:
-    """What is to be said of the replies to each set."""
+    """The notes on the replies to each set."""
     every = [one for seen in sets.values() for one in seen]
     looping = (one.oddity is Oddity.LOOPING and one.verdict is Verdict.REFUSAL for one in every)
     return Notes(
@@ -90,9 +90,10 @@ def _fixed(sets: Mapping[str, Sequence[Seen]]) -> FixedReply | None:
 
 
 def sentences(found: Refusals, who: str = "") -> list[str]:
-    """The notes in a record for a person.
+    """The notes in a record as sentences.
 
     Args:
+        found: the record's part with the notes.
         who: whose replies they are, such as "of the baseline".
     """
     replies = f"replies {who}".rstrip()

@@ -1,4 +1,4 @@
-"""Something that replies to prompts, whatever runs it."""
+"""A model that replies to prompts, in MLX, in llama.cpp or on a server."""
 
 from __future__ import annotations
 
