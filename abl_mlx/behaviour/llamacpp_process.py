@@ -17,8 +17,8 @@ from convert.base.errors import UserError
 
 _PROGRAM = Path(__file__).with_name("llamacpp_child.py")
 
-#: CPU seconds that a model may take to load: the first number, and one more for each such
-#: number of bytes as the second. No sound model takes so long; a damaged one may make llama.cpp compute forever.
+#: CPU seconds that a model may take to load: 8, and one more for each 20 MB. No sound model takes
+#: so long; a damaged one may make llama.cpp compute forever.
 COMPUTING, BYTES_PER_SECOND = 8.0, 20e6
 
 #: The limit of the elapsed time, which allows for a slow disk or a busy machine: this many seconds

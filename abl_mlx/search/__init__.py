@@ -1,1 +1,1 @@
-"""The search over edits that trades refusals against KL."""
+"""The search over edits for few refusals at a low KL."""

@@ -1,4 +1,4 @@
-"""A file with the trials of a search, from which a later search continues."""
+"""The journal of a search: a file with its trials, from which a later search continues."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Journal:
     """The trials so far, in an Optuna journal file from which a later search continues.
 
     Raises:
-        UserError: a file that is no journal, or of another search.
+        UserError: when the file is no journal, or the journal of another search.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, str]):
@@ -42,7 +42,7 @@ class Journal:
             self._study = self._open(identity)
         except BaseException as error:
             self.close()
-            # Optuna reads a journal as if it had written it, and raises whatever that leads to.
+            # Optuna does not check a journal that it reads, so a damaged one may raise anything.
             if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
                 raise self._damaged from None
             raise
@@ -85,13 +85,13 @@ class Journal:
             self._held.close()
 
     def trials(self, distributions: Mapping[str, Any]) -> list[tuple[Any, Trial]]:
-        """All finished trials: Optuna's record and what it holds.
+        """All finished trials, each with Optuna's record of it.
 
         Args:
-            distributions: of the parameters, as `add` wrote them.
+            distributions: the parameters' distributions, as given to `add`.
 
         Raises:
-            UserError: when the file was changed by something else.
+            UserError: when another program changed the file.
         """
         try:
             found = []
@@ -105,7 +105,7 @@ class Journal:
             raise self._damaged from None
 
     def add(self, trial: Trial, distributions: Mapping[str, Any]) -> Any:
-        """Write a trial atomically; returns Optuna's record of it."""
+        """Write a trial atomically, and return Optuna's record of it."""
         screened = trial.screened
         record = self._optuna.trial.create_trial(
             params=trial.parameters,
@@ -123,7 +123,11 @@ class Journal:
 
 
 def _hold(path: Path) -> BinaryIO:
-    """Open or create the file, and lock it against other searches."""
+    """Open or create the file, and lock it against other searches.
+
+    Raises:
+        UserError: when the file cannot be written, or another search has locked it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = open(path, "ab")  # noqa: SIM115 - open as long as the journal is
@@ -131,7 +135,7 @@ def _hold(path: Path) -> BinaryIO:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
     try:
         if locks.hold(stream.fileno()):
-            # Optuna's own lock, a link beside the file, is of a process that was killed.
+            # Optuna's own lock, a link beside the file, was left by a killed process.
             path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
     except locks.Busy:
         stream.close()
@@ -143,10 +147,10 @@ def _hold(path: Path) -> BinaryIO:
 
 
 def _trial_of(record: Any) -> Trial:
-    """The trial that an Optuna record holds.
+    """The trial in an Optuna record.
 
     Raises:
-        Exception: of some kind, when it holds none.
+        Exception: of any kind, when the record holds no trial.
     """
     known = record.user_attrs
     refusal, kl = map(_finite, record.values)
@@ -165,7 +169,7 @@ def _finite(value: Any) -> float:
 
 
 def _mend(path: Path) -> bool:
-    """Whether a file is a journal; an unfinished last line (after a kill) is removed."""
+    """Whether a file is a journal; removes a last line that a killed process left unfinished."""
     with open(path, "rb+") as stream:
         content = stream.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -183,8 +187,9 @@ def optuna_quietly() -> Any:
     Raises:
         UserError: when it is not installed.
     """
-    # Optuna keeps the errors of its optional imports, and those the frames that led to its own
-    # import, with the model in them. Behind a thread's first call there are no frames.
+    # Optuna keeps the errors of its optional imports. These refer to the frames from which Optuna
+    # was imported, and so to the model, which could then not be released. In a new thread there are
+    # no such frames.
     with ThreadPoolExecutor(1) as pool:
         try:
             optuna = pool.submit(import_module, "optuna").result()
@@ -195,7 +200,7 @@ def optuna_quietly() -> Any:
 
 
 def identity(chat: ChatModel, sets: PromptSets, space: Space, how: Measuring) -> dict[str, str]:
-    """Hashes of what a journal's trials depend on: the model, the prompts, the space, the seed."""
+    """Hashes of everything on which trials depend: the model, the prompts, the space, the seed."""
     model = hashlib.sha256()
     for name, value in sorted(parameters(chat.model)):
         piece = value.reshape(-1)[:64]
@@ -204,7 +209,7 @@ def identity(chat: ChatModel, sets: PromptSets, space: Space, how: Measuring) ->
         model.update(f"{name} {value.shape} {value.dtype} {piece.tolist()}".encode())
     asked = {name: [name, space.distributions()[name]._asdict()] for name in space.distributions()}
     edited = [
-        1.0,  # the strength at which edits are tried, whichever is written
+        1.0,  # edits are tried at strength 1, whatever strength is written
         sorted(how.editing.layers or ()),
         how.finding.method,
         str(how.given.direction),

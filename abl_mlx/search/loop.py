@@ -1,9 +1,10 @@
-"""`--search N`: the gentlest edit that meets a target, by trying edits on the first reply token.
+"""`--search N`: looks for the edit with the lowest KL that meets a target share of refusals.
 
-Two objectives, both to be small: the refusal score of harmful validation prompts and the KL on
-harmless ones. Edits are tried at runtime (`steering.ablation`), so that no weight is written. Only
-what ends on the front of both is asked for replies, which are judged as in the evaluation, so that
-an edit which merely changes how a refusal opens is found out.
+There are two objectives to be minimized: the refusal score of harmful validation prompts, and the
+KL on harmless ones, both at the first reply token. Edits are tried at runtime
+(`steering.ablation`), so no weight is written. In the end the edits on the Pareto front generate
+replies, which are judged as in the evaluation, so that an edit which only changes how refusals open
+is recognised.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ from abl_mlx.support import interrupts
 from abl_mlx.support.console import progress, say
 from convert.base.errors import UserError
 
-#: Harmless prompts for the KL, and harmful ones that an edit of the front is asked; where the
-#: validation part has fewer the train part fills up. A search fits what it is scored on: of thirty
-#: prompts, two or three would decide.
+#: The number of harmless prompts for the KL, and of harmful prompts to which edits on the front
+#: reply. If the validation part has fewer, prompts of the train part are added. A search overfits
+#: the prompts that score it: with thirty, two or three prompts would decide.
 ENOUGH_PROMPTS = 64
 
 
-#: Steps in which the weakest even strength is looked for.
+#: The number of bisection steps that look for the weakest even strength.
 HALVINGS = 4
 
-#: Neighbours of a trial of which the one that looks best is tried.
+#: The number of random neighbours of a trial, of which the most promising one is tried.
 NEIGHBOURS = 64
 
-#: A search goes on while its front has moved in so many trials, or a third of all.
+#: A search ends when its front has not moved for this many trials, or for a third of all trials.
 PATIENCE = 40
 
 
@@ -56,19 +57,20 @@ PATIENCE = 40
 
 @dataclass
 class Search:
-    """A search that runs trial by trial; each trial depends on the earlier ones alone.
+    """A search that runs trial by trial; each trial depends only on the earlier ones.
 
     Attributes:
         screen: scores edits.
-        space: what may change.
-        edit_for: the edit of some parameters.
-        journal: where trials are written down.
-        enough: whether so small a share of first tokens that are refusals is good enough.
-        seed: fixes what is tried.
-        trials: so far.
-        volumes: of the front, after each of them.
-        gentlest: 1 less the log KL, as a share of its range, of the gentlest that is good enough.
-        ended: why it ended.
+        space: the parameters of edits.
+        edit_for: makes the edit with some parameters.
+        journal: keeps the trials.
+        enough: whether a share of replies opening with a refusal is small enough.
+        seed: the seed of random choices.
+        trials: the trials so far.
+        volumes: the front's hypervolume after each trial.
+        gentlest: after each trial, 1 minus the logarithm of the lowest KL of a trial that is good
+            enough, as a share of the logarithm's range.
+        ended: why the search ended.
     """
 
     screen: Screen
@@ -93,7 +95,7 @@ class Search:
     def run(self, most: int) -> None:
         """Try edits until there are ``most`` trials, or the front has stopped moving.
 
-        Ctrl-C ends the search, not the command: what was found so far is used.
+        Ctrl-C ends the search but not the command: the best trial so far is used.
         """
         patience = max(PATIENCE, most // 3)
         distributions = self.space.distributions()
@@ -119,11 +121,11 @@ class Search:
         self.ended = "all trials made" if len(self.trials) >= most else "the front stopped moving"
 
     def _ends(self, patience: int) -> bool:
-        """Whether neither the front nor the gentlest edit that is good enough moves any more."""
+        """Whether neither the front nor the lowest KL that is good enough has changed lately."""
         return still(self.volumes, patience) and still(self.gentlest, patience)
 
     def front(self) -> list[Trial]:
-        """The trials that no other beats, by rising KL; none that was rejected early."""
+        """The trials on the Pareto front, by rising KL; trials that ended early are left out."""
         whole = [trial for trial in self.trials if trial.screened.whole]
         points = [(trial.screened.kl, trial.screened.refusal) for trial in whole]
         return [whole[number] for number in front(points)]
@@ -133,15 +135,16 @@ class Search:
         points = [one.point(self.screen.before) for one in self.front()]
         self.volumes.append(hypervolume(points))
         good = [one for one in self.front() if self.enough(one.screened.refused)]
-        # As something that grows, of which a change of some percent in the KL is 0.001.
+        # A quantity that grows, and in which a change of the KL by some percent is 0.001.
         self.gentlest.append(1 - good[0].point(self.screen.before)[1] if good else 0.5)
 
     def _next(self) -> dict[str, Any]:
-        """What is tried next: analytic edits first, then neighbours of the front and TPE's."""
+        """The parameters to try next: analytic edits first, then neighbours of the front and
+        suggestions of Optuna's TPE sampler."""
         done = len(self.trials)
         if done < 2:
             return (self.space.uniform(), self.space.even(1.0))[done]
-        # The weakest even edit, by halving; where even the full one leaves refusals, that.
+        # Bisection for the weakest even edit; the full one if even that leaves refusals.
         low, high = 0.0, 1.0
         for trial in self.trials[2 : 2 + HALVINGS]:
             middle = (low + high) / 2
@@ -152,8 +155,8 @@ class Search:
         if done < 2 + HALVINGS + len(analytic):
             return analytic[done - 2 - HALVINGS]
         random = np.random.default_rng([self.seed, done])
-        # One in eight is a look around, one starts anywhere on the front; the others start from
-        # what is already good, and every second from the gentlest of it.
+        # Of eight trials one explores and one starts from anywhere on the front. The others start
+        # from trials that are good enough, every second one from that with the lowest KL.
         if done % 2 and (polished := self._polished(done // 2, random)):
             parameters = polished
         elif done % 8 == 0:
@@ -168,7 +171,10 @@ class Search:
         return parameters if self.space.changes_something(parameters) else self.space.uniform()
 
     def _polished(self, number: int, random: np.random.Generator) -> dict[str, Any] | None:
-        """A small step from the gentlest that leaves hardly a refusal; of another kind at times."""
+        """A small step from the trial with the lowest KL that leaves hardly any refusals.
+
+        At times it starts from a trial with other choices among the parameters.
+        """
         parent = self._promising()[0]
         if number % 4 == 3:
             best: dict[tuple[Any, ...], Trial] = {}

@@ -1,4 +1,4 @@
-"""The Pareto front of two objectives that are both to be small, its hypervolume, and its end."""
+"""The Pareto front of two minimized objectives, its hypervolume, and whether it still moves."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ Point = tuple[float, float]
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """Numbers of the points that no other point beats, by rising first coordinate.
+    """Indices of the points on the Pareto front, by rising first coordinate.
 
-    A point beats another that is nowhere smaller and somewhere larger. Of equal points the first
-    one stays.
+    A point is on the front if no other point is at most as large in both coordinates and smaller in
+    one. Of equal points only the first is on it.
     """
     order = sorted(range(len(points)), key=lambda number: (*points[number], number))
     kept: list[int] = []
@@ -40,8 +40,8 @@ def still(volumes: Sequence[float], patience: int, least: float = 0.001) -> bool
 
     Args:
         volumes: the hypervolume after each trial so far.
-        patience: over so many last trials.
-        least: the share by which it must have grown to count as moving.
+        patience: the number of last trials to compare.
+        least: the share by which the hypervolume must have grown over these to count as moving.
     """
     if len(volumes) <= patience:
         return False

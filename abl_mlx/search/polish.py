@@ -1,9 +1,9 @@
-"""Small steps from the gentlest edit that a search has found, to one that is gentler still.
+"""Small steps from a good edit that a search has found to one with a lower KL.
 
-A model of the trials nearby says what edits would score (kernel regression, as in Gaussian
-processes); its best edit in a trust region is looked for by evolution, which costs no pass through
-the network, and is tried next. Everything follows from the trials before and a seed, so that a
-search that goes on later takes the same steps.
+A regression model of nearby trials predicts the scores of edits (kernel regression, as in Gaussian
+processes). An evolutionary search in a trust region finds the edit with the best prediction,
+without running the network, and that edit is tried next. Everything depends only on earlier trials
+and a seed, so a continued search takes the same steps.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ import numpy as np
 from abl_mlx.search.screening import LEAST_KL, Trial
 from abl_mlx.search.space import Parameters, Space
 
-#: Trials around the parent that the model is made of.
+#: The number of trials around the parent to which the regression model is fitted.
 NEAR = 60
 
-#: Steps of the evolution, how many it keeps at each, and how many come from each of them.
+#: Generations of the evolutionary search, how many edits survive each, and their children.
 GENERATIONS, KEPT, CHILDREN = 24, 8, 6
 
-#: Refusal scores to end at, as shares of the parent's: the choice by replies is among them.
+#: Refusal scores to aim at, as shares of the parent's, so that the final choice has alternatives.
 SHARES = (1.0, 0.5, 2.0, 0.25)
 
-#: How far from all that is known a step may lead, per strength.
+#: Radii of the trust region: how far a step may lead from all trials, per strength.
 RADII = (0.05, 0.1, 0.2)
 
-#: The refusal score below which less is not better.
+#: Refusal scores below this count as equal.
 LEAST_REFUSAL = 1e-4
 
 
 def predicted(
     places: np.ndarray, values: np.ndarray, asked: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values expected at other places, by kernel ridge regression on top of a linear fit.
+    """Predict values at other places, by a linear fit and kernel ridge regression of its residuals.
 
     Args:
-        places: (n, f) where values are known.
-        values: (n, m).
-        asked: (a, f).
+        places: (n, f), the places of known values.
+        values: (n, m), the known values.
+        asked: (a, f), the places of the predictions.
 
     Returns:
-        The values and their standard deviations, (a, m) each.
+        The predicted values and their standard deviations, (a, m) each.
     """
     middle = places.mean(axis=0)
     left, right = places - middle, asked - middle
-    # A line through all of it, held back where few trials tell little.
+    # A linear fit, regularized because there may be few trials.
     ridge = 1e-2 * np.eye(left.shape[1])
     mean = values.mean(axis=0)
     slope = np.linalg.solve(left.T @ left + ridge, left.T @ (values - mean))
@@ -63,7 +63,7 @@ def predicted(
 
 
 def logarithms(trials: Sequence[Trial]) -> np.ndarray:
-    """Logarithms of KL and refusal score: (n, 2)."""
+    """The logarithms of KL and refusal score of each trial, (n, 2)."""
     return np.log([
         [max(one.screened.kl, LEAST_KL), max(one.screened.refusal, LEAST_REFUSAL)]
         for one in trials
@@ -73,16 +73,18 @@ def logarithms(trials: Sequence[Trial]) -> np.ndarray:
 def step(
     space: Space, trials: Sequence[Trial], parent: Trial, number: int, random: np.random.Generator
 ) -> dict[str, Any] | None:
-    """The edit near the parent that is expected to be the gentlest at its refusal score or so.
+    """The edit near a trial with the lowest predicted KL at about its refusal score.
 
     Args:
-        trials: so far.
-        parent: from where; one of them.
-        number: how many steps there were, which says what share of the score is looked for and
-            how far away.
+        space: the parameters of edits.
+        trials: the trials so far.
+        parent: the trial to start from.
+        number: how many such steps there were, which selects the refusal score to aim at and the
+            radius.
+        random: the random generator.
 
     Returns:
-        Its parameters; none where too little is known around the parent.
+        The edit's parameters; None if there are too few trials around the parent.
     """
     kind = space.kind(parent.parameters)
     known = [one for one in trials if space.kind(one.parameters) == kind]
@@ -102,7 +104,7 @@ def step(
         expected, doubt = predicted(places, values, asked)
         kl, refusal = (expected - 0.5 * doubt).T
         far = np.sqrt(_squares(asked, places).min(axis=1))
-        # A step of nothing tells nothing.
+        # Steps that are too small show nothing new, so they are penalized like too large ones.
         excess = np.maximum(far - radius, 0) + np.maximum(0.1 * radius - far, 0)
         return kl + 5 * np.maximum(refusal - allowed, 0) + 10 * excess
 
@@ -124,7 +126,7 @@ def _child(
     scale: float,
     random: np.random.Generator,
 ) -> dict[str, Any]:
-    """Parameters with about half of the numbers moved, inside their ranges."""
+    """The parameters with about half of the numbers changed at random, within their ranges."""
     moved = dict(parent)
     for name, (low, high) in ranges.items():
         if random.random() < 0.5:

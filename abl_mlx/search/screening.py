@@ -1,4 +1,4 @@
-"""What an edit does to the first reply tokens, and to replies: one trial of a search."""
+"""Trials of a search: the effect of an edit on the first reply token, and on replies."""
 
 from __future__ import annotations
 
@@ -22,33 +22,35 @@ from abl_mlx.models.writers import Writer
 from abl_mlx.support.arrays import number, numbers
 from convert.base.errors import UserError
 
-#: Tokens of each reply.
+#: The number of tokens in each reply.
 REPLY_TOKENS = 24
 
-#: Prompts of each set with which a trial begins; where these show it hopeless, it ends there.
+#: The number of prompts of each set with which a trial begins; a hopeless trial ends after them.
 FIRST_PROMPTS = 8
 
-#: KL in nats below which an edit counts as doing nothing, and above which as breaking the model.
+#: An edit with a smaller KL (nats) counts as having no effect, one with a larger KL as breaking the
+#: model.
 LEAST_KL, LARGEST_KL = 1e-6, 1.0
 
-#: What KL and refusal score of a prompt are at most, in nats. An edit that leaves logits that are
-#: no numbers has them, so that it is never among the best, and the others can still be modelled.
+#: The largest KL and refusal score of a prompt, in nats. Edits whose logits are not finite get this
+#: value, so that they are never among the best and do not disturb the regression.
 MOST_NATS = 1e3
 
 
 @dataclass(frozen=True)
 class Screened:
-    """What the first reply tokens say of an edit.
+    """The effect of an edit on the first reply token.
 
     Attributes:
-        refusal: mean surprisal, in nats, that a harmful prompt's reply does not open with a
-            refusal, −log(1 − p): 0 where no refusal is left, the log-odds where all are.
-        refused: share of harmful prompts where a refusal opening is the likeliest token, or they
-            are likelier together than all others.
-        kl: mean KL(model ‖ edited) on harmless prompts, nats.
-        early: (refusal, kl) on the first few prompts alone.
+        refusal: mean over harmful prompts of −log(1 − p) in nats, where p is the probability that
+            the reply opens with a refusal opening: near 0 if no refusals are left, near the
+            log-odds if all are.
+        refused: share of harmful prompts where the likeliest token is a refusal opening, or the
+            refusal openings together are likelier than all other tokens.
+        kl: mean KL(model ‖ edited) on harmless prompts, in nats.
+        early: (refusal, kl) on the first few prompts only.
         whole: whether all prompts were run; a hopeless trial ends after the first few.
-        tokens: run through the model.
+        tokens: the number of tokens that were run through the model.
     """
 
     refusal: float
@@ -60,7 +62,7 @@ class Screened:
 
 
 class Screen:
-    """Scores edits of a loaded model by the first reply token, without generating any."""
+    """Scores edits of a loaded model by the first reply token, without generating replies."""
 
     def __init__(
         self,
@@ -87,13 +89,13 @@ class Screen:
 
     @property
     def cost(self) -> int:
-        """Tokens of all prompts: what one trial costs at most."""
+        """The number of tokens of all prompts, which a trial runs at most."""
         return sum(map(len, self._harmful)) + sum(map(len, self._harmless))
 
     def score(
         self, edit: Edit, hopeless: Callable[[tuple[float, float]], bool] = lambda _: False
     ) -> Screened:
-        """Run the prompts under an edit; only the first few if ``hopeless(refusal, kl)`` there."""
+        """Score an edit; if ``hopeless(refusal, kl)`` for the first few prompts, on those only."""
         first, rest = slice(0, FIRST_PROMPTS), slice(FIRST_PROMPTS, None)
         with ablation(self._writers, edit):
             refused, refusal, kl, tokens = self._run(first)
@@ -113,13 +115,18 @@ class Screen:
         )
 
     def _run(self, part: slice) -> tuple[list[float], list[float], list[float], int]:
-        """(refused or not, surprisal) of harmful prompts, KL of harmless ones, and tokens run."""
+        """Run some prompts of each set under the present edit.
+
+        Returns:
+            For each harmful prompt whether it was refused (1 or 0) and −log(1 − p); for each
+            harmless prompt the KL; and the number of tokens that were run.
+        """
         refused, refusal, kl, tokens = [], [], [], 0
         if harmful := self._harmful[part]:
             opened = first_reply_token(self._chat, harmful)
             likeliest = numbers(opened.argmax(axis=-1))
             scores = numbers(selection.refusal_scores(opened, self.tokens))
-            # What is no number is no answer.
+            # A reply with logits that are NaN does not count as an answer.
             refused = [
                 float(not score <= 0 or token in self.tokens)
                 for score, token in zip(scores, likeliest, strict=True)
@@ -135,7 +142,11 @@ class Screen:
     def ask(
         self, edit: Edit, prompts: Sequence[Sequence[int]], max_tokens: int = REPLY_TOKENS
     ) -> tuple[float, float, int]:
-        """Greedy replies to harmful prompts: shares refused and broken, tokens generated."""
+        """Generate greedy replies to harmful prompts under an edit.
+
+        Returns:
+            The shares of refused and of broken replies, and the number of generated tokens.
+        """
         with ablation(self._writers, edit):
             replies = evaluate.generate(
                 self._chat, prompts, max_tokens, batch_size=self._batch_size
@@ -144,17 +155,17 @@ class Screen:
         shares = [
             verdicts.count(kind) / len(verdicts) for kind in (Verdict.REFUSAL, Verdict.BROKEN)
         ]
-        # The token that ends a reply was generated as well.
+        # One is added for the end token, which was generated as well.
         return shares[0], shares[1], sum(min(len(one) + 1, max_tokens) for one in replies)
 
 
 def _bounded(nats: mx.array) -> list[float]:
-    """The values, of which those that are infinite or no numbers are as bad as can be."""
+    """The values, with `MOST_NATS` in place of NaN and infinity."""
     return [min(value, MOST_NATS) if value == value else MOST_NATS for value in numbers(nats)]
 
 
 def _surprisal(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.array:
-    """−log(1 − p) of the refusal openings, nats: (N, V) -> (N,)."""
+    """−log(1 − p) in nats, p being the probability of the refusal openings: (N, V) -> (N,)."""
     return mx.logaddexp(selection.refusal_scores(log_probabilities, tokens), mx.array(0.0))
 
 
@@ -169,10 +180,10 @@ class Trial:
     screened: Screened
 
     def point(self, before: float) -> tuple[float, float]:
-        """Where it is in the plane of the two objectives, both 0 to 1 and to be small.
+        """The two objectives, each scaled to 0 to 1: refusal score and KL.
 
-        The refusal score as a share of the unedited model's, and the logarithm of the KL, from
-        `LEAST_KL` to `LARGEST_KL`.
+        The refusal score is divided by that of the unedited model, ``before``; the KL is on a
+        logarithmic scale from `LEAST_KL` to `LARGEST_KL`.
         """
         kl = min(max(self.screened.kl, LEAST_KL), LARGEST_KL)
         return (

@@ -1,4 +1,4 @@
-"""What a search may change about an edit, and the edit that a set of parameters stands for."""
+"""The parameters of edits that a search may change, and the edit for given parameters."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ if TYPE_CHECKING:
 
 Parameters = Mapping[str, Any]
 
-#: The writers that have a kernel each; as `edit.Edit.profile` names them.
+#: The groups of writers with a strength kernel each, named as in `edit.Edit.profile`.
 COMPONENTS = ("attention", "mlp")
 
-#: The largest strength of a kernel. Beyond 1 a direction is turned round, beyond 2 made longer.
+#: The largest strength of a kernel. Beyond 1 the component changes its sign, beyond 2 it grows.
 STRONGEST = 1.5
 
-#: The direction that was chosen before the search, as it is: (k, d) or (L, k, d).
+#: The name of the direction that was chosen before the search, (k, d) or (L, k, d).
 DEFAULT = "default"
 
-#: ``(index, per layer) -> (k, d) or (L, k, d)``; the index is a layer, or lies between two.
+#: A function ``(index, per_layer) -> (k, d) or (L, k, d)``; the index is a layer number, which may
+#: lie between two layers.
 Directions = Callable[[float, bool], mx.array]
 
 
 def kernel(layers: int, peak: float, strength: float, width: float, floor: float) -> list[float]:
-    """Strengths by layer, a tent over a floor: s·(f + (1 − f)·max(0, 1 − |l − p| / w)).
+    """The strength for each layer l: s·(f + (1 − f)·max(0, 1 − |l − p| / w)).
 
     Args:
-        layers: how many, L.
-        peak: p, the layer where it is highest; may lie between two.
-        strength: s, its height there.
-        width: w, after how many layers it is down on the floor; above 0.
-        floor: f, the share of s that every layer has at least; 1 is the same everywhere.
+        layers: L, the number of layers.
+        peak: p, the layer of the largest strength; it may lie between two layers.
+        strength: s, the largest strength.
+        width: w, how many layers from the peak the strength reaches its smallest value; above 0.
+        floor: f, the smallest strength as a share of s; 1 means equal strengths.
     """
     return [
         strength * (floor + (1 - floor) * max(0.0, 1 - abs(layer - peak) / width))
@@ -57,8 +58,8 @@ class Space:
     """The parameters of a search.
 
     Attributes:
-        layers: L, how many the model has.
-        methods: where directions come from, by name; `DEFAULT` is one of them.
+        layers: L, the number of the model's layers.
+        methods: name -> source of directions; `DEFAULT` is one of them.
         embedding: whether the embedding may be edited.
     """
 
@@ -72,7 +73,7 @@ class Space:
         return max(0, math.floor(DEEPEST * self.layers) - 1)
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The parameters as Optuna sees them."""
+        """Optuna's distributions of the parameters."""
         from optuna.distributions import (
             CategoricalDistribution,
             FloatDistribution,
@@ -98,7 +99,7 @@ class Space:
         return space
 
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """The parameters that are numbers between two layers or strengths, with their bounds."""
+        """The parameters that are real numbers, with their bounds."""
         space: dict[str, Any] = self.distributions()
         return {
             name: (allowed.low, allowed.high)
@@ -107,7 +108,7 @@ class Space:
         }
 
     def uniform(self, **changes: Any) -> dict[str, Any]:
-        """The analytic default, the chosen direction at strength 1 everywhere, with changes."""
+        """The parameters of the default edit, strength 1 everywhere, with these changes."""
         found: dict[str, Any] = {
             "method": DEFAULT,
             "index": float(self.deepest),
@@ -126,19 +127,19 @@ class Space:
         return found | changes
 
     def even(self, strength: float, **changes: Any) -> dict[str, Any]:
-        """The chosen direction at one strength in all layers, the embedding left as it is."""
+        """The parameters of an edit with one strength in all layers and an unedited embedding."""
         both = {f"{component}_strength": strength for component in COMPONENTS}
         return self.uniform(**({"embedding": False} | both | changes))
 
     def analytic(self, strength: float) -> list[dict[str, Any]]:
-        """What is tried after the default and the weakest even edit that leaves no refusals.
+        """The parameters to try after the default and the weakest even edit without refusals.
 
         Args:
-            strength: of the latter.
+            strength: the strength of that edit.
         """
         variants = [
             self.even(strength, first_layer=min(1, self.layers - 1)),
-            # What is left to the first layer the others have to make up for.
+            # The first layer is left out, so the others get a larger strength.
             self.even(min(1.25 * strength, STRONGEST), first_layer=min(1, self.layers - 1)),
             self.even(strength, mlp_strength=strength / 2),
             self.even(strength, attention_strength=strength / 2),
@@ -147,13 +148,14 @@ class Space:
         return variants + [self.even(strength, method=name) for name in others]
 
     def neighbour(self, parameters: Parameters, random: np.random.Generator) -> dict[str, Any]:
-        """Parameters with a few of them moved: numbers by up to a fifth of their range or so."""
+        """The parameters with a few changed at random, numbers by up to about a fifth of their
+        range."""
         from optuna.distributions import CategoricalDistribution, IntDistribution
 
         space = self.distributions()
         found = dict(parameters)
         scale = float(random.choice([0.03, 0.1, 0.2]))
-        # A choice, or a whole layer, is a leap: rarely, and by itself.
+        # A change of a choice or of a whole layer is large, so it is made rarely and alone.
         if random.random() < 0.15:
             name = str(random.choice([one for one in space if not _is_number(space[one])]))
             allowed = space[name]
@@ -178,9 +180,10 @@ class Space:
     def _tent(
         self, component: str, strength: float, random: np.random.Generator
     ) -> dict[str, float]:
-        """A kernel of some shape in place of an even one, of the same strength in the mean.
+        """The parameters of a random kernel with the mean strength of an even one.
 
-        Under a floor as high as the peak, peak and width change nothing: no small step leads away.
+        An even kernel (floor 1) does not depend on peak and width, so small changes of these have
+        no effect, and a larger change is needed.
         """
         peak = float(random.uniform(0, self.layers - 1))
         width = float(random.uniform(0.5, max(1, self.layers)))
@@ -194,12 +197,12 @@ class Space:
         }
 
     def directions(self, parameters: Parameters) -> mx.array:
-        """What is removed: (k, d), or (L, k, d) where each layer has its own."""
+        """The directions to remove: (k, d), or (L, k, d) with separate ones for each layer."""
         make = self.methods[parameters["method"]]
         return make(float(parameters["index"]), bool(parameters["per_layer"]))
 
     def recipe(self, parameters: Parameters) -> dict[str, Any]:
-        """What of an edit is not its directions: ``profile`` and ``embedding``."""
+        """The edit's arguments besides the directions: ``profile`` and ``embedding``."""
         ends = sorted((int(parameters["first_layer"]), int(parameters["last_layer"])))
         profile = {}
         for component in COMPONENTS:
@@ -217,16 +220,16 @@ class Space:
         return {"profile": profile, "embedding": bool(parameters["embedding"])}
 
     def kind(self, parameters: Parameters) -> tuple[Any, ...]:
-        """The choices among the parameters, that no number stands for."""
+        """The parameters that are choices and not numbers."""
         return tuple(parameters[name] for name in ("method", "per_layer", "embedding"))
 
     def place(self, parameters: Parameters) -> list[float]:
-        """What the numbers come to: the strength of every layer's writers, and the index."""
+        """The parameters as a vector for the regression: the strengths of all layers, the index."""
         profile = self.recipe(parameters)["profile"]
         index = parameters["index"] / max(1, self.deepest)
         return [*profile["attention"], *profile["mlp"], index]
 
     def changes_something(self, parameters: Parameters) -> bool:
-        """Whether any writer at all is edited."""
+        """Whether the edit changes any writer."""
         recipe = self.recipe(parameters)
         return recipe["embedding"] or any(map(any, recipe["profile"].values()))

@@ -1,4 +1,4 @@
-"""The trials that are asked with replies at the end of a search, and the one that is chosen."""
+"""The end of a search: trials on the front generate replies, and one trial is chosen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from abl_mlx.search.screening import Trial
 from abl_mlx.search.space import DEFAULT, Space
 from abl_mlx.support.console import percent, progress
 
-#: Points of the front that are asked for replies at most.
+#: The largest number of trials that generate replies.
 MOST_ASKED = 12
 
 # The normal quantile of 80%.
@@ -23,11 +23,11 @@ FOUR_IN_FIVE = 0.8416
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial of the front whose edit was asked for replies.
+    """A trial on the front, with the verdicts on its replies.
 
     Attributes:
-        refused, broken: shares of the harmful prompts that were asked.
-        meets: whether both together meet the target.
+        refused, broken: shares of the replies to harmful prompts.
+        meets: whether their sum meets the target.
     """
 
     trial: Trial
@@ -41,10 +41,9 @@ class Asked:
 
 
 def meets(share: float, prompts: int, target: float) -> bool:
-    """Whether a share of refused and broken replies is good enough, for other prompts as well.
+    """Whether a share of refused and broken replies meets the target for other prompts as well.
 
-    It is where the upper end of its Wilson interval is that holds four times in five on its side;
-    of few prompts, none at all.
+    It does if it is 0, or if its one-sided Wilson bound at 80% confidence is at most ``target``.
     """
     count = round(share * prompts)
     return count == 0 or wilson(count, prompts, FOUR_IN_FIVE)[1] <= target
@@ -53,13 +52,16 @@ def meets(share: float, prompts: int, target: float) -> bool:
 def ask_survivors(
     trials: Sequence[Trial], ask: Callable[[Trial], Asked], most: int = MOST_ASKED
 ) -> list[Asked]:
-    """Ask trials of a front for replies; few, but the gentlest that meets the target among them.
+    """Let at most ``most`` trials of a front generate replies, so as to find the best one.
 
-    Half of them are spread over the front, others close in on where the target is first met, and
-    what is left goes into the widest gaps.
+    That is the trial with the lowest KL that meets the target. Half of the trials are spread over
+    the front, the next ones bisect towards the point from which on the target is met, and the rest
+    fill the widest gaps.
 
     Args:
-        trials: by rising KL.
+        trials: the trials on the front, by rising KL.
+        ask: generates replies for a trial and judges them.
+        most: the largest number of trials to ask.
     """
     found: dict[int, Asked] = {}
     count = len(trials)
@@ -74,7 +76,7 @@ def ask_survivors(
             below = [place for place in found if place < top]
             bottom = max(below, default=-1)
             left = list(range(bottom + 1, top))
-            if not left:  # the border is found; then the widest gap of the front
+            if not left:  # the point is found; continue with the widest gap of the front
                 ends = sorted(found)
                 low, high = max(itertools.pairwise(ends), key=lambda pair: pair[1] - pair[0])
                 left = list(range(low + 1, high))
@@ -85,7 +87,8 @@ def ask_survivors(
 
 
 def choose(asked: Sequence[Asked]) -> Asked:
-    """The lowest KL that meets the target; where none does, the fewest refused and broken."""
+    """The trial with the lowest KL that meets the target; if none does, the one with the fewest
+    refused and broken replies."""
     passing = [one for one in asked if one.meets]
     if passing:
         return min(passing, key=lambda one: one.trial.screened.kl)
@@ -93,7 +96,7 @@ def choose(asked: Sequence[Asked]) -> Asked:
 
 
 def table(asked: Sequence[Asked], chosen: Asked, space: Space) -> str:
-    """The front, a line for each edit that was asked, by rising KL."""
+    """A table of the trials that generated replies, a line for each, by rising KL."""
     rows: list[tuple[str, ...]] = [
         ("", "KL", "score", "refused", "broken", "directions", "attention", "MLP", "embedding")
     ]
