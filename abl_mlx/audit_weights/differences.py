@@ -1,9 +1,10 @@
-"""Compares a model with its base: whether the differences are the removal of a direction.
+"""Compares a model with its base model: whether the differences are the removal of a direction.
 
-An edit changes a writer W by D = −α r (rᵀW): of rank 1, with the same left singular vector r in all
-writers, and along r *minus α times what was there*. The last tells it from anything that training
-does: fine-tunes and merged adapters differ by low rank too, but not in proportion to what they
-change. Rounding to another type adds noise to D, which has no direction that all writers share.
+An edit changes a writer W by D = −α r (rᵀW). D has rank 1, all writers share its left singular
+vector r, and along r it is −α times the base's component. This last property distinguishes an edit
+from training: fine-tunes and merged adapters may also have low rank, but their differences are not
+proportional to the base's components. Rounding to another type adds noise to D, in which the
+writers share no direction.
 """
 
 from __future__ import annotations
@@ -21,26 +22,27 @@ from convert.base.errors import UserError
 
 Record = dict[str, Any]
 
-#: Directions that the differences have most in common, and others to hold them against.
+#: How many directions the differences have most in common, and how many to compare them with.
 _TOP, _OTHERS = 8, 16
 
-#: A writer took part when it lost at least this share along a direction, more than it did along
-#: others, and what it lost resembles what was there at least so much.
+#: A writer was edited if it lost at least this share along a direction, more than along others, and
+#: if the lost components have at least this cosine with the base's components.
 _STRENGTH, _RESEMBLANCE = 0.08, 0.4
 
-#: What two writers lost must be this like what was there. Training moves weights along their own
-#: largest directions too, and gets to .9.
+#: In two writers this cosine must be at least so large. Training also changes weights along their
+#: own largest directions, and reaches .9.
 _ALIKE = 0.93
 
 
 def compare(model: ModelFile, base: ModelFile) -> tuple[Record, np.ndarray | None]:
-    """Verdict, evidence and figures of a model against its base, and the directions (k, d).
+    """Compare a model with its base; the two may have different formats and types.
 
-    The two may be of different formats and types.
+    Returns:
+        Verdict, evidence and figures; and the removed directions (k, d), None if there are none.
 
     Raises:
-        UserError: two models of different shapes.
-        Unreachable: writers that cannot be found or matched.
+        UserError: when the two models have different shapes.
+        Unreachable: when their writers cannot be found or matched.
     """
     after, before = model.stream_weights(), base.stream_weights()
     pairs, left_out = _matched(before, after, base.source.name, model.source.name)
@@ -92,7 +94,7 @@ def _matched(
 
 
 def _both(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Slabs of base and model, float32 (d, c) each."""
+    """Yield slabs of the base's and the model's weights, float32 (d, c) each."""
     old, new = pair
     for slab in new.slabs():
         yield old.values(slab), new.values(slab)
@@ -144,7 +146,7 @@ def _compare(
 
 
 def _difference(old: StreamWeight, new: StreamWeight) -> tuple[np.ndarray, float]:
-    """D Dᵀ (d, d), and the base's sum of squares."""
+    """D Dᵀ (d, d), and the sum of squares of the base's weights."""
     gram = np.zeros((new.width, new.width))
     size = 0.0
     for before, after in _both((old, new)):
@@ -164,9 +166,9 @@ def _largest(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lost(pair: Pair, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For one writer and each direction v: the share removed, and its likeness to the base.
+    """For one writer and each direction v, the removed share and its resemblance to the base.
 
-    With a = vᵀW₀ and b = vᵀW: 1 − a·b/a·a, and the cosine of a − b and a.
+    With a = vᵀW₀ and b = vᵀW these are 1 − a·b / a·a, and the cosine of a − b and a.
     """
     narrow = np.ascontiguousarray(directions.T, dtype=np.float32)
     count = len(narrow)
@@ -185,9 +187,9 @@ def _evidence(lost: str, median: float, most: float, left_out: Sequence[str]) ->
     """The evidence for a verdict, one sentence each.
 
     Args:
-        lost: what the writers lost along a direction; empty where they lost nothing.
-        median: relative difference of the writers from the base's.
-        most: the largest resemblance of what they lost to what was there.
+        lost: a sentence about what the writers lost along a direction; empty if they lost nothing.
+        median: the median relative difference of the writers from the base's.
+        most: the largest cosine of lost components and the base's.
         left_out: names of tensors that were not compared.
     """
     if lost:

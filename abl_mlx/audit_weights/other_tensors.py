@@ -1,7 +1,7 @@
 """Compares tensors that do not write to the residual stream between a model and its base.
 
-`abl_mlx.audit_weights.differences` judges residual writers alone. Whoever reads its verdict has to
-know when something else was changed as well.
+`abl_mlx.audit_weights.differences` only judges residual writers; the reader of its verdict must
+know if other tensors were changed as well.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.support.console import progress
 from convert.mlx.matrix import PARTS
 
-#: How many tensors are named in a sentence.
+#: The largest number of tensors that a sentence names.
 _NAMED = 3
 
 
 @dataclass(frozen=True)
 class Others:
-    """What the comparison found.
+    """The result of the comparison.
 
     Attributes:
-        compared: how many tensors.
-        changed: those whose bytes differ.
-        only_one: those that one of the two has alone.
-        unlike: how many have another type or shape, and were not compared.
+        compared: the number of compared tensors.
+        changed: names of tensors whose bytes differ.
+        only_one: names of tensors that only one of the two models has.
+        unlike: the number of tensors with another type or shape, which were not compared.
     """
 
     compared: int
@@ -46,7 +46,7 @@ class Others:
         }
 
     def evidence(self) -> list[str]:
-        """Sentences for a verdict; none where everything is the same."""
+        """Sentences for a verdict's evidence; none if all tensors are the same."""
         found = []
         if self.changed:
             found.append(
@@ -71,9 +71,11 @@ class Others:
 
 
 def compare(model: ModelFile, base: ModelFile, writers: Collection[str]) -> Others:
-    """Compare all tensors but the weights of residual writers, byte by byte.
+    """Compare all tensors except the weights of residual writers, byte by byte.
 
     Args:
+        model: the model.
+        base: its base model.
         writers: names of the writers' weights in the model's files.
     """
     stems = {name.removesuffix(".weight") for name in writers}

@@ -1,23 +1,23 @@
-"""The low end of the residual writers' spectrum: the mathematics of `abl-mlx audit`. NumPy alone.
+"""The low end of the residual writers' spectrum: the mathematics of `abl-mlx audit`, in NumPy.
 
-A writer's energy along a unit direction v is vᵀGv, with G = W Wᵀ of its weight W (d, n) as the
-stream sees it. An edit with strength α multiplies the energy along its direction by (1 − α)² in
-every writer it touches, and nothing else does that to one direction everywhere at once. So what is
-looked for is the direction that is low in many writers together, each measured against what its own
-weakest directions hold; and what it is held against is the next such directions of the same model,
-found by the same search.
+A writer's energy along a unit direction v is vᵀGv with G = W Wᵀ, where W (d, n) is its weight
+multiplied by its gain. An edit with strength α multiplies the energy along its direction by
+(1 − α)² in every edited writer. Nothing else does this to one direction in all writers. So the
+search looks for a direction with low energy in many writers, relative to each writer's own weakest
+directions, and compares it with the next such directions of the same model.
 
-Dimensions of the stream are first brought to one scale (each divided by what all writers together
-hold in it): models have loud and quiet ones, and a direction that is quiet because its dimensions
-are is no finding.
+First the dimensions of the stream are scaled: each is divided by the root of the energy that all
+writers together have in it. Models have dimensions with much and with little energy, and a
+direction with low energy only because of its dimensions is no evidence.
 
-The energy of one writer along v is measured against vᵀDv, with D the diagonal of its G: what it
-would hold along v if it wrote its dimensions independently of one another. So a single dimension
-always has the energy 1, however little is written to it: dimensions that a model hardly writes,
-that were pruned, or that the gain of a norm closes are no evidence either way.
+A writer's energy along v is then divided by vᵀDv, where D is the diagonal of G: the energy that it
+would have if it wrote its dimensions independently of one another. So a single dimension always has
+the energy 1, however little is written to it. Dimensions that a model hardly writes, that were
+pruned, or that a norm's gain closes are therefore no evidence either way.
 
-Energies of one writer are then told in units of its *reference*: the median energy along the
-directions that are weakest in all writers together. 1 is what a weak direction has, 0 is nothing.
+Finally the energies of one writer are divided by its *reference*: the median energy along the
+directions that are weakest in all writers together. So 1 is the energy of a usual weak direction,
+and 0 means that nothing is written.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-#: Below this width eigenvectors come from LAPACK; above it, from a few inverse iterations.
+#: Below this width eigenvectors are computed by LAPACK, above it by a few inverse iterations.
 _SMALL = 768
 
-#: Directions that are weakest in all writers together, of which references are made.
+#: The number of directions, weakest in all writers together, from which references are computed.
 _WEAKEST = 64
 
-#: Weakest directions of every part of the model that are tried beside those.
+#: The numbers of further weakest directions, of each part of the model and of each layer.
 _OF_SUM, _OF_LAYER = 8, 4
 
-#: Energies below this share of the reference are as good as none: naive rounding to 8 bits leaves
-#: less, a fresh rounding to 4 bits about as much.
+#: Energies below this share of the reference count as 0: naive rounding to 8 bits leaves less, a
+#: fresh rounding to 4 bits about as much.
 FLOOR = 0.02
 
-#: What is found after the first directions, to hold them against.
+#: The number of directions that a search finds; the later ones are for comparison.
 _FOUND = 12
 
 _STARTS = 3
 _STEPS = 12
 
-#: Share of a writer's typical dimension that is added to both sides of an energy, so that where it
-#: holds nothing at all the energy is 1.
+#: Share of a writer's typical energy that is added to numerator and denominator of an energy, so
+#: that it is 1 where nothing is written at all.
 _LEAST = 1e-5
 
 
 def threads(width: int) -> AbstractContextManager[object]:
-    """One BLAS thread for small matrices, which only get slower when several share them."""
+    """Context manager with a single BLAS thread for small matrices, which are faster with one."""
     return threadpool_limits(1, user_api="blas") if width <= _SMALL else nullcontext()
 
 
@@ -62,9 +62,9 @@ def threads(width: int) -> AbstractContextManager[object]:
 
 
 def bulk(gram: np.ndarray) -> float:
-    """The mean energy (mean eigenvalue) of a Gram matrix (d, d) without its few largest.
+    """The mean eigenvalue of a Gram matrix (d, d) without its few largest ones.
 
-    The largest eigenvalue of an embedding may hold half of its trace.
+    The largest eigenvalue of an embedding may be half of its trace.
     """
     d = len(gram)
     k = min(16, d // 4)
@@ -81,11 +81,11 @@ def bulk(gram: np.ndarray) -> float:
 
 
 def lowest(gram: np.ndarray, count: int) -> np.ndarray:
-    """About the ``count`` weakest directions of a Gram matrix (d, d): orthonormal (d, count).
+    """Nearly the ``count`` weakest directions of a Gram matrix (d, d): orthonormal (d, count).
 
-    Dimensions that hold nothing at all (pruned, or never used) are left out: no edit makes those.
-    For wide matrices they come from inverse iteration (one O(d³) inverse): a direction that stands
-    apart is exact, the others lie near the lower end.
+    Dimensions without any energy (pruned or unused) are left out, because an edit does not cause
+    them. For wide matrices inverse iteration is used (one O(d³) inverse): a direction whose energy
+    is clearly the lowest is exact, the others lie near the lower end of the spectrum.
     """
     diagonal = np.diagonal(gram)
     alive = np.flatnonzero(diagonal > 1e-7 * np.median(diagonal))
@@ -119,11 +119,12 @@ def _inverse_iteration(gram: np.ndarray, count: int) -> np.ndarray:
 
 
 class Candidates:
-    """A small subspace in which every direction that could have been edited lies.
+    """Collects a small subspace that contains every direction that could have been removed.
 
     Gram matrices are added one after the other, layer by layer, and summed over the whole model,
-    over its halves and over each role in them (attention outputs, MLP outputs); each sum, and each
-    layer, gives its weakest directions. So no more than a dozen (d, d) matrices are held.
+    over its halves and over each role in a half (attention outputs, MLP outputs). The weakest
+    directions of each sum, and of each layer, span the subspace. So memory holds no more than a
+    dozen (d, d) matrices.
     """
 
     def __init__(self, layers: int) -> None:
@@ -132,14 +133,14 @@ class Candidates:
         self._counts: dict[tuple[str, int], int] = {}
         self._layer: tuple[int, np.ndarray] | None = None
         self._weak: list[np.ndarray] = []
-        #: (d,), what `basis` has multiplied each dimension of the stream by.
+        #: (d,), the factor of each dimension of the stream that `basis` used.
         self.units = np.empty(0)
 
     def add(self, role: str, layer: int, gram: np.ndarray) -> float:
         """Add one writer's Gram matrix (d, d); layers come in order, embeddings first.
 
         Returns:
-            Its `bulk`; 0 for a writer that holds nothing, which is not taken in.
+            Its `bulk`; 0 for a writer with only zeros, which is ignored.
         """
         scale = bulk(gram)
         if not scale > 0:
@@ -166,14 +167,14 @@ class Candidates:
             self._layer = None
 
     def basis(self) -> tuple[np.ndarray, int]:
-        """A map (d, m) from the subspace into the stream, and how many columns are references.
+        """A map (d, m) from the subspace to the stream, and how many of its columns are references.
 
-        With the stream's dimensions brought to one scale its columns are orthonormal; those that
-        are references come first.
+        In the scaled dimensions of the stream its columns are orthonormal. The directions from
+        which references are computed come first.
         """
         self._end_layer()
         if not self._sums:
-            raise ValueError("no writer holds anything")
+            raise ValueError("all writers are zero")
         total = sum(self._sums.values())
         assert isinstance(total, np.ndarray)
         units = self.units = per_dimension(total)
@@ -187,7 +188,7 @@ class Candidates:
         groups += [[key for key in keys if key[0] == role] for role in roles]
         groups += [[key for key in keys if key[1] == half] for half in (0, 1)]
         for group in sorted({tuple(group) for group in groups if 0 < len(group) < len(keys)}):
-            # A single writer, or layer, is among the layers already.
+            # The sum of a single writer or layer was already used as a layer.
             if sum(self._counts[key] for key in group) > 1:
                 some = sum(self._sums[key] for key in group)
                 assert isinstance(some, np.ndarray)
@@ -213,7 +214,7 @@ def _scaled(gram: np.ndarray, units: np.ndarray) -> np.ndarray:
 
 
 def _orthonormal(columns: np.ndarray) -> np.ndarray:
-    """Columns made orthonormal one by one; columns that depend on earlier ones are dropped."""
+    """The columns orthonormalized one by one; linearly dependent columns are dropped."""
     kept = np.empty((len(columns), min(columns.shape)))
     count = 0
     for column in columns.T:
@@ -232,12 +233,12 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Found:
-    """A direction that is low in many writers at once.
+    """A direction with low energy in many writers.
 
     Attributes:
-        direction: unit, in the coordinates of the subspace (m,).
-        score: of the search; grows as more writers hold less along it.
-        energies: (N,) per writer, in units of its reference.
+        direction: unit vector in the coordinates of the subspace, (m,).
+        score: the search's score, which is larger if more writers have less energy.
+        energies: (N,), the energy of each writer in units of its reference.
     """
 
     direction: np.ndarray
@@ -247,12 +248,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Forms:
-    """What all writers hold in a subspace of m dimensions, and what they are measured against.
+    """The quadratic forms of all writers' energies in a subspace of m dimensions.
 
     Attributes:
-        held: (N, m, m), Bᵀ G B of each writer's Gram matrix G; B (d, m) maps into the stream.
-        alone: (N, m, m), Bᵀ D B with the diagonal D of G.
-        units: (N,), what an energy is divided by: the writers' references.
+        held: (N, m, m), Bᵀ G B for each writer's Gram matrix G, where B (d, m) maps to the stream.
+        alone: (N, m, m), Bᵀ D B, where D is the diagonal of G.
+        units: (N,), the writers' references, by which energies are divided.
     """
 
     held: np.ndarray
@@ -260,16 +261,16 @@ class Forms:
     units: np.ndarray
 
     def energies(self, v: np.ndarray) -> np.ndarray:
-        """Of each writer along directions: (m,) -> (N,), or (m, k) -> (N, k)."""
+        """The energy of each writer along directions: (m,) -> (N,), or (m, k) -> (N, k)."""
         axis = 1 if v.ndim > 1 else -1
         held, alone = ((v * (form @ v)).sum(axis=axis) for form in (self.held, self.alone))
         units = self.units if v.ndim == 1 else self.units[:, None]
         return np.asarray(held / np.maximum(alone, 1e-30) / units)
 
     def without(self, v: np.ndarray) -> Forms:
-        """The same in what a unit direction leaves of the subspace: m − 1 dimensions.
+        """The forms in the part of the subspace orthogonal to a unit vector: m − 1 dimensions.
 
-        The coordinates are those of `mirrored`, without the first.
+        The coordinates are those of `mirrored` without the first.
         """
         w = _mirror(v)
         if w is None:
@@ -288,7 +289,7 @@ class Forms:
 
 
 def _mirror(v: np.ndarray) -> np.ndarray | None:
-    """The unit w whose reflection I − 2wwᵀ swaps v and the first axis; None if they agree."""
+    """The unit vector w whose reflection I − 2wwᵀ swaps v and the first axis; None if v is that."""
     w = v.copy()
     w[0] -= 1
     length = float(np.linalg.norm(w))
@@ -296,7 +297,7 @@ def _mirror(v: np.ndarray) -> np.ndarray | None:
 
 
 def mirrored(columns: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Vectors (m, k) reflected so that the unit ``v`` comes to lie on the first axis."""
+    """Vectors (m, k) reflected so that the unit vector ``v`` is mapped to the first axis."""
     w = _mirror(v)
     return columns if w is None else np.asarray(columns - 2 * np.outer(w, w @ columns))
 
@@ -304,13 +305,14 @@ def mirrored(columns: np.ndarray, v: np.ndarray) -> np.ndarray:
 def forms(
     small: Sequence[np.ndarray], diagonals: Sequence[np.ndarray], basis: np.ndarray, count: int
 ) -> Forms:
-    """The writers' forms in the subspace that `Candidates.basis` gave.
+    """The writers' forms in the subspace of `Candidates.basis`.
 
     Args:
-        small: (m, m) each, basisᵀ G basis.
-        diagonals: (d,) each, the diagonal of G.
+        small: basisᵀ G basis of each writer, (m, m).
+        diagonals: the diagonal of each writer's G, (d,).
         basis: (d, m).
-        count: how many of its columns are references: a writer's is its median energy along them.
+        count: how many of its columns are references; a writer's reference is its median energy
+            along these.
     """
     flat = basis.T @ basis
     held, alone = [], []
@@ -326,7 +328,7 @@ def forms(
 
 
 def typical(gram: np.ndarray) -> float:
-    """The mean energy of one writer over all directions, without its few largest: see `bulk`."""
+    """The mean energy of one writer over all directions, without the few largest; see `bulk`."""
     units = per_dimension(gram)
     return bulk(_scaled(gram, units)) / max(float(np.median(np.diagonal(gram))), 1e-30)
 
@@ -334,15 +336,15 @@ def typical(gram: np.ndarray) -> float:
 def gains(energies: np.ndarray, reach: float) -> np.ndarray:
     """Each writer's contribution to a score: log(1 + reach / (e + FLOOR)), for energies e (…, N).
 
-    It falls with e, is bounded on both sides (one writer without anything does not outweigh the
-    others, and one that is full takes nothing away), and -gain is concave in e, so that
-    reweighted eigenvectors climb it.
+    It falls with e and is bounded on both sides, so that a single writer with energy 0 does not
+    outweigh the others, and one with much energy subtracts nothing. It is convex in e, so that
+    iteratively reweighted eigenvectors increase it.
     """
     return np.asarray(np.log1p(reach / (np.maximum(energies, 0) + FLOOR)))
 
 
 def _score(energies: np.ndarray, reach: float) -> float:
-    """Mean gain without the largest one, because a single writer is no agreement."""
+    """The mean gain without the largest one, because at least two writers must agree."""
     each = gains(energies, reach)
     if len(each) < 2:
         return float(each.mean())
@@ -350,10 +352,10 @@ def _score(energies: np.ndarray, reach: float) -> float:
 
 
 def _climb(forms: Forms, v: np.ndarray, reach: float) -> Found:
-    """A local maximum of the mean gain: each step the weakest direction of a weighted sum.
+    """A local maximum of the mean gain, from ``v`` on.
 
-    Along v the gain of writer i falls as its energy vᵀGᵢv / vᵀDᵢv grows, with a slope that weighs
-    it; the next v makes Σ wᵢ Gᵢ smallest against Σ wᵢ Dᵢ.
+    In each step writer i gets as its weight wᵢ the slope with which its gain falls as its energy
+    vᵀGᵢv / vᵀDᵢv grows; the next v minimizes vᵀ(Σ wᵢ Gᵢ)v / vᵀ(Σ wᵢ Dᵢ)v.
     """
     energies = forms.energies(v)
     best = gains(energies, reach).mean()
@@ -372,7 +374,7 @@ def _climb(forms: Forms, v: np.ndarray, reach: float) -> Found:
 
 
 def _weakest(held: np.ndarray, alone: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Nearly the unit v of the least vᵀ held v / vᵀ alone v: inverse iterations from ``start``."""
+    """Approximately the unit v that minimizes vᵀ held v / vᵀ alone v, by inverse iteration."""
     shifted = held + np.eye(len(held)) * (1e-9 * np.trace(held) / len(held))
     step = np.linalg.solve(shifted, alone)
     v = start
@@ -386,10 +388,11 @@ def search(forms: Forms, reach: float, count: int = _FOUND) -> list[Found]:
     """The best ``count`` orthogonal directions, one after the other, best first.
 
     Args:
-        forms: of all writers in the subspace.
-        reach: energies up to about this count as low: 1 for a direction that is somewhat low
-            nearly everywhere (a partial strength), 0.1 for one that is empty in some writers (some
+        forms: the forms of all writers in the subspace.
+        reach: energies up to about this count as low: 1 finds a direction with rather low energy
+            in nearly all writers (a partial strength), 0.1 one with energy 0 in some writers (some
             layers).
+        count: the number of directions.
     """
     with threads(forms.held.shape[1]):
         return _search(forms, reach, count)
@@ -402,7 +405,7 @@ def _search(forms: Forms, reach: float, count: int) -> list[Found]:
     starts += [np.linalg.eigh(one)[1][:, :2] for one in forms.held]
     tried = np.concatenate(starts, axis=1)
     found: list[Found] = []
-    left, rest = forms, np.eye(m)  # what is left, and its coordinates in the whole subspace
+    left, rest = forms, np.eye(m)  # the remaining subspace, and its basis in the whole one
     for _ in range(min(count, m - 2)):
         lengths = np.linalg.norm(tried, axis=0)
         inside = tried[:, lengths > 0.3] / lengths[lengths > 0.3]
@@ -418,14 +421,14 @@ def _search(forms: Forms, reach: float, count: int) -> list[Found]:
 
 @dataclass(frozen=True)
 class Gap:
-    """The distance between the scores of a search's first directions and the next ones.
+    """The gap between the scores of a search's first directions and the following ones.
 
     Attributes:
-        rank: how many stand apart.
-        size: difference of the scores on both sides of the gap.
-        spread: how far apart the next ones are among themselves: what chance gives this model.
-        found: the directions that stand apart, best first.
-        all: those and the next ones.
+        rank: the number of directions before the gap.
+        size: the difference of the scores on both sides of the gap.
+        spread: the spread of the scores of the following directions, which are there by chance.
+        found: the directions before the gap, best first.
+        all: all directions.
     """
 
     rank: int
@@ -436,12 +439,12 @@ class Gap:
 
     @property
     def ratio(self) -> float:
-        """Size in units of the spread."""
+        """The size of the gap in units of the spread."""
         return self.size / max(self.spread, 1e-3)
 
 
 def gap(found: Sequence[Found], most: int = 6) -> Gap:
-    """The largest gap among the first directions, with the ``most`` that an edit may have."""
+    """The largest gap after one of the first ``most`` directions, the most of any edit."""
     scores = np.array([one.score for one in found])
     if len(scores) < 3:
         return Gap(0, 0.0, 1.0, [], list(found))
@@ -452,14 +455,14 @@ def gap(found: Sequence[Found], most: int = 6) -> Gap:
     return Gap(rank, float(steps[rank - 1]), spread, list(found[:rank]), list(found))
 
 
-#: |cos| with the mean over dimensions from which on a direction is no edit's.
+#: A direction with at least this |cos| to the mean over dimensions does not come from an edit.
 _MEAN = 0.97
 
 
 def structure(v: np.ndarray) -> str | None:
-    """Why a unit direction (d,) is no edit, though little may be written along it.
+    """A reason other than an edit why little is written along a unit direction (d,), or None.
 
-    Nothing is written along the mean over dimensions where weights were centred for LayerNorm.
+    Where weights were centred for LayerNorm, nothing is written along the mean over dimensions.
     """
     if abs(float(v.sum())) / np.sqrt(len(v)) >= _MEAN:
         return "the mean over dimensions is hardly written: weights centred for LayerNorm"
@@ -467,7 +470,7 @@ def structure(v: np.ndarray) -> str | None:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 -> "0-2, 5"."""
+    """Numbers as text, with runs shortened: 0, 1, 2, 5 -> "0-2, 5"."""
 
     def runs() -> Iterator[str]:
         start = previous = None

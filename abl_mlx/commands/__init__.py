@@ -1,1 +1,1 @@
-"""What each command does, from what was typed to what is written."""
+"""The commands: each is a function from flags to a record."""

@@ -1,9 +1,9 @@
-"""`abl-mlx audit`: was a direction taken out of this model's weights?
+"""`abl-mlx audit`: decides whether a direction was removed from a model's weights.
 
-Without a base the answer comes from the spectrum of the residual writers
-(`abl_mlx.audit_weights.spectrum`), with one from the differences
-(`abl_mlx.audit_weights.differences`). Verdicts are "edited", "not edited" and "cannot tell"; each
-comes with its evidence. docs/audit.md has the calibration and what is not seen.
+Without a base model the decision depends on the spectrum of the residual writers
+(`abl_mlx.audit_weights.spectrum`), with a base model on the differences
+(`abl_mlx.audit_weights.differences`). The verdicts are "edited", "not edited" and "cannot tell",
+each with its evidence. docs/audit.md has the calibration, and what the audit cannot find.
 """
 
 from __future__ import annotations
@@ -43,29 +43,30 @@ Record = dict[str, Any]
 EDITED, NOT_EDITED, CANNOT_TELL = "edited", "not edited", "cannot tell"
 VERDICTS = (EDITED, NOT_EDITED, CANNOT_TELL)
 
-#: Gram matrices are kept between the two passes when all of them take no more bytes than this.
+#: Gram matrices are kept between the two passes if together they take at most this many bytes.
 _KEPT = 1 << 28
 
-#: Up to this width they are made in float64.
+#: Up to this width Gram matrices are computed in float64.
 _DOUBLE = 384
 
-#: Lines of a writer that its Gram matrix is made of, in multiples of d; all of them are looked at
-#: in the second pass.
+#: The largest number of lines of a writer that its Gram matrix is computed from, in multiples of d;
+#: the second pass uses all lines.
 _LINES = 8
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a gap means something, for the two searches of `spectrum.search`.
+    """Which gap means an edit, for one of the two searches with `spectrum.search`.
 
-    Calibrated by benchmarks/audit_table.py; see docs/audit.md.
+    The limits were calibrated by benchmarks/audit_table.py; see docs/audit.md.
 
     Attributes:
-        reach: of the search.
-        size, ratio: a gap at least so large, in itself and in units of the next ones' spread, is an
-            edit.
-        doubt_size, doubt_ratio: a gap at least so large is one that cannot be told.
-        low: energy, in units of the reference, below which a writer takes part.
+        reach: the search's ``reach``.
+        size, ratio: a gap is an edit if it is at least so large, absolutely and in units of the
+            spread of the following directions.
+        doubt_size, doubt_ratio: with a smaller gap that is at least so large, the verdict is
+            "cannot tell".
+        low: a writer was edited if its energy, in units of the reference, is below this.
     """
 
     name: str
@@ -82,7 +83,7 @@ LIMITS = (
     Limits("empty in some", 0.1, 0.15, 3.0, 0.1, 3.0, 0.1),
 )
 
-#: A direction that fewer writers agree on is no edit that this can tell from chance.
+#: With fewer edited writers than this, a direction cannot be distinguished from chance.
 _LEAST_WRITERS = 3
 
 
@@ -98,15 +99,15 @@ def audit(
     """Judge a model's weights.
 
     Args:
-        text: what the user typed for the model.
-        base: the same for the model it is said to come from.
-        direction: a direction file to compare the recovered direction with.
-        output: where the recovered direction goes, a new .safetensors.
-        ask: whether the model is run and its refusals are counted.
-        report: where a page to read goes.
+        text: the model as the user typed it.
+        base: the base model, if given, as the user typed it.
+        direction: a direction file to compare with the recovered direction.
+        output: the file for the recovered direction, a new .safetensors.
+        ask: whether to run the model and count its refusals.
+        report: the file for a report.
 
     Raises:
-        UserError: a model that cannot be read, told in one sentence.
+        UserError: when a model cannot be read.
     """
     clock = Clock()
     if output is not None:
@@ -160,7 +161,7 @@ def audit(
 
 
 def _asked(text: str) -> Mapping[str, Any]:
-    """Refusal rates, from `abl-mlx eval`; or in one sentence why it cannot be run."""
+    """The record of `abl-mlx eval`; or the reason, in one sentence, why the model cannot be run."""
     from abl_mlx.choices import EvalOptions
     from abl_mlx.commands import evaluate_model
 
@@ -181,14 +182,18 @@ def _cosine(given: np.ndarray, recovered: np.ndarray | None, path: Path | None) 
         return None
     if len(given) != recovered.shape[1]:
         raise UserError(
-            f"{path} has {len(given)} dimensions, and the model has {recovered.shape[1]}: it was "
+            f"{path} has {len(given)} dimensions, but the model has {recovered.shape[1]}: it was "
             "measured on another model."
         )
     return float(np.linalg.svd(recovered @ given, compute_uv=False)[0])
 
 
 def _by_its_own_account(record: Record, label: Record | None, mentions: Sequence[Record]) -> None:
-    """What the files say adds to the evidence; a label settles it, a name raises a doubt."""
+    """Add to the evidence what the files say about an edit.
+
+    A label makes the verdict "edited"; a word for edits in a name or card makes "not edited"
+    uncertain.
+    """
     if label is not None:
         what = f"strength {label.get('strength')}, layers {label.get('layers')}"
         record["evidence"].append(f"its metadata say that abl-mlx edited it ({what})")
@@ -219,12 +224,12 @@ def _keep(path: Path, recovered: np.ndarray | None, source: Source, weights: Rec
 
 @dataclass(frozen=True)
 class Energies:
-    """All writers in a small subspace.
+    """The energies of all writers in a small subspace.
 
     Attributes:
-        basis: from the subspace into the stream, (d, m).
-        forms: what each writer holds there.
-        means: (N,), mean energy of each over all of its directions, without the few largest.
+        basis: maps the subspace to the stream, (d, m).
+        forms: the writers' energies in the subspace.
+        means: (N,), the mean energy of each writer over all directions, without the few largest.
     """
 
     basis: np.ndarray
@@ -240,7 +245,7 @@ def _without_base(model: ModelFile) -> tuple[Record, np.ndarray | None]:
 
 
 def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
-    """Energies of all writers that hold anything, in two passes over the files (one if small)."""
+    """The energies of all writers that are not zero, in two passes over the files, or in one."""
     d, writers = model.width, model.writers
     keep = len(writers) * d * d * 8 <= _KEPT
     kept: list[np.ndarray] = []
@@ -274,7 +279,7 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
 
 
 def _gram(one: StreamWeight, dtype: type) -> np.ndarray:
-    """Σ over a writer's lines x xᵀ, (d, d); of very many lines, of every so-many-th."""
+    """Σ x xᵀ over a writer's lines x, (d, d); with very many lines, over every n-th of them."""
     d = one.width
     step = max(1, one.lines // (_LINES * d))
     gram: np.ndarray = np.zeros((d, d), dtype)
@@ -375,7 +380,7 @@ def _of_gap(limits: Limits, found: Gap) -> str:
 def _layers(
     along: np.ndarray, writers: Sequence[StreamWeight], takes_part: np.ndarray
 ) -> list[int]:
-    """The layers in which the direction is low: in all of their writers, or empty in one."""
+    """The layers with low energy along the direction in all writers, or with energy 0 in one."""
     found = []
     for layer in sorted({one.layer for one in writers if one.layer >= 0}):
         inside = np.array([one.layer == layer for one in writers])
@@ -417,7 +422,7 @@ def _evidence(
 
 
 def table(record: AuditRecord) -> str:
-    """What a person reads."""
+    """The record as a table."""
     base = f" against {record.base}" if record.base is not None else ""
     lines = [f"{record.source}{base}: {record.verdict}"]
     lines += [f"  - {one}" for one in record.evidence]
@@ -440,5 +445,5 @@ def _behaviour(found: EvalRecord | NotAsked) -> str:
 
 
 def fails(record: AuditRecord, verdicts: Sequence[str]) -> bool:
-    """Whether the verdict is one of those that fail, as the command line spells them."""
+    """Whether the verdict is among those of ``--fail-on``, in the command line's spelling."""
     return record.verdict.replace(" ", "-") in verdicts

@@ -1,4 +1,4 @@
-"""Which of the measured candidates is taken, and why: by hand, by its cause, or a subspace."""
+"""Choosing among measured candidates: by the user's flags, by causal effect, or a subspace."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from abl_mlx.support.arrays import number, numpy_of
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
 
-# Edits that are tried at most, of those that a list is made of; layers whose singular vectors are;
-# layers so deep that they come last.
+# The largest number of subspace edits that are tried; of layers whose singular vectors are tried;
+# and of deep layers, which are tried last.
 _MOST_TRIALS, _MOST_LAYERS, _MOST_DEEP = 16, 3, 2
 
 
 def rank_of(finding: Finding) -> int:
-    """How many directions a subspace has: ``--rank``, or what suits the method."""
+    """The number of directions in a subspace: ``--rank``, or the method's default."""
     if finding.rank is not None:
         return finding.rank
     return 2 if finding.method == "svd" else 3
 
 
 class Finder:
-    """The choice among candidates, and what is written down of it."""
+    """Chooses among candidates, and keeps what the record says about the choice."""
 
     def __init__(
         self,
@@ -53,11 +53,16 @@ class Finder:
         states: tuple[np.ndarray, np.ndarray],
         how: Measuring,
     ):
-        """Take what was measured.
+        """Keep what was measured.
 
         Args:
-            states: of the validation prompts that should be refused no more and of harmless ones,
-                (L, P, N, d), at the candidates' positions and the last.
+            chat: the model.
+            writers: its residual writers.
+            candidates: the measured candidates.
+            train, validation: encoded prompts by name of the set.
+            states: the states of the validation prompts that should no longer be refused, and of
+                harmless ones, (L, P, N, d) each, at the candidates' positions and the last one.
+            how: the chosen options.
         """
         self._chat, self._writers, self._how = chat, writers, how
         self._train, self._validation = train, validation
@@ -71,7 +76,7 @@ class Finder:
         self._notes: dict[str, Any] = {}
 
     def file(self) -> DirectionFile:
-        """The chosen direction with everything that is known of it."""
+        """The chosen direction with all facts about it, as a direction file."""
         variant = self._chosen()
         candidates, how = self._candidates, self._how
         bad, good = self._states
@@ -133,7 +138,10 @@ class Finder:
         return Variant(span, method, None, position, "layers")
 
     def _edit(self, variant: Variant) -> Edit:
-        """The whole removal, whatever strength is written: what is left tells directions apart."""
+        """The full removal of a variant's directions, whatever strength is written later.
+
+        With a full removal the remaining refusals differ most between directions.
+        """
         embedding = self._embedding
         pins = None if self._how.editing.pin is None else embedding.pins(variant.directions)
         pin = held_at(self._how.editing.pin, pins, embedding.scale, variant.rank)
@@ -152,7 +160,7 @@ class Finder:
             self._chat, self._writers, refused, validation["harmless"], kept,
             before=(before[0], before[1]),
         )  # fmt: skip
-        # The states were read off one pass of both sets.
+        # The states came from one pass over both sets, whose tokens are counted here.
         trial.tokens += sum(map(len, [*refused, *validation["harmless"]]))
         return trial
 
@@ -160,7 +168,7 @@ class Finder:
         trial, limit = self._trial, self._how.finding.max_kl
 
         def lost(effect: Effect) -> float:
-            """The share of the prompts to be kept that are refused no more."""
+            """The share of the prompts that should still be refused and no longer are."""
             return 0.0 if effect.kept_share is None else trial.kept_before - effect.kept_share
 
         def rank(effect: Effect) -> tuple[bool, bool, bool, float]:
@@ -174,7 +182,7 @@ class Finder:
             if not effect.kl <= limit:
                 return f"KL {effect.kl:.3f} over the limit of {limit:g}"
             if lost(effect) > selection.LEFT:
-                return f"{lost(effect):.0%} of the harmful prompts are refused no more"
+                return f"{lost(effect):.0%} of the harmful prompts are no longer refused"
             return "" if so_far or trial.is_whole(effect) else choice.OUTRUN
 
         def tried(runner: Runner[Variant]) -> Tried:
@@ -199,7 +207,7 @@ class Finder:
         return done
 
     def _take(self, tried: Tried | None) -> Variant:
-        """Write down why an edit was taken."""
+        """The variant of a chosen trial; keeps for the record why it was chosen."""
         trial = self._trial
         if tried is None:
             lowest = min(one.kl for one in self._tried)
@@ -270,11 +278,15 @@ class Finder:
         return variant if first.works else self._several(first)
 
     def _several(self, first: Tried) -> Variant:
-        """A subspace where one direction leaves refusals, if that leaves fewer.
+        """A subspace, where one direction leaves refusals and the subspace leaves fewer.
 
-        First what is made of the means alone, subspaces across all layers and each layer its own,
-        and the singular vectors of the states that separate best. Only if none of these is enough,
-        those of the last fifth of the layers too, which are close to words.
+        First the variants from the means are tried (subspaces across all layers, and separate
+        directions for each layer), and singular vectors of the states of the layers that separate
+        best. Only if none of these is enough, those of the last fifth of the layers are tried as
+        well, which are close to the output tokens.
+
+        Args:
+            first: the single direction, as it was tried.
         """
         single = first.variant
         say(
@@ -296,7 +308,7 @@ class Finder:
             for rank in (2, 3, 4):
                 try:
                     span = means.across_layers(position, rank, among)
-                except UserError:  # these layers have no more directions than before
+                except UserError:  # these layers do not span more directions
                     break
                 variants.append(Variant(span, means.method, None, position, "layers", among=among))
         if self._how.editing.pin is None:

@@ -22,16 +22,16 @@ def convert(
     group_size: int = 64,
     dtype: str | None = None,
 ) -> ConvertRecord:
-    """A GGUF as an MLX folder, or an MLX or Hugging Face folder as a GGUF.
+    """Write a GGUF as an MLX folder, or an MLX or Hugging Face folder as a GGUF.
 
     Args:
-        text: what the user typed for the source.
+        text: the source as the user typed it.
         out: NAME.gguf, or a folder.
-        quantize: type of a GGUF.
-        bits, group_size, dtype: of an MLX folder, as `convert.gguf_to_mlx.write_folder` takes them.
+        quantize: the file type of a GGUF.
+        bits, group_size, dtype: for an MLX folder, as for `convert.gguf_to_mlx.write_folder`.
 
     Raises:
-        UserError: when the source has the output's format already, and as the two writers do.
+        UserError: when the source already has the output's format, or it cannot be converted.
     """
     clock = Clock()
     with find_model(text) as model:

@@ -1,4 +1,4 @@
-"""`abl-mlx diff`: which tensors differ between two GGUFs, and what is left of a direction."""
+"""`abl-mlx diff`: which tensors differ between two GGUFs, and how much of a direction is left."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ Record = dict[str, Any]
 def diff(
     first: Path, second: Path, *, direction: Path | None = None, tensors: str | None = None
 ) -> DiffRecord:
-    """`abl-mlx diff`: what differs between two GGUFs, and what is left of a direction.
+    """`abl-mlx diff`: compare two GGUFs, and measure how much of a direction is left.
 
     Args:
-        direction: with it, the leak of its full removal from ``first`` in ``second``.
-        tensors: a regular expression for the tensors that are looked at for that.
+        first, second: the files.
+        direction: a direction file; the leak of its full removal from ``first`` is measured in
+            ``second``.
+        tensors: a regular expression that names the tensors for that measurement.
     """
     with GgufFile(Source(str(first), first)) as model, GgufSource(second) as after:
         before = model.gguf

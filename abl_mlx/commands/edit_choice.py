@@ -1,4 +1,4 @@
-"""The edit that was chosen: a direction with the strength, layers, norm and pin of the flags."""
+"""Makes the chosen edit: directions with the strength, layers, norm and pin of the flags."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ def make_edit(
     recipe: Mapping[str, Any] | None = None,
     pin: mx.array | None = None,
 ) -> Edit:
-    """The edit that removes ``selected``, (k, d) or (L, k, d), as it was chosen.
+    """The edit that removes directions with the chosen options.
 
     Args:
-        recipe: what a search has found beside the directions: ``profile``, ``embedding``.
-        pin: what the embedding holds of the directions instead, in its own units.
+        selected: the directions, (k, d) or (L, k, d).
+        editing: the chosen options.
+        recipe: the result of a search besides the directions: ``profile`` and ``embedding``.
+        pin: the components along the directions that the embedding gets, in its units.
 
     Raises:
-        UserError: flags that do not go together.
+        UserError: when flags do not go together.
     """
     recipe = recipe or {}
     if pin is not None and editing.norm != "none":
@@ -49,10 +51,10 @@ def make_edit(
 
 
 def edit_of(direction: DirectionFile, editing: Editing) -> Edit:
-    """The edit that a direction file describes, as it was chosen.
+    """The edit that removes a direction file's directions with the chosen options.
 
     Raises:
-        UserError: flags that do not go together, or a file that lacks what ``--pin`` needs.
+        UserError: when flags do not go together, or the file lacks what ``--pin`` needs.
     """
     metadata = direction.metadata
     pin = held_at(
@@ -65,7 +67,7 @@ def edit_of(direction: DirectionFile, editing: Editing) -> Edit:
 
 
 def warn_of_strength(strength: float) -> None:
-    """Tell that an edit overshoots: of the component it leaves 1 less its strength."""
+    """Warn if an edit overshoots: it multiplies the component by 1 − strength."""
     if strength > 2:
         say(
             f"warning: --strength {strength:g} overshoots: beyond 2 the component returns reversed "

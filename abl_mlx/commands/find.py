@@ -1,4 +1,4 @@
-"""From a loaded model and prompts to its refusal direction."""
+"""Finds the refusal direction of a loaded model with prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
 
-# Prompts of each set in whose replies a common opening is looked for.
+# The number of prompts of each set whose replies are searched for a common opening.
 _OPENING_PROMPTS = 8
 
 
@@ -30,12 +30,12 @@ def find_direction(
     """Measure candidates on the train prompts and choose one on the validation prompts.
 
     Returns:
-        A direction file whose metadata holds `summary` (what was chosen and why), `scores` (of
-        every candidate) and `trials` (of what else was tried).
+        A direction file whose metadata has `summary` (the choice and its reason), `scores` (of
+        every candidate) and `trials` (of subspaces and the like).
 
     Raises:
-        UserError: no refusal to be found, no gentle enough candidate, a candidate out of range,
-            flags that do not go together.
+        UserError: when no refusal is found, all candidates exceed the KL limit, there is no such
+            layer or position, or flags do not go together.
     """
     found = _analytic(chat, writers, sets, how)
     if how.searching.search is None:
@@ -48,7 +48,7 @@ def find_direction(
 def _analytic(
     chat: ChatModel, writers: Sequence[Writer], sets: PromptSets, how: Measuring
 ) -> DirectionFile:
-    """The choice without a search."""
+    """Measure and choose without a search."""
     _check(chat, sets, how)
     if how.given.direction is not None:
         return _given(chat, how)
@@ -74,7 +74,7 @@ def _analytic(
     )
     if how.finding.across == "positions":
         candidates = candidates.across_positions(rank_of(how.finding))
-    # What should be refused no more: the borderline prompts, if that is what is asked for.
+    # The prompts that should no longer be refused: the borderline ones for over-refusal.
     refused = validation.get("borderline", validation["harmful"])
     offsets = sorted({*candidates.positions, -1})
     with (
@@ -86,10 +86,10 @@ def _analytic(
 
 
 def check_method(how: Measuring) -> None:
-    """Refuse flags of the measurement that do not go together.
+    """Check that the flags of the measurement go together.
 
     Raises:
-        UserError: naming the two.
+        UserError: naming two flags that do not.
     """
 
     finding = how.finding
@@ -165,12 +165,12 @@ def _given(chat: ChatModel, how: Measuring) -> DirectionFile:
 def find_reply_prefix(
     chat: ChatModel, sets: PromptSets, batch_size: int = 32
 ) -> tuple[tuple[int, ...], float]:
-    """What every reply opens with, whatever was asked: an opened thought block, a newline.
+    """The common opening of all replies, such as an opened thought or a newline.
 
-    Positions and first reply tokens are measured behind it, or they would measure the block.
+    Positions and first reply tokens are measured after it; otherwise the opening would be measured.
 
     Returns:
-        Token ids, and how many tokens of prompts and replies ran in a second.
+        Its token ids, and the speed in tokens (of prompts and replies) per second.
     """
     prompts = [
         *sets.harmful.train.prompts[:_OPENING_PROMPTS],
@@ -216,10 +216,10 @@ def find_behind_openings(
 
 
 def _positions(chat: ChatModel, finding: Finding) -> list[int]:
-    """The token offsets to measure at: the one that was asked for, or the template's tail."""
+    """The token positions to measure: the chosen one, or all of the template's tail."""
     wanted = finding.position
     if wanted == "instruction-end":
-        # Behind the instruction all prompts have the template's tail.
+        # After the instruction, all prompts have the same tokens of the template.
         return [-chat.template_tail() - 1]
     if isinstance(wanted, str):
         raise UserError(f"--position {wanted}: it is instruction-end, or a number such as -1.")

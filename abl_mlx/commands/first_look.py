@@ -1,8 +1,8 @@
-"""What a model replies before anything is measured: whether there is a refusal to remove at all.
+"""Asks the model before anything is measured, to see whether there is a refusal to remove.
 
-A dozen prompts of each set, then more where these do not decide. Any two sets of prompts differ in
-some direction; it is a refusal's only where the model refuses the one set clearly more often than
-the other.
+A dozen prompts of each set are asked, and more if these do not decide. Any two sets of prompts
+differ in some direction. It is a refusal direction only if the model refuses one set clearly more
+often than the other.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from abl_mlx.models.generation import timed
 from abl_mlx.support.console import percent, say
 from convert.base.errors import UserError
 
-#: Prompts of each set that are asked at a time, and at most.
+#: The number of prompts of each set that are asked at a time, and the largest number.
 DOZEN, MOST = 12, 48
 
-#: Tokens of each reply: a refusal is told by its first sentence.
+#: The number of tokens in each reply, enough for a refusal's first sentence.
 REPLY_TOKENS = 24
 
-#: Tokens in which a common opening of all replies is looked for.
+#: The number of tokens of each reply that are searched for a common opening.
 OPENING_TOKENS = 12
 
-# How likely so large a difference would be between two sets that are refused alike: below the
-# first it is clear, above the second no further replies are worth their time.
+# p-values of the difference between the sets: below the first it is clear, above the second further
+# replies are not worth their time.
 _CLEAR, _HOPELESS = 0.025, 0.2
 
-# Characters of a reply that a message quotes; of a harmful prompt's, words.
+# The number of characters of a reply that a message quotes; of words, for an answer to a harmful
+# prompt.
 _QUOTED, _FEW_WORDS = 60, 4
 
 
@@ -42,7 +43,7 @@ class Asked:
     """Prompts of one set with the unedited model's replies, cut to `REPLY_TOKENS`.
 
     Attributes:
-        prompts: all that may be asked; so far as many as there are replies.
+        prompts: the prompts that may be asked. The first ones were asked, one for each reply.
     """
 
     name: str
@@ -56,12 +57,12 @@ class Asked:
 
     @property
     def refused(self) -> int:
-        """How many refuse."""
+        """The number of refusals."""
         return self.tally.refusal
 
     @property
     def rate(self) -> float:
-        """Their share."""
+        """The share of refusals."""
         return self.refused / max(1, len(self.replies))
 
     def coming(self) -> Sequence[Prompt]:
@@ -78,11 +79,11 @@ class FirstLook:
     """Replies of the unedited model.
 
     Attributes:
-        refused: to prompts that it should refuse: harmful ones, or borderline ones where their
-            refusal is what is to be removed.
-        harmless: to harmless prompts.
-        prefix: token ids that every reply opens with, whatever was asked: an opened thought, say.
-        rate: tokens a second, of prompts and replies together.
+        refused: replies to prompts whose refusal is to be removed: harmful ones, or borderline ones
+            for over-refusal.
+        harmless: replies to harmless prompts.
+        prefix: token ids of the common opening of all replies, such as an opened thought.
+        rate: the speed in tokens (of prompts and replies) per second.
     """
 
     refused: Asked
@@ -92,19 +93,20 @@ class FirstLook:
 
     @property
     def clear(self) -> bool:
-        """Whether the prompts that should be are refused clearly more often than harmless ones."""
+        """Whether the prompts in ``refused`` are refused clearly more often than harmless ones."""
         return _more(self.refused, self.harmless)
 
     @property
     def swapped(self) -> bool:
-        """Whether it is the other way round."""
+        """Whether harmless prompts are refused clearly more often."""
         return _more(self.harmless, self.refused)
 
     @property
     def decided(self) -> bool:
-        """Whether more replies are not needed.
+        """Whether no more replies are needed.
 
-        It is clear, a dozen show no refusal, or two dozen hardly more than among harmless prompts.
+        That is so if the difference is clear, if a dozen replies show no refusal, or if two dozen
+        show hardly more than among harmless prompts.
         """
         counts = _counts(self.refused, self.harmless)
         none = self.refused.refused == 0
@@ -113,7 +115,7 @@ class FirstLook:
 
     @property
     def thinking(self) -> bool:
-        """Whether most replies are still inside a thought, so that nothing is known yet."""
+        """Whether most replies are still inside a thought, so that they show nothing."""
         inside = sum(without_thoughts(reply) is None for reply in self.refused.replies)
         return 2 * inside > len(self.refused.replies)
 
@@ -127,17 +129,19 @@ def _counts(one: Asked, other: Asked) -> tuple[int, int, int, int]:
 
 
 def _more(one: Asked, other: Asked) -> bool:
-    """Whether a set is refused clearly more often; of few prompts, by half of them."""
+    """Whether one set is refused clearly more often; with few prompts, in half of them more."""
     few = min(len(one.replies), len(other.replies)) < DOZEN
     return chance(*_counts(one, other)) <= _CLEAR or (few and one.rate - other.rate >= 0.5)
 
 
 def chance(first: int, of: int, second: int, of_second: int) -> float:
-    """Fisher's exact test, one-sided: how likely the first has so many of the refusals, or more.
+    """The p-value of Fisher's exact test, one-sided.
+
+    It is the probability that the first set has at least so many of all refusals by chance.
 
     Args:
         first, of: refusals and prompts of the first set.
-        second, of_second: of the second.
+        second, of_second: refusals and prompts of the second set.
     """
     both = first + second
     ways = math.comb(of + of_second, both)
@@ -157,7 +161,7 @@ def look(chat: ChatModel, sets: PromptSets, how: Measuring) -> FirstLook:
     openings: list[list[int]] = []
 
     def ask(*asked: Asked) -> float:
-        """Ask the next dozen of each set; how many tokens ran in a second."""
+        """Ask the next dozen of each set; returns the speed in tokens per second."""
         coming = [one.coming() for one in asked]
         prompts = [prompt for part in coming for prompt in part]
         sequences = [chat.encode_message(prompt) for prompt in prompts]
@@ -179,13 +183,13 @@ def look(chat: ChatModel, sets: PromptSets, how: Measuring) -> FirstLook:
 
 
 def reply_prefix(replies: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """What all replies open with; nothing where a reply has nothing behind it to be measured."""
+    """The common opening of all replies; empty if a reply ends with it, or there is none."""
     prefix = common_prefix([reply[:OPENING_TOKENS] for reply in replies])
     return prefix if all(len(reply) > len(prefix) for reply in replies) else ()
 
 
 def _prompts(sets: PromptSets, name: str, seed: int) -> list[Prompt]:
-    """Validation prompts of a set, and train prompts behind them where these are few."""
+    """The validation prompts of a set, followed by train prompts if there are few."""
     if name == "borderline":
         assert sets.borderline is not None  # `prompt_choice.borderline_part` has checked
         parts = split(sets.borderline, seed)
@@ -198,10 +202,10 @@ def _prompts(sets: PromptSets, name: str, seed: int) -> list[Prompt]:
 def check(found: FirstLook, how: Measuring) -> None:
     """Refuse, before anything is measured, a model that shows no refusal to remove.
 
-    Where a person chose what is removed, or said to go on all the same, it is a warning.
+    If the user chose the direction or gave ``--anyway``, this is only a warning.
 
     Raises:
-        UserError: with its rate, two of its replies, and what one can do.
+        UserError: with the refusal rates, two replies, and advice.
     """
     if found.clear:
         return
@@ -237,7 +241,7 @@ def _finding(found: FirstLook) -> str:
 
 
 def _quotes(found: FirstLook) -> str:
-    """Two replies, cut short: of answers to harmful prompts no more than a few words."""
+    """A sentence with two shortened replies; of answers to harmful prompts, a few words only."""
     shown = []
     for one in (found.refused, found.harmless):
         kinds = [classify(reply) for reply in one.replies]
@@ -250,7 +254,7 @@ def _quotes(found: FirstLook) -> str:
 
 
 def _line(text: str) -> str:
-    """A text in one line without what a terminal would obey."""
+    """A text in one line, with escape sequences made visible."""
     return "".join(char for char in " ".join(text.split()) if char.isprintable())
 
 

@@ -1,4 +1,4 @@
-"""What is to come before a long piece of work, and how long it will take here."""
+"""Announces, before a long piece of work, its steps and how long they will take."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.support.units import in_bytes
 
-#: Prompts of the timed pass.
+#: The number of prompts in the timed pass.
 TIMED = 8
 
-#: Prompts of a search's trial where there are few of them: its own harmless ones and some harmful.
+#: The number of prompts in a trial of a search, if the sets are small.
 SEARCHED = 96
 
-# What passes and writing need beside what a process holds once the model is loaded and has run.
+# Bytes that passes and writing need besides the memory of the process after the model has run once.
 _BESIDE = 300_000_000
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Tokens of what is to come, at most, and how many run forward in a second.
+    """The largest numbers of tokens of the coming steps, and the speed.
 
     Attributes:
-        measured: prompts whose states are measured.
-        measure, choose: tokens that run forward for the measurement and for the choice.
-        asked, times: held-out prompts, and how often they are asked.
-        ask: tokens of these prompts and of their replies, all times together.
-        rate: tokens a second that run forward, from a short timed pass.
-        reply_rate: tokens a second where replies are generated, prompts and replies together.
-        memory: bytes, at the peak.
+        measured: the number of prompts whose states are measured.
+        measure, choose: tokens in forward passes for the measurement and for the choice.
+        asked, times: the number of held-out prompts, and how often they are asked.
+        ask: tokens of these prompts and of the replies, in total.
+        rate: tokens per second in forward passes, from a short timed pass.
+        reply_rate: tokens (of prompts and replies) per second when replies are generated.
+        memory: the peak memory in bytes.
     """
 
     measured: int
@@ -51,7 +51,7 @@ class Forecast:
 
     @property
     def minutes(self) -> float:
-        """How long all of it takes."""
+        """The time of all steps in minutes."""
         return ((self.measure + self.choose) / self.rate + self.ask / self.reply_rate) / 60
 
     def __str__(self) -> str:
@@ -82,16 +82,19 @@ def forecast(
     max_tokens: int = 64,
     inducing: bool = False,
 ) -> Forecast:
-    """Time a short pass, and count what is to come.
+    """Time a short pass, and count the tokens of the coming steps.
 
     Args:
-        reply_rate: tokens a second of replies that were generated already.
-        max_tokens: longest reply to the held-out prompts.
-        inducing: whether a constant is chosen (`induction.choose`), not a direction.
-        times: how often the held-out prompts are asked: once as the model is, once for each output.
+        chat: the model.
+        sets: the prompts.
+        how: how the direction will be found.
+        times: how often the held-out prompts are asked: once before, and once for each output.
+        reply_rate: tokens per second of replies that were already generated.
+        max_tokens: the longest reply to a held-out prompt, in tokens.
+        inducing: whether a constant is chosen (`induction.choose`) instead of a direction.
     """
     timed = [chat.encode(one) for one in sets.harmful.train.prompts[:TIMED]]
-    first_reply_token(chat, timed)  # compares the model's shortcuts, and warms what is compiled
+    first_reply_token(chat, timed)  # tests the model's shortcuts, and compiles kernels
     start = time.perf_counter()
     first_reply_token(chat, timed)
     rate = sum(map(len, timed)) / max(1e-6, time.perf_counter() - start)
@@ -121,10 +124,10 @@ def forecast(
 
 
 def _constant(length: float) -> int:
-    """Tokens that run for the choice of a constant, at most.
+    """The largest number of tokens that run for the choice of a constant.
 
     Args:
-        length: mean tokens of a prompt.
+        length: the mean length of a prompt in tokens.
     """
     tried = (
         induction.TRIALS * len(induction.LADDER) * induction.TRIED * (length + induction.OPENING)
@@ -134,7 +137,10 @@ def _constant(length: float) -> int:
 
 
 def _choice(validation: int, how: Measuring) -> int:
-    """Prompts that run for the choice, at most: the validation set once, races, and a search."""
+    """The largest number of prompts that run for the choice.
+
+    They are the validation prompts once, and the prompts of races and of a search.
+    """
     if how.finding.layer is not None:
         return validation
     trials = how.searching.search or 0
@@ -143,6 +149,6 @@ def _choice(validation: int, how: Measuring) -> int:
         passes += left * (harmful + harmless - before)
         before, left = harmful + harmless, kept
     passes += max(0, validation - before) + choice.INDUCED
-    # Where one direction is not enough, as many subspaces run.
+    # If one direction is not enough, about as many passes run for subspaces.
     passes *= 2 if how.finding.method is None else 1
     return validation + passes + trials * max(validation, SEARCHED)

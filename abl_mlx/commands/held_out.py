@@ -1,4 +1,4 @@
-"""The held-out prompts: what is asked of a model before and after, and what is read in them."""
+"""The held-out prompts, which a model is asked before and after its edit."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from abl_mlx.behaviour.evaluate import Behaviour, Chat, behaviour
 from abl_mlx.inputs.sets import PromptSet, PromptSets
 from abl_mlx.models.chat_model import ChatModel
 
-#: Held-out prompts of each set in which the component is looked for.
+#: The number of held-out prompts of each set on which the component is measured.
 COMPONENT_PROMPTS = 32
 
 
 def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
-    """Encoded held-out prompts in which the component is looked for."""
+    """Encoded held-out prompts on which the component is measured."""
     return [
         chat.encode(prompt)
         for part in (sets.harmful.test, sets.harmless.test)
@@ -20,7 +20,7 @@ def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
 
 
 def ask(answer: Chat, sets: PromptSets, borderline: PromptSet | None, max_tokens: int) -> Behaviour:
-    """What a runtime does on the held-out prompts.
+    """Ask a runtime the held-out prompts, and judge its replies.
 
     Args:
         borderline: what is asked beside them, if anything: `prompt_choice.borderline_asked`.

@@ -1,4 +1,4 @@
-"""The judge that ``--judge`` names, loaded or met."""
+"""Opens the judge that ``--judge`` names: a local model or a server."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from convert.base.errors import UserError
 
 @contextmanager
 def opened(options: EvalOptions, clock: Clock) -> Iterator[Judge]:
-    """The judge that ``--judge`` names, loaded or met; it is let go at the end.
+    """Context manager with the judge that ``--judge`` names, which is released at the end.
 
     Raises:
-        UserError: when it cannot be loaded or met.
+        UserError: when the judge cannot be loaded, or its server cannot be reached.
     """
     from abl_mlx.behaviour import evaluate
     from abl_mlx.models import memory

@@ -1,4 +1,4 @@
-"""A loaded model with its writers and a direction: what `chat` and `show` steer at runtime."""
+"""A loaded model with its writers and a direction, which `chat` and `show` steer at runtime."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Steered:
         return Prompt(text, system=prompts.system_message(self.prompting.system), thinking=mode)
 
     def edit(self, strength: float | None = None) -> Edit:
-        """The edit, of the chosen strength or another one."""
+        """The edit, with the chosen strength or another one."""
         editing = self.editing
         if strength is not None:
             editing = replace(editing, strength=strength)
@@ -55,7 +55,7 @@ class Steered:
 
     @contextmanager
     def edited(self, strength: float | None = None) -> Iterator[None]:
-        """Within the block the model runs as its edited weights would; at 0 as it is."""
+        """Context manager in which the model runs as edited; at strength 0 it runs unchanged."""
         if (self.editing.strength if strength is None else strength) == 0:
             yield
             return
@@ -64,10 +64,10 @@ class Steered:
 
 
 def load(text: str, options: SteerOptions) -> Steered:
-    """Load a model, a folder or a GGUF, and its direction, from a file or measured.
+    """Load a model (a folder or a GGUF), and load or measure its direction.
 
     Raises:
-        UserError: bad input, told in one sentence.
+        UserError: when the model or the direction cannot be loaded or measured.
     """
     clock, direction = Clock(), options.direction
     warn_of_strength(options.editing.strength)

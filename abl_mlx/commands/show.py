@@ -1,4 +1,4 @@
-"""`abl-mlx show`: how much of the direction each layer and token of a prompt holds."""
+"""`abl-mlx show`: the component along the direction at each layer and token of a prompt."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from convert.base.errors import UserError
 
 @dataclass(frozen=True)
 class Projection:
-    """The residual stream of one prompt, along a direction.
+    """The component of one prompt's residual stream along a direction.
 
     Attributes:
-        tokens: T of them, as text.
-        before, after: (L, T) float32, r·h / |h| of the original and of the edited model: the cosine
-            of the stream after layer l with the direction (of several, the length of the
-            projection onto them, over |h|).
+        tokens: the T tokens as text.
+        before, after: (L, T) float32, r·h / |h| for the original and for the edited model: the
+            cosine between the stream after layer l and the direction (for several directions, the
+            length of the projection onto them divided by |h|).
     """
 
     tokens: list[str]
@@ -38,10 +38,12 @@ class Projection:
 
 
 def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
-    """Run a prompt in the chat template, without and with the edit, and read the stream.
+    """Run a prompt in the chat template, without and with the edit, and record the stream.
 
     Args:
-        reply: so many tokens of the original's greedy reply are read as well.
+        steered: the model and its edit.
+        prompt: the user's message.
+        reply: how many tokens of the original's greedy reply are run as well.
     """
     from abl_mlx.behaviour.evaluate import generate
 
@@ -126,9 +128,10 @@ _SHADES = " ░▒▓█"
 
 
 def table(record: ShowRecord, *, color: bool = False) -> str:
-    """A line for each token, a cell for each layer, before and after.
+    """The record as a table with a line for each token and a cell for each layer.
 
     Args:
+        record: the record.
         color: whether signs are shown in colours, for terminals.
     """
     before, after = (
@@ -169,6 +172,6 @@ def _cell(share: float, color: bool) -> str:
 def _plain(token: str) -> str:
     """A token on one line, at most 16 characters wide."""
     text = escape.line(token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·"))
-    # Where the record was made safe for the terminal before.
+    # The record may already have escapes in place of these characters.
     text = text.replace("\\n", "⏎").replace("\\t", "⇥")
     return text if len(text) <= 16 else f"{text[:15]}…"
