@@ -1,11 +1,17 @@
-"""What an OpenAI-compatible server sends, read with care: its models, and a chat's message."""
+"""What an OpenAI-compatible server sends, read with care: its models, and a chat's message.
+
+And what a request says of tools.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from abl_mlx.behaviour import tool_calls
 from abl_mlx.behaviour.http_call import Answer
+from abl_mlx.inputs.sets import Prompt
+from convert.base.errors import UserError
 
 #: How servers call a request that their filter refuses.
 _FILTERED = {
@@ -24,8 +30,31 @@ def listed_models(answer: Answer) -> list[dict[str, Any]] | None:
     return [one for one in found.get("data") or [] if isinstance(one, dict)]
 
 
-def some_names(names: Sequence[str]) -> str:
-    """Names for a sentence, the first dozen of many."""
+def chosen_model(server: str, wanted: str | None, listed: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the model that is asked.
+
+    Args:
+        server: its address, for errors.
+        wanted: the value of ``--model``; None where it has one model alone.
+        listed: as `listed_models` gives them.
+
+    Raises:
+        UserError: when it has no such model, or it is not clear which.
+    """
+    names = [str(one["id"]) for one in listed if one.get("id")]
+    if wanted is not None:
+        # A server that lists nothing may still know it; Ollama says NAME:latest for NAME.
+        if not names or wanted in names or f"{wanted}:latest" in names:
+            return wanted
+        raise UserError(f"{server} has no model {wanted}: --model takes {_some(names)}.")
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise UserError(f"{server} lists no model: load one there, or name it with --model.")
+    raise UserError(f"{server} has several models: add --model with {_some(names)}.")
+
+
+def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:12])
     return shown + (f" or one of {len(names) - 12} more" if len(names) > 12 else "")
 
@@ -39,15 +68,38 @@ def _joined(content: Any, kind: str) -> str:
 
 
 def said_and_thought(message: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What the model said, and its thoughts, where the server keeps them apart."""
+    """What the model said, and its thoughts, where the server keeps them apart.
+
+    Calls that the server took out of what was said are put back: `tool_calls.written`.
+    """
     content = message.get("content")
     text = _joined(content, "text")
     if not text and isinstance(message.get("refusal"), str):
         text = message["refusal"]
+    text += _calls(message.get("tool_calls"))
     apart = [message.get(name) for name in ("reasoning_content", "reasoning", "thinking")]
     apart += [_joined(content, "thinking")] if isinstance(content, list) else []
     thoughts = (one for one in apart if isinstance(one, str) and one.strip())
     return text, next(thoughts, None)
+
+
+def _calls(found: Any) -> str:
+    functions = [
+        one.get("function") if isinstance(one, dict) else None
+        for one in (found if isinstance(found, list) else [])
+    ]
+    return "".join(
+        tool_calls.written(one.get("name"), one.get("arguments"))
+        for one in functions
+        if isinstance(one, dict)
+    )
+
+
+def request_tools(prompt: Prompt) -> dict[str, Any]:
+    """The fields of a request that tell a server of a prompt's tools."""
+    if not prompt.tools:
+        return {}
+    return {"tools": [tool.json for tool in prompt.tools], "parallel_tool_calls": True}
 
 
 def is_withheld(answer: Answer) -> bool:

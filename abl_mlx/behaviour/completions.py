@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from abl_mlx.behaviour.chat_answer import request_tools
 from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.behaviour.http_call import Answer, Trouble
 from abl_mlx.choices import Asking
 from abl_mlx.inputs.sets import Prompt
-from abl_mlx.inputs.thinking import template_values
+from abl_mlx.models.prompt_tokens import rendered
 from abl_mlx.models.thoughts import opened_by
 from convert.base.errors import UserError
 from convert.tokenizers.chat_template import ChatTemplate
@@ -45,11 +46,7 @@ class Completions(Endpoint):
 
     def _written(self, prompt: Prompt) -> str:
         """The text of a prompt, without a bos token that the server adds by itself."""
-        system_role = prompt.system is None or self.template.takes_system
-        text = self.template.render(
-            prompt.messages(system_role=system_role), template_values(prompt.thinking)
-        )
-        return text.removeprefix(self._added)
+        return rendered(self.template, prompt).removeprefix(self._added)
 
     @cached_property
     def _added(self) -> str:
@@ -71,7 +68,8 @@ class Completions(Endpoint):
 
     def _request(self, prompt: Prompt, max_tokens: int) -> dict[str, Any]:
         request = super()._request(prompt, max_tokens)
-        del request["messages"]
+        for name in ("messages", *request_tools(prompt)):
+            del request[name]
         return request | {"prompt": self._written(prompt)}
 
     def _refused(self, answer: Answer) -> Trouble:

@@ -23,10 +23,11 @@ from urllib.parse import unquote
 
 from abl_mlx import __version__
 from abl_mlx.behaviour.chat_answer import (
+    chosen_model,
     is_withheld,
     listed_models,
+    request_tools,
     said_and_thought,
-    some_names,
 )
 from abl_mlx.behaviour.http_call import (
     Answer,
@@ -46,6 +47,7 @@ from abl_mlx.choices import Asking
 from abl_mlx.inputs import hub
 from abl_mlx.inputs.sets import Prompt, prompt_of
 from abl_mlx.inputs.thinking import request_fields, template_values
+from abl_mlx.models.prompt_tokens import without_tools
 from abl_mlx.models.thoughts import opened_by, resumed, without_thoughts
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
@@ -105,10 +107,11 @@ class Endpoint:
         self._lock = threading.Lock()
         self._not_before = 0.0
         self._extras = dict(_EXTRAS)
+        self._told_of_tools = False
         self._met = False
         self._base, listed = self._find_api(model)
         #: The model's name there.
-        self.model = self._choose(model, listed)
+        self.model = chosen_model(self.name, model, listed)
         self._opened: dict[str | None, str] = {}
         self._strict = False
         self._system_role = True
@@ -161,21 +164,6 @@ class Endpoint:
             return answer
         raise self._refused(answer)
 
-    def _choose(self, wanted: str | None, listed: Sequence[Mapping[str, Any]]) -> str:
-        names = [str(one["id"]) for one in listed if one.get("id")]
-        if wanted is not None:
-            # A server that lists nothing may still know it; Ollama says NAME:latest for NAME.
-            if not names or wanted in names or f"{wanted}:latest" in names:
-                return wanted
-            raise UserError(
-                f"{self.name} has no model {wanted}: --model takes {some_names(names)}."
-            )
-        if len(names) == 1:
-            return names[0]
-        if not names:
-            raise UserError(f"{self.name} lists no model: load one there, or name it with --model.")
-        raise UserError(f"{self.name} has several models: add --model with {some_names(names)}.")
-
     def _opens(self, thinking: str | None) -> str:
         """What llama-server's chat template opens a thought with; "" where it does not tell."""
         if not self.is_llamacpp or self._strict:
@@ -191,6 +179,7 @@ class Endpoint:
         request = {
             "messages": prompt.messages(),
             "chat_template_kwargs": template_values(prompt.thinking),
+            **request_tools(prompt),
         }
         root = self._base.removesuffix("/v1")
         answer = self._persist(lambda: self._exchange("POST", f"{root}/apply-template", request))
@@ -269,9 +258,18 @@ class Endpoint:
             UserError: when the request fails for good.
         """
         prompt = prompt_of(question)
+        self._check_tools(prompt)
         return self._persist(
             lambda: self._text(self._complete(prompt, max_tokens), self._opens(prompt.thinking))
         )
+
+    def _check_tools(self, prompt: Prompt) -> None:
+        """Refuse a prompt with tools where a llama-server's chat template has no place for them."""
+        if prompt.tools and self.is_llamacpp and not self._told_of_tools:
+            text = self._rendered(prompt)
+            if text and prompt.tools[0].name not in text:
+                raise without_tools(self.name)
+            self._told_of_tools = True
 
     def whole(self, prompt: Prompt, max_tokens: int) -> WholeReply:
         """The greedy reply to one prompt, which can be cut.
@@ -350,6 +348,7 @@ class Endpoint:
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": False,
+            **request_tools(prompt),
         }
 
     def _text(self, answer: Answer, opened: str) -> str:

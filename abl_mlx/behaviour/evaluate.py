@@ -57,14 +57,17 @@ SIDE_BY_SIDE = 16
 class Decoder:
     """Token ids of replies as their texts, up to the end token.
 
-    Special tokens are left out, but not the tags of thoughts. The tag that a prompt ends with is
-    put in front, so that a thought is known as one.
+    Special tokens are left out, but not the tags of thoughts, nor any of a reply to a prompt with
+    tools, since they mark calls. The tag that a prompt ends with is put in front, so that a thought
+    is known as one.
     """
 
     def __init__(self, chat: ChatModel) -> None:
         self._chat = chat
         special = special_tokens(chat)
-        self._dropped = {token for token, text in special.items() if not thoughts.is_mark(text)}
+        self._dropped = frozenset(
+            token for token, text in special.items() if not thoughts.is_mark(text)
+        )
         self._opened: dict[str | None, str] = {}
 
     def __call__(self, reply: Sequence[int], asked: Question | None = None) -> str:
@@ -74,11 +77,13 @@ class Decoder:
             reply: token ids.
             asked: its prompt; None for one that was asked without thinking.
         """
-        tokenizer, mode = self._chat.tokenizer, prompt_of(asked).thinking if asked else None
+        prompt = prompt_of(asked or "")
+        tokenizer, mode = self._chat.tokenizer, prompt.thinking
+        dropped = frozenset() if prompt.tools else self._dropped
         if mode not in self._opened:
             self._opened[mode] = self._chat.opened_thought(mode)
         ends = (at for at, token in enumerate(reply) if token in tokenizer.eos_token_ids)
-        kept = [token for token in reply[: next(ends, len(reply))] if token not in self._dropped]
+        kept = [token for token in reply[: next(ends, len(reply))] if token not in dropped]
         text = tokenizer.decode(kept, skip_special_tokens=False)
         return thoughts.resumed(self._opened[mode], text)
 

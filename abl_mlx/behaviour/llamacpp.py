@@ -17,12 +17,13 @@ from abl_mlx.behaviour.llamacpp_process import LlamaProcess
 from abl_mlx.behaviour.whole_reply import pieces_of, tokenizing
 from abl_mlx.inputs.sets import Message, Prompt, prompt_of
 from abl_mlx.inputs.thinking import template_values
-from abl_mlx.models import gguf_template
+from abl_mlx.models import gguf_template, prompt_tokens
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.thoughts import opened_by, resumed
 from convert.base.closing import Closing
 from convert.base.errors import UserError
 from convert.gguf.parts import size_of
+from convert.tokenizers.chat_template import ChatTemplate
 
 #: Longest that a prompt may take in the chat template, in seconds; none takes a hundredth of one.
 RENDERING = 20.0
@@ -133,8 +134,10 @@ class LlamaCpp(Closing):
         opened = {mode: self.opened(mode) for mode in {prompt.thinking for prompt in asked}}
 
         def answer(prompt: Prompt) -> str:
-            if self._given is not None:
-                completed = self._completion(self.encode(prompt), max_tokens)
+            if self._given is not None or prompt.tools:
+                completed = self._completion(
+                    self.encode(prompt), max_tokens, whole=bool(prompt.tools)
+                )
                 return resumed(opened[prompt.thinking], completed)
             # A template may never end, which nothing tells from a long reply afterwards.
             self.render_prompt(prompt)
@@ -167,20 +170,29 @@ class LlamaCpp(Closing):
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _completion(self, prompt: Sequence[int], max_tokens: int) -> str:
-        """What follows a prompt."""
+    def _completion(self, prompt: Sequence[int], max_tokens: int, *, whole: bool = False) -> str:
+        """What follows a prompt.
+
+        Args:
+            whole: with special tokens, but for the one that ends it.
+        """
         request = {**_request(prompt, max_tokens), "cache_prompt": self.n_parallel > 1}
-        return str(self._post("/completion", request)["content"])
+        reply = self._post("/completion", request | {"return_tokens": whole})
+        if not whole:
+            return str(reply["content"])
+        tokens = [int(token) for token in reply["tokens"]]
+        return self.detokenize(tokens[:-1] if reply.get("stop_type") == "eos" else tokens)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt in the template that was given."""
+        """Token ids of a prompt in the template that was given, or in that for tools."""
         ids = self.tokenize(self.render_prompt(prompt), add_special=False)
         return ids if ids[:1] == self._opening else [*self._opening, *ids]
 
     @cached_property
     def _opening(self) -> list[int]:
         """The bos token, where the file's tokenizer puts it in front of a text."""
-        bos = "" if self._given is None else self._given.values["bos_token"]
+        template = self._given or self._tool_template
+        bos = "" if template is None else template.values["bos_token"]
         token = self.tokenize(bos, add_special=False)
         return token if token == self.tokenize("")[:1] else []
 
@@ -276,7 +288,13 @@ class LlamaCpp(Closing):
     def render_prompt(self, question: str | Prompt) -> str:
         """A prompt in the file's chat template: `render` of its messages."""
         prompt = prompt_of(question)
-        return self.render(self._messages(prompt), thinking=prompt.thinking)
+        if not prompt.tools:
+            return self.render(self._messages(prompt), thinking=prompt.thinking)
+        # By this program, as in MLX: llama.cpp's own chat would force the form of calls.
+        template = self._given or self._tool_template
+        if template is None:
+            raise prompt_tokens.without_tools(self.path)
+        return prompt_tokens.rendered(template, prompt)
 
     def _messages(self, prompt: Prompt) -> list[Message]:
         return prompt.messages(system_role=prompt.system is None or self._takes_system)
@@ -286,6 +304,11 @@ class LlamaCpp(Closing):
         """Whether the file's template has a system role, as our own renderer sees it."""
         template = self._given or gguf_template.template_of(self.path)
         return template is None or template.takes_system
+
+    @cached_property
+    def _tool_template(self) -> ChatTemplate | None:
+        """The file's own template for prompts with tools."""
+        return gguf_template.tool_template(self.path)
 
     @property
     def address(self) -> str:

@@ -13,8 +13,10 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from abl_mlx.inputs.tools import Tool
+
 Message = Mapping[str, str]
-"""One turn of a conversation: its ``role`` (system, user or assistant) and its ``content``."""
+"""One turn of a conversation: its ``role`` (system, user, assistant, tool) and its ``content``."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Prompt:
         earlier: (role, content) of the turns between the system message and ``text``.
         thinking: how the model is asked to think before it replies, as `inputs.thinking` has it;
             None where it is asked not to.
+        tools: functions that the model may call.
+        role: whose message ``text`` is: the user's, or "tool" where it is what a call returned.
     """
 
     text: str
@@ -37,6 +41,8 @@ class Prompt:
     system: str | None = None
     earlier: tuple[tuple[str, str], ...] = ()
     thinking: str | None = None
+    tools: tuple[Tool, ...] = ()
+    role: str = "user"
 
     def messages(self, *, system_role: bool = True) -> list[Message]:
         """The whole conversation, oldest message first.
@@ -45,7 +51,7 @@ class Prompt:
             system_role: whether the model's chat template has such a role. Without it the system
                 message is the first line of the first user message, as llama.cpp has it.
         """
-        turns = [*self.earlier, ("user", self.text)]
+        turns = [*self.earlier, (self.role, self.text)]
         if self.system is not None and system_role:
             turns.insert(0, ("system", self.system))
         elif self.system is not None:
@@ -59,14 +65,17 @@ class Prompt:
 
         It is the user's message where nothing else is given.
         """
-        if self.system is None and not self.earlier and self.thinking is None:
+        if replace(self, category="", answer=None) == Prompt(self.text):
             return self.text
-        return json.dumps([self.messages(), self.thinking], ensure_ascii=False)
+        tools = [[one.text for one in self.tools]] if self.tools else []
+        return json.dumps([self.messages(), self.thinking, *tools], ensure_ascii=False)
 
     @property
     def length(self) -> int:
-        """Characters of all messages together."""
-        return sum(len(message["content"]) for message in self.messages())
+        """Characters of all messages and tools together."""
+        return sum(len(message["content"]) for message in self.messages()) + sum(
+            len(one.text) for one in self.tools
+        )
 
 
 def prompt_of(question: str | Prompt) -> Prompt:
@@ -90,9 +99,9 @@ class PromptSet:
     def sha256(self) -> str:
         """SHA-256 (hex) of the prompts in order, each in UTF-8 and followed by one NUL byte.
 
-        A prompt enters as its text, or as JSON of its messages and its thinking where it has more
-        (`Prompt.identity`). Names, categories and answers do not enter; a loaded text never holds a
-        NUL.
+        A prompt enters as its text, or as JSON of its messages, its thinking and its tools where it
+        has more (`Prompt.identity`). Names, categories and answers do not enter; a loaded text
+        never holds a NUL.
         """
         digest = hashlib.sha256()
         for prompt in self.prompts:

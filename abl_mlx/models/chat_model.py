@@ -95,7 +95,8 @@ class ChatModel:
                     "message stands at the beginning of the first user message"
                 )
         given = self.given_template is not None
-        ids = prompt_tokens.encode(self.tokenizer, self.template, prompt, self.folder, given=given)
+        template = self.tool_template if prompt.tools else self.template
+        ids = prompt_tokens.encode(self.tokenizer, template, prompt, self.folder, given=given)
         context_length.check(len(ids), self.config, self.folder)
         return ids
 
@@ -107,6 +108,13 @@ class ChatModel:
             UserError: when the model has none and none was given.
         """
         return prompt_tokens.template_of(self.tokenizer, self.folder, self.given_template)
+
+    @cached_property
+    def tool_template(self) -> ChatTemplate | None:
+        """The chat template of prompts with tools; otherwise as `template`."""
+        return prompt_tokens.template_of(
+            self.tokenizer, self.folder, self.given_template, tools=True
+        )
 
     def opened_thought(self, thinking: str | None = None) -> str:
         """The end of every prompt, from the tag that opens a thought; "" when none is opened.

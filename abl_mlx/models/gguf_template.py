@@ -73,6 +73,18 @@ def named_template(path: Path) -> GivenTemplate | None:
     return None if name in (None, "default") else GivenTemplate(str(path), templates[name])
 
 
+def tool_template(path: Path) -> ChatTemplate | None:
+    """A GGUF's own template for prompts with tools; None where none is known to be it.
+
+    Raises:
+        UserError: a file that is no GGUF.
+    """
+    keys = metadata(path)
+    templates = chat_templates(keys)
+    name = template_files.for_tools(templates)
+    return None if name is None else ChatTemplate(templates[name], path, _tokens(keys))
+
+
 def _tokens(keys: dict[str, Any]) -> dict[str, str]:
     return {f"{role}_token": _token(keys, role) for role in ("bos", "eos")}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,11 @@ def encode(
         UserError: when the chat template does not render, or nothing is left to give the model.
     """
     prompt = prompt_of(question)
-    values = template_values(prompt.thinking)
     if template is None:
+        values = template_values(prompt.thinking)
         ids = _by_itself(tokenizer, prompt, values, place)
     else:
-        system_role = prompt.system is None or template.takes_system
-        text = template.render(prompt.messages(system_role=system_role), values)
+        text = rendered(template, prompt)
         try:
             # A model's own template writes the bos token itself, where there is one.
             ids = list(tokenizer.encode(text, add_special_tokens=False))
@@ -64,6 +64,35 @@ def encode(
             "or fetch the tokenizer again."
         )
     return ids
+
+
+def rendered(template: ChatTemplate, prompt: Prompt) -> str:
+    """The text of a conversation, up to where the reply begins.
+
+    Raises:
+        TemplateError: when the template does not render it, or has no place for its tools.
+    """
+    if prompt.tools and not template.takes_tools:
+        raise without_tools(template.file)
+    system_role = prompt.system is None or template.takes_system
+    return template.render(
+        prompt.messages(system_role=system_role),
+        template_values(prompt.thinking),
+        tools=[tool.json for tool in prompt.tools],
+    )
+
+
+def without_tools(place: object) -> TemplateError:
+    """What to say of a model that cannot be told of tools.
+
+    Args:
+        place: the chat template's file, the model's folder or GGUF, or a server's address.
+    """
+    return TemplateError(
+        f"{place}: the chat template has no place for tools, so the model cannot be told of "
+        "functions to call: choose a model that was trained to call functions, or give its "
+        "template with --template FILE."
+    )
 
 
 def _opening(tokenizer: Any, ids: Sequence[int]) -> list[int]:
@@ -88,12 +117,13 @@ def counter(tokenizer: Any, place: Path, given: GivenTemplate | None = None) -> 
 
 
 def template_of(
-    tokenizer: Any, place: Path, given: GivenTemplate | None = None
+    tokenizer: Any, place: Path, given: GivenTemplate | None = None, *, tools: bool = False
 ) -> ChatTemplate | None:
     """The template that prompts are rendered with; None where the tokenizer has code instead.
 
     Args:
         given: the template that is used instead of the model's own.
+        tools: the one for prompts with tools, of a model that has several.
 
     Raises:
         TemplateError: when there is none to choose.
@@ -105,7 +135,7 @@ def template_of(
     templates = _templates(tokenizer, place)
     if not templates:
         raise without_template(place)
-    name = template_files.plain(templates)
+    name = template_files.for_tools(templates) if tools else template_files.plain(templates)
     if name is None:
         raise without_plain_template(templates, place)
     return ChatTemplate(
@@ -143,14 +173,21 @@ def _has_code(tokenizer: Any) -> bool:
 def _by_itself(tokenizer: Any, prompt: Prompt, values: Mapping[str, Any], place: Path) -> list[int]:
     """Token ids of a conversation, by the tokenizer's own code."""
     raised: Exception | None = None
+    tools = {"tools": [tool.json for tool in prompt.tools]} if prompt.tools else {}
     for system_role in (True, False) if prompt.system is not None else (True,):
         messages = [dict(one) for one in prompt.messages(system_role=system_role)]
+        write = partial(
+            tokenizer.apply_chat_template, messages, add_generation_prompt=True, **values
+        )
         try:
-            return list(
-                tokenizer.apply_chat_template(messages, add_generation_prompt=True, **values)
-            )
+            ids = list(write(**tools))
+            told = not tools or ids != list(write())
         except Exception as error:  # code of others, which raises what it likes
             raised = raised or error
+            continue
+        if not told:
+            raise without_tools(place)
+        return ids
     reason = " ".join(f"{type(raised).__name__}: {raised}".split())
     raise UserError(
         f"{place}: its tokenizer cannot write a prompt ({reason[:200]}): update mlx-lm and "

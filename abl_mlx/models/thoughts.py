@@ -62,25 +62,33 @@ def without_thoughts(reply: str) -> str | None:
     """
     text = reply.strip()
     while True:
-        for opened, closed in _THOUGHTS:
-            start = opened.match(text)
-            if start is None:
-                continue
+        behind = behind_thoughts(text)
+        if behind is None:
+            return None
+        token = _TEMPLATE_TOKEN.match(behind)
+        if token is None:
+            return _TEMPLATE_TOKEN.sub(" ", behind).strip()
+        text = behind[token.end() :].strip()
+
+
+def behind_thoughts(reply: str) -> str | None:
+    """Like `without_thoughts`, with chat template tokens as they are."""
+    text: str | None = reply.strip()
+    behind = None
+    while text is not None and text != behind:
+        behind, text = text, _behind_one(text)
+    return text
+
+
+def _behind_one(text: str) -> str | None:
+    """What follows the thought that a text begins with; the text itself where it is none."""
+    for opened, closed in _THOUGHTS:
+        start = opened.match(text)
+        if start is not None:
             end = closed.search(text, start.end())
-            if end is None:
-                return None
-            text = text[end.end() :].strip()
-            break
-        else:
-            only_closed = _ONLY_CLOSED.match(text)
-            if only_closed is not None:
-                text = text[only_closed.end() :].strip()
-                continue
-            token = _TEMPLATE_TOKEN.match(text)
-            if token is None:
-                break
-            text = text[token.end() :].strip()
-    return _TEMPLATE_TOKEN.sub(" ", text).strip()
+            return None if end is None else text[end.end() :].strip()
+    only_closed = _ONLY_CLOSED.match(text)
+    return text if only_closed is None else text[only_closed.end() :].strip()
 
 
 def closes_only(reply: str) -> bool:

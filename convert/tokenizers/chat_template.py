@@ -23,6 +23,18 @@ Message = Mapping[str, str]
 # A message by which a template shows what it does with one.
 _PROBE = "Name seven rivers"
 _SYSTEM = "Answer within eleven words"
+_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "river_length",
+        "description": "The length of a river",
+        "parameters": {
+            "type": "object",
+            "properties": {"river": {"type": "string", "description": "Name of the river"}},
+            "required": ["river"],
+        },
+    },
+}
 
 
 class TemplateError(UserError):
@@ -54,19 +66,21 @@ class ChatTemplate:
         messages: Sequence[Message],
         values: Mapping[str, Any] | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         ask: bool = True,
     ) -> str:
         """The prompt of these messages.
 
         Args:
             values: what the template sees by name for this prompt alone, such as enable_thinking.
+            tools: functions that the model may call, in OpenAI's form.
             ask: end where the reply begins.
 
         Raises:
             TemplateError: a damaged template, one that raises, uses what is not there, renders
                 nothing or leaves the messages out, and one beyond the limits.
         """
-        text = self._text(messages, ask, parts=self._wants_parts, values=values)
+        text = self._text(messages, ask, parts=self._wants_parts, values=values, tools=tools)
         if not text.strip():
             raise self._error("renders nothing at all for this conversation")
         return text
@@ -94,6 +108,22 @@ class ChatTemplate:
         except TemplateError:
             return False
         return _SYSTEM.lower() in text and _PROBE.lower() in text
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the description of a tool comes through, and what the user says with it.
+
+        Raises:
+            TemplateExcess: beyond a limit of time, memory or length.
+        """
+        probe = [{"role": "user", "content": _PROBE}]
+        try:
+            text = self._text(probe, True, parts=self._wants_parts, tools=[_TOOL])
+        except TemplateExcess:
+            raise
+        except TemplateError:
+            return False
+        return _TOOL["function"]["name"] in text and _PROBE.lower() in text.lower()
 
     @cached_property
     def _wants_parts(self) -> bool:
@@ -128,6 +158,7 @@ class ChatTemplate:
         *,
         parts: bool,
         values: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         given: list[dict[str, Any]] = [dict(message) for message in messages]
         if parts:
@@ -137,7 +168,7 @@ class ChatTemplate:
             **self.values,
             **(values or {}),
             "messages": given,
-            "tools": None,
+            "tools": [dict(tool) for tool in tools] or None,
             "documents": None,
             "add_generation_prompt": ask,
         }

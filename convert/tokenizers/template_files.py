@@ -14,8 +14,11 @@ from convert.base.schema import OBJECT
 _LONGEST = 4 << 20
 
 
+#: Templates by these names are for conversations with tools.
+TOOLS = ("tool_use", "tool", "tools")
+
 #: Templates by these names are for conversations with tools or with documents.
-SPECIAL = ("tool_use", "tool", "tools", "rag")
+SPECIAL = (*TOOLS, "rag")
 
 
 def plain(templates: Mapping[str, str]) -> str | None:
@@ -27,6 +30,11 @@ def plain(templates: Mapping[str, str]) -> str | None:
     if "default" in templates:
         return "default"
     return others[0] if len(others) == 1 else None
+
+
+def for_tools(templates: Mapping[str, str]) -> str | None:
+    """The name of the template for conversations with tools: its own, or that for plain ones."""
+    return next((name for name in TOOLS if name in templates), plain(templates))
 
 
 def of_folder(folder: Path) -> dict[str, str]:

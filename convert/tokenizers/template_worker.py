@@ -248,7 +248,8 @@ def _compiled(source: str, today: str | None) -> jinja2.Template:
 
 def _render(request: dict[str, Any]) -> str:
     values = request["values"]
-    most = LONGEST_OUTPUT + 4 * len(json.dumps(values["messages"], ensure_ascii=False))
+    given = [values["messages"], values.get("tools")]
+    most = LONGEST_OUTPUT + 4 * len(json.dumps(given, ensure_ascii=False))
     pieces, length = [], 0
     for piece in _compiled(request["source"], request["today"]).generate(**values):
         pieces.append(piece)
