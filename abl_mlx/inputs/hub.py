@@ -1,7 +1,7 @@
-"""Models on Hugging Face: a folder of safetensors, or one GGUF picked by its name or its type.
+"""Models on Hugging Face: a folder of safetensors, or one GGUF chosen by its name or its type.
 
-Downloads go to the usual Hugging Face cache and come from there when they are in it, also without
-a connection (``HF_HUB_OFFLINE=1``).
+Downloads go to the usual Hugging Face cache. Files that are in the cache are used from there, also
+without a connection (``HF_HUB_OFFLINE=1``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from convert.base.errors import UserError
 
-# What a text model needs; a repository may hold much else (PyTorch copies, pictures).
+# The files that a text model needs; a repository may have many others (PyTorch copies, pictures).
 _PATTERNS = [
     "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
     "*.txt", "*.jsonl", "*.jinja", "LICENSE*", "README.md",
@@ -27,11 +27,11 @@ _PATTERNS = [
 
 _REPOSITORY = r"(?P<repository>\w[\w.-]*/\w[\w.-]*)"
 _REVISION = r"(?:@(?P<revision>\w[\w.{}-]*))?"
-# A branch may have slashes in its name (refs/pr/1); before a file's path only the first part is it.
+# A branch may have slashes in its name (refs/pr/1), but not if a file's path follows.
 _REFERENCE = re.compile(_REPOSITORY + _REVISION.format("/") + r"(?::(?P<tag>[\w.-]+))?", re.ASCII)
 _FILE = re.compile(_REPOSITORY + _REVISION.format("") + r"/(?P<file>[^:]+)", re.ASCII)
 
-# A page of Hugging Face's, as a browser shows its address.
+# The address of a page on Hugging Face, as a browser shows it.
 _ADDRESS = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/+(?P<path>[^?#]*).*", re.IGNORECASE
 )
@@ -44,7 +44,7 @@ _TYPE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 
-# Files of llama.cpp that are GGUFs but no language models.
+# GGUF files of llama.cpp that are not language models.
 _NO_MODEL = re.compile(r"(?:^|[-./_])(mmproj|imatrix)(?:$|[-./_\d])", re.IGNORECASE)
 
 
@@ -54,8 +54,8 @@ class Reference:
 
     Attributes:
         repository: OWNER/NAME.
-        file: path of a GGUF in it.
-        tag: the name of a quantization, which picks a GGUF.
+        file: path of a GGUF in the repository.
+        tag: the name of a quantization, which chooses a GGUF.
         revision: a branch, a tag or a commit of the repository; None for its main branch.
     """
 
@@ -66,7 +66,7 @@ class Reference:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it picks a GGUF, rather than the whole repository."""
+        """Whether it names a GGUF rather than the whole repository."""
         return self.file is not None or self.tag is not None
 
     @property
@@ -77,7 +77,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class _Model:
-    """One GGUF model of a repository: its files, in order, and its type as the name tells it."""
+    """One GGUF model of a repository: its files in order, and its type as the name says it."""
 
     files: tuple[str, ...]
     whole: bool
@@ -99,14 +99,14 @@ class _Repository:
 
     @property
     def place(self) -> str:
-        """For a sentence about what is not there."""
+        """Where the models were looked for, for a message."""
         if self.cached:
             return f"what the cache has of {self.name} (Hugging Face could not be reached)"
         return self.name
 
     @property
     def choices(self) -> str:
-        """How to name each model, for the end of a sentence."""
+        """How to name each model, for the end of a message."""
         tags = list(dict.fromkeys(one.tag for one in self.models if one.tag is not None))
         files = [f"hf:{self.name}/{one.files[0]}" for one in self.models if one.tag is None]
         if not tags:
@@ -118,13 +118,13 @@ class _Repository:
 def parse(text: str) -> Reference | None:
     """Read ``OWNER/NAME[:TAG]`` or ``hf:OWNER/NAME[:TAG]`` or ``hf:OWNER/NAME/PATH.gguf``.
 
-    NAME may be followed by ``@REVISION``. The address of a page of Hugging Face's is read, too.
+    NAME may be followed by ``@REVISION``. The address of a page on Hugging Face is also accepted.
 
     Returns:
-        None when ``text`` is nothing of the kind.
+        The reference; None when ``text`` has none of these forms.
 
     Raises:
-        UserError: when it begins with ``hf:`` or is an address, and goes on in another way.
+        UserError: when it begins with ``hf:`` or is an address, but continues in another form.
     """
     if is_address(text):
         return _parse_address(text)
@@ -178,7 +178,7 @@ def _parse_address(text: str) -> Reference:
 
 
 def cached_id(path: Path) -> str | None:
-    """The id of the repository in whose part of Hugging Face's cache a path lies; None elsewhere.
+    """The id of the repository to which a path in Hugging Face's cache belongs; None elsewhere.
 
     The cache keeps OWNER/NAME under models--OWNER--NAME/snapshots/COMMIT; an old repository may
     have no owner.
@@ -195,8 +195,7 @@ def folder(reference: Reference) -> Path:
     """The folder of a Hugging Face model, downloaded or in the cache.
 
     Raises:
-        UserError: when it cannot be had, and when it holds nothing but GGUFs: then with the tags
-            that pick one.
+        UserError: when it cannot be downloaded; or when it holds only GGUFs, with their tags.
     """
     from huggingface_hub import snapshot_download
 
@@ -216,12 +215,12 @@ def folder(reference: Reference) -> Path:
 
 
 def gguf(reference: Reference) -> Path:
-    """The GGUF that ``reference`` picks, downloaded or in the cache; of a split one the first part.
+    """The GGUF that ``reference`` names, downloaded or in the cache.
 
-    Every part is there afterwards.
+    For a split model this is the first part; all parts are downloaded.
 
     Raises:
-        UserError: when it cannot be had, or when no GGUF or several fit; then with what there is.
+        UserError: when it cannot be downloaded; or when no GGUF or several fit, with the choices.
     """
     from huggingface_hub import snapshot_download
 
@@ -268,7 +267,7 @@ def _list(reference: Reference) -> _Repository:
     repository, revision = reference.repository, reference.revision
     with _explained(reference):
         try:
-            # list_repo_files would try for half a minute before it owned to having no connection.
+            # Without a connection, list_repo_files would retry for half a minute.
             siblings = HfApi().model_info(repository, revision=revision).siblings or []
             files = [sibling.rfilename for sibling in siblings]
             return _Repository(reference.name, _models(files), cached=False)
@@ -276,7 +275,7 @@ def _list(reference: Reference) -> _Repository:
             if not isinstance(error, OSError) and not _is_connection(error):
                 raise
             try:
-                # No patterns: nothing can be missing, so that whatever is there will do.
+                # Without patterns no file can be missing, so a partly cached model is accepted.
                 folder = snapshot_download(
                     repository, revision=revision, allow_patterns=[], local_files_only=True
                 )
@@ -288,7 +287,7 @@ def _list(reference: Reference) -> _Repository:
 
 
 def _models(files: Iterable[str]) -> tuple[_Model, ...]:
-    """The GGUF models among the files of a repository, parts of a split one together."""
+    """The GGUF models among the files of a repository; the parts of a split one are joined."""
     parts: dict[tuple[str, int], dict[int, str]] = {}
     for file in sorted(files):
         stem, ending = os.path.splitext(file)
@@ -324,8 +323,12 @@ def _by_file(listed: _Repository, file: str) -> _Model:
 
 
 def _by_tag(listed: _Repository, tag: str) -> _Model:
-    """The one model of this type: by the end of its name, or else by a word anywhere in it."""
-    # Q4_K_M is a word in x-Q4_K_M-v2, but not in Q4_K_M_L, Q4_K_M2 or IQ4_K_M; K_M is none.
+    """The only model of this type, by the end of its name, or else by a word anywhere in it.
+
+    Raises:
+        UserError: when no model or several have this type.
+    """
+    # Q4_K_M is a word in x-Q4_K_M-v2, but not in Q4_K_M_L, Q4_K_M2 or IQ4_K_M.
     word = re.compile(rf"(?:^|[-./]){re.escape(tag)}(?:$|[-./])", re.IGNORECASE)
     fitting = [model for model in listed.models if (model.tag or "").lower() == tag.lower()]
     fitting = fitting or [model for model in listed.models if word.search(model.stem)]
@@ -340,7 +343,7 @@ def _by_tag(listed: _Repository, tag: str) -> _Model:
 
 
 def _is_connection(error: Exception) -> bool:
-    """Whether the hub client could not get through: its own errors, or httpx's or requests'."""
+    """Whether the hub client had no connection, by its own errors, or httpx's or requests'."""
     name, module = type(error).__name__, type(error).__module__
     return "onnect" in name or "imeout" in name or module.startswith("huggingface_hub")
 
@@ -352,10 +355,12 @@ _UNREACHED = (
 
 
 def _not_had(repository: str, unreached: str, status: int | None) -> UserError:
-    """Why a repository could not be downloaded, by the HTTP status if there was one.
+    """The error for a repository that could not be downloaded.
 
     Args:
-        unreached: what to say with a reason where it is not forbidden.
+        repository: its id.
+        unreached: a message with a place for the reason, for other reasons than a refused access.
+        status: the HTTP status, if there was one.
     """
     from huggingface_hub import constants
 
@@ -372,7 +377,7 @@ def _not_had(repository: str, unreached: str, status: int | None) -> UserError:
 
 @contextmanager
 def _explained(reference: Reference) -> Iterator[None]:
-    """Errors of the Hugging Face client, one sentence each."""
+    """Context manager that turns errors of the Hugging Face client into one sentence each."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -412,7 +417,7 @@ def _explained(reference: Reference) -> Iterator[None]:
             "main branch."
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        # What the Hub said is the cause when then the cache had it not either.
+        # If the cache did not have it either, the hub's answer is the cause of the error.
         said = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
         status = getattr(getattr(said, "response", None), "status_code", None)
         raise _not_had(repository, unreached, status) from None
@@ -426,7 +431,7 @@ def _explained(reference: Reference) -> Iterator[None]:
     except Exception as error:
         if _is_connection(error):
             raise UserError(unreached.format(type(error).__name__)) from None
-        # The client reads answers as if they were always right, and raises whatever that leads to.
+        # The client does not check answers, so a wrong one may raise anything.
         raise UserError(
             f"{repository}: what {constants.ENDPOINT} answered is not what a hub of models answers "
             f"({type(error).__name__}): check for a proxy or a sign-in page between, or try again "

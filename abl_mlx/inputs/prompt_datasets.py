@@ -1,4 +1,4 @@
-"""Prompts in datasets of Hugging Face: which files hold a split, and reading them."""
+"""Reading prompts from datasets on Hugging Face, and finding the files of a split."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _SPLIT_SYNONYMS = (
 
 
 class Hub(Protocol):
-    """Where dataset files come from. Files are named by their path inside the repository."""
+    """A source of dataset files, which are named by their path inside the repository."""
 
     def files(self, repo: str) -> list[str]:
         """Paths of all files in dataset ``repo`` ("owner/name")."""
         ...
 
     def fetch(self, repo: str, file: str) -> Path:
-        """A local copy of one of them, under a name with the same extension."""
+        """The path of a local copy of a file, with the same suffix."""
         ...
 
 
@@ -52,7 +52,7 @@ class HuggingFaceHub:
 
 
 def is_dataset(base: str) -> bool:
-    """Whether ``base`` can only be meant as "owner/name" on the hub."""
+    """Whether ``base`` can only mean "owner/name" on the hub."""
     if os.path.lexists(base) or Path(base).suffix.lower() in SUFFIXES:
         return False
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII):
@@ -87,10 +87,10 @@ def read_dataset(
 def _split_files(names: Sequence[str], wanted: str, repo: str, flag: str) -> list[str]:
     """The data files of one split, sorted, by the hub's naming conventions.
 
-    A split's name stands in the file's name (``data/train-00000-of-00001.parquet``, ``test.csv``)
-    or, failing that, in its folder's, set off by anything but letters. Where no file is named by a
-    split, all are ``train``. Of several formats with the split, parquet goes before .jsonl before
-    .csv. The dataset card's own ``configs:`` are not read.
+    A split's name is in the file's name (``data/train-00000-of-00001.parquet``, ``test.csv``) or
+    else in its folder's name, separated by anything but letters. If no file is named after a split,
+    all belong to ``train``. If a split is there in several formats, parquet is preferred to .jsonl,
+    and that to .csv. The dataset card's own ``configs:`` are ignored.
     Source: https://huggingface.co/docs/hub/datasets-file-names-and-splits
     """
     data = sorted(name for name in names if Path(name).suffix.lower() in DATA_SUFFIXES)
@@ -139,6 +139,6 @@ def _synonyms(split_name: str) -> tuple[str, ...]:
 
 
 def _mentions(name: str, words: Iterable[str]) -> bool:
-    """Whether one of the words stands in ``name``, set off by anything but letters."""
+    """Whether one of the words is in ``name``, separated by anything but letters."""
     any_word = "|".join(re.escape(word) for word in words)
     return re.search(rf"(?<![a-z])({any_word})(?![a-z])", name.lower()) is not None

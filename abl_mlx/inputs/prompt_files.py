@@ -1,4 +1,4 @@
-"""Prompts in files of text, JSON lines, CSV and Parquet."""
+"""Reading prompts from files of text, JSON lines, CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def read_file(
 
 
 def read_text(path: Path, where: str) -> str:
-    """A file's text with "\\n" line ends and no byte order mark."""
+    """A file's text with "\\n" as line ends and without a byte order mark."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -107,11 +107,11 @@ def jsonl_rows(text: str, where: str) -> list[Row]:
 
 
 def _csv_rows(text: str, column: str | None, where: str) -> tuple[list[Row], str]:
-    """The rows of a CSV and its prompt column; without a header there is one column only.
+    """The rows of a CSV file and the name of its prompt column; a file without header has only one.
 
-    In a file of one column the first line is a header when it is the wanted name, one of
-    :data:`COLUMNS`, or one bare ASCII word: no prompt reads like that. Semicolons and tabs separate
-    columns when they do so in a header with a known name.
+    In a file of one column the first line is a header if it is the wanted name, one of
+    :data:`COLUMNS`, or a single ASCII word, which a prompt is not. Semicolons and tabs separate
+    columns if they do so in a header with a known name.
     """
     column = _header(column) if column else None
     first_line = text.lstrip().split("\n", 1)[0]
@@ -122,7 +122,7 @@ def _csv_rows(text: str, column: str | None, where: str) -> tuple[list[Row], str
             separator = other
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
-        # line_num is where a row ends; a quoted prompt of several lines is told by its last.
+        # line_num is the line where a row ends, if a quoted prompt has several lines.
         table = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise UserError(f"{where}: line {reader.line_num} is not valid CSV ({error}).") from None
@@ -182,7 +182,7 @@ def _parquet_rows(path: Path, column: str | None, where: str) -> tuple[list[Row]
 
 
 def _pick(names: Sequence[str], wanted: str | None, where: str, word: str) -> str:
-    """The column or field that holds the prompts."""
+    """The name of the column or field with the prompts."""
     if wanted is not None:
         if wanted in names:
             return wanted
@@ -220,6 +220,6 @@ def listed(words: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, short enough for one sentence."""
+    """The first line of an exception's message, shortened for one sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".:")[:160]

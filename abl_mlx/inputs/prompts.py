@@ -1,9 +1,8 @@
-"""Prompt sets: the bundled ones, files, Hugging Face datasets, and how a set is split.
+"""Loading prompt sets: the bundled ones, files and Hugging Face datasets.
 
-A direction is a difference between two sets of prompts, so everything that makes the result
-trustworthy starts here: no prompt in two parts, none in both sets, the same split for the same
-seed. Nothing in this module imports MLX, and ``huggingface_hub`` and ``pyarrow`` only when a
-dataset needs them.
+A direction is a difference between two sets of prompts, so they are checked: no prompt is in two
+parts or in both sets, and the same seed gives the same split. Nothing in this module imports MLX;
+``huggingface_hub`` and ``pyarrow`` are imported only if a dataset needs them.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, Split, normalized
 from convert.base.errors import UserError
 
 BUNDLED = ("harmful", "harmless", "borderline")
-"""Names that :func:`bundled` knows."""
+"""The names of the bundled sets."""
 
 MINIMUM = 16
-"""Fewest different prompts :func:`load_sets` accepts in a set."""
+"""The smallest number of different prompts that :func:`load_sets` accepts in a set."""
 
 _SETS_FOLDER = Path(__file__).parent / "prompt_sets"
 _DEMO_FILE = Path(__file__).parent.parent / "demo" / "prompts.jsonl"
@@ -202,7 +201,7 @@ def _check_apart(harmful: PromptSet, harmless: PromptSet) -> None:
 
 
 def _parse(spec: str, flag: str) -> tuple[Path | None, list[str]]:
-    """Take ``spec`` apart: the file, or None for a dataset, and what stood in brackets."""
+    """The parts of ``spec``: the file, or None for a dataset, and the texts in brackets."""
     whole = os.path.expanduser(spec)
     if os.path.lexists(whole):
         return known_suffix(Path(whole), flag), []

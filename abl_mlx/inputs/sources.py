@@ -1,4 +1,4 @@
-"""Resolves what the user typed to the place of a model."""
+"""Finds the model that the user's text names."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Source:
     Attributes:
         name: what the user typed: ``demo``, a path, a Hugging Face id, ``OWNER/REPO:TAG``,
             ``hf:OWNER/REPO/FILE.gguf`` or ``ollama:NAME``.
-        path: the folder with config.json and the safetensors files, or the GGUF file; of a split
-            one any part. Never written to.
-        is_demo: whether it is the bundled demo model, which brings its own prompts.
+        path: the folder with config.json and the safetensors files, or the GGUF file (for a split
+            model, any part). It is never written to.
+        is_demo: whether it is the bundled demo model, which has its own prompts.
         is_repository: whether ``name`` is a Hugging Face id.
-        repository: the Hugging Face id it comes from, of a folder or a GGUF.
-        ollama: what Ollama has of it beside the weights, when it comes from Ollama's store.
+        repository: the Hugging Face id from which the folder or the GGUF comes.
+        ollama: what Ollama's store has besides the weights, if the model comes from there.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Source:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether ``path`` is a GGUF file: by its ending or its first bytes (Ollama's blobs)."""
+        """Whether ``path`` is a GGUF file, by its suffix or its first bytes (Ollama's blobs)."""
         return is_gguf(self.path)
 
     @property
     def hub_id(self) -> str | None:
-        """The Hugging Face id it comes from, also of a path into Hugging Face's cache."""
+        """The Hugging Face id from which it comes, also for a path in Hugging Face's cache."""
         return self.repository or hub.cached_id(self.path)
 
     @property
@@ -61,12 +61,12 @@ class Source:
         if not self.is_gguf:
             return self._bare_name
         stem = _PART.sub("", without(self.path.name, GGUF))
-        # A blob of Ollama's or of Hugging Face's cache has a number for a name.
+        # Blobs in Ollama's store and in Hugging Face's cache have hashes as names.
         return "model" if _SHA.fullmatch(stem) else stem
 
     @property
     def public_name(self) -> str:
-        """Its origin without private paths: a Hugging Face id, or its bare name."""
+        """Its origin without private paths: a Hugging Face id, or its name without a path."""
         if self.is_demo or self.ollama is not None:
             return self.name
         if self.hub_id is not None:
@@ -75,18 +75,18 @@ class Source:
 
     @property
     def _bare_name(self) -> str:
-        """Of a folder: that of its repository, or its own."""
+        """The name of the repository, or of the folder or file."""
         if self.hub_id is not None:
             return self.hub_id.split("/")[1]
-        # A path such as ".." names its folder only when it is followed.
+        # A path such as ".." must be resolved to know the folder's name.
         return os.path.basename(os.path.abspath(os.path.expanduser(self.name))) or "model"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is there and ends in .gguf or begins as a GGUF does.
+    """Whether a file exists and ends in .gguf or begins with a GGUF's first bytes.
 
     Raises:
-        UserError: when it may not be read.
+        UserError: when this user may not read it.
     """
     if not _is(path, stat.S_ISREG):
         return False
@@ -100,14 +100,14 @@ def is_gguf(path: Path) -> bool:
 
 
 def resolve_gguf(text: str) -> Source:
-    """The GGUF file that ``text`` names, in any of the forms of `resolve`; of a split one any part.
+    """The GGUF file that ``text`` names in any form of `resolve`; for a split model, any part.
 
     Raises:
         UserError: when there is no such file, and when ``text`` names a folder or a repository.
     """
     reference = _reference(text)
     if reference is not None:
-        # Of a whole repository this says what there is to choose from, and downloads nothing.
+        # For a whole repository this raises an error with the choices, and downloads nothing.
         return Source(text, hub.gguf(reference), repository=reference.repository)
     source = resolve(text)
     if not source.is_gguf:
@@ -125,7 +125,7 @@ def resolve(text: str) -> Source:
     does as well. They are downloaded to (or found in) the usual Hugging Face cache.
 
     Raises:
-        UserError: when there is no such model, or it cannot be had.
+        UserError: when there is no such model, or it cannot be downloaded.
     """
     if text == "demo":
         from abl_mlx.demo import MODEL_PATH
@@ -161,8 +161,8 @@ def resolve(text: str) -> Source:
 
 
 def _reference(text: str) -> hub.Reference | None:
-    """What ``text`` means on Hugging Face, if nothing here has that name."""
-    # models/x.gguf was meant as a file.
+    """The reference to Hugging Face in ``text``; None if it names something on this machine."""
+    # A text such as models/x.gguf means a file on this machine.
     elsewhere = text.startswith("hf:") or hub.is_address(text) or not text.lower().endswith(".gguf")
     if text.startswith("ollama:") or not elsewhere or _is(_path(text)):
         return None
@@ -177,10 +177,10 @@ def _path(text: str) -> Path:
 
 
 def _is(path: Path, kind: Callable[[int], bool] = lambda mode: True) -> bool:
-    """Whether something is at ``path``, of that kind.
+    """Whether ``path`` exists and its mode is of this kind.
 
     Raises:
-        UserError: when one may not know.
+        UserError: when this user may not look.
     """
     try:
         return kind(path.stat().st_mode)

@@ -1,1 +1,1 @@
-"""Results for people: tables, cards, pages, figures and what lies beside an output."""
+"""Reports from records: tables, model cards, pages, figures, and companion files of outputs."""

@@ -1,4 +1,4 @@
-"""Charts: what is drawn, as plain data, and its SVG.
+"""Charts as plain data, and their SVG.
 
 A `Chart` holds numbers and words. `svg` draws it with classes instead of colours, so that a page's
 style sheet makes it light or dark; `sheet` is a file of its own. Everything that comes from outside
@@ -24,14 +24,14 @@ MARKS = ("circle", "square", "triangle", "diamond", "ring", "cross")
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind.
+    """The points of one kind in a chart.
 
     Attributes:
-        name: what the legend says.
+        name: its name in the legend.
         points: (x, y), both finite.
-        joined: whether a line goes through them.
-        faint: drawn in the background.
-        labels: what is said of each point when it is pointed at; its numbers without them.
+        joined: whether a line connects them.
+        faint: whether they are drawn faintly in the background.
+        labels: the tooltip of each point; empty for its numbers.
     """
 
     name: str
@@ -43,15 +43,15 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of some series.
+    """A chart of several series.
 
     Attributes:
-        title: what is shown.
-        x, y: what the axes are, with units.
-        marker: an x that is marked, and how it is called.
-        log: whether y is logarithmic; points that are not above 0 then lie on the lower edge.
-        whole: whether x counts something, such as layers.
-        names: words for some x, in place of their numbers.
+        title: its title.
+        x, y: the names of the axes, with units.
+        marker: a value of x that is marked, and its name.
+        log: whether y is logarithmic; points with y of at most 0 are then drawn at the lower edge.
+        whole: whether x has only whole numbers, such as layers.
+        names: names for values of x, which replace their numbers.
     """
 
     title: str
@@ -65,7 +65,7 @@ class Chart:
 
 
 def number(value: float) -> str:
-    """A number as a person reads it, about four digits of it."""
+    """A number as text, with about four digits."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -78,7 +78,7 @@ def number(value: float) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5, *, whole: bool = False) -> list[float]:
-    """Round numbers from ``low`` to ``high``, at most about so many."""
+    """Round numbers from ``low`` to ``high``, at most about ``most`` of them."""
     span = high - low
     if span <= 0:
         return [low]
@@ -99,11 +99,11 @@ def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 @dataclass(frozen=True)
 class Scale:
-    """From numbers to places on an axis.
+    """The scale of an axis, which maps numbers to places.
 
     Attributes:
         low, high: the numbers at its ends.
-        ticks: numbers that are written at it.
+        ticks: the numbers that are written at it.
         log: whether it is logarithmic.
     """
 
@@ -113,7 +113,7 @@ class Scale:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """0 at ``low``, 1 at ``high``."""
+        """The place of a number: 0 at ``low``, 1 at ``high``."""
         if self.log:
             value = max(value, self.low)
             return math.log(value / self.low) / math.log(self.high / self.low)
@@ -121,7 +121,7 @@ class Scale:
 
 
 def scale(values: Sequence[float], *, log: bool = False, whole: bool = False) -> Scale:
-    """A scale that holds all values, with some room."""
+    """A scale that contains all values, with some margin."""
     if log:
         above = [value for value in values if value > 0] or [1.0]
         low = 10.0 ** math.floor(math.log10(min(above)) - 0.05)
@@ -131,14 +131,14 @@ def scale(values: Sequence[float], *, log: bool = False, whole: bool = False) ->
     if whole:
         return Scale(low - 0.5, high + 0.5, tuple(ticks(low, high, 8, whole=True)))
     size = max(abs(low), abs(high))
-    # Of numbers that are nearly the same, ticks of four digits would be, too.
+    # For numbers that are nearly equal, ticks with four digits would be equal as well.
     room = 0.06 * (high - low if high - low > 5e-3 * size else size or 1.0)
     low, high = (0.0 if 0 <= low < 0.5 * high else low - room), high + room
     return Scale(low, high, tuple(ticks(low, high)))
 
 
 def scales(chart: Chart) -> tuple[Scale, Scale]:
-    """The axes of a chart, across and up."""
+    """The scales of a chart's x and y axes."""
     points = [point for one in chart.series for point in one.points]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     if chart.marker is not None:
@@ -152,7 +152,7 @@ def scales(chart: Chart) -> tuple[Scale, Scale]:
 
 
 def tick_text(chart: Chart, value: float) -> str:
-    """What is written at a tick across."""
+    """The text at a tick of the x axis."""
     return dict(chart.names).get(value, number(value))
 
 
@@ -160,7 +160,7 @@ def tick_text(chart: Chart, value: float) -> str:
 
 
 def svg(chart: Chart) -> str:
-    """A chart as an SVG element, to stand in a page whose style sheet holds `STYLE`."""
+    """A chart as an SVG element for a page whose style sheet contains `STYLE`."""
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
         f'aria-label="{escape.html(chart.title)}">{_inside(chart)}</svg>'
@@ -220,7 +220,7 @@ def _inside(chart: Chart) -> str:
         parts.append(_text(x + (-4 if side == "end" else 4), top + 9, chart.marker[1], side))
     if len(shown) > 1:
         parts.append(_legend(chart.series))
-    # What is faint lies behind.
+    # Faint series are drawn first, behind the others.
     numbered = sorted(enumerate(chart.series), key=lambda pair: not pair[1].faint)
     parts += [_series(one, index, at) for index, one in numbered]
     return "".join(parts)

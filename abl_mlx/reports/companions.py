@@ -24,9 +24,9 @@ def write_companions(
     """Write the record, the card and, for a GGUF that is not split, the Modelfile of an output.
 
     Args:
-        source: of the model.
-        folder: where it comes from, if that is a folder.
-        described: what the record says of this output.
+        source: where the source model is.
+        folder: the source's folder, if it is one.
+        described: the record's entry about this output.
     """
     record_name = companions(output.path)["record"].name
     places = companions(output.staged)
@@ -37,7 +37,7 @@ def write_companions(
         adapter = output.format in ADAPTERS
         text = card(record, described, source.title, record_name, adapter=adapter)
     places["card"].write_text(text, encoding="utf-8")
-    # A Modelfile names one file; older Ollamas take no more.
+    # A Modelfile names one file; older versions of Ollama accept only one.
     if "modelfile" in places and output.staged.is_file():
         text = modelfile(output.staged, folder, output.path.name, kept=source.ollama)
         places["modelfile"].write_text(text, encoding="utf-8")

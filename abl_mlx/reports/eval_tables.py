@@ -23,7 +23,7 @@ _MORE = {"borderline": "; harmless, but sound bad"}
 
 
 def table(record: EvalRecord) -> str:
-    """The result of an evaluation at a glance."""
+    """The main results of an evaluation as a table."""
     baseline = record.baseline
     rows: list[tuple[str, ...]] = []
     if baseline is not None:
@@ -49,7 +49,7 @@ def table(record: EvalRecord) -> str:
 
 
 def failures(record: EvalRecord) -> str:
-    """The limits that are not met, a line for each."""
+    """A line for each limit that is not met."""
     return "\n".join(
         f"Not met: --{one.name}: {record.source} {one.sentence}."
         for one in ([] if record.gate is None else record.gate.checks)
@@ -150,7 +150,7 @@ def _paired(paired: Mapping[str, Comparison]) -> list[str]:
 
 
 def _categories(categories: Mapping[str, Mapping[str, Category]]) -> list[str]:
-    """The categories in which something is refused or broken that is not as its set is at large."""
+    """Lines for the categories whose rates stand out from those of their set."""
     lines = []
     for name, groups in categories.items():
         if len(groups) < 2:

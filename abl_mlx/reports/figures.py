@@ -1,4 +1,4 @@
-"""The charts of a record: by layer, the two clouds, by tensor."""
+"""The charts of a record: figures by layer and by tensor, and the two prompt sets in a plane."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def layer_charts(record: Found) -> list[Chart]:
-    """What is known of each layer's candidate: separation, effect, KL, explained variance.
+    """Charts of each layer's candidate: separation, effect, KL, explained variance.
 
-    Charts without a number are left out.
+    Charts without any number are left out.
 
     Args:
-        record: of `run` or `measure`.
+        record: the record of `run` or `measure`.
     """
     scores, chosen = record.scores or [], record.direction
     if not scores:
@@ -90,7 +90,7 @@ def _d_prime(score: ScoredCandidate) -> float | None:
 
 
 def cloud_chart(cloud: Cloud | None) -> Chart | None:
-    """Both prompt sets in a plane (`estimators.plane`); None where they were not kept."""
+    """A chart of both prompt sets in a plane (`estimators.plane`); None if they were not kept."""
     if cloud is None or not cloud.harmful:
         return None
     series = tuple(
@@ -110,7 +110,7 @@ def cloud_chart(cloud: Cloud | None) -> Chart | None:
 
 
 def measure_charts(record: Found) -> list[Chart]:
-    """What `measure --plot` draws."""
+    """The charts of `measure --plot`."""
     cloud = cloud_chart(record.cloud)
     return [*layer_charts(record), *([cloud] if cloud is not None else [])]
 
@@ -126,9 +126,9 @@ def place_of(name: str) -> tuple[float, str]:
 def tensor_chart(
     title: str, y: str, values: Mapping[str, float], *, log: bool = True
 ) -> Chart | None:
-    """One number of each tensor by its layer, a series for each kind; None of nothing.
+    """A chart of one number of each tensor by layer, with a series for each kind of tensor.
 
-    Kinds beyond the sixth are drawn together.
+    Kinds after the sixth share a series. None if there is no number.
     """
     kinds: dict[str, list[tuple[float, float, str]]] = {}
     for name, value in values.items():
@@ -155,7 +155,7 @@ def tensor_chart(
 
 
 def leak_charts(tensors: Mapping[str, TensorLeak]) -> list[Chart]:
-    """Leak and weight error of every edited tensor of an output."""
+    """Charts of the leak and the weight error of every edited tensor of an output."""
     leaks = {name: one.leak for name, one in tensors.items()}
     errors = {name: one.weight_error for name, one in tensors.items()}
     found = [
@@ -166,7 +166,7 @@ def leak_charts(tensors: Mapping[str, TensorLeak]) -> list[Chart]:
 
 
 def audit_charts(weights: Weights) -> list[Chart]:
-    """What an audit saw of the writers: the weakest directions, and each writer by layer."""
+    """Charts of an audit: the scores of the weakest directions, and each writer by layer."""
     charts = []
     series = tuple(
         Series(name, tuple((float(k), float(v)) for k, v in enumerate(one.scores, 1)), joined=True)

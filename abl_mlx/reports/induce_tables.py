@@ -1,4 +1,4 @@
-"""The table and the card of a model that was made to refuse."""
+"""The table and the model card for `abl-mlx run --induce`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from abl_mlx.reports.tables import aligned, behaviour_rows, card_head, output_no
 
 
 def what_was_added(direction: Chosen) -> str:
-    """The chosen constant in a few words."""
+    """A short description of the chosen constant."""
     return (
         f"{direction.multiple:g} times the mean difference at token {direction.position}, "
         f"added after layer {direction.layer}"
@@ -16,7 +16,7 @@ def what_was_added(direction: Chosen) -> str:
 
 
 def table(record: RunRecord) -> str:
-    """The result of ``run --induce`` at a glance."""
+    """The main results of ``run --induce`` as a table."""
     lines = [f"{record.source}, made to refuse: {what_was_added(record.direction)}"]
     for one in record.evaluations:
         rows = [
@@ -30,7 +30,7 @@ def table(record: RunRecord) -> str:
 
 
 def card(record: RunRecord, one: EvaluatedEdit, title: str, record_name: str) -> str:
-    """The model card: that the model was made to refuse, how, and what that did.
+    """The model card, which says that the model was made to refuse, how, and with what effect.
 
     Args:
         record_name: of the record's file beside the card.

@@ -1,4 +1,4 @@
-"""A page: what it can hold, and how it is rendered into one file of HTML.
+"""Pages: their elements, and rendering a page as one HTML file.
 
 A page is first plain data (`Page`, `Section`, `Table`, charts), made from the record alone, then
 HTML through one template, which escapes everything. It has no script, loads nothing, and its policy
@@ -28,7 +28,7 @@ Cell = str | Markup
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that is seen first; ``good`` colours it, None does not."""
+    """A number at the top of a page; ``good`` chooses its colour, None leaves it plain."""
 
     name: str
     value: str
@@ -38,11 +38,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, the first of each its name.
+    """A table, whose rows have their name in the first cell.
 
     Attributes:
-        right: columns with numbers.
-        folded: where it is hidden until asked for, under these words.
+        right: the columns with numbers, which are aligned to the right.
+        folded: if given, the table is folded under this heading until the reader opens it.
     """
 
     head: tuple[str, ...]
@@ -53,7 +53,7 @@ class Table:
 
 @dataclass(frozen=True)
 class GridCell:
-    """A value in a grid: its shade's class, and what is said of it when pointed at."""
+    """A value in a grid: the CSS class of its shade, and its tooltip."""
 
     shade: str
     text: str
@@ -78,7 +78,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Reply:
-    """What was said to a prompt: (who, reply) each."""
+    """A prompt with its replies, each as (who, reply)."""
 
     set: str
     prompt: str
@@ -87,7 +87,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it; one with nothing under it is left out."""
+    """A heading with its content; a section without content is left out."""
 
     title: str
     texts: tuple[Cell, ...] = ()
@@ -101,7 +101,7 @@ class Section:
 
     @property
     def filled(self) -> bool:
-        """Whether there is anything but words of introduction."""
+        """Whether the section has more than introductory text."""
         tables = any(table.rows for table in self.tables)
         return bool(self.lines or self.charts or tables or self.grids or self.code or self.replies)
 
@@ -125,7 +125,7 @@ _FOLDER = Path(__file__).parent / "templates"
 
 
 def _shown(value: Any) -> Any:
-    """A value for a page, without what turns letters around or cannot be seen."""
+    """A value for a page, with bidirectional controls and invisible characters escaped."""
     return escape.block(value) if type(value) is str else value
 
 
@@ -171,6 +171,6 @@ def html(page: Page) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a page; it appears whole or not at all."""
+    """Write a page; the file appears complete or not at all."""
     with new_file(path) as staged:
         staged.write_text(text, encoding="utf-8")

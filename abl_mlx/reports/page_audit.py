@@ -13,8 +13,8 @@ def audit_page(record: AuditRecord, command: str) -> str:
     """The page of an audit.
 
     Args:
-        record: of `audit.audit`.
-        command: that makes it again.
+        record: the record of `audit.audit`.
+        command: the command line that makes it again.
     """
     weights = record.weights
     good = {"edited": False, "not edited": True}.get(record.verdict)

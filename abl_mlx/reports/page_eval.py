@@ -1,4 +1,4 @@
-"""The page of `abl-mlx eval`, whose sections other pages show, too."""
+"""The page of `abl-mlx eval`, whose sections are also on other pages."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def eval_page(record: EvalRecord, command: str, replies: Sequence[Mapping[str, A
     """The page of an evaluation.
 
     Args:
-        record: of `evaluate_model.evaluate_model`.
-        command: that makes it again.
-        replies: in the form of `--save-replies`, where they were asked for.
+        record: the record of `evaluate_model.evaluate_model`.
+        command: the command line that makes it again.
+        replies: the replies in the form of `--save-replies`, if they are to be shown.
     """
     hashes = {f"{name} prompts": one.sha256 for name, one in record.prompts.items()}
     tiles = [
@@ -41,7 +41,7 @@ def eval_page(record: EvalRecord, command: str, replies: Sequence[Mapping[str, A
 
 
 def eval_sections(record: EvalRecord) -> tuple[Section, ...]:
-    """What an evaluation says, also inside an audit."""
+    """The sections about an evaluation, which an audit's page has as well."""
     baseline = record.baseline
     rows = behaviour_rows(baseline, record)
     if record.kl is not None:

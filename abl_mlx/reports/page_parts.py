@@ -1,4 +1,4 @@
-"""Parts that several pages have: replies, refusal rates, categories, notes and how to repeat it."""
+"""Sections of several pages: replies, refusal rates, categories, notes and the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from abl_mlx.support.console import percent
 
 
 def of_replies(lines: Sequence[Mapping[str, Any]]) -> Section:
-    """Replies that were asked for, in the form of `--save-replies`."""
+    """A section with replies, which are given in the form of `--save-replies`."""
     replies = tuple(
         Reply(
             line["set"],
@@ -30,7 +30,7 @@ def of_replies(lines: Sequence[Mapping[str, Any]]) -> Section:
 
 
 def _rate(count: int, total: int) -> Markup:
-    """A share as numbers and a bar."""
+    """Cells that show a share as a number and as a bar."""
     width = 100 * count / total if total else 0
     return Markup(
         '{}/{} <svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
@@ -43,7 +43,7 @@ def _code(text: str) -> Markup:
 
 
 def behaviour_rows(before: Refusals | None, after: Refusals) -> list[tuple[Cell, ...]]:
-    """Rates of two models beside each other: (name, before, after, note)."""
+    """A table of the rates of two models; ``rates`` are (name, before, after, note)."""
     was = {} if before is None else before.rates
     rows: list[tuple[Cell, ...]] = [
         (
@@ -112,13 +112,14 @@ def reproduce(
     options: Choices | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> Section:
-    """How to make the same again.
+    """The section "To reproduce".
 
     Args:
-        version: of abl-mlx.
+        command: the command line.
+        version: the version of abl-mlx.
         hashes: what was hashed -> its SHA-256.
-        options: that were chosen.
-        seconds: step -> how long it took.
+        options: the chosen options.
+        seconds: step -> its time in seconds.
     """
     tables = [pairs("SHA-256", hashes, ("of", "SHA-256"), "Hashes (SHA-256)")] if hashes else []
     if options is not None:
@@ -136,7 +137,7 @@ def reproduce(
 
 
 def notes(record: EvalRecord) -> tuple[str, ...]:
-    """What is to be said of the replies of a model and of its baseline."""
+    """The notes on the replies of a model and of its baseline."""
     lines = []
     asked: list[tuple[Asked, str]] = [(record, "")]
     asked += [] if record.baseline is None else [(record.baseline, "of the baseline")]

@@ -1,4 +1,4 @@
-"""The page of `abl-mlx run`: what is on it, where it goes, and what of the replies it shows."""
+"""The page of `abl-mlx run`: its sections, and where it is written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_run_page(
     """Write the page of a run into or beside each output, or where ``--report`` says.
 
     Args:
-        replies: who -> what they did; shown with ``--save-completions`` alone.
+        replies: who -> their behaviour; the replies are shown only with ``--save-completions``.
     """
     lines = evaluate.reply_lines(replies, sets) if replying.save_completions else []
     text = run_page(RunRecord.of(without_home(record)), lines)
@@ -53,7 +53,7 @@ def staged_run_page(
     replies: Mapping[str, evaluate.Behaviour],
     sets: PromptSets,
 ) -> bool:
-    """The same while the outputs are staged, so that they get their names with their pages.
+    """Write the page of a run beside staged outputs, which get their final names together.
 
     Returns:
         False where the page has a place of its own, or could not be written: it is then written,
@@ -73,8 +73,8 @@ def run_page(record: RunRecord, replies: Sequence[Mapping[str, Any]] = ()) -> st
     """The page of a run.
 
     Args:
-        record: of `run.run`.
-        replies: lines of `evaluate.reply_lines`, where they were asked for.
+        record: the record of `run.run`.
+        replies: lines of `evaluate.reply_lines`, if replies are to be shown.
     """
     before, evaluations = record.before, record.evaluations
     cloud = figures.cloud_chart(record.cloud)

@@ -24,8 +24,8 @@ def show_page(record: ShowRecord, command: str = "") -> str:
     """The page of `abl-mlx show`: a prompt's tokens by layer, before and after the edit.
 
     Args:
-        record: of `show.show`: ``tokens`` (T), ``before`` and ``after`` (L, T).
-        command: makes the same record again.
+        record: the record of `show.show`: ``tokens`` (T), ``before`` and ``after`` (L, T).
+        command: the command line that makes it again.
     """
     values = {"before": record.before, "after": record.after}
     most = max((abs(v) for rows in values.values() for row in rows for v in row), default=0.0)
@@ -76,11 +76,11 @@ def _grid(
 
 
 def _shade(share: float) -> str:
-    """The class of a value in units of the largest."""
+    """The CSS class for a value, by its ratio to the largest value."""
     step = min(SHADES, round(abs(share) * SHADES))
     return "p0" if step == 0 else f"{'p' if share > 0 else 'n'}{step}"
 
 
 def _token(token: str) -> str:
-    """A token with its blanks made visible."""
+    """A token with visible signs for white space."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")

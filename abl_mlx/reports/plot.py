@@ -1,4 +1,4 @@
-"""`abl-mlx measure --plot`: the charts of a measurement as a picture."""
+"""`abl-mlx measure --plot`: the charts of a measurement as a PNG or SVG file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from convert.base.suffixes import ends_in
 
 
 def check(path: Path) -> None:
-    """Refuse a picture that cannot be drawn, before any long work.
+    """Check, before any long work, that the picture can be written.
 
     Raises:
         UserError: a file that exists, is neither .png nor .svg, or needs what is not installed.
@@ -68,7 +68,7 @@ def _png(path: Path, found: Sequence[Chart], title: str) -> None:
 
 
 def _axes(axes: Any, chart: Chart) -> None:
-    """One chart, with the scales that its SVG has."""
+    """Draw one chart with the same scales as its SVG."""
     across, up = charts.scales(chart)
     for index, one in enumerate(chart.series):
         axes.plot(
@@ -94,5 +94,5 @@ def _axes(axes: Any, chart: Chart) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text whose dollar signs matplotlib takes for nothing else."""
+    """Text with escaped dollar signs, which matplotlib would take for formulas."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""A command line that makes the same choices again."""
+"""The command line that repeats a command with the same choices."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def command_line(
     """The command with every choice that is not the default, quoted for a shell.
 
     Args:
-        words: command and arguments, without the program's name.
+        words: the command and its arguments, without the program's name.
         chosen, defaults: option -> value.
-        outputs: for ``-o``.
+        outputs: the values of ``-o``.
     """
     parts = ["abl-mlx", *words]
     for output in outputs:
@@ -35,7 +35,7 @@ def command_line(
         elif isinstance(value, list | tuple | set | frozenset):
             parts += [flag, ",".join(map(str, sorted(value)))]
         elif value is not None:
-            # Every digit counts: 0.1234567 is not 0.123457.
+            # All digits are needed: 0.1234567 is not 0.123457.
             value = repr(value).removesuffix(".0") if isinstance(value, float) else value
             # A value that starts with a dash would be read as a flag.
             parts += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]

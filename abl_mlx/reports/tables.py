@@ -44,7 +44,7 @@ def paired_cells(name: str, one: Comparison) -> tuple[str, str, str, str]:
 
 
 def run_table(record: RunRecord) -> str:
-    """The result of a run at a glance."""
+    """The main results of a run as a table."""
     lines = [f"{record.source}: {summary_line(record.direction)}"]
     if record.direction.single is not None:
         lines.append(f"  {_single_line(record.direction.single)}")
@@ -76,7 +76,7 @@ def run_table(record: RunRecord) -> str:
 
 
 def output_notes(record: RunRecord, one: EvaluatedEdit) -> list[str]:
-    """What is to be said of an output and of the replies, before and after."""
+    """The notes on an output, and on the replies before and after."""
     said = [
         note
         for behaviour, who in ((record.before, "before"), (one.after, "after"))
@@ -92,7 +92,7 @@ def _leak_words(leak: Leaks) -> str:
 
 
 def _single_line(single: TriedEdit) -> str:
-    """Why one direction was not enough."""
+    """A line that says why one direction was not enough."""
     return (
         f"one direction ({summary_line(single)}) would leave {percent(single.refused)} of the "
         "validation prompts opening in the way that sets them apart"
@@ -100,7 +100,7 @@ def _single_line(single: TriedEdit) -> str:
 
 
 def _mtp_lines(drafting: Drafting | None) -> list[str]:
-    """What became of tensors of multi-token prediction, where there are any."""
+    """A line on tensors of multi-token prediction, if there are any."""
     if drafting is None:
         return []
     count, edited = drafting.tensors, len(drafting.edited)
@@ -118,7 +118,7 @@ def _types(one: WrittenEdit) -> str:
 
 
 def behaviour_rows(before: Refusals, after: Refusals) -> list[tuple[str, str, str, str]]:
-    """The rates of two models: (name, before, after, note) of each."""
+    """The rates of two models, each as (name, before, after, note)."""
     was = before.rates
     rows = [
         (
@@ -144,13 +144,13 @@ def behaviour_rows(before: Refusals, after: Refusals) -> list[tuple[str, str, st
 
 
 def aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
-    """A line for each row of what was asked: name, before, after, note."""
+    """Lines of a table with name, before, after and note."""
     first = max(len(row[0]) for row in rows)
     return [f"  {a:<{first}}  {b:>8}  {c:>8}   {d}".rstrip() for a, b, c, d in rows]
 
 
 def summary_line(direction: Selection) -> str:
-    """The chosen direction in a few words."""
+    """A short description of the chosen direction."""
     if direction.method in (None, "given"):
         return "a given direction"
     parts = [direction.method]
@@ -162,7 +162,7 @@ def summary_line(direction: Selection) -> str:
             if direction.among
             else f"across all {direction.across}"
         )
-    # What `audit` recovered has neither layer nor position.
+    # A direction that `audit` recovered has neither layer nor position.
     layer, position = direction.layer, direction.position
     if direction.per_layer and layer is None:
         parts.append("for each layer its own")
@@ -174,13 +174,13 @@ def summary_line(direction: Selection) -> str:
 
 
 def measure_line(record: MeasureRecord) -> str:
-    """What `abl-mlx measure` found, and where it is."""
+    """The record of `abl-mlx measure` as a table."""
     line = f"{record.outputs[0]}: {summary_line(record.direction)} of {record.source}"
     return "\n".join([line, *notes.lines(record.note)])
 
 
 def apply_table(record: ApplyRecord) -> str:
-    """What `abl-mlx apply` wrote, tensor by tensor."""
+    """The record of `abl-mlx apply` as a table with a row for each tensor."""
     lines = []
     for one in record.written:
         lines.append(f"{one.output}  ({one.format})")
@@ -204,10 +204,12 @@ _TENSOR_COLUMNS = ("tensor", "type", "bytes changed", "codes changed", "weight e
 def _tensor_row(
     name: str, leak: TensorLeak | None, change: Changed | None = None
 ) -> tuple[str, ...]:
-    """The row of a tensor; what does not apply to it, or is not known, stays empty.
+    """The row of a tensor; cells that do not apply, or are not known, are empty.
 
     Args:
-        change: between two GGUFs, which need not be of an edit.
+        name: the tensor's name.
+        leak: the leak of its edit, if it was edited.
+        change: its differences between two GGUFs, if these are shown.
     """
     known = [one for one in (change, leak) if one is not None]
     changed = next((one.bytes_changed for one in known if one.bytes_changed is not None), None)
@@ -223,7 +225,7 @@ def _tensor_row(
 
 
 def _align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """A table of a heading and rows, without the columns that are empty in every row."""
+    """A table with a heading, without columns that are empty in every row."""
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
     cells = [
@@ -234,7 +236,7 @@ def _align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def diff_table(record: DiffRecord) -> str:
-    """What `abl-mlx diff` found."""
+    """The record of `abl-mlx diff` as a table."""
     edited = {} if record.leak is None else record.leak.tensors
     rows = [_tensor_row(name, edited.get(name), one) for name, one in record.changed.items()]
     lines = _align_columns([_TENSOR_COLUMNS, *rows])
@@ -245,14 +247,14 @@ def diff_table(record: DiffRecord) -> str:
 
 
 def convert_table(record: ConvertRecord) -> str:
-    """What `abl-mlx convert` wrote."""
+    """The record of `abl-mlx convert` as a table."""
     made = ", ".join(f"{count} × {name}" for name, count in record.tensors.items())
     line = f"{record.output}  ({record.format}, {in_bytes(record.bytes)}): {made}"
     return "\n".join([line, *notes.lines(record.note)])
 
 
 def undo_table(record: UndoRecord) -> str:
-    """What `abl-mlx undo` wrote."""
+    """The record of `abl-mlx undo` as a table."""
     lines = []
     for one in record.written:
         lines.append(f"{one.output}  ({one.format})")
@@ -270,7 +272,7 @@ def _head_words(record: InspectRecord) -> str:
 
 
 def inspect_table(record: InspectRecord) -> str:
-    """What `abl-mlx inspect` says of a model."""
+    """The record of `abl-mlx inspect` as a table."""
     edit = record.edit
     rows = [
         ("architecture", record.architecture),
@@ -307,14 +309,14 @@ def card(
     *,
     adapter: bool = False,
 ) -> str:
-    """The model card of a written model: that it was edited, how, and what that did.
+    """The model card, which says that the model was edited, how, and with what effect.
 
     Args:
-        record: of the run, or of `apply` (which has no evaluations).
-        one: what the record says of this output.
+        record: the record of `run`, or of `apply` (which has no evaluations).
+        one: the record's entry about this output.
         title: the source model's name.
-        record_name: of the record's file beside the card.
-        adapter: whether it is an adapter, which its base needs to be given.
+        record_name: the name of the record's file beside the card.
+        adapter: whether the output is an adapter, which is used together with its base model.
     """
     head = [*card_head(record), "- abliterated", "- abl-mlx", "---"]
     direction, editing = Chosen.of(escape.record(record.direction.json)), record.options.editing
@@ -363,9 +365,9 @@ def card(
 
 
 def card_head(record: RunRecord | ApplyRecord) -> list[str]:
-    """The first lines of a card's front matter: the base model on Hugging Face, where it is known.
+    """The first lines of a card's front matter: the base model on Hugging Face, if it is known.
 
-    Tags are to follow.
+    The lines for tags must follow.
     """
     base = record.repository
     return ["---", *([f"base_model: {escape.yaml(base)}"] if base else []), "tags:"]
