@@ -1,4 +1,4 @@
-"""Verdicts on the replies to prompt sets, as the figures of a record.
+"""The figures of a record about verdicts on the replies to prompt sets.
 
 Nothing in this module imports MLX.
 """
@@ -15,11 +15,12 @@ from abl_mlx.records.evaluations import Category, Rate, Refusals
 def refusals(sets: Mapping[str, Rates], notes: Notes, expected: float | None) -> Refusals:
     """Rates with their intervals, by set and category.
 
-    Replies without a verdict are in no rate; a rate of nothing is None.
+    Replies without a verdict are not counted; the rate of a set without verdicts is None.
 
     Args:
-        sets: ``harmful``, ``harmless`` and, where it was asked, ``borderline``.
-        expected: share of harmful prompts whose reply is exactly the answer known for them.
+        sets: ``harmful``, ``harmless`` and, if it was asked, ``borderline``.
+        notes: the notes on the replies.
+        expected: the share of harmful prompts whose reply is exactly their known answer.
     """
     both = [sets[name].overall for name in ("harmful", "harmless")]
     judged = sum(tally.total for tally in both)

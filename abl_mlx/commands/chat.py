@@ -1,4 +1,4 @@
-"""`abl-mlx chat`: a conversation in which the edit is switched on, off and scaled live."""
+"""`abl-mlx chat`: a conversation during which the edit can be switched on, off and scaled."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ HELP = """\
 /clear           forget what was said
 /quit            or Ctrl-D"""
 
-#: (role, content) of what was said.
+#: (role, content) of a message.
 Turn = tuple[str, str]
 
 
 class Conversation:
-    """Two histories of one conversation: what the original has said, and the edited model.
+    """A conversation with two histories, one with the original's replies and one with the edited's.
 
-    They differ from where replies were shown side by side.
+    The histories differ once replies were shown side by side.
 
     Attributes:
         on: whether the edit is on.
-        strength: of the edit.
-        side_by_side: whether both answer.
+        strength: the edit's strength.
+        side_by_side: whether both models reply.
     """
 
     def __init__(
@@ -58,16 +58,19 @@ class Conversation:
 
     @property
     def state(self) -> str:
-        """In a few words, for the prompt."""
+        """A short description of the state, for the input prompt."""
         if self.side_by_side:
             return f"original | edited at {self.strength:g}"
         return f"edited at {self.strength:g}" if self.on else "original"
 
     def command(self, line: str) -> str | None:
-        """Obey a line that begins with a slash; what there is to say, or None to quit.
+        """Execute a line that begins with a slash.
+
+        Returns:
+            A message for the user; None to quit.
 
         Raises:
-            UserError: an unknown command, or a strength that is no number.
+            UserError: when there is no such command, or a strength is no number.
         """
         name, _, rest = line.strip().partition(" ")
         if name in ("/quit", "/exit", "/q"):
@@ -91,7 +94,7 @@ class Conversation:
         return f"[{self.state}]"
 
     def ask(self, text: str) -> Iterator[str]:
-        """The reply, in pieces as they come, from whichever of the two is on."""
+        """Yield the reply of the model that is on, in pieces as they are generated."""
         said = ""
         history = self._edited if self.on else self._original
         for piece in self._generate(history, text, self.on):
@@ -101,7 +104,7 @@ class Conversation:
             one += [("user", text), ("assistant", said)]
 
     def ask_both(self, text: str) -> tuple[str, str]:
-        """The replies of the original and of the edited model, each to its own history."""
+        """The replies of the original and of the edited model, each with its own history."""
         said = []
         for history, edited in ((self._original, False), (self._edited, True)):
             said.append("".join(self._generate(history, text, edited)))
@@ -131,8 +134,9 @@ def talk(
     """Read lines and answer them until ``/quit`` or the end of the input.
 
     Args:
-        read: asks for a line; raises EOFError at the end.
-        write: prints a piece of text as it is.
+        conversation: the conversation.
+        read: reads a line after a prompt; raises EOFError at the end of the input.
+        write: prints a piece of text without a line end.
     """
     write(f"{conversation.steered.name}: /help lists the commands\n")
     while True:
@@ -165,7 +169,7 @@ def talk(
 
 
 def columns(original: str, edited: str, *, width: int) -> str:
-    """Two replies side by side, or one below the other in a terminal narrower than 60."""
+    """Two replies side by side, or one below the other if ``width`` is less than 60 columns."""
     if width < 60:
         return f"original:\n{original}\n\nedited:\n{edited}\n"
     half = (width - 3) // 2

@@ -1,11 +1,11 @@
-"""`abl-mlx undo`: put back what an edit took out of a float model.
+"""`abl-mlx undo`: restores the components that an edit removed from a float model.
 
-What was taken comes from one of three places: a file that `--keep-undo` wrote with the edit; the
-base model; or, at a strength other than 1, the edited weights themselves, which still hold
-UᵀW' = (1 − α) UᵀW. At strength 1 without the first two nothing knows it.
+The removed components come from one of three sources: a file that `--keep-undo` wrote with the
+edit; the base model; or, at a strength other than 1, the edited weights, which still have the
+components UᵀW' = (1 − α) UᵀW. At strength 1 one of the first two is needed.
 
-On a quantized model nothing is undone: its rounding has changed codes everywhere. Edits of those
-are better made as adapters, which are undone by leaving them out.
+The edit of a quantized model cannot be undone, because its rounding changed codes everywhere. An
+edit of such a model can instead be written as an adapter, which is undone by not using it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from convert.mlx.folder import FLOAT_DTYPES
 
 Record = dict[str, Any]
 
-#: At strengths nearer to 1 too little is left in the weights to tell what was taken.
+#: If |1 − strength| is smaller than this, too little is left in the weights to restore them.
 _LEAST_LEFT = 0.05
 
-#: A weight may be so far off the base's, edited: rounding to bfloat16, and to keep the edit.
+#: Largest relative difference between an edited weight and the edited base: rounding to bfloat16
+#: and edit-preserving rounding cause some.
 _MOST_OFF = 0.02
 
 
@@ -51,14 +52,14 @@ def undo(
     """Write the model as it was before the edit, or an adapter that undoes the edit.
 
     Args:
-        text: the edited model: a folder or a GGUF of float weights.
-        paths: outputs: of the model's own format, or adapters for the edited model.
-        factors: the undo file; None for the one that lies with the model, if there is one.
-        direction: the direction file of the edit, where there is no undo file.
-        base: the model before the edit; with ``direction``.
+        text: the edited model, a folder or a GGUF with float weights.
+        paths: the outputs: in the model's own format, or adapters for the edited model.
+        factors: the undo file; None for the one in or beside the model, if there is one.
+        direction: the edit's direction file, if there is no undo file.
+        base: the model before the edit, used with ``direction``.
 
     Raises:
-        UserError: when what was taken cannot be known, or a tensor is quantized.
+        UserError: when the removed components are not known, or a tensor is quantized.
     """
     clock = Clock()
     with find_model(text) as model:
@@ -91,7 +92,7 @@ def undo(
 
 
 def _write(model: ModelFile, path: Path, found: Mapping[str, Taken], label: Label) -> Record:
-    """Write the model as it was, or an adapter that undoes its edit."""
+    """Write the restored model, or an adapter that undoes the edit."""
     record: Record = {"output": str(path), "format": staging.format_of(path)}
     if record["format"] == model.adapter:
         model.restore_by_adapter(path, found, label)
@@ -110,7 +111,7 @@ def _find(
     direction: Path | None,
     base: str | None,
 ) -> tuple[dict[str, Taken], str]:
-    """What the edit took, by tensor name, and where that is known from."""
+    """The removed components by tensor name, and the source from which they are known."""
     name = model.source.name
     if factors is not None:
         if not factors.is_file():
@@ -143,10 +144,11 @@ def _find(
 
 
 def _from_rest(one: Taken, name: str) -> Taken:
-    """What was taken, from the components that an edit of a strength other than 1 has left.
+    """The removed components, from those that an edit with a strength other than 1 left.
 
     Args:
-        one: of the edited tensor.
+        one: the components of the edited tensor.
+        name: the tensor's name, for messages.
     """
     left = 1 - one.strength
     if abs(left) < _LEAST_LEFT:
@@ -158,7 +160,11 @@ def _from_rest(one: Taken, name: str) -> Taken:
 
 
 def _check_base(name: str, base: str, restored: mx.array, was: mx.array) -> None:
-    """Refuse a base that is another model than the one that was edited."""
+    """Check that the base is the model that was edited.
+
+    Raises:
+        UserError: when it is another model.
+    """
     off = restored - was
     share = (number((off * off).sum()) / max(number((was * was).sum()), 1e-30)) ** 0.5
     if not share <= _MOST_OFF:
@@ -169,10 +175,10 @@ def _check_base(name: str, base: str, restored: mx.array, was: mx.array) -> None
 
 
 def _check(model: ModelFile, found: Mapping[str, Taken]) -> None:
-    """Refuse tensors that are not there, are quantized, or have another shape.
+    """Check that all tensors exist, are not quantized, and have the right shape.
 
     Raises:
-        UserError: naming the tensor.
+        UserError: naming the tensor that does not.
     """
     source, kinds = model.source, model.kinds()
     for name, one in found.items():

@@ -28,7 +28,7 @@ from convert.mlx.safetensors_files import TensorFiles
 from convert.tokenizers import template_files
 from convert.tokenizers.chat_template import ChatTemplate
 
-# Weights up to which a model is widened to float32 at once: 256 MB.
+# A model with at most this many weights becomes float32 when it is loaded, which takes 256 MB.
 _WIDENED = 1 << 26
 
 
@@ -39,12 +39,12 @@ class ChatModel:
     Attributes:
         folder: where it was loaded from.
         model: mlx-lm's model.
-        tokenizer: mlx-lm's TokenizerWrapper; None where nothing is to be encoded.
+        tokenizer: mlx-lm's TokenizerWrapper; None if it was not loaded.
         config: config.json with renamed keys filled in, as given to mlx-lm.
         reply_prefixes: token ids with which every reply of the model opens (a thought block that
             the template leaves to the model, say), by the prompt's thinking; appended to every
             encoded prompt.
-        given_template: what prompts are written with instead of the model's own chat template.
+        given_template: a chat template that replaces the model's own.
     """
 
     folder: Path
@@ -129,8 +129,8 @@ class ChatModel:
     def template_tail(self, thinking: str | None = None) -> int:
         """How many tokens follow the instruction: the number that all prompts share at the end.
 
-        Positions -1 .. -template_tail are the ones that have read the whole instruction and are
-        the same token for every prompt.
+        The positions -1 to -template_tail come after the whole instruction and have the same
+        tokens in every prompt.
 
         Args:
             thinking: as of `Prompt`.
@@ -177,8 +177,8 @@ def load(
         encodes: whether the tokenizer is loaded; editing weights needs none.
 
     Raises:
-        UserError: missing config or weights, an architecture that mlx-lm does not know, tensors
-            that do not fit it, no tokenizer, weights that are not finite.
+        UserError: when config or weights are missing, mlx-lm does not know the architecture,
+            tensors do not fit it, there is no tokenizer, or weights are not finite.
     """
     model, config = _load_model(folder, read_config(folder))
     if check:
@@ -235,12 +235,12 @@ def _load_model(
         quantized = other_quantization.find(config, files)
     try:
         _, arguments = _get_classes(config)
-    except SystemExit:  # mlx-lm's olmo leaves Python without a package that it does not use
+    except SystemExit:  # mlx-lm's olmo exits without a package that it does not use
         raise UserError(
             f"{folder}: mlx-lm's {config['model_type']} ends without the package ai2-olmo, and "
             "does not run with it: choose another model (OLMo 2 runs), or edit a GGUF of this one."
         ) from None
-    except (ValueError, AttributeError):  # the latter for its modules that are no architecture
+    except (ValueError, AttributeError):  # AttributeError: a module that is no architecture
         raise UserError(
             f"{folder / 'config.json'}: mlx-lm has no architecture named "
             f"{config['model_type']!r}: update mlx-lm, or choose another model."
@@ -267,7 +267,7 @@ def _load_model(
 
 
 def skeleton(config: dict[str, Any]) -> nn.Module:
-    """The model without its weights: mlx-lm's object, whose parameters are never evaluated."""
+    """mlx-lm's model object without weights: its parameters are never evaluated."""
     from mlx_lm.utils import _get_classes
 
     model_class, arguments = _get_classes(config)
@@ -277,8 +277,8 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
 def complete_for(arguments: type, config: dict[str, Any]) -> None:
     """Add to ``config``, in place, a ``head_dim`` that mlx-lm requires and the file leaves out.
 
-    Hugging Face's own code takes hidden_size / num_attention_heads for these models. Where mlx-lm
-    has a default of its own, that stands.
+    It is hidden_size / num_attention_heads, as in Hugging Face's own code for these models. Where
+    mlx-lm has its own default, nothing is added.
     """
     if not dataclasses.is_dataclass(arguments):
         return
@@ -293,7 +293,7 @@ def complete_for(arguments: type, config: dict[str, Any]) -> None:
             config["head_dim"] = hidden // heads
 
 
-#: Files of which transformers makes a tokenizer, each of them alone.
+#: Files from each of which alone transformers can make a tokenizer.
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "vocab.json", "vocab.txt",
     "tekken.json", "spiece.model", "sentencepiece.bpe.model",
@@ -316,7 +316,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
             f"{name} has no tokenizer.json (nor a tokenizer in another form): copy it from the "
             "model's publisher."
         )
-    template_files.of_folder(folder)  # a sentence of our own for what is no template
+    template_files.of_folder(folder)  # raises with a clear message if a template is damaged
     more = tokenizer_config.amended(folder)
     with foreign(f"{name}: the tokenizer could not be loaded"), unheard():
         tokenizer = load_wrapper(folder, more, eos_token_ids=config.get("eos_token_id"))
@@ -324,10 +324,10 @@ def load_tokenizer(folder: Path, config: dict[str, Any], name: Path) -> Any:
 
 
 def check_finite(model: nn.Module, folder: Path) -> None:
-    """Raise when a weight is NaN or infinite, naming it.
+    """Check that all weights are finite.
 
     Raises:
-        UserError: with the parameter's path.
+        UserError: naming a parameter that is not.
     """
     for name, value in parameters(model):
         if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():

@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.base.errors import UserError
 
-# What config.json calls it; the first that is there counts.
+# Keys of config.json with the context length; the first one that exists counts.
 _NAMES = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"),
     *("seq_length", "model_max_length"),
@@ -16,7 +16,7 @@ _NAMES = (
 
 
 def of_config(config: Mapping[str, Any]) -> int | None:
-    """The context of a model by its config.json, extended by its rope scaling; None if not said."""
+    """The context length from config.json, with its rope scaling; None if it is not given."""
     text = config.get("text_config")
     flat = {**config, **text} if isinstance(text, dict) else dict(config)
     length = next((n for name in _NAMES if (n := _whole(flat.get(name))) is not None), None)
@@ -28,7 +28,7 @@ def of_config(config: Mapping[str, Any]) -> int | None:
 
 
 def of_metadata(metadata: Mapping[str, Any]) -> int | None:
-    """The context of a GGUF by its metadata, extended by its rope scaling; None if not said."""
+    """The context length from a GGUF's metadata, with its rope scaling; None if it is not given."""
     prefix = metadata.get("general.architecture")
     length = _whole(metadata.get(f"{prefix}.context_length"))
     if length is None:
@@ -50,10 +50,10 @@ def _extended(length: int, original: int, factor: object) -> int:
 
 
 def check(count: int, config: Mapping[str, Any], place: Path) -> None:
-    """Raise when a prompt is longer than a loaded model's context.
+    """Check that a prompt fits into a loaded model's context.
 
     Raises:
-        UserError: naming its tokens and the context.
+        UserError: when it does not, with the prompt's tokens and the context length.
     """
     longest = of_config(config)
     if longest is not None and count > longest:

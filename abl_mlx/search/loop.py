@@ -187,10 +187,10 @@ class Search:
         return polish.step(self.space, self.trials, parent, number, random)
 
     def _expected(self, parent: Trial, random: np.random.Generator) -> dict[str, Any]:
-        """Of some neighbours of a trial the one that is expected to be the gentlest.
+        """Of random neighbours of a trial, the one with the best prediction.
 
-        That is the lowest KL at no higher refusal score than the parent's, both predicted from the
-        trials of the same kind by their strengths.
+        That is the lowest KL with a refusal score not above the parent's. Both are predicted by
+        regression from the trials with the same choices among the parameters.
         """
         neighbours = [self.space.neighbour(parent.parameters, random) for _ in range(NEIGHBOURS)]
         first = neighbours[0]
@@ -202,15 +202,15 @@ class Search:
         places = np.array([self.space.place(trial.parameters) for trial in known])
         values = logarithms(known)
         asked = np.array([self.space.place(one) for one in neighbours])
-        # Where little is known there is something to find: a standard deviation in favour of all.
+        # Predictions are lowered by one standard deviation, which favours unexplored edits.
         expected, doubt = predicted(places, values, asked)
         kl, refusal = (expected - doubt).T
         allowed = math.log(max(parent.screened.refusal, LEAST_REFUSAL))
-        # A refusal score a little too high costs as much as a KL far too high.
+        # Too high a refusal score is penalized five times as much as a higher KL (in logarithms).
         return neighbours[int(np.argmin(kl + 5 * np.maximum(refusal - allowed, 0)))]
 
     def _promising(self) -> list[Trial]:
-        """Of the front, what opens hardly a reply with a refusal, the gentlest first."""
+        """Trials of the front with hardly any replies opening with a refusal, lowest KL first."""
         found = self.front()
         for enough in (self.enough, lambda share: share <= 0.1, lambda share: share <= 0.5):
             few = [one for one in found if enough(one.screened.refused)]
@@ -222,7 +222,7 @@ class Search:
         optuna = optuna_quietly()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # multivariate is marked experimental
-            # A sampler of its own for each trial: a resumed search goes on as one that was not
+            # Each trial has a new sampler, so that a resumed search continues as one that was never
             # stopped.
             self._memory.sampler = optuna.samplers.TPESampler(
                 seed=int(np.random.default_rng([self.seed, done]).integers(2**31)),
@@ -259,13 +259,17 @@ def improve(
     found: DirectionFile,
     how: Measuring,
 ) -> DirectionFile:
-    """The direction file with the edit that a search of ``--search`` trials has found.
+    """Search with at most ``--search`` trials; return a direction file with the best edit.
 
     Args:
+        chat: the model.
+        writers: its residual writers.
+        sets: the prompts.
         found: the analytic choice, which is the first trial.
+        how: the chosen options.
 
     Raises:
-        UserError: flags that do not go together; a journal of another search.
+        UserError: when flags do not go together, or the journal is of another search.
     """
     trials = how.searching.search
     assert trials is not None
@@ -279,8 +283,8 @@ def improve(
 
     def edit_for(given: Parameters) -> Edit:
         recipe = space.recipe(given)
-        # Tried as a removal: --strength scales what is found. Norms are kept in weights only; what
-        # that changes is seen in the evaluation.
+        # Edits are tried at strength 1; --strength scales the result. Norms can be kept in weights
+        # only; the evaluation shows the effect of that.
         directions, layers = space.directions(given), how.editing.layers
         return Edit(directions, 1.0, layers, recipe["embedding"], recipe["profile"])
 
@@ -321,11 +325,15 @@ def improve(
 def _ask_front(
     search: Search, questions: Sequence[Sequence[int]], target: float
 ) -> tuple[list[Asked], int]:
-    """Replies of the trials on the Pareto front, and how many tokens they took.
+    """Let trials on the Pareto front generate replies.
 
     Args:
+        search: the search.
         questions: encoded harmful prompts.
         target: the share of refused and broken replies that is good enough.
+
+    Returns:
+        The trials with the verdicts on their replies, and the number of generated tokens.
     """
     generated = 0
 
@@ -342,16 +350,16 @@ def _ask_front(
 
 
 def _filled_up(split: Split) -> list[Prompt]:
-    """The validation prompts, and train prompts behind them where these are few."""
+    """The validation prompts, followed by train prompts if there are few."""
     prompts = [*split.validation.prompts, *split.train.prompts]
     return prompts[: max(ENOUGH_PROMPTS, len(split.validation))]
 
 
 def check(how: Measuring) -> None:
-    """Raise before any long work for flags that a search cannot have, or without Optuna.
+    """Check, before any long work, that a search is possible with the chosen flags.
 
     Raises:
-        UserError: naming them.
+        UserError: naming a flag that does not go with a search, or when Optuna is not installed.
     """
     optuna_quietly()
     if how.editing.pin is not None:
@@ -363,9 +371,9 @@ def check(how: Measuring) -> None:
 def sources_of(
     chat: ChatModel, sets: PromptSets, found: DirectionFile, how: Measuring
 ) -> dict[str, Directions]:
-    """Where a search may take directions from: the analytic choice, its method, and others.
+    """Name -> source of directions for a search: the analytic choice, its method, and others.
 
-    Singular vectors are measured anew, which costs one pass over the train prompts.
+    Singular vectors are measured here, with one pass over the train prompts.
     """
 
     def fixed(chosen: mx.array) -> Directions:
@@ -463,4 +471,4 @@ def _file(
     return replace(found, selected=selected, metadata=metadata)
 
 
-# --- what a person reads -------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------
