@@ -348,11 +348,14 @@ class Metrics(Choices):
         perplexity: measure perplexity on the bundled text.
         capability: ask the small capability check.
         lm_eval: tasks of lm-evaluation-harness, separated by commas.
+        length_sweep: numbers of tokens of each reply that are read; the rates are those of the
+            shortest that suffices, and `Replying.max_tokens` is not used.
     """
 
     perplexity: bool = False
     capability: bool = False
     lm_eval: str | None = None
+    length_sweep: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,32 @@ from convert.base.schema import (
     Refused,
     check,
     either,
+    list_of,
     one_of,
     record,
     whole,
 )
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """How a reply reads where it is cut.
+
+    Attributes:
+        tokens: how many the whole reply has.
+        unit: what it is cut by, of `whole_reply`.
+        cuts: its beginnings, judged: for every length that is asked for and shorter than the reply,
+            shortest first.
+        marker: from how many tokens on the markers call it a refusal; None where they do not call
+            the whole reply one.
+        declines: whether a plain refusal follows in what the markers call an answer.
+    """
+
+    tokens: int
+    unit: str
+    cuts: tuple[Answered, ...]
+    marker: int | None
+    declines: bool
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,7 @@ class Answered:
         same: equal for replies that say the same; None for a broken reply.
         thought: "closed" if the reply closes a thought that its prompt opened, "own" if it opens
             one.
+        begins: the verdicts on its beginnings, if they were asked for.
     """
 
     verdict: Verdict | None
@@ -58,20 +81,39 @@ class Answered:
     markers: Verdict | None = None
     same: str | None = None
     thought: str | None = None
+    begins: Beginnings | None = None
+
+    def cut(self, number: int) -> Answered:
+        """What it is at one of the lengths that are asked for, shortest first.
+
+        Whether it is the known answer is said of the whole reply.
+        """
+        if self.begins is None or number >= len(self.begins.cuts):
+            return self
+        cut = self.begins.cuts[number]
+        return replace(cut, exact=self.exact, reply=self.reply, begins=self.begins)
 
 
 _VERDICT = one_of([verdict.value for verdict in Verdict])
 _ROW = record({}, {"role": TEXT})
 _HEAD = record({}, {"journal": whole(1, 1), "identity": OBJECT})
-_ANSWER = record(
+_NOTED = {
+    "exact": FLAG,
+    "oddity": one_of([oddity.value for oddity in Oddity]),
+    "markers": _VERDICT,
+    **dict.fromkeys(("reply", "same", "thought"), TEXT),
+}
+_JUDGED = {"verdict": either(_VERDICT, NULL)}
+_BEGINNINGS = record(
+    {"marker": whole()},
     {
-        "exact": FLAG,
-        "oddity": one_of([oddity.value for oddity in Oddity]),
-        "markers": _VERDICT,
-        **dict.fromkeys(("reply", "same", "thought"), TEXT),
+        "tokens": whole(),
+        "unit": TEXT,
+        "cuts": list_of(record(_NOTED, _JUDGED)),
+        "declines": FLAG,
     },
-    {"prompt": TEXT, "verdict": either(_VERDICT, NULL)},
 )
+_ANSWER = record(_NOTED | {"begins": _BEGINNINGS}, {"prompt": TEXT, **_JUDGED})
 
 
 class Journal:
@@ -125,15 +167,7 @@ class Journal:
                 check(row, _ANSWER)
                 if row["role"] not in sections:
                     raise Refused("its role has not begun")
-                sections[row["role"]][1][row["prompt"]] = Answered(
-                    _verdict(row["verdict"]),
-                    row.get("exact"),
-                    None if row.get("oddity") is None else Oddity(row["oddity"]),
-                    row.get("reply"),
-                    _verdict(row.get("markers")),
-                    row.get("same"),
-                    row.get("thought"),
-                )
+                sections[row["role"]][1][row["prompt"]] = _answered(row)
             if content and not sections:
                 raise Refused("it has no line that is whole")
         except Refused as refused:
@@ -216,21 +250,46 @@ class Section:
         self._known[key] = answered
         if self._journal is None:
             return
-        row: dict[str, Any] = {"role": self._role, "prompt": key}
-        row["verdict"] = None if answered.verdict is None else answered.verdict.value
-        if answered.exact is not None:
-            row["exact"] = answered.exact
-        if answered.oddity is not None:
-            row["oddity"] = answered.oddity.value
-        if answered.reply is not None:
-            row["reply"] = answered.reply
-        if answered.markers is not None:
-            row["markers"] = answered.markers.value
-        if answered.same is not None:
-            row["same"] = answered.same
-        if answered.thought is not None:
-            row["thought"] = answered.thought
-        self._journal._write(row)
+        self._journal._write({"role": self._role, "prompt": key, **_row(answered)})
+
+
+def _row(answered: Answered) -> dict[str, Any]:
+    """An answer as JSON values; what does not apply is left out."""
+    begins = answered.begins
+    noted = {
+        "exact": answered.exact,
+        "oddity": answered.oddity and answered.oddity.value,
+        "reply": answered.reply,
+        "markers": answered.markers and answered.markers.value,
+        "same": answered.same,
+        "thought": answered.thought,
+        "begins": begins and vars(begins) | {"cuts": [_row(one) for one in begins.cuts]},
+    }
+    verdict = None if answered.verdict is None else answered.verdict.value
+    return {"verdict": verdict} | {name: one for name, one in noted.items() if one is not None}
+
+
+def _answered(row: Mapping[str, Any]) -> Answered:
+    """The answer that `_row` wrote."""
+    begins = row.get("begins")
+    return Answered(
+        _verdict(row["verdict"]),
+        row.get("exact"),
+        None if row.get("oddity") is None else Oddity(row["oddity"]),
+        row.get("reply"),
+        _verdict(row.get("markers")),
+        row.get("same"),
+        row.get("thought"),
+        None
+        if begins is None
+        else Beginnings(
+            begins["tokens"],
+            begins["unit"],
+            tuple(_answered(one) for one in begins["cuts"]),
+            begins.get("marker"),
+            begins["declines"],
+        ),
+    )
 
 
 @contextmanager

@@ -85,6 +85,15 @@ def examine(reply: str) -> Finding:
     return Finding(Verdict.REFUSAL if _refuses(body) else Verdict.ANSWER)
 
 
+def declines_later(reply: str) -> bool:
+    """Whether a reply that is an answer draws the conclusion, further on, that it will not help."""
+    body = without_thoughts(reply)
+    if body is None or examine(reply).verdict is not Verdict.ANSWER:
+        return False
+    found = _CONCLUDES.search(_without_quotations(spelled_out(plain(body[:6000]))))
+    return found is not None and not _TOLD.match(found.string[found.end() :])
+
+
 def gist(reply: str) -> str:
     """A reply's text without thoughts, markdown, case and accents, and with 0 for each number."""
     return re.sub(r"\d+", "0", plain(without_thoughts(reply) or ""))

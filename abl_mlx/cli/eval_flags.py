@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from abl_mlx.cli.flags import decorated
-from abl_mlx.cli.values import HERE
+from abl_mlx.cli.values import HERE, Lengths
 
 
 def server_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,6 +94,14 @@ def metric_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=True,
             help="Also ask sixty small tasks with one right answer each: sums, instructions, "
             "finding something in a text.",
+        ),
+        click.option(
+            "--length-sweep",
+            metavar="N,N,...",
+            type=Lengths(),
+            help="Judge each reply after so many tokens, such as 32,64,128,256,512, and show how "
+            "many are enough. Prompts are asked once, at the longest, and the rates are those at "
+            "the shortest length that suffices; in place of --max-tokens.",
         ),
         click.option(
             "--lm-eval",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from abl_mlx.cli.answer import answer, typed
 from abl_mlx.cli.eval_flags import gate_flags, judge_flags, metric_flags, server_flags
@@ -58,6 +59,12 @@ def evaluate(target: str, as_json: bool, **chosen: Any) -> None:
     from abl_mlx.commands import evaluate_model
     from abl_mlx.reports import eval_tables
 
+    source = click.get_current_context().get_parameter_source("max_tokens")
+    if chosen["length_sweep"] is not None and source is not ParameterSource.DEFAULT:
+        raise click.UsageError(
+            "--length-sweep says how long replies are: leave --max-tokens out, or end the list "
+            "with it."
+        )
     options = EvalOptions.of(**chosen)
     record = answer(as_json, eval_tables.table, evaluate_model.evaluate_model, target, options)
     if record.gate is not None and not record.gate.passed:

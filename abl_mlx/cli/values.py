@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,23 @@ class Layers(click.ParamType):
         except ValueError:
             self.fail(f"{value!r} is no list of layers such as 3, 2-5 or 0,4-6.", param, ctx)
         return frozenset(chosen)
+
+
+class Lengths(click.ParamType):
+    """Two or more numbers of tokens, such as ``32,64,128``."""
+
+    name = "lengths"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> frozenset[int]:
+        if isinstance(value, frozenset):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        lengths = frozenset(int(part) for part in parts if re.fullmatch("[1-9][0-9]{0,5}", part))
+        if len(lengths) != len(parts) or len(parts) < 2:
+            self.fail(f"{value!r} is no list of numbers of tokens such as 32,64,128.", param, ctx)
+        return lengths
 
 
 class Position(click.ParamType):

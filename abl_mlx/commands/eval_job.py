@@ -61,6 +61,11 @@ class Job:
         """Who judges."""
         return judge.name(self.options.judging)
 
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """How much of each reply is read, in tokens, shortest first; nothing without a sweep."""
+        return tuple(sorted(self.options.metrics.length_sweep or ()))
+
     @property
     def prompts(self) -> dict[str, AskedPrompts]:
         """How many prompts each set has, and their hash."""
@@ -75,6 +80,7 @@ class Job:
             "prompts": {name: part.sha256 for name, part in self.parts.items()},
             "max_tokens": self.options.replying.max_tokens,
             "judge": self.judge,
+            **({"length_sweep": self.lengths} if self.lengths else {}),
             **given_template.entry(self.given),
             "abl_mlx": __version__,
         }

@@ -18,6 +18,7 @@ from abl_mlx.behaviour import (
     gate,
     journal,
     judge,
+    length_sweep,
     lm_eval_harness,
     perplexity,
     reply_notes,
@@ -25,14 +26,14 @@ from abl_mlx.behaviour import (
 from abl_mlx.behaviour.journal import Answered, Section
 from abl_mlx.behaviour.paired import Paired
 from abl_mlx.behaviour.refusal_figures import refusals
-from abl_mlx.behaviour.refusals import Oddity, Rates, Tally, Verdict, classify, examine
+from abl_mlx.behaviour.refusals import Rates, Tally, Verdict
 from abl_mlx.behaviour.reply_notes import Seen
 from abl_mlx.behaviour.target import Target
-from abl_mlx.choices import EvalOptions, Replying
+from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import judges, prompt_choice, prompt_lengths, targets
+from abl_mlx.commands.eval_asking import Judge, ask, by_markers, settled
 from abl_mlx.commands.eval_job import Job, check
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
-from abl_mlx.models.thoughts import closes_only, has_thought
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.records.evaluations import (
     Asked,
@@ -49,12 +50,6 @@ from abl_mlx.reports.page import write
 from abl_mlx.reports.page_eval import eval_page
 from abl_mlx.support.arrays import let_go
 from abl_mlx.support.clock import Clock
-from abl_mlx.support.console import progress, say
-from abl_mlx.support.flags import said
-from convert.base.errors import UserError
-
-#: A prompt and a reply to the verdict on it, None if a judge gave none; called from one thread.
-Judge = Callable[[str, str], "Verdict | None"]
 
 #: Verdicts in a record, a letter for each prompt in its set's order.
 LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B", None: UNJUDGED}
@@ -95,7 +90,7 @@ def _measure(
     """
     options, targeting, clock = job.options, job.options.targeting, job.clock
     with ExitStack() as stack:
-        by: Judge = _by_markers
+        by: Judge = by_markers
         if options.judging.judge is not None:
             by = stack.enter_context(judges.opened(options, clock))
         baseline: Asked | None = None
@@ -119,6 +114,8 @@ def _measure(
                 with clock.step("measure KL"):
                     kl = measure_kl(target)
             del target
+        if job.lengths:
+            baseline, asked = _at_enough_tokens(job, baseline, asked, columns)
         tasks = options.metrics.lm_eval
         record = EvalRecord(
             **asked.values_by_field,
@@ -144,7 +141,7 @@ def _measured(
     options, clock = job.options, job.clock
     section = Section() if kept is None else kept.section(role, target.identity | job.how)
     with clock.step(f"ask {target.name}"):
-        answers = settled(ask(target, job.parts, options.replying, section, by))
+        answers = settled(ask(target, job.parts, options.replying, section, by, job.lengths))
     found_perplexity: Perplexity | None = None
     if options.metrics.perplexity:
         with clock.step("measure perplexity"):
@@ -169,6 +166,28 @@ def _measured(
         capability=found_capability,
     )
     return asked, answers
+
+
+def _at_enough_tokens(
+    job: Job, baseline: Asked | None, asked: Asked, columns: Mapping[str, Sequence[Answered]]
+) -> tuple[Asked | None, Asked]:
+    """The two models with rates of replies that are cut where that suffices for both."""
+    number = length_sweep.judged_at(list(columns.values()), job.lengths)
+    models = [*([] if baseline is None else [baseline]), asked]
+    cut = []
+    for one, whole in zip(models, columns.values(), strict=True):
+        answers = [answer.cut(number) for answer in whole]
+        cut.append(
+            replace(
+                one,
+                **behaviour(answers, job.parts).values_by_field,
+                max_tokens=job.lengths[number],
+                verdicts=letters(answers, job.parts),
+                judging=None if one.judging is None else judge.record(answers),
+                length_sweep=length_sweep.record(dict(_by_set(whole, job.parts)), job.lengths),
+            )
+        )
+    return (None if baseline is None else cut[0]), cut[-1]
 
 
 def _lm_eval(job: Job, tasks: str) -> dict[str, dict[str, Any]]:
@@ -212,89 +231,6 @@ def _prompts(source: ModelFile | None, other: ModelFile | None, options: EvalOpt
     """The prompt sets; a server is asked what its baseline is asked."""
     sets = prompt_choice.load(source or other, options.prompting)
     return sets if other is None else prompt_lengths.fitting(sets, other)
-
-
-def _by_markers(prompt: str, reply: str) -> Verdict:
-    return classify(reply)
-
-
-# --- asking --------------------------------------------------------------------------------------
-
-
-def ask(
-    target: Target,
-    parts: Mapping[str, PromptSet],
-    replying: Replying,
-    section: Section,
-    by: Judge = _by_markers,
-) -> list[Answered]:
-    """Judged replies to all prompts, set after set; what the journal has is not asked again.
-
-    Raises:
-        UserError: when the target fails; what was answered is in the journal.
-    """
-    keep = replying.save_replies is not None or replying.save_completions
-    prompts = [prompt for part in parts.values() for prompt in part.prompts]
-
-    def known(prompt: Prompt) -> Answered | None:
-        found = section.get(prompt.identity)
-        return None if found is None or (keep and found.reply is None) else found
-
-    open_ones = {prompt.identity: prompt for prompt in prompts if known(prompt) is None}
-    missing = list(open_ones.values())
-    there = len(prompts) - len(missing)
-    if there and section.path is not None:
-        say(f"· {there} of {len(prompts)} answers are there already, in {section.path}")
-    try:
-        with progress(len(prompts), "replies") as bar:
-            bar.update(there)
-            if missing:
-                for number, reply in target.ask(missing, replying.max_tokens):
-                    section.add(missing[number].identity, _judged(missing[number], reply, by, keep))
-                    bar.update()
-    except UserError as error:
-        done = sum(known(prompt) is not None for prompt in prompts)
-        if not done or section.path is None:
-            raise
-        raise UserError(
-            f"{said(error)} {done} of {len(prompts)} verdicts are kept in {section.path}: the same "
-            "command goes on from there."
-        ) from None
-    return [answer for prompt in prompts if (answer := known(prompt)) is not None]
-
-
-def _judged(prompt: Prompt, reply: str, by: Judge, keep: bool) -> Answered:
-    found = examine(reply)
-    return Answered(
-        by(prompt.text, reply),
-        None if prompt.answer is None else reply.strip() == prompt.answer.strip(),
-        found.oddity,
-        reply if keep else None,
-        None if by is _by_markers else found.verdict,
-        reply_notes.sameness(reply, found),
-        "closed" if closes_only(reply) else "own" if has_thought(reply) else None,
-    )
-
-
-def settled(answers: Sequence[Answered]) -> list[Answered]:
-    """What answers are, seen together: a server's prompts may open a thought that it does not show.
-
-    Where replies end such a thought, one that holds no tag has not come to its end.
-    """
-    if sum(one.thought == "closed" for one in answers) < 2:
-        return list(answers)
-    return [
-        one
-        if one.thought is not None or one.oddity is not None
-        else replace(
-            one,
-            verdict=Verdict.BROKEN,
-            markers=one.markers and Verdict.BROKEN,
-            oddity=Oddity.UNFINISHED,
-            same=None,
-        )
-        for one in answers
-    ]
 
 
 # --- the record ----------------------------------------------------------------------------------

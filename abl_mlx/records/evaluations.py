@@ -173,6 +173,60 @@ class Judged(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MarkerTokens(Part):
+    """From how many tokens on ``n`` refusals read as such: half of them, 95% and all of them."""
+
+    n: int
+    median: int
+    p95: int
+    last: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweptSet(Part):
+    """Replies to a prompt set by how much of them is read: a number for each length.
+
+    Attributes:
+        n: how many replies.
+        refused, broken: of them.
+        unfinished: end inside their thoughts, and are broken.
+        late: answers at the shortest length that are refusals at the longest.
+        turned: refusals at some length that are answers at the longest.
+        declining: answers at the longest, in which a plain refusal follows what was given.
+        markers: where the refusals stand; None without a refusal.
+    """
+
+    n: int
+    refused: list[int]
+    broken: list[int]
+    unfinished: list[int]
+    late: int
+    turned: int
+    declining: int
+    markers: MarkerTokens | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthSweep(Part):
+    """How verdicts depend on how much of a reply is read.
+
+    Attributes:
+        lengths: in tokens.
+        cut_by: ``tokens`` of the model, ``spread`` for their number spread over the characters, or
+            ``words``, four tokens for three.
+        share: the share of the refusals at the longest length that is to be seen.
+        suffices: the shortest of the lengths at which it is; None where nothing is refused.
+        sets: by prompt set.
+    """
+
+    lengths: list[int]
+    cut_by: str
+    share: float
+    suffices: int | None
+    sets: dict[str, SweptSet]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Asked(Refusals, Made):
     """One model that `eval` asked.
 
@@ -180,10 +234,10 @@ class Asked(Refusals, Made):
         model: its name on a server.
         runtime: what ran it.
         judge: who said what a refusal is.
-        max_tokens: longest reply.
+        max_tokens: longest reply; of a length sweep, how much of a reply is judged.
         template: what prompts were written with, in place of the model's own template.
         verdicts: set -> a letter for each prompt: R refused, A answered, B broken, ? not judged.
-        judging, perplexity, capability: where asked for.
+        judging, perplexity, capability, length_sweep: where asked for.
     """
 
     model: str | None = None
@@ -196,6 +250,7 @@ class Asked(Refusals, Made):
     judging: Judged | None = None
     perplexity: Perplexity | None = None
     capability: Capability | None = None
+    length_sweep: LengthSweep | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

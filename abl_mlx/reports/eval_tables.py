@@ -14,6 +14,7 @@ from abl_mlx.records.evaluations import (
     Gate,
     Judged,
 )
+from abl_mlx.reports import sweep_tables
 from abl_mlx.reports.tables import interval, paired_cells
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
@@ -35,6 +36,8 @@ def table(record: EvalRecord) -> str:
     lines += _aligned(rows, right=(1, 2))
     if record.paired is not None:
         lines += ["", *_paired(record.paired)]
+    if record.length_sweep is not None:
+        lines += ["", *_sweep(record)]
     lines += ["", *_categories(record.categories)]
     asked: list[tuple[Asked, str]] = [(record, "")]
     asked += [] if baseline is None else [(baseline, "of the baseline ")]
@@ -137,6 +140,13 @@ def _title(record: Asked) -> str:
     model = f" {record.model}" if record.model else ""
     where = "over HTTP" if record.runtime == "server" else f"in {record.runtime}"
     return f"{record.source}{model} (asked {where})"
+
+
+def _sweep(record: EvalRecord) -> list[str]:
+    assert record.length_sweep is not None
+    rows = [sweep_tables.head(record.length_sweep), *sweep_tables.rows(record, record.baseline)]
+    notes = sweep_tables.sentences(record, record.baseline)
+    return [*_aligned(rows, right=range(1, len(rows[0]))), *(f"  {note}." for note in notes)]
 
 
 def _paired(paired: Mapping[str, Comparison]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abl_mlx.records.evaluations import Asked, Comparison, EvalRecord, Gate
+from abl_mlx.reports import sweep_tables
 from abl_mlx.reports.eval_tables import measurements
 from abl_mlx.reports.page import Page, Section, Table, Tile, html
 from abl_mlx.reports.page_parts import behaviour_rows, categories, notes, of_replies, reproduce
@@ -58,6 +59,7 @@ def eval_sections(record: EvalRecord) -> tuple[Section, ...]:
         Section("Summary", tables=(Table(head, tuple(rows), right),), lines=notes(record)),
         Section("Limits", lines=_limits(record.gate)),
         _paired(record.paired or {}),
+        *_sweep(record),
         categories(baseline, record, ("baseline", "target" if baseline else "refused")),
     )
 
@@ -77,6 +79,15 @@ def _limits(gate: Gate | None) -> tuple[str, ...]:
     return tuple(
         f"{'met' if one.passed else 'NOT MET'}: {one.name}: {one.sentence}" for one in checks
     )
+
+
+def _sweep(record: EvalRecord) -> tuple[Section, ...]:
+    if record.length_sweep is None:
+        return ()
+    head, rows = sweep_tables.head(record.length_sweep), sweep_tables.rows(record, record.baseline)
+    table = Table(head, tuple(rows), tuple(range(1, len(head))))
+    lines = tuple(sweep_tables.sentences(record, record.baseline))
+    return (Section("By how much of a reply is read", tables=(table,), lines=lines),)
 
 
 def _paired(paired: Mapping[str, Comparison]) -> Section:

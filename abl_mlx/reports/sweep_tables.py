@@ -1,0 +1,80 @@
+"""How refusals depend on how much of a reply is read: rows and sentences for tables and pages."""
+
+from __future__ import annotations
+
+from abl_mlx.records.evaluations import Asked, LengthSweep
+
+#: What a reply was cut by, where that is not the model's own tokens.
+_CUT_BY = {
+    "spread": "the server tells only how many tokens a reply has: they are taken to be of one "
+    "length",
+    "words": "the server tells nothing of its tokens: three words are taken for four of them",
+}
+
+
+def head(sweep: LengthSweep) -> tuple[str, ...]:
+    """The head of a table of `rows`."""
+    return ("refusals by tokens read", *map(str, sweep.lengths))
+
+
+def rows(record: Asked, baseline: Asked | None) -> list[tuple[str, ...]]:
+    """A row for each prompt set of each model: refused of asked, at each length."""
+    found = []
+    for who, one in (("baseline: ", baseline), ("", record)):
+        if one is None or one.length_sweep is None:
+            continue
+        for name, swept in one.length_sweep.sets.items():
+            cells = [f"{count}/{swept.n}" for count in swept.refused]
+            found.append((f"{who}{name} prompts", *cells))
+            if any(swept.broken):
+                found.append((f"{who}{name}: broken", *map(str, swept.broken)))
+            if any(swept.unfinished):
+                found.append((f"{who}{name}: inside a thought", *map(str, swept.unfinished)))
+    return found
+
+
+def sentences(record: Asked, baseline: Asked | None) -> list[str]:
+    """What a sweep found, for a person."""
+    found = []
+    models = [("", record)] if baseline is None else [("baseline: ", baseline), ("", record)]
+    for who, one in models:
+        if one.length_sweep is not None:
+            found += [f"{who}{text}" for text in _of_one(one.length_sweep)]
+    found.append(f"rates are of replies of at most {record.max_tokens} tokens")
+    return found
+
+
+def _of_one(sweep: LengthSweep) -> list[str]:
+    first, last = sweep.lengths[0], sweep.lengths[-1]
+    if sweep.suffices is None:
+        found = [f"no refusal is seen in {last} tokens"]
+    else:
+        found = [
+            f"{sweep.suffices} tokens suffice: {sweep.share:.0%} of the refusals that are seen at "
+            f"{last} tokens are seen by then"
+        ]
+    for name, swept in sweep.sets.items():
+        if swept.markers is not None:
+            places = swept.markers
+            found.append(
+                f"{name} prompts: half of the refusals read as such from {places.median} tokens "
+                f"on, 95% from {places.p95}, all from {places.last}"
+            )
+        if swept.late:
+            found.append(
+                f"{name} prompts: {swept.late} replies read as an answer at {first} tokens and as "
+                f"a refusal at {last}"
+            )
+        if swept.turned:
+            found.append(
+                f"{name} prompts: {swept.turned} replies read as a refusal first and as an answer "
+                f"at {last} tokens"
+            )
+        if swept.declining:
+            found.append(
+                f"{name} prompts: {swept.declining} replies answer, decline later on, and count "
+                "as answers"
+            )
+    if sweep.cut_by in _CUT_BY:
+        found.append(_CUT_BY[sweep.cut_by])
+    return found
