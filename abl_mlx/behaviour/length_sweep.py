@@ -24,7 +24,7 @@ SHARE = 0.95
 
 
 def judged(reply: WholeReply, lengths: Sequence[int], judge: Callable[[str], Answered]) -> Answered:
-    """A reply at its longest, with its beginnings.
+    """The verdict on a whole reply, with those on its beginnings.
 
     Args:
         lengths: in tokens, shortest first; the last is the one that was asked for.
