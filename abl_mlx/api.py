@@ -80,17 +80,18 @@ class Model:
         return replies.in_mlx(self.chat)(prompts, max_tokens)
 
 
-def load(model: str | PathLike[str]) -> Model:
+def load(model: str | PathLike[str], *, template: str | None = None) -> Model:
     """Load a model.
 
     Args:
         model: as on the command line: ``demo``, a folder of MLX or Hugging Face, a .gguf, a
             repository of Hugging Face, ``repository:Q4_K_M`` or ``ollama:NAME``.
+        template: a Jinja file, ``chatml`` or ``plain``, in place of the model's own chat template.
 
     Raises:
         UserError: when there is no such model, or it is damaged or cannot be run.
     """
-    with find_model(str(model)) as file:
+    with find_model(str(model), template) as file:
         chat = file.load()
         return Model(chat, file.find_writers(chat), file)
 

@@ -73,8 +73,8 @@ def chat_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--template",
             metavar="FILE|chatml|plain",
             help="Write prompts with this Jinja file, or with ChatML, instead of the model's own "
-            "chat template. plain gives the model the text as it is, to be completed: for base "
-            "models.",
+            "chat template. plain gives the model the text as it is, to be completed: for models "
+            "without a chat template.",
         ),
     ]
     return decorated(command, flags)

@@ -75,9 +75,13 @@ class Finder:
         self._tried: list[Tried] = []
         self._notes: dict[str, Any] = {}
 
-    def file(self) -> DirectionFile:
-        """The chosen direction with all facts about it, as a direction file."""
-        variant = self._chosen()
+    def file(self, *, causal: bool = True) -> DirectionFile:
+        """The chosen direction with all facts about it, as a direction file.
+
+        Args:
+            causal: choose by what the removal does, and not by separation alone.
+        """
+        variant = self._chosen(causal)
         candidates, how = self._candidates, self._how
         bad, good = self._states
         candidates = measuring.describe(candidates, bad, good)
@@ -102,7 +106,7 @@ class Finder:
             metadata["across"] = "positions"
         return DirectionFile(variant.directions, candidates, metadata, clouds)
 
-    def _chosen(self) -> Variant:
+    def _chosen(self, causal: bool) -> Variant:
         finding, candidates = self._how.finding, self._candidates
         if finding.layer is not None:
             self._notes["chosen_by"] = "hand"
@@ -112,7 +116,7 @@ class Finder:
             return self._among([self._together(position) for position in candidates.positions])
         if finding.method == "over-refusal":
             return self._over_refusal()
-        return self._by_cause()
+        return self._by_cause() if causal else self._by_separation()
 
     @property
     def _position(self) -> int:
@@ -245,6 +249,17 @@ class Finder:
     def _over_refusal(self) -> Variant:
         chosen = selection.shortlist(self._scores, _MOST_TRIALS)
         return self._among([self._variant(score.layer, score.position) for score in chosen])
+
+    def _by_separation(self) -> Variant:
+        """What tells the two sets apart best, where no refusal shows what a removal does."""
+        allowed = selection.shortlist(self._scores, 1) or self._scores
+        best = max(allowed, key=lambda score: score.d_prime)
+        say(
+            f"  completions show no refusal, so the direction that tells the two sets of prompts "
+            f"apart best is taken (d′ {best.d_prime:.1f})"
+        )
+        self._notes["chosen_by"] = "largest d′ of validation prompts, as completions refuse none"
+        return self._variant(best.layer, best.position)
 
     def _by_cause(self) -> Variant:
         def edit_for(score: selection.Score) -> Edit:

@@ -25,9 +25,17 @@ _OPENING_PROMPTS = 8
 
 
 def find_direction(
-    chat: ChatModel, writers: Sequence[Writer], sets: PromptSets, how: Measuring
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    sets: PromptSets,
+    how: Measuring,
+    *,
+    causal: bool = True,
 ) -> DirectionFile:
     """Measure candidates on the train prompts and choose one on the validation prompts.
+
+    Args:
+        causal: choose by what the removal does to refusals, and not by separation alone.
 
     Returns:
         A direction file whose metadata has `summary` (the choice and its reason), `scores` (of
@@ -37,16 +45,21 @@ def find_direction(
         UserError: when no refusal is found, all candidates exceed the KL limit, there is no such
             layer or position, or flags do not go together.
     """
-    found = _analytic(chat, writers, sets, how)
+    found = _analytic(chat, writers, sets, how, causal)
     if how.searching.search is None:
         return found
+    if not causal:
+        raise UserError(
+            "--search tries which edit ends refusals, and completions of this model show none: "
+            "leave --search out."
+        )
     from abl_mlx.search import loop
 
     return loop.improve(chat, writers, sets, found, how)
 
 
 def _analytic(
-    chat: ChatModel, writers: Sequence[Writer], sets: PromptSets, how: Measuring
+    chat: ChatModel, writers: Sequence[Writer], sets: PromptSets, how: Measuring, causal: bool
 ) -> DirectionFile:
     """Measure and choose without a search."""
     _check(chat, sets, how)
@@ -82,7 +95,7 @@ def _analytic(
         capture.stored(chat, validation["harmless"], offsets, label="validation, harmless") as good,
     ):
         found = Finder(chat, writers, candidates, train, validation, (bad, good), how)
-        return found.file()
+        return found.file(causal=causal)
 
 
 def check_method(how: Measuring) -> None:
@@ -211,7 +224,8 @@ def find_behind_openings(
         chat.reply_prefixes[sets.thinking] = seen.prefix
     say(str(forecast(chat, sets, how, times, seen.rate, max_tokens=max_tokens)))
     with clock.step("measure and choose a direction"):
-        found = find_direction(chat, writers, sets, how)
+        causal = seen.clear or not chat.completes
+        found = find_direction(chat, writers, sets, how, causal=causal)
     return replace(found, metadata={**found.metadata, "first_look": seen.record()})
 
 
@@ -219,8 +233,9 @@ def _positions(chat: ChatModel, finding: Finding) -> list[int]:
     """The token positions to measure: the chosen one, or all of the template's tail."""
     wanted = finding.position
     if wanted == "instruction-end":
-        # After the instruction, all prompts have the same tokens of the template.
-        return [-chat.template_tail() - 1]
+        # After the instruction, all prompts have the same tokens of the template; a completion's
+        # prompt ends with the instruction.
+        return [-1 if chat.completes else -chat.template_tail() - 1]
     if isinstance(wanted, str):
         raise UserError(f"--position {wanted}: it is instruction-end, or a number such as -1.")
     if wanted is not None:

@@ -84,7 +84,10 @@ def measure(
         with clock.step("find the residual writers"):
             capture.check_stream(chat)
             writers = model.find_writers(chat)
-        found = find_behind_openings(chat, writers, sets, options.measuring, clock)
+        how = options.measuring
+        if chat.completes:  # base models refuse little, and directions are there all the same
+            how = how.but(anyway=True)
+        found = find_behind_openings(chat, writers, sets, how, clock)
         with clock.step("hash the source"):
             sha256 = combined_hash(model.hashes())
     found = replace(

@@ -74,6 +74,11 @@ class ChatModel:
         """The architecture's name in config.json."""
         return str(self.config["model_type"])
 
+    @property
+    def completes(self) -> bool:
+        """Whether it is given text to complete, and no conversation: ``--template plain``."""
+        return self.given_template is not None and self.given_template.completes
+
     def encode(self, question: str | Prompt) -> list[int]:
         """Token ids of a prompt in the chat template, up to where the reply begins.
 

@@ -36,6 +36,14 @@ _TOOL: Mapping[str, Any] = {
     },
 }
 
+# What a template sees where there are no tools: None, as transformers has it. Some count them, or
+# ask only whether there is such a name.
+_NO_TOOLS: tuple[Mapping[str, Any], ...] = (
+    {"tools": None, "documents": None},
+    {},
+    {"tools": [], "documents": []},
+)
+
 
 class TemplateError(UserError):
     """A chat template that does not render; its sentence names the file."""
@@ -91,7 +99,7 @@ class ChatTemplate:
         Raises:
             TemplateError: as `render` does.
         """
-        self._wants_parts  # noqa: B018 - found out once
+        self._form  # noqa: B018 - found out once
 
     @cached_property
     def takes_system(self) -> bool:
@@ -125,31 +133,33 @@ class ChatTemplate:
             return False
         return _TOOL["function"]["name"] in text and _PROBE.lower() in text.lower()
 
-    @cached_property
+    @property
     def _wants_parts(self) -> bool:
         """Whether content has to be a list of parts: the text as it is does not come through."""
+        return self._form[0]
+
+    @cached_property
+    def _form(self) -> tuple[bool, Mapping[str, Any]]:
+        """Whether content is given in parts, and how it is said that there are no tools.
+
+        It is the first form in which a message comes through.
+        """
         probe = [{"role": "user", "content": _PROBE}]
-        error, text = None, ""
-        try:
-            text = self._text(probe, True, parts=False)
-            if _PROBE.lower() in text.lower():
-                return False
-        except TemplateExcess:
-            raise
-        except TemplateError as raised:
-            error = raised
-        try:
-            if _PROBE.lower() in self._text(probe, True, parts=True).lower():
-                return True
-        except TemplateExcess:
-            raise
-        except TemplateError:
-            pass
-        if error is not None:
-            raise error
-        if not text.strip():
-            raise self._error("renders nothing at all")
-        raise self._error("leaves out what the user says")
+        failures: list[TemplateError] = []
+        for absent in _NO_TOOLS:
+            for parts in (False, True):
+                try:
+                    text = self._text(probe, True, parts=parts, absent=absent)
+                except TemplateExcess:
+                    raise
+                except TemplateError as error:
+                    failures.append(error)
+                    continue
+                if _PROBE.lower() in text.lower():
+                    return parts, absent
+                what = "leaves out what the user says" if text.strip() else "renders nothing at all"
+                failures.append(self._error(what))
+        raise failures[0]
 
     def _text(
         self,
@@ -159,17 +169,18 @@ class ChatTemplate:
         parts: bool,
         values: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        absent: Mapping[str, Any] | None = None,
     ) -> str:
         given: list[dict[str, Any]] = [dict(message) for message in messages]
         if parts:
             for message in given:
                 message["content"] = [{"type": "text", "text": message["content"]}]
         seen = {
+            **(self._form[1] if absent is None else absent),
             **self.values,
             **(values or {}),
             "messages": given,
-            "tools": [dict(tool) for tool in tools] or None,
-            "documents": None,
+            **({"tools": [dict(tool) for tool in tools]} if tools else {}),
             "add_generation_prompt": ask,
         }
         try:

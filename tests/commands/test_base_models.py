@@ -176,3 +176,46 @@ def test_figures_of_completions_are_said_to_be(base: tuple[Path, Path], tmp_path
     direction = tmp_path / "r.safetensors"
     measured = abl_mlx("measure", base[0], "-o", direction, *plain, "--layer", 1)
     assert "its replies are completions" in measured["note"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "GGUF"])
+def test_completions_without_refusals_are_told_apart(
+    base: tuple[Path, Path], kind: str, tmp_path: Path
+) -> None:
+    """The demo refuses nothing where it is given the bare text, yet its states differ."""
+    model, out = base[kind == "GGUF"], tmp_path / "r.safetensors"
+    plain = ("--template", "plain", "--limit", 16)
+    measured = abl_mlx("measure", model, "-o", out, *plain)
+    direction = measured["direction"]
+    assert direction["chosen_by"].startswith("largest d′")
+    scores = [one for one in measured["scores"] if "dropped" not in one]
+    best = max(scores, key=lambda one: one["d_prime"])
+    assert (direction["layer"], direction["position"]) == (best["layer"], best["position"])
+    assert best["d_prime"] > 1
+    assert "--search tries which edit ends refusals" in fails(
+        "measure", model, "-o", tmp_path / "s.safetensors", *plain, "--search", 4
+    )
+    assert "add --anyway to measure and edit all the same" in fails(
+        "run", model, "-o", tmp_path / f"out{model.suffix}", *plain
+    )
+
+
+def test_the_instructions_end_is_the_prompts_end_of_a_completion(
+    base: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plain = ("--template", "plain", "--limit", 8, "--layer", 1)
+    last, end = (
+        abl_mlx("measure", base[0], "-o", tmp_path / f"{n}.safetensors", *plain, "--position", at)
+        for n, at in enumerate(("-1", "instruction-end"))
+    )
+    assert last["direction"]["sha256"] == end["direction"]["sha256"]
+
+
+def test_the_library_takes_a_template(base: tuple[Path, Path]) -> None:
+    import abl_mlx as library
+
+    question = library.load_prompts(model=library.load("demo")).harmful.test.texts[0]
+    for model in base:
+        assert library.load(model, template="chatml").reply([question])[0].startswith("I'm sorry")
+    with pytest.raises(UserError, match="has no chat template"):
+        library.load(base[0])

@@ -129,6 +129,8 @@ RUN: dict[str, Change] = {
     "bos of null": jinja("{{ bos_token }}" + OWN, bos_token=None),
     "end of null": config(eos_token=None),
     "no tools": jinja("{% if tools is defined and tools %}{{ tools | tojson }}{% endif %}" + OWN),
+    "tools counted": jinja("{% if tools | length > 0 %}{{ tools }}{% endif %}" + OWN),
+    "tools defined": jinja("{% if tools is defined %}{{ tools | length }}{% endif %}" + OWN),
     "built-in tools": jinja(BUILTIN + OWN),
     "generation": jinja(
         "{% for message in messages %}{% generation %}{% endgeneration %}"
