@@ -10,17 +10,16 @@ writers share no direction.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
 from abl_mlx.audit_weights import other_tensors, spectrum
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights, Unreachable
+from abl_mlx.records.looks import AuditedWriter, Weights
 from abl_mlx.support.console import progress
 from convert.base.errors import UserError
-
-Record = dict[str, Any]
 
 #: How many directions the differences have most in common, and how many to compare them with.
 _TOP, _OTHERS = 8, 16
@@ -34,7 +33,7 @@ _STRENGTH, _RESEMBLANCE = 0.08, 0.4
 _ALIKE = 0.93
 
 
-def compare(model: ModelFile, base: ModelFile) -> tuple[Record, np.ndarray | None]:
+def compare(model: ModelFile, base: ModelFile) -> tuple[Weights, np.ndarray | None]:
     """Compare a model with its base; the two may have different formats and types.
 
     Returns:
@@ -47,12 +46,11 @@ def compare(model: ModelFile, base: ModelFile) -> tuple[Record, np.ndarray | Non
     after, before = model.stream_weights(), base.stream_weights()
     pairs, left_out = _matched(before, after, base.source.name, model.source.name)
     with spectrum.threads(after.width):
-        record, directions = _compare(pairs, left_out, after)
+        weights, directions = _compare(pairs, left_out, after)
     writers = [name for one in (*after.writers, *before.writers) for name in one.tensors]
     others = other_tensors.compare(model, base, writers)
-    record["evidence"] += others.evidence()
-    record["others"] = others.record()
-    return record, directions
+    evidence = [*weights.evidence, *other_tensors.evidence(others)]
+    return replace(weights, evidence=evidence, others=others), directions
 
 
 Pair = tuple[StreamWeight, StreamWeight]
@@ -104,33 +102,35 @@ def _both(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _compare(
     pairs: Sequence[Pair], left_out: list[str], model: StreamWeights
-) -> tuple[Record, np.ndarray | None]:
+) -> tuple[Weights, np.ndarray | None]:
     d = model.width
     total = np.zeros((d, d))
-    tensors: dict[str, Record] = {}
+    tensors: dict[str, AuditedWriter] = {}
     vectors: dict[str, np.ndarray] = {}
     with progress(2 * sum(new.lines for _, new in pairs), "compare", "vector") as bar:
         for old, new in pairs:
             gram, size = _difference(old, new)
             bar.update(new.lines)
             squares = float(np.trace(gram))
-            tensors[new.name] = {
-                "relative_difference": (squares / max(size, 1e-30)) ** 0.5,
-                "types": [old.type, new.type],
-            }
+            share: float | None = None
             if squares > 0:
                 value, vectors[new.name] = _largest(gram, 1)
-                tensors[new.name]["rank_1_share"] = float(value[0]) / squares
+                share = float(value[0]) / squares
                 total += gram / squares
+            tensors[new.name] = AuditedWriter(
+                relative_difference=(squares / max(size, 1e-30)) ** 0.5,
+                types=[old.type, new.type],
+                rank_1_share=share,
+            )
         if not vectors:
-            return {
-                "verdict": "not edited",
-                "evidence": ["every residual writer is the same as in the base"],
-                "layers": [],
-                "rank": 0,
-                "writers": tensors,
-                "left_out": left_out,
-            }, None
+            return Weights(
+                verdict="not edited",
+                evidence=["every residual writer is the same as in the base"],
+                layers=[],
+                rank=0,
+                writers=tensors,
+                left_out=left_out,
+            ), None
         top = _largest(total, min(_TOP, d))[1]
         random = np.random.default_rng(0).standard_normal((d, min(_OTHERS, d)))
         directions = np.concatenate([top, random / np.linalg.norm(random, axis=0)], axis=1)
@@ -210,14 +210,14 @@ def _evidence(lost: str, median: float, most: float, left_out: Sequence[str]) ->
 
 def _judge(
     pairs: Sequence[Pair],
-    tensors: dict[str, Record],
+    tensors: dict[str, AuditedWriter],
     vectors: dict[str, np.ndarray],
     top: np.ndarray,
     strengths: np.ndarray,
     resemblances: np.ndarray,
     left_out: list[str],
     model: StreamWeights,
-) -> tuple[Record, np.ndarray | None]:
+) -> tuple[Weights, np.ndarray | None]:
     k = top.shape[1]
     usual = np.median(strengths[:, k:], axis=1, keepdims=True)
     part = (np.abs(strengths[:, :k] - usual) >= _STRENGTH) & (
@@ -230,20 +230,22 @@ def _judge(
     shown = chosen or doubtful or [0]
     took = part[:, shown].any(axis=1)
     for index, (_, new) in enumerate(pairs):
-        entry = tensors[new.name]
         j = max(shown, key=lambda j: abs(resemblances[index, j]))
-        entry |= {
-            "strength": float(strengths[index, j]),
-            "resemblance": float(resemblances[index, j]),
-            "edited": bool(took[index]),
-        }
+        agreement: float | None = None
         if new.name in vectors:
-            inside = np.linalg.norm(top[:, shown].T @ vectors[new.name][:, 0])
-            entry["left_vector_agreement"] = float(inside)
+            agreement = float(np.linalg.norm(top[:, shown].T @ vectors[new.name][:, 0]))
+        tensors[new.name] = replace(
+            tensors[new.name],
+            strength=float(strengths[index, j]),
+            resemblance=float(resemblances[index, j]),
+            edited=bool(took[index]),
+            left_vector_agreement=agreement,
+        )
     layers = sorted({new.layer for (_, new), t in zip(pairs, took, strict=True) if t} - {-1})
-    median = float(np.median([one["relative_difference"] for one in tensors.values()]))
+    apart = [one.relative_difference for one in tensors.values()]
+    median = float(np.median([value for value in apart if value is not None]))
     most = float(np.abs(resemblances[:, shown]).max())
-    strength = None
+    strength: float | None = None
     lost = ""
     if verdict != "not edited":
         strength = float(np.median(strengths[:, shown][part[:, shown]]))
@@ -255,16 +257,17 @@ def _judge(
         )
     evidence = _evidence(lost, median, most, left_out)
     recovered = top[:, shown].T if verdict != "not edited" else None
-    return {
-        "verdict": verdict,
-        "evidence": evidence,
-        "layers": layers if verdict != "not edited" else [],
-        "embedding": bool(
+    return Weights(
+        verdict=verdict,
+        evidence=evidence,
+        layers=layers if verdict != "not edited" else [],
+        embedding=bool(
             verdict != "not edited"
             and any(t and new.axis == -1 for (_, new), t in zip(pairs, took, strict=True))
         ),
-        "rank": len(shown) if verdict != "not edited" else 0,
-        "strength": strength,
-        "writers": tensors,
-        "left_out": left_out,
-    }, recovered
+        rank=len(shown) if verdict != "not edited" else 0,
+        strength=strength,
+        nulls=frozenset() if strength is not None else frozenset({"strength"}),
+        writers=tensors,
+        left_out=left_out,
+    ), recovered

@@ -7,12 +7,11 @@ know if other tensors were changed as well.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from abl_mlx.outputs.model_file import ModelFile
+from abl_mlx.records.looks import OtherTensors
 from abl_mlx.support.console import progress
 from convert.mlx.matrix import PARTS
 
@@ -20,57 +19,32 @@ from convert.mlx.matrix import PARTS
 _NAMED = 3
 
 
-@dataclass(frozen=True)
-class Others:
-    """The result of the comparison.
-
-    Attributes:
-        compared: the number of compared tensors.
-        changed: names of tensors whose bytes differ.
-        only_one: names of tensors that only one of the two models has.
-        unlike: the number of tensors with another type or shape, which were not compared.
-    """
-
-    compared: int
-    changed: list[str]
-    only_one: list[str]
-    unlike: int
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "compared": self.compared,
-            "changed": self.changed,
-            "only_one": self.only_one,
-            "not_compared": self.unlike,
-        }
-
-    def evidence(self) -> list[str]:
-        """Sentences for a verdict's evidence; none if all tensors are the same."""
-        found = []
-        if self.changed:
-            found.append(
-                f"{len(self.changed)} of {self.compared} tensors that do not write to the residual "
-                f"stream differ from the base's, on which this verdict says nothing: "
-                f"{_listed(self.changed)}"
-            )
-        if not self.compared:
-            found.append(
-                "of what does not write to the residual stream nothing was compared: the two "
-                "models store it in different forms"
-            )
-            return found
-        if self.only_one:
-            found.append(f"one of the two models alone has {_listed(self.only_one)}")
-        if self.unlike:
-            found.append(
-                f"{self.unlike} tensors that do not write to the residual stream have another type "
-                "or shape than the base's, and were not compared"
-            )
-        return found
+def evidence(found: OtherTensors) -> list[str]:
+    """Sentences for a verdict's evidence; none if all tensors are the same."""
+    said = []
+    if found.changed:
+        said.append(
+            f"{len(found.changed)} of {found.compared} tensors that do not write to the residual "
+            f"stream differ from the base's, on which this verdict says nothing: "
+            f"{_listed(found.changed)}"
+        )
+    if not found.compared:
+        said.append(
+            "of what does not write to the residual stream nothing was compared: the two "
+            "models store it in different forms"
+        )
+        return said
+    if found.only_one:
+        said.append(f"one of the two models alone has {_listed(found.only_one)}")
+    if found.not_compared:
+        said.append(
+            f"{found.not_compared} tensors that do not write to the residual stream have another "
+            "type or shape than the base's, and were not compared"
+        )
+    return said
 
 
-def compare(model: ModelFile, base: ModelFile, writers: Collection[str]) -> Others:
+def compare(model: ModelFile, base: ModelFile, writers: Collection[str]) -> OtherTensors:
     """Compare all tensors except the weights of residual writers, byte by byte.
 
     Args:
@@ -92,7 +66,12 @@ def compare(model: ModelFile, base: ModelFile, writers: Collection[str]) -> Othe
             base.release(name)
             bar.update()
     alone = sorted((set(after) ^ set(before)) - aside)
-    return Others(len(alike), changed, alone, len(both) - len(alike))
+    return OtherTensors(
+        compared=len(alike),
+        changed=changed,
+        only_one=alone,
+        not_compared=len(both) - len(alike),
+    )
 
 
 def _listed(names: list[str]) -> str:

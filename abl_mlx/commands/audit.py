@@ -9,7 +9,7 @@ each with its evidence. docs/audit.md has the calibration, and what the audit ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,14 @@ from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.outputs.staging import check_report
 from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
 from abl_mlx.records.evaluations import EvalRecord
-from abl_mlx.records.looks import AuditRecord, NotAsked
+from abl_mlx.records.looks import (
+    AuditedWriter,
+    AuditRecord,
+    LowestDirections,
+    Mention,
+    NotAsked,
+    Weights,
+)
 from abl_mlx.reports.page import write
 from abl_mlx.reports.page_audit import audit_page
 from abl_mlx.support import flags
@@ -37,8 +44,6 @@ from abl_mlx.support.console import progress
 from convert.base.atomic import check_new
 from convert.base.errors import UserError
 from convert.base.suffixes import ends_in
-
-Record = dict[str, Any]
 
 EDITED, NOT_EDITED, CANNOT_TELL = "edited", "not edited", "cannot tell"
 VERDICTS = (EDITED, NOT_EDITED, CANNOT_TELL)
@@ -119,10 +124,10 @@ def audit(
     with find_model(text) as model:
         source = model.source
         given = None if direction is None else _given(direction)
-        known: Record = {"abl_mlx": __version__, "source": source.name}
         with clock.step("read what the files say"):
             label, said = model.label(), mentions({"name": source.title, **model.said()})
         recovered: np.ndarray | None = None
+        compared: str | None = None
         try:
             if base is None:
                 with clock.step("look for a direction that all writers lack"):
@@ -130,24 +135,35 @@ def audit(
             else:
                 with clock.step("compare with the base"), find_model(base) as before:
                     weights, recovered = differences.compare(model, before)
-                known["base"] = base
+                compared = base
         except stream_weights.Unreachable as error:
-            weights = {"verdict": CANNOT_TELL, "evidence": [str(error)], "layers": []}
+            weights = Weights(verdict=CANNOT_TELL, evidence=[str(error)], layers=[])
         if given is not None:
-            weights["direction_cosine"] = _cosine(given, recovered, direction)
-        known |= {"verdict": weights["verdict"], "evidence": list(weights["evidence"])}
-        _by_its_own_account(known, label, said)
-        known |= {"layers": weights["layers"], "direction_cosine": weights.get("direction_cosine")}
-        known |= {"weights": weights, "label": label, "mentions": said}
+            cosine = _cosine(given, recovered, direction)
+            nulls = weights.nulls | ({"direction_cosine"} if cosine is None else set())
+            weights = replace(weights, direction_cosine=cosine, nulls=frozenset(nulls))
+        verdict, evidence = _by_its_own_account(weights, label, said)
         with clock.step("hash the files"):
-            known["hashes"] = model.hashes()
-    if ask:
-        known["behaviour"] = _asked(text)
+            hashes = model.hashes()
+    behaviour = _asked(text) if ask else None
     if output is not None:
         _keep(output, recovered, source, weights)
-        known["output"] = str(output)
-    known["seconds"] = clock.seconds
-    record = AuditRecord.of(known)
+    record = AuditRecord(
+        abl_mlx=__version__,
+        source=source.name,
+        base=compared,
+        verdict=verdict,
+        evidence=evidence,
+        layers=weights.layers,
+        direction_cosine=weights.direction_cosine,
+        weights=weights,
+        label=label,
+        mentions=said,
+        hashes=hashes,
+        behaviour=behaviour,
+        output=None if output is None else str(output),
+        seconds=clock.seconds,
+    )
     if report is not None:
         from abl_mlx.reports.replay import command_line
 
@@ -160,7 +176,7 @@ def audit(
     return record
 
 
-def _asked(text: str) -> Mapping[str, Any]:
+def _asked(text: str) -> EvalRecord | NotAsked:
     """The record of `abl-mlx eval`; or the reason, in one sentence, why the model cannot be run."""
     from abl_mlx.choices import EvalOptions
     from abl_mlx.commands import evaluate_model
@@ -168,7 +184,7 @@ def _asked(text: str) -> Mapping[str, Any]:
     try:
         return evaluate_model.evaluate_model(text, EvalOptions())
     except UserError as error:
-        return {"not_asked": flags.said(error)}
+        return NotAsked(not_asked=flags.said(error))
 
 
 def _given(path: Path) -> np.ndarray:
@@ -188,30 +204,34 @@ def _cosine(given: np.ndarray, recovered: np.ndarray | None, path: Path | None) 
     return float(np.linalg.svd(recovered @ given, compute_uv=False)[0])
 
 
-def _by_its_own_account(record: Record, label: Record | None, mentions: Sequence[Record]) -> None:
-    """Add to the evidence what the files say about an edit.
+def _by_its_own_account(
+    weights: Weights, label: Mapping[str, Any] | None, mentions: Sequence[Mention]
+) -> tuple[str, list[str]]:
+    """The verdict and the evidence, with what the files say about an edit.
 
     A label makes the verdict "edited"; a word for edits in a name or card makes "not edited"
     uncertain.
     """
+    verdict, evidence = weights.verdict, list(weights.evidence)
     if label is not None:
         what = f"strength {label.get('strength')}, layers {label.get('layers')}"
-        record["evidence"].append(f"its metadata say that abl-mlx edited it ({what})")
-        record["verdict"] = EDITED
+        evidence.append(f"its metadata say that abl-mlx edited it ({what})")
+        verdict = EDITED
     for one in mentions:
-        record["evidence"].append(f"“{one['text']}” stands in its {one['place']}")
-        if record["verdict"] == NOT_EDITED:
-            record["verdict"] = CANNOT_TELL
+        evidence.append(f"“{one.text}” stands in its {one.place}")
+        if verdict == NOT_EDITED:
+            verdict = CANNOT_TELL
+    return verdict, evidence
 
 
-def _keep(path: Path, recovered: np.ndarray | None, source: Source, weights: Record) -> None:
+def _keep(path: Path, recovered: np.ndarray | None, source: Source, weights: Weights) -> None:
     if recovered is None:
         raise UserError(f"no direction was recovered from {source.name}, so {path} is not written.")
     metadata = {
         "summary": {"method": "audit", "layer": None, "position": None},
         "method": "audit",
         "model": source.public_name,
-        "verdict": weights["verdict"],
+        "verdict": weights.verdict,
     }
     direction_file.save(
         path,
@@ -237,7 +257,7 @@ class Energies:
     means: np.ndarray
 
 
-def _without_base(model: ModelFile) -> tuple[Record, np.ndarray | None]:
+def _without_base(model: ModelFile) -> tuple[Weights, np.ndarray | None]:
     weights = model.stream_weights()
     with spectrum.threads(weights.width):
         energies, writers = measure(weights)
@@ -301,7 +321,7 @@ def _small_gram(one: StreamWeight, basis: np.ndarray) -> np.ndarray:
 
 def judge(
     energies: Energies, writers: Sequence[StreamWeight], model: StreamWeights
-) -> tuple[Record, np.ndarray | None]:
+) -> tuple[Weights, np.ndarray | None]:
     """The verdict on a model's energies, and the recovered directions (k, d)."""
     tests, structural = [], {}
     for limits in LIMITS:
@@ -314,11 +334,8 @@ def judge(
                 structural[why] = one.score
         tests.append((limits, spectrum.gap(found)))
     if not all(one.found for _, one in tests):
-        return {
-            "verdict": CANNOT_TELL,
-            "evidence": ["the weakest directions of this model are single dimensions"],
-            "layers": [],
-        }, None
+        alone = ["the weakest directions of this model are single dimensions"]
+        return Weights(verdict=CANNOT_TELL, evidence=alone, layers=[]), None
     verdicts = [_of_gap(limits, one) for limits, one in tests]
     verdict = next(v for v in (EDITED, CANNOT_TELL, NOT_EDITED) if v in verdicts)
     limits, best = max(
@@ -335,31 +352,31 @@ def judge(
     evidence = _evidence(verdict, limits, best, takes_part, layers, strength, model)
     if structural:
         evidence += [f"left out: {why}" for why in sorted(structural)]
-    return {
-        "verdict": verdict,
-        "evidence": evidence,
-        "layers": layers if verdict != NOT_EDITED else [],
-        "embedding": bool(
-            any(t and w.axis == -1 for t, w in zip(takes_part, writers, strict=True))
-            and verdict != NOT_EDITED
-        ),
-        "rank": best.rank if verdict != NOT_EDITED else 0,
-        "strength": strength if verdict != NOT_EDITED else None,
-        "tests": {
-            limits.name: {
-                "gap": one.size,
-                "gap_over_spread": one.ratio,
-                "rank": one.rank,
-                "scores": [round(found.score, 4) for found in one.all],
-                "verdict": v,
-            }
+    if verdict == NOT_EDITED:
+        layers, takes_part = [], np.zeros(len(writers), bool)
+    return Weights(
+        verdict=verdict,
+        evidence=evidence,
+        layers=layers,
+        embedding=any(t and w.axis == -1 for t, w in zip(takes_part, writers, strict=True)),
+        rank=0 if verdict == NOT_EDITED else best.rank,
+        strength=None if verdict == NOT_EDITED else strength,
+        nulls=frozenset({"strength"}) if verdict == NOT_EDITED else frozenset(),
+        tests={
+            limits.name: LowestDirections(
+                gap=one.size,
+                gap_over_spread=one.ratio,
+                rank=one.rank,
+                scores=[round(found.score, 4) for found in one.all],
+                verdict=v,
+            )
             for (limits, one), v in zip(tests, verdicts, strict=True)
         },
-        "writers": {
-            one.name: {"energy": float(e), "of_mean": float(e / mean), "type": one.type}
+        writers={
+            one.name: AuditedWriter(energy=float(e), of_mean=float(e / mean), type=one.type)
             for one, e, mean in zip(writers, along, energies.means, strict=True)
         },
-    }, recovered
+    ), recovered
 
 
 def _in_stream(energies: Energies, found: Sequence[Found]) -> np.ndarray:

@@ -49,12 +49,9 @@ def convert(
             )
         with clock.step("convert"):
             written = model.convert(out, NewTypes(quantize, bits, group_size, dtype))
-    return ConvertRecord.of(
-        {
-            "abl_mlx": __version__,
-            "source": model.source.name,
-            "output": str(out),
-            **written,
-            "seconds": clock.seconds,
-        }
+    return ConvertRecord(
+        **written.values_by_field,
+        abl_mlx=__version__,
+        source=model.source.name,
+        seconds=clock.seconds,
     )

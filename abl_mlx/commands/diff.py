@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from abl_mlx.choices import Editing
 from abl_mlx.commands.edit_choice import edit_of
@@ -12,12 +12,10 @@ from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import gguf_outputs
 from abl_mlx.outputs.gguf import GgufFile
 from abl_mlx.outputs.gguf_plan import bytes_changed, plan
-from abl_mlx.records.looks import DiffRecord
+from abl_mlx.records.looks import Changed, DiffRecord
 from abl_mlx.support.console import progress
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
-
-Record = dict[str, Any]
 
 
 def diff(
@@ -39,7 +37,7 @@ def diff(
                 f"{first} and {second} do not hold the same tensors ({missing[0]} is in one of "
                 "them alone): these are not the same model."
             )
-        changed: dict[str, Record] = {}
+        changed: dict[str, Changed] = {}
         with progress(len(before.tensors), "compare", "tensor") as bar:
             for name, entry in before.tensors.items():
                 other = after.tensors[name]
@@ -49,23 +47,26 @@ def diff(
                         f"{second}: these are not the same model."
                     )
                 if other.type != entry.type:
-                    changed[name] = {"type": f"{entry.type.name} -> {other.type.name}"}
+                    changed[name] = Changed(type=f"{entry.type.name} -> {other.type.name}")
                 else:
                     count = bytes_changed(before.raw(name), after.raw(name))
                     before.release(name)
                     after.release(name)
                     if count:
-                        changed[name] = {"type": entry.type.name, "bytes_changed": count}
+                        changed[name] = Changed(type=entry.type.name, bytes_changed=count)
                 bar.update()
-        record: Record = {
-            "first": str(first),
-            "second": str(second),
-            "tensors": len(before.tensors),
-            "changed": changed,
-        }
-        if direction is not None:
-            file = direction_file.read(direction)
-            plans = plan(before, edit_of(file, Editing()), model.named_writers(tensors))
-            record |= gguf_outputs.leak_record(gguf_outputs.compare_all(before, after, plans))
-            record["direction"] = file.sha256
-    return DiffRecord.of(record)
+        record = DiffRecord(
+            first=str(first), second=str(second), tensors=len(before.tensors), changed=changed
+        )
+        if direction is None:
+            return record
+        file = direction_file.read(direction)
+        plans = plan(before, edit_of(file, Editing()), model.named_writers(tensors))
+        report = gguf_outputs.compare_all(before, after, plans)
+    return replace(
+        record,
+        types=gguf_outputs.written_types(report),
+        leak=report.record(),
+        weight_error=report.error,
+        direction=file.sha256,
+    )

@@ -12,6 +12,7 @@ from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.edit_choice import edit_of, warn_of_strength
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
+from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs.sets import prompt_hashes
 from abl_mlx.models import capture, given_template, memory
 from abl_mlx.outputs import destinations, staging
@@ -22,39 +23,48 @@ from abl_mlx.records.looks import InspectRecord
 from abl_mlx.reports import plot
 from abl_mlx.reports.companions import write_companions
 from abl_mlx.support.clock import Clock
-from abl_mlx.support.notes import noted
 from convert.base.atomic import claim
 from convert.base.errors import UserError
 from convert.base.suffixes import ends_in
 
 
 def apply(
-    direction_path: Path, text: str, paths: Sequence[Path], options: ApplyOptions
+    direction: DirectionFile | Path, text: str, paths: Sequence[Path], options: ApplyOptions
 ) -> ApplyRecord:
-    """`abl-mlx apply`: write the edit that a direction file describes, without evaluating it."""
+    """`abl-mlx apply`: write the edit along a direction, without evaluating it.
+
+    Args:
+        direction: the direction, or the file that holds it.
+    """
     editing, writing = options.editing, options.writing
     warn_of_strength(editing.strength)
-    direction = direction_file.read(direction_path)
+    named = "the direction"
+    if isinstance(direction, Path):
+        named, direction = str(direction), direction_file.read(direction)
     clock = Clock()
     with find_model(text) as model:
         destinations.check(paths, model, editing, writing)
         model.check(paths, editing, writing)
         loaded = model.outline(clock, lazy=options.lazy, memory_check=options.memory_check)
         if loaded is not None:
-            direction_file.check_width(direction, direction_path, loaded.chat)
+            direction_file.check_width(direction, named, loaded.chat)
         edit = edit_of(direction, editing)
         planned = model.plan(edit, direction, paths, loaded, editing, writing)
-        known = start_record(model.source, paths, options, direction)
-        known.update(planned.predicting())
         with clock.step("hash the source"):
-            known["hashes"] = hashes(model.hashes(), direction, options)
+            hashed = hashes(model.hashes(), direction, options)
+        known = start_record(
+            model.source, paths, options, direction, hashes=hashed, mtp=planned.predicting()
+        )
         with staging.staging(paths) as staged:
             written = [planned.write(one, clock) for one in staged]
             facts = [one.facts for one in written]
-            known.update(leak=worst_leak(facts), written=facts, seconds=clock.seconds)
-            record = ApplyRecord.of(known)
-            for one, described in zip(written, record.written, strict=True):
-                write_companions(one.output, model.source, model.folder, record, described)
+            record = ApplyRecord(
+                **replace(known, seconds=clock.seconds).values_by_field,
+                leak=worst_leak(facts),
+                written=facts,
+            )
+            for one in written:
+                write_companions(one.output, model.source, model.folder, record, one.facts)
     destinations.hand_to_ollama(paths, writing)
     return record
 
@@ -108,17 +118,14 @@ def measure(
         },
     )
     direction_file.save(out, found)
-    record = MeasureRecord.of(
-        {
-            "abl_mlx": __version__,
-            "source": source.name,
-            "outputs": [str(out)],
-            **given_template.entry(model.given),
-            **noted(given_template.note(model.given)),
-            "direction": {**found.metadata["summary"], "sha256": found.sha256},
-            **measured(found),
-            "seconds": clock.seconds,
-        }
+    record = MeasureRecord(
+        **measured(found).values_by_field,
+        abl_mlx=__version__,
+        source=source.name,
+        outputs=[str(out)],
+        template=given_template.record(model.given),
+        note=given_template.note(model.given),
+        seconds=clock.seconds,
     )
     if picture is None:
         return record
@@ -129,4 +136,4 @@ def measure(
 def inspect(text: str) -> InspectRecord:
     """`abl-mlx inspect`: what the model is and what an edit would touch."""
     with find_model(text) as model:
-        return InspectRecord.of(model.inspect())
+        return model.inspect()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -34,17 +33,15 @@ from abl_mlx.outputs.gguf import GgufFile
 from abl_mlx.outputs.model_file import ModelFile, PlannedEdit, find_gguf, find_model
 from abl_mlx.outputs.record_parts import hashes, start_record, worst_leak
 from abl_mlx.outputs.staging import Output, Written
-from abl_mlx.records.edits import RunRecord
+from abl_mlx.records.edits import Component, Edited, EvaluatedEdit, RunRecord
 from abl_mlx.reports.companions import write_companions
 from abl_mlx.reports.page_run import staged_run_page, write_run_page
 from abl_mlx.support.arrays import let_go
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
-from abl_mlx.support.notes import noted
+from abl_mlx.support.notes import joined
 from convert.base.atomic import check_new
 from convert.base.errors import UserError
-
-Record = dict[str, Any]
 
 #: Of the held-out prompts, how many are run to see that an edit of float weights is exact after
 #: every layer.
@@ -122,12 +119,12 @@ class Judged:
 
     Attributes:
         written: which.
-        record: what is known of it.
+        record: what is said of it.
         behaviour: what it does.
     """
 
     written: Written
-    record: Record
+    record: EvaluatedEdit
     behaviour: Behaviour
 
 
@@ -333,19 +330,16 @@ def _unit(found: Found) -> mx.array:
 # --- 4. write ----------------------------------------------------------------------------------
 
 
-def _start(job: Job, found: Found) -> Record:
+def _start(job: Job, found: Found) -> Edited:
     """What is known before anything is written."""
     target, options = job.target, job.options
-    record = start_record(target.source, job.paths, options, found.direction)
-    if job.base is not None:
-        record["measured_on"] = job.model.source.name
-    if found.edit is None:
-        record["induced"] = True
-    template = given_template.entry(job.model.given)
-    record.update(found.plan.predicting() | template)
+    template = given_template.record(job.model.given)
     with job.clock.step("hash the source"):
-        record["hashes"] = hashes(target.hashes(), found.direction, options, template)
-    return record
+        hashed = hashes(target.hashes(), found.direction, options, template)
+    return start_record(
+        target.source, job.paths, options, found.direction,
+        hashes=hashed, mtp=found.plan.predicting(),
+    )  # fmt: skip
 
 
 def _write(job: Job, found: Found, staged: Sequence[Output]) -> list[Written]:
@@ -375,7 +369,7 @@ def _judge(job: Job, found: Found, before: Before, written: Sequence[Written]) -
 def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
     batch_size = job.options.replying.batch_size
     in_llamacpp = _in_llamacpp(job, one.llamacpp)
-    figures: Record = {}
+    left: float | None = None
     with one.opened() as chat:
         chat.given_template = job.model.given
         chat.reply_prefixes = before.prefixes
@@ -384,36 +378,50 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
             exactness.check(
                 chat, found.edit, prompts, limit=one.limit, writers=one.writers_in(chat)
             )
-        figures["kl"] = evaluate.kl(chat, before.base)
+        kl = evaluate.kl(chat, before.base)
         if found.edit is not None:
-            figures["component"] = evaluate.component(chat, before.sample, _unit(found))["max"]
+            left = evaluate.component(chat, before.sample, _unit(found))["max"]
         if in_llamacpp is None:
             after = job.ask(evaluate.in_mlx(chat, batch_size=batch_size))
     del chat
     let_go()
     if in_llamacpp is not None:
         after = job.ask(in_llamacpp)
-    figures["runtime"] = "mlx-lm" if in_llamacpp is None else "llama.cpp"
     note = one.notes[in_llamacpp is not None]
-    figures |= noted(one.facts.get("note"), note, given_template.note(job.model.given))
-    return Judged(one, {**one.facts, **figures, "after": after.record()}, after)
+    facts = replace(
+        one.facts, note=joined(one.facts.note, note, given_template.note(job.model.given))
+    )
+    record = EvaluatedEdit(
+        **facts.values_by_field,
+        kl=kl,
+        component=left,
+        runtime="mlx-lm" if in_llamacpp is None else "llama.cpp",
+        after=after.record(),
+    )
+    return Judged(one, record, after)
 
 
 # --- 6. put on record --------------------------------------------------------------------------
 
 
-def _finish(job: Job, known: Record, before: Before, judged: Sequence[Judged]) -> RunRecord:
+def _finish(job: Job, known: Edited, before: Before, judged: Sequence[Judged]) -> RunRecord:
     """The whole record; what lies beside each output is written."""
     evaluations = [one.record for one in judged]
-    first = evaluations[0]
-    known.update(before=before.behaviour.record(), after=first["after"], kl=first["kl"])
-    if before.component is not None:
-        known.update(
-            component={"before": before.component, "after": first["component"]},
-            leak=worst_leak(evaluations),
-        )
-    known.update(evaluations=evaluations, seconds=job.clock.seconds)
-    record = RunRecord.of(known)
+    first, component = evaluations[0], None
+    if before.component is not None and first.component is not None:
+        component = Component(before=before.component, after=first.component)
+    record = RunRecord(
+        **replace(known, seconds=job.clock.seconds).values_by_field,
+        measured_on=None if job.base is None else job.model.source.name,
+        induced=True if component is None else None,
+        template=given_template.record(job.model.given),
+        before=before.behaviour.record(),
+        after=first.after,
+        kl=first.kl,
+        component=component,
+        leak=None if component is None else worst_leak(evaluations),
+        evaluations=evaluations,
+    )
     target = job.target
     for one, described in zip(judged, record.evaluations, strict=True):
         write_companions(one.written.output, target.source, target.folder, record, described)

@@ -14,6 +14,7 @@ from abl_mlx.commands.session import Steered
 from abl_mlx.edits.edit import orthonormal
 from abl_mlx.models import given_template, heads
 from abl_mlx.models.capture import Recorder
+from abl_mlx.outputs.record_parts import chosen
 from abl_mlx.records.looks import ShowRecord
 from abl_mlx.support.arrays import numpy_of
 from convert.base import escape
@@ -95,28 +96,23 @@ def show(
     if page is not None:
         check_new(page)
     found = project(steered, prompt, reply=reply)
-    record = ShowRecord.of(
-        {
-            "abl_mlx": __version__,
-            "source": steered.name,
-            "prompt": prompt,
-            "direction": {
-                **steered.direction.metadata.get("summary", {"method": "given"}),
-                "sha256": steered.direction.sha256,
-            },
-            "tokens": found.tokens,
-            "before": found.before.round(5).tolist(),
-            "after": found.after.round(5).tolist(),
-            **given_template.entry(steered.chat.given_template),
-        }
+    record = ShowRecord(
+        abl_mlx=__version__,
+        source=steered.name,
+        prompt=prompt,
+        template=given_template.record(steered.chat.given_template),
+        direction=chosen(steered.direction),
+        tokens=found.tokens,
+        before=found.before.round(5).tolist(),
+        after=found.after.round(5).tolist(),
     )
     if page is not None:
         from abl_mlx.reports.page_show import show_page
         from abl_mlx.reports.replay import command_line
 
         defaults = SteerOptions().record() | {"reply": 0}
-        chosen = (options or SteerOptions()).record() | {"reply": reply}
-        command = command_line(["show", steered.name, prompt], chosen, defaults)
+        flags = (options or SteerOptions()).record() | {"reply": reply}
+        command = command_line(["show", steered.name, prompt], flags, defaults)
 
         with new_file(page) as staged:
             staged.write_text(show_page(record, command), encoding="utf-8")

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -25,13 +24,11 @@ from abl_mlx.outputs.edit_label import Label, read_label
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.outputs.undo_file import Taken, kept_path, read_kept
 from abl_mlx.outputs.undo_weights import quantized
-from abl_mlx.records.edits import UndoRecord
+from abl_mlx.records.edits import Restored, UndoRecord
 from abl_mlx.support.arrays import number
 from abl_mlx.support.clock import Clock
 from convert.base.errors import UserError
 from convert.mlx.folder import FLOAT_DTYPES
-
-Record = dict[str, Any]
 
 #: If |1 − strength| is smaller than this, too little is left in the weights to restore them.
 _LEAST_LEFT = 0.05
@@ -78,27 +75,25 @@ def undo(
             found, how = _find(model, label, factors, direction, base)
             _check(model, found)
             written = [_write(model, path, found, label) for path in paths]
-    return UndoRecord.of(
-        {
-            "abl_mlx": __version__,
-            "source": source.name,
-            "outputs": [str(path) for path in paths],
-            "from": how,
-            "tensors": len(found),
-            "written": written,
-            "seconds": clock.seconds,
-        }
+    return UndoRecord(
+        abl_mlx=__version__,
+        source=source.name,
+        outputs=[str(path) for path in paths],
+        from_=how,
+        tensors=len(found),
+        written=written,
+        seconds=clock.seconds,
     )
 
 
-def _write(model: ModelFile, path: Path, found: Mapping[str, Taken], label: Label) -> Record:
+def _write(model: ModelFile, path: Path, found: Mapping[str, Taken], label: Label) -> Restored:
     """Write the restored model, or an adapter that undoes the edit."""
-    record: Record = {"output": str(path), "format": staging.format_of(path)}
-    if record["format"] == model.adapter:
+    missing, form = None, staging.format_of(path)
+    if form == model.adapter:
         model.restore_by_adapter(path, found, label)
     else:
-        record["missing"] = model.restore(path, found)
-    return record
+        missing = model.restore(path, found)
+    return Restored(output=str(path), format=form, missing=missing)
 
 
 # --- what was taken ----------------------------------------------------------------------------

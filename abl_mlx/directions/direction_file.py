@@ -190,8 +190,11 @@ def _decoded(value: str) -> Any:
         return value
 
 
-def check_width(file: DirectionFile, path: Path, chat: ChatModel) -> None:
+def check_width(file: DirectionFile, path: Path | str, chat: ChatModel) -> None:
     """Check that directions have the model's width and number of layers.
+
+    Args:
+        path: their file, or another name for messages.
 
     Raises:
         UserError: when they do not.

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from abl_mlx.edits.edit import Leak, total_leak
+from abl_mlx.records.edits import Leaks, TensorLeak
 from convert.base.errors import UserError
+
+
+@dataclass(frozen=True)
+class Details:
+    """Facts about a written tensor besides its leak.
+
+    Attributes:
+        codes_changed: the share of codes that differ; None if the types differ.
+        bytes_changed: the number of bytes that differ; None if the types differ.
+        type: the type in which it was written.
+    """
+
+    codes_changed: float | None
+    bytes_changed: int | None
+    type: str
 
 
 @dataclass(frozen=True)
@@ -16,11 +31,11 @@ class LeakReport:
 
     Attributes:
         tensors: source tensor name -> Leak.
-        details: source tensor name -> further facts about the written tensor, as JSON values.
+        details: source tensor name -> further facts about the written tensor.
     """
 
     tensors: dict[str, Leak]
-    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    details: Mapping[str, Details] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -38,20 +53,12 @@ class LeakReport:
         """The relative error of the weights of all edited tensors together."""
         return sum(self.tensors.values(), start=Leak()).error
 
-    def record(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return {
-            "total": self.total,
-            "max": self.worst[1],
-            "tensors": {
-                name: {
-                    "leak": leak.value,
-                    "weight_error": leak.error,
-                    **self.details.get(name, {}),
-                }
-                for name, leak in self.tensors.items()
-            },
+    def record(self) -> Leaks:
+        """The report as a part of a record."""
+        tensors = {
+            name: _tensor_leak(leak, self.details.get(name)) for name, leak in self.tensors.items()
         }
+        return Leaks(total=self.total, max=self.worst[1], tensors=tensors)
 
     def check(self, output: str, limit: float, mend: str) -> None:
         """Check the total leak against a limit.
@@ -72,3 +79,12 @@ class LeakReport:
             f"the weights (most in {worst}: {value:.1%}) and --max-leak is {limit:g}; {mend}, or "
             "raise --max-leak."
         )
+
+
+def _tensor_leak(leak: Leak, details: Details | None) -> TensorLeak:
+    found = TensorLeak(leak=leak.value, weight_error=leak.error)
+    if details is None:
+        return found
+    known = vars(details)
+    nulls = frozenset(name for name, value in known.items() if value is None)
+    return replace(found, **known, nulls=nulls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from abl_mlx.outputs.adapter import (
 from abl_mlx.outputs.gguf_plan import TensorPlan
 from abl_mlx.outputs.provenance import gguf_metadata
 from abl_mlx.outputs.staging import Output
+from abl_mlx.records.edits import WrittenEdit
 from abl_mlx.support.console import progress
-from abl_mlx.support.notes import noted
+from abl_mlx.support.notes import joined
 from convert import adapters
 from convert.adapters import Adapter, LowRank
 from convert.architectures import gguf_writers
@@ -39,10 +41,8 @@ from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
 from convert.gguf_to_mlx import Layout
 
-Record = dict[str, Any]
 
-
-def label_of(label: Mapping[str, Any]) -> Record:
+def label_of(label: Mapping[str, Any]) -> dict[str, Any]:
     """An adapter's label, made from the label of an edited model."""
     return {**label, "edited": "this adapter removes the refusal direction from its base model"}
 
@@ -200,7 +200,7 @@ def write_gguf(
     plans: Mapping[str, TensorPlan],
     label: Mapping[str, Any],
     max_leak: float,
-) -> Record:
+) -> WrittenEdit:
     """Write a LoRA for llama.cpp; its leak is that of the written bytes.
 
     Tied embeddings and embeddings of positions are left out, because llama.cpp cannot apply an
@@ -216,9 +216,6 @@ def write_gguf(
         plans: the edit's plans, from `abl_mlx.outputs.gguf_plan.plan`.
         label: the label that an edited model would have.
         max_leak: the largest allowed leak.
-
-    Returns:
-        Facts about the LoRA for a record, as JSON values.
     """
     weights = {name: one for name, one in plans.items() if one.parameter == "weight"}
     left_out = _not_applied(weights, named)
@@ -253,20 +250,18 @@ def write_gguf(
     check_leak(named, leaks, biases, max_leak)
     left = total_leak([*leaks.values(), *lost.values()])
     tied = any(weights[name].writer.tied for name in left_out)
-    return {
-        "output": str(named),
-        "format": "GGUF LoRA",
-        "files": [path.name],
-        "types": [f"rank {written.rank}"],
-        "leak": {
-            **LeakReport(leaks).record(),
-            **({"with_left_out": left} if left_out else {}),
-        },
-        "weight_error": sum(leaks.values(), start=Leak()).error,
-        "embedding": embedding,
-        "left_out": left_out,
-        **noted(biases_note(leaks, biases), _left_out_note(left_out, tied, left)),
-    }
+    report = LeakReport(leaks)
+    return WrittenEdit(
+        output=str(named),
+        format="GGUF LoRA",
+        files=[path.name],
+        types=[f"rank {written.rank}"],
+        leak=replace(report.record(), with_left_out=left if left_out else None),
+        weight_error=report.error,
+        embedding=embedding,
+        left_out=left_out,
+        note=joined(biases_note(leaks, biases), _left_out_note(left_out, tied, left)),
+    )
 
 
 def _left_out_note(names: Sequence[str], tied: bool, leak: float) -> str | None:

@@ -43,6 +43,8 @@ from abl_mlx.outputs.mentions import read_card
 from abl_mlx.outputs.other_format import NewTypes
 from abl_mlx.outputs.stream_weights import StreamWeights
 from abl_mlx.outputs.undo_file import Taken, Tensors, taken
+from abl_mlx.records.edits import Converted
+from abl_mlx.records.looks import InspectRecord
 from abl_mlx.support.arrays import parameters
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
@@ -51,8 +53,6 @@ from convert.base.errors import UserError
 from convert.base.hf_config import read_config
 from convert.mlx.safetensors_files import TensorFiles
 from convert.tokenizers.hf_files import TOKENIZER
-
-Record = dict[str, Any]
 
 
 class FolderFile(ExitStack):
@@ -129,7 +129,7 @@ class FolderFile(ExitStack):
             "README.md": read_card(self.source.path / "README.md"),
         }
 
-    def inspect(self) -> Record:
+    def inspect(self) -> InspectRecord:
         config, files = self.config, self.files
         stored = Counter(files.info(name).dtype for name in files.names)
         chat = self.lazily
@@ -141,25 +141,28 @@ class FolderFile(ExitStack):
             for writer in writers
             for path in writer.parameters
         ]
-        return {
-            "source": self.source.name,
-            "folder": str(self.source.path),
-            "architecture": config["model_type"],
-            "layers": len(chat.layers),
-            "width": chat.width,
-            "parameters": whole,
-            "dtypes": sorted(stored),
-            "quantization": config.get("quantization") or config.get("quantization_config"),
-            "tied": any(writer.tied for writer in writers) or bool(copies),
-            **({"head_copies": copies} if copies else {}),
-            **_template(chat),
-            "writers": grouped(
+        tail, fault = _template(chat)
+        return InspectRecord(
+            source=self.source.name,
+            folder=str(self.source.path),
+            architecture=config["model_type"],
+            layers=len(chat.layers),
+            width=chat.width,
+            parameters=whole,
+            dtypes=sorted(stored),
+            quantization=config.get("quantization") or config.get("quantization_config"),
+            tied=any(writer.tied for writer in writers) or bool(copies),
+            head_copies=copies or None,
+            template_tail=tail,
+            template_fault=fault,
+            nulls=frozenset({"template_tail"}) if tail is None else frozenset(),
+            writers=grouped(
                 (writer.path, writer.kind, writer.gain is not None, writer.has_bias)
                 for writer in writers
             ),
-            "edit": edit_share(touched, whole),
-            **mtp.record(mtp.tensors(files, len(chat.layers)), []),
-        }
+            edit=edit_share(touched, whole),
+            mtp=mtp.record(mtp.tensors(files, len(chat.layers)), []),
+        )
 
     def hashes(self) -> dict[str, str]:
         return record_parts.file_hashes(self.files.files)
@@ -243,7 +246,7 @@ class FolderFile(ExitStack):
 
     # --- what comes of it ----------------------------------------------------------------------
 
-    def convert(self, out: Path, types: NewTypes) -> Record:
+    def convert(self, out: Path, types: NewTypes) -> Converted:
         return other_format.to_gguf(self.source, self.label(), out, types)
 
     def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
@@ -257,10 +260,10 @@ class FolderFile(ExitStack):
         undo_folder.write_adapter(self.source, self.lazily, self.files, path, found, label)
 
 
-def _template(chat: ChatModel) -> Record:
-    """For a record: how many tokens follow the instruction in the chat template, or an error."""
+def _template(chat: ChatModel) -> tuple[int | None, str | None]:
+    """How many tokens follow the instruction in the chat template, or an error."""
     try:
         chat_model.add_tokenizer(chat)
-        return {"template_tail": chat.template_tail()}
+        return chat.template_tail(), None
     except UserError as error:
-        return {"template_tail": None, "template_fault": str(error)}
+        return None, str(error)

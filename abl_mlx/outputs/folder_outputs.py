@@ -38,6 +38,7 @@ from abl_mlx.outputs.staging import (
     check_space,
     format_of,
 )
+from abl_mlx.records.edits import Drafting, WrittenEdit
 from abl_mlx.support import notes
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress, progress_to
@@ -49,8 +50,6 @@ from convert.mlx.other_quantization import refuse_foreign
 from convert.mlx.safetensors_files import TensorFiles, TensorInfo
 from convert.mlx_to_gguf import check_convertible, encode, write_gguf
 from convert.ollama.client import lost_of_template
-
-Record = dict[str, Any]
 
 ROWS_WARNING = (
     "warning: keeping the norms of rows puts part of the direction back; the leak says how much"
@@ -123,7 +122,7 @@ class FolderEdit:
     def original(self) -> evaluate.InLlamaCpp | None:
         return None
 
-    def predicting(self) -> Record:
+    def predicting(self) -> Drafting | None:
         edited = [*self.plan.edits, *self.plan.matrices] if self.plan else []
         return mtp.record(mtp.tensors(self.files, self._layers), edited)
 
@@ -152,16 +151,16 @@ class FolderEdit:
         types: Sequence[str],
         note: str | None,
         left_out: Sequence[str] = (),
-    ) -> Record:
-        return {
-            "output": str(output.path),
-            "format": output.format,
-            "types": list(types),
-            "leak": leak.record(),
-            "embedding": self.embedding,
-            "left_out": list(left_out),
-            **notes.noted(note, ROWS_WARNING if self.edit.norm == "rows" else None),
-        }
+    ) -> WrittenEdit:
+        return WrittenEdit(
+            output=str(output.path),
+            format=output.format,
+            types=list(types),
+            leak=leak.record(),
+            embedding=self.embedding,
+            left_out=list(left_out),
+            note=notes.joined(note, ROWS_WARNING if self.edit.norm == "rows" else None),
+        )
 
     def _write_adapter(self, output: Output, label: Mapping[str, Any]) -> Written:
         chat, writers = self.loaded.chat, self.loaded.writers

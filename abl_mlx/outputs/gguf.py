@@ -43,6 +43,8 @@ from abl_mlx.outputs.mentions import READ, read_card
 from abl_mlx.outputs.other_format import NewTypes
 from abl_mlx.outputs.stream_weights import StreamWeights
 from abl_mlx.outputs.undo_file import Taken, Tensors, taken
+from abl_mlx.records.edits import Converted
+from abl_mlx.records.looks import InspectRecord
 from abl_mlx.support.clock import Clock
 from convert import gguf_to_mlx
 from convert.architectures import gguf_mtp, gguf_writers
@@ -53,8 +55,6 @@ from convert.gguf.file import GgufSource
 from convert.gguf.parts import size_of
 from convert.tokenizers import template_files
 from convert.tokenizers.from_gguf import chat_templates
-
-Record = dict[str, Any]
 
 
 class GgufFile(ExitStack):
@@ -136,28 +136,28 @@ class GgufFile(ExitStack):
             "card": read_card(path.with_name(f"{path.stem}.README.md")),
         }
 
-    def inspect(self) -> Record:
+    def inspect(self) -> InspectRecord:
         gguf, named = self.gguf, self.named_writers()
         sizes = {name: math.prod(entry.shape) for name, entry in gguf.tensors.items()}
         types = Counter(entry.type.name for entry in gguf.tensors.values() if len(entry.shape) > 1)
         whole = sum(sizes.values()) or 1
-        return {
-            "source": self.source.name,
-            "file": str(gguf.parts[0]),
-            "architecture": gguf.architecture,
-            "layers": self._blocks(),
-            "width": self.width,
-            "parameters": whole,
-            "dtypes": sorted({entry.type.name for entry in gguf.tensors.values()}),
-            "quantization": ", ".join(f"{count} × {name}" for name, count in types.most_common()),
-            "tied": any(one.tied for one in named),
-            "runs_in_mlx": gguf.architecture in IN_MLX,
-            "writers": grouped(
+        return InspectRecord(
+            source=self.source.name,
+            file=str(gguf.parts[0]),
+            architecture=gguf.architecture,
+            layers=self._blocks(),
+            width=self.width,
+            parameters=whole,
+            dtypes=sorted({entry.type.name for entry in gguf.tensors.values()}),
+            quantization=", ".join(f"{count} × {name}" for name, count in types.most_common()),
+            tied=any(one.tied for one in named),
+            runs_in_mlx=gguf.architecture in IN_MLX,
+            writers=grouped(
                 (one.name, one.kind, bool(one.gains), one.bias is not None) for one in named
             ),
-            "edit": edit_share((sizes[name] for one in named for name in one.parameters), whole),
-            **gguf_outputs.predicting(gguf, []),
-        }
+            edit=edit_share((sizes[name] for one in named for name in one.parameters), whole),
+            mtp=gguf_outputs.predicting(gguf, []),
+        )
 
     def _blocks(self) -> int:
         key = f"{self.gguf.architecture}.block_count"
@@ -265,7 +265,7 @@ class GgufFile(ExitStack):
 
     # --- what comes of it ----------------------------------------------------------------------
 
-    def convert(self, out: Path, types: NewTypes) -> Record:
+    def convert(self, out: Path, types: NewTypes) -> Converted:
         return other_format.to_folder(self.gguf, out, types)
 
     def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:

@@ -13,16 +13,17 @@ from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
 from abl_mlx.edits.edit import Leak, leak
-from abl_mlx.edits.leak import LeakReport
+from abl_mlx.edits.leak import Details, LeakReport
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models import chat_model, from_gguf
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs import adapter_outputs, mtp, undo_file
-from abl_mlx.outputs.gguf_plan import TensorPlan, TensorReport, compare, replacement, stored_values
+from abl_mlx.outputs.gguf_plan import TensorPlan, compare, replacement, stored_values
 from abl_mlx.outputs.provenance import edit_label, gguf_metadata
 from abl_mlx.outputs.staging import FOLDER, GGUF, LORA, Output, Written, check_space, format_of
+from abl_mlx.records.edits import Drafting, WrittenEdit
 from abl_mlx.support import notes
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress, progress_to
@@ -36,8 +37,6 @@ from convert.gguf.parts import part_paths
 from convert.gguf.rewrite import rewrite
 from convert.mlx.safetensors_files import TensorFiles
 from convert.ollama.client import lost_of_template
-
-Record = dict[str, Any]
 
 _OF_THE_FILE = "KL and component are of the file, in MLX"
 _IN_MLX = "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have llama.cpp do it"
@@ -99,8 +98,8 @@ def drafting(
     return found
 
 
-def predicting(gguf: GgufSource, edited: Iterable[str]) -> Record:
-    """The record's entry about tensors of multi-token prediction; empty when there are none.
+def predicting(gguf: GgufSource, edited: Iterable[str]) -> Drafting | None:
+    """The record's entry about tensors of multi-token prediction; None if there are none.
 
     Args:
         gguf: the open source.
@@ -138,7 +137,12 @@ class GgufEdit:
     def original(self) -> evaluate.InLlamaCpp | None:
         return evaluate.InLlamaCpp(self.source.path)
 
-    def predicting(self) -> Record:
+    @property
+    def embedding(self) -> bool:
+        """Whether an embedding is among what is edited."""
+        return any(one.writer.kind == "embedding" for one in self.plans.values())
+
+    def predicting(self) -> Drafting | None:
         return predicting(self.gguf, self.plans)
 
     def let_go(self) -> None:
@@ -146,16 +150,13 @@ class GgufEdit:
             self.loaded.let_go()
 
     def write(self, output: Output, clock: Clock) -> Written:
-        embedding = any(one.writer.kind == "embedding" for one in self.plans.values())
         label = edit_label(
-            self.direction, self.editing, self.writing, self.source, embedding=embedding
+            self.direction, self.editing, self.writing, self.source, embedding=self.embedding
         )
         if output.format == LORA:
             return self._write_lora(output, label, clock)
         write = {GGUF: self._write_gguf, FOLDER: self._write_folder}[output.format]
-        written = write(output, label, clock)
-        written.facts["embedding"] = embedding
-        return written
+        return write(output, label, clock)
 
     def _write_lora(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
         gguf, place = self.gguf, output.staged
@@ -180,15 +181,20 @@ class GgufEdit:
             files = _rewrite(self.gguf, self.source, output.staged, self.plans, label, self.writing)
         with clock.step("measure the leak"), GgufSource(files[0]) as after:
             report = compare_all(self.gguf, after, self.plans)
-        facts = {
-            "output": str(output.path.with_name(files[0].name)),
-            "format": GGUF,
-            "files": [file.name for file in files],
-            **leak_record(report),
-        }
         self._check_leak(output.path, report)
+        types, note = written_types(report), None
         if len(files) == 1 and self.source.ollama is None:
-            facts |= notes.noted(notes.modelfile(lost_of_template(files[0])))
+            note = notes.modelfile(lost_of_template(files[0]))
+        facts = WrittenEdit(
+            output=str(output.path.with_name(files[0].name)),
+            format=GGUF,
+            files=[file.name for file in files],
+            types=types,
+            leak=report.record(),
+            weight_error=report.error,
+            embedding=self.embedding,
+            note=note,
+        )
         if self.writing.keep_undo:
             place = undo_file.kept_path(output.staged)
             undo_file.keep_gguf(place, self.gguf, self.plans, label["direction_sha256"])
@@ -198,7 +204,7 @@ class GgufEdit:
             lambda: opened(files[0]),
             llamacpp=evaluate.InLlamaCpp(files[0]),
             notes=(_IN_MLX, _OF_THE_FILE),
-            limit=self._limit(facts["types"]),
+            limit=self._limit(types),
             writers_in=self._writers_in,
         )
 
@@ -227,21 +233,24 @@ class GgufEdit:
                 before = stored_values(self.gguf, name)
                 after = gguf_to_mlx.read_back(found, output.staged, written, name)
                 leaks[name] = leak(one.edit, one.writer, one.parameter, before, after)
-                details[name] = TensorReport(leaks[name], None, None, one.old.name).details()
+                details[name] = Details(None, None, one.old.name)
         found_leak = LeakReport(leaks, details)
-        facts = {
-            "output": str(output.path),
-            "format": FOLDER,
-            **leak_record(found_leak),
-            "types": sorted(report.forms),
-            **notes.noted(notes.drafting(report.left_out), notes.window(report.config)),
-        }
         self._check_leak(output.path, found_leak)
+        types = sorted(report.forms)
+        facts = WrittenEdit(
+            output=str(output.path),
+            format=FOLDER,
+            types=types,
+            leak=found_leak.record(),
+            weight_error=found_leak.error,
+            embedding=self.embedding,
+            note=notes.joined(notes.drafting(report.left_out), notes.window(report.config)),
+        )
         return Written(
             output,
             facts,
             lambda: nullcontext(chat_model.load(output.staged, check=False)),
-            limit=self._limit(facts["types"]),
+            limit=self._limit(types),
         )
 
     def _check_leak(self, path: Path, report: LeakReport) -> None:
@@ -292,21 +301,14 @@ def compare_all(
     before: GgufSource, after: GgufSource, plans: Mapping[str, TensorPlan]
 ) -> LeakReport:
     """Compare every edited tensor of two files."""
-    reports = {}
+    leaks, details = {}, {}
     with progress(len(plans), "read back", "tensor") as bar:
         for name, one in plans.items():
-            reports[name] = compare(before, after, one)
+            leaks[name], details[name] = compare(before, after, one)
             bar.update()
-    return LeakReport(
-        {name: one.leak for name, one in reports.items()},
-        {name: one.details() for name, one in reports.items()},
-    )
+    return LeakReport(leaks, details)
 
 
-def leak_record(report: LeakReport) -> Record:
-    """The comparison of all edited tensors as JSON values."""
-    return {
-        "types": sorted({str(one["type"]) for one in report.details.values()}),
-        "leak": report.record(),
-        "weight_error": report.error,
-    }
+def written_types(report: LeakReport) -> list[str]:
+    """The types of all compared tensors of a GGUF."""
+    return sorted({one.type for one in report.details.values()})

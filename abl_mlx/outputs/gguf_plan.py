@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType
 
 from abl_mlx.edits import rounding
 from abl_mlx.edits.edit import Edit, Leak, rounded, stream_axis
+from abl_mlx.edits.leak import Details
 from abl_mlx.edits.slabs import SLAB, Slab, exact_edit, leak, sample, slabs
 from abl_mlx.models.from_gguf import writer_of
 from abl_mlx.models.writers import Writer
@@ -261,32 +262,7 @@ def replacement(
 # --- what was written --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TensorReport:
-    """An edited tensor compared with its source, both read from their files.
-
-    Attributes:
-        leak: the edit's leak.
-        codes_changed: the share of codes that differ; None if the types differ.
-        bytes_changed: the number of bytes that differ; None if the types differ.
-        type: the type in which it was written.
-    """
-
-    leak: Leak
-    codes_changed: float | None
-    bytes_changed: int | None
-    type: str
-
-    def details(self) -> dict[str, Any]:
-        """The facts besides the leak, as JSON values."""
-        return {
-            "codes_changed": self.codes_changed,
-            "bytes_changed": self.bytes_changed,
-            "type": self.type,
-        }
-
-
-def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> TensorReport:
+def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> tuple[Leak, Details]:
     """Compare one tensor in two files."""
     entry, written = before.tensors[one.name], after.tensors[one.name]
     if written.shape != entry.shape:
@@ -311,7 +287,7 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> TensorRep
     before.release(one.name)
     after.release(one.name)
     name = written.type.name if same else f"{entry.type.name} -> {written.type.name}"
-    return TensorReport(total, codes / weights if weights else None, changed, name)
+    return total, Details(codes / weights if weights else None, changed, name)
 
 
 def bytes_changed(old: np.ndarray, new: np.ndarray) -> int:

@@ -38,6 +38,7 @@ from abl_mlx.outputs.staging import (
     Written,
     format_of,
 )
+from abl_mlx.records.edits import WrittenEdit
 from abl_mlx.support import notes
 from abl_mlx.support.arrays import numbers, numpy_of, parameters
 from abl_mlx.support.clock import Clock
@@ -50,8 +51,6 @@ from convert.mlx.folder import rewrite_folder
 from convert.mlx.safetensors_files import TensorFiles
 from convert.mlx_to_gguf import write_gguf
 from convert.ollama.client import lost_of_template
-
-Record = dict[str, Any]
 
 TAGS = ["induced-refusal", "abl-mlx"]
 
@@ -219,7 +218,7 @@ class ConstantEdit:
         raise NotImplementedError
 
     @property
-    def label(self) -> Record:
+    def label(self) -> dict[str, Any]:
         """The written model's label."""
         return {
             **label(_ADDED_TO, self.direction.sha256, self.source),
@@ -231,8 +230,8 @@ class ConstantEdit:
     def original(self) -> evaluate.InLlamaCpp | None:
         return None
 
-    def predicting(self) -> Record:
-        return {}
+    def predicting(self) -> None:
+        return None
 
     def let_go(self) -> None:
         self.loaded.let_go()
@@ -274,19 +273,18 @@ class ConstantEdit:
         raise NotImplementedError
 
     def _written_gguf(self, output: Output) -> Written:
-        facts = _facts(output)
-        if self.source.ollama is None:
-            facts |= notes.noted(notes.modelfile(lost_of_template(output.staged)))
+        keeps = self.source.ollama is not None
+        note = None if keeps else notes.modelfile(lost_of_template(output.staged))
         return Written(
             output,
-            facts,
+            _facts(output, note),
             lambda: gguf_outputs.opened(output.staged),
             llamacpp=evaluate.InLlamaCpp(output.staged),
         )
 
 
-def _facts(output: Output) -> Record:
-    return {"output": str(output.path), "format": output.format}
+def _facts(output: Output, note: str | None = None) -> WrittenEdit:
+    return WrittenEdit(output=str(output.path), format=output.format, note=note)
 
 
 class FolderConstant(ConstantEdit):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+
+from abl_mlx.records.looks import EditShare, WriterGroup
 
 
-def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[dict[str, Any]]:
+def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[WriterGroup]:
     """The writers, with those that differ only in their layer as one entry.
 
     Args:
@@ -18,17 +19,18 @@ def grouped(writers: Iterable[tuple[str, str, bool, bool]]) -> list[dict[str, An
         key = (re.sub(r"\.\d+\.", ".N.", path, count=1), kind, gain, bias)
         groups[key] = groups.get(key, 0) + 1
     return [
-        {"pattern": pattern, "kind": kind, "gain": gain, "bias": bias, "count": count}
+        WriterGroup(pattern=pattern, kind=kind, gain=gain, bias=bias, count=count)
         for (pattern, kind, gain, bias), count in groups.items()
     ]
 
 
-def edit_share(touched: Iterable[int], whole: int) -> dict[str, Any]:
-    """How much of a model a full edit changes, as JSON values.
+def edit_share(touched: Iterable[int], whole: int) -> EditShare:
+    """How much of a model a full edit changes.
 
     Args:
         touched: the number of parameters in each tensor that is edited.
         whole: the number of parameters in the whole model.
     """
     sizes = list(touched)
-    return {"tensors": len(sizes), "parameters": sum(sizes), "share": sum(sizes) / max(whole, 1)}
+    share = sum(sizes) / max(whole, 1)
+    return EditShare(tensors=len(sizes), parameters=sum(sizes), share=share)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from abl_mlx.records.looks import Mention
+
 #: Words that name this kind of edit.
 _NAMES = re.compile(
     r"abliterat\w*|uncensored|orthogonali[sz]ed|heretic|derestricted|decensored|"
@@ -17,14 +19,14 @@ _NAMES = re.compile(
 READ = 20_000
 
 
-def mentions(said: Mapping[str, str]) -> list[dict[str, str]]:
+def mentions(said: Mapping[str, str]) -> list[Mention]:
     """Each ``place`` that names an edit, with the ``text`` of the first such word there.
 
     Args:
         said: place (such as a metadata key) -> its text.
     """
     found = ((place, _NAMES.search(text)) for place, text in said.items())
-    return [{"place": place, "text": match[0]} for place, match in found if match is not None]
+    return [Mention(place=place, text=match[0]) for place, match in found if match is not None]
 
 
 def read_card(path: Path) -> str:

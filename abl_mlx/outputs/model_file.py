@@ -33,9 +33,9 @@ from abl_mlx.outputs.other_format import NewTypes
 from abl_mlx.outputs.staging import Output, Written
 from abl_mlx.outputs.stream_weights import StreamWeights
 from abl_mlx.outputs.undo_file import Taken, Tensors
+from abl_mlx.records.edits import Converted, Drafting
+from abl_mlx.records.looks import InspectRecord
 from abl_mlx.support.clock import Clock
-
-Record = dict[str, Any]
 
 
 class PlannedEdit(Protocol):
@@ -49,8 +49,8 @@ class PlannedEdit(Protocol):
     def original(self) -> InLlamaCpp | None:
         """The unchanged model in llama.cpp; None if MLX runs it."""
 
-    def predicting(self) -> Record:
-        """The record's entry about tensors of multi-token prediction, empty if there are none."""
+    def predicting(self) -> Drafting | None:
+        """The record's entry about tensors of multi-token prediction; None if there are none."""
 
     def write(self, output: Output, clock: Clock) -> Written:
         """Write an output to its staged name, and measure its leak in the written bytes.
@@ -124,8 +124,8 @@ class ModelFile(Protocol):
     def said(self) -> dict[str, str]:
         """Place (a metadata key, the card) -> its publisher's text there."""
 
-    def inspect(self) -> Record:
-        """Architecture, residual writers, and how much an edit would change, as JSON values."""
+    def inspect(self) -> InspectRecord:
+        """Architecture, residual writers, and how much an edit would change."""
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every file that holds weights."""
@@ -237,7 +237,7 @@ class ModelFile(Protocol):
 
     # --- what comes of it ---
 
-    def convert(self, out: Path, types: NewTypes) -> Record:
+    def convert(self, out: Path, types: NewTypes) -> Converted:
         """Write the same weights, unedited, in the other format.
 
         Returns:

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.nn as nn
 
 from abl_mlx.models.writers import Writer
+from abl_mlx.records.edits import Drafting
 from convert.architectures import mtp
 from convert.architectures.mtp import Tensor, mtp_tensors
 from convert.base.errors import UserError
@@ -53,18 +54,17 @@ def tensors(files: TensorFiles, layers: int) -> list[str]:
     return [one.name for one in mtp_tensors(files.names, layers)]
 
 
-def record(names: Sequence[str], edited: Iterable[str]) -> dict[str, Any]:
-    """The record's entry ``mtp`` about MTP tensors; empty if there are none.
+def record(names: Sequence[str], edited: Iterable[str]) -> Drafting | None:
+    """The record's entry ``mtp`` about MTP tensors; None if there are none.
 
     Args:
         names: the names of all MTP tensors.
         edited: the names of all tensors that were edited.
     """
     if not names:
-        return {}
+        return None
     touched = set(names) & set(edited)
-    listed = [name for name in names if name in touched]
-    return {"mtp": {"tensors": len(names), "edited": listed}}
+    return Drafting(tensors=len(names), edited=[name for name in names if name in touched])
 
 
 def find_parts(

@@ -12,12 +12,11 @@ from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs.edit_label import gguf_label
 from abl_mlx.outputs.provenance import TAGS
 from abl_mlx.outputs.staging import FOLDER, GGUF
+from abl_mlx.records.edits import Converted
 from abl_mlx.support import notes
 from abl_mlx.support.console import progress, progress_to
 from convert import gguf_to_mlx, mlx_to_gguf
 from convert.gguf.file import GgufSource
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,9 @@ class NewTypes:
     dtype: str | None = None
 
 
-def to_gguf(source: Source, label: Mapping[str, Any] | None, out: Path, types: NewTypes) -> Record:
+def to_gguf(
+    source: Source, label: Mapping[str, Any] | None, out: Path, types: NewTypes
+) -> Converted:
     """Write a folder as a GGUF.
 
     Args:
@@ -44,7 +45,7 @@ def to_gguf(source: Source, label: Mapping[str, Any] | None, out: Path, types: N
         out: the GGUF to write.
         types: the types of its weights.
     """
-    metadata: Record = {"general.name": source.title}
+    metadata: dict[str, Any] = {"general.name": source.title}
     if label is not None:
         metadata["general.tags"] = TAGS
         metadata |= {f"abl_mlx.{key}": value for key, value in label.items()}
@@ -52,12 +53,16 @@ def to_gguf(source: Source, label: Mapping[str, Any] | None, out: Path, types: N
         report = mlx_to_gguf.write_gguf(
             source.path, out, file_type=types.quantize, metadata=metadata, progress=moved
         )
-    counts = dict(Counter(report.types.values()))
-    note = notes.vision(report.left_out)
-    return {"format": GGUF, "tensors": counts, "bytes": report.bytes, **notes.noted(note)}
+    return Converted(
+        output=str(out),
+        format=GGUF,
+        tensors=dict(Counter(report.types.values())),
+        bytes=report.bytes,
+        note=notes.vision(report.left_out),
+    )
 
 
-def to_folder(gguf: GgufSource, out: Path, types: NewTypes) -> Record:
+def to_folder(gguf: GgufSource, out: Path, types: NewTypes) -> Converted:
     """Write a GGUF as an MLX folder."""
     size = sum(entry.nbytes for entry in gguf.tensors.values())
     label = gguf_label(gguf)
@@ -72,10 +77,11 @@ def to_folder(gguf: GgufSource, out: Path, types: NewTypes) -> Record:
             tags=TAGS[:1] if label else (),
             progress=bar.update,
         )
-    return {
-        "format": FOLDER,
-        "tensors": report.forms,
-        "bytes": report.bytes,
-        **({"left_out": list(report.left_out)} if report.left_out else {}),
-        **notes.noted(notes.drafting(report.left_out), notes.window(report.config)),
-    }
+    return Converted(
+        output=str(out),
+        format=FOLDER,
+        tensors=dict(report.forms),
+        bytes=report.bytes,
+        left_out=list(report.left_out) or None,
+        note=notes.joined(notes.drafting(report.left_out), notes.window(report.config)),
+    )

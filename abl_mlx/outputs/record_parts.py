@@ -5,55 +5,77 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from abl_mlx import __version__
-from abl_mlx.choices import Choices
+from abl_mlx.choices import ApplyOptions, Choices, RunOptions
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs.sources import Source
+from abl_mlx.records.directions import Chosen, Found, Recipe
+from abl_mlx.records.edits import Drafting, Edited, Hashes, WorstLeak, WrittenEdit
+from abl_mlx.records.evaluations import Template
 from abl_mlx.support.console import progress
-
-Record = dict[str, Any]
 
 
 def start_record(
-    source: Source, paths: Sequence[Path], options: Choices, direction: DirectionFile
-) -> Record:
-    """The entries of a run's record that are known before anything is written."""
-    metadata = direction.metadata
-    summary = metadata.get("summary", {"method": "given"})
-    return {
-        "abl_mlx": __version__,
-        "source": source.name,
-        "source_is_repository": source.is_repository,
-        "base_model": source.public_name,
-        **({"repository": source.hub_id} if source.hub_id is not None else {}),
-        "outputs": [str(path) for path in paths],
-        "direction": {
-            **summary,
-            "sha256": direction.sha256,
-            **({"recipe": metadata["recipe"]} if "recipe" in metadata else {}),
-        },
-        "options": options.record(),
-        **measured(direction),
-    }
+    source: Source,
+    paths: Sequence[Path],
+    options: RunOptions | ApplyOptions,
+    direction: DirectionFile,
+    *,
+    hashes: Hashes,
+    mtp: Drafting | None,
+) -> Edited:
+    """The parts of a record that are known before anything is written.
+
+    Args:
+        source: the model that is edited.
+        paths: the outputs.
+        options: the chosen options.
+        direction: the directions.
+        hashes: the hashes of all of these.
+        mtp: the entry about tensors of multi-token prediction.
+    """
+    recipe = direction.metadata.get("recipe")
+    taken = chosen(direction)
+    if recipe is not None:
+        taken = replace(taken, recipe=Recipe.of(recipe))
+    return Edited(
+        abl_mlx=__version__,
+        source=source.name,
+        source_is_repository=source.is_repository,
+        base_model=source.public_name,
+        repository=source.hub_id,
+        outputs=[str(path) for path in paths],
+        options=options,
+        mtp=mtp,
+        hashes=hashes,
+        seconds={},
+        **replace(measured(direction), direction=taken).values_by_field,
+    )
 
 
-def measured(direction: DirectionFile) -> Record:
-    """Results of measuring a direction: ``first_look``, ``scores``, ``trials`` and ``cloud``.
+def chosen(direction: DirectionFile) -> Chosen:
+    """The chosen directions, as a direction file describes them."""
+    summary = direction.metadata.get("summary", {"method": "given"})
+    return Chosen.of({**summary, "sha256": direction.sha256})
 
-    The cloud has the coordinates [x, y] of each prompt of the two sets in a plane. Entries that a
-    direction from another program lacks are left out.
+
+def measured(direction: DirectionFile) -> Found:
+    """Results of measuring a direction.
+
+    Results that a direction from another program lacks are left out.
     """
     metadata = direction.metadata
     kept = ("first_look", "scores", "trials")
-    found: Record = {key: metadata[key] for key in kept if key in metadata}
+    found = {key: metadata[key] for key in kept if key in metadata}
     if direction.clouds is not None:
         sets = zip(("harmful", "harmless"), direction.clouds, strict=True)
         points = {name: cloud.astype(float).round(4).tolist() for name, cloud in sets}
         found["cloud"] = {**metadata.get("cloud", {}), **points}
-    return found
+    return Found.of({"direction": chosen(direction), **found})
 
 
 def file_hashes(files: Sequence[Path]) -> dict[str, str]:
@@ -86,8 +108,8 @@ def hashes(
     source: Mapping[str, str],
     direction: DirectionFile,
     options: Choices,
-    template: Mapping[str, Any] | None = None,
-) -> Record:
+    template: Template | None = None,
+) -> Hashes:
     """Hashes of the source's files, of the direction and of the options.
 
     Args:
@@ -96,16 +118,15 @@ def hashes(
         options: the chosen options.
         template: the record's entry about a given template, which counts as an option.
     """
-    return {
-        "source": dict(source),
-        "direction": direction.sha256,
-        "options": combined_hash({**options.record(), **(template or {})}),
-    }
+    given = {} if template is None else {"template": template.json}
+    return Hashes(
+        source=dict(source),
+        direction=direction.sha256,
+        options=combined_hash({**options.record(), **given}),
+    )
 
 
-def worst_leak(written: Sequence[Record]) -> Record:
+def worst_leak(written: Sequence[WrittenEdit]) -> WorstLeak:
     """The largest total leak, and the largest leak of a tensor, of all outputs."""
-    return {
-        "total": max(one["leak"]["total"] for one in written),
-        "max": max(one["leak"]["max"] for one in written),
-    }
+    leaks = [one.leak for one in written if one.leak is not None]
+    return WorstLeak(total=max(one.total for one in leaks), max=max(one.max for one in leaks))

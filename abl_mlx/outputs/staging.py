@@ -7,20 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from abl_mlx.behaviour.evaluate import InLlamaCpp
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
+from abl_mlx.records.edits import WrittenEdit
 from abl_mlx.support.units import in_bytes
 from convert import adapters
 from convert.base.atomic import check_new, claim, new_files, new_folder
 from convert.base.errors import UserError
 from convert.base.suffixes import ends_in, is_gguf_name, without
 from convert.gguf import control_vector
-
-Record = dict[str, Any]
 
 #: Names of the output formats.
 FOLDER, GGUF, ADAPTER, LORA, VECTOR = "MLX", "GGUF", "MLX adapter", "GGUF LoRA", "control vector"
@@ -69,9 +67,9 @@ class Written:
     """An output after its weights were written.
 
     Attributes:
-        output: the output.
-        facts: its entries in the record: format, types, leak, ...
-        opened: context manager with the output as a model in MLX, read from the written bytes.
+        output: which.
+        facts: what a record says of it.
+        opened: gives the output as a model in MLX, read back from the bytes written.
         on_loaded: whether `opened` uses the model that was loaded for the run.
         llamacpp: the output in llama.cpp; None if llama.cpp does not run it.
         notes: notes on its figures if MLX gave the replies, and if llama.cpp did.
@@ -81,7 +79,7 @@ class Written:
     """
 
     output: Output
-    facts: Record
+    facts: WrittenEdit
     opened: Callable[[], AbstractContextManager[ChatModel]]
     on_loaded: bool = False
     llamacpp: InLlamaCpp | None = None

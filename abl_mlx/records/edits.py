@@ -211,8 +211,8 @@ class UndoRecord(Record, Made):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertRecord(Record, Made):
-    """What `convert` wrote.
+class Converted(Part):
+    """A model in the other format.
 
     Attributes:
         tensors: type -> how many.
@@ -226,4 +226,10 @@ class ConvertRecord(Record, Made):
     bytes: int
     left_out: list[str] | None = None
     note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRecord(Record, Converted, Made):
+    """What `convert` wrote."""
+
     seconds: dict[str, float]

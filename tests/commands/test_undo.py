@@ -175,7 +175,7 @@ def test_the_demo_refuses_again(tmp_path: Path) -> None:
     abl_mlx("undo", gguf, "-o", lora, "-o", tmp_path / "back.gguf")
     check_back(base, gguf, tmp_path / "back.gguf", "float16")
     asked = prompts.load_demo().harmful.test.take(20)
-    for answer, refuses in ((evaluate.InLlamaCpp(gguf), 0), (evaluate.in_llamacpp(gguf, lora), 1)):
+    for answer, refuses in ((evaluate.InLlamaCpp(gguf), 0), (evaluate.InLlamaCpp(gguf, lora), 1)):
         share = rates(answer(asked.texts, 32), asked.prompts).refusal_rate
         assert abs(share - refuses) <= 0.05
 
