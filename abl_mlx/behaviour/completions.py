@@ -1,4 +1,4 @@
-"""A model behind a server that is given text to complete, and no conversation."""
+"""A model on a server that gets text to complete instead of a conversation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from convert.tokenizers.chat_template import ChatTemplate
 
 
 class Completions(Endpoint):
-    """One model of a server, asked at /v1/completions with prompts that are written here.
+    """One model on a server, asked at /v1/completions with prompts rendered by this program.
 
     Attributes:
-        template: what writes them.
+        template: the chat template that renders prompts.
     """
 
     _route = "completions"
@@ -34,7 +34,7 @@ class Completions(Endpoint):
         """
         self.template = template
         super().__init__(url, model, asking)
-        self._silent = True  # what it would tell of tokens has another form here
+        self._silent = True  # at /v1/completions, tokens are returned in another form
         if self.owner == "library":
             raise UserError(
                 f"{self.name} is Ollama, which writes its template around a text to complete, too: "
@@ -50,7 +50,7 @@ class Completions(Endpoint):
 
     @cached_property
     def _added(self) -> str:
-        """The bos token, where the template may write it and llama-server adds it as well."""
+        """The bos token, if the template may write it and llama-server adds it as well."""
         bos = str(self.template.values.get("bos_token", ""))
         if not bos or not self.is_llamacpp:
             return ""

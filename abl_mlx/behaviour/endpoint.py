@@ -1,8 +1,8 @@
 """A model behind an OpenAI-compatible server: llama-server, Ollama, LM Studio, mlx_lm.server.
 
-Everything that goes wrong ends in one sentence. Requests are greedy, run side by side, are repeated
-with growing pauses where that can help, and end when their time is over, however slowly a server
-sends. Nothing is sent but the prompt; a key never appears in a message.
+Every error becomes one sentence. Requests are greedy and run in parallel. A request that fails for
+a temporary reason is repeated after growing pauses, and each has a time limit, however slowly the
+server sends. Only the prompt is sent; a key never appears in a message.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from abl_mlx.models.thoughts import opened_by, resumed, without_thoughts
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
 
-#: Longest pause between two tries that is waited for, in seconds.
+#: The longest pause between two tries, in seconds.
 LONGEST_PAUSE = 120.0
 
 
-#: A field that not every server knows: no use of a cache, since a reply should not depend on what
-#: was asked before. A server that refuses it, or the fields about thoughts, is asked without.
+#: A field that not every server knows: it turns off the cache, because a reply must not depend on
+#: earlier requests. A server that refuses it, or the fields about thoughts, is asked without it.
 _EXTRAS: Mapping[str, Any] = {"cache_prompt": False}
 
 #: What a request is answered with: a text, or a reply that can be cut.
@@ -65,12 +65,12 @@ Said = TypeVar("Said")
 
 
 def is_endpoint(text: str) -> bool:
-    """Whether what a person typed is the address of a server, and not of a model's page."""
+    """Whether the user's text is the address of a server, and not of a model's page."""
     return text.lower().startswith(("http://", "https://")) and not hub.is_address(text)
 
 
 class Endpoint:
-    """One model of a server, found and named when the object is made."""
+    """One model on a server, which is looked up when the object is made."""
 
     _route = "chat/completions"
 
@@ -85,13 +85,13 @@ class Endpoint:
 
         Args:
             url: ``http://host:port/v1``, the root of the server, or an address below it.
-            model: as the server names it; may be left out where there is one alone.
+            model: the model's name on the server; None if the server has only one.
             asking: how the server is asked.
-            say: told of pauses before another try.
+            say: called with a message before a pause.
 
         Raises:
-            UserError: when nothing answers there, what answers is no such API, or the model is not
-                clear.
+            UserError: when there is no server, it has no such API, or it has several models and no
+                name was given.
         """
         self.asking = asking or Asking()
         self._say = say
@@ -100,7 +100,7 @@ class Endpoint:
         password = parts.password or ""
         self._secrets = [text for text in (self._key, password, unquote(password)) if text]
         self._server = parts
-        #: The address without user, password or query, to be shown.
+        #: The address without user, password or query, for messages.
         self.name = shown(parts)
         self._stopped = threading.Event()
         self._open: set[Call] = set()
@@ -131,15 +131,15 @@ class Endpoint:
 
     @property
     def is_llamacpp(self) -> bool:
-        """Whether it is a llama-server, which has more to ask it for."""
+        """Whether it is a llama-server, which has further functions."""
         return bool(self.owner == "llamacpp")
 
     # --- finding the model -----------------------------------------------------------------------
 
     def _find_api(self, model: str | None) -> tuple[str, list[dict[str, Any]]]:
-        """The path under which chat/completions lies, and the models that are listed there."""
+        """The path of the API, which has chat/completions, and the models that it lists."""
         typed = re.sub(r"(/v1)?/(chat/completions|models)$", r"\1", self._server.path.rstrip("/"))
-        # The last two are for who gave the root of the server, or Ollama's own /api.
+        # The last two are for users who give the root of the server, or Ollama's own /api.
         likely = [typed] if typed.endswith("/v1") else [f"{typed}/v1", typed]
         seen = []
         for base in dict.fromkeys([*likely, "/v1"]):
@@ -190,13 +190,13 @@ class Endpoint:
     # --- asking ----------------------------------------------------------------------------------
 
     def ask(self, prompts: Sequence[str | Prompt], max_tokens: int) -> Iterator[tuple[int, str]]:
-        """Greedy replies as they come: (number of the prompt, reply).
+        """Yield (number of the prompt, greedy reply) as soon as each reply is complete.
 
-        A thought that the server keeps apart is put back in front of its reply as a <think> block.
-        When the iterator is left early, by Ctrl-C too, what is under way is cut off.
+        A thought that the server returns separately is put in front of its reply as a <think>
+        block. If the iterator is left early, for instance by Ctrl-C, running requests are cut.
 
         Raises:
-            UserError: when a request fails for good.
+            UserError: when a request fails finally.
         """
         return self._each(prompts, lambda prompt: self.reply(prompt, max_tokens))
 
@@ -222,7 +222,7 @@ class Endpoint:
                 self._wait(0)
                 return answer(prompt)
             except BaseException as error:
-                # Before the others are stopped, so that the first is the cause.
+                # Noted before the other requests are stopped, so that the first error is reported.
                 failures.append(error)
                 self._stopped.set()
                 raise
@@ -237,7 +237,7 @@ class Endpoint:
                 waiting.remove(future)
                 yield futures[future], future.result()
             if failures:
-                # Replies that are there are not thrown away.
+                # Replies that are already complete are yielded.
                 for future in waiting:
                     if future.done() and not future.cancelled() and not future.exception():
                         yield futures[future], future.result()
@@ -252,10 +252,10 @@ class Endpoint:
             self._stopped.clear()
 
     def reply(self, question: str | Prompt, max_tokens: int) -> str:
-        """The greedy reply to one prompt; see `ask`.
+        """The greedy reply to one prompt, as by `ask`.
 
         Raises:
-            UserError: when the request fails for good.
+            UserError: when the request fails finally.
         """
         prompt = prompt_of(question)
         self._check_tools(prompt)
@@ -308,7 +308,7 @@ class Endpoint:
             and answer.status in (400, 422, 500)
             and not is_withheld(answer)
         ):
-            # Templates that know no such role raise, and servers answer with that.
+            # A template without a system role raises an error, which the server returns.
             self._system_role = False
             folded = self._requested(prompt, max_tokens, more or {})
             if folded.status == 200:
@@ -328,7 +328,7 @@ class Endpoint:
         request = self._request(prompt, max_tokens) | dict(more)
         answer = self._exchange("POST", place, request | extras)
         if answer.status in (400, 422) and extras and not is_withheld(answer):
-            # Some servers refuse what they do not know; if it was that, they are not told again.
+            # Some servers refuse unknown fields; if that was the reason, these are not sent again.
             plain = self._exchange("POST", place, request)
             if plain.status == 200:
                 self._strict = True
@@ -341,7 +341,7 @@ class Endpoint:
         return answer
 
     def _request(self, prompt: Prompt, max_tokens: int) -> dict[str, Any]:
-        """What every server takes."""
+        """The fields of a request that every server accepts."""
         return {
             "model": self.model,
             "messages": prompt.messages(system_role=self._system_role),
@@ -384,7 +384,7 @@ class Endpoint:
         return choice.get("message")
 
     def _refused(self, answer: Answer) -> Trouble:
-        """What a status other than 200 means to a person."""
+        """The error for an answer with a status other than 200."""
         status, said = answer.status, self._clean(answer.said)
         if status in (401, 403):
             held = "the key of ABL_API_KEY or OPENAI_API_KEY" if self._key else "a key"
@@ -411,7 +411,7 @@ class Endpoint:
         )
 
     def _clean(self, text: str) -> str:
-        """One short line, without the key that some servers repeat."""
+        """A text as one short line, without the key, which some servers repeat."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         text = " ".join(text.split()).rstrip(".")
@@ -420,7 +420,7 @@ class Endpoint:
     # --- one request -----------------------------------------------------------------------------
 
     def _persist(self, attempt: Callable[[], Said]) -> Said:
-        """Try until it works, cannot work, or has been tried often enough."""
+        """Repeat an attempt until it succeeds, fails finally, or was made often enough."""
         tries = 0
         while True:
             self._wait(self._not_before - time.monotonic())
@@ -428,7 +428,7 @@ class Endpoint:
                 return attempt()
             except Trouble as trouble:
                 tries += 1
-                # What was too slow once is given one more chance, not four times as long.
+                # A request that timed out is repeated only once.
                 most = min(1, self.asking.retries) if trouble.slow else self.asking.retries
                 if not trouble.again or tries > most:
                     times = f", {tries} times" if tries > 1 else ""
@@ -441,7 +441,7 @@ class Endpoint:
                             "then, or lower --concurrency."
                         ) from None
                     pause = trouble.pause
-                    # The others need not run into the same wall.
+                    # Other requests wait as well, because they would fail in the same way.
                     self._not_before = max(self._not_before, time.monotonic() + pause)
                 pause = min(pause, LONGEST_PAUSE)
                 self._wait(0)

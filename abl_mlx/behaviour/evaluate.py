@@ -1,4 +1,4 @@
-"""What a model does: replies, refusal rates, KL divergence, and what is left of a direction."""
+"""Evaluating a model: replies, refusal rates, KL divergence, and the component of a direction."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
 #: A prompt, or the text of a user's message.
 Question = str | Prompt
 
-#: Prompts to replies of at most so many tokens, in order: a model in MLX, or a GGUF in llama.cpp.
+#: A function from prompts and the longest reply in tokens to replies, in the prompts' order.
 Chat = Callable[[Sequence[Question], int], list[str]]
 
-#: Like `Chat`, with each reply as it comes: (number of the prompt, reply).
+#: Like `Chat`, but yields (number of the prompt, reply) as soon as each reply is complete.
 Stream = Callable[[Sequence[Question], int], Iterator[tuple[int, str]]]
 
 #: Like `Stream`, with replies that can be cut.
 Wholes = Callable[[Sequence[Question], int], Iterator[tuple[int, WholeReply]]]
 
-#: Harmless prompts on which KL is measured at most; each keeps K·V float32 numbers on disk.
+#: The largest number of harmless prompts for the KL; each takes K·V float32 numbers on disk.
 KL_PROMPTS = 32
 
-#: Prompts that llama.cpp answers at the same time: of 16 a processor makes half as many replies
-#: again in a second as of 4, and each has a cache of its own.
+#: How many prompts llama.cpp answers at the same time, each with its own cache. With 16 a processor
+#: makes 1.5 times as many replies per second as with 4.
 SIDE_BY_SIDE = 16
 
 
@@ -119,11 +119,11 @@ class Behaviour:
 
     Attributes:
         harmful, harmless: verdicts over the replies to each set.
-        replies: the texts, harmful first; kept for the caller, never written unless asked for.
-        expected: share of harmful prompts whose reply is exactly the answer known for them; None
-            where none is known (only the demo's prompts carry answers).
-        borderline: verdicts over the replies to borderline prompts; None where they were not asked.
-        notes: what else is to be said of the replies.
+        replies: their texts, harmful prompts first; never written unless the user asks for it.
+        expected: share of harmful prompts whose reply is exactly their known answer; None if there
+            are no known answers (only the demo's prompts have them).
+        borderline: verdicts on the replies to borderline prompts; None if these were not asked.
+        notes: the notes on the replies.
     """
 
     harmful: Rates
@@ -134,7 +134,7 @@ class Behaviour:
     notes: Notes = field(default_factory=Notes)
 
     def record(self) -> Refusals:
-        """The figures of a record."""
+        """The figures for a record."""
         sets = {"harmful": self.harmful, "harmless": self.harmless}
         if self.borderline is not None:
             sets["borderline"] = self.borderline
@@ -152,9 +152,10 @@ def behaviour(
     """Ask every prompt and judge the replies.
 
     Args:
-        answer: the runtime that replies, greedily.
-        max_tokens: longest reply.
-        borderline: asked too, if given; their replies are not kept.
+        answer: generates greedy replies.
+        harmful, harmless: the prompts.
+        max_tokens: the longest reply, in tokens.
+        borderline: further prompts, whose replies are not kept; None to ask none.
     """
     third = borderline.prompts if borderline is not None else ()
     replies = answer([*harmful.prompts, *harmless.prompts, *third], max_tokens)
@@ -183,7 +184,7 @@ def behaviour(
 
 
 def in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Chat:
-    """A loaded model as something that replies to prompts."""
+    """A function that replies to prompts with a loaded model."""
 
     def answer(prompts: Sequence[Question], max_tokens: int) -> list[str]:
         sequences = [chat.encode(prompt) for prompt in prompts]
@@ -194,7 +195,7 @@ def in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Chat:
 
 
 def stream_in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Stream:
-    """Like `in_mlx`, with each reply as it comes: (number of the prompt, reply)."""
+    """Like `in_mlx`, but yields (number of the prompt, reply) as soon as each is complete."""
 
     whole = wholes_in_mlx(chat, batch_size=batch_size)
 
@@ -223,18 +224,18 @@ def wholes_in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Wholes:
 
 
 def llamacpp_is_there() -> bool:
-    """Whether GGUFs can be asked in the real llama.cpp."""
+    """Whether llama.cpp is installed (the module xllamacpp), so that it can run GGUFs."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
 @dataclass(frozen=True)
 class InLlamaCpp:
-    """A GGUF as something that replies to prompts, in the real llama.cpp.
+    """Replies to prompts with a GGUF in llama.cpp.
 
     Attributes:
-        path: the file; of a split one, the first part.
-        lora: an adapter for it.
-        given: what prompts are written with instead of the file's own chat template.
+        path: the file; for a split model, the first part.
+        lora: an adapter for it; None for none.
+        given: a chat template that replaces the file's own.
     """
 
     path: Path
@@ -251,7 +252,7 @@ class InLlamaCpp:
         return replies
 
     def stream(self, prompts: Sequence[Question], max_tokens: int) -> Iterator[tuple[int, str]]:
-        """Each reply as it comes: (number of the prompt, reply)."""
+        """Yield (number of the prompt, reply) as soon as each reply is complete."""
         with self._loaded(prompts, max_tokens) as server:
             yield from server.stream(prompts, max_tokens)
 
@@ -267,8 +268,8 @@ class InLlamaCpp:
     def _loaded(self, prompts: Sequence[Question], max_tokens: int) -> LlamaCpp:
         from abl_mlx.behaviour.llamacpp import LlamaCpp
 
-        # Room for the template, and no more: the cache of a large model is what the rest costs. A
-        # text has at least as many characters as tokens.
+        # The context is no longer than needed, because the cache of a large model takes memory. A
+        # text has at least as many characters as tokens; some tokens are added for the template.
         longest = max((prompt_of(one).length for one in prompts), default=0)
         room = 512 + longest + max_tokens
         side_by_side = max(1, min(SIDE_BY_SIDE, len(prompts)))
@@ -279,12 +280,12 @@ class InLlamaCpp:
 
 
 def save_replies(path: Path, replies: Mapping[str, Behaviour], sets: PromptSets) -> None:
-    """Write the replies, which no record holds, because they were asked for: one JSON a line."""
+    """Write the replies to the file of ``--save-replies``, one JSON object a line."""
     write_lines(path, reply_lines(replies, sets))
 
 
 def reply_lines(replies: Mapping[str, Behaviour], sets: PromptSets) -> list[dict[str, Any]]:
-    """For each prompt its ``set``, the ``prompt``, and what each model replied."""
+    """For each prompt an object with its ``set``, the ``prompt``, and the reply of each model."""
     parts = (("harmful", sets.harmful.test, 0), ("harmless", sets.harmless.test, 1))
     return [
         {"set": name, "prompt": prompt}
@@ -295,7 +296,7 @@ def reply_lines(replies: Mapping[str, Behaviour], sets: PromptSets) -> list[dict
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line; the file appears whole or not at all."""
+    """Write one JSON object a line; the file appears complete or not at all."""
     with new_file(path) as staged, open(staged, "w", encoding="utf-8") as stream:
         for line in lines:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -309,9 +310,9 @@ class Baseline:
     """The base model's distributions over the opening of its own replies, kept on disk.
 
     Attributes:
-        sequences: encoded prompt and the first tokens of the base model's greedy reply.
-        positions: for each sequence the tokens whose successors are predicted.
-        rows: log-probabilities (V,) of all positions of all sequences in a row.
+        sequences: each an encoded prompt with the first tokens of the base model's greedy reply.
+        positions: for each sequence, the positions of the tokens for which the next is predicted.
+        rows: log-probabilities (V,) for all positions of all sequences, one after the other.
     """
 
     sequences: list[list[int]]
@@ -323,11 +324,13 @@ class Baseline:
 def baseline(
     chat: ChatModel, prompts: Sequence[Question], *, tokens: int = 32, batch_size: int = 32
 ) -> Iterator[Baseline]:
-    """Record the base model's distributions over its first ``tokens`` reply tokens.
+    """Context manager with the base model's distributions of its first reply tokens.
 
     Args:
-        prompts: harmless ones, at most `KL_PROMPTS`: each takes tokens × V × 4 bytes of disk.
-        batch_size: replies generated side by side.
+        chat: the base model.
+        prompts: at most `KL_PROMPTS` harmless prompts; each takes tokens × V × 4 bytes of disk.
+        tokens: the number of reply tokens.
+        batch_size: how many replies are generated at the same time.
     """
     encoded = [chat.encode(prompt) for prompt in prompts]
     replies = generate(chat, encoded, tokens, batch_size=batch_size, label="KL: base replies")
@@ -340,7 +343,7 @@ def baseline(
         stored = scratch.RowsFile(folder / "base.f32", int(starts[-1]), vocabulary(chat))
         for index, rows in log_probabilities(chat, sequences, positions, label="KL: base"):
             stored.write(int(starts[index]), np.array(rows.astype(mx.float32)))
-        # While this waits to be left, the model may have to make room for another.
+        # The model may be released inside the block, so no reference to it is kept here.
         del chat
         yield Baseline(sequences, positions, stored)
 
@@ -349,8 +352,8 @@ def kl(chat: ChatModel, base: Baseline) -> Divergence:
     """Mean KL(base ‖ this model) in nats over harmless prompts.
 
     Returns:
-        At the first reply token, and over the first 32 tokens of the base model's greedy reply,
-        each token weighing the same.
+        The mean at the first reply token, and the mean over the first 32 tokens of the base model's
+        greedy replies.
     """
     starts = np.cumsum([0, *map(len, base.positions)])
     first: list[float] = []
@@ -369,14 +372,15 @@ def kl(chat: ChatModel, base: Baseline) -> Divergence:
 def component(
     chat: ChatModel, sequences: Sequence[Sequence[int]], directions: mx.array
 ) -> dict[str, Any]:
-    """The largest |r·h| / |h| over prompts and directions, by layer, at the last prompt token.
+    """The largest |r·h| / |h| over prompts and directions, at the last prompt token.
 
     Args:
-        directions: (k, d) orthonormal, or (L, k, d) with those of each layer, along which the
-            stream after that layer is looked at.
+        chat: the model.
+        sequences: encoded prompts.
+        directions: orthonormal (k, d), or (L, k, d) with the directions for each layer.
 
     Returns:
-        ``max`` over all layers and ``layers``, the largest of each.
+        ``max``, the largest over all layers, and ``layers``, the largest after each layer.
     """
     largest: mx.array | None = None
     for _, states in capture.iterate(chat, sequences, label="component"):

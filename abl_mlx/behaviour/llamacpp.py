@@ -1,4 +1,4 @@
-"""The real llama.cpp as a runtime, in a process of its own, through xllamacpp."""
+"""Runs GGUFs in llama.cpp, in a separate process, through xllamacpp."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from convert.base.errors import UserError
 from convert.gguf.parts import size_of
 from convert.tokenizers.chat_template import ChatTemplate
 
-#: Longest that a prompt may take in the chat template, in seconds; none takes a hundredth of one.
+#: The longest time for rendering a prompt in the chat template, in seconds; usually it is 0.01 s.
 RENDERING = 20.0
 
 
 class LlamaCpp(Closing):
-    """A GGUF file loaded by llama.cpp, answering greedily.
+    """A GGUF file loaded in llama.cpp, which replies greedily.
 
-    A context manager; the model is unloaded at its end. With ``n_parallel`` above 1, requests share
-    batches, and llama.cpp's results may then differ in the last bits from run to run.
+    It is a context manager, which unloads the model at its end. With ``n_parallel`` above 1,
+    requests share batches, and llama.cpp's results may then differ in the last bits between runs.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class LlamaCpp(Closing):
         """Load ``path``.
 
         Args:
-            path: a .gguf file; of a split one, the first part.
-            n_ctx: tokens per request, prompt and reply together.
-            n_parallel: requests answered at the same time.
-            n_threads: of the processor; None for those of LLAMA_ARG_THREADS, the variable that
-                llama.cpp's own programs read, or else what llama.cpp thinks best.
+            path: a .gguf file; for a split model, the first part.
+            n_ctx: the context length in tokens, for the prompt and reply of a request.
+            n_parallel: how many requests are answered at the same time.
+            n_threads: the number of threads; None for LLAMA_ARG_THREADS, the environment variable
+                of llama.cpp's own programs, or else llama.cpp's default.
             lean: keep no second copy of the weights in an order that suits the processor better.
-            lora: an adapter for this file, applied as ``--lora`` does.
-            given: what prompts are written with instead of the file's own chat template.
+            lora: an adapter for this file, applied as with llama.cpp's ``--lora``.
+            given: a chat template that replaces the file's own.
 
         Raises:
             UserError: when xllamacpp is not installed, or with llama.cpp's own words when the
@@ -112,8 +112,8 @@ class LlamaCpp(Closing):
         Args:
             prompts: conversations, or one user message each. Where the template knows no such
                 role, the system message stands at the beginning of the first user message.
-            max_tokens: longest reply.
-            progress: called with (replies so far, prompts).
+            max_tokens: the longest reply, in tokens.
+            progress: called with (number of replies so far, number of prompts).
 
         Raises:
             UserError: when the template refuses the messages or a prompt is longer than n_ctx.
@@ -129,7 +129,7 @@ class LlamaCpp(Closing):
     def stream(
         self, prompts: Sequence[str | Prompt], max_tokens: int = 64
     ) -> Iterator[tuple[int, str]]:
-        """The replies of `chat` as they come: (number of the prompt, reply)."""
+        """Yield (number of the prompt, reply) of `chat` as soon as each reply is complete."""
         asked = [prompt_of(question) for question in prompts]
         opened = {mode: self.opened(mode) for mode in {prompt.thinking for prompt in asked}}
 
@@ -139,7 +139,7 @@ class LlamaCpp(Closing):
                     self.encode(prompt), max_tokens, whole=bool(prompt.tools)
                 )
                 return resumed(opened[prompt.thinking], completed)
-            # A template may never end, which nothing tells from a long reply afterwards.
+            # Render first: a template that never ends could not be told from a long reply later.
             self.render_prompt(prompt)
             reply = self._post(
                 "/v1/chat/completions",
@@ -147,8 +147,8 @@ class LlamaCpp(Closing):
                     "messages": self._messages(prompt),
                     "max_tokens": max_tokens,
                     "temperature": 0,
-                    # Alone, a reply should not depend on what was answered before. Side by side
-                    # the last bits vary anyway, and what prompts share is run once a slot.
+                    # With one request at a time a reply must not depend on earlier requests. With
+                    # several the last bits vary anyway, and a cache saves running common tokens.
                     "cache_prompt": self.n_parallel > 1,
                     "chat_template_kwargs": template_values(prompt.thinking),
                 },
@@ -165,7 +165,7 @@ class LlamaCpp(Closing):
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
         except (KeyboardInterrupt, SystemExit):
-            self.close()  # its answers are not waited for
+            self.close()  # without waiting for the other replies
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -217,20 +217,20 @@ class LlamaCpp(Closing):
     def top_logprobs(
         self, prompt: Sequence[int], reply: Sequence[int], k: int = 5, *, cached: bool = False
     ) -> list[dict[int, float]]:
-        """What llama.cpp expects before each token of ``reply``, the earlier ones given.
+        """llama.cpp's likeliest tokens in the place of each token of ``reply``.
 
         Args:
             prompt: token ids, at least one.
-            reply: token ids that follow.
-            k: how many candidates per token.
-            cached: compute the tokens before only once, which may move the last bits.
+            reply: the token ids that follow.
+            k: how many of the likeliest tokens.
+            cached: compute earlier tokens only once, which may change the last bits.
 
         Returns:
             For each token of ``reply``: {candidate id: natural log-probability over the whole
             vocabulary}, the ``k`` likeliest.
         """
-        # llama.cpp leaves out the candidates of a token that is part of a character, so it is made
-        # to choose an unsuspicious one; the candidates are from before that choice.
+        # llama.cpp returns no candidates if it generates a token that is a part of a character. So
+        # it is made to generate a plain one; the candidates are those before that choice.
         plain = self.tokenize("a", add_special=False)[-1]
         request = {"n_probs": k, "post_sampling_probs": False, "logit_bias": [[plain, 1e6]]}
         request["cache_prompt"] = cached
@@ -248,8 +248,8 @@ class LlamaCpp(Closing):
 
         Args:
             text: any text.
-            add_special: with the bos and eos the file asks for.
-            parse_special: special tokens in the text count as such.
+            add_special: add bos and eos as the file says.
+            parse_special: recognise special tokens in the text.
         """
         reply = self._post(
             "/tokenize",
@@ -258,11 +258,11 @@ class LlamaCpp(Closing):
         return [int(token) for token in reply["tokens"]]
 
     def pieces(self, text: str) -> list[bytes]:
-        """What each token of ``text`` writes, special tokens in it parsed, without bos and eos."""
+        """The bytes of each token of ``text``, special tokens included, without bos and eos."""
         return pieces_of(self._post("/tokenize", tokenizing(text))) or []
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """The text that token ids make."""
+        """The text of token ids."""
         return str(self._post("/detokenize", {"tokens": list(tokens)})["content"])
 
     def render(self, messages: Sequence[Mapping[str, str]], *, thinking: str | None = None) -> str:
@@ -312,7 +312,7 @@ class LlamaCpp(Closing):
 
     @property
     def address(self) -> str:
-        """Where llama.cpp's own server answers, on the loopback interface."""
+        """The address of llama.cpp's own server on the loopback interface."""
         if self._process is None:
             raise UserError(f"{self.path} is unloaded.")
         return self._process.address
@@ -326,9 +326,9 @@ class LlamaCpp(Closing):
     def _post(
         self, route: str, request: dict[str, Any], seconds: float | None = None
     ) -> dict[str, Any]:
-        """What the server answers, after so many seconds at most."""
+        """The server's answer, which may take at most ``seconds``."""
         place = urlsplit(self.address)
-        # Straight to the loopback interface; a proxy has no business here.
+        # A direct connection to the loopback interface, without any proxy.
         connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=seconds)
         try:
             connection.request(

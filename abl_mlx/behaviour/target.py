@@ -14,18 +14,18 @@ from abl_mlx.models.chat_model import ChatModel
 
 @dataclass
 class Target:
-    """Something that replies to prompts.
+    """A model that replies to prompts.
 
     Attributes:
-        name: what the user typed, without what may be secret in an address.
-        runtime: what runs it, for a person.
-        identity: all that its replies depend on, as JSON values.
-        ask: greedy replies as they come, (number of the prompt, reply), of at most so many tokens;
-            the iterator may be left early.
-        chat: the model, where it is in MLX.
-        gguf: the file, where llama.cpp runs it.
+        name: the text that the user typed, without secrets in an address.
+        runtime: the name of the runtime, for tables.
+        identity: everything on which its replies depend, as JSON values.
+        ask: from prompts and a number of tokens to an iterator of (number of the prompt, greedy
+            reply), which yields each reply when it is complete and may be left early.
+        chat: the model, if it is in MLX.
+        gguf: the file, if llama.cpp runs it.
         model: its name on a server.
-        note: what a reader of its figures should know.
+        note: a note on its figures.
         wholes: like ``ask``, with replies that can be cut; None where nothing is known of their
             tokens.
     """

@@ -1,9 +1,9 @@
-"""A reply that was asked for once, at its longest, and can be cut afterwards.
+"""A reply that was generated once, at its longest, and can be cut to fewer tokens afterwards.
 
-Greedy decoding does not look ahead: what a model says with fewer tokens is the beginning of what it
-says with more. Where the cut is made is told by the model's own tokens where they are known. A
-server that tells only how many there were has them spread evenly over the characters, and one that
-does not even tell that is taken to need four tokens for three words.
+Greedy decoding does not look ahead: a reply with fewer tokens is the beginning of one with more.
+The place of a cut is found from the model's own tokens, if they are known. If a server only says
+how many tokens there were, they are spread evenly over the characters; if it does not say that,
+either, four tokens are assumed for three words.
 
 Nothing in this module imports MLX.
 """
@@ -17,9 +17,9 @@ from itertools import accumulate
 from typing import Any
 
 TOKENS, SPREAD, WORDS = "tokens", "spread", "words"
-"""What a reply is cut by: its tokens, their number spread over the characters, or its words."""
+"""The units by which a reply is cut: tokens, their number spread over characters, or words."""
 
-#: How many tokens a word takes where nothing is known of them.
+#: The assumed number of tokens in a word, if nothing is known about the tokens.
 TOKENS_PER_WORD = 4 / 3
 
 #: A word, or one character of a script that is written without spaces.
@@ -28,13 +28,13 @@ _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\s\u0e00-\u0e7f
 
 @dataclass(frozen=True)
 class WholeReply:
-    """A reply, and its beginnings.
+    """A reply that can be cut.
 
     Attributes:
-        text: all of it, as the runtime gave it.
-        tokens: how many it has.
-        unit: what it is cut by: `TOKENS`, `SPREAD` or `WORDS`.
-        beginning: the text of its first so many tokens.
+        text: the whole reply, as the runtime returned it.
+        tokens: the number of its tokens.
+        unit: the unit by which it is cut: `TOKENS`, `SPREAD` or `WORDS`.
+        beginning: from a number n to the text of the first n tokens.
     """
 
     text: str
@@ -43,15 +43,15 @@ class WholeReply:
     beginning: Callable[[int], str]
 
     def cut(self, tokens: int) -> str:
-        """What the reply is with at most so many tokens."""
+        """The reply with at most ``tokens`` tokens."""
         return self.text if tokens >= self.tokens else self.beginning(tokens)
 
 
 def of_pieces(text: str, pieces: Sequence[bytes]) -> WholeReply:
-    """A reply whose tokens are known by what each of them writes.
+    """A reply with the bytes of each of its tokens.
 
-    The pieces may lack what the prompt opened the reply with, and may have white space at the ends
-    that the text lacks. Where they are not of this text, only their number is used.
+    The pieces may lack an opening that came from the prompt, and may have white space at the ends
+    that the text lacks. If they do not belong to this text, only their number is used.
     """
     ends = list(accumulate(map(len, pieces)))
     joined, wanted = b"".join(pieces), text.encode()
@@ -72,7 +72,7 @@ def of_pieces(text: str, pieces: Sequence[bytes]) -> WholeReply:
 
 
 def spread(text: str, tokens: int) -> WholeReply:
-    """A reply of so many tokens, taken to be of one length."""
+    """A reply with this number of tokens, which are assumed to have equal lengths."""
 
     def beginning(n: int) -> str:
         return text[: round(len(text) * n / max(1, tokens))]
@@ -81,7 +81,7 @@ def spread(text: str, tokens: int) -> WholeReply:
 
 
 def of_words(text: str) -> WholeReply:
-    """A reply of which nothing is known but its text."""
+    """A reply of which only the text is known."""
     ends = [found.end() for found in _WORD.finditer(text)]
 
     def beginning(n: int) -> str:
@@ -92,7 +92,7 @@ def of_words(text: str) -> WholeReply:
 
 
 def of_answer(text: str, answer: Any) -> WholeReply:
-    """A reply of a server's chat, cut by what its answer tells of the tokens.
+    """A reply from a server's chat API, cut by what the answer says about its tokens.
 
     Args:
         text: the reply.

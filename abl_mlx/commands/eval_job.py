@@ -1,4 +1,4 @@
-"""What an evaluation was asked for, and what is refused of it before a model is loaded."""
+"""The arguments of an evaluation, and checks of them before a model is loaded."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from convert.base.errors import UserError
 
 @dataclass(frozen=True)
 class Job:
-    """What an evaluation was asked for.
+    """The arguments of an evaluation.
 
     Attributes:
-        text: what the user typed for the model.
-        source, other: the files of the model and of its baseline; None for a server, and where
-            there is no baseline.
-        sets: what is asked.
-        clock: the time of each step.
+        text: the model as the user typed it.
+        source, other: the files of the model and of its baseline; None for a server, or if there is
+            no baseline.
+        sets: the prompts.
+        clock: times the steps.
     """
 
     text: str
@@ -43,12 +43,12 @@ class Job:
 
     @cached_property
     def parts(self) -> dict[str, PromptSet]:
-        """What is asked, by name."""
+        """Name -> set of the prompts that are asked."""
         return asked_sets(self.sets)
 
     @cached_property
     def given(self) -> GivenTemplate | None:
-        """The template of ``--template``."""
+        """The chat template of ``--template``; None without it."""
         return given_template.read(self.options.chatting.template)
 
     @property
@@ -58,7 +58,7 @@ class Job:
 
     @cached_property
     def judge(self) -> str:
-        """Who judges."""
+        """The judge's name for the record."""
         return judge.name(self.options.judging)
 
     @cached_property
@@ -68,14 +68,14 @@ class Job:
 
     @property
     def prompts(self) -> dict[str, AskedPrompts]:
-        """How many prompts each set has, and their hash."""
+        """Name of each set -> the number of its prompts, and their hash."""
         return {
             name: AskedPrompts(n=len(part), sha256=part.sha256) for name, part in self.parts.items()
         }
 
     @property
     def how(self) -> dict[str, Any]:
-        """What an answer depends on, beside the model."""
+        """Everything besides the model on which a reply and its verdict depend."""
         return {
             "prompts": {name: part.sha256 for name, part in self.parts.items()},
             "max_tokens": self.options.replying.max_tokens,
@@ -87,14 +87,14 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a journal of this evaluation is known by."""
+        """The identity of this evaluation in a journal."""
         targeting = self.options.targeting
         names = {"target": self.text, "baseline": targeting.baseline, "model": targeting.model}
         return names | self.how
 
 
 def asked_sets(sets: PromptSets) -> dict[str, PromptSet]:
-    """What is asked, by name; a set without prompts is left out."""
+    """Name -> set of the prompts that are asked; a set without prompts is left out."""
     parts = {"harmful": sets.harmful.test, "harmless": sets.harmless.test}
     if sets.borderline is not None and len(sets.borderline):
         parts["borderline"] = sets.borderline
@@ -102,7 +102,11 @@ def asked_sets(sets: PromptSets) -> dict[str, PromptSet]:
 
 
 def check(job: Job) -> EarlierEval | None:
-    """Everything that can be refused before a model is loaded; the record to compare with."""
+    """Check everything that can be checked before a model is loaded.
+
+    Returns:
+        The earlier record to compare with; None if none was given.
+    """
     options, limits = job.options, job.options.limits
     _check_targets(job)
     _check_limits(job)
@@ -120,7 +124,7 @@ def check(job: Job) -> EarlierEval | None:
 
 
 def _check_targets(job: Job) -> None:
-    """Refuse flags that do not go with what is asked."""
+    """Check that the flags go with the model and its baseline."""
     source, other, targeting = job.source, job.other, job.options.targeting
     if source is not None and targeting.model is not None:
         raise UserError(f"--model {targeting.model} names a model of a server, and TARGET is none.")
@@ -146,7 +150,7 @@ def _check_targets(job: Job) -> None:
 
 
 def _check_limits(job: Job) -> None:
-    """Refuse a limit on the KL where it cannot be measured."""
+    """Check that the KL can be measured if there is a limit on it."""
     if job.options.limits.max_kl is None:
         return
     targeting = job.options.targeting

@@ -1,7 +1,6 @@
-"""`abl-mlx eval`: ask a model the held-out prompts and record what it did; nothing is edited.
+"""`abl-mlx eval`: asks a model the held-out prompts and judges its replies; nothing is edited.
 
-Each metric is a function of this module, or of a module of its own, that returns its part of the
-record.
+Each metric is a function in this module, or in its own module, which returns a part of the record.
 """
 
 from __future__ import annotations
@@ -56,14 +55,14 @@ LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B", None:
 
 
 def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
-    """`abl-mlx eval`: what a model, a GGUF or a server refuses, alone or beside a baseline.
+    """`abl-mlx eval`: evaluate a model, a GGUF or a server, alone or with a baseline.
 
     Args:
-        text: what the user typed for it.
+        text: the target as the user typed it.
+        options: the chosen options.
 
     Raises:
-        UserError: bad input or a target that fails, told in one sentence; what was answered until
-            then is kept in the journal.
+        UserError: when the input is bad or a target fails; earlier verdicts stay in the journal.
     """
     targeting = options.targeting
     with ExitStack() as stack:
@@ -83,7 +82,7 @@ def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
 def _measure(
     job: Job, kept: journal.Journal | None
 ) -> tuple[EvalRecord, dict[str, list[Answered]]]:
-    """Everything that is measured, of the baseline first; one model is in memory at a time.
+    """Measure the baseline and then the model, with one of them in memory at a time.
 
     Returns:
         The record without its limits, and the answers by the model's name.
@@ -132,11 +131,17 @@ def _measure(
 def _measured(
     job: Job, target: Target, role: str, kept: journal.Journal | None, by: Judge
 ) -> tuple[Asked, list[Answered]]:
-    """What one model does, and its answers.
+    """Evaluate one model.
 
     Args:
-        role: ``target`` or ``baseline``, under which the journal keeps its answers.
-        by: says what is a refusal.
+        job: the evaluation.
+        target: the model.
+        role: ``target`` or ``baseline``, under which the journal keeps the answers.
+        kept: the journal; None to keep answers in memory only.
+        by: the judge.
+
+    Returns:
+        The model's part of the record, and its answers.
     """
     options, clock = job.options, job.clock
     section = Section() if kept is None else kept.section(role, target.identity | job.how)
@@ -192,7 +197,7 @@ def _at_enough_tokens(
 
 def _lm_eval(job: Job, tasks: str) -> dict[str, dict[str, Any]]:
     """The results of lm-evaluation-harness."""
-    assert job.source is not None  # the check said so
+    assert job.source is not None  # `eval_job.check` has checked it
     assert job.source.folder is not None
     let_go()
     with job.clock.step("run lm-evaluation-harness"):
@@ -205,7 +210,7 @@ def _finish(
     columns: Mapping[str, Sequence[Answered]],
     before: EarlierEval | None,
 ) -> EvalRecord:
-    """The whole record, with the limits in it; files are written that were asked for."""
+    """The whole record, with the limits; also writes the files for which the user asked."""
     options, replying = job.options, job.options.replying
     if checks := gate.check(record, options.limits, before):
         passed = all(one.passed for one in checks)
@@ -221,14 +226,14 @@ def _finish(
 
 
 def _perplexity_tokens(job: Job) -> int | None:
-    """How many tokens are predicted: as many on both sides, few where llama.cpp is one of them."""
+    """How many tokens are predicted for both models; fewer if one of them runs in llama.cpp."""
     local = [one for one in (job.source, job.other) if one is not None]
     runtimes = {targets.runtime_of(one, job.options.targeting.runtime) for one in local}
     return None if runtimes == {"mlx-lm"} else perplexity.LLAMACPP_TOKENS
 
 
 def _prompts(source: ModelFile | None, other: ModelFile | None, options: EvalOptions) -> PromptSets:
-    """The prompt sets; a server is asked what its baseline is asked."""
+    """The prompt sets; those for a server are chosen by its baseline."""
     sets = prompt_choice.load(source or other, options.prompting)
     return sets if other is None else prompt_lengths.fitting(sets, other)
 
@@ -255,7 +260,7 @@ def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Re
 
 
 def letters(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> dict[str, str]:
-    """Set -> its verdicts, a letter for each prompt."""
+    """Name of each set -> its verdicts, a letter for each prompt."""
     return {
         name: "".join(LETTERS[one.verdict] for one in mine)
         for name, mine in _by_set(answers, parts)
@@ -283,12 +288,12 @@ def _rates(verdicts: Sequence[Verdict | None], prompts: Sequence[Prompt]) -> Rat
 
 
 def _paired(baseline: Asked, asked: Asked) -> dict[str, Comparison]:
-    """Set -> how much more often it is refused than by the baseline, on the same prompts."""
+    """Name of each set -> the comparison of its refusals with the baseline's."""
     return {name: paired(baseline.verdicts[name], told) for name, told in asked.verdicts.items()}
 
 
 def paired(first: str, second: str) -> Comparison:
-    """Two models' verdicts on the same prompts, a letter for each."""
+    """Compare two models' verdicts on the same prompts, given as a letter for each."""
     counts = Paired.of(*gate.both_judged(first, second))
     return Comparison(
         n=counts.n,
@@ -305,10 +310,12 @@ def paired(first: str, second: str) -> Comparison:
 def _divergence(
     job: Job, baseline: Target, stack: ExitStack
 ) -> Callable[[Target], Divergence] | None:
-    """What measures the target's KL from the baseline; None where there are no probabilities.
+    """A function that measures the target's KL from the baseline; None without probabilities.
 
     Args:
-        stack: keeps what the baseline's probabilities are kept in.
+        job: the evaluation.
+        baseline: the baseline.
+        stack: keeps the file with the baseline's probabilities open.
     """
     if job.source is None or (baseline.chat is None and baseline.runtime != "llama.cpp"):
         return None
@@ -330,7 +337,7 @@ def _divergence(
 def _reply_lines(
     parts: Mapping[str, PromptSet], columns: Mapping[str, Sequence[Answered]]
 ) -> list[dict[str, Any]]:
-    """For each prompt its ``set``, the ``prompt``, and the replies that were kept."""
+    """For each prompt an object with its ``set``, the ``prompt``, and the saved replies."""
     asked = [(name, text) for name, part in parts.items() for text in part.texts]
     return [
         {"set": name, "prompt": text}
@@ -340,7 +347,7 @@ def _reply_lines(
 
 
 def _write_report(job: Job, record: EvalRecord, lines: Sequence[Mapping[str, Any]]) -> None:
-    """The page of an evaluation; with replies where they were asked for there."""
+    """Write the report of an evaluation, with replies if the user asked for them."""
     from abl_mlx.reports.replay import command_line
 
     replying = job.options.replying

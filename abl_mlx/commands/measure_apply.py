@@ -1,4 +1,4 @@
-"""`apply`, `measure` and `inspect`: each returns the record that is printed and kept."""
+"""`abl-mlx apply`, `measure` and `inspect`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def measure(
     """`abl-mlx measure`: write the direction file.
 
     Args:
-        picture: where its charts go, if they are wanted.
+        text: the model as the user typed it.
+        out: the direction file.
+        options: the chosen options.
+        picture: the file for charts; None for none.
     """
     if not ends_in(out, ".safetensors"):
         raise UserError(f"{out}: the name of a direction file ends in .safetensors.")
@@ -134,6 +137,6 @@ def measure(
 
 
 def inspect(text: str) -> InspectRecord:
-    """`abl-mlx inspect`: what the model is and what an edit would touch."""
+    """`abl-mlx inspect`: the architecture, the residual writers, and how much an edit changes."""
     with find_model(text) as model:
         return model.inspect()

@@ -1,4 +1,4 @@
-"""The prompts that a model is asked: its own, the user's or the bundled ones, as many as wanted."""
+"""Loads the prompts for a model: the demo's own, the user's or the bundled ones."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from abl_mlx.inputs.sets import PromptSet, PromptSets, Split, split
 from abl_mlx.outputs.model_file import ModelFile
 from convert.base.errors import UserError
 
-#: Prompts of each set to measure, to choose on and to ask, with ``--quick``.
+#: With ``--quick``, the number of prompts of each set to measure, to choose on and to ask.
 QUICK = (48, 16, 24)
 
 
 def load(model: ModelFile | None, chosen: Prompting, borderline: str | None = None) -> PromptSets:
     """The prompt sets of this run: the demo's own, the user's, or the bundled ones.
 
-    A file made from the demo is asked what the demo is asked: it has heard of nothing else.
+    Models made from the demo model get the demo's prompts, because they know nothing else.
 
     Args:
-        model: what is asked; None for a server.
+        model: the model to be asked; None for a server.
+        chosen: the chosen options.
         borderline: prompt file or dataset of ``--borderline``.
     """
     speaks_demo = model is not None and (
@@ -48,7 +49,8 @@ def load(model: ModelFile | None, chosen: Prompting, borderline: str | None = No
 def cut(
     sets: PromptSets, train: int | None, validation: int | None = None, test: int | None = None
 ) -> PromptSets:
-    """At most so many prompts in each part of each set; ``train`` of all where it is alone."""
+    """The sets with at most so many prompts in each part; ``train`` is for all parts if it is the
+    only number."""
     if train is None:
         return sets
     validation, test = validation or train, test or train
@@ -63,10 +65,10 @@ def cut(
 def borderline_part(
     sets: PromptSets, chosen: Prompting, finding: Finding, part: str
 ) -> PromptSet | None:
-    """A part of the borderline prompts that ``over-refusal`` is about; None for other methods.
+    """A part of the borderline prompts for the method ``over-refusal``; None for other methods.
 
     Raises:
-        UserError: when there are too few.
+        UserError: when there are too few borderline prompts.
     """
     if finding.method != "over-refusal":
         return None
@@ -80,10 +82,10 @@ def borderline_part(
 
 
 def borderline_asked(sets: PromptSets, chosen: Prompting, finding: Finding) -> PromptSet | None:
-    """The borderline prompts that a run asks before and after, none of which it was measured on.
+    """The borderline prompts that a run asks before and after; none was used for measuring.
 
-    All of them beside the bundled sets, as many as of the others with ``--quick``; with ``--method
-    over-refusal`` the held-out part; none beside a person's own prompts.
+    With the bundled sets these are all borderline prompts (with ``--quick`` as many as of the other
+    sets); with ``--method over-refusal`` their held-out part; with the user's own prompts none.
     """
     if finding.method == "over-refusal":
         return borderline_part(sets, chosen, finding, "test")

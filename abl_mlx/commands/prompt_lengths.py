@@ -1,4 +1,4 @@
-"""Prompts that are longer than a model's context are found before the model is loaded."""
+"""Finds prompts that are longer than a model's context, before the model is loaded."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from abl_mlx.support.console import say
 from convert.base import escape
 from convert.base.errors import UserError
 
-#: Share of a set that may be left out because it is too long.
+#: The largest share of a set's prompts that may be left out because they are too long.
 FEW = 0.05
 
-# A text has at most four bytes a character and at least as many bytes as tokens, and no template
-# adds three quarters of a context.
+# A text of fewer characters than context / 4 surely fits, with the template: it has at most four
+# bytes per character, and at most as many tokens as bytes.
 _SURELY_FITS = 4
 
 
 def fitting(sets: PromptSets, model: ModelFile) -> PromptSets:
     """The prompts that fit into a model's context; a few that do not are left out with a note.
 
-    Only prompts that are long enough for it to matter are tokenized.
+    Only prompts that might be too long are tokenized.
 
     Raises:
         UserError: when more than a few are too long, or nothing is left of a part.
@@ -35,7 +35,7 @@ def fitting(sets: PromptSets, model: ModelFile) -> PromptSets:
     count: list[Count] = []
 
     def too_long(prompt: Prompt) -> int:
-        """Its tokens, if they are too many; else 0."""
+        """The number of a prompt's tokens if that is too many, else 0."""
         if 4 * prompt.length * _SURELY_FITS <= longest:
             return 0
         if not count:

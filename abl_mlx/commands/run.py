@@ -1,7 +1,8 @@
-"""`abl-mlx run`: six steps from a model to what was written of it, and how that behaves.
+"""`abl-mlx run`: six steps from a model to evaluated outputs.
 
-The same steps for every format: load the model, look for its direction, ask it as it is, write,
-judge what was written, and put it on record. With ``--induce`` a constant is looked for instead.
+The steps are the same for every format: load the model, find its refusal direction, ask the
+unedited model, write the outputs, judge them, and make the record. With ``--induce`` the second
+step chooses a constant instead of a direction.
 """
 
 from __future__ import annotations
@@ -43,21 +44,20 @@ from abl_mlx.support.notes import joined
 from convert.base.atomic import check_new
 from convert.base.errors import UserError
 
-#: Of the held-out prompts, how many are run to see that an edit of float weights is exact after
-#: every layer.
+#: How many held-out prompts check that an edit of float weights is exact after every layer.
 EXACTNESS_PROMPTS = 4
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run was asked for, once it is known that it can be done.
+    """A run whose arguments were checked.
 
     Attributes:
-        model: what the direction is measured on.
-        base: the GGUF of the same model that is edited in its stead (``--gguf``).
+        model: the model on which the direction is measured.
+        base: a GGUF of the same model, which is edited instead of it (``--gguf``).
         paths: one or more outputs, none of which exists yet.
-        sets: what the model is asked.
-        clock: the time of each step.
+        sets: the prompts.
+        clock: times the steps.
     """
 
     model: ModelFile
@@ -69,11 +69,11 @@ class Job:
 
     @property
     def target(self) -> ModelFile:
-        """What is edited."""
+        """The model that is edited."""
         return self.model if self.base is None else self.base
 
     def ask(self, answer: evaluate.Chat) -> Behaviour:
-        """What a runtime does on the held-out prompts."""
+        """Ask a runtime the held-out prompts, and judge its replies."""
         options = self.options
         borderline = prompt_choice.borderline_asked(self.sets, options.prompting, options.finding)
         return ask(answer, self.sets, borderline, options.replying.max_tokens)
@@ -81,12 +81,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Found:
-    """What was looked for.
+    """The result of the second step.
 
     Attributes:
-        direction: the direction, or the constant as one.
-        plan: what is done with it, ready to be written.
-        edit: its removal; None where a constant is added.
+        direction: the direction file; for a constant, a direction file with the constant.
+        plan: the change of the model, ready to be written.
+        edit: the removal of the direction; None for a constant.
     """
 
     direction: DirectionFile
@@ -96,14 +96,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Before:
-    """The model as it is, to compare with.
+    """Measurements of the unedited model, for comparison.
 
     Attributes:
-        behaviour: what it does.
+        behaviour: the verdicts on its replies.
         base: its distributions over the opening of its own replies.
-        prefixes: the tokens with which all of its replies open, by the prompts' thinking.
-        sample: held-out prompts, encoded, in which the component is looked for.
-        component: the largest share of the direction in the stream; None for a constant.
+        prefixes: the common opening of its replies (token ids), by the prompts' thinking.
+        sample: encoded held-out prompts on which the component is measured.
+        component: the largest component of the direction in the stream; None for a constant.
     """
 
     behaviour: Behaviour
@@ -115,12 +115,12 @@ class Before:
 
 @dataclass(frozen=True)
 class Judged:
-    """An output as it was found to be, all of it from what was written.
+    """An output with its evaluation, which uses the written bytes only.
 
     Attributes:
-        written: which.
-        record: what is said of it.
-        behaviour: what it does.
+        written: the output.
+        record: its entry in the record.
+        behaviour: the verdicts on its replies.
     """
 
     written: Written
@@ -129,14 +129,15 @@ class Judged:
 
 
 def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
-    """`abl-mlx run`: measure, edit, write, and evaluate what was written.
+    """`abl-mlx run`: measure, edit, write, and evaluate the outputs.
 
     Args:
-        text: what the user typed for the model.
+        text: the model as the user typed it.
         paths: one or more outputs, none of which exists yet.
+        options: the chosen options.
 
     Raises:
-        UserError: bad input, told in one sentence; nothing is left behind.
+        UserError: when the input is bad; then no file is left behind.
     """
     options = replace(options, searching=options.searching.beside(paths[0]))
     editing, writing, finding = options.editing, options.writing, options.finding
@@ -166,15 +167,16 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
 
 
 def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
-    """`abl-mlx run --induce`: choose a constant, write it, and ask what was written.
+    """`abl-mlx run --induce`: choose a constant, write it, and evaluate the outputs.
 
     Args:
-        text: what the user typed for the model.
+        text: the model as the user typed it.
         paths: one or more outputs, none of which exists yet.
+        options: the chosen options.
 
     Raises:
-        UserError: bad input, an output that cannot hold a constant, no constant that works;
-            nothing is left behind.
+        UserError: when the input is bad, an output cannot hold a constant, or no constant works;
+            then no file is left behind.
     """
     with find_model(text, options.chatting.template) as model:
         staging.check(paths, model.source, model.adapter, vectors=True)
@@ -186,17 +188,18 @@ def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> RunRec
 
 
 def _check_places(paths: Sequence[Path], replying: Replying) -> None:
-    """Refuse replies and pages that exist or cannot be written."""
+    """Refuse files for replies and reports that exist or cannot be written."""
     if replying.save_replies is not None:
         check_new(replying.save_replies)
     staging.check_reports(paths, replying.report)
 
 
 def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> RunRecord:
-    """The run itself. One model is in memory at a time.
+    """Do the six steps, with one model in memory at a time.
 
     Args:
-        look: finds what is written: a direction to remove, or a constant to add.
+        job: the run.
+        look: the second step, which finds a direction to remove or a constant to add.
     """
     with ExitStack() as stack:
         loaded = _load(job)
@@ -220,7 +223,7 @@ def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> RunRecord
 
 
 def _load(job: Job) -> LoadedModel:
-    """The model that is measured, with its residual writers."""
+    """Load the model on which the direction is measured, and find its residual writers."""
     with job.clock.step("load the model"):
         chat = job.model.load()
     if job.base is not None:
@@ -235,9 +238,9 @@ def _load(job: Job) -> LoadedModel:
 
 
 def _look(job: Job, loaded: LoadedModel) -> Found:
-    """The direction, and its removal from the files."""
+    """Find the direction, and plan its removal from the files."""
     chat, options = loaded.chat, job.options
-    # An edit that would touch nothing is better told now than after the measurement.
+    # An edit that would change nothing is refused now, before the direction is measured.
     make_edit(mx.ones((1, chat.width)), options.editing).chosen(loaded.writers)
     direction = find_behind_openings(
         chat, loaded.writers, job.sets, options.measuring, job.clock, 1 + len(job.paths),
@@ -257,7 +260,7 @@ def _look(job: Job, loaded: LoadedModel) -> Found:
 
 
 def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
-    """The constant that makes the model refuse, and its place in the files."""
+    """Choose the constant that makes the model refuse, and find its place in the files."""
     chat, options = loaded.chat, job.options
     with job.clock.step("find how replies open"):
         prefix, rate = find_reply_prefix(chat, job.sets, options.replying.batch_size)
@@ -284,10 +287,13 @@ def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
 
 
 def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -> Before:
-    """What the model does before anything is changed.
+    """Measure the unedited model.
 
     Args:
-        stack: keeps what the distributions are kept in.
+        job: the run.
+        loaded: the model.
+        found: the direction or constant.
+        stack: keeps the file with the distributions open.
     """
     chat, batch_size, sets = loaded.chat, job.options.replying.batch_size, job.sets
     in_llamacpp = _in_llamacpp(job, found.plan.original)
@@ -316,14 +322,14 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
 
 
 def _in_llamacpp(job: Job, runtime: InLlamaCpp | None) -> InLlamaCpp | None:
-    """The real llama.cpp as the job talks to a model; None where it is not there."""
+    """llama.cpp with the job's options; None if it is not installed."""
     if runtime is None or not evaluate.llamacpp_is_there():
         return None
     return replace(runtime, given=job.model.given)
 
 
 def _unit(found: Found) -> mx.array:
-    """The direction, orthonormal."""
+    """The directions, orthonormal."""
     return orthonormal(found.direction.selected)
 
 
@@ -331,7 +337,7 @@ def _unit(found: Found) -> mx.array:
 
 
 def _start(job: Job, found: Found) -> Edited:
-    """What is known before anything is written."""
+    """The entries of the record that are known before anything is written."""
     target, options = job.target, job.options
     template = given_template.record(job.model.given)
     with job.clock.step("hash the source"):
@@ -343,7 +349,7 @@ def _start(job: Job, found: Found) -> Edited:
 
 
 def _write(job: Job, found: Found, staged: Sequence[Output]) -> list[Written]:
-    """Every output under its temporary name, its leak measured."""
+    """Write every output to its staged path, and measure its leak."""
     return [found.plan.write(one, job.clock) for one in staged]
 
 
@@ -351,10 +357,10 @@ def _write(job: Job, found: Found, staged: Sequence[Output]) -> list[Written]:
 
 
 def _judge(job: Job, found: Found, before: Before, written: Sequence[Written]) -> list[Judged]:
-    """Every output as it was written.
+    """Evaluate every output.
 
-    First those that are judged in the model that is still loaded; then it is let go, and the others
-    are loaded one by one.
+    First come the outputs that are judged in the model that is still loaded. Then it is released,
+    and the other outputs are loaded one by one.
     """
     judged: dict[Path, Judged] = {}
     for on_loaded in (True, False):
@@ -405,7 +411,7 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
 
 
 def _finish(job: Job, known: Edited, before: Before, judged: Sequence[Judged]) -> RunRecord:
-    """The whole record; what lies beside each output is written."""
+    """Make the whole record, and write the companion files of each output."""
     evaluations = [one.record for one in judged]
     first, component = evaluations[0], None
     if before.component is not None and first.component is not None:
@@ -429,7 +435,7 @@ def _finish(job: Job, known: Edited, before: Before, judged: Sequence[Judged]) -
 
 
 def _replies(job: Job, before: Before, judged: Sequence[Judged]) -> Mapping[str, Behaviour]:
-    """Who -> what they did, for the page; saved where that was asked for."""
+    """Who -> their behaviour, for the report; also saves the replies if the user asked for it."""
     replies = {"before": before.behaviour}
     replies |= {str(one.written.output.path): one.behaviour for one in judged}
     if job.options.replying.save_replies is not None:

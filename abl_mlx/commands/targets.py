@@ -1,4 +1,4 @@
-"""What `eval` may ask: a model in MLX, a GGUF in llama.cpp, or a server; each answers alike."""
+"""Opens the targets of `eval`: a model in MLX, a GGUF in llama.cpp, or a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from abl_mlx.support.clock import Clock
 from convert.base.errors import UserError
 
 RUNTIMES = ("mlx-lm", "llama.cpp", "llama-server")
-"""What ``--runtime`` takes."""
+"""The accepted values of ``--runtime``."""
 
 
 def find(text: str, template: str | None) -> ModelFile | None:
@@ -43,15 +43,17 @@ def find(text: str, template: str | None) -> ModelFile | None:
 def opened(
     text: str, file: ModelFile | None, options: EvalOptions, clock: Clock, model: str | None
 ) -> Iterator[Target]:
-    """Load a model, or meet a server; it is let go at the end.
+    """Context manager with a loaded model or a server, which is released at the end.
 
     Args:
-        text: what the user typed.
-        file: what that is, as `find` says.
-        model: its name on a server; None where it has one alone.
+        text: the target as the user typed it.
+        file: the result of `find`.
+        options: the chosen options.
+        clock: times the steps.
+        model: the model's name on a server; None if the server has only one.
 
     Raises:
-        UserError: when it cannot be loaded or met.
+        UserError: when the model cannot be loaded, or the server cannot be reached.
     """
     with ExitStack() as stack:
         if file is None:
@@ -95,10 +97,10 @@ def opened(
 
 
 def runtime_of(file: ModelFile, wanted: str | None) -> str:
-    """What runs a model of this machine: one of `RUNTIMES`, of which a folder has no choice.
+    """The runtime for a model on this machine, one of `RUNTIMES`; a folder always runs in MLX.
 
     Raises:
-        UserError: when ``--runtime`` asks for what is not there.
+        UserError: when the runtime of ``--runtime`` is not installed.
     """
     server = shutil.which("llama-server")
     if file.runtimes == ("mlx-lm",):

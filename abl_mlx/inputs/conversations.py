@@ -1,4 +1,4 @@
-"""A row of a prompt file as a prompt: its text, or a whole conversation, and what stands around it.
+"""Turns a row of a prompt file into a prompt: a text or a whole conversation, with texts around it.
 
 The fields are ``system`` (the system message), ``prefix`` and ``suffix`` (text that is put directly
 before and behind the prompt), and ``messages`` (a list of ``{"role", "content"}`` that ends with
@@ -17,7 +17,7 @@ from convert.base.errors import UserError
 MESSAGES = "messages"
 
 ROLES = ("system", "user", "assistant")
-"""Roles that a message may have; the first alone is for the first message."""
+"""The roles that a message may have; only the first message may have the first role."""
 
 
 def prompt_of_row(row: Mapping[str, Any], name: str, where: str) -> Prompt | None:
@@ -26,10 +26,10 @@ def prompt_of_row(row: Mapping[str, Any], name: str, where: str) -> Prompt | Non
     Args:
         row: cells by field.
         name: the field of the prompt's text. A row without it may have `MESSAGES`.
-        where: the file and the line, for errors.
+        where: the file and the line, for messages.
 
     Raises:
-        UserError: when a field holds something else than it should.
+        UserError: when a field has a wrong type or value.
     """
     category = row.get("category") if name != "category" else None
     known = category.strip() if isinstance(category, str) else ""
@@ -54,7 +54,11 @@ def prompt_of_row(row: Mapping[str, Any], name: str, where: str) -> Prompt | Non
 
 
 def _turns(value: Any, where: str) -> list[tuple[str, str]]:
-    """(role, content) of a list of messages."""
+    """The (role, content) of each message in a list.
+
+    Raises:
+        UserError: when the value is no list of messages.
+    """
     turns = []
     for message in value if isinstance(value, list) else [None]:
         known = message if isinstance(message, Mapping) else {}
@@ -77,7 +81,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str | None:
 
 
 def _as_it_is(row: Mapping[str, Any], name: str, where: str) -> str:
-    """A cell's text; "" when it is missing."""
+    """A cell's text with its white space; "" when it is missing."""
     value = row.get(name)
     if value is None:
         return ""

@@ -1,8 +1,6 @@
-"""What a set of prompts is, and how two sets are split into train, validation and test parts.
+"""Prompts, sets of prompts, and splitting a set into train, validation and test parts.
 
-A direction is a difference between two sets of prompts, so everything that makes the result
-trustworthy starts here: no prompt in two parts, none in both sets, the same split for the same
-seed.
+No prompt is in two parts of a split, and the same seed gives the same split.
 """
 
 from __future__ import annotations
@@ -25,12 +23,12 @@ class Prompt:
 
     Attributes:
         text: the last user message.
-        category: what it is about; "" where the file does not say.
+        category: its category in the prompt file; "" if it has none.
         answer: a reference reply; only the demo's prompts have one.
         system: the system message; None for none.
         earlier: (role, content) of the turns between the system message and ``text``.
-        thinking: how the model is asked to think before it replies, as `inputs.thinking` has it;
-            None where it is asked not to.
+        thinking: how the model is asked to think before it replies, one of the modes of
+            `inputs.thinking`; None if it is asked not to think.
         tools: functions that the model may call.
         role: whose message ``text`` is: the user's, or "tool" where it is what a call returned.
     """
@@ -48,8 +46,8 @@ class Prompt:
         """The whole conversation, oldest message first.
 
         Args:
-            system_role: whether the model's chat template has such a role. Without it the system
-                message is the first line of the first user message, as llama.cpp has it.
+            system_role: whether the model's chat template has a system role. If not, the system
+                message becomes the first line of the first user message, as in llama.cpp.
         """
         turns = [*self.earlier, (self.role, self.text)]
         if self.system is not None and system_role:
@@ -61,9 +59,9 @@ class Prompt:
 
     @property
     def identity(self) -> str:
-        """A text that is equal for prompts to which a model replies alike, and for no others.
+        """A text that is the same for prompts with the same messages, thinking and tools only.
 
-        It is the user's message where nothing else is given.
+        For a prompt that is only a user's message, it is that message.
         """
         if replace(self, category="", answer=None) == Prompt(self.text):
             return self.text
@@ -79,13 +77,13 @@ class Prompt:
 
 
 def prompt_of(question: str | Prompt) -> Prompt:
-    """A text as a prompt of one user message; a prompt as it is."""
+    """The prompt with this text as its only message; a prompt is returned unchanged."""
     return Prompt(question) if isinstance(question, str) else question
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in a fixed order, and where they came from."""
+    """Prompts in a fixed order, with the name of their source."""
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -109,11 +107,11 @@ class PromptSet:
         return digest.hexdigest()
 
     def asked(self, *, system: str | None = None, thinking: str | None = None) -> PromptSet:
-        """The same prompts, asked in this way.
+        """The same prompts with a system message and a mode of thinking.
 
         Args:
-            system: the system message of those that have none.
-            thinking: as of `Prompt`.
+            system: the system message for prompts that have none.
+            thinking: the mode of thinking, as in `Prompt`.
         """
         return replace(
             self,
@@ -129,7 +127,7 @@ class PromptSet:
     def take(self, n: int) -> PromptSet:
         """The first ``n`` prompts, or all when there are fewer.
 
-        A part made by :func:`split` spreads its categories evenly, so its first ``n`` do too.
+        In a part made by :func:`split`, categories are spread evenly, also over the first ``n``.
 
         Raises:
             ValueError: when ``n`` is negative.
@@ -159,7 +157,7 @@ class Split:
 
 @dataclass(frozen=True)
 class PromptSets:
-    """All prompts of a run. ``borderline`` is for over-refusal only, never for a direction."""
+    """All prompts of a run. ``borderline`` prompts measure over-refusal."""
 
     harmful: Split
     harmless: Split
@@ -167,7 +165,7 @@ class PromptSets:
 
     @property
     def thinking(self) -> str | None:
-        """How the model is asked to think, which is the same for all prompts of a run."""
+        """The mode of thinking, which is the same for all prompts of a run."""
         return next((one.thinking for one in self.harmful.train.prompts), None)
 
     def asked(self, *, system: str | None = None, thinking: str | None = None) -> PromptSets:
@@ -184,14 +182,15 @@ def split(
 ) -> Split:
     """Train, validation and test parts of a set, without duplicates.
 
-    Prompts that are :func:`normalized` alike count once. Each prompt's place follows from a hash of
-    the seed and its normalized text, so it depends on neither the file's order nor the Python
-    version. Categories are spread evenly (systematic sampling): a category of n prompts gives each
-    part its fraction of n, give or take about one, and any leading stretch of a part is spread
-    likewise.
+    Prompts with the same :func:`normalized` text count once. A hash of the seed and the normalized
+    text decides the place of each prompt, so it does not depend on the file's order or the version
+    of Python. Categories are spread evenly (systematic sampling): a category of n prompts gives
+    each part its fraction of n, up to about one prompt, and so does the beginning of a part.
 
     Args:
-        fractions: of train, validation and test; they add up to 1. Sizes are rounded.
+        prompts: the set.
+        seed: decides the split.
+        fractions: the sizes of train, validation and test parts, which add up to 1; rounded.
 
     Raises:
         ValueError: when the fractions are negative or do not add up to 1.
@@ -209,10 +208,11 @@ def split(
 
 
 def normalized(text: str) -> str:
-    """The form under which two prompts count as one: NFKC, casefolded, without punctuation.
+    """The normal form of a text: prompts with the same normal form count as one.
 
-    Apostrophes and invisible characters vanish, other punctuation separates words, white space
-    collapses. Symbols stay (C++ is not C). A text of punctuation only is kept as it is.
+    It is NFKC, casefolded, without punctuation. Apostrophes and invisible characters are removed,
+    other punctuation separates words, and runs of white space become one space. Symbols stay (C++
+    is not C). A text of punctuation only stays as it is.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     kept = []
@@ -225,9 +225,9 @@ def normalized(text: str) -> str:
 
 
 def unique(prompts: Iterable[Prompt]) -> dict[str, Prompt]:
-    """Normalized text -> prompt; of several alike the least by text, whatever their order.
+    """Normalized text -> prompt; of several equal ones, the first in the order of texts.
 
-    Prompts with other system messages or earlier turns are others, and their keys have these too.
+    Prompts with different system messages or earlier turns are different; their keys include these.
     """
     chosen: dict[str, Prompt] = {}
     for prompt in prompts:
@@ -247,7 +247,7 @@ def _key(prompt: Prompt) -> str:
 
 
 def _fraction_of_hash(seed: int, *parts: str) -> float:
-    """A number in [0, 1) that depends on nothing but the arguments."""
+    """A pseudo-random number in [0, 1) that depends only on the arguments."""
     digest = hashlib.sha256("\0".join((str(seed), *parts)).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
@@ -267,7 +267,7 @@ def _spread(prompts: Mapping[str, Prompt], seed: int) -> list[Prompt]:
 
 
 def prompt_hashes(sets: PromptSets) -> dict[str, str]:
-    """SHA-256 of the prompts that a direction was made from and chosen on."""
+    """SHA-256 of the prompts with which a direction was measured and chosen, by set and part."""
     return {
         f"{name} {part}": getattr(split, part).sha256
         for name, split in (("harmful", sets.harmful), ("harmless", sets.harmless))

@@ -1,8 +1,8 @@
-"""How a model is asked to think before it replies: not at all, as its template does, or how much.
+"""Modes of thinking: whether, and how much, a model is asked to think before it replies.
 
-Chat templates and servers have different names for it: ``enable_thinking`` (Qwen3 and most others),
-``thinking`` (DeepSeek, Granite), ``reasoning_effort`` (gpt-oss). A template that has none of them
-renders the same prompt whatever it is told.
+Chat templates and servers have different names for this: ``enable_thinking`` (Qwen3 and most
+others), ``thinking`` (DeepSeek, Granite), ``reasoning_effort`` (gpt-oss). A template without any of
+these renders the same prompt in every mode.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from convert.base.errors import UserError
 
 OFF, ON, BOTH = "off", "on", "both"
 
-# An amount of thought: "low", "medium", "high", and whatever else a template may know.
+# A word for an amount of thinking: "low", "medium", "high", or another one that a template knows.
 _LEVEL = re.compile(r"[a-z]{2,16}")
 
 
 def modes(asked: str) -> tuple[str | None, ...]:
-    """The modes that ``--thinking`` asks for, each as `Prompt.thinking` has it.
+    """The modes of a value of ``--thinking``, as in `Prompt.thinking`.
 
     Raises:
-        UserError: for what is neither on, off, both nor a word for an amount.
+        UserError: when the value is neither on, off, both nor a word for an amount.
     """
     if asked == OFF:
         return (None,)
@@ -37,12 +37,12 @@ def modes(asked: str) -> tuple[str | None, ...]:
 
 
 def name(mode: str | None) -> str:
-    """A mode in a record or a table."""
+    """The name of a mode in records and tables."""
     return OFF if mode is None else mode
 
 
 def template_values(mode: str | None) -> dict[str, Any]:
-    """What a chat template is told beside the messages."""
+    """The variables that a chat template gets besides the messages."""
     if mode is None:
         return {"enable_thinking": False}
     values: dict[str, Any] = {"enable_thinking": True, "thinking": True}
@@ -50,10 +50,10 @@ def template_values(mode: str | None) -> dict[str, Any]:
 
 
 def request_fields(mode: str | None) -> dict[str, Any]:
-    """What a chat request to a server says: for llama.cpp, vLLM and mlx-lm, OpenAI's, Ollama's.
+    """The fields of a chat request for a mode, for llama.cpp, vLLM, mlx-lm, OpenAI and Ollama.
 
-    With thinking off nothing but the template's own switch is sent, which all but the strictest
-    servers ignore where they do not know it.
+    With thinking off only the template's own switch is sent, which nearly all servers ignore if
+    they do not know it.
     """
     fields: dict[str, Any] = {"chat_template_kwargs": template_values(mode)}
     if mode is None:

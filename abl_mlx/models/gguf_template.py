@@ -19,10 +19,10 @@ from convert.tokenizers.from_gguf import chat_templates
 
 
 def fault(path: Path) -> TemplateError | None:
-    """What our renderer finds wrong with a GGUF's template; llama.cpp may still accept it.
+    """The error of our own renderer with a GGUF's template, which llama.cpp may still accept.
 
     Raises:
-        TemplateExcess: beyond a limit.
+        TemplateExcess: when rendering exceeds a limit.
     """
     template = template_of(path)
     if template is None:

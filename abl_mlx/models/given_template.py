@@ -1,4 +1,4 @@
-"""What ``--template`` gives: a template in place of the model's own, which may have none."""
+"""The chat template of ``--template``, which replaces the model's own (if it has one)."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _PLAIN = "{{ messages | map(attribute='content') | join('\n\n') }}"
 
 _BUNDLED = {CHATML: _CHATML, PLAIN: _PLAIN}
 
-# Bytes of a file; the longest templates have some tens of thousands.
+# The largest size of a template's file, in bytes; the longest real ones have some ten thousands.
 _LONGEST = 4 << 20
 
 
 @dataclass(frozen=True)
 class GivenTemplate:
-    """A template that a person chose.
+    """A chat template that the user chose.
 
     Attributes:
-        name: as it was typed: a file, ``chatml`` or ``plain``.
-        source: in Jinja.
+        name: as the user typed it: a file, ``chatml`` or ``plain``.
+        source: the template in Jinja.
     """
 
     name: str
@@ -44,7 +44,7 @@ class GivenTemplate:
 
     @property
     def completes(self) -> bool:
-        """Whether the model is given text to complete, and no conversation."""
+        """Whether the model gets text to complete and no conversation."""
         return self.name == PLAIN
 
     def ready(self, values: Mapping[str, Any]) -> ChatTemplate:
@@ -58,7 +58,7 @@ class GivenTemplate:
 
 
 def read(chosen: str | None) -> GivenTemplate | None:
-    """What the value of ``--template`` names; None without one.
+    """The template that the value of ``--template`` names; None without one.
 
     Raises:
         UserError: when it is a file that cannot be read.

@@ -1,4 +1,4 @@
-"""From messages to the token ids of a prompt: the model's chat template, then its tokenizer."""
+"""Encodes messages as the token ids of a prompt, with the chat template and the tokenizer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def encode(
     else:
         text = rendered(template, prompt)
         try:
-            # A model's own template writes the bos token itself, where there is one.
+            # A model's own template writes the bos token itself, if there is one.
             ids = list(tokenizer.encode(text, add_special_tokens=False))
             if given:
                 ids = [*_opening(tokenizer, ids), *ids]
@@ -96,7 +96,7 @@ def without_tools(place: object) -> TemplateError:
 
 
 def _opening(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """The bos token, where the tokenizer puts it in front of a text and ``ids`` lacks it."""
+    """The bos token, if the tokenizer puts it in front of a text and ``ids`` does not have it."""
     added = list(tokenizer.encode("", add_special_tokens=True))[:1]
     return added if added == [tokenizer.bos_token_id] and list(ids[:1]) != added else []
 
@@ -146,7 +146,7 @@ def template_of(
 
 
 def without_template(place: Path) -> TemplateError:
-    """What to say of a base model.
+    """The error for a model without a chat template.
 
     Args:
         place: the model's folder or GGUF.

@@ -1,7 +1,7 @@
-"""What is amended in tokenizer_config.json before transformers reads it.
+"""Corrections of tokenizer_config.json before transformers reads it.
 
-transformers takes the file as it comes: forms that one of its versions wrote and another does not
-know end in whatever its line happens to raise.
+transformers does not check the file, and some forms that one of its versions wrote make another
+version raise arbitrary exceptions.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from convert.base.schema import OBJECT
 
 _FILE = "tokenizer_config.json"
 
-# What one version calls additional_special_tokens, another calls extra_special_tokens.
+# Two names for the same key in different versions of transformers.
 _KEYS = ("extra_special_tokens", "additional_special_tokens")
 
 
 def amended(folder: Path) -> dict[str, Any]:
-    """Values that go before those of a folder's tokenizer_config.json.
+    """Values that replace those of a folder's tokenizer_config.json.
 
     Special tokens beyond the named ones may be a list of texts, a list of objects with the text
     under ``content``, one text, or an object of named ones, which is left as it is.
 
     Raises:
-        UserError: for other forms, and a file that is no JSON object.
+        UserError: when they have another form, or the file is no JSON object.
     """
     path = folder / _FILE
     try:

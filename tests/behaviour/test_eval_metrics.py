@@ -249,7 +249,7 @@ def test_lm_eval_that_is_not_there_is_told_before_anything_is_loaded(
 
 
 def test_lm_eval_runs_folders_alone(gguf: Path) -> None:
-    with pytest.raises(UserError, match="MLX or Hugging Face folders alone"):
+    with pytest.raises(UserError, match="runs only models in MLX or Hugging Face folders"):
         evaluate_model.evaluate_model(str(gguf), EvalOptions.of(lm_eval="arc_easy"))
     for text in ("", " , ", "--model"):
         with pytest.raises(UserError, match="name tasks with commas"):

@@ -432,7 +432,7 @@ MEANS = {"harmful_mean": mx.ones((2, 1, 8)), "harmless_mean": mx.zeros((2, 1, 8)
         (SELECTED, {"recipe": '{"profile": {"mlp": ["x"], "attention": []}}'}, r"mlp\[0\] must be"),
         (SELECTED, {"pins": "{}"}, "pins.harmful is missing"),
         (SELECTED, {"scores": "{}"}, "scores must be a list"),
-        (SELECTED | MEANS, {"positions": "[-2, -1]"}, "2 positions, and its means are of 1"),
+        (SELECTED | MEANS, {"positions": "[-2, -1]"}, "2 positions, but its means are of 1"),
         (SELECTED | MEANS, {"positions": '["x"]'}, r"positions\[0\] must be"),
         (SELECTED | MEANS | {"harmless_mean": mx.zeros((2, 8))}, {}, "`harmless_mean` must be"),
         (SELECTED | {"harmful_cloud": mx.ones((2, 3)), "harmless_cloud": mx.ones((2, 2))}, {},
