@@ -86,5 +86,6 @@ def _withstood(*arguments: str) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
 def test_inputs_of_every_kind_are_withstood() -> None:
     _withstood("--cases", "60", "--seed", "tests")

@@ -22,18 +22,21 @@ def run(*arguments: str, planted: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_kills_are_withstood() -> None:
     ended = run("killer", "--kills", "12")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "12 kills, 0 faults" in ended.stdout
 
 
+@pytest.mark.slow
 def test_full_disks_are_withstood() -> None:
     ended = run("full_disk", "measure", "apply", "convert gguf")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert " 0 faults" in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "planted", "found"),
     [
