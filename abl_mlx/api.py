@@ -20,7 +20,6 @@ to do. Mistakes in a program, such as a flag that does not exist, raise TypeErro
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from abl_mlx.commands import audit as weights
 from abl_mlx.commands import evaluate_model, measure_apply, prompt_choice
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
-from abl_mlx.directions import direction_file, measuring
+from abl_mlx.directions import measuring
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.measuring import Candidates
 from abl_mlx.edits import steering
@@ -223,12 +222,8 @@ def apply(
     if not outputs:
         raise TypeError("apply needs at least one output")
     options, places = ApplyOptions.of(**flags), [Path(output) for output in outputs]
-    if not isinstance(direction, DirectionFile):
-        return measure_apply.apply(Path(direction), str(model), places, options)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "direction.safetensors"
-        direction_file.save(path, direction)
-        return measure_apply.apply(path, str(model), places, options)
+    taken = direction if isinstance(direction, DirectionFile) else Path(direction)
+    return measure_apply.apply(taken, str(model), places, options)
 
 
 def evaluate(model: str | PathLike[str], **flags: Any) -> EvalRecord:

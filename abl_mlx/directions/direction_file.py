@@ -17,12 +17,14 @@ from abl_mlx.choices import METHODS
 from abl_mlx.directions import foreign
 from abl_mlx.directions.measuring import METHOD, Candidates, float32
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.records.directions import Chosen, Looked, ScoredCandidate, TriedEdit
+from abl_mlx.records.kinds import fields_of, kind_of
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.strict_json import finite
 from convert.base import json_text
 from convert.base.atomic import new_file
 from convert.base.errors import UserError
-from convert.base.schema import FLAG, TEXT, Refused, list_of, number, one_of, record, whole
+from convert.base.schema import FLAG, Refused, list_of, map_of, number, one_of, record, whole
 from convert.base.suffixes import ends_in
 
 
@@ -149,9 +151,6 @@ def _misshapen(path: Path, name: str, values: mx.array, wanted: str) -> UserErro
 _PLACE = {"layer": number(0, 1 << 16), "position": whole(-(1 << 20), -1)}
 
 
-_FIGURES = dict.fromkeys(("d_prime", "cosine", "mean", "explained"), number())
-
-
 _PINS = record({}, dict.fromkeys(("harmful", "harmless"), list_of(number())))
 
 
@@ -160,15 +159,10 @@ _METADATA = record(
         **_PLACE,
         "positions": list_of(_PLACE["position"]),
         "candidate_method": one_of(METHODS),
-        "summary": record(
-            {**_PLACE, "method": TEXT, "rank": whole(1), "across": TEXT, "per_layer": FLAG}
-        ),
-        "scores": list_of(
-            record(
-                {**_PLACE, **dict.fromkeys(("d_prime", "cosine", "mean", "explained"), number())}
-            )
-        ),
-        "trials": list_of(record(_PLACE)),
+        "summary": record({**fields_of(Chosen), **_PLACE, "rank": whole(1)}),
+        "first_look": map_of(kind_of(Looked)),
+        "scores": list_of(record(fields_of(ScoredCandidate), _PLACE)),
+        "trials": list_of(record({**fields_of(TriedEdit), **_PLACE})),
         "cloud": record(_PLACE),
         "pins": _PINS,
         "embedding_scale": number(),

@@ -11,6 +11,7 @@ import pytest
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.measuring import Candidates
+from abl_mlx.outputs import record_parts
 from convert.base.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -80,6 +81,34 @@ def test_bad_files_are_told_in_a_sentence(tmp_path):
                  "cube.npy", "d.txt"):  # fmt: skip
         with pytest.raises(UserError, match=name):
             direction_file.read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"summary": {"refusal_score": {"harmful": 1}}}, "refusal_score.harmless is missing"),
+        ({"summary": {"single": 3}}, "summary.single must be an object, not 3"),
+        ({"summary": {"refusal_tokens": [1]}}, r"refusal_tokens\[0\] must be text, not 1"),
+        ({"scores": [{"layer": 0}]}, r"scores\[0\].position is missing"),
+        ({"scores": [{"layer": 0, "position": -1, "auc": "x"}]}, "auc must be a finite number"),
+        ({"trials": [{"dropped": 1}]}, r"trials\[0\].dropped must be text, not 1"),
+        ({"first_look": {"harmful": {"asked": 1}}}, "first_look.harmful.refused is missing"),
+    ],
+)
+def test_what_a_record_takes_from_a_file_is_checked_when_it_is_read(metadata, said, tmp_path):
+    file = DirectionFile(mx.ones((1, 16)), metadata=metadata)
+    direction_file.save(tmp_path / "d.safetensors", file)
+    with pytest.raises(UserError, match=rf"d\.safetensors cannot be used: its .*{said}.*again"):
+        direction_file.read(tmp_path / "d.safetensors")
+
+
+def test_figures_that_are_not_known_and_keys_that_are_new_do_not_matter(tmp_path):
+    summary = {"method": "x", "layer": None, "validation_kl": float("nan"), "added": [1]}
+    file = DirectionFile(mx.ones((1, 16)), metadata={"summary": summary})
+    direction_file.save(tmp_path / "d.safetensors", file)
+    found = record_parts.chosen(direction_file.read(tmp_path / "d.safetensors"))
+    assert (found.layer, found.validation_kl, found.more) == (None, None, {"added": [1]})
+    assert found.json == {**summary, "validation_kl": None, "sha256": found.sha256}
 
 
 # --- directions of other origin ----------------------------------------------------------------
