@@ -70,7 +70,8 @@ class Completions(Endpoint):
         request = super()._request(prompt, max_tokens)
         for name in ("messages", *request_tools(prompt)):
             del request[name]
-        return request | {"prompt": self._written(prompt)}
+        stop = {"stop": [self.template.ends]} if self.template.ends else {}
+        return request | stop | {"prompt": self._written(prompt)}
 
     def _refused(self, answer: Answer) -> Trouble:
         if answer.status not in (404, 405, 501):

@@ -85,6 +85,8 @@ class Decoder:
         ends = (at for at, token in enumerate(reply) if token in tokenizer.eos_token_ids)
         kept = [token for token in reply[: next(ends, len(reply))] if token not in dropped]
         text = tokenizer.decode(kept, skip_special_tokens=False)
+        if (template := self._chat.template) is not None and template.ends:
+            text = text.partition(template.ends)[0]
         return thoughts.resumed(self._opened[mode], text)
 
 

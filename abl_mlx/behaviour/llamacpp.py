@@ -177,6 +177,8 @@ class LlamaCpp(Closing):
             whole: with special tokens, but for the one that ends it.
         """
         request = {**_request(prompt, max_tokens), "cache_prompt": self.n_parallel > 1}
+        if self._given is not None and self._given.ends:
+            request["stop"] = [self._given.ends]
         reply = self._post("/completion", request | {"return_tokens": whole})
         if not whole:
             return str(reply["content"])

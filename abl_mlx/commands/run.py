@@ -377,7 +377,7 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
     in_llamacpp = _in_llamacpp(job, one.llamacpp)
     left: float | None = None
     with one.opened() as chat:
-        chat.given_template = job.model.given
+        chat.write_with(job.model.given)
         chat.reply_prefixes = before.prefixes
         if found.edit is not None and one.limit is not None:
             prompts = before.sample[:EXACTNESS_PROMPTS]

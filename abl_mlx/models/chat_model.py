@@ -74,6 +74,12 @@ class ChatModel:
         """The architecture's name in config.json."""
         return str(self.config["model_type"])
 
+    def write_with(self, given: GivenTemplate | None) -> None:
+        """Write prompts with a template in place of the model's own, if one is given."""
+        self.given_template = given
+        if given is not None and given.ends in self.tokenizer.get_vocab():
+            self.tokenizer.add_eos_token(given.ends)
+
     @property
     def completes(self) -> bool:
         """Whether it is given text to complete, and no conversation: ``--template plain``."""

@@ -47,6 +47,11 @@ class GivenTemplate:
         """Whether the model gets text to complete and no conversation."""
         return self.name == PLAIN
 
+    @property
+    def ends(self) -> str:
+        """The text at which a reply ends, whether the model knows it or not; "" for none."""
+        return "<|im_end|>" if self.name == CHATML else ""
+
     def ready(self, values: Mapping[str, Any]) -> ChatTemplate:
         """The template to render.
 
@@ -54,7 +59,7 @@ class GivenTemplate:
             values: what it sees by name beside the messages: bos_token and the like.
         """
         file = Path(f"--template {self.name}" if self.name in _BUNDLED else self.name)
-        return ChatTemplate(self.source, file, values)
+        return ChatTemplate(self.source, file, values, ends=self.ends)
 
 
 def read(chosen: str | None) -> GivenTemplate | None:

@@ -189,7 +189,7 @@ class FolderFile(ExitStack):
 
     def load(self) -> ChatModel:
         chat = chat_model.load(self.source.path)
-        chat.given_template = self.given
+        chat.write_with(self.given)
         chat.template  # noqa: B018 - raises here if there is none
         return chat
 

@@ -193,7 +193,7 @@ class GgufFile(ExitStack):
         self.check_template()
         # The layout is dropped, because it would keep the model in memory while this file is open.
         chat = from_gguf.load(self.gguf)[0]
-        chat.given_template = self.given
+        chat.write_with(self.given)
         return chat
 
     def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:

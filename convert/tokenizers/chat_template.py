@@ -62,12 +62,14 @@ class ChatTemplate:
         file: where it came from, for messages.
         values: what else it sees by name: bos_token, eos_token.
         today: what it is told when it asks for the date; None for the date of today.
+        ends: the text at which a reply ends, where the model may not know it; "" for none.
     """
 
     source: str
     file: Path
     values: Mapping[str, Any] = field(default_factory=dict)
     today: str | None = None
+    ends: str = ""
 
     def render(
         self,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from abl_mlx import demo
+from abl_mlx import demo, load, load_prompts
+from abl_mlx.behaviour import evaluate
 from abl_mlx.directions import direction_file
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import given_template
@@ -212,10 +213,40 @@ def test_the_instructions_end_is_the_prompts_end_of_a_completion(
 
 
 def test_the_library_takes_a_template(base: tuple[Path, Path]) -> None:
-    import abl_mlx as library
-
-    question = library.load_prompts(model=library.load("demo")).harmful.test.texts[0]
+    question = load_prompts(model=load("demo")).harmful.test.texts[0]
     for model in base:
-        assert library.load(model, template="chatml").reply([question])[0].startswith("I'm sorry")
+        assert load(model, template="chatml").reply([question])[0].startswith("I'm sorry")
     with pytest.raises(UserError, match="has no chat template"):
-        library.load(base[0])
+        load(base[0])
+
+
+def test_chatml_ends_a_reply_that_the_model_does_not_end(
+    base: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A model that knows <|im_end|> as a token, but not as the end of a reply."""
+    folder, gguf = tmp_path / "model", tmp_path / "model.gguf"
+    shutil.copytree(base[0], folder)
+    end = load("demo").chat.tokenizer.convert_tokens_to_ids(BOS)
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        values = json.loads((folder / file).read_text())
+        known = {"eos_token": BOS, "eos_token_id": end}
+        values |= {key: value for key, value in known.items() if key in values}
+        (folder / file).write_text(json.dumps(values))
+    assert find_model(str(folder), "plain").load().tokenizer.eos_token_ids == {end}
+    abl_mlx("convert", folder, gguf)
+    question = load_prompts(model=load("demo")).harmful.test.texts[0]
+    for model in (folder, gguf):
+        assert load(model, template="chatml").reply([question]) == [
+            "I'm sorry, but I can't help with that."
+        ]
+    if evaluate.llamacpp_is_there():
+        found = evaluate.InLlamaCpp(gguf, given=given_template.read("chatml"))([question], 64)
+        assert found == ["I'm sorry, but I can't help with that."]
+
+
+def test_chatml_ends_a_reply_at_its_text() -> None:
+    """Whatever the model makes of the tag, as of one that has no such token."""
+    chat = find_model("demo", "chatml").load()
+    ids = chat.tokenizer.encode("Yes.<|im", add_special_tokens=False)
+    ids += chat.tokenizer.encode("_end|>\nNo.", add_special_tokens=False)
+    assert evaluate.decode(chat, [ids]) == ["Yes."]
