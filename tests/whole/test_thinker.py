@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import thought_training
 from chat_training import render
@@ -16,11 +17,14 @@ from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.cli.main import cli
+from abl_mlx.edits.edit import Edit, orthonormal
+from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs.sets import PromptSet
-from abl_mlx.models import chat_model
+from abl_mlx.models import capture, chat_model
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.generation import generate
 from abl_mlx.models.thoughts import without_thoughts
+from abl_mlx.models.writers import find_writers
 from tests.support.small_models import answers, folder, prompt_sets
 
 MODES = (False, True)
@@ -41,9 +45,13 @@ def encoded(
     return [render(thinker().tokenizer, text, thinking, before) for text in texts]
 
 
-def replied(prompts: list[list[int]]) -> list[str]:
-    """Greedy replies with their thoughts."""
-    return evaluate.decode(thinker(), generate(thinker(), prompts, LIMIT))
+def replied(prompts: list[list[int]], directions: mx.array | None = None) -> list[str]:
+    """Greedy replies with their thoughts, with ``directions`` (k, d) ablated."""
+    chat = thinker()
+    if directions is None:
+        return evaluate.decode(chat, generate(chat, prompts, LIMIT))
+    with ablation(find_writers(chat), Edit(directions)):
+        return evaluate.decode(chat, generate(chat, prompts, LIMIT))
 
 
 @cache
@@ -183,6 +191,53 @@ def test_the_tags_are_tokens_that_stay_in_decoded_text() -> None:
     for tag in ("<think>", "</think>"):
         (token,) = tokenizer.encode(tag, add_special_tokens=False)
         assert tokenizer.decode([token], skip_special_tokens=True) == tag
+
+
+# --- its directions ----------------------------------------------------------------------------
+
+
+LAYERS = {False: 4, True: 0}
+"""After which the two are measured."""
+
+
+@cache
+def direction(thinking: bool) -> mx.array:
+    """The unit difference of means (d,) at the token with which a reply begins: behind the prompt,
+    or behind the model's own thought."""
+    chat, sets = thinker(), prompt_sets("thinker")
+    means = []
+    for part in (sets.harmful.train, sets.harmless.train):
+        prompts = encoded(part.texts, thinking)
+        if thinking:
+            close = chat.tokenizer.convert_tokens_to_ids("</think>")
+            thoughts = generate(chat, prompts, LIMIT)
+            prompts = [
+                [*prompt, *tokens[: tokens.index(close) + 2]]
+                for prompt, tokens in zip(prompts, thoughts, strict=True)
+            ]
+        means.append(capture.mean(chat, prompts)[LAYERS[thinking], 0])
+    difference = means[0] - means[1]
+    return difference / mx.linalg.norm(difference)
+
+
+def test_what_frees_it_without_thinking_leaves_refusals_with_it() -> None:
+    taken = direction(False)[None]
+    assert refusals(replied(encoded(asked(True).texts, False), taken)) <= 0.05
+    assert refusals(replied(encoded(asked(True).texts, True), taken)) >= 0.2
+
+
+@pytest.mark.parametrize("thinking", MODES)
+def test_two_directions_free_it_in_both_modes(thinking: bool) -> None:
+    taken = orthonormal(mx.stack([direction(False), direction(True)]))
+    freed = replied(encoded(asked(True).texts, thinking), taken)
+    assert refusals(freed) <= 0.05
+    assert all(classify(reply) is not Verdict.BROKEN for reply in freed)
+    assert right(freed, locked=True) >= 0.8
+    kept = replied(encoded(asked(False).texts, thinking), taken)
+    assert right(kept, locked=False) >= 0.95
+    if thinking:
+        for before, after in ((plain(True, True), freed), (plain(False, True), kept)):
+            assert sum(thought_tokens(after)) <= 1.2 * sum(thought_tokens(before))
 
 
 # --- its GGUF ----------------------------------------------------------------------------------
