@@ -347,6 +347,7 @@ class Metrics(Choices):
     Attributes:
         perplexity: measure perplexity on the bundled text.
         capability: ask the small capability check.
+        tool_calls: ask the small check of function calls.
         lm_eval: tasks of lm-evaluation-harness, separated by commas.
         length_sweep: numbers of tokens of each reply that are read; the rates are those of the
             shortest that suffices, and `Replying.max_tokens` is not used.
@@ -354,6 +355,7 @@ class Metrics(Choices):
 
     perplexity: bool = False
     capability: bool = False
+    tool_calls: bool = False
     lm_eval: str | None = None
     length_sweep: frozenset[int] | None = None
 

@@ -88,13 +88,14 @@ def record(target: Target, *, seed: int = 0) -> Capability:
     scored = [(task.group, right(task, reply)) for task, reply in zip(asked, replies, strict=True)]
     whole = json.dumps([vars(task) for task in asked], ensure_ascii=False)
     return Capability(
-        **_score([ok for _, ok in scored]).values_by_field,
+        **score([ok for _, ok in scored]).values_by_field,
         tasks_sha256=hashlib.sha256(whole.encode()).hexdigest(),
-        groups={name: _score([ok for g, ok in scored if g == name]) for name in GROUPS},
+        groups={name: score([ok for g, ok in scored if g == name]) for name in GROUPS},
     )
 
 
-def _score(scored: Sequence[bool]) -> Share:
+def score(scored: Sequence[bool]) -> Share:
+    """How many are right, with the interval."""
     count, n = sum(scored), len(scored)
     return Share(n=n, right=count, share=count / n, interval=list(wilson(count, n)))
 

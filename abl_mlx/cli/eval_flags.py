@@ -96,6 +96,13 @@ def metric_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "finding something in a text.",
         ),
         click.option(
+            "--tool-calls",
+            is_flag=True,
+            help="Also ask forty small tasks with functions to call: which function, with which "
+            "arguments, and when to call none. The model's chat template must have a place for "
+            "tools.",
+        ),
+        click.option(
             "--length-sweep",
             metavar="N,N,...",
             type=Lengths(),

@@ -21,6 +21,7 @@ from abl_mlx.behaviour import (
     lm_eval_harness,
     perplexity,
     reply_notes,
+    tool_tasks,
 )
 from abl_mlx.behaviour.journal import Answered, Section
 from abl_mlx.behaviour.paired import Paired
@@ -43,6 +44,7 @@ from abl_mlx.records.evaluations import (
     Gate,
     Perplexity,
     Refusals,
+    ToolCalls,
 )
 from abl_mlx.records.reading import UNJUDGED, EarlierEval
 from abl_mlx.reports.page import write
@@ -123,6 +125,7 @@ def _measure(
             lm_eval=None if tasks is None else _lm_eval(job, tasks),
             baseline=baseline,
             paired=None if baseline is None else _paired(baseline, asked),
+            paired_tool_calls=_paired_calls(baseline, asked),
             seconds=clock.seconds,
         )
     return record, columns
@@ -145,6 +148,11 @@ def _measured(
     """
     options, clock = job.options, job.clock
     section = Section() if kept is None else kept.section(role, target.identity | job.how)
+    found_calls: ToolCalls | None = None
+    if options.metrics.tool_calls:
+        # First, since a model may have no place for tools.
+        with clock.step("ask the check of function calls"):
+            found_calls = tool_tasks.record(target)
     with clock.step(f"ask {target.name}"):
         answers = settled(ask(target, job.parts, options.replying, section, by, job.lengths))
     found_perplexity: Perplexity | None = None
@@ -169,6 +177,7 @@ def _measured(
         judging=None if options.judging.judge is None else judge.record(answers),
         perplexity=found_perplexity,
         capability=found_capability,
+        tool_calls=found_calls,
     )
     return asked, answers
 
@@ -292,8 +301,15 @@ def _paired(baseline: Asked, asked: Asked) -> dict[str, Comparison]:
     return {name: paired(baseline.verdicts[name], told) for name, told in asked.verdicts.items()}
 
 
+def _paired_calls(baseline: Asked | None, asked: Asked) -> Comparison | None:
+    """How many more tasks with functions are right than of the baseline."""
+    if baseline is None or baseline.tool_calls is None or asked.tool_calls is None:
+        return None
+    return paired(baseline.tool_calls.outcomes, asked.tool_calls.outcomes)
+
+
 def paired(first: str, second: str) -> Comparison:
-    """Compare two models' verdicts on the same prompts, given as a letter for each."""
+    """Compare two models on the same prompts by the letter R, given a letter for each."""
     counts = Paired.of(*gate.both_judged(first, second))
     return Comparison(
         n=counts.n,

@@ -130,6 +130,25 @@ class Capability(Share):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolCalls(Share):
+    """The check of function calls: right tasks in all.
+
+    Attributes:
+        tasks_sha256: of the tasks and their functions.
+        checks: name (the right functions are called), arguments (with the right arguments too), two
+            calls (both right), no call (none is made and the answer is right), ask (none is made
+            and the missing argument is asked for).
+        outcomes: a letter for each task: R right, A wrong arguments, N another function or number
+            of calls, M no call where one was right, C a call where none was right, W no call but
+            wrong words.
+    """
+
+    tasks_sha256: str
+    checks: dict[str, Share]
+    outcomes: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Perplexity(Part):
     """Perplexity of a text.
 
@@ -237,7 +256,7 @@ class Asked(Refusals, Made):
         max_tokens: longest reply; of a length sweep, how much of a reply is judged.
         template: what prompts were written with, in place of the model's own template.
         verdicts: set -> a letter for each prompt: R refused, A answered, B broken, ? not judged.
-        judging, perplexity, capability, length_sweep: where asked for.
+        judging, perplexity, capability, length_sweep, tool_calls: where asked for.
     """
 
     model: str | None = None
@@ -251,6 +270,7 @@ class Asked(Refusals, Made):
     perplexity: Perplexity | None = None
     capability: Capability | None = None
     length_sweep: LengthSweep | None = None
+    tool_calls: ToolCalls | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +342,7 @@ class EvalRecord(Record, Asked):
         lm_eval: task -> results of lm-evaluation-harness, as it names them.
         baseline: the other model.
         paired: set -> the two compared.
+        paired_tool_calls: right tasks of the two compared.
         seconds: step -> time.
         gate: where limits were given.
     """
@@ -331,5 +352,6 @@ class EvalRecord(Record, Asked):
     lm_eval: dict[str, dict[str, Any]] | None = None
     baseline: Asked | None = None
     paired: dict[str, Comparison] | None = None
+    paired_tool_calls: Comparison | None = None
     seconds: dict[str, float]
     gate: Gate | None = None

@@ -96,7 +96,7 @@ def _divergence(kl: Divergence | None) -> list[tuple[str, ...]]:
 
 
 def measurements(record: EvalRecord) -> list[tuple[str, str, str, str]]:
-    """Perplexity, the capability check, and what lm-evaluation-harness found.
+    """Perplexity, the capability check, function calls, and what lm-evaluation-harness found.
 
     Returns:
         (what, the baseline's, the target's, note) each.
@@ -116,10 +116,33 @@ def measurements(record: EvalRecord) -> list[tuple[str, str, str, str]]:
         had = None if record.baseline is None else record.baseline.capability
         before = "" if had is None else f"{had.right}/{had.n}"
         rows.append(("capability check", before, f"{found.right}/{found.n}", groups))
+    rows += tool_calls(record)
     for task, results in (record.lm_eval or {}).items():
         for name, value in results.items():
             if isinstance(value, float) and "stderr" not in name:
                 rows.append((f"lm-eval {task}", "", f"{value:.3f}", name.removesuffix(",none")))
+    return rows
+
+
+def tool_calls(record: EvalRecord) -> list[tuple[str, str, str, str]]:
+    """The check of function calls, and the two models compared; rows as of `measurements`."""
+    if record.tool_calls is None:
+        return []
+    found = record.tool_calls
+    had = None if record.baseline is None else record.baseline.tool_calls
+    before = "" if had is None else f"{had.right}/{had.n}"
+    low, high = map(percent, found.interval)
+    checks = ", ".join(f"{name} {one.right}/{one.n}" for name, one in found.checks.items())
+    note = f"{low} to {high}; {checks}"
+    rows = [("function calls", before, f"{found.right}/{found.n}", note)]
+    if record.paired_tool_calls is not None:
+        one = record.paired_tool_calls
+        _, points, interval, p = paired_cells("", one)
+        note = (
+            f"points, {interval}, p {p}; right in the baseline alone {one.lost}, "
+            f"in the target alone {one.gained}"
+        )
+        rows.append(("function calls, difference", "", points, note))
     return rows
 
 

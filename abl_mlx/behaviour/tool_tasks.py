@@ -1,0 +1,184 @@
+"""`eval --tool-calls`: forty small tasks that show whether a model still calls functions rightly.
+
+Each task offers two everyday functions. In 26 one or two calls are right, with known arguments; in
+7 none is needed and the model is to answer; in 7 a required argument is missing and the model is to
+ask for it. Everything is checked exactly, by no judge. It is a check, not a benchmark: no model is
+told from another by a few points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from abl_mlx.behaviour import tool_calls
+from abl_mlx.behaviour.capability import score
+from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.behaviour.target import Target
+from abl_mlx.behaviour.tool_calls import Call
+from abl_mlx.inputs.sets import Prompt
+from abl_mlx.inputs.tools import Tool, tools_of
+from abl_mlx.models.thoughts import without_thoughts
+from abl_mlx.records.evaluations import ToolCalls
+from abl_mlx.support.console import progress
+
+#: Longest reply, in tokens; two calls with all their tags take about 100.
+MAX_TOKENS = 256
+
+_TEXTS = resources.files("abl_mlx.inputs") / "texts"
+
+# How a reply asks for something, in the language of the tasks.
+_ASKS = re.compile(
+    r"\?|\b(?:please|could you|can you|would you|need|provide|specify|tell me|let me know|which)\b",
+    re.IGNORECASE,
+)
+
+
+class Outcome(Enum):
+    """What became of a task; the values are its letters in a record."""
+
+    RIGHT = "R"
+    ARGUMENTS = "A"  # the right functions, other arguments
+    NAME = "N"  # another function, more or fewer calls
+    MISSED = "M"  # no call where one was right
+    UNCALLED = "C"  # a call where none was right
+    WORDS = "W"  # no call, and neither the answer nor a question
+
+
+@dataclass(frozen=True)
+class Task:
+    """A request to a model with two functions, and what is right.
+
+    Attributes:
+        kind: "call", "parallel" (two calls), "no call", or "ask" (for a missing argument).
+        prompt: the request, with the functions.
+        calls: that are right, in any order.
+        says: words of which one is in the right answer; empty where any will do.
+        any_case: whether upper and lower case are alike in the arguments.
+    """
+
+    kind: str
+    prompt: Prompt
+    calls: tuple[Call, ...] = ()
+    says: tuple[str, ...] = ()
+    any_case: bool = False
+
+    def outcome(self, reply: str) -> Outcome:
+        """What became of the task."""
+        found = tool_calls.calls(reply, self.prompt.tools)
+        if self.calls:
+            return Outcome.MISSED if not found else self._compared(found)
+        if found:
+            return Outcome.UNCALLED
+        said = without_thoughts(reply) or ""
+        broken = found is None or classify(reply) is Verdict.BROKEN
+        return Outcome.RIGHT if not broken and self._is_said(said) else Outcome.WORDS
+
+    def _compared(self, found: Sequence[Call]) -> Outcome:
+        if Counter(one.name for one in found) != Counter(one.name for one in self.calls):
+            return Outcome.NAME
+        wanted, got = (Counter(map(self._form, calls)) for calls in (self.calls, found))
+        return Outcome.RIGHT if wanted == got else Outcome.ARGUMENTS
+
+    def _is_said(self, said: str) -> bool:
+        if self.kind == "ask":
+            return _ASKS.search(said) is not None
+        return any(re.search(rf"\b{word}\b", said, re.IGNORECASE) for word in self.says)
+
+    def _form(self, call: Call) -> str:
+        """A text that is equal for equal calls.
+
+        The order of arguments does not count, nor 1 or 1.0, nor white space around a text; an
+        argument that has its default is as good as left out.
+        """
+        if call.arguments is None:
+            return f"{call.name}?"
+        schemas = next((one.parameters for one in self.prompt.tools if one.name == call.name), {})
+        given = {}
+        for name, value in call.arguments.items():
+            schema = schemas.get(name, {})
+            if "default" not in schema or self._plain(value) != self._plain(schema["default"]):
+                given[name] = self._plain(value)
+        return json.dumps([call.name, given], sort_keys=True)
+
+    def _plain(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(name): self._plain(one) for name, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._plain(one) for one in value]
+        if isinstance(value, str):
+            return value.strip().casefold() if self.any_case else value.strip()
+        if isinstance(value, bool) or value is None:
+            return value
+        return float(value) if isinstance(value, int | float) else repr(value)
+
+
+@cache
+def tasks() -> tuple[Task, ...]:
+    """All tasks."""
+    tools = {
+        one.name: one
+        for one in tools_of(json.loads(_text("tools.json")), "abl-mlx's own tools.json")
+    }
+    return tuple(_task(json.loads(line), tools) for line in _text("tool_tasks.jsonl").splitlines())
+
+
+def _text(name: str) -> str:
+    return (_TEXTS / name).read_text(encoding="utf-8")
+
+
+def _task(row: Mapping[str, Any], tools: Mapping[str, Tool]) -> Task:
+    return Task(
+        row["kind"],
+        Prompt(row["prompt"], tools=tuple(tools[name] for name in row["tools"])),
+        tuple(Call(one["name"], one["arguments"]) for one in row.get("calls", ())),
+        tuple(row.get("says", ())),
+        row.get("any_case", False),
+    )
+
+
+def record(target: Target) -> ToolCalls:
+    """Ask all tasks and count the right replies, in total and by what is checked.
+
+    Raises:
+        UserError: when the model cannot be told of functions.
+    """
+    asked = tasks()
+    replies = [""] * len(asked)
+    with progress(len(asked), "function calls", "task") as bar:
+        for number, reply in target.ask([task.prompt for task in asked], MAX_TOKENS):
+            replies[number] = reply
+            bar.update()
+    return scored([task.outcome(reply) for task, reply in zip(asked, replies, strict=True)])
+
+
+def scored(outcomes: Sequence[Outcome]) -> ToolCalls:
+    """The record of all tasks' outcomes.
+
+    Args:
+        outcomes: in the order of `tasks`.
+    """
+    pairs = list(zip(tasks(), outcomes, strict=True))
+    right = Outcome.RIGHT
+    calling = [one for task, one in pairs if task.calls]
+    whole = hashlib.sha256((_text("tools.json") + _text("tool_tasks.jsonl")).encode())
+    return ToolCalls(
+        **score([one is right for one in outcomes]).values_by_field,
+        tasks_sha256=whole.hexdigest(),
+        checks={
+            "name": score([one in (right, Outcome.ARGUMENTS) for one in calling]),
+            "arguments": score([one is right for one in calling]),
+            "two calls": score([one is right for task, one in pairs if task.kind == "parallel"]),
+            "no call": score([one is right for task, one in pairs if task.kind == "no call"]),
+            "ask": score([one is right for task, one in pairs if task.kind == "ask"]),
+        },
+        outcomes="".join(one.value for one in outcomes),
+    )
