@@ -21,6 +21,7 @@ from abl_mlx.behaviour.evaluate import Question
 from abl_mlx.behaviour.target import Target
 from abl_mlx.inputs.sets import prompt_of
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.records.evaluations import Divergence
 from abl_mlx.support.arrays import numbers
@@ -117,14 +118,13 @@ def refer(
     assert target.gguf is not None
     room = 512 + max((prompt_of(one).length for one in prompts), default=0) + tokens
     with (
-        LlamaCpp(target.gguf, n_ctx=room, n_parallel=1, lean=True) as server,
+        LlamaCpp(target.gguf, n_ctx=room, n_parallel=1, lean=True, given=target.given) as server,
         progress(len(prompts), "KL: base") as bar,
     ):
         asked, replies = [], []
         tops: list[list[Top]] = []
         for prompt in prompts:
-            rendered = server.render_prompt(prompt)
-            asked.append(server.tokenize(rendered))
+            asked.append(server.encode(prompt_of(prompt)))
             replies.append(server.greedy(asked[-1], tokens))
             tops.append([*server.top_logprobs(asked[-1], replies[-1], TOP_N, cached=True)])
             bar.update()
@@ -141,7 +141,7 @@ def compare(reference: Reference, target: Target) -> Divergence:
         tops = _in_mlx(target.chat, reference.prompts, reference.replies, "KL")
     else:
         assert target.gguf is not None
-        tops = _in_llamacpp(target.gguf, reference.prompts, reference.replies)
+        tops = _in_llamacpp(target.gguf, target.given, reference.prompts, reference.replies)
     values = [
         [cut_kl(p, q) for p, q in zip(before, after, strict=True)]
         for before, after in zip(reference.tops, tops, strict=True)
@@ -192,14 +192,17 @@ def _in_mlx(
 
 
 def _in_llamacpp(
-    path: Path, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]
+    path: Path,
+    given: GivenTemplate | None,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
 ) -> list[list[Top]]:
     from abl_mlx.behaviour.llamacpp import LlamaCpp
 
     room = 16 + max(len(p) + len(r) for p, r in zip(prompts, replies, strict=True))
     found: list[list[Top]] = []
     with (
-        LlamaCpp(path, n_ctx=room, n_parallel=1, lean=True) as server,
+        LlamaCpp(path, n_ctx=room, n_parallel=1, lean=True, given=given) as server,
         progress(len(prompts), "KL") as bar,
     ):
         for prompt, reply in zip(prompts, replies, strict=True):

@@ -186,8 +186,11 @@ class LlamaCpp(Closing):
         return self.detokenize(tokens[:-1] if reply.get("stop_type") == "eos" else tokens)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt in the template that was given, or in that for tools."""
-        ids = self.tokenize(self.render_prompt(prompt), add_special=False)
+        """Token ids of a prompt, in the template that was given or the file's own."""
+        rendered = self.render_prompt(prompt)
+        if self._given is None and not prompt.tools:  # llama.cpp leaves out the bos that it adds
+            return self.tokenize(rendered)
+        ids = self.tokenize(rendered, add_special=False)
         return ids if ids[:1] == self._opening else [*self._opening, *ids]
 
     @cached_property

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from abl_mlx.behaviour.target import Target
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.records.evaluations import Perplexity
 from abl_mlx.support.arrays import numbers
@@ -53,7 +54,7 @@ def record(target: Target, *, tokens: int | None = None) -> Perplexity:
         outside = None
         predicted = target.chat.tokenizer.decode(ids[given:])
     elif target.gguf is not None:
-        logs, outside, predicted = in_llamacpp(target.gguf, tokens or LLAMACPP_TOKENS)
+        logs, outside, predicted = in_llamacpp(target.gguf, tokens or LLAMACPP_TOKENS, target.given)
     else:
         raise UserError("--perplexity needs probabilities, which a server's chat does not tell.")
     nats = -math.fsum(logs)
@@ -114,7 +115,9 @@ def in_mlx(chat: ChatModel, ids: Sequence[int], given: int) -> list[float]:
     return [value for index in range(len(parts)) for value in found[index]]
 
 
-def in_llamacpp(path: Path, tokens: int) -> tuple[list[float], int, str]:
+def in_llamacpp(
+    path: Path, tokens: int, template: GivenTemplate | None = None
+) -> tuple[list[float], int, str]:
     """An upper bound of ln p for each of the first tokens of the text.
 
     A token that llama.cpp does not return has at most the probability of the least likely token
@@ -126,7 +129,7 @@ def in_llamacpp(path: Path, tokens: int) -> tuple[list[float], int, str]:
     from abl_mlx.behaviour.llamacpp import LlamaCpp
 
     with (
-        LlamaCpp(path, n_ctx=tokens + 16, n_parallel=1, lean=True) as server,
+        LlamaCpp(path, n_ctx=tokens + 16, n_parallel=1, lean=True, given=template) as server,
         progress(tokens, "perplexity", "token") as bar,
     ):
         plain = server.tokenize(TEXT, add_special=False, parse_special=False)

@@ -10,6 +10,7 @@ from typing import Any
 from abl_mlx.behaviour.whole_reply import WholeReply, of_words
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.given_template import GivenTemplate
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Target:
         note: a note on its figures.
         wholes: like ``ask``, with replies that can be cut; None where nothing is known of their
             tokens.
+        given: what prompts are written with, in place of the model's own chat template.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Target:
     model: str | None = None
     note: str | None = None
     wholes: Callable[[Sequence[str | Prompt], int], Iterator[tuple[int, WholeReply]]] | None = None
+    given: GivenTemplate | None = None
 
     def ask_wholes(
         self, prompts: Sequence[str | Prompt], max_tokens: int

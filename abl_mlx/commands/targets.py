@@ -93,7 +93,9 @@ def opened(
             with clock.step("start llama-server"):
                 server = stack.enter_context(LlamaServer(path, options.asking, given=file.given))
             ask, wholes = server.endpoint.ask, server.endpoint.wholes
-        yield Target(name, runtime, identity, ask, gguf=path, note=note, wholes=wholes)
+        yield Target(
+            name, runtime, identity, ask, gguf=path, note=note, wholes=wholes, given=file.given
+        )
 
 
 def runtime_of(file: ModelFile, wanted: str | None) -> str:

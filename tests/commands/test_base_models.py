@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from abl_mlx import demo, load, load_prompts
-from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour import divergence, evaluate
+from abl_mlx.behaviour.target import Target
+from abl_mlx.cli.main import cli
 from abl_mlx.directions import direction_file
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import given_template
@@ -250,3 +253,28 @@ def test_chatml_ends_a_reply_at_its_text() -> None:
     ids = chat.tokenizer.encode("Yes.<|im", add_special_tokens=False)
     ids += chat.tokenizer.encode("_end|>\nNo.", add_special_tokens=False)
     assert evaluate.decode(chat, [ids]) == ["Yes."]
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_kl_is_measured_behind_the_prompts_that_were_asked(
+    base: tuple[Path, Path], template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(divergence, "TOP_N_PROMPTS", 2)
+    given = given_template.read(template)
+    target = Target("base", "llama.cpp", {}, lambda *_: iter(()), gguf=base[1], given=given)
+    found = divergence.refer(target, ["Name two rivers."], 4)
+    assert found.prompts == [find_model(str(base[1]), template).load().encode("Name two rivers.")]
+    options = ("--template", template, "--limit", 2, "--max-tokens", 4)
+    kl = abl_mlx("eval", base[0], "--baseline", base[1], *options)["kl"]
+    assert 0 <= kl["k32"] < 1e-3
+    assert "perplexity" in abl_mlx("eval", base[1], "--perplexity", *options)
+
+
+def test_a_conversation_with_a_base_model(base: tuple[Path, Path], tmp_path: Path) -> None:
+    for model in base:
+        said = CliRunner().invoke(
+            cli, ["chat", str(model), "--template", "chatml", "--limit", "8"],
+            input="How can I plan a garden?\n/quit\n",
+        )  # fmt: skip
+        assert said.exit_code == 0, said.stderr

@@ -292,3 +292,19 @@ def test_a_tokenizer_model_alone(kind: str, tmp_path: Path) -> None:
     found = find_model(str(tmp_path / "model.gguf")).load()
     assert found.encode("Hello, rain 12\n x") == wanted
     assert abl_mlx("eval", folder, "--limit", 2, "--max-tokens", 2)["runtime"] == "mlx-lm"
+
+
+@pytest.mark.parametrize("name", ["raises", "recursive", "for tools", "empty"])
+def test_every_command_that_asks_says_so(name: str, tmp_path: Path) -> None:
+    change, words = REFUSED[name]
+    for model in made(tmp_path, change):
+        for command in (
+            ["measure", model, "-o", tmp_path / "r.safetensors"],
+            ["run", model, "-o", tmp_path / f"out{model.suffix}"],
+            ["show", model, "Hi"],
+            ["chat", model],
+        ):
+            said = fails(*command)
+            assert words in said, command
+            assert str(model) in said, command
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
