@@ -22,7 +22,6 @@ from abl_mlx.edits.edit import Edit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import behind_last_layer
 from abl_mlx.models.writers import Writer
-from abl_mlx.records.directions import Selection
 from abl_mlx.reports.tables import summary_line
 from abl_mlx.support.arrays import number, numpy_of
 from abl_mlx.support.console import say
@@ -94,9 +93,9 @@ class Finder:
         metadata = {
             "method": variant.method,
             "candidate_method": candidates.method,
-            "summary": {**variant.record(), **self._notes, **counted},
+            "summary": {**variant.record().json, **self._notes, **counted},
             "scores": [_score_record(score, candidates) for score in self._scores],
-            "trials": [tried.record() for tried in self._tried],
+            "trials": [tried.record().json for tried in self._tried],
             "cloud": {"layer": layer, "position": position},
             "embedding_scale": self._embedding.scale,
         }
@@ -357,8 +356,8 @@ class Finder:
             say("  no subspace leaves fewer within the limit; the single direction is kept")
             return single
         alone = [one for one in done if one.variant.rank == 1 and not one.variant.per_layer]
-        self._notes["single"] = min(alone, key=lambda one: one.refused).record()
-        say(f"  taken instead: {summary_line(Selection.of(taken.variant.record()))}")
+        self._notes["single"] = min(alone, key=lambda one: one.refused).record().json
+        say(f"  taken instead: {summary_line(taken.variant.record())}")
         return self._take(taken)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
 from abl_mlx.directions.selection import LEFT, Outcome
+from abl_mlx.records.directions import Selection, TriedEdit
 
 # KLs that differ by less than this (in nats) count as equal: a few dozen prompts show no more.
 _SAME_KL = 1e-3
@@ -42,22 +42,18 @@ class Variant:
         """k."""
         return int(self.directions.shape[-2])
 
-    def record(self) -> dict[str, Any]:
-        """The variant as JSON values, without the directions."""
-        record: dict[str, Any] = {"method": self.method}
-        if self.layer is not None:
-            record["layer"] = int(self.layer) if self.layer == int(self.layer) else self.layer
-        if self.position is not None:
-            record["position"] = self.position
-        if self.rank > 1:
-            record["rank"] = self.rank
-        if self.across is not None:
-            record["across"] = self.across
-        if self.among is not None:
-            record["among"] = list(self.among)
-        if self.per_layer:
-            record["per_layer"] = True
-        return record
+    def record(self) -> Selection:
+        """The variant as a part of a record, without the directions."""
+        layer = self.layer
+        return Selection(
+            method=self.method,
+            layer=int(layer) if layer is not None and layer == int(layer) else layer,
+            position=self.position,
+            rank=self.rank if self.rank > 1 else None,
+            across=self.across,
+            among=None if self.among is None else list(self.among),
+            per_layer=self.per_layer or None,
+        )
 
 
 @dataclass(frozen=True)
@@ -88,15 +84,16 @@ class Tried:
         """Whether the edit ends refusals, judged by the first reply token."""
         return Outcome(self.refused, self.dropped, self.most_left).works
 
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        figures = {"refusal": self.refusal, "refused": self.refused, "kl": self.kl}
-        return {
-            **self.variant.record(),
-            **figures,
-            **({"kept_refused": self.kept} if self.kept is not None else {}),
-            **({"dropped": self.dropped} if self.dropped else {}),
-        }
+    def record(self) -> TriedEdit:
+        """The variant and its effect as a part of a record."""
+        return TriedEdit(
+            **self.variant.record().values_by_field,
+            refusal=self.refusal,
+            refused=self.refused,
+            kl=self.kl,
+            kept_refused=self.kept,
+            dropped=self.dropped or None,
+        )
 
 
 def best(trials: Iterable[Tried]) -> Tried | None:

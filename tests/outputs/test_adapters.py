@@ -325,7 +325,7 @@ def test_nothing_is_written_along_the_direction_with_a_gguf_lora(
         with adapter_outputs.in_mlx(gguf, lora) as with_lora:
             left = evaluate.component(with_lora, asked, unit)["max"]
     assert left < 1e-5
-    assert record["types"] == ["rank 2"]
+    assert record.types == ["rank 2"]
 
 
 # --- refusals ----------------------------------------------------------------------------------
