@@ -351,6 +351,7 @@ class Metrics(Choices):
         lm_eval: tasks of lm-evaluation-harness, separated by commas.
         length_sweep: numbers of tokens of each reply that are read; the rates are those of the
             shortest that suffices, and `Replying.max_tokens` is not used.
+        recognition: ask whether prompts are harmful.
     """
 
     perplexity: bool = False
@@ -358,6 +359,7 @@ class Metrics(Choices):
     tool_calls: bool = False
     lm_eval: str | None = None
     length_sweep: frozenset[int] | None = None
+    recognition: bool = False
 
 
 @dataclass(frozen=True)

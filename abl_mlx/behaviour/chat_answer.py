@@ -112,3 +112,33 @@ def is_withheld(answer: Answer) -> bool:
     codes = [error.get("code"), error.get("type")]
     codes += [inner.get("code")] if isinstance(inner, dict) else []
     return any(code in _FILTERED for code in codes if isinstance(code, str))
+
+
+#: A token of a reply: its text, and the likeliest texts in its place with their natural
+#: log-probabilities.
+Step = tuple[str, dict[str, float]]
+
+
+def told_tokens(found: Any) -> list[Step] | None:
+    """The tokens of a chat's reply, with the likeliest in their places; None if none are told."""
+    choices = found.get("choices") if isinstance(found, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    logprobs = choice.get("logprobs") if isinstance(choice, dict) else None
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(content, list) or not content:
+        return None
+    steps = []
+    for one in content:
+        top = one.get("top_logprobs") if isinstance(one, dict) else None
+        told = {
+            each["token"]: float(each["logprob"])
+            for each in (top if isinstance(top, list) else [])
+            if isinstance(each, dict)
+            and isinstance(each.get("token"), str)
+            and isinstance(each.get("logprob"), int | float)
+        }
+        if not told:
+            return None
+        chosen = one.get("token")
+        steps.append((chosen if isinstance(chosen, str) else max(told, key=told.__getitem__), told))
+    return steps

@@ -7,40 +7,29 @@ server sends. Only the prompt is sent; a key never appears in a message.
 
 from __future__ import annotations
 
-import base64
-import http.client
-import random
 import re
-import socket
-import ssl
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from typing import Any, TypeVar
-from urllib.parse import unquote
+from typing import Any
 
-from abl_mlx import __version__
 from abl_mlx.behaviour.chat_answer import (
+    Step,
     chosen_model,
     is_withheld,
     listed_models,
     request_tools,
     said_and_thought,
+    told_tokens,
 )
 from abl_mlx.behaviour.http_call import (
     Answer,
-    Call,
     Trouble,
-    is_cut,
-    key,
     retry_after,
     said,
-    shown,
-    split,
     what,
 )
+from abl_mlx.behaviour.patient_server import PatientServer, Said
 from abl_mlx.behaviour.refusals import WITHHELD
 from abl_mlx.behaviour.whole_reply import WholeReply, of_answer, of_pieces, pieces_of, tokenizing
 from abl_mlx.choices import Asking
@@ -52,16 +41,9 @@ from abl_mlx.models.thoughts import opened_by, resumed, without_thoughts
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
 
-#: The longest pause between two tries, in seconds.
-LONGEST_PAUSE = 120.0
-
-
 #: A field that not every server knows: it turns off the cache, because a reply must not depend on
 #: earlier requests. A server that refuses it, or the fields about thoughts, is asked without it.
 _EXTRAS: Mapping[str, Any] = {"cache_prompt": False}
-
-#: What a request is answered with: a text, or a reply that can be cut.
-Said = TypeVar("Said")
 
 
 def is_endpoint(text: str) -> bool:
@@ -69,7 +51,7 @@ def is_endpoint(text: str) -> bool:
     return text.lower().startswith(("http://", "https://")) and not hub.is_address(text)
 
 
-class Endpoint:
+class Endpoint(PatientServer):
     """One model on a server, which is looked up when the object is made."""
 
     _route = "chat/completions"
@@ -93,22 +75,9 @@ class Endpoint:
             UserError: when there is no server, it has no such API, or it has several models and no
                 name was given.
         """
-        self.asking = asking or Asking()
-        self._say = say
-        parts = split(url)
-        self._key = key(parts)
-        password = parts.password or ""
-        self._secrets = [text for text in (self._key, password, unquote(password)) if text]
-        self._server = parts
-        #: The address without user, password or query, for messages.
-        self.name = shown(parts)
-        self._stopped = threading.Event()
-        self._open: set[Call] = set()
-        self._lock = threading.Lock()
-        self._not_before = 0.0
+        super().__init__(url, asking or Asking(), say)
         self._extras = dict(_EXTRAS)
         self._told_of_tools = False
-        self._met = False
         self._base, listed = self._find_api(model)
         #: The model's name there.
         self.model = chosen_model(self.name, model, listed)
@@ -291,6 +260,30 @@ class Endpoint:
 
         return self._persist(attempt)
 
+    def likeliest(
+        self, prompts: Sequence[str | Prompt], tokens: int, top: int
+    ) -> Iterator[tuple[int, list[Step]]]:
+        """The opening of each reply as it comes: (number of the prompt, its tokens).
+
+        Args:
+            tokens: how many of each reply.
+            top: how many of the likeliest tokens in the place of each.
+
+        Raises:
+            UserError: when the server gives no log-probabilities.
+        """
+        more = {"logprobs": True, "top_logprobs": top}
+
+        def attempt(prompt: Prompt) -> list[Step]:
+            answer = self._complete(prompt, tokens, more)
+            steps = None if answer.status in (400, 422) else told_tokens(answer.json())
+            if steps is None and answer.status in (200, 400, 422):
+                raise Trouble(f"{self.name} gives no log-probabilities (logprobs)", again=False)
+            self._text(answer, "")
+            return steps or []
+
+        return self._each(prompts, lambda prompt: self._persist(lambda: attempt(prompt)))
+
     def _pieces(self, text: str) -> list[bytes] | None:
         """What each token of a text writes, by a llama-server's tokenizer; None without one."""
         place = f"{self._base.removesuffix('/v1')}/tokenize"
@@ -409,89 +402,3 @@ class Endpoint:
         return Trouble(
             f"{self.name} answers {said}", again=again, pause=retry_after(answer.headers)
         )
-
-    def _clean(self, text: str) -> str:
-        """A text as one short line, without the key, which some servers repeat."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        text = " ".join(text.split()).rstrip(".")
-        return text if len(text) <= 200 else text[:199] + "…"
-
-    # --- one request -----------------------------------------------------------------------------
-
-    def _persist(self, attempt: Callable[[], Said]) -> Said:
-        """Repeat an attempt until it succeeds, fails finally, or was made often enough."""
-        tries = 0
-        while True:
-            self._wait(self._not_before - time.monotonic())
-            try:
-                return attempt()
-            except Trouble as trouble:
-                tries += 1
-                # A request that timed out is repeated only once.
-                most = min(1, self.asking.retries) if trouble.slow else self.asking.retries
-                if not trouble.again or tries > most:
-                    times = f", {tries} times" if tries > 1 else ""
-                    raise UserError(f"{trouble.sentence}{times}{trouble.mend}.") from None
-                pause = self.asking.backoff * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
-                if trouble.pause is not None:
-                    if trouble.pause > LONGEST_PAUSE:
-                        raise UserError(
-                            f"{trouble.sentence} and asks to wait {trouble.pause:.0f} s: try again "
-                            "then, or lower --concurrency."
-                        ) from None
-                    pause = trouble.pause
-                    # Other requests wait as well, because they would fail in the same way.
-                    self._not_before = max(self._not_before, time.monotonic() + pause)
-                pause = min(pause, LONGEST_PAUSE)
-                self._wait(0)
-                self._say(f"· {trouble.sentence}: another try in {pause:.1f} s ({tries} of {most})")
-                self._wait(pause)
-
-    def _wait(self, seconds: float) -> None:
-        if self._stopped.wait(max(0.0, seconds)):
-            raise UserError(f"{self.name} was not asked to the end.")
-
-    def _exchange(self, method: str, path: str, body: Any = None) -> Answer:
-        call = Call(self._server, self.asking.timeout)
-        with self._lock:
-            self._open.add(call)
-        headers = {"Accept": "application/json", "User-Agent": f"abl-mlx/{__version__}"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        elif self._server.username:
-            user = f"{unquote(self._server.username)}:{unquote(self._server.password or '')}"
-            headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
-        try:
-            return call.run(method, path, body, headers)
-        except TimeoutError:
-            raise Trouble(
-                f"{self.name} did not finish an answer within {self.asking.timeout:g} s",
-                again=True,
-                slow=True,
-                mend=": raise --timeout, or lower --concurrency or --max-tokens",
-            ) from None
-        except ssl.SSLError as error:
-            raise Trouble(
-                f"{self.name} speaks no TLS that can be trusted ({error.reason or error}): check "
-                "the address and the certificate",
-                again=False,
-            ) from None
-        except socket.gaierror:
-            raise Trouble(
-                f"{self._server.hostname} is not a known host: check the address", again=False
-            ) from None
-        except http.client.InvalidURL:
-            raise Trouble(f"{self.name} is no address that can be asked", again=False) from None
-        except ConnectionRefusedError:
-            raise Trouble(
-                f"{self.name} refuses connections", again=self._met, mend=": is the server running?"
-            ) from None
-        except (OSError, http.client.HTTPException) as error:
-            what = "cut the connection" if is_cut(error) else f"cannot be asked ({error})"
-            raise Trouble(
-                f"{self.name} {self._clean(what)}", again=True, mend=": is the server running?"
-            ) from None
-        finally:
-            with self._lock:
-                self._open.discard(call)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.behaviour.whole_reply import WholeReply, of_words
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
@@ -30,6 +31,7 @@ class Target:
         wholes: like ``ask``, with replies that can be cut; None where nothing is known of their
             tokens.
         given: what prompts are written with, in place of the model's own chat template.
+        endpoint: the server, where one is asked.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Target:
     note: str | None = None
     wholes: Callable[[Sequence[str | Prompt], int], Iterator[tuple[int, WholeReply]]] | None = None
     given: GivenTemplate | None = None
+    endpoint: Endpoint | None = None
 
     def ask_wholes(
         self, prompts: Sequence[str | Prompt], max_tokens: int

@@ -111,6 +111,12 @@ def metric_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "the shortest length that suffices; in place of --max-tokens.",
         ),
         click.option(
+            "--recognition",
+            is_flag=True,
+            help="Measure whether the model can tell harmful from harmless prompts when it is "
+            "asked which of the two a prompt is, whatever it refuses.",
+        ),
+        click.option(
             "--lm-eval",
             metavar="TASKS",
             help="Also run these tasks of lm-evaluation-harness (separated by commas) through "

@@ -20,6 +20,7 @@ from abl_mlx.behaviour import (
     length_sweep,
     lm_eval_harness,
     perplexity,
+    recognition,
     reply_notes,
     tool_tasks,
 )
@@ -43,6 +44,7 @@ from abl_mlx.records.evaluations import (
     EvalRecord,
     Gate,
     Perplexity,
+    Recognition,
     Refusals,
     ToolCalls,
 )
@@ -153,6 +155,11 @@ def _measured(
         # First, since a model may have no place for tools.
         with clock.step("ask the check of function calls"):
             found_calls = tool_tasks.record(target)
+    found_recognition: Recognition | None = None
+    if options.metrics.recognition:  # first, because not every server can
+        with clock.step("ask what is harmful"):
+            harmful, harmless = job.sets.harmful.test, job.sets.harmless.test
+            found_recognition = recognition.record(target, harmful, harmless)
     with clock.step(f"ask {target.name}"):
         answers = settled(ask(target, job.parts, options.replying, section, by, job.lengths))
     found_perplexity: Perplexity | None = None
@@ -178,6 +185,7 @@ def _measured(
         perplexity=found_perplexity,
         capability=found_capability,
         tool_calls=found_calls,
+        recognition=found_recognition,
     )
     return asked, answers
 

@@ -66,7 +66,7 @@ def opened(
                 )
             yield Target(
                 endpoint.name, "server", endpoint.identity, endpoint.ask, model=endpoint.model,
-                note=given_template.note(given), wholes=endpoint.wholes,
+                note=given_template.note(given), wholes=endpoint.wholes, endpoint=endpoint,
             )  # fmt: skip
             return
         name, path = file.source.name, file.source.path
@@ -86,16 +86,18 @@ def opened(
         memory.check(file.source.title, file.size, asked=options.memory_check)
         if runtime == "llama.cpp":
             in_llamacpp = evaluate.InLlamaCpp(path, given=file.given)
-            ask, wholes = in_llamacpp.stream, in_llamacpp.wholes
+            ask, wholes, served = in_llamacpp.stream, in_llamacpp.wholes, None
         else:
             from abl_mlx.behaviour.llama_server import LlamaServer
 
             with clock.step("start llama-server"):
                 server = stack.enter_context(LlamaServer(path, options.asking, given=file.given))
-            ask, wholes = server.endpoint.ask, server.endpoint.wholes
+            served = server.endpoint
+            ask, wholes = served.ask, served.wholes
         yield Target(
-            name, runtime, identity, ask, gguf=path, note=note, wholes=wholes, given=file.given
-        )
+            name, runtime, identity, ask, gguf=path, note=note, wholes=wholes, given=file.given,
+            endpoint=served,
+        )  # fmt: skip
 
 
 def runtime_of(file: ModelFile, wanted: str | None) -> str:

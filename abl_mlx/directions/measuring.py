@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
+from abl_mlx.behaviour import separation
 from abl_mlx.choices import METHODS
 from abl_mlx.directions import estimators
 from abl_mlx.models import capture
@@ -356,7 +357,7 @@ def describe(candidates: Candidates, harmful: np.ndarray, harmless: np.ndarray) 
             threshold = float(candidates.facts["threshold"][at].item())  # type: ignore[arg-type]
         bad, good = harmful[at] @ lead - threshold, harmless[at] @ lead - threshold
         facts["explained"][at] = estimators.explained(harmful[at], low[at], bases[at])
-        facts["auc"][at] = estimators.auc(bad, good)
+        facts["auc"][at] = separation.auc(bad, good)
         facts["accuracy"][at] = estimators.accuracy(bad, good)
     return replace(
         candidates,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from abl_mlx.behaviour import separation
 from abl_mlx.directions import estimators
 
 RNG = np.random.default_rng(0)
@@ -131,9 +132,9 @@ def test_a_probe_is_at_the_bottom_of_its_loss(shape):
 def test_auc_and_accuracy_are_their_definitions():
     a, b = RNG.integers(0, 6, size=40) - 2.5, RNG.integers(0, 6, size=70) - 3.5
     wins = (a[:, None] > b[None]).mean() + (a[:, None] == b[None]).mean() / 2
-    assert estimators.auc(a, b) == pytest.approx(wins)
+    assert separation.auc(a, b) == pytest.approx(wins)
     assert estimators.accuracy(a, b) == pytest.approx(((a > 0).mean() + (b <= 0).mean()) / 2)
-    assert estimators.auc(b - 9, a) == 0
+    assert separation.auc(b - 9, a) == 0
 
 
 # --- subspaces ---------------------------------------------------------------------------------
