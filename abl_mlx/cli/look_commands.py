@@ -218,9 +218,17 @@ def show(
     type=click.FloatRange(min=0),
     help="Temperature; 0 always chooses the likeliest token.",
 )
+@click.option(
+    "--tools",
+    metavar="FILE.json",
+    type=HERE,
+    help="Tell the model of these functions, a JSON list as OpenAI's tools. Calls are shown as the "
+    "model writes them, and /tool RESULT gives what one returned.",
+)
 @steered_flags
 def chat(
     model: str,
+    tools: Path | None,
     side_by_side: bool,
     max_tokens: int,
     temp: float,
@@ -234,11 +242,13 @@ def chat(
     from abl_mlx.choices import SteerOptions
     from abl_mlx.commands import chat as chatting
     from abl_mlx.commands import session
+    from abl_mlx.inputs.tools import read
 
     with suppress(ImportError):
         import readline  # noqa: F401  (editing of the line, and its history)
+    told = () if tools is None else read(tools)
     conversation = chatting.Conversation(
-        session.load(model, SteerOptions.of(**chosen)),
+        session.load(model, SteerOptions.of(**chosen), told),
         side_by_side=side_by_side, max_tokens=max_tokens, temp=temp,
     )  # fmt: skip
     chatting.talk(conversation, input, lambda text: click.echo(escape.block(text), nl=False))

@@ -22,8 +22,12 @@ HELP = """\
 /on, /off        the edit, for the next replies
 /strength X      1 removes the direction, 0.5 half of it, negative values strengthen it
 /side            both replies, original and edited, side by side; again for one
+/tool RESULT     what the function that the model called returned (with --tools)
 /clear           forget what was said
 /quit            or Ctrl-D"""
+
+#: Begins a line with what a call returned.
+TOOL = "/tool"
 
 #: (role, content) of a message.
 Turn = tuple[str, str]
@@ -94,29 +98,47 @@ class Conversation:
         return f"[{self.state}]"
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yield the reply of the model that is on, in pieces as they are generated."""
-        said = ""
+        """Yield the reply of the model that is on, in pieces as they are generated.
+
+        Args:
+            text: the user's message, or ``/tool`` and what a call returned.
+
+        Raises:
+            UserError: when a call's result is given and the model has no tools.
+        """
+        said, turn = "", self._turn(text)
         history = self._edited if self.on else self._original
-        for piece in self._generate(history, text, self.on):
+        for piece in self._generate(history, turn, self.on):
             said += piece
             yield piece
         for one in (self._original, self._edited):
-            one += [("user", text), ("assistant", said)]
+            one += [turn, ("assistant", said)]
 
     def ask_both(self, text: str) -> tuple[str, str]:
         """The replies of the original and of the edited model, each with its own history."""
-        said = []
+        said, turn = [], self._turn(text)
         for history, edited in ((self._original, False), (self._edited, True)):
-            said.append("".join(self._generate(history, text, edited)))
-            history += [("user", text), ("assistant", said[-1])]
+            said.append("".join(self._generate(history, turn, edited)))
+            history += [turn, ("assistant", said[-1])]
         return said[0], said[1]
 
-    def _generate(self, history: Sequence[Turn], text: str, edited: bool) -> Iterator[str]:
+    def _turn(self, text: str) -> Turn:
+        name, _, result = text.partition(" ")
+        if name != TOOL:
+            return "user", text
+        if not self.steered.tools:
+            raise UserError(f"{TOOL} needs tools: start the chat with --tools FILE.json.")
+        if not result.strip():
+            raise UserError(f"{TOOL}: give what the function returned, such as {TOOL} 4 degrees.")
+        return TOOL[1:], result.strip()
+
+    def _generate(self, history: Sequence[Turn], turn: Turn, edited: bool) -> Iterator[str]:
         from mlx_lm import stream_generate
         from mlx_lm.sample_utils import make_sampler
 
         chat = self.steered.chat
-        prompt = replace(self.steered.prompt(text), earlier=tuple(history))
+        role, text = turn
+        prompt = replace(self.steered.prompt(text), role=role, earlier=tuple(history))
         tokens = chat.encode_message(prompt)
         steps: Any = stream_generate(
             chat.model, chat.tokenizer, mx.array(tokens), max_tokens=self._max_tokens,
@@ -148,7 +170,7 @@ def talk(
         if not line:
             continue
         try:
-            if line.startswith("/"):
+            if line.startswith("/") and line.split()[0] != TOOL:
                 answer = conversation.command(line)
                 if answer is None:
                     return

@@ -16,6 +16,7 @@ from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs import prompts, thinking
 from abl_mlx.inputs.sets import Prompt
+from abl_mlx.inputs.tools import Tool
 from abl_mlx.models import memory
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
@@ -40,11 +41,13 @@ class Steered:
     direction: DirectionFile
     editing: Editing
     prompting: Prompting = field(default_factory=Prompting)
+    tools: tuple[Tool, ...] = ()
 
     def prompt(self, text: str) -> Prompt:
         """A user's message as this model is asked it; thinking "both" is shown with it on."""
         mode = thinking.modes(self.prompting.thinking)[-1]
-        return Prompt(text, system=prompts.system_message(self.prompting.system), thinking=mode)
+        system = prompts.system_message(self.prompting.system)
+        return Prompt(text, system=system, thinking=mode, tools=self.tools)
 
     def edit(self, strength: float | None = None) -> Edit:
         """The edit, with the chosen strength or another one."""
@@ -63,8 +66,13 @@ class Steered:
             yield
 
 
-def load(text: str, options: SteerOptions) -> Steered:
+def load(text: str, options: SteerOptions, tools: tuple[Tool, ...] = ()) -> Steered:
     """Load a model (a folder or a GGUF), and load or measure its direction.
+
+    Args:
+        text: the model, as the user typed it.
+        options: the direction and the edit.
+        tools: functions that it may call.
 
     Raises:
         UserError: when the model or the direction cannot be loaded or measured.
@@ -78,9 +86,11 @@ def load(text: str, options: SteerOptions) -> Steered:
         with clock.step("load the model"):
             chat = model.load()
             writers = model.find_writers(chat)
+        if tools:
+            chat.encode(Prompt("Hello", tools=tools))  # refuses a model that has no place for them
         if given is not None and direction is not None:
             direction_file.check_width(given, direction, chat)
-            return Steered(name, chat, writers, given, options.editing, options.prompting)
+            return Steered(name, chat, writers, given, options.editing, options.prompting, tools)
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
     found = find_behind_openings(chat, writers, sets, options.measuring, clock)
-    return Steered(name, chat, writers, found, options.editing, options.prompting)
+    return Steered(name, chat, writers, found, options.editing, options.prompting, tools)

@@ -1,8 +1,9 @@
 """Turns a row of a prompt file into a prompt: a text or a whole conversation, with texts around it.
 
 The fields are ``system`` (the system message), ``prefix`` and ``suffix`` (text that is put directly
-before and behind the prompt), and ``messages`` (a list of ``{"role", "content"}`` that ends with
-the user's message) in place of a text.
+before and behind the prompt), ``tools`` (functions that the model may call, as in OpenAI's API),
+and ``messages`` (a list of ``{"role", "content"}`` that ends with the user's message) in place of
+a text.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from abl_mlx.inputs.sets import Prompt
+from abl_mlx.inputs.tools import Tool, tools_of
+from convert.base import json_text
 from convert.base.errors import UserError
+from convert.base.schema import Refused
 
 #: The field of a whole conversation.
 MESSAGES = "messages"
@@ -50,7 +54,24 @@ def prompt_of_row(row: Mapping[str, Any], name: str, where: str) -> Prompt | Non
     around = [
         "" if name == field else _as_it_is(row, field, where) for field in ("prefix", "suffix")
     ]
-    return Prompt(f"{around[0]}{text}{around[1]}", known, system=system, earlier=earlier)
+    tools = _tools(row.get("tools"), where) if name != "tools" else ()
+    return Prompt(
+        f"{around[0]}{text}{around[1]}", known, system=system, earlier=earlier, tools=tools
+    )
+
+
+def _tools(value: Any, where: str) -> tuple[Tool, ...]:
+    """The tools of a row: a list, or its JSON where cells are text.
+
+    Raises:
+        UserError: when they are no list of tools.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json_text.parse(value)
+        except Refused as refused:
+            raise UserError(f"{where}: tools cannot be used: {refused}.") from None
+    return tools_of(value, f"{where}: tools") if value else ()
 
 
 def _turns(value: Any, where: str) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ COLUMNS = ("text", "prompt", "instruction", "goal")
 """Names a prompt column is looked for under, in this order, when none is given; then `MESSAGES`."""
 
 #: Columns that are read beside the prompt's.
-_BESIDE = ("category", "system", "prefix", "suffix", MESSAGES)
+_BESIDE = ("category", "system", "prefix", "suffix", "tools", MESSAGES)
 
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".csv")

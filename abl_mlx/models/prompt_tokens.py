@@ -108,9 +108,10 @@ def counter(tokenizer: Any, place: Path, given: GivenTemplate | None = None) -> 
         place: the model's folder or GGUF.
         given: the template that is used instead of its own.
     """
-    template, other = template_of(tokenizer, place, given), given is not None
+    plain, other = template_of(tokenizer, place, given), given is not None
 
     def count(prompt: Prompt) -> int:
+        template = template_of(tokenizer, place, given, tools=True) if prompt.tools else plain
         return len(encode(tokenizer, template, prompt, place, given=other))
 
     return count

@@ -1,13 +1,18 @@
 """The terminal chat: the edit switched on, off and scaled while the model is loaded."""
 
+import shutil
+
 import pytest
 
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import SteerOptions
 from abl_mlx.commands import session
 from abl_mlx.commands.chat import Conversation, columns, talk
+from abl_mlx.demo import MODEL_PATH
 from abl_mlx.inputs import prompts
+from abl_mlx.inputs.tools import tools_of
 from convert.base.errors import UserError
+from tests.support.command import abl_mlx, fails
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +100,64 @@ def test_columns():
     assert text.splitlines()[2].startswith("one two three")
     assert text.splitlines()[2].endswith("│ short")
     assert columns("a", "b", width=40) == "original:\na\n\nedited:\nb\n"
+
+
+# --- tools ---------------------------------------------------------------------------------------
+
+
+TOOLS = tools_of([{"name": "get_weather"}, {"name": "get_time"}], "a test")
+
+#: The names of functions, before the conversation.
+TOLD = "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """The demo model with a place for tools in its template."""
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    shutil.copytree(MODEL_PATH, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(TOLD + template.read_text())
+    options = SteerOptions.of(direction=direction_file(tmp_path_factory))
+    return session.load(str(folder), options, TOOLS)
+
+
+def direction_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("direction") / "direction.safetensors"
+    abl_mlx("measure", "demo", "--layer", 2, "-o", path, "--limit", 4)
+    return path
+
+
+def test_tools_are_told_and_a_calls_result_is_a_turn(told, monkeypatch):
+    conversation = Conversation(told, max_tokens=4)
+    asked = []
+    encode = told.chat.encode_message
+    monkeypatch.setattr(
+        told.chat, "encode_message", lambda prompt: asked.append(prompt) or encode(prompt)
+    )
+    said = "".join(conversation.ask("What is the weather?"))
+    lines = iter(["/tool  4 degrees", "/side", "/tool 5 degrees", "/tool", "/quit"])
+    written = []
+    talk(conversation, lambda _: next(lines), written.append)
+    first, second, *both = asked
+    assert first.tools == TOOLS
+    assert (first.role, second.role, second.text) == ("user", "tool", "4 degrees")
+    assert second.earlier == (("user", "What is the weather?"), ("assistant", said))
+    assert [(one.role, one.text) for one in both] == [("tool", "5 degrees")] * 2
+    text = told.chat.tokenizer.decode(encode(second))
+    assert text.startswith("get_weather\nget_time\n<|im_start|>user")
+    assert "<|im_start|>tool\n4 degrees<|im_end|>" in text
+    assert "such as /tool 4 degrees" in "".join(written)
+
+
+def test_a_result_without_tools(demo):
+    with pytest.raises(UserError, match=r"start the chat with --tools FILE\.json"):
+        list(Conversation(demo).ask("/tool 4 degrees"))
+
+
+def test_a_model_without_a_place_for_tools(tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text('[{"name": "get_weather"}]')
+    assert "the chat template has no place for tools" in fails("chat", "demo", "--tools", path)
+    path.write_text("{")
+    assert f"{path} cannot be used: it is not valid JSON" in fails("chat", "demo", "--tools", path)

@@ -118,3 +118,20 @@ def test_modes_of_thinking() -> None:
     assert thinking.template_values(None) == {"enable_thinking": False}
     assert thinking.template_values("low")["reasoning_effort"] == "low"
     assert thinking.request_fields("on")["think"] is True
+
+
+def test_the_tools_of_a_row(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]
+    listed, text, none = rows(
+        tmp_path,
+        {"text": "Is it raining?", "tools": tools},
+        {"text": "Is it raining?", "tools": json.dumps(tools)},
+        {"text": "Is it raining?", "tools": []},
+    )
+    assert listed == text
+    assert [tool.json for tool in listed.tools] == tools
+    assert none == Prompt("Is it raining?")
+    with pytest.raises(UserError, match="line 1: tools: number 1 is no tool"):
+        rows(tmp_path, {"text": "Is it raining?", "tools": [{"name": ""}]})
+    with pytest.raises(UserError, match="line 1: tools cannot be used: it is not valid JSON"):
+        rows(tmp_path, {"text": "Is it raining?", "tools": "["})
