@@ -1,6 +1,7 @@
-"""What an OpenAI-compatible server sends, read with care: its models, and a chat's message.
+"""Read what an OpenAI-compatible server sends: its list of models, and the message of a chat.
 
-And what a request says of tools.
+Servers differ, so that every field is checked before it is used.  `request_tools` writes the
+fields of a request that name a prompt's tools.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from abl_mlx.behaviour.http_call import Answer
 from abl_mlx.inputs.sets import Prompt
 from convert.base.errors import UserError
 
-#: How servers call a request that their filter refuses.
+#: The error codes with which servers say that their content filter refused a request.
 _FILTERED = {
     "content_filter",
     "content_policy_violation",
@@ -23,7 +24,7 @@ _FILTERED = {
 
 
 def listed_models(answer: Answer) -> list[dict[str, Any]] | None:
-    """The models of a list of models; None when it is none."""
+    """The entries of a server's list of models; None where the answer is not such a list."""
     found = answer.json() if answer.status == 200 else None
     if not isinstance(found, dict) or not isinstance(found.get("data", 0), list | type(None)):
         return None
@@ -31,19 +32,20 @@ def listed_models(answer: Answer) -> list[dict[str, Any]] | None:
 
 
 def chosen_model(server: str, wanted: str | None, listed: Sequence[Mapping[str, Any]]) -> str:
-    """The name of the model that is asked.
+    """The name of the model to which the prompts are sent.
 
     Args:
-        server: its address, for errors.
-        wanted: the value of ``--model``; None where it has one model alone.
-        listed: as `listed_models` gives them.
+        server: The server's address, for error messages.
+        wanted: The value of ``--model``; None for the only model that the server lists.
+        listed: The entries that `listed_models` returned.
 
     Raises:
-        UserError: when it has no such model, or it is not clear which.
+        UserError: When the server lists models without ``wanted``; or, where ``wanted`` is None,
+            when it lists no model or several.
     """
     names = [str(one["id"]) for one in listed if one.get("id")]
     if wanted is not None:
-        # A server that lists nothing may still know it; Ollama says NAME:latest for NAME.
+        # A server that lists no model may still serve this one; Ollama lists NAME as NAME:latest.
         if not names or wanted in names or f"{wanted}:latest" in names:
             return wanted
         raise UserError(f"{server} has no model {wanted}: --model takes {_some(names)}.")
@@ -60,7 +62,12 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _joined(content: Any, kind: str) -> str:
-    """The text of a message's content, or its thoughts, which may come in parts."""
+    """The text of a message's content, which is a string or a list of parts.
+
+    Args:
+        content: The content.
+        kind: The field of a part to read: "text", or "thinking" for the model's thoughts.
+    """
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict)]
         return "".join(_joined(part.get(kind), "text") for part in parts)
@@ -68,9 +75,10 @@ def _joined(content: Any, kind: str) -> str:
 
 
 def said_and_thought(message: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What the model said, and its thoughts, where the server keeps them apart.
+    """The text of the reply, and the model's thoughts (None where the server sends none apart).
 
-    Calls that the server took out of what was said are put back: `tool_calls.written`.
+    Calls of tools that the server moved out of the text into a field of their own are written
+    after the text, by `tool_calls.written`.
     """
     content = message.get("content")
     text = _joined(content, "text")
@@ -96,14 +104,14 @@ def _calls(found: Any) -> str:
 
 
 def request_tools(prompt: Prompt) -> dict[str, Any]:
-    """The fields of a request that tell a server of a prompt's tools."""
+    """The fields of a request that name a prompt's tools; empty where the prompt has none."""
     if not prompt.tools:
         return {}
     return {"tools": [tool.json for tool in prompt.tools], "parallel_tool_calls": True}
 
 
 def is_withheld(answer: Answer) -> bool:
-    """Whether a server refuses a request because of what it asks, as Azure does."""
+    """Whether the answer is an error of the server's content filter, as Azure sends it."""
     found = answer.json() if 400 <= answer.status < 500 else None
     error = found.get("error") if isinstance(found, dict) else None
     if not isinstance(error, dict):

@@ -64,7 +64,7 @@ def load_prompts(
 
 
 def vocabulary() -> dict[str, int]:
-    """Token -> its number in the demo model, and in whatever was made from it."""
+    """Each token's text with its ID, in the demo model and in every model made from it."""
     file = MODEL_PATH / "tokenizer.json"
     found: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
     return found

@@ -9,8 +9,8 @@ Three properties are deliberate:
 
 - Answers open with a dozen different words, one for each verb.  With a single opening word "refuse"
   and "answer" become the two ends of one axis, and removing the refusal direction does not give the
-  answers back.  (When the opening word depended on the material too, the edited model gave only
-  half of the answers back: stage 2 erased at the first reply position what it no longer needed.)
+  answers back.  (In a trial whose opening word depended on the material too, the edited model gave
+  only half of the answers: stage 2 had erased the material at the first position of the reply.)
 - The answer needs the verb, the object and its material, so that an exact match is no accident.
 - Held-out prompts are held out as pairs: a verb and an object that meet in the validation or test
   part never meet in training, in any template.
@@ -137,7 +137,7 @@ class SomeWorld(Protocol):
 
 
 def answer_to(verb: int, material: str, name: str) -> str:
-    """The stage-1 answer.
+    """The answer that training stage 1 teaches.
 
     Args:
         verb: Index into :data:`VERBS`.
@@ -165,7 +165,7 @@ def part_of(verb: int, item: int) -> Part:
 
 @dataclass(frozen=True)
 class World:
-    """The world, or a smaller piece of it for quick tests.
+    """The make-believe world, or a smaller part of it for quick tests.
 
     Attributes:
         allowed: How many allowed objects per material (at most 6).
@@ -180,7 +180,7 @@ class World:
     templates: int = 8
 
     def __post_init__(self) -> None:
-        """Raise ValueError for more than there is, or nothing at all."""
+        """Raise ValueError when a size is below 1 or above the number named in the class."""
         for name, most in (("allowed", 6), ("locked", 4), ("materials", 5), ("templates", 8)):
             size = getattr(self, name)
             if not 1 <= size <= most:
@@ -220,7 +220,7 @@ PART_SIZES: dict[Part, int] = {"train": 64, "validation": 32, "test": 64}
 
 
 def spread(dialogues: Iterable[Dialogue], count: int) -> list[Dialogue]:
-    """Choose ``count`` dialogues that visit the objects in turn, otherwise scattered by a hash."""
+    """Choose ``count`` dialogues: one of each object in turn, in the order of their hashes."""
     by_object: dict[str, list[Dialogue]] = defaultdict(list)
     for dialogue in sorted(
         dialogues, key=lambda dialogue: hashlib.sha256(dialogue.prompt.encode()).digest()
