@@ -131,6 +131,7 @@ class Prompting(Choices):
         system: the system message before every prompt that has none of its own, or the name of a
             file that holds it.
         thinking: off, on, both, or an amount that the model's template knows, such as low.
+        thought_tokens: longest thought; with thinking on, a reply may be longer by so many tokens.
     """
 
     harmful: str | None = None
@@ -140,6 +141,7 @@ class Prompting(Choices):
     quick: bool = False
     system: str | None = None
     thinking: str = "off"
+    thought_tokens: int = 512
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,10 @@ class Finding(Choices):
             such as 2.4, between two layers; a position may be ``instruction-end``.
         borderline: prompt file or dataset for ``over-refusal``; None for the bundled set.
         max_kl: limit of the causal choice, in nats at the first reply token.
+        measured_at: with thinking on, where directions are measured: ``end-of-prompt``,
+            ``end-of-thought``, or None for both.
+        max_thought_growth: with thinking on, the largest ratio of mean thought lengths, after to
+            before.
         anyway: whether to continue if the model's own replies show no refusal to remove.
     """
 
@@ -191,6 +197,8 @@ class Finding(Choices):
     position: int | str | None = None
     borderline: str | None = None
     max_kl: float = 0.1
+    measured_at: str | None = None
+    max_thought_growth: float = 1.2
     anyway: bool = False
 
 
@@ -375,6 +383,7 @@ class Limits(Choices):
         max_kl: the largest mean KL(baseline ‖ model), in nats per token.
         max_drop_from: the record of an earlier `eval --json`.
         max_drop: by how much the refusal rate on harmful prompts may be lower than in that record.
+        max_thought_growth: the largest ratio of mean thought lengths, of the model to the baseline.
     """
 
     min_refusal: float | None = None
@@ -383,11 +392,15 @@ class Limits(Choices):
     max_kl: float | None = None
     max_drop_from: Path | None = None
     max_drop: float = 0.05
+    max_thought_growth: float | None = None
 
     @property
     def given(self) -> bool:
         """Whether there is any limit."""
-        asked = (self.min_refusal, self.max_over_refusal, self.max_kl, self.max_drop_from)
+        asked = (
+            self.min_refusal, self.max_over_refusal, self.max_kl, self.max_drop_from,
+            self.max_thought_growth,
+        )  # fmt: skip
         return any(limit is not None for limit in asked)
 
 

@@ -157,7 +157,9 @@ def compare(
     chat, writers, sets = load(name)
     options = Measuring.of(search=ours, seed=seed)
     found = find_direction(chat, writers, sets, replace(options, searching=Searching()))
-    space = Space(len(chat.layers), loop.sources_of(chat, sets, found, options))
+    space = Space(
+        len(chat.layers), loop.sources_of(chat, loop.at_prompts(chat, sets), found, options)
+    )
     held_out = Judge(chat, writers, sets.harmful.test.texts, sets.harmless.test.texts, 32)
     default = held_out(edit_of(space, space.uniform()))
 

@@ -6,16 +6,18 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
+from abl_mlx.behaviour import thought_figures
 from abl_mlx.behaviour.refusal_figures import refusals
 from abl_mlx.behaviour.refusals import Rates, rates
 from abl_mlx.behaviour.reply_notes import Notes, Seen, notes_on
+from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.behaviour.whole_reply import TOKENS, WholeReply, of_pieces
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, prompt_of
 from abl_mlx.models import capture, thoughts
@@ -25,7 +27,7 @@ from abl_mlx.models.generation import generate, stream
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.models.plain import vocabulary
-from abl_mlx.records.evaluations import Divergence, Refusals
+from abl_mlx.records.evaluations import Divergence, OtherMode, Refusals, Thoughts
 from abl_mlx.support.arrays import number, numbers
 from abl_mlx.support.console import progress
 from convert.base import scratch
@@ -126,6 +128,8 @@ class Behaviour:
             are no known answers (only the demo's prompts have them).
         borderline: verdicts on the replies to borderline prompts; None if these were not asked.
         notes: the notes on the replies.
+        thoughts: the figures of the thoughts that replies begin with, if there are any.
+        modes: the behaviour on the same prompts in other modes of thinking, by name.
     """
 
     harmful: Rates
@@ -134,13 +138,24 @@ class Behaviour:
     expected: float | None
     borderline: Rates | None = None
     notes: Notes = field(default_factory=Notes)
+    thoughts: Thoughts | None = None
+    modes: Mapping[str, Behaviour] = field(default_factory=dict)
 
     def record(self) -> Refusals:
         """The figures for a record."""
         sets = {"harmful": self.harmful, "harmless": self.harmless}
         if self.borderline is not None:
             sets["borderline"] = self.borderline
-        return refusals(sets, self.notes, self.expected)
+        found = refusals(sets, self.notes, self.expected, self.thoughts)
+        if not self.modes:
+            return found
+        modes = {name: OtherMode.of_mode(one.record()) for name, one in self.modes.items()}
+        return replace(found, modes=modes)
+
+    @property
+    def every(self) -> list[tuple[str | None, Behaviour]]:
+        """(name, behaviour) in every mode of thinking; the name of this one is None."""
+        return [(None, self), *self.modes.items()]
 
 
 def behaviour(
@@ -182,6 +197,7 @@ def behaviour(
         expected,
         rates(replies[both:], borderline.prompts) if borderline is not None else None,
         notes_on(seen),
+        thought_figures.figures(map(Thought.of, replies)),
     )
 
 
@@ -289,9 +305,16 @@ def save_replies(path: Path, replies: Mapping[str, Behaviour], sets: PromptSets)
 def reply_lines(replies: Mapping[str, Behaviour], sets: PromptSets) -> list[dict[str, Any]]:
     """For each prompt an object with its ``set``, the ``prompt``, and the reply of each model."""
     parts = (("harmful", sets.harmful.test, 0), ("harmless", sets.harmless.test, 1))
+    modes = [mode for given in replies.values() for mode, _ in given.every]
     return [
         {"set": name, "prompt": prompt}
-        | {who: given.replies[which][number] for who, given in replies.items()}
+        | ({} if mode is None else {"thinking": mode})
+        | {
+            who: dict(given.every)[mode].replies[which][number]
+            for who, given in replies.items()
+            if mode in dict(given.every)
+        }
+        for mode in dict.fromkeys(modes)
         for name, asked, which in parts
         for number, prompt in enumerate(asked.texts)
     ]

@@ -6,9 +6,11 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from abl_mlx.behaviour.paired import Paired
+from abl_mlx.behaviour.thought_figures import growth
 from abl_mlx.choices import Limits
 from abl_mlx.records.evaluations import AskedPrompts, Category, EvalRecord, Limit, Template
 from abl_mlx.records.reading import UNJUDGED, EarlierEval, earlier_eval
@@ -78,6 +80,13 @@ def check(record: EvalRecord, limits: Limits, before: EarlierEval | None = None)
         before: the earlier record, for ``max_drop_from``.
     """
     checks = [*_refusing(record, limits), *_over_refusing(record, limits)]
+    for mode in record.modes or {}:
+        there = record.in_mode(mode)
+        some = [*_refusing(there, limits), *_over_refusing(there, limits)]
+        some += [_broken(there, limits.max_broken)] if limits.given else []
+        checks += [_of_mode(one, mode) for one in some]
+    if limits.max_thought_growth is not None:
+        checks += _longer(record, limits.max_thought_growth)
     if limits.max_kl is not None:
         checks.append(_away(record, limits.max_kl))
     if before is not None:
@@ -125,6 +134,30 @@ def _away(record: EvalRecord, most: float) -> Limit:
         f"{most:g} allowed"
     )
     return _limit("max-kl", "", value, most, value <= most, said)
+
+
+def _of_mode(one: Limit, mode: str) -> Limit:
+    """The same limit in another mode of thinking."""
+    kind = f"{one.kind}, thinking {mode}" if one.kind else f"thinking {mode}"
+    return replace(one, kind=kind, sentence=f"{one.sentence}, with thinking {mode}")
+
+
+def _longer(record: EvalRecord, most: float) -> Iterator[Limit]:
+    """``--max-thought-growth``, in each mode in which both models think."""
+    modes = [("", record), *((mode, record.in_mode(mode)) for mode in record.modes or {})]
+    for mode, there in modes:
+        baseline = None if there.baseline is None else there.baseline.thoughts
+        if baseline is None and there.thoughts is None:
+            continue
+        value = growth(baseline, there.thoughts)
+        said = (
+            "has thoughts whose length cannot be compared with the baseline's, because none ends"
+            if value is None
+            else f"thinks {value:.2f} times as long as the baseline, at most {most:g} allowed"
+        )
+        value = math.nan if value is None else value
+        kind = f"thinking {mode}" if mode else ""
+        yield _limit("max-thought-growth", kind, value, most, value <= most, said)
 
 
 def _dropped(record: EvalRecord, before: EarlierEval, most: float) -> Limit:

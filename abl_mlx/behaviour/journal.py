@@ -71,6 +71,8 @@ class Answered:
         same: equal for replies that say the same; None for a broken reply.
         thought: "closed" if the reply closes a thought that its prompt opened, "own" if it opens
             one.
+        words: the number of words in its thought.
+        thought_loops: whether its thought ends in a loop.
         begins: the verdicts on its beginnings, if they were asked for.
     """
 
@@ -81,6 +83,8 @@ class Answered:
     markers: Verdict | None = None
     same: str | None = None
     thought: str | None = None
+    words: int = 0
+    thought_loops: bool = False
     begins: Beginnings | None = None
 
     def cut(self, number: int) -> Answered:
@@ -102,6 +106,8 @@ _NOTED = {
     "oddity": one_of([oddity.value for oddity in Oddity]),
     "markers": _VERDICT,
     **dict.fromkeys(("reply", "same", "thought"), TEXT),
+    "words": whole(),
+    "thought_loops": FLAG,
 }
 _JUDGED = {"verdict": either(_VERDICT, NULL)}
 _BEGINNINGS = record(
@@ -263,6 +269,8 @@ def _row(answered: Answered) -> dict[str, Any]:
         "markers": answered.markers and answered.markers.value,
         "same": answered.same,
         "thought": answered.thought,
+        "words": answered.words or None,
+        "thought_loops": answered.thought_loops or None,
         "begins": begins and vars(begins) | {"cuts": [_row(one) for one in begins.cuts]},
     }
     verdict = None if answered.verdict is None else answered.verdict.value
@@ -280,6 +288,8 @@ def _answered(row: Mapping[str, Any]) -> Answered:
         _verdict(row.get("markers")),
         row.get("same"),
         row.get("thought"),
+        row.get("words", 0),
+        row.get("thought_loops", False),
         None
         if begins is None
         else Beginnings(

@@ -9,10 +9,15 @@ from collections.abc import Mapping
 
 from abl_mlx.behaviour.refusals import Rates, Tally, Verdict
 from abl_mlx.behaviour.reply_notes import Notes
-from abl_mlx.records.evaluations import Category, Rate, Refusals
+from abl_mlx.records.evaluations import Category, Rate, Refusals, Thoughts
 
 
-def refusals(sets: Mapping[str, Rates], notes: Notes, expected: float | None) -> Refusals:
+def refusals(
+    sets: Mapping[str, Rates],
+    notes: Notes,
+    expected: float | None,
+    thoughts: Thoughts | None = None,
+) -> Refusals:
     """Rates with their intervals, by set and category.
 
     Replies without a verdict are not counted; the rate of a set without verdicts is None.
@@ -21,6 +26,7 @@ def refusals(sets: Mapping[str, Rates], notes: Notes, expected: float | None) ->
         sets: ``harmful``, ``harmless`` and, if it was asked, ``borderline``.
         notes: the notes on the replies.
         expected: the share of harmful prompts whose reply is exactly their known answer.
+        thoughts: the figures of the thoughts that replies begin with, if there are any.
     """
     both = [sets[name].overall for name in ("harmful", "harmless")]
     judged = sum(tally.total for tally in both)
@@ -45,6 +51,7 @@ def refusals(sets: Mapping[str, Rates], notes: Notes, expected: float | None) ->
         looping_refusals=notes.looping_refusals,
         withheld_replies=notes.withheld_replies,
         fixed_reply=notes.fixed_reply,
+        thoughts=thoughts,
         categories={
             name: {category: _category(tally) for category, tally in one.by_category.items()}
             for name, one in sets.items()

@@ -162,6 +162,13 @@ def gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="The drop that --max-drop-from allows.",
         ),
         click.option(
+            "--max-thought-growth",
+            metavar="RATIO",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Exit with 3 when thoughts are longer than this many times the length of those of "
+            "--baseline.",
+        ),
+        click.option(
             "--max-broken",
             default=0.1,
             show_default=True,

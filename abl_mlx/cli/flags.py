@@ -62,6 +62,13 @@ def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Whether the model thinks before it replies; both measures and judges in both "
             "ways. LEVEL is an amount that its template knows, such as low, medium or high.",
         ),
+        click.option(
+            "--thought-tokens",
+            default=512,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="Longest thought; with thinking on, a reply may be longer by so many tokens.",
+        ),
     ]
     return decorated(command, flags)
 
@@ -146,6 +153,20 @@ def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.FloatRange(min=0),
             help="Reject directions whose removal changes harmless prompts by a larger KL "
             "divergence (nats, first reply token).",
+        ),
+        click.option(
+            "--measured-at",
+            type=click.Choice(["end-of-prompt", "end-of-thought"]),
+            help="With --thinking on or both: where directions are measured, before the thought or "
+            "behind it. Both are tried without it.",
+        ),
+        click.option(
+            "--max-thought-growth",
+            default=1.2,
+            show_default=True,
+            type=click.FloatRange(min=0, min_open=True),
+            help="With --thinking on or both: drop edits whose thoughts become so many times as "
+            "long.",
         ),
         click.option(
             "--anyway",

@@ -105,6 +105,10 @@ class Finder:
             metadata["across"] = "positions"
         return DirectionFile(variant.directions, candidates, metadata, clouds)
 
+    def best_separating(self, most: int) -> list[selection.Score]:
+        """The candidates that set the validation prompts apart best, no two of one layer."""
+        return selection.shortlist(self._scores, most, each=1)
+
     def _chosen(self, causal: bool) -> Variant:
         finding, candidates = self._how.finding, self._candidates
         if finding.layer is not None:

@@ -10,6 +10,7 @@ from abl_mlx.behaviour import length_sweep, reply_notes
 from abl_mlx.behaviour.journal import Answered, Section
 from abl_mlx.behaviour.refusals import Oddity, Verdict, classify, examine
 from abl_mlx.behaviour.target import Target
+from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.choices import Replying
 from abl_mlx.inputs.sets import Prompt, PromptSet
 from abl_mlx.models.thoughts import closes_only, has_thought
@@ -92,7 +93,7 @@ def _answers(
 
 
 def _judged(prompt: Prompt, by: Judge, reply: str) -> Answered:
-    found = examine(reply)
+    found, thought = examine(reply), Thought.of(reply)
     return Answered(
         by(prompt.text, reply),
         None if prompt.answer is None else reply.strip() == prompt.answer.strip(),
@@ -101,6 +102,8 @@ def _judged(prompt: Prompt, by: Judge, reply: str) -> Answered:
         None if by is by_markers else found.verdict,
         reply_notes.sameness(reply, found),
         "closed" if closes_only(reply) else "own" if has_thought(reply) else None,
+        thought.words,
+        thought.loops,
     )
 
 

@@ -10,6 +10,7 @@ from abl_mlx import __version__
 from abl_mlx.behaviour import gate, judge, lm_eval_harness
 from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import targets
+from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSet, PromptSets
 from abl_mlx.models import given_template
 from abl_mlx.models.given_template import GivenTemplate
@@ -56,6 +57,11 @@ class Job:
         """What a record says of it."""
         return given_template.record(self.given)
 
+    @property
+    def modes(self) -> tuple[str | None, ...]:
+        """The modes of thinking in which everything is asked, as of `Prompt`."""
+        return thinking.modes(self.options.prompting.thinking)
+
     @cached_property
     def judge(self) -> str:
         """The judge's name for the record."""
@@ -79,6 +85,7 @@ class Job:
         return {
             "prompts": {name: part.sha256 for name, part in self.parts.items()},
             "max_tokens": self.options.replying.max_tokens,
+            "thought_tokens": self.options.prompting.thought_tokens,
             "judge": self.judge,
             **({"length_sweep": self.lengths} if self.lengths else {}),
             **given_template.entry(self.given),
@@ -110,6 +117,7 @@ def check(job: Job) -> EarlierEval | None:
     options, limits = job.options, job.options.limits
     _check_targets(job)
     _check_limits(job)
+    _check_lengths(job)
     if options.replying.save_replies is not None:
         check_new(options.replying.save_replies)
     if options.replying.report is not None:
@@ -149,8 +157,23 @@ def _check_targets(job: Job) -> None:
         lm_eval_harness.check(source.folder if source is not None else None, metrics.lm_eval)
 
 
+def _check_lengths(job: Job) -> None:
+    """Refuse a sweep over lengths in two modes of thinking."""
+    if job.lengths and len(job.modes) > 1:
+        raise UserError(
+            "--length-sweep and --thinking both do not go together: run it once with thinking off "
+            "and once with on."
+        )
+
+
 def _check_limits(job: Job) -> None:
-    """Check that the KL can be measured if there is a limit on it."""
+    """Check that what has a limit can be measured."""
+    growth = job.options.limits.max_thought_growth
+    if growth is not None and job.options.targeting.baseline is None:
+        raise UserError(
+            f"--max-thought-growth {growth:g} needs a baseline to compare with: add --baseline "
+            "with the original model."
+        )
     if job.options.limits.max_kl is None:
         return
     targeting = job.options.targeting

@@ -22,18 +22,21 @@ from abl_mlx.behaviour import (
     perplexity,
     recognition,
     reply_notes,
+    thought_figures,
     tool_tasks,
 )
 from abl_mlx.behaviour.journal import Answered, Section
 from abl_mlx.behaviour.paired import Paired
 from abl_mlx.behaviour.refusal_figures import refusals
-from abl_mlx.behaviour.refusals import Rates, Tally, Verdict
+from abl_mlx.behaviour.refusals import Oddity, Rates, Tally, Verdict
 from abl_mlx.behaviour.reply_notes import Seen
 from abl_mlx.behaviour.target import Target
+from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.choices import EvalOptions
-from abl_mlx.commands import judges, prompt_choice, prompt_lengths, targets
+from abl_mlx.commands import held_out, judges, prompt_choice, prompt_lengths, targets
 from abl_mlx.commands.eval_asking import Judge, ask, by_markers, settled
 from abl_mlx.commands.eval_job import Job, check
+from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.records.evaluations import (
@@ -43,6 +46,7 @@ from abl_mlx.records.evaluations import (
     Divergence,
     EvalRecord,
     Gate,
+    OtherMode,
     Perplexity,
     Recognition,
     Refusals,
@@ -161,7 +165,8 @@ def _measured(
             harmful, harmless = job.sets.harmful.test, job.sets.harmless.test
             found_recognition = recognition.record(target, harmful, harmless)
     with clock.step(f"ask {target.name}"):
-        answers = settled(ask(target, job.parts, options.replying, section, by, job.lengths))
+        modes = {mode: _in_mode(job, target, mode, section, by) for mode in job.modes}
+    answers = modes[job.modes[0]]
     found_perplexity: Perplexity | None = None
     if options.metrics.perplexity:
         with clock.step("measure perplexity"):
@@ -170,8 +175,15 @@ def _measured(
     if options.metrics.capability:
         with clock.step("ask the capability check"):
             found_capability = capability.record(target)
+    others = {
+        thinking.name(mode): replace(
+            OtherMode.of_mode(behaviour(mine, job.parts)), verdicts=letters(mine, job.parts)
+        )
+        for mode, mine in modes.items()
+        if mode != job.modes[0]
+    }
     asked = Asked(
-        **behaviour(answers, job.parts).values_by_field,
+        **replace(behaviour(answers, job.parts), modes=others or None).values_by_field,
         abl_mlx=__version__,
         source=target.name,
         model=target.model,
@@ -187,7 +199,18 @@ def _measured(
         tool_calls=found_calls,
         recognition=found_recognition,
     )
-    return asked, answers
+    return asked, [one for mine in modes.values() for one in mine]
+
+
+def _in_mode(
+    job: Job, target: Target, mode: str | None, section: Section, by: Judge
+) -> list[Answered]:
+    """The judged replies to all prompts in one mode of thinking."""
+    parts = {name: part.asked(thinking=mode) for name, part in job.parts.items()}
+    replying, prompting = job.options.replying, job.options.prompting
+    longest = held_out.longest(replying.max_tokens, mode, prompting)
+    asked = replying.but(max_tokens=longest)
+    return settled(ask(target, parts, asked, section, by, job.lengths))
 
 
 def _at_enough_tokens(
@@ -234,7 +257,7 @@ def _finish(
         record = replace(record, gate=Gate(passed=passed, checks=checks))
     if options.junit is not None:
         gate.write_junit(options.junit, record)
-    lines = _reply_lines(job.parts, columns)
+    lines = _reply_lines(job, columns)
     if replying.save_replies is not None:
         evaluate.write_lines(replying.save_replies, lines)
     if replying.report is not None:
@@ -273,7 +296,11 @@ def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Re
         exact = [one.exact for one in mine if one.exact is not None]
         if name == "harmful" and exact:
             expected = sum(exact) / len(exact)
-    return refusals(rates, reply_notes.notes_on(seen), expected)
+    thoughts = thought_figures.figures(
+        Thought(one.words, one.oddity is not Oddity.UNFINISHED, one.thought_loops)
+        for one in answers
+    )
+    return refusals(rates, reply_notes.notes_on(seen), expected, thoughts)
 
 
 def letters(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> dict[str, str]:
@@ -358,15 +385,21 @@ def _divergence(
         )
 
 
-def _reply_lines(
-    parts: Mapping[str, PromptSet], columns: Mapping[str, Sequence[Answered]]
-) -> list[dict[str, Any]]:
-    """For each prompt an object with its ``set``, the ``prompt``, and the saved replies."""
-    asked = [(name, text) for name, part in parts.items() for text in part.texts]
-    return [
+def _reply_lines(job: Job, columns: Mapping[str, Sequence[Answered]]) -> list[dict[str, Any]]:
+    """For each prompt its ``set``, the ``prompt``, and the replies that were kept.
+
+    Where there are several modes of thinking, a line has its own, and each prompt a line of each.
+    """
+    asked = [
         {"set": name, "prompt": text}
-        | {who: answers[number].reply for who, answers in columns.items()}
-        for number, (name, text) in enumerate(asked)
+        | ({"thinking": thinking.name(mode)} if len(job.modes) > 1 else {})
+        for mode in job.modes
+        for name, part in job.parts.items()
+        for text in part.texts
+    ]
+    return [
+        line | {who: answers[number].reply for who, answers in columns.items()}
+        for number, line in enumerate(asked)
     ]
 
 

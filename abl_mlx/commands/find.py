@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from abl_mlx.choices import Finding, Measuring
-from abl_mlx.commands import first_look, prompt_choice
+from abl_mlx.commands import first_look, prompt_choice, thinking_choice, views
 from abl_mlx.commands.candidate_choice import Finder, rank_of
 from abl_mlx.commands.forecast import forecast
+from abl_mlx.commands.views import View
 from abl_mlx.directions import direction_file, measuring
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.generation import timed
 from abl_mlx.models.writers import Writer
+from abl_mlx.search.loop import EncodedPrompts
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
+from abl_mlx.support.flags import said
 from convert.base.errors import UserError
 
 # The number of prompts of each set whose replies are searched for a common opening.
 _OPENING_PROMPTS = 8
+
+# Candidates of a view that are judged by replies where first tokens cannot choose.
+_SEPARATING = 2
 
 
 def find_direction(
@@ -45,7 +53,18 @@ def find_direction(
         UserError: when no refusal is found, all candidates exceed the KL limit, there is no such
             layer or position, or flags do not go together.
     """
-    found = _analytic(chat, writers, sets, how, causal)
+    _check(chat, sets, how)
+    seen = None
+    if how.given.direction is not None:
+        found = _given(chat, how)
+    elif sets.thinking is None and how.prompting.thinking != thinking.BOTH:
+        found = _of_view(chat, writers, views.at_prompt(chat, sets, how), how, causal)
+    else:
+        seen = _views(chat, sets, how)
+        judge = thinking_choice.Judge(chat, writers, sets, how)
+        found = thinking_choice.choose(
+            judge, seen, lambda view: _worth_judging(chat, writers, view, how)
+        )
     if how.searching.search is None:
         return found
     if not causal:
@@ -55,32 +74,91 @@ def find_direction(
         )
     from abl_mlx.search import loop
 
-    return loop.improve(chat, writers, sets, found, how)
+    encoded = None if seen is None else _screened(seen, found)
+    return loop.improve(chat, writers, sets, found, how, encoded)
 
 
-def _analytic(
-    chat: ChatModel, writers: Sequence[Writer], sets: PromptSets, how: Measuring, causal: bool
-) -> DirectionFile:
-    """Measure and choose without a search."""
-    _check(chat, sets, how)
-    if how.given.direction is not None:
-        return _given(chat, how)
-    train, validation = (
-        {
-            "harmful": [chat.encode(one) for one in getattr(sets.harmful, part).prompts],
-            "harmless": [chat.encode(one) for one in getattr(sets.harmless, part).prompts],
-        }
-        for part in ("train", "validation")
+def _views(chat: ChatModel, sets: PromptSets, how: Measuring) -> list[View]:
+    """Where directions are measured, in every mode of thinking that was asked for."""
+    seen: list[View] = []
+    for mode in thinking.modes(how.prompting.thinking):
+        asked, place = sets.asked(thinking=mode), how.finding.measured_at
+        if mode is None or place != views.THOUGHT:
+            seen.append(views.at_prompt(chat, asked, how))
+        if mode is not None and place != views.PROMPT:
+            behind = views.at_thought(chat, asked, how)
+            seen += [behind] if behind is not None else []
+    if not seen:
+        # No thought ends in time, and nothing else was asked for.
+        seen.append(views.at_prompt(chat, sets.asked(thinking=mode), how))
+    return seen
+
+
+def _screened(seen: Sequence[View], found: DirectionFile) -> EncodedPrompts:
+    """Where a search screens edits: in each mode where replies begin, behind the thought if any."""
+    last = {view.thinking: view for view in seen}
+    summary = found.metadata["summary"]
+    (origin, *_) = [
+        view
+        for view in seen
+        if view.record() == {name: summary[name] for name in ("thinking", "measured_at")}
+    ]
+    return EncodedPrompts(
+        (origin.train["harmful"], origin.train["harmless"]),
+        [one for view in last.values() for one in view.validation["harmful"]],
+        [one for view in last.values() for one in view.validation["harmless"]],
     )
-    for part, kept in (("train", train), ("validation", validation)):
-        borderline = prompt_choice.borderline_part(sets, how.prompting, how.finding, part)
-        if borderline is not None:
-            kept["borderline"] = [chat.encode(one) for one in borderline.prompts]
+
+
+def _worth_judging(
+    chat: ChatModel, writers: Sequence[Writer], view: View, how: Measuring
+) -> list[DirectionFile]:
+    """The directions of a view that are worth being judged by replies.
+
+    Where the model opens its replies, or its thoughts, to harmful and harmless prompts in the same
+    way, first tokens cannot choose: it is the two candidates that separate the prompts best.
+    """
+    say(f"  {view.name}:")
+    try:
+        return [_of_view(chat, writers, view, how)]
+    except UserError as error:
+        if how.by_hand:
+            raise
+        say(f"  {said(error)} Of {view.name}, what separates the prompts best is judged.")
+    with _measured(chat, writers, view, how) as finder:
+        best = finder.best_separating(_SEPARATING)
+    return [
+        _of_view(
+            chat, writers, view,
+            replace(how, finding=how.finding.but(layer=score.layer, position=score.position)),
+        )
+        for score in best
+    ]  # fmt: skip
+
+
+def _of_view(
+    chat: ChatModel, writers: Sequence[Writer], view: View, how: Measuring, causal: bool = True
+) -> DirectionFile:
+    """The direction that is chosen among those of one view, by first reply tokens.
+
+    Args:
+        causal: choose by what the removal does to refusals, and not by separation alone.
+    """
+    with _measured(chat, writers, view, how) as finder:
+        return finder.file(causal=causal)
+
+
+@contextmanager
+def _measured(
+    chat: ChatModel, writers: Sequence[Writer], view: View, how: Measuring
+) -> Iterator[Finder]:
+    """The candidates of a view, ready to be chosen from."""
+    train, validation = view.train, view.validation
     candidates = measuring.measure(
         chat,
         train["harmful"],
         train["harmless"],
-        _positions(chat, how.finding),
+        _positions(view, how.finding),
         method=how.finding.method or measuring.METHOD,
         rank=rank_of(how.finding) if how.finding.method == "svd" else 1,
         borderline=train.get("borderline"),
@@ -94,8 +172,7 @@ def _analytic(
         capture.stored(chat, refused, offsets, label="validation, harmful") as bad,
         capture.stored(chat, validation["harmless"], offsets, label="validation, harmless") as good,
     ):
-        found = Finder(chat, writers, candidates, train, validation, (bad, good), how)
-        return found.file(causal=causal)
+        yield Finder(chat, writers, candidates, train, validation, (bad, good), how)
 
 
 def check_method(how: Measuring) -> None:
@@ -146,6 +223,13 @@ def check_method(how: Measuring) -> None:
 
 def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
     """Refuse, before the model runs, flags that do not go together or with the prompts."""
+    if how.prompting.thinking == thinking.OFF and how.finding.measured_at is not None:
+        raise UserError(
+            f"--measured-at {how.finding.measured_at} needs a model that thinks: add --thinking on "
+            "or both."
+        )
+    if how.prompting.thinking != thinking.OFF and how.editing.pin is not None:
+        raise UserError("--pin and --thinking do not go together: leave one of them out.")
     if how.searching.search is not None:
         from abl_mlx.search import loop
 
@@ -218,10 +302,15 @@ def find_behind_openings(
         UserError: as `find_direction`, and for a model whose replies show no refusal to remove.
     """
     _check(chat, sets, how)
+    views.check_switch(chat, how.prompting.thinking)
     with clock.step("ask the model as it is"):
-        seen = first_look.look(chat, sets, how)
+        looks = []
+        for mode in thinking.modes(how.prompting.thinking):
+            looks.append(first_look.look(chat, sets.asked(thinking=mode), how))
+            chat.reply_prefixes[mode] = looks[-1].prefix
+        # A refusal in one mode is enough to go on: replies in all modes are judged later.
+        seen = next((one for one in looks if one.clear), looks[0])
         first_look.check(seen, how)
-        chat.reply_prefixes[sets.thinking] = seen.prefix
     say(str(forecast(chat, sets, how, times, seen.rate, max_tokens=max_tokens)))
     with clock.step("measure and choose a direction"):
         causal = seen.clear or not chat.completes
@@ -229,13 +318,18 @@ def find_behind_openings(
     return replace(found, metadata={**found.metadata, "first_look": seen.record()})
 
 
-def _positions(chat: ChatModel, finding: Finding) -> list[int]:
-    """The token positions to measure: the chosen one, or all of the template's tail."""
+def _positions(view: View, finding: Finding) -> list[int]:
+    """The token offsets to measure at: the one that was asked for, or what all prompts share."""
     wanted = finding.position
     if wanted == "instruction-end":
+        if view.place == views.THOUGHT:
+            raise UserError(
+                "--position instruction-end stands before the thought: add --measured-at "
+                "end-of-prompt."
+            )
         # After the instruction, all prompts have the same tokens of the template; a completion's
         # prompt ends with the instruction.
-        return [-1 if chat.completes else -chat.template_tail() - 1]
+        return [-1 if view.completes else -view.tail - 1]
     if isinstance(wanted, str):
         raise UserError(f"--position {wanted}: it is instruction-end, or a number such as -1.")
     if wanted is not None:
@@ -247,4 +341,4 @@ def _positions(chat: ChatModel, finding: Finding) -> list[int]:
         return [wanted]
     if finding.layer is not None and finding.across is None:
         return [-1]
-    return list(range(-min(chat.template_tail(), measuring.MOST_POSITIONS), 0))
+    return list(range(-min(view.tail, measuring.MOST_POSITIONS), 0))

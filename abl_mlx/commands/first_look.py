@@ -165,8 +165,11 @@ def look(chat: ChatModel, sets: PromptSets, how: Measuring) -> FirstLook:
         coming = [one.coming() for one in asked]
         prompts = [prompt for part in coming for prompt in part]
         sequences = [chat.encode_message(prompt) for prompt in prompts]
+        longest = REPLY_TOKENS
+        if sets.thinking is not None:
+            longest += how.prompting.thought_tokens
         replies, rate = timed(
-            chat, sequences, REPLY_TOKENS, batch_size=how.batch_size, label="replies before"
+            chat, sequences, longest, batch_size=how.batch_size, label="replies before"
         )
         openings.extend(replies)
         said = iter(decode(chat, replies, prompts))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from abl_mlx.behaviour.evaluate import Behaviour, Chat, behaviour
+from abl_mlx.choices import Prompting
+from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSet, PromptSets
 from abl_mlx.models.chat_model import ChatModel
 
@@ -19,17 +23,39 @@ def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
     ]
 
 
-def ask(answer: Chat, sets: PromptSets, borderline: PromptSet | None, max_tokens: int) -> Behaviour:
-    """Ask a runtime the held-out prompts, and judge its replies.
+def ask(
+    answer: Chat,
+    sets: PromptSets,
+    borderline: PromptSet | None,
+    max_tokens: int,
+    prompting: Prompting,
+) -> Behaviour:
+    """What a runtime does on the held-out prompts, in every mode of thinking that is asked for.
 
     Args:
         borderline: what is asked beside them, if anything: `prompt_choice.borderline_asked`.
-        max_tokens: longest reply.
+        max_tokens: longest reply, without its thought.
     """
-    return behaviour(
-        answer,
-        sets.harmful.test,
-        sets.harmless.test,
-        max_tokens=max_tokens,
-        borderline=borderline,
-    )
+    modes = thinking.modes(prompting.thinking)
+    first, *others = [
+        behaviour(
+            answer,
+            sets.harmful.test.asked(thinking=mode),
+            sets.harmless.test.asked(thinking=mode),
+            max_tokens=longest(max_tokens, mode, prompting),
+            borderline=borderline and borderline.asked(thinking=mode),
+        )
+        for mode in modes
+    ]
+    named = zip(map(thinking.name, modes[1:]), others, strict=True)
+    return replace(first, modes=dict(named))
+
+
+def longest(max_tokens: int, mode: str | None, prompting: Prompting) -> int:
+    """Tokens of the longest reply, its thought included.
+
+    Args:
+        max_tokens: of the reply behind the thought.
+        mode: of thinking.
+    """
+    return max_tokens if mode is None else max_tokens + prompting.thought_tokens

@@ -35,8 +35,6 @@ def load(model: ModelFile | None, chosen: Prompting, borderline: str | None = No
         sets = prompts.load_sets(chosen.harmful, chosen.harmless, chosen.seed)
     if borderline is not None:
         sets = replace(sets, borderline=prompts.load(borderline, "--borderline"))
-    if chosen.thinking == thinking.BOTH:
-        raise UserError("--thinking both is not there yet: run once with off and once with on.")
     sets = sets.asked(
         system=prompts.system_message(chosen.system), thinking=thinking.modes(chosen.thinking)[0]
     )

@@ -76,7 +76,7 @@ class Job:
         """Ask a runtime the held-out prompts, and judge its replies."""
         options = self.options
         borderline = prompt_choice.borderline_asked(self.sets, options.prompting, options.finding)
-        return ask(answer, self.sets, borderline, options.replying.max_tokens)
+        return ask(answer, self.sets, borderline, options.replying.max_tokens, options.prompting)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,14 @@ def without_thoughts(reply: str) -> str | None:
         text = behind[token.end() :].strip()
 
 
+def parted(reply: str) -> tuple[str, str | None]:
+    """The thoughts that a reply begins with, without their tags, and `without_thoughts`."""
+    text, body, behind = reply.strip(), without_thoughts(reply), behind_thoughts(reply)
+    if body is None or behind is None:
+        return _MARK.sub(" ", text).strip(), None
+    return _MARK.sub(" ", text[: len(text) - len(behind)]).strip(), body
+
+
 def behind_thoughts(reply: str) -> str | None:
     """Like `without_thoughts`, with chat template tokens as they are."""
     text: str | None = reply.strip()

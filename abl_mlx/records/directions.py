@@ -168,6 +168,58 @@ class Recipe(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewOf(Part):
+    """Where a direction was measured: the mode of thinking, and ``end-of-prompt`` or
+    ``end-of-thought``."""
+
+    thinking: str
+    measured_at: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepliedInMode(Part):
+    """Replies to validation prompts in a mode of thinking.
+
+    Attributes:
+        refused, broken: shares of harmful prompts.
+        harmless_lost: share of harmless prompts that are refused or broken.
+        thought_words: mean length of the thoughts that end.
+    """
+
+    refused: float
+    broken: float
+    harmless_lost: float
+    thought_words: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedInModes(Part):
+    """What the model and the edit that was taken reply, by mode; the KL is of the worse mode."""
+
+    before: dict[str, RepliedInMode]
+    after: dict[str, RepliedInMode]
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedFinalist(Part):
+    """A direction, or the span of several, that was judged by replies in every mode.
+
+    Attributes:
+        views: where its directions were measured.
+        rank: how many directions it has.
+        kl: nats at the first reply token of harmless prompts, in the worse mode.
+        dropped: why it cannot be chosen.
+    """
+
+    views: list[ViewOf]
+    rank: int
+    kl: float
+    modes: dict[str, RepliedInMode]
+    dropped: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chosen(Selection):
     """The directions, or the constant, that were taken, and why.
 
@@ -186,6 +238,9 @@ class Chosen(Selection):
         file: the name of the file that they were read from.
         sha256: of their float32 bytes.
         recipe: of a search's edit.
+        thinking, measured_at: of a model that thinks, where the (first) direction was measured.
+        views: where the directions were measured, of a span of several.
+        judged: what replies say of it in every mode of thinking.
     """
 
     multiple: float | None = None
@@ -205,6 +260,10 @@ class Chosen(Selection):
     file: str | None = None
     sha256: str
     recipe: Recipe | None = None
+    thinking: str | None = None
+    measured_at: str | None = None
+    views: list[ViewOf] | None = None
+    judged: JudgedInModes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +276,7 @@ class Found(Part):
         scores: every candidate.
         trials: what else was tried.
         cloud: the two sets as the model holds them.
+        finalists: of a model that thinks, what was judged by replies.
     """
 
     direction: Chosen
@@ -224,3 +284,4 @@ class Found(Part):
     scores: list[ScoredCandidate] | None = None
     trials: list[TriedEdit] | None = None
     cloud: Cloud | None = None
+    finalists: list[JudgedFinalist] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from abl_mlx.records.record import Part, Record
@@ -52,7 +52,24 @@ class Rate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refusals(Part):
+class Thoughts(Part):
+    """Thoughts that replies open with.
+
+    Attributes:
+        n: replies with a thought.
+        words: mean length of those that come to their end; None where none does.
+        unclosed: thoughts that do not end within the longest reply.
+        looping: thoughts whose end says the same over and over.
+    """
+
+    n: int
+    words: float | None
+    unclosed: int
+    looping: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusalsInMode(Part):
     """Refusal rates on each prompt set, with Wilson 95% intervals.
 
     Attributes:
@@ -61,6 +78,7 @@ class Refusals(Part):
         unfinished_thoughts, looping_refusals, withheld_replies: numbers of replies.
         fixed_reply: where nearly all replies are one and the same.
         categories: set -> category -> figures.
+        thoughts: of all replies, where any opens with a thought.
     """
 
     harmful_refusal_rate: float | None
@@ -79,6 +97,7 @@ class Refusals(Part):
     withheld_replies: int | None = None
     fixed_reply: FixedReply | None = None
     categories: dict[str, dict[str, Category]]
+    thoughts: Thoughts | None = None
 
     @property
     def rates(self) -> dict[str, Rate]:
@@ -96,6 +115,34 @@ class Refusals(Part):
                 self.borderline_refusal_rate, self.borderline_refusal_interval, self.n_borderline
             )
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherMode(RefusalsInMode):
+    """Refusal rates in a mode of thinking.
+
+    Attributes:
+        verdicts: of `eval`, as those of `Asked`.
+    """
+
+    verdicts: dict[str, str] | None = None
+
+    @classmethod
+    def of_mode(cls, figures: RefusalsInMode) -> OtherMode:
+        """The figures of one mode, to stand beside those of another."""
+        values = figures.values_by_field
+        return cls(**{name: values[name] for name in RefusalsInMode.__dataclass_fields__})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusals(RefusalsInMode):
+    """Refusal rates, also in other modes of thinking.
+
+    Attributes:
+        modes: how the same prompts were replied to in other modes of thinking, by name: ``on``.
+    """
+
+    modes: dict[str, OtherMode] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,3 +465,16 @@ class EvalRecord(Record, Asked):
     paired_tool_calls: Comparison | None = None
     seconds: dict[str, float]
     gate: Gate | None = None
+
+    def in_mode(self, mode: str) -> EvalRecord:
+        """The record with the figures of another mode of thinking, of both models."""
+        assert self.modes is not None
+        baseline = self.baseline
+        if baseline is not None and mode in (baseline.modes or {}):
+            assert baseline.modes is not None
+            baseline = replace(baseline, **_figures(baseline.modes[mode]), modes=None)
+        return replace(self, **_figures(self.modes[mode]), modes=None, baseline=baseline)
+
+
+def _figures(mode: OtherMode) -> dict[str, Any]:
+    return {name: getattr(mode, name) for name in OtherMode.__dataclass_fields__}

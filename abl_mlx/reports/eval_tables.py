@@ -16,7 +16,7 @@ from abl_mlx.records.evaluations import (
 )
 from abl_mlx.reports import sweep_tables
 from abl_mlx.reports.recognition_tables import recognition_rows
-from abl_mlx.reports.tables import interval, paired_cells
+from abl_mlx.reports.tables import behaviour_rows, paired_cells
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
 
@@ -30,7 +30,11 @@ def table(record: EvalRecord) -> str:
     rows: list[tuple[str, ...]] = []
     if baseline is not None:
         rows.append(("", "baseline", "target", ""))
-    rows += [*_rates(record, baseline), *_divergence(record.kl), *measurements(record)]
+    rows += [
+        *behaviour_rows(baseline, record, _MORE),
+        *_divergence(record.kl),
+        *measurements(record),
+    ]
     lines = [_title(record)]
     if baseline is not None:
         lines.append(f"baseline: {_title(baseline)}")
@@ -59,31 +63,6 @@ def failures(record: EvalRecord) -> str:
         for one in ([] if record.gate is None else record.gate.checks)
         if not one.passed
     )
-
-
-def _rates(record: Asked, baseline: Asked | None) -> list[tuple[str, ...]]:
-    was = {} if baseline is None else baseline.rates
-    rows: list[tuple[str, ...]] = [
-        (
-            f"refusals, {name} prompts",
-            percent(was[name].share) if name in was else "",
-            percent(now.share),
-            interval(now) + _MORE.get(name, ""),
-        )
-        for name, now in record.rates.items()
-    ]
-    broken = "" if baseline is None else percent(baseline.broken_rate)
-    rows.append(("broken replies", broken, percent(record.broken_rate), "empty or looping"))
-    if record.expected_answer_rate is not None:
-        rows.append(
-            (
-                "known answers, harmful prompts",
-                "" if baseline is None else percent(baseline.expected_answer_rate),
-                percent(record.expected_answer_rate),
-                "exactly what stage 1 taught",
-            )
-        )
-    return rows
 
 
 def _divergence(kl: Divergence | None) -> list[tuple[str, ...]]:

@@ -9,8 +9,8 @@ from abl_mlx.records.evaluations import Asked, Comparison, EvalRecord, Gate
 from abl_mlx.reports import sweep_tables
 from abl_mlx.reports.eval_tables import measurements
 from abl_mlx.reports.page import Page, Section, Table, Tile, html
-from abl_mlx.reports.page_parts import behaviour_rows, categories, notes, of_replies, reproduce
-from abl_mlx.reports.tables import interval, paired_cells
+from abl_mlx.reports.page_parts import categories, notes, of_replies, reproduce
+from abl_mlx.reports.tables import behaviour_rows, interval, paired_cells
 from abl_mlx.support.console import percent
 
 
@@ -44,7 +44,7 @@ def eval_page(record: EvalRecord, command: str, replies: Sequence[Mapping[str, A
 def eval_sections(record: EvalRecord) -> tuple[Section, ...]:
     """The sections about an evaluation, which an audit's page has as well."""
     baseline = record.baseline
-    rows = behaviour_rows(baseline, record)
+    rows: list[tuple[str, ...]] = [*behaviour_rows(baseline, record)]
     if record.kl is not None:
         kl = record.kl
         at_least = "" if kl.kind in (None, "exact") else f", at least: {kl.kind} tokens"

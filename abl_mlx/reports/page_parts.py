@@ -12,8 +12,6 @@ from abl_mlx.choices import Choices
 from abl_mlx.records.edits import Hashes
 from abl_mlx.records.evaluations import Asked, Category, EvalRecord, Refusals
 from abl_mlx.reports.page import Cell, Reply, Section, Table
-from abl_mlx.reports.tables import interval
-from abl_mlx.support.console import percent
 
 
 def of_replies(lines: Sequence[Mapping[str, Any]]) -> Section:
@@ -40,29 +38,6 @@ def _rate(count: int, total: int) -> Markup:
 
 def _code(text: str) -> Markup:
     return Markup("<code>{}</code>").format(text)
-
-
-def behaviour_rows(before: Refusals | None, after: Refusals) -> list[tuple[Cell, ...]]:
-    """A table of the rates of two models; ``rates`` are (name, before, after, note)."""
-    was = {} if before is None else before.rates
-    rows: list[tuple[Cell, ...]] = [
-        (
-            f"refusals, {name} prompts",
-            percent(was[name].share) if name in was else "",
-            percent(now.share),
-            interval(now),
-        )
-        for name, now in after.rates.items()
-    ]
-    broken = "" if before is None else percent(before.broken_rate)
-    rows.append(("broken", broken, percent(after.broken_rate), "empty or looping replies"))
-    if after.expected_answer_rate is not None:
-        known = None if before is None else before.expected_answer_rate
-        cell = "" if known is None else percent(known)
-        rows.append(
-            ("known answers, harmful prompts", cell, percent(after.expected_answer_rate), "")
-        )
-    return rows
 
 
 def categories(before: Refusals | None, after: Refusals, names: tuple[str, str]) -> Section:

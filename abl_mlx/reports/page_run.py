@@ -16,14 +16,13 @@ from abl_mlx.records.edits import EvaluatedEdit, RunRecord
 from abl_mlx.reports import figures
 from abl_mlx.reports.page import Page, Section, Table, Tile, html, write
 from abl_mlx.reports.page_parts import (
-    behaviour_rows,
     categories,
     hash_rows,
     of_replies,
     reproduce,
 )
 from abl_mlx.reports.replay import command_line
-from abl_mlx.reports.tables import interval, summary_line
+from abl_mlx.reports.tables import behaviour_rows, interval, summary_line
 from abl_mlx.support.console import percent
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from abl_mlx.behaviour import reply_notes
+from abl_mlx.behaviour.thought_figures import growth
 from abl_mlx.records.directions import Chosen, Selection, TriedEdit
 from abl_mlx.records.edits import (
     ApplyRecord,
@@ -18,7 +19,7 @@ from abl_mlx.records.edits import (
     UndoRecord,
     WrittenEdit,
 )
-from abl_mlx.records.evaluations import Comparison, Rate, Refusals
+from abl_mlx.records.evaluations import Comparison, Rate, Refusals, RefusalsInMode, Thoughts
 from abl_mlx.records.looks import Changed, DiffRecord, InspectRecord
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
@@ -117,30 +118,73 @@ def _types(one: WrittenEdit) -> str:
     return types if types.startswith("rank") else f"edited tensors {types}"
 
 
-def behaviour_rows(before: Refusals, after: Refusals) -> list[tuple[str, str, str, str]]:
-    """The rates of two models, each as (name, before, after, note)."""
-    was = before.rates
+def behaviour_rows(
+    before: Refusals | None, after: Refusals, more: Mapping[str, str] | None = None
+) -> list[tuple[str, str, str, str]]:
+    """The rates of two models: (name, before, after, note) of each, mode of thinking after mode.
+
+    Args:
+        before: None where there is one model alone.
+        more: set -> what is added to its note.
+    """
+    rows = _mode_rows(before, after, more or {})
+    for mode, now in (after.modes or {}).items():
+        was = None if before is None else (before.modes or {}).get(mode)
+        rows += [
+            (f"{name}, thinking {mode}", old, new, note)
+            for name, old, new, note in _mode_rows(was, now, more or {})
+        ]
+    return rows
+
+
+def _mode_rows(
+    before: RefusalsInMode | None, after: RefusalsInMode, more: Mapping[str, str]
+) -> list[tuple[str, str, str, str]]:
+    was = {} if before is None else before.rates
     rows = [
         (
             f"refusals, {name} prompts",
             percent(was[name].share) if name in was else "",
             percent(now.share),
-            interval(now),
+            interval(now) + more.get(name, ""),
         )
         for name, now in after.rates.items()
     ]
-    broken = percent(before.broken_rate), percent(after.broken_rate)
-    rows.append(("broken replies", *broken, "empty or looping"))
+    broken = "" if before is None else percent(before.broken_rate)
+    rows.append(("broken replies", broken, percent(after.broken_rate), "empty or looping"))
     if after.expected_answer_rate is not None:
         rows.append(
             (
                 "known answers, harmful prompts",
-                percent(before.expected_answer_rate),
+                "" if before is None else percent(before.expected_answer_rate),
                 percent(after.expected_answer_rate),
                 "exactly what stage 1 taught",
             )
         )
-    return rows
+    return rows + _thought_rows(None if before is None else before.thoughts, after.thoughts)
+
+
+def _thought_rows(
+    before: Thoughts | None, after: Thoughts | None
+) -> list[tuple[str, str, str, str]]:
+    """How long thoughts are, how many do not end, and how many loop."""
+
+    def cell(one: Thoughts | None, name: str) -> str:
+        value = None if one is None else getattr(one, name)
+        return "" if value is None else f"{value:.0f}"
+
+    if before is None and after is None:
+        return []
+    longer = growth(before, after)
+    note = "those that end" if longer is None else f"those that end; {longer:.2f} times as long"
+    return [
+        (what, cell(before, name), cell(after, name), note)
+        for what, name, note in (
+            ("thoughts, mean words", "words", note),
+            ("thoughts without an end", "unclosed", "within the longest reply"),
+            ("thoughts that loop", "looping", "say the same over and over"),
+        )
+    ]
 
 
 def aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:

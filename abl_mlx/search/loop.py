@@ -22,6 +22,7 @@ from abl_mlx.choices import Measuring
 from abl_mlx.directions import measuring
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit
+from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import Prompt, PromptSets, Split
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
@@ -258,6 +259,7 @@ def improve(
     sets: PromptSets,
     found: DirectionFile,
     how: Measuring,
+    encoded: EncodedPrompts | None = None,
 ) -> DirectionFile:
     """Search with at most ``--search`` trials; return a direction file with the best edit.
 
@@ -267,6 +269,7 @@ def improve(
         sets: the prompts.
         found: the analytic choice, which is the first trial.
         how: the chosen options.
+        encoded: the prompts on which edits are screened; by default those of ``sets``.
 
     Raises:
         UserError: when flags do not go together, or the journal is of another search.
@@ -274,12 +277,12 @@ def improve(
     trials = how.searching.search
     assert trials is not None
     check(how)
-    harmful = [chat.encode(one) for one in sets.harmful.validation.prompts]
-    harmless = [chat.encode(one) for one in _filled_up(sets.harmless)]
+    encoded = encoded or at_prompts(chat, sets)
+    harmful = encoded.harmful
     space = Space(
-        len(chat.layers), sources_of(chat, sets, found, how), embedding=how.editing.embedding
+        len(chat.layers), sources_of(chat, encoded, found, how), embedding=how.editing.embedding
     )
-    screen = Screen(chat, writers, harmful, harmless, batch_size=how.batch_size)
+    screen = Screen(chat, writers, harmful, encoded.harmless, batch_size=how.batch_size)
 
     def edit_for(given: Parameters) -> Edit:
         recipe = space.recipe(given)
@@ -289,7 +292,15 @@ def improve(
         return Edit(directions, 1.0, layers, recipe["embedding"], recipe["profile"])
 
     journal = Journal(how.searching.search_journal, identity(chat, sets, space, how))
-    questions = [chat.encode(one) for one in _filled_up(sets.harmful)]
+    modes = thinking.modes(how.prompting.thinking)
+    questions = [
+        (
+            [replace(one, thinking=mode) for one in filled_up(sets.harmful)],
+            REPLY_TOKENS if mode is None else REPLY_TOKENS + how.prompting.thought_tokens,
+        )
+        for mode in modes
+    ]
+    generated_most = sum(len(prompts) * most for prompts, most in questions)
     target = how.searching.target_refusals
     search = Search(
         screen,
@@ -304,7 +315,7 @@ def improve(
     more = max(0, trials - resumed)
     say(
         f"  search: at most {more} trials, {more * screen.cost:,} forward tokens, then at most "
-        f"{min(MOST_ASKED, trials) * len(questions) * REPLY_TOKENS:,} generated ones"
+        f"{min(MOST_ASKED, trials) * generated_most:,} generated ones"
         + (f"; {resumed} trials are in {journal.path}" if resumed else "")
     )
     try:
@@ -323,13 +334,14 @@ def improve(
 
 
 def _ask_front(
-    search: Search, questions: Sequence[Sequence[int]], target: float
+    search: Search, questions: Sequence[tuple[Sequence[Prompt], int]], target: float
 ) -> tuple[list[Asked], int]:
     """Let trials on the Pareto front generate replies.
 
     Args:
         search: the search.
-        questions: encoded harmful prompts.
+        questions: harmful prompts and the longest reply to them in tokens, for each mode of
+            thinking. A trial counts by its worse mode.
         target: the share of refused and broken replies that is good enough.
 
     Returns:
@@ -340,17 +352,45 @@ def _ask_front(
     def ask(trial: Trial) -> Asked:
         nonlocal generated
         edit = search.edit_for(trial.parameters)
-        refused, broken, tokens = search.screen.ask(edit, questions)
-        generated += tokens
-        return Asked(trial, refused, broken, meets(refused + broken, len(questions), target))
+        replied = [search.screen.ask(edit, prompts, most) for prompts, most in questions]
+        generated += sum(tokens for _, _, tokens in replied)
+        refused, broken, _ = max(replied, key=lambda one: one[0] + one[1])
+        return Asked(trial, refused, broken, meets(refused + broken, len(questions[0][0]), target))
 
     whole = search.front()
     some = [one for one in whole if one.screened.refused < 0.95] or whole[-1:]
     return list(ask_survivors(some, ask)), generated
 
 
-def _filled_up(split: Split) -> list[Prompt]:
-    """The validation prompts, followed by train prompts if there are few."""
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Token ids of prompts, whose last tokens are where a search looks.
+
+    Attributes:
+        train: harmful and harmless ones, of which singular vectors are made.
+        harmful, harmless: validation prompts on which edits are screened.
+    """
+
+    train: tuple[list[list[int]], list[list[int]]]
+    harmful: list[list[int]]
+    harmless: list[list[int]]
+
+
+def at_prompts(chat: ChatModel, sets: PromptSets) -> EncodedPrompts:
+    """The ends of the prompts."""
+
+    def encoded(prompts: Sequence[Prompt]) -> list[list[int]]:
+        return [chat.encode(one) for one in prompts]
+
+    return EncodedPrompts(
+        (encoded(sets.harmful.train.prompts), encoded(sets.harmless.train.prompts)),
+        encoded(sets.harmful.validation.prompts),
+        encoded(filled_up(sets.harmless)),
+    )
+
+
+def filled_up(split: Split) -> list[Prompt]:
+    """The validation prompts, and train prompts behind them where these are few."""
     prompts = [*split.validation.prompts, *split.train.prompts]
     return prompts[: max(ENOUGH_PROMPTS, len(split.validation))]
 
@@ -369,7 +409,7 @@ def check(how: Measuring) -> None:
 
 
 def sources_of(
-    chat: ChatModel, sets: PromptSets, found: DirectionFile, how: Measuring
+    chat: ChatModel, encoded: EncodedPrompts, found: DirectionFile, how: Measuring
 ) -> dict[str, Directions]:
     """Name -> source of directions for a search: the analytic choice, its method, and others.
 
@@ -399,13 +439,8 @@ def sources_of(
         for rank in (2, 3):
             if rank <= layers:
                 made[f"layers-rank-{rank}"] = fixed(candidates.across_layers(position, rank))
-        train = [
-            [chat.encode(one) for one in split.train.prompts]
-            for split in (sets.harmful, sets.harmless)
-        ]
-        spans = measuring.measure(
-            chat, train[0], train[1], [position], method="svd", rank=min(2, len(train[0]))
-        )
+        bad, good = encoded.train
+        spans = measuring.measure(chat, bad, good, [position], method="svd", rank=min(2, len(bad)))
         made["svd"] = of(spans, position)
     return made
 

@@ -15,6 +15,7 @@ from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.directions import selection
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.logits import first_reply_token
@@ -140,18 +141,19 @@ class Screen:
         return refused, refusal, kl, tokens
 
     def ask(
-        self, edit: Edit, prompts: Sequence[Sequence[int]], max_tokens: int = REPLY_TOKENS
+        self, edit: Edit, prompts: Sequence[Prompt], max_tokens: int = REPLY_TOKENS
     ) -> tuple[float, float, int]:
         """Generate greedy replies to harmful prompts under an edit.
 
         Returns:
             The shares of refused and of broken replies, and the number of generated tokens.
         """
+        encoded = [self._chat.encode(prompt) for prompt in prompts]
         with ablation(self._writers, edit):
             replies = evaluate.generate(
-                self._chat, prompts, max_tokens, batch_size=self._batch_size
+                self._chat, encoded, max_tokens, batch_size=self._batch_size
             )
-        verdicts = [classify(text) for text in evaluate.decode(self._chat, replies)]
+        verdicts = [classify(text) for text in evaluate.decode(self._chat, replies, prompts)]
         shares = [
             verdicts.count(kind) / len(verdicts) for kind in (Verdict.REFUSAL, Verdict.BROKEN)
         ]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 OPTION = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""Placeholder in a message for the option that the caller spells, such as ``--output``."""
+"""Placeholder in a message for the name of an option, which the caller fills in."""
 
 
 class UserError(Exception):

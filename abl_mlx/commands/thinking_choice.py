@@ -1,0 +1,310 @@
+"""The direction of a model that thinks: one that ends refusals in every mode of thinking.
+
+The candidates of each view (`abl_mlx.commands.views`) are chosen among themselves, as without
+thinking. What that leaves, and the subspaces that two or three of them span, is judged by replies
+in every mode, thoughts included; a direction counts by its worse mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.behaviour.evaluate import in_mlx
+from abl_mlx.behaviour.refusals import Tally, Verdict, classify
+from abl_mlx.behaviour.thought_figures import Thought, figures, growth
+from abl_mlx.choices import Measuring
+from abl_mlx.commands.edit_choice import make_edit
+from abl_mlx.commands.views import View
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.edits.steering import ablation
+from abl_mlx.inputs import thinking
+from abl_mlx.inputs.sets import Prompt, PromptSets
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.distributions import kl_divergence
+from abl_mlx.models.logits import first_reply_token
+from abl_mlx.models.writers import Writer
+from abl_mlx.records.evaluations import Thoughts
+from abl_mlx.support.arrays import number, numpy_of
+from abl_mlx.support.console import percent, progress, say
+from convert.base.errors import UserError
+
+#: Harmful and harmless validation prompts that are replied to in each mode.
+JUDGED = 16, 8
+
+#: Tokens of each of these replies behind its thought: a refusal is told by its first sentence.
+REPLY_TOKENS = 32
+
+#: Share of refused and broken replies in the worse mode that counts as none.
+ENOUGH = 0.0625
+
+# Singular values of joined unit vectors below which they hardly span another direction.
+_SHARED = 0.05
+
+
+@dataclass(frozen=True)
+class Replied:
+    """What a model replies in one mode, as it is or with a direction removed.
+
+    Attributes:
+        refused, broken: shares of harmful prompts.
+        lost: share of harmless prompts that are refused or broken.
+        thoughts: figures of the thoughts of all replies.
+    """
+
+    refused: float
+    broken: float
+    lost: float
+    thoughts: Thoughts | None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        words = None if self.thoughts is None else self.thoughts.words
+        return {
+            "refused": self.refused,
+            "broken": self.broken,
+            "harmless_lost": self.lost,
+            **({} if words is None else {"thought_words": words}),
+        }
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A direction or subspace that is judged by replies.
+
+    Attributes:
+        files: what it is made of, one or more of different views.
+        directions: (k, d), or (L, k, d) of one view.
+        kl: nats at the first reply token of harmless prompts, in the mode where it is largest.
+        replied: by mode.
+    """
+
+    views: tuple[View, ...]
+    files: tuple[DirectionFile, ...]
+    directions: mx.array
+    kl: float = 0.0
+    replied: Mapping[str, Replied] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return " + ".join(view.name for view in self.views)
+
+    @property
+    def worst(self) -> float:
+        """Share of refused and broken replies to harmful prompts in the worse mode."""
+        return max(one.refused + one.broken for one in self.replied.values())
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "views": [view.record() for view in self.views],
+            "rank": int(self.directions.shape[-2]),
+            "kl": self.kl,
+            "modes": {name: one.record() for name, one in self.replied.items()},
+        }
+
+
+class Judge:
+    """Asks a model in every mode of thinking, as it is and with directions removed."""
+
+    def __init__(
+        self, chat: ChatModel, writers: Sequence[Writer], sets: PromptSets, how: Measuring
+    ) -> None:
+        """Ask the model as it is."""
+        self._chat, self._writers, self._how = chat, writers, how
+        name = "borderline" if how.finding.method == "over-refusal" else "harmful"
+        self._refused_set = name
+        self._sets = {
+            mode: sets.asked(thinking=mode) for mode in thinking.modes(how.prompting.thinking)
+        }
+        self._base = {mode: self._first(mode) for mode in self._sets}
+        self.before = {
+            thinking.name(mode): self._replies(mode, "replies before") for mode in self._sets
+        }
+
+    def of(self, finalist: Finalist) -> Finalist:
+        """The same with its figures."""
+        edit = replace(
+            make_edit(finalist.directions, replace(self._how.editing, strength=1.0)), norm="none"
+        )
+        with ablation(self._writers, edit):
+            apart = [
+                number(kl_divergence(before, self._first(mode)).mean())
+                for mode, before in self._base.items()
+            ]
+            replied = {
+                thinking.name(mode): self._replies(mode, "replies without it")
+                for mode in self._sets
+            }
+        return replace(finalist, kl=max(apart), replied=replied)
+
+    def works(self, one: Finalist) -> bool:
+        """Whether refusals are gone in every mode, and little else."""
+        return one.worst <= ENOUGH and not self.dropped(one)
+
+    def dropped(self, one: Finalist) -> str:
+        """Why it cannot be taken; "" where it can."""
+        finding = self._how.finding
+        if not one.kl <= finding.max_kl:
+            return f"KL {one.kl:.3f} over the limit of {finding.max_kl:g}"
+        for mode, now in one.replied.items():
+            was = self.before[mode]
+            if now.lost - was.lost > 1 / JUDGED[1]:
+                return f"{percent(now.lost)} of harmless prompts refused or broken, thinking {mode}"
+            longer = growth(was.thoughts, now.thoughts)
+            if longer is not None and longer > finding.max_thought_growth:
+                return f"thoughts {longer:.2f} times as long"
+        return ""
+
+    def _prompts(self, mode: str | None) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+        sets = self._sets[mode]
+        harmful = sets.harmful.validation
+        if self._refused_set == "borderline" and sets.borderline is not None:
+            harmful = sets.borderline
+        return harmful.prompts[: JUDGED[0]], sets.harmless.validation.prompts[: JUDGED[1]]
+
+    def _first(self, mode: str | None) -> mx.array:
+        """Log-probabilities (N, V) of the first token that follows harmless prompts."""
+        encoded = [
+            self._chat.encode(one) for one in self._sets[mode].harmless.validation.prompts[:16]
+        ]
+        found = first_reply_token(self._chat, encoded)
+        mx.eval(found)
+        return found
+
+    def _replies(self, mode: str | None, label: str) -> Replied:
+        harmful, harmless = self._prompts(mode)
+        budget = 0 if mode is None else self._how.prompting.thought_tokens
+        answer = in_mlx(self._chat, batch_size=self._how.batch_size)
+        replies = answer([*harmful, *harmless], REPLY_TOKENS + budget)
+        bad, good = (
+            Tally.of(map(classify, part))
+            for part in (replies[: len(harmful)], replies[len(harmful) :])
+        )
+        return Replied(
+            bad.rate(Verdict.REFUSAL),
+            bad.rate(Verdict.BROKEN),
+            good.rate(Verdict.REFUSAL) + good.rate(Verdict.BROKEN),
+            figures(map(Thought.of, replies)),
+        )
+
+
+def choose(
+    judge: Judge,
+    views: Sequence[View],
+    candidates_of: Callable[[View], Sequence[DirectionFile]],
+) -> DirectionFile:
+    """The direction, or the span of several, that ends refusals in every mode.
+
+    Args:
+        candidates_of: what is worth being judged of a view, the best first.
+
+    Raises:
+        UserError: when no view has a candidate, or all change too much.
+    """
+    singles = [
+        Finalist((view,), (file,), file.selected) for view in views for file in candidates_of(view)
+    ]
+    if not singles:
+        raise UserError(
+            "in no mode of thinking does the model tell harmful from harmless prompts, so there is "
+            "no direction to measure: check with `abl-mlx eval --thinking both`."
+        )
+    judged: list[Finalist] = []
+    for size in (1, 2, 3):
+        some = singles if size == 1 else _spans(singles, size)
+        with progress(len(some), "directions, by replies", "edit") as bar:
+            for one in some:
+                judged.append(judge.of(one))
+                bar.update()
+        if any(map(judge.works, judged)):
+            break
+    return _file(judge, judged, _best(judge, judged))
+
+
+def _spans(singles: Sequence[Finalist], size: int) -> list[Finalist]:
+    """The subspaces that so many of the finalists span, each of another view."""
+    flat = [one for one in singles if one.directions.ndim == 2]
+    found = []
+    for group in combinations(flat, size):
+        views = tuple(view for one in group for view in one.views)
+        if len({view.name for view in views}) < size:
+            continue
+        span = _span([one.directions for one in group])
+        found.append(Finalist(views, tuple(one.files[0] for one in group), span))
+    return found
+
+
+def _span(directions: Sequence[mx.array]) -> mx.array:
+    """An orthonormal basis (k, d) of what several bases (·, d) span together.
+
+    What two of them share all but a twentieth of is one direction of it.
+    """
+    rows = np.concatenate([numpy_of(one) for one in directions]).astype(np.float64)
+    _, sizes, basis = np.linalg.svd(rows, full_matrices=False)
+    return mx.array(basis[sizes > _SHARED].astype(np.float32))
+
+
+def _best(judge: Judge, judged: Sequence[Finalist]) -> Finalist:
+    left = [one for one in judged if not judge.dropped(one)]
+    if not left:
+        gentlest = min(judged, key=lambda one: one.kl)
+        raise UserError(
+            f"every direction that was tried changes too much (the gentlest: "
+            f"{judge.dropped(gentlest)}): raise --max-kl or --max-thought-growth, or choose with "
+            "--layer and --position."
+        )
+    working = [one for one in left if judge.works(one)]
+    if working:
+        return min(working, key=lambda one: (one.directions.shape[-2], one.kl))
+    return min(left, key=lambda one: (one.worst, one.kl))
+
+
+def _file(judge: Judge, judged: Sequence[Finalist], taken: Finalist) -> DirectionFile:
+    """The chosen finalist as a direction file, with everything that was judged."""
+    first = taken.files[0]
+    summary = {
+        **first.metadata["summary"],
+        **taken.views[0].record(),
+        "judged": {
+            "before": {name: one.record() for name, one in judge.before.items()},
+            "after": {name: one.record() for name, one in taken.replied.items()},
+            "kl": taken.kl,
+        },
+    }
+    if len(taken.files) > 1:
+        summary |= {
+            "rank": int(taken.directions.shape[-2]),
+            "across": "views",
+            "views": [view.record() for view in taken.views],
+        }
+    for one in judged:
+        shares = ", ".join(
+            f"{percent(replied.refused)} refused with thinking {mode}"
+            for mode, replied in one.replied.items()
+        )
+        mark = " (taken)" if one is taken else f" ({why})" if (why := judge.dropped(one)) else ""
+        say(f"  {one.name}: {shares}, KL {one.kl:.3f}{mark}")
+    if not judge.works(taken):
+        beyond = [one for one in judged if one.worst <= ENOUGH]
+        if beyond:
+            other = min(beyond, key=lambda one: one.kl)
+            say(f"  what ends refusals is beyond a limit: {other.name} ({judge.dropped(other)})")
+    return replace(
+        first,
+        selected=taken.directions,
+        metadata={
+            **first.metadata,
+            "summary": summary,
+            "finalists": [
+                one.record() | ({"dropped": why} if (why := judge.dropped(one)) else {})
+                for one in judged
+            ],
+        },
+    )
