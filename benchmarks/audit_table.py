@@ -384,10 +384,54 @@ def tables(cases: Iterable[Case]) -> tuple[str, int]:
     return f"{text}\n\n{wrong} of {total} verdicts are not what they must be.", wrong
 
 
+def merged(text: str, earlier: str) -> str:
+    """The tables with the rows that an earlier text has of other models.
+
+    Args:
+        text, earlier: as `tables` returns them.
+    """
+    new, old = rows_of(text), rows_of(earlier)
+    models = {model(line) for lines in new.values() for line in lines}
+    parts = {
+        title: [line for line in old.get(title, []) if model(line) not in models]
+        + new.get(title, [])
+        for title in TITLES.values()
+    }
+    lines = [
+        line
+        for title, some in parts.items()
+        if some
+        for line in ["", title, "", *HEAD, *sorted(some, key=model)]
+    ]
+    every = [line for some in parts.values() for line in some]
+    wrong = sum("✗" in line for line in every)
+    total = f"{wrong} of {len(every)} verdicts are not what they must be."
+    return "\n".join([*lines, "", total]).strip()
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """Title -> the rows of its table."""
+    found: dict[str, list[str]] = {}
+    title = ""
+    for line in text.splitlines():
+        if line.startswith("### "):
+            title = line
+            found[title] = []
+        elif line.startswith("|") and line not in HEAD and title:
+            found[title].append(line)
+    return found
+
+
+def model(line: str) -> str:
+    """The model of a row."""
+    return line.split("|")[1].strip()
+
+
 def write_between(name: str, text: str, page: Path = ROOT / "docs" / "audit.md") -> None:
-    """Put a table between its two comments in a document."""
+    """Put tables between two comments in a document; rows of other models that are there stay."""
     before, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
-    after = rest.partition(f"<!-- end of {name} -->")[2]
+    earlier, _, after = rest.partition(f"<!-- end of {name} -->")
+    text = merged(text, earlier)
     page.write_text(
         f"{before}<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->{after}", encoding="utf-8"
     )
