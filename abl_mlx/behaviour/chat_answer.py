@@ -6,6 +6,7 @@ fields of a request that name a prompt's tools.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,6 +109,18 @@ def request_tools(prompt: Prompt) -> dict[str, Any]:
     if not prompt.tools:
         return {}
     return {"tools": [tool.json for tool in prompt.tools], "parallel_tool_calls": True}
+
+
+#: What llama.cpp and Ollama say of a call that they cannot read.
+_UNREAD = re.compile(
+    r"error parsing tool call|failed to parse (?:input|tool call)|does not match the expected",
+    re.IGNORECASE,
+)
+
+
+def has_unread_call(answer: Answer) -> bool:
+    """Whether a server fails because it cannot read a call that the model wrote."""
+    return answer.status == 500 and _UNREAD.search(answer.said) is not None
 
 
 def is_withheld(answer: Answer) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from abl_mlx.behaviour.chat_answer import (
     Step,
     chosen_model,
+    has_unread_call,
     is_withheld,
     listed_models,
     request_tools,
@@ -31,6 +32,7 @@ from abl_mlx.behaviour.http_call import (
 )
 from abl_mlx.behaviour.patient_server import PatientServer, Said
 from abl_mlx.behaviour.refusals import WITHHELD
+from abl_mlx.behaviour.tool_calls import UNREAD
 from abl_mlx.behaviour.whole_reply import WholeReply, of_answer, of_pieces, pieces_of, tokenizing
 from abl_mlx.choices import Asking
 from abl_mlx.inputs import hub
@@ -347,6 +349,8 @@ class Endpoint(PatientServer):
     def _text(self, answer: Answer, opened: str) -> str:
         if is_withheld(answer):
             return WITHHELD
+        if has_unread_call(answer):
+            return UNREAD
         if answer.status != 200:
             raise self._refused(answer)
         found = answer.json()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from abl_mlx.inputs.tools import Tool
-from abl_mlx.models.thoughts import behind_thoughts
+from abl_mlx.models.thoughts import behind_thoughts, without_thoughts
 from convert.base import json_text
 from convert.base.schema import Refused
 
@@ -41,6 +41,9 @@ class Call:
 
 UNREADABLE = Call(None, None)
 """Text that is marked as a call, and is none."""
+
+UNREAD = "<tool_call>?</tool_call>"
+"""A reply with a call that a server could not read, and did not pass on."""
 
 
 def written(name: Any, arguments: Any) -> str:
@@ -290,13 +293,12 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[str, Sequence[Tool]], Iterator[Ca
 _FENCE = re.compile(
     r"```(?:json|tool_code|tool_call|python|py|xml)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL
 )
-_ENDS = re.compile(r"<\|eo[mt]_id\|>|<end_of_turn>|<\|im_end\|>|</s>")
 
 
 def _bare(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
     """JSON (Llama 3) or Python (Llama 3.2 and 4, Gemma 3): the whole reply, or fenced blocks."""
     names = {tool.name for tool in tools}
-    whole = _ENDS.sub("", text).strip()
+    whole = without_thoughts(text) or ""  # and without special tokens
     fenced = [block.strip() for block in _FENCE.findall(whole)]
     for block in fenced or [whole]:
         found: Sequence[Call] = ()

@@ -12,7 +12,7 @@ import pytest
 from abl_mlx import demo
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.endpoint import Endpoint
-from abl_mlx.behaviour.tool_calls import Call, calls
+from abl_mlx.behaviour.tool_calls import UNREADABLE, Call, calls
 from abl_mlx.inputs import tools
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.prompt_tokens import rendered
@@ -155,6 +155,23 @@ def test_calls_that_a_server_took_out_are_part_of_the_reply() -> None:
 def test_what_is_no_list_of_calls_is_none(damaged: object) -> None:
     with Server(lambda handler, request, n: handler.say(ANSWER, tool_calls=damaged)) as server:
         assert Endpoint(server.url).reply(ASK, 16) == ANSWER
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "error parsing tool call: raw='{\"name\"', err=unexpected end of JSON input",
+        "Failed to parse input at pos 12: <tool_call>",
+        "The model produced output that does not match the expected format",
+    ],
+)
+def test_a_call_that_a_server_cannot_read_ends_nothing(words: str) -> None:
+    """llama-server and Ollama answer with an error of their own, again and again."""
+    error = json.dumps({"error": {"message": words, "code": 500}})
+    with Server(lambda handler, request, number: handler.send(500, error)) as server:
+        reply = Endpoint(server.url).reply(ASK, 16)
+        assert len(server.posts) == 1
+    assert calls(reply, TOOLS) == (UNREADABLE,)
 
 
 def test_without_tools_none_are_sent() -> None:

@@ -57,6 +57,7 @@ FORMS: dict[str, tuple[str, tuple[Call, ...]]] = {
     ),
     "Llama 3": (_A_LLAMA, ONE),
     "Llama 3 with its end": (f"{_A_LLAMA}<|eom_id|>", ONE),
+    "Qwen2.5-Coder, another token": (f"<|im_start|>\n{_A}\n", ONE),
     "Llama 3, two": (f"{_A_LLAMA}; {_B_LLAMA}", TWO),
     "Llama 3, python tag": (f"<|python_tag|>{_A_LLAMA}<|eom_id|>", ONE),
     "Llama 3, built in": (f"<|python_tag|>get_weather.call{_PYTHON[11:]}", ONE),
