@@ -26,8 +26,10 @@ def rows(record: Asked, baseline: Asked | None) -> list[tuple[str, ...]]:
         for name, swept in one.length_sweep.sets.items():
             cells = [f"{count}/{swept.n}" for count in swept.refused]
             found.append((f"{who}{name} prompts", *cells))
-            if any(swept.broken):
-                found.append((f"{who}{name}: broken", *map(str, swept.broken)))
+            pairs = zip(swept.broken, swept.unfinished, strict=True)
+            others = [broken - unfinished for broken, unfinished in pairs]
+            if any(others):
+                found.append((f"{who}{name}: empty or looping", *map(str, others)))
             if any(swept.unfinished):
                 found.append((f"{who}{name}: inside a thought", *map(str, swept.unfinished)))
     return found
@@ -57,8 +59,10 @@ def _of_one(sweep: LengthSweep) -> list[str]:
         if swept.markers is not None:
             places = swept.markers
             found.append(
-                f"{name} prompts: half of the refusals read as such from {places.median} tokens "
-                f"on, 95% from {places.p95}, all from {places.last}"
+                f"{name} prompts: half of the {places.n} refusals read as such from "
+                f"{places.median} tokens on, 95% from {places.p95}, all from {places.last}"
+                if places.median < places.last
+                else f"{name} prompts: the refusals read as such from {places.last} tokens on"
             )
         if swept.late:
             found.append(

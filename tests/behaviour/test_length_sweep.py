@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx.behaviour import length_sweep
+from abl_mlx.behaviour import evaluate, length_sweep, llamacpp
 from abl_mlx.behaviour.journal import Answered, Journal, Section
+from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.refusals import Verdict, classify, declines_later
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.whole_reply import WholeReply, of_pieces
 from abl_mlx.choices import EvalOptions, Replying
 from abl_mlx.cli.main import cli
-from abl_mlx.commands import eval_asking, evaluate_model
+from abl_mlx.commands import conversion, eval_asking, evaluate_model
 from abl_mlx.inputs.sets import Prompt, PromptSet
+from abl_mlx.models import chat_model
+from abl_mlx.records.evaluations import LengthSweep
 from abl_mlx.reports import eval_tables
 from abl_mlx.reports.page_eval import eval_page
 from tests.support.servers import Server
+from tests.support.small_models import folder, prompt_sets
 
 LENGTHS = (4, 8, 16, 32)
 
@@ -59,10 +64,7 @@ class Words:
 
     @property
     def target(self) -> Target:
-        def never(prompts: Sequence[Any], n: int) -> Iterator[tuple[int, str]]:
-            raise AssertionError("asked without a way to cut")
-
-        return Target("words", "server", {}, never, wholes=self.wholes)
+        return Target("words", "server", {}, nobody, wholes=self.wholes)
 
 
 def parts(*names: str) -> dict[str, PromptSet]:
@@ -171,6 +173,44 @@ def test_a_judge_is_asked_for_each_text_once() -> None:
     assert len(asked) == len(set(asked)) == 3
     assert answer.begins is not None
     assert [one.markers for one in answer.begins.cuts] == [Verdict.ANSWER] * 2
+
+
+# --- a model that thinks -------------------------------------------------------------------------
+
+
+def of_thinker(target: Target) -> LengthSweep:
+    sets = prompt_sets("thinker").asked(thinking="on")
+    asked = {"harmful": sets.harmful.test.take(12), "harmless": sets.harmless.test.take(12)}
+    found = eval_asking.ask(target, asked, Replying(), Section(), lengths=(4, 24, 64))
+    both = {"harmful": found[:12], "harmless": found[12:]}
+    return length_sweep.record(both, (4, 24, 64))
+
+
+def test_a_model_that_thinks_is_read_to_the_end_of_its_thoughts_in_each_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = chat_model.load(folder("thinker"))
+    target = Target("t", "mlx-lm", {}, nobody, wholes=evaluate.wholes_in_mlx(chat))
+    in_mlx = of_thinker(target)
+    assert in_mlx.cut_by == "tokens"
+    # Four tokens are within every thought, and 64 behind all.
+    for swept in in_mlx.sets.values():
+        assert swept.unfinished[0] == swept.broken[0] == 12
+        assert swept.unfinished[-1] == swept.broken[-1] == 0
+    assert in_mlx.sets["harmful"].refused[0] == 0
+    assert in_mlx.sets["harmful"].refused[-1] == 12
+    assert in_mlx.sets["harmless"].refused == [0, 0, 0]
+    assert in_mlx.suffices == 64
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(llamacpp, "LlamaCpp", partial(LlamaCpp, n_threads=1))
+    gguf = tmp_path / "thinker.gguf"
+    conversion.convert(str(folder("thinker")), gguf, quantize="F16")
+    in_llamacpp = Target("t", "llama.cpp", {}, nobody, wholes=evaluate.InLlamaCpp(gguf).wholes)
+    assert of_thinker(in_llamacpp).json == in_mlx.json
+
+
+def nobody(prompts: Sequence[Any], n: int) -> Iterator[tuple[int, str]]:
+    raise AssertionError("asked without a way to cut")
 
 
 # --- going on ------------------------------------------------------------------------------------
