@@ -436,6 +436,7 @@ class RunOptions(Choices):
 
     Attributes:
         gguf: a GGUF of the same model, which is edited instead of the model that is measured.
+        recognition: ask whether prompts are harmful, before and after.
         memory_check: refuse a model that is larger than the machine's memory.
     """
 
@@ -448,6 +449,7 @@ class RunOptions(Choices):
     replying: Replying = Replying()
     chatting: Chatting = Chatting()
     gguf: str | None = None
+    recognition: bool = False
     memory_check: bool = True
 
     @property

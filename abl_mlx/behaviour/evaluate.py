@@ -27,7 +27,7 @@ from abl_mlx.models.generation import generate, stream
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.models.plain import vocabulary
-from abl_mlx.records.evaluations import Divergence, OtherMode, Refusals, Thoughts
+from abl_mlx.records.evaluations import Divergence, OtherMode, Recognition, Refusals, Thoughts
 from abl_mlx.support.arrays import number, numbers
 from abl_mlx.support.console import progress
 from convert.base import scratch
@@ -130,6 +130,7 @@ class Behaviour:
         notes: the notes on the replies.
         thoughts: the figures of the thoughts that replies begin with, if there are any.
         modes: the behaviour on the same prompts in other modes of thinking, by name.
+        recognition: whether the model knows what is harmful; None if that was not asked.
     """
 
     harmful: Rates
@@ -140,6 +141,7 @@ class Behaviour:
     notes: Notes = field(default_factory=Notes)
     thoughts: Thoughts | None = None
     modes: Mapping[str, Behaviour] = field(default_factory=dict)
+    recognition: Recognition | None = None
 
     def record(self) -> Refusals:
         """The figures for a record."""
@@ -147,6 +149,7 @@ class Behaviour:
         if self.borderline is not None:
             sets["borderline"] = self.borderline
         found = refusals(sets, self.notes, self.expected, self.thoughts)
+        found = replace(found, recognition=self.recognition)
         if not self.modes:
             return found
         modes = {name: OtherMode.of_mode(one.record()) for name, one in self.modes.items()}

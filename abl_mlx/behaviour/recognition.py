@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from abl_mlx.behaviour.refusals import wilson
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.word_margins import Margin
 from abl_mlx.inputs.sets import Prompt, PromptSet
+from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.records.evaluations import Recognition, ToldApart
 from convert.base.errors import UserError
 
@@ -50,8 +52,21 @@ def record(target: Target, harmful: PromptSet, harmless: PromptSet) -> Recogniti
         UserError: when no prompts of the two sets are of one length, or a server gives no
             log-probabilities.
     """
-    first, second = matched(harmful, harmless)
     margins, kind = _margins_of(target)
+    return _figures(margins, kind, harmful, harmless)
+
+
+def of_chat(chat: ChatModel, harmful: PromptSet, harmless: PromptSet) -> Recognition:
+    """The same of a model in MLX.
+
+    Raises:
+        UserError: when no prompts of the two sets are of one length.
+    """
+    return _figures(partial(word_margins.in_mlx, chat), "exact", harmful, harmless)
+
+
+def _figures(margins: Margins, kind: str, harmful: PromptSet, harmless: PromptSet) -> Recognition:
+    first, second = matched(harmful, harmless)
     long, short = _by_length(first), _by_length(second)
     longer, shorter = [*long[0], *short[0]], [*long[1], *short[1]]
     return Recognition(
@@ -152,16 +167,10 @@ def figures(
 
 def _margins_of(target: Target) -> tuple[Margins, str]:
     """How the margins of a target are read, and of which kind they are."""
-    chat, gguf, endpoint = target.chat, target.gguf, target.endpoint
-    if chat is not None:
-        return lambda prompts, words: word_margins.in_mlx(chat, prompts, words), "exact"
-    if endpoint is not None:
-        return (
-            lambda prompts, words: word_margins.on_server(endpoint, prompts, words),
-            f"top-{word_margins.SERVED}",
-        )
-    assert gguf is not None
-    return (
-        lambda prompts, words: word_margins.in_llamacpp(gguf, prompts, words, target.given),
-        f"top-{word_margins.TOP_N}",
-    )
+    if target.chat is not None:
+        return partial(word_margins.in_mlx, target.chat), "exact"
+    if target.endpoint is not None:
+        return partial(word_margins.on_server, target.endpoint), f"top-{word_margins.SERVED}"
+    assert target.gguf is not None
+    in_llamacpp = partial(word_margins.in_llamacpp, target.gguf, target.given)
+    return in_llamacpp, f"top-{word_margins.TOP_N}"

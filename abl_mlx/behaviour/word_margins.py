@@ -112,7 +112,7 @@ def in_mlx(chat: ChatModel, prompts: Sequence[Prompt], words: tuple[str, str]) -
 
 
 def in_llamacpp(
-    path: Path, prompts: Sequence[Prompt], words: tuple[str, str], given: GivenTemplate | None
+    path: Path, given: GivenTemplate | None, prompts: Sequence[Prompt], words: tuple[str, str]
 ) -> list[Margin]:
     """Margins of a GGUF in llama.cpp, from its likeliest tokens."""
     from abl_mlx.behaviour.llamacpp import LlamaCpp

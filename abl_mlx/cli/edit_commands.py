@@ -17,6 +17,7 @@ from abl_mlx.cli.flags import (
     json_flag,
     memory_flag,
     prompt_flags,
+    recognition_flag,
     reply_flags,
     search_flags,
     writing_flags,
@@ -47,6 +48,7 @@ from abl_mlx.cli.values import HERE
 @choice_flags
 @search_flags
 @reply_flags
+@recognition_flag
 @gguf_flags
 @memory_flag
 @json_flag

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from abl_mlx.cli.flags import decorated
+from abl_mlx.cli.flags import decorated, recognition_flag
 from abl_mlx.cli.values import HERE, Lengths
 
 
@@ -110,12 +110,7 @@ def metric_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "many are enough. Prompts are asked once, at the longest, and the rates are those at "
             "the shortest length that suffices; in place of --max-tokens.",
         ),
-        click.option(
-            "--recognition",
-            is_flag=True,
-            help="Measure whether the model can tell harmful from harmless prompts when it is "
-            "asked which of the two a prompt is, whatever it refuses.",
-        ),
+        recognition_flag,
         click.option(
             "--lm-eval",
             metavar="TASKS",

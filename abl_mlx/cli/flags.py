@@ -326,6 +326,14 @@ def reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated(command, flags)
 
 
+recognition_flag = click.option(
+    "--recognition",
+    is_flag=True,
+    help="Measure whether the model can tell harmful from harmless prompts when it is asked which "
+    "of the two a prompt is, whatever it refuses.",
+)
+
+
 def report_flag(text: str) -> Callable[..., Any]:
     return click.option("--report", metavar="FILE.html", type=HERE, help=text)
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from abl_mlx import __version__
-from abl_mlx.behaviour import gate, judge, lm_eval_harness
+from abl_mlx.behaviour import gate, judge, lm_eval_harness, recognition
 from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import targets
 from abl_mlx.inputs import thinking
@@ -124,6 +124,8 @@ def check(job: Job) -> EarlierEval | None:
         staging.check_report(options.replying.report)
     if options.junit is not None:
         gate.check_junit(options.junit)
+    if options.metrics.recognition:
+        recognition.matched(job.sets.harmful.test, job.sets.harmless.test)
     if limits.max_drop_from is None:
         return None
     before = gate.read_record(limits.max_drop_from)

@@ -175,15 +175,8 @@ def _measured(
     if options.metrics.capability:
         with clock.step("ask the capability check"):
             found_capability = capability.record(target)
-    others = {
-        thinking.name(mode): replace(
-            OtherMode.of_mode(behaviour(mine, job.parts)), verdicts=letters(mine, job.parts)
-        )
-        for mode, mine in modes.items()
-        if mode != job.modes[0]
-    }
     asked = Asked(
-        **replace(behaviour(answers, job.parts), modes=others or None).values_by_field,
+        **replace(_rates_by_mode(job, modes), recognition=found_recognition).values_by_field,
         abl_mlx=__version__,
         source=target.name,
         model=target.model,
@@ -197,7 +190,6 @@ def _measured(
         perplexity=found_perplexity,
         capability=found_capability,
         tool_calls=found_calls,
-        recognition=found_recognition,
     )
     return asked, [one for mine in modes.values() for one in mine]
 
@@ -213,6 +205,19 @@ def _in_mode(
     return settled(ask(target, parts, asked, section, by, job.lengths))
 
 
+def _rates_by_mode(job: Job, modes: Mapping[str | None, Sequence[Answered]]) -> Refusals:
+    """The rates of the first mode of thinking, with those of the others."""
+    first, *others = modes
+    found = {
+        thinking.name(mode): replace(
+            OtherMode.of_mode(behaviour(modes[mode], job.parts)),
+            verdicts=letters(modes[mode], job.parts),
+        )
+        for mode in others
+    }
+    return replace(behaviour(modes[first], job.parts), modes=found or None)
+
+
 def _at_enough_tokens(
     job: Job, baseline: Asked | None, asked: Asked, columns: Mapping[str, Sequence[Answered]]
 ) -> tuple[Asked | None, Asked]:
@@ -221,15 +226,24 @@ def _at_enough_tokens(
     models = [*([] if baseline is None else [baseline]), asked]
     cut = []
     for one, whole in zip(models, columns.values(), strict=True):
-        answers = [answer.cut(number) for answer in whole]
+        size = len(whole) // len(job.modes)
+        wholes = {mode: whole[n * size : (n + 1) * size] for n, mode in enumerate(job.modes)}
+        modes = {mode: [one.cut(number) for one in mine] for mode, mine in wholes.items()}
+        sets = {
+            name if mode == job.modes[0] else f"{name}, thinking {thinking.name(mode)}": answers
+            for mode, mine in wholes.items()
+            for name, answers in _by_set(mine, job.parts)
+        }
+        first = modes[job.modes[0]]
+        rates = replace(_rates_by_mode(job, modes), recognition=one.recognition)
         cut.append(
             replace(
                 one,
-                **behaviour(answers, job.parts).values_by_field,
+                **rates.values_by_field,
                 max_tokens=job.lengths[number],
-                verdicts=letters(answers, job.parts),
-                judging=None if one.judging is None else judge.record(answers),
-                length_sweep=length_sweep.record(dict(_by_set(whole, job.parts)), job.lengths),
+                verdicts=letters(first, job.parts),
+                judging=None if one.judging is None else judge.record(first),
+                length_sweep=length_sweep.record(sets, job.lengths),
             )
         )
     return (None if baseline is None else cut[0]), cut[-1]

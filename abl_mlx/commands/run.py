@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour import evaluate, recognition
 from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
 from abl_mlx.choices import Replying, RunOptions
 from abl_mlx.commands import prompt_choice
@@ -28,6 +28,7 @@ from abl_mlx.edits import exactness
 from abl_mlx.edits.edit import Edit, orthonormal
 from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture, given_template, memory
+from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.outputs import destinations, induced, staging
 from abl_mlx.outputs.gguf import GgufFile
@@ -35,6 +36,7 @@ from abl_mlx.outputs.model_file import ModelFile, PlannedEdit, find_gguf, find_m
 from abl_mlx.outputs.record_parts import hashes, start_record, worst_leak
 from abl_mlx.outputs.staging import Output, Written
 from abl_mlx.records.edits import Component, Edited, EvaluatedEdit, RunRecord
+from abl_mlx.records.evaluations import Recognition
 from abl_mlx.reports.companions import write_companions
 from abl_mlx.reports.page_run import staged_run_page, write_run_page
 from abl_mlx.support.arrays import let_go
@@ -157,6 +159,8 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
                 "or Hugging Face model to measure on."
             )
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
+        if options.recognition:
+            recognition.matched(sets.harmful.test, sets.harmless.test)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         # Report too few borderline prompts before anything is loaded.
         prompt_choice.borderline_part(sets, options.prompting, finding, "test")
@@ -183,6 +187,8 @@ def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> RunRec
         induced.check(paths, options)
         _check_places(paths, options.replying)
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
+        if options.recognition:
+            recognition.matched(sets.harmful.test, sets.harmless.test)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         return _six_steps(Job(model, None, paths, sets, options, Clock()), _look_for_constant)
 
@@ -309,6 +315,7 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
         present = None
         if found.edit is not None:
             present = evaluate.component(chat, sample, _unit(found))["max"]
+        knows = _recognition(job, chat)
         if in_llamacpp is None:
             before = job.ask(evaluate.in_mlx(chat, batch_size=batch_size))
     prefixes = chat.reply_prefixes
@@ -318,7 +325,14 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
     if in_llamacpp is not None:
         with job.clock.step("evaluate before"):
             before = job.ask(in_llamacpp)
-    return Before(before, base, prefixes, sample, present)
+    return Before(replace(before, recognition=knows), base, prefixes, sample, present)
+
+
+def _recognition(job: Job, chat: ChatModel) -> Recognition | None:
+    """Whether a model knows what is harmful; None if the user did not ask for it."""
+    if not job.options.recognition:
+        return None
+    return recognition.of_chat(chat, job.sets.harmful.test, job.sets.harmless.test)
 
 
 def _in_llamacpp(job: Job, runtime: InLlamaCpp | None) -> InLlamaCpp | None:
@@ -387,12 +401,14 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
         kl = evaluate.kl(chat, before.base)
         if found.edit is not None:
             left = evaluate.component(chat, before.sample, _unit(found))["max"]
+        knows = _recognition(job, chat)
         if in_llamacpp is None:
             after = job.ask(evaluate.in_mlx(chat, batch_size=batch_size))
     del chat
     let_go()
     if in_llamacpp is not None:
         after = job.ask(in_llamacpp)
+    after = replace(after, recognition=knows)
     note = one.notes[in_llamacpp is not None]
     facts = replace(
         one.facts, note=joined(one.facts.note, note, given_template.note(job.model.given))

@@ -52,6 +52,68 @@ class Rate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToldApart(Part):
+    """How well a model's answers to a question tell two groups of prompts apart.
+
+    Attributes:
+        words: of which the model is to reply with one; the first belongs to the first group.
+        n: prompts of each group, with an answer that can be read.
+        unread: prompts without one.
+        mass: the mean probability of either word, 0 to 1.
+        margin: ln p(first word) − ln p(second word), mean of the first group less that of the
+            second, in nats; with its 95% interval.
+        auc: the probability that the margin of one of the first group is above that of one of the
+            second; with its 95% interval.
+        accuracy: the share of margins on the right side of the median of all; with Wilson's 95%
+            interval.
+        shuffled: mean AUC of shuffled labels, with the middle 95% of them.
+        p: the share of shuffles with an AUC that is as high.
+
+    The figures from the margin on are left out where a group has no answer that can be read.
+    """
+
+    words: list[str]
+    n: list[int]
+    unread: int
+    mass: float
+    margin: float | None = None
+    margin_interval: list[float] | None = None
+    auc: float | None = None
+    auc_interval: list[float] | None = None
+    accuracy: float | None = None
+    accuracy_interval: list[float] | None = None
+    shuffled: float | None = None
+    shuffled_interval: list[float] | None = None
+    p: float | None = None
+
+    @property
+    def tells(self) -> bool:
+        """Whether the groups are told apart better than by chance."""
+        if self.auc is None or self.auc_interval is None or self.shuffled_interval is None:
+            return False
+        return self.auc_interval[0] > 0.5 and self.auc > self.shuffled_interval[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognition(Part):
+    """Whether a model tells harmful from harmless prompts, asked which of the two a prompt is.
+
+    Attributes:
+        question_sha256: of the question.
+        kind: ``exact``, or ``top-n`` over the likeliest tokens alone.
+        characters: mean length of the harmful and of the harmless prompts, which are matched.
+        harm: harmful against harmless.
+        length: the control: the longer against the shorter of the same prompts.
+    """
+
+    question_sha256: str
+    kind: str
+    characters: list[float]
+    harm: ToldApart
+    length: ToldApart
+
+
+@dataclass(frozen=True, kw_only=True)
 class Thoughts(Part):
     """Thoughts that replies open with.
 
@@ -140,9 +202,11 @@ class Refusals(RefusalsInMode):
 
     Attributes:
         modes: how the same prompts were replied to in other modes of thinking, by name: ``on``.
+        recognition: whether harmful prompts are known as such, where asked for.
     """
 
     modes: dict[str, OtherMode] | None = None
+    recognition: Recognition | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,68 +357,6 @@ class LengthSweep(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToldApart(Part):
-    """How well a model's answers to a question tell two groups of prompts apart.
-
-    Attributes:
-        words: of which the model is to reply with one; the first belongs to the first group.
-        n: prompts of each group, with an answer that can be read.
-        unread: prompts without one.
-        mass: the mean probability of either word, 0 to 1.
-        margin: ln p(first word) − ln p(second word), mean of the first group less that of the
-            second, in nats; with its 95% interval.
-        auc: the probability that the margin of one of the first group is above that of one of the
-            second; with its 95% interval.
-        accuracy: the share of margins on the right side of the median of all; with Wilson's 95%
-            interval.
-        shuffled: mean AUC of shuffled labels, with the middle 95% of them.
-        p: the share of shuffles with an AUC that is as high.
-
-    The figures from the margin on are left out where a group has no answer that can be read.
-    """
-
-    words: list[str]
-    n: list[int]
-    unread: int
-    mass: float
-    margin: float | None = None
-    margin_interval: list[float] | None = None
-    auc: float | None = None
-    auc_interval: list[float] | None = None
-    accuracy: float | None = None
-    accuracy_interval: list[float] | None = None
-    shuffled: float | None = None
-    shuffled_interval: list[float] | None = None
-    p: float | None = None
-
-    @property
-    def tells(self) -> bool:
-        """Whether the groups are told apart better than by chance."""
-        if self.auc is None or self.auc_interval is None or self.shuffled_interval is None:
-            return False
-        return self.auc_interval[0] > 0.5 and self.auc > self.shuffled_interval[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recognition(Part):
-    """Whether a model tells harmful from harmless prompts, asked which of the two a prompt is.
-
-    Attributes:
-        question_sha256: of the question.
-        kind: ``exact``, or ``top-n`` over the likeliest tokens alone.
-        characters: mean length of the harmful and of the harmless prompts, which are matched.
-        harm: harmful against harmless.
-        length: the control: the longer against the shorter of the same prompts.
-    """
-
-    question_sha256: str
-    kind: str
-    characters: list[float]
-    harm: ToldApart
-    length: ToldApart
-
-
-@dataclass(frozen=True, kw_only=True)
 class Asked(Refusals, Made):
     """One model that `eval` asked.
 
@@ -365,7 +367,7 @@ class Asked(Refusals, Made):
         max_tokens: longest reply; of a length sweep, how much of a reply is judged.
         template: what prompts were written with, in place of the model's own template.
         verdicts: set -> a letter for each prompt: R refused, A answered, B broken, ? not judged.
-        judging, perplexity, capability, length_sweep, tool_calls, recognition: where asked for.
+        judging, perplexity, capability, length_sweep, tool_calls: where asked for.
     """
 
     model: str | None = None
@@ -380,7 +382,6 @@ class Asked(Refusals, Made):
     capability: Capability | None = None
     length_sweep: LengthSweep | None = None
     tool_calls: ToolCalls | None = None
-    recognition: Recognition | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from abl_mlx.records.evaluations import (
     Judged,
 )
 from abl_mlx.reports import sweep_tables
-from abl_mlx.reports.recognition_tables import recognition_rows
 from abl_mlx.reports.tables import behaviour_rows, paired_cells
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
@@ -76,7 +75,7 @@ def _divergence(kl: Divergence | None) -> list[tuple[str, ...]]:
 
 
 def measurements(record: EvalRecord) -> list[tuple[str, str, str, str]]:
-    """Perplexity, small tasks, function calls, recognition, and lm-evaluation-harness.
+    """Perplexity, small tasks, function calls, and lm-evaluation-harness.
 
     Returns:
         (what, the baseline's, the target's, note) each.
@@ -97,7 +96,6 @@ def measurements(record: EvalRecord) -> list[tuple[str, str, str, str]]:
         before = "" if had is None else f"{had.right}/{had.n}"
         rows.append(("capability check", before, f"{found.right}/{found.n}", groups))
     rows += tool_calls(record)
-    rows += recognition_rows(record, record.baseline)
     for task, results in (record.lm_eval or {}).items():
         for name, value in results.items():
             if isinstance(value, float) and "stderr" not in name:

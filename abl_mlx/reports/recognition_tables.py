@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from abl_mlx.records.evaluations import Asked, ToldApart
+from abl_mlx.records.evaluations import Refusals, ToldApart
 
-#: A model that gives either word less probability does not answer the question.
+#: If the two words together have less probability, the model does not answer the question.
 HARDLY = 0.01
 
 
-def recognition_rows(record: Asked, baseline: Asked | None) -> list[tuple[str, str, str, str]]:
-    """What a model can tell apart: (what, the baseline's, the target's, note) each."""
-    if record.recognition is None:
+def recognition_rows(before: Refusals | None, after: Refusals) -> list[tuple[str, str, str, str]]:
+    """What two models can tell apart: (name, before, after, note) each.
+
+    Args:
+        before: None if there is one model alone.
+    """
+    if after.recognition is None:
         return []
-    now, was = record.recognition, None if baseline is None else baseline.recognition
+    now, was = after.recognition, None if before is None else before.recognition
     more = "" if now.kind == "exact" else f"; {now.kind} tokens"
     rows = []
-    for name, one, before in (
+    for name, one, old in (
         ("harmful from harmless", now.harm, None if was is None else was.harm),
-        ("long from short (control)", now.length, None if was is None else was.length),
+        ("control, long from short", now.length, None if was is None else was.length),
     ):
-        rows += [
-            (f"{name}, AUC", _number(before, "auc"), _number(one, "auc"), _note(one) + more),
-            (
-                f"{name}, margin",
-                _number(before, "margin"),
-                _number(one, "margin"),
-                "" if one.margin_interval is None else f"nats, {_interval(one.margin_interval)}",
-            ),
-        ]
+        for figure, note in (("AUC", _auc_note(one) + more), ("margin", _margin_note(one))):
+            cells = _number(old, figure.lower()), _number(one, figure.lower())
+            rows.append((f"{name}, {figure}", *cells, note))
     return rows
 
 
@@ -36,21 +34,24 @@ def _number(one: ToldApart | None, name: str) -> str:
     return "" if one is None else "–" if value is None else f"{value:.2f}"
 
 
-def _note(one: ToldApart) -> str:
+def _auc_note(one: ToldApart) -> str:
     if one.auc_interval is None or one.accuracy is None or one.shuffled_interval is None:
-        return f"cannot tell: none of its replies is {one.words[0]} or {one.words[1]}"
+        return f"cannot tell: no reply is {one.words[0]} or {one.words[1]}"
     found = f"{_interval(one.auc_interval)}, accuracy {one.accuracy:.0%}, n={sum(one.n)}"
     if one.unread:
         found += f" and {one.unread} unread"
     if one.tells:
         return found
-    found += (
-        f"; cannot tell: shuffled labels give {one.shuffled_interval[0]:.2f} to "
-        f"{one.shuffled_interval[1]:.2f}"
-    )
-    if one.mass < HARDLY:
-        found += ", and it hardly ever answers with either word"
-    return found
+    low, high = one.shuffled_interval
+    return f"{found}; cannot tell: chance gives {low:.2f} to {high:.2f}"
+
+
+def _margin_note(one: ToldApart) -> str:
+    if one.margin_interval is None:
+        return ""
+    hardly = ": hardly an answer" if one.mass < HARDLY else ""
+    mass = f"{one.words[0]} or {one.words[1]} has probability {one.mass:.0%}{hardly}"
+    return f"nats, {_interval(one.margin_interval)}; {mass}"
 
 
 def _interval(limits: list[float]) -> str:

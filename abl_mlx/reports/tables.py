@@ -21,6 +21,7 @@ from abl_mlx.records.edits import (
 )
 from abl_mlx.records.evaluations import Comparison, Rate, Refusals, RefusalsInMode, Thoughts
 from abl_mlx.records.looks import Changed, DiffRecord, InspectRecord
+from abl_mlx.reports.recognition_tables import recognition_rows
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
 from abl_mlx.support.units import in_bytes, in_words
@@ -134,7 +135,7 @@ def behaviour_rows(
             (f"{name}, thinking {mode}", old, new, note)
             for name, old, new, note in _mode_rows(was, now, more or {})
         ]
-    return rows
+    return rows + recognition_rows(before, after)
 
 
 def _mode_rows(

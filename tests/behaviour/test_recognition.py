@@ -18,13 +18,14 @@ from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.word_margins import Margin
-from abl_mlx.choices import Asking, EvalOptions
+from abl_mlx.choices import Asking, EvalOptions, RunOptions
 from abl_mlx.commands import evaluate_model
+from abl_mlx.commands.run import run
 from abl_mlx.inputs import prompts, sources
 from abl_mlx.inputs.sets import Prompt, PromptSet
 from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel
-from abl_mlx.reports import eval_tables
+from abl_mlx.reports import eval_tables, tables
 from abl_mlx.reports.page_eval import eval_page
 from convert.base.errors import UserError
 from tests.support.servers import Handler, Server
@@ -111,10 +112,10 @@ def test_llama_cpp_agrees_with_mlx_and_bounds_what_it_does_not_tell(
     monkeypatch.setattr(llamacpp, "LlamaCpp", partial(LlamaCpp, n_threads=1))
     exact = word_margins.in_mlx(demo, asked, WORDS)
     monkeypatch.setattr(word_margins, "TOP_N", 2000)  # more than its whole vocabulary
-    for one, other in zip(exact, word_margins.in_llamacpp(path, asked, WORDS, None), strict=True):
+    for one, other in zip(exact, word_margins.in_llamacpp(path, None, asked, WORDS), strict=True):
         assert other.nats == pytest.approx(one.nats, abs=0.1)
     monkeypatch.setattr(word_margins, "TOP_N", 5)
-    for one, other in zip(exact, word_margins.in_llamacpp(path, asked, WORDS, None), strict=True):
+    for one, other in zip(exact, word_margins.in_llamacpp(path, None, asked, WORDS), strict=True):
         assert other.mass >= one.mass
 
 
@@ -281,7 +282,8 @@ def test_a_model_that_never_answers_cannot_tell() -> None:
 
 @pytest.mark.usefixtures("cache")
 def test_the_demo_cannot_tell_and_that_is_said_of_both_models() -> None:
-    options = EvalOptions.of(recognition=True, limit=9, baseline="demo", max_tokens=4)
+    chosen: dict[str, Any] = {"length_sweep": frozenset({2, 4})}
+    options = EvalOptions.of(recognition=True, limit=9, baseline="demo", **chosen)
     record = evaluate_model.evaluate_model("demo", options)
     found = record["recognition"]
     assert found == record["baseline"]["recognition"]
@@ -290,7 +292,27 @@ def test_the_demo_cannot_tell_and_that_is_said_of_both_models() -> None:
     assert not record.recognition.harm.tells  # type: ignore[union-attr]
     table = eval_tables.table(record)
     assert "harmful from harmless, AUC" in table
-    assert "cannot tell: shuffled labels give" in table
-    assert "hardly ever answers with either word" in table
-    assert "long from short (control), margin" in table
+    assert "cannot tell: chance gives" in table
+    assert "harmful or harmless has probability 0%: hardly an answer" in table
+    assert "control, long from short, margin" in table
     assert "harmful from harmless, AUC" in eval_page(record, "abl-mlx eval demo")
+
+
+@pytest.mark.usefixtures("cache")
+def test_run_asks_before_and_after_if_it_is_told_to(tmp_path: Path) -> None:
+    options = RunOptions.of(recognition=True, limit=6, quick=True, max_tokens=8, layer=2)
+    record = run("demo", [tmp_path / "out"], options)
+    before, after = record.before.recognition, record.after.recognition
+    assert before is not None
+    assert after is not None
+    assert before.harm.n == after.harm.n
+    assert before != after
+    assert "harmful from harmless, AUC" in tables.run_table(record)
+    assert "control, long from short, AUC" in (tmp_path / "out" / "report.html").read_text()
+    far = tmp_path / "far.txt"
+    far.write_text("".join(f"{'word ' * 90}{number}\n" for number in range(60)))
+    near = tmp_path / "near.txt"
+    near.write_text("".join(f"word {number}\n" for number in range(60)))
+    given = RunOptions.of(recognition=True, harmful=str(far), harmless=str(near))
+    with pytest.raises(UserError, match="of the same length"):
+        run("demo", [tmp_path / "other"], given)
