@@ -117,7 +117,6 @@ def check(job: Job) -> EarlierEval | None:
     options, limits = job.options, job.options.limits
     _check_targets(job)
     _check_limits(job)
-    _check_lengths(job)
     if options.replying.save_replies is not None:
         check_new(options.replying.save_replies)
     if options.replying.report is not None:
@@ -157,15 +156,6 @@ def _check_targets(job: Job) -> None:
         )
     if metrics.lm_eval is not None:
         lm_eval_harness.check(source.folder if source is not None else None, metrics.lm_eval)
-
-
-def _check_lengths(job: Job) -> None:
-    """Refuse a sweep over lengths in two modes of thinking."""
-    if job.lengths and len(job.modes) > 1:
-        raise UserError(
-            "--length-sweep and --thinking both do not go together: run it once with thinking off "
-            "and once with on."
-        )
 
 
 def _check_limits(job: Job) -> None:

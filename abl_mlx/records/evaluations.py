@@ -346,7 +346,8 @@ class LengthSweep(Part):
             ``words``, four tokens for three.
         share: the share of the refusals at the longest length that is to be seen.
         suffices: the shortest of the lengths at which it is; None where nothing is refused.
-        sets: by prompt set.
+        sets: by prompt set; those of another mode of thinking end with it, as in
+            ``harmful, thinking on``.
     """
 
     lengths: list[int]

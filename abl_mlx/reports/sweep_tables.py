@@ -25,13 +25,15 @@ def rows(record: Asked, baseline: Asked | None) -> list[tuple[str, ...]]:
             continue
         for name, swept in one.length_sweep.sets.items():
             cells = [f"{count}/{swept.n}" for count in swept.refused]
-            found.append((f"{who}{name} prompts", *cells))
+            found.append((f"{who}{_titled(name)}", *cells))
             pairs = zip(swept.broken, swept.unfinished, strict=True)
             others = [broken - unfinished for broken, unfinished in pairs]
             if any(others):
-                found.append((f"{who}{name}: empty or looping", *map(str, others)))
+                found.append((f"{who}{_titled(name)}: empty or looping", *map(str, others)))
             if any(swept.unfinished):
-                found.append((f"{who}{name}: inside a thought", *map(str, swept.unfinished)))
+                found.append(
+                    (f"{who}{_titled(name)}: inside a thought", *map(str, swept.unfinished))
+                )
     return found
 
 
@@ -59,26 +61,32 @@ def _of_one(sweep: LengthSweep) -> list[str]:
         if swept.markers is not None:
             places = swept.markers
             found.append(
-                f"{name} prompts: half of the {places.n} refusals read as such from "
+                f"{_titled(name)}: half of the {places.n} refusals read as such from "
                 f"{places.median} tokens on, 95% from {places.p95}, all from {places.last}"
                 if places.median < places.last
-                else f"{name} prompts: the refusals read as such from {places.last} tokens on"
+                else f"{_titled(name)}: the refusals read as such from {places.last} tokens on"
             )
         if swept.late:
             found.append(
-                f"{name} prompts: {swept.late} replies read as an answer at {first} tokens and as "
+                f"{_titled(name)}: {swept.late} replies read as an answer at {first} tokens and as "
                 f"a refusal at {last}"
             )
         if swept.turned:
             found.append(
-                f"{name} prompts: {swept.turned} replies read as a refusal first and as an answer "
+                f"{_titled(name)}: {swept.turned} replies read as a refusal first and as an answer "
                 f"at {last} tokens"
             )
         if swept.declining:
             found.append(
-                f"{name} prompts: {swept.declining} replies answer, decline later on, and count "
+                f"{_titled(name)}: {swept.declining} replies answer, decline later on, and count "
                 "as answers"
             )
     if sweep.cut_by in _CUT_BY:
         found.append(_CUT_BY[sweep.cut_by])
     return found
+
+
+def _titled(name: str) -> str:
+    """A set's name for a person; that of another mode of thinking ends with the mode."""
+    first, comma, mode = name.partition(", ")
+    return f"{first} prompts{comma}{mode}"

@@ -209,6 +209,22 @@ def test_a_model_that_thinks_is_read_to_the_end_of_its_thoughts_in_each_runtime(
     assert of_thinker(in_llamacpp).json == in_mlx.json
 
 
+@pytest.mark.usefixtures("cache")
+def test_both_modes_of_thinking_are_cut_at_the_length_that_suffices_for_both() -> None:
+    chosen: dict[str, Any] = {"limit": 5, "thinking": "both"}
+    options = EvalOptions.of(length_sweep=frozenset({4, 64}), **chosen)
+    record = evaluate_model.evaluate_model(str(folder("thinker")), options)
+    sets = record["length_sweep"]["sets"]
+    assert set(sets) == set(record["prompts"]) | {
+        f"{name}, thinking on" for name in record["prompts"]
+    }
+    assert sets["harmful"]["unfinished"] == [0, 0]
+    assert sets["harmful, thinking on"]["unfinished"] == [5, 0]
+    assert record["max_tokens"] == 64
+    assert record["broken_rate"] == record["modes"]["on"]["broken_rate"] == 0
+    assert "harmful prompts, thinking on: inside a thought" in eval_tables.table(record)
+
+
 def nobody(prompts: Sequence[Any], n: int) -> Iterator[tuple[int, str]]:
     raise AssertionError("asked without a way to cut")
 
