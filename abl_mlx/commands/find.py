@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from abl_mlx.choices import Finding, Measuring
-from abl_mlx.commands import first_look, prompt_choice, thinking_choice, views
+from abl_mlx.commands import first_look, prompt_choice, reply_choice, views
 from abl_mlx.commands.candidate_choice import Finder, rank_of
 from abl_mlx.commands.forecast import forecast
 from abl_mlx.commands.views import View
 from abl_mlx.directions import direction_file, measuring
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.trial import OpensAlike
 from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture
@@ -22,7 +23,6 @@ from abl_mlx.models.writers import Writer
 from abl_mlx.search.loop import EncodedPrompts
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
-from abl_mlx.support.flags import said
 from convert.base.errors import UserError
 
 # The number of prompts of each set whose replies are searched for a common opening.
@@ -30,6 +30,7 @@ _OPENING_PROMPTS = 8
 
 # Candidates of a view that are judged by replies where first tokens cannot choose.
 _SEPARATING = 2
+_SEPARATING_ALONE = 6  # where there is one view
 
 
 def find_direction(
@@ -58,13 +59,14 @@ def find_direction(
     if how.given.direction is not None:
         found = _given(chat, how)
     elif sets.thinking is None and how.prompting.thinking != thinking.BOTH:
-        found = _of_view(chat, writers, views.at_prompt(chat, sets, how), how, causal)
+        view = views.at_prompt(chat, sets, how)
+        try:
+            found = _of_view(chat, writers, view, how, causal)
+        except OpensAlike:
+            found = _by_replies(chat, writers, sets, [view], how)
     else:
         seen = _views(chat, sets, how)
-        judge = thinking_choice.Judge(chat, writers, sets, how)
-        found = thinking_choice.choose(
-            judge, seen, lambda view: _worth_judging(chat, writers, view, how)
-        )
+        found = _by_replies(chat, writers, sets, seen, how)
     if how.searching.search is None:
         return found
     if not causal:
@@ -76,6 +78,25 @@ def find_direction(
 
     encoded = None if seen is None else _screened(seen, found)
     return loop.improve(chat, writers, sets, found, how, encoded)
+
+
+def _by_replies(
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    sets: PromptSets,
+    seen: Sequence[View],
+    how: Measuring,
+) -> DirectionFile:
+    """The direction that is chosen by whole replies, in every mode of thinking.
+
+    Args:
+        seen: where directions are measured.
+    """
+    judge = reply_choice.Judge(chat, writers, sets, how)
+    most = _SEPARATING if len(seen) > 1 else _SEPARATING_ALONE
+    return reply_choice.choose(
+        judge, seen, lambda view: _worth_judging(chat, writers, view, how, most)
+    )
 
 
 def _views(chat: ChatModel, sets: PromptSets, how: Measuring) -> list[View]:
@@ -111,22 +132,26 @@ def _screened(seen: Sequence[View], found: DirectionFile) -> EncodedPrompts:
 
 
 def _worth_judging(
-    chat: ChatModel, writers: Sequence[Writer], view: View, how: Measuring
+    chat: ChatModel, writers: Sequence[Writer], view: View, how: Measuring, most: int
 ) -> list[DirectionFile]:
     """The directions of a view that are worth being judged by replies.
 
     Where the model opens its replies, or its thoughts, to harmful and harmless prompts in the same
-    way, first tokens cannot choose: it is the two candidates that separate the prompts best.
+    way, first tokens cannot choose: it is the candidates that separate the prompts best.
+
+    Args:
+        most: how many of these.
     """
     say(f"  {view.name}:")
     try:
         return [_of_view(chat, writers, view, how)]
-    except UserError as error:
-        if how.by_hand:
-            raise
-        say(f"  {said(error)} Of {view.name}, what separates the prompts best is judged.")
+    except OpensAlike:
+        say(
+            "  harmful and harmless prompts are answered with the same first tokens, so the "
+            "directions that separate them best are judged by replies"
+        )
     with _measured(chat, writers, view, how) as finder:
-        best = finder.best_separating(_SEPARATING)
+        best = finder.best_separating(most)
     return [
         _of_view(
             chat, writers, view,

@@ -18,11 +18,15 @@ from abl_mlx.models.writers import Writer
 from abl_mlx.support.arrays import numbers
 from convert.base.errors import UserError
 
-NO_REFUSAL = (
+_NO_REFUSAL = (
     "this model opens its replies to harmful and harmless prompts in the same way, so there is no "
     "refusal to find: check with `abl-mlx eval`, or choose a direction yourself with --layer and "
     "--position."
 )
+
+
+class OpensAlike(UserError):
+    """The first reply token does not tell refusals from answers; whole replies may."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Trial:
                 is already known.
 
         Raises:
-            UserError: when the model does not open refusals differently from answers.
+            OpensAlike: when the model does not open refusals differently from answers.
         """
         self._chat, self._writers = chat, writers
         self._harmless, self._kept = harmless, kept
@@ -127,7 +131,7 @@ class Trial:
         first, self._base = before or (self._first(harmful), self._first(harmless))
         self.refusal_tokens = refusal_tokens(first, self._base)
         if not self.refusal_tokens:
-            raise UserError(NO_REFUSAL)
+            raise OpensAlike(_NO_REFUSAL)
         scores = refusal_scores(self._base, self.refusal_tokens)
         self.refusal_before = (
             _mean(numbers(refusal_scores(first, self.refusal_tokens))),

@@ -16,6 +16,7 @@ from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.cli.main import cli
 from abl_mlx.commands.views import thought_end
+from abl_mlx.directions import trial
 from abl_mlx.models.thoughts import parted
 from abl_mlx.records.evaluations import Thoughts
 from tests.support.command import abl_mlx, fails
@@ -138,6 +139,18 @@ def test_a_demo_with_a_switch_that_it_does_not_use(tmp_path: Path) -> None:
     record = abl_mlx("run", model, *asked, "--thinking", "on", "-o", tmp_path / "out")
     assert record["after"]["harmful_refusal_rate"] == 0
     assert record["direction"]["measured_at"] == "end-of-prompt"
+
+
+def test_replies_choose_where_first_tokens_do_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a model that opens refusals and answers alike: no opening counts as a refusal's."""
+    monkeypatch.setattr(trial, "refusal_tokens", lambda harmful, harmless: [])
+    record = abl_mlx("run", "demo", "--limit", 24, "--max-tokens", 32, "-o", tmp_path / "out")
+    assert record["after"]["harmful_refusal_rate"] <= 0.05
+    assert record["after"]["expected_answer_rate"] >= 0.8
+    assert record["direction"]["chosen_by"].startswith("fewest refusals in replies")
+    assert record["direction"]["judged"]["before"]["off"]["refused"] == 1
 
 
 def test_where_a_thought_ends() -> None:

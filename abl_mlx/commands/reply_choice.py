@@ -1,8 +1,9 @@
-"""The direction of a model that thinks: one that ends refusals in every mode of thinking.
+"""The direction that whole replies choose, where a model thinks or its first tokens tell nothing.
 
-The candidates of each view (`abl_mlx.commands.views`) are chosen among themselves, as without
-thinking. What that leaves, and the subspaces that two or three of them span, is judged by replies
-in every mode, thoughts included; a direction counts by its worse mode.
+The candidates of each view (`abl_mlx.commands.views`) are chosen among themselves by first reply
+tokens, where these tell. What that leaves, and the subspaces that two or three of them span, is
+judged by replies in every mode of thinking, thoughts included; a direction counts by its worse
+mode.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ REPLY_TOKENS = 32
 
 #: Share of refused and broken replies in the worse mode that counts as none.
 ENOUGH = 0.0625
+
+# Finalists of a single view whose spans are judged.
+_OF_ONE_VIEW = 3
 
 # Singular values of joined unit vectors below which they hardly span another direction.
 _SHARED = 0.05
@@ -229,12 +233,18 @@ def choose(
 
 
 def _spans(singles: Sequence[Finalist], size: int) -> list[Finalist]:
-    """The subspaces that so many of the finalists span, each of another view."""
+    """The subspaces that so many of the finalists span, each of another view if there are several.
+
+    Of one view it is the first few, after other layers.
+    """
     flat = [one for one in singles if one.directions.ndim == 2]
+    names = {view.name for one in flat for view in one.views}
+    if len(names) == 1:
+        flat = flat[:_OF_ONE_VIEW]
     found = []
     for group in combinations(flat, size):
         views = tuple(view for one in group for view in one.views)
-        if len({view.name for view in views}) < size:
+        if len({view.name for view in views}) < min(size, len(names)):
             continue
         span = _span([one.directions for one in group])
         found.append(Finalist(views, tuple(one.files[0] for one in group), span))
@@ -272,6 +282,8 @@ def _file(judge: Judge, judged: Sequence[Finalist], taken: Finalist) -> Directio
     summary = {
         **first.metadata["summary"],
         **taken.views[0].record(),
+        "chosen_by": "fewest refusals in replies to validation prompts, in the worse mode of "
+        "thinking",
         "judged": {
             "before": {name: one.record() for name, one in judge.before.items()},
             "after": {name: one.record() for name, one in taken.replied.items()},
