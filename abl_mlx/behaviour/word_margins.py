@@ -8,6 +8,9 @@ one.
 llama.cpp returns the likeliest tokens alone. There a token that is not among the `TOP_N` likeliest
 counts as the last of them. A server's chat can neither be given the beginning of a reply nor be
 asked for more than a few tokens, so its own reply is followed until it tells the two words apart.
+
+Where the chat template opens a thought in every prompt, the thought is ended at once, so that the
+word is the reply itself; a server's thought cannot be.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities
+from abl_mlx.models.thoughts import closing
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import progress
 
@@ -96,7 +100,8 @@ def in_mlx(chat: ChatModel, prompts: Sequence[Prompt], words: tuple[str, str]) -
     given = beginnings(spelled)
     # Of a longer beginning the shorter ones are read on the way.
     longest = [one for one in given if not any(o[: len(one)] == one != o for o in given)]
-    encoded = [chat.encode_message(prompt) for prompt in prompts]
+    ended = tokenizer.encode(closing(chat.opened_thought()), add_special_tokens=False)
+    encoded = [[*chat.encode_message(prompt), *ended] for prompt in prompts]
     sequences = [[*ids, *one] for ids in encoded for one in longest]
     positions = [
         list(range(len(ids) - 1, len(ids) + len(one))) for ids in encoded for one in longest
@@ -127,9 +132,11 @@ def in_llamacpp(
             return server.tokenize(text, add_special=False, parse_special=False)
 
         spelled = spellings(words, plain)
+        ended = server.tokenize(closing(server.opened(None)), add_special=False)
         found = []
         for prompt in prompts:
             ids = server.encode(prompt) if given else server.tokenize(server.render_prompt(prompt))
+            ids += ended
             told = {
                 one: server.top_logprobs([*ids, *one], [0], TOP_N, cached=True)[0]
                 for one in beginnings(spelled)

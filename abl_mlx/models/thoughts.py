@@ -46,6 +46,8 @@ _MARK = re.compile(
     + r"|<\|channel>|<channel\|>|<\|(?:start|channel|message|end)\|>",
     re.IGNORECASE,
 )
+#: An opening tag: what stands around its name, and the name.
+_NAMED = re.compile(r"(<\||[<\[◁])([\w:]+)(\|>|[>\]▷])")
 _TEMPLATE_TOKEN = re.compile(
     r"<\|start\|>assistant|<\|im_start\|>assistant\b|<\|channel\|>\w*|<\|[^|<>]{0,40}\|>|<\|\w+>"
     r"|<\w+\|>|<｜[^｜<>]{0,40}｜>"
@@ -140,6 +142,19 @@ def opened_by(render: Callable[[str], str]) -> str:
     while same < min(len(first), len(second)) and first[same] == second[same]:
         same += 1
     return opened_at_the_end(first[:same][::-1])
+
+
+def closing(opened: str) -> str:
+    """The text that ends a thought at once, behind a prompt that opened it; "" if none is known."""
+    tag = _NAMED.match(opened.strip())
+    if tag is None:
+        return ""
+    closed = f"{tag[1]}/{tag[2]}{tag[3]}"
+    if tag[1] == "<|":
+        ends = tag[2].replace("START", "END").replace("start", "end").replace("begin", "end")
+        closed = f"<|{ends}|>"
+    text = f"\n{closed}\n\n"
+    return text if without_thoughts(f"{opened}{text}Yes.") == "Yes." else ""
 
 
 def resumed(opened: str, reply: str) -> str:

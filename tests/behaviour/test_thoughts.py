@@ -12,14 +12,16 @@ import pytest
 from click.testing import CliRunner
 
 from abl_mlx import demo
-from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour import evaluate, word_margins
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.cli.main import cli
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.thoughts import (
     closes_only,
+    closing,
     opened_at_the_end,
     opened_by,
     resumed,
@@ -95,6 +97,25 @@ def test_a_reply_gets_the_tag_it_lacks() -> None:
     assert not closes_only("Hi.")
 
 
+@pytest.mark.parametrize(
+    ("opened", "closed"),
+    [
+        ("<think>\n", "</think>"),
+        ("[THINK]", "[/THINK]"),
+        ("<seed:think>", "</seed:think>"),
+        ("◁think▷", "◁/think▷"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|channel|>analysis", ""),
+        ("", ""),
+    ],
+)
+def test_what_ends_a_thought_at_once(opened: str, closed: str) -> None:
+    assert closing(opened).strip() == closed
+    if closed:
+        assert without_thoughts(f"{opened}{closing(opened)}Yes.") == "Yes."
+
+
 def opening(place: Path, opened: str, special: tuple[str, ...] = ()) -> Path:
     """The demo model with a template that ends in ``opened``, and more special tokens."""
     shutil.copytree(demo.MODEL_PATH, place)
@@ -147,6 +168,24 @@ def gguf(always: Path) -> Path:
 @pytest.mark.parametrize("runtime", ["mlx-lm", "llama.cpp"])
 def test_a_template_that_opens_a_thought_in_a_gguf(gguf: Path, runtime: str) -> None:
     unfinished(record(str(gguf), "--runtime", runtime))
+
+
+def test_a_word_is_read_behind_an_empty_thought(always: Path, gguf: Path) -> None:
+    chat, prompt, words = chat_model.load(always), Prompt("Is it?"), ("yes", "no")
+    plain = chat.encode_message(prompt)
+    assert chat.tokenizer.decode(plain).endswith("<think>\n")
+    ended = chat.tokenizer.encode("\n</think>\n\n", add_special_tokens=False)
+    (found,) = word_margins.in_mlx(chat, [prompt], words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(word_margins, "closing", lambda opened: "")
+        patch.setattr(ChatModel, "encode_message", lambda *given: [*plain, *ended])
+        (expected,) = word_margins.in_mlx(chat, [prompt], words)
+        patch.setattr(ChatModel, "encode_message", lambda *given: plain)
+        (inside,) = word_margins.in_mlx(chat, [prompt], words)
+    assert found.nats == pytest.approx(expected.nats, abs=1e-5)
+    assert found.nats != pytest.approx(inside.nats, abs=1e-2)
+    (other,) = word_margins.in_llamacpp(gguf, None, [prompt], words)
+    assert other.nats is not None
 
 
 def test_a_template_that_opens_a_thought_on_llama_server(gguf: Path) -> None:
