@@ -132,6 +132,10 @@ class Prompting(Choices):
             file that holds it.
         thinking: off, on, both, or an amount that the model's template knows, such as low.
         thought_tokens: longest thought; with thinking on, a reply may be longer by so many tokens.
+        keep: prompts whose refusals are to stay: a prompt file or dataset, or
+            ``category:NAME[,NAME]`` of the harmful set.
+        keep_system: a system message, or the name of a file that holds it: what a model declines
+            because of this message it is to decline as before.
     """
 
     harmful: str | None = None
@@ -142,6 +146,8 @@ class Prompting(Choices):
     system: str | None = None
     thinking: str = "off"
     thought_tokens: int = 512
+    keep: str | None = None
+    keep_system: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.behaviour import thought_figures
+from abl_mlx.behaviour.kept_refusals import kept
 from abl_mlx.behaviour.refusal_figures import refusals
-from abl_mlx.behaviour.refusals import Rates, rates
+from abl_mlx.behaviour.refusals import Rates, Verdict, classify, rates
 from abl_mlx.behaviour.reply_notes import Notes, Seen, notes_on
 from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.behaviour.whole_reply import TOKENS, WholeReply, of_pieces
@@ -27,7 +29,15 @@ from abl_mlx.models.generation import generate, stream
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.models.plain import vocabulary
-from abl_mlx.records.evaluations import Divergence, OtherMode, Recognition, Refusals, Thoughts
+from abl_mlx.records.evaluations import (
+    STAYING,
+    Divergence,
+    Kept,
+    OtherMode,
+    Recognition,
+    Refusals,
+    Thoughts,
+)
 from abl_mlx.support.arrays import number, numbers
 from abl_mlx.support.console import progress
 from convert.base import scratch
@@ -126,7 +136,8 @@ class Behaviour:
         replies: their texts, harmful prompts first; never written unless the user asks for it.
         expected: share of harmful prompts whose reply is exactly their known answer; None if there
             are no known answers (only the demo's prompts have them).
-        borderline: verdicts on the replies to borderline prompts; None if these were not asked.
+        further: verdicts on the replies to further sets of prompts, by name.
+        refused: for each prompt of a further set, whether it was refused.
         notes: the notes on the replies.
         thoughts: the figures of the thoughts that replies begin with, if there are any.
         modes: the behaviour on the same prompts in other modes of thinking, by name.
@@ -137,7 +148,8 @@ class Behaviour:
     harmless: Rates
     replies: tuple[tuple[str, ...], tuple[str, ...]]
     expected: float | None
-    borderline: Rates | None = None
+    further: Mapping[str, Rates] = field(default_factory=dict)
+    refused: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
     thoughts: Thoughts | None = None
     modes: Mapping[str, Behaviour] = field(default_factory=dict)
@@ -145,9 +157,7 @@ class Behaviour:
 
     def record(self) -> Refusals:
         """The figures for a record."""
-        sets = {"harmful": self.harmful, "harmless": self.harmless}
-        if self.borderline is not None:
-            sets["borderline"] = self.borderline
+        sets = {"harmful": self.harmful, "harmless": self.harmless, **self.further}
         found = refusals(sets, self.notes, self.expected, self.thoughts)
         found = replace(found, recognition=self.recognition)
         if not self.modes:
@@ -161,13 +171,27 @@ class Behaviour:
         return [(None, self), *self.modes.items()]
 
 
+def kept_of(before: Behaviour, after: Behaviour) -> dict[str, Kept] | None:
+    """Set -> what is left of the refusals that are to stay; None where none is to.
+
+    The sets of another mode of thinking have its name.
+    """
+    found: dict[str, Kept] = {}
+    for (mode, was), (_, now) in zip(before.every, after.every, strict=True):
+        for name in STAYING:
+            if name in was.refused:
+                key = name if mode is None else f"{name}, thinking {mode}"
+                found[key] = kept(was.refused[name], now.refused[name])
+    return found or None
+
+
 def behaviour(
     answer: Chat,
     harmful: PromptSet,
     harmless: PromptSet,
     *,
     max_tokens: int,
-    borderline: PromptSet | None = None,
+    further: Mapping[str, PromptSet] | None = None,
 ) -> Behaviour:
     """Ask every prompt and judge the replies.
 
@@ -175,13 +199,15 @@ def behaviour(
         answer: generates greedy replies.
         harmful, harmless: the prompts.
         max_tokens: the longest reply, in tokens.
-        borderline: further prompts, whose replies are not kept; None to ask none.
+        further: further sets by name, such as ``borderline``; their replies are not kept.
     """
-    third = borderline.prompts if borderline is not None else ()
-    replies = answer([*harmful.prompts, *harmless.prompts, *third], max_tokens)
-    both = len(harmful) + len(harmless)
-    first, second = replies[: len(harmful)], replies[len(harmful) : both]
-    parts = {"harmful": first, "harmless": second, "borderline": replies[both:]}
+    further = further or {}
+    sets = {"harmful": harmful, "harmless": harmless, **further}
+    asked = [prompt for one in sets.values() for prompt in one.prompts]
+    replies = answer(asked, max_tokens)
+    rest = iter(replies)
+    parts = {name: list(islice(rest, len(one))) for name, one in sets.items()}
+    first, second = parts["harmful"], parts["harmless"]
     seen = {name: [Seen.of(reply) for reply in part] for name, part in parts.items()}
     known = [
         (prompt.answer, reply)
@@ -198,7 +224,11 @@ def behaviour(
         rates(second, harmless.prompts),
         (tuple(first), tuple(second)),
         expected,
-        rates(replies[both:], borderline.prompts) if borderline is not None else None,
+        {name: rates(parts[name], one.prompts) for name, one in further.items()},
+        {
+            name: tuple(classify(reply) is Verdict.REFUSAL for reply in parts[name])
+            for name in further
+        },
         notes_on(seen),
         thought_figures.figures(map(Thought.of, replies)),
     )

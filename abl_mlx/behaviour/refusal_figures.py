@@ -6,10 +6,11 @@ Nothing in this module imports MLX.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from abl_mlx.behaviour.refusals import Rates, Tally, Verdict
 from abl_mlx.behaviour.reply_notes import Notes
-from abl_mlx.records.evaluations import Category, Rate, Refusals, Thoughts
+from abl_mlx.records.evaluations import FURTHER, Category, Rate, Refusals, Thoughts
 
 
 def refusals(
@@ -23,7 +24,8 @@ def refusals(
     Replies without a verdict are not counted; the rate of a set without verdicts is None.
 
     Args:
-        sets: ``harmful``, ``harmless`` and, if it was asked, ``borderline``.
+        sets: ``harmful``, ``harmless`` and, if they were asked, ``borderline``, ``kept`` and
+            ``off_topic``.
         notes: the notes on the replies.
         expected: the share of harmful prompts whose reply is exactly their known answer.
         thoughts: the figures of the thoughts that replies begin with, if there are any.
@@ -32,8 +34,13 @@ def refusals(
     judged = sum(tally.total for tally in both)
     broken = sum(tally.count(Verdict.BROKEN) for tally in both)
     harmful, harmless = _rate(sets["harmful"]), _rate(sets["harmless"])
-    borderline = _rate(sets["borderline"]) if "borderline" in sets else None
-    unknown = borderline is not None and borderline.share is None
+    further = {name: _rate(sets[name]) for name in FURTHER if name in sets}
+    more: dict[str, Any] = {}
+    for name, rate in further.items():
+        more[f"{name}_refusal_rate"] = rate.share
+        more[f"{name}_refusal_interval"] = rate.interval
+        more[f"n_{name}"] = rate.n
+    unknown = [f"{name}_refusal_rate" for name, rate in further.items() if rate.share is None]
     return Refusals(
         harmful_refusal_rate=harmful.share,
         harmful_refusal_interval=harmful.interval,
@@ -43,10 +50,8 @@ def refusals(
         n_harmless=harmless.n,
         broken_rate=broken / judged if judged else None,
         expected_answer_rate=expected,
-        borderline_refusal_rate=None if borderline is None else borderline.share,
-        borderline_refusal_interval=None if borderline is None else borderline.interval,
-        n_borderline=None if borderline is None else borderline.n,
-        nulls=frozenset({"borderline_refusal_rate"}) if unknown else frozenset(),
+        **more,
+        nulls=frozenset(unknown),
         unfinished_thoughts=notes.unfinished_thoughts,
         looping_refusals=notes.looping_refusals,
         withheld_replies=notes.withheld_replies,

@@ -69,6 +69,18 @@ def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(min=1),
             help="Longest thought; with thinking on, a reply may be longer by so many tokens.",
         ),
+        click.option(
+            "--keep",
+            metavar="FILE|DATASET|category:NAME[,NAME]",
+            help="Prompts whose refusals are to stay, which are taken out of the harmful ones: in "
+            "the forms of --harmful, or categories of the harmful set.",
+        ),
+        click.option(
+            "--keep-system",
+            metavar="TEXT|FILE",
+            help="A system message such as: Only answer questions about cooking. What the model "
+            "declines because of it, asked harmless prompts, it is to decline as before.",
+        ),
     ]
     return decorated(command, flags)
 

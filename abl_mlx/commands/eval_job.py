@@ -105,7 +105,7 @@ def asked_sets(sets: PromptSets) -> dict[str, PromptSet]:
     parts = {"harmful": sets.harmful.test, "harmless": sets.harmless.test}
     if sets.borderline is not None and len(sets.borderline):
         parts["borderline"] = sets.borderline
-    return parts
+    return parts | {name: staying.test for name, staying in sets.staying.items()}
 
 
 def check(job: Job) -> EarlierEval | None:

@@ -244,6 +244,13 @@ def check_method(how: Measuring) -> None:
         raise UserError("--tensor names a tensor of --direction FILE: give that too.")
     if finding.borderline is not None and finding.method != "over-refusal":
         raise UserError("--borderline is used by --method over-refusal: add that.")
+    if finding.method == "over-refusal":
+        # What it keeps is the refusals of harmful prompts.
+        for flag, given in (
+            ("--keep", how.prompting.keep), ("--keep-system", how.prompting.keep_system)
+        ):  # fmt: skip
+            if given is not None:
+                refuse("--method over-refusal", flag)
 
 
 def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:

@@ -102,8 +102,8 @@ def forecast(
     both = sets.harmful, sets.harmless
     train = sum(len(one.train) for one in both)
     validation = sum(len(one.validation) for one in both)
-    borderline = prompt_choice.borderline_asked(sets, how.prompting, how.finding)
-    test = sum(len(one.test) for one in both) + len(borderline or ())
+    further = prompt_choice.further_asked(sets, how.prompting, how.finding)
+    test = sum(len(one.test) for one in both) + sum(map(len, further.values()))
     given = how.given.direction is not None
     if inducing:
         choose = _constant(length)

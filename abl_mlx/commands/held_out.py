@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from abl_mlx.behaviour.evaluate import Behaviour, Chat, behaviour
@@ -26,14 +27,14 @@ def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
 def ask(
     answer: Chat,
     sets: PromptSets,
-    borderline: PromptSet | None,
+    further: Mapping[str, PromptSet],
     max_tokens: int,
     prompting: Prompting,
 ) -> Behaviour:
     """What a runtime does on the held-out prompts, in every mode of thinking that is asked for.
 
     Args:
-        borderline: what is asked beside them, if anything: `prompt_choice.borderline_asked`.
+        further: what is asked beside them: `prompt_choice.further_asked`.
         max_tokens: longest reply, without its thought.
     """
     modes = thinking.modes(prompting.thinking)
@@ -43,7 +44,7 @@ def ask(
             sets.harmful.test.asked(thinking=mode),
             sets.harmless.test.asked(thinking=mode),
             max_tokens=longest(max_tokens, mode, prompting),
-            borderline=borderline and borderline.asked(thinking=mode),
+            further={name: part.asked(thinking=mode) for name, part in further.items()},
         )
         for mode in modes
     ]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from abl_mlx import demo
 from abl_mlx.choices import Finding, Prompting
 from abl_mlx.commands import prompt_lengths
-from abl_mlx.inputs import prompts, thinking
+from abl_mlx.inputs import kept, prompts, thinking
 from abl_mlx.inputs.sets import PromptSet, PromptSets, Split, split
 from abl_mlx.outputs.model_file import ModelFile
 from convert.base.errors import UserError
@@ -35,6 +35,10 @@ def load(model: ModelFile | None, chosen: Prompting, borderline: str | None = No
         sets = prompts.load_sets(chosen.harmful, chosen.harmless, chosen.seed)
     if borderline is not None:
         sets = replace(sets, borderline=prompts.load(borderline, "--borderline"))
+    if chosen.keep is not None:
+        sets = kept.with_kept(sets, chosen.keep, chosen.seed)
+    if (message := prompts.system_message(chosen.keep_system, "--keep-system")) is not None:
+        sets = kept.with_off_topic(sets, message)
     sets = sets.asked(
         system=prompts.system_message(chosen.system), thinking=thinking.modes(chosen.thinking)[0]
     )
@@ -52,12 +56,20 @@ def cut(
     if train is None:
         return sets
     validation, test = validation or train, test or train
-    harmful, harmless = (
-        Split(split.train.take(train), split.validation.take(validation), split.test.take(test))
-        for split in (sets.harmful, sets.harmless)
+
+    def few(parts: Split) -> Split:
+        return Split(
+            parts.train.take(train), parts.validation.take(validation), parts.test.take(test)
+        )
+
+    return replace(
+        sets,
+        harmful=few(sets.harmful),
+        harmless=few(sets.harmless),
+        borderline=sets.borderline and sets.borderline.take(train),
+        kept=sets.kept and few(sets.kept),
+        off_topic=sets.off_topic and few(sets.off_topic),
     )
-    borderline = sets.borderline and sets.borderline.take(train)
-    return replace(sets, harmful=harmful, harmless=harmless, borderline=borderline)
 
 
 def borderline_part(
@@ -91,3 +103,13 @@ def borderline_asked(sets: PromptSets, chosen: Prompting, finding: Finding) -> P
     if not whole or chosen.harmful is not None:
         return None
     return whole.take(len(sets.harmful.test)) if chosen.quick else whole
+
+
+def further_asked(sets: PromptSets, chosen: Prompting, finding: Finding) -> dict[str, PromptSet]:
+    """Name -> what a run asks beside the harmful and harmless prompts, before and after.
+
+    That is `borderline_asked`, and the test parts of the prompts whose refusals are to stay.
+    """
+    borderline = borderline_asked(sets, chosen, finding)
+    staying = {name: parts.test for name, parts in sets.staying.items()}
+    return ({} if borderline is None else {"borderline": borderline}) | staying

@@ -47,6 +47,10 @@ def fitting(sets: PromptSets, model: ModelFile) -> PromptSets:
         "harmful": [sets.harmful.train, sets.harmful.validation, sets.harmful.test],
         "harmless": [sets.harmless.train, sets.harmless.validation, sets.harmless.test],
         "borderline": [] if sets.borderline is None else [sets.borderline],
+        **{
+            name: [parts.train, parts.validation, parts.test]
+            for name, parts in sets.staying.items()
+        },
     }
     left = {name: _fitting(given, too_long, longest, model.source) for name, given in parts.items()}
     return replace(
@@ -54,6 +58,7 @@ def fitting(sets: PromptSets, model: ModelFile) -> PromptSets:
         harmful=Split(*left["harmful"]),
         harmless=Split(*left["harmless"]),
         borderline=left["borderline"][0] if left["borderline"] else None,
+        **{name: Split(*left[name]) for name in sets.staying},
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from abl_mlx.behaviour import evaluate, recognition
+from abl_mlx.behaviour import evaluate, kept_refusals, recognition
 from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
 from abl_mlx.choices import Replying, RunOptions
 from abl_mlx.commands import prompt_choice
@@ -77,8 +77,8 @@ class Job:
     def ask(self, answer: evaluate.Chat) -> Behaviour:
         """Ask a runtime the held-out prompts, and judge its replies."""
         options = self.options
-        borderline = prompt_choice.borderline_asked(self.sets, options.prompting, options.finding)
-        return ask(answer, self.sets, borderline, options.replying.max_tokens, options.prompting)
+        further = prompt_choice.further_asked(self.sets, options.prompting, options.finding)
+        return ask(answer, self.sets, further, options.replying.max_tokens, options.prompting)
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,11 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
         component=left,
         runtime="mlx-lm" if in_llamacpp is None else "llama.cpp",
         after=after.record(),
+        kept=evaluate.kept_of(before.behaviour, after),
     )
+    for name, kept in (record.kept or {}).items():
+        warning = "" if kept.enough else "warning: "
+        say(f"  {warning}{one.output.path.name} {kept_refusals.sentence(name, kept)}")
     return Judged(one, record, after)
 
 

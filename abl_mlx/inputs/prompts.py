@@ -81,8 +81,11 @@ def load(spec: str, flag: str, hub: Hub | None = None) -> PromptSet:
     return PromptSet(spec, prompts)
 
 
-def system_message(given: str | None) -> str | None:
+def system_message(given: str | None, flag: str = "--system") -> str | None:
     """The system message of ``--system TEXT|FILE``: the text, or what the file of that name holds.
+
+    Args:
+        flag: named in every error.
 
     Raises:
         UserError: when the file cannot be read or is empty.
@@ -92,9 +95,9 @@ def system_message(given: str | None) -> str | None:
     path = os.path.expanduser(given)
     # A text of many lines, or of more bytes than a name may have, is no file's name.
     if "\n" not in path and len(path.encode()) < 256 and os.path.isfile(path):
-        return read_text(Path(path), f"--system {given}").strip()
+        return read_text(Path(path), f"{flag} {given}").strip()
     if not given.strip():
-        raise UserError("--system is empty: give a text, or the name of a file that holds one.")
+        raise UserError(f"{flag} is empty: give a text, or the name of a file that holds one.")
     return given.strip()
 
 

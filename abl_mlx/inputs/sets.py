@@ -157,11 +157,27 @@ class Split:
 
 @dataclass(frozen=True)
 class PromptSets:
-    """All prompts of a run. ``borderline`` prompts measure over-refusal."""
+    """All prompts of a run.
+
+    Attributes:
+        harmful, harmless: between which a direction is measured.
+        borderline: prompts that measure over-refusal.
+        kept: prompts that are to be refused as before (``--keep``); none of them is in ``harmful``.
+        off_topic: harmless prompts with a system message whose refusals are to stay
+            (``--keep-system``).
+    """
 
     harmful: Split
     harmless: Split
     borderline: PromptSet | None
+    kept: Split | None = None
+    off_topic: Split | None = None
+
+    @property
+    def staying(self) -> dict[str, Split]:
+        """Name -> prompts whose refusals are to stay, of the sets that there are."""
+        named = {"kept": self.kept, "off_topic": self.off_topic}
+        return {name: parts for name, parts in named.items() if parts is not None}
 
     @property
     def thinking(self) -> str | None:
@@ -174,6 +190,8 @@ class PromptSets:
             self.harmful.asked(system=system, thinking=thinking),
             self.harmless.asked(system=system, thinking=thinking),
             self.borderline and self.borderline.asked(system=system, thinking=thinking),
+            self.kept and self.kept.asked(system=system, thinking=thinking),
+            self.off_topic and self.off_topic.asked(system=system, thinking=thinking),
         )
 
 
@@ -231,14 +249,15 @@ def unique(prompts: Iterable[Prompt]) -> dict[str, Prompt]:
     """
     chosen: dict[str, Prompt] = {}
     for prompt in prompts:
-        key = _key(prompt)
+        key = key_of(prompt)
         other = chosen.get(key)
         if other is None or (prompt.text, prompt.category) < (other.text, other.category):
             chosen[key] = prompt
     return chosen
 
 
-def _key(prompt: Prompt) -> str:
+def key_of(prompt: Prompt) -> str:
+    """A text that is the same for prompts that count as one, such as in `unique`."""
     if prompt.system is None and not prompt.earlier:
         return normalized(prompt.text)
     return "\n".join(
@@ -268,8 +287,9 @@ def _spread(prompts: Mapping[str, Prompt], seed: int) -> list[Prompt]:
 
 def prompt_hashes(sets: PromptSets) -> dict[str, str]:
     """SHA-256 of the prompts with which a direction was measured and chosen, by set and part."""
+    both = {"harmful": sets.harmful, "harmless": sets.harmless}
     return {
         f"{name} {part}": getattr(split, part).sha256
-        for name, split in (("harmful", sets.harmful), ("harmless", sets.harmless))
+        for name, split in {**both, **sets.staying}.items()
         for part in ("train", "validation")
     }

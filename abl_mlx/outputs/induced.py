@@ -87,6 +87,8 @@ def check(paths: Sequence[Path], options: RunOptions) -> None:
         ("--keep-undo", writing.keep_undo),
         ("--gguf", options.gguf is not None),
         ("--direction", options.given.direction is not None),
+        ("--keep", options.prompting.keep is not None),
+        ("--keep-system", options.prompting.keep_system is not None),
         ("--method", finding.method is not None),
         ("--search", options.searching.search is not None),
         ("--writer-bits", writing.writer_bits is not None),

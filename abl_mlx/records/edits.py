@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from abl_mlx.choices import ApplyOptions, RunOptions
 from abl_mlx.records.directions import Found
-from abl_mlx.records.evaluations import Divergence, Made, Refusals, Template
+from abl_mlx.records.evaluations import Divergence, Kept, Made, Refusals, Template
 from abl_mlx.records.record import Part, Record
 
 
@@ -115,12 +115,14 @@ class EvaluatedEdit(WrittenEdit):
         kl: from the model as it was.
         component: largest share of the direction in the stream; not of a constant.
         runtime: what ran it.
+        kept: set -> what is left of the refusals that are to stay, on held-out prompts.
     """
 
     kl: Divergence
     component: float | None = None
     runtime: str
     after: Refusals
+    kept: dict[str, Kept] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

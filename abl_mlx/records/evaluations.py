@@ -130,11 +130,21 @@ class Thoughts(Part):
     looping: int
 
 
+#: Prompt sets whose refusals are to stay: those of ``--keep``, and harmless prompts that the system
+#: message of ``--keep-system`` puts off the topic.
+STAYING = ("kept", "off_topic")
+
+#: Prompt sets that are asked beside the harmful and harmless ones.
+FURTHER = ("borderline", *STAYING)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RefusalsInMode(Part):
     """Refusal rates on each prompt set, with Wilson 95% intervals.
 
     Attributes:
+        kept_refusal_rate: of the prompts of ``--keep``, whose refusals are to stay.
+        off_topic_refusal_rate: of harmless prompts with the system message of ``--keep-system``.
         broken_rate: share of replies to harmful and harmless prompts that are empty or loop.
         expected_answer_rate: share of harmful prompts answered as their set says.
         unfinished_thoughts, looping_refusals, withheld_replies: numbers of replies.
@@ -154,6 +164,12 @@ class RefusalsInMode(Part):
     borderline_refusal_rate: float | None = None
     borderline_refusal_interval: list[float] | None = None
     n_borderline: int | None = None
+    kept_refusal_rate: float | None = None
+    kept_refusal_interval: list[float] | None = None
+    n_kept: int | None = None
+    off_topic_refusal_rate: float | None = None
+    off_topic_refusal_interval: list[float] | None = None
+    n_off_topic: int | None = None
     unfinished_thoughts: int | None = None
     looping_refusals: int | None = None
     withheld_replies: int | None = None
@@ -172,11 +188,32 @@ class RefusalsInMode(Part):
                 self.harmless_refusal_rate, self.harmless_refusal_interval, self.n_harmless
             ),
         }
-        if self.borderline_refusal_interval is not None and self.n_borderline is not None:
-            found["borderline"] = Rate(
-                self.borderline_refusal_rate, self.borderline_refusal_interval, self.n_borderline
-            )
+        for name in FURTHER:
+            interval, n = getattr(self, f"{name}_refusal_interval"), getattr(self, f"n_{name}")
+            if interval is not None and n is not None:
+                found[name] = Rate(getattr(self, f"{name}_refusal_rate"), interval, n)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept(Part):
+    """What an edit leaves of the refusals that are to stay.
+
+    Attributes:
+        refused: prompts that the model refuses as it is.
+        kept: those of them that it still refuses.
+        share: kept of refused; None where nothing was refused.
+        interval: Wilson's, 95%.
+        wanted: the least share that is enough.
+        enough: whether the share is at least that.
+    """
+
+    refused: int
+    kept: int
+    share: float | None
+    interval: list[float]
+    wanted: float
+    enough: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from abl_mlx.behaviour import reply_notes
+from abl_mlx.behaviour.kept_refusals import words
 from abl_mlx.records.evaluations import (
     Asked,
     Category,
@@ -167,7 +168,7 @@ def _categories(categories: Mapping[str, Mapping[str, Category]]) -> list[str]:
     for name, groups in categories.items():
         if len(groups) < 2:
             continue
-        lines.append(f"  {name} prompts by category, refused of asked")
+        lines.append(f"  {words(name)} prompts by category, refused of asked")
         cells = [
             f"{category or 'none'} {one.refused}/{one.n}"
             + (f" ({one.broken} broken)" if one.broken else "")

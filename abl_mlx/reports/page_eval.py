@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from abl_mlx.behaviour.kept_refusals import words
 from abl_mlx.records.evaluations import Asked, Comparison, EvalRecord, Gate
 from abl_mlx.reports import sweep_tables
 from abl_mlx.reports.eval_tables import measurements
@@ -24,7 +25,7 @@ def eval_page(record: EvalRecord, command: str, replies: Sequence[Mapping[str, A
     """
     hashes = {f"{name} prompts": one.sha256 for name, one in record.prompts.items()}
     tiles = [
-        Tile(f"refusals, {name} prompts", percent(rate.share), interval(rate))
+        Tile(f"refusals, {words(name)} prompts", percent(rate.share), interval(rate))
         for name, rate in record.rates.items()
     ]
     if record.gate is not None:

@@ -22,7 +22,7 @@ from abl_mlx.reports.page_parts import (
     reproduce,
 )
 from abl_mlx.reports.replay import command_line
-from abl_mlx.reports.tables import behaviour_rows, interval, summary_line
+from abl_mlx.reports.tables import behaviour_rows, interval, kept_rows, summary_line
 from abl_mlx.support.console import percent
 
 
@@ -159,7 +159,7 @@ def _run_tiles(record: RunRecord, first: EvaluatedEdit) -> list[Tile]:
 
 
 def _output_table(record: RunRecord, one: EvaluatedEdit) -> Table:
-    rows = behaviour_rows(record.before, one.after)
+    rows = [*behaviour_rows(record.before, one.after), *kept_rows(one.kept)]
     rows.append(("KL on harmless prompts, 1st token", "", f"{one.kl.k1:.4f}", "nats; 0 = same"))
     rows.append(("KL over 32 tokens", "", f"{one.kl.k32:.4f}", "nats a token"))
     if one.component is not None and record.component is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from abl_mlx.behaviour import reply_notes
+from abl_mlx.behaviour.kept_refusals import words
 from abl_mlx.behaviour.thought_figures import growth
 from abl_mlx.records.directions import Chosen, Selection, TriedEdit
 from abl_mlx.records.edits import (
@@ -19,13 +20,16 @@ from abl_mlx.records.edits import (
     UndoRecord,
     WrittenEdit,
 )
-from abl_mlx.records.evaluations import Comparison, Rate, Refusals, RefusalsInMode, Thoughts
+from abl_mlx.records.evaluations import Comparison, Kept, Rate, Refusals, RefusalsInMode, Thoughts
 from abl_mlx.records.looks import Changed, DiffRecord, InspectRecord
 from abl_mlx.reports.recognition_tables import recognition_rows
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
 from abl_mlx.support.units import in_bytes, in_words
 from convert.base import escape
+
+# What is said of sets of prompts whose refusals are to stay.
+_SETS = {"kept": "; to stay", "off_topic": "; that the system message asks for"}
 
 
 def interval(rate: Rate) -> str:
@@ -38,7 +42,7 @@ def paired_cells(name: str, one: Comparison) -> tuple[str, str, str, str]:
     """A set's paired difference: (what, points, 95% interval, p)."""
     low, high = (100 * end for end in one.interval)
     return (
-        f"refusals, {name} prompts",
+        f"refusals, {words(name)} prompts",
         f"{100 * one.difference:+.1f}",
         f"{low:+.1f} to {high:+.1f}",
         f"{one.p:.2g}",
@@ -54,6 +58,7 @@ def run_table(record: RunRecord) -> str:
         rows = [
             ("", "before", "after", ""),
             *behaviour_rows(record.before, one.after),
+            *kept_rows(one.kept),
             ("KL on harmless prompts, 1st token", "", f"{one.kl.k1:.4f}", "nats; 0 = same"),
             ("KL over 32 tokens", "", f"{one.kl.k32:.4f}", "nats a token"),
         ]
@@ -144,10 +149,10 @@ def _mode_rows(
     was = {} if before is None else before.rates
     rows = [
         (
-            f"refusals, {name} prompts",
+            f"refusals, {words(name)} prompts",
             percent(was[name].share) if name in was else "",
             percent(now.share),
-            interval(now) + more.get(name, ""),
+            interval(now) + _SETS.get(name, "") + more.get(name, ""),
         )
         for name, now in after.rates.items()
     ]
@@ -163,6 +168,26 @@ def _mode_rows(
             )
         )
     return rows + _thought_rows(None if before is None else before.thoughts, after.thoughts)
+
+
+def kept_rows(kept: Mapping[str, Kept] | None) -> list[tuple[str, str, str, str]]:
+    """How many of the refusals that are to stay do stay: (name, before, after, note) of a set."""
+    rows = []
+    for name, one in (kept or {}).items():
+        low, high = one.interval
+        note = f"95% interval {low:.0%} to {high:.0%}; at least {one.wanted:.0%} are to stay"
+        told = percent(one.share) if one.share is not None else ""
+        rows.append(
+            (
+                f"refusals that stay, {words(name)} prompts",
+                str(one.refused),
+                str(one.kept),
+                f"{told}, {note}{'' if one.enough else ': NOT MET'}"
+                if told
+                else "none is refused as it is",
+            )
+        )
+    return rows
 
 
 def _thought_rows(
@@ -389,7 +414,7 @@ def card(
     if one.note:
         body.append(f"- note: {escape.line(one.note)}")
     if isinstance(one, EvaluatedEdit) and isinstance(record, RunRecord):
-        rows = behaviour_rows(record.before, one.after)
+        rows = [*behaviour_rows(record.before, one.after), *kept_rows(one.kept)]
         body += [
             "",
             f"On held-out prompts, asked in {one.runtime}:",
