@@ -242,3 +242,12 @@ def test_a_model_without_a_place_for_tools(tmp_path: Path) -> None:
     said = fails("eval", "demo", *FEW, "--report", page)
     assert "the chat template has no place for tools" in said
     assert not page.exists()
+
+
+def test_a_server_whose_model_takes_no_tools(tmp_path: Path) -> None:
+    """Ollama says so with status 400; nothing else is asked then."""
+    error = json.dumps({"error": {"message": "tiny does not support tools"}})
+    with Server(lambda handler, request, number: handler.send(400, error)) as server:
+        said = fails("eval", server.url, *FEW, "--concurrency", 1)
+        assert all("tools" in request for _, _, request in server.posts)
+    assert "answers 400 Bad Request: tiny does not support tools" in said

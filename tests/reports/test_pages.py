@@ -102,6 +102,8 @@ def evaluated():
         "perplexity": {**text, "perplexity": 21.5, "tokens": 99, "kind": "exact"},
         "capability": {"tasks_sha256": "b" * 64, **sums, "right": 41, "n": 60,
                        "groups": {"sums": sums}},
+        "tool_calls": {"tasks_sha256": "e" * 64, **sums, "right": 27, "n": 40,
+                       "checks": {"ask": sums}, "outcomes": ""},
     }  # fmt: skip
     return {
         **base,
@@ -118,6 +120,10 @@ def evaluated():
         "prompts": {"harmful": {"n": 10, "sha256": "d" * 64}},
         "seconds": {"ask": 1.5},
         "baseline": base,
+        "paired_tool_calls": {
+            "difference": -0.175, "interval": [-0.3, 0.025], "p": 0.12, "lost": 29, "gained": 22,
+            "n": 40, "both": 1, "neither": 1,
+        },
         "paired": {
             "harmful": {
                 "difference": -0.125, "interval": [-0.25, 0.05], "p": 0.0625, "lost": 23,
@@ -238,6 +244,7 @@ def test_an_evaluation(ran):
         "harmful prompts baseline target broken",
         "limits not met", "NOT MET: min-refusal: refuses 90%", "refusals, harmful prompts 90.0%",
         "95% interval 45% to 90%, n=10", "borderline prompts 40.0%", "21.50 23.25", "41/60",
+        "27/40", "40.0% to 80.0%; ask 12/20", "-17.5", "points, -30.0 to +2.5, p 0.12", "alone 29",
         "sums 12/20", "0.0311", "0.0422", "lm-eval arc_easy", "0.625", "-12.5 -25.0 to +5.0 0.062",
         "23 19", "tea 9/10 7/10 2", "no category 3/10", "17 of 31 verdicts", "13 replies",
         "d" * 64, "abl-mlx eval target", "said",
