@@ -126,24 +126,24 @@ def told_apart(
         None if a.nats is None or b.nats is None else (a.nats + b.nats) / 2
         for a, b in zip(one_way, other_way, strict=True)
     ]
-    high = np.array([one for one in scores[: len(first)] if one is not None])
-    low = np.array([one for one in scores[len(first) :] if one is not None])
     mass = float(np.mean([one.mass for one in (*one_way, *other_way)]))
-    return figures(high, low, words, unread=scores.count(None), mass=mass)
+    return figures(scores[: len(first)], scores[len(first) :], words, mass=mass)
 
 
 def figures(
-    high: separation.Scores,
-    low: separation.Scores,
+    first: Sequence[float | None],
+    second: Sequence[float | None],
     words: tuple[str, str],
     *,
-    unread: int,
     mass: float,
 ) -> ToldApart:
-    """The figures of two groups of margins."""
+    """The figures of two groups of margins; None is an answer that cannot be read."""
+    high, low = (np.array([one for one in group if one is not None]) for group in (first, second))
     m, n = len(high), len(low)
+    unread = len(first) + len(second) - m - n
+    margins = [list(first), list(second)]
     if not m or not n:
-        return ToldApart(words=list(words), n=[m, n], unread=unread, mass=mass)
+        return ToldApart(words=list(words), n=[m, n], unread=unread, mass=mass, margins=margins)
     area = separation.auc(high, low)
     margin, margin_interval = separation.mean_difference(high, low)
     right = separation.right_of_the_median(high, low)
@@ -153,6 +153,7 @@ def figures(
         n=[m, n],
         unread=unread,
         mass=mass,
+        margins=margins,
         margin=margin,
         margin_interval=list(margin_interval),
         auc=area,

@@ -6,7 +6,7 @@ Nothing in this module imports MLX.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,3 +79,25 @@ def mean_difference(high: Scores, low: Scores) -> tuple[float, tuple[float, floa
         return difference, (-math.inf, math.inf)
     half = 1.96 * math.sqrt(sum(float(one.var(ddof=1)) / len(one) for one in (high, low)))
     return difference, (difference - half, difference + half)
+
+
+def growth(
+    before: Sequence[Sequence[float | None]], after: Sequence[Sequence[float | None]]
+) -> tuple[float, tuple[float, float]] | None:
+    """How much the difference of two groups' means has grown, score by score, with its interval.
+
+    Args:
+        before, after: the scores of the first group and of the second; None for one that is not
+            known, which is left out.
+
+    Returns:
+        None if the two are not of the same prompts, or nothing is left of a group.
+    """
+    changes = []
+    for old, new in zip(before, after, strict=True):
+        if len(old) != len(new):
+            return None
+        pairs = zip(old, new, strict=True)
+        changes.append(np.array([b - a for a, b in pairs if a is not None and b is not None]))
+    high, low = changes
+    return mean_difference(high, low) if len(high) and len(low) else None

@@ -68,6 +68,8 @@ class ToldApart(Part):
             interval.
         shuffled: mean AUC of shuffled labels, with the middle 95% of them.
         p: the share of shuffles with an AUC that is as high.
+        margins: of each prompt of the first group and of the second, in order, in nats; None where
+            the answer cannot be read.
 
     The figures from the margin on are left out where a group has no answer that can be read.
     """
@@ -76,6 +78,7 @@ class ToldApart(Part):
     n: list[int]
     unread: int
     mass: float
+    margins: list[list[float | None]]
     margin: float | None = None
     margin_interval: list[float] | None = None
     auc: float | None = None

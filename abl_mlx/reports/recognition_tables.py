@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from abl_mlx.behaviour.separation import growth
 from abl_mlx.records.evaluations import Refusals, ToldApart
 
 #: If the two words together have less probability, the model does not answer the question.
@@ -23,7 +26,7 @@ def recognition_rows(before: Refusals | None, after: Refusals) -> list[tuple[str
         ("harmful from harmless", now.harm, None if was is None else was.harm),
         ("control, long from short", now.length, None if was is None else was.length),
     ):
-        for figure, note in (("AUC", _auc_note(one) + more), ("margin", _margin_note(one))):
+        for figure, note in (("AUC", _auc_note(one) + more), ("margin", _margin_note(one, old))):
             cells = _number(old, figure.lower()), _number(one, figure.lower())
             rows.append((f"{name}, {figure}", *cells, note))
     return rows
@@ -46,13 +49,16 @@ def _auc_note(one: ToldApart) -> str:
     return f"{found}; cannot tell: chance gives {low:.2f} to {high:.2f}"
 
 
-def _margin_note(one: ToldApart) -> str:
+def _margin_note(one: ToldApart, before: ToldApart | None) -> str:
     if one.margin_interval is None:
         return ""
+    moved = None if before is None else growth(before.margins, one.margins)
     hardly = ": hardly an answer" if one.mass < HARDLY else ""
     mass = f"{one.words[0]} or {one.words[1]} has probability {one.mass:.0%}{hardly}"
-    return f"nats, {_interval(one.margin_interval)}; {mass}"
+    if moved is None:
+        return f"nats, {_interval(one.margin_interval)}; {mass}"
+    return f"nats, changed by {moved[0]:+.2f} ({_interval(moved[1])}); {mass}"
 
 
-def _interval(limits: list[float]) -> str:
+def _interval(limits: Sequence[float]) -> str:
     return f"95% interval {limits[0]:.2f} to {limits[1]:.2f}"

@@ -68,22 +68,25 @@ def _of_one(sweep: LengthSweep) -> list[str]:
             )
         if swept.late:
             found.append(
-                f"{_titled(name)}: {swept.late} replies read as an answer at {first} tokens and as "
+                f"{_titled(name)}: {_replies(swept.late)} as an answer at {first} tokens and as "
                 f"a refusal at {last}"
             )
         if swept.turned:
             found.append(
-                f"{_titled(name)}: {swept.turned} replies read as a refusal first and as an answer "
+                f"{_titled(name)}: {_replies(swept.turned)} as a refusal first and as an answer "
                 f"at {last} tokens"
             )
         if swept.declining:
             found.append(
-                f"{_titled(name)}: {swept.declining} replies answer, decline later on, and count "
-                "as answers"
+                f"{_titled(name)}: in {swept.declining} of the answers a plain refusal follows"
             )
     if sweep.cut_by in _CUT_BY:
         found.append(_CUT_BY[sweep.cut_by])
     return found
+
+
+def _replies(count: int) -> str:
+    return "1 reply reads" if count == 1 else f"{count} replies read"
 
 
 def _titled(name: str) -> str:

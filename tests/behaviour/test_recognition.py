@@ -253,7 +253,7 @@ def test_shuffled_labels_tell_nothing_apart_however_good_the_scores() -> None:
     shuffled = separation.shuffled_aucs(high, low)
     assert len(shuffled) == 1000
     assert shuffled.mean() == pytest.approx(0.5, abs=0.01)
-    found = recognition.figures(high, low, WORDS, unread=0, mass=1)
+    found = recognition.figures(high.tolist(), low.tolist(), WORDS, mass=1)
     assert found.shuffled_interval is not None
     assert found.shuffled_interval[0] < 0.5 < found.shuffled_interval[1]
     assert found.tells
@@ -264,7 +264,8 @@ def test_a_preference_for_one_word_changes_neither_auc_nor_accuracy() -> None:
     chance = np.random.default_rng(1)
     high, low = chance.normal(1, 1, 30), chance.normal(0, 1, 30)
     plain, shifted = (
-        recognition.figures(high + shift, low + shift, WORDS, unread=0, mass=1) for shift in (0, 7)
+        recognition.figures(list(high + shift), list(low + shift), WORDS, mass=1)
+        for shift in (0, 7)
     )
     assert plain.auc == shifted.auc
     assert plain.accuracy == shifted.accuracy
@@ -273,11 +274,37 @@ def test_a_preference_for_one_word_changes_neither_auc_nor_accuracy() -> None:
 
 
 def test_a_model_that_never_answers_cannot_tell() -> None:
-    found = recognition.figures(np.array([]), np.array([1.0]), WORDS, unread=7, mass=0.0)
+    found = recognition.figures([None] * 7, [1.0], WORDS, mass=0.0)
     assert not found.tells
     assert found.auc is None
     assert found.unread == 7
-    assert found.json == {"words": list(WORDS), "n": [0, 1], "unread": 7, "mass": 0.0}
+    assert set(found.json) == {"words", "n", "unread", "mass", "margins"}
+    assert found.n == [0, 1]
+
+
+def test_a_change_is_told_prompt_by_prompt() -> None:
+    chance = np.random.default_rng(5)
+    high, low = chance.normal(1, 3, 30), chance.normal(0, 3, 30)
+    after = [list(high - 0.5 + chance.normal(0, 0.1, 30)), list(low)]
+    found = separation.growth([list(high), list(low)], after)
+    assert found is not None
+    change, interval = found
+    assert change == pytest.approx(-0.5, abs=0.05)
+    # Far narrower than the interval of either model's own margin.
+    assert interval[0] < change < interval[1] < -0.4
+    own = separation.mean_difference(high, low)[1]
+    assert interval[1] - interval[0] < 0.1 * (own[1] - own[0])
+    # The same by hand, in float64.
+    moved = np.array(after[0], np.float64) - high
+    half = 1.96 * np.sqrt(moved.var(ddof=1) / 30)
+    assert interval == (pytest.approx(moved.mean() - half), pytest.approx(moved.mean() + half))
+    # A prompt that one of the two did not answer is left out; other prompts are no comparison.
+    missing: list[float | None] = [None, *high[1:].tolist()]
+    some = separation.growth([missing, low.tolist()], after)
+    assert some is not None
+    assert some[0] == pytest.approx(moved[1:].mean())
+    assert separation.growth([[1.0], [2.0]], after) is None
+    assert separation.growth([[None], [2.0]], [[1.0], [2.0]]) is None
 
 
 @pytest.mark.usefixtures("cache")
@@ -295,6 +322,7 @@ def test_the_demo_cannot_tell_and_that_is_said_of_both_models() -> None:
     assert "cannot tell: chance gives" in table
     assert "harmful or harmless has probability 0%: hardly an answer" in table
     assert "control, long from short, margin" in table
+    assert "changed by +0.00 (95% interval 0.00 to 0.00)" in table
     assert "harmful from harmless, AUC" in eval_page(record, "abl-mlx eval demo")
 
 
