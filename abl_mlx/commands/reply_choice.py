@@ -227,6 +227,9 @@ def choose(
             for one in some:
                 judged.append(judge.of(one))
                 bar.update()
+                # Of one view the best-separating come first, and each takes many replies.
+                if len(views) == 1 and judge.works(judged[-1]):
+                    break
         if any(map(judge.works, judged)):
             break
     return _file(judge, judged, _best(judge, judged))

@@ -13,6 +13,7 @@ import pytest
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import from_gguf
 from convert.gguf.file import GgufSource
 from tests.convert.test_gguf_to_tokenizer import Vocabulary, plain, written
@@ -199,3 +200,34 @@ def test_adapters_and_measure_and_eval(smollm2: Path, tmp_path: Path) -> None:
     answer: Any = abl_mlx("eval", smollm2, "--limit", 4, "--max-tokens", 12)
     assert 0 <= answer["harmful_refusal_rate"] <= 1
     assert answer["n_harmful"] == 4
+
+
+def test_system_messages_and_turns_are_heard_alike_everywhere(smollm2: Path) -> None:
+    system = "You are a careful assistant. Only answer questions about cooking."
+    earlier = (("user", "How long does rice boil?"), ("assistant", "About twelve minutes."))
+    asked = [
+        Prompt("Name two rivers.", system=system),
+        Prompt("And pasta?", system=system, earlier=earlier),
+        Prompt("And pasta?", earlier=earlier),
+    ]
+    with GgufSource(smollm2) as source:
+        chat, _ = from_gguf.load(source)
+    with LlamaCpp(smollm2, n_ctx=512, n_threads=1) as server:
+        for prompt in asked:
+            assert server.tokenize(server.render_prompt(prompt)) == chat.encode(prompt)
+        flags = ("--system", system, "--limit", 8, "--max-tokens", 24)
+        records = [
+            abl_mlx("eval", smollm2, *flags, "--runtime", "mlx-lm"),
+            abl_mlx("eval", smollm2, *flags, "--runtime", "llama.cpp"),
+            abl_mlx("eval", server.address, *flags),
+        ]
+    # Beside quantized weights llama.cpp rounds activations, so that a reply may differ.
+    for one in records[1:]:
+        apart = sum(
+            a != b
+            for name, letters in records[0]["verdicts"].items()
+            for a, b in zip(letters, one["verdicts"][name], strict=True)
+        )
+        assert apart <= 2
+    plain = abl_mlx("eval", smollm2, "--limit", 8, "--max-tokens", 24, "--runtime", "llama.cpp")
+    assert plain["prompts"]["harmful"]["sha256"] != records[1]["prompts"]["harmful"]["sha256"]
