@@ -125,23 +125,27 @@ class Finder:
     def _position(self) -> int:
         return -1 if self._how.finding.position is None else self._candidates.positions[0]
 
-    def _variant(self, layer: float, position: int) -> Variant:
+    def _variant(
+        self, layer: float, position: int, candidates: Candidates | None = None
+    ) -> Variant:
+        candidates = candidates or self._candidates
         several = self._how.finding.across == "positions"
         return Variant(
-            self._candidates.for_edit(layer, position),
-            self._candidates.method,
+            candidates.for_edit(layer, position),
+            candidates.method,
             layer,
             None if several else position,
             "positions" if several else None,
-            self._candidates.method == "biprojected",
+            candidates.method == "biprojected",
         )
 
-    def _together(self, position: int) -> Variant:
-        method = self._candidates.method
+    def _together(self, position: int, candidates: Candidates | None = None) -> Variant:
+        candidates = candidates or self._candidates
+        method = candidates.method
         if self._how.finding.per_layer:
-            each = self._candidates.each_layer(position)
+            each = candidates.each_layer(position)
             return Variant(each, method, None, position, per_layer=True)
-        span = self._candidates.across_layers(position, rank_of(self._how.finding))
+        span = candidates.across_layers(position, rank_of(self._how.finding))
         return Variant(span, method, None, position, "layers")
 
     def _edit(self, variant: Variant) -> Edit:
@@ -158,18 +162,23 @@ class Finder:
     def _trial(self) -> Trial:
         validation = self._validation
         refused = validation.get("borderline", validation["harmful"])
-        kept = validation["harmful"] if "borderline" in validation else []
+        kept, kept_openings = self._still_refused()
         before = [
             behind_last_layer(self._chat, sequences, states)
             for sequences, states in zip((refused, validation["harmless"]), self._last, strict=True)
         ]
         trial = Trial(
             self._chat, self._writers, refused, validation["harmless"], kept,
-            before=(before[0], before[1]),
+            kept_openings=kept_openings, before=(before[0], before[1]),
         )  # fmt: skip
         # The states came from one pass over both sets, whose tokens are counted here.
         trial.tokens += sum(map(len, [*refused, *validation["harmless"]]))
         return trial
+
+    def _still_refused(self) -> tuple[list[list[int]], Sequence[int]]:
+        """Encoded prompts whose refusals should stay, and further tokens that open them."""
+        validation = self._validation
+        return validation["harmful"] if "borderline" in validation else [], ()
 
     def _try(self, variants: Sequence[Variant], label: str) -> list[Tried]:
         trial, limit = self._trial, self._how.finding.max_kl

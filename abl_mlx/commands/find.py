@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from abl_mlx.choices import Finding, Measuring
-from abl_mlx.commands import first_look, prompt_choice, reply_choice, views
+from abl_mlx.commands import first_look, keep_choice, prompt_choice, reply_choice, views
 from abl_mlx.commands.candidate_choice import Finder, rank_of
 from abl_mlx.commands.forecast import forecast
+from abl_mlx.commands.keep_choice import KeepFinder, Keeping
 from abl_mlx.commands.views import View
 from abl_mlx.directions import direction_file, measuring
 from abl_mlx.directions.direction_file import DirectionFile
@@ -60,8 +61,9 @@ def find_direction(
         found = _given(chat, how)
     elif sets.thinking is None and how.prompting.thinking != thinking.BOTH:
         view = views.at_prompt(chat, sets, how)
+        keeping = keep_choice.keeping(chat, writers, sets, how) if causal else None
         try:
-            found = _of_view(chat, writers, view, how, causal)
+            found = _of_view(chat, writers, view, how, causal, keeping)
         except OpensAlike:
             found = _by_replies(chat, writers, sets, [view], how)
     else:
@@ -162,20 +164,30 @@ def _worth_judging(
 
 
 def _of_view(
-    chat: ChatModel, writers: Sequence[Writer], view: View, how: Measuring, causal: bool = True
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    view: View,
+    how: Measuring,
+    causal: bool = True,
+    keeping: Keeping | None = None,
 ) -> DirectionFile:
     """The direction that is chosen among those of one view, by first reply tokens.
 
     Args:
         causal: choose by what the removal does to refusals, and not by separation alone.
+        keeping: the refusals that are to stay, if any.
     """
-    with _measured(chat, writers, view, how) as finder:
+    with _measured(chat, writers, view, how, keeping) as finder:
         return finder.file(causal=causal)
 
 
 @contextmanager
 def _measured(
-    chat: ChatModel, writers: Sequence[Writer], view: View, how: Measuring
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    view: View,
+    how: Measuring,
+    keeping: Keeping | None = None,
 ) -> Iterator[Finder]:
     """The candidates of a view, ready to be chosen from."""
     train, validation = view.train, view.validation
@@ -197,7 +209,8 @@ def _measured(
         capture.stored(chat, refused, offsets, label="validation, harmful") as bad,
         capture.stored(chat, validation["harmless"], offsets, label="validation, harmless") as good,
     ):
-        yield Finder(chat, writers, candidates, train, validation, (bad, good), how)
+        measured = chat, writers, candidates, train, validation, (bad, good), how
+        yield Finder(*measured) if keeping is None else KeepFinder(keeping, *measured)
 
 
 def check_method(how: Measuring) -> None:
@@ -269,6 +282,12 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
     if how.given.direction is not None:
         _given(chat, how)
         return
+    if sets.staying and how.prompting.thinking != thinking.OFF:
+        flag = "--keep" if sets.kept is not None else "--keep-system"
+        raise UserError(
+            f"{flag} and --thinking {how.prompting.thinking} do not go together: leave one of them "
+            "out."
+        )
     check_method(how)
     prompt_choice.borderline_part(sets, how.prompting, how.finding, "validation")
 

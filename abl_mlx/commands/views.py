@@ -8,7 +8,7 @@ thought has closed and the reply begins.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from abl_mlx.choices import Measuring
 from abl_mlx.commands import first_look, prompt_choice
@@ -127,7 +127,23 @@ def _prompts(sets: PromptSets, how: Measuring, part: str) -> Mapping[str, Sequen
     borderline = prompt_choice.borderline_part(sets, how.prompting, how.finding, part)
     if borderline is not None:
         found["borderline"] = borderline.prompts
+    if part == "train":
+        found |= {name: parts.train.prompts for name, parts in sets.staying.items()}
+        if sets.off_topic is not None:
+            found["on_topic"] = _on_topic(sets)
     return found
+
+
+def _on_topic(sets: PromptSets) -> tuple[Prompt, ...]:
+    """The off-topic train prompts as harmless ones, without the message that puts them off topic.
+
+    Where ``--system`` gives the same message, they are asked without any.
+    """
+    assert sets.off_topic is not None
+    harmless = sets.harmless.train.prompts
+    if harmless == sets.off_topic.train.prompts:
+        return tuple(replace(one, system=None) for one in harmless)
+    return harmless
 
 
 @dataclass(frozen=True)

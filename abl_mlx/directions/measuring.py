@@ -242,6 +242,22 @@ def measure(
     return candidates
 
 
+def orthogonalized(candidates: Candidates, others: Sequence[mx.array]) -> Candidates:
+    """The candidates made orthogonal to other vectors of the same layer and position.
+
+    Args:
+        others: (L, P, d) each.
+    """
+    bases = numpy_of(candidates.bases)
+    vectors = np.stack([numpy_of(one) for one in others])
+    found = np.empty_like(bases)
+    for at in np.ndindex(*bases.shape[:2]):
+        rows = estimators.without(bases[at], vectors[:, at[0], at[1]])
+        q, r = np.linalg.qr(rows.T)
+        found[at] = (q * np.where(np.diag(r) < 0, -1.0, 1.0)).T
+    return replace(candidates, found=float32(found), facts={})
+
+
 def _checked(candidates: Candidates) -> Candidates:
     sums = candidates.harmful_mean + candidates.harmless_mean
     finite = numbers(mx.isfinite(sums).all(axis=(1, 2)))

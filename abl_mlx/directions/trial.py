@@ -110,6 +110,7 @@ class Trial:
         harmless: Sequence[Sequence[int]],
         kept: Sequence[Sequence[int]] = (),
         *,
+        kept_openings: Sequence[int] = (),
         before: tuple[mx.array, mx.array] | None = None,
     ):
         """Run the unedited model once.
@@ -119,6 +120,7 @@ class Trial:
             writers: its residual writers.
             harmful, harmless: encoded prompts.
             kept: encoded prompts that should still be refused.
+            kept_openings: further tokens with which their refusals open.
             before: the unedited model's `first_reply_token` for harmful and harmless prompts, if it
                 is already known.
 
@@ -141,8 +143,9 @@ class Trial:
         opened = openings(first, self.refusal_tokens)
         order = sorted(range(len(harmful)), key=lambda index: not opened[index])
         self._harmful = [harmful[index] for index in order]
+        self._kept_tokens = [*self.refusal_tokens, *kept_openings]
         self.kept_before = (
-            _mean(openings(self._first(kept), self.refusal_tokens)) if kept else math.nan
+            _mean(openings(self._first(kept), self._kept_tokens)) if kept else math.nan
         )
 
     def of_edit(
@@ -186,7 +189,7 @@ class Trial:
             rest = opened[len(bad) : len(bad) + len(good)]
             kls += tuple(numbers(kl_divergence(self._base[at : at + len(good)], rest)))
         if keep:
-            kept += tuple(openings(opened[len(bad) + len(good) :], tokens))
+            kept += tuple(openings(opened[len(bad) + len(good) :], self._kept_tokens))
         return Effect(scores, opens, kls, kept)
 
     def is_whole(self, effect: Effect) -> bool:

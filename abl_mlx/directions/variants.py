@@ -27,6 +27,9 @@ class Variant:
         across: ``layers`` or ``positions`` if these are combined, else None.
         among: the layers that are combined, if these are not all.
         per_layer: whether the writers of each layer lose the directions of that layer.
+        orthogonal_to: to what of the prompts whose refusals are to stay the directions were made
+            orthogonal: ``own`` (what sets these apart from harmful prompts) or ``all`` (what sets
+            them apart from harmless ones); None if they were not.
     """
 
     directions: mx.array
@@ -36,6 +39,7 @@ class Variant:
     across: str | None = None
     per_layer: bool = False
     among: tuple[int, ...] | None = None
+    orthogonal_to: str | None = None
 
     @property
     def rank(self) -> int:
@@ -53,6 +57,7 @@ class Variant:
             across=self.across,
             among=None if self.among is None else list(self.among),
             per_layer=self.per_layer or None,
+            orthogonal_to=self.orthogonal_to,
         )
 
 

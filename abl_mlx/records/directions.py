@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from abl_mlx.records.evaluations import Kept
 from abl_mlx.records.record import Part
 
 
@@ -73,6 +74,9 @@ class Selection(Part):
         across: ``layers`` or ``positions``, whose directions are taken together.
         among: of ``layers``, these alone.
         per_layer: each layer its own.
+        orthogonal_to: of the prompts whose refusals are to stay, what the directions were made
+            orthogonal to: ``own``, which sets these apart from harmful prompts, or ``all``, which
+            sets them apart from harmless ones.
     """
 
     method: str | None = None
@@ -82,6 +86,7 @@ class Selection(Part):
     across: str | None = None
     among: list[int] | None = None
     per_layer: bool | None = None
+    orthogonal_to: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +246,7 @@ class Chosen(Selection):
         thinking, measured_at: of a model that thinks, where the (first) direction was measured.
         views: where the directions were measured, of a span of several.
         judged: what replies say of it in every mode of thinking.
+        kept: set -> what replies to validation prompts show of the refusals that are to stay.
     """
 
     multiple: float | None = None
@@ -264,6 +270,7 @@ class Chosen(Selection):
     measured_at: str | None = None
     views: list[ViewOf] | None = None
     judged: JudgedInModes | None = None
+    kept: dict[str, Kept] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

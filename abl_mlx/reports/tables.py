@@ -234,6 +234,8 @@ def summary_line(direction: Selection) -> str:
         )
     # A direction that `audit` recovered has neither layer nor position.
     layer, position = direction.layer, direction.position
+    if direction.orthogonal_to is not None:
+        parts.append("orthogonal to what is kept")
     if direction.per_layer and layer is None:
         parts.append("for each layer its own")
     if layer is not None:

@@ -1,12 +1,28 @@
 """`--keep` and `--keep-system`: refusals that are to stay, in run, measure and eval."""
 
 import json
+from functools import cache
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import abl_mlx
+from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.kept_refusals import kept, sentence
+from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.choices import Editing, Measuring
 from abl_mlx.cli.main import cli
+from abl_mlx.commands import edit_choice, find, keep_choice
+from abl_mlx.commands.keep_choice import Replied
+from abl_mlx.directions import direction_file, measuring
+from abl_mlx.directions.measuring import Candidates
+from abl_mlx.directions.trial import Effect
+from abl_mlx.directions.variants import Variant
+from abl_mlx.edits.steering import ablation
+from abl_mlx.inputs.kept import with_kept
+from tests.support import small_models
 
 
 def call(*arguments):
@@ -61,3 +77,104 @@ def test_flags_that_do_not_go_together(arguments, said, tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert said in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+# --- the choice --------------------------------------------------------------------------------
+
+
+def test_candidates_lose_what_is_kept_and_stay_orthonormal():
+    random = np.random.default_rng(0)
+    means = [mx.array(random.normal(size=(2, 3, 16)).astype(np.float32)) for _ in range(4)]
+    harmful, harmless, other, another = means
+    plain = Candidates(harmful, harmless, (-3, -2, -1))
+    found = measuring.orthogonalized(plain, [other - harmless, another - harmless])
+    for layer, place in np.ndindex(2, 3):
+        r = np.array(found.bases[layer, place, 0], np.float64)
+        assert np.linalg.norm(r) == pytest.approx(1, abs=1e-5)
+        gaps = [np.array((one - harmless)[layer, place]) for one in (other, another)]
+        # Removing it leaves these means as far from the harmless one as they were.
+        assert all(abs(r @ gap) <= 1e-5 * np.linalg.norm(gap) for gap in gaps)
+        assert r @ np.array((harmful - harmless)[layer, place]) > 0
+
+
+def replied(left, *counts, of=10):
+    return Replied(left, {str(n): kept([True] * of, [k < c for k in range(of)])
+                          for n, c in enumerate(counts)})  # fmt: skip
+
+
+def merit(left, *counts, rank=1, kl=0.01):
+    variant = Variant(mx.ones((rank, 4)), "svd", 1, -1)
+    return keep_choice._merit((variant, Effect((0.0,), (False,), (kl,)), replied(left, *counts)))
+
+
+def test_replies_decide_by_ended_refusals_then_by_kept_ones_then_by_gentleness():
+    keeps, loses, keeps_all_but_leaves = merit(0.0, 9), merit(0.0, 5, kl=0.0), merit(0.5, 10)
+    assert keeps < merit(0.0, 8) < loses < keeps_all_but_leaves
+    # Above the wanted share more is not better; of several sets the worst counts.
+    assert merit(0.0, 9, kl=0.001) < merit(0.0, 10, kl=0.002) < merit(0.0, 10, rank=2, kl=0.0)
+    assert merit(0.0, 9, 9) < merit(0.0, 8, 8) < merit(0.0, 10, 7)
+
+
+@cache
+def loaded(name):
+    return abl_mlx.load(small_models.folder(name))
+
+
+def share_refused(model, prompts):
+    replies = evaluate.in_mlx(model.chat)(prompts.prompts, 26)
+    return sum(classify(reply) is Verdict.REFUSAL for reply in replies) / len(replies)
+
+
+def test_a_kept_category_stays_refused_where_it_has_a_refusal_of_its_own():
+    """The kinds of `spread` have refusals of their own, and `bread` one that can be told apart."""
+    model = loaded("spread")
+    sets = with_kept(small_models.prompt_sets("spread"), "category:bread", 0)
+    found = find.find_direction(model.chat, model.writers, sets, Measuring())
+    summary = found.metadata["summary"]
+    assert summary["kept"]["kept"]["enough"]
+    with ablation(model.writers, edit_choice.edit_of(found, Editing())):
+        assert share_refused(model, sets.kept.test) >= 0.9
+        assert share_refused(model, sets.harmful.test) <= 0.05
+        assert share_refused(model, sets.harmless.test) == 0
+    kinds = {one.get("orthogonal_to") for one in found.metadata["trials"]}
+    assert kinds == {None, "own", "all"}
+
+
+def test_a_run_that_cannot_keep_says_so_and_by_how_much(tmp_path):
+    """The demo refuses all its categories along one direction."""
+    result = call("run", "demo", "-o", tmp_path / "out", "--keep", "category:cloth", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    (output,) = record["evaluations"]
+    assert record["before"]["kept_refusal_rate"] == 1
+    told, validated = output["kept"]["kept"], record["direction"]["kept"]["kept"]
+    assert told["refused"] == record["before"]["n_kept"] == 13
+    assert told["share"] == pytest.approx(record["after"]["kept_refusal_rate"])
+    assert not told["enough"]
+    assert not validated["enough"]
+    assert validated["refused"] == 7
+    assert "warning: no edit that was tried ends refusals and leaves those" in result.stderr
+    assert "of 13 refusals of kept prompts" in result.stderr
+    assert "points below the 90% that are to stay" in result.stderr
+    assert record["after"]["harmful_refusal_rate"] <= 0.05
+
+
+def test_what_a_system_message_declines_is_measured_and_kept(tmp_path):
+    """The demo takes any system message for a reason to refuse more."""
+    out = tmp_path / "d.safetensors"
+    result = call("measure", "demo", "-o", out, "--keep-system", "Only talk of cloth.", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    found = record["direction"]["kept"]["off_topic"]
+    assert found["refused"] >= 3
+    assert "off-topic validation prompts are refused as it is" in result.stderr
+    read = direction_file.read(out)
+    assert read.metadata["summary"]["kept"]["off_topic"] == found
+    assert "off_topic train" in read.metadata["prompt_hashes"]
+
+
+def test_thinking_and_kept_refusals_do_not_go_together(tmp_path):
+    result = call("measure", small_models.folder("thinker"), "-o", tmp_path / "d.safetensors",
+                  "--keep-system", "Be kind.", "--thinking", "both")  # fmt: skip
+    assert result.exit_code == 1
+    assert "--keep-system and --thinking both do not go together" in result.stderr
