@@ -148,18 +148,23 @@ def told_tokens(found: Any) -> list[Step] | None:
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not content:
         return None
-    steps = []
+    steps: list[Step] = []
     for one in content:
         top = one.get("top_logprobs") if isinstance(one, dict) else None
         told = {
-            each["token"]: float(each["logprob"])
+            _text_of(each["token"]): float(each["logprob"])
             for each in (top if isinstance(top, list) else [])
             if isinstance(each, dict)
             and isinstance(each.get("token"), str)
             and isinstance(each.get("logprob"), int | float)
         }
         if not told:
-            return None
-        chosen = one.get("token")
-        steps.append((chosen if isinstance(chosen, str) else max(told, key=told.__getitem__), told))
-    return steps
+            break
+        # Decoding is greedy. mlx_lm.server names any of the likeliest as the one that was chosen.
+        steps.append((max(told, key=told.__getitem__), told))
+    return steps or None
+
+
+def _text_of(token: str) -> str:
+    """A token's text; mlx_lm.server gives it as it is in the vocabulary, with signs for spaces."""
+    return token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from abl_mlx.behaviour import llamacpp, recognition, separation, word_margins
+from abl_mlx.behaviour.chat_answer import told_tokens
 from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.target import Target
@@ -146,6 +147,22 @@ def test_a_servers_reply_is_followed_to_where_the_words_part(
     found = word_margins.followed(steps, WORDS)
     assert found.mass == pytest.approx(mass)
     assert found.nats == (None if odds is None else pytest.approx(math.log(odds)))
+
+
+def test_what_mlx_lms_server_tells_of_a_token_is_read() -> None:
+    """It gives tokens as they are in the vocabulary, in any order, and names any as the chosen."""
+    top = [
+        {"id": 3, "token": "Ġharmless", "logprob": math.log(0.2)},
+        {"id": 4, "token": "▁Harmful", "logprob": math.log(0.6)},
+    ]
+    content = [{**top[0], "top_logprobs": top}, {}]
+    found = told_tokens({"choices": [{"logprobs": {"content": content[:1]}}]})
+    assert found == [step(" Harmful", _harmless=0.2, _Harmful=0.6)]
+    assert word_margins.followed(found, WORDS).nats == pytest.approx(math.log(3))
+    assert told_tokens({"choices": [{"logprobs": {"content": content}}]}) == found
+    assert told_tokens({"choices": [{"logprobs": {"content": [{}]}}]}) is None
+    assert told_tokens({"choices": [{"logprobs": None}]}) is None
+    assert told_tokens([]) is None
 
 
 def knowing(handler: Handler, request: dict[str, Any], number: int) -> None:

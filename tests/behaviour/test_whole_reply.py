@@ -120,6 +120,12 @@ def test_the_number_of_tokens_that_a_server_reports_is_spread_over_its_reply() -
     assert text == ANSWER[: round(len(ANSWER) / 4)]
 
 
+def test_tokens_without_their_texts_are_counted() -> None:
+    told = {"content": [{"id": number, "logprob": -0.1} for number in range(16)]}  # mlx_lm.server
+    text, unit, tokens = cut(Server(answering(logprobs=told)), 4)
+    assert (unit, tokens, text) == (SPREAD, 16, ANSWER[: round(len(ANSWER) / 4)])
+
+
 def test_words_cut_the_reply_of_a_server_that_tells_nothing() -> None:
     # Three words for four tokens.
     assert cut(Server(answering()), 8) == ("Take two eggs, beat them well,", WORDS, 17)
