@@ -80,7 +80,23 @@ class Finder:
         Args:
             causal: choose by what the removal does, and not by separation alone.
         """
-        variant = self._chosen(causal)
+        return self._file(self._chosen(causal))
+
+    def best_separating(self, most: int) -> list[selection.Score]:
+        """The candidates that separate the validation prompts best, at most one of each layer.
+
+        Args:
+            most: their number at most.
+        """
+        return selection.shortlist(self._scores, most, each=1)
+
+    def files_of(self, scores: Sequence[selection.Score]) -> list[DirectionFile]:
+        """Candidates as direction files."""
+        self._notes["chosen_by"] = "largest d′ of validation prompts"
+        return [self._file(self._variant(score.layer, score.position)) for score in scores]
+
+    def _file(self, variant: Variant) -> DirectionFile:
+        """A variant with all facts about it, as a direction file."""
         candidates, how = self._candidates, self._how
         bad, good = self._states
         candidates = measuring.describe(candidates, bad, good)
@@ -104,10 +120,6 @@ class Finder:
         if how.finding.across == "positions":
             metadata["across"] = "positions"
         return DirectionFile(variant.directions, candidates, metadata, clouds)
-
-    def best_separating(self, most: int) -> list[selection.Score]:
-        """The candidates that set the validation prompts apart best, no two of one layer."""
-        return selection.shortlist(self._scores, most, each=1)
 
     def _chosen(self, causal: bool) -> Variant:
         finding, candidates = self._how.finding, self._candidates

@@ -33,6 +33,11 @@ _OPENING_PROMPTS = 8
 _SEPARATING = 2
 _SEPARATING_ALONE = 6  # where there is one view
 
+_ALIKE = (
+    "  harmful and harmless prompts are answered with the same first tokens, so the directions "
+    "that separate them best are judged by replies"
+)
+
 
 def find_direction(
     chat: ChatModel,
@@ -62,10 +67,11 @@ def find_direction(
     elif sets.thinking is None and how.prompting.thinking != thinking.BOTH:
         view = views.at_prompt(chat, sets, how)
         keeping = keep_choice.keeping(chat, writers, sets, how) if causal else None
-        try:
-            found = _of_view(chat, writers, view, how, causal, keeping)
-        except OpensAlike:
-            found = _by_replies(chat, writers, sets, [view], how)
+        with _measured(chat, writers, view, how, keeping) as finder:
+            try:
+                found = finder.file(causal=causal)
+            except OpensAlike:
+                found = _by_replies(chat, writers, sets, [view], how, finder)
     else:
         seen = _views(chat, sets, how)
         found = _by_replies(chat, writers, sets, seen, how)
@@ -88,17 +94,34 @@ def _by_replies(
     sets: PromptSets,
     seen: Sequence[View],
     how: Measuring,
+    measured: Finder | None = None,
 ) -> DirectionFile:
     """The direction that is chosen by whole replies, in every mode of thinking.
 
     Args:
         seen: where directions are measured.
+        measured: the candidates of the only view, whose first tokens do not tell.
     """
     judge = reply_choice.Judge(chat, writers, sets, how)
-    most = _SEPARATING if len(seen) > 1 else _SEPARATING_ALONE
-    return reply_choice.choose(
-        judge, seen, lambda view: _worth_judging(chat, writers, view, how, most)
-    )
+
+    def worth_judging(view: View) -> list[DirectionFile]:
+        """The directions of a view, the best first.
+
+        Where harmful and harmless prompts are answered, or thought about, with the same first
+        tokens, these cannot choose: it is the candidates that separate the prompts best.
+        """
+        if measured is not None:
+            say(_ALIKE)
+            return measured.files_of(measured.best_separating(_SEPARATING_ALONE))
+        say(f"  {view.name}:")
+        with _measured(chat, writers, view, how) as finder:
+            try:
+                return [finder.file()]
+            except OpensAlike:
+                say(_ALIKE)
+                return finder.files_of(finder.best_separating(_SEPARATING))
+
+    return reply_choice.choose(judge, seen, worth_judging)
 
 
 def _views(chat: ChatModel, sets: PromptSets, how: Measuring) -> list[View]:
@@ -131,54 +154,6 @@ def _screened(seen: Sequence[View], found: DirectionFile) -> EncodedPrompts:
         [one for view in last.values() for one in view.validation["harmful"]],
         [one for view in last.values() for one in view.validation["harmless"]],
     )
-
-
-def _worth_judging(
-    chat: ChatModel, writers: Sequence[Writer], view: View, how: Measuring, most: int
-) -> list[DirectionFile]:
-    """The directions of a view that are worth being judged by replies.
-
-    Where the model opens its replies, or its thoughts, to harmful and harmless prompts in the same
-    way, first tokens cannot choose: it is the candidates that separate the prompts best.
-
-    Args:
-        most: how many of these.
-    """
-    say(f"  {view.name}:")
-    try:
-        return [_of_view(chat, writers, view, how)]
-    except OpensAlike:
-        say(
-            "  harmful and harmless prompts are answered with the same first tokens, so the "
-            "directions that separate them best are judged by replies"
-        )
-    with _measured(chat, writers, view, how) as finder:
-        best = finder.best_separating(most)
-    return [
-        _of_view(
-            chat, writers, view,
-            replace(how, finding=how.finding.but(layer=score.layer, position=score.position)),
-        )
-        for score in best
-    ]  # fmt: skip
-
-
-def _of_view(
-    chat: ChatModel,
-    writers: Sequence[Writer],
-    view: View,
-    how: Measuring,
-    causal: bool = True,
-    keeping: Keeping | None = None,
-) -> DirectionFile:
-    """The direction that is chosen among those of one view, by first reply tokens.
-
-    Args:
-        causal: choose by what the removal does to refusals, and not by separation alone.
-        keeping: the refusals that are to stay, if any.
-    """
-    with _measured(chat, writers, view, how, keeping) as finder:
-        return finder.file(causal=causal)
 
 
 @contextmanager
