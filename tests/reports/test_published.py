@@ -22,6 +22,7 @@ from abl_mlx.records.directions import Chosen
 from abl_mlx.records.edits import (
     ApplyRecord,
     Component,
+    Converted,
     ConvertRecord,
     EvaluatedEdit,
     Hashes,
@@ -302,7 +303,9 @@ def test_these_records_and_no_others_have_notes():
     modules = (edits, evaluations, looks)
     parts = {one for module in modules for one in vars(module).values() if inspect.isclass(one)}
     noted = {one for one in parts if issubclass(one, Part) and "note" in kinds_of(one)}
-    assert noted == {MeasureRecord, WrittenEdit, EvaluatedEdit, ConvertRecord, Asked, EvalRecord}
+    assert noted == {
+        MeasureRecord, WrittenEdit, EvaluatedEdit, Converted, ConvertRecord, Asked, EvalRecord
+    }  # fmt: skip
 
 
 def test_columns_that_are_empty_are_left_out(direction, tmp_path):
