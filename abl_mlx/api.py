@@ -28,15 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx.behaviour import evaluate as replies
-from abl_mlx.choices import (
-    METHODS,
-    ApplyOptions,
-    Editing,
-    EvalOptions,
-    Finding,
-    Measuring,
-    Prompting,
-)
+from abl_mlx.choices import METHODS, ApplyOptions, Editing, Finding, Measuring, Prompting
 from abl_mlx.commands import audit as weights
 from abl_mlx.commands import evaluate_model, measure_apply, prompt_choice
 from abl_mlx.commands.edit_choice import edit_of
@@ -46,6 +38,7 @@ from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.measuring import Candidates
 from abl_mlx.edits import steering
 from abl_mlx.edits.edit import Edit
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs.sets import Prompt, PromptSets
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer

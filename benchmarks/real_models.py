@@ -50,11 +50,9 @@ from abl_mlx.behaviour.refusals import (  # noqa: E402
     Tally,
     Verdict,
 )
-from abl_mlx.choices import (  # noqa: E402
-    EvalOptions,
-    Prompting,
-)
+from abl_mlx.choices import Prompting  # noqa: E402
 from abl_mlx.commands import conversion, evaluate_model, prompt_choice  # noqa: E402
+from abl_mlx.eval_choices import EvalOptions  # noqa: E402
 from abl_mlx.inputs import prompts  # noqa: E402
 from abl_mlx.inputs.sets import PromptSets  # noqa: E402
 from abl_mlx.outputs import gguf_outputs  # noqa: E402

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from abl_mlx.behaviour.refusals import wilson
 from abl_mlx.behaviour.target import Target
 from abl_mlx.models.thoughts import without_thoughts
-from abl_mlx.records.evaluations import Capability, Share
+from abl_mlx.records.measurements import Capability, Share
 from abl_mlx.support.console import progress
 
 #: Longest reply, in tokens; right replies are shorter.

@@ -9,7 +9,7 @@ from typing import Any
 from abl_mlx.behaviour.chat_answer import request_tools
 from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.behaviour.http_call import Answer, Trouble
-from abl_mlx.choices import Asking
+from abl_mlx.eval_choices import Asking
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.prompt_tokens import rendered
 from abl_mlx.models.thoughts import opened_by

@@ -34,7 +34,7 @@ from abl_mlx.behaviour.patient_server import PatientServer, Said
 from abl_mlx.behaviour.refusals import WITHHELD
 from abl_mlx.behaviour.tool_calls import UNREAD
 from abl_mlx.behaviour.whole_reply import WholeReply, of_answer, of_pieces, pieces_of, tokenizing
-from abl_mlx.choices import Asking
+from abl_mlx.eval_choices import Asking
 from abl_mlx.inputs import hub
 from abl_mlx.inputs.sets import Prompt, prompt_of
 from abl_mlx.inputs.thinking import request_fields, template_values

@@ -29,15 +29,8 @@ from abl_mlx.models.generation import generate, stream
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.models.plain import vocabulary
-from abl_mlx.records.evaluations import (
-    STAYING,
-    Divergence,
-    Kept,
-    OtherMode,
-    Recognition,
-    Refusals,
-    Thoughts,
-)
+from abl_mlx.records.evaluations import STAYING, Divergence, Kept, OtherMode, Refusals
+from abl_mlx.records.measurements import Recognition, Thoughts
 from abl_mlx.support.arrays import number, numbers
 from abl_mlx.support.console import progress
 from convert.base import scratch

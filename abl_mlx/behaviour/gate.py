@@ -11,7 +11,7 @@ from pathlib import Path
 
 from abl_mlx.behaviour.paired import Paired
 from abl_mlx.behaviour.thought_figures import growth
-from abl_mlx.choices import Limits
+from abl_mlx.eval_choices import Limits
 from abl_mlx.records.evaluations import AskedPrompts, Category, EvalRecord, Limit, Template
 from abl_mlx.records.reading import UNJUDGED, EarlierEval, earlier_eval
 from abl_mlx.support.console import percent

@@ -20,7 +20,7 @@ from abl_mlx.behaviour.endpoint import is_endpoint
 from abl_mlx.behaviour.journal import Answered
 from abl_mlx.behaviour.loops import without_loop
 from abl_mlx.behaviour.refusals import Oddity, Verdict, examine
-from abl_mlx.choices import Judging
+from abl_mlx.eval_choices import Judging
 from abl_mlx.models.thoughts import without_thoughts
 from abl_mlx.records.evaluations import Judged
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from abl_mlx.behaviour.journal import Answered, Beginnings
 from abl_mlx.behaviour.refusals import Oddity, Verdict, classify, declines_later
 from abl_mlx.behaviour.whole_reply import SPREAD, TOKENS, WORDS, WholeReply
-from abl_mlx.records.evaluations import LengthSweep, MarkerTokens, SweptSet
+from abl_mlx.records.measurements import LengthSweep, MarkerTokens, SweptSet
 
 #: Of the refusals at the longest length, the share that is to be seen.
 SHARE = 0.95

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from abl_mlx.behaviour.completions import Completions
 from abl_mlx.behaviour.endpoint import Endpoint
-from abl_mlx.choices import Asking
+from abl_mlx.eval_choices import Asking
 from abl_mlx.models import gguf_template
 from abl_mlx.models.given_template import GivenTemplate
 from convert.base.errors import UserError

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from abl_mlx import __version__
 from abl_mlx.behaviour.http_call import Answer, Call, Trouble, is_cut, key, shown, split
-from abl_mlx.choices import Asking
+from abl_mlx.eval_choices import Asking
 from convert.base.errors import UserError
 
 #: The longest pause between two tries, in seconds.

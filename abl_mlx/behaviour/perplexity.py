@@ -22,7 +22,7 @@ from abl_mlx.behaviour.target import Target
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities
-from abl_mlx.records.evaluations import Perplexity
+from abl_mlx.records.measurements import Perplexity
 from abl_mlx.support.arrays import numbers
 from abl_mlx.support.console import progress
 from convert.base.errors import UserError

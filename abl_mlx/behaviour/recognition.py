@@ -26,7 +26,7 @@ from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.word_margins import Margin
 from abl_mlx.inputs.sets import Prompt, PromptSet
 from abl_mlx.models.chat_model import ChatModel
-from abl_mlx.records.evaluations import Recognition, ToldApart
+from abl_mlx.records.measurements import Recognition, ToldApart
 from convert.base.errors import UserError
 
 QUESTION = (

@@ -10,7 +10,8 @@ from typing import Any
 
 from abl_mlx.behaviour.refusals import Rates, Tally, Verdict
 from abl_mlx.behaviour.reply_notes import Notes
-from abl_mlx.records.evaluations import FURTHER, Category, Rate, Refusals, Thoughts
+from abl_mlx.records.evaluations import FURTHER, Category, Rate, Refusals
+from abl_mlx.records.measurements import Thoughts
 
 
 def refusals(

@@ -14,7 +14,7 @@ from statistics import fmean
 
 from abl_mlx.behaviour.loops import without_loop
 from abl_mlx.models.thoughts import parted
-from abl_mlx.records.evaluations import Thoughts
+from abl_mlx.records.measurements import Thoughts
 
 
 @dataclass(frozen=True)

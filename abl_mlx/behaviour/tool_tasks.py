@@ -27,7 +27,7 @@ from abl_mlx.behaviour.tool_calls import Call
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.inputs.tools import Tool, tools_of
 from abl_mlx.models.thoughts import without_thoughts
-from abl_mlx.records.evaluations import ToolCalls
+from abl_mlx.records.measurements import ToolCalls
 from abl_mlx.support.console import progress
 
 #: Longest reply, in tokens; two calls with all their tags take about 100.

@@ -55,8 +55,8 @@ def evaluate(target: str, as_json: bool, **chosen: Any) -> None:
     Exit codes: 1 for any error, 3 when a limit is not met.
     """
     from abl_mlx.behaviour.gate import NOT_MET
-    from abl_mlx.choices import EvalOptions
     from abl_mlx.commands import evaluate_model
+    from abl_mlx.eval_choices import EvalOptions
     from abl_mlx.reports import eval_tables
 
     source = click.get_current_context().get_parameter_source("max_tokens")

@@ -178,8 +178,8 @@ def audit(
 
 def _asked(text: str) -> EvalRecord | NotAsked:
     """The record of `abl-mlx eval`; or the reason, in one sentence, why the model cannot be run."""
-    from abl_mlx.choices import EvalOptions
     from abl_mlx.commands import evaluate_model
+    from abl_mlx.eval_choices import EvalOptions
 
     try:
         return evaluate_model.evaluate_model(text, EvalOptions())

@@ -8,8 +8,8 @@ from typing import Any
 
 from abl_mlx import __version__
 from abl_mlx.behaviour import gate, judge, lm_eval_harness, recognition
-from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import targets
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSet, PromptSets
 from abl_mlx.models import given_template

@@ -32,26 +32,23 @@ from abl_mlx.behaviour.refusals import Oddity, Rates, Tally, Verdict
 from abl_mlx.behaviour.reply_notes import Seen
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.thought_figures import Thought
-from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import held_out, judges, prompt_choice, prompt_lengths, targets
 from abl_mlx.commands.eval_asking import Judge, ask, by_markers, settled
 from abl_mlx.commands.eval_job import Job, check
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.records.evaluations import (
     Asked,
-    Capability,
     Comparison,
     Divergence,
     EvalRecord,
     Gate,
     OtherMode,
-    Perplexity,
-    Recognition,
     Refusals,
-    ToolCalls,
 )
+from abl_mlx.records.measurements import Capability, Perplexity, Recognition, ToolCalls
 from abl_mlx.records.reading import UNJUDGED, EarlierEval
 from abl_mlx.reports.page import write
 from abl_mlx.reports.page_eval import eval_page

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from abl_mlx.behaviour.endpoint import Endpoint, is_endpoint
 from abl_mlx.behaviour.judge import CONTEXT, Judge, judge_with
-from abl_mlx.choices import EvalOptions
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.support.clock import Clock
 from convert.base.errors import UserError
 

@@ -30,7 +30,7 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import Writer
-from abl_mlx.records.evaluations import Thoughts
+from abl_mlx.records.measurements import Thoughts
 from abl_mlx.support.arrays import number, numpy_of
 from abl_mlx.support.console import percent, progress, say
 from convert.base.errors import UserError

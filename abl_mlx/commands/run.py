@@ -36,7 +36,7 @@ from abl_mlx.outputs.model_file import ModelFile, PlannedEdit, find_gguf, find_m
 from abl_mlx.outputs.record_parts import hashes, start_record, worst_leak
 from abl_mlx.outputs.staging import Output, Written
 from abl_mlx.records.edits import Component, Edited, EvaluatedEdit, RunRecord
-from abl_mlx.records.evaluations import Recognition
+from abl_mlx.records.measurements import Recognition
 from abl_mlx.reports.companions import write_companions
 from abl_mlx.reports.page_run import staged_run_page, write_run_page
 from abl_mlx.support.arrays import let_go

@@ -10,7 +10,7 @@ from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.completions import Completions
 from abl_mlx.behaviour.endpoint import Endpoint, is_endpoint
 from abl_mlx.behaviour.target import Target
-from abl_mlx.choices import EvalOptions
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.models import given_template, memory
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.support.clock import Clock

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from abl_mlx.behaviour.separation import growth
-from abl_mlx.records.evaluations import Refusals, ToldApart
+from abl_mlx.records.evaluations import Refusals
+from abl_mlx.records.measurements import ToldApart
 
 #: If the two words together have less probability, the model does not answer the question.
 HARDLY = 0.01

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from abl_mlx.records.evaluations import Asked, LengthSweep
+from abl_mlx.records.evaluations import Asked
+from abl_mlx.records.measurements import LengthSweep
 
 #: What a reply was cut by, where that is not the model's own tokens.
 _CUT_BY = {

@@ -20,8 +20,9 @@ from abl_mlx.records.edits import (
     UndoRecord,
     WrittenEdit,
 )
-from abl_mlx.records.evaluations import Comparison, Kept, Rate, Refusals, RefusalsInMode, Thoughts
+from abl_mlx.records.evaluations import Comparison, Kept, Rate, Refusals, RefusalsInMode
 from abl_mlx.records.looks import Changed, DiffRecord, InspectRecord
+from abl_mlx.records.measurements import Thoughts
 from abl_mlx.reports.recognition_tables import recognition_rows
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent

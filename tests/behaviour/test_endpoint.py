@@ -21,8 +21,8 @@ from click.testing import CliRunner, Result
 from abl_mlx.behaviour import http_call
 from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.behaviour.http_call import key, retry_after
-from abl_mlx.choices import Asking
 from abl_mlx.cli.main import cli
+from abl_mlx.eval_choices import Asking
 from abl_mlx.inputs import prompts
 from abl_mlx.inputs.sets import split
 from convert.base.errors import UserError

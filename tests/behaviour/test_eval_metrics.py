@@ -14,8 +14,8 @@ import pytest
 from abl_mlx.behaviour import capability, lm_eval_harness, perplexity
 from abl_mlx.behaviour.capability import Task, right, tasks
 from abl_mlx.behaviour.target import Target
-from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import evaluate_model
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs import sources
 from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel

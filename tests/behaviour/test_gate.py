@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from abl_mlx.behaviour import gate
-from abl_mlx.choices import Limits
 from abl_mlx.cli.main import cli
 from abl_mlx.commands.evaluate_model import paired
+from abl_mlx.eval_choices import Limits
 from abl_mlx.inputs import prompts
 from abl_mlx.inputs.sets import split
 from abl_mlx.records.evaluations import Category, Divergence

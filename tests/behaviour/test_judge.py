@@ -19,8 +19,8 @@ from abl_mlx import demo
 from abl_mlx.behaviour import gate, judge
 from abl_mlx.behaviour.journal import Answered
 from abl_mlx.behaviour.refusals import WITHHELD, Verdict
-from abl_mlx.choices import EvalOptions, Judging, Limits
 from abl_mlx.commands import evaluate_model
+from abl_mlx.eval_choices import EvalOptions, Judging, Limits
 from abl_mlx.records.evaluations import EvalRecord
 from abl_mlx.reports import eval_tables
 from convert.base.errors import UserError

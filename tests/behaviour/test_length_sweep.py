@@ -17,12 +17,13 @@ from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.refusals import Verdict, classify, declines_later
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.whole_reply import WholeReply, of_pieces
-from abl_mlx.choices import EvalOptions, Replying
+from abl_mlx.choices import Replying
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import conversion, eval_asking, evaluate_model
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs.sets import Prompt, PromptSet
 from abl_mlx.models import chat_model
-from abl_mlx.records.evaluations import LengthSweep
+from abl_mlx.records.measurements import LengthSweep
 from abl_mlx.reports import eval_tables
 from abl_mlx.reports.page_eval import eval_page
 from tests.support.servers import Server

@@ -17,8 +17,8 @@ import pytest
 from abl_mlx import demo
 from abl_mlx.behaviour import evaluate, llamacpp, llamacpp_process
 from abl_mlx.behaviour.llamacpp import LlamaCpp
-from abl_mlx.choices import EvalOptions
 from abl_mlx.commands import evaluate_model
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.models import gguf_template
 from convert.base.errors import UserError
 from convert.mlx_to_gguf import write_gguf

@@ -19,9 +19,10 @@ from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.word_margins import Margin
-from abl_mlx.choices import Asking, EvalOptions, RunOptions
+from abl_mlx.choices import RunOptions
 from abl_mlx.commands import evaluate_model
 from abl_mlx.commands.run import run
+from abl_mlx.eval_choices import Asking, EvalOptions
 from abl_mlx.inputs import prompts, sources
 from abl_mlx.inputs.sets import Prompt, PromptSet
 from abl_mlx.models import chat_model

@@ -15,7 +15,7 @@ from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.whole_reply import SPREAD, TOKENS, WORDS
-from abl_mlx.choices import Asking
+from abl_mlx.eval_choices import Asking
 from abl_mlx.inputs import prompts, sources
 from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel

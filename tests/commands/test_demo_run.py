@@ -9,10 +9,11 @@ import pytest
 
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.refusals import Verdict, classify
-from abl_mlx.choices import ApplyOptions, EvalOptions, MeasureOptions
+from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.commands import evaluate_model, measure_apply
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.directions import direction_file
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs import prompts
 from convert.gguf.file import metadata
 from convert.mlx.safetensors_files import TensorFiles

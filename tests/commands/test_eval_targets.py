@@ -27,10 +27,11 @@ from abl_mlx import demo
 from abl_mlx.behaviour import divergence, llamacpp
 from abl_mlx.behaviour.llama_server import LlamaServer, _free_port
 from abl_mlx.behaviour.llamacpp import LlamaCpp
-from abl_mlx.choices import ApplyOptions, EvalOptions
+from abl_mlx.choices import ApplyOptions
 from abl_mlx.commands import evaluate_model, measure_apply
 from abl_mlx.commands.targets import opened
 from abl_mlx.directions import measuring
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs import prompts
 from abl_mlx.models import chat_model
 from abl_mlx.outputs.model_file import find_model

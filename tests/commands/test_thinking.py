@@ -18,7 +18,7 @@ from abl_mlx.cli.main import cli
 from abl_mlx.commands.views import thought_end
 from abl_mlx.directions import trial
 from abl_mlx.models.thoughts import parted
-from abl_mlx.records.evaluations import Thoughts
+from abl_mlx.records.measurements import Thoughts
 from tests.support.command import abl_mlx, fails
 from tests.support.small_models import folder
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from abl_mlx.choices import EvalOptions, RunOptions
+from abl_mlx.choices import RunOptions
 from abl_mlx.cli.main import cli
+from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.records.directions import Chosen
 from abl_mlx.records.edits import MeasureRecord, RunRecord
 from abl_mlx.records.evaluations import EvalRecord
