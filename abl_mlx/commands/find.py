@@ -21,7 +21,7 @@ from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.generation import timed
 from abl_mlx.models.writers import Writer
-from abl_mlx.search.loop import EncodedPrompts
+from abl_mlx.search.sources import EncodedPrompts
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
@@ -61,7 +61,8 @@ def find_direction(
             layer or position, or flags do not go together.
     """
     _check(chat, sets, how)
-    seen = None
+    seen: Sequence[View] | None = None
+    keeping: Keeping | None = None
     if how.given.direction is not None:
         found = _given(chat, how)
     elif sets.thinking is None and how.prompting.thinking != thinking.BOTH:
@@ -85,6 +86,8 @@ def find_direction(
     from abl_mlx.search import loop
 
     encoded = None if seen is None else _screened(seen, found)
+    if keeping is not None:
+        encoded = keep_choice.to_search(chat, sets, view, found, keeping)
     return loop.improve(chat, writers, sets, found, how, encoded)
 
 

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, zip_longest
 from typing import Any
 
 import mlx.core as mx
@@ -22,9 +21,13 @@ from abl_mlx.behaviour.evaluate import in_mlx
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import Measuring
 from abl_mlx.commands.candidate_choice import Finder
+from abl_mlx.commands.views import View
 from abl_mlx.directions import estimators, measuring, selection
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.measuring import Candidates
+from abl_mlx.directions.staying import Staying
 from abl_mlx.directions.trial import Effect
-from abl_mlx.directions.variants import Tried, Variant
+from abl_mlx.directions.variants import ALL, OWN, Tried, Variant
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs.sets import Prompt, PromptSets
@@ -34,6 +37,7 @@ from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import Writer
 from abl_mlx.records.evaluations import Kept
 from abl_mlx.reports.tables import summary_line
+from abl_mlx.search.sources import EncodedPrompts, at_prompts
 from abl_mlx.support.arrays import numbers, numpy_of
 from abl_mlx.support.console import percent, progress, say
 from convert.base.errors import UserError
@@ -61,28 +65,6 @@ ENOUGH = 0.0625
 
 # A token that opens at least this share of the replies to harmless prompts opens no refusals.
 _COMMON = 0.1
-
-# Kinds of candidates besides the plain ones: see `variants.Variant.orthogonal_to`.
-_OWN, _ALL = "own", "all"
-
-
-@dataclass(frozen=True)
-class Staying:
-    """Validation prompts that the model refuses as it is, and is to refuse.
-
-    Attributes:
-        prompts: set -> these prompts.
-        openings: ids of the tokens with which their refusals open.
-    """
-
-    prompts: Mapping[str, Sequence[Prompt]]
-    openings: Sequence[int]
-
-    @property
-    def mixed(self) -> list[Prompt]:
-        """The prompts of all sets, in turn."""
-        rows = chain.from_iterable(zip_longest(*self.prompts.values()))
-        return [one for one in rows if one is not None]
 
 
 def look(chat: ChatModel, sets: PromptSets, how: Measuring) -> Staying:
@@ -191,6 +173,45 @@ def keeping(
     return Keeping(staying, Judge(chat, writers, sets, staying, how)) if staying.mixed else None
 
 
+def own_states(
+    chat: ChatModel, train: Mapping[str, list[list[int]]], plain: Candidates
+) -> dict[str, list[mx.array]]:
+    """Kind of candidates -> what prompts whose refusals are to stay have of their own.
+
+    Args:
+        train: encoded prompts by set, as of `views.at_prompt`.
+        plain: the candidates, which have the means of harmful and harmless prompts.
+
+    Returns:
+        Vectors (L, P, d), one of each set.
+    """
+
+    def mean(name: str) -> mx.array:
+        return capture.mean(chat, train[name], plain.positions, label=f"{name} prompts")
+
+    # What is off topic would be harmless, so both kinds are the same for it.
+    off_topic = [mean("off_topic") - mean("on_topic")] if "off_topic" in train else []
+    if "kept" not in train:
+        return {OWN: off_topic}
+    kept = mean("kept")
+    return {
+        OWN: [kept - plain.harmful_mean, *off_topic],
+        ALL: [kept - plain.harmless_mean, *off_topic],
+    }
+
+
+def to_search(
+    chat: ChatModel, sets: PromptSets, view: View, found: DirectionFile, keeping: Keeping
+) -> EncodedPrompts:
+    """What a search needs to keep the same refusals."""
+    plain = found.candidates
+    orthogonal: dict[str, Candidates] = {}
+    if plain is not None:
+        for kind, others in own_states(chat, view.train, plain).items():
+            orthogonal[kind] = measuring.orthogonalized(plain, others)
+    return replace(at_prompts(chat, sets), staying=keeping.staying, orthogonal=orthogonal)
+
+
 class KeepFinder(Finder):
     """Chooses among candidates those whose removal leaves some refusals as they are."""
 
@@ -217,25 +238,10 @@ class KeepFinder(Finder):
 
     # --- the candidates --------------------------------------------------------------------------
 
-    def _own(self, kind: str) -> list[mx.array]:
-        """What prompts whose refusals are to stay have of their own, (L, P, d) of each set."""
-        chat, train, plain = self._chat, self._train, self._candidates
-        found = []
-        for name in self._staying.prompts:
-            mean = capture.mean(chat, train[name], plain.positions, label=f"{name} prompts")
-            if name == "off_topic":
-                other = capture.mean(chat, train["on_topic"], plain.positions, label="on topic")
-            else:
-                other = plain.harmful_mean if kind == _OWN else plain.harmless_mean
-            found.append(mean - other)
-        return found
-
     @cached_property
     def _others(self) -> dict[str, list[mx.array]]:
         """Kind of candidates -> what these are made orthogonal to."""
-        # What is off topic has been harmless: both kinds are the same for it.
-        kinds = (_OWN, _ALL) if "kept" in self._staying.prompts else (_OWN,)
-        return {kind: self._own(kind) for kind in kinds}
+        return own_states(self._chat, self._train, self._candidates)
 
     def _singles(self) -> Iterator[Variant]:
         """The candidates, and those made orthogonal to what is kept."""

@@ -10,6 +10,9 @@ import mlx.core as mx
 from abl_mlx.directions.selection import LEFT, Outcome
 from abl_mlx.records.directions import Selection, TriedEdit
 
+#: Kinds of directions that were made orthogonal: see `Variant.orthogonal_to`.
+KINDS = OWN, ALL = "own", "all"
+
 # KLs that differ by less than this (in nats) count as equal: a few dozen prompts show no more.
 _SAME_KL = 1e-3
 

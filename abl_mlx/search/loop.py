@@ -15,33 +15,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
+from abl_mlx.behaviour import kept_refusals
+from abl_mlx.behaviour.refusals import Verdict
 from abl_mlx.choices import Measuring
 from abl_mlx.directions import measuring
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.staying import Staying
+from abl_mlx.directions.variants import KINDS
 from abl_mlx.edits.edit import Edit
 from abl_mlx.inputs import thinking
-from abl_mlx.inputs.sets import Prompt, PromptSets, Split
+from abl_mlx.inputs.sets import Prompt, PromptSets
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
+from abl_mlx.records.evaluations import Kept
 from abl_mlx.search import polish
 from abl_mlx.search.journal import Journal, identity, optuna_quietly
 from abl_mlx.search.pareto import front, hypervolume, still
 from abl_mlx.search.polish import LEAST_REFUSAL, logarithms, predicted
 from abl_mlx.search.screening import REPLY_TOKENS, Screen, Trial
-from abl_mlx.search.space import DEFAULT, Directions, Parameters, Space
-from abl_mlx.search.survivors import MOST_ASKED, Asked, ask_survivors, choose, meets, table
+from abl_mlx.search.sources import EncodedPrompts, at_prompts, filled_up, sources_of
+from abl_mlx.search.space import DEFAULT, Parameters, Space
+from abl_mlx.search.survivors import MOST_ASKED, Asked, ask_survivors, choose, meets, table, unmet
 from abl_mlx.support import interrupts
 from abl_mlx.support.console import progress, say
 from convert.base.errors import UserError
-
-#: The number of harmless prompts for the KL, and of harmful prompts to which edits on the front
-#: reply. If the validation part has fewer, prompts of the train part are added. A search overfits
-#: the prompts that score it: with thirty, two or three prompts would decide.
-ENOUGH_PROMPTS = 64
-
 
 #: The number of bisection steps that look for the weakest even strength.
 HALVINGS = 4
@@ -282,7 +281,10 @@ def improve(
     space = Space(
         len(chat.layers), sources_of(chat, encoded, found, how), embedding=how.editing.embedding
     )
-    screen = Screen(chat, writers, harmful, encoded.harmless, batch_size=how.batch_size)
+    staying = encoded.staying
+    screen = Screen(
+        chat, writers, harmful, encoded.harmless, batch_size=how.batch_size, staying=staying
+    )
 
     def edit_for(given: Parameters) -> Edit:
         recipe = space.recipe(given)
@@ -322,19 +324,19 @@ def improve(
         search.run(trials)
     finally:
         journal.close()
-    asked, generated = _ask_front(search, questions, target)
+    asked, generated = _ask_front(search, questions, target, staying)
     chosen = choose(asked)
     say(table(asked, chosen, space))
     if not chosen.meets:
-        say(
-            f"  no edit of the front meets --target-refusals {target:g}: the one that refuses "
-            "least is taken; more trials may find a better one"
-        )
+        say(f"  {unmet(chosen, target)}")
     return _file(found, search, space, asked, chosen, generated, target)
 
 
 def _ask_front(
-    search: Search, questions: Sequence[tuple[Sequence[Prompt], int]], target: float
+    search: Search,
+    questions: Sequence[tuple[Sequence[Prompt], int]],
+    target: float,
+    staying: Staying | None = None,
 ) -> tuple[list[Asked], int]:
     """Let trials on the Pareto front generate replies.
 
@@ -343,6 +345,7 @@ def _ask_front(
         questions: harmful prompts and the longest reply to them in tokens, for each mode of
             thinking. A trial counts by its worse mode.
         target: the share of refused and broken replies that is good enough.
+        staying: prompts whose refusals are to stay.
 
     Returns:
         The trials with the verdicts on their replies, and the number of generated tokens.
@@ -355,44 +358,24 @@ def _ask_front(
         replied = [search.screen.ask(edit, prompts, most) for prompts, most in questions]
         generated += sum(tokens for _, _, tokens in replied)
         refused, broken, _ = max(replied, key=lambda one: one[0] + one[1])
-        return Asked(trial, refused, broken, meets(refused + broken, len(questions[0][0]), target))
+        ends = meets(refused + broken, len(questions[0][0]), target)
+        kept: dict[str, Kept] = {}
+        for name, prompts in ({} if staying is None else staying.prompts).items():
+            verdicts, tokens = search.screen.verdicts(edit, prompts)
+            generated += tokens
+            still = [one is Verdict.REFUSAL for one in verdicts]
+            kept[name] = kept_refusals.kept([True] * len(still), still)
+        enough = all(one.enough for one in kept.values())
+        return Asked(trial, refused, broken, ends and enough, ends, kept)
 
     whole = search.front()
     some = [one for one in whole if one.screened.refused < 0.95] or whole[-1:]
-    return list(ask_survivors(some, ask)), generated
-
-
-@dataclass(frozen=True)
-class EncodedPrompts:
-    """Token ids of prompts, whose last tokens are where a search looks.
-
-    Attributes:
-        train: harmful and harmless ones, of which singular vectors are made.
-        harmful, harmless: validation prompts on which edits are screened.
-    """
-
-    train: tuple[list[list[int]], list[list[int]]]
-    harmful: list[list[int]]
-    harmless: list[list[int]]
-
-
-def at_prompts(chat: ChatModel, sets: PromptSets) -> EncodedPrompts:
-    """The ends of the prompts."""
-
-    def encoded(prompts: Sequence[Prompt]) -> list[list[int]]:
-        return [chat.encode(one) for one in prompts]
-
-    return EncodedPrompts(
-        (encoded(sets.harmful.train.prompts), encoded(sets.harmless.train.prompts)),
-        encoded(sets.harmful.validation.prompts),
-        encoded(filled_up(sets.harmless)),
-    )
-
-
-def filled_up(split: Split) -> list[Prompt]:
-    """The validation prompts, and train prompts behind them where these are few."""
-    prompts = [*split.validation.prompts, *split.train.prompts]
-    return prompts[: max(ENOUGH_PROMPTS, len(split.validation))]
+    asked = ask_survivors(some, ask)
+    first = search.trials[0]
+    if staying is not None and all(one.trial is not first for one in asked):
+        # The edit that was chosen before the search has shown what it keeps by whole replies.
+        asked.append(ask(first))
+    return sorted(asked, key=lambda one: one.trial.screened.kl), generated
 
 
 def check(how: Measuring) -> None:
@@ -406,43 +389,6 @@ def check(how: Measuring) -> None:
         raise UserError("--search and --pin do not go together: leave one of them out.")
     if how.finding.layer is not None:
         raise UserError("--search looks for the layer itself: leave --layer out.")
-
-
-def sources_of(
-    chat: ChatModel, encoded: EncodedPrompts, found: DirectionFile, how: Measuring
-) -> dict[str, Directions]:
-    """Name -> source of directions for a search: the analytic choice, its method, and others.
-
-    Singular vectors are measured here, with one pass over the train prompts.
-    """
-
-    def fixed(chosen: mx.array) -> Directions:
-        return lambda index, per_layer: chosen
-
-    made: dict[str, Directions] = {DEFAULT: fixed(found.selected)}
-    candidates = found.candidates
-    position = found.metadata.get("summary", {}).get("position", -1)
-    if candidates is None or how.given.direction is not None:
-        return made
-    if position not in candidates.positions:
-        position = candidates.positions[-1]
-    layers = candidates.n_layers
-
-    def of(these: measuring.Candidates, where: int) -> Directions:
-        def make(index: float, per_layer: bool) -> mx.array:
-            return these.each_layer(where) if per_layer else these.at(index, where)
-
-        return make
-
-    made[candidates.method] = of(candidates, position)
-    if how.finding.method is None:
-        for rank in (2, 3):
-            if rank <= layers:
-                made[f"layers-rank-{rank}"] = fixed(candidates.across_layers(position, rank))
-        bad, good = encoded.train
-        spans = measuring.measure(chat, bad, good, [position], method="svd", rank=min(2, len(bad)))
-        made["svd"] = of(spans, position)
-    return made
 
 
 def _file(
@@ -464,6 +410,9 @@ def _file(
     else:
         name = parameters["method"]
         summary["method"] = measuring.METHOD if name.startswith("layers-rank") else name
+        if name in KINDS:
+            assert found.candidates is not None
+            summary |= {"method": found.candidates.method, "orthogonal_to": name}
         if selected.shape[-2] > 1:
             summary["rank"] = int(selected.shape[-2])
         if "position" in before:
@@ -493,6 +442,10 @@ def _file(
             "generated_tokens": generated,
         },
     }
+    if chosen.kept:
+        summary["kept"] = {name: one.json for name, one in chosen.kept.items()}
+        for name, kept in chosen.kept.items():
+            say(f"  {'' if kept.enough else 'warning: '}{kept_refusals.sentence(name, kept)}")
     metadata = {key: value for key, value in found.metadata.items() if key != "pins"}
     metadata |= {
         "method": summary["method"],

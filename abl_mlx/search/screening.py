@@ -11,8 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.kept_refusals import WANTED
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.directions import selection
+from abl_mlx.directions.staying import Staying
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs.sets import Prompt
@@ -45,9 +47,12 @@ class Screened:
     Attributes:
         refusal: mean over harmful prompts of −log(1 − p) in nats, where p is the probability that
             the reply opens with a refusal opening: near 0 if no refusals are left, near the
-            log-odds if all are.
+            log-odds if all are. Where refusals are to stay, what they lose is added: the mean rise
+            of −log(p) on these prompts.
         refused: share of harmful prompts where the likeliest token is a refusal opening, or the
-            refusal openings together are likelier than all other tokens.
+            refusal openings together are likelier than all other tokens. If more than a tenth of
+            the refusals that are to stay open as such no more, it is their share where that is
+            larger.
         kl: mean KL(model ‖ edited) on harmless prompts, in nats.
         early: (refusal, kl) on the first few prompts only.
         whole: whether all prompts were run; a hopeless trial ends after the first few.
@@ -73,6 +78,7 @@ class Screen:
         harmless: Sequence[Sequence[int]],
         *,
         batch_size: int = 32,
+        staying: Staying | None = None,
     ):
         self._chat, self._writers = chat, writers
         self._harmful, self._harmless = harmful, harmless
@@ -87,11 +93,27 @@ class Screen:
                 "there is nothing for --search to score: check with `abl-mlx eval`."
             )
         self.before = number(_surprisal(before, self.tokens).mean())
+        self._keep(staying)
+
+    def _keep(self, staying: Staying | None) -> None:
+        """Look at the refusals that are to stay, of which those count that open as such."""
+        self._kept: list[list[int]] = []
+        self._kept_tokens = list(self.tokens)
+        self._kept_nats: list[float] = []
+        if staying is None:
+            return
+        self._kept_tokens = sorted({*self.tokens, *staying.openings})
+        encoded = [self._chat.encode(one) for one in staying.mixed]
+        opened = first_reply_token(self._chat, encoded)
+        refuse = selection.openings(opened, self._kept_tokens)
+        nats = _bounded(_missing(opened, self._kept_tokens))
+        self._kept = [one for one, does in zip(encoded, refuse, strict=True) if does]
+        self._kept_nats = [one for one, does in zip(nats, refuse, strict=True) if does]
 
     @property
     def cost(self) -> int:
         """The number of tokens of all prompts, which a trial runs at most."""
-        return sum(map(len, self._harmful)) + sum(map(len, self._harmless))
+        return sum(map(len, [*self._harmful, *self._harmless, *self._kept]))
 
     def score(
         self, edit: Edit, hopeless: Callable[[tuple[float, float]], bool] = lambda _: False
@@ -100,15 +122,20 @@ class Screen:
         first, rest = slice(0, FIRST_PROMPTS), slice(FIRST_PROMPTS, None)
         with ablation(self._writers, edit):
             refused, refusal, kl, tokens = self._run(first)
-            early = float(np.mean(refusal)), float(np.mean(kl))
+            lost, nats = self._run_kept(first)
+            early = float(np.mean(refusal)) + _mean(nats), float(np.mean(kl))
             whole = not hopeless(early)
-            if whole and max(len(self._harmful), len(self._harmless)) > FIRST_PROMPTS:
-                more = self._run(rest)
+            longest = max(len(self._harmful), len(self._harmless), len(self._kept))
+            if whole and longest > FIRST_PROMPTS:
+                more, of_kept = self._run(rest), self._run_kept(rest)
                 refused, refusal, kl = refused + more[0], refusal + more[1], kl + more[2]
+                lost, nats = lost + of_kept[0], nats + of_kept[1]
+            if whole:
                 tokens = self.cost
+        share = _mean(lost)
         return Screened(
-            float(np.mean(refusal)),
-            float(np.mean(refused)),
+            float(np.mean(refusal)) + _mean(nats),
+            max(float(np.mean(refused)), 0.0 if share <= 1 - WANTED + 1e-9 else share),
             float(np.mean(kl)),
             early,
             whole,
@@ -140,6 +167,16 @@ class Screen:
             tokens += sum(map(len, harmless))
         return refused, refusal, kl, tokens
 
+    def _run_kept(self, part: slice) -> tuple[list[float], list[float]]:
+        """For refusals that are to stay, whether each is lost (1 or 0), and the rise of −log(p)."""
+        if not (kept := self._kept[part]):
+            return [], []
+        opened = first_reply_token(self._chat, kept)
+        lost = [float(not one) for one in selection.openings(opened, self._kept_tokens)]
+        nats = _bounded(_missing(opened, self._kept_tokens))
+        before = self._kept_nats[part]
+        return lost, [max(0.0, now - was) for now, was in zip(nats, before, strict=True)]
+
     def ask(
         self, edit: Edit, prompts: Sequence[Prompt], max_tokens: int = REPLY_TOKENS
     ) -> tuple[float, float, int]:
@@ -148,22 +185,39 @@ class Screen:
         Returns:
             The shares of refused and of broken replies, and the number of generated tokens.
         """
+        verdicts, tokens = self.verdicts(edit, prompts, max_tokens)
+        shares = [
+            verdicts.count(kind) / len(verdicts) for kind in (Verdict.REFUSAL, Verdict.BROKEN)
+        ]
+        return shares[0], shares[1], tokens
+
+    def verdicts(
+        self, edit: Edit, prompts: Sequence[Prompt], max_tokens: int = REPLY_TOKENS
+    ) -> tuple[list[Verdict], int]:
+        """The verdicts on greedy replies under an edit, and the number of generated tokens."""
         encoded = [self._chat.encode(prompt) for prompt in prompts]
         with ablation(self._writers, edit):
             replies = evaluate.generate(
                 self._chat, encoded, max_tokens, batch_size=self._batch_size
             )
         verdicts = [classify(text) for text in evaluate.decode(self._chat, replies, prompts)]
-        shares = [
-            verdicts.count(kind) / len(verdicts) for kind in (Verdict.REFUSAL, Verdict.BROKEN)
-        ]
         # One is added for the end token, which was generated as well.
-        return shares[0], shares[1], sum(min(len(one) + 1, max_tokens) for one in replies)
+        return verdicts, sum(min(len(one) + 1, max_tokens) for one in replies)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean; 0 of nothing."""
+    return float(np.mean(values)) if values else 0.0
 
 
 def _bounded(nats: mx.array) -> list[float]:
     """The values, with `MOST_NATS` in place of NaN and infinity."""
     return [min(value, MOST_NATS) if value == value else MOST_NATS for value in numbers(nats)]
+
+
+def _missing(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.array:
+    """−log(p) in nats, p being the probability of the refusal openings: (N, V) -> (N,)."""
+    return mx.logaddexp(-selection.refusal_scores(log_probabilities, tokens), mx.array(0.0))
 
 
 def _surprisal(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.array:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from abl_mlx.behaviour.refusals import wilson
+from abl_mlx.records.evaluations import Kept
 from abl_mlx.search.screening import Trial
 from abl_mlx.search.space import DEFAULT, Space
 from abl_mlx.support.console import percent, progress
@@ -27,13 +28,23 @@ class Asked:
 
     Attributes:
         refused, broken: shares of the replies to harmful prompts.
-        meets: whether their sum meets the target.
+        meets: whether their sum meets the target, and enough refusals stay of those that are to.
+        ends: whether their sum meets the target.
+        kept: set -> what is left of the refusals that are to stay.
     """
 
     trial: Trial
     refused: float
     broken: float
     meets: bool
+    ends: bool = False
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+
+    @property
+    def lost(self) -> float:
+        """The largest share of a set's refusals that are to stay and do not."""
+        shares = [one.share for one in self.kept.values() if one.share is not None]
+        return 1 - min(shares, default=1)
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -87,12 +98,30 @@ def ask_survivors(
 
 
 def choose(asked: Sequence[Asked]) -> Asked:
-    """The trial with the lowest KL that meets the target; if none does, the one with the fewest
-    refused and broken replies."""
+    """The trial with the lowest KL that meets the target.
+
+    If none does, it is the one that loses the fewest refusals that are to stay, of those that end
+    the others; if none does that either, the one with the fewest refused and broken replies.
+    """
     passing = [one for one in asked if one.meets]
     if passing:
         return min(passing, key=lambda one: one.trial.screened.kl)
+    if ending := [one for one in asked if one.ends]:
+        return min(ending, key=lambda one: (one.lost, one.trial.screened.kl))
     return min(asked, key=lambda one: (one.refused + one.broken, one.trial.screened.kl))
+
+
+def unmet(chosen: Asked, target: float) -> str:
+    """Why a trial was chosen that does not meet the target."""
+    if chosen.ends:
+        return (
+            "no edit of the front ends refusals and leaves those that are to stay: the one that "
+            "loses fewest is taken; more trials may find a better one"
+        )
+    return (
+        f"no edit of the front meets --target-refusals {target:g}: the one that refuses least is "
+        "taken; more trials may find a better one"
+    )
 
 
 def table(asked: Sequence[Asked], chosen: Asked, space: Space) -> str:

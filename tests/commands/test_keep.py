@@ -1,6 +1,7 @@
 """`--keep` and `--keep-system`: refusals that are to stay, in run, measure and eval."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import mlx.core as mx
@@ -22,6 +23,8 @@ from abl_mlx.directions.trial import Effect
 from abl_mlx.directions.variants import Variant
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs.kept import with_kept
+from abl_mlx.search.screening import Screen, Screened, Trial
+from abl_mlx.search.survivors import Asked, choose, unmet
 from tests.support import small_models
 
 
@@ -178,3 +181,60 @@ def test_thinking_and_kept_refusals_do_not_go_together(tmp_path):
                   "--keep-system", "Be kind.", "--thinking", "both")  # fmt: skip
     assert result.exit_code == 1
     assert "--keep-system and --thinking both do not go together" in result.stderr
+
+
+# --- the search --------------------------------------------------------------------------------
+
+
+def test_a_search_takes_what_keeps_and_else_what_loses_fewest():
+    def asked(kl, refused, still, ends):
+        screened = Screened(0.0, 0.0, kl, (0.0, 0.0), True, 1)
+        one = kept([True] * 10, [number < still for number in range(10)])
+        return Asked(Trial({}, screened), refused, 0.0, ends and one.enough, ends, {"kept": one})
+
+    keeps, loses = asked(0.3, 0.0, 9, True), asked(0.1, 0.0, 5, True)
+    loses_more, gentle = asked(0.0, 0.0, 4, True), asked(0.0, 0.9, 10, False)
+    assert choose([gentle, loses, keeps, loses_more]) is keeps
+    assert choose([gentle, loses, loses_more]) is loses
+    assert "loses fewest" in unmet(loses, 0.05)
+    assert choose([gentle, asked(0, 0.5, 0, False)]).refused == 0.5
+    assert "refuses least" in unmet(gentle, 0.05)
+
+
+def test_screening_counts_lost_refusals_as_much_as_refusals_that_are_left():
+    model = abl_mlx.load("demo")
+    sets = with_kept(abl_mlx.load_prompts(model=model), "category:cloth", 0)
+    encoded = [[model.encode(one) for one in part.validation.prompts]
+               for part in (sets.harmful, sets.harmless)]  # fmt: skip
+    staying = keep_choice.look(model.chat, sets, Measuring())
+    assert len(staying.mixed) == 7
+    plain = Screen(model.chat, model.writers, *encoded)
+    keeping = Screen(model.chat, model.writers, *encoded, staying=staying)
+    found = find.find_direction(model.chat, model.writers, sets, Measuring())
+    edit = edit_choice.edit_of(found, Editing())
+    one, other = plain.score(edit), keeping.score(edit)
+    assert one.refused == 0
+    assert other.refused == 1
+    assert other.refusal > one.refusal + 1
+    assert other.kl == pytest.approx(one.kl)
+    nothing = keeping.score(replace(edit, strength=1e-6))
+    assert nothing.refusal == pytest.approx(plain.before, abs=1e-3)
+    assert (
+        keeping.cost
+        == other.tokens
+        == plain.cost + sum(len(model.encode(prompt)) for prompt in staying.mixed)
+    )
+
+
+def test_a_search_leaves_kept_refusals_as_they_are():
+    model = loaded("spread")
+    sets = with_kept(small_models.prompt_sets("spread"), "category:bread", 0)
+    found = find.find_direction(model.chat, model.writers, sets, Measuring.of(search=16))
+    summary = found.metadata["summary"]
+    assert summary["kept"]["kept"]["enough"]
+    assert summary["search"]["refusal_rate"] <= 0.05
+    methods = {trial["method"] for trial in found.metadata["search"]["trials"]}
+    assert {"own", "all"} <= methods
+    with ablation(model.writers, edit_choice.edit_of(found, Editing())):
+        assert share_refused(model, sets.kept.test) >= 0.9
+        assert share_refused(model, sets.harmful.test) <= 0.1
