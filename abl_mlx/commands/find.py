@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from abl_mlx.choices import Finding, Measuring
-from abl_mlx.commands import first_look, keep_choice, prompt_choice, reply_choice, views
+from abl_mlx.commands import (
+    first_look,
+    keep_choice,
+    prompt_choice,
+    reply_choice,
+    thinking_switch,
+    views,
+)
 from abl_mlx.commands.candidate_choice import Finder, rank_of
 from abl_mlx.commands.forecast import forecast
 from abl_mlx.commands.keep_choice import KeepFinder, Keeping
@@ -277,6 +284,7 @@ def _given(chat: ChatModel, how: Measuring) -> DirectionFile:
     for flag, value in (
         ("--method", finding.method), ("--rank", finding.rank), ("--across", finding.across),
         ("--per-layer", finding.per_layer or None), ("--position", finding.position),
+        ("--measured-at", finding.measured_at),
     ):  # fmt: skip
         if value is not None:
             raise UserError(
@@ -331,7 +339,7 @@ def find_behind_openings(
         UserError: as `find_direction`, and for a model whose replies show no refusal to remove.
     """
     _check(chat, sets, how)
-    views.check_switch(chat, how.prompting.thinking)
+    thinking_switch.check(chat, how.prompting.thinking)
     with clock.step("ask the model as it is"):
         looks = []
         for mode in thinking.modes(how.prompting.thinking):

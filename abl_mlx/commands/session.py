@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from abl_mlx.choices import Editing, Prompting, SteerOptions
-from abl_mlx.commands import prompt_choice
+from abl_mlx.commands import prompt_choice, thinking_switch
 from abl_mlx.commands.edit_choice import edit_of, warn_of_strength
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
@@ -90,6 +90,7 @@ def load(text: str, options: SteerOptions, tools: tuple[Tool, ...] = ()) -> Stee
             chat.encode(Prompt("Hello", tools=tools))  # refuses a model that has no place for them
         if given is not None and direction is not None:
             direction_file.check_width(given, direction, chat)
+            thinking_switch.check(chat, options.prompting.thinking)
             return Steered(name, chat, writers, given, options.editing, options.prompting, tools)
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
     found = find_behind_openings(chat, writers, sets, options.measuring, clock)

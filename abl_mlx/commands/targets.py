@@ -10,6 +10,7 @@ from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.completions import Completions
 from abl_mlx.behaviour.endpoint import Endpoint, is_endpoint
 from abl_mlx.behaviour.target import Target
+from abl_mlx.commands import thinking_switch
 from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.models import given_template, memory
 from abl_mlx.outputs.model_file import ModelFile, find_model
@@ -69,7 +70,7 @@ def opened(
                 note=given_template.note(given), wholes=endpoint.wholes, endpoint=endpoint,
             )  # fmt: skip
             return
-        name, path = file.source.name, file.source.path
+        name, path, thinking = file.source.name, file.source.path, options.prompting.thinking
         runtime = runtime_of(file, options.targeting.runtime)
         file.check_template()
         note = given_template.note(file.given)
@@ -78,11 +79,13 @@ def opened(
             with clock.step("load the model"):
                 memory.check(file.source.title, file.size, asked=options.memory_check)
                 chat = file.load()
+            thinking_switch.check(chat, thinking)
             batch = options.replying.batch_size
             ask = evaluate.stream_in_mlx(chat, batch_size=batch)
             wholes = evaluate.wholes_in_mlx(chat, batch_size=batch)
             yield Target(name, runtime, identity, ask, chat=chat, note=note, wholes=wholes)
             return
+        thinking_switch.check_gguf(path, file.given, thinking)
         memory.check(file.source.title, file.size, asked=options.memory_check)
         if runtime == "llama.cpp":
             in_llamacpp = evaluate.InLlamaCpp(path, given=file.given)

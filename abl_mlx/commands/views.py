@@ -19,7 +19,6 @@ from abl_mlx.models.chat_model import ChatModel, common_prefix
 from abl_mlx.models.generation import generate
 from abl_mlx.models.thoughts import has_thought, parted
 from abl_mlx.support.console import say
-from convert.base.errors import UserError
 
 PROMPT, THOUGHT = "end-of-prompt", "end-of-thought"
 
@@ -205,19 +204,3 @@ def thought_end(text: Callable[[Sequence[int]], str], reply: Sequence[int]) -> i
         middle = (low + high) // 2
         low, high = (low, middle) if closed(middle) else (middle + 1, high)
     return low
-
-
-def check_switch(chat: ChatModel, asked: str) -> None:
-    """Refuse ``--thinking both`` for a model whose prompts are the same in both modes.
-
-    Raises:
-        UserError: naming the model.
-    """
-    if asked != thinking.BOTH:
-        return
-    off, on = (chat.encode_message(Prompt("Why?", thinking=mode)) for mode in thinking.modes(asked))
-    if off == on:
-        raise UserError(
-            f"--thinking both: the chat template of {chat.folder.name} writes the same prompt with "
-            "thinking on and off; leave --thinking out, or say on where the model thinks anyway."
-        )

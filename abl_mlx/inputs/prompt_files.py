@@ -66,8 +66,13 @@ def read_file(
     return _prompts(full, "text", where, "line", skip_blank)
 
 
-def read_text(path: Path, where: str) -> str:
-    """A file's text with "\\n" as line ends and without a byte order mark."""
+def read_text(path: Path, where: str, empty: str = "put a prompt on each line") -> str:
+    """A file's text with "\\n" as line ends and without a byte order mark.
+
+    Args:
+        where: the flag and the file, for messages.
+        empty: how an empty file is mended.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -80,7 +85,7 @@ def read_text(path: Path, where: str) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{where} is not UTF-8 (line {line}): save it as UTF-8.") from None
     if not text.strip():
-        raise UserError(f"{where} is empty: put a prompt on each line.")
+        raise UserError(f"{where} is empty: {empty}.")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(f"{where} holds a NUL byte (line {line}): save it as plain UTF-8 text.")

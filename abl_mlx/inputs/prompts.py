@@ -31,6 +31,9 @@ BUNDLED = ("harmful", "harmless", "borderline")
 MINIMUM = 16
 """The smallest number of different prompts that :func:`load_sets` accepts in a set."""
 
+#: What is meant as the name of a file rather than as a message; Qwen3's /no_think is none.
+_FILE_NAME = re.compile(r"/?[\w.~:-]+/[\w.~:/-]*|\S+\.(txt|md|json|jsonl|csv)", re.ASCII)
+
 _SETS_FOLDER = Path(__file__).parent / "prompt_sets"
 _DEMO_FILE = Path(__file__).parent.parent / "demo" / "prompts.jsonl"
 
@@ -88,16 +91,24 @@ def system_message(given: str | None, flag: str = "--system") -> str | None:
         flag: named in every error.
 
     Raises:
-        UserError: when the file cannot be read or is empty.
+        UserError: when the file cannot be read or is empty, and for the name of a folder or of a
+            file that is not there.
     """
     if given is None:
         return None
     path = os.path.expanduser(given)
     # A text of many lines, or of more bytes than a name may have, is no file's name.
     if "\n" not in path and len(path.encode()) < 256 and os.path.isfile(path):
-        return read_text(Path(path), f"{flag} {given}").strip()
+        where = f"{flag} {given}"
+        return read_text(Path(path), where, "write the system message into it").strip()
     if not given.strip():
         raise UserError(f"{flag} is empty: give a text, or the name of a file that holds one.")
+    folder = os.path.isdir(path)
+    if folder or _FILE_NAME.fullmatch(path):
+        there = "is a folder" if folder else "does not exist"
+        raise UserError(
+            f"{flag} {given} {there}: give a file with the system message, or the message itself."
+        )
     return given.strip()
 
 

@@ -118,8 +118,43 @@ def test_a_model_without_a_switch(tmp_path: Path) -> None:
         "measure", "demo", "--measured-at", "end-of-thought", "-o", tmp_path / "e.safetensors"
     )
     assert "needs a model that thinks: add --thinking on or both" in said
+    said = fails("eval", "demo", "--limit", 2, "--thinking", "both")
+    assert "writes the same prompt with thinking on and off" in said
     said = fails("eval", "demo", "--thinking", "7")
     assert "--thinking 7: give off, on, both, or an amount" in said
+
+
+@pytest.mark.parametrize("form", ["mlx", "gguf"])
+def test_an_amount_of_thinking_that_no_template_knows(tmp_path: Path, form: str) -> None:
+    """A misspelt "off" does not silently stand for on."""
+    model = THINKER
+    if form == "gguf":
+        pytest.importorskip("xllamacpp")
+        model = tmp_path / "thinker.gguf"
+        abl_mlx("convert", THINKER, model)
+    said = fails("eval", model, *PROMPTS, "--limit", 2, "--thinking", "of")
+    assert f"--thinking of: the chat template of {model.name} knows no amounts of thinking" in said
+
+
+def test_an_amount_of_thinking_that_the_template_writes(tmp_path: Path) -> None:
+    model = tmp_path / "amounts"
+    shutil.copytree(demo.MODEL_PATH, model)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(
+        "{% set amount = reasoning_effort | default('medium') %}"
+        "{% if amount != 'medium' %}{{ amount }}{% endif %}" + template
+    )
+    for amount in ("medium", "high"):
+        asked = ("--limit", 2, "--thought-tokens", 8, "--thinking", amount)
+        assert abl_mlx("eval", model, *asked)["n_harmful"] == 2
+
+
+def test_measured_at_does_not_go_with_a_direction_file(both: tuple[Path, dict[str, Any]]) -> None:
+    said = fails(
+        "run", THINKER, *PROMPTS, *SHORT, "--thinking", "on", "--measured-at", "end-of-prompt",
+        "--direction", both[0].with_name("d.safetensors"), "-o", both[0].with_name("never"),
+    )  # fmt: skip
+    assert "--measured-at chooses how a direction is measured, and --direction gives one" in said
 
 
 def test_a_demo_with_a_switch_that_it_does_not_use(tmp_path: Path) -> None:

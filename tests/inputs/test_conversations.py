@@ -109,6 +109,25 @@ def test_a_system_message_is_a_text_or_a_file(tmp_path: Path) -> None:
         prompts.system_message(" ")
 
 
+@pytest.mark.parametrize("name", ["missing.txt", "~/nowhere/system", "/no/such/folder/a", "a/b.md"])
+def test_the_name_of_a_missing_file_is_no_system_message(name: str) -> None:
+    with pytest.raises(UserError, match=f"--system {name} does not exist: give a file with"):
+        prompts.system_message(name)
+
+
+@pytest.mark.parametrize("text", ["/no_think", "You are a/the cook.", "Koch.", "See notes.txt."])
+def test_a_text_that_is_no_file_name_is_a_system_message(text: str) -> None:
+    assert prompts.system_message(text) == text
+
+
+def test_a_folder_and_an_empty_file_are_no_system_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder: give a file with the system message"):
+        prompts.system_message(str(tmp_path))
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="is empty: write the system message into it"):
+        prompts.system_message(str(tmp_path / "empty.txt"))
+
+
 def test_modes_of_thinking() -> None:
     assert thinking.modes("off") == (None,)
     assert thinking.modes("both") == (None, "on")
