@@ -96,6 +96,8 @@ def load_prompts(
     borderline: str | None = None,
     seed: int = 0,
     limit: int | None = None,
+    keep: str | None = None,
+    keep_system: str | None = None,
 ) -> PromptSets:
     """Harmful and harmless prompts, each split into parts to train, to validate and to test on.
 
@@ -107,11 +109,13 @@ def load_prompts(
             ones, if the other sets are bundled as well.
         seed: fixes the split.
         limit: the largest number of prompts in each part.
+        keep: prompts whose refusals are to stay: a file, a dataset or ``category:NAME[,NAME]``.
+        keep_system: a system message; what the model declines because of it is to stay declined.
 
     Raises:
         UserError: when a set cannot be read, is too small, or shares prompts with the other.
     """
-    chosen = Prompting(harmful, harmless, seed, limit)
+    chosen = Prompting(harmful, harmless, seed, limit, keep=keep, keep_system=keep_system)
     return prompt_choice.load(model.file if model is not None else None, chosen, borderline)
 
 

@@ -203,7 +203,7 @@ def test_a_search_takes_what_keeps_and_else_what_loses_fewest():
 
 def test_screening_counts_lost_refusals_as_much_as_refusals_that_are_left():
     model = abl_mlx.load("demo")
-    sets = with_kept(abl_mlx.load_prompts(model=model), "category:cloth", 0)
+    sets = abl_mlx.load_prompts(model=model, keep="category:cloth")
     encoded = [[model.encode(one) for one in part.validation.prompts]
                for part in (sets.harmful, sets.harmless)]  # fmt: skip
     staying = keep_choice.look(model.chat, sets, Measuring())
