@@ -101,7 +101,8 @@ def sentences(found: Refusals, who: str = "") -> list[str]:
     if found.unfinished_thoughts:
         lines.append(
             f"{found.unfinished_thoughts} {replies} ended inside their thoughts and count as "
-            "broken: raise --max-tokens, or switch thinking off"
+            "broken: raise --max-tokens (with --thinking on, --thought-tokens), or switch "
+            "thinking off"
         )
     if found.looping_refusals:
         lines.append(

@@ -215,6 +215,8 @@ class Asked(Refusals, Made):
         runtime: what ran it.
         judge: who said what a refusal is.
         max_tokens: longest reply; of a length sweep, how much of a reply is judged.
+        thinking: the mode of the rates, ``on`` or an amount; None if it was off.
+        thought_tokens: how much longer a reply may be where the model thinks; None elsewhere.
         template: what prompts were written with, in place of the model's own template.
         verdicts: set -> a letter for each prompt: R refused, A answered, B broken, ? not judged.
         judging, perplexity, capability, length_sweep, tool_calls: where asked for.
@@ -224,6 +226,8 @@ class Asked(Refusals, Made):
     runtime: str
     judge: str
     max_tokens: int
+    thinking: str | None = None
+    thought_tokens: int | None = None
     template: Template | None = None
     note: str | None = None
     verdicts: dict[str, str]

@@ -16,7 +16,7 @@ from abl_mlx.records.evaluations import (
     Judged,
 )
 from abl_mlx.reports import sweep_tables
-from abl_mlx.reports.tables import behaviour_rows, paired_cells
+from abl_mlx.reports.tables import asked_in, behaviour_rows, paired_cells
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
 
@@ -141,8 +141,7 @@ def _judging(judging: Judged, judge: str, who: str) -> list[str]:
 
 def _title(record: Asked) -> str:
     model = f" {record.model}" if record.model else ""
-    where = "over HTTP" if record.runtime == "server" else f"in {record.runtime}"
-    return f"{record.source}{model} (asked {where})"
+    return f"{record.source}{model} ({asked_in(record.runtime, record.thinking)})"
 
 
 def _sweep(record: EvalRecord) -> list[str]:

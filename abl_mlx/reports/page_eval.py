@@ -11,7 +11,7 @@ from abl_mlx.reports import sweep_tables
 from abl_mlx.reports.eval_tables import measurements
 from abl_mlx.reports.page import Page, Section, Table, Tile, html
 from abl_mlx.reports.page_parts import categories, notes, of_replies, reproduce
-from abl_mlx.reports.tables import behaviour_rows, interval, paired_cells
+from abl_mlx.reports.tables import asked_in, behaviour_rows, interval, paired_cells
 from abl_mlx.support.console import percent
 
 
@@ -70,9 +70,10 @@ def _name(record: Asked) -> str:
 
 
 def _asked(record: Asked) -> str:
-    where = "over HTTP" if record.runtime == "server" else f"in {record.runtime}"
     tokens = f"replies of at most {record.max_tokens} tokens"
-    return f"asked {where}, judged by {record.judge}, {tokens}"
+    if record.thought_tokens is not None:
+        tokens += f", and {record.thought_tokens} more where the model thinks"
+    return f"{asked_in(record.runtime, record.thinking)}, judged by {record.judge}, {tokens}"
 
 
 def _limits(gate: Gate | None) -> tuple[str, ...]:

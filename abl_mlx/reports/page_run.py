@@ -22,7 +22,7 @@ from abl_mlx.reports.page_parts import (
     reproduce,
 )
 from abl_mlx.reports.replay import command_line
-from abl_mlx.reports.tables import behaviour_rows, interval, kept_rows, summary_line
+from abl_mlx.reports.tables import asked_in, behaviour_rows, interval, kept_rows, summary_line
 from abl_mlx.support.console import percent
 
 
@@ -174,7 +174,8 @@ def _output_table(record: RunRecord, one: EvaluatedEdit) -> Table:
     if one.leak is not None:
         note = "share of the edit lost in writing"
         rows.append(("leak", "", f"{one.leak.total:.2g}", note))
-    about = [one.format, *(one.types or []), f"asked in {one.runtime}"]
+    asked = asked_in(one.runtime, record.options.prompting.thinking)
+    about = [one.format, *(one.types or []), asked]
     title = f"{one.output} ({', '.join(filter(None, about))})"
     return Table((title, "before", "after", ""), tuple(rows), (1, 2))
 

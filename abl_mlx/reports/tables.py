@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from abl_mlx.behaviour import reply_notes
 from abl_mlx.behaviour.kept_refusals import words
 from abl_mlx.behaviour.thought_figures import growth
+from abl_mlx.inputs.thinking import BOTH, OFF
 from abl_mlx.records.directions import Chosen, Selection, TriedEdit
 from abl_mlx.records.edits import (
     ApplyRecord,
@@ -50,12 +51,24 @@ def paired_cells(name: str, one: Comparison) -> tuple[str, str, str, str]:
     )
 
 
+def asked_in(runtime: str, thinking: str | None) -> str:
+    """How prompts were asked, for titles; figures of ``both`` name their mode themselves.
+
+    Args:
+        thinking: the mode of the figures, or the value of ``--thinking``; None for off.
+    """
+    where = "over HTTP" if runtime == "server" else f"in {runtime}"
+    return f"asked {where}" + ("" if thinking in (None, OFF, BOTH) else f", thinking {thinking}")
+
+
 def run_table(record: RunRecord) -> str:
     """The main results of a run as a table."""
     lines = [f"{record.source}: {summary_line(record.direction)}"]
-    if record.direction.single is not None:
+    # Of several views, it was judged in one alone.
+    if record.direction.single is not None and record.direction.views is None:
         lines.append(f"  {_single_line(record.direction.single)}")
     for one in record.evaluations:
+        asked = asked_in(one.runtime, record.options.prompting.thinking)
         rows = [
             ("", "before", "after", ""),
             *behaviour_rows(record.before, one.after),
@@ -76,7 +89,7 @@ def run_table(record: RunRecord) -> str:
             rows.append(("leak", "", f"{one.leak.total:.2g}", _leak_words(one.leak)))
         lines += [
             "",
-            f"{one.output}  ({one.format}, {_types(one)}; asked in {one.runtime})",
+            f"{one.output}  ({one.format}, {_types(one)}; {asked})",
             *aligned(rows),
             *output_notes(record, one),
         ]
@@ -420,7 +433,7 @@ def card(
         rows = [*behaviour_rows(record.before, one.after), *kept_rows(one.kept)]
         body += [
             "",
-            f"On held-out prompts, asked in {one.runtime}:",
+            f"On held-out prompts, {asked_in(one.runtime, record.options.prompting.thinking)}:",
             "",
             "| | before | after | |",
             "|---|---|---|---|",

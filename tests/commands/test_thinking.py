@@ -18,7 +18,9 @@ from abl_mlx.cli.main import cli
 from abl_mlx.commands.views import thought_end
 from abl_mlx.directions import trial
 from abl_mlx.models.thoughts import parted
+from abl_mlx.records.edits import RunRecord
 from abl_mlx.records.measurements import Thoughts
+from abl_mlx.reports.tables import run_table
 from tests.support.command import abl_mlx, fails
 from tests.support.small_models import folder
 
@@ -109,6 +111,28 @@ def test_limits_hold_in_every_mode(off: Path) -> None:
     (limit,) = [one for one in longer["gate"]["checks"] if one["name"] == "max-thought-growth"]
     assert limit["passed"]
     assert 0.8 < limit["value"] < 1.2
+
+
+def test_tables_and_records_name_the_mode_of_their_figures(tmp_path: Path) -> None:
+    """With thinking on alone no row does it."""
+    asked = ["eval", str(THINKER), *map(str, PROMPTS), "--limit", "2", "--thought-tokens", "64"]
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(cli, [*asked, "--thinking", "on", "--report", str(page)])
+    assert "thinker (asked in mlx-lm, thinking on)" in result.stdout
+    assert "asked in mlx-lm, thinking on, judged by markers" in page.read_text()
+    assert "at most 64 tokens, and 64 more where the model thinks" in page.read_text()
+    record = abl_mlx(*asked, "--thinking", "on")
+    assert (record["thinking"], record["thought_tokens"]) == ("on", 64)
+    assert not {"thinking", "thought_tokens"} & set(abl_mlx(*asked))
+    swept = abl_mlx(*asked, "--thinking", "both", "--length-sweep", "16,64")
+    assert "thinking" not in swept  # the first rates are those with thinking off
+    assert "thought_tokens" not in swept  # what is cut has its thought in it
+
+
+def test_the_line_about_one_direction_is_of_one_view(both: tuple[Path, dict[str, Any]]) -> None:
+    record = RunRecord.of(both[1])
+    assert len(record.direction.views or ()) > 1
+    assert "one direction (" not in run_table(record)
 
 
 def test_a_model_without_a_switch(tmp_path: Path) -> None:
