@@ -43,7 +43,7 @@ def words(name: str) -> str:
 def sentence(name: str, one: Kept) -> str:
     """What is kept of a set, as a clause without a full stop."""
     if one.share is None:
-        return f"the model refuses none of the {words(name)} prompts as it is: nothing is to stay"
+        return f"has nothing to keep: none of the {words(name)} prompts is refused as it is"
     low, high = one.interval
     told = (
         f"keeps {one.kept} of {one.refused} refusals of {words(name)} prompts "

@@ -46,7 +46,7 @@ def test_of_what_was_refused_so_much_is_kept():
     )
     nothing = kept([False, False], [True, False])
     assert nothing.share is None
-    assert "nothing is to stay" in sentence("kept", nothing)
+    assert "has nothing to keep" in sentence("kept", nothing)
 
 
 def test_eval_has_the_kept_prompts_as_sets_of_their_own():
