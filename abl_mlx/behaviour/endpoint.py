@@ -239,7 +239,7 @@ class Endpoint(PatientServer):
         if prompt.tools and self.is_llamacpp and not self._told_of_tools:
             text = self._rendered(prompt)
             if text and prompt.tools[0].name not in text:
-                raise without_tools(self.name)
+                raise without_tools(self.name, "to the server")
             self._told_of_tools = True
 
     def whole(self, prompt: Prompt, max_tokens: int) -> WholeReply:

@@ -82,16 +82,17 @@ def rendered(template: ChatTemplate, prompt: Prompt) -> str:
     )
 
 
-def without_tools(place: object) -> TemplateError:
+def without_tools(place: object, how: str = "with --template FILE") -> TemplateError:
     """What to say of a model that cannot be told of tools.
 
     Args:
         place: the chat template's file, the model's folder or GGUF, or a server's address.
+        how: how a template is given there.
     """
     return TemplateError(
         f"{place}: the chat template has no place for tools, so the model cannot be told of "
         "functions to call: choose a model that was trained to call functions, or give its "
-        "template with --template FILE."
+        f"template {how}."
     )
 
 

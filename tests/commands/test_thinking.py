@@ -235,3 +235,19 @@ def test_thoughts_and_their_figures() -> None:
     assert thought_figures.figures([Thought.of("No.")]) is None
     assert thought_figures.growth(figures, Thoughts(n=1, words=6, unclosed=0, looping=0)) == 2
     assert thought_figures.growth(None, figures) is None
+
+
+def test_a_gguf_without_a_system_role_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    model = tmp_path / "model"
+    shutil.copytree(THINKER, model)
+    template = model / "chat_template.jinja"
+    template.write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+        + template.read_text()
+    )
+    abl_mlx("convert", model, tmp_path / "model.gguf")
+    asked = ["eval", str(tmp_path / "model.gguf"), *map(str, PROMPTS), "--limit", "2"]
+    result = CliRunner().invoke(cli, [*asked, "--runtime", "llama.cpp", "--system", "Be kind."])
+    assert result.exit_code == 0
+    assert result.stderr.count("model.gguf has no system role: the system message stands") == 1
