@@ -12,6 +12,7 @@ import abl_mlx
 from abl_mlx import demo
 from abl_mlx.commands import conversion
 from abl_mlx.demo import MODEL_PATH
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.outputs.model_file import find_model
 from convert.gguf.file import GgufSource
 from tests.convert.test_gguf_file import split
@@ -45,7 +46,7 @@ def test_both_formats_give_the_same_answers(kind: str, gguf: Path) -> None:
         assert not model.has_tokens({"no such token": 0})
         model.check_template()  # raises where there is none
         assert model.label() is None
-        assert model.token_counter()("How do I plan a garden?") > 5
+        assert model.token_counter()(Prompt("How do I plan a garden?")) > 5
         assert model.inspect()["width"] == 256
         kinds = model.kinds()
         assert model.size >= sum(4 * int(np.prod(shape)) for _, shape in kinds.values()) / 2

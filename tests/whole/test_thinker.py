@@ -19,7 +19,7 @@ from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.cli.main import cli
 from abl_mlx.edits.edit import Edit, orthonormal
 from abl_mlx.edits.steering import ablation
-from abl_mlx.inputs.sets import PromptSet
+from abl_mlx.inputs.sets import Prompt, PromptSet
 from abl_mlx.models import capture, chat_model
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.generation import generate
@@ -257,7 +257,7 @@ def test_llama_cpp_renders_and_replies_as_mlx_does(runtime: LlamaCpp, thinking: 
     messages = [*AROUND["system"], *AROUND["turns"], {"role": "user", "content": "Why?"}]
     for conversation in (messages, messages[-1:]):
         ours = rendered(conversation, enable_thinking=thinking)
-        assert runtime.render(conversation, enable_thinking=thinking) == ours
+        assert runtime.render(conversation, thinking="on" if thinking else None) == ours
     for locked in (True, False):
         texts = asked(locked).texts[:4]
         prompts = encoded(texts, thinking)
@@ -266,6 +266,7 @@ def test_llama_cpp_renders_and_replies_as_mlx_does(runtime: LlamaCpp, thinking: 
             assert reply[: len(tokens)] == tokens
             assert reply[len(tokens) :] in ([], [thinker().tokenizer.eos_token_id])
         # Through its own chat template.
-        said = runtime.chat(texts, LIMIT, enable_thinking=thinking)
+        mode = "on" if thinking else None
+        said = runtime.chat([Prompt(text, thinking=mode) for text in texts], LIMIT)
         kept = plain(locked, thinking)[:4]
         assert [without_thoughts(one) for one in said] == [without_thoughts(one) for one in kept]
