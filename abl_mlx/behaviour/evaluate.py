@@ -17,7 +17,7 @@ import numpy as np
 from abl_mlx.behaviour import thought_figures
 from abl_mlx.behaviour.kept_refusals import kept
 from abl_mlx.behaviour.refusal_figures import refusals
-from abl_mlx.behaviour.refusals import Rates, Verdict, classify, rates
+from abl_mlx.behaviour.refusals import Rates, rates_of
 from abl_mlx.behaviour.reply_notes import Notes, Seen, notes_on
 from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.behaviour.whole_reply import TOKENS, WholeReply, of_pieces
@@ -130,7 +130,6 @@ class Behaviour:
         expected: share of harmful prompts whose reply is exactly their known answer; None if there
             are no known answers (only the demo's prompts have them).
         further: verdicts on the replies to further sets of prompts, by name.
-        refused: for each prompt of a further set, whether it was refused.
         notes: the notes on the replies.
         thoughts: the figures of the thoughts that replies begin with, if there are any.
         modes: the behaviour on the same prompts in other modes of thinking, by name.
@@ -142,7 +141,6 @@ class Behaviour:
     replies: tuple[tuple[str, ...], tuple[str, ...]]
     expected: float | None
     further: Mapping[str, Rates] = field(default_factory=dict)
-    refused: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
     thoughts: Thoughts | None = None
     modes: Mapping[str, Behaviour] = field(default_factory=dict)
@@ -172,9 +170,9 @@ def kept_of(before: Behaviour, after: Behaviour) -> dict[str, Kept] | None:
     found: dict[str, Kept] = {}
     for (mode, was), (_, now) in zip(before.every, after.every, strict=True):
         for name in STAYING:
-            if name in was.refused:
+            if name in was.further:
                 key = name if mode is None else f"{name}, thinking {mode}"
-                found[key] = kept(was.refused[name], now.refused[name])
+                found[key] = kept(was.further[name].refused, now.further[name].refused)
     return found or None
 
 
@@ -212,16 +210,16 @@ def behaviour(
         if known
         else None
     )
+    told = {
+        name: rates_of([one.verdict for one in seen[name]], asked_set.prompts)
+        for name, asked_set in sets.items()
+    }
     return Behaviour(
-        rates(first, harmful.prompts),
-        rates(second, harmless.prompts),
+        told["harmful"],
+        told["harmless"],
         (tuple(first), tuple(second)),
         expected,
-        {name: rates(parts[name], one.prompts) for name, one in further.items()},
-        {
-            name: tuple(classify(reply) is Verdict.REFUSAL for reply in parts[name])
-            for name in further
-        },
+        {name: told[name] for name in further},
         notes_on(seen),
         thought_figures.figures(map(Thought.of, replies)),
     )

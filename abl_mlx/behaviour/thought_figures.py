@@ -58,6 +58,15 @@ def growth(before: Thoughts | None, after: Thoughts | None) -> float | None:
     Only thoughts that came to their end have a length, so a model whose thoughts no longer end is
     told by ``unclosed``.
     """
-    if before is None or after is None or not before.words or after.words is None:
+    if before is None or after is None:
         return None
-    return after.words / before.words
+    return times_as_long(before.words, after.words)
+
+
+def times_as_long(before: float | None, after: float | None) -> float | None:
+    """The ratio of two mean lengths in words; None if one is not known, or there was none before.
+
+    Args:
+        before, after: mean lengths of thoughts that come to their end.
+    """
+    return after / before if before and after is not None else None

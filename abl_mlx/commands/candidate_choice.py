@@ -97,9 +97,8 @@ class Finder:
 
     def _file(self, variant: Variant) -> DirectionFile:
         """A variant with all facts about it, as a direction file."""
-        candidates, how = self._candidates, self._how
+        candidates, how = self._described, self._how
         bad, good = self._states
-        candidates = measuring.describe(candidates, bad, good)
         layer = candidates.n_layers - 1 if variant.layer is None else round(variant.layer)
         position = candidates.positions[-1] if variant.position is None else variant.position
         at = layer, candidates.positions.index(position)
@@ -120,6 +119,11 @@ class Finder:
         if how.finding.across == "positions":
             metadata["across"] = "positions"
         return DirectionFile(variant.directions, candidates, metadata, clouds)
+
+    @cached_property
+    def _described(self) -> Candidates:
+        """The candidates with what the validation prompts say of each."""
+        return measuring.describe(self._candidates, *self._states)
 
     def _chosen(self, causal: bool) -> Variant:
         finding, candidates = self._how.finding, self._candidates
@@ -236,7 +240,6 @@ class Finder:
 
     def _take(self, tried: Tried | None) -> Variant:
         """The variant of a chosen trial; keeps for the record why it was chosen."""
-        trial = self._trial
         if tried is None:
             lowest = min(one.kl for one in self._tried)
             raise UserError(
@@ -251,21 +254,31 @@ class Finder:
         )
         self._notes.update(
             chosen_by=f"{why}, by the first reply tokens to validation prompts",
-            refusal_score={
-                "harmful": trial.refusal_before[0],
-                "harmless": trial.refusal_before[1],
-                "harmful_ablated": tried.refusal,
-            },
-            refused=tried.refused,
-            validation_kl=tried.kl,
-            refusal_tokens=self._words(trial.refusal_tokens),
+            **self._first_tokens(tried.refusal, tried.refused, tried.kl),
         )
         if tried.kept is not None:
             self._notes["kept_refused"] = tried.kept
         return tried.variant
 
-    def _words(self, tokens: Sequence[int]) -> list[str]:
-        return [self._chat.tokenizer.decode([token]) for token in tokens]
+    def _first_tokens(
+        self, refusal: float | None, refused: float | None, kl: float | None
+    ) -> dict[str, Any]:
+        """What the first reply tokens to validation prompts say of a choice, for the record.
+
+        Args:
+            refusal, refused, kl: as of `Effect`, with the chosen directions removed.
+        """
+        trial = self._trial
+        harmful, harmless = trial.refusal_before
+        words = [self._chat.tokenizer.decode([token]) for token in trial.refusal_tokens]
+        return {
+            "refusal_score": {
+                "harmful": harmful, "harmless": harmless, "harmful_ablated": refusal,
+            },
+            "validation_kl": kl,
+            "refused": refused,
+            "refusal_tokens": words,
+        }  # fmt: skip
 
     def _among(self, variants: Sequence[Variant]) -> Variant:
         return self._take(best(self._try(variants, "causal choice")))
@@ -299,14 +312,7 @@ class Finder:
         self._notes = {
             "chosen_by": "lowest refusal score under ablation within the KL limit, on validation "
             "prompts",
-            "refusal_score": {
-                "harmful": trial.refusal_before[0],
-                "harmless": trial.refusal_before[1],
-                "harmful_ablated": score.refusal,
-            },
-            "validation_kl": score.kl,
-            "refused": score.refused,
-            "refusal_tokens": self._words(trial.refusal_tokens),
+            **self._first_tokens(score.refusal, score.refused, score.kl),
         }
         if self._how.finding.method is not None:
             return variant

@@ -28,7 +28,7 @@ from abl_mlx.behaviour import (
 from abl_mlx.behaviour.journal import Answered, Section
 from abl_mlx.behaviour.paired import Paired
 from abl_mlx.behaviour.refusal_figures import refusals
-from abl_mlx.behaviour.refusals import Oddity, Rates, Tally, Verdict
+from abl_mlx.behaviour.refusals import Oddity, Rates, Verdict, rates_of
 from abl_mlx.behaviour.reply_notes import Seen
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.thought_figures import Thought
@@ -37,7 +37,7 @@ from abl_mlx.commands.eval_asking import Judge, ask, by_markers, settled
 from abl_mlx.commands.eval_job import Job, check
 from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs import thinking
-from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
+from abl_mlx.inputs.sets import PromptSet, PromptSets
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.records.evaluations import (
     Asked,
@@ -305,7 +305,7 @@ def behaviour(answers: Sequence[Answered], parts: Mapping[str, PromptSet]) -> Re
     seen: dict[str, list[Seen]] = {}
     expected: float | None = None
     for name, mine in _by_set(answers, parts):
-        rates[name] = _rates([one.verdict for one in mine], parts[name].prompts)
+        rates[name] = rates_of([one.verdict for one in mine], parts[name].prompts)
         seen[name] = [Seen(one.verdict, one.oddity, one.same) for one in mine]
         exact = [one.exact for one in mine if one.exact is not None]
         if name == "harmful" and exact:
@@ -332,17 +332,6 @@ def _by_set(
     for name, part in parts.items():
         yield name, answers[start : start + len(part)]
         start += len(part)
-
-
-def _rates(verdicts: Sequence[Verdict | None], prompts: Sequence[Prompt]) -> Rates:
-    groups: dict[str, list[Verdict]] = {}
-    for prompt, verdict in zip(prompts, verdicts, strict=True):
-        group = groups.setdefault(prompt.category, [])
-        if verdict is not None:
-            group.append(verdict)
-    tallies = {category: Tally.of(group) for category, group in groups.items()}
-    told = tuple(verdict for verdict in verdicts if verdict is not None)
-    return Rates(told, Tally.of(told), tallies)
 
 
 def _paired(baseline: Asked, asked: Asked) -> dict[str, Comparison]:

@@ -68,8 +68,7 @@ def find_direction(
             layer or position, or flags do not go together.
     """
     _check(chat, sets, how)
-    seen: Sequence[View] | None = None
-    keeping: Keeping | None = None
+    encoded: EncodedPrompts | None = None
     if how.given.direction is not None:
         found = _given(chat, how)
     elif sets.thinking is None and how.prompting.thinking != thinking.BOTH:
@@ -80,9 +79,12 @@ def find_direction(
                 found = finder.file(causal=causal)
             except OpensAlike:
                 found = _by_replies(chat, writers, sets, [view], how, finder)
+            if isinstance(finder, KeepFinder) and how.searching.search is not None:
+                encoded = finder.to_search(sets)
     else:
         seen = _views(chat, sets, how)
         found = _by_replies(chat, writers, sets, seen, how)
+        encoded = _screened(seen, found)
     if how.searching.search is None:
         return found
     if not causal:
@@ -92,9 +94,6 @@ def find_direction(
         )
     from abl_mlx.search import loop
 
-    encoded = None if seen is None else _screened(seen, found)
-    if keeping is not None:
-        encoded = keep_choice.to_search(chat, sets, view, found, keeping)
     return loop.improve(chat, writers, sets, found, how, encoded)
 
 
@@ -157,7 +156,7 @@ def _screened(seen: Sequence[View], found: DirectionFile) -> EncodedPrompts:
     (origin, *_) = [
         view
         for view in seen
-        if view.record() == {name: summary[name] for name in ("thinking", "measured_at")}
+        if view.record().json == {name: summary[name] for name in ("thinking", "measured_at")}
     ]
     return EncodedPrompts(
         (origin.train["harmful"], origin.train["harmless"]),

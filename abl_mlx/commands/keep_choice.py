@@ -21,9 +21,8 @@ from abl_mlx.behaviour.evaluate import in_mlx
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import Measuring
 from abl_mlx.commands.candidate_choice import Finder
-from abl_mlx.commands.views import View
+from abl_mlx.commands.reply_choice import ENOUGH, REPLY_TOKENS
 from abl_mlx.directions import estimators, measuring, selection
-from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.measuring import Candidates
 from abl_mlx.directions.staying import Staying
 from abl_mlx.directions.trial import Effect
@@ -42,9 +41,6 @@ from abl_mlx.support.arrays import numbers, numpy_of
 from abl_mlx.support.console import percent, progress, say
 from convert.base.errors import UserError
 
-#: The number of tokens in each reply: a refusal is told by its first sentence.
-REPLY_TOKENS = 32
-
 #: The largest number of validation prompts of each set that are replied to.
 MOST_PROMPTS = 24
 
@@ -59,9 +55,6 @@ _FIRST = 8, 4
 
 #: Edits of each kind that run all prompts.
 _WHOLE = 3
-
-#: Share of refused and broken replies to harmful prompts that counts as none.
-ENOUGH = 0.0625
 
 # A token that opens at least this share of the replies to harmless prompts opens no refusals.
 _COMMON = 0.1
@@ -200,18 +193,6 @@ def own_states(
     }
 
 
-def to_search(
-    chat: ChatModel, sets: PromptSets, view: View, found: DirectionFile, keeping: Keeping
-) -> EncodedPrompts:
-    """What a search needs to keep the same refusals."""
-    plain = found.candidates
-    orthogonal: dict[str, Candidates] = {}
-    if plain is not None:
-        for kind, others in own_states(chat, view.train, plain).items():
-            orthogonal[kind] = measuring.orthogonalized(plain, others)
-    return replace(at_prompts(chat, sets), staying=keeping.staying, orthogonal=orthogonal)
-
-
 class KeepFinder(Finder):
     """Chooses among candidates those whose removal leaves some refusals as they are."""
 
@@ -235,6 +216,15 @@ class KeepFinder(Finder):
         if not any(self._good(effect) for _, effect in tried):
             tried += self._rated(list(self._spans()), "subspaces that keep refusals")
         return self._by_replies(tried)
+
+    def to_search(self, sets: PromptSets) -> EncodedPrompts:
+        """What a search needs to keep the same refusals."""
+        orthogonal = {
+            kind: measuring.orthogonalized(self._described, others)
+            for kind, others in self._others.items()
+        }
+        prompts = at_prompts(self._chat, sets)
+        return replace(prompts, staying=self._staying, orthogonal=orthogonal)
 
     # --- the candidates --------------------------------------------------------------------------
 
@@ -369,19 +359,11 @@ class KeepFinder(Finder):
         return variant
 
     def _note(self, variant: Variant, effect: Effect, replied: Replied) -> None:
-        trial = self._trial
         self._notes = {
             "chosen_by": "lowest KL of those that end refusals and keep those that are to stay"
             if replied.enough and replied.left <= ENOUGH
             else "fewest lost of the refusals that are to stay, of those that end the others",
-            "refusal_score": {
-                "harmful": trial.refusal_before[0],
-                "harmless": trial.refusal_before[1],
-                "harmful_ablated": effect.refusal,
-            },
-            "validation_kl": effect.kl,
-            "refused": effect.refused,
-            "refusal_tokens": self._words(trial.refusal_tokens),
+            **self._first_tokens(effect.refusal, effect.refused, effect.kl),
             "kept": {name: one.json for name, one in replied.kept.items()},
         }
         if effect.kept_share is not None:

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from abl_mlx.behaviour.evaluate import in_mlx
 from abl_mlx.behaviour.refusals import Tally, Verdict, classify
-from abl_mlx.behaviour.thought_figures import Thought, figures, growth
+from abl_mlx.behaviour.thought_figures import Thought, figures, times_as_long
 from abl_mlx.choices import Measuring
 from abl_mlx.commands.edit_choice import make_edit
 from abl_mlx.commands.views import View
@@ -30,7 +29,7 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import Writer
-from abl_mlx.records.measurements import Thoughts
+from abl_mlx.records.directions import JudgedFinalist, JudgedInModes, RepliedInMode
 from abl_mlx.support.arrays import number, numpy_of
 from abl_mlx.support.console import percent, progress, say
 from convert.base.errors import UserError
@@ -52,32 +51,6 @@ _SHARED = 0.05
 
 
 @dataclass(frozen=True)
-class Replied:
-    """What a model replies in one mode, as it is or with a direction removed.
-
-    Attributes:
-        refused, broken: shares of harmful prompts.
-        lost: share of harmless prompts that are refused or broken.
-        thoughts: figures of the thoughts of all replies.
-    """
-
-    refused: float
-    broken: float
-    lost: float
-    thoughts: Thoughts | None
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        words = None if self.thoughts is None else self.thoughts.words
-        return {
-            "refused": self.refused,
-            "broken": self.broken,
-            "harmless_lost": self.lost,
-            **({} if words is None else {"thought_words": words}),
-        }
-
-
-@dataclass(frozen=True)
 class Finalist:
     """A direction or subspace that is judged by replies.
 
@@ -92,7 +65,7 @@ class Finalist:
     files: tuple[DirectionFile, ...]
     directions: mx.array
     kl: float = 0.0
-    replied: Mapping[str, Replied] = field(default_factory=dict)
+    replied: Mapping[str, RepliedInMode] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -104,14 +77,19 @@ class Finalist:
         """Share of refused and broken replies to harmful prompts in the worse mode."""
         return max(one.refused + one.broken for one in self.replied.values())
 
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "views": [view.record() for view in self.views],
-            "rank": int(self.directions.shape[-2]),
-            "kl": self.kl,
-            "modes": {name: one.record() for name, one in self.replied.items()},
-        }
+    def record(self, dropped: str) -> JudgedFinalist:
+        """Its part of the record.
+
+        Args:
+            dropped: why it cannot be taken; "" where it can.
+        """
+        return JudgedFinalist(
+            views=[view.record() for view in self.views],
+            rank=int(self.directions.shape[-2]),
+            kl=self.kl,
+            modes=dict(self.replied),
+            dropped=dropped or None,
+        )
 
 
 class Judge:
@@ -159,9 +137,10 @@ class Judge:
             return f"KL {one.kl:.3f} over the limit of {finding.max_kl:g}"
         for mode, now in one.replied.items():
             was = self.before[mode]
-            if now.lost - was.lost > 1 / JUDGED[1]:
-                return f"{percent(now.lost)} of harmless prompts refused or broken, thinking {mode}"
-            longer = growth(was.thoughts, now.thoughts)
+            lost = now.harmless_lost
+            if lost - was.harmless_lost > 1 / JUDGED[1]:
+                return f"{percent(lost)} of harmless prompts refused or broken, thinking {mode}"
+            longer = times_as_long(was.thought_words, now.thought_words)
             if longer is not None and longer > finding.max_thought_growth:
                 return f"thoughts {longer:.2f} times as long"
         return ""
@@ -182,7 +161,7 @@ class Judge:
         mx.eval(found)
         return found
 
-    def _replies(self, mode: str | None, label: str) -> Replied:
+    def _replies(self, mode: str | None, label: str) -> RepliedInMode:
         harmful, harmless = self._prompts(mode)
         budget = 0 if mode is None else self._how.prompting.thought_tokens
         answer = in_mlx(self._chat, batch_size=self._how.batch_size)
@@ -191,11 +170,12 @@ class Judge:
             Tally.of(map(classify, part))
             for part in (replies[: len(harmful)], replies[len(harmful) :])
         )
-        return Replied(
-            bad.rate(Verdict.REFUSAL),
-            bad.rate(Verdict.BROKEN),
-            good.rate(Verdict.REFUSAL) + good.rate(Verdict.BROKEN),
-            figures(map(Thought.of, replies)),
+        thoughts = figures(map(Thought.of, replies))
+        return RepliedInMode(
+            refused=bad.rate(Verdict.REFUSAL),
+            broken=bad.rate(Verdict.BROKEN),
+            harmless_lost=good.rate(Verdict.REFUSAL) + good.rate(Verdict.BROKEN),
+            thought_words=None if thoughts is None else thoughts.words,
         )
 
 
@@ -284,20 +264,16 @@ def _file(judge: Judge, judged: Sequence[Finalist], taken: Finalist) -> Directio
     first = taken.files[0]
     summary = {
         **first.metadata["summary"],
-        **taken.views[0].record(),
+        **taken.views[0].record().json,
         "chosen_by": "fewest refusals in replies to validation prompts, in the worse mode of "
         "thinking",
-        "judged": {
-            "before": {name: one.record() for name, one in judge.before.items()},
-            "after": {name: one.record() for name, one in taken.replied.items()},
-            "kl": taken.kl,
-        },
+        "judged": JudgedInModes(before=judge.before, after=dict(taken.replied), kl=taken.kl).json,
     }
     if len(taken.files) > 1:
         summary |= {
             "rank": int(taken.directions.shape[-2]),
             "across": "views",
-            "views": [view.record() for view in taken.views],
+            "views": [view.record().json for view in taken.views],
         }
     for one in judged:
         shares = ", ".join(
@@ -317,9 +293,6 @@ def _file(judge: Judge, judged: Sequence[Finalist], taken: Finalist) -> Directio
         metadata={
             **first.metadata,
             "summary": summary,
-            "finalists": [
-                one.record() | ({"dropped": why} if (why := judge.dropped(one)) else {})
-                for one in judged
-            ],
+            "finalists": [one.record(judge.dropped(one)).json for one in judged],
         },
     )

@@ -12,7 +12,7 @@ from abl_mlx.behaviour.endpoint import Endpoint, is_endpoint
 from abl_mlx.behaviour.target import Target
 from abl_mlx.commands import thinking_switch
 from abl_mlx.eval_choices import EvalOptions
-from abl_mlx.models import gguf_template, given_template, memory
+from abl_mlx.models import gguf_template, given_template, memory, prompt_tokens
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
@@ -89,10 +89,7 @@ def opened(
         thinking_switch.check_gguf(path, file.given, thinking)
         template = file.given.ready({}) if file.given else gguf_template.template_of(path)
         if options.prompting.system and template is not None and not template.takes_system:
-            say(
-                f"· the chat template of {name} has no system role: the system message stands at "
-                "the beginning of the first user message"
-            )
+            say(prompt_tokens.without_system_role(name))
         memory.check(file.source.title, file.size, asked=options.memory_check)
         if runtime == "llama.cpp":
             in_llamacpp = evaluate.InLlamaCpp(path, given=file.given)

@@ -18,6 +18,7 @@ from abl_mlx.inputs.sets import Prompt, PromptSets
 from abl_mlx.models.chat_model import ChatModel, common_prefix
 from abl_mlx.models.generation import generate
 from abl_mlx.models.thoughts import has_thought, parted
+from abl_mlx.records.directions import ViewOf
 from abl_mlx.support.console import say
 
 PROMPT, THOUGHT = "end-of-prompt", "end-of-thought"
@@ -56,9 +57,9 @@ class View:
         """For messages, such as "thinking on, end of thought"."""
         return f"thinking {thinking.name(self.thinking)}, {self.place.replace('-', ' ')}"
 
-    def record(self) -> dict[str, str]:
-        """As JSON values."""
-        return {"thinking": thinking.name(self.thinking), "measured_at": self.place}
+    def record(self) -> ViewOf:
+        """Its part of the record."""
+        return ViewOf(thinking=thinking.name(self.thinking), measured_at=self.place)
 
 
 def at_prompt(chat: ChatModel, sets: PromptSets, how: Measuring) -> View:

@@ -101,10 +101,7 @@ class ChatModel:
         if prompt.system is not None and not self._told and self.template is not None:
             self._told = True
             if not self.template.takes_system:
-                say(
-                    f"· the chat template of {self.folder.name} has no system role: the system "
-                    "message stands at the beginning of the first user message"
-                )
+                say(prompt_tokens.without_system_role(self.folder.name))
         given = self.given_template is not None
         template = self.tool_template if prompt.tools else self.template
         ids = prompt_tokens.encode(self.tokenizer, template, prompt, self.folder, given=given)

@@ -96,6 +96,18 @@ def without_tools(place: object, how: str = "with --template FILE") -> TemplateE
     )
 
 
+def without_system_role(name: str) -> str:
+    """What to say of a template that has no place for a system message.
+
+    Args:
+        name: the model's.
+    """
+    return (
+        f"· the chat template of {name} has no system role: the system message stands at the "
+        "beginning of the first user message"
+    )
+
+
 def _opening(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     """The bos token, if the tokenizer puts it in front of a text and ``ids`` does not have it."""
     added = list(tokenizer.encode("", add_special_tokens=True))[:1]

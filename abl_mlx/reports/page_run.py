@@ -22,7 +22,7 @@ from abl_mlx.reports.page_parts import (
     reproduce,
 )
 from abl_mlx.reports.replay import command_line
-from abl_mlx.reports.tables import asked_in, behaviour_rows, interval, kept_rows, summary_line
+from abl_mlx.reports.tables import asked_in, interval, output_rows, summary_line
 from abl_mlx.support.console import percent
 
 
@@ -159,18 +159,7 @@ def _run_tiles(record: RunRecord, first: EvaluatedEdit) -> list[Tile]:
 
 
 def _output_table(record: RunRecord, one: EvaluatedEdit) -> Table:
-    rows = [*behaviour_rows(record.before, one.after), *kept_rows(one.kept)]
-    rows.append(("KL on harmless prompts, 1st token", "", f"{one.kl.k1:.4f}", "nats; 0 = same"))
-    rows.append(("KL over 32 tokens", "", f"{one.kl.k32:.4f}", "nats a token"))
-    if one.component is not None and record.component is not None:
-        rows.append(
-            (
-                "component |r·h|/|h|, largest",
-                f"{record.component.before:.4f}",
-                f"{one.component:.2g}",
-                "over layers and prompts",
-            )
-        )
+    rows = output_rows(record, one)
     if one.leak is not None:
         note = "share of the edit lost in writing"
         rows.append(("leak", "", f"{one.leak.total:.2g}", note))

@@ -71,20 +71,8 @@ def run_table(record: RunRecord) -> str:
         asked = asked_in(one.runtime, record.options.prompting.thinking)
         rows = [
             ("", "before", "after", ""),
-            *behaviour_rows(record.before, one.after),
-            *kept_rows(one.kept),
-            ("KL on harmless prompts, 1st token", "", f"{one.kl.k1:.4f}", "nats; 0 = same"),
-            ("KL over 32 tokens", "", f"{one.kl.k32:.4f}", "nats a token"),
+            *output_rows(record, one),
         ]
-        if record.component is not None:
-            rows.append(
-                (
-                    "component |r·h|/|h|, largest",
-                    f"{record.component.before:.4f}",
-                    f"{one.component:.2g}",
-                    "over layers and prompts",
-                )
-            )
         if one.leak is not None:
             rows.append(("leak", "", f"{one.leak.total:.2g}", _leak_words(one.leak)))
         lines += [
@@ -94,6 +82,20 @@ def run_table(record: RunRecord) -> str:
             *output_notes(record, one),
         ]
     return "\n".join([*lines, *_mtp_lines(record.mtp)])
+
+
+def output_rows(record: RunRecord, one: EvaluatedEdit) -> list[tuple[str, str, str, str]]:
+    """What an output does beside the original: (name, before, after, note) of each figure."""
+    rows = [
+        *behaviour_rows(record.before, one.after),
+        *kept_rows(one.kept),
+        ("KL on harmless prompts, 1st token", "", f"{one.kl.k1:.4f}", "nats; 0 = same"),
+        ("KL over 32 tokens", "", f"{one.kl.k32:.4f}", "nats a token"),
+    ]
+    if record.component is not None and one.component is not None:
+        before, after = f"{record.component.before:.4f}", f"{one.component:.2g}"
+        rows.append(("component |r·h|/|h|, largest", before, after, "over layers and prompts"))
+    return rows
 
 
 def output_notes(record: RunRecord, one: EvaluatedEdit) -> list[str]:

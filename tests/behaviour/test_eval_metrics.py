@@ -97,16 +97,6 @@ def test_a_bos_is_given_and_not_predicted() -> None:
     assert len(ids) == 22
 
 
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("xllamacpp")
-    from abl_mlx.commands import conversion
-
-    path = tmp_path_factory.mktemp("gguf") / "demo.gguf"
-    conversion.convert("demo", path, quantize="F16")
-    return path
-
-
 def test_llama_cpp_agrees_where_it_tells_every_token_and_is_a_bound_where_not(
     demo: ChatModel, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

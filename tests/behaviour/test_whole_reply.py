@@ -36,16 +36,6 @@ def asked() -> tuple[str, ...]:
     return (*sets.harmful.test.take(4).texts, *sets.harmless.test.take(4).texts)
 
 
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("xllamacpp")
-    from abl_mlx.commands import conversion
-
-    path = tmp_path_factory.mktemp("gguf") / "demo.gguf"
-    conversion.convert("demo", path, quantize="F16")
-    return path
-
-
 def test_a_cut_reply_in_mlx_is_the_reply_that_is_asked_for_with_fewer_tokens(
     demo: ChatModel, asked: Sequence[str]
 ) -> None:
