@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from convert.base import escape
 from convert.base.errors import UserError
 
 _PROGRAM = Path(__file__).with_name("llamacpp_child.py")
@@ -24,6 +25,9 @@ COMPUTING, BYTES_PER_SECOND = 8.0, 20e6
 #: The limit of the elapsed time, which allows for a slow disk or a busy machine: this many seconds
 #: plus this multiple of the CPU seconds.
 WAITING, TIMES = 60.0, 10.0
+
+#: The characters that are quoted at most of what llama.cpp says.
+_LONGEST_REASON = 300
 
 
 class LlamaProcess:
@@ -124,7 +128,10 @@ class LlamaProcess:
 
 
 def reason(log: str) -> str:
-    """The line of llama.cpp's log that gives the reason of a failure; empty if there is none."""
+    """The line of llama.cpp's log that gives the reason of a failure; empty if there is none.
+
+    llama.cpp quotes names from the file, which may be of any length: the line is shortened.
+    """
     lines = [line.strip() for line in log.splitlines()]
     for marks in (
         ("ggml_assert", "what():"),
@@ -133,5 +140,5 @@ def reason(log: str) -> str:
         for line in lines:
             if any(mark in line.lower() for mark in marks):
                 # Drop a prefix such as "0.00.012.345 E llama_model_load: " or a source file.
-                return line.split(": ", 1)[-1]
+                return escape.shortened(line.split(": ", 1)[-1], _LONGEST_REASON)
     return ""

@@ -40,6 +40,7 @@ ENDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "epsilon": ({"attention.layer_norm_rms_epsilon": -1.0}, {}, "eps >= 0"),
     "few tokens": ({}, {"tokenizer.ggml.tokens": TOKENS[:5]}, "token_embd"),
     "equal tokens": ({}, {"tokenizer.ggml.tokens": ["a"] * len(TOKENS)}, "id_to_token"),
+    "long name": ({}, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "a" * 10_000}, "aaa"),
 }
 
 
@@ -57,6 +58,7 @@ def test_a_model_that_ends_llama_cpp_is_one_sentence(name: str, tmp_path: Path) 
         LlamaCpp(path, n_ctx=64, n_threads=1)
     assert f"cannot load {path}: " in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(path))
 
 
 def test_an_endless_load_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
