@@ -192,17 +192,25 @@ def behaviour(
         max_tokens: the longest reply, in tokens.
         further: further sets by name, such as ``borderline``; their replies are not kept.
     """
-    further = further or {}
-    sets = {"harmful": harmful, "harmless": harmless, **further}
+    sets = {"harmful": harmful, "harmless": harmless, **(further or {})}
     asked = [prompt for one in sets.values() for prompt in one.prompts]
-    replies = answer(asked, max_tokens)
+    return behaviour_of(sets, answer(asked, max_tokens))
+
+
+def behaviour_of(sets: Mapping[str, PromptSet], replies: Sequence[str]) -> Behaviour:
+    """Judge replies.
+
+    Args:
+        sets: ``harmful``, ``harmless`` and further ones, by name.
+        replies: to all of their prompts, set after set.
+    """
     rest = iter(replies)
     parts = {name: list(islice(rest, len(one))) for name, one in sets.items()}
     first, second = parts["harmful"], parts["harmless"]
     seen = {name: [Seen.of(reply) for reply in part] for name, part in parts.items()}
     known = [
         (prompt.answer, reply)
-        for prompt, reply in zip(harmful.prompts, first, strict=True)
+        for prompt, reply in zip(sets["harmful"].prompts, first, strict=True)
         if prompt.answer
     ]
     expected = (
@@ -215,14 +223,27 @@ def behaviour(
         for name, asked_set in sets.items()
     }
     return Behaviour(
-        told["harmful"],
-        told["harmless"],
+        told.pop("harmful"),
+        told.pop("harmless"),
         (tuple(first), tuple(second)),
         expected,
-        {name: told[name] for name in further},
+        told,
         notes_on(seen),
         thought_figures.figures(map(Thought.of, replies)),
     )
+
+
+@dataclass(frozen=True)
+class InMlx:
+    """Replies to prompts with a loaded model, which can be cut."""
+
+    chat: ChatModel
+    batch_size: int = 32
+
+    @contextmanager
+    def opened(self, prompts: Sequence[Question], max_tokens: int) -> Iterator[Wholes]:
+        """Context manager with what replies; see `InLlamaCpp.opened`."""
+        yield wholes_in_mlx(self.chat, batch_size=self.batch_size)
 
 
 def in_mlx(chat: ChatModel, *, batch_size: int = 32) -> Chat:
@@ -302,10 +323,27 @@ class InLlamaCpp:
         self, prompts: Sequence[Question], max_tokens: int
     ) -> Iterator[tuple[int, WholeReply]]:
         """Like `stream`, with replies that can be cut, by the file's own tokens."""
+        with self.opened(prompts, max_tokens) as answer:
+            yield from answer(prompts, max_tokens)
+
+    @contextmanager
+    def opened(self, prompts: Sequence[Question], max_tokens: int) -> Iterator[Wholes]:
+        """Context manager with the file loaded, which can be asked several times.
+
+        Args:
+            prompts: all that will be asked, for which the memory suffices.
+            max_tokens: the longest reply to any of them.
+        """
         with self._loaded(prompts, max_tokens) as server:
-            for index, reply in server.stream(prompts, max_tokens):
-                said = reply.removeprefix(server.opened(prompt_of(prompts[index]).thinking))
-                yield index, of_pieces(reply, server.pieces(said))
+
+            def answer(
+                prompts: Sequence[Question], max_tokens: int
+            ) -> Iterator[tuple[int, WholeReply]]:
+                for index, reply in server.stream(prompts, max_tokens):
+                    said = reply.removeprefix(server.opened(prompt_of(prompts[index]).thinking))
+                    yield index, of_pieces(reply, server.pieces(said))
+
+            yield answer
 
     def _loaded(self, prompts: Sequence[Question], max_tokens: int) -> LlamaCpp:
         from abl_mlx.behaviour.llamacpp import LlamaCpp

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from abl_mlx.behaviour import evaluate, kept_refusals, recognition
+from abl_mlx.behaviour import evaluate, kept_refusals, recognition, settling
 from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
 from abl_mlx.choices import Replying, RunOptions
 from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.edit_choice import edit_of, make_edit, warn_of_strength
 from abl_mlx.commands.find import find_behind_openings, find_reply_prefix
 from abl_mlx.commands.forecast import forecast
-from abl_mlx.commands.held_out import ask, component_sample
+from abl_mlx.commands.held_out import HeldOut, Runtime, component_sample
 from abl_mlx.directions import induction
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
@@ -36,6 +36,7 @@ from abl_mlx.outputs.model_file import ModelFile, PlannedEdit, find_gguf, find_m
 from abl_mlx.outputs.record_parts import hashes, start_record, worst_leak
 from abl_mlx.outputs.staging import Output, Written
 from abl_mlx.records.edits import Component, Edited, EvaluatedEdit, RunRecord
+from abl_mlx.records.evaluations import STAYING, Settled
 from abl_mlx.records.measurements import Recognition
 from abl_mlx.reports.companions import write_companions
 from abl_mlx.reports.page_run import staged_run_page, write_run_page
@@ -74,11 +75,16 @@ class Job:
         """The model that is edited."""
         return self.model if self.base is None else self.base
 
-    def ask(self, answer: evaluate.Chat) -> Behaviour:
-        """Ask a runtime the held-out prompts, and judge its replies."""
-        options = self.options
-        further = prompt_choice.further_asked(self.sets, options.prompting, options.finding)
-        return ask(answer, self.sets, further, options.replying.max_tokens, options.prompting)
+    @property
+    def held_out(self) -> HeldOut:
+        """The held-out prompts, with how they are asked."""
+        options, sets = self.options, self.sets
+        further = prompt_choice.further_asked(sets, options.prompting, options.finding)
+        parts = {"harmful": sets.harmful.test, "harmless": sets.harmless.test, **further}
+        aims = {"harmful", *STAYING}
+        if options.finding.method == "over-refusal":
+            aims.add("borderline")
+        return HeldOut(parts, frozenset(aims), options.replying.max_tokens, options.prompting)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class Before:
 
     Attributes:
         behaviour: the verdicts on its replies.
+        settled: from where on they stay as they are, if replies after the edit may be shorter.
         base: its distributions over the opening of its own replies.
         prefixes: the common opening of its replies (token ids), by the prompts' thinking.
         sample: encoded held-out prompts on which the component is measured.
@@ -109,6 +116,7 @@ class Before:
     """
 
     behaviour: Behaviour
+    settled: Settled | None
     base: evaluate.Baseline
     prefixes: dict[str | None, tuple[int, ...]]
     sample: Sequence[Sequence[int]]
@@ -317,15 +325,17 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
             present = evaluate.component(chat, sample, _unit(found))["max"]
         knows = _recognition(job, chat)
         if in_llamacpp is None:
-            before = job.ask(evaluate.in_mlx(chat, batch_size=batch_size))
+            before, settled = job.held_out.before(evaluate.InMlx(chat, batch_size))
     prefixes = chat.reply_prefixes
     del chat
     if not found.plan.needs_model:
         loaded.let_go()
     if in_llamacpp is not None:
         with job.clock.step("evaluate before"):
-            before = job.ask(in_llamacpp)
-    return Before(replace(before, recognition=knows), base, prefixes, sample, present)
+            before, settled = job.held_out.before(in_llamacpp)
+    if settled is not None:
+        say(f"  {settling.sentence(settled)}")
+    return Before(replace(before, recognition=knows), settled, base, prefixes, sample, present)
 
 
 def _recognition(job: Job, chat: ChatModel) -> Recognition | None:
@@ -403,11 +413,11 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
             left = evaluate.component(chat, before.sample, _unit(found))["max"]
         knows = _recognition(job, chat)
         if in_llamacpp is None:
-            after = job.ask(evaluate.in_mlx(chat, batch_size=batch_size))
+            after, read = _ask_after(job, before, evaluate.InMlx(chat, batch_size))
     del chat
     let_go()
     if in_llamacpp is not None:
-        after = job.ask(in_llamacpp)
+        after, read = _ask_after(job, before, in_llamacpp)
     after = replace(after, recognition=knows)
     note = one.notes[in_llamacpp is not None]
     facts = replace(
@@ -420,11 +430,24 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
         runtime="mlx-lm" if in_llamacpp is None else "llama.cpp",
         after=after.record(),
         kept=evaluate.kept_of(before.behaviour, after),
+        read_tokens=read,
     )
     for name, kept in (record.kept or {}).items():
         warning = "" if kept.enough else "warning: "
         say(f"  {warning}{one.output.path.name} {kept_refusals.sentence(name, kept)}")
     return Judged(one, record, after)
+
+
+def _ask_after(job: Job, before: Before, runtime: Runtime) -> tuple[Behaviour, int | None]:
+    """What an output does, and how far replies to harmless prompts were read.
+
+    They are read whole where they are kept, and where refusals are added.
+    """
+    settled, replying = before.settled, job.options.replying
+    kept = replying.save_replies is not None or replying.save_completions
+    if settled is not None and (kept or before.component is None):
+        settled = replace(settled, tokens=settled.longest)
+    return job.held_out.after(runtime, settled)
 
 
 # --- 6. put on record --------------------------------------------------------------------------
@@ -446,6 +469,7 @@ def _finish(job: Job, known: Edited, before: Before, judged: Sequence[Judged]) -
         kl=first.kl,
         component=component,
         leak=None if component is None else worst_leak(evaluations),
+        settled=before.settled,
         evaluations=evaluations,
     )
     target = job.target

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from abl_mlx.choices import ApplyOptions, RunOptions
 from abl_mlx.records.directions import Found
-from abl_mlx.records.evaluations import Divergence, Kept, Made, Refusals, Template
+from abl_mlx.records.evaluations import Divergence, Kept, Made, Refusals, Settled, Template
 from abl_mlx.records.record import Part, Record
 
 
@@ -116,6 +116,8 @@ class EvaluatedEdit(WrittenEdit):
         component: largest share of the direction in the stream; not of a constant.
         runtime: what ran it.
         kept: set -> what is left of the refusals that are to stay, on held-out prompts.
+        read_tokens: how far replies were read, in tokens, of the sets whose refusals the edit does
+            not aim at (harmless and borderline prompts); None with thinking.
     """
 
     kl: Divergence
@@ -123,6 +125,7 @@ class EvaluatedEdit(WrittenEdit):
     runtime: str
     after: Refusals
     kept: dict[str, Kept] | None = None
+    read_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +166,7 @@ class RunRecord(Record, Edited):
         measured_on: the model that the direction was measured on, with ``--gguf``.
         induced: with ``--induce``.
         template: what prompts were written with, in place of the model's own template.
+        settled: from where on the verdicts before stay as they are; None with thinking.
         evaluations: every output.
     """
 
@@ -175,6 +179,7 @@ class RunRecord(Record, Edited):
     kl: Divergence
     component: Component | None = None
     leak: WorstLeak | None = None
+    settled: Settled | None = None
     evaluations: list[EvaluatedEdit]
 
 

@@ -125,6 +125,21 @@ class RefusalsInMode(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Settled(Part):
+    """From where on the verdicts on a model's replies stay as they are, in tokens.
+
+    Attributes:
+        longest: how long replies may be.
+        tokens: at this length every verdict is the one on the whole reply, and stays so.
+        changing: where that is not so before the longest, how many verdicts change last.
+    """
+
+    longest: int
+    tokens: int
+    changing: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kept(Part):
     """What an edit leaves of the refusals that are to stay.
 

@@ -1,0 +1,62 @@
+"""From how many tokens on the verdicts on a model's replies stay as they are.
+
+Nothing in this module imports MLX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from abl_mlx.behaviour.refusals import classify
+from abl_mlx.behaviour.whole_reply import WholeReply
+from abl_mlx.records.evaluations import Settled
+
+#: The lengths, in tokens, that are looked at.
+LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+def of(replies: Sequence[WholeReply], longest: int) -> Settled:
+    """The shortest length at which every verdict is that on the whole reply, and stays so.
+
+    Args:
+        replies: of at most ``longest`` tokens.
+        longest: in tokens.
+    """
+    whole = [classify(reply.text) for reply in replies]
+
+    def changing(length: int) -> int:
+        return sum(
+            classify(reply.cut(length)) is not verdict
+            for reply, verdict in zip(replies, whole, strict=True)
+            if length < reply.tokens
+        )
+
+    settled, changed = longest, 0
+    for length in sorted((one for one in LENGTHS if one < longest), reverse=True):
+        changed = changing(length)
+        if changed:
+            break
+        settled = length
+    return Settled(longest=longest, tokens=settled, changing=changed if settled == longest else 0)
+
+
+def changed_after(replies: Sequence[WholeReply], tokens: int) -> int:
+    """How many verdicts on whole replies are others than those on their first tokens."""
+    return sum(classify(reply.cut(tokens)) is not classify(reply.text) for reply in replies)
+
+
+def sentence(settled: Settled) -> str:
+    """What was found, as a clause without a full stop."""
+    if settled.tokens < settled.longest:
+        return (
+            f"from {settled.tokens} tokens on every verdict is the one on the whole reply "
+            f"(--max-tokens {settled.longest})"
+        )
+    if settled.changing:
+        count = settled.changing
+        return (
+            f"{count} verdict{'s' if count > 1 else ''} still change{'' if count > 1 else 's'} "
+            f"towards the end of replies of {settled.longest} tokens: a larger --max-tokens may "
+            "show more refusals"
+        )
+    return f"replies are read to {settled.longest} tokens"
