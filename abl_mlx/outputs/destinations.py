@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from abl_mlx.choices import Editing, Writing
-from abl_mlx.outputs import staging, undo_file
+from abl_mlx.outputs import further_files, staging, undo_file
 from abl_mlx.outputs.model_file import ModelFile
+from abl_mlx.support.console import say
+from convert.base.atomic import check_new
 from convert.base.errors import UserError
 from convert.ollama import client
 
@@ -24,10 +26,29 @@ def check(paths: Sequence[Path], model: ModelFile, editing: Editing, writing: Wr
         UserError: naming the output or the flag.
     """
     staging.check(paths, model.source, model.adapter)
+    _check_further(paths, model)
     if writing.keep_undo:
         undo_file.check_keep(paths, model.source.name, model.format, editing.norm)
     if writing.ollama_create is not None:
         first_gguf(paths, writing.ollama_create)
+
+
+def _check_further(paths: Sequence[Path], model: ModelFile) -> None:
+    """Check that projectors and draft models of the source can be copied beside GGUF outputs."""
+    outputs = [path for path in paths if staging.format_of(path) == staging.GGUF]
+    if not outputs:
+        return
+    further = further_files.of_source(model.source)
+    for place in further.places(outputs):
+        check_new(place)
+    if further.size:
+        staging.check_space(outputs, further.size)
+    if further.undecided:
+        names = ", ".join(path.name for path in further.undecided)
+        say(
+            f"{names} lie beside {model.source.path.name} and fit it: none is copied; for pictures "
+            "or sound give llama.cpp one of them with --mmproj."
+        )
 
 
 def hand_to_ollama(paths: Sequence[Path], writing: Writing) -> None:

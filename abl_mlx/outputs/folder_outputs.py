@@ -49,7 +49,7 @@ from convert.mlx.folder import FLOAT_DTYPES, float_dtype, rewrite_folder
 from convert.mlx.other_quantization import refuse_foreign
 from convert.mlx.safetensors_files import TensorFiles, TensorInfo
 from convert.mlx_to_gguf import check_convertible, encode, write_gguf
-from convert.ollama.client import lost_of_template
+from convert.ollama.description import lost_of_template
 
 ROWS_WARNING = (
     "warning: keeping the norms of rows puts part of the direction back; the leak says how much"

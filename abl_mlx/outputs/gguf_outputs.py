@@ -36,7 +36,7 @@ from convert.gguf.file import GgufSource
 from convert.gguf.parts import part_paths
 from convert.gguf.rewrite import rewrite
 from convert.mlx.safetensors_files import TensorFiles
-from convert.ollama.client import lost_of_template
+from convert.ollama.description import lost_of_template
 
 _OF_THE_FILE = "KL and component are of the file, in MLX"
 _IN_MLX = "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have llama.cpp do it"

@@ -50,7 +50,7 @@ from convert.gguf.file import GgufSource
 from convert.mlx.folder import rewrite_folder
 from convert.mlx.safetensors_files import TensorFiles
 from convert.mlx_to_gguf import write_gguf
-from convert.ollama.client import lost_of_template
+from convert.ollama.description import lost_of_template
 
 TAGS = ["induced-refusal", "abl-mlx"]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from abl_mlx.inputs.sources import Source
+from abl_mlx.outputs import further_files
 from abl_mlx.outputs.provenance import without_home
-from abl_mlx.outputs.staging import ADAPTERS, Output, companions
+from abl_mlx.outputs.staging import ADAPTERS, GGUF, Output, companions
 from abl_mlx.records.edits import ApplyRecord, EvaluatedEdit, RunRecord, WrittenEdit
 from abl_mlx.reports import induce_tables
 from abl_mlx.reports.tables import card
 from abl_mlx.support.strict_json import to_json
-from convert.ollama.client import modelfile
+from convert.ollama.description import Beside, modelfile
 
 
 def write_companions(
@@ -22,6 +23,8 @@ def write_companions(
     described: WrittenEdit,
 ) -> None:
     """Write the record, the card and, for a GGUF that is not split, the Modelfile of an output.
+
+    A GGUF also gets copies of its source's projectors and draft model beside it.
 
     Args:
         source: where the source model is.
@@ -37,7 +40,10 @@ def write_companions(
         adapter = output.format in ADAPTERS
         text = card(record, described, source.title, record_name, adapter=adapter)
     places["card"].write_text(text, encoding="utf-8")
+    beside = Beside()
+    if output.format == GGUF:
+        beside = further_files.of_source(source).copy(output.path, output.staged.parent)
     # A Modelfile names one file; older versions of Ollama accept only one.
     if "modelfile" in places and output.staged.is_file():
-        text = modelfile(output.staged, folder, output.path.name, kept=source.ollama)
+        text = modelfile(output.staged, folder, output.path.name, kept=source.ollama, beside=beside)
         places["modelfile"].write_text(text, encoding="utf-8")

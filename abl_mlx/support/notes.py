@@ -65,8 +65,8 @@ def modelfile(lost: Sequence[str]) -> str | None:
     if not lost:
         return None
     return (
-        f"the Modelfile's TEMPLATE has no {' and no '.join(lost)}, which the model's own template "
-        "has: Ollama will not offer them; the Modelfile says what to do"
+        f"the Modelfile's TEMPLATE has no {' and no '.join(lost)}: Ollama before 0.30 will not "
+        "offer them, newer ones go by the model's own template"
     )
 
 

@@ -12,6 +12,8 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from convert.ollama.go_template import ACTION
+
 # Roles of the messages that a Modelfile may hold.
 ROLES = ("system", "user", "assistant")
 
@@ -26,17 +28,6 @@ _FORMER_PARAMETERS = {
     "stop_conditions",
     "tfs_z",
 }
-
-# An action of a Go template. Texts inside it may contain braces, and a comment anything.
-_ACTION = re.compile(
-    r"""(
-    \{\{-?\s*/\*.*?\*/\s*-?\}\}                # a comment
-    | \{\{ (?: "(?:\\.|[^"\\\n])*"              # a text,
-             | `[^`]*` | '(?:\\.|[^'\\\n])*'      # a raw text, a character,
-             | [^"`'}] | \}(?!\}) )* \}\}         # or anything but the end
-    )""",
-    re.DOTALL | re.VERBOSE,
-)
 
 # Three quotes at the end of a line that is not the last one, which would end a triple-quoted text.
 _ENDING = re.compile(r'"""(?=[ \t]*[\r\n])')
@@ -64,14 +55,19 @@ class Modelfile:
     """
 
     def __init__(self, file: str) -> None:
-        path = f"./{file}"
-        self._lines = [f"FROM {path}" if path.strip() == path else f'FROM "{path}"']
+        self._lines: list[str] = []
+        self.file("FROM", file)
 
     def __str__(self) -> str:
         return "\n".join(self._lines) + "\n"
 
     def add(self, line: str) -> None:
         self._lines.append(line)
+
+    def file(self, word: str, name: str) -> None:
+        """Add a FROM or DRAFT line for a file in the Modelfile's folder."""
+        path = f"./{name}"
+        self.add(f"{word} {path}" if path.strip() == path else f'{word} "{path}"')
 
     def comment(self, *lines: str) -> None:
         self._lines += [f"# {line}" for line in lines]
@@ -102,7 +98,7 @@ class Modelfile:
         """Add a TEMPLATE; actions of its language stand for what a Modelfile cannot hold."""
         pieces = []
         # Outside of actions, an action such as {{ "\u00a0" }} can print any character.
-        for piece in _ACTION.split(text):
+        for piece in ACTION.split(text):
             if not piece.startswith("{{"):
                 piece = _each_unsayable(_ENDING.sub('"""{{ "" }}', piece), _in_action)
             pieces.append(piece)

@@ -90,6 +90,7 @@ class OllamaModel:
         requires: the oldest version of Ollama that runs it.
         projectors: GGUF files that turn pictures or sound into tokens; not part of ``gguf``.
         draft: a GGUF file of a small draft model for speculative decoding.
+        capabilities: what its configuration says it can do, beyond what Ollama finds in its files.
     """
 
     name: OllamaName
@@ -104,6 +105,7 @@ class OllamaModel:
     requires: str | None = None
     projectors: tuple[Path, ...] = ()
     draft: Path | None = None
+    capabilities: tuple[str, ...] = ()
 
 
 def parse_name(text: str) -> OllamaName:
@@ -317,6 +319,7 @@ def _read_model(store: Path, manifest: Path) -> OllamaModel:
         requires=_setting(manifest, config, "requires"),
         projectors=tuple(other("projector")),
         draft=([None, *other("draft")])[-1],
+        capabilities=_words(config.get("capabilities")),
     )
 
 
@@ -458,6 +461,12 @@ def _setting(manifest: Path, config: Mapping[str, Any], key: str) -> str | None:
     if not isinstance(value, str) or not re.fullmatch(r"[\w.+-]+", value, re.ASCII):
         raise _damaged(manifest, f"its {key} is {value!r}")
     return value
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    """The words of a list; what is no word, in no list, says nothing."""
+    listed = value if isinstance(value, list) else []
+    return tuple(word for word in listed if isinstance(word, str) and re.fullmatch(r"\w+", word))
 
 
 def _damaged(manifest: Path, why: str) -> UserError:

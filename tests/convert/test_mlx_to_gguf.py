@@ -25,7 +25,8 @@ from convert.gguf import file as gguf_file
 from convert.gguf import ggml
 from convert.mlx.safetensors_files import TensorFiles
 from convert.mlx_to_gguf import FILE_TYPES, encode, interleave_rows, write_gguf
-from convert.ollama import client
+from convert.ollama.description import modelfile
+from convert.ollama.turns import read_turns
 from tests.support import tiny
 
 TEXT = "How do I plan a garden? It's 1234 days."
@@ -647,7 +648,7 @@ def test_the_modelfile_says_what_the_chat_template_says(tmp_path: Path, kind: st
     folder = tiny.write_model(tmp_path / "model", "llama", tokenizer=kind, num_hidden_layers=1)
     (folder / "LICENSE").write_text("Do as you like.")
     report = write_gguf(folder, tmp_path / "tiny.gguf")
-    text = client.modelfile(report.path, folder)
+    text = modelfile(report.path, folder)
     assert text.startswith("FROM ./tiny.gguf\n")
     special = tiny.special_tokens(kind)
     assert f'PARAMETER stop "{special["turn_end"]}"' in text
@@ -657,7 +658,7 @@ def test_the_modelfile_says_what_the_chat_template_says(tmp_path: Path, kind: st
     # Ollama puts the bos token there itself.
     assert special.get("bos", "\0") not in text.split("PARAMETER")[0]
     keys = gguf_file.metadata(report.path)
-    turns = client.read_turns(
+    turns = read_turns(
         keys["tokenizer.chat_template"], special.get("bos", ""), special["turn_end"], drop_bos=True
     )
     assert turns is not None
@@ -675,7 +676,7 @@ def test_a_template_with_a_default_system_message_keeps_it() -> None:
         "{% if messages[0]['role'] != 'system' %}"
         "<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + tiny._CHATML
     )
-    turns = client.read_turns(source)
+    turns = read_turns(source)
     assert turns is not None
     assert turns.opening == "<|im_start|>system\nBe good.<|im_end|>\n"
     assert turns.go().startswith(
@@ -690,7 +691,7 @@ def test_what_ollama_cannot_say_is_a_comment(tmp_path: Path) -> None:
         "{% for message in messages %}{{ message['content'] | upper }}{% endfor %}"
     )
     report = write_gguf(folder, tmp_path / "tiny.gguf")
-    text = client.modelfile(report.path)
+    text = modelfile(report.path)
     assert 'TEMPLATE "' not in text
     assert "# The model's chat template does more than" in text
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from convert.base.errors import UserError
 from convert.ollama import store as ollama_store
-from convert.ollama.client import check_create, modelfile, ollama_create
+from convert.ollama.client import check_create, ollama_create
+from convert.ollama.description import modelfile
 from convert.ollama.modelfile import Modelfile
 from convert.ollama.store import OllamaModel, OllamaName, contains, find, parse_name, stores
 from tests.support.ollama_tools import Store, as_a_stranger, open_folder, read_modelfile
@@ -434,8 +435,7 @@ def test_what_is_left_out_is_a_comment():
         renderer=None,
         params={"num_gqa": 8, "top_k": 3},
         messages=(("tool", "42"), ("user", "x")),
-        projectors=(Path("/store/blobs/sha256-1"),),
-        draft=Path("/store/blobs/sha256-2"),
+        capabilities=("tools",),
     )
     text = modelfile(Path("/nosuch/staged.gguf"), kept=kept)
     assert read_modelfile(text) == [
@@ -445,8 +445,7 @@ def test_what_is_left_out_is_a_comment():
     ]
     for comment in (
         "# The other lines are those of kept:1b in Ollama.",
-        "# FROM /store/blobs/sha256-1",
-        "# The draft model of kept:1b is left out: it guesses for the unedited.",
+        "# In Ollama, kept:1b also names capabilities, for which a Modelfile has no line: tools.",
         "# It has no template of its own: Ollama goes by the GGUF's.",
         "# Ollama has no PARAMETER num_gqa any more; it was 8",
         "# A message is left out: a Modelfile has none of its role.",

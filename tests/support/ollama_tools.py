@@ -11,6 +11,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from convert.gguf.file import metadata
+from convert.gguf.projector import is_projector
+from convert.ollama.capabilities import BUILT_IN, Prompting, listed
+
 IMAGE = "application/vnd.ollama.image."
 
 
@@ -85,7 +89,7 @@ def read_modelfile(text):
         word = word.upper()
         assert word in (
             "FROM", "TEMPLATE", "PARAMETER", "SYSTEM", "MESSAGE", "LICENSE", "RENDERER", "PARSER",
-            "REQUIRES",
+            "REQUIRES", "DRAFT",
         ), line  # fmt: skip
         if word in ("PARAMETER", "MESSAGE"):
             key, _, value = value.lstrip().partition(" ")
@@ -130,3 +134,53 @@ def as_a_stranger():
         yield
     finally:
         os.seteuid(0)
+
+
+def shown(modelfile):
+    """The capabilities that `ollama show` lists after `ollama create -f MODELFILE` (version 0.33).
+
+    The files that FROM names are sorted by their metadata, as Ollama sorts them.
+    """
+    commands = read_modelfile(Path(modelfile).read_text(encoding="utf-8"))
+    folder = Path(modelfile).parent
+    files = [metadata(folder / name) for word, name in commands if word == "FROM"]
+    seeing = [keys for keys in files if is_projector(keys)]
+    (weights,) = [keys for keys in files if not is_projector(keys)]
+    for _, name in (pair for pair in commands if pair[0] == "DRAFT"):
+        assert metadata(folder / name)
+    said = dict(commands)
+    return listed(
+        prompting(weights, said.get("TEMPLATE"), said.get("PARSER"), said), weights, seeing
+    )
+
+
+def prompting(keys, template, parser, config):
+    """What decides on the prompts of a model, as `ollama create` files it."""
+    architecture = keys["general.architecture"]
+    renderer = config.get("RENDERER") or config.get("renderer")
+    if not renderer and not parser:
+        renderer, parser = BUILT_IN.get(architecture, (None, None))
+    source = keys.get("tokenizer.chat_template", "")
+    return Prompting(source, template, renderer, parser, architecture)
+
+
+def shown_in_store(store, name):
+    """The capabilities that `ollama show` lists for a model that is in a store."""
+    manifest = json.loads((Path(store) / "manifests" / name).read_text())
+
+    def blob(layer):
+        path = Path(store) / "blobs" / layer["digest"].replace(":", "-")
+        content = path.read_bytes()
+        assert hashlib.sha256(content).hexdigest() == layer["digest"].removeprefix("sha256:")
+        assert len(content) == layer["size"]
+        return path
+
+    config = json.loads(blob(manifest["config"]).read_text())
+    of_kind = {}
+    for layer in manifest["layers"]:
+        of_kind.setdefault(layer["mediaType"].removeprefix(IMAGE), []).append(blob(layer))
+    (weights,) = map(metadata, of_kind["model"])
+    template = of_kind["template"][-1].read_text() if "template" in of_kind else None
+    decided = prompting(weights, template, config.get("parser"), config)
+    seeing = [metadata(path) for path in of_kind.get("projector", [])]
+    return listed(decided, weights, seeing, config.get("capabilities", ()))

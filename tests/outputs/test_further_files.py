@@ -1,0 +1,122 @@
+"""Projectors and draft models come along with a GGUF, and Ollama lists what it listed before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from abl_mlx.directions import direction_file
+from tests.models.test_writers import random_direction
+from tests.support import tiny_gguf
+from tests.support.command import abl_mlx, fails
+from tests.support.gguf_recipes import RECIPES
+from tests.support.ollama_tools import Store, read_modelfile, shown, shown_in_store
+
+WIDTH = RECIPES["llama"].keys["embedding_length"]
+TURNS = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
+TOOLS = "{% if tools %}<tools>{{ tools }}</tools>{% endif %}" + TURNS
+TOOLS += "{% if enable_thinking is defined %}<think>\n</think>{% endif %}"
+
+
+def model(path: Path, template: str = TOOLS) -> Path:
+    recipe = RECIPES["llama"]
+    return tiny_gguf.write(path, replace(recipe, more={"tokenizer.chat_template": template}))
+
+
+def projector(path: Path, width: int = WIDTH, hears: bool = False) -> Path:
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_string("general.type", "mmproj")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.has_audio_encoder", hears)
+    writer.add_uint32("clip.vision.projection_dim", width)
+    writer.add_tensor("mm.0.weight", np.ones((width, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def direction(tmp_path: Path) -> Path:
+    path = tmp_path / "direction.safetensors"
+    direction_file.save(path, direction_file.DirectionFile(random_direction(WIDTH, 1)))
+    return path
+
+
+def apply(direction: Path, source: object, out: Path) -> Any:
+    return abl_mlx("apply", direction, source, "-o", out)
+
+
+def test_a_projector_beside_a_gguf_comes_along(tmp_path: Path, direction: Path) -> None:
+    source = model(tmp_path / "m.gguf")
+    seeing = projector(tmp_path / "mmproj-m-F16.gguf")
+    projector(tmp_path / "mmproj-other.gguf", WIDTH + 32)  # another model's
+    out = tmp_path / "out" / "edited.gguf"
+    apply(direction, source, out)
+    assert (out.parent / "mmproj-edited.gguf").read_bytes() == seeing.read_bytes()
+    lines = read_modelfile((out.parent / "edited.Modelfile").read_text())
+    froms = [name for word, name in lines if word == "FROM"]
+    assert froms == ["./edited.gguf", "./mmproj-edited.gguf"]
+    # The TEMPLATE has the turns alone, and Ollama prefers the GGUF's own, which has the rest.
+    assert "TEMPLATE" in dict(lines)
+    assert shown(out.parent / "edited.Modelfile") == ("completion", "thinking", "tools", "vision")
+
+
+def test_of_two_that_fit_none_is_taken(
+    tmp_path: Path, direction: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = model(tmp_path / "m.gguf")
+    for kind in ("F16", "Q8_0"):
+        projector(tmp_path / f"mmproj-m-{kind}.gguf")
+    out = tmp_path / "out" / "edited.gguf"
+    apply(direction, source, out)
+    assert not list(out.parent.glob("mmproj*"))
+    assert shown(out.parent / "edited.Modelfile") == ("completion", "thinking", "tools")
+
+
+def test_a_file_in_the_way_is_told_before_anything(tmp_path: Path, direction: Path) -> None:
+    source = model(tmp_path / "m.gguf")
+    projector(tmp_path / "mmproj-m.gguf")
+    out = tmp_path / "out" / "edited.gguf"
+    out.parent.mkdir()
+    (out.parent / "mmproj-edited.gguf").write_bytes(b"mine")
+    said = fails("apply", direction, source, "-o", out)
+    assert "mmproj-edited.gguf" in said
+    assert [path.name for path in out.parent.iterdir()] == ["mmproj-edited.gguf"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"template": "{{ range .Messages }}{{ .Content }}{{ end }}"},
+        {"template": "{{ .Tools }}{{ range .Messages }}{{ .Content }}{{ end }}"},
+        {"config": {"renderer": "qwen3-coder", "parser": "qwen3-coder"}},
+        {"config": {"parser": "olmo3-think"}},
+    ],
+)
+def test_ollama_lists_what_it_listed_before(
+    settings: dict[str, Any], tmp_path: Path, direction: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    monkeypatch.setenv("OLLAMA_MODELS", str(store.path))
+    name = "registry.ollama.ai/library/sees/latest"
+    store.add(
+        name,
+        model=model(tmp_path / "m.gguf").read_bytes(),
+        projector=projector(tmp_path / "p.gguf", hears=True).read_bytes(),
+        draft=model(tmp_path / "d.gguf", TURNS).read_bytes(),
+        **settings,
+    )
+    out = tmp_path / "out" / "edited.gguf"
+    apply(direction, "ollama:sees", out)
+    before = shown_in_store(store.path, name)
+    assert {"vision", "audio"} < set(before)
+    assert shown(out.parent / "edited.Modelfile") == before
+    assert (out.parent / "draft-edited.gguf").read_bytes() == (tmp_path / "d.gguf").read_bytes()
