@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import Measuring, Searching
+from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.find import find_direction, find_reply_prefix
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
@@ -37,6 +38,7 @@ from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence
+from abl_mlx.models.encoded_sets import opened
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import Writer, find_writers
 from abl_mlx.search import loop
@@ -51,7 +53,8 @@ def load(name: str) -> tuple[ChatModel, list[Writer], PromptSets]:
         chat, sets = chat_model.load(sources.resolve("demo").path), prompts.load_demo()
     else:
         chat, sets = chat_model.load(small_models.folder(name)), small_models.prompt_sets(name)
-    chat.reply_prefixes[None], _ = find_reply_prefix(chat, sets)
+    encoded = prompt_choice.encoded(chat, sets, Measuring())
+    chat.reply_prefixes[None], _ = find_reply_prefix(chat, encoded[None])
     return chat, find_writers(chat), sets
 
 
@@ -157,8 +160,9 @@ def compare(
     chat, writers, sets = load(name)
     options = Measuring.of(search=ours, seed=seed)
     found = find_direction(chat, writers, sets, replace(options, searching=Searching()))
+    encoded = opened(chat, prompt_choice.encoded(chat, sets, options))
     space = Space(
-        len(chat.layers), loop.sources_of(chat, loop.at_prompts(chat, sets), found, options)
+        len(chat.layers), loop.sources_of(chat, loop.at_prompts(encoded[None]), found, options)
     )
     held_out = Judge(chat, writers, sets.harmful.test.texts, sets.harmless.test.texts, 32)
     default = held_out(edit_of(space, space.uniform()))
@@ -174,7 +178,7 @@ def compare(
     front_of_theirs = [held_out(edit_of(space, one)) for one in theirs]
 
     start = time.perf_counter()
-    file = loop.improve(chat, writers, sets, found, options)
+    file = loop.improve(chat, writers, encoded, found, options)
     seconds = time.perf_counter() - start
     chosen = file.metadata["summary"]["search"]
     names = space.uniform().keys()

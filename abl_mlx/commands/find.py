@@ -17,6 +17,7 @@ from abl_mlx.commands import (
 )
 from abl_mlx.commands.candidate_choice import Finder, rank_of
 from abl_mlx.commands.forecast import forecast
+from abl_mlx.commands.held_out import HeldOut
 from abl_mlx.commands.keep_choice import KeepFinder, Keeping
 from abl_mlx.commands.views import View
 from abl_mlx.directions import direction_file, measuring
@@ -26,9 +27,10 @@ from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.encoded_sets import ByMode, EncodedSets, opened
 from abl_mlx.models.generation import timed
 from abl_mlx.models.writers import Writer
-from abl_mlx.search.sources import EncodedPrompts
+from abl_mlx.search.sources import SearchPrompts
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
@@ -56,6 +58,8 @@ def find_direction(
 ) -> DirectionFile:
     """Measure candidates on the train prompts and choose one on the validation prompts.
 
+    Prompts are followed by what replies open with, as far as ``chat.reply_prefixes`` tells.
+
     Args:
         causal: choose by what the removal does to refusals, and not by separation alone.
 
@@ -68,22 +72,35 @@ def find_direction(
             layer or position, or flags do not go together.
     """
     _check(chat, sets, how)
-    encoded: EncodedPrompts | None = None
+    prompts = opened(chat, prompt_choice.encoded(chat, sets, how))
+    return _found(chat, writers, prompts, how, causal=causal)
+
+
+def _found(
+    chat: ChatModel, writers: Sequence[Writer], prompts: ByMode, how: Measuring, *, causal: bool
+) -> DirectionFile:
+    """The direction of `find_direction`.
+
+    Args:
+        prompts: in every mode of thinking, followed by what replies open with.
+    """
+    encoded: SearchPrompts | None = None
     if how.given.direction is not None:
         found = _given(chat, how)
-    elif sets.thinking is None and how.prompting.thinking != thinking.BOTH:
-        view = views.at_prompt(chat, sets, how)
+    elif tuple(prompts) == (None,):
+        sets = prompts[None]
+        view = views.at_prompt(chat, sets)
         keeping = keep_choice.keeping(chat, writers, sets, how) if causal else None
         with _measured(chat, writers, view, how, keeping) as finder:
             try:
                 found = finder.file(causal=causal)
             except OpensAlike:
-                found = _by_replies(chat, writers, sets, [view], how, finder)
+                found = _by_replies(chat, writers, prompts, [view], how, finder)
             if isinstance(finder, KeepFinder) and how.searching.search is not None:
                 encoded = finder.to_search(sets)
     else:
-        seen = _views(chat, sets, how)
-        found = _by_replies(chat, writers, sets, seen, how)
+        seen = _views(chat, prompts, how)
+        found = _by_replies(chat, writers, prompts, seen, how)
         encoded = _screened(seen, found)
     if how.searching.search is None:
         return found
@@ -94,13 +111,13 @@ def find_direction(
         )
     from abl_mlx.search import loop
 
-    return loop.improve(chat, writers, sets, found, how, encoded)
+    return loop.improve(chat, writers, prompts, found, how, encoded)
 
 
 def _by_replies(
     chat: ChatModel,
     writers: Sequence[Writer],
-    sets: PromptSets,
+    prompts: ByMode,
     seen: Sequence[View],
     how: Measuring,
     measured: Finder | None = None,
@@ -111,7 +128,7 @@ def _by_replies(
         seen: where directions are measured.
         measured: the candidates of the only view, whose first tokens do not tell.
     """
-    judge = reply_choice.Judge(chat, writers, sets, how)
+    judge = reply_choice.Judge(chat, writers, prompts, how)
 
     def worth_judging(view: View) -> list[DirectionFile]:
         """The directions of a view, the best first.
@@ -133,23 +150,23 @@ def _by_replies(
     return reply_choice.choose(judge, seen, worth_judging)
 
 
-def _views(chat: ChatModel, sets: PromptSets, how: Measuring) -> list[View]:
+def _views(chat: ChatModel, prompts: ByMode, how: Measuring) -> list[View]:
     """Where directions are measured, in every mode of thinking that was asked for."""
     seen: list[View] = []
-    for mode in thinking.modes(how.prompting.thinking):
-        asked, place = sets.asked(thinking=mode), how.finding.measured_at
+    place = how.finding.measured_at
+    for mode, sets in prompts.items():
         if mode is None or place != views.THOUGHT:
-            seen.append(views.at_prompt(chat, asked, how))
+            seen.append(views.at_prompt(chat, sets))
         if mode is not None and place != views.PROMPT:
-            behind = views.at_thought(chat, asked, how)
+            behind = views.at_thought(chat, sets, how)
             seen += [behind] if behind is not None else []
     if not seen:
         # No thought ends in time, and nothing else was asked for.
-        seen.append(views.at_prompt(chat, sets.asked(thinking=mode), how))
+        seen.append(views.at_prompt(chat, sets))
     return seen
 
 
-def _screened(seen: Sequence[View], found: DirectionFile) -> EncodedPrompts:
+def _screened(seen: Sequence[View], found: DirectionFile) -> SearchPrompts:
     """Where a search screens edits: in each mode where replies begin, behind the thought if any."""
     last = {view.thinking: view for view in seen}
     summary = found.metadata["summary"]
@@ -158,7 +175,7 @@ def _screened(seen: Sequence[View], found: DirectionFile) -> EncodedPrompts:
         for view in seen
         if view.record().json == {name: summary[name] for name in ("thinking", "measured_at")}
     ]
-    return EncodedPrompts(
+    return SearchPrompts(
         (origin.train["harmful"], origin.train["harmless"]),
         [one for view in last.values() for one in view.validation["harmful"]],
         [one for view in last.values() for one in view.validation["harmless"]],
@@ -296,7 +313,7 @@ def _given(chat: ChatModel, how: Measuring) -> DirectionFile:
 
 
 def find_reply_prefix(
-    chat: ChatModel, sets: PromptSets, batch_size: int = 32
+    chat: ChatModel, sets: EncodedSets, batch_size: int = 32
 ) -> tuple[tuple[int, ...], float]:
     """The common opening of all replies, such as an opened thought or a newline.
 
@@ -305,13 +322,12 @@ def find_reply_prefix(
     Returns:
         Its token ids, and the speed in tokens (of prompts and replies) per second.
     """
-    prompts = [
-        *sets.harmful.train.prompts[:_OPENING_PROMPTS],
-        *sets.harmless.train.prompts[:_OPENING_PROMPTS],
-    ]
     replies, rate = timed(
         chat,
-        [chat.encode_message(prompt) for prompt in prompts],
+        [
+            *sets.train["harmful"].tokens[:_OPENING_PROMPTS],
+            *sets.train["harmless"].tokens[:_OPENING_PROMPTS],
+        ],
         first_look.OPENING_TOKENS,
         batch_size=batch_size,
         label="reply openings",
@@ -325,32 +341,36 @@ def find_behind_openings(
     sets: PromptSets,
     how: Measuring,
     clock: Clock,
+    *,
+    held_out: HeldOut | None = None,
     times: int = 0,
-    max_tokens: int = 64,
 ) -> DirectionFile:
     """Find how replies open and the direction behind that; sets ``chat.reply_prefixes``.
 
     Args:
-        times: how often the held-out prompts are asked afterwards, for what is told of the time.
-        max_tokens: longest reply to them.
+        held_out, times: the held-out prompts that are asked, and how often, for what is told of
+            the time.
 
     Raises:
         UserError: as `find_direction`, and for a model whose replies show no refusal to remove.
     """
     _check(chat, sets, how)
     thinking_switch.check(chat, how.prompting.thinking)
+    prompts = prompt_choice.encoded(chat, sets, how)
     with clock.step("ask the model as it is"):
         looks = []
-        for mode in thinking.modes(how.prompting.thinking):
-            looks.append(first_look.look(chat, sets.asked(thinking=mode), how))
+        for mode, asked in prompts.items():
+            looks.append(first_look.look(chat, asked, how))
             chat.reply_prefixes[mode] = looks[-1].prefix
         # A refusal in one mode is enough to go on: replies in all modes are judged later.
         seen = next((one for one in looks if one.clear), looks[0])
         first_look.check(seen, how)
-    say(str(forecast(chat, sets, how, times, seen.rate, max_tokens=max_tokens)))
+    prompts = opened(chat, prompts)
+    first = next(iter(prompts.values()))
+    say(str(forecast(chat, first, how, seen.rate, held_out=held_out, times=times)))
     with clock.step("measure and choose a direction"):
         causal = seen.clear or not chat.completes
-        found = find_direction(chat, writers, sets, how, causal=causal)
+        found = _found(chat, writers, prompts, how, causal=causal)
     return replace(found, metadata={**found.metadata, "first_look": seen.record()})
 
 

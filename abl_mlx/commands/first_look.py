@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from abl_mlx.behaviour.evaluate import decode
 from abl_mlx.behaviour.refusals import Tally, Verdict, classify, without_thoughts
 from abl_mlx.choices import Measuring
-from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, split
 from abl_mlx.models.chat_model import ChatModel, common_prefix
+from abl_mlx.models.encoded_sets import EncodedSet, EncodedSets
 from abl_mlx.models.generation import timed
 from abl_mlx.support.console import percent, say
 from convert.base.errors import UserError
@@ -43,11 +43,11 @@ class Asked:
     """Prompts of one set with the unedited model's replies, cut to `REPLY_TOKENS`.
 
     Attributes:
-        prompts: the prompts that may be asked. The first ones were asked, one for each reply.
+        encoded: the prompts that may be asked. The first ones were asked, one for each reply.
     """
 
     name: str
-    prompts: Sequence[Prompt]
+    encoded: EncodedSet
     replies: list[str] = field(default_factory=list)
 
     @property
@@ -65,9 +65,9 @@ class Asked:
         """The share of refusals."""
         return self.refused / max(1, len(self.replies))
 
-    def coming(self) -> Sequence[Prompt]:
+    def coming(self) -> EncodedSet:
         """The next dozen prompts."""
-        return self.prompts[len(self.replies) :][:DOZEN]
+        return self.encoded[len(self.replies) :][:DOZEN]
 
     def record(self) -> dict[str, int]:
         """As JSON values."""
@@ -151,20 +151,22 @@ def chance(first: int, of: int, second: int, of_second: int) -> float:
     )
 
 
-def look(chat: ChatModel, sets: PromptSets, how: Measuring) -> FirstLook:
-    """Ask the model as it is; where a person has decided already, a dozen prompts of each set."""
-    name = "borderline" if how.finding.method == "over-refusal" else "harmful"
+def look(chat: ChatModel, sets: EncodedSets, how: Measuring) -> FirstLook:
+    """Ask the model as it is; where a person has decided already, a dozen prompts of each set.
+
+    Validation prompts are asked first, and train prompts where these are few.
+    """
     refused, harmless = (
-        Asked(name, _prompts(sets, name, how.prompting.seed)),
-        Asked("harmless", _prompts(sets, "harmless", how.prompting.seed)),
+        Asked(name, (sets.validation[name] + sets.train[name])[:MOST])
+        for name in (sets.refused, "harmless")
     )
     openings: list[list[int]] = []
 
     def ask(*asked: Asked) -> float:
         """Ask the next dozen of each set; returns the speed in tokens per second."""
         coming = [one.coming() for one in asked]
-        prompts = [prompt for part in coming for prompt in part]
-        sequences = [chat.encode_message(prompt) for prompt in prompts]
+        prompts = [prompt for part in coming for prompt in part.prompts]
+        sequences = [tokens for part in coming for tokens in part.tokens]
         longest = REPLY_TOKENS
         if sets.thinking is not None:
             longest += how.prompting.thought_tokens
@@ -174,13 +176,13 @@ def look(chat: ChatModel, sets: PromptSets, how: Measuring) -> FirstLook:
         openings.extend(replies)
         said = iter(decode(chat, replies, prompts))
         for one, part in zip(asked, coming, strict=True):
-            one.replies.extend(next(said) for _ in part)
+            one.replies.extend(next(said) for _ in part.prompts)
         return rate
 
     rate = ask(refused, harmless)
     found = FirstLook(refused, harmless, reply_prefix(openings), rate)
     goes_on = not (how.by_hand or how.finding.anyway or found.thinking)
-    while goes_on and not found.decided and refused.coming():
+    while goes_on and not found.decided and len(refused.coming()):
         ask(refused, harmless)
     return found
 
@@ -189,17 +191,6 @@ def reply_prefix(replies: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The common opening of all replies; empty if a reply ends with it, or there is none."""
     prefix = common_prefix([reply[:OPENING_TOKENS] for reply in replies])
     return prefix if all(len(reply) > len(prefix) for reply in replies) else ()
-
-
-def _prompts(sets: PromptSets, name: str, seed: int) -> list[Prompt]:
-    """The validation prompts of a set, followed by train prompts if there are few."""
-    if name == "borderline":
-        assert sets.borderline is not None  # `prompt_choice.borderline_part` has checked
-        parts = split(sets.borderline, seed)
-    else:
-        parts = getattr(sets, name)
-    kept: tuple[PromptSet, ...] = (parts.validation, parts.train)
-    return [prompt for part in kept for prompt in part.prompts][:MOST]
 
 
 def check(found: FirstLook, how: Measuring) -> None:
@@ -252,7 +243,7 @@ def _quotes(found: FirstLook) -> str:
         reply = _line(one.replies[place])
         if one is found.refused and kinds[place] is not Verdict.REFUSAL:
             reply = " ".join(reply.split()[:_FEW_WORDS]) + " ..."
-        shown.append(f"{_cut(_line(one.prompts[place].text))} with {_cut(reply)}")
+        shown.append(f"{_cut(_line(one.encoded.prompts[place].text))} with {_cut(reply)}")
     return f"It answers {shown[0]} and {shown[1]}."
 
 

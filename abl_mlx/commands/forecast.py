@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass
 
 from abl_mlx.choices import Measuring
-from abl_mlx.commands import prompt_choice
+from abl_mlx.commands.held_out import HeldOut
 from abl_mlx.directions import choice, induction, race
-from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.encoded_sets import EncodedSets
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.support.units import in_bytes
 
@@ -74,36 +74,34 @@ def _duration(minutes: float) -> str:
 
 def forecast(
     chat: ChatModel,
-    sets: PromptSets,
+    sets: EncodedSets,
     how: Measuring,
-    times: int,
     reply_rate: float,
     *,
-    max_tokens: int = 64,
+    held_out: HeldOut | None = None,
+    times: int = 0,
     inducing: bool = False,
 ) -> Forecast:
     """Time a short pass, and count the tokens of the coming steps.
 
     Args:
         chat: the model.
-        sets: the prompts.
-        how: how the direction will be found.
-        times: how often the held-out prompts are asked: once before, and once for each output.
+        sets: the prompts with which the direction will be found.
+        how: how it will be found.
         reply_rate: tokens per second of replies that were already generated.
-        max_tokens: the longest reply to a held-out prompt, in tokens.
+        held_out: the held-out prompts that are asked; None for none.
+        times: how often they are asked: once before, and once for each output.
         inducing: whether a constant is chosen (`induction.choose`) instead of a direction.
     """
-    timed = [chat.encode(one) for one in sets.harmful.train.prompts[:TIMED]]
+    timed = sets.train["harmful"].tokens[:TIMED]
     first_reply_token(chat, timed)  # tests the model's shortcuts, and compiles kernels
     start = time.perf_counter()
     first_reply_token(chat, timed)
     rate = sum(map(len, timed)) / max(1e-6, time.perf_counter() - start)
     length = sum(map(len, timed)) / len(timed)
-    both = sets.harmful, sets.harmless
-    train = sum(len(one.train) for one in both)
-    validation = sum(len(one.validation) for one in both)
-    further = prompt_choice.further_asked(sets, how.prompting, how.finding)
-    test = sum(len(one.test) for one in both) + sum(map(len, further.values()))
+    train, validation = (
+        len(part["harmful"]) + len(part["harmless"]) for part in (sets.train, sets.validation)
+    )
     given = how.given.direction is not None
     if inducing:
         choose = _constant(length)
@@ -114,9 +112,9 @@ def forecast(
         train,
         0 if given else round(train * length),
         choose,
-        test,
+        0 if held_out is None else len(held_out),
         times,
-        round(times * test * (length + max_tokens)),
+        0 if held_out is None else round(times * len(held_out) * (length + held_out.max_tokens)),
         rate,
         reply_rate,
         peak * (1 if sys.platform == "darwin" else 1024) + _BESIDE,

@@ -59,6 +59,10 @@ class HeldOut:
     max_tokens: int
     prompting: Prompting
 
+    def __len__(self) -> int:
+        """The number of prompts."""
+        return sum(map(len, self.sets.values()))
+
     def before(self, runtime: Runtime) -> tuple[Behaviour, Settled | None]:
         """What the unedited model does in every mode of thinking, and where verdicts settle.
 

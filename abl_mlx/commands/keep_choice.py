@@ -29,14 +29,14 @@ from abl_mlx.directions.trial import Effect
 from abl_mlx.directions.variants import ALL, OWN, Tried, Variant
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
-from abl_mlx.inputs.sets import Prompt, PromptSets
 from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.encoded_sets import EncodedSet, EncodedSets
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import Writer
 from abl_mlx.records.evaluations import Kept
 from abl_mlx.reports.tables import summary_line
-from abl_mlx.search.sources import EncodedPrompts, at_prompts
+from abl_mlx.search.sources import SearchPrompts, at_prompts
 from abl_mlx.support.arrays import numbers, numpy_of
 from abl_mlx.support.console import percent, progress, say
 from convert.base.errors import UserError
@@ -60,18 +60,14 @@ _WHOLE = 3
 _COMMON = 0.1
 
 
-def look(chat: ChatModel, sets: PromptSets, how: Measuring) -> Staying:
+def look(chat: ChatModel, sets: EncodedSets, how: Measuring) -> Staying:
     """Ask the model as it is which of the validation prompts it refuses."""
-    refused: dict[str, list[Prompt]] = {}
+    refused: dict[str, EncodedSet] = {}
     answer = in_mlx(chat, batch_size=how.batch_size)
-    for name, parts in sets.staying.items():
-        asked = parts.validation.prompts[:MOST_PROMPTS]
-        replies = answer(asked, REPLY_TOKENS)
-        refused[name] = [
-            prompt
-            for prompt, reply in zip(asked, replies, strict=True)
-            if classify(reply) is Verdict.REFUSAL
-        ]
+    for name, part in sets.staying.items():
+        asked = part[:MOST_PROMPTS]
+        replies = answer(asked.prompts, REPLY_TOKENS)
+        refused[name] = asked.only([classify(one) is Verdict.REFUSAL for one in replies])
         say(
             f"  {len(refused[name])} of {len(asked)} {kept_refusals.words(name)} validation "
             "prompts are refused as it is, and are to stay so"
@@ -80,13 +76,13 @@ def look(chat: ChatModel, sets: PromptSets, how: Measuring) -> Staying:
     if not staying.mixed:
         return staying
     opens = _likeliest(chat, staying.mixed)
-    answers = Counter(_likeliest(chat, sets.harmless.validation.prompts[:MOST_PROMPTS]))
+    answers = Counter(_likeliest(chat, sets.validation["harmless"].tokens[:MOST_PROMPTS]))
     common = {token for token, count in answers.items() if count >= _COMMON * answers.total()}
     return replace(staying, openings=sorted(set(opens) - common))
 
 
-def _likeliest(chat: ChatModel, prompts: Sequence[Prompt]) -> list[int]:
-    opened = first_reply_token(chat, [chat.encode(one) for one in prompts])
+def _likeliest(chat: ChatModel, sequences: Sequence[Sequence[int]]) -> list[int]:
+    opened = first_reply_token(chat, sequences)
     return [int(token) for token in numbers(opened.argmax(axis=-1))]
 
 
@@ -121,12 +117,12 @@ class Judge:
         self,
         chat: ChatModel,
         writers: Sequence[Writer],
-        sets: PromptSets,
+        sets: EncodedSets,
         staying: Staying,
         how: Measuring,
     ) -> None:
         self._chat, self._writers, self._staying, self._how = chat, writers, staying, how
-        self._harmful = sets.harmful.validation.prompts[:MOST_PROMPTS]
+        self._harmful = sets.validation["harmful"].prompts[:MOST_PROMPTS]
 
     def of(self, edit: Edit) -> Replied:
         """What the model replies with an edit."""
@@ -157,7 +153,7 @@ class Keeping:
 
 
 def keeping(
-    chat: ChatModel, writers: Sequence[Writer], sets: PromptSets, how: Measuring
+    chat: ChatModel, writers: Sequence[Writer], sets: EncodedSets, how: Measuring
 ) -> Keeping | None:
     """What is to stay; None where nothing is."""
     if not sets.staying:
@@ -207,7 +203,7 @@ class KeepFinder(Finder):
         self._judge, self._staying = keeping.judge, keeping.staying
 
     def _still_refused(self) -> tuple[list[list[int]], Sequence[int]]:
-        return [self._chat.encode(one) for one in self._staying.mixed], self._staying.openings
+        return self._staying.mixed, self._staying.openings
 
     def _chosen(self, causal: bool) -> Variant:
         if not causal:
@@ -217,14 +213,13 @@ class KeepFinder(Finder):
             tried += self._rated(list(self._spans()), "subspaces that keep refusals")
         return self._by_replies(tried)
 
-    def to_search(self, sets: PromptSets) -> EncodedPrompts:
+    def to_search(self, sets: EncodedSets) -> SearchPrompts:
         """What a search needs to keep the same refusals."""
         orthogonal = {
             kind: measuring.orthogonalized(self._described, others)
             for kind, others in self._others.items()
         }
-        prompts = at_prompts(self._chat, sets)
-        return replace(prompts, staying=self._staying, orthogonal=orthogonal)
+        return replace(at_prompts(sets), staying=self._staying, orthogonal=orthogonal)
 
     # --- the candidates --------------------------------------------------------------------------
 

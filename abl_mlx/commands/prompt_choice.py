@@ -1,14 +1,16 @@
-"""Loads the prompts for a model: the demo's own, the user's or the bundled ones."""
+"""Loads the prompts for a model, the demo's own, the user's or the bundled ones; encodes them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from abl_mlx import demo
-from abl_mlx.choices import Finding, Prompting
+from abl_mlx.choices import Finding, Measuring, Prompting
 from abl_mlx.commands import prompt_lengths
 from abl_mlx.inputs import kept, prompts, thinking
-from abl_mlx.inputs.sets import PromptSet, PromptSets, Split, split
+from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, Split, prompt_hashes, split
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.encoded_sets import ByMode, EncodedSets, encode
 from abl_mlx.outputs.model_file import ModelFile
 from convert.base.errors import UserError
 
@@ -89,6 +91,52 @@ def borderline_part(
             f"{prompts.MINIMUM} of them with --borderline FILE."
         )
     return getattr(split(whole, chosen.seed), part)
+
+
+def encoded(chat: ChatModel, sets: PromptSets, how: Measuring) -> ByMode:
+    """The prompts with which a direction is found, encoded in every mode of thinking.
+
+    Raises:
+        UserError: when a prompt cannot be encoded, or there are too few borderline prompts.
+    """
+    return {
+        mode: _encoded(chat, sets.asked(thinking=mode), how)
+        for mode in thinking.modes(how.prompting.thinking)
+    }
+
+
+def _encoded(chat: ChatModel, sets: PromptSets, how: Measuring) -> EncodedSets:
+    """The prompts in the mode of thinking that they have."""
+    parts: dict[str, dict[str, tuple[Prompt, ...]]] = {"train": {}, "validation": {}}
+    for part, named in parts.items():
+        for name, split_ in {"harmful": sets.harmful, "harmless": sets.harmless}.items():
+            named[name] = getattr(split_, part).prompts
+        borderline = borderline_part(sets, how.prompting, how.finding, part)
+        if borderline is not None:
+            named["borderline"] = borderline.prompts
+        for name, split_ in sets.staying.items():
+            named[name] = getattr(split_, part).prompts
+    if sets.off_topic is not None:
+        parts["train"]["on_topic"] = _on_topic(sets, sets.off_topic)
+    train, validation = (
+        {name: encode(chat, prompts) for name, prompts in named.items()} for named in parts.values()
+    )
+    refused = "borderline" if how.finding.method == "over-refusal" else "harmful"
+    return EncodedSets(
+        sets.thinking, refused, train, validation, chat.message_tail(sets.thinking),
+        prompt_hashes(sets),
+    )  # fmt: skip
+
+
+def _on_topic(sets: PromptSets, off_topic: Split) -> tuple[Prompt, ...]:
+    """The off-topic train prompts as harmless ones, without the message that puts them off topic.
+
+    Where ``--system`` gives the same message, they are asked without any.
+    """
+    harmless = sets.harmless.train.prompts
+    if harmless == off_topic.train.prompts:
+        return tuple(replace(one, system=None) for one in harmless)
+    return harmless
 
 
 def borderline_asked(sets: PromptSets, chosen: Prompting, finding: Finding) -> PromptSet | None:

@@ -24,9 +24,10 @@ from abl_mlx.commands.views import View
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs import thinking
-from abl_mlx.inputs.sets import Prompt, PromptSets
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence
+from abl_mlx.models.encoded_sets import ByMode
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import Writer
 from abl_mlx.records.directions import JudgedFinalist, JudgedInModes, RepliedInMode
@@ -96,15 +97,11 @@ class Judge:
     """Asks a model in every mode of thinking, as it is and with directions removed."""
 
     def __init__(
-        self, chat: ChatModel, writers: Sequence[Writer], sets: PromptSets, how: Measuring
+        self, chat: ChatModel, writers: Sequence[Writer], prompts: ByMode, how: Measuring
     ) -> None:
         """Ask the model as it is."""
         self._chat, self._writers, self._how = chat, writers, how
-        name = "borderline" if how.finding.method == "over-refusal" else "harmful"
-        self._refused_set = name
-        self._sets = {
-            mode: sets.asked(thinking=mode) for mode in thinking.modes(how.prompting.thinking)
-        }
+        self._sets = prompts
         self._base = {mode: self._first(mode) for mode in self._sets}
         self.before = {
             thinking.name(mode): self._replies(mode, "replies before") for mode in self._sets
@@ -147,17 +144,13 @@ class Judge:
 
     def _prompts(self, mode: str | None) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
         sets = self._sets[mode]
-        harmful = sets.harmful.validation
-        if self._refused_set == "borderline" and sets.borderline is not None:
-            harmful = sets.borderline
-        return harmful.prompts[: JUDGED[0]], sets.harmless.validation.prompts[: JUDGED[1]]
+        refused, harmless = sets.validation[sets.refused], sets.validation["harmless"]
+        return refused.prompts[: JUDGED[0]], harmless.prompts[: JUDGED[1]]
 
     def _first(self, mode: str | None) -> mx.array:
         """Log-probabilities (N, V) of the first token that follows harmless prompts."""
-        encoded = [
-            self._chat.encode(one) for one in self._sets[mode].harmless.validation.prompts[:16]
-        ]
-        found = first_reply_token(self._chat, encoded)
+        harmless = self._sets[mode].validation["harmless"]
+        found = first_reply_token(self._chat, harmless.tokens[:16])
         mx.eval(found)
         return found
 

@@ -76,6 +76,11 @@ class Job:
         return self.model if self.base is None else self.base
 
     @property
+    def times(self) -> int:
+        """How often the held-out prompts are asked: once before, and once for each output."""
+        return 1 + len(self.paths)
+
+    @property
     def held_out(self) -> HeldOut:
         """The held-out prompts, with how they are asked."""
         options, sets = self.options, self.sets
@@ -257,8 +262,8 @@ def _look(job: Job, loaded: LoadedModel) -> Found:
     # An edit that would change nothing is refused now, before the direction is measured.
     make_edit(mx.ones((1, chat.width)), options.editing).chosen(loaded.writers)
     direction = find_behind_openings(
-        chat, loaded.writers, job.sets, options.measuring, job.clock, 1 + len(job.paths),
-        options.replying.max_tokens,
+        chat, loaded.writers, job.sets, options.measuring, job.clock,
+        held_out=job.held_out, times=job.times,
     )  # fmt: skip
     if job.base is not None:
         prefixes = chat.reply_prefixes
@@ -276,19 +281,20 @@ def _look(job: Job, loaded: LoadedModel) -> Found:
 def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
     """Choose the constant that makes the model refuse, and find its place in the files."""
     chat, options = loaded.chat, job.options
+    sets = prompt_choice.encoded(chat, job.sets, options.measuring)[job.sets.thinking]
     with job.clock.step("find how replies open"):
-        prefix, rate = find_reply_prefix(chat, job.sets, options.replying.batch_size)
-        chat.reply_prefixes[job.sets.thinking] = prefix
+        prefix, rate = find_reply_prefix(chat, sets, options.replying.batch_size)
+        chat.reply_prefixes[sets.thinking] = prefix
+    sets = sets.opened(prefix)
     told = forecast(
-        chat, job.sets, options.measuring, 1 + len(job.paths), rate,
-        max_tokens=options.replying.max_tokens, inducing=True,
-    )  # fmt: skip
+        chat, sets, options.measuring, rate, held_out=job.held_out, times=job.times, inducing=True
+    )
     say(str(told))
     vectors = [path for path in job.paths if staging.format_of(path) == staging.VECTOR]
     job.model.check_constant([path for path in job.paths if path not in vectors], loaded)
     with job.clock.step("choose a constant"):
         found = induction.choose(
-            chat, job.sets, options.finding, strength=options.editing.strength,
+            chat, sets, options.finding, strength=options.editing.strength,
             batch_size=options.replying.batch_size, first_layer=1 if vectors else 0,
         )  # fmt: skip
     direction = DirectionFile(found.vector[None], None, {"summary": found.summary})

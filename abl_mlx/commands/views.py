@@ -7,15 +7,15 @@ thought has closed and the reply begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from abl_mlx.choices import Measuring
-from abl_mlx.commands import first_look, prompt_choice
+from abl_mlx.commands import first_look
 from abl_mlx.directions import measuring
 from abl_mlx.inputs import thinking
-from abl_mlx.inputs.sets import Prompt, PromptSets
 from abl_mlx.models.chat_model import ChatModel, common_prefix
+from abl_mlx.models.encoded_sets import EncodedSet, EncodedSets
 from abl_mlx.models.generation import generate
 from abl_mlx.models.thoughts import has_thought, parted
 from abl_mlx.records.directions import ViewOf
@@ -29,7 +29,7 @@ THOUGHT_PROMPTS = {"train": 48, "validation": 24}
 #: Prompts of a set that the view of thoughts needs at least, of those whose thoughts end in time.
 _FEWEST = 8
 
-#: Token ids of encoded prompts, by set: ``harmful``, ``harmless``, and ``borderline`` where asked.
+#: Token ids of prompts, by set: as of `encoded_sets.EncodedSets`.
 Encoded = dict[str, list[list[int]]]
 
 
@@ -62,21 +62,20 @@ class View:
         return ViewOf(thinking=thinking.name(self.thinking), measured_at=self.place)
 
 
-def at_prompt(chat: ChatModel, sets: PromptSets, how: Measuring) -> View:
+def at_prompt(chat: ChatModel, sets: EncodedSets) -> View:
     """The end of the prompts, behind what all replies open with.
 
     Args:
         sets: in the mode of thinking that is looked at.
     """
     train, validation = (
-        {name: [chat.encode(one) for one in prompts] for name, prompts in part.items()}
-        for part in (_prompts(sets, how, "train"), _prompts(sets, how, "validation"))
+        {name: one.tokens for name, one in part.items()} for part in (sets.train, sets.validation)
     )
-    tail = chat.template_tail(sets.thinking)
+    tail = max(1, sets.tail)
     return View(sets.thinking, PROMPT, train, validation, tail, chat.completes)
 
 
-def at_thought(chat: ChatModel, sets: PromptSets, how: Measuring) -> View | None:
+def at_thought(chat: ChatModel, sets: EncodedSets, how: Measuring) -> View | None:
     """The end of the model's own thoughts about the prompts; None where it is no use.
 
     That is where the model does not think, and where its thoughts do not end in time. Prompts whose
@@ -88,14 +87,15 @@ def at_thought(chat: ChatModel, sets: PromptSets, how: Measuring) -> View | None
     found: dict[str, Encoded] = {}
     every: list[Ended] = []
     missing = asked = 0
-    for part, most in THOUGHT_PROMPTS.items():
+    for part, prompts in {"train": sets.train, "validation": sets.validation}.items():
         found[part] = {}
-        for name, prompts in _prompts(sets, how, part).items():
-            ended = _with_thoughts(chat, prompts[:most], how, f"thoughts, {name}")
+        for name, whole_set in prompts.items():
+            some = whole_set[: THOUGHT_PROMPTS[part]]
+            ended = _with_thoughts(chat, some, how, f"thoughts, {name}")
             found[part][name] = [one.sequence for one in ended]
             every += ended
-            asked += len(prompts[:most])
-            missing += len(prompts[:most]) - len(ended)
+            asked += len(some)
+            missing += len(some) - len(ended)
     if not any(one.thought for one in every) and not missing:
         return None
     if missing:
@@ -118,34 +118,6 @@ def at_thought(chat: ChatModel, sets: PromptSets, how: Measuring) -> View | None
     return View(sets.thinking, THOUGHT, whole["train"], whole["validation"], tail)
 
 
-def _prompts(sets: PromptSets, how: Measuring, part: str) -> Mapping[str, Sequence[Prompt]]:
-    """The prompts of a part by set."""
-    found = {
-        "harmful": getattr(sets.harmful, part).prompts,
-        "harmless": getattr(sets.harmless, part).prompts,
-    }
-    borderline = prompt_choice.borderline_part(sets, how.prompting, how.finding, part)
-    if borderline is not None:
-        found["borderline"] = borderline.prompts
-    if part == "train":
-        found |= {name: parts.train.prompts for name, parts in sets.staying.items()}
-        if sets.off_topic is not None:
-            found["on_topic"] = _on_topic(sets)
-    return found
-
-
-def _on_topic(sets: PromptSets) -> tuple[Prompt, ...]:
-    """The off-topic train prompts as harmless ones, without the message that puts them off topic.
-
-    Where ``--system`` gives the same message, they are asked without any.
-    """
-    assert sets.off_topic is not None
-    harmless = sets.harmless.train.prompts
-    if harmless == sets.off_topic.train.prompts:
-        return tuple(replace(one, system=None) for one in harmless)
-    return harmless
-
-
 @dataclass(frozen=True)
 class Ended:
     """A prompt and the model's thought about it, which came to its end.
@@ -161,16 +133,13 @@ class Ended:
     thought: bool
 
 
-def _with_thoughts(
-    chat: ChatModel, prompts: Sequence[Prompt], how: Measuring, label: str
-) -> list[Ended]:
+def _with_thoughts(chat: ChatModel, some: EncodedSet, how: Measuring, label: str) -> list[Ended]:
     """The prompts with their thoughts, of the thoughts that end."""
-    encoded = [chat.encode(prompt) for prompt in prompts]
     longest = how.prompting.thought_tokens + first_look.OPENING_TOKENS
-    replies = generate(chat, encoded, longest, batch_size=how.batch_size, label=label)
-    opened = chat.opened_thought(prompts[0].thinking) if prompts else ""
+    replies = generate(chat, some.tokens, longest, batch_size=how.batch_size, label=label)
+    opened = chat.opened_thought(some.prompts[0].thinking) if some.prompts else ""
     found = []
-    for sequence, reply in zip(encoded, replies, strict=True):
+    for sequence, reply in zip(some.tokens, replies, strict=True):
         end = thought_end(lambda tokens: opened + _text(chat, tokens), reply)
         if end is not None:
             found.append(Ended([*sequence, *reply[:end]], reply[end:], end > 0))

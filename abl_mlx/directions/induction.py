@@ -21,8 +21,8 @@ from abl_mlx.choices import Finding
 from abl_mlx.directions import measuring, selection
 from abl_mlx.directions.measuring import Candidates
 from abl_mlx.edits.steering import Induction, Intervention, adding, steering
-from abl_mlx.inputs.sets import Prompt, PromptSets
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.encoded_sets import EncodedSets
 from abl_mlx.models.logits import log_probabilities
 from abl_mlx.support.arrays import number
 from abl_mlx.support.console import progress
@@ -129,7 +129,7 @@ def _first_fluent(
 
 def choose(
     chat: ChatModel,
-    sets: PromptSets,
+    sets: EncodedSets,
     finding: Finding,
     *,
     strength: float = 1.0,
@@ -145,7 +145,7 @@ def choose(
 
     Args:
         chat: the model.
-        sets: the prompts.
+        sets: the prompts, behind what replies open with.
         finding: a layer and a position that are used without a choice, if given.
         strength: a factor of the vector.
         batch_size: how many replies are generated at the same time.
@@ -156,19 +156,16 @@ def choose(
             causes fluent refusals.
     """
 
-    def encoded(prompts: Sequence[Prompt]) -> list[list[int]]:
-        return [chat.encode(prompt) for prompt in prompts]
-
-    harmful = encoded(sets.harmful.validation.prompts[:PROMPTS])
-    harmless = encoded(sets.harmless.validation.prompts[:PROMPTS])
+    harmful = sets.validation["harmful"].tokens[:PROMPTS]
+    harmless = sets.validation["harmless"].tokens[:PROMPTS]
     refusals = own_refusals(chat, harmful, batch_size)
     tried = harmless[:TRIED]
     behind = [refusals[i % len(refusals)] for i in range(len(tried))]
     count = _positions(chat, finding)
     candidates = measuring.measure(
         chat,
-        encoded(sets.harmful.train.prompts),
-        encoded(sets.harmless.train.prompts),
+        sets.train["harmful"].tokens,
+        sets.train["harmless"].tokens,
         list(range(-count, 0)),
     )
     cells = _cells(chat, candidates, harmful, harmless, finding, first_layer)

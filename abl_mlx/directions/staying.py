@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from abl_mlx.inputs.sets import Prompt
+from abl_mlx.models.encoded_sets import EncodedSet
 
 
 @dataclass(frozen=True)
@@ -14,15 +15,20 @@ class Staying:
     """Validation prompts that the model refuses as it is, and is to refuse.
 
     Attributes:
-        prompts: set -> these prompts.
+        sets: name -> these prompts.
         openings: ids of the tokens with which their refusals open.
     """
 
-    prompts: Mapping[str, Sequence[Prompt]]
+    sets: Mapping[str, EncodedSet]
     openings: Sequence[int]
 
     @property
-    def mixed(self) -> list[Prompt]:
-        """The prompts of all sets, in turn."""
-        rows = chain.from_iterable(zip_longest(*self.prompts.values()))
+    def prompts(self) -> dict[str, tuple[Prompt, ...]]:
+        """Name of the set -> its prompts, without their tokens."""
+        return {name: one.prompts for name, one in self.sets.items()}
+
+    @property
+    def mixed(self) -> list[list[int]]:
+        """The token ids of the prompts of all sets, in turn."""
+        rows = chain.from_iterable(zip_longest(*(one.tokens for one in self.sets.values())))
         return [one for one in rows if one is not None]

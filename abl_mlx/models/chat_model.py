@@ -143,11 +143,15 @@ class ChatModel:
         Args:
             thinking: as of `Prompt`.
         """
+        return max(1, self.message_tail(thinking) + len(self.reply_prefixes.get(thinking, ())))
+
+    def message_tail(self, thinking: str | None = None) -> int:
+        """Like `template_tail`, without what replies open with; 0 where nothing follows."""
         first, second = (
-            self.encode(Prompt(text, thinking=thinking))[::-1]
+            self.encode_message(Prompt(text, thinking=thinking))[::-1]
             for text in ("Why?", "Tell me 7 of them")
         )
-        return max(1, _common(first, second))
+        return _common(first, second)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 
 from abl_mlx.choices import Measuring
-from abl_mlx.inputs.sets import PromptSets, prompt_hashes
 from abl_mlx.models import given_template
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.encoded_sets import EncodedSets
 from abl_mlx.search.screening import Screened, Trial
 from abl_mlx.search.space import Space
 from abl_mlx.support.arrays import parameters
@@ -199,7 +199,7 @@ def optuna_quietly() -> Any:
     return optuna
 
 
-def identity(chat: ChatModel, sets: PromptSets, space: Space, how: Measuring) -> dict[str, str]:
+def identity(chat: ChatModel, sets: EncodedSets, space: Space, how: Measuring) -> dict[str, str]:
     """Hashes of everything on which trials depend: the model, the prompts, the space, the seed."""
     model = hashlib.sha256()
     for name, value in sorted(parameters(chat.model)):
@@ -225,7 +225,7 @@ def identity(chat: ChatModel, sets: PromptSets, space: Space, how: Measuring) ->
 
     return {
         "model": model.hexdigest()[:16],
-        "prompts": of(prompt_hashes(sets)),
+        "prompts": of(sets.sha256),
         "space or options": of([asked, edited]),
         "seed": str(how.prompting.seed),
     }

@@ -25,9 +25,9 @@ from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.staying import Staying
 from abl_mlx.directions.variants import KINDS
 from abl_mlx.edits.edit import Edit
-from abl_mlx.inputs import thinking
-from abl_mlx.inputs.sets import Prompt, PromptSets
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.encoded_sets import ByMode
 from abl_mlx.models.writers import Writer
 from abl_mlx.records.evaluations import Kept
 from abl_mlx.search import polish
@@ -35,7 +35,7 @@ from abl_mlx.search.journal import Journal, identity, optuna_quietly
 from abl_mlx.search.pareto import front, hypervolume, still
 from abl_mlx.search.polish import LEAST_REFUSAL, logarithms, predicted
 from abl_mlx.search.screening import REPLY_TOKENS, Screen, Trial
-from abl_mlx.search.sources import EncodedPrompts, at_prompts, filled_up, sources_of
+from abl_mlx.search.sources import ENOUGH_PROMPTS, SearchPrompts, at_prompts, sources_of
 from abl_mlx.search.space import DEFAULT, Parameters, Space
 from abl_mlx.search.survivors import MOST_ASKED, Asked, ask_survivors, choose, meets, table, unmet
 from abl_mlx.support import interrupts
@@ -255,20 +255,20 @@ class Search:
 def improve(
     chat: ChatModel,
     writers: Sequence[Writer],
-    sets: PromptSets,
+    prompts: ByMode,
     found: DirectionFile,
     how: Measuring,
-    encoded: EncodedPrompts | None = None,
+    encoded: SearchPrompts | None = None,
 ) -> DirectionFile:
     """Search with at most ``--search`` trials; return a direction file with the best edit.
 
     Args:
         chat: the model.
         writers: its residual writers.
-        sets: the prompts.
+        prompts: in every mode of thinking.
         found: the analytic choice, which is the first trial.
         how: the chosen options.
-        encoded: the prompts on which edits are screened; by default those of ``sets``.
+        encoded: the prompts on which edits are screened; by default the ends of ``prompts``.
 
     Raises:
         UserError: when flags do not go together, or the journal is of another search.
@@ -276,7 +276,8 @@ def improve(
     trials = how.searching.search
     assert trials is not None
     check(how)
-    encoded = encoded or at_prompts(chat, sets)
+    first = next(iter(prompts.values()))
+    encoded = encoded or at_prompts(first)
     harmful = encoded.harmful
     space = Space(
         len(chat.layers), sources_of(chat, encoded, found, how), embedding=how.editing.embedding
@@ -293,16 +294,15 @@ def improve(
         directions, layers = space.directions(given), how.editing.layers
         return Edit(directions, 1.0, layers, recipe["embedding"], recipe["profile"])
 
-    journal = Journal(how.searching.search_journal, identity(chat, sets, space, how))
-    modes = thinking.modes(how.prompting.thinking)
+    journal = Journal(how.searching.search_journal, identity(chat, first, space, how))
     questions = [
         (
-            [replace(one, thinking=mode) for one in filled_up(sets.harmful)],
+            sets.filled_up("harmful", ENOUGH_PROMPTS).prompts,
             REPLY_TOKENS if mode is None else REPLY_TOKENS + how.prompting.thought_tokens,
         )
-        for mode in modes
+        for mode, sets in prompts.items()
     ]
-    generated_most = sum(len(prompts) * most for prompts, most in questions)
+    generated_most = sum(len(asked) * most for asked, most in questions)
     target = how.searching.target_refusals
     search = Search(
         screen,

@@ -103,11 +103,10 @@ class Screen:
         if staying is None:
             return
         self._kept_tokens = sorted({*self.tokens, *staying.openings})
-        encoded = [self._chat.encode(one) for one in staying.mixed]
-        opened = first_reply_token(self._chat, encoded)
+        opened = first_reply_token(self._chat, staying.mixed)
         refuse = selection.openings(opened, self._kept_tokens)
         nats = _bounded(_missing(opened, self._kept_tokens))
-        self._kept = [one for one, does in zip(encoded, refuse, strict=True) if does]
+        self._kept = [one for one, does in zip(staying.mixed, refuse, strict=True) if does]
         self._kept_nats = [one for one, does in zip(nats, refuse, strict=True) if does]
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -12,8 +12,8 @@ from abl_mlx.directions import measuring
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.measuring import Candidates
 from abl_mlx.directions.staying import Staying
-from abl_mlx.inputs.sets import Prompt, PromptSets, Split
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.encoded_sets import EncodedSets
 from abl_mlx.search.space import DEFAULT, Directions
 
 #: The number of harmless prompts for the KL, and of harmful prompts to which edits on the front
@@ -23,8 +23,8 @@ ENOUGH_PROMPTS = 64
 
 
 @dataclass(frozen=True)
-class EncodedPrompts:
-    """Token ids of prompts, whose last tokens are where a search looks.
+class SearchPrompts:
+    """Token ids of the prompts of a search, whose last tokens are where it looks.
 
     Attributes:
         train: harmful and harmless ones, of which singular vectors are made.
@@ -41,27 +41,17 @@ class EncodedPrompts:
     orthogonal: Mapping[str, Candidates] = field(default_factory=dict)
 
 
-def at_prompts(chat: ChatModel, sets: PromptSets) -> EncodedPrompts:
+def at_prompts(sets: EncodedSets) -> SearchPrompts:
     """The ends of the prompts."""
-
-    def encoded(prompts: Sequence[Prompt]) -> list[list[int]]:
-        return [chat.encode(one) for one in prompts]
-
-    return EncodedPrompts(
-        (encoded(sets.harmful.train.prompts), encoded(sets.harmless.train.prompts)),
-        encoded(sets.harmful.validation.prompts),
-        encoded(filled_up(sets.harmless)),
+    return SearchPrompts(
+        (sets.train["harmful"].tokens, sets.train["harmless"].tokens),
+        sets.validation["harmful"].tokens,
+        sets.filled_up("harmless", ENOUGH_PROMPTS).tokens,
     )
 
 
-def filled_up(split: Split) -> list[Prompt]:
-    """The validation prompts, and train prompts behind them where these are few."""
-    prompts = [*split.validation.prompts, *split.train.prompts]
-    return prompts[: max(ENOUGH_PROMPTS, len(split.validation))]
-
-
 def sources_of(
-    chat: ChatModel, encoded: EncodedPrompts, found: DirectionFile, how: Measuring
+    chat: ChatModel, encoded: SearchPrompts, found: DirectionFile, how: Measuring
 ) -> dict[str, Directions]:
     """Name -> source of directions for a search: the analytic choice, its method, and others.
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from abl_mlx.choices import Measuring
 from abl_mlx.cli.main import cli
-from abl_mlx.commands import first_look
+from abl_mlx.commands import first_look, prompt_choice
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.inputs import prompts
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, split
@@ -35,7 +35,9 @@ def sets(harmful, harmless):
 
 
 def looked(harmful, harmless, **chosen):
-    return first_look.look(demo(), sets(harmful, harmless), Measuring.of(**chosen))
+    how = Measuring.of(**chosen)
+    encoded = prompt_choice.encoded(demo(), sets(harmful, harmless), how)
+    return first_look.look(demo(), encoded[None], how)
 
 
 def said(tmp_path, harmful, harmless, *command):
@@ -81,7 +83,7 @@ def test_more_are_asked_where_a_dozen_cannot_decide():
 
 def test_of_a_few_prompts_the_train_part_is_asked_too():
     found = looked(REFUSED[:6], ANSWERED[:6])
-    assert len(found.refused.replies) == len(found.refused.prompts) < 6
+    assert len(found.refused.replies) == len(found.refused.encoded) < 6
     assert found.clear
 
 

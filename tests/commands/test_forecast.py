@@ -13,6 +13,7 @@ from abl_mlx.cli.main import cli
 from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.find import find_direction
 from abl_mlx.commands.forecast import Forecast, forecast
+from abl_mlx.commands.held_out import HeldOut
 from abl_mlx.directions import induction
 from abl_mlx.inputs import prompts
 from abl_mlx.models import chat_model, logits, shortcuts
@@ -22,7 +23,9 @@ from abl_mlx.outputs.model_file import find_model
 
 def test_what_is_told_is_what_comes():
     chat, sets = chat_model.load(demo.MODEL_PATH), prompts.load_demo()
-    told = forecast(chat, sets, Measuring(), 2, 50.0)
+    encoded = prompt_choice.encoded(chat, sets, Measuring())[None]
+    asked = HeldOut({"a": sets.harmful.test, "b": sets.harmless.test}, frozenset(), 64, Prompting())
+    told = forecast(chat, encoded, Measuring(), 50.0, held_out=asked, times=2)
     train = [*sets.harmful.train.texts, *sets.harmless.train.texts]
     assert told.measured == 128
     assert told.measure == pytest.approx(sum(len(chat.encode(text)) for text in train), rel=0.1)
@@ -32,16 +35,17 @@ def test_what_is_told_is_what_comes():
     assert found.metadata["summary"]["forward_tokens"] <= told.choose
     assert told.rate > 0
     assert told.memory > 100e6
-    alone = forecast(chat, sets, Measuring.of(layer=2), 0, 50.0)
+    alone = forecast(chat, encoded, Measuring.of(layer=2), 50.0)
     assert alone.choose < told.choose / 3
     assert alone.ask == 0
-    searched = forecast(chat, sets, Measuring.of(search=60), 0, 50.0)
+    searched = forecast(chat, encoded, Measuring.of(search=60), 50.0)
     assert searched.choose - told.choose == pytest.approx(60 * 96 * 16, rel=0.2)
 
 
 def test_what_a_constant_takes_is_told_too(monkeypatch):
-    chat, sets = chat_model.load(demo.MODEL_PATH), prompts.load_demo()
-    told = forecast(chat, sets, Measuring(), 2, 50.0, inducing=True)
+    chat = chat_model.load(demo.MODEL_PATH)
+    sets = prompt_choice.encoded(chat, prompts.load_demo(), Measuring())[None]
+    told = forecast(chat, sets, Measuring(), 50.0, inducing=True)
     ran = []
     whole = shortcuts.passes
 

@@ -13,14 +13,16 @@ import pytest
 from click.testing import CliRunner
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.choices import Finding
+from abl_mlx.choices import Finding, Measuring
 from abl_mlx.cli.main import cli
+from abl_mlx.commands import prompt_choice
 from abl_mlx.directions import induction
 from abl_mlx.directions.induction import Induction
 from abl_mlx.edits.steering import steering
 from abl_mlx.inputs import prompts, sources
 from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.encoded_sets import EncodedSets
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import find_writers
 from abl_mlx.outputs import induced
@@ -34,9 +36,13 @@ def chat() -> ChatModel:
     return chat_model.load(sources.resolve("demo").path)
 
 
+def encoded(chat: ChatModel) -> EncodedSets:
+    return prompt_choice.encoded(chat, prompts.load_demo(), Measuring())[None]
+
+
 @pytest.fixture(scope="module")
 def found(chat: ChatModel) -> Induction:
-    return induction.choose(chat, prompts.load_demo(), Finding(layer=1, position=-3))
+    return induction.choose(chat, encoded(chat), Finding(layer=1, position=-3))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,7 @@ def test_a_constant_that_is_too_large_is_no_fluent_refusal(
 
 
 def test_strength_scales_it(chat: ChatModel, found: Induction) -> None:
-    half = induction.choose(chat, prompts.load_demo(), Finding(layer=1, position=-3), strength=0.5)
+    half = induction.choose(chat, encoded(chat), Finding(layer=1, position=-3), strength=0.5)
     assert mx.allclose(half.vector, 0.5 * found.vector)
     assert half.summary["multiple"] == 0.5 * found.summary["multiple"]
 

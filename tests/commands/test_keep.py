@@ -15,7 +15,7 @@ from abl_mlx.behaviour.kept_refusals import kept, sentence
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import Editing, Measuring
 from abl_mlx.cli.main import cli
-from abl_mlx.commands import edit_choice, find, keep_choice
+from abl_mlx.commands import edit_choice, find, keep_choice, prompt_choice
 from abl_mlx.commands.keep_choice import Replied
 from abl_mlx.directions import direction_file, measuring
 from abl_mlx.directions.measuring import Candidates
@@ -204,9 +204,9 @@ def test_a_search_takes_what_keeps_and_else_what_loses_fewest():
 def test_screening_counts_lost_refusals_as_much_as_refusals_that_are_left():
     model = abl_mlx.load("demo")
     sets = abl_mlx.load_prompts(model=model, keep="category:cloth")
-    encoded = [[model.encode(one) for one in part.validation.prompts]
-               for part in (sets.harmful, sets.harmless)]  # fmt: skip
-    staying = keep_choice.look(model.chat, sets, Measuring())
+    prompts = prompt_choice.encoded(model.chat, sets, Measuring())[None]
+    encoded = [prompts.validation[name].tokens for name in ("harmful", "harmless")]
+    staying = keep_choice.look(model.chat, prompts, Measuring())
     assert len(staying.mixed) == 7
     plain = Screen(model.chat, model.writers, *encoded)
     keeping = Screen(model.chat, model.writers, *encoded, staying=staying)
@@ -219,11 +219,7 @@ def test_screening_counts_lost_refusals_as_much_as_refusals_that_are_left():
     assert other.kl == pytest.approx(one.kl)
     nothing = keeping.score(replace(edit, strength=1e-6))
     assert nothing.refusal == pytest.approx(plain.before, abs=1e-3)
-    assert (
-        keeping.cost
-        == other.tokens
-        == plain.cost + sum(len(model.encode(prompt)) for prompt in staying.mixed)
-    )
+    assert keeping.cost == other.tokens == plain.cost + sum(map(len, staying.mixed))
 
 
 def test_a_search_leaves_kept_refusals_as_they_are():

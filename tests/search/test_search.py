@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from abl_mlx.choices import Editing, Measuring, Searching
+from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_direction
 from abl_mlx.directions import direction_file
@@ -283,7 +284,8 @@ def demo():
 def searched(demo, journal, trials, *, seed=0, **others):
     chat, writers, sets, found = demo
     options = Measuring.of(search=trials, search_journal=journal, seed=seed, **others)
-    return loop.improve(chat, writers, sets, found, options)
+    encoded = prompt_choice.encoded(chat, sets, options)
+    return loop.improve(chat, writers, encoded, found, options)
 
 
 def tried(file):
