@@ -1,8 +1,7 @@
 """Write an MLX or Hugging Face model folder as one GGUF file, tensor by tensor.
 
-Each tensor gets the type that llama.cpp's quantizer would choose (src/llama-quant.cpp); names and
-metadata are those of llama.cpp's converter. gguf-py encodes the older quantized types, ggml the
-K-quants.
+Each tensor gets the type that llama.cpp's quantizer would choose (`convert.gguf.mix`), encoded by
+ggml; names and metadata are those of llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -15,15 +14,16 @@ from typing import Any
 import gguf
 import mlx.core as mx
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType
 
-from convert.architectures import hf_keys, hf_to_gguf
+from convert.architectures import hf_to_gguf
 from convert.architectures.hf_to_gguf import Target
 from convert.base.atomic import check_new, new_file
 from convert.base.errors import UserError
 from convert.base.hf_config import read_config
 from convert.base.hf_counts import check_counts
-from convert.gguf import ggml
+from convert.gguf import file_types, ggml, ggml_types, mix
+from convert.gguf.file_types import FILE_TYPES
 from convert.gguf.values import Value, value_type
 from convert.mlx.other_quantization import refuse_quantized
 from convert.mlx.safetensors_files import TensorFiles
@@ -33,41 +33,6 @@ from convert.tokenizers.to_gguf import Tokenizer, read_tokenizer
 Edit = Callable[[mx.array], mx.array]
 
 _Q = GGMLQuantizationType
-
-# File type as the user writes it -> (general.file_type, the type of most tensors).
-FILE_TYPES: dict[str, tuple[LlamaFileType, GGMLQuantizationType]] = {
-    "F32": (LlamaFileType.ALL_F32, _Q.F32),
-    "F16": (LlamaFileType.MOSTLY_F16, _Q.F16),
-    "BF16": (LlamaFileType.MOSTLY_BF16, _Q.BF16),
-    "Q8_0": (LlamaFileType.MOSTLY_Q8_0, _Q.Q8_0),
-    "Q4_0": (LlamaFileType.MOSTLY_Q4_0, _Q.Q4_0),
-    "Q4_1": (LlamaFileType.MOSTLY_Q4_1, _Q.Q4_1),
-    "Q5_0": (LlamaFileType.MOSTLY_Q5_0, _Q.Q5_0),
-    "Q5_1": (LlamaFileType.MOSTLY_Q5_1, _Q.Q5_1),
-    "Q2_K": (LlamaFileType.MOSTLY_Q2_K, _Q.Q2_K),
-    "Q3_K_S": (LlamaFileType.MOSTLY_Q3_K_S, _Q.Q3_K),
-    "Q3_K_M": (LlamaFileType.MOSTLY_Q3_K_M, _Q.Q3_K),
-    "Q3_K_L": (LlamaFileType.MOSTLY_Q3_K_L, _Q.Q3_K),
-    "Q4_K_S": (LlamaFileType.MOSTLY_Q4_K_S, _Q.Q4_K),
-    "Q4_K_M": (LlamaFileType.MOSTLY_Q4_K_M, _Q.Q4_K),
-    "Q5_K_S": (LlamaFileType.MOSTLY_Q5_K_S, _Q.Q5_K),
-    "Q5_K_M": (LlamaFileType.MOSTLY_Q5_K_M, _Q.Q5_K),
-    "Q6_K": (LlamaFileType.MOSTLY_Q6_K, _Q.Q6_K),
-}
-"""Every file type that `write_gguf` accepts."""
-
-ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-"""Short names of file types, as in llama-quantize -> full names."""
-
-_K_QUANTS = {_Q.Q2_K, _Q.Q3_K, _Q.Q4_K, _Q.Q5_K, _Q.Q6_K}
-_FALLBACKS = {
-    _Q.Q2_K: _Q.Q4_0,
-    _Q.Q3_K: _Q.Q4_0,
-    _Q.Q4_K: _Q.Q5_0,
-    _Q.Q5_K: _Q.Q5_1,
-    _Q.Q6_K: _Q.Q8_0,
-}
-
 
 #: Encodes an edited tensor: (source name, float32 values, type) -> float16, or the type's bytes.
 Quantizer = Callable[[str, np.ndarray, GGMLQuantizationType], np.ndarray]
@@ -110,7 +75,7 @@ def write_gguf(
     Args:
         folder: a folder with config.json, model*.safetensors in F32, F16 or BF16, and a tokenizer.
         out: must not exist.
-        file_type: a key of FILE_TYPES or ALIASES.
+        file_type: a key of `convert.gguf.file_types.FILE_TYPES` or of its ``ALIASES``.
         edits: tensor name in the safetensors files -> function from the whole tensor, float32
             (out, in), to the edited one in the same shape. It is called before rows are permuted,
             experts stacked and values quantized.
@@ -118,13 +83,14 @@ def write_gguf(
             int64 where it does not fit), float (float32), list of str.
         pre: the value of tokenizer.ggml.pre, where it cannot be found from the tokenizer.
         quantize: used in place of `encode` for edited tensors of all types but F32: (source name,
-            float32 values in GGUF's layout, type) -> what `encode` would return.
+            float32 values in GGUF's layout, type) -> what `encode` would return. Types without a
+            codec are replaced by `convert.gguf.ggml_types.finer_type`.
         progress: called with (tensors written, tensors in all).
 
     Raises:
         UserError: when the architecture or tokenizer is not supported, the source is quantized, a
             tensor has no place in a GGUF or is not finite, an edit is of a missing tensor or
-            changes the shape, a K-quant is asked for without ggml, or the output exists.
+            changes the shape, a quantized type is asked for without ggml, or the output exists.
     """
     folder, out = Path(folder), Path(out)
     check_new(out)
@@ -132,6 +98,9 @@ def write_gguf(
         layout = _layout(folder, files, file_type, pre)
         targets, extras, types = layout.targets, layout.extras, layout.types
         edits = edits or {}
+        for target in targets if quantize else ():
+            if target.sources[0] in edits:
+                types[target.name] = ggml_types.finer_type(types[target.name])
         left_out = tuple(name for name in files.names if hf_to_gguf.is_vision(name))
         _refuse_stray_edits(edits, targets, files)
         keys = _metadata(folder, layout)
@@ -190,7 +159,7 @@ class _Layout:
 
 
 def _layout(folder: Path, files: TensorFiles, file_type: str, pre: str | None) -> _Layout:
-    file_type = _file_type(file_type)
+    file_type = file_types.file_type(file_type)
     config = read_config(folder)
     refuse_quantized(folder, config, files)
     check_counts(folder, config, {name: files.info(name).shape for name in files.names})
@@ -200,12 +169,12 @@ def _layout(folder: Path, files: TensorFiles, file_type: str, pre: str | None) -
     tokenizer = read_tokenizer(folder, rows, pre=pre)
     _check_heads(targets, files)
     extras = hf_to_gguf.extra_tensors(config)
-    choose = _TypeChooser(file_type, config, targets)
-    types = {target.name: choose(target, _shape(target, files)) for target in targets}
+    facts = mix.Facts.of(hf_to_gguf.hyperparameters(config), hf_to_gguf.architecture(config).gguf)
+    shapes = {target.name: (_shape(target, files), _Q.F32) for target in targets}
+    types = mix.types(file_type, shapes, facts)
+    mix.check_importance(file_type, types)
     types.update(dict.fromkeys(extras, _Q.F32))
-    if any(kind in _K_QUANTS for kind in types.values()):
-        # If ggml is missing, fail here rather than after writing gigabytes.
-        ggml.library()
+    ggml.check(types.values())
     return _Layout(config, file_type, targets, extras, types, tokenizer)
 
 
@@ -226,22 +195,13 @@ def encode(values: np.ndarray, to: GGMLQuantizationType, name: str) -> np.ndarra
         if values.size and np.abs(values).max() > np.finfo(np.float16).max:
             raise UserError(f"{name} holds values too large for F16: write BF16 or Q8_0 instead.")
         return values.astype(np.float16)
-    if to in _K_QUANTS:
-        return ggml.quantize(values, to)
-    return gguf.quants.quantize(values, to)
+    if to == _Q.BF16:
+        return gguf.quants.quantize(values, to)
+    return ggml.quantize(values, to)
 
 
 # --------------------------------------------------------------------------------------------------
 # Checks
-
-
-def _file_type(name: str) -> str:
-    found = ALIASES.get(name.upper(), name.upper())
-    if found not in FILE_TYPES:
-        raise UserError(
-            f"{name} is not a supported GGUF file type: choose one of {', '.join(FILE_TYPES)}."
-        )
-    return found
 
 
 def _refuse_integers(files: TensorFiles) -> None:
@@ -358,95 +318,6 @@ def _add_info(
     block, size = gguf.GGML_QUANT_SIZES[kind]
     count = int(np.prod(shape, dtype=np.int64))
     writer.add_tensor_info(name, shape, np.dtype(np.float32), count // block * size, kind)
-
-
-# --------------------------------------------------------------------------------------------------
-# Types
-
-
-class _TypeChooser:
-    """Chooses each tensor's type as llama.cpp's quantizer does without an importance matrix."""
-
-    def __init__(self, file_type: str, config: Mapping[str, Any], targets: list[Target]) -> None:
-        flat = hf_to_gguf.text_config(config)
-        self.file_type = file_type
-        self.default = FILE_TYPES[file_type][1]
-        self.layers = hf_keys.count(flat, "num_hidden_layers")
-        heads, kv_heads = hf_keys.count(flat, "num_attention_heads"), hf_keys.kv_heads(flat)
-        self.group = heads // kv_heads
-        self.tied = not any(target.name == "output.weight" for target in targets)
-        self.experts = hf_keys.count(flat, "num_experts") if flat.get("num_experts") else 0
-        self.large = self.layers == 80 and (flat.get("model_type") == "qwen2" or self.group > 1)
-
-    def __call__(self, target: Target, shape: tuple[int, ...]) -> GGMLQuantizationType:
-        name = target.name
-        small = len(shape) < 2 or not name.endswith(".weight") or "_norm." in name
-        if small or "ffn_gate_inp" in name:
-            return _Q.F32
-        if not self.default.name.startswith("Q"):
-            return self.default
-        kind = self._mix(name, target.layer or 0)
-        width = shape[-1]
-        if width % gguf.GGML_QUANT_SIZES[kind][0]:
-            kind = _FALLBACKS.get(kind, kind)
-        if kind == _Q.Q6_K and self.default not in _K_QUANTS and not ggml.available():
-            # The output head of a Q4_0 file is Q8_0 instead of Q6_K, which would need ggml.
-            kind = _Q.Q8_0
-        return kind if width % gguf.GGML_QUANT_SIZES[kind][0] == 0 else _Q.F16
-
-    def _mix(self, name: str, layer: int) -> GGMLQuantizationType:
-        kind = self.default
-        if name == "output.weight" or (self.tied and name == "token_embd.weight"):
-            return kind if kind == _Q.Q8_0 else _Q.Q6_K
-        if ".attn_v." in name or ".attn_qkv." in name:
-            return self._attention_value(layer)
-        if ".attn_k." in name and self.experts == 8:
-            return _Q.Q8_0
-        if ".attn_output." in name:
-            return self._attention_output()
-        if ".ffn_down." in name or ".ffn_down_exps." in name:
-            return self._down(layer)
-        return kind
-
-    def _attention_value(self, layer: int) -> GGMLQuantizationType:
-        kind = self.default
-        if self.file_type == "Q2_K":
-            kind = _Q.Q4_K if self.group >= 4 else _Q.Q3_K
-        elif self.file_type == "Q3_K_M":
-            kind = _Q.Q5_K if layer < 2 else _Q.Q4_K
-        elif self.file_type == "Q3_K_L":
-            kind = _Q.Q5_K
-        elif self.file_type in ("Q4_K_M", "Q5_K_M") and self._more_bits(layer):
-            kind = _Q.Q6_K
-        elif self.file_type == "Q4_K_S" and layer < 4:
-            kind = _Q.Q5_K
-        if self.large and kind in (_Q.Q3_K, _Q.Q4_K):
-            kind = _Q.Q5_K
-        return _Q.Q8_0 if self.experts == 8 else kind
-
-    def _attention_output(self) -> GGMLQuantizationType:
-        if self.experts == 8:
-            five = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M")
-            return _Q.Q5_K if self.file_type in five else self.default
-        mixes = {"Q2_K": _Q.Q3_K, "Q3_K_M": _Q.Q4_K, "Q3_K_L": _Q.Q5_K}
-        return mixes.get(self.file_type, self.default)
-
-    def _down(self, layer: int) -> GGMLQuantizationType:
-        if self.file_type == "Q2_K":
-            return _Q.Q3_K
-        if self.file_type == "Q3_K_M":
-            return _Q.Q5_K if layer < self.layers // 16 else _Q.Q4_K
-        if self.file_type == "Q3_K_L":
-            return _Q.Q5_K
-        if self.file_type in ("Q4_K_M", "Q5_K_M") and self._more_bits(layer):
-            return _Q.Q6_K
-        if self.file_type == "Q4_K_S" and layer < self.layers // 8:
-            return _Q.Q5_K
-        return self.default
-
-    def _more_bits(self, layer: int) -> bool:
-        eighth = self.layers // 8
-        return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
 
 
 # --------------------------------------------------------------------------------------------------

@@ -266,8 +266,8 @@ def writing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             default="F16",
             show_default=True,
             metavar="TYPE",
-            help="Type of GGUF outputs: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, or a K-quant "
-            "(Q6_K, Q5_K_M, Q4_K_M, ...), which needs ggml: pip install 'abl-mlx[llamacpp]'.",
+            help="Type of GGUF outputs, as llama-quantize names them: F32, F16, BF16, Q8_0, Q6_K, "
+            "Q5_K_M, Q4_K_M, IQ4_XS, Q4_0, Q3_K_M, Q2_K, ...",
         ),
         click.option(
             "--max-leak",

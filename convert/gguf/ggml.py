@@ -1,8 +1,8 @@
 """ggml's own quantizer and dequantizer, called in an installed shared library through ctypes.
 
-gguf-py has no encoder for K-quants. The shared library in the wheel of xllamacpp, or that of
-Homebrew's ggml, exports ggml's: ggml_quantize_chunk and dequantize_row_* (ggml/include/ggml.h,
-ggml/src/ggml-quants.h).
+gguf-py has no encoder for K-quants. The shared library libggml-base exports ggml's own:
+ggml_quantize_chunk and dequantize_row_* (ggml/include/ggml.h, ggml/src/ggml-quants.h). The package
+libggml-python brings it; those in xllamacpp and of Homebrew's ggml serve as well.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes.util
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +25,16 @@ from convert.base.errors import UserError
 ENVIRONMENT = "ABL_MLX_GGML"
 """Environment variable with the path of a shared library of ggml, tried before all others."""
 
+# Package -> the files in it that may be a library with ggml's quantizer.
+_PACKAGES = {
+    "libggml": ("lib*/libggml-base.so", "lib*/libggml-base.dylib", "bin/ggml-base.dll"),
+    "xllamacpp": ("*.so", "*.dylib", "*.dll"),
+}
+
 _NEEDED = ("ggml_quantize_init", "ggml_quantize_chunk")
+
+# Types that gguf-py can encode, to the same bytes as ggml.
+_IN_GGUF_PY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 
 # Weights per call of ggml: enough to be worth a call, few enough to be spread over threads.
 _CHUNK = 1 << 20
@@ -36,6 +45,17 @@ def available() -> bool:
     return _find() is not None
 
 
+def check(types: Iterable[GGMLQuantizationType]) -> None:
+    """Check that tensors can be encoded in these types.
+
+    Raises:
+        UserError: when one of them needs ggml and it was not found, saying what to install.
+    """
+    for kind in types:
+        if kind.name not in (*_IN_GGUF_PY, "F32", "F16", "BF16") and not available():
+            raise _missing(kind.name)
+
+
 def library() -> ctypes.CDLL:
     """The loaded shared library of ggml.
 
@@ -44,36 +64,52 @@ def library() -> ctypes.CDLL:
     """
     found = _find()
     if found is None:
-        raise UserError(
-            "quantizing to K-quants needs ggml, which was not found: pip install "
-            f"'abl-mlx[llamacpp]', or set {ENVIRONMENT} to a libggml-base shared object."
-        )
+        raise _missing("this")
     return found
 
 
-def quantize(values: np.ndarray, to: GGMLQuantizationType) -> np.ndarray:
+def _missing(what: str) -> UserError:
+    return UserError(
+        f"{what} needs ggml, which was not found: pip install libggml-python, or set {ENVIRONMENT} "
+        "to a libggml-base shared object."
+    )
+
+
+def quantize(
+    values: np.ndarray, to: GGMLQuantizationType, importance: np.ndarray | None = None
+) -> np.ndarray:
     """Encode rows with ggml's quantizer.
 
     Args:
         values: float32, (..., n), n a multiple of the type's block size.
-        to: a quantized type that needs no importance matrix.
+        to: a quantized type.
+        importance: the weight of each column's squared error, from an importance matrix: float32,
+            (n,) for all rows, or (E, n) for ``values`` of shape (E, ..., n). IQ1, IQ2 and IQ3_XXS
+            need it.
 
     Returns:
         uint8, (..., bytes per row).
 
     Raises:
-        UserError: when ggml was not found, or n is not a multiple of the block size.
+        UserError: when ggml was not found, n is not a multiple of the block size, or the importance
+            is of another shape.
     """
     block, size = gguf.GGML_QUANT_SIZES[to]
     width = values.shape[-1]
     if width % block:
         raise UserError(f"rows of {width} do not fit {to.name}, whose blocks hold {block} weights.")
+    if not available():
+        if importance is not None or to.name not in _IN_GGUF_PY:
+            raise _missing(to.name)
+        return gguf.quants.quantize(values, to)
     ggml = library()
     source = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, width)
     row_bytes = width // block * size
     encoded = np.empty((source.shape[0], row_bytes), dtype=np.uint8)
+    weights = _weights(values, importance)
 
-    def encode(first: int, last: int) -> None:
+    def encode(weight: np.ndarray | None, start: int, first: int, last: int) -> None:
+        first, last = start + first, start + last
         written = ggml.ggml_quantize_chunk(
             int(to),
             source[first:last].ctypes.data,
@@ -81,14 +117,29 @@ def quantize(values: np.ndarray, to: GGMLQuantizationType) -> np.ndarray:
             0,
             last - first,
             width,
-            None,
+            None if weight is None else weight.ctypes.data,
         )
         if written != (last - first) * row_bytes:
             raise UserError(f"this ggml encodes {to.name} differently from gguf-py: update both.")
 
     ggml.ggml_quantize_init(int(to))
-    _spread(encode, source.shape[0], width)
+    each = len(source) // max(1, len(weights))
+    for index, weight in enumerate(weights):
+        _spread(functools.partial(encode, weight, index * each), each, width)
     return encoded.reshape(*values.shape[:-1], row_bytes)
+
+
+def _weights(values: np.ndarray, importance: np.ndarray | None) -> list[np.ndarray] | list[None]:
+    """The weights of the columns, for equal parts of the rows."""
+    if importance is None:
+        return [None]
+    width = values.shape[-1]
+    weights = np.ascontiguousarray(importance, dtype=np.float32).reshape(-1, width)
+    if len(weights) not in (1, values.shape[0] if values.ndim > 2 else 1):
+        raise UserError(
+            f"importance of shape {importance.shape} does not fit weights of shape {values.shape}."
+        )
+    return list(weights)
 
 
 def dequantize(encoded: np.ndarray, of: GGMLQuantizationType) -> np.ndarray:
@@ -167,10 +218,11 @@ def _candidates() -> Iterator[str]:
         if not Path(named).is_file():
             raise UserError(f"{ENVIRONMENT} names {named}, which is no file: correct or unset it.")
         yield named
-    package = importlib.util.find_spec("xllamacpp")
-    for folder in (package.submodule_search_locations or []) if package else []:
-        for pattern in ("*.so", "*.dylib", "*.dll"):
-            yield from sorted(str(path) for path in Path(folder).glob(pattern))
+    for package, patterns in _PACKAGES.items():
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for pattern in patterns:
+                yield from sorted(str(path) for path in Path(folder).glob(pattern))
     system = ctypes.util.find_library("ggml-base")
     if system:
         yield system

@@ -27,7 +27,6 @@ type whose error and whose re-encoding error are both at most the old type's own
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
@@ -36,9 +35,6 @@ from convert.base.grids import Grid
 from convert.gguf import ggml
 from convert.gguf.ggml_blocks import GRID_CODECS
 from convert.gguf.ggml_codecs import FloatCodec, GridCodec, check_values
-
-# Types that gguf-py can encode, to the same bytes as ggml.
-_ENCODED_BY_GGUF_PY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 
 Codec = GridCodec | FloatCodec
 
@@ -136,17 +132,9 @@ def fresh(values: np.ndarray, ggml_type: GGMLQuantizationType) -> Grid:
         )
     values = np.ascontiguousarray(values, dtype=np.float32)
     # ggml crashes on a type that it does not know, so look for the type's decoder first.
-    if ggml.available() and hasattr(ggml.library(), _decoder_name(ggml_type)):
-        raw = ggml.quantize(values, ggml_type)
-    elif ggml_type.name in _ENCODED_BY_GGUF_PY:
-        raw = gguf.quants.quantize(values, ggml_type)
-    elif ggml.available():
+    if ggml.available() and not hasattr(ggml.library(), _decoder_name(ggml_type)):
         raise UserError(f"this ggml does not know {ggml_type.name}: update it.")
-    else:
-        raise UserError(
-            f"a new {ggml_type.name} grid needs ggml, which was not found: pip install "
-            f"'abl-mlx[llamacpp]', or set {ggml.ENVIRONMENT} to a libggml-base shared object."
-        )
+    raw = ggml.quantize(values, ggml_type)
     return found.decode(raw, n)
 
 
