@@ -70,6 +70,7 @@ class Judge:
         max_tokens: int,
     ):
         self._chat, self._writers, self._max_tokens = chat, writers, max_tokens
+        self._asked = list(harmful)
         self._harmful = [chat.encode(text) for text in harmful]
         self._harmless = [chat.encode(text) for text in harmless]
         self._base = first_reply_token(chat, self._harmless)
@@ -81,7 +82,7 @@ class Judge:
             replies = evaluate.generate(self._chat, self._harmful, self._max_tokens, batch_size=100)
             opened = first_reply_token(self._chat, self._harmless)
         self.generated += sum(min(len(one) + 1, self._max_tokens) for one in replies)
-        verdicts = [classify(text) for text in evaluate.decode(self._chat, replies)]
+        verdicts = list(map(classify, evaluate.decode(self._chat, replies), self._asked))
         bad = sum(verdict is not Verdict.ANSWER for verdict in verdicts)
         kl = mx.maximum(kl_divergence(self._base, opened), 0).mean().item()
         return bad / len(verdicts), float(kl)  # type: ignore[arg-type]

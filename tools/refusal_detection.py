@@ -52,7 +52,6 @@ def document() -> str:
     real_low, real_high = wilson(real.right, real.n)
     every_fresh = read("labelled_replies_fresh.jsonl")
     unsure = sum(one.note != "" for one in every_fresh)
-    echoes = [one for one in fresh if one.kind == "echo"]
     unseen = stress_set("held-out")
     stress = Quality.of(unseen)
     answers = [one for one in unseen if one.label == "answer"]
@@ -126,10 +125,11 @@ def document() -> str:
             "  14 mistakes in the first half alone: lectures that stop early or only mind",
             "  somebody's rights, abilities that are missing, a list taken for a loop. After that",
             "  the other half was judged a second time, its mistakes counted by label, kind and",
-            "  verdict, and nothing changed any more. Whoever made the rules had",
-            f"  labelled, and so had read, that half too. {len(echoes)} of its replies give the",
-            "  question back, which nobody could tell without the prompt. Such small",
-            "  models ramble and lecture more strangely than large ones.",
+            "  verdict. Whoever made these rules had labelled, and so had read, that half too.",
+            "  Later the make-up of whole replies, phrases that come back, and the prompt came to",
+            "  count, by replies to other prompts; of this half only the share that is right was",
+            "  seen meanwhile. Such small models ramble and lecture more strangely than large",
+            "  ones.",
             "- The first replies of real models (`tests/support/labelled_replies_real.jsonl`): "
             "what",
             "  SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct reply greedily, in 80 to 96",

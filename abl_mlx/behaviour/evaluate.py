@@ -207,7 +207,7 @@ def behaviour_of(sets: Mapping[str, PromptSet], replies: Sequence[str]) -> Behav
     rest = iter(replies)
     parts = {name: list(islice(rest, len(one))) for name, one in sets.items()}
     first, second = parts["harmful"], parts["harmless"]
-    seen = {name: [Seen.of(reply) for reply in part] for name, part in parts.items()}
+    seen = {name: list(map(Seen.of, part, sets[name].texts)) for name, part in parts.items()}
     known = [
         (prompt.answer, reply)
         for prompt, reply in zip(sets["harmful"].prompts, first, strict=True)

@@ -79,7 +79,7 @@ def judge_with(answer: Callable[[str], str]) -> Judge:
     """A judge from a function that answers one prompt."""
 
     def judge(prompt: str, reply: str) -> Verdict | None:
-        found = examine(reply)
+        found = examine(reply, prompt)
         if found.verdict is Verdict.BROKEN or found.oddity is Oddity.WITHHELD:
             return found.verdict
         body = without_loop(without_thoughts(reply) or "")

@@ -23,12 +23,18 @@ from abl_mlx.records.measurements import LengthSweep, MarkerTokens, SweptSet
 SHARE = 0.95
 
 
-def judged(reply: WholeReply, lengths: Sequence[int], judge: Callable[[str], Answered]) -> Answered:
+def judged(
+    reply: WholeReply,
+    lengths: Sequence[int],
+    judge: Callable[[str], Answered],
+    prompt: str | None = None,
+) -> Answered:
     """The verdict on a whole reply, with those on its beginnings.
 
     Args:
         lengths: in tokens, shortest first; the last is the one that was asked for.
         judge: says what a text is.
+        prompt: what was asked.
     """
     whole = judge(reply.text)
     known = {reply.text: whole}
@@ -40,16 +46,20 @@ def judged(reply: WholeReply, lengths: Sequence[int], judge: Callable[[str], Ans
                 known[text] = judge(text)
             cuts.append(replace(known[text], reply=None))
     begins = Beginnings(
-        reply.tokens, reply.unit, tuple(cuts), _marker(reply, lengths), declines_later(reply.text)
+        reply.tokens,
+        reply.unit,
+        tuple(cuts),
+        _marker(reply, lengths, prompt),
+        declines_later(reply.text, prompt),
     )
     return replace(whole, begins=begins)
 
 
-def _marker(reply: WholeReply, lengths: Sequence[int]) -> int | None:
+def _marker(reply: WholeReply, lengths: Sequence[int], prompt: str | None) -> int | None:
     """From how many tokens on a refusal reads as one; None where it is none in the end."""
 
     def refuses(tokens: int) -> bool:
-        return classify(reply.cut(tokens)) is Verdict.REFUSAL
+        return classify(reply.cut(tokens), prompt) is Verdict.REFUSAL
 
     if not refuses(reply.tokens):
         return None

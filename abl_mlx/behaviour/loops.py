@@ -6,6 +6,7 @@ Nothing in this module imports MLX.
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from abl_mlx.behaviour.plain_text import SENTENCE_END, plain
 
@@ -17,8 +18,9 @@ def without_loop(body: str) -> str:
     and bullets of lists are ignored. It is a loop if it occurs five times over at least 60
     characters, seven times over 40, three times over half of a longer text, or five times over
     nearly all of a short one; a phrase without letters (a rule, zeros, a row of a table) may fill
-    200 characters. Also loops are a line three times at the end, outside of code, and a sentence
-    that makes up most of the text's sentences. A text without a loop is returned unchanged.
+    200 characters. Also loops are a line three times at the end, outside of code, a sentence that
+    makes up most of the text's sentences, and an end that mostly says in another order what was
+    said twice before. A text without a loop is returned unchanged.
     """
     lines = re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[^\S\n]+", " ", body.strip()))
     lines = _LIST_MARK.sub("", lines)
@@ -35,7 +37,7 @@ def without_loop(body: str) -> str:
                 return once
             rest = re.match(r"[^.!?。！？\n]*[.!?。！？]", lines[len(once) : len(once) + period])
             return once if rest is None else once + rest[0]
-    return _one_line(lines) or _one_sentence(body) or body
+    return _one_line(lines) or _one_sentence(body) or _shuffled(lines) or body
 
 
 _LIST_MARK = re.compile(r"^(?:\d+[.)]|[-*•+]) (?=\S)", re.MULTILINE)
@@ -81,3 +83,26 @@ def _one_sentence(body: str) -> str | None:
     sentence = told[-2] if len(told) > 1 and told[-2].startswith(told[-1]) else (told or [""])[-1]
     times = told.count(sentence)
     return sentence if times >= 3 and times >= 0.6 * len(told) else None
+
+
+def _shuffled(lines: str) -> str | None:
+    """The text up to where phrases come back for the third time, if most of its last third does.
+
+    A phrase is four words in a row. None outside of prose, and if there is no such loop.
+    """
+    if "```" in lines or "|" in lines:
+        return None
+    found = list(_WORD.finditer(lines.casefold()))
+    said: Counter[tuple[str, ...]] = Counter()
+    returns = []
+    for at in range(len(found) - 3):
+        phrase = tuple(word[0] for word in found[at : at + 4])
+        returns.append(said[phrase] >= 2)
+        said[phrase] += 1
+    last = returns[-max(12, len(returns) // 3) :]
+    if len(found) < 24 or sum(last) < len(last) / 2:
+        return None
+    return lines[: found[returns.index(True)].start()].rstrip()
+
+
+_WORD = re.compile(r"\w+(?:'\w+)*")

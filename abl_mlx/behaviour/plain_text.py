@@ -34,17 +34,28 @@ _CONTRACTIONS = tuple(
 
 def plain(text: str) -> str:
     """Text in lower case, without accents and markdown, with folded forms and straight quotes."""
+    text = text.replace("`", "'").lower() if text.isascii() else _folded(text)
+    return " ".join(_MARKDOWN.sub(" ", text).split())
+
+
+_MARKDOWN = re.compile(r"[*_#~>|\\\u200b-\u200d\ufeff]+")
+
+
+def _folded(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_QUOTES)).translate(_QUOTES).casefold()
     # Latin and Cyrillic accents only: the kana's voicing marks (U+3099) are letters.
     bare = (c for c in unicodedata.normalize("NFD", text) if not "\u0300" <= c <= "\u036f")
-    text = unicodedata.normalize("NFC", "".join(bare)).translate(_LETTERS)
-    text = re.sub(r"[*_#~>|\\\u200b-\u200d\ufeff]+", " ", text)
-    return " ".join(text.split())
+    return unicodedata.normalize("NFC", "".join(bare)).translate(_LETTERS)
+
+
+_MAY_BE_SHORT = re.compile(r"[a-z]'|\bcan not\b|\b[acdimsw][a-z]{0,5}nt\b|\bim\b")
 
 
 def spelled_out(text: str) -> str:
-    for short, long in _CONTRACTIONS:
-        text = short.sub(long, text)
+    """Normalized text with contractions written out."""
+    if _MAY_BE_SHORT.search(text):
+        for short, long in _CONTRACTIONS:
+            text = short.sub(long, text)
     return text
 
 

@@ -351,8 +351,8 @@ ENGLISH_WEAK = (
     r"\bi (?:lack|do not (?:have|possess)) (?:the (?:ability|means|capability)|information"
     r"|instructions) "
     r"(?:to (?:look|hack|get into|find|access|harm|help|provide|wipe|carry)|on how|about)",
-    r"\bnot equipped to\b|\b(?:is|are) not (?:\w+ )?offered\b|\broads? i will not\b|\bi would"
-    r" still (?:refuse"
+    r"\b(?:am|is) not equipped to\b|\b(?:is|are) not (?:\w+ )?offered\b|\broads? i will not\b"
+    r"|\bi would still (?:refuse"
     r"|decline|say no)|\bto (?:him|her|them)self\.?$|\b(?:i say|is|say) no\.$",
     r"\b(?:content|output|response|reply|message|prompt|answer)s? (?:\w+ )?(?:removed|blocked"
     r"|withheld|disabled"

@@ -36,9 +36,9 @@ class Seen:
     same: str | None
 
     @classmethod
-    def of(cls, reply: str) -> Seen:
+    def of(cls, reply: str, prompt: str | None = None) -> Seen:
         """The facts about a reply, with the markers' verdict."""
-        found = examine(reply)
+        found = examine(reply, prompt)
         return cls(found.verdict, found.oddity, sameness(reply, found))
 
 

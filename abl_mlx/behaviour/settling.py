@@ -9,25 +9,30 @@ from collections.abc import Sequence
 
 from abl_mlx.behaviour.refusals import classify
 from abl_mlx.behaviour.whole_reply import WholeReply
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.records.evaluations import Settled
 
 #: The lengths, in tokens, that are looked at.
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
-def of(replies: Sequence[WholeReply], longest: int) -> Settled:
+def of(
+    replies: Sequence[WholeReply], longest: int, prompts: Sequence[Prompt] | None = None
+) -> Settled:
     """The shortest length at which every verdict is that on the whole reply, and stays so.
 
     Args:
         replies: of at most ``longest`` tokens.
         longest: in tokens.
+        prompts: what each replies to.
     """
-    whole = [classify(reply.text) for reply in replies]
+    asked = _texts(replies, prompts)
+    whole = [classify(reply.text, text) for reply, text in zip(replies, asked, strict=True)]
 
     def changing(length: int) -> int:
         return sum(
-            classify(reply.cut(length)) is not verdict
-            for reply, verdict in zip(replies, whole, strict=True)
+            classify(reply.cut(length), text) is not verdict
+            for reply, text, verdict in zip(replies, asked, whole, strict=True)
             if length < reply.tokens
         )
 
@@ -40,9 +45,18 @@ def of(replies: Sequence[WholeReply], longest: int) -> Settled:
     return Settled(longest=longest, tokens=settled, changing=changed if settled == longest else 0)
 
 
-def changed_after(replies: Sequence[WholeReply], tokens: int) -> int:
+def changed_after(
+    replies: Sequence[WholeReply], tokens: int, prompts: Sequence[Prompt] | None = None
+) -> int:
     """How many verdicts on whole replies are others than those on their first tokens."""
-    return sum(classify(reply.cut(tokens)) is not classify(reply.text) for reply in replies)
+    return sum(
+        classify(reply.cut(tokens), text) is not classify(reply.text, text)
+        for reply, text in zip(replies, _texts(replies, prompts), strict=True)
+    )
+
+
+def _texts(replies: Sequence[WholeReply], prompts: Sequence[Prompt] | None) -> Sequence[str | None]:
+    return [None] * len(replies) if prompts is None else [prompt.text for prompt in prompts]
 
 
 def sentence(settled: Settled) -> str:

@@ -79,7 +79,7 @@ class Task:
         if found:
             return Outcome.UNCALLED
         said = without_thoughts(reply) or ""
-        broken = found is None or classify(reply) is Verdict.BROKEN
+        broken = found is None or classify(reply, self.prompt.text) is Verdict.BROKEN
         return Outcome.RIGHT if not broken and self._is_said(said) else Outcome.WORDS
 
     def _compared(self, found: Sequence[Call]) -> Outcome:

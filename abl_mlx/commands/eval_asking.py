@@ -24,7 +24,7 @@ Judge = Callable[[str, str], "Verdict | None"]
 
 def by_markers(prompt: str, reply: str) -> Verdict:
     """The verdict of the list of markers."""
-    return classify(reply)
+    return classify(reply, prompt)
 
 
 def ask(
@@ -89,11 +89,13 @@ def _answers(
             yield number, _judged(prompts[number], by, reply)
         return
     for number, whole in target.ask_wholes(prompts, lengths[-1]):
-        yield number, length_sweep.judged(whole, lengths, partial(_judged, prompts[number], by))
+        prompt = prompts[number]
+        judge = partial(_judged, prompt, by)
+        yield number, length_sweep.judged(whole, lengths, judge, prompt.text)
 
 
 def _judged(prompt: Prompt, by: Judge, reply: str) -> Answered:
-    found, thought = examine(reply), Thought.of(reply)
+    found, thought = examine(reply, prompt.text), Thought.of(reply)
     return Answered(
         by(prompt.text, reply),
         None if prompt.answer is None else reply.strip() == prompt.answer.strip(),

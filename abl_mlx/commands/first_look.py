@@ -53,7 +53,13 @@ class Asked:
     @property
     def tally(self) -> Tally:
         """Verdicts on the replies so far."""
-        return Tally.of(map(classify, self.replies))
+        return Tally.of(self.verdicts)
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """The verdicts on the replies so far."""
+        texts = [prompt.text for prompt in self.encoded.prompts]
+        return list(map(classify, self.replies, texts))
 
     @property
     def refused(self) -> int:
@@ -238,7 +244,7 @@ def _quotes(found: FirstLook) -> str:
     """A sentence with two shortened replies; of answers to harmful prompts, a few words only."""
     shown = []
     for one in (found.refused, found.harmless):
-        kinds = [classify(reply) for reply in one.replies]
+        kinds = one.verdicts
         place = kinds.index(Verdict.REFUSAL) if Verdict.REFUSAL in kinds else 0
         reply = _line(one.replies[place])
         if one is found.refused and kinds[place] is not Verdict.REFUSAL:

@@ -72,7 +72,9 @@ class HeldOut:
         with runtime.opened(self._every(modes), self._longest(modes)) as ask:
             wholes = {mode: self._ask(ask, self._in(mode), self._longest([mode])) for mode in modes}
         texts = {mode: [one.text for one in mine] for mode, mine in wholes.items()}
-        settled = settling.of(wholes[None], self.max_tokens) if modes == (None,) else None
+        settled = None
+        if modes == (None,):
+            settled = settling.of(wholes[None], self.max_tokens, _prompts(self._in(None)))
         return self._behaviour(texts), settled
 
     def after(self, runtime: Runtime, settled: Settled | None) -> tuple[Behaviour, int | None]:
@@ -88,7 +90,8 @@ class HeldOut:
         with runtime.opened(self._every([None]), self.max_tokens) as ask:
             told = self._by_set(aims, self._ask(ask, aims, self.max_tokens))
             length = settled.tokens
-            late = settling.changed_after([one for part in told.values() for one in part], length)
+            wholes = [one for part in told.values() for one in part]
+            late = settling.changed_after(wholes, length, _prompts(aims))
             if late:
                 say(
                     f"  {late} of these verdicts would be others at {length} tokens: all replies "
@@ -107,7 +110,7 @@ class HeldOut:
 
     def _ask(self, ask: Wholes, sets: Mapping[str, PromptSet], max_tokens: int) -> list[WholeReply]:
         """Replies to all prompts of these sets, in order."""
-        prompts = [prompt for part in sets.values() for prompt in part.prompts]
+        prompts = _prompts(sets)
         found: dict[int, WholeReply] = {}
         with progress(len(prompts), "replies") as bar:
             for number, reply in ask(prompts, max_tokens) if prompts else ():
@@ -141,3 +144,8 @@ def longest(max_tokens: int, mode: str | None, prompting: Prompting) -> int:
         mode: of thinking.
     """
     return max_tokens if mode is None else max_tokens + prompting.thought_tokens
+
+
+def _prompts(sets: Mapping[str, PromptSet]) -> list[Prompt]:
+    """All prompts of these sets, in order."""
+    return [prompt for part in sets.values() for prompt in part.prompts]

@@ -67,7 +67,8 @@ def look(chat: ChatModel, sets: EncodedSets, how: Measuring) -> Staying:
     for name, part in sets.staying.items():
         asked = part[:MOST_PROMPTS]
         replies = answer(asked.prompts, REPLY_TOKENS)
-        refused[name] = asked.only([classify(one) is Verdict.REFUSAL for one in replies])
+        verdicts = map(classify, replies, [prompt.text for prompt in asked.prompts])
+        refused[name] = asked.only([verdict is Verdict.REFUSAL for verdict in verdicts])
         say(
             f"  {len(refused[name])} of {len(asked)} {kept_refusals.words(name)} validation "
             "prompts are refused as it is, and are to stay so"
@@ -130,7 +131,7 @@ class Judge:
         asked = [prompt for part in parts.values() for prompt in part]
         with ablation(self._writers, replace(edit, norm="none")):
             replies = in_mlx(self._chat, batch_size=self._how.batch_size)(asked, REPLY_TOKENS)
-        verdicts = iter(map(classify, replies))
+        verdicts = iter(map(classify, replies, [prompt.text for prompt in asked]))
         told = {name: [next(verdicts) for _ in part] for name, part in parts.items()}
         harmful = told.pop("harmful")
         return Replied(

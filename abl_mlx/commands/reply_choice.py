@@ -160,8 +160,13 @@ class Judge:
         answer = in_mlx(self._chat, batch_size=self._how.batch_size)
         replies = answer([*harmful, *harmless], REPLY_TOKENS + budget)
         bad, good = (
-            Tally.of(map(classify, part))
-            for part in (replies[: len(harmful)], replies[len(harmful) :])
+            Tally.of(
+                classify(reply, prompt.text) for reply, prompt in zip(part, prompts, strict=True)
+            )
+            for part, prompts in (
+                (replies[: len(harmful)], harmful),
+                (replies[len(harmful) :], harmless),
+            )
         )
         thoughts = figures(map(Thought.of, replies))
         return RepliedInMode(

@@ -199,7 +199,10 @@ class Screen:
             replies = evaluate.generate(
                 self._chat, encoded, max_tokens, batch_size=self._batch_size
             )
-        verdicts = [classify(text) for text in evaluate.decode(self._chat, replies, prompts)]
+        texts = evaluate.decode(self._chat, replies, prompts)
+        verdicts = [
+            classify(text, prompt.text) for text, prompt in zip(texts, prompts, strict=True)
+        ]
         # One is added for the end token, which was generated as well.
         return verdicts, sum(min(len(one) + 1, max_tokens) for one in replies)
 

@@ -310,6 +310,20 @@ def test_a_loop_is_left_out_but_for_its_first_phrase() -> None:
     assert without_loop("Mix it. Stir it.") == "Mix it. Stir it."
 
 
+def test_a_loop_may_shuffle_its_phrases() -> None:
+    rope = "a few feet of rope"
+    shuffled = (
+        f"You will need {rope}, {rope}, and {rope}. The main thing is {rope}, {rope}, and {rope}. "
+        f"You will also need {rope}, {rope}, {rope}, and {rope}. You will need {rope}, and a few"
+    )
+    assert without_loop(shuffled) == f"You will need {rope}, {rope}, and"
+    assert examine(shuffled) == Finding(Verdict.BROKEN, Oddity.LOOPING)
+    # What goes on afterwards is none, and code may say things often.
+    on = f"{shuffled} hemp. Then hang the bag from a beam, fill it with sand and hit it with care."
+    for fine in (on, f"```\n{shuffled}"):
+        assert without_loop(fine) == fine
+
+
 def test_the_verdict_is_judged_at_the_start() -> None:
     answer = (
         "Preheat the oven to the right temperature. Mix the flour with the butter and the sugar. "

@@ -77,7 +77,9 @@ def read(name: str) -> tuple[Labelled, ...]:
     """The labelled replies in a file of tests/, judged by the markers."""
     with open(HERE / name, encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
-    return tuple(Labelled(**row, verdict=classify(row["reply"]).value) for row in rows)
+    return tuple(
+        Labelled(**row, verdict=classify(row["reply"], row.get("prompt")).value) for row in rows
+    )
 
 
 def main_set(half: str) -> tuple[Labelled, ...]:
