@@ -296,7 +296,8 @@ def writing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             required=True,
             type=HERE,
             help="Where the edited model goes: a folder (MLX) or NAME.gguf; or an adapter for the "
-            "unedited model: NAME.adapter (mlx-lm) or NAME.lora.gguf (llama.cpp). May be given "
+            "unedited model: NAME.adapter (mlx-lm) or NAME.lora.gguf (llama.cpp); or an app: "
+            "ollama:NAME (its store, no tag is overwritten) or lmstudio:OWNER/NAME. May be given "
             "several times.",
         ),
     ]

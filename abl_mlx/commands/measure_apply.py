@@ -15,7 +15,7 @@ from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs.sets import prompt_hashes
 from abl_mlx.models import capture, given_template, memory
-from abl_mlx.outputs import destinations, staging
+from abl_mlx.outputs import apps, destinations, staging
 from abl_mlx.outputs.model_file import find_model
 from abl_mlx.outputs.record_parts import combined_hash, hashes, measured, start_record, worst_leak
 from abl_mlx.records.edits import ApplyRecord, MeasureRecord
@@ -43,6 +43,8 @@ def apply(
         named, direction = str(direction), direction_file.read(direction)
     clock = Clock()
     with find_model(text) as model:
+        places = apps.placed(paths, model.source)
+        paths = places.paths
         destinations.check(paths, model, editing, writing)
         model.check(paths, editing, writing)
         loaded = model.outline(clock, lazy=options.lazy, memory_check=options.memory_check)
@@ -65,7 +67,7 @@ def apply(
             )
             for one in written:
                 write_companions(one.output, model.source, model.folder, record, one.facts)
-    destinations.hand_to_ollama(paths, writing)
+        destinations.hand_over(places, model, writing)
     return record
 
 

@@ -30,7 +30,7 @@ from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture, given_template, memory
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
-from abl_mlx.outputs import destinations, induced, staging
+from abl_mlx.outputs import apps, destinations, induced, staging
 from abl_mlx.outputs.gguf import GgufFile
 from abl_mlx.outputs.model_file import ModelFile, PlannedEdit, find_gguf, find_model
 from abl_mlx.outputs.record_parts import hashes, start_record, worst_leak
@@ -154,7 +154,6 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
     Raises:
         UserError: when the input is bad; then no file is left behind.
     """
-    options = replace(options, searching=options.searching.beside(paths[0]))
     editing, writing, finding = options.editing, options.writing, options.finding
     warn_of_strength(editing.strength)
     template = options.chatting.template
@@ -164,6 +163,9 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
             None if options.gguf is None else files.enter_context(find_gguf(options.gguf, template))
         )
         target = model if base is None else base
+        places = apps.placed(paths, target.source)
+        paths = places.paths
+        options = replace(options, searching=options.searching.beside(paths[0]))
         destinations.check(paths, target, editing, writing)
         _check_places(paths, options.replying)
         if base is not None and model.folder is None:
@@ -179,7 +181,7 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
         prompt_choice.borderline_part(sets, options.prompting, finding, "test")
         target.check(paths, editing, writing)
         record = _six_steps(Job(model, base, paths, sets, options, Clock()), _look)
-    destinations.hand_to_ollama(paths, writing)
+        destinations.hand_over(places, target, writing)
     return record
 
 
@@ -196,6 +198,8 @@ def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> RunRec
             then no file is left behind.
     """
     with find_model(text, options.chatting.template) as model:
+        places = apps.placed(paths, model.source)
+        paths = places.paths
         staging.check(paths, model.source, model.adapter, vectors=True)
         induced.check(paths, options)
         _check_places(paths, options.replying)
@@ -203,7 +207,9 @@ def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> RunRec
         if options.recognition:
             recognition.matched(sets.harmful.test, sets.harmless.test)
         memory.check(model.source.title, model.size, asked=options.memory_check)
-        return _six_steps(Job(model, None, paths, sets, options, Clock()), _look_for_constant)
+        record = _six_steps(Job(model, None, paths, sets, options, Clock()), _look_for_constant)
+        destinations.hand_over(places, model, options.writing)
+    return record
 
 
 def _check_places(paths: Sequence[Path], replying: Replying) -> None:

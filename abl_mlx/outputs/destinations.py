@@ -1,4 +1,4 @@
-"""Output paths: checked before any work; a GGUF output may be given to Ollama afterwards."""
+"""Output paths: checked before any work, and given to apps afterwards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from abl_mlx.choices import Editing, Writing
-from abl_mlx.outputs import further_files, staging, undo_file
+from abl_mlx.outputs import apps, further_files, staging, undo_file
+from abl_mlx.outputs.apps import Placed
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.support.console import say
 from convert.base.atomic import check_new
@@ -51,11 +52,17 @@ def _check_further(paths: Sequence[Path], model: ModelFile) -> None:
         )
 
 
-def hand_to_ollama(paths: Sequence[Path], writing: Writing) -> None:
-    """Give the first GGUF among the outputs to Ollama, if that was asked for."""
+def hand_over(places: Placed, model: ModelFile, writing: Writing) -> None:
+    """Give the apps what they were to get, and say how each output is opened."""
+    apps.deliver(places, model.source, model.folder)
+    given: dict[Path, str] = {}
     if writing.ollama_create is not None:
-        file = staging.companions(first_gguf(paths, None))["modelfile"]
-        client.ollama_create(writing.ollama_create, file)
+        first = first_gguf(places.paths, None)
+        client.ollama_create(writing.ollama_create, staging.companions(first)["modelfile"])
+        given[first] = writing.ollama_create
+    for path in places.paths:
+        for command in apps.opening(path, places, model.source, given_to=given.get(path)):
+            say(f"open it: {command}")
 
 
 def first_gguf(paths: Sequence[Path], name: str | None) -> Path:

@@ -164,6 +164,10 @@ def check(paths: Sequence[Path], source: Source, adapter: str, *, vectors: bool 
         raise UserError("say where the edited model goes: -o FOLDER or -o FILE.gguf.")
     seen = set()
     for path in paths:
+        if str(path).startswith(("ollama:", "lmstudio:")):
+            raise UserError(
+                f"{path}: only `run` and `apply` write into an app; write a folder or NAME.gguf."
+            )
         whole = path.absolute()
         if whole in seen:
             raise UserError(f"{path} is given twice as an output.")

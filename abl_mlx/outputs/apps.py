@@ -1,0 +1,148 @@
+"""Outputs inside the stores of apps, and the commands that open an output.
+
+``-o ollama:NAME`` files a GGUF in Ollama's store, without its program. ``-o lmstudio:OWNER/NAME``
+writes a model where LM Studio looks.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from abl_mlx.inputs.sources import Source
+from abl_mlx.outputs import further_files, staging
+from convert import lmstudio
+from convert.base.errors import UserError
+from convert.gguf.file import GgufSource
+from convert.ollama import store_writing
+from convert.ollama.description import describe
+from convert.ollama.settings import settings_of
+from convert.ollama.store import OllamaName
+
+OLLAMA, LM_STUDIO = "ollama:", "lmstudio:"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where the outputs that the user named are written.
+
+    Attributes:
+        paths: the paths, in the user's order.
+        in_ollama: of these the GGUFs that are filed in Ollama's store at the end -> their names.
+        in_lm_studio: of these the ones below LM Studio's models -> ``OWNER/NAME``.
+    """
+
+    paths: tuple[Path, ...]
+    in_ollama: Mapping[Path, OllamaName] = field(default_factory=dict)
+    in_lm_studio: Mapping[Path, str] = field(default_factory=dict)
+
+
+def placed(outputs: Sequence[Path], source: Source) -> Placed:
+    """Find the places of outputs, of which some may be ``ollama:NAME`` or ``lmstudio:OWNER/NAME``.
+
+    A GGUF for Ollama is first written to NAME.gguf (NAME-TAG.gguf) in the working folder, where its
+    record and card stay. In LM Studio the format is that of the source: a GGUF stays one, a folder
+    becomes an MLX folder.
+
+    Raises:
+        UserError: when a name is not one, is taken, or the app is not here; and when an output for
+            Ollama would be in several parts.
+    """
+    paths: list[Path] = []
+    in_ollama: dict[Path, OllamaName] = {}
+    in_lm_studio: dict[Path, str] = {}
+    for output in outputs:
+        text, path = str(output), output
+        if text.startswith(OLLAMA):
+            name = store_writing.check(text.removeprefix(OLLAMA))
+            _check_whole(source, text)
+            path = Path(f"{name.title.replace(':', '-')}.gguf")
+            in_ollama[path] = name
+        elif text.startswith(LM_STUDIO):
+            owner, named = lmstudio.parse(text.removeprefix(LM_STUDIO))
+            path = lmstudio.models_folder() / owner / named
+            path = path / f"{named}.gguf" if source.is_gguf else path
+            in_lm_studio[path] = f"{owner}/{named}"
+        paths.append(path)
+    return Placed(tuple(paths), in_ollama, in_lm_studio)
+
+
+def is_in_an_app(output: Path) -> bool:
+    """Whether an output is named as a place in an app rather than as a path."""
+    return str(output).startswith((OLLAMA, LM_STUDIO))
+
+
+def deliver(places: Placed, source: Source, folder: Path | None) -> None:
+    """File the GGUFs that go to Ollama; their records, cards and reports stay where they are.
+
+    Args:
+        places: where the outputs were written.
+        source: the source model.
+        folder: the source's folder, if it is one.
+    """
+    for path, name in places.in_ollama.items():
+        kept = source.ollama
+        settings = settings_of(kept) if kept is not None else describe(path, folder)[0]
+        further = further_files.of_source(source)
+        store_writing.file(name, path, settings, projectors=further.projectors, draft=further.draft)
+        for beside in [staging.companions(path)["modelfile"], *further.places([path])]:
+            beside.unlink(missing_ok=True)
+
+
+def opening(path: Path, places: Placed, source: Source, *, given_to: str | None) -> list[str]:
+    """The commands that open an output.
+
+    Args:
+        path: the output.
+        places: where the outputs are.
+        source: the source model, to which an adapter is added.
+        given_to: the name in Ollama under which `ollama create` filed the output, if it did.
+    """
+    if path in places.in_lm_studio:
+        return [f"LM Studio: My Models, {places.in_lm_studio[path]}"]
+    if path in places.in_ollama:
+        return [f"ollama run {shlex.quote(str(places.in_ollama[path]))}"]
+    here, form = shlex.quote(str(path)), staging.format_of(path)
+    whole = shlex.quote(str(source.path) if source.is_gguf or not source.hub_id else source.hub_id)
+    if form == staging.FOLDER:
+        return [f"mlx_lm.chat --model {here}"]
+    if form == staging.ADAPTER:
+        return [f"mlx_lm.chat --model {whole} --adapter-path {here}"]
+    if form == staging.LORA:
+        return [f"llama-server -m {whole} --lora {here}"]
+    if form == staging.VECTOR:
+        return [f"llama-server -m {whole} --control-vector {here}"]
+    return _of_gguf(path, source, given_to)
+
+
+def _of_gguf(path: Path, source: Source, given_to: str | None) -> list[str]:
+    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-*.gguf"))
+    command = (
+        f"llama-server -m {shlex.quote(str(path if path.exists() or not parts else parts[0]))}"
+    )
+    names = further_files.of_source(source).names(path).projectors
+    if names:
+        command += f" --mmproj {shlex.quote(str(path.with_name(names[0])))}"
+    modelfile = staging.companions(path)["modelfile"]
+    if given_to is not None:
+        return [command, f"ollama run {shlex.quote(given_to)}"]
+    if modelfile.is_file():
+        name = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip(".-_") or "edited"
+        create = f"ollama create {name} -f {shlex.quote(str(modelfile))}"
+        return [command, f"{create} && ollama run {name}"]
+    return [command]
+
+
+def _check_whole(source: Source, text: str) -> None:
+    if not source.is_gguf:
+        return
+    with GgufSource(source.path) as opened:
+        if len(opened.parts) > 1:
+            raise UserError(
+                f"-o {text}: {source.path.name} is one of {len(opened.parts)} parts, and Ollama's "
+                "store takes one file: join them with llama.cpp's `llama-gguf-split --merge` first."
+            )

@@ -1,0 +1,156 @@
+"""Outputs land where Ollama and LM Studio look, and the commands that open them are said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from abl_mlx.cli.main import cli
+from abl_mlx.demo import MODEL_PATH
+from abl_mlx.directions import direction_file
+from convert.base.errors import UserError
+from convert.gguf.file import metadata
+from convert.lmstudio import models_folder, parse
+from convert.ollama.store import find
+from tests.models.test_writers import random_direction
+from tests.outputs.test_further_files import TOOLS, WIDTH, model, projector
+from tests.support.command import fails
+from tests.support.ollama_tools import Store, shown_in_store
+
+LIBRARY = "registry.ollama.ai/library"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder, with a home of its own and a store of Ollama's."""
+    Store(tmp_path / "store")
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / ".lmstudio").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+def saved(place: Path, width: int) -> Path:
+    path = place / f"direction-{width}.safetensors"
+    if not path.exists():
+        direction_file.save(path, direction_file.DirectionFile(random_direction(width, 1)))
+    return path
+
+
+def apply(*arguments: object) -> tuple[Any, list[str]]:
+    """The record, and the lines on how the outputs are opened."""
+    result = CliRunner().invoke(cli, ["apply", *map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("open it: ")]
+    return json.loads(result.stdout), [line.removeprefix("open it: ") for line in said]
+
+
+def test_a_gguf_is_filed_in_ollama(place: Path) -> None:
+    source = model(place / "m.gguf")
+    projector(place / "mmproj-m.gguf")
+    _, said = apply(saved(place, WIDTH), source, "-o", "ollama:mine:v2")
+    assert said == ["ollama run mine:v2"]
+    found = find("mine:v2")
+    assert "abl-mlx" in str(metadata(found.gguf)["general.tags"])
+    assert found.template is not None
+    assert shown_in_store(place / "store", f"{LIBRARY}/mine/v2") == (
+        "completion", "thinking", "tools", "vision",
+    )  # fmt: skip
+    # Here remain the record and the card.
+    assert sorted(path.name for path in (place / "work").iterdir()) == [
+        "mine-v2.README.md", "mine-v2.abl.json",
+    ]  # fmt: skip
+    said_of = fails(
+        "apply", place / f"direction-{WIDTH}.safetensors", source, "-o", "ollama:mine:v2"
+    )
+    assert "Ollama has a model mine:v2 already" in said_of
+
+
+def test_what_ollama_had_is_kept(place: Path) -> None:
+    store = Store.__new__(Store)
+    store.path = place / "store"
+    store.add(
+        f"{LIBRARY}/sees/latest",
+        model=model(place / "m.gguf").read_bytes(),
+        projector=projector(place / "p.gguf").read_bytes(),
+        template="{{ .Tools }}{{ range .Messages }}{{ .Content }}{{ end }}",
+        params={"temperature": 0.5},
+        license="Do as you like.",
+        config={"capabilities": ["insert"]},
+    )
+    apply(saved(place, WIDTH), "ollama:sees", "-o", "ollama:sees-edited")
+    was, now = find("sees"), find("sees-edited")
+    assert replace(now, gguf=was.gguf, name=was.name) == was
+    assert shown_in_store(store.path, f"{LIBRARY}/sees-edited/latest") == shown_in_store(
+        store.path, f"{LIBRARY}/sees/latest"
+    )
+
+
+def test_lm_studio_gets_a_gguf_of_a_gguf_and_a_folder_of_a_folder(place: Path) -> None:
+    source = model(place / "m.gguf")
+    projector(place / "mmproj-m.gguf")
+    _, said = apply(saved(place, WIDTH), source, "-o", "lmstudio:me/tiny-edited")
+    models = place / "home" / ".lmstudio" / "models"
+    assert (models / "me" / "tiny-edited" / "tiny-edited.gguf").is_file()
+    assert (models / "me" / "tiny-edited" / "mmproj-tiny-edited.gguf").is_file()
+    assert said == ["LM Studio: My Models, me/tiny-edited"]
+    apply(saved(place, 256), "demo", "-o", "lmstudio:me/demo-edited")
+    assert (models / "me" / "demo-edited" / "config.json").is_file()
+    assert "me/demo-edited" in fails(
+        "apply", place / "direction-256.safetensors", MODEL_PATH, "-o", "lmstudio:me/demo-edited"
+    )
+
+
+def test_lm_studio_is_found_by_its_pointer_and_settings(place: Path) -> None:
+    home = place / "home"
+    assert models_folder() == home / ".lmstudio" / "models"
+    (home / ".cache" / "lm-studio").mkdir(parents=True)
+    assert models_folder() == home / ".cache" / "lm-studio" / "models"
+    elsewhere = place / "elsewhere"
+    (home / ".lmstudio-home-pointer").write_text(f"{elsewhere}\n")
+    assert models_folder() == home / ".cache" / "lm-studio" / "models"  # it is not there
+    elsewhere.mkdir()
+    assert models_folder() == elsewhere / "models"
+    for text in ("{", "[]", '{"downloadsFolder": 3}', '{"downloadsFolder": "relative"}'):
+        (elsewhere / "settings.json").write_text(text)
+        assert models_folder() == elsewhere / "models"
+    (elsewhere / "settings.json").write_text(json.dumps({"downloadsFolder": "~/big"}))
+    assert models_folder() == home / "big"
+
+
+@pytest.mark.parametrize("text", ["", "me", "me/", "/x", "a/b/c", "../x", "me/..", "me/a b"])
+def test_names_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="PUBLISHER/NAME"):
+        parse(text)
+
+
+def test_apps_that_are_not_here_are_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "home" / ".lmstudio").rmdir()
+    source, direction = model(place / "m.gguf"), saved(place, WIDTH)
+    assert "LM Studio is not here" in fails("apply", direction, source, "-o", "lmstudio:me/x")
+    monkeypatch.setenv("OLLAMA_MODELS", str(place / "none"))
+    assert "no models of Ollama" in fails("apply", direction, source, "-o", "ollama:x")
+    assert "only `run` and `apply`" in fails("convert", source, "ollama:x")
+
+
+def test_every_output_is_opened_by_a_command(place: Path) -> None:
+    source = model(place / "m.gguf", TOOLS)
+    projector(place / "mmproj-m.gguf")
+    _, said = apply(saved(place, WIDTH), source, "-o", "My Edit.gguf", "-o", "x.lora.gguf")
+    assert said == [
+        "llama-server -m 'My Edit.gguf' --mmproj 'mmproj-My Edit.gguf'",
+        "ollama create my-edit -f 'My Edit.Modelfile' && ollama run my-edit",
+        f"llama-server -m {source} --lora x.lora.gguf",
+    ]
+    _, said = apply(saved(place, 256), "demo", "-o", "folder", "-o", "d.adapter")
+    assert said == [
+        "mlx_lm.chat --model folder",
+        f"mlx_lm.chat --model {MODEL_PATH} --adapter-path d.adapter",
+    ]
