@@ -24,6 +24,7 @@ from convert.base.hf_config import read_config
 from convert.base.hf_counts import check_counts
 from convert.gguf import file_types, ggml, ggml_types, mix
 from convert.gguf.file_types import FILE_TYPES
+from convert.gguf.imatrix import Imatrix
 from convert.gguf.values import Value, value_type
 from convert.mlx.other_quantization import refuse_quantized
 from convert.mlx.safetensors_files import TensorFiles
@@ -34,8 +35,9 @@ Edit = Callable[[mx.array], mx.array]
 
 _Q = GGMLQuantizationType
 
-#: Encodes an edited tensor: (source name, float32 values, type) -> float16, or the type's bytes.
-Quantizer = Callable[[str, np.ndarray, GGMLQuantizationType], np.ndarray]
+#: Encodes an edited tensor: (source name, float32 values, type, importance of its input columns)
+#: -> float16, or the type's bytes.
+Quantizer = Callable[[str, np.ndarray, GGMLQuantizationType, np.ndarray | None], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def write_gguf(
     metadata: Mapping[str, Value] | None = None,
     pre: str | None = None,
     quantize: Quantizer | None = None,
+    imatrix: Imatrix | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GgufReport:
     """Write the model in ``folder`` as the GGUF file ``out``.
@@ -83,8 +86,9 @@ def write_gguf(
             int64 where it does not fit), float (float32), list of str.
         pre: the value of tokenizer.ggml.pre, where it cannot be found from the tokenizer.
         quantize: used in place of `encode` for edited tensors of all types but F32: (source name,
-            float32 values in GGUF's layout, type) -> what `encode` would return. Types without a
-            codec are replaced by `convert.gguf.ggml_types.finer_type`.
+            float32 values in GGUF's layout, type, importance) -> what `encode` would return. Types
+            without a codec are replaced by `convert.gguf.ggml_types.finer_type`.
+        imatrix: an importance matrix, which weights the errors of input columns.
         progress: called with (tensors written, tensors in all).
 
     Raises:
@@ -95,7 +99,7 @@ def write_gguf(
     folder, out = Path(folder), Path(out)
     check_new(out)
     with TensorFiles(folder) as files:
-        layout = _layout(folder, files, file_type, pre)
+        layout = _layout(folder, files, file_type, pre, imatrix)
         targets, extras, types = layout.targets, layout.extras, layout.types
         edits = edits or {}
         for target in targets if quantize else ():
@@ -104,6 +108,7 @@ def write_gguf(
         left_out = tuple(name for name in files.names if hf_to_gguf.is_vision(name))
         _refuse_stray_edits(edits, targets, files)
         keys = _metadata(folder, layout)
+        keys.update(imatrix.metadata() if imatrix else {})
         keys.update(metadata or {})
         keys["general.name"] = phi3.named(
             str(keys["general.name"]), phi3=bool(layout.tokenizer.rstrip)
@@ -119,7 +124,7 @@ def write_gguf(
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_ti_data_to_file()
-                arrays = _arrays(layout, files, edits, quantize)
+                arrays = _arrays(layout, files, edits, quantize, imatrix)
                 for done, array in enumerate(arrays, start=1):
                     writer.write_tensor_data(array)
                     if progress:
@@ -136,14 +141,16 @@ def write_gguf(
     )
 
 
-def check_convertible(folder: Path, file_type: str, *, pre: str | None = None) -> None:
+def check_convertible(
+    folder: Path, file_type: str, *, pre: str | None = None, imatrix: Imatrix | None = None
+) -> None:
     """Check, before any long work, what `write_gguf` can check from the files' headers alone.
 
     Raises:
         UserError: as `write_gguf` does, except for reasons that lie in the tensors' values.
     """
     with TensorFiles(Path(folder)) as files:
-        _layout(Path(folder), files, file_type, pre)
+        _layout(Path(folder), files, file_type, pre, imatrix)
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,13 @@ class _Layout:
     tokenizer: Tokenizer
 
 
-def _layout(folder: Path, files: TensorFiles, file_type: str, pre: str | None) -> _Layout:
+def _layout(
+    folder: Path,
+    files: TensorFiles,
+    file_type: str,
+    pre: str | None,
+    imatrix: Imatrix | None,
+) -> _Layout:
     file_type = file_types.file_type(file_type)
     config = read_config(folder)
     refuse_quantized(folder, config, files)
@@ -171,20 +184,26 @@ def _layout(folder: Path, files: TensorFiles, file_type: str, pre: str | None) -
     extras = hf_to_gguf.extra_tensors(config)
     facts = mix.Facts.of(hf_to_gguf.hyperparameters(config), hf_to_gguf.architecture(config).gguf)
     shapes = {target.name: (_shape(target, files), _Q.F32) for target in targets}
-    types = mix.types(file_type, shapes, facts)
-    mix.check_importance(file_type, types)
+    types = mix.types(file_type, shapes, facts, importance=imatrix is not None)
+    if imatrix is None:
+        mix.check_importance(file_type, types)
+    else:
+        imatrix.check({name: shape for name, (shape, _) in shapes.items()})
     types.update(dict.fromkeys(extras, _Q.F32))
     ggml.check(types.values())
     return _Layout(config, file_type, targets, extras, types, tokenizer)
 
 
-def encode(values: np.ndarray, to: GGMLQuantizationType, name: str) -> np.ndarray:
+def encode(
+    values: np.ndarray, to: GGMLQuantizationType, name: str, importance: np.ndarray | None = None
+) -> np.ndarray:
     """Encode float32 values for a GGUF tensor: as float32, float16 or bytes of the type.
 
     Args:
         values: float32, (..., n).
         to: F32, F16, BF16, or a quantized type whose block divides n.
         name: the tensor's name, for messages.
+        importance: weights of the columns' squared errors, as for `convert.gguf.ggml.quantize`.
 
     Raises:
         UserError: naming the tensor, when a value is too large for float16.
@@ -197,7 +216,7 @@ def encode(values: np.ndarray, to: GGMLQuantizationType, name: str) -> np.ndarra
         return values.astype(np.float16)
     if to == _Q.BF16:
         return gguf.quants.quantize(values, to)
-    return ggml.quantize(values, to)
+    return ggml.quantize(values, to, importance)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,17 +280,22 @@ def _values(target: Target, files: TensorFiles, edits: Mapping[str, Edit]) -> np
 
 
 def _arrays(
-    layout: _Layout, files: TensorFiles, edits: Mapping[str, Edit], quantize: Quantizer | None
+    layout: _Layout,
+    files: TensorFiles,
+    edits: Mapping[str, Edit],
+    quantize: Quantizer | None,
+    imatrix: Imatrix | None,
 ) -> Iterator[np.ndarray]:
     """Yield every tensor as it is to be written, one after the other."""
     for target in layout.targets:
         values = _values(target, files, edits)
         kind = layout.types[target.name]
         edited = target.sources[0] in edits and kind != _Q.F32
+        importance = imatrix.weights(target.name, values.shape) if imatrix else None
         yield (
-            quantize(target.sources[0], values, kind)
+            quantize(target.sources[0], values, kind, importance)
             if edited and quantize
-            else encode(values, kind, target.name)
+            else encode(values, kind, target.name, importance)
         )
     yield from layout.extras.values()
 

@@ -14,6 +14,7 @@ from abl_mlx.cli.flags import (
     edit_flags,
     gguf_flags,
     given_flags,
+    imatrix_flag,
     json_flag,
     memory_flag,
     prompt_flags,
@@ -171,11 +172,16 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
 @click.argument("output", type=HERE)
 @click.option(
     "--quantize",
-    default="F16",
-    show_default=True,
     metavar="TYPE",
-    help="Type of a GGUF: F32, F16, BF16, Q8_0, Q4_0, ..., or a K-quant such as Q4_K_M.",
+    help="Type of a GGUF, as llama-quantize names them: F32, F16, BF16, Q8_0, Q6_K, Q4_K_M, "
+    "IQ4_XS, Q3_K_M, ... Default, from a folder: F16.",
 )
+@click.option(
+    "--keep-types",
+    is_flag=True,
+    help="From a GGUF: tensors that are quantized keep their type, --quantize is for the others.",
+)
+@imatrix_flag
 @click.option(
     "--bits",
     type=click.Choice(["2", "3", "4", "5", "6", "8"]),
@@ -199,7 +205,9 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
 def convert_model(
     source: str,
     output: Path,
-    quantize: str,
+    quantize: str | None,
+    keep_types: bool,
+    imatrix: Path | None,
     bits: str | None,
     group_size: str,
     dtype: str | None,
@@ -207,7 +215,8 @@ def convert_model(
 ) -> None:
     """Write SOURCE in the other format: a GGUF as an MLX folder, or a folder as OUTPUT.gguf.
 
-    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and MXFP4 become MLX tensors without requantizing.
+    A GGUF may also be written as a GGUF of another type. On the way from a GGUF to a folder, Q4_0,
+    Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and MXFP4 become MLX tensors without requantizing.
     """
     from abl_mlx.commands import conversion
 
@@ -218,6 +227,8 @@ def convert_model(
             source,
             output,
             quantize=quantize,
+            keep_types=keep_types,
+            imatrix=imatrix,
             bits=int(bits) if bits else None,
             group_size=int(group_size),
             dtype=dtype,

@@ -258,6 +258,15 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated(command, flags)
 
 
+imatrix_flag = click.option(
+    "--imatrix",
+    type=HERE,
+    metavar="FILE",
+    help="An importance matrix of `measure --imatrix` or llama-imatrix: where GGUF tensors are "
+    "quantized, the errors of their input columns are weighted by it.",
+)
+
+
 def writing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags about writing the edit."""
     flags = [

@@ -1,4 +1,4 @@
-"""`abl-mlx convert`: the same weights in the other format, unedited."""
+"""`abl-mlx convert`: the same weights in another format or other types, unedited."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ def convert(
     text: str,
     out: Path,
     *,
-    quantize: str = "F16",
+    quantize: str | None = None,
+    keep_types: bool = False,
+    imatrix: Path | None = None,
     bits: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
 ) -> ConvertRecord:
-    """Write a GGUF as an MLX folder, or an MLX or Hugging Face folder as a GGUF.
+    """Write a GGUF as an MLX folder or with other types, or a folder as a GGUF.
 
     Args:
         text: the source as the user typed it.
         out: NAME.gguf, or a folder.
-        quantize: the file type of a GGUF.
+        quantize: the file type of a GGUF; None for F16 from a folder.
+        keep_types: for a GGUF from a GGUF: let quantized tensors keep their type.
+        imatrix: for a GGUF, the file of an importance matrix.
         bits, group_size, dtype: for an MLX folder, as for `convert.gguf_to_mlx.write_folder`.
 
     Raises:
@@ -36,22 +40,34 @@ def convert(
     clock = Clock()
     with find_model(text) as model:
         staging.check([out], model.source, model.adapter)
-        to_gguf = staging.is_file(out)
-        if (staging.GGUF if to_gguf else staging.FOLDER) == model.format:
-            other = "mlx_lm.convert" if not to_gguf else "llama.cpp's llama-quantize"
-            raise UserError(
-                f"{text} is {'a GGUF' if to_gguf else 'a folder'} already, and so would {out} be: "
-                f"to change its type use {other}."
-            )
-        if to_gguf and (bits or dtype):
-            raise UserError(
-                "--bits and --dtype are for MLX folders: choose a GGUF's type by --quantize."
-            )
+        types = NewTypes(quantize, keep_types, imatrix, bits, group_size, dtype)
+        _check(text, model.format, out, types)
         with clock.step("convert"):
-            written = model.convert(out, NewTypes(quantize, bits, group_size, dtype))
+            written = model.convert(out, types)
     return ConvertRecord(
         **written.values_by_field,
         abl_mlx=__version__,
         source=model.source.name,
         seconds=clock.seconds,
     )
+
+
+def _check(text: str, source: str, out: Path, types: NewTypes) -> None:
+    to_gguf, from_gguf = staging.is_file(out), source == staging.GGUF
+    if not to_gguf and not from_gguf:
+        raise UserError(
+            f"{text} is a folder already, and so would {out} be: to change its type use "
+            "mlx_lm.convert."
+        )
+    if to_gguf and from_gguf and not types.quantize:
+        raise UserError(
+            f"{text} is a GGUF already, and so would {out} be: say its new type by --quantize."
+        )
+    if to_gguf and (types.bits or types.dtype):
+        raise UserError(
+            "--bits and --dtype are for MLX folders: choose a GGUF's type by --quantize."
+        )
+    if types.imatrix and not to_gguf:
+        raise UserError("--imatrix is for GGUFs: choose NAME.gguf as the output.")
+    if types.keep_types and not (to_gguf and from_gguf):
+        raise UserError("--keep-types is for a GGUF that is written as a GGUF: leave it out.")

@@ -48,7 +48,7 @@ from convert.gguf.file import read_tensor
 from convert.mlx.folder import FLOAT_DTYPES, float_dtype, rewrite_folder
 from convert.mlx.other_quantization import refuse_foreign
 from convert.mlx.safetensors_files import TensorFiles, TensorInfo
-from convert.mlx_to_gguf import check_convertible, encode, write_gguf
+from convert.mlx_to_gguf import Quantizer, check_convertible, encode, write_gguf
 from convert.ollama.description import lost_of_template
 
 ROWS_WARNING = (
@@ -306,8 +306,8 @@ def _keep_card(source: Path, out: Path) -> None:
         (out / "README.source.md").write_bytes((source / "README.md").read_bytes())
 
 
-def _quantizer(plan: Plan) -> Callable[[str, Any, Any], Any]:
-    def encoded(name: str, values: Any, kind: Any) -> Any:
+def _quantizer(plan: Plan) -> Quantizer:
+    def encoded(name: str, values: Any, kind: Any, importance: Any) -> Any:
         one = plan.edits[name]
         dtype = FLOAT_DTYPES.get(kind.name)
         if dtype is None:

@@ -266,7 +266,9 @@ class GgufFile(ExitStack):
     # --- what comes of it ----------------------------------------------------------------------
 
     def convert(self, out: Path, types: NewTypes) -> Converted:
-        return other_format.to_folder(self.gguf, out, types)
+        to_gguf = staging.format_of(out) == staging.GGUF
+        write = other_format.to_other_types if to_gguf else other_format.to_folder
+        return write(self.gguf, out, types)
 
     def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
         # The label has the regular expression of --tensors, which finds the same tensors again.

@@ -1,4 +1,4 @@
-"""The same weights, unedited, in the other format: a folder as a GGUF, and a GGUF as a folder."""
+"""The same weights, unedited, in another format or other types: folders and GGUFs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,27 @@ from abl_mlx.records.edits import Converted
 from abl_mlx.support import notes
 from abl_mlx.support.console import progress, progress_to
 from convert import gguf_to_mlx, mlx_to_gguf
+from convert.gguf import imatrix, quantize
 from convert.gguf.file import GgufSource
+from convert.gguf.file_types import FLOATS
+from convert.gguf.rewrite import rewrite
 
 
 @dataclass(frozen=True)
 class NewTypes:
-    """The types that weights get in the other format.
+    """The types that weights get in a converted model.
 
     Attributes:
-        quantize: the file type of a GGUF.
+        quantize: the file type of a GGUF; None for F16 from a folder, and for every tensor's own
+            type from a GGUF.
+        keep_types: from a GGUF: let quantized tensors keep their type.
+        imatrix: the file of an importance matrix, which weights errors in quantizing.
         bits, group_size, dtype: for an MLX folder, as for `convert.gguf_to_mlx.write_folder`.
     """
 
-    quantize: str = "F16"
+    quantize: str | None = None
+    keep_types: bool = False
+    imatrix: Path | None = None
     bits: int | None = None
     group_size: int = 64
     dtype: str | None = None
@@ -51,7 +59,12 @@ def to_gguf(
         metadata |= {f"abl_mlx.{key}": value for key, value in label.items()}
     with progress_to(f"write {out.name}", "tensor") as moved:
         report = mlx_to_gguf.write_gguf(
-            source.path, out, file_type=types.quantize, metadata=metadata, progress=moved
+            source.path,
+            out,
+            file_type=types.quantize or "F16",
+            metadata=metadata,
+            imatrix=imatrix.read(types.imatrix) if types.imatrix else None,
+            progress=moved,
         )
     return Converted(
         output=str(out),
@@ -59,6 +72,33 @@ def to_gguf(
         tensors=dict(Counter(report.types.values())),
         bytes=report.bytes,
         note=notes.vision(report.left_out),
+    )
+
+
+def to_other_types(gguf: GgufSource, out: Path, types: NewTypes) -> Converted:
+    """Write a GGUF as a GGUF of another file type."""
+    assert types.quantize is not None
+    weights = imatrix.read(types.imatrix) if types.imatrix else None
+    chosen = quantize.choose(gguf, types.quantize, weights, keep=types.keep_types)
+    again = sum(
+        kind != entry.type and entry.type not in FLOATS
+        for kind, entry in zip(chosen.values(), gguf.tensors.values(), strict=True)
+    )
+    tensors = quantize.replacements(gguf, chosen, weights)
+    with progress_to(f"write {out.name}", "B") as moved:
+        files = rewrite(
+            gguf,
+            out,
+            tensors=tensors,
+            metadata=quantize.metadata(types.quantize, weights) if tensors else {},
+            progress=moved,
+        )
+    return Converted(
+        output=str(files[0]),
+        format=GGUF,
+        tensors=dict(Counter(kind.name for kind in chosen.values())),
+        bytes=sum(file.stat().st_size for file in files),
+        note=notes.quantized_again(again),
     )
 
 

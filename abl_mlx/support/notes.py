@@ -70,6 +70,16 @@ def modelfile(lost: Sequence[str]) -> str | None:
     )
 
 
+def quantized_again(tensors: int) -> str | None:
+    """Note for a GGUF with tensors that were quantized before and have another type now."""
+    if not tensors:
+        return None
+    return (
+        f"{tensors} tensors were quantized already and lost precision again: quantize the float "
+        "model, or let them be with --keep-types"
+    )
+
+
 def not_copied(files: Sequence[str]) -> str | None:
     """Note for a folder without those files of the source that hold unedited weights."""
     if not files:

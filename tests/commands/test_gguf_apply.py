@@ -312,7 +312,7 @@ def test_mistakes_are_told_in_a_sentence(quantized, direction, tmp_path):
         (["run", source, "-o", tmp_path / "o.gguf", "--quantize", "Q8_0"], "--quant"),
         (["run", source, "--gguf", source, "-o", tmp_path / "o.gguf"], "leave --gguf out"),
         (["run", "demo", "--gguf", MODEL_PATH, "-o", tmp_path / "o.gguf"], "a .gguf file"),
-        (["convert", source, tmp_path / "o.gguf"], "llama-quantize"),
+        (["convert", source, tmp_path / "o.gguf"], "--quantize"),
         (["convert", "demo", tmp_path / "folder"], "mlx_lm.convert"),
         (["convert", "demo", tmp_path / "o.gguf", "--bits", "4"], "--quantize"),
         (["diff", source, tmp_path / "noise.gguf"], "noise.gguf"),
