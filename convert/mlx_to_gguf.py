@@ -6,8 +6,10 @@ ggml; names and metadata are those of llama.cpp's converter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,21 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert.architectures import hf_to_gguf
-from convert.architectures.hf_to_gguf import Target
+from convert.architectures.folder_config import architecture
+from convert.architectures.hf_metadata import extra_tensors
+from convert.architectures.hf_to_gguf import Plan, Target
+from convert.architectures.moves import joined, put
 from convert.base.atomic import check_new, new_file
 from convert.base.errors import UserError
 from convert.base.hf_config import read_config
 from convert.base.hf_counts import check_counts
 from convert.gguf import file_types, ggml, ggml_types, mix
+from convert.gguf.file import read_tensor
 from convert.gguf.file_types import FILE_TYPES
 from convert.gguf.imatrix import Imatrix
 from convert.gguf.values import Value, value_type
-from convert.mlx.other_quantization import refuse_quantized
+from convert.mlx.folder_weights import FLOATS, FolderWeights
+from convert.mlx.other_quantization import refuse_foreign
 from convert.mlx.safetensors_files import TensorFiles
 from convert.tokenizers import phi3
 from convert.tokenizers.to_gguf import Tokenizer, read_tokenizer
@@ -50,6 +57,9 @@ class GgufReport:
         types: GGUF tensor name -> its type, such as "Q6_K".
         bytes: the file's size.
         left_out: source tensors that the GGUF does not hold: those of a vision tower.
+        forms: GGUF tensor name -> how the quantized matrix that it comes from was written, such as
+            "4-bit, groups of 64, kept as Q4_1" or "8-bit, groups of 64, rounded to F16".
+        plan: which tensors of the folder became which of the file.
     """
 
     path: Path
@@ -57,13 +67,36 @@ class GgufReport:
     types: dict[str, str]
     bytes: int
     left_out: tuple[str, ...] = ()
+    forms: Mapping[str, str] = field(default_factory=dict)
+    plan: Plan | None = None
+
+    def reader(self) -> Callable[[str], np.ndarray]:
+        """A function from a source tensor to its values in the file: float32, in its own shape."""
+        assert self.plan is not None
+        plan = self.plan
+        paths: dict[str, list[str]] = {}
+        for path, stored in plan.stored.items():
+            for source in dict.fromkeys(piece.tensor for piece in stored.pieces):
+                paths.setdefault(source, []).append(path)
+        # A stack is decoded only once, because its experts are read one after the other.
+        tensor = lru_cache(maxsize=1)(lambda name: read_tensor(self.path, name))
+        count = _row_count(plan.shapes)
+
+        def read(source: str) -> np.ndarray:
+            found = np.empty(plan.shapes[source], dtype=np.float32)
+            rows = found if found.ndim == 1 else found.reshape(-1, found.shape[-1])
+            for path in paths[source]:
+                put(plan.stored[path], joined(plan.placed[path], tensor), source, rows, count)
+            return found
+
+        return read
 
 
 def write_gguf(
     folder: Path,
     out: Path,
     *,
-    file_type: str = "F16",
+    file_type: str | None = None,
     edits: Mapping[str, Edit] | None = None,
     metadata: Mapping[str, Value] | None = None,
     pre: str | None = None,
@@ -76,9 +109,12 @@ def write_gguf(
     One tensor is in memory at a time. The file appears under its name complete or not at all.
 
     Args:
-        folder: a folder with config.json, model*.safetensors in F32, F16 or BF16, and a tokenizer.
+        folder: a folder with config.json, model*.safetensors in F32, F16 or BF16 or quantized by
+            MLX, and a tokenizer.
         out: must not exist.
-        file_type: a key of `convert.gguf.file_types.FILE_TYPES` or of its ``ALIASES``.
+        file_type: a key of `convert.gguf.file_types.FILE_TYPES` or of its ``ALIASES``. None is F16,
+            but matrices quantized by MLX keep their weights where a GGUF has a type for them
+            (`FolderWeights.block_type`).
         edits: tensor name in the safetensors files -> function from the whole tensor, float32
             (out, in), to the edited one in the same shape. It is called before rows are permuted,
             experts stacked and values quantized.
@@ -92,20 +128,21 @@ def write_gguf(
         progress: called with (tensors written, tensors in all).
 
     Raises:
-        UserError: when the architecture or tokenizer is not supported, the source is quantized, a
-            tensor has no place in a GGUF or is not finite, an edit is of a missing tensor or
-            changes the shape, a quantized type is asked for without ggml, or the output exists.
+        UserError: when the architecture or tokenizer is not supported, the source is quantized in
+            another form than MLX's, a tensor has no place in a GGUF or is not finite, an edit is of
+            a missing tensor or changes the shape, a quantized type is asked for without ggml, or
+            the output exists.
     """
     folder, out = Path(folder), Path(out)
     check_new(out)
     with TensorFiles(folder) as files:
         layout = _layout(folder, files, file_type, pre, imatrix)
-        targets, extras, types = layout.targets, layout.extras, layout.types
+        plan, extras, types = layout.plan, layout.extras, layout.types
+        targets = plan.targets
         edits = edits or {}
         for target in targets if quantize else ():
             if target.sources[0] in edits:
                 types[target.name] = ggml_types.finer_type(types[target.name])
-        left_out = tuple(name for name in files.names if hf_to_gguf.is_vision(name))
         _refuse_stray_edits(edits, targets, files)
         keys = _metadata(folder, layout)
         keys.update(imatrix.metadata() if imatrix else {})
@@ -114,17 +151,17 @@ def write_gguf(
             str(keys["general.name"]), phi3=bool(layout.tokenizer.rstrip)
         )
         with new_file(out) as partial:
-            writer = gguf.GGUFWriter(partial, hf_to_gguf.architecture(layout.config).gguf)
+            writer = gguf.GGUFWriter(partial, architecture(layout.config).gguf)
             try:
                 _add_metadata(writer, keys)
                 for target in targets:
-                    _add_info(writer, target.name, _shape(target, files), types[target.name])
+                    _add_info(writer, target.name, target.shape, types[target.name])
                 for name, values in extras.items():
                     _add_info(writer, name, values.shape, _Q.F32)
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_ti_data_to_file()
-                arrays = _arrays(layout, files, edits, quantize, imatrix)
+                arrays = _arrays(layout, edits, quantize, imatrix)
                 for done, array in enumerate(arrays, start=1):
                     writer.write_tensor_data(array)
                     if progress:
@@ -134,15 +171,17 @@ def write_gguf(
             size = partial.stat().st_size
     return GgufReport(
         path=out,
-        tensors={source: target.name for target in targets for source in target.sources},
+        tensors=dict(hf_to_gguf.sources_of(targets)),
         types={name: kind.name for name, kind in types.items()},
         bytes=size,
-        left_out=left_out,
+        left_out=tuple(name for name in plan.left_out if hf_to_gguf.is_vision(name)),
+        forms=_forms(layout),
+        plan=plan,
     )
 
 
 def check_convertible(
-    folder: Path, file_type: str, *, pre: str | None = None, imatrix: Imatrix | None = None
+    folder: Path, file_type: str | None, *, pre: str | None = None, imatrix: Imatrix | None = None
 ) -> None:
     """Check, before any long work, what `write_gguf` can check from the files' headers alone.
 
@@ -159,39 +198,89 @@ class _Layout:
 
     config: dict[str, Any]
     file_type: str
-    targets: list[Target]
+    plan: Plan
     extras: dict[str, np.ndarray]
     types: dict[str, GGMLQuantizationType]
+    kept: frozenset[str]
+    weights: FolderWeights
     tokenizer: Tokenizer
 
 
 def _layout(
     folder: Path,
     files: TensorFiles,
-    file_type: str,
+    file_type: str | None,
     pre: str | None,
     imatrix: Imatrix | None,
 ) -> _Layout:
-    file_type = file_types.file_type(file_type)
+    keep, file_type = file_type is None, file_types.file_type(file_type or "F16")
     config = read_config(folder)
-    refuse_quantized(folder, config, files)
+    if not hf_to_gguf.is_gpt_oss(config):
+        refuse_foreign(folder, config, files)
     check_counts(folder, config, {name: files.info(name).shape for name in files.names})
-    _refuse_integers(files)
-    targets = hf_to_gguf.plan(config, files.names)
-    rows = files.info(_source(targets, "token_embd.weight")).shape[0]
+    weights = FolderWeights(files, config)
+    _refuse_integers(weights)
+    plan = hf_to_gguf.plan(config, weights.shapes, folder)
+    targets = plan.targets
+    rows = next(one.shape[0] for one in targets if one.name == "token_embd.weight")
     tokenizer = read_tokenizer(folder, rows, pre=pre)
-    _check_heads(targets, files)
-    extras = hf_to_gguf.extra_tensors(config)
-    facts = mix.Facts.of(hf_to_gguf.hyperparameters(config), hf_to_gguf.architecture(config).gguf)
-    shapes = {target.name: (_shape(target, files), _Q.F32) for target in targets}
+    extras = extra_tensors(config)
+    facts = mix.Facts.of(plan.metadata, architecture(config).gguf)
+    floats = {one.name: _float_type(one, file_type) for one in targets}
+    shapes = {one.name: (_without_ones(one.shape), floats[one.name]) for one in targets}
     types = mix.types(file_type, shapes, facts, importance=imatrix is not None)
+    if FILE_TYPES[file_type][1] in file_types.FLOATS:
+        types = floats
     if imatrix is None:
         mix.check_importance(file_type, types)
     else:
-        imatrix.check({name: shape for name, (shape, _) in shapes.items()})
+        imatrix.check({one.name: one.shape for one in targets})
     types.update(dict.fromkeys(extras, _Q.F32))
+    kept = {one.name: kind for one in targets if keep and (kind := _kept_type(one, weights))}
+    types.update(kept)
     ggml.check(types.values())
-    return _Layout(config, file_type, targets, extras, types, tokenizer)
+    return _Layout(config, file_type, plan, extras, types, frozenset(kept), weights, tokenizer)
+
+
+_FLOAT32 = re.compile(r"\.(ffn_gate_inp|ffn_gate_inp_shexp|ssm_conv1d|shortconv\.conv)\.")
+"""Matrices that llama.cpp wants in float32."""
+
+
+def _float_type(target: Target, file_type: str) -> GGMLQuantizationType:
+    """The type of a tensor in a file of floats, which a tensor that is not quantized keeps."""
+    small = len(target.shape) < 2 or not target.name.endswith(".weight") or "_norm." in target.name
+    if small or _FLOAT32.search(target.name):
+        return _Q.F32
+    kind = FILE_TYPES[file_type][1]
+    return kind if kind in file_types.FLOATS else _Q.F16
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape as ggml counts its dimensions: one row is a vector."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def _kept_type(target: Target, weights: FolderWeights) -> GGMLQuantizationType | None:
+    """The type in which a tensor keeps the weights of a quantized source; None for a new type."""
+    if not target.moves or _FLOAT32.search(target.name):
+        return None
+    if not all(weights.is_quantized(name) for name in target.sources):
+        return None
+    kinds = {weights.block_type(name) for name in target.sources}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _forms(layout: _Layout) -> dict[str, str]:
+    found = {}
+    for target in layout.plan.targets:
+        quantized = [one for one in target.sources if layout.weights.is_quantized(one)]
+        if quantized:
+            how = "kept as" if target.name in layout.kept else "rounded to"
+            kind = layout.types[target.name].name
+            found[target.name] = f"{layout.weights.form(quantized[0])}, {how} {kind}"
+    return found
 
 
 def encode(
@@ -223,24 +312,14 @@ def encode(
 # Checks
 
 
-def _refuse_integers(files: TensorFiles) -> None:
-    for name in files.names:
-        info = files.info(name)
-        if info.dtype not in ("F32", "F16", "BF16", "F64") and not hf_to_gguf.is_skipped(name):
+def _refuse_integers(weights: FolderWeights) -> None:
+    for name in weights.shapes:
+        info = weights.files.info(name)
+        stored = info.dtype in FLOATS or weights.is_quantized(name)
+        if not stored and not hf_to_gguf.is_skipped(name):
             raise UserError(
                 f"{name} in {info.file} is stored as {info.dtype}: take the float model it was "
                 "made from."
-            )
-
-
-def _check_heads(targets: list[Target], files: TensorFiles) -> None:
-    """Refuse a config.json whose number of heads does not divide the rows of a tensor."""
-    for target in targets:
-        rows = _shape(target, files)[0] if _shape(target, files) else 0
-        if target.permute_heads and rows % (2 * target.permute_heads):
-            raise UserError(
-                f"{target.sources[0]} has {rows} rows, which are not {target.permute_heads} heads "
-                "of an even size as config.json says: fetch config.json again."
             )
 
 
@@ -258,38 +337,61 @@ def _refuse_stray_edits(
 # Tensors
 
 
-def _source(targets: list[Target], name: str) -> str:
-    return next(target.sources[0] for target in targets if target.name == name)
+def _row_count(shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], int]:
+    def rows(name: str) -> int:
+        shape = shapes[name]
+        return shape[0] if len(shape) == 1 else int(np.prod(shape[:-1], dtype=np.int64))
+
+    return rows
 
 
-def _shape(target: Target, files: TensorFiles) -> tuple[int, ...]:
-    shape = files.info(target.sources[0]).shape
-    return (len(target.sources), *shape) if target.stacked else shape
+def _values(target: Target, layout: _Layout, edits: Mapping[str, Edit]) -> np.ndarray:
+    """A tensor's values, float32."""
+    plan = layout.plan
+
+    def read(source: str) -> np.ndarray:
+        return _source_values(source, layout.weights, edits)
+
+    if target.moves and len(target.weights) == 1 and target.weights[0].pieces[0].rows is None:
+        one = target.weights[0]
+        if len(one.pieces) == 1:
+            return joined(plan.stored[one.path], read).reshape(target.shape)
+    found = np.empty(target.shape, dtype=np.float32)
+    rows = found if found.ndim == 1 else found.reshape(-1, found.shape[-1])
+    shapes = {one.name: one.shape for one in plan.targets}
+    for weight in target.weights:
+        values = joined(plan.stored[weight.path], read)
+        put(weight, values, target.name, rows, _row_count(shapes))
+    return found * np.float32(target.scale) if target.scale != 1.0 else found
 
 
-def _values(target: Target, files: TensorFiles, edits: Mapping[str, Edit]) -> np.ndarray:
-    parts = [_source_values(source, files, edits) for source in target.sources]
-    values = np.stack(parts) if target.stacked else parts[0]
-    if target.permute_heads:
-        values = interleave_rows(values, target.permute_heads)
-    if target.offset:
-        values = values + np.float32(target.offset)
-    if target.scale != 1.0:
-        values = values * np.float32(target.scale)
-    return values
+def _kept_blocks(target: Target, layout: _Layout) -> np.ndarray:
+    """A tensor's blocks, bytes moved from a quantized source."""
+    plan, kind = layout.plan, layout.types[target.name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = int(np.prod(target.shape[:-1], dtype=np.int64))
+    found = np.empty((rows, target.shape[-1] // block * size), dtype=np.uint8)
+    shapes = {one.name: one.shape for one in plan.targets}
+    for weight in target.weights:
+        stored = plan.stored[weight.path]
+        values = joined(stored, lambda name: layout.weights.blocks(name, kind), raw=True)
+        put(weight, values, target.name, found, _row_count(shapes), raw=True)
+    return found.reshape(*target.shape[:-1], -1)
 
 
 def _arrays(
     layout: _Layout,
-    files: TensorFiles,
     edits: Mapping[str, Edit],
     quantize: Quantizer | None,
     imatrix: Imatrix | None,
 ) -> Iterator[np.ndarray]:
     """Yield every tensor as it is to be written, one after the other."""
-    for target in layout.targets:
-        values = _values(target, files, edits)
+    for target in layout.plan.targets:
         kind = layout.types[target.name]
+        if target.name in layout.kept:
+            yield _kept_blocks(target, layout)
+            continue
+        values = _values(target, layout, edits)
         edited = target.sources[0] in edits and kind != _Q.F32
         importance = imatrix.weights(target.name, values.shape) if imatrix else None
         yield (
@@ -300,8 +402,8 @@ def _arrays(
     yield from layout.extras.values()
 
 
-def _source_values(name: str, files: TensorFiles, edits: Mapping[str, Edit]) -> np.ndarray:
-    array = files.read(name).astype(mx.float32)
+def _source_values(name: str, weights: FolderWeights, edits: Mapping[str, Edit]) -> np.ndarray:
+    array = weights.values(name)
     _check_finite(array, name, "holds")
     if name in edits:
         edited = edits[name](array)
@@ -320,20 +422,6 @@ def _check_finite(array: mx.array, name: str, how: str) -> None:
             f"{name} {how} NaN or infinite values: download the model again, or convert it from "
             f"bfloat16 instead of float16."
         )
-
-
-def interleave_rows(values: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of each head from (first half, second half) to alternating order.
-
-    MLX and Hugging Face rotate dimension i with i + d/2; llama.cpp's llama rotates 2i with 2i + 1.
-
-    Args:
-        values: (heads * d, ...), d even.
-        heads: how many heads the rows belong to.
-    """
-    head = values.shape[0] // heads
-    halves = values.reshape(heads, 2, head // 2, *values.shape[1:])
-    return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def _add_info(
@@ -355,7 +443,7 @@ def _metadata(folder: Path, layout: _Layout) -> dict[str, Any]:
         "general.file_type": int(FILE_TYPES[layout.file_type][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
-    keys.update(hf_to_gguf.hyperparameters(layout.config))
+    keys.update(layout.plan.metadata)
     keys.update(layout.tokenizer.metadata())
     return keys
 

@@ -174,7 +174,8 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
     "--quantize",
     metavar="TYPE",
     help="Type of a GGUF, as llama-quantize names them: F32, F16, BF16, Q8_0, Q6_K, Q4_K_M, "
-    "IQ4_XS, Q3_K_M, ... Default, from a folder: F16.",
+    "IQ4_XS, Q3_K_M, ... Default, from a folder: F16, and matrices quantized by MLX keep their "
+    "weights where a GGUF has a type for them.",
 )
 @click.option(
     "--keep-types",
@@ -216,7 +217,8 @@ def convert_model(
     """Write SOURCE in the other format: a GGUF as an MLX folder, or a folder as OUTPUT.gguf.
 
     A GGUF may also be written as a GGUF of another type. On the way from a GGUF to a folder, Q4_0,
-    Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and MXFP4 become MLX tensors without requantizing.
+    Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and MXFP4 become MLX tensors without requantizing; on the way
+    back, matrices of 2 to 5 bits become Q4_1 and Q5_1, and mxfp4 becomes MXFP4.
     """
     from abl_mlx.commands import conversion
 

@@ -29,7 +29,8 @@ def convert(
     Args:
         text: the source as the user typed it.
         out: NAME.gguf, or a folder.
-        quantize: the file type of a GGUF; None for F16 from a folder.
+        quantize: the file type of a GGUF; None for F16 from a folder, where quantized weights are
+            kept if a GGUF has a type for them.
         keep_types: for a GGUF from a GGUF: let quantized tensors keep their type.
         imatrix: for a GGUF, the file of an importance matrix.
         bits, group_size, dtype: for an MLX folder, as for `convert.gguf_to_mlx.write_folder`.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,8 @@ from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress, progress_to
 from convert.base.errors import UserError
 from convert.base.hf_config import read_config, stored_config
-from convert.gguf.file import read_tensor
 from convert.mlx.folder import FLOAT_DTYPES, float_dtype, rewrite_folder
-from convert.mlx.other_quantization import refuse_foreign
+from convert.mlx.other_quantization import refuse_foreign, refuse_quantized
 from convert.mlx.safetensors_files import TensorFiles, TensorInfo
 from convert.mlx_to_gguf import Quantizer, check_convertible, encode, write_gguf
 from convert.ollama.description import lost_of_template
@@ -80,6 +78,7 @@ def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Wr
     refuse_foreign(source.path, read_config(source.path), files)
     check_space(whole, sum(file.stat().st_size for file in files.files))
     if GGUF in formats.values():
+        refuse_quantized(source.path, read_config(source.path), files)
         check_convertible(source.path, writing.quantize)
 
 
@@ -243,7 +242,11 @@ class FolderEdit:
                 quantize=None if writing.plain_rounding else _quantizer(plan),
                 progress=moved,
             )
-        read_back = _gguf_reader(output.staged, report.tensors)
+        read = report.reader()
+
+        def read_back(name: str) -> mx.array:
+            return mx.array(read(name))
+
         leak = measure_leak(
             self.files, edits, read_back, limit=self._max_leak, output=str(output.path)
         )
@@ -315,19 +318,3 @@ def _quantizer(plan: Plan) -> Quantizer:
         return encode(rounded_to_float(one, values, dtype), kind, name)
 
     return encoded
-
-
-def _gguf_reader(path: Path, names: Mapping[str, str]) -> Callable[[str], mx.array]:
-    """A function from a source tensor's name to its values in a GGUF: one expert, or a tensor."""
-    sources: dict[str, list[str]] = {}
-    for source, name in names.items():
-        sources.setdefault(name, []).append(source)
-    # A stack is decoded only once, because its experts are read one after the other.
-    read = lru_cache(maxsize=1)(lambda name: mx.array(read_tensor(path, name)))
-
-    def read_back(source: str) -> mx.array:
-        stack = sources[names[source]]
-        whole = read(names[source])
-        return whole if len(stack) == 1 else whole[stack.index(source)]
-
-    return read_back

@@ -27,8 +27,8 @@ class NewTypes:
     """The types that weights get in a converted model.
 
     Attributes:
-        quantize: the file type of a GGUF; None for F16 from a folder, and for every tensor's own
-            type from a GGUF.
+        quantize: the file type of a GGUF; None as for `convert.mlx_to_gguf.write_gguf` from a
+            folder, and for every tensor's own type from a GGUF.
         keep_types: from a GGUF: let quantized tensors keep their type.
         imatrix: the file of an importance matrix, which weights errors in quantizing.
         bits, group_size, dtype: for an MLX folder, as for `convert.gguf_to_mlx.write_folder`.
@@ -71,7 +71,7 @@ def to_gguf(
         format=GGUF,
         tensors=dict(Counter(report.types.values())),
         bytes=report.bytes,
-        note=notes.vision(report.left_out),
+        note=notes.joined(notes.vision(report.left_out), notes.repacked(report.forms)),
     )
 
 

@@ -5,6 +5,7 @@ A record keeps them under ``note``; the tables of all commands and the model car
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,12 @@ def vision(tensors: Sequence[str]) -> str | None:
         f"left out: {len(tensors)} tensors of the vision tower (such as {tensors[0]}): llama.cpp "
         "takes pictures by an mmproj GGUF of its own, which its convert_hf_to_gguf.py writes"
     )
+
+
+def repacked(forms: Mapping[str, str]) -> str | None:
+    """Note for a GGUF of a quantized folder: ``forms`` says of each tensor how it was written."""
+    counts = Counter(forms.values())
+    return ", ".join(f"{count} matrices {form}" for form, count in counts.most_common()) or None
 
 
 def modelfile(lost: Sequence[str]) -> str | None:

@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from convert.architectures.hf_keys import Config
 from convert.architectures.keys import Keys
-from convert.architectures.weights import Weight
+from convert.architectures.stored import Shape, Stored
+from convert.architectures.weights import Names, Weight, renamed
 
 Gains = tuple[str, ...]
 
@@ -52,38 +55,61 @@ class InMlx:
         config: makes the keys of config.json that mlx-lm needs, from "model_type" to sizes and rope
             but without the tokenizer's ids. It raises UserError for a file that mlx-lm would not
             run as llama.cpp does.
-        weights: lists every parameter of the model with the rows and columns of the tensors from
-            which it is made.
+        names: the names of its tensors and of mlx-lm's parameters.
+        arranged: lists every parameter of the model with the rows and columns of the tensors from
+            which it is made; `renamed` where each is a tensor as it is.
         unused: regular expressions of tensors that mlx-lm's model does not have and that the text
             model's forward pass does not use, such as those of multi-token prediction.
     """
 
     config: Callable[[Keys], dict[str, Any]]
-    weights: Callable[[Keys], list[Weight]]
+    names: Names
+    arranged: Callable[[Keys, Names], list[Weight]] = renamed
     unused: tuple[str, ...] = ()
+
+    def weights(self, keys: Keys) -> list[Weight]:
+        """Every parameter of the model, with the tensors from which it is made."""
+        return self.arranged(keys, self.names)
 
 
 def _no_keys(flat: Config) -> dict[str, Any]:
     return {}
 
 
+def _always(flat: Config) -> bool:
+    return True
+
+
+def _as_named(named: dict[str, Shape], others: dict[str, Shape]) -> dict[str, Shape]:
+    return named
+
+
 @dataclass(frozen=True)
 class FromFolder:
     """How a Hugging Face or MLX folder of the architecture becomes a GGUF.
 
-    Names of tensors come from gguf-py (its TensorNameMap); this record holds the other things that
-    llama.cpp's converter does. ``flat`` is the result of `hf_to_gguf.text_config`.
+    `InMlx` says which tensors of a GGUF make up each parameter of mlx-lm's model, and is read
+    backwards; this record has what is left. ``flat`` is the result of `folder_config.text_config`.
 
     Attributes:
         model_types: values of model_type in config.json.
         keys: makes from ``flat`` the metadata that not every architecture has, without the
-            architecture's prefix. It raises UserError for what llama.cpp cannot represent.
-        permutes: whether Q and K rows are reordered for llama.cpp's interleaved rotary embedding.
-        norm_offset: added to every norm weight (Gemma stores the gain minus one).
+            architecture's prefix; None takes out a usual key. It raises UserError for what
+            llama.cpp cannot represent.
+        stored: how tensors lie in a publisher's folder.
+        when: whether the entry is for this config.json, where several share a model_type.
+        names, arranged: take the place of those of `InMlx`, where a GGUF is written in another
+            form than every one that is read.
+        tensors: from the tensors that parameters come from by name, and the parameters without a
+            name (both with shapes), makes the tensors of the GGUF.
+        drafting: whether blocks for multi-token prediction are written or left out; None where
+            there are none.
         always_tied: whether llama.cpp has no separate output head for it.
         tied_by_default: the value of tie_word_embeddings where config.json has none.
-        fixed_rope_base: whether files leave out the rotary base, for which llama.cpp takes 10000.
         longrope: whether llama.cpp has two tables of rotary factors for it.
+        reads_betas: whether llama.cpp reads yarn's beta_fast and beta_slow for it.
+        scalings: methods of rope_scaling that ``keys`` takes care of.
+        made: makes tensors from ``flat``, in place of the usual tables of rotary factors.
         rescaled: the parameter that is multiplied so that llama.cpp's fixed divisor of the queries
             has the effect of config.json's query_pre_attn_scalar; None where no divisor is fixed.
         largest: the number of layers of the one model in which llama.cpp divides by hidden / heads
@@ -93,12 +119,18 @@ class FromFolder:
 
     model_types: tuple[str, ...]
     keys: Callable[[Config], dict[str, Any]] = _no_keys
-    permutes: bool = False
-    norm_offset: float = 0.0
+    stored: Stored = field(default_factory=Stored)
+    when: Callable[[Config], bool] = _always
+    names: Names | None = None
+    arranged: Callable[[Keys, Names], list[Weight]] | None = None
+    tensors: Callable[[dict[str, Shape], dict[str, Shape]], dict[str, Shape]] = _as_named
+    drafting: bool | None = None
     always_tied: bool = False
     tied_by_default: bool = False
-    fixed_rope_base: bool = False
     longrope: bool = False
+    reads_betas: bool = False
+    scalings: tuple[str, ...] = ()
+    made: Callable[[Config], dict[str, np.ndarray]] | None = None
     rescaled: str | None = None
     largest: int = 0
     defaults: Config = field(default_factory=dict)
@@ -112,14 +144,15 @@ class Architecture:
         name: general.architecture in a GGUF, also the prefix of its metadata keys.
         stream: which tensors write to the residual stream; None where the architecture is refused.
         in_mlx: how mlx-lm runs its GGUFs; None where it cannot.
-        from_folder: how its folders become GGUFs; None where only llama.cpp's converter can do it.
+        from_folder: how its folders become GGUFs, for each kind of folder that does; empty where
+            only llama.cpp's converter can do it.
         refused: why its weights cannot be edited exactly, in one sentence; empty where they can.
     """
 
     name: str
     stream: Stream | None = None
     in_mlx: InMlx | None = None
-    from_folder: FromFolder | None = None
+    from_folder: tuple[FromFolder, ...] = ()
     refused: str = ""
 
 

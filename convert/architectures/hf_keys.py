@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,14 +14,14 @@ Config = Mapping[str, Any]
 
 
 def head_dim(flat: Config) -> int:
-    """The number of dimensions of an attention head. ``flat`` is `hf_to_gguf.text_config`'s."""
+    """The number of dimensions of an attention head. ``flat`` is `folder_config.text_config`'s."""
     if flat.get("head_dim") is not None:
         return count(flat, "head_dim")
     return count(flat, "hidden_size") // count(flat, "num_attention_heads")
 
 
 def kv_heads(flat: Config) -> int:
-    """The number of key/value heads. ``flat`` is the result of `hf_to_gguf.text_config`."""
+    """The number of key/value heads. ``flat`` is the result of `folder_config.text_config`."""
     return count(
         flat, "num_key_value_heads" if flat.get("num_key_value_heads") else "num_attention_heads"
     )
@@ -37,8 +38,13 @@ def rotary_dim(flat: Config) -> int:
     return int(head_dim(flat) * (1.0 if factor is None else float(factor)))
 
 
-def sliding_pattern(flat: Config) -> list[bool]:
-    """For each layer, whether its attention is limited to a sliding window."""
+def sliding_pattern(flat: Config, usual: int = 6) -> list[bool]:
+    """For each layer, whether its attention is limited to a sliding window.
+
+    Args:
+        flat: the result of `folder_config.text_config`.
+        usual: n, where without a pattern every n-th layer has no window.
+    """
     layers = count(flat, "num_hidden_layers")
     types = flat.get("layer_types")
     every = flat.get("sliding_window_pattern") or flat.get("_sliding_window_pattern")
@@ -48,8 +54,35 @@ def sliding_pattern(flat: Config) -> list[bool]:
                 f"config.json's layer_types are {len(types)} for {layers} layers: fetch it again."
             )
         return [kind == "sliding_attention" for kind in types]
-    every = _checked("sliding_window_pattern", every or 6, _COUNT)
+    if isinstance(every, str) and every:
+        return [every[layer % len(every)] == "L" for layer in range(layers)]
+    every = _checked("sliding_window_pattern", every or usual, _COUNT)
     return [(layer + 1) % every != 0 for layer in range(layers)]
+
+
+def every_nth(flat: Config, usual: int) -> dict[str, Any]:
+    """The metadata for sliding windows in all layers but every n-th, which llama.cpp takes if the
+    pattern is missing; else with the pattern, a list of bool.
+
+    Args:
+        flat: the result of `folder_config.text_config`, with sliding_window.
+        usual: n.
+    """
+    found: dict[str, Any] = {"attention.sliding_window": count(flat, "sliding_window")}
+    pattern = sliding_pattern(flat, usual)
+    if pattern != [(layer + 1) % usual != 0 for layer in range(len(pattern))]:
+        found["attention.sliding_window_pattern"] = pattern
+    return found
+
+
+def named(flat: Config, pairs: Mapping[str, str]) -> dict[str, Any]:
+    """The metadata of counts that both formats have, for those that config.json has.
+
+    Args:
+        flat: the result of `folder_config.text_config`.
+        pairs: key of config.json -> key of the metadata.
+    """
+    return {new: count(flat, old) for old, new in pairs.items() if flat.get(old) is not None}
 
 
 def rope_kind(scaling: Any) -> str:
@@ -57,6 +90,27 @@ def rope_kind(scaling: Any) -> str:
     if not isinstance(scaling, Mapping):
         return "default"
     return str(scaling.get("type") or scaling.get("rope_type") or "default").lower()
+
+
+def query_rescale(flat: Config, rescaled: str | None, largest: int, path: str) -> float:
+    """The factor for the parameter ``rescaled``: 1 where no divisor of the queries is fixed.
+
+    llama.cpp divides Gemma's queries by the root of the head size (in the 27B models of hidden /
+    heads), whatever query_pre_attn_scalar config.json has.
+
+    Args:
+        flat: the result of `folder_config.text_config`.
+        rescaled, largest: as in `FromFolder`.
+        path: the parameter.
+    """
+    if rescaled is None or not path.endswith(rescaled):
+        return 1.0
+    wanted = float(flat.get("query_pre_attn_scalar") or 144.0)
+    if count(flat, "num_hidden_layers") == largest:
+        assumed = count(flat, "hidden_size") // count(flat, "num_attention_heads")
+    else:
+        assumed = head_dim(flat)
+    return math.sqrt(assumed / wanted)
 
 
 def original_context(flat: Config) -> int:

@@ -1,180 +1,75 @@
-"""The metadata and the tensors of the GGUF file that a model folder becomes.
+"""The tensors of the GGUF that a model folder becomes, and the tensors of the folder they hold.
 
-They follow llama.cpp's own converter and loaders (conversion/*.py, src/models/*.cpp); gguf-py's
-TensorNameMap gives the names of tensors. What differs between architectures is in their entries
-(`convert.architectures.table`).
+An architecture's entry says how a GGUF's tensors make up the parameters of mlx-lm's model
+(`InMlx`), and how a folder's do (`FromFolder.stored`). The plan reads the first backwards: from the
+folder to parameters, and from these to the GGUF.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import gguf
 import numpy as np
+from gguf import GGMLQuantizationType
 
-from convert.architectures.config_keys import SHARED
-from convert.architectures.hf_keys import (
-    Config,
-    count,
-    head_dim,
-    kv_heads,
-    original_context,
-    real,
-    rope_kind,
-    rope_theta,
-    rotary_dim,
-)
-from convert.architectures.table import FROM_FOLDER, Written
+from convert.architectures import mtp
+from convert.architectures.folder_config import architecture, text_config
+from convert.architectures.hf_keys import Config, count, query_rescale
+from convert.architectures.hf_metadata import hyperparameters
+from convert.architectures.keys import Keys
+from convert.architectures.stored import Folder, Shape, canonical_name, parameters
+from convert.architectures.table import IN_MLX, Written
+from convert.architectures.weights import Names, Weight
 from convert.base.errors import UserError
-from convert.base.hf_config import fill_in
+from convert.gguf.layout import TensorEntry
 
 _VISION = re.compile(
-    r"(^|\.)(vision_tower|vision_model|multi_modal_projector|embed_vision|visual)\."
+    r"(^|\.)(vision_tower|vision_model|multi_modal_projector|embed_vision|visual|audio_tower|"
+    r"embed_audio|vision_embedder)\."
 )
 _SKIPPED = re.compile(rf"{_VISION.pattern}|\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
 
+#: Names in a block for multi-token prediction -> names of its parts in folders.
+_DRAFTING = {
+    "nextn.eh_proj": "eh_proj",
+    "nextn.enorm": "enorm",
+    "nextn.hnorm": "hnorm",
+    "nextn.shared_head_norm": "shared_head.norm",
+    "nextn.shared_head_head": "shared_head.head",
+    "nextn.embed_tokens": "embed_tokens",
+}
+_OTHER_DRAFTING = {
+    r"^mtp\.fc\.": "eh_proj.",
+    r"^mtp\.pre_fc_norm_embedding\.": "enorm.",
+    r"^mtp\.pre_fc_norm_hidden\.": "hnorm.",
+    r"^mtp\.norm\.": "shared_head.norm.",
+}
 
-def text_config(config: Config) -> dict[str, Any]:
-    """The language model's part of a config.json as one flat object with mlx-lm's keys.
-
-    Multimodal configs keep that part under text_config. Keys that transformers 5 renamed are added.
-    """
-    flat = dict(config)
-    nested = flat.pop("text_config", None)
-    if isinstance(nested, Mapping):
-        kept = {key: value for key, value in nested.items() if key != "model_type"}
-        flat = {**flat, **kept}
-    known = FROM_FOLDER.get(str(flat.get("model_type")))
-    if known is not None:
-        flat = {**known.folder.defaults, **flat}
-    flat = fill_in(flat)
-    flat.pop("rope_parameters", None)
-    return flat
-
-
-def architecture(config: Config) -> Written:
-    """The architecture that a folder with this config.json becomes.
-
-    Raises:
-        UserError: when the model_type is not supported, naming it and those that are.
-    """
-    model_type = config.get("model_type")
-    if model_type not in FROM_FOLDER:
-        raise UserError(
-            f'config.json says model_type "{model_type}", which cannot be written as GGUF yet; '
-            f"supported are {', '.join(FROM_FOLDER)}. llama.cpp's convert_hf_to_gguf.py may know "
-            f"it."
-        )
-    return FROM_FOLDER[model_type]
+_SQUEEZED = re.compile(r"\.(ssm_conv1d|shortconv\.conv)\.weight$")
+"""Tensors that lack the last dimension, of 1, that mlx-lm's parameters have."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Metadata
-
-
-def hyperparameters(config: Config) -> dict[str, Any]:
-    """The architecture's GGUF metadata: full key -> value.
-
-    Values are int (for uint32), float (for float32), str, or a list of bool.
-
-    Args:
-        config: the parsed config.json.
-
-    Raises:
-        UserError: naming a key of config.json that is missing or that a GGUF cannot represent.
-    """
-    arch = architecture(config)
-    flat = text_config(config)
-    prefix = arch.gguf
-    heads = count(flat, "num_attention_heads")
-    hidden = count(flat, "hidden_size")
-    head_size = head_dim(flat)
-    values: dict[str, Any] = {
-        SHARED["num_hidden_layers"]: count(flat, "num_hidden_layers"),
-        SHARED["max_position_embeddings"]: count(flat, "max_position_embeddings"),
-        SHARED["hidden_size"]: hidden,
-        SHARED["intermediate_size"]: count(flat, "intermediate_size"),
-        SHARED["num_attention_heads"]: heads,
-        SHARED["num_key_value_heads"]: kv_heads(flat),
-        SHARED["rms_norm_eps"]: real(flat, "rms_norm_eps"),
-        "vocab_size": count(flat, "vocab_size"),
-        "rope.dimension_count": rotary_dim(flat),
-    }
-    if flat.get("head_dim") is not None or head_size * heads != hidden:
-        values[SHARED["head_dim"]] = head_size
-        values["attention.value_length"] = head_size
-    if not arch.folder.fixed_rope_base or flat.get("rope_theta") is not None:
-        values[SHARED["rope_theta"]] = rope_theta(flat)
-    values.update(_rope_scaling(flat, arch))
-    values.update(arch.folder.keys(flat))
-    return {f"{prefix}.{key}": value for key, value in values.items()}
-
-
-def _rope_scaling(flat: dict[str, Any], arch: Written) -> dict[str, int | float | str]:
-    scaling = flat.get("rope_scaling")
-    kind = rope_kind(scaling)
-    if not isinstance(scaling, Mapping) or kind in ("default", "llama3", "mrope"):
-        return {}
-    if kind == "linear":
-        return {"rope.scaling.type": "linear", "rope.scaling.factor": real(scaling, "factor")}
-    if kind == "yarn":
-        values: dict[str, int | float | str] = {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": real(scaling, "factor"),
-            "rope.scaling.original_context_length": int(
-                scaling.get("original_max_position_embeddings") or 4096
-            ),
-        }
-        for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-            # llama.cpp has metadata keys for these, but reads them only for other architectures.
-            if (scaling.get(key) or default) != default:
-                raise UserError(
-                    f"config.json's rope_scaling sets {key} to {scaling[key]}, but llama.cpp "
-                    f"always takes {default} for {arch.gguf}: remove rope_scaling to keep the "
-                    f"trained context length."
-                )
-        return values
-    if kind in ("longrope", "su") and arch.folder.longrope:
-        context = max(2, original_context(flat))
-        ratio = count(flat, "max_position_embeddings") / context
-        factor = math.sqrt(1 + math.log(ratio) / math.log(context)) if ratio > 1 else 1.0
-        return {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": factor}
-    raise UserError(
-        f'config.json asks for rope_scaling of type "{kind}", which llama.cpp has no counterpart '
-        f"for in {arch.gguf}: remove rope_scaling to keep the trained context length."
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# Tensors
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
-    """One tensor of the GGUF file and how it is made from source tensors.
-
-    Its values are the sources' float32 values (stacked on a new first axis if ``stacked``), with
-    rows permuted, plus ``offset``, times ``scale``.
+    """One tensor of the GGUF file.
 
     Attributes:
         name: its name in the GGUF file.
-        sources: names of source tensors; several only for a stack of experts.
-        stacked: whether the sources become one tensor with a leading axis of experts.
-        permute_heads: n > 0 reorders the rows of n heads from half-split to interleaved; 0 does
-            not.
-        offset: added to every value (Gemma's norms).
+        shape: its shape in NumPy's order.
+        weights: the parameters of mlx-lm's model that are made of it.
+        sources: the tensors of the folder that hold those parameters.
         scale: factor of every value, where llama.cpp fixes a scale that config.json sets otherwise.
     """
 
     name: str
+    shape: Shape
+    weights: tuple[Weight, ...]
     sources: tuple[str, ...]
-    stacked: bool = False
-    permute_heads: int = 0
-    offset: float = 0.0
     scale: float = 1.0
 
     @property
@@ -183,73 +78,102 @@ class Target:
         found = re.match(r"blk\.(\d+)\.", self.name)
         return int(found[1]) if found else None
 
+    @property
+    def moves(self) -> bool:
+        """Whether its rows are moved only, so that rows of quantized blocks may be."""
+        pieces = [piece for weight in self.weights for piece in weight.pieces]
+        return self.scale == 1.0 and all(
+            [weight.change is None for weight in self.weights]
+            + [piece.columns is None for piece in pieces]
+        )
 
-@dataclass
-class _Stack:
-    parts: dict[int, str] = field(default_factory=dict)
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a folder becomes a GGUF.
+
+    Attributes:
+        targets: the tensors of the GGUF in the file's order, embeddings first.
+        stored: path of a parameter of mlx-lm's model -> the folder's tensors that hold it.
+        placed: the same path -> the GGUF's tensors that hold it.
+        metadata: the architecture's metadata.
+        shapes: the folder's tensor -> its shape.
+        left_out: the folder's tensors that the GGUF does not hold.
+    """
+
+    targets: list[Target]
+    stored: dict[str, Weight]
+    placed: dict[str, Weight]
+    metadata: dict[str, Any]
+    shapes: Mapping[str, Shape]
+    left_out: tuple[str, ...] = ()
 
 
-def plan(config: Config, names: Iterable[str]) -> list[Target]:
-    """The GGUF tensors that a model with source tensors of these names becomes, embeddings first.
+def plan(config: Config, shapes: Mapping[str, Shape], folder: Path = Path("the folder")) -> Plan:
+    """How a model with these tensors becomes a GGUF.
 
-    The names may be those of Hugging Face models or of mlx-lm's expert stacks (``switch_mlp``),
-    with or without a prefix ``language_model.``. Tensors of a vision tower are left out.
+    The names may be those of Hugging Face models or of mlx-lm's parameters, with or without a
+    prefix ``language_model.``. Tensors of a vision tower are left out.
+
+    Args:
+        config: the parsed config.json.
+        shapes: the folder's tensors -> their shapes.
+        folder: for messages.
 
     Raises:
         UserError: naming a tensor that has no place in the architecture, or a missing expert.
     """
-    arch = architecture(config)
-    flat = text_config(config)
+    arch, flat = architecture(config), text_config(config)
+    in_mlx = IN_MLX[arch.gguf]
     layers = count(flat, "num_hidden_layers")
-    mapping = gguf.get_tensor_name_map(_gguf_arch(arch), layers)
-    tied = arch.folder.always_tied or bool(
-        flat.get("tie_word_embeddings", arch.folder.tied_by_default)
+    drafting = {one.name for one in mtp.mtp_tensors(shapes, layers)}
+    kept = [name for name in shapes if not is_skipped(name) and not _is_tied_head(name, flat, arch)]
+    blocks = 0
+    if arch.folder.drafting:
+        blocks = max((_drafting_block(name, layers) + 1 for name in drafting), default=0)
+    elif arch.folder.drafting is False:
+        kept = [name for name in kept if name not in drafting]
+    elif drafting:
+        raise _no_place(min(drafting), arch)
+    names = arch.folder.names or in_mlx.names
+    names = Names({**names.block, **_DRAFTING}, names.outside, names.layers)
+    renamed = {_as_layer(name, layers): shapes[name] for name in kept}
+    original = {_as_layer(name, layers): name for name in kept}
+    stored = _from_originals(
+        parameters(Folder(flat, renamed), names, arch.folder.stored, renamed, _experts(flat)),
+        original,
     )
-    targets: dict[str, Target] = {}
-    stacks: dict[str, _Stack] = {}
-    for source in names:
-        if is_skipped(source):
-            continue
-        plain = canonical_name(source)
-        if plain == "lm_head.weight" and tied:
-            continue
-        expert = re.match(r"(.*\.experts)\.(\d+)\.(.*)$", plain)
-        plain = f"{expert[1]}.{expert[3]}" if expert else plain.replace(".switch_mlp.", ".experts.")
-        name = mapping.get_name(plain, try_suffixes=(".weight", ".bias"))
-        layer = re.search(r"\.layers\.(\d+)\.", plain)
-        if name is None or (layer and int(layer[1]) >= layers):
-            raise UserError(
-                f"{source} has no place in a GGUF of architecture {arch.gguf}: remove it, or write "
-                f"the model with llama.cpp's convert_hf_to_gguf.py."
-            )
-        if expert:
-            stacks.setdefault(name, _Stack()).parts[int(expert[2])] = source
-            targets.setdefault(name, Target(name, (), stacked=True))
-            continue
-        if name in targets:
-            raise UserError(
-                f"{source} and {', '.join(targets[name].sources)} are both {name}: the folder "
-                f"holds the same tensor twice; remove one."
-            )
-        targets[name] = Target(
-            name,
-            (source,),
-            permute_heads=_permuted_heads(flat, arch, plain),
-            offset=arch.folder.norm_offset if plain.endswith("norm.weight") else 0.0,
-            scale=_attention_rescale(flat, arch, plain),
-        )
-    for name, stack in stacks.items():
-        experts = count(flat, "num_experts")
-        if len(stack.parts) != experts or max(stack.parts) != experts - 1:
-            raise UserError(
-                f"{name} is made of experts {sorted(stack.parts)}, but config.json says there are "
-                f"{experts}: download the model again."
-            )
-        ordered = tuple(stack.parts[expert] for expert in range(experts))
-        targets[name] = Target(name, ordered, stacked=True)
-    if "token_embd.weight" not in targets:
+    metadata = hyperparameters(config, blocks)
+    tensors = _tensors(arch, names, stored, shapes)
+    placed = _placed(arch, names, metadata, tensors, folder)
+    stray = [path for path in stored if path not in placed]
+    if stray:
+        raise _no_place(stored[stray[0]].pieces[0].tensor, arch)
+    holders: dict[str, list[Weight]] = {}
+    for path, weight in placed.items():
+        if path not in stored:
+            raise UserError(f"the folder has no {path}: download the model again.")
+        for tensor in dict.fromkeys(piece.tensor for piece in weight.pieces):
+            holders.setdefault(tensor, []).append(weight)
+    if "token_embd.weight" not in tensors:
         raise UserError("the folder has no embedding (model.embed_tokens.weight): download again.")
-    return sorted(targets.values(), key=_file_order)
+    targets = [
+        Target(
+            name,
+            shape,
+            tuple(holders[name]),
+            tuple(
+                dict.fromkeys(
+                    piece.tensor for one in holders[name] for piece in stored[one.path].pieces
+                )
+            ),
+            query_rescale(flat, arch.folder.rescaled, arch.folder.largest, holders[name][0].path),
+        )
+        for name, shape in tensors.items()
+    ]
+    used = {source for target in targets for source in target.sources}
+    left_out = tuple(name for name in shapes if name not in used and not _is_table(name))
+    return Plan(sorted(targets, key=_file_order), stored, placed, metadata, shapes, left_out)
 
 
 def is_skipped(source: str) -> bool:
@@ -257,97 +181,142 @@ def is_skipped(source: str) -> bool:
     return _SKIPPED.search(source) is not None
 
 
+def is_gpt_oss(config: Config) -> bool:
+    """Whether a folder may hold MXFP4 as gpt-oss's publisher stores it."""
+    return config.get("model_type") == "gpt_oss"
+
+
 def is_vision(source: str) -> bool:
     """Whether a tensor is one of a vision tower, which a GGUF of the language model lacks."""
     return _VISION.search(source) is not None
 
 
-def canonical_name(source: str) -> str:
-    """A tensor's name without ``language_model`` prefixes, as in a model that is not multimodal."""
-    name = re.sub(r"^(model\.)?language_model\.", "", source)
-    if not name.startswith(("model.", "lm_head.")):
-        name = f"model.{name}"
+def _is_table(source: str) -> bool:
+    return is_skipped(source) and not is_vision(source)
+
+
+def _is_tied_head(source: str, flat: Config, arch: Written) -> bool:
+    tied = arch.folder.always_tied or bool(
+        flat.get("tie_word_embeddings", arch.folder.tied_by_default)
+    )
+    return tied and canonical_name(source) in ("lm_head.weight", "model.lm_head.weight")
+
+
+def _drafting_block(name: str, layers: int) -> int:
+    found = re.search(r"\.layers\.(\d+)\.", _as_layer(name, layers))
+    return int(found[1]) - layers if found else 0
+
+
+def _as_layer(name: str, layers: int) -> str:
+    """The name of a block's tensor (``mtp.*``) as if the block were a further layer."""
+    path = re.sub(r"^(model\.)?(language_model\.)?(?=mtp\.)", "", name)
+    block = re.match(r"mtp\.layers\.(\d+)\.", path)
+    if block:
+        return f"model.layers.{layers + int(block[1])}.{path[block.end() :]}"
+    for pattern, new in _OTHER_DRAFTING.items():
+        if re.search(pattern, path):
+            return f"model.layers.{layers}.{re.sub(pattern, new, path)}"
     return name
 
 
-def extra_tensors(config: Config) -> dict[str, np.ndarray]:
-    """Tensors that are made from config.json: rotary factors, float32 (rotary dimensions / 2,).
-
-    llama3 scaling becomes ``rope_freqs.weight``, the divisor of each frequency. Phi-3's longrope
-    becomes ``rope_factors_long.weight`` and ``rope_factors_short.weight``.
-    """
-    flat = text_config(config)
-    scaling = flat.get("rope_scaling")
-    kind = rope_kind(scaling)
-    if not isinstance(scaling, Mapping):
-        return {}
-    half = rotary_dim(flat) // 2
-    if kind == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(scaling, flat, half)}
-    if kind in ("longrope", "su"):
-        factors = {}
-        for length in ("long", "short"):
-            values = np.asarray(scaling.get(f"{length}_factor"), dtype=np.float32)
-            if values.shape != (half,):
-                raise UserError(
-                    f"config.json's rope_scaling.{length}_factor should be {half} numbers, has "
-                    f"shape {values.shape}: download config.json again."
-                )
-            factors[f"rope_factors_{length}.weight"] = values
-        return factors
-    return {}
-
-
-def _llama3_factors(scaling: Config, flat: Config, half: int) -> np.ndarray:
-    base = rope_theta(flat)
-    factor = real(scaling, "factor")
-    low = float(scaling.get("low_freq_factor") or 1.0)
-    high = float(scaling.get("high_freq_factor") or 4.0)
-    context = float(scaling.get("original_max_position_embeddings") or 8192)
-    if not low < high:
-        raise UserError(
-            f"config.json's rope_scaling has low_freq_factor {low:g}, which is not below its "
-            f"high_freq_factor {high:g}: fetch config.json again."
+def _from_originals(found: dict[str, Weight], original: Mapping[str, str]) -> dict[str, Weight]:
+    return {
+        path: replace(
+            weight,
+            pieces=tuple(replace(piece, tensor=original[piece.tensor]) for piece in weight.pieces),
         )
-    wavelength = 2 * np.pi * base ** (np.arange(half, dtype=np.float64) / half)
-    # Short waves keep their length, long ones are stretched by the whole factor, others in between.
-    share = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - share) / factor + share)).astype(np.float32)
+        for path, weight in found.items()
+    }
 
 
-def _gguf_arch(arch: Written) -> gguf.MODEL_ARCH:
-    by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-    return by_name[arch.gguf]
+def _experts(flat: Config) -> int:
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return next((count(flat, name) for name in names if flat.get(name)), 0)
 
 
-def _permuted_heads(flat: Config, arch: Written, plain: str) -> int:
-    # With rope_traditional the rotation is interleaved already, so rows keep their order.
-    if not arch.folder.permutes or flat.get("rope_traditional"):
-        return 0
-    if re.search(r"\.q_proj\.(weight|bias)$", plain):
-        return count(flat, "num_attention_heads")
-    if re.search(r"\.k_proj\.(weight|bias)$", plain):
-        return kv_heads(flat)
-    return 0
+def _shape(weight: Weight, shapes: Mapping[str, Shape]) -> Shape:
+    """A parameter's shape."""
+    before = weight.shape or shapes[weight.pieces[0].tensor]
+    if weight.change is None:
+        return before
+    return (
+        weight.change(np.empty(before, dtype=np.float32)).shape
+        if len(before) < 2
+        else (weight.change(np.broadcast_to(np.float32(0), before)).shape)
+    )
 
 
-def _attention_rescale(flat: Config, arch: Written, plain: str) -> float:
-    """The factor for the parameter ``rescaled``: 1 where no divisor of the queries is fixed.
+def _tensors(
+    arch: Written, names: Names, stored: Mapping[str, Weight], shapes: Mapping[str, Shape]
+) -> dict[str, Shape]:
+    """The GGUF's tensors and their shapes, in the order of the parameters."""
+    named: dict[str, Shape] = {}
+    others: dict[str, Shape] = {}
+    for path, weight in stored.items():
+        shape, name = _shape(weight, shapes), names.tensor(path)
+        if name is None:
+            others[path] = shape
+        else:
+            named[name] = shape[:-1] if _SQUEEZED.search(name) else shape
+    return arch.folder.tensors(named, others)
 
-    llama.cpp divides Gemma's queries by the root of the head size (in the 27B models of hidden /
-    heads), whatever query_pre_attn_scalar config.json has.
-    """
-    if arch.folder.rescaled is None or not plain.endswith(arch.folder.rescaled):
-        return 1.0
-    wanted = float(flat.get("query_pre_attn_scalar") or 144.0)
-    if count(flat, "num_hidden_layers") == arch.folder.largest:
-        assumed = count(flat, "hidden_size") // count(flat, "num_attention_heads")
-    else:
-        assumed = head_dim(flat)
-    return math.sqrt(assumed / wanted)
+
+class _Planned:
+    """Metadata and tensors of a GGUF that is to be written, in place of a `GgufSource`."""
+
+    def __init__(
+        self, folder: Path, architecture: str, metadata: Mapping[str, Any], shapes: dict[str, Shape]
+    ) -> None:
+        self.parts = (folder,)
+        self.architecture = architecture
+        # Blocks for multi-token prediction are arranged as the model's own are.
+        self.metadata = {
+            key: value for key, value in metadata.items() if "nextn_predict_layers" not in key
+        }
+        self.tensors = MappingProxyType(
+            {
+                name: TensorEntry(name, GGMLQuantizationType.F32, shape, 0, 0, 0)
+                for name, shape in shapes.items()
+            }
+        )
+
+    def tensor(self, name: str) -> TensorEntry:
+        if name not in self.tensors:
+            raise UserError(f"{self.parts[0]} has nothing that becomes {name}: download it again.")
+        return self.tensors[name]
+
+
+def _placed(
+    arch: Written,
+    names: Names,
+    metadata: Mapping[str, Any],
+    tensors: dict[str, Shape],
+    folder: Path,
+) -> dict[str, Weight]:
+    """Path of a parameter -> the rows of the GGUF's tensors that it is made of."""
+    source: Any = _Planned(folder, arch.gguf, metadata, tensors)
+    arranged = arch.folder.arranged or IN_MLX[arch.gguf].arranged
+    return {weight.path: weight for weight in arranged(Keys(source), names)}
+
+
+def _no_place(source: str, arch: Written) -> UserError:
+    return UserError(
+        f"{source} has no place in a GGUF of architecture {arch.gguf}: remove it, or write "
+        f"the model with llama.cpp's convert_hf_to_gguf.py."
+    )
 
 
 def _file_order(target: Target) -> tuple[int, int, str]:
     if target.layer is not None:
         return 1, target.layer, target.name
     return (0 if target.name.startswith("token_embd") else 2), 0, target.name
+
+
+def sources_of(targets: list[Target]) -> Iterator[tuple[str, str]]:
+    """Pairs of a folder's tensor and the first GGUF tensor that holds it."""
+    seen: set[str] = set()
+    for target in targets:
+        for source in target.sources:
+            if source not in seen:
+                seen.add(source)
+                yield source, target.name

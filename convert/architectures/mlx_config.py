@@ -185,7 +185,7 @@ def rope_scaling(keys: Keys) -> dict[str, Any] | None:
 def _llama3_scaling(keys: Keys) -> dict[str, Any] | None:
     """The parameters of llama3 scaling that give the file's table of factors.
 
-    This is the inverse of `hf_to_gguf.extra_tensors`. A wave of length w has the factor
+    This is the inverse of `hf_metadata.extra_tensors`. A wave of length w has the factor
     1 / ((1 - s) / f + s), where s = clip((c / w - low) / (high - low), 0, 1). Only c / low and
     c / high can be found from the factors, so c is taken to be the usual 8192.
     """

@@ -53,10 +53,14 @@ class Written:
     folder: FromFolder
 
 
-FROM_FOLDER: dict[str, Written] = {
-    model_type: Written(name, one.from_folder)
-    for name, one in ARCHITECTURES.items()
-    if one.from_folder is not None
-    for model_type in one.from_folder.model_types
-}
-"""model_type of config.json -> the architecture in a GGUF, for those that can be written as one."""
+def _from_folder() -> dict[str, tuple[Written, ...]]:
+    found: dict[str, tuple[Written, ...]] = {}
+    for name, one in ARCHITECTURES.items():
+        for folder in one.from_folder:
+            for model_type in folder.model_types:
+                found[model_type] = (*found.get(model_type, ()), Written(name, folder))
+    return found
+
+
+FROM_FOLDER: dict[str, tuple[Written, ...]] = _from_folder()
+"""model_type of config.json -> the architectures in a GGUF that it may be written as."""

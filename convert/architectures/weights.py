@@ -1,13 +1,15 @@
-"""Records of which rows (rarely, columns) of GGUF tensors make up each parameter of mlx-lm's model.
+"""Records of which rows and columns of stored tensors make up the parameters of mlx-lm's model.
 
-They hold indices and no values, so that quantized blocks can be moved without being decoded.
+They hold indices and no values, so that quantized blocks can be moved without being decoded. The
+stored tensors are those of a GGUF, or those of a Hugging Face folder; every record can be read in
+both directions.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,8 +19,45 @@ from convert.gguf.layout import TensorEntry
 
 
 @dataclass(frozen=True, eq=False)
+class Change:
+    """A change of values between the stored tensor and the parameter, and the way back.
+
+    Attributes:
+        apply: from the stored float32 values to the parameter's.
+        undo: from the parameter's values to the stored ones; None where there is no way back.
+    """
+
+    apply: Callable[[np.ndarray], np.ndarray]
+    undo: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return self.apply(values)
+
+
+def _log_of_negative(decay: np.ndarray) -> np.ndarray:
+    # A number that is not negative becomes NaN or infinite here, which is refused later.
+    with np.errstate(all="ignore"):
+        return np.log(-decay)
+
+
+def _negative_exponential(logarithm: np.ndarray) -> np.ndarray:
+    # Rounded once: NumPy's exponential of float32 is often one step off.
+    return (-np.exp(logarithm.astype(np.float64))).astype(np.float32)
+
+
+def _swapped(values: np.ndarray) -> np.ndarray:
+    return values.swapaxes(-1, -2)
+
+
+PLUS_ONE = Change(lambda gain: gain + np.float32(1), lambda gain: gain - np.float32(1))
+LESS_ONE = Change(lambda gain: gain - np.float32(1), lambda gain: gain + np.float32(1))
+LOG_OF_NEGATIVE = Change(_log_of_negative, _negative_exponential)
+SWAPPED = Change(_swapped, _swapped)
+
+
+@dataclass(frozen=True, eq=False)
 class Piece:
-    """A GGUF tensor, or some of its rows and columns.
+    """A stored tensor, or some of its rows and columns.
 
     Attributes:
         tensor: the tensor's name.
@@ -50,7 +89,7 @@ class Weight:
     path: str
     pieces: tuple[Piece, ...]
     shape: tuple[int, ...] | None = None
-    change: Callable[[np.ndarray], np.ndarray] | None = None
+    change: Change | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -94,21 +133,56 @@ ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_sh
 """Names of tensors whose values become part of config.json."""
 
 
-def renamed(
-    keys: Keys,
-    block: Mapping[str, str],
-    outside: Mapping[str, str] = OUTSIDE,
-    *,
-    layers: str = "model.layers",
-    skip: Iterable[str] = (),
-) -> list[Weight]:
-    """A Weight for each tensor of the file under its name in mlx-lm's model, with the same suffix.
+@dataclass(frozen=True)
+class Names:
+    """Names of a GGUF's tensors and of the parameters of mlx-lm's model, in both directions.
+
+    Keys of the tables are names without ``.weight`` or ``.bias``, which stay as they are, or whole
+    names where the ending differs ("ssm_dt.bias": "linear_attn.dt_bias").
+
+    Attributes:
+        block: names in ``blk.N.`` -> modules of a layer.
+        outside: names of tensors outside the blocks -> modules of the model.
+        layers: the path of the model's list of layers.
+    """
+
+    block: Mapping[str, str]
+    outside: Mapping[str, str] = field(default_factory=lambda: OUTSIDE)
+    layers: str = "model.layers"
+
+    def path(self, tensor: str) -> str | None:
+        """The parameter that a tensor becomes; None for a tensor in neither table."""
+        inside = re.fullmatch(r"blk\.(\d+)\.(.+)", tensor)
+        if inside is None:
+            return _looked_up(self.outside, tensor)
+        found = _looked_up(self.block, inside[2])
+        return found and f"{self.layers}.{inside[1]}.{found}"
+
+    def tensor(self, path: str) -> str | None:
+        """The tensor that a parameter comes from; None for a parameter in neither table."""
+        inside = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", path)
+        if inside is None:
+            return _looked_up({new: old for old, new in self.outside.items()}, path)
+        found = _looked_up({new: old for old, new in self.block.items()}, inside[2])
+        return found and f"blk.{inside[1]}.{found}"
+
+
+def _looked_up(table: Mapping[str, str], name: str) -> str | None:
+    if name in table:
+        return table[name]
+    for ending in (".weight", ".bias"):
+        stem = name.removesuffix(ending)
+        if stem != name and stem in table:
+            return f"{table[stem]}{ending}"
+    return None
+
+
+def renamed(keys: Keys, names: Names, *, skip: Iterable[str] = ()) -> list[Weight]:
+    """A Weight for each tensor of the file under its name in mlx-lm's model.
 
     Args:
         keys: the file.
-        block: names in ``blk.N.`` without ``.weight`` or ``.bias`` -> modules of a layer.
-        outside: names of tensors outside the blocks -> modules of the model.
-        layers: the path of the model's list of layers.
+        names: the names of its architecture.
         skip: regular expressions of tensors that are left to the caller.
 
     Raises:
@@ -119,40 +193,17 @@ def renamed(
     for name in keys.tensors:
         if name in ROPE_TABLES or any(re.search(pattern, name) for pattern in skip):
             continue
-        inside = re.fullmatch(r"blk\.(\d+)\.(.+?)(\.weight|\.bias)?", name)
-        stem, ending = (inside[2], inside[3]) if inside else _split(name)
-        table = block if inside else outside
-        if stem not in table:
+        path = names.path(name)
+        if path is None:
             raise UserError(
                 f"{keys.source.parts[0]} holds {name}, which has no place in mlx-lm's model for "
                 f"{keys.architecture}: this variant cannot be run with MLX."
             )
-        module = f"{layers}.{inside[1]}.{table[stem]}" if inside else table[stem]
-        found.append(Weight(f"{module}{ending or ''}", (Piece(name),)))
+        found.append(Weight(path, (Piece(name),)))
     return found
 
 
-def _split(name: str) -> tuple[str, str]:
-    for ending in (".weight", ".bias"):
-        if name.endswith(ending):
-            return name.removesuffix(ending), ending
-    return name, ""
-
-
-def repathed(weights: Iterable[Weight], names: Mapping[str, str]) -> list[Weight]:
-    """The weights with changed paths; ``names`` maps regular expressions to replacements."""
-    found = []
-    for weight in weights:
-        path = weight.path
-        for pattern, new in names.items():
-            path = re.sub(pattern, new, path)
-        found.append(replace(weight, path=path))
-    return found
-
-
-def changed(
-    weights: Iterable[Weight], pattern: str, change: Callable[[np.ndarray], np.ndarray]
-) -> list[Weight]:
+def changed(weights: Iterable[Weight], pattern: str, change: Change) -> list[Weight]:
     """The weights, with ``change`` for those whose path matches the regular expression."""
     return [
         replace(weight, change=change) if re.search(pattern, weight.path) else weight

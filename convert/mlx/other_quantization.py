@@ -127,20 +127,20 @@ def refuse_foreign(folder: Path, config: Mapping[str, Any], files: TensorFiles) 
     found = find(config, files)
     if found is not None:
         raise UserError(
-            f"{folder} is {found} in another form than MLX's own{mend(folder, config, found)}."
+            f"{folder} is {found} in another form than MLX's own: {mend(folder, config, found)}."
         )
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> None:
-    """Refuse a quantized folder where float weights are needed.
+    """Refuse a quantized folder whose edited weights are to be written as a GGUF.
 
     Raises:
         UserError: naming the folder and what to do.
     """
     found = find(config, files)
-    said = "quantized weights of a folder do not become a GGUF here"
+    said = "an edit of quantized weights is not written from a folder to a GGUF"
     if found is not None:
-        raise UserError(f"{folder} is {found}, and {said}{mend(folder, config, found, ' -d')}.")
+        raise UserError(f"{folder} is {found}, and {said}: {mend(folder, config, found, ' -d')}.")
     text = config.get("text_config")
     configured = any(
         isinstance(part, dict) and (part.get("quantization") or part.get("quantization_config"))
@@ -149,7 +149,6 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any], files: TensorFiles
     packed = next((name for name in files.names if name.endswith(".scales")), None)
     if configured or packed:
         raise UserError(
-            f"{folder} is quantized{f' ({packed})' if packed else ''}, and {said}: take the float "
-            "model it was made from, or dequantize it first with `mlx_lm.convert --hf-path "
-            f"{folder} -d --mlx-path {folder}-float`."
+            f"{folder} is quantized{f' ({packed})' if packed else ''}, and {said}: write the GGUF "
+            f"first with `abl-mlx convert {folder} {folder.name}.gguf`, and edit that."
         )

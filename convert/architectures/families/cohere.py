@@ -6,10 +6,13 @@ from typing import Any
 
 from convert.architectures.architecture import (
     Architecture,
+    FromFolder,
     InMlx,
     edited,
     plain,
 )
+from convert.architectures.families.llama import PLAIN
+from convert.architectures.hf_keys import Config, count, every_nth, real
 from convert.architectures.keys import Keys
 from convert.architectures.mlx_config import (
     base_config,
@@ -20,7 +23,6 @@ from convert.architectures.mlx_config import (
     unsupported,
     whole_rotary,
 )
-from convert.architectures.weights import ATTENTION, FEED_FORWARD, Weight, renamed
 
 
 def _config(keys: Keys, model_type: str) -> dict[str, Any]:
@@ -54,12 +56,38 @@ def _cohere2_config(keys: Keys) -> dict[str, Any]:
     }
 
 
-def _weights(keys: Keys) -> list[Weight]:
-    return renamed(keys, {**ATTENTION, **FEED_FORWARD})
+def _cohere_keys(flat: Config) -> dict[str, Any]:
+    longest = "model_max_length" if flat.get("model_max_length") else "max_position_embeddings"
+    return {
+        "context_length": count(flat, longest),
+        "logit_scale": real(flat, "logit_scale"),
+        "rope.scaling.type": "none",
+    }
+
+
+def _cohere2_keys(flat: Config) -> dict[str, Any]:
+    share = flat.get("rotary_pct")
+    head = count(flat, "hidden_size") // count(flat, "num_attention_heads")
+    return every_nth(flat, 4) | {
+        "logit_scale": real(flat, "logit_scale"),
+        "vocab_size": count(flat, "vocab_size"),
+        "rope.dimension_count": int(head * (1.0 if share is None else float(share))),
+        "rope.scaling.type": "none",
+    }
 
 
 ARCHITECTURES = (
-    Architecture("command-r", plain(), InMlx(_cohere_config, _weights)),
-    Architecture("cohere2", plain(), InMlx(_cohere2_config, _weights)),
+    Architecture(
+        "command-r",
+        plain(),
+        InMlx(_cohere_config, PLAIN),
+        (FromFolder(("cohere",), _cohere_keys, always_tied=True),),
+    ),
+    Architecture(
+        "cohere2",
+        plain(),
+        InMlx(_cohere2_config, PLAIN),
+        (FromFolder(("cohere2",), _cohere2_keys, always_tied=True),),
+    ),
     *edited("cohere2moe", plain()),
 )

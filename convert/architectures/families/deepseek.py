@@ -15,22 +15,28 @@ import numpy as np
 
 from convert.architectures.architecture import (
     Architecture,
+    FromFolder,
     InMlx,
     edited,
     plain,
 )
+from convert.architectures.hf_keys import Config, count, real
 from convert.architectures.keys import Keys
 from convert.architectures.mlx_config import base_config, rope_scaling, short, unsupported
+from convert.architectures.stored import Folder, Stored
 from convert.architectures.weights import (
     ATTENTION,
     EXPERTS,
     FEED_FORWARD,
+    SWAPPED,
+    Change,
+    Names,
     Piece,
     Weight,
     halved_experts,
     renamed,
-    repathed,
 )
+from convert.base.errors import UserError
 
 _BLOCK = {
     **{name: ATTENTION[name] for name in ("attn_norm", "attn_q", "attn_output")},
@@ -41,7 +47,7 @@ _BLOCK = {
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     **FEED_FORWARD,
     **EXPERTS,
-    "exp_probs_b": "mlp.gate.e_score_correction_bias",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
@@ -217,11 +223,8 @@ def _scaling(keys: Keys, model_type: str) -> dict[str, Any] | None:
 # Weights
 
 
-def _weights(keys: Keys) -> list[Weight]:
-    found = repathed(
-        renamed(keys, _BLOCK, skip=(_APART, _JOINED, _FUSED)),
-        {r"e_score_correction_bias\.bias$": "e_score_correction_bias"},
-    )
+def _weights(keys: Keys, names: Names) -> list[Weight]:
+    found = renamed(keys, names, skip=(_APART, _JOINED, _FUSED))
     apart = _model_type(keys) == "deepseek_v3"
     for layer in range(keys.layers):
         module = f"model.layers.{layer}"
@@ -250,14 +253,26 @@ def _whole(keys: Keys, layer: int, module: str) -> list[Weight]:
 
 def _split(keys: Keys, layer: int, module: str) -> list[Weight]:
     """kv_b as two Weights for deepseek_v3: each head's key rows, transposed, and its value rows."""
-    heads, name = _heads(keys), f"blk.{layer}.attn_kv_b.weight"
-    index = np.arange(keys.tensor(name).rows).reshape(heads.count, heads.nope + heads.value)
+    name = f"blk.{layer}.attn_kv_b.weight"
+    heads = _heads(keys)
+    if keys.tensor(name).rows != heads.count * (heads.nope + heads.value):
+        raise UserError(
+            f"{keys.source.parts[0]}: {name} has {keys.tensor(name).rows} rows, which are not "
+            f"those of {heads.count} heads: get the file again."
+        )
+    return _apart(heads, name, module)
+
+
+def _apart(heads: _Heads, name: str, module: str) -> list[Weight]:
+    """The Weights embed_q and unembed_out of ``module``, which lie in one tensor."""
+    each = heads.nope + heads.value
+    index = np.arange(heads.count * each).reshape(heads.count, each)
     return [
         Weight(
             f"{module}.embed_q.weight",
             (Piece(name, index[:, : heads.nope].reshape(-1)),),
             (heads.count, heads.nope, heads.latent),
-            lambda values: values.swapaxes(1, 2),
+            SWAPPED,
         ),
         Weight(
             f"{module}.unembed_out.weight",
@@ -270,7 +285,9 @@ def _split(keys: Keys, layer: int, module: str) -> list[Weight]:
 def _joined(keys: Keys, layer: int, module: str) -> list[Weight]:
     """k_b and v_b as the single kv_b of deepseek_v2, by values because k_b is transposed."""
     key, value = f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight"
-    return [Weight(f"{module}.kv_b_proj.weight", (Piece(value),), change=_joining(keys, key))]
+    return [
+        Weight(f"{module}.kv_b_proj.weight", (Piece(value),), change=Change(_joining(keys, key)))
+    ]
 
 
 def _joining(keys: Keys, key: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -281,6 +298,64 @@ def _joining(keys: Keys, key: str) -> Callable[[np.ndarray], np.ndarray]:
         return both.reshape(-1, both.shape[-1])
 
     return join
+
+
+# --------------------------------------------------------------------------------------------------
+# From folders
+
+
+_WRITTEN = Names({**_BLOCK, "attn_k_b": "self_attn.embed_q", "attn_v_b": "self_attn.unembed_out"})
+"""k_b and v_b are written apart, whatever mlx-lm's class has."""
+
+
+def _keys(flat: Config) -> dict[str, Any]:
+    rope, latent = count(flat, "qk_rope_head_dim"), count(flat, "kv_lora_rank")
+    value = count(flat, "v_head_dim")
+    experts = flat.get("n_routed_experts") is not None
+    dense = flat.get("first_k_dense_replace")
+    if dense is None:
+        dense = 0 if experts else count(flat, "num_hidden_layers")
+    width = "moe_intermediate_size" if flat.get("moe_intermediate_size") else "intermediate_size"
+    found: dict[str, Any] = {
+        # All heads share the latent vector.
+        "attention.head_count_kv": 1,
+        "leading_dense_block_count": int(dense),
+        "vocab_size": count(flat, "vocab_size"),
+        "attention.kv_lora_rank": latent,
+        "attention.key_length": latent + rope,
+        "attention.value_length": latent,
+        "attention.key_length_mla": count(flat, "qk_nope_head_dim") + rope,
+        "attention.value_length_mla": value,
+        "expert_feed_forward_length": count(flat, width),
+        "expert_shared_count": int(flat.get("n_shared_experts") or 0),
+        "rope.dimension_count": rope,
+    }
+    if flat.get("q_lora_rank") is not None:
+        found["attention.q_lora_rank"] = count(flat, "q_lora_rank")
+    if flat.get("routed_scaling_factor") is not None:
+        found["expert_weights_scale"] = real(flat, "routed_scaling_factor")
+    if flat.get("norm_topk_prob"):
+        found["expert_weights_norm"] = True
+    magnitude = (flat.get("rope_scaling") or {}).get("mscale_all_dim")
+    if magnitude is not None:
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * float(magnitude)
+    return found
+
+
+def _key_and_value(folder: Folder, path: str, source: str) -> list[Weight]:
+    """kv_b as k_b and v_b: each head's key rows, transposed, and its value rows."""
+    config = folder.config
+    heads = _Heads(
+        count(config, "num_attention_heads"),
+        count(config, "qk_rope_head_dim"),
+        count(config, "qk_nope_head_dim"),
+        count(config, "v_head_dim"),
+        count(config, "kv_lora_rank"),
+    )
+    return _apart(heads, source, path.removesuffix(".kv_b_proj.weight"))
+
+
+_STORED = Stored(rules={r"\.kv_b_proj\.weight$": _key_and_value})
 
 
 # Hyper-connections: several residual streams of the same width share the writers; they are read,
@@ -295,7 +370,27 @@ STREAMS = "several streams, mixed by scalars (hyper-connections)"
 ARCHITECTURES = (
     # attn_k_b is listed because attn_k_b and attn_v_b may become one parameter.
     Architecture(
-        "deepseek2", plain(), InMlx(_config, _weights, unused=(r"^blk\.\d+\.attn_k_b\.weight$",))
+        "deepseek2",
+        plain(),
+        InMlx(_config, Names(_BLOCK), _weights, unused=(r"^blk\.\d+\.attn_k_b\.weight$",)),
+        (
+            FromFolder(
+                ("deepseek_v2", "deepseek_v3", "kimi_k2", "youtu_llm"),
+                _keys,
+                _STORED,
+                names=_WRITTEN,
+                arranged=renamed,
+                drafting=False,
+            ),
+            FromFolder(
+                ("glm4_moe_lite",),
+                _keys,
+                _STORED,
+                names=_WRITTEN,
+                arranged=renamed,
+                drafting=True,
+            ),
+        ),
     ),
     *edited("deepseek deepseek2-ocr deepseek32", plain()),
     Architecture(

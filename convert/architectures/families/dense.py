@@ -14,7 +14,17 @@ from convert.architectures.architecture import (
     plain,
     post_norm,
 )
-from convert.architectures.families.llama import biases, unpermuted
+from convert.architectures.families.llama import PLAIN, biases, llama_keys, permuted
+from convert.architectures.hf_keys import (
+    Config,
+    count,
+    head_dim,
+    kv_heads,
+    real,
+    rope_kind,
+    rope_theta,
+    sliding_pattern,
+)
 from convert.architectures.keys import Keys
 from convert.architectures.mlx_config import (
     base_config,
@@ -28,7 +38,16 @@ from convert.architectures.mlx_config import (
     unsupported,
     whole_rotary,
 )
-from convert.architectures.weights import ATTENTION, EXPERTS, FEED_FORWARD, Weight, changed, renamed
+from convert.architectures.weights import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    LESS_ONE,
+    Names,
+    Weight,
+    changed,
+    renamed,
+)
 
 _POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
@@ -44,10 +63,12 @@ def _layer_norm_eps(keys: Keys) -> float:
     return short(keys.number("attention.layer_norm_epsilon"))
 
 
-def _tables(*tables: Mapping[str, str]) -> Callable[[Keys], list[Weight]]:
-    """Weights of an architecture whose tensors are only renamed."""
-    together = {name: module for table in tables for name, module in table.items()}
-    return lambda keys: renamed(keys, together)
+def _with(*tables: Mapping[str, str]) -> Names:
+    """The usual names, and those of further tables."""
+    found = {**ATTENTION, **FEED_FORWARD}
+    for table in tables:
+        found |= table
+    return Names(found)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,11 +86,15 @@ def _glm4_config(keys: Keys) -> dict[str, Any]:
     sections = keys.get("rope.dimension_sections", [])
     # With rotary sections for images, llama.cpp rotates dimension i with i + d/2.
     pictures = isinstance(sections, list) and all(sections[:2]) and len(sections) > 1
-    return (
+    config = (
         base_config(keys, "glm4")
         | _attention_bias(keys)
         | {"partial_rotary_factor": rotary_factor(keys), "rope_traditional": not pictures}
     )
+    if pictures:
+        # mlx-lm does not need them, but the way back to a GGUF does.
+        config["rope_scaling"] = {"type": "default", "mrope_section": sections[:3]}
+    return config
 
 
 _GLM4 = {
@@ -105,10 +130,6 @@ def _smollm3_config(keys: Keys) -> dict[str, Any]:
             "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(keys.layers)],
         }
     )
-
-
-def _smollm3_weights(keys: Keys) -> list[Weight]:
-    return unpermuted(keys, renamed(keys, {**ATTENTION, **FEED_FORWARD}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,12 +211,8 @@ def _nemotron_config(keys: Keys) -> dict[str, Any]:
     )
 
 
-def _less_one(values: np.ndarray) -> np.ndarray:
-    return values - np.float32(1)
-
-
-def _nemotron_weights(keys: Keys) -> list[Weight]:
-    return changed(renamed(keys, {**ATTENTION, **FEED_FORWARD}), r"norm\.weight$", _less_one)
+def _nemotron_weights(keys: Keys, names: Names) -> list[Weight]:
+    return changed(renamed(keys, names), r"norm\.weight$", LESS_ONE)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,9 +266,8 @@ _CORRECTION = r"\.exp_probs_b\."
 """A tensor that some files have and that neither runtime uses."""
 
 
-def _ernie_moe_weights(keys: Keys) -> list[Weight]:
-    table = {**ATTENTION, **FEED_FORWARD, **EXPERTS, **_SHARED_EXPERT}
-    return renamed(keys, table, skip=[_CORRECTION])
+def _ernie_moe_weights(keys: Keys, names: Names) -> list[Weight]:
+    return renamed(keys, names, skip=[_CORRECTION])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,36 +356,168 @@ def _mistral3_rope(keys: Keys) -> dict[str, Any] | None:
     return scaling
 
 
+# --------------------------------------------------------------------------------------------------
+# From folders
+
+
+def _glm4_keys(flat: Config) -> dict[str, Any]:
+    share = flat.get("partial_rotary_factor")
+    return {"rope.dimension_count": int(head_dim(flat) * (0.5 if share is None else float(share)))}
+
+
+def _exaone4_keys(flat: Config) -> dict[str, Any]:
+    found: dict[str, Any] = {"vocab_size": count(flat, "vocab_size")}
+    if flat.get("sliding_window") is not None:
+        found["attention.sliding_window"] = count(flat, "sliding_window")
+        if flat.get("layer_types") or flat.get("sliding_window_pattern"):
+            found["attention.sliding_window_pattern"] = sliding_pattern(flat)
+    return found
+
+
+def _olmo2_keys(flat: Config) -> dict[str, Any]:
+    if flat.get("sliding_window") is None:
+        return {}
+    return {
+        "attention.sliding_window": count(flat, "sliding_window"),
+        "attention.sliding_window_pattern": sliding_pattern(flat, 4),
+        "rope.freq_base_swa": rope_theta(flat),
+    }
+
+
+def _nemotron_keys(flat: Config) -> dict[str, Any]:
+    eps = next(name for name in ("layer_norm_eps", "norm_epsilon", "norm_eps") if name in flat)
+    width, heads = count(flat, "hidden_size"), count(flat, "num_attention_heads")
+    share = flat.get("partial_rotary_factor")
+    found = {
+        "vocab_size": count(flat, "vocab_size"),
+        "attention.layer_norm_epsilon": real(flat, eps),
+        "rope.dimension_count": int((0.5 if share is None else float(share)) * width) // heads,
+    }
+    scaling = flat.get("rope_scaling") or {}
+    if scaling.get("factor") is None:
+        return found | {"rope.scaling.type": "none"}
+    return found | {
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": real(scaling, "factor"),
+    }
+
+
+def _ernie_moe_keys(flat: Config) -> dict[str, Any]:
+    shared = int(flat.get("moe_num_shared_experts") or 0)
+    found = {
+        "expert_count": count(flat, "moe_num_experts"),
+        "expert_used_count": count(flat, "moe_k"),
+        "interleave_moe_layer_step": int(flat.get("moe_layer_interval") or 1),
+        "leading_dense_block_count": int(flat.get("moe_layer_start_index") or 0),
+        "expert_feed_forward_length": count(flat, "moe_intermediate_size"),
+        "expert_shared_count": shared,
+    }
+    if shared:
+        # llama.cpp does not use this number, and its converter computes it so.
+        found["expert_shared_feed_forward_length"] = count(flat, "intermediate_size") // kv_heads(
+            flat
+        )
+    return found
+
+
+_HUNYUAN_CONTEXT = 256 * 1024
+"""Tokens of context that llama.cpp's converter takes for a HunYuan with a stretched embedding."""
+
+
+def _hunyuan_keys(flat: Config) -> dict[str, Any]:
+    scaling = flat.get("rope_scaling") or {}
+    if rope_kind(scaling) not in ("dynamic", "xdrope"):
+        return {}
+    head, alpha = head_dim(flat), float(scaling.get("alpha") or 50)
+    found: dict[str, Any] = {
+        "rope.freq_base": rope_theta(flat) * alpha ** (head / (head - 2)),
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+    }
+    if rope_kind(scaling) == "dynamic":
+        found["rope.scaling.original_context_length"] = _HUNYUAN_CONTEXT
+        found["context_length"] = _HUNYUAN_CONTEXT
+    return found
+
+
+def _mistral3_keys(flat: Config) -> dict[str, Any]:
+    found = llama_keys(flat)
+    rope = flat.get("rope_parameters") or {}
+    for key, name in (
+        ("rope.scaling.yarn_log_multiplier", "mscale_all_dim"),
+        ("attention.temperature_scale", "llama_4_scaling_beta"),
+    ):
+        if rope.get(name) is not None:
+            found[key] = real(rope, name)
+    return found
+
+
 ARCHITECTURES = (
-    Architecture("glm4", post_norm(), InMlx(_glm4_config, _tables(ATTENTION, FEED_FORWARD, _GLM4))),
+    Architecture(
+        "glm4", post_norm(), InMlx(_glm4_config, _with(_GLM4)), (FromFolder(("glm4",), _glm4_keys),)
+    ),
     Architecture(
         "starcoder2",
         plain(),
         InMlx(
             _starcoder2_config,
-            _tables(ATTENTION, FEED_FORWARD, {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
+            _with({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
         ),
+        (FromFolder(("starcoder2",), tied_by_default=True),),
     ),
-    Architecture("smollm3", plain(), InMlx(_smollm3_config, _smollm3_weights)),
+    Architecture(
+        "smollm3",
+        plain(),
+        InMlx(_smollm3_config, PLAIN, permuted),
+        (FromFolder(("smollm3",), llama_keys),),
+    ),
     Architecture(
         "exaone4",
         post_norm(),
-        InMlx(_exaone4_config, _tables(ATTENTION, FEED_FORWARD, _POST_NORMS)),
+        InMlx(_exaone4_config, _with(_POST_NORMS)),
+        (FromFolder(("exaone4",), _exaone4_keys),),
     ),
     Architecture(
         "olmo2",
         post_norm(),
-        InMlx(_olmo2_config, _tables(ATTENTION, FEED_FORWARD, _POST_NORMS)),
-        FromFolder(("olmo2",)),
+        InMlx(_olmo2_config, _with(_POST_NORMS)),
+        (FromFolder(("olmo2", "olmo3"), _olmo2_keys),),
     ),
-    Architecture("nemotron", plain(), InMlx(_nemotron_config, _nemotron_weights)),
     Architecture(
-        "ernie4_5", plain(), InMlx(_ernie_config("ernie4_5"), _tables(ATTENTION, FEED_FORWARD))
+        "nemotron",
+        plain(),
+        InMlx(_nemotron_config, PLAIN, _nemotron_weights),
+        (FromFolder(("nemotron",), _nemotron_keys, scalings=("linear",)),),
+    ),
+    Architecture(
+        "ernie4_5",
+        plain(),
+        InMlx(_ernie_config("ernie4_5"), PLAIN),
+        (FromFolder(("ernie4_5",), tied_by_default=True),),
     ),
     Architecture(
         "ernie4_5-moe",
         plain(),
-        InMlx(_ernie_moe_config, _ernie_moe_weights, unused=(_CORRECTION,)),
+        InMlx(
+            _ernie_moe_config,
+            _with(EXPERTS, _SHARED_EXPERT),
+            _ernie_moe_weights,
+            unused=(_CORRECTION,),
+        ),
+        (
+            FromFolder(
+                ("ernie4_5_moe",),
+                _ernie_moe_keys,
+                names=_with(
+                    EXPERTS,
+                    _SHARED_EXPERT,
+                    {"exp_probs_b.bias": "mlp.moe_statics.e_score_correction_bias"},
+                ),
+                arranged=renamed,
+                drafting=False,
+                tied_by_default=True,
+            ),
+        ),
     ),
     Architecture(
         "seed_oss",
@@ -379,11 +527,20 @@ ARCHITECTURES = (
         ),
         InMlx(
             _seed_config,
-            _tables(ATTENTION, FEED_FORWARD, {"post_attention_norm": "post_attention_layernorm"}),
+            _with({"post_attention_norm": "post_attention_layernorm"}),
         ),
+        (FromFolder(("seed_oss",)),),
     ),
     Architecture(
-        "hunyuan-dense", plain(), InMlx(_hunyuan_config, _tables(ATTENTION, FEED_FORWARD, _HUNYUAN))
+        "hunyuan-dense",
+        plain(),
+        InMlx(_hunyuan_config, _with(_HUNYUAN)),
+        (FromFolder(("hunyuan_v1_dense",), _hunyuan_keys, scalings=("dynamic", "xdrope")),),
     ),
-    Architecture("mistral3", plain(), InMlx(_mistral3_config, _smollm3_weights)),
+    Architecture(
+        "mistral3",
+        plain(),
+        InMlx(_mistral3_config, PLAIN, permuted),
+        (FromFolder(("mistral3", "ministral3"), _mistral3_keys, reads_betas=True),),
+    ),
 )

@@ -21,8 +21,18 @@ from convert.architectures.architecture import (
     refused,
     words,
 )
+from convert.architectures.families.llama import PLAIN
 from convert.architectures.families.reasons import DRAFTS, EMBEDS
-from convert.architectures.hf_keys import Config, count, real, sliding_pattern
+from convert.architectures.hf_keys import (
+    Config,
+    count,
+    every_nth,
+    head_dim,
+    kv_heads,
+    real,
+    rope_theta,
+    sliding_pattern,
+)
 from convert.architectures.keys import Keys
 from convert.architectures.mlx_config import (
     base_config,
@@ -34,16 +44,18 @@ from convert.architectures.mlx_config import (
     unsupported,
     whole_rotary,
 )
+from convert.architectures.stored import Shape, Stored, halves
 from convert.architectures.weights import (
     ATTENTION,
     EXPERTS,
     FEED_FORWARD,
+    LESS_ONE,
     OUTSIDE,
+    Names,
     Weight,
     changed,
     halved_experts,
     renamed,
-    repathed,
 )
 from convert.base.errors import UserError
 from convert.mlx.gemma2_window import WINDOW
@@ -62,8 +74,8 @@ _LARGEST_2, _LARGEST_3 = 46, 62
 """Layers of the 27B models, whose queries llama.cpp divides by √(hidden / heads)."""
 
 
-def _less_one(keys: Keys, table: dict[str, str]) -> list[Weight]:
-    return changed(renamed(keys, table), r"norm\.weight$", lambda gain: gain - 1)
+def _less_one(keys: Keys, names: Names) -> list[Weight]:
+    return changed(renamed(keys, names), r"norm\.weight$", LESS_ONE)
 
 
 def _gemma_config(keys: Keys) -> dict[str, Any]:
@@ -143,7 +155,7 @@ _GEMMA4_OUTSIDE = {
 
 _GEMMA4_BLOCK = {
     **_POST_NORMS,
-    "layer_output_scale": "layer_scalar",
+    "layer_output_scale.weight": "layer_scalar",
     "inp_gate": "per_layer_input_gate",
     "proj": "per_layer_projection",
     "post_norm": "post_per_layer_input_norm",
@@ -299,25 +311,40 @@ def _gemma4_rotary(keys: Keys, sliding: list[bool]) -> dict[str, Any]:
     }
 
 
-def _gemma4_weights(keys: Keys) -> list[Weight]:
+def _gemma4_weights(keys: Keys, names: Names) -> list[Weight]:
     first_shared = keys.layers - int(keys.integer("attention.shared_kv_layers", 0))
     shared = tuple(
         _SHARED.replace(r"\d+", str(layer)) for layer in range(first_shared, keys.layers)
     )
     skip = (*shared, r"\.ffn_gate_up_exps\.weight$")
-    found = renamed(keys, _GEMMA4_BLOCK, _GEMMA4_OUTSIDE, skip=skip)
-    for name in keys.tensors:
-        if layer := re.fullmatch(r"blk\.(\d+)\.ffn_gate_up_exps\.weight", name):
-            found += halved_experts(keys, name, f"model.layers.{layer[1]}.experts.switch_glu")
-    return repathed(found, {r"\.layer_scalar\.weight$": ".layer_scalar"})
+    return renamed(keys, names, skip=skip) + _gemma4_experts(keys)
+
+
+def _gemma4_experts(keys: Keys) -> list[Weight]:
+    return [
+        weight
+        for name in keys.tensors
+        if (layer := re.fullmatch(r"blk\.(\d+)\.ffn_gate_up_exps\.weight", name))
+        for weight in halved_experts(keys, name, f"model.layers.{layer[1]}.experts.switch_glu")
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
 # From folders
 
 
+def _gemma_keys(flat: Config) -> dict[str, Any]:
+    """Files leave out the rotary base, for which llama.cpp takes 10000."""
+    base = rope_theta(flat)
+    return {
+        "attention.key_length": head_dim(flat),
+        "attention.value_length": head_dim(flat),
+        "rope.freq_base": None if base == 10000.0 else base,
+    }
+
+
 def _gemma2_keys(flat: Config) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+    values = _gemma_keys(flat)
     for key, default in (("attn", 50.0), ("final", 30.0)):
         cap = flat.get(f"{key}_logit_softcapping", default)
         if cap is None:
@@ -340,11 +367,76 @@ def _gemma3_keys(flat: Config) -> dict[str, Any]:
         values["final_logit_softcapping"] = float(flat["final_logit_softcapping"])
     pattern = sliding_pattern(flat)
     if any(pattern):
-        values["attention.sliding_window"] = count(flat, "sliding_window")
-        values["rope.freq_base_swa"] = real(flat, "rope_local_base_freq")
-        if pattern != [(layer + 1) % 6 != 0 for layer in range(len(pattern))]:
-            values["attention.sliding_window_pattern"] = pattern
+        values |= every_nth(flat, 6)
     return values
+
+
+def _gemma4_keys(flat: Config) -> dict[str, Any]:
+    layers = count(flat, "num_hidden_layers")
+    sliding = sliding_pattern(flat)
+    shared = int(flat.get("num_kv_shared_layers") or 0)
+    head, whole = head_dim(flat), count(flat, "global_head_dim")
+    values = {
+        "attention.shared_kv_layers": shared,
+        "embedding_length_per_layer_input": int(flat.get("hidden_size_per_layer_input") or 0),
+        "attention.sliding_window": count(flat, "sliding_window"),
+        "attention.sliding_window_pattern": sliding,
+        "attention.key_length": whole,
+        "attention.value_length": whole,
+        "attention.key_length_swa": head,
+        "attention.value_length_swa": head,
+        "rope.dimension_count": whole,
+        "rope.dimension_count_swa": head,
+    }
+    if flat.get("use_double_wide_mlp"):
+        width = count(flat, "intermediate_size")
+        values["feed_forward_length"] = [
+            width * (1 + (layer >= layers - shared)) for layer in range(layers)
+        ]
+    if flat.get("num_global_key_value_heads") is not None and flat.get("attention_k_eq_v"):
+        both = count(flat, "num_global_key_value_heads"), kv_heads(flat)
+        values["attention.head_count_kv"] = [both[slides] for slides in sliding]
+    if flat.get("moe_intermediate_size") is not None:
+        values["expert_feed_forward_length"] = count(flat, "moe_intermediate_size")
+    if flat.get("final_logit_softcapping"):
+        values["final_logit_softcapping"] = real(flat, "final_logit_softcapping")
+    return values
+
+
+def _gemma4_factors(flat: Config) -> dict[str, np.ndarray]:
+    """Rotated dimensions have the factor 1; others are turned so slowly that they do not turn."""
+    full = (flat.get("rope_parameters") or {}).get("full_attention") or {}
+    head = count(flat, "global_head_dim")
+    turning = int(head * float(full.get("partial_rotary_factor", 1.0)) / 2)
+    factors = np.full(head // 2, 1e30, dtype=np.float32)
+    factors[:turning] = 1.0
+    return {"rope_freqs.weight": factors}
+
+
+def _gemma4_tensors(named: dict[str, Shape], others: dict[str, Shape]) -> dict[str, Shape]:
+    """The tensors, with gate and up of the experts in one, as files have them."""
+    found: dict[str, Shape] = {}
+    for name, shape in named.items():
+        if ".ffn_gate_exps." in name:
+            experts, rows, width = shape
+            found[name.replace("gate_exps", "gate_up_exps")] = (experts, 2 * rows, width)
+        elif ".ffn_up_exps." not in name:
+            found[name] = shape
+    return found
+
+
+def _gemma4_all(keys: Keys, names: Names) -> list[Weight]:
+    """As `_gemma4_weights`, with the tensors that the last layers have and no runtime uses."""
+    found = renamed(keys, names, skip=(r"\.ffn_gate_up_exps\.weight$",))
+    return found + _gemma4_experts(keys)
+
+
+_GEMMA4_STORED = Stored(
+    {
+        r"\.experts\.(gate_up|down)_proj(\.weight)?$": r".experts.switch_glu.\1_proj.weight",
+    },
+    {r"\.switch_glu\.gate_up_proj\.weight$": halves},
+)
 
 
 # transformers' defaults for keys that a Gemma 3 config (inside a multimodal one) leaves out.
@@ -368,35 +460,36 @@ ARCHITECTURES = (
     Architecture(
         "gemma",
         plain(),
-        InMlx(_gemma_config, lambda keys: _less_one(keys, {**ATTENTION, **FEED_FORWARD})),
-        FromFolder(("gemma",), norm_offset=1.0, always_tied=True, fixed_rope_base=True),
+        InMlx(_gemma_config, PLAIN, _less_one),
+        (FromFolder(("gemma",), _gemma_keys, always_tied=True),),
     ),
     Architecture(
         "gemma2",
         post_norm(),
-        InMlx(_gemma2_config, lambda keys: _less_one(keys, _POST_NORMS)),
-        FromFolder(
-            ("gemma2",),
-            _gemma2_keys,
-            norm_offset=1.0,
-            always_tied=True,
-            fixed_rope_base=True,
-            rescaled=".q_proj.weight",
-            largest=_LARGEST_2,
+        InMlx(_gemma2_config, Names(_POST_NORMS), _less_one),
+        (
+            FromFolder(
+                ("gemma2",),
+                _gemma2_keys,
+                always_tied=True,
+                rescaled=".q_proj.weight",
+                largest=_LARGEST_2,
+            ),
         ),
     ),
     Architecture(
         "gemma3",
         post_norm(),
-        InMlx(_gemma3_config, lambda keys: _less_one(keys, _POST_NORMS)),
-        FromFolder(
-            ("gemma3", "gemma3_text"),
-            _gemma3_keys,
-            norm_offset=1.0,
-            tied_by_default=True,
-            rescaled=".q_norm.weight",
-            largest=_LARGEST_3,
-            defaults=_GEMMA3_DEFAULTS,
+        InMlx(_gemma3_config, Names(_POST_NORMS), _less_one),
+        (
+            FromFolder(
+                ("gemma3", "gemma3_text"),
+                _gemma3_keys,
+                tied_by_default=True,
+                rescaled=".q_norm.weight",
+                largest=_LARGEST_3,
+                defaults=_GEMMA3_DEFAULTS,
+            ),
         ),
     ),
     Architecture(
@@ -414,7 +507,24 @@ ARCHITECTURES = (
             ),
             note="per-layer inputs write through proj; experts through two norms",
         ),
-        InMlx(_gemma4_config, _gemma4_weights, unused=(_SHARED,)),
+        InMlx(
+            _gemma4_config,
+            Names(_GEMMA4_BLOCK, _GEMMA4_OUTSIDE),
+            _gemma4_weights,
+            unused=(_SHARED,),
+        ),
+        (
+            FromFolder(
+                ("gemma4", "gemma4_text"),
+                _gemma4_keys,
+                _GEMMA4_STORED,
+                arranged=_gemma4_all,
+                tensors=_gemma4_tensors,
+                made=_gemma4_factors,
+                scalings=("proportional",),
+                tied_by_default=True,
+            ),
+        ),
     ),
     *refused("gemma-embedding", EMBEDS),
     *refused("gemma4-assistant", DRAFTS),

@@ -6,9 +6,11 @@ from typing import Any
 
 from convert.architectures.architecture import (
     Architecture,
+    FromFolder,
     InMlx,
     plain,
 )
+from convert.architectures.hf_keys import Config, count, every_nth
 from convert.architectures.keys import Keys
 from convert.architectures.mlx_config import (
     base_config,
@@ -17,11 +19,13 @@ from convert.architectures.mlx_config import (
     unsupported,
     whole_rotary,
 )
-from convert.architectures.weights import ATTENTION, Weight, renamed, repathed
+from convert.architectures.stored import Folder, Stored, alternate, alternate_columns, swapped
+from convert.architectures.stored import plain as plain_rule
+from convert.architectures.weights import ATTENTION, Names, Weight
 
 _BLOCK = {
     **ATTENTION,
-    "attn_sinks": "self_attn.sinks",
+    "attn_sinks.weight": "self_attn.sinks",
     # In spite of its name, this norm stands before the experts.
     "post_attention_norm": "post_attention_layernorm",
     "ffn_gate_inp": "mlp.router",
@@ -59,9 +63,32 @@ def _config(keys: Keys) -> dict[str, Any]:
     }
 
 
-def _weights(keys: Keys) -> list[Weight]:
-    return repathed(renamed(keys, _BLOCK), {r"\.sinks\.weight$": ".sinks"})
+def _keys(flat: Config) -> dict[str, Any]:
+    return every_nth(flat, 2) | {
+        "expert_feed_forward_length": count(flat, "intermediate_size"),
+    }
 
+
+def _gate_and_up(folder: Folder, path: str, source: str) -> list[Weight]:
+    rule = alternate if source.endswith("_blocks") else alternate_columns
+    return rule(folder, path, source)
+
+
+def _down(folder: Folder, path: str, source: str) -> list[Weight]:
+    return (swapped if source.endswith("down_proj") else plain_rule)(folder, path, source)
+
+
+_STORED = Stored(
+    {
+        r"\.experts\.(gate_up|down)_proj_bias$": r".experts.\1_proj.bias",
+        r"\.experts\.(gate_up|down)_proj(_blocks)?$": r".experts.\1_proj.weight",
+    },
+    {
+        r"\.gate_up_proj\.(weight|bias)$": _gate_and_up,
+        r"\.experts\.down_proj\.weight$": _down,
+    },
+)
+"""Publishers store transposed matrices (E, in, out), or blocks of MXFP4 that are not transposed."""
 
 ARCHITECTURES = (
     Architecture(
@@ -70,6 +97,7 @@ ARCHITECTURES = (
             reads="post_attention_norm",
             note="post_attention_norm stands before the feed-forward network",
         ),
-        InMlx(_config, _weights),
+        InMlx(_config, Names(_BLOCK)),
+        (FromFolder(("gpt_oss",), _keys, _STORED),),
     ),
 )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from convert.architectures.architecture import (
     Architecture,
+    FromFolder,
     InMlx,
     plain,
 )
+from convert.architectures.hf_keys import Config, count, kv_heads, real
 from convert.architectures.keys import Keys
 from convert.architectures.mlx_config import short, unscaled_rotary, unsupported, whole_rotary
-from convert.architectures.weights import Weight, renamed, repathed
+from convert.architectures.stored import EXPERTS, Stored, kernels
+from convert.architectures.weights import Names, Weight, renamed
 from convert.base.errors import UserError
 
 _OUTSIDE = {
@@ -50,7 +52,7 @@ _EXPERTS = {
     "ffn_gate_exps": "feed_forward.switch_mlp.gate_proj",
     "ffn_up_exps": "feed_forward.switch_mlp.up_proj",
     "ffn_down_exps": "feed_forward.switch_mlp.down_proj",
-    "exp_probs_b": "feed_forward.expert_bias",
+    "exp_probs_b.bias": "feed_forward.expert_bias",
 }
 
 _SIGMOID = 2
@@ -124,22 +126,56 @@ def _moe_config(keys: Keys) -> dict[str, Any]:
     }
 
 
-def _weights(feed_forward: dict[str, str]) -> Callable[[Keys], list[Weight]]:
-    def weights(keys: Keys) -> list[Weight]:
-        found = repathed(
-            renamed(keys, {**_BLOCK, **feed_forward}, _OUTSIDE),
-            {r"\.expert_bias\.bias$": ".expert_bias"},
-        )
-        return [
-            # One kernel for each channel.
-            replace(one, shape=(*keys.tensor(one.pieces[0].tensor).shape, 1))
-            if one.path.endswith(".conv.conv.weight")
-            else one
-            for one in found
-        ]
+def _weights(keys: Keys, names: Names) -> list[Weight]:
+    return [
+        # One kernel for each channel.
+        replace(one, shape=(*keys.tensor(one.pieces[0].tensor).shape, 1))
+        if one.path.endswith(".conv.conv.weight")
+        else one
+        for one in renamed(keys, names)
+    ]
 
-    return weights
 
+def _keys(flat: Config) -> dict[str, Any]:
+    heads = kv_heads(flat)
+    kinds = flat.get("layer_types") or []
+    return {
+        "attention.head_count_kv": [0 if kind == "conv" else heads for kind in kinds],
+        "vocab_size": count(flat, "vocab_size"),
+        "shortconv.l_cache": count(flat, "conv_L_cache"),
+    }
+
+
+def _dense_keys(flat: Config) -> dict[str, Any]:
+    """The keys of a dense model, whose width config.json may give before it is adjusted."""
+    width = count(flat, "block_ff_dim" if flat.get("block_ff_dim") else "intermediate_size")
+    if flat.get("block_auto_adjust_ff_dim", True):
+        width = int(2 * width / 3)
+        if flat.get("block_ffn_dim_multiplier") is not None:
+            width = int(real(flat, "block_ffn_dim_multiplier") * width)
+        step = count(flat, "block_multiple_of") if flat.get("block_multiple_of") else 256
+        width = step * -(-width // step)
+    return _keys(flat) | {"feed_forward_length": width}
+
+
+def _moe_keys(flat: Config) -> dict[str, Any]:
+    return _keys(flat) | {
+        "expert_feed_forward_length": count(flat, "moe_intermediate_size"),
+        "leading_dense_block_count": int(flat.get("num_dense_layers") or 0),
+        "expert_gating_func": _SIGMOID,
+    }
+
+
+_KERNELS = {r"\.conv\.conv\.weight$": kernels}
+_STORED_MOE = Stored(
+    {
+        **EXPERTS,
+        r"\.feed_forward\.w1\.": ".feed_forward.gate_proj.",
+        r"\.feed_forward\.w2\.": ".feed_forward.down_proj.",
+        r"\.feed_forward\.w3\.": ".feed_forward.up_proj.",
+    },
+    _KERNELS,
+)
 
 _STREAM = plain(
     "shortconv.out_proj",
@@ -148,6 +184,16 @@ _STREAM = plain(
 )
 
 ARCHITECTURES = (
-    Architecture("lfm2", _STREAM, InMlx(_dense_config, _weights(_DENSE))),
-    Architecture("lfm2moe", _STREAM, InMlx(_moe_config, _weights(_EXPERTS))),
+    Architecture(
+        "lfm2",
+        _STREAM,
+        InMlx(_dense_config, Names({**_BLOCK, **_DENSE}, _OUTSIDE), _weights),
+        (FromFolder(("lfm2",), _dense_keys, Stored(rules=_KERNELS), always_tied=True),),
+    ),
+    Architecture(
+        "lfm2moe",
+        _STREAM,
+        InMlx(_moe_config, Names({**_BLOCK, **_EXPERTS}, _OUTSIDE), _weights),
+        (FromFolder(("lfm2_moe",), _moe_keys, _STORED_MOE, always_tied=True),),
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from convert.architectures.architecture import (
     refused,
 )
 from convert.architectures.families.reasons import EMBEDS
+from convert.architectures.hf_keys import Config, count, rotary_dim
 from convert.architectures.keys import Keys
 from convert.architectures.mlx_config import (
     base_config,
@@ -24,10 +26,13 @@ from convert.architectures.mlx_config import (
     unscaled_rotary,
     whole_rotary,
 )
+from convert.architectures.stored import EXPERTS as EXPERTS_STORED
+from convert.architectures.stored import Stored
 from convert.architectures.weights import (
     ATTENTION,
     EXPERTS,
     FEED_FORWARD,
+    Names,
     Weight,
     half_split_rows,
     renamed,
@@ -70,6 +75,11 @@ def _llama_config(keys: Keys) -> dict[str, Any]:
     return base_config(keys, "llama") | biases(keys) | {"rope_scaling": rope_scaling(keys)}
 
 
+def llama_keys(flat: Config) -> dict[str, Any]:
+    """What llama and its nearest relatives have beside the usual keys."""
+    return {"vocab_size": count(flat, "vocab_size"), "rope.dimension_count": rotary_dim(flat)}
+
+
 def biases(keys: Keys) -> dict[str, bool]:
     """The keys with which configs of llama and its relatives say which biases there are."""
     return {
@@ -78,39 +88,47 @@ def biases(keys: Keys) -> dict[str, bool]:
     }
 
 
-def _llama_weights(keys: Keys) -> list[Weight]:
-    table = {**ATTENTION, **FEED_FORWARD}
-    if keys.integer("expert_count", 0):
-        table |= {
-            name: "block_sparse_moe." + module.removeprefix("mlp.")
-            for name, module in EXPERTS.items()
-        }
-    return unpermuted(keys, renamed(keys, table))
+def permuted(keys: Keys, names: Names) -> list[Weight]:
+    """The Weights of llama and its relatives, whose Q and K rows the converter reorders."""
+    return unpermuted(keys, renamed(keys, names))
+
+
+def either_rotation(folder: FromFolder) -> tuple[FromFolder, ...]:
+    """The entry, and before it the one for rope_traditional: rows are interleaved already."""
+    return (
+        replace(folder, when=lambda flat: bool(flat.get("rope_traditional")), arranged=renamed),
+        folder,
+    )
+
+
+PLAIN = Names({**ATTENTION, **FEED_FORWARD})
+"""The names of most dense models."""
+
+_MIXTRAL = {
+    name: "block_sparse_moe." + module.removeprefix("mlp.") for name, module in EXPERTS.items()
+}
+_LLAMA = Names({**ATTENTION, **FEED_FORWARD, **_MIXTRAL})
 
 
 def _qwen_config(model_type: str) -> Any:
     return lambda keys: base_config(keys, model_type) | {"rope_scaling": rope_scaling(keys)}
 
 
-def _plain_weights(keys: Keys) -> list[Weight]:
-    return renamed(keys, {**ATTENTION, **FEED_FORWARD})
-
-
 ARCHITECTURES = (
     Architecture(
         "llama",
         plain(),
-        InMlx(_llama_config, _llama_weights),
-        FromFolder(("llama", "mistral"), permutes=True),
+        InMlx(_llama_config, _LLAMA, permuted),
+        either_rotation(
+            FromFolder(("llama", "mistral", "mixtral"), llama_keys, Stored(EXPERTS_STORED))
+        ),
     ),
-    Architecture(
-        "qwen2", plain(), InMlx(_qwen_config("qwen2"), _plain_weights), FromFolder(("qwen2",))
-    ),
+    Architecture("qwen2", plain(), InMlx(_qwen_config("qwen2"), PLAIN), (FromFolder(("qwen2",)),)),
     Architecture(
         "qwen3",
         plain(reads="cls.output"),
-        InMlx(_qwen_config("qwen3"), _plain_weights),
-        FromFolder(("qwen3",)),
+        InMlx(_qwen_config("qwen3"), PLAIN),
+        (FromFolder(("qwen3",)),),
     ),
     *edited("llama4 deci mistral4", plain()),
     *refused("llama-embed", EMBEDS),

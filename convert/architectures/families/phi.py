@@ -14,10 +14,10 @@ from convert.architectures.architecture import (
     edited,
     plain,
 )
-from convert.architectures.hf_keys import Config, original_context
+from convert.architectures.hf_keys import Config, original_context, rotary_dim
 from convert.architectures.keys import Keys
 from convert.architectures.mlx_config import base_config, rope_scaling, rotary_factor, unsupported
-from convert.architectures.weights import Weight, renamed
+from convert.architectures.weights import Names
 
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -105,12 +105,11 @@ def _table(keys: Keys, name: str) -> list[float]:
     return [float(str(value)) for value in values]
 
 
-def _weights(keys: Keys) -> list[Weight]:
-    return renamed(keys, _BLOCK)
-
-
 def _phi3_keys(flat: Config) -> dict[str, Any]:
     return {
+        "attention.key_length": None,
+        "attention.value_length": None,
+        "rope.dimension_count": rotary_dim(flat),
         "attention.sliding_window": max(0, int(flat.get("sliding_window") or 0)),
         "rope.scaling.original_context_length": original_context(flat),
     }
@@ -120,8 +119,8 @@ ARCHITECTURES = (
     Architecture(
         "phi3",
         plain(),
-        InMlx(_config, _weights),
-        FromFolder(("phi3",), _phi3_keys, longrope=True),
+        InMlx(_config, Names(_BLOCK)),
+        (FromFolder(("phi3",), _phi3_keys, longrope=True),),
     ),
     *edited("phi2 phimoe", plain()),
 )

@@ -1,0 +1,86 @@
+"""Moves values between stored tensors and parameters, by the records of `weights`.
+
+`joined` makes a parameter from the tensors that hold it, and `put` does the reverse: it fills the
+part of a tensor that a parameter holds. Rows are arrays of numbers, or bytes of quantized blocks,
+which are moved without being decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from convert.architectures.weights import Weight
+
+
+def joined(weight: Weight, read: Callable[[str], np.ndarray], *, raw: bool = False) -> np.ndarray:
+    """The values of a parameter.
+
+    Args:
+        weight: which tensors hold it.
+        read: gives a tensor's values in its shape.
+        raw: the values are rows of blocks, (rows, bytes): neither reshaped nor changed.
+    """
+    parts = []
+    for piece in weight.pieces:
+        values = read(piece.tensor)
+        if piece.rows is not None or piece.columns is not None or len(weight.pieces) > 1 or raw:
+            values = _rows(values)
+        if piece.rows is not None:
+            values = values[piece.rows]
+        if piece.columns is not None:
+            values = values[:, piece.columns]
+        parts.append(values)
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if raw:
+        return whole
+    if weight.shape is not None:
+        whole = whole.reshape(weight.shape)
+    return whole if weight.change is None else weight.change(whole)
+
+
+def put(
+    weight: Weight,
+    values: np.ndarray,
+    tensor: str,
+    into: np.ndarray,
+    rows: Callable[[str], int],
+    *,
+    raw: bool = False,
+) -> None:
+    """Fill the rows and columns of a tensor that a parameter holds.
+
+    Args:
+        weight: which tensors hold the parameter.
+        values: the parameter's values.
+        tensor: one of those tensors.
+        into: its values, to be filled: (rows, n), or (n,) of a vector.
+        rows: gives the number of a tensor's rows, or of a vector's elements.
+        raw: as for `joined`.
+    """
+    if weight.change is not None and not raw:
+        assert weight.change.undo is not None, weight.path
+        values = weight.change.undo(values)
+    columns = next((p.columns for p in weight.pieces if p.columns is not None), None)
+    width = () if into.ndim == 1 else (into.shape[-1] if columns is None else len(columns),)
+    values = values.reshape(-1, *width)
+    first = 0
+    for piece in weight.pieces:
+        count = rows(piece.tensor) if piece.rows is None else len(piece.rows)
+        if piece.tensor == tensor:
+            part = values[first : first + count]
+            if piece.rows is None and piece.columns is None:
+                into[...] = part
+            elif piece.columns is None:
+                into[piece.rows] = part
+            else:
+                taken = into if piece.rows is None else into[piece.rows]
+                taken[:, piece.columns] = part
+                if piece.rows is not None:
+                    into[piece.rows] = taken
+        first += count
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    return values if values.ndim == 1 else values.reshape(-1, values.shape[-1])

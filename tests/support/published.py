@@ -1,0 +1,349 @@
+"""Tiny folders as their publishers would lay them out, of every architecture that becomes a GGUF.
+
+Each is made of a recipe of `tests.support.gguf_recipes`: its values as mlx-lm's parameters, put
+under the names and in the shapes that a folder from the Hugging Face hub has. llama.cpp's converter
+reads these folders (`tests.support.record_converter`), which shows that they are laid out right.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from convert.gguf.file import GgufSource
+from convert.gguf_to_mlx import layout
+from convert.gguf_to_mlx.values import values_of
+from tests.support import tiny, tiny_gguf
+from tests.support.gguf_recipes import RECIPES
+
+Values = dict[str, np.ndarray]
+Config = dict[str, Any]
+
+CLASSES = {
+    "cohere": "CohereForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "nemotron": "NemotronForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "youtu_llm": "YoutuForCausalLM",
+}
+"""model_type -> the class that the converter goes by."""
+
+SENTENCEPIECE = {
+    "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "gemma4_text", "nemotron", "phi3",
+    "mixtral",
+}  # fmt: skip
+"""Model types whose tokenizer the converter reads from tokenizer.model."""
+
+
+def model(recipe: str) -> tuple[Config, Values]:
+    """A recipe's config.json and its parameters under mlx-lm's names, float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = tiny_gguf.write(
+            Path(folder) / "tiny.gguf", RECIPES[recipe], GGMLQuantizationType.F32
+        )
+        with GgufSource(path) as source:
+            found = layout(source)
+            values = {name: values_of(source, one) for name, one in found.weights.items()}
+    return found.config, values
+
+
+def write(folder: Path, recipe: str, dtype: str = "float32") -> Path:
+    """Write a recipe's model as its publisher would."""
+    config, values = model(recipe)
+    if recipe.startswith("qwen3next"):
+        config = {**config["text_config"], "model_type": "qwen3_next"}
+        values = {name.removeprefix("language_model."): one for name, one in values.items()}
+    if recipe.startswith("mistral3"):
+        config["model_type"] = "ministral3"
+    kind = str(config["model_type"])
+    values = _PUBLISHED.get(kind, _same)(config, values)
+    config |= _further(config)
+    folder.mkdir(parents=True)
+    tokenizer = "bpe"
+    if kind in SENTENCEPIECE:
+        tokenizer = "spm-gemma" if kind.startswith("gemma") else "spm"
+    special = tiny.write_tokenizer(folder, tokenizer)
+    if kind == "glm4":
+        _rename_token(folder, "<|im_start|>", "<|user|>")
+    config = {**config, **special, "architectures": [CLASSES[kind]]}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"),
+        {name: mx.array(one).astype(getattr(mx, dtype)) for name, one in values.items()},
+        metadata={"format": "pt"},
+    )
+    return folder
+
+
+def _further(config: Config) -> Config:
+    """Keys that mlx-lm does not need, and the converter or transformers does."""
+    kind = config["model_type"]
+    if kind == "granitemoehybrid":
+        found = {"n_heads": 4, "n_groups": 1, "d_head": 64, "expand": 1, "d_state": 16, "d_conv": 4}
+        return {f"mamba_{name}": value for name, value in found.items()}
+    if kind == "gpt_oss" and not config.get("rope_scaling"):
+        # Without it, transformers takes yarn.
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]}}
+    if kind == "olmo3":
+        rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+        return {"rope_parameters": {"full_attention": rope, "sliding_attention": rope}}
+    if kind == "cohere2":
+        return {"rotary_pct": 1.0}
+    if kind == "exaone4":
+        pattern = config.pop("sliding_window_pattern") or "G"
+        slides = [pattern[n % len(pattern)] == "L" for n in range(config["num_hidden_layers"])]
+        return {"layer_types": [("full", "sliding")[one] + "_attention" for one in slides]}
+    return {}
+
+
+def _rename_token(folder: Path, old: str, new: str) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        path = folder / name
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+
+
+def _same(config: Config, values: Values) -> Values:
+    return values
+
+
+def _singly(values: Values, names: dict[str, str], stack: str = "switch_mlp") -> Values:
+    """Experts one by one, their matrices under other names."""
+    found: Values = {}
+    for name, one in values.items():
+        if f".{stack}." not in name:
+            found[name] = one
+            continue
+        for expert, matrix in enumerate(one):
+            new = name.replace(f".{stack}.", f".experts.{expert}.")
+            for old, short in names.items():
+                new = new.replace(f".{old}.", f".{short}.")
+            found[new] = matrix
+    return found
+
+
+_NUMBERED = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def _experts(config: Config, values: Values) -> Values:
+    return _singly(values, {})
+
+
+def _mixtral(config: Config, values: Values) -> Values:
+    return _singly(values, _NUMBERED)
+
+
+def _with_halves(values: Values, gate: str, down: str) -> Values:
+    """Gate and up of the experts in one tensor: ``gate`` and ``down`` are its and down's names."""
+    found: Values = {}
+    for name, one in values.items():
+        stack = re.search(r"(switch_mlp|switch_glu)\.(gate|up|down)_proj\.weight$", name)
+        if stack is None:
+            found[name] = one
+        elif stack[2] == "gate":
+            up = values[name.replace("gate_proj", "up_proj")]
+            found[name[: stack.start()] + gate] = np.concatenate((one, up), axis=1)
+        elif stack[2] == "down":
+            found[name[: stack.start()] + down] = one
+    return found
+
+
+def _granite(config: Config, values: Values) -> Values:
+    return _with_halves(values, "input_linear.weight", "output_linear.weight")
+
+
+def _kernels(values: Values, name: str) -> Values:
+    return {key: one.swapaxes(1, 2) if name in key else one for key, one in values.items()}
+
+
+def _lfm2(config: Config, values: Values) -> Values:
+    return _kernels(values, ".conv.conv.")
+
+
+def _lfm2_moe(config: Config, values: Values) -> Values:
+    found = _singly(_kernels(values, ".conv.conv."), _NUMBERED)
+    for old, new in _NUMBERED.items():
+        found = {key.replace(f"feed_forward.{old}.", f"feed_forward.{new}."): one
+                 for key, one in found.items()}  # fmt: skip
+    return found
+
+
+def _deepseek(config: Config, values: Values) -> Values:
+    found: Values = {}
+    for name, one in _singly(values, {}).items():
+        if name.endswith("embed_q.weight"):
+            keys, rest = one.swapaxes(1, 2), values[name.replace("embed_q", "unembed_out")]
+            both = np.concatenate((keys, rest), axis=1)
+            found[name.replace("embed_q", "kv_b_proj")] = both.reshape(-1, both.shape[-1])
+        elif not name.endswith("unembed_out.weight"):
+            found[name] = one
+    return found
+
+
+def _gpt_oss(config: Config, values: Values) -> Values:
+    found: Values = {}
+    for name, one in values.items():
+        stack = re.search(r"\.experts\.(gate|up|down)_proj\.(weight|bias)$", name)
+        new = re.sub(r"_proj\.(weight|bias)$", lambda m: "_proj" + {"weight": "", "bias": "_bias"}[
+            m[1]], name)  # fmt: skip
+        if stack is None:
+            found[name] = one
+        elif stack[1] == "gate":
+            up = values[name.replace("gate_proj", "up_proj")]
+            turns = np.stack((one, up), axis=2).reshape(len(one), -1, *one.shape[2:])
+            turns = turns.swapaxes(1, 2) if turns.ndim == 3 else turns
+            found[new.replace("gate_proj", "gate_up_proj")] = turns
+        elif stack[1] == "down":
+            found[new] = one.swapaxes(1, 2) if one.ndim == 3 else one
+    return found
+
+
+def _ernie(config: Config, values: Values) -> Values:
+    found = _singly(values, {})
+    for name in values:
+        if name.endswith("mlp.gate.weight"):
+            count = len(values[name])
+            bias = name.replace("gate.weight", "moe_statics.e_score_correction_bias")
+            found[bias] = np.full((1, count), 0.25, np.float32)
+    return found
+
+
+def _gemma4(config: Config, values: Values) -> Values:
+    values = _with_halves(values, "gate_up_proj", "down_proj")
+    return {name.replace("model.", "model.language_model.", 1): one for name, one in values.items()}
+
+
+def _less_one(values: Values) -> Values:
+    return {
+        name: one - 1 if re.search(r"(?<!linear_attn\.)norm\.weight$", name) else one
+        for name, one in values.items()
+    }
+
+
+def _drafting(values: Values, layer: str) -> Values:
+    """A block for multi-token prediction: another of full attention, and what leads into it."""
+    found: Values = {}
+    width = next(one for name, one in values.items() if name.endswith("input_layernorm.weight"))
+    size = len(width)
+    shapes = {"fc.weight": (size, 2 * size), "pre_fc_norm_embedding.weight": (size,),
+              "pre_fc_norm_hidden.weight": (size,), "norm.weight": (size,)}  # fmt: skip
+    for name, shape in shapes.items():
+        noise = np.random.default_rng(zlib.crc32(name.encode()))
+        found[f"mtp.{name}"] = noise.standard_normal(shape, dtype=np.float32) / 8
+    for name, one in values.items():
+        if f"layers.{layer}." in name:
+            found[f"mtp.layers.0.{name.split(f'layers.{layer}.')[1]}"] = one / 2
+    return found
+
+
+def _full_layer(values: Values) -> str:
+    return max(
+        (m[1] for name in values if (m := re.search(r"layers\.(\d+)\.self_attn\.q_proj", name))),
+        key=int,
+    )
+
+
+def _qwen35(config: Config, values: Values) -> Values:
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    _layer_types(config["text_config"])
+    values = _less_one(_kernels(values, ".conv1d."))
+    values = _with_halves(values, "switch_mlp.gate_up_proj", "switch_mlp.down_proj")
+    values = {name.replace("switch_mlp.", "experts."): one for name, one in values.items()}
+    found = {
+        name.replace("language_model.model.", "model.language_model.").replace(
+            "language_model.lm_head", "lm_head"
+        ): one
+        for name, one in values.items()
+    }
+    return found | _drafting(found, _full_layer(found))
+
+
+def _layer_types(config: Config) -> None:
+    """Name every layer's kind, as publishers do; transformers forgets the interval then."""
+    every = config.pop("full_attention_interval")
+    kinds = [
+        "full" if (n + 1) % every == 0 else "linear" for n in range(config["num_hidden_layers"])
+    ]
+    config["layer_types"] = [f"{kind}_attention" for kind in kinds]
+
+
+def _qwen3_next(config: Config, values: Values) -> Values:
+    _layer_types(config)
+    values = _singly(_less_one(_kernels(values, ".conv1d.")), {})
+    keys, size = config["linear_num_key_heads"], config["linear_key_head_dim"]
+    each = config["linear_num_value_heads"] // keys
+    value = each * config["linear_value_head_dim"]
+    found: Values = {}
+    for name, one in values.items():
+        if name.endswith("in_proj_qkv.weight"):
+            z = values[name.replace("qkv", "z")]
+            parts = np.split(one, [keys * size, 2 * keys * size])
+            widths = (size, size, value, value)
+            rows = [
+                part.reshape(keys, width, -1)
+                for part, width in zip((*parts, z), widths, strict=True)
+            ]
+            mixed = np.concatenate(rows, axis=1)
+            found[name.replace("qkv", "qkvz")] = mixed.reshape(-1, mixed.shape[-1])
+        elif name.endswith("in_proj_b.weight"):
+            a = values[name.replace("in_proj_b", "in_proj_a")]
+            both = np.concatenate([m.reshape(keys, each, -1) for m in (one, a)], axis=1)
+            found[name.replace("in_proj_b", "in_proj_ba")] = both.reshape(-1, both.shape[-1])
+        elif not name.endswith(("in_proj_z.weight", "in_proj_a.weight")):
+            found[name] = one
+    return found | _drafting(found, _full_layer(found))
+
+
+_PUBLISHED: dict[str, Callable[[Config, Values], Values]] = {
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe"), _experts),
+    **dict.fromkeys(("granitemoe", "granitemoehybrid"), _granite),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _deepseek),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), _qwen35),
+    "mixtral": _mixtral,
+    "lfm2": _lfm2,
+    "lfm2_moe": _lfm2_moe,
+    "gpt_oss": _gpt_oss,
+    "ernie4_5_moe": _ernie,
+    "gemma4_text": _gemma4,
+    "qwen3_next": _qwen3_next,
+}
