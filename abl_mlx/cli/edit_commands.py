@@ -1,4 +1,4 @@
-"""The commands that write files: run, measure, apply, undo, convert."""
+"""The commands that write files or publish them: run, measure, apply, undo, convert, push."""
 
 from __future__ import annotations
 
@@ -236,3 +236,24 @@ def convert_model(
             dtype=dtype,
         ),
     )
+
+
+@cli.command()
+@click.argument("output", type=HERE)
+@click.argument("repository")
+@click.option("--yes", is_flag=True, help="Upload. Without it nothing leaves this machine.")
+@click.option(
+    "--public",
+    is_flag=True,
+    help="A repository that is made for this is seen by everybody. Without it, by its owner alone.",
+)
+@json_flag
+def push(output: Path, repository: str, yes: bool, public: bool, as_json: bool) -> None:
+    """Publish OUTPUT, which `run` or `apply` wrote, as REPOSITORY (OWNER/NAME) on Hugging Face.
+
+    With the model go its card, its record, its report and, for a GGUF, Modelfile and projector.
+    Without --yes the files are listed, and nothing is uploaded. Log in with `hf auth login`.
+    """
+    from abl_mlx.commands import publish
+
+    answer(as_json, "push_table", lambda: publish.push(output, repository, yes=yes, public=public))

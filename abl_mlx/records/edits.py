@@ -240,3 +240,33 @@ class ConvertRecord(Record, Converted, Made):
     """What `convert` wrote."""
 
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadedFile(Part):
+    """A file of a repository on Hugging Face."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushRecord(Record):
+    """What `push` published, or would publish.
+
+    Attributes:
+        output: the folder or file.
+        repository: OWNER/NAME.
+        address: of the repository's page.
+        private: whether a new repository is seen by its owner alone.
+        files: what is uploaded.
+        commit: the address of the commit; None where nothing was uploaded.
+    """
+
+    abl_mlx: str
+    output: str
+    repository: str
+    address: str
+    private: bool
+    files: list[UploadedFile]
+    commit: str | None = None

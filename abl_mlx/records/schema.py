@@ -18,6 +18,7 @@ COMMANDS: dict[str, type[Record]] = {
     "apply": edits.ApplyRecord,
     "undo": edits.UndoRecord,
     "convert": edits.ConvertRecord,
+    "push": edits.PushRecord,
     "eval": evaluations.EvalRecord,
     "audit": looks.AuditRecord,
     "inspect": looks.InspectRecord,

@@ -16,6 +16,7 @@ from abl_mlx.records.edits import (
     EvaluatedEdit,
     Leaks,
     MeasureRecord,
+    PushRecord,
     RunRecord,
     TensorLeak,
     UndoRecord,
@@ -339,6 +340,17 @@ def convert_table(record: ConvertRecord) -> str:
     made = ", ".join(f"{count} × {name}" for name, count in record.tensors.items())
     line = f"{record.output}  ({record.format}, {in_bytes(record.bytes)}): {made}"
     return "\n".join([line, *notes.lines(record.note)])
+
+
+def push_table(record: PushRecord) -> str:
+    """The record of `abl-mlx push` as a table."""
+    lines = [f"  {one.name}  {in_bytes(one.bytes)}" for one in record.files]
+    total = in_bytes(sum(one.bytes for one in record.files))
+    if record.commit is not None:
+        return "\n".join([f"{record.output}  ({total})", *lines, record.commit])
+    seen = "private" if record.private else "public"
+    head = f"{record.output}  ({total}) would go to {record.address}, {seen} if it is new:"
+    return "\n".join([head, *lines, "Nothing was uploaded: add --yes to do so."])
 
 
 def undo_table(record: UndoRecord) -> str:
