@@ -36,7 +36,7 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 CHUNK = 512
 """Tokens of a chunk, in which llama.cpp counts the text."""
 
-_MEND = "make it anew with `abl-mlx measure --imatrix` or llama-imatrix"
+_MEND = "make it anew, by `measure` or by llama-imatrix"
 _LONGEST_NAME = 1 << 10
 
 

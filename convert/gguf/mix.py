@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 from gguf import GGMLQuantizationType as Q
 
-from convert.base.errors import UserError
+from convert.base.errors import OPTION, UserError
 from convert.gguf.file_types import FILE_TYPES, FLOATS
 
 # Parts of the names of matrices that are never quantized: small ones, and tables of other kinds.
@@ -162,7 +162,8 @@ def check_importance(file_type: str, types: Mapping[str, Q]) -> None:
         if needs_importance(file_type, name, kind):
             raise UserError(
                 f"{name} would be written as {kind.name}, which is useless without an importance "
-                "matrix: give one by --imatrix FILE, or choose a larger type."
+                f"matrix: give one by {OPTION} FILE, or choose a larger type.",
+                option="imatrix",
             )
 
 
