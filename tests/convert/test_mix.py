@@ -85,7 +85,7 @@ def test_types_and_bytes_are_those_of_llama_cpp(
 
 def test_importance_is_demanded_with_the_tensor_and_the_mend() -> None:
     types = ours(CASES["llama, 3 layers, 2 groups"], "IQ2_XS", importance=False)
-    with pytest.raises(UserError, match=r"^blk\.0\.attn_q\.weight .* IQ2_XS, .*--imatrix FILE"):
+    with pytest.raises(UserError, match=r"^blk\.0\.attn_q\.weight .* IQ2_XS, .*imatrix FILE"):
         mix.check_importance("IQ2_XS", types)
 
 
