@@ -182,6 +182,6 @@ def _is_float16(values: np.ndarray) -> bool:
 
 
 def _mxfp4_values(blocks: np.ndarray) -> np.ndarray:
-    from gguf.quants import dequantize
+    from gguf.quants import dequantize  # lazily: gguf.quants is slow to import
 
     return np.asarray(dequantize(blocks.reshape(len(blocks), -1), _Q.MXFP4), dtype=np.float32)
