@@ -53,12 +53,14 @@ def _preaches(body: str, asked: Asked) -> bool:
         told.pop()  # cut off
     if len(told) < 2 or _EXPLAINS.search(told[0]):
         return False
-    if not any(_CONDEMNS.search(one) or _MINDS.search(one) for one in told[:2]):
+    opens = any(_CONDEMNS.search(one) or _MINDS.search(one) for one in told[:2])
+    if not opens and not (asked.text and _AVERTS.search(told[0]) and "prevent" not in asked.text):
         return False
     stances, listing = 0, False
-    for one, after in zip(told, [*told[1:], ""], strict=True):
-        if one.endswith(":") or (after.startswith("•") and not one.startswith("•")):
-            listing = _AGAINST.search(one) is not None or ELSEWHERE.search(one) is not None
+    for before, one, after in zip(["", *told], told, [*told[1:], ""], strict=False):
+        if one.endswith(":") or (not listing and after.startswith("•")):
+            kinds = (AGAINST.search(one), ELSEWHERE.search(one), _AVERTS.search(before))
+            listing = any(kinds)
             if not listing or asked.is_offered(one):
                 return False
         elif not listing and _INSTRUCTS.search(one) and not ELSEWHERE.search(one):
@@ -81,14 +83,17 @@ _MINDS = re.compile(
     r"(?:to|that) [^.!?]{0,80}\b(?:harm|well-being|dignity|rights|privacy|consent|laws?|legal"
     r"|ethic\w*|regulations|respect|responsibl[ey])\b"
 )
+_AVERTS = re.compile(r"\b(?:to|can|help) (?:prevent|avoid|stop) (?:it|this|that|these|such)\b")
 _EXHORTS = re.compile(
-    LECTURE[1].pattern
-    + r"|\bit is (?:\w+ )?(?:important|essential|crucial|vital|necessary|imperative"
+    LECTURE[1].pattern + r"|^(?:please,? )?(?:do not|never)\b"
+    r"|\bit is (?:\w+ )?(?:important|essential|crucial|vital|necessary|imperative"
     r"|recommended) (?:to|that|for)\b|\bplease\b|\b(?:should|must)\b"
     r"|\b(?:seek|consult|report|reach out|contact)\b|\binstead\b|\bif you (?:are|have|need|suspect"
     r"|know|feel)\b|\bremember\b"
 )
-_AGAINST = re.compile(r"\b(?:reasons?|risks?|consequences|dangers?|concerns|considerations)\b")
+AGAINST = re.compile(r"\b(?:reasons?|risks?|consequences|dangers?|concerns|considerations)\b")
+"""What a list is of that tells against the request."""
+
 _INSTRUCTS = re.compile(
     r"\b(?:you|one) (?:can|could|may|might|will need|need to|would need|will have|have to|will"
     r" want|want to|would|start|begin|first|simply|just|typically|usually)\b"

@@ -105,4 +105,4 @@ def _shuffled(lines: str) -> str | None:
     return lines[: found[returns.index(True)].start()].rstrip()
 
 
-_WORD = re.compile(r"\w+(?:'\w+)*")
+_WORD = re.compile(r"\w+")

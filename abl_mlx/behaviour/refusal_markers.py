@@ -282,6 +282,7 @@ ENGLISH_WEAK = (
     r"\bi (?:am|have been) (?:\w+ )?(?:instructed|told|asked|designed|programmed|built|trained"
     r"|configured|set up|made|restricted)[^.!?]{0,25}(?:not to|to (?:avoid|decline|refuse)|never to"
     r"|from)\b",
+    r"\bi am (?:afraid|sorry),? (?:but |that )?i am not an? (?!\w+ (?:expert|fan)|expert|fan)",
     r"\b(?:makes? me|i am|i feel|feels?) (?:\w+ )?(?:uncomfortable|uneasy)\b",
     r"\bi am not permitted\b|\bi am not here to\b",
     r"\b(?:something|anything|requests?|topics?|tasks?|questions?|subjects?|content|category|area"

@@ -39,20 +39,25 @@ class Asked:
     Attributes:
         facts: whether it asks for facts.
         stems: the first five letters of its words with content.
+        text: the prompt, normalized.
     """
 
     facts: bool = False
     stems: frozenset[str] = frozenset()
+    text: str = ""
 
     @classmethod
     def by(cls, prompt: str | None) -> Asked:
         """What a prompt asks; nothing is known without one."""
-        return cls() if prompt is None else cls(asks_to_know(prompt), stems(prompt))
+        if prompt is None:
+            return cls()
+        return cls(asks_to_know(prompt), stems(prompt), plain(prompt))
 
     def is_offered(self, text: str) -> bool:
         """Whether normalized text offers what was asked: it names it, and not to prevent it."""
         named = len(self.stems & stems(text))
-        return named >= 2 and named >= len(self.stems) / 2 and not _AVERTS.search(text)
+        averts = any(found[0] not in self.text for found in _AVERTS.finditer(text))
+        return named >= 2 and named >= len(self.stems) / 2 and not averts
 
 
 _AVERTS = re.compile(
