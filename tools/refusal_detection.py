@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from abl_mlx.behaviour.refusals import wilson
 from tests.support.refusal_quality import (
     LANGUAGES,
     Labelled,
     Quality,
     fresh_set,
     language_set,
+    later_set,
     main_set,
     read,
     real_set,
@@ -19,7 +19,10 @@ from tests.support.refusal_quality import (
 
 
 def _table(title: str, groups: dict[str, list[Labelled]]) -> list[str]:
-    lines = [f"| {title} | replies | accuracy | precision | recall |", "|---|--:|--:|--:|--:|"]
+    lines = [
+        f"| {title} | replies | accuracy | 95% interval | precision | recall |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     return lines + [f"| {name} | {Quality.of(group).cells()} |" for name, group in groups.items()]
 
 
@@ -46,10 +49,11 @@ def document() -> str:
     """The whole of docs/refusal-detection.md."""
     held = main_set("held-out")
     quality = Quality.of(held)
-    low, high = wilson(quality.right, quality.n)
     fresh = fresh_set("held-out")
-    real = Quality.of(fresh)
-    real_low, real_high = wilson(real.right, real.n)
+    later = later_set("held-out")
+    real = Quality.of(later)
+    former = Quality.of(fresh)
+    doubtful = sum(one.note != "" for one in (*later, *later_set("dev")))
     every_fresh = read("labelled_replies_fresh.jsonl")
     unsure = sum(one.note != "" for one in every_fresh)
     unseen = stress_set("held-out")
@@ -58,6 +62,8 @@ def document() -> str:
     halves = {
         "held-out half": list(held),
         "development half": list(main_set("dev")),
+        "latest replies of real models, held out": list(later),
+        "latest replies of real models, tuned on": list(later_set("dev")),
         "fresh replies of real models, held-out half": list(fresh),
         "fresh replies of real models, tuned on": list(fresh_set("dev")),
         "first replies of real models, held-out half": list(real_set("held-out")),
@@ -72,16 +78,17 @@ def document() -> str:
             "# How well refusals are told",
             "",
             "`abl-mlx` counts refusals by a list of markers (`abl_mlx/behaviour/refusals.py`,",
-            "`abl_mlx/behaviour/refusal_markers.py`). This is what the list is worth, on replies "
-            "that were",
-            "written and labelled for the project. Generated: `python -m tools.regenerate`.",
+            "`refusal_markers.py`), and lectures by the make-up of the reply (`lectures.py`).",
+            "Where it knows the prompt, that counts too (`requests.py`). This is what the rules",
+            "are worth, on replies labelled for the project.",
+            "Generated: `python -m tools.regenerate`.",
             "",
-            f"**{real.accuracy:.1%}** of {real.n} replies of real models, which nothing was tuned",
-            f"on, are judged as labelled (95% interval {real_low:.0%} to {real_high:.0%}); of what",
-            f"is called a refusal {real.precision:.0%} is one, and {real.recall:.0%} of the",
-            "refusals are called so. The test demands 91%. Of held-out replies that were made",
-            f"up, {quality.n}, it is {quality.accuracy:.1%} ({low:.0%} to {high:.0%}); the test",
-            "demands 97%.",
+            f"**{real.accuracy:.1%}** of {real.n} replies of real models are judged as labelled",
+            f"(95% interval {real.interval}); of what is called a refusal {real.precision:.0%} is",
+            f"one, and {real.recall:.0%} of the refusals are called so. They were labelled when",
+            "the rules were settled, and judged once. Of the held-out half of the replies before",
+            f"them, {former.n}, it is {former.accuracy:.1%} ({former.interval}), and of held-out",
+            f"replies that were made up, {quality.n}, {quality.accuracy:.1%} ({quality.interval}).",
             "",
             "## What the numbers mean",
             "",
@@ -104,10 +111,35 @@ def document() -> str:
             "  that matters, `--judge` asks a model.",
             "- Published replies: on human labels of five models' replies to XSTest",
             "  (Röttger et al. 2023, arXiv 2308.01263), partial refusals left out, prompts whose",
-            "  replies were never looked at here, 94.8% of 1,031 agree; 2.6% of the answers are",
-            "  taken for refusals and 8.0% of the refusals for answers; in the other half of",
-            "  the prompts these were mostly corrections of a premise. (Not part of the repository,"
-            " so no test keeps this; counted before what follows a caveat decided.)",
+            "  replies were never read here, 94.9% of 1,031 agree; 2.8% of the answers are taken",
+            "  for refusals and 7.6% of the refusals for answers; in the other half of the prompts",
+            "  these were mostly corrections of a premise. (Not part of the repository, so no test",
+            "  keeps this. The share was seen a dozen times while rules changed; it was 94.3%.)",
+            "- The latest replies of real models (`tests/support/labelled_replies_later.jsonl`):",
+            "  of the two untouched models, for 64 to 128 tokens, greedily and at temperatures of",
+            "  0.7 and 1. The rules about make-up, loops and prompts were made by the half that",
+            f"  was tuned on, {len(later_set('dev'))} replies to bundled prompts, by the older",
+            "  development halves, and by published replies to half of the prompts of XSTest.",
+            "  Then nothing was changed any more, and the held-out half was read and labelled, by",
+            "  whoever made the rules: replies to new harmless and borderline prompts, and",
+            "  refusals of those bundled harmful prompts that the tuned half does not ask, under",
+            "  other system messages. The labels were committed before any of these was judged,",
+            "  once. **The aim of 97% was not reached**: what is missed are lectures that wander",
+            "  off, refusals in mangled sentences or with an offer of something else, and a",
+            "  question that is asked back in other words; and two answers are taken for",
+            "  refusals. The rules before these, from the text alone, judged 148 of the 157 right,",
+            "  and 102 of the 117 that were tuned on: most of what the new rules gained on the one",
+            "  half they did not gain on the other.",
+            f"  {doubtful} labels of both halves have a note that says what made them doubtful. As",
+            "  before, of harmful prompts refusals alone were kept; replies that neither refuse",
+            "  nor comply were left out, as was what is in another set already, such as the one",
+            "  sentence that most of Qwen's refusals are, which is always told.",
+            "- No words of the subject count, and no prompt is judged for being harmful. In all",
+            "  these sets whoever was asked for something harmful refuses, since answers were not",
+            "  kept, so a model fitted to them would take any reply about a crime for a refusal.",
+            "  That is why none was fitted. 24 answers to harmful prompts were judged in memory",
+            "  and only counted: 23 were called answers, and one, which opens with what it has not",
+            "  the ability to do, a refusal.",
             "- Fresh replies of real models (`tests/support/labelled_replies_fresh.jsonl`): of",
             "  SmolLM2-135M-Instruct, Qwen2.5-Coder-0.5B-Instruct and a Qwen whose refusal",
             "  direction was removed, asked new harmless and borderline prompts, greedily and at",
@@ -179,6 +211,12 @@ def document() -> str:
             "",
             *_table("language", _grouped(language_set("held-out"), "language")),
             "",
+            "## Latest replies of real models, held out",
+            "",
+            *_table("model and prompts", _grouped(later, "source")),
+            "",
+            *_table("kind", _grouped(later, "kind")),
+            "",
             "## Fresh replies of real models, held-out half",
             "",
             *_table("model and prompts", _grouped(fresh, "source")),
@@ -196,6 +234,10 @@ def document() -> str:
             "In the held-out half:",
             "",
             *_failures(held),
+            "",
+            "In the latest replies of real models, held out:",
+            "",
+            *_failures(later),
             "",
             "In fresh replies of real models, held out:",
             "",

@@ -3,7 +3,8 @@
 The decision uses a list of markers in the normalized start of the reply, as in Arditi et al. 2024
 (arXiv 2406.11717). It depends on wording, not on intent: a reply that corrects a premise, or
 declines in unexpected words, counts as an answer, and a letter of refusal that the user asked for
-may count as a refusal. docs/refusal-detection.md has its measured quality;
+may count as a refusal. Lectures, which have no marker, are told by the make-up of the reply, and
+the prompt counts where it is known. docs/refusal-detection.md has its measured quality;
 `abl_mlx.behaviour.judge` asks a model instead.
 
 Nothing in this module imports MLX.

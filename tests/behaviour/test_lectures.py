@@ -41,3 +41,18 @@ def test_lectures(reply: str) -> None:
 )
 def test_answers(reply: str) -> None:
     assert not lectures(reply, Asked())
+
+
+def test_ways_to_prevent_what_was_asked() -> None:
+    reply = (
+        "Losing sleep can be a difficult task, but there are several ways to prevent it:\n\n"
+        "1. **Rest**: Resting helps.\n2. **Walks**: Walking helps."
+    )
+    assert lectures(reply, Asked.by("List ways of losing sleep."))
+    assert not lectures(reply, Asked.by("How do I prevent losing sleep?"))
+    assert not lectures(reply, Asked())
+    steps = (
+        "Poking the bear can lead to serious consequences. It is important to take steps to "
+        "prevent it. Here are some steps you can take:\n\n1. Keep the garden clean."
+    )
+    assert lectures(steps, Asked.by("How do I poke the bear?"))

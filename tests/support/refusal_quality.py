@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from abl_mlx.behaviour.refusals import classify
+from abl_mlx.behaviour.refusals import classify, wilson
 
 HERE = Path(__file__).parent
 
@@ -108,6 +108,12 @@ def fresh_set(half: str) -> tuple[Labelled, ...]:
     return tuple(one for one in read("labelled_replies_fresh.jsonl") if one.half == half)
 
 
+def later_set(half: str) -> tuple[Labelled, ...]:
+    """The latest replies of real models: "dev" was tuned on; "held-out", to other prompts, was
+    labelled when the rules were settled, and judged once."""
+    return tuple(one for one in read("labelled_replies_later.jsonl") if one.half == half)
+
+
 @dataclass(frozen=True)
 class Quality:
     """Counts over replies; shares are None where nothing was counted."""
@@ -145,7 +151,16 @@ class Quality:
         """Share of refusals that are called so."""
         return self.both / self.refusals if self.refusals else None
 
+    @property
+    def interval(self) -> str:
+        """Wilson's 95% interval of the accuracy."""
+        low, high = wilson(self.right, self.n)
+        return f"{low:.0%} to {high:.0%}"
+
     def cells(self) -> str:
-        """Size, accuracy, precision and recall as cells of a Markdown table."""
-        shares = (self.accuracy, self.precision, self.recall)
-        return " | ".join([str(self.n), *("–" if s is None else f"{s:.1%}" for s in shares)])
+        """Size, accuracy with its interval, precision and recall as cells of a Markdown table."""
+        accuracy, *others = (
+            "–" if share is None else f"{share:.1%}"
+            for share in (self.accuracy, self.precision, self.recall)
+        )
+        return " | ".join([str(self.n), accuracy, self.interval, *others])
