@@ -1,7 +1,7 @@
-"""Read what an OpenAI-compatible server sends: its list of models, and the message of a chat.
+"""Reads what an OpenAI-compatible server sends: its list of models, and the message of a chat.
 
-Servers differ, so that every field is checked before it is used.  `request_tools` writes the
-fields of a request that name a prompt's tools.
+Servers differ, so every field is checked before it is used. `request_tools` makes the fields of a
+request that describe a prompt's tools.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FILTERED = {
 
 
 def listed_models(answer: Answer) -> list[dict[str, Any]] | None:
-    """The entries of a server's list of models; None where the answer is not such a list."""
+    """The entries of a server's list of models; None if the answer is not such a list."""
     found = answer.json() if answer.status == 200 else None
     if not isinstance(found, dict) or not isinstance(found.get("data", 0), list | type(None)):
         return None
@@ -76,10 +76,10 @@ def _joined(content: Any, kind: str) -> str:
 
 
 def said_and_thought(message: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The text of the reply, and the model's thoughts (None where the server sends none apart).
+    """The text of the reply, and the model's thoughts (None if the server sends none separately).
 
-    Calls of tools that the server moved out of the text into a field of their own are written
-    after the text, by `tool_calls.written`.
+    Tool calls that the server moved out of the text into a field of their own are written after
+    the text, by `tool_calls.written`.
     """
     content = message.get("content")
     text = _joined(content, "text")
@@ -105,13 +105,13 @@ def _calls(found: Any) -> str:
 
 
 def request_tools(prompt: Prompt) -> dict[str, Any]:
-    """The fields of a request that name a prompt's tools; empty where the prompt has none."""
+    """The fields of a request that describe a prompt's tools; empty if the prompt has none."""
     if not prompt.tools:
         return {}
     return {"tools": [tool.json for tool in prompt.tools], "parallel_tool_calls": True}
 
 
-#: What llama.cpp and Ollama say of a call that they cannot read.
+#: What llama.cpp and Ollama report about a call that they cannot read.
 _UNREAD = re.compile(
     r"error parsing tool call|failed to parse (?:input|tool call)|does not match the expected",
     re.IGNORECASE,
@@ -119,7 +119,7 @@ _UNREAD = re.compile(
 
 
 def has_unread_call(answer: Answer) -> bool:
-    """Whether a server fails because it cannot read a call that the model wrote."""
+    """Whether an answer is the error of a server that cannot read a call that the model wrote."""
     return answer.status == 500 and _UNREAD.search(answer.said) is not None
 
 
@@ -135,13 +135,13 @@ def is_withheld(answer: Answer) -> bool:
     return any(code in _FILTERED for code in codes if isinstance(code, str))
 
 
-#: A token of a reply: its text, and the likeliest texts in its place with their natural
+#: A token of a reply: its text, and the likeliest texts at its position with their natural
 #: log-probabilities.
 Step = tuple[str, dict[str, float]]
 
 
 def told_tokens(found: Any) -> list[Step] | None:
-    """The tokens of a chat's reply, with the likeliest in their places; None if none are told."""
+    """The tokens of a reply with the likeliest ones at their positions; None if none are sent."""
     choices = found.get("choices") if isinstance(found, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     logprobs = choice.get("logprobs") if isinstance(choice, dict) else None
@@ -160,11 +160,11 @@ def told_tokens(found: Any) -> list[Step] | None:
         }
         if not told:
             break
-        # Decoding is greedy. mlx_lm.server names any of the likeliest as the one that was chosen.
+        # Decoding is greedy, so the likeliest is the chosen one; mlx_lm.server may name another.
         steps.append((max(told, key=told.__getitem__), told))
     return steps or None
 
 
 def _text_of(token: str) -> str:
-    """A token's text; mlx_lm.server gives it as it is in the vocabulary, with signs for spaces."""
+    """A token's text; mlx_lm.server sends the vocabulary's form of it, which marks spaces."""
     return token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")

@@ -1,4 +1,4 @@
-"""A model on a server that gets text to complete instead of a conversation."""
+"""A model on a server that is given text to complete instead of a conversation."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Completions(Endpoint):
     _route = "completions"
 
     def __init__(self, url: str, model: str | None, asking: Asking, template: ChatTemplate) -> None:
-        """As `Endpoint`.
+        """Take the arguments of `Endpoint`, and the template.
 
         Raises:
-            UserError: as `Endpoint`, and for Ollama, which writes a conversation all the same.
+            UserError: as `Endpoint`, and for Ollama, which turns the text into a conversation.
         """
         self.template = template
         super().__init__(url, model, asking)
-        self._silent = True  # at /v1/completions, tokens are returned in another form
+        self._silent = True  # /v1/completions returns tokens in another form
         if self.owner == "library":
             raise UserError(
                 f"{self.name} is Ollama, which writes its template around a text to complete, too: "
@@ -45,12 +45,12 @@ class Completions(Endpoint):
         return opened_by(lambda text: self._written(Prompt(text, thinking=thinking)))
 
     def _written(self, prompt: Prompt) -> str:
-        """The text of a prompt, without a bos token that the server adds by itself."""
+        """The text of a prompt, without the bos token if the server adds that itself."""
         return rendered(self.template, prompt).removeprefix(self._added)
 
     @cached_property
     def _added(self) -> str:
-        """The bos token, if the template may write it and llama-server adds it as well."""
+        """The bos token, if llama-server adds it and the template may write it as well."""
         bos = str(self.template.values.get("bos_token", ""))
         if not bos or not self.is_llamacpp:
             return ""

@@ -1,4 +1,4 @@
-"""How many of the refusals that are to stay do stay: those of ``--keep`` and ``--keep-system``.
+"""Counts how many of the refusals that are to stay, by --keep and --keep-system, have stayed.
 
 Nothing in this module imports MLX.
 """
@@ -11,15 +11,15 @@ from abl_mlx.behaviour.refusals import wilson
 from abl_mlx.records.evaluations import Kept
 from abl_mlx.support.console import percent
 
-#: The least share of these refusals that an edit should leave.
+#: The smallest share of these refusals that an edit should keep.
 WANTED = 0.9
 
 
 def kept(before: Sequence[bool], after: Sequence[bool]) -> Kept:
-    """Of the prompts that are refused before, how many are refused after.
+    """How many of the prompts that were refused before an edit are refused after it.
 
     Args:
-        before, after: for each prompt, whether it is refused.
+        before, after: whether each prompt is refused, before and after the edit.
     """
     still = [now for was, now in zip(before, after, strict=True) if was]
     if not still:
@@ -36,12 +36,12 @@ def kept(before: Sequence[bool], after: Sequence[bool]) -> Kept:
 
 
 def words(name: str) -> str:
-    """The name of a prompt set for people: ``off-topic``."""
+    """The name of a prompt set as messages have it, such as ``off-topic``."""
     return name.replace("_", "-")
 
 
 def sentence(name: str, one: Kept) -> str:
-    """What is kept of a set, as a clause without a full stop."""
+    """How many refusals of a set were kept, as a clause without a subject or a full stop."""
     if one.share is None:
         return f"has nothing to keep: none of the {words(name)} prompts is refused as it is"
     low, high = one.interval

@@ -1,9 +1,9 @@
-"""`--length-sweep`: how verdicts depend on how much of a reply is read.
+"""`--length-sweep`: how verdicts depend on the number of tokens of a reply that are read.
 
 Every prompt is asked once, at the longest length, and the reply is judged at each length
-(`whole_reply`). A length suffices for a model where at least `SHARE` of the refusals at the longest
-length are refusals already, and where no more than the rest of the replies still end inside their
-thoughts.
+(`whole_reply`). A length suffices for a model if at least `SHARE` of the replies that are refusals
+at the longest length are refusals at this length, and if the cut leaves at most 1 − `SHARE` of all
+replies inside a thought that they finish later.
 
 Nothing in this module imports MLX.
 """
@@ -19,7 +19,7 @@ from abl_mlx.behaviour.refusals import Oddity, Verdict, classify, declines_later
 from abl_mlx.behaviour.whole_reply import SPREAD, TOKENS, WORDS, WholeReply
 from abl_mlx.records.measurements import LengthSweep, MarkerTokens, SweptSet
 
-#: Of the refusals at the longest length, the share that is to be seen.
+#: The share of the refusals at the longest length that a sufficient length shows.
 SHARE = 0.95
 
 
@@ -32,9 +32,9 @@ def judged(
     """The verdict on a whole reply, with those on its beginnings.
 
     Args:
-        lengths: in tokens, shortest first; the last is the one that was asked for.
-        judge: says what a text is.
-        prompt: what was asked.
+        lengths: the lengths in tokens, shortest first; the last is the one that was asked for.
+        judge: gives the verdict on a text.
+        prompt: the prompt of the reply.
     """
     whole = judge(reply.text)
     known = {reply.text: whole}
@@ -56,14 +56,14 @@ def judged(
 
 
 def _marker(reply: WholeReply, lengths: Sequence[int], prompt: str | None) -> int | None:
-    """From how many tokens on a refusal reads as one; None where it is none in the end."""
+    """The number of tokens from which on a reply is a refusal; None if the whole reply is none."""
 
     def refuses(tokens: int) -> bool:
         return classify(reply.cut(tokens), prompt) is Verdict.REFUSAL
 
     if not refuses(reply.tokens):
         return None
-    # Only between the last length at which it is none and the next one is every token looked at.
+    # Single tokens are looked at only between the last length without a refusal and the next one.
     ends = [*(length for length in lengths if length < reply.tokens), reply.tokens]
     start = next((at for at, end in reversed(list(enumerate(ends))) if not refuses(end)), -1)
     first = ends[start + 1]
@@ -76,8 +76,8 @@ def record(sets: Mapping[str, Sequence[Answered]], lengths: Sequence[int]) -> Le
     """The figures of one model.
 
     Args:
-        sets: prompt set -> its answers.
-        lengths: in tokens, shortest first.
+        sets: prompt set -> answers to its prompts.
+        lengths: the lengths in tokens, shortest first.
     """
     every = [one for answers in sets.values() for one in answers]
     units = {one.begins.unit for one in every if one.begins is not None}
@@ -92,12 +92,13 @@ def record(sets: Mapping[str, Sequence[Answered]], lengths: Sequence[int]) -> Le
 
 
 def judged_at(models: Sequence[Sequence[Answered]], lengths: Sequence[int]) -> int:
-    """The number of the length at which models that are compared are judged.
+    """The index of the length at which models that are compared are judged.
 
-    It is the shortest that suffices for all of them, and the longest where none refuses anything.
+    It is the shortest length that suffices for all of them, or the longest if none of them refuses
+    anything.
 
     Args:
-        models: the answers of each.
+        models: the answers of each model.
     """
     last = len(lengths) - 1
     if not any(_count(answers, last, Verdict.REFUSAL) for answers in models):
@@ -106,7 +107,7 @@ def judged_at(models: Sequence[Sequence[Answered]], lengths: Sequence[int]) -> i
 
 
 def _enough(answers: Sequence[Answered], lengths: int) -> int:
-    """The number of the shortest length that suffices."""
+    """The index of the shortest length that suffices."""
     last = lengths - 1
     final = [one.cut(last).verdict is Verdict.REFUSAL for one in answers]
     open_ones = _unfinished(answers, last)
@@ -153,7 +154,7 @@ def _places(markers: Sequence[int]) -> MarkerTokens | None:
     ordered = sorted(markers)
 
     def least(share: float) -> int:
-        """The number of tokens by which so many are seen."""
+        """The number of tokens that shows this share of the refusals."""
         return ordered[math.ceil(share * len(ordered)) - 1]
 
     return MarkerTokens(n=len(ordered), median=least(0.5), p95=least(SHARE), last=ordered[-1])

@@ -1,4 +1,4 @@
-"""A server that is asked with patience: again where that can help, and never for too long."""
+"""Requests to a server that are repeated where that can help, for a limited time."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from convert.base.errors import UserError
 #: The longest pause between two tries, in seconds.
 LONGEST_PAUSE = 120.0
 
-#: What a request is answered with.
+#: What a request returns.
 Said = TypeVar("Said")
 
 
 class PatientServer:
-    """One server; its requests may come from several threads."""
+    """One server; several threads may send requests through it."""
 
     def __init__(self, url: str, asking: Asking, say: Callable[[str], None]) -> None:
         """
         Args:
             url: an address on the server.
-            asking: how it is asked.
+            asking: the timeout, the number of tries, the key and the concurrency.
             say: called with a message before a pause.
 
         Raises:
@@ -45,7 +45,7 @@ class PatientServer:
         password = parts.password or ""
         self._secrets = [text for text in (self._key, password, unquote(password)) if text]
         self._server = parts
-        #: The address without user, password or query, for messages.
+        #: The address without user, password and query, for messages.
         self.name = shown(parts)
         self._stopped = threading.Event()
         self._open: set[Call] = set()
@@ -61,7 +61,7 @@ class PatientServer:
         return text if len(text) <= 200 else text[:199] + "…"
 
     def _persist(self, attempt: Callable[[], Said]) -> Said:
-        """Repeat an attempt until it succeeds, fails finally, or was made often enough."""
+        """Repeat an attempt until it succeeds, fails for good, or has been made often enough."""
         tries = 0
         while True:
             self._wait(self._not_before - time.monotonic())
@@ -91,7 +91,7 @@ class PatientServer:
 
     def _wait(self, seconds: float) -> None:
         if self._stopped.wait(max(0.0, seconds)):
-            raise UserError(f"{self.name} was not asked to the end.")
+            raise UserError(f"{self.name} was interrupted before all prompts were asked.")
 
     def _exchange(self, method: str, path: str, body: Any = None) -> Answer:
         call = Call(self._server, self.asking.timeout)
@@ -114,8 +114,8 @@ class PatientServer:
             ) from None
         except ssl.SSLError as error:
             raise Trouble(
-                f"{self.name} speaks no TLS that can be trusted ({error.reason or error}): check "
-                "the address and the certificate",
+                f"{self.name} has no TLS connection that can be trusted "
+                f"({error.reason or error}): check the address and the certificate",
                 again=False,
             ) from None
         except socket.gaierror:
@@ -123,7 +123,9 @@ class PatientServer:
                 f"{self._server.hostname} is not a known host: check the address", again=False
             ) from None
         except http.client.InvalidURL:
-            raise Trouble(f"{self.name} is no address that can be asked", again=False) from None
+            raise Trouble(
+                f"{self.name} is no address to which requests can be sent", again=False
+            ) from None
         except ConnectionRefusedError:
             raise Trouble(
                 f"{self.name} refuses connections", again=self._met, mend=": is the server running?"

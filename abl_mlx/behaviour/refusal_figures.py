@@ -1,4 +1,4 @@
-"""The figures of a record about verdicts on the replies to prompt sets.
+"""Refusal rates and related figures of the replies to prompt sets, for records.
 
 Nothing in this module imports MLX.
 """
@@ -27,7 +27,7 @@ def refusals(
     Args:
         sets: ``harmful``, ``harmless`` and, if they were asked, ``borderline``, ``kept`` and
             ``off_topic``.
-        notes: the notes on the replies.
+        notes: further observations on the replies (`reply_notes`).
         expected: the share of harmful prompts whose reply is exactly their known answer.
         thoughts: the figures of the thoughts that replies begin with, if there are any.
     """

@@ -1,4 +1,4 @@
-"""From how many tokens on the verdicts on a model's replies stay as they are.
+"""Finds the number of tokens from which on the verdicts on a model's replies no longer change.
 
 Nothing in this module imports MLX.
 """
@@ -12,18 +12,18 @@ from abl_mlx.behaviour.whole_reply import WholeReply
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.records.evaluations import Settled
 
-#: The lengths, in tokens, that are looked at.
+#: The lengths in tokens that are compared.
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def of(
     replies: Sequence[WholeReply], longest: int, prompts: Sequence[Prompt] | None = None
 ) -> Settled:
-    """The shortest length at which every verdict is that on the whole reply, and stays so.
+    """The shortest length from which on every verdict equals that on the whole reply.
 
     Args:
-        replies: of at most ``longest`` tokens.
-        longest: in tokens.
+        replies: the replies, of at most ``longest`` tokens.
+        longest: the longest length in tokens.
         prompts: what each replies to.
     """
     asked = _texts(replies, prompts)
@@ -48,7 +48,7 @@ def of(
 def changed_after(
     replies: Sequence[WholeReply], tokens: int, prompts: Sequence[Prompt] | None = None
 ) -> int:
-    """How many verdicts on whole replies are others than those on their first tokens."""
+    """The number of replies whose verdict differs from that on their first tokens."""
     return sum(
         classify(reply.cut(tokens), text) is not classify(reply.text, text)
         for reply, text in zip(replies, _texts(replies, prompts), strict=True)

@@ -1,7 +1,7 @@
-"""How a model thinks before it replies: how long, whether it comes to an end, whether it loops.
+"""Figures of the thoughts before replies: their length, whether they end, and whether they loop.
 
-Refusal words inside a thought are no refusal: verdicts read what stands behind it
-(`abl_mlx.behaviour.refusals`). Lengths are in words, which every runtime tells alike.
+Refusal words inside a thought are no refusal: verdicts are on the text behind the thought
+(`abl_mlx.behaviour.refusals`). Lengths are in words, which are counted alike for every runtime.
 
 Nothing in this module imports MLX.
 """
@@ -22,9 +22,9 @@ class Thought:
     """The thought of one reply.
 
     Attributes:
-        words: how many it has; 0 where the reply opens with none.
-        closed: whether it comes to its end.
-        loops: whether its end says the same over and over.
+        words: its number of words; 0 if the reply opens with no thought.
+        closed: whether it ends before the reply does.
+        loops: whether it ends in repetitions.
     """
 
     words: int
@@ -33,13 +33,13 @@ class Thought:
 
     @classmethod
     def of(cls, reply: str) -> Thought:
-        """Look at a reply in full, its thought marked by tags."""
+        """The thought of a whole reply, in which tags mark it."""
         thought, body = parted(reply)
         return cls(len(thought.split()), body is not None, without_loop(thought) != thought)
 
 
 def figures(thoughts: Iterable[Thought]) -> Thoughts | None:
-    """The figures of many replies; None where none opens with a thought."""
+    """The figures of many replies; None if no reply opens with a thought."""
     found = [one for one in thoughts if one.words]
     if not found:
         return None
@@ -53,10 +53,10 @@ def figures(thoughts: Iterable[Thought]) -> Thoughts | None:
 
 
 def growth(before: Thoughts | None, after: Thoughts | None) -> float | None:
-    """How many times as long thoughts are as they were; None where it cannot be told.
+    """The mean length of thoughts after an edit, divided by that before; None if not known.
 
-    Only thoughts that came to their end have a length, so a model whose thoughts no longer end is
-    told by ``unclosed``.
+    Only thoughts that end have a length. Of a model whose thoughts no longer end, ``unclosed``
+    is the figure that shows it.
     """
     if before is None or after is None:
         return None
@@ -64,9 +64,9 @@ def growth(before: Thoughts | None, after: Thoughts | None) -> float | None:
 
 
 def times_as_long(before: float | None, after: float | None) -> float | None:
-    """The ratio of two mean lengths in words; None if one is not known, or there was none before.
+    """The ratio of two mean lengths; None if one is not known, or the first is 0.
 
     Args:
-        before, after: mean lengths of thoughts that come to their end.
+        before, after: mean lengths in words of thoughts that end.
     """
     return after / before if before and after is not None else None

@@ -1,7 +1,7 @@
-"""The calls of functions that a reply holds, in whatever form its model was trained to write them.
+"""Finds the function calls in a reply, in any of the forms that models are trained to write.
 
-Models write calls as text: JSON between tags, Python, XML. What a server took out of a reply is put
-back into it (`written`), so that one reading holds for every runtime.
+Models write calls as text: JSON between tags, Python, XML. Calls that a server has moved out of a
+reply are written back into it (`written`), so that replies of all runtimes are read alike.
 
 Nothing in this module imports MLX.
 """
@@ -22,17 +22,17 @@ from abl_mlx.models.thoughts import behind_thoughts, without_thoughts
 from convert.base import json_text
 from convert.base.schema import Refused
 
-# Characters of one call; more is no call of a function.
+# The largest number of characters in a call; a longer text is not taken for one.
 _LONGEST = 1 << 16
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a function.
+    """A function call.
 
     Attributes:
-        name: the function's; None where the call is marked as one and cannot be read.
-        arguments: by the parameters' names; None where they cannot be read.
+        name: the name of the function; None if a text is marked as a call and cannot be read.
+        arguments: parameter -> value; None if they cannot be read.
     """
 
     name: str | None
@@ -40,7 +40,7 @@ class Call:
 
 
 UNREADABLE = Call(None, None)
-"""Text that is marked as a call, and is none."""
+"""The text that stands for a call that cannot be read."""
 
 UNREAD = "<tool_call>?</tool_call>"
 """A reply with a call that a server could not read, and did not pass on."""
@@ -58,14 +58,14 @@ def written(name: Any, arguments: Any) -> str:
 
 
 def calls(reply: str, tools: Sequence[Tool]) -> tuple[Call, ...] | None:
-    """All calls in a reply, in order; None where it does not get beyond its thoughts.
+    """All calls in a reply, in order; None if the reply ends inside its thoughts.
 
     Args:
-        reply: with its special tokens as text.
-        tools: the functions that the model was told of. A call without any mark of one, bare JSON
-            or Python, is one only of these.
+        reply: the reply, with its special tokens as text.
+        tools: the functions that the model was told of. Bare JSON or Python, without any mark of a
+            call, counts as a call only if it names one of them.
     """
-    if _HARMONY.search(reply):  # in a channel that is else a thought
+    if _HARMONY.search(reply):  # gpt-oss writes calls in a channel that otherwise holds thoughts
         return tuple(_harmony(reply, tools))
     text = behind_thoughts(reply)
     if text is None:
@@ -80,10 +80,10 @@ def calls(reply: str, tools: Sequence[Tool]) -> tuple[Call, ...] | None:
 
 
 def _value(text: str) -> tuple[Any, str]:
-    """The JSON value that a text begins with, and what follows it.
+    """The JSON value with which a text begins, and the rest of the text.
 
     Raises:
-        ValueError: when it begins with none.
+        ValueError: when the text begins with no JSON value.
     """
     text = text.lstrip()
     _, end = json.JSONDecoder().raw_decode(text[:_LONGEST])
@@ -91,9 +91,9 @@ def _value(text: str) -> tuple[Any, str]:
 
 
 def _of_json(value: Any) -> Call:
-    """The call that a JSON object says.
+    """The call that a JSON object describes.
 
-    Its arguments are called arguments, parameters, or args; they may be JSON in a text.
+    The key of its arguments is arguments, parameters or args; their value may be a string of JSON.
     """
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
@@ -119,7 +119,7 @@ def _arguments(given: Any) -> dict[str, Any] | None:
 
 
 def _json_calls(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
-    """The calls of JSON objects, or lists of them, one behind the other."""
+    """The calls of JSON objects, or of lists of them, that follow each other in a text."""
     rest = text.strip()
     if not rest:
         yield UNREADABLE
@@ -133,11 +133,11 @@ def _json_calls(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
             yield _of_json(one)
         rest = rest.lstrip("; \n\t,")
         if rest and rest[0] not in "{[":
-            return  # words behind the calls
+            return  # words follow the calls
 
 
 def _named(name: str, text: str) -> Call:
-    """The call of a named function, whose arguments a text begins with."""
+    """The call of a named function; the text begins with its arguments."""
     try:
         value, _ = _value(re.sub(r"^\s*```(?:json)?", "", text))
     except (ValueError, RecursionError):
@@ -149,7 +149,7 @@ def _named(name: str, text: str) -> Call:
 
 
 def _blocks(text: str, opened: str, closed: str) -> Iterator[str]:
-    """What stands between tags; the last may stay open."""
+    """The texts between opening and closing tags; the last one may lack its closing tag."""
     for part in re.split(opened, text)[1:]:
         yield re.split(closed, part, maxsplit=1)[0].strip()
 
@@ -160,7 +160,7 @@ _PARAMETERS = re.compile(r"<parameter=([^>\s]+)>(.*?)</parameter>", re.DOTALL)
 
 
 def _tool_call(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
-    """Hermes and Qwen (JSON), Qwen3-Coder and GLM (XML): between ``<tool_call>`` tags."""
+    """Calls between ``<tool_call>`` tags: Hermes and Qwen (JSON), Qwen3-Coder and GLM (XML)."""
     for block in _blocks(text, "<tool_call>", "</tool_call>"):
         if _XML_FUNCTION.search(block):
             yield from _xml(block, tools)
@@ -172,7 +172,7 @@ def _tool_call(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
 
 
 def _xml(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
-    """Llama's and Functionary's ``<function=f>{...}</function>``, Qwen3-Coder's parameters."""
+    """``<function=f>{...}</function>`` (Llama, Functionary), or tagged parameters (Qwen3-Coder)."""
     parts = _XML_FUNCTION.split(text)[1:]
     for name, rest in zip(parts[::2], parts[1::2], strict=True):
         body = rest.split("</function>")[0]
@@ -183,7 +183,7 @@ def _xml(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
 
 
 def _typed(name: str, given: Mapping[str, str], tools: Sequence[Tool]) -> dict[str, Any]:
-    """Arguments that are all text, as what their parameters' schemas say they are."""
+    """Arguments that were read as text, converted to the types that the parameters have."""
     schemas = next((tool.parameters for tool in tools if tool.name == name), {})
     found: dict[str, Any] = {}
     for key, raw in given.items():
@@ -195,11 +195,11 @@ def _typed(name: str, given: Mapping[str, str], tools: Sequence[Tool]) -> dict[s
     return found
 
 
-# --- one family each -----------------------------------------------------------------------------
+# --- forms of one family of models ---------------------------------------------------------------
 
 
 def _after(mark: str) -> Callable[[str, Sequence[Tool]], Iterator[Call]]:
-    """JSON behind a mark, which may come again before each call."""
+    """A reader of JSON behind a mark, which may be repeated before each call."""
 
     def read(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
         for part in re.split(mark, text)[1:]:
@@ -209,7 +209,7 @@ def _after(mark: str) -> Callable[[str, Sequence[Tool]], Iterator[Call]]:
 
 
 def _mistral(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
-    """``[TOOL_CALLS][{...}]``, and since 2025 ``[TOOL_CALLS]f[ARGS]{...}`` for each call."""
+    """Mistral: ``[TOOL_CALLS][{...}]``, since 2025 ``[TOOL_CALLS]f[ARGS]{...}`` for each call."""
     for part in text.split("[TOOL_CALLS]")[1:]:
         name, args, rest = part.partition("[ARGS]")
         if args:
@@ -219,7 +219,7 @@ def _mistral(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
 
 
 def _llama(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
-    """``<|python_tag|>`` before JSON, or before ``f.call(x=1)``."""
+    """Llama: ``<|python_tag|>``, followed by JSON or by ``f.call(x=1)``."""
     for part in text.split("<|python_tag|>")[1:]:
         part = re.split(r"<\|eo[mt]_id\|>", part)[0].strip()
         if part.startswith(("{", "[{")):
@@ -229,7 +229,7 @@ def _llama(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
 
 
 def _deepseek(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
-    """V3 and R1: ``function<sep>f`` and JSON in a fence; V3.1: ``f<sep>{...}``."""
+    """DeepSeek V3 and R1: ``function<sep>f`` and fenced JSON; DeepSeek V3.1: ``f<sep>{...}``."""
     for block in _blocks(text, "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"):
         first, _, rest = block.partition("<｜tool▁sep｜>")
         if first.strip() == "function":
@@ -249,7 +249,7 @@ def _harmony(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
 
 
 def _functionary(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
-    """Functionary 3.2: ``>>>f`` and JSON on the next line; ``>>>all`` is what it says."""
+    """Functionary 3.2: ``>>>f`` and JSON on the next line; ``>>>all`` opens plain text."""
     for part in re.split(r"(?:^|\n)>>>", text)[1:]:
         name, _, rest = part.partition("\n")
         if name.strip() != "all":
@@ -257,13 +257,13 @@ def _functionary(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
 
 
 def _lfm(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
-    """LFM2: Python or JSON between its tags."""
+    """LFM2: Python or JSON between tags."""
     for block in _blocks(text, r"<\|tool_call_start\|>", r"<\|tool_call_end\|>"):
         yield from _python(block) or _json_calls(block, tools)
 
 
 def _function_gemma(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
-    """FunctionGemma: ``call:f{x:<escape>text<escape>,n:1}`` between its tags."""
+    """FunctionGemma: ``call:f{x:<escape>text<escape>,n:1}`` between tags."""
     for block in _blocks(text, "<start_function_call>", "<end_function_call>"):
         found = re.match(r"call:([\w.-]+)\{(.*)\}", block, re.DOTALL)
         if found is None:
@@ -288,7 +288,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[str, Sequence[Tool]], Iterator[Ca
 )
 
 
-# --- no mark at all ------------------------------------------------------------------------------
+# --- calls without any mark ----------------------------------------------------------------------
 
 _FENCE = re.compile(
     r"```(?:json|tool_code|tool_call|python|py|xml)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL
@@ -296,7 +296,7 @@ _FENCE = re.compile(
 
 
 def _bare(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
-    """JSON (Llama 3) or Python (Llama 3.2 and 4, Gemma 3): the whole reply, or fenced blocks."""
+    """Bare JSON (Llama 3) or Python (Llama 3.2 and 4, Gemma 3): a whole reply, or fenced blocks."""
     names = {tool.name for tool in tools}
     whole = without_thoughts(text) or ""  # and without special tokens
     fenced = [block.strip() for block in _FENCE.findall(whole)]
@@ -310,10 +310,10 @@ def _bare(text: str, tools: Sequence[Tool]) -> Iterator[Call]:
 
 
 def _python(text: str) -> list[Call]:
-    """The calls of a Python expression or of the lines of a program; none where it is neither."""
+    """The calls in a Python expression or in the lines of a program; none if it is neither."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            warnings.simplefilter("ignore")  # Python warns of escapes that it does not know
             tree = ast.parse(text[:_LONGEST].strip())
         found = [_of_python(one) for line in tree.body for one in _expressions(line)]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -328,7 +328,7 @@ def _expressions(line: ast.stmt) -> list[ast.expr | None]:
 
 
 def _of_python(node: ast.AST | None) -> Call | None:
-    """A call with named arguments; in ``print(f())`` the inner one, in ``f.call()`` that of f."""
+    """A call with named arguments: of ``print(f())`` the inner one, of ``f.call()`` that of f."""
     if not isinstance(node, ast.Call):
         return None
     name = ast.unparse(node.func)
@@ -346,10 +346,10 @@ _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def _literal(node: ast.expr) -> Any:
-    """A value, which may be written as in JSON.
+    """The value of a literal of Python or JSON.
 
     Raises:
-        ValueError: when it is no literal.
+        ValueError: when the expression is no literal.
     """
     if isinstance(node, ast.Name) and node.id in _CONSTANTS:
         return _CONSTANTS[node.id]

@@ -1,9 +1,9 @@
-"""`eval --tool-calls`: forty small tasks that show whether a model still calls functions rightly.
+"""`eval --tool-calls`: forty small tasks that show whether a model still calls functions correctly.
 
-Each task offers two everyday functions. In 26 one or two calls are right, with known arguments; in
-7 none is needed and the model is to answer; in 7 a required argument is missing and the model is to
-ask for it. Everything is checked exactly, by no judge. It is a check, not a benchmark: no model is
-told from another by a few points.
+Each task offers two everyday functions. In 26 tasks one or two calls with known arguments are
+correct. In 7 tasks no call is needed and the model should answer. In 7 tasks a required argument is
+missing and the model should ask for it. Replies are compared with the known calls and words; no
+judge is involved. This is a check and not a benchmark: a few points do not rank two models.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from abl_mlx.models.thoughts import without_thoughts
 from abl_mlx.records.measurements import ToolCalls
 from abl_mlx.support.console import progress
 
-#: Longest reply, in tokens; two calls with all their tags take about 100.
+#: The longest reply in tokens. Two calls with all their tags take about 100 tokens.
 MAX_TOKENS = 256
 
 _TEXTS = resources.files("abl_mlx.inputs") / "texts"
 
-# How a reply asks for something, in the language of the tasks.
+# What a reply holds that asks for something, in English, the language of the tasks.
 _ASKS = re.compile(
     r"\?|\b(?:please|could you|can you|would you|need|provide|specify|tell me|let me know|which)\b",
     re.IGNORECASE,
@@ -43,26 +43,26 @@ _ASKS = re.compile(
 
 
 class Outcome(Enum):
-    """What became of a task; the values are its letters in a record."""
+    """The outcome of a task; the values are the letters that stand for it in a record."""
 
     RIGHT = "R"
-    ARGUMENTS = "A"  # the right functions, other arguments
-    NAME = "N"  # another function, more or fewer calls
-    MISSED = "M"  # no call where one was right
+    ARGUMENTS = "A"  # the correct functions with other arguments
+    NAME = "N"  # another function, or more or fewer calls
+    MISSED = "M"  # no call where one was correct
     UNCALLED = "C"  # a call where none was right
-    WORDS = "W"  # no call, and neither the answer nor a question
+    WORDS = "W"  # no call, but neither the answer nor a question
 
 
 @dataclass(frozen=True)
 class Task:
-    """A request to a model with two functions, and what is right.
+    """A request with two functions, and the correct reply to it.
 
     Attributes:
         kind: "call", "parallel" (two calls), "no call", or "ask" (for a missing argument).
         prompt: the request, with the functions.
-        calls: that are right, in any order.
-        says: words of which one is in the right answer; empty where any will do.
-        any_case: whether upper and lower case are alike in the arguments.
+        calls: the correct calls; their order does not count.
+        says: words of which a correct answer holds one; empty if every answer is correct.
+        any_case: whether upper and lower case in the arguments count as equal.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class Task:
     any_case: bool = False
 
     def outcome(self, reply: str) -> Outcome:
-        """What became of the task."""
+        """The outcome of the task, by the reply."""
         found = tool_calls.calls(reply, self.prompt.tools)
         if self.calls:
             return Outcome.MISSED if not found else self._compared(found)
@@ -94,10 +94,10 @@ class Task:
         return any(re.search(rf"\b{word}\b", said, re.IGNORECASE) for word in self.says)
 
     def _form(self, call: Call) -> str:
-        """A text that is equal for equal calls.
+        """A text that is the same for calls that count as equal.
 
-        The order of arguments does not count, nor 1 or 1.0, nor white space around a text; an
-        argument that has its default is as good as left out.
+        The order of arguments, the difference of 1 and 1.0, and white space around a text do not
+        count. An argument that equals its default counts as left out.
         """
         if call.arguments is None:
             return f"{call.name}?"
@@ -146,10 +146,10 @@ def _task(row: Mapping[str, Any], tools: Mapping[str, Tool]) -> Task:
 
 
 def record(target: Target) -> ToolCalls:
-    """Ask all tasks and count the right replies, in total and by what is checked.
+    """Ask all tasks, and count the correct replies in total and by kind of task.
 
     Raises:
-        UserError: when the model cannot be told of functions.
+        UserError: when the model's chat template has no place for functions.
     """
     asked = tasks()
     replies = [""] * len(asked)
@@ -161,10 +161,10 @@ def record(target: Target) -> ToolCalls:
 
 
 def scored(outcomes: Sequence[Outcome]) -> ToolCalls:
-    """The record of all tasks' outcomes.
+    """The record of the outcomes of all tasks.
 
     Args:
-        outcomes: in the order of `tasks`.
+        outcomes: the outcomes, in the order of `tasks`.
     """
     pairs = list(zip(tasks(), outcomes, strict=True))
     right = Outcome.RIGHT

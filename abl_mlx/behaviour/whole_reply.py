@@ -1,9 +1,9 @@
 """A reply that was generated once, at its longest, and can be cut to fewer tokens afterwards.
 
-Greedy decoding does not look ahead: a reply with fewer tokens is the beginning of one with more.
-The place of a cut is found from the model's own tokens, if they are known. If a server only says
-how many tokens there were, they are spread evenly over the characters; if it does not say that,
-either, four tokens are assumed for three words.
+Greedy decoding does not look ahead, so a reply of fewer tokens is the beginning of a longer one. If
+the model's own tokens are known, they give the place of a cut. If a server sends only the number of
+tokens, they are spread evenly over the characters. If it sends nothing, four tokens are assumed for
+three words.
 
 Nothing in this module imports MLX.
 """
@@ -81,7 +81,7 @@ def spread(text: str, tokens: int) -> WholeReply:
 
 
 def of_words(text: str) -> WholeReply:
-    """A reply of which only the text is known."""
+    """A reply whose tokens are not known."""
     ends = [found.end() for found in _WORD.finditer(text)]
 
     def beginning(n: int) -> str:
@@ -115,12 +115,12 @@ def of_answer(text: str, answer: Any) -> WholeReply:
 
 
 def tokenizing(text: str) -> dict[str, Any]:
-    """The request to llama.cpp's ``/tokenize`` for what each token of a text writes."""
+    """The request to llama.cpp's ``/tokenize`` for the text of each token of a text."""
     return {"content": text, "add_special": False, "parse_special": True, "with_pieces": True}
 
 
 def pieces_of(answer: Any) -> list[bytes] | None:
-    """What each token writes, in the answer to `tokenizing`; None where it is no such answer."""
+    """The bytes of each token, from the answer to `tokenizing`; None if it is no such answer."""
     tokens = answer.get("tokens") if isinstance(answer, Mapping) else None
     if not isinstance(tokens, list):
         return None
@@ -129,7 +129,7 @@ def pieces_of(answer: Any) -> list[bytes] | None:
 
 
 def _bytes(value: Any) -> bytes | None:
-    """What a token writes: text, or the numbers of its bytes."""
+    """The bytes of a token, which is sent as text or as the numbers of its bytes."""
     if isinstance(value, str):
         return value.encode()
     try:

@@ -1,16 +1,16 @@
-"""Which of two words a model would rather reply with: log-probabilities, never a reply.
+"""Compares the log-probabilities of two words as the reply to a prompt.
 
-In MLX they are exact. A word may have several tokens, and is written with a small or a capital
-letter, or behind a space: its probability is the sum over these spellings, each teacher-forced. The
-first token alone would not do, because many tokenizers begin "harmful" and "harmless" with the same
-one.
+In MLX they are exact. A word may consist of several tokens, and may be written with a small or a
+capital first letter, or behind a space. Its probability is the sum over these spellings, each
+teacher-forced. The first token alone is not enough, because many tokenizers begin "harmful" and
+"harmless" with the same token.
 
-llama.cpp returns the likeliest tokens alone. There a token that is not among the `TOP_N` likeliest
-counts as the last of them. A server's chat can neither be given the beginning of a reply nor be
-asked for more than a few tokens, so its own reply is followed until it tells the two words apart.
+llama.cpp returns only the `TOP_N` likeliest tokens; any other token gets the log-probability of the
+last of these. A server's chat API takes no beginning of a reply and returns few likeliest tokens.
+There the model's own reply is followed until it distinguishes the two words.
 
-Where the chat template opens a thought in every prompt, the thought is ended at once, so that the
-word is the reply itself; a server's thought cannot be.
+If the chat template opens a thought in every prompt, the thought is closed at once, so that the
+reply begins with the word. On a server this is not possible.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from abl_mlx.models.thoughts import closing
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import progress
 
-#: How many of the likeliest tokens llama.cpp is asked for.
+#: The number of likeliest tokens that llama.cpp is asked for.
 TOP_N = 256
 
-#: How many tokens of a server's reply are followed, and how many of the likeliest it is asked for;
-#: mlx_lm.server takes 11 at most.
+#: The number of tokens of a server's reply that are followed, and the number of likeliest tokens
+#: that it is asked for; mlx_lm.server allows 11 at most.
 FOLLOWED, SERVED = 4, 10
 
 Tokens = tuple[int, ...]
@@ -44,17 +44,17 @@ Tokens = tuple[int, ...]
 #: The spellings of two words, as token ids.
 Spellings = tuple[frozenset[Tokens], frozenset[Tokens]]
 
-#: What is known of the next token behind a beginning: token -> natural log-probability.
+#: Known natural log-probabilities of the next token behind a beginning: token -> log-probability.
 Known = Callable[[Tokens, int], float]
 
 
 @dataclass(frozen=True)
 class Margin:
-    """How much rather a model would reply with the first word than with the second.
+    """How much likelier the first of two words is as a reply than the second.
 
     Attributes:
-        nats: ln p(first) − ln p(second); None where that cannot be told.
-        mass: the probability of either word.
+        nats: ln p(first) − ln p(second); None if it is not known.
+        mass: p(first) + p(second).
     """
 
     nats: float | None
@@ -72,13 +72,13 @@ def spellings(words: tuple[str, str], tokenize: Callable[[str], Sequence[int]]) 
 
 
 def beginnings(spelled: Spellings) -> list[Tokens]:
-    """What may stand before a token of a spelling, () for the first; shortest first."""
+    """The token sequences that may come before a token of a spelling, shortest first; () is one."""
     found = {one[:at] for words in spelled for one in words for at in range(len(one))}
     return sorted(found, key=lambda tokens: (len(tokens), tokens))
 
 
 def margin(spelled: Spellings, known: Known) -> Margin:
-    """The margin of two words, from log-probabilities of tokens behind beginnings."""
+    """The margin of two words, from log-probabilities of the tokens behind each beginning."""
     first, second = (
         _log_sum(sum(known(one[:at], one[at]) for at in range(len(one))) for one in words)
         for words in spelled
@@ -98,7 +98,7 @@ def in_mlx(chat: ChatModel, prompts: Sequence[Prompt], words: tuple[str, str]) -
     tokenizer = chat.tokenizer
     spelled = spellings(words, lambda text: tokenizer.encode(text, add_special_tokens=False))
     given = beginnings(spelled)
-    # Of a longer beginning the shorter ones are read on the way.
+    # A pass over a longer beginning gives the distributions behind the shorter ones as well.
     longest = [one for one in given if not any(o[: len(one)] == one != o for o in given)]
     ended = tokenizer.encode(closing(chat.opened_thought()), add_special_tokens=False)
     encoded = [[*chat.encode_message(prompt), *ended] for prompt in prompts]
@@ -151,7 +151,7 @@ def _exactly(told: Mapping[Tokens, Mapping[int, float]], before: Tokens, token: 
 
 
 def _at_most(told: Mapping[Tokens, Mapping[int, float]], before: Tokens, token: int) -> float:
-    """The log-probability of a token, or of the least likely one that is told."""
+    """The log-probability of a token, or that of the least likely token that is known."""
     return told[before].get(token, min(told[before].values()))
 
 
@@ -190,7 +190,7 @@ def followed(steps: Sequence[tuple[str, Mapping[str, float]]], words: tuple[str,
             mass = sum(math.exp(reached + log) for log in logs if log is not None)
             return Margin(first - second, mass)
         said += chosen
-        # Only a reply that may still be either of the words is followed.
+        # A reply is followed as long as it may still become either of the words.
         if said.strip() and not all(_begins(said, word) for word in words):
             break
         reached += told.get(chosen, min(told.values(), default=0.0))
@@ -202,7 +202,7 @@ def _begins(text: str, word: str) -> bool:
 
 
 def _is(text: str, word: str, other: str) -> bool:
-    """Whether a text is a word, or the beginning of it and not of the other."""
+    """Whether a text is a word, or a beginning of it that is no beginning of the other word."""
     bare = text.strip().strip("*_\"'`").casefold()
     return bare != "" and (
         bare.startswith(word) or (word.startswith(bare) and not other.startswith(bare))
