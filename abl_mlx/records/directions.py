@@ -1,4 +1,4 @@
-"""What is known of directions: the candidates, what their removal did, and which was chosen."""
+"""Records of directions: the candidates, the effects of removing them, and the choice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from abl_mlx.records.record import Part
 
 @dataclass(frozen=True, kw_only=True)
 class Looked(Part):
-    """Prompts of a set that were asked before anything was measured, and those refused."""
+    """How many prompts of a set were asked before the measurement, and how many were refused."""
 
     asked: int
     refused: int
@@ -18,7 +18,12 @@ class Looked(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Cloud(Part):
-    """Two prompt sets in a plane: [x, y] of every prompt, after ``layer`` at ``position``."""
+    """The states of two prompt sets, projected on a plane.
+
+    Attributes:
+        layer, position: where the states were captured: after this layer, at this token.
+        harmful, harmless: [x, y] of every prompt, in units of the residual stream.
+    """
 
     layer: int | None = None
     position: int | None = None
@@ -28,21 +33,22 @@ class Cloud(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredCandidate(Part):
-    """The candidate after ``layer`` at ``position``, and its figures on validation prompts.
+    """A candidate after ``layer`` at ``position``, and its figures on validation prompts.
 
     Attributes:
-        d_prime: separation of the two sets along it.
-        cosine: 1 − cos of the two means.
-        mean: |mean element| of the unit direction.
-        refusal: mean refusal score of harmful prompts with the direction removed, log-odds.
-        refused: share of them whose likeliest first token still opens a refusal then.
-        kl: at the first reply token of harmless prompts with it removed, nats.
-        prompts: numbers of harmful and harmless prompts that these three were measured on.
-        induced: mean refusal score of harmless prompts with it added, log-odds.
-        dropped: why it cannot be chosen.
-        effective_rank: exp of the entropy of the states' normalized singular values.
-        explained: share of the variance that it explains.
-        auc, accuracy: of telling the two sets apart along it.
+        d_prime: the d′ of the two sets along the candidate.
+        cosine: 1 − the cosine of the two mean states.
+        mean: the absolute mean of the unit direction's elements.
+        refusal: mean refusal score of harmful prompts with the direction ablated, log-odds.
+        refused: share of harmful prompts whose likeliest first token is a refusal opening with the
+            direction ablated, 0 to 1.
+        kl: mean KL at the first reply token of harmless prompts with the direction ablated, nats.
+        prompts: the numbers of harmful and of harmless prompts for these three figures.
+        induced: mean refusal score of harmless prompts with the direction added, log-odds.
+        dropped: the reason why the candidate cannot be chosen.
+        effective_rank: exp of the entropy of the normalized singular values of the states.
+        explained: share of the variance of harmful states that the candidate explains, 0 to 1.
+        auc, accuracy: of a classifier of the two sets along the candidate, 0 to 1.
     """
 
     layer: int
@@ -64,19 +70,19 @@ class ScoredCandidate(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Part):
-    """Which directions were taken.
+    """The directions that were chosen.
 
     Attributes:
-        method: how they were found; ``given`` where a file gave them.
-        layer: of one layer; between two layers it is a fraction.
-        position: token offset from the prompt's end.
-        rank: how many, of more than one.
-        across: ``layers`` or ``positions``, whose directions are taken together.
-        among: of ``layers``, these alone.
-        per_layer: each layer its own.
-        orthogonal_to: of the prompts whose refusals are to stay, what the directions were made
-            orthogonal to: ``own``, which sets these apart from harmful prompts, or ``all``, which
-            sets them apart from harmless ones.
+        method: the method that found them; ``given`` if they come from a file.
+        layer: the layer, if they belong to one; a fraction lies between two layers.
+        position: the token position.
+        rank: the number of directions of a subspace.
+        across: ``layers`` or ``positions``, if a subspace spans the directions of several.
+        among: the layers that it spans, if not all.
+        per_layer: whether each layer has a direction of its own.
+        orthogonal_to: if the directions were made orthogonal to what prompts whose refusals are to
+            stay have of their own: ``own``, the difference of these prompts from harmful ones, or
+            ``all``, their difference from harmless ones.
     """
 
     method: str | None = None
@@ -95,10 +101,10 @@ class TriedEdit(Selection):
 
     Attributes:
         refusal: mean refusal score of harmful prompts, log-odds.
-        refused: share of them whose likeliest first token opens a refusal.
-        kl: of harmless prompts, nats.
-        kept_refused: share of refusals that should stay and do.
-        dropped: why it cannot be chosen.
+        refused: share of harmful prompts whose likeliest first token is a refusal opening, 0 to 1.
+        kl: mean KL on harmless prompts, nats.
+        kept_refused: share of the refusals that are to stay and have stayed, 0 to 1.
+        dropped: the reason why it cannot be chosen.
     """
 
     refusal: float | None = None
@@ -113,10 +119,11 @@ class TriedConstant(Part):
     """A constant that was tried on harmless validation prompts.
 
     Attributes:
-        layer, position: the mean difference that is added, after that layer.
-        strength: multiple of the difference.
-        agreement: share of the tokens of the model's own refusals that it would then say itself.
-        likelihood: mean log-probability of these tokens, nats.
+        layer, position: of the mean difference that is added after this layer.
+        strength: the multiple of the mean difference.
+        agreement: share of the tokens of the model's own refusals that are the likeliest ones with
+            the constant, 0 to 1.
+        likelihood: mean log-probability of these tokens with the constant, nats.
     """
 
     layer: int
@@ -128,7 +135,12 @@ class TriedConstant(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class RefusalScores(Part):
-    """Mean refusal scores of validation prompts, log-odds; the last with the direction removed."""
+    """Mean refusal scores of validation prompts, log-odds.
+
+    Attributes:
+        harmful, harmless: of the unedited model.
+        harmful_ablated: of harmful prompts with the direction ablated.
+    """
 
     harmful: float
     harmless: float
@@ -137,17 +149,18 @@ class RefusalScores(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Searched(Part):
-    """What ``--search`` did.
+    """The result of a search (``--search``).
 
     Attributes:
-        trials: how many were made.
-        ended: why there are no more.
-        target_refusals: the share of refusals that is good enough.
-        refusal_rate, broken_rate: shares of the replies with the edit that was taken.
-        refusal_score, kl: of that edit, log-odds and nats.
-        kl_default, refusal_score_default: of the edit without a search.
-        hypervolume: of the Pareto front.
-        forward_tokens, generated_tokens: what it cost.
+        trials: the number of edits that were tried.
+        ended: why the search ended.
+        target_refusals: the share of refused and broken replies that is small enough, 0 to 1.
+        refusal_rate, broken_rate: of replies to harmful prompts with the chosen edit, 0 to 1.
+        refusal_score, kl: of the chosen edit, log-odds and nats.
+        kl_default, refusal_score_default: of the edit that was chosen before the search.
+        hypervolume: of the Pareto front, 0 to 1.
+        forward_tokens: the number of tokens in forward passes.
+        generated_tokens: the number of tokens that were generated.
     """
 
     trials: int
@@ -166,7 +179,12 @@ class Searched(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Part):
-    """How strongly what is edited: ``attention`` and ``mlp`` -> a strength for each layer."""
+    """The strengths of a search's edit.
+
+    Attributes:
+        profile: ``attention`` and ``mlp`` -> the strength in each layer.
+        embedding: whether the embedding is edited.
+    """
 
     profile: dict[str, list[float]] | None = None
     embedding: bool | None = None
@@ -174,8 +192,12 @@ class Recipe(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewOf(Part):
-    """Where a direction was measured: the mode of thinking, and ``end-of-prompt`` or
-    ``end-of-thought``."""
+    """Where a direction was measured.
+
+    Attributes:
+        thinking: the mode of thinking.
+        measured_at: ``end-of-prompt`` or ``end-of-thought``.
+    """
 
     thinking: str
     measured_at: str
@@ -183,12 +205,12 @@ class ViewOf(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class RepliedInMode(Part):
-    """Replies to validation prompts in a mode of thinking.
+    """Verdicts on replies to validation prompts in one mode of thinking.
 
     Attributes:
-        refused, broken: shares of harmful prompts.
-        harmless_lost: share of harmless prompts that are refused or broken.
-        thought_words: mean length of the thoughts that end.
+        refused, broken: shares of the replies to harmful prompts, 0 to 1.
+        harmless_lost: share of refused or broken replies to harmless prompts, 0 to 1.
+        thought_words: mean length in words of the thoughts that end; None if no thought does.
     """
 
     refused: float
@@ -199,7 +221,12 @@ class RepliedInMode(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedInModes(Part):
-    """What the model and the edit that was taken reply, by mode; the KL is of the worse mode."""
+    """Replies of the unedited model and with the chosen edit, by mode of thinking.
+
+    Attributes:
+        before, after: mode -> verdicts on replies.
+        kl: mean KL at the first reply token of harmless prompts, nats; the larger of the modes'.
+    """
 
     before: dict[str, RepliedInMode]
     after: dict[str, RepliedInMode]
@@ -208,13 +235,14 @@ class JudgedInModes(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedFinalist(Part):
-    """A direction, or the span of several, that was judged by replies in every mode.
+    """A direction, or a subspace spanned by several, that was judged by replies in every mode.
 
     Attributes:
         views: where its directions were measured.
-        rank: how many directions it has.
-        kl: nats at the first reply token of harmless prompts, in the worse mode.
-        dropped: why it cannot be chosen.
+        rank: the number of its directions.
+        kl: mean KL at the first reply token of harmless prompts, nats; the larger of the modes'.
+        modes: mode -> verdicts on replies.
+        dropped: the reason why it cannot be chosen.
     """
 
     views: list[ViewOf]
@@ -226,27 +254,29 @@ class JudgedFinalist(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen(Selection):
-    """The directions, or the constant, that were taken, and why.
+    """The directions or the constant that were chosen, and the reason.
 
     Attributes:
-        multiple, length: of a constant, in mean differences and as a vector.
-        chosen_by: the rule.
-        refusal_score: before and with them removed.
-        validation_kl, refused, kept_refused: as those of `TriedEdit`.
-        refusal_tokens: first reply tokens that open a refusal.
-        single: the best single direction, where several were taken.
-        forward_tokens: how many ran for the choice.
-        search: with ``--search``.
-        agreement: as that of `TriedConstant`.
-        fluent_refusals: share of the replies that are fluent refusals with the constant.
+        multiple: of a constant, the multiple of the mean difference.
+        length: of a constant, its Euclidean norm in units of the residual stream.
+        chosen_by: the rule of the choice.
+        refusal_score: mean refusal scores with and without the directions.
+        validation_kl, refused, kept_refused: figures with the edit, as in `TriedEdit`.
+        refusal_tokens: the refusal openings, as text.
+        single: the best single direction, if a subspace was chosen.
+        forward_tokens: the number of tokens in forward passes for the choice.
+        search: the result of ``--search``.
+        agreement: of a constant, as in `TriedConstant`.
+        fluent_refusals: share of replies that are fluent refusals with the constant, 0 to 1.
         trials: the constants that were tried.
-        file: the name of the file that they were read from.
-        sha256: of their float32 bytes.
-        recipe: of a search's edit.
-        thinking, measured_at: of a model that thinks, where the (first) direction was measured.
-        views: where the directions were measured, of a span of several.
-        judged: what replies say of it in every mode of thinking.
-        kept: set -> what replies to validation prompts show of the refusals that are to stay.
+        file: the name of the file that the directions were read from.
+        sha256: of the float32 bytes of the directions.
+        recipe: the strengths of a search's edit.
+        thinking, measured_at: where the first direction was measured, if the model was asked to
+            think.
+        views: where each direction of a subspace was measured, if the model was asked to think.
+        judged: verdicts on replies in every mode of thinking.
+        kept: set -> the refusals that are to stay, counted in replies to validation prompts.
     """
 
     multiple: float | None = None
@@ -275,15 +305,15 @@ class Chosen(Selection):
 
 @dataclass(frozen=True, kw_only=True)
 class Found(Part):
-    """What was found on the way to a direction; of another's direction file, less.
+    """All findings on the way to a direction; from another tool's direction file, fewer.
 
     Attributes:
-        direction: what was chosen.
-        first_look: set -> replies of the model as it is.
-        scores: every candidate.
-        trials: what else was tried.
-        cloud: the two sets as the model holds them.
-        finalists: of a model that thinks, what was judged by replies.
+        direction: the choice.
+        first_look: set -> refusals of the unedited model.
+        scores: all candidates.
+        trials: the other edits that were tried.
+        cloud: the states of the two prompt sets at the chosen layer and position.
+        finalists: what was judged by replies, if the model was asked to think.
     """
 
     direction: Chosen

@@ -1,4 +1,4 @@
-"""What was measured, edited and written: the records of measure, run, apply, undo and convert."""
+"""Records of the commands that measure, edit and write: measure, run, apply, undo and convert."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from abl_mlx.records.record import Part, Record
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureRecord(Record, Found, Made):
-    """What `measure` did.
+    """The record of `measure`.
 
     Attributes:
-        template: what prompts were written with, in place of the model's own template.
-        plot: the file of its charts.
+        outputs: the direction file.
+        template: the chat template that was given in place of the model's own.
+        seconds: step -> time in seconds.
+        plot: the file with charts.
     """
 
     outputs: list[str]
@@ -28,7 +30,7 @@ class MeasureRecord(Record, Found, Made):
 
 @dataclass(frozen=True, kw_only=True)
 class Drafting(Part):
-    """Tensors of multi-token prediction: how many, and those that were edited."""
+    """The number of tensors for multi-token prediction, and the names of the edited ones."""
 
     tensors: int
     edited: list[str]
@@ -36,7 +38,13 @@ class Drafting(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Hashes(Part):
-    """SHA-256 of the source's files by name, of the direction, and of the options."""
+    """SHA-256 hashes of what an output was made from.
+
+    Attributes:
+        source: file name -> hash.
+        direction: of the directions.
+        options: of the options.
+    """
 
     source: dict[str, str]
     direction: str
@@ -45,7 +53,12 @@ class Hashes(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class WorstLeak(Part):
-    """The largest share of the component that is left: of all tensors, and of one."""
+    """The leak, 0 to 1, of the output where it is largest.
+
+    Attributes:
+        total: of all edited tensors together.
+        max: of the tensor where it is largest.
+    """
 
     total: float
     max: float
@@ -53,14 +66,14 @@ class WorstLeak(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorLeak(Part):
-    """What became of an edited tensor.
+    """How exactly one tensor was edited.
 
     Attributes:
-        leak: share of its part of the edit that was lost in writing.
-        weight_error: relative distance of the written weights from the exact edit.
-        codes_changed: share of the codes of a quantized type that are others than before.
-        bytes_changed: how many; of a GGUF that stays one.
-        type: of a tensor of a GGUF.
+        leak: its leak, 0 to 1.
+        weight_error: distance of the written weights from the exact edit, relative to their norm.
+        codes_changed: share of a quantized tensor's codes that differ from before, 0 to 1.
+        bytes_changed: the number of bytes that differ, if a GGUF keeps the tensor's type.
+        type: the tensor's type in a GGUF.
     """
 
     leak: float
@@ -72,10 +85,11 @@ class TensorLeak(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Leaks(WorstLeak):
-    """The same with every tensor.
+    """The leak of an output, and that of every edited tensor.
 
     Attributes:
-        with_left_out: the total with what an adapter leaves alone.
+        tensors: tensor -> leak and further figures.
+        with_left_out: the total leak, counting tensors that an adapter cannot edit.
     """
 
     tensors: dict[str, TensorLeak]
@@ -88,12 +102,13 @@ class WrittenEdit(Part):
 
     Attributes:
         output: its path.
-        format: ``MLX``, ``GGUF``, or one of the adapters' and the control vector's.
-        files: of a GGUF, its parts.
-        types: of the edited tensors.
-        weight_error: relative distance of the written weights from the exact edit.
-        embedding: whether an embedding is among what was edited.
-        left_out: what was not copied, or not edited by an adapter.
+        format: ``MLX``, ``GGUF``, or a kind of adapter or control vector.
+        files: the parts of a split GGUF.
+        types: the types of the edited tensors.
+        leak: of all and of each edited tensor.
+        weight_error: distance of the written weights from the exact edit, relative to their norm.
+        embedding: whether an embedding was edited.
+        left_out: what was not copied, or what an adapter cannot edit.
     """
 
     output: str
@@ -109,15 +124,16 @@ class WrittenEdit(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedEdit(WrittenEdit):
-    """An output and what it does.
+    """An output, and how it behaves.
 
     Attributes:
-        kl: from the model as it was.
-        component: largest share of the direction in the stream; not of a constant.
-        runtime: what ran it.
-        kept: set -> what is left of the refusals that are to stay, on held-out prompts.
-        read_tokens: how far replies were read, in tokens, of the sets whose refusals the edit does
-            not aim at (harmless and borderline prompts); None with thinking.
+        kl: KL from the unedited model.
+        component: the largest |r·h|/|h| over layers and held-out prompts; None for a constant.
+        runtime: the runtime that ran it.
+        after: its refusal rates.
+        kept: set -> the refusals that are to stay, counted on held-out prompts.
+        read_tokens: the number of tokens that were read of each reply to prompts whose refusals
+            the edit does not aim at (harmless and borderline ones); None with thinking.
     """
 
     kl: Divergence
@@ -130,14 +146,17 @@ class EvaluatedEdit(WrittenEdit):
 
 @dataclass(frozen=True, kw_only=True)
 class Edited(Found, Made):
-    """What `run` and `apply` have in common.
+    """The entries that the records of `run` and `apply` share.
 
     Attributes:
         source_is_repository: whether the source is a Hugging Face id.
-        base_model: what written models say they come from.
-        repository: the Hugging Face id, where it is known.
-        options: all flags of the command.
+        base_model: the base model that the outputs name.
+        repository: the Hugging Face id, if it is known.
+        outputs: their paths.
+        options: the values of all flags.
+        mtp: the tensors for multi-token prediction.
         hashes: of what the outputs were made from.
+        seconds: step -> time in seconds.
     """
 
     source_is_repository: bool
@@ -152,7 +171,7 @@ class Edited(Found, Made):
 
 @dataclass(frozen=True, kw_only=True)
 class Component(Part):
-    """The largest share of the direction in the stream of held-out prompts."""
+    """The largest |r·h|/|h| over layers and held-out prompts, before and after the edit."""
 
     before: float
     after: float
@@ -160,14 +179,17 @@ class Component(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(Record, Edited):
-    """What `run` did; ``after``, ``kl`` and ``component`` are the first output's.
+    """The record of `run`; ``after``, ``kl`` and ``component`` are those of the first output.
 
     Attributes:
-        measured_on: the model that the direction was measured on, with ``--gguf``.
-        induced: with ``--induce``.
-        template: what prompts were written with, in place of the model's own template.
-        settled: from where on the verdicts before stay as they are; None with thinking.
-        evaluations: every output.
+        measured_on: with ``--gguf``, the model that the direction was measured on.
+        induced: true with ``--induce``.
+        template: the chat template that was given in place of the model's own.
+        before: refusal rates of the unedited model.
+        leak: the largest leaks of all outputs.
+        settled: the length from which on the verdicts before the edit do not change; None with
+            thinking.
+        evaluations: all outputs.
     """
 
     options: RunOptions
@@ -185,7 +207,7 @@ class RunRecord(Record, Edited):
 
 @dataclass(frozen=True, kw_only=True)
 class ApplyRecord(Record, Edited):
-    """What `apply` wrote."""
+    """The record of `apply`."""
 
     options: ApplyOptions
     leak: WorstLeak
@@ -194,7 +216,13 @@ class ApplyRecord(Record, Edited):
 
 @dataclass(frozen=True, kw_only=True)
 class Restored(Part):
-    """An output of `undo`; ``missing`` is what could not be put back of a model's weights."""
+    """An output of `undo`.
+
+    Attributes:
+        output: its path.
+        format: ``MLX`` or ``GGUF``.
+        missing: share of the component that could not be restored in the weights.
+    """
 
     output: str
     format: str
@@ -203,11 +231,14 @@ class Restored(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class UndoRecord(Record, Made):
-    """What `undo` wrote.
+    """The record of `undo`.
 
     Attributes:
-        from_: where that was known from: an undo file, a direction file, a base model.
-        tensors: how many were put back.
+        outputs: their paths.
+        from_: the source of the former values: an undo file, a direction file or a base model.
+        tensors: the number of restored tensors.
+        written: the outputs.
+        seconds: step -> time in seconds.
     """
 
     outputs: list[str]
@@ -219,12 +250,14 @@ class UndoRecord(Record, Made):
 
 @dataclass(frozen=True, kw_only=True)
 class Converted(Part):
-    """A model in the other format.
+    """A model that was converted.
 
     Attributes:
-        tensors: type -> how many.
-        bytes: of all tensors.
-        left_out: what the other format has no place for.
+        output: its path.
+        format: its format.
+        tensors: type -> number of tensors.
+        bytes: the size of all tensors.
+        left_out: what the other format cannot hold.
     """
 
     output: str
@@ -237,7 +270,7 @@ class Converted(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertRecord(Record, Converted, Made):
-    """What `convert` wrote."""
+    """The record of `convert`; ``seconds`` has the time of each step."""
 
     seconds: dict[str, float]
 

@@ -1,4 +1,4 @@
-"""What a model does: the record of `eval`, and the figures that `run` has of each output."""
+"""Records of how a model behaves: that of `eval`, and the figures that `run` has of each output."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from abl_mlx.records.record import Part, Record
 
 @dataclass(frozen=True, kw_only=True)
 class Category(Part):
-    """A category of prompts.
+    """Refusals of the prompts of one category.
 
     Attributes:
-        n, refused, broken: numbers of replies.
-        refusal_rate: None of no reply.
-        refusal_interval: Wilson's, 95%.
+        n, refused, broken: the numbers of replies, of refusals and of broken replies.
+        refusal_rate: refused / n; None without a reply.
+        refusal_interval: its Wilson 95% interval.
     """
 
     n: int
@@ -35,7 +35,7 @@ class Category(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Template(Part):
-    """A chat template that was given in place of the model's own: its name, and its hash."""
+    """The name and the hash of a chat template that was given in place of the model's own."""
 
     name: str
     sha256: str
@@ -43,7 +43,7 @@ class Template(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class FixedReply(Part):
-    """One reply to nearly everything: ``n`` of ``of`` replies, and the verdict on it."""
+    """One reply that nearly all prompts get: ``n`` of ``of`` replies, and the verdict on it."""
 
     n: int
     of_: int
@@ -52,7 +52,7 @@ class FixedReply(Part):
 
 @dataclass(frozen=True)
 class Rate:
-    """How often a set was refused: share, Wilson's 95% interval, replies with a verdict."""
+    """The refusal rate of a set, with its Wilson 95% interval and the number of judged replies."""
 
     share: float | None
     interval: list[float]
@@ -60,7 +60,7 @@ class Rate:
 
 
 #: Prompt sets whose refusals are to stay: those of ``--keep``, and harmless prompts that the system
-#: message of ``--keep-system`` puts off the topic.
+#: message of ``--keep-system`` makes off-topic.
 STAYING = ("kept", "off_topic")
 
 #: Prompt sets that are asked beside the harmful and harmless ones.
@@ -69,17 +69,17 @@ FURTHER = ("borderline", *STAYING)
 
 @dataclass(frozen=True, kw_only=True)
 class RefusalsInMode(Part):
-    """Refusal rates on each prompt set, with Wilson 95% intervals.
+    """Refusal rates of each prompt set with Wilson 95% intervals; all rates are 0 to 1.
 
     Attributes:
         kept_refusal_rate: of the prompts of ``--keep``, whose refusals are to stay.
         off_topic_refusal_rate: of harmless prompts with the system message of ``--keep-system``.
-        broken_rate: share of replies to harmful and harmless prompts that are empty or loop.
-        expected_answer_rate: share of harmful prompts answered as their set says.
-        unfinished_thoughts, looping_refusals, withheld_replies: numbers of replies.
-        fixed_reply: where nearly all replies are one and the same.
+        broken_rate: share of broken replies to harmful and harmless prompts.
+        expected_answer_rate: share of harmful prompts that get the answer given in their set.
+        unfinished_thoughts, looping_refusals, withheld_replies: the numbers of such replies.
+        fixed_reply: the reply, if nearly all replies are the same.
         categories: set -> category -> figures.
-        thoughts: of all replies, where any opens with a thought.
+        thoughts: figures of the thoughts, if any reply opens with one.
     """
 
     harmful_refusal_rate: float | None
@@ -108,7 +108,7 @@ class RefusalsInMode(Part):
 
     @property
     def rates(self) -> dict[str, Rate]:
-        """Set -> how often it was refused, of the sets that were asked."""
+        """Set -> its refusal rate, of the sets that were asked."""
         found = {
             "harmful": Rate(
                 self.harmful_refusal_rate, self.harmful_refusal_interval, self.n_harmful
@@ -126,12 +126,12 @@ class RefusalsInMode(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Settled(Part):
-    """From where on the verdicts on a model's replies stay as they are, in tokens.
+    """The length in tokens from which on the verdicts on a model's replies do not change.
 
     Attributes:
-        longest: how long replies may be.
-        tokens: at this length every verdict is the one on the whole reply, and stays so.
-        changing: where that is not so before the longest, how many verdicts change last.
+        longest: the longest length of a reply.
+        tokens: the length from which on every verdict equals that on the whole reply.
+        changing: the number of verdicts that change last, if ``tokens`` is the longest length.
     """
 
     longest: int
@@ -141,14 +141,14 @@ class Settled(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Kept(Part):
-    """What an edit leaves of the refusals that are to stay.
+    """How many of the refusals that are to stay an edit leaves.
 
     Attributes:
-        refused: prompts that the model refuses as it is.
-        kept: those of them that it still refuses.
-        share: kept of refused; None where nothing was refused.
-        interval: Wilson's, 95%.
-        wanted: the least share that is enough.
+        refused: the number of prompts that the unedited model refuses.
+        kept: how many of them the edited model refuses.
+        share: kept / refused; None if nothing was refused.
+        interval: its Wilson 95% interval.
+        wanted: the smallest share that is enough.
         enough: whether the share is at least that.
     """
 
@@ -162,28 +162,28 @@ class Kept(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class OtherMode(RefusalsInMode):
-    """Refusal rates in a mode of thinking.
+    """Refusal rates in another mode of thinking.
 
     Attributes:
-        verdicts: of `eval`, as those of `Asked`.
+        verdicts: in the record of `eval`, as in `Asked`.
     """
 
     verdicts: dict[str, str] | None = None
 
     @classmethod
     def of_mode(cls, figures: RefusalsInMode) -> OtherMode:
-        """The figures of one mode, to stand beside those of another."""
+        """The figures of one mode, as an entry beside those of another."""
         values = figures.values_by_field
         return cls(**{name: values[name] for name in RefusalsInMode.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusals(RefusalsInMode):
-    """Refusal rates, also in other modes of thinking.
+    """Refusal rates, with those in other modes of thinking.
 
     Attributes:
-        modes: how the same prompts were replied to in other modes of thinking, by name: ``on``.
-        recognition: whether harmful prompts are known as such, where asked for.
+        modes: name of the mode, such as ``on`` -> rates of the same prompts.
+        recognition: whether the model tells harmful from harmless prompts, if it was asked.
     """
 
     modes: dict[str, OtherMode] | None = None
@@ -192,11 +192,11 @@ class Refusals(RefusalsInMode):
 
 @dataclass(frozen=True, kw_only=True)
 class Made(Part):
-    """By which version, of what.
+    """The version and the source of a record.
 
     Attributes:
         abl_mlx: the version of abl-mlx.
-        source: what the user typed for the model.
+        source: the model as the user typed it.
     """
 
     abl_mlx: str
@@ -205,11 +205,12 @@ class Made(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Judged(Part):
-    """How a judge's verdicts compare with those of the markers.
+    """A comparison of a judge's verdicts with those of the markers.
 
     Attributes:
-        asked, unparsed: numbers of replies; an answer beside the rubric is not parsed.
-        agreement, kappa: of the two verdicts; None where there is nothing to compare.
+        rubric_sha256: of the instructions to the judge.
+        asked, unparsed: numbers of judged replies, and of verdicts that do not follow the rubric.
+        agreement, kappa: share of equal verdicts, and Cohen's kappa; None if there are none.
         table: ``judge/markers`` -> number of replies.
     """
 
@@ -227,14 +228,15 @@ class Asked(Refusals, Made):
 
     Attributes:
         model: its name on a server.
-        runtime: what ran it.
-        judge: who said what a refusal is.
-        max_tokens: longest reply; of a length sweep, how much of a reply is judged.
+        runtime: the runtime that ran it.
+        judge: what judged the replies.
+        max_tokens: the longest reply in tokens; with a length sweep, the length that is judged.
         thinking: the mode of the rates, ``on`` or an amount; None if it was off.
-        thought_tokens: how much longer a reply may be where the model thinks; None elsewhere.
-        template: what prompts were written with, in place of the model's own template.
-        verdicts: set -> a letter for each prompt: R refused, A answered, B broken, ? not judged.
-        judging, perplexity, capability, length_sweep, tool_calls: where asked for.
+        thought_tokens: the tokens that a thought may add to a reply; None with thinking off.
+        template: the chat template that was given in place of the model's own.
+        verdicts: set -> one letter a prompt: R refused, A answered, B broken, ? not judged.
+        judging, perplexity, capability, length_sweep, tool_calls: further measurements, if they
+            were asked for.
     """
 
     model: str | None = None
@@ -255,7 +257,7 @@ class Asked(Refusals, Made):
 
 @dataclass(frozen=True, kw_only=True)
 class AskedPrompts(Part):
-    """A prompt set: how many, and the hash of their texts."""
+    """The number of prompts of a set, and the hash of their texts."""
 
     n: int
     sha256: str
@@ -263,13 +265,13 @@ class AskedPrompts(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence(Part):
-    """KL(before ‖ after) on harmless prompts, nats a token.
+    """KL(before ‖ after) on harmless prompts, in nats a token.
 
     Attributes:
         k1: at the first reply token.
-        k32: mean over the first 32.
-        kind: ``exact``, or over the likeliest tokens alone.
-        n_prompts: how many prompts.
+        k32: mean over the first 32 reply tokens.
+        kind: ``exact``, or over the likeliest tokens only.
+        n_prompts: the number of prompts.
     """
 
     k1: float
@@ -280,7 +282,7 @@ class Divergence(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Part):
-    """Refusals of a set by model and baseline, prompt by prompt, with McNemar's exact test."""
+    """Refusals by model and baseline, paired by prompt, with McNemar's exact test."""
 
     n: int
     both: int
@@ -294,7 +296,7 @@ class Comparison(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Limit(Part):
-    """One limit and what was found; ``value`` is None where nothing was measured."""
+    """A limit and the value that it is for; ``value`` is None if nothing was measured."""
 
     name: str
     kind: str
@@ -306,7 +308,7 @@ class Limit(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Gate(Part):
-    """All limits that were asked for."""
+    """All limits, and whether the values are within them."""
 
     passed: bool
     checks: list[Limit]
@@ -314,17 +316,17 @@ class Gate(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecord(Record, Asked):
-    """What `eval` found.
+    """The record of `eval`.
 
     Attributes:
-        prompts: what was asked, by set.
-        kl: from the baseline.
-        lm_eval: task -> results of lm-evaluation-harness, as it names them.
+        prompts: set -> number and hash of its prompts.
+        kl: KL from the baseline.
+        lm_eval: task -> results of lm-evaluation-harness, with its own keys.
         baseline: the other model.
-        paired: set -> the two compared.
-        paired_tool_calls: right tasks of the two compared.
-        seconds: step -> time.
-        gate: where limits were given.
+        paired: set -> comparison of the two models.
+        paired_tool_calls: comparison of the two models' correct tasks.
+        seconds: step -> time in seconds.
+        gate: the limits, if any were given.
     """
 
     prompts: dict[str, AskedPrompts]
@@ -337,7 +339,7 @@ class EvalRecord(Record, Asked):
     gate: Gate | None = None
 
     def in_mode(self, mode: str) -> EvalRecord:
-        """The record with the figures of another mode of thinking, of both models."""
+        """The record with the figures of both models in another mode of thinking."""
         assert self.modes is not None
         baseline = self.baseline
         if baseline is not None and mode in (baseline.modes or {}):

@@ -1,4 +1,4 @@
-"""What values from a file have to be, to be made parts of records: read off the parts' classes."""
+"""The types that JSON values need to become parts of records, derived from the parts' classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN = {
 
 
 def kind_of(part: type[Part]) -> Kind:
-    """What a part's JSON values have to be, so that `Part.of` takes them."""
+    """The types that a part's JSON values need for `Part.of`."""
     needed = {key(name) for name in required(part)}
     every = fields_of(part)
     return schema.record(
@@ -29,7 +29,7 @@ def kind_of(part: type[Part]) -> Kind:
 
 
 def fields_of(part: type[Part]) -> dict[str, Kind]:
-    """What the values of a part's keys have to be, by key."""
+    """Key -> the type that its value needs."""
     return {key(name): _kind(kind) for name, kind in kinds_of(part).items()}
 
 

@@ -1,4 +1,4 @@
-"""What was looked at and left as it is: the records of inspect, diff, show and audit."""
+"""Records of the commands that change nothing: inspect, diff, show and audit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from abl_mlx.records.record import Part, Record
 
 @dataclass(frozen=True, kw_only=True)
 class WriterGroup(Part):
-    """Residual writers that differ in their layer alone, told once."""
+    """Residual writers that differ only in their layer.
+
+    Attributes:
+        pattern: their common name.
+        kind: the kind of writer.
+        gain, bias: whether a gain follows them, and whether they have a bias.
+        count: their number.
+    """
 
     pattern: str
     kind: str
@@ -24,7 +31,7 @@ class WriterGroup(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class EditShare(Part):
-    """How much of a model a full edit changes."""
+    """The tensors and parameters of a full edit, and their share of all parameters, 0 to 1."""
 
     tensors: int
     parameters: int
@@ -33,16 +40,20 @@ class EditShare(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectRecord(Record):
-    """What `inspect` says.
+    """The record of `inspect`.
 
     Attributes:
-        folder, file: where the model is.
-        quantization: config.json's of a folder; the types of a GGUF, counted.
+        folder, file: the place of the model.
+        width: d, the number of dimensions of the residual stream.
+        quantization: that of config.json, or type -> number of tensors in a GGUF.
         tied: whether the output head shares the embedding.
-        head_copies: further copies of the embedding in the files.
-        template_tail: tokens behind the instruction in the chat template; None without one, whose
-            fault is ``template_fault``.
-        runs_in_mlx: of a GGUF.
+        head_copies: further tensors in the files that hold a copy of the embedding.
+        template_tail: the number of tokens that the chat template writes behind the instruction;
+            None without a usable template, which ``template_fault`` explains.
+        runs_in_mlx: of a GGUF, whether MLX can run it.
+        writers: the residual writers.
+        edit: how much of the model a full edit changes.
+        mtp: the tensors for multi-token prediction.
     """
 
     source: str
@@ -66,7 +77,7 @@ class InspectRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Changed(Part):
-    """A tensor that differs between two GGUFs: its type, or both; how many bytes differ."""
+    """The type of a tensor in two GGUFs (or both types), and the number of bytes that differ."""
 
     type: str
     bytes_changed: int | None = None
@@ -74,7 +85,7 @@ class Changed(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffRecord(Record):
-    """What `diff` found; the last four with ``--direction``."""
+    """The record of `diff`; the last four entries are those of ``--direction``."""
 
     first: str
     second: str
@@ -88,12 +99,13 @@ class DiffRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ShowRecord(Record, Made):
-    """The share of the direction that every layer and token of a prompt holds.
+    """The record of `show`.
 
     Attributes:
-        direction: as in the record of `measure`.
-        before, after: [layer][token].
-        template: what the prompt was written with, in place of the model's own template.
+        direction: the direction, as in the record of `measure`.
+        before, after: r·h/|h| in every layer at every token, as [layer][token], without and with
+            the direction ablated.
+        template: the chat template that was given in place of the model's own.
         output: the page.
     """
 
@@ -108,7 +120,7 @@ class ShowRecord(Record, Made):
 
 @dataclass(frozen=True, kw_only=True)
 class Mention(Part):
-    """An edit's name in what the model's publisher says."""
+    """A place in what the publisher says of the model, with the words that name an edit."""
 
     place: str
     text: str
@@ -116,14 +128,14 @@ class Mention(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class LowestDirections(Part):
-    """A search for directions of which the residual writers hold least.
+    """A search for directions along which all residual writers have little energy.
 
     Attributes:
-        gap: between those that stand apart and the next ones.
-        gap_over_spread: the same in units of the spread of the next ones.
-        rank: how many stand apart.
-        scores: of all of them, the lowest first.
-        verdict: by this search alone.
+        gap: the distance of the last direction that stands apart from the next one, in the score.
+        gap_over_spread: the gap, divided by the spread of the next directions.
+        rank: the number of directions that stand apart.
+        scores: of all directions, the highest score, with the lowest energies, first.
+        verdict: by this search only.
     """
 
     gap: float
@@ -135,19 +147,20 @@ class LowestDirections(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class AuditedWriter(Part):
-    """A residual writer along the direction that was found.
+    """The figures of a residual writer for the direction that was found.
 
     Attributes:
-        energy: what it holds, in units of its own weakest directions.
-        of_mean: the same in units of its mean over directions.
+        energy: its energy along the direction, relative to that along directions in which all
+            writers are weak.
+        of_mean: its energy along the direction, relative to its mean energy over directions.
         type: of its weights.
-        relative_difference: from the base's weights.
-        types: the base's type and the model's.
-        rank_1_share: share of the difference that is of rank 1.
-        strength: share that it lost of what the base has.
-        resemblance: cosine of what it lost and what was there.
-        edited: whether it took part.
-        left_vector_agreement: of the difference's direction with the one all share.
+        relative_difference: norm of the difference from the base's weights, relative to their norm.
+        types: the type in the base model and in the model.
+        rank_1_share: share of the difference's squared norm in its largest singular value, 0 to 1.
+        strength: share of the base's component that is missing.
+        resemblance: cosine of the missing part and the base's component.
+        edited: whether it is among the edited writers.
+        left_vector_agreement: |cos| of the difference's left singular vector and the common one.
     """
 
     energy: float | None = None
@@ -164,13 +177,13 @@ class AuditedWriter(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class OtherTensors(Part):
-    """Tensors that do not write to the residual stream, beside the base's.
+    """Tensors that are no residual writers, compared with those of the base model.
 
     Attributes:
-        compared: how many.
-        changed: those whose bytes differ.
-        only_one: those that one of the two models has alone.
-        not_compared: how many are of another type or shape.
+        compared: their number.
+        changed: names of those whose bytes differ.
+        only_one: names of those that only one of the two models has.
+        not_compared: the number of those that differ in type or shape.
     """
 
     compared: int
@@ -181,18 +194,18 @@ class OtherTensors(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Weights(Part):
-    """What the weights alone say.
+    """Findings from the weights only.
 
     Attributes:
-        verdict, evidence, layers: as those of `AuditRecord`.
+        verdict, evidence, layers: as in `AuditRecord`.
         embedding: whether an embedding was edited.
-        rank: how many directions.
-        strength: of the removal; None where none was found.
-        tests: search -> what it found, without a base.
-        writers: name -> figures.
-        left_out: writers that could not be compared with the base's.
-        others: with a base.
-        direction_cosine: as that of `AuditRecord`.
+        rank: the number of directions.
+        strength: of the removal; None if none was found.
+        tests: without a base model, search -> its result.
+        writers: writer -> figures.
+        left_out: writers that could not be compared with the base model's.
+        others: with a base model, the tensors that are no residual writers.
+        direction_cosine: as in `AuditRecord`.
     """
 
     verdict: str
@@ -210,25 +223,28 @@ class Weights(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class NotAsked(Part):
-    """Why a model could not be asked."""
+    """The reason why a model could not be asked."""
 
     not_asked: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRecord(Record, Made):
-    """What `audit` judged.
+    """The record of `audit`.
 
     Attributes:
         verdict: ``edited``, ``not edited`` or ``cannot tell``.
-        evidence: sentences.
-        layers: in which an edit was found.
-        direction_cosine: |cos| with the given direction; None without one, or without a find.
-        weights: what the weights alone say, with the figures.
-        label: what the model says of its own edit.
-        hashes: SHA-256 of its files.
-        behaviour: with ``--ask``, the record of `eval`, or why it could not be asked.
-        output: the file of the recovered direction.
+        evidence: the reasons, a sentence each.
+        layers: the layers with an edit.
+        direction_cosine: |cos| of the given direction and the one that was found; None if one is
+            missing.
+        weights: findings from the weights only.
+        label: what the model's own files say of an edit.
+        mentions: what the publisher says of an edit.
+        hashes: file name -> SHA-256.
+        behaviour: with ``--ask``, the record of `eval`, or the reason why there is none.
+        output: the file with the recovered direction.
+        seconds: step -> time in seconds.
     """
 
     base: str | None = None

@@ -1,4 +1,4 @@
-"""What is measured beside refusals: recognition, thoughts, answers, calls, perplexity, lengths."""
+"""Measurements beside refusals: recognition, thoughts, capability, calls, perplexity, lengths."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from abl_mlx.records.record import Part
 
 @dataclass(frozen=True, kw_only=True)
 class ToldApart(Part):
-    """How well a model's answers to a question tell two groups of prompts apart.
+    """How well a model's answers to a question distinguish two groups of prompts.
+
+    The figures from the margin on are left out if a group has no answer that can be read.
 
     Attributes:
-        words: of which the model is to reply with one; the first belongs to the first group.
-        n: prompts of each group, with an answer that can be read.
-        unread: prompts without one.
-        mass: the mean probability of either word, 0 to 1.
-        margin: ln p(first word) − ln p(second word), mean of the first group less that of the
-            second, in nats; with its 95% interval.
-        auc: the probability that the margin of one of the first group is above that of one of the
-            second; with its 95% interval.
-        accuracy: the share of margins on the right side of the median of all; with Wilson's 95%
+        words: the two answers; the first is correct for the first group.
+        n: the numbers of prompts in each group whose answer can be read.
+        unread: the number of other prompts.
+        mass: the mean of p(first word) + p(second word).
+        margins: ln p(first word) − ln p(second word) of each prompt of the first and of the second
+            group, in order, in nats; None if the answer cannot be read.
+        margin: mean margin of the first group minus that of the second, in nats; with its 95%
             interval.
-        shuffled: mean AUC of shuffled labels, with the middle 95% of them.
-        p: the share of shuffles with an AUC that is as high.
-        margins: of each prompt of the first group and of the second, in order, in nats; None where
-            the answer cannot be read.
-
-    The figures from the margin on are left out where a group has no answer that can be read.
+        auc: the probability that a margin of the first group is above one of the second, 0 to 1;
+            with its 95% interval.
+        accuracy: the share of margins on the correct side of the median of all margins; with its
+            Wilson 95% interval.
+        shuffled: the mean AUC over shuffled labels, with the interval of the middle 95%.
+        p: the share of shuffles whose AUC is at least as high.
     """
 
     words: list[str]
@@ -47,7 +47,7 @@ class ToldApart(Part):
 
     @property
     def tells(self) -> bool:
-        """Whether the groups are told apart better than by chance."""
+        """Whether the groups are distinguished better than by chance."""
         if self.auc is None or self.auc_interval is None or self.shuffled_interval is None:
             return False
         return self.auc_interval[0] > 0.5 and self.auc > self.shuffled_interval[1]
@@ -59,10 +59,10 @@ class Recognition(Part):
 
     Attributes:
         question_sha256: of the question.
-        kind: ``exact``, or ``top-n`` over the likeliest tokens alone.
+        kind: ``exact``, or ``top-n`` if only the likeliest tokens are known.
         characters: mean length of the harmful and of the harmless prompts, which are matched.
-        harm: harmful against harmless.
-        length: the control: the longer against the shorter of the same prompts.
+        harm: harmful against harmless prompts.
+        length: the control, the longer against the shorter ones of the same prompts.
     """
 
     question_sha256: str
@@ -74,13 +74,13 @@ class Recognition(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Thoughts(Part):
-    """Thoughts that replies open with.
+    """Figures of the thoughts with which replies open.
 
     Attributes:
-        n: replies with a thought.
-        words: mean length of those that come to their end; None where none does.
-        unclosed: thoughts that do not end within the longest reply.
-        looping: thoughts whose end says the same over and over.
+        n: the number of replies with a thought.
+        words: mean length in words of the thoughts that end; None if no thought does.
+        unclosed: the number of thoughts that do not end within the longest reply.
+        looping: the number of thoughts that end in repetitions.
     """
 
     n: int
@@ -91,7 +91,7 @@ class Thoughts(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Share(Part):
-    """How many of ``n`` answers are right, with Wilson's 95% interval."""
+    """The share of correct answers among ``n``, with its Wilson 95% interval."""
 
     n: int
     right: int
@@ -101,7 +101,7 @@ class Share(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Capability(Share):
-    """The small capability check, whole and by kind of task."""
+    """The small capability check: all tasks, and each kind of task."""
 
     tasks_sha256: str
     groups: dict[str, Share]
@@ -109,15 +109,15 @@ class Capability(Share):
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCalls(Share):
-    """The check of function calls: right tasks in all.
+    """The check of function calls: all tasks, and what was checked.
 
     Attributes:
         tasks_sha256: of the tasks and their functions.
-        checks: name (the right functions are called), arguments (with the right arguments too), two
-            calls (both right), no call (none is made and the answer is right), ask (none is made
-            and the missing argument is asked for).
-        outcomes: a letter for each task: R right, A wrong arguments, N another function or number
-            of calls, M no call where one was right, C a call where none was right, W no call but
+        checks: name (the correct functions are called), arguments (with the correct arguments as
+            well), two calls (both are correct), no call (none is made, and the answer is correct),
+            ask (none is made, and the missing argument is asked for).
+        outcomes: a letter for each task: R correct, A wrong arguments, N another function or number
+            of calls, M no call where one is correct, C a call where none is correct, W no call but
             wrong words.
     """
 
@@ -128,15 +128,16 @@ class ToolCalls(Share):
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Part):
-    """Perplexity of a text.
+    """The perplexity of a text.
 
     Attributes:
-        text, text_sha256: its name, and the hash of all of it.
-        perplexity: exp(mean nats a token) over ``tokens`` tokens.
-        bits_per_byte: of the text that these make.
-        kind: ``exact``, or ``top-n`` over the likeliest ``n`` tokens alone.
-        window, stride: of an exact one, tokens.
-        outside: how many tokens were not among the likeliest.
+        text, text_sha256: its name, and the hash of the whole text.
+        perplexity: exp(mean negative log-likelihood in nats a token).
+        bits_per_byte: the same in bits a byte of the text.
+        tokens: the number of tokens of which it is the mean.
+        kind: ``exact``, or ``top-n`` if only the ``n`` likeliest tokens are known.
+        window, stride: of an exact one, in tokens.
+        outside: the number of tokens that were not among the likeliest.
     """
 
     text: str
@@ -153,7 +154,7 @@ class Perplexity(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class MarkerTokens(Part):
-    """From how many tokens on ``n`` refusals read as such: half of them, 95% and all of them."""
+    """The numbers of tokens after which half, 95% and all of ``n`` refusals are recognized."""
 
     n: int
     median: int
@@ -163,16 +164,17 @@ class MarkerTokens(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class SweptSet(Part):
-    """Replies to a prompt set by how much of them is read: a number for each length.
+    """Verdicts on the replies to a prompt set by how much is read, one number for each length.
 
     Attributes:
-        n: how many replies.
-        refused, broken: of them.
-        unfinished: end inside their thoughts, and are broken.
-        late: answers at the shortest length that are refusals at the longest.
-        turned: refusals at some length that are answers at the longest.
-        declining: answers at the longest, in which a plain refusal follows what was given.
-        markers: where the refusals stand; None without a refusal.
+        n: the number of replies.
+        refused, broken: the numbers of such replies.
+        unfinished: the number of replies that end inside their thoughts, and are broken.
+        late: the number of replies that are answers at the shortest length and refusals at the
+            longest.
+        turned: the number of replies that are refusals at some length and answers at the longest.
+        declining: the number of answers at the longest length in which a plain refusal follows.
+        markers: where the refusals are recognized; None without a refusal.
     """
 
     n: int
@@ -187,16 +189,16 @@ class SweptSet(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class LengthSweep(Part):
-    """How verdicts depend on how much of a reply is read.
+    """How verdicts depend on the number of tokens of a reply that are read.
 
     Attributes:
-        lengths: in tokens.
-        cut_by: ``tokens`` of the model, ``spread`` for their number spread over the characters, or
-            ``words``, four tokens for three.
-        share: the share of the refusals at the longest length that is to be seen.
-        suffices: the shortest of the lengths at which it is; None where nothing is refused.
-        sets: by prompt set; those of another mode of thinking end with it, as in
-            ``harmful, thinking on``.
+        lengths: the lengths in tokens.
+        cut_by: ``tokens`` of the model; ``spread`` if their number is spread over the characters;
+            or ``words``, with four tokens for three words.
+        share: the share of the refusals at the longest length that a sufficient length shows.
+        suffices: the shortest sufficient length; None if nothing is refused.
+        sets: prompt set -> verdicts; a set in another mode of thinking has the mode in its name, as
+            in ``harmful, thinking on``.
     """
 
     lengths: list[int]

@@ -1,4 +1,4 @@
-"""Records that are read back from a file, of this version of abl-mlx or of an earlier one."""
+"""Reads records from a file, of this version of abl-mlx or of an earlier one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ UNJUDGED = "?"
 
 @dataclass(frozen=True)
 class EarlierEval:
-    """What `eval` found of the harmful prompts, as every version's record says it.
+    """The figures of harmful prompts that the records of `eval` of all versions have.
 
     Attributes:
-        judge: None in records of before there were judges.
+        judge: what judged the replies; None in records from before there were judges.
         verdicts: a letter for each prompt.
-        n: how many replies have a verdict.
-        refusal_rate: of these.
+        n: the number of replies with a verdict.
+        refusal_rate: the share of refusals among these, 0 to 1.
         prompts_sha256: of the prompts' texts.
         template_sha256: of a chat template that was given in place of the model's own.
     """
@@ -39,13 +39,14 @@ class EarlierEval:
 
 
 def earlier_eval(path: Path, mend: str) -> EarlierEval:
-    """The record of `eval` that a file holds.
+    """The record of `eval` in a file.
 
     Args:
-        mend: how a record is made anew.
+        path: the file.
+        mend: how such a record is made, for the error.
 
     Raises:
-        UserError: when it is not there, is none, or is of a version that is not known.
+        UserError: when there is no such file, it holds no such record, or its version is not known.
     """
     try:
         values: dict[str, Any] = json_text.read(path, _EVAL, mend=mend)
@@ -83,13 +84,15 @@ _EVAL = schema.record(
 
 
 def check_version(values: Mapping[str, Any], path: Path, mend: str) -> None:
-    """Refuse a record of a version that is not known; one that says none is of an earlier abl-mlx.
+    """Refuse a record whose version is not known; a record without one is of an earlier abl-mlx.
 
     Args:
-        mend: how the record is made anew.
+        values: the record's JSON.
+        path: its file.
+        mend: how the record is made again, for the error.
 
     Raises:
-        UserError: naming the file and its version.
+        UserError: naming the file and the version.
     """
     version = values.get("format_version", 0)
     if isinstance(version, bool) or version not in range(FORMAT_VERSION + 1):

@@ -1,4 +1,4 @@
-"""Records as JSON and back, in one place; which keys there are, each record's class says."""
+"""Turns records into JSON and back, in one place; each record's class defines its keys."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from abl_mlx.choices import Choices
 
-#: The version of every record that is written. Records of earlier versions of abl-mlx say none:
-#: that is version 0, which has the same keys. It rises when a key goes or changes its meaning, not
-#: when one is added.
+#: The version of every record that is written. Records of earlier versions of abl-mlx have none, which
+#: is version 0 with the same keys. The version rises when a key is removed or changes its meaning,
+#: and not when a key is added.
 FORMAT_VERSION = 1
 
 PartOf = TypeVar("PartOf", bound="Part")
@@ -21,16 +21,16 @@ PartOf = TypeVar("PartOf", bound="Part")
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of a record. A field that is None by default is left out of the JSON while it is.
+    """A part of a record. A field whose default is None is left out of the JSON while it is None.
 
     Attributes:
-        nulls: fields of which that does not hold here: they are null in the JSON.
-        more: keys that are not known.
+        nulls: the fields that are written as null all the same.
+        more: keys that are not known, with their values.
     """
 
     @classmethod
     def of(cls: type[PartOf], values: Mapping[str, Any]) -> PartOf:
-        """From JSON values; keys that are not known are kept, and written again.
+        """A part from its JSON values; unknown keys are kept, and written again.
 
         Raises:
             TypeError: when a key is missing.
@@ -49,7 +49,7 @@ class Part:
 
     @property
     def values_by_field(self) -> dict[str, Any]:
-        """What it is made of, to make a part of that has more."""
+        """Field -> value, for making a part that has these and more fields."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @cached_property
@@ -65,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Part, Mapping[str, Any]):
-    """What a command returns; it reads like its JSON: ``record["source"]``."""
+    """What a command returns. Its keys can be read as in its JSON: ``record["source"]``."""
 
     @cached_property
     def json(self) -> dict[str, Any]:
@@ -83,12 +83,12 @@ class Record(Part, Mapping[str, Any]):
 
 
 def key(name: str) -> str:
-    """The JSON key of a field: ``from`` of ``from_``, which Python keeps for itself."""
+    """The JSON key of a field: ``from`` for ``from_``, because ``from`` is a keyword of Python."""
     return name.rstrip("_")
 
 
 def kinds_of(part: type[Part]) -> dict[str, Any]:
-    """The type of every field by its name."""
+    """Field -> its type."""
     hints = typing.get_type_hints(part)
     return {one.name: hints[one.name] for one in _fields(part)}
 
@@ -108,13 +108,13 @@ def required(part: type[Part]) -> list[str]:
 
 
 def options_of(kind: Any) -> tuple[Any, ...]:
-    """The members of a union; the type itself where it is none."""
+    """The members of a union type; any other type itself."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     return typing.get_args(kind) if is_union else (kind,)
 
 
 def _made(kind: Any, value: Any) -> Any:
-    """A JSON value as the type that a field has; of several parts, as the first that it fills."""
+    """A JSON value as an object of a field's type; of several parts, the first that fits."""
     if isinstance(value, Part | Choices):
         return value
     parts = [one for one in options_of(kind) if _is(one, Part)]

@@ -1,4 +1,4 @@
-"""The JSON Schema of every record, read off the records' classes (docs/records.schema.json)."""
+"""The JSON Schema of all records, derived from their classes (docs/records.schema.json)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMMANDS: dict[str, type[Record]] = {
 _JSON_TYPES = {str: "string", Path: "string", int: "integer", bool: "boolean", type(None): "null"}
 
 _NOT_FINITE = (
-    "Figures that are not finite are null in the record, and stand here: place -> nan, inf, -inf."
+    "Figures that are not finite are null in the record, and listed here: place -> nan, inf, -inf."
 )
 
 
@@ -50,7 +50,7 @@ def _object(part: type[Part], parts: dict[str, Any]) -> dict[str, Any]:
     properties = {key(name): _kind(kind, parts) for name, kind in kinds_of(part).items()}
     needed = [key(name) for name in required(part)]
     if issubclass(part, Record):
-        version = {"description": "Earlier records say none: 0.", "const": FORMAT_VERSION}
+        version = {"description": "Records without it are of version 0.", "const": FORMAT_VERSION}
         lost = {"description": _NOT_FINITE, "type": "object"}
         properties = {"format_version": version, **properties, "not_finite": lost}
         needed = ["format_version", *needed]
