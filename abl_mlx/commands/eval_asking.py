@@ -1,4 +1,4 @@
-"""Prompts put to a model, and its replies judged; what a journal has is not asked again."""
+"""Asks a model and judges its replies; what the journal holds is not asked again."""
 
 from __future__ import annotations
 

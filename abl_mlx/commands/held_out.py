@@ -31,27 +31,28 @@ def component_sample(chat: ChatModel, sets: PromptSets) -> list[list[int]]:
 
 
 class Runtime(Protocol):
-    """What runs a model."""
+    """A runtime that replies to prompts."""
 
     def opened(
         self, prompts: Sequence[Question], max_tokens: int
     ) -> AbstractContextManager[Wholes]:
-        """Context manager with what replies to these prompts, one call or several."""
+        """Context manager with a function that replies to these prompts, in one call or several."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out prompts, and how they are asked.
+    """The held-out prompts, and how they are asked.
 
-    Before an edit every reply is asked for at its longest, which tells how much of it the verdict
-    takes. After the edit replies to the sets that it does not aim at are asked for no longer than
-    that: so long as the other sets, whose replies are always read whole, show nothing that stands
-    behind it.
+    Before an edit all replies are generated at their full length, which shows how many tokens the
+    verdicts need. After the edit only replies to the sets that the edit aims at are generated at
+    full length. Replies to the other sets are cut at the number of tokens that was needed before,
+    unless verdicts on the first sets change behind it.
 
     Attributes:
-        sets: ``harmful``, ``harmless`` and further ones, by name.
-        aims: names of the sets that an edit is about, whose replies are always read whole.
-        max_tokens: longest reply, without its thought.
+        sets: name -> prompts: ``harmful``, ``harmless`` and further sets.
+        aims: names of the sets that the edit aims at.
+        max_tokens: the longest reply in tokens, without its thought.
+        prompting: the options of prompts.
     """
 
     sets: Mapping[str, PromptSet]
@@ -64,9 +65,9 @@ class HeldOut:
         return sum(map(len, self.sets.values()))
 
     def before(self, runtime: Runtime) -> tuple[Behaviour, Settled | None]:
-        """What the unedited model does in every mode of thinking, and where verdicts settle.
+        """The unedited model's behaviour in every mode of thinking, and what length verdicts need.
 
-        With thinking on nothing settles: an edit may make thoughts longer.
+        With thinking on no length is given, because an edit may make thoughts longer.
         """
         modes = thinking.modes(self.prompting.thinking)
         with runtime.opened(self._every(modes), self._longest(modes)) as ask:
@@ -78,10 +79,11 @@ class HeldOut:
         return self._behaviour(texts), settled
 
     def after(self, runtime: Runtime, settled: Settled | None) -> tuple[Behaviour, int | None]:
-        """What an edited model does, and how far the sets were read that it does not aim at.
+        """An edited model's behaviour, and the length at which replies to the other sets were cut.
 
         Args:
-            settled: as `before` told.
+            runtime: runs the model.
+            settled: the length from `before`.
         """
         if settled is None:
             return self.before(runtime)[0], None
@@ -103,7 +105,7 @@ class HeldOut:
         return behaviour_of(self.sets, texts), length
 
     def _behaviour(self, texts: Mapping[str | None, Sequence[str]]) -> Behaviour:
-        """The behaviour in the first mode of thinking, with that in the others."""
+        """The behaviour in the first mode of thinking, which holds that in the other modes."""
         first, *others = (behaviour_of(self._in(mode), mine) for mode, mine in texts.items())
         _, *names = map(thinking.name, texts)
         return replace(first, modes=dict(zip(names, others, strict=True)))
@@ -137,11 +139,12 @@ class HeldOut:
 
 
 def longest(max_tokens: int, mode: str | None, prompting: Prompting) -> int:
-    """Tokens of the longest reply, its thought included.
+    """The longest reply in tokens, its thought included.
 
     Args:
-        max_tokens: of the reply behind the thought.
-        mode: of thinking.
+        max_tokens: the longest reply behind the thought, in tokens.
+        mode: the mode of thinking.
+        prompting: the options of prompts.
     """
     return max_tokens if mode is None else max_tokens + prompting.thought_tokens
 

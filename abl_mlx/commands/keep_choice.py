@@ -1,8 +1,8 @@
-"""Choosing a direction whose removal leaves the refusals of ``--keep`` and ``--keep-system``.
+"""Chooses a direction whose removal leaves the refusals of ``--keep`` and ``--keep-system``.
 
-The candidates are the usual ones, and the same made orthogonal to what the prompts whose refusals
-are to stay have of their own. All are tried on the first reply tokens of validation prompts; the
-best of each kind reply to them, and these replies decide.
+There are two kinds of candidates: the usual ones, and the same made orthogonal to what the prompts
+whose refusals are to stay have of their own. All are tried on the first reply tokens of validation
+prompts. The best of each kind then generate replies, and the verdicts on these decide.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ from abl_mlx.support.arrays import numbers, numpy_of
 from abl_mlx.support.console import percent, progress, say
 from convert.base.errors import UserError
 
-#: The largest number of validation prompts of each set that are replied to.
+#: The largest number of validation prompts of each set to which replies are generated.
 MOST_PROMPTS = 24
 
-#: Candidates of each kind that are tried, and edits that reply.
+#: The largest numbers of candidates of each kind that are tried, and of edits that reply.
 MOST_TRIED, MOST_REPLYING = 10, 5
 
 #: The largest number of directions in a subspace that is tried.
 SPAN = 4
 
-#: Harmful and harmless prompts on which all edits are tried before the better ones run all.
+#: The numbers of harmful and harmless prompts on which all edits are tried first.
 _FIRST = 8, 4
 
-#: Edits of each kind that run all prompts.
+#: The number of edits of each kind that are then tried on all prompts.
 _WHOLE = 3
 
-# A token that opens at least this share of the replies to harmless prompts opens no refusals.
+# A token that opens at least this share of the replies to harmless prompts is no refusal opening.
 _COMMON = 0.1
 
 
 def look(chat: ChatModel, sets: EncodedSets, how: Measuring) -> Staying:
-    """Ask the model as it is which of the validation prompts it refuses."""
+    """Ask the unedited model which validation prompts of these sets it refuses."""
     refused: dict[str, EncodedSet] = {}
     answer = in_mlx(chat, batch_size=how.batch_size)
     for name, part in sets.staying.items():
@@ -89,11 +89,11 @@ def _likeliest(chat: ChatModel, sequences: Sequence[Sequence[int]]) -> list[int]
 
 @dataclass(frozen=True)
 class Replied:
-    """What replies show of an edit.
+    """Verdicts on the replies with an edit.
 
     Attributes:
-        left: share of the harmful prompts that are refused, or whose replies are broken.
-        kept: set -> what is left of the refusals that are to stay.
+        left: share of refused and broken replies to harmful prompts, 0 to 1.
+        kept: set -> how many of the refusals that are to stay have stayed.
     """
 
     left: float
@@ -101,18 +101,18 @@ class Replied:
 
     @property
     def enough(self) -> bool:
-        """Whether enough refusals stay, in every set."""
+        """Whether enough refusals stay in every set."""
         return all(one.enough for one in self.kept.values())
 
     @property
     def lost(self) -> float:
-        """The largest share of a set's refusals that do not stay."""
+        """The share of lost refusals, 0 to 1, of the set where it is largest."""
         shares = [one.share for one in self.kept.values() if one.share is not None]
         return 1 - min(shares, default=1)
 
 
 class Judge:
-    """Asks a model with an edit what it still refuses."""
+    """Asks a model under an edit what it still refuses."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Judge:
         self._harmful = sets.validation["harmful"].prompts[:MOST_PROMPTS]
 
     def of(self, edit: Edit) -> Replied:
-        """What the model replies with an edit."""
+        """The verdicts on replies with an edit."""
         parts = {"harmful": self._harmful, **self._staying.prompts}
         asked = [prompt for part in parts.values() for prompt in part]
         with ablation(self._writers, replace(edit, norm="none")):
@@ -147,7 +147,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Keeping:
-    """What is to stay, and who tells whether it does."""
+    """The refusals that are to stay, and what judges whether they do."""
 
     staying: Staying
     judge: Judge
@@ -156,7 +156,7 @@ class Keeping:
 def keeping(
     chat: ChatModel, writers: Sequence[Writer], sets: EncodedSets, how: Measuring
 ) -> Keeping | None:
-    """What is to stay; None where nothing is."""
+    """The refusals that are to stay; None if there are none."""
     if not sets.staying:
         return None
     staying = look(chat, sets, how)
@@ -166,20 +166,21 @@ def keeping(
 def own_states(
     chat: ChatModel, train: Mapping[str, list[list[int]]], plain: Candidates
 ) -> dict[str, list[mx.array]]:
-    """Kind of candidates -> what prompts whose refusals are to stay have of their own.
+    """What the prompts whose refusals are to stay have of their own, by kind of candidates.
 
     Args:
-        train: encoded prompts by set, as of `views.at_prompt`.
-        plain: the candidates, which have the means of harmful and harmless prompts.
+        chat: the model.
+        train: set -> token ids of its prompts, as in `views.View`.
+        plain: the candidates, with the mean states of harmful and harmless prompts.
 
     Returns:
-        Vectors (L, P, d), one of each set.
+        Kind -> vectors (L, P, d), one of each set.
     """
 
     def mean(name: str) -> mx.array:
         return capture.mean(chat, train[name], plain.positions, label=f"{name} prompts")
 
-    # What is off topic would be harmless, so both kinds are the same for it.
+    # Off-topic prompts are harmless ones, so both kinds are the same for them.
     off_topic = [mean("off_topic") - mean("on_topic")] if "off_topic" in train else []
     if "kept" not in train:
         return {OWN: off_topic}
@@ -191,14 +192,14 @@ def own_states(
 
 
 class KeepFinder(Finder):
-    """Chooses among candidates those whose removal leaves some refusals as they are."""
+    """Chooses a candidate whose removal leaves the refusals that are to stay."""
 
     def __init__(self, keeping: Keeping, *measured: Any):
         """Keep what was measured.
 
         Args:
-            keeping: what is to stay.
-            measured: as for `Finder`.
+            keeping: the refusals that are to stay.
+            measured: the arguments of `Finder`.
         """
         super().__init__(*measured)
         self._judge, self._staying = keeping.judge, keeping.staying
@@ -215,7 +216,7 @@ class KeepFinder(Finder):
         return self._by_replies(tried)
 
     def to_search(self, sets: EncodedSets) -> SearchPrompts:
-        """What a search needs to keep the same refusals."""
+        """The prompts and candidates with which a search keeps the same refusals."""
         orthogonal = {
             kind: measuring.orthogonalized(self._described, others)
             for kind, others in self._others.items()
@@ -226,11 +227,11 @@ class KeepFinder(Finder):
 
     @cached_property
     def _others(self) -> dict[str, list[mx.array]]:
-        """Kind of candidates -> what these are made orthogonal to."""
+        """Kind of candidates -> the vectors to which they are made orthogonal."""
         return own_states(self._chat, self._train, self._candidates)
 
     def _singles(self) -> Iterator[Variant]:
-        """The candidates, and those made orthogonal to what is kept."""
+        """The candidates, and the same made orthogonal to what is to stay."""
         finding, plain = self._how.finding, self._candidates
         for kind, others in ((None, []), *self._others.items()):
             these = measuring.orthogonalized(plain, others) if others else plain
@@ -245,10 +246,10 @@ class KeepFinder(Finder):
             yield from (replace(one, orthogonal_to=kind) for one in found)
 
     def _spans(self) -> Iterator[Variant]:
-        """Subspaces of the layers that separate best, where no single direction is enough.
+        """Subspaces at the layers that separate best, for when no single direction is enough.
 
-        Each is spanned by the top singular vectors of the states of harmful prompts, less the
-        harmless mean, and less what they have along what is kept.
+        They are spanned by the top singular vectors of (states of harmful prompts − harmless mean).
+        These, too, are made orthogonal to what is to stay.
         """
         finding, plain = self._how.finding, self._candidates
         if finding.method is not None or finding.layer is not None or finding.across is not None:
@@ -273,7 +274,7 @@ class KeepFinder(Finder):
     # --- first tokens ----------------------------------------------------------------------------
 
     def _rated(self, variants: list[Variant], label: str) -> list[tuple[Variant, Effect]]:
-        """The better ones of each kind with their effect on all prompts."""
+        """The better variants of each kind, with their effect on all prompts."""
         trial = self._trial
         done: list[tuple[Variant, Effect]] = []
         edits = [self._edit(one) for one in variants]
@@ -295,12 +296,12 @@ class KeepFinder(Finder):
         return done
 
     def _lost(self, effect: Effect) -> float:
-        """The share of the refusals that are to stay and do not, by first tokens."""
+        """The share of the refusals that are to stay and are lost, 0 to 1, by first tokens."""
         share = effect.kept_share
         return 0.0 if share is None else max(0.0, 1 - share / max(self._trial.kept_before, 1e-9))
 
     def _rank(self, effect: Effect) -> tuple[bool, float, float, float]:
-        """Sort key: within the KL limit, refusals ended, refusals kept, and then the KL."""
+        """Sort key: within the KL limit, few refusals left, few refusals lost, low KL."""
         lost = self._lost(effect)
         return (
             not effect.kl <= self._how.finding.max_kl,
@@ -316,7 +317,7 @@ class KeepFinder(Finder):
     # --- replies ---------------------------------------------------------------------------------
 
     def _by_replies(self, tried: Sequence[tuple[Variant, Effect]]) -> Variant:
-        """The variant that replies show to be the best."""
+        """The variant with the best verdicts on replies."""
         limit = self._how.finding.max_kl
         allowed = [one for one in tried if one[1].kl <= limit]
         if not allowed:
@@ -367,7 +368,7 @@ class KeepFinder(Finder):
 
 
 def _merit(one: tuple[Variant, Effect, Replied]) -> tuple[float, float, int, float]:
-    """Sort key of edits that replied: refusals ended, refusals kept, few directions, low KL."""
+    """Sort key of edits with replies: few refusals left, few lost, few directions, low KL."""
     variant, effect, replied = one
     lost = 0.0 if replied.enough else replied.lost
     return max(replied.left, ENOUGH), lost, variant.rank, effect.kl

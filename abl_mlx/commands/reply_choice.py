@@ -1,9 +1,8 @@
-"""The direction that whole replies choose, where a model thinks or its first tokens tell nothing.
+"""Chooses a direction by whole replies, if the model thinks or its first tokens do not decide.
 
-The candidates of each view (`abl_mlx.commands.views`) are chosen among themselves by first reply
-tokens, where these tell. What that leaves, and the subspaces that two or three of them span, is
-judged by replies in every mode of thinking, thoughts included; a direction counts by its worse
-mode.
+The candidates of each view (`abl_mlx.commands.views`) first compete by first reply tokens, if these
+decide. The best of each view, and subspaces spanned by two or three of them, are then judged by
+replies in every mode of thinking, thoughts included. The mode with more refusals counts.
 """
 
 from __future__ import annotations
@@ -35,19 +34,19 @@ from abl_mlx.support.arrays import number, numpy_of
 from abl_mlx.support.console import percent, progress, say
 from convert.base.errors import UserError
 
-#: Harmful and harmless validation prompts that are replied to in each mode.
+#: The numbers of harmful and harmless validation prompts that are asked in each mode.
 JUDGED = 16, 8
 
-#: Tokens of each of these replies behind its thought: a refusal is told by its first sentence.
+#: The tokens of each reply behind its thought, enough for a refusal's first sentence.
 REPLY_TOKENS = 32
 
-#: Share of refused and broken replies in the worse mode that counts as none.
+#: The largest share of refused and broken replies that counts as none.
 ENOUGH = 0.0625
 
-# Finalists of a single view whose spans are judged.
+# The number of finalists of a single view whose spans are judged.
 _OF_ONE_VIEW = 3
 
-# Singular values of joined unit vectors below which they hardly span another direction.
+# Joined unit vectors span a further direction only if its singular value is larger than this.
 _SHARED = 0.05
 
 
@@ -56,10 +55,11 @@ class Finalist:
     """A direction or subspace that is judged by replies.
 
     Attributes:
-        files: what it is made of, one or more of different views.
-        directions: (k, d), or (L, k, d) of one view.
-        kl: nats at the first reply token of harmless prompts, in the mode where it is largest.
-        replied: by mode.
+        views: where its directions were measured.
+        files: the direction files that it is made of, of different views if there are several.
+        directions: (k, d); or (L, k, d), of one view.
+        kl: mean KL at the first reply token of harmless prompts, nats; the larger of the modes'.
+        replied: mode -> verdicts on replies.
     """
 
     views: tuple[View, ...]
@@ -70,19 +70,19 @@ class Finalist:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """A name for messages."""
         return " + ".join(view.name for view in self.views)
 
     @property
     def worst(self) -> float:
-        """Share of refused and broken replies to harmful prompts in the worse mode."""
+        """The share of refused and broken replies to harmful prompts, the larger of the modes'."""
         return max(one.refused + one.broken for one in self.replied.values())
 
     def record(self, dropped: str) -> JudgedFinalist:
-        """Its part of the record.
+        """The finalist as a part of the record.
 
         Args:
-            dropped: why it cannot be taken; "" where it can.
+            dropped: the reason why it cannot be chosen; "" if it can.
         """
         return JudgedFinalist(
             views=[view.record() for view in self.views],
@@ -94,12 +94,12 @@ class Finalist:
 
 
 class Judge:
-    """Asks a model in every mode of thinking, as it is and with directions removed."""
+    """Asks a model in every mode of thinking, unedited and with directions ablated."""
 
     def __init__(
         self, chat: ChatModel, writers: Sequence[Writer], prompts: ByMode, how: Measuring
     ) -> None:
-        """Ask the model as it is."""
+        """Ask the unedited model."""
         self._chat, self._writers, self._how = chat, writers, how
         self._sets = prompts
         self._base = {mode: self._first(mode) for mode in self._sets}
@@ -108,7 +108,7 @@ class Judge:
         }
 
     def of(self, finalist: Finalist) -> Finalist:
-        """The same with its figures."""
+        """The finalist with its figures."""
         edit = replace(
             make_edit(finalist.directions, replace(self._how.editing, strength=1.0)), norm="none"
         )
@@ -124,11 +124,11 @@ class Judge:
         return replace(finalist, kl=max(apart), replied=replied)
 
     def works(self, one: Finalist) -> bool:
-        """Whether refusals are gone in every mode, and little else."""
+        """Whether refusals end in every mode, and hardly anything else changes."""
         return one.worst <= ENOUGH and not self.dropped(one)
 
     def dropped(self, one: Finalist) -> str:
-        """Why it cannot be taken; "" where it can."""
+        """The reason why a finalist cannot be chosen; "" if it can."""
         finding = self._how.finding
         if not one.kl <= finding.max_kl:
             return f"KL {one.kl:.3f} over the limit of {finding.max_kl:g}"
@@ -182,13 +182,15 @@ def choose(
     views: Sequence[View],
     candidates_of: Callable[[View], Sequence[DirectionFile]],
 ) -> DirectionFile:
-    """The direction, or the span of several, that ends refusals in every mode.
+    """The direction, or the subspace of several, that ends refusals in every mode of thinking.
 
     Args:
-        candidates_of: what is worth being judged of a view, the best first.
+        judge: asks the model.
+        views: the places where directions are measured.
+        candidates_of: the candidates of a view that are worth judging, the best first.
 
     Raises:
-        UserError: when no view has a candidate, or all change too much.
+        UserError: when no view has a candidate, or all candidates change the model too much.
     """
     singles = [
         Finalist((view,), (file,), file.selected) for view in views for file in candidates_of(view)
@@ -205,7 +207,7 @@ def choose(
             for one in some:
                 judged.append(judge.of(one))
                 bar.update()
-                # Of one view the best-separating come first, and each takes many replies.
+                # The candidates of one view are in the order of their separation.
                 if len(views) == 1 and judge.works(judged[-1]):
                     break
         if any(map(judge.works, judged)):
@@ -214,9 +216,9 @@ def choose(
 
 
 def _spans(singles: Sequence[Finalist], size: int) -> list[Finalist]:
-    """The subspaces that so many of the finalists span, each of another view if there are several.
+    """The subspaces that ``size`` finalists span, each of another view if there are several.
 
-    Of one view it is the first few, after other layers.
+    If there is one view, its first few finalists span them, which are of different layers.
     """
     flat = [one for one in singles if one.directions.ndim == 2]
     names = {view.name for one in flat for view in one.views}
@@ -233,9 +235,9 @@ def _spans(singles: Sequence[Finalist], size: int) -> list[Finalist]:
 
 
 def _span(directions: Sequence[mx.array]) -> mx.array:
-    """An orthonormal basis (k, d) of what several bases (·, d) span together.
+    """An orthonormal basis (k, d) of the span of several bases (·, d).
 
-    What two of them share all but a twentieth of is one direction of it.
+    Directions that are nearly the same in two bases (up to a twentieth) count once.
     """
     rows = np.concatenate([numpy_of(one) for one in directions]).astype(np.float64)
     _, sizes, basis = np.linalg.svd(rows, full_matrices=False)
@@ -258,7 +260,7 @@ def _best(judge: Judge, judged: Sequence[Finalist]) -> Finalist:
 
 
 def _file(judge: Judge, judged: Sequence[Finalist], taken: Finalist) -> DirectionFile:
-    """The chosen finalist as a direction file, with everything that was judged."""
+    """The chosen finalist as a direction file, whose metadata lists all finalists."""
     first = taken.files[0]
     summary = {
         **first.metadata["summary"],

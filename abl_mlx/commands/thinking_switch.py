@@ -1,4 +1,4 @@
-"""Checks that a model's chat template knows the mode of thinking that is asked for."""
+"""Checks that a model's chat template supports the mode of thinking that the user asks for."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from abl_mlx.models.given_template import GivenTemplate
 from convert.base.errors import UserError
 from convert.tokenizers.chat_template import TemplateError
 
-#: Amounts of thinking that tell whether a template knows any.
+#: Amounts of thinking whose prompts differ if a template supports amounts.
 _AMOUNTS = ("low", "medium", "high")
 
 
 def check(chat: ChatModel, asked: str) -> None:
-    """Refuse a value of ``--thinking`` that makes no difference to a model's prompts.
+    """Refuse a value of ``--thinking`` that does not change the model's prompts.
 
     Raises:
         UserError: naming the model.
@@ -27,10 +27,12 @@ def check(chat: ChatModel, asked: str) -> None:
 
 
 def check_gguf(path: Path, given: GivenTemplate | None, asked: str) -> None:
-    """Like `check`, for a GGUF that is not loaded.
+    """Do the same as `check` for a GGUF that is not loaded.
 
     Args:
+        path: the GGUF.
         given: a chat template that replaces the file's own.
+        asked: the value of ``--thinking``.
 
     Raises:
         UserError: naming the file.
@@ -43,11 +45,11 @@ def check_gguf(path: Path, given: GivenTemplate | None, asked: str) -> None:
             used = template
             _check(lambda prompt: prompt_tokens.rendered(used, prompt), path.name, asked)
     except TemplateError:
-        return  # llama.cpp may still render it, and has its own words where it does not
+        return  # llama.cpp may still render it, and reports its own error if it does not
 
 
 def _check(render: Callable[[Prompt], Sequence[object]], name: str, asked: str) -> None:
-    """Compare what a model gets in different modes."""
+    """Compare the prompts of a model in different modes."""
     if asked in (thinking.OFF, thinking.ON):
         return
 

@@ -1,8 +1,8 @@
-"""Where directions are measured when a model thinks: at the prompt's end, and at its thought's.
+"""The places where directions are measured: the end of the prompt, and the end of the thought.
 
-With thinking off there is one such view, the end of the prompt. With thinking on, the model's own
-thought is put behind the prompt for the other one, so that the last token is the one at which the
-thought has closed and the reply begins.
+With thinking off there is one such view, the end of the prompt. With thinking on there is another
+one: the model's own thought is appended to each prompt, so that the last token is the one behind
+which the reply begins.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from abl_mlx.support.console import say
 
 PROMPT, THOUGHT = "end-of-prompt", "end-of-thought"
 
-#: Prompts of each set whose own thoughts are generated, by part: to measure, and to choose on.
+#: The largest number of prompts of a set for which thoughts are generated, by part.
 THOUGHT_PROMPTS = {"train": 48, "validation": 24}
 
-#: Prompts of a set that the view of thoughts needs at least, of those whose thoughts end in time.
+#: The smallest number of thoughts that end in time, for each set and part, to measure behind them.
 _FEWEST = 8
 
 #: Token ids of prompts, by set: as of `encoded_sets.EncodedSets`.
@@ -35,13 +35,13 @@ Encoded = dict[str, list[list[int]]]
 
 @dataclass(frozen=True)
 class View:
-    """Encoded prompts whose last tokens are where directions are measured.
+    """Encoded prompts at whose last tokens directions are measured.
 
     Attributes:
-        thinking: the mode, as of `Prompt`.
+        thinking: the mode of thinking, as in `Prompt`.
         place: `PROMPT` or `THOUGHT`.
-        train, validation: what is measured, and what a direction is chosen on.
-        tail: how many tokens all prompts share at their end, at least 1.
+        train, validation: set -> token ids, for measuring and for choosing.
+        tail: the number of tokens that all prompts share at their end, at least 1.
         completes: whether the prompts are texts to complete, which end with the instruction.
     """
 
@@ -54,19 +54,20 @@ class View:
 
     @property
     def name(self) -> str:
-        """For messages, such as "thinking on, end of thought"."""
+        """A name for messages, such as "thinking on, end of thought"."""
         return f"thinking {thinking.name(self.thinking)}, {self.place.replace('-', ' ')}"
 
     def record(self) -> ViewOf:
-        """Its part of the record."""
+        """The view as a part of the record."""
         return ViewOf(thinking=thinking.name(self.thinking), measured_at=self.place)
 
 
 def at_prompt(chat: ChatModel, sets: EncodedSets) -> View:
-    """The end of the prompts, behind what all replies open with.
+    """The view of the end of the prompts, behind what all replies open with.
 
     Args:
-        sets: in the mode of thinking that is looked at.
+        chat: the model.
+        sets: the prompts in one mode of thinking.
     """
     train, validation = (
         {name: one.tokens for name, one in part.items()} for part in (sets.train, sets.validation)
@@ -76,13 +77,15 @@ def at_prompt(chat: ChatModel, sets: EncodedSets) -> View:
 
 
 def at_thought(chat: ChatModel, sets: EncodedSets, how: Measuring) -> View | None:
-    """The end of the model's own thoughts about the prompts; None where it is no use.
+    """The view of the end of the model's own thoughts; None if it cannot be measured.
 
-    That is where the model does not think, and where its thoughts do not end in time. Prompts whose
-    thoughts have no end within ``--thought-tokens`` are left out with a note.
+    That is so if the model does not think, or if too few of its thoughts end in time. Prompts whose
+    thoughts do not end within ``--thought-tokens`` are left out, and a message says so.
 
     Args:
-        sets: in the mode of thinking that is looked at.
+        chat: the model.
+        sets: the prompts in one mode of thinking.
+        how: the chosen options.
     """
     found: dict[str, Encoded] = {}
     every: list[Ended] = []
@@ -120,12 +123,12 @@ def at_thought(chat: ChatModel, sets: EncodedSets, how: Measuring) -> View | Non
 
 @dataclass(frozen=True)
 class Ended:
-    """A prompt and the model's thought about it, which came to its end.
+    """A prompt with the model's thought, which ended in time.
 
     Attributes:
-        sequence: token ids of both.
-        behind: the tokens of the reply behind the thought.
-        thought: whether the reply opens with a thought at all.
+        sequence: token ids of the prompt and the thought.
+        behind: token ids of the reply behind the thought.
+        thought: whether the reply opens with a thought.
     """
 
     sequence: list[int]
@@ -134,7 +137,7 @@ class Ended:
 
 
 def _with_thoughts(chat: ChatModel, some: EncodedSet, how: Measuring, label: str) -> list[Ended]:
-    """The prompts with their thoughts, of the thoughts that end."""
+    """The prompts with their thoughts; prompts whose thoughts do not end are left out."""
     longest = how.prompting.thought_tokens + first_look.OPENING_TOKENS
     replies = generate(chat, some.tokens, longest, batch_size=how.batch_size, label=label)
     opened = chat.opened_thought(some.prompts[0].thinking) if some.prompts else ""
@@ -151,13 +154,14 @@ def _text(chat: ChatModel, tokens: Sequence[int]) -> str:
 
 
 def thought_end(text: Callable[[Sequence[int]], str], reply: Sequence[int]) -> int | None:
-    """How many tokens of a reply there are up to where its thought has closed.
+    """The number of a reply's tokens up to the end of its thought.
 
     Args:
-        text: tokens of the reply from its beginning, as text behind what opened the thought.
+        text: turns the reply's first tokens into text, behind what opened the thought.
+        reply: token ids of the reply.
 
     Returns:
-        None where the thought does not close, and 0 where the reply opens with none.
+        None if the thought does not end, 0 if the reply opens with none.
     """
 
     def closed(count: int) -> bool:
@@ -167,7 +171,7 @@ def thought_end(text: Callable[[Sequence[int]], str], reply: Sequence[int]) -> i
         return 0
     if not closed(len(reply)):
         return None
-    # The first tokens may be less than the opening tag, which reads as a reply without a thought.
+    # The first tokens may be a part of the opening tag only, which looks like a reply without one.
     low = next(n for n in range(len(reply) + 1) if has_thought(text(reply[:n])))
     high = len(reply)
     while low < high:

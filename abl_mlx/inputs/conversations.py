@@ -1,9 +1,9 @@
-"""Turns a row of a prompt file into a prompt: a text or a whole conversation, with texts around it.
+"""Turns a row of a prompt file into a prompt.
 
-The fields are ``system`` (the system message), ``prefix`` and ``suffix`` (text that is put directly
-before and behind the prompt), ``tools`` (functions that the model may call, as in OpenAI's API),
-and ``messages`` (a list of ``{"role", "content"}`` that ends with the user's message) in place of
-a text.
+A row holds a text or a conversation. The fields are ``system`` (the system message), ``prefix`` and
+``suffix`` (texts directly before and behind the prompt), ``tools`` (functions that the model may
+call, as in OpenAI's API), and ``messages`` (a list of ``{"role", "content"}`` that ends with the
+user's message) instead of a text.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from convert.base.schema import Refused
 MESSAGES = "messages"
 
 ROLES = ("system", "user", "assistant")
-"""The roles that a message may have; only the first message may have the first role."""
+"""The roles of messages; only the first message may have the first role."""
 
 
 def prompt_of_row(row: Mapping[str, Any], name: str, where: str) -> Prompt | None:
-    """The prompt of one row; None when it has none.
+    """The prompt of one row; None if it has none.
 
     Args:
-        row: cells by field.
+        row: field -> cell.
         name: the field of the prompt's text. A row without it may have `MESSAGES`.
-        where: the file and the line, for messages.
+        where: the file and the line, for errors.
 
     Raises:
         UserError: when a field has a wrong type or value.
@@ -45,7 +45,7 @@ def prompt_of_row(row: Mapping[str, Any], name: str, where: str) -> Prompt | Non
         if turns[0][0] == "system":
             system = turns.pop(0)[1]
         if any(role == "system" for role, _ in turns):
-            raise UserError(f"{where}: a system message stands at the beginning of messages only.")
+            raise UserError(f"{where}: only the first of its messages may be a system message.")
         if not turns or turns[-1][0] != "user":
             raise UserError(f"{where}: the last of its messages has to be the user's.")
         text, earlier = turns.pop()[1], tuple(turns)
@@ -61,10 +61,10 @@ def prompt_of_row(row: Mapping[str, Any], name: str, where: str) -> Prompt | Non
 
 
 def _tools(value: Any, where: str) -> tuple[Tool, ...]:
-    """The tools of a row: a list, or its JSON where cells are text.
+    """The tools of a row: a list, or its JSON if cells are text.
 
     Raises:
-        UserError: when they are no list of tools.
+        UserError: when the value is no list of tools.
     """
     if isinstance(value, str) and value.strip():
         try:
@@ -97,12 +97,12 @@ def _turns(value: Any, where: str) -> list[tuple[str, str]]:
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str | None:
-    """A cell's text without white space around it; None when it is missing or blank."""
+    """The text of a cell without surrounding white space; None if it is missing or blank."""
     return _as_it_is(row, name, where).strip() or None
 
 
 def _as_it_is(row: Mapping[str, Any], name: str, where: str) -> str:
-    """A cell's text with its white space; "" when it is missing."""
+    """The text of a cell with its white space; "" if it is missing."""
     value = row.get(name)
     if value is None:
         return ""

@@ -1,6 +1,6 @@
-"""Modes of thinking: whether, and how much, a model is asked to think before it replies.
+"""Modes of thinking: whether and how much a model is asked to think before it replies.
 
-Chat templates and servers have different names for this: ``enable_thinking`` (Qwen3 and most
+Chat templates and servers have different names for the mode: ``enable_thinking`` (Qwen3 and most
 others), ``thinking`` (DeepSeek, Granite), ``reasoning_effort`` (gpt-oss). A template without any of
 these renders the same prompt in every mode.
 """
@@ -42,7 +42,7 @@ def name(mode: str | None) -> str:
 
 
 def template_values(mode: str | None) -> dict[str, Any]:
-    """The variables that a chat template gets besides the messages."""
+    """The variables for a mode that a chat template gets besides the messages."""
     if mode is None:
         return {"enable_thinking": False}
     values: dict[str, Any] = {"enable_thinking": True, "thinking": True}
@@ -50,9 +50,9 @@ def template_values(mode: str | None) -> dict[str, Any]:
 
 
 def request_fields(mode: str | None) -> dict[str, Any]:
-    """The fields of a chat request for a mode, for llama.cpp, vLLM, mlx-lm, OpenAI and Ollama.
+    """The fields for a mode in a request to llama.cpp, vLLM, mlx-lm, OpenAI or Ollama.
 
-    With thinking off only the template's own switch is sent, which nearly all servers ignore if
+    With thinking off this is only the template's own switch, which nearly all servers ignore if
     they do not know it.
     """
     fields: dict[str, Any] = {"chat_template_kwargs": template_values(mode)}

@@ -1,4 +1,4 @@
-"""Functions that a model is told of and may call, in OpenAI's form: ``tools`` of a chat request."""
+"""Functions that a model may call, in OpenAI's form: the field ``tools`` of a chat request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tool:
 
     Attributes:
         text: its description in OpenAI's form, as JSON: ``{"type": "function", "function": {"name",
-            "description", "parameters"}}``, the parameters as a JSON schema.
+            "description", "parameters"}}``, where the parameters are a JSON schema.
     """
 
     text: str
@@ -37,23 +37,24 @@ class Tool:
 
     @property
     def name(self) -> str:
-        """The name by which it is called."""
+        """The name of the function."""
         return str(self.json["function"]["name"])
 
     @property
     def parameters(self) -> dict[str, dict[str, Any]]:
-        """The JSON schema of each parameter by its name."""
+        """Parameter -> its JSON schema."""
         return dict((self.json["function"].get("parameters") or {}).get("properties") or {})
 
 
 def tool_of(value: Any, where: str) -> Tool:
-    """A tool in OpenAI's form, or a function without the form around it.
+    """A tool from its description in OpenAI's form, or from the part under ``function``.
 
     Args:
-        where: the file and the place, for errors.
+        value: the description as JSON values.
+        where: the file and the place in it, for errors.
 
     Raises:
-        UserError: when it is neither.
+        UserError: when the value describes no tool.
     """
     bare = isinstance(value, Mapping) and "function" not in value
     whole = {"type": "function", "function": value} if bare else value
@@ -69,10 +70,10 @@ def tool_of(value: Any, where: str) -> Tool:
 
 
 def tools_of(values: Any, where: str) -> tuple[Tool, ...]:
-    """A list of tools.
+    """Tools from a list of descriptions.
 
     Raises:
-        UserError: when it is none, or two have one name.
+        UserError: when the value is no list of tools, or two tools have the same name.
     """
     try:
         check(values, list_of(OBJECT))
@@ -89,10 +90,10 @@ def tools_of(values: Any, where: str) -> tuple[Tool, ...]:
 
 
 def read(path: Path) -> tuple[Tool, ...]:
-    """The tools of a JSON file.
+    """The tools in a JSON file.
 
     Raises:
-        UserError: when it is no list of tools.
+        UserError: when the file holds no list of tools.
     """
     try:
         values = json_text.read(path, mend="write a JSON list of tools")

@@ -1,4 +1,4 @@
-"""The chat template of ``--template``, which replaces the model's own (if it has one)."""
+"""The chat template of ``--template``, which is used instead of the model's own."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# The text of the only message as it is; of several, with an empty line between.
+# A single message as it is; several messages with an empty line between them.
 _PLAIN = "{{ messages | map(attribute='content') | join('\n\n') }}"
 
 _BUNDLED = {CHATML: _CHATML, PLAIN: _PLAIN}
 
-# The largest size of a template's file, in bytes; the longest real ones have some ten thousands.
+# The largest size of a template's file in bytes; the longest real ones have some 10,000 bytes.
 _LONGEST = 4 << 20
 
 
@@ -44,29 +44,29 @@ class GivenTemplate:
 
     @property
     def completes(self) -> bool:
-        """Whether the model gets text to complete and no conversation."""
+        """Whether the model is given text to complete instead of a conversation."""
         return self.name == PLAIN
 
     @property
     def ends(self) -> str:
-        """The text at which a reply ends, whether the model knows it or not; "" for none."""
+        """The text that ends a reply, even if the model's files do not name it; "" for none."""
         return "<|im_end|>" if self.name == CHATML else ""
 
     def ready(self, values: Mapping[str, Any]) -> ChatTemplate:
-        """The template to render.
+        """The template, ready to be rendered.
 
         Args:
-            values: what it sees by name beside the messages: bos_token and the like.
+            values: variables of the template besides the messages, such as ``bos_token``.
         """
         file = Path(f"--template {self.name}" if self.name in _BUNDLED else self.name)
         return ChatTemplate(self.source, file, values, ends=self.ends)
 
 
 def read(chosen: str | None) -> GivenTemplate | None:
-    """The template that the value of ``--template`` names; None without one.
+    """The template that a value of ``--template`` names; None without one.
 
     Raises:
-        UserError: when it is a file that cannot be read.
+        UserError: when it names a file that cannot be read.
     """
     if chosen is None:
         return None
@@ -82,20 +82,20 @@ def read(chosen: str | None) -> GivenTemplate | None:
 
 
 def record(given: GivenTemplate | None) -> Template | None:
-    """What a record says of it: its name and the hash of its source."""
+    """The template's name and the hash of its source, for records."""
     if given is None:
         return None
     return Template(name=given.name, sha256=hashlib.sha256(given.source.encode()).hexdigest())
 
 
 def entry(given: GivenTemplate | None) -> dict[str, dict[str, str]]:
-    """The same as an entry of a JSON object; empty without one."""
+    """The same as an entry of a JSON object; an empty object without a template."""
     found = record(given)
     return {} if found is None else {"template": found.json}
 
 
 def note(given: GivenTemplate | None) -> str | None:
-    """What to say of figures that were measured with it."""
+    """A note on figures that were measured with the template."""
     if given is None or not given.completes:
         return None
     return (

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from abl_mlx.choices import Choices
 
-#: The version of every record that is written. Records of earlier versions of abl-mlx have none, which
-#: is version 0 with the same keys. The version rises when a key is removed or changes its meaning,
-#: and not when a key is added.
+#: The version of every record that is written. Records of earlier versions of abl-mlx have none,
+#: which means version 0, with the same keys. The version rises when a key is removed or changes its
+#: meaning, and not when a key is added.
 FORMAT_VERSION = 1
 
 PartOf = TypeVar("PartOf", bound="Part")
