@@ -45,7 +45,7 @@ def prompt_of_row(row: Mapping[str, Any], name: str, where: str) -> Prompt | Non
         if turns[0][0] == "system":
             system = turns.pop(0)[1]
         if any(role == "system" for role, _ in turns):
-            raise UserError(f"{where}: only the first of its messages may be a system message.")
+            raise UserError(f"{where}: a system message stands at the beginning of messages only.")
         if not turns or turns[-1][0] != "user":
             raise UserError(f"{where}: the last of its messages has to be the user's.")
         text, earlier = turns.pop()[1], tuple(turns)
