@@ -255,7 +255,10 @@ class Writing(Choices):
     """How an edit is written.
 
     Attributes:
-        quantize: the file type of GGUF outputs.
+        quantize: the file type of GGUF outputs; None for F16 from a folder, and for every tensor's
+            own type from a GGUF.
+        keep_types: from a GGUF: let quantized tensors keep their type.
+        imatrix: the file of an importance matrix, which weights errors in quantizing.
         max_leak: the largest share of the component that may be left in the written weights.
         mtp: whether blocks for multi-token prediction, which mlx-lm does not run, are edited.
         keep_undo: whether to write the removed components, for `abl-mlx undo`.
@@ -272,7 +275,9 @@ class Writing(Choices):
         ollama_create: the name under which the first GGUF output is given to Ollama.
     """
 
-    quantize: str = "F16"
+    quantize: str | None = None
+    keep_types: bool = False
+    imatrix: Path | None = None
     max_leak: float = 0.01
     mtp: bool = False
     keep_undo: bool = False

@@ -16,6 +16,7 @@ from abl_mlx.cli.flags import (
     given_flags,
     imatrix_flag,
     json_flag,
+    keep_types_flag,
     memory_flag,
     prompt_flags,
     recognition_flag,
@@ -177,11 +178,7 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
     "IQ4_XS, Q3_K_M, ... Default, from a folder: F16, and matrices quantized by MLX keep their "
     "weights where a GGUF has a type for them.",
 )
-@click.option(
-    "--keep-types",
-    is_flag=True,
-    help="From a GGUF: tensors that are quantized keep their type, --quantize is for the others.",
-)
+@keep_types_flag
 @imatrix_flag
 @click.option(
     "--bits",

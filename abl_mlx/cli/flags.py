@@ -258,6 +258,12 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated(command, flags)
 
 
+keep_types_flag = click.option(
+    "--keep-types",
+    is_flag=True,
+    help="From a GGUF: tensors that are quantized keep their type, --quantize is for the others.",
+)
+
 imatrix_flag = click.option(
     "--imatrix",
     type=HERE,
@@ -272,12 +278,13 @@ def writing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     flags = [
         click.option(
             "--quantize",
-            default="F16",
-            show_default=True,
             metavar="TYPE",
             help="Type of GGUF outputs, as llama-quantize names them: F32, F16, BF16, Q8_0, Q6_K, "
-            "Q5_K_M, Q4_K_M, IQ4_XS, Q4_0, Q3_K_M, Q2_K, ...",
+            "Q5_K_M, Q4_K_M, IQ4_XS, Q4_0, Q3_K_M, Q2_K, ... Default: F16 from a folder, every "
+            "tensor's own type from a GGUF.",
         ),
+        keep_types_flag,
+        imatrix_flag,
         click.option(
             "--max-leak",
             default=0.01,

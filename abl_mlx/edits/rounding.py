@@ -36,6 +36,10 @@ AIM = 1e-4
 #: error by this share of the error, or by this share of the weights' norm.
 _WORTH_RELATIVE, _WORTH_ABSOLUTE = 0.025, 0.002
 
+# The smallest weight of a column beside the mean; a smaller one would let a column take on
+# large errors, which inputs unlike those of the importance matrix would meet.
+_LEAST_WEIGHT = 0.05
+
 # How many columns are rounded together; it divides the group size of every format.
 _TILE = 16
 
@@ -53,6 +57,7 @@ def preserve(
     axis: int,
     removed: float,
     taken: np.ndarray | None = None,
+    importance: np.ndarray | None = None,
 ) -> Grid:
     """Round ``target`` to a grid's levels so that its components along ``basis`` are preserved.
 
@@ -65,6 +70,8 @@ def preserve(
             removes; the tolerance is a share of it.
         taken: c, (lines, k) float32: the components that the edit removed from each line, with
             which the errors must not correlate. None where they are not known.
+        importance: (n,) float32: weights of the columns' squared errors, such as the mean squares
+            of the inputs. None for equal weights.
 
     Returns:
         The grid with the chosen codes.
@@ -82,10 +89,18 @@ def preserve(
     if taken is None:
         taken = np.zeros((lines, k), dtype=np.float32)
     taken = np.ascontiguousarray(taken, dtype=np.float32)
-    mean = np.float32(projection.square(taken) / lines)
+    weights = _tempered(importance, width)
+    along = np.ones(count, np.float32) if axis == 0 else weights
+    # Within a column all errors have the same weight, which only matters beside other columns. Its
+    # square root keeps errors from correlating with c under even inputs and under weighted ones,
+    # at the least weighted error of both.
+    heft = np.sqrt(weights) if axis == 0 else np.ones(lines, np.float32)
+    mean = np.float32(projection.square(taken * np.sqrt(heft)[:, None]) / lines)
     grid_arguments = (
         np.array(target, dtype=np.float32, copy=None), grid.scales, offsets, grid.group, basis,
-        levels, (levels[1:] + levels[:-1]) / 2, levels[0], levels[-1], uniform, taken, mean, codes,
+        _shifts(basis, along), along,
+        levels, (levels[1:] + levels[:-1]) / 2, levels[0], levels[-1], uniform, taken, heft, mean,
+        codes,
     )  # fmt: skip
     turns = 1 if k == 1 else 4
     search = (turns, np.float32(AIM * removed), _STEPS * k)
@@ -102,6 +117,28 @@ def preserve(
 
         in_chunks(work, count, min(width, CHUNK // _LINES))
     return grid.with_codes(codes)
+
+
+def _tempered(importance: np.ndarray | None, width: int) -> np.ndarray:
+    """Weights of the columns with a mean of 1, none much below it: float32, (width,)."""
+    if importance is None:
+        return np.ones(width, np.float32)
+    weights = np.asarray(importance, np.float64).reshape(width)
+    mean = float(weights.mean())
+    if mean <= 0:
+        return np.ones(width, np.float32)
+    return np.maximum(weights / mean, _LEAST_WEIGHT).astype(np.float32)
+
+
+def _shifts(basis: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """How a line moves for each direction u at the least weighted error: u / weights, scaled.
+
+    Scaled so that the component along u moves by 1.
+    """
+    if np.all(weights == 1):
+        return basis
+    shifts = basis / weights
+    return np.ascontiguousarray(shifts / np.sum(shifts * basis, axis=1, keepdims=True), np.float32)
 
 
 @dataclass(frozen=True)
@@ -128,10 +165,19 @@ class Edited:
     axis: int
     removed: float
     taken: np.ndarray | None = None
+    importance: np.ndarray | None = None
 
     def on(self, grid: Grid) -> Grid:
         """The edited weights rounded to a grid."""
-        return preserve(grid, self.target, self.basis, self.axis, self.removed, self.taken)
+        return preserve(
+            grid,
+            self.target,
+            self.basis,
+            self.axis,
+            self.removed,
+            self.taken,
+            self.importance,
+        )
 
 
 def better_source(own: Grid, edited: Edited, encoders: Encoders) -> str:
@@ -145,7 +191,7 @@ def better_source(own: Grid, edited: Edited, encoders: Encoders) -> str:
         return "own"
     kept = edited.on(encoders.refit(own, edited.target))
     new = edited.on(encoders.fresh(edited.target))
-    present, other = _error(kept, edited.target), _error(new, edited.target)
+    present, other = _error(kept, edited), _error(new, edited)
     enough = min(_WORTH_RELATIVE * present, _WORTH_ABSOLUTE)
     return "fresh" if present - other > enough else "own"
 
@@ -165,7 +211,10 @@ def round_onto(own: Grid, edited: Edited, encoders: Encoders, source: str) -> Gr
     return edited.on(encoders.refit(own, edited.target) if encoders.available else own)
 
 
-def _error(grid: Grid, wanted: np.ndarray) -> float:
-    """‖values − wanted‖ / ‖wanted‖."""
-    error = projection.square(grid.values() - wanted)
-    return math.sqrt(error / max(projection.square(wanted), 1e-30))
+def _error(grid: Grid, edited: Edited) -> float:
+    """‖values − wanted‖ / ‖wanted‖, with weighted columns."""
+    error, wanted = grid.values() - edited.target, edited.target
+    if edited.importance is not None:
+        root = np.sqrt(edited.importance, dtype=np.float32)
+        error, wanted = error * root, wanted * root
+    return math.sqrt(projection.square(error) / max(projection.square(wanted), 1e-30))

@@ -49,10 +49,11 @@ def _total(lanes):
 
 
 @compiled()
-def _prepare(x, u, w, s, inv, o, at, slope, weight, lanes):
+def _prepare(x, u, v, w, s, inv, o, at, slope, weight, lanes):
     """Fill the arrays that `_residual` needs for a line and a direction.
 
-    A weight's level is the one nearest to at − μ slope, and it adds weight · level to the residual.
+    A weight's level is the one nearest to at − μ slope, where slope is v over the scale, and it
+    adds weight · level to the residual.
     The arrays ``at``, ``slope`` and ``weight`` are padded with zeros to a multiple of `LANES`.
 
     Returns:
@@ -63,7 +64,7 @@ def _prepare(x, u, w, s, inv, o, at, slope, weight, lanes):
     for i in range(d):
         at[i] = (x[i] - o[i]) * inv[i]
     for i in range(d):
-        slope[i] = u[i] * inv[i]
+        slope[i] = v[i] * inv[i]
     for i in range(d):
         weight[i] = u[i] * s[i]
     whole = d // LANES * LANES
@@ -78,7 +79,7 @@ def _prepare(x, u, w, s, inv, o, at, slope, weight, lanes):
 
 @compiled()
 def _residual(at, slope, weight, mu, kept, levels, mids, low, high, uniform, lanes):
-    """Σ u (value − w) over the line, where each value is the grid's nearest to x − μ u."""
+    """Σ u (value − w) over the line, where each value is the grid's nearest to x − μ v."""
     lanes[:] = 0
     for start in range(0, at.shape[0], LANES):
         ats, slopes = at[start : start + LANES], slope[start : start + LANES]
@@ -129,30 +130,31 @@ def _choose(at, mids, low, high, uniform, codes):
 
 
 @compiled()
-def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x, turns, tolerance,
-                 scratch):  # fmt: skip
-    """Step 1: codes Q(x − Σ μ_a u_a), where each μ_a is found in turn by bracketed false position.
+def _multipliers(w, s, inv, o, basis, shifts, levels, mids, low, high, uniform, codes, x, turns,
+                 tolerance, scratch):  # fmt: skip
+    """Step 1: codes Q(x − Σ μ_a v_a), where each μ_a is found in turn by bracketed false position.
 
-    x is w or the result of `_owed`; it is overwritten. Each residual falls as its own multiplier
-    grows, so this is coordinate ascent on the Lagrangian dual. The residual is a step function of
-    μ_a, so the best value seen is kept.
+    v_a is u_a, or u_a divided by the weights of the errors (``shifts``). x is w or the result of
+    `_owed`; it is overwritten. Each residual falls as its own multiplier grows, so this is
+    coordinate ascent on the Lagrangian dual. The residual is a step function of μ_a, so the best
+    value seen is kept.
     """
     k, d = basis.shape
     at, slope, weight, lanes = scratch
     mu = np.zeros(k, F)
     for _ in range(turns):
         for a in range(k):
-            u = basis[a]
+            u, v = basis[a], shifts[a]
             if mu[a] != 0:
                 for i in range(d):
-                    x[i] += mu[a] * u[i]  # takes this direction's shift out of x
-            kept = _prepare(x, u, w, s, inv, o, at, slope, weight, lanes)
+                    x[i] += mu[a] * v[i]  # takes this direction's shift out of x
+            kept = _prepare(x, u, v, w, s, inv, o, at, slope, weight, lanes)
             m0 = mu[a]
             f0 = _residual(at, slope, weight, m0, kept, levels, mids, low, high, uniform,
                            lanes)  # fmt: skip
             best, least = m0, abs(f0)
             if least > tolerance:
-                # On average the values follow x − μ u, so f falls by one as μ grows by one.
+                # On average the values follow x − μ v, so f falls by one as μ grows by one.
                 step = f0 * F(1.5)
                 m1 = m0 + step
                 f1 = _residual(at, slope, weight, m1, kept, levels, mids, low, high, uniform,
@@ -195,14 +197,14 @@ def _multipliers(w, s, inv, o, basis, levels, mids, low, high, uniform, codes, x
                             side = -1
             mu[a] = best
             for i in range(d):
-                x[i] -= best * u[i]
+                x[i] -= best * v[i]
     for i in range(d):
         at[i] = (x[i] - o[i]) * inv[i]
     _choose(at, mids, low, high, uniform, codes)
 
 
 @compiled()
-def _owed(w, debt, taken, mean, x):
+def _owed(w, debt, taken, heft, mean, x):
     """Write to x the weights w minus the share of earlier lines' errors that this line compensates.
 
     Why: if a line's weights lie on levels and the edit removes c u, then the codes with the least
@@ -215,13 +217,14 @@ def _owed(w, debt, taken, mean, x):
         w: the exact weights of the line, (d,).
         debt: (k, d), the sum over earlier lines of c_a times the errors of their weights.
         taken: (k,), c of this line.
-        mean: Σ_a c_a², averaged over the lines.
+        heft: the weight of this line's errors beside those of other lines.
+        mean: heft Σ_a c_a², averaged over the lines.
         x: (d,), the result.
     """
     k, d = debt.shape
     square = mean
     for a in range(k):
-        square += taken[a] * taken[a]
+        square += heft * (taken[a] * taken[a])
     for i in range(d):
         x[i] = w[i]
     if mean > 0:
@@ -232,21 +235,21 @@ def _owed(w, debt, taken, mean, x):
 
 
 @compiled()
-def _owe(w, s, o, levels, codes, taken, debt):
-    """Add a line's errors times c to ``debt``, the sum that later lines compensate."""
+def _owe(w, s, o, levels, codes, taken, heft, debt):
+    """Add a line's weighted errors times c to ``debt``, the sum that later lines compensate."""
     k, d = debt.shape
     for i in range(d):
-        error = s[i] * levels[codes[i]] + o[i] - w[i]
+        error = heft * (s[i] * levels[codes[i]] + o[i] - w[i])
         for a in range(k):
             debt[a, i] += taken[a] * error
 
 
 @compiled()
-def _finish(w, s, o, basis, levels, codes, residual, tolerance, steps, lanes):
+def _finish(w, s, o, basis, weights, levels, codes, residual, tolerance, steps, lanes):
     """Step 2: change single codes by one step each, so as to cancel the remaining residual.
 
-    Of the steps that bring the residual within the tolerance, the one that adds the least weight
-    error is taken; if there are none, the one that leaves the smallest residual.
+    Of the steps that bring the residual within the tolerance, the one that adds the least
+    weighted error is taken; if there are none, the one that leaves the smallest residual.
     """
     k, d = basis.shape
     top = levels.shape[0] - 1
@@ -284,7 +287,7 @@ def _finish(w, s, o, basis, levels, codes, residual, tolerance, steps, lanes):
                     after += part * part
                 if after <= tolerance * tolerance:
                     error = s[i] * levels[code] + o[i] - w[i]
-                    added = change * (change + F(2) * error)
+                    added = weights[i] * (change * (change + F(2) * error))
                     if not enough or added < cost:
                         enough, cost = True, added
                         chosen, move = i, direction
@@ -302,8 +305,8 @@ def _finish(w, s, o, basis, levels, codes, residual, tolerance, steps, lanes):
 
 @compiled()
 def columns(
-    target, scales, offsets, group, basis, levels, mids, low, high, uniform, taken, mean, out, tile,
-    first, last, turns, tolerance, steps,
+    target, scales, offsets, group, basis, shifts, weights, levels, mids, low, high, uniform, taken,
+    heft, mean, out, tile, first, last, turns, tolerance, steps,
 ):  # fmt: skip
     """Round the columns of tiles ``first`` to ``last``; column j has a constraint on Σ_i u_i Ŵ_ij.
 
@@ -331,14 +334,16 @@ def columns(
                 w[j, i] = target[i, start + j]
         for j in range(width):
             c = taken[start + j]
-            _owed(w[j], debt, c, mean, x)
+            _owed(w[j], debt, c, heft[start + j], mean, x)
             _multipliers(
-                w[j], s, inv, o, basis, levels, mids, low, high, uniform, codes[j], x, turns,
-                tolerance, scratch,
+                w[j], s, inv, o, basis, shifts, levels, mids, low, high, uniform, codes[j], x,
+                turns, tolerance, scratch,
             )  # fmt: skip
-            _finish(w[j], s, o, basis, levels, codes[j], residual, tolerance, steps, lanes)
+            _finish(
+                w[j], s, o, basis, weights, levels, codes[j], residual, tolerance, steps, lanes
+            )  # fmt: skip
             if mean > 0:
-                _owe(w[j], s, o, levels, codes[j], c, debt)
+                _owe(w[j], s, o, levels, codes[j], c, heft[start + j], debt)
         for i in range(d):
             for j in range(width):
                 out[i, start + j] = codes[j, i]
@@ -346,8 +351,8 @@ def columns(
 
 @compiled()
 def rows(
-    target, scales, offsets, group, basis, levels, mids, low, high, uniform, taken, mean, out,
-    first, last, turns, tolerance, steps,
+    target, scales, offsets, group, basis, shifts, weights, levels, mids, low, high, uniform, taken,
+    heft, mean, out, first, last, turns, tolerance, steps,
 ):  # fmt: skip
     """Round the rows ``first`` to ``last``; row i has a constraint on Σ_j u_j Ŵ_ij."""
     n = target.shape[1]
@@ -363,11 +368,13 @@ def rows(
             s[j] = scales[i, j // group]
             inv[j] = _inverse(s[j])
             o[j] = offsets[i, j // group]
-        _owed(target[i], debt, taken[i], mean, x)
+        _owed(target[i], debt, taken[i], heft[i], mean, x)
         _multipliers(
-            target[i], s, inv, o, basis, levels, mids, low, high, uniform, out[i], x, turns,
+            target[i], s, inv, o, basis, shifts, levels, mids, low, high, uniform, out[i], x, turns,
             tolerance, scratch,
         )  # fmt: skip
-        _finish(target[i], s, o, basis, levels, out[i], residual, tolerance, steps, lanes)
+        _finish(
+            target[i], s, o, basis, weights, levels, out[i], residual, tolerance, steps, lanes
+        )  # fmt: skip
         if mean > 0:
-            _owe(target[i], s, o, levels, out[i], taken[i], debt)
+            _owe(target[i], s, o, levels, out[i], taken[i], heft[i], debt)

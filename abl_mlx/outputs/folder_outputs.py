@@ -43,6 +43,7 @@ from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress, progress_to
 from convert.base.errors import UserError
 from convert.base.hf_config import read_config, stored_config
+from convert.gguf import imatrix
 from convert.mlx.folder import FLOAT_DTYPES, float_dtype, rewrite_folder
 from convert.mlx.other_quantization import refuse_foreign, refuse_quantized
 from convert.mlx.safetensors_files import TensorFiles, TensorInfo
@@ -79,7 +80,9 @@ def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Wr
     check_space(whole, sum(file.stat().st_size for file in files.files))
     if GGUF in formats.values():
         refuse_quantized(source.path, read_config(source.path), files)
-        check_convertible(source.path, writing.quantize)
+        check_convertible(
+            source.path, writing.quantize or "F16", imatrix=imatrix.given(writing.imatrix)
+        )
 
 
 @dataclass
@@ -236,10 +239,11 @@ class FolderEdit:
             report = write_gguf(
                 folder,
                 output.staged,
-                file_type=writing.quantize,
+                file_type=writing.quantize or "F16",
                 edits=edits,
                 metadata=gguf_metadata(self.source, label),
                 quantize=None if writing.plain_rounding else _quantizer(plan),
+                imatrix=imatrix.given(writing.imatrix),
                 progress=moved,
             )
         read = report.reader()
@@ -314,7 +318,7 @@ def _quantizer(plan: Plan) -> Quantizer:
         one = plan.edits[name]
         dtype = FLOAT_DTYPES.get(kind.name)
         if dtype is None:
-            return quantize(one, values, kind)
+            return quantize(one, values, kind, importance)
         return encode(rounded_to_float(one, values, dtype), kind, name)
 
     return encoded

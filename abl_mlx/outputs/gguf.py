@@ -51,8 +51,10 @@ from convert.architectures import gguf_mtp, gguf_writers
 from convert.architectures.gguf_writers import GgufWriter
 from convert.architectures.table import IN_MLX
 from convert.base.errors import UserError, of
+from convert.gguf import imatrix
 from convert.gguf.file import GgufSource
 from convert.gguf.parts import size_of
+from convert.gguf.quantize import Quantization
 from convert.tokenizers import template_files
 from convert.tokenizers.from_gguf import chat_templates
 
@@ -220,7 +222,13 @@ class GgufFile(ExitStack):
         axis = stream_axis(named[0].kind, "weight")
         width = self.gguf.tensors[named[0].name].shape[axis]
         edit = Edit(mx.ones((1, width)), 1.0, editing.layers, editing.embedding)
-        plan(self.gguf, edit, named, strict_types=writing.strict_types)
+        plan(
+            self.gguf,
+            edit,
+            named,
+            strict_types=writing.strict_types,
+            quantization=self._quantization(writing),
+        )
 
     def _edited(
         self, paths: Sequence[Path], editing: Editing, writing: Writing
@@ -249,9 +257,23 @@ class GgufFile(ExitStack):
         writing: Writing,
     ) -> GgufEdit:
         named = self._edited(paths, editing, writing)
-        plans = plan(self.gguf, edit, named, strict_types=writing.strict_types)
+        quantization = self._quantization(writing)
+        plans = plan(
+            self.gguf,
+            edit,
+            named,
+            strict_types=writing.strict_types,
+            quantization=quantization,
+        )
         own = self.named_writers(writing.tensors)
-        return GgufEdit(self.source, self.gguf, plans, own, direction, editing, writing, loaded)
+        return GgufEdit(
+            self.source, self.gguf, plans, own, direction, editing, writing, loaded, quantization
+        )
+
+    def _quantization(self, writing: Writing) -> Quantization:
+        """The type of every tensor in GGUF outputs."""
+        weights = imatrix.given(writing.imatrix)
+        return Quantization.of(self.gguf, writing.quantize, weights, keep=writing.keep_types)
 
     def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
         for path in paths:

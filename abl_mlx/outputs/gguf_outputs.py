@@ -34,6 +34,7 @@ from convert.base.atomic import check_new
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
 from convert.gguf.parts import part_paths
+from convert.gguf.quantize import Quantization
 from convert.gguf.rewrite import rewrite
 from convert.mlx.safetensors_files import TensorFiles
 from convert.ollama.description import lost_of_template
@@ -48,11 +49,14 @@ def check(paths: Sequence[Path], gguf: GgufSource, writing: Writing) -> None:
     Raises:
         UserError: naming the output or the flag that does not fit.
     """
-    if writing.quantize != "F16":
-        raise UserError(
-            "--quantize: a GGUF source keeps the type of every tensor; leave the flag out, or "
-            "quantize the float model."
-        )
+    if writing.keep_types and writing.quantize is None:
+        raise UserError("--keep-types: every tensor keeps its type, unless --quantize is given.")
+    for path in paths:
+        if writing.quantize is not None and format_of(path) != GGUF:
+            raise UserError(
+                f"--quantize: {path} gets its types from the GGUF: leave the flag out, or write "
+                "-o NAME.gguf."
+            )
     if writing.ollama_create is not None and len(gguf.parts) > 1:
         raise UserError(
             f"--ollama-create: {gguf.parts[0].name} is one of {len(gguf.parts)} parts, and the "
@@ -120,6 +124,7 @@ class GgufEdit:
         editing: the chosen options of the edit, for the written model's label.
         writing: the options of writing.
         loaded: the model in MLX, if it is loaded; writing does not use it.
+        quantization: the type of every tensor in GGUF outputs.
     """
 
     source: Source
@@ -130,6 +135,7 @@ class GgufEdit:
     editing: Editing
     writing: Writing
     loaded: LoadedModel | None
+    quantization: Quantization
 
     needs_model = False
 
@@ -178,7 +184,7 @@ class GgufEdit:
 
     def _write_gguf(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
         with clock.step("write"):
-            files = _rewrite(self.gguf, self.source, output.staged, self.plans, label, self.writing)
+            files = self._rewrite(output.staged, label)
         with clock.step("measure the leak"), GgufSource(files[0]) as after:
             report = compare_all(self.gguf, after, self.plans)
         self._check_leak(output.path, report)
@@ -212,7 +218,7 @@ class GgufEdit:
         """Convert the edited GGUF to an MLX folder; the leak is measured in the folder's bytes."""
         with clock.step("write"):
             beside = output.staged.with_name(f"{output.path.name}.gguf")
-            files = _rewrite(self.gguf, self.source, beside, self.plans, label, self.writing)
+            files = self._rewrite(beside, label)
             with GgufSource(files[0]) as edited:
                 found = gguf_to_mlx.layout(edited)
                 size = sum(entry.nbytes for entry in edited.tensors.values())
@@ -253,6 +259,25 @@ class GgufEdit:
             limit=self._limit(types),
         )
 
+    def _rewrite(self, to: Path, label: Mapping[str, Any]) -> list[Path]:
+        gguf, writing = self.gguf, self.writing
+        plain = self.quantization.replacements(gguf)
+        edited = {
+            name: replacement(gguf, one, grid=writing.grid, plain=writing.plain_rounding)
+            for name, one in self.plans.items()
+        }
+        with progress_to(f"write {to.name}", "B") as moved:
+            return rewrite(
+                gguf,
+                to,
+                tensors=plain | edited,
+                metadata={
+                    **gguf_metadata(self.source, label, gguf.metadata),
+                    **self.quantization.metadata(),
+                },
+                progress=moved,
+            )
+
     def _check_leak(self, path: Path, report: LeakReport) -> None:
         plain = self.writing.plain_rounding
         mend = "leave out --plain-rounding" if plain else "choose a file of a finer type"
@@ -274,27 +299,6 @@ def opened(path: Path) -> Iterator[ChatModel]:
     """Context manager with a written GGUF as a model in MLX."""
     with GgufSource(path) as edited:
         yield from_gguf.load(edited)[0]
-
-
-def _rewrite(
-    gguf: GgufSource,
-    source: Source,
-    to: Path,
-    plans: Mapping[str, TensorPlan],
-    label: Mapping[str, Any],
-    writing: Writing,
-) -> list[Path]:
-    with progress_to(f"write {to.name}", "B") as moved:
-        return rewrite(
-            gguf,
-            to,
-            tensors={
-                name: replacement(gguf, one, grid=writing.grid, plain=writing.plain_rounding)
-                for name, one in plans.items()
-            },
-            metadata=gguf_metadata(source, label, gguf.metadata),
-            progress=moved,
-        )
 
 
 def compare_all(

@@ -6,7 +6,7 @@ A slab is edited at a time, so memory is bounded by the slab and the tensor's by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ from convert.base.errors import UserError
 from convert.base.grids import Grid
 from convert.gguf import ggml, ggml_types
 from convert.gguf.file import GgufSource
+from convert.gguf.quantize import Quantization
 from convert.gguf.rewrite import Replacement
 from convert.mlx.folder import FLOAT_DTYPES
 
@@ -46,7 +47,10 @@ class TensorPlan:
         writer: the writer's kind, layer and gain; its module is empty.
         parameter: ``weight`` or ``bias``.
         old, new: the tensor's type in the source, and the type in which it is written. They differ
-            if the old type has no grid to which an edit could be rounded.
+            if another type was asked for, or if the type has no grid to which an edit could be
+            rounded.
+        importance: (E, n) float32: the importance of the input columns, for each of E experts; None
+            if it is not known.
     """
 
     name: str
@@ -55,6 +59,14 @@ class TensorPlan:
     parameter: str
     old: GGMLQuantizationType
     new: GGMLQuantizationType
+    importance: np.ndarray | None = None
+
+    def weights(self, slab: Slab, shape: tuple[int, ...]) -> np.ndarray | None:
+        """The importance of a slab's columns, (columns,), of a tensor of this shape."""
+        if self.importance is None:
+            return None
+        expert = slab.rows.start // shape[-2] if len(self.importance) > 1 else 0
+        return np.ascontiguousarray(self.importance[expert, slab.columns])
 
 
 def plan(
@@ -63,6 +75,7 @@ def plan(
     writers: list[GgufWriter],
     *,
     strict_types: bool = False,
+    quantization: Quantization | None = None,
 ) -> dict[str, TensorPlan]:
     """Find the tensors that an edit changes, and the type in which each is written.
 
@@ -70,7 +83,8 @@ def plan(
         source: the open GGUF.
         edit: the edit.
         writers: its residual writers.
-        strict_types: refuse to change a tensor's type.
+        strict_types: refuse to write a tensor in another type than its own or the one asked for.
+        quantization: the types that were asked for; None for the tensors' own.
 
     Raises:
         UserError: when the edit changes nothing, a direction has another width than the model, or
@@ -92,14 +106,16 @@ def plan(
                     f"the direction has {edit.width} dimensions, but {name} in "
                     f"{source.parts[0]} has {width}: it was measured on another model."
                 )
-            new = ggml_types.finer_type(entry.type)
-            if new != entry.type and strict_types:
+            asked = quantization.types[name] if quantization else entry.type
+            new = ggml_types.finer_type(asked)
+            if new != asked and strict_types:
                 raise UserError(
-                    f"{name} in {source.parts[0]} has the type {entry.type.name}, whose codes are "
+                    f"{name} in {source.parts[0]} has the type {asked.name}, whose codes are "
                     "no scalar grid: leave out --strict-types to write it as "
                     f"{new.name}."
                 )
-            plans[name] = TensorPlan(name, edit, writer, parameter, entry.type, new)
+            weights = quantization.weights(name, entry.shape) if quantization else None
+            plans[name] = TensorPlan(name, edit, writer, parameter, entry.type, new, weights)
     return plans
 
 
@@ -133,11 +149,16 @@ def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
     return block, size
 
 
-def encoders(kind: GGMLQuantizationType) -> rounding.Encoders:
-    """ggml's functions that choose new scales for a type."""
+def encoders(kind: GGMLQuantizationType, importance: np.ndarray | None = None) -> rounding.Encoders:
+    """ggml's functions that choose new scales for a type.
+
+    Args:
+        kind: the type.
+        importance: weights of the columns' squared errors, (columns,).
+    """
     return rounding.Encoders(
-        fresh=lambda values: ggml_types.fresh(values, kind),
-        refit=lambda grid, values: ggml_types.refit(grid, values, kind),
+        fresh=lambda values: ggml_types.fresh(values, kind, importance),
+        refit=lambda grid, values: ggml_types.refit(grid, values, kind, importance),
         available=ggml.available(),
     )
 
@@ -145,13 +166,23 @@ def encoders(kind: GGMLQuantizationType) -> rounding.Encoders:
 def better_source(one: TensorPlan, raw: np.ndarray, shape: tuple[int, ...]) -> str:
     """``own`` or ``fresh``: the result of `rounding.better_source` for a sample of a tensor."""
     stream = stream_axis(one.writer.kind, one.parameter)
-    own = read(raw, one.old, sample(shape, stream, _block(one.old)[0]))
+    part = sample(shape, stream, _block(one.old)[0])
+    own = read(raw, one.old, part)
     if not isinstance(own, Grid):
         return "own"  # a float type, which has no grid to choose
-    return rounding.better_source(own, exact_edit(one, own.values()), encoders(one.new))
+    importance = one.weights(part, shape)
+    edited = replace(exact_edit(one, own.values()), importance=importance)
+    return rounding.better_source(own, edited, encoders(one.new, importance))
 
 
-def edit_slab(one: TensorPlan, decoded: Any, source: str, *, plain: bool = False) -> np.ndarray:
+def edit_slab(
+    one: TensorPlan,
+    decoded: Any,
+    source: str,
+    *,
+    plain: bool = False,
+    importance: np.ndarray | None = None,
+) -> np.ndarray:
     """The bytes, uint8 (R, bytes_per_row), of an edited slab in the tensor's new type.
 
     Args:
@@ -159,8 +190,9 @@ def edit_slab(one: TensorPlan, decoded: Any, source: str, *, plain: bool = False
         decoded: the slab, from `read`.
         source: ``own`` or ``fresh``: the grid to round to.
         plain: round every weight to its nearest level, without preserving the edit.
+        importance: that of the slab's columns, if it is known.
     """
-    edited = exact_edit(one, values_of(decoded))
+    edited = replace(exact_edit(one, values_of(decoded)), importance=importance)
     codec = ggml_types.codec(one.new)
     if isinstance(codec, ggml_types.FloatCodec):
         values = edited.target
@@ -170,18 +202,25 @@ def edit_slab(one: TensorPlan, decoded: Any, source: str, *, plain: bool = False
             values = np.asarray(kept.astype(mx.float32))
         return codec.encode(codec.round(values))
     if plain:
-        own = ggml_types.fresh(edited.target, one.new) if one.new != one.old else decoded
+        changed = one.new != one.old
+        own = ggml_types.fresh(edited.target, one.new, importance) if changed else decoded
         return codec.encode(own.with_codes(own.nearest(edited.target)))
-    return codec.encode(rounding.round_onto(decoded, edited, encoders(one.new), source))
+    return codec.encode(rounding.round_onto(decoded, edited, encoders(one.new, importance), source))
 
 
-def quantize(one: TensorEdit, values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+def quantize(
+    one: TensorEdit,
+    values: np.ndarray,
+    kind: GGMLQuantizationType,
+    importance: np.ndarray | None = None,
+) -> np.ndarray:
     """The bytes of an edited float tensor in a quantized type, with the edit kept intact.
 
     Args:
         one: the edit that made the values.
         values: float32, (out, in), (E, out, in) or (V, d).
         kind: a type with a grid.
+        importance: (E, in) float32: that of the input columns of each expert; None for equal ones.
 
     Returns:
         uint8, (..., bytes_per_row).
@@ -196,8 +235,14 @@ def quantize(one: TensorEdit, values: np.ndarray, kind: GGMLQuantizationType) ->
         # The removed component is not known here, so the component along a random direction is
         # taken, which is the least that a refusal direction can be expected to have.
         removed = float(np.sqrt(np.mean(exact * exact)))
-        grid = ggml_types.fresh(exact, kind)
-        grid = rounding.preserve(grid, exact, basis, 1 if stream == -1 else 0, removed)
+        weights = None
+        if importance is not None:
+            expert = slab.rows.start // values.shape[-2] if len(importance) > 1 else 0
+            weights = np.ascontiguousarray(importance[expert, slab.columns])
+        edited = rounding.Edited(
+            exact, basis, 1 if stream == -1 else 0, removed, importance=weights
+        )
+        grid = edited.on(ggml_types.fresh(exact, kind, weights))
         first = slab.columns.start // codec.block * codec.size
         encoded = codec.encode(grid)
         out[slab.rows, first : first + encoded.shape[1]] = encoded
@@ -234,13 +279,18 @@ def replacement(
     def chunks() -> Iterator[np.ndarray]:
         raw = source.raw(one.name)
         n = entry.shape[-1]
-        automatic = grid == "auto" and not plain
-        grid_source = better_source(one, raw, entry.shape) if automatic else grid
-        if one.new != one.old:
-            grid_source = "fresh"
+        grid_source = grid if one.new == one.old else "fresh"
+        if grid_source == "auto" and not plain:
+            grid_source = better_source(one, raw, entry.shape)
         waiting: np.ndarray | None = None
         for slab in slabs(entry.shape, axis, cut):
-            edited = edit_slab(one, read(raw, one.old, slab), grid_source, plain=plain)
+            edited = edit_slab(
+                one,
+                read(raw, one.old, slab),
+                grid_source,
+                plain=plain,
+                importance=one.weights(slab, entry.shape),
+            )
             source.release(one.name)
             if progress:
                 progress(edited.shape[0] * (slab.columns.stop - slab.columns.start))

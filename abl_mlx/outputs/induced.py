@@ -311,7 +311,9 @@ class FolderConstant(ConstantEdit):
         with scratch() as folder:
             chat = self.loaded.chat
             write_folder(self.source, folder, chat, self._place, self.found, self.label)
-            write_gguf(folder, output.staged, file_type=self.writing.quantize, metadata=metadata)
+            write_gguf(
+                folder, output.staged, file_type=self.writing.quantize or "F16", metadata=metadata
+            )
         return self._written_gguf(output)
 
 

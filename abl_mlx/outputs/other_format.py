@@ -16,9 +16,10 @@ from abl_mlx.records.edits import Converted
 from abl_mlx.support import notes
 from abl_mlx.support.console import progress, progress_to
 from convert import gguf_to_mlx, mlx_to_gguf
-from convert.gguf import imatrix, quantize
+from convert.gguf import imatrix
 from convert.gguf.file import GgufSource
 from convert.gguf.file_types import FLOATS
+from convert.gguf.quantize import Quantization
 from convert.gguf.rewrite import rewrite
 
 
@@ -63,7 +64,7 @@ def to_gguf(
             out,
             file_type=types.quantize or "F16",
             metadata=metadata,
-            imatrix=imatrix.read(types.imatrix) if types.imatrix else None,
+            imatrix=imatrix.given(types.imatrix),
             progress=moved,
         )
     return Converted(
@@ -77,26 +78,22 @@ def to_gguf(
 
 def to_other_types(gguf: GgufSource, out: Path, types: NewTypes) -> Converted:
     """Write a GGUF as a GGUF of another file type."""
-    assert types.quantize is not None
-    weights = imatrix.read(types.imatrix) if types.imatrix else None
-    chosen = quantize.choose(gguf, types.quantize, weights, keep=types.keep_types)
-    again = sum(
-        kind != entry.type and entry.type not in FLOATS
-        for kind, entry in zip(chosen.values(), gguf.tensors.values(), strict=True)
-    )
-    tensors = quantize.replacements(gguf, chosen, weights)
+    weights = imatrix.given(types.imatrix)
+    chosen = Quantization.of(gguf, types.quantize, weights, keep=types.keep_types)
+    tensors = chosen.replacements(gguf)
+    again = sum(gguf.tensors[name].type not in FLOATS for name in tensors)
     with progress_to(f"write {out.name}", "B") as moved:
         files = rewrite(
             gguf,
             out,
             tensors=tensors,
-            metadata=quantize.metadata(types.quantize, weights) if tensors else {},
+            metadata=chosen.metadata(),
             progress=moved,
         )
     return Converted(
         output=str(files[0]),
         format=GGUF,
-        tensors=dict(Counter(kind.name for kind in chosen.values())),
+        tensors=dict(Counter(kind.name for kind in chosen.types.values())),
         bytes=sum(file.stat().st_size for file in files),
         note=notes.quantized_again(again),
     )

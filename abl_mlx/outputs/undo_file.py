@@ -201,9 +201,9 @@ def keep_gguf(
         UserError: when a tensor is quantized.
     """
     for name, one in plans.items():
-        if one.old.name not in FLOAT_DTYPES:
+        if one.new.name not in FLOAT_DTYPES:
             raise UserError(
-                f"--keep-undo: {name} is of the type {one.old.name}, whose rounding cannot be "
+                f"--keep-undo: {name} is of the type {one.new.name}, whose rounding cannot be "
                 "undone; write -o NAME.lora.gguf, which leaves the model as it is."
             )
 

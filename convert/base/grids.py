@@ -139,9 +139,15 @@ class Grid:
         offsets = None if self.offsets is None else self.offsets.reshape(-1, 1)[which]
         return Grid(codes, self.levels, scales, offsets, self.group)
 
-    def squared_error(self, wanted: np.ndarray) -> np.ndarray:
-        """Sum over each row of (weight - wanted)²: float64 (R,), for ``wanted`` float32 (R, n)."""
-        return np.square(self.values() - wanted, dtype=np.float64).sum(axis=1)
+    def squared_error(self, wanted: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+        """Sum over each row of (weight - wanted)²: float64 (R,), for ``wanted`` float32 (R, n).
+
+        Args:
+            wanted: what the weights should be.
+            importance: factors of the squares, (n,) or (R, n); None for equal ones.
+        """
+        squares = np.square(self.values() - wanted, dtype=np.float64)
+        return (squares if importance is None else squares * importance).sum(axis=1)
 
     def nearest(self, values: np.ndarray) -> np.ndarray:
         """For each value the code whose weight is nearest: uint8 (R, n).

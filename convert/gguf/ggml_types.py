@@ -110,7 +110,9 @@ def finer_type(ggml_type: GGMLQuantizationType) -> GGMLQuantizationType:
     return codec(ggml_type).type
 
 
-def fresh(values: np.ndarray, ggml_type: GGMLQuantizationType) -> Grid:
+def fresh(
+    values: np.ndarray, ggml_type: GGMLQuantizationType, importance: np.ndarray | None = None
+) -> Grid:
     """A new grid for these values, whose scales ggml's own quantizer chooses.
 
     For plain float types use ``FloatCodec.round``.
@@ -118,6 +120,7 @@ def fresh(values: np.ndarray, ggml_type: GGMLQuantizationType) -> Grid:
     Args:
         values: float32, (R, n).
         ggml_type: a type with a grid.
+        importance: weights of the columns' squared errors, as for `convert.gguf.ggml.quantize`.
 
     Raises:
         UserError: when the type has no grid, n does not fit its blocks, a value is not finite, or
@@ -134,11 +137,16 @@ def fresh(values: np.ndarray, ggml_type: GGMLQuantizationType) -> Grid:
     # ggml crashes on a type that it does not know, so look for the type's decoder first.
     if ggml.available() and not hasattr(ggml.library(), _decoder_name(ggml_type)):
         raise UserError(f"this ggml does not know {ggml_type.name}: update it.")
-    raw = ggml.quantize(values, ggml_type)
+    raw = ggml.quantize(values, ggml_type, importance)
     return found.decode(raw, n)
 
 
-def refit(grid: Grid, values: np.ndarray, ggml_type: GGMLQuantizationType) -> Grid:
+def refit(
+    grid: Grid,
+    values: np.ndarray,
+    ggml_type: GGMLQuantizationType,
+    importance: np.ndarray | None = None,
+) -> Grid:
     """The grid with new scales for those blocks whose range is too small for the values.
 
     A block is encoded anew when one of its values lies more than half a step past the ends of its
@@ -149,6 +157,7 @@ def refit(grid: Grid, values: np.ndarray, ggml_type: GGMLQuantizationType) -> Gr
         grid: a tensor's own grid, of this type.
         values: float32, (R, n): the values to be written.
         ggml_type: the grid's type.
+        importance: float32, (n,): weights of the columns' squared errors; None for equal weights.
 
     Raises:
         UserError: as `fresh` does.
@@ -172,13 +181,25 @@ def refit(grid: Grid, values: np.ndarray, ggml_type: GGMLQuantizationType) -> Gr
         group=grid.group,
     )
     old = old.with_codes(old.nearest(wanted))
-    new = fresh(wanted, ggml_type)
-    better = new.squared_error(wanted) < old.squared_error(wanted)
+    weights = None
+    if importance is not None:
+        weights = importance.reshape(-1, found.block)[outside % (n // found.block)]
+    new = found.decode(_fresh_blocks(wanted, ggml_type, weights), found.block)
+    better = new.squared_error(wanted, weights) < old.squared_error(wanted, weights)
     if not better.any():
         return grid
     raw = found.encode(grid)
     raw.reshape(count, found.size)[outside[better]] = new.frame[better]
     return found.decode(raw, n)
+
+
+def _fresh_blocks(
+    blocks: np.ndarray, kind: GGMLQuantizationType, weights: np.ndarray | None
+) -> np.ndarray:
+    """New bytes for blocks, each of which has weights of its own: uint8 (B, bytes of a block)."""
+    if weights is None:
+        return ggml.quantize(blocks, kind)
+    return ggml.quantize(blocks[:, None], kind, weights)[:, 0]
 
 
 def as_rows(data: np.ndarray) -> np.ndarray:

@@ -125,6 +125,11 @@ def read(path: Path) -> Imatrix:
     return found
 
 
+def given(path: Path | None) -> Imatrix | None:
+    """The importance matrix in a file, or None without a file."""
+    return None if path is None else read(path)
+
+
 def write(
     path: Path,
     sums: Mapping[str, np.ndarray],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import gguf
 import numpy as np
@@ -22,61 +23,79 @@ from convert.gguf.values import Value
 _PART = 1 << 22
 
 
-def choose(
-    source: GgufSource, file_type: str, imatrix: Imatrix | None = None, *, keep: bool = False
-) -> dict[str, Q]:
-    """The type of every tensor, for a GGUF that is to become one of another file type.
+@dataclass(frozen=True)
+class Quantization:
+    """The type of every tensor of a GGUF that is to be written anew.
 
-    Args:
-        source: the open GGUF.
-        file_type: a file type's name.
-        imatrix: the importance matrix that will be used.
-        keep: let quantized tensors keep their type; only floats get another.
-
-    Raises:
-        UserError: when there is no such file type, the importance matrix is of another model, or a
-            tensor cannot have its new type.
+    Attributes:
+        types: tensor name -> its type.
+        file_type: the name of the file type; None where every tensor keeps its type.
+        imatrix: the importance matrix that weights the errors of input columns, if any.
     """
-    name = file_types.file_type(file_type)
-    if imatrix is not None:
-        imatrix.check(source.shapes)
-    entries = source.tensors
-    facts = mix.Facts.of(source.metadata, source.architecture)
-    tensors = {one: (entry.shape, entry.type) for one, entry in entries.items()}
-    types = mix.types(name, tensors, facts, importance=imatrix is not None)
-    if keep:
-        types |= {one: entry.type for one, entry in entries.items() if entry.type not in FLOATS}
-    changed = {one: kind for one, kind in types.items() if kind != entries[one].type}
-    if imatrix is None:
-        mix.check_importance(name, changed)
-    ggml.check(changed.values())
-    return types
 
+    types: Mapping[str, Q]
+    file_type: str | None = None
+    imatrix: Imatrix | None = None
 
-def replacements(
-    source: GgufSource, types: Mapping[str, Q], imatrix: Imatrix | None = None
-) -> dict[str, Replacement]:
-    """New data for every tensor whose type changes, for `convert.gguf.rewrite.rewrite`.
+    @classmethod
+    def of(
+        cls,
+        source: GgufSource,
+        file_type: str | None,
+        imatrix: Imatrix | None = None,
+        *,
+        keep: bool = False,
+    ) -> Quantization:
+        """The types of a GGUF's tensors in a file of another type.
 
-    Args:
-        source: the open GGUF.
-        types: tensor name -> its new type.
-        imatrix: weights the errors of input columns.
-    """
-    return {
-        name: _replacement(source, source.tensors[name], kind, imatrix)
-        for name, kind in types.items()
-        if kind != source.tensors[name].type
-    }
+        Args:
+            source: the open GGUF.
+            file_type: the name of the file type; None to let every tensor keep its type.
+            imatrix: the importance matrix.
+            keep: let quantized tensors keep their type, so that only floats get another.
 
+        Raises:
+            UserError: when there is no such file type, the importance matrix is of another model,
+                or a tensor cannot have its new type.
+        """
+        if imatrix is not None:
+            imatrix.check(source.shapes)
+        old = {name: entry.type for name, entry in source.tensors.items()}
+        if file_type is None:
+            return cls(old, None, imatrix)
+        name = file_types.file_type(file_type)
+        facts = mix.Facts.of(source.metadata, source.architecture)
+        tensors = {one: (entry.shape, entry.type) for one, entry in source.tensors.items()}
+        types = mix.types(name, tensors, facts, importance=imatrix is not None)
+        if keep:
+            types |= {one: kind for one, kind in old.items() if kind not in FLOATS}
+        changed = {one: kind for one, kind in types.items() if kind != old[one]}
+        if imatrix is None:
+            mix.check_importance(name, changed)
+        ggml.check(changed.values())
+        return cls(types, name if changed else None, imatrix)
 
-def metadata(file_type: str, imatrix: Imatrix | None = None) -> dict[str, Value | None]:
-    """The keys that say what a GGUF was quantized to, and with what importance matrix."""
-    return {
-        "general.file_type": int(FILE_TYPES[file_types.file_type(file_type)][0]),
-        "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **(imatrix.metadata() if imatrix else {}),
-    }
+    def weights(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """The importance of a tensor's input columns, as by `Imatrix.weights`."""
+        return self.imatrix.weights(name, shape) if self.imatrix else None
+
+    def replacements(self, source: GgufSource) -> dict[str, Replacement]:
+        """New data for every tensor whose type changes, for `convert.gguf.rewrite.rewrite`."""
+        return {
+            name: _replacement(source, source.tensors[name], kind, self)
+            for name, kind in self.types.items()
+            if kind != source.tensors[name].type
+        }
+
+    def metadata(self) -> dict[str, Value | None]:
+        """The keys that say what the GGUF was quantized to, and with what importance matrix."""
+        if self.file_type is None:
+            return {}
+        return {
+            "general.file_type": int(FILE_TYPES[self.file_type][0]),
+            "general.quantization_version": gguf.GGML_QUANT_VERSION,
+            **(self.imatrix.metadata() if self.imatrix else {}),
+        }
 
 
 def encode(values: np.ndarray, kind: Q, name: str, importance: np.ndarray | None) -> np.ndarray:
@@ -106,9 +125,9 @@ def encode(values: np.ndarray, kind: Q, name: str, importance: np.ndarray | None
 
 
 def _replacement(
-    source: GgufSource, entry: TensorEntry, kind: Q, imatrix: Imatrix | None
+    source: GgufSource, entry: TensorEntry, kind: Q, quantization: Quantization
 ) -> Replacement:
-    weights = imatrix.weights(entry.name, entry.shape) if imatrix else None
+    weights = quantization.weights(entry.name, entry.shape)
     n = entry.shape[-1]
     rows = math.prod(entry.shape[-2:-1])
     step = max(1, _PART // max(1, n))

@@ -9,9 +9,10 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 
 from convert.base.errors import UserError
-from convert.gguf import ggml, imatrix, mix, quantize
+from convert.gguf import ggml, imatrix, mix
 from convert.gguf.file import GgufSource
 from convert.gguf.file_types import FLOATS
+from convert.gguf.quantize import Quantization
 from convert.gguf.rewrite import rewrite
 from tests.support import llama_quantize
 from tests.support.llama_quantize import CASES
@@ -21,10 +22,9 @@ def written(
     source: Path, out: Path, file_type: str, weights: imatrix.Imatrix | None = None, **more: bool
 ) -> Path:
     with GgufSource(source) as opened:
-        types = quantize.choose(opened, file_type, weights, **more)
-        tensors = quantize.replacements(opened, types, weights)
-        keys = quantize.metadata(file_type, weights)
-        return rewrite(opened, out, tensors=tensors, metadata=keys)[0]
+        made = Quantization.of(opened, file_type, weights, **more)
+        tensors = made.replacements(opened)
+        return rewrite(opened, out, tensors=tensors, metadata=made.metadata())[0]
 
 
 @pytest.fixture
