@@ -51,6 +51,7 @@ class Finder:
         validation: Mapping[str, list[list[int]]],
         states: tuple[np.ndarray, np.ndarray],
         how: Measuring,
+        told: selection.Told | None = None,
     ):
         """Keep what was measured.
 
@@ -62,8 +63,9 @@ class Finder:
             states: the states of the validation prompts that should no longer be refused, and of
                 harmless ones, (L, P, N, d) each, at the candidates' positions and the last one.
             how: the chosen options.
+            told: what whole replies tell of the tokens that open refusals.
         """
-        self._chat, self._writers, self._how = chat, writers, how
+        self._chat, self._writers, self._how, self._told = chat, writers, how, told
         self._train, self._validation = train, validation
         self._candidates = candidates
         self._embedding = embedding_means(chat, writers, train["harmful"], train["harmless"])
@@ -185,7 +187,7 @@ class Finder:
         ]
         trial = Trial(
             self._chat, self._writers, refused, validation["harmless"], kept,
-            kept_openings=kept_openings, before=(before[0], before[1]),
+            kept_openings=kept_openings, before=(before[0], before[1]), told=self._told,
         )  # fmt: skip
         # The states came from one pass over both sets, whose tokens are counted here.
         trial.tokens += sum(map(len, [*refused, *validation["harmless"]]))

@@ -22,6 +22,7 @@ from abl_mlx.commands.keep_choice import KeepFinder, Keeping
 from abl_mlx.commands.views import View
 from abl_mlx.directions import direction_file, measuring
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.selection import Told
 from abl_mlx.directions.trial import OpensAlike
 from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSets
@@ -77,12 +78,19 @@ def find_direction(
 
 
 def _found(
-    chat: ChatModel, writers: Sequence[Writer], prompts: ByMode, how: Measuring, *, causal: bool
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    prompts: ByMode,
+    how: Measuring,
+    *,
+    causal: bool,
+    told: Told | None = None,
 ) -> DirectionFile:
     """The direction of `find_direction`.
 
     Args:
         prompts: in every mode of thinking, followed by what replies open with.
+        told: what whole replies of the unedited model tell of the tokens that open refusals.
     """
     encoded: SearchPrompts | None = None
     if how.given.direction is not None:
@@ -91,7 +99,7 @@ def _found(
         sets = prompts[None]
         view = views.at_prompt(chat, sets)
         keeping = keep_choice.keeping(chat, writers, sets, how) if causal else None
-        with _measured(chat, writers, view, how, keeping) as finder:
+        with _measured(chat, writers, view, how, keeping, told) as finder:
             try:
                 found = finder.file(causal=causal)
             except OpensAlike:
@@ -111,7 +119,7 @@ def _found(
         )
     from abl_mlx.search import loop
 
-    return loop.improve(chat, writers, prompts, found, how, encoded)
+    return loop.improve(chat, writers, prompts, found, how, encoded, told)
 
 
 def _by_replies(
@@ -189,6 +197,7 @@ def _measured(
     view: View,
     how: Measuring,
     keeping: Keeping | None = None,
+    told: Told | None = None,
 ) -> Iterator[Finder]:
     """The candidates of a view, ready to be chosen from."""
     train, validation = view.train, view.validation
@@ -211,7 +220,7 @@ def _measured(
         capture.stored(chat, validation["harmless"], offsets, label="validation, harmless") as good,
     ):
         measured = chat, writers, candidates, train, validation, (bad, good), how
-        yield Finder(*measured) if keeping is None else KeepFinder(keeping, *measured)
+        yield Finder(*measured, told) if keeping is None else KeepFinder(keeping, *measured)
 
 
 def check_method(how: Measuring) -> None:
@@ -370,7 +379,7 @@ def find_behind_openings(
     say(str(forecast(chat, first, how, seen.rate, held_out=held_out, times=times)))
     with clock.step("measure and choose a direction"):
         causal = seen.clear or not chat.completes
-        found = _found(chat, writers, prompts, how, causal=causal)
+        found = _found(chat, writers, prompts, how, causal=causal, told=seen.told)
     return replace(found, metadata={**found.metadata, "first_look": seen.record()})
 
 

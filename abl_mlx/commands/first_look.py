@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from abl_mlx.behaviour.evaluate import decode
 from abl_mlx.behaviour.refusals import Tally, Verdict, classify, without_thoughts
 from abl_mlx.choices import Measuring
+from abl_mlx.directions.selection import Told, told
 from abl_mlx.models.chat_model import ChatModel, common_prefix
 from abl_mlx.models.encoded_sets import EncodedSet, EncodedSets
 from abl_mlx.models.generation import timed
@@ -90,12 +91,14 @@ class FirstLook:
         harmless: replies to harmless prompts.
         prefix: token ids of the common opening of all replies, such as an opened thought.
         rate: the speed in tokens (of prompts and replies) per second.
+        told: what the replies tell of the tokens that open refusals, behind ``prefix``.
     """
 
     refused: Asked
     harmless: Asked
     prefix: tuple[int, ...]
     rate: float
+    told: Told | None = None
 
     @property
     def clear(self) -> bool:
@@ -167,6 +170,7 @@ def look(chat: ChatModel, sets: EncodedSets, how: Measuring) -> FirstLook:
         for name in (sets.refused, "harmless")
     )
     openings: list[list[int]] = []
+    verdicts: list[Verdict] = []
 
     def ask(*asked: Asked) -> float:
         """Ask the next dozen of each set; returns the speed in tokens per second."""
@@ -180,7 +184,9 @@ def look(chat: ChatModel, sets: EncodedSets, how: Measuring) -> FirstLook:
             chat, sequences, longest, batch_size=how.batch_size, label="replies before"
         )
         openings.extend(replies)
-        said = iter(decode(chat, replies, prompts))
+        texts = decode(chat, replies, prompts)
+        verdicts.extend(map(classify, texts))
+        said = iter(texts)
         for one, part in zip(asked, coming, strict=True):
             one.replies.extend(next(said) for _ in part.prompts)
         return rate
@@ -190,7 +196,17 @@ def look(chat: ChatModel, sets: EncodedSets, how: Measuring) -> FirstLook:
     goes_on = not (how.by_hand or how.finding.anyway or found.thinking)
     while goes_on and not found.decided and len(refused.coming()):
         ask(refused, harmless)
-    return found
+    return replace(found, told=_told(openings, verdicts, len(found.prefix)))
+
+
+def _told(replies: Sequence[Sequence[int]], verdicts: Sequence[Verdict], behind: int) -> Told:
+    """What replies tell of the tokens that open refusals, behind a common opening."""
+
+    def first(kind: Verdict) -> list[int]:
+        both = zip(replies, verdicts, strict=True)
+        return [reply[behind] for reply, one in both if one is kind and len(reply) > behind]
+
+    return told(first(Verdict.REFUSAL), first(Verdict.ANSWER))
 
 
 def reply_prefix(replies: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -168,6 +168,42 @@ def refusal_tokens(harmful: mx.array, harmless: mx.array, *, most: int = 16) -> 
     ]
 
 
+@dataclass(frozen=True)
+class Told:
+    """What whole replies of the unedited model tell of their first tokens.
+
+    Attributes:
+        tokens: the ids of the tokens that open refusals.
+        answers: the share of the answers that open with one of them.
+    """
+
+    tokens: tuple[int, ...] = ()
+    answers: float = 1.0
+
+
+def told(refusals: Sequence[int], answers: Sequence[int]) -> Told:
+    """The refusal openings, from the first tokens of replies that were judged.
+
+    A token opens refusals if at least two of them, and a tenth, begin with it, and if its share
+    among the refusals is at least three times that among the answers. Unlike `refusal_tokens` this
+    works for a model that refuses many harmless prompts as well.
+
+    Args:
+        refusals: the first token of each refusal, whatever it was asked.
+        answers: the first token of each answer.
+    """
+    refusing, answering = Counter(refusals), Counter(answers)
+    tokens = tuple(
+        token
+        for token, count in refusing.most_common()
+        if count >= max(2, len(refusals) / 10)
+        and count * len(answers) >= 3 * answering[token] * len(refusals)
+    )
+    if not tokens or not answers:
+        return Told()
+    return Told(tokens, sum(answering[token] for token in tokens) / len(answers))
+
+
 def refusal_scores(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.array:
     """Log-odds, in nats, that a reply opens with one of ``tokens``: (N, V) -> (N,)."""
     inside = mx.logsumexp(log_probabilities[:, mx.array(list(tokens))], axis=-1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from abl_mlx.directions.selection import LEFT, openings, refusal_scores, refusal_tokens
+from abl_mlx.directions.selection import LEFT, Told, openings, refusal_scores, refusal_tokens
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Intervention, ablation, steering
 from abl_mlx.models.chat_model import ChatModel
@@ -96,7 +96,7 @@ class Trial:
         left: an edit ends refusals when at most this share of the harmful prompts still opens with
             a refusal opening. It is `selection.LEFT` plus the mean probability of these tokens in
             the unedited model's replies to harmless prompts, because answers may also open with
-            "I".
+            "I"; but not more than the share of the answers that do, where that is known.
         kept_before: the share of the prompts in ``kept`` whose reply by the unedited model opens
             with a refusal.
         tokens: how many tokens were run so far; tokens that prompts share count for each prompt.
@@ -112,6 +112,7 @@ class Trial:
         *,
         kept_openings: Sequence[int] = (),
         before: tuple[mx.array, mx.array] | None = None,
+        told: Told | None = None,
     ):
         """Run the unedited model once.
 
@@ -123,6 +124,8 @@ class Trial:
             kept_openings: further tokens with which their refusals open.
             before: the unedited model's `first_reply_token` for harmful and harmless prompts, if it
                 is already known.
+            told: what whole replies tell of the refusal openings. It is used where the first tokens
+                alone do not tell.
 
         Raises:
             OpensAlike: when the model does not open refusals differently from answers.
@@ -132,6 +135,9 @@ class Trial:
         self.tokens = 0
         first, self._base = before or (self._first(harmful), self._first(harmless))
         self.refusal_tokens = refusal_tokens(first, self._base)
+        answers = 1.0
+        if not self.refusal_tokens and told is not None:
+            self.refusal_tokens, answers = list(told.tokens), told.answers
         if not self.refusal_tokens:
             raise OpensAlike(_NO_REFUSAL)
         scores = refusal_scores(self._base, self.refusal_tokens)
@@ -139,7 +145,7 @@ class Trial:
             _mean(numbers(refusal_scores(first, self.refusal_tokens))),
             _mean(numbers(scores)),
         )
-        self.left = LEFT + _mean(numbers(mx.sigmoid(scores)))
+        self.left = LEFT + min(answers, _mean(numbers(mx.sigmoid(scores))))
         opened = openings(first, self.refusal_tokens)
         order = sorted(range(len(harmful)), key=lambda index: not opened[index])
         self._harmful = [harmful[index] for index in order]

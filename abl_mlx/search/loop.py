@@ -22,6 +22,7 @@ from abl_mlx.behaviour.refusals import Verdict
 from abl_mlx.choices import Measuring
 from abl_mlx.directions import measuring
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.selection import Told
 from abl_mlx.directions.staying import Staying
 from abl_mlx.directions.variants import KINDS
 from abl_mlx.edits.edit import Edit
@@ -259,6 +260,7 @@ def improve(
     found: DirectionFile,
     how: Measuring,
     encoded: SearchPrompts | None = None,
+    told: Told | None = None,
 ) -> DirectionFile:
     """Search with at most ``--search`` trials; return a direction file with the best edit.
 
@@ -269,6 +271,7 @@ def improve(
         found: the analytic choice, which is the first trial.
         how: the chosen options.
         encoded: the prompts on which edits are screened; by default the ends of ``prompts``.
+        told: what whole replies tell of the tokens that open refusals.
 
     Raises:
         UserError: when flags do not go together, or the journal is of another search.
@@ -284,8 +287,9 @@ def improve(
     )
     staying = encoded.staying
     screen = Screen(
-        chat, writers, harmful, encoded.harmless, batch_size=how.batch_size, staying=staying
-    )
+        chat, writers, harmful, encoded.harmless, batch_size=how.batch_size, staying=staying,
+        told=told,
+    )  # fmt: skip
 
     def edit_for(given: Parameters) -> Edit:
         recipe = space.recipe(given)

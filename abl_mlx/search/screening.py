@@ -79,6 +79,7 @@ class Screen:
         *,
         batch_size: int = 32,
         staying: Staying | None = None,
+        told: selection.Told | None = None,
     ):
         self._chat, self._writers = chat, writers
         self._harmful, self._harmless = harmful, harmless
@@ -87,6 +88,8 @@ class Screen:
         self._base = first_reply_token(chat, harmless)
         mx.eval(before, self._base)
         self.tokens = selection.refusal_tokens(before, self._base)
+        if not self.tokens and told is not None:
+            self.tokens = list(told.tokens)
         if not self.tokens:
             raise UserError(
                 "this model opens its replies to harmful and harmless prompts in the same way, so "

@@ -15,8 +15,9 @@ from abl_mlx.behaviour import thought_figures
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.cli.main import cli
+from abl_mlx.commands import first_look
 from abl_mlx.commands.views import thought_end
-from abl_mlx.directions import trial
+from abl_mlx.directions import selection, trial
 from abl_mlx.models.thoughts import parted
 from abl_mlx.records.edits import RunRecord
 from abl_mlx.records.measurements import Thoughts
@@ -205,11 +206,24 @@ def test_replies_choose_where_first_tokens_do_not_tell(
 ) -> None:
     """As of a model that opens refusals and answers alike: no opening counts as a refusal's."""
     monkeypatch.setattr(trial, "refusal_tokens", lambda harmful, harmless: [])
+    monkeypatch.setattr(first_look, "told", lambda refusals, answers: selection.Told())
     record = abl_mlx("run", "demo", "--limit", 24, "--max-tokens", 32, "-o", tmp_path / "out")
     assert record["after"]["harmful_refusal_rate"] <= 0.05
     assert record["after"]["expected_answer_rate"] >= 0.8
     assert record["direction"]["chosen_by"].startswith("fewest refusals in replies")
     assert record["direction"]["judged"]["before"]["off"]["refused"] == 1
+
+
+def test_whole_replies_tell_the_openings_where_first_tokens_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a model that refuses many harmless prompts: its openings are those of its refusals."""
+    monkeypatch.setattr(trial, "refusal_tokens", lambda harmful, harmless: [])
+    record = abl_mlx("run", "demo", "--limit", 24, "--max-tokens", 32, "-o", tmp_path / "out")
+    assert record["after"]["harmful_refusal_rate"] <= 0.05
+    assert record["after"]["expected_answer_rate"] >= 0.8
+    assert record["direction"]["refusal_tokens"]
+    assert "judged" not in record["direction"]
 
 
 def test_where_a_thought_ends() -> None:

@@ -141,3 +141,13 @@ def test_layers_that_hold_the_sets_apart():
     # Validation prompts that lie the other way round are held apart nowhere.
     assert selection.apart(scores(-2.0, -1.0)) == ()
     assert selection.apart([]) == ()
+
+
+def test_replies_tell_what_opens_refusals_where_harmless_prompts_are_refused_too():
+    # Of 10 refusals 8 open with 5 and one each with 6 and 7; of 20 answers one opens with 5.
+    refusals, answers = [5] * 8 + [6, 7], [5] + [8] * 12 + [6] * 7
+    assert selection.told(refusals, answers) == selection.Told((5,), 1 / 20)
+    # Where answers open in the same way, nothing is told; nor without any.
+    assert selection.told(refusals, [5] * 10).tokens == ()
+    assert selection.told(refusals, []) == selection.Told()
+    assert selection.told([5], [8]).tokens == ()
