@@ -19,7 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert.architectures import hf_to_gguf
-from convert.architectures.folder_config import architecture
+from convert.architectures.folder_config import architecture, text_config
 from convert.architectures.hf_metadata import extra_tensors
 from convert.architectures.hf_to_gguf import Plan, Target
 from convert.architectures.moves import joined, put
@@ -223,7 +223,8 @@ def _layout(
     plan = hf_to_gguf.plan(config, weights.shapes, folder)
     targets = plan.targets
     rows = next(one.shape[0] for one in targets if one.name == "token_embd.weight")
-    tokenizer = read_tokenizer(folder, rows, pre=pre)
+    form = architecture(config).folder.tokenizer(text_config(config))
+    tokenizer = read_tokenizer(folder, rows, pre=pre, form=form)
     extras = extra_tensors(config)
     facts = mix.Facts.of(plan.metadata, architecture(config).gguf)
     floats = {one.name: _float_type(one, file_type) for one in targets}

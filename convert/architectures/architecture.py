@@ -17,6 +17,7 @@ from convert.architectures.hf_keys import Config
 from convert.architectures.keys import Keys
 from convert.architectures.stored import Shape, Stored
 from convert.architectures.weights import Names, Weight, renamed
+from convert.tokenizers.to_gguf import Form
 
 Gains = tuple[str, ...]
 
@@ -76,6 +77,10 @@ def _no_keys(flat: Config) -> dict[str, Any]:
     return {}
 
 
+def _usual_form(flat: Config) -> Form:
+    return Form()
+
+
 def _always(flat: Config) -> bool:
     return True
 
@@ -109,6 +114,7 @@ class FromFolder:
         longrope: whether llama.cpp has two tables of rotary factors for it.
         reads_betas: whether llama.cpp reads yarn's beta_fast and beta_slow for it.
         scalings: methods of rope_scaling that ``keys`` takes care of.
+        tokenizer: what is particular to its tokenizers.
         made: makes tensors from ``flat``, in place of the usual tables of rotary factors.
         rescaled: the parameter that is multiplied so that llama.cpp's fixed divisor of the queries
             has the effect of config.json's query_pre_attn_scalar; None where no divisor is fixed.
@@ -130,6 +136,7 @@ class FromFolder:
     longrope: bool = False
     reads_betas: bool = False
     scalings: tuple[str, ...] = ()
+    tokenizer: Callable[[Config], Form] = _usual_form
     made: Callable[[Config], dict[str, np.ndarray]] | None = None
     rescaled: str | None = None
     largest: int = 0

@@ -9,17 +9,24 @@ from convert.architectures.families import (
     cohere,
     deepseek,
     dense,
+    ernie,
     gemma,
+    gemma4,
     gpt_oss,
     granite,
     lfm2,
     llama,
+    mistral3,
     others,
     phi,
     qwen,
+    qwen_hybrid,
 )
 
-_GROUPS = (llama, qwen, gemma, phi, cohere, dense, granite, deepseek, gpt_oss, lfm2, others)
+_GROUPS = (
+    *(llama, mistral3, qwen, qwen_hybrid, gemma, gemma4, phi, cohere, dense, ernie, granite),
+    *(deepseek, gpt_oss, lfm2, others),
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     one.name: one for group in _GROUPS for one in group.ARCHITECTURES

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
 
-from convert.base import json_text
 from convert.base.errors import UserError
-from convert.base.hf_config import CONFIG, GENERATION
-from convert.base.schema import OBJECT, Kind
 from convert.tokenizers import template_files
-from convert.tokenizers.hf_files import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG
+from convert.tokenizers.folder_files import FolderFiles
 from convert.tokenizers.pre_names import pre_tokenizer
-from convert.tokenizers.sentencepiece_file import Piece, read_sentencepiece
 from convert.tokenizers.tokenizer_json import is_byte_level, merges_of, steps_of
 
 _SPACE = "▁"
@@ -58,19 +54,37 @@ _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_u
 
 
 @dataclass(frozen=True)
+class Form:
+    """What llama.cpp's converter does for the tokenizers of one architecture.
+
+    Attributes:
+        model: the value of tokenizer.ggml.model, where it is a kind of the architecture's own:
+            "gemma4", SentencePiece's tokens with BPE's merges.
+        roles: role -> the token's text or id, which comes before what the folder says. A text that
+            the vocabulary does not have is passed over.
+        first_end: whether the first of generation_config.json's ends is the role eot.
+    """
+
+    model: str | None = None
+    roles: Mapping[str, str | int] = field(default_factory=dict)
+    first_end: bool = False
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer as a GGUF describes it.
 
     Attributes:
-        model: "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE).
-        pre: the pre-tokenizer's name in llama.cpp.
+        model: "gpt2" (byte-level BPE), "llama" (SentencePiece BPE) or "gemma4".
+        pre: the pre-tokenizer's name in llama.cpp; None where the model needs none.
         tokens: text by id, one per row of the embedding.
         types: gguf.TokenType by id.
-        scores: by id, for SentencePiece only; tokens with higher scores are merged earlier.
-        merges: texts "left right" in order of rank, for byte-level BPE only.
+        scores: by id, not for byte-level BPE; tokens with higher scores are merged earlier.
+        merges: texts "left right" in order of rank, not for SentencePiece.
         special: role (bos, eos, eot, eom, unknown, padding) -> id.
         add_bos: put bos before every text.
         add_eos: put eos after every text.
+        add_sep: put sep between two texts; None where the tokenizer says nothing of two texts.
         add_space_prefix: put a space before every text; None where it does not apply.
         chat_templates: name -> Jinja source; `template_files.plain` says which one is used.
         ends: ids of all tokens that end a reply, including those for which a GGUF has no role.
@@ -78,7 +92,7 @@ class Tokenizer:
     """
 
     model: str
-    pre: str
+    pre: str | None
     tokens: list[str]
     types: list[int]
     scores: list[float] | None
@@ -87,6 +101,7 @@ class Tokenizer:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool | None
+    add_sep: bool | None = None
     chat_templates: dict[str, str] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
     rstrip: bool = False
@@ -98,6 +113,8 @@ class Tokenizer:
             "tokenizer.ggml.pre": self.pre,
             "tokenizer.ggml.tokens": self.tokens,
         }
+        if self.pre is None:
+            del values["tokenizer.ggml.pre"]
         if self.scores is not None:
             values["tokenizer.ggml.scores"] = self.scores
         values["tokenizer.ggml.token_type"] = self.types
@@ -107,6 +124,8 @@ class Tokenizer:
             values[f"tokenizer.ggml.{role}_token_id"] = token
         values["tokenizer.ggml.add_bos_token"] = self.add_bos
         values["tokenizer.ggml.add_eos_token"] = self.add_eos
+        if self.add_sep is not None:
+            values["tokenizer.ggml.add_sep_token"] = self.add_sep
         if self.add_space_prefix is not None:
             values["tokenizer.ggml.add_space_prefix"] = self.add_space_prefix
         named = {name: text for name, text in self.chat_templates.items() if name != "default"}
@@ -120,7 +139,12 @@ class Tokenizer:
         return values
 
 
-def read_tokenizer(folder: Path, rows: int | None = None, *, pre: str | None = None) -> Tokenizer:
+_PLAIN = Form()
+
+
+def read_tokenizer(
+    folder: Path, rows: int | None = None, *, pre: str | None = None, form: Form = _PLAIN
+) -> Tokenizer:
     """Read the tokenizer of a model folder.
 
     Args:
@@ -128,21 +152,26 @@ def read_tokenizer(folder: Path, rows: int | None = None, *, pre: str | None = N
         rows: rows of the embedding. A shorter vocabulary is padded with unused tokens, and tokens
             past the end are left out. None keeps the vocabulary as it is.
         pre: llama.cpp's name of the pre-tokenizer, where it cannot be found from tokenizer.json.
+        form: what is particular to the architecture.
 
     Raises:
         UserError: naming the file and the part of it that has no counterpart in llama.cpp.
     """
     folder = Path(folder)
-    files = _Files(folder)
+    files = FolderFiles(folder)
     if files.tokenizer is None and not files.pieces:
         raise UserError(
             f"{folder} has neither tokenizer.json nor tokenizer.model: copy them from the model's "
             f"publisher."
         )
     byte_level = files.tokenizer is not None and is_byte_level(files.tokenizer)
-    entries = _byte_level_entries(files) if byte_level else _sentencepiece_entries(files)
-    for token_id, added in files.added.items():
-        entries[token_id] = _added_entry(added)
+    own = form.model if files.tokenizer is not None and not byte_level else None
+    if own:
+        entries = _own_entries(files)
+    else:
+        entries = _byte_level_entries(files) if byte_level else _sentencepiece_entries(files)
+        for token_id, added in files.added.items():
+            entries[token_id] = _added_entry(added)
     if not entries:
         raise UserError(f"the tokenizer of {folder} has no tokens: download it again.")
     count = rows if rows is not None else 1 + max(entries)
@@ -155,86 +184,40 @@ def read_tokenizer(folder: Path, rows: int | None = None, *, pre: str | None = N
     ids = {text: token_id for token_id, text in enumerate(tokens)}
     raw_ids = {**ids, **{str(a["content"]): i for i, a in files.added.items() if i < count}}
     special, ends = _special(files, raw_ids, tokens)
+    for role, token in form.roles.items():
+        chosen = ids.get(token) if isinstance(token, str) else token
+        if chosen is not None and 0 <= chosen < count:
+            special[role] = chosen
+    first = files.generation.get("eos_token_id")
+    if form.first_end and isinstance(first, list) and len(first) > 1:
+        special["eot"] = first[0]
     add_bos, add_eos = _affixes(files, special, byte_level)
     merges = None
-    if byte_level:
+    name: str | None = pre or "default"
+    if byte_level or own:
         assert files.tokenizer is not None
-        merges = [" ".join(pair) for pair in merges_of(files.tokenizer)]
-        name = pre or pre_tokenizer(files.tokenizer)
-    else:
-        name = pre or "default"
+        # A space inside a part is spelled as in GPT-2's byte alphabet.
+        pairs = merges_of(files.tokenizer)
+        merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
+        name = None if own else pre or pre_tokenizer(files.tokenizer)
     needed = ("</s>", "<unk>", "<s>", "<|endoftext|>")
     return Tokenizer(
-        model="gpt2" if byte_level else "llama",
+        model=own or ("gpt2" if byte_level else "llama"),
         pre=name,
         tokens=tokens,
         types=types,
         scores=None if byte_level else scores,
         merges=merges,
         special=special,
-        add_bos=add_bos,
+        add_bos=bool(own) or add_bos,
         add_eos=add_eos,
-        add_space_prefix=None if byte_level else _space_prefix(files),
+        add_space_prefix=None if byte_level else not own and _space_prefix(files),
+        add_sep=_separated(files),
         chat_templates=files.chat_templates,
         ends=ends,
         rstrip=all(token in ids for token in needed)
         and any(token.get("rstrip") for token in files.added.values() if token.get("special")),
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# Files
-
-
-class _Files:
-    """The tokenizer files of a folder, parsed once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tokenizer: dict[str, Any] | None = _json(folder / "tokenizer.json", TOKENIZER) or None
-        self.config = _json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
-        self.model_config = _json(folder / "config.json", CONFIG)
-        nested = self.model_config.get("text_config")
-        if isinstance(nested, dict):
-            self.model_config = {**nested, **self.model_config}
-        self.generation = _json(folder / "generation_config.json", GENERATION)
-        self.special_map = _json(folder / "special_tokens_map.json", SPECIAL_TOKENS)
-        model = folder / "tokenizer.model"
-        self.pieces: list[Piece] = []
-        self.dummy_prefix = True
-        skip = self.tokenizer is not None and is_byte_level(self.tokenizer)
-        if model.is_file() and not skip:
-            self.pieces, self.dummy_prefix = read_sentencepiece(model)
-        self.added = self._added()
-        older = _json(folder / "chat_template.json", OBJECT)
-        self.chat_templates = template_files.read(folder, self.config, older)
-
-    def _added(self) -> dict[int, dict[str, Any]]:
-        added: dict[int, dict[str, Any]] = {}
-        for text, token_id in _json(self.folder / "added_tokens.json", ADDED_TOKENS).items():
-            added[int(token_id)] = {"content": text, "special": False}
-        for token_id, token in (self.config.get("added_tokens_decoder") or {}).items():
-            added[int(token_id)] = dict(token)
-        for token in (self.tokenizer or {}).get("added_tokens") or []:
-            added[int(token["id"])] = dict(token)
-        return added
-
-    def role_text(self, role: str) -> str | None:
-        """The text of the token configured as bos, eos, unk or pad; None where there is none."""
-        for source in (self.config, self.special_map):
-            value = source.get(f"{role}_token")
-            if isinstance(value, Mapping):
-                value = value.get("content")
-            if isinstance(value, str) and value:
-                return value
-        return None
-
-
-def _json(path: Path, kind: Kind) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    found: dict[str, Any] = json_text.read(path, kind, mend="download it again", infinite=True)
-    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,7 +231,7 @@ class _Entry:
     score: float = 0.0
 
 
-def _model(files: _Files) -> dict[str, Any]:
+def _model(files: FolderFiles) -> dict[str, Any]:
     model = (files.tokenizer or {}).get("model") or {}
     if (model.get("type") or "BPE") != "BPE":
         raise UserError(
@@ -266,12 +249,12 @@ def _model(files: _Files) -> dict[str, Any]:
     return dict(model)
 
 
-def _byte_level_entries(files: _Files) -> dict[int, _Entry]:
+def _byte_level_entries(files: FolderFiles) -> dict[int, _Entry]:
     model = _model(files)
     return {int(i): _Entry(text, TokenType.NORMAL) for text, i in model["vocab"].items()}
 
 
-def _sentencepiece_entries(files: _Files) -> dict[int, _Entry]:
+def _sentencepiece_entries(files: FolderFiles) -> dict[int, _Entry]:
     entries: dict[int, _Entry] = {}
     if files.tokenizer is not None:
         model = _model(files)
@@ -303,9 +286,45 @@ def _sentencepiece_entries(files: _Files) -> dict[int, _Entry]:
     return entries
 
 
+_VISIBLE = frozenset(
+    (
+        *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>"),
+        *("<tool_response|>", '<|"|>'),
+    )
+)
+"""Special tokens of Gemma 4 that llama.cpp writes into replies, so that they can be parsed."""
+
+
+def _own_entries(files: FolderFiles) -> dict[int, _Entry]:
+    """The vocabulary of a gemma4, whose scores are not used."""
+    model = _model(files)
+    special = {text for role in _ROLES if (text := files.role_text(role))}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        given = files.config.get(key) or ()
+        named = given.values() if isinstance(given, Mapping) else given
+        special |= {one["content"] if isinstance(one, Mapping) else str(one) for one in named}
+    entries: dict[int, _Entry] = {}
+    for text, token_id in model["vocab"].items():
+        kind = TokenType.NORMAL
+        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text):
+            kind = TokenType.BYTE
+        elif text in special:
+            kind = TokenType.CONTROL
+        entries[int(token_id)] = _Entry(text, kind, -1000.0)
+    for token_id, token in files.added.items():
+        if token_id not in entries:
+            text = str(token["content"])
+            kind = TokenType.CONTROL if text in special else TokenType.USER_DEFINED
+            entries[token_id] = _Entry(text, kind, -1000.0)
+    return {
+        token_id: replace(one, kind=TokenType.USER_DEFINED) if one.text in _VISIBLE else one
+        for token_id, one in entries.items()
+    }
+
+
 def _added_entry(token: Mapping[str, Any]) -> _Entry:
     text = str(token["content"])
-    if text == "<unk>":
+    if text == "<unk>" and not token.get("special"):
         return _Entry(text, TokenType.UNKNOWN, -1000.0)
     looks_special = text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or re.fullmatch(
         r"<\|.*\|>|<｜.*｜>|<unused.*>", text
@@ -348,12 +367,15 @@ def _fill(
 # Special tokens
 
 
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""Role in a folder's files -> role in a GGUF."""
+
+
 def _special(
-    files: _Files, ids: Mapping[str, int], tokens: Sequence[str]
+    files: FolderFiles, ids: Mapping[str, int], tokens: Sequence[str]
 ) -> tuple[dict[str, int], tuple[int, ...]]:
     special: dict[str, int] = {}
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    for role, name in roles.items():
+    for role, name in _ROLES.items():
         text = files.role_text(role)
         if text is not None and text in ids:
             special[name] = ids[text]
@@ -380,7 +402,7 @@ def _special(
     return special, tuple(ends)
 
 
-def _affixes(files: _Files, special: Mapping[str, int], byte_level: bool) -> tuple[bool, bool]:
+def _affixes(files: FolderFiles, special: Mapping[str, int], byte_level: bool) -> tuple[bool, bool]:
     steps = steps_of((files.tokenizer or {}).get("post_processor"))
     for step in steps:
         if step.get("type") == "TemplateProcessing":
@@ -395,7 +417,29 @@ def _affixes(files: _Files, special: Mapping[str, int], byte_level: bool) -> tup
     return add_bos and "bos" in special, bool(files.config.get("add_eos_token"))
 
 
-def _space_prefix(files: _Files) -> bool:
+def _separated(files: FolderFiles) -> bool | None:
+    """Whether sep stands between two texts; None where a template says nothing of the place."""
+    separators = {files.role_text("sep"), files.role_text("eos")}
+    for step in steps_of((files.tokenizer or {}).get("post_processor")):
+        if step.get("type") != "TemplateProcessing":
+            continue
+        single, pair = (
+            [(part.get("SpecialToken") or {}).get("id") for part in step.get(key) or []]
+            for key in ("single", "pair")
+        )
+        if len(single) > 1 and pair:
+            pair = pair[1:] if single[0] and pair[0] == single[0] else pair
+            pair = pair[:-1] if single[-1] and pair[-1:] == single[-1:] else pair
+        inner = pair[1:-1]
+        if inner:
+            last = len(single) > 1 and single[-1]
+            return (inner[0] in separators and not last) or (
+                len(inner) == 2 and inner[1] in separators
+            )
+    return None
+
+
+def _space_prefix(files: FolderFiles) -> bool:
     if files.tokenizer is None:
         configured = files.config.get("add_prefix_space")
         return bool(files.dummy_prefix if configured is None else configured)

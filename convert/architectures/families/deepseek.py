@@ -37,6 +37,7 @@ from convert.architectures.weights import (
     renamed,
 )
 from convert.base.errors import UserError
+from convert.tokenizers.to_gguf import Form
 
 _BLOCK = {
     **{name: ATTENTION[name] for name in ("attn_norm", "attn_q", "attn_output")},
@@ -342,6 +343,11 @@ def _keys(flat: Config) -> dict[str, Any]:
     return found
 
 
+def _glm_tokenizer(flat: Config) -> Form:
+    roles = {"bos": "[gMASK]", "eot": "<|user|>", "eom": "<|observation|>"}
+    return Form(roles={**roles, "unknown": "<|endoftext|>"})
+
+
 def _key_and_value(folder: Folder, path: str, source: str) -> list[Weight]:
     """kv_b as k_b and v_b: each head's key rows, transposed, and its value rows."""
     config = folder.config
@@ -389,6 +395,7 @@ ARCHITECTURES = (
                 names=_WRITTEN,
                 arranged=renamed,
                 drafting=True,
+                tokenizer=_glm_tokenizer,
             ),
         ),
     ),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from convert.architectures.architecture import (
     Architecture,
@@ -19,7 +17,6 @@ from convert.architectures.hf_keys import (
     Config,
     count,
     head_dim,
-    kv_heads,
     real,
     rope_kind,
     rope_theta,
@@ -28,7 +25,6 @@ from convert.architectures.hf_keys import (
 from convert.architectures.keys import Keys
 from convert.architectures.mlx_config import (
     base_config,
-    experts_used,
     rope_scaling,
     rotary_factor,
     short,
@@ -40,7 +36,6 @@ from convert.architectures.mlx_config import (
 )
 from convert.architectures.weights import (
     ATTENTION,
-    EXPERTS,
     FEED_FORWARD,
     LESS_ONE,
     Names,
@@ -48,6 +43,7 @@ from convert.architectures.weights import (
     changed,
     renamed,
 )
+from convert.tokenizers.to_gguf import Form
 
 _POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
@@ -63,7 +59,7 @@ def _layer_norm_eps(keys: Keys) -> float:
     return short(keys.number("attention.layer_norm_epsilon"))
 
 
-def _with(*tables: Mapping[str, str]) -> Names:
+def with_names(*tables: Mapping[str, str]) -> Names:
     """The usual names, and those of further tables."""
     found = {**ATTENTION, **FEED_FORWARD}
     for table in tables:
@@ -216,61 +212,6 @@ def _nemotron_weights(keys: Keys, names: Names) -> list[Weight]:
 
 
 # --------------------------------------------------------------------------------------------------
-# ERNIE 4.5
-
-
-def _ernie_config(model_type: str) -> Callable[[Keys], dict[str, Any]]:
-    def config(keys: Keys) -> dict[str, Any]:
-        whole_rotary(keys)
-        unscaled_rotary(keys)
-        return base_config(keys, model_type) | {"use_bias": False}
-
-    return config
-
-
-def _ernie_moe_config(keys: Keys) -> dict[str, Any]:
-    for layer in range(keys.layers):
-        name = f"blk.{layer}.exp_probs_b.bias"
-        if name in keys.tensors and np.ptp(keys.values(name)) > 0:
-            raise unsupported(
-                keys,
-                f"corrects its router's choice by {name}, which mlx-lm's ernie4_5_moe leaves out",
-            )
-    if keys.integer("interleave_moe_layer_step", 1) != 1:
-        raise unsupported(
-            keys,
-            "has experts in every n-th layer only (ernie4_5-moe.interleave_moe_layer_step), which "
-            "llama.cpp cannot load either",
-        )
-    width = keys.count("expert_feed_forward_length")
-    shared = f"blk.{keys.layers - 1}.ffn_down_shexp.weight"
-    return _ernie_config("ernie4_5_moe")(keys) | {
-        "moe_num_experts": keys.integer("expert_count"),
-        "moe_k": experts_used(keys),
-        "moe_layer_start_index": keys.integer("leading_dense_block_count", 0),
-        "moe_intermediate_size": width,
-        "moe_num_shared_experts": (
-            keys.tensor(shared).shape[-1] // width if shared in keys.tensors else 0
-        ),
-    }
-
-
-_SHARED_EXPERT = {
-    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
-    "ffn_up_shexp": "mlp.shared_experts.up_proj",
-    "ffn_down_shexp": "mlp.shared_experts.down_proj",
-}
-
-
-_CORRECTION = r"\.exp_probs_b\."
-"""A tensor that some files have and that neither runtime uses."""
-
-
-def _ernie_moe_weights(keys: Keys, names: Names) -> list[Weight]:
-    return renamed(keys, names, skip=[_CORRECTION])
-
-
-# --------------------------------------------------------------------------------------------------
 # Seed-OSS
 
 
@@ -306,63 +247,17 @@ _HUNYUAN = {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_att
 
 
 # --------------------------------------------------------------------------------------------------
-# Mistral Small 3 and Ministral 3, whose queries grow with their position
-
-
-def _mistral3_config(keys: Keys) -> dict[str, Any]:
-    whole_rotary(keys)
-    beta = keys.number("attention.temperature_scale", 0.0)
-    config = base_config(keys, "llama") | biases(keys) | {"rope_scaling": _mistral3_rope(keys)}
-    if not beta:
-        return config
-    scaling = config.pop("rope_scaling") or {"type": "default", "rope_type": "default"}
-    if scaling["type"] == "llama3":
-        raise unsupported(
-            keys,
-            "lets queries grow with their position and stretches its rotary embedding by a table, "
-            "of which mlx-lm can do one only",
-        )
-    return config | {
-        "model_type": "ministral3",
-        "rope_parameters": scaling
-        | {
-            "rope_theta": config["rope_theta"],
-            "llama_4_scaling_beta": short(beta),
-            "original_max_position_embeddings": keys.integer(
-                "rope.scaling.original_context_length", config["max_position_embeddings"]
-            ),
-        },
-    }
-
-
-def _mistral3_rope(keys: Keys) -> dict[str, Any] | None:
-    """rope_scaling with the additional keys that llama.cpp reads for mistral3."""
-    scaling = rope_scaling(keys)
-    if scaling is None or scaling["type"] != "yarn":
-        return scaling
-    for key in ("beta_fast", "beta_slow"):
-        if f"rope.scaling.yarn_{key}" in keys:
-            scaling[key] = short(keys.number(f"rope.scaling.yarn_{key}"))
-    every = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
-    if every:
-        if "mscale" in scaling:
-            raise unsupported(
-                keys,
-                "gives two factors of its rotary embedding (rope.scaling.attn_factor and "
-                "yarn_log_multiplier), of which mlx-lm knows one",
-            )
-        scaling["mscale"] = 1.0
-        scaling["mscale_all_dim"] = short(every)
-    return scaling
-
-
-# --------------------------------------------------------------------------------------------------
 # From folders
 
 
 def _glm4_keys(flat: Config) -> dict[str, Any]:
     share = flat.get("partial_rotary_factor")
     return {"rope.dimension_count": int(head_dim(flat) * (0.5 if share is None else float(share)))}
+
+
+def _glm4_tokenizer(flat: Config) -> Form:
+    end = "<|endoftext|>"
+    return Form(roles={"bos": end, "unknown": end, "eot": "<|user|>"})
 
 
 def _exaone4_keys(flat: Config) -> dict[str, Any]:
@@ -402,22 +297,8 @@ def _nemotron_keys(flat: Config) -> dict[str, Any]:
     }
 
 
-def _ernie_moe_keys(flat: Config) -> dict[str, Any]:
-    shared = int(flat.get("moe_num_shared_experts") or 0)
-    found = {
-        "expert_count": count(flat, "moe_num_experts"),
-        "expert_used_count": count(flat, "moe_k"),
-        "interleave_moe_layer_step": int(flat.get("moe_layer_interval") or 1),
-        "leading_dense_block_count": int(flat.get("moe_layer_start_index") or 0),
-        "expert_feed_forward_length": count(flat, "moe_intermediate_size"),
-        "expert_shared_count": shared,
-    }
-    if shared:
-        # llama.cpp does not use this number, and its converter computes it so.
-        found["expert_shared_feed_forward_length"] = count(flat, "intermediate_size") // kv_heads(
-            flat
-        )
-    return found
+def _nemotron_tokenizer(flat: Config) -> Form:
+    return Form(roles={"padding": 0, "unknown": 1})
 
 
 _HUNYUAN_CONTEXT = 256 * 1024
@@ -440,28 +321,24 @@ def _hunyuan_keys(flat: Config) -> dict[str, Any]:
     return found
 
 
-def _mistral3_keys(flat: Config) -> dict[str, Any]:
-    found = llama_keys(flat)
-    rope = flat.get("rope_parameters") or {}
-    for key, name in (
-        ("rope.scaling.yarn_log_multiplier", "mscale_all_dim"),
-        ("attention.temperature_scale", "llama_4_scaling_beta"),
-    ):
-        if rope.get(name) is not None:
-            found[key] = real(rope, name)
-    return found
+def _hunyuan_tokenizer(flat: Config) -> Form:
+    end = flat.get("eod_token_id")
+    return Form(roles={"eos": end} if isinstance(end, int) else {}, first_end=True)
 
 
 ARCHITECTURES = (
     Architecture(
-        "glm4", post_norm(), InMlx(_glm4_config, _with(_GLM4)), (FromFolder(("glm4",), _glm4_keys),)
+        "glm4",
+        post_norm(),
+        InMlx(_glm4_config, with_names(_GLM4)),
+        (FromFolder(("glm4",), _glm4_keys, tokenizer=_glm4_tokenizer),),
     ),
     Architecture(
         "starcoder2",
         plain(),
         InMlx(
             _starcoder2_config,
-            _with({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
+            with_names({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
         ),
         (FromFolder(("starcoder2",), tied_by_default=True),),
     ),
@@ -474,48 +351,22 @@ ARCHITECTURES = (
     Architecture(
         "exaone4",
         post_norm(),
-        InMlx(_exaone4_config, _with(_POST_NORMS)),
+        InMlx(_exaone4_config, with_names(_POST_NORMS)),
         (FromFolder(("exaone4",), _exaone4_keys),),
     ),
     Architecture(
         "olmo2",
         post_norm(),
-        InMlx(_olmo2_config, _with(_POST_NORMS)),
+        InMlx(_olmo2_config, with_names(_POST_NORMS)),
         (FromFolder(("olmo2", "olmo3"), _olmo2_keys),),
     ),
     Architecture(
         "nemotron",
         plain(),
         InMlx(_nemotron_config, PLAIN, _nemotron_weights),
-        (FromFolder(("nemotron",), _nemotron_keys, scalings=("linear",)),),
-    ),
-    Architecture(
-        "ernie4_5",
-        plain(),
-        InMlx(_ernie_config("ernie4_5"), PLAIN),
-        (FromFolder(("ernie4_5",), tied_by_default=True),),
-    ),
-    Architecture(
-        "ernie4_5-moe",
-        plain(),
-        InMlx(
-            _ernie_moe_config,
-            _with(EXPERTS, _SHARED_EXPERT),
-            _ernie_moe_weights,
-            unused=(_CORRECTION,),
-        ),
         (
             FromFolder(
-                ("ernie4_5_moe",),
-                _ernie_moe_keys,
-                names=_with(
-                    EXPERTS,
-                    _SHARED_EXPERT,
-                    {"exp_probs_b.bias": "mlp.moe_statics.e_score_correction_bias"},
-                ),
-                arranged=renamed,
-                drafting=False,
-                tied_by_default=True,
+                ("nemotron",), _nemotron_keys, scalings=("linear",), tokenizer=_nemotron_tokenizer
             ),
         ),
     ),
@@ -527,20 +378,21 @@ ARCHITECTURES = (
         ),
         InMlx(
             _seed_config,
-            _with({"post_attention_norm": "post_attention_layernorm"}),
+            with_names({"post_attention_norm": "post_attention_layernorm"}),
         ),
         (FromFolder(("seed_oss",)),),
     ),
     Architecture(
         "hunyuan-dense",
         plain(),
-        InMlx(_hunyuan_config, _with(_HUNYUAN)),
-        (FromFolder(("hunyuan_v1_dense",), _hunyuan_keys, scalings=("dynamic", "xdrope")),),
-    ),
-    Architecture(
-        "mistral3",
-        plain(),
-        InMlx(_mistral3_config, PLAIN, permuted),
-        (FromFolder(("mistral3", "ministral3"), _mistral3_keys, reads_betas=True),),
+        InMlx(_hunyuan_config, with_names(_HUNYUAN)),
+        (
+            FromFolder(
+                ("hunyuan_v1_dense",),
+                _hunyuan_keys,
+                scalings=("dynamic", "xdrope"),
+                tokenizer=_hunyuan_tokenizer,
+            ),
+        ),
     ),
 )
