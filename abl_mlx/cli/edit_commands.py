@@ -88,19 +88,33 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     help="Plot separation, causal scores, KL and explained variance by layer, and both prompt sets "
     "in a plane.",
 )
+@click.option(
+    "--imatrix",
+    metavar="FILE.gguf",
+    type=HERE,
+    help="Write an importance matrix of the prompts here, for --imatrix of other commands or for "
+    "llama-quantize.",
+)
 @prompt_flags
 @chat_flags
 @choice_flags
 @search_flags
 @memory_flag
 @json_flag
-def measure(model: str, output: Path, plot: Path | None, as_json: bool, **chosen: Any) -> None:
+def measure(
+    model: str,
+    output: Path,
+    plot: Path | None,
+    imatrix: Path | None,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
     """Find MODEL's refusal direction and keep it, with all candidates, in a file to share."""
     from abl_mlx.choices import MeasureOptions
     from abl_mlx.commands import measure_apply
 
     options = MeasureOptions.of(**chosen)
-    answer(as_json, "measure_line", measure_apply.measure, model, output, options, plot)
+    answer(as_json, "measure_line", measure_apply.measure, model, output, options, plot, imatrix)
 
 
 @cli.command()

@@ -15,6 +15,7 @@ from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs.sets import prompt_hashes
 from abl_mlx.models import capture, given_template, memory
+from abl_mlx.models.input_squares import InputSquares, recorded
 from abl_mlx.outputs import apps, destinations, staging
 from abl_mlx.outputs.model_file import find_model
 from abl_mlx.outputs.record_parts import combined_hash, hashes, measured, start_record, worst_leak
@@ -26,6 +27,7 @@ from abl_mlx.support.clock import Clock
 from convert.base.atomic import claim
 from convert.base.errors import UserError
 from convert.base.suffixes import ends_in
+from convert.gguf import imatrix
 
 
 def apply(
@@ -72,7 +74,11 @@ def apply(
 
 
 def measure(
-    text: str, out: Path, options: MeasureOptions, picture: Path | None = None
+    text: str,
+    out: Path,
+    options: MeasureOptions,
+    picture: Path | None = None,
+    importance: Path | None = None,
 ) -> MeasureRecord:
     """`abl-mlx measure`: write the direction file.
 
@@ -81,7 +87,11 @@ def measure(
         out: the direction file.
         options: the chosen options.
         picture: the file for charts; None for none.
+        importance: the file for an importance matrix; None for none.
     """
+    if importance is not None:
+        imatrix.check_name(importance)
+        claim(importance)
     if not ends_in(out, ".safetensors"):
         raise UserError(f"{out}: the name of a direction file ends in .safetensors.")
     claim(out)
@@ -102,7 +112,11 @@ def measure(
         how = options.measuring
         if chat.completes:  # base models refuse little, and directions are there all the same
             how = how.but(anyway=True)
-        found = find_behind_openings(chat, writers, sets, how, clock)
+        squares = InputSquares(chat.model, model.matrices()) if importance else None
+        with recorded(chat, squares):
+            found = find_behind_openings(chat, writers, sets, how, clock)
+        if importance is not None and squares is not None:
+            squares.write(importance, [sets.harmful.train.name, sets.harmless.train.name])
         with clock.step("hash the source"):
             sha256 = combined_hash(model.hashes())
     found = replace(
@@ -127,7 +141,7 @@ def measure(
         **measured(found).values_by_field,
         abl_mlx=__version__,
         source=source.name,
-        outputs=[str(out)],
+        outputs=[str(path) for path in (out, importance) if path is not None],
         template=given_template.record(model.given),
         note=given_template.note(model.given),
         seconds=clock.seconds,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.models import heads
+from abl_mlx.models import heads, input_squares
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import around
 from abl_mlx.models.residuals import residual
@@ -115,7 +115,12 @@ def iterate(
     """
     check_offsets(sequences, offsets)
     how, unseen = trusted(chat, sequences), heads.unseen(chat.model)
-    with Recorder(chat) as recorder, unseen, progress(len(sequences), label) as bar:
+    squares = input_squares.of(chat)
+    inputs: AbstractContextManager[None] = nullcontext()
+    if squares is not None and squares.are_new(sequences):
+        how = squares.shortcuts(how)
+        inputs = squares.recording(lambda: sum(map(len, sequences)))
+    with Recorder(chat) as recorder, unseen, inputs, progress(len(sequences), label) as bar:
         prefix = how.shared(chat, sequences, -min(offsets))
         for batch in how.batches(prefix.rest(sequences)):
             prefix(batch.tokens)

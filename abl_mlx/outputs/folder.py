@@ -21,6 +21,7 @@ from abl_mlx.inputs.sources import Source
 from abl_mlx.models import chat_model, context_length, memory, prompt_tokens
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
+from abl_mlx.models.input_squares import Matrices
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer, find_writers
 from abl_mlx.outputs import (
@@ -48,9 +49,12 @@ from abl_mlx.records.looks import InspectRecord
 from abl_mlx.support.arrays import parameters
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
+from convert.architectures import hf_to_gguf
+from convert.architectures.folder_config import architecture
 from convert.base import json_text
 from convert.base.errors import UserError
 from convert.base.hf_config import read_config
+from convert.mlx.folder_weights import FolderWeights
 from convert.mlx.safetensors_files import TensorFiles
 from convert.tokenizers.hf_files import TOKENIZER
 
@@ -195,6 +199,13 @@ class FolderFile(ExitStack):
 
     def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
         return find_writers(chat)
+
+    def matrices(self) -> Matrices:
+        config = read_config(self.source.path)
+        shapes = FolderWeights(self.files, config).shapes
+        made = hf_to_gguf.plan(config, shapes, self.source.path)
+        found = {one.name: one.shape for one in made.targets}
+        return Matrices(made.placed, found, architecture(config).gguf)
 
     # --- editing it ----------------------------------------------------------------------------
 

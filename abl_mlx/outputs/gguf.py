@@ -21,6 +21,7 @@ from abl_mlx.inputs.sources import Source
 from abl_mlx.models import context_length, from_gguf, prompt_tokens
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
+from abl_mlx.models.input_squares import Matrices
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.same_model import check_same
 from abl_mlx.models.writers import Writer
@@ -200,6 +201,9 @@ class GgufFile(ExitStack):
 
     def find_writers(self, chat: ChatModel, pattern: str | None = None) -> list[Writer]:
         return from_gguf.find_writers(chat, self.layout, self.gguf, self.named_writers(pattern))
+
+    def matrices(self) -> Matrices:
+        return Matrices(self.layout.weights, self.gguf.shapes, self.gguf.architecture)
 
     def check_same(self, chat: ChatModel, pattern: str | None) -> None:
         """Check that a loaded model is the same as the one in this file.

@@ -23,6 +23,7 @@ from abl_mlx.inputs.sources import Source
 from abl_mlx.models import given_template
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
+from abl_mlx.models.input_squares import Matrices
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.prompt_tokens import Count
 from abl_mlx.models.writers import Writer
@@ -171,6 +172,13 @@ class ModelFile(Protocol):
 
         Raises:
             UserError: when something writes to the stream that an edit cannot change.
+        """
+
+    def matrices(self) -> Matrices:
+        """The model's matrices, and the GGUF tensors that hold them or would hold them.
+
+        Raises:
+            UserError: when the model cannot be a GGUF.
         """
 
     # --- editing it ---

@@ -125,6 +125,16 @@ def read(path: Path) -> Imatrix:
     return found
 
 
+def check_name(path: Path) -> None:
+    """Check the name of an importance matrix that is to be written.
+
+    Raises:
+        UserError: when it does not end in .gguf.
+    """
+    if path.suffix.lower() != ".gguf":
+        raise UserError(f"{path}: the name of an importance matrix ends in .gguf.")
+
+
 def given(path: Path | None) -> Imatrix | None:
     """The importance matrix in a file, or None without a file."""
     return None if path is None else read(path)
