@@ -319,6 +319,7 @@ class Measuring(Choices):
     Attributes:
         editing: the edit with which candidates are tried.
         batch_size: how many replies are generated at the same time.
+        max_tokens: the longest reply to a validation prompt, in tokens.
     """
 
     prompting: Prompting = Prompting()
@@ -328,6 +329,7 @@ class Measuring(Choices):
     editing: Editing = Editing()
     batch_size: int = 32
     chatting: Chatting = Chatting()
+    max_tokens: int = 64
 
     @property
     def by_hand(self) -> bool:
@@ -362,7 +364,7 @@ class RunOptions(Choices):
         """How the direction is found."""
         return Measuring(
             self.prompting, self.given, self.finding, self.searching, self.editing,
-            self.replying.batch_size, self.chatting,
+            self.replying.batch_size, self.chatting, self.replying.max_tokens,
         )  # fmt: skip
 
 

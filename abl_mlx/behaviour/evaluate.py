@@ -54,8 +54,8 @@ Wholes = Callable[[Sequence[Question], int], Iterator[tuple[int, WholeReply]]]
 #: The largest number of harmless prompts for the KL; each takes K·V float32 numbers on disk.
 KL_PROMPTS = 32
 
-#: How many prompts llama.cpp answers at the same time, each with its own cache. With 16 a processor
-#: makes 1.5 times as many replies per second as with 4.
+#: How many prompts llama.cpp answers at most at the same time, each with its own cache. With 16 a
+#: processor makes 1.5 times as many replies per second as with 4.
 SIDE_BY_SIDE = 16
 
 
@@ -299,11 +299,14 @@ class InLlamaCpp:
         path: the file; for a split model, the first part.
         lora: an adapter for it; None for none.
         given: a chat template that replaces the file's own.
+        batch_size: how many replies are generated at the same time, at most `SIDE_BY_SIDE`. With
+            one at a time every run gives the same replies, to the last bit.
     """
 
     path: Path
     lora: Path | None = None
     given: GivenTemplate | None = None
+    batch_size: int = SIDE_BY_SIDE
 
     def __call__(self, prompts: Sequence[Question], max_tokens: int) -> list[str]:
         """Replies in the order of the prompts."""
@@ -352,7 +355,7 @@ class InLlamaCpp:
         # text has at least as many characters as tokens; some tokens are added for the template.
         longest = max((prompt_of(one).length for one in prompts), default=0)
         room = 512 + longest + max_tokens
-        side_by_side = max(1, min(SIDE_BY_SIDE, len(prompts)))
+        side_by_side = max(1, min(SIDE_BY_SIDE, self.batch_size, len(prompts)))
         return LlamaCpp(
             self.path, n_ctx=room, n_parallel=side_by_side, lean=True, lora=self.lora,
             given=self.given,

@@ -335,7 +335,8 @@ def reply_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             default=32,
             show_default=True,
             type=click.IntRange(min=1),
-            help="How many replies are generated at the same time.",
+            help="How many replies are generated at the same time; with 1 every run gives the "
+            "same ones.",
         ),
         click.option(
             "--save-replies",

@@ -84,6 +84,10 @@ class Finder:
         """
         return self._file(self._chosen(causal))
 
+    def choice(self) -> tuple[Variant, list[Tried]]:
+        """The chosen variant, by what its removal does, and what was tried for it."""
+        return self._chosen(causal=True), self._tried
+
     def best_separating(self, most: int) -> list[selection.Score]:
         """The candidates that separate the validation prompts best, at most one of each layer.
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from abl_mlx.choices import Finding, Measuring
 from abl_mlx.commands import (
     first_look,
-    keep_choice,
     prompt_choice,
     reply_choice,
     thinking_switch,
@@ -18,7 +17,8 @@ from abl_mlx.commands import (
 from abl_mlx.commands.candidate_choice import Finder, rank_of
 from abl_mlx.commands.forecast import forecast
 from abl_mlx.commands.held_out import HeldOut
-from abl_mlx.commands.keep_choice import KeepFinder, Keeping
+from abl_mlx.commands.keep_choice import KeepFinder
+from abl_mlx.commands.reply_judge import Judge
 from abl_mlx.commands.views import View
 from abl_mlx.directions import direction_file, measuring
 from abl_mlx.directions.direction_file import DirectionFile
@@ -31,6 +31,7 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.encoded_sets import ByMode, EncodedSets, opened
 from abl_mlx.models.generation import timed
 from abl_mlx.models.writers import Writer
+from abl_mlx.records.evaluations import STAYING
 from abl_mlx.search.sources import SearchPrompts
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
@@ -97,18 +98,21 @@ def _found(
         found = _given(chat, how)
     elif tuple(prompts) == (None,):
         sets = prompts[None]
+        judge = Judge(chat, writers, prompts, how) if sets.staying and causal else None
+        sets = sets if judge is None else judge.prompts[None]
         view = views.at_prompt(chat, sets)
-        keeping = keep_choice.keeping(chat, writers, sets, how) if causal else None
-        with _measured(chat, writers, view, how, keeping, told) as finder:
+        with _measured(chat, writers, view, how, judge, told) as finder:
             try:
                 found = finder.file(causal=causal)
             except OpensAlike:
-                found = _by_replies(chat, writers, prompts, [view], how, finder)
+                judge = judge or Judge(chat, writers, prompts, how)
+                found = _by_replies(chat, writers, judge, [view], how, finder)
             if isinstance(finder, KeepFinder) and how.searching.search is not None:
                 encoded = finder.to_search(sets)
     else:
-        seen = _views(chat, prompts, how)
-        found = _by_replies(chat, writers, prompts, seen, how)
+        judge = Judge(chat, writers, prompts, how)
+        seen = _views(chat, judge.prompts, how)
+        found = _by_replies(chat, writers, judge, seen, how)
         encoded = _screened(seen, found)
     if how.searching.search is None:
         return found
@@ -125,7 +129,7 @@ def _found(
 def _by_replies(
     chat: ChatModel,
     writers: Sequence[Writer],
-    prompts: ByMode,
+    judge: Judge,
     seen: Sequence[View],
     how: Measuring,
     measured: Finder | None = None,
@@ -136,7 +140,6 @@ def _by_replies(
         seen: where directions are measured.
         measured: the candidates of the only view, whose first tokens do not tell.
     """
-    judge = reply_choice.Judge(chat, writers, prompts, how)
 
     def worth_judging(view: View) -> list[DirectionFile]:
         """The directions of a view, the best first.
@@ -148,14 +151,16 @@ def _by_replies(
             say(_ALIKE)
             return measured.files_of(measured.best_separating(_SEPARATING_ALONE))
         say(f"  {view.name}:")
-        with _measured(chat, writers, view, how) as finder:
+        with _measured(chat, writers, view, how, judge) as finder:
             try:
+                if isinstance(finder, KeepFinder):
+                    return finder.finalists()
                 return [finder.file()]
             except OpensAlike:
                 say(_ALIKE)
                 return finder.files_of(finder.best_separating(_SEPARATING))
 
-    return reply_choice.choose(judge, seen, worth_judging)
+    return reply_choice.choose(judge, how.editing, seen, worth_judging)
 
 
 def _views(chat: ChatModel, prompts: ByMode, how: Measuring) -> list[View]:
@@ -196,10 +201,14 @@ def _measured(
     writers: Sequence[Writer],
     view: View,
     how: Measuring,
-    keeping: Keeping | None = None,
+    judge: Judge | None = None,
     told: Told | None = None,
 ) -> Iterator[Finder]:
-    """The candidates of a view, ready to be chosen from."""
+    """The candidates of a view, ready to be chosen from.
+
+    Args:
+        judge: knows which refusals are to stay, if any are.
+    """
     train, validation = view.train, view.validation
     candidates = measuring.measure(
         chat,
@@ -220,7 +229,10 @@ def _measured(
         capture.stored(chat, validation["harmless"], offsets, label="validation, harmless") as good,
     ):
         measured = chat, writers, candidates, train, validation, (bad, good), how
-        yield Finder(*measured, told) if keeping is None else KeepFinder(keeping, *measured)
+        if judge is not None and any(validation.get(name) for name in STAYING):
+            yield KeepFinder(judge, *measured, told)
+        else:
+            yield Finder(*measured, told)
 
 
 def check_method(how: Measuring) -> None:
@@ -292,11 +304,11 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
     if how.given.direction is not None:
         _given(chat, how)
         return
-    if sets.staying and how.prompting.thinking != thinking.OFF:
+    if sets.staying and how.prompting.thinking != thinking.OFF and how.searching.search:
         flag = "--keep" if sets.kept is not None else "--keep-system"
         raise UserError(
-            f"{flag} and --thinking {how.prompting.thinking} do not go together: leave one of them "
-            "out."
+            f"--search, {flag} and --thinking {how.prompting.thinking} do not go together: leave "
+            "one of them out."
         )
     check_method(how)
     prompt_choice.borderline_part(sets, how.prompting, how.finding, "validation")

@@ -24,7 +24,8 @@ from convert.base.errors import UserError
 #: The number of prompts of each set that are asked at a time, and the largest number.
 DOZEN, MOST = 12, 48
 
-#: The number of tokens in each reply, enough for a refusal's first sentence.
+#: The number of tokens in each reply, enough for a refusal's first sentence. Where no refusal is
+#: seen in them, the same prompts are asked for replies of `Measuring.max_tokens`.
 REPLY_TOKENS = 24
 
 #: The number of tokens of each reply that are searched for a common opening.
@@ -41,7 +42,7 @@ _QUOTED, _FEW_WORDS = 60, 4
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts of one set with the unedited model's replies, cut to `REPLY_TOKENS`.
+    """Prompts of one set with the unedited model's replies.
 
     Attributes:
         encoded: the prompts that may be asked. The first ones were asked, one for each reply.
@@ -172,12 +173,10 @@ def look(chat: ChatModel, sets: EncodedSets, how: Measuring) -> FirstLook:
     openings: list[list[int]] = []
     verdicts: list[Verdict] = []
 
-    def ask(*asked: Asked) -> float:
-        """Ask the next dozen of each set; returns the speed in tokens per second."""
-        coming = [one.coming() for one in asked]
-        prompts = [prompt for part in coming for prompt in part.prompts]
-        sequences = [tokens for part in coming for tokens in part.tokens]
-        longest = REPLY_TOKENS
+    def ask(*parts: EncodedSet, longest: int = REPLY_TOKENS) -> float:
+        """Ask prompts of the two sets; returns the speed in tokens per second."""
+        prompts = [prompt for part in parts for prompt in part.prompts]
+        sequences = [tokens for part in parts for tokens in part.tokens]
         if sets.thinking is not None:
             longest += how.prompting.thought_tokens
         replies, rate = timed(
@@ -187,15 +186,23 @@ def look(chat: ChatModel, sets: EncodedSets, how: Measuring) -> FirstLook:
         texts = decode(chat, replies, prompts)
         verdicts.extend(map(classify, texts))
         said = iter(texts)
-        for one, part in zip(asked, coming, strict=True):
+        for one, part in zip((refused, harmless), parts, strict=True):
             one.replies.extend(next(said) for _ in part.prompts)
         return rate
 
-    rate = ask(refused, harmless)
+    rate = ask(refused.coming(), harmless.coming())
     found = FirstLook(refused, harmless, reply_prefix(openings), rate)
     goes_on = not (how.by_hand or how.finding.anyway or found.thinking)
     while goes_on and not found.decided and len(refused.coming()):
-        ask(refused, harmless)
+        ask(refused.coming(), harmless.coming())
+    if goes_on and not (found.clear or found.swapped) and how.max_tokens > REPLY_TOKENS:
+        # Some models say a lot before they decline.
+        again = [one.encoded[: len(one.replies)] for one in (refused, harmless)]
+        for one in (refused, harmless):
+            one.replies.clear()
+        openings.clear()
+        verdicts.clear()
+        ask(*again, longest=how.max_tokens)
     return replace(found, told=_told(openings, verdicts, len(found.prefix)))
 
 

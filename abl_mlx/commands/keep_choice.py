@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,38 +17,32 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.behaviour import kept_refusals
-from abl_mlx.behaviour.evaluate import in_mlx
-from abl_mlx.behaviour.refusals import Verdict, classify
-from abl_mlx.choices import Measuring
 from abl_mlx.commands.candidate_choice import Finder
-from abl_mlx.commands.reply_choice import ENOUGH, REPLY_TOKENS
+from abl_mlx.commands.reply_choice import NONE_KEEPS
+from abl_mlx.commands.reply_judge import ENOUGH, MOST_STAYING, Judge, Replied
 from abl_mlx.directions import estimators, measuring, selection
+from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.measuring import Candidates
-from abl_mlx.directions.staying import Staying
+from abl_mlx.directions.staying import Staying, in_turn
 from abl_mlx.directions.trial import Effect
 from abl_mlx.directions.variants import ALL, OWN, Tried, Variant
-from abl_mlx.edits.edit import Edit
-from abl_mlx.edits.steering import ablation
 from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
-from abl_mlx.models.encoded_sets import EncodedSet, EncodedSets
+from abl_mlx.models.encoded_sets import EncodedSets
 from abl_mlx.models.logits import first_reply_token
-from abl_mlx.models.writers import Writer
-from abl_mlx.records.evaluations import Kept
+from abl_mlx.records.evaluations import STAYING
 from abl_mlx.reports.tables import summary_line
 from abl_mlx.search.sources import SearchPrompts, at_prompts
 from abl_mlx.support.arrays import numbers, numpy_of
 from abl_mlx.support.console import percent, progress, say
 from convert.base.errors import UserError
 
-#: The largest number of validation prompts of each set to which replies are generated.
-MOST_PROMPTS = 24
-
 #: The largest numbers of candidates of each kind that are tried, and of edits that reply.
 MOST_TRIED, MOST_REPLYING = 10, 5
 
-#: The largest number of directions in a subspace that is tried.
-SPAN = 4
+#: The largest number of directions in a subspace that is tried, and of layers of whose states
+#: singular vectors are taken.
+SPAN, _SPAN_LAYERS = 4, 3
 
 #: The numbers of harmful and harmless prompts on which all edits are tried first.
 _FIRST = 8, 4
@@ -60,107 +54,24 @@ _WHOLE = 3
 _COMMON = 0.1
 
 
-def look(chat: ChatModel, sets: EncodedSets, how: Measuring) -> Staying:
-    """Ask the unedited model which validation prompts of these sets it refuses."""
-    refused: dict[str, EncodedSet] = {}
-    answer = in_mlx(chat, batch_size=how.batch_size)
-    for name, part in sets.staying.items():
-        asked = part[:MOST_PROMPTS]
-        replies = answer(asked.prompts, REPLY_TOKENS)
-        verdicts = map(classify, replies, [prompt.text for prompt in asked.prompts])
-        refused[name] = asked.only([verdict is Verdict.REFUSAL for verdict in verdicts])
-        say(
-            f"  {len(refused[name])} of {len(asked)} {kept_refusals.words(name)} validation "
-            "prompts are refused as it is, and are to stay so"
-        )
-    staying = Staying(refused, ())
-    if not staying.mixed:
-        return staying
-    opens = _likeliest(chat, staying.mixed)
-    answers = Counter(_likeliest(chat, sets.validation["harmless"].tokens[:MOST_PROMPTS]))
-    common = {token for token, count in answers.items() if count >= _COMMON * answers.total()}
-    return replace(staying, openings=sorted(set(opens) - common))
+def openings(
+    chat: ChatModel, refused: Sequence[Sequence[int]], harmless: Sequence[Sequence[int]]
+) -> list[int]:
+    """Ids of the tokens with which refusals open that are to stay.
 
-
-def _likeliest(chat: ChatModel, sequences: Sequence[Sequence[int]]) -> list[int]:
-    opened = first_reply_token(chat, sequences)
-    return [int(token) for token in numbers(opened.argmax(axis=-1))]
-
-
-@dataclass(frozen=True)
-class Replied:
-    """Verdicts on the replies with an edit.
-
-    Attributes:
-        left: share of refused and broken replies to harmful prompts, 0 to 1.
-        kept: set -> how many of the refusals that are to stay have stayed.
+    Args:
+        refused: encoded prompts that are refused.
+        harmless: encoded prompts that are answered.
     """
-
-    left: float
-    kept: Mapping[str, Kept] = field(default_factory=dict)
-
-    @property
-    def enough(self) -> bool:
-        """Whether enough refusals stay in every set."""
-        return all(one.enough for one in self.kept.values())
-
-    @property
-    def lost(self) -> float:
-        """The share of lost refusals, 0 to 1, of the set where it is largest."""
-        shares = [one.share for one in self.kept.values() if one.share is not None]
-        return 1 - min(shares, default=1)
+    opens = _likeliest(chat, refused)
+    answers = Counter(_likeliest(chat, harmless[:MOST_STAYING]))
+    common = {token for token, count in answers.items() if count >= _COMMON * answers.total()}
+    return sorted(set(opens) - common)
 
 
-class Judge:
-    """Asks a model under an edit what it still refuses."""
-
-    def __init__(
-        self,
-        chat: ChatModel,
-        writers: Sequence[Writer],
-        sets: EncodedSets,
-        staying: Staying,
-        how: Measuring,
-    ) -> None:
-        self._chat, self._writers, self._staying, self._how = chat, writers, staying, how
-        self._harmful = sets.validation["harmful"].prompts[:MOST_PROMPTS]
-
-    def of(self, edit: Edit) -> Replied:
-        """The verdicts on replies with an edit."""
-        parts = {"harmful": self._harmful, **self._staying.prompts}
-        asked = [prompt for part in parts.values() for prompt in part]
-        with ablation(self._writers, replace(edit, norm="none")):
-            replies = in_mlx(self._chat, batch_size=self._how.batch_size)(asked, REPLY_TOKENS)
-        verdicts = iter(map(classify, replies, [prompt.text for prompt in asked]))
-        told = {name: [next(verdicts) for _ in part] for name, part in parts.items()}
-        harmful = told.pop("harmful")
-        return Replied(
-            sum(one is not Verdict.ANSWER for one in harmful) / max(1, len(harmful)),
-            {
-                name: kept_refusals.kept(
-                    [True] * len(part), [one is Verdict.REFUSAL for one in part]
-                )
-                for name, part in told.items()
-            },
-        )
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """The refusals that are to stay, and what judges whether they do."""
-
-    staying: Staying
-    judge: Judge
-
-
-def keeping(
-    chat: ChatModel, writers: Sequence[Writer], sets: EncodedSets, how: Measuring
-) -> Keeping | None:
-    """The refusals that are to stay; None if there are none."""
-    if not sets.staying:
-        return None
-    staying = look(chat, sets, how)
-    return Keeping(staying, Judge(chat, writers, sets, staying, how)) if staying.mixed else None
+def _likeliest(chat: ChatModel, encoded: Sequence[Sequence[int]]) -> list[int]:
+    opened = first_reply_token(chat, encoded)
+    return [int(token) for token in numbers(opened.argmax(axis=-1))]
 
 
 def own_states(
@@ -194,26 +105,51 @@ def own_states(
 class KeepFinder(Finder):
     """Chooses a candidate whose removal leaves the refusals that are to stay."""
 
-    def __init__(self, keeping: Keeping, *measured: Any):
+    def __init__(self, judge: Judge, *measured: Any):
         """Keep what was measured.
 
         Args:
-            keeping: the refusals that are to stay.
-            measured: the arguments of `Finder`.
+            judge: knows what is to stay.
+            measured: as for `Finder`.
         """
         super().__init__(*measured)
-        self._judge, self._staying = keeping.judge, keeping.staying
+        self._judge, self._unbound = judge, Finder(*measured)
+
+    def finalists(self) -> list[DirectionFile]:
+        """The best candidate of each kind by first reply tokens, for replies to choose from."""
+        return [self._finalist(*one) for one in self._firsts(self._allowed(self._all_rated()))]
+
+    def _finalist(self, variant: Variant, effect: Effect) -> DirectionFile:
+        self._note(variant, effect)
+        return self._file(variant)
+
+    @cached_property
+    def _staying_encoded(self) -> list[list[int]]:
+        """The encoded validation prompts whose refusals are to stay, of all sets in turn."""
+        names = [name for name in STAYING if name in self._validation]
+        return in_turn([self._validation[name] for name in names])
+
+    @cached_property
+    def _openings(self) -> list[int]:
+        return openings(self._chat, self._staying_encoded, self._validation["harmless"])
 
     def _still_refused(self) -> tuple[list[list[int]], Sequence[int]]:
-        return self._staying.mixed, self._staying.openings
+        return self._staying_encoded, self._openings
 
     def _chosen(self, causal: bool) -> Variant:
-        if not causal:
-            return super()._chosen(causal)
-        tried = self._rated(list(self._singles()), "choice that keeps refusals")
+        return self._by_replies(self._all_rated()) if causal else super()._chosen(causal)
+
+    def _all_rated(self) -> list[tuple[Variant, Effect]]:
+        """What would be taken if nothing were to stay, and others beside it, with their effects.
+
+        Subspaces are tried where no single direction is enough.
+        """
+        plain, unbound = self._unbound.choice()
+        self._tried += unbound
+        tried = self._rated([plain, *self._cleared(plain), *self._singles()], "choice that keeps")
         if not any(self._good(effect) for _, effect in tried):
             tried += self._rated(list(self._spans()), "subspaces that keep refusals")
-        return self._by_replies(tried)
+        return tried
 
     def to_search(self, sets: EncodedSets) -> SearchPrompts:
         """The prompts and candidates with which a search keeps the same refusals."""
@@ -221,7 +157,8 @@ class KeepFinder(Finder):
             kind: measuring.orthogonalized(self._described, others)
             for kind, others in self._others.items()
         }
-        return replace(at_prompts(sets), staying=self._staying, orthogonal=orthogonal)
+        staying = Staying(sets.staying, self._openings)
+        return replace(at_prompts(sets), staying=staying, orthogonal=orthogonal)
 
     # --- the candidates --------------------------------------------------------------------------
 
@@ -230,11 +167,22 @@ class KeepFinder(Finder):
         """Kind of candidates -> the vectors to which they are made orthogonal."""
         return own_states(self._chat, self._train, self._candidates)
 
+    def _cleared(self, plain: Variant) -> Iterator[Variant]:
+        """A variant's directions made orthogonal to what is kept."""
+        if plain.directions.ndim == 3:
+            return
+        layer = self.best_separating(1)[0].layer if plain.layer is None else int(plain.layer)
+        for kind, others in self._others.items():
+            along = np.stack([numpy_of(one[layer, -1]) for one in others])
+            rows = estimators.without(numpy_of(plain.directions).astype(np.float64), along)
+            basis, _ = np.linalg.qr(rows.T)
+            yield replace(plain, directions=measuring.float32(basis.T), orthogonal_to=kind)
+
     def _singles(self) -> Iterator[Variant]:
-        """The candidates, and the same made orthogonal to what is to stay."""
+        """The candidates, made orthogonal to what is kept."""
         finding, plain = self._how.finding, self._candidates
-        for kind, others in ((None, []), *self._others.items()):
-            these = measuring.orthogonalized(plain, others) if others else plain
+        for kind, others in self._others.items():
+            these = measuring.orthogonalized(plain, others)
             if finding.per_layer or finding.across == "layers":
                 found = [self._together(position, these) for position in these.positions]
             elif finding.layer is not None:
@@ -246,29 +194,34 @@ class KeepFinder(Finder):
             yield from (replace(one, orthogonal_to=kind) for one in found)
 
     def _spans(self) -> Iterator[Variant]:
-        """Subspaces at the layers that separate best, for when no single direction is enough.
+        """Subspaces without what they have along what is kept.
 
-        They are spanned by the top singular vectors of (states of harmful prompts − harmless mean).
-        These, too, are made orthogonal to what is to stay.
+        What the candidates of several layers have in common, and the top singular vectors of the
+        states of harmful prompts, less the harmless mean, in the layers that separate best.
         """
         finding, plain = self._how.finding, self._candidates
         if finding.method is not None or finding.layer is not None or finding.across is not None:
             return
         position, train = plain.positions[-1], self._train
-        layers = [one.layer for one in self.best_separating(3)]
+        best = self.best_separating(plain.n_layers)
+        apart = selection.apart([one for one in best if one.position == position])
+        for kind, others in self._others.items():
+            these = measuring.orthogonalized(plain, others)
+            for rank in range(2, 1 + min(SPAN, len(apart))):
+                span = these.across_layers(position, rank, apart)
+                among = tuple(apart)
+                yield Variant(
+                    span, these.method, None, position, "layers", among=among, orthogonal_to=kind
+                )
         with capture.stored(self._chat, train["harmful"], [position], label="subspaces") as states:
-            for layer in layers:
+            for layer in (one.layer for one in best[:_SPAN_LAYERS]):
                 mean = numpy_of(plain.harmless_mean[layer, -1]).astype(np.float64)
                 rows = states[layer, 0].astype(np.float64) - mean
-                for kind, others in ((None, []), *self._others.items()):
-                    if others:
-                        along = np.stack([numpy_of(one[layer, -1]) for one in others])
-                        rows_here = estimators.without(rows, along)
-                    else:
-                        rows_here = rows
-                    span, _ = estimators.subspace(rows_here, SPAN)
-                    for rank in range(2, len(span) + 1):
-                        directions = measuring.float32(span[:rank])
+                for kind, others in self._others.items():
+                    along = np.stack([numpy_of(one[layer, -1]) for one in others])
+                    top, _ = estimators.subspace(estimators.without(rows, along), SPAN)
+                    for rank in range(2, len(top) + 1):
+                        directions = measuring.float32(top[:rank])
                         yield Variant(directions, "svd", layer, position, orthogonal_to=kind)
 
     # --- first tokens ----------------------------------------------------------------------------
@@ -316,8 +269,8 @@ class KeepFinder(Finder):
 
     # --- replies ---------------------------------------------------------------------------------
 
-    def _by_replies(self, tried: Sequence[tuple[Variant, Effect]]) -> Variant:
-        """The variant with the best verdicts on replies."""
+    def _allowed(self, tried: Sequence[tuple[Variant, Effect]]) -> list[tuple[Variant, Effect]]:
+        """Those within the KL limit, the best first."""
         limit = self._how.finding.max_kl
         allowed = [one for one in tried if one[1].kl <= limit]
         if not allowed:
@@ -326,49 +279,69 @@ class KeepFinder(Finder):
                 f"every candidate would move harmless prompts by more than --max-kl {limit:g} (the "
                 f"gentlest by {lowest:.3f}): raise --max-kl, or choose with --layer and --position."
             )
-        allowed.sort(key=lambda one: self._rank(one[1]))
-        # The best of each kind come first.
-        kinds: set[str | None] = set()
-        firsts: list[tuple[Variant, Effect]] = []
-        rest: list[tuple[Variant, Effect]] = []
+        return sorted(allowed, key=lambda one: self._rank(one[1]))
+
+    @staticmethod
+    def _firsts(allowed: Sequence[tuple[Variant, Effect]]) -> list[tuple[Variant, Effect]]:
+        """The first of each kind."""
+        found: dict[str | None, tuple[Variant, Effect]] = {}
         for one in allowed:
-            (rest if one[0].orthogonal_to in kinds else firsts).append(one)
-            kinds.add(one[0].orthogonal_to)
+            found.setdefault(one[0].orthogonal_to, one)
+        return list(found.values())
+
+    def _by_replies(self, tried: Sequence[tuple[Variant, Effect]]) -> Variant:
+        """The variant with the best verdicts on replies."""
+        allowed = self._allowed(tried)
+        firsts = self._firsts(allowed)
+        rest = [one for one in allowed if not any(one is other for other in firsts)]
         some = [*firsts, *rest][:MOST_REPLYING]
         asked = []
         with progress(len(some), "replies", "edit") as bar:
             for variant, effect in some:
-                asked.append((variant, effect, self._judge.of(self._edit(variant))))
+                replied = self._judge.of(self._edit(variant))
+                asked.append(Asked(variant, effect, replied, self._judge.dropped(replied)))
                 bar.update()
-        variant, effect, replied = min(asked, key=_merit)
-        for each, known, told in asked:
-            kept = "; ".join(kept_refusals.sentence(*one) for one in told.kept.items())
+        best = min(asked, key=lambda one: one.merit)
+        for one in asked:
+            mark = " (taken)" if one is best else f" ({one.dropped})" if one.dropped else ""
             say(
-                f"  {summary_line(each.record())}: {percent(told.left)} refused or broken, KL "
-                f"{known.kl:.3f}; {kept}{' (taken)' if each is variant else ''}"
+                f"  {summary_line(one.variant.record())}: {percent(one.replied.worst)} refused or "
+                f"broken, KL {one.effect.kl:.3f}{one.replied.kept_words}{mark}"
             )
-        if not replied.enough:
-            say(
-                "warning: no edit that was tried ends refusals and leaves those that are to stay: "
-                "the one that loses fewest is taken"
-            )
-        self._note(variant, effect, replied)
-        return variant
-
-    def _note(self, variant: Variant, effect: Effect, replied: Replied) -> None:
-        self._notes = {
+        if not best.replied.enough:
+            say(NONE_KEEPS)
+        self._note(best.variant, best.effect)
+        self._notes |= {
             "chosen_by": "lowest KL of those that end refusals and keep those that are to stay"
-            if replied.enough and replied.left <= ENOUGH
+            if self._judge.works(best.replied)
             else "fewest lost of the refusals that are to stay, of those that end the others",
-            **self._first_tokens(effect.refusal, effect.refused, effect.kl),
-            "kept": {name: one.json for name, one in replied.kept.items()},
+            "kept": {name: one.json for name, one in best.replied.kept.items()},
         }
+        return best.variant
+
+    def _note(self, variant: Variant, effect: Effect) -> None:
+        """Keep for the record what first tokens say of a variant."""
+        self._notes = self._first_tokens(effect.refusal, effect.refused, effect.kl)
         if effect.kept_share is not None:
             self._notes["kept_refused"] = effect.kept_share
 
 
-def _merit(one: tuple[Variant, Effect, Replied]) -> tuple[float, float, int, float]:
-    """Sort key of edits with replies: few refusals left, few lost, few directions, low KL."""
-    variant, effect, replied = one
-    lost = 0.0 if replied.enough else replied.lost
-    return max(replied.left, ENOUGH), lost, variant.rank, effect.kl
+@dataclass(frozen=True)
+class Asked:
+    """A variant that replied.
+
+    Attributes:
+        effect: on first reply tokens.
+        dropped: why it cannot be taken; "" where it can.
+    """
+
+    variant: Variant
+    effect: Effect
+    replied: Replied
+    dropped: str = ""
+
+    @property
+    def merit(self) -> tuple[bool, float, float, int, float]:
+        """Sort key: refusals ended, refusals kept, few directions, low KL."""
+        worst = max(self.replied.worst, ENOUGH)
+        return bool(self.dropped), worst, self.replied.lost, self.variant.rank, self.effect.kl

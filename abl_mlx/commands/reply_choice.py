@@ -7,41 +7,22 @@ replies in every mode of thinking, thoughts included. The mode with more refusal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.behaviour.evaluate import in_mlx
-from abl_mlx.behaviour.refusals import Tally, Verdict, classify
-from abl_mlx.behaviour.thought_figures import Thought, figures, times_as_long
-from abl_mlx.choices import Measuring
+from abl_mlx.choices import Editing
 from abl_mlx.commands.edit_choice import make_edit
+from abl_mlx.commands.reply_judge import ENOUGH, Judge, Replied
 from abl_mlx.commands.views import View
 from abl_mlx.directions.direction_file import DirectionFile
-from abl_mlx.edits.steering import ablation
-from abl_mlx.inputs import thinking
-from abl_mlx.inputs.sets import Prompt
-from abl_mlx.models.chat_model import ChatModel
-from abl_mlx.models.distributions import kl_divergence
-from abl_mlx.models.encoded_sets import ByMode
-from abl_mlx.models.logits import first_reply_token
-from abl_mlx.models.writers import Writer
-from abl_mlx.records.directions import JudgedFinalist, JudgedInModes, RepliedInMode
-from abl_mlx.support.arrays import number, numpy_of
+from abl_mlx.records.directions import JudgedFinalist, JudgedInModes
+from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import percent, progress, say
 from convert.base.errors import UserError
-
-#: The numbers of harmful and harmless validation prompts that are asked in each mode.
-JUDGED = 16, 8
-
-#: The tokens of each reply behind its thought, enough for a refusal's first sentence.
-REPLY_TOKENS = 32
-
-#: The largest share of refused and broken replies that counts as none.
-ENOUGH = 0.0625
 
 # The number of finalists of a single view whose spans are judged.
 _OF_ONE_VIEW = 3
@@ -49,142 +30,86 @@ _OF_ONE_VIEW = 3
 # Joined unit vectors span a further direction only if its singular value is larger than this.
 _SHARED = 0.05
 
+#: What is said where nothing that was tried keeps the refusals that are to stay.
+NONE_KEEPS = (
+    "warning: no edit that was tried ends refusals and leaves those that are to stay: the one that "
+    "loses fewest is taken"
+)
+
 
 @dataclass(frozen=True)
 class Finalist:
     """A direction or subspace that is judged by replies.
 
     Attributes:
-        views: where its directions were measured.
-        files: the direction files that it is made of, of different views if there are several.
-        directions: (k, d); or (L, k, d), of one view.
-        kl: mean KL at the first reply token of harmless prompts, nats; the larger of the modes'.
-        replied: mode -> verdicts on replies.
+        files: what it is made of, one or more of different views.
+        directions: (k, d), or (L, k, d) of one view.
     """
 
     views: tuple[View, ...]
     files: tuple[DirectionFile, ...]
     directions: mx.array
-    kl: float = 0.0
-    replied: Mapping[str, RepliedInMode] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str | None:
+        """To what its directions were made orthogonal, as of `Variant.orthogonal_to`."""
+        found: str | None = self.files[0].metadata["summary"].get("orthogonal_to")
+        return found
 
     @property
     def name(self) -> str:
         """A name for messages."""
-        return " + ".join(view.name for view in self.views)
+        kept = "" if self.kind is None else f", orthogonal to what is kept ({self.kind})"
+        return " + ".join(view.name for view in self.views) + kept
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A finalist with what it replies.
+
+    Attributes:
+        dropped: why it cannot be taken; "" where it can.
+        works: whether refusals are gone in every mode, and little else.
+    """
+
+    finalist: Finalist
+    replied: Replied
+    dropped: str
+    works: bool
 
     @property
-    def worst(self) -> float:
-        """The share of refused and broken replies to harmful prompts, the larger of the modes'."""
-        return max(one.refused + one.broken for one in self.replied.values())
+    def merit(self) -> tuple[float, float, float]:
+        """Sort key where none works: refusals ended, then refusals kept, then the KL."""
+        replied = self.replied
+        return (
+            (max(replied.worst, ENOUGH) if replied.kept else replied.worst),
+            replied.lost,
+            (replied.kl),
+        )
 
-    def record(self, dropped: str) -> JudgedFinalist:
-        """The finalist as a part of the record.
-
-        Args:
-            dropped: the reason why it cannot be chosen; "" if it can.
-        """
+    def record(self) -> JudgedFinalist:
+        """Its part of the record."""
+        one = self.finalist
         return JudgedFinalist(
-            views=[view.record() for view in self.views],
-            rank=int(self.directions.shape[-2]),
-            kl=self.kl,
-            modes=dict(self.replied),
-            dropped=dropped or None,
-        )
-
-
-class Judge:
-    """Asks a model in every mode of thinking, unedited and with directions ablated."""
-
-    def __init__(
-        self, chat: ChatModel, writers: Sequence[Writer], prompts: ByMode, how: Measuring
-    ) -> None:
-        """Ask the unedited model."""
-        self._chat, self._writers, self._how = chat, writers, how
-        self._sets = prompts
-        self._base = {mode: self._first(mode) for mode in self._sets}
-        self.before = {
-            thinking.name(mode): self._replies(mode, "replies before") for mode in self._sets
-        }
-
-    def of(self, finalist: Finalist) -> Finalist:
-        """The finalist with its figures."""
-        edit = replace(
-            make_edit(finalist.directions, replace(self._how.editing, strength=1.0)), norm="none"
-        )
-        with ablation(self._writers, edit):
-            apart = [
-                number(kl_divergence(before, self._first(mode)).mean())
-                for mode, before in self._base.items()
-            ]
-            replied = {
-                thinking.name(mode): self._replies(mode, "replies without it")
-                for mode in self._sets
-            }
-        return replace(finalist, kl=max(apart), replied=replied)
-
-    def works(self, one: Finalist) -> bool:
-        """Whether refusals end in every mode, and hardly anything else changes."""
-        return one.worst <= ENOUGH and not self.dropped(one)
-
-    def dropped(self, one: Finalist) -> str:
-        """The reason why a finalist cannot be chosen; "" if it can."""
-        finding = self._how.finding
-        if not one.kl <= finding.max_kl:
-            return f"KL {one.kl:.3f} over the limit of {finding.max_kl:g}"
-        for mode, now in one.replied.items():
-            was = self.before[mode]
-            lost = now.harmless_lost
-            if lost - was.harmless_lost > 1 / JUDGED[1]:
-                return f"{percent(lost)} of harmless prompts refused or broken, thinking {mode}"
-            longer = times_as_long(was.thought_words, now.thought_words)
-            if longer is not None and longer > finding.max_thought_growth:
-                return f"thoughts {longer:.2f} times as long"
-        return ""
-
-    def _prompts(self, mode: str | None) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-        sets = self._sets[mode]
-        refused, harmless = sets.validation[sets.refused], sets.validation["harmless"]
-        return refused.prompts[: JUDGED[0]], harmless.prompts[: JUDGED[1]]
-
-    def _first(self, mode: str | None) -> mx.array:
-        """Log-probabilities (N, V) of the first token that follows harmless prompts."""
-        harmless = self._sets[mode].validation["harmless"]
-        found = first_reply_token(self._chat, harmless.tokens[:16])
-        mx.eval(found)
-        return found
-
-    def _replies(self, mode: str | None, label: str) -> RepliedInMode:
-        harmful, harmless = self._prompts(mode)
-        budget = 0 if mode is None else self._how.prompting.thought_tokens
-        answer = in_mlx(self._chat, batch_size=self._how.batch_size)
-        replies = answer([*harmful, *harmless], REPLY_TOKENS + budget)
-        bad, good = (
-            Tally.of(
-                classify(reply, prompt.text) for reply, prompt in zip(part, prompts, strict=True)
-            )
-            for part, prompts in (
-                (replies[: len(harmful)], harmful),
-                (replies[len(harmful) :], harmless),
-            )
-        )
-        thoughts = figures(map(Thought.of, replies))
-        return RepliedInMode(
-            refused=bad.rate(Verdict.REFUSAL),
-            broken=bad.rate(Verdict.BROKEN),
-            harmless_lost=good.rate(Verdict.REFUSAL) + good.rate(Verdict.BROKEN),
-            thought_words=None if thoughts is None else thoughts.words,
+            views=[view.record() for view in one.views],
+            rank=int(one.directions.shape[-2]),
+            orthogonal_to=one.kind,
+            kl=self.replied.kl,
+            modes=dict(self.replied.modes),
+            dropped=self.dropped or None,
         )
 
 
 def choose(
     judge: Judge,
+    editing: Editing,
     views: Sequence[View],
     candidates_of: Callable[[View], Sequence[DirectionFile]],
 ) -> DirectionFile:
     """The direction, or the subspace of several, that ends refusals in every mode of thinking.
 
     Args:
+        editing: the edit with which they are tried.
         judge: asks the model.
         views: the places where directions are measured.
         candidates_of: the candidates of a view that are worth judging, the best first.
@@ -200,19 +125,20 @@ def choose(
             "in no mode of thinking does the model tell harmful from harmless prompts, so there is "
             "no direction to measure: check with `abl-mlx eval --thinking both`."
         )
-    judged: list[Finalist] = []
+    judged: list[Judged] = []
     for size in (1, 2, 3):
         some = singles if size == 1 else _spans(singles, size)
         with progress(len(some), "directions, by replies", "edit") as bar:
             for one in some:
-                judged.append(judge.of(one))
+                replied = judge.of(make_edit(one.directions, editing))
+                judged.append(Judged(one, replied, judge.dropped(replied), judge.works(replied)))
                 bar.update()
                 # The candidates of one view are in the order of their separation.
-                if len(views) == 1 and judge.works(judged[-1]):
+                if len(views) == 1 and judged[-1].works:
                     break
-        if any(map(judge.works, judged)):
+        if any(one.works for one in judged):
             break
-    return _file(judge, judged, _best(judge, judged))
+    return _file(judge, judged, _best(judged))
 
 
 def _spans(singles: Sequence[Finalist], size: int) -> list[Finalist]:
@@ -226,6 +152,8 @@ def _spans(singles: Sequence[Finalist], size: int) -> list[Finalist]:
         flat = flat[:_OF_ONE_VIEW]
     found = []
     for group in combinations(flat, size):
+        if len({one.kind for one in group}) > 1:
+            continue
         views = tuple(view for one in group for view in one.views)
         if len({view.name for view in views}) < min(size, len(names)):
             continue
@@ -244,55 +172,69 @@ def _span(directions: Sequence[mx.array]) -> mx.array:
     return mx.array(basis[sizes > _SHARED].astype(np.float32))
 
 
-def _best(judge: Judge, judged: Sequence[Finalist]) -> Finalist:
-    left = [one for one in judged if not judge.dropped(one)]
+def _best(judged: Sequence[Judged]) -> Judged:
+    left = [one for one in judged if not one.dropped]
     if not left:
-        gentlest = min(judged, key=lambda one: one.kl)
+        gentlest = min(judged, key=lambda one: one.replied.kl)
         raise UserError(
             f"every direction that was tried changes too much (the gentlest: "
-            f"{judge.dropped(gentlest)}): raise --max-kl or --max-thought-growth, or choose with "
+            f"{gentlest.dropped}): raise --max-kl or --max-thought-growth, or choose with "
             "--layer and --position."
         )
-    working = [one for one in left if judge.works(one)]
+    working = [one for one in left if one.works]
     if working:
-        return min(working, key=lambda one: (one.directions.shape[-2], one.kl))
-    return min(left, key=lambda one: (one.worst, one.kl))
+        return min(working, key=lambda one: (one.finalist.directions.shape[-2], one.replied.kl))
+    return min(left, key=lambda one: one.merit)
 
 
-def _file(judge: Judge, judged: Sequence[Finalist], taken: Finalist) -> DirectionFile:
+def _file(judge: Judge, judged: Sequence[Judged], taken: Judged) -> DirectionFile:
     """The chosen finalist as a direction file, whose metadata lists all finalists."""
-    first = taken.files[0]
+    one, replied = taken.finalist, taken.replied
+    first = one.files[0]
     summary = {
         **first.metadata["summary"],
-        **taken.views[0].record().json,
+        **one.views[0].record().json,
         "chosen_by": "fewest refusals in replies to validation prompts, in the worse mode of "
         "thinking",
-        "judged": JudgedInModes(before=judge.before, after=dict(taken.replied), kl=taken.kl).json,
+        "judged": JudgedInModes(before=judge.before, after=dict(replied.modes), kl=replied.kl).json,
     }
-    if len(taken.files) > 1:
+    if replied.kept:
+        summary["kept"] = {name: kept.json for name, kept in replied.kept.items()}
+    if len(one.files) > 1:
         summary |= {
-            "rank": int(taken.directions.shape[-2]),
+            "rank": int(one.directions.shape[-2]),
             "across": "views",
-            "views": [view.record().json for view in taken.views],
+            "views": [view.record().json for view in one.views],
         }
-    for one in judged:
-        shares = ", ".join(
-            f"{percent(replied.refused)} refused with thinking {mode}"
-            for mode, replied in one.replied.items()
-        )
-        mark = " (taken)" if one is taken else f" ({why})" if (why := judge.dropped(one)) else ""
-        say(f"  {one.name}: {shares}, KL {one.kl:.3f}{mark}")
-    if not judge.works(taken):
-        beyond = [one for one in judged if one.worst <= ENOUGH]
-        if beyond:
-            other = min(beyond, key=lambda one: one.kl)
-            say(f"  what ends refusals is beyond a limit: {other.name} ({judge.dropped(other)})")
+    _tell(judged, taken)
     return replace(
         first,
-        selected=taken.directions,
+        selected=one.directions,
         metadata={
             **first.metadata,
             "summary": summary,
-            "finalists": [one.record(judge.dropped(one)).json for one in judged],
+            "finalists": [each.record().json for each in judged],
         },
     )
+
+
+def _tell(judged: Sequence[Judged], taken: Judged) -> None:
+    """Say what each finalist replies, and what could not be reached."""
+    for one in judged:
+        shares = ", ".join(
+            f"{percent(replied.refused)} refused with thinking {mode}"
+            for mode, replied in one.replied.modes.items()
+        )
+        mark = " (taken)" if one is taken else f" ({one.dropped})" if one.dropped else ""
+        say(
+            f"  {one.finalist.name}: {shares}, KL {one.replied.kl:.3f}"
+            f"{one.replied.kept_words}{mark}"
+        )
+    if taken.works:
+        return
+    beyond = [one for one in judged if one.dropped and one.replied.worst <= ENOUGH]
+    if beyond:
+        other = min(beyond, key=lambda one: one.replied.kl)
+        say(f"  what ends refusals is beyond a limit: {other.finalist.name} ({other.dropped})")
+    if not taken.replied.enough:
+        say(NONE_KEEPS)

@@ -361,7 +361,7 @@ def _in_llamacpp(job: Job, runtime: InLlamaCpp | None) -> InLlamaCpp | None:
     """llama.cpp with the job's options; None if it is not installed."""
     if runtime is None or not evaluate.llamacpp_is_there():
         return None
-    return replace(runtime, given=job.model.given)
+    return replace(runtime, given=job.model.given, batch_size=job.options.replying.batch_size)
 
 
 def _unit(found: Found) -> mx.array:

@@ -92,7 +92,9 @@ def opened(
             say(prompt_tokens.without_system_role(name))
         memory.check(file.source.title, file.size, asked=options.memory_check)
         if runtime == "llama.cpp":
-            in_llamacpp = evaluate.InLlamaCpp(path, given=file.given)
+            in_llamacpp = evaluate.InLlamaCpp(
+                path, given=file.given, batch_size=options.replying.batch_size
+            )
             ask, wholes, served = in_llamacpp.stream, in_llamacpp.wholes, None
         else:
             from abl_mlx.behaviour.llama_server import LlamaServer

@@ -106,7 +106,9 @@ def at_thought(chat: ChatModel, sets: EncodedSets, how: Measuring) -> View | Non
             f"  {missing} of {asked} thoughts do not end within --thought-tokens "
             f"{how.prompting.thought_tokens}, and are left out"
         )
-    if any(len(part[name]) < _FEWEST for part in found.values() for name in part):
+    needed = [*found["train"].values()]
+    needed += [mine for name, mine in found["validation"].items() if name not in sets.staying]
+    if any(len(sequences) < _FEWEST for sequences in needed):
         say("  too few thoughts end in time: directions are measured at the end of the prompt")
         return None
     shared = list(common_prefix([one.behind[: first_look.OPENING_TOKENS] for one in every]))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from typing import TypeVar
 
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.encoded_sets import EncodedSet
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -30,5 +33,10 @@ class Staying:
     @property
     def mixed(self) -> list[list[int]]:
         """The token ids of the prompts of all sets, in turn."""
-        rows = chain.from_iterable(zip_longest(*(one.tokens for one in self.sets.values())))
-        return [one for one in rows if one is not None]
+        return in_turn([one.tokens for one in self.sets.values()])
+
+
+def in_turn(parts: Sequence[Sequence[Item]]) -> list[Item]:
+    """What is in several lists, one of each at a time."""
+    rows = chain.from_iterable(zip_longest(*parts))
+    return [one for one in rows if one is not None]

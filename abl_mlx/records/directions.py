@@ -211,12 +211,14 @@ class RepliedInMode(Part):
         refused, broken: shares of the replies to harmful prompts, 0 to 1.
         harmless_lost: share of refused or broken replies to harmless prompts, 0 to 1.
         thought_words: mean length in words of the thoughts that end; None if no thought does.
+        kept: with an edit: set -> how many of the refusals that are to stay have stayed.
     """
 
     refused: float
     broken: float
     harmless_lost: float
     thought_words: float | None = None
+    kept: dict[str, Kept] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +242,7 @@ class JudgedFinalist(Part):
     Attributes:
         views: where its directions were measured.
         rank: the number of its directions.
+        orthogonal_to: as in `Selection`.
         kl: mean KL at the first reply token of harmless prompts, nats; the larger of the modes'.
         modes: mode -> verdicts on replies.
         dropped: the reason why it cannot be chosen.
@@ -247,6 +250,7 @@ class JudgedFinalist(Part):
 
     views: list[ViewOf]
     rank: int
+    orthogonal_to: str | None = None
     kl: float
     modes: dict[str, RepliedInMode]
     dropped: str | None = None

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from abl_mlx.behaviour import evaluate, llamacpp, whole_reply
 from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.whole_reply import SPREAD, TOKENS, WORDS
+from abl_mlx.cli.main import cli
 from abl_mlx.eval_choices import Asking
 from abl_mlx.inputs import prompts, sources
 from abl_mlx.models import chat_model
@@ -176,3 +178,23 @@ def test_white_space_that_the_runtime_took_off_does_not_move_the_cut() -> None:
 def test_pieces_of_another_text_only_count() -> None:
     whole = whole_reply.of_pieces("abcdefgh", [b"xy", b"z", b"!", b"?"])
     assert (whole.unit, whole.tokens, whole.cut(2)) == (SPREAD, 4, "abcd")
+
+
+def test_one_prompt_at_a_time_where_batches_are_of_one(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--batch-size` holds for llama.cpp as well."""
+    found = []
+
+    class Slots(LlamaCpp):
+        def __init__(self, *given: Any, n_parallel: int, **named: Any) -> None:
+            found.append(n_parallel)
+            super().__init__(*given, n_parallel=n_parallel, n_threads=1, **named)
+
+    monkeypatch.setattr(llamacpp, "LlamaCpp", Slots)
+    for size in ("1", "3"):
+        result = CliRunner().invoke(
+            cli, ["eval", str(gguf), "--limit", "4", "--max-tokens", "4", "--batch-size", size]
+        )
+        assert result.exit_code == 0, result.output
+    assert found == [1, 3]

@@ -54,6 +54,15 @@ def test_the_chance_of_a_difference_is_fishers():
     assert first_look.chance(0, 12, 0, 12) == 1
 
 
+def test_a_model_that_declines_late_is_asked_for_longer_replies(monkeypatch):
+    """As of a model that says so much first that nothing is seen in the usual length."""
+    monkeypatch.setattr(first_look, "REPLY_TOKENS", 1)
+    found = looked(REFUSED, ANSWERED)
+    assert found.clear
+    assert found.record()["harmful"] == {"asked": 12, "refused": 12}
+    assert not looked(REFUSED, ANSWERED, max_tokens=1).clear
+
+
 def test_a_dozen_of_each_set_tell_a_model_that_refuses():
     found = looked(REFUSED, ANSWERED)
     assert found.clear

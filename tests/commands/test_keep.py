@@ -15,14 +15,16 @@ from abl_mlx.behaviour.kept_refusals import kept, sentence
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import Editing, Measuring
 from abl_mlx.cli.main import cli
-from abl_mlx.commands import edit_choice, find, keep_choice, prompt_choice
-from abl_mlx.commands.keep_choice import Replied
+from abl_mlx.commands import edit_choice, find, keep_choice, prompt_choice, reply_judge
+from abl_mlx.commands.reply_judge import Judge, Replied
 from abl_mlx.directions import direction_file, measuring
 from abl_mlx.directions.measuring import Candidates
+from abl_mlx.directions.staying import Staying
 from abl_mlx.directions.trial import Effect
 from abl_mlx.directions.variants import Variant
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs.kept import with_kept
+from abl_mlx.records.directions import RepliedInMode
 from abl_mlx.search.screening import Screen, Screened, Trial
 from abl_mlx.search.survivors import Asked, choose, unmet
 from tests.support import small_models
@@ -100,14 +102,16 @@ def test_candidates_lose_what_is_kept_and_stay_orthonormal():
         assert r @ np.array((harmful - harmless)[layer, place]) > 0
 
 
-def replied(left, *counts, of=10):
-    return Replied(left, {str(n): kept([True] * of, [k < c for k in range(of)])
-                          for n, c in enumerate(counts)})  # fmt: skip
+def replied(left, *counts, of=10, harmless_lost=0.0):
+    each = {str(n): kept([True] * of, [k < c for k in range(of)]) for n, c in enumerate(counts)}
+    mode = RepliedInMode(refused=left, broken=0.0, harmless_lost=harmless_lost, kept=each or None)
+    return Replied({"off": mode}, 0.01)
 
 
-def merit(left, *counts, rank=1, kl=0.01):
+def merit(left, *counts, rank=1, kl=0.01, dropped=""):
     variant = Variant(mx.ones((rank, 4)), "svd", 1, -1)
-    return keep_choice._merit((variant, Effect((0.0,), (False,), (kl,)), replied(left, *counts)))
+    effect = Effect((0.0,), (False,), (kl,))
+    return keep_choice.Asked(variant, effect, replied(left, *counts), dropped).merit
 
 
 def test_replies_decide_by_ended_refusals_then_by_kept_ones_then_by_gentleness():
@@ -116,6 +120,33 @@ def test_replies_decide_by_ended_refusals_then_by_kept_ones_then_by_gentleness()
     # Above the wanted share more is not better; of several sets the worst counts.
     assert merit(0.0, 9, kl=0.001) < merit(0.0, 10, kl=0.002) < merit(0.0, 10, rank=2, kl=0.0)
     assert merit(0.0, 9, 9) < merit(0.0, 8, 8) < merit(0.0, 10, 7)
+    assert keeps_all_but_leaves < merit(0.0, 10, dropped="thoughts 2.00 times as long")
+
+
+def test_an_edit_counts_by_its_worse_mode():
+    off, on = replied(0.0, 10).modes["off"], replied(0.5, 7).modes["off"]
+    both = Replied({"off": off, "on": on}, 0.01)
+    assert both.worst == 0.5
+    assert not both.enough
+    assert both.lost == pytest.approx(0.3)
+    assert list(both.kept) == ["0", "0, thinking on"]
+    assert "7 of 10 refusals of 0, thinking on prompts stay" in both.kept_words
+
+
+def test_validation_replies_are_read_as_far_as_verdicts_take(monkeypatch):
+    monkeypatch.setattr(reply_judge, "REPLY_TOKENS", 1)
+    model = abl_mlx.load("demo")
+    sets = abl_mlx.load_prompts(model=model)
+    nothing = edit_choice.make_edit(mx.eye(model.width)[:1], Editing(strength=1e-6))
+
+    def refused(**chosen):
+        how = Measuring.of(**chosen)
+        prompts = prompt_choice.encoded(model.chat, sets, how)
+        judge = Judge(model.chat, model.writers, prompts, how)
+        return judge.of(nothing).modes["off"].refused
+
+    assert refused() == 1
+    assert refused(max_tokens=1) < 1
 
 
 @cache
@@ -176,11 +207,36 @@ def test_what_a_system_message_declines_is_measured_and_kept(tmp_path):
     assert "off_topic train" in read.metadata["prompt_hashes"]
 
 
-def test_thinking_and_kept_refusals_do_not_go_together(tmp_path):
+def test_kept_refusals_are_judged_in_both_modes_of_thinking(tmp_path):
+    """The thinker refuses all instruments alike, so ending the others ends those of horns, too."""
+    thinker = small_models.folder("thinker")
+    horns = ("doom trumpet", "dragon horn", "demon tuba", "banshee bugle")
+    lines = (thinker / "locked.txt").read_text().splitlines()
+    kept = tmp_path / "horns.txt"
+    kept.write_text("\n".join(line for line in lines if any(one in line for one in horns)))
+    result = call(
+        "measure", thinker, "-o", tmp_path / "d.safetensors", "--harmful", thinker / "locked.txt",
+        "--harmless", thinker / "allowed.txt", "--keep", kept, "--thinking", "both",
+        "--thought-tokens", 64, "--limit", 32, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    direction = json.loads(result.stdout)["direction"]
+    assert set(direction["kept"]) == {"kept", "kept, thinking on"}
+    assert all(one["refused"] == 7 for one in direction["kept"].values())
+    after = direction["judged"]["after"]
+    assert all(mode["refused"] + mode["broken"] <= 0.0625 for mode in after.values())
+    assert not all(one["enough"] for one in direction["kept"].values())
+    assert "7 of 7 kept validation prompts, thinking on, are refused as it is" in result.stderr
+    assert "warning: no edit that was tried ends refusals and leaves those" in result.stderr
+    kinds = {one.get("orthogonal_to") for one in json.loads(result.stdout)["finalists"]}
+    assert kinds == {None, "own", "all"}
+
+
+def test_a_search_with_thinking_keeps_no_refusals(tmp_path):
     result = call("measure", small_models.folder("thinker"), "-o", tmp_path / "d.safetensors",
-                  "--keep-system", "Be kind.", "--thinking", "both")  # fmt: skip
+                  "--keep-system", "Be kind.", "--thinking", "both", "--search", 4)  # fmt: skip
     assert result.exit_code == 1
-    assert "--keep-system and --thinking both do not go together" in result.stderr
+    assert "--search, --keep-system and --thinking both do not go together" in result.stderr
 
 
 # --- the search --------------------------------------------------------------------------------
@@ -204,9 +260,10 @@ def test_a_search_takes_what_keeps_and_else_what_loses_fewest():
 def test_screening_counts_lost_refusals_as_much_as_refusals_that_are_left():
     model = abl_mlx.load("demo")
     sets = abl_mlx.load_prompts(model=model, keep="category:cloth")
-    prompts = prompt_choice.encoded(model.chat, sets, Measuring())[None]
-    encoded = [prompts.validation[name].tokens for name in ("harmful", "harmless")]
-    staying = keep_choice.look(model.chat, prompts, Measuring())
+    prompts = prompt_choice.encoded(model.chat, sets, Measuring())
+    encoded = [prompts[None].validation[name].tokens for name in ("harmful", "harmless")]
+    judge = Judge(model.chat, model.writers, prompts, Measuring())
+    staying = Staying(judge.prompts[None].staying, [])
     assert len(staying.mixed) == 7
     plain = Screen(model.chat, model.writers, *encoded)
     keeping = Screen(model.chat, model.writers, *encoded, staying=staying)
