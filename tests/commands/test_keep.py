@@ -137,7 +137,7 @@ def test_validation_replies_are_read_as_far_as_verdicts_take(monkeypatch):
     monkeypatch.setattr(reply_judge, "REPLY_TOKENS", 1)
     model = abl_mlx.load("demo")
     sets = abl_mlx.load_prompts(model=model)
-    nothing = edit_choice.make_edit(mx.eye(model.width)[:1], Editing(strength=1e-6))
+    nothing = edit_choice.make_edit(mx.eye(model.chat.width)[:1], Editing(strength=1e-6))
 
     def refused(**chosen):
         how = Measuring.of(**chosen)
