@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from abl_mlx import __version__
-from abl_mlx.outputs import staging
+from abl_mlx.outputs import destinations, staging
 from abl_mlx.outputs.model_file import find_model
 from abl_mlx.outputs.other_format import NewTypes
 from abl_mlx.records.edits import ConvertRecord
@@ -43,6 +43,7 @@ def convert(
         staging.check([out], model.source, model.adapter)
         types = NewTypes(quantize, keep_types, imatrix, bits, group_size, dtype)
         _check(text, model.format, out, types)
+        destinations.check_further([out], model)
         with clock.step("convert"):
             written = model.convert(out, types)
     return ConvertRecord(

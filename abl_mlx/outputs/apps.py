@@ -88,7 +88,8 @@ def deliver(places: Placed, source: Source, folder: Path | None) -> None:
         kept = source.ollama
         settings = settings_of(kept) if kept is not None else describe(path, folder)[0]
         further = further_files.of_source(source)
-        store_writing.file(name, path, settings, projectors=further.projectors, draft=further.draft)
+        projectors = further.filed(path)
+        store_writing.file(name, path, settings, projectors=projectors, draft=further.draft)
         for beside in [staging.companions(path)["modelfile"], *further.places([path])]:
             beside.unlink(missing_ok=True)
 
@@ -125,7 +126,7 @@ def _of_gguf(path: Path, source: Source, given_to: str | None) -> list[str]:
         f"llama-server -m {shlex.quote(str(path if path.exists() or not parts else parts[0]))}"
     )
     names = further_files.of_source(source).names(path).projectors
-    if names:
+    if names and path.with_name(names[0]).is_file():
         command += f" --mmproj {shlex.quote(str(path.with_name(names[0])))}"
     modelfile = staging.companions(path)["modelfile"]
     if given_to is not None:

@@ -27,15 +27,19 @@ def check(paths: Sequence[Path], model: ModelFile, editing: Editing, writing: Wr
         UserError: naming the output or the flag.
     """
     staging.check(paths, model.source, model.adapter)
-    _check_further(paths, model)
+    check_further(paths, model)
     if writing.keep_undo:
         undo_file.check_keep(paths, model.source.name, model.format, editing.norm)
     if writing.ollama_create is not None:
         first_gguf(paths, writing.ollama_create)
 
 
-def _check_further(paths: Sequence[Path], model: ModelFile) -> None:
-    """Check that projectors and draft models of the source can be copied beside GGUF outputs."""
+def check_further(paths: Sequence[Path], model: ModelFile) -> None:
+    """Check that the further files of the source can be written beside GGUF outputs.
+
+    Raises:
+        UserError: naming a file that is in the way, or a folder with too little space.
+    """
     outputs = [path for path in paths if staging.format_of(path) == staging.GGUF]
     if not outputs:
         return

@@ -23,7 +23,7 @@ from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer
-from abl_mlx.outputs import adapter_outputs, folder_quantized, mtp, undo_file
+from abl_mlx.outputs import adapter_outputs, folder_quantized, further_files, mtp, undo_file
 from abl_mlx.outputs.folder_plan import Plan, TensorEdit, measure_leak
 from abl_mlx.outputs.gguf_plan import quantize, rounded_to_float
 from abl_mlx.outputs.provenance import edit_label, gguf_metadata
@@ -256,7 +256,7 @@ class FolderEdit:
         )
         types = sorted({report.types[report.tensors[name]] for name in edits})
         note = notes.joined(
-            notes.vision(report.left_out),
+            further_files.write_tower(folder, output.staged),
             notes.modelfile(lost_of_template(output.staged, folder)),
         )
 

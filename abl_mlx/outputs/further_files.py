@@ -1,20 +1,26 @@
 """GGUFs that belong to a model beside its own: projectors and a draft model.
 
 They hold no edited weight. An output in GGUF gets a copy of each beside it, so that it takes
-pictures and sound as the source does.
+pictures and sound as the source does. A folder's vision tower becomes a projector beside the
+output.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from abl_mlx.inputs.sources import Source
+from abl_mlx.support import notes
 from convert.gguf import projector
 from convert.gguf.file import metadata
+from convert.gguf.file_types import FILE_TYPES
 from convert.ollama.description import Beside
+from convert.projectors import folder as towers
+from convert.projectors.folder import Projector, Unwritable
 
 
 @dataclass(frozen=True)
@@ -25,34 +31,49 @@ class FurtherFiles:
         projectors: files that turn pictures or sound into tokens.
         draft: a small model for speculative decoding, if there is one.
         undecided: projectors beside a GGUF that all fit it, so that none is taken.
+        tower: the projector that a folder's vision tower becomes, which `write_tower` writes.
     """
 
     projectors: tuple[Path, ...] = ()
     draft: Path | None = None
     undecided: tuple[Path, ...] = ()
+    tower: Projector | None = None
 
     @property
     def size(self) -> int:
-        """Bytes of all files that are copied."""
+        """Bytes of all files that are copied or written; of a tower, the most."""
         files = [*self.projectors, *([self.draft] if self.draft else [])]
-        return sum(file.stat().st_size for file in files)
+        copied = sum(file.stat().st_size for file in files)
+        return copied + (self.tower.size if self.tower else 0)
 
     def names(self, output: Path) -> Beside:
-        """The names of the copies beside an output, such as ``mmproj-edited.gguf``."""
-        numbers = range(1, len(self.projectors) + 1)
+        """The names of the files beside an output, such as ``mmproj-edited.gguf``."""
+        numbers = range(1, len(self.projectors) + (self.tower is not None) + 1)
         return Beside(
             tuple(_beside("mmproj" if n == 1 else f"mmproj{n}", output) for n in numbers),
             _beside("draft", output) if self.draft else None,
         )
 
     def copy(self, output: Path, folder: Path) -> Beside:
-        """Copy the files into a folder, under the names that they have beside an output."""
+        """Copy the files into a folder, under the names that they have beside an output.
+
+        Returns:
+            The names, with that of a tower that `write_tower` has put there.
+        """
         names = self.names(output)
-        for name, file in zip(names.projectors, self.projectors, strict=True):
+        for name, file in zip(names.projectors, self.projectors, strict=False):
             shutil.copyfile(file, folder / name)
         if self.draft is not None and names.draft is not None:
             shutil.copyfile(self.draft, folder / names.draft)
-        return names
+        there = tuple(name for name in names.projectors if (folder / name).is_file())
+        return replace(names, projectors=there)
+
+    def filed(self, output: Path) -> list[Path]:
+        """The projectors as files: the source's own, or the one beside an output."""
+        if self.tower is None:
+            return list(self.projectors)
+        found = [output.with_name(name) for name in self.names(output).projectors]
+        return [path for path in found if path.is_file()]
 
     def places(self, outputs: Sequence[Path]) -> list[Path]:
         """The paths of all copies for these outputs in GGUF."""
@@ -65,19 +86,53 @@ class FurtherFiles:
 
 
 def of_source(source: Source) -> FurtherFiles:
-    """The further files of a source: as Ollama's store has them, or the projector beside a GGUF.
+    """The further files of a source.
+
+    They are those in Ollama's store, the projector beside a GGUF, or what a folder's tower becomes.
 
     Raises:
-        UserError: when the source is a GGUF that cannot be read.
+        UserError: when the source's files cannot be read.
     """
     if source.ollama is not None:
         return FurtherFiles(source.ollama.projectors, source.ollama.draft)
     if not source.is_gguf:
-        return FurtherFiles()
+        return _of_folder(source.path)
     keys = metadata(source.path)
     width = keys.get(f"{keys.get('general.architecture')}.embedding_length", 0)
     found = tuple(projector.beside(source.path, width)) if isinstance(width, int) else ()
     return FurtherFiles(found) if len(found) == 1 else FurtherFiles(undecided=found)
+
+
+def _of_folder(folder: Path) -> FurtherFiles:
+    with suppress(Unwritable):
+        return FurtherFiles(tower=towers.find(folder))
+    return FurtherFiles()
+
+
+def write_tower(folder: Path, gguf: Path) -> str | None:
+    """Write the projector of a folder beside the GGUF that was made from the folder.
+
+    It is in F32 or BF16 where the GGUF is, else in F16.
+
+    Args:
+        folder: the model's folder.
+        gguf: the written file.
+
+    Returns:
+        A note on it; None where the folder has no vision tower.
+    """
+    try:
+        tower = towers.find(folder)
+        if tower is None:
+            return None
+        (name,) = FurtherFiles(tower=tower).names(gguf).projectors
+        keys = metadata(gguf)
+        chosen = keys.get("general.file_type")
+        kind = next((one for one in towers.TYPES if FILE_TYPES[one][0] == chosen), "F16")
+        tower.write(gguf.with_name(name), kind, name=str(keys.get("general.name", gguf.stem)))
+    except Unwritable as error:
+        return notes.no_tower(error.tensors, str(error))
+    return notes.tower(name, len(tower.sources))
 
 
 def _beside(what: str, output: Path) -> str:

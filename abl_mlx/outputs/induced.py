@@ -26,7 +26,7 @@ from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer
-from abl_mlx.outputs import folder_outputs, gguf_outputs
+from abl_mlx.outputs import folder_outputs, further_files, gguf_outputs
 from abl_mlx.outputs.provenance import gguf_metadata, label
 from abl_mlx.outputs.staging import (
     ADAPTERS,
@@ -274,9 +274,9 @@ class ConstantEdit:
     def _write_gguf(self, output: Output) -> Written:
         raise NotImplementedError
 
-    def _written_gguf(self, output: Output) -> Written:
-        keeps = self.source.ollama is not None
-        note = None if keeps else notes.modelfile(lost_of_template(output.staged))
+    def _written_gguf(self, output: Output, note: str | None = None) -> Written:
+        if self.source.ollama is None:
+            note = notes.joined(note, notes.modelfile(lost_of_template(output.staged)))
         return Written(
             output,
             _facts(output, note),
@@ -314,7 +314,8 @@ class FolderConstant(ConstantEdit):
             write_gguf(
                 folder, output.staged, file_type=self.writing.quantize or "F16", metadata=metadata
             )
-        return self._written_gguf(output)
+        tower = further_files.write_tower(self.source.path, output.staged)
+        return self._written_gguf(output, tower)
 
 
 @dataclass

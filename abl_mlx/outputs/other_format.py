@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx.inputs.sources import Source
+from abl_mlx.outputs import further_files
 from abl_mlx.outputs.edit_label import gguf_label
 from abl_mlx.outputs.provenance import TAGS
 from abl_mlx.outputs.staging import FOLDER, GGUF
@@ -16,6 +17,7 @@ from abl_mlx.records.edits import Converted
 from abl_mlx.support import notes
 from abl_mlx.support.console import progress, progress_to
 from convert import gguf_to_mlx, mlx_to_gguf
+from convert.base.atomic import new_files
 from convert.gguf import imatrix
 from convert.gguf.file import GgufSource
 from convert.gguf.file_types import FLOATS
@@ -58,21 +60,23 @@ def to_gguf(
     if label is not None:
         metadata["general.tags"] = TAGS
         metadata |= {f"abl_mlx.{key}": value for key, value in label.items()}
-    with progress_to(f"write {out.name}", "tensor") as moved:
+    with new_files(out) as folder, progress_to(f"write {out.name}", "tensor") as moved:
+        staged = folder / out.name
         report = mlx_to_gguf.write_gguf(
             source.path,
-            out,
+            staged,
             file_type=types.quantize or "F16",
             metadata=metadata,
             imatrix=imatrix.given(types.imatrix),
             progress=moved,
         )
+        tower = further_files.write_tower(source.path, staged)
     return Converted(
         output=str(out),
         format=GGUF,
         tensors=dict(Counter(report.types.values())),
         bytes=report.bytes,
-        note=notes.joined(notes.vision(report.left_out), notes.repacked(report.forms)),
+        note=notes.joined(tower, notes.repacked(report.forms)),
     )
 
 

@@ -51,13 +51,22 @@ def window(config: Mapping[str, Any]) -> str | None:
     )
 
 
-def vision(tensors: Sequence[str]) -> str | None:
-    """Note for a GGUF without the vision tower that its folder has."""
-    if not tensors:
-        return None
+def tower(name: str, tensors: int) -> str:
+    """Note for a GGUF with the vision tower of its folder beside it, in the file ``name``."""
+    return f"the vision tower ({tensors} tensors) is in {name}, unedited"
+
+
+def no_tower(tensors: Sequence[str], why: str) -> str:
+    """Note for a GGUF without the vision tower that its folder has.
+
+    Args:
+        tensors: the tower's tensors.
+        why: the reason, as a part of a sentence.
+    """
     return (
-        f"left out: {len(tensors)} tensors of the vision tower (such as {tensors[0]}): llama.cpp "
-        "takes pictures by an mmproj GGUF of its own, which its convert_hf_to_gguf.py writes"
+        f"left out: {len(tensors)} tensors of the vision tower (such as {tensors[0]}): {why}; "
+        "llama.cpp takes pictures by an mmproj GGUF of its own, which its convert_hf_to_gguf.py "
+        "writes"
     )
 
 

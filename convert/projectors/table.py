@@ -1,0 +1,17 @@
+"""The families of vision towers that become projectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from convert.projectors import gemma3
+from convert.projectors.tower import Family
+
+FAMILIES: tuple[Family, ...] = (*gemma3.FAMILIES,)
+"""Every family."""
+
+
+def family(config: Mapping[str, Any]) -> Family | None:
+    """The family of a folder with this config.json; None where there is none."""
+    return next((one for one in FAMILIES if one.fits(config)), None)

@@ -1,0 +1,114 @@
+"""Vision towers of folders as projectors, against llama.cpp's own converter.
+
+What the converter makes of the same folders is recorded in tests/support/projector_record.json by
+``python -m tests.support.record_projectors``, which says how to run it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from convert.projectors import folder as towers
+from convert.projectors.table import FAMILIES
+from tests.support import seeing
+from tests.support.record_projectors import FILE_TYPES, RECORD, told
+
+RECORDED: dict[str, dict[str, Any]] = json.loads(RECORD.read_text())["towers"]
+
+
+def test_every_family_is_recorded() -> None:
+    assert RECORDED.keys() == seeing.FAMILIES.keys()
+    kinds = {one["F16"]["metadata"]["clip.projector_type"][1] for one in RECORDED.values()}
+    assert kinds == {one.kind for one in FAMILIES}
+    assert all(set(one) == set(FILE_TYPES) == set(towers.TYPES) for one in RECORDED.values())
+
+
+@pytest.mark.parametrize("mlx", [False, True], ids=["published", "mlx-vlm"])
+@pytest.mark.parametrize("name", seeing.FAMILIES)
+def test_a_tower_becomes_the_file_that_the_converter_writes(
+    name: str, mlx: bool, tmp_path: Path
+) -> None:
+    folder = seeing.write(tmp_path / "model", name, mlx=mlx)
+    found = towers.find(folder)
+    assert found is not None
+    for kind in FILE_TYPES:
+        path = tmp_path / f"{kind}.gguf"
+        found.write(path, kind)
+        assert told(path) == RECORDED[name][kind]
+
+
+def _change(folder: Path, change: Any) -> None:
+    path = folder / "model.safetensors"
+    weights = dict(mx.load(str(path)))
+    change(weights)
+    mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
+
+
+def test_a_tower_with_what_llama_cpp_does_not_know_is_not_written(tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "gemma3")
+    stray = "vision_tower.vision_model.encoder.layers.0.gate.weight"
+    _change(folder, lambda weights: weights.update({stray: mx.zeros((4, 4))}))
+    with pytest.raises(towers.Unwritable, match=f"^{stray} has no place") as caught:
+        towers.find(folder)
+    assert stray in caught.value.tensors
+
+
+def test_a_tower_in_part_is_not_written(tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "gemma3")
+    _change(
+        folder,
+        lambda weights: weights.pop("vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight"),
+    )
+    with pytest.raises(towers.Unwritable, match="not all tensors of the 4 blocks"):
+        towers.find(folder)
+
+
+def test_without_the_settings_of_pictures_nothing_is_written(tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "gemma3")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(towers.Unwritable, match="there is no image_mean in preprocessor_config"):
+        towers.find(folder)
+
+
+@pytest.mark.parametrize(("value", "said"), [(1e6, "too large for F16"), (np.nan, "not finite")])
+def test_values_that_do_not_fit_leave_no_file(value: float, said: str, tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "gemma3")
+    name = "vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight"
+
+    def change(weights: dict[str, mx.array]) -> None:
+        weights[name] = mx.full(weights[name].shape, value)
+
+    _change(folder, change)
+    found = towers.find(folder)
+    assert found is not None
+    with pytest.raises(towers.Unwritable, match=said):
+        found.write(tmp_path / "mmproj.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_settings_of_transformers_5_count_as_well(tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "gemma3")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    found = towers.find(folder)
+    assert found is not None
+    assert found.keys["clip.vision.image_mean"] == settings["image_mean"]
+    assert "clip.vision.projector.scale_factor" not in found.keys
+
+
+def test_a_folder_without_a_tower_has_no_projector(tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "gemma3")
+    _change(
+        folder,
+        lambda weights: [
+            weights.pop(name) for name in list(weights) if not name.startswith("language_model.")
+        ],
+    )
+    assert towers.find(folder) is None
