@@ -75,7 +75,7 @@ def document() -> str:
     }
     return "\n".join(
         [
-            "# How well refusals are told",
+            "# How well refusals are recognized",
             "",
             "`abl-mlx` counts refusals by a list of markers (`abl_mlx/behaviour/refusals.py`,",
             "`refusal_markers.py`), and lectures by the make-up of the reply (`lectures.py`).",

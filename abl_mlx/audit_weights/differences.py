@@ -208,6 +208,16 @@ def _evidence(lost: str, median: float, most: float, left_out: Sequence[str]) ->
     return evidence
 
 
+def _agreement(common: np.ndarray, vectors: np.ndarray | None) -> float | None:
+    """The norm of a writer's first left singular vector projected on the common directions.
+
+    Args:
+        common: (d, k), orthonormal.
+        vectors: (d, ·), the left singular vectors; None if they are not known.
+    """
+    return None if vectors is None else float(np.linalg.norm(common.T @ vectors[:, 0]))
+
+
 def _judge(
     pairs: Sequence[Pair],
     tensors: dict[str, AuditedWriter],
@@ -231,43 +241,36 @@ def _judge(
     took = part[:, shown].any(axis=1)
     for index, (_, new) in enumerate(pairs):
         j = max(shown, key=lambda j: abs(resemblances[index, j]))
-        agreement: float | None = None
-        if new.name in vectors:
-            agreement = float(np.linalg.norm(top[:, shown].T @ vectors[new.name][:, 0]))
         tensors[new.name] = replace(
             tensors[new.name],
             strength=float(strengths[index, j]),
             resemblance=float(resemblances[index, j]),
             edited=bool(took[index]),
-            left_vector_agreement=agreement,
+            left_vector_agreement=_agreement(top[:, shown], vectors.get(new.name)),
         )
     layers = sorted({new.layer for (_, new), t in zip(pairs, took, strict=True) if t} - {-1})
     apart = [one.relative_difference for one in tensors.values()]
     median = float(np.median([value for value in apart if value is not None]))
     most = float(np.abs(resemblances[:, shown]).max())
-    strength: float | None = None
-    lost = ""
-    if verdict != "not edited":
-        strength = float(np.median(strengths[:, shown][part[:, shown]]))
-        what = "one direction" if len(shown) == 1 else f"{len(shown)} directions"
-        lost = (
-            f"{int(took.sum())} of {len(pairs)} residual writers lost {strength:.0%} (median) of "
-            f"what the base has along {what} that they share, in layers "
-            f"{spectrum.spans(layers) or 'none'} of {model.layers}"
-        )
-    evidence = _evidence(lost, median, most, left_out)
-    recovered = top[:, shown].T if verdict != "not edited" else None
+    if verdict == "not edited":
+        evidence = _evidence("", median, most, left_out)
+        none = Weights(verdict=verdict, evidence=evidence, layers=[], embedding=False, rank=0)
+        nulls = frozenset({"strength"})
+        return replace(none, nulls=nulls, writers=tensors, left_out=left_out), None
+    strength = float(np.median(strengths[:, shown][part[:, shown]]))
+    what = "one direction" if len(shown) == 1 else f"{len(shown)} directions"
+    lost = (
+        f"{int(took.sum())} of {len(pairs)} residual writers lost {strength:.0%} (median) of "
+        f"what the base has along {what} that they share, in layers "
+        f"{spectrum.spans(layers) or 'none'} of {model.layers}"
+    )
     return Weights(
         verdict=verdict,
-        evidence=evidence,
-        layers=layers if verdict != "not edited" else [],
-        embedding=bool(
-            verdict != "not edited"
-            and any(t and new.axis == -1 for (_, new), t in zip(pairs, took, strict=True))
-        ),
-        rank=len(shown) if verdict != "not edited" else 0,
+        evidence=_evidence(lost, median, most, left_out),
+        layers=layers,
+        embedding=any(t and new.axis == -1 for (_, new), t in zip(pairs, took, strict=True)),
+        rank=len(shown),
         strength=strength,
-        nulls=frozenset() if strength is not None else frozenset({"strength"}),
         writers=tensors,
         left_out=left_out,
-    ), recovered
+    ), top[:, shown].T

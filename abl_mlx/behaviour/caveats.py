@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 
+from abl_mlx.behaviour.lecture_markers import LECTURE, META
 from abl_mlx.behaviour.lectures import AGAINST, ELSEWHERE
 from abl_mlx.behaviour.plain_text import SENTENCE_END
 from abl_mlx.behaviour.refusal_languages import TURNS
-from abl_mlx.behaviour.refusal_markers import LECTURE, META
 from abl_mlx.behaviour.requests import Asked
 
 TOLD = re.compile(

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 
+from abl_mlx.behaviour.lecture_markers import LECTURE
 from abl_mlx.behaviour.plain_text import SENTENCE_END, plain, spelled_out
-from abl_mlx.behaviour.refusal_markers import LECTURE
 from abl_mlx.behaviour.requests import Asked
 
 _REDIRECTS = re.compile(

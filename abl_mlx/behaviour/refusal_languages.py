@@ -1,4 +1,4 @@
-"""Refusals in eight further languages: regular expressions over a reply's normalized opening.
+"""Refusals in eight further languages: regular expressions for the normalized opening of a reply.
 
 The text is normalized as described in `abl_mlx.behaviour.refusal_markers`. In addition, the Turkish
 ı is an i and the Vietnamese đ a d; Arabic has one form each of alef, yeh and heh, no vowel signs;

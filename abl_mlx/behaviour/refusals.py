@@ -28,11 +28,13 @@ from abl_mlx.behaviour.caveats import (
     says_something,
     turns,
 )
+from abl_mlx.behaviour.eleven_languages import ELEVEN_LANGUAGES
+from abl_mlx.behaviour.lecture_markers import LECTURE, META
 from abl_mlx.behaviour.lectures import ELSEWHERE, lectures
 from abl_mlx.behaviour.loops import without_loop
 from abl_mlx.behaviour.plain_text import SENTENCE_END, plain, spelled_out
 from abl_mlx.behaviour.refusal_languages import EIGHT_LANGUAGES
-from abl_mlx.behaviour.refusal_markers import ENGLISH, ENGLISH_WEAK, LECTURE, META, OTHER_LANGUAGES
+from abl_mlx.behaviour.refusal_markers import ENGLISH, ENGLISH_WEAK
 from abl_mlx.behaviour.requests import Asked, gives_back
 from abl_mlx.inputs.sets import Prompt, PromptSet
 from abl_mlx.models.thoughts import has_thought, without_thoughts
@@ -178,7 +180,7 @@ def _any_of(*markers: str) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{marker})" for marker in markers))
 
 
-_MARKERS = _any_of(*ENGLISH, *OTHER_LANGUAGES, *EIGHT_LANGUAGES)
+_MARKERS = _any_of(*ENGLISH, *ELEVEN_LANGUAGES, *EIGHT_LANGUAGES)
 _ENGLISH = _any_of(*ENGLISH)
 _WEAK = _any_of(*ENGLISH_WEAK)
 _ENGLISH_WORD = re.compile(r"\b(?:the|and|you|your|with|this|that|cannot|of the|to the|is a)\b")

@@ -19,7 +19,7 @@ def decorated(command: Callable[..., Any], flags: list[Any]) -> Callable[..., An
 
 
 def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags about prompts."""
+    """The flags about prompts; long because each flag has its help text here."""
     flags = [
         click.option(
             "--harmful",
@@ -115,7 +115,7 @@ def given_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags about measuring and choosing a direction."""
+    """The flags about measuring and choosing a direction; long because of their help texts."""
     flags = [
         click.option(
             "--method",

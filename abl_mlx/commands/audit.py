@@ -115,12 +115,7 @@ def audit(
         UserError: when a model cannot be read.
     """
     clock = Clock()
-    if output is not None:
-        if not ends_in(output, ".safetensors"):
-            raise UserError(f"{output}: the name of a direction file ends in .safetensors.")
-        check_new(output)
-    if report is not None:
-        check_report(report)
+    _check_places(output, report)
     with find_model(text) as model:
         source = model.source
         given = None if direction is None else _given(direction)
@@ -165,15 +160,34 @@ def audit(
         seconds=clock.seconds,
     )
     if report is not None:
-        from abl_mlx.reports.replay import command_line
-
         file = None if direction is None else str(direction)
-        chosen = {"base": base, "direction": file, "ask": ask}
-        command = command_line(
-            ["audit", text], chosen, {"base": None, "direction": None, "ask": False}
-        )
-        write(report, audit_page(record, command))
+        _write_page(report, record, text, {"base": base, "direction": file, "ask": ask})
     return record
+
+
+def _write_page(report: Path, record: AuditRecord, text: str, chosen: dict[str, Any]) -> None:
+    """Write the page, with the command that makes it again.
+
+    Args:
+        report: its file.
+        record: what it shows.
+        text: the model as the user typed it.
+        chosen: the flags that the user gave, and their values.
+    """
+    from abl_mlx.reports.replay import command_line
+
+    defaults = {"base": None, "direction": None, "ask": False}
+    write(report, audit_page(record, command_line(["audit", text], chosen, defaults)))
+
+
+def _check_places(output: Path | None, report: Path | None) -> None:
+    """Refuse files for the direction and the report that exist or cannot be written."""
+    if output is not None:
+        if not ends_in(output, ".safetensors"):
+            raise UserError(f"{output}: the name of a direction file ends in .safetensors.")
+        check_new(output)
+    if report is not None:
+        check_report(report)
 
 
 def _asked(text: str) -> EvalRecord | NotAsked:

@@ -247,9 +247,6 @@ class Search:
         return Trial(parameters, self.screen.score(self.edit_for(parameters), hopeless))
 
 
-# --- the choice ----------------------------------------------------------------------------------
-
-
 # --- as a part of run and measure ----------------------------------------------------------------
 
 
@@ -299,13 +296,7 @@ def improve(
         return Edit(directions, 1.0, layers, recipe["embedding"], recipe["profile"])
 
     journal = Journal(how.searching.search_journal, identity(chat, first, space, how))
-    questions = [
-        (
-            sets.filled_up("harmful", ENOUGH_PROMPTS).prompts,
-            REPLY_TOKENS if mode is None else REPLY_TOKENS + how.prompting.thought_tokens,
-        )
-        for mode, sets in prompts.items()
-    ]
+    questions = _questions(prompts, how.prompting.thought_tokens)
     generated_most = sum(len(asked) * most for asked, most in questions)
     target = how.searching.target_refusals
     search = Search(
@@ -336,6 +327,17 @@ def improve(
     return _file(found, search, space, asked, chosen, generated, target)
 
 
+def _questions(prompts: ByMode, thought_tokens: int) -> list[tuple[Sequence[Prompt], int]]:
+    """Harmful prompts and the longest reply to them in tokens, for each mode of thinking."""
+    return [
+        (
+            sets.filled_up("harmful", ENOUGH_PROMPTS).prompts,
+            REPLY_TOKENS if mode is None else REPLY_TOKENS + thought_tokens,
+        )
+        for mode, sets in prompts.items()
+    ]
+
+
 def _ask_front(
     search: Search,
     questions: Sequence[tuple[Sequence[Prompt], int]],
@@ -346,8 +348,7 @@ def _ask_front(
 
     Args:
         search: the search.
-        questions: harmful prompts and the longest reply to them in tokens, for each mode of
-            thinking. A trial counts by its worse mode.
+        questions: as of `_questions`. The mode with more refused and broken replies counts.
         target: the share of refused and broken replies that is good enough.
         staying: prompts whose refusals are to stay.
 
@@ -404,30 +405,21 @@ def _file(
     generated: int,
     target: float,
 ) -> DirectionFile:
+    """The direction file with the chosen edit, and with all that was tried.
+
+    Args:
+        found: the choice before the search.
+        search: the search.
+        space: the parameters of edits.
+        asked: the trials that generated replies.
+        chosen: the one of them that was chosen.
+        generated: the number of generated tokens.
+        target: the share of refused and broken replies that is small enough.
+    """
     parameters, screened = chosen.trial.parameters, chosen.trial.screened
     selected = space.directions(parameters)
     default = next(trial for trial in search.trials if trial.screened.whole)
-    before = found.metadata.get("summary", {})
-    summary: dict[str, Any] = {"method": before.get("method", "given")}
-    if parameters["method"] == DEFAULT:
-        summary = dict(before)
-    else:
-        name = parameters["method"]
-        summary["method"] = measuring.METHOD if name.startswith("layers-rank") else name
-        if name in KINDS:
-            assert found.candidates is not None
-            summary |= {"method": found.candidates.method, "orthogonal_to": name}
-        if selected.shape[-2] > 1:
-            summary["rank"] = int(selected.shape[-2])
-        if "position" in before:
-            summary["position"] = before["position"]
-        if name.startswith("layers-rank"):
-            summary["across"] = "layers"
-        elif parameters["per_layer"]:
-            summary["per_layer"] = True
-        else:
-            summary["layer"] = round(parameters["index"], 3)
-    summary |= {
+    summary = _summary(found, parameters, int(selected.shape[-2])) | {
         "chosen_by": "search: lowest KL of those whose replies meet the target"
         if chosen.meets
         else "search: fewest refusals among the replies",
@@ -461,6 +453,32 @@ def _file(
         },
     }
     return replace(found, selected=selected, metadata=metadata)
+
+
+def _summary(found: DirectionFile, parameters: Parameters, rank: int) -> dict[str, Any]:
+    """Where the directions of an edit come from, as in `records.directions.Selection`.
+
+    Args:
+        found: the choice before the search.
+        parameters: of the edit.
+        rank: the number of its directions.
+    """
+    before, name = found.metadata.get("summary", {}), parameters["method"]
+    if name == DEFAULT:
+        return dict(before)
+    summary: dict[str, Any] = {"method": name}
+    if name in KINDS:
+        assert found.candidates is not None
+        summary |= {"method": found.candidates.method, "orthogonal_to": name}
+    if rank > 1:
+        summary["rank"] = rank
+    if "position" in before:
+        summary["position"] = before["position"]
+    if name.startswith("layers-rank"):
+        return summary | {"method": measuring.METHOD, "across": "layers"}
+    if parameters["per_layer"]:
+        return summary | {"per_layer": True}
+    return summary | {"layer": round(parameters["index"], 3)}
 
 
 # --- messages ------------------------------------------------------------------------------------

@@ -196,9 +196,7 @@ def read_tokenizer(
     name: str | None = pre or "default"
     if byte_level or own:
         assert files.tokenizer is not None
-        # A space inside a part is spelled as in GPT-2's byte alphabet.
-        pairs = merges_of(files.tokenizer)
-        merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
+        merges = _merges(files.tokenizer)
         name = None if own else pre or pre_tokenizer(files.tokenizer)
     needed = ("</s>", "<unk>", "<s>", "<|endoftext|>")
     return Tokenizer(
@@ -218,6 +216,12 @@ def read_tokenizer(
         rstrip=all(token in ids for token in needed)
         and any(token.get("rstrip") for token in files.added.values() if token.get("special")),
     )
+
+
+def _merges(tokenizer: Mapping[str, Any]) -> list[str]:
+    """The merges of tokenizer.json; a space in a part is spelled as in GPT-2's byte alphabet."""
+    pairs = merges_of(tokenizer)
+    return [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
 
 
 # --------------------------------------------------------------------------------------------------

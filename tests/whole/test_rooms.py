@@ -81,14 +81,16 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str
     return sum(1 for line in code if line and not line.startswith("#"))
 
 
-def test_modules_and_functions_of_convert_are_short():
-    for name, path in modules("convert").items():
-        text = path.read_text()
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_are_short_and_long_functions_say_why(package: str):
+    for name, path in modules(package).items():
+        text = path.read_text(encoding="utf-8")
         lines = text.splitlines()
         assert len(lines) <= 500, f"{name} has {len(lines)} lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert code_lines(node, lines) <= 60, f"{name}.{node.name}"
+                explained = "long because" in (ast.get_docstring(node) or "")
+                assert code_lines(node, lines) <= 60 or explained, f"{name}.{node.name}"
 
 
 def flags_of(command: click.Command) -> set[str]:
