@@ -89,16 +89,8 @@ def measure(
         picture: the file for charts; None for none.
         importance: the file for an importance matrix; None for none.
     """
-    if importance is not None:
-        imatrix.check_name(importance)
-        claim(importance)
-    if not ends_in(out, ".safetensors"):
-        raise UserError(f"{out}: the name of a direction file ends in .safetensors.")
-    claim(out)
-    if picture is not None:
-        plot.check(picture)
-    beside = options.searching.beside(out.with_suffix(""))
-    options = replace(options, searching=beside)
+    _check_places(out, picture, importance)
+    options = replace(options, searching=options.searching.beside(out.with_suffix("")))
     clock = Clock()
     with find_model(text, options.chatting.template) as model:
         source = model.source
@@ -150,6 +142,18 @@ def measure(
         return record
     plot.draw(picture, record)
     return replace(record, plot=str(picture))
+
+
+def _check_places(out: Path, picture: Path | None, importance: Path | None) -> None:
+    """Refuse files for the outputs that exist, cannot be written, or have another ending."""
+    if importance is not None:
+        imatrix.check_name(importance)
+        claim(importance)
+    if not ends_in(out, ".safetensors"):
+        raise UserError(f"{out}: the name of a direction file ends in .safetensors.")
+    claim(out)
+    if picture is not None:
+        plot.check(picture)
 
 
 def inspect(text: str) -> InspectRecord:

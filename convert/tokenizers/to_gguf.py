@@ -142,6 +142,10 @@ class Tokenizer:
 _PLAIN = Form()
 
 
+# Special tokens swallow white space (Phi-3) only in vocabularies with all of these tokens.
+_STRIPPED = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+
+
 def read_tokenizer(
     folder: Path, rows: int | None = None, *, pre: str | None = None, form: Form = _PLAIN
 ) -> Tokenizer:
@@ -198,7 +202,6 @@ def read_tokenizer(
         assert files.tokenizer is not None
         merges = _merges(files.tokenizer)
         name = None if own else pre or pre_tokenizer(files.tokenizer)
-    needed = ("</s>", "<unk>", "<s>", "<|endoftext|>")
     return Tokenizer(
         model=own or ("gpt2" if byte_level else "llama"),
         pre=name,
@@ -213,9 +216,13 @@ def read_tokenizer(
         add_sep=_separated(files),
         chat_templates=files.chat_templates,
         ends=ends,
-        rstrip=all(token in ids for token in needed)
-        and any(token.get("rstrip") for token in files.added.values() if token.get("special")),
+        rstrip=all(token in ids for token in _STRIPPED) and _strips(files),
     )
+
+
+def _strips(files: FolderFiles) -> bool:
+    """Whether a special token swallows the white space after it."""
+    return any(token.get("rstrip") for token in files.added.values() if token.get("special"))
 
 
 def _merges(tokenizer: Mapping[str, Any]) -> list[str]:
