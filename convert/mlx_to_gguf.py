@@ -7,6 +7,7 @@ ggml; names and metadata are those of llama.cpp's converter.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -353,10 +354,10 @@ def _values(target: Target, layout: _Layout, edits: Mapping[str, Edit]) -> np.nd
     def read(source: str) -> np.ndarray:
         return _source_values(source, layout.weights, edits)
 
-    if target.moves and len(target.weights) == 1 and target.weights[0].pieces[0].rows is None:
-        one = target.weights[0]
-        if len(one.pieces) == 1:
-            return joined(plan.stored[one.path], read).reshape(target.shape)
+    one, piece = target.weights[0], target.weights[0].pieces[0]
+    alone = target.moves and len(target.weights) == len(one.pieces) == 1
+    if alone and piece.rows is None and piece.columns is None:
+        return joined(plan.stored[one.path], read).reshape(target.shape)
     found = np.empty(target.shape, dtype=np.float32)
     rows = found if found.ndim == 1 else found.reshape(-1, found.shape[-1])
     shapes = {one.name: one.shape for one in plan.targets}
@@ -441,12 +442,22 @@ def _metadata(folder: Path, layout: _Layout) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "general.type": "model",
         "general.name": _general_name(folder),
-        "general.file_type": int(FILE_TYPES[layout.file_type][0]),
+        "general.file_type": int(FILE_TYPES[_mostly(layout)][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
     keys.update(layout.plan.metadata)
     keys.update(layout.tokenizer.metadata())
     return keys
+
+
+def _mostly(layout: _Layout) -> str:
+    """The file type: that of most weights where a quantized source keeps them."""
+    sizes: Counter[str] = Counter()
+    for target in layout.plan.targets:
+        kind = layout.types[target.name].name if target.name in layout.kept else layout.file_type
+        sizes[kind] += int(np.prod(target.shape, dtype=np.int64))
+    (kind, _), *_ = sizes.most_common()
+    return "MXFP4_MOE" if kind == "MXFP4" else kind
 
 
 def _general_name(folder: Path) -> str:

@@ -22,6 +22,7 @@ from convert.architectures.folder_config import architecture, text_config
 from convert.architectures.hf_keys import Config, count, query_rescale
 from convert.architectures.hf_metadata import hyperparameters
 from convert.architectures.keys import Keys
+from convert.architectures.moves import whole_groups
 from convert.architectures.stored import Folder, Shape, canonical_name, parameters
 from convert.architectures.table import IN_MLX, Written
 from convert.architectures.weights import Names, Weight
@@ -80,11 +81,11 @@ class Target:
 
     @property
     def moves(self) -> bool:
-        """Whether its rows are moved only, so that rows of quantized blocks may be."""
-        pieces = [piece for weight in self.weights for piece in weight.pieces]
+        """Whether its rows and blocks are moved only, so that those of quantized types may be."""
+        columns = [piece.columns for weight in self.weights for piece in weight.pieces]
         return self.scale == 1.0 and all(
             [weight.change is None for weight in self.weights]
-            + [piece.columns is None for piece in pieces]
+            + [one is None or whole_groups(one) is not None for one in columns]
         )
 
 

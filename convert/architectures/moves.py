@@ -13,6 +13,26 @@ import numpy as np
 
 from convert.architectures.weights import Weight
 
+GROUP = 32
+"""Weights in a block of the quantized types that are moved."""
+
+
+def whole_groups(columns: np.ndarray, group: int = GROUP) -> np.ndarray | None:
+    """The order of groups in an order of columns; None when columns of one group are separated."""
+    if len(columns) % group:
+        return None
+    table = columns.reshape(-1, group)
+    if (table[:, 0] % group).any() or (np.diff(table, axis=1) != 1).any():
+        return None
+    return table[:, 0] // group
+
+
+def _grouped(values: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of blocks as (rows, blocks, bytes), and the order of blocks that the columns have."""
+    order = whole_groups(columns)
+    assert order is not None
+    return values.reshape(len(values), len(order), -1), order
+
 
 def joined(weight: Weight, read: Callable[[str], np.ndarray], *, raw: bool = False) -> np.ndarray:
     """The values of a parameter.
@@ -20,7 +40,8 @@ def joined(weight: Weight, read: Callable[[str], np.ndarray], *, raw: bool = Fal
     Args:
         weight: which tensors hold it.
         read: gives a tensor's values in its shape.
-        raw: the values are rows of blocks, (rows, bytes): neither reshaped nor changed.
+        raw: the values are rows of blocks, (rows, bytes): neither reshaped nor changed. Columns
+            are moved by whole blocks.
     """
     parts = []
     for piece in weight.pieces:
@@ -29,7 +50,10 @@ def joined(weight: Weight, read: Callable[[str], np.ndarray], *, raw: bool = Fal
             values = _rows(values)
         if piece.rows is not None:
             values = values[piece.rows]
-        if piece.columns is not None:
+        if piece.columns is not None and raw:
+            blocks, order = _grouped(values, piece.columns)
+            values = blocks[:, order].reshape(len(values), -1)
+        elif piece.columns is not None:
             values = values[:, piece.columns]
         parts.append(values)
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -62,7 +86,11 @@ def put(
     if weight.change is not None and not raw:
         assert weight.change.undo is not None, weight.path
         values = weight.change.undo(values)
-    columns = next((p.columns for p in weight.pieces if p.columns is not None), None)
+    columns = (
+        None
+        if raw
+        else next((piece.columns for piece in weight.pieces if piece.columns is not None), None)
+    )
     width = () if into.ndim == 1 else (into.shape[-1] if columns is None else len(columns),)
     values = values.reshape(-1, *width)
     first = 0
@@ -76,7 +104,11 @@ def put(
                 into[piece.rows] = part
             else:
                 taken = into if piece.rows is None else into[piece.rows]
-                taken[:, piece.columns] = part
+                if raw:
+                    blocks, order = _grouped(taken, piece.columns)
+                    blocks[:, order] = part.reshape(blocks.shape)
+                else:
+                    taken[:, piece.columns] = part
                 if piece.rows is not None:
                     into[piece.rows] = taken
         first += count

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from convert.architectures.moves import whole_groups
 from convert.architectures.weights import Weight
 from convert.base.errors import UserError
 from convert.base.grids import Grid
@@ -38,22 +39,12 @@ def type_of(source: GgufSource, weight: Weight) -> GGMLQuantizationType | None:
     return next(iter(kinds))
 
 
-def _whole_groups(columns: np.ndarray, group: int) -> np.ndarray | None:
-    """The order of groups in an order of columns; None when columns of one group are separated."""
-    if len(columns) % group:
-        return None
-    table = columns.reshape(-1, group)
-    if (table[:, 0] % group).any() or (np.diff(table, axis=1) != 1).any():
-        return None
-    return table[:, 0] // group
-
-
 def can_move(weight: Weight, kind: GGMLQuantizationType) -> bool:
     """Whether the blocks of a weight can be moved without decoding their values."""
     for piece in weight.pieces:
         if piece.columns is None or kind in FLOATS:
             continue
-        if kind not in types.AFFINE or _whole_groups(piece.columns, types.GROUP) is None:
+        if kind not in types.AFFINE or whole_groups(piece.columns, types.GROUP) is None:
             return False
     return True
 
@@ -130,7 +121,7 @@ def moved_slabs(
 
 def _with_columns(grid: Grid, columns: np.ndarray) -> Grid:
     """The grid with its columns in another order, which keeps whole groups of 32 together."""
-    groups = _whole_groups(columns, grid.group)
+    groups = whole_groups(columns, grid.group)
     assert groups is not None
     return Grid(
         codes=np.ascontiguousarray(grid.codes[:, columns]),
