@@ -20,6 +20,8 @@ IQ4_NL      32     4.5     d / 32                          the IQ4 table, -127 .
 IQ4_XS     256     4.25    d * signed 6 bits / 32          the IQ4 table
 MXFP4       32     4.25    power of two / 32               E2M1, doubled: -12 .. 12
 NVFP4       64     4.5     unsigned E4M3 / 16              E2M1, doubled
+TQ1_0      256     1.6875  d / 256                         -1 .. 1
+TQ2_0      256     2.0625  d / 256                         -1 .. 1
 ======== ===== ========== =============================== ================================
 
 d, dmin and m are float16. E2M1 has two zeros, 0 and -0: both are one level here, and a weight that
@@ -33,6 +35,7 @@ from typing import ClassVar
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from convert.base.errors import UserError
 from convert.gguf.ggml_codecs import GridCodec
 
 
@@ -393,8 +396,63 @@ class NVFP4(_Fp4):
         return self._table[blocks[:, :4]]
 
 
+class TQ2_0(GridCodec):
+    """64 bytes of two-bit codes, float16 d. No quantizer writes the code 3, which would mean 2."""
+
+    type, group, levels = GGMLQuantizationType.TQ2_0, 256, _levels(-1, 0, 1)
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 64)
+
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        _unpack_quarters(blocks[:, :64], codes, left=0)
+        if codes.size and codes.max() > 2:
+            raise UserError(
+                "a TQ2_0 code is 3, which is no ternary weight: the file is damaged, "
+                "download it again."
+            )
+
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        blocks[:, :64] = _pack_quarters(codes)
+
+
+class TQ1_0(GridCodec):
+    """48 bytes with five codes each, 4 bytes with four, float16 d.
+
+    A byte holds the codes as the digits of a fraction in base 3. Codes whose byte is unchanged keep
+    it, because several bytes stand for the same codes.
+    """
+
+    type, group, levels = GGMLQuantizationType.TQ1_0, 256, _levels(-1, 0, 1)
+    # First byte, number of bytes, first weight and digits in a byte. Digit i of byte j is that of
+    # the weight first + bytes * i + j.
+    _parts = ((0, 32, 0, 5), (32, 16, 160, 5), (48, 4, 240, 4))
+
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
+        return _float16(blocks, 52)
+
+    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+        for at, count, first, digits in self._parts:
+            for digit in range(digits):
+                rest = blocks[:, at : at + count] * np.uint8(3**digit)
+                start = first + count * digit
+                codes[:, start : start + count] = (rest.astype(np.uint16) * 3) >> 8
+
+    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
+        stored = np.empty_like(codes)
+        self._unpack(blocks, stored)
+        for at, count, first, digits in self._parts:
+            part = slice(first, first + count * digits)
+            wanted = codes[:, part].reshape(-1, digits, count)
+            changed = (wanted != stored[:, part].reshape(-1, digits, count)).any(axis=1)
+            places = (3 ** np.arange(4, 4 - digits, -1)).astype(np.uint16)
+            number = (wanted * places[:, None]).sum(axis=1, dtype=np.uint16)
+            packed = ((number * 256 + 242) // 243).astype(np.uint8)
+            np.copyto(blocks[:, at : at + count], packed, where=changed)
+
+
 GRID_CODECS: tuple[GridCodec, ...] = (
     *(Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0()),
     *(Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K()),
-    *(IQ4_NL(), IQ4_XS(), MXFP4(), NVFP4()),
+    *(IQ4_NL(), IQ4_XS(), MXFP4(), NVFP4(), TQ1_0(), TQ2_0()),
 )

@@ -1,9 +1,7 @@
 """Every GGML type in which weights are stored: its codec, or the type to write instead.
 
 These types have no codec. IQ1, IQ2 and IQ3 choose whole vectors of 4 or 8 weights from a codebook.
-TQ1_0 and TQ2_0 have a code for each weight (-1, 0, 1), but a step is as large as a weight and one
-scale serves 256 weights, so an edit cannot be rounded to them. ``finer_type`` names the type to
-write instead:
+``finer_type`` names the type to write instead:
 
 ======== ==== ========= ====== ==== ===== ========= ========================================
 type     bits its error to     bits error re-encode why nothing smaller
@@ -15,14 +13,12 @@ IQ2_XS   2.31 .300      Q3_K   3.44 .151  .162      Q2_K re-encodes at .304
 IQ2_S    2.56 .249      Q3_K   3.44 .151  .160      Q2_K is coarser
 IQ3_XXS  3.06 .182      Q3_K   3.44 .151  .144      Q2_K is coarser
 IQ3_S    3.44 .137      IQ4_XS 4.25 .077  .078      Q3_K is coarser
-TQ1_0    1.69 0         Q4_K   4.5  .072  .002      below it, -d, 0, d come back at .05 or worse
-TQ2_0    2.06 0         Q4_K   4.5  .072  .002      the same
 ======== ==== ========= ====== ==== ===== ========= ========================================
 
 Errors are root mean squares relative to the root mean square of the weights, for ggml's own
-quantizer without an importance matrix on Gaussian weights (ternary weights for TQ). "re-encode" is
-the error of writing weights that were stored in the old type in the new one. The rule: the smallest
-type whose error and whose re-encoding error are both at most the old type's own error.
+quantizer without an importance matrix on Gaussian weights. "re-encode" is the error of writing
+weights that were stored in the old type in the new one. The rule: the smallest type whose error and
+whose re-encoding error are both at most the old type's own error.
 """
 
 from __future__ import annotations
@@ -56,8 +52,6 @@ _FINER = {
     GGMLQuantizationType.IQ2_S: GGMLQuantizationType.Q3_K,
     GGMLQuantizationType.IQ3_XXS: GGMLQuantizationType.Q3_K,
     GGMLQuantizationType.IQ3_S: GGMLQuantizationType.IQ4_XS,
-    GGMLQuantizationType.TQ1_0: GGMLQuantizationType.Q4_K,
-    GGMLQuantizationType.TQ2_0: GGMLQuantizationType.Q4_K,
 }
 
 GRID_TYPES: tuple[GGMLQuantizationType, ...] = tuple(found.type for found in GRID_CODECS)

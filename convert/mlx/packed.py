@@ -1,8 +1,8 @@
 """MLX modules that keep weights as small as in a GGUF and unpack them when they are used.
 
 On Metal, types that are affine groups of 32 use MLX's own quantized modules (`convert.mlx.types`);
-these modules hold the other types, with groups of 16 weights or a codebook, which no mode of MLX
-has. On a CPU they hold all matrices, float ones included, because products then go through NumPy's
+these modules hold the other types, with groups of 16 or 256 weights or a codebook, which no mode of
+MLX has. On a CPU they hold all matrices, float ones included, because products go through NumPy's
 BLAS, which is many times faster than the reference BLAS in MLX's wheel for Linux. A product unpacks
 `CHUNK` weights at a time.
 """
@@ -44,6 +44,8 @@ _LEVELS: dict[GGMLQuantizationType, tuple[int, int]] = {
     _Q.IQ4_NL: (4, 32),
     _Q.IQ4_XS: (4, 32),
     _Q.NVFP4: (4, 16),
+    _Q.TQ1_0: (2, 256),
+    _Q.TQ2_0: (2, 256),
 }
 
 

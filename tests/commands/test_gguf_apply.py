@@ -185,7 +185,7 @@ def test_types_without_a_grid_are_refused_on_request(quantized, direction, tmp_p
     with pytest.raises(UserError, match="--strict-types"):
         measure_apply.apply(
             direction,
-            str(quantized(Q.TQ2_0)),
+            str(quantized(Q.IQ3_S)),
             [tmp_path / "out.gguf"],
             ApplyOptions.of(strict_types=True),
         )

@@ -24,7 +24,7 @@ PROMPT = [5, 77, 301, 12, 450, 88, 19, 260, 7, 333, 41]
 
 TYPES = [
     Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0, Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K,
-    Q.IQ4_NL, Q.IQ4_XS, Q.MXFP4, Q.NVFP4,
+    Q.IQ4_NL, Q.IQ4_XS, Q.MXFP4, Q.NVFP4, Q.TQ1_0, Q.TQ2_0,
 ]  # fmt: skip
 
 
@@ -52,7 +52,8 @@ def test_unpacked_rows_are_what_gguf_py_reads(kind: Q) -> None:
     form.unpack_on_cpu(parts, again)
     assert np.abs(again - expected).max() <= limit * np.abs(expected).max() * 2
     size = sum(part.nbytes for part in parts.values())
-    assert size <= 1.13 * raw.nbytes
+    # TQ1_0 has five weights in a byte, here four.
+    assert size <= (1.23 if kind == Q.TQ1_0 else 1.13) * raw.nbytes
 
 
 @pytest.mark.parametrize("kind", sorted(types.AFFINE))

@@ -13,9 +13,9 @@ from convert.gguf import ggml_types
 ORDINARY = {
     Q.Q8_0: 0.0055, Q.Q6_K: 0.018, Q.Q5_K: 0.037, Q.Q4_K: 0.072, Q.Q4_0: 0.087, Q.Q3_K: 0.151,
     Q.Q2_K: 0.297, Q.Q4_1: 0.079, Q.Q5_0: 0.043, Q.Q5_1: 0.038, Q.IQ4_NL: 0.077, Q.IQ4_XS: 0.077,
-    Q.MXFP4: 0.116, Q.NVFP4: 0.096,
+    Q.MXFP4: 0.116, Q.NVFP4: 0.096, Q.TQ1_0: 0.82, Q.TQ2_0: 0.82,
 }  # fmt: skip
-TWO_BITS = {Q.Q2_K}
+TWO_BITS = {Q.Q2_K, Q.TQ1_0, Q.TQ2_0}
 
 
 def case(kind, d, n, k, axis, directions=1, seed=0):
