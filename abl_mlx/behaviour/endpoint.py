@@ -141,11 +141,11 @@ class Endpoint(PatientServer):
             return ""
         if thinking not in self._opened:
             self._opened[thinking] = opened_by(
-                lambda text: self._rendered(Prompt(text, thinking=thinking))
+                lambda text: self.rendered(Prompt(text, thinking=thinking))
             )
         return self._opened[thinking]
 
-    def _rendered(self, prompt: Prompt) -> str:
+    def rendered(self, prompt: Prompt) -> str:
         """The prompt that llama-server's chat template makes; "" where it does not tell."""
         request = {
             "messages": prompt.messages(),
@@ -237,7 +237,7 @@ class Endpoint(PatientServer):
     def _check_tools(self, prompt: Prompt) -> None:
         """Refuse a prompt with tools where a llama-server's chat template has no place for them."""
         if prompt.tools and self.is_llamacpp and not self._told_of_tools:
-            text = self._rendered(prompt)
+            text = self.rendered(prompt)
             if text and prompt.tools[0].name not in text:
                 raise without_tools(self.name, "to the server")
             self._told_of_tools = True

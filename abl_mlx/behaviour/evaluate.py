@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -331,19 +331,21 @@ class InLlamaCpp:
 
     @contextmanager
     def opened(self, prompts: Sequence[Question], max_tokens: int) -> Iterator[Wholes]:
-        """Context manager with the file loaded, which can be asked several times.
+        """Context manager with what replies, the file loaded once, when it is first asked.
 
         Args:
             prompts: all that will be asked, for which the memory suffices.
             max_tokens: the longest reply to any of them.
         """
-        with self._loaded(prompts, max_tokens) as server:
+        loaded: list[LlamaCpp] = []
+        with ExitStack() as stack:
 
-            def answer(
-                prompts: Sequence[Question], max_tokens: int
-            ) -> Iterator[tuple[int, WholeReply]]:
-                for index, reply in server.stream(prompts, max_tokens):
-                    said = reply.removeprefix(server.opened(prompt_of(prompts[index]).thinking))
+            def answer(asked: Sequence[Question], longest: int) -> Iterator[tuple[int, WholeReply]]:
+                if not loaded:
+                    loaded.append(stack.enter_context(self._loaded(prompts, max_tokens)))
+                server = loaded[0]
+                for index, reply in server.stream(asked, longest):
+                    said = reply.removeprefix(server.opened(prompt_of(asked[index]).thinking))
                     yield index, of_pieces(reply, server.pieces(said))
 
             yield answer

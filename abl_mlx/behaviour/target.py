@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from abl_mlx.behaviour.whole_reply import WholeReply, of_words
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
+
+Wholes = Callable[[Sequence[str | Prompt], int], Iterator[tuple[int, WholeReply]]]
 
 
 @dataclass
@@ -32,6 +35,8 @@ class Target:
             tokens.
         given: what prompts are written with, in place of the model's own chat template.
         endpoint: the server, where one is asked.
+        opened: context manager with a model that stays loaded for these prompts, of at most so many
+            tokens in a reply; None where it is loaded anyway.
     """
 
     name: str
@@ -45,6 +50,26 @@ class Target:
     wholes: Callable[[Sequence[str | Prompt], int], Iterator[tuple[int, WholeReply]]] | None = None
     given: GivenTemplate | None = None
     endpoint: Endpoint | None = None
+    opened: Callable[[Sequence[str | Prompt], int], AbstractContextManager[Wholes]] | None = None
+
+    @contextmanager
+    def held(self, prompts: Sequence[str | Prompt], max_tokens: int) -> Iterator[Target]:
+        """Context manager with the same target, loaded once for several calls of ``ask``.
+
+        Args:
+            prompts: all that will be asked.
+            max_tokens: the longest reply to any of them.
+        """
+        if self.opened is None:
+            yield self
+            return
+        with self.opened(prompts, max_tokens) as wholes:
+
+            def ask(prompts: Sequence[str | Prompt], max_tokens: int) -> Iterator[tuple[int, str]]:
+                for number, whole in wholes(prompts, max_tokens):
+                    yield number, whole.text
+
+            yield replace(self, ask=ask, wholes=wholes)
 
     def ask_wholes(
         self, prompts: Sequence[str | Prompt], max_tokens: int

@@ -44,6 +44,7 @@ from abl_mlx.support.console import progress
 from convert.base.atomic import check_new
 from convert.base.errors import UserError
 from convert.base.suffixes import ends_in
+from convert.tokenizers.chat_template import TemplateError
 
 EDITED, NOT_EDITED, CANNOT_TELL = "edited", "not edited", "cannot tell"
 VERDICTS = (EDITED, NOT_EDITED, CANNOT_TELL)
@@ -197,6 +198,10 @@ def _asked(text: str) -> EvalRecord | NotAsked:
 
     try:
         return evaluate_model.evaluate_model(text, EvalOptions())
+    except TemplateError as error:
+        reason = flags.said(error).partition(": ")[0]
+        mend = f"`abl-mlx eval {text} --template FILE` asks it in another one"
+        return NotAsked(not_asked=f"{reason}: {mend}.")
     except UserError as error:
         return NotAsked(not_asked=flags.said(error))
 

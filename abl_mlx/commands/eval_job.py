@@ -8,7 +8,7 @@ from typing import Any
 
 from abl_mlx import __version__
 from abl_mlx.behaviour import gate, judge, lm_eval_harness, recognition
-from abl_mlx.commands import targets
+from abl_mlx.commands import targets, thinking_switch
 from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSet, PromptSets
@@ -115,6 +115,7 @@ def check(job: Job) -> EarlierEval | None:
         The earlier record to compare with; None if none was given.
     """
     options, limits = job.options, job.options.limits
+    thinking_switch.note_unused(options.prompting)
     _check_targets(job)
     _check_limits(job)
     if options.replying.save_replies is not None:
@@ -161,6 +162,11 @@ def _check_targets(job: Job) -> None:
 def _check_limits(job: Job) -> None:
     """Check that what has a limit can be measured."""
     growth = job.options.limits.max_thought_growth
+    if growth is not None and job.modes == (None,):
+        raise UserError(
+            f"--max-thought-growth {growth:g} compares thoughts, and thinking is off: add "
+            "--thinking on or both."
+        )
     if growth is not None and job.options.targeting.baseline is None:
         raise UserError(
             f"--max-thought-growth {growth:g} needs a baseline to compare with: add --baseline "

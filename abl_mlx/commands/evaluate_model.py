@@ -32,7 +32,14 @@ from abl_mlx.behaviour.refusals import Oddity, Rates, Verdict, rates_of
 from abl_mlx.behaviour.reply_notes import Seen
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.thought_figures import Thought
-from abl_mlx.commands import held_out, judges, prompt_choice, prompt_lengths, targets
+from abl_mlx.commands import (
+    held_out,
+    judges,
+    prompt_choice,
+    prompt_lengths,
+    targets,
+    thinking_switch,
+)
 from abl_mlx.commands.eval_asking import Judge, ask, by_markers, settled
 from abl_mlx.commands.eval_job import Job, check
 from abl_mlx.eval_choices import EvalOptions
@@ -57,6 +64,10 @@ from abl_mlx.support.clock import Clock
 
 #: Verdicts in a record, a letter for each prompt in its set's order.
 LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B", None: UNJUDGED}
+
+
+#: Mode of thinking, as of `Prompt` -> the answers to all prompts, set after set.
+Answers = Mapping[str | None, Sequence[Answered]]
 
 
 def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
@@ -84,9 +95,7 @@ def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
             return _finish(job, record, columns, before)
 
 
-def _measure(
-    job: Job, kept: journal.Journal | None
-) -> tuple[EvalRecord, dict[str, list[Answered]]]:
+def _measure(job: Job, kept: journal.Journal | None) -> tuple[EvalRecord, dict[str, Answers]]:
     """Measure the baseline and then the model, with one of them in memory at a time.
 
     Returns:
@@ -98,7 +107,7 @@ def _measure(
         if options.judging.judge is not None:
             by = stack.enter_context(judges.opened(options, clock))
         baseline: Asked | None = None
-        columns: dict[str, list[Answered]] = {}
+        columns: dict[str, Answers] = {}
         measure_kl: Callable[[Target], Divergence] | None = None
         if targeting.baseline is not None:
             opened = targets.opened(
@@ -136,7 +145,7 @@ def _measure(
 
 def _measured(
     job: Job, target: Target, role: str, kept: journal.Journal | None, by: Judge
-) -> tuple[Asked, list[Answered]]:
+) -> tuple[Asked, Answers]:
     """Evaluate one model.
 
     Args:
@@ -162,7 +171,7 @@ def _measured(
             harmful, harmless = job.sets.harmful.test, job.sets.harmless.test
             found_recognition = recognition.record(target, harmful, harmless)
     with clock.step(f"ask {target.name}"):
-        modes = {mode: _in_mode(job, target, mode, section, by) for mode in job.modes}
+        modes = _in_modes(job, target, section, by)
     answers = modes[job.modes[0]]
     found_perplexity: Perplexity | None = None
     if options.metrics.perplexity:
@@ -190,17 +199,38 @@ def _measured(
         capability=found_capability,
         tool_calls=found_calls,
     )
-    return asked, [one for mine in modes.values() for one in mine]
+    return asked, modes
+
+
+def _in_modes(job: Job, target: Target, section: Section, by: Judge) -> Answers:
+    """The judged replies to all prompts in every mode of thinking, the model loaded once."""
+    parts = {
+        mode: {name: part.asked(thinking=mode) for name, part in job.parts.items()}
+        for mode in job.modes
+    }
+    prompts = [one for mine in parts.values() for part in mine.values() for one in part.prompts]
+    longest = max(_longest(job, mode) for mode in job.modes)
+    with target.held(prompts, longest) as held:
+        found = {mode: _in_mode(job, held, mode, mine, section, by) for mode, mine in parts.items()}
+    if target.runtime == "server":
+        thinking_switch.note_alike(target.name, list(found.values()))
+    return found
+
+
+def _longest(job: Job, mode: str | None) -> int:
+    return held_out.longest(job.options.replying.max_tokens, mode, job.options.prompting)
 
 
 def _in_mode(
-    job: Job, target: Target, mode: str | None, section: Section, by: Judge
+    job: Job,
+    target: Target,
+    mode: str | None,
+    parts: Mapping[str, PromptSet],
+    section: Section,
+    by: Judge,
 ) -> list[Answered]:
     """The judged replies to all prompts in one mode of thinking."""
-    parts = {name: part.asked(thinking=mode) for name, part in job.parts.items()}
-    replying, prompting = job.options.replying, job.options.prompting
-    longest = held_out.longest(replying.max_tokens, mode, prompting)
-    asked = replying.but(max_tokens=longest)
+    asked = job.options.replying.but(max_tokens=_longest(job, mode))
     return settled(ask(target, parts, asked, section, by, job.lengths))
 
 
@@ -218,15 +248,14 @@ def _rates_by_mode(job: Job, modes: Mapping[str | None, Sequence[Answered]]) -> 
 
 
 def _at_enough_tokens(
-    job: Job, baseline: Asked | None, asked: Asked, columns: Mapping[str, Sequence[Answered]]
+    job: Job, baseline: Asked | None, asked: Asked, columns: Mapping[str, Answers]
 ) -> tuple[Asked | None, Asked]:
     """The two models with rates of replies that are cut where that suffices for both."""
-    number = length_sweep.judged_at(list(columns.values()), job.lengths)
+    every = [[one for mine in modes.values() for one in mine] for modes in columns.values()]
+    number = length_sweep.judged_at(every, job.lengths)
     models = [*([] if baseline is None else [baseline]), asked]
     cut = []
-    for one, whole in zip(models, columns.values(), strict=True):
-        size = len(whole) // len(job.modes)
-        wholes = {mode: whole[n * size : (n + 1) * size] for n, mode in enumerate(job.modes)}
+    for one, wholes in zip(models, columns.values(), strict=True):
         modes = {mode: [one.cut(number) for one in mine] for mode, mine in wholes.items()}
         sets = {
             name if mode == job.modes[0] else f"{name}, thinking {thinking.name(mode)}": answers
@@ -261,7 +290,7 @@ def _lm_eval(job: Job, tasks: str) -> dict[str, dict[str, Any]]:
 def _finish(
     job: Job,
     record: EvalRecord,
-    columns: Mapping[str, Sequence[Answered]],
+    columns: Mapping[str, Answers],
     before: EarlierEval | None,
 ) -> EvalRecord:
     """The whole record, with the limits; also writes the files for which the user asked."""
@@ -388,21 +417,18 @@ def _divergence(
         )
 
 
-def _reply_lines(job: Job, columns: Mapping[str, Sequence[Answered]]) -> list[dict[str, Any]]:
+def _reply_lines(job: Job, columns: Mapping[str, Answers]) -> list[dict[str, Any]]:
     """For each prompt its ``set``, the ``prompt``, and the replies that were kept.
 
     Where there are several modes of thinking, a line has its own, and each prompt a line of each.
     """
-    asked = [
+    asked = [(name, text) for name, part in job.parts.items() for text in part.texts]
+    return [
         {"set": name, "prompt": text}
         | ({"thinking": thinking.name(mode)} if len(job.modes) > 1 else {})
+        | {who: answers[mode][number].reply for who, answers in columns.items()}
         for mode in job.modes
-        for name, part in job.parts.items()
-        for text in part.texts
-    ]
-    return [
-        line | {who: answers[number].reply for who, answers in columns.items()}
-        for number, line in enumerate(asked)
+        for number, (name, text) in enumerate(asked)
     ]
 
 

@@ -295,6 +295,7 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
             f"--measured-at {how.finding.measured_at} needs a model that thinks: add --thinking on "
             "or both."
         )
+    thinking_switch.note_unused(how.prompting, how.finding)
     if how.prompting.thinking != thinking.OFF and how.editing.pin is not None:
         raise UserError("--pin and --thinking do not go together: leave one of them out.")
     if how.searching.search is not None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from abl_mlx.behaviour.endpoint import Endpoint, is_endpoint
-from abl_mlx.behaviour.judge import CONTEXT, Judge, judge_with
+from abl_mlx.behaviour.judge import CONTEXT, RUBRIC, Judge, judge_with
 from abl_mlx.eval_choices import EvalOptions
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.support.clock import Clock
+from abl_mlx.support.flags import said
 from convert.base.errors import UserError
+from convert.tokenizers.chat_template import TemplateError
+
+if TYPE_CHECKING:
+    from abl_mlx.outputs.model_file import ModelFile
 
 
 @contextmanager
@@ -36,6 +43,7 @@ def opened(options: EvalOptions, clock: Clock) -> Iterator[Judge]:
             f"--judge-model {judging.judge_model} names a model of a server, and --judge is none."
         )
     model = find_model(judging.judge)
+    _check(model, judging.judge, tokens)
     memory.check(model.source.title, model.size, asked=options.memory_check)
     if "llama.cpp" in model.runtimes and evaluate.llamacpp_is_there():
         from abl_mlx.behaviour.llamacpp import LlamaCpp
@@ -49,3 +57,28 @@ def opened(options: EvalOptions, clock: Clock) -> Iterator[Judge]:
         chat = model.load()
     in_mlx = evaluate.in_mlx(chat, batch_size=1)
     yield judge_with(lambda text: in_mlx([text], tokens)[0])
+
+
+def _check(model: ModelFile, text: str, tokens: int) -> None:
+    """Refuse, before anything is loaded, a model that cannot be asked the rubric.
+
+    Args:
+        text: the value of ``--judge``.
+        tokens: the longest answer.
+    """
+    try:
+        model.check_template()
+    except TemplateError as error:
+        reason = said(error).partition(": ")[0]
+        raise UserError(
+            f"--judge {text}: {reason}: choose an instruction-tuned model as the judge."
+        ) from None
+    room = model.context_length()
+    if room is None or room >= 4 * len(RUBRIC):
+        return
+    needed = model.token_counter()(Prompt(RUBRIC)) + tokens
+    if needed > room:
+        raise UserError(
+            f"--judge {text}: the question to a judge has {needed:,} tokens without the reply, and "
+            f"the model's context {room:,}: choose a larger model as the judge."
+        )

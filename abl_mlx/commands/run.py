@@ -287,6 +287,8 @@ def _look(job: Job, loaded: LoadedModel) -> Found:
 def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
     """Choose the constant that makes the model refuse, and find its place in the files."""
     chat, options = loaded.chat, job.options
+    vectors = [path for path in job.paths if staging.format_of(path) == staging.VECTOR]
+    job.model.check_constant([path for path in job.paths if path not in vectors], loaded)
     sets = prompt_choice.encoded(chat, job.sets, options.measuring)[job.sets.thinking]
     with job.clock.step("find how replies open"):
         prefix, rate = find_reply_prefix(chat, sets, options.replying.batch_size)
@@ -296,8 +298,6 @@ def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
         chat, sets, options.measuring, rate, held_out=job.held_out, times=job.times, inducing=True
     )
     say(str(told))
-    vectors = [path for path in job.paths if staging.format_of(path) == staging.VECTOR]
-    job.model.check_constant([path for path in job.paths if path not in vectors], loaded)
     with job.clock.step("choose a constant"):
         found = induction.choose(
             chat, sets, options.finding, strength=options.editing.strength,

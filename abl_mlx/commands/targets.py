@@ -66,6 +66,8 @@ def opened(
                     if given is None
                     else Completions(text, model, options.asking, given.ready({}))
                 )
+            if given is None:
+                thinking_switch.check_server(endpoint, options.prompting.thinking)
             yield Target(
                 endpoint.name, "server", endpoint.identity, endpoint.ask, model=endpoint.model,
                 note=given_template.note(given), wholes=endpoint.wholes, endpoint=endpoint,
@@ -96,16 +98,17 @@ def opened(
                 path, given=file.given, batch_size=options.replying.batch_size
             )
             ask, wholes, served = in_llamacpp.stream, in_llamacpp.wholes, None
+            hold = in_llamacpp.opened
         else:
             from abl_mlx.behaviour.llama_server import LlamaServer
 
             with clock.step("start llama-server"):
                 server = stack.enter_context(LlamaServer(path, options.asking, given=file.given))
             served = server.endpoint
-            ask, wholes = served.ask, served.wholes
+            ask, wholes, hold = served.ask, served.wholes, None
         yield Target(
             name, runtime, identity, ask, gguf=path, note=note, wholes=wholes, given=file.given,
-            endpoint=served,
+            endpoint=served, opened=hold,
         )  # fmt: skip
 
 

@@ -99,4 +99,6 @@ def read(path: Path) -> tuple[Tool, ...]:
         values = json_text.read(path, mend="write a JSON list of tools")
     except FileNotFoundError:
         raise UserError(f"--tools {path}: there is no such file.") from None
+    except UserError as error:
+        raise UserError(f"--tools {error}") from None
     return tools_of(values, f"--tools {path}")

@@ -277,6 +277,11 @@ def test_a_model_in_llamacpp_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set("".join(record["verdicts"].values())) == {"A"}
 
 
+def test_a_judge_without_room_for_the_rubric_is_refused_before_it_is_loaded() -> None:
+    with pytest.raises(UserError, match=r"--judge demo: the question to a judge has [0-9,]+ tok"):
+        evaluate_model.evaluate_model("demo", EvalOptions.of(limit=1, judge="demo"))
+
+
 def test_a_judge_that_is_no_server_has_no_other_name() -> None:
     with pytest.raises(UserError, match="--judge-model x names a model of a server"):
         evaluate_model.evaluate_model(

@@ -278,3 +278,18 @@ def test_a_conversation_with_a_base_model(base: tuple[Path, Path], tmp_path: Pat
             input="How can I plan a garden?\n/quit\n",
         )  # fmt: skip
         assert said.exit_code == 0, said.stderr
+
+
+def test_a_base_model_judges_nothing(base: tuple[Path, Path]) -> None:
+    """``--template`` is of the model that is asked; and llama.cpp would write ChatML."""
+    for model in base:
+        said = fails("eval", "demo", *FEW, "--judge", model)
+        assert f"--judge {model}: {model} has no chat template, so it is no chat model" in said
+        assert "choose an instruction-tuned model as the judge" in said
+        assert "--template" not in said
+
+
+def test_an_audit_names_the_command_that_has_a_template(base: tuple[Path, Path]) -> None:
+    told = abl_mlx("audit", base[0], "--ask")["behaviour"]["not_asked"]
+    assert "has no chat template, so it is no chat model" in told
+    assert f"`abl-mlx eval {base[0]} --template FILE`" in told

@@ -161,3 +161,12 @@ def test_a_model_without_a_place_for_tools(tmp_path):
     assert "the chat template has no place for tools" in fails("chat", "demo", "--tools", path)
     path.write_text("{")
     assert f"{path} cannot be used: it is not valid JSON" in fails("chat", "demo", "--tools", path)
+
+
+def test_a_bad_file_of_tools_is_named_with_its_flag(tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text("{")
+    said = fails("chat", "demo", "--tools", path)
+    assert f"--tools {path}" in said
+    path.write_text("[1]")
+    assert f"--tools {path}" in fails("chat", "demo", "--tools", path)

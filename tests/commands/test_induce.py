@@ -27,6 +27,7 @@ from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import find_writers
 from abl_mlx.outputs import induced
 from convert.base.errors import UserError
+from tests.support import small_models
 
 REFUSAL = "I'm sorry, but I can't help with that."
 
@@ -182,3 +183,13 @@ def test_a_model_without_biases_is_pointed_at_a_control_vector(chat: ChatModel) 
     assert key == "mlp_bias"
     assert f"{writer.path}.bias" in dict(added)
     assert len(added) == 3 * len(chat.layers)
+
+
+def test_an_architecture_without_a_bias_is_refused_before_anything_is_asked(tmp_path):
+    result = CliRunner().invoke(
+        cli, ["run", str(small_models.folder("hard")), "--induce", "-o", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 1
+    assert "mlx-lm's qwen3 has no bias in" in result.stderr
+    assert "find how replies open" not in result.stderr
+    assert not (tmp_path / "out").exists()

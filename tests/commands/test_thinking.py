@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from abl_mlx import demo
-from abl_mlx.behaviour import thought_figures
+from abl_mlx.behaviour import llamacpp, thought_figures
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.cli.main import cli
@@ -23,6 +23,7 @@ from abl_mlx.records.edits import RunRecord
 from abl_mlx.records.measurements import Thoughts
 from abl_mlx.reports.tables import run_table
 from tests.support.command import abl_mlx, fails
+from tests.support.servers import Server
 from tests.support.small_models import folder
 
 THINKER = folder("thinker")
@@ -172,6 +173,57 @@ def test_an_amount_of_thinking_that_the_template_writes(tmp_path: Path) -> None:
     for amount in ("medium", "high"):
         asked = ("--limit", 2, "--thought-tokens", 8, "--thinking", amount)
         assert abl_mlx("eval", model, *asked)["n_harmful"] == 2
+
+
+def test_flags_about_thoughts_with_thinking_off(tmp_path: Path) -> None:
+    said = fails("eval", "demo", "--limit", 2, "--baseline", "demo", "--max-thought-growth", 1.2)
+    assert "--max-thought-growth 1.2 compares thoughts, and thinking is off: add --thinking" in said
+    result = CliRunner().invoke(
+        cli, ["measure", "demo", "--limit", "8", "-o", str(tmp_path / "d.safetensors"),
+              "--thought-tokens", "64", "--max-thought-growth", "1.5"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "note: --thought-tokens 64 has no effect, because thinking is off" in result.stderr
+    assert "note: --max-thought-growth 1.5 has no effect" in result.stderr
+
+
+def test_a_server_is_checked_for_a_switch(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    gguf = tmp_path / "demo.gguf"
+    abl_mlx("convert", "demo", gguf)
+    with LlamaCpp(gguf, n_ctx=512, n_threads=1) as server:
+        asked = ("eval", server.address, *PROMPTS, "--limit", 2, "--thinking")
+        assert "writes the same prompt with thinking on and off" in fails(*asked, "both")
+        assert "knows no amounts of thinking" in fails(*asked, "low")
+
+
+def test_a_server_that_replies_alike_in_both_modes_is_told_of() -> None:
+    with Server(lambda handler, request, number: handler.say("Take two eggs.")) as server:
+        asked = ["eval", server.url, *map(str, PROMPTS), "--limit", "2"]
+        result = CliRunner().invoke(cli, [*asked, "--thinking", "both"])
+        assert result.exit_code == 0, result.stderr
+        assert "gives the same replies with thinking on and off" in result.stderr
+        alone = CliRunner().invoke(cli, [*asked, "--thinking", "on"])
+        assert "the same replies" not in alone.stderr
+
+
+def test_llama_cpp_loads_a_file_once_for_both_modes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    abl_mlx("convert", THINKER, tmp_path / "thinker.gguf")
+    loaded = []
+
+    class Counting(LlamaCpp):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            loaded.append(given)
+            super().__init__(*given, **named)
+
+    monkeypatch.setattr(llamacpp, "LlamaCpp", Counting)
+    asked = ("--limit", 2, "--runtime", "llama.cpp", "--thinking", "both")
+    record = abl_mlx("eval", tmp_path / "thinker.gguf", *PROMPTS, *SHORT, *asked)
+    assert record["modes"]["on"]["harmful_refusal_rate"] == record["harmful_refusal_rate"] == 1
+    assert len(loaded) == 1
 
 
 def test_measured_at_does_not_go_with_a_direction_file(both: tuple[Path, dict[str, Any]]) -> None:
