@@ -222,7 +222,7 @@ def subspace(direction: Path, out: Path, k: int) -> Path:
 
 
 def edits(name: str, work: Path) -> Iterator[Case]:
-    """Edited variants of one of `MODELS`."""
+    """Edited variants of one of `MODELS`; long because it lists them."""
     folder = MODELS[name]
     r = work / f"{name}.safetensors"
     layers = chat_model.load_lazily(folder).layers

@@ -46,7 +46,7 @@ def _failures(replies: Iterable[Labelled]) -> list[str]:
 
 
 def document() -> str:
-    """The whole of docs/refusal-detection.md."""
+    """The whole of docs/refusal-detection.md; long because it holds the text of the page."""
     held = main_set("held-out")
     quality = Quality.of(held)
     fresh = fresh_set("held-out")

@@ -72,7 +72,7 @@ def options() -> set[str]:
 
 
 #: Flags of other programs: llama.cpp, the benchmarks, tools.regenerate.
-FOREIGN = {"--control-vector", "--table", "--write", "--only", "--check"}
+FOREIGN = {"--control-vector", "--mmproj", "--table", "--write", "--only", "--check"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -71,6 +71,36 @@ def test_imports_inside_functions_of_convert_say_that_they_are_lazy():
                         assert "# lazily: " in line, f"{name}: {line.strip()}"
 
 
+def test_the_page_about_the_architecture_names_every_room():
+    layers = re.findall(
+        r"^layers = \[\n(.*?)^\]", text_of("pyproject.toml"), re.DOTALL | re.MULTILINE
+    )
+    rooms = {room for part in layers for room in re.findall(r"\w+", part)}
+    assert {"cli", "outputs", "gguf", "base"} <= rooms
+    page = text_of("docs/architecture.md")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {room for row in rows for room in re.findall(r"`(\w+)`", row)}
+    assert rooms - named == {"eval_choices"}  # a part of `choices`
+
+
+def test_the_page_of_the_library_draws_every_exception():
+    found = {
+        node.name
+        for package in PACKAGES
+        for path in modules(package).values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base) in ("UserError", "TemplateError") for base in node.bases)
+        and not node.name.startswith("_")
+    }
+    drawn = set(re.findall(r"── (\w+)", text_of("docs/api.md")))
+    assert drawn == found | {"UserError"}
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> int:
     """Lines of a function that are code: no docstring, no blank ones, no comments."""
     documented = ast.get_docstring(function) is not None

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import abl_mlx
+from tests.support.places import ROOT
 from tools.check_wheel import FIELDS, faults, tracked_files
 
 INFORMATION = "abl_mlx-0.1.0.dist-info"
@@ -28,6 +29,11 @@ def wheel(path: Path, files: list[str], version: str, left_out: str = "") -> Pat
 def test_a_whole_wheel_has_no_fault(tmp_path: Path) -> None:
     files = ["abl_mlx/__init__.py", "convert/__init__.py"]
     assert faults(wheel(tmp_path / "a.whl", files, abl_mlx.__version__), files) == []
+
+
+def test_the_citation_has_the_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {abl_mlx.__version__}\n" in citation
 
 
 def test_each_fault_is_named(tmp_path: Path) -> None:
