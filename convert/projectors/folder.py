@@ -176,7 +176,7 @@ def _planned(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> Pro
         if is_vision(name) or re.fullmatch(known.borrowed, known.published(name))
     }
     shapes = {published: weights.shapes[name] for published, name in of.items()}
-    tower = Tower(folder, config, _processor(folder), shapes, known.defaults)
+    tower = Tower(folder, config, known.vision(config), _processor(folder), shapes)
     keys = {**_usual(tower), "clip.projector_type": known.kind, **known.keys(tower)}
     targets = []
     for published, name in of.items():

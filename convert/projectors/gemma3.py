@@ -15,7 +15,7 @@ _Q = GGMLQuantizationType
 
 def _keys(tower: Tower) -> dict[str, Any]:
     keys: dict[str, Any] = {
-        "clip.vision.attention.layer_norm_epsilon": float(tower.vision["layer_norm_eps"]),
+        "clip.vision.attention.layer_norm_epsilon": tower.real("layer_norm_eps"),
         "clip.use_gelu": True,
     }
     tokens = tower.processor.get("image_seq_length")
@@ -31,7 +31,7 @@ _POOLED = 4
 
 
 def _patches(tower: Tower, name: str) -> list[Part]:
-    colours = int(tower.vision["num_channels"])
+    colours = tower.count("num_channels")
     return [Part("v.patch_embd.weight", kernel(tower, name, colours, 2))]
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from convert.projectors import gemma3
+from convert.projectors import gemma3, llama4, pixtral, qwen_vl
 from convert.projectors.tower import Family
 
-FAMILIES: tuple[Family, ...] = (*gemma3.FAMILIES,)
+FAMILIES: tuple[Family, ...] = (
+    *gemma3.FAMILIES,
+    *qwen_vl.FAMILIES,
+    *pixtral.FAMILIES,
+    *llama4.FAMILIES,
+)
 """Every family."""
 
 

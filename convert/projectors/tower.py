@@ -42,22 +42,16 @@ class Tower:
     Attributes:
         folder: where it is.
         config: its config.json.
+        vision: vision_config in config.json, with the family's defaults for missing keys.
         processor: its preprocessor_config.json and processor_config.json, as one object.
         shapes: the tensors of the tower by their publisher's names -> their shapes.
-        defaults: the values that transformers uses for keys that vision_config lacks.
     """
 
     folder: Path
     config: Mapping[str, Any]
+    vision: Mapping[str, Any]
     processor: Mapping[str, Any]
-    shapes: Mapping[str, Shape] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def vision(self) -> dict[str, Any]:
-        """vision_config, with defaults for missing keys."""
-        found = self.config.get("vision_config")
-        return {**self.defaults, **(found if isinstance(found, dict) else {})}
+    shapes: Mapping[str, Shape]
 
     @property
     def text(self) -> dict[str, Any]:
@@ -71,11 +65,36 @@ class Tower:
         Raises:
             UserError: when it has none of them.
         """
-        vision = self.vision
-        found = next((vision[name] for name in names if vision.get(name) is not None), None)
+        found = self._first(names)
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
             raise UserError(f"vision_config in config.json has no {names[0]} that is a number")
         return found
+
+    def real(self, *names: str) -> float:
+        """The first of these numbers that vision_config has.
+
+        Raises:
+            UserError: when it has none of them.
+        """
+        found = self._first(names)
+        if not isinstance(found, int | float) or isinstance(found, bool):
+            raise UserError(f"vision_config in config.json has no {names[0]} that is a number")
+        return float(found)
+
+    def layers(self, name: str) -> list[int]:
+        """A list of layers in vision_config, which may be empty.
+
+        Raises:
+            UserError: when it is no list of numbers.
+        """
+        found = self.vision.get(name) or []
+        if not isinstance(found, list) or not all(type(one) is int for one in found):
+            raise UserError(f"{name} in config.json's vision_config is no list of layers")
+        return found
+
+    def _first(self, names: tuple[str, ...]) -> Any:
+        vision = self.vision
+        return next((vision[name] for name in names if vision.get(name) is not None), None)
 
     def numbers(self, name: str, length: int) -> list[float]:
         """A list of numbers from the processor's settings, such as image_mean.
@@ -96,6 +115,10 @@ Rule = Callable[[Tower, str], list[Part]]
 """Makes, from a tower and the name of one of its tensors, the projector's tensors from it."""
 
 
+def _nothing(vision: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """How the vision towers of a family become projectors.
@@ -113,7 +136,8 @@ class Family:
             another name.
         unused: pattern of the names of tensors that llama.cpp's graph has no use for.
         types: pattern of a name in the GGUF -> its type in every file.
-        defaults: as in `Tower`.
+        defaults: the values that transformers uses for keys that vision_config lacks.
+        derived: makes further values from those of vision_config, for keys that it lacks.
         borrowed: finds a tensor of the language model of which the projector holds a part.
     """
 
@@ -126,7 +150,14 @@ class Family:
     unused: str = r"(?!)"
     types: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    derived: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     borrowed: str = r"(?!)"
+
+    def vision(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """vision_config, with defaults for missing keys."""
+        stored = config.get("vision_config")
+        found = {**self.defaults, **(stored if isinstance(stored, dict) else {})}
+        return {**self.derived(found), **found}
 
     def published(self, name: str) -> str:
         """The publisher's name of a tensor."""

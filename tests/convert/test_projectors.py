@@ -14,12 +14,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from convert.gguf.file import GgufSource
 from convert.projectors import folder as towers
 from convert.projectors.table import FAMILIES
 from tests.support import seeing
 from tests.support.record_projectors import FILE_TYPES, RECORD, told
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(RECORD.read_text())["towers"]
+
+#: Tensors that the converter leaves out, and without which llama.cpp loads no projector.
+FURTHER = {name: {"v.token_embd.img_break"} for name in ("pixtral", "mistral3")}
+
+#: Names that the converter gives to tensors of Llama 4 -> the names in llama.cpp's graph.
+OTHERWISE = {f"v.blk.N.attn_post_norm.{one}": f"v.blk.N.ln2.{one}" for one in ("weight", "bias")}
 
 
 def test_every_family_is_recorded() -> None:
@@ -40,7 +47,11 @@ def test_a_tower_becomes_the_file_that_the_converter_writes(
     for kind in FILE_TYPES:
         path = tmp_path / f"{kind}.gguf"
         found.write(path, kind)
-        assert told(path) == RECORDED[name][kind]
+        ours, theirs = told(path), RECORDED[name][kind]
+        assert ours["metadata"] == theirs["metadata"]
+        tensors = {OTHERWISE.get(one, one): hash_ for one, hash_ in theirs["tensors"].items()}
+        assert ours["tensors"].keys() - tensors.keys() == FURTHER.get(name, set())
+        assert {one: ours["tensors"].get(one) for one in tensors} == tensors
 
 
 def _change(folder: Path, change: Any) -> None:
@@ -112,3 +123,67 @@ def test_a_folder_without_a_tower_has_no_projector(tmp_path: Path) -> None:
         ],
     )
     assert towers.find(folder) is None
+
+
+@pytest.mark.parametrize("name", sorted(FURTHER))
+def test_the_end_of_a_row_is_the_tokens_embedding(name: str, tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", name)
+    found = towers.find(folder)
+    assert found is not None
+    found.write(tmp_path / "mmproj.gguf")
+    weights = mx.load(str(folder / "model.safetensors"))
+    with GgufSource(tmp_path / "mmproj.gguf") as source:
+        values = np.frombuffer(bytes(source.raw("v.token_embd.img_break")), np.float32)
+    token = json.loads((folder / "tokenizer.json").read_text())["added_tokens"][-1]
+    assert token["content"] == "[IMG_BREAK]"
+    wanted = np.array(weights["language_model.model.embed_tokens.weight"][token["id"]])
+    np.testing.assert_array_equal(values, wanted)
+
+
+def test_without_the_token_that_ends_a_row_nothing_is_written(tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "pixtral")
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("[IMG_BREAK]", "[OTHER]"))
+    with pytest.raises(towers.Unwritable, match=r"the tokenizer has no token \[IMG_BREAK\]"):
+        towers.find(folder)
+
+
+def test_full_attention_in_no_regular_pattern_is_not_written(tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "qwen2.5-vl")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"]["fullatt_block_indexes"] = [1, 2]
+    path.write_text(json.dumps(config))
+    with pytest.raises(towers.Unwritable, match=r"are \[1, 2\], and llama.cpp knows every n-th"):
+        towers.find(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("depth", None, "no num_hidden_layers|no depth"),
+        ("hidden_size", "x", "no hidden_size that is a number"),
+        ("deepstack_visual_indexes", [1, "x"], "deepstack_visual_indexes .* is no list of layers"),
+        ("deepstack_visual_indexes", [1], "no layer among deepstack_visual_indexes"),
+        ("num_position_embeddings", "x", "no image_size that is a number"),
+    ],
+)
+def test_bad_settings_of_a_tower_are_told(key: str, value: Any, said: str, tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "qwen3-vl")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"][key] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(towers.Unwritable, match=said):
+        towers.find(folder)
+
+
+def test_a_kernel_of_another_shape_is_told(tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "qwen3-vl")
+    name = "model.visual.patch_embed.proj.weight"
+    _change(folder, lambda weights: weights.update({name: mx.zeros((64, 3, 4, 16, 16))}))
+    with pytest.raises(towers.Unwritable, match="spans 4 pictures"):
+        towers.find(folder)
+    _change(folder, lambda weights: weights.update({name: mx.zeros((64, 5, 2, 16, 16))}))
+    with pytest.raises(towers.Unwritable, match="is no kernel for 3 colours"):
+        towers.find(folder)

@@ -46,7 +46,9 @@ def told(path: Path) -> dict[str, Any]:
     found = described(path)
     lines: dict[str, list[str]] = {}
     for name, one in sorted(found["tensors"].items()):
-        lines.setdefault(re.sub(r"\.\d+\.", ".N.", name, count=1), []).append(f"{name} {one}")
+        number = re.search(r"\.(\d+)\.", name)
+        stem = name.replace(number[0], ".N.", 1) if number else name
+        lines.setdefault(stem, []).append(f"{number[1] if number else ''} {one}")
     tensors = {
         name: hashlib.sha256("\n".join(each).encode()).hexdigest()[:16]
         for name, each in lines.items()

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from tests.support import published, tiny
+from tests.support import published, tiny, zoo
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -36,7 +36,7 @@ class Seeing:
     """A family of models that see.
 
     Attributes:
-        recipe: the language model.
+        recipe: the language model: a recipe's name, or None for one of `tests.support.zoo`.
         model_type, klass: model_type of config.json and the class that llama.cpp's converter goes
             by.
         vision: vision_config.
@@ -50,7 +50,7 @@ class Seeing:
         token: the text of a token that the tokenizer has.
     """
 
-    recipe: str
+    recipe: str | None
     model_type: str
     klass: str
     vision: dict[str, Any]
@@ -102,6 +102,107 @@ def _gemma3(width: int) -> Shapes:
     }
 
 
+def _qwen25(width: int) -> Shapes:
+    linear = {
+        "attn.qkv": (3 * WIDE, WIDE),
+        "attn.proj": (WIDE, WIDE),
+        "mlp.gate_proj": (BETWEEN, WIDE),
+        "mlp.up_proj": (BETWEEN, WIDE),
+        "mlp.down_proj": (WIDE, BETWEEN),
+    }
+    return {
+        **_blocks("visual.blocks.", linear, ("norm1.weight", "norm2.weight")),
+        "visual.patch_embed.proj.weight": (WIDE, 3, 2, 14, 14),
+        "visual.merger.ln_q.weight": (WIDE,),
+        "visual.merger.mlp.0.weight": (4 * WIDE, 4 * WIDE),
+        "visual.merger.mlp.0.bias": (4 * WIDE,),
+        "visual.merger.mlp.2.weight": (width, 4 * WIDE),
+        "visual.merger.mlp.2.bias": (width,),
+    }
+
+
+def _merger(stem: str, width: int, normed: int) -> Shapes:
+    return {
+        f"{stem}norm.weight": (normed,),
+        f"{stem}norm.bias": (normed,),
+        f"{stem}linear_fc1.weight": (4 * WIDE, 4 * WIDE),
+        f"{stem}linear_fc1.bias": (4 * WIDE,),
+        f"{stem}linear_fc2.weight": (width, 4 * WIDE),
+        f"{stem}linear_fc2.bias": (width,),
+    }
+
+
+def _qwen35(width: int) -> Shapes:
+    linear = {
+        "attn.qkv": (3 * WIDE, WIDE),
+        "attn.proj": (WIDE, WIDE),
+        "mlp.linear_fc1": (BETWEEN, WIDE),
+        "mlp.linear_fc2": (WIDE, BETWEEN),
+    }
+    stem = "model.visual."
+    return {
+        **_blocks(f"{stem}blocks.", linear, _norm("norm1", "norm2")),
+        f"{stem}patch_embed.proj.weight": (WIDE, 3, 2, 16, 16),
+        f"{stem}patch_embed.proj.bias": (WIDE,),
+        f"{stem}pos_embed.weight": (64, WIDE),
+        **_merger(f"{stem}merger.", width, WIDE),
+    }
+
+
+def _qwen3(width: int) -> Shapes:
+    stem = "model.visual.deepstack_merger_list."
+    deep = [_merger(f"{stem}{index}.", width, 4 * WIDE) for index in range(2)]
+    return {**_qwen35(width), **deep[0], **deep[1]}
+
+
+def _pixtral(width: int) -> Shapes:
+    linear = {
+        **_square(*(f"attention.{one}_proj" for one in "qkvo")),
+        "feed_forward.gate_proj": (BETWEEN, WIDE),
+        "feed_forward.up_proj": (BETWEEN, WIDE),
+        "feed_forward.down_proj": (WIDE, BETWEEN),
+    }
+    norms = ("attention_norm.weight", "ffn_norm.weight")
+    return {
+        **_blocks("vision_tower.transformer.layers.", linear, norms, biased=False),
+        "vision_tower.patch_conv.weight": (WIDE, 3, PATCH, PATCH),
+        "vision_tower.ln_pre.weight": (WIDE,),
+        "multi_modal_projector.linear_1.weight": (width, WIDE),
+        "multi_modal_projector.linear_1.bias": (width,),
+        "multi_modal_projector.linear_2.weight": (width, width),
+        "multi_modal_projector.linear_2.bias": (width,),
+    }
+
+
+def _mistral3(width: int) -> Shapes:
+    found = {name: one for name, one in _pixtral(width).items() if not name.endswith("bias")}
+    return {
+        **found,
+        "multi_modal_projector.norm.weight": (WIDE,),
+        "multi_modal_projector.patch_merger.merging_layer.weight": (WIDE, 4 * WIDE),
+    }
+
+
+def _llama4(width: int) -> Shapes:
+    stem = "vision_model."
+    linear = {
+        **_square(*(f"self_attn.{one}_proj" for one in "qkvo")),
+        "mlp.fc1": (BETWEEN, WIDE),
+        "mlp.fc2": (WIDE, BETWEEN),
+    }
+    norms = _norm("input_layernorm", "post_attention_layernorm")
+    return {
+        **_blocks(f"{stem}model.layers.", linear, norms),
+        f"{stem}class_embedding": (WIDE,),
+        f"{stem}positional_embedding_vlm": (65, WIDE),
+        f"{stem}patch_embedding.linear.weight": (WIDE, 3 * PATCH * PATCH),
+        **{f"{stem}{one}": (WIDE,) for one in _norm("layernorm_pre", "layernorm_post")},
+        f"{stem}vision_adapter.mlp.fc1.weight": (48, 4 * WIDE),
+        f"{stem}vision_adapter.mlp.fc2.weight": (48, 48),
+        "multi_modal_projector.linear_1.weight": (width, 48),
+    }
+
+
 _SIZES = {
     "hidden_size": WIDE,
     "intermediate_size": BETWEEN,
@@ -109,6 +210,20 @@ _SIZES = {
     "num_attention_heads": HEADS,
     "image_size": 64,
     "patch_size": PATCH,
+}
+
+_FROM_VISUAL = {r"^(model\.)?visual\.": "vision_tower."}
+
+_QWEN3 = {
+    "depth": DEEP,
+    "hidden_size": WIDE,
+    "intermediate_size": BETWEEN,
+    "num_heads": HEADS,
+    "in_channels": 3,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 64,
 }
 
 FAMILIES: dict[str, Seeing] = {
@@ -135,6 +250,82 @@ FAMILIES: dict[str, Seeing] = {
         config={"vocab_size": tiny.VOCAB_SIZE},
         processor={**PROCESSOR, "image_seq_length": 16},
     ),
+    "qwen2.5-vl": Seeing(
+        "qwen2",
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "model_type": "qwen2_5_vl",
+            "depth": DEEP,
+            "hidden_size": WIDE,
+            "intermediate_size": BETWEEN,
+            "num_heads": HEADS,
+            "in_chans": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1, 3],
+        },
+        _qwen25,
+        mlx_names=_FROM_VISUAL,
+        kernel="patch_embed.proj.weight",
+        text=None,
+    ),
+    "qwen3-vl": Seeing(
+        "qwen3",
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        {**_QWEN3, "model_type": "qwen3_vl", "deepstack_visual_indexes": [1, 2]},
+        _qwen3,
+        {r"^model\.": "model.language_model."},
+        _FROM_VISUAL,
+        "patch_embed.proj.weight",
+    ),
+    "qwen3.5": Seeing(
+        "qwen35, and drafting",
+        "qwen3_5",
+        "Qwen3_5ForConditionalGeneration",
+        {**_QWEN3, "model_type": "qwen3_5", "deepstack_visual_indexes": []},
+        _qwen35,
+        {},
+        _FROM_VISUAL,
+        "patch_embed.proj.weight",
+        text=None,
+    ),
+    "pixtral": Seeing(
+        "mistral, heads of another size",
+        "llava",
+        "LlavaForConditionalGeneration",
+        {**_SIZES, "model_type": "pixtral", "hidden_act": "gelu"},
+        _pixtral,
+        {r"^": "language_model."},
+        {r"^vision_tower\.": "vision_tower.vision_model."},
+        "patch_conv.weight",
+        text={"model_type": "mistral"},
+        token="[IMG_BREAK]",
+    ),
+    "mistral3": Seeing(
+        "mistral3",
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        {**_SIZES, "model_type": "pixtral", "hidden_act": "silu"},
+        _mistral3,
+        {r"^": "language_model."},
+        {r"^vision_tower\.": "vision_tower.vision_model."},
+        "patch_conv.weight",
+        config={"spatial_merge_size": 2},
+        text={"model_type": "mistral"},
+        token="[IMG_BREAK]",
+    ),
+    "llama4": Seeing(
+        None,
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        {**_SIZES, "model_type": "llama4_vision_model", "pixel_shuffle_ratio": 0.5},
+        _llama4,
+        text={"model_type": "llama4_text"},
+    ),
 }
 """A name -> the family, in some form."""
 
@@ -160,7 +351,7 @@ def write(folder: Path, name: str, *, mlx: bool = False, dtype: str = "float32")
         dtype: of every tensor.
     """
     family = FAMILIES[name]
-    published.write(folder, family.recipe, dtype)
+    _write_language_model(folder, family, dtype)
     text = json.loads((folder / "config.json").read_text())
     special = {key: text[key] for key in ("eos_token_id", "bos_token_id") if key in text}
     if family.text is None:
@@ -176,17 +367,54 @@ def write(folder: Path, name: str, *, mlx: bool = False, dtype: str = "float32")
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "preprocessor_config.json").write_text(json.dumps(family.processor))
+    if family.token is not None:
+        _add_token(folder, family.token)
     weights = {
         _renamed(one, family.text_names): value
         for one, value in mx.load(str(folder / "model.safetensors")).items()
     }
-    for one, value in towers(family, text["hidden_size"]).items():
+    for one, value in towers(family, text.get("text_config", text)["hidden_size"]).items():
         if mlx and family.kernel and one.endswith(family.kernel):
             value = np.moveaxis(value, 1, -1)
         to = _renamed(one, family.mlx_names) if mlx else one
         weights[to] = mx.array(np.ascontiguousarray(value)).astype(getattr(mx, dtype))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     return folder
+
+
+def _write_language_model(folder: Path, family: Seeing, dtype: str) -> None:
+    """Write the language model alone, as a folder with keys of text_config in config.json."""
+    if family.recipe is not None:
+        published.write(folder, family.recipe, dtype)
+        return
+    folder.mkdir(parents=True)
+    special = tiny.write_tokenizer(folder, "bpe")
+    config = zoo.config(family.model_type)
+    config["text_config"]["vocab_size"] = tiny.VOCAB_SIZE
+    weights = {
+        name: value.astype(getattr(mx, dtype))
+        for name, value in tiny.hf_weights(zoo.build(config)).items()
+    }
+    text = {**special, **config["text_config"], "architectures": []}
+    (folder / "config.json").write_text(json.dumps(text))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+
+
+def _add_token(folder: Path, text: str) -> None:
+    """Give the tokenizer's last token another text, as a token that is not made by merging."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    old, number = max(vocabulary.items(), key=lambda item: item[1])
+    del vocabulary[old]
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = [
+        one for one in merges if ("".join(one) if isinstance(one, list) else one.replace(" ", ""))
+        != old
+    ]  # fmt: skip
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append({"id": number, "content": text, "special": True, **flags})
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _renamed(name: str, patterns: dict[str, str]) -> str:

@@ -120,7 +120,11 @@ ARCHITECTURES = (
         plain(),
         InMlx(_llama_config, _LLAMA, permuted),
         either_rotation(
-            FromFolder(("llama", "mistral", "mixtral"), llama_keys, Stored(EXPERTS_STORED))
+            FromFolder(
+                ("llama", "mistral", "mixtral", "llava", "pixtral"),
+                llama_keys,
+                Stored(EXPERTS_STORED),
+            )
         ),
     ),
     Architecture("qwen2", plain(), InMlx(_qwen_config("qwen2"), PLAIN), (FromFolder(("qwen2",)),)),
