@@ -17,6 +17,7 @@ from abl_mlx.directions.measuring import Candidates
 from abl_mlx.directions.pinning import embedding_means, held_at
 from abl_mlx.directions.race import Runner
 from abl_mlx.directions.trial import Effect, Trial
+from abl_mlx.directions.trimming import trimmed
 from abl_mlx.directions.variants import Tried, Variant, best
 from abl_mlx.edits.edit import Edit
 from abl_mlx.models.chat_model import ChatModel
@@ -76,13 +77,41 @@ class Finder:
         self._tried: list[Tried] = []
         self._notes: dict[str, Any] = {}
 
-    def file(self, *, causal: bool = True) -> DirectionFile:
+    def file(self, *, causal: bool = True, trimming: bool = False) -> DirectionFile:
         """The chosen direction with all facts about it, as a direction file.
 
         Args:
             causal: choose by what the removal does, and not by separation alone.
+            trimming: look for strengths of each layer that have a lower KL.
         """
-        return self._file(self._chosen(causal))
+        variant = self._chosen(causal)
+        recipe = self._recipe(variant) if trimming else None
+        file = self._file(variant)
+        return file if recipe is None else replace(
+            file, metadata={**file.metadata, "recipe": recipe}
+        )  # fmt: skip
+
+    def _recipe(self, variant: Variant) -> dict[str, Any] | None:
+        """Strengths of each layer with a lower KL than those of the chosen edit, if there are.
+
+        They are looked for only where first tokens chose, and no flag says what is edited.
+        """
+        finding, editing, notes = self._how.finding, self._how.editing, self._notes
+        by_hand = editing.layers is not None or editing.pin is not None or editing.norm == "rows"
+        if "validation_kl" not in notes or finding.method == "over-refusal" or by_hand:
+            return None
+        before = notes["refused"], notes["validation_kl"]
+        found = trimmed(self._trial, self._edit(variant), len(self._chat.layers), *before)
+        if found is None:
+            return None
+        effect = found.effect
+        self._notes |= {
+            "chosen_by": f"{notes['chosen_by']}; strengths of each layer by gradients of both",
+            **self._first_tokens(effect.refusal, effect.refused, effect.kl),
+            "uniform_kl": before[1],
+        }
+        assert found.edit.profile is not None
+        return {"profile": dict(found.edit.profile), "embedding": editing.embedding}
 
     def choice(self) -> tuple[Variant, list[Tried]]:
         """The chosen variant, by what its removal does, and what was tried for it."""

@@ -103,7 +103,7 @@ def _found(
         view = views.at_prompt(chat, sets)
         with _measured(chat, writers, view, how, judge, told) as finder:
             try:
-                found = finder.file(causal=causal)
+                found = finder.file(causal=causal, trimming=judge is None)
             except OpensAlike:
                 judge = judge or Judge(chat, writers, prompts, how)
                 found = _by_replies(chat, writers, judge, [view], how, finder)

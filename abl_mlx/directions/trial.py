@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
 
+from abl_mlx.directions import slopes
 from abl_mlx.directions.selection import LEFT, Told, openings, refusal_scores, refusal_tokens
+from abl_mlx.directions.slopes import Slopes
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Intervention, ablation, steering
 from abl_mlx.models.chat_model import ChatModel
@@ -197,6 +200,30 @@ class Trial:
         if keep:
             kept += tuple(openings(opened[len(bad) + len(good) :], self._kept_tokens))
         return Effect(scores, opens, kls, kept)
+
+    def slopes(self, edit: Edit, strengths: np.ndarray, most: int) -> Slopes | None:
+        """How the effect of an edit changes with its strength in each layer.
+
+        Args:
+            edit: the edit at strength 1.
+            strengths: (2, L), by which it is multiplied, as of `slopes.slopes`.
+            most: how many prompts of each set to run, forward and backward, from the first on.
+
+        Returns:
+            None where a module of the model has no gradient.
+        """
+        bad, good = self._harmful[:most], self._harmless[:most]
+        self.tokens += sum(map(len, [*bad, *good]))
+        plain = replace(edit, norm="none")
+        try:
+            found = slopes.slopes(
+                self._chat, self._writers, plain, strengths, bad, good, self._base,
+                self.refusal_tokens,
+            )  # fmt: skip
+        except (NotImplementedError, RuntimeError, ValueError):
+            return None
+        known_all = all(map(math.isfinite, (found.refusal, found.kl)))
+        return found if known_all and np.isfinite(found.of_refusal + found.of_kl).all() else None
 
     def is_whole(self, effect: Effect) -> bool:
         """Whether an effect was measured on all prompts."""

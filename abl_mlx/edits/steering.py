@@ -7,7 +7,7 @@ layers and at chosen tokens: it ablates, pins, or adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,11 +26,19 @@ from convert.base.errors import UserError
 
 
 @contextmanager
-def ablation(writers: Sequence[Writer], edit: Edit) -> Iterator[None]:
+def ablation(
+    writers: Sequence[Writer], edit: Edit, strengths: Mapping[str, mx.array] | None = None
+) -> Iterator[None]:
     """Context manager that applies a weight edit to the outputs of the writers that it edits.
 
     Because writers are linear, their outputs, and so the logits, are those of the edited weights
     and biases to float precision. A tied output head is included.
+
+    Args:
+        writers: the model's residual writers.
+        edit: the edit.
+        strengths: for ``attention`` and ``mlp`` writers, (L,), by which the edit is multiplied;
+            logits can be differentiated with respect to them.
 
     Raises:
         UserError: when the edit keeps norms, which is not a linear function of a writer's output.
@@ -40,7 +48,7 @@ def ablation(writers: Sequence[Writer], edit: Edit) -> Iterator[None]:
     chosen = edit.chosen(writers)
     with ExitStack() as stack:
         stack.enter_context(
-            around([(writer.module, _projected(edit, writer)) for writer in chosen])
+            around([(writer.module, _projected(edit, writer, strengths)) for writer in chosen])
         )
         for writer in chosen:
             if writer.tied:
@@ -50,13 +58,18 @@ def ablation(writers: Sequence[Writer], edit: Edit) -> Iterator[None]:
         yield
 
 
-def _projected(edit: Edit, writer: Writer) -> Around:
+def _projected(
+    edit: Edit, writer: Writer, strengths: Mapping[str, mx.array] | None = None
+) -> Around:
     basis = edit.basis(writer)
+    scaled = (strengths or {}).get(writer.component)
 
     def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
         unit = basis.astype(output.dtype)
         taken = edit.taken(writer, output @ unit.T, -1)
+        if scaled is not None:
+            taken = scaled[writer.layer] * taken
         return output - taken.astype(output.dtype) @ unit
 
     return wrapper

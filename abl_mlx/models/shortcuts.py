@@ -23,9 +23,9 @@ from abl_mlx.models.plain import Plain, reach, sample, vocabulary
 from abl_mlx.models.prefix import Prefix, shared
 from abl_mlx.models.residuals import residual
 
-#: The number of logits that are computed at once: 32 MB of float32, of which several copies are in
+#: The number of logits that are computed at once: 16 MB of float32, of which several copies are in
 #: memory at a time. Where the last layer's output is not cut, eight times as many.
-LOGITS_PER_BATCH = 2**23
+LOGITS_PER_BATCH = 2**22
 
 
 @dataclass(frozen=True)

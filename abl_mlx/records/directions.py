@@ -266,6 +266,7 @@ class Chosen(Selection):
         chosen_by: the rule of the choice.
         refusal_score: mean refusal scores with and without the directions.
         validation_kl, refused, kept_refused: figures with the edit, as in `TriedEdit`.
+        uniform_kl: the KL with strength 1 everywhere, if ``recipe`` has other strengths.
         refusal_tokens: the refusal openings, as text.
         single: the best single direction, if a subspace was chosen.
         forward_tokens: the number of tokens in forward passes for the choice.
@@ -275,7 +276,7 @@ class Chosen(Selection):
         trials: the constants that were tried.
         file: the name of the file that the directions were read from.
         sha256: of the float32 bytes of the directions.
-        recipe: the strengths of a search's edit.
+        recipe: the strengths by layer, where these differ.
         thinking, measured_at: where the first direction was measured, if the model was asked to
             think.
         views: where each direction of a subspace was measured, if the model was asked to think.
@@ -289,6 +290,7 @@ class Chosen(Selection):
     refusal_score: RefusalScores | None = None
     validation_kl: float | None = None
     refused: float | None = None
+    uniform_kl: float | None = None
     refusal_tokens: list[str] | None = None
     kept_refused: float | None = None
     single: TriedEdit | None = None

@@ -220,6 +220,9 @@ def identity(chat: ChatModel, sets: EncodedSets, space: Space, how: Measuring) -
     if chat.given_template is not None:
         edited.append(given_template.entry(chat.given_template))
 
+    if space.profile is not None:
+        edited.append(dict(space.profile))
+
     def of(value: Any) -> str:
         return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
 

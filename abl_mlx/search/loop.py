@@ -280,8 +280,9 @@ def improve(
     encoded = encoded or at_prompts(first)
     harmful = encoded.harmful
     space = Space(
-        len(chat.layers), sources_of(chat, encoded, found, how), embedding=how.editing.embedding
-    )
+        len(chat.layers), sources_of(chat, encoded, found, how), embedding=how.editing.embedding,
+        profile=found.metadata.get("recipe", {}).get("profile"),
+    )  # fmt: skip
     staying = encoded.staying
     screen = Screen(
         chat, writers, harmful, encoded.harmless, batch_size=how.batch_size, staying=staying,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +61,14 @@ class Space:
         layers: L, the number of the model's layers.
         methods: name -> source of directions; `DEFAULT` is one of them.
         embedding: whether the embedding may be edited.
+        profile: the strengths of each layer that were chosen before the search, by which those of
+            an edit with the direction `DEFAULT` are multiplied; None for 1.
     """
 
     layers: int
     methods: Mapping[str, Directions]
     embedding: bool = True
+    profile: Mapping[str, Sequence[float]] | None = None
 
     @property
     def deepest(self) -> int:
@@ -204,6 +207,7 @@ class Space:
     def recipe(self, parameters: Parameters) -> dict[str, Any]:
         """The edit's arguments besides the directions: ``profile`` and ``embedding``."""
         ends = sorted((int(parameters["first_layer"]), int(parameters["last_layer"])))
+        default = parameters["method"] == DEFAULT and self.profile is not None
         profile = {}
         for component in COMPONENTS:
             strengths = kernel(
@@ -213,9 +217,10 @@ class Space:
                     for name in ("peak", "strength", "width", "floor")
                 ),
             )
+            before = self.profile[component] if default and self.profile else [1.0] * self.layers
             profile[component] = [
-                strength if ends[0] <= layer <= ends[1] else 0.0
-                for layer, strength in enumerate(strengths)
+                strength * chosen if ends[0] <= layer <= ends[1] else 0.0
+                for layer, (strength, chosen) in enumerate(zip(strengths, before, strict=True))
             ]
         return {"profile": profile, "embedding": bool(parameters["embedding"])}
 

@@ -10,9 +10,10 @@ BLAS, which is many times faster than the reference BLAS in MLX's wheel for Linu
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -307,14 +308,43 @@ class Packed(nn.Module):
         count, n = self._shape[0], self._form.n
         x = x.astype(mx.float32)
         if _on_cpu():
-            mx.eval(x)
-            flat = np.array(x.astype(mx.float32), copy=False).reshape(-1, n)
-            return mx.array(self._multiply(flat, 0, count)).reshape(*x.shape[:-1], count)
+            return self._with_gradient(x) if _gradients.wanted else self._by_numpy(x)
         step = max(1, CHUNK // n)
         parts = [
             x @ self.rows(first, min(first + step, count)).T for first in range(0, count, step)
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+    def _by_numpy(self, x: mx.array) -> mx.array:
+        mx.eval(x)
+        flat = np.array(x, copy=False).reshape(-1, self._form.n)
+        count = self._shape[0]
+        return mx.array(self._multiply(flat, 0, count)).reshape(*x.shape[:-1], count)
+
+    def _with_gradient(self, x: mx.array) -> mx.array:
+        """The product, through which MLX can differentiate with respect to x."""
+        product = mx.custom_function(self._by_numpy)
+
+        @product.vjp
+        def _(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+            mx.eval(cotangent)
+            flat = np.array(cotangent.astype(mx.float32), copy=False).reshape(-1, self._shape[0])
+            return mx.array(self._transposed(flat)).reshape(primal.shape)
+
+        return cast(mx.array, product(x))
+
+    def _transposed(self, g: np.ndarray) -> np.ndarray:
+        """g W, (m, rows) -> (m, n): the gradient of a product with respect to its input."""
+        total = np.zeros((len(g), self._form.n), np.float32)
+        views, count = self._views(), self._shape[0]
+        step = max(1, min(_UNPACKED // self._form.n, count))
+        values = _room.of("values", (step, self._form.n))
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            codes = {name: view[first:last] for name, view in views.items()}
+            self._form.unpack_on_cpu(codes, values[: last - first])
+            total += g[:, first:last] @ values[: last - first]
+        return total
 
     def _multiply(self, x: np.ndarray, first: int, last: int) -> np.ndarray:
         """x Wᵀ for rows first to last - 1 of the weight, by NumPy's BLAS: (m, rows).
@@ -354,6 +384,27 @@ class Packed(nn.Module):
         return found
 
 
+class _Gradients(threading.local):
+    wanted = False
+
+
+_gradients = _Gradients()
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Context manager in which MLX can differentiate through the products of linear maps.
+
+    Outside it a product on a CPU keeps nothing for a gradient, and what is differentiated through
+    it is taken for a constant.
+    """
+    _gradients.wanted = True
+    try:
+        yield
+    finally:
+        _gradients.wanted = False
+
+
 def _on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
@@ -385,6 +436,8 @@ class PackedSwitchLinear(Packed, SwitchLinear):
         x = x.astype(mx.float32)
         experts, out, n = self._shape
         if _on_cpu():
+            if _gradients.wanted:
+                raise NotImplementedError("products of experts have no gradient")
             total = self._of_experts(x, indices)
             return total + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else total
         step = max(1, CHUNK // (out * n))
