@@ -273,6 +273,8 @@ class Writing(Choices):
         plain_rounding: round every weight to its nearest level, which loses most of an edit; for
             comparison.
         ollama_create: the name under which the first GGUF output is given to Ollama.
+        split_max_size: the largest size of a GGUF file in bytes: larger ones are written in parts.
+        join: write one file even if the source is in parts.
     """
 
     quantize: str | None = None
@@ -287,6 +289,8 @@ class Writing(Choices):
     writer_bits: str | None = None
     plain_rounding: bool = False
     ollama_create: str | None = None
+    split_max_size: int | None = None
+    join: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from abl_mlx.cli.flags import (
     json_flag,
     keep_types_flag,
     memory_flag,
+    parts_flags,
     prompt_flags,
     recognition_flag,
     reply_flags,
@@ -194,6 +195,7 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
 )
 @keep_types_flag
 @imatrix_flag
+@parts_flags
 @click.option(
     "--bits",
     type=click.Choice(["2", "3", "4", "5", "6", "8"]),
@@ -220,6 +222,8 @@ def convert_model(
     quantize: str | None,
     keep_types: bool,
     imatrix: Path | None,
+    split_max_size: int | None,
+    join: bool,
     bits: str | None,
     group_size: str,
     dtype: str | None,
@@ -242,6 +246,8 @@ def convert_model(
             quantize=quantize,
             keep_types=keep_types,
             imatrix=imatrix,
+            split_max_size=split_max_size,
+            join=join,
             bits=int(bits) if bits else None,
             group_size=int(group_size),
             dtype=dtype,

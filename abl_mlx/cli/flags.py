@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from abl_mlx.choices import METHODS, NORMS
-from abl_mlx.cli.values import HERE, Layers, PinValue, Position
+from abl_mlx.cli.values import HERE, Bytes, Layers, PinValue, Position
 
 
 def decorated(command: Callable[..., Any], flags: list[Any]) -> Callable[..., Any]:
@@ -258,6 +258,25 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated(command, flags)
 
 
+def parts_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags about the number of files of a GGUF."""
+    flags = [
+        click.option(
+            "--split-max-size",
+            type=Bytes(),
+            metavar="SIZE",
+            help="Write a GGUF larger than this (2G, 500M) in parts, NAME-00001-of-00003.gguf and "
+            "so on, as llama-gguf-split does.",
+        ),
+        click.option(
+            "--join",
+            is_flag=True,
+            help="Write one GGUF, even if the source is in parts. For Ollama this is always done.",
+        ),
+    ]
+    return decorated(command, flags)
+
+
 keep_types_flag = click.option(
     "--keep-types",
     is_flag=True,
@@ -285,6 +304,7 @@ def writing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         keep_types_flag,
         imatrix_flag,
+        parts_flags,
         click.option(
             "--max-leak",
             default=0.01,

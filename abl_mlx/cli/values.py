@@ -33,6 +33,20 @@ class Layers(click.ParamType):
         return frozenset(chosen)
 
 
+class Bytes(click.ParamType):
+    """A size such as ``2G``, ``500M`` or a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"([1-9][0-9]*)\s*([KMGT]?)B?", value.strip().upper())
+        if found is None:
+            self.fail(f"{value!r} is no size such as 2G, 500M or 2000000000.", param, ctx)
+        return int(found[1]) * 1000 ** ("KMGT".find(found[2]) + 1 if found[2] else 0)
+
+
 class Lengths(click.ParamType):
     """Two or more numbers of tokens, such as ``32,64,128``."""
 

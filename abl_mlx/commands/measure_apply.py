@@ -46,7 +46,8 @@ def apply(
     clock = Clock()
     with find_model(text) as model:
         places = apps.placed(paths, model.source)
-        paths = places.paths
+        paths, options = places.paths, places.joined(options)
+        writing = options.writing
         destinations.check(paths, model, editing, writing)
         model.check(paths, editing, writing)
         loaded = model.outline(clock, lazy=options.lazy, memory_check=options.memory_check)

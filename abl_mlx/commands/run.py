@@ -164,7 +164,8 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
         )
         target = model if base is None else base
         places = apps.placed(paths, target.source)
-        paths = places.paths
+        paths, options = places.paths, places.joined(options)
+        writing = options.writing
         options = replace(options, searching=options.searching.beside(paths[0]))
         destinations.check(paths, target, editing, writing)
         _check_places(paths, options.replying)

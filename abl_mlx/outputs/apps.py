@@ -12,18 +12,21 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+from abl_mlx.choices import Choices
 from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import further_files, staging
 from convert import lmstudio
-from convert.base.errors import UserError
-from convert.gguf.file import GgufSource
 from convert.ollama import store_writing
 from convert.ollama.description import describe
 from convert.ollama.settings import settings_of
 from convert.ollama.store import OllamaName
 
 OLLAMA, LM_STUDIO = "ollama:", "lmstudio:"
+
+
+Options = TypeVar("Options", bound=Choices)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Placed:
     in_ollama: Mapping[Path, OllamaName] = field(default_factory=dict)
     in_lm_studio: Mapping[Path, str] = field(default_factory=dict)
 
+    def joined(self, options: Options) -> Options:
+        """The options of a command; with ``join`` where an output goes to Ollama, as one file."""
+        return options.but(join=True) if self.in_ollama else options
+
 
 def placed(outputs: Sequence[Path], source: Source) -> Placed:
     """Find the places of outputs, of which some may be ``ollama:NAME`` or ``lmstudio:OWNER/NAME``.
@@ -49,8 +56,7 @@ def placed(outputs: Sequence[Path], source: Source) -> Placed:
     becomes an MLX folder.
 
     Raises:
-        UserError: when a name is not one, is taken, or the app is not here; and when an output for
-            Ollama would be in several parts.
+        UserError: when a name is not one, is taken, or the app is not here.
     """
     paths: list[Path] = []
     in_ollama: dict[Path, OllamaName] = {}
@@ -59,7 +65,6 @@ def placed(outputs: Sequence[Path], source: Source) -> Placed:
         text, path = str(output), output
         if text.startswith(OLLAMA):
             name = store_writing.check(text.removeprefix(OLLAMA))
-            _check_whole(source, text)
             path = Path(f"{name.title.replace(':', '-')}.gguf")
             in_ollama[path] = name
         elif text.startswith(LM_STUDIO):
@@ -136,14 +141,3 @@ def _of_gguf(path: Path, source: Source, given_to: str | None) -> list[str]:
         create = f"ollama create {name} -f {shlex.quote(str(modelfile))}"
         return [command, f"{create} && ollama run {name}"]
     return [command]
-
-
-def _check_whole(source: Source, text: str) -> None:
-    if not source.is_gguf:
-        return
-    with GgufSource(source.path) as opened:
-        if len(opened.parts) > 1:
-            raise UserError(
-                f"-o {text}: {source.path.name} is one of {len(opened.parts)} parts, and Ollama's "
-                "store takes one file: join them with llama.cpp's `llama-gguf-split --merge` first."
-            )

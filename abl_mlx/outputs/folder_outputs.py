@@ -23,7 +23,14 @@ from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer
-from abl_mlx.outputs import adapter_outputs, folder_quantized, further_files, mtp, undo_file
+from abl_mlx.outputs import (
+    adapter_outputs,
+    folder_quantized,
+    further_files,
+    mtp,
+    new_parts,
+    undo_file,
+)
 from abl_mlx.outputs.folder_plan import Plan, TensorEdit, measure_leak
 from abl_mlx.outputs.gguf_plan import quantize, rounded_to_float
 from abl_mlx.outputs.provenance import edit_label, gguf_metadata
@@ -44,6 +51,7 @@ from abl_mlx.support.console import progress, progress_to
 from convert.base.errors import UserError
 from convert.base.hf_config import read_config, stored_config
 from convert.gguf import imatrix
+from convert.gguf.rewrite import split
 from convert.mlx.folder import FLOAT_DTYPES, float_dtype, rewrite_folder
 from convert.mlx.other_quantization import refuse_foreign, refuse_quantized
 from convert.mlx.safetensors_files import TensorFiles, TensorInfo
@@ -78,6 +86,10 @@ def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Wr
         return  # an adapter is small, and its base may have weights of any type
     refuse_foreign(source.path, read_config(source.path), files)
     check_space(whole, sum(file.stat().st_size for file in files.files))
+    parts = new_parts.of(writing)
+    for path in paths:
+        if formats[path] == GGUF:
+            new_parts.check(path, parts, 1)
     if GGUF in formats.values():
         refuse_quantized(source.path, read_config(source.path), files)
         check_convertible(
@@ -246,7 +258,8 @@ class FolderEdit:
                 imatrix=imatrix.given(writing.imatrix),
                 progress=moved,
             )
-        read = report.reader()
+        files = split(output.staged, new_parts.of(writing))
+        read = replace(report, path=files[0]).reader()
 
         def read_back(name: str) -> mx.array:
             return mx.array(read(name))
@@ -257,7 +270,7 @@ class FolderEdit:
         types = sorted({report.types[report.tensors[name]] for name in edits})
         note = notes.joined(
             further_files.write_tower(folder, output.staged),
-            notes.modelfile(lost_of_template(output.staged, folder)),
+            notes.modelfile(lost_of_template(output.staged, folder)) if len(files) == 1 else None,
         )
 
         @contextmanager
@@ -268,10 +281,14 @@ class FolderEdit:
 
         return Written(
             output,
-            self._facts(output, leak, types, note),
+            replace(
+                self._facts(output, leak, types, note),
+                output=str(output.path.with_name(files[0].name)),
+                files=[file.name for file in files] if len(files) > 1 else None,
+            ),
             opened,
             on_loaded=True,
-            llamacpp=evaluate.InLlamaCpp(output.staged),
+            llamacpp=evaluate.InLlamaCpp(files[0]),
             notes=(_NOT_ASKED, _READ_BACK),
             limit=exactness.limit_for(types),
         )

@@ -19,7 +19,7 @@ from abl_mlx.models import chat_model, from_gguf
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer
-from abl_mlx.outputs import adapter_outputs, mtp, undo_file
+from abl_mlx.outputs import adapter_outputs, mtp, new_parts, undo_file
 from abl_mlx.outputs.gguf_plan import TensorPlan, compare, replacement, stored_values
 from abl_mlx.outputs.provenance import edit_label, gguf_metadata
 from abl_mlx.outputs.staging import FOLDER, GGUF, LORA, Output, Written, check_space, format_of
@@ -30,10 +30,8 @@ from abl_mlx.support.console import progress, progress_to
 from convert import gguf_to_mlx
 from convert.architectures import gguf_mtp
 from convert.architectures.gguf_writers import GgufWriter
-from convert.base.atomic import check_new
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
-from convert.gguf.parts import part_paths
 from convert.gguf.quantize import Quantization
 from convert.gguf.rewrite import rewrite
 from convert.mlx.safetensors_files import TensorFiles
@@ -57,16 +55,11 @@ def check(paths: Sequence[Path], gguf: GgufSource, writing: Writing) -> None:
                 f"--quantize: {path} gets its types from the GGUF: leave the flag out, or write "
                 "-o NAME.gguf."
             )
-    if writing.ollama_create is not None and len(gguf.parts) > 1:
-        raise UserError(
-            f"--ollama-create: {gguf.parts[0].name} is one of {len(gguf.parts)} parts, and the "
-            "output would be as well: join them with llama.cpp's `llama-gguf-split --merge` first."
-        )
+    parts = new_parts.of(writing)
     formats = {path: format_of(path) for path in paths}
     for path, form in formats.items():
         if form == GGUF:
-            for part in part_paths(path, len(gguf.parts)):
-                check_new(part)
+            new_parts.check(path, parts, len(gguf.parts))
         elif form == FOLDER:
             gguf_to_mlx.layout(gguf)
     whole = [path for path in paths if formats[path] != LORA]
@@ -275,6 +268,7 @@ class GgufEdit:
                     **gguf_metadata(self.source, label, gguf.metadata),
                     **self.quantization.metadata(),
                 },
+                parts=new_parts.of(writing),
                 progress=moved,
             )
 

@@ -97,6 +97,13 @@ def check(paths: Sequence[Path], options: RunOptions) -> None:
     ):
         if given:
             raise UserError(f"{flag} says how a direction is removed: leave it out with --induce.")
+    for flag, given in (
+        ("--imatrix", writing.imatrix is not None),
+        ("--keep-types", writing.keep_types),
+        ("--split-max-size", writing.split_max_size is not None),
+    ):
+        if given:
+            raise UserError(f"{flag} is not done with --induce: use `abl-mlx convert` afterwards.")
     if writing.ollama_create is not None:
         raise UserError(
             "--ollama-create is not done with --induce: give the Modelfile that is written to "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx.inputs.sources import Source
-from abl_mlx.outputs import further_files
+from abl_mlx.outputs import further_files, new_parts
 from abl_mlx.outputs.edit_label import gguf_label
 from abl_mlx.outputs.provenance import TAGS
 from abl_mlx.outputs.staging import FOLDER, GGUF
@@ -22,7 +22,8 @@ from convert.gguf import imatrix
 from convert.gguf.file import GgufSource
 from convert.gguf.file_types import FLOATS
 from convert.gguf.quantize import Quantization
-from convert.gguf.rewrite import rewrite
+from convert.gguf.regroup import NewParts
+from convert.gguf.rewrite import rewrite, split
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class NewTypes:
             folder, and for every tensor's own type from a GGUF.
         keep_types: from a GGUF: let quantized tensors keep their type.
         imatrix: the file of an importance matrix, which weights errors in quantizing.
+        parts: into how many files a GGUF is written; None for the source's parts.
         bits, group_size, dtype: for an MLX folder, as for `convert.gguf_to_mlx.write_folder`.
     """
 
     quantize: str | None = None
     keep_types: bool = False
     imatrix: Path | None = None
+    parts: NewParts | None = None
     bits: int | None = None
     group_size: int = 64
     dtype: str | None = None
@@ -60,19 +63,21 @@ def to_gguf(
     if label is not None:
         metadata["general.tags"] = TAGS
         metadata |= {f"abl_mlx.{key}": value for key, value in label.items()}
+    new_parts.check(out, types.parts, 1)
     with new_files(out) as folder, progress_to(f"write {out.name}", "tensor") as moved:
         staged = folder / out.name
         report = mlx_to_gguf.write_gguf(
             source.path,
             staged,
-            file_type=types.quantize or "F16",
+            file_type=types.quantize,
             metadata=metadata,
             imatrix=imatrix.given(types.imatrix),
             progress=moved,
         )
         tower = further_files.write_tower(source.path, staged)
+        files = split(staged, types.parts)
     return Converted(
-        output=str(out),
+        output=str(out.with_name(files[0].name)),
         format=GGUF,
         tensors=dict(Counter(report.types.values())),
         bytes=report.bytes,
@@ -84,6 +89,7 @@ def to_other_types(gguf: GgufSource, out: Path, types: NewTypes) -> Converted:
     """Write a GGUF as a GGUF of another file type."""
     weights = imatrix.given(types.imatrix)
     chosen = Quantization.of(gguf, types.quantize, weights, keep=types.keep_types)
+    new_parts.check(out, types.parts, len(gguf.parts))
     tensors = chosen.replacements(gguf)
     again = sum(gguf.tensors[name].type not in FLOATS for name in tensors)
     with progress_to(f"write {out.name}", "B") as moved:
@@ -92,6 +98,7 @@ def to_other_types(gguf: GgufSource, out: Path, types: NewTypes) -> Converted:
             out,
             tensors=tensors,
             metadata=chosen.metadata(),
+            parts=types.parts,
             progress=moved,
         )
     return Converted(

@@ -34,7 +34,7 @@ def extend(
     if len(source.parts) > 1:
         raise UserError(
             f"{source.parts[0].name} is one of {len(source.parts)} parts, to which no tensor can "
-            "be added: join them with llama.cpp's `llama-gguf-split --merge` first."
+            "be added: join them with `abl-mlx convert --join` first."
         )
     reader = gguf.GGUFReader(source.parts[0])
     writer = gguf.GGUFWriter(out, source.architecture, endianess=reader.endianess)

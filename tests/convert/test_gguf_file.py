@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from convert.base.errors import UserError
-from convert.gguf import file
+from convert.gguf import file, pieces
 from convert.gguf import rewrite as gguf_rewrite
 from convert.gguf.file import GgufSource
 from convert.gguf.metadata import Metadata
@@ -258,8 +258,8 @@ def test_every_way_to_copy_writes_the_same(
     else:
         monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
         monkeypatch.setattr(os, "sendfile", refuse if missing == "both" else few(sendfile))
-    monkeypatch.setattr(gguf_rewrite, "_COPY", 5000)
-    monkeypatch.setattr(gguf_rewrite, "_BUFFER", 777)
+    monkeypatch.setattr(pieces, "_COPY", 5000)
+    monkeypatch.setattr(pieces, "_BUFFER", 777)
     path = small_files(tmp_path)[0] if missing == "short" else model
     with GgufSource(path) as source:
         rewrite(source, tmp_path / "out.gguf")

@@ -1,0 +1,219 @@
+"""Pieces of a GGUF that is written: ranges of source files, new bytes, new tensors.
+
+Ranges that follow each other are joined, and are copied by one call of the operating system. Only
+new tensors pass through this process's memory, one chunk at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from convert.base.errors import UserError
+from convert.gguf.layout import TensorEntry, row_bytes
+
+# Bytes copied at a time; Ctrl-C is noticed and progress reported between two such copies.
+_COPY = 1 << 26
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """New data of a tensor.
+
+    Attributes:
+        type: the GGML type in which the data are encoded.
+        shape: in NumPy's order: (out, in) or (experts, out, in).
+        chunks: called once, when the tensor is to be written; returns arrays or bytes, which are
+            written one after the other. Their total length must be that of the type and shape.
+    """
+
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[np.ndarray | bytes]]
+
+    @property
+    def nbytes(self) -> int:
+        """The total length of the chunks in bytes."""
+        return math.prod(self.shape[:-1]) * row_bytes(self.type, self.shape[-1])
+
+
+@dataclass(frozen=True)
+class Range:
+    """A range of bytes of a part of the source."""
+
+    start: int
+    end: int
+    part: int = 0
+
+    def is_before(self, other: Range) -> bool:
+        """Whether the other range begins where this one ends."""
+        return self.part == other.part and self.end == other.start
+
+
+@dataclass(frozen=True)
+class New:
+    """The new data of a tensor, as a piece of the file."""
+
+    name: str
+    replacement: Replacement
+
+
+Piece = Range | bytes | bytearray | New
+
+
+def length(piece: Piece) -> int:
+    if isinstance(piece, Range):
+        return piece.end - piece.start
+    return piece.replacement.nbytes if isinstance(piece, New) else len(piece)
+
+
+class Plan:
+    """The pieces of one file in order; neighbouring ranges of the source are joined."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.length = 0
+
+    def add(self, piece: Piece) -> None:
+        size = length(piece)
+        if size == 0 and not isinstance(piece, New):
+            return
+        self.length += size
+        last = self.pieces[-1] if self.pieces else None
+        if isinstance(piece, Range) and isinstance(last, Range) and last.is_before(piece):
+            self.pieces[-1] = Range(last.start, piece.end, piece.part)
+        elif isinstance(piece, bytes) and isinstance(last, bytearray):
+            last += piece
+        elif isinstance(piece, bytes):
+            self.pieces.append(bytearray(piece))
+        else:
+            self.pieces.append(piece)
+
+
+def entry_bytes(entry: TensorEntry, new: Replacement | None, offset: int) -> bytes:
+    name = entry.name.encode("utf-8")
+    kind, shape = (entry.type, entry.shape) if new is None else (new.type, new.shape)
+    return struct.pack(
+        f"<Q{len(name)}sI{len(shape)}QIQ",
+        len(name),
+        name,
+        len(shape),
+        *reversed(shape),
+        kind,
+        offset,
+    )
+
+
+def write(
+    target: int,
+    source: Callable[[int], int],
+    pieces: list[Piece],
+    advance: Callable[[int], None],
+) -> None:
+    """Write the pieces to the end of an open file.
+
+    Args:
+        target: the file's descriptor.
+        source: gives the descriptor of a part of the source.
+        pieces: what to write.
+        advance: called with the number of bytes just written.
+    """
+    copiers: dict[int, _Copier] = {}
+    for piece in pieces:
+        if isinstance(piece, New):
+            _write_new(target, piece, advance)
+        elif isinstance(piece, bytes | bytearray):
+            _write_all(target, piece)
+            advance(len(piece))
+        else:
+            if piece.part not in copiers:
+                copiers[piece.part] = _Copier(source(piece.part), target)
+            at = piece.start
+            while at < piece.end:
+                count = copiers[piece.part](at, min(piece.end - at, _COPY))
+                at += count
+                advance(count)
+
+
+def _write_new(target: int, piece: New, advance: Callable[[int], None]) -> None:
+    expected, found = piece.replacement.nbytes, 0
+    for chunk in piece.replacement.chunks():
+        data = memoryview(chunk) if isinstance(chunk, bytes) else _bytes_of(chunk)
+        found += len(data)
+        if found > expected:
+            break
+        _write_all(target, data)
+        advance(len(data))
+    if found != expected:
+        more = "at least " if found > expected else ""
+        raise ValueError(
+            f"the new {piece.name} has {more}{found} bytes instead of {expected}, which "
+            f"{piece.replacement.type.name} of shape {piece.replacement.shape} takes"
+        )
+
+
+def _bytes_of(chunk: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
+
+
+def _write_all(target: int, data: bytes | bytearray | memoryview) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[os.write(target, view) :]
+
+
+class _Copier:
+    """Copies from one open file to the end of another, by the fastest way that works here.
+
+    os.copy_file_range shares blocks on file systems that can; os.sendfile copies inside the kernel.
+    macOS has neither for files, so there the bytes are read and written.
+    """
+
+    def __init__(self, source: int, target: int) -> None:
+        self.source = source
+        self.target = target
+        self.stream: io.FileIO | None = None
+        self.ways: list[Callable[[int, int], int]] = [self._read_write]
+        for name in ("sendfile", "copy_file_range"):
+            if hasattr(os, name):
+                self.ways.append(getattr(self, f"_{name}"))
+
+    def __call__(self, at: int, count: int) -> int:
+        """Copy up to ``count`` bytes from the source's byte ``at`` on; return how many."""
+        while True:
+            try:
+                copied = self.ways[-1](at, count)
+            except OSError as error:
+                # On a full disk the other ways would fail as well.
+                if len(self.ways) == 1 or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                copied = 0
+            if copied:
+                return copied
+            if len(self.ways) == 1:
+                raise UserError("the source became shorter while it was copied: start again.")
+            self.ways.pop()
+
+    def _copy_file_range(self, at: int, count: int) -> int:
+        return int(getattr(os, "copy_file_range")(self.source, self.target, count, at))  # noqa: B009
+
+    def _sendfile(self, at: int, count: int) -> int:
+        return os.sendfile(self.target, self.source, at, count)
+
+    def _read_write(self, at: int, count: int) -> int:
+        if self.stream is None:
+            self.stream = io.FileIO(self.source, closefd=False)
+            self.buffer = memoryview(bytearray(_BUFFER))
+        self.stream.seek(at)
+        read = self.stream.readinto(self.buffer[:count])
+        _write_all(self.target, self.buffer[:read])
+        return read
