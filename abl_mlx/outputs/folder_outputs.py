@@ -258,6 +258,7 @@ class FolderEdit:
                 imatrix=imatrix.given(writing.imatrix),
                 progress=moved,
             )
+        tower = further_files.write_tower(folder, output.staged)
         files = split(output.staged, new_parts.of(writing))
         read = replace(report, path=files[0]).reader()
 
@@ -269,7 +270,7 @@ class FolderEdit:
         )
         types = sorted({report.types[report.tensors[name]] for name in edits})
         note = notes.joined(
-            further_files.write_tower(folder, output.staged),
+            tower,
             notes.modelfile(lost_of_template(output.staged, folder)) if len(files) == 1 else None,
         )
 

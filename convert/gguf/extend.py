@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from convert.base.errors import UserError
+from convert.base.errors import OPTION, UserError
 from convert.gguf.file import GgufSource
 from convert.gguf.values import value_type
 
@@ -34,7 +34,8 @@ def extend(
     if len(source.parts) > 1:
         raise UserError(
             f"{source.parts[0].name} is one of {len(source.parts)} parts, to which no tensor can "
-            "be added: join them with `abl-mlx convert --join` first."
+            f"be added: convert them into one file with {OPTION} first.",
+            option="join",
         )
     reader = gguf.GGUFReader(source.parts[0])
     writer = gguf.GGUFWriter(out, source.architecture, endianess=reader.endianess)
