@@ -5,7 +5,8 @@ Some of these are blocks of a GGUF type as they are, so that they move without l
 
 - affine codes of 2, 3 or 4 bits are Q4_1, those of 5 bits Q5_1, where every scale and bias is exact
   in float16; a block of 32 takes the scale of the group that it lies in;
-- affine codes of 8 bits are Q8_0 where every bias is -128 times its scale;
+- affine codes of 4, 5 or 8 bits are Q4_0, Q5_0 or Q8_0 where every bias is -8, -16 or -128 times
+  its scale, as after such a GGUF;
 - mxfp4 is MXFP4.
 """
 
@@ -29,6 +30,10 @@ _Q = GGMLQuantizationType
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 _BLOCK = 32
+
+_CENTRED = {4: _Q.Q4_0, 5: _Q.Q5_0, 8: _Q.Q8_0}
+_WITH_OFFSETS = {2: _Q.Q4_1, 3: _Q.Q4_1, 4: _Q.Q4_1, 5: _Q.Q5_1}
+"""Bits of affine codes -> the GGML type that holds them, without and with an offset."""
 
 
 class FolderWeights:
@@ -118,11 +123,12 @@ class FolderWeights:
         if kind.mode != "affine":
             return None
         scales, biases = self._scales(matrix)
-        if not (_is_float16(scales) and (kind.bits == 8 or _is_float16(biases))):
+        if not _is_float16(scales):
             return None
-        if kind.bits == 8:
-            return _Q.Q8_0 if np.array_equal(biases, scales * np.float32(-128)) else None
-        return {2: _Q.Q4_1, 3: _Q.Q4_1, 4: _Q.Q4_1, 5: _Q.Q5_1}.get(kind.bits)
+        half = np.float32(-(2 ** (kind.bits - 1)))
+        if kind.bits in _CENTRED and np.array_equal(biases, scales * half):
+            return _CENTRED[kind.bits]
+        return _WITH_OFFSETS.get(kind.bits) if _is_float16(biases) else None
 
     def blocks(self, name: str, to: GGMLQuantizationType) -> np.ndarray:
         """The weight as blocks of its `block_type` or a type that holds it: uint8 (rows, bytes)."""
@@ -140,9 +146,10 @@ class FolderWeights:
         halves: list[np.ndarray] = [scales.astype("<f2")[..., None].view(np.uint8)]
         if to == _Q.Q8_0:
             return np.concatenate([*halves, codes ^ 0x80], axis=-1).reshape(rows, -1)
-        halves.append(biases.astype("<f2")[..., None].view(np.uint8))
+        if to in _WITH_OFFSETS.values():
+            halves.append(biases.astype("<f2")[..., None].view(np.uint8))
         low, high = codes[..., : _BLOCK // 2], codes[..., _BLOCK // 2 :]
-        if to == _Q.Q5_1:
+        if to in (_Q.Q5_0, _Q.Q5_1):
             halves.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
         halves.append((low & 15) | (high & 15) << 4)
         return np.concatenate(halves, axis=-1).reshape(rows, -1)

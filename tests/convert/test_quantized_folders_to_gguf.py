@@ -101,7 +101,7 @@ def test_llama_cpp_answers_as_mlx_lm_does(form: tuple[int, int, str], tmp_path: 
     assert disagreement(model, report.path, [5, 77, 301, 12, 88], near=0.3, n=8) < 0.3
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "Q5_1", "Q8_0", "MXFP4"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
 @pytest.mark.parametrize(
     "name", ["llama", "gpt-oss", "qwen35moe", "deepseek v3", "gemma4, experts", "granitemoe"]
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[3] / "shared" / "real-models"
-SMOLLM2, GEMMA3 = "smollm2-135m", "gemma-3-270m"
+SMOLLM2, GEMMA3, QWEN = "smollm2-135m", "gemma-3-270m", "qwen2.5-coder-0.5b"
 
 
 def folder() -> Path:

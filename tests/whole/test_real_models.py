@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from convert.gguf.file import GgufSource
 from tests.convert.test_gguf_to_tokenizer import Vocabulary, plain, written
 from tests.support.agreement import greedy, logprobs
 from tests.support.command import abl_mlx
-from tests.support.real_models import GEMMA3, LINES, SMOLLM2, real_model
+from tests.support.real_models import GEMMA3, LINES, QWEN, SMOLLM2, real_model
 
 pytestmark = pytest.mark.real
 
@@ -173,19 +172,58 @@ def test_to_mlx_and_back_is_the_same_model(model: Path, tmp_path: Path) -> None:
     """GGUF -> MLX floats -> F32 GGUF holds the very values of the original."""
     folder, back = tmp_path / "mlx", tmp_path / "back.gguf"
     abl_mlx("convert", model, folder, "--dtype", "float32")
-    config = json.loads((folder / "config.json").read_text())
-    quantized = config.pop("quantization", None) or config.pop("quantization_config", None)
-    if quantized:
-        from mlx_lm import convert
-
-        convert(str(folder), str(tmp_path / "float"), dequantize=True, dtype="float32")
-        folder = tmp_path / "float"
     abl_mlx("convert", folder, back, "--quantize", "F32")
     with GgufSource(model) as a, GgufSource(back) as b:
         assert set(a.tensors) == set(b.tensors)
         for name in a.tensors:
             x, y = a.values(name), b.values(name)
             assert np.allclose(x, y, rtol=1e-3, atol=1e-6 + 1e-3 * float(np.abs(x).mean())), name
+
+
+#: File type -> the least share of llama.cpp's likeliest tokens that must be those of the original.
+#: Weights of 4 and 5 bits are rounded once more in Q4_K_M.
+SAME = {None: 0.97, "F16": 0.9, "Q4_K_M": 0.75}
+
+
+@pytest.mark.parametrize("name", [SMOLLM2, QWEN])
+def test_a_quantized_folder_answers_as_its_gguf(name: str, tmp_path: Path) -> None:
+    """GGUF -> MLX folder, with its weights quantized -> GGUF, in the same and in other types."""
+    first, folder = real_model(name), tmp_path / "mlx"
+    abl_mlx("convert", first, folder)
+    asked = PROMPTS[:3]
+    with LlamaCpp(first, n_ctx=256, n_parallel=1) as runtime:
+        prompts = [runtime.tokenize(text) for text in asked]
+        replies = [runtime.greedy(prompt, 16) for prompt in prompts]
+    assert "Paris" in _text(first, replies[0])
+    for kind, least in SAME.items():
+        back = tmp_path / f"{kind}.gguf"
+        abl_mlx("convert", folder, back, *(("--quantize", kind) if kind else ()))
+        with GgufSource(first) as old, GgufSource(back) as new:
+            assert set(old.tensors) == set(new.tensors)
+            kept = [tensor for tensor, entry in old.tensors.items()
+                    if entry.type.name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]  # fmt: skip
+            assert len(kept) > 100
+            if kind is None:
+                assert all(old.raw(one).tobytes() == new.raw(one).tobytes() for one in kept)
+        with LlamaCpp(back, n_ctx=256, n_parallel=1) as runtime:
+            assert [runtime.tokenize(text) for text in asked] == prompts
+            tops = [
+                max(top, key=top.__getitem__)
+                for prompt, reply in zip(prompts, replies, strict=True)
+                for top in runtime.top_logprobs(prompt, reply)
+            ]
+            assert "Paris" in _text(back, runtime.greedy(prompts[0], 16))
+        said = [token for reply in replies for token in reply]
+        same = np.mean([a == b for a, b in zip(tops, said, strict=True)])
+        assert same >= least, (kind, same)
+        back.unlink()
+
+
+def _text(gguf: Path, tokens: list[int]) -> str:
+    """Tokens of byte-level BPE as text, where it is plain English."""
+    with GgufSource(gguf) as source:
+        pieces = source.metadata["tokenizer.ggml.tokens"]
+    return "".join(pieces[token] for token in tokens).replace("Ġ", " ")
 
 
 def test_adapters_and_measure_and_eval(smollm2: Path, tmp_path: Path) -> None:
