@@ -109,6 +109,7 @@ class FromFolder:
             name (both with shapes), makes the tensors of the GGUF.
         drafting: whether blocks for multi-token prediction are written or left out; None where
             there are none.
+        says_head: whether files give the size of a head where config.json leaves it out.
         always_tied: whether llama.cpp has no separate output head for it.
         tied_by_default: the value of tie_word_embeddings where config.json has none.
         longrope: whether llama.cpp has two tables of rotary factors for it.
@@ -131,6 +132,7 @@ class FromFolder:
     arranged: Callable[[Keys, Names], list[Weight]] | None = None
     tensors: Callable[[dict[str, Shape], dict[str, Shape]], dict[str, Shape]] = _as_named
     drafting: bool | None = None
+    says_head: bool = False
     always_tied: bool = False
     tied_by_default: bool = False
     longrope: bool = False

@@ -17,8 +17,7 @@ def text_config(config: Config) -> dict[str, Any]:
     Multimodal configs keep that part under text_config. Keys that transformers 5 renamed are added.
     """
     known = next(iter(FROM_FOLDER.get(str(config.get("model_type")), ())), None)
-    flat = {**(known.folder.defaults if known else {}), **_merged(config)}
-    return fill_in(flat)
+    return {**(known.folder.defaults if known else {}), **fill_in(_merged(config))}
 
 
 def _merged(config: Config) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def _usual(flat: Config, arch: Written) -> dict[str, Any]:
             values[key] = (count if key in _COUNTS else real)(flat, name)
     if flat.get("scoring_func") in _GATING:
         values["expert_gating_func"] = _GATING[flat["scoring_func"]]
-    if flat.get("head_dim") is not None:
+    if flat.get("head_dim") is not None or arch.folder.says_head:
         values[SHARED["head_dim"]] = head_dim(flat)
         values["attention.value_length"] = head_dim(flat)
     if flat.get("rope_local_base_freq") is not None:

@@ -89,7 +89,9 @@ def model(recipe: str) -> tuple[Config, Values]:
 
 
 def write(folder: Path, recipe: str, dtype: str = "float32") -> Path:
-    """Write a recipe's model as its publisher would."""
+    """Write a recipe's model as its publisher would; "hub NAME" is `tiny`'s, in bfloat16."""
+    if name_of := re.match(r"hub (.*)", recipe):
+        return tiny.write_model(folder, name_of[1], "bfloat16", "native")
     config, values = model(recipe)
     if recipe.startswith("qwen3next"):
         config = {**config["text_config"], "model_type": "qwen3_next"}

@@ -24,7 +24,7 @@ from typing import Any
 from gguf import GGUFReader
 
 from convert.gguf.file import GgufSource
-from tests.support import published
+from tests.support import published, tiny
 from tests.support.gguf_recipes import RECIPES
 
 RECORD = Path(__file__).parent / "converter_record.json"
@@ -89,8 +89,9 @@ def _short(data: bytes) -> str:
 
 
 def recipes() -> list[str]:
-    """The recipes that have a published form."""
-    return [name for name in RECIPES if name not in UNPUBLISHED]
+    """The recipes that have a published form, and the folders of `tests.support.tiny`."""
+    hub = [f"hub {name}" for name in tiny.ARCHITECTURES]
+    return hub + [name for name in RECIPES if name not in UNPUBLISHED]
 
 
 UNPUBLISHED = frozenset(

@@ -182,7 +182,7 @@ def test_to_mlx_and_back_is_the_same_model(model: Path, tmp_path: Path) -> None:
 
 #: File type -> the least share of llama.cpp's likeliest tokens that must be those of the original.
 #: Weights of 4 and 5 bits are rounded once more in Q4_K_M.
-SAME = {None: 0.97, "F16": 0.9, "Q4_K_M": 0.75}
+SAME = {None: 0.9, "F16": 0.9, "Q4_K_M": 0.75}
 
 
 @pytest.mark.parametrize("name", [SMOLLM2, QWEN])

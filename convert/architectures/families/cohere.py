@@ -87,7 +87,7 @@ ARCHITECTURES = (
         "cohere2",
         plain(),
         InMlx(_cohere2_config, PLAIN),
-        (FromFolder(("cohere2",), _cohere2_keys, always_tied=True),),
+        (FromFolder(("cohere2",), _cohere2_keys, says_head=True, always_tied=True),),
     ),
     *edited("cohere2moe", plain()),
 )

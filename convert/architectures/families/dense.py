@@ -346,7 +346,7 @@ ARCHITECTURES = (
         "smollm3",
         plain(),
         InMlx(_smollm3_config, PLAIN, permuted),
-        (FromFolder(("smollm3",), llama_keys),),
+        (FromFolder(("smollm3",), llama_keys, tied_by_default=True),),
     ),
     Architecture(
         "exaone4",
@@ -366,7 +366,11 @@ ARCHITECTURES = (
         InMlx(_nemotron_config, PLAIN, _nemotron_weights),
         (
             FromFolder(
-                ("nemotron",), _nemotron_keys, scalings=("linear",), tokenizer=_nemotron_tokenizer
+                ("nemotron",),
+                _nemotron_keys,
+                scalings=("linear",),
+                says_head=True,
+                tokenizer=_nemotron_tokenizer,
             ),
         ),
     ),

@@ -119,12 +119,11 @@ ARCHITECTURES = (
         "llama",
         plain(),
         InMlx(_llama_config, _LLAMA, permuted),
-        either_rotation(
-            FromFolder(
-                ("llama", "mistral", "mixtral", "llava", "pixtral"),
-                llama_keys,
-                Stored(EXPERTS_STORED),
-            )
+        (
+            *either_rotation(
+                FromFolder(("llama", "mistral", "llava", "pixtral"), llama_keys, says_head=True)
+            ),
+            *either_rotation(FromFolder(("mixtral",), llama_keys, Stored(EXPERTS_STORED))),
         ),
     ),
     Architecture("qwen2", plain(), InMlx(_qwen_config("qwen2"), PLAIN), (FromFolder(("qwen2",)),)),
