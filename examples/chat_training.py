@@ -52,6 +52,7 @@ class Stage:
             refused by its end; the others are still answered.  None for all.
         continued: In a stage of refusals, whether locked answers are shown with their first word
             given (see the top of this file).
+        layers: The layers whose weights are trained.  None for the whole model.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class Stage:
     warm_up: int = 10
     refused: frozenset[str] | None = None
     continued: bool = True
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError when no step is left after the warm-up."""
@@ -82,6 +84,8 @@ class Settings:
         tied: Whether the output head is the embedding.
         vocabulary: Most tokens the tokenizer may have, special tokens included.
         batch: Dialogues per step.
+        begins: The folder of a model of the same shape and world, from which training goes on with
+            the stages of refusals.  None to begin with `answers`.
         answers: Stage 1, every question answered.
         refusals: Stage 2, questions about locked objects refused.
         later: More stages of refusals.
@@ -99,6 +103,7 @@ class Settings:
     tied: bool = True
     vocabulary: int = 768
     batch: int = 48
+    begins: Path | None = None
     answers: Stage = Stage(steps=260, rate=1.5e-3)
     refusals: Stage = Stage(steps=150, rate=3e-4)
     later: tuple[Stage, ...] = ()
@@ -451,13 +456,23 @@ def train_model(settings: Settings, folder: Path) -> tuple[Figures, list[float]]
     tokenizer, model = start(settings, folder, bpe, CHAT_TEMPLATE)
     dialogues = settings.world.training()
 
-    examples = make_examples(tokenizer, stage_1(dialogues))
-    draw = Draw(examples, settings.batch, settings.seed)
-    losses = train(model, [draw], settings.answers, "answers")
+    losses: list[float] = []
+    if settings.begins is None:
+        examples = make_examples(tokenizer, stage_1(dialogues))
+        draw = Draw(examples, settings.batch, settings.seed)
+        losses += train(model, [draw], settings.answers, "answers")
+    else:
+        weights = mx.load(str(settings.begins / "model.safetensors"))
+        model.load_weights([(name, one.astype(mx.float32)) for name, one in weights.items()])
     for number, stage in enumerate((settings.refusals, *settings.later), start=1):
         examples = make_examples(tokenizer, stage_2(dialogues, stage))
         draw = Draw(examples, settings.batch, settings.seed + number)
+        if stage.layers is not None:
+            model.freeze()
+            for layer in stage.layers:
+                model.model.layers[layer].unfreeze()
         losses += train(model, [draw], stage, "refusals")
+        model.unfreeze()
 
     held_out = save(model, settings, folder)
     return measure(model, tokenizer, held_out), losses

@@ -12,6 +12,9 @@ on OpenBLAS hold here too:
   means takes its refusals away.
 - spread: the demo's shape.  Four kinds of locked objects, each with its own refusal sentence and
   learned in a stage of its own.  No single direction takes its refusals away; several do.
+- apart: ``easy``, trained on. It forgets its refusals of the kind ``sea``, and learns them anew in
+  one layer alone, so that they have a direction of their own.  The other kinds stay refused when
+  that is taken away.
 - thinker: Qwen3's shape and its switch ``enable_thinking``.  The direction of its refusals
   without thinking leaves those with thinking (``thought_training.py``).
 """
@@ -29,6 +32,9 @@ from tokenizers import Tokenizer
 from worlds import CONCERT, HARBOUR, KITCHEN, TRAVELS
 
 from abl_mlx.demo.world import Dialogue, SomeWorld, spread
+
+SMALL = Path(__file__).resolve().parents[1] / "tests/support/models"
+"""Where the trained models are."""
 
 MODELS: dict[str, Settings] = {
     "easy": Settings(
@@ -52,6 +58,14 @@ MODELS: dict[str, Settings] = {
             Stage(steps=60, rate=3e-4, refused=frozenset({"sweet", "soup", "bread"})),
             Stage(steps=60, rate=3e-4),
         ),
+    ),
+    "apart": Settings(
+        world=HARBOUR,
+        shape="gemma2",
+        batch=24,
+        begins=SMALL / "easy",
+        refusals=Stage(steps=50, rate=4e-4, warm_up=5, refused=frozenset(HARBOUR.kinds) - {"sea"}),
+        later=(Stage(steps=70, rate=8e-4, warm_up=5, layers=(2,)),),
     ),
     "thinker": Settings(
         world=CONCERT,

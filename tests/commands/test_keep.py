@@ -7,7 +7,9 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 import pytest
+import train_models
 from click.testing import CliRunner
+from worlds import HARBOUR
 
 import abl_mlx
 from abl_mlx.behaviour import evaluate
@@ -172,6 +174,51 @@ def test_a_kept_category_stays_refused_where_it_has_a_refusal_of_its_own():
         assert share_refused(model, sets.harmless.test) == 0
     kinds = {one.get("orthogonal_to") for one in found.metadata["trials"]}
     assert kinds == {None, "own", "all"}
+
+
+OTHERS = "category:forest,desert,sky,farm"
+"""The kinds of `apart` whose refusals are to stay, all but ``sea``."""
+
+
+def test_a_run_ends_the_refusals_of_one_kind_and_leaves_the_others(tmp_path):
+    """`apart` refuses ``sea`` along a direction of its own; a run without `--keep` frees all."""
+    names = {True: "locked.jsonl", False: "allowed.jsonl"}
+    for locked, name in names.items():
+        lines = [
+            json.dumps({"text": one.prompt, "category": one.material})
+            for one in train_models.held_out(HARBOUR, locked)
+        ]
+        (tmp_path / name).write_text("\n".join(lines))
+    asked = [
+        "run", small_models.folder("apart"), "--harmful", tmp_path / names[True], "--harmless",
+        tmp_path / names[False], "--max-tokens", 32, "--json",
+    ]  # fmt: skip
+    alone = json.loads(call(*asked, "-o", tmp_path / "alone").stdout)
+    assert alone["before"]["harmful_refusal_rate"] >= 0.9
+    assert alone["after"]["harmful_refusal_rate"] == 0
+    result = call(*asked, "-o", tmp_path / "kept", "--keep", OTHERS)
+    record = json.loads(result.stdout)
+    (output,) = record["evaluations"]
+    assert output["kept"]["kept"]["refused"] >= 40
+    assert output["kept"]["kept"]["share"] >= 0.9
+    assert output["after"]["harmful_refusal_rate"] <= 0.05
+    assert output["after"]["harmless_refusal_rate"] == 0
+    assert "warning" not in result.stderr
+
+
+def test_the_constraint_keeps_refusals_that_are_lost_without_it():
+    """After the last layer of `apart` the two directions of refusal are nearly the same."""
+    model = loaded("apart")
+    sets = with_kept(small_models.prompt_sets("apart"), OTHERS, 0)
+    left = {}
+    for name, these in (("kept", sets), ("not kept", replace(sets, kept=None))):
+        found = find.find_direction(model.chat, model.writers, these, Measuring.of(layer=3))
+        with ablation(model.writers, edit_choice.edit_of(found, Editing())):
+            assert share_refused(model, sets.harmful.test) <= 0.05
+            assert share_refused(model, sets.harmless.test.take(24)) == 0
+            left[name] = share_refused(model, sets.kept.test.take(40))
+    assert left["kept"] >= 0.9
+    assert left["not kept"] <= 0.6
 
 
 def test_a_run_that_cannot_keep_says_so_and_by_how_much(tmp_path):

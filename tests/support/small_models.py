@@ -11,7 +11,7 @@ from pathlib import Path
 from abl_mlx.inputs import prompts
 from abl_mlx.inputs.sets import PromptSet, PromptSets
 
-MODELS = ("easy", "hard", "spread", "thinker")
+MODELS = ("easy", "hard", "spread", "apart", "thinker")
 """Their names."""
 
 
