@@ -312,7 +312,6 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
             "one of them out."
         )
     check_method(how)
-    prompt_choice.borderline_part(sets, how.prompting, how.finding, "validation")
 
 
 def _given(chat: ChatModel, how: Measuring) -> DirectionFile:

@@ -100,13 +100,13 @@ def encoded(chat: ChatModel, sets: PromptSets, how: Measuring) -> ByMode:
         UserError: when a prompt cannot be encoded, or there are too few borderline prompts.
     """
     return {
-        mode: _encoded(chat, sets.asked(thinking=mode), how)
+        mode: _encoded(chat, sets.asked(thinking=mode), mode, how)
         for mode in thinking.modes(how.prompting.thinking)
     }
 
 
-def _encoded(chat: ChatModel, sets: PromptSets, how: Measuring) -> EncodedSets:
-    """The prompts in the mode of thinking that they have."""
+def _encoded(chat: ChatModel, sets: PromptSets, mode: str | None, how: Measuring) -> EncodedSets:
+    """The prompts in one mode of thinking."""
     parts: dict[str, dict[str, tuple[Prompt, ...]]] = {"train": {}, "validation": {}}
     for part, named in parts.items():
         for name, split_ in {"harmful": sets.harmful, "harmless": sets.harmless}.items():
@@ -122,10 +122,8 @@ def _encoded(chat: ChatModel, sets: PromptSets, how: Measuring) -> EncodedSets:
         {name: encode(chat, prompts) for name, prompts in named.items()} for named in parts.values()
     )
     refused = "borderline" if how.finding.method == "over-refusal" else "harmful"
-    return EncodedSets(
-        sets.thinking, refused, train, validation, chat.message_tail(sets.thinking),
-        prompt_hashes(sets),
-    )  # fmt: skip
+    tail = chat.message_tail(mode)
+    return EncodedSets(mode, refused, train, validation, tail, prompt_hashes(sets))
 
 
 def _on_topic(sets: PromptSets, off_topic: Split) -> tuple[Prompt, ...]:
