@@ -21,11 +21,12 @@ from convert.architectures.families import (
     phi,
     qwen,
     qwen_hybrid,
+    qwen_vl,
 )
 
 _GROUPS = (
-    *(llama, mistral3, qwen, qwen_hybrid, gemma, gemma4, phi, cohere, dense, ernie, granite),
-    *(deepseek, gpt_oss, lfm2, others),
+    *(llama, mistral3, qwen, qwen_hybrid, qwen_vl, gemma, gemma4, phi, cohere, dense, ernie),
+    *(granite, deepseek, gpt_oss, lfm2, others),
 )
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -25,7 +25,7 @@ from tests.support.record_projectors import told
 FAMILIES = [name for name in seeing.FAMILIES if "," not in name]
 
 #: Those whose language model is written as a GGUF.
-TO_GGUF = [name for name in FAMILIES if name not in ("qwen2.5-vl", "qwen3-vl", "llama4")]
+TO_GGUF = [name for name in FAMILIES if name != "llama4"]
 
 
 def direction_for(folder: Path, place: Path) -> Path:

@@ -56,11 +56,13 @@ CLASSES = {
     "olmo3": "Olmo3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
     "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_next": "Qwen3NextForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
@@ -98,6 +100,8 @@ def write(folder: Path, recipe: str, dtype: str = "float32") -> Path:
         values = {name.removeprefix("language_model."): one for name, one in values.items()}
     if recipe.startswith("mistral3"):
         config["model_type"] = "ministral3"
+    if recipe in ("qwen2vl", "qwen3vl"):
+        config, values = _seeing(recipe, config, values)
     kind = str(config["model_type"])
     values = _PUBLISHED.get(kind, _same)(config, values)
     config |= _further(config)
@@ -140,6 +144,23 @@ def _further(config: Config) -> Config:
         slides = [pattern[n % len(pattern)] == "L" for n in range(config["num_hidden_layers"])]
         return {"layer_types": [("full", "sliding")[one] + "_attention" for one in slides]}
     return {}
+
+
+def _seeing(recipe: str, config: Config, values: Values) -> tuple[Config, Values]:
+    """The language model of a model that sees, without its tower."""
+    keys = RECIPES[recipe].keys
+    sections = keys["rope.dimension_sections"][:3]
+    text = {**config, "rope_scaling": {"type": "mrope", "mrope_section": sections}}
+    if recipe == "qwen2vl":
+        return text | {"model_type": "qwen2_5_vl"}, values
+    text["model_type"] = "qwen3_vl_text"
+    deep = list(range(1, 1 + keys["n_deepstack_layers"]))
+    return {
+        "model_type": "qwen3_vl",
+        "text_config": text,
+        "vision_config": {"deepstack_visual_indexes": deep},
+        "tie_word_embeddings": text["tie_word_embeddings"],
+    }, {name.replace("model.", "model.language_model.", 1): one for name, one in values.items()}
 
 
 def _rename_token(folder: Path, old: str, new: str) -> None:

@@ -251,7 +251,7 @@ FAMILIES: dict[str, Seeing] = {
         processor={**PROCESSOR, "image_seq_length": 16},
     ),
     "qwen2.5-vl": Seeing(
-        "qwen2",
+        "qwen2vl",
         "qwen2_5_vl",
         "Qwen2_5_VLForConditionalGeneration",
         {
@@ -273,14 +273,15 @@ FAMILIES: dict[str, Seeing] = {
         text=None,
     ),
     "qwen3-vl": Seeing(
-        "qwen3",
+        "qwen3vl",
         "qwen3_vl",
         "Qwen3VLForConditionalGeneration",
         {**_QWEN3, "model_type": "qwen3_vl", "deepstack_visual_indexes": [1, 2]},
         _qwen3,
-        {r"^model\.": "model.language_model."},
+        {},
         _FROM_VISUAL,
         "patch_embed.proj.weight",
+        text=None,
     ),
     "qwen3.5": Seeing(
         "qwen35, and drafting",

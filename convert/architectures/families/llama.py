@@ -110,7 +110,8 @@ _MIXTRAL = {
 _LLAMA = Names({**ATTENTION, **FEED_FORWARD, **_MIXTRAL})
 
 
-def _qwen_config(model_type: str) -> Any:
+def qwen_config(model_type: str) -> Any:
+    """The config.json of qwen2 and qwen3."""
     return lambda keys: base_config(keys, model_type) | {"rope_scaling": rope_scaling(keys)}
 
 
@@ -126,11 +127,11 @@ ARCHITECTURES = (
             *either_rotation(FromFolder(("mixtral",), llama_keys, Stored(EXPERTS_STORED))),
         ),
     ),
-    Architecture("qwen2", plain(), InMlx(_qwen_config("qwen2"), PLAIN), (FromFolder(("qwen2",)),)),
+    Architecture("qwen2", plain(), InMlx(qwen_config("qwen2"), PLAIN), (FromFolder(("qwen2",)),)),
     Architecture(
         "qwen3",
         plain(reads="cls.output"),
-        InMlx(_qwen_config("qwen3"), PLAIN),
+        InMlx(qwen_config("qwen3"), PLAIN),
         (FromFolder(("qwen3",)),),
     ),
     *edited("llama4 deci mistral4", plain()),

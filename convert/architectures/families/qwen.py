@@ -141,8 +141,7 @@ ARCHITECTURES = (
         InMlx(_moe_config("qwen3_moe", normalized=True), _MOE, _moe_weights),
         (FromFolder(("qwen3_moe",), _qwen3moe_keys, STORED_EXPERTS),),
     ),
-    *edited("qwen qwen2vl qwen3vlmoe", plain()),
-    *edited("qwen3vl", plain(reads="cls.output")),
+    *edited("qwen qwen3vlmoe", plain()),
     *refused("rwkv6qwen2", "its recurrent blocks have not been proved in llama.cpp."),
     *refused(
         "qwen4exp",

@@ -13,10 +13,11 @@ from tests.support.gguf_recipes import (
     llama,
     phi,
     qwen,
+    qwen_vl,
 )
 from tests.support.tiny_gguf import Recipe
 
-_GROUPS = (llama, qwen, gemma, phi, cohere, granite, dense, deepseek, gpt_oss, lfm2)
+_GROUPS = (llama, qwen, qwen_vl, gemma, phi, cohere, granite, dense, deepseek, gpt_oss, lfm2)
 
 RECIPES: dict[str, Recipe] = {
     name: recipe for group in _GROUPS for name, recipe in group.RECIPES.items()
