@@ -81,11 +81,8 @@ class Judged:
     def merit(self) -> tuple[float, float, float]:
         """Sort key where none works: refusals ended, then refusals kept, then the KL."""
         replied = self.replied
-        return (
-            (max(replied.worst, ENOUGH) if replied.kept else replied.worst),
-            replied.lost,
-            (replied.kl),
-        )
+        left = max(replied.worst, ENOUGH) if replied.kept else replied.worst
+        return left, replied.lost, replied.kl
 
     def record(self) -> JudgedFinalist:
         """Its part of the record."""
@@ -109,7 +106,7 @@ def choose(
     """The direction, or the subspace of several, that ends refusals in every mode of thinking.
 
     Args:
-        editing: the edit with which they are tried.
+        editing: the edit with which they are tried, always at full strength.
         judge: asks the model.
         views: the places where directions are measured.
         candidates_of: the candidates of a view that are worth judging, the best first.
@@ -125,12 +122,13 @@ def choose(
             "in no mode of thinking does the model tell harmful from harmless prompts, so there is "
             "no direction to measure: check with `abl-mlx eval --thinking both`."
         )
+    full = replace(editing, strength=1.0)
     judged: list[Judged] = []
     for size in (1, 2, 3):
         some = singles if size == 1 else _spans(singles, size)
         with progress(len(some), "directions, by replies", "edit") as bar:
             for one in some:
-                replied = judge.of(make_edit(one.directions, editing))
+                replied = judge.of(make_edit(one.directions, full))
                 judged.append(Judged(one, replied, judge.dropped(replied), judge.works(replied)))
                 bar.update()
                 # The candidates of one view are in the order of their separation.

@@ -278,6 +278,19 @@ def test_whole_replies_tell_the_openings_where_first_tokens_do_not(
     assert "judged" not in record["direction"]
 
 
+def test_directions_are_judged_at_full_strength(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever strength is written: directions differ most when they are removed entirely."""
+    monkeypatch.setattr(trial, "refusal_tokens", lambda harmful, harmless: [])
+    monkeypatch.setattr(first_look, "told", lambda refusals, answers: selection.Told())
+    record = abl_mlx(
+        "run", "demo", "--limit", 12, "--max-tokens", 32, "--strength", 0.01, "-o", tmp_path / "out"
+    )
+    assert record["direction"]["judged"]["after"]["off"]["refused"] == 0
+    assert record["after"]["harmful_refusal_rate"] == 1
+
+
 def test_where_a_thought_ends() -> None:
     reply = list("<think>so</think>Yes.")
     assert thought_end("".join, reply) == len("<think>so</think>")
