@@ -138,6 +138,15 @@ def count(flat: Config, key: str) -> int:
     return int(_checked(key, _need(flat, key), _COUNT))
 
 
+def count_or_none(flat: Config, key: str) -> int:
+    """The value of ``key``, a whole number of at least 0: how many there are.
+
+    Raises:
+        UserError: as for `count`.
+    """
+    return int(_checked(key, _need(flat, key), _COUNT_OR_NONE))
+
+
 def real(flat: Config, key: str) -> float:
     """The value of ``key``, a finite number.
 
@@ -156,4 +165,4 @@ def _checked(key: str, value: Any, kind: Kind) -> Any:
     return value
 
 
-_COUNT, _NUMBER = whole(1), number()
+_COUNT, _COUNT_OR_NONE, _NUMBER = whole(1), whole(0), number()

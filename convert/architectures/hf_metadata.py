@@ -17,6 +17,7 @@ from convert.architectures.folder_config import architecture, text_config
 from convert.architectures.hf_keys import (
     Config,
     count,
+    count_or_none,
     head_dim,
     kv_heads,
     original_context,
@@ -84,7 +85,7 @@ def _usual(flat: Config, arch: Written) -> dict[str, Any]:
     for key, names in (*_COUNTS.items(), *_NORMS.items()):
         name = next((name for name in names if flat.get(name) is not None), None)
         if name is not None:
-            values[key] = (count if key in _COUNTS else real)(flat, name)
+            values[key] = (count_or_none if key in _COUNTS else real)(flat, name)
     if flat.get("scoring_func") in _GATING:
         values["expert_gating_func"] = _GATING[flat["scoring_func"]]
     if flat.get("head_dim") is not None or arch.folder.says_head:

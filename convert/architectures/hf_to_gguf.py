@@ -14,7 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from gguf import GGMLQuantizationType
 
 from convert.architectures import mtp
@@ -25,7 +24,7 @@ from convert.architectures.keys import Keys
 from convert.architectures.moves import whole_groups
 from convert.architectures.stored import Folder, Shape, canonical_name, parameters
 from convert.architectures.table import IN_MLX, Written
-from convert.architectures.weights import Names, Weight
+from convert.architectures.weights import SWAPPED, Names, Weight
 from convert.base.errors import UserError
 from convert.gguf.layout import TensorEntry
 
@@ -237,14 +236,8 @@ def _experts(flat: Config) -> int:
 
 def _shape(weight: Weight, shapes: Mapping[str, Shape]) -> Shape:
     """A parameter's shape."""
-    before = weight.shape or shapes[weight.pieces[0].tensor]
-    if weight.change is None:
-        return before
-    return (
-        weight.change(np.empty(before, dtype=np.float32)).shape
-        if len(before) < 2
-        else (weight.change(np.broadcast_to(np.float32(0), before)).shape)
-    )
+    shape = weight.shape or shapes[weight.pieces[0].tensor]
+    return (*shape[:-2], shape[-1], shape[-2]) if weight.change is SWAPPED else shape
 
 
 def _tensors(

@@ -45,6 +45,8 @@ CLASSES = {
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "mistral3": "Mistral3ForConditionalGeneration",
     "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
     "lfm2_moe": "Lfm2MoeForCausalLM",
@@ -94,24 +96,29 @@ def write(folder: Path, recipe: str, dtype: str = "float32") -> Path:
     """Write a recipe's model as its publisher would; "hub NAME" is `tiny`'s, in bfloat16."""
     if name_of := re.match(r"hub (.*)", recipe):
         return tiny.write_model(folder, name_of[1], "bfloat16", "native")
-    config, values = model(recipe)
+    of, change = VARIANTS.get(recipe, (recipe, None))
+    config, values = model(of)
     if recipe.startswith("qwen3next"):
         config = {**config["text_config"], "model_type": "qwen3_next"}
         values = {name.removeprefix("language_model."): one for name, one in values.items()}
-    if recipe.startswith("mistral3"):
-        config["model_type"] = "ministral3"
+    values = (change or _PUBLISHED.get(str(config["model_type"]), _same))(config, values)
     if recipe in ("qwen2vl", "qwen3vl"):
         config, values = _seeing(recipe, config, values)
     kind = str(config["model_type"])
-    values = _PUBLISHED.get(kind, _same)(config, values)
     config |= _further(config)
     folder.mkdir(parents=True)
     tokenizer = "bpe"
     if kind in SENTENCEPIECE:
         tokenizer = "spm-gemma" if kind.startswith("gemma") else "spm"
     special = tiny.write_tokenizer(folder, tokenizer)
-    if kind == "glm4":
+    if kind in ("glm4", "glm4_moe_lite"):
         _rename_token(folder, "<|im_start|>", "<|user|>")
+    if kind == "glm4_moe_lite":
+        # Two of the tokenizer's merged tokens become those that the converter asks for.
+        _add_tokens(folder, "[gMASK]", "<|observation|>")
+    if kind == "mistral3":
+        config = {**{key: config[key] for key in ("model_type",)}, "text_config": {
+            **config, "model_type": "mistral"}}  # fmt: skip
     config = {**config, **special, "architectures": [CLASSES[kind]]}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     mx.save_safetensors(
@@ -161,6 +168,24 @@ def _seeing(recipe: str, config: Config, values: Values) -> tuple[Config, Values
         "vision_config": {"deepstack_visual_indexes": deep},
         "tie_word_embeddings": text["tie_word_embeddings"],
     }, {name.replace("model.", "model.language_model.", 1): one for name, one in values.items()}
+
+
+def _add_tokens(folder: Path, *texts: str) -> None:
+    """Make the last tokens that are not special ones special, under other texts."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+    known = {one["id"] for one in content["added_tokens"]}
+    last = sorted((number for number in vocab.values() if number not in known), reverse=True)
+    for number, text in zip(last, texts, strict=False):
+        old = next(one for one, at in vocab.items() if at == number)
+        del vocab[old]
+        pairs = [one if isinstance(one, list) else one.split(" ") for one in merges]
+        merges[:] = [one for one in pairs if "".join(one) != old and old not in one]
+        added = {**content["added_tokens"][-1], "id": number, "content": text}
+        content["added_tokens"].append(added)
+    content["added_tokens"].sort(key=lambda one: one["id"])
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _rename_token(folder: Path, old: str, new: str) -> None:
@@ -359,6 +384,59 @@ def _qwen3_next(config: Config, values: Values) -> Values:
             found[name] = one
     return found | _drafting(found, _full_layer(found))
 
+
+def _as_hybrid(config: Config, values: Values) -> Values:
+    """Granite 4 without experts and state-space layers, in a hybrid's config."""
+    config |= {
+        "model_type": "granitemoehybrid",
+        "layer_types": ["attention"] * config["num_hidden_layers"],
+        "shared_intermediate_size": config["intermediate_size"],
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+    }
+    found: Values = {}
+    for name, one in values.items():
+        if name.endswith("mlp.gate_proj.weight"):
+            up = values[name.replace("gate_proj", "up_proj")]
+            new = name.replace("mlp.gate_proj", "shared_mlp.input_linear")
+            found[new] = np.concatenate((one, up))
+        elif name.endswith("mlp.down_proj.weight"):
+            found[name.replace("mlp.down_proj", "shared_mlp.output_linear")] = one
+        elif not name.endswith("mlp.up_proj.weight"):
+            found[name] = one
+    return found
+
+
+def _as_glm(config: Config, values: Values) -> Values:
+    """GLM 4.7 Flash, whose block for multi-token prediction is a further layer."""
+    config |= {"model_type": "glm4_moe_lite", "num_nextn_predict_layers": 1}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    del config["rope_scaling"]
+    found = _deepseek(config, values)
+    layers = config["num_hidden_layers"]
+    width = config["hidden_size"]
+    more = {name.replace(f"layers.{layers - 1}.", f"layers.{layers}."): one / 2
+            for name, one in found.items() if f"layers.{layers - 1}." in name}  # fmt: skip
+    noise = np.random.default_rng(7)
+    at = f"model.layers.{layers}"
+    more[f"{at}.eh_proj.weight"] = noise.standard_normal((width, 2 * width), dtype=np.float32)
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        more[f"{at}.{name}.weight"] = noise.standard_normal(width, dtype=np.float32)
+    return found | more
+
+
+def _with_pictures(config: Config, values: Values) -> Values:
+    """Mistral Small 3.1: the language model of a model that sees."""
+    config |= {"model_type": "mistral3"}
+    return {f"language_model.{name}": one for name, one in values.items()}
+
+
+VARIANTS: dict[str, tuple[str, Callable[[Config, Values], Values]]] = {
+    "granite 4, dense": ("granite", _as_hybrid),
+    "glm 4.7 flash": ("deepseek v3", _as_glm),
+    "mistral small 3.1": ("mistral3", _with_pictures),
+}
+"""What the test calls a model -> the recipe that it is made of, and how."""
 
 _PUBLISHED: dict[str, Callable[[Config, Values], Values]] = {
     **dict.fromkeys(("qwen2_moe", "qwen3_moe"), _experts),

@@ -89,9 +89,9 @@ def _short(data: bytes) -> str:
 
 
 def recipes() -> list[str]:
-    """The recipes that have a published form, and the folders of `tests.support.tiny`."""
+    """The recipes that have a published form, and further folders."""
     hub = [f"hub {name}" for name in tiny.ARCHITECTURES]
-    return hub + [name for name in RECIPES if name not in UNPUBLISHED]
+    return [*hub, *published.VARIANTS] + [name for name in RECIPES if name not in UNPUBLISHED]
 
 
 UNPUBLISHED = frozenset(

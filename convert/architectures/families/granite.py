@@ -213,11 +213,7 @@ _STORED_DENSE = Stored(
 
 def _dense_keys(flat: Config) -> dict[str, Any]:
     """The keys of a granite in a hybrid's config, which llama.cpp's converter says more about."""
-    return (
-        _hybrid_keys(flat)
-        | {"feed_forward_length": count(flat, "shared_intermediate_size")}
-        | {"expert_count": None, "expert_used_count": None}
-    )
+    return _hybrid_keys(flat) | {"feed_forward_length": count(flat, "shared_intermediate_size")}
 
 
 ARCHITECTURES = (
