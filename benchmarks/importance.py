@@ -22,9 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from audit_table import write_between  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from abl_mlx.behaviour import evaluate  # noqa: E402
 from abl_mlx.choices import ApplyOptions, MeasureOptions  # noqa: E402
@@ -94,6 +92,16 @@ def table(rows: Sequence[tuple[str, bool, Divergence, Divergence]]) -> str:
     return "\n".join(lines)
 
 
+def write(text: str, page: Path) -> None:
+    """Put the table between two comments in a document."""
+    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- importance -->")
+    _, _, after = rest.partition("<!-- end of importance -->")
+    page.write_text(
+        f"{before}<!-- importance -->\n\n{text}\n\n<!-- end of importance -->{after}",
+        encoding="utf-8",
+    )
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -128,7 +136,7 @@ def main() -> None:
     used = sum(os.times()[:2]) - sum(cpu[:2])
     say(f"{time.time() - started:.0f} s, {used:.0f} CPU seconds")
     if given.write:
-        write_between("importance", text, ROOT / "docs" / "gguf.md")
+        write(text, ROOT / "docs" / "gguf.md")
     else:
         print(text)
 

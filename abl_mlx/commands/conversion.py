@@ -80,5 +80,7 @@ def _check(text: str, source: str, out: Path, types: NewTypes) -> None:
         )
     if types.imatrix and not to_gguf:
         raise UserError("--imatrix is for GGUFs: choose NAME.gguf as the output.")
+    if types.imatrix and not types.quantize:
+        raise UserError("--imatrix weights the errors of quantizing: say the type by --quantize.")
     if types.keep_types and not (to_gguf and from_gguf):
         raise UserError("--keep-types is for a GGUF that is written as a GGUF: leave it out.")

@@ -86,6 +86,8 @@ def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Wr
         return  # an adapter is small, and its base may have weights of any type
     refuse_foreign(source.path, read_config(source.path), files)
     check_space(whole, sum(file.stat().st_size for file in files.files))
+    if writing.imatrix is not None and writing.quantize is None:
+        raise UserError("--imatrix weights the errors of quantizing: say the type by --quantize.")
     parts = new_parts.of(writing)
     for path in paths:
         if formats[path] == GGUF:

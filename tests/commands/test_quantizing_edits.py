@@ -125,6 +125,13 @@ def test_a_quantized_gguf_keeps_its_types_with_an_importance_matrix(
     assert metadata(out)["quantize.imatrix.dataset"] == "noise"
 
 
+def test_a_folder_is_quantized_for_an_importance_matrix(direction: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="say the type by --quantize"):
+        measure_apply.apply(
+            direction, "demo", [tmp_path / "o.gguf"], ApplyOptions.of(imatrix=Path("x.gguf"))
+        )
+
+
 @pytest.mark.parametrize(
     ("output", "flags", "named"),
     [
