@@ -15,6 +15,7 @@ from pathlib import Path
 
 from abl_mlx.inputs.sources import Source
 from abl_mlx.support import notes
+from convert.base.atomic import new_file
 from convert.gguf import projector
 from convert.gguf.file import metadata
 from convert.gguf.file_types import FILE_TYPES
@@ -67,6 +68,24 @@ class FurtherFiles:
             shutil.copyfile(self.draft, folder / names.draft)
         there = tuple(name for name in names.projectors if (folder / name).is_file())
         return replace(names, projectors=there)
+
+    def place(self, output: Path) -> list[str]:
+        """Copy the files beside an output that has its final name; each appears complete.
+
+        Returns:
+            The names of the copies.
+
+        Raises:
+            UserError: when one exists or cannot be written.
+        """
+        names = self.names(output)
+        copies = dict(zip(names.projectors, self.projectors, strict=False))
+        if self.draft is not None and names.draft is not None:
+            copies[names.draft] = self.draft
+        for name, file in copies.items():
+            with new_file(output.with_name(name)) as partial:
+                shutil.copyfile(file, partial)
+        return list(copies)
 
     def filed(self, output: Path) -> list[Path]:
         """The projectors as files: the source's own, or the one beside an output."""

@@ -294,7 +294,8 @@ class GgufFile(ExitStack):
     def convert(self, out: Path, types: NewTypes) -> Converted:
         to_gguf = staging.format_of(out) == staging.GGUF
         write = other_format.to_other_types if to_gguf else other_format.to_folder
-        return write(self.gguf, out, types)
+        written = write(self.gguf, out, types)
+        return other_format.with_further_files(written, self.source, out)
 
     def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
         # The label has the regular expression of --tensors, which finds the same tensors again.

@@ -19,7 +19,7 @@ from abl_mlx.models import chat_model, from_gguf
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer
-from abl_mlx.outputs import adapter_outputs, mtp, new_parts, undo_file
+from abl_mlx.outputs import adapter_outputs, further_files, mtp, new_parts, undo_file
 from abl_mlx.outputs.gguf_plan import TensorPlan, compare, replacement, stored_values
 from abl_mlx.outputs.provenance import edit_label, gguf_metadata
 from abl_mlx.outputs.staging import FOLDER, GGUF, LORA, Output, Written, check_space, format_of
@@ -243,7 +243,13 @@ class GgufEdit:
             leak=found_leak.record(),
             weight_error=found_leak.error,
             embedding=self.embedding,
-            note=notes.joined(notes.drafting(report.left_out), notes.window(report.config)),
+            note=notes.joined(
+                notes.drafting(report.left_out),
+                notes.window(report.config),
+                notes.no_projector(
+                    [file.name for file in further_files.of_source(self.source).projectors]
+                ),
+            ),
         )
         return Written(
             output,

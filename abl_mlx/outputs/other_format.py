@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,22 @@ def to_gguf(
         bytes=report.bytes,
         note=notes.joined(tower, notes.repacked(report.forms)),
     )
+
+
+def with_further_files(written: Converted, source: Source, out: Path) -> Converted:
+    """Copy the projectors and the draft model of a GGUF beside ``out``, and note it.
+
+    Args:
+        written: what the record says of the output.
+        source: the GGUF.
+        out: the output, already under its final name.
+    """
+    further = further_files.of_source(source)
+    if written.format == GGUF:
+        note = notes.came_along(further.place(out))
+    else:
+        note = notes.no_projector([file.name for file in further.projectors])
+    return replace(written, note=notes.joined(written.note, note))
 
 
 def to_other_types(gguf: GgufSource, out: Path, types: NewTypes) -> Converted:

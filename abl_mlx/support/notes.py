@@ -56,6 +56,18 @@ def tower(name: str, tensors: int) -> str:
     return f"the vision tower ({tensors} tensors) is in {name}, unedited"
 
 
+def came_along(names: Sequence[str]) -> str | None:
+    """Note for a GGUF with copies of its source's further files beside it."""
+    return f"with it come {', '.join(names)}, as they were" if names else None
+
+
+def no_projector(names: Sequence[str]) -> str | None:
+    """Note for an MLX folder that was made of a GGUF with projectors: they have no place in it."""
+    if not names:
+        return None
+    return f"pictures and sound are left out: an MLX folder has no place for {', '.join(names)}"
+
+
 def no_tower(tensors: Sequence[str], why: str) -> str:
     """Note for a GGUF without the vision tower that its folder has.
 

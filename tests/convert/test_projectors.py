@@ -187,3 +187,26 @@ def test_a_kernel_of_another_shape_is_told(tmp_path: Path) -> None:
     _change(folder, lambda weights: weights.update({name: mx.zeros((64, 5, 2, 16, 16))}))
     with pytest.raises(towers.Unwritable, match="is no kernel for 3 colours"):
         towers.find(folder)
+
+
+def test_a_quantized_tower_is_written_as_what_it_stands_for(tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "gemma3")
+    module = "vision_tower.vision_model.encoder.layers.1.mlp.fc1"
+    codes: list[mx.array] = []
+
+    def change(weights: dict[str, mx.array]) -> None:
+        codes.extend(mx.quantize(weights[f"{module}.weight"], group_size=32, bits=8))
+        for name, one in zip(("weight", "scales", "biases"), codes, strict=True):
+            weights[f"{module}.{name}"] = one
+
+    _change(folder, change)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"] = {"group_size": 32, "bits": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = towers.find(folder)
+    assert found is not None
+    found.write(tmp_path / "mmproj.gguf", "F32")
+    wanted = np.array(mx.dequantize(*codes, group_size=32, bits=8))
+    with GgufSource(tmp_path / "mmproj.gguf") as source:
+        values = np.frombuffer(bytes(source.raw("v.blk.1.ffn_up.weight")), np.float32)
+    np.testing.assert_array_equal(values, wanted.reshape(-1))

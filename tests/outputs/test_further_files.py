@@ -120,3 +120,34 @@ def test_ollama_lists_what_it_listed_before(
     assert {"vision", "audio"} < set(before)
     assert shown(out.parent / "edited.Modelfile") == before
     assert (out.parent / "draft-edited.gguf").read_bytes() == (tmp_path / "d.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("ollama", [False, True])
+def test_a_projector_comes_along_into_other_types(
+    ollama: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeing = projector(tmp_path / "mmproj-m.gguf")
+    source: object = model(tmp_path / "m.gguf")
+    if ollama:
+        store = Store(tmp_path / "store")
+        monkeypatch.setenv("OLLAMA_MODELS", str(store.path))
+        weights, draft = (tmp_path / "m.gguf").read_bytes(), model(tmp_path / "d.gguf", TURNS)
+        store.add(
+            "registry.ollama.ai/library/sees/latest",
+            model=weights, projector=seeing.read_bytes(), draft=draft.read_bytes(),
+        )  # fmt: skip
+        source = "ollama:sees"
+    out = tmp_path / "out" / "small.gguf"
+    record = abl_mlx("convert", source, out, "--quantize", "Q8_0")
+    assert (out.parent / "mmproj-small.gguf").read_bytes() == seeing.read_bytes()
+    named = "mmproj-small.gguf, draft-small.gguf" if ollama else "mmproj-small.gguf"
+    assert f"with it come {named}, as they were" in record["note"]
+    assert (out.parent / "draft-small.gguf").is_file() == ollama
+
+
+def test_a_folder_made_of_a_gguf_says_that_it_does_not_see(tmp_path: Path, direction: Path) -> None:
+    source = model(tmp_path / "m.gguf")
+    projector(tmp_path / "mmproj-m.gguf")
+    said = "pictures and sound are left out: an MLX folder has no place for mmproj-m.gguf"
+    assert said in abl_mlx("convert", source, tmp_path / "folder")["note"]
+    assert said in apply(direction, source, tmp_path / "edited")["written"][0]["note"]

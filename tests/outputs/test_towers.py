@@ -9,7 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from abl_mlx.cli.main import cli
 from abl_mlx.directions import direction_file
 from convert.gguf.file import GgufSource, metadata
 from convert.mlx.safetensors_files import TensorFiles
@@ -149,6 +151,16 @@ def test_llama_cpp_answers_about_pictures(name: str, tmp_path: Path) -> None:
     both = noisy.first.keys() & plain.first.keys()
     assert both
     assert max(abs(noisy.first[one] - plain.first[one]) for one in both) > 1e-3
+
+
+def test_the_command_that_opens_the_output_names_the_tower(tmp_path: Path) -> None:
+    source = seeing.write(tmp_path / "source", "gemma3")
+    out = tmp_path / "e.gguf"
+    given = ["apply", direction_for(source, tmp_path), source, "-o", out]
+    result = CliRunner().invoke(cli, list(map(str, given)))
+    assert result.exit_code == 0
+    command = f"llama-server -m {out} --mmproj {tmp_path / 'mmproj-e.gguf'}"
+    assert command in result.output.replace("\n", " ")
 
 
 def test_the_tower_s_tensors_are_whole(tmp_path: Path) -> None:
