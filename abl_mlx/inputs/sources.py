@@ -47,6 +47,17 @@ class Source:
         return is_gguf(self.path)
 
     @property
+    def gguf(self) -> Path | None:
+        """The GGUF file; None for a folder."""
+        return self.path if self.is_gguf else None
+
+    @property
+    def loaded_by(self) -> str:
+        """What a program loads it by: the Hugging Face id of a folder that has one, or the path."""
+        hub_id = self.hub_id if self.gguf is None else None
+        return hub_id or str(self.path)
+
+    @property
     def hub_id(self) -> str | None:
         """The Hugging Face id from which it comes, also for a path in Hugging Face's cache."""
         return self.repository or hub.cached_id(self.path)

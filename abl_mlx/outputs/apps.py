@@ -70,7 +70,7 @@ def placed(outputs: Sequence[Path], source: Source) -> Placed:
         elif text.startswith(LM_STUDIO):
             owner, named = lmstudio.parse(text.removeprefix(LM_STUDIO))
             path = lmstudio.models_folder() / owner / named
-            path = path / f"{named}.gguf" if source.is_gguf else path
+            path = path if source.gguf is None else path / f"{named}.gguf"
             in_lm_studio[path] = f"{owner}/{named}"
         paths.append(path)
     return Placed(tuple(paths), in_ollama, in_lm_studio)
@@ -113,7 +113,7 @@ def opening(path: Path, places: Placed, source: Source, *, given_to: str | None)
     if path in places.in_ollama:
         return [f"ollama run {shlex.quote(str(places.in_ollama[path]))}"]
     here, form = shlex.quote(str(path)), staging.format_of(path)
-    whole = shlex.quote(str(source.path) if source.is_gguf or not source.hub_id else source.hub_id)
+    whole = shlex.quote(source.loaded_by)
     if form == staging.FOLDER:
         return [f"mlx_lm.chat --model {here}"]
     if form == staging.ADAPTER:

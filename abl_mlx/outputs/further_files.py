@@ -114,7 +114,7 @@ def of_source(source: Source) -> FurtherFiles:
     """
     if source.ollama is not None:
         return FurtherFiles(source.ollama.projectors, source.ollama.draft)
-    if not source.is_gguf:
+    if source.gguf is None:
         return _of_folder(source.path)
     keys = metadata(source.path)
     width = keys.get(f"{keys.get('general.architecture')}.embedding_length", 0)

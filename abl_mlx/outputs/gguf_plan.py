@@ -66,7 +66,7 @@ class TensorPlan:
         if self.importance is None:
             return None
         expert = slab.rows.start // shape[-2] if len(self.importance) > 1 else 0
-        return np.ascontiguousarray(self.importance[expert, slab.columns])
+        return np.ascontiguousarray(self.importance[expert, slab.columns], np.float32)
 
 
 def plan(
@@ -238,7 +238,7 @@ def quantize(
         weights = None
         if importance is not None:
             expert = slab.rows.start // values.shape[-2] if len(importance) > 1 else 0
-            weights = np.ascontiguousarray(importance[expert, slab.columns])
+            weights = np.ascontiguousarray(importance[expert, slab.columns], np.float32)
         edited = rounding.Edited(
             exact, basis, 1 if stream == -1 else 0, removed, importance=weights
         )

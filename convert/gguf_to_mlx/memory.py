@@ -18,7 +18,7 @@ from convert.gguf.file import GgufSource
 from convert.gguf_to_mlx.parameters import Layout, layout, shape_of
 from convert.gguf_to_mlx.values import can_move, joined, moved_slabs, raw_slabs, type_of, values_of
 from convert.mlx import on_cpu as on_cpu_functions
-from convert.mlx import packed, types
+from convert.mlx import packed, packed_forms, types
 
 _Q = GGMLQuantizationType
 
@@ -122,7 +122,7 @@ def _module(
 ) -> nn.Module | None:
     """A module that keeps a quantized or half-precision matrix packed; None to unpack it."""
     shape = shape_of(source, weight)
-    if not can_move(weight, kind) or not packed.is_packed(kind):
+    if not can_move(weight, kind) or not packed_forms.is_packed(kind):
         return None
     bias_path = weight.path.removesuffix("weight") + "bias"
     bias = None
@@ -133,11 +133,11 @@ def _module(
         moved = joined(list(moved_slabs(source, weight, kind)))
         if native and hasattr(like, "to_quantized"):
             return _native(like, moved, shape, bias)
-        form, parts = packed.from_mlx(moved, n)
+        form, parts = packed_forms.from_mlx(moved, n)
     else:
         if any(piece.columns is not None for piece in weight.pieces):
             return None
-        forms = [packed.pack_rows(raw, n, kind)
+        forms = [packed_forms.pack_rows(raw, n, kind)
                  for raw, _ in raw_slabs(source, weight)]  # fmt: skip
         form = forms[0][0]
         parts = {

@@ -161,8 +161,8 @@ class FolderWeights:
     def _scales(self, matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
         found = []
         for part in ("scales", "biases"):
-            array = self.files.read(matrix.names[part]).astype(mx.float32)
-            found.append(np.array(array).reshape(matrix.rows, -1))
+            array = self.files.read(matrix.names[part])
+            found.append(np.array(array.astype(mx.float32)).reshape(matrix.rows, -1))
         return found[0], found[1]
 
     def _mxfp4(self, name: str) -> np.ndarray:

@@ -253,4 +253,5 @@ def _values(target: _Target, weights: FolderWeights) -> np.ndarray:
     array = weights.values(target.source)
     if not mx.all(mx.isfinite(array)).item():
         raise UserError(f"{target.source} holds values that are not finite")
-    return np.ascontiguousarray(target.part.change(np.asarray(array)))
+    values: np.ndarray = np.asarray(array.astype(mx.float32))  # as they are: float32
+    return np.ascontiguousarray(target.part.change(values), np.float32)

@@ -15,7 +15,7 @@ from convert.gguf import ggml, ggml_types
 from convert.gguf.file import GgufSource
 from convert.gguf.rewrite import Replacement, rewrite
 from convert.gguf_to_mlx import layout, load
-from convert.mlx import packed, types
+from convert.mlx import packed, packed_forms, types
 from tests.support import tiny_gguf
 from tests.support.agreement import logprobs
 from tests.support.gguf_recipes import RECIPES
@@ -39,7 +39,7 @@ def encoded(values: np.ndarray, kind: Q) -> np.ndarray:
 def test_unpacked_rows_are_what_gguf_py_reads(kind: Q) -> None:
     values = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
     raw = encoded(values, kind)
-    form, parts = packed.pack_rows(raw, 512, kind)
+    form, parts = packed_forms.pack_rows(raw, 512, kind)
     arrays = {name: mx.array(part) for name, part in parts.items()}
     if kind == Q.BF16:
         arrays["codes"] = arrays["codes"].view(mx.bfloat16)
