@@ -264,8 +264,7 @@ class Writing(Choices):
         keep_undo: whether to write the removed components, for `abl-mlx undo`.
         tensors: for a GGUF source, a regular expression that names the tensors to edit, instead of
             the architecture's list of writers.
-        strict_types: refuse a GGUF tensor whose type has no scalar grid, instead of writing it in
-            a more precise type.
+        strict_types: without effect, because every tensor keeps its type; kept for old callers.
         grid: for a quantized source: ``own`` keeps each tensor's scales and most codes, ``fresh``
             chooses new ones, ``auto`` chooses new ones where these are clearly better.
         writer_bits: for a quantized MLX folder, the bits with which edited matrices are written, or

@@ -144,16 +144,16 @@ def plainly(source: Path, direction: Path) -> tuple[float, float]:
     return time.perf_counter() - start, (missing / wanted) ** 0.5
 
 
-def table() -> None:
-    """The table of docs/gguf.md, for every type, plain and ours."""
+def table(types: list[Q]) -> None:
+    """The table of docs/gguf.md, for these types (every one without any), plain and ours."""
     from abl_mlx.edits import rounding
     from abl_mlx.outputs import gguf_plan
     from convert.gguf import ggml_types
 
     rng = np.random.default_rng(0)
-    print("| type | k | plain leak | our leak | plain error | our error | grid |")
-    print("|---|---|---|---|---|---|---|")
-    for kind in sorted(ggml_types.GRID_TYPES):
+    print("| type | k | plain leak | our leak | plain error | our error | of quantizing | grid |")
+    print("|---|---|---|---|---|---|---|---|")
+    for kind in types or sorted(ggml_types.GRID_TYPES + ggml_types.CODEBOOK_TYPES):
         for k in (1, 4, 10):
             u = rng.normal(size=(1, WIDTH))
             u /= np.linalg.norm(u)
@@ -165,19 +165,25 @@ def table() -> None:
             exact = source - u.T @ (u @ source)
             target = exact.astype(np.float32)
             removed = float(np.sqrt(np.mean((u @ source) ** 2)))
-            edited = rounding.Edited(target, u, 0, removed)
+            taken = np.ascontiguousarray((u @ source).T, dtype=np.float32)
+            edited = rounding.Edited(target, u.astype(np.float32), 0, removed, taken)
             encoders = gguf_plan.encoders(kind)
             how = rounding.better_source(own, edited, encoders)
             ours = rounding.round_onto(own, edited, encoders, how)
+            quantizing = np.linalg.norm(source - weights) / np.linalg.norm(weights)
             cells = []
-            for grid in (own.with_codes(own.nearest(target)), ours):
+            if kind in ggml_types.GRID_TYPES:
+                plain = own.with_codes(own.nearest(target))
+            else:
+                plain = ggml_types.fresh(target, kind)
+            for grid in (plain, ours):
                 written = grid.values().astype(np.float64)
                 leak = np.linalg.norm(u @ (written - exact)) / np.linalg.norm(u @ source)
                 error = np.linalg.norm(written - exact) / np.linalg.norm(exact)
                 cells.append((leak, error))
             (plain_leak, plain_error), (our_leak, our_error) = cells
             print(f"| {kind.name} | {k} | {plain_leak:.3f} | {our_leak:.5f} | {plain_error:.4f} | "
-                  f"{our_error:.4f} | {how} |", flush=True)  # fmt: skip
+                  f"{our_error:.4f} | {quantizing:.3f} | {how} |", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -185,14 +191,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary one without")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", nargs="*", metavar="TYPE", type=lambda name: Q[name])
     parser.add_argument("--edit", nargs=3, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.edit:
         edit(*arguments.edit)
         return
-    if arguments.table:
-        table()
+    if arguments.table is not None:
+        table(arguments.table)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)

@@ -28,7 +28,7 @@ from convert.base.atomic import check_new, new_file
 from convert.base.errors import UserError
 from convert.base.hf_config import read_config
 from convert.base.hf_counts import check_counts
-from convert.gguf import file_types, ggml, ggml_types, mix
+from convert.gguf import file_types, ggml, mix
 from convert.gguf.file import read_tensor
 from convert.gguf.file_types import FILE_TYPES
 from convert.gguf.imatrix import Imatrix
@@ -123,8 +123,7 @@ def write_gguf(
             int64 where it does not fit), float (float32), list of str.
         pre: the value of tokenizer.ggml.pre, where it cannot be found from the tokenizer.
         quantize: used in place of `encode` for edited tensors of all types but F32: (source name,
-            float32 values in GGUF's layout, type, importance) -> what `encode` would return. Types
-            without a codec are replaced by `convert.gguf.ggml_types.finer_type`.
+            float32 values in GGUF's layout, type, importance) -> what `encode` would return.
         imatrix: an importance matrix, which weights the errors of input columns.
         progress: called with (tensors written, tensors in all).
 
@@ -141,9 +140,6 @@ def write_gguf(
         plan, extras, types = layout.plan, layout.extras, layout.types
         targets = plan.targets
         edits = edits or {}
-        for target in targets if quantize else ():
-            if target.sources[0] in edits:
-                types[target.name] = ggml_types.finer_type(types[target.name])
         _refuse_stray_edits(edits, targets, files)
         keys = _metadata(folder, layout)
         keys.update(imatrix.metadata() if imatrix else {})

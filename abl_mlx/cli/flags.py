@@ -399,8 +399,8 @@ def gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--strict-types",
             is_flag=True,
-            help="Of a GGUF, refuse a tensor of a type without a scalar grid (IQ1, IQ2, IQ3), "
-            "instead of writing it in a finer one.",
+            help="Without effect: an edit writes every tensor of a GGUF in its own type, or in "
+            "that of --quantize.",
         ),
         click.option(
             "--grid",

@@ -22,11 +22,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
-from abl_mlx.edits import projection
+from abl_mlx.edits import codebook_rounding, projection
+from convert.base.codebooks import CodebookGrid
 from convert.base.grids import CHUNK, Grid, in_chunks
+
+#: Weights with a code each, or in groups that are entries of a codebook.
+AnyGrid = TypeVar("AnyGrid", Grid, CodebookGrid)
 
 #: Tolerated error of the component in each line, as a share of the tensor's root mean square
 #: component.
@@ -89,7 +94,7 @@ def preserve(
     if taken is None:
         taken = np.zeros((lines, k), dtype=np.float32)
     taken = np.ascontiguousarray(taken, dtype=np.float32)
-    weights = _tempered(importance, width)
+    weights = tempered(importance, width)
     along = np.ones(count, np.float32) if axis == 0 else weights
     # Within a column all errors have the same weight, which only matters beside other columns. Its
     # square root keeps errors from correlating with c under even inputs and under weighted ones,
@@ -119,7 +124,7 @@ def preserve(
     return grid.with_codes(codes)
 
 
-def _tempered(importance: np.ndarray | None, width: int) -> np.ndarray:
+def tempered(importance: np.ndarray | None, width: int) -> np.ndarray:
     """Weights of the columns with a mean of 1, none much below it: float32, (width,)."""
     if importance is None:
         return np.ones(width, np.float32)
@@ -151,8 +156,8 @@ class Encoders:
         available: whether these functions can be called. A tensor's own grid needs neither.
     """
 
-    fresh: Callable[[np.ndarray], Grid]
-    refit: Callable[[Grid, np.ndarray], Grid]
+    fresh: Callable[[np.ndarray], Any]
+    refit: Callable[[Any, np.ndarray], Any]
     available: bool = True
 
 
@@ -167,8 +172,18 @@ class Edited:
     taken: np.ndarray | None = None
     importance: np.ndarray | None = None
 
-    def on(self, grid: Grid) -> Grid:
+    def on(self, grid: AnyGrid) -> AnyGrid:
         """The edited weights rounded to a grid."""
+        if isinstance(grid, CodebookGrid):
+            return codebook_rounding.preserve(
+                grid,
+                self.target,
+                self.basis,
+                self.axis,
+                self.removed,
+                self.taken,
+                tempered(self.importance, self.target.shape[1]),
+            )
         return preserve(
             grid,
             self.target,
@@ -180,7 +195,7 @@ class Edited:
         )
 
 
-def better_source(own: Grid, edited: Edited, encoders: Encoders) -> str:
+def better_source(own: AnyGrid, edited: Edited, encoders: Encoders) -> str:
     """Which grid holds the edited weights with less error: ``own`` or ``fresh``.
 
     The tensor's own grid keeps its scales and most codes, so a fresh one must be clearly better.
@@ -196,7 +211,7 @@ def better_source(own: Grid, edited: Edited, encoders: Encoders) -> str:
     return "fresh" if present - other > enough else "own"
 
 
-def round_onto(own: Grid, edited: Edited, encoders: Encoders, source: str) -> Grid:
+def round_onto(own: AnyGrid, edited: Edited, encoders: Encoders, source: str) -> AnyGrid:
     """Round edited weights to the tensor's own grid or to a fresh one.
 
     Args:
@@ -211,7 +226,7 @@ def round_onto(own: Grid, edited: Edited, encoders: Encoders, source: str) -> Gr
     return edited.on(encoders.refit(own, edited.target) if encoders.available else own)
 
 
-def _error(grid: Grid, edited: Edited) -> float:
+def _error(grid: Grid | CodebookGrid, edited: Edited) -> float:
     """‖values − wanted‖ / ‖wanted‖, with weighted columns."""
     error, wanted = grid.values() - edited.target, edited.target
     if edited.importance is not None:

@@ -230,7 +230,6 @@ class GgufFile(ExitStack):
             self.gguf,
             edit,
             named,
-            strict_types=writing.strict_types,
             quantization=self._quantization(writing),
         )
 
@@ -266,7 +265,6 @@ class GgufFile(ExitStack):
             self.gguf,
             edit,
             named,
-            strict_types=writing.strict_types,
             quantization=quantization,
         )
         own = self.named_writers(writing.tensors)

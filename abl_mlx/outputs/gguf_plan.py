@@ -21,8 +21,9 @@ from abl_mlx.models.from_gguf import writer_of
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.folder_plan import TensorEdit
 from convert.architectures.gguf_writers import GgufWriter
+from convert.base.codebooks import CodebookGrid
 from convert.base.errors import UserError
-from convert.base.grids import Grid
+from convert.base.grids import FloatGrid, Grid
 from convert.gguf import ggml, ggml_types
 from convert.gguf.file import GgufSource
 from convert.gguf.quantize import Quantization
@@ -47,8 +48,7 @@ class TensorPlan:
         writer: the writer's kind, layer and gain; its module is empty.
         parameter: ``weight`` or ``bias``.
         old, new: the tensor's type in the source, and the type in which it is written. They differ
-            if another type was asked for, or if the type has no grid to which an edit could be
-            rounded.
+            if another type was asked for.
         importance: (E, n) float32: the importance of the input columns, for each of E experts; None
             if it is not known.
     """
@@ -74,7 +74,6 @@ def plan(
     edit: Edit,
     writers: list[GgufWriter],
     *,
-    strict_types: bool = False,
     quantization: Quantization | None = None,
 ) -> dict[str, TensorPlan]:
     """Find the tensors that an edit changes, and the type in which each is written.
@@ -83,12 +82,10 @@ def plan(
         source: the open GGUF.
         edit: the edit.
         writers: its residual writers.
-        strict_types: refuse to write a tensor in another type than its own or the one asked for.
         quantization: the types that were asked for; None for the tensors' own.
 
     Raises:
-        UserError: when the edit changes nothing, a direction has another width than the model, or
-            with ``strict_types`` a tensor has a type that cannot be edited.
+        UserError: when the edit changes nothing, or a direction has another width than the model.
     """
     found: list[tuple[Writer, GgufWriter]] = [(writer_of(source, one), one) for one in writers]
     edit.chosen([writer for writer, _ in found])
@@ -107,15 +104,8 @@ def plan(
                     f"{source.parts[0]} has {width}: it was measured on another model."
                 )
             asked = quantization.types[name] if quantization else entry.type
-            new = ggml_types.finer_type(asked)
-            if new != asked and strict_types:
-                raise UserError(
-                    f"{name} in {source.parts[0]} has the type {asked.name}, whose codes are "
-                    "no scalar grid: leave out --strict-types to write it as "
-                    f"{new.name}."
-                )
             weights = quantization.weights(name, entry.shape) if quantization else None
-            plans[name] = TensorPlan(name, edit, writer, parameter, entry.type, new, weights)
+            plans[name] = TensorPlan(name, edit, writer, parameter, entry.type, asked, weights)
     return plans
 
 
@@ -123,23 +113,16 @@ def plan(
 
 
 def read(raw: np.ndarray, kind: GGMLQuantizationType, slab: Slab) -> Any:
-    """A slab of a tensor's bytes as a Grid, a FloatGrid, or float32 values if it has no grid."""
+    """A slab of a tensor's bytes as a Grid, a CodebookGrid or a FloatGrid."""
     block, size = _block(kind)
     bytes_of = slice(slab.columns.start // block * size, -(-slab.columns.stop // block) * size)
     part = np.ascontiguousarray(raw[slab.rows, bytes_of], dtype=np.uint8)
-    if not ggml_types.has_grid(kind) and kind not in _FLOATS:
-        from gguf.quants import dequantize
-
-        return np.asarray(dequantize(part, kind), dtype=np.float32)
     return ggml_types.codec(kind).decode(part, slab.columns.stop - slab.columns.start)
 
 
 def values_of(decoded: Any) -> np.ndarray:
     """The float32 values of a result of `read`."""
     return decoded if isinstance(decoded, np.ndarray) else decoded.values()
-
-
-_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
 def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
@@ -167,8 +150,8 @@ def better_source(one: TensorPlan, raw: np.ndarray, shape: tuple[int, ...]) -> s
     """``own`` or ``fresh``: the result of `rounding.better_source` for a sample of a tensor."""
     stream = stream_axis(one.writer.kind, one.parameter)
     part = sample(shape, stream, _block(one.old)[0])
-    own = read(raw, one.old, part)
-    if not isinstance(own, Grid):
+    own: Any = read(raw, one.old, part)
+    if isinstance(own, FloatGrid):
         return "own"  # a float type, which has no grid to choose
     importance = one.weights(part, shape)
     edited = replace(exact_edit(one, own.values()), importance=importance)
@@ -193,7 +176,7 @@ def edit_slab(
         importance: that of the slab's columns, if it is known.
     """
     edited = replace(exact_edit(one, values_of(decoded)), importance=importance)
-    codec = ggml_types.codec(one.new)
+    codec: Any = ggml_types.codec(one.new)
     if isinstance(codec, ggml_types.FloatCodec):
         values = edited.target
         if not plain:
@@ -201,6 +184,8 @@ def edit_slab(
             kept = rounded(one.edit, one.writer, one.parameter, mx.array(values), dtype)
             values = np.asarray(kept.astype(mx.float32))
         return codec.encode(codec.round(values))
+    if plain and isinstance(codec, ggml_types.CodebookCodec):
+        return codec.encode(ggml_types.fresh(edited.target, one.new, importance))
     if plain:
         changed = one.new != one.old
         own = ggml_types.fresh(edited.target, one.new, importance) if changed else decoded
@@ -225,7 +210,7 @@ def quantize(
     Returns:
         uint8, (..., bytes_per_row).
     """
-    codec = ggml_types.grid_codec(kind)
+    codec: Any = ggml_types.quantized_codec(kind)
     stream = stream_axis(one.writer.kind, one.parameter)
     rows = values.reshape(-1, values.shape[-1])
     basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
@@ -328,9 +313,9 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> tuple[Lea
     for slab in slabs(entry.shape, axis, cut):
         first, second = read(old, entry.type, slab), read(new, written.type, slab)
         total += leak(one, values_of(first), values_of(second))
-        if same and isinstance(first, Grid) and isinstance(second, Grid):
-            codes += int(np.count_nonzero(first.codes != second.codes))
-            weights += first.codes.size
+        if same and isinstance(first, Grid | CodebookGrid):
+            codes += first.changed(second)
+            weights += first.shape[0] * first.shape[1]
         before.release(one.name)
         after.release(one.name)
     changed = bytes_changed(old, new) if same else None

@@ -95,6 +95,10 @@ class Grid:
             raise ValueError(f"{codes.shape} codes for a grid of {self.codes.shape}")
         return replace(self, codes=codes)
 
+    def changed(self, other: Grid) -> int:
+        """The number of weights whose code is another in a grid of this shape."""
+        return int(np.count_nonzero(self.codes != other.codes))
+
     def ends(self, beyond: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and the highest value of every group, float32 (R, n // group) each.
 

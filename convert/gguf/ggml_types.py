@@ -1,38 +1,26 @@
-"""Every GGML type in which weights are stored: its codec, or the type to write instead.
+"""Every GGML type in which weights are stored, and its codec.
 
-These types have no codec. IQ1, IQ2 and IQ3 choose whole vectors of 4 or 8 weights from a codebook.
-``finer_type`` names the type to write instead:
-
-======== ==== ========= ====== ==== ===== ========= ========================================
-type     bits its error to     bits error re-encode why nothing smaller
-======== ==== ========= ====== ==== ===== ========= ========================================
-IQ1_S    1.56 .486      Q2_K   2.63 .297  .050      the smallest there is
-IQ1_M    1.75 .452      Q2_K   2.63 .297  .166      the smallest there is
-IQ2_XXS  2.06 .344      Q2_K   2.63 .297  .295      the smallest there is
-IQ2_XS   2.31 .300      Q3_K   3.44 .151  .162      Q2_K re-encodes at .304
-IQ2_S    2.56 .249      Q3_K   3.44 .151  .160      Q2_K is coarser
-IQ3_XXS  3.06 .182      Q3_K   3.44 .151  .144      Q2_K is coarser
-IQ3_S    3.44 .137      IQ4_XS 4.25 .077  .078      Q3_K is coarser
-======== ==== ========= ====== ==== ===== ========= ========================================
-
-Errors are root mean squares relative to the root mean square of the weights, for ggml's own
-quantizer without an importance matrix on Gaussian weights. "re-encode" is the error of writing
-weights that were stored in the old type in the new one. The rule: the smallest type whose error and
-whose re-encoding error are both at most the old type's own error.
+Most types have a code for each weight (`convert.gguf.ggml_blocks`). IQ1, IQ2 and IQ3 choose whole
+vectors of 4 or 8 weights from a codebook (`convert.gguf.ggml_codebooks`). F32, F16 and BF16 have no
+codes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from convert.base.codebooks import CodebookGrid
 from convert.base.errors import UserError
 from convert.base.grids import Grid
 from convert.gguf import ggml
 from convert.gguf.ggml_blocks import GRID_CODECS
+from convert.gguf.ggml_codebooks import CODEBOOK_CODECS, CodebookCodec
 from convert.gguf.ggml_codecs import FloatCodec, GridCodec, check_values
 
-Codec = GridCodec | FloatCodec
+Codec = GridCodec | CodebookCodec | FloatCodec
 
 _FLOAT_CODECS = (
     FloatCodec(GGMLQuantizationType.F32),
@@ -41,72 +29,62 @@ _FLOAT_CODECS = (
 )
 _CODECS: dict[GGMLQuantizationType, Codec] = {
     **{found.type: found for found in GRID_CODECS},
+    **{found.type: found for found in CODEBOOK_CODECS},
     **{found.type: found for found in _FLOAT_CODECS},
 }
 
-_FINER = {
-    GGMLQuantizationType.IQ1_S: GGMLQuantizationType.Q2_K,
-    GGMLQuantizationType.IQ1_M: GGMLQuantizationType.Q2_K,
-    GGMLQuantizationType.IQ2_XXS: GGMLQuantizationType.Q2_K,
-    GGMLQuantizationType.IQ2_XS: GGMLQuantizationType.Q3_K,
-    GGMLQuantizationType.IQ2_S: GGMLQuantizationType.Q3_K,
-    GGMLQuantizationType.IQ3_XXS: GGMLQuantizationType.Q3_K,
-    GGMLQuantizationType.IQ3_S: GGMLQuantizationType.IQ4_XS,
-}
-
 GRID_TYPES: tuple[GGMLQuantizationType, ...] = tuple(found.type for found in GRID_CODECS)
-"""The types with codes: every type that has a codec, except F32, F16 and BF16."""
+"""The types with a code for each weight."""
+
+CODEBOOK_TYPES: tuple[GGMLQuantizationType, ...] = tuple(found.type for found in CODEBOOK_CODECS)
+"""The types whose codes are entries of a codebook: IQ1, IQ2 and IQ3."""
 
 
 def has_grid(ggml_type: GGMLQuantizationType) -> bool:
-    """Whether tensors of this type have a Grid; plain floats and vector codebooks have none."""
-    return ggml_type in GRID_TYPES
+    """Whether tensors of this type are quantized: they have a Grid or a CodebookGrid."""
+    return ggml_type in GRID_TYPES or ggml_type in CODEBOOK_TYPES
 
 
 def codec(ggml_type: GGMLQuantizationType) -> Codec:
-    """The codec of a type: a GridCodec, or a FloatCodec for F32, F16 and BF16.
+    """The codec of a type.
 
     Raises:
-        UserError: when the type has none, naming the type to write instead where there is one.
+        UserError: when the type has none, for instance because it holds no weights.
     """
     if ggml_type in _CODECS:
         return _CODECS[ggml_type]
-    mend = (
-        f"write the tensor as {_FINER[ggml_type].name}"
-        if ggml_type in _FINER
-        else "use a file in another type"
+    raise UserError(
+        f"{ggml_type.name} has no codes that can be changed: use a file in another type."
     )
-    raise UserError(f"{ggml_type.name} has no codes that can be changed one by one: {mend}.")
 
 
 def grid_codec(ggml_type: GGMLQuantizationType) -> GridCodec:
-    """The codec of a type that has a Grid.
+    """The codec of a type that has a code for each weight.
+
+    Raises:
+        UserError: when the type has no such codes.
+    """
+    found = codec(ggml_type)
+    if not isinstance(found, GridCodec):
+        raise UserError(f"{ggml_type.name} has no code for each weight.")
+    return found
+
+
+def quantized_codec(ggml_type: GGMLQuantizationType) -> GridCodec | CodebookCodec:
+    """The codec of a quantized type.
 
     Raises:
         UserError: when the type has no codec, or is a plain float type.
     """
     found = codec(ggml_type)
-    if not isinstance(found, GridCodec):
+    if isinstance(found, FloatCodec):
         raise UserError(f"{ggml_type.name} is a plain float type, without a grid.")
     return found
 
 
-def finer_type(ggml_type: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type itself if it has a codec; else the smallest type with a grid that is as precise.
-
-    The table in this module's docstring gives the reasons.
-
-    Raises:
-        UserError: when no such type is known, for instance because the type holds no weights.
-    """
-    if ggml_type in _FINER:
-        return _FINER[ggml_type]
-    return codec(ggml_type).type
-
-
 def fresh(
     values: np.ndarray, ggml_type: GGMLQuantizationType, importance: np.ndarray | None = None
-) -> Grid:
+) -> Any:
     """A new grid for these values, whose scales ggml's own quantizer chooses.
 
     For plain float types use ``FloatCodec.round``.
@@ -120,7 +98,7 @@ def fresh(
         UserError: when the type has no grid, n does not fit its blocks, a value is not finite, or
             the type needs ggml and it was not found.
     """
-    found = grid_codec(ggml_type)
+    found = quantized_codec(ggml_type)
     check_values(values)
     n = values.shape[1]
     if n % found.block:
@@ -131,21 +109,24 @@ def fresh(
     # ggml crashes on a type that it does not know, so look for the type's decoder first.
     if ggml.available() and not hasattr(ggml.library(), _decoder_name(ggml_type)):
         raise UserError(f"this ggml does not know {ggml_type.name}: update it.")
+    if importance is None and ggml_type in CODEBOOK_TYPES:
+        # Without any, ggml weights errors by the squares of the weights, or refuses.
+        importance = np.ones(n, np.float32)
     raw = ggml.quantize(values, ggml_type, importance)
     return found.decode(raw, n)
 
 
 def refit(
-    grid: Grid,
+    grid: Grid | CodebookGrid,
     values: np.ndarray,
     ggml_type: GGMLQuantizationType,
     importance: np.ndarray | None = None,
-) -> Grid:
+) -> Grid | CodebookGrid:
     """The grid with new scales for those blocks whose range is too small for the values.
 
     A block is encoded anew when one of its values lies more than half a step past the ends of its
     group and the new block has a smaller squared error than the old block with its nearest codes.
-    All other blocks keep every bit, codes included.
+    All other blocks keep every bit, codes included. A CodebookGrid keeps all its scales.
 
     Args:
         grid: a tensor's own grid, of this type.
@@ -157,6 +138,8 @@ def refit(
         UserError: as `fresh` does.
     """
     check_values(values)
+    if isinstance(grid, CodebookGrid):
+        return grid
     found = grid_codec(ggml_type)
     rows, n = grid.shape
     count, groups = rows * (n // found.block), found.block // found.group

@@ -24,7 +24,6 @@ HALVES = {
     **{Q.IQ4_NL: (0,), Q.IQ4_XS: (0,), Q.MXFP4: (), Q.NVFP4: ()},
     **{Q.TQ1_0: (52,), Q.TQ2_0: (64,)},
 }
-CODEBOOKS = (Q.IQ1_S, Q.IQ1_M, Q.IQ2_XXS, Q.IQ2_XS, Q.IQ2_S, Q.IQ3_XXS, Q.IQ3_S)
 TERNARY = (Q.TQ1_0, Q.TQ2_0)
 
 
@@ -182,7 +181,6 @@ def test_levels_ascend_and_the_block_is_ggmls(kind: Q) -> None:
     assert (codec.block, codec.size) == gguf.GGML_QUANT_SIZES[kind]
     assert codec.bits == pytest.approx(8 * codec.size / codec.block)
     assert ggml_types.has_grid(kind)
-    assert ggml_types.finer_type(kind) == kind
 
 
 @pytest.mark.parametrize("kind", [Q.MXFP4, Q.NVFP4])
@@ -275,38 +273,6 @@ def test_nearest_copes_with_negative_and_zero_scales() -> None:
     assert highest.tolist() == [[2.0, 5.0]]
 
 
-def from_codebook(values: np.ndarray, kind: Q) -> np.ndarray:
-    """What a vector-codebook type makes of the values, by ggml with an even importance matrix."""
-    library, (block, size) = ggml.library(), gguf.GGML_QUANT_SIZES[kind]
-    raw = np.empty((values.shape[0], values.shape[1] // block * size), dtype=np.uint8)
-    even = np.ones(values.shape[1], dtype=np.float32)
-    library.ggml_quantize_init(int(kind))
-    written = library.ggml_quantize_chunk(
-        int(kind), values.ctypes.data, raw.ctypes.data, 0, *values.shape, even.ctypes.data
-    )
-    assert written == raw.size
-    return ggml.dequantize(raw, kind)
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.7], ids=["normal", "uneven"])
-@pytest.mark.parametrize("kind", CODEBOOKS, ids=lambda kind: kind.name)
-def test_the_finer_type_is_never_coarser(normal: np.ndarray, kind: Q, spread: float) -> None:
-    random = np.random.default_rng(6)
-    sizes = np.exp(spread * random.standard_normal((8, 128, 1)))
-    source = (normal[:8].reshape(8, 128, 16) * sizes).astype(np.float32).reshape(8, 2048)
-    held = from_codebook(source, kind)
-    own = error(held, source)
-    finer = ggml_types.finer_type(kind)
-    assert bits(finer) >= bits(kind)
-    assert error(ggml_types.fresh(source, finer).values(), source) <= own
-    assert error(ggml_types.fresh(held, finer).values(), held) <= own
-    smaller = [other for other in ggml_types.GRID_TYPES if bits(kind) <= bits(other) < bits(finer)]
-    for other in smaller if not spread else ():
-        assert error(ggml_types.fresh(source, other).values(), source) > own or (
-            error(ggml_types.fresh(held, other).values(), held) > own
-        )
-
-
 @pytest.mark.parametrize("kind", TERNARY, ids=lambda kind: kind.name)
 def test_ternary_weights_are_held_without_an_error(kind: Q) -> None:
     signs = np.random.default_rng(7).integers(-1, 2, (8, 1024)).astype(np.float32)
@@ -321,20 +287,8 @@ def test_a_weight_of_two_is_no_ternary_weight() -> None:
         decode(Q.TQ2_0, raw)
 
 
-def bits(kind: Q) -> float:
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    return float(8 * size / block)
-
-
-@pytest.mark.parametrize("kind", CODEBOOKS, ids=lambda kind: kind.name)
-def test_a_type_without_a_grid_names_the_one_to_write(kind: Q) -> None:
-    assert not ggml_types.has_grid(kind)
-    with pytest.raises(UserError, match=f"write the tensor as {ggml_types.finer_type(kind).name}"):
-        ggml_types.codec(kind)
-
-
 def test_a_type_that_holds_no_weights_is_refused() -> None:
-    for ask in (ggml_types.codec, ggml_types.finer_type):
+    for ask in (ggml_types.codec, ggml_types.grid_codec, ggml_types.quantized_codec):
         with pytest.raises(UserError, match="I32 has no codes"):
             ask(Q.I32)
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from abl_mlx.edits import projection
-from convert.gguf.ggml_types import GRID_TYPES
+from convert.gguf.ggml_types import CODEBOOK_TYPES, GRID_TYPES
 from tests.support.places import ROOT
 
-# What is edited: every type with a grid, and floats; down columns and along rows; one direction and
+# What is edited: every quantized type, and floats; down columns and along rows; one direction and
 # two; MLX's modes. Prints a hash for each.
 PROGRAM = """
 import hashlib, sys
@@ -42,7 +42,7 @@ def writer(kind):
 def direction(count, width):
     return mx.array(np.random.default_rng(count).standard_normal((count, width)).astype("f4"))
 
-for kind in sorted(ggml_types.GRID_TYPES) + [Q.F32, Q.F16, Q.BF16]:
+for kind in sorted(ggml_types.GRID_TYPES + ggml_types.CODEBOOK_TYPES) + [Q.F32, Q.F16, Q.BF16]:
     codec = ggml_types.codec(kind)
     own = codec.round(values) if kind in (Q.F32, Q.F16, Q.BF16) else ggml_types.fresh(values, kind)
     for what in ("linear", "embedding"):
@@ -76,7 +76,7 @@ def hashes(**environment: str) -> list[str]:
 
 def test_other_cpus_give_the_same_bytes(tmp_path: Path) -> None:
     here = hashes()
-    assert len(here) == 8 * (len(GRID_TYPES) + 3) + 3
+    assert len(here) == 8 * (len(GRID_TYPES + CODEBOOK_TYPES) + 3) + 3
     assert len({line.split()[-1] for line in here}) > len(here) // 2
     plain = hashes(
         NUMBA_CPU_NAME="generic", NUMBA_CACHE_DIR=str(tmp_path), OPENBLAS_CORETYPE="Prescott",
