@@ -178,7 +178,7 @@ def test_a_config_that_lies_is_refused(
     ("change", "said"),
     [
         (lambda one: one.pop("num_attention_heads"), "has no num_attention_heads"),
-        (lambda one: one.update(num_attention_heads=3), "rows, which are not 3 heads"),
+        (lambda one: one.update(num_attention_heads=3), "rows, which are not those of 3 heads"),
         (lambda one: one.update(num_attention_heads=[4, 4]), "num_attention_heads must be a whole"),
         (lambda one: one.update(rope_theta=[1e4]), "rope_theta must be a finite number"),
         (lambda one: one.update(rope_scaling={"type": "linear"}), "has no factor"),
