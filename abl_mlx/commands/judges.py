@@ -66,18 +66,17 @@ def _check(model: ModelFile, text: str, tokens: int) -> None:
         text: the value of ``--judge``.
         tokens: the longest answer.
     """
+    room, needed = model.context_length(), 0
     try:
         model.check_template()
+        if room is not None and room < 4 * len(RUBRIC):
+            needed = model.token_counter()(Prompt(RUBRIC)) + tokens
     except TemplateError as error:
         reason = said(error).partition(": ")[0]
         raise UserError(
             f"--judge {text}: {reason}: choose an instruction-tuned model as the judge."
         ) from None
-    room = model.context_length()
-    if room is None or room >= 4 * len(RUBRIC):
-        return
-    needed = model.token_counter()(Prompt(RUBRIC)) + tokens
-    if needed > room:
+    if room is not None and needed > room:
         raise UserError(
             f"--judge {text}: the question to a judge has {needed:,} tokens without the reply, and "
             f"the model's context {room:,}: choose a larger model as the judge."

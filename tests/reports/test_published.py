@@ -383,8 +383,8 @@ def test_a_modelfile_says_what_of_the_template_it_lacks(template, lost, directio
     written = (tmp_path / "e.Modelfile").read_text()
     assert "TEMPLATE " in written
     words = " and ".join(lost)
-    assert (f"# The model's chat template also has {words}, which" in written) == bool(lost)
-    note = f"the Modelfile's TEMPLATE has no {' and no '.join(lost)}, which"
+    assert (f"# The model's chat template also has {words}. Ollama 0.30" in written) == bool(lost)
+    note = f"the Modelfile's TEMPLATE has no {' and no '.join(lost)}: Ollama before 0.30"
     assert (note in text) == bool(lost)
     assert (note in (tmp_path / "e.README.md").read_text()) == bool(lost)
     # The same from the GGUF.

@@ -52,8 +52,10 @@ def test_full_disks_are_withstood() -> None:
         (
             ("full_disk", "convert"),
             # Written in place.
-            "import contextlib; from convert.base import atomic; from convert import mlx_to_gguf\n"
-            "mlx_to_gguf.new_file = contextlib.contextmanager(lambda path: iter([path]))",
+            "import contextlib; from convert import mlx_to_gguf\n"
+            "from abl_mlx.outputs import other_format\n"
+            "mlx_to_gguf.new_file = contextlib.contextmanager(lambda path: iter([path]))\n"
+            "other_format.new_files = contextlib.contextmanager(lambda path: iter([path.parent]))",
             "bytes",
         ),
     ],
