@@ -60,7 +60,7 @@ def neighbours(book: Codebook) -> Neighbours:
 
     count, group = book.entries.shape
     masks = np.arange(1 << group, dtype=np.uint8)
-    bits = np.bitwise_count(masks)
+    bits = np.unpackbits(masks[:, None], axis=1).sum(axis=1)
     allowed = {EVEN: (bits == 0) | (bits == 2), FREE: bits <= 2}.get(book.signs, bits == 0)
     shape = (count, NEAR)
     codes, signs = np.zeros(shape, np.uint16), np.zeros(shape, np.uint8)

@@ -174,25 +174,11 @@ class Edited:
 
     def on(self, grid: AnyGrid) -> AnyGrid:
         """The edited weights rounded to a grid."""
+        wanted = (self.target, self.basis, self.axis, self.removed, self.taken)
         if isinstance(grid, CodebookGrid):
-            return codebook_rounding.preserve(
-                grid,
-                self.target,
-                self.basis,
-                self.axis,
-                self.removed,
-                self.taken,
-                tempered(self.importance, self.target.shape[1]),
-            )
-        return preserve(
-            grid,
-            self.target,
-            self.basis,
-            self.axis,
-            self.removed,
-            self.taken,
-            self.importance,
-        )
+            weights = tempered(self.importance, self.target.shape[1])
+            return codebook_rounding.preserve(grid, *wanted, weights)
+        return preserve(grid, *wanted, self.importance)
 
 
 def better_source(own: AnyGrid, edited: Edited, encoders: Encoders) -> str:

@@ -20,11 +20,7 @@ from abl_mlx.outputs import further_files, staging
 from convert import lmstudio
 from convert.ollama import store_writing
 from convert.ollama.description import describe
-from convert.ollama.settings import settings_of
 from convert.ollama.store import OllamaName
-
-OLLAMA, LM_STUDIO = "ollama:", "lmstudio:"
-
 
 Options = TypeVar("Options", bound=Choices)
 
@@ -63,22 +59,17 @@ def placed(outputs: Sequence[Path], source: Source) -> Placed:
     in_lm_studio: dict[Path, str] = {}
     for output in outputs:
         text, path = str(output), output
-        if text.startswith(OLLAMA):
-            name = store_writing.check(text.removeprefix(OLLAMA))
+        if text.startswith(staging.OLLAMA):
+            name = store_writing.check(text.removeprefix(staging.OLLAMA))
             path = Path(f"{name.title.replace(':', '-')}.gguf")
             in_ollama[path] = name
-        elif text.startswith(LM_STUDIO):
-            owner, named = lmstudio.parse(text.removeprefix(LM_STUDIO))
+        elif text.startswith(staging.LM_STUDIO):
+            owner, named = lmstudio.parse(text.removeprefix(staging.LM_STUDIO))
             path = lmstudio.models_folder() / owner / named
             path = path if source.gguf is None else path / f"{named}.gguf"
             in_lm_studio[path] = f"{owner}/{named}"
         paths.append(path)
     return Placed(tuple(paths), in_ollama, in_lm_studio)
-
-
-def is_in_an_app(output: Path) -> bool:
-    """Whether an output is named as a place in an app rather than as a path."""
-    return str(output).startswith((OLLAMA, LM_STUDIO))
 
 
 def deliver(places: Placed, source: Source, folder: Path | None) -> None:
@@ -91,7 +82,7 @@ def deliver(places: Placed, source: Source, folder: Path | None) -> None:
     """
     for path, name in places.in_ollama.items():
         kept = source.ollama
-        settings = settings_of(kept) if kept is not None else describe(path, folder)[0]
+        settings = describe(path, folder)[0] if kept is None else kept
         further = further_files.of_source(source)
         projectors = further.filed(path)
         store_writing.file(name, path, settings, projectors=projectors, draft=further.draft)

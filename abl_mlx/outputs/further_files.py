@@ -43,7 +43,7 @@ class FurtherFiles:
     @property
     def size(self) -> int:
         """Bytes of all files that are copied or written; of a tower, the most."""
-        files = [*self.projectors, *([self.draft] if self.draft else [])]
+        files = self.projectors if self.draft is None else (*self.projectors, self.draft)
         copied = sum(file.stat().st_size for file in files)
         return copied + (self.tower.size if self.tower else 0)
 
@@ -55,17 +55,23 @@ class FurtherFiles:
             _beside("draft", output) if self.draft else None,
         )
 
+    def copies(self, output: Path) -> dict[str, Path]:
+        """Name beside an output -> the file that is copied there; a tower is no copy."""
+        names = self.names(output)
+        found = dict(zip(names.projectors, self.projectors, strict=False))
+        if self.draft is not None and names.draft is not None:
+            found[names.draft] = self.draft
+        return found
+
     def copy(self, output: Path, folder: Path) -> Beside:
         """Copy the files into a folder, under the names that they have beside an output.
 
         Returns:
             The names, with that of a tower that `write_tower` has put there.
         """
-        names = self.names(output)
-        for name, file in zip(names.projectors, self.projectors, strict=False):
+        for name, file in self.copies(output).items():
             shutil.copyfile(file, folder / name)
-        if self.draft is not None and names.draft is not None:
-            shutil.copyfile(self.draft, folder / names.draft)
+        names = self.names(output)
         there = tuple(name for name in names.projectors if (folder / name).is_file())
         return replace(names, projectors=there)
 
@@ -78,10 +84,7 @@ class FurtherFiles:
         Raises:
             UserError: when one exists or cannot be written.
         """
-        names = self.names(output)
-        copies = dict(zip(names.projectors, self.projectors, strict=False))
-        if self.draft is not None and names.draft is not None:
-            copies[names.draft] = self.draft
+        copies = self.copies(output)
         for name, file in copies.items():
             with new_file(output.with_name(name)) as partial:
                 shutil.copyfile(file, partial)
@@ -96,12 +99,7 @@ class FurtherFiles:
 
     def places(self, outputs: Sequence[Path]) -> list[Path]:
         """The paths of all copies for these outputs in GGUF."""
-        found = []
-        for output in outputs:
-            names = self.names(output)
-            listed = [*names.projectors, *([names.draft] if names.draft else [])]
-            found += [output.with_name(name) for name in listed]
-        return found
+        return [output.with_name(name) for output in outputs for name in self.names(output).all]
 
 
 def of_source(source: Source) -> FurtherFiles:

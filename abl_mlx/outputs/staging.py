@@ -23,6 +23,9 @@ from convert.gguf import control_vector
 #: Names of the output formats.
 FOLDER, GGUF, ADAPTER, LORA, VECTOR = "MLX", "GGUF", "MLX adapter", "GGUF LoRA", "control vector"
 
+#: What an output's name begins with if it is a place in an app: Ollama's store, LM Studio's models.
+APPS = OLLAMA, LM_STUDIO = "ollama:", "lmstudio:"
+
 #: Formats of whole models, and formats of adapters that a runtime adds to a model.
 MODELS, ADAPTERS = (FOLDER, GGUF), (ADAPTER, LORA)
 
@@ -164,7 +167,7 @@ def check(paths: Sequence[Path], source: Source, adapter: str, *, vectors: bool 
         raise UserError("say where the edited model goes: -o FOLDER or -o FILE.gguf.")
     seen = set()
     for path in paths:
-        if str(path).startswith(("ollama:", "lmstudio:")):
+        if str(path).startswith(APPS):
             raise UserError(
                 f"{path}: only `run` and `apply` write into an app; write a folder or NAME.gguf."
             )

@@ -20,7 +20,7 @@ from pathlib import Path
 from convert.gguf.file import metadata
 from convert.ollama import capabilities
 from convert.ollama.modelfile import ROLES, Modelfile
-from convert.ollama.settings import Settings, settings_of
+from convert.ollama.settings import Settings
 from convert.ollama.store import OllamaModel
 from convert.ollama.turns import read_turns
 from convert.tokenizers.to_gguf import read_tokenizer
@@ -37,6 +37,11 @@ class Beside:
 
     projectors: tuple[str, ...] = ()
     draft: str | None = None
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """All names."""
+        return self.projectors if self.draft is None else (*self.projectors, self.draft)
 
 
 def modelfile(
@@ -70,10 +75,7 @@ def modelfile(
     if beside.draft is not None:
         lines.comment("DRAFT needs Ollama 0.30; remove the line for an older one.")
         lines.file("DRAFT", beside.draft)
-    if kept is None:
-        settings, comments = describe(Path(gguf), folder)
-    else:
-        settings, comments = settings_of(kept), _comments(kept)
+    settings, comments = describe(Path(gguf), folder) if kept is None else (kept, _comments(kept))
     lines.comment(*comments)
     _say(lines, settings)
     return str(lines)

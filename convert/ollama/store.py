@@ -22,13 +22,14 @@ import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.base import json_text
 from convert.base.errors import UserError
 from convert.base.schema import Refused
+from convert.ollama.settings import Settings
 
 _HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
 
@@ -74,38 +75,20 @@ class OllamaName:
 
 
 @dataclass(frozen=True)
-class OllamaModel:
+class OllamaModel(Settings):
     """A model in Ollama's store, with everything that a new Modelfile for it keeps.
 
     Attributes:
         name: its name.
         gguf: the blob with its weights, whose name has no suffix. It is never written to.
-        template: in Ollama's own template language; None when Ollama uses the GGUF's template.
-        params: the values of its PARAMETER lines: numbers, booleans, texts, or lists of texts.
-        system: the system message, if it has one.
-        licenses: every licence text.
-        messages: (role, content) pairs that precede every conversation.
-        renderer: the name of a prompt renderer built into Ollama, instead of a template.
-        parser: the name of a reply parser built into Ollama.
-        requires: the oldest version of Ollama that runs it.
         projectors: GGUF files that turn pictures or sound into tokens; not part of ``gguf``.
         draft: a GGUF file of a small draft model for speculative decoding.
-        capabilities: what its configuration says it can do, beyond what Ollama finds in its files.
     """
 
     name: OllamaName
     gguf: Path
-    template: str | None = None
-    params: Mapping[str, Any] = field(default_factory=dict)
-    system: str | None = None
-    licenses: tuple[str, ...] = ()
-    messages: tuple[tuple[str, str], ...] = ()
-    renderer: str | None = None
-    parser: str | None = None
-    requires: str | None = None
     projectors: tuple[Path, ...] = ()
     draft: Path | None = None
-    capabilities: tuple[str, ...] = ()
 
 
 def parse_name(text: str) -> OllamaName:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -226,13 +227,7 @@ def in_words(count: int) -> str:
 def _keys(gguf: Path) -> dict[str, Any]:
     """A GGUF's metadata, and the number of its weights under ``parameters``."""
     with GgufSource(gguf) as source:
-        count = 0
-        for shape in source.shapes.values():
-            weights = 1
-            for length in shape:
-                weights *= length
-            count += weights
-        return {**source.metadata, "parameters": count}
+        return {**source.metadata, "parameters": sum(map(math.prod, source.shapes.values()))}
 
 
 def _layer(kind: str, digest: str, size: int) -> dict[str, Any]:

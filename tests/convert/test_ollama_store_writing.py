@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from convert.base.errors import UserError
 from convert.ollama import store_writing
-from convert.ollama.settings import Settings, settings_of
+from convert.ollama.settings import Settings
 from convert.ollama.store import find, parse_name
 from tests.support import tiny_gguf
 from tests.support.gguf_recipes import RECIPES
@@ -24,6 +25,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     made = Store(tmp_path / "store")
     monkeypatch.setenv("OLLAMA_MODELS", str(made.path))
     return made
+
+
+def settings_of(model: Settings) -> Settings:
+    """The settings of a model in the store, without the rest."""
+    return Settings(**{one.name: getattr(model, one.name) for one in fields(Settings)})
 
 
 def weights(path: Path, name: str = "llama") -> Path:
