@@ -6,8 +6,9 @@ Nothing in this module imports MLX.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from abl_mlx.behaviour.refusals import classify
+from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.behaviour.whole_reply import WholeReply
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.records.evaluations import Settled
@@ -26,19 +27,10 @@ def of(
         longest: the longest length in tokens.
         prompts: what each replies to.
     """
-    asked = _texts(replies, prompts)
-    whole = [classify(reply.text, text) for reply, text in zip(replies, asked, strict=True)]
-
-    def changing(length: int) -> int:
-        return sum(
-            classify(reply.cut(length), text) is not verdict
-            for reply, text, verdict in zip(replies, asked, whole, strict=True)
-            if length < reply.tokens
-        )
-
+    verdicts = _Verdicts.of(replies, prompts)
     settled, changed = longest, 0
     for length in sorted((one for one in LENGTHS if one < longest), reverse=True):
-        changed = changing(length)
+        changed = verdicts.changing_after(length)
         if changed:
             break
         settled = length
@@ -49,14 +41,30 @@ def changed_after(
     replies: Sequence[WholeReply], tokens: int, prompts: Sequence[Prompt] | None = None
 ) -> int:
     """The number of replies whose verdict differs from that on their first tokens."""
-    return sum(
-        classify(reply.cut(tokens), text) is not classify(reply.text, text)
-        for reply, text in zip(replies, _texts(replies, prompts), strict=True)
-    )
+    return _Verdicts.of(replies, prompts).changing_after(tokens)
 
 
-def _texts(replies: Sequence[WholeReply], prompts: Sequence[Prompt] | None) -> Sequence[str | None]:
-    return [None] * len(replies) if prompts is None else [prompt.text for prompt in prompts]
+@dataclass(frozen=True)
+class _Verdicts:
+    """Replies, the prompt's text of each where it is known, and the verdict on the whole reply."""
+
+    replies: Sequence[WholeReply]
+    asked: Sequence[str | None]
+    whole: Sequence[Verdict]
+
+    @classmethod
+    def of(cls, replies: Sequence[WholeReply], prompts: Sequence[Prompt] | None) -> _Verdicts:
+        asked = [None] * len(replies) if prompts is None else [prompt.text for prompt in prompts]
+        whole = [classify(reply.text, text) for reply, text in zip(replies, asked, strict=True)]
+        return cls(replies, asked, whole)
+
+    def changing_after(self, tokens: int) -> int:
+        """The number of replies whose first tokens have another verdict."""
+        return sum(
+            classify(reply.cut(tokens), text) is not verdict
+            for reply, text, verdict in zip(self.replies, self.asked, self.whole, strict=True)
+            if tokens < reply.tokens
+        )
 
 
 def sentence(settled: Settled) -> str:

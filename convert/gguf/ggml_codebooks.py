@@ -21,7 +21,7 @@ IQ3_S        4   110     512 any                     d * (2 * 4 bits + 1) / 32
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar
 
 import gguf
@@ -30,37 +30,22 @@ from gguf import GGMLQuantizationType
 
 from convert.base import codebooks
 from convert.base.codebooks import Codebook, CodebookGrid
-from convert.base.errors import UserError
 from convert.base.grids import in_chunks
-from convert.gguf.ggml_codecs import check_rows
+from convert.gguf.ggml_codecs import BlockCodec, check_rows
 
 
-class CodebookCodec(ABC):
+class CodebookCodec(BlockCodec):
     """Bytes <-> CodebookGrid for one type.
 
     Attributes:
-        type: the GGML type.
         group: weights in a group.
         shared: neighbouring groups that share a scale.
         signs: which signs the type stores.
     """
 
-    type: ClassVar[GGMLQuantizationType]
     group: ClassVar[int] = 8
     shared: ClassVar[int]
     signs: ClassVar[str]
-    is_grid: ClassVar[bool] = True
-    block: ClassVar[int] = 256
-
-    @property
-    def size(self) -> int:
-        """Bytes per block."""
-        return int(gguf.GGML_QUANT_SIZES[self.type][1])
-
-    @property
-    def bits(self) -> float:
-        """Bits per weight in the file, scales included."""
-        return 8 * self.size / self.block
 
     @property
     def book(self) -> Codebook:
@@ -94,13 +79,7 @@ class CodebookCodec(ABC):
                 shifts[part] = self._shifts(blocks[part])
 
         in_chunks(read, count, self.block)
-        if not np.isfinite(scales).all():
-            bad = int(np.argmin(np.isfinite(scales).all(axis=1)))
-            row, block = divmod(bad, n // self.block)
-            raise UserError(
-                f"block {block} of row {row} has a {self.type.name} scale that is not finite: "
-                "the file is damaged, download it again."
-            )
+        self._check_finite(scales, n)
         shape = (len(raw), n // self.group)
         return CodebookGrid(
             codes=codes.reshape(shape),
@@ -120,14 +99,9 @@ class CodebookCodec(ABC):
         Raises:
             ValueError: when the grid is of another type.
         """
-        rows, n = grid.shape
-        frame = grid.frame
-        fits = isinstance(frame, np.ndarray) and frame.shape == (rows, n // self.block * self.size)
-        if not fits or grid.book is not self.book:
-            raise ValueError(f"a grid of another type, to be encoded as {self.type.name}")
-        count, groups = rows * (n // self.block), self.block // self.group
-        raw = np.array(frame)
-        blocks = raw.reshape(count, self.size)
+        raw = self._framed(grid.shape, grid.frame, alike=grid.book is self.book)
+        blocks = raw.reshape(-1, self.size)
+        count, groups = len(blocks), self.block // self.group
         codes, signs = (part.reshape(count, groups) for part in (grid.codes, grid.signs))
 
         def write(part: slice) -> None:

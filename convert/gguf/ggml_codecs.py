@@ -18,18 +18,14 @@ from convert.base.errors import UserError
 from convert.base.grids import FloatGrid, Grid, in_chunks
 
 
-class GridCodec(ABC):
-    """Bytes <-> Grid for one quantized type.
+class BlockCodec(ABC):
+    """What the codecs of all quantized types have in common.
 
     Attributes:
         type: the GGML type.
-        group: number of weights that share a scale.
-        levels: float32, (K,), ascending: the number that each code stands for.
     """
 
     type: ClassVar[GGMLQuantizationType]
-    group: ClassVar[int]
-    levels: ClassVar[np.ndarray]
     is_grid: ClassVar[bool] = True
 
     @property
@@ -46,6 +42,49 @@ class GridCodec(ABC):
     def bits(self) -> float:
         """Bits per weight in the file, scales included."""
         return 8 * self.size / self.block
+
+    def _check_finite(self, found: np.ndarray, n: int) -> None:
+        """Check scales or offsets of B blocks, (B, ·), of rows of n weights.
+
+        Raises:
+            UserError: naming the first block with one that is not finite.
+        """
+        if not np.isfinite(found).all():
+            bad = int(np.argmin(np.isfinite(found).all(axis=1)))
+            row, block = divmod(bad, n // self.block)
+            raise UserError(
+                f"block {block} of row {row} has a {self.type.name} scale that is not finite: "
+                "the file is damaged, download it again."
+            )
+
+    def _framed(self, shape: tuple[int, int], frame: object, *, alike: bool) -> np.ndarray:
+        """A copy of a grid's frame, uint8, (R, bytes per row).
+
+        Args:
+            shape: the grid's, (R, n).
+            frame: the bytes from which it was decoded.
+            alike: whether the grid is otherwise of this type.
+
+        Raises:
+            ValueError: when the grid is of another type.
+        """
+        rows, n = shape
+        size = (rows, n // self.block * self.size)
+        if not alike or not isinstance(frame, np.ndarray) or frame.shape != size:
+            raise ValueError(f"a grid of another type, to be encoded as {self.type.name}")
+        return np.array(frame)
+
+
+class GridCodec(BlockCodec):
+    """Bytes <-> Grid for one quantized type whose codes are levels.
+
+    Attributes:
+        group: number of weights that share a scale.
+        levels: float32, (K,), ascending: the number that each code stands for.
+    """
+
+    group: ClassVar[int]
+    levels: ClassVar[np.ndarray]
 
     def decode(self, raw: np.ndarray, n: int) -> Grid:
         """The grid of R rows.
@@ -77,13 +116,8 @@ class GridCodec(ABC):
 
         in_chunks(read, count, self.block)
         for found in (scales, offsets):
-            if found is not None and not np.isfinite(found).all():
-                bad = int(np.argmin(np.isfinite(found).all(axis=1)))
-                row, block = divmod(bad, n // self.block)
-                raise UserError(
-                    f"block {block} of row {row} has a {self.type.name} scale that is not finite: "
-                    "the file is damaged, download it again."
-                )
+            if found is not None:
+                self._check_finite(found, n)
         shape = (rows, n // self.group)
         return Grid(
             codes=codes.reshape(rows, n),
@@ -103,14 +137,10 @@ class GridCodec(ABC):
         Raises:
             ValueError: when the grid is of another type.
         """
-        rows, n = grid.shape
-        frame = grid.frame
-        fits = isinstance(frame, np.ndarray) and frame.shape == (rows, n // self.block * self.size)
-        if not fits or grid.group != self.group or not np.array_equal(grid.levels, self.levels):
-            raise ValueError(f"a grid of another type, to be encoded as {self.type.name}")
-        count = rows * (n // self.block)
-        raw = np.array(frame)
-        blocks = raw.reshape(count, self.size)
+        alike = grid.group == self.group and np.array_equal(grid.levels, self.levels)
+        raw = self._framed(grid.shape, grid.frame, alike=alike)
+        blocks = raw.reshape(-1, self.size)
+        count = len(blocks)
         codes = np.ascontiguousarray(grid.codes).reshape(count, self.block)
 
         def write(part: slice) -> None:
