@@ -20,7 +20,7 @@ from abl_mlx.behaviour.refusals import wilson
 from abl_mlx.behaviour.target import Target
 from abl_mlx.models.thoughts import without_thoughts
 from abl_mlx.records.measurements import Capability, Share
-from abl_mlx.support.console import progress
+from abl_mlx.support.console import in_order
 
 #: Longest reply, in tokens; right replies are shorter.
 MAX_TOKENS = 48
@@ -80,11 +80,8 @@ def _bare(text: str) -> str:
 def record(target: Target, *, seed: int = 0) -> Capability:
     """Ask all tasks and count the right replies, in total and in each group."""
     asked = tasks(seed)
-    replies = [""] * len(asked)
-    with progress(len(asked), "capability", "task") as bar:
-        for number, reply in target.ask([task.prompt for task in asked], MAX_TOKENS):
-            replies[number] = reply
-            bar.update()
+    answered = target.ask([task.prompt for task in asked], MAX_TOKENS)
+    replies = in_order(answered, len(asked), "capability", "task")
     scored = [(task.group, right(task, reply)) for task, reply in zip(asked, replies, strict=True)]
     whole = json.dumps([vars(task) for task in asked], ensure_ascii=False)
     return Capability(

@@ -28,7 +28,7 @@ from abl_mlx.inputs.sets import Prompt
 from abl_mlx.inputs.tools import Tool, tools_of
 from abl_mlx.models.thoughts import without_thoughts
 from abl_mlx.records.measurements import ToolCalls
-from abl_mlx.support.console import progress
+from abl_mlx.support.console import in_order
 
 #: The longest reply in tokens. Two calls with all their tags take about 100 tokens.
 MAX_TOKENS = 256
@@ -152,11 +152,8 @@ def record(target: Target) -> ToolCalls:
         UserError: when the model's chat template has no place for functions.
     """
     asked = tasks()
-    replies = [""] * len(asked)
-    with progress(len(asked), "function calls", "task") as bar:
-        for number, reply in target.ask([task.prompt for task in asked], MAX_TOKENS):
-            replies[number] = reply
-            bar.update()
+    answered = target.ask([task.prompt for task in asked], MAX_TOKENS)
+    replies = in_order(answered, len(asked), "function calls", "task")
     return scored([task.outcome(reply) for task, reply in zip(asked, replies, strict=True)])
 
 

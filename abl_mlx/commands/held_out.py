@@ -15,7 +15,7 @@ from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.records.evaluations import Settled
-from abl_mlx.support.console import progress, say
+from abl_mlx.support.console import in_order, say
 
 #: The number of held-out prompts of each set on which the component is measured.
 COMPONENT_PROMPTS = 32
@@ -113,12 +113,7 @@ class HeldOut:
     def _ask(self, ask: Wholes, sets: Mapping[str, PromptSet], max_tokens: int) -> list[WholeReply]:
         """Replies to all prompts of these sets, in order."""
         prompts = _prompts(sets)
-        found: dict[int, WholeReply] = {}
-        with progress(len(prompts), "replies") as bar:
-            for number, reply in ask(prompts, max_tokens) if prompts else ():
-                found[number] = reply
-                bar.update()
-        return [found[number] for number in range(len(prompts))]
+        return in_order(ask(prompts, max_tokens), len(prompts), "replies") if prompts else []
 
     @staticmethod
     def _by_set(

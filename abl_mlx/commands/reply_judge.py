@@ -30,7 +30,7 @@ from abl_mlx.models.writers import Writer
 from abl_mlx.records.directions import RepliedInMode
 from abl_mlx.records.evaluations import Kept
 from abl_mlx.support.arrays import number
-from abl_mlx.support.console import percent, progress, say
+from abl_mlx.support.console import in_order, percent, say
 
 #: Harmful and harmless validation prompts that are replied to in each mode.
 JUDGED = 16, 8
@@ -193,13 +193,8 @@ class Judge:
     ) -> dict[str, list[WholeReply]]:
         """Replies to the prompts of each set."""
         prompts = [prompt for part in sets.values() for prompt in part]
-        found: dict[int, WholeReply] = {}
         answer = wholes_in_mlx(self._chat, batch_size=self._how.batch_size)
-        with progress(len(prompts), label) as bar:
-            for index, reply in answer(prompts, tokens):
-                found[index] = reply
-                bar.update()
-        rest = (found[index] for index in range(len(prompts)))
+        rest = iter(in_order(answer(prompts, tokens), len(prompts), label))
         return {name: [next(rest) for _ in part] for name, part in sets.items()}
 
 

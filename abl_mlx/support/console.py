@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from convert.base import escape
+
+T = TypeVar("T")
 
 
 def say(text: str) -> None:
@@ -27,6 +29,23 @@ def progress(total: int, label: str, unit: str = "prompt") -> Any:
     return tqdm(
         total=total, desc=escape.line(label), unit=unit, file=sys.stderr, disable=None, leave=False
     )
+
+
+def in_order(
+    found: Iterable[tuple[int, T]], count: int, label: str, unit: str = "prompt"
+) -> list[T]:
+    """The values of (number, value) pairs that come in any order, by number, with a progress bar.
+
+    Args:
+        found: pairs with every number from 0 to ``count`` - 1.
+        label, unit: as for `progress`.
+    """
+    values: dict[int, T] = {}
+    with progress(count, label, unit) as bar:
+        for number, value in found:
+            values[number] = value
+            bar.update()
+    return [values[number] for number in range(count)]
 
 
 @contextmanager
