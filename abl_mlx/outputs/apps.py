@@ -6,7 +6,6 @@ writes a model where LM Studio looks.
 
 from __future__ import annotations
 
-import glob
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from abl_mlx.choices import Choices
 from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import further_files, staging
 from convert import lmstudio
+from convert.gguf.parts import parts_there
 from convert.ollama import store_writing
 from convert.ollama.description import describe
 from convert.ollama.store import OllamaName
@@ -117,10 +117,8 @@ def opening(path: Path, places: Placed, source: Source, *, given_to: str | None)
 
 
 def _of_gguf(path: Path, source: Source, given_to: str | None) -> list[str]:
-    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-*.gguf"))
-    command = (
-        f"llama-server -m {shlex.quote(str(path if path.exists() or not parts else parts[0]))}"
-    )
+    first = path if path.exists() else next(iter(parts_there(path)), path)
+    command = f"llama-server -m {shlex.quote(str(first))}"
     names = further_files.of_source(source).names(path).projectors
     if names and path.with_name(names[0]).is_file():
         command += f" --mmproj {shlex.quote(str(path.with_name(names[0])))}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 
 from abl_mlx.choices import Writing
 from convert.base.atomic import check_new
 from convert.base.errors import UserError
-from convert.gguf.parts import part_paths
+from convert.gguf.parts import part_paths, parts_there
 from convert.gguf.regroup import NewParts
 
 
@@ -50,6 +49,6 @@ def check(path: Path, parts: NewParts | None, count: int) -> None:
     check_new(path)
     places = part_paths(path, count) if parts is None else []
     if parts is not None and parts.largest is not None:
-        places = sorted(path.parent.glob(f"{glob.escape(path.stem)}-?????-of-?????.gguf"))
+        places = parts_there(path)
     for place in places:
         check_new(place)

@@ -6,6 +6,7 @@ saved beside it, and nothing else that lies in the folder of a GGUF.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from pathlib import Path
 from abl_mlx.outputs import staging
 from convert.adapters import is_mlx
 from convert.base.errors import UserError
-from convert.gguf.file import GgufSource
+from convert.gguf.file import GgufSource, metadata
+from convert.gguf.parts import whole_name
 from convert.gguf.projector import is_projector
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -95,18 +97,16 @@ def _of_file(output: Path) -> Upload:
         raise UserError(f"{output} is neither a folder nor a .gguf: name what `run` wrote.")
     with GgufSource(output) as opened:
         parts = [Path(part) for part in opened.parts]
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", output.stem)
-    whole = output.with_name(f"{stem}.gguf")
+    whole = whole_name(output)
     found = [(part, part.name) for part in parts]
     places = {**staging.companions(whole), "report": staging.report_place(whole)}
     names = {"card": "README.md", "record": "abl.json", "modelfile": "Modelfile"}
     for what, place in places.items():
         if place.is_file():
             found.append((place, names.get(what, "report.html")))
-    for place in sorted(whole.parent.glob(f"mmproj*-{stem}.gguf")):
-        with GgufSource(place) as opened:
-            if is_projector(opened.metadata):
-                found.append((place, place.name))
+    for place in sorted(whole.parent.glob(f"mmproj*-{glob.escape(whole.stem)}.gguf")):
+        if is_projector(metadata(place)):
+            found.append((place, place.name))
     return Upload(tuple(sorted(found, key=lambda pair: pair[1])))
 
 

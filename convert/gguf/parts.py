@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 
@@ -28,6 +29,17 @@ def part_paths(path: Path, count: int) -> list[Path]:
     return [
         path.with_name(f"{name}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1)
     ]
+
+
+def parts_there(path: Path) -> list[Path]:
+    """The parts of NAME.gguf that lie in its folder, NAME-00001-of-00003.gguf and so on, sorted."""
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}-?????-of-?????.gguf"))
+
+
+def whole_name(path: Path) -> Path:
+    """NAME.gguf, of the path of any part; a path that is no part's stays as it is."""
+    named = SPLIT_NAME.fullmatch(path.name)
+    return path.with_name(f"{named['name']}.gguf") if named else path
 
 
 def size_of(path: Path) -> int:
