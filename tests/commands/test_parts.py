@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from abl_mlx.choices import ApplyOptions, MeasureOptions
+from abl_mlx.choices import ApplyOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import conversion, measure_apply
 from convert.base.errors import UserError
@@ -17,13 +17,6 @@ from convert.ollama.store import find
 from tests.support.ollama_tools import Store
 
 SIZE = 700_000
-
-
-@pytest.fixture(scope="module")
-def direction(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("direction") / "d.safetensors"
-    measure_apply.measure("demo", path, MeasureOptions())
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from abl_mlx.directions import direction_file
 from tests.models.test_writers import random_direction
 from tests.outputs.test_further_files import WIDTH, model, projector
 from tests.support.command import abl_mlx, fails
-from tests.support.places import ROOT
+from tests.support.hub_environment import hub_environment
 
 
 @dataclass
@@ -150,16 +149,7 @@ OF_THE_GGUF = ["Modelfile", "README.md", "abl.json", "e.gguf", "mmproj-e.gguf"]
 
 def push(hub: Hub, place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """`abl-mlx push`, in a new Python that takes this server for Hugging Face."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k}
-    environment = {
-        **kept,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(place / "hf"),
-        "HF_TOKEN": "hf_made_up",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = hub_environment(hub.url, place, HF_TOKEN="hf_made_up")
     return subprocess.run(
         [sys.executable, "-m", "abl_mlx", "push", *map(str, arguments)],
         capture_output=True, text=True, env=environment, cwd=place, check=False, timeout=120,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from abl_mlx.choices import ApplyOptions, MeasureOptions
+from abl_mlx.choices import ApplyOptions
 from abl_mlx.commands import conversion, measure_apply
 from convert.base.errors import UserError
 from convert.gguf import imatrix
@@ -16,21 +16,7 @@ from convert.gguf.file import GgufSource, metadata, tensor_types
 
 
 @pytest.fixture(scope="module")
-def direction(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("direction") / "d.safetensors"
-    measure_apply.measure("demo", path, MeasureOptions())
-    return path
-
-
-@pytest.fixture(scope="module")
-def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("float") / "demo-F16.gguf"
-    conversion.convert("demo", path, quantize="F16")
-    return path
-
-
-@pytest.fixture(scope="module")
-def importance(floats: Path) -> Path:
+def importance(floats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     with GgufSource(floats) as opened:
         sums = {
@@ -38,7 +24,7 @@ def importance(floats: Path) -> Path:
             for name, entry in opened.tensors.items()
             if len(entry.shape) > 1
         }
-    path = floats.with_name("importance.gguf")
+    path = tmp_path_factory.mktemp("importance") / "importance.gguf"
     imatrix.write(path, sums, {name: np.ones(1) for name in sums}, ["noise"], 100)
     return path
 

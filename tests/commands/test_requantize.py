@@ -16,14 +16,7 @@ from convert.gguf.file import GgufSource, metadata, tensor_types
 
 
 @pytest.fixture(scope="module")
-def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("float") / "demo-F16.gguf"
-    convert("demo", path, quantize="F16")
-    return path
-
-
-@pytest.fixture(scope="module")
-def importance(floats: Path) -> Path:
+def importance(floats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     with GgufSource(floats) as opened:
         sums = {
@@ -31,7 +24,7 @@ def importance(floats: Path) -> Path:
             for name, entry in opened.tensors.items()
             if len(entry.shape) > 1 and name.startswith("blk.")
         }
-    path = floats.with_name("importance.gguf")
+    path = tmp_path_factory.mktemp("importance") / "importance.gguf"
     imatrix.write(path, sums, {name: np.ones(1) for name in sums}, ["noise"], 100)
     return path
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -18,8 +17,8 @@ from abl_mlx.inputs import hub
 from abl_mlx.inputs.sources import Source, resolve, resolve_gguf
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
+from tests.support.hub_environment import hub_environment
 from tests.support.ollama_tools import Store, as_a_stranger, open_folder, write_gguf
-from tests.support.places import ROOT
 
 COMMIT = "5" * 40
 OTHER_COMMIT = "7" * 40  # of the tag v2
@@ -178,16 +177,7 @@ def ask(server, tmp_path):
 
     def run(*texts, how="resolve", **variables):
         server.fetched.clear()
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k}
-        environment = {
-            **kept,
-            "HF_ENDPOINT": server.url,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "PYTHONPATH": str(ROOT),
-            **variables,
-        }
+        environment = hub_environment(server.url, tmp_path, **variables)
         asked = json.dumps([(how, text) for text in texts])
         result = subprocess.run(
             [sys.executable, "-c", ASK, asked],
