@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx.behaviour import evaluate as replies
-from abl_mlx.choices import METHODS, ApplyOptions, Editing, Finding, Measuring, Prompting
+from abl_mlx.choices import ApplyOptions, Editing, Finding, Measuring, Prompting
 from abl_mlx.commands import audit as weights
 from abl_mlx.commands import evaluate_model, measure_apply, prompt_choice
 from abl_mlx.commands.edit_choice import edit_of
@@ -36,6 +36,7 @@ from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import measuring
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.measuring import Candidates
+from abl_mlx.directions.methods import METHODS
 from abl_mlx.edits import steering
 from abl_mlx.edits.edit import Edit
 from abl_mlx.eval_choices import EvalOptions
@@ -139,8 +140,8 @@ def measure(
         model: the model.
         prompts: the prompts.
         positions: token positions, counted back from the end of the prompt in its template.
-        method: one of `abl_mlx.choices.METHODS`; docs/methods.md has the formulas.
-        rank: the number of directions that ``svd`` finds.
+        method: one of `abl_mlx.directions.methods.METHODS`; docs/methods.md has the formulas.
+        rank: the number of directions that methods of subspaces find, such as ``svd``.
 
     Raises:
         UserError: when ``over-refusal`` has too few borderline prompts, or states are not finite.

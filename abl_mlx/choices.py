@@ -13,18 +13,6 @@ from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-#: The accepted values of ``--method``; docs/methods.md has the formulas.
-METHODS = (
-    "difference-of-means",
-    "winsorized-means",
-    "median-means",
-    "projected",
-    "biprojected",
-    "svd",
-    "probe",
-    "over-refusal",
-)
-
 #: The accepted values of ``--norm``: an edit keeps no norms of a weight; or the norm of each vector
 #: in the stream (columns of a writer, rows of an embedding); or the norms of a writer's rows (an
 #: embedding's columns).
@@ -180,8 +168,8 @@ class Finding(Choices):
     """How a direction is measured and chosen.
 
     Attributes:
-        method: one of `METHODS`; None for the difference of means, and for subspaces if that leaves
-            refusals.
+        method: one of `directions.methods.METHODS`; None for the difference of means, and for
+            subspaces if that leaves refusals.
         rank: the number of directions in a subspace; None for the method's default.
         across: ``layers`` or ``positions``, whose directions are combined in a subspace.
         per_layer: whether each layer's writers lose the direction of that layer.

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from abl_mlx.choices import METHODS, NORMS
+from abl_mlx.choices import NORMS
 from abl_mlx.cli.values import HERE, Bytes, Layers, PinValue, Position
+from abl_mlx.directions.methods import METHODS, TABLE
 
 
 def decorated(command: Callable[..., Any], flags: list[Any]) -> Callable[..., Any]:
@@ -114,6 +115,11 @@ def given_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated(command, flags)
 
 
+def _subspaces() -> str:
+    """The methods that find subspaces, with the number of directions that each finds by itself."""
+    return ", ".join(f"--method {one.name} (default {one.rank})" for one in TABLE if one.subspace)
+
+
 def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags about measuring and choosing a direction; long because of their help texts."""
     flags = [
@@ -126,8 +132,8 @@ def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--rank",
             type=click.IntRange(min=1),
-            help="The number of directions in the subspace of --method svd (default 2) or of "
-            "--across (default 3).",
+            help=f"The number of directions in the subspace of {_subspaces()} or of --across "
+            "(default 3).",
         ),
         click.option(
             "--across",

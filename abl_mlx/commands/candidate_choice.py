@@ -11,7 +11,7 @@ import numpy as np
 
 from abl_mlx.choices import Finding, Measuring
 from abl_mlx.commands.edit_choice import make_edit
-from abl_mlx.directions import choice, estimators, measuring, race, selection
+from abl_mlx.directions import choice, estimators, measuring, methods, race, selection
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.measuring import Candidates
 from abl_mlx.directions.pinning import embedding_means, held_at
@@ -37,7 +37,7 @@ def rank_of(finding: Finding) -> int:
     """The number of directions in a subspace: ``--rank``, or the method's default."""
     if finding.rank is not None:
         return finding.rank
-    return 2 if finding.method == "svd" else 3
+    return 3 if finding.across is not None else methods.named(finding.method).rank
 
 
 class Finder:
@@ -187,7 +187,7 @@ class Finder:
             layer,
             None if several else position,
             "positions" if several else None,
-            candidates.method == "biprojected",
+            methods.named(candidates.method).each_layer,
         )
 
     def _together(self, position: int, candidates: Candidates | None = None) -> Variant:

@@ -20,7 +20,7 @@ from abl_mlx.commands.held_out import HeldOut
 from abl_mlx.commands.keep_choice import KeepFinder
 from abl_mlx.commands.reply_judge import Judge
 from abl_mlx.commands.views import View
-from abl_mlx.directions import direction_file, measuring
+from abl_mlx.directions import direction_file, measuring, methods
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.selection import Told
 from abl_mlx.directions.trial import OpensAlike
@@ -216,7 +216,7 @@ def _measured(
         train["harmless"],
         _positions(view, how.finding),
         method=how.finding.method or measuring.METHOD,
-        rank=rank_of(how.finding) if how.finding.method == "svd" else 1,
+        rank=methods.named(how.finding.method).ranked(how.finding.rank),
         borderline=train.get("borderline"),
     )
     if how.finding.across == "positions":
@@ -247,29 +247,30 @@ def check_method(how: Measuring) -> None:
     def refuse(first: str, second: str) -> None:
         raise UserError(f"{first} and {second} do not go together: leave one of them out.")
 
-    by_rank = finding.method == "svd" or finding.across is not None
+    method = methods.named(finding.method)
+    by_rank = method.subspace or finding.across is not None
     if finding.rank is not None and not by_rank:
         raise UserError(
             f"--rank {finding.rank}: one direction is all that this method finds; add --method "
-            "svd, --across layers or --across positions."
+            f"{', '.join(methods.SUBSPACES)}, --across layers or --across positions."
         )
     if finding.per_layer and finding.across is not None:
         refuse("--per-layer", f"--across {finding.across}")
-    if finding.method == "svd" and finding.across is not None:
-        refuse("--method svd", f"--across {finding.across}")
+    if method.subspace and finding.across is not None:
+        refuse(f"--method {method.name}", f"--across {finding.across}")
     if finding.per_layer and finding.layer is not None:
         refuse("--per-layer", "--layer")
     if finding.across == "layers" and finding.layer is not None:
         refuse("--across layers", "--layer")
     if finding.across == "positions" and finding.position is not None:
         refuse("--across positions", "--position")
-    if finding.method == "biprojected":
+    if method.each_layer:
         if finding.per_layer or finding.across is not None:
-            refuse("--method biprojected", "--per-layer or --across")
+            refuse(f"--method {method.name}", "--per-layer or --across")
         if finding.layer is not None and finding.layer != int(finding.layer):
-            refuse("--method biprojected", "a --layer between two")
+            refuse(f"--method {method.name}", "a --layer between two")
     if how.editing.pin is not None and (
-        finding.per_layer or finding.across == "layers" or finding.method == "biprojected"
+        finding.per_layer or finding.across == "layers" or method.each_layer
     ):
         raise UserError(
             "--pin holds what one layer's directions have: leave --per-layer, --across layers and "

@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx import __version__
-from abl_mlx.choices import METHODS
 from abl_mlx.directions import foreign
 from abl_mlx.directions.measuring import METHOD, Candidates, float32
+from abl_mlx.directions.methods import METHODS
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.records.directions import Chosen, Looked, ScoredCandidate, TriedEdit
 from abl_mlx.records.kinds import fields_of, kind_of

@@ -14,6 +14,9 @@ import numpy as np
 
 Array = np.ndarray
 
+#: What a method finds in all states of one layer and position: (d,) or (k, d), and facts by name.
+Facts = tuple[Array, dict[str, float]]
+
 #: `winsorized` limits the magnitudes in a state to this quantile of that state's magnitudes.
 WINSORIZED = 0.99
 
@@ -59,6 +62,21 @@ def without(vectors: Array, others: Array) -> Array:
     inside = basis[2][basis[1] > 1e-9 * max(basis[1][0], 1e-30)]
     vectors = np.asarray(vectors, np.float64)
     return vectors - vectors @ inside.T @ inside
+
+
+def difference(harmful: Array, harmless: Array) -> Array:
+    """Harmful mean minus harmless mean, (d,) each (Arditi et al. 2024)."""
+    return np.asarray(harmful, np.float64) - harmless
+
+
+def projected(harmful: Array, harmless: Array) -> Array:
+    """The difference of two means (d,) without its component along the harmless mean."""
+    return without(harmful - harmless, harmless)
+
+
+def medians(harmful: Array, harmless: Array, rank: int) -> Facts:
+    """The unit difference of the sets' medians, from states (N, d) and (M, d)."""
+    return unit(median(harmful) - median(harmless)), {}
 
 
 # --- subspaces ---------------------------------------------------------------------------------
@@ -119,6 +137,13 @@ def subspace(rows: Array, rank: int, toward: Array | None = None) -> tuple[Array
     top = whole.vectors[:rank]
     side = top @ (np.asarray(rows, np.float64).mean(axis=0) if toward is None else toward)
     return top * np.where(side < 0, -1.0, 1.0)[:, None], whole
+
+
+def singular_vectors(harmful: Array, harmless: Array, rank: int) -> Facts:
+    """The top singular vectors (k, d) of harmful states minus the harmless mean."""
+    rows = np.asarray(harmful, np.float64) - harmless.mean(axis=0, dtype=np.float64)
+    top, whole = subspace(rows, rank)
+    return top, {"effective_rank": whole.effective_rank}
 
 
 def explained(states: Array, center: Array, basis: Array) -> float:
@@ -236,6 +261,13 @@ def probe(
         found = found - size * step
     weight = found[:-1] @ basis / scale
     return Probe(weight, float(found[-1] - weight @ center))
+
+
+def probe_weight(harmful: Array, harmless: Array, rank: int) -> Facts:
+    """The unit weight (d,) of a fitted probe, and the projection at which it is undecided."""
+    found = probe(harmful, harmless)
+    length = float(np.linalg.norm(found.weight))
+    return found.weight / length, {"threshold": -found.bias / length}
 
 
 def accuracy(harmful: Array, harmless: Array) -> float:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
 
 from abl_mlx.behaviour import separation
-from abl_mlx.choices import METHODS
-from abl_mlx.directions import estimators
+from abl_mlx.directions import estimators, methods
+from abl_mlx.directions.methods import Method
 from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.support.arrays import numbers, numpy_of
@@ -19,7 +19,7 @@ from convert.base.errors import UserError
 #: The largest number of token positions that are measured, counted back from the prompt's end.
 MOST_POSITIONS = 8
 
-METHOD = METHODS[0]
+METHOD = methods.METHODS[0]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Candidates:
             position p; for the method over-refusal, over borderline prompts.
         harmless_mean: (L, P, d) float32, mean state over harmless prompts.
         positions: the P token positions, counted from the prompt's end, -1 being the last token.
-        method: one of `choices.METHODS`.
+        method: one of `methods.METHODS`.
         found: (L, P, k, d) float32, the candidates that the method found, as orthonormal rows. None
             for the difference of means, which follows from the means (Arditi et al. 2024).
         facts: name -> (L, P), further facts about each candidate, such as ``effective_rank``.
@@ -113,13 +113,13 @@ class Candidates:
     def for_edit(self, layer: float, position: int) -> mx.array:
         """The directions that an edit with one candidate removes: (k, d), or (L, k, d) per layer.
 
-        They differ per layer for the method "biprojected": from the writers of layer t an edit
+        They differ per layer for methods with `each_layer`: from the writers of layer t an edit
         removes the direction made orthogonal both to the harmless mean where it was measured and
         to the one after layer t, so that no edited layer's harmless mean changes (grimjim 2025,
         https://huggingface.co/blog/grimjim/norm-preserving-biprojected-abliteration).
         """
         basis = self.at(layer, position)
-        if self.method != "biprojected":
+        if not methods.named(self.method).each_layer:
             return basis
         column = self._column(position)
         means = numpy_of(self.harmless_mean[:, column]).astype(np.float64)
@@ -206,40 +206,44 @@ def measure(
     """Measure candidates on encoded prompts, at every layer and the given positions.
 
     Means are accumulated, so memory does not grow with the number of prompts. Methods that need the
-    states of every prompt (medians, svd, probe) keep them in a temporary file (`capture.stored`).
+    states of every prompt (`methods.STATES`) keep them in a temporary file (`capture.stored`).
 
     Args:
         chat: the model.
         harmful, harmless: encoded prompts.
         positions: token positions, counted from the prompt's end.
-        method: one of `choices.METHODS`.
-        rank: the number of directions that ``svd`` finds.
+        method: one of `methods.METHODS`.
+        rank: the number of directions of a candidate, for methods that find subspaces.
         borderline: encoded harmless prompts that sound harmful, needed by ``over-refusal``.
 
     Raises:
         UserError: when a state is not finite, naming the layer.
     """
-    if method == "winsorized-means":
-        parts = [_two_means(chat, one, positions, label) for one, label in (
-            (harmful, "harmful prompts"), (harmless, "harmless prompts"))]  # fmt: skip
-        (harmful_mean, first), (harmless_mean, second) = parts
-        candidates = _checked(Candidates(harmful_mean, harmless_mean, tuple(positions), method))
-        return replace(candidates, found=float32(estimators.unit(first - second))[:, :, None])
-    if method in ("median-means", "svd", "probe"):
-        return _from_states(chat, harmful, harmless, positions, method, rank)
-    harmful_mean = capture.mean(chat, harmful, positions, label="harmful prompts")
-    harmless_mean = capture.mean(chat, harmless, positions, label="harmless prompts")
-    candidates = _checked(Candidates(harmful_mean, harmless_mean, tuple(positions), method))
-    if method in ("projected", "biprojected"):
-        return replace(candidates, found=_projected(candidates)[:, :, None])
-    if method == "over-refusal":
+    how = methods.named(method)
+    if how.needs == methods.STATES:
+        return _from_states(chat, harmful, harmless, positions, how, how.ranked(rank))
+    if how.cut:
+        (bad, first), (good, second) = (
+            _two_means(chat, one, positions, how, label)
+            for one, label in ((harmful, "harmful prompts"), (harmless, "harmless prompts"))
+        )
+    else:
+        bad = capture.mean(chat, harmful, positions, label="harmful prompts")
+        good = capture.mean(chat, harmless, positions, label="harmless prompts")
+        first, second = numpy_of(bad), numpy_of(good)
+    candidates = _checked(Candidates(bad, good, tuple(positions), method))
+    if method == METHOD:
+        return candidates
+    if how.needs == methods.THREE_MEANS:
         assert borderline is not None
         middle = capture.mean(chat, borderline, positions, label="borderline prompts")
-        _checked(replace(candidates, harmful_mean=middle))
-        three = (numpy_of(one) for one in (harmful_mean, middle, harmless_mean))
-        found = float32(estimators.unit(estimators.over_refusal(*three)))
-        return replace(candidates, harmful_mean=middle, found=found[:, :, None])
-    return candidates
+        candidates = _checked(replace(candidates, harmful_mean=middle))
+        found = how.estimate(first, numpy_of(middle), second)
+    else:
+        found = np.empty(first.shape)
+        for at in np.ndindex(*first.shape[:2]):
+            found[at] = how.estimate(first[at], second[at])
+    return replace(candidates, found=float32(estimators.unit(found))[:, :, None])
 
 
 def orthogonalized(candidates: Candidates, others: Sequence[mx.array]) -> Candidates:
@@ -274,13 +278,14 @@ def float32(values: np.ndarray) -> mx.array:
 
 
 def _two_means(
-    chat: ChatModel, sequences: Sequences, positions: Sequence[int], label: str
+    chat: ChatModel, sequences: Sequences, positions: Sequence[int], how: Method, label: str
 ) -> tuple[mx.array, np.ndarray]:
-    """The mean of the states, and the mean of the winsorized states, (L, P, d) each."""
+    """The mean of the states, and of the states as the method cuts them, (L, P, d) each."""
+    cut_off = how.cut_off
     plain: mx.array | None = None
     cut: np.ndarray | None = None
     for _, states in capture.iterate(chat, sequences, positions, label=label):
-        part = estimators.winsorized(numpy_of(states)).sum(axis=0, dtype=np.float64)
+        part = cut_off(numpy_of(states)).sum(axis=0, dtype=np.float64)
         plain = states.sum(axis=0) if plain is None else plain + states.sum(axis=0)
         cut = part if cut is None else cut + part
         mx.eval(plain)
@@ -289,65 +294,34 @@ def _two_means(
     return plain / len(sequences), cut / len(sequences)
 
 
-def _projected(candidates: Candidates) -> mx.array:
-    difference = numpy_of(candidates.harmful_mean) - numpy_of(candidates.harmless_mean)
-    means = numpy_of(candidates.harmless_mean)
-    found = np.stack([
-        np.stack([estimators.without(row, mean) for row, mean in zip(*pair, strict=True)])
-        for pair in zip(difference, means, strict=True)
-    ])  # fmt: skip
-    return float32(estimators.unit(found))
-
-
 def _from_states(
     chat: ChatModel,
     harmful: Sequences,
     harmless: Sequences,
     positions: Sequence[int],
-    method: str,
+    how: Method,
     rank: int,
 ) -> Candidates:
     facts: dict[str, list[float]] = {}
-    estimate: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, dict[str, float]]] = {
-        "median-means": _median,
-        "svd": lambda bad, good: _svd(bad, good, rank),
-        "probe": _probe,
-    }[method]
     with (
         capture.stored(chat, harmful, positions, label="harmful prompts") as bad,
         capture.stored(chat, harmless, positions, label="harmless prompts") as good,
     ):
         means = [float32(states.mean(axis=2, dtype=np.float64)) for states in (bad, good)]
-        candidates = _checked(Candidates(means[0], means[1], tuple(positions), method))
-        found = np.empty((*bad.shape[:2], rank if method == "svd" else 1, chat.width), np.float32)
-        for layer, column in np.ndindex(*bad.shape[:2]):
-            found[layer, column], known = estimate(bad[layer, column], good[layer, column])
+        candidates = _checked(Candidates(means[0], means[1], tuple(positions), how.name))
+        found = np.empty((*bad.shape[:2], rank, chat.width), np.float32)
+        for at in np.ndindex(*bad.shape[:2]):
+            rows, known = how.estimate(bad[at], good[at], rank)
+            if len(rows := np.atleast_2d(rows)) < rank:
+                raise UserError(
+                    f"--rank {rank}: {len(harmful)} harmful prompts span {len(rows)} dimensions "
+                    "only; choose a smaller rank, or give more prompts."
+                )
+            found[at] = rows
             for name, value in known.items():
                 facts.setdefault(name, []).append(value)
     shaped = {name: mx.array(values).reshape(*found.shape[:2]) for name, values in facts.items()}
     return replace(candidates, found=mx.array(found), facts=shaped)
-
-
-def _median(bad: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-    return estimators.unit(estimators.median(bad) - estimators.median(good)), {}
-
-
-def _svd(bad: np.ndarray, good: np.ndarray, rank: int) -> tuple[np.ndarray, dict[str, float]]:
-    """The top singular vectors of harmful states minus the harmless mean, and facts about them."""
-    rows = bad.astype(np.float64) - good.mean(axis=0, dtype=np.float64)
-    top, whole = estimators.subspace(rows, rank)
-    if len(top) < rank:
-        raise UserError(
-            f"--rank {rank}: {len(bad)} harmful prompts span {len(top)} dimensions only; choose a "
-            "smaller rank, or give more prompts."
-        )
-    return top, {"effective_rank": whole.effective_rank}
-
-
-def _probe(bad: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-    found = estimators.probe(bad, good)
-    length = float(np.linalg.norm(found.weight))
-    return found.weight / length, {"threshold": -found.bias / length}
 
 
 def describe(candidates: Candidates, harmful: np.ndarray, harmless: np.ndarray) -> Candidates:

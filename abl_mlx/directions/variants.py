@@ -23,7 +23,7 @@ class Variant:
 
     Attributes:
         directions: (k, d) or (L, k, d).
-        method: one of `choices.METHODS`.
+        method: one of `methods.METHODS`.
         layer: the layer after which they were measured; None if several layers are combined, or
             each layer has its own.
         position: the token position, counted from the prompt's end; None if positions are combined.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from abl_mlx.behaviour import separation
-from abl_mlx.directions import estimators
+from abl_mlx.directions import estimators, methods
 
 RNG = np.random.default_rng(0)
 N, D = 400, 48
@@ -135,6 +135,19 @@ def test_auc_and_accuracy_are_their_definitions():
     assert separation.auc(a, b) == pytest.approx(wins)
     assert estimators.accuracy(a, b) == pytest.approx(((a > 0).mean() + (b <= 0).mean()) / 2)
     assert separation.auc(b - 9, a) == 0
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+def test_every_entry_of_the_table_names_formulas_that_exist():
+    assert len(set(methods.METHODS)) == len(methods.TABLE)
+    for one in methods.TABLE:
+        assert callable(one.estimate)
+        assert not one.cut or callable(one.cut_off)
+        assert one.ranked(None) == one.rank
+        assert one.ranked(5) == (5 if one.subspace else one.rank)
+    assert methods.named(None).name == "difference-of-means"
 
 
 # --- subspaces ---------------------------------------------------------------------------------

@@ -1,0 +1,143 @@
+"""The methods that find directions, as one table: the values of ``--method``.
+
+An entry names its formula as ``module:function``; the module is imported when the method is used,
+so that the command line reads the table quickly. docs/methods.md has the formulas, and its table is
+written from this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+#: What a formula is given, at each layer and token position:
+#: the mean states of harmful and harmless prompts, (d,) each, and it returns a direction (d,);
+MEANS = "means"
+#: the states of all prompts of both sets, (N, d) and (M, d), and the number of directions k; it
+#: returns orthonormal rows (k, d), or (d,), and facts about them by name;
+STATES = "states"
+#: the mean states of harmful, borderline and harmless prompts, (…, d) each, and it returns (…, d).
+THREE_MEANS = "means of three sets"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method that finds directions.
+
+    Attributes:
+        name: the value of ``--method``.
+        needs: what the formula is given: `MEANS`, `STATES` or `THREE_MEANS`.
+        formula: ``module:function``.
+        direction: what it finds, for docs/methods.md.
+        planted: in which states it finds a planted direction again, for docs/methods.md.
+        source: where it was published, for docs/methods.md.
+        rank: the number of directions that it finds without ``--rank``.
+        subspace: whether ``--rank`` chooses that number.
+        cut: ``module:function`` that changes each state (…, d) before the means are taken; empty
+            for none.
+        each_layer: whether the writers of each layer lose a direction of their own.
+    """
+
+    name: str
+    needs: str
+    formula: str
+    direction: str
+    planted: str
+    source: str
+    rank: int = 1
+    subspace: bool = False
+    cut: str = ""
+    each_layer: bool = False
+
+    @property
+    def estimate(self) -> Callable[..., Any]:
+        """The formula."""
+        return _function(self.formula)
+
+    @property
+    def cut_off(self) -> Callable[..., Any]:
+        """The function that changes each state before the means are taken."""
+        return _function(self.cut)
+
+    def ranked(self, rank: int | None) -> int:
+        """The number of directions of a candidate, with ``--rank`` or None."""
+        return rank if rank is not None and self.subspace else self.rank
+
+
+def _function(name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = resolve_name(f"abl_mlx.directions.{name}")
+    return found
+
+
+_AS_PROJECTED = "as `projected`"
+
+TABLE = (
+    Method(
+        "difference-of-means", MEANS, "estimators:difference",
+        direction="μ_H − μ_G",
+        planted="yes; not with massive activations or outlier prompts",
+        source="Arditi et al. 2024",
+    ),
+    Method(
+        "winsorized-means", MEANS, "estimators:difference", cut="estimators:winsorized",
+        direction="the same, each state's magnitudes cut down to their own 99% quantile first",
+        planted="yes, also with massive activations (a few dimensions hundreds of times larger "
+        "than the rest, in every state), where all others fail",
+        source="heretic; Sun et al. 2024",
+    ),
+    Method(
+        "median-means", STATES, "estimators:medians",
+        direction="the difference of the medians, dimension by dimension",
+        planted="yes, also with outlier prompts",
+        source="",
+    ),
+    Method(
+        "projected", MEANS, "estimators:projected",
+        direction="μ_H − μ_G less its part along μ_G",
+        planted="yes, and where harmful prompts are also represented more strongly; of a direction "
+        "that lies along μ_G only the rest",
+        source='grimjim 2025, "projected abliteration"',
+    ),
+    Method(
+        "biprojected", MEANS, "estimators:projected", each_layer=True,
+        direction="μ_H − μ_G, for the writers of layer t less its part in the span of μ_G where it "
+        "was measured and of μ_G after layer t: each layer has a direction of its own",
+        planted=_AS_PROJECTED,
+        source='grimjim 2025, "norm-preserving biprojected abliteration"; its norm keeping is '
+        "`--norm rows`",
+    ),
+    Method(
+        "svd", STATES, "estimators:singular_vectors", rank=2, subspace=True,
+        direction="the top `--rank` right singular vectors of H − μ_G; the effective rank (Roy & "
+        "Vetterli 2007) is recorded",
+        planted="yes, and subspaces of several directions, where any single one fails",
+        source="[architecture.md](architecture.md#estimating-the-direction)",
+    ),
+    Method(
+        "probe", STATES, "estimators:probe_weight",
+        direction="the weight of a logistic regression, by Newton's method; held-out accuracy and "
+        "AUC are recorded",
+        planted="yes if noise is equal in all directions; otherwise it finds Σ⁻¹(μ_H − μ_G), which "
+        "separates the sets best and is not the difference between them",
+        source="",
+    ),
+    Method(
+        "over-refusal", THREE_MEANS, "estimators:over_refusal",
+        direction="b − (b·t / t·t) t with b = μ_B − μ_G, t = μ_H − μ_B, B being borderline prompts",
+        planted="by its formula",
+        source="ours",
+    ),
+)  # fmt: skip
+
+#: The names of all methods, the default first.
+METHODS = tuple(one.name for one in TABLE)
+
+#: The names of the methods whose number of directions ``--rank`` chooses.
+SUBSPACES = tuple(one.name for one in TABLE if one.subspace)
+
+
+def named(name: str | None) -> Method:
+    """The method with this name; None names the default, the difference of means."""
+    return TABLE[0] if name is None else TABLE[METHODS.index(name)]
