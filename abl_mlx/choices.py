@@ -245,7 +245,7 @@ class Writing(Choices):
     Attributes:
         quantize: the file type of GGUF outputs; None for F16 from a folder, and for every tensor's
             own type from a GGUF.
-        keep_types: from a GGUF: let quantized tensors keep their type.
+        keep_types: with ``quantize``: let quantized tensors keep their type.
         imatrix: the file of an importance matrix, which weights errors in quantizing.
         max_leak: the largest share of the component that may be left in the written weights.
         mtp: whether blocks for multi-token prediction, which mlx-lm does not run, are edited.

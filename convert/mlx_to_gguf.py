@@ -47,6 +47,10 @@ _Q = GGMLQuantizationType
 #: -> float16, or the type's bytes.
 Quantizer = Callable[[str, np.ndarray, GGMLQuantizationType, np.ndarray | None], np.ndarray]
 
+#: Edits a tensor that keeps its quantized type: (source name, the unedited blocks, uint8 (...,
+#: bytes per row), type, importance of its input columns) -> the edited blocks.
+BlockEditor = Quantizer
+
 
 @dataclass(frozen=True)
 class GgufReport:
@@ -101,7 +105,9 @@ def write_gguf(
     edits: Mapping[str, Edit] | None = None,
     metadata: Mapping[str, Value] | None = None,
     pre: str | None = None,
+    keep_types: bool = False,
     quantize: Quantizer | None = None,
+    edit_blocks: BlockEditor | None = None,
     imatrix: Imatrix | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GgufReport:
@@ -122,8 +128,12 @@ def write_gguf(
         metadata: further GGUF keys, or other values for existing keys: str, bool, int (uint32, or
             int64 where it does not fit), float (float32), list of str.
         pre: the value of tokenizer.ggml.pre, where it cannot be found from the tokenizer.
+        keep_types: with a ``file_type``: matrices quantized by MLX keep their weights all the same,
+            where a GGUF has a type for them.
         quantize: used in place of `encode` for edited tensors of all types but F32: (source name,
             float32 values in GGUF's layout, type, importance) -> what `encode` would return.
+        edit_blocks: edits the tensors that keep the weights of a quantized source. Without it
+            these are encoded again when they are edited.
         imatrix: an importance matrix, which weights the errors of input columns.
         progress: called with (tensors written, tensors in all).
 
@@ -136,7 +146,7 @@ def write_gguf(
     folder, out = Path(folder), Path(out)
     check_new(out)
     with TensorFiles(folder) as files:
-        layout = _layout(folder, files, file_type, pre, imatrix)
+        layout = _layout(folder, files, file_type, pre, imatrix, keep_types)
         plan, extras, types = layout.plan, layout.extras, layout.types
         targets = plan.targets
         edits = edits or {}
@@ -158,7 +168,7 @@ def write_gguf(
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_ti_data_to_file()
-                arrays = _arrays(layout, edits, quantize, imatrix)
+                arrays = _arrays(layout, edits, quantize, edit_blocks, imatrix)
                 for done, array in enumerate(arrays, start=1):
                     writer.write_tensor_data(array)
                     if progress:
@@ -178,7 +188,12 @@ def write_gguf(
 
 
 def check_convertible(
-    folder: Path, file_type: str | None, *, pre: str | None = None, imatrix: Imatrix | None = None
+    folder: Path,
+    file_type: str | None,
+    *,
+    pre: str | None = None,
+    keep_types: bool = False,
+    imatrix: Imatrix | None = None,
 ) -> None:
     """Check, before any long work, what `write_gguf` can check from the files' headers alone.
 
@@ -186,7 +201,7 @@ def check_convertible(
         UserError: as `write_gguf` does, except for reasons that lie in the tensors' values.
     """
     with TensorFiles(Path(folder)) as files:
-        _layout(Path(folder), files, file_type, pre, imatrix)
+        _layout(Path(folder), files, file_type, pre, imatrix, keep_types)
 
 
 @dataclass(frozen=True)
@@ -209,8 +224,9 @@ def _layout(
     file_type: str | None,
     pre: str | None,
     imatrix: Imatrix | None,
+    keep_types: bool,
 ) -> _Layout:
-    keep, file_type = file_type is None, file_types.file_type(file_type or "F16")
+    keep, file_type = keep_types or file_type is None, file_types.file_type(file_type or "F16")
     config = read_config(folder)
     if not hf_to_gguf.is_gpt_oss(config):
         refuse_foreign(folder, config, files)
@@ -381,19 +397,23 @@ def _arrays(
     layout: _Layout,
     edits: Mapping[str, Edit],
     quantize: Quantizer | None,
+    edit_blocks: BlockEditor | None,
     imatrix: Imatrix | None,
 ) -> Iterator[np.ndarray]:
     """Yield every tensor as it is to be written, one after the other."""
     for target in layout.plan.targets:
-        kind = layout.types[target.name]
-        if target.name in layout.kept:
-            yield _kept_blocks(target, layout)
+        kind, source = layout.types[target.name], target.sources[0]
+        edited = source in edits and kind != _Q.F32
+        importance = imatrix.weights(target.name, target.shape) if imatrix else None
+        if target.name in layout.kept and (edit_blocks or not edited):
+            blocks = _kept_blocks(target, layout)
+            if edited and edit_blocks:
+                blocks = edit_blocks(source, blocks, kind, importance)
+            yield blocks
             continue
         values = _values(target, layout, edits)
-        edited = target.sources[0] in edits and kind != _Q.F32
-        importance = imatrix.weights(target.name, values.shape) if imatrix else None
         yield (
-            quantize(target.sources[0], values, kind, importance)
+            quantize(source, values, kind, importance)
             if edited and quantize
             else encode(values, kind, target.name, importance)
         )

@@ -286,7 +286,8 @@ def parts_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 keep_types_flag = click.option(
     "--keep-types",
     is_flag=True,
-    help="From a GGUF: tensors that are quantized keep their type, --quantize is for the others.",
+    help="Tensors that are quantized keep their type, --quantize is for the others. In a GGUF from "
+    "an MLX folder, matrices keep their weights where a GGUF has a type for them.",
 )
 
 imatrix_flag = click.option(

@@ -34,7 +34,7 @@ def convert(
         out: NAME.gguf, or a folder.
         quantize: the file type of a GGUF; None for F16 from a folder, where quantized weights are
             kept if a GGUF has a type for them.
-        keep_types: for a GGUF from a GGUF: let quantized tensors keep their type.
+        keep_types: for a GGUF: let quantized tensors keep their type.
         imatrix: for a GGUF, the file of an importance matrix.
         split_max_size: the largest size of a GGUF file in bytes.
         join: write one GGUF even if the source is in parts.
@@ -82,5 +82,9 @@ def _check(text: str, source: str, out: Path, types: NewTypes) -> None:
         raise UserError("--imatrix is for GGUFs: choose NAME.gguf as the output.")
     if types.imatrix and not types.quantize:
         raise UserError("--imatrix weights the errors of quantizing: say the type by --quantize.")
-    if types.keep_types and not (to_gguf and from_gguf):
-        raise UserError("--keep-types is for a GGUF that is written as a GGUF: leave it out.")
+    if types.keep_types and not to_gguf:
+        raise UserError("--keep-types is for GGUFs: choose NAME.gguf as the output.")
+    if types.keep_types and not from_gguf and not types.quantize:
+        raise UserError(
+            "--keep-types: quantized matrices keep their weights, unless --quantize is given."
+        )

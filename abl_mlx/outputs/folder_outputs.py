@@ -32,7 +32,8 @@ from abl_mlx.outputs import (
     undo_file,
 )
 from abl_mlx.outputs.folder_plan import Plan, TensorEdit, measure_leak
-from abl_mlx.outputs.gguf_plan import quantize, rounded_to_float
+from abl_mlx.outputs.gguf_outputs import IN_MLX, OF_THE_FILE, opened
+from abl_mlx.outputs.gguf_plan import edit_blocks, quantize, rounded_to_float
 from abl_mlx.outputs.provenance import edit_label, gguf_metadata
 from abl_mlx.outputs.staging import (
     ADAPTER,
@@ -53,9 +54,16 @@ from convert.base.hf_config import read_config, stored_config
 from convert.gguf import imatrix
 from convert.gguf.rewrite import split
 from convert.mlx.folder import FLOAT_DTYPES, float_dtype, rewrite_folder
-from convert.mlx.other_quantization import refuse_foreign, refuse_quantized
+from convert.mlx.folder_weights import FolderWeights
+from convert.mlx.other_quantization import refuse_foreign
 from convert.mlx.safetensors_files import TensorFiles, TensorInfo
-from convert.mlx_to_gguf import Quantizer, check_convertible, encode, write_gguf
+from convert.mlx_to_gguf import (
+    GgufReport,
+    Quantizer,
+    check_convertible,
+    encode,
+    write_gguf,
+)
 from convert.ollama.description import lost_of_template
 
 ROWS_WARNING = (
@@ -88,14 +96,24 @@ def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Wr
     check_space(whole, sum(file.stat().st_size for file in files.files))
     if writing.imatrix is not None and writing.quantize is None:
         raise UserError("--imatrix weights the errors of quantizing: say the type by --quantize.")
+    if writing.keep_types and writing.quantize is None:
+        raise UserError(
+            "--keep-types: quantized matrices keep their weights, unless --quantize is given."
+        )
     parts = new_parts.of(writing)
     for path in paths:
         if formats[path] == GGUF:
             new_parts.check(path, parts, 1)
+            if writing.writer_bits is not None:
+                raise UserError(
+                    f"--writer-bits: {path} gets its types by --quantize; leave the flag out."
+                )
     if GGUF in formats.values():
-        refuse_quantized(source.path, read_config(source.path), files)
         check_convertible(
-            source.path, writing.quantize or "F16", imatrix=imatrix.given(writing.imatrix)
+            source.path,
+            writing.quantize,
+            keep_types=writing.keep_types,
+            imatrix=imatrix.given(writing.imatrix),
         )
 
 
@@ -226,7 +244,7 @@ class FolderEdit:
         _keep_card(folder, output.staged)
         with TensorFiles(output.staged) as written:
             leak = measure_leak(
-                files,
+                lambda name: files.read(name).astype(mx.float32),
                 edits,
                 lambda name: written.read(name).astype(mx.float32),
                 limit=self._max_leak,
@@ -247,41 +265,34 @@ class FolderEdit:
 
     def _write_gguf(self, output: Output, label: Mapping[str, Any]) -> Written:
         assert self.plan is not None  # of every output but adapters
-        plan, writing, folder = self.plan, self.writing, self.source.path
-        edits = plan.edits_of_gguf
-        with progress_to(f"write {output.path.name}", "tensor") as moved:
-            report = write_gguf(
-                folder,
-                output.staged,
-                file_type=writing.quantize or "F16",
-                edits=edits,
-                metadata=gguf_metadata(self.source, label),
-                quantize=None if writing.plain_rounding else _quantizer(plan),
-                imatrix=imatrix.given(writing.imatrix),
-                progress=moved,
-            )
+        folder, edits = self.source.path, self.plan.edits_of_gguf
+        report = self._fill_gguf(output, label, edits)
         tower = further_files.write_tower(folder, output.staged)
-        files = split(output.staged, new_parts.of(writing))
+        files = split(output.staged, new_parts.of(self.writing))
         read = replace(report, path=files[0]).reader()
 
         def read_back(name: str) -> mx.array:
             return mx.array(read(name))
 
+        weights = FolderWeights(self.files, self.loaded.chat.config)
         leak = measure_leak(
-            self.files, edits, read_back, limit=self._max_leak, output=str(output.path)
+            weights.values, edits, read_back, limit=self._max_leak, output=str(output.path)
         )
         types = sorted({report.types[report.tensors[name]] for name in edits})
         note = notes.joined(
             tower,
             notes.modelfile(lost_of_template(output.staged, folder)) if len(files) == 1 else None,
+            notes.repacked(report.forms),
         )
 
         @contextmanager
-        def opened() -> Iterator[ChatModel]:
+        def in_loaded_model() -> Iterator[ChatModel]:
             assert self.plan is not None  # as long as the model is there
             self.plan.load_into_model(read_back)
             yield self.loaded.chat
 
+        # Parameters of a quantized model are packed; then the file itself is loaded.
+        floats = not self.plan.matrices
         return Written(
             output,
             replace(
@@ -289,12 +300,36 @@ class FolderEdit:
                 output=str(output.path.with_name(files[0].name)),
                 files=[file.name for file in files] if len(files) > 1 else None,
             ),
-            opened,
-            on_loaded=True,
+            in_loaded_model if floats else lambda: opened(files[0]),
+            on_loaded=floats,
             llamacpp=evaluate.InLlamaCpp(files[0]),
-            notes=(_NOT_ASKED, _READ_BACK),
+            notes=(_NOT_ASKED, _READ_BACK) if floats else (IN_MLX, OF_THE_FILE),
             limit=exactness.limit_for(types),
         )
+
+    def _fill_gguf(
+        self, output: Output, label: Mapping[str, Any], edits: Mapping[str, TensorEdit]
+    ) -> GgufReport:
+        """Write the GGUF to its staged path, with edited tensors rounded to preserve the edit."""
+        writing, plain = self.writing, self.writing.plain_rounding
+
+        def edited_blocks(name: str, blocks: Any, kind: Any, importance: Any) -> Any:
+            one = edits[name]
+            return edit_blocks(one, blocks, kind, importance, grid=writing.grid, plain=plain)
+
+        with progress_to(f"write {output.path.name}", "tensor") as moved:
+            return write_gguf(
+                self.source.path,
+                output.staged,
+                file_type=writing.quantize,
+                edits=edits,
+                metadata=gguf_metadata(self.source, label),
+                keep_types=writing.keep_types,
+                quantize=None if plain else _quantizer(edits),
+                edit_blocks=edited_blocks,
+                imatrix=imatrix.given(writing.imatrix),
+                progress=moved,
+            )
 
 
 def _in_dtype(edit: TensorEdit, info: TensorInfo) -> Callable[[mx.array], mx.array]:
@@ -333,9 +368,9 @@ def _keep_card(source: Path, out: Path) -> None:
         (out / "README.source.md").write_bytes((source / "README.md").read_bytes())
 
 
-def _quantizer(plan: Plan) -> Quantizer:
+def _quantizer(edits: Mapping[str, TensorEdit]) -> Quantizer:
     def encoded(name: str, values: Any, kind: Any, importance: Any) -> Any:
-        one = plan.edits[name]
+        one = edits[name]
         dtype = FLOAT_DTYPES.get(kind.name)
         if dtype is None:
             return quantize(one, values, kind, importance)

@@ -80,8 +80,13 @@ class Plan:
 
     @property
     def edits_of_gguf(self) -> dict[str, TensorEdit]:
-        """The edits of the tensors that a GGUF of this model has."""
-        return {name: edit for name, edit in self.edits.items() if name not in self.copies}
+        """The edits of the tensors that a GGUF of this model has, also of quantized matrices."""
+        of_matrices = {
+            name: TensorEdit(one.edit, one.writer, one.parameter)
+            for name, one in self.matrices.items()
+        }
+        edits = self.edits | of_matrices
+        return {name: edit for name, edit in edits.items() if name not in self.copies}
 
     def load_into_model(self, read_back: Callable[[str], mx.array]) -> None:
         """Set the loaded model's parameters to values read back from an output.
@@ -208,7 +213,7 @@ def _float_type(files: TensorFiles, scales: str) -> str:
 
 
 def measure_leak(
-    files: TensorFiles,
+    source: Callable[[str], mx.array],
     edits: Mapping[str, TensorEdit],
     read_back: Callable[[str], mx.array],
     *,
@@ -219,7 +224,7 @@ def measure_leak(
     """Measure the leak of an output by comparing it with the exact edit, tensor by tensor.
 
     Args:
-        files: the source's tensors.
+        source: from a tensor's name to its values in the source, float32.
         edits: tensor name -> its edit.
         read_back: from a tensor's name to its values in the output, float32, in the source's
             layout.
@@ -232,7 +237,7 @@ def measure_leak(
     """
     tensors = {}
     for name, edit in edits.items():
-        tensors[name] = edit.leak(files.read(name).astype(mx.float32), read_back(name))
+        tensors[name] = edit.leak(source(name), read_back(name))
     tensors.update((name, measured()) for name, measured in (others or {}).items())
     report = LeakReport(tensors)
     report.check(output, limit, "write a finer type")

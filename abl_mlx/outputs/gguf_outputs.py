@@ -37,8 +37,8 @@ from convert.gguf.rewrite import rewrite
 from convert.mlx.safetensors_files import TensorFiles
 from convert.ollama.description import lost_of_template
 
-_OF_THE_FILE = "KL and component are of the file, in MLX"
-_IN_MLX = "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have llama.cpp do it"
+OF_THE_FILE = "KL and component are of the file, in MLX"
+IN_MLX = "the file was asked in MLX: pip install 'abl-mlx[llamacpp]' to have llama.cpp do it"
 
 
 def check(paths: Sequence[Path], gguf: GgufSource, writing: Writing) -> None:
@@ -170,7 +170,7 @@ class GgufEdit:
             facts,
             lambda: adapter_outputs.in_mlx(gguf, place),
             llamacpp=evaluate.InLlamaCpp(gguf.parts[0], place),
-            notes=(_IN_MLX, _OF_THE_FILE),
+            notes=(IN_MLX, OF_THE_FILE),
             limit=None if biased else self._limit(types),
             writers_in=self._writers_in,
         )
@@ -202,7 +202,7 @@ class GgufEdit:
             facts,
             lambda: opened(files[0]),
             llamacpp=evaluate.InLlamaCpp(files[0]),
-            notes=(_IN_MLX, _OF_THE_FILE),
+            notes=(IN_MLX, OF_THE_FILE),
             limit=self._limit(types),
             writers_in=self._writers_in,
         )

@@ -257,41 +257,84 @@ def replacement(
         progress: called with the number of weights just edited.
     """
     entry = source.tensors[one.name]
-    axis = stream_axis(one.writer.kind, one.parameter)
-    block, size = _block(one.new)
-    cut = max(block, _block(one.old)[0])
 
     def chunks() -> Iterator[np.ndarray]:
         raw = source.raw(one.name)
-        n = entry.shape[-1]
-        grid_source = grid if one.new == one.old else "fresh"
-        if grid_source == "auto" and not plain:
-            grid_source = better_source(one, raw, entry.shape)
-        waiting: np.ndarray | None = None
-        for slab in slabs(entry.shape, axis, cut):
-            edited = edit_slab(
-                one,
-                read(raw, one.old, slab),
-                grid_source,
-                plain=plain,
-                importance=one.weights(slab, entry.shape),
-            )
+
+        def release(weights: int) -> None:
             source.release(one.name)
             if progress:
-                progress(edited.shape[0] * (slab.columns.stop - slab.columns.start))
-            if slab.columns == slice(0, n):
-                yield edited
-                continue
-            # Slabs hold some columns each, and are written when an expert's columns are complete.
-            if waiting is None:
-                waiting = np.empty((edited.shape[0], n // block * size), np.uint8)
-            first = slab.columns.start // block * size
-            waiting[:, first : first + edited.shape[1]] = edited
-            if slab.columns.stop == n:
-                yield waiting
-                waiting = None
+                progress(weights)
+
+        yield from _edited_rows(one, raw, entry.shape, grid, plain, release)
 
     return Replacement(one.new, entry.shape, chunks)
+
+
+def edit_blocks(
+    one: TensorEdit,
+    blocks: np.ndarray,
+    kind: GGMLQuantizationType,
+    importance: np.ndarray | None = None,
+    *,
+    grid: str = "auto",
+    plain: bool = False,
+) -> np.ndarray:
+    """The bytes of an edited tensor that keeps its quantized type.
+
+    Args:
+        one: the edit of the tensor.
+        blocks: its unedited bytes, uint8 (..., bytes per row).
+        kind: its type.
+        importance: (E, in) float32: that of the input columns of each expert; None for equal ones.
+        grid, plain: as for `replacement`.
+    """
+    block, size = _block(kind)
+    shape = (*blocks.shape[:-1], blocks.shape[-1] // size * block)
+    planned = TensorPlan("weight", one.edit, one.writer, one.parameter, kind, kind, importance)
+    rows = blocks.reshape(-1, blocks.shape[-1])
+    edited = _edited_rows(planned, rows, shape, grid, plain, lambda weights: None)
+    return np.concatenate(list(edited)).reshape(blocks.shape)
+
+
+def _edited_rows(
+    one: TensorPlan,
+    raw: np.ndarray,
+    shape: tuple[int, ...],
+    grid: str,
+    plain: bool,
+    done: Callable[[int], None],
+) -> Iterator[np.ndarray]:
+    """Yield the bytes of the edited rows, uint8 (R, bytes per row), in file order.
+
+    Args:
+        one: the edit.
+        raw: the tensor's bytes, uint8 (R, bytes per row).
+        shape: its shape in weights.
+        grid, plain: as for `replacement`.
+        done: called with the number of weights just edited.
+    """
+    axis = stream_axis(one.writer.kind, one.parameter)
+    block, size = _block(one.new)
+    n, grid_source = shape[-1], grid if one.new == one.old else "fresh"
+    if grid_source == "auto" and not plain:
+        grid_source = better_source(one, raw, shape)
+    waiting: np.ndarray | None = None
+    for slab in slabs(shape, axis, max(block, _block(one.old)[0])):
+        decoded, weights = read(raw, one.old, slab), one.weights(slab, shape)
+        edited = edit_slab(one, decoded, grid_source, plain=plain, importance=weights)
+        done(edited.shape[0] * (slab.columns.stop - slab.columns.start))
+        if slab.columns == slice(0, n):
+            yield edited
+            continue
+        # Slabs hold some columns each, and are written when an expert's columns are complete.
+        if waiting is None:
+            waiting = np.empty((edited.shape[0], n // block * size), np.uint8)
+        first = slab.columns.start // block * size
+        waiting[:, first : first + edited.shape[1]] = edited
+        if slab.columns.stop == n:
+            yield waiting
+            waiting = None
 
 
 # --- what was written --------------------------------------------------------------------------

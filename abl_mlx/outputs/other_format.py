@@ -33,7 +33,8 @@ class NewTypes:
     Attributes:
         quantize: the file type of a GGUF; None as for `convert.mlx_to_gguf.write_gguf` from a
             folder, and for every tensor's own type from a GGUF.
-        keep_types: from a GGUF: let quantized tensors keep their type.
+        keep_types: with ``quantize``: let quantized tensors keep their type or, from a folder,
+            their weights where a GGUF has a type for them.
         imatrix: the file of an importance matrix, which weights errors in quantizing.
         parts: into how many files a GGUF is written; None for the source's parts.
         bits, group_size, dtype: for an MLX folder, as for `convert.gguf_to_mlx.write_folder`.
@@ -70,6 +71,7 @@ def to_gguf(
             source.path,
             staged,
             file_type=types.quantize,
+            keep_types=types.keep_types,
             metadata=metadata,
             imatrix=imatrix.given(types.imatrix),
             progress=moved,

@@ -86,20 +86,17 @@ def _is_bare(name: str, files: TensorFiles) -> bool:
     return not any(one in files for one in known)
 
 
-def mend(folder: Path, config: Mapping[str, Any], found: Foreign, flags: str = "") -> str:
+def mend(folder: Path, config: Mapping[str, Any], found: Foreign) -> str:
     """Advice for the user, to end a sentence with.
 
     Args:
         folder: the model's folder.
         config: the contents of config.json.
         found: how the folder is quantized.
-        flags: further flags for mlx-lm's convert command.
     """
     if found.bare or not _mlx_reads(folder, config):
         return "mlx-lm cannot convert it either: take the float model it was made from"
-    return (
-        f"convert it first with `mlx_lm.convert --hf-path {folder}{flags} --mlx-path {folder}-mlx`"
-    )
+    return f"convert it first with `mlx_lm.convert --hf-path {folder} --mlx-path {folder}-mlx`"
 
 
 def _mlx_reads(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -128,27 +125,4 @@ def refuse_foreign(folder: Path, config: Mapping[str, Any], files: TensorFiles) 
     if found is not None:
         raise UserError(
             f"{folder} is {found} in another form than MLX's own: {mend(folder, config, found)}."
-        )
-
-
-def refuse_quantized(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> None:
-    """Refuse a quantized folder whose edited weights are to be written as a GGUF.
-
-    Raises:
-        UserError: naming the folder and what to do.
-    """
-    found = find(config, files)
-    said = "an edit of quantized weights is not written from a folder to a GGUF"
-    if found is not None:
-        raise UserError(f"{folder} is {found}, and {said}: {mend(folder, config, found, ' -d')}.")
-    text = config.get("text_config")
-    configured = any(
-        isinstance(part, dict) and (part.get("quantization") or part.get("quantization_config"))
-        for part in (config, text)
-    )
-    packed = next((name for name in files.names if name.endswith(".scales")), None)
-    if configured or packed:
-        raise UserError(
-            f"{folder} is quantized{f' ({packed})' if packed else ''}, and {said}: write the GGUF "
-            f"first with `abl-mlx convert {folder} {folder.name}.gguf`, and edit that."
         )

@@ -89,7 +89,7 @@ def test_keys_of_an_importance_matrix_stay(floats: Path, importance: Path, tmp_p
         (["o.gguf", "--quantize", "Q4_K_M", "--imatrix", "none.gguf"], "none.gguf is no file"),
         (["o", "--imatrix", "x.gguf"], "--imatrix is for GGUFs"),
         (["o.gguf", "--join", "--imatrix", "x.gguf"], "say the type by --quantize"),
-        (["o", "--keep-types"], "--keep-types is for a GGUF"),
+        (["o", "--keep-types"], "--keep-types is for GGUFs"),
     ],
 )
 def test_mistakes(floats: Path, tmp_path: Path, arguments: list[str], named: str) -> None:
