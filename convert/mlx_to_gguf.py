@@ -23,6 +23,7 @@ from convert.architectures import hf_to_gguf
 from convert.architectures.folder_config import architecture, text_config
 from convert.architectures.hf_metadata import extra_tensors
 from convert.architectures.hf_to_gguf import Plan, Target
+from convert.architectures.model_card import card_keys
 from convert.architectures.moves import joined, put
 from convert.base.atomic import check_new, new_file
 from convert.base.errors import UserError
@@ -458,6 +459,7 @@ def _metadata(folder: Path, layout: _Layout) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "general.type": "model",
         "general.name": _general_name(folder),
+        **card_keys(folder),
         "general.file_type": int(FILE_TYPES[_mostly(layout)][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }

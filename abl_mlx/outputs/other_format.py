@@ -17,6 +17,7 @@ from abl_mlx.records.edits import Converted
 from abl_mlx.support import notes
 from abl_mlx.support.console import progress, progress_to
 from convert import gguf_to_mlx, mlx_to_gguf
+from convert.architectures.model_card import card_keys
 from convert.base.atomic import new_files
 from convert.gguf import imatrix
 from convert.gguf.file import GgufSource
@@ -62,7 +63,8 @@ def to_gguf(
     """
     metadata: dict[str, Any] = {"general.name": source.title}
     if label is not None:
-        metadata["general.tags"] = TAGS
+        tags: Any = card_keys(source.path).get("general.tags", [])
+        metadata["general.tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
         metadata |= {f"abl_mlx.{key}": value for key, value in label.items()}
     new_parts.check(out, types.parts, 1)
     with new_files(out) as folder, progress_to(f"write {out.name}", "tensor") as moved:

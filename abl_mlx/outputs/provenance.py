@@ -16,6 +16,7 @@ from abl_mlx import __version__
 from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs.sources import Source
+from convert.architectures.model_card import card_keys
 from convert.tokenizers import phi3
 
 TAGS = ["abliterated", "abl-mlx"]
@@ -79,16 +80,16 @@ def gguf_metadata(
     Args:
         source: the source model.
         label: the values of the keys ``abl_mlx.*``.
-        known: the metadata of the source, if that is a GGUF.
+        known: the metadata of the source, if that is a GGUF; None for a folder, whose card is read.
         suffix: added to the base model's name.
         tags: added to its tags.
     """
-    said = known or {}
+    said: Mapping[str, Any] = card_keys(source.path) if known is None else known
     name = str(said.get("general.name") or source.title)
     new = f"{name}-{suffix}"
     if known is not None:
         new = phi3.named(new, phi3=phi3.says_phi3(str(said.get("general.name") or "")))
-    old = said.get("general.tags") or []
+    old: Any = said.get("general.tags") or []
     index = int(said.get("general.base_model.count", 0))
     base = f"general.base_model.{index}"
     keys: dict[str, Any] = {

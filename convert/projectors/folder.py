@@ -14,6 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from convert.architectures.hf_to_gguf import is_vision
+from convert.architectures.model_card import card_keys
 from convert.base import json_text
 from convert.base.errors import UserError
 from convert.base.hf_config import read_config
@@ -98,6 +99,7 @@ class Projector:
         metadata = {
             "general.type": "mmproj",
             "general.name": name or self.folder.absolute().name,
+            **card_keys(self.folder),
             "general.file_type": int(FILE_TYPES[file_type][0]),
             "general.quantization_version": gguf.GGML_QUANT_VERSION,
             **self.keys,

@@ -121,6 +121,8 @@ def write(folder: Path, recipe: str, dtype: str = "float32") -> Path:
             **config, "model_type": "mistral"}}  # fmt: skip
     config = {**config, **special, "architectures": [CLASSES[kind]]}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
+    if recipe in CARDS:
+        (folder / "README.md").write_text(CARDS[recipe], encoding="utf-8")
     mx.save_safetensors(
         str(folder / "model.safetensors"),
         {name: mx.array(one).astype(getattr(mx, dtype)) for name, one in values.items()},
@@ -431,10 +433,48 @@ def _with_pictures(config: Config, values: Values) -> Values:
     return {f"language_model.{name}": one for name, one in values.items()}
 
 
+CARDS = {
+    "llama, with a card": """---
+license: other
+license_name: some-licence
+license_link: https://huggingface.co/some/model/blob/main/LICENSE
+language:
+- en
+- no
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- chat
+- überall
+base_model: Qwen/Qwen2.5-7B-v0.3
+datasets:
+- some/set
+- https://huggingface.co/datasets/other
+model_creator: Somebody
+---
+
+# A card
+""",
+    "qwen3, merged, with a card": """---
+base_model:
+- mistralai/Mistral-7B-Instruct-v0.2
+- https://huggingface.co/some/Model-1.5
+- name: By hand
+  organization: Someone
+license: apache-2.0
+language: multilingual
+---
+""",
+}
+"""What the test calls a model -> the model card that its publisher wrote."""
+
+
 VARIANTS: dict[str, tuple[str, Callable[[Config, Values], Values]]] = {
     "granite 4, dense": ("granite", _as_hybrid),
     "glm 4.7 flash": ("deepseek v3", _as_glm),
     "mistral small 3.1": ("mistral3", _with_pictures),
+    "llama, with a card": ("llama", _same),
+    "qwen3, merged, with a card": ("qwen3", _same),
 }
 """What the test calls a model -> the recipe that it is made of, and how."""
 
