@@ -18,6 +18,13 @@ from typing import Any, TypeVar, get_args, get_type_hints
 #: embedding's columns).
 NORMS = ("none", "columns", "rows")
 
+#: The accepted values of ``--kind``: the component along the direction is removed (or scaled), or
+#: reversed.
+KINDS = ("project", "reflect")
+
+#: The strength of a reflection: W − 2 U(UᵀW) has the component reversed.
+REFLECTION = 2.0
+
 Self = TypeVar("Self", bound="Choices")  # typing.Self is of Python 3.11
 
 
@@ -229,6 +236,7 @@ class Editing(Choices):
         norm: which norms the edited weights keep, one of `NORMS`.
         pin: the component along the direction that the stream keeps: ``harmless`` or ``harmful``
             for the mean of those prompts, or a number; None for 0.
+        kind: what is done with the component, one of `KINDS`.
     """
 
     strength: float = 1.0
@@ -236,6 +244,17 @@ class Editing(Choices):
     embedding: bool = True
     norm: str = "none"
     pin: str | None = None
+    kind: str = "project"
+
+    @property
+    def alpha(self) -> float:
+        """α: the strength, or that of a reflection."""
+        return REFLECTION if self.kind == "reflect" else self.strength
+
+    @property
+    def reaches_embedding(self) -> bool:
+        """Whether the embedding is edited. A reflection leaves it (docs/architecture.md)."""
+        return self.embedding and self.kind == "project"
 
 
 @dataclass(frozen=True)

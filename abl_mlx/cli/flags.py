@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from abl_mlx.choices import NORMS
+from abl_mlx.choices import KINDS, NORMS
 from abl_mlx.cli.values import HERE, Bytes, Layers, PinValue, Position
 from abl_mlx.directions.methods import METHODS, TABLE
 
@@ -259,6 +259,14 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="harmless|harmful|VALUE",
             help="Hold the component along the direction at the harmless (or harmful) prompts' "
             "mean, or at a value, instead of at 0.",
+        ),
+        click.option(
+            "--kind",
+            type=click.Choice(KINDS),
+            default="project",
+            show_default=True,
+            help="project takes the component along the direction out; reflect reverses it (a "
+            "Householder reflection, which keeps the length of every column of a writer).",
         ),
     ]
     return decorated(command, flags)

@@ -10,11 +10,14 @@ import click
 from abl_mlx import __version__
 from abl_mlx.support.flags import said
 from convert.base import atomic, escape, scratch
-from convert.base.errors import UserError
+from convert.base.errors import UsageError, UserError
 
 
 class Group(click.Group):
-    """Command group that prints a `UserError` as one sentence and exits with code 1."""
+    """Command group that prints a `UserError` as one sentence.
+
+    The exit code is 2 if flags were used wrongly, else 1.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -22,7 +25,9 @@ class Group(click.Group):
                 scratch.sweep()
                 return super().invoke(ctx)
         except UserError as error:
-            raise click.ClickException(escape.line(said(error))) from None
+            shown = click.ClickException(escape.line(said(error)))
+            shown.exit_code = 2 if isinstance(error, UsageError) else 1
+            raise shown from None
         except OSError as error:
             if error.filename is None:
                 raise

@@ -98,6 +98,7 @@ class Finder:
         """
         finding, editing, notes = self._how.finding, self._how.editing, self._notes
         by_hand = editing.layers is not None or editing.pin is not None or editing.norm == "rows"
+        by_hand = by_hand or editing.kind != "project"
         if "validation_kl" not in notes or finding.method == "over-refusal" or by_hand:
             return None
         before = notes["refused"], notes["validation_kl"]

@@ -54,7 +54,7 @@ class Conversation:
     ):
         self.steered = steered
         self.on = True
-        self.strength = steered.editing.strength
+        self.strength = steered.editing.alpha
         self.side_by_side = side_by_side
         self._max_tokens, self._temp = max_tokens, temp
         self._original: list[Turn] = []

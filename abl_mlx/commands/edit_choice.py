@@ -7,12 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx.choices import Editing
+from abl_mlx.choices import REFLECTION, Editing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.pinning import held_at
 from abl_mlx.edits.edit import Edit
 from abl_mlx.support.console import say
-from convert.base.errors import UserError
+from convert.base.errors import UsageError, UserError
 
 
 def make_edit(
@@ -36,7 +36,7 @@ def make_edit(
     recipe = recipe or {}
     if pin is not None and editing.norm != "none":
         raise UserError("--pin and --norm do not go together: leave one of them out.")
-    embedding = editing.embedding and bool(recipe.get("embedding", True))
+    embedding = editing.reaches_embedding and bool(recipe.get("embedding", True))
     if pin is not None and selected.ndim == 3:
         raise UserError(
             "--pin holds the same directions in all layers, and these differ by layer: leave it "
@@ -44,9 +44,10 @@ def make_edit(
         )
     if pin is not None and not embedding:
         raise UserError("--pin is written into the embedding: leave --no-embedding out.")
+    # A reflection has one strength everywhere.
+    profile = recipe.get("profile") if editing.kind == "project" else None
     return Edit(
-        selected, editing.strength, editing.layers, embedding, recipe.get("profile"), editing.norm,
-        pin,
+        selected, editing.alpha, editing.layers, embedding, profile, editing.norm, pin,
     )  # fmt: skip
 
 
@@ -66,9 +67,31 @@ def edit_of(direction: DirectionFile, editing: Editing) -> Edit:
     return make_edit(direction.selected, editing, recipe=metadata.get("recipe"), pin=pin)
 
 
-def warn_of_strength(strength: float) -> None:
-    """Warn if an edit overshoots: it multiplies the component by 1 − strength."""
-    if strength > 2:
+def check(editing: Editing) -> None:
+    """Check that the flags of an edit go together.
+
+    An edit that overshoots, because it multiplies the component by 1 − strength, is warned of.
+
+    Raises:
+        UsageError: naming flags that do not go together.
+    """
+    if editing.kind == "reflect":
+        if editing.strength != 1:
+            raise UsageError(
+                f"--kind reflect reverses the component, which is strength {REFLECTION:g}: leave "
+                "--strength out."
+            )
+        if editing.norm != "none":
+            raise UsageError(
+                "--kind reflect keeps the norms of columns, and no others can be kept with it: "
+                "leave --norm out."
+            )
+        if editing.pin is not None:
+            raise UsageError(
+                "--kind reflect leaves the embedding alone, into which --pin is written: leave "
+                "one of them out."
+            )
+    if (strength := editing.strength) > 2:
         say(
             f"warning: --strength {strength:g} overshoots: beyond 2 the component returns reversed "
             f"and longer than it was ({strength - 1:.3g} times); 1 removes it"

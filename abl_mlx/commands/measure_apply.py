@@ -8,8 +8,8 @@ from pathlib import Path
 
 from abl_mlx import __version__
 from abl_mlx.choices import ApplyOptions, MeasureOptions
-from abl_mlx.commands import prompt_choice
-from abl_mlx.commands.edit_choice import edit_of, warn_of_strength
+from abl_mlx.commands import edit_choice, prompt_choice
+from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
@@ -39,7 +39,7 @@ def apply(
         direction: the direction, or the file that holds it.
     """
     editing, writing = options.editing, options.writing
-    warn_of_strength(editing.strength)
+    edit_choice.check(editing)
     named = "the direction"
     if isinstance(direction, Path):
         named, direction = str(direction), direction_file.read(direction)

@@ -17,8 +17,8 @@ import mlx.core as mx
 from abl_mlx.behaviour import evaluate, kept_refusals, recognition, settling
 from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
 from abl_mlx.choices import Replying, RunOptions
-from abl_mlx.commands import prompt_choice
-from abl_mlx.commands.edit_choice import edit_of, make_edit, warn_of_strength
+from abl_mlx.commands import edit_choice, prompt_choice
+from abl_mlx.commands.edit_choice import edit_of, make_edit
 from abl_mlx.commands.find import find_behind_openings, find_reply_prefix
 from abl_mlx.commands.forecast import forecast
 from abl_mlx.commands.held_out import HeldOut, Runtime, component_sample
@@ -155,7 +155,7 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
         UserError: when the input is bad; then no file is left behind.
     """
     editing, writing, finding = options.editing, options.writing, options.finding
-    warn_of_strength(editing.strength)
+    edit_choice.check(editing)
     template = options.chatting.template
     with ExitStack() as files:
         model = files.enter_context(find_model(text, template))

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from abl_mlx.choices import Editing, Prompting, SteerOptions
-from abl_mlx.commands import prompt_choice, thinking_switch
-from abl_mlx.commands.edit_choice import edit_of, warn_of_strength
+from abl_mlx.commands import edit_choice, prompt_choice, thinking_switch
+from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
@@ -53,13 +53,13 @@ class Steered:
         """The edit, with the chosen strength or another one."""
         editing = self.editing
         if strength is not None:
-            editing = replace(editing, strength=strength)
+            editing = replace(editing, strength=strength, kind="project")
         return edit_of(self.direction, editing)
 
     @contextmanager
     def edited(self, strength: float | None = None) -> Iterator[None]:
         """Context manager in which the model runs as edited; at strength 0 it runs unchanged."""
-        if (self.editing.strength if strength is None else strength) == 0:
+        if (self.editing.alpha if strength is None else strength) == 0:
             yield
             return
         with ablation(self.writers, self.edit(strength)):
@@ -78,7 +78,7 @@ def load(text: str, options: SteerOptions, tools: tuple[Tool, ...] = ()) -> Stee
         UserError: when the model or the direction cannot be loaded or measured.
     """
     clock, direction = Clock(), options.direction
-    warn_of_strength(options.editing.strength)
+    edit_choice.check(options.editing)
     with find_model(text, options.chatting.template) as model:
         name = model.source.name
         given = None if direction is None else direction_file.read(direction)

@@ -52,13 +52,14 @@ def edit_label(
         source: the source model.
         embedding: whether the edit changed an embedding.
     """
-    recipe = direction.metadata.get("recipe")
+    recipe = direction.metadata.get("recipe") if editing.kind == "project" else None
     layers = "all" if editing.layers is None else ",".join(map(str, sorted(editing.layers)))
     return {
         **label(_REMOVED, direction.sha256, source),
-        "strength": editing.strength,
+        "strength": editing.alpha,
         "layers": layers,
         "embedding": embedding,
+        **({"kind": editing.kind} if editing.kind != "project" else {}),
         **({"norm": editing.norm} if editing.norm != "none" else {}),
         **({"pin": editing.pin} if editing.pin is not None else {}),
         **({"recipe": json.dumps(recipe)} if recipe else {}),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from abl_mlx.behaviour import reply_notes
 from abl_mlx.behaviour.kept_refusals import words
 from abl_mlx.behaviour.thought_figures import growth
+from abl_mlx.choices import Editing
 from abl_mlx.inputs.thinking import BOTH, OFF
 from abl_mlx.records.directions import Chosen, Selection, TriedEdit
 from abl_mlx.records.edits import (
@@ -436,7 +437,7 @@ def card(
         "is the responsibility of whoever runs it.",
         "",
         f"- direction: {summary_line(direction)}; SHA-256 `{direction.sha256}`",
-        f"- strength {editing.strength:g}; layers {_layers(editing.layers)}; embedding "
+        f"- {_kind(editing)}; layers {_layers(editing.layers)}; embedding "
         f"{'edited' if one.embedding else 'not edited'}",
     ]
     if one.leak is not None:
@@ -471,6 +472,10 @@ def card_head(record: RunRecord | ApplyRecord) -> list[str]:
     """
     base = record.repository
     return ["---", *([f"base_model: {escape.yaml(base)}"] if base else []), "tags:"]
+
+
+def _kind(editing: Editing) -> str:
+    return "reflection" if editing.kind == "reflect" else f"strength {editing.strength:g}"
 
 
 def _layers(layers: frozenset[int] | None) -> str:

@@ -41,7 +41,7 @@ from abl_mlx.search.space import DEFAULT, Parameters, Space
 from abl_mlx.search.survivors import MOST_ASKED, Asked, ask_survivors, choose, meets, table, unmet
 from abl_mlx.support import interrupts
 from abl_mlx.support.console import progress, say
-from convert.base.errors import UserError
+from convert.base.errors import UsageError, UserError
 
 #: The number of bisection steps that look for the weakest even strength.
 HALVINGS = 4
@@ -393,6 +393,10 @@ def check(how: Measuring) -> None:
     optuna_quietly()
     if how.editing.pin is not None:
         raise UserError("--search and --pin do not go together: leave one of them out.")
+    if how.editing.kind != "project":
+        raise UsageError(
+            f"--search and --kind {how.editing.kind} do not go together: leave one of them out."
+        )
     if how.finding.layer is not None:
         raise UserError("--search looks for the layer itself: leave --layer out.")
 

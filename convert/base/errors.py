@@ -33,6 +33,10 @@ class UserError(Exception):
         return self.told(lambda option: option)
 
 
+class UsageError(UserError):
+    """Flags or values of flags that make no sense together; the command line exits with 2."""
+
+
 @contextmanager
 def of(path: Path) -> Iterator[None]:
     """Put a file's name in front of what is said inside of its values, which does not name it."""

@@ -9,7 +9,7 @@ import pytest
 
 from abl_mlx.choices import Editing, SteerOptions
 from abl_mlx.commands import session as steered
-from abl_mlx.commands.edit_choice import edit_of
+from abl_mlx.commands.edit_choice import check, edit_of, make_edit
 from abl_mlx.directions.pinning import embedding_means, held_at
 from abl_mlx.directions.trial import Trial
 from abl_mlx.edits import slabs
@@ -19,7 +19,7 @@ from abl_mlx.inputs import prompts
 from abl_mlx.models.chat_model import load
 from abl_mlx.models.writers import Writer, find_writers
 from abl_mlx.outputs import adapter
-from convert.base.errors import UserError
+from convert.base.errors import UsageError, UserError
 from tests.models.test_writers import edit_in_place, random_direction
 from tests.support import tiny
 
@@ -41,6 +41,7 @@ def writer(path, kind, layer):
 
 ATTENTION = writer("model.layers.1.self_attn.o_proj", "linear", 1)
 MLP = writer("model.layers.2.mlp.down_proj", "linear", 2)
+EXPERTS = writer("model.layers.0.mlp.switch_mlp.down_proj", "experts", 0)
 EMBEDDING = writer("model.embed_tokens", "embedding", -1)
 
 
@@ -265,6 +266,45 @@ def test_an_adapter_holds_profiles_and_pins():
         assert adapter.leak_of(edit, one, found, 0.4, low).value == pytest.approx(0.2, rel=1e-3)
 
 
+# --- reflections -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one", [MLP, EXPERTS], ids=["linear", "experts"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_reflection_is_householders_and_its_own_inverse(one, rank):
+    selected = f32(RNG.normal(size=(rank, D)))
+    edit = make_edit(selected, Editing(kind="reflect"))
+    q, _ = np.linalg.qr(f64(selected).T)
+    mirror = np.eye(D) - 2 * q @ q.T
+    assert not edit.touches(EMBEDDING)
+    values = RNG.normal(size=(3, D, N) if one.kind == "experts" else (D, N))
+    expected = mirror @ values
+    found = target(edit, one, "weight", f32(values))
+    np.testing.assert_allclose(f64(found), expected, atol=1e-5)
+    again = target(edit, one, "weight", found)
+    np.testing.assert_allclose(f64(again), values, atol=1e-5)
+    lengths = np.linalg.norm(values, axis=-2)
+    np.testing.assert_allclose(np.linalg.norm(f64(found), axis=-2), lengths, rtol=1e-5)
+    # A removal is half of the way, which the leak says.
+    half = target(make_edit(selected, Editing()), one, "weight", f32(values))
+    assert leak(edit, one, "weight", f32(values), half).value == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"strength": 0.5}, {"norm": "columns"}, {"norm": "rows"}, {"pin": "harmless"}]
+)
+def test_a_reflection_goes_with_no_strength_norm_or_pin(flags):
+    with pytest.raises(UsageError, match="--kind reflect"):
+        check(Editing(kind="reflect", **flags))
+
+
+def test_strengths_by_layer_are_not_of_a_reflection():
+    recipe = {"profile": {"attention": [0.5], "mlp": [0.5]}, "embedding": True}
+    edit = make_edit(mx.ones((1, D)), Editing(kind="reflect"), recipe=recipe)
+    assert edit.profile is None
+    assert edit.strength == 2
+
+
 # --- interventions on the stream ---------------------------------------------------------------
 
 
@@ -351,6 +391,12 @@ def test_negative_strengths_strengthen(demo):
     _, stronger = first_tokens(demo, Editing(strength=-0.3))
     assert weaker.refusal < before - 1 < before + 0.5 < stronger.refusal
     assert stronger.refused == 1
+
+
+def test_a_reflected_model_answers(demo):
+    _, effect = first_tokens(demo, Editing(kind="reflect"))
+    assert effect.refused == 0
+    assert effect.kl < 0.05
 
 
 @pytest.mark.parametrize("pin", ["harmless", "harmful", "-0.1"])
