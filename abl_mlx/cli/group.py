@@ -13,6 +13,12 @@ from convert.base import atomic, escape, scratch
 from convert.base.errors import UsageError, UserError
 
 
+class _Misuse(click.ClickException):
+    """A `UsageError` as click shows it."""
+
+    exit_code = 2
+
+
 class Group(click.Group):
     """Command group that prints a `UserError` as one sentence.
 
@@ -25,9 +31,8 @@ class Group(click.Group):
                 scratch.sweep()
                 return super().invoke(ctx)
         except UserError as error:
-            shown = click.ClickException(escape.line(said(error)))
-            shown.exit_code = 2 if isinstance(error, UsageError) else 1
-            raise shown from None
+            kind = _Misuse if isinstance(error, UsageError) else click.ClickException
+            raise kind(escape.line(said(error))) from None
         except OSError as error:
             if error.filename is None:
                 raise
