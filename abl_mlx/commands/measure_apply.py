@@ -69,7 +69,7 @@ def apply(
                 written=facts,
             )
             for one in written:
-                write_companions(one.output, model.source, model.folder, record, one.facts)
+                write_companions(one.output, model, record, one.facts)
         destinations.hand_over(places, model, writing)
     return record
 

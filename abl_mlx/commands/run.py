@@ -487,7 +487,7 @@ def _finish(job: Job, known: Edited, before: Before, judged: Sequence[Judged]) -
     )
     target = job.target
     for one, described in zip(judged, record.evaluations, strict=True):
-        write_companions(one.written.output, target.source, target.folder, record, described)
+        write_companions(one.written.output, target, record, described)
     return record
 
 

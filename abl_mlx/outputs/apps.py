@@ -15,7 +15,9 @@ from typing import TypeVar
 
 from abl_mlx.choices import Choices
 from abl_mlx.inputs.sources import Source
-from abl_mlx.outputs import further_files, staging
+from abl_mlx.outputs import staging
+from abl_mlx.outputs.further_files import FurtherFiles
+from abl_mlx.outputs.model_file import ModelFile
 from convert import lmstudio
 from convert.gguf.parts import parts_there
 from convert.ollama import store_writing
@@ -72,31 +74,29 @@ def placed(outputs: Sequence[Path], source: Source) -> Placed:
     return Placed(tuple(paths), in_ollama, in_lm_studio)
 
 
-def deliver(places: Placed, source: Source, folder: Path | None) -> None:
+def deliver(places: Placed, model: ModelFile) -> None:
     """File the GGUFs that go to Ollama; their records, cards and reports stay where they are.
 
     Args:
         places: where the outputs were written.
-        source: the source model.
-        folder: the source's folder, if it is one.
+        model: the source model.
     """
     for path, name in places.in_ollama.items():
-        kept = source.ollama
-        settings = describe(path, folder)[0] if kept is None else kept
-        further = further_files.of_source(source)
+        kept, further = model.source.ollama, model.further
+        settings = describe(path, model.folder)[0] if kept is None else kept
         projectors = further.filed(path)
         store_writing.file(name, path, settings, projectors=projectors, draft=further.draft)
         for beside in [staging.companions(path)["modelfile"], *further.places([path])]:
             beside.unlink(missing_ok=True)
 
 
-def opening(path: Path, places: Placed, source: Source, *, given_to: str | None) -> list[str]:
+def opening(path: Path, places: Placed, model: ModelFile, *, given_to: str | None) -> list[str]:
     """The commands that open an output.
 
     Args:
         path: the output.
         places: where the outputs are.
-        source: the source model, to which an adapter is added.
+        model: the source model, to which an adapter is added.
         given_to: the name in Ollama under which `ollama create` filed the output, if it did.
     """
     if path in places.in_lm_studio:
@@ -104,7 +104,7 @@ def opening(path: Path, places: Placed, source: Source, *, given_to: str | None)
     if path in places.in_ollama:
         return [f"ollama run {shlex.quote(str(places.in_ollama[path]))}"]
     here, form = shlex.quote(str(path)), staging.format_of(path)
-    whole = shlex.quote(source.loaded_by)
+    whole = shlex.quote(model.source.loaded_by)
     if form == staging.FOLDER:
         return [f"mlx_lm.chat --model {here}"]
     if form == staging.ADAPTER:
@@ -113,13 +113,13 @@ def opening(path: Path, places: Placed, source: Source, *, given_to: str | None)
         return [f"llama-server -m {whole} --lora {here}"]
     if form == staging.VECTOR:
         return [f"llama-server -m {whole} --control-vector {here}"]
-    return _of_gguf(path, source, given_to)
+    return _of_gguf(path, model.further, given_to)
 
 
-def _of_gguf(path: Path, source: Source, given_to: str | None) -> list[str]:
+def _of_gguf(path: Path, further: FurtherFiles, given_to: str | None) -> list[str]:
     first = path if path.exists() else next(iter(parts_there(path)), path)
     command = f"llama-server -m {shlex.quote(str(first))}"
-    names = further_files.of_source(source).names(path).projectors
+    names = further.names(path).projectors
     if names and path.with_name(names[0]).is_file():
         command += f" --mmproj {shlex.quote(str(path.with_name(names[0])))}"
     modelfile = staging.companions(path)["modelfile"]

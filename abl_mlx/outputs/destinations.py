@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from abl_mlx.choices import Editing, Writing
-from abl_mlx.outputs import apps, further_files, staging, undo_file
+from abl_mlx.outputs import apps, staging, undo_file
 from abl_mlx.outputs.apps import Placed
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.support.console import say
@@ -43,7 +43,7 @@ def check_further(paths: Sequence[Path], model: ModelFile) -> None:
     outputs = [path for path in paths if staging.format_of(path) == staging.GGUF]
     if not outputs:
         return
-    further = further_files.of_source(model.source)
+    further = model.further
     for place in further.places(outputs):
         check_new(place)
     if further.size:
@@ -58,14 +58,14 @@ def check_further(paths: Sequence[Path], model: ModelFile) -> None:
 
 def hand_over(places: Placed, model: ModelFile, writing: Writing) -> None:
     """Give the apps what they were to get, and say how each output is opened."""
-    apps.deliver(places, model.source, model.folder)
+    apps.deliver(places, model)
     given: dict[Path, str] = {}
     if writing.ollama_create is not None:
         first = first_gguf(places.paths, None)
         client.ollama_create(writing.ollama_create, staging.companions(first)["modelfile"])
         given[first] = writing.ollama_create
     for path in places.paths:
-        for command in apps.opening(path, places, model.source, given_to=given.get(path)):
+        for command in apps.opening(path, places, model, given_to=given.get(path)):
             say(f"open it: {command}")
 
 

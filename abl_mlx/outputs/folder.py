@@ -26,6 +26,7 @@ from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer, find_writers
 from abl_mlx.outputs import (
     folder_outputs,
+    further_files,
     head_copy,
     induced,
     mtp,
@@ -38,6 +39,7 @@ from abl_mlx.outputs import (
 from abl_mlx.outputs.edit_label import Label
 from abl_mlx.outputs.folder_outputs import ROWS_WARNING, FolderEdit
 from abl_mlx.outputs.folder_plan import plan
+from abl_mlx.outputs.further_files import FurtherFiles
 from abl_mlx.outputs.induced import FolderConstant
 from abl_mlx.outputs.inspection import edit_share, grouped
 from abl_mlx.outputs.mentions import read_card
@@ -89,6 +91,10 @@ class FolderFile(ExitStack):
     @property
     def folder(self) -> Path | None:
         return self.source.path
+
+    @cached_property
+    def further(self) -> FurtherFiles:
+        return further_files.of_source(self.source)
 
     @property
     def size(self) -> int:

@@ -27,6 +27,7 @@ from abl_mlx.models.same_model import check_same
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs import (
     adapter_outputs,
+    further_files,
     gguf_outputs,
     induced,
     other_format,
@@ -36,6 +37,7 @@ from abl_mlx.outputs import (
     undo_gguf,
 )
 from abl_mlx.outputs.edit_label import Label, gguf_label
+from abl_mlx.outputs.further_files import FurtherFiles
 from abl_mlx.outputs.gguf_outputs import GgufEdit
 from abl_mlx.outputs.gguf_plan import plan, stored_values
 from abl_mlx.outputs.induced import GgufConstant
@@ -82,6 +84,10 @@ class GgufFile(ExitStack):
     def layout(self) -> gguf_to_mlx.Layout:
         """Which tensors become which parameters of mlx-lm's model."""
         return gguf_to_mlx.layout(self.gguf)
+
+    @cached_property
+    def further(self) -> FurtherFiles:
+        return further_files.of_source(self.source)
 
     @property
     def size(self) -> int:
@@ -269,8 +275,9 @@ class GgufFile(ExitStack):
         )
         own = self.named_writers(writing.tensors)
         return GgufEdit(
-            self.source, self.gguf, plans, own, direction, editing, writing, loaded, quantization
-        )
+            self.source, self.gguf, plans, own, direction, editing, writing, loaded, quantization,
+            self.further,
+        )  # fmt: skip
 
     def _quantization(self, writing: Writing) -> Quantization:
         """The type of every tensor in GGUF outputs."""
@@ -293,7 +300,7 @@ class GgufFile(ExitStack):
         to_gguf = staging.format_of(out) == staging.GGUF
         write = other_format.to_other_types if to_gguf else other_format.to_folder
         written = write(self.gguf, out, types)
-        return other_format.with_further_files(written, self.source, out)
+        return other_format.with_further_files(written, self.further, out)
 
     def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
         # The label has the regular expression of --tensors, which finds the same tensors again.

@@ -29,6 +29,7 @@ from abl_mlx.models.prompt_tokens import Count
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.edit_label import Label
 from abl_mlx.outputs.folder import FolderFile
+from abl_mlx.outputs.further_files import FurtherFiles
 from abl_mlx.outputs.gguf import GgufFile
 from abl_mlx.outputs.other_format import NewTypes
 from abl_mlx.outputs.staging import Output, Written
@@ -97,6 +98,14 @@ class ModelFile(Protocol):
     @property
     def size(self) -> int:
         """Bytes of the weights."""
+
+    @property
+    def further(self) -> FurtherFiles:
+        """The further files of the model, looked for once.
+
+        Raises:
+            UserError: when the model's files cannot be read.
+        """
 
     # --- what the files say ---
 

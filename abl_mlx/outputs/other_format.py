@@ -11,6 +11,7 @@ from typing import Any
 from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import further_files, new_parts
 from abl_mlx.outputs.edit_label import gguf_label
+from abl_mlx.outputs.further_files import FurtherFiles
 from abl_mlx.outputs.provenance import TAGS
 from abl_mlx.outputs.staging import FOLDER, GGUF
 from abl_mlx.records.edits import Converted
@@ -89,15 +90,14 @@ def to_gguf(
     )
 
 
-def with_further_files(written: Converted, source: Source, out: Path) -> Converted:
+def with_further_files(written: Converted, further: FurtherFiles, out: Path) -> Converted:
     """Copy the projectors and the draft model of a GGUF beside ``out``, and note it.
 
     Args:
         written: what the record says of the output.
-        source: the GGUF.
+        further: the further files of the GGUF.
         out: the output, already under its final name.
     """
-    further = further_files.of_source(source)
     if written.format == GGUF:
         note = notes.came_along(further.place(out))
     else:

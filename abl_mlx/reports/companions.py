@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from abl_mlx.inputs.sources import Source
-from abl_mlx.outputs import further_files
+from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.outputs.provenance import without_home
 from abl_mlx.outputs.staging import ADAPTERS, GGUF, Output, companions
 from abl_mlx.records.edits import ApplyRecord, EvaluatedEdit, RunRecord, WrittenEdit
@@ -17,8 +14,7 @@ from convert.ollama.description import Beside, modelfile
 
 def write_companions(
     output: Output,
-    source: Source,
-    folder: Path | None,
+    model: ModelFile,
     record: RunRecord | ApplyRecord,
     described: WrittenEdit,
 ) -> None:
@@ -27,23 +23,24 @@ def write_companions(
     A GGUF also gets copies of its source's projectors and draft model beside it.
 
     Args:
-        source: where the source model is.
-        folder: the source's folder, if it is one.
+        model: the source model.
         described: the record's entry about this output.
     """
     record_name = companions(output.path)["record"].name
     places = companions(output.staged)
     places["record"].write_text(to_json(without_home(record)) + "\n", encoding="utf-8")
     if isinstance(record, RunRecord) and record.induced and isinstance(described, EvaluatedEdit):
-        text = induce_tables.card(record, described, source.title, record_name)
+        text = induce_tables.card(record, described, model.source.title, record_name)
     else:
         adapter = output.format in ADAPTERS
-        text = card(record, described, source.title, record_name, adapter=adapter)
+        text = card(record, described, model.source.title, record_name, adapter=adapter)
     places["card"].write_text(text, encoding="utf-8")
     beside = Beside()
     if output.format == GGUF:
-        beside = further_files.of_source(source).copy(output.path, output.staged.parent)
+        beside = model.further.copy(output.path, output.staged.parent)
     # A Modelfile names one file; older versions of Ollama accept only one.
     if "modelfile" in places and output.staged.is_file():
-        text = modelfile(output.staged, folder, output.path.name, kept=source.ollama, beside=beside)
+        text = modelfile(
+            output.staged, model.folder, output.path.name, kept=model.source.ollama, beside=beside
+        )
         places["modelfile"].write_text(text, encoding="utf-8")

@@ -137,7 +137,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     direction_file.save(direction, direction_file.DirectionFile(random_direction(WIDTH, 1)))
     source = model(place / "m.gguf")
     projector(place / "mmproj-m.gguf")
-    abl_mlx("apply", direction, source, "-o", place / "e.gguf")
+    bracketed = place / "b" / "e[1].gguf"
+    abl_mlx("apply", direction, source, "-o", place / "e.gguf", "-o", bracketed)
     abl_mlx("apply", direction, "demo", "-o", place / "edited")
     (place / "edited" / "replies.jsonl").write_text("{}\n")
     (place / "replies.jsonl").write_text("{}\n")
@@ -179,6 +180,12 @@ def test_a_gguf_goes_up_with_what_belongs_to_it(hub: Hub, outputs: Path) -> None
     assert sent["e.gguf"] == (outputs / "e.gguf").read_bytes()
     assert sent["README.md"] == (outputs / "e.README.md").read_bytes()
     assert json.loads(sent["abl.json"])["format_version"] == 1
+
+
+def test_a_name_with_brackets_keeps_its_projector(outputs: Path) -> None:
+    record = abl_mlx("push", outputs / "b" / "e[1].gguf", "me/edited")
+    names = ["Modelfile", "README.md", "abl.json", "e[1].gguf", "mmproj-e[1].gguf"]
+    assert [one["name"] for one in record["files"]] == names
 
 
 def test_a_folder_goes_up_without_what_is_not_the_models(hub: Hub, outputs: Path) -> None:

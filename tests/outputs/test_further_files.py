@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from abl_mlx.cli.main import cli
 from abl_mlx.directions import direction_file
+from abl_mlx.inputs.sources import Source
+from abl_mlx.outputs import further_files
+from abl_mlx.outputs.further_files import FurtherFiles
 from tests.models.test_writers import random_direction
 from tests.support import tiny_gguf
 from tests.support.command import abl_mlx, fails
@@ -66,6 +72,36 @@ def test_a_projector_beside_a_gguf_comes_along(tmp_path: Path, direction: Path) 
     # The TEMPLATE has the turns alone, and Ollama prefers the GGUF's own, which has the rest.
     assert "TEMPLATE" in dict(lines)
     assert shown(out.parent / "edited.Modelfile") == ("completion", "thinking", "tools", "vision")
+
+
+def test_outputs_beside_the_source_each_get_its_projector(
+    tmp_path: Path, direction: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is there already does not count: what lies beside a source is looked for once."""
+    source = model(tmp_path / "m.gguf")
+    seeing = projector(tmp_path / "mmproj-m.gguf").read_bytes()
+    looked: list[Source] = []
+    monkeypatch.setattr(further_files, "of_source", seen(looked, further_files.of_source))
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    arguments = ["apply", direction, source, "-o", first, "-o", second]
+    result = CliRunner().invoke(cli, [*map(str, arguments)])
+    assert result.exit_code == 0, result.stderr
+    for out in (first, second):
+        assert out.with_name(f"mmproj-{out.name}").read_bytes() == seeing
+        assert (
+            f"llama-server -m {out} --mmproj {out.with_name(f'mmproj-{out.name}')}" in result.stderr
+        )
+    assert len(looked) == 1
+
+
+def seen(told: list[Source], find: Callable[[Source], FurtherFiles]) -> Callable[..., FurtherFiles]:
+    """The same function, which keeps what it is called with."""
+
+    def found(source: Source) -> FurtherFiles:
+        told.append(source)
+        return find(source)
+
+    return found
 
 
 def test_of_two_that_fit_none_is_taken(

@@ -10,14 +10,9 @@ those that the converter knows by a hash, so that it is told the pre-tokenizer's
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +21,9 @@ from gguf import GGUFReader
 from convert.gguf.file import GgufSource
 from tests.support import published, tiny
 from tests.support.gguf_recipes import RECIPES
+from tests.support.their_converter import VERSION, TheirConverter
 
 RECORD = Path(__file__).parent / "converter_record.json"
-
-_RUN = """
-import json, sys, traceback
-from pathlib import Path
-where, pre, jobs = sys.argv[1:]
-sys.path.insert(0, where)
-from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
-import convert_hf_to_gguf
-for source, out, kind in json.loads(jobs):
-    sys.argv = ["convert_hf_to_gguf.py", source, "--outfile", out, "--outtype", kind.lower()]
-    try:
-        convert_hf_to_gguf.main()
-    except BaseException:
-        Path(out + ".error").write_text(traceback.format_exc(limit=-2))
-"""
 
 PRE = "qwen2"
 
@@ -111,39 +91,20 @@ UNPUBLISHED = frozenset(
 
 def main() -> None:
     """Write `RECORD`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--python", required=True)
-    parser.add_argument("--llama-cpp", required=True, type=Path)
-    parser.add_argument("--only", default="", help="a part of the names of recipes")
-    given = parser.parse_args()
+    converter = TheirConverter.of_arguments()
     record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     found: dict[str, dict[str, Any]] = record.get("models", {})
     tokenizers: dict[str, Any] = record.get("tokenizers", {})
-    chosen = [name for name in recipes() if given.only in name]
-    with tempfile.TemporaryDirectory() as scratch:
-        jobs, places = [], {}
-        for at, name in enumerate(chosen):
-            folder = published.write(Path(scratch) / f"model{at}", name)
-            for kind in FILE_TYPES:
-                places[name, kind] = Path(scratch) / f"{at}-{kind}.gguf"
-                jobs.append([str(folder), str(places[name, kind]), kind])
-        where = str(given.llama_cpp.resolve())
-        command = [given.python, "-c", _RUN, where, PRE, json.dumps(jobs)]
-        subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}, stderr=subprocess.DEVNULL)
-        for (name, kind), path in places.items():
-            error = path.with_name(path.name + ".error")
-            if error.exists():
-                print(f"{name} {kind}: {error.read_text()}", file=sys.stderr)
-            else:
-                one = described(path)
-                tokenizer = one.pop("tokenizer")
-                one["tokenizer"] = _short(json.dumps(tokenizer).encode())
-                tokenizers[one["tokenizer"]] = tokenizer
-                found.setdefault(name, {})[kind] = one
+    for name, kind, path in converter.written(recipes(), published.write, FILE_TYPES, pre=PRE):
+        one = described(path)
+        tokenizer = one.pop("tokenizer")
+        one["tokenizer"] = _short(json.dumps(tokenizer).encode())
+        tokenizers[one["tokenizer"]] = tokenizer
+        found.setdefault(name, {})[kind] = one
     used = {one["tokenizer"] for kinds in found.values() for one in kinds.values()}
     record = {
         "made by": "python -m tests.support.record_converter",
-        "llama.cpp": "as in llama-cpp-python 0.3.36",
+        "llama.cpp": VERSION,
         "tokenizers": {key: one for key, one in tokenizers.items() if key in used},
         "models": found,
     }
