@@ -188,12 +188,14 @@ def _llama3_factors(scaling: Config, flat: Config, half: int) -> np.ndarray:
     low = float(scaling.get("low_freq_factor") or 1.0)
     high = float(scaling.get("high_freq_factor") or 4.0)
     context = float(scaling.get("original_max_position_embeddings") or 8192)
-    if not low < high:
+    if low > high:
         raise UserError(
-            f"config.json's rope_scaling has low_freq_factor {low:g}, which is not below its "
+            f"config.json's rope_scaling has low_freq_factor {low:g}, which is above its "
             f"high_freq_factor {high:g}: fetch config.json again."
         )
     wavelength = 2 * np.pi * base ** (np.arange(half, dtype=np.float64) / half)
+    if low == high:
+        return np.where(wavelength > context / low, factor, 1.0).astype(np.float32)
     # Short waves keep their length, long ones are stretched by the whole factor, others in between.
     share = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
     return (1.0 / ((1.0 - share) / factor + share)).astype(np.float32)

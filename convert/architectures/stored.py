@@ -162,15 +162,28 @@ def _parts(
 
 def alternate_columns(folder: Folder, path: str, source: str) -> list[Weight]:
     """The same of biases (E, 2 f) and of transposed matrices (E, n, 2 f)."""
+    columns = folder.shapes[source][-1]
+    return _column_parts(folder, path, source, (np.arange(0, columns, 2), np.arange(1, columns, 2)))
+
+
+def halved_columns(folder: Folder, path: str, source: str) -> list[Weight]:
+    """The gate's columns before those of up, in transposed matrices (E, n, 2 f)."""
+    gate, up = np.split(np.arange(folder.shapes[source][-1]), 2)
+    return _column_parts(folder, path, source, (gate, up))
+
+
+def _column_parts(
+    folder: Folder, path: str, source: str, parts: tuple[np.ndarray, np.ndarray]
+) -> list[Weight]:
     *lead, columns = folder.shapes[source]
     return [
         Weight(
             path.replace("gate_up_proj", f"{name}_proj"),
-            (Piece(source, columns=np.arange(at, columns, 2)),),
+            (Piece(source, columns=part),),
             (*lead, columns // 2),
             SWAPPED if len(lead) > 1 else None,
         )
-        for at, name in enumerate(("gate", "up"))
+        for name, part in zip(("gate", "up"), parts, strict=True)
     ]
 
 

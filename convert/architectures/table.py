@@ -16,6 +16,7 @@ from convert.architectures.families import (
     granite,
     lfm2,
     llama,
+    llama4,
     mistral3,
     others,
     phi,
@@ -25,7 +26,20 @@ from convert.architectures.families import (
 )
 
 _GROUPS = (
-    *(llama, mistral3, qwen, qwen_hybrid, qwen_vl, gemma, gemma4, phi, cohere, dense, ernie),
+    *(
+        llama,
+        llama4,
+        mistral3,
+        qwen,
+        qwen_hybrid,
+        qwen_vl,
+        gemma,
+        gemma4,
+        phi,
+        cohere,
+        dense,
+        ernie,
+    ),
     *(granite, deepseek, gpt_oss, lfm2, others),
 )
 

@@ -26,9 +26,6 @@ from tests.support.record_projectors import told
 #: One form of each family.
 FAMILIES = [name for name in seeing.FAMILIES if "," not in name]
 
-#: Those whose language model is written as a GGUF.
-TO_GGUF = [name for name in FAMILIES if name != "llama4"]
-
 
 def direction_for(folder: Path, place: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
@@ -69,7 +66,7 @@ def test_an_edited_folder_keeps_its_tower_and_the_settings_of_pictures(
     assert towers.find(tmp_path / "out").sources == tower.sources  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", TO_GGUF)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_an_edited_gguf_has_the_tower_unedited_beside_it(name: str, tmp_path: Path) -> None:
     source = seeing.write(tmp_path / "source", name)
     out = tmp_path / "out" / "edited.gguf"
@@ -140,7 +137,7 @@ def test_in_ollamas_store_the_tower_is_a_layer(
     assert not list(tmp_path.glob("*.gguf"))
 
 
-@pytest.mark.parametrize("name", TO_GGUF)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_answers_about_pictures(name: str, tmp_path: Path) -> None:
     source = seeing.write(tmp_path / "source", name)
     abl_mlx("convert", source, tmp_path / "m.gguf")

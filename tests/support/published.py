@@ -51,6 +51,7 @@ CLASSES = {
     "lfm2": "Lfm2ForCausalLM",
     "lfm2_moe": "Lfm2MoeForCausalLM",
     "llama": "LlamaForCausalLM",
+    "llama4": "Llama4ForConditionalGeneration",
     "ministral3": "Ministral3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "nemotron": "NemotronForCausalLM",
@@ -291,6 +292,27 @@ def _gpt_oss(config: Config, values: Values) -> Values:
     return found
 
 
+def _llama4(config: Config, values: Values) -> Values:
+    # As of Llama 4 Scout: both limits are one.
+    config["text_config"]["rope_scaling"] |= {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 64,
+    }
+    found: Values = {}
+    for name, one in values.items():
+        if ".experts." not in name:
+            found[name] = one
+            continue
+        new, turned = name.removesuffix(".weight"), one.swapaxes(1, 2)
+        if "gate_proj" in name:
+            up = values[name.replace("gate_proj", "up_proj")].swapaxes(1, 2)
+            found[new.replace("gate_proj", "gate_up_proj")] = np.concatenate((turned, up), axis=2)
+        elif "down_proj" in name:
+            found[new] = turned
+    return found
+
+
 def _ernie(config: Config, values: Values) -> Values:
     found = _singly(values, {})
     for name in values:
@@ -487,6 +509,7 @@ _PUBLISHED: dict[str, Callable[[Config, Values], Values]] = {
     "lfm2": _lfm2,
     "lfm2_moe": _lfm2_moe,
     "gpt_oss": _gpt_oss,
+    "llama4": _llama4,
     "ernie4_5_moe": _ernie,
     "gemma4_text": _gemma4,
     "qwen3_next": _qwen3_next,

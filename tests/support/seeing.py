@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from tests.support import published, tiny, zoo
+from tests.support import published, tiny
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -36,7 +36,7 @@ class Seeing:
     """A family of models that see.
 
     Attributes:
-        recipe: the language model: a recipe's name, or None for one of `tests.support.zoo`.
+        recipe: the name of the language model's recipe.
         model_type, klass: model_type of config.json and the class that llama.cpp's converter goes
             by.
         vision: vision_config.
@@ -50,7 +50,7 @@ class Seeing:
         token: the text of a token that the tokenizer has.
     """
 
-    recipe: str | None
+    recipe: str
     model_type: str
     klass: str
     vision: dict[str, Any]
@@ -320,12 +320,12 @@ FAMILIES: dict[str, Seeing] = {
         token="[IMG_BREAK]",
     ),
     "llama4": Seeing(
-        None,
+        "llama4",
         "llama4",
         "Llama4ForConditionalGeneration",
         {**_SIZES, "model_type": "llama4_vision_model", "pixel_shuffle_ratio": 0.5},
         _llama4,
-        text={"model_type": "llama4_text"},
+        text=None,
     ),
 }
 """A name -> the family, in some form."""
@@ -352,7 +352,7 @@ def write(folder: Path, name: str, *, mlx: bool = False, dtype: str = "float32")
         dtype: of every tensor.
     """
     family = FAMILIES[name]
-    _write_language_model(folder, family, dtype)
+    published.write(folder, family.recipe, dtype)
     text = json.loads((folder / "config.json").read_text())
     special = {key: text[key] for key in ("eos_token_id", "bos_token_id") if key in text}
     if family.text is None:
@@ -381,24 +381,6 @@ def write(folder: Path, name: str, *, mlx: bool = False, dtype: str = "float32")
         weights[to] = mx.array(np.ascontiguousarray(value)).astype(getattr(mx, dtype))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     return folder
-
-
-def _write_language_model(folder: Path, family: Seeing, dtype: str) -> None:
-    """Write the language model alone, as a folder with keys of text_config in config.json."""
-    if family.recipe is not None:
-        published.write(folder, family.recipe, dtype)
-        return
-    folder.mkdir(parents=True)
-    special = tiny.write_tokenizer(folder, "bpe")
-    config = zoo.config(family.model_type)
-    config["text_config"]["vocab_size"] = tiny.VOCAB_SIZE
-    weights = {
-        name: value.astype(getattr(mx, dtype))
-        for name, value in tiny.hf_weights(zoo.build(config)).items()
-    }
-    text = {**special, **config["text_config"], "architectures": []}
-    (folder / "config.json").write_text(json.dumps(text))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
 
 
 def _add_token(folder: Path, text: str) -> None:

@@ -134,6 +134,6 @@ ARCHITECTURES = (
         InMlx(qwen_config("qwen3"), PLAIN),
         (FromFolder(("qwen3",)),),
     ),
-    *edited("llama4 deci mistral4", plain()),
+    *edited("deci mistral4", plain()),
     *refused("llama-embed", EMBEDS),
 )

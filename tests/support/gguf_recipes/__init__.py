@@ -11,13 +11,27 @@ from tests.support.gguf_recipes import (
     granite,
     lfm2,
     llama,
+    llama4,
     phi,
     qwen,
     qwen_vl,
 )
 from tests.support.tiny_gguf import Recipe
 
-_GROUPS = (llama, qwen, qwen_vl, gemma, phi, cohere, granite, dense, deepseek, gpt_oss, lfm2)
+_GROUPS = (
+    llama,
+    llama4,
+    qwen,
+    qwen_vl,
+    gemma,
+    phi,
+    cohere,
+    granite,
+    dense,
+    deepseek,
+    gpt_oss,
+    lfm2,
+)
 
 RECIPES: dict[str, Recipe] = {
     name: recipe for group in _GROUPS for name, recipe in group.RECIPES.items()
