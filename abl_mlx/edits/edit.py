@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.edits import projection
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import Writer
 from abl_mlx.support.arrays import numpy_of
 from convert.base.errors import UserError
@@ -82,6 +83,32 @@ class Edit:
             and self.norm == "none"
             and self.pin is None
         )
+
+    def parameters(self, writer: Writer) -> tuple[str, ...]:
+        """Which of ``weight`` and ``bias`` the edit changes, of those that the writer has."""
+        return ("weight", "bias") if writer.has_bias else ("weight",)
+
+    def axis(self, writer: Writer, parameter: str) -> int:
+        """The axis along which the lines of a parameter run: the residual stream's."""
+        return stream_axis(writer.kind, parameter)
+
+    def of_rows(self, rows: slice) -> Edit:
+        """The edit of a part of each tensor: itself, because no row differs from the others."""
+        return self
+
+    def low_rank(self, writer: Writer, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of the change of a weight at strength 1, (…, out, k) and (…, k, in), float32.
+
+        Args:
+            writer: the writer.
+            along: the weight's components along the directions.
+        """
+        basis = numpy_of(self.basis(writer))
+        along = self.taken(writer, along, self.axis(writer, "weight")) / np.float32(self.strength)
+        if writer.kind == "embedding":
+            return along, -basis
+        left = np.broadcast_to(-basis.T, (*along.shape[:-2], *basis.T.shape))
+        return np.ascontiguousarray(left), along
 
     def strength_of(self, writer: Writer) -> float:
         """The strength α for one writer."""
@@ -162,7 +189,7 @@ def stream_axis(kind: str, parameter: str) -> int:
     return -1 if kind == "embedding" or parameter == "bias" else -2
 
 
-def target(edit: Edit, writer: Writer, parameter: str, values: mx.array) -> mx.array:
+def target(edit: WeightEdit, writer: Writer, parameter: str, values: mx.array) -> mx.array:
     """The exact edited values, in float32, of a writer's ``weight`` or ``bias``.
 
     Args:
@@ -175,9 +202,9 @@ def target(edit: Edit, writer: Writer, parameter: str, values: mx.array) -> mx.a
     return mx.array(exact(edit, writer, parameter, numpy_of(values)))
 
 
-def exact(edit: Edit, writer: Writer, parameter: str, values: np.ndarray) -> np.ndarray:
+def exact(edit: WeightEdit, writer: Writer, parameter: str, values: np.ndarray) -> np.ndarray:
     """The exact edited values as by `target`, for a NumPy array; the same on every CPU."""
-    axis = stream_axis(writer.kind, parameter)
+    axis = edit.axis(writer, parameter)
     projected = _projected(edit, writer, values, axis)
     if edit.norm == "none" or parameter == "bias":
         return projected
@@ -187,7 +214,7 @@ def exact(edit: Edit, writer: Writer, parameter: str, values: np.ndarray) -> np.
     return rescaled
 
 
-def _projected(edit: Edit, writer: Writer, values: np.ndarray, axis: int) -> np.ndarray:
+def _projected(edit: WeightEdit, writer: Writer, values: np.ndarray, axis: int) -> np.ndarray:
     basis = numpy_of(edit.basis(writer))
     taken = edit.taken(writer, projection.along(basis, values, axis), axis)
     return projection.without(basis, taken, values, axis)
@@ -199,7 +226,7 @@ def _lengths(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def rounded(
-    edit: Edit, writer: Writer, parameter: str, exact: mx.array, dtype: mx.Dtype
+    edit: WeightEdit, writer: Writer, parameter: str, exact: mx.array, dtype: mx.Dtype
 ) -> mx.array:
     """Exact edited values rounded to a float dtype so that the edit's component is preserved.
 
@@ -215,7 +242,7 @@ def rounded(
         exact: float32, the result of `target`.
         dtype: the float type to round to.
     """
-    basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
+    basis, axis = numpy_of(edit.basis(writer)), edit.axis(writer, parameter)
     wanted = numpy_of(exact)
 
     def stored(values: np.ndarray) -> tuple[mx.array, np.ndarray, np.ndarray]:
@@ -274,7 +301,9 @@ class Leak:
         return float((self.error2 / self.target2) ** 0.5) if self.target2 else 0.0
 
 
-def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: mx.array) -> Leak:
+def leak(
+    edit: WeightEdit, writer: Writer, parameter: str, source: mx.array, written: mx.array
+) -> Leak:
     """The leak of one parameter.
 
     Args:
@@ -282,7 +311,7 @@ def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: 
         source: its values before the edit, float32.
         written: its values as read back from the output, float32.
     """
-    basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
+    basis, axis = numpy_of(edit.basis(writer)), edit.axis(writer, parameter)
     before, after = numpy_of(source), numpy_of(written)
     wanted = exact(edit, writer, parameter, before)
     # Keeping the norms of rows undoes a part of the removal; that part counts as missing.
@@ -293,10 +322,10 @@ def leak(edit: Edit, writer: Writer, parameter: str, source: mx.array, written: 
 
 
 def _taken(
-    edit: Edit, writer: Writer, parameter: str, source: np.ndarray, wanted: np.ndarray
+    edit: WeightEdit, writer: Writer, parameter: str, source: np.ndarray, wanted: np.ndarray
 ) -> np.ndarray:
     """The components that the edit removes, rounded to float32 only once where possible."""
-    basis, axis = numpy_of(edit.basis(writer)), stream_axis(writer.kind, parameter)
+    basis, axis = numpy_of(edit.basis(writer)), edit.axis(writer, parameter)
     if edit.norm == "columns" and parameter != "bias":
         return projection.along(basis, source - wanted, axis)
     taken: np.ndarray = edit.taken(writer, projection.along(basis, source, axis), axis)

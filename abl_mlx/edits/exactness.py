@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx.edits.edit import Edit, orthonormal
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import around
 from abl_mlx.models.writers import Writer, find_writers
@@ -123,7 +124,7 @@ def _larger(before: mx.array | None, states: mx.array, basis: mx.array) -> mx.ar
 
 def check(
     chat: ChatModel,
-    edit: Edit,
+    edit: WeightEdit,
     sequences: Sequence[Sequence[int]],
     *,
     limit: float = LIMIT,
@@ -145,7 +146,7 @@ def check(
         UserError: when it exceeds ``limit``; with the first such layer, and the module that writes
             most of it.
     """
-    if not is_complete(edit):
+    if not isinstance(edit, Edit) or not is_complete(edit):
         return None
     writers = find_writers(chat) if writers is None else writers
     layers, outputs = by_layer(chat, writers, sequences, edit.directions)

@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.edits import edit, projection, rounding
-from abl_mlx.edits.edit import Edit, Leak, stream_axis
+from abl_mlx.edits.edit import Leak
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import Writer
 from abl_mlx.support.arrays import numpy_of
 from convert.base.errors import UserError
@@ -35,8 +36,8 @@ class Edited(Protocol):
         """The tensor's name, for messages."""
 
     @property
-    def edit(self) -> Edit:
-        """The edit."""
+    def edit(self) -> WeightEdit:
+        """The edit; of the rows of a slab only, where that is what is edited."""
 
     @property
     def writer(self) -> Writer:
@@ -65,7 +66,7 @@ def slabs(shape: tuple[int, ...], axis: int, block: int) -> Iterator[Slab]:
 
     Args:
         shape: (out, in), (E, out, in), (V, d) or (d,).
-        axis: the axis of the residual stream, -1 or -2; a slab holds all of this axis.
+        axis: the axis along which the edit's lines run, -1 or -2; a slab holds whole lines.
         block: weights in a block of the type; a slab has whole blocks.
     """
     n = shape[-1]
@@ -111,7 +112,7 @@ def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
             f"{one.name} holds NaN or infinity after the edit: the file is damaged, or --strength "
             "is too large."
         )
-    axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
+    axis = 1 if one.edit.axis(one.writer, one.parameter) == -1 else 0
     basis, stream = numpy_of(one.edit.basis(one.writer)), axis - 2
     if one.edit.norm == "none":
         along = projection.along(basis, source, stream)
@@ -133,7 +134,7 @@ def leak(one: Edited, source: np.ndarray, written: np.ndarray) -> Leak:
         one: the edit of the tensor.
         source, written: float32, (R, n).
     """
-    axis = 1 if stream_axis(one.writer.kind, one.parameter) == -1 else 0
+    axis = 1 if one.edit.axis(one.writer, one.parameter) == -1 else 0
     if one.edit.norm != "none":
         return edit.leak(one.edit, one.writer, one.parameter, mx.array(source), mx.array(written))
     basis = numpy_of(one.edit.basis(one.writer))

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from abl_mlx.edits.edit import Edit, orthonormal
+from abl_mlx.edits.update import Update
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import Around, around, around_method
 from abl_mlx.models.residuals import residual
@@ -27,7 +29,7 @@ from convert.base.errors import UserError
 
 @contextmanager
 def ablation(
-    writers: Sequence[Writer], edit: Edit, strengths: Mapping[str, mx.array] | None = None
+    writers: Sequence[Writer], edit: WeightEdit, strengths: Mapping[str, mx.array] | None = None
 ) -> Iterator[None]:
     """Context manager that applies a weight edit to the outputs of the writers that it edits.
 
@@ -46,20 +48,36 @@ def ablation(
     if edit.norm != "none":
         raise UserError(f"--norm {edit.norm} can be applied to weights only, not at runtime.")
     chosen = edit.chosen(writers)
+    if isinstance(edit, Update):
+        with around([(writer.module, _added(edit, writer)) for writer in chosen]):
+            yield
+        return
     with ExitStack() as stack:
         stack.enter_context(
             around([(writer.module, _projected(edit, writer, strengths)) for writer in chosen])
         )
         for writer in chosen:
-            if writer.tied:
+            if writer.tied and isinstance(edit, Edit):
                 stack.enter_context(
                     around_method(writer.module, "as_linear", _projected_head(edit, writer))
                 )
         yield
 
 
+def _added(edit: Update, writer: Writer) -> Around:
+    found = edit.factors[writer.layer]
+    left, right = mx.array(edit.strength * found.left), mx.array(found.right)
+
+    def wrapper(call: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        output = call(x, *args, **kwargs)
+        more = (x.astype(mx.float32) @ right.T) @ left.T
+        return output + more.astype(output.dtype)
+
+    return wrapper
+
+
 def _projected(
-    edit: Edit, writer: Writer, strengths: Mapping[str, mx.array] | None = None
+    edit: WeightEdit, writer: Writer, strengths: Mapping[str, mx.array] | None = None
 ) -> Around:
     basis = edit.basis(writer)
     scaled = (strengths or {}).get(writer.component)

@@ -19,7 +19,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from abl_mlx.edits import projection
-from abl_mlx.edits.edit import Edit, Leak, stream_axis
+from abl_mlx.edits.edit import Leak
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.hooks import Around, around
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.gguf_plan import TensorPlan, read, slabs, values_of
@@ -35,11 +36,11 @@ SLAB = 1 << 23
 
 @dataclass(frozen=True)
 class Components:
-    """A weight's components along the directions, and its squared norm.
+    """A weight's components along an edit's basis, and its squared norm.
 
     Attributes:
-        along: float32: UᵀW, (k, n) for a linear weight, (E, k, n) for experts; or for an embedding
-            E Uᵀ, (V, k).
+        along: float32: for lines of axis -2 UᵀW, (k, n) or (E, k, n) for experts; of axis -1, as
+            an embedding has, W Uᵀ, (V, k).
         square: ‖W‖².
     """
 
@@ -51,7 +52,9 @@ Parts = Iterable[tuple[tuple[Any, ...], mx.array]]
 """A weight in parts: pairs of an index into the whole array and the float32 values there."""
 
 
-def components(edit: Edit, writer: Writer, shape: tuple[int, ...], parts: Parts) -> Components:
+def components(
+    edit: WeightEdit, writer: Writer, shape: tuple[int, ...], parts: Parts
+) -> Components:
     """Compute a weight's components and norm, reading it once, part by part.
 
     Args:
@@ -65,12 +68,12 @@ def components(edit: Edit, writer: Writer, shape: tuple[int, ...], parts: Parts)
     """
     basis = numpy_of(edit.basis(writer))
     k = len(basis)
-    embedding = writer.kind == "embedding"
-    out = np.zeros((shape[0], k) if embedding else (*shape[:-2], k, shape[-1]), np.float32)
+    across = edit.axis(writer, "weight") == -1
+    out = np.zeros((*shape[:-1], k) if across else (*shape[:-2], k, shape[-1]), np.float32)
     square = 0.0
     for index, values in parts:
         here = numpy_of(values)
-        if embedding:
+        if across:
             along = projection.along(basis, here, -1)
             where: tuple[Any, ...] = index[:-1]
         else:
@@ -83,34 +86,29 @@ def components(edit: Edit, writer: Writer, shape: tuple[int, ...], parts: Parts)
     return Components(out, square)
 
 
-def change(edit: Edit, writer: Writer, along: np.ndarray) -> LowRank:
+def change(edit: WeightEdit, writer: Writer, along: np.ndarray) -> LowRank:
     """The change of a weight for an adapter whose scale is the edit's strength."""
     if edit.norm != "none":
         raise UserError(
             f"--norm {edit.norm} changes every weight, which no adapter of a small rank can: write "
             "an edited model instead."
         )
-    basis = np.asarray(edit.basis(writer).astype(mx.float32))
-    along = edit.taken(writer, along, stream_axis(writer.kind, "weight")) / np.float32(
-        edit.strength
-    )
-    if writer.kind == "embedding":
-        return LowRank("embedding", along, -basis)
-    left = np.broadcast_to(-basis.T, (*along.shape[:-2], *basis.T.shape))
-    return LowRank(writer.kind, np.ascontiguousarray(left), along)
+    return LowRank(writer.kind, *edit.low_rank(writer, along))
 
 
-def leak_of(edit: Edit, writer: Writer, found: Components, scale: float, one: LowRank) -> Leak:
+def leak_of(
+    edit: WeightEdit, writer: Writer, found: Components, scale: float, one: LowRank
+) -> Leak:
     """The leak when ``scale · one`` is added to the weight.
 
     The difference to the exact edit, scale · left @ right + α U(UᵀW), has rank 2k, so its norm is
     computed from its factors.
     """
     basis = np.asarray(edit.basis(writer).astype(mx.float32)).astype(np.float64)
-    along = found.along.astype(np.float64)
-    taken = edit.taken(writer, along, stream_axis(writer.kind, "weight"))
+    along, axis = found.along.astype(np.float64), edit.axis(writer, "weight")
+    taken = edit.taken(writer, along, axis)
     left, right = one.left.astype(np.float64), one.right.astype(np.float64)
-    if writer.kind == "embedding":
+    if axis == -1:
         missing = scale * left @ (right @ basis.T) + taken
         factors = np.concatenate([scale * left, taken], -1), np.concatenate([right, basis])
     else:
@@ -128,7 +126,7 @@ def leak_of(edit: Edit, writer: Writer, found: Components, scale: float, one: Lo
     return Leak(float((missing**2).sum()), wanted, max(error2, 0.0), target2)
 
 
-def bias_leak(edit: Edit, writer: Writer, bias: mx.array) -> Leak:
+def bias_leak(edit: WeightEdit, writer: Writer, bias: mx.array) -> Leak:
     """The leak of a bias that is left unchanged: its whole share of the edit is missing."""
     basis = np.asarray(edit.basis(writer).astype(mx.float32)).astype(np.float64)
     values = np.asarray(bias.astype(mx.float32)).astype(np.float64)
@@ -138,10 +136,10 @@ def bias_leak(edit: Edit, writer: Writer, bias: mx.array) -> Leak:
     return Leak(missing, missing, missing, float((target * target).sum()))
 
 
-def untouched_leak(edit: Edit, writer: Writer, found: Components) -> Leak:
+def untouched_leak(edit: WeightEdit, writer: Writer, found: Components) -> Leak:
     """The leak of a weight that is left unchanged: its whole share of the edit is missing."""
     along = found.along.astype(np.float64)
-    taken = edit.taken(writer, along, stream_axis(writer.kind, "weight"))
+    taken = edit.taken(writer, along, edit.axis(writer, "weight"))
     missing = float((taken * taken).sum())
     target2 = found.square - 2 * float((taken * along).sum()) + missing
     return Leak(missing, missing, missing, target2)
@@ -195,7 +193,7 @@ def _rows(module: nn.Module, index: tuple[Any, ...]) -> mx.array:
 
 def tensor_parts(gguf: GgufSource, one: TensorPlan) -> Parts:
     """A tensor of a GGUF in float32, a slab at a time."""
-    shape, axis = gguf.tensors[one.name].shape, stream_axis(one.writer.kind, one.parameter)
+    shape, axis = gguf.tensors[one.name].shape, one.axis
     raw = gguf.raw(one.name)
     for slab in slabs(shape, axis, GGML_QUANT_SIZES[one.old][0]):
         values = mx.array(values_of(read(raw, one.old, slab)))

@@ -10,8 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx.edits.edit import Edit, Leak, total_leak
+from abl_mlx.edits.edit import Leak, total_leak
 from abl_mlx.edits.leak import LeakReport
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models import from_gguf
 from abl_mlx.models.chat_model import ChatModel
@@ -88,7 +89,7 @@ def check_leak(
 
 def write_mlx(
     chat: ChatModel,
-    edit: Edit,
+    edit: WeightEdit,
     writers: Sequence[Writer],
     output: Output,
     label: Mapping[str, Any],
@@ -132,7 +133,7 @@ def write_mlx(
         leaks[f"{writer.path}.weight"] = leak_of(
             edit, writer, found[writer.path], written.scale, one
         )
-        if writer.has_bias:
+        if "bias" in edit.parameters(writer):
             biases.append(f"{writer.path}.bias")
             leaks[biases[-1]] = bias_leak(edit, writer, writer.module["bias"])
     check_leak(output.path, leaks, biases, max_leak)

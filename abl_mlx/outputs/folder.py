@@ -15,8 +15,8 @@ import numpy as np
 
 from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
-from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Induction
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models import chat_model, context_length, memory, prompt_tokens
 from abl_mlx.models.chat_model import ChatModel
@@ -232,7 +232,7 @@ class FolderFile(ExitStack):
 
     def plan(
         self,
-        edit: Edit,
+        edit: WeightEdit,
         direction: DirectionFile,
         paths: Sequence[Path],
         loaded: LoadedModel | None,
@@ -266,7 +266,7 @@ class FolderFile(ExitStack):
     def convert(self, out: Path, types: NewTypes) -> Converted:
         return other_format.to_gguf(self.source, self.label(), out, types)
 
-    def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
+    def taken(self, edit: WeightEdit, label: Label, of: Tensors) -> dict[str, Taken]:
         plan = undo_folder.plan(self.source, self.lazily, self.files, edit, mtp=label.mtp)
         return {name: taken(one, of.values(name)) for name, one in plan.edits.items()}
 

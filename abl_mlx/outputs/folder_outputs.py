@@ -16,8 +16,8 @@ from abl_mlx.behaviour import evaluate
 from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
-from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.leak import LeakReport
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel
@@ -134,7 +134,7 @@ class FolderEdit:
     source: Source
     files: TensorFiles
     loaded: LoadedModel
-    edit: Edit
+    edit: WeightEdit
     direction: DirectionFile
     editing: Editing
     writing: Writing

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from abl_mlx.edits.edit import Edit, Leak, leak, rounded, target
+from abl_mlx.edits.edit import Leak, leak, rounded, target
 from abl_mlx.edits.leak import LeakReport
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.chat_model import ChatModel, skeleton
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs import head_copy
@@ -31,7 +32,7 @@ class TensorEdit:
         transposed: whether the last two axes are swapped in the file.
     """
 
-    edit: Edit
+    edit: WeightEdit
     writer: Writer
     parameter: str
     transposed: bool = False
@@ -112,7 +113,7 @@ class Plan:
 def plan(
     chat: ChatModel,
     files: TensorFiles,
-    edit: Edit,
+    edit: WeightEdit,
     writers: Sequence[Writer],
     *,
     writer_bits: str | None = None,
@@ -159,9 +160,9 @@ def plan(
         return True
 
     for writer in chosen:
-        for path in writer.parameters:
+        for parameter in edit.parameters(writer):
+            path = f"{writer.path}.{parameter}"
             stored = places[path]
-            parameter = path.rsplit(".", 1)[1]
             for name in stored.tensors:
                 if not add(name, writer, parameter, stored.transposed, widths[writer.path]):
                     floats[path] = stored
@@ -185,7 +186,7 @@ def plan(
 def _prediction_parts(
     chat: ChatModel,
     files: TensorFiles,
-    edit: Edit,
+    edit: WeightEdit,
     writers: Sequence[Writer],
     places: Mapping[str, Stored],
 ) -> list[prediction.Part]:

@@ -15,8 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.edits import rounding
-from abl_mlx.edits.edit import Edit, Leak, rounded, stream_axis
+from abl_mlx.edits.edit import Leak, rounded
 from abl_mlx.edits.slabs import Slab, exact_edit, leak, sample, slabs
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import Writer
 from convert.base.errors import UserError
 from convert.base.grids import Grid
@@ -42,7 +43,7 @@ class MatrixEdit:
         module: its name in config.json's "quantization"; empty if that is the writer's path.
     """
 
-    edit: Edit
+    edit: WeightEdit
     writer: Writer
     old: Matrix
     new: Matrix | None
@@ -58,8 +59,12 @@ class MatrixEdit:
 
     @property
     def axis(self) -> int:
-        """The axis of the residual stream in the weight: -1 or -2."""
-        return stream_axis(self.writer.kind, self.parameter)
+        """The axis along which the edit's lines run in the weight: -1 or -2."""
+        return self.edit.axis(self.writer, self.parameter)
+
+    def part(self, slab: Slab) -> MatrixEdit:
+        """The edit of a slab's rows."""
+        return replace(self, edit=self.edit.of_rows(slab.rows))
 
     @property
     def is_promoted(self) -> bool:
@@ -122,7 +127,7 @@ def better_source(files: TensorFiles, one: MatrixEdit) -> str:
     part = sample(one.old.shape, one.axis, one.old.quantization.group_size)
     own = one.old.read(files, part.rows, part.columns)
     found = encoders(one.old.codec, own.frame.global_scale)
-    return rounding.better_source(own, exact_edit(one, own.values()), found)
+    return rounding.better_source(own, exact_edit(one.part(part), own.values()), found)
 
 
 def edit_slab(one: MatrixEdit, own: Grid, source: str, *, plain: bool = False) -> Rows:
@@ -174,7 +179,7 @@ def rewrite(
         waiting: dict[str, np.ndarray] = {}
         for slab in slabs(one.old.shape, one.axis, _cut(one)):
             own = one.old.read(files, slab.rows, slab.columns)
-            parts = _named(one, edit_slab(one, own, source, plain=plain))
+            parts = _named(one, edit_slab(one.part(slab), own, source, plain=plain))
             one.old.release(files)
             for name, part in parts.items():
                 if slab.columns == slice(0, n):
@@ -215,7 +220,7 @@ def compare(before: TensorFiles, after: TensorFiles, one: MatrixEdit) -> Leak:
     total = Leak()
     for slab in slabs(one.old.shape, one.axis, _cut(one)):
         old = one.old.read(before, slab.rows, slab.columns).values()
-        total += leak(one, old, _written(after, one, slab))
+        total += leak(one.part(slab), old, _written(after, one, slab))
         one.old.release(before)
         for name in one.tensors():
             after.release(name)

@@ -17,6 +17,7 @@ from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import Edit, stream_axis
 from abl_mlx.edits.steering import Induction
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models import context_length, from_gguf, prompt_tokens
 from abl_mlx.models.chat_model import ChatModel
@@ -258,7 +259,7 @@ class GgufFile(ExitStack):
 
     def plan(
         self,
-        edit: Edit,
+        edit: WeightEdit,
         direction: DirectionFile,
         paths: Sequence[Path],
         loaded: LoadedModel | None,
@@ -302,7 +303,7 @@ class GgufFile(ExitStack):
         written = write(self.gguf, out, types)
         return other_format.with_further_files(written, self.further, out)
 
-    def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
+    def taken(self, edit: WeightEdit, label: Label, of: Tensors) -> dict[str, Taken]:
         # The label has the regular expression of --tensors, which finds the same tensors again.
         writers = self.named_writers(label.tensors)
         if label.mtp:

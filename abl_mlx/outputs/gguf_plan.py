@@ -14,9 +14,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from abl_mlx.edits import rounding
-from abl_mlx.edits.edit import Edit, Leak, rounded, stream_axis
+from abl_mlx.edits.edit import Leak, rounded, stream_axis
 from abl_mlx.edits.leak import Details
 from abl_mlx.edits.slabs import SLAB, Slab, exact_edit, leak, sample, slabs
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.from_gguf import writer_of
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.folder_plan import TensorEdit
@@ -54,12 +55,21 @@ class TensorPlan:
     """
 
     name: str
-    edit: Edit
+    edit: WeightEdit
     writer: Writer
     parameter: str
     old: GGMLQuantizationType
     new: GGMLQuantizationType
     importance: np.ndarray | None = None
+
+    @property
+    def axis(self) -> int:
+        """The axis along which the edit's lines run: -1 or -2."""
+        return self.edit.axis(self.writer, self.parameter)
+
+    def part(self, slab: Slab) -> TensorPlan:
+        """The edit of a slab's rows."""
+        return replace(self, edit=self.edit.of_rows(slab.rows))
 
     def weights(self, slab: Slab, shape: tuple[int, ...]) -> np.ndarray | None:
         """The importance of a slab's columns, (columns,), of a tensor of this shape."""
@@ -71,7 +81,7 @@ class TensorPlan:
 
 def plan(
     source: GgufSource,
-    edit: Edit,
+    edit: WeightEdit,
     writers: list[GgufWriter],
     *,
     quantization: Quantization | None = None,
@@ -93,8 +103,10 @@ def plan(
     for writer, one in found:
         if not edit.touches(writer):
             continue
-        parameters = {"weight": one.name, **({"bias": one.bias} if one.bias else {})}
-        for parameter, name in parameters.items():
+        names = {"weight": one.name, "bias": one.bias}
+        for parameter in edit.parameters(writer):
+            name = names[parameter]
+            assert name is not None  # the edit changes only what the writer has
             entry = source.tensors[name]
             axis = stream_axis(writer.kind, parameter)
             width = entry.shape[axis]
@@ -148,13 +160,12 @@ def encoders(kind: GGMLQuantizationType, importance: np.ndarray | None = None) -
 
 def better_source(one: TensorPlan, raw: np.ndarray, shape: tuple[int, ...]) -> str:
     """``own`` or ``fresh``: the result of `rounding.better_source` for a sample of a tensor."""
-    stream = stream_axis(one.writer.kind, one.parameter)
-    part = sample(shape, stream, _block(one.old)[0])
+    part = sample(shape, one.axis, _block(one.old)[0])
     own: Any = read(raw, one.old, part)
     if isinstance(own, FloatGrid):
         return "own"  # a float type, which has no grid to choose
     importance = one.weights(part, shape)
-    edited = replace(exact_edit(one, own.values()), importance=importance)
+    edited = replace(exact_edit(one.part(part), own.values()), importance=importance)
     return rounding.better_source(own, edited, encoders(one.new, importance))
 
 
@@ -169,7 +180,7 @@ def edit_slab(
     """The bytes, uint8 (R, bytes_per_row), of an edited slab in the tensor's new type.
 
     Args:
-        one: the edit.
+        one: the edit of the slab's rows.
         decoded: the slab, from `read`.
         source: ``own`` or ``fresh``: the grid to round to.
         plain: round every weight to its nearest level, without preserving the edit.
@@ -211,7 +222,7 @@ def quantize(
         uint8, (..., bytes_per_row).
     """
     codec: Any = ggml_types.quantized_codec(kind)
-    stream = stream_axis(one.writer.kind, one.parameter)
+    stream = one.edit.axis(one.writer, one.parameter)
     rows = values.reshape(-1, values.shape[-1])
     basis = np.asarray(one.edit.basis(one.writer).astype(mx.float32))
     out = np.empty((len(rows), values.shape[-1] // codec.block * codec.size), np.uint8)
@@ -314,7 +325,7 @@ def _edited_rows(
         grid, plain: as for `replacement`.
         done: called with the number of weights just edited.
     """
-    axis = stream_axis(one.writer.kind, one.parameter)
+    axis = one.axis
     block, size = _block(one.new)
     n, grid_source = shape[-1], grid if one.new == one.old else "fresh"
     if grid_source == "auto" and not plain:
@@ -348,14 +359,14 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> tuple[Lea
             f"{one.name} has the shape {written.shape} in {after.parts[0]} and {entry.shape} in "
             f"{before.parts[0]}: these are not the same model."
         )
-    axis = stream_axis(one.writer.kind, one.parameter)
+    axis = one.axis
     cut = max(_block(entry.type)[0], _block(written.type)[0])
     old, new = before.raw(one.name), after.raw(one.name)
     same = entry.type == written.type
     total, codes, weights = Leak(), 0, 0
     for slab in slabs(entry.shape, axis, cut):
         first, second = read(old, entry.type, slab), read(new, written.type, slab)
-        total += leak(one, values_of(first), values_of(second))
+        total += leak(one.part(slab), values_of(first), values_of(second))
         if same and isinstance(first, Grid | CodebookGrid):
             codes += first.changed(second)
             weights += first.shape[0] * first.shape[1]

@@ -16,8 +16,8 @@ import numpy as np
 from abl_mlx.behaviour.evaluate import InLlamaCpp
 from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
-from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Induction
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs import sources
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models import given_template
@@ -212,7 +212,7 @@ class ModelFile(Protocol):
 
     def plan(
         self,
-        edit: Edit,
+        edit: WeightEdit,
         direction: DirectionFile,
         paths: Sequence[Path],
         loaded: LoadedModel | None,
@@ -261,7 +261,7 @@ class ModelFile(Protocol):
             Facts about the output for a record.
         """
 
-    def taken(self, edit: Edit, label: Label, of: Tensors) -> dict[str, Taken]:
+    def taken(self, edit: WeightEdit, label: Label, of: Tensors) -> dict[str, Taken]:
         """What an edit of this model removes from the tensors ``of``.
 
         Args:

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from abl_mlx import __version__
-from abl_mlx.edits.edit import stream_axis
 from abl_mlx.outputs.folder_plan import Plan, TensorEdit
 from abl_mlx.outputs.gguf_plan import TensorPlan, stored_values
 from abl_mlx.outputs.staging import ADAPTERS, format_of, is_file
@@ -97,7 +96,7 @@ def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
     """
     transposed = isinstance(one, TensorEdit) and one.transposed
     basis = one.edit.basis(one.writer)
-    axis = stream_axis(one.writer.kind, one.parameter)
+    axis = one.edit.axis(one.writer, one.parameter)
     strength = one.edit.strength_of(one.writer)
     nothing = Taken(basis, basis, axis, transposed, strength)
     along = nothing.of(values.astype(mx.float32))

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import find_writers
@@ -34,7 +35,9 @@ from convert.mlx.folder import rewrite_folder
 from convert.mlx.safetensors_files import TensorFiles
 
 
-def plan(source: Source, chat: ChatModel, files: TensorFiles, edit: Edit, *, mtp: bool) -> Plan:
+def plan(
+    source: Source, chat: ChatModel, files: TensorFiles, edit: WeightEdit, *, mtp: bool
+) -> Plan:
     """The plan of an edit of the folder's float tensors; no weight is read.
 
     Args:
