@@ -66,8 +66,9 @@ def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
 def _shares(steered: Steered, tokens: list[int]) -> np.ndarray:
     chat, selected = steered.chat, steered.direction.selected
     with Recorder(chat) as recorder, heads.unseen(chat.model):
+        recorder.keep(mx.array([len(tokens)]), range(-len(tokens), 0))
         chat.model(mx.array([tokens], mx.int32))
-        states = recorder.take(mx.array([len(tokens)]), range(-len(tokens), 0))[0]  # (L, T, d)
+        states = recorder.take()[0]  # (L, T, d)
         mx.eval(states)
     rows = []
     for layer in range(states.shape[0]):

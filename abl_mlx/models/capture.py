@@ -38,17 +38,19 @@ def check_stream(chat: ChatModel) -> None:
 class Recorder:
     """Collects the residual stream after every layer while the model runs.
 
-    Use as a context manager; after a call of the model inside it, `take` returns the states.
+    Use as a context manager: `keep` says at which positions, and after a call of the model `take`
+    returns the states there. Before `keep` only the shapes of the layers' outputs are checked.
     """
 
     def __init__(self, chat: ChatModel):
         self._chat = chat
         self._states: list[mx.array | None] = [None] * len(chat.layers)
+        self._places: tuple[mx.array, mx.array] | None = None
         self._around: Any = None
 
     def __enter__(self) -> Recorder:
         self._around = around(
-            [(layer, self._keep(index)) for index, layer in enumerate(self._chat.layers)]
+            [(layer, self._kept(index)) for index, layer in enumerate(self._chat.layers)]
         )
         self._around.__enter__()
         return self
@@ -56,28 +58,35 @@ class Recorder:
     def __exit__(self, *error: Any) -> None:
         self._around.__exit__(*error)
 
-    def _keep(self, index: int) -> Any:
+    def _kept(self, index: int) -> Any:
         def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
             output = call(*args, **kwargs)
-            self._states[index] = residual(output, index, self._chat.width)
+            states = residual(output, index, self._chat.width)
+            if self._places is not None:
+                self._states[index] = states[self._places].astype(mx.float32)
+                # Computed now, so that the layer's whole output need not stay in memory.
+                mx.async_eval(self._states[index])
             return output
 
         return wrapper
 
-    def take(self, lengths: mx.array, offsets: Sequence[int]) -> mx.array:
-        """The states at the positions ``length + offset``: (B, L, P, d) float32, not evaluated.
+    def keep(self, lengths: mx.array, offsets: Sequence[int]) -> None:
+        """Keep the states at the positions ``length + offset`` in the calls that follow.
 
         Args:
             lengths: the number of real tokens of each sequence, (B,).
             offsets: P negative numbers.
         """
         rows = mx.arange(lengths.size)[:, None]
-        columns = lengths[:, None] + mx.array(list(offsets))[None, :]
+        self._places = rows, lengths[:, None] + mx.array(list(offsets))[None, :]
+
+    def take(self) -> mx.array:
+        """The states kept in the last call: (B, L, P, d) float32, not evaluated."""
         taken = []
         for index, states in enumerate(self._states):
             if states is None:
                 raise UserError(f"layer {index} was not called when the model ran.")
-            taken.append(states[rows, columns].astype(mx.float32))
+            taken.append(states)
             self._states[index] = None
         return mx.stack(taken, axis=1)
 
@@ -123,8 +132,9 @@ def iterate(
     with Recorder(chat) as recorder, unseen, inputs, progress(len(sequences), label) as bar:
         prefix = how.shared(chat, sequences, -min(offsets))
         for batch in how.batches(prefix.rest(sequences)):
+            recorder.keep(batch.lengths, offsets)
             prefix(batch.tokens)
-            states = recorder.take(batch.lengths, offsets)
+            states = recorder.take()
             mx.eval(states)
             bar.update(len(batch.indices))
             yield batch.indices, states

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from abl_mlx.models import heads
 from abl_mlx.models.batch_masks import batch_masks
+from abl_mlx.models.cache_steps import small_steps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.plain import Plain, reach, sample
 from abl_mlx.support.arrays import number
@@ -132,7 +133,7 @@ def _batch(
     waiting = deque(sorted(range(len(sequences)), key=lambda index: len(sequences[index])))
     running: dict[int, int] = {}
     try:
-        with batch_masks(chat.model), heads.last_only(chat.model):
+        with batch_masks(chat.model), heads.last_only(chat.model), small_steps():
             while waiting or running:
                 free = batch_size - len(running)
                 if waiting and (free >= several or not running):
@@ -179,7 +180,7 @@ def _single(
 
     for index, sequence in enumerate(sequences):
         prompt, longest = mx.array(list(sequence)), max_tokens[index]
-        with heads.last_only(chat.model):
+        with heads.last_only(chat.model), small_steps():
             for token, logs in generate_step(prompt, chat.model, max_tokens=longest):
                 yield index, (int(token), logs)
                 if int(token) in ends:

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from abl_mlx.models import heads
+from abl_mlx.models.cache_steps import small_steps
 from abl_mlx.models.chat_model import ChatModel, common_prefix
 
 #: Shorter prefixes (in tokens) are run with each prompt, because repeating a cache costs as much.
@@ -42,7 +43,7 @@ class Prefix:
         if tokens or cached:
             self._caches = make_prompt_cache(chat.model)
         if tokens:
-            with heads.unseen(chat.model):
+            with heads.unseen(chat.model), small_steps():
                 chat.model(mx.array([list(tokens)], mx.int32), cache=self._caches)
             mx.eval([_arrays(cache) for cache in self._caches])
 
@@ -59,7 +60,8 @@ class Prefix:
         if not self._caches:
             return self._model(tokens)
         caches = [_repeated(cache, tokens.shape[0]) for cache in self._caches]
-        return self._model(tokens, cache=caches)
+        with small_steps():
+            return self._model(tokens, cache=caches)
 
 
 def shared(

@@ -173,8 +173,9 @@ def stream(chat, tokens):
     from abl_mlx.models.capture import Recorder
 
     with Recorder(chat) as recorder:
+        recorder.keep(mx.array([tokens.shape[1]]), range(-tokens.shape[1], 0))
         chat.model(tokens)
-        states = recorder.take(mx.array([tokens.shape[1]]), range(-tokens.shape[1], 0))
+        states = recorder.take()
     return f64(states[0])
 
 

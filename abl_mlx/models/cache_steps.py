@@ -1,0 +1,33 @@
+"""Lets the caches of keys and values grow in small steps.
+
+mlx-lm's caches grow by 256 tokens at a time. For a batch of short prompts that is several times
+what they need: with 32 prompts of 60 tokens, 200 MB instead of 50 in a model with half a billion
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mlx_lm.models import cache
+
+#: The number of tokens by which a cache grows.
+STEP = 32
+
+
+@contextmanager
+def small_steps() -> Iterator[None]:
+    """Context manager in which all caches grow by `STEP` tokens."""
+    kinds: list[Any] = [
+        kind for kind in vars(cache).values() if isinstance(kind, type) and "step" in vars(kind)
+    ]
+    before = [kind.step for kind in kinds]
+    for kind in kinds:
+        kind.step = STEP
+    try:
+        yield
+    finally:
+        for kind, step in zip(kinds, before, strict=True):
+            kind.step = step
