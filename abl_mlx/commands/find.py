@@ -33,6 +33,7 @@ from abl_mlx.models.generation import timed
 from abl_mlx.models.writers import Writer
 from abl_mlx.records.evaluations import STAYING
 from abl_mlx.search.sources import SearchPrompts
+from abl_mlx.support import arrays
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
@@ -379,6 +380,7 @@ def find_behind_openings(
     _check(chat, sets, how)
     thinking_switch.check(chat, how.prompting.thinking)
     prompts = prompt_choice.encoded(chat, sets, how)
+    arrays.let_go()  # of what loading needed
     with clock.step("ask the model as it is"):
         looks = []
         for mode, asked in prompts.items():
@@ -390,6 +392,7 @@ def find_behind_openings(
     prompts = opened(chat, prompts)
     first = next(iter(prompts.values()))
     say(str(forecast(chat, first, how, seen.rate, held_out=held_out, times=times)))
+    arrays.let_go()
     with clock.step("measure and choose a direction"):
         causal = seen.clear or not chat.completes
         found = _found(chat, writers, prompts, how, causal=causal, told=seen.told)

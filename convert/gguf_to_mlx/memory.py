@@ -85,6 +85,8 @@ def load(
         else:
             values.append((path, mx.array(values_of(source, weight))))
         mx.eval(values[-1][1])
+        for piece in weight.pieces:
+            source.release(piece.tensor)
         if progress:
             progress(sum(source.tensor(piece.tensor).nbytes for piece in weight.pieces))
     if replaced:

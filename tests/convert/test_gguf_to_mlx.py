@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -55,6 +56,30 @@ def test_the_written_folder_is_the_same_model(name: str, tmp_path: Path) -> None
     # Scales are rounded to float16, which moves a weight by 2^-11 of itself.
     difference = np.abs(logprobs(model, PROMPT) - expected).max()
     assert difference < 0.03
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is in memory")
+def test_a_loaded_file_is_not_in_memory_a_second_time(tmp_path: Path) -> None:
+    path = tiny_gguf.write(tmp_path / "tiny.gguf", RECIPES["llama"], GGMLQuantizationType.F16)
+
+    def resident() -> int:
+        """Kilobytes of the mapped file that are in memory."""
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        found = 0
+        for line in lines:
+            if line.endswith(str(path)):
+                found += next(int(one.split()[1]) for one in lines if one.startswith("Rss:"))
+        return found
+
+    with GgufSource(path) as source:
+        for name in source.tensors:
+            int(source.raw(name).sum())
+        size = path.stat().st_size // 1024
+        assert resident() > 0.7 * size
+        loaded = load(source, widen=False)
+        # Reading one page brings its neighbours, so some of the last tensors' stay.
+        assert resident() < 0.3 * size
+    assert loaded.model is not None
 
 
 class _Ids(ChatModel):
