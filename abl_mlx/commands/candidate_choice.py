@@ -7,15 +7,19 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from abl_mlx.choices import Finding, Measuring
 from abl_mlx.commands.edit_choice import make_edit
 from abl_mlx.directions import choice, estimators, measuring, methods, race, selection
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.effects import Measured
 from abl_mlx.directions.measuring import Candidates
+from abl_mlx.directions.methods import Method
 from abl_mlx.directions.pinning import embedding_means, held_at
 from abl_mlx.directions.race import Runner
+from abl_mlx.directions.slopes import COMPONENTS
 from abl_mlx.directions.trial import Effect, Trial
 from abl_mlx.directions.trimming import trimmed
 from abl_mlx.directions.variants import Tried, Variant, best
@@ -85,7 +89,7 @@ class Finder:
             trimming: look for strengths of each layer that have a lower KL.
         """
         variant = self._chosen(causal)
-        recipe = self._recipe(variant) if trimming else None
+        recipe = self._recipe(variant) if trimming and self._method.strength == 1 else None
         file = self._file(variant)
         return file if recipe is None else replace(
             file, metadata={**file.metadata, "recipe": recipe}
@@ -140,7 +144,12 @@ class Finder:
         at = layer, candidates.positions.index(position)
         lead = variant.directions if variant.directions.ndim == 2 else candidates.bases[at]
         clouds = estimators.plane(bad[at], good[at], numpy_of(lead[0]))
-        counted = {"forward_tokens": self._trial.tokens} if "_trial" in vars(self) else {}
+        counted: dict[str, Any] = {}
+        if "_trial" in vars(self):
+            counted = {"forward_tokens": self._trial.tokens}
+            counted |= {"backward_tokens": self._trial.backward} if self._trial.backward else {}
+        if self._method.parameters:
+            counted["parameters"] = dict(self._method.parameters)
         metadata = {
             "method": variant.method,
             "candidate_method": candidates.method,
@@ -152,6 +161,8 @@ class Finder:
         }
         if pins := self._embedding.pins(variant.directions):
             metadata["pins"] = pins
+        if self._strengths is not None:
+            metadata["recipe"] = self._strengths
         if how.finding.across == "positions":
             metadata["across"] = "positions"
         return DirectionFile(variant.directions, candidates, metadata, clouds)
@@ -161,17 +172,64 @@ class Finder:
         """The candidates with what the validation prompts say of each."""
         return measuring.describe(self._candidates, *self._states)
 
+    @property
+    def _method(self) -> Method:
+        return methods.named(self._how.finding.method)
+
+    @property
+    def _strengths(self) -> dict[str, Any] | None:
+        """The method's own strength in every layer, as a recipe; None for a plain removal."""
+        strength = self._method.strength
+        if strength == 1:
+            return None
+        each = [strength] * len(self._chat.layers)
+        return {"profile": dict.fromkeys(COMPONENTS, each), "embedding": True}
+
+    def _measured(self) -> Measured:
+        return Measured(
+            self._chat, self._writers, self._candidates, self._scores, self._train,
+            self._validation, lambda: self._trial, self._edit_of,
+            self._method.ranked(self._how.finding.rank), self._how.finding.max_kl,
+        )  # fmt: skip
+
     def _chosen(self, causal: bool) -> Variant:
-        finding, candidates = self._how.finding, self._candidates
+        finding, candidates, method = self._how.finding, self._candidates, self._method
         if finding.layer is not None:
             self._notes["chosen_by"] = "hand"
             position = candidates.positions[-1] if finding.across else self._position
-            return self._variant(finding.layer, position)
+            variant = self._variant(finding.layer, position)
+            return self._refined(variant) if causal and method.refine else variant
         if finding.per_layer or finding.across == "layers":
             return self._among([self._together(position) for position in candidates.positions])
         if finding.method == "over-refusal":
             return self._over_refusal()
-        return self._by_cause() if causal else self._by_separation()
+        if method.choose:
+            return self._by_method()
+        if not causal:
+            return self._by_separation()
+        return self._refined(self._by_cause()) if method.refine else self._by_cause()
+
+    def _by_method(self) -> Variant:
+        """The candidate that the method chooses without the reply's first token."""
+        chosen = self._method.chooser(self._measured())
+        facts = {**self._described.facts, **chosen.facts}
+        self._described = replace(self._described, facts=facts)
+        self._notes |= {"chosen_by": chosen.by, "forward_tokens": chosen.tokens}
+        return self._variant(chosen.score.layer, chosen.score.position)
+
+    def _refined(self, variant: Variant) -> Variant:
+        """The chosen candidate as the method changes it with the loaded model."""
+        assert variant.layer is not None
+        assert variant.position is not None
+        found = self._method.refiner(self._measured(), int(variant.layer), variant.position)
+        refined = replace(variant, directions=found.directions)
+        (effect,) = self._try([refined], found.by)
+        self._notes |= {
+            "chosen_by": f"{self._notes['chosen_by']}; {found.by}",
+            **self._first_tokens(effect.refusal, effect.refused, effect.kl),
+            "facts": dict(found.facts),
+        }
+        return refined
 
     @property
     def _position(self) -> int:
@@ -205,10 +263,15 @@ class Finder:
 
         With a full removal the remaining refusals differ most between directions.
         """
+        return self._edit_of(variant.directions)
+
+    def _edit_of(self, directions: mx.array) -> Edit:
+        """The full removal of directions (k, d) or (L, k, d)."""
         embedding = self._embedding
-        pins = None if self._how.editing.pin is None else embedding.pins(variant.directions)
-        pin = held_at(self._how.editing.pin, pins, embedding.scale, variant.rank)
-        return make_edit(variant.directions, replace(self._how.editing, strength=1.0), pin=pin)
+        pins = None if self._how.editing.pin is None else embedding.pins(directions)
+        pin = held_at(self._how.editing.pin, pins, embedding.scale, directions.shape[-2])
+        editing = replace(self._how.editing, strength=1.0)
+        return make_edit(directions, editing, recipe=self._strengths, pin=pin)
 
     @cached_property
     def _trial(self) -> Trial:

@@ -265,6 +265,15 @@ def check_method(how: Measuring) -> None:
         refuse("--across layers", "--layer")
     if finding.across == "positions" and finding.position is not None:
         refuse("--across positions", "--position")
+    if not method.is_plain:
+        for flag, given in (
+            ("--per-layer", finding.per_layer), (f"--across {finding.across}", finding.across),
+            ("--pin", how.editing.pin), ("--norm rows", how.editing.norm == "rows"),
+        ):  # fmt: skip
+            if given:
+                refuse(f"--method {method.name}", flag)
+        if finding.layer is not None and finding.layer != int(finding.layer):
+            refuse(f"--method {method.name}", "a --layer between two")
     if method.each_layer:
         if finding.per_layer or finding.across is not None:
             refuse(f"--method {method.name}", "--per-layer or --across")

@@ -7,8 +7,9 @@ written from this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
@@ -38,6 +39,15 @@ class Method:
         cut: ``module:function`` that changes each state (…, d) before the means are taken; empty
             for none.
         each_layer: whether the writers of each layer lose a direction of their own.
+        choose: ``module:function`` that chooses a candidate with the loaded model
+            (`effects.Measured`, to `effects.Chosen`), in place of the choice by first reply
+            tokens; empty for none.
+        refine: ``module:function`` that changes the chosen candidate's directions with the loaded
+            model (`effects.Measured`, layer and position, to `effects.Refined`); empty for none.
+        strength: the strength at which its edits are tried and written: 1 removes the component, 2
+            reverses it.
+        parameters: the constants of its formula, by the names of the function's arguments; a
+            record of a run has them.
     """
 
     name: str
@@ -50,11 +60,33 @@ class Method:
     subspace: bool = False
     cut: str = ""
     each_layer: bool = False
+    choose: str = ""
+    refine: str = ""
+    strength: float = 1.0
+    parameters: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def estimate(self) -> Callable[..., Any]:
         """The formula."""
-        return _function(self.formula)
+        return self._with_parameters(self.formula, not (self.choose or self.refine))
+
+    @property
+    def chooser(self) -> Callable[..., Any]:
+        """The function that chooses with the loaded model."""
+        return self._with_parameters(self.choose, True)
+
+    @property
+    def refiner(self) -> Callable[..., Any]:
+        """The function that changes the chosen directions with the loaded model."""
+        return self._with_parameters(self.refine, True)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether candidates follow from means or states alone and are removed at strength 1."""
+        return not (self.choose or self.refine) and self.strength == 1
+
+    def _with_parameters(self, name: str, given: bool) -> Callable[..., Any]:
+        return partial(_function(name), **self.parameters) if given else _function(name)
 
     @property
     def cut_off(self) -> Callable[..., Any]:
@@ -122,6 +154,17 @@ TABLE = (
         planted="yes if noise is equal in all directions; otherwise it finds Σ⁻¹(μ_H − μ_G), which "
         "separates the sets best and is not the difference between them",
         source="",
+    ),
+    Method(
+        "rdo", MEANS, "estimators:difference", refine="cones:optimized", subspace=True,
+        parameters={
+            "steps": 40, "batch": 4, "rate": 0.01, "prompts": 32, "reply_tokens": 12,
+            "ablation": 1.0, "addition": 0.2, "retain": 1.0,
+        },
+        direction="the chosen difference of means, optimized by gradients: ablation ends refusals, "
+        "addition causes them, replies to harmless prompts stay; `--rank` for the basis of a cone",
+        planted="yes, from a start under noise of twice its length",
+        source="Wollschläger et al. 2025, arXiv 2502.17420",
     ),
     Method(
         "over-refusal", THREE_MEANS, "estimators:over_refusal",

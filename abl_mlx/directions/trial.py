@@ -103,6 +103,7 @@ class Trial:
         kept_before: the share of the prompts in ``kept`` whose reply by the unedited model opens
             with a refusal.
         tokens: how many tokens were run so far; tokens that prompts share count for each prompt.
+        backward: how many of them were run backward, too.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Trial:
         """
         self._chat, self._writers = chat, writers
         self._harmless, self._kept = harmless, kept
-        self.tokens = 0
+        self.tokens = self.backward = 0
         first, self._base = before or (self._first(harmful), self._first(harmless))
         self.refusal_tokens = refusal_tokens(first, self._base)
         answers = 1.0
@@ -213,7 +214,9 @@ class Trial:
             None where a module of the model has no gradient.
         """
         bad, good = self._harmful[:most], self._harmless[:most]
-        self.tokens += sum(map(len, [*bad, *good]))
+        tokens = sum(map(len, [*bad, *good]))
+        self.tokens += tokens
+        self.backward += tokens
         plain = replace(edit, norm="none")
         try:
             found = slopes.slopes(

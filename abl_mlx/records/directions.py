@@ -270,6 +270,9 @@ class Chosen(Selection):
         refusal_tokens: the refusal openings, as text.
         single: the best single direction, if a subspace was chosen.
         forward_tokens: the number of tokens in forward passes for the choice.
+        backward_tokens: the number of tokens in backward passes for the choice.
+        parameters: the constants of the method, by name.
+        facts: figures of how the method found the directions, by name.
         search: the result of ``--search``.
         agreement: of a constant, as in `TriedConstant`.
         fluent_refusals: share of replies that are fluent refusals with the constant, 0 to 1.
@@ -295,6 +298,9 @@ class Chosen(Selection):
     kept_refused: float | None = None
     single: TriedEdit | None = None
     forward_tokens: int | None = None
+    backward_tokens: int | None = None
+    parameters: dict[str, float] | None = None
+    facts: dict[str, float] | None = None
     search: Searched | None = None
     agreement: float | None = None
     fluent_refusals: float | None = None
