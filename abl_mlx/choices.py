@@ -271,7 +271,6 @@ class Writing(Choices):
         keep_undo: whether to write the removed components, for `abl-mlx undo`.
         tensors: for a GGUF source, a regular expression that names the tensors to edit, instead of
             the architecture's list of writers.
-        strict_types: without effect, because every tensor keeps its type; kept for old callers.
         grid: for a quantized source: ``own`` keeps each tensor's scales and most codes, ``fresh``
             chooses new ones, ``auto`` chooses new ones where these are clearly better.
         writer_bits: for a quantized MLX folder, the bits with which edited matrices are written, or
@@ -279,6 +278,7 @@ class Writing(Choices):
         plain_rounding: round every weight to its nearest level, which loses most of an edit; for
             comparison.
         ollama_create: the name under which the first GGUF output is given to Ollama.
+        overwrite: whether ``-o ollama:NAME`` replaces the model that has the name.
         split_max_size: the largest size of a GGUF file in bytes: larger ones are written in parts.
         join: write one file even if the source is in parts.
     """
@@ -290,11 +290,11 @@ class Writing(Choices):
     mtp: bool = False
     keep_undo: bool = False
     tensors: str | None = None
-    strict_types: bool = False
     grid: str = "auto"
     writer_bits: str | None = None
     plain_rounding: bool = False
     ollama_create: str | None = None
+    overwrite: bool = False
     split_max_size: int | None = None
     join: bool = False
 

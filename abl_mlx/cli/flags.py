@@ -403,6 +403,14 @@ def report_flag(text: str) -> Callable[..., Any]:
     return click.option("--report", metavar="FILE.html", type=HERE, help=text)
 
 
+def _without_strict_types(context: click.Context, flag: click.Parameter, given: bool) -> None:
+    if given:
+        raise click.UsageError(
+            "--strict-types is gone: every tensor of a GGUF keeps its own type, or gets that of "
+            "--quantize; leave the flag out."
+        )
+
+
 def gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """What concerns quantized models, GGUFs and Ollama."""
     flags = [
@@ -414,8 +422,9 @@ def gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--strict-types",
             is_flag=True,
-            help="Without effect: an edit writes every tensor of a GGUF in its own type, or in "
-            "that of --quantize.",
+            hidden=True,
+            expose_value=False,
+            callback=_without_strict_types,
         ),
         click.option(
             "--grid",
@@ -441,6 +450,12 @@ def gguf_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--ollama-create",
             metavar="NAME",
             help="Give the first GGUF output to Ollama under this name.",
+        ),
+        click.option(
+            "--overwrite",
+            is_flag=True,
+            help="With -o ollama:NAME: replace the model that Ollama has under this name. No other "
+            "output is ever replaced.",
         ),
     ]
     return decorated(command, flags)

@@ -45,7 +45,7 @@ def apply(
         named, direction = str(direction), direction_file.read(direction)
     clock = Clock()
     with find_model(text) as model:
-        places = apps.placed(paths, model.source)
+        places = apps.placed(paths, model.source, overwrite=writing.overwrite)
         paths, options = places.paths, places.joined(options)
         writing = options.writing
         destinations.check(paths, model, editing, writing)

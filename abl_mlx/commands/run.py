@@ -163,7 +163,7 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
             None if options.gguf is None else files.enter_context(find_gguf(options.gguf, template))
         )
         target = model if base is None else base
-        places = apps.placed(paths, target.source)
+        places = apps.placed(paths, target.source, overwrite=writing.overwrite)
         paths, options = places.paths, places.joined(options)
         writing = options.writing
         options = replace(options, searching=options.searching.beside(paths[0]))
@@ -199,7 +199,7 @@ def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> RunRec
             then no file is left behind.
     """
     with find_model(text, options.chatting.template) as model:
-        places = apps.placed(paths, model.source)
+        places = apps.placed(paths, model.source, overwrite=options.writing.overwrite)
         paths = places.paths
         staging.check(paths, model.source, model.adapter, vectors=True)
         induced.check(paths, options)

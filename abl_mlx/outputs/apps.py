@@ -18,9 +18,11 @@ from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.further_files import FurtherFiles
 from abl_mlx.outputs.model_file import ModelFile
+from abl_mlx.support.console import say
 from convert import lmstudio
+from convert.base.errors import UserError
 from convert.gguf.parts import parts_there
-from convert.ollama import store_writing
+from convert.ollama import store, store_writing
 from convert.ollama.description import describe
 from convert.ollama.store import OllamaName
 
@@ -46,23 +48,34 @@ class Placed:
         return options.but(join=True) if self.in_ollama else options
 
 
-def placed(outputs: Sequence[Path], source: Source) -> Placed:
+def placed(outputs: Sequence[Path], source: Source, *, overwrite: bool = False) -> Placed:
     """Find the places of outputs, of which some may be ``ollama:NAME`` or ``lmstudio:OWNER/NAME``.
 
     A GGUF for Ollama is first written to NAME.gguf (NAME-TAG.gguf) in the working folder, where its
     record and card stay. In LM Studio the format is that of the source: a GGUF stays one, a folder
     becomes an MLX folder.
 
+    Args:
+        outputs: the outputs as the user named them.
+        source: the source model.
+        overwrite: whether models in Ollama that have a name already may be replaced.
+
     Raises:
         UserError: when a name is not one, is taken, or the app is not here.
     """
+    if overwrite and not any(str(one).startswith(staging.OLLAMA) for one in outputs):
+        raise UserError("--overwrite replaces a model in Ollama only: it needs -o ollama:NAME.")
     paths: list[Path] = []
     in_ollama: dict[Path, OllamaName] = {}
     in_lm_studio: dict[Path, str] = {}
     for output in outputs:
         text, path = str(output), output
         if text.startswith(staging.OLLAMA):
-            name = store_writing.check(text.removeprefix(staging.OLLAMA))
+            name = store_writing.check(
+                text.removeprefix(staging.OLLAMA),
+                overwrite=overwrite,
+                mend=", or replace it with --overwrite",
+            )
             path = Path(f"{name.title.replace(':', '-')}.gguf")
             in_ollama[path] = name
         elif text.startswith(staging.LM_STUDIO):
@@ -74,18 +87,27 @@ def placed(outputs: Sequence[Path], source: Source) -> Placed:
     return Placed(tuple(paths), in_ollama, in_lm_studio)
 
 
-def deliver(places: Placed, model: ModelFile) -> None:
+def deliver(places: Placed, model: ModelFile, *, overwrite: bool = False) -> None:
     """File the GGUFs that go to Ollama; their records, cards and reports stay where they are.
 
     Args:
         places: where the outputs were written.
         model: the source model.
+        overwrite: whether models that have a name already are replaced.
     """
     for path, name in places.in_ollama.items():
         kept, further = model.source.ollama, model.further
         settings = describe(path, model.folder)[0] if kept is None else kept
         projectors = further.filed(path)
-        store_writing.file(name, path, settings, projectors=projectors, draft=further.draft)
+        taken = store.contains(name)
+        store_writing.file(
+            name, path, settings, projectors=projectors, draft=further.draft, overwrite=overwrite
+        )
+        if taken:
+            say(
+                f"{name} was replaced in Ollama. What it had, and no other model has, stays on the "
+                "disk until Ollama starts next and removes it."
+            )
         for beside in [staging.companions(path)["modelfile"], *further.places([path])]:
             beside.unlink(missing_ok=True)
 

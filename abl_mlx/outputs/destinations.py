@@ -58,7 +58,7 @@ def check_further(paths: Sequence[Path], model: ModelFile) -> None:
 
 def hand_over(places: Placed, model: ModelFile, writing: Writing) -> None:
     """Give the apps what they were to get, and say how each output is opened."""
-    apps.deliver(places, model)
+    apps.deliver(places, model, overwrite=writing.overwrite)
     given: dict[Path, str] = {}
     if writing.ollama_create is not None:
         first = first_gguf(places.paths, None)

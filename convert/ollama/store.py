@@ -140,7 +140,7 @@ def find(text: str) -> OllamaModel:
     searched = []
     for store in stores():
         try:
-            manifest = _manifest_path(store, name)
+            manifest = manifest_path(store, name)
             if manifest is not None:
                 return _read_model(store, manifest)
             if _exists(store / "manifests"):
@@ -167,7 +167,7 @@ def contains(name: OllamaName) -> bool:
     """Whether any store that this user can read has a model of this name."""
     for store in stores():
         try:
-            if _manifest_path(store, name) is not None:
+            if manifest_path(store, name) is not None:
                 return True
         except UserError:
             continue
@@ -206,7 +206,7 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _manifest_path(store: Path, name: OllamaName) -> Path | None:
+def manifest_path(store: Path, name: OllamaName) -> Path | None:
     """The file of a model's manifest, upper and lower case being the same; None without one."""
     path = store / "manifests"
     with _reading(store, path):

@@ -2,8 +2,9 @@
 
 Blobs are named by the hash of their content, so nothing that is there can be changed by adding one.
 A manifest is written last and gets its name in one step, after everything that it names is there;
-it never replaces another. Ollama removes blobs that no manifest names when it starts, unless they
-are new, so an interrupted filing leaves nothing for long.
+it replaces another only where that is asked for. Blobs are never removed here: those of an
+interrupted filing and of a replaced model stay until Ollama starts, which removes blobs that no
+manifest names, unless they are new.
 
 What is filed is what `ollama create` would file (ollama: server/create.go, manifest/layer.go), but
 for its own copy of the weights, which it runs through llama.cpp's quantizer: here the bytes stay.
@@ -37,18 +38,23 @@ _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 _CONFIG = "application/vnd.docker.container.image.v1+json"
 
 
-def check(text: str) -> OllamaName:
+def check(text: str, *, overwrite: bool = False, mend: str = "") -> OllamaName:
     """Check, before any long work, that a model can be filed under a name.
+
+    Args:
+        text: the name as the user typed it.
+        overwrite: whether the model that has the name may be replaced.
+        mend: a further way out where the name is taken, for the message.
 
     Raises:
         UserError: when Ollama does not take the name, has a model of this name, or the store is
             not there or may not be written.
     """
     name = parse_name(text)
-    if store.contains(name):
+    if store.contains(name) and not (overwrite and store.manifest_path(place(), name)):
         raise UserError(
             f"{OPTION} ollama:{text}: Ollama has a model {name} already; give another name, or "
-            f"remove that one with `ollama rm {shlex.quote(text)}`.",
+            f"remove that one with `ollama rm {shlex.quote(text)}`{'' if overwrite else mend}.",
             option="output",
         )
     place()
@@ -91,14 +97,16 @@ def file(
     *,
     projectors: Sequence[Path] = (),
     draft: Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """File a GGUF under a name; the file itself becomes the blob where both lie on one disk.
 
     Args:
-        name: the name, which no model has yet.
+        name: the name, which no model has yet, unless ``overwrite`` is given.
         gguf: the weights, in one file. It is gone afterwards.
         settings: what is filed beside it.
         projectors, draft: further GGUFs; these stay where they are, and blobs of them are shared.
+        overwrite: replace the manifest of the model that has the name. Its blobs stay.
 
     Returns:
         The manifest's path.
@@ -130,11 +138,13 @@ def file(
         "layers": layers,
     }
     _move(gguf, blobs / f"sha256-{weights}")
-    return _write_manifest(root, name, json.dumps(manifest))
+    return _write_manifest(root, name, json.dumps(manifest), overwrite=overwrite)
 
 
-def _write_manifest(root: Path, name: OllamaName, text: str) -> Path:
+def _write_manifest(root: Path, name: OllamaName, text: str, *, overwrite: bool) -> Path:
     path = root.joinpath("manifests", *name.parts)
+    if overwrite:  # the name may be written in another case there
+        path = store.manifest_path(root, name) or path
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not below manifests/: Ollama would take a file there for a model.
     handle, temporary = tempfile.mkstemp(prefix=".abl-mlx-", dir=root)
@@ -142,6 +152,9 @@ def _write_manifest(root: Path, name: OllamaName, text: str) -> Path:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
         os.chmod(temporary, 0o644)
+        if overwrite:
+            os.replace(temporary, path)
+            return path
         try:
             _name(temporary, path)
         except FileExistsError:
@@ -152,7 +165,7 @@ def _write_manifest(root: Path, name: OllamaName, text: str) -> Path:
                 option="output",
             ) from None
     finally:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
     return path
 
 

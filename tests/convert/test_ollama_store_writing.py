@@ -100,6 +100,54 @@ def test_a_tag_that_is_there_is_never_replaced(store: Store, tmp_path: Path) -> 
     assert find("taken").gguf.read_bytes() == b"GGUF of another"
 
 
+def test_on_demand_the_manifest_is_replaced_and_nothing_else(store: Store, tmp_path: Path) -> None:
+    old = store.add(f"{LIBRARY}/Taken/latest", model=b"GGUF of another", license="Do as you like.")
+    other = store.add(f"{LIBRARY}/other/latest", model=b"GGUF of another")
+    before = {one.name: one.read_bytes() for one in (store.path / "blobs").iterdir()}
+    kept = other.read_bytes()
+    gguf = weights(tmp_path / "m.gguf")
+    content = gguf.read_bytes()
+    name = store_writing.check("taken", overwrite=True)
+    path = store_writing.file(name, gguf, FULL, overwrite=True)
+    assert path == old  # its case is kept
+    assert find("taken").gguf.read_bytes() == content
+    assert settings_of(find("taken")) == FULL
+    assert other.read_bytes() == kept
+    # Blobs are named by their content, so that none changed; those without a name are Ollama's.
+    after = {one.name: one.read_bytes() for one in (store.path / "blobs").iterdir()}
+    assert before.items() <= after.items()
+    assert sorted(one.name for one in store.path.iterdir()) == ["blobs", "manifests"]
+
+
+def test_a_failed_replacement_leaves_the_old_model(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add(f"{LIBRARY}/taken/latest", model=b"GGUF of another")
+    gguf, replace = weights(tmp_path / "m.gguf"), os.replace
+
+    def refuses(source: object, target: object) -> None:
+        if "manifests" in str(target):
+            raise OSError(28, "No space left on device")
+        replace(str(source), str(target))
+
+    monkeypatch.setattr(os, "replace", refuses)
+    with pytest.raises(OSError, match="No space"):
+        store_writing.file(parse_name("taken"), gguf, Settings(), overwrite=True)
+    assert find("taken").gguf.read_bytes() == b"GGUF of another"
+    assert sorted(one.name for one in store.path.iterdir()) == ["blobs", "manifests"]
+
+
+def test_a_model_in_another_store_is_not_replaced(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Store(tmp_path / "system")
+    other.add(f"{LIBRARY}/taken/latest", model=b"GGUF of another")
+    monkeypatch.setattr("convert.ollama.store.stores", lambda: [store.path, other.path])
+    with pytest.raises(UserError, match="give another name, or remove that one"):
+        store_writing.check("taken", overwrite=True)
+    store_writing.check("free", overwrite=True)
+
+
 def test_a_blob_that_is_there_is_shared(store: Store, tmp_path: Path) -> None:
     first = weights(tmp_path / "m.gguf")
     content = first.read_bytes()

@@ -73,6 +73,27 @@ def test_a_gguf_is_filed_in_ollama(place: Path) -> None:
     assert "Ollama has a model mine:v2 already" in said_of
 
 
+def test_a_model_in_ollama_is_replaced_on_demand_only(place: Path) -> None:
+    source, direction = model(place / "m.gguf"), saved(place, WIDTH)
+    store = Store.__new__(Store)
+    store.path = place / "store"
+    store.add(f"{LIBRARY}/mine/latest", model=source.read_bytes())
+    first = find("mine").gguf
+    assert "replace it with --overwrite" in fails("apply", direction, "ollama:mine", "-o",
+                                                  "ollama:mine")  # fmt: skip
+    # The source itself is replaced, by what was made of it.
+    result = CliRunner().invoke(
+        cli, ["apply", str(direction), "ollama:mine", "-o", "ollama:mine", "--overwrite"]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "mine:latest was replaced in Ollama" in result.stderr
+    assert find("mine").gguf != first
+    assert first.is_file()
+    said = fails("apply", direction, source, "-o", "x.gguf", "--overwrite")
+    assert "it needs -o ollama:NAME" in said
+    assert not Path("x.gguf").exists()
+
+
 def test_what_ollama_had_is_kept(place: Path) -> None:
     store = Store.__new__(Store)
     store.path = place / "store"
@@ -154,3 +175,10 @@ def test_every_output_is_opened_by_a_command(place: Path) -> None:
         "mlx_lm.chat --model folder",
         f"mlx_lm.chat --model {MODEL_PATH} --adapter-path d.adapter",
     ]
+
+
+def test_a_flag_that_is_gone_says_so(place: Path) -> None:
+    given = ["apply", str(saved(place, WIDTH)), "m.gguf", "-o", "x.gguf", "--strict-types"]
+    result = CliRunner().invoke(cli, given)
+    assert result.exit_code == 2
+    assert "--strict-types is gone: every tensor of a GGUF keeps its own type" in result.stderr
