@@ -5,9 +5,10 @@ Nothing in this module imports MLX.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from abl_mlx.behaviour.journal import Answered
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.behaviour.whole_reply import WholeReply
 from abl_mlx.inputs.sets import Prompt
@@ -27,10 +28,33 @@ def of(
         longest: the longest length in tokens.
         prompts: what each replies to.
     """
-    verdicts = _Verdicts.of(replies, prompts)
+    return _shortest(LENGTHS, longest, _Verdicts.of(replies, prompts).changing_after)
+
+
+def of_answers(answers: Sequence[Answered], lengths: Sequence[int]) -> Settled:
+    """Like `of`, with replies that were judged at these lengths, shortest first.
+
+    The last length is the longest, and each answer holds its verdicts at the others.
+    """
+
+    def changing(length: int) -> int:
+        number = lengths.index(length)
+        return sum(one.cut(number).verdict is not one.verdict for one in answers)
+
+    return _shortest(lengths, lengths[-1], changing)
+
+
+def _shortest(lengths: Sequence[int], longest: int, changing: Callable[[int], int]) -> Settled:
+    """The shortest length behind which nothing changes.
+
+    Args:
+        lengths: the lengths that are compared.
+        longest: the longest length in tokens.
+        changing: from a length to the number of verdicts that change behind it.
+    """
     settled, changed = longest, 0
-    for length in sorted((one for one in LENGTHS if one < longest), reverse=True):
-        changed = verdicts.changing_after(length)
+    for length in sorted((one for one in lengths if one < longest), reverse=True):
+        changed = changing(length)
         if changed:
             break
         settled = length

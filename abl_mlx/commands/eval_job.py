@@ -73,6 +73,18 @@ class Job:
         return tuple(sorted(self.options.metrics.length_sweep or ()))
 
     @property
+    def shortens(self) -> bool:
+        """Whether replies may be read no further than the verdicts on the first of them need.
+
+        With thinking on thoughts differ in length; two models are read alike; what is kept, and
+        what a model judges, is kept and judged whole.
+        """
+        options = self.options
+        keeps = options.replying.save_replies is not None or options.replying.save_completions
+        whole = keeps or options.targeting.baseline is not None or options.judging.judge is not None
+        return not whole and not self.lengths and self.modes == (None,)
+
+    @property
     def prompts(self) -> dict[str, AskedPrompts]:
         """Name of each set -> the number of its prompts, and their hash."""
         return {

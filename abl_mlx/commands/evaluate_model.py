@@ -33,6 +33,7 @@ from abl_mlx.behaviour.reply_notes import Seen
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.commands import (
+    eval_length,
     held_out,
     judges,
     prompt_choice,
@@ -54,6 +55,7 @@ from abl_mlx.records.evaluations import (
     Gate,
     OtherMode,
     Refusals,
+    Settled,
 )
 from abl_mlx.records.measurements import Capability, Perplexity, Recognition, ToolCalls
 from abl_mlx.records.reading import UNJUDGED, EarlierEval
@@ -171,7 +173,7 @@ def _measured(
             harmful, harmless = job.sets.harmful.test, job.sets.harmless.test
             found_recognition = recognition.record(target, harmful, harmless)
     with clock.step(f"ask {target.name}"):
-        modes = _in_modes(job, target, section, by)
+        modes, read = _in_modes(job, target, section, by)
     answers = modes[job.modes[0]]
     found_perplexity: Perplexity | None = None
     if options.metrics.perplexity:
@@ -189,6 +191,7 @@ def _measured(
         runtime=target.runtime,
         judge=job.judge,
         max_tokens=options.replying.max_tokens,
+        settled=read,
         thinking=job.modes[0],
         thought_tokens=options.prompting.thought_tokens if any(job.modes) else None,
         note=target.note,
@@ -202,8 +205,14 @@ def _measured(
     return asked, modes
 
 
-def _in_modes(job: Job, target: Target, section: Section, by: Judge) -> Answers:
-    """The judged replies to all prompts in every mode of thinking, the model loaded once."""
+def _in_modes(
+    job: Job, target: Target, section: Section, by: Judge
+) -> tuple[Answers, Settled | None]:
+    """The judged replies to all prompts in every mode of thinking, the model loaded once.
+
+    Returns:
+        The answers, and how far replies behind the first were read; None where all were read whole.
+    """
     parts = {
         mode: {name: part.asked(thinking=mode) for name, part in job.parts.items()}
         for mode in job.modes
@@ -211,10 +220,13 @@ def _in_modes(job: Job, target: Target, section: Section, by: Judge) -> Answers:
     prompts = [one for mine in parts.values() for part in mine.values() for one in part.prompts]
     longest = max(_longest(job, mode) for mode in job.modes)
     with target.held(prompts, longest) as held:
+        if job.shortens and target.endpoint is None:
+            told, read = eval_length.asked(held, parts[None], job.options.replying, section)
+            return {None: settled(told)}, read
         found = {mode: _in_mode(job, held, mode, mine, section, by) for mode, mine in parts.items()}
     if target.runtime == "server":
         thinking_switch.note_alike(target.name, list(found.values()))
-    return found
+    return found, None
 
 
 def _longest(job: Job, mode: str | None) -> int:

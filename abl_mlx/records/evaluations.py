@@ -231,6 +231,8 @@ class Asked(Refusals, Made):
         runtime: the runtime that ran it.
         judge: what judged the replies.
         max_tokens: the longest reply in tokens; with a length sweep, the length that is judged.
+        settled: how far replies behind the first were read, as the verdicts on the first need no
+            more; None where every reply was read to ``max_tokens``.
         thinking: the mode of the rates, ``on`` or an amount; None if it was off.
         thought_tokens: the tokens that a thought may add to a reply; None with thinking off.
         template: the chat template that was given in place of the model's own.
@@ -243,6 +245,7 @@ class Asked(Refusals, Made):
     runtime: str
     judge: str
     max_tokens: int
+    settled: Settled | None = None
     thinking: str | None = None
     thought_tokens: int | None = None
     template: Template | None = None
