@@ -189,6 +189,9 @@ class Finding(Choices):
         max_thought_growth: with thinking on, the largest ratio of mean thought lengths, after to
             before.
         anyway: whether to continue if the model's own replies show no refusal to remove.
+        sae: the folder or file of a sparse autoencoder whose decoder's rows are the directions.
+        feature: the numbers of its features, such as ``12,345``, or ``auto`` (as None is) for a
+            choice by effect.
     """
 
     method: str | None = None
@@ -202,6 +205,19 @@ class Finding(Choices):
     measured_at: str | None = None
     max_thought_growth: float = 1.2
     anyway: bool = False
+    sae: str | None = None
+    feature: str | None = None
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The features that were given by number; none if they are chosen by effect.
+
+        Raises:
+            ValueError: when ``feature`` is neither numbers nor ``auto``.
+        """
+        if self.feature in (None, "auto"):
+            return ()
+        return tuple(dict.fromkeys(int(one) for one in str(self.feature).split(",")))
 
 
 @dataclass(frozen=True)
@@ -343,8 +359,10 @@ class Measuring(Choices):
 
     @property
     def by_hand(self) -> bool:
-        """Whether the user chose the direction, by ``--layer`` or ``--direction``."""
-        return self.finding.layer is not None or self.given.direction is not None
+        """Whether the user chose the direction: ``--layer``, ``--feature`` or ``--direction``."""
+        finding = self.finding
+        chosen = finding.layer is not None and finding.sae is None
+        return chosen or bool(finding.features) or self.given.direction is not None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from abl_mlx.choices import KINDS, NORMS
-from abl_mlx.cli.values import HERE, Bytes, Layers, PinValue, Position
+from abl_mlx.cli.values import HERE, Bytes, Features, Layers, PinValue, Position
 from abl_mlx.directions.methods import METHODS, TABLE
 
 
@@ -145,6 +145,20 @@ def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "--per-layer",
             is_flag=True,
             help="Remove from the writers of each layer the direction of that layer.",
+        ),
+        click.option(
+            "--sae",
+            metavar="FOLDER|FILE|hf:OWNER/NAME/FOLDER",
+            help="Take directions from the decoder of this sparse autoencoder of the residual "
+            "stream, written by SAELens or from Gemma Scope (docs/sae.md).",
+        ),
+        click.option(
+            "--feature",
+            metavar="N[,N]|auto",
+            type=Features(),
+            help="For --sae: the numbers of the features whose directions are taken; auto (the "
+            "default) ranks features by how they tell the prompt sets apart, and chooses among "
+            "the first by effect.",
         ),
         click.option(
             "--layer",

@@ -194,7 +194,11 @@ def show(
         as_json,
         lambda record: showing.table(record, color=color),
         lambda: showing.show(
-            session.load(model, options), prompt, reply=reply, page=output, options=options
+            session.load(model, options, shows=True),
+            prompt,
+            reply=reply,
+            page=output,
+            options=options,
         ),
     )
 

@@ -64,6 +64,18 @@ class Lengths(click.ParamType):
         return lengths
 
 
+class Features(click.ParamType):
+    """Numbers of features such as ``12`` or ``12,345``, or ``auto``."""
+
+    name = "features"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        parts = [part.strip() for part in str(value).split(",")]
+        if parts != ["auto"] and not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
+            self.fail(f"{value!r} is neither auto nor numbers such as 12,345.", param, ctx)
+        return ",".join(parts)
+
+
 class Position(click.ParamType):
     """A negative token offset, or ``instruction-end``."""
 

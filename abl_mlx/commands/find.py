@@ -11,6 +11,7 @@ from abl_mlx.commands import (
     first_look,
     prompt_choice,
     reply_choice,
+    sae_choice,
     thinking_switch,
     views,
 )
@@ -230,7 +231,9 @@ def _measured(
         capture.stored(chat, validation["harmless"], offsets, label="validation, harmless") as good,
     ):
         measured = chat, writers, candidates, train, validation, (bad, good), how
-        if judge is not None and any(validation.get(name) for name in STAYING):
+        if how.finding.sae is not None:
+            yield sae_choice.SaeFinder(sae_choice.read(how.finding, chat), *measured, told)
+        elif judge is not None and any(validation.get(name) for name in STAYING):
             yield KeepFinder(judge, *measured, told)
         else:
             yield Finder(*measured, told)
@@ -316,6 +319,7 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
     if how.given.direction is not None:
         _given(chat, how)
         return
+    sae_choice.check(how, chat)
     if sets.staying and how.prompting.thinking != thinking.OFF and how.searching.search:
         flag = "--keep" if sets.kept is not None else "--keep-system"
         raise UserError(
@@ -332,7 +336,8 @@ def _given(chat: ChatModel, how: Measuring) -> DirectionFile:
     for flag, value in (
         ("--method", finding.method), ("--rank", finding.rank), ("--across", finding.across),
         ("--per-layer", finding.per_layer or None), ("--position", finding.position),
-        ("--measured-at", finding.measured_at),
+        ("--measured-at", finding.measured_at), ("--sae", finding.sae),
+        ("--feature", finding.feature),
     ):  # fmt: skip
         if value is not None:
             raise UserError(
@@ -429,6 +434,6 @@ def _positions(view: View, finding: Finding) -> list[int]:
                 "last token."
             )
         return [wanted]
-    if finding.layer is not None and finding.across is None:
+    if finding.sae is not None or (finding.layer is not None and finding.across is None):
         return [-1]
     return list(range(-min(view.tail, measuring.MOST_POSITIONS), 0))

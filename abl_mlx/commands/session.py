@@ -22,6 +22,7 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.model_file import find_model
 from abl_mlx.support.clock import Clock
+from convert.base.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,23 @@ class Steered:
             yield
 
 
-def load(text: str, options: SteerOptions, tools: tuple[Tool, ...] = ()) -> Steered:
+def load(
+    text: str, options: SteerOptions, tools: tuple[Tool, ...] = (), *, shows: bool = False
+) -> Steered:
     """Load a model (a folder or a GGUF), and load or measure its direction.
 
     Args:
         text: the model, as the user typed it.
         options: the direction and the edit.
         tools: functions that it may call.
+        shows: whether the features of ``--sae`` are shown, and so go with a given direction.
 
     Raises:
         UserError: when the model or the direction cannot be loaded or measured.
     """
     clock, direction = Clock(), options.direction
+    if direction is not None and options.finding.sae is not None and not shows:
+        raise UsageError("--direction and --sae both give a direction: leave one of them out.")
     edit_choice.check(options.editing)
     with find_model(text, options.chatting.template) as model:
         name = model.source.name

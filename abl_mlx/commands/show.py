@@ -10,12 +10,15 @@ import numpy as np
 
 from abl_mlx import __version__
 from abl_mlx.choices import SteerOptions
+from abl_mlx.commands import sae_choice
 from abl_mlx.commands.session import Steered
+from abl_mlx.commands.shown_features import features
 from abl_mlx.edits.edit import orthonormal
 from abl_mlx.models import given_template, heads
 from abl_mlx.models.capture import Recorder
 from abl_mlx.outputs.record_parts import chosen
 from abl_mlx.records.looks import ShowRecord
+from abl_mlx.reports import sae_tables
 from abl_mlx.support.arrays import numpy_of
 from convert.base import escape
 from convert.base.atomic import check_new, new_file
@@ -27,12 +30,16 @@ class Projection:
     """The component of one prompt's residual stream along a direction.
 
     Attributes:
+        ids: the T token ids.
+        prompt: how many of them are the prompt's; the others are of a reply.
         tokens: the T tokens as text.
         before, after: (L, T) float32, r·h / |h| for the original and for the edited model: the
             cosine between the stream after layer l and the direction (for several directions, the
             length of the projection onto them divided by |h|).
     """
 
+    ids: list[int]
+    prompt: int
     tokens: list[str]
     before: np.ndarray
     after: np.ndarray
@@ -50,6 +57,7 @@ def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
 
     chat = steered.chat
     tokens = chat.encode(steered.prompt(prompt))
+    count = len(tokens)
     if reply:
         tokens = tokens + generate(chat, [tokens], reply)[0]
     before = _shares(steered, tokens)
@@ -60,7 +68,8 @@ def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
             f"{steered.name}: the residual stream of this prompt is not finite, so the model's "
             "weights or the direction are damaged: fetch them again."
         )
-    return Projection([chat.tokenizer.decode([token]) for token in tokens], before, after)
+    texts = [chat.tokenizer.decode([token]) for token in tokens]
+    return Projection(tokens, count, texts, before, after)
 
 
 def _shares(steered: Steered, tokens: list[int]) -> np.ndarray:
@@ -92,10 +101,12 @@ def show(
 
     Args:
         page: where a page with the picture goes.
-        options: what was chosen, for the command on the page.
+        options: what was chosen: for the command on the page, and an autoencoder.
     """
     if page is not None:
         check_new(page)
+    finding = (options or SteerOptions()).finding
+    sae = None if finding.sae is None else sae_choice.read(finding, steered.chat)
     found = project(steered, prompt, reply=reply)
     record = ShowRecord(
         abl_mlx=__version__,
@@ -106,6 +117,11 @@ def show(
         tokens=found.tokens,
         before=found.before.round(5).tolist(),
         after=found.after.round(5).tolist(),
+        sae=(
+            None
+            if sae is None
+            else features(steered, sae, found.ids, found.prompt, finding.features)
+        ),
     )
     if page is not None:
         from abl_mlx.reports.page_show import show_page
@@ -152,7 +168,7 @@ def table(record: ShowRecord, *, color: bool = False) -> str:
         lines.append(
             f"{name:<{wide}}  {cells[0]} │ {cells[1]}   {numbers[0]:+.3f}  {numbers[1]:+.3f}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *sae_tables.shown_lines(record.sae, names)])
 
 
 def _largest(values: np.ndarray) -> float:

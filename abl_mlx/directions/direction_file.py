@@ -17,7 +17,7 @@ from abl_mlx.directions import foreign
 from abl_mlx.directions.measuring import METHOD, Candidates, float32
 from abl_mlx.directions.methods import METHODS
 from abl_mlx.models.chat_model import ChatModel
-from abl_mlx.records.directions import Chosen, Looked, ScoredCandidate, TriedEdit
+from abl_mlx.records.directions import Chosen, Looked, SaeFound, ScoredCandidate, TriedEdit
 from abl_mlx.records.kinds import fields_of, kind_of
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.strict_json import finite
@@ -164,6 +164,7 @@ _METADATA = record(
         "scores": list_of(record(fields_of(ScoredCandidate), _PLACE)),
         "trials": list_of(record({**fields_of(TriedEdit), **_PLACE})),
         "cloud": record(_PLACE),
+        "sae": kind_of(SaeFound),
         "pins": _PINS,
         "embedding_scale": number(),
         "recipe": record(

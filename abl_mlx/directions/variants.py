@@ -33,6 +33,7 @@ class Variant:
         orthogonal_to: to what of the prompts whose refusals are to stay the directions were made
             orthogonal: ``own`` (what sets these apart from harmful prompts) or ``all`` (what sets
             them apart from harmless ones); None if they were not.
+        features: the features of a sparse autoencoder whose decoder rows they are.
     """
 
     directions: mx.array
@@ -43,6 +44,7 @@ class Variant:
     per_layer: bool = False
     among: tuple[int, ...] | None = None
     orthogonal_to: str | None = None
+    features: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -61,6 +63,7 @@ class Variant:
             among=None if self.among is None else list(self.among),
             per_layer=self.per_layer or None,
             orthogonal_to=self.orthogonal_to,
+            features=None if self.features is None else list(self.features),
         )
 
 

@@ -11,7 +11,7 @@ import errno
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,9 @@ _REPOSITORY = r"(?P<repository>\w[\w.-]*/\w[\w.-]*)"
 _REVISION = r"(?:@(?P<revision>\w[\w.{}-]*))?"
 # A branch may have slashes in its name (refs/pr/1), but not if a file's path follows.
 _REFERENCE = re.compile(_REPOSITORY + _REVISION.format("/") + r"(?::(?P<tag>[\w.-]+))?", re.ASCII)
+_PART_OF = re.compile(
+    _REPOSITORY + _REVISION.format("") + r"(?:/(?P<folder>\w[\w.-]*(?:/\w[\w.-]*)*)/?)?", re.ASCII
+)
 _FILE = re.compile(_REPOSITORY + _REVISION.format("") + r"/(?P<file>[^:]+)", re.ASCII)
 
 # The address of a page on Hugging Face, as a browser shows it.
@@ -212,6 +215,38 @@ def folder(reference: Reference) -> Path:
                 f"{reference.name} holds GGUFs and no safetensors: pick one of {listed.choices}."
             )
     return path
+
+
+def part(text: str, names: Sequence[str], flag: str) -> Path:
+    """A folder inside a repository, or its top folder, with files downloaded or in the cache.
+
+    Args:
+        text: ``hf:OWNER/NAME[@REVISION][/FOLDER]``.
+        names: the names of the files in it that are wanted, as far as they are there.
+        flag: named in errors about the form of ``text``.
+
+    Raises:
+        UserError: when it has another form or cannot be downloaded, or there is no such folder.
+    """
+    from huggingface_hub import snapshot_download
+
+    found = _PART_OF.fullmatch(text.removeprefix("hf:"))
+    if found is None:
+        raise UserError(f"{flag} {text}: write hf:OWNER/NAME/FOLDER, or hf:OWNER/NAME.")
+    reference = Reference(found["repository"], revision=found["revision"])
+    inside = found["folder"] or ""
+    within = f"{glob.escape(inside)}/" if inside else ""
+    with _explained(reference):
+        root = Path(
+            snapshot_download(
+                reference.repository,
+                revision=reference.revision,
+                allow_patterns=[f"{within}{glob.escape(name)}" for name in names],
+            )
+        )
+    if not (root / inside).is_dir():
+        raise UserError(f"{reference.name} on Hugging Face has no folder {inside}: check the path.")
+    return root / inside
 
 
 def gguf(reference: Reference) -> Path:

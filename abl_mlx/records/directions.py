@@ -83,6 +83,7 @@ class Selection(Part):
         orthogonal_to: if the directions were made orthogonal to what prompts whose refusals are to
             stay have of their own: ``own``, the difference of these prompts from harmful ones, or
             ``all``, their difference from harmless ones.
+        features: the features of a sparse autoencoder whose decoder rows they are.
     """
 
     method: str | None = None
@@ -93,6 +94,7 @@ class Selection(Part):
     among: list[int] | None = None
     per_layer: bool | None = None
     orthogonal_to: str | None = None
+    features: list[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +318,55 @@ class Chosen(Selection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankedFeature(Part):
+    """A feature of a sparse autoencoder, with figures of the prompts' last tokens.
+
+    Attributes:
+        feature: its number.
+        difference: d, the difference of mean activation on harmful and on harmless validation
+            prompts over the pooled deviation.
+        error: the standard error of d.
+        auc: the probability that the activation on a harmful prompt is the larger one.
+        interval: the 95% interval of the AUC.
+        active: shares of the harmful and of the harmless prompts on which it is active, 0 to 1.
+        train_difference: d on the train prompts, by which features are ranked.
+        cosine: of its decoder row and the difference of the mean states.
+    """
+
+    feature: int
+    difference: float
+    error: float
+    auc: float
+    interval: list[float]
+    active: list[float]
+    train_difference: float
+    cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeFound(Part):
+    """The features of a sparse autoencoder (``--sae``).
+
+    Attributes:
+        name: of the autoencoder's folder.
+        architecture: ``standard``, ``gated``, ``jumprelu`` or ``topk``.
+        model: the model it was trained on, if its files say so.
+        layer: the layer after which it reads the stream.
+        position: the token at which it was read.
+        count: the number of its features.
+        features: those that were taken, and those that tell the prompt sets apart best.
+    """
+
+    name: str
+    architecture: str
+    model: str | None = None
+    layer: int
+    position: int
+    count: int
+    features: list[RankedFeature]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found(Part):
     """All findings on the way to a direction; from another tool's direction file, fewer.
 
@@ -326,6 +377,7 @@ class Found(Part):
         trials: the other edits that were tried.
         cloud: the states of the two prompt sets at the chosen layer and position.
         finalists: what was judged by replies, if the model was asked to think.
+        sae: the features of a sparse autoencoder, if directions were taken from one.
     """
 
     direction: Chosen
@@ -334,3 +386,4 @@ class Found(Part):
     trials: list[TriedEdit] | None = None
     cloud: Cloud | None = None
     finalists: list[JudgedFinalist] | None = None
+    sae: SaeFound | None = None

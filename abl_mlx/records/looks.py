@@ -98,6 +98,41 @@ class DiffRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShownFeature(Part):
+    """A feature of a sparse autoencoder at the tokens of a prompt.
+
+    Attributes:
+        feature: its number.
+        activations: its activation at every token.
+        cosine: of its decoder row and the direction; with a subspace, without a sign.
+    """
+
+    feature: int
+    activations: list[float]
+    cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownSae(Part):
+    """The features of a sparse autoencoder at the tokens of a prompt.
+
+    Attributes:
+        name, architecture, model, layer, count: as of the record of `measure`.
+        prompt_tokens: the number of the prompt's tokens; the last of them is where features were
+            chosen.
+        features: those of the direction, and those with the largest activations at that token.
+    """
+
+    name: str
+    architecture: str
+    model: str | None = None
+    layer: int
+    count: int
+    prompt_tokens: int
+    features: list[ShownFeature]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShowRecord(Record, Made):
     """The record of `show`.
 
@@ -107,6 +142,7 @@ class ShowRecord(Record, Made):
             the direction ablated.
         template: the chat template that was given in place of the model's own.
         output: the page.
+        sae: with ``--sae``, the features of a sparse autoencoder.
     """
 
     prompt: str
@@ -116,6 +152,7 @@ class ShowRecord(Record, Made):
     after: list[list[float]]
     template: Template | None = None
     output: str | None = None
+    sae: ShownSae | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

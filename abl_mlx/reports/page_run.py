@@ -11,9 +11,9 @@ from abl_mlx.choices import Replying, RunOptions
 from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.provenance import without_home
-from abl_mlx.records.directions import Chosen, TriedEdit
+from abl_mlx.records.directions import Chosen, SaeFound, TriedEdit
 from abl_mlx.records.edits import EvaluatedEdit, RunRecord
-from abl_mlx.reports import figures
+from abl_mlx.reports import figures, sae_tables
 from abl_mlx.reports.page import Page, Section, Table, Tile, html, write
 from abl_mlx.reports.page_parts import (
     categories,
@@ -104,6 +104,7 @@ def run_page(record: RunRecord, replies: Sequence[Mapping[str, Any]] = ()) -> st
             for one in evaluations
         ),
         *(_leak_section(one, len(evaluations) > 1) for one in evaluations),
+        *_features(record.sae),
         _trials(record.trials or []),
         of_replies(replies),
         reproduce(
@@ -212,6 +213,14 @@ def _leak_section(one: EvaluatedEdit, several: bool) -> Section:
     return Section(
         title, (text,), charts=tuple(figures.leak_charts(tensors)), tables=(table,) if rows else ()
     )
+
+
+def _features(found: SaeFound | None) -> list[Section]:
+    if found is None:
+        return []
+    table = Table(sae_tables.HEAD, tuple(sae_tables.rows(found)), (1, 2, 3, 4, 5))
+    about = f"{sae_tables.title(found)}. {sae_tables.ABOUT}."
+    return [Section("Features of the autoencoder", (about,), tables=(table,))]
 
 
 def _trials(trials: Sequence[TriedEdit]) -> Section:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from abl_mlx.records.looks import ShowRecord
+from abl_mlx.records.looks import ShownSae, ShowRecord
+from abl_mlx.reports import sae_tables
 from abl_mlx.reports.page import (
     SHADES,
     Grid,
@@ -56,10 +57,23 @@ def show_page(record: ShowRecord, command: str = "") -> str:
             code=f"{summary_line(record.direction)}\nSHA-256 {record.direction.sha256}",
         ),
     )
+    if record.sae is not None:
+        sections += (_features(record.sae, record.tokens),)
     if command:
         sections += (reproduce(command, record.abl_mlx, {}),)
     lead = (f"“{record.prompt}”",)
     return html(Page("Shown with abl-mlx", record.source, lead, tiles, sections))
+
+
+def _features(found: ShownSae, tokens: Sequence[str]) -> Section:
+    head = ("feature", "cos with r", *map(_token, tokens))
+    rows = tuple(
+        (str(one.feature), f"{one.cosine:+.2f}", *(f"{value:.2f}" for value in one.activations))
+        for one in found.features
+    )
+    about = f"{sae_tables.title(found)}: activations by token."
+    table = Table(head, rows, tuple(range(1, len(head))))
+    return Section("Features of the autoencoder", (about,), tables=(table,))
 
 
 def _grid(

@@ -26,6 +26,7 @@ from abl_mlx.records.edits import (
 from abl_mlx.records.evaluations import Comparison, Kept, Rate, Refusals, RefusalsInMode
 from abl_mlx.records.looks import Changed, DiffRecord, InspectRecord
 from abl_mlx.records.measurements import Thoughts
+from abl_mlx.reports import sae_tables
 from abl_mlx.reports.recognition_tables import recognition_rows
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
@@ -69,6 +70,7 @@ def run_table(record: RunRecord) -> str:
     # Of several views, it was judged in one alone.
     if record.direction.single is not None and record.direction.views is None:
         lines.append(f"  {_single_line(record.direction.single)}")
+    lines += sae_tables.lines(record.sae)
     for one in record.evaluations:
         asked = asked_in(one.runtime, record.options.prompting.thinking)
         rows = [
@@ -242,6 +244,9 @@ def summary_line(direction: Selection) -> str:
     if direction.method in (None, "given"):
         return "a given direction"
     parts = [direction.method]
+    if direction.features:
+        several = "s" if len(direction.features) > 1 else ""
+        parts.append(f"feature{several} {', '.join(map(str, direction.features))}")
     if direction.rank is not None:
         parts.append(f"rank {direction.rank}")
     if direction.across is not None:
@@ -266,7 +271,7 @@ def summary_line(direction: Selection) -> str:
 def measure_line(record: MeasureRecord) -> str:
     """The record of `abl-mlx measure` as a table."""
     line = f"{record.outputs[0]}: {summary_line(record.direction)} of {record.source}"
-    return "\n".join([line, *notes.lines(record.note)])
+    return "\n".join([line, *notes.lines(record.note), *sae_tables.lines(record.sae)])
 
 
 def apply_table(record: ApplyRecord) -> str:
