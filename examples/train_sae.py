@@ -18,7 +18,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 import abl_mlx
-from abl_mlx.models.capture import Recorder
+from abl_mlx.models import capture
 
 FEATURES, K, STEPS, BATCH = 256, 8, 200, 128
 
@@ -30,12 +30,9 @@ prompts = abl_mlx.load_prompts(model=model)
 parts = []
 for question in (*prompts.harmful.train.prompts, *prompts.harmless.train.prompts):
     tokens = model.encode(question)
-    with Recorder(model.chat) as recorder:
-        model.chat.model(mx.array([tokens]))
-        # The first token's state is the same for every prompt, and often hundreds of times longer.
-        states = recorder.take(mx.array([len(tokens)]), range(1 - len(tokens), 0))[0, layer]
-    mx.eval(states)
-    parts.append(states)
+    # The first token's state is the same for every prompt, and often hundreds of times longer.
+    parts.append(capture.full(model.chat, [tokens], range(1 - len(tokens), 0))[0, layer])
+    mx.eval(parts[-1])
 states = mx.concatenate(parts)
 print(f"{states.shape[0]} states of {states.shape[1]} dimensions after layer {layer}")
 

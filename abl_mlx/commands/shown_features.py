@@ -11,8 +11,7 @@ from abl_mlx.commands import sae_choice
 from abl_mlx.commands.session import Steered
 from abl_mlx.directions.sae import Sae
 from abl_mlx.edits.edit import orthonormal
-from abl_mlx.models import heads
-from abl_mlx.models.capture import Recorder
+from abl_mlx.models import capture
 from abl_mlx.records.looks import ShownFeature, ShownSae
 from abl_mlx.support.arrays import number, numpy_of
 
@@ -35,9 +34,8 @@ def features(
     Raises:
         UserError: when there is no feature that was asked for.
     """
-    with Recorder(steered.chat) as recorder, heads.unseen(steered.chat.model):
-        steered.chat.model(mx.array([list(tokens)], mx.int32))
-        states = recorder.take(mx.array([len(tokens)]), range(-len(tokens), 0))[0, sae.layer]
+    offsets = range(-len(tokens), 0)
+    states = capture.full(steered.chat, [list(tokens)], offsets, label="features")[0, sae.layer]
     active = sae_choice.encode(sae, numpy_of(states))
     last = active[prompt - 1]
     first = [int(one) for one in np.argsort(-last, kind="stable")[:MOST] if last[one] > 0]
