@@ -12,21 +12,23 @@ from abl_mlx.cli.flags import (
     chat_flags,
     choice_flags,
     edit_flags,
-    gguf_flags,
     given_flags,
-    imatrix_flag,
     json_flag,
-    keep_types_flag,
     memory_flag,
-    parts_flags,
     prompt_flags,
     recognition_flag,
     reply_flags,
     search_flags,
-    writing_flags,
 )
 from abl_mlx.cli.group import cli
 from abl_mlx.cli.values import HERE
+from abl_mlx.cli.writing_flags import (
+    gguf_flags,
+    imatrix_flag,
+    keep_types_flag,
+    parts_flags,
+    writing_flags,
+)
 
 
 @cli.command()
