@@ -2,14 +2,22 @@
 
 Its home is the folder that ``~/.lmstudio-home-pointer`` names; older versions had
 ``~/.cache/lm-studio``, newer ones ``~/.lmstudio``. ``downloadsFolder`` in its settings.json names
-the folder of models, which is ``models`` in its home otherwise. A model is two levels below that:
+the folder of models, which is ``models`` in its home otherwise; older versions kept that file with
+the system's settings of applications. A model is two levels below that:
 ``PUBLISHER/NAME/FILE.gguf``, or the files of an MLX folder in ``PUBLISHER/NAME`` (lmstudio.ai:
 docs/app/advanced/import-model).
+
+Its program `lms import` files a GGUF there by itself (lmstudio.ai: docs/cli/local-models/import).
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,14 +52,73 @@ def models_folder() -> Path:
         UserError: when LM Studio has no home on this machine.
     """
     home = _home()
-    with suppress(OSError, UnicodeDecodeError, Refused):
-        settings = home / "settings.json"
-        if settings.stat().st_size <= _LONGEST:
-            said = json_text.parse(settings.read_text(encoding="utf-8"))
-            named = said.get("downloadsFolder") if isinstance(said, dict) else None
-            if isinstance(named, str) and named and Path(named).expanduser().is_absolute():
-                return Path(named).expanduser()
+    for settings in (home / "settings.json", _older_settings()):
+        with suppress(OSError, UnicodeDecodeError, Refused):
+            if settings.stat().st_size <= _LONGEST:
+                said = json_text.parse(settings.read_text(encoding="utf-8"))
+                named = said.get("downloadsFolder") if isinstance(said, dict) else None
+                if isinstance(named, str) and named and Path(named).expanduser().is_absolute():
+                    return Path(named).expanduser()
     return home / "models"
+
+
+def _older_settings() -> Path:
+    if sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Application Support"
+    else:
+        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return folder / "LM Studio" / "settings.json"
+
+
+def program() -> str | None:
+    """The program `lms`, where it is on the PATH."""
+    return shutil.which("lms")
+
+
+def check_import(owner: str, name: str) -> None:
+    """Check, before any long work, that `lms import` has a place for OWNER/NAME/NAME.gguf.
+
+    Raises:
+        UserError: when LM Studio is not here, or has such a file already.
+    """
+    place = models_folder() / owner / name / f"{name}.gguf"
+    if os.path.lexists(place):
+        raise UserError(
+            f"{OPTION} lmstudio:{owner}/{name}: {place} already exists; give another name.",
+            option="output",
+        )
+
+
+def import_file(path: Path, owner_and_name: str) -> None:
+    """Give a GGUF to LM Studio by `lms import`; the file is gone from ``path`` afterwards.
+
+    It is linked where both lie on one disk, else copied: the program asks before it moves a file.
+
+    Args:
+        path: the file.
+        owner_and_name: ``PUBLISHER/NAME``.
+
+    Raises:
+        UserError: when the program fails. The file is still there then.
+    """
+    found = program() or "lms"
+    last = ""
+    for how in ("--hard-link", "--copy"):
+        arguments = ["import", "-y", "--user-repo", owner_and_name, how, str(path.absolute())]
+        try:
+            done = subprocess.run(
+                [found, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", check=False,
+            )  # fmt: skip
+        except OSError as error:
+            last = f"{found} could not be started: {error.strerror}"
+            break
+        if done.returncode == 0:
+            path.unlink()
+            return
+        last = next(iter(done.stdout.strip().splitlines()[-1:]), f"exit status {done.returncode}")
+    by_hand = shlex.join(["lms", "import", "--user-repo", owner_and_name, str(path)])
+    raise UserError(f"`lms import` failed ({last.rstrip('.')}): mend that and run `{by_hand}`.")
 
 
 def _home() -> Path:

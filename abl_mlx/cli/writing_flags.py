@@ -87,7 +87,7 @@ def writing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             type=HERE,
             help="Where the edited model goes: a folder (MLX) or NAME.gguf; or an adapter for the "
             "unedited model: NAME.adapter (mlx-lm) or NAME.lora.gguf (llama.cpp); or an app: "
-            "ollama:NAME (its store, no tag is overwritten) or lmstudio:OWNER/NAME. May be given "
+            "ollama:NAME (its store) or lmstudio:OWNER/NAME. May be given "
             "several times.",
         ),
     ]

@@ -36,12 +36,14 @@ class Placed:
     Attributes:
         paths: the paths, in the user's order.
         in_ollama: of these the GGUFs that are filed in Ollama's store at the end -> their names.
-        in_lm_studio: of these the ones below LM Studio's models -> ``OWNER/NAME``.
+        in_lm_studio: of these the ones that LM Studio gets -> ``OWNER/NAME``.
+        imported: of these the GGUFs that its program `lms` is given at the end.
     """
 
     paths: tuple[Path, ...]
     in_ollama: Mapping[Path, OllamaName] = field(default_factory=dict)
     in_lm_studio: Mapping[Path, str] = field(default_factory=dict)
+    imported: frozenset[Path] = frozenset()
 
     def joined(self, options: Options) -> Options:
         """The options of a command; with ``join`` where an output goes to Ollama, as one file."""
@@ -52,8 +54,8 @@ def placed(outputs: Sequence[Path], source: Source, *, overwrite: bool = False) 
     """Find the places of outputs, of which some may be ``ollama:NAME`` or ``lmstudio:OWNER/NAME``.
 
     A GGUF for Ollama is first written to NAME.gguf (NAME-TAG.gguf) in the working folder, where its
-    record and card stay. In LM Studio the format is that of the source: a GGUF stays one, a folder
-    becomes an MLX folder.
+    record and card stay; so is one for LM Studio where its program `lms` is there to file it. In LM
+    Studio the format is that of the source: a GGUF stays one, a folder becomes an MLX folder.
 
     Args:
         outputs: the outputs as the user named them.
@@ -68,6 +70,7 @@ def placed(outputs: Sequence[Path], source: Source, *, overwrite: bool = False) 
     paths: list[Path] = []
     in_ollama: dict[Path, OllamaName] = {}
     in_lm_studio: dict[Path, str] = {}
+    imported: set[Path] = set()
     for output in outputs:
         text, path = str(output), output
         if text.startswith(staging.OLLAMA):
@@ -81,14 +84,19 @@ def placed(outputs: Sequence[Path], source: Source, *, overwrite: bool = False) 
         elif text.startswith(staging.LM_STUDIO):
             owner, named = lmstudio.parse(text.removeprefix(staging.LM_STUDIO))
             path = lmstudio.models_folder() / owner / named
-            path = path if source.gguf is None else path / f"{named}.gguf"
+            if source.gguf is not None:
+                path = path / f"{named}.gguf"
+                if lmstudio.program() is not None:
+                    lmstudio.check_import(owner, named)
+                    path = Path(path.name)
+                    imported.add(path)
             in_lm_studio[path] = f"{owner}/{named}"
         paths.append(path)
-    return Placed(tuple(paths), in_ollama, in_lm_studio)
+    return Placed(tuple(paths), in_ollama, in_lm_studio, frozenset(imported))
 
 
 def deliver(places: Placed, model: ModelFile, *, overwrite: bool = False) -> None:
-    """File the GGUFs that go to Ollama; their records, cards and reports stay where they are.
+    """File the GGUFs that go to apps; their records, cards and reports stay where they are.
 
     Args:
         places: where the outputs were written.
@@ -110,6 +118,11 @@ def deliver(places: Placed, model: ModelFile, *, overwrite: bool = False) -> Non
             )
         for beside in [staging.companions(path)["modelfile"], *further.places([path])]:
             beside.unlink(missing_ok=True)
+    for path in places.imported:
+        files = [path] if path.exists() else list(parts_there(path))
+        for one in (*files, *filter(Path.exists, model.further.places([path]))):
+            lmstudio.import_file(one, places.in_lm_studio[path])
+        staging.companions(path)["modelfile"].unlink(missing_ok=True)
 
 
 def opening(path: Path, places: Placed, model: ModelFile, *, given_to: str | None) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,83 @@ def test_lm_studio_is_found_by_its_pointer_and_settings(place: Path) -> None:
         assert models_folder() == elsewhere / "models"
     (elsewhere / "settings.json").write_text(json.dumps({"downloadsFolder": "~/big"}))
     assert models_folder() == home / "big"
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_settings_of_older_versions(
+    place: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    home = place / "home"
+    older = home / {"linux": ".config", "darwin": "Library/Application Support"}[system]
+    (older / "LM Studio").mkdir(parents=True)
+    (older / "LM Studio" / "settings.json").write_text(json.dumps({"downloadsFolder": "/old"}))
+    assert models_folder() == Path("/old")
+    (home / ".lmstudio" / "settings.json").write_text(json.dumps({"downloadsFolder": "/new"}))
+    assert models_folder() == Path("/new")
+
+
+LMS = """#!{python}
+import os, shutil, sys
+from pathlib import Path
+
+with open({log!r}, "a") as log:
+    print(*sys.argv[1:], file=log)
+command, yes, flag, named, how, path = sys.argv[1:]
+assert (command, yes, flag) == ("import", "-y", "--user-repo")
+target = Path({models!r}, named, Path(path).name)
+target.parent.mkdir(parents=True, exist_ok=True)
+if how == "--hard-link" and {links}:
+    os.link(path, target)
+elif how == "--copy" and {copies}:
+    shutil.copyfile(path, target)
+else:
+    sys.exit("Target is on another disk.")
+"""
+
+
+def stand_in(place: Path, monkeypatch: pytest.MonkeyPatch, **does: bool) -> Path:
+    """A program `lms` on the PATH that takes the arguments of the real one; its log."""
+    log, models = place / "log", place / "home" / ".lmstudio" / "models"
+    text = LMS.format(python=sys.executable, log=str(log), models=str(models), **does)
+    (place / "bin").mkdir()
+    (place / "bin" / "lms").write_text(text)
+    (place / "bin" / "lms").chmod(0o755)
+    monkeypatch.setenv("PATH", str(place / "bin"), prepend=os.pathsep)
+    return log
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["one disk", "two disks"])
+def test_with_lms_here_it_imports_the_files(
+    place: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    log = stand_in(place, monkeypatch, links=links, copies=True)
+    source = model(place / "m.gguf")
+    projector(place / "mmproj-m.gguf")
+    _, said = apply(saved(place, WIDTH), source, "-o", "lmstudio:me/tiny-edited")
+    assert said == ["LM Studio: My Models, me/tiny-edited"]
+    there = place / "home" / ".lmstudio" / "models" / "me" / "tiny-edited"
+    assert sorted(one.name for one in there.iterdir()) == [
+        "mmproj-tiny-edited.gguf", "tiny-edited.gguf",
+    ]  # fmt: skip
+    assert "abl-mlx" in str(metadata(there / "tiny-edited.gguf")["general.tags"])
+    assert sorted(one.name for one in (place / "work").iterdir()) == [
+        "tiny-edited.README.md", "tiny-edited.abl.json",
+    ]  # fmt: skip
+    ways = [line.split()[4] for line in log.read_text().splitlines()]
+    assert ways == (["--hard-link"] * 2 if links else ["--hard-link", "--copy"] * 2)
+    assert "tiny-edited.gguf already exists" in fails(
+        "apply", place / f"direction-{WIDTH}.safetensors", source, "-o", "lmstudio:me/tiny-edited"
+    )
+
+
+def test_where_lms_fails_the_file_stays(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(place, monkeypatch, links=False, copies=False)
+    said = fails("apply", saved(place, WIDTH), model(place / "m.gguf"), "-o", "lmstudio:me/x")
+    assert "`lms import` failed (Target is on another disk)" in said
+    assert "`lms import --user-repo me/x x.gguf`" in said
+    assert (place / "work" / "x.gguf").is_file()
 
 
 @pytest.mark.parametrize("text", ["", "me", "me/", "/x", "a/b/c", "../x", "me/..", "me/a b"])
