@@ -22,6 +22,10 @@ NORMS = ("none", "columns", "rows")
 #: reversed.
 KINDS = ("project", "reflect")
 
+#: The accepted values of ``--edit``: the weights that write to the residual stream, or those that
+#: read it in the layers.
+PLACES = ("writers", "readers")
+
 #: The strength of a reflection: W − 2 U(UᵀW) has the component reversed.
 REFLECTION = 2.0
 
@@ -253,6 +257,7 @@ class Editing(Choices):
         pin: the component along the direction that the stream keeps: ``harmless`` or ``harmful``
             for the mean of those prompts, or a number; None for 0.
         kind: what is done with the component, one of `KINDS`.
+        edit: what is edited, one of `PLACES`.
     """
 
     strength: float = 1.0
@@ -261,6 +266,7 @@ class Editing(Choices):
     norm: str = "none"
     pin: str | None = None
     kind: str = "project"
+    edit: str = "writers"
 
     @property
     def alpha(self) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from abl_mlx.choices import KINDS, NORMS
+from abl_mlx.choices import KINDS, NORMS, PLACES
 from abl_mlx.cli.values import HERE, Features, Layers, PinValue, Position
 from abl_mlx.directions.methods import METHODS, TABLE
 
@@ -273,6 +273,15 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="harmless|harmful|VALUE",
             help="Hold the component along the direction at the harmless (or harmful) prompts' "
             "mean, or at a value, instead of at 0.",
+        ),
+        click.option(
+            "--edit",
+            type=click.Choice(PLACES),
+            default="writers",
+            show_default=True,
+            help="writers: nothing is written along the direction any more. readers: the stream "
+            "keeps it, and the layers (queries, keys, values, gate, up, routers) no longer read "
+            "along it.",
         ),
         click.option(
             "--kind",

@@ -234,6 +234,8 @@ def _by_its_own_account(
     verdict, evidence = weights.verdict, list(weights.evidence)
     if label is not None:
         what = f"strength {label.get('strength')}, layers {label.get('layers')}"
+        if label.get("edit") == "readers":
+            what += ", weights that read the stream"
         evidence.append(f"its metadata say that abl-mlx edited it ({what})")
         verdict = EDITED
     for one in mentions:

@@ -10,6 +10,7 @@ from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.directions import direction_file
 from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import gguf_outputs
+from abl_mlx.outputs.edit_label import gguf_label
 from abl_mlx.outputs.gguf import GgufFile
 from abl_mlx.outputs.gguf_plan import bytes_changed, plan
 from abl_mlx.records.looks import Changed, DiffRecord
@@ -26,7 +27,7 @@ def diff(
     Args:
         first, second: the files.
         direction: a direction file; the leak of its full removal from ``first`` is measured in
-            ``second``.
+            ``second``: from its writers, or from its readers if its label names these.
         tensors: a regular expression that names the tensors for that measurement.
     """
     with GgufFile(Source(str(first), first)) as model, GgufSource(second) as after:
@@ -61,7 +62,13 @@ def diff(
         if direction is None:
             return record
         file = direction_file.read(direction)
-        plans = plan(before, edit_of(file, Editing()), model.named_writers(tensors))
+        places = str(gguf_label(after).get("edit", "writers"))
+        plans = plan(
+            before,
+            edit_of(file, Editing(edit=places)),
+            model.named_writers(tensors),
+            readers=model.named_readers(places),
+        )
         report = gguf_outputs.compare_all(before, after, plans)
     return replace(
         record,

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from abl_mlx.choices import REFLECTION, Editing
+from abl_mlx.choices import REFLECTION, Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.pinning import held_at
 from abl_mlx.edits.edit import Edit
@@ -48,6 +48,7 @@ def make_edit(
     profile = recipe.get("profile") if editing.kind == "project" else None
     return Edit(
         selected, editing.alpha, editing.layers, embedding, profile, editing.norm, pin,
+        editing.edit,
     )  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def edit_of(direction: DirectionFile, editing: Editing) -> Edit:
     return make_edit(direction.selected, editing, recipe=metadata.get("recipe"), pin=pin)
 
 
-def check(editing: Editing) -> None:
+def check(editing: Editing, writing: Writing | None = None) -> None:
     """Check that the flags of an edit go together.
 
     An edit that overshoots, because it multiplies the component by 1 − strength, is warned of.
@@ -91,6 +92,22 @@ def check(editing: Editing) -> None:
                 "--kind reflect leaves the embedding alone, into which --pin is written: leave "
                 "one of them out."
             )
+        if editing.edit == "readers":
+            raise UsageError(
+                "--kind reflect mirrors what is written to the stream: leave it out, or --edit "
+                "readers."
+            )
+    if editing.edit == "readers":
+        for flag, given in (
+            ("--pin", editing.pin is not None),
+            ("--mtp", writing is not None and writing.mtp),
+            ("--tensors", writing is not None and writing.tensors is not None),
+        ):
+            if given:
+                raise UsageError(
+                    f"{flag} is about weights that write to the residual stream: leave it out, or "
+                    "--edit readers."
+                )
     if (strength := editing.strength) > 2:
         say(
             f"warning: --strength {strength:g} overshoots: beyond 2 the component returns reversed "

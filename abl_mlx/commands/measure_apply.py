@@ -39,7 +39,7 @@ def apply(
         direction: the direction, or the file that holds it.
     """
     editing, writing = options.editing, options.writing
-    edit_choice.check(editing)
+    edit_choice.check(editing, writing)
     named = "the direction"
     if isinstance(direction, Path):
         named, direction = str(direction), direction_file.read(direction)

@@ -30,6 +30,7 @@ from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture, given_template, memory
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
+from abl_mlx.models.readers import with_readers
 from abl_mlx.outputs import apps, destinations, induced, staging
 from abl_mlx.outputs.gguf import GgufFile
 from abl_mlx.outputs.model_file import ModelFile, PlannedEdit, find_gguf, find_model
@@ -155,7 +156,7 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
         UserError: when the input is bad; then no file is left behind.
     """
     editing, writing, finding = options.editing, options.writing, options.finding
-    edit_choice.check(editing)
+    edit_choice.check(editing, writing)
     template = options.chatting.template
     with ExitStack() as files:
         model = files.enter_context(find_model(text, template))
@@ -257,7 +258,8 @@ def _load(job: Job) -> LoadedModel:
             job.base.check_same(chat, job.options.writing.tensors)
     with job.clock.step("find the residual writers"):
         capture.check_stream(chat)
-        return LoadedModel(chat, job.model.find_writers(chat, job.options.writing.tensors))
+        writers = job.model.find_writers(chat, job.options.writing.tensors)
+        return LoadedModel(chat, with_readers(chat, writers, job.options.editing.edit))
 
 
 # --- 2. look -----------------------------------------------------------------------------------

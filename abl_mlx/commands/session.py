@@ -19,6 +19,7 @@ from abl_mlx.inputs.sets import Prompt
 from abl_mlx.inputs.tools import Tool
 from abl_mlx.models import memory
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.readers import with_readers
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.model_file import find_model
 from abl_mlx.support.clock import Clock
@@ -91,7 +92,7 @@ def load(
         memory.check(model.source.title, model.size, asked=options.memory_check)
         with clock.step("load the model"):
             chat = model.load()
-            writers = model.find_writers(chat)
+            writers = with_readers(chat, model.find_writers(chat), options.editing.edit)
         if tools:
             chat.encode(Prompt("Hello", tools=tools))  # refuses a model that has no place for them
         if given is not None and direction is not None:

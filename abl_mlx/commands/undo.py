@@ -125,7 +125,7 @@ def _find(
     file = direction_file.read(direction)
     if file.sha256 != label.direction_sha256:
         raise UserError(f"{direction} is not the direction that {name} was edited along.")
-    edit = Edit(file.selected, label.strength, label.layers, label.embedding)
+    edit = Edit(file.selected, label.strength, label.layers, label.embedding, places=label.edit)
     if base is None:
         found = model.taken(edit, label, model)
         return {key: _from_rest(one, name) for key, one in found.items()}, str(direction)

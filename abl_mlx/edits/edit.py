@@ -14,7 +14,7 @@ import numpy as np
 
 from abl_mlx.edits import projection
 from abl_mlx.edits.weight_edit import WeightEdit
-from abl_mlx.models.writers import Writer
+from abl_mlx.models.writers import READERS, Writer
 from abl_mlx.support.arrays import numpy_of
 from convert.base.errors import UserError
 
@@ -51,7 +51,8 @@ class Edit:
         strength: α; 1 removes the component, 0.5 half of it, negative values strengthen it.
         layers: the layers whose writers are edited; None for all layers.
         embedding: whether the embedding's rows are edited as well. With tied embeddings this also
-            edits the output head.
+            edits the output head. In an edit of readers it says whether the output head is edited,
+            which with tied embeddings also edits the embedding.
         profile: for ``attention`` and ``mlp`` writers, a factor of α for each layer; None for 1.
         norm: one of `choices.NORMS`: which norms of the weights are kept. A full removal stays full
             if the norms of columns are kept, but not if those of rows are (docs/architecture.md,
@@ -59,6 +60,7 @@ class Edit:
         pin: (k,), the component along each (orthonormal) direction that every row of the embedding
             gets, in the embedding's units; None for 0. As no other writer writes along the
             directions after the edit, the stream has this component everywhere (affine editing).
+        places: what is edited, one of `choices.PLACES`.
     """
 
     directions: mx.array
@@ -68,6 +70,7 @@ class Edit:
     profile: Mapping[str, Sequence[float]] | None = None
     norm: str = "none"
     pin: mx.array | None = None
+    places: str = "writers"
 
     @property
     def width(self) -> int:
@@ -82,6 +85,7 @@ class Edit:
             and self.profile is None
             and self.norm == "none"
             and self.pin is None
+            and self.places == "writers"
         )
 
     def parameters(self, writer: Writer) -> tuple[str, ...]:
@@ -105,8 +109,9 @@ class Edit:
         """
         basis = numpy_of(self.basis(writer))
         along = self.taken(writer, along, self.axis(writer, "weight")) / np.float32(self.strength)
-        if writer.kind == "embedding":
-            return along, -basis
+        if self.axis(writer, "weight") == -1:
+            right = np.broadcast_to(-basis, (*along.shape[:-2], *basis.shape))
+            return along, np.ascontiguousarray(right)
         left = np.broadcast_to(-basis.T, (*along.shape[:-2], *basis.T.shape))
         return np.ascontiguousarray(left), along
 
@@ -117,8 +122,10 @@ class Edit:
         return self.strength * float(self.profile[writer.component][writer.layer])
 
     def touches(self, writer: Writer) -> bool:
-        """Whether this writer is edited."""
-        if writer.kind == "embedding":
+        """Whether this writer, or reader, is edited."""
+        if writer.reads != (self.places == "readers"):
+            return False
+        if writer.component == "embedding" and (writer.reads or writer.kind == "embedding"):
             return self.embedding
         if self.layers is not None and writer.layer not in self.layers:
             return False
@@ -160,11 +167,14 @@ class Edit:
         """The directions to remove from the writer's output: orthonormal, float32 (k, d).
 
         If the output y is multiplied by a gain g, the stream gets g ⊙ y, whose component along r is
-        (g ⊙ r)·y; so g ⊙ r takes the place of r.
+        (g ⊙ r)·y; so g ⊙ r takes the place of r. A reader gets g ⊙ h, in which r has become g ⊙ r.
         """
         directions = self.directions
         if directions.ndim == 3:
-            directions = directions[max(0, writer.layer)]
+            last = writer.reads and writer.layer < 0
+            directions = directions[-1 if last else max(0, writer.layer)]
+        if writer.centered:
+            directions = directions - directions.mean(axis=-1, keepdims=True)
         if writer.gain is None:
             return orthonormal(directions)
         return orthonormal(directions * writer.gain[None, :])
@@ -186,7 +196,7 @@ class Edit:
 
 def stream_axis(kind: str, parameter: str) -> int:
     """The axis of length d, the residual stream's, in a writer's ``weight`` or ``bias``."""
-    return -1 if kind == "embedding" or parameter == "bias" else -2
+    return -1 if kind in ("embedding", *READERS) or parameter == "bias" else -2
 
 
 def target(edit: WeightEdit, writer: Writer, parameter: str, values: mx.array) -> mx.array:

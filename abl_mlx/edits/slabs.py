@@ -73,8 +73,10 @@ def slabs(shape: tuple[int, ...], axis: int, block: int) -> Iterator[Slab]:
     total = int(np.prod(shape[:-1]))
     if axis == -1:
         step = max(1, SLAB // n)
-        for first in range(0, total, step):
-            yield Slab(slice(first, min(total, first + step)), slice(0, n))
+        each = shape[-2] if len(shape) == 3 else total
+        for expert in range(0, total, each):
+            for first in range(expert, expert + each, step):
+                yield Slab(slice(first, min(expert + each, first + step)), slice(0, n))
         return
     d = shape[-2]
     step = max(1, SLAB // (d * block)) * block

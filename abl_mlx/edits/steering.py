@@ -21,7 +21,7 @@ from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import Around, around, around_method
 from abl_mlx.models.residuals import residual
-from abl_mlx.models.writers import Writer
+from abl_mlx.models.writers import READERS, Writer
 from convert.base.errors import UserError
 
 # --- the weight edit at runtime ----------------------------------------------------------------
@@ -33,8 +33,8 @@ def ablation(
 ) -> Iterator[None]:
     """Context manager that applies a weight edit to the outputs of the writers that it edits.
 
-    Because writers are linear, their outputs, and so the logits, are those of the edited weights
-    and biases to float precision. A tied output head is included.
+    Of readers it is the inputs. Because both are linear, their outputs, and so the logits, are
+    those of the edited weights and biases to float precision. A tied output head is included.
 
     Args:
         writers: the model's residual writers.
@@ -54,7 +54,7 @@ def ablation(
         return
     with ExitStack() as stack:
         stack.enter_context(
-            around([(writer.module, _projected(edit, writer, strengths)) for writer in chosen])
+            around([(one.module, _wrapped(edit, one, strengths)) for one in chosen])
         )
         for writer in chosen:
             if writer.tied and isinstance(edit, Edit):
@@ -76,21 +76,27 @@ def _added(edit: Update, writer: Writer) -> Around:
     return wrapper
 
 
-def _projected(
+def _wrapped(
     edit: WeightEdit, writer: Writer, strengths: Mapping[str, mx.array] | None = None
 ) -> Around:
+    """A call of a writer whose output is projected, or of a reader whose input is."""
     basis = edit.basis(writer)
     scaled = (strengths or {}).get(writer.component)
 
-    def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
-        output = call(*args, **kwargs)
-        unit = basis.astype(output.dtype)
-        taken = edit.taken(writer, output @ unit.T, -1)
+    def projected(states: mx.array) -> mx.array:
+        unit = basis.astype(states.dtype)
+        taken = edit.taken(writer, states @ unit.T, -1)
         if scaled is not None:
             taken = scaled[writer.layer] * taken
-        return output - taken.astype(output.dtype) @ unit
+        return states - taken.astype(states.dtype) @ unit
 
-    return wrapper
+    def writing(call: Any, *args: Any, **kwargs: Any) -> Any:
+        return projected(call(*args, **kwargs))
+
+    def reading(call: Any, states: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return call(projected(states), *args, **kwargs)
+
+    return reading if writer.kind in READERS else writing
 
 
 def _projected_head(edit: Edit, writer: Writer) -> Around:

@@ -51,12 +51,14 @@ class Update:
         factors: layer -> its change.
         strength: α.
         norm: always ``none``.
+        places: always ``writers``.
         rows: the rows of each matrix that are edited; None for all.
     """
 
     factors: Mapping[int, Factors]
     strength: float = 1.0
     norm: str = "none"
+    places: str = "writers"
     rows: slice | None = None
 
     @property
@@ -70,7 +72,7 @@ class Update:
 
     def touches(self, writer: Writer) -> bool:
         """Whether this writer is edited."""
-        return writer.component == "mlp" and writer.layer in self.factors
+        return not writer.reads and writer.component == "mlp" and writer.layer in self.factors
 
     def chosen(self, writers: Iterable[Writer]) -> list[Writer]:
         """The writers that are edited: one matrix in each layer of `factors`.

@@ -27,6 +27,10 @@ class WeightEdit(Protocol):
         """Which norms of the weights are kept, one of `choices.NORMS`."""
 
     @property
+    def places(self) -> str:
+        """What is edited, one of `choices.PLACES`."""
+
+    @property
     def width(self) -> int:
         """d, the number of dimensions of the residual stream."""
 

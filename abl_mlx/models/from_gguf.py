@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from abl_mlx.models import readers
 from abl_mlx.models.chat_model import ChatModel, load_tokenizer
 from abl_mlx.models.writers import Writer
 from abl_mlx.support.console import progress
@@ -19,6 +20,8 @@ from convert.base.scratch import scratch
 from convert.gguf.file import GgufSource
 from convert.gguf_to_mlx import Layout
 from convert.gguf_to_mlx import load as load_weights
+from convert.gguf_to_mlx.parameters import shape_of
+from convert.gguf_to_mlx.values import values_of
 from convert.tokenizers.from_gguf import write_tokenizer
 
 
@@ -81,6 +84,62 @@ def find_writers(
         path = paths[0].removesuffix(".weight")
         writers.append(replace(writer_of(gguf, one), path=path, module=module))
     return writers
+
+
+def find_readers(gguf: GgufSource, layout: Layout) -> list[Writer]:
+    """The tensors of a GGUF that read the residual stream, as `Writer` for edits of the file.
+
+    They are found in mlx-lm's model, of which only vectors are read. Their modules are empty.
+
+    Args:
+        gguf: the open file.
+        layout: which parameters are made from which tensors; its model gets the file's norms.
+
+    Raises:
+        UserError: when the model's readers cannot be edited, or are not whole tensors.
+    """
+    vectors = [
+        (path, mx.array(values_of(gguf, weight)))
+        for path, weight in layout.weights.items()
+        if len(shape_of(gguf, weight)) == 1
+    ]
+    layout.model.load_weights(vectors, strict=False)
+    chat = ChatModel(gguf.parts[0], layout.model, None, layout.config)
+    by_path = {f"{one.path}.weight": one for one in readers.find_readers(chat)}
+    found: dict[str, Writer] = {}
+    for name, paths in layout.places().items():
+        reading = [by_path[path] for path in paths if path in by_path]
+        if not reading:
+            continue
+        weights = [layout.weights[path] for path in paths]
+        whole = all(
+            weight.change is None and all(piece.columns is None for piece in weight.pieces)
+            for weight in weights
+        )
+        if not whole or len(reading) < len(paths) or not _alike(reading):
+            raise UserError(
+                f"--edit readers: {name} in {gguf.parts[0]} does not read the residual stream with "
+                "all of its rows: edit the writers."
+            )
+        kind = "expert-readers" if len(gguf.tensors[name].shape) == 3 else "reader"
+        kind = "embedding" if reading[0].tied else kind
+        found[name] = replace(reading[0], path=name, kind=kind, module=nn.Module())
+    return list(found.values())
+
+
+def _alike(found: Sequence[Writer]) -> bool:
+    """Whether readers have the same gain, as the parts of one tensor must."""
+    first = found[0]
+    return all(
+        one.centered == first.centered
+        and (one.gain is None) == (first.gain is None)
+        and (
+            one.gain is None
+            or first.gain is None
+            or mx.allclose(one.gain, first.gain, rtol=1e-3, atol=1e-4).item()
+        )
+        for one in found
+    )
 
 
 def writer_of(source: GgufSource, one: GgufWriter) -> Writer:

@@ -113,6 +113,8 @@ class Probe:
         self._kept: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._shifts: dict[int, mx.array] = {}
         self._bases: dict[int, mx.array] = {}
+        self._read: dict[int, list[mx.array]] | None = None
+        self._behind: mx.array | None = None
         self._norms = 0
         self._normed: list[mx.array] = []
         self._stack: Any = None
@@ -257,6 +259,61 @@ class Probe:
         mx.eval(states)
         return states
 
+    def reads(
+        self, index: int, shift: mx.array | None = None
+    ) -> tuple[mx.array, dict[int, mx.array]]:
+        """Call one layer as in the last `run`, and see what its matrices get.
+
+        Args:
+            index: the number of the layer.
+            shift: added to the stream that the layer gets, (d,), while norms are held at the scale
+                that they had in this layer's last call without a shift.
+
+        Returns:
+            The layer's output, (N, d), and index of a leaf with a matrix -> its input, (N, n).
+        """
+        call = self.calls[index][0]
+        args = [_snapshot(one) for one in call.args]
+        kwargs = {name: _snapshot(value) for name, value in call.kwargs.items()}
+        if shift is not None:
+            _shift_stream([args, kwargs], shift)
+        self._start(held=shift is not None)
+        self._read = {}
+        try:
+            output = self.states(self.layers[index](*args, **kwargs), index)
+            found = {
+                which: mx.concatenate([one.reshape(-1, one.shape[-1]) for one in inputs])
+                for which, inputs in self._read.items()
+            }
+        finally:
+            self._read = None
+        mx.eval(output, found)
+        return output, found
+
+    def reads_behind(self, shift: mx.array | None = None) -> dict[int, mx.array]:
+        """Run the model, and see what matrices behind its layers get: the output head.
+
+        Args:
+            shift: added to the stream behind the last layer, (d,), while norms are held at the
+                scale of the last run without a shift.
+
+        Returns:
+            Index of a leaf with a matrix, outside of the layers -> its input, (N, n).
+        """
+        self._start(held=shift is not None)
+        self._read, self._behind = {}, shift
+        try:
+            self.model(self._tokens())
+            found = {
+                which: mx.concatenate([one.reshape(-1, one.shape[-1]) for one in inputs])
+                for which, inputs in self._read.items()
+                if self.leaves[which].layer is None
+            }
+        finally:
+            self._read = self._behind = None
+        mx.eval(found)
+        return found
+
     def run_projected(self, bases: dict[int, mx.array]) -> list[mx.array]:
         """Run the model as `run` does, with directions projected out of the outputs of some leaves.
 
@@ -298,6 +355,10 @@ class Probe:
             if self._recording:
                 whole = output[0] if isinstance(output, tuple | list) else output
                 self.calls[index].append(Call(*given, _snapshot(whole)))
+            if self._behind is not None and index == len(self.layers) - 1:
+                if isinstance(output, tuple | list):
+                    return type(output)([output[0] + self._behind, *output[1:]])
+                return output + self._behind
             return output
 
         return wrapper
@@ -313,6 +374,8 @@ class Probe:
                 return self._norm(index, nth, call, args, kwargs)
             if not leaf.stub:
                 return call(*args, **kwargs)
+            if self._read is not None:
+                self._note_input(index, [*args, *kwargs.values()])
             if isinstance(leaf.module, Packed):
                 return self._noise(index, nth, _packed_shape(leaf.module, args))
             # The output is never evaluated; only its shape is used.
@@ -325,9 +388,19 @@ class Probe:
 
         return wrapper
 
+    def _note_input(self, index: int, given: Sequence[Any]) -> None:
+        """Keep the first array of floats that a leaf is called with."""
+        assert self._read is not None
+        for one in given:
+            if isinstance(one, mx.array) and mx.issubdtype(one.dtype, mx.floating):
+                self._read.setdefault(index, []).append(one.astype(mx.float32))
+                return
+
     def _head(self, index: int) -> Callable[..., Any]:
         def wrapper(call: Any, states: mx.array) -> mx.array:
             self.heads.add(index)
+            if self._read is not None:
+                self._note_input(index, [states])
             return mx.zeros((*states.shape[:-1], self.leaves[index].module["weight"].shape[0]))
 
         return wrapper
@@ -357,6 +430,16 @@ class Probe:
             plain = len(args) == 1 and not kwargs
             self._kept[index, nth] = (args[0] if plain else None, output)
         return output
+
+
+def _shift_stream(given: Sequence[Any], shift: mx.array) -> None:
+    """Add a shift (d,) to the first argument of a layer that can be its stream, (B, T, d)."""
+    for values in given:
+        for key in range(len(values)) if isinstance(values, list) else list(values):
+            one = values[key]
+            if isinstance(one, mx.array) and one.ndim == 3 and one.shape[-1] == shift.size:
+                values[key] = one + shift.astype(one.dtype)
+                return
 
 
 def _packed_shape(module: Packed, args: tuple[Any, ...]) -> tuple[int, ...]:

@@ -36,21 +36,30 @@ _REHEARSED = 1e-4
 _MLP = re.compile(r"mlp|ffn|ff_|feed_?forward|moe|expert|dense_4h_to_h|\bfc|\bw2\b|linear_2|ffwd")
 
 
+#: Kinds of weights whose rows read the stream.
+READERS = ("reader", "expert-readers")
+
+
 @dataclass(frozen=True)
 class Writer:
-    """A module that writes to the residual stream.
+    """A module that writes to the residual stream, or one that reads it (`models.readers`).
 
     Attributes:
         path: its path in the model, such as ``model.layers.3.self_attn.o_proj``.
         kind: ``linear`` (weight (d, n)), ``experts`` (weight (E, d, n)) or ``embedding``
-            (weight (V, d), whose rows are added to the stream).
+            (weight (V, d), whose rows are added to the stream); ``reader`` (weight (n, d)) or
+            ``expert-readers`` ((E, n, d)), whose rows are multiplied with the normed stream.
         layer: the number of its layer; -1 for embeddings and other modules before the layers.
-        gain: the elementwise gain g between its output and the stream, (d,) float32, up to a
+        gain: the elementwise gain g between its output and the stream (between the stream and the
+            input of a reader), (d,) float32, up to a
             constant factor; None if it is the same for all elements (docs/architecture.md,
             "Post-norms").
         has_bias: whether it adds a bias, which is edited with the weight.
         module: the module.
         tied: whether the weight is the output head as well (tied embeddings).
+        reads: whether it reads the stream instead of writing to it; so does a tied output head,
+            whose kind is ``embedding``.
+        centered: whether a reader gets the stream less its mean over the d elements (LayerNorm).
     """
 
     path: str
@@ -60,6 +69,8 @@ class Writer:
     has_bias: bool
     module: nn.Module
     tied: bool = False
+    reads: bool = False
+    centered: bool = False
 
     @property
     def component(self) -> str:
@@ -70,7 +81,7 @@ class Writer:
         """
         if self.layer < 0 or self.kind == "embedding":
             return "embedding"
-        return "mlp" if self.kind == "experts" or _MLP.search(self.path) else "attention"
+        return "mlp" if self.kind.startswith("expert") or _MLP.search(self.path) else "attention"
 
     @property
     def parameters(self) -> list[str]:
@@ -92,7 +103,7 @@ def find_writers(chat: ChatModel) -> list[Writer]:
     """
     _refuse_rotated(chat)
     with Probe(chat.model, chat.layers, chat.width) as probe:
-        _first_run(chat, probe)
+        first_run(chat, probe)
         found = _before_layers(chat, probe)
         for index in range(len(chat.layers)):
             found |= _of_layer(chat, probe, index)
@@ -116,7 +127,12 @@ def _refuse_rotated(chat: ChatModel) -> None:
             )
 
 
-def _first_run(chat: ChatModel, probe: Probe) -> None:
+def first_run(chat: ChatModel, probe: Probe) -> None:
+    """Run a probe once, which every probing begins with.
+
+    Raises:
+        UserError: when the model has no residual stream, or cannot be run.
+    """
     try:
         states = probe.run()
     except UserError as error:
@@ -137,7 +153,7 @@ def _first_run(chat: ChatModel, probe: Probe) -> None:
 def _before_layers(chat: ChatModel, probe: Probe) -> dict[int, mx.array | None]:
     """Writers outside of all layers: index of the leaf -> its gain, None if it is constant."""
     base = probe.arrays()
-    size = max(map(_size, base))
+    size = max(map(root_mean_square, base))
     found: dict[int, mx.array | None] = {}
     for which, leaf in enumerate(probe.leaves):
         if leaf.layer is not None or not _candidate(leaf, chat.width):
@@ -149,7 +165,7 @@ def _before_layers(chat: ChatModel, probe: Probe) -> dict[int, mx.array | None]:
         for before, one, other in zip(base, by_ones, by_noise, strict=True):
             gain = _gain(leaf, (one - before) / size, (other - before) / size, noise)
             if gain is not None:
-                found[which] = _unless_plain(gain)
+                found[which] = unless_plain(gain)
                 break
     return found
 
@@ -157,7 +173,7 @@ def _before_layers(chat: ChatModel, probe: Probe) -> dict[int, mx.array | None]:
 def _of_layer(chat: ChatModel, probe: Probe, index: int) -> dict[int, mx.array | None]:
     """Writers inside one layer: index of the leaf -> its gain, None if it is constant."""
     base = probe.run_layer(index)
-    size = _size(base)
+    size = root_mean_square(base)
     found: dict[int, mx.array | None] = {}
     for which, leaf in enumerate(probe.leaves):
         if leaf.layer != index or not _candidate(leaf, chat.width):
@@ -168,7 +184,7 @@ def _of_layer(chat: ChatModel, probe: Probe, index: int) -> dict[int, mx.array |
         )
         gain = _gain(leaf, by_ones, by_noise, noise)
         if gain is not None:
-            found[which] = _unless_plain(gain)
+            found[which] = unless_plain(gain)
     return found | _not_called(chat, probe, index, found)
 
 
@@ -179,13 +195,13 @@ def _not_called(
 
     They have the gain of the other experts in their list.
     """
-    gains = {_pattern(probe.leaves[which].path): gain for which, gain in found.items()}
-    called = {_pattern(leaf.path) for leaf in probe.leaves if leaf.layer == index and leaf.called}
+    gains = {pattern_of(probe.leaves[which].path): gain for which, gain in found.items()}
+    called = {pattern_of(leaf.path) for leaf in probe.leaves if leaf.layer == index and leaf.called}
     more: dict[int, mx.array | None] = {}
     for which, leaf in enumerate(probe.leaves):
         if leaf.layer != index or leaf.called or not leaf.stub:
             continue
-        pattern = _pattern(leaf.path)
+        pattern = pattern_of(leaf.path)
         weight = leaf.module.get("weight")
         if pattern in gains:
             more[which] = gains[pattern]
@@ -197,7 +213,8 @@ def _not_called(
     return more
 
 
-def _pattern(path: str) -> str:
+def pattern_of(path: str) -> str:
+    """A module's path with N for each number, which is the same for every expert of a list."""
     return re.sub(r"\.\d+(?=\.)", ".N", path)
 
 
@@ -209,7 +226,8 @@ def _key(which: int) -> mx.array:
     return mx.random.key(10_000_019 + which)
 
 
-def _size(states: mx.array) -> float:
+def root_mean_square(states: mx.array) -> float:
+    """The size of an entry of states; 1 if they are 0."""
     return number(mx.sqrt(mx.mean(states * states))) or 1.0
 
 
@@ -242,7 +260,8 @@ def _gain(leaf: Leaf, by_ones: mx.array, by_noise: mx.array, noise: mx.array) ->
     return gain / mx.abs(gain).max()
 
 
-def _unless_plain(gain: mx.array) -> mx.array | None:
+def unless_plain(gain: mx.array) -> mx.array | None:
+    """A gain; None if it is the same for all elements."""
     return None if number(gain.max() - gain.min()) <= _TOLERANCE else gain
 
 

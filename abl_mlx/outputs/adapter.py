@@ -40,7 +40,7 @@ class Components:
 
     Attributes:
         along: float32: for lines of axis -2 UᵀW, (k, n) or (E, k, n) for experts; of axis -1, as
-            an embedding has, W Uᵀ, (V, k).
+            embeddings and readers have, W Uᵀ, (V, k), (n, k) or (E, n, k).
         square: ‖W‖².
     """
 
@@ -93,7 +93,12 @@ def change(edit: WeightEdit, writer: Writer, along: np.ndarray) -> LowRank:
             f"--norm {edit.norm} changes every weight, which no adapter of a small rank can: write "
             "an edited model instead."
         )
-    return LowRank(writer.kind, *edit.low_rank(writer, along))
+    return LowRank(low_rank_kind(writer), *edit.low_rank(writer, along))
+
+
+def low_rank_kind(writer: Writer) -> str:
+    """The kind of a writer's or reader's change in an adapter, as in `LowRank`."""
+    return {"reader": "linear", "expert-readers": "experts"}.get(writer.kind, writer.kind)
 
 
 def leak_of(
@@ -110,7 +115,8 @@ def leak_of(
     left, right = one.left.astype(np.float64), one.right.astype(np.float64)
     if axis == -1:
         missing = scale * left @ (right @ basis.T) + taken
-        factors = np.concatenate([scale * left, taken], -1), np.concatenate([right, basis])
+        whole = np.broadcast_to(basis, right.shape)
+        factors = np.concatenate([scale * left, taken], -1), np.concatenate([right, whole], -2)
     else:
         missing = scale * (basis @ left) @ right + taken
         whole = np.broadcast_to(basis.T, left.shape)
@@ -199,7 +205,9 @@ def tensor_parts(gguf: GgufSource, one: TensorPlan) -> Parts:
         values = mx.array(values_of(read(raw, one.old, slab)))
         gguf.release(one.name)
         if len(shape) == 3:
-            yield (slab.rows.start // shape[1], slice(0, shape[1]), slab.columns), values
+            expert, first = divmod(slab.rows.start, shape[1])
+            rows = slice(first, first + slab.rows.stop - slab.rows.start)
+            yield (expert, rows, slab.columns), values
         else:
             yield (slab.rows, slab.columns), values
 
@@ -250,7 +258,7 @@ def check_module(writer: Writer) -> None:
     Raises:
         UserError: naming the module, when it has none.
     """
-    if not isinstance(writer.module, _KINDS[writer.kind]):
+    if not isinstance(writer.module, _KINDS[low_rank_kind(writer)]):
         raise UserError(
             f"{writer.path} is a {type(writer.module).__name__}, for which mlx-lm has no LoRA: "
             "write an edited model instead of an adapter."

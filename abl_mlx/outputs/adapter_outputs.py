@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from abl_mlx.edits.edit import Leak, total_leak
 from abl_mlx.edits.leak import LeakReport
@@ -24,6 +25,7 @@ from abl_mlx.outputs.adapter import (
     check_module,
     components,
     leak_of,
+    low_rank_kind,
     module_parts,
     module_shape,
     tensor_parts,
@@ -38,9 +40,9 @@ from abl_mlx.support.notes import joined
 from convert import adapters
 from convert.adapters import Adapter, LowRank
 from convert.architectures import gguf_writers
+from convert.architectures.weights import Weight
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
-from convert.gguf_to_mlx import Layout
 
 
 def label_of(label: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def write_mlx(
             changes[writer.path] = change(edit, writer, found[writer.path].along)
             bar.update()
     adapters.write_mlx(output.staged, Adapter(edit.strength, changes), label_of(label))
-    written = adapters.read_mlx(output.staged, {writer.path: writer.kind for writer in chosen})
+    written = adapters.read_mlx(output.staged, {one.path: low_rank_kind(one) for one in chosen})
     leaks: dict[str, Leak] = {}
     biases = []
     for writer in chosen:
@@ -285,16 +287,31 @@ def in_mlx(gguf: GgufSource, lora: Path) -> Iterator[ChatModel]:
     chat, layout = from_gguf.load(gguf)
     adapter = adapters.read_gguf(lora)
     places, modules = layout.places(), dict(chat.model.named_modules())
-    pairs = []
-    for name, one in adapter.changes.items():
-        path = places[name][0]
-        module = modules[path.removesuffix(".weight")]
-        pairs.append((module, _in_layout(layout, path, one)))
+    paths = dict.fromkeys(path for name in adapter.changes for path in places[name])
+    pairs = [
+        (modules[path.removesuffix(".weight")], _in_layout(layout.weights[path], adapter.changes))
+        for path in paths
+    ]
     with attached(pairs, adapter.scale):
         yield chat
 
 
-def _in_layout(layout: Layout, path: str, one: LowRank) -> LowRank:
-    """The change ``one`` with its columns in the order of the parameter ``path`` in MLX."""
-    columns = layout.weights[path].pieces[0].columns
-    return one if columns is None else LowRank(one.kind, one.left, one.right[..., columns])
+def _in_layout(weight: Weight, changes: Mapping[str, LowRank]) -> LowRank:
+    """The change of a parameter in MLX, with rows and columns in the parameter's order.
+
+    Args:
+        weight: the parameter.
+        changes: tensor -> its change. Where several tensors are joined, their right factors are
+            the same, because all of them read the stream through one norm.
+    """
+    lefts = []
+    for piece in weight.pieces:
+        left = changes[piece.tensor].left
+        if piece.rows is not None:
+            flat = left.reshape(-1, left.shape[-1])[piece.rows]
+            left = flat.reshape(*left.shape[:-2], -1, left.shape[-1])
+        lefts.append(left)
+    first = changes[weight.pieces[0].tensor]
+    columns = weight.pieces[0].columns
+    right = first.right if columns is None else first.right[..., columns]
+    return LowRank(first.kind, np.concatenate(lefts, axis=-2), right)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from abl_mlx.choices import PLACES
 from convert.base import schema
 from convert.base.errors import UserError
 from convert.base.schema import FLAG, TEXT, Refused, check, either, one_of, record
@@ -23,6 +24,7 @@ class Label:
     mtp: bool = False
     tensors: str | None = None
     is_plain: bool = True
+    edit: str = "writers"
 
 
 def gguf_label(source: GgufSource) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
             str(values.get("mtp")) == "True",
             None if values.get("tensors") is None else str(values["tensors"]),
             not {"norm", "pin", "recipe"} & set(values),
+            str(values.get("edit", "writers")),
         )
     except Refused as refused:
         raise UserError(
@@ -68,6 +71,7 @@ _LABEL = record(
     {
         "mtp": either(FLAG, one_of(["True", "False"])),
         "tensors": TEXT,
+        "edit": one_of(PLACES),
     },
     {
         "direction_sha256": TEXT,

@@ -174,9 +174,10 @@ def plan(
             f"--writer-bits {writer_bits}: nothing that is edited in {files.folder} is quantized; "
             "leave the flag out."
         )
-    embedding = next(writer for writer in writers if writer.kind == "embedding")
+    embedding = next((writer for writer in chosen if writer.kind == "embedding"), None)
     copies = {}
-    for name in head_copy.find(files, chat.config, writers) if edit.touches(embedding) else []:
+    for name in head_copy.find(files, chat.config, writers) if embedding is not None else []:
+        assert embedding is not None
         copies[name] = places[f"{embedding.path}.weight"].tensors[0]
         module = name.removesuffix(".weight")
         add(name, head_copy.as_writer(name, embedding, chat), "weight", False, chat.width, module)

@@ -232,13 +232,20 @@ class GgufFile(ExitStack):
         # An edit that would change nothing is refused now, before the direction is measured.
         axis = stream_axis(named[0].kind, "weight")
         width = self.gguf.tensors[named[0].name].shape[axis]
-        edit = Edit(mx.ones((1, width)), 1.0, editing.layers, editing.embedding)
+        edit = Edit(
+            mx.ones((1, width)), 1.0, editing.layers, editing.embedding, places=editing.edit
+        )
         plan(
             self.gguf,
             edit,
             named,
+            readers=self.named_readers(editing.edit),
             quantization=self._quantization(writing),
         )
+
+    def named_readers(self, edit: str) -> list[Writer]:
+        """The tensors that read the residual stream; none if ``--edit`` is about writers."""
+        return from_gguf.find_readers(self.gguf, self.layout) if edit == "readers" else []
 
     def _edited(
         self, paths: Sequence[Path], editing: Editing, writing: Writing
@@ -272,6 +279,7 @@ class GgufFile(ExitStack):
             self.gguf,
             edit,
             named,
+            readers=self.named_readers(edit.places),
             quantization=quantization,
         )
         own = self.named_writers(writing.tensors)
@@ -309,14 +317,14 @@ class GgufFile(ExitStack):
         if label.mtp:
             gguf = self.gguf
             writers += gguf_mtp.find(gguf.architecture, gguf.shapes, gguf.metadata)
-        plans = plan(self.gguf, edit, writers)
+        plans = plan(self.gguf, edit, writers, readers=self.named_readers(edit.places))
         return {name: taken(one, of.values(name)) for name, one in plans.items()}
 
     def restore(self, path: Path, found: Mapping[str, Taken]) -> float:
         return undo_gguf.write(self.gguf, path, found)
 
     def restore_by_adapter(self, path: Path, found: Mapping[str, Taken], label: Label) -> None:
-        undo_gguf.write_adapter(self.gguf, path, found)
+        undo_gguf.write_adapter(self.gguf, path, found, label)
 
 
 def _text(value: Any) -> str | None:

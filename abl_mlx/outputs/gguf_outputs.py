@@ -233,7 +233,7 @@ class GgufEdit:
         with clock.step("measure the leak"), TensorFiles(output.staged) as written:
             for name, one in self.plans.items():
                 before = stored_values(self.gguf, name)
-                after = gguf_to_mlx.read_back(found, output.staged, written, name)
+                after = gguf_to_mlx.read_back(found, output.staged, written, name, self.gguf.shapes)
                 leaks[name] = leak(one.edit, one.writer, one.parameter, before, after)
                 details[name] = Details(None, None, one.old.name)
         found_leak = LeakReport(leaks, details)

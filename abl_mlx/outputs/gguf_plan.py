@@ -5,7 +5,7 @@ A slab is edited at a time, so memory is bounded by the slab and the tensor's by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +84,7 @@ def plan(
     edit: WeightEdit,
     writers: list[GgufWriter],
     *,
+    readers: Sequence[Writer] = (),
     quantization: Quantization | None = None,
 ) -> dict[str, TensorPlan]:
     """Find the tensors that an edit changes, and the type in which each is written.
@@ -92,21 +93,24 @@ def plan(
         source: the open GGUF.
         edit: the edit.
         writers: its residual writers.
+        readers: the tensors that read the stream, for an edit of these.
         quantization: the types that were asked for; None for the tensors' own.
 
     Raises:
         UserError: when the edit changes nothing, or a direction has another width than the model.
     """
-    found: list[tuple[Writer, GgufWriter]] = [(writer_of(source, one), one) for one in writers]
+    found: list[tuple[Writer, dict[str, str]]] = [
+        (writer_of(source, one), {"weight": one.name, **({"bias": one.bias} if one.bias else {})})
+        for one in writers
+    ]
+    found += [(one, {"weight": one.path}) for one in readers]
     edit.chosen([writer for writer, _ in found])
     plans: dict[str, TensorPlan] = {}
-    for writer, one in found:
+    for writer, parameters in found:
         if not edit.touches(writer):
             continue
-        names = {"weight": one.name, "bias": one.bias}
         for parameter in edit.parameters(writer):
-            name = names[parameter]
-            assert name is not None  # the edit changes only what the writer has
+            name = parameters[parameter]
             entry = source.tensors[name]
             axis = stream_axis(writer.kind, parameter)
             width = entry.shape[axis]

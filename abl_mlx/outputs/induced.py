@@ -82,6 +82,7 @@ def check(paths: Sequence[Path], options: RunOptions) -> None:
     for flag, given in (
         ("--pin", editing.pin is not None),
         ("--norm", editing.norm != "none"),
+        ("--edit", editing.edit != "writers"),
         ("--kind", editing.kind != "project"),
         ("--layers", editing.layers is not None),
         ("--mtp", writing.mtp),

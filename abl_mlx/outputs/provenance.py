@@ -22,6 +22,7 @@ from convert.tokenizers import phi3
 TAGS = ["abliterated", "abl-mlx"]
 
 _REMOVED = "the refusal direction was orthogonalized out of this model's weights"
+_UNREAD = "the layers of this model no longer read its residual stream along the refusal direction"
 
 
 def label(what: str, direction_sha256: str, source: Source) -> dict[str, Any]:
@@ -53,13 +54,15 @@ def edit_label(
         embedding: whether the edit changed an embedding.
     """
     recipe = direction.metadata.get("recipe") if editing.kind == "project" else None
+    what = _UNREAD if editing.edit == "readers" else _REMOVED
     layers = "all" if editing.layers is None else ",".join(map(str, sorted(editing.layers)))
     return {
-        **label(_REMOVED, direction.sha256, source),
+        **label(what, direction.sha256, source),
         "strength": editing.alpha,
         "layers": layers,
         "embedding": embedding,
         **({"kind": editing.kind} if editing.kind != "project" else {}),
+        **({"edit": editing.edit} if editing.edit != "writers" else {}),
         **({"norm": editing.norm} if editing.norm != "none" else {}),
         **({"pin": editing.pin} if editing.pin is not None else {}),
         **({"recipe": json.dumps(recipe)} if recipe else {}),

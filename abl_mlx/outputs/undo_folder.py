@@ -13,6 +13,7 @@ from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.readers import with_readers
 from abl_mlx.models.writers import find_writers
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.edit_label import Label
@@ -25,6 +26,7 @@ from abl_mlx.outputs.undo_weights import (
     missing_share,
     quantized,
     refuse_biases,
+    refuse_readers,
     stacked,
 )
 from convert import adapters
@@ -50,7 +52,8 @@ def plan(
     Raises:
         UserError: when a tensor that the edit changes is quantized.
     """
-    found = plan_folder(chat, files, edit, find_writers(chat), mtp=mtp)
+    writers = with_readers(chat, find_writers(chat), edit.places)
+    found = plan_folder(chat, files, edit, writers, mtp=mtp)
     if found.matrices:
         raise quantized(next(iter(found.matrices)), source)
     return found
@@ -108,8 +111,9 @@ def write_adapter(
     Raises:
         UserError: when the edit changed biases.
     """
+    refuse_readers(path, label)
     # Any direction will do, because only the places of the tensors are needed.
-    edit = Edit(mx.ones((1, chat.width)), 1.0, label.layers, label.embedding)
+    edit = Edit(mx.ones((1, chat.width)), 1.0, label.layers, label.embedding, places=label.edit)
     planned = plan(source, chat, files, edit, mtp=label.mtp)
     changes: dict[str, Any] = {}
     for parameter, stored in planned.places.items():

@@ -10,10 +10,17 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.outputs import adapter_outputs
+from abl_mlx.outputs.edit_label import Label
 from abl_mlx.outputs.gguf_plan import stored_values
 from abl_mlx.outputs.provenance import TAGS
 from abl_mlx.outputs.undo_file import Taken
-from abl_mlx.outputs.undo_weights import ADAPTER_NAME, low_rank, missing_share, refuse_biases
+from abl_mlx.outputs.undo_weights import (
+    ADAPTER_NAME,
+    low_rank,
+    missing_share,
+    refuse_biases,
+    refuse_readers,
+)
 from convert import adapters
 from convert.adapters import Adapter
 from convert.base.atomic import new_file
@@ -58,7 +65,7 @@ def _replacement(gguf: GgufSource, name: str, one: Taken) -> Replacement:
     return Replacement(entry.type, entry.shape, chunks)
 
 
-def write_adapter(gguf: GgufSource, path: Path, found: Mapping[str, Taken]) -> None:
+def write_adapter(gguf: GgufSource, path: Path, found: Mapping[str, Taken], label: Label) -> None:
     """Write a LoRA for llama.cpp that adds what the edit removed.
 
     Raises:
@@ -67,6 +74,7 @@ def write_adapter(gguf: GgufSource, path: Path, found: Mapping[str, Taken]) -> N
     refuse_biases(path, found)
     adapter_outputs.check_applied(gguf, found)
     tied = "output.weight" not in gguf.tensors
+    refuse_readers(path, label)
     for name, one in found.items():
         if one.axis == -1 and (tied or not adapters.is_embedding(name)):
             # Without the head's part, the head would ignore what the layers write again.

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.inputs.sources import Source
+from abl_mlx.outputs.edit_label import Label
 from abl_mlx.outputs.undo_file import Taken
 from abl_mlx.support.arrays import number
 from convert.adapters import LowRank
@@ -38,6 +39,18 @@ def refuse_biases(path: Path, names: Iterable[str]) -> None:
                 f"{path}: {name} was edited, but an adapter cannot hold a bias; write the model "
                 "instead."
             )
+
+
+def refuse_readers(path: Path, label: Label) -> None:
+    """Refuse an adapter that undoes an edit of readers.
+
+    Raises:
+        UserError: when it is one.
+    """
+    if label.edit == "readers":
+        raise UserError(
+            f"{path}: the edit of readers is not undone by an adapter: write the model instead."
+        )
 
 
 def missing_share(

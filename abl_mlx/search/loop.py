@@ -393,10 +393,13 @@ def check(how: Measuring) -> None:
     optuna_quietly()
     if how.editing.pin is not None:
         raise UserError("--search and --pin do not go together: leave one of them out.")
-    if how.editing.kind != "project":
-        raise UsageError(
-            f"--search and --kind {how.editing.kind} do not go together: leave one of them out."
-        )
+    for flag, value, usual in (
+        ("--kind", how.editing.kind, "project"), ("--edit", how.editing.edit, "writers"),
+    ):  # fmt: skip
+        if value != usual:
+            raise UsageError(
+                f"--search and {flag} {value} do not go together: leave one of them out."
+            )
     if how.finding.layer is not None:
         raise UserError("--search looks for the layer itself: leave --layer out.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from convert.architectures.keys import Keys
+from convert.architectures.moves import put
 from convert.architectures.weights import Weight
 from convert.base import escape, json_text
 from convert.base.atomic import check_new, new_folder
@@ -167,22 +169,40 @@ DTYPES = tuple(_CASTS)
 """The accepted values of `write_folder`'s ``dtype``."""
 
 
-def read_back(found: Layout, folder: Path, files: TensorFiles, tensor: str) -> mx.array:
+def read_back(
+    found: Layout,
+    folder: Path,
+    files: TensorFiles,
+    tensor: str,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> mx.array:
     """A GGUF tensor's values as a written folder holds them: float32, in the GGUF's shape.
 
     Args:
         found: the layout of the GGUF from which the folder was written.
         folder: the written folder.
         files: its tensors.
-        tensor: the name of a GGUF tensor that became exactly one parameter.
+        tensor: the name of a GGUF tensor.
+        shapes: the shape of every GGUF tensor, in NumPy's order.
     """
-    paths = found.places()[tensor]
-    weight = found.weights[paths[0]]
-    piece = weight.pieces[0]
-    if len(paths) > 1 or len(weight.pieces) > 1 or piece.rows is not None or weight.change:
-        raise ValueError(f"{tensor} is not one whole parameter")
-    module = paths[0].removesuffix(".weight")
-    values = files.read(paths[0])
+    values = np.empty(shapes[tensor], dtype=np.float32)
+    rows = values if values.ndim == 1 else values.reshape(-1, values.shape[-1])
+    for path in found.places()[tensor]:
+        one = np.array(_parameter(folder, files, path))
+        put(
+            found.weights[path],
+            one,
+            tensor,
+            rows,
+            lambda name: math.prod(shapes[name][:-1] or shapes[name]),
+        )
+    return mx.array(values)
+
+
+def _parameter(folder: Path, files: TensorFiles, path: str) -> mx.array:
+    """A parameter's values in float32, dequantized."""
+    module = path.removesuffix(".weight")
+    values = files.read(path)
     if f"{module}.scales" in files:
         settings = json_text.read(folder / "config.json")["quantization"][module]
         scales = files.read(f"{module}.scales")
@@ -190,10 +210,7 @@ def read_back(found: Layout, folder: Path, files: TensorFiles, tensor: str) -> m
         if biases is not None:
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         values = mx.dequantize(values, scales, biases, **settings, dtype=mx.float32)
-    values = values.astype(mx.float32)
-    if piece.columns is None:
-        return values
-    return values[..., mx.array(np.argsort(piece.columns))]
+    return values.astype(mx.float32)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -13,8 +15,13 @@ from abl_mlx.behaviour.refusals import rates
 from abl_mlx.cli.main import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.inputs import prompts
+from abl_mlx.models import from_gguf
+from abl_mlx.models.chat_model import load
+from abl_mlx.outputs import adapter_outputs
+from convert.gguf.file import GgufSource
 from convert.mlx_to_gguf import write_gguf
 from tests.commands.test_undo import check_back, tensors
+from tests.outputs.test_mlx_quantized import quantize
 from tests.support.command import abl_mlx, fails
 
 HELD_OUT = prompts.load_demo().harmful.test.take(20)
@@ -66,6 +73,103 @@ def test_reflections_are_undone(direction: Path, tmp_path: Path) -> None:
     # The component is still in the weights, with the other sign: nothing else has to be kept.
     abl_mlx("undo", edited, "-o", back, "--direction", direction)
     check_back(MODEL_PATH, edited, back, "float16")
+
+
+# --- readers -----------------------------------------------------------------------------------
+
+
+def test_readers_end_refusals_in_four_bits(
+    four_bits: Path, direction: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    out, folder = tmp_path / "out.gguf", tmp_path / "folder"
+    record = abl_mlx("apply", direction, four_bits, "-o", out, "-o", folder, "--edit", "readers")
+    assert record["leak"]["total"] < 2e-3
+    edited = record["written"][0]["leak"]["tensors"]
+    assert {name.split(".")[-2] for name in edited} == {
+        "token_embd", "attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up",
+    }  # fmt: skip
+    assert refused(evaluate.InLlamaCpp(out)) <= 0.05
+    assert refusals_in_mlx(folder) <= 0.05
+    compared = abl_mlx("diff", four_bits, out, "--direction", direction)
+    assert compared["leak"]["total"] < 2e-3
+    assert set(compared["leak"]["tensors"]) == set(compared["changed"]) == set(edited)
+    audited = abl_mlx("audit", out)
+    assert audited["verdict"] == "edited"
+    assert any("weights that read the stream" in one for one in audited["evidence"])
+    # llama.cpp holds no adapter for a tied head, which the demo's refusals need: that is said.
+    lora = abl_mlx(
+        "apply", direction, four_bits, "-o", tmp_path / "x.lora.gguf", "--edit", "readers"
+    )
+    assert lora["written"][0]["left_out"] == ["token_embd.weight"]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_readers_of_a_quantized_folder(bits: int, direction: Path, tmp_path: Path) -> None:
+    source, out, adapter = tmp_path / "source", tmp_path / "out", tmp_path / "out.adapter"
+    quantize(MODEL_PATH, source, bits=bits, group_size=64)
+    record = abl_mlx("apply", direction, source, "-o", out, "-o", adapter, "--edit", "readers")
+    assert record["leak"]["total"] < 2e-3
+    assert refusals_in_mlx(out) <= 0.05
+    assert refusals_in_mlx(source, adapter) <= 0.05
+
+
+def test_readers_are_undone(direction: Path, tmp_path: Path) -> None:
+    edited, back, again = tmp_path / "edited", tmp_path / "back", tmp_path / "again"
+    flags = "--edit", "readers", "--keep-undo"
+    record = abl_mlx("run", "demo", "-o", edited, *flags, "--limit", 20, "--layer", 2)
+    assert record["before"]["harmful_refusal_rate"] >= 0.95
+    assert record["after"]["harmful_refusal_rate"] <= 0.05
+    assert record["kl"]["k1"] < 0.01
+    assert record["component"]["after"] > 0.5  # it is still there, and nothing reads it
+    abl_mlx("undo", edited, "-o", back)
+    check_back(MODEL_PATH, edited, back, "float16")
+    said = fails("undo", edited, "-o", tmp_path / "undo.adapter")
+    assert "write the model instead" in said
+    # By the base alone.
+    second = tmp_path / "second"
+    abl_mlx("apply", direction, "demo", "-o", second, "--edit", "readers")
+    abl_mlx("undo", second, "-o", again, "--direction", direction, "--base", "demo")
+    check_back(MODEL_PATH, second, again, "float16")
+
+
+def test_readers_are_refused_where_they_make_no_sense(direction: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for flags, said in (
+        (("--pin", "harmless"), "--pin is about weights that write"),
+        (("--mtp",), "--mtp is about weights that write"),
+        (("--tensors", "ffn"), "--tensors is about weights that write"),
+        (("--kind", "reflect"), "leave it out, or --edit readers"),
+    ):
+        assert said in misused("apply", direction, "demo", "-o", out, "--edit", "readers", *flags)
+    said = misused("run", "demo", "-o", out, "--edit", "readers", "--search", 3)
+    assert "--search and --edit readers" in said
+    assert not out.exists()
+
+
+def test_adapters_of_readers_have_the_rows_of_the_gguf(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """llama's queries and keys have their rows in another order in a GGUF than in MLX."""
+    base, out, lora = (tmp_path / name for name in ("b.gguf", "o.gguf", "o.lora.gguf"))
+    vector = tmp_path / "r.npy"
+    np.save(vector, np.random.default_rng(3).standard_normal((2, 64)).astype(np.float32))
+    write_gguf(tiny_folder("llama", dtype="float32"), base, file_type="F32")
+    abl_mlx("apply", vector, base, "-o", out, "-o", lora, "--edit", "readers")
+    tokens = mx.array([[5, 9, 200, 31]])
+    with GgufSource(base) as gguf, GgufSource(out) as edited:
+        plain = from_gguf.load(gguf)[0].model(tokens)
+        wanted = from_gguf.load(edited)[0].model(tokens)
+        with adapter_outputs.in_mlx(gguf, lora) as chat:
+            found = chat.model(tokens)
+    assert mx.abs(plain - wanted).max().item() > 0.01
+    assert mx.abs(found - wanted).max().item() < 1e-4
+
+
+def refusals_in_mlx(folder: Path, adapter: Path | None = None) -> float:
+    """The share of held-out harmful prompts that mlx-lm refuses with this folder."""
+    chat = load(folder, adapter=adapter)
+    return rates(evaluate.in_mlx(chat)(HELD_OUT.texts, 32), HELD_OUT.prompts).refusal_rate
 
 
 def abl_mlx_direction(path: Path) -> np.ndarray:

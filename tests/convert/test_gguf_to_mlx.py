@@ -131,7 +131,7 @@ def test_a_written_folder_is_read_back_under_the_files_names(tmp_path: Path) -> 
         found = layout(source)
         columns = 0
         for writer in GgufFile(Source("model", source.parts[0])).named_writers():
-            values = read_back(found, tmp_path / "folder", files, writer.name)
+            values = read_back(found, tmp_path / "folder", files, writer.name, source.shapes)
             expected = source.values(writer.name)
             assert values.shape == expected.shape
             assert np.abs(np.array(values) - expected).max() < 2e-3 * np.abs(expected).max()
