@@ -115,7 +115,7 @@ def leak_of(
     left, right = one.left.astype(np.float64), one.right.astype(np.float64)
     if axis == -1:
         missing = scale * left @ (right @ basis.T) + taken
-        whole = np.broadcast_to(basis, right.shape)
+        whole = np.broadcast_to(basis, (*right.shape[:-2], *basis.shape))
         factors = np.concatenate([scale * left, taken], -1), np.concatenate([right, whole], -2)
     else:
         missing = scale * (basis @ left) @ right + taken
