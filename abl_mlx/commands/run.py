@@ -337,7 +337,7 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
         sample = component_sample(chat, sets)
         present = None
         if found.edit is not None:
-            present = evaluate.component(chat, sample, _unit(found))["max"]
+            present = evaluate.component(chat, sample, orthonormal(found.direction.selected))["max"]
         knows = _recognition(job, chat)
         if in_llamacpp is None:
             before, settled = job.held_out.before(evaluate.InMlx(chat, batch_size))
@@ -365,11 +365,6 @@ def _in_llamacpp(job: Job, runtime: InLlamaCpp | None) -> InLlamaCpp | None:
     if runtime is None or not evaluate.llamacpp_is_there():
         return None
     return replace(runtime, given=job.model.given, batch_size=job.options.replying.batch_size)
-
-
-def _unit(found: Found) -> mx.array:
-    """The directions, orthonormal."""
-    return orthonormal(found.direction.selected)
 
 
 # --- 4. write ----------------------------------------------------------------------------------
@@ -425,7 +420,9 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
             )
         kl = evaluate.kl(chat, before.base)
         if found.edit is not None:
-            left = evaluate.component(chat, before.sample, _unit(found))["max"]
+            left = evaluate.component(chat, before.sample, orthonormal(found.direction.selected))[
+                "max"
+            ]
         knows = _recognition(job, chat)
         if in_llamacpp is None:
             after, read = _ask_after(job, before, evaluate.InMlx(chat, batch_size))
