@@ -10,13 +10,14 @@ torch), and a plain difference of means with ordinary rounding. Each becomes a G
 have the types of the original; llama.cpp asks all of them the same held-out prompts, one judge
 counts, and one measurer tells the KL. Heretic works on the same weights as floats and on the same
 training and validation prompts, and has the CPU seconds that our default took. Only verdicts are
-kept.
+kept. Then `abl-mlx run` on the same model in other forms, each beside itself unedited: a GGUF in
+F16, asked by llama.cpp, and a folder that mlx-lm quantized to 4 bits, asked by mlx-lm.
 
 Agreement: tokens of 200 lines, greedy tokens and log-probabilities of 20 prompts, in MLX and in
 llama.cpp, as tests/whole/test_real_models.py has them for smaller models.
 
-With ``--work FOLDER`` what is made stays there and is not made again. Everything takes about an
-hour of one core, and 8 GB of disk.
+With ``--work FOLDER`` what is made stays there and is not made again. Everything takes about two
+hours of one core, and 12 GB of disk.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +76,20 @@ ONE_THREAD = {
 
 #: What is compared: key -> how the table calls it.
 RUN, SEARCH, HERETIC, PLAIN = "run", "search", "heretic", "plain"
+F16, FOUR_BITS = "f16", "mlx-4-bit"
 TITLES = {
     "as-it-is": "as it is",
     RUN: "`abl-mlx run`",
     SEARCH: "`abl-mlx run --search`",
+    F16: "`abl-mlx run`, F16 GGUF",
+    FOUR_BITS: "`abl-mlx run`, MLX 4-bit folder",
     HERETIC: "Heretic",
     PLAIN: "plain difference of means",
 }
 AGREEMENT = "agreement"
+
+#: The model in other forms: key -> the name of its file or folder.
+FORMS = {F16: "qwen-F16.gguf", FOUR_BITS: "qwen-4-bit"}
 
 #: Sets of held-out prompts, in the table's order.
 PARTS = ("harmful", "borderline", "harmless")
@@ -123,7 +131,7 @@ class Made:
     """A model to be judged.
 
     Attributes:
-        file: the GGUF.
+        file: the GGUF or folder.
         did: how it was found, in words.
         cost: of making it; None for the model as it is.
     """
@@ -138,14 +146,38 @@ class Made:
 
 def ours(bench: Bench, key: str, flags: Sequence[str] = ()) -> Made:
     """`abl-mlx run`; it asks the held-out prompts before and after, which is among its cost."""
-    out = bench.work / f"{key}.gguf"
-    command = [sys.executable, "-m", "abl_mlx", "run", str(bench.model), "-o", str(out)]
+    out = bench.work / (key if key == FOUR_BITS else f"{key}.gguf")
+    model = form(bench, key) if key in FORMS else bench.model
+    command = [sys.executable, "-m", "abl_mlx", "run", str(model), "-o", str(out)]
     cost = cost_of([*command, *flags, *bench.limited], bench.work / f"{key}.log", ONE_THREAD)
-    chosen = json.loads(out.with_suffix(".abl.json").read_text())["direction"]
+    chosen = record_of(out)["direction"]
     did = str(chosen["method"])
     if "forward_tokens" in chosen:
         did += f", {chosen['forward_tokens']:,} tokens run to choose"
     return Made(out, did, cost)
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    """What `abl-mlx run` put on record of an output."""
+    place = out / "abl.json" if out.is_dir() else out.with_suffix(".abl.json")
+    found: dict[str, Any] = json.loads(place.read_text())
+    return found
+
+
+def form(bench: Bench, key: str) -> Path:
+    """The model as floats in a GGUF, or quantized by mlx-lm in a folder."""
+    place, floats = bench.work / FORMS[key], bench.work / "float16"
+    if place.exists():
+        return place
+    if not floats.exists():
+        float_folder(bench.model, floats, bench.work)
+    if key == F16:
+        conversion.convert(str(floats), place, quantize="F16")
+    else:
+        from mlx_lm import convert
+
+        convert(str(floats), str(place), quantize=True, q_group_size=64, q_bits=4)
+    return place
 
 
 def plain(bench: Bench) -> Made:
@@ -210,6 +242,7 @@ def edits(bench: Bench, only: str) -> Iterator[tuple[str, Made]]:
     makers: dict[str, Callable[[], Made]] = {
         RUN: lambda: ours(bench, RUN),
         SEARCH: lambda: ours(bench, SEARCH, ["--search", str(bench.trials)]),
+        **{key: partial(ours, bench, key) for key in FORMS},
         HERETIC: lambda: heretic(bench, seconds()),
         PLAIN: lambda: plain(bench),
     }
@@ -243,23 +276,26 @@ class Judged:
     """What a model does.
 
     Attributes:
-        tallies: verdicts on llama.cpp's replies to the held-out prompts of each of `PARTS`.
+        tallies: verdicts on the replies to the held-out prompts of each of `PARTS`.
         k1, k32: KL from the model as it is on harmless prompts.
+        before: the verdicts on the model as it is, where that has a form of its own.
     """
 
     tallies: dict[str, Tally]
     k1: float
     k32: float
+    before: dict[str, Tally] | None = None
 
     @classmethod
     def read(cls, place: Path) -> Judged:
         """What `judged` wrote."""
         record = json.loads(place.read_text())
-        return cls(
-            {part: Tally(**counts) for part, counts in record["tallies"].items()},
-            record["k1"],
-            record["k32"],
-        )
+
+        def tallies(name: str) -> dict[str, Tally]:
+            return {part: Tally(**counts) for part, counts in record[name].items()}
+
+        before = tallies("before") if record.get("before") else None
+        return cls(tallies("tallies"), record["k1"], record["k32"], before)
 
 
 def tallies_of(record: dict[str, Any]) -> dict[str, Tally]:
@@ -275,7 +311,7 @@ def tallies_of(record: dict[str, Any]) -> dict[str, Tally]:
 def asked(bench: Bench, file: Path) -> dict[str, Tally]:
     """llama.cpp's replies to the held-out prompts, judged and forgotten."""
     options = EvalOptions.of(limit=bench.limit, runtime="llama.cpp")
-    return tallies_of(evaluate_model.evaluate_model(str(file), options))
+    return tallies_of(evaluate_model.evaluate_model(str(file), options).json)
 
 
 @contextlib.contextmanager
@@ -302,9 +338,11 @@ def judged(bench: Bench, only: str) -> Iterator[tuple[str, Made, Judged]]:
             place = bench.work / f"{key}.judged.json"
             if not place.exists():
                 say(f"{TITLES[key]}: asked")
-                if key in (RUN, SEARCH):  # it has asked the written file itself, in the same way
-                    record = json.loads(made.file.with_suffix(".abl.json").read_text())
-                    found = Judged(tallies_of(record["after"]), **record["kl"])
+                if key in (RUN, SEARCH, *FORMS):  # it has asked what it wrote in the same way
+                    record = record_of(made.file)
+                    before = tallies_of(record["before"]) if key in FORMS else None
+                    k1, k32 = record["kl"]["k1"], record["kl"]["k32"]
+                    found = Judged(tallies_of(record["after"]), k1, k32, before)
                 elif made.cost is None:
                     found = Judged(asked(bench, made.file), 0, 0)
                 else:
@@ -329,9 +367,10 @@ def side_by_side(bench: Bench, only: str) -> str:
     notes: list[str] = []
     loads: list[float] = []
     for key, made, seen in judged(bench, only):
-        tallies = [seen.tallies[part] for part in PARTS]
-        cells = [f"{one.rate(Verdict.REFUSAL):.0%} {_interval(one)}" for one in tallies]
-        cells.append(" / ".join(f"{one.rate(Verdict.BROKEN):.0%}" for one in tallies))
+        if seen.before is not None:
+            what = TITLES[key].partition(", ")[2]
+            rows.append(f"| {what} as it is | {' | '.join([*_verdicts(seen.before), *[''] * 5])} |")
+        cells = _verdicts(seen.tallies)
         if made.cost is None:
             cells += [""] * 5
         else:
@@ -341,7 +380,7 @@ def side_by_side(bench: Bench, only: str) -> str:
             notes.append(f"- {TITLES[key]}: {made.did}.")
             loads += cost.load
         rows.append(f"| {TITLES[key]} | {' | '.join(cells)} |")
-        counts = [f"{one.total} {part}" for part, one in zip(PARTS, tallies, strict=True)]
+        counts = [f"{seen.tallies[part].total} {part}" for part in PARTS]
     told = [
         f"{', '.join(counts)} prompts; in parentheses 95% intervals; broken replies of each set.",
         *notes,
@@ -353,6 +392,13 @@ def side_by_side(bench: Bench, only: str) -> str:
             "CPU minutes compare and minutes do not."
         )
     return "\n".join([*HEAD, *rows, "", *told[:1], "", *told[1:]]).strip()
+
+
+def _verdicts(tallies: dict[str, Tally]) -> list[str]:
+    """The cells of refusals and of broken replies."""
+    each = [tallies[part] for part in PARTS]
+    cells = [f"{one.rate(Verdict.REFUSAL):.0%} {_interval(one)}" for one in each]
+    return [*cells, " / ".join(f"{one.rate(Verdict.BROKEN):.0%}" for one in each)]
 
 
 def _interval(tally: Tally) -> str:

@@ -151,20 +151,27 @@ def refusal_tokens(harmful: mx.array, harmless: mx.array, *, most: int = 16) -> 
     """The refusal openings: ids of the tokens with which this model begins its refusals.
 
     They are those tokens whose mean probability as the first reply token is at least 0.02 higher
-    after harmful prompts than after harmless ones, and at least three times as high.
+    after harmful prompts than after harmless ones, and at least three times as high. One prompt
+    alone makes no opening, as an answer may begin with a word of its own: without the prompt after
+    which the token is likeliest, the mean has to be at least 0.005 still. Less than eight prompts
+    are too few for this rule.
 
     Args:
         harmful: log-probabilities of the first reply token, (N, V) float32.
         harmless: log-probabilities of the first reply token, (M, V) float32.
         most: the largest number of tokens; those with the largest difference are returned.
     """
-    a, b = mx.exp(harmful).mean(axis=0), mx.exp(harmless).mean(axis=0)
+    each, b = mx.exp(harmful), mx.exp(harmless).mean(axis=0)
+    count, a = len(each), each.mean(axis=0)
+    others = (a * count - each.max(axis=0)) / max(1, count - 1)
     difference = a - b
     order = numbers(mx.argsort(-difference)[:most])
     return [
         token
         for token in order
-        if number(difference[token]) >= 0.02 and number(a[token]) >= 3 * number(b[token])
+        if number(difference[token]) >= 0.02
+        and number(a[token]) >= 3 * number(b[token])
+        and (count < 8 or number(others[token]) >= 0.005)
     ]
 
 

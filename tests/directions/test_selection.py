@@ -79,6 +79,14 @@ def test_refusal_tokens_are_those_that_harmful_prompts_add():
     assert selection.refusal_tokens(f32(np.log(harmless)), f32(np.log(harmless))) == []
 
 
+def test_a_word_of_one_answer_opens_no_refusals():
+    harmful, harmless = np.full((40, 10), 1e-4), np.full((40, 10), 1e-4)
+    harmful[:, 2] = 0.6
+    harmful[:2, 5] = 0.9  # two prompts of 40
+    harmful[7, 8] = 0.99  # one, which is 0.025 in the mean
+    assert selection.refusal_tokens(f32(np.log(harmful)), f32(np.log(harmless))) == [2, 5]
+
+
 def test_logits_at_positions_equal_the_whole_forward(tiny_folder):
     for arch in ("llama", "gemma2", "granite"):
         chat = load(tiny_folder(arch))
