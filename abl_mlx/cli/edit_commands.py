@@ -18,6 +18,7 @@ from abl_mlx.cli.flags import (
     prompt_flags,
     recognition_flag,
     reply_flags,
+    revision_flag,
     search_flags,
 )
 from abl_mlx.cli.group import cli
@@ -33,6 +34,7 @@ from abl_mlx.cli.writing_flags import (
 
 @cli.command()
 @click.argument("model")
+@revision_flag()
 @edit_flags
 @writing_flags
 @given_flags
@@ -77,6 +79,7 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
 
 @cli.command()
 @click.argument("model")
+@revision_flag()
 @click.option(
     "-o",
     "--output",
@@ -123,6 +126,7 @@ def measure(
 @cli.command()
 @click.argument("direction", type=HERE)
 @click.argument("model")
+@revision_flag()
 @edit_flags
 @writing_flags
 @gguf_flags
@@ -151,6 +155,7 @@ def apply(
 
 @cli.command()
 @click.argument("model")
+@revision_flag()
 @click.option(
     "-o",
     "--output",
@@ -188,6 +193,7 @@ def undo(model: str, outputs: tuple[Path, ...], as_json: bool, **given: Any) -> 
 @cli.command("convert")
 @click.argument("source")
 @click.argument("output", type=HERE)
+@revision_flag("source")
 @click.option(
     "--quantize",
     metavar="TYPE",

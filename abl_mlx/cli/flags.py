@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import click
@@ -17,6 +18,27 @@ def decorated(command: Callable[..., Any], flags: list[Any]) -> Callable[..., An
     for flag in reversed(flags):
         command = flag(command)
     return command
+
+
+def revision_flag(argument: str = "model") -> Callable[..., Any]:
+    """The flag that chooses a branch, a tag or a commit of the model that an argument names."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def at_revision(*args: Any, revision: str | None, **chosen: Any) -> Any:
+            if revision is not None:
+                from abl_mlx.inputs import sources
+
+                chosen[argument] = sources.at_revision(chosen[argument], revision)
+            return command(*args, **chosen)
+
+        return click.option(
+            "--revision",
+            metavar="REV",
+            help="Of a model on Hugging Face, this branch, tag or commit, as by MODEL@REV.",
+        )(at_revision)
+
+    return decorate
 
 
 def prompt_flags(command: Callable[..., Any]) -> Callable[..., Any]:

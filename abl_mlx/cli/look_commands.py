@@ -19,6 +19,7 @@ from abl_mlx.cli.flags import (
     prompt_flags,
     reply_flags,
     report_flag,
+    revision_flag,
     steered_flags,
 )
 from abl_mlx.cli.group import cli
@@ -28,6 +29,7 @@ from convert.base import escape
 
 @cli.command("eval")
 @click.argument("target")
+@revision_flag("target")
 @server_flags
 @judge_flags
 @metric_flags
@@ -74,6 +76,7 @@ def evaluate(target: str, as_json: bool, **chosen: Any) -> None:
 
 @cli.command()
 @click.argument("model")
+@revision_flag()
 @click.option("--base", metavar="MODEL", help="The base model from which MODEL is said to come.")
 @click.option(
     "--direction",
@@ -122,6 +125,7 @@ def audit(model: str, as_json: bool, fail_on: tuple[str, ...], **given: Any) -> 
 
 @cli.command()
 @click.argument("model")
+@revision_flag()
 @json_flag
 def inspect(model: str, as_json: bool) -> None:
     """Show MODEL's architecture, its residual writers, and how much an edit would change."""
@@ -156,6 +160,7 @@ def diff(
 @cli.command()
 @click.argument("model")
 @click.argument("prompt")
+@revision_flag()
 @click.option(
     "--reply",
     default=0,
@@ -205,6 +210,7 @@ def show(
 
 @cli.command()
 @click.argument("model")
+@revision_flag()
 @click.option(
     "--side-by-side", is_flag=True, help="Show the original's reply beside the edited model's."
 )

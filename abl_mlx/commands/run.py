@@ -290,8 +290,8 @@ def _look(job: Job, loaded: LoadedModel) -> Found:
 def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
     """Choose the constant that makes the model refuse, and find its place in the files."""
     chat, options = loaded.chat, job.options
-    vectors = [path for path in job.paths if staging.format_of(path) == staging.VECTOR]
-    job.model.check_constant([path for path in job.paths if path not in vectors], loaded)
+    held = [path for path in job.paths if staging.format_of(path) != staging.VECTOR]
+    job.model.check_constant(held, loaded, options.writing)
     sets = prompt_choice.encoded(chat, job.sets, options.measuring)[job.sets.thinking]
     with job.clock.step("find how replies open"):
         prefix, rate = find_reply_prefix(chat, sets, options.replying.batch_size)
@@ -304,7 +304,7 @@ def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
     with job.clock.step("choose a constant"):
         found = induction.choose(
             chat, sets, options.finding, strength=options.editing.strength,
-            batch_size=options.replying.batch_size, first_layer=1 if vectors else 0,
+            batch_size=options.replying.batch_size, first_layer=int(held != list(job.paths)),
         )  # fmt: skip
     direction = DirectionFile(found.vector[None], None, {"summary": found.summary})
     return Found(

@@ -13,9 +13,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from convert.base.errors import UserError
 
@@ -77,6 +77,16 @@ class Reference:
         """OWNER/NAME, with ``@REVISION`` where one is given."""
         return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
 
+    @property
+    def text(self) -> str:
+        """What `parse` reads as this reference."""
+        if self.file is None:
+            return self.name if self.tag is None else f"{self.name}:{self.tag}"
+        if "/" in (self.revision or ""):  # only in an address is it clear where the file begins
+            revision, file = quote(str(self.revision), safe=""), quote(self.file)
+            return f"https://huggingface.co/{self.repository}/blob/{revision}/{file}"
+        return f"hf:{self.name}/{self.file}"
+
 
 @dataclass(frozen=True)
 class _Model:
@@ -132,18 +142,29 @@ def parse(text: str) -> Reference | None:
     if is_address(text):
         return _parse_address(text)
     marked, rest = text.startswith("hf:"), text.removeprefix("hf:")
+    file = _FILE.fullmatch(rest) if marked and rest.lower().endswith(".gguf") else None
+    if file:  # before the other form, in which a branch may have slashes and dots
+        return Reference(file["repository"], file=file["file"], revision=file["revision"])
     found = _REFERENCE.fullmatch(rest)
     if found:
         return Reference(found["repository"], tag=found["tag"], revision=found["revision"])
     if not marked:
         return None
-    found = _FILE.fullmatch(rest)
-    if found and found["file"].lower().endswith(".gguf"):
-        return Reference(found["repository"], file=found["file"], revision=found["revision"])
     raise UserError(
         f"{text}: write hf:OWNER/REPO/FILE.gguf for one file of a Hugging Face repository, or "
         "OWNER/REPO:Q4_K_M for its GGUF of that type."
     )
+
+
+def at_revision(reference: Reference, revision: str) -> Reference:
+    """The same model at a branch, a tag or a commit.
+
+    Raises:
+        UserError: when no revision can have this name.
+    """
+    if re.fullmatch(r"\w[\w./-]*", revision, re.ASCII) is None:
+        raise UserError(f"{revision!r} is no branch, tag or commit: check the spelling.")
+    return replace(reference, revision=revision)
 
 
 def is_address(text: str) -> bool:

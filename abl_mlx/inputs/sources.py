@@ -171,6 +171,30 @@ def resolve(text: str) -> Source:
     return Source(reference.name, folder, is_repository=True, repository=repository)
 
 
+def at_revision(text: str, revision: str) -> str:
+    """The text that names the same model on Hugging Face at a branch, a tag or a commit.
+
+    Args:
+        text: as for `resolve`.
+        revision: the value of ``--revision``.
+
+    Raises:
+        UserError: when ``text`` names something on this machine, a server, or a revision already.
+    """
+    reference = None if text == "demo" else _reference(text)
+    if reference is None:
+        raise UserError(
+            f"--revision {revision}: {text} is not a model on Hugging Face, and only those have "
+            "revisions; leave the flag out."
+        )
+    if reference.revision is not None:
+        raise UserError(
+            f"--revision {revision}: {text} names the revision {reference.revision} already; leave "
+            "one of the two out."
+        )
+    return hub.at_revision(reference, revision).text
+
+
 def _reference(text: str) -> hub.Reference | None:
     """The reference to Hugging Face in ``text``; None if it names something on this machine."""
     # A text such as models/x.gguf means a file on this machine.

@@ -254,7 +254,7 @@ class FolderFile(ExitStack):
             self.source, self.files, loaded, edit, direction, editing, writing, tensors
         )
 
-    def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
+    def check_constant(self, paths: Sequence[Path], loaded: LoadedModel, writing: Writing) -> None:
         for path in paths:
             induced.check_place(path, loaded)
 

@@ -293,10 +293,11 @@ class GgufFile(ExitStack):
         weights = imatrix.given(writing.imatrix)
         return Quantization.of(self.gguf, writing.quantize, weights, keep=writing.keep_types)
 
-    def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
+    def check_constant(self, paths: Sequence[Path], loaded: LoadedModel, writing: Writing) -> None:
         for path in paths:
             induced.check_gguf(path, self.gguf)
             induced.check_place(path, loaded)
+        induced.quantization(self.gguf, writing)
 
     def plan_constant(
         self, found: Induction, direction: DirectionFile, loaded: LoadedModel, writing: Writing

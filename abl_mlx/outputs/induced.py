@@ -26,7 +26,7 @@ from abl_mlx.models import chat_model
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer
-from abl_mlx.outputs import folder_outputs, further_files, gguf_outputs
+from abl_mlx.outputs import folder_outputs, further_files, gguf_outputs, new_parts
 from abl_mlx.outputs.provenance import gguf_metadata, label
 from abl_mlx.outputs.staging import (
     ADAPTERS,
@@ -47,6 +47,9 @@ from convert.base.scratch import scratch
 from convert.gguf import control_vector
 from convert.gguf.extend import extend
 from convert.gguf.file import GgufSource
+from convert.gguf.file_types import FLOATS
+from convert.gguf.quantize import Quantization
+from convert.gguf.rewrite import rewrite
 from convert.mlx.folder import rewrite_folder
 from convert.mlx.safetensors_files import TensorFiles
 from convert.mlx_to_gguf import write_gguf
@@ -320,9 +323,7 @@ class FolderConstant(ConstantEdit):
         with scratch() as folder:
             chat = self.loaded.chat
             write_folder(self.source, folder, chat, self._place, self.found, self.label)
-            write_gguf(
-                folder, output.staged, file_type=self.writing.quantize or "F16", metadata=metadata
-            )
+            write_gguf(folder, output.staged, file_type=self.writing.quantize, metadata=metadata)
         tower = further_files.write_tower(self.source.path, output.staged)
         return self._written_gguf(output, tower)
 
@@ -356,8 +357,29 @@ class GgufConstant(ConstantEdit):
                         rows = np.zeros(entry.shape[0], np.float32)
                         tensors[f"blk.{number}.{role}.bias"] = rows
         tensors[own] = bias
-        extend(gguf, output.staged, tensors, metadata)
-        return self._written_gguf(output)
+        chosen = quantization(gguf, self.writing)
+        if chosen.file_type is None:
+            extend(gguf, output.staged, tensors, metadata)
+            return self._written_gguf(output)
+        changed = chosen.replacements(gguf)
+        with scratch() as folder:
+            [file] = rewrite(
+                gguf, folder / "new.gguf", tensors=changed, metadata=chosen.metadata(),
+                parts=new_parts.new_parts(None, join=True),
+            )  # fmt: skip
+            with GgufSource(file) as new:
+                extend(new, output.staged, tensors, metadata)
+        again = sum(gguf.tensors[name].type not in FLOATS for name in changed)
+        return self._written_gguf(output, notes.quantized_again(again))
+
+
+def quantization(gguf: GgufSource, writing: Writing) -> Quantization:
+    """The types of the tensors of a GGUF with a constant.
+
+    Raises:
+        UserError: when ``--quantize`` names no type that these can have.
+    """
+    return Quantization.of(gguf, writing.quantize)
 
 
 def write_folder(

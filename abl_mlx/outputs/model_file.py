@@ -233,7 +233,7 @@ class ModelFile(Protocol):
             UserError: when the edit changes nothing or cannot be written.
         """
 
-    def check_constant(self, paths: Sequence[Path], loaded: LoadedModel) -> None:
+    def check_constant(self, paths: Sequence[Path], loaded: LoadedModel, writing: Writing) -> None:
         """Check, before any long work, that the outputs can hold a constant (``--induce``).
 
         Raises:

@@ -184,8 +184,8 @@ def test_a_config_that_lies_is_refused(
         (lambda one: one.update(rope_scaling={"type": "linear"}), "has no factor"),
         (
             lambda one: one.update(rope_scaling={"rope_type": "llama3", "factor": 8,
-                                                 "low_freq_factor": 4, "high_freq_factor": 4}),
-            "not below its high_freq_factor",
+                                                 "low_freq_factor": 5, "high_freq_factor": 4}),
+            "above its high_freq_factor",
         ),
     ],
 )  # fmt: skip

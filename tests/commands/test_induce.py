@@ -27,6 +27,7 @@ from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import find_writers
 from abl_mlx.outputs import induced
 from convert.base.errors import UserError
+from convert.gguf.file import metadata, tensor_types
 from tests.support import small_models
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -130,6 +131,28 @@ def test_a_gguf_alone_is_made_to_refuse(tmp_path: Path) -> None:
 
     tags = gguf.GGUFReader(out).fields["general.tags"].contents()
     assert tags == induced.TAGS
+
+
+def test_a_gguf_gets_the_type_that_is_asked_for(tmp_path: Path) -> None:
+    model, out = tmp_path / "demo.gguf", tmp_path / "out.gguf"
+    given = ["run", str(model), "-o", str(out), "--induce", "--layer", "1", "--position", "-3",
+             "--limit", "12", "--max-tokens", "24"]  # fmt: skip
+    for arguments in (["convert", "demo", str(model), "--quantize", "Q4_K"],
+                      [*given, "--quantize", "Q8_0"]):  # fmt: skip
+        done = CliRunner().invoke(cli, arguments)
+        assert done.exit_code == 0, done.output
+    assert metadata(out)["general.file_type"] == 7
+    types = {name: kind.name for name, kind in tensor_types(out).items()}
+    assert types["blk.0.attn_q.weight"] == "Q8_0"
+    assert types["blk.1.ffn_down.bias"] == "F32"
+    record = json.loads((tmp_path / "out.abl.json").read_text())
+    assert record["evaluations"][0]["after"]["harmless_refusal_rate"] >= 0.95
+    assert "lost precision again" in record["evaluations"][0]["note"]
+    (tmp_path / "x").mkdir()
+    given[3] = str(tmp_path / "x" / "x.gguf")
+    done = CliRunner().invoke(cli, [*given, "--quantize", "Q9"])
+    assert "Q9 is not a supported GGUF file type" in done.output
+    assert list((tmp_path / "x").iterdir()) == []
 
 
 def test_the_command_on_the_page_makes_it_again(

@@ -5,16 +5,18 @@ import json
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from click.testing import CliRunner
 
 from abl_mlx.behaviour import endpoint
+from abl_mlx.cli.main import cli
 from abl_mlx.inputs import hub
-from abl_mlx.inputs.sources import Source, resolve, resolve_gguf
+from abl_mlx.inputs.sources import Source, at_revision, resolve, resolve_gguf
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
 from tests.support.hub_environment import hub_environment
@@ -318,6 +320,66 @@ def test_a_reference_is_read_by_its_form():
 def test_an_address_that_is_no_models_is_told(text, said):
     with pytest.raises(UserError, match=said):
         resolve(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "revision", "named"),
+    [
+        ("me/x", "v2", "me/x@v2"),
+        ("hf:me/x", "refs/pr/1", "me/x@refs/pr/1"),
+        ("me/x:Q4_K_M", "v2", "me/x@v2:Q4_K_M"),
+        ("hf:me/x/a/X.gguf", "v2", "hf:me/x@v2/a/X.gguf"),
+        (
+            "hf:me/x/a/X 1.gguf",
+            "refs/pr/1",
+            "https://huggingface.co/me/x/blob/refs%2Fpr%2F1/a/X%201.gguf",
+        ),
+        ("https://huggingface.co/me/x/blob/main/X.gguf", "v2", "hf:me/x@v2/X.gguf"),
+    ],
+)
+def test_a_revision_by_its_flag_is_one_in_the_text(text, revision, named):
+    assert at_revision(text, revision) == named
+    (given, wanted) = hub.parse(text), hub.parse(named)
+    assert wanted == replace(given, revision=revision)
+
+
+def test_a_revision_of_what_has_none_is_told(tmp_path):
+    write_gguf(tmp_path / "x.gguf")
+    texts = ("demo", str(tmp_path), str(tmp_path / "x.gguf"), "ollama:x", "http://localhost/v1")
+    for text in texts:
+        with pytest.raises(UserError, match=f"--revision v2: {text} is not a model on Hugging"):
+            at_revision(text, "v2")
+    with pytest.raises(UserError, match="names the revision v1 already"):
+        at_revision("me/x@v1:Q4_K_M", "v2")
+    with pytest.raises(UserError, match="' x' is no branch, tag or commit"):
+        at_revision("me/x", " x")
+
+
+MODELS = [
+    ("run", "{}", "-o", "out"),
+    ("measure", "{}", "-o", "d.safetensors"),
+    ("apply", "d.safetensors", "{}", "-o", "out"),
+    ("undo", "{}", "-o", "out"),
+    ("convert", "{}", "out.gguf"),
+    ("eval", "{}"),
+    ("audit", "{}"),
+    ("inspect", "{}"),
+    ("show", "{}", "Hello"),
+    ("chat", "{}"),
+]
+
+
+@pytest.mark.parametrize("command", MODELS, ids=lambda one: one[0])
+def test_every_command_that_takes_a_model_takes_a_revision(command, tmp_path, monkeypatch):
+    def refuse(text, *_):
+        raise UserError(f"asked for {text}.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("abl_mlx.inputs.sources.resolve", refuse)
+    monkeypatch.setattr("abl_mlx.directions.direction_file.read", lambda *_, **__: None)
+    given = [one.format("me/x") for one in command]
+    result = CliRunner().invoke(cli, [*given, "--revision", "v2"])
+    assert result.stderr.splitlines()[-1] == "Error: asked for me/x@v2."
 
 
 def test_a_models_page_is_no_server():
