@@ -341,6 +341,20 @@ class Replying(Choices):
     save_completions: bool = False
 
 
+@dataclass(frozen=True)
+class Conditioning(Choices):
+    """On which prompts an edit at runtime is made, and what is done on them.
+
+    Attributes:
+        steer: ``ablate`` removes the direction, ``add`` adds the difference of the means after its
+            layer, in its own length times the strength.
+        unconditional: whether the condition of a direction file is ignored.
+    """
+
+    steer: str = "ablate"
+    unconditional: bool = False
+
+
 # --- commands ------------------------------------------------------------------------------------
 
 
@@ -407,6 +421,8 @@ class MeasureOptions(Choices):
     """The choices of `measure`.
 
     Attributes:
+        condition: the prompts on which an edit at runtime is to be made, as for ``keep``; None for
+            all prompts.
         memory_check: refuse a model that is larger than the machine's memory.
     """
 
@@ -414,6 +430,7 @@ class MeasureOptions(Choices):
     finding: Finding = Finding()
     searching: Searching = Searching()
     chatting: Chatting = Chatting()
+    condition: str | None = None
     memory_check: bool = True
 
     @property
@@ -445,6 +462,7 @@ class SteerOptions(Choices):
 
     Attributes:
         direction: a direction file; None to measure one.
+        condition: as for `measure`; None for the condition of the direction file, if it has one.
         memory_check: refuse a model that is larger than the machine's memory.
     """
 
@@ -453,6 +471,8 @@ class SteerOptions(Choices):
     finding: Finding = Finding()
     editing: Editing = Editing()
     chatting: Chatting = Chatting()
+    conditioning: Conditioning = Conditioning()
+    condition: str | None = None
     memory_check: bool = True
 
     @property

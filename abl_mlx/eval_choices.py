@@ -116,6 +116,22 @@ class Limits(Choices):
 
 
 @dataclass(frozen=True)
+class Steering(Choices):
+    """The edit at runtime with which `eval` asks a model in MLX.
+
+    Attributes:
+        direction: a direction file; None to ask the model as it is.
+        strength: α of the edit.
+        steer, unconditional: as of `choices.Conditioning`.
+    """
+
+    direction: Path | None = None
+    strength: float = 1.0
+    steer: str = "ablate"
+    unconditional: bool = False
+
+
+@dataclass(frozen=True)
 class EvalOptions(Choices):
     """The choices of `eval`.
 
@@ -125,6 +141,7 @@ class EvalOptions(Choices):
     """
 
     targeting: Targeting = Targeting()
+    steering: Steering = Steering()
     asking: Asking = Asking()
     judging: Judging = Judging()
     metrics: Metrics = Metrics()

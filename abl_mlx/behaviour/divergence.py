@@ -84,7 +84,8 @@ def measured_against(
 
             def exact(target: Target) -> Divergence:
                 assert target.chat is not None  # it is in MLX, because ``exactly`` is true
-                found = evaluate.kl(target.chat, base)
+                groups = None if target.grouped is None else target.grouped(chosen)
+                found = evaluate.kl(target.chat, base, groups)
                 return replace(found, kind="exact", n_prompts=len(chosen))
 
             yield exact

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -440,8 +440,18 @@ def baseline(
         yield Baseline(sequences, positions, stored)
 
 
-def kl(chat: ChatModel, base: Baseline) -> Divergence:
+def kl(
+    chat: ChatModel,
+    base: Baseline,
+    groups: Sequence[tuple[list[int], Callable[[], AbstractContextManager[None]]]] | None = None,
+) -> Divergence:
     """Mean KL(base ‖ this model) in nats over harmless prompts.
+
+    Args:
+        chat: this model.
+        base: the base model's distributions.
+        groups: numbers of prompts, and what the model runs inside of on these; None for all prompts
+            with the model as it is.
 
     Returns:
         The mean at the first reply token, and the mean over the first 32 tokens of the base model's
@@ -450,11 +460,15 @@ def kl(chat: ChatModel, base: Baseline) -> Divergence:
     starts = np.cumsum([0, *map(len, base.positions)])
     first: list[float] = []
     every: list[float] = []
-    for index, rows in log_probabilities(chat, base.sequences, base.positions, label="KL: edited"):
-        before = mx.array(base.rows.read(int(starts[index]), len(base.positions[index])))
-        values = numbers(kl_divergence(before, rows))
-        first.append(values[0])
-        every += values
+    for numbers_of, context in groups or [([*range(len(base.sequences))], nullcontext)]:
+        some = [[one[number] for number in numbers_of] for one in (base.sequences, base.positions)]
+        with context():
+            for at, rows in log_probabilities(chat, *some, label="KL: edited"):
+                start, count = int(starts[numbers_of[at]]), len(some[1][at])
+                before = mx.array(base.rows.read(start, count))
+                values = numbers(kl_divergence(before, rows))
+                first.append(values[0])
+                every += values
     return Divergence(k1=float(np.mean(first)), k32=float(np.mean(every)))
 
 

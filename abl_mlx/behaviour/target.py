@@ -14,6 +14,13 @@ from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
 
+Question = str | Prompt
+
+#: From prompts to groups of them, as their numbers, each with what it is asked inside of.
+Groups = Callable[
+    [Sequence[Question]], list[tuple[list[int], Callable[[], AbstractContextManager[None]]]]
+]
+
 Wholes = Callable[[Sequence[str | Prompt], int], Iterator[tuple[int, WholeReply]]]
 
 
@@ -37,6 +44,8 @@ class Target:
         endpoint: the server, where one is asked.
         opened: context manager with a model that stays loaded for these prompts, of at most so many
             tokens in a reply; None where it is loaded anyway.
+        grouped: of a model in MLX that is edited at runtime on some prompts, what each prompt is
+            asked inside of; None where all are asked of the model as it is.
     """
 
     name: str
@@ -51,6 +60,7 @@ class Target:
     given: GivenTemplate | None = None
     endpoint: Endpoint | None = None
     opened: Callable[[Sequence[str | Prompt], int], AbstractContextManager[Wholes]] | None = None
+    grouped: Groups | None = None
 
     @contextmanager
     def held(self, prompts: Sequence[str | Prompt], max_tokens: int) -> Iterator[Target]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from abl_mlx.cli.answer import answer
+from abl_mlx.cli.condition_flags import condition_flag
 from abl_mlx.cli.flags import (
     chat_flags,
     choice_flags,
@@ -101,6 +102,7 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     help="Write an importance matrix of the prompts here, for --imatrix of other commands or for "
     "llama-quantize.",
 )
+@condition_flag
 @prompt_flags
 @chat_flags
 @choice_flags

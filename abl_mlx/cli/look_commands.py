@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from abl_mlx.cli.answer import answer, typed
+from abl_mlx.cli.condition_flags import condition_flag, conditioning_flags, steering_flags
 from abl_mlx.cli.eval_flags import gate_flags, judge_flags, metric_flags, server_flags
 from abl_mlx.cli.flags import (
     chat_flags,
@@ -31,6 +32,7 @@ from convert.base import escape
 @click.argument("target")
 @revision_flag("target")
 @server_flags
+@steering_flags
 @judge_flags
 @metric_flags
 @gate_flags
@@ -175,6 +177,8 @@ def diff(
     help="Also draw it, in this page NAME.html.",
 )
 @steered_flags
+@condition_flag
+@conditioning_flags
 @json_flag
 def show(
     model: str,
@@ -236,6 +240,8 @@ def show(
     "model writes them, and /tool RESULT gives what one returned.",
 )
 @steered_flags
+@condition_flag
+@conditioning_flags
 def chat(
     model: str,
     tools: Path | None,

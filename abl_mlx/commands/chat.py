@@ -42,6 +42,8 @@ class Conversation:
         on: whether the edit is on.
         strength: the edit's strength.
         side_by_side: whether both models reply.
+        told: on the last reply of the edited model, what was decided by a condition; empty without
+            one.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Conversation:
         self.on = True
         self.strength = steered.editing.alpha
         self.side_by_side = side_by_side
+        self.told = ""
         self._max_tokens, self._temp = max_tokens, temp
         self._original: list[Turn] = []
         self._edited: list[Turn] = []
@@ -140,6 +143,10 @@ class Conversation:
         role, text = turn
         prompt = replace(self.steered.prompt(text), role=role, earlier=tuple(history))
         tokens = chat.encode_message(prompt)
+        if edited:
+            decision = self.steered.decide(tokens)
+            self.told = "" if decision is None else f"[{decision}]\n"
+            edited = decision is None or decision.met
         steps: Any = stream_generate(
             chat.model, chat.tokenizer, mx.array(tokens), max_tokens=self._max_tokens,
             sampler=make_sampler(temp=self._temp),
@@ -179,10 +186,11 @@ def talk(
                 write(
                     columns(*conversation.ask_both(line), width=shutil.get_terminal_size().columns)
                 )
+                write(conversation.told)
             else:
                 for piece in conversation.ask(line):
                     write(piece)
-                write("\n")
+                write(f"\n{conversation.told if conversation.on else ''}")
         except UserError as error:
             write(f"{said(error)}\n")
         except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from typing import Any
 
 from abl_mlx import __version__
 from abl_mlx.behaviour import gate, judge, lm_eval_harness, recognition
-from abl_mlx.commands import targets, thinking_switch
+from abl_mlx.commands import steered_target, targets, thinking_switch
 from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSet, PromptSets
@@ -129,6 +129,10 @@ def check(job: Job) -> EarlierEval | None:
     options, limits = job.options, job.options.limits
     thinking_switch.note_unused(options.prompting)
     _check_targets(job)
+    runtime = None if job.source is None else targets.runtime_of(
+        job.source, options.targeting.runtime
+    )  # fmt: skip
+    steered_target.check(options, runtime)
     _check_limits(job)
     if options.replying.save_replies is not None:
         check_new(options.replying.save_replies)

@@ -38,6 +38,7 @@ from abl_mlx.commands import (
     judges,
     prompt_choice,
     prompt_lengths,
+    steered_target,
     targets,
     thinking_switch,
 )
@@ -47,6 +48,7 @@ from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSet, PromptSets
 from abl_mlx.outputs.model_file import ModelFile
+from abl_mlx.records.conditions import SteeredBy
 from abl_mlx.records.evaluations import (
     Asked,
     Comparison,
@@ -121,14 +123,18 @@ def _measure(job: Job, kept: journal.Journal | None) -> tuple[EvalRecord, dict[s
             del target, opened
             let_go()
         kl: Divergence | None = None
+        steered_by: SteeredBy | None = None
         with targets.opened(job.text, job.source, options, clock, targeting.model) as target:
+            if (model := steered_target.steered(target, job.source, options)) is not None:
+                target = model.target(target)
+                steered_by = model.record(job.parts)
             asked, answers = _measured(job, target, "target", kept, by)
             name = target.name if target.name not in columns else f"{target.name} (target)"
             columns[name] = answers
             if measure_kl is not None:
                 with clock.step("measure KL"):
                     kl = measure_kl(target)
-            del target
+            del target, model
         if job.lengths:
             baseline, asked = _at_enough_tokens(job, baseline, asked, columns)
         tasks = options.metrics.lm_eval
@@ -140,6 +146,7 @@ def _measure(job: Job, kept: journal.Journal | None) -> tuple[EvalRecord, dict[s
             baseline=baseline,
             paired=None if baseline is None else _paired(baseline, asked),
             paired_tool_calls=_paired_calls(baseline, asked),
+            steered=steered_by,
             seconds=clock.seconds,
         )
     return record, columns
@@ -412,6 +419,8 @@ def _divergence(
         baseline: the baseline.
         stack: keeps the file with the baseline's probabilities open.
     """
+    if job.options.steering.direction is not None and baseline.chat is None:
+        return None
     if job.source is None or (baseline.chat is None and baseline.runtime != "llama.cpp"):
         return None
     runtime = targets.runtime_of(job.source, job.options.targeting.runtime)

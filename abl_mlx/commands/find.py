@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from abl_mlx.choices import Finding, Measuring
 from abl_mlx.commands import (
+    condition_choice,
     first_look,
     prompt_choice,
     reply_choice,
@@ -98,6 +99,7 @@ def _found(
     encoded: SearchPrompts | None = None
     if how.given.direction is not None:
         found = _given(chat, how)
+        condition_choice.warn_unconditional(found)
     elif tuple(prompts) == (None,):
         sets = prompts[None]
         judge = Judge(chat, writers, prompts, how) if sets.staying and causal else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from abl_mlx import __version__
 from abl_mlx.choices import ApplyOptions, MeasureOptions
-from abl_mlx.commands import edit_choice, prompt_choice
+from abl_mlx.commands import condition_choice, edit_choice, prompt_choice
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
@@ -43,6 +43,7 @@ def apply(
     named = "the direction"
     if isinstance(direction, Path):
         named, direction = str(direction), direction_file.read(direction)
+    condition_choice.warn_unconditional(direction)
     clock = Clock()
     with find_model(text) as model:
         places = apps.placed(paths, model.source, overwrite=writing.overwrite)
@@ -96,6 +97,7 @@ def measure(
     with find_model(text, options.chatting.template) as model:
         source = model.source
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
+        condition_choice.check(options.condition, sets, options.prompting)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         with clock.step("load the model"):
             chat = model.load()
@@ -108,6 +110,10 @@ def measure(
         squares = InputSquares(chat.model, model.matrices()) if importance else None
         with recorded(chat, squares):
             found = find_behind_openings(chat, writers, sets, how, clock)
+        if options.condition is not None:
+            found = condition_choice.add_condition(
+                chat, sets, options.prompting, options.condition, found, clock
+            )
         if importance is not None and squares is not None:
             squares.write(importance, [sets.harmful.train.name, sets.harmless.train.name])
         with clock.step("hash the source"):

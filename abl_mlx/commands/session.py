@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from abl_mlx.choices import Editing, Prompting, SteerOptions
-from abl_mlx.commands import edit_choice, prompt_choice, thinking_switch
+from abl_mlx.choices import Conditioning, Editing, Prompting, SteerOptions
+from abl_mlx.commands import condition_choice, edit_choice, prompt_choice, thinking_switch
+from abl_mlx.commands.condition_choice import Decision
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
@@ -35,6 +36,7 @@ class Steered:
         direction: from a file, or measured.
         editing: what is done with it.
         prompting: how it is asked: its system message and its thinking.
+        conditioning: what is done, and on which prompts.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Steered:
     editing: Editing
     prompting: Prompting = field(default_factory=Prompting)
     tools: tuple[Tool, ...] = ()
+    conditioning: Conditioning = field(default_factory=Conditioning)
 
     def prompt(self, text: str) -> Prompt:
         """A user's message as this model is asked it; thinking "both" is shown with it on."""
@@ -61,11 +64,26 @@ class Steered:
     @contextmanager
     def edited(self, strength: float | None = None) -> Iterator[None]:
         """Context manager in which the model runs as edited; at strength 0 it runs unchanged."""
-        if (self.editing.alpha if strength is None else strength) == 0:
+        alpha = self.editing.alpha if strength is None else strength
+        if alpha == 0:
             yield
+            return
+        if self.conditioning.steer == condition_choice.ADD:
+            with condition_choice.added(self.chat, self.direction, alpha):
+                yield
             return
         with ablation(self.writers, self.edit(strength)):
             yield
+
+    def decide(self, tokens: Sequence[int]) -> Decision | None:
+        """Whether the edit is made on an encoded prompt; None if it is made on all.
+
+        The model must run without the edit.
+        """
+        condition = condition_choice.when(self.direction, self.conditioning)
+        if condition is None:
+            return None
+        return condition_choice.decide(self.chat, condition, [tokens])[0]
 
 
 def load(
@@ -85,6 +103,12 @@ def load(
     clock, direction = Clock(), options.direction
     if direction is not None and options.finding.sae is not None and not shows:
         raise UsageError("--direction and --sae both give a direction: leave one of them out.")
+    if direction is not None and options.condition is not None:
+        raise UsageError(
+            "--condition is found together with a direction: leave --direction out, or measure a "
+            "file with `abl-mlx measure --condition`."
+        )
+    condition_choice.check_steer(options.conditioning.steer)
     edit_choice.check(options.editing)
     with find_model(text, options.chatting.template) as model:
         name = model.source.name
@@ -98,7 +122,28 @@ def load(
         if given is not None and direction is not None:
             direction_file.check_width(given, direction, chat)
             thinking_switch.check(chat, options.prompting.thinking)
-            return Steered(name, chat, writers, given, options.editing, options.prompting, tools)
+            return _steered(name, chat, writers, given, options, tools)
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
+    condition_choice.check(options.condition, sets, options.prompting)
     found = find_behind_openings(chat, writers, sets, options.measuring, clock)
-    return Steered(name, chat, writers, found, options.editing, options.prompting, tools)
+    if options.condition is not None:
+        found = condition_choice.add_condition(
+            chat, sets, options.prompting, options.condition, found, clock
+        )
+    return _steered(name, chat, writers, found, options, tools)
+
+
+def _steered(
+    name: str,
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    direction: DirectionFile,
+    options: SteerOptions,
+    tools: tuple[Tool, ...],
+) -> Steered:
+    if options.conditioning.steer == condition_choice.ADD:
+        condition_choice.addition(direction, options.editing.alpha)  # refuses a file without one
+    return Steered(
+        name, chat, writers, direction, options.editing, options.prompting, tools,
+        options.conditioning,
+    )  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 from abl_mlx import __version__
 from abl_mlx.choices import SteerOptions
 from abl_mlx.commands import sae_choice
+from abl_mlx.commands.condition_choice import Decision
 from abl_mlx.commands.session import Steered
 from abl_mlx.commands.shown_features import features
 from abl_mlx.edits.edit import orthonormal
@@ -36,6 +37,7 @@ class Projection:
         before, after: (L, T) float32, r·h / |h| for the original and for the edited model: the
             cosine between the stream after layer l and the direction (for several directions, the
             length of the projection onto them divided by |h|).
+        decision: whether the edit is made on the prompt; None if it is made on all prompts.
     """
 
     ids: list[int]
@@ -43,6 +45,7 @@ class Projection:
     tokens: list[str]
     before: np.ndarray
     after: np.ndarray
+    decision: Decision | None = None
 
 
 def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
@@ -61,15 +64,19 @@ def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
     if reply:
         tokens = tokens + generate(chat, [tokens], reply)[0]
     before = _shares(steered, tokens)
-    with steered.edited():
-        after = _shares(steered, tokens)
+    decision = steered.decide(tokens[:count])
+    if decision is None or decision.met:
+        with steered.edited():
+            after = _shares(steered, tokens)
+    else:
+        after = before
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise UserError(
             f"{steered.name}: the residual stream of this prompt is not finite, so the model's "
             "weights or the direction are damaged: fetch them again."
         )
     texts = [chat.tokenizer.decode([token]) for token in tokens]
-    return Projection(tokens, count, texts, before, after)
+    return Projection(tokens, count, texts, before, after, decision)
 
 
 def _shares(steered: Steered, tokens: list[int]) -> np.ndarray:
@@ -117,6 +124,7 @@ def show(
         tokens=found.tokens,
         before=found.before.round(5).tolist(),
         after=found.after.round(5).tolist(),
+        condition=None if found.decision is None else found.decision.record,
         sae=(
             None
             if sae is None
@@ -168,6 +176,8 @@ def table(record: ShowRecord, *, color: bool = False) -> str:
         lines.append(
             f"{name:<{wide}}  {cells[0]} │ {cells[1]}   {numbers[0]:+.3f}  {numbers[1]:+.3f}"
         )
+    if record.condition is not None:
+        lines.append(record.condition.told)
     return "\n".join([*lines, *sae_tables.shown_lines(record.sae, names)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from abl_mlx import __version__
 from abl_mlx.directions import foreign
 from abl_mlx.directions.measuring import METHOD, Candidates, float32
 from abl_mlx.directions.methods import METHODS
+from abl_mlx.edits.condition import Condition
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.records.conditions import ConditionFound
 from abl_mlx.records.directions import Chosen, Looked, SaeFound, ScoredCandidate, TriedEdit
 from abl_mlx.records.kinds import fields_of, kind_of
 from abl_mlx.support.arrays import numpy_of
@@ -39,12 +41,27 @@ class DirectionFile:
         metadata: method, layer, position, model, prompt hashes, scores and version.
         clouds: (harmful (N, 2), harmless (M, 2)): held-out states in the plane of
             `estimators.plane`, for plots.
+        condition: (d,) the vector of a condition, which ``metadata`` describes; None without one.
     """
 
     selected: mx.array
     candidates: Candidates | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     clouds: tuple[np.ndarray, np.ndarray] | None = None
+    condition: mx.array | None = None
+
+    @property
+    def when(self) -> Condition | None:
+        """The prompts on which an edit at runtime is made; None for all."""
+        if self.condition is None:
+            return None
+        found = ConditionFound.of(self.metadata["condition"])
+        return Condition(self.condition, found.layer, found.tokens, found.threshold, found.above)
+
+    def conditional(self, condition: Condition, found: ConditionFound) -> DirectionFile:
+        """The same directions with a condition."""
+        metadata = {**self.metadata, "condition": found.json}
+        return replace(self, condition=condition.vector, metadata=metadata)
 
     @property
     def sha256(self) -> str:
@@ -66,6 +83,8 @@ def save(path: Path, file: DirectionFile) -> None:
     if file.clouds is not None:
         for name, cloud in zip(_CLOUDS, file.clouds, strict=True):
             tensors[name] = float32(cloud)
+    if file.condition is not None:
+        tensors["condition"] = file.condition.astype(mx.float32)
     for key, value in file.metadata.items():
         metadata[key] = value if isinstance(value, str) else json.dumps(finite(value))
     with new_file(path) as temporary:
@@ -113,7 +132,20 @@ def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -
             if tensors[name].ndim != 2 or tensors[name].shape[1] != 2:
                 raise _misshapen(path, name, tensors[name], "(N, 2)")
         clouds = numpy_of(tensors[_CLOUDS[0]]), numpy_of(tensors[_CLOUDS[1]])
-    return DirectionFile(selected, _candidates(path, tensors, metadata), metadata, clouds)
+    candidates = _candidates(path, tensors, metadata)
+    condition = _condition(path, tensors, metadata, selected.shape[-1])
+    return DirectionFile(selected, candidates, metadata, clouds, condition)
+
+
+def _condition(
+    path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, Any], width: int
+) -> mx.array | None:
+    if "condition" not in tensors or "condition" not in metadata:
+        return None
+    vector = tensors["condition"]
+    if vector.shape != (width,):
+        raise _misshapen(path, "condition", vector, f"({width},)")
+    return foreign.checked(vector, f"{path}: `condition`")[0]
 
 
 def _candidates(
@@ -165,6 +197,7 @@ _METADATA = record(
         "trials": list_of(record({**fields_of(TriedEdit), **_PLACE})),
         "cloud": record(_PLACE),
         "sae": kind_of(SaeFound),
+        "condition": kind_of(ConditionFound),
         "pins": _PINS,
         "embedding_scale": number(),
         "recipe": record(
@@ -203,4 +236,9 @@ def check_width(file: DirectionFile, path: Path | str, chat: ChatModel) -> None:
         raise UserError(
             f"{path} holds directions for {file.selected.shape[0]} layers, but {chat.folder} has "
             f"{len(chat.layers)}: it was measured on another model."
+        )
+    if (when := file.when) is not None and when.layer >= len(chat.layers):
+        raise UserError(
+            f"{path} has a condition on the states after layer {when.layer}, but {chat.folder} has "
+            f"the layers 0 to {len(chat.layers) - 1}: it was measured on another model."
         )

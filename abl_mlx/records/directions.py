@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from abl_mlx.records.conditions import ConditionFound
 from abl_mlx.records.evaluations import Kept
 from abl_mlx.records.record import Part
 
@@ -378,6 +379,7 @@ class Found(Part):
         cloud: the states of the two prompt sets at the chosen layer and position.
         finalists: what was judged by replies, if the model was asked to think.
         sae: the features of a sparse autoencoder, if directions were taken from one.
+        condition: the prompts on which an edit at runtime is made. Weights have no condition.
     """
 
     direction: Chosen
@@ -387,3 +389,4 @@ class Found(Part):
     cloud: Cloud | None = None
     finalists: list[JudgedFinalist] | None = None
     sae: SaeFound | None = None
+    condition: ConditionFound | None = None

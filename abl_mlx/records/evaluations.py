@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from abl_mlx.records.conditions import SteeredBy
 from abl_mlx.records.measurements import (
     Capability,
     LengthSweep,
@@ -328,6 +329,7 @@ class EvalRecord(Record, Asked):
         baseline: the other model.
         paired: set -> comparison of the two models.
         paired_tool_calls: comparison of the two models' correct tasks.
+        steered: the edit at runtime with which the model was asked.
         seconds: step -> time in seconds.
         gate: the limits, if any were given.
     """
@@ -338,6 +340,7 @@ class EvalRecord(Record, Asked):
     baseline: Asked | None = None
     paired: dict[str, Comparison] | None = None
     paired_tool_calls: Comparison | None = None
+    steered: SteeredBy | None = None
     seconds: dict[str, float]
     gate: Gate | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from abl_mlx.records.conditions import Decided
 from abl_mlx.records.directions import Chosen
 from abl_mlx.records.edits import Drafting, Leaks
 from abl_mlx.records.evaluations import EvalRecord, Made, Template
@@ -143,6 +144,7 @@ class ShowRecord(Record, Made):
         template: the chat template that was given in place of the model's own.
         output: the page.
         sae: with ``--sae``, the features of a sparse autoencoder.
+        condition: whether the edit is made on the prompt, if it has a condition.
     """
 
     prompt: str
@@ -153,6 +155,7 @@ class ShowRecord(Record, Made):
     template: Template | None = None
     output: str | None = None
     sae: ShownSae | None = None
+    condition: Decided | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from abl_mlx.records.evaluations import (
     Gate,
     Judged,
 )
-from abl_mlx.reports import sweep_tables
+from abl_mlx.reports import condition_tables, sweep_tables
 from abl_mlx.reports.tables import asked_in, behaviour_rows, paired_cells
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
@@ -35,7 +35,7 @@ def table(record: EvalRecord) -> str:
         *_divergence(record.kl),
         *measurements(record),
     ]
-    lines = [_title(record)]
+    lines = [_title(record), *condition_tables.steered_lines(record.steered)]
     if baseline is not None:
         lines.append(f"baseline: {_title(baseline)}")
     lines += _aligned(rows, right=(1, 2))

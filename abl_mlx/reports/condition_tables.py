@@ -1,0 +1,35 @@
+"""Conditions of edits at runtime, as lines of tables."""
+
+from __future__ import annotations
+
+from abl_mlx.records.conditions import ConditionFound, SteeredBy
+
+
+def condition_line(found: ConditionFound) -> str:
+    """A condition in one line."""
+    read = "the last token" if found.tokens == 1 else f"the last {found.tokens} tokens"
+    side = "at least" if found.above else "below"
+    return (
+        f"  condition {found.prompts}: cosine with the {found.kind} vector after layer "
+        f"{found.layer}, mean of {read}, {side} {found.threshold:+.3f}; F1 {found.f1:.2f} on "
+        f"{found.validation[0]} + {found.validation[1]} validation prompts"
+    )
+
+
+def condition_lines(found: ConditionFound | None) -> list[str]:
+    """The line of `measure`; nothing without a condition."""
+    return [] if found is None else [condition_line(found)]
+
+
+def steered_lines(by: SteeredBy | None) -> list[str]:
+    """With which edit at runtime a model was asked, and on how many prompts it was made."""
+    if by is None:
+        return []
+    did = "added" if by.steer == "add" else "removed"
+    lines = [f"asked with {by.direction} {did} at runtime, strength {by.strength:g}"]
+    if by.condition is None:
+        return lines
+    lines.append(condition_line(by.condition))
+    met = {name: one for name, one in (by.met or {}).items() if "/" not in name or one.met}
+    made = ", ".join(f"{name} {one.met}/{one.n}" for name, one in met.items())
+    return [*lines, f"  made on: {made}"]
