@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from abl_mlx import __version__
 from abl_mlx.choices import ApplyOptions, MeasureOptions
@@ -13,8 +14,9 @@ from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
-from abl_mlx.inputs.sets import prompt_hashes
+from abl_mlx.inputs.sets import PromptSets, prompt_hashes
 from abl_mlx.models import capture, given_template, memory
+from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.input_squares import InputSquares, recorded
 from abl_mlx.outputs import apps, destinations, staging
 from abl_mlx.outputs.model_file import find_model
@@ -110,31 +112,20 @@ def measure(
         squares = InputSquares(chat.model, model.matrices()) if importance else None
         with recorded(chat, squares):
             found = find_behind_openings(chat, writers, sets, how, clock)
-        if options.condition is not None:
-            found = condition_choice.add_condition(
-                chat, sets, options.prompting, options.condition, found, clock
-            )
+        found = _with_more(chat, sets, options, found, clock)
         if importance is not None and squares is not None:
             squares.write(importance, [sets.harmful.train.name, sets.harmless.train.name])
         with clock.step("hash the source"):
             sha256 = combined_hash(model.hashes())
-    found = replace(
-        found,
-        metadata={
-            **found.metadata,
-            **{
-                key: found.metadata["summary"][key]
-                for key in ("layer", "position")
-                if key in found.metadata["summary"]
-            },
-            "model": source.public_name,
-            "model_type": chat.model_type,
-            "model_sha256": sha256,
-            **given_template.entry(model.given),
-            "prompt_hashes": prompt_hashes(sets),
-            "seed": options.prompting.seed,
-        },
-    )
+    about = {
+        "model": source.public_name,
+        "model_type": chat.model_type,
+        "model_sha256": sha256,
+        **given_template.entry(model.given),
+        "prompt_hashes": prompt_hashes(sets),
+        "seed": options.prompting.seed,
+    }
+    found = _described(found, about)
     direction_file.save(out, found)
     record = MeasureRecord(
         **measured(found).values_by_field,
@@ -149,6 +140,28 @@ def measure(
         return record
     plot.draw(picture, record)
     return replace(record, plot=str(picture))
+
+
+def _with_more(
+    chat: ChatModel,
+    sets: PromptSets,
+    options: MeasureOptions,
+    found: DirectionFile,
+    clock: Clock,
+) -> DirectionFile:
+    """A direction with what further flags ask for."""
+    if options.condition is not None:
+        found = condition_choice.add_condition(
+            chat, sets, options.prompting, options.condition, found, clock
+        )
+    return found
+
+
+def _described(found: DirectionFile, about: Mapping[str, Any]) -> DirectionFile:
+    """A direction file that says where it comes from, and its layer and position."""
+    summary = found.metadata["summary"]
+    place = {key: summary[key] for key in ("layer", "position") if key in summary}
+    return replace(found, metadata={**found.metadata, **place, **about})
 
 
 def _check_places(out: Path, picture: Path | None, importance: Path | None) -> None:
