@@ -19,14 +19,16 @@ import mlx.core as mx
 from abl_mlx import __version__
 from abl_mlx.directions import direction_file
 from abl_mlx.edits.edit import Edit
-from abl_mlx.outputs import staging
+from abl_mlx.outputs import destinations, staging
 from abl_mlx.outputs.edit_label import Label, read_label
 from abl_mlx.outputs.model_file import ModelFile, find_model
 from abl_mlx.outputs.undo_file import Taken, kept_path, read_kept
 from abl_mlx.outputs.undo_weights import quantized
 from abl_mlx.records.edits import Restored, UndoRecord
+from abl_mlx.support import notes
 from abl_mlx.support.arrays import number
 from abl_mlx.support.clock import Clock
+from abl_mlx.support.console import say
 from convert.base.errors import UserError
 from convert.mlx.folder import FLOAT_DTYPES
 
@@ -67,6 +69,7 @@ def undo(
                     f"{path} has another format than {text}: undo writes the same one, or an "
                     "adapter."
                 )
+        destinations.check_further(paths, model)
         source = model.source
         if factors is None and direction is None and kept_path(source.path).is_file():
             factors = kept_path(source.path)
@@ -93,6 +96,8 @@ def _write(model: ModelFile, path: Path, found: Mapping[str, Taken], label: Labe
         model.restore_by_adapter(path, found, label)
     else:
         missing = model.restore(path, found)
+        if form == staging.GGUF and (along := notes.came_along(model.further.place(path))):
+            say(along)
     return Restored(output=str(path), format=form, missing=missing)
 
 

@@ -77,8 +77,7 @@ def no_tower(tensors: Sequence[str], why: str) -> str:
     """
     return (
         f"left out: {len(tensors)} tensors of the vision tower (such as {tensors[0]}): {why}; "
-        "llama.cpp takes pictures by an mmproj GGUF of its own, which its convert_hf_to_gguf.py "
-        "writes"
+        "llama.cpp takes pictures by an mmproj GGUF of its own, which its own converters write"
     )
 
 

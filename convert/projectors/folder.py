@@ -23,7 +23,7 @@ from convert.gguf.values import value_type
 from convert.mlx.folder_weights import FLOATS, FolderWeights
 from convert.mlx.safetensors_files import TensorFiles
 from convert.mlx_to_gguf import encode
-from convert.projectors.table import family
+from convert.projectors.table import family, missing
 from convert.projectors.tower import Family, Part, Shape, Tower
 
 _Q = GGMLQuantizationType
@@ -168,9 +168,7 @@ def find(folder: Path) -> Projector | None:
 def _planned(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> Projector:
     known = family(config)
     if known is None:
-        raise UserError(
-            f'there is no entry for the vision tower of a "{config.get("model_type")}" yet'
-        )
+        raise UserError(missing(config))
     weights = FolderWeights(files, config)
     of = {
         known.published(name): name

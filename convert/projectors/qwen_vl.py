@@ -1,4 +1,4 @@
-"""Qwen 2.5 VL, Qwen 3 VL and Qwen 3.5: towers with rotary positions, and patches merged by fours.
+"""Qwen 2 VL, 2.5 VL, 3 VL and 3.5: towers with rotary positions, and patches merged by fours.
 
 A kernel spans two pictures of a film; llama.cpp takes the two halves apart.
 """
@@ -55,6 +55,27 @@ def _thirds(tower: Tower, name: str) -> list[Part]:
 _RULES: dict[str, Rule] = {r"visual\.patch_embed\.proj\.weight": _patches}
 
 # --------------------------------------------------------------------------------------------------
+# Qwen 2
+
+
+def _qwen2_keys(tower: Tower) -> dict[str, Any]:
+    return {"clip.vision.attention.layer_norm_epsilon": 1e-6}
+
+
+def _qwen2_sizes(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """Its hidden_size is the language model's, which the converter takes for another."""
+    return {"hidden_size": vision["embed_dim"], "intermediate_size": vision["hidden_size"]}
+
+
+_QWEN2 = {
+    "norm1": "ln1",
+    "norm2": "ln2",
+    "attn.proj": "attn_out",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+
+# --------------------------------------------------------------------------------------------------
 # Qwen 2.5
 
 
@@ -104,6 +125,8 @@ def _qwen3_keys(tower: Tower) -> dict[str, Any]:
 def _size(vision: Mapping[str, Any]) -> dict[str, Any]:
     """The side of the largest picture with a learned position for each patch."""
     positions, patch = vision["num_position_embeddings"], vision["patch_size"]
+    if vision.get("image_size") is not None:
+        return {}
     if not (type(positions) is int and type(patch) is int and positions > 0):
         return {}
     return {"image_size": int(positions**0.5 * patch)}
@@ -117,17 +140,36 @@ def _deepstack(tower: Tower, name: str) -> list[Part]:
     return [Part(f"v.deepstack.{deep[int(found[1])]}.{found[2]}.{found[3]}")]
 
 
+_MERGER = {
+    r"visual\.merger\.ln_q\.(weight|bias)": r"v.post_ln.\1",
+    r"visual\.merger\.mlp\.(\d)\.(weight|bias)": r"mm.\1.\2",
+}
+
 FAMILIES = (
+    Family(
+        "qwen2vl_merger",
+        of_types("qwen2_vl"),
+        _qwen2_keys,
+        _PREFIXES,
+        {**block(r"visual\.blocks\.", _QWEN2), **_MERGER},
+        {**_RULES, r"visual\.blocks\.\d+\.attn\.qkv\.(weight|bias)": _thirds},
+        defaults={
+            "depth": 32,
+            "embed_dim": 1280,
+            "hidden_size": 3584,
+            "num_heads": 16,
+            "in_channels": 3,
+            "patch_size": 14,
+            "image_size": 560,
+        },
+        derived=_qwen2_sizes,
+    ),
     Family(
         "qwen2.5vl_merger",
         of_types("qwen2_5_vl"),
         _qwen25_keys,
         _PREFIXES,
-        {
-            **block(r"visual\.blocks\.", _QWEN25),
-            r"visual\.merger\.ln_q\.(weight|bias)": r"v.post_ln.\1",
-            r"visual\.merger\.mlp\.(\d)\.(weight|bias)": r"mm.\1.\2",
-        },
+        {**block(r"visual\.blocks\.", _QWEN25), **_MERGER},
         {**_RULES, r"visual\.blocks\.\d+\.attn\.qkv\.(weight|bias)": _thirds},
         defaults={
             "depth": 32,

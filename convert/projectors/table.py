@@ -17,6 +17,19 @@ FAMILIES: tuple[Family, ...] = (
 """Every family."""
 
 
+def missing(config: Mapping[str, Any]) -> str:
+    """Why there is no family for a folder with this config.json, as a part of a sentence."""
+    kind = config.get("model_type")
+    vision = config.get("vision_config")
+    tower = vision.get("model_type") if isinstance(vision, dict) else None
+    if kind == "llava" and tower == "clip_vision_model":
+        return (
+            "its tower is CLIP, of which llama.cpp's convert_hf_to_gguf.py writes no projector "
+            "either (its older llava_surgery.py does)"
+        )
+    return f'there is no entry for the vision tower of a "{kind}" yet'
+
+
 def family(config: Mapping[str, Any]) -> Family | None:
     """The family of a folder with this config.json; None where there is none."""
     return next((one for one in FAMILIES if one.fits(config)), None)

@@ -137,7 +137,7 @@ class Family:
         unused: pattern of the names of tensors that llama.cpp's graph has no use for.
         types: pattern of a name in the GGUF -> its type in every file.
         defaults: the values that transformers uses for keys that vision_config lacks.
-        derived: makes further values from those of vision_config, for keys that it lacks.
+        derived: makes further values from those of vision_config, or others in their place.
         borrowed: finds a tensor of the language model of which the projector holds a part.
     """
 
@@ -157,7 +157,7 @@ class Family:
         """vision_config, with defaults for missing keys."""
         stored = config.get("vision_config")
         found = {**self.defaults, **(stored if isinstance(stored, dict) else {})}
-        return {**self.derived(found), **found}
+        return {**found, **self.derived(found)}
 
     def published(self, name: str) -> str:
         """The publisher's name of a tensor."""

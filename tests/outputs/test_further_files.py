@@ -74,6 +74,20 @@ def test_a_projector_beside_a_gguf_comes_along(tmp_path: Path, direction: Path) 
     assert shown(out.parent / "edited.Modelfile") == ("completion", "thinking", "tools", "vision")
 
 
+def test_undo_copies_the_projector_too(tmp_path: Path, direction: Path) -> None:
+    source = model(tmp_path / "m.gguf")
+    seeing = projector(tmp_path / "mmproj-m-F16.gguf")
+    edited, back = tmp_path / "out" / "edited.gguf", tmp_path / "back" / "again.gguf"
+    abl_mlx("apply", direction, source, "-o", edited, "--keep-undo")
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back" / "mmproj-again.gguf").write_bytes(b"mine")
+    assert "mmproj-again.gguf already exists" in fails("undo", edited, "-o", back)
+    assert not back.exists()
+    (tmp_path / "back" / "mmproj-again.gguf").unlink()
+    abl_mlx("undo", edited, "-o", back)
+    assert (tmp_path / "back" / "mmproj-again.gguf").read_bytes() == seeing.read_bytes()
+
+
 def test_outputs_beside_the_source_each_get_its_projector(
     tmp_path: Path, direction: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

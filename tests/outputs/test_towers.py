@@ -125,6 +125,17 @@ def test_a_tower_that_is_not_known_is_left_out_with_the_reason(tmp_path: Path) -
     assert [line for word, line in lines if word == "FROM"] == ["./e.gguf"]
 
 
+def test_the_clip_tower_of_llava_is_refused_by_name(tmp_path: Path) -> None:
+    source = seeing.write(tmp_path / "source", "pixtral")
+    config = json.loads((source / "config.json").read_text())
+    config["vision_config"]["model_type"] = "clip_vision_model"
+    (source / "config.json").write_text(json.dumps(config))
+    record = abl_mlx("convert", source, tmp_path / "m.gguf")
+    said = "its tower is CLIP, of which llama.cpp's convert_hf_to_gguf.py writes no projector"
+    assert said in record["note"]
+    assert not list(tmp_path.glob("mmproj*"))
+
+
 def test_in_ollamas_store_the_tower_is_a_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

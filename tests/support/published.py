@@ -66,6 +66,7 @@ CLASSES = {
     "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
     "qwen3_next": "Qwen3NextForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
@@ -102,8 +103,10 @@ def write(folder: Path, recipe: str, dtype: str = "float32") -> Path:
     if recipe.startswith("qwen3next"):
         config = {**config["text_config"], "model_type": "qwen3_next"}
         values = {name.removeprefix("language_model."): one for name, one in values.items()}
+    if recipe == "qwen3vlmoe":
+        change = _transposed
     values = (change or _PUBLISHED.get(str(config["model_type"]), _same))(config, values)
-    if recipe in ("qwen2vl", "qwen3vl"):
+    if recipe in ("qwen2vl", "qwen3vl", "qwen3vlmoe"):
         config, values = _seeing(recipe, config, values)
     kind = str(config["model_type"])
     config |= _further(config)
@@ -163,10 +166,11 @@ def _seeing(recipe: str, config: Config, values: Values) -> tuple[Config, Values
     text = {**config, "rope_scaling": {"type": "mrope", "mrope_section": sections}}
     if recipe == "qwen2vl":
         return text | {"model_type": "qwen2_5_vl"}, values
-    text["model_type"] = "qwen3_vl_text"
+    kind = "qwen3_vl_moe" if recipe == "qwen3vlmoe" else "qwen3_vl"
+    text["model_type"] = f"{kind}_text"
     deep = list(range(1, 1 + keys["n_deepstack_layers"]))
     return {
-        "model_type": "qwen3_vl",
+        "model_type": kind,
         "text_config": text,
         "vision_config": {"deepstack_visual_indexes": deep},
         "tie_word_embeddings": text["tie_word_embeddings"],
@@ -299,17 +303,23 @@ def _llama4(config: Config, values: Values) -> Values:
         "high_freq_factor": 1.0,
         "original_max_position_embeddings": 64,
     }
+    return _transposed(config, values)
+
+
+def _transposed(config: Config, values: Values) -> Values:
+    """Stacks of experts (E, in, out), with the gate's columns before those of up."""
     found: Values = {}
     for name, one in values.items():
-        if ".experts." not in name:
+        stack = re.search(r"\.(experts|switch_mlp)\.(gate|up|down)_proj\.weight$", name)
+        if stack is None:
             found[name] = one
             continue
-        new, turned = name.removesuffix(".weight"), one.swapaxes(1, 2)
-        if "gate_proj" in name:
+        stem, turned = f"{name[: stack.start()]}.experts.", one.swapaxes(1, 2)
+        if stack[2] == "gate":
             up = values[name.replace("gate_proj", "up_proj")].swapaxes(1, 2)
-            found[new.replace("gate_proj", "gate_up_proj")] = np.concatenate((turned, up), axis=2)
-        elif "down_proj" in name:
-            found[new] = turned
+            found[f"{stem}gate_up_proj"] = np.concatenate((turned, up), axis=2)
+        elif stack[2] == "down":
+            found[f"{stem}down_proj"] = turned
     return found
 
 

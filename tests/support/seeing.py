@@ -102,6 +102,25 @@ def _gemma3(width: int) -> Shapes:
     }
 
 
+def _qwen2(width: int) -> Shapes:
+    linear = {
+        "attn.qkv": (3 * WIDE, WIDE),
+        "attn.proj": (WIDE, WIDE),
+        "mlp.fc1": (4 * WIDE, WIDE),
+        "mlp.fc2": (WIDE, 4 * WIDE),
+    }
+    return {
+        **_blocks("visual.blocks.", linear, _norm("norm1", "norm2")),
+        "visual.patch_embed.proj.weight": (WIDE, 3, 2, 14, 14),
+        "visual.merger.ln_q.weight": (WIDE,),
+        "visual.merger.ln_q.bias": (WIDE,),
+        "visual.merger.mlp.0.weight": (4 * WIDE, 4 * WIDE),
+        "visual.merger.mlp.0.bias": (4 * WIDE,),
+        "visual.merger.mlp.2.weight": (width, 4 * WIDE),
+        "visual.merger.mlp.2.bias": (width,),
+    }
+
+
 def _qwen25(width: int) -> Shapes:
     linear = {
         "attn.qkv": (3 * WIDE, WIDE),
@@ -250,6 +269,27 @@ FAMILIES: dict[str, Seeing] = {
         config={"vocab_size": tiny.VOCAB_SIZE},
         processor={**PROCESSOR, "image_seq_length": 16},
     ),
+    "qwen2-vl": Seeing(
+        "qwen2vl",
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        {
+            "model_type": "qwen2_vl",
+            "depth": DEEP,
+            "embed_dim": WIDE,
+            "hidden_size": 256,
+            "mlp_ratio": 4,
+            "num_heads": HEADS,
+            "in_chans": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        _qwen2,
+        mlx_names=_FROM_VISUAL,
+        kernel="patch_embed.proj.weight",
+        text=None,
+    ),
     "qwen2.5-vl": Seeing(
         "qwen2vl",
         "qwen2_5_vl",
@@ -277,6 +317,17 @@ FAMILIES: dict[str, Seeing] = {
         "qwen3_vl",
         "Qwen3VLForConditionalGeneration",
         {**_QWEN3, "model_type": "qwen3_vl", "deepstack_visual_indexes": [1, 2]},
+        _qwen3,
+        {},
+        _FROM_VISUAL,
+        "patch_embed.proj.weight",
+        text=None,
+    ),
+    "qwen3-vl-moe": Seeing(
+        "qwen3vlmoe",
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        {**_QWEN3, "model_type": "qwen3_vl_moe", "deepstack_visual_indexes": [1, 2]},
         _qwen3,
         {},
         _FROM_VISUAL,

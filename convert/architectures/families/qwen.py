@@ -75,7 +75,7 @@ def shared_gates(keys: Keys, weights: list[Weight]) -> list[Weight]:
     ]
 
 
-def _moe_config(model_type: str, *, normalized: bool) -> Callable[[Keys], dict[str, Any]]:
+def moe_config(model_type: str, *, normalized: bool) -> Callable[[Keys], dict[str, Any]]:
     def config(keys: Keys) -> dict[str, Any]:
         unscaled_rotary(keys)
         whole_rotary(keys)
@@ -90,13 +90,13 @@ def _qwen2moe_config(keys: Keys) -> dict[str, Any]:
             f"{keys.source.parts[0]} has no output.weight, which every {keys.architecture} file "
             "needs: get the file again."
         )
-    return _moe_config("qwen2_moe", normalized=False)(keys)
+    return moe_config("qwen2_moe", normalized=False)(keys)
 
 
-_MOE = Names({**ATTENTION, **EXPERTS, **SHARED_EXPERT, "ffn_norm": FEED_FORWARD["ffn_norm"]})
+MOE = Names({**ATTENTION, **EXPERTS, **SHARED_EXPERT, "ffn_norm": FEED_FORWARD["ffn_norm"]})
 
 
-def _moe_weights(keys: Keys, names: Names) -> list[Weight]:
+def moe_weights(keys: Keys, names: Names) -> list[Weight]:
     return shared_gates(keys, renamed(keys, names))
 
 
@@ -113,7 +113,7 @@ def _qwen2moe_keys(flat: Config) -> dict[str, Any]:
     return named(flat, EXPERT_COUNTS)
 
 
-def _qwen3moe_keys(flat: Config) -> dict[str, Any]:
+def qwen3moe_keys(flat: Config) -> dict[str, Any]:
     if not flat.get("norm_topk_prob", False):
         raise UserError(
             "config.json sets norm_topk_prob to false, but llama.cpp always normalizes "
@@ -132,16 +132,16 @@ ARCHITECTURES = (
     Architecture(
         "qwen2moe",
         plain(),
-        InMlx(_qwen2moe_config, _MOE, _moe_weights),
+        InMlx(_qwen2moe_config, MOE, moe_weights),
         (FromFolder(("qwen2_moe",), _qwen2moe_keys, STORED_EXPERTS),),
     ),
     Architecture(
         "qwen3moe",
         plain(),
-        InMlx(_moe_config("qwen3_moe", normalized=True), _MOE, _moe_weights),
-        (FromFolder(("qwen3_moe",), _qwen3moe_keys, STORED_EXPERTS),),
+        InMlx(moe_config("qwen3_moe", normalized=True), MOE, moe_weights),
+        (FromFolder(("qwen3_moe",), qwen3moe_keys, STORED_EXPERTS),),
     ),
-    *edited("qwen qwen3vlmoe", plain()),
+    *edited("qwen", plain()),
     *refused("rwkv6qwen2", "its recurrent blocks have not been proved in llama.cpp."),
     *refused(
         "qwen4exp",

@@ -1,4 +1,4 @@
-"""The language models of Qwen 2 VL, Qwen 2.5 VL and Qwen 3 VL.
+"""The language models of Qwen 2 VL, Qwen 2.5 VL and Qwen 3 VL, which may have experts.
 
 A token of a picture has three positions, which turn parts (sections) of its queries and keys. Text
 has the same number three times, so that text alone runs as in qwen2 and qwen3.
@@ -10,7 +10,9 @@ from typing import Any
 
 from convert.architectures.architecture import Architecture, FromFolder, InMlx, plain
 from convert.architectures.families.llama import PLAIN, qwen_config
+from convert.architectures.families.qwen import MOE, moe_config, moe_weights, qwen3moe_keys
 from convert.architectures.hf_keys import Config
+from convert.architectures.stored import Stored, halved_columns, swapped
 from convert.base.errors import UserError
 
 
@@ -30,6 +32,23 @@ def _deep_keys(flat: Config) -> dict[str, Any]:
     return _keys(flat) | {"n_deepstack_layers": len(deep) if isinstance(deep, list) else 0}
 
 
+def _expert_keys(flat: Config) -> dict[str, Any]:
+    return _deep_keys(flat) | qwen3moe_keys(flat)
+
+
+_EXPERTS = Stored(
+    {r"\.mlp\.experts\.(gate_up|down)_proj(\.weight)?$": r".mlp.experts.\1_proj.weight"},
+    {
+        r"\.experts\.gate_up_proj\.weight$": lambda folder, path, source: halved_columns(
+            folder, path.replace(".experts.", ".switch_mlp."), source
+        ),
+        r"\.experts\.down_proj\.weight$": lambda folder, path, source: swapped(
+            folder, path.replace(".experts.", ".switch_mlp."), source
+        ),
+    },
+)
+"""Publishers store transposed stacks (E, in, out), the gate's columns before those of up."""
+
 ARCHITECTURES = (
     Architecture(
         "qwen2vl",
@@ -42,5 +61,11 @@ ARCHITECTURES = (
         plain(reads="cls.output"),
         InMlx(qwen_config("qwen3"), PLAIN),
         (FromFolder(("qwen3_vl",), _deep_keys),),
+    ),
+    Architecture(
+        "qwen3vlmoe",
+        plain(),
+        InMlx(moe_config("qwen3_moe", normalized=True), MOE, moe_weights),
+        (FromFolder(("qwen3_vl_moe",), _expert_keys, _EXPERTS),),
     ),
 )

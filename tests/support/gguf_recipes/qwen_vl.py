@@ -1,8 +1,9 @@
-"""Tiny language models of Qwen 2.5 VL and Qwen 3 VL."""
+"""Tiny language models of Qwen 2.5 VL and Qwen 3 VL, with and without experts."""
 
 from __future__ import annotations
 
 from tests.support.gguf_recipes.llama import usual_keys, usual_tensors
+from tests.support.gguf_recipes.qwen import EXPERTS, quiet
 from tests.support.tiny_gguf import Recipe
 
 RECIPES: dict[str, Recipe] = {
@@ -27,5 +28,19 @@ RECIPES: dict[str, Recipe] = {
             n_deepstack_layers=2,
         ),
         usual_tensors(head=64, tied=True, qk_norm=True),
+    ),
+    "qwen3vlmoe": Recipe(
+        "qwen3vlmoe",
+        usual_keys(
+            rope__freq_base=1e6,
+            attention__key_length=64,
+            attention__value_length=64,
+            rope__dimension_count=64,
+            rope__dimension_sections=[12, 10, 10, 0],
+            n_deepstack_layers=2,
+            **EXPERTS,
+        ),
+        usual_tensors(head=64, qk_norm=True, experts=4),
+        values=quiet,
     ),
 }
