@@ -231,11 +231,14 @@ class Searching(Choices):
     Attributes:
         search: the largest number of edits to try; None for no search.
         target_refusals: the largest share of refused and broken replies that is good enough.
+        learn_strengths: the number of gradient steps by which the strengths of each layer are
+            learned; None for the default's two.
         search_journal: the file that keeps the trials; None for one beside the output.
     """
 
     search: int | None = None
     target_refusals: float = 0.05
+    learn_strengths: int | None = None
     search_journal: Path | None = None
 
     def beside(self, output: Path) -> Searching:

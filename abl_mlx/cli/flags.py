@@ -252,6 +252,14 @@ def search_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="For --search: the share of refused or broken replies that is good enough.",
         ),
         click.option(
+            "--learn-strengths",
+            metavar="N",
+            type=click.IntRange(min=1),
+            help="Learn the strengths of each layer's attention and MLP by N gradient steps: the "
+            "lowest KL at which harmful prompts stay clear of opening with a refusal. --search "
+            "starts from them.",
+        ),
+        click.option(
             "--search-journal",
             metavar="FILE",
             type=HERE,

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.choices import Finding, Measuring
+from abl_mlx.commands import layer_strengths
 from abl_mlx.commands.edit_choice import make_edit
 from abl_mlx.directions import choice, estimators, measuring, methods, race, selection
 from abl_mlx.directions.direction_file import DirectionFile
@@ -21,7 +22,6 @@ from abl_mlx.directions.pinning import embedding_means, held_at
 from abl_mlx.directions.race import Runner
 from abl_mlx.directions.slopes import COMPONENTS
 from abl_mlx.directions.trial import Effect, Trial
-from abl_mlx.directions.trimming import trimmed
 from abl_mlx.directions.variants import Tried, Variant, best
 from abl_mlx.edits.edit import Edit
 from abl_mlx.models.chat_model import ChatModel
@@ -96,27 +96,23 @@ class Finder:
         )  # fmt: skip
 
     def _recipe(self, variant: Variant) -> dict[str, Any] | None:
-        """Strengths of each layer with a lower KL than those of the chosen edit, if there are.
-
-        They are looked for only where first tokens chose, and no flag says what is edited.
-        """
-        finding, editing, notes = self._how.finding, self._how.editing, self._notes
-        by_hand = editing.layers is not None or editing.pin is not None or editing.norm == "rows"
-        by_hand = by_hand or editing.kind != "project"
-        if "validation_kl" not in notes or finding.method == "over-refusal" or by_hand:
+        """Strengths of each layer that are better than strength 1 everywhere, if there are."""
+        notes, layers = self._notes, len(self._chat.layers)
+        wanted = self._how.searching.learn_strengths is not None or "validation_kl" in notes
+        if not wanted:
             return None
-        before = notes["refused"], notes["validation_kl"]
-        found = trimmed(self._trial, self._edit(variant), len(self._chat.layers), *before)
-        if found is None:
+        edit = self._edit(variant)
+        better = layer_strengths.better(self._trial, edit, layers, self._how, notes)
+        if better is None:
             return None
-        effect = found.effect
+        found, why, kl = better
         self._notes |= {
-            "chosen_by": f"{notes['chosen_by']}; strengths of each layer by gradients of both",
-            **self._first_tokens(effect.refusal, effect.refused, effect.kl),
-            "uniform_kl": before[1],
+            "chosen_by": f"{notes['chosen_by']}; {why}",
+            **self._first_tokens(found.effect.refusal, found.effect.refused, found.effect.kl),
+            "uniform_kl": kl,
         }
         assert found.edit.profile is not None
-        return {"profile": dict(found.edit.profile), "embedding": editing.embedding}
+        return {"profile": dict(found.edit.profile), "embedding": self._how.editing.embedding}
 
     def choice(self) -> tuple[Variant, list[Tried]]:
         """The chosen variant, by what its removal does, and what was tried for it."""

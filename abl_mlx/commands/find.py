@@ -10,6 +10,7 @@ from abl_mlx.choices import Finding, Measuring
 from abl_mlx.commands import (
     condition_choice,
     first_look,
+    layer_strengths,
     prompt_choice,
     reply_choice,
     sae_choice,
@@ -314,6 +315,7 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
     thinking_switch.note_unused(how.prompting, how.finding)
     if how.prompting.thinking != thinking.OFF and how.editing.pin is not None:
         raise UserError("--pin and --thinking do not go together: leave one of them out.")
+    layer_strengths.check(how)
     if how.searching.search is not None:
         from abl_mlx.search import loop
 

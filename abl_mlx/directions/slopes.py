@@ -51,6 +51,7 @@ def slopes(
     harmless: Sequence[Sequence[int]],
     base: mx.array,
     tokens: Sequence[int],
+    ceiling: float | None = None,
 ) -> Slopes:
     """The slopes of an edit, by one forward and one backward pass of each prompt.
 
@@ -62,6 +63,7 @@ def slopes(
         harmful, harmless: encoded prompts.
         base: log-probabilities of the unedited model after the harmless prompts, (M, V).
         tokens: the refusal openings.
+        ceiling: if it is given, only what refusal scores are above it counts, in nats.
 
     Raises:
         Exception: whatever MLX raises where a module of the model has no gradient.
@@ -71,7 +73,8 @@ def slopes(
     def score(rows: mx.array, start: int) -> mx.array:
         inside = mx.logsumexp(rows[:, openings], axis=-1)
         # The probability of all other tokens; of one that rounds to 0, the score stays finite.
-        return inside - mx.log(mx.maximum(1 - mx.exp(inside), 1e-7))
+        scores = inside - mx.log(mx.maximum(1 - mx.exp(inside), 1e-7))
+        return scores if ceiling is None else mx.maximum(scores - ceiling, 0)
 
     def kl(rows: mx.array, start: int) -> mx.array:
         return kl_divergence(base[start : start + len(rows)], rows)

@@ -202,26 +202,39 @@ class Trial:
             kept += tuple(openings(opened[len(bad) + len(good) :], self._kept_tokens))
         return Effect(scores, opens, kls, kept)
 
-    def slopes(self, edit: Edit, strengths: np.ndarray, most: int) -> Slopes | None:
+    def slopes(
+        self,
+        edit: Edit,
+        strengths: np.ndarray,
+        most: int,
+        first: int = 0,
+        ceiling: float | None = None,
+    ) -> Slopes | None:
         """How the effect of an edit changes with its strength in each layer.
 
         Args:
             edit: the edit at strength 1.
             strengths: (2, L), by which it is multiplied, as of `slopes.slopes`.
-            most: how many prompts of each set to run, forward and backward, from the first on.
+            most: how many prompts of each set to run, forward and backward.
+            first: the first of them; after the last prompt of a set comes its first.
+            ceiling: as of `slopes.slopes`.
 
         Returns:
             None where a module of the model has no gradient.
         """
-        bad, good = self._harmful[:most], self._harmless[:most]
-        tokens = sum(map(len, [*bad, *good]))
+        bad, good = (
+            [(first + index) % len(every) for index in range(min(most, len(every)))]
+            for every in (self._harmful, self._harmless)
+        )
+        asked = [self._harmful[n] for n in bad], [self._harmless[n] for n in good]
+        tokens = sum(len(one) for part in asked for one in part)
         self.tokens += tokens
         self.backward += tokens
         plain = replace(edit, norm="none")
         try:
             found = slopes.slopes(
-                self._chat, self._writers, plain, strengths, bad, good, self._base,
-                self.refusal_tokens,
+                self._chat, self._writers, plain, strengths, *asked, self._base[mx.array(good)],
+                self.refusal_tokens, ceiling,
             )  # fmt: skip
         except (NotImplementedError, RuntimeError, ValueError):
             return None
