@@ -15,10 +15,10 @@ from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import from_gguf
 from convert.gguf.file import GgufSource
-from tests.convert.test_gguf_to_tokenizer import Vocabulary, plain, written
 from tests.support.agreement import greedy, logprobs
 from tests.support.command import abl_mlx
 from tests.support.real_models import GEMMA3, LINES, QWEN, SMOLLM2, real_model
+from tests.support.vocabularies import Vocabulary, plain, written
 
 pytestmark = pytest.mark.real
 
