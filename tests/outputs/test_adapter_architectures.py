@@ -1,6 +1,6 @@
 """Which writers llama.cpp applies an adapter to, architecture by architecture, proved in llama.cpp.
 
-As in `tests.convert.test_gguf_writers`, whose random models these are: every writer is
+As in `tests.support.writer_proofs`, whose random models these are: every writer is
 orthogonalized but for one, which gets an adapter of the same effect instead. Where the direction is
 gone from the final hidden state, llama.cpp has applied it. Run as a script, this file is the
 program that does it, because a failed assertion in llama.cpp ends the process.
@@ -25,7 +25,7 @@ from convert import adapters
 from convert.architectures.gguf_writers import GgufWriter, find
 from convert.architectures.table import STREAMS as ARCHITECTURES
 from convert.base.errors import UserError
-from tests.convert import test_gguf_writers as writers
+from tests.support import writer_proofs as writers
 from tests.support.places import ROOT
 
 _pointer = ctypes.c_void_p
@@ -97,10 +97,10 @@ def main(variants: list[str]) -> None:
 
     llama = ctypes.CDLL(importlib.util.find_spec("xllamacpp.xllamacpp").origin)
     assert xllamacpp
-    for name, (result, *arguments) in (writers._SIGNATURES | _SIGNATURES).items():
+    for name, (result, *arguments) in (writers.SIGNATURES | _SIGNATURES).items():
         function = getattr(llama, name)
         function.restype, function.argtypes = result, arguments
-    silence = writers._Log(lambda *_: None)
+    silence = writers.Log(lambda *_: None)
     llama.llama_log_set(silence, None)
     for variant in variants:
         print(json.dumps({"variant": variant}), flush=True)
