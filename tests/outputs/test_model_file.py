@@ -15,7 +15,7 @@ from abl_mlx.demo import MODEL_PATH
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.outputs.model_file import find_model
 from convert.gguf.file import GgufSource
-from tests.convert.test_gguf_file import split
+from tests.support.odd_ggufs import split
 
 #: Modules that may ask whether something is a GGUF: what was typed, and what a name stands for.
 MAY_ASK = {"sources.py", "hub.py", "staging.py", "model_file.py"}
