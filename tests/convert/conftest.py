@@ -16,3 +16,9 @@ def model(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     """A tiny chat model in F16; never write to it."""
     folder = tiny_folder("qwen3", tokenizer="native", **tiny.WIDE)
     return write_gguf(folder, tmp_path_factory.mktemp("gguf") / "model.gguf").path
+
+
+@pytest.fixture(scope="session")
+def wide(tiny_folder: Callable[..., Path]) -> Path:
+    """A folder whose rows fit K-quants; never write into it."""
+    return tiny_folder("llama", tokenizer="native", **tiny.WIDE)

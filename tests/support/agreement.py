@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
 
 from abl_mlx.behaviour.llamacpp import LlamaCpp
+
+
+def float32(folder: Path, **config: Any) -> nn.Module:
+    """The folder's model, computing in float32 from the stored weights."""
+    model, _ = load_model(folder, model_config=config)
+    model.set_dtype(mx.float32)
+    return model
+
+
+def interleave_rows(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from (first half, second half) to alternating order."""
+    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def logprobs(model: nn.Module, tokens: list[int]) -> np.ndarray:
