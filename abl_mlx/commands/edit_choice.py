@@ -11,6 +11,7 @@ from abl_mlx.choices import REFLECTION, Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.pinning import held_at
 from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.update import Factors, Update
 from abl_mlx.support.console import say
 from convert.base.errors import UsageError, UserError
 
@@ -52,13 +53,15 @@ def make_edit(
     )  # fmt: skip
 
 
-def edit_of(direction: DirectionFile, editing: Editing) -> Edit:
-    """The edit that removes a direction file's directions with the chosen options.
+def edit_of(direction: DirectionFile, editing: Editing) -> Edit | Update:
+    """The edit of a direction file with the chosen options: it removes directions, or adds updates.
 
     Raises:
         UserError: when flags do not go together, or the file lacks what ``--pin`` needs.
     """
     metadata = direction.metadata
+    if direction.updates is not None:
+        return update_of(direction.updates, editing)
     pin = held_at(
         editing.pin,
         metadata.get("pins"),
@@ -66,6 +69,25 @@ def edit_of(direction: DirectionFile, editing: Editing) -> Edit:
         int(direction.selected.shape[-2]),
     )
     return make_edit(direction.selected, editing, recipe=metadata.get("recipe"), pin=pin)
+
+
+def update_of(updates: Mapping[int, Factors], editing: Editing) -> Update:
+    """The edit that adds a direction file's updates with the chosen options.
+
+    Raises:
+        UsageError: naming a flag that has no meaning for it.
+    """
+    for flag, given in (
+        ("--layers", editing.layers is not None), ("--norm", editing.norm != "none"),
+        ("--pin", editing.pin is not None), ("--kind", editing.kind != "project"),
+        ("--edit", editing.edit != "writers"),
+    ):  # fmt: skip
+        if given:
+            raise UsageError(
+                f"{flag} is for the removal of directions, and --method rome changes what MLPs do "
+                "with some inputs: leave it out."
+            )
+    return Update(dict(updates), editing.strength)
 
 
 def check(editing: Editing, writing: Writing | None = None) -> None:

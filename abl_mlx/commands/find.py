@@ -13,6 +13,7 @@ from abl_mlx.commands import (
     layer_strengths,
     prompt_choice,
     reply_choice,
+    rome_choice,
     sae_choice,
     thinking_switch,
     views,
@@ -220,7 +221,7 @@ def _measured(
         train["harmful"],
         train["harmless"],
         _positions(view, how.finding),
-        method=how.finding.method or measuring.METHOD,
+        method=methods.named(how.finding.method).name,
         rank=methods.named(how.finding.method).ranked(how.finding.rank),
         borderline=train.get("borderline"),
     )
@@ -234,7 +235,9 @@ def _measured(
         capture.stored(chat, validation["harmless"], offsets, label="validation, harmless") as good,
     ):
         measured = chat, writers, candidates, train, validation, (bad, good), how
-        if how.finding.sae is not None:
+        if how.finding.method == methods.ROME:
+            yield rome_choice.RomeFinder(*measured, told)
+        elif how.finding.sae is not None:
             yield sae_choice.SaeFinder(sae_choice.read(how.finding, chat), *measured, told)
         elif judge is not None and any(validation.get(name) for name in STAYING):
             yield KeepFinder(judge, *measured, told)
@@ -254,6 +257,8 @@ def check_method(how: Measuring) -> None:
     def refuse(first: str, second: str) -> None:
         raise UserError(f"{first} and {second} do not go together: leave one of them out.")
 
+    if finding.method == methods.ROME:
+        rome_choice.check(how)
     method = methods.named(finding.method)
     by_rank = method.subspace or finding.across is not None
     if finding.rank is not None and not by_rank:

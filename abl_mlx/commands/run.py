@@ -25,7 +25,8 @@ from abl_mlx.commands.held_out import HeldOut, Runtime, component_sample
 from abl_mlx.directions import induction
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
-from abl_mlx.edits.edit import Edit, orthonormal
+from abl_mlx.edits.edit import orthonormal
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture, given_template, memory
 from abl_mlx.models.chat_model import ChatModel
@@ -105,7 +106,7 @@ class Found:
 
     direction: DirectionFile
     plan: PlannedEdit
-    edit: Edit | None
+    edit: WeightEdit | None
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
-from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs import prompts, thinking
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.inputs.tools import Tool
@@ -54,7 +54,7 @@ class Steered:
         system = prompts.system_message(self.prompting.system)
         return Prompt(text, system=system, thinking=mode, tools=self.tools)
 
-    def edit(self, strength: float | None = None) -> Edit:
+    def edit(self, strength: float | None = None) -> WeightEdit:
         """The edit, with the chosen strength or another one."""
         editing = self.editing
         if strength is not None:

@@ -19,8 +19,8 @@ from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.condition import Condition
-from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.eval_choices import EvalOptions, Steering
 from abl_mlx.inputs.sets import PromptSet, prompt_of
 from abl_mlx.models.chat_model import ChatModel
@@ -130,7 +130,7 @@ class SteeredModel:
         return ablation(self.writers, self._edit)
 
     @property
-    def _edit(self) -> Edit:
+    def _edit(self) -> WeightEdit:
         return edit_of(self.direction, Editing(strength=self.steering.strength))
 
 

@@ -19,6 +19,8 @@ import mlx.core as mx
 from abl_mlx import __version__
 from abl_mlx.directions import direction_file
 from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.update import Update
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.outputs import destinations, staging
 from abl_mlx.outputs.edit_label import Label, read_label
 from abl_mlx.outputs.model_file import ModelFile, find_model
@@ -75,6 +77,12 @@ def undo(
             factors = kept_path(source.path)
         with clock.step("undo"):
             label = read_label(model.label(), source.name)
+            adapters = [path for path in paths if staging.format_of(path) == model.adapter]
+            if label.updates and adapters:
+                raise UserError(
+                    f"{adapters[0]}: {source.name} was edited by --method rome, which is undone in "
+                    "a model only; write that, or take the model that was edited."
+                )
             found, how = _find(model, label, factors, direction, base)
             _check(model, found)
             written = [_write(model, path, found, label) for path in paths]
@@ -130,7 +138,11 @@ def _find(
     file = direction_file.read(direction)
     if file.sha256 != label.direction_sha256:
         raise UserError(f"{direction} is not the direction that {name} was edited along.")
-    edit = Edit(file.selected, label.strength, label.layers, label.embedding, places=label.edit)
+    edit: WeightEdit = Edit(
+        file.selected, label.strength, label.layers, label.embedding, places=label.edit
+    )
+    if file.updates is not None:
+        edit = Update(file.updates, label.strength)
     if base is None:
         found = model.taken(edit, label, model)
         return {key: _from_rest(one, name) for key, one in found.items()}, str(direction)
@@ -150,6 +162,8 @@ def _from_rest(one: Taken, name: str) -> Taken:
         one: the components of the edited tensor.
         name: the tensor's name, for messages.
     """
+    if one.fixed is not None:
+        return replace(one, along=one.along + one.fixed)
     left = 1 - one.strength
     if abs(left) < _LEAST_LEFT:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +18,17 @@ from abl_mlx.directions import foreign
 from abl_mlx.directions.measuring import METHOD, Candidates, float32
 from abl_mlx.directions.methods import METHODS
 from abl_mlx.edits.condition import Condition
+from abl_mlx.edits.update import Factors
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.records.conditions import ConditionFound
-from abl_mlx.records.directions import Chosen, Looked, SaeFound, ScoredCandidate, TriedEdit
+from abl_mlx.records.directions import (
+    Chosen,
+    Looked,
+    SaeFound,
+    ScoredCandidate,
+    TriedEdit,
+    TriedUpdate,
+)
 from abl_mlx.records.kinds import fields_of, kind_of
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.strict_json import finite
@@ -42,6 +51,8 @@ class DirectionFile:
         clouds: (harmful (N, 2), harmless (M, 2)): held-out states in the plane of
             `estimators.plane`, for plots.
         condition: (d,) the vector of a condition, which ``metadata`` describes; None without one.
+        updates: layer -> the change of that layer's MLP, for a method that changes these and
+            removes no directions; None for all other methods.
     """
 
     selected: mx.array
@@ -49,6 +60,7 @@ class DirectionFile:
     metadata: dict[str, Any] = field(default_factory=dict)
     clouds: tuple[np.ndarray, np.ndarray] | None = None
     condition: mx.array | None = None
+    updates: Mapping[int, Factors] | None = None
 
     @property
     def when(self) -> Condition | None:
@@ -65,10 +77,17 @@ class DirectionFile:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the float32 bytes of the chosen directions, in hex, which identifies them."""
+        """SHA-256 of the float32 bytes of the chosen directions, in hex, which identifies them.
+
+        Those of the updates follow, layer by layer, if there are updates.
+        """
         values = mx.contiguous(self.selected.astype(mx.float32))
         mx.eval(values)
-        return hashlib.sha256(memoryview(values)).hexdigest()  # type: ignore[arg-type]
+        digest = hashlib.sha256(memoryview(values))  # type: ignore[arg-type]
+        for _, one in sorted((self.updates or {}).items()):
+            for part in (one.left, one.right, one.keys):
+                digest.update(np.ascontiguousarray(part, np.float32).tobytes())
+        return digest.hexdigest()
 
 
 def save(path: Path, file: DirectionFile) -> None:
@@ -85,6 +104,10 @@ def save(path: Path, file: DirectionFile) -> None:
             tensors[name] = float32(cloud)
     if file.condition is not None:
         tensors["condition"] = file.condition.astype(mx.float32)
+    for layer, one in (file.updates or {}).items():
+        parts = {"left": one.left, "right": one.right, "keys": one.keys}
+        found = {f"update.{layer}.{name}": float32(part) for name, part in parts.items()}
+        tensors |= {name: part for name, part in found.items() if part.size}
     for key, value in file.metadata.items():
         metadata[key] = value if isinstance(value, str) else json.dumps(finite(value))
     with new_file(path) as temporary:
@@ -134,7 +157,8 @@ def read(path: Path, *, layer: float | None = None, tensor: str | None = None) -
         clouds = numpy_of(tensors[_CLOUDS[0]]), numpy_of(tensors[_CLOUDS[1]])
     candidates = _candidates(path, tensors, metadata)
     condition = _condition(path, tensors, metadata, selected.shape[-1])
-    return DirectionFile(selected, candidates, metadata, clouds, condition)
+    updates = _updates(path, tensors, selected)
+    return DirectionFile(selected, candidates, metadata, clouds, condition, updates)
 
 
 def _condition(
@@ -173,6 +197,43 @@ def _candidates(
     return Candidates(high, low, tuple(positions), method, found)
 
 
+_UPDATE = re.compile(r"update\.(\d{1,5})\.(left|right|keys)")
+
+
+def _updates(
+    path: Path, tensors: Mapping[str, mx.array], selected: mx.array
+) -> dict[int, Factors] | None:
+    """The changes of layers' MLPs that a direction file holds; None if it holds none."""
+    layers: dict[int, dict[str, np.ndarray]] = {}
+    for name, values in tensors.items():
+        if found := _UPDATE.fullmatch(name):
+            if values.ndim != 2 or not values.size:
+                raise _misshapen(path, name, values, "(d, k) or (k, n)")
+            part = foreign.checked(values, f"{path}: `{name}`", most=2)
+            layers.setdefault(int(found[1]), {})[found[2]] = numpy_of(part)
+    updates = {}
+    for layer, parts in sorted(layers.items()):
+        if missing := {"left", "right"} - set(parts):
+            raise UserError(f"{path} lacks `update.{layer}.{min(missing)}`: measure it again.")
+        left, right = parts["left"], parts["right"]
+        if (left.shape[0], right.shape[0]) != (selected.shape[-1], left.shape[1]):
+            name = f"update.{layer}.right"
+            raise _misshapen(path, name, tensors[name], f"({left.shape[1]}, n)")
+        keys = parts.get("keys", np.zeros((0, right.shape[1]), np.float32))
+        if keys.shape[1] != right.shape[1]:
+            name = f"update.{layer}.keys"
+            raise _misshapen(path, name, tensors[name], f"(m, {right.shape[1]})")
+        try:
+            updates[layer] = Factors(left, right, keys)
+            updates[layer].basis  # noqa: B018 - raises where rows are not independent
+        except ValueError:
+            raise UserError(
+                f"{path}: the rows of `update.{layer}.right` depend on each other; measure it "
+                "again."
+            ) from None
+    return updates or None
+
+
 def _misshapen(path: Path, name: str, values: mx.array, wanted: str) -> UserError:
     return UserError(
         f"{path}: `{name}` must be of the shape {wanted}, not {tuple(values.shape)}; measure it "
@@ -198,6 +259,7 @@ _METADATA = record(
         "cloud": record(_PLACE),
         "sae": kind_of(SaeFound),
         "condition": kind_of(ConditionFound),
+        "updates": list_of(kind_of(TriedUpdate)),
         "pins": _PINS,
         "embedding_scale": number(),
         "recipe": record(

@@ -174,13 +174,19 @@ TABLE = (
     ),
 )  # fmt: skip
 
+#: The method that changes MLPs and removes no directions (`rome`). It measures as the default does.
+ROME = "rome"
+
 #: The names of all methods, the default first.
-METHODS = tuple(one.name for one in TABLE)
+METHODS = (*(one.name for one in TABLE), ROME)
 
 #: The names of the methods whose number of directions ``--rank`` chooses.
 SUBSPACES = tuple(one.name for one in TABLE if one.subspace)
 
 
 def named(name: str | None) -> Method:
-    """The method with this name; None names the default, the difference of means."""
-    return TABLE[0] if name is None else TABLE[METHODS.index(name)]
+    """The method with this name; None names the default, the difference of means.
+
+    `ROME` measures with the default as well.
+    """
+    return TABLE[0] if name in (None, ROME) else TABLE[METHODS.index(name)]

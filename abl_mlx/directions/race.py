@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from abl_mlx.directions.trial import Effect, Trial
-from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.support.console import progress, say
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class Runner(Generic[T]):
     """
 
     of: T
-    edit: Edit
+    edit: WeightEdit
     effect: Effect = field(default_factory=Effect)
 
 

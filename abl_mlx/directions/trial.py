@@ -14,6 +14,7 @@ from abl_mlx.directions.selection import LEFT, Told, openings, refusal_scores, r
 from abl_mlx.directions.slopes import Slopes
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Intervention, ablation, steering
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence, known
 from abl_mlx.models.logits import first_reply_token
@@ -160,7 +161,7 @@ class Trial:
 
     def of_edit(
         self,
-        edit: Edit,
+        edit: WeightEdit,
         known_effect: Effect = NOTHING_RUN,
         harmful: int | None = None,
         harmless: int | None = None,
@@ -179,7 +180,7 @@ class Trial:
         keep = self._kept[len(before.kept) : harmful]
         if not (bad or good or keep):
             return before
-        with ablation(self._writers, replace(edit, norm="none")):
+        with ablation(self._writers, edit.without_norms()):
             opened = self._first([*bad, *good, *keep])
         if not known(opened):
             return Effect(

@@ -6,7 +6,7 @@ The formulas are in docs/architecture.md, "Mathematics of the edit".
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -95,6 +95,10 @@ class Edit:
     def axis(self, writer: Writer, parameter: str) -> int:
         """The axis along which the lines of a parameter run: the residual stream's."""
         return stream_axis(writer.kind, parameter)
+
+    def without_norms(self) -> Edit:
+        """The same edit, keeping no norms."""
+        return replace(self, norm="none")
 
     def of_rows(self, rows: slice) -> Edit:
         """The edit of a part of each tensor: itself, because no row differs from the others."""

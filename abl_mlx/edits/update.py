@@ -117,6 +117,10 @@ class Update:
             return mx.array(found.astype(np.float32))
         return found.astype(along.dtype)
 
+    def without_norms(self) -> Update:
+        """The same edit, which keeps no norms."""
+        return self
+
     def of_rows(self, rows: slice) -> Update:
         """The edit of some rows of each matrix."""
         return replace(self, rows=rows)

@@ -66,6 +66,9 @@ class WeightEdit(Protocol):
             axis: the axis of length k.
         """
 
+    def without_norms(self) -> WeightEdit:
+        """The same edit, keeping no norms."""
+
     def of_rows(self, rows: slice) -> WeightEdit:
         """The edit of a part of each tensor, for functions that are given these rows only."""
 

@@ -25,6 +25,7 @@ class Label:
     tensors: str | None = None
     is_plain: bool = True
     edit: str = "writers"
+    updates: bool = False
 
 
 def gguf_label(source: GgufSource) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
             None if values.get("tensors") is None else str(values["tensors"]),
             not {"norm", "pin", "recipe"} & set(values),
             str(values.get("edit", "writers")),
+            "updates" in values,
         )
     except Refused as refused:
         raise UserError(

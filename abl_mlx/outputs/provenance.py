@@ -23,6 +23,7 @@ TAGS = ["abliterated", "abl-mlx"]
 
 _REMOVED = "the refusal direction was orthogonalized out of this model's weights"
 _UNREAD = "the layers of this model no longer read its residual stream along the refusal direction"
+_UPDATED = "what some of this model's MLPs do with harmful prompts was changed"
 
 
 def label(what: str, direction_sha256: str, source: Source) -> dict[str, Any]:
@@ -53,14 +54,18 @@ def edit_label(
         source: the source model.
         embedding: whether the edit changed an embedding.
     """
+    updates = direction.updates
     recipe = direction.metadata.get("recipe") if editing.kind == "project" else None
     what = _UNREAD if editing.edit == "readers" else _REMOVED
+    if updates is not None:
+        what = _UPDATED
     layers = "all" if editing.layers is None else ",".join(map(str, sorted(editing.layers)))
     return {
         **label(what, direction.sha256, source),
         "strength": editing.alpha,
         "layers": layers,
         "embedding": embedding,
+        **({"updates": ",".join(map(str, sorted(updates)))} if updates is not None else {}),
         **({"kind": editing.kind} if editing.kind != "project" else {}),
         **({"edit": editing.edit} if editing.edit != "writers" else {}),
         **({"norm": editing.norm} if editing.norm != "none" else {}),

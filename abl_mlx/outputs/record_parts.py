@@ -69,7 +69,7 @@ def measured(direction: DirectionFile) -> Found:
     Results that a direction from another program lacks are left out.
     """
     metadata = direction.metadata
-    kept = ("first_look", "scores", "trials", "finalists", "sae", "condition")
+    kept = ("first_look", "scores", "trials", "finalists", "sae", "condition", "updates")
     found = {key: metadata[key] for key in kept if key in metadata}
     if direction.clouds is not None:
         sets = zip(("harmful", "harmless"), direction.clouds, strict=True)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from abl_mlx import __version__
+from abl_mlx.edits.update import Update
 from abl_mlx.outputs.folder_plan import Plan, TensorEdit
 from abl_mlx.outputs.gguf_plan import TensorPlan, stored_values
 from abl_mlx.outputs.staging import ADAPTERS, format_of, is_file
@@ -42,6 +43,8 @@ class Taken:
         axis: the axis of the residual stream, -1 or -2.
         transposed: whether the last two axes are swapped in the file.
         strength: α.
+        fixed: what the edit takes away, in the shape of ``along``, where that does not depend on
+            the weights; else None.
     """
 
     along: mx.array
@@ -49,6 +52,7 @@ class Taken:
     axis: int
     transposed: bool
     strength: float
+    fixed: mx.array | None = None
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether these can be the components of a tensor with that shape in the file's layout."""
@@ -101,7 +105,8 @@ def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
     nothing = Taken(basis, basis, axis, transposed, strength)
     along = nothing.of(values.astype(mx.float32))
     mx.eval(along)
-    return Taken(along, basis, axis, transposed, strength)
+    fixed = one.edit.taken(one.writer, along, axis) if isinstance(one.edit, Update) else None
+    return Taken(along, basis, axis, transposed, strength, fixed)
 
 
 # --- keeping it --------------------------------------------------------------------------------

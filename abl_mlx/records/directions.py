@@ -118,6 +118,29 @@ class TriedEdit(Selection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TriedUpdate(Part):
+    """A change of MLPs (``--method rome``) that was tried on the first reply tokens.
+
+    Attributes:
+        layers: the first and the last layer that is changed.
+        keep: the weight of each kept input beside a key.
+        reach: the share of the way to the harmless mean that values ask for.
+        form: ``ridge``, or ``null-space`` if kept inputs keep their outputs exactly.
+        refusal: mean refusal score of harmful prompts, log-odds.
+        refused: share of harmful prompts whose likeliest first token is a refusal opening, 0 to 1.
+        kl: mean KL on harmless prompts, nats.
+    """
+
+    layers: list[int]
+    keep: float
+    reach: float
+    form: str
+    refusal: float | None = None
+    refused: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TriedConstant(Part):
     """A constant that was tried on harmless validation prompts.
 
@@ -288,9 +311,11 @@ class Chosen(Selection):
         views: where each direction of a subspace was measured, if the model was asked to think.
         judged: verdicts on replies in every mode of thinking.
         kept: set -> the refusals that are to stay, counted in replies to validation prompts.
+        update: the change of MLPs, if no directions are removed.
     """
 
     multiple: float | None = None
+    update: TriedUpdate | None = None
     length: float | None = None
     chosen_by: str | None = None
     refusal_score: RefusalScores | None = None
@@ -380,6 +405,7 @@ class Found(Part):
         finalists: what was judged by replies, if the model was asked to think.
         sae: the features of a sparse autoencoder, if directions were taken from one.
         condition: the prompts on which an edit at runtime is made. Weights have no condition.
+        updates: the changes of MLPs that were tried, the chosen one first.
     """
 
     direction: Chosen
@@ -390,3 +416,4 @@ class Found(Part):
     finalists: list[JudgedFinalist] | None = None
     sae: SaeFound | None = None
     condition: ConditionFound | None = None
+    updates: list[TriedUpdate] | None = None
