@@ -177,7 +177,7 @@ def _planned(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> Pro
     }
     shapes = {published: weights.shapes[name] for published, name in of.items()}
     tower = Tower(folder, config, known.vision(config), _processor(folder), shapes)
-    keys = {**_usual(tower), "clip.projector_type": known.kind, **known.keys(tower)}
+    keys = {**_usual(tower), known.type_key: known.kind, **known.keys(tower)}
     targets = []
     for published, name in of.items():
         parts = known.parts(tower, published)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from convert.projectors import gemma3, llama4, pixtral, qwen_vl
+from convert.projectors import gemma3, gemma4, llama4, pixtral, qwen_vl
 from convert.projectors.tower import Family
 
 FAMILIES: tuple[Family, ...] = (
     *gemma3.FAMILIES,
+    *gemma4.FAMILIES,
     *qwen_vl.FAMILIES,
     *pixtral.FAMILIES,
     *llama4.FAMILIES,

@@ -124,7 +124,7 @@ class Family:
     """How the vision towers of a family become projectors.
 
     Attributes:
-        kind: the value of clip.projector_type, by which llama.cpp finds the tower's graph.
+        kind: the projector's type, by which llama.cpp finds the tower's graph.
         fits: whether a config.json is of this family.
         keys: the metadata beside those that all projectors have. It raises UserError for what
             llama.cpp cannot represent.
@@ -139,6 +139,7 @@ class Family:
         defaults: the values that transformers uses for keys that vision_config lacks.
         derived: makes further values from those of vision_config, or others in their place.
         borrowed: finds a tensor of the language model of which the projector holds a part.
+        type_key: the key of the projector's type.
     """
 
     kind: str
@@ -152,6 +153,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     derived: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     borrowed: str = r"(?!)"
+    type_key: str = "clip.projector_type"
 
     def vision(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """vision_config, with defaults for missing keys."""

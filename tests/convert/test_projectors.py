@@ -25,13 +25,18 @@ RECORDED: dict[str, dict[str, Any]] = json.loads(RECORD.read_text())["towers"]
 #: Tensors that the converter leaves out, and without which llama.cpp loads no projector.
 FURTHER = {name: {"v.token_embd.img_break"} for name in ("pixtral", "mistral3")}
 
-#: Names that the converter gives to tensors of Llama 4 -> the names in llama.cpp's graph.
-OTHERWISE = {f"v.blk.N.attn_post_norm.{one}": f"v.blk.N.ln2.{one}" for one in ("weight", "bias")}
+#: Names that the converter gives to a family's tensors -> the names in llama.cpp's graph.
+OTHERWISE = {
+    "llama4": {f"v.blk.N.attn_post_norm.{one}": f"v.blk.N.ln2.{one}" for one in ("weight", "bias")}
+}
 
 
 def test_every_family_is_recorded() -> None:
     assert RECORDED.keys() == seeing.FAMILIES.keys()
-    kinds = {one["F16"]["metadata"]["clip.projector_type"][1] for one in RECORDED.values()}
+    said = [one["F16"]["metadata"] for one in RECORDED.values()]
+    kinds = {
+        next(value[1] for key, value in one.items() if "projector_type" in key) for one in said
+    }
     assert kinds == {one.kind for one in FAMILIES}
     assert all(set(one) == set(FILE_TYPES) == set(towers.TYPES) for one in RECORDED.values())
 
@@ -49,7 +54,8 @@ def test_a_tower_becomes_the_file_that_the_converter_writes(
         found.write(path, kind)
         ours, theirs = told(path), RECORDED[name][kind]
         assert ours["metadata"] == theirs["metadata"]
-        tensors = {OTHERWISE.get(one, one): hash_ for one, hash_ in theirs["tensors"].items()}
+        names = OTHERWISE.get(name, {})
+        tensors = {names.get(one, one): hash_ for one, hash_ in theirs["tensors"].items()}
         assert ours["tensors"].keys() - tensors.keys() == FURTHER.get(name, set())
         assert {one: ours["tensors"].get(one) for one in tensors} == tensors
 
@@ -68,6 +74,31 @@ def test_a_tower_with_what_llama_cpp_does_not_know_is_not_written(tmp_path: Path
     with pytest.raises(towers.Unwritable, match=f"^{stray} has no place") as caught:
         towers.find(folder)
     assert stray in caught.value.tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config, weights: config.update(pooling_kernel_size=2), "pools 2 patches"),
+        (
+            lambda config, weights: config.update(rope_parameters={"rope_theta": 1e4}),
+            "rope_theta is 10000.0, and llama.cpp's 100",
+        ),
+        (lambda config, weights: config.update(patch_size=7), "48|192 columns, which are no patch"),
+        (
+            lambda config, weights: weights.update({"model.audio_tower.x.weight": mx.zeros(4)}),
+            "the tower for sound .audio_tower., which belongs into the same projector, is not",
+        ),
+    ],
+    ids=["pooling", "positions", "patches", "sound"],
+)
+def test_forms_of_gemma_4_that_are_not_written(change: Any, said: str, tmp_path: Path) -> None:
+    folder = seeing.write(tmp_path / "model", "gemma4")
+    config = json.loads((folder / "config.json").read_text())
+    _change(folder, lambda weights: change(config["vision_config"], weights))
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(towers.Unwritable, match=said):
+        towers.find(folder)
 
 
 def test_a_tower_in_part_is_not_written(tmp_path: Path) -> None:

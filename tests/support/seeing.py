@@ -102,6 +102,35 @@ def _gemma3(width: int) -> Shapes:
     }
 
 
+def _gemma4(width: int) -> Shapes:
+    head = WIDE // HEADS
+    square = dict.fromkeys((f"self_attn.{one}_proj" for one in "qkvo"), (WIDE, WIDE))
+    linear = {
+        **square,
+        "mlp.gate_proj": (BETWEEN, WIDE),
+        "mlp.up_proj": (BETWEEN, WIDE),
+        "mlp.down_proj": (WIDE, BETWEEN),
+    }
+    norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    found: Shapes = {}
+    for layer in range(DEEP):
+        block = f"model.vision_tower.encoder.layers.{layer}."
+        for name, shape in linear.items():
+            found[f"{block}{name}.linear.weight"] = shape
+            for limit in ("input_min", "input_max", "output_min", "output_max"):
+                found[f"{block}{name}.{limit}"] = ()
+        found |= {f"{block}{one}_layernorm.weight": (WIDE,) for one in norms}
+        found |= {f"{block}self_attn.{one}_norm.weight": (head,) for one in "qk"}
+    return {
+        **found,
+        "model.vision_tower.patch_embedder.input_proj.weight": (WIDE, 3 * PATCH * PATCH),
+        "model.vision_tower.patch_embedder.position_embedding_table": (2, 64, WIDE),
+        "model.vision_tower.std_bias": (WIDE,),
+        "model.vision_tower.std_scale": (WIDE,),
+        "model.embed_vision.embedding_projection.weight": (width, WIDE),
+    }
+
+
 def _qwen2(width: int) -> Shapes:
     linear = {
         "attn.qkv": (3 * WIDE, WIDE),
@@ -269,6 +298,24 @@ FAMILIES: dict[str, Seeing] = {
         config={"vocab_size": tiny.VOCAB_SIZE},
         processor={**PROCESSOR, "image_seq_length": 16},
     ),
+    "gemma4": Seeing(
+        "gemma4, keys as values",
+        "gemma4",
+        "Gemma4ForConditionalGeneration",
+        {
+            "model_type": "gemma4_vision",
+            **_SIZES,
+            "num_key_value_heads": HEADS,
+            "head_dim": WIDE // HEADS,
+            "position_embedding_size": 64,
+            "pooling_kernel_size": 3,
+            "use_clipped_linears": True,
+            "standardize": True,
+        },
+        _gemma4,
+        mlx_names={r"^model\.": ""},
+        config={"audio_config": None, "vocab_size": tiny.VOCAB_SIZE},
+    ),
     "qwen2-vl": Seeing(
         "qwen2vl",
         "qwen2_vl",
@@ -385,6 +432,8 @@ FAMILIES: dict[str, Seeing] = {
 def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random values that depend on the name alone; norms about one."""
     values = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
+    if not shape:  # a limit
+        return np.float32(8 if name.endswith("max") else -8) + np.float32(values)
     return (1 + 0.2 * values if "norm" in name else values / np.sqrt(shape[-1])).astype(np.float32)
 
 
