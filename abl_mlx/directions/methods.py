@@ -68,7 +68,7 @@ class Method:
     @property
     def estimate(self) -> Callable[..., Any]:
         """The formula."""
-        return self._with_parameters(self.formula, not (self.choose or self.refine))
+        return self._with_parameters(self.formula, self.needs == STATES)
 
     @property
     def chooser(self) -> Callable[..., Any]:
@@ -154,6 +154,23 @@ TABLE = (
         planted="yes if noise is equal in all directions; otherwise it finds Σ⁻¹(μ_H − μ_G), which "
         "separates the sets best and is not the difference between them",
         source="",
+    ),
+    Method(
+        "som", MEANS, "estimators:difference", refine="som:selected", rank=3, subspace=True,
+        parameters={"side": 4, "rounds": 30},
+        direction="the neurons of a self-organizing map of H, less μ_G, where the difference of "
+        "means works best; up to `--rank` of them are added one by one by their effect",
+        planted="yes, and each of several directions of which every prompt has one; not with "
+        "massive activations",
+        source="Piras et al. 2025, arXiv 2511.08379",
+    ),
+    Method(
+        "inlp", STATES, "nullspace:directions", rank=2, subspace=True, strength=2.0,
+        parameters={"penalty": 0.01},
+        direction="`--rank` classifiers (logistic regression), each fitted to what the last one "
+        "left of the states; the components are reversed (strength 2)",
+        planted="as `probe` by the first; under correlated noise by the span of two",
+        source="Rocchetti & Ferrara 2026, arXiv 2606.13720; Ravfogel et al. 2020",
     ),
     Method(
         "rdo", MEANS, "estimators:difference", refine="cones:optimized", subspace=True,
