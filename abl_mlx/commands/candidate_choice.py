@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 from abl_mlx.choices import Finding, Measuring
 from abl_mlx.commands import layer_strengths
 from abl_mlx.commands.edit_choice import make_edit
+from abl_mlx.commands.subspaces import Subspaces
 from abl_mlx.directions import choice, estimators, measuring, methods, race, selection
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.effects import Measured
@@ -21,7 +24,7 @@ from abl_mlx.directions.methods import Method
 from abl_mlx.directions.pinning import embedding_means, held_at
 from abl_mlx.directions.race import Runner
 from abl_mlx.directions.slopes import COMPONENTS
-from abl_mlx.directions.trial import Effect, Trial
+from abl_mlx.directions.trial import Effect, OpensAlike, Trial
 from abl_mlx.directions.variants import Tried, Variant, best
 from abl_mlx.edits.edit import Edit
 from abl_mlx.models.chat_model import ChatModel
@@ -32,9 +35,8 @@ from abl_mlx.support.arrays import number, numpy_of
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
 
-# The largest number of subspace edits that are tried; of layers whose singular vectors are tried;
-# and of deep layers, which are tried last.
-_MOST_TRIALS, _MOST_LAYERS, _MOST_DEEP = 16, 3, 2
+# The largest numbers of edits that are tried, and of deep layers, which are tried last.
+_MOST_TRIALS, _MOST_DEEP = 16, 2
 
 
 def rank_of(finding: Finding) -> int:
@@ -211,7 +213,12 @@ class Finder:
         facts = {**self._described.facts, **chosen.facts}
         self._described = replace(self._described, facts=facts)
         self._notes |= {"chosen_by": chosen.by, "forward_tokens": chosen.tokens}
-        return self._variant(chosen.score.layer, chosen.score.position)
+        variant = self._variant(chosen.score.layer, chosen.score.position)
+        with suppress(OpensAlike):  # then first tokens say nothing of the choice
+            (effect,) = self._try([variant], "effect on first tokens")
+            self._trial.tokens += chosen.tokens
+            self._notes |= self._first_tokens(effect.refusal, effect.refused, effect.kl)
+        return variant
 
     def _refined(self, variant: Variant) -> Variant:
         """The chosen candidate as the method changes it with the loaded model."""
@@ -435,48 +442,23 @@ class Finder:
         )
         assert single.layer is not None
         assert single.position is not None
-        position, means = single.position, self._candidates
-        here = [score for score in self._scores if score.position == position]
-        here.sort(key=lambda score: -score.d_prime)
-        deep = [
-            score.layer for score in here if (score.layer + 1) / means.n_layers > selection.DEEPEST
-        ]
-        early = [score.layer for score in here if score.layer not in deep]
-        apart = selection.apart([score for score in here if score.layer in early])
-        variants = []
-        for among in [None, apart] if 0 < len(apart) < means.n_layers else [None]:
-            for rank in (2, 3, 4):
-                try:
-                    span = means.across_layers(position, rank, among)
-                except UserError:  # these layers do not span more directions
-                    break
-                variants.append(Variant(span, means.method, None, position, "layers", among=among))
-        if self._how.editing.pin is None:
-            variants.append(
-                Variant(means.each_layer(position), means.method, None, position, per_layer=True)
-            )
-        else:
-            variants = []
         spans = measuring.measure(
             self._chat,
             self._train["harmful"],
             self._train["harmless"],
-            [position],
+            [single.position],
             method="svd",
             rank=min(3, len(self._train["harmful"])),
         )
-
-        def of(layers: Sequence[int]) -> list[Variant]:
-            return [
-                Variant(spans.at(layer, position)[:k], "svd", layer, position)
-                for layer in layers[:_MOST_LAYERS]
-                for k in range(2, spans.rank + 1)
-            ]
-
-        last = [self._variant(layer, position) for layer in deep[:_MOST_DEEP]]
-        done = [first, *self._try([*variants, *of(early), *last], "subspaces")]
+        others = Subspaces(self._candidates, spans, self._scores, single.position)
+        variants = others.of_means() if self._how.editing.pin is None else []
+        last = [self._variant(layer, single.position) for layer in others.deep[:_MOST_DEEP]]
+        done = [
+            first,
+            *self._try([*variants, *others.of_states(others.early), *last], "subspaces"),
+        ]
         if not any(one.works for one in done):
-            done += self._try(of(deep), "subspaces, last layers")
+            done += self._try(others.of_states(others.deep), "subspaces, last layers")
         taken = best(done)
         if taken is None or taken is first:
             say("  no subspace leaves fewer within the limit; the single direction is kept")
@@ -490,6 +472,8 @@ class Finder:
 def _score_record(score: selection.Score, candidates: Candidates) -> dict[str, Any]:
     at = score.layer, candidates.positions.index(score.position)
     facts = {
-        name: number(values[at]) for name, values in candidates.facts.items() if name != "threshold"
+        name: value
+        for name, values in candidates.facts.items()
+        if name != "threshold" and math.isfinite(value := number(values[at]))
     }
     return {**score.record(), **facts}

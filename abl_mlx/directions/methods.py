@@ -156,6 +156,14 @@ TABLE = (
         source="",
     ),
     Method(
+        "cosmic", MEANS, "estimators:difference", choose="cosmic:chosen",
+        parameters={"share": 0.1, "prompts": 16},
+        direction="μ_H − μ_G, chosen by cosine similarities: ablated, harmful states are to be "
+        "like harmless ones, and added, harmless ones like harmful ones",
+        planted="yes, among directions of noise; not with massive activations",
+        source="Siu et al. 2025, arXiv 2506.00085",
+    ),
+    Method(
         "som", MEANS, "estimators:difference", refine="som:selected", rank=3, subspace=True,
         parameters={"side": 4, "rounds": 30},
         direction="the neurons of a self-organizing map of H, less μ_G, where the difference of "

@@ -50,6 +50,7 @@ class ScoredCandidate(Part):
         effective_rank: exp of the entropy of the normalized singular values of the states.
         explained: share of the variance of harmful states that the candidate explains, 0 to 1.
         auc, accuracy: of a classifier of the two sets along the candidate, 0 to 1.
+        cosmic: the sum of two cosine similarities by which ``cosmic`` chooses, -2 to 2.
     """
 
     layer: int
@@ -67,6 +68,7 @@ class ScoredCandidate(Part):
     explained: float | None = None
     auc: float | None = None
     accuracy: float | None = None
+    cosmic: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
