@@ -426,6 +426,7 @@ class MeasureOptions(Choices):
     Attributes:
         condition: the prompts on which an edit at runtime is to be made, as for ``keep``; None for
             all prompts.
+        explain: whether to tell what the direction is made of.
         memory_check: refuse a model that is larger than the machine's memory.
     """
 
@@ -434,6 +435,7 @@ class MeasureOptions(Choices):
     searching: Searching = Searching()
     chatting: Chatting = Chatting()
     condition: str | None = None
+    explain: bool = False
     memory_check: bool = True
 
     @property

@@ -102,6 +102,20 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     help="Write an importance matrix of the prompts here, for --imatrix of other commands or for "
     "llama-quantize.",
 )
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Also tell what the direction is made of: its cosines with other methods' directions, "
+    "with length, language and politeness, by category and by layer, and its share of topic "
+    "(docs/explain.md).",
+)
+@click.option(
+    "--explain-with",
+    metavar="FILE",
+    multiple=True,
+    type=HERE,
+    help="With --explain: another direction file of the same width. May be given several times.",
+)
 @condition_flag
 @prompt_flags
 @chat_flags
@@ -114,6 +128,7 @@ def measure(
     output: Path,
     plot: Path | None,
     imatrix: Path | None,
+    explain_with: tuple[Path, ...],
     as_json: bool,
     **chosen: Any,
 ) -> None:
@@ -122,7 +137,10 @@ def measure(
     from abl_mlx.commands import measure_apply
 
     options = MeasureOptions.of(**chosen)
-    answer(as_json, "measure_line", measure_apply.measure, model, output, options, plot, imatrix)
+    answer(
+        as_json, "measure_line", measure_apply.measure, model, output, options, plot, imatrix,
+        explain_with,
+    )  # fmt: skip
 
 
 @cli.command()

@@ -9,7 +9,7 @@ from typing import Any
 
 from abl_mlx import __version__
 from abl_mlx.choices import ApplyOptions, MeasureOptions
-from abl_mlx.commands import condition_choice, edit_choice, prompt_choice
+from abl_mlx.commands import condition_choice, edit_choice, explain, prompt_choice
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
@@ -83,6 +83,7 @@ def measure(
     options: MeasureOptions,
     picture: Path | None = None,
     importance: Path | None = None,
+    explain_with: Sequence[Path] = (),
 ) -> MeasureRecord:
     """`abl-mlx measure`: write the direction file.
 
@@ -92,9 +93,11 @@ def measure(
         options: the chosen options.
         picture: the file for charts; None for none.
         importance: the file for an importance matrix; None for none.
+        explain_with: with ``explain``, direction files that the direction is compared with.
     """
     _check_places(out, picture, importance)
     options = replace(options, searching=options.searching.beside(out.with_suffix("")))
+    others = explain.check(options.explain, explain_with, options.prompting)
     clock = Clock()
     with find_model(text, options.chatting.template) as model:
         source = model.source
@@ -106,13 +109,15 @@ def measure(
         with clock.step("find the residual writers"):
             capture.check_stream(chat)
             writers = model.find_writers(chat)
+        for path, other in others.items():
+            direction_file.check_width(other, path, chat)
         how = options.measuring
         if chat.completes:  # base models refuse little, and directions are there all the same
             how = how.but(anyway=True)
         squares = InputSquares(chat.model, model.matrices()) if importance else None
         with recorded(chat, squares):
             found = find_behind_openings(chat, writers, sets, how, clock)
-        found = _with_more(chat, sets, options, found, clock)
+        found = _with_more(chat, sets, options, found, clock, others)
         if importance is not None and squares is not None:
             squares.write(importance, [sets.harmful.train.name, sets.harmless.train.name])
         with clock.step("hash the source"):
@@ -148,12 +153,15 @@ def _with_more(
     options: MeasureOptions,
     found: DirectionFile,
     clock: Clock,
+    others: Mapping[Path, DirectionFile],
 ) -> DirectionFile:
     """A direction with what further flags ask for."""
     if options.condition is not None:
         found = condition_choice.add_condition(
             chat, sets, options.prompting, options.condition, found, clock
         )
+    if options.explain:
+        found = explain.explain(chat, sets, options.prompting, others, found, clock)
     return found
 
 

@@ -29,6 +29,7 @@ from abl_mlx.records.directions import (
     TriedEdit,
     TriedUpdate,
 )
+from abl_mlx.records.explained import Explained
 from abl_mlx.records.kinds import fields_of, kind_of
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.strict_json import finite
@@ -260,6 +261,7 @@ _METADATA = record(
         "sae": kind_of(SaeFound),
         "condition": kind_of(ConditionFound),
         "updates": list_of(kind_of(TriedUpdate)),
+        "explained": kind_of(Explained),
         "pins": _PINS,
         "embedding_scale": number(),
         "recipe": record(

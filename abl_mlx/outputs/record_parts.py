@@ -69,7 +69,9 @@ def measured(direction: DirectionFile) -> Found:
     Results that a direction from another program lacks are left out.
     """
     metadata = direction.metadata
-    kept = ("first_look", "scores", "trials", "finalists", "sae", "condition", "updates")
+    kept = (
+        "first_look", "scores", "trials", "finalists", "sae", "condition", "updates", "explained",
+    )  # fmt: skip
     found = {key: metadata[key] for key in kept if key in metadata}
     if direction.clouds is not None:
         sets = zip(("harmful", "harmless"), direction.clouds, strict=True)

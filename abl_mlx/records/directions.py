@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from abl_mlx.records.conditions import ConditionFound
 from abl_mlx.records.evaluations import Kept
+from abl_mlx.records.explained import Explained
 from abl_mlx.records.record import Part
 
 
@@ -408,6 +409,7 @@ class Found(Part):
         sae: the features of a sparse autoencoder, if directions were taken from one.
         condition: the prompts on which an edit at runtime is made. Weights have no condition.
         updates: the changes of MLPs that were tried, the chosen one first.
+        explained: what the direction is made of.
     """
 
     direction: Chosen
@@ -419,3 +421,4 @@ class Found(Part):
     sae: SaeFound | None = None
     condition: ConditionFound | None = None
     updates: list[TriedUpdate] | None = None
+    explained: Explained | None = None

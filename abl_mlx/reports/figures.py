@@ -9,6 +9,7 @@ from abl_mlx.records.directions import Cloud, Found, ScoredCandidate
 from abl_mlx.records.edits import TensorLeak
 from abl_mlx.records.looks import Weights
 from abl_mlx.reports.charts import Chart, Series, number
+from abl_mlx.reports.explain_tables import explain_charts
 
 #: Where the embedding and the output head are drawn, which are in no layer.
 _OUTSIDE = -1.0
@@ -112,7 +113,8 @@ def cloud_chart(cloud: Cloud | None) -> Chart | None:
 def measure_charts(record: Found) -> list[Chart]:
     """The charts of `measure --plot`."""
     cloud = cloud_chart(record.cloud)
-    return [*layer_charts(record), *([cloud] if cloud is not None else [])]
+    more = explain_charts(record.explained)
+    return [*layer_charts(record), *more, *([cloud] if cloud is not None else [])]
 
 
 def place_of(name: str) -> tuple[float, str]:
