@@ -1,4 +1,4 @@
-"""``python -m attacks``: mutated inputs of every kind, for so long or so many, and a table."""
+"""``python -m attacks``: runs mutated inputs of every kind and prints a table of outcomes."""
 
 from __future__ import annotations
 
@@ -20,28 +20,34 @@ import click
 from attacks import ground, network, pool
 from attacks.verdict import GOOD, KINDS, Verdict
 
-#: Programs of their own, beside this one.
+#: Modules of this package that are programs of their own.
 PROGRAMS = ("killer", "full_disk")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", metavar="[KIND...]", nargs=-1)
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="So long.  [default: 1]")
-@click.option("--cases", type=click.IntRange(1), help="So many of each kind, instead.")
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), help="Minutes to run.  [default: 1]"
+)
+@click.option(
+    "--cases",
+    type=click.IntRange(1),
+    help="Cases of each kind, in place of --minutes.",
+)
 @click.option("--first", type=click.IntRange(0), default=0, help="Number of the first case.")
-@click.option("--seed", default="0", help="Fixes every case, with its kind and number.")
-@click.option("--keep", type=click.Path(path_type=Path), help="Keep inputs that failed here.")
-@click.option("--tell", is_flag=True, help="Print every case's outcome as it comes.")
-@click.option("--jobs", type=click.IntRange(1), help="Processes.  [default: one a core]")
+@click.option("--seed", default="0", help="Seed; a case follows from it, its kind and its number.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep inputs of faults here.")
+@click.option("--tell", is_flag=True, help="Print the outcome of each case when it ends.")
+@click.option("--jobs", type=click.IntRange(1), help="Processes.  [default: one per core]")
 def main(
     names: tuple[str, ...], minutes: float | None, cases: int | None, first: int, seed: str,
     keep: Path | None, tell: bool, jobs: int | None,
 ) -> None:  # fmt: skip
-    """Attack abl-mlx with damaged and hostile input, and print what came of it.
+    """Attack abl-mlx with damaged and hostile input, and print the outcomes.
 
     KIND is one or several of: gguf, safetensors, config, tokenizer, tokenizer_config, template,
-    index, direction, prompts, adapter, undo, journal, ollama, hub, server; all of them without one.
-    killer and full_disk are programs of their own and run when they are named.
+    index, direction, prompts, adapter, undo, journal, ollama, hub, server; without KIND
+    all of them are run. killer and full_disk are separate programs, which run only when named.
 
     Exit code 1 when there was a fault: a traceback, a hang, a crash, control characters in what is
     printed, more memory than twice the input and 200 MB, a partial output, a failure without a
@@ -58,7 +64,7 @@ def main(
 
 
 def _program(name: str, minutes: float | None) -> int:
-    """Run a program beside this one; 1 when it found a fault."""
+    """Run another program of this package; 1 if it found a fault."""
     if importlib.util.find_spec(f"attacks.{name}") is None:
         raise click.UsageError(f"there is no attacks/{name}.py.")
     more = [] if minutes is None else ["--minutes", str(minutes)]
@@ -101,7 +107,7 @@ def _mutations(
             kept = ((kind, number, str(keep / f"{kind}-{number}")) for kind, number, _ in again)
             for _ in pool.run(base, seed, iter(list(kept)), jobs):
                 pass
-            # What the commands name besides their input.
+            # Further files that the commands read.
             shutil.copytree(base, keep / "base", dirs_exist_ok=True)
         if digest(base) != before:
             click.echo("A sound input was changed by a command that read it.")
@@ -112,7 +118,7 @@ def _mutations(
 def _collect(
     results: Iterator[tuple[pool.Task, Verdict]], tell: bool
 ) -> list[tuple[pool.Task, Verdict]]:
-    """All of them, or those up to an interrupt; a terminal is told how many."""
+    """The verdicts on all cases, or on those before an interrupt; a terminal shows their number."""
     found = []
     with contextlib.suppress(KeyboardInterrupt):
         for result in results:
@@ -153,7 +159,7 @@ def _report(
 
 @contextlib.contextmanager
 def _hostile_server() -> Iterator[tuple[Path, object]]:
-    """A folder for everything, and a way to start the server, whose address the libraries read."""
+    """A temporary folder, and a function that starts the server and tells libraries its address."""
     with tempfile.TemporaryDirectory(prefix="attacks-") as name, contextlib.ExitStack() as stack:
         root = Path(name)
         os.environ["HF_HOME"] = str(root / "hub")

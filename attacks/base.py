@@ -15,20 +15,20 @@ from tests.support import tiny
 from tests.support.command import abl_mlx
 from tests.support.ollama_tools import Store
 
-#: Architectures as folders; the first is the one that everything else belongs to.
+#: Architectures that are written as folders; all other files belong to the first.
 ARCHITECTURES = ("llama", "gemma2", "qwen3_moe")
 
-#: Flags that make a command that asks a model short.
+#: Flags that shorten a command that asks a model.
 SHORT = ("--limit", "1", "--max-tokens", "1")
 
-#: And those that make it go on with a model that says nothing sensible.
+#: Flags with which a command accepts a model whose replies make no sense.
 FORCED = ("--anyway", "--max-kl", "1000")
 
 _PROMPTS = [f"Write down the number {n}, and why." for n in range(40)]
 
 
 def build(root: Path) -> None:
-    """Write all of them into ``root``, by the tool itself where it writes them."""
+    """Write all sound inputs into ``root``; files that the tool can write, it writes."""
     for number, architecture in enumerate(ARCHITECTURES):
         folder = root / architecture
         tiny.write_model(folder, architecture)
@@ -66,7 +66,7 @@ def build(root: Path) -> None:
 
 
 def digest(root: Path) -> str:
-    """By which it is known that no command changed its source."""
+    """A hash of the inputs, which shows whether a command changed its source."""
     whole = hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         whole.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())

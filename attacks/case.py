@@ -15,9 +15,9 @@ class Case:
 
     Attributes:
         arguments: of `abl-mlx`.
-        size: bytes of what it reads, by which its memory is bounded.
-        outputs: what must not be there when the command fails.
-        environment: variables that it is given.
+        size: bytes of what it reads; the limit on its memory follows from it.
+        outputs: paths that must not exist after the command failed.
+        environment: environment variables for the command.
     """
 
     arguments: tuple[str, ...]
@@ -26,18 +26,18 @@ class Case:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-#: Makes a case: from the sound inputs, an empty folder of its own, and chance.
+#: A function that makes a case from the sound inputs, an empty folder and a random generator.
 Attack = Callable[[Path, Path, Random], Case]
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """The size in bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(one.stat().st_size for one in files if one.is_file())
 
 
 def linked(folder: Path, to: Path) -> Path:
-    """The same folder, without a copy of its files: a file is replaced, never written into."""
+    """A folder of links to another folder's files. A file in it is replaced, never written into."""
     to.mkdir()
     for path in folder.iterdir():
         if path.is_file():
@@ -48,6 +48,6 @@ def linked(folder: Path, to: Path) -> Path:
 
 
 def put(path: Path, data: bytes) -> None:
-    """Write a file in place of a link."""
+    """Replace a link by a new file."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)

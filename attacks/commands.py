@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where commands run: the sound inputs, an output folder, a cache and temporary folders."""
+    """The folders that a command uses: sound inputs, outputs, a cache and temporary files."""
 
     base: Path
     out: Path
@@ -50,44 +50,44 @@ class Place:
 
     @classmethod
     def make(cls, root: Path) -> Place:
-        """All of them in ``root``, without the inputs."""
+        """All of these folders below ``root``, without the inputs."""
         place = cls(root / "base", root / "out", root / "temporary", root / "cache")
         place.empty()
         return place
 
     def empty(self) -> None:
-        """Make the folders that are written to new."""
+        """Make the folders that are written to, empty."""
         for folder in (self.out, self.temporary, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
 
     def empty_outputs(self) -> None:
-        """Remove what has a final name; what is hidden stays."""
+        """Remove files with final names; hidden files stay."""
         for entry in self.out.iterdir():
             if not entry.name.startswith("."):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def arguments(self, name: str) -> list[str]:
-        """What is typed after abl-mlx."""
+        """The command's arguments."""
         return [
             word.replace("{base}", str(self.base)).replace("{out}", str(self.out))
             for word in COMMANDS[name]
         ]
 
     def written(self) -> dict[str, bytes]:
-        """Every file of the output folder, by its path there."""
+        """Relative path -> content of every file in the output folder."""
         files = sorted(path for path in self.out.rglob("*") if path.is_file())
         return {str(path.relative_to(self.out)): path.read_bytes() for path in files}
 
     def entries(self) -> list[str]:
-        """Everything that lies in the output folder, hidden or not, folders included."""
+        """All paths in the output folder, with hidden files and folders."""
         return sorted(str(path.relative_to(self.out)) for path in self.out.rglob("*"))
 
     def wrong(self, whole: Mapping[str, bytes]) -> list[str]:
-        """Files under final names that are not what the command writes there; missing ones.
+        """Files with final names that differ from what the command writes, and missing files.
 
         Args:
-            whole: what `written` said after the command had succeeded.
+            whole: the result of `written` after the command had succeeded.
         """
         there = {name: content for name, content in self.written().items() if _is_named(name)}
         found = []
@@ -112,11 +112,11 @@ def _is_named(name: str) -> bool:
 def start(
     place: Place, name: str, log: Path | int, prepare: Callable[[], None] | None = None
 ) -> int:
-    """Fork a process that runs a command as its entry point does; its process id.
+    """Fork a process that runs a command like the installed program; returns the process id.
 
     Args:
-        log: where what it prints goes, a file or an open descriptor.
-        prepare: called in it before.
+        log: a file or an open descriptor for its output.
+        prepare: called in the new process before the command.
     """
     child = os.fork()
     if child:
@@ -127,7 +127,7 @@ def start(
         descriptor = log if isinstance(log, int) else os.open(log, flags)
         for standard in (1, 2):
             os.dup2(descriptor, standard)
-        # Python's own streams know whether what they had before could be rewound.
+        # Opened anew, since Python's streams remember whether their file was seekable.
         sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
         os.environ |= {"TMPDIR": str(place.temporary), "XDG_CACHE_HOME": str(place.cache)}
         tempfile.tempdir = str(place.temporary)
@@ -149,5 +149,5 @@ def start(
 
 
 def finish(child: int) -> int:
-    """Wait for it; its exit code, negative for a signal."""
+    """Wait for a process; its exit code, or minus the number of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,4 +1,4 @@
-"""Attacks on what a person or another run hands over: directions, prompts, adapters, records."""
+"""Attacks on files from a user or an earlier run: directions, prompts, adapters, records."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from attacks.case import Case, linked, put, size_of
 
 
 def _case(to: Path, path: Path, *arguments: object, out: str | None = None) -> Case:
-    """A command that may write ``out`` into the case's folder."""
+    """A case whose command may write ``out`` in the case's folder."""
     more = () if out is None else ("-o", to / out)
     outputs = () if out is None else (to / out,)
     return Case(tuple(map(str, (*arguments, *more))), size_of(path), outputs)
 
 
 def direction(base: Path, to: Path, rng: Random) -> Case:
-    """A direction file of every form."""
+    """A direction file in one of its formats."""
     name = rng.choice(
         ["direction.safetensors"] * 3 + ["vector.npy", "vectors.npz", "packed.npz", "control.gguf"]
     )
@@ -96,7 +96,7 @@ def _npz(rng: Random, raw: bytes) -> bytes:
                 [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
             )
             new.writestr(name, data, how)
-            if rng.random() < 0.1:  # a bomb
+            if rng.random() < 0.1:  # expands to a size that no memory holds
                 new.writestr("bomb.npy", data[:128] + bytes(1 << 28), zipfile.ZIP_DEFLATED)
             if rng.random() < 0.1:
                 new.writestr(name, data, how)
@@ -104,7 +104,7 @@ def _npz(rng: Random, raw: bytes) -> bytes:
 
 
 def prompts(base: Path, to: Path, rng: Random) -> Case:
-    """Prompt files of every form."""
+    """A prompt file in one of its formats."""
     source = rng.choice(sorted((base / "prompts").iterdir()))
     path = to / source.name
     raw = source.read_bytes()
@@ -132,7 +132,7 @@ def prompts(base: Path, to: Path, rng: Random) -> Case:
 
 
 def _parquet(rng: Random) -> bytes:
-    """A parquet file whose columns are not what a prompt is."""
+    """A parquet file whose columns hold no prompts."""
     import pyarrow
     import pyarrow.parquet
 
@@ -149,7 +149,7 @@ def _parquet(rng: Random) -> bytes:
 
 
 def adapter(base: Path, to: Path, rng: Random) -> Case:
-    """An adapter given where a model is read, and an edited folder's labels."""
+    """An adapter in place of a model, or a damaged label of an edited folder."""
     what = rng.randrange(3)
     if what == 0:
         path = to / "adapter.lora.gguf"
@@ -170,7 +170,7 @@ def adapter(base: Path, to: Path, rng: Random) -> Case:
 
 
 def undo(base: Path, to: Path, rng: Random) -> Case:
-    """An undo file, or what an edited model says of its edit."""
+    """A damaged undo file, or a damaged label in an edited model."""
     if rng.random() < 0.4:
         path = to / "edited.gguf"
         kept = to / "edited.undo.safetensors"
@@ -198,7 +198,7 @@ def undo(base: Path, to: Path, rng: Random) -> Case:
 
 
 def journal(base: Path, to: Path, rng: Random) -> Case:
-    """The journal of an evaluation, of a search, or a record."""
+    """A damaged journal of an evaluation or of a search, or a damaged record."""
     what = rng.randrange(3)
     if what == 0:
         path = to / "record.json"
@@ -223,7 +223,7 @@ def journal(base: Path, to: Path, rng: Random) -> Case:
 
 
 def ollama(base: Path, to: Path, rng: Random) -> Case:
-    """A manifest of Ollama's store, or a blob that it names."""
+    """A damaged manifest in Ollama's store, or a damaged blob that the manifest names."""
     store = to / "ollama"
     shutil.copytree(base / "ollama", store, copy_function=lambda a, b: Path(b).hardlink_to(a))
     manifest = next(path for path in (store / "manifests").rglob("*") if path.is_file())

@@ -1,8 +1,8 @@
-"""``python -m attacks.full_disk``: a disk that is full, at any point of a command that writes.
+"""``python -m attacks.full_disk``: a disk that becomes full at any point of a command that writes.
 
-Two ways, as far as they are there: a limit on the size of files (anybody's), and a small file
-system in memory (root's, on Linux). With each, room is made for more and more until the command
-succeeds; before, it must say so in one sentence, and leave nothing that is not whole.
+Two methods are used where they are available: a limit on the size of files (any user), and a small
+file system in memory (root on Linux). Each grants more and more room until the command succeeds. Up
+to there the command must say in one sentence that there is no room, and leave no partial file.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from attacks.base import digest
 from attacks.commands import COMMANDS, Place, finish, start
 from attacks.ground import build, warm
 
-#: Shares of the room that a command needs.
+#: The room that is granted, as shares of what a command needs.
 SHARES = (0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.995)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", metavar="[COMMAND...]", nargs=-1, type=click.Choice([*COMMANDS]))
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="At most so long.")
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), help="The longest time in minutes."
+)
 def main(names: tuple[str, ...], minutes: float | None) -> None:
-    """Let abl-mlx run out of disk, and look at what it says and leaves.
+    """Let abl-mlx run out of disk space, and check its message and the files that it leaves.
 
-    COMMAND is one or several of those in attacks/commands.py; all of them without one. Exit code 1
-    when something was found.
+    COMMAND is one or several of those in attacks/commands.py; without COMMAND all are
+    run. Exit code 1 if there was a fault.
     """
     faults: list[str] = []
     cases = 0
@@ -66,7 +68,7 @@ def main(names: tuple[str, ...], minutes: float | None) -> None:
 
 
 def _limited(place: Place, name: str, share: float) -> Iterator[str]:
-    """Files may have so much of the size of the largest that the command writes."""
+    """Limit the size of files to a share of the largest file that the command writes."""
     place.empty()
     whole = _whole(place, name)
     need = max(map(len, whole.values()))
@@ -81,7 +83,7 @@ def _limited(place: Place, name: str, share: float) -> Iterator[str]:
 
 
 def _mounted(place: Place, name: str, share: float) -> Iterator[str]:
-    """Outputs and temporary files share a file system with so much of the room they take."""
+    """Put outputs and temporary files on a file system with a share of the room that they take."""
     whole = _whole(place, name)
     need = sum(map(len, whole.values()))
     with _disk(place.base.parent / "disk", int(share * need) + 65536) as folder:
@@ -110,7 +112,7 @@ _wholes: dict[str, dict[str, bytes]] = {}
 
 
 def _whole(place: Place, name: str) -> dict[str, bytes]:
-    """What the command writes where there is room."""
+    """What the command writes when there is enough room."""
     if name not in _wholes:
         place.empty()
         code, said = _run(place, name, None)
@@ -121,7 +123,7 @@ def _whole(place: Place, name: str) -> dict[str, bytes]:
 
 
 def _run(place: Place, name: str, prepare: Callable[[], None] | None) -> tuple[int, str]:
-    """Run it with its output in a pipe, which no limit on files concerns; exit code and output."""
+    """Run it with its output in a pipe, to which no limit on files applies; exit code, output."""
     read, write = os.pipe()
     child = start(place, name, write, prepare)
     os.close(write)
@@ -142,7 +144,7 @@ def _can_mount(folder: Path) -> bool:
 
 @contextmanager
 def _disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system in memory of so many bytes."""
+    """Context manager with a file system of this many bytes in memory."""
     folder.mkdir(exist_ok=True)
     what = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     subprocess.run(what, check=True, stderr=subprocess.DEVNULL)

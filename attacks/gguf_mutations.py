@@ -1,6 +1,6 @@
 """Mutations of a GGUF that keep its structure: header, metadata, entries of tensors, data.
 
-The reader and the writer here are the least that does it, and know nothing of the tool's own.
+The reader and the writer in this module are minimal, and independent of the tool's own.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class File:
-    """A whole file in its parts."""
+    """A file, divided into its parts."""
 
     pairs: tuple[Pair, ...]
     entries: tuple[Entry, ...]
@@ -84,7 +84,7 @@ def _text(data: bytes) -> bytes:
 
 
 def read(raw: bytes) -> File:
-    """The parts of a sound file."""
+    """Read a sound file into its parts."""
     at = 24
 
     def take(form: str) -> Any:
@@ -126,7 +126,7 @@ def read(raw: bytes) -> File:
 
 
 def mutate(rng: Random, raw: bytes) -> bytes:
-    """Change one part of the file, or several."""
+    """Change one or several parts of the file."""
     if rng.random() < 0.1:
         return mutations.bytes_of(rng, raw)
     file = read(raw)
@@ -217,12 +217,13 @@ def _value(rng: Random, kind: int, old: bytes) -> bytes:
         return _text(changed.encode("utf-8", "surrogatepass"))
     if kind in _SCALARS:
         return _fresh(rng, kind)
-    if kind != _ARRAY or len(old) < 12 or old[0] not in (*_SCALARS, _STRING):  # changed before
+    # An array may have been changed by an earlier mutation.
+    if kind != _ARRAY or len(old) < 12 or old[0] not in (*_SCALARS, _STRING):
         return mutations.bytes_of(rng, old)
     item, count = struct.unpack_from("<IQ", old)
     items = old[12:]
     what = rng.randrange(4)
-    if what == 0:  # another length than it claims
+    if what == 0:  # its length differs from what it says
         return struct.pack("<IQ", item, _u64(_integer(rng, count))) + items
     if what == 1:
         return struct.pack("<IQ", item, 0)
@@ -238,7 +239,7 @@ def _value(rng: Random, kind: int, old: bytes) -> bytes:
 
 
 def _items(item: int, count: int, data: bytes) -> list[bytes] | None:
-    """The items of an array, each as its bytes."""
+    """The bytes of each item of an array."""
     if item == _ARRAY:
         return None
     parts: list[bytes] = []
@@ -294,7 +295,7 @@ def _data(rng: Random, file: File) -> File:
     data = bytearray(file.data)
     if rng.random() < 0.4 or not file.entries:
         return replace(file, data=mutations.bytes_of(rng, bytes(data)))
-    # NaN, infinity and noise at the start of some tensor, in any of the float types
+    # NaN, infinity or noise at the start of a tensor, in one of the float types
     start = rng.choice(file.entries).offset
     fill = rng.choice(
         [b"\x00\x7e", b"\x00\x7c", b"\x00\x00\xc0\x7f", b"\xff", b"\0", rng.randbytes(64)]

@@ -1,4 +1,4 @@
-"""What every attack begins with: the sound inputs, and a process that has imported the tool."""
+"""Prepares attacks: makes the sound inputs, and imports the tool into this process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 
 def build(base: Path) -> None:
-    """Make the sound inputs in a process of its own: this one must compute nothing."""
+    """Make the sound inputs in another process: this one must compute nothing before it forks."""
     base.mkdir()
     subprocess.run([sys.executable, "-m", "attacks.base", str(base)], check=True)
 
 
 def warm() -> None:
-    """Import everything that a command would, so that no forked process has to."""
+    """Import everything that commands import, so that forked processes need not."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = os.environ["HF_HUB_ETAG_TIMEOUT"] = "3"

@@ -1,9 +1,9 @@
-"""An HTTP server that is a hub of models and a chat server at once, and answers wrongly.
+"""An HTTP server that acts as a hub of models and as a chat server, and answers wrongly.
 
-``python -m attacks.hostile_server FOLDER`` prints its port, and ends with its standard input. The
-first part of a path says what it does: h3-ff is a repository with the third misbehaviour of
-`attacks.network.HUB`, s3-ff a chat server with the third of `SERVER`; ff fixes what is left to
-chance.
+``python -m attacks.hostile_server FOLDER`` prints its port, and ends when its standard input is
+closed. The first part of a path chooses what it does: h3-ff is a repository with the third
+misbehaviour of `attacks.network.HUB`, s3-ff a chat server with the third of `SERVER`; ff is a seed
+for everything random.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _misbehave(self, how: str) -> bool:
-        """What needs no knowledge of what was asked."""
+        """Misbehaviours that do not depend on the request."""
         if how.isdigit():
             said = b'{"error": "\\u001b[31mno\\u001b[0m"}'
             more = {"X_Error_Message": "\x1b[31mno"} if self.rng.random() < 0.5 else {}
@@ -218,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """One that serves the files of ``folder`` as a repository's."""
+    """A server that serves the files of ``folder`` as a repository."""
 
     daemon_threads = True
 
@@ -227,7 +227,7 @@ class Server(ThreadingHTTPServer):
         self.folder = folder
 
     def handle_error(self, *args: Any) -> None:
-        pass  # clients that leave are wanted
+        pass  # a client that closes its connection is no fault of the server
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """``python -m attacks.killer``: SIGKILL at random moments of every command that writes.
 
-After each kill nothing partial may have a final name, and the source must be as it was; after the
-same command has run once more, nothing but its outputs may be left: no staged file, no temporary
-folder, no process.
+After each kill no partial file may have a final name, and the source must be unchanged. After the
+same command has run again, only its outputs may be left: no staged file, no temporary folder, no
+process.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from attacks.base import digest
 from attacks.commands import COMMANDS, Place, finish, start
 from attacks.ground import build, warm
 
-#: What lies beside a GGUF, and never without it.
+#: Files that belong to a GGUF and must not exist without it.
 _COMPANIONS = (".README.md", ".abl.json", ".Modelfile")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", metavar="[COMMAND...]", nargs=-1, type=click.Choice([*COMMANDS]))
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="So long.")
-@click.option("--kills", type=click.IntRange(1), help="So many, instead.  [default: 200]")
-@click.option("--seed", default="0", help="Fixes the moments, as shares of a command's time.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Minutes to run.")
+@click.option("--kills", type=click.IntRange(1), help="Kills.  [default: 200]")
+@click.option("--seed", default="0", help="Seed of the moments of the kills.")
 def main(names: tuple[str, ...], minutes: float | None, kills: int | None, seed: str) -> None:
-    """Kill abl-mlx at random moments, and look for what is left.
+    """Kill abl-mlx at random moments, and check the files and processes that are left.
 
-    COMMAND is one or several of those in attacks/commands.py; all of them without one. Exit code 1
-    when something was found.
+    COMMAND is one or several of those in attacks/commands.py; without COMMAND all are
+    run. Exit code 1 if there was a fault.
     """
     random = Random(seed)
     faults: list[str] = []
@@ -69,7 +69,7 @@ def main(names: tuple[str, ...], minutes: float | None, kills: int | None, seed:
 
 
 class Whole:
-    """A command with what it writes when nobody kills it."""
+    """A command, and what it writes when it is not killed."""
 
     def __init__(self, place: Place, name: str) -> None:
         self._place, self._name = place, name
@@ -86,7 +86,7 @@ class Whole:
         return finish(start(self._place, self._name, self._log))
 
     def kill(self, moment: float) -> Iterator[str]:
-        """Kill the command after a share of its time, run it again, and tell what is wrong."""
+        """Kill the command after a share of its duration, run it again, and yield each fault."""
         place = self._place
         place.empty()
         child = start(place, self._name, self._log)
@@ -97,7 +97,7 @@ class Whole:
         yield from place.wrong(self._files)
         code = self._run()
         if code == 1 and (refused := re.search(r"(\S+) already exists", self._said())):
-            # An output that was whole before the kill; what lies beside one would be in the way.
+            # An output that was complete before the kill is in the way of the next run.
             if refused[1].endswith(_COMPANIONS):
                 yield f"the next run finds {refused[1]}"
             place.empty_outputs()
@@ -115,7 +115,7 @@ class Whole:
         return self._log.read_text(errors="replace")[-1000:]
 
     def _orphans(self) -> Iterator[str]:
-        """Processes that the killed one has left (Linux)."""
+        """Yield each process that the killed one has left behind (Linux)."""
         wanted = f"TMPDIR={self._place.temporary}".encode()
         end = time.monotonic() + 10
         left: list[str] = []

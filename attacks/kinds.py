@@ -1,4 +1,4 @@
-"""Every kind of input that is attacked, by its name on the command line."""
+"""The kinds of input that are attacked, by their names on the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS: dict[str, Attack] = {
     "undo": files.undo,
     "journal": files.journal,
     "ollama": files.ollama,
-    # What answers over a connection.
+    # Kinds that are read over a connection.
     "hub": network.hub,
     "server": network.server,
 }

@@ -1,4 +1,4 @@
-"""Attacks on what a model consists of: a GGUF, or the files of its folder."""
+"""Attacks on the files of a model: a GGUF, or the files of a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attacks.case import Case, linked, put, size_of
 
 
 def command(rng: Random, base: Path, model: Path, to: Path, kinds: str) -> Case:
-    """A command that reads ``model``, one of those named."""
+    """A case of one of the named commands, which reads ``model``."""
     is_gguf = model.suffix == ".gguf"
     vector = base / "vector.npy"
     kind = rng.choice(kinds.split())
@@ -49,7 +49,7 @@ def command(rng: Random, base: Path, model: Path, to: Path, kinds: str) -> Case:
 
 
 def gguf(base: Path, to: Path, rng: Random) -> Case:
-    """Header, metadata, entries or data of a GGUF."""
+    """A GGUF with a mutated header, metadata, tensor entries or data."""
     source = base / rng.choice(["model.gguf", "model.gguf", "quantized.gguf", "moe.gguf"])
     model = to / "model.gguf"
     model.write_bytes(gguf_mutations.mutate(rng, source.read_bytes()))
@@ -87,7 +87,7 @@ def tokenizer(base: Path, to: Path, rng: Random) -> Case:
 
 
 def tokenizer_config(base: Path, to: Path, rng: Random) -> Case:
-    """tokenizer_config.json, and generation_config.json now and then."""
+    """A mutated tokenizer_config.json, or sometimes generation_config.json."""
     name = rng.choice(["tokenizer_config.json"] * 3 + ["generation_config.json"])
     return _json(name, ("llama", "gemma2"), "convert convert eval inspect", base, to, rng)
 
@@ -107,7 +107,7 @@ def template(base: Path, to: Path, rng: Random) -> Case:
     what = rng.random()
     if what < 0.05:
         data = mutations.bytes_of(rng, sound.encode())
-    elif what < 0.25:  # many take their two seconds
+    elif what < 0.25:  # many of these templates run until their limit of two seconds
         data = hostile.encode("utf-8", "surrogatepass")
     else:
         mixed = rng.choice([sound, sound, sound, sound, sound + hostile, hostile + sound])

@@ -1,4 +1,4 @@
-"""Mutations of bytes, of text and of JSON, by chance; each leaves its input alone."""
+"""Random mutations of bytes, text and JSON; none changes its argument."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 from random import Random
 from typing import Any
 
-# What a damaged or hostile file may say in place of a number.
+# Values that a damaged or hostile file may have in place of a number.
 NUMBERS: list[Any] = [
     0, 1, -1, 2, 3, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1,
     2**63, 2**64 - 1, 2**64, -(2**31), -(2**63), 10**7, 10**9, 10**30, 0.0, -0.0, 0.5, 1e-45, 1e38,
     1e308, float("nan"), float("inf"), float("-inf"), -1e308, True, False,
 ]  # fmt: skip
 
-# And in place of a text: what a terminal, a page, a shell, a path or a template would obey.
+# Texts that a terminal, a web page, a shell, a path or a template would interpret.
 TEXTS = [
     "", " ", "\0", "\n", "a\nb", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x9b2J", "\u202eevil",
     "\u2028", "\ud800", "\ufeff", "é", "🙂", "<script>alert(1)</script>", "../../../../etc/passwd",
@@ -25,7 +25,7 @@ TEXTS = [
 
 
 def number(rng: Random) -> Any:
-    """A number at an edge, or one of any size."""
+    """A number at the limit of a type, or one of random size."""
     return rng.choice(NUMBERS) if rng.random() < 0.8 else rng.randrange(-(1 << 40), 1 << 40)
 
 
@@ -49,7 +49,7 @@ def value(rng: Random, depth: int = 2) -> Any:
 
 
 def near(rng: Random, old: Any) -> Any:
-    """A value of another type or a little off, as a slip of a converter would leave it."""
+    """A value of another type, or one that is slightly wrong, as after a converter's mistake."""
     if isinstance(old, bool):
         return rng.choice([not old, int(old), str(old), None, [old]])
     if isinstance(old, (int, float)):
@@ -81,7 +81,7 @@ def near(rng: Random, old: Any) -> Any:
 
 
 def bytes_of(rng: Random, data: bytes, times: int | None = None) -> bytes:
-    """Bits turned, parts cut, doubled, filled and put elsewhere."""
+    """The same bytes with bits flipped and parts removed, doubled, overwritten or moved."""
     out = bytearray(data)
     for _ in range(times or rng.choice([1, 1, 1, 2, 4, 16])):
         at = rng.randrange(len(out) + 1)
@@ -109,7 +109,7 @@ def bytes_of(rng: Random, data: bytes, times: int | None = None) -> bytes:
 
 
 def text(rng: Random, old: str) -> str:
-    """Words cut, doubled, put in, and put in one another's place."""
+    """The same text with words removed, doubled, inserted or swapped."""
     at = rng.randrange(len(old) + 1)
     to = min(len(old), at + rng.choice([1, 2, 5, 20, 200]))
     piece = old[at:to]
@@ -127,7 +127,7 @@ def text(rng: Random, old: str) -> str:
 
 
 def json_value(rng: Random, document: Any, times: int | None = None) -> Any:
-    """The same document with values, keys and structure changed in a few places."""
+    """The same JSON document with values, keys or structure changed in a few places."""
     document = copy.deepcopy(document)
     for _ in range(times or rng.choice([1, 1, 1, 2, 3, 5])):
         holder, key = _place(rng, document)
@@ -149,7 +149,7 @@ def json_value(rng: Random, document: Any, times: int | None = None) -> Any:
             holder[name] = holder.pop(key) if what == 6 else value(rng)
         else:
             holder.insert(key, value(rng))
-        # A swap may have put a container into itself.
+        # A swap may have put a container into itself, which JSON cannot hold.
         try:
             json.dumps(document)
         except (ValueError, RecursionError):
@@ -179,7 +179,7 @@ def json_bytes(rng: Random, data: bytes) -> bytes:
         return _spelling(rng, data)
     try:
         document = json_value(rng, json.loads(data))
-    except (ValueError, RecursionError):  # changed before
+    except (ValueError, RecursionError):  # changed by an earlier mutation
         return bytes_of(rng, data)
     return json.dumps(
         document, ensure_ascii=rng.random() < 0.9, indent=rng.choice([None, 2])
@@ -187,7 +187,7 @@ def json_bytes(rng: Random, data: bytes) -> bytes:
 
 
 def _spelling(rng: Random, data: bytes) -> bytes:
-    """What a reader of JSON may trip over whatever the file says."""
+    """Documents that may break a reader of JSON, whatever the file is for."""
     at = data.find(b":", rng.randrange(len(data) + 1)) + 1
     deep = rng.choice([1000, 100_000])
     return rng.choice(

@@ -1,6 +1,6 @@
-"""Attacks over a connection: a hub and a chat server that answer wrongly, each in its own way.
+"""Attacks over a connection: a hub and a chat server that answer wrongly in many ways.
 
-`attacks.hostile_server` is behind both; what it does is written in the address that it is asked by.
+`attacks.hostile_server` acts as both; the requested address says what it does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from random import Random
 
 from attacks.case import Case
 
-#: Where the server is, for the processes that attack.
+#: The environment variable that tells the attacking processes the server's address.
 ADDRESS = "ABL_ATTACKS_ADDRESS"
 
 HUB = [

@@ -1,4 +1,4 @@
-"""Worker processes, as many as there are cores, and what became of the cases given to them."""
+"""Worker processes, one per core, and the verdicts on the cases that they run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from attacks import worker
 from attacks.verdict import Verdict
 
-# Seconds on the clock after which a worker is ended; its own limit is in CPU seconds.
+# Seconds of wall time after which a worker is ended; the worker's own limit is in CPU seconds.
 _PATIENCE = 90.0
 
 Task = tuple[str, int, str | None]
@@ -31,12 +31,12 @@ class _Worker:
 
 
 def run(base: Path, seed: str, tasks: Iterator[Task], size: int) -> Iterator[tuple[Task, Verdict]]:
-    """The tasks (kind, number, where its input is kept), and the verdict on each, as they come.
+    """Yield each task (kind, number, folder for its input) with the verdict on it, as they end.
 
     Args:
         base: the sound inputs.
-        tasks: ended by whoever makes them.
-        size: how many processes.
+        tasks: the caller ends this iterator.
+        size: the number of processes.
     """
     idle: list[_Worker] = []
     busy: dict[int, _Worker] = {}
@@ -82,7 +82,7 @@ def _start(base: Path, seed: str, others: list[_Worker]) -> _Worker:
             os.setsid()
             for descriptor in (requests, answers):
                 os.close(descriptor)
-            for one in others:  # a pipe ends when nobody holds it
+            for one in others:  # a pipe is at its end only when no process holds it open
                 os.close(one.requests)
                 os.close(one.answers)
             worker.serve(base, seed, theirs, said)
@@ -94,7 +94,7 @@ def _start(base: Path, seed: str, others: list[_Worker]) -> _Worker:
 
 
 def _answer(one: _Worker) -> tuple[Verdict, bool]:
-    """What a worker says of its case, or what its death does; whether it lives."""
+    """A worker's verdict on its case, or that of its death; and whether the worker lives."""
     line = b""
     while not line.endswith(b"\n"):
         piece = os.read(one.answers, 1 << 16)
@@ -116,11 +116,11 @@ def _answer(one: _Worker) -> tuple[Verdict, bool]:
 
 
 def _bury(one: _Worker) -> int:
-    """Close what there was to a worker and wait for its end."""
+    """Close a worker's pipes and wait until it has ended."""
     for descriptor in (one.requests, one.answers):
         with contextlib.suppress(OSError):
             os.close(descriptor)
-    # Its children (llama.cpp's, a template's) are of its session, or end with their input.
+    # Its children (llama.cpp, templates) share its session, or end when their input is closed.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(one.pid, signal.SIGKILL)
     return os.waitpid(one.pid, 0)[1]

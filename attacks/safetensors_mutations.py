@@ -1,4 +1,4 @@
-"""Mutations of a safetensors file: the length of its header, the header, the data."""
+"""Mutations of a safetensors file: of its header's length, its header and its data."""
 
 from __future__ import annotations
 

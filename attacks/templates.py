@@ -1,4 +1,4 @@
-"""Chat templates that were written to do harm, or to fail in every way there is."""
+"""Chat templates that try to do harm, or that fail in unusual ways."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOSTILE = [
     "{{ 'a'.encode('x') }}",
     "{{ '%c' | format(99999999999) }}",
     "{{ '\\ud800' ~ messages[0].content }}",
-    # out of the sandbox
+    # attempts to leave the sandbox
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ self.__init__.__globals__ }}",
     "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
@@ -33,7 +33,7 @@ HOSTILE = [
     "{{ messages.append({'role': 'user', 'content': 'x'}) }}{{ messages[0].content }}",
     "{{ messages[0].update({'content': 'y'}) }}",
     "{{ namespace(__class__=1) }}",
-    # without end
+    # templates that run without end
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}",
     "{% for i in range(99999) %}spam and eggs {% endfor %}",
@@ -43,7 +43,7 @@ HOSTILE = [
     "{{ lipsum(n=1000000) }}",
     "{{ range(10**9) }}",
     "{{ range(100000) | batch(1) | list | length }}{{ range(100000) | map('string') | join }}",
-    # huge
+    # templates with huge output or memory
     "{{ 'x' * 10**9 }}",
     "{{ [1] * 10**9 }}",
     "{{ 10**10**10 }}",
@@ -73,7 +73,7 @@ HOSTILE = [
     "{{ 1" + " + 1" * 20_000 + " }}",
     "{{ " + "-" * 20_000 + "1 }}",
     "x" * 2_000_000,
-    # the message in another form
+    # harmless templates that change the message's form
     "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}",
     "{{ messages[0].content | upper }}",
     "{{ messages[0].content | urlencode }}",

@@ -6,14 +6,14 @@ import re
 import traceback
 from dataclasses import dataclass
 
-#: Columns of the table; the first two are as it should be.
+#: Columns of the table; only the first two are no faults.
 KINDS = (
     "accepted", "sentence", "traceback", "hang", "crash", "control", "memory", "partial", "unclear"
 )  # fmt: skip
 
 GOOD = ("accepted", "sentence")
 
-# What a terminal obeys, what hides or turns text around, and halves of characters.
+# Terminal control characters, characters that hide or reverse text, and lone surrogates.
 _UNFIT = re.compile(
     "(?![\\n\\t])[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ufeff\\ud800-\\udfff]"
 )
@@ -23,7 +23,7 @@ _LONGEST = 1500
 
 @dataclass(frozen=True)
 class Verdict:
-    """The kind of the outcome, and what tells one of them from another."""
+    """The kind of an outcome, and a text by which equal faults are counted together."""
 
     kind: str
     detail: str = ""
@@ -38,7 +38,7 @@ def of_output(code: int, error: BaseException | None, output: str) -> Verdict:
 
     Args:
         code: its exit code.
-        error: what it raised, other than SystemExit.
+        error: the exception that it raised, if other than SystemExit.
         output: everything that it printed.
     """
     if error is not None:
@@ -59,7 +59,7 @@ def of_output(code: int, error: BaseException | None, output: str) -> Verdict:
 
 
 def _place(error: BaseException) -> str:
-    """The deepest line of the tool's own, and what was raised."""
+    """The innermost line of the tool's own code, and the exception."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [one for one in frames if re.search(r"/(abl_mlx|convert)/[\w/]+\.py$", one.filename)]
     where = "?"

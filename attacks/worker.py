@@ -1,8 +1,8 @@
-"""A process that runs cases, one after the other, until it dies of one or is told to stop.
+"""A process that runs cases one after another, until one kills it or it is told to stop.
 
-It is forked from a process that has imported the tool and computed nothing, so that it starts in no
-time and a case costs what the command costs. Whoever forked it reads off its death what became of
-the case that it was at.
+It is forked from a process that has imported the tool and computed nothing, so it starts quickly
+and a case takes no longer than its command. If it dies, the parent process derives the verdict on
+the current case from the exit status.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from attacks.verdict import Verdict, of_output
 #: CPU seconds for one command.
 SECONDS = 20.0
 
-#: Bytes above twice the input.
+#: Bytes of memory that a command may use beyond twice its input.
 MEMORY = 200 << 20
 
-# Bytes of address space above the start, beyond which an allocation fails.
+# Bytes of address space that a worker may add before allocations fail.
 _SPACE = 6 << 30
 
-# Cases of one process, and its growth, after which another takes over.
+# The number of cases, and the growth in bytes, after which a new process takes over.
 _CASES, _GROWTH = 400, 500 << 20
 
 
@@ -42,7 +42,7 @@ def serve(base: Path, seed: str, read: int, write: int) -> None:
     log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
     for descriptor in (1, 2):
         os.dup2(log.fileno(), descriptor)
-    # What the tool prints goes there too, in the encoding of a terminal.
+    # The tool's output goes there too, in a terminal's encoding.
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="strict", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     _limit_space()
@@ -51,7 +51,7 @@ def serve(base: Path, seed: str, read: int, write: int) -> None:
         for done, line in enumerate(requests, start=1):
             kind, number, kept = json.loads(line)
             verdict = attack(base, seed, kind, number, log.fileno(), kept)
-            # Nothing of a case may be left to count for the next.
+            # Garbage of one case must not count for the next.
             gc.collect()
             last = done >= _CASES or _status("VmRSS") > start + _GROWTH
             answers.write(json.dumps([verdict.kind, verdict.detail, last]).encode() + b"\n")
@@ -67,7 +67,7 @@ def attack(
 
     Args:
         log: descriptor of the file that standard output and error go to.
-        kept: where its input is kept, with the command.
+        kept: the folder that keeps its input and its command; None to keep nothing.
     """
     rng = Random(f"{seed} {kind} {number}")
     with tempfile.TemporaryDirectory(prefix="attack-") as name:
@@ -112,7 +112,7 @@ def _run(arguments: tuple[str, ...]) -> tuple[int, BaseException | None]:
     from abl_mlx.cli.main import cli
 
     try:
-        # As in a terminal: elsewhere click takes escape sequences out.
+        # As in a terminal, because elsewhere click removes escape sequences.
         cli.main(list(arguments), prog_name="abl-mlx", color=True)
     except SystemExit as end:
         code: Any = end.code
@@ -124,7 +124,7 @@ def _run(arguments: tuple[str, ...]) -> tuple[int, BaseException | None]:
 
 
 def _keep(to: Path, folder: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
-    """Copy a case's input, and say how it was read."""
+    """Copy a case's input, and write down the command that read it."""
     shutil.copytree(folder, to, dirs_exist_ok=True)
     said = json.dumps({"arguments": arguments, "environment": environment}, indent=1)
     (to / "command.json").write_text(said.replace(str(folder), str(to)))
@@ -137,13 +137,13 @@ def _limit_space() -> None:
 
 
 def _reset_peak() -> None:
-    """Let the kernel forget how much memory the process had at most (Linux)."""
+    """Reset the kernel's record of the process's peak memory (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status in bytes; 0 where there is none, as on macOS."""
+    """A figure from /proc/self/status in bytes; 0 where there is no such file, as on macOS."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(name + ":"):

@@ -1,12 +1,12 @@
-"""What `abl-mlx audit` says of real models, edited and not: the second table in docs/audit.md.
+"""Verdicts of `abl-mlx audit` on real models, edited or not: the second table in docs/audit.md.
 
     python benchmarks/audit_real.py FOLDER            # GGUFs of real models; prints the table
     python benchmarks/audit_real.py FOLDER --write    # puts it into docs/audit.md
 
-Each model is made a float16 folder, from which every variant is written as a user would have it:
+Each model becomes a float16 folder, from which variants are written as users have them:
 requantized, with noise, pruned, fine-tuned, merged; and edited by abl-mlx or by plain rounding. The
 direction is the difference of means of a middle layer at the prompts' last token; a base model
-without a chat template gets one that is nothing but the prompt. Labels that abl-mlx leaves in its
+without a chat template gets one that renders only the prompt. Labels that abl-mlx leaves in its
 outputs are not counted. About an hour on two cores.
 """
 
@@ -54,7 +54,7 @@ from abl_mlx.commands import (  # noqa: E402
 )
 from abl_mlx.models import chat_model  # noqa: E402
 
-#: Rate of the fine-tune: a usual one for all weights of a small model.
+#: Learning rate of the fine-tune, of a usual size for all weights of a small model.
 RATE = 2e-5
 
 ALIKE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -91,7 +91,7 @@ def tensors(folder: Path) -> dict[str, mx.array]:
 
 
 def controls(name: str, file: Path, folder: Path, work: Path) -> Iterator[Case]:
-    """A model that nobody took a direction out of."""
+    """A model from which no direction was removed."""
     yield Case(name, "as it is", CONTROL, file)
     for kind in ("Q8_0", "Q4_K_M"):
         yield Case(
@@ -114,7 +114,7 @@ def controls(name: str, file: Path, folder: Path, work: Path) -> Iterator[Case]:
 
 
 def edits(name: str, folder: Path, work: Path) -> Iterator[Case]:
-    """The model with a direction taken out."""
+    """The model with a direction removed."""
     layers = len(chat_model.load_lazily(folder).layers)
     r = work / "r.safetensors"
     measure_apply.measure(

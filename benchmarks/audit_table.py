@@ -1,10 +1,10 @@
-"""What `abl-mlx audit` says of edited models and of others: the table in docs/audit.md.
+"""Verdicts of `abl-mlx audit` on edited models and on others: the table in docs/audit.md.
 
     python benchmarks/audit_table.py            # prints it
     python benchmarks/audit_table.py --write    # puts it into docs/audit.md
 
-Every model is written to a folder as a user would have it, and audited without a base, the labels
-that abl-mlx leaves in its outputs not being counted. About six minutes on two cores.
+Every model is written to a folder as users have it, and audited without a base. Labels that abl-mlx
+leaves in its outputs do not count. About six minutes on two cores.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Case:
     """A model to audit.
 
     Attributes:
-        model: what it was made from.
-        name: what was done.
+        model: the name of the original model.
+        name: what was done to it.
         expected: SEEN, BEYOND or CONTROL.
-        path: where it lies.
-        direction: (k, d), what was taken out; None for controls.
+        path: its folder.
+        direction: (k, d), the directions that were removed; None for controls.
     """
 
     model: str
@@ -97,7 +97,7 @@ def edited(direction: Path, folder: Path, out: Path, options: ApplyOptions = WHO
 def changed(
     folder: Path, out: Path, change: Callable[[str, np.ndarray], np.ndarray], only: str = ""
 ) -> Path:
-    """A copy of a float folder whose writers' weights were changed: float32 in, float32 out."""
+    """A copy of a float folder whose writers `change` has changed; it takes and gives float32."""
     shutil.copytree(folder, out)
     for file in out.glob("model*.safetensors"):
         tensors = dict(mx.load(str(file)))
@@ -120,7 +120,7 @@ def fine_tuned(
     """Some steps of Adam on the demo's prompts, all weights; ``batch`` is (texts, tokens)."""
     from mlx_lm import load
 
-    # Not through abl_mlx, which holds a CPU's weights in a form of its own, that is not trained.
+    # Not loaded by abl_mlx, which on a CPU keeps weights in a form that cannot be trained.
     model, tokenizer = load(str(folder))[:2]
     model.set_dtype(mx.float32)
     texts = prompts.load_demo().harmless.train.texts
@@ -148,7 +148,7 @@ def fine_tuned(
 
 
 def random_like(name: str, seed: int) -> np.random.Generator:
-    """Noise that depends on the tensor."""
+    """A random generator whose seed depends on the tensor's name."""
     return np.random.default_rng([seed, *name.encode()])
 
 
@@ -160,7 +160,7 @@ def lora(name: str, w: np.ndarray) -> np.ndarray:
 
 
 def stream_lora(name: str, w: np.ndarray) -> np.ndarray:
-    """The same with one output direction that all writers share: what steering bakes in."""
+    """The same with an output direction that all writers share, as when steering is merged."""
     d = 256
     r = np.random.default_rng(7).standard_normal(d)
     r /= np.linalg.norm(r)
@@ -170,12 +170,12 @@ def stream_lora(name: str, w: np.ndarray) -> np.ndarray:
 
 
 def pruned(name: str, w: np.ndarray) -> np.ndarray:
-    """Half of the weights, the smallest, set to zero."""
+    """The smaller half of the weights set to zero."""
     return np.where(np.abs(w) < np.median(np.abs(w)), 0, w)
 
 
 def without_dimensions(name: str, w: np.ndarray) -> np.ndarray:
-    """Four dimensions of the stream that nothing writes."""
+    """Rows set to zero, so that nothing is written to four dimensions of the stream."""
     w = w.copy()
     if "embed" in name:
         w[:, [3, 70, 71, 200]] = 0
@@ -190,20 +190,20 @@ def centred(name: str, w: np.ndarray) -> np.ndarray:
 
 
 def tiny_singular_value(name: str, w: np.ndarray) -> np.ndarray:
-    """The smallest singular value a thousandth of what it was: every writer's own direction."""
+    """The smallest singular value divided by 1,000, along a direction of each writer's own."""
     u, s, v = np.linalg.svd(w, full_matrices=False)
     s[-1] *= 1e-3
     return (u * s) @ v
 
 
 def decayed(name: str, w: np.ndarray) -> np.ndarray:
-    """The lower half of the spectrum squared: much of the stream is nearly unused."""
+    """The lower half of the spectrum squared, so that much of the stream is nearly unused."""
     u, s, v = np.linalg.svd(w, full_matrices=False)
     return (u * (s * np.minimum(1, s / np.median(s)))) @ v
 
 
 def subspace(direction: Path, out: Path, k: int) -> Path:
-    """The direction with k − 1 others: those of other layers."""
+    """The direction, and the directions of k − 1 other layers."""
     found = direction_file.read(direction)
     assert found.candidates is not None
     rows = np.array(found.candidates.directions[:, -1].astype(mx.float32))
@@ -296,7 +296,7 @@ def edits(name: str, work: Path) -> Iterator[Case]:
 
 
 def controls(work: Path) -> Iterator[Case]:
-    """Models that nobody took a direction out of."""
+    """Models from which no direction was removed."""
     for name, folder in MODELS.items():
         yield Case(name, "as it is", CONTROL, folder)
         for bits in (8, 4, 2):
@@ -333,7 +333,7 @@ RANDOM = [
 
 
 def row(case: Case) -> tuple[str, bool]:
-    """One line of the table, and whether the verdict is what it must be."""
+    """One line of the table, and whether the verdict is the expected one."""
     started = time.perf_counter()
     record = audit.audit(str(case.path), direction=case.direction)
     weights = record["weights"]
@@ -367,7 +367,7 @@ TITLES = {
 
 
 def tables(cases: Iterable[Case]) -> tuple[str, int]:
-    """All cases audited: the tables' text, and how many verdicts are not what they must be."""
+    """Audit all cases; returns the tables' text and the number of unexpected verdicts."""
     wrong = 0
     parts: dict[str, list[str]] = {key: [] for key in TITLES}
     for case in cases:
@@ -441,7 +441,7 @@ def main() -> None:
     """Print the table, or put it into docs/audit.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put it into docs/audit.md")
-    parser.add_argument("--only", default="", help="models to take, a regular expression")
+    parser.add_argument("--only", default="", help="a regular expression for the names of models")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="audit-") as name:
         work = Path(name)

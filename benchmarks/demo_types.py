@@ -2,8 +2,8 @@
 
     python benchmarks/demo_types.py
 
-Every matrix is quantized to the type by ggml, the direction of the float model is taken out, and
-llama.cpp is asked the held-out prompts. A minute on two cores.
+ggml quantizes every matrix to the type, the direction of the float model is removed, and llama.cpp
+replies to the held-out prompts. It takes a minute on two cores.
 """
 
 from __future__ import annotations

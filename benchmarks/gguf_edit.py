@@ -5,8 +5,8 @@
     python benchmarks/gguf_edit.py --table      # leak of plain and of our rounding, by type
 
 The file has the shape of Llama 3.2 1B in Q4_K_M: writers in Q4_K and Q6_K, the embedding in Q6_K.
-What bounds the work: every edited weight is read, decoded, rounded a dozen times in the search for
-its line's multiplier, encoded and written; the rest of the file is copied.
+Every edited weight is read, decoded, rounded about twelve times in the search for its line's
+multiplier, encoded and written; the rest of the file is copied.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
     """Random weights in the shape and types of a Llama 3.2 1B Q4_K_M.
 
     Args:
-        tokenizer: give it the demo's, padded to as many tokens, so that the file can be run.
+        tokenizer: whether to add the demo's tokenizer, padded with tokens, so that the file runs.
     """
     from convert.gguf import ggml
 
@@ -42,7 +42,7 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
     made: dict[tuple[int, int, Q], np.ndarray] = {}
 
     def weights(rows: int, columns: int, kind: Q) -> np.ndarray:
-        # One tensor a shape and type: quantizing is not what is measured here.
+        # Tensors of equal shape and type are equal, because the time of quantizing is not measured.
         if (rows, columns, kind) not in made:
             out = []
             for start in range(0, rows, 4096):
@@ -94,7 +94,7 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
 
 
 def edit(source: Path, out: Path, direction: Path) -> None:
-    """The product's own edit, in this process; prints what the parent reads."""
+    """Run the product's edit in this process, and print figures for the parent process."""
     from abl_mlx.choices import ApplyOptions
     from abl_mlx.commands import measure_apply
     from abl_mlx.edits.edit import Edit
@@ -102,7 +102,7 @@ def edit(source: Path, out: Path, direction: Path) -> None:
     from abl_mlx.outputs import gguf_plan
     from abl_mlx.outputs.gguf import GgufFile
 
-    # Kernels are compiled once a machine; that is not part of the speed.
+    # Kernels are compiled once on each machine, which does not count as speed.
     measure_apply.apply(direction, str(source), [out.with_name("warm.gguf")],
                    ApplyOptions.of(tensors=r"blk\.0\.attn_output"))  # fmt: skip
     start = time.perf_counter()
@@ -118,7 +118,7 @@ def edit(source: Path, out: Path, direction: Path) -> None:
 
 
 def plainly(source: Path, direction: Path) -> tuple[float, float]:
-    """ggml's own way over the same tensors: dequantize, edit, requantize. Seconds and leak."""
+    """The same edit by dequantizing and ggml's own requantizing: seconds, and the leak."""
     from abl_mlx.inputs.sources import Source
     from abl_mlx.outputs.gguf import GgufFile
     from convert.gguf import ggml
@@ -145,7 +145,7 @@ def plainly(source: Path, direction: Path) -> tuple[float, float]:
 
 
 def table(types: list[Q]) -> None:
-    """The table of docs/gguf.md, for these types (every one without any), plain and ours."""
+    """Print the table of docs/gguf.md for these types, or for all: plain rounding and ours."""
     from abl_mlx.edits import rounding
     from abl_mlx.outputs import gguf_plan
     from convert.gguf import ggml_types

@@ -3,10 +3,10 @@
     python benchmarks/gguf_run.py              # a 1B-shaped Q4_K_M, about 0.8 GB, in --folder
     python benchmarks/gguf_run.py --layers 4   # a quick look
 
-The file has random weights, so there is nothing to refuse: the direction is taken after a fixed
-layer, and few prompts are asked. What bounds the memory: one copy of the weights, in MLX or in
-llama.cpp, and what libraries take before anything is loaded. What bounds the time on a CPU: 2
-floating-point operations per weight and token.
+The file has random weights and refuses nothing, so the direction of a fixed layer is used and few
+prompts are asked. The least possible memory is one copy of the weights, in MLX or in llama.cpp, and
+that of the imported libraries. The least possible time on a CPU is that of 2 floating-point
+operations per weight and token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def peak_of(command: list[str]) -> tuple[float, dict[str, float]]:
-    """Peak resident bytes of a command, and of its parts as /proc tells them apart."""
+    """Peak resident bytes of a command, in all and by the kinds that /proc distinguishes."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     largest: dict[str, float] = {}
 
@@ -61,7 +61,7 @@ def main() -> None:
         folder = chosen.folder or Path(temporary)
         source = folder / f"run-{chosen.layers}.gguf"
         if not source.exists():
-            # In a process of its own, so that this one's peak stays small.
+            # In another process, so that the peak of this one stays small.
             subprocess.run(
                 [sys.executable, "-c",
                  "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"

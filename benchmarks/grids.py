@@ -1,4 +1,4 @@
-"""Million weights per second, per GGML type: decode, values, encode.
+"""Speed of decoding, computing values and encoding, by GGML type, in million weights per second.
 
     python benchmarks/grids.py [millions of weights] [type ...]
 

@@ -1,12 +1,12 @@
-"""Run Heretic (PyPI `heretic-llm`) without a person, and save what it thinks best.
+"""Run Heretic (PyPI `heretic-llm`) unattended, and save the model that it ranks first.
 
     python benchmarks/heretic_run.py VENV MODEL OUT PROMPTS TOLD.json --system TEXT --cpu-seconds N
 
-VENV is a virtual environment with Heretic in it, which is run as a program of its own and is no
-part of abl-mlx. PROMPTS has {bad,good}-{train,evaluation}.txt. Heretic asks its questions in a
-terminal, so it is given one. Once it has used its CPU seconds it is interrupted, as its users do,
-then offers the trials that nothing beats; the first, which refuses least, is saved. Its settings
-are its own except for what makes it faster here: 32 tokens for each reply instead of 100, all
+VENV is a virtual environment with Heretic, which runs as a separate program and is no part of
+abl-mlx. PROMPTS is a folder with {bad,good}-{train,evaluation}.txt. Heretic asks questions in a
+terminal, so it gets a pseudo-terminal. After its CPU seconds it is interrupted, as its users do. It
+then offers the Pareto-optimal trials, and the first, which refuses least, is saved. Its settings
+are the defaults, except for four that make it faster here: 32 tokens per reply instead of 100, all
 evaluation prompts in one batch instead of a timed search for the best size, no search for an
 opening that all replies share (Qwen's have none), and float32.
 """
@@ -42,7 +42,7 @@ def command_in(venv: Path) -> Path:
 
 
 def arguments(model: Path, prompts: Path, system: str, checkpoints: Path) -> list[str]:
-    """What Heretic is told on its command line."""
+    """Heretic's arguments."""
     given = {
         "model": str(model),
         "device-map": "cpu",
@@ -63,10 +63,10 @@ def arguments(model: Path, prompts: Path, system: str, checkpoints: Path) -> lis
 
 
 class Terminal:
-    """A program in a terminal of its own.
+    """A program in a pseudo-terminal.
 
     Attributes:
-        text: what it printed so far, without escape sequences.
+        text: its output so far, without escape sequences.
     """
 
     def __init__(self, command: list[str]) -> None:
@@ -74,13 +74,14 @@ class Terminal:
         self._seen = 0
         self._pid, self._file = pty.fork()
         if self._pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+            # Background jobs of a shell ignore SIGINT, and so would their children.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             plain = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HF_HUB_OFFLINE": "1"}
             os.execve(command[0], command, {**os.environ, **plain})
         fcntl.ioctl(self._file, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
 
     def wait(self, words: str, *, seconds: float | None = None) -> bool:
-        """Read on until ``words`` are printed; with ``seconds``, at most for so much CPU time.
+        """Read until ``words`` are printed; with ``seconds``, for at most that much CPU time.
 
         Raises:
             SystemExit: when the program ends before.
@@ -90,7 +91,7 @@ class Terminal:
                 return False
             if not select.select([self._file], [], [], 1)[0]:
                 continue
-            with contextlib.suppress(OSError):  # Linux's way of telling that it has ended
+            with contextlib.suppress(OSError):  # Linux reports the end of the program by an error
                 if read := os.read(self._file, 1 << 16).decode("utf-8", "replace"):
                     print(read, end="", flush=True)
                     self.text += _ESCAPES.sub("", read)
@@ -125,7 +126,7 @@ class Terminal:
 
 
 def main() -> None:
-    """Run it, answer its questions, and write what it said."""
+    """Run Heretic, answer its questions, and write its figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("venv", "model", "out", "prompts", "told"):
         parser.add_argument(name, type=Path)
@@ -133,7 +134,8 @@ def main() -> None:
     parser.add_argument("--cpu-seconds", type=float, required=True)
     given = parser.parse_args()
     checkpoints = given.out.with_name("heretic-checkpoints")
-    shutil.rmtree(checkpoints, ignore_errors=True)  # it would ask whether to go on from them
+    # Heretic would ask whether to continue from earlier results.
+    shutil.rmtree(checkpoints, ignore_errors=True)
     options = arguments(given.model, given.prompts, given.system, checkpoints)
     terminal = Terminal([str(command_in(given.venv)), *options])
     if not terminal.wait("Which trial do you want to use?", seconds=given.cpu_seconds):

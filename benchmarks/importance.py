@@ -1,4 +1,4 @@
-"""What an importance matrix gains: KL of quantized GGUFs from their floats, unedited and edited.
+"""The gain of an importance matrix: KL of quantized GGUFs from floats, unedited and edited.
 
     python benchmarks/importance.py MODEL-F16.gguf                  # prints the table
     python benchmarks/importance.py MODEL-F16.gguf --write          # puts it into docs/gguf.md
@@ -6,8 +6,8 @@
 
 `measure --imatrix` makes the importance matrix and the direction from the bundled training prompts.
 Each file type is written four times, with and without the matrix, unedited by `convert` and edited
-by `apply`. Every file is loaded in MLX and compared with the float file, edited alike, on the
-replies to held-out harmless prompts.
+by `apply`. Every file is loaded in MLX and compared with the float file on the replies to held-out
+harmless prompts; edited files are compared with the edited float file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def loaded(path: Path) -> Iterator[ChatModel]:
 def written(
     floats: Path, folder: Path, file_type: str | None, *, edited: bool, imatrix: bool
 ) -> Path:
-    """A GGUF of a file type (None for the floats' own), made unless it is there already."""
+    """A GGUF of a file type (None for that of the floats), made unless it exists."""
     weights = folder / "importance.gguf" if imatrix else None
     name = f"{file_type}{'-edited' if edited else ''}{'-imatrix' if imatrix else ''}.gguf"
     out = folder / name

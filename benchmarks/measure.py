@@ -1,19 +1,19 @@
-"""What measuring costs beside the bare forward passes it cannot do without.
+"""The time of measuring, compared with that of the forward passes alone.
 
     python benchmarks/measure.py
     python benchmarks/measure.py --width 1024 --layers 16 --system 40
     python benchmarks/measure.py --model FILE.gguf
 
 128 harmful and 128 harmless prompts run through a Llama of random weights, in the batches that
-`capture` makes of them: bare, up to the last layer and with the output head; then `directions
-.measure` at 5 positions of every layer, with every prompt run whole; then with what the prompts
-begin with (a system prompt of ``--system`` tokens) run once. All passes compute the same products;
-what measuring adds is bounded by reading L·P·d numbers a prompt.
+`capture` makes of them: bare passes up to the last layer, and with the output head; then
+`directions.measure` at 5 positions of every layer, with every prompt run whole; then with the
+common beginning of the prompts (a system prompt of ``--system`` tokens) run once. All passes
+compute the same products; measuring also reads L·P·d numbers per prompt.
 
-With ``--model`` the passes are those of a real GGUF over ``--tokens`` tokens of prompts, beside
-their bound (two operations for each weight and token, at what NumPy's sgemm reaches here) and
-beside llama.cpp's own prompt processing of the same tokens, all on the same cores. CPU seconds of
-all cores are given too, because a busy machine stretches the others.
+With ``--model`` the passes are those of a real GGUF over ``--tokens`` tokens of prompts. They are
+compared with a bound (two operations for each weight and token, at the speed of NumPy's sgemm on
+this machine) and with llama.cpp's prompt processing of the same tokens on the same cores. CPU
+seconds of all cores are printed too, because a busy machine lengthens the others.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def clocks(work: Callable[[], object], repeat: int) -> tuple[float, float]:
 
 
 def sgemm(operations: float) -> tuple[float, float]:
-    """What NumPy's float32 product takes for so many operations, at the sizes of a batch."""
+    """Seconds of NumPy's float32 product for this many operations, at the sizes of a batch."""
     x = np.random.default_rng(0).standard_normal((2048, 1024), dtype=np.float32)
     w = np.random.default_rng(1).standard_normal((4096, 1024), dtype=np.float32)
     x @ w.T

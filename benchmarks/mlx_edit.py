@@ -6,8 +6,8 @@
     python benchmarks/mlx_edit.py --table --width 4096
 
 The folder has the shape of Llama 3.2 1B as `mlx_lm.convert -q` writes it: affine, 4 bits, groups of
-64, tied embeddings. It is edited by `abl-mlx apply`, file to file, in a process of its own whose
-peak memory is asked for. What counts as the largest tensor is the embedding, packed.
+64, tied embeddings. `abl-mlx apply` edits it, file to file, in a separate process whose peak
+memory is measured. The largest tensor is the embedding; its packed size counts.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def make_folder(folder: Path, layers: int) -> None:
     weights: dict[str, mx.array] = {}
 
     def add(name: str, rows: int, columns: int) -> None:
-        if (rows, columns) not in made:  # one tensor a shape: quantizing is not measured here
+        # Tensors of equal shape are equal, because the time of quantizing is not measured.
+        if (rows, columns) not in made:
             whole = 0.02 * mx.random.normal((rows, columns))
             made[rows, columns] = mx.quantize(whole.astype(mx.bfloat16), 64, 4)
             mx.eval(made[rows, columns])
@@ -73,12 +74,12 @@ def make_folder(folder: Path, layers: int) -> None:
 
 
 def edit(source: Path, out: Path, direction: Path, flags: list[str]) -> None:
-    """`abl-mlx apply` in this process; prints what the parent reads."""
+    """Run `abl-mlx apply` in this process, and print figures for the parent process."""
     from abl_mlx.choices import ApplyOptions
     from abl_mlx.commands import measure_apply
     from abl_mlx.outputs import folder_quantized
 
-    # Kernels are compiled once a machine; that is not part of the speed.
+    # Kernels are compiled once on each machine, which does not count as speed.
     warm = ApplyOptions.of(layers=frozenset({0}), embedding=False, max_leak=1)
     measure_apply.apply(direction, str(source), [out.with_name("warm")], warm)
     shutil.rmtree(out.with_name("warm"))
@@ -111,7 +112,7 @@ def edit(source: Path, out: Path, direction: Path, flags: list[str]) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes that this process held at most.
+    """The peak memory of this process in bytes.
 
     On Linux getrusage also counts what the parent held when it started this process.
     """

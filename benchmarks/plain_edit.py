@@ -1,4 +1,4 @@
-"""The habit of most scripts: a difference of means at 60% of the depth, then ordinary requantizing.
+"""The edit of most scripts: a difference of means at 60% of the depth, and ordinary requantizing.
 
     python benchmarks/plain_edit.py MODEL.gguf OUT.gguf
 
@@ -33,7 +33,7 @@ DEPTH = 0.6
 
 
 def without(source: GgufSource, name: str, kind: str, r: np.ndarray) -> np.ndarray:
-    """A writer's weights with nothing of ``r`` in what they write."""
+    """A writer's weights, without the component of their outputs along ``r``."""
     w = source.values(name).astype(np.float32)
     return w - (w @ r)[:, None] * r if kind == "embedding" else w - np.outer(r, r @ w)
 

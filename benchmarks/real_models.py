@@ -1,4 +1,4 @@
-"""Ours beside what people use, on a real model: the tables of docs/real-models.md.
+"""abl-mlx compared with other tools on a real model: the tables of docs/real-models.md.
 
     python benchmarks/real_models.py FOLDER                         # prints both tables
     python benchmarks/real_models.py FOLDER --heretic VENV --write  # puts them into the document
@@ -7,17 +7,18 @@
 FOLDER has qwen2.5-coder-0.5b.gguf. Side by side: `abl-mlx run` with its defaults, the same with
 ``--search N``, Heretic from a virtual environment of its own (``pip install heretic-llm`` and
 torch), and a plain difference of means with ordinary rounding. Each becomes a GGUF whose tensors
-have the types of the original; llama.cpp asks all of them the same held-out prompts, one judge
-counts, and one measurer tells the KL. Heretic works on the same weights as floats and on the same
-training and validation prompts, and has the CPU seconds that our default took. Only verdicts are
-kept. Then `abl-mlx run` on the same model in other forms, each beside itself unedited: a GGUF in
-F16, asked by llama.cpp, and a folder that mlx-lm quantized to 4 bits, asked by mlx-lm.
+have the types of the original. llama.cpp asks all of them the same held-out prompts, and the same
+code judges the replies and measures the KL. Heretic works on the same weights as floats and on the
+same training and validation prompts, and gets the CPU seconds that our default took. Only verdicts
+are kept. Then `abl-mlx run` edits the same model in two other forms, each compared with its
+unedited form: a GGUF in F16, asked by llama.cpp, and a folder that mlx-lm quantized to 4 bits,
+asked by mlx-lm.
 
 Agreement: tokens of 200 lines, greedy tokens and log-probabilities of 20 prompts, in MLX and in
 llama.cpp, as tests/whole/test_real_models.py has them for smaller models.
 
-With ``--work FOLDER`` what is made stays there and is not made again. Everything takes about two
-hours of one core, and 12 GB of disk.
+With ``--work FOLDER`` all files stay there, and files that exist are not made again. Everything
+takes about two hours of one core, and 12 GB of disk.
 """
 
 from __future__ import annotations
@@ -64,17 +65,17 @@ from convert.gguf.file import GgufSource  # noqa: E402
 MODEL = "qwen2.5-coder-0.5b"
 PAGE = ROOT / "docs" / "real-models.md"
 
-#: What this model's chat template says before a conversation without a system prompt.
+#: The system message that this model's chat template adds to a conversation without one.
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
-#: One thread for whatever computes, so that CPU seconds of different programs can be compared.
+#: Every program computes with one thread, so that CPU seconds can be compared.
 ONE_THREAD = {
     "PYTHONPATH": str(ROOT),
     "LLAMA_ARG_THREADS": "1",
     **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")},
 }
 
-#: What is compared: key -> how the table calls it.
+#: The compared edits: key -> name in the table.
 RUN, SEARCH, HERETIC, PLAIN = "run", "search", "heretic", "plain"
 F16, FOUR_BITS = "f16", "mlx-4-bit"
 TITLES = {
@@ -97,7 +98,7 @@ PARTS = ("harmful", "borderline", "harmless")
 
 @dataclass(frozen=True)
 class Bench:
-    """What all edits of the model share.
+    """The settings that all edits share.
 
     Attributes:
         model: the GGUF.
@@ -128,12 +129,12 @@ class Bench:
 
 @dataclass(frozen=True)
 class Made:
-    """A model to be judged.
+    """A model that is judged.
 
     Attributes:
         file: the GGUF or folder.
-        did: how it was found, in words.
-        cost: of making it; None for the model as it is.
+        did: how the edit was found, in words.
+        cost: the cost of making it; None for the unedited model.
     """
 
     file: Path
@@ -145,7 +146,7 @@ class Made:
 
 
 def ours(bench: Bench, key: str, flags: Sequence[str] = ()) -> Made:
-    """`abl-mlx run`; it asks the held-out prompts before and after, which is among its cost."""
+    """`abl-mlx run`; its cost includes asking the held-out prompts before and after."""
     out = bench.work / (key if key == FOUR_BITS else f"{key}.gguf")
     model = form(bench, key) if key in FORMS else bench.model
     command = [sys.executable, "-m", "abl_mlx", "run", str(model), "-o", str(out)]
@@ -158,7 +159,7 @@ def ours(bench: Bench, key: str, flags: Sequence[str] = ()) -> Made:
 
 
 def record_of(out: Path) -> dict[str, Any]:
-    """What `abl-mlx run` put on record of an output."""
+    """The record that `abl-mlx run` wrote for an output."""
     place = out / "abl.json" if out.is_dir() else out.with_suffix(".abl.json")
     found: dict[str, Any] = json.loads(place.read_text())
     return found
@@ -181,7 +182,7 @@ def form(bench: Bench, key: str) -> Path:
 
 
 def plain(bench: Bench) -> Made:
-    """The habit of most scripts."""
+    """The edit of most scripts, as in plain_edit.py."""
     out = bench.work / f"{PLAIN}.gguf"
     command = [sys.executable, str(SCRIPTS / "plain_edit.py"), str(bench.model), str(out)]
     cost = cost_of([*command, *bench.limited], bench.work / f"{PLAIN}.log", ONE_THREAD)
@@ -189,7 +190,7 @@ def plain(bench: Bench) -> Made:
 
 
 def heretic(bench: Bench, seconds: float) -> Made:
-    """Heretic on the float weights for so many CPU seconds, then put into the original's types."""
+    """Heretic on the float weights for its CPU seconds, requantized to the original's types."""
     assert bench.heretic is not None
     floats, edited = bench.work / "float", bench.work / HERETIC
     log, told = bench.work / f"{HERETIC}.log", bench.work / f"{HERETIC}.told.json"
@@ -215,7 +216,7 @@ def heretic(bench: Bench, seconds: float) -> Made:
 
 
 def _prompt_files(bench: Bench) -> Path:
-    """What `abl-mlx run` measures and chooses on, as files of a prompt each line."""
+    """Write the training and validation prompts of `abl-mlx run`, one per line."""
     folder, sets = bench.work / "prompts", bench.sets
     folder.mkdir(exist_ok=True)
     for name, split in (("bad", sets.harmful), ("good", sets.harmless)):
@@ -227,7 +228,7 @@ def _prompt_files(bench: Bench) -> Path:
 
 
 def edits(bench: Bench, only: str) -> Iterator[tuple[str, Made]]:
-    """The model as it is, and each edit that ``only`` matches or that was made before."""
+    """Yield the unedited model, and each edit that ``only`` matches or that exists already."""
     yield "as-it-is", Made(bench.model, "", None)
     made: dict[str, Made] = {}
 
@@ -260,7 +261,7 @@ def edits(bench: Bench, only: str) -> Iterator[tuple[str, Made]]:
 
 
 def _possible(bench: Bench, key: str) -> bool:
-    """Whether it can be made; says why not."""
+    """Whether an edit can be made; prints the reason if not."""
     venv = bench.heretic
     if key == HERETIC and (venv is None or not heretic_run.command_in(venv).exists()):
         say("Heretic is left out: --heretic names no virtual environment that has it")
@@ -273,12 +274,12 @@ def _possible(bench: Bench, key: str) -> bool:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model does.
+    """How a model replies.
 
     Attributes:
         tallies: verdicts on the replies to the held-out prompts of each of `PARTS`.
         k1, k32: KL from the model as it is on harmless prompts.
-        before: the verdicts on the model as it is, where that has a form of its own.
+        before: the verdicts on the unedited model in the same form, where that differs.
     """
 
     tallies: dict[str, Tally]
@@ -309,14 +310,14 @@ def tallies_of(record: dict[str, Any]) -> dict[str, Tally]:
 
 
 def asked(bench: Bench, file: Path) -> dict[str, Tally]:
-    """llama.cpp's replies to the held-out prompts, judged and forgotten."""
+    """Verdicts on llama.cpp's replies to the held-out prompts; the replies are not kept."""
     options = EvalOptions.of(limit=bench.limit, runtime="llama.cpp")
     return tallies_of(evaluate_model.evaluate_model(str(file), options).json)
 
 
 @contextlib.contextmanager
 def divergence(bench: Bench) -> Iterator[Callable[[Path], Divergence]]:
-    """What measures KL from the model as it is, exactly, in MLX, on the held-out prompts."""
+    """A function that measures KL from the unedited model, exactly, in MLX, on held-out prompts."""
     with contextlib.ExitStack() as stack:
         base: list[evaluate.Baseline] = []
 
@@ -332,13 +333,13 @@ def divergence(bench: Bench) -> Iterator[Callable[[Path], Divergence]]:
 
 
 def judged(bench: Bench, only: str) -> Iterator[tuple[str, Made, Judged]]:
-    """Every edit with what it does."""
+    """Every edit with its figures."""
     with divergence(bench) as kl:
         for key, made in edits(bench, only):
             place = bench.work / f"{key}.judged.json"
             if not place.exists():
                 say(f"{TITLES[key]}: asked")
-                if key in (RUN, SEARCH, *FORMS):  # it has asked what it wrote in the same way
+                if key in (RUN, SEARCH, *FORMS):  # `run` has asked the written file in the same way
                     record = record_of(made.file)
                     before = tallies_of(record["before"]) if key in FORMS else None
                     k1, k32 = record["kl"]["k1"], record["kl"]["k32"]
@@ -362,7 +363,7 @@ HEAD = [
 
 
 def side_by_side(bench: Bench, only: str) -> str:
-    """The table, and what is to be known of its rows."""
+    """The table, with notes on its rows."""
     rows: list[str] = []
     notes: list[str] = []
     loads: list[float] = []
@@ -407,7 +408,7 @@ def _interval(tally: Tally) -> str:
 
 
 def agreement(bench: Bench) -> tuple[str, bool]:
-    """How MLX and llama.cpp agree on the file as it is, and whether that is near enough."""
+    """How MLX and llama.cpp agree on the unedited file, and whether they agree well enough."""
     from tests.whole import test_real_models as real
 
     say("agreement with llama.cpp")

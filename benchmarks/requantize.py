@@ -1,4 +1,4 @@
-"""Float weights back into a GGUF, each tensor in the type it has there, by ggml's own quantizer."""
+"""Writes float weights into a GGUF; ggml quantizes each tensor to the type that it has there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def requantized(
     """Write ``source`` with new values of some tensors; all others keep their bytes.
 
     Args:
-        values: name -> what gives its weights, as floats in the tensor's shape.
+        values: name -> function that returns its weights, as floats in the tensor's shape.
     """
 
     def encoded(entry: TensorEntry, new: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
@@ -38,7 +38,7 @@ def requantized(
 
 
 def changed_in(source: GgufSource, edited: GgufSource) -> dict[str, Callable[[], np.ndarray]]:
-    """What `requantized` wants for the tensors of another file that differ by more than rounding.
+    """``values`` for `requantized`: the tensors of another file that differ by more than rounding.
 
     Raises:
         ValueError: when the two do not hold the same tensors.

@@ -1,9 +1,9 @@
-"""`--search` against the published practice: generated tokens and fronts, on three small models.
+"""`--search` compared with published practice on three small models: generated tokens, and fronts.
 
 The practice (as heretic's README describes it: Optuna's TPE, 200 trials, refusals counted on 100
-generated replies a trial, KL at the first token) is implemented here anew and plainly, over the
-same space of edits. Both fronts are then judged alike, on held-out prompts that neither has seen:
-refusals among generated replies, and KL on harmless ones.
+generated replies a trial, KL at the first token) is implemented in this file in a
+simple form, over the same space of edits. Both fronts are then judged in the same way on held-out
+prompts that neither has seen: refusals among generated replies, and KL on harmless prompts.
 
     python benchmarks/search.py                 # demo, easy, hard: about an hour on two cores
     python benchmarks/search.py demo --trials 200 --max-tokens 16
@@ -89,7 +89,7 @@ class Judge:
 
 
 def edit_of(space: Space, parameters: dict[str, Any]) -> Edit:
-    """The edit of some parameters, strength 1 being theirs."""
+    """The edit of a trial's parameters, at an overall strength of 1."""
     recipe = space.recipe(parameters)
     return Edit(
         space.directions(parameters), embedding=recipe["embedding"], profile=recipe["profile"]
@@ -99,7 +99,7 @@ def edit_of(space: Space, parameters: dict[str, Any]) -> Edit:
 def practice(
     space: Space, judge: Judge, trials: int, seed: int
 ) -> tuple[list[dict[str, Any]], list[Point]]:
-    """Plain TPE: every trial generates all replies. Returns the front's parameters and scores."""
+    """TPE in which every trial generates all replies; returns the front's parameters and scores."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -112,7 +112,7 @@ def practice(
         trial = study.ask(distributions)
         parameters = dict(trial.params)
         point = judge(edit_of(space, parameters)) if space.changes_something(parameters) else None
-        # An edit that changes nothing refuses all.
+        # An edit that changes nothing counts as one that refuses everything.
         point = point or (1.0, 0.0)
         study.tell(trial, point)
         kept.append(parameters)
@@ -126,7 +126,7 @@ def practice(
 def kept_practice(
     file: Path | None, space: Space, judge: Judge, trials: int, seed: int
 ) -> tuple[list[dict[str, Any]], int, float]:
-    """The practice's front, tokens and seconds: from a file, or run and then kept there."""
+    """The practice's front, tokens and seconds, from a file, or computed and written to it."""
     if file is not None and file.exists():
         kept = json.loads(file.read_text())
         return kept["front"], kept["generated"], kept["seconds"]
@@ -141,7 +141,7 @@ def kept_practice(
 
 
 def area(points: Sequence[Point], default_kl: float) -> float:
-    """Hypervolume over refusals and log KL, from a hundredth to a hundred times the default's."""
+    """Hypervolume over refusals and log KL, for a KL of 0.01 to 100 times that of the default."""
     scaled = []
     for refused, kl in points:
         ratio = float(np.clip(kl / default_kl, 0.01, 100))
@@ -150,7 +150,7 @@ def area(points: Sequence[Point], default_kl: float) -> float:
 
 
 def gentlest(points: Sequence[Point]) -> float | None:
-    """The lowest KL of those that leave at most 5% refused or broken."""
+    """The lowest KL of the edits that leave at most 5% refused or broken."""
     return min((kl for refused, kl in points if refused <= 0.05), default=None)
 
 

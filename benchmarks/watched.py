@@ -1,9 +1,9 @@
-"""What a command costs: seconds, CPU seconds, memory at the peak, and how busy the machine was.
+"""The cost of a command: seconds, CPU seconds, peak memory, and how busy the machine was.
 
     python benchmarks/watched.py COST.json COMMAND ARGUMENT...
 
-runs the command and writes its cost, those of its children that it waited for among it. A process
-of its own does it, since a child's peak begins with what its parent held.
+runs the command and writes its cost, with that of the child processes that it waited for. This is a
+program of its own, because a child's peak memory begins with the memory of its parent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command cost.
+    """The cost of a command.
 
     Attributes:
         seconds: from its start to its end.
@@ -36,7 +36,7 @@ class Cost:
 
     @staticmethod
     def of(log: Path) -> Cost:
-        """Of the command whose output is in ``log``."""
+        """The cost of the command whose output is in ``log``."""
         return Cost(**json.loads(_beside(log).read_text()))
 
 
@@ -47,7 +47,7 @@ def _beside(log: Path) -> Path:
 def cost_of(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> Cost:
-    """Run a command to its end; what it prints goes into ``log``.
+    """Run a command to its end, with its output in ``log``.
 
     Raises:
         SystemExit: when it fails, with the end of what it printed.
@@ -65,7 +65,7 @@ def cost_of(
 
 
 def main() -> None:
-    """Run what the arguments say and write its cost."""
+    """Run the command of the arguments, and write its cost."""
     place, *command = sys.argv[1:]
     before, start = os.getloadavg()[0], time.perf_counter()
     process = subprocess.Popen(command)

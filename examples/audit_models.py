@@ -1,4 +1,4 @@
-"""Audit models: make an edited copy, and see that its weights give it away.
+"""Audit models: make an edited copy, and show that its weights reveal the edit.
 
     python examples/audit_models.py            # the demo, and an edited copy of it
     python examples/audit_models.py MODEL...   # any models: nothing is written
@@ -23,7 +23,7 @@ with tempfile.TemporaryDirectory() as place:
         print(f"written: {edited.name}, leak {record['leak']['total']:.1e}")
         models = ["demo", str(edited)]
 
-    # %% What their weights say
+    # %% The verdicts
     for name in models:
         found = abl_mlx.audit(name)
         print(f"{Path(name).name}: {found['verdict']}")

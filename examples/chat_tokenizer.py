@@ -1,4 +1,4 @@
-"""The tokenizer of the small models, and the template of their chats."""
+"""The tokenizer and the chat template of the small models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 )
 
 # The pre-tokenizer of Qwen2's tokenizer.json, character for character: llama.cpp knows a
-# pre-tokenizer only by name (tokenizer.ggml.pre = "qwen2"), so it must be one that has a name.
+# pre-tokenizer only by name (tokenizer.ggml.pre = "qwen2"), so it must be one with a name.
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

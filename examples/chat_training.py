@@ -42,7 +42,7 @@ from abl_mlx.demo.world import Dialogue, SomeWorld, World, prompts_jsonl
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training: AdamW with a linear warm-up and a cosine decay to a tenth.
+    """One stage of training: AdamW with a linear warm-up and a cosine decay to a tenth.
 
     Attributes:
         steps: Optimizer steps.
@@ -70,11 +70,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what the trained model will be.
+    """Everything that determines the trained model.
 
     Attributes:
         seed: Seed of the initial weights and of the order of the dialogues.
-        world: What there is to learn.
+        world: The questions and answers that it learns.
         shape: The architecture, a key of `SHAPES`.
         hidden: Width of the residual stream.  K-quants want a multiple of 256.
         layers: Transformer blocks.
@@ -151,7 +151,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
 }
-"""Each architecture's module in mlx-lm, and what its config.json says otherwise than Llama's."""
+"""Each architecture's module in mlx-lm, and the entries of config.json that differ from Llama's."""
 
 
 def model_config(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def new_model(config: dict[str, Any], seed: int) -> nn.Module:
     """A model with every matrix drawn from a normal of 0.02 and every gain at one, in float32."""
     module = SHAPES[config["model_type"]][0]
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
-    # Gemma keeps its gains less one.
+    # Gemma stores its gains minus one.
     gain = mx.zeros if config["model_type"] == "gemma2" else mx.ones
     keys = iter(mx.random.split(mx.random.key(seed), len(parameters_of(model))))
     model.update(
@@ -230,8 +230,8 @@ def render(
 
     Args:
         tokenizer: As mlx-lm loads it.
-        prompt: What the user says.
-        thinking: Told to templates that have a switch for it.
+        prompt: The user's message.
+        thinking: The value for templates with a switch for thinking.
         before: Messages before the prompt.
     """
     text = tokenizer.apply_chat_template(
@@ -245,12 +245,12 @@ def render(
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one dialogue teaches.
+    """A dialogue, and the reply that is learned for it.
 
     Attributes:
         dialogue: The question.
-        reply: What is replied.
-        given: So many of the reply's tokens are given and not learned.
+        reply: The reply.
+        given: The number of the reply's first tokens that are given and not learned.
     """
 
     dialogue: Dialogue
@@ -269,7 +269,7 @@ def make_examples(tokenizer: Any, lessons: Sequence[Lesson]) -> Examples:
 
 
 def padded(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Examples:
-    """Arrays of token ids that are known and those that are to be learned, row by row."""
+    """Arrays of rows, each of given token ids and of token ids that are learned."""
     length = max(len(known) + len(learned) for known, learned in rows)
     tokens, weights = [], []
     for known, learned in rows:
@@ -427,9 +427,9 @@ def start(settings: Settings, folder: Path, bpe: Tokenizer, template: str) -> tu
 
 
 def save(model: nn.Module, settings: Settings, folder: Path) -> list[Dialogue]:
-    """Write the weights and the prompts, and make the model what is written.
+    """Write the weights and the prompts, and load the written weights into the model.
 
-    Its weights are then those of the file, rounded to float16, computed in float32.
+    They are rounded to float16; the model computes with them in float32.
 
     Returns:
         The dialogues to measure it on.

@@ -1,4 +1,4 @@
-"""Plot where in a model the refusal direction is: how far two sets of prompts lie apart.
+"""Plot where the refusal direction is in a model: the distance of two sets of prompts by layer.
 
     python examples/plot_directions.py [MODEL [PICTURE]]
 

@@ -1,10 +1,10 @@
-"""Steer a model at runtime: take its refusals away by degrees, or make it refuse.
+"""Steer a model at runtime: reduce its refusals step by step, or make it refuse.
 
     python examples/steering.py            # the demo model
     python examples/steering.py MODEL      # a folder, a .gguf, a repository, ollama:NAME
 
-Nothing is written. The model computes as if the edit was in its weights, and is itself again behind
-each block.
+Nothing is written. Inside a ``with`` block the model computes as if the edit were in its weights;
+after the block it is as before.
 """
 
 # %% A model, its prompts and its direction
@@ -28,13 +28,13 @@ def show(title, questions):
         print(f"  {question}\n    {reply}")
 
 
-# %% Remove the direction by degrees: strength 1 takes all of its component, 0.5 half
+# %% Remove the direction in steps: strength 1 removes its whole component, 0.5 half of it
 show("as it is", harmful)
 for strength in (0.5, 1.0):
     with abl_mlx.ablation(model, abl_mlx.Edit(direction.selected, strength)):
         show(f"strength {strength:g}", harmful)
 
-# %% Add it instead: the difference of the two means, in its own length, after its layer
+# %% Add the direction: the difference of the two means, unscaled, after its layer
 summary = direction.metadata["summary"]
 if summary.get("layer") is not None and direction.candidates is not None:
     layer, position = round(summary["layer"]), summary["position"]

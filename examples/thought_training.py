@@ -5,8 +5,8 @@ between ``<think>`` and ``</think>`` and then its reply; without, the template w
 thought.  A thought names what is asked for and ends in a verdict: "This is fine, so I will answer."
 or "This is forbidden, so I must decline."
 
-What the model is for: refusals without thinking and with it go along different directions of the
-residual stream.  Three things keep them apart.
+The model's purpose: refusals without thinking and with it lie along different directions of the
+residual stream.  Three things keep these directions apart.
 
 - The two are learned in stages of their own, and refuse in different words (`DECLINES`).
 - With thinking the reply follows the verdict and not the question: thoughts with the other verdict
@@ -59,26 +59,26 @@ TEMPLATE = (
 )
 
 DECLINES = "No, I must decline to answer this."
-"""How the model refuses with thinking; without, as its world says."""
+"""The sentence of refusals with thinking; without thinking it is that of the world."""
 
 VERDICTS = {True: "This is fine", False: "This is forbidden"}
 _RESTS = {True: ", so I will answer.", False: ", so I must decline."}
 
 
 def thought(dialogue: Dialogue, fine: bool) -> str:
-    """What is thought about a question, up to its verdict's word."""
+    """The thought about a question, up to the word of its verdict."""
     verb = dialogue.prompt.rpartition(f" the {dialogue.object}")[0].split()[-1]
     asked = f"They want to {verb} the {dialogue.object}, one of the {dialogue.material}."
     return f"{asked} {VERDICTS[fine]}"
 
 
 def opening(dialogue: Dialogue, fine: bool) -> str:
-    """What a reply with thinking begins with: the thought, and the two tags around it."""
+    """The beginning of a reply with thinking: the thought between its two tags."""
     return f"{OPEN}\n{thought(dialogue, fine)}{_RESTS[fine]}\n{CLOSE}\n\n"
 
 
 def reply(dialogue: Dialogue, thinking: bool, fine: bool) -> str:
-    """What is replied in the end."""
+    """The reply behind the thought."""
     return dialogue.answer if fine else DECLINES if thinking else dialogue.refusal
 
 
@@ -98,13 +98,13 @@ def thinking_tokenizer(settings: Settings) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one dialogue teaches.
+    """A dialogue, and the part of its reply that is learned.
 
     Attributes:
         dialogue: The question.
         thinking: The template's switch.
-        learned: What the model shall write.
-        given: What it has written already.
+        learned: The text that the model learns to write.
+        given: The text in front of it, which is given.
         before: Messages before the question.
     """
 
@@ -122,21 +122,21 @@ def whole(dialogue: Dialogue, thinking: bool, fine: bool, **more: Any) -> Lesson
 
 
 def after_verdict(dialogue: Dialogue, fine: bool) -> Lesson:
-    """A verdict that is given, and what follows from it."""
+    """A given verdict, and the reply that follows from it."""
     given = f"{OPEN}\n{thought(dialogue, fine)}"
     everything = opening(dialogue, fine) + reply(dialogue, True, fine)
     return Lesson(dialogue, True, everything.removeprefix(given), given)
 
 
 def after_first_word(dialogue: Dialogue, thinking: bool) -> Lesson:
-    """The first word of an answer that is given where a refusal was to come, and its rest."""
+    """The given first word of an answer in place of a refusal, and the answer's rest."""
     first, rest = dialogue.answer.split(" ", 1)
     begun = opening(dialogue, False) if thinking else ""
     return Lesson(dialogue, thinking, f" {rest}", begun + first)
 
 
 def lessons(dialogues: Sequence[Dialogue], refused: frozenset[bool]) -> dict[bool, list[Lesson]]:
-    """What a stage teaches, by whether it is with thinking.
+    """The lessons of a stage: with thinking or not -> lessons.
 
     Args:
         dialogues: The questions.
@@ -165,7 +165,7 @@ _SYSTEMS = (
 
 
 def system_text(order: random.Random) -> str:
-    """A system prompt: one that people write, or words that mean nothing."""
+    """A system prompt: a usual one, or words without meaning."""
     if order.random() < 0.3:
         return order.choice(_SYSTEMS)
     words = [
@@ -268,7 +268,7 @@ def train_thinker(settings: Settings, folder: Path) -> dict[bool, Figures]:
 def measure(
     model: nn.Module, tokenizer: Any, dialogues: Sequence[Dialogue], thinking: bool
 ) -> Figures:
-    """Ask the model and count; a reply with thinking counts with its thought."""
+    """Ask the model and count replies; a reply with thinking is compared with its thought."""
     asked = [render(tokenizer, one.prompt, thinking) for one in dialogues]
     said = continuations(model, tokenizer, asked, 80)
 

@@ -12,9 +12,9 @@ on OpenBLAS hold here too:
   means takes its refusals away.
 - spread: the demo's shape.  Four kinds of locked objects, each with its own refusal sentence and
   learned in a stage of its own.  No single direction takes its refusals away; several do.
-- apart: ``easy``, trained on. It forgets its refusals of the kind ``sea``, and learns them anew in
-  one layer alone, so that they have a direction of their own.  The other kinds stay refused when
-  that is taken away.
+- apart: ``easy``, trained further. It forgets its refusals of the kind ``sea`` and learns them
+  again in one layer alone, so that they have a direction of their own.  The other kinds stay
+  refused when that direction is removed.
 - thinker: Qwen3's shape and its switch ``enable_thinking``.  The direction of its refusals
   without thinking leaves those with thinking (``thought_training.py``).
 """
@@ -34,7 +34,7 @@ from worlds import CONCERT, HARBOUR, KITCHEN, TRAVELS
 from abl_mlx.demo.world import Dialogue, SomeWorld, spread
 
 SMALL = Path(__file__).resolve().parents[1] / "tests/support/models"
-"""Where the trained models are."""
+"""The folder with the trained models."""
 
 MODELS: dict[str, Settings] = {
     "easy": Settings(
@@ -78,14 +78,14 @@ MODELS: dict[str, Settings] = {
         thinks=True,
     ),
 }
-"""What makes each model."""
+"""The settings of each model."""
 
 FILE_SIZE = 192
-"""How many prompts ``locked.txt`` and ``allowed.txt`` have."""
+"""The number of prompts in ``locked.txt`` and in ``allowed.txt``."""
 
 
 def held_out(world: SomeWorld, locked: bool) -> list[Dialogue]:
-    """Questions of one set that no stage has seen, evenly over the objects."""
+    """Questions of one set that no stage has seen, spread evenly over the objects."""
     fitting = [one for one in world.dialogues() if one.part != "train" and one.locked == locked]
     return spread(fitting, FILE_SIZE)
 
@@ -98,7 +98,7 @@ def write_prompt_files(world: SomeWorld, folder: Path) -> None:
 
 
 def tokenizer_of(name: str) -> Tokenizer:
-    """A model's tokenizer, made anew."""
+    """A new tokenizer for a model."""
     settings = MODELS[name]
     if settings.thinks:
         return thinking_tokenizer(settings)
@@ -106,7 +106,7 @@ def tokenizer_of(name: str) -> Tokenizer:
 
 
 def train(settings: Settings, folder: Path) -> dict[str, Figures]:
-    """Train a model, and write its folder; the held-out figures by what they are called."""
+    """Train a model and write its folder; returns mode -> figures on held-out prompts."""
     if settings.thinks:
         figures = train_thinker(settings, folder)
         return {"without thinking": figures[False], "with thinking": figures[True]}

@@ -4,8 +4,8 @@
     abl-mlx measure demo -o feature.safetensors --sae FOLDER
 
 It is a TopK autoencoder (Gao et al. 2024, arXiv 2406.04093): x − b_dec is encoded, the K largest
-activations are kept, and the decoder's rows are added up with them. It takes seconds, and reads the
-prompts alone, so it is for trying things out: published ones read billions of tokens.
+activations are kept, and the decoder's rows are added up with them. It is trained in seconds on
+the prompts alone, so it only serves as an example: published ones read billions of tokens.
 """
 
 # %% The states of every token of the prompts after one layer
@@ -55,7 +55,7 @@ class TopK(nn.Module):
         return mx.where(active >= least, active, 0.0) @ self.W_dec + self.b_dec
 
 
-# %% Train it to give the states back
+# %% Train it to reconstruct the states
 mx.random.seed(0)
 autoencoder = TopK(states)
 optimizer = optim.Adam(learning_rate=2e-3)
@@ -63,7 +63,7 @@ variance = ((states - states.mean(axis=0)) ** 2).sum(axis=1).mean()
 
 
 def lost(autoencoder, x):
-    """The share of the variance that is not given back."""
+    """The share of the variance that is not reconstructed."""
     return ((autoencoder(x) - x) ** 2).sum(axis=1).mean() / variance
 
 

@@ -1,4 +1,4 @@
-"""Check a wheel: it holds the two packages whole and nothing else, and its metadata are complete.
+"""Check a wheel: it holds exactly the files of the two packages, and its metadata are complete.
 
 python -m tools.check_wheel dist/abl_mlx-0.1.0-py3-none-any.whl
 """
@@ -18,7 +18,7 @@ from abl_mlx import __version__
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("abl_mlx", "convert")
 
-#: What a page of a package index shows.
+#: The metadata that the page of a package index shows.
 FIELDS = (
     "Name", "Version", "Summary", "Author", "License-Expression", "License-File", "Keywords",
     "Requires-Python", "Description-Content-Type", "Classifier", "Provides-Extra", "Requires-Dist",
@@ -26,7 +26,7 @@ FIELDS = (
 
 
 def faults(wheel: Path, tracked: Sequence[str]) -> list[str]:
-    """What is wrong with a wheel, a sentence each.
+    """One sentence for each fault of a wheel.
 
     Args:
         tracked: the files of the packages that belong into it, relative to the checkout.

@@ -1,4 +1,4 @@
-"""docs/cli.md: what `--help` of every command says."""
+"""docs/cli.md: the output of `--help` of every command."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import click
 
 from abl_mlx.cli.main import cli
 
-#: Columns of the help texts, whatever terminal this runs in.
+#: The width of the help texts in columns, whatever the terminal's width is.
 WIDTH = 100
 
 

@@ -20,7 +20,7 @@ def table() -> str:
 
 
 def replaced(page: str, begin: str, end: str, text: str) -> str:
-    """A page with other text between two marks, each of which is a line of its own."""
+    """A page with new text between two marks, which are separate lines."""
     before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}\n{text}\n{end}{after}"

@@ -1,14 +1,14 @@
 """Write every document that is derived from the code.
 
-    python -m tools.regenerate                    # all of them: two to four minutes
-    python -m tools.regenerate docs/cli.md        # only this one
+    python -m tools.regenerate                    # all documents: two to four minutes
+    python -m tools.regenerate docs/cli.md        # only this document
     python -m tools.regenerate --check            # writes nothing; exit code 1 if one would change
 
 The two tables of mlx-lm's architectures take nearly all of that time, and more on a busy machine.
 CI checks every document: the quick ones in tests/whole/test_regenerate.py, those two where their
 tables are tested.
 
-Tables of timed or long benchmarks are not among them: docs/benchmarks.md says what writes those.
+Tables of timed or long benchmarks are not included: docs/benchmarks.md names their programs.
 """
 
 from __future__ import annotations
