@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abl_mlx.behaviour.kept_refusals import words
+from abl_mlx.records.conditions import SteeredBy
 from abl_mlx.records.evaluations import Asked, Comparison, EvalRecord, Gate
-from abl_mlx.reports import sweep_tables
+from abl_mlx.reports import condition_tables, sweep_tables
 from abl_mlx.reports.eval_tables import measurements
 from abl_mlx.reports.page import Page, Section, Table, Tile, html
 from abl_mlx.reports.page_parts import categories, notes, of_replies, reproduce
@@ -58,11 +59,28 @@ def eval_sections(record: EvalRecord) -> tuple[Section, ...]:
     right = (1,) if baseline is None else (1, 2)
     return (
         Section("Summary", tables=(Table(head, tuple(rows), right),), lines=notes(record)),
+        *_steered(record.steered),
         Section("Limits", lines=_limits(record.gate)),
         _paired(record.paired or {}),
         *_sweep(record),
         categories(baseline, record, ("baseline", "target" if baseline else "refused")),
     )
+
+
+def _steered(by: SteeredBy | None) -> list[Section]:
+    if by is None:
+        return []
+    first, *more = condition_tables.steered_lines(by)
+    rows = tuple((name, str(one.n), str(one.met)) for name, one in (by.met or {}).items())
+    table = Table(("prompts", "asked", "edited"), rows, (1, 2))
+    return [
+        Section(
+            "Edit at runtime",
+            (f"{first[0].upper()}{first[1:]}.",),
+            tables=(table,) if rows else (),
+            lines=tuple(line.strip() for line in more[:1]),
+        )
+    ]
 
 
 def _name(record: Asked) -> str:

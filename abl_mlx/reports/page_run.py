@@ -13,7 +13,8 @@ from abl_mlx.outputs import staging
 from abl_mlx.outputs.provenance import without_home
 from abl_mlx.records.directions import Chosen, SaeFound, TriedEdit
 from abl_mlx.records.edits import EvaluatedEdit, RunRecord
-from abl_mlx.reports import figures, sae_tables
+from abl_mlx.records.explained import Explained
+from abl_mlx.reports import explain_tables, figures, sae_tables
 from abl_mlx.reports.page import Page, Section, Table, Tile, html, write
 from abl_mlx.reports.page_parts import (
     categories,
@@ -105,6 +106,7 @@ def run_page(record: RunRecord, replies: Sequence[Mapping[str, Any]] = ()) -> st
         ),
         *(_leak_section(one, len(evaluations) > 1) for one in evaluations),
         *_features(record.sae),
+        *_explained(record.explained),
         _trials(record.trials or []),
         of_replies(replies),
         reproduce(
@@ -221,6 +223,15 @@ def _features(found: SaeFound | None) -> list[Section]:
     table = Table(sae_tables.HEAD, tuple(sae_tables.rows(found)), (1, 2, 3, 4, 5))
     about = f"{sae_tables.title(found)}. {sae_tables.ABOUT}."
     return [Section("Features of the autoencoder", (about,), tables=(table,))]
+
+
+def _explained(found: Explained | None) -> list[Section]:
+    """What the direction is made of, if its file says it."""
+    if found is None:
+        return []
+    text = "\n".join(explain_tables.lines(found)).strip("\n")
+    charts = tuple(explain_tables.explain_charts(found))
+    return [Section("What the direction is made of", charts=charts, code=text)]
 
 
 def _trials(trials: Sequence[TriedEdit]) -> Section:

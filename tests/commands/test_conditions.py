@@ -43,8 +43,13 @@ def shares(record: Any, kind: str) -> dict[str, float]:
     return found
 
 
-def test_only_prompts_that_meet_the_condition_are_changed(conditional: Path) -> None:
-    record = abl_mlx("eval", "demo", "--direction", conditional, "--baseline", "demo")
+def test_only_prompts_that_meet_the_condition_are_changed(
+    conditional: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    flags = ["--baseline", "demo", "--report", page]
+    record = abl_mlx("eval", "demo", "--direction", conditional, *flags)
+    assert "Edit at runtime" in page.read_text()
     by = record["steered"]
     assert by["condition"]["f1"] == 1.0
     assert by["met"]["harmful"] == {"n": 64, "met": 12}
