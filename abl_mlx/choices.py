@@ -187,6 +187,8 @@ class Finding(Choices):
         layer, position: use this candidate instead of the causal choice. A layer may be a number
             such as 2.4, between two layers; a position may be ``instruction-end``.
         borderline: prompt file or dataset for ``over-refusal``; None for the bundled set.
+        protect: prompt file or dataset of concepts that directions are to leave, one for each
+            category.
         max_kl: limit of the causal choice, in nats at the first reply token.
         measured_at: with thinking on, where directions are measured: ``end-of-prompt``,
             ``end-of-thought``, or None for both.
@@ -205,6 +207,7 @@ class Finding(Choices):
     layer: float | None = None
     position: int | str | None = None
     borderline: str | None = None
+    protect: str | None = None
     max_kl: float = 0.1
     measured_at: str | None = None
     max_thought_growth: float = 1.2

@@ -155,7 +155,8 @@ def _capable(model: str, replies: Path) -> float:
         for prompt in part.prompts
     }
     lines = [json.loads(line) for line in replies.read_text(encoding="utf-8").splitlines()]
-    right = [_is_as_taught(one, taught[one["prompt"]] or "") for one in lines]
+    known = [(one, taught.get(one["prompt"])) for one in lines]
+    right = [_is_as_taught(one, answer) for one, answer in known if answer]
     return sum(right) / max(1, len(right))
 
 

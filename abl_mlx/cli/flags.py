@@ -201,6 +201,12 @@ def choice_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="For --method over-refusal: harmless prompts that this model refuses.",
         ),
         click.option(
+            "--protect",
+            metavar="FILE|DATASET",
+            help="Prompts of concepts, such as code or mathematics, that the direction is made to "
+            "leave: one concept for each category of a .jsonl file.",
+        ),
+        click.option(
             "--max-kl",
             default=0.1,
             show_default=True,

@@ -16,7 +16,15 @@ from abl_mlx.choices import Finding, Measuring
 from abl_mlx.commands import layer_strengths
 from abl_mlx.commands.edit_choice import make_edit
 from abl_mlx.commands.subspaces import Subspaces
-from abl_mlx.directions import choice, estimators, measuring, methods, race, selection
+from abl_mlx.directions import (
+    choice,
+    estimators,
+    measuring,
+    methods,
+    protecting,
+    race,
+    selection,
+)
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.effects import Measured
 from abl_mlx.directions.measuring import Candidates
@@ -146,8 +154,8 @@ class Finder:
         if "_trial" in vars(self):
             counted = {"forward_tokens": self._trial.tokens}
             counted |= {"backward_tokens": self._trial.backward} if self._trial.backward else {}
-        if self._method.parameters:
-            counted["parameters"] = dict(self._method.parameters)
+        if parameters := dict(self._method.parameters) | self._ridge:
+            counted["parameters"] = parameters
         metadata = {
             "method": variant.method,
             "candidate_method": candidates.method,
@@ -173,6 +181,11 @@ class Finder:
     @property
     def _method(self) -> Method:
         return methods.named(self._how.finding.method)
+
+    @property
+    def _ridge(self) -> dict[str, float]:
+        """The constant of ``--protect``, for the record."""
+        return {} if self._how.finding.protect is None else {"ridge": protecting.RIDGE}
 
     @property
     def _strengths(self) -> dict[str, Any] | None:
@@ -450,6 +463,7 @@ class Finder:
             method="svd",
             rank=min(3, len(self._train["harmful"])),
         )
+        spans = protecting.protected(self._chat, spans, self._train)
         others = Subspaces(self._candidates, spans, self._scores, single.position)
         variants = others.of_means() if self._how.editing.pin is None else []
         last = [self._variant(layer, single.position) for layer in others.deep[:_MOST_DEEP]]

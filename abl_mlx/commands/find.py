@@ -24,7 +24,7 @@ from abl_mlx.commands.held_out import HeldOut
 from abl_mlx.commands.keep_choice import KeepFinder
 from abl_mlx.commands.reply_judge import Judge
 from abl_mlx.commands.views import View
-from abl_mlx.directions import direction_file, measuring, methods
+from abl_mlx.directions import direction_file, measuring, methods, protecting
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.selection import Told
 from abl_mlx.directions.trial import OpensAlike
@@ -48,6 +48,9 @@ _OPENING_PROMPTS = 8
 # Candidates of a view that are judged by replies where first tokens cannot choose.
 _SEPARATING = 2
 _SEPARATING_ALONE = 6  # where there is one view
+
+# Methods whose directions --protect does not know how to change.
+_OWN_DIRECTIONS = (methods.ROME, "over-refusal")
 
 _ALIKE = (
     "  harmful and harmless prompts are answered with the same first tokens, so the directions "
@@ -225,6 +228,7 @@ def _measured(
         rank=methods.named(how.finding.method).ranked(how.finding.rank),
         borderline=train.get("borderline"),
     )
+    candidates = protecting.protected(chat, candidates, train)
     if how.finding.across == "positions":
         candidates = candidates.across_positions(rank_of(how.finding))
     # The prompts that should no longer be refused: the borderline ones for over-refusal.
@@ -245,6 +249,11 @@ def _measured(
             yield Finder(*measured, told)
 
 
+def refuse(first: str, second: str) -> None:
+    """Refuse two flags that do not go together."""
+    raise UserError(f"{first} and {second} do not go together: leave one of them out.")
+
+
 def check_method(how: Measuring) -> None:
     """Check that the flags of the measurement go together.
 
@@ -253,9 +262,6 @@ def check_method(how: Measuring) -> None:
     """
 
     finding = how.finding
-
-    def refuse(first: str, second: str) -> None:
-        raise UserError(f"{first} and {second} do not go together: leave one of them out.")
 
     if finding.method == methods.ROME:
         rome_choice.check(how)
@@ -276,15 +282,7 @@ def check_method(how: Measuring) -> None:
         refuse("--across layers", "--layer")
     if finding.across == "positions" and finding.position is not None:
         refuse("--across positions", "--position")
-    if not method.is_plain:
-        for flag, given in (
-            ("--per-layer", finding.per_layer), (f"--across {finding.across}", finding.across),
-            ("--pin", how.editing.pin), ("--norm rows", how.editing.norm == "rows"),
-        ):  # fmt: skip
-            if given:
-                refuse(f"--method {method.name}", flag)
-        if finding.layer is not None and finding.layer != int(finding.layer):
-            refuse(f"--method {method.name}", "a --layer between two")
+    _check_effects(how)
     if method.each_layer:
         if finding.per_layer or finding.across is not None:
             refuse(f"--method {method.name}", "--per-layer or --across")
@@ -308,6 +306,28 @@ def check_method(how: Measuring) -> None:
         ):  # fmt: skip
             if given is not None:
                 refuse("--method over-refusal", flag)
+
+
+def _check_effects(how: Measuring) -> None:
+    """Check flags of methods that need the loaded model, and of ``--protect``."""
+    finding, method = how.finding, methods.named(how.finding.method)
+    if not method.is_plain:
+        for flag, given in (
+            ("--per-layer", finding.per_layer), (f"--across {finding.across}", finding.across),
+            ("--pin", how.editing.pin), ("--norm rows", how.editing.norm == "rows"),
+        ):  # fmt: skip
+            if given:
+                refuse(f"--method {method.name}", flag)
+        if finding.layer is not None and finding.layer != int(finding.layer):
+            refuse(f"--method {method.name}", "a --layer between two")
+    if finding.protect is not None:
+        for flag, given in (
+            (f"--method {method.name}", method.refine or method.name in _OWN_DIRECTIONS),
+            ("--keep", how.prompting.keep), ("--keep-system", how.prompting.keep_system),
+            ("--search", how.searching.search is not None), ("--sae", finding.sae),
+        ):  # fmt: skip
+            if given:
+                refuse("--protect", flag)
 
 
 def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from abl_mlx import demo
 from abl_mlx.choices import Finding, Measuring, Prompting
 from abl_mlx.commands import prompt_lengths
+from abl_mlx.directions import protecting
 from abl_mlx.inputs import kept, prompts, thinking
 from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, Split, prompt_hashes, split
 from abl_mlx.models.chat_model import ChatModel
@@ -116,6 +118,8 @@ def _encoded(chat: ChatModel, sets: PromptSets, mode: str | None, how: Measuring
             named["borderline"] = borderline.prompts
         for name, split_ in sets.staying.items():
             named[name] = getattr(split_, part).prompts
+    if how.finding.protect is not None:
+        parts["train"] |= _protected(how.finding.protect, mode)
     if sets.off_topic is not None:
         parts["train"]["on_topic"] = _on_topic(sets, sets.off_topic)
     train, validation = (
@@ -124,6 +128,25 @@ def _encoded(chat: ChatModel, sets: PromptSets, mode: str | None, how: Measuring
     refused = "borderline" if how.finding.method == "over-refusal" else "harmful"
     tail = chat.message_tail(mode)
     return EncodedSets(mode, refused, train, validation, tail, prompt_hashes(sets))
+
+
+def _protected(given: str, mode: str | None) -> dict[str, tuple[Prompt, ...]]:
+    """The prompts of ``--protect`` by concept, as train sets.
+
+    Raises:
+        UserError: when a concept has too few prompts.
+    """
+    concepts: dict[str, list[Prompt]] = {}
+    for one in prompts.load(given, "--protect").prompts:
+        name = protecting.PREFIX + (one.category or Path(given).stem)
+        concepts.setdefault(name, []).append(replace(one, thinking=mode))
+    for name, some in concepts.items():
+        if len(some) < prompts.MINIMUM:
+            raise UserError(
+                f"--protect {given}: {name.removeprefix(protecting.PREFIX)} has {len(some)} "
+                f"prompts; a concept needs at least {prompts.MINIMUM}."
+            )
+    return {name: tuple(some) for name, some in concepts.items()}
 
 
 def _on_topic(sets: PromptSets, off_topic: Split) -> tuple[Prompt, ...]:

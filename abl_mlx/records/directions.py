@@ -51,6 +51,7 @@ class ScoredCandidate(Part):
         effective_rank: exp of the entropy of the normalized singular values of the states.
         explained: share of the variance of harmful states that the candidate explains, 0 to 1.
         auc, accuracy: of a classifier of the two sets along the candidate, 0 to 1.
+        unprotected: the length that ``--protect`` leaves of the unit direction, 0 to 1.
         cosmic: the sum of two cosine similarities by which ``cosmic`` chooses, -2 to 2.
     """
 
@@ -69,6 +70,7 @@ class ScoredCandidate(Part):
     explained: float | None = None
     auc: float | None = None
     accuracy: float | None = None
+    unprotected: float | None = None
     cosmic: float | None = None
 
 
