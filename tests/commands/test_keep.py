@@ -25,7 +25,7 @@ from abl_mlx.directions.staying import Staying
 from abl_mlx.directions.trial import Effect
 from abl_mlx.directions.variants import Variant
 from abl_mlx.edits.steering import ablation
-from abl_mlx.inputs.kept import with_kept
+from abl_mlx.inputs.kept import with_kept, with_off_topic
 from abl_mlx.records.directions import RepliedInMode
 from abl_mlx.search.screening import Screen, Screened, Trial
 from abl_mlx.search.survivors import Asked, choose, unmet
@@ -219,6 +219,20 @@ def test_the_constraint_keeps_refusals_that_are_lost_without_it():
             left[name] = share_refused(model, sets.kept.test.take(40))
     assert left["kept"] >= 0.9
     assert left["not kept"] <= 0.6
+
+
+def test_the_constraint_keeps_more_of_what_a_system_message_makes_a_model_refuse():
+    """`hard` refuses every question behind a system message."""
+    model = loaded("hard")
+    sets = with_off_topic(small_models.prompt_sets("hard"), "Only answer questions about towns.")
+    left = {}
+    for name, these in (("kept", sets), ("not kept", replace(sets, off_topic=None))):
+        found = find.find_direction(model.chat, model.writers, these, Measuring())
+        with ablation(model.writers, edit_choice.edit_of(found, Editing())):
+            assert share_refused(model, sets.harmful.test.take(32)) <= 0.05
+            left[name] = share_refused(model, sets.off_topic.test.take(48))
+    assert share_refused(model, sets.off_topic.test.take(24)) == 1
+    assert left["kept"] >= left["not kept"] + 0.2
 
 
 def test_a_run_that_cannot_keep_says_so_and_by_how_much(tmp_path):
