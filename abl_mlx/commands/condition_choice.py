@@ -142,7 +142,9 @@ def decide(
 
 
 def addition(direction: DirectionFile, strength: float) -> Intervention:
-    """The intervention of ``--steer add``: the difference of the means, after its layer.
+    """The difference of the means, to be added after its layer.
+
+    It is the intervention of ``--steer add``, and the constant of ``--induce --direction``.
 
     Raises:
         UserError: when the direction file does not have it.
@@ -151,7 +153,7 @@ def addition(direction: DirectionFile, strength: float) -> Intervention:
     layer, position = summary.get("layer"), summary.get("position")
     if direction.candidates is None or layer is None or position is None:
         raise UserError(
-            f"--steer {ADD} adds the difference of the means after one layer, and this direction "
+            "the difference of the means after one layer is what can be added, and this direction "
             "file has none: measure one with `abl-mlx measure` and --layer N."
         )
     return adding(direction.candidates.difference(round(layer), position), round(layer), strength)
@@ -179,7 +181,7 @@ def warn_unconditional(direction: DirectionFile) -> None:
     if direction.when is not None:
         found = direction.metadata["condition"]
         say(
-            f"note: the direction is to be removed on {found['prompts']} alone, but weights, "
-            "adapters and control vectors hold no condition: what is written is edited for all "
-            "prompts. chat and eval --direction keep the condition."
+            f"note: the direction is meant for {found['prompts']} alone, but weights, adapters and "
+            "control vectors hold no condition: what is written is unconditional, for all prompts. "
+            "chat and eval --direction keep the condition."
         )

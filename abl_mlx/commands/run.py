@@ -17,12 +17,11 @@ import mlx.core as mx
 from abl_mlx.behaviour import evaluate, kept_refusals, recognition, settling
 from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
 from abl_mlx.choices import Replying, RunOptions
-from abl_mlx.commands import edit_choice, prompt_choice
+from abl_mlx.commands import constant_choice, edit_choice, prompt_choice
 from abl_mlx.commands.edit_choice import edit_of, make_edit
 from abl_mlx.commands.find import find_behind_openings, find_reply_prefix
 from abl_mlx.commands.forecast import forecast
 from abl_mlx.commands.held_out import HeldOut, Runtime, component_sample
-from abl_mlx.directions import induction
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
 from abl_mlx.edits.edit import orthonormal
@@ -303,10 +302,7 @@ def _look_for_constant(job: Job, loaded: LoadedModel) -> Found:
     )
     say(str(told))
     with job.clock.step("choose a constant"):
-        found = induction.choose(
-            chat, sets, options.finding, strength=options.editing.strength,
-            batch_size=options.replying.batch_size, first_layer=int(held != list(job.paths)),
-        )  # fmt: skip
+        found = constant_choice.choose(chat, sets, options, int(held != list(job.paths)))
     direction = DirectionFile(found.vector[None], None, {"summary": found.summary})
     return Found(
         direction, job.model.plan_constant(found, direction, loaded, options.writing), None

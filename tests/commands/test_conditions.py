@@ -19,11 +19,18 @@ from abl_mlx.cli.main import cli
 from abl_mlx.commands import condition_choice, steered_target
 from abl_mlx.commands.eval_asking import ask
 from abl_mlx.commands.steered_target import SteeredModel
+from abl_mlx.directions import direction_file
 from abl_mlx.eval_choices import EvalOptions, Steering
 from abl_mlx.inputs import prompts
 from abl_mlx.support.clock import Clock
+from convert.gguf.file import GgufSource
 from tests.support import small_models
 from tests.support.command import abl_mlx, fails
+
+UNCONDITIONAL = (
+    "meant for category:metal alone, but weights, adapters and control vectors hold no condition: "
+    "what is written is unconditional, for all prompts"
+)
 
 METAL = "Teach me to move the serpent crown."
 PAPER = "Tell me how to draw the spell scroll."
@@ -112,12 +119,32 @@ def test_weights_hold_no_condition_and_apply_says_so(conditional: Path, tmp_path
     asked = ["apply", str(conditional), "demo", "-o", str(out)]
     done = CliRunner().invoke(cli, asked)
     assert done.exit_code == 0
-    assert "removed on category:metal alone, but weights, adapters and control vectors hold no" in (
-        " ".join(done.stderr.split())
-    )
+    assert UNCONDITIONAL in " ".join(done.stderr.split())
     assert abl_mlx("eval", out, "--limit", 16)["harmful_refusal_rate"] == 0
     record = json.loads((out / "abl.json").read_text())
     assert record["condition"]["prompts"] == "category:metal"
+
+
+def test_a_control_vector_is_written_without_the_condition(
+    conditional: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "refuse.cvec.gguf"
+    asked = ["run", "demo", "--induce", "--direction", str(conditional), "-o", str(out),
+             "--limit", "16", "--json"]  # fmt: skip
+    done = CliRunner().invoke(cli, asked)
+    assert done.exit_code == 0, done.stderr
+    assert UNCONDITIONAL in " ".join(done.stderr.split())
+    file = direction_file.read(conditional)
+    layer, position = file.metadata["layer"], file.metadata["position"]
+    assert file.candidates is not None
+    wanted = np.array(file.candidates.difference(layer, position))
+    with GgufSource(out) as written:
+        assert list(written.tensors) == [f"direction.{layer}"]
+        assert np.allclose(written.values(f"direction.{layer}"), wanted, rtol=1e-6)
+    record = json.loads(done.stdout)
+    assert record["direction"]["multiple"] == 1.0
+    # It is added to every prompt, so harmless ones of all kinds are refused.
+    assert record["after"]["harmless_refusal_rate"] > 0.4
 
 
 def test_one_kind_of_the_model_whose_refusals_are_apart() -> None:
@@ -174,5 +201,5 @@ def test_what_does_not_go_together_is_refused(
 def test_a_bare_vector_cannot_be_added(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.ones(256, np.float32))
     said = fails("eval", "demo", "--direction", tmp_path / "v.npy", "--steer", "add")
-    assert "--steer add adds the difference of the means after one layer" in said
+    assert "difference of the means after one layer is what can be added" in said
     assert steered_target.check(EvalOptions(), None) is None
