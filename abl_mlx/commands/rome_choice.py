@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from abl_mlx.choices import Measuring
 from abl_mlx.commands import edit_choice
@@ -20,11 +21,12 @@ from abl_mlx.support.console import say
 from convert.base.errors import UsageError, UserError
 
 #: Prompts of each set whose inputs of MLPs are keys, or are kept.
-KEY_PROMPTS = 48
+KEY_PROMPTS = 128
 
-# What the first forms ask for: the reach of their values. What the others change in the best one.
-_REACHES = (1.0, 2.0, 3.0)
-_OTHERS = ({"keep": 0.1}, {"keep": 10.0}, {"form": NULL_SPACE})
+# How the other forms that are tried differ from the best of the windows.
+_OTHERS: tuple[dict[str, Any], ...] = (
+    {"reach": 1.0}, {"reach": 3.0}, {"keep": 10.0}, {"form": NULL_SPACE},
+)  # fmt: skip
 
 
 def check(how: Measuring) -> None:
@@ -52,9 +54,9 @@ class RomeFinder(Finder):
     def file(self, *, causal: bool = True, trimming: bool = False) -> DirectionFile:
         """The direction file with the chosen changes.
 
-        The windows of layers and the reach of the values are chosen first; then the weight of what
-        is kept, and the form. Each form costs one pass over the keys' prompts and its share of a
-        race (`abl_mlx.directions.race`).
+        The window of layers is chosen first; then the reach of the values, the weight of what is
+        kept, and the form. Each form costs one pass over the keys' prompts and its share of a race
+        (`abl_mlx.directions.race`). There are at most 7 forms.
 
         Args:
             causal: whether replies show refusals, which the choice needs.
@@ -84,8 +86,7 @@ class RomeFinder(Finder):
             runners = [Runner(form, update) for form, update in zip(forms, made, strict=True)]
             return self._raced(runners, label)
 
-        first = [Form(*window, reach=reach) for window in self._windows() for reach in _REACHES]
-        done = race_of(first, "changes of MLPs")
+        done = race_of([Form(*window) for window in self._windows()], "changes of MLPs")
         others = [replace(done[0].of, **other) for other in _OTHERS]
         done = sorted([*done, *race_of(others, "weights of what is kept")], key=self._order)
         best = done[0]

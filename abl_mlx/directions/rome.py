@@ -33,8 +33,9 @@ from convert.base.errors import UserError
 #: How the change is kept away from other inputs: by their weight in the sum of squares, or exactly.
 FORMS = RIDGE, NULL_SPACE = "ridge", "null-space"
 
-# ε, as a share of the mean squared length of the keys.
-_RIDGE = 0.1
+# ε, as a share of the mean squared length of the keys. On the keys of a real model (104 prompts of
+# each set, 4864 inputs) a tenth and ten times as much both tell held-out prompts apart less well.
+_RIDGE = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Form:
 
     first: int
     last: int
-    keep: float = 1.0
-    reach: float = 1.0
+    keep: float = 100.0
+    reach: float = 2.0
     form: str = RIDGE
 
 

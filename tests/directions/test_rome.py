@@ -1,0 +1,93 @@
+"""Changes of MLPs: what they do to the stream at the ends of harmful and harmless prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from abl_mlx.demo import MODEL_PATH
+from abl_mlx.directions import measuring, rome
+from abl_mlx.edits.steering import ablation
+from abl_mlx.edits.update import Update
+from abl_mlx.inputs import prompts
+from abl_mlx.models import capture
+from abl_mlx.models.chat_model import load
+from abl_mlx.models.writers import find_writers
+from abl_mlx.support.arrays import numpy_of
+from convert.base.errors import UserError
+
+POSITIONS = (-2, -1)
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    """The demo, its prompts, their means, and the keys."""
+    chat, sets = load(MODEL_PATH), prompts.load_demo()
+    writers = find_writers(chat)
+    encoded = [
+        [chat.encode(one) for one in part.train.take(24).prompts]
+        for part in (sets.harmful, sets.harmless)
+    ]
+    candidates = measuring.measure(chat, *encoded, POSITIONS)
+    keys = rome.KeyPass(chat, writers, *encoded, POSITIONS)
+    directions = numpy_of(candidates.leads[:, -1])
+    return {"chat": chat, "writers": writers, "encoded": encoded, "keys": keys,
+            "directions": directions, "mean": numpy_of(candidates.harmless_mean)}  # fmt: skip
+
+
+def along(seen: dict[str, Any], which: int, update: Update | None = None) -> np.ndarray:
+    """Components along each layer's direction at the keys, (N, L, P)."""
+    if update is None:
+        states = capture.full(seen["chat"], seen["encoded"][which], POSITIONS)
+    else:
+        with ablation(seen["writers"], update):
+            states = capture.full(seen["chat"], seen["encoded"][which], POSITIONS)
+    found: np.ndarray = np.einsum("nlpd,ld->nlp", numpy_of(states), seen["directions"])
+    return found
+
+
+@pytest.mark.parametrize("form", [rome.Form(1, 3), rome.Form(2, 3, form=rome.NULL_SPACE)])
+def test_harmful_prompts_end_where_harmless_ones_do(seen: dict[str, Any], form: rome.Form) -> None:
+    updates = seen["keys"].updates(form, seen["directions"], seen["mean"])
+    assert sorted(updates) == list(range(form.first, 4))
+    aim = np.einsum("lpd,ld->lp", seen["mean"], seen["directions"])
+    harmful, harmless = along(seen, 0), along(seen, 1)
+    after, same = along(seen, 0, Update(updates)), along(seen, 1, Update(updates))
+    gap = np.abs(harmful - aim).mean(axis=0)[form.last]
+    assert (np.abs(after - aim).mean(axis=0)[form.last] < 0.3 * gap).all()
+    assert (np.abs(same - harmless).mean(axis=0)[form.last] < 0.1 * gap).all()
+    assert np.array_equal(after[:, : form.first], harmful[:, : form.first])
+
+
+def test_in_the_null_space_prompts_that_were_kept_give_the_same_logits(
+    seen: dict[str, Any],
+) -> None:
+    form = rome.Form(2, 3, form=rome.NULL_SPACE)
+    updates = seen["keys"].updates(form, seen["directions"], seen["mean"])
+    tokens = mx.array([seen["encoded"][1][0]], mx.int32)
+    plain = seen["chat"].model(tokens)
+    with ablation(seen["writers"], Update(updates)):
+        edited = seen["chat"].model(tokens)
+    assert mx.abs(edited - plain).max().item() < 1e-2
+
+
+def test_tokens_are_counted(seen: dict[str, Any]) -> None:
+    keys, before = seen["keys"], seen["keys"].tokens
+    keys.updates(rome.Form(3, 3), seen["directions"], seen["mean"])
+    prefix = len(seen["encoded"][0][0]) and keys._prefix.length
+    whole = sum(len(one) - prefix for part in seen["encoded"] for one in part)
+    assert keys.tokens - before == whole
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"), [("mixtral", "has experts"), ("gemma2", "a norm follows")]
+)
+def test_models_without_such_matrices_are_refused(
+    tiny_folder: Any, architecture: str, why: str
+) -> None:
+    chat = load(tiny_folder(architecture))
+    with pytest.raises(UserError, match=why):
+        rome.mlps(find_writers(chat), len(chat.layers))
