@@ -33,10 +33,6 @@ from convert.base.errors import UserError
 #: How the change is kept away from other inputs: by their weight in the sum of squares, or exactly.
 FORMS = RIDGE, NULL_SPACE = "ridge", "null-space"
 
-# ε, as a share of the mean squared length of the keys. On the keys of a real model (104 prompts of
-# each set, 4864 inputs) a tenth and ten times as much both tell held-out prompts apart less well.
-_RIDGE = 1.0
-
 
 @dataclass(frozen=True)
 class Form:
@@ -48,6 +44,9 @@ class Form:
         reach: the share of the way to the harmless mean that a value asks for; more than 1 makes
             up for what least squares do not reach.
         form: one of `FORMS`.
+        ridge: ε, as a share of the mean squared length of the keys. On the keys of a real model
+            (104 prompts of each set, 4864 inputs) a tenth of 1 and ten times as much both tell
+            held-out prompts apart less well.
     """
 
     first: int
@@ -55,6 +54,7 @@ class Form:
     keep: float = 100.0
     reach: float = 2.0
     form: str = RIDGE
+    ridge: float = 1.0
 
 
 def mlps(writers: Sequence[Writer], layers: int) -> dict[int, Writer]:
@@ -203,7 +203,7 @@ class KeyPass:
         keys = ends[self._is_harmful].reshape(len(wanted), -1)
         same = ends[~self._is_harmful].reshape(-1, keys.shape[1])
         kept = np.concatenate([same, inputs[self._others], *self._common[layer]])
-        ridge = _RIDGE * float(np.mean(np.square(keys, dtype=np.float64).sum(axis=1)))
+        ridge = form.ridge * float(np.mean(np.square(keys, dtype=np.float64).sum(axis=1)))
         targets = wanted @ unit[None]
         if form.form == NULL_SPACE:
             left, right = least_squares.in_null_space(keys, targets, kept, ridge)

@@ -49,7 +49,13 @@ def along(seen: dict[str, Any], which: int, update: Update | None = None) -> np.
     return found
 
 
-@pytest.mark.parametrize("form", [rome.Form(1, 3), rome.Form(2, 3, form=rome.NULL_SPACE)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        rome.Form(1, 3, keep=1.0, reach=1.0, ridge=0.1),
+        rome.Form(2, 3, reach=1.0, form=rome.NULL_SPACE, ridge=0.1),
+    ],
+)
 def test_harmful_prompts_end_where_harmless_ones_do(seen: dict[str, Any], form: rome.Form) -> None:
     updates = seen["keys"].updates(form, seen["directions"], seen["mean"])
     assert sorted(updates) == list(range(form.first, 4))
@@ -65,7 +71,7 @@ def test_harmful_prompts_end_where_harmless_ones_do(seen: dict[str, Any], form: 
 def test_in_the_null_space_prompts_that_were_kept_give_the_same_logits(
     seen: dict[str, Any],
 ) -> None:
-    form = rome.Form(2, 3, form=rome.NULL_SPACE)
+    form = rome.Form(2, 3, reach=1.0, form=rome.NULL_SPACE, ridge=0.1)
     updates = seen["keys"].updates(form, seen["directions"], seen["mean"])
     tokens = mx.array([seen["encoded"][1][0]], mx.int32)
     plain = seen["chat"].model(tokens)
@@ -83,7 +89,7 @@ def test_tokens_are_counted(seen: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "why"), [("mixtral", "has experts"), ("gemma2", "a norm follows")]
+    ("architecture", "why"), [("qwen3_moe", "has experts"), ("gemma2", "a norm follows")]
 )
 def test_models_without_such_matrices_are_refused(
     tiny_folder: Any, architecture: str, why: str
