@@ -430,6 +430,7 @@ class MeasureOptions(Choices):
         condition: the prompts on which an edit at runtime is to be made, as for ``keep``; None for
             all prompts.
         explain: whether to tell what the direction is made of.
+        refusal_cliff: whether to tell where in its thoughts a model gives up refusals.
         memory_check: refuse a model that is larger than the machine's memory.
     """
 
@@ -439,6 +440,7 @@ class MeasureOptions(Choices):
     chatting: Chatting = Chatting()
     condition: str | None = None
     explain: bool = False
+    refusal_cliff: bool = False
     memory_check: bool = True
 
     @property

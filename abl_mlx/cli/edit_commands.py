@@ -116,6 +116,12 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     type=HERE,
     help="With --explain: another direction file of the same width. May be given several times.",
 )
+@click.option(
+    "--refusal-cliff",
+    is_flag=True,
+    help="With --thinking on: also tell how sure a probe is of a refusal at the last tokens of the "
+    "thought, and which attention heads write against it there (refusal suppression heads).",
+)
 @condition_flag
 @prompt_flags
 @chat_flags

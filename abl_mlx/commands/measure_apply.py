@@ -9,7 +9,13 @@ from typing import Any
 
 from abl_mlx import __version__
 from abl_mlx.choices import ApplyOptions, MeasureOptions
-from abl_mlx.commands import condition_choice, edit_choice, explain, prompt_choice
+from abl_mlx.commands import (
+    condition_choice,
+    edit_choice,
+    explain,
+    prompt_choice,
+    refusal_cliff,
+)
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
 from abl_mlx.directions import direction_file
@@ -18,6 +24,7 @@ from abl_mlx.inputs.sets import PromptSets, prompt_hashes
 from abl_mlx.models import capture, given_template, memory
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.input_squares import InputSquares, recorded
+from abl_mlx.models.writers import Writer
 from abl_mlx.outputs import apps, destinations, staging
 from abl_mlx.outputs.model_file import find_model
 from abl_mlx.outputs.record_parts import combined_hash, hashes, measured, start_record, worst_leak
@@ -98,6 +105,7 @@ def measure(
     _check_places(out, picture, importance)
     options = replace(options, searching=options.searching.beside(out.with_suffix("")))
     others = explain.check(options.explain, explain_with, options.prompting)
+    refusal_cliff.check(options.refusal_cliff, options.prompting)
     clock = Clock()
     with find_model(text, options.chatting.template) as model:
         source = model.source
@@ -117,7 +125,7 @@ def measure(
         squares = InputSquares(chat.model, model.matrices()) if importance else None
         with recorded(chat, squares):
             found = find_behind_openings(chat, writers, sets, how, clock)
-        found = _with_more(chat, sets, options, found, clock, others)
+        found = _with_more(chat, writers, sets, options, found, clock, others)
         if importance is not None and squares is not None:
             squares.write(importance, [sets.harmful.train.name, sets.harmless.train.name])
         with clock.step("hash the source"):
@@ -149,6 +157,7 @@ def measure(
 
 def _with_more(
     chat: ChatModel,
+    writers: Sequence[Writer],
     sets: PromptSets,
     options: MeasureOptions,
     found: DirectionFile,
@@ -162,6 +171,8 @@ def _with_more(
         )
     if options.explain:
         found = explain.explain(chat, sets, options.prompting, others, found, clock)
+    if options.refusal_cliff:
+        found = refusal_cliff.measured(chat, writers, sets, options.measuring, found, clock)
     return found
 
 

@@ -20,6 +20,7 @@ from abl_mlx.directions.methods import METHODS
 from abl_mlx.edits.condition import Condition
 from abl_mlx.edits.update import Factors
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.records.cliffs import RefusalCliff
 from abl_mlx.records.conditions import ConditionFound
 from abl_mlx.records.directions import (
     Chosen,
@@ -262,6 +263,7 @@ _METADATA = record(
         "condition": kind_of(ConditionFound),
         "updates": list_of(kind_of(TriedUpdate)),
         "explained": kind_of(Explained),
+        "cliff": kind_of(RefusalCliff),
         "pins": _PINS,
         "embedding_scale": number(),
         "recipe": record(

@@ -71,6 +71,7 @@ def measured(direction: DirectionFile) -> Found:
     metadata = direction.metadata
     kept = (
         "first_look", "scores", "trials", "finalists", "sae", "condition", "updates", "explained",
+        "cliff",
     )  # fmt: skip
     found = {key: metadata[key] for key in kept if key in metadata}
     if direction.clouds is not None:

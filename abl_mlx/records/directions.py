@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from abl_mlx.records.cliffs import RefusalCliff
 from abl_mlx.records.conditions import ConditionFound
 from abl_mlx.records.evaluations import Kept
 from abl_mlx.records.explained import Explained
@@ -412,6 +413,7 @@ class Found(Part):
         condition: the prompts on which an edit at runtime is made. Weights have no condition.
         updates: the changes of MLPs that were tried, the chosen one first.
         explained: what the direction is made of.
+        cliff: where in its thoughts the model gives up refusals.
     """
 
     direction: Chosen
@@ -424,3 +426,4 @@ class Found(Part):
     condition: ConditionFound | None = None
     updates: list[TriedUpdate] | None = None
     explained: Explained | None = None
+    cliff: RefusalCliff | None = None
