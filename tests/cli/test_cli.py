@@ -147,20 +147,20 @@ def test_json_is_the_only_thing_on_stdout(place):
     ],
 )
 def test_a_signal_at_any_step_leaves_no_final_name(number, step, place):
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "abl_mlx", "run", "demo", "-o", place / "out", "--limit", "8"],
         stderr=subprocess.PIPE,
         text=True,
         # On Linux MLX compiles by system(), which ignores SIGINT for a moment.
         env={**os.environ, "PYTHONUNBUFFERED": "1", "MLX_DISABLE_COMPILE": "1"},
-    )
-    for line in process.stderr:
-        if line == f"· {step}\n":
-            time.sleep(0.02)
-            process.send_signal(number)
-            break
-    process.stderr.read()
-    assert process.wait() != 0
+    ) as process:
+        for line in process.stderr:
+            if line == f"· {step}\n":
+                time.sleep(0.02)
+                process.send_signal(number)
+                break
+        process.stderr.read()
+    assert process.returncode != 0
     assert not (place / "out").exists()
     if number != signal.SIGKILL:
         assert not list(place.glob(".out*"))
