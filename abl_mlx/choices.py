@@ -18,16 +18,11 @@ from typing import Any, TypeVar, get_args, get_type_hints
 #: embedding's columns).
 NORMS = ("none", "columns", "rows")
 
-#: The accepted values of ``--kind``: the component along the direction is removed (or scaled), or
-#: reversed.
-KINDS = ("project", "reflect")
+#: The accepted values of ``--kind``, and the strength of a reflection, which reverses a component.
+KINDS, REFLECTION = ("project", "reflect"), 2.0
 
-#: The accepted values of ``--edit``: the weights that write to the residual stream, or those that
-#: read it in the layers.
+#: The accepted values of ``--edit``: weights that write to the residual stream, or that read it.
 PLACES = ("writers", "readers")
-
-#: The strength of a reflection: W − 2 U(UᵀW) has the component reversed.
-REFLECTION = 2.0
 
 Self = TypeVar("Self", bound="Choices")  # typing.Self is of Python 3.11
 
@@ -264,6 +259,9 @@ class Editing(Choices):
             for the mean of those prompts, or a number; None for 0.
         kind: what is done with the component, one of `KINDS`.
         edit: what is edited, one of `PLACES`.
+        heads: the attention heads whose columns are edited: ``LAYER.HEAD,…``, or the number of
+            heads that write most along the direction; None for all.
+        experts: the same for experts, by how often harmful prompts are sent to them.
     """
 
     strength: float = 1.0
@@ -273,6 +271,13 @@ class Editing(Choices):
     pin: str | None = None
     kind: str = "project"
     edit: str = "writers"
+    heads: str | None = None
+    experts: str | None = None
+
+    @property
+    def by_parts(self) -> bool:
+        """Whether only some heads or experts are edited."""
+        return self.heads is not None or self.experts is not None
 
     @property
     def alpha(self) -> float:
@@ -431,6 +436,7 @@ class MeasureOptions(Choices):
             all prompts.
         explain: whether to tell what the direction is made of.
         refusal_cliff: whether to tell where in its thoughts a model gives up refusals.
+        rank_parts: rank attention heads and experts too.
         memory_check: refuse a model that is larger than the machine's memory.
     """
 
@@ -441,6 +447,7 @@ class MeasureOptions(Choices):
     condition: str | None = None
     explain: bool = False
     refusal_cliff: bool = False
+    rank_parts: bool = False
     memory_check: bool = True
 
     @property

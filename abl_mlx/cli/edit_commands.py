@@ -123,6 +123,12 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     "thought, and which attention heads write against it there (refusal suppression heads).",
 )
 @condition_flag
+@click.option(
+    "--rank-parts",
+    is_flag=True,
+    help="Also rank attention heads by what they write along the direction, and experts by how "
+    "much more often tokens of harmful prompts are sent to them (for --heads N and --experts N).",
+)
 @prompt_flags
 @chat_flags
 @choice_flags

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from abl_mlx.choices import KINDS, NORMS, PLACES
-from abl_mlx.cli.values import HERE, Features, Layers, PinValue, Position
+from abl_mlx.cli.values import HERE, Features, Layers, Parts, PinValue, Position
 from abl_mlx.directions.methods import METHODS, TABLE
 
 
@@ -277,7 +277,7 @@ def search_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags about the edit of the weights."""
+    """The flags about the edit of the weights; long because of their help texts."""
     flags = [
         click.option(
             "--strength",
@@ -318,6 +318,20 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="writers: nothing is written along the direction any more. readers: the stream "
             "keeps it, and the layers (queries, keys, values, gate, up, routers) no longer read "
             "along it.",
+        ),
+        click.option(
+            "--heads",
+            type=Parts(),
+            metavar="N|LAYER.HEAD,...",
+            help="Edit only what these attention heads write (with --experts, these too): named "
+            "ones, or the N that write most along the direction on harmful prompts.",
+        ),
+        click.option(
+            "--experts",
+            type=Parts(),
+            metavar="N|LAYER.EXPERT,...",
+            help="Edit only what these experts write: named ones, or the N to which tokens of "
+            "harmful prompts are sent more often than those of harmless ones.",
         ),
         click.option(
             "--kind",

@@ -33,6 +33,19 @@ class Layers(click.ParamType):
         return frozenset(chosen)
 
 
+class Parts(click.ParamType):
+    """A number of attention heads or experts, or named ones such as ``3.0,3.5``."""
+
+    name = "parts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).replace(" ", "")
+        if re.fullmatch(r"[1-9][0-9]{0,6}|[0-9]{1,6}\.[0-9]{1,6}(,[0-9]{1,6}\.[0-9]{1,6})*", text):
+            return text
+        told = f"{value!r} is no number, and no list of LAYER.NUMBER such as 3.0,3.5."
+        self.fail(told, param, ctx)
+
+
 class Bytes(click.ParamType):
     """A size such as ``2G``, ``500M`` or a number of bytes."""
 

@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from abl_mlx.choices import REFLECTION, Editing, Writing
+from abl_mlx.directions import parts
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.pinning import held_at
-from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.edit import Edit, Pairs
 from abl_mlx.edits.update import Factors, Update
 from abl_mlx.support.console import say
 from convert.base.errors import UsageError, UserError
@@ -22,6 +23,8 @@ def make_edit(
     *,
     recipe: Mapping[str, Any] | None = None,
     pin: mx.array | None = None,
+    heads: Pairs | None = None,
+    experts: Pairs | None = None,
 ) -> Edit:
     """The edit that removes directions with the chosen options.
 
@@ -30,6 +33,7 @@ def make_edit(
         editing: the chosen options.
         recipe: the result of a search besides the directions: ``profile`` and ``embedding``.
         pin: the components along the directions that the embedding gets, in its units.
+        heads, experts: as of `Edit`; None also where ``editing`` names some that are not known yet.
 
     Raises:
         UserError: when flags do not go together.
@@ -49,7 +53,7 @@ def make_edit(
     profile = recipe.get("profile") if editing.kind == "project" else None
     return Edit(
         selected, editing.alpha, editing.layers, embedding, profile, editing.norm, pin,
-        editing.edit,
+        editing.edit, heads, experts,
     )  # fmt: skip
 
 
@@ -68,7 +72,25 @@ def edit_of(direction: DirectionFile, editing: Editing) -> Edit | Update:
         metadata.get("embedding_scale"),
         int(direction.selected.shape[-2]),
     )
-    return make_edit(direction.selected, editing, recipe=metadata.get("recipe"), pin=pin)
+    heads, experts = parts_of(direction, editing)
+    return make_edit(
+        direction.selected, editing, recipe=metadata.get("recipe"), pin=pin, heads=heads,
+        experts=experts,
+    )  # fmt: skip
+
+
+def parts_of(direction: DirectionFile, editing: Editing) -> tuple[Pairs | None, Pairs | None]:
+    """The heads and the experts that the flags name; None for all.
+
+    Raises:
+        UserError: when they are of a ranking that the direction file lacks.
+    """
+    summary = direction.metadata.get("summary", {})
+    named = []
+    for flag, text in (("heads", editing.heads), ("experts", editing.experts)):
+        pairs = None if text is None else parts.chosen(text, summary.get(flag), f"--{flag}")
+        named.append(pairs)
+    return named[0], named[1]
 
 
 def update_of(updates: Mapping[int, Factors], editing: Editing) -> Update:
@@ -119,6 +141,17 @@ def check(editing: Editing, writing: Writing | None = None) -> None:
                 "--kind reflect mirrors what is written to the stream: leave it out, or --edit "
                 "readers."
             )
+    if editing.by_parts:
+        flag = "--heads" if editing.heads is not None else "--experts"
+        for other, given in (
+            ("--pin", editing.pin is not None),
+            (f"--norm {editing.norm}", editing.norm != "none"),
+            (f"--edit {editing.edit}", editing.edit != "writers"),
+            ("--mtp", writing is not None and writing.mtp),
+            ("--tensors", writing is not None and writing.tensors is not None),
+        ):
+            if given:
+                raise UsageError(f"{flag} and {other} do not go together: leave one of them out.")
     if editing.edit == "readers":
         for flag, given in (
             ("--pin", editing.pin is not None),

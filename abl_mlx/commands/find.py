@@ -11,6 +11,7 @@ from abl_mlx.commands import (
     condition_choice,
     first_look,
     layer_strengths,
+    part_ranking,
     prompt_choice,
     reply_choice,
     rome_choice,
@@ -439,6 +440,7 @@ def find_behind_openings(
     with clock.step("measure and choose a direction"):
         causal = seen.clear or not chat.completes
         found = _found(chat, writers, prompts, how, causal=causal, told=seen.told)
+    found = part_ranking.added(chat, writers, first, found, how.editing, clock)
     return replace(found, metadata={**found.metadata, "first_look": seen.record()})
 
 

@@ -33,6 +33,7 @@ def check(how: Measuring) -> None:
         ("--keep", prompting.keep is not None),
         ("--keep-system", prompting.keep_system is not None),
         (f"--kind {editing.kind}", editing.kind != "project"),
+        ("--heads or --experts", editing.by_parts),
     ):
         if given:
             raise UsageError(
@@ -60,15 +61,11 @@ def better(
     """
     steps, editing = how.searching.learn_strengths, how.editing
     if steps is not None:
-        if "validation_kl" in notes:
-            refused, kl = notes["refused"], notes["validation_kl"]
-        else:
-            effect = trial.of_edit(edit)
-            refused, kl = effect.refused, effect.kl
-        found = learned(trial, edit, layers, steps, refused, kl)
-        return None if found is None else (found, BY_LEARNING, kl)
+        before = trial.of_edit(edit)
+        found = learned(trial, edit, layers, steps, before)
+        return None if found is None else (found, BY_LEARNING, before.kl)
     by_hand = editing.layers is not None or editing.pin is not None or editing.norm == "rows"
-    by_hand = by_hand or editing.kind != "project"
+    by_hand = by_hand or editing.kind != "project" or editing.by_parts
     if "validation_kl" not in notes or how.finding.method == "over-refusal" or by_hand:
         return None
     refused, kl = notes["refused"], notes["validation_kl"]

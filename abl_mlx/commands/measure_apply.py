@@ -13,6 +13,7 @@ from abl_mlx.commands import (
     condition_choice,
     edit_choice,
     explain,
+    part_ranking,
     prompt_choice,
     refusal_cliff,
 )
@@ -139,6 +140,7 @@ def measure(
         "seed": options.prompting.seed,
     }
     found = _described(found, about)
+    found = part_ranking.with_all(chat, writers, sets, options, found, clock)
     direction_file.save(out, found)
     record = MeasureRecord(
         **measured(found).values_by_field,

@@ -132,8 +132,9 @@ def _find(
         )
     if not label.is_plain:
         raise UserError(
-            f"{name} was edited in a way (--norm, --pin, or a strength for each layer) that only "
-            "an undo file takes back: give it with --factors, or take the model it was made from."
+            f"{name} was edited in a way (--norm, --pin, --heads, --experts, or a strength for "
+            "each layer) that only an undo file takes back: give it with --factors, or take the "
+            "model it was made from."
         )
     file = direction_file.read(direction)
     if file.sha256 != label.direction_sha256:

@@ -4,12 +4,13 @@ What is minimized over the strengths s of each layer's attention and MLP, held t
 is KL(model ‖ edited) of harmless prompts, plus what the refusal scores of harmful prompts are above
 a ceiling:
 
-    mean KL(s) + PRICE · mean max(0, score(s) − CEILING)
+    mean KL(s) + PRICE · mean max(0, score(s) − ceiling)
 
-Both parts are of the first reply token, and differentiable. The second is an exact penalty: it is 0
-where every prompt is far enough from opening with a refusal, and then only the KL is lowered, until
-a few prompts touch the ceiling. Steps are Adam's (Kingma & Ba 2015, arXiv 1412.6980), each from a
-few prompts of each set, and projected on the bounds.
+Both parts are of the first reply token, and differentiable. The ceiling of a prompt is `CEILING`,
+or its score at strength 1 if that is higher and the edit ends refusals. So the second part is an
+exact penalty: it is 0 where every prompt is far enough from opening with a refusal, and then only
+the KL is lowered, until a few prompts touch their ceilings. Steps are Adam's (Kingma & Ba 2015,
+arXiv 1412.6980), each from a few prompts of each set, and projected on the bounds.
 """
 
 from __future__ import annotations
@@ -89,9 +90,7 @@ class Adam:
         self.values = np.clip(moved, low, high)
 
 
-def learned(
-    trial: Trial, edit: Edit, layers: int, steps: int, refused: float, kl: float
-) -> Learned | None:
+def learned(trial: Trial, edit: Edit, layers: int, steps: int, before: Effect) -> Learned | None:
     """The edit with learned strengths, if these are better than strength 1; else None.
 
     They are better if no more prompts open with a refusal than may, and the KL is lower; or, where
@@ -102,16 +101,19 @@ def learned(
         edit: the edit, whose strength is 1 everywhere.
         layers: L, the number of the model's layers.
         steps: how many steps are made.
-        refused, kl: its effect on all validation prompts, as of `Effect`.
+        before: its effect on all validation prompts.
 
     Raises:
         UserError: when a module of the model has no gradient.
     """
     forward, backward = trial.tokens, trial.backward
+    refused, kl = before.refused, before.kl
+    works = refused <= trial.left
+    ceilings = [max(CEILING, score) if works else CEILING for score in before.scores]
     state = Adam.at(np.ones((len(COMPONENTS), layers)))
     with progress(steps, "learn strengths", "step") as bar:
         for number in range(steps):
-            found = trial.slopes(edit, state.values, PROMPTS, number * PROMPTS, CEILING)
+            found = trial.slopes(edit, state.values, PROMPTS, number * PROMPTS, ceilings)
             if found is None:
                 raise UserError(
                     "--learn-strengths: a module of this model has no gradient here (experts on a "
@@ -120,7 +122,7 @@ def learned(
             rate = RATE * (1 - 0.9 * number / max(1, steps - 1))
             state.step(found.of_kl + PRICE * found.of_refusal, rate, 0.0, STRONGEST)
             bar.update()
-    works, best = refused <= trial.left, None
+    best = None
     for share in SHARES:
         strengths = 1 + share * (state.values - 1)
         profile = {name: row.tolist() for name, row in zip(COMPONENTS, strengths, strict=True)}

@@ -51,7 +51,7 @@ def slopes(
     harmless: Sequence[Sequence[int]],
     base: mx.array,
     tokens: Sequence[int],
-    ceiling: float | None = None,
+    ceilings: Sequence[float] | None = None,
 ) -> Slopes:
     """The slopes of an edit, by one forward and one backward pass of each prompt.
 
@@ -63,7 +63,8 @@ def slopes(
         harmful, harmless: encoded prompts.
         base: log-probabilities of the unedited model after the harmless prompts, (M, V).
         tokens: the refusal openings.
-        ceiling: if it is given, only what refusal scores are above it counts, in nats.
+        ceilings: if they are given, only what the refusal score of each harmful prompt is above its
+            own counts, in nats.
 
     Raises:
         Exception: whatever MLX raises where a module of the model has no gradient.
@@ -74,7 +75,9 @@ def slopes(
         inside = mx.logsumexp(rows[:, openings], axis=-1)
         # The probability of all other tokens; of one that rounds to 0, the score stays finite.
         scores = inside - mx.log(mx.maximum(1 - mx.exp(inside), 1e-7))
-        return scores if ceiling is None else mx.maximum(scores - ceiling, 0)
+        if ceilings is None:
+            return scores
+        return mx.maximum(scores - mx.array(list(ceilings[start : start + len(rows)])), 0)
 
     def kl(rows: mx.array, start: int) -> mx.array:
         return kl_divergence(base[start : start + len(rows)], rows)

@@ -209,7 +209,7 @@ class Trial:
         strengths: np.ndarray,
         most: int,
         first: int = 0,
-        ceiling: float | None = None,
+        ceilings: Sequence[float] | None = None,
     ) -> Slopes | None:
         """How the effect of an edit changes with its strength in each layer.
 
@@ -218,7 +218,7 @@ class Trial:
             strengths: (2, L), by which it is multiplied, as of `slopes.slopes`.
             most: how many prompts of each set to run, forward and backward.
             first: the first of them; after the last prompt of a set comes its first.
-            ceiling: as of `slopes.slopes`.
+            ceilings: as of `slopes.slopes`, of all harmful prompts in the order of `Effect`.
 
         Returns:
             None where a module of the model has no gradient.
@@ -235,7 +235,7 @@ class Trial:
         try:
             found = slopes.slopes(
                 self._chat, self._writers, plain, strengths, *asked, self._base[mx.array(good)],
-                self.refusal_tokens, ceiling,
+                self.refusal_tokens, ceilings and [ceilings[n] for n in bad],
             )  # fmt: skip
         except (NotImplementedError, RuntimeError, ValueError):
             return None

@@ -40,6 +40,10 @@ def orthonormal(directions: mx.array) -> mx.array:
         raise UserError("a direction is zero or not finite: it points nowhere.") from None
 
 
+#: (layer, number) of heads or experts.
+Pairs = frozenset[tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class Edit:
     """Removal of directions from residual writers. It does not depend on a file format.
@@ -61,6 +65,13 @@ class Edit:
             gets, in the embedding's units; None for 0. As no other writer writes along the
             directions after the edit, the stream has this component everywhere (affine editing).
         places: what is edited, one of `choices.PLACES`.
+        heads: (layer, head) of the attention heads whose columns are edited, and no others; nothing
+            but these and ``experts`` is edited then. None for all heads, if ``experts`` is None.
+        experts: the same for experts, by (layer, expert).
+        slab: the rows, counted through all experts, and the columns of the part of a tensor that
+            functions are given; None if they are given whole tensors.
+        expert: the number of the expert whose tensor functions are given; None if they are given
+            the stack of all.
     """
 
     directions: mx.array
@@ -71,6 +82,10 @@ class Edit:
     norm: str = "none"
     pin: mx.array | None = None
     places: str = "writers"
+    heads: Pairs | None = None
+    experts: Pairs | None = None
+    slab: tuple[slice, slice] | None = None
+    expert: int | None = None
 
     @property
     def width(self) -> int:
@@ -86,10 +101,26 @@ class Edit:
             and self.norm == "none"
             and self.pin is None
             and self.places == "writers"
+            and not self.by_parts
         )
 
+    @property
+    def by_parts(self) -> bool:
+        """Whether only some heads or experts are edited."""
+        return self.heads is not None or self.experts is not None
+
+    def parts_of(self, writer: Writer) -> frozenset[int]:
+        """The numbers of a writer's heads or experts that are edited, for an edit `by_parts`."""
+        pairs = self.experts if writer.kind == "experts" else self.heads if writer.parts else None
+        return frozenset(part for layer, part in pairs or () if layer == writer.layer)
+
     def parameters(self, writer: Writer) -> tuple[str, ...]:
-        """Which of ``weight`` and ``bias`` the edit changes, of those that the writer has."""
+        """Which of ``weight`` and ``bias`` the edit changes, of those that the writer has.
+
+        A bias behind attention heads belongs to none of them.
+        """
+        if self.heads is not None and writer.kind == "linear":
+            return ("weight",)
         return ("weight", "bias") if writer.has_bias else ("weight",)
 
     def axis(self, writer: Writer, parameter: str) -> int:
@@ -100,9 +131,13 @@ class Edit:
         """The same edit, keeping no norms."""
         return replace(self, norm="none")
 
-    def of_rows(self, rows: slice) -> Edit:
-        """The edit of a part of each tensor: itself, because no row differs from the others."""
-        return self
+    def of_slab(self, rows: slice, columns: slice) -> Edit:
+        """The edit of a part of each tensor."""
+        return replace(self, slab=(rows, columns)) if self.by_parts else self
+
+    def of_expert(self, expert: int) -> Edit:
+        """The edit of the tensor of one expert, if each has a tensor of its own."""
+        return replace(self, expert=expert) if self.by_parts else self
 
     def low_rank(self, writer: Writer, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Factors of the change of a weight at strength 1, (…, out, k) and (…, k, in), float32.
@@ -129,6 +164,8 @@ class Edit:
         """Whether this writer, or reader, is edited."""
         if writer.reads != (self.places == "readers"):
             return False
+        if self.by_parts and not self.parts_of(writer):
+            return False
         if writer.component == "embedding" and (writer.reads or writer.kind == "embedding"):
             return self.embedding
         if self.layers is not None and writer.layer not in self.layers:
@@ -143,6 +180,7 @@ class Edit:
         """
         writers = list(writers)
         self._check_layers(max((writer.layer for writer in writers), default=-1))
+        self._check_parts(writers)
         chosen = [writer for writer in writers if self.touches(writer)]
         if not chosen or self.strength == 0:
             raise UserError(
@@ -150,6 +188,28 @@ class Edit:
                 "--strength other than 0."
             )
         return chosen
+
+    def _check_parts(self, writers: Sequence[Writer]) -> None:
+        """Check that the model has the heads and experts that are to be edited.
+
+        Raises:
+            UserError: naming one that it does not have.
+        """
+        for flag, what, pairs in (
+            ("--heads", "heads", self.heads), ("--experts", "experts", self.experts),
+        ):  # fmt: skip
+            have = {
+                one.layer: one.parts
+                for one in writers
+                if one.parts and (one.kind == "experts") == (what == "experts")
+            }
+            for layer, part in sorted(pairs or ()):
+                if part >= have.get(layer, 0):
+                    count = f"{have[layer]} {what}" if layer in have else f"no {what} to edit"
+                    raise UserError(
+                        f"{flag} {layer}.{part}: layer {layer} of this model has {count}, counted "
+                        "from 0."
+                    )
 
     def _check_layers(self, deepest: int) -> None:
         """Check that per-layer directions and strengths are for all layers of the model.
@@ -195,7 +255,33 @@ class Edit:
         if self.pin is not None and writer.kind == "embedding":
             held = self.pin if isinstance(along, mx.array) else numpy_of(self.pin)
             along = along - (held if axis == -1 else held[:, None])
-        return self.strength_of(writer) * along
+        taken = self.strength_of(writer) * along
+        if not self.by_parts:
+            return taken
+        share = self.share(writer, along.shape, axis).astype(np.float32)
+        return taken * (mx.array(share) if isinstance(along, mx.array) else share)
+
+    def share(self, writer: Writer, shape: tuple[int, ...], axis: int) -> np.ndarray:
+        """1 for the components of heads and experts that are edited, 0 for others.
+
+        Args:
+            writer: the writer.
+            shape: of the components, as for `taken`; the result broadcasts to it.
+            axis: the axis of length k.
+        """
+        chosen = self.parts_of(writer)
+        if writer.kind == "experts":
+            one = self.expert
+            if one is None and self.slab is not None:
+                one = self.slab[0].start // self.width
+            if one is not None:
+                return np.array(one in chosen)
+            each = np.array([expert in chosen for expert in range(shape[0])])
+            return each.reshape(-1, *[1] * (len(shape) - 1))
+        found = np.repeat(
+            [head in chosen for head in range(writer.parts)], writer.inputs // writer.parts
+        )
+        return found if self.slab is None else found[self.slab[1]]
 
 
 def stream_axis(kind: str, parameter: str) -> int:

@@ -172,6 +172,11 @@ class Edited:
     taken: np.ndarray | None = None
     importance: np.ndarray | None = None
 
+    @property
+    def taken_any(self) -> bool:
+        """Whether the edit changes anything here."""
+        return self.taken is None or bool(self.taken.any())
+
     def on(self, grid: AnyGrid) -> AnyGrid:
         """The edited weights rounded to a grid."""
         wanted = (self.target, self.basis, self.axis, self.removed, self.taken)

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 
 from abl_mlx.edits.edit import Edit, orthonormal
 from abl_mlx.edits.update import Update
@@ -82,6 +83,9 @@ def _wrapped(
     """A call of a writer whose output is projected, or of a reader whose input is."""
     basis = edit.basis(writer)
     scaled = (strengths or {}).get(writer.component)
+    if isinstance(edit, Edit) and edit.by_parts:
+        some = _some_experts if writer.kind == "experts" else _some_heads
+        return some(edit, writer)
 
     def projected(states: mx.array) -> mx.array:
         unit = basis.astype(states.dtype)
@@ -97,6 +101,37 @@ def _wrapped(
         return call(projected(states), *args, **kwargs)
 
     return reading if writer.kind in READERS else writing
+
+
+def _some_heads(edit: Edit, writer: Writer) -> Around:
+    """A call whose output is projected as far as some heads wrote it."""
+    basis = edit.basis(writer)
+    share = mx.array(edit.share(writer, (), -2).astype(np.float32))
+
+    def wrapper(call: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        output = call(x, *args, **kwargs)
+        written = call(x * share.astype(x.dtype), *args, **kwargs)
+        if writer.has_bias:
+            written = written - writer.module["bias"].astype(output.dtype)
+        unit = basis.astype(output.dtype)
+        return output - edit.strength_of(writer) * (written @ unit.T) @ unit
+
+    return wrapper
+
+
+def _some_experts(edit: Edit, writer: Writer) -> Around:
+    """A call of a stack of experts in which the outputs of some are projected."""
+    basis = edit.basis(writer)
+    share = mx.array(edit.share(writer, (writer.parts,), -1).astype(np.float32))
+
+    def wrapper(call: Any, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> Any:
+        output = call(x, indices, *args, **kwargs)
+        unit = basis.astype(output.dtype)
+        along = output @ unit.T
+        chosen = share[indices].reshape(*along.shape[:-1], 1).astype(output.dtype)
+        return output - edit.strength_of(writer) * (chosen * along) @ unit
+
+    return wrapper
 
 
 def _projected_head(edit: Edit, writer: Writer) -> Around:

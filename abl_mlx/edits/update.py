@@ -121,9 +121,13 @@ class Update:
         """The same edit, which keeps no norms."""
         return self
 
-    def of_rows(self, rows: slice) -> Update:
+    def of_slab(self, rows: slice, columns: slice) -> Update:
         """The edit of some rows of each matrix."""
         return replace(self, rows=rows)
+
+    def of_expert(self, expert: int) -> Update:
+        """The edit itself, which changes no experts."""
+        return self
 
     def low_rank(self, writer: Writer, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Factors of the change at strength 1: (rows, k) and (k, n), float32."""

@@ -69,8 +69,16 @@ class WeightEdit(Protocol):
     def without_norms(self) -> WeightEdit:
         """The same edit, keeping no norms."""
 
-    def of_rows(self, rows: slice) -> WeightEdit:
-        """The edit of a part of each tensor, for functions that are given these rows only."""
+    def of_slab(self, rows: slice, columns: slice) -> WeightEdit:
+        """The edit of a part of each tensor, for functions that are given this part only.
+
+        Args:
+            rows: its rows, counted through all experts.
+            columns: its columns.
+        """
+
+    def of_expert(self, expert: int) -> WeightEdit:
+        """The edit of the tensor of one expert, if each has a tensor of its own."""
 
     def low_rank(self, writer: Writer, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Factors of the change of a weight at strength 1, (…, out, k) and (…, k, in), float32.

@@ -12,7 +12,7 @@ import numpy as np
 
 from abl_mlx.models import readers
 from abl_mlx.models.chat_model import ChatModel, load_tokenizer
-from abl_mlx.models.writers import Writer
+from abl_mlx.models.writers import Writer, with_heads
 from abl_mlx.support.console import progress
 from convert.architectures.gguf_writers import GgufWriter
 from convert.base.errors import UserError, of
@@ -150,4 +150,11 @@ def writer_of(source: GgufSource, one: GgufWriter) -> Writer:
         gain = mx.array(product.astype(np.float32))
     # The copy of the embedding in a block for multi-token prediction is edited as the embedding is.
     path = "token_embd.weight" if one.name.endswith("nextn.embed_tokens.weight") else one.name
-    return Writer(path, one.kind, one.layer, gain, one.bias is not None, nn.Module(), one.tied)
+    found = Writer(path, one.kind, one.layer, gain, one.bias is not None, nn.Module(), one.tied)
+    shape = source.tensors[one.name].shape
+    if one.kind == "experts":
+        return replace(found, parts=shape[0])
+    heads = source.metadata.get(f"{source.architecture}.attention.head_count")
+    if isinstance(heads, list):
+        heads = heads[one.layer] if 0 <= one.layer < len(heads) else None
+    return with_heads(found, shape[-1], heads)

@@ -14,12 +14,14 @@ architecture is refused.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.module_weights import module_shape
 from abl_mlx.models.probe import Leaf, Probe
 from abl_mlx.support.arrays import number
 from convert.base.errors import UserError
@@ -31,6 +33,11 @@ _TOLERANCE = 1e-3
 # in a deep model; a missed writer leaves about 1e-2.
 _REHEARSED = 1e-4
 
+
+# Names of the last weights of attentions, whose input columns are the outputs of the heads.
+_ATTENTION = re.compile(r"(attn|attention)(\.|_out)")
+
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 # Names of MLPs inside a layer, in MLX and in GGUF.
 _MLP = re.compile(r"mlp|ffn|ff_|feed_?forward|moe|expert|dense_4h_to_h|\bfc|\bw2\b|linear_2|ffwd")
@@ -59,6 +66,9 @@ class Writer:
         tied: whether the weight is the output head as well (tied embeddings).
         reads: whether it reads the stream instead of writing to it; so does a tied output head,
             whose kind is ``embedding``.
+        parts: the number of attention heads whose outputs are its inputs, or of experts; 0 if it
+            has neither.
+        inputs: n, the number of its input columns, if it has heads.
         centered: whether a reader gets the stream less its mean over the d elements (LayerNorm).
     """
 
@@ -71,6 +81,8 @@ class Writer:
     tied: bool = False
     reads: bool = False
     centered: bool = False
+    parts: int = 0
+    inputs: int = 0
 
     @property
     def component(self) -> str:
@@ -282,7 +294,26 @@ def _writer(leaf: Leaf, gain: mx.array | None, chat: ChatModel, tied: bool) -> W
             "architecture is refused."
         )
     layer = -1 if leaf.layer is None else leaf.layer
-    return Writer(leaf.path, kind, layer, gain, "bias" in module, module, tied)
+    found = Writer(leaf.path, kind, layer, gain, "bias" in module, module, tied)
+    if kind == "experts":
+        return replace(found, parts=shape[0])
+    text = chat.config.get("text_config") or chat.config
+    heads = next((text[key] for key in _HEADS if key in text), None)
+    return with_heads(found, module_shape(module)[-1], heads)
+
+
+def with_heads(writer: Writer, inputs: int, heads: Any) -> Writer:
+    """The writer, with its heads if it is the last weight of an attention.
+
+    Args:
+        writer: the writer.
+        inputs: the number of its input columns.
+        heads: the model's number of attention heads, as its configuration has it.
+    """
+    attends = writer.kind == "linear" and _ATTENTION.search(writer.path)
+    if not attends or not isinstance(heads, int) or heads < 1 or inputs % heads:
+        return writer
+    return replace(writer, parts=heads, inputs=inputs)
 
 
 # --- the rehearsal -----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models import from_gguf
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.module_weights import module_parts, module_shape
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.adapter import (
     attached,
@@ -26,8 +27,6 @@ from abl_mlx.outputs.adapter import (
     components,
     leak_of,
     low_rank_kind,
-    module_parts,
-    module_shape,
     tensor_parts,
     untouched_leak,
 )

@@ -57,7 +57,7 @@ def read_label(values: Mapping[str, Any] | None, name: str) -> Label:
             str(values["embedding"]) == "True",
             str(values.get("mtp")) == "True",
             None if values.get("tensors") is None else str(values["tensors"]),
-            not {"norm", "pin", "recipe"} & set(values),
+            not {"norm", "pin", "recipe", "heads", "experts"} & set(values),
             str(values.get("edit", "writers")),
             "updates" in values,
         )

@@ -146,25 +146,25 @@ def plan(
     floats: dict[str, Stored] = {}
 
     def add(
-        name: str, writer: Writer, parameter: str, transposed: bool, row: int, module: str = ""
-    ) -> bool:
-        matrix = None
-        if parameter == "weight" and not transposed:
-            matrix = find_matrix(files, name, row)
+        name: str, writer: Writer, parameter: str, transposed: bool, row: int, module: str = "",
+        edit: WeightEdit = edit,
+    ) -> bool:  # fmt: skip
+        plain = TensorEdit(edit, writer, parameter, transposed)
+        matrix = _in_matrix(files, name, plain, row, module, writer_bits)
         if matrix is None:
-            edits[name] = TensorEdit(edit, writer, parameter, transposed)
-            return False
-        kind = _float_type(files, matrix.dtype)
-        kept = MatrixEdit(edit, writer, matrix, matrix, kind, module)
-        matrices[name] = promoted(kept, writer_bits) if writer_bits else kept
-        return True
+            edits[name] = plain
+        else:
+            matrices[name] = matrix
+        return matrix is not None
 
     for writer in chosen:
         for parameter in edit.parameters(writer):
             path = f"{writer.path}.{parameter}"
             stored = places[path]
-            for name in stored.tensors:
-                if not add(name, writer, parameter, stored.transposed, widths[writer.path]):
+            row, alone = widths[writer.path], len(stored.tensors) == 1
+            for index, name in enumerate(stored.tensors):
+                one = edit if alone else edit.of_expert(index)
+                if not add(name, writer, parameter, stored.transposed, row, edit=one):
                     floats[path] = stored
     for part in _prediction_parts(chat, files, edit, writers, places) if mtp else []:
         module = part.name.removesuffix(".weight")
@@ -182,6 +182,34 @@ def plan(
         module = name.removesuffix(".weight")
         add(name, head_copy.as_writer(name, embedding, chat), "weight", False, chat.width, module)
     return Plan(edits, floats, matrices, copies)
+
+
+def _in_matrix(
+    files: TensorFiles,
+    name: str,
+    one: TensorEdit,
+    row: int,
+    module: str,
+    writer_bits: str | None,
+) -> MatrixEdit | None:
+    """The edit of a tensor as that of a quantized matrix; None if it is not quantized.
+
+    Args:
+        files: the folder's tensors.
+        name: the tensor's name.
+        one: its edit, if it is not quantized.
+        row: the number of its columns.
+        module: its name in config.json's "quantization"; empty if that is the writer's path.
+        writer_bits: as for `plan`.
+    """
+    if one.parameter != "weight" or one.transposed:
+        return None
+    matrix = find_matrix(files, name, row)
+    if matrix is None:
+        return None
+    kind = _float_type(files, matrix.dtype)
+    kept = MatrixEdit(one.edit, one.writer, matrix, matrix, kind, module)
+    return promoted(kept, writer_bits) if writer_bits else kept
 
 
 def _prediction_parts(

@@ -63,8 +63,8 @@ class MatrixEdit:
         return self.edit.axis(self.writer, self.parameter)
 
     def part(self, slab: Slab) -> MatrixEdit:
-        """The edit of a slab's rows."""
-        return replace(self, edit=self.edit.of_rows(slab.rows))
+        """The edit of a slab."""
+        return replace(self, edit=self.edit.of_slab(slab.rows, slab.columns))
 
     @property
     def is_promoted(self) -> bool:
@@ -152,6 +152,8 @@ def edit_slab(one: MatrixEdit, own: Grid, source: str, *, plain: bool = False) -
     if plain:
         grid = found.fresh(edited.target) if one.is_promoted else own
         return codec.encode(grid.with_codes(grid.nearest(edited.target)))
+    if not edited.taken_any:
+        source = "own"  # nothing changes here, so every code may stay
     how = "fresh" if one.is_promoted else source
     return codec.encode(rounding.round_onto(own, edited, found, how))
 

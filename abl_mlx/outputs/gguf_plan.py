@@ -68,8 +68,8 @@ class TensorPlan:
         return self.edit.axis(self.writer, self.parameter)
 
     def part(self, slab: Slab) -> TensorPlan:
-        """The edit of a slab's rows."""
-        return replace(self, edit=self.edit.of_rows(slab.rows))
+        """The edit of a slab."""
+        return replace(self, edit=self.edit.of_slab(slab.rows, slab.columns))
 
     def weights(self, slab: Slab, shape: tuple[int, ...]) -> np.ndarray | None:
         """The importance of a slab's columns, (columns,), of a tensor of this shape."""
@@ -205,6 +205,8 @@ def edit_slab(
         changed = one.new != one.old
         own = ggml_types.fresh(edited.target, one.new, importance) if changed else decoded
         return codec.encode(own.with_codes(own.nearest(edited.target)))
+    if one.new == one.old and not edited.taken_any:
+        source = "own"  # nothing changes here, so every code may stay
     return codec.encode(rounding.round_onto(decoded, edited, encoders(one.new, importance), source))
 
 
@@ -337,7 +339,7 @@ def _edited_rows(
     waiting: np.ndarray | None = None
     for slab in slabs(shape, axis, max(block, _block(one.old)[0])):
         decoded, weights = read(raw, one.old, slab), one.weights(slab, shape)
-        edited = edit_slab(one, decoded, grid_source, plain=plain, importance=weights)
+        edited = edit_slab(one.part(slab), decoded, grid_source, plain=plain, importance=weights)
         done(edited.shape[0] * (slab.columns.stop - slab.columns.start))
         if slab.columns == slice(0, n):
             yield edited

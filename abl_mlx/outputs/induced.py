@@ -85,6 +85,8 @@ def check(paths: Sequence[Path], options: RunOptions) -> None:
     for flag, given in (
         ("--pin", editing.pin is not None),
         ("--norm", editing.norm != "none"),
+        ("--heads", editing.heads is not None),
+        ("--experts", editing.experts is not None),
         ("--edit", editing.edit != "writers"),
         ("--kind", editing.kind != "project"),
         ("--layers", editing.layers is not None),

@@ -68,6 +68,8 @@ def edit_label(
         **({"updates": ",".join(map(str, sorted(updates)))} if updates is not None else {}),
         **({"kind": editing.kind} if editing.kind != "project" else {}),
         **({"edit": editing.edit} if editing.edit != "writers" else {}),
+        **({"heads": editing.heads} if editing.heads is not None else {}),
+        **({"experts": editing.experts} if editing.experts is not None else {}),
         **({"norm": editing.norm} if editing.norm != "none" else {}),
         **({"pin": editing.pin} if editing.pin is not None else {}),
         **({"recipe": json.dumps(recipe)} if recipe else {}),

@@ -289,6 +289,24 @@ class JudgedFinalist(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankedPart(Part):
+    """An attention head or an expert, with figures of the train prompts.
+
+    Attributes:
+        layer, number: which one, counted from 0.
+        harmful, harmless: the mean component that a head writes along the first direction at the
+            measured token; or how often a token of the prompts is sent to an expert, 0 to 1.
+        stable: of an expert, how often it is among the first when prompts are drawn anew, 0 to 1.
+    """
+
+    layer: int
+    number: int
+    harmful: float
+    harmless: float
+    stable: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chosen(Selection):
     """The directions or the constant that were chosen, and the reason.
 
@@ -318,6 +336,8 @@ class Chosen(Selection):
         judged: verdicts on replies in every mode of thinking.
         kept: set -> the refusals that are to stay, counted in replies to validation prompts.
         update: the change of MLPs, if no directions are removed.
+        heads: those that write most along the direction, by harmful less harmless.
+        experts: those to which tokens of harmful prompts are sent more often.
     """
 
     multiple: float | None = None
@@ -347,6 +367,8 @@ class Chosen(Selection):
     views: list[ViewOf] | None = None
     judged: JudgedInModes | None = None
     kept: dict[str, Kept] | None = None
+    heads: list[RankedPart] | None = None
+    experts: list[RankedPart] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

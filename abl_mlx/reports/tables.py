@@ -26,7 +26,13 @@ from abl_mlx.records.edits import (
 from abl_mlx.records.evaluations import Comparison, Kept, Rate, Refusals, RefusalsInMode
 from abl_mlx.records.looks import Changed, DiffRecord, InspectRecord
 from abl_mlx.records.measurements import Thoughts
-from abl_mlx.reports import cliff_tables, condition_tables, explain_tables, sae_tables
+from abl_mlx.reports import (
+    cliff_tables,
+    condition_tables,
+    explain_tables,
+    part_tables,
+    sae_tables,
+)
 from abl_mlx.reports.recognition_tables import recognition_rows
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
@@ -274,6 +280,7 @@ def measure_line(record: MeasureRecord) -> str:
     more = condition_tables.condition_lines(record.condition)
     more += explain_tables.lines(record.explained)
     more += cliff_tables.lines(record.cliff)
+    more += part_tables.lines(record.direction)
     return "\n".join([line, *notes.lines(record.note), *more, *sae_tables.lines(record.sae)])
 
 

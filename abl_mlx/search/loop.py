@@ -395,6 +395,7 @@ def check(how: Measuring) -> None:
         raise UserError("--search and --pin do not go together: leave one of them out.")
     for flag, value, usual in (
         ("--kind", how.editing.kind, "project"), ("--edit", how.editing.edit, "writers"),
+        ("--heads", how.editing.heads, None), ("--experts", how.editing.experts, None),
     ):  # fmt: skip
         if value != usual:
             raise UsageError(

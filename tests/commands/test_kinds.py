@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -16,7 +17,8 @@ from abl_mlx.cli.main import cli
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.inputs import prompts
 from abl_mlx.models import from_gguf
-from abl_mlx.models.chat_model import load
+from abl_mlx.models.chat_model import ChatModel, load
+from abl_mlx.models.module_weights import module_parts, module_shape
 from abl_mlx.outputs import adapter_outputs
 from convert.gguf.file import GgufSource
 from convert.mlx_to_gguf import write_gguf
@@ -189,3 +191,101 @@ def test_reflections_are_refused_where_they_make_no_sense(direction: Path, tmp_p
     said = fails("run", "demo", "-o", out, "--kind", "reflect", "--induce")
     assert "--kind" in said
     assert not out.exists()
+
+
+# --- heads and experts -------------------------------------------------------------------------
+
+
+def test_some_heads_of_a_gguf(four_bits: Path, direction: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    out, lora, folder = (tmp_path / name for name in ("o.gguf", "o.lora.gguf", "folder"))
+    flags = "--heads", "2.2,2.3", "--kind", "reflect"
+    record = abl_mlx("apply", direction, four_bits, "-o", out, "-o", lora, "-o", folder, *flags)
+    for one in record["written"]:
+        assert set(one["leak"]["tensors"]) == {"blk.2.attn_output.weight"}
+        assert one["leak"]["total"] < 1e-3
+    r, name = abl_mlx_direction(direction), "blk.2.attn_output.weight"
+    before, after = tensors(four_bits), tensors(out)
+    assert [key for key in before if (before[key] != after[key]).any()] == [name]
+    edited = slice(2 * 32, 4 * 32)
+    along, now = (r @ one[name] for one in (before, after))
+    np.testing.assert_allclose(now[edited], -along[edited], atol=1e-3)
+    # Other heads lie in the same blocks of 256 columns, whose scales may change.
+    others = np.r_[0:64, 128:256]
+    np.testing.assert_allclose(now[others], along[others], atol=1e-3)
+    moved = np.linalg.norm((after[name] - before[name])[:, others])
+    assert moved < 0.05 * np.linalg.norm(before[name][:, others])
+    # The same edit in a file, in an adapter and in a folder.
+    answers = [
+        one(HELD_OUT.texts[:6], 24)
+        for one in (evaluate.InLlamaCpp(out), evaluate.InLlamaCpp(four_bits, lora))
+    ]
+    assert answers[0] == answers[1]
+    assert abl_mlx("audit", out)["label"]["heads"] == "2.2,2.3"
+
+
+def test_heads_by_their_ranking(tmp_path: Path) -> None:
+    found, out, back = (tmp_path / name for name in ("d.safetensors", "out", "back"))
+    record = abl_mlx("measure", "demo", "-o", found, "--rank-parts", "--limit", 16, "--layer", 2)
+    ranking = record["direction"]["heads"]
+    assert {(one["layer"], one["number"]) for one in ranking[:2]} == {(2, 2), (2, 3)}
+    assert "experts" not in record["direction"]
+    abl_mlx("apply", found, "demo", "-o", out, "--heads", 2, "--keep-undo")
+    before, after = tensors(MODEL_PATH), tensors(out)
+    (changed,) = [name for name in before if (before[name] != after[name]).any()]
+    assert changed == "model.layers.2.self_attn.o_proj.weight"
+    abl_mlx("undo", out, "-o", back)
+    again = tensors(back)
+    np.testing.assert_allclose(again[changed], before[changed], atol=1e-4)
+    # A number needs a ranking, which this file lacks for experts.
+    said = fails("apply", found, "demo", "-o", tmp_path / "y", "--experts", 2)
+    assert "--rank-parts" in said
+    said = fails("apply", found, "demo", "-o", tmp_path / "y", "--experts", "0.1")
+    assert "layer 0 of this model has no experts" in said
+    said = misused("run", "demo", "-o", tmp_path / "y", "--heads", "2.2", "--search", 3)
+    assert "--search and --heads 2.2" in said
+
+
+@pytest.mark.parametrize("form", ["folder", "gguf", "quantized"])
+def test_some_experts_alone(form: str, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    source, vector = tiny_folder("qwen3_moe", dtype="float32"), tmp_path / "r.npy"
+    r = np.random.default_rng(3).standard_normal(64)
+    np.save(vector, r.astype(np.float32))
+    r /= np.linalg.norm(r)
+    out = tmp_path / "out"
+    if form == "quantized":
+        source = quantize(source, tmp_path / "source", bits=4, group_size=32)
+    elif form == "gguf":
+        write_gguf(source, tmp_path / "source.gguf", file_type="F32")
+        source, out = tmp_path / "source.gguf", tmp_path / "out.gguf"
+    record = abl_mlx("apply", vector, source, "-o", out, "--experts", "1.0,1.2")
+    assert record["leak"]["total"] < 2e-3
+    tokens = mx.array([[5, 9, 200, 31]])
+    plain, edited = loaded(source), loaded(out)
+    assert mx.abs(plain.model(tokens) - edited.model(tokens)).max().item() > 1e-4
+    for layer in range(len(plain.layers)):
+        old, new = (
+            dequantized(one.layers[layer].mlp.switch_mlp.down_proj) for one in (plain, edited)
+        )
+        for expert in range(len(old)):
+            left = np.linalg.norm(r @ new[expert]) / np.linalg.norm(r @ old[expert])
+            if layer == 1 and expert in (0, 2):
+                assert left < 5e-3
+            else:
+                assert (old[expert] == new[expert]).all()
+
+
+def loaded(place: Path) -> ChatModel:
+    """A folder or a GGUF as a model in MLX."""
+    if place.is_dir():
+        return load(place)
+    with GgufSource(place) as gguf:
+        return from_gguf.load(gguf)[0]
+
+
+def dequantized(module: nn.Module) -> np.ndarray:
+    """A stack of experts in float64: (E, d, n)."""
+    found = np.zeros(module_shape(module))
+    for index, values in module_parts(module):
+        found[index] = np.array(values)
+    return found

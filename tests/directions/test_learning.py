@@ -53,7 +53,7 @@ def test_only_what_is_above_the_ceiling_counts(ceiling: float) -> None:
     base, likely = first_reply_token(chat, asked), [7, 9]
 
     def at(strengths: np.ndarray) -> Slopes:
-        return slopes(chat, writers, edit, strengths, asked, asked, base, likely, ceiling)
+        return slopes(chat, writers, edit, strengths, asked, asked, base, likely, [ceiling] * 4)
 
     strengths = np.full((2, len(chat.layers)), 0.8)
     found = at(strengths)
@@ -81,15 +81,19 @@ class Known:
         return np.array([3.0, 3.5, 4.0]) - (self.buys * strengths).sum()
 
     def slopes(
-        self, edit: Edit, strengths: np.ndarray, most: int, first: int, ceiling: float
+        self, edit: Edit, strengths: np.ndarray, most: int, first: int, ceilings: list[float]
     ) -> Slopes:
         self.tokens += 10
         self.backward += 10
-        above = self.scores(strengths) - ceiling
+        above = self.scores(strengths) - np.array(ceilings)
         return Slopes(
             float(np.maximum(above, 0).mean()), float((self.costs * strengths**2).sum()),
             -self.buys * float((above > 0).mean()), 2 * self.costs * strengths,
         )  # fmt: skip
+
+    def at_one(self) -> Effect:
+        ones = [1.0] * self.buys.shape[1]
+        return self.of_edit(Edit(mx.ones((1, 4)), profile={"attention": ones, "mlp": ones}))
 
     def of_edit(self, edit: Edit) -> Effect:
         assert edit.profile is not None
@@ -103,8 +107,8 @@ def test_strengths_are_learned_that_cost_less() -> None:
     rng = np.random.default_rng(3)
     buys, costs = rng.exponential(size=(2, 6)), 0.02 * rng.exponential(size=(2, 6))
     buys *= 6.5 / buys.sum()  # at strength 1 every prompt is clear of a refusal
-    trial, kl = Known(buys, costs), float(costs.sum())
-    found = learned(trial, Edit(mx.ones((1, 4))), 6, 60, 0.0, kl)  # type: ignore[arg-type]
+    trial, kl, edit = Known(buys, costs), float(costs.sum()), Edit(mx.ones((1, 4)))
+    found = learned(trial, edit, 6, 60, trial.at_one())  # type: ignore[arg-type]
     assert found is not None
     assert found.effect.refused == 0
     assert found.effect.kl < 0.75 * kl
@@ -117,10 +121,10 @@ def test_strengths_are_learned_that_cost_less() -> None:
     assert strengths.ravel()[worth.argmax()] > strengths.ravel()[worth.argmin()]
     # Where nothing can be gained strength 1 stays.
     flat = Known(np.full((2, 6), 5.01 / 12 + 0.0825), np.full((2, 6), 0.01))
-    assert learned(flat, Edit(mx.ones((1, 4))), 6, 20, 0.0, 0.12) is None  # type: ignore[arg-type]
+    assert learned(flat, edit, 6, 20, flat.at_one()) is None  # type: ignore[arg-type]
     trial.slopes = lambda *_: None  # type: ignore[assignment, return-value]
     with pytest.raises(UserError, match="no gradient"):
-        learned(trial, Edit(mx.ones((1, 4))), 6, 2, 0.0, kl)  # type: ignore[arg-type]
+        learned(trial, edit, 6, 2, trial.at_one())  # type: ignore[arg-type]
 
 
 def test_the_demo_learns_strengths() -> None:

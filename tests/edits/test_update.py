@@ -43,7 +43,7 @@ def test_exact_values_are_the_weights_and_the_change(strength):
     wanted = values + change_of(edit)
     assert np.abs(exact(edit, writer(), "weight", values) - wanted).max() < 1e-5
     rows = slice(16, 40)
-    part = exact(edit.of_rows(rows), writer(), "weight", values[rows])
+    part = exact(edit.of_slab(rows, slice(None)), writer(), "weight", values[rows])
     assert np.array_equal(part, exact(edit, writer(), "weight", values)[rows])
 
 
