@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from abl_mlx.choices import Conditioning, Prompting
@@ -53,7 +53,7 @@ def add_condition(
     def encoded(part: str, every: Sequence[Split]) -> list[list[int]]:
         return [chat.encode(one) for each in every for one in getattr(each, part).prompts]
 
-    with clock.step("find the condition"):
+    with clock.step("find the condition"), ExitStack() as stack:
         tokens = {
             part: (encoded(part, [inside]), encoded(part, outside))
             for part in ("train", "validation")
@@ -62,7 +62,7 @@ def add_condition(
             [one for pair in tokens.values() for s in pair for one in s]
         )
         train, validation = (
-            Sides(*(conditioning.states_of(chat, one, counts) for one in pair))
+            Sides(*(stack.enter_context(conditioning.stored(chat, one, counts)) for one in pair))
             for pair in tokens.values()
         )
         condition, found = conditioning.find(train, validation, counts, spec)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from abl_mlx.choices import Prompting
@@ -69,7 +68,7 @@ def explain(
         place = direction.metadata.get("cloud", {})
         layer, position = int(place["layer"]), int(place["position"])
         states = {
-            name: _states(chat, part.train.prompts, position, name)[:, layer]
+            name: _states(chat, part.train.prompts, layer, position, name)
             for name, part in {"harmful": sets.harmful, "harmless": sets.harmless}.items()
         }
         found = _Explaining(chat, sets, direction, layer, position, states)
@@ -118,7 +117,8 @@ class _Explaining:
         """Cosines with what the methods that need means or states alone find here."""
         bad, good = self._states["harmful"], self._states["harmless"]
         for one in methods.TABLE:
-            if not one.is_plain or one.needs == methods.THREE_MEANS or one.each_layer:
+            same = one.each_layer or one.name in (methods.ROME, methods.SAE)  # as the default
+            if not one.is_plain or one.needs == methods.THREE_MEANS or same:
                 continue
             if one.needs == methods.STATES:
                 found, _ = one.estimate(bad, good, 1)
@@ -144,7 +144,7 @@ class _Explaining:
             yield self._with("contrast", name, decomposition.contrast(high, low))
 
     def _neutral(self, asked: Sequence[Prompt], name: str) -> Array:
-        return _states(self._chat, asked, self._position, name)[:, self._layer]
+        return _states(self._chat, asked, self._layer, self._position, name)
 
     def _with(self, kind: str, name: str, rows: Array) -> CosineWith:
         return CosineWith(kind=kind, name=name, cosine=decomposition.cosine(self._lead, rows))
@@ -205,10 +205,13 @@ class _Explaining:
         )
 
 
-def _states(chat: ChatModel, asked: Sequence[Prompt], position: int, label: str) -> Array:
-    """The states of prompts behind what replies open with, (N, L, d) float64."""
-    mode = asked[0].thinking
-    opening = list(chat.reply_prefixes.get(mode, ()))
+def _states(
+    chat: ChatModel, asked: Sequence[Prompt], layer: int, position: int, label: str
+) -> Array:
+    """The states of prompts after a layer, behind what replies open with, (N, d) float64."""
+    opening = list(chat.reply_prefixes.get(asked[0].thinking, ()))
     tokens = [chat.encode(one) + opening for one in asked]
-    states: mx.array = capture.full(chat, tokens, [position], label=f"explain, {label}")
-    return numpy_of(states[:, :, 0]).astype(np.float64)
+    found = np.empty((len(asked), chat.width))
+    for indices, states in capture.iterate(chat, tokens, [position], label=f"explain, {label}"):
+        found[indices] = numpy_of(states[:, layer, 0])
+    return found

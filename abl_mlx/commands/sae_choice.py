@@ -11,7 +11,7 @@ import numpy as np
 
 from abl_mlx.choices import Finding, Measuring
 from abl_mlx.commands.candidate_choice import Finder
-from abl_mlx.directions import estimators, sae_features, sae_files, selection
+from abl_mlx.directions import estimators, methods, sae_features, sae_files, selection
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.sae import Sae
 from abl_mlx.directions.variants import Variant
@@ -20,9 +20,6 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.records.directions import RankedFeature, SaeFound
 from abl_mlx.support.arrays import numpy_of
 from convert.base.errors import UsageError, UserError
-
-#: The method's name in records.
-METHOD = "sae"
 
 #: How many features are tried alone, and how many of the first are tried together.
 ALONE, TOGETHER = 8, (2, 3, 4, 6)
@@ -60,9 +57,12 @@ def check(how: Measuring, chat: ChatModel) -> None:
     if finding.sae is None:
         if finding.feature is not None:
             raise UsageError(f"--feature {finding.feature} is of an autoencoder: add --sae FOLDER.")
+        if finding.method == methods.SAE:
+            raise UsageError("--method sae needs an autoencoder: add --sae FOLDER.")
         return
+    other = None if finding.method == methods.SAE else finding.method
     for flag, given in (
-        (f"--method {finding.method}", finding.method), ("--across", finding.across),
+        (f"--method {other}", other), ("--across", finding.across),
         ("--per-layer", finding.per_layer or None), ("--keep", how.prompting.keep),
         ("--keep-system", how.prompting.keep_system), ("--search", how.searching.search),
     ):  # fmt: skip
@@ -145,7 +145,7 @@ class SaeFinder(Finder):
             rows = (basis * np.where(np.diag(triangle) < 0, -1.0, 1.0)).T
         directions = mx.array(rows.astype(np.float32))
         position = self._place[0]
-        return Variant(directions, METHOD, self._sae.layer, position, features=chosen)
+        return Variant(directions, methods.SAE, self._sae.layer, position, features=chosen)
 
     def _chosen(self, causal: bool) -> Variant:
         given = self._how.finding.features
@@ -190,10 +190,7 @@ class SaeFinder(Finder):
         features = list(dict.fromkeys([*(variant.features or ()), *self._first()]))
         train = [one[:, features] for one in self._activations]
         wanted = sae_features.differences(*train)
-        held_out = [
-            encode(sae, np.asarray(states[sae.layer, column]))[:, features]
-            for states in self._states
-        ]
+        held_out = [encode(sae, states[sae.layer, column])[:, features] for states in self._states]
         means = numpy_of(self._candidates.difference(sae.layer, position)).astype(np.float64)
         cosines = estimators.unit(numpy_of(sae.decoder[mx.array(features)])) @ estimators.unit(
             means

@@ -10,6 +10,7 @@ and the weight of a linear probe are in the grid as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.records.conditions import ConditionFound
 from abl_mlx.support.arrays import numpy_of
+from convert.base import scratch
 from convert.base.errors import UserError
 
 Array = np.ndarray
@@ -66,7 +68,8 @@ class Cut:
 
 def difference(inside: Array, outside: Array) -> Array:
     """The difference of the means, (N, d), (M, d) -> (d,)."""
-    return np.asarray(inside.mean(axis=0) - outside.mean(axis=0))
+    apart: Array = inside.mean(axis=0) - outside.mean(axis=0)
+    return apart
 
 
 def principal(inside: Array, outside: Array) -> Array:
@@ -127,15 +130,29 @@ def best_cut(scores: Sides) -> Cut:
 # --- the search --------------------------------------------------------------------------------
 
 
-def states_of(chat: ChatModel, sequences: Sequence[Sequence[int]], counts: Sequence[int]) -> Array:
-    """Mean states of the last tokens of each prompt, (N, L, len(counts), d) float32."""
+@contextmanager
+def stored(
+    chat: ChatModel, sequences: Sequence[Sequence[int]], counts: Sequence[int]
+) -> Iterator[Array]:
+    """Context manager with mean states of the last tokens of each prompt, in a temporary file.
+
+    Args:
+        chat: the model, without any intervention.
+        sequences: encoded prompts.
+        counts: the numbers of last tokens that are averaged.
+
+    Yields:
+        (N, L, len(counts), d) float32, memory-mapped.
+    """
     shape = len(sequences), len(chat.layers), len(counts), chat.width
-    found = np.empty(shape, np.float32)
     offsets = range(-max(counts), 0)
-    for indices, states in capture.iterate(chat, sequences, offsets, label="condition"):
-        for at, count in enumerate(counts):
-            found[indices, :, at] = numpy_of(states[:, :, -count:].mean(axis=2))
-    return found
+    with scratch.scratch() as folder:
+        found = scratch.array(folder / "condition.f32", shape)
+        for indices, states in capture.iterate(chat, sequences, offsets, label="condition"):
+            for at, count in enumerate(counts):
+                found[indices, :, at] = numpy_of(states[:, :, -count:].mean(axis=2))
+        yield found
+        del found
 
 
 def counts_of(sequences: Sequence[Sequence[int]]) -> list[int]:
@@ -150,7 +167,7 @@ def find(
     """The condition with the largest F1 on validation prompts, and what is known of it.
 
     Args:
-        train, validation: states (N, L, T, d) and (M, L, T, d), as `states_of` returns them.
+        train, validation: states (N, L, T, d) and (M, L, T, d), as `stored` yields them.
         counts: the T numbers of tokens that were averaged.
         prompts: where the prompts came from, for the record.
     """

@@ -21,6 +21,9 @@ ByCategory = Mapping[str, Array]
 #: The smallest number of prompts of a category that is looked at.
 FEWEST = 2
 
+#: How often categories are shuffled for the share that chance gives.
+SHUFFLES = 30
+
 
 def cosine(direction: Array, basis: Array) -> float:
     """The cosine of a unit vector (d,) with another vector (d,), or with a subspace (k, d).
@@ -146,7 +149,8 @@ class Topics:
         share: ‖P r‖², P being the projection on the span of the categories' means less the mean of
             these means.
         dimensions: of that span.
-        chance: the share of a random direction, dimensions / d.
+        chance: the mean share with shuffled categories. States fill few of their d dimensions, and
+            means of few prompts are noisy, so it is far more than dimensions / d.
     """
 
     share: float
@@ -156,15 +160,27 @@ class Topics:
 
 def topics(direction: Array, harmless: ByCategory) -> Topics | None:
     """The share of a direction in the span of harmless topics; None with fewer than two."""
-    means = _means(harmless)
-    if len(means) < 2:
+    kept = {name: states for name, states in harmless.items() if len(states) >= FEWEST}
+    if len(kept) < 2:
         return None
-    rows = np.stack(list(means.values()))
-    rows = rows - rows.mean(axis=0)
+    every = np.concatenate([np.asarray(states, np.float64) for states in kept.values()])
+    of = np.repeat(np.arange(len(kept)), [len(states) for states in kept.values()])
+    rows = _centred_means(every, of)
     dimensions = int(np.linalg.matrix_rank(rows))
     if not dimensions:
         return None
-    return Topics(inside(direction, rows), dimensions, dimensions / rows.shape[1])
+    random = np.random.default_rng(0)
+    shuffled = [
+        inside(direction, _centred_means(every, random.permutation(of))) for _ in range(SHUFFLES)
+    ]
+    return Topics(inside(direction, rows), dimensions, float(np.mean(shuffled)))
+
+
+def _centred_means(states: Array, of: Array) -> Array:
+    """The mean of each group of states less the mean of these means, (N, d), (N,) -> (K, d)."""
+    rows = np.stack([states[of == group].mean(axis=0) for group in range(of.max() + 1)])
+    centred: Array = rows - rows.mean(axis=0)
+    return centred
 
 
 def matched(harmful: ByCategory, harmless: ByCategory) -> tuple[Array, list[str]] | None:

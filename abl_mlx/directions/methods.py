@@ -106,6 +106,10 @@ def _function(name: str) -> Callable[..., Any]:
 #: The method that changes MLPs and removes no directions (`rome`). It measures as the default does.
 ROME = "rome"
 
+#: The method that takes directions from a sparse autoencoder's decoder (``--sae``). It measures as
+#: the default does.
+SAE = "sae"
+
 _AS_PROJECTED = "as `projected`"
 
 TABLE = (
@@ -206,6 +210,13 @@ TABLE = (
         "along μ_H − μ_G",
         planted="by its formula",
         source="Meng et al. 2022 (ROME), 2023 (MEMIT); Fang et al. 2025 (AlphaEdit)",
+    ),
+    Method(
+        SAE, MEANS, "estimators:difference",
+        direction="decoder rows of features of a sparse autoencoder (`--sae FOLDER`), which are "
+        "ranked by how they tell H from G ([sae.md](sae.md))",
+        planted="as far as the autoencoder has a feature for it",
+        source="O'Brien et al. 2024, arXiv 2411.11296; Yeo et al. 2025, arXiv 2505.23556",
     ),
 )  # fmt: skip
 

@@ -68,7 +68,7 @@ class TopicShare(Part):
     Attributes:
         share: of its squared length, 0 to 1.
         dimensions: of the span.
-        chance: the share of a random direction.
+        chance: the mean share with shuffled categories.
     """
 
     share: float

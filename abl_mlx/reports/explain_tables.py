@@ -48,13 +48,15 @@ def _cone(cone: ConeOf) -> list[str]:
 def _shares(found: Explained) -> list[str]:
     rows = []
     if found.cone is not None:
+        noise = sum(one.noise for one in found.cone.categories) / len(found.cone.categories)
         rows.append(
-            f"  {found.cone.common:>6.1%}  of the categories' differences is common to all of them"
+            f"  {found.cone.common:>6.1%}  of the categories' differences is common to all of them "
+            f"(their noise taken off: {noise:.0%} on average)"
         )
     if found.topics is not None:
         rows.append(
             f"  {found.topics.share:>6.1%}  of it lies among the topics of harmless prompts "
-            f"({found.topics.dimensions} dimensions; a random direction: "
+            f"({found.topics.dimensions} dimensions; with shuffled topics: "
             f"{found.topics.chance:.1%})"
         )
     if found.matched is not None:

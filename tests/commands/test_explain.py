@@ -54,6 +54,7 @@ def test_figures_are_those_of_the_states(measured: tuple[Path, dict]) -> None:
     assert cosines["method", "difference-of-means"] == pytest.approx(1, abs=1e-4)
     assert cosines["file", "other.npy"] == pytest.approx(r[5], abs=1e-6)
     assert cosines["file", "plane.npy"] == pytest.approx(np.linalg.norm(r[5:8]), abs=1e-6)
+    assert "rome" not in {name for _, name in cosines}
     assert {name for kind, name in cosines if kind == "contrast"} == set(explain.pairs())
     assert found["chance"] == 1 / 16
     # By category, and the matched categories, which the demo's sets share.
@@ -72,6 +73,7 @@ def test_figures_are_those_of_the_states(measured: tuple[Path, dict]) -> None:
     basis = np.linalg.svd(means - means.mean(axis=0))[2][:4]
     assert found["topics"]["share"] == pytest.approx(float(((basis @ r) ** 2).sum()), abs=1e-4)
     assert found["topics"]["dimensions"] == 4
+    assert 0 < found["topics"]["chance"] < 1
     assert found["matched"]["categories"] == 5
     assert found["matched"]["cosine"] > 0.98
     # Across layers.

@@ -12,8 +12,9 @@ from abl_mlx.directions import methods
 #: Of the methods whose constants make them long, shorter ones.
 SHORT = {"rdo": {"steps": 2, "prompts": 4, "reply_tokens": 4}}
 
-#: Needs borderline prompts (tests/commands/test_measurement.py runs it).
-OTHERS = ("over-refusal",)
+#: The one needs borderline prompts (tests/commands/test_measurement.py runs it), the other an
+#: autoencoder (tests/commands/test_sae.py).
+OTHERS = ("over-refusal", "sae")
 
 
 #: Methods whose every step other tests take; these runs are slow together.

@@ -56,7 +56,8 @@ def test_a_run_takes_the_feature_whose_removal_ends_refusals(sae: Path, tmp_path
 
 def test_named_features_are_their_decoder_rows(sae: Path, tmp_path: Path) -> None:
     out = tmp_path / "d.safetensors"
-    asked = ["measure", "demo", "-o", out, "--sae", sae, "--feature", "7,3", "--limit", 16]
+    asked = ["measure", "demo", "-o", out, "--sae", sae, "--feature", "7,3", "--limit", 16,
+             "--method", "sae"]  # fmt: skip
     said = CliRunner().invoke(cli, list(map(str, asked))).stdout
     assert "sae, features 7, 3, rank 2, after layer 2, at token -1" in said
     assert "256 features (topk) of the stream after layer 2, trained on demo" in said
@@ -91,6 +92,7 @@ def test_show_tells_which_features_a_prompt_has(sae: Path, direction: Path, tmp_
 
 WRONG = [
     (("--feature", "3"), "--feature 3 is of an autoencoder: add --sae FOLDER"),
+    (("--method", "sae"), "--method sae needs an autoencoder: add --sae FOLDER"),
     (("--sae", "SAE", "--method", "svd"), "--sae and --method svd do not go together"),
     (("--sae", "SAE", "--feature", "256"), "--feature 256: sae has the features 0 to 255"),
     (("--sae", "SAE", "--layer", "1"), "says that it reads the stream after layer 2"),

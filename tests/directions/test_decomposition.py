@@ -88,11 +88,31 @@ def test_the_share_of_topics() -> None:
     centred = means - means.mean(axis=0)
     basis = np.linalg.svd(centred)[2][:2]
     assert found.share == pytest.approx(float(((basis @ r) ** 2).sum()))
-    assert (found.dimensions, found.chance) == (2, 2 / D)
+    assert found.dimensions == 2
     along = decomposition.topics(unit(centred[0]), harmless)
     assert along is not None
     assert along.share == pytest.approx(1.0)
     assert decomposition.topics(r, {"a": harmless["a"]}) is None
+
+
+def test_chance_is_the_share_with_shuffled_topics() -> None:
+    # States fill few dimensions: a direction along one of these has a share without any topic.
+    scale = np.where(np.arange(D) < 4, 5.0, 0.1)
+    noise = {name: RANDOM.normal(size=(20, D)) * scale for name in "abcde"}
+    shares, chances = [], []
+    for _ in range(40):
+        r = unit(RANDOM.normal(size=D) * scale)
+        found = decomposition.topics(r, {n: RANDOM.permutation(one) for n, one in noise.items()})
+        assert found is not None
+        shares.append(found.share)
+        chances.append(found.chance)
+    assert np.mean(chances) > 0.6  # dimensions / d is 0.1
+    assert np.mean(shares) == pytest.approx(np.mean(chances), abs=0.15)
+    topic = {name: one + 9 * np.eye(D)[10 + k] for k, (name, one) in enumerate(noise.items())}
+    found = decomposition.topics(unit(np.eye(D)[10] - np.eye(D)[11]), topic)
+    assert found is not None
+    assert found.share > 0.9
+    assert found.chance < 0.6
 
 
 def test_matched_categories_cancel_what_a_topic_adds() -> None:

@@ -140,6 +140,33 @@ def test_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
         sae_files.read(str(torn))
 
 
+@pytest.mark.parametrize("form", ["saelens", "npz", "safetensors"])
+def test_spoilt_bytes_end_in_a_sentence_or_in_finite_activations(form: str, tmp_path: Path) -> None:
+    weights = saes.weights("jumprelu", width=4, count=6, seed=4)
+    folder = tmp_path / "layer_1"
+    if form == "saelens":
+        saes.write_saelens(folder, weights, "jumprelu")
+    else:
+        saes.write_gemma_scope(folder, weights, form)
+    random = np.random.default_rng(8)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    refused = 0
+    for _ in range(120):
+        path = list(whole)[random.integers(len(whole))]
+        spoilt = bytearray(whole[path])
+        for at in random.integers(len(spoilt), size=random.integers(1, 4)):
+            spoilt[at] = random.integers(256)
+        path.write_bytes(bytes(spoilt[: random.integers(len(spoilt) // 2, len(spoilt) + 1)]))
+        try:
+            sae = sae_files.read(str(folder))
+        except UserError as error:
+            refused += "\n" not in str(error)
+        else:
+            assert encoded(sae, np.ones((2, sae.width))).shape == (2, sae.count)
+        path.write_bytes(whole[path])
+    assert refused > 60
+
+
 def test_one_that_does_not_fit_a_model_is_refused(tmp_path: Path) -> None:
     weights = saes.weights("standard", width=12, count=40, seed=4)
     folder = saes.write_saelens(tmp_path / "sae", weights, "standard")
