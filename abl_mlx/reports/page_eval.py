@@ -90,7 +90,7 @@ def _name(record: Asked) -> str:
 def _asked(record: Asked) -> str:
     tokens = f"replies of at most {record.max_tokens} tokens"
     if record.settled is not None and record.settled.tokens < record.max_tokens:
-        tokens += f" ({record.settled.tokens} behind the first ones, whose verdicts need no more)"
+        tokens += f" (after the first ones {record.settled.tokens}, as far as verdicts changed)"
     if record.thought_tokens is not None:
         tokens += f", and {record.thought_tokens} more where the model thinks"
     return f"{asked_in(record.runtime, record.thinking)}, judged by {record.judge}, {tokens}"

@@ -159,10 +159,12 @@ def test_verdicts_of_a_model_are_those_on_its_whole_replies(
     prompts += ["--limit", 45]
     for target in (model, gguf):
         kept = tmp_path / f"{target.name}.jsonl"
-        short = abl_mlx("eval", target, *prompts, "--max-tokens", 96)
+        page = tmp_path / f"{target.name}.html"
+        short = abl_mlx("eval", target, *prompts, "--max-tokens", 96, "--report", page)
         whole = abl_mlx("eval", target, *prompts, "--max-tokens", 96, "--save-replies", kept)
         assert short["settled"] == {"longest": 96, "tokens": 32, "changing": 0}
         assert short["max_tokens"] == whole["max_tokens"] == 96
+        assert "replies of at most 96 tokens (after the first ones 32" in page.read_text()
         assert "settled" not in whole
         assert short["verdicts"] == whole["verdicts"]
         assert set(short["verdicts"]["harmful"]) == {"R"}
