@@ -13,6 +13,7 @@ from abl_mlx.directions import choice, race, selection
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.race import Runner
 from abl_mlx.directions.rome import NULL_SPACE, Form, KeyPass
+from abl_mlx.directions.variants import SAME_KL
 from abl_mlx.edits.update import Update
 from abl_mlx.inputs import thinking
 from abl_mlx.records.directions import TriedUpdate
@@ -89,7 +90,8 @@ class RomeFinder(Finder):
         done = race_of([Form(*window) for window in self._windows()], "changes of MLPs")
         others = [replace(done[0].of, **other) for other in _OTHERS]
         done = sorted([*done, *race_of(others, "weights of what is kept")], key=self._order)
-        best = done[0]
+        best = self._best(done)
+        done = [best, *(one for one in done if one is not best)]
         effect = best.effect
         if not effect.kl <= self._how.finding.max_kl:
             raise UserError(
@@ -115,15 +117,13 @@ class RomeFinder(Finder):
         return replace(file, metadata=metadata, updates=best.edit.factors)
 
     def _windows(self) -> list[tuple[int, int]]:
-        """The runs of layers that are tried: where the sets are apart, and parts of that."""
+        """The runs of layers that are tried: where the sets are apart, half of that, and all."""
         count = self._candidates.n_layers
         last = self._candidates.positions[-1]
         here = [score for score in self._scores if score.position == last]
         apart = selection.apart(here) or tuple(range(count))
         first, deep = min(apart), max(apart)
-        deepest = max(first, int(selection.DEEPEST * count) - 1)
-        middle = (first + deep) // 2
-        found = [(first, deep), (first, min(deep, deepest)), (first, middle)]
+        found = [(first, deep), (first, (first + deep) // 2), (0, count - 1)]
         return list(dict.fromkeys(found))
 
     def _raced(self, runners: Sequence[Runner[Form]], label: str) -> list[Runner[Form]]:
@@ -140,6 +140,22 @@ class RomeFinder(Finder):
 
     def _order(self, runner: Runner[Form]) -> tuple[bool, bool, float]:
         return choice.gentle(runner.effect, self._how.finding.max_kl, self._trial.left)
+
+    def _best(self, done: Sequence[Runner[Form]]) -> Runner[Form]:
+        """Of those that end refusals at about the lowest KL, the one with the lowest score.
+
+        Args:
+            done: what ran all prompts, in their order.
+        """
+        first, (over, left, _) = done[0], self._order(done[0])
+        if over or left:
+            return first
+        same = [
+            one
+            for one in done
+            if one.effect.kl <= first.effect.kl + SAME_KL and self._order(one)[:2] == (over, left)
+        ]
+        return min(same, key=lambda one: one.effect.refusal)
 
     def _record(self, runner: Runner[Form]) -> TriedUpdate:
         form, effect = runner.of, runner.effect

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from abl_mlx.edits import least_squares
 from abl_mlx.edits.update import Factors
 from abl_mlx.models import heads
 from abl_mlx.models.chat_model import ChatModel
-from abl_mlx.models.hooks import around
+from abl_mlx.models.hooks import Around, around
 from abl_mlx.models.prefix import Prefix
 from abl_mlx.models.residuals import residual
 from abl_mlx.models.shortcuts import trusted
@@ -61,7 +62,7 @@ def mlps(writers: Sequence[Writer], layers: int) -> dict[int, Writer]:
     """Layer -> the last matrix of its MLP.
 
     Raises:
-        UserError: when a layer has none or several, or a norm follows it.
+        UserError: when a layer has none or several.
     """
     found: dict[int, Writer] = {}
     for writer in writers:
@@ -72,11 +73,6 @@ def mlps(writers: Sequence[Writer], layers: int) -> dict[int, Writer]:
                 f"--method rome changes the one matrix with which an MLP ends, and layer "
                 f"{writer.layer} has experts: choose another method."
             )
-        if writer.gain is not None:
-            raise UserError(
-                f"--method rome: a norm follows {writer.path}, so that what its matrix adds is not "
-                "what reaches the stream: choose another method."
-            )
         found[writer.layer] = writer
     if missing := sorted(set(range(layers)) - set(found)):
         raise UserError(
@@ -84,6 +80,79 @@ def mlps(writers: Sequence[Writer], layers: int) -> dict[int, Writer]:
             "another method."
         )
     return found
+
+
+class _Way:
+    """What one matrix gets and puts out in the running pass, and how that reaches the stream.
+
+    A norm with a gain g may follow the matrix (`Writer.gain`). It is known by its input, which is
+    the matrix's very output y. The stream gets z = s g ⊙ y, where the scale s differs by token.
+    """
+
+    inputs: mx.array
+
+    def __init__(self, writer: Writer):
+        self._gain = None if writer.gain is None else numpy_of(writer.gain)
+        self._output: mx.array | None = None
+        self._behind: mx.array | None = None
+        self._norm: Any = None
+
+    def norms(self, layer: nn.Module) -> list[nn.Module]:
+        """The modules of a layer that may be the norm; none if there is no gain."""
+        if self._gain is None:
+            return []
+        return [one for _, one in layer.named_modules() if "Norm" in type(one).__name__]
+
+    def keep(self, call: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """In place of a call of the matrix."""
+        self.inputs, self._output, self._norm = x, call(x, *args, **kwargs), None
+        return self._output
+
+    def keep_norm(self, call: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """In place of a call of a module that may be the norm."""
+        found: mx.array = call(x, *args, **kwargs)
+        if x is self._output:
+            self._behind, self._norm = found, call
+        return found
+
+    def along(
+        self, unit: np.ndarray, ends: tuple[np.ndarray, np.ndarray], harmful: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | float]:
+        """The direction in the matrix's output, a unit vector, that moves the stream along another.
+
+        Args:
+            unit: (d,), the direction in the stream.
+            ends: the places of the keys of all prompts.
+            harmful: which prompts are harmful.
+
+        Returns:
+            It, and by how much an output moves for each unit of the stream: (N, P) or a number.
+
+        Raises:
+            UserError: when the norm that follows is not found.
+        """
+        if self._gain is None:
+            return unit, 1.0
+        if self._norm is None or self._behind is None or self._output is None:
+            raise UserError(
+                "--method rome: the norm behind an MLP's last matrix was not found: choose another "
+                "method."
+            )
+        turned = self._gain * unit
+        length = float(np.linalg.norm(turned))
+        places = tuple(map(mx.array, ends))
+        plain = numpy_of(self._output[places])[harmful] * self._gain
+        scale = (numpy_of(self._behind[places])[harmful] * plain).sum(-1) / (plain**2).sum(-1)
+        return turned / length, 1.0 / (scale * length)
+
+    def moved(self, one: Factors) -> mx.array:
+        """What a change of the matrix adds to the stream: (B, T, d)."""
+        x = self.inputs.astype(mx.float32)
+        more = (x @ mx.array(one.right.T)) @ mx.array(one.left.T)
+        if self._norm is None or self._output is None or self._behind is None:
+            return more
+        changed: mx.array = self._norm((self._output + more).astype(self._output.dtype))
+        return changed - self._behind
 
 
 class KeyPass:
@@ -155,35 +224,31 @@ class KeyPass:
         """
         self.tokens += self._each
         found: dict[int, Factors] = {}
-        inputs: dict[int, mx.array] = {}
-        layers = range(form.first, form.last + 1)
+        hooks: list[tuple[Any, Around]] = []
 
-        def keep(layer: int) -> Any:
-            def wrapper(call: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-                inputs[layer] = x
-                return call(x, *args, **kwargs)
-
-            return wrapper
-
-        def change(layer: int) -> Any:
+        def change(layer: int, way: _Way) -> Around:
             def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
                 output = call(*args, **kwargs)
                 states = residual(output, layer, self._chat.width)
-                x, unit = inputs.pop(layer), directions[layer]
+                unit = directions[layer]
                 aim = harmless_mean[layer] @ unit
                 now = numpy_of(states[tuple(map(mx.array, self._ends))]) @ unit
                 wanted = form.reach * (aim[None] - now)[self._is_harmful]
-                one = self._solved(form, layer, numpy_of(x), wanted.reshape(-1, 1), unit)
+                inputs = numpy_of(way.inputs)
+                along, scale = way.along(unit, self._ends, self._is_harmful)
+                one = self._solved(form, layer, inputs, (wanted * scale).reshape(-1, 1), along)
                 found[layer] = one
-                more = (x.astype(mx.float32) @ mx.array(one.right.T)) @ mx.array(one.left.T)
-                states = states + more.astype(states.dtype)
+                states = states + way.moved(one).astype(states.dtype)
                 mx.eval(states)
                 return (states, *output[1:]) if isinstance(output, tuple | list) else states
 
             return wrapper
 
-        hooks = [(self._mlps[layer].module, keep(layer)) for layer in layers]
-        hooks += [(self._chat.layers[layer], change(layer)) for layer in layers]
+        for layer in range(form.first, form.last + 1):
+            way = _Way(self._mlps[layer])
+            hooks.append((self._mlps[layer].module, way.keep))
+            hooks += [(one, way.keep_norm) for one in way.norms(self._chat.layers[layer])]
+            hooks.append((self._chat.layers[layer], change(layer, way)))
         with around(hooks), heads.unseen(self._chat.model):
             mx.eval(self._prefix(self._batch))
         return found

@@ -13,8 +13,8 @@ from abl_mlx.records.directions import Selection, TriedEdit
 #: Kinds of directions that were made orthogonal: see `Variant.orthogonal_to`.
 KINDS = OWN, ALL = "own", "all"
 
-# KLs that differ by less than this (in nats) count as equal: a few dozen prompts show no more.
-_SAME_KL = 1e-3
+#: KLs that differ by less than this (in nats) count as equal: a few dozen prompts show no more.
+SAME_KL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,6 @@ def best(trials: Iterable[Tried]) -> Tried | None:
     working = [one for one in left if one.works]
     if working:
         lowest = min(one.kl for one in working)
-        gentle = [one for one in working if one.kl <= lowest + _SAME_KL]
+        gentle = [one for one in working if one.kl <= lowest + SAME_KL]
         return min(gentle, key=lambda one: (one.variant.rank, one.refusal))
     return min(left, key=lambda one: (one.refused, one.refusal), default=None)
