@@ -316,6 +316,11 @@ def _check_effects(how: Measuring) -> None:
         for flag, given in (
             ("--per-layer", finding.per_layer), (f"--across {finding.across}", finding.across),
             ("--pin", how.editing.pin), ("--norm rows", how.editing.norm == "rows"),
+            (f"--kind {how.editing.kind}", how.editing.kind != "project"),
+            (
+                "--learn-strengths",
+                how.searching.learn_strengths is not None and method.strength != 1,
+            ),
         ):  # fmt: skip
             if given:
                 refuse(f"--method {method.name}", flag)
