@@ -99,7 +99,7 @@ class Finder:
             trimming: look for strengths of each layer that have a lower KL.
         """
         variant = self._chosen(causal)
-        recipe = self._recipe(variant) if trimming and self._method.strength == 1 else None
+        recipe = self._recipe(variant) if trimming and self._strengths is None else None
         file = self._file(variant)
         return file if recipe is None else replace(
             file, metadata={**file.metadata, "recipe": recipe}
@@ -190,11 +190,11 @@ class Finder:
     @property
     def _strengths(self) -> dict[str, Any] | None:
         """The method's own strength in every layer, as a recipe; None for a plain removal."""
-        strength = self._method.strength
-        if strength == 1:
+        each = self._method.strengths(len(self._chat.layers))
+        if each is None:
             return None
-        each = [strength] * len(self._chat.layers)
-        return {"profile": dict.fromkeys(COMPONENTS, each), "embedding": True}
+        embedding = not self._method.layer_weights
+        return {"profile": dict.fromkeys(COMPONENTS, each), "embedding": embedding}
 
     def _measured(self) -> Measured:
         return Measured(

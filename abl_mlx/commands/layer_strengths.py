@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from abl_mlx.choices import Measuring
+from abl_mlx.directions import methods
 from abl_mlx.directions.learning import Learned, learned
 from abl_mlx.directions.trial import Trial
 from abl_mlx.directions.trimming import Trimmed, trimmed
@@ -25,10 +26,11 @@ def check(how: Measuring) -> None:
     """
     if how.searching.learn_strengths is None:
         return
-    prompting, editing = how.prompting, how.editing
+    prompting, editing, method = how.prompting, how.editing, how.finding.method
+    own = methods.named(method).strengths(1)
     for flag, given in (
         ("--direction", how.given.direction is not None),
-        ("--method over-refusal", how.finding.method == "over-refusal"),
+        (f"--method {method}", method == "over-refusal" or own is not None),
         ("--thinking", prompting.thinking != "off"),
         ("--keep", prompting.keep is not None),
         ("--keep-system", prompting.keep_system is not None),

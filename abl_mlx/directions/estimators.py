@@ -146,6 +146,17 @@ def singular_vectors(harmful: Array, harmless: Array, rank: int) -> Facts:
     return top, {"effective_rank": whole.effective_rank}
 
 
+def paired_singular_vectors(harmful: Array, harmless: Array, rank: int) -> Facts:
+    """The top singular vectors (k, d) of the differences of paired states, H_i − G_i.
+
+    The sets are paired in their order, as far as the smaller one goes (Gülmez 2025, arXiv
+    2512.18901).
+    """
+    count = min(len(harmful), len(harmless))
+    top, whole = subspace(np.asarray(harmful[:count], np.float64) - harmless[:count], rank)
+    return top, {"effective_rank": whole.effective_rank}
+
+
 def explained(states: Array, center: Array, basis: Array) -> float:
     """The share of Σ‖h − center‖² that lies in the span of orthonormal (k, d) or (d,)."""
     apart = np.asarray(states, np.float64) - center

@@ -46,6 +46,8 @@ class Method:
             model (`effects.Measured`, layer and position, to `effects.Refined`); empty for none.
         strength: the strength at which its edits are tried and written: 1 removes the component, 2
             reverses it.
+        layer_weights: ``module:function`` that gives each layer's strength, from the number of
+            layers and the parameters; empty for ``strength`` in all. The embedding stays then.
         parameters: the constants of its formula, by the names of the function's arguments; a
             record of a run has them.
     """
@@ -63,12 +65,13 @@ class Method:
     choose: str = ""
     refine: str = ""
     strength: float = 1.0
+    layer_weights: str = ""
     parameters: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def estimate(self) -> Callable[..., Any]:
         """The formula."""
-        return self._with_parameters(self.formula, self.needs == STATES)
+        return self._with_parameters(self.formula, self.needs == STATES and not self.layer_weights)
 
     @property
     def chooser(self) -> Callable[..., Any]:
@@ -83,7 +86,13 @@ class Method:
     @property
     def is_plain(self) -> bool:
         """Whether candidates follow from means or states alone and are removed at strength 1."""
-        return not (self.choose or self.refine) and self.strength == 1
+        return not (self.choose or self.refine or self.layer_weights) and self.strength == 1
+
+    def strengths(self, layers: int) -> list[float] | None:
+        """The strength of each of so many layers; None for 1 in all."""
+        if self.layer_weights:
+            return list(_function(self.layer_weights)(layers, **self.parameters))
+        return None if self.strength == 1 else [self.strength] * layers
 
     def _with_parameters(self, name: str, given: bool) -> Callable[..., Any]:
         return partial(_function(name), **self.parameters) if given else _function(name)
@@ -153,6 +162,14 @@ TABLE = (
         "Vetterli 2007) is recorded",
         planted="yes, and subspaces of several directions, where any single one fails",
         source="[architecture.md](architecture.md#estimating-the-direction)",
+    ),
+    Method(
+        "gabliteration", STATES, "estimators:paired_singular_vectors", rank=2, subspace=True,
+        layer_weights="layer_weights:gabliteration", parameters={"ridge": 0.1, "beta": 0.5},
+        direction="the top `--rank` right singular vectors of the paired differences H_i − G_i; "
+        "layer ℓ is edited at (1 + β(1 − |ξ_ℓ|)) / (1 + λ), and the embedding is not",
+        planted="as `svd`; with noise of both sets in each difference",
+        source="Gülmez 2025, arXiv 2512.18901",
     ),
     Method(
         "probe", STATES, "estimators:probe_weight",

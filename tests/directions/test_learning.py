@@ -143,6 +143,7 @@ def test_the_demo_learns_strengths() -> None:
 @pytest.mark.parametrize(
     "flags",
     [{"kind": "reflect"}, {"keep": "category:cloth"}, {"method": "over-refusal"},
+     {"method": "gabliteration"},
      {"direction": Path("d.npy")}, {"thinking": "both"}],
 )  # fmt: skip
 def test_flags_that_do_not_go_with_it(flags: dict[str, Any]) -> None:
