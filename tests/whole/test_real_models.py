@@ -219,6 +219,29 @@ def test_a_quantized_folder_answers_as_its_gguf(name: str, tmp_path: Path) -> No
         back.unlink()
 
 
+def test_a_quantized_folder_is_edited_straight_into_a_gguf(smollm2: Path, tmp_path: Path) -> None:
+    """Unedited matrices have the bytes of the first GGUF again, and the edit is whole."""
+    folder, out, new = tmp_path / "mlx", tmp_path / "out.gguf", tmp_path / "new.gguf"
+    abl_mlx("convert", smollm2, folder)
+    direction = tmp_path / "d.npy"
+    np.save(direction, np.random.default_rng(1).standard_normal(576).astype(np.float32))
+    record = abl_mlx("apply", direction, folder, "-o", out)
+    assert record["leak"]["max"] < 0.001
+    edited = set(record["written"][0]["leak"]["tensors"])
+    assert len(edited) == 61
+    with GgufSource(smollm2) as old, GgufSource(out) as made:
+        kept = [name for name, entry in old.tensors.items()
+                if entry.type.name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]  # fmt: skip
+        same = [name for name in kept if old.raw(name).tobytes() == made.raw(name).tobytes()]
+        assert len(same) > 100
+        written = ("attn_output.weight", "ffn_down.weight", "token_embd.weight")
+        assert not any(name.endswith(written) for name in same)
+    record = abl_mlx("apply", direction, folder, "-o", new, "--quantize", "Q4_K_M")
+    assert record["leak"]["max"] < 0.001
+    with LlamaCpp(new, n_ctx=256, n_parallel=1) as runtime:
+        assert "Paris" in runtime.detokenize(runtime.greedy("The capital of France is", 16))
+
+
 def _text(gguf: Path, tokens: list[int]) -> str:
     """Tokens of byte-level BPE as text, where it is plain English."""
     with GgufSource(gguf) as source:
