@@ -24,7 +24,7 @@ async function answer({path, tokens, count, lora}) {
     const model = await llama.loadModel({modelPath: path});
     const context = await model.createContext({contextSize: 256, threads: 1, ...(lora ? {lora} : {})});
     const found = [];
-    for await (const token of context.getSequence().evaluate(tokens, {temperature: 0})) {
+    for await (const token of context.getSequence().evaluate(tokens, {temperature: 0, yieldEogToken: true})) {
         found.push(token);
         if (found.length >= count)
             break;

@@ -74,7 +74,9 @@ def check_answers(jobs: list[dict[str, Any]]) -> None:
         assert "error" not in answer, (job["path"], answer)
         lora = Path(job["lora"]) if "lora" in job else None
         with LlamaCpp(job["path"], lora=lora, n_ctx=256, n_parallel=1, n_threads=1) as runtime:
-            assert answer["tokens"] == runtime.greedy(job["tokens"], COUNT), job["path"]
+            wanted = runtime.greedy(job["tokens"], COUNT)  # up to a token that ends the reply
+        assert len(wanted) > 1
+        assert answer["tokens"][: len(wanted)] == wanted, job["path"]
 
 
 @pytest.fixture(scope="module")
