@@ -15,10 +15,13 @@ from click.testing import CliRunner
 
 from abl_mlx.behaviour import endpoint
 from abl_mlx.cli.main import cli
+from abl_mlx.directions import direction_file
+from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs import hub
 from abl_mlx.inputs.sources import Source, at_revision, resolve, resolve_gguf
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
+from tests.models.test_writers import random_direction
 from tests.support.hub_environment import hub_environment
 from tests.support.ollama_tools import Store, as_a_stranger, open_folder, write_gguf
 
@@ -357,7 +360,7 @@ def test_a_revision_of_what_has_none_is_told(tmp_path):
 
 MODELS = [
     ("run", "{}", "-o", "out"),
-    ("measure", "{}", "-o", "d.safetensors"),
+    ("measure", "{}", "-o", "new.safetensors"),
     ("apply", "d.safetensors", "{}", "-o", "out"),
     ("undo", "{}", "-o", "out"),
     ("convert", "{}", "out.gguf"),
@@ -376,7 +379,7 @@ def test_every_command_that_takes_a_model_takes_a_revision(command, tmp_path, mo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("abl_mlx.inputs.sources.resolve", refuse)
-    monkeypatch.setattr("abl_mlx.directions.direction_file.read", lambda *_, **__: None)
+    direction_file.save(Path("d.safetensors"), DirectionFile(random_direction(8, 1)))
     given = [one.format("me/x") for one in command]
     result = CliRunner().invoke(cli, [*given, "--revision", "v2"])
     assert result.stderr.splitlines()[-1] == "Error: asked for me/x@v2."
