@@ -150,7 +150,7 @@ def test_a_control_vector_is_written_without_the_condition(
 def test_one_kind_of_the_model_whose_refusals_are_apart() -> None:
     folder = small_models.folder("apart")
     model, sets = api.load(folder), small_models.prompt_sets("apart")
-    direction = api.choose(model, sets)
+    direction = api.choose(model, sets, layer=2)
     direction = condition_choice.add_condition(
         model.chat, sets, Prompting(), "category:sky", direction, Clock()
     )
@@ -158,13 +158,14 @@ def test_one_kind_of_the_model_whose_refusals_are_apart() -> None:
     steered = SteeredModel(
         model.chat, model.writers, "d", direction, options.steering, direction.when
     )
-    test = {"harmful": sets.harmful.test, "harmless": sets.harmless.test}
+    test = {"harmful": sets.harmful.test, "harmless": sets.harmless.test.take(32)}
+    few = options.replying.but(max_tokens=12)
     plain = Target(
         "apart", "mlx-lm", {}, evaluate.stream_in_mlx(model.chat), chat=model.chat,
         wholes=evaluate.wholes_in_mlx(model.chat),
     )  # fmt: skip
-    before = ask(plain, test, options.replying, Section())
-    after = ask(steered.target(plain), test, options.replying, Section())
+    before = ask(plain, test, few, Section())
+    after = ask(steered.target(plain), test, few, Section())
     asked = [one for part in test.values() for one in part.prompts]
     decided = steered.met(asked)
     inside = [one.category == "sky" and n < len(sets.harmful.test)

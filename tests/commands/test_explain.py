@@ -87,7 +87,8 @@ def test_it_is_a_table_and_stays_in_the_direction_file(
     path, record = measured
     kept = direction_file.read(path).metadata["explained"]
     assert kept["cosines"] == record["explained"]["cosines"]
-    asked = ["measure", "demo", "-o", str(tmp_path / "d.safetensors"), "--explain", "--limit", "16"]
+    asked = ["measure", "demo", "-o", str(tmp_path / "d.safetensors"), "--explain", "--limit", "16",
+             "--layer", "2"]  # fmt: skip
     said = CliRunner().invoke(cli, asked).stdout
     for words in (
         "what it is made of, after layer",
