@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from abl_mlx.support.flags import PARTS
+
 
 class Layers(click.ParamType):
     """Layer numbers such as ``3``, ``2-5`` or ``0,4-6``."""
@@ -40,7 +42,7 @@ class Parts(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(value).replace(" ", "")
-        if re.fullmatch(r"[1-9][0-9]{0,6}|[0-9]{1,6}\.[0-9]{1,6}(,[0-9]{1,6}\.[0-9]{1,6})*", text):
+        if re.fullmatch(PARTS, text):
             return text
         told = f"{value!r} is no number, and no list of LAYER.NUMBER such as 3.0,3.5."
         self.fail(told, param, ctx)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from abl_mlx.choices import Editing
+from abl_mlx.choices import KINDS, PLACES, Editing
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.directions import direction_file
 from abl_mlx.inputs.sources import Source
@@ -15,6 +18,7 @@ from abl_mlx.outputs.gguf import GgufFile
 from abl_mlx.outputs.gguf_plan import bytes_changed, plan
 from abl_mlx.records.looks import Changed, DiffRecord
 from abl_mlx.support.console import progress
+from abl_mlx.support.flags import PARTS
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
 
@@ -27,7 +31,8 @@ def diff(
     Args:
         first, second: the files.
         direction: a direction file; the leak of its full removal from ``first`` is measured in
-            ``second``: from its writers, or from its readers if its label names these.
+            ``second``. If its label names another kind of edit (a reflection; readers; some heads
+            or experts), it is the leak of that.
         tensors: a regular expression that names the tensors for that measurement.
     """
     with GgufFile(Source(str(first), first)) as model, GgufSource(second) as after:
@@ -62,12 +67,12 @@ def diff(
         if direction is None:
             return record
         file = direction_file.read(direction)
-        places = str(gguf_label(after).get("edit", "writers"))
+        editing = _editing(gguf_label(after))
         plans = plan(
             before,
-            edit_of(file, Editing(edit=places)),
+            edit_of(file, editing),
             model.named_writers(tensors),
-            readers=model.named_readers(places),
+            readers=model.named_readers(editing.edit),
         )
         report = gguf_outputs.compare_all(before, after, plans)
     return replace(
@@ -77,3 +82,19 @@ def diff(
         weight_error=report.error,
         direction=file.sha256,
     )
+
+
+def _editing(label: Mapping[str, Any]) -> Editing:
+    """The kind of the edit that a label names, at full strength.
+
+    Args:
+        label: the values of a label, which may be empty; what no flag accepts is ignored.
+    """
+    known: dict[str, Any] = {}
+    for name, accepted in (
+        ("kind", "|".join(KINDS)), ("edit", "|".join(PLACES)), ("heads", PARTS), ("experts", PARTS),
+    ):  # fmt: skip
+        value = str(label.get(name, ""))
+        if re.fullmatch(accepted, value):
+            known[name] = value
+    return Editing(**known)

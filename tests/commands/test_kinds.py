@@ -62,6 +62,9 @@ def test_reflections_end_refusals_in_four_bits(
     assert refused(evaluate.InLlamaCpp(out)) <= 0.05
     assert refused(evaluate.InLlamaCpp(four_bits, lora)) <= 0.05
     assert abl_mlx("audit", out)["label"]["kind"] == "reflect"
+    compared = abl_mlx("diff", four_bits, out, "--direction", direction)
+    assert compared["leak"]["total"] < 1e-3
+    assert set(compared["leak"]["tensors"]) == set(compared["changed"])
 
 
 def test_reflections_are_undone(direction: Path, tmp_path: Path) -> None:
@@ -222,6 +225,9 @@ def test_some_heads_of_a_gguf(four_bits: Path, direction: Path, tmp_path: Path) 
     ]
     assert answers[0] == answers[1]
     assert abl_mlx("audit", out)["label"]["heads"] == "2.2,2.3"
+    compared = abl_mlx("diff", four_bits, out, "--direction", direction)
+    assert set(compared["leak"]["tensors"]) == set(compared["changed"]) == {name}
+    assert compared["leak"]["total"] < 1e-3
 
 
 def test_heads_by_their_ranking(tmp_path: Path) -> None:
