@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.choices import Finding, Measuring
-from abl_mlx.commands import layer_strengths
 from abl_mlx.commands.edit_choice import make_edit
+from abl_mlx.commands.layer_strengths import LayerStrengths
 from abl_mlx.commands.subspaces import Subspaces
 from abl_mlx.directions import (
     choice,
@@ -89,6 +89,7 @@ class Finder:
         self._last = states[0][-1, -1], states[1][-1, -1]
         self._scores = selection.separation_of(candidates, *self._states)
         self._tried: list[Tried] = []
+        self._by_layer = LayerStrengths(chat, writers, how)
         self._notes: dict[str, Any] = {}
 
     def file(self, *, causal: bool = True, trimming: bool = False) -> DirectionFile:
@@ -98,8 +99,9 @@ class Finder:
             causal: choose by what the removal does, and not by separation alone.
             trimming: look for strengths of each layer that have a lower KL.
         """
+        self._by_layer.wanted = trimming and self._strengths is None
         variant = self._chosen(causal)
-        recipe = self._recipe(variant) if trimming and self._strengths is None else None
+        recipe = self._recipe(variant) if self._by_layer.wanted else None
         file = self._file(variant)
         return file if recipe is None else replace(
             file, metadata={**file.metadata, "recipe": recipe}
@@ -107,12 +109,11 @@ class Finder:
 
     def _recipe(self, variant: Variant) -> dict[str, Any] | None:
         """Strengths of each layer that are better than strength 1 everywhere, if there are."""
-        notes, layers = self._notes, len(self._chat.layers)
+        notes = self._notes
         wanted = self._how.searching.learn_strengths is not None or "validation_kl" in notes
         if not wanted:
             return None
-        edit = self._edit(variant)
-        better = layer_strengths.better(self._trial, edit, layers, self._how, notes)
+        better = self._by_layer.better(self._trial, self._edit(variant), variant, notes)
         if better is None:
             return None
         found, why, kl = better
@@ -435,7 +436,10 @@ class Finder:
         assert score.refused is not None
         assert score.kl is not None
         first = Tried(variant, score.refusal, score.refused, score.kl, most_left=trial.left)
-        return variant if first.works else self._several(first)
+        harmful = self._validation["harmful"]
+        if first.works or self._by_layer.end_refusals(trial, self._edit(variant), first, harmful):
+            return variant
+        return self._several(first)
 
     def _several(self, first: Tried) -> Variant:
         """A subspace, where one direction leaves refusals and the subspace leaves fewer.

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import Measuring
 from abl_mlx.directions import methods
 from abl_mlx.directions.learning import Learned, learned
+from abl_mlx.directions.selection import LEFT
 from abl_mlx.directions.trial import Trial
 from abl_mlx.directions.trimming import Trimmed, trimmed
+from abl_mlx.directions.variants import Tried, Variant
 from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.steering import ablation
+from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.writers import Writer
+from abl_mlx.support.console import percent, say
 from convert.base.errors import UsageError
+
+#: Where one direction leaves at most this share of refusals, strengths of each layer are looked
+#: for before subspaces: they cost less, but they hardly end more refusals than that.
+NEAR = 0.15
+
+#: The number of tokens of each reply: enough for a refusal's first sentence.
+REPLY_TOKENS = 24
 
 #: Why the strengths are what they are, for the record.
 BY_TRIMMING = "strengths of each layer by gradients of both"
@@ -43,33 +59,89 @@ def check(how: Measuring) -> None:
             )
 
 
-def better(
-    trial: Trial, edit: Edit, layers: int, how: Measuring, notes: Mapping[str, Any]
-) -> tuple[Trimmed | Learned, str, float] | None:
-    """Other strengths of each layer, if they are better than 1 everywhere.
+class LayerStrengths:
+    """Looks for strengths of each layer that are better than 1 everywhere.
 
-    Without ``--learn-strengths`` they are looked for only where first tokens chose the edit, and no
-    flag says what is edited.
-
-    Args:
-        trial: tries edits.
-        edit: the chosen edit.
-        layers: L, the number of the model's layers.
-        how: the chosen options.
-        notes: what the record says of the choice so far.
-
-    Returns:
-        The edit with its effect, how it was found, and the KL at strength 1.
+    Attributes:
+        wanted: whether they are looked for.
     """
-    steps, editing = how.searching.learn_strengths, how.editing
-    if steps is not None:
-        before = trial.of_edit(edit)
-        found = learned(trial, edit, layers, steps, before)
-        return None if found is None else (found, BY_LEARNING, before.kl)
-    by_hand = editing.layers is not None or editing.pin is not None or editing.norm == "rows"
-    by_hand = by_hand or editing.kind != "project" or editing.by_parts
-    if "validation_kl" not in notes or how.finding.method == "over-refusal" or by_hand:
-        return None
-    refused, kl = notes["refused"], notes["validation_kl"]
-    quick = trimmed(trial, edit, layers, refused, kl)
-    return None if quick is None else (quick, BY_TRIMMING, kl)
+
+    def __init__(self, chat: ChatModel, writers: Sequence[Writer], how: Measuring) -> None:
+        """Keep what is needed."""
+        self.wanted = False
+        self._chat, self._writers, self._how = chat, writers, how
+        # What a few steps found for each variant for which they were made.
+        self._found: list[tuple[Variant, Trimmed | None]] = []
+
+    def better(
+        self, trial: Trial, edit: Edit, variant: Variant, notes: Mapping[str, Any]
+    ) -> tuple[Trimmed | Learned, str, float] | None:
+        """Other strengths, if they are better.
+
+        Without ``--learn-strengths`` they are looked for only where first tokens chose the edit,
+        and no flag says what is edited.
+
+        Args:
+            trial: tries edits.
+            edit: the chosen edit.
+            variant: what it removes.
+            notes: what the record says of the choice so far.
+
+        Returns:
+            The edit with its effect, how it was found, and the KL at strength 1.
+        """
+        if (steps := self._how.searching.learn_strengths) is not None:
+            before = trial.of_edit(edit)
+            found = learned(trial, edit, len(self._chat.layers), steps, before)
+            return None if found is None else (found, BY_LEARNING, before.kl)
+        if "validation_kl" not in notes:
+            return None
+        score, kl = notes["refusal_score"]["harmful_ablated"], notes["validation_kl"]
+        quick = self._trimmed(trial, edit, Tried(variant, score, notes["refused"], kl))
+        return None if quick is None else (quick, BY_TRIMMING, kl)
+
+    def _trimmed(self, trial: Trial, edit: Edit, before: Tried) -> Trimmed | None:
+        """A few steps, made once for each variant, unless a flag says what is edited."""
+        editing = self._how.editing
+        by_hand = editing.layers is not None or editing.pin is not None or editing.norm == "rows"
+        by_hand = by_hand or editing.kind != "project" or editing.by_parts
+        if by_hand or self._how.finding.method == "over-refusal":
+            return None
+        for known, found in self._found:
+            if known is before.variant:
+                return found
+        layers, limit = len(self._chat.layers), self._how.finding.max_kl
+        found = trimmed(trial, edit, layers, before, limit)
+        self._found.append((before.variant, found))
+        return found
+
+    def end_refusals(
+        self, trial: Trial, edit: Edit, before: Tried, harmful: Sequence[Sequence[int]]
+    ) -> bool:
+        """Whether a few steps end the few refusals that an edit leaves.
+
+        First reply tokens tell it, or whole replies where these do not: an answer may open in the
+        words of a refusal.
+
+        Args:
+            trial: tries edits.
+            edit: the edit, whose strength is 1 everywhere.
+            before: what it removes, and its effect on all validation prompts.
+            harmful: encoded validation prompts.
+        """
+        learning = self._how.searching.learn_strengths is not None
+        if not self.wanted or learning or before.refused > NEAR:
+            return False
+        found = self._trimmed(trial, edit, before)
+        if found is None:
+            return False
+        if found.effect.refused <= trial.left:
+            return True
+        with ablation(self._writers, replace(found.edit, norm="none")):
+            replies = evaluate.generate(
+                self._chat, harmful, REPLY_TOKENS, batch_size=self._how.batch_size
+            )
+        verdicts = list(map(classify, evaluate.decode(self._chat, replies)))
+        left = 1 - verdicts.count(Verdict.ANSWER) / len(verdicts)
+        say(f"  of whole replies with these strengths {percent(left)} are refusals or broken")
+        return left <= LEFT

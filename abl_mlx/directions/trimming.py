@@ -13,6 +13,7 @@ import numpy as np
 
 from abl_mlx.directions.slopes import COMPONENTS, Slopes
 from abl_mlx.directions.trial import Effect, Trial
+from abl_mlx.directions.variants import Tried
 from abl_mlx.edits.edit import Edit
 from abl_mlx.support.console import progress, say
 
@@ -29,10 +30,13 @@ RADII = (0.5, 0.3)
 STRONGEST = 2.0
 
 #: What the refusal score is to fall by, in nats, where an edit leaves refusals.
-FURTHER = 0.7
+FURTHER = 0.5
 
 #: The largest share of the KL that may be left for the strengths to be taken.
 LESS = 0.95
+
+#: Where that takes the KL beyond its limit, how far towards the limit the strengths go instead.
+NEARLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,21 @@ class Trimmed:
     effect: Effect
 
 
-def trimmed(trial: Trial, edit: Edit, layers: int, refused: float, kl: float) -> Trimmed | None:
+def trimmed(trial: Trial, edit: Edit, layers: int, before: Tried, limit: float) -> Trimmed | None:
     """The edit with other strengths, if these are better; else None.
 
-    They are better if no more prompts open with a refusal and the KL is lower, or, where the edit
-    leaves refusals, if fewer do and the KL is not over twice as high.
+    They are better if no more prompts open with a refusal and the KL is lower. Where the edit
+    leaves refusals, they are better if the KL is within its limit and fewer prompts open with a
+    refusal, or as many at a lower refusal score.
 
     Args:
         trial: tries edits.
         edit: the edit, whose strength is 1 everywhere.
         layers: L, the number of the model's layers.
-        refused, kl: its effect on all validation prompts, as of `Effect`.
+        before: its effect on all validation prompts.
+        limit: of the KL, in nats.
     """
+    refused, kl = before.refused, before.kl
     works = refused <= trial.left
     if works and kl <= GENTLE:
         return None
@@ -70,9 +77,10 @@ def trimmed(trial: Trial, edit: Edit, layers: int, refused: float, kl: float) ->
                 aim = found.refusal - (0 if works else FURTHER)
             strengths = stepped(found, strengths, aim - found.refusal, radius)
             bar.update()
-        profile = {name: row.tolist() for name, row in zip(COMPONENTS, strengths, strict=True)}
-        other = replace(edit, profile=profile)
-        effect = trial.of_edit(other)
+        other, effect = _tried(trial, edit, strengths)
+        if not works and effect.kl > limit > kl:
+            share = NEARLY * (limit - kl) / (effect.kl - kl)
+            other, effect = _tried(trial, edit, 1 + share * (strengths - 1))
         bar.update()
     say(
         f"  with a strength for each layer: KL {effect.kl:.3f} instead of {kl:.3f}, "
@@ -82,8 +90,16 @@ def trimmed(trial: Trial, edit: Edit, layers: int, refused: float, kl: float) ->
     if works:
         better = effect.refused <= refused and effect.kl <= LESS * kl
     else:
-        better = effect.refused < refused and effect.kl <= 2 * kl
+        fewer = (effect.refused, effect.refusal) < (refused, before.refusal)
+        better = fewer and effect.kl <= limit
     return Trimmed(other, effect) if better else None
+
+
+def _tried(trial: Trial, edit: Edit, strengths: np.ndarray) -> tuple[Edit, Effect]:
+    """The edit with these strengths, (2, L), and its effect on all validation prompts."""
+    profile = {name: row.tolist() for name, row in zip(COMPONENTS, strengths, strict=True)}
+    other = replace(edit, profile=profile)
+    return other, trial.of_edit(other)
 
 
 def stepped(slopes: Slopes, strengths: np.ndarray, change: float, radius: float) -> np.ndarray:

@@ -10,6 +10,7 @@ from abl_mlx.demo import MODEL_PATH
 from abl_mlx.directions import trimming
 from abl_mlx.directions.slopes import Slopes, slopes
 from abl_mlx.directions.trial import Effect
+from abl_mlx.directions.variants import Tried, Variant
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs import prompts
@@ -111,27 +112,39 @@ class Told:
         return Effect((-1.0,), (not enough,), (float(kl),))
 
 
+def known(refused, kl):
+    """The effect of an edit at strength 1."""
+    return Tried(Variant(mx.ones((1, 4)), "difference-of-means"), -0.5, refused, kl)
+
+
 def test_strengths_are_taken_where_they_are_better_only():
     edit = Edit(mx.ones((1, 4)))
     weights = np.full((2, 8), 0.001)
     weights[1] = 0.01
     kl = float(weights.sum())
-    found = trimming.trimmed(Told(weights), edit, 8, 0.0, kl)
+    found = trimming.trimmed(Told(weights), edit, 8, known(0.0, kl), 0.2)
     assert found is not None
     assert found.effect.kl < 0.8 * kl
     assert min(found.edit.profile["attention"]) > 1 > max(found.edit.profile["mlp"])
     # Nothing to gain: all cost the same; a KL that is low; a model without gradients.
-    assert trimming.trimmed(Told(np.full((2, 8), 0.01)), edit, 8, 0.0, 0.16) is None
+    assert trimming.trimmed(Told(np.full((2, 8), 0.01)), edit, 8, known(0.0, 0.16), 0.2) is None
     quiet = Told(weights)
-    assert trimming.trimmed(quiet, edit, 8, 0.0, 0.009) is None
+    assert trimming.trimmed(quiet, edit, 8, known(0.0, 0.009), 0.2) is None
     assert not quiet.tried
     quiet.slopes = lambda *_: None
-    assert trimming.trimmed(quiet, edit, 8, 0.0, kl) is None
+    assert trimming.trimmed(quiet, edit, 8, known(0.0, kl), 0.2) is None
     # Where the edit leaves refusals, a higher KL is paid to end them.
     left = Told(weights, works=False)
-    found = trimming.trimmed(left, edit, 8, 0.5, kl)
+    found = trimming.trimmed(left, edit, 8, known(0.5, kl), 0.2)
     assert found is not None
     assert left.tried[0].sum() > 16
+    assert len(left.tried) == 1
+    # As much of it as the limit of the KL allows.
+    left = Told(np.full((2, 8), 0.01), works=False)
+    found = trimming.trimmed(left, edit, 8, known(0.5, 0.16), 0.21)
+    assert found is not None
+    assert 0.16 < found.effect.kl <= 0.21 < 0.01 * (left.tried[0] ** 2).sum()
+    assert trimming.trimmed(left, edit, 8, known(0.5, 0.16), 0.16) is None
 
 
 def test_the_default_takes_strengths_with_a_lower_kl(monkeypatch):
