@@ -2,8 +2,7 @@
 
 A function takes the group that it needs. The records of commands are composed of groups:
 `RunOptions`, `MeasureOptions`, `ApplyOptions`, `SteerOptions`; those of `eval` are in
-`abl_mlx.eval_choices`. A field has the name
-of its flag and the command line's default.
+`abl_mlx.eval_choices`. A field has the name of its flag and the command line's default.
 """
 
 from __future__ import annotations
@@ -227,7 +226,9 @@ class Searching(Choices):
     """How a gentler edit is searched for.
 
     Attributes:
-        search: the largest number of edits to try; None for no search.
+        search: the largest number of edits to try; None for no such limit.
+        minutes: the longest time of trials; None for no such limit. One limit makes a search.
+        warm_start: the record or model card whose edit is tried early in the search.
         target_refusals: the largest share of refused and broken replies that is good enough.
         learn_strengths: the number of gradient steps by which the strengths of each layer are
             learned; None for the default's two.
@@ -235,13 +236,19 @@ class Searching(Choices):
     """
 
     search: int | None = None
+    minutes: float | None = None
+    warm_start: Path | None = None
     target_refusals: float = 0.05
     learn_strengths: int | None = None
     search_journal: Path | None = None
 
+    @property
+    def searches(self) -> bool:
+        return self.search is not None or self.minutes is not None
+
     def beside(self, output: Path) -> Searching:
         """The same with the journal beside the output, if no file was given for it."""
-        if self.search is None or self.search_journal is not None:
+        if not self.searches or self.search_journal is not None:
             return self
         return replace(self, search_journal=output.with_name(f"{output.name}.search.journal"))
 

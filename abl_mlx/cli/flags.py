@@ -251,6 +251,23 @@ def search_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             "with the best so far.",
         ),
         click.option(
+            "--minutes",
+            metavar="M",
+            type=click.FloatRange(min=0, min_open=True, max=100_000),
+            help="Try edits as with --search, for at most M minutes; with --search N, until one of "
+            "the two limits is reached. The replies that choose one of them come after.",
+        ),
+        click.option(
+            "--from",
+            "--warm-start",
+            "warm_start",
+            metavar="FILE",
+            type=HERE,
+            help="For --search: the second edit that is tried is that of FILE, which is an "
+            "abl.json, or a model card with a table of direction_index, attn.o_proj.max_weight "
+            "and so on.",
+        ),
+        click.option(
             "--target-refusals",
             default=0.05,
             show_default=True,

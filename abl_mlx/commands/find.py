@@ -41,7 +41,7 @@ from abl_mlx.search.sources import SearchPrompts
 from abl_mlx.support import arrays
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
-from convert.base.errors import UserError
+from convert.base.errors import UsageError, UserError
 
 # The number of prompts of each set whose replies are searched for a common opening.
 _OPENING_PROMPTS = 8
@@ -117,14 +117,14 @@ def _found(
             except OpensAlike:
                 judge = judge or Judge(chat, writers, prompts, how)
                 found = _by_replies(chat, writers, judge, [view], how, finder)
-            if isinstance(finder, KeepFinder) and how.searching.search is not None:
+            if isinstance(finder, KeepFinder) and how.searching.searches:
                 encoded = finder.to_search(sets)
     else:
         judge = Judge(chat, writers, prompts, how)
         seen = _views(chat, judge.prompts, how)
         found = _by_replies(chat, writers, judge, seen, how)
         encoded = _screened(seen, found)
-    if how.searching.search is None:
+    if not how.searching.searches:
         return found
     if not causal:
         raise UserError(
@@ -330,7 +330,7 @@ def _check_effects(how: Measuring) -> None:
         for flag, given in (
             (f"--method {method.name}", method.refine or method.name in _OWN_DIRECTIONS),
             ("--keep", how.prompting.keep), ("--keep-system", how.prompting.keep_system),
-            ("--search", how.searching.search is not None), ("--sae", finding.sae),
+            ("--search", how.searching.searches), ("--sae", finding.sae),
         ):  # fmt: skip
             if given:
                 refuse("--protect", flag)
@@ -347,15 +347,17 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
     if how.prompting.thinking != thinking.OFF and how.editing.pin is not None:
         raise UserError("--pin and --thinking do not go together: leave one of them out.")
     layer_strengths.check(how)
-    if how.searching.search is not None:
+    if how.searching.searches:
         from abl_mlx.search import loop
 
-        loop.check(how)
+        loop.check(how, len(chat.layers))
+    elif how.searching.warm_start is not None:
+        raise UsageError("--from gives a search its first edits: add --search N or --minutes M.")
     if how.given.direction is not None:
         _given(chat, how)
         return
     sae_choice.check(how, chat)
-    if sets.staying and how.prompting.thinking != thinking.OFF and how.searching.search:
+    if sets.staying and how.prompting.thinking != thinking.OFF and how.searching.searches:
         flag = "--keep" if sets.kept is not None else "--keep-system"
         raise UserError(
             f"--search, {flag} and --thinking {how.prompting.thinking} do not go together: leave "

@@ -34,6 +34,7 @@ class Forecast:
         measure, choose: tokens in forward passes for the measurement and for the choice.
         asked, times: the number of held-out prompts, and how often they are asked.
         ask: tokens of these prompts and of the replies, in total.
+        searching: the minutes of a search with ``--minutes``; its passes are not in ``choose``.
         rate: tokens per second in forward passes, from a short timed pass.
         reply_rate: tokens (of prompts and replies) per second when replies are generated.
         memory: the peak memory in bytes.
@@ -48,15 +49,19 @@ class Forecast:
     rate: float
     reply_rate: float
     memory: int
+    searching: float = 0.0
 
     @property
     def minutes(self) -> float:
         """The time of all steps in minutes."""
-        return ((self.measure + self.choose) / self.rate + self.ask / self.reply_rate) / 60
+        passes = (self.measure + self.choose) / self.rate
+        return (passes + self.ask / self.reply_rate) / 60 + self.searching
 
     def __str__(self) -> str:
         parts = [f"measure {self.measured} prompts ({self.measure:,} tokens)"] * bool(self.measure)
         parts += [f"choose (at most {self.choose:,})"] * bool(self.choose)
+        if self.searching:
+            parts.append(f"search (at most {self.searching:g} minutes)")
         if self.ask:
             parts.append(
                 f"ask {self.asked} held-out prompts {self.times} times (at most {self.ask:,})"
@@ -118,6 +123,7 @@ def forecast(
         rate,
         reply_rate,
         peak * (1 if sys.platform == "darwin" else 1024) + _BESIDE,
+        how.searching.minutes or 0.0,
     )
 
 
@@ -137,11 +143,12 @@ def _constant(length: float) -> int:
 def _choice(validation: int, how: Measuring) -> int:
     """The largest number of prompts that run for the choice.
 
-    They are the validation prompts once, and the prompts of races and of a search.
+    They are the validation prompts once, and the prompts of races and of a search that has no limit
+    in minutes.
     """
     if how.finding.layer is not None:
         return validation
-    trials = how.searching.search or 0
+    trials = 0 if how.searching.minutes is not None else how.searching.search or 0
     before, passes, left = 0, 0, choice.MOST
     for harmful, harmless, kept in race.HEATS:
         passes += left * (harmful + harmless - before)

@@ -41,7 +41,7 @@ def check(how: Measuring) -> None:
     for flag, given in (
         ("--rank", finding.rank), ("--across", finding.across), ("--per-layer", finding.per_layer),
         ("--layer", finding.layer), ("--position", finding.position), ("--sae", finding.sae),
-        ("--search", searching.search), ("--keep", prompting.keep),
+        ("--search", searching.searches), ("--keep", prompting.keep),
         ("--keep-system", prompting.keep_system),
         ("--thinking", None if prompting.thinking == thinking.OFF else prompting.thinking),
     ):  # fmt: skip

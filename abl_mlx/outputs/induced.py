@@ -98,7 +98,7 @@ def check(paths: Sequence[Path], options: RunOptions) -> None:
         ("--keep", options.prompting.keep is not None),
         ("--keep-system", options.prompting.keep_system is not None),
         ("--method", finding.method is not None),
-        ("--search", options.searching.search is not None),
+        ("--search", options.searching.searches),
         ("--writer-bits", writing.writer_bits is not None),
         ("--plain-rounding", writing.plain_rounding),
         ("--no-embedding", not editing.embedding),

@@ -185,6 +185,8 @@ class Searched(Part):
 
     Attributes:
         trials: the number of edits that were tried.
+        minutes: the longest time for trials, if there was one.
+        started_from: the name of the file of ``--from``.
         ended: why the search ended.
         target_refusals: the share of refused and broken replies that is small enough, 0 to 1.
         refusal_rate, broken_rate: of replies to harmful prompts with the chosen edit, 0 to 1.
@@ -196,6 +198,8 @@ class Searched(Part):
     """
 
     trials: int
+    minutes: float | None = None
+    started_from: str | None = None
     ended: str
     target_refusals: float
     refusal_rate: float

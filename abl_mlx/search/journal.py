@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ from abl_mlx.models import given_template
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.encoded_sets import EncodedSets
 from abl_mlx.search.screening import Screened, Trial
-from abl_mlx.search.space import Space
+from abl_mlx.search.space import Parameters, Space
 from abl_mlx.support.arrays import parameters
 from convert.base import locks
 from convert.base.errors import UserError
@@ -199,8 +199,15 @@ def optuna_quietly() -> Any:
     return optuna
 
 
-def identity(chat: ChatModel, sets: EncodedSets, space: Space, how: Measuring) -> dict[str, str]:
-    """Hashes of everything on which trials depend: the model, the prompts, the space, the seed."""
+def identity(
+    chat: ChatModel,
+    sets: EncodedSets,
+    space: Space,
+    how: Measuring,
+    starts: Sequence[Parameters] = (),
+) -> dict[str, str]:
+    """Hashes of everything on which trials depend: the model, the prompts, the space, the seed, and
+    the parameters of edits to start from."""
     model = hashlib.sha256()
     for name, value in sorted(parameters(chat.model)):
         piece = value.reshape(-1)[:64]
@@ -222,6 +229,8 @@ def identity(chat: ChatModel, sets: EncodedSets, space: Space, how: Measuring) -
 
     if space.profile is not None:
         edited.append(dict(space.profile))
+    if starts:
+        edited.append([dict(one) for one in starts])
 
     def of(value: Any) -> str:
         return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]

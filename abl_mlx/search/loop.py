@@ -10,9 +10,10 @@ is recognised.
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,22 @@ import numpy as np
 from abl_mlx.behaviour import kept_refusals
 from abl_mlx.behaviour.refusals import Verdict
 from abl_mlx.choices import Measuring
-from abl_mlx.directions import measuring
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.selection import Told
 from abl_mlx.directions.staying import Staying
-from abl_mlx.directions.variants import KINDS
 from abl_mlx.edits.edit import Edit
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.encoded_sets import ByMode
 from abl_mlx.models.writers import Writer
 from abl_mlx.records.evaluations import Kept
-from abl_mlx.search import polish
+from abl_mlx.search import outcome, polish, starts
 from abl_mlx.search.journal import Journal, identity, optuna_quietly
 from abl_mlx.search.pareto import front, hypervolume, still
 from abl_mlx.search.polish import LEAST_REFUSAL, logarithms, predicted
 from abl_mlx.search.screening import REPLY_TOKENS, Screen, Trial
 from abl_mlx.search.sources import ENOUGH_PROMPTS, SearchPrompts, at_prompts, sources_of
-from abl_mlx.search.space import DEFAULT, Parameters, Space
+from abl_mlx.search.space import Parameters, Space
 from abl_mlx.search.survivors import MOST_ASKED, Asked, ask_survivors, choose, meets, table, unmet
 from abl_mlx.support import interrupts
 from abl_mlx.support.console import progress, say
@@ -67,6 +66,8 @@ class Search:
         journal: keeps the trials.
         enough: whether a share of replies opening with a refusal is small enough.
         seed: the seed of random choices.
+        starts: the parameters of edits to try right after the default one.
+        clock: the time in seconds since some moment.
         trials: the trials so far.
         volumes: the front's hypervolume after each trial.
         gentlest: after each trial, 1 minus the logarithm of the lowest KL of a trial that is good
@@ -81,6 +82,8 @@ class Search:
     enough: Callable[[float], bool]
     max_kl: float = 0.1
     seed: int = 0
+    starts: Sequence[Parameters] = ()
+    clock: Callable[[], float] = time.monotonic
     trials: list[Trial] = field(default_factory=list)
     volumes: list[float] = field(default_factory=list)
     gentlest: list[float] = field(default_factory=list)
@@ -93,17 +96,22 @@ class Search:
             self._memory.add_trial(record)
             self._count(trial)
 
-    def run(self, most: int) -> None:
-        """Try edits until there are ``most`` trials, or the front has stopped moving.
+    def run(self, most: int | None, minutes: float | None = None) -> None:
+        """Try edits until a limit is reached or the front has stopped moving.
 
         Ctrl-C ends the search but not the command: the best trial so far is used.
+
+        Args:
+            most: the largest number of trials, with those of the journal; None for no limit.
+            minutes: the time after which no further trial begins; None for no limit. There is
+                always one trial.
         """
-        patience = max(PATIENCE, most // 3)
         distributions = self.space.distributions()
+        end = math.inf if minutes is None else self.clock() + 60 * minutes
         with progress(most, "search", "trial") as bar:
-            bar.update(min(most, len(self.trials)))
+            bar.update(len(self.trials) if most is None else min(most, len(self.trials)))
             try:
-                while len(self.trials) < most and not self._ends(patience):
+                while not (ended := self._ended(most, end)):
                     interrupts.check()
                     trial = self._try(self._next())
                     record = self.journal.add(trial, distributions)
@@ -119,11 +127,21 @@ class Search:
                 kept = f"; {self.journal.path} keeps its trials" if self.journal.path else ""
                 say(f"  search stopped: the front so far is used{kept}. Ctrl-C again ends all.")
                 return
-        self.ended = "all trials made" if len(self.trials) >= most else "the front stopped moving"
+        self.ended = ended
 
-    def _ends(self, patience: int) -> bool:
-        """Whether neither the front nor the lowest KL that is good enough has changed lately."""
-        return still(self.volumes, patience) and still(self.gentlest, patience)
+    def _ended(self, most: int | None, end: float) -> str:
+        """Why the search ends now; empty if it goes on.
+
+        The front has stopped moving if neither it nor the lowest KL that is good enough has changed
+        lately.
+        """
+        done = len(self.trials)
+        if most is not None and done >= most:
+            return "all trials made"
+        patience = max(PATIENCE, (done if most is None else most) // 3)
+        if still(self.volumes, patience) and still(self.gentlest, patience):
+            return "the front stopped moving"
+        return "the time was up" if done and self.clock() >= end else ""
 
     def front(self) -> list[Trial]:
         """The trials on the Pareto front, by rising KL; trials that ended early are left out."""
@@ -140,21 +158,22 @@ class Search:
         self.gentlest.append(1 - good[0].point(self.screen.before)[1] if good else 0.5)
 
     def _next(self) -> dict[str, Any]:
-        """The parameters to try next: analytic edits first, then neighbours of the front and
-        suggestions of Optuna's TPE sampler."""
+        """The parameters to try next: given and analytic edits first, then neighbours of the front
+        and suggestions of Optuna's TPE sampler."""
         done = len(self.trials)
-        if done < 2:
-            return (self.space.uniform(), self.space.even(1.0))[done]
+        first = [self.space.uniform(), *map(dict, self.starts), self.space.even(1.0)]
+        if done < len(first):
+            return first[done]
         # Bisection for the weakest even edit; the full one if even that leaves refusals.
-        low, high = 0.0, 1.0
-        for trial in self.trials[2 : 2 + HALVINGS]:
+        low, high, bisected = 0.0, 1.0, len(first) + HALVINGS
+        for trial in self.trials[len(first) : bisected]:
             middle = (low + high) / 2
             low, high = (low, middle) if self.enough(trial.screened.refused) else (middle, high)
-        if done < 2 + HALVINGS:
+        if done < bisected:
             return self.space.even((low + high) / 2)
         analytic = self.space.analytic(high)
-        if done < 2 + HALVINGS + len(analytic):
-            return analytic[done - 2 - HALVINGS]
+        if done < bisected + len(analytic):
+            return analytic[done - bisected]
         random = np.random.default_rng([self.seed, done])
         # Of eight trials one explores and one starts from anywhere on the front. The others start
         # from trials that are good enough, every second one from that with the lowest KL.
@@ -259,7 +278,7 @@ def improve(
     encoded: SearchPrompts | None = None,
     told: Told | None = None,
 ) -> DirectionFile:
-    """Search with at most ``--search`` trials; return a direction file with the best edit.
+    """Search within ``--search`` trials and ``--minutes``; return a file with the best edit.
 
     Args:
         chat: the model.
@@ -273,9 +292,8 @@ def improve(
     Raises:
         UserError: when flags do not go together, or the journal is of another search.
     """
-    trials = how.searching.search
-    assert trials is not None
-    check(how)
+    trials, minutes, file = how.searching.search, how.searching.minutes, how.searching.warm_start
+    check(how, len(chat.layers))
     first = next(iter(prompts.values()))
     encoded = encoded or at_prompts(first)
     harmful = encoded.harmful
@@ -289,14 +307,15 @@ def improve(
         told=told,
     )  # fmt: skip
 
-    def edit_for(given: Parameters) -> Edit:
-        recipe = space.recipe(given)
+    def edit_for(parameters: Parameters) -> Edit:
+        recipe = space.recipe(parameters)
         # Edits are tried at strength 1; --strength scales the result. Norms can be kept in weights
         # only; the evaluation shows the effect of that.
-        directions, layers = space.directions(given), how.editing.layers
+        directions, layers = space.directions(parameters), how.editing.layers
         return Edit(directions, 1.0, layers, recipe["embedding"], recipe["profile"])
 
-    journal = Journal(how.searching.search_journal, identity(chat, first, space, how))
+    given = [] if file is None else [starts.read(file, len(chat.layers)).parameters(space)]
+    journal = Journal(how.searching.search_journal, identity(chat, first, space, how, given))
     questions = _questions(prompts, how.prompting.thought_tokens)
     generated_most = sum(len(asked) * most for asked, most in questions)
     target = how.searching.target_refusals
@@ -308,16 +327,11 @@ def improve(
         lambda share: meets(share, len(harmful), target),
         how.finding.max_kl,
         how.prompting.seed,
+        given,
     )
-    resumed = len(search.trials)
-    more = max(0, trials - resumed)
-    say(
-        f"  search: at most {more} trials, {more * screen.cost:,} forward tokens, then at most "
-        f"{min(MOST_ASKED, trials) * generated_most:,} generated ones"
-        + (f"; {resumed} trials are in {journal.path}" if resumed else "")
-    )
+    say(_announced(search, trials, minutes, generated_most))
     try:
-        search.run(trials)
+        search.run(trials, minutes)
     finally:
         journal.close()
     asked, generated = _ask_front(search, questions, target, staying)
@@ -325,7 +339,37 @@ def improve(
     say(table(asked, chosen, space))
     if not chosen.meets:
         say(f"  {unmet(chosen, target)}")
-    return _file(found, search, space, asked, chosen, generated, target)
+    figures = {
+        **({} if minutes is None else {"minutes": minutes}),
+        **({} if file is None else {"started_from": file.name}),
+        "ended": search.ended,
+        "target_refusals": target,
+        "hypervolume": search.volumes[-1],
+        "generated_tokens": generated,
+    }
+    return outcome.file_of(found, search.trials, space, asked, chosen, figures)
+
+
+def _announced(search: Search, most: int | None, minutes: float | None, generated: int) -> str:
+    """What a search will take at most.
+
+    Args:
+        search: the search, with the trials of its journal.
+        most, minutes: as of `Search.run`.
+        generated: the number of tokens that a trial on the front generates.
+    """
+    resumed, limits = len(search.trials), []
+    if most is not None:
+        more = max(0, most - resumed)
+        limits.append(f"{more} trials, {more * search.screen.cost:,} forward tokens")
+    if minutes is not None:
+        limits.append(f"{minutes:g} minutes of trials")
+    asked = MOST_ASKED if most is None else min(MOST_ASKED, most)
+    kept = f"; {resumed} trials are in {search.journal.path}" if resumed else ""
+    return (
+        f"  search: at most {', or '.join(limits)}{' (whichever ends first)' * (len(limits) > 1)}, "
+        f"then at most {asked * generated:,} generated tokens{kept}"
+    )
 
 
 def _questions(prompts: ByMode, thought_tokens: int) -> list[tuple[Sequence[Prompt], int]]:
@@ -384,13 +428,20 @@ def _ask_front(
     return sorted(asked, key=lambda one: one.trial.screened.kl), generated
 
 
-def check(how: Measuring) -> None:
+def check(how: Measuring, layers: int) -> None:
     """Check, before any long work, that a search is possible with the chosen flags.
 
+    Args:
+        how: the chosen options.
+        layers: L, the number of the model's layers.
+
     Raises:
-        UserError: naming a flag that does not go with a search, or when Optuna is not installed.
+        UserError: naming a flag that does not go with a search, or a file of ``--from`` without
+            parameters for this model, or when Optuna is not installed.
     """
     optuna_quietly()
+    if how.searching.warm_start is not None:
+        starts.read(how.searching.warm_start, layers)
     if how.editing.pin is not None:
         raise UserError("--search and --pin do not go together: leave one of them out.")
     for flag, value, usual in (
@@ -403,91 +454,3 @@ def check(how: Measuring) -> None:
             )
     if how.finding.layer is not None:
         raise UserError("--search looks for the layer itself: leave --layer out.")
-
-
-def _file(
-    found: DirectionFile,
-    search: Search,
-    space: Space,
-    asked: Sequence[Asked],
-    chosen: Asked,
-    generated: int,
-    target: float,
-) -> DirectionFile:
-    """The direction file with the chosen edit, and with all that was tried.
-
-    Args:
-        found: the choice before the search.
-        search: the search.
-        space: the parameters of edits.
-        asked: the trials that generated replies.
-        chosen: the one of them that was chosen.
-        generated: the number of generated tokens.
-        target: the share of refused and broken replies that is small enough.
-    """
-    parameters, screened = chosen.trial.parameters, chosen.trial.screened
-    selected = space.directions(parameters)
-    default = next(trial for trial in search.trials if trial.screened.whole)
-    summary = _summary(found, parameters, int(selected.shape[-2])) | {
-        "chosen_by": "search: lowest KL of those whose replies meet the target"
-        if chosen.meets
-        else "search: fewest refusals among the replies",
-        "search": {
-            "trials": len(search.trials),
-            "ended": search.ended,
-            "target_refusals": target,
-            "refusal_rate": chosen.refused,
-            "broken_rate": chosen.broken,
-            "refusal_score": screened.refusal,
-            "kl": screened.kl,
-            "kl_default": default.screened.kl,
-            "refusal_score_default": default.screened.refusal,
-            "hypervolume": search.volumes[-1],
-            "forward_tokens": sum(trial.screened.tokens for trial in search.trials),
-            "generated_tokens": generated,
-        },
-    }
-    if chosen.kept:
-        summary["kept"] = {name: one.json for name, one in chosen.kept.items()}
-        for name, kept in chosen.kept.items():
-            say(f"  {'' if kept.enough else 'warning: '}{kept_refusals.sentence(name, kept)}")
-    metadata = {key: value for key, value in found.metadata.items() if key != "pins"}
-    metadata |= {
-        "method": summary["method"],
-        "summary": summary,
-        "recipe": space.recipe(parameters),
-        "search": {
-            "front": [one.record() for one in asked],
-            "trials": [trial.record() for trial in search.trials],
-        },
-    }
-    return replace(found, selected=selected, metadata=metadata)
-
-
-def _summary(found: DirectionFile, parameters: Parameters, rank: int) -> dict[str, Any]:
-    """Where the directions of an edit come from, as in `records.directions.Selection`.
-
-    Args:
-        found: the choice before the search.
-        parameters: of the edit.
-        rank: the number of its directions.
-    """
-    before, name = found.metadata.get("summary", {}), parameters["method"]
-    if name == DEFAULT:
-        return dict(before)
-    summary: dict[str, Any] = {"method": name}
-    if name in KINDS:
-        assert found.candidates is not None
-        summary |= {"method": found.candidates.method, "orthogonal_to": name}
-    if rank > 1:
-        summary["rank"] = rank
-    if "position" in before:
-        summary["position"] = before["position"]
-    if name.startswith("layers-rank"):
-        return summary | {"method": measuring.METHOD, "across": "layers"}
-    if parameters["per_layer"]:
-        return summary | {"per_layer": True}
-    return summary | {"layer": round(parameters["index"], 3)}
-
-
-# --- messages ------------------------------------------------------------------------------------

@@ -22,8 +22,11 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
 
 
-def progress(total: int, label: str, unit: str = "prompt") -> Any:
-    """A progress bar on stderr; nothing is shown where stderr is no terminal."""
+def progress(total: int | None, label: str, unit: str = "prompt") -> Any:
+    """A progress bar on stderr, without an end if ``total`` is None.
+
+    Nothing is shown where stderr is no terminal.
+    """
     from tqdm import tqdm
 
     return tqdm(

@@ -40,6 +40,10 @@ def test_what_is_told_is_what_comes():
     assert alone.ask == 0
     searched = forecast(chat, encoded, Measuring.of(search=60), 50.0)
     assert searched.choose - told.choose == pytest.approx(60 * 96 * 16, rel=0.2)
+    timed = forecast(chat, encoded, Measuring.of(search=60, minutes=30.0), 50.0)
+    assert timed.choose == told.choose
+    assert "search (at most 30 minutes)" in str(timed)
+    assert timed.minutes > 30 + told.measure / timed.rate / 60
 
 
 def test_what_a_constant_takes_is_told_too(monkeypatch):

@@ -24,6 +24,7 @@ from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import find_writers
 from abl_mlx.search import loop, pareto, polish, screening, survivors
+from abl_mlx.search.journal import Journal
 from abl_mlx.search.space import DEFAULT, Space, kernel
 from abl_mlx.search.survivors import Asked, ask_survivors, choose, meets
 from abl_mlx.support import interrupts
@@ -232,6 +233,76 @@ def test_a_step_follows_from_the_trials_and_the_seed_and_needs_some():
     ]
     assert made[0] == made[1] != made[2]
     assert polish.step(space, trials[:5], trials[3], 0, RNG) is None
+
+
+# --- limits and starts ---------------------------------------------------------------------------
+
+
+class MadeUp:
+    """A screen of the made-up model, on which each trial takes six seconds."""
+
+    before = 3.0
+
+    def __init__(self, space):
+        self.space, self.seconds, self.seen = space, 0.0, []
+
+    def score(self, parameters, hopeless):
+        self.seen.append(parameters)
+        self.seconds += 6
+        return scored(self.space, parameters).screened
+
+    def search(self, starts=(), journal=None):
+        made = loop.Search(
+            self, self.space, lambda given: given, journal or Journal(None, {}), lambda share: True,
+            starts=starts, clock=lambda: self.seconds,
+        )  # fmt: skip
+        return made
+
+
+@pytest.mark.parametrize(
+    ("most", "minutes", "made", "ended"),
+    [
+        (None, 1.0, 10, "the time was up"),
+        (7, 1.0, 7, "all trials made"),
+        (20, 0.95, 10, "the time was up"),
+        (20, 1e-9, 1, "the time was up"),
+        (5, None, 5, "all trials made"),
+    ],
+)
+def test_a_search_ends_by_the_first_limit_that_is_reached(most, minutes, made, ended):
+    search = MadeUp(space_of()).search()
+    search.run(most, minutes)
+    assert (len(search.trials), search.ended) == (made, ended)
+
+
+def test_time_counts_anew_for_a_search_that_goes_on(tmp_path):
+    path, counts = tmp_path / "journal", []
+    for _ in range(2):
+        journal = Journal(path, {"model": "made up"})
+        search = MadeUp(space_of()).search(journal=journal)
+        search.run(None, 0.5)
+        counts.append(len(search.trials))
+        journal.close()
+    assert counts == [5, 10]
+
+
+def test_without_a_number_of_trials_the_front_may_still_end_a_search():
+    screen = MadeUp(space_of())
+    screen.score = lambda parameters, hopeless: trial(kl=0.01, refusal=1.0).screened
+    search = screen.search()
+    search.run(None, 60)
+    assert search.ended == "the front stopped moving"
+    assert len(search.trials) == loop.PATIENCE + 1
+
+
+def test_given_edits_come_right_after_the_default_and_the_others_follow_as_before():
+    space = space_of()
+    given = [space.even(0.45, mlp_floor=0.5), space.even(0.55)]
+    plain, started = MadeUp(space), MadeUp(space)
+    plain.search().run(10)
+    started.search(given).run(12)
+    assert started.seen[1:3] == given
+    assert started.seen[:1] + started.seen[3:] == plain.seen
 
 
 # --- what is asked for replies -------------------------------------------------------------------
@@ -450,6 +521,29 @@ def test_journals_that_were_changed_are_refused(demo, whole, tmp_path, old, new)
         searched(demo, path, 26)
 
 
+def test_a_search_with_minutes_starts_from_a_file_and_says_so(demo, tmp_path, capsys):
+    chat, *_ = demo
+    recipe = {"profile": {name: [0.6] * len(chat.layers) for name in ("attention", "mlp")}}
+    path = tmp_path / "abl.json"
+    direction = {"method": "difference-of-means", "layer": 1.5, "recipe": recipe}
+    path.write_text(json.dumps({"direction": direction}))
+    file = searched(demo, None, 3, minutes=60.0, warm_start=path)
+    said = capsys.readouterr().err
+    assert "search: at most 3 trials" in said
+    assert "or 60 minutes of trials (whichever ends first)" in said
+    assert "the search starts from abl.json: strengths within 0.00" in said
+    given = tried(file)[1]
+    assert (given["method"], given["index"]) == ("difference-of-means", 1.5)
+    assert given["attention_strength"] == pytest.approx(0.6)
+    summary = file.metadata["summary"]["search"]
+    assert (summary["minutes"], summary["started_from"]) == (60, "abl.json")
+    # A journal is of the searches with the same start.
+    journal = tmp_path / "journal"
+    searched(demo, journal, 2)
+    with pytest.raises(UserError, match="another space or options"):
+        searched(demo, journal, 3, warm_start=path)
+
+
 def test_options_that_do_not_go_together(demo):
     for others, word in (({"pin": "harmless"}, "--pin"), ({"layer": 1}, "--layer")):
         with pytest.raises(UserError, match=word):
@@ -458,6 +552,8 @@ def test_options_that_do_not_go_together(demo):
 
 def test_journal_lies_beside_the_output(tmp_path):
     assert Searching().beside(tmp_path / "x").search_journal is None
+    timed = Searching(minutes=5).beside(tmp_path / "x").search_journal
+    assert timed == tmp_path / "x.search.journal"
     found = Searching(search=5).beside(tmp_path / "edited.gguf").search_journal
     assert found == tmp_path / "edited.gguf.search.journal"
     given = Searching(search=5, search_journal=tmp_path / "mine")

@@ -1,0 +1,96 @@
+"""The result of a search: the direction file with the chosen edit and with all that was tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from abl_mlx.behaviour import kept_refusals
+from abl_mlx.directions import measuring
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.variants import KINDS
+from abl_mlx.search.screening import Trial
+from abl_mlx.search.space import DEFAULT, Parameters, Space
+from abl_mlx.search.survivors import Asked
+from abl_mlx.support.console import say
+
+
+def file_of(
+    found: DirectionFile,
+    trials: Sequence[Trial],
+    space: Space,
+    asked: Sequence[Asked],
+    chosen: Asked,
+    figures: Mapping[str, Any],
+) -> DirectionFile:
+    """The direction file with the chosen edit, and with all that was tried.
+
+    Args:
+        found: the choice before the search.
+        trials: all that were tried.
+        space: the parameters of edits.
+        asked: the trials that generated replies.
+        chosen: the one of them that was chosen.
+        figures: of the search as a whole, for its record.
+    """
+    parameters, screened = chosen.trial.parameters, chosen.trial.screened
+    selected = space.directions(parameters)
+    default = next(trial for trial in trials if trial.screened.whole)
+    summary = _summary(found, parameters, int(selected.shape[-2])) | {
+        "chosen_by": "search: lowest KL of those whose replies meet the target"
+        if chosen.meets
+        else "search: fewest refusals among the replies",
+        "search": {
+            "trials": len(trials),
+            **figures,
+            "refusal_rate": chosen.refused,
+            "broken_rate": chosen.broken,
+            "refusal_score": screened.refusal,
+            "kl": screened.kl,
+            "kl_default": default.screened.kl,
+            "refusal_score_default": default.screened.refusal,
+            "forward_tokens": sum(trial.screened.tokens for trial in trials),
+        },
+    }
+    if chosen.kept:
+        summary["kept"] = {name: one.json for name, one in chosen.kept.items()}
+        for name, kept in chosen.kept.items():
+            say(f"  {'' if kept.enough else 'warning: '}{kept_refusals.sentence(name, kept)}")
+    metadata = {key: value for key, value in found.metadata.items() if key != "pins"}
+    metadata |= {
+        "method": summary["method"],
+        "summary": summary,
+        "recipe": space.recipe(parameters),
+        "search": {
+            "front": [one.record() for one in asked],
+            "trials": [trial.record() for trial in trials],
+        },
+    }
+    return replace(found, selected=selected, metadata=metadata)
+
+
+def _summary(found: DirectionFile, parameters: Parameters, rank: int) -> dict[str, Any]:
+    """Where the directions of an edit come from, as in `records.directions.Selection`.
+
+    Args:
+        found: the choice before the search.
+        parameters: of the edit.
+        rank: the number of its directions.
+    """
+    before, name = found.metadata.get("summary", {}), parameters["method"]
+    if name == DEFAULT:
+        return dict(before)
+    summary: dict[str, Any] = {"method": name}
+    if name in KINDS:
+        assert found.candidates is not None
+        summary |= {"method": found.candidates.method, "orthogonal_to": name}
+    if rank > 1:
+        summary["rank"] = rank
+    if "position" in before:
+        summary["position"] = before["position"]
+    if name.startswith("layers-rank"):
+        return summary | {"method": measuring.METHOD, "across": "layers"}
+    if parameters["per_layer"]:
+        return summary | {"per_layer": True}
+    return summary | {"layer": round(parameters["index"], 3)}
