@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from abl_mlx.choices import Chatting, Choices, Prompting, Replying
+from abl_mlx.choices import Chatting, Prompting, Replying
+from abl_mlx.flag_values import Choices
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from abl_mlx.choices import Choices
+from abl_mlx.flag_values import Choices
 from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.further_files import FurtherFiles

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx import __version__
-from abl_mlx.choices import ApplyOptions, Choices, RunOptions
+from abl_mlx.choices import ApplyOptions, RunOptions
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.flag_values import Choices
 from abl_mlx.inputs.sources import Source
 from abl_mlx.records.directions import Chosen, Found, Recipe
 from abl_mlx.records.edits import Drafting, Edited, Hashes, WorstLeak, WrittenEdit

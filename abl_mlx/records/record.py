@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cached_property
 from typing import Any, TypeVar
 
-from abl_mlx.choices import Choices
+from abl_mlx.flag_values import Choices
 
 #: The version of every record that is written. Records of earlier versions of abl-mlx have none,
 #: which means version 0, with the same keys. The version rises when a key is removed or changes its

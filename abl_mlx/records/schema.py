@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from abl_mlx.choices import Choices
+from abl_mlx.flag_values import Choices
 from abl_mlx.records import edits, evaluations, looks
 from abl_mlx.records.record import FORMAT_VERSION, Part, Record, key, kinds_of, options_of, required
 

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from abl_mlx.behaviour import reply_notes
-from abl_mlx.choices import Choices
+from abl_mlx.flag_values import Choices
 from abl_mlx.records.edits import Hashes
 from abl_mlx.records.evaluations import Asked, Category, EvalRecord, Refusals
 from abl_mlx.reports.page import Cell, Reply, Section, Table

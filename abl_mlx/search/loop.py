@@ -296,15 +296,14 @@ def improve(
     check(how, len(chat.layers))
     first = next(iter(prompts.values()))
     encoded = encoded or at_prompts(first)
-    harmful = encoded.harmful
     space = Space(
         len(chat.layers), sources_of(chat, encoded, found, how), embedding=how.editing.embedding,
         profile=found.metadata.get("recipe", {}).get("profile"),
     )  # fmt: skip
     staying = encoded.staying
     screen = Screen(
-        chat, writers, harmful, encoded.harmless, batch_size=how.batch_size, staying=staying,
-        told=told,
+        chat, writers, encoded.harmful, encoded.harmless, batch_size=how.batch_size,
+        staying=staying, told=told,
     )  # fmt: skip
 
     def edit_for(parameters: Parameters) -> Edit:
@@ -324,7 +323,7 @@ def improve(
         space,
         edit_for,
         journal,
-        lambda share: meets(share, len(harmful), target),
+        lambda share: meets(share, len(encoded.harmful), target),
         how.finding.max_kl,
         how.prompting.seed,
         given,
