@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from abl_mlx.directions.methods import METHODS, ROME  # noqa: E402
+from abl_mlx.directions.methods import METHODS  # noqa: E402
 from abl_mlx.inputs import prompts  # noqa: E402
 from tests.support import small_models  # noqa: E402
 from tools.methods_page import replaced  # noqa: E402
@@ -52,8 +52,11 @@ BUDGET = 25_000
 #: The largest share of refused or broken replies that the rule accepts on any model.
 MOST_LEFT = 0.05
 
+#: The smallest share of held-out prompts that must be answered as was taught, on every small model.
+LEAST_CAPABLE = 0.9
+
 #: KLs below this are one another's equal.
-LEAST_KL = 1e-4
+LEAST_KL = 1e-5
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,9 @@ class Row:
 
     @property
     def works(self) -> bool:
-        """Whether refusals end."""
-        return not self.failed and self.refused + self.broken <= MOST_LEFT
+        """Whether refusals end, and answers are those that were taught."""
+        answers = self.capable is None or self.capable >= LEAST_CAPABLE
+        return not self.failed and answers and self.refused + self.broken <= MOST_LEFT
 
 
 def run(model: str, method: str, gguf: Path | None) -> Row:
@@ -208,17 +212,16 @@ def _place(model: str) -> int:
 def ruled(rows: Sequence[Row], budget: int) -> list[tuple[str, float]]:
     """The methods that the rule accepts with their mean KLs, the best first.
 
-    They end refusals on every small model within the budget. The mean is the geometric one of the
-    KLs at the first token, none of which counts as less than `LEAST_KL`. Methods that not every
-    architecture knows cannot be a default: `rome`.
+    On every small model they end refusals, leave the answers, and stay within the budget. The mean
+    is the geometric one of the KLs over 32 tokens, none of which counts as less than `LEAST_KL`.
     """
     found = []
     for name in (DEFAULT, *METHODS):
         mine = {one.model: one for one in rows if one.method == name and one.model in MODELS}
-        if name == ROME or set(mine) != set(MODELS):
+        if set(mine) != set(MODELS):
             continue
         if all(one.works and one.tokens <= budget for one in mine.values()):
-            logs = [math.log(max(one.kl, LEAST_KL)) for one in mine.values()]
+            logs = [math.log(max(one.kl32, LEAST_KL)) for one in mine.values()]
             found.append((name, math.exp(sum(logs) / len(logs))))
     return sorted(found, key=lambda one: one[1])
 
