@@ -197,7 +197,7 @@ class KeyPass:
         longest = int(lengths.max())
         self._batch = mx.array([[*one, *[0] * (longest - len(one))] for one in rest], mx.int32)
         self._is_harmful = np.arange(len(rest)) < len(harmful)
-        self._ends = np.arange(len(rest))[:, None], lengths[:, None] + np.array(positions)[None]
+        self._ends = np.arange(len(rest))[:, None], lengths[:, None] + np.array([*positions])[None]
         real = np.arange(longest)[None] < lengths[:, None]
         real[self._ends] = False
         self._others = real & ~self._is_harmful[:, None]

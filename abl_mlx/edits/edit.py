@@ -275,7 +275,7 @@ class Edit:
             if one is None and self.slab is not None:
                 one = self.slab[0].start // self.width
             if one is not None:
-                return np.array(one in chosen)
+                return np.full((), one in chosen)
             each = np.array([expert in chosen for expert in range(shape[0])])
             return each.reshape(-1, *[1] * (len(shape) - 1))
         found = np.repeat(

@@ -188,7 +188,7 @@ def read_back(
     values = np.empty(shapes[tensor], dtype=np.float32)
     rows = values if values.ndim == 1 else values.reshape(-1, values.shape[-1])
     for path in found.places()[tensor]:
-        one = np.array(_parameter(folder, files, path))
+        one = np.array(_parameter(folder, files, path).astype(mx.float32))
         put(
             found.weights[path],
             one,
@@ -200,7 +200,7 @@ def read_back(
 
 
 def _parameter(folder: Path, files: TensorFiles, path: str) -> mx.array:
-    """A parameter's values in float32, dequantized."""
+    """A parameter's values, dequantized if it is quantized."""
     module = path.removesuffix(".weight")
     values = files.read(path)
     if f"{module}.scales" in files:
@@ -210,7 +210,7 @@ def _parameter(folder: Path, files: TensorFiles, path: str) -> mx.array:
         if biases is not None:
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         values = mx.dequantize(values, scales, biases, **settings, dtype=mx.float32)
-    return values.astype(mx.float32)
+    return values
 
 
 @dataclass(frozen=True)
