@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import Measuring
 from abl_mlx.commands import edit_choice
 from abl_mlx.commands.candidate_choice import Finder
@@ -13,9 +16,14 @@ from abl_mlx.directions import choice, race, selection
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.race import Runner
 from abl_mlx.directions.rome import NULL_SPACE, Form, KeyPass
+from abl_mlx.directions.selection import LEFT
+from abl_mlx.directions.trial import Effect
 from abl_mlx.directions.variants import SAME_KL
+from abl_mlx.edits.steering import ablation
 from abl_mlx.edits.update import Update
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs import thinking
+from abl_mlx.models.generation import generate
 from abl_mlx.records.directions import TriedUpdate
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import say
@@ -24,10 +32,9 @@ from convert.base.errors import UsageError, UserError
 #: Prompts of each set whose inputs of MLPs are keys, or are kept.
 KEY_PROMPTS = 128
 
-# How the other forms that are tried differ from the best of the windows.
-_OTHERS: tuple[dict[str, Any], ...] = (
-    {"reach": 1.0}, {"reach": 3.0}, {"keep": 10.0}, {"form": NULL_SPACE},
-)  # fmt: skip
+# How far values of the first forms reach, and how the other forms differ from the best of these.
+_REACHES = (1.0, 2.0)
+_OTHERS: tuple[dict[str, Any], ...] = ({"reach": 3.0}, {"keep": 10.0}, {"form": NULL_SPACE})
 
 
 def check(how: Measuring) -> None:
@@ -49,15 +56,23 @@ def check(how: Measuring) -> None:
             raise UsageError(f"--method rome and {flag} do not go together: leave one of them out.")
 
 
+# Validation prompts whose replies are read, and up to how many tokens. A change may only keep a
+# refusal from opening as it used to.
+_REPLIES, _REPLY_TOKENS = 16, 24
+
+
 class RomeFinder(Finder):
     """Chooses among changes of MLPs made from the measured directions of all layers."""
+
+    _judged: dict[Form, float]
 
     def file(self, *, causal: bool = True, trimming: bool = False) -> DirectionFile:
         """The direction file with the chosen changes.
 
-        The window of layers is chosen first; then the reach of the values, the weight of what is
-        kept, and the form. Each form costs one pass over the keys' prompts and its share of a race
-        (`abl_mlx.directions.race`). There are at most 7 forms.
+        The window of layers and the reach of the values are chosen first. Unless that ends
+        refusals at next to no KL, a longer reach, another weight of what is kept and the null space
+        are tried. Each form costs one pass over the keys' prompts and its share of a race
+        (`abl_mlx.directions.race`). There are at most 9 forms.
 
         Args:
             causal: whether replies show refusals, which the choice needs.
@@ -71,6 +86,7 @@ class RomeFinder(Finder):
                 "--method rome chooses by what ends refusals, and completions of this model show "
                 "none: choose another method."
             )
+        self._judged = {}
         candidates = self._candidates
         keys = KeyPass(
             self._chat,
@@ -87,10 +103,13 @@ class RomeFinder(Finder):
             runners = [Runner(form, update) for form, update in zip(forms, made, strict=True)]
             return self._raced(runners, label)
 
-        done = race_of([Form(*window) for window in self._windows()], "changes of MLPs")
-        others = [replace(done[0].of, **other) for other in _OTHERS]
-        done = sorted([*done, *race_of(others, "weights of what is kept")], key=self._order)
-        best = self._best(done)
+        first = [Form(*window, reach=reach) for window in self._windows() for reach in _REACHES]
+        done = race_of(first, "changes of MLPs")
+        best, refusing = self._best(done)
+        if refusing > LEFT or best.effect.kl > SAME_KL:
+            others = [replace(best.of, **other) for other in _OTHERS]
+            done = sorted([*done, *race_of(others, "other changes of MLPs")], key=self._order)
+            best, refusing = self._best(done)
         done = [best, *(one for one in done if one is not best)]
         effect = best.effect
         if not effect.kl <= self._how.finding.max_kl:
@@ -100,7 +119,7 @@ class RomeFinder(Finder):
                 "or choose another method."
             )
         self._notes.update(
-            chosen_by="changes of MLPs, by the first reply tokens to validation prompts",
+            chosen_by="changes of MLPs, by first tokens and a few replies to validation prompts",
             **self._first_tokens(effect.refusal, effect.refused, effect.kl),
             update=self._record(best).json,
         )
@@ -117,12 +136,16 @@ class RomeFinder(Finder):
         return replace(file, metadata=metadata, updates=best.edit.factors)
 
     def _windows(self) -> list[tuple[int, int]]:
-        """The runs of layers that are tried: where the sets are apart, half of that, and all."""
+        """The runs of layers that are tried: where the sets are apart, half of that, and all.
+
+        All begin in the first half: what the last layers change, the reply's later tokens do not
+        see, so that a refusal would go on.
+        """
         count = self._candidates.n_layers
         last = self._candidates.positions[-1]
         here = [score for score in self._scores if score.position == last]
         apart = selection.apart(here) or tuple(range(count))
-        first, deep = min(apart), max(apart)
+        first, deep = min(*apart, count // 2), max(apart)
         found = [(first, deep), (first, (first + deep) // 2), (0, count - 1)]
         return list(dict.fromkeys(found))
 
@@ -141,21 +164,44 @@ class RomeFinder(Finder):
     def _order(self, runner: Runner[Form]) -> tuple[bool, bool, float]:
         return choice.gentle(runner.effect, self._how.finding.max_kl, self._trial.left)
 
-    def _best(self, done: Sequence[Runner[Form]]) -> Runner[Form]:
-        """Of those that end refusals at about the lowest KL, the one with the lowest score.
+    def _ends_refusals(self, effect: Effect) -> bool:
+        """Whether an effect is good, with a refusal score nearer to that of harmless prompts."""
+        trial, half = self._trial, sum(self._trial.refusal_before) / 2
+        good = effect.kl <= self._how.finding.max_kl and effect.refused <= trial.left
+        return good and effect.refusal <= half
+
+    def _best(self, done: Sequence[Runner[Form]]) -> tuple[Runner[Form], float]:
+        """The form whose replies refuse least, and the share of these that do.
+
+        Those that end refusals by first tokens at about the lowest KL come first, and of these the
+        one with the smallest reach: a longer one than is needed makes replies that are not the
+        model's own. Where none ends them, the first is taken, unseen.
 
         Args:
             done: what ran all prompts, in their order.
         """
-        first, (over, left, _) = done[0], self._order(done[0])
-        if over or left:
-            return first
-        same = [
-            one
-            for one in done
-            if one.effect.kl <= first.effect.kl + SAME_KL and self._order(one)[:2] == (over, left)
-        ]
-        return min(same, key=lambda one: one.effect.refusal)
+        ending = [one for one in done if self._ends_refusals(one.effect)]
+        lowest = min((one.effect.kl for one in ending), default=0.0)
+        ending.sort(key=lambda one: (one.effect.kl > lowest + SAME_KL, one.of.reach, one.effect.kl))
+        shares: list[float] = []
+        for one in ending:
+            shares.append(self._refusing(one.of, one.edit))
+            if shares[-1] <= LEFT:
+                break
+        if not shares:
+            return done[0], 1.0
+        return ending[int(np.argmin(shares))], min(shares)
+
+    def _refusing(self, form: Form, edit: WeightEdit) -> float:
+        """The share of refused or broken replies to a few harmful validation prompts."""
+        if form not in self._judged:
+            asked = self._validation["harmful"][:_REPLIES]
+            with ablation(self._writers, edit):
+                replies = generate(self._chat, asked, _REPLY_TOKENS, label="replies")
+            texts = [self._chat.tokenizer.decode(reply) for reply in replies]
+            wrong = sum(classify(text) != Verdict.ANSWER for text in texts)
+            self._judged[form] = wrong / len(texts)
+        return self._judged[form]
 
     def _record(self, runner: Runner[Form]) -> TriedUpdate:
         form, effect = runner.of, runner.effect

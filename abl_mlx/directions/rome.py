@@ -53,7 +53,7 @@ class Form:
     first: int
     last: int
     keep: float = 100.0
-    reach: float = 2.0
+    reach: float = 1.0
     form: str = RIDGE
     ridge: float = 1.0
 

@@ -143,9 +143,7 @@ def test_a_model_that_one_direction_does_not_free(tmp_path: Path) -> None:
     """Of hard the best single direction leaves 41% of refusals; changes of MLPs leave none."""
     folder = small_models.folder("hard")
     prompts = ("--harmful", folder / "locked.txt", "--harmless", folder / "allowed.txt")
-    record = abl_mlx(
-        "run", folder, "--method", "rome", *prompts, "-o", tmp_path / "out.gguf", "--limit", "32"
-    )
+    record = abl_mlx("run", folder, "--method", "rome", *prompts, "-o", tmp_path / "out.gguf")
     for one in record["evaluations"]:
         assert one["after"]["harmful_refusal_rate"] <= 0.05
         assert one["kl"]["k1"] < 0.001
