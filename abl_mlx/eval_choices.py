@@ -72,6 +72,7 @@ class Metrics(Choices):
         length_sweep: numbers of tokens of each reply that are read; the rates are those of the
             shortest that suffices, and `Replying.max_tokens` is not used.
         recognition: ask whether prompts are harmful.
+        scorer: the scorers of other behaviours, ``NAME[:FILE]`` each, separated by commas.
     """
 
     perplexity: bool = False
@@ -80,6 +81,7 @@ class Metrics(Choices):
     lm_eval: str | None = None
     length_sweep: frozenset[int] | None = None
     recognition: bool = False
+    scorer: str | None = None
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,13 @@ def metric_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         recognition_flag,
         click.option(
+            "--scorer",
+            metavar="NAME[:FILE],...",
+            help="Also ask the prompts of these scorers of behaviours other than refusal: slop, "
+            "sycophancy, language, or those of installed packages. FILE has a scorer's own data, a "
+            "phrase or a prompt on each line. Lower figures are better.",
+        ),
+        click.option(
             "--lm-eval",
             metavar="TASKS",
             help="Also run these tasks of lm-evaluation-harness (separated by commas) through "

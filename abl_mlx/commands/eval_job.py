@@ -8,6 +8,8 @@ from typing import Any
 
 from abl_mlx import __version__
 from abl_mlx.behaviour import gate, judge, lm_eval_harness, recognition
+from abl_mlx.behaviour.scorers import scorer
+from abl_mlx.behaviour.scorers.scorer import Scorer
 from abl_mlx.commands import steered_target, targets, thinking_switch
 from abl_mlx.eval_choices import EvalOptions
 from abl_mlx.inputs import thinking
@@ -51,6 +53,12 @@ class Job:
     def given(self) -> GivenTemplate | None:
         """The chat template of ``--template``; None without it."""
         return given_template.read(self.options.chatting.template)
+
+    @cached_property
+    def scorers(self) -> list[Scorer]:
+        """The scorers of ``--scorer``."""
+        wanted = self.options.metrics.scorer
+        return [] if wanted is None else scorer.named(wanted)
 
     @property
     def template(self) -> Template | None:
@@ -134,6 +142,7 @@ def check(job: Job) -> EarlierEval | None:
     )  # fmt: skip
     steered_target.check(options, runtime)
     _check_limits(job)
+    _ = job.scorers  # reads their files
     if options.replying.save_replies is not None:
         check_new(options.replying.save_replies)
     if options.replying.report is not None:

@@ -30,6 +30,7 @@ from abl_mlx.behaviour.paired import Paired
 from abl_mlx.behaviour.refusal_figures import refusals
 from abl_mlx.behaviour.refusals import Oddity, Rates, Verdict, rates_of
 from abl_mlx.behaviour.reply_notes import Seen
+from abl_mlx.behaviour.scorers import measured
 from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.commands import (
@@ -59,7 +60,13 @@ from abl_mlx.records.evaluations import (
     Refusals,
     Settled,
 )
-from abl_mlx.records.measurements import Capability, Perplexity, Recognition, ToolCalls
+from abl_mlx.records.measurements import (
+    Capability,
+    Perplexity,
+    Recognition,
+    Scored,
+    ToolCalls,
+)
 from abl_mlx.records.reading import UNJUDGED, EarlierEval
 from abl_mlx.reports.page import write
 from abl_mlx.reports.page_eval import eval_page
@@ -190,6 +197,10 @@ def _measured(
     if options.metrics.capability:
         with clock.step("ask the capability check"):
             found_capability = capability.record(target)
+    scored: dict[str, Scored] | None = None
+    if job.scorers:
+        with clock.step("ask the prompts of scorers"):
+            scored = measured.record(target, job.scorers)
     asked = Asked(
         **replace(_rates_by_mode(job, modes), recognition=found_recognition).values_by_field,
         abl_mlx=__version__,
@@ -208,6 +219,7 @@ def _measured(
         perplexity=found_perplexity,
         capability=found_capability,
         tool_calls=found_calls,
+        scorers=scored,
     )
     return asked, modes
 

@@ -11,6 +11,7 @@ from abl_mlx.records.measurements import (
     LengthSweep,
     Perplexity,
     Recognition,
+    Scored,
     Thoughts,
     ToolCalls,
 )
@@ -240,6 +241,7 @@ class Asked(Refusals, Made):
         verdicts: set -> one letter a prompt: R refused, A answered, B broken, ? not judged.
         judging, perplexity, capability, length_sweep, tool_calls: further measurements, if they
             were asked for.
+        scorers: name of each scorer -> its figure.
     """
 
     model: str | None = None
@@ -257,6 +259,7 @@ class Asked(Refusals, Made):
     capability: Capability | None = None
     length_sweep: LengthSweep | None = None
     tool_calls: ToolCalls | None = None
+    scorers: dict[str, Scored] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,25 @@ class ToolCalls(Share):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scored(Part):
+    """The figure of a scorer (``--scorer``); lower is better.
+
+    Attributes:
+        n: the number of prompts.
+        figure: the figure of the replies.
+        unit: its unit, in words that follow it.
+        max_tokens: the longest reply in tokens.
+        prompts_sha256: of the prompts.
+    """
+
+    n: int
+    figure: float
+    unit: str
+    max_tokens: int
+    prompts_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Perplexity(Part):
     """The perplexity of a text.
 

@@ -1,0 +1,1 @@
+"""Scorers: figures of behaviours other than refusal, from replies to prompts of their own."""
