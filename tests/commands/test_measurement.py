@@ -318,7 +318,7 @@ def test_the_over_refusal_direction_on_the_models_states(tiny_folder):
         ({"per_layer": True, "pin": "harmless"}, "--pin"),
         ({"method": "rdo", "across": "layers"}, "--method rdo and --across layers"),
         ({"method": "inlp", "kind": "reflect"}, "--method inlp and --kind reflect"),
-        ({"method": "inlp", "learn_strengths": 5}, "--method inlp and --learn-strengths"),
+        ({"method": "inlp", "learn_strengths": 5}, "--learn-strengths and --method inlp"),
         ({"method": "cosmic", "layer": 1.5}, "between two"),
         ({"tensor": "x"}, "--tensor"),
         ({"borderline": "x.txt"}, "--method over-refusal"),
