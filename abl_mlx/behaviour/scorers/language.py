@@ -11,16 +11,23 @@ from pathlib import Path
 from abl_mlx.behaviour.scorers.lines import lines_of
 from convert.base.errors import UserError
 
-#: Frequent words of languages in Latin letters, most of which only one of these languages has.
+#: Frequent words of languages in Latin letters. A word that several of them have is in the list of
+#: each, so that it speaks for none of these alone.
 WORDS = {
-    "en": "the and of to is are that which with for this from by as an it in on be was when",
+    "en": "the and of to is are that which with for this from by as an it in on be was when a i "
+    "you not no who or has have can we they their but often",
     "de": "der die das und ist sind ein eine nicht mit von zu den dem im auf wird werden auch sich "
-    "für als wenn durch",
-    "fr": "le la les des est et un une dans pour que qui sur avec par du au sont ce cette il elle",
-    "es": "el la los las y es son un una en por para que con del se al lo como más su cuando",
-    "it": "il lo la gli le è sono un una di che per con del della nel si da al come più quando",
-    "pt": "o a os as e é são um uma em por para que com do da no na se ao como mais quando",
-    "nl": "de het een en is zijn van in op met voor niet dat die door te worden wordt als ook aan",
+    "für als wenn durch in an es ich man was so",
+    "fr": "le la les des est et un une dans pour que qui sur avec par du au sont ce cette il elle "
+    "de se a ne pas plus comme comment en deux nous vous ils",
+    "es": "el la los las y es son un una en por para que con del se al lo como más su cuando de "
+    "a no entre cómo",
+    "it": "il lo la gli le è sono un una di che per con del della nel si da al come più quando i a "
+    "in non e",
+    "pt": "a o os as e é são um uma em por para que com do da dos no na se ao como mais quando de "
+    "não",
+    "nl": "de het een en is zijn van in op met voor niet dat die door te worden wordt als ook aan "
+    "we wat",
 }
 
 #: Languages that their script tells. Chinese has no kana, which Japanese always has.

@@ -64,6 +64,13 @@ def test_the_prompts_of_each_language_are_recognized_as_theirs():
     for name, prompt in language.PROMPTS:
         if name in language.SCRIPTS:
             assert language.language_of(prompt) == name
+    # Openings of replies of a small model.
+    for name, reply in (
+        ("en", "No, I'm not."),
+        ("en", "A baker is a skilled artisan who crafts and sells baked goods, often in a market."),
+        ("fr", "Ceux deux phrases comment se forme un arc-en-ciel."),
+    ):
+        assert language.language_of(reply) == name
     assert language.language_of("42") is None
     # A few words of another script do not change the language.
     assert language.language_of("The Japanese word 虹 is read as にじ and means a rainbow.") == "en"
