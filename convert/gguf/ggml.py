@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -156,13 +157,7 @@ def dequantize(encoded: np.ndarray, of: GGMLQuantizationType) -> np.ndarray:
         UserError: when ggml was not found, or does not decode this type.
     """
     block, size = gguf.GGML_QUANT_SIZES[of]
-    name = "dequantize_row_" + of.name.lower().replace("_k", "_K")
-    try:
-        decode_row = getattr(library(), name)
-    except AttributeError:
-        raise UserError(f"this ggml has no {name}: update it.") from None
-    decode_row.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    decode_row.restype = None
+    decode_row = _decoder(of)
     source = np.ascontiguousarray(encoded, dtype=np.uint8).reshape(-1, encoded.shape[-1])
     width = encoded.shape[-1] // size * block
     values = np.empty((source.shape[0], width), dtype=np.float32)
@@ -174,6 +169,39 @@ def dequantize(encoded: np.ndarray, of: GGMLQuantizationType) -> np.ndarray:
 
     _spread(decode, source.shape[0], width)
     return values.reshape(*encoded.shape[:-1], width)
+
+
+def dequantize_into(encoded: np.ndarray, of: GGMLQuantizationType, out: np.ndarray) -> None:
+    """Decode rows as `dequantize` does, in this thread and into memory that is there.
+
+    Args:
+        encoded: uint8, (R, bytes per row), contiguous.
+        of: the type in which they are encoded.
+        out: float32, (R, n), contiguous.
+
+    Raises:
+        UserError: when ggml was not found, or does not decode this type.
+        ValueError: when the arrays do not fit each other or are not contiguous.
+    """
+    block, size = gguf.GGML_QUANT_SIZES[of]
+    fits = encoded.dtype == np.uint8 and out.dtype == np.float32
+    fits = fits and encoded.flags.c_contiguous and out.flags.c_contiguous
+    if not fits or encoded.size // size * block != out.size:
+        raise ValueError(f"{encoded.shape} bytes of {of.name} do not fit {out.shape} weights")
+    _decoder(of)(encoded.ctypes.data, out.ctypes.data, out.size)
+
+
+@functools.cache
+def _decoder(of: GGMLQuantizationType) -> Callable[[int, int, int], None]:
+    """ggml's decoder of a type: (address of the bytes, address of the float32, weights)."""
+    name = "dequantize_row_" + of.name.lower().replace("_k", "_K")
+    try:
+        found: Any = getattr(library(), name)
+    except AttributeError:
+        raise UserError(f"this ggml has no {name}: update it.") from None
+    found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    found.restype = None
+    return cast("Callable[[int, int, int], None]", found)
 
 
 def _spread(work: Callable[[int, int], None], rows: int, width: int) -> None:

@@ -90,6 +90,21 @@ class CodebookCodec(BlockCodec):
             frame=raw,
         )
 
+    def check_scales(self, raw: np.ndarray, n: int) -> None:
+        """Check the bytes of rows without decoding their codes.
+
+        Args:
+            raw: uint8, (R, bytes per row).
+            n: weights per row.
+
+        Raises:
+            UserError: when sizes do not fit, or a block's scale is not finite.
+        """
+        check_rows(raw, n, self.block, self.size, self.type)
+        blocks = np.ascontiguousarray(raw).reshape(-1, self.size)
+        with np.errstate(invalid="ignore", over="ignore"):
+            self._check_finite(self._scales(blocks), n)
+
     def encode(self, grid: CodebookGrid) -> np.ndarray:
         """The bytes of a grid that this codec decoded, possibly with other codes and signs.
 

@@ -1,7 +1,9 @@
 """How rows of a matrix are packed, and how they are unpacked: `Form`.
 
 Types that are affine groups of 32 are held as MLX's own arrays (`convert.mlx.types`). The others
-have groups of 16 or 256 weights or a codebook.
+have groups of 16 or 256 weights, or a codebook for single weights. IQ1, IQ2 and IQ3, whose codes
+are whole groups of weights, stay the bytes of the file and are unpacked by ggml on the CPU: a GPU
+that shares its memory with the CPU, as a Mac's does, reads the result where it lies.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from convert.gguf.ggml_types import grid_codec
+from convert.gguf import ggml
+from convert.gguf.ggml_codebooks import CodebookCodec
+from convert.gguf.ggml_types import CODEBOOK_TYPES, codec, grid_codec
 from convert.mlx.types import AFFINE, GROUP, MlxQuantized, pack, repack
 
 _Q = GGMLQuantizationType
@@ -33,7 +37,12 @@ _LEVELS: dict[GGMLQuantizationType, tuple[int, int]] = {
 
 def is_packed(kind: GGMLQuantizationType) -> bool:
     """Whether a tensor of this type can be held packed."""
-    return kind in _LEVELS or kind in AFFINE or kind in (_Q.MXFP4, _Q.F16, _Q.BF16)
+    return (
+        kind in _LEVELS
+        or kind in AFFINE
+        or kind in (_Q.MXFP4, _Q.F16, _Q.BF16)
+        or kind in CODEBOOK_TYPES
+    )
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Form:
         levels: the number that each code stands for; None where that is start + code.
         start: the number that code 0 stands for.
         mode: MLX's mode for affine and mxfp4 rows, empty for others.
+        stored: the type whose bytes ``codes`` are, uint8; None for others.
     """
 
     n: int
@@ -55,10 +65,16 @@ class Form:
     levels: tuple[float, ...] | None = None
     start: float = 0.0
     mode: str = ""
+    stored: GGMLQuantizationType | None = None
 
     def unpack(self, parts: Mapping[str, mx.array]) -> mx.array:
         """The weights, float32 (R, n), of arrays with R rows each."""
         codes = parts["codes"]
+        if self.stored is not None:
+            mx.eval(codes)
+            found = np.empty((len(codes), self.n), np.float32)
+            self.unpack_on_cpu({"codes": np.array(codes.astype(mx.uint8), copy=False)}, found)
+            return mx.array(found)
         if not self.bits:
             return codes.astype(mx.float32)
         if self.mode:
@@ -88,6 +104,9 @@ class Form:
     def unpack_on_cpu(self, parts: Mapping[str, np.ndarray], out: np.ndarray) -> None:
         """Unpack NumPy arrays into ``out``, float32 (R, n); bfloat16 codes are given as uint16."""
         codes = parts["codes"]
+        if self.stored is not None:
+            _decode(np.ascontiguousarray(codes, np.uint8), self.stored, out)
+            return
         if not self.bits:
             if codes.dtype == np.uint16:
                 np.left_shift(codes, 16, out=out.view(np.uint32), casting="unsafe", dtype=np.uint32)
@@ -128,6 +147,14 @@ class Form:
         return scales[..., None]
 
 
+def _decode(raw: np.ndarray, kind: GGMLQuantizationType, out: np.ndarray) -> None:
+    """Decode uint8 (R, bytes per row) into float32 (R, n)."""
+    if ggml.available():
+        ggml.dequantize_into(raw, kind, out)
+    else:
+        out[...] = codec(kind).decode(raw, out.shape[-1]).values()
+
+
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
@@ -158,6 +185,10 @@ def pack_rows(
         return Form(n), {"codes": raw.view("<u2")}
     if kind in AFFINE or kind == _Q.MXFP4:
         return from_mlx(repack(raw, n, kind), n)
+    found = codec(kind)
+    if isinstance(found, CodebookCodec):
+        found.check_scales(raw, n)
+        return Form(n, 8 * found.size // found.block, stored=kind), {"codes": raw}
     bits, group = _LEVELS[kind]
     grid = grid_codec(kind).decode(raw, n)
     parts = {"codes": pack(grid.codes, bits)}

@@ -11,6 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 from gguf.quants import dequantize
 
+from convert.base.errors import UserError
 from convert.gguf import ggml, ggml_types
 from convert.gguf.file import GgufSource
 from convert.gguf.rewrite import Replacement, rewrite
@@ -24,18 +25,23 @@ PROMPT = [5, 77, 301, 12, 450, 88, 19, 260, 7, 333, 41]
 
 TYPES = [
     Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0, Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K,
-    Q.IQ4_NL, Q.IQ4_XS, Q.MXFP4, Q.NVFP4, Q.TQ1_0, Q.TQ2_0,
+    Q.IQ4_NL, Q.IQ4_XS, Q.MXFP4, Q.NVFP4, Q.TQ1_0, Q.TQ2_0, Q.IQ2_XXS,
 ]  # fmt: skip
+
+# They are held as IQ2_XXS is, and ggml takes seconds to encode in some of them.
+OTHER_TYPES = [kind for kind in ggml_types.CODEBOOK_TYPES if kind != Q.IQ2_XXS]
 
 
 def encoded(values: np.ndarray, kind: Q) -> np.ndarray:
     codec = ggml_types.codec(kind)
     if kind in (Q.F16, Q.BF16):
         return codec.encode(codec.round(values))
+    if kind in ggml_types.CODEBOOK_TYPES:
+        return ggml.quantize(values, kind, np.ones(values.shape[-1], np.float32))
     return codec.encode(ggml_types.fresh(values, kind))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", [*TYPES, *OTHER_TYPES])
 def test_unpacked_rows_are_what_gguf_py_reads(kind: Q) -> None:
     values = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
     raw = encoded(values, kind)
@@ -54,6 +60,23 @@ def test_unpacked_rows_are_what_gguf_py_reads(kind: Q) -> None:
     size = sum(part.nbytes for part in parts.values())
     # TQ1_0 has five weights in a byte, here four.
     assert size <= (1.23 if kind == Q.TQ1_0 else 1.13) * raw.nbytes
+
+
+def test_rows_of_codebooks_are_unpacked_without_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
+    raw = encoded(values, Q.IQ2_XXS)
+    form, parts = packed_forms.pack_rows(raw, 512, Q.IQ2_XXS)
+    monkeypatch.setattr(ggml, "available", lambda: False)
+    found = np.empty((6, 512), np.float32)
+    form.unpack_on_cpu(parts, found)
+    assert (found == dequantize(raw, Q.IQ2_XXS).reshape(6, 512)).all()
+
+
+def test_a_scale_that_is_not_finite_is_refused_while_packing() -> None:
+    raw = encoded(np.ones((2, 512), np.float32), Q.IQ2_XXS)
+    raw[1, :2] = np.frombuffer(np.array(np.inf, "<f2").tobytes(), np.uint8)
+    with pytest.raises(UserError, match="block 0 of row 1 has a IQ2_XXS scale"):
+        packed_forms.pack_rows(raw, 512, Q.IQ2_XXS)
 
 
 @pytest.mark.parametrize("kind", sorted(types.AFFINE))
