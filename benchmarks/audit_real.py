@@ -44,7 +44,7 @@ from audit_table import (  # noqa: E402
     quantized,
     random_like,
     tables,
-    write_between,
+    write_rows,
 )
 
 from abl_mlx.choices import ApplyOptions, MeasureOptions  # noqa: E402
@@ -166,7 +166,7 @@ def main() -> None:
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         text, wrong = tables(cases())
     if given.write:
-        write_between("real table", text)
+        write_rows("real table", text)
     else:
         print(text)
     sys.exit(1 if wrong else 0)

@@ -427,11 +427,17 @@ def model(line: str) -> str:
     return line.split("|")[1].strip()
 
 
-def write_between(name: str, text: str, page: Path = ROOT / "docs" / "audit.md") -> None:
-    """Put tables between two comments in a document; rows of other models that are there stay."""
+def write_rows(name: str, text: str) -> None:
+    """Put tables between two comments in docs/audit.md; rows of other models there stay."""
+    page = ROOT / "docs" / "audit.md"
+    earlier = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")[2]
+    write_between(name, merged(text, earlier.partition(f"<!-- end of {name} -->")[0]), page)
+
+
+def write_between(name: str, text: str, page: Path) -> None:
+    """Put text between two comments in a document."""
     before, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
-    earlier, _, after = rest.partition(f"<!-- end of {name} -->")
-    text = merged(text, earlier)
+    after = rest.partition(f"<!-- end of {name} -->")[2]
     page.write_text(
         f"{before}<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->{after}", encoding="utf-8"
     )
@@ -453,7 +459,7 @@ def main() -> None:
                 cases.append(controls(work))
             text, wrong = tables(chain.from_iterable(cases))
     if given.write:
-        write_between("table", text)
+        write_rows("table", text)
     else:
         print(text)
     sys.exit(1 if wrong else 0)
