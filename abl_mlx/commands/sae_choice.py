@@ -64,7 +64,7 @@ def check(how: Measuring, chat: ChatModel) -> None:
     for flag, given in (
         (f"--method {other}", other), ("--across", finding.across),
         ("--per-layer", finding.per_layer or None), ("--keep", how.prompting.keep),
-        ("--keep-system", how.prompting.keep_system), ("--search", how.searching.searches),
+        ("--keep-system", how.prompting.keep_system), ("--search", how.searching.searches or None),
     ):  # fmt: skip
         if given is not None:
             raise UsageError(f"--sae and {flag} do not go together: leave one of them out.")

@@ -185,7 +185,7 @@ def test_to_mlx_and_back_is_the_same_model(model: Path, tmp_path: Path) -> None:
 SAME = {None: 0.9, "F16": 0.9, "Q4_K_M": 0.75}
 
 
-@pytest.mark.parametrize("name", [SMOLLM2, QWEN])
+@pytest.mark.parametrize("name", [SMOLLM2, pytest.param(QWEN, marks=pytest.mark.slow)])
 def test_a_quantized_folder_answers_as_its_gguf(name: str, tmp_path: Path) -> None:
     """GGUF -> MLX folder, with its weights quantized -> GGUF, in the same and in other types."""
     first, folder = real_model(name), tmp_path / "mlx"
