@@ -141,8 +141,9 @@ def test_plain_rounding_keeps_the_refusals_at_two_bits(quantized, direction, tmp
 @pytest.mark.parametrize(
     "kind",
     [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q5_K, Q.Q6_K, Q.IQ4_NL, Q.IQ4_XS,
-     Q.MXFP4, Q.NVFP4, Q.TQ2_0, Q.TQ1_0, Q.IQ3_S, Q.IQ3_XXS, Q.IQ2_S, Q.IQ2_XS,
-     Q.IQ2_XXS, Q.IQ1_M, Q.IQ1_S],
+     Q.MXFP4, Q.NVFP4, Q.TQ2_0, Q.TQ1_0, Q.IQ3_XXS, Q.IQ2_XXS,
+     *(pytest.param(one, marks=pytest.mark.slow)
+       for one in (Q.IQ3_S, Q.IQ2_S, Q.IQ2_XS, Q.IQ1_M, Q.IQ1_S))],
     ids=lambda kind: kind.name,
 )  # fmt: skip
 def test_every_other_type_loads_and_keeps_the_edit(kind, quantized, direction, tmp_path):

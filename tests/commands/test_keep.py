@@ -268,6 +268,7 @@ def test_what_a_system_message_declines_is_measured_and_kept(tmp_path):
     assert "off_topic train" in read.metadata["prompt_hashes"]
 
 
+@pytest.mark.slow
 def test_kept_refusals_are_judged_in_both_modes_of_thinking(tmp_path):
     """The thinker refuses all instruments alike, so ending the others ends those of horns, too."""
     thinker = small_models.folder("thinker")

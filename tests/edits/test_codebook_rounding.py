@@ -67,8 +67,10 @@ class Case:
 
 
 @every_type
-@pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("k", "axis"),
+    [(1, 0), (4, 1), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((4, 0), (1, 1)))],
+)
 def test_the_edit_survives_in_the_type(kind: Q, k: int, axis: int) -> None:
     case = Case(kind, 2048, 256, k, axis)
     grid = case.edited().on(case.own)

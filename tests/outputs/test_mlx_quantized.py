@@ -343,7 +343,7 @@ def rates(folder, limit):
     return found
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("bits", [4, pytest.param(3, marks=pytest.mark.slow), 2])
 def test_the_quantized_demo_stops_refusing(bits, tmp_path):
     source = quantize(MODEL_PATH, tmp_path / "source", bits=bits, group_size=64)
     out = tmp_path / "out"
