@@ -29,7 +29,11 @@ TYPES = [
 ]  # fmt: skip
 
 # They are held as IQ2_XXS is, and ggml takes seconds to encode in some of them.
-OTHER_TYPES = [kind for kind in ggml_types.CODEBOOK_TYPES if kind != Q.IQ2_XXS]
+OTHER_TYPES = [
+    pytest.param(kind, marks=pytest.mark.slow) if kind in (Q.IQ1_S, Q.IQ1_M) else kind
+    for kind in ggml_types.CODEBOOK_TYPES
+    if kind != Q.IQ2_XXS
+]
 
 
 def encoded(values: np.ndarray, kind: Q) -> np.ndarray:
