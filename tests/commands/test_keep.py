@@ -341,6 +341,7 @@ def test_screening_counts_lost_refusals_as_much_as_refusals_that_are_left():
     assert keeping.cost == other.tokens == plain.cost + sum(map(len, staying.mixed))
 
 
+@pytest.mark.slow
 def test_a_search_leaves_kept_refusals_as_they_are():
     model = loaded("spread")
     sets = with_kept(small_models.prompt_sets("spread"), "category:bread", 0)

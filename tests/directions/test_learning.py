@@ -127,6 +127,7 @@ def test_strengths_are_learned_that_cost_less() -> None:
         learned(trial, edit, 6, 2, trial.at_one())  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_demo_learns_strengths() -> None:
     chat = load(MODEL_PATH)
     writers, sets = find_writers(chat), prompts.load_demo()
