@@ -38,6 +38,7 @@ from abl_mlx.directions import direction_file  # noqa: E402
 from abl_mlx.inputs import prompts  # noqa: E402
 from abl_mlx.models import chat_model  # noqa: E402
 from tests.support import tiny  # noqa: E402
+from tools import marked  # noqa: E402
 
 MODELS = {
     "demo": MODEL_PATH,
@@ -430,17 +431,8 @@ def model(line: str) -> str:
 def write_rows(name: str, text: str) -> None:
     """Put tables between two comments in docs/audit.md; rows of other models there stay."""
     page = ROOT / "docs" / "audit.md"
-    earlier = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")[2]
-    write_between(name, merged(text, earlier.partition(f"<!-- end of {name} -->")[0]), page)
-
-
-def write_between(name: str, text: str, page: Path) -> None:
-    """Put text between two comments in a document."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
-    after = rest.partition(f"<!-- end of {name} -->")[2]
-    page.write_text(
-        f"{before}<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->{after}", encoding="utf-8"
-    )
+    earlier = marked.between(page.read_text(encoding="utf-8"), name)
+    marked.write(page, name, merged(text, earlier))
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from abl_mlx.models import from_gguf  # noqa: E402
 from abl_mlx.models.chat_model import ChatModel  # noqa: E402
 from abl_mlx.records.evaluations import Divergence  # noqa: E402
 from convert.gguf.file import GgufSource  # noqa: E402
+from tools import marked  # noqa: E402
 
 TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K")
 TRAIN, TEST, TOKENS = 64, 24, 32
@@ -92,16 +93,6 @@ def table(rows: Sequence[tuple[str, bool, Divergence, Divergence]]) -> str:
     return "\n".join(lines)
 
 
-def write(text: str, page: Path) -> None:
-    """Put the table between two comments in a document."""
-    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- importance -->")
-    _, _, after = rest.partition("<!-- end of importance -->")
-    page.write_text(
-        f"{before}<!-- importance -->\n\n{text}\n\n<!-- end of importance -->{after}",
-        encoding="utf-8",
-    )
-
-
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -136,7 +127,7 @@ def main() -> None:
     used = sum(os.times()[:2]) - sum(cpu[:2])
     say(f"{time.time() - started:.0f} s, {used:.0f} CPU seconds")
     if given.write:
-        write(text, ROOT / "docs" / "gguf.md")
+        marked.write(ROOT / "docs" / "gguf.md", "importance", text)
     else:
         print(text)
 

@@ -33,10 +33,9 @@ sys.path.insert(0, str(ROOT))
 from abl_mlx.directions.methods import METHODS  # noqa: E402
 from abl_mlx.inputs import prompts  # noqa: E402
 from tests.support import small_models  # noqa: E402
-from tools.methods_page import replaced  # noqa: E402
+from tools import marked  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
-BEGIN, END = "<!-- benchmark: begin -->\n", "<!-- benchmark: end -->\n"
 
 MODELS = ("demo", "easy", "hard", "spread", "thinker")
 
@@ -183,22 +182,18 @@ def table(rows: Sequence[Row], budget: int) -> str:
     order = {name: number for number, name in enumerate((DEFAULT, *METHODS))}
     for one in sorted(rows, key=lambda row: (_place(row.model), order[row.method])):
         if one.failed:
-            lines.append(f"| {one.model} | {_name(one)} | {one.failed} {'| ' * 8}|")
+            lines.append(f"| {one.model} | {_code(one.method)} | {one.failed} {'| ' * 8}|")
             continue
         capable = "" if one.capable is None else f"{one.capable:.0%}"
         over = "" if one.tokens <= budget else " †"
         lines.append(
-            f"| {one.model} | {_name(one)} | {one.refused:.0%} | {one.broken:.0%} | "
+            f"| {one.model} | {_code(one.method)} | {one.refused:.0%} | {one.broken:.0%} | "
             f"{one.over_refused:.0%} | {one.kl:.4f} | {one.kl32:.4f} | {capable} | {one.rank} | "
             f"{one.forward:,}, {one.backward:,}{over} | {one.minutes:.1f} |"
         )
     ranking = ruled(rows, budget)
     taken = ", ".join(f"{_code(name)} ({mean:.5f})" for name, mean in ranking)
     return "\n".join([*lines, "", f"† over the budget. By the rule: {taken or 'none'}."])
-
-
-def _name(row: Row) -> str:
-    return _code(row.method)
 
 
 def _code(name: str) -> str:
@@ -266,8 +261,7 @@ def main() -> None:
             sys.stdout.flush()
     text = table(kept(given.keep), given.budget)
     if given.write:
-        page = replaced(PAGE.read_text(encoding="utf-8"), BEGIN, END, f"{text}\n")
-        PAGE.write_text(page, encoding="utf-8")
+        marked.write(PAGE, "benchmark", text)
     else:
         print(text)
 

@@ -43,7 +43,6 @@ sys.path[:0] = [str(ROOT), str(SCRIPTS)]
 
 import heretic_run  # noqa: E402
 from audit_real import float_folder  # noqa: E402
-from audit_table import write_between  # noqa: E402
 from requantize import changed_in, requantized  # noqa: E402
 from watched import Cost, cost_of  # noqa: E402
 
@@ -61,6 +60,7 @@ from abl_mlx.inputs.sets import PromptSets  # noqa: E402
 from abl_mlx.outputs import gguf_outputs  # noqa: E402
 from abl_mlx.records.evaluations import Divergence  # noqa: E402
 from convert.gguf.file import GgufSource  # noqa: E402
+from tools import marked  # noqa: E402
 
 MODEL = "qwen2.5-coder-0.5b"
 PAGE = ROOT / "docs" / "real-models.md"
@@ -469,7 +469,7 @@ def main() -> None:
             tables["side by side"] = side_by_side(bench, given.only)
     for name, text in tables.items():
         if given.write:
-            write_between(name, text, PAGE)
+            marked.write(PAGE, name, text)
         else:
             print(f"{text}\n")
     sys.exit(0 if good else 1)
