@@ -14,6 +14,7 @@ from abl_mlx.directions.pinning import held_at
 from abl_mlx.edits.edit import Edit, Pairs
 from abl_mlx.edits.update import Factors, Update
 from abl_mlx.support.console import say
+from abl_mlx.support.flags import first_given, not_together
 from convert.base.errors import UsageError, UserError
 
 
@@ -40,7 +41,7 @@ def make_edit(
     """
     recipe = recipe or {}
     if pin is not None and editing.norm != "none":
-        raise UserError("--pin and --norm do not go together: leave one of them out.")
+        raise UserError(not_together("--pin", "--norm"))
     embedding = editing.reaches_embedding and bool(recipe.get("embedding", True))
     if pin is not None and selected.ndim == 3:
         raise UserError(
@@ -99,16 +100,15 @@ def update_of(updates: Mapping[int, Factors], editing: Editing) -> Update:
     Raises:
         UsageError: naming a flag that has no meaning for it.
     """
-    for flag, given in (
-        ("--layers", editing.layers is not None), ("--norm", editing.norm != "none"),
-        ("--pin", editing.pin is not None), ("--kind", editing.kind != "project"),
-        ("--edit", editing.edit != "writers"),
-    ):  # fmt: skip
-        if given:
-            raise UsageError(
-                f"{flag} is for the removal of directions, and --method rome changes what MLPs do "
-                "with some inputs: leave it out."
-            )
+    flag = first_given((
+        ("--layers", editing.layers), ("--norm", editing.norm != "none"), ("--pin", editing.pin),
+        ("--kind", editing.kind != "project"), ("--edit", editing.edit != "writers"),
+    ))  # fmt: skip
+    if flag is not None:
+        raise UsageError(
+            f"{flag} is for the removal of directions, and --method rome changes what MLPs do "
+            "with some inputs: leave it out."
+        )
     return Update(dict(updates), editing.strength)
 
 
@@ -141,28 +141,21 @@ def check(editing: Editing, writing: Writing | None = None) -> None:
                 "--kind reflect mirrors what is written to the stream: leave it out, or --edit "
                 "readers."
             )
+    writing = writing or Writing()
+    of_writers = (("--mtp", writing.mtp), ("--tensors", writing.tensors))
     if editing.by_parts:
         flag = "--heads" if editing.heads is not None else "--experts"
-        for other, given in (
-            ("--pin", editing.pin is not None),
-            (f"--norm {editing.norm}", editing.norm != "none"),
-            (f"--edit {editing.edit}", editing.edit != "writers"),
-            ("--mtp", writing is not None and writing.mtp),
-            ("--tensors", writing is not None and writing.tensors is not None),
-        ):
-            if given:
-                raise UsageError(f"{flag} and {other} do not go together: leave one of them out.")
-    if editing.edit == "readers":
-        for flag, given in (
-            ("--pin", editing.pin is not None),
-            ("--mtp", writing is not None and writing.mtp),
-            ("--tensors", writing is not None and writing.tensors is not None),
-        ):
-            if given:
-                raise UsageError(
-                    f"{flag} is about weights that write to the residual stream: leave it out, or "
-                    "--edit readers."
-                )
+        other = first_given((
+            ("--pin", editing.pin), (f"--norm {editing.norm}", editing.norm != "none"),
+            (f"--edit {editing.edit}", editing.edit != "writers"), *of_writers,
+        ))  # fmt: skip
+        if other is not None:
+            raise UsageError(not_together(flag, other))
+    if editing.edit == "readers" and (other := first_given((("--pin", editing.pin), *of_writers))):
+        raise UsageError(
+            f"{other} is about weights that write to the residual stream: leave it out, or "
+            "--edit readers."
+        )
     if (strength := editing.strength) > 2:
         say(
             f"warning: --strength {strength:g} overshoots: beyond 2 the component returns reversed "

@@ -27,6 +27,7 @@ from abl_mlx.records.explained import (
 )
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.clock import Clock
+from abl_mlx.support.flags import not_together
 from convert.base.errors import UsageError
 
 Array = np.ndarray
@@ -42,7 +43,7 @@ def check(explain: bool, others: Sequence[Path], prompting: Prompting) -> dict[P
     if others and not explain:
         raise UsageError("--explain-with compares with a direction: add --explain.")
     if explain and prompting.thinking != thinking.OFF:
-        raise UsageError("--explain and --thinking do not go together: leave one of them out.")
+        raise UsageError(not_together("--explain", "--thinking"))
     return {path: direction_file.read(path) for path in others}
 
 

@@ -41,6 +41,7 @@ from abl_mlx.search.sources import SearchPrompts
 from abl_mlx.support import arrays
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
+from abl_mlx.support.flags import first_given, not_together
 from convert.base.errors import UsageError, UserError
 
 # The number of prompts of each set whose replies are searched for a common opening.
@@ -252,7 +253,13 @@ def _measured(
 
 def refuse(first: str, second: str) -> None:
     """Refuse two flags that do not go together."""
-    raise UserError(f"{first} and {second} do not go together: leave one of them out.")
+    raise UserError(not_together(first, second))
+
+
+def refuse_given(first: str, *others: tuple[str, object]) -> None:
+    """Refuse the first given of some flags, as of `first_given`, which do not go with another."""
+    if (flag := first_given(others)) is not None:
+        refuse(first, flag)
 
 
 def check_method(how: Measuring) -> None:
@@ -302,18 +309,18 @@ def check_method(how: Measuring) -> None:
         raise UserError("--borderline is used by --method over-refusal: add that.")
     if finding.method == "over-refusal":
         # What it keeps is the refusals of harmful prompts.
-        for flag, given in (
-            ("--keep", how.prompting.keep), ("--keep-system", how.prompting.keep_system)
-        ):  # fmt: skip
-            if given is not None:
-                refuse("--method over-refusal", flag)
+        refuse_given(
+            "--method over-refusal",
+            ("--keep", how.prompting.keep), ("--keep-system", how.prompting.keep_system),
+        )  # fmt: skip
 
 
 def _check_effects(how: Measuring) -> None:
     """Check flags of methods that need the loaded model, and of ``--protect``."""
     finding, method = how.finding, methods.named(how.finding.method)
     if not method.is_plain:
-        for flag, given in (
+        refuse_given(
+            f"--method {method.name}",
             ("--per-layer", finding.per_layer), (f"--across {finding.across}", finding.across),
             ("--pin", how.editing.pin), ("--norm rows", how.editing.norm == "rows"),
             (f"--kind {how.editing.kind}", how.editing.kind != "project"),
@@ -321,19 +328,16 @@ def _check_effects(how: Measuring) -> None:
                 "--learn-strengths",
                 how.searching.learn_strengths is not None and method.strength != 1,
             ),
-        ):  # fmt: skip
-            if given:
-                refuse(f"--method {method.name}", flag)
+        )  # fmt: skip
         if finding.layer is not None and finding.layer != int(finding.layer):
             refuse(f"--method {method.name}", "a --layer between two")
     if finding.protect is not None:
-        for flag, given in (
-            (f"--method {method.name}", method.refine or method.name in _OWN_DIRECTIONS),
+        refuse_given(
+            "--protect",
+            (f"--method {method.name}", bool(method.refine) or method.name in _OWN_DIRECTIONS),
             ("--keep", how.prompting.keep), ("--keep-system", how.prompting.keep_system),
             ("--search", how.searching.searches), ("--sae", finding.sae),
-        ):  # fmt: skip
-            if given:
-                refuse("--protect", flag)
+        )  # fmt: skip
 
 
 def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
@@ -345,7 +349,7 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
         )
     thinking_switch.note_unused(how.prompting, how.finding)
     if how.prompting.thinking != thinking.OFF and how.editing.pin is not None:
-        raise UserError("--pin and --thinking do not go together: leave one of them out.")
+        refuse("--pin", "--thinking")
     layer_strengths.check(how)
     if how.searching.searches:
         from abl_mlx.search import loop
@@ -359,10 +363,7 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
     sae_choice.check(how, chat)
     if sets.staying and how.prompting.thinking != thinking.OFF and how.searching.searches:
         flag = "--keep" if sets.kept is not None else "--keep-system"
-        raise UserError(
-            f"--search, {flag} and --thinking {how.prompting.thinking} do not go together: leave "
-            "one of them out."
-        )
+        refuse(f"--search, {flag}", f"--thinking {how.prompting.thinking}")
     check_method(how)
 
 
@@ -370,16 +371,14 @@ def _given(chat: ChatModel, how: Measuring) -> DirectionFile:
     """The direction of ``--direction FILE``."""
     path, finding = how.given.direction, how.finding
     assert path is not None
-    for flag, value in (
+    flag = first_given((
         ("--method", finding.method), ("--rank", finding.rank), ("--across", finding.across),
-        ("--per-layer", finding.per_layer or None), ("--position", finding.position),
+        ("--per-layer", finding.per_layer), ("--position", finding.position),
         ("--measured-at", finding.measured_at), ("--sae", finding.sae),
         ("--feature", finding.feature),
-    ):  # fmt: skip
-        if value is not None:
-            raise UserError(
-                f"{flag} chooses how a direction is measured, and --direction gives one."
-            )
+    ))  # fmt: skip
+    if flag is not None:
+        raise UserError(f"{flag} chooses how a direction is measured, and --direction gives one.")
     file = direction_file.read(path, layer=finding.layer, tensor=how.given.tensor)
     direction_file.check_width(file, path, chat)
     summary = file.metadata.get("summary", {"method": "given"})

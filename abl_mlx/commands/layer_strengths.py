@@ -20,6 +20,7 @@ from abl_mlx.edits.steering import ablation
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.support.console import percent, say
+from abl_mlx.support.flags import first_given, not_together
 from convert.base.errors import UsageError
 
 #: Where one direction leaves at most this share of refusals, strengths of each layer are looked
@@ -44,19 +45,16 @@ def check(how: Measuring) -> None:
         return
     prompting, editing, method = how.prompting, how.editing, how.finding.method
     own = methods.named(method).strengths(1)
-    for flag, given in (
-        ("--direction", how.given.direction is not None),
+    flag = first_given((
+        ("--direction", how.given.direction),
         (f"--method {method}", method == "over-refusal" or own is not None),
-        ("--thinking", prompting.thinking != "off"),
-        ("--keep", prompting.keep is not None),
-        ("--keep-system", prompting.keep_system is not None),
+        ("--thinking", prompting.thinking != "off"), ("--keep", prompting.keep),
+        ("--keep-system", prompting.keep_system),
         (f"--kind {editing.kind}", editing.kind != "project"),
         ("--heads or --experts", editing.by_parts),
-    ):
-        if given:
-            raise UsageError(
-                f"--learn-strengths and {flag} do not go together: leave one of them out."
-            )
+    ))  # fmt: skip
+    if flag is not None:
+        raise UsageError(not_together("--learn-strengths", flag))
 
 
 class LayerStrengths:

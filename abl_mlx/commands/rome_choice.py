@@ -27,6 +27,7 @@ from abl_mlx.models.generation import generate
 from abl_mlx.records.directions import TriedUpdate
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import say
+from abl_mlx.support.flags import first_given, not_together
 from convert.base.errors import UsageError, UserError
 
 #: Prompts of each set whose inputs of MLPs are keys, or are kept.
@@ -45,15 +46,15 @@ def check(how: Measuring) -> None:
     """
     finding, prompting, searching = how.finding, how.prompting, how.searching
     edit_choice.update_of({}, how.editing)
-    for flag, given in (
+    flag = first_given((
         ("--rank", finding.rank), ("--across", finding.across), ("--per-layer", finding.per_layer),
         ("--layer", finding.layer), ("--position", finding.position), ("--sae", finding.sae),
         ("--search", searching.searches), ("--keep", prompting.keep),
         ("--keep-system", prompting.keep_system),
         ("--thinking", None if prompting.thinking == thinking.OFF else prompting.thinking),
-    ):  # fmt: skip
-        if given not in (None, False):
-            raise UsageError(f"--method rome and {flag} do not go together: leave one of them out.")
+    ))  # fmt: skip
+    if flag is not None:
+        raise UsageError(not_together("--method rome", flag))
 
 
 # Validation prompts whose replies are read, and up to how many tokens. A change may only keep a

@@ -19,6 +19,7 @@ from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.records.directions import RankedFeature, SaeFound
 from abl_mlx.support.arrays import numpy_of
+from abl_mlx.support.flags import first_given, not_together
 from convert.base.errors import UsageError, UserError
 
 #: How many features are tried alone, and how many of the first are tried together.
@@ -61,13 +62,13 @@ def check(how: Measuring, chat: ChatModel) -> None:
             raise UsageError("--method sae needs an autoencoder: add --sae FOLDER.")
         return
     other = None if finding.method == methods.SAE else finding.method
-    for flag, given in (
+    flag = first_given((
         (f"--method {other}", other), ("--across", finding.across),
-        ("--per-layer", finding.per_layer or None), ("--keep", how.prompting.keep),
-        ("--keep-system", how.prompting.keep_system), ("--search", how.searching.searches or None),
-    ):  # fmt: skip
-        if given is not None:
-            raise UsageError(f"--sae and {flag} do not go together: leave one of them out.")
+        ("--per-layer", finding.per_layer), ("--keep", how.prompting.keep),
+        ("--keep-system", how.prompting.keep_system), ("--search", how.searching.searches),
+    ))  # fmt: skip
+    if flag is not None:
+        raise UsageError(not_together("--sae", flag))
     sae = read(finding, chat)
     try:
         chosen = finding.features

@@ -27,6 +27,7 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.records.conditions import ConditionFound, MetOn, SteeredBy
+from abl_mlx.support.flags import first_given
 from convert.base.errors import UsageError, UserError
 
 
@@ -159,15 +160,15 @@ def check(options: EvalOptions, runtime: str | None) -> None:
             f"--direction {steering.direction}: an edit at runtime needs the model in MLX: add "
             "--runtime mlx-lm, or give its folder."
         )
-    for flag, given in (
+    flag = first_given((
         ("--perplexity", metrics.perplexity), ("--recognition", metrics.recognition),
-        ("--lm-eval", metrics.lm_eval is not None),
-    ):  # fmt: skip
-        if given:
-            raise UsageError(
-                f"{flag} and --direction do not go together: leave one of them out, or write the "
-                "edited model and evaluate that."
-            )
+        ("--lm-eval", metrics.lm_eval),
+    ))  # fmt: skip
+    if flag is not None:
+        raise UsageError(
+            f"{flag} and --direction do not go together: leave one of them out, or write the "
+            "edited model and evaluate that."
+        )
 
 
 def steered(target: Target, file: ModelFile | None, options: EvalOptions) -> SteeredModel | None:

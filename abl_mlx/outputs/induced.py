@@ -42,6 +42,7 @@ from abl_mlx.records.edits import WrittenEdit
 from abl_mlx.support import notes
 from abl_mlx.support.arrays import numbers, numpy_of, parameters
 from abl_mlx.support.clock import Clock
+from abl_mlx.support.flags import first_given
 from convert.base.errors import UserError
 from convert.base.scratch import scratch
 from convert.gguf import control_vector
@@ -82,36 +83,36 @@ def check(paths: Sequence[Path], options: RunOptions) -> None:
                 f"write -o NAME{control_vector.SUFFIX}, a folder or a GGUF."
             )
     finding, editing, writing = options.finding, options.editing, options.writing
-    for flag, given in (
-        ("--pin", editing.pin is not None),
+    flag = first_given((
+        ("--pin", editing.pin),
         ("--norm", editing.norm != "none"),
-        ("--heads", editing.heads is not None),
-        ("--experts", editing.experts is not None),
+        ("--heads", editing.heads),
+        ("--experts", editing.experts),
         ("--edit", editing.edit != "writers"),
         ("--kind", editing.kind != "project"),
-        ("--layers", editing.layers is not None),
+        ("--layers", editing.layers),
         ("--mtp", writing.mtp),
         ("--keep-undo", writing.keep_undo),
-        ("--gguf", options.gguf is not None),
-        ("--tensor", options.given.tensor is not None),
-        ("--sae", finding.sae is not None),
-        ("--keep", options.prompting.keep is not None),
-        ("--keep-system", options.prompting.keep_system is not None),
-        ("--method", finding.method is not None),
+        ("--gguf", options.gguf),
+        ("--tensor", options.given.tensor),
+        ("--sae", finding.sae),
+        ("--keep", options.prompting.keep),
+        ("--keep-system", options.prompting.keep_system),
+        ("--method", finding.method),
         ("--search", options.searching.searches),
-        ("--writer-bits", writing.writer_bits is not None),
+        ("--writer-bits", writing.writer_bits),
         ("--plain-rounding", writing.plain_rounding),
         ("--no-embedding", not editing.embedding),
-    ):
-        if given:
-            raise UserError(f"{flag} says how a direction is removed: leave it out with --induce.")
-    for flag, given in (
-        ("--imatrix", writing.imatrix is not None),
+    ))  # fmt: skip
+    if flag is not None:
+        raise UserError(f"{flag} says how a direction is removed: leave it out with --induce.")
+    flag = first_given((
+        ("--imatrix", writing.imatrix),
         ("--keep-types", writing.keep_types),
-        ("--split-max-size", writing.split_max_size is not None),
-    ):
-        if given:
-            raise UserError(f"{flag} is not done with --induce: use `abl-mlx convert` afterwards.")
+        ("--split-max-size", writing.split_max_size),
+    ))  # fmt: skip
+    if flag is not None:
+        raise UserError(f"{flag} is not done with --induce: use `abl-mlx convert` afterwards.")
     if writing.ollama_create is not None:
         raise UserError(
             "--ollama-create is not done with --induce: give the Modelfile that is written to "

@@ -40,6 +40,7 @@ from abl_mlx.search.space import Parameters, Space
 from abl_mlx.search.survivors import MOST_ASKED, Asked, ask_survivors, choose, meets, table, unmet
 from abl_mlx.support import interrupts
 from abl_mlx.support.console import progress, say
+from abl_mlx.support.flags import first_given, not_together
 from convert.base.errors import UsageError, UserError
 
 #: The number of bisection steps that look for the weakest even strength.
@@ -442,14 +443,15 @@ def check(how: Measuring, layers: int) -> None:
     if how.searching.warm_start is not None:
         starts.read(how.searching.warm_start, layers)
     if how.editing.pin is not None:
-        raise UserError("--search and --pin do not go together: leave one of them out.")
-    for flag, value, usual in (
-        ("--kind", how.editing.kind, "project"), ("--edit", how.editing.edit, "writers"),
-        ("--heads", how.editing.heads, None), ("--experts", how.editing.experts, None),
-    ):  # fmt: skip
-        if value != usual:
-            raise UsageError(
-                f"--search and {flag} {value} do not go together: leave one of them out."
-            )
+        raise UserError(not_together("--search", "--pin"))
+    editing = how.editing
+    flag = first_given((
+        (f"--kind {editing.kind}", editing.kind != "project"),
+        (f"--edit {editing.edit}", editing.edit != "writers"),
+        (f"--heads {editing.heads}", editing.heads),
+        (f"--experts {editing.experts}", editing.experts),
+    ))  # fmt: skip
+    if flag is not None:
+        raise UsageError(not_together("--search", flag))
     if how.finding.layer is not None:
         raise UserError("--search looks for the layer itself: leave --layer out.")

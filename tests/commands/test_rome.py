@@ -153,7 +153,8 @@ def test_flags_of_directions_have_no_meaning(
     rome: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    for flags in (("--rank", "2"), ("--layer", "2"), ("--search", "5"), ("--norm", "columns")):
+    given = ("--rank", "2"), ("--layer", "2"), ("--layer", "0"), ("--search", "5")
+    for flags in (*given, ("--norm", "columns")):
         said = misused("run", "demo", "--method", "rome", *flags, "-o", out)
         assert flags[0] in said
     assert "--layers" in misused("apply", rome[0], "demo", "--layers", "1-2", "-o", out)
