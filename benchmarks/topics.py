@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 from search import Judge, load  # noqa: E402
 
+from abl_mlx.directions.decomposition import by_category  # noqa: E402
 from abl_mlx.directions.estimators import subspace  # noqa: E402
 from abl_mlx.edits.edit import Edit  # noqa: E402
 from abl_mlx.inputs.sets import PromptSet  # noqa: E402
@@ -61,10 +62,7 @@ def baselines(
 ) -> Baselines:
     """The directions of the categories that both sets have, from states (N, d) and (M, d)."""
     bad, good = (
-        {
-            name: rows[[n for n, one in enumerate(of) if one == name]].mean(axis=0)
-            for name in set(of)
-        }
+        {name: some.mean(axis=0) for name, some in by_category(rows, of).items()}
         for rows, of in zip((harmful, harmless), kinds, strict=True)
     )
     shared = sorted(set(bad) & set(good))
