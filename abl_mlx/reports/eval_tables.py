@@ -15,7 +15,7 @@ from abl_mlx.records.evaluations import (
     Gate,
     Judged,
 )
-from abl_mlx.reports import condition_tables, sweep_tables
+from abl_mlx.reports import columns, condition_tables, sweep_tables
 from abl_mlx.reports.tables import asked_in, behaviour_rows, paired_cells
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
@@ -38,7 +38,7 @@ def table(record: EvalRecord) -> str:
     lines = [_title(record), *condition_tables.steered_lines(record.steered)]
     if baseline is not None:
         lines.append(f"baseline: {_title(baseline)}")
-    lines += _aligned(rows, right=(1, 2))
+    lines += columns.lines(rows, right=(1, 2))
     if record.paired is not None:
         lines += ["", *_paired(record.paired)]
     if record.length_sweep is not None:
@@ -153,7 +153,7 @@ def _sweep(record: EvalRecord) -> list[str]:
     assert record.length_sweep is not None
     rows = [sweep_tables.head(record.length_sweep), *sweep_tables.rows(record, record.baseline)]
     notes = sweep_tables.sentences(record, record.baseline)
-    return [*_aligned(rows, right=range(1, len(rows[0]))), *(f"  {note}." for note in notes)]
+    return [*columns.lines(rows, right=range(1, len(rows[0]))), *(f"  {note}." for note in notes)]
 
 
 def _paired(paired: Mapping[str, Comparison]) -> list[str]:
@@ -163,7 +163,7 @@ def _paired(paired: Mapping[str, Comparison]) -> list[str]:
     for name, one in paired.items():
         who = f"refused by the baseline alone {one.lost}, by the target alone {one.gained}"
         rows.append((*paired_cells(name, one), who))
-    return _aligned(rows, right=(1, 2, 3))
+    return columns.lines(rows, right=(1, 2, 3))
 
 
 def _categories(categories: Mapping[str, Mapping[str, Category]]) -> list[str]:
@@ -198,16 +198,4 @@ def _gate(gate: Gate) -> list[str]:
     return [
         f"  {'met    ' if one.passed else 'NOT MET'}  {one.name}: {one.sentence}"
         for one in gate.checks
-    ]
-
-
-def _aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            f"{cell:>{width}}" if number in right else f"{cell:<{width}}"
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abl_mlx.records.directions import SaeFound
 from abl_mlx.records.looks import ShownSae
+from abl_mlx.reports import columns
 
 HEAD = ("feature", "d", "AUC", "95% interval", "active on harmful, harmless", "cos with μH − μG")
 
@@ -45,7 +46,8 @@ def lines(found: SaeFound | None) -> list[str]:
     """The features as lines of a table; nothing without an autoencoder."""
     if found is None:
         return []
-    return ["", title(found), f"  {ABOUT}", *_aligned([HEAD, *rows(found)])]
+    table = columns.lines([HEAD, *rows(found)], right=range(len(HEAD) - 1))
+    return ["", title(found), f"  {ABOUT}", *table]
 
 
 def shown_lines(found: ShownSae | None, tokens: list[str]) -> list[str]:
@@ -60,17 +62,4 @@ def shown_lines(found: ShownSae | None, tokens: list[str]) -> list[str]:
         )
         last = f"{one.activations[found.prompt_tokens - 1]:.2f}"
         cells.append((str(one.feature), last, f"{one.cosine:+.2f}", ", ".join(places) or "–"))
-    return ["", title(found), *_aligned(cells)]
-
-
-def _aligned(cells: list[tuple[str, ...]]) -> list[str]:
-    """Lines with columns of equal widths, numbers to the right but for the last column."""
-    wide = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    last = len(wide) - 1
-    return [
-        "  "
-        + "  ".join(
-            cell if column == last else f"{cell:>{wide[column]}}" for column, cell in enumerate(row)
-        )
-        for row in cells
-    ]
+    return ["", title(found), *columns.lines(cells, right=range(len(cells[0]) - 1))]
