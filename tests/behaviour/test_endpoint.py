@@ -239,8 +239,6 @@ def test_one_fixed_reply_to_everything_is_told(reply: Any, fixed: int) -> None:
     assert ("one and the same" in broken["sentence"]) == bool(fixed)
 
 
-# --- addresses, models and keys ------------------------------------------------------------------
-# --- what goes wrong -----------------------------------------------------------------------------
 # --- going on ------------------------------------------------------------------------------------
 
 
