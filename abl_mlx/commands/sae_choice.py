@@ -136,14 +136,13 @@ class SaeFinder(Finder):
         chosen = tuple(features)
         rows = numpy_of(self._sae.directions(chosen)).astype(np.float64)
         if len(chosen) > 1:
-            basis, triangle = np.linalg.qr(rows.T)
-            if np.abs(np.diag(triangle)).min() < 1e-4:
+            rows, lengths = estimators.orthonormal(rows)
+            if lengths.min() < 1e-4:
                 raise UserError(
                     f"--feature {','.join(map(str, chosen))}: these decoder rows of "
                     f"{self._sae.name} lie in fewer dimensions than there are features; leave one "
                     "out."
                 )
-            rows = (basis * np.where(np.diag(triangle) < 0, -1.0, 1.0)).T
         directions = mx.array(rows.astype(np.float32))
         position = self._place[0]
         return Variant(directions, methods.SAE, self._sae.layer, position, features=chosen)

@@ -28,6 +28,7 @@ import numpy as np
 
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.directions import estimators
 from abl_mlx.directions.differentiable import ablated, added, orthonormal
 from abl_mlx.directions.effects import Measured, Refined
 from abl_mlx.directions.selection import refusal_scores
@@ -279,7 +280,7 @@ def optimized(
             )
             gradient = mx.array(losses[-1].gradient.astype(np.float32))
             moved = adam.apply_gradients({"rows": gradient}, {"rows": mx.array(rows)})
-            rows = _orthonormal(numpy_of(moved["rows"]).astype(np.float64))
+            rows, _ = estimators.orthonormal(numpy_of(moved["rows"]).astype(np.float64))
             bar.update()
     trial.tokens += objective.forward
     trial.backward += objective.backward
@@ -294,12 +295,6 @@ def optimized(
     )
 
 
-def _orthonormal(rows: np.ndarray) -> np.ndarray:
-    q, r = np.linalg.qr(rows.T)
-    turned: np.ndarray = (q * np.where(np.diag(r) < 0, -1.0, 1.0)).T
-    return turned
-
-
 def _start(measured: Measured, layer: int, position: int) -> np.ndarray:
     """Orthonormal rows (k, d): the difference of means first, then what all layers have beside."""
     candidates = measured.candidates
@@ -308,10 +303,9 @@ def _start(measured: Measured, layer: int, position: int) -> np.ndarray:
         rows += list(numpy_of(candidates.across_layers(position, measured.rank - 1)))
     generator = np.random.default_rng(1)
     noise = generator.normal(size=(len(rows), len(rows[0]))) / len(rows[0])
-    unit = np.stack([row / np.linalg.norm(row) for row in rows])
     # A little noise keeps rows that lie in one another's span apart.
     noise[0] = 0
-    return _orthonormal(unit + noise)
+    return estimators.orthonormal(estimators.unit(np.stack(rows)) + noise)[0]
 
 
 def _train(

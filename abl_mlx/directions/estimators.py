@@ -64,6 +64,17 @@ def without(vectors: Array, others: Array) -> Array:
     return vectors - vectors @ inside.T @ inside
 
 
+def orthonormal(rows: Array) -> tuple[Array, Array]:
+    """Orthonormal rows with the span of rows (k, d), each on the side of the row it is made of.
+
+    Returns:
+        The rows (k, d), and the length (k,) of each given row that is orthogonal to those before.
+    """
+    q, r = np.linalg.qr(rows.T)
+    lengths = np.diag(r)
+    return (q * np.where(lengths < 0, -1.0, 1.0)).T, np.abs(lengths)
+
+
 def difference(harmful: Array, harmless: Array) -> Array:
     """Harmful mean minus harmless mean, (d,) each (Arditi et al. 2024)."""
     return np.asarray(harmful, np.float64) - harmless
@@ -199,8 +210,7 @@ def interpolated(first: Array, second: Array, share: float) -> Array:
         left, _, right = np.linalg.svd(first @ second.T)
         second = (left @ right) @ second
     mixed = (1 - share) * first + share * second
-    q, r = np.linalg.qr(mixed.T)
-    return (q * np.where(np.diag(r) < 0, -1.0, 1.0)).T
+    return orthonormal(mixed)[0]
 
 
 # --- the probe ---------------------------------------------------------------------------------

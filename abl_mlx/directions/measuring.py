@@ -257,8 +257,7 @@ def orthogonalized(candidates: Candidates, others: Sequence[mx.array]) -> Candid
     found = np.empty_like(bases)
     for at in np.ndindex(*bases.shape[:2]):
         rows = estimators.without(bases[at], vectors[:, at[0], at[1]])
-        q, r = np.linalg.qr(rows.T)
-        found[at] = (q * np.where(np.diag(r) < 0, -1.0, 1.0)).T
+        found[at], _ = estimators.orthonormal(rows)
     return replace(candidates, found=float32(found), facts={})
 
 

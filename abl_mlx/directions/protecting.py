@@ -19,7 +19,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.directions.estimators import Array, unit
+from abl_mlx.directions.estimators import Array, orthonormal, unit
 from abl_mlx.directions.measuring import Candidates, float32
 from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel
@@ -74,9 +74,8 @@ def protected(
     lengths = np.empty(bases.shape[:2])
     for at in np.ndindex(*bases.shape[:2]):
         rows = residual(bases[at], atoms[:, at[0], at[1]])
-        q, r = np.linalg.qr(rows.T)
-        lengths[at] = np.abs(np.diag(r)).min()
-        found[at] = (q * np.where(np.diag(r) < 0, -1.0, 1.0)).T
+        found[at], left = orthonormal(rows)
+        lengths[at] = left.min()
     if lengths.max() < LEAST:
         concepts = ", ".join(name.removeprefix(PREFIX) for name in names)
         raise UserError(

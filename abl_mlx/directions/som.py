@@ -17,7 +17,8 @@ import numpy as np
 
 from abl_mlx.directions import choice, race
 from abl_mlx.directions.effects import Measured, Refined
-from abl_mlx.directions.estimators import Array, spectrum, unit
+from abl_mlx.directions.estimators import Array, orthonormal, spectrum, unit
+from abl_mlx.directions.measuring import float32
 from abl_mlx.directions.race import Runner
 from abl_mlx.directions.trial import Effect
 from abl_mlx.models import capture
@@ -123,5 +124,4 @@ def _states(measured: Measured, name: str, layer: int, position: int) -> Array:
 
 def _rows(found: Array, taken: Sequence[int]) -> mx.array:
     """Orthonormal rows that span the directions that were taken."""
-    q, r = np.linalg.qr(found[list(taken)].T)
-    return mx.array(np.ascontiguousarray((q * np.where(np.diag(r) < 0, -1.0, 1.0)).T, np.float32))
+    return float32(orthonormal(found[list(taken)])[0])
