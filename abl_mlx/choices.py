@@ -23,6 +23,9 @@ KINDS, REFLECTION = ("project", "reflect"), 2.0
 #: The accepted values of ``--edit``: weights that write to the residual stream, or that read it.
 PLACES = ("writers", "readers")
 
+#: The accepted values of ``--steer``: what an edit at runtime does.
+STEERS = ABLATE, ADD = "ablate", "add"
+
 
 # --- groups of flags -----------------------------------------------------------------------------
 
@@ -283,7 +286,7 @@ class Conditioning(Choices):
         unconditional: whether the condition of a direction file is ignored.
     """
 
-    steer: str = "ablate"
+    steer: str = ABLATE
     unconditional: bool = False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from abl_mlx.choices import Chatting, Prompting, Replying
+from abl_mlx.choices import Chatting, Conditioning, Prompting, Replying
 from abl_mlx.flag_values import Choices
 
 
@@ -125,13 +125,12 @@ class Steering(Choices):
     Attributes:
         direction: a direction file; None to ask the model as it is.
         strength: α of the edit.
-        steer, unconditional: as of `choices.Conditioning`.
+        conditioning: what is done, and whether a condition counts.
     """
 
     direction: Path | None = None
     strength: float = 1.0
-    steer: str = "ablate"
-    unconditional: bool = False
+    conditioning: Conditioning = Conditioning()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from abl_mlx.choices import ABLATE, STEERS
 from abl_mlx.cli.flags import decorated
 from abl_mlx.cli.values import HERE
 
@@ -23,8 +24,8 @@ def conditioning_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     flags = [
         click.option(
             "--steer",
-            type=click.Choice(["ablate", "add"]),
-            default="ablate",
+            type=click.Choice(STEERS),
+            default=ABLATE,
             show_default=True,
             help="Remove the direction, or add the difference of the means after its layer, which "
             "makes a model refuse; --strength scales both.",

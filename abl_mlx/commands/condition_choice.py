@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from abl_mlx.choices import Conditioning, Prompting
+from abl_mlx.choices import STEERS, Conditioning, Prompting
 from abl_mlx.directions import conditioning
 from abl_mlx.directions.conditioning import Sides
 from abl_mlx.directions.direction_file import DirectionFile
@@ -19,9 +19,6 @@ from abl_mlx.records.conditions import Decided
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
 from convert.base.errors import UsageError, UserError
-
-#: What is done on the prompts that meet a condition: the values of ``--steer``.
-STEERS = ABLATE, ADD = "ablate", "add"
 
 #: A smaller F1 on validation prompts is warned of.
 POOR = 0.8

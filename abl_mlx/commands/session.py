@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from abl_mlx.choices import Conditioning, Editing, Prompting, SteerOptions
+from abl_mlx.choices import ADD, Conditioning, Editing, Prompting, SteerOptions
 from abl_mlx.commands import condition_choice, edit_choice, prompt_choice, thinking_switch
 from abl_mlx.commands.condition_choice import Decision
 from abl_mlx.commands.edit_choice import edit_of
@@ -68,7 +68,7 @@ class Steered:
         if alpha == 0:
             yield
             return
-        if self.conditioning.steer == condition_choice.ADD:
+        if self.conditioning.steer == ADD:
             with condition_choice.added(self.chat, self.direction, alpha):
                 yield
             return
@@ -141,7 +141,7 @@ def _steered(
     options: SteerOptions,
     tools: tuple[Tool, ...],
 ) -> Steered:
-    if options.conditioning.steer == condition_choice.ADD:
+    if options.conditioning.steer == ADD:
         condition_choice.addition(direction, options.editing.alpha)  # refuses a file without one
     return Steered(
         name, chat, writers, direction, options.editing, options.prompting, tools,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from abl_mlx.behaviour.target import Groups, Question, Target
 from abl_mlx.behaviour.whole_reply import WholeReply
-from abl_mlx.choices import Editing
+from abl_mlx.choices import ADD, Editing
 from abl_mlx.commands import condition_choice
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.directions import direction_file
@@ -55,7 +55,7 @@ class SteeredModel:
         wholes = target.wholes
         assert wholes is not None
         identity = {
-            "direction": self.direction.sha256, "steer": self.steering.steer,
+            "direction": self.direction.sha256, "steer": self.steering.conditioning.steer,
             "strength": self.steering.strength, "conditional": self.condition is not None,
         }  # fmt: skip
 
@@ -118,7 +118,7 @@ class SteeredModel:
         return SteeredBy(
             direction=self.name,
             sha256=self.direction.sha256,
-            steer=self.steering.steer,
+            steer=self.steering.conditioning.steer,
             strength=self.steering.strength,
             condition=None if known is None else ConditionFound.of(known),
             met=met,
@@ -126,7 +126,7 @@ class SteeredModel:
 
     def _on(self) -> AbstractContextManager[None]:
         strength = self.steering.strength
-        if self.steering.steer == condition_choice.ADD:
+        if self.steering.conditioning.steer == ADD:
             return condition_choice.added(self.chat, self.direction, strength)
         return ablation(self.writers, self._edit)
 
@@ -147,7 +147,7 @@ def check(options: EvalOptions, runtime: str | None) -> None:
         UserError: when the model does not run in MLX.
     """
     steering, metrics = options.steering, options.metrics
-    condition_choice.check_steer(steering.steer)
+    condition_choice.check_steer(steering.conditioning.steer)
     if steering.direction is None:
         if steering != Steering():
             raise UsageError(
@@ -184,9 +184,9 @@ def steered(target: Target, file: ModelFile | None, options: EvalOptions) -> Ste
     assert target.chat is not None
     direction = direction_file.read(steering.direction)
     direction_file.check_width(direction, steering.direction, target.chat)
-    if steering.steer == condition_choice.ADD:
+    if steering.conditioning.steer == ADD:
         condition_choice.addition(direction, steering.strength)
-    condition = None if steering.unconditional else direction.when
+    condition = condition_choice.when(direction, steering.conditioning)
     writers = file.find_writers(target.chat)
     return SteeredModel(
         target.chat, writers, steering.direction.name, direction, steering, condition

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abl_mlx.choices import ADD
 from abl_mlx.records.conditions import ConditionFound, SteeredBy
 
 
@@ -25,7 +26,7 @@ def steered_lines(by: SteeredBy | None) -> list[str]:
     """With which edit at runtime a model was asked, and on how many prompts it was made."""
     if by is None:
         return []
-    did = "added" if by.steer == "add" else "removed"
+    did = "added" if by.steer == ADD else "removed"
     lines = [f"asked with {by.direction} {did} at runtime, strength {by.strength:g}"]
     if by.condition is None:
         return lines
