@@ -17,9 +17,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from abl_mlx.behaviour import evaluate
-from abl_mlx.behaviour.evaluate import Question
 from abl_mlx.behaviour.target import Target
-from abl_mlx.inputs.sets import prompt_of
+from abl_mlx.inputs.sets import Question, prompt_of
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.logits import log_probabilities

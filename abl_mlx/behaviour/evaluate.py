@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from abl_mlx.behaviour.refusals import Rates, rates_of
 from abl_mlx.behaviour.reply_notes import Notes, Seen, notes_on
 from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.behaviour.whole_reply import TOKENS, WholeReply, of_pieces
-from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, prompt_of
+from abl_mlx.inputs.sets import PromptSet, PromptSets, Question, prompt_of
 from abl_mlx.models import capture, thoughts
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence
@@ -38,9 +38,7 @@ from convert.base.atomic import new_file
 
 if TYPE_CHECKING:
     from abl_mlx.behaviour.llamacpp import LlamaCpp
-
-#: A prompt, or the text of a user's message.
-Question = str | Prompt
+    from abl_mlx.behaviour.target import Group
 
 #: A function from prompts and the longest reply in tokens to replies, in the prompts' order.
 Chat = Callable[[Sequence[Question], int], list[str]]
@@ -443,7 +441,7 @@ def baseline(
 def kl(
     chat: ChatModel,
     base: Baseline,
-    groups: Sequence[tuple[list[int], Callable[[], AbstractContextManager[None]]]] | None = None,
+    groups: Sequence[Group] | None = None,
 ) -> Divergence:
     """Mean KL(base ‖ this model) in nats over harmless prompts.
 

@@ -10,18 +10,17 @@ from typing import Any
 
 from abl_mlx.behaviour.endpoint import Endpoint
 from abl_mlx.behaviour.whole_reply import WholeReply, of_words
-from abl_mlx.inputs.sets import Prompt
+from abl_mlx.inputs.sets import Question
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
 
-Question = str | Prompt
+#: Numbers of prompts, and what they are asked inside of.
+Group = tuple[list[int], Callable[[], AbstractContextManager[None]]]
 
-#: From prompts to groups of them, as their numbers, each with what it is asked inside of.
-Groups = Callable[
-    [Sequence[Question]], list[tuple[list[int], Callable[[], AbstractContextManager[None]]]]
-]
+#: From prompts to groups of them.
+Groups = Callable[[Sequence[Question]], list[Group]]
 
-Wholes = Callable[[Sequence[str | Prompt], int], Iterator[tuple[int, WholeReply]]]
+Wholes = Callable[[Sequence[Question], int], Iterator[tuple[int, WholeReply]]]
 
 
 @dataclass
@@ -51,19 +50,19 @@ class Target:
     name: str
     runtime: str
     identity: dict[str, Any]
-    ask: Callable[[Sequence[str | Prompt], int], Iterator[tuple[int, str]]]
+    ask: Callable[[Sequence[Question], int], Iterator[tuple[int, str]]]
     chat: ChatModel | None = None
     gguf: Path | None = None
     model: str | None = None
     note: str | None = None
-    wholes: Callable[[Sequence[str | Prompt], int], Iterator[tuple[int, WholeReply]]] | None = None
+    wholes: Wholes | None = None
     given: GivenTemplate | None = None
     endpoint: Endpoint | None = None
-    opened: Callable[[Sequence[str | Prompt], int], AbstractContextManager[Wholes]] | None = None
+    opened: Callable[[Sequence[Question], int], AbstractContextManager[Wholes]] | None = None
     grouped: Groups | None = None
 
     @contextmanager
-    def held(self, prompts: Sequence[str | Prompt], max_tokens: int) -> Iterator[Target]:
+    def held(self, prompts: Sequence[Question], max_tokens: int) -> Iterator[Target]:
         """Context manager with the same target, loaded once for several calls of ``ask``.
 
         Args:
@@ -75,14 +74,14 @@ class Target:
             return
         with self.opened(prompts, max_tokens) as wholes:
 
-            def ask(prompts: Sequence[str | Prompt], max_tokens: int) -> Iterator[tuple[int, str]]:
+            def ask(prompts: Sequence[Question], max_tokens: int) -> Iterator[tuple[int, str]]:
                 for number, whole in wholes(prompts, max_tokens):
                     yield number, whole.text
 
             yield replace(self, ask=ask, wholes=wholes)
 
     def ask_wholes(
-        self, prompts: Sequence[str | Prompt], max_tokens: int
+        self, prompts: Sequence[Question], max_tokens: int
     ) -> Iterator[tuple[int, WholeReply]]:
         """Like ``ask``, with replies that can be cut, by words where nothing else is known."""
         if self.wholes is not None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from abl_mlx.behaviour import settling
-from abl_mlx.behaviour.evaluate import Behaviour, Question, Wholes, behaviour_of
+from abl_mlx.behaviour.evaluate import Behaviour, Wholes, behaviour_of
 from abl_mlx.behaviour.whole_reply import WholeReply
 from abl_mlx.choices import Prompting
 from abl_mlx.inputs import thinking
-from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets
+from abl_mlx.inputs.sets import Prompt, PromptSet, PromptSets, Question
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.records.evaluations import Settled
 from abl_mlx.support.console import in_order, say

@@ -7,11 +7,11 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from abl_mlx.behaviour.target import Groups, Question, Target
+from abl_mlx.behaviour.target import Group, Groups, Target
 from abl_mlx.behaviour.whole_reply import WholeReply
 from abl_mlx.choices import ADD, Editing
 from abl_mlx.commands import condition_choice
@@ -22,7 +22,7 @@ from abl_mlx.edits.condition import Condition
 from abl_mlx.edits.steering import ablation
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.eval_choices import EvalOptions, Steering
-from abl_mlx.inputs.sets import PromptSet, prompt_of
+from abl_mlx.inputs.sets import PromptSet, Question, prompt_of
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.model_file import ModelFile
@@ -78,9 +78,7 @@ class SteeredModel:
     def grouped(self) -> Groups:
         """Prompts in two groups: those asked without, and those asked with the edit."""
 
-        def groups(
-            prompts: Sequence[Question],
-        ) -> list[tuple[list[int], Callable[[], AbstractContextManager[None]]]]:
+        def groups(prompts: Sequence[Question]) -> list[Group]:
             met = self.met(prompts)
             off = [index for index, one in enumerate(met) if not one]
             on = [index for index, one in enumerate(met) if one]

@@ -76,7 +76,11 @@ class Prompt:
         )
 
 
-def prompt_of(question: str | Prompt) -> Prompt:
+#: A prompt, or the text of a user's message.
+Question = str | Prompt
+
+
+def prompt_of(question: Question) -> Prompt:
     """The prompt with this text as its only message; a prompt is returned unchanged."""
     return Prompt(question) if isinstance(question, str) else question
 
