@@ -31,7 +31,7 @@ from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.directions import estimators
 from abl_mlx.directions.differentiable import ablated, added, orthonormal
 from abl_mlx.directions.effects import Measured, Refined
-from abl_mlx.directions.selection import refusal_scores
+from abl_mlx.directions.selection import opening_nats, refusal_scores
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation as ablated_plainly
 from abl_mlx.models.chat_model import ChatModel
@@ -207,13 +207,12 @@ class Objective:
         """What a reply costs with log-probabilities (T, V) of its first tokens."""
         if one.reply:
             return -mx.take_along_axis(row, mx.array(one.reply)[:, None], axis=1).mean()
-        inside = mx.logsumexp(row[0, self._openings])
-        return -mx.log(mx.maximum(1 - mx.exp(inside), 1e-7))
+        return -opening_nats(row[0], self._openings)[1]
 
     def _opening(self, prompts: Sequence[Sequence[int]]) -> mx.array:
         """log p of the refusal openings at the first reply token: (B,)."""
         rows = self._rows(prompts, [[len(one) - 1] for one in prompts])
-        return mx.stack([mx.logsumexp(row[0, self._openings]) for row in rows])
+        return mx.stack([opening_nats(row[0], self._openings)[0] for row in rows])
 
     def _rows(
         self, prompts: Sequence[Sequence[int]], places: Sequence[Sequence[int]]

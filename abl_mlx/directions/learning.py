@@ -15,13 +15,13 @@ arXiv 1412.6980), each from a few prompts of each set, and projected on the boun
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from abl_mlx.directions.slopes import COMPONENTS
 from abl_mlx.directions.trial import Effect, Trial
-from abl_mlx.directions.trimming import LESS, PROMPTS, STRONGEST
+from abl_mlx.directions.trimming import LESS, PROMPTS, STRONGEST, tried
 from abl_mlx.edits.edit import Edit
 from abl_mlx.support.console import progress, say
 from convert.base.errors import UserError
@@ -124,10 +124,7 @@ def learned(trial: Trial, edit: Edit, layers: int, steps: int, before: Effect) -
             bar.update()
     best = None
     for share in SHARES:
-        strengths = 1 + share * (state.values - 1)
-        profile = {name: row.tolist() for name, row in zip(COMPONENTS, strengths, strict=True)}
-        other = replace(edit, profile=profile)
-        effect = trial.of_edit(other)
+        other, effect = tried(trial, edit, 1 + share * (state.values - 1))
         if works:
             better = effect.refused <= max(refused, trial.left) and effect.kl <= LESS * kl
         else:

@@ -220,6 +220,20 @@ def refusal_scores(log_probabilities: mx.array, tokens: Sequence[int]) -> mx.arr
     return inside - mx.logsumexp(outside, axis=-1)
 
 
+def opening_nats(log_probabilities: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """log p and log(1 − p), p being the probability of opening with one of ``tokens``: (…,) each.
+
+    Their difference is the score of `refusal_scores`, less precise for p close to 1, but it can be
+    differentiated. log(1 − p) stays finite where the probability of the others rounds to 0.
+
+    Args:
+        log_probabilities: of the first reply token, (…, V).
+        tokens: ids of tokens, (K,).
+    """
+    inside = mx.logsumexp(log_probabilities[..., tokens], axis=-1)
+    return inside, mx.log(mx.maximum(1 - mx.exp(inside), 1e-7))
+
+
 def openings(log_probabilities: mx.array, tokens: Sequence[int]) -> list[bool]:
     """For each prompt, whether the greedy reply opens with one of ``tokens``.
 

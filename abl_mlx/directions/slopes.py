@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from abl_mlx.directions.selection import opening_nats
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
 from abl_mlx.models.chat_model import ChatModel
@@ -72,9 +73,8 @@ def slopes(
     openings = mx.array(list(tokens))
 
     def score(rows: mx.array, start: int) -> mx.array:
-        inside = mx.logsumexp(rows[:, openings], axis=-1)
-        # The probability of all other tokens; of one that rounds to 0, the score stays finite.
-        scores = inside - mx.log(mx.maximum(1 - mx.exp(inside), 1e-7))
+        inside, outside = opening_nats(rows, openings)
+        scores = inside - outside
         if ceilings is None:
             return scores
         return mx.maximum(scores - mx.array(list(ceilings[start : start + len(rows)])), 0)

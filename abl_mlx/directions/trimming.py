@@ -77,10 +77,10 @@ def trimmed(trial: Trial, edit: Edit, layers: int, before: Tried, limit: float) 
                 aim = found.refusal - (0 if works else FURTHER)
             strengths = stepped(found, strengths, aim - found.refusal, radius)
             bar.update()
-        other, effect = _tried(trial, edit, strengths)
+        other, effect = tried(trial, edit, strengths)
         if not works and effect.kl > limit > kl:
             share = NEARLY * (limit - kl) / (effect.kl - kl)
-            other, effect = _tried(trial, edit, 1 + share * (strengths - 1))
+            other, effect = tried(trial, edit, 1 + share * (strengths - 1))
         bar.update()
     say(
         f"  with a strength for each layer: KL {effect.kl:.3f} instead of {kl:.3f}, "
@@ -95,7 +95,7 @@ def trimmed(trial: Trial, edit: Edit, layers: int, before: Tried, limit: float) 
     return Trimmed(other, effect) if better else None
 
 
-def _tried(trial: Trial, edit: Edit, strengths: np.ndarray) -> tuple[Edit, Effect]:
+def tried(trial: Trial, edit: Edit, strengths: np.ndarray) -> tuple[Edit, Effect]:
     """The edit with these strengths, (2, L), and its effect on all validation prompts."""
     profile = {name: row.tolist() for name, row in zip(COMPONENTS, strengths, strict=True)}
     other = replace(edit, profile=profile)
