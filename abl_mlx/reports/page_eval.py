@@ -70,15 +70,16 @@ def eval_sections(record: EvalRecord) -> tuple[Section, ...]:
 def _steered(by: SteeredBy | None) -> list[Section]:
     if by is None:
         return []
-    first, *more = condition_tables.steered_lines(by)
+    asked = condition_tables.asked_line(by)
+    condition = condition_tables.condition_lines(by.condition)
     rows = tuple((name, str(one.n), str(one.met)) for name, one in (by.met or {}).items())
     table = Table(("prompts", "asked", "edited"), rows, (1, 2))
     return [
         Section(
             "Edit at runtime",
-            (f"{first[0].upper()}{first[1:]}.",),
+            (f"{asked[0].upper()}{asked[1:]}.",),
             tables=(table,) if rows else (),
-            lines=tuple(line.strip() for line in more[:1]),
+            lines=tuple(line.strip() for line in condition),
         )
     ]
 
