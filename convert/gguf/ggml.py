@@ -144,7 +144,7 @@ def _weights(values: np.ndarray, importance: np.ndarray | None) -> list[np.ndarr
 
 
 def dequantize(encoded: np.ndarray, of: GGMLQuantizationType) -> np.ndarray:
-    """Decode rows with ggml's own decoder, for comparison with gguf-py's.
+    """Decode rows with ggml's own decoder, shared among threads.
 
     Args:
         encoded: uint8, (..., bytes per row).
@@ -157,15 +157,12 @@ def dequantize(encoded: np.ndarray, of: GGMLQuantizationType) -> np.ndarray:
         UserError: when ggml was not found, or does not decode this type.
     """
     block, size = gguf.GGML_QUANT_SIZES[of]
-    decode_row = _decoder(of)
     source = np.ascontiguousarray(encoded, dtype=np.uint8).reshape(-1, encoded.shape[-1])
     width = encoded.shape[-1] // size * block
     values = np.empty((source.shape[0], width), dtype=np.float32)
 
     def decode(first: int, last: int) -> None:
-        decode_row(
-            source[first:last].ctypes.data, values[first:last].ctypes.data, (last - first) * width
-        )
+        dequantize_into(source[first:last], of, values[first:last])
 
     _spread(decode, source.shape[0], width)
     return values.reshape(*encoded.shape[:-1], width)

@@ -72,9 +72,8 @@ class Form:
         codes = parts["codes"]
         if self.stored is not None:
             mx.eval(codes)
-            found = np.empty((len(codes), self.n), np.float32)
-            self.unpack_on_cpu({"codes": np.array(codes.astype(mx.uint8), copy=False)}, found)
-            return mx.array(found)
+            raw = np.array(codes.astype(mx.uint8), copy=False)
+            return mx.array(_decoded(raw, self.stored, self.n))
         if not self.bits:
             return codes.astype(mx.float32)
         if self.mode:
@@ -105,7 +104,11 @@ class Form:
         """Unpack NumPy arrays into ``out``, float32 (R, n); bfloat16 codes are given as uint16."""
         codes = parts["codes"]
         if self.stored is not None:
-            _decode(np.ascontiguousarray(codes, np.uint8), self.stored, out)
+            codes = np.ascontiguousarray(codes)
+            if ggml.available():
+                ggml.dequantize_into(codes, self.stored, out)
+            else:
+                out[...] = _decoded(codes, self.stored, self.n)
             return
         if not self.bits:
             if codes.dtype == np.uint16:
@@ -147,12 +150,11 @@ class Form:
         return scales[..., None]
 
 
-def _decode(raw: np.ndarray, kind: GGMLQuantizationType, out: np.ndarray) -> None:
-    """Decode uint8 (R, bytes per row) into float32 (R, n)."""
+def _decoded(raw: np.ndarray, kind: GGMLQuantizationType, n: int) -> np.ndarray:
+    """The weights, float32 (R, n), of uint8 (R, bytes per row)."""
     if ggml.available():
-        ggml.dequantize_into(raw, kind, out)
-    else:
-        out[...] = codec(kind).decode(raw, out.shape[-1]).values()
+        return ggml.dequantize(raw, kind)
+    return codec(kind).decode(raw, n).values()
 
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
