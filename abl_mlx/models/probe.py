@@ -252,10 +252,7 @@ class Probe:
                 are held at the scale that they had in this layer's last run without shifts.
         """
         self._start(held=shifts is not None, shifts=shifts)
-        call = self.calls[index][0]
-        args = map(_snapshot, call.args)
-        kwargs = {name: _snapshot(value) for name, value in call.kwargs.items()}
-        states = self.states(self.layers[index](*args, **kwargs), index)
+        states = self._again(index)
         mx.eval(states)
         return states
 
@@ -272,21 +269,10 @@ class Probe:
         Returns:
             The layer's output, (N, d), and index of a leaf with a matrix -> its input, (N, n).
         """
-        call = self.calls[index][0]
-        args = [_snapshot(one) for one in call.args]
-        kwargs = {name: _snapshot(value) for name, value in call.kwargs.items()}
-        if shift is not None:
-            _shift_stream([args, kwargs], shift)
         self._start(held=shift is not None)
-        self._read = {}
-        try:
-            output = self.states(self.layers[index](*args, **kwargs), index)
-            found = {
-                which: mx.concatenate([one.reshape(-1, one.shape[-1]) for one in inputs])
-                for which, inputs in self._read.items()
-            }
-        finally:
-            self._read = None
+        with self._reading() as read:
+            output = self._again(index, shift)
+        found = _joined(read)
         mx.eval(output, found)
         return output, found
 
@@ -301,16 +287,10 @@ class Probe:
             Index of a leaf with a matrix, outside of the layers -> its input, (N, n).
         """
         self._start(held=shift is not None)
-        self._read, self._behind = {}, shift
-        try:
+        with self._reading(behind=shift) as read:
             self.model(self._tokens())
-            found = {
-                which: mx.concatenate([one.reshape(-1, one.shape[-1]) for one in inputs])
-                for which, inputs in self._read.items()
-                if self.leaves[which].layer is None
-            }
-        finally:
-            self._read = self._behind = None
+        outside = {which: one for which, one in read.items() if self.leaves[which].layer is None}
+        found = _joined(outside)
         mx.eval(found)
         return found
 
@@ -336,6 +316,28 @@ class Probe:
                 f"{self.width}): this architecture has no residual stream to read."
             )
         return found.reshape(-1, self.width).astype(mx.float32)
+
+    def _again(self, index: int, shift: mx.array | None = None) -> mx.array:
+        """The output of a layer that gets what it got in the last `run`, its stream shifted."""
+        call = self.calls[index][0]
+        args = [_snapshot(one) for one in call.args]
+        kwargs = {name: _snapshot(value) for name, value in call.kwargs.items()}
+        if shift is not None:
+            _shift_stream([args, kwargs], shift)
+        return self.states(self.layers[index](*args, **kwargs), index)
+
+    @contextmanager
+    def _reading(self, behind: mx.array | None = None) -> Iterator[dict[int, list[mx.array]]]:
+        """Keep what matrices get, by the index of their leaf; shift the stream behind the layers.
+
+        Args:
+            behind: the shift, (d,), if there is one.
+        """
+        self._read, self._behind = {}, behind
+        try:
+            yield self._read
+        finally:
+            self._read = self._behind = None
 
     def _tokens(self) -> mx.array:
         return mx.arange(1, _TOKENS + 1, dtype=mx.int32)[None]
@@ -430,6 +432,14 @@ class Probe:
             plain = len(args) == 1 and not kwargs
             self._kept[index, nth] = (args[0] if plain else None, output)
         return output
+
+
+def _joined(read: dict[int, list[mx.array]]) -> dict[int, mx.array]:
+    """The inputs of each leaf, of all its calls: (N, n)."""
+    return {
+        which: mx.concatenate([one.reshape(-1, one.shape[-1]) for one in inputs])
+        for which, inputs in read.items()
+    }
 
 
 def _shift_stream(given: Sequence[Any], shift: mx.array) -> None:
