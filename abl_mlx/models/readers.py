@@ -2,12 +2,11 @@
 
 A reader is a matrix whose input is the stream behind a norm, or the stream itself: the projections
 to queries, keys and values, gate and up of an MLP and of experts, a router; and behind the layers
-the output head. In a pass in which
-random numbers replace all products, only additions, constants and norms lie between a layer's
-stream and the inputs of its matrices. So a shift v of the stream, with norms held at the scale that
-they had, moves a reader's input by g ⊙ v (RMSNorm) or g ⊙ (v − mean v) (LayerNorm), and all other
-inputs by nothing. The layer's own output must move by v times a number: then nothing but the
-readers found here reads the stream.
+the output head. In a pass in which random numbers replace all products, only additions, constants
+and norms lie between a layer's stream and the inputs of its matrices. So a shift v of the stream,
+with norms held at the scale that they had, moves a reader's input by g ⊙ v (RMSNorm) or
+g ⊙ (v − mean v) (LayerNorm), and all other inputs by nothing. The layer's own output must move by v
+times a number: then nothing but the readers found here reads the stream.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import mlx.core as mx
 
 from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models.module_weights import module_shape
 from abl_mlx.models.probe import Leaf, Probe
 from abl_mlx.models.writers import Writer, first_run, pattern_of, root_mean_square, unless_plain
 from abl_mlx.support.arrays import number
 from convert.base.errors import UserError
-from convert.mlx.packed import Packed
 
 # A response to a shift is a gain if every entry agrees within this share of the largest one.
 _TOLERANCE = 1e-3
@@ -180,15 +179,8 @@ def _not_called(
 
 def _reader(leaf: Leaf, centered: bool, gain: mx.array, width: int) -> Writer:
     module = leaf.module
-    weight = module.get("weight")
-    if isinstance(module, Packed):
-        shape = tuple(module.shape)
-    elif weight is None or "conv" in type(module).__name__.lower():
-        shape = ()
-    elif "scales" in module:
-        shape = (*weight.shape[:-1], width)
-    else:
-        shape = tuple(weight.shape)
+    matrix = "weight" in module and "conv" not in type(module).__name__.lower()
+    shape = module_shape(module) if matrix else ()
     if len(shape) not in (2, 3) or shape[-1] != width:
         raise UserError(
             f"--edit readers: {leaf.path} ({type(module).__name__}) reads the residual stream, but "

@@ -58,9 +58,8 @@ class Writer:
             ``expert-readers`` ((E, n, d)), whose rows are multiplied with the normed stream.
         layer: the number of its layer; -1 for embeddings and other modules before the layers.
         gain: the elementwise gain g between its output and the stream (between the stream and the
-            input of a reader), (d,) float32, up to a
-            constant factor; None if it is the same for all elements (docs/architecture.md,
-            "Post-norms").
+            input of a reader), (d,) float32, up to a constant factor; None if it is the same for
+            all elements (docs/architecture.md, "Post-norms").
         has_bias: whether it adds a bias, which is edited with the weight.
         module: the module.
         tied: whether the weight is the output head as well (tied embeddings).
