@@ -245,7 +245,11 @@ class GgufFile(ExitStack):
 
     def named_readers(self, edit: str) -> list[Writer]:
         """The tensors that read the residual stream; none if ``--edit`` is about writers."""
-        return from_gguf.find_readers(self.gguf, self.layout) if edit == "readers" else []
+        return self._readers if edit == "readers" else []
+
+    @cached_property
+    def _readers(self) -> list[Writer]:
+        return from_gguf.find_readers(self.gguf, self.layout)
 
     def _edited(
         self, paths: Sequence[Path], editing: Editing, writing: Writing
