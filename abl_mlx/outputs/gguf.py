@@ -301,12 +301,13 @@ class GgufFile(ExitStack):
         for path in paths:
             induced.check_gguf(path, self.gguf)
             induced.check_place(path, loaded)
-        induced.quantization(self.gguf, writing)
+        self._quantization(writing)
 
     def plan_constant(
         self, found: Induction, direction: DirectionFile, loaded: LoadedModel, writing: Writing
     ) -> GgufConstant:
-        return GgufConstant(self.source, loaded, found, direction, writing, self.gguf)
+        types = self._quantization(writing)
+        return GgufConstant(self.source, loaded, found, direction, writing, self.gguf, types)
 
     # --- what comes of it ----------------------------------------------------------------------
 

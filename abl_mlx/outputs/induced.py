@@ -334,9 +334,15 @@ class FolderConstant(ConstantEdit):
 
 @dataclass
 class GgufConstant(ConstantEdit):
-    """A constant for the model in a GGUF."""
+    """A constant for the model in a GGUF.
+
+    Attributes:
+        gguf: the open file.
+        quantization: the type of every tensor in GGUF outputs.
+    """
 
     gguf: GgufSource
+    quantization: Quantization
 
     @property
     def architecture(self) -> str:
@@ -361,7 +367,7 @@ class GgufConstant(ConstantEdit):
                         rows = np.zeros(entry.shape[0], np.float32)
                         tensors[f"blk.{number}.{role}.bias"] = rows
         tensors[own] = bias
-        chosen = quantization(gguf, self.writing)
+        chosen = self.quantization
         if chosen.file_type is None:
             extend(gguf, output.staged, tensors, metadata)
             return self._written_gguf(output)
@@ -375,15 +381,6 @@ class GgufConstant(ConstantEdit):
                 extend(new, output.staged, tensors, metadata)
         again = sum(gguf.tensors[name].type not in FLOATS for name in changed)
         return self._written_gguf(output, notes.quantized_again(again))
-
-
-def quantization(gguf: GgufSource, writing: Writing) -> Quantization:
-    """The types of the tensors of a GGUF with a constant.
-
-    Raises:
-        UserError: when ``--quantize`` names no type that these can have.
-    """
-    return Quantization.of(gguf, writing.quantize)
 
 
 def write_folder(
