@@ -221,14 +221,7 @@ def folder(reference: Reference) -> Path:
     Raises:
         UserError: when it cannot be downloaded; or when it holds only GGUFs, with their tags.
     """
-    from huggingface_hub import snapshot_download
-
-    with _explained(reference):
-        path = Path(
-            snapshot_download(
-                reference.repository, revision=reference.revision, allow_patterns=_PATTERNS
-            )
-        )
+    path = _downloaded(reference, _PATTERNS)
     if not any(path.glob("*.safetensors")):
         listed = _list(reference)
         if listed.models:
@@ -249,22 +242,13 @@ def part(text: str, names: Sequence[str], flag: str) -> Path:
     Raises:
         UserError: when it has another form or cannot be downloaded, or there is no such folder.
     """
-    from huggingface_hub import snapshot_download
-
     found = _PART_OF.fullmatch(text.removeprefix("hf:"))
     if found is None:
         raise UserError(f"{flag} {text}: write hf:OWNER/NAME/FOLDER, or hf:OWNER/NAME.")
     reference = Reference(found["repository"], revision=found["revision"])
     inside = found["folder"] or ""
     within = f"{glob.escape(inside)}/" if inside else ""
-    with _explained(reference):
-        root = Path(
-            snapshot_download(
-                reference.repository,
-                revision=reference.revision,
-                allow_patterns=[f"{within}{glob.escape(name)}" for name in names],
-            )
-        )
+    root = _downloaded(reference, [f"{within}{glob.escape(name)}" for name in names])
     if not (root / inside).is_dir():
         raise UserError(f"{reference.name} on Hugging Face has no folder {inside}: check the path.")
     return root / inside
@@ -278,8 +262,6 @@ def gguf(reference: Reference) -> Path:
     Raises:
         UserError: when it cannot be downloaded; or when no GGUF or several fit, with the choices.
     """
-    from huggingface_hub import snapshot_download
-
     listed = _list(reference)
     if not listed.models:
         raise UserError(
@@ -300,13 +282,7 @@ def gguf(reference: Reference) -> Path:
             f"parts of {model.files[0]} are missing in {listed.place}: pick another file, or try "
             "again later."
         )
-    with _explained(reference):
-        exactly = [glob.escape(file) for file in model.files]
-        root = Path(
-            snapshot_download(
-                reference.repository, revision=reference.revision, allow_patterns=exactly
-            )
-        )
+    root = _downloaded(reference, [glob.escape(file) for file in model.files])
     for file in model.files:
         if not (root / file).is_file():
             raise UserError(
@@ -314,6 +290,18 @@ def gguf(reference: Reference) -> Path:
                 "be reached: check the connection."
             )
     return root / model.files[0]
+
+
+def _downloaded(reference: Reference, patterns: Sequence[str]) -> Path:
+    """A repository's top folder, with the files of some patterns downloaded or in the cache."""
+    from huggingface_hub import snapshot_download
+
+    with _explained(reference):
+        return Path(
+            snapshot_download(
+                reference.repository, revision=reference.revision, allow_patterns=list(patterns)
+            )
+        )
 
 
 def _list(reference: Reference) -> _Repository:
