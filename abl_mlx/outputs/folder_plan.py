@@ -176,11 +176,11 @@ def plan(
         )
     embedding = next((writer for writer in chosen if writer.kind == "embedding"), None)
     copies = {}
-    for name in head_copy.find(files, chat.config, writers) if embedding is not None else []:
-        assert embedding is not None
-        copies[name] = places[f"{embedding.path}.weight"].tensors[0]
-        module = name.removesuffix(".weight")
-        add(name, head_copy.as_writer(name, embedding, chat), "weight", False, chat.width, module)
+    if embedding is not None:
+        for name in head_copy.find(files, chat.config, writers):
+            copies[name] = places[f"{embedding.path}.weight"].tensors[0]
+            copy, module = head_copy.as_writer(name, embedding, chat), name.removesuffix(".weight")
+            add(name, copy, "weight", False, chat.width, module)
     return Plan(edits, floats, matrices, copies)
 
 
