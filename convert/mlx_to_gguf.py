@@ -24,7 +24,7 @@ from convert.architectures.folder_config import architecture, text_config
 from convert.architectures.hf_metadata import extra_tensors
 from convert.architectures.hf_to_gguf import Plan, Target
 from convert.architectures.model_card import card_keys
-from convert.architectures.moves import joined, put
+from convert.architectures.moves import joined, put, row_count, rows_of
 from convert.base.atomic import check_new, new_file
 from convert.base.errors import UserError
 from convert.base.hf_config import read_config
@@ -86,13 +86,13 @@ class GgufReport:
                 paths.setdefault(source, []).append(path)
         # A stack is decoded only once, because its experts are read one after the other.
         tensor = lru_cache(maxsize=1)(lambda name: read_tensor(self.path, name))
-        count = _row_count(plan.shapes)
+        count = row_count(plan.shapes)
 
         def read(source: str) -> np.ndarray:
             found = np.empty(plan.shapes[source], dtype=np.float32)
-            rows = found if found.ndim == 1 else found.reshape(-1, found.shape[-1])
             for path in paths[source]:
-                put(plan.stored[path], joined(plan.placed[path], tensor), source, rows, count)
+                values = joined(plan.placed[path], tensor)
+                put(plan.stored[path], values, source, rows_of(found), count)
             return found
 
         return read
@@ -352,14 +352,6 @@ def _refuse_stray_edits(
 # Tensors
 
 
-def _row_count(shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], int]:
-    def rows(name: str) -> int:
-        shape = shapes[name]
-        return shape[0] if len(shape) == 1 else int(np.prod(shape[:-1], dtype=np.int64))
-
-    return rows
-
-
 def _values(target: Target, layout: _Layout, edits: Mapping[str, Edit]) -> np.ndarray:
     """A tensor's values, float32."""
     plan = layout.plan
@@ -372,11 +364,10 @@ def _values(target: Target, layout: _Layout, edits: Mapping[str, Edit]) -> np.nd
     if alone and piece.rows is None and piece.columns is None:
         return joined(plan.stored[one.path], read).reshape(target.shape)
     found = np.empty(target.shape, dtype=np.float32)
-    rows = found if found.ndim == 1 else found.reshape(-1, found.shape[-1])
     shapes = {one.name: one.shape for one in plan.targets}
     for weight in target.weights:
         values = joined(plan.stored[weight.path], read)
-        put(weight, values, target.name, rows, _row_count(shapes))
+        put(weight, values, target.name, rows_of(found), row_count(shapes))
     return found * np.float32(target.scale) if target.scale != 1.0 else found
 
 
@@ -390,7 +381,7 @@ def _kept_blocks(target: Target, layout: _Layout) -> np.ndarray:
     for weight in target.weights:
         stored = plan.stored[weight.path]
         values = joined(stored, lambda name: layout.weights.blocks(name, kind), raw=True)
-        put(weight, values, target.name, found, _row_count(shapes), raw=True)
+        put(weight, values, target.name, found, row_count(shapes), raw=True)
     return found.reshape(*target.shape[:-1], -1)
 
 

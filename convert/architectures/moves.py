@@ -7,7 +7,8 @@ which are moved without being decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def joined(weight: Weight, read: Callable[[str], np.ndarray], *, raw: bool = Fal
     for piece in weight.pieces:
         values = read(piece.tensor)
         if piece.rows is not None or piece.columns is not None or len(weight.pieces) > 1 or raw:
-            values = _rows(values)
+            values = rows_of(values)
         if piece.rows is not None:
             values = values[piece.rows]
         if piece.columns is not None and raw:
@@ -114,5 +115,16 @@ def put(
         first += count
 
 
-def _rows(values: np.ndarray) -> np.ndarray:
+def row_count(shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], int]:
+    """For `put`: the number of rows of a tensor of these shapes, or of a vector's elements."""
+
+    def rows(name: str) -> int:
+        shape = shapes[name]
+        return shape[0] if len(shape) == 1 else math.prod(shape[:-1])
+
+    return rows
+
+
+def rows_of(values: np.ndarray) -> np.ndarray:
+    """A view of values as rows, (rows, n); a vector stays one."""
     return values if values.ndim == 1 else values.reshape(-1, values.shape[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from convert.architectures.keys import Keys
-from convert.architectures.moves import put
+from convert.architectures.moves import put, row_count, rows_of
 from convert.architectures.weights import Weight
 from convert.base import escape, json_text
 from convert.base.atomic import check_new, new_folder
@@ -186,16 +185,9 @@ def read_back(
         shapes: the shape of every GGUF tensor, in NumPy's order.
     """
     values = np.empty(shapes[tensor], dtype=np.float32)
-    rows = values if values.ndim == 1 else values.reshape(-1, values.shape[-1])
     for path in found.places()[tensor]:
         one = np.array(_parameter(folder, files, path).astype(mx.float32))
-        put(
-            found.weights[path],
-            one,
-            tensor,
-            rows,
-            lambda name: math.prod(shapes[name][:-1] or shapes[name]),
-        )
+        put(found.weights[path], one, tensor, rows_of(values), row_count(shapes))
     return mx.array(values)
 
 
