@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import Around, around, around_method
-from abl_mlx.models.residuals import residual
+from abl_mlx.models.residuals import replaced, residual
 from abl_mlx.models.writers import Writer
 
 
@@ -46,8 +46,7 @@ def added(chat: ChatModel, vector: mx.array, layer: int) -> Iterator[None]:
     def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
         states = residual(output, layer, chat.width)
-        states = states + vector.astype(states.dtype)
-        return type(output)([states, *output[1:]]) if isinstance(output, tuple | list) else states
+        return replaced(output, states + vector.astype(states.dtype))
 
     with around([(chat.layers[layer], wrapper)]):
         yield

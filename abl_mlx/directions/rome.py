@@ -22,10 +22,11 @@ import numpy as np
 from abl_mlx.edits import least_squares
 from abl_mlx.edits.update import Factors
 from abl_mlx.models import heads
+from abl_mlx.models.batches import right_padded
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import Around, around
 from abl_mlx.models.prefix import Prefix
-from abl_mlx.models.residuals import residual
+from abl_mlx.models.residuals import replaced, residual
 from abl_mlx.models.shortcuts import trusted
 from abl_mlx.models.writers import Writer
 from abl_mlx.support.arrays import numpy_of
@@ -194,11 +195,10 @@ class KeyPass:
             self._prefix: Prefix = how.shared(chat, sequences, -min(positions))
         rest = self._prefix.rest(sequences)
         lengths = np.array([len(one) for one in rest])
-        longest = int(lengths.max())
-        self._batch = mx.array([[*one, *[0] * (longest - len(one))] for one in rest], mx.int32)
+        self._batch = right_padded(rest)
         self._is_harmful = np.arange(len(rest)) < len(harmful)
         self._ends = np.arange(len(rest))[:, None], lengths[:, None] + np.array([*positions])[None]
-        real = np.arange(longest)[None] < lengths[:, None]
+        real = np.arange(self._batch.shape[1])[None] < lengths[:, None]
         real[self._ends] = False
         self._others = real & ~self._is_harmful[:, None]
         self._each = int(lengths.sum())
@@ -240,7 +240,7 @@ class KeyPass:
                 found[layer] = one
                 states = states + way.moved(one).astype(states.dtype)
                 mx.eval(states)
-                return (states, *output[1:]) if isinstance(output, tuple | list) else states
+                return replaced(output, states)
 
             return wrapper
 

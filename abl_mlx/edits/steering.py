@@ -21,7 +21,7 @@ from abl_mlx.edits.update import Update
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import Around, around, around_method
-from abl_mlx.models.residuals import residual
+from abl_mlx.models.residuals import replaced, residual
 from abl_mlx.models.writers import READERS, Writer
 from convert.base.errors import UserError
 
@@ -275,8 +275,7 @@ def _after_layer(chat: ChatModel, layer: int, chosen: Sequence[Intervention]) ->
 
     def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
-        states = change(residual(output, layer, chat.width))
-        return type(output)([states, *output[1:]]) if isinstance(output, tuple | list) else states
+        return replaced(output, change(residual(output, layer, chat.width)))
 
     return wrapper
 

@@ -46,14 +46,15 @@ def batches(
     start = 0
     for stop in _ends([len(sequences[index]) for index in order], tokens, padded):
         chosen = order[start:stop]
-        longest = len(sequences[chosen[-1]])
-        rows = [
-            list(sequences[index]) + [0] * (longest - len(sequences[index])) for index in chosen
-        ]
-        yield Batch(
-            chosen, mx.array(rows, mx.int32), mx.array([len(sequences[index]) for index in chosen])
-        )
+        some = [sequences[index] for index in chosen]
+        yield Batch(chosen, right_padded(some), mx.array([len(one) for one in some]))
         start = stop
+
+
+def right_padded(sequences: Sequence[Sequence[int]]) -> mx.array:
+    """Sequences of tokens as one array, (B, T) int32, the shorter ones padded with 0."""
+    longest = max(map(len, sequences))
+    return mx.array([[*one, *[0] * (longest - len(one))] for one in sequences], mx.int32)
 
 
 def _ends(lengths: Sequence[int], tokens: int, padded: bool) -> list[int]:

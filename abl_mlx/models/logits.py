@@ -13,7 +13,7 @@ from abl_mlx.models.distributions import normalized
 from abl_mlx.models.hooks import around
 from abl_mlx.models.plain import vocabulary
 from abl_mlx.models.prefix import Prefix
-from abl_mlx.models.residuals import residual
+from abl_mlx.models.residuals import replaced, residual
 from abl_mlx.models.shortcuts import LOGITS_PER_BATCH, passes, trusted
 from abl_mlx.support.console import progress
 
@@ -69,7 +69,7 @@ def behind_last_layer(
         def put(call: Any, *args: Any, given: mx.array = given, **kwargs: Any) -> Any:
             output = call(*args, **kwargs)
             taken = given.astype(residual(output, last, chat.width).dtype)
-            return (taken, *output[1:]) if isinstance(output, tuple | list) else taken
+            return replaced(output, taken)
 
         with around([(chat.layers[last], put)]):
             rows.append(normalized(nothing(mx.zeros((len(given), 1), mx.int32)))[:, 0])

@@ -1,4 +1,4 @@
-"""Finding the residual stream in a layer's output."""
+"""Finding and replacing the residual stream in a layer's output."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def residual(output: Any, layer: int, width: int) -> mx.array:
             "this architecture has no single residual stream to read."
         )
     return states
+
+
+def replaced(output: Any, states: mx.array) -> Any:
+    """A layer's output with other states in the place of those that `residual` finds."""
+    return type(output)([states, *output[1:]]) if isinstance(output, tuple | list) else states

@@ -21,7 +21,7 @@ from abl_mlx.models.distributions import normalized
 from abl_mlx.models.hooks import around
 from abl_mlx.models.plain import Plain, reach, sample, vocabulary
 from abl_mlx.models.prefix import Prefix, shared
-from abl_mlx.models.residuals import residual
+from abl_mlx.models.residuals import replaced, residual
 
 #: The number of logits that are computed at once: 16 MB of float32, of which several copies are in
 #: memory at a time. Where the last layer's output is not cut, eight times as many.
@@ -177,7 +177,7 @@ def _at(
         output = call(*args, **kwargs)
         states = residual(output, last, chat.width)
         taken = mx.take_along_axis(states, columns[:, :, None], axis=1)
-        return (taken, *output[1:]) if isinstance(output, tuple | list) else taken
+        return replaced(output, taken)
 
     with around([(chat.layers[last], cut)]):
         return normalized(prefix(tokens))
