@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from abl_mlx.directions.methods import METHODS  # noqa: E402
 from abl_mlx.inputs import prompts  # noqa: E402
+from abl_mlx.outputs.staging import companions  # noqa: E402
 from tests.support import small_models  # noqa: E402
 from tools import marked  # noqa: E402
 
@@ -124,8 +125,7 @@ def run(model: str, method: str, gguf: Path | None) -> Row:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             return Row(model, method, failed=last, minutes=(time.perf_counter() - begun) / 60)
-        beside = out if out.is_dir() else out.parent
-        record = json.loads(next(beside.glob("*abl.json")).read_text(encoding="utf-8"))
+        record = json.loads(companions(out)["record"].read_text(encoding="utf-8"))
         capable = None if gguf is not None else _capable(model, replies)
     return _row(model, method, record, capable)
 

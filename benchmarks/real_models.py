@@ -57,7 +57,7 @@ from abl_mlx.commands import conversion, evaluate_model, prompt_choice  # noqa: 
 from abl_mlx.eval_choices import EvalOptions  # noqa: E402
 from abl_mlx.inputs import prompts  # noqa: E402
 from abl_mlx.inputs.sets import PromptSets  # noqa: E402
-from abl_mlx.outputs import gguf_outputs  # noqa: E402
+from abl_mlx.outputs import gguf_outputs, staging  # noqa: E402
 from abl_mlx.records.evaluations import Divergence  # noqa: E402
 from convert.gguf.file import GgufSource  # noqa: E402
 from tools import marked  # noqa: E402
@@ -160,8 +160,7 @@ def ours(bench: Bench, key: str, flags: Sequence[str] = ()) -> Made:
 
 def record_of(out: Path) -> dict[str, Any]:
     """The record that `abl-mlx run` wrote for an output."""
-    place = out / "abl.json" if out.is_dir() else out.with_suffix(".abl.json")
-    found: dict[str, Any] = json.loads(place.read_text())
+    found: dict[str, Any] = json.loads(staging.companions(out)["record"].read_text())
     return found
 
 
