@@ -49,8 +49,9 @@ def matrix(rows: Array) -> Array:
 
 def inside(direction: Array, rows: Array) -> float:
     """The share of a unit vector's squared length in the span of rows, ‖P r‖², 0 to 1."""
-    left = estimators.without(np.asarray(direction, np.float64), rows)
-    return float(1 - left @ left)
+    direction = np.asarray(direction, np.float64)
+    along = direction - estimators.without(direction, rows)
+    return float(along @ along)
 
 
 # --- categories --------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ def test_cosines_with_vectors_and_subspaces() -> None:
     share = float(((r @ basis) ** 2).sum())
     assert decomposition.inside(r, rows) == pytest.approx(share)
     assert decomposition.cosine(r, rows) == pytest.approx(np.sqrt(share))
+    apart = np.linalg.qr(RANDOM.normal(size=(D, 20)))[0].T  # rounding makes 1 − |r|² negative
+    for row in apart[2:]:
+        assert decomposition.cosine(row, apart[:2]) == pytest.approx(0, abs=1e-12)
     many = RANDOM.normal(size=(6, D))
     wanted = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in many] for a in many]
     assert np.allclose(decomposition.matrix(many), wanted)
