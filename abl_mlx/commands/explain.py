@@ -131,8 +131,7 @@ class _Explaining:
     def file(self, path: Path, file: DirectionFile) -> CosineWith:
         """The cosine with another direction file's directions."""
         direction_file.check_width(file, path, self._chat)
-        rows = np.linalg.qr(self._rows(file).T)[0].T if len(self._rows(file)) > 1 else None
-        return self._with("file", path.name, self._rows(file) if rows is None else rows)
+        return self._with("file", path.name, self._rows(file))
 
     def contrasts(self, prompting: Prompting) -> Iterator[CosineWith]:
         """Cosines with what sets pairs of neutral prompts apart."""
@@ -212,7 +211,5 @@ def _states(
     """The states of prompts after a layer, behind what replies open with, (N, d) float64."""
     opening = list(chat.reply_prefixes.get(asked[0].thinking, ()))
     tokens = [chat.encode(one) + opening for one in asked]
-    found = np.empty((len(asked), chat.width))
-    for indices, states in capture.iterate(chat, tokens, [position], label=f"explain, {label}"):
-        found[indices] = numpy_of(states[:, layer, 0])
-    return found
+    found = capture.after_layer(chat, tokens, layer, [position], label=f"explain, {label}")
+    return found[:, 0].astype(np.float64)

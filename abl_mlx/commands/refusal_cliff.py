@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from abl_mlx.choices import Measuring, Prompting
 from abl_mlx.commands import prompt_choice, views
 from abl_mlx.directions import cliff, estimators
@@ -18,7 +16,6 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.encoded_sets import opened
 from abl_mlx.models.writers import Writer
 from abl_mlx.records.cliffs import RefusalCliff, SuppressionHead
-from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.clock import Clock
 from convert.base.errors import UsageError, UserError
 
@@ -71,7 +68,10 @@ def _cliff(chat: ChatModel, writers: Sequence[Writer], view: views.View) -> Refu
     shortest = min(len(one) for sequences in every for one in sequences)
     offsets = list(range(-min(POSITIONS, shortest), 0))
     train, validation = (
-        [_states(chat, part[name], offsets, name) for name in names]
+        [
+            capture.after_layer(chat, part[name], -1, offsets, label=f"thoughts, {name}")
+            for name in names
+        ]
         for part in (view.train, view.validation)
     )
     pooled = [one.reshape(-1, one.shape[-1]) for one in train]
@@ -94,13 +94,3 @@ def _cliff(chat: ChatModel, writers: Sequence[Writer], view: views.View) -> Refu
         ],
         suppressed=sum(one.written for one in most) / against if against else 0.0,
     )
-
-
-def _states(
-    chat: ChatModel, sequences: Sequence[Sequence[int]], offsets: Sequence[int], name: str
-) -> np.ndarray:
-    """The states after the last layer at some positions, (N, P, d)."""
-    found = np.empty((len(sequences), len(offsets), chat.width), np.float32)
-    for indices, states in capture.iterate(chat, sequences, offsets, label=f"thoughts, {name}"):
-        found[indices] = numpy_of(states[:, -1])
-    return found

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import mlx.core as mx
 import numpy as np
 
 from abl_mlx.commands import sae_choice
 from abl_mlx.commands.session import Steered
+from abl_mlx.directions.decomposition import cosine
 from abl_mlx.directions.sae import Sae
-from abl_mlx.edits.edit import orthonormal
 from abl_mlx.models import capture
 from abl_mlx.records.looks import ShownFeature, ShownSae
-from abl_mlx.support.arrays import number, numpy_of
+from abl_mlx.support.arrays import numpy_of
 
 #: How many features are shown besides those of the direction.
 MOST = 8
@@ -35,14 +34,14 @@ def features(
         UserError: when there is no feature that was asked for.
     """
     offsets = range(-len(tokens), 0)
-    states = capture.full(steered.chat, [list(tokens)], offsets, label="features")[0, sae.layer]
-    active = sae_choice.encode(sae, numpy_of(states))
+    states = capture.after_layer(steered.chat, [tokens], sae.layer, offsets, label="features")[0]
+    active = sae_choice.encode(sae, states)
     last = active[prompt - 1]
     first = [int(one) for one in np.argsort(-last, kind="stable")[:MOST] if last[one] > 0]
     chosen = steered.direction.metadata.get("summary", {}).get("features") or []
     own = [*asked, *(one for one in chosen if one < sae.count)]
     selected = steered.direction.selected
-    basis = orthonormal(selected if selected.ndim == 2 else selected[sae.layer])
+    basis = numpy_of(selected if selected.ndim == 2 else selected[sae.layer])
     return ShownSae(
         name=sae.name,
         architecture=sae.architecture,
@@ -54,16 +53,8 @@ def features(
             ShownFeature(
                 feature=one,
                 activations=active[:, one].astype(float).round(5).tolist(),
-                cosine=_cosine(sae.directions((one,))[0], basis),
+                cosine=cosine(numpy_of(sae.directions((one,))[0]), basis),
             )
             for one in dict.fromkeys([*own, *first])
         ],
     )
-
-
-def _cosine(row: mx.array, basis: mx.array) -> float:
-    """The cosine of a unit vector (d,) with a direction (1, d); of a subspace, without a sign."""
-    along = basis @ row
-    if basis.shape[0] == 1:
-        return number(along)
-    return number(mx.sqrt((along * along).sum()))

@@ -22,7 +22,6 @@ from abl_mlx.directions.measuring import float32
 from abl_mlx.directions.race import Runner
 from abl_mlx.directions.trial import Effect
 from abl_mlx.models import capture
-from abl_mlx.support.arrays import numpy_of
 
 
 def neurons(states: Array, side: int, rounds: int, narrowest: float = 0.3) -> Array:
@@ -118,8 +117,9 @@ def selected(measured: Measured, layer: int, position: int, *, side: int, rounds
 
 
 def _states(measured: Measured, name: str, layer: int, position: int) -> Array:
-    states = capture.full(measured.chat, measured.train[name], [position], label=f"{name} prompts")
-    return numpy_of(states[:, layer, 0])
+    prompts = measured.train[name]
+    label = f"{name} prompts"
+    return capture.after_layer(measured.chat, prompts, layer, [position], label=label)[:, 0]
 
 
 def _rows(found: Array, taken: Sequence[int]) -> mx.array:

@@ -177,6 +177,21 @@ def full(
     return mx.concatenate(parts, axis=0)[mx.array(back)]
 
 
+def after_layer(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    layer: int,
+    offsets: Sequence[int] = (-1,),
+    *,
+    label: str = "capture",
+) -> np.ndarray:
+    """Every prompt's states after one layer, in the order given: (N, P, d) float32."""
+    found = np.empty((len(sequences), len(offsets), chat.width), np.float32)
+    for indices, states in iterate(chat, sequences, offsets, label=label):
+        found[indices] = numpy_of(states[:, layer])
+    return found
+
+
 @contextmanager
 def stored(
     chat: ChatModel,
