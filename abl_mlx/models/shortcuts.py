@@ -176,6 +176,8 @@ def _at(
     def cut(call: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
         states = residual(output, last, chat.width)
+        if states.shape[1] != tokens.shape[1]:
+            return output  # the layer is run again, on states that are cut: no such positions
         taken = mx.take_along_axis(states, columns[:, :, None], axis=1)
         return replaced(output, taken)
 
