@@ -190,3 +190,8 @@ def _column_parts(
 def swapped(folder: Folder, path: str, source: str) -> list[Weight]:
     """A stack of matrices that are transposed: (E, in, out)."""
     return [Weight(path, (Piece(source),), folder.shapes[source], SWAPPED)]
+
+
+def swapped_down(folder: Folder, path: str, source: str) -> list[Weight]:
+    """A publisher's stack ``down_proj``, transposed; blocks of it and MLX's stack are not."""
+    return (swapped if source.endswith("down_proj") else plain)(folder, path, source)

@@ -19,8 +19,13 @@ from convert.architectures.mlx_config import (
     unsupported,
     whole_rotary,
 )
-from convert.architectures.stored import Folder, Stored, alternate, alternate_columns, swapped
-from convert.architectures.stored import plain as plain_rule
+from convert.architectures.stored import (
+    Folder,
+    Stored,
+    alternate,
+    alternate_columns,
+    swapped_down,
+)
 from convert.architectures.weights import ATTENTION, Names, Weight
 
 _BLOCK = {
@@ -74,10 +79,6 @@ def _gate_and_up(folder: Folder, path: str, source: str) -> list[Weight]:
     return rule(folder, path, source)
 
 
-def _down(folder: Folder, path: str, source: str) -> list[Weight]:
-    return (swapped if source.endswith("down_proj") else plain_rule)(folder, path, source)
-
-
 _STORED = Stored(
     {
         r"\.experts\.(gate_up|down)_proj_bias$": r".experts.\1_proj.bias",
@@ -85,7 +86,7 @@ _STORED = Stored(
     },
     {
         r"\.gate_up_proj\.(weight|bias)$": _gate_and_up,
-        r"\.experts\.down_proj\.weight$": _down,
+        r"\.experts\.down_proj\.weight$": swapped_down,
     },
 )
 """Publishers store transposed matrices (E, in, out), or blocks of MXFP4 that are not transposed."""

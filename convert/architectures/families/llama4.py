@@ -13,9 +13,8 @@ from convert.architectures.families.llama import llama_keys
 from convert.architectures.hf_keys import Config, count
 from convert.architectures.keys import Keys
 from convert.architectures.mlx_config import base_config, rope_scaling, unsupported, whole_rotary
-from convert.architectures.stored import Folder, Stored, halved_columns, swapped
-from convert.architectures.stored import plain as plain_rule
-from convert.architectures.weights import ATTENTION, OUTSIDE, Names, Weight
+from convert.architectures.stored import Stored, halved_columns, swapped_down
+from convert.architectures.weights import ATTENTION, OUTSIDE, Names
 from convert.base.errors import UserError
 
 _NAMES = Names(
@@ -105,13 +104,12 @@ def _keys(flat: Config) -> dict[str, Any]:
     }
 
 
-def _down(folder: Folder, path: str, source: str) -> list[Weight]:
-    return (swapped if source.endswith("down_proj") else plain_rule)(folder, path, source)
-
-
 _STORED = Stored(
     {r"\.experts\.(gate_up|down)_proj$": r".experts.\1_proj.weight"},
-    {r"\.experts\.gate_up_proj\.weight$": halved_columns, r"\.experts\.down_proj\.weight$": _down},
+    {
+        r"\.experts\.gate_up_proj\.weight$": halved_columns,
+        r"\.experts\.down_proj\.weight$": swapped_down,
+    },
 )
 """Publishers store transposed stacks (E, in, out), the gate's columns before those of up."""
 

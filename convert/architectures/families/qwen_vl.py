@@ -12,7 +12,7 @@ from convert.architectures.architecture import Architecture, FromFolder, InMlx, 
 from convert.architectures.families.llama import PLAIN, qwen_config
 from convert.architectures.families.qwen import MOE, moe_config, moe_weights, qwen3moe_keys
 from convert.architectures.hf_keys import Config
-from convert.architectures.stored import Stored, halved_columns, swapped
+from convert.architectures.stored import Rule, Stored, halved_columns, swapped
 from convert.base.errors import UserError
 
 
@@ -36,15 +36,18 @@ def _expert_keys(flat: Config) -> dict[str, Any]:
     return _deep_keys(flat) | qwen3moe_keys(flat)
 
 
+def _switched(rule: Rule) -> Rule:
+    """The rule, for experts that lie in ``switch_mlp`` in MLX."""
+    return lambda folder, path, source: rule(
+        folder, path.replace(".experts.", ".switch_mlp."), source
+    )
+
+
 _EXPERTS = Stored(
     {r"\.mlp\.experts\.(gate_up|down)_proj(\.weight)?$": r".mlp.experts.\1_proj.weight"},
     {
-        r"\.experts\.gate_up_proj\.weight$": lambda folder, path, source: halved_columns(
-            folder, path.replace(".experts.", ".switch_mlp."), source
-        ),
-        r"\.experts\.down_proj\.weight$": lambda folder, path, source: swapped(
-            folder, path.replace(".experts.", ".switch_mlp."), source
-        ),
+        r"\.experts\.gate_up_proj\.weight$": _switched(halved_columns),
+        r"\.experts\.down_proj\.weight$": _switched(swapped),
     },
 )
 """Publishers store transposed stacks (E, in, out), the gate's columns before those of up."""
