@@ -12,7 +12,7 @@ from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import further_files, new_parts
 from abl_mlx.outputs.edit_label import gguf_label
 from abl_mlx.outputs.further_files import FurtherFiles
-from abl_mlx.outputs.provenance import TAGS
+from abl_mlx.outputs.provenance import TAGS, tagged
 from abl_mlx.outputs.staging import FOLDER, GGUF
 from abl_mlx.records.edits import Converted
 from abl_mlx.support import notes
@@ -64,8 +64,7 @@ def to_gguf(
     """
     metadata: dict[str, Any] = {"general.name": source.title}
     if label is not None:
-        tags: Any = card_keys(source.path).get("general.tags", [])
-        metadata["general.tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
+        metadata["general.tags"] = tagged(card_keys(source.path))
         metadata |= {f"abl_mlx.{key}": value for key, value in label.items()}
     new_parts.check(out, types.parts, 1)
     with new_files(out) as folder, progress_to(f"write {out.name}", "tensor") as moved:

@@ -100,12 +100,11 @@ def gguf_metadata(
     new = f"{name}-{suffix}"
     if known is not None:
         new = phi3.named(new, phi3=phi3.says_phi3(str(said.get("general.name") or "")))
-    old: Any = said.get("general.tags") or []
     index = int(said.get("general.base_model.count", 0))
     base = f"general.base_model.{index}"
     keys: dict[str, Any] = {
         "general.name": new,
-        "general.tags": [*old, *(tag for tag in tags if tag not in old)],
+        "general.tags": tagged(said, tags),
         "general.base_model.count": index + 1,
         f"{base}.name": name,
     }
@@ -116,6 +115,12 @@ def gguf_metadata(
         if f"general.{key}" in said:
             keys[f"{base}.{key}"] = said[f"general.{key}"]
     return keys | {f"abl_mlx.{key}": value for key, value in label.items()}
+
+
+def tagged(known: Mapping[str, Any], tags: Sequence[str] = TAGS) -> list[str]:
+    """The tags in a model's metadata, and those of ``tags`` that are not among them."""
+    old = known.get("general.tags") or []
+    return [*old, *(tag for tag in tags if tag not in old)]
 
 
 def without_home(value: Any) -> Any:
