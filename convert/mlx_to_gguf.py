@@ -33,6 +33,7 @@ from convert.gguf import file_types, ggml, mix
 from convert.gguf.file import read_tensor
 from convert.gguf.file_types import FILE_TYPES
 from convert.gguf.imatrix import Imatrix
+from convert.gguf.sampling import sampling_keys
 from convert.gguf.values import Value, value_type
 from convert.mlx.folder_weights import FLOATS, FolderWeights
 from convert.mlx.other_quantization import refuse_foreign
@@ -451,6 +452,7 @@ def _metadata(folder: Path, layout: _Layout) -> dict[str, Any]:
         "general.type": "model",
         "general.name": _general_name(folder),
         **card_keys(folder),
+        **sampling_keys(folder),
         "general.file_type": int(FILE_TYPES[_mostly(layout)][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }

@@ -35,14 +35,17 @@ U64 = struct.Struct("<Q")
 VALUE_TYPES = {int(kind): kind for kind in GGUFValueType}
 """The number that stands for a type in a file -> the type."""
 
+SIGNED = "general.sampling."
+"""What keys begin with whose whole numbers are signed in files of llama.cpp's converter."""
+
 _FLOATS = ("<f", "<d")
 
 
 def value_type(key: str, value: Any) -> tuple[GGUFValueType, GGUFValueType | None]:
     """The GGUF type of a value and, for a list, that of its items (None for other values).
 
-    An int becomes uint32, or int64 where it does not fit; in a list it becomes int32. A float
-    becomes float32.
+    An int becomes uint32, or int64 where it does not fit; in a list, and under `SIGNED`, it becomes
+    int32. A float becomes float32.
 
     Raises:
         UserError: naming the key, when the value has another type, or a list mixes types.
@@ -57,6 +60,8 @@ def value_type(key: str, value: Any) -> tuple[GGUFValueType, GGUFValueType | Non
     if isinstance(value, bool):
         return _V.BOOL, None
     if isinstance(value, int):
+        if key.startswith(SIGNED) and -(2**31) <= value < 2**31:
+            return _V.INT32, None
         fits = 0 <= value < 2**32
         return (_V.UINT32 if fits else _V.INT64), None
     if isinstance(value, float):

@@ -33,6 +33,7 @@ from typing import Any
 from tokenizers.models import BPE
 
 from convert.base.errors import UserError
+from convert.gguf.sampling import generation_config
 from convert.tokenizers import template_files
 from convert.tokenizers.gguf_vocabulary import (
     CONTROL,
@@ -52,7 +53,8 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]
     """Write into a model folder the tokenizer that the metadata of a GGUF describe.
 
     Writes tokenizer.json, tokenizer_config.json, generation_config.json (when a token ends a
-    reply), chat_template.jinja and additional_chat_templates/ (when there are templates).
+    reply, or the metadata say how to sample), chat_template.jinja and additional_chat_templates/
+    (when there are templates).
 
     Args:
         metadata: GGUF key -> value, as in `convert.gguf.file.GgufSource.metadata`: str, int, float,
@@ -79,8 +81,9 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if vocabulary.pad is not None:
         config["pad_token_id"] = vocabulary.pad
-    if vocabulary.ends:
-        files["generation_config.json"] = config
+    sampling = generation_config(metadata)
+    if vocabulary.ends or sampling:
+        files["generation_config.json"] = config | sampling
     templates = _template_files(chat_templates(metadata))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -127,6 +127,9 @@ def write(folder: Path, recipe: str, dtype: str = "float32") -> Path:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     if recipe in CARDS:
         (folder / "README.md").write_text(CARDS[recipe], encoding="utf-8")
+    if recipe in SAMPLING:
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | SAMPLING[recipe]))
     mx.save_safetensors(
         str(folder / "model.safetensors"),
         {name: mx.array(one).astype(getattr(mx, dtype)) for name, one in values.items()},
@@ -499,6 +502,18 @@ language: multilingual
 """,
 }
 """What the test calls a model -> the model card that its publisher wrote."""
+
+
+SAMPLING: dict[str, dict[str, Any]] = {
+    "llama, with a card": {
+        **{"sequence": "temperature;top_k", "temperature": 0.6, "top_k": 20, "top_p": 0.95},
+        **{"min_p": 0, "xtc_probability": 0.5, "xtc_threshold": 0.1, "penalty_last_n": -1},
+        **{"penalty_repeat": 1.05, "mirostat": 2, "mirostat_tau": 5.0, "mirostat_eta": 0.1},
+        **{"do_sample": True, "repetition_penalty": 1.1},
+    },
+    "qwen3, merged, with a card": {"temperature": 1, "top_k": 64, "top_p": None},
+}
+"""What the test calls a model -> what its generation_config.json says of sampling."""
 
 
 VARIANTS: dict[str, tuple[str, Callable[[Config, Values], Values]]] = {

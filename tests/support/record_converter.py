@@ -32,7 +32,6 @@ FILE_TYPES = ("F32", "F16")
 #: Names and provenance, which the two programs write differently.
 PROVENANCE = (
     "general.name", "general.basename", "general.size_label", "general.finetune", "general.version",
-    "general.sampling",
 )  # fmt: skip
 
 
