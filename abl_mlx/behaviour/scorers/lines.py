@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from abl_mlx.inputs.prompt_files import read_text
 from convert.base.errors import UserError
 
 
@@ -18,13 +19,10 @@ def lines_of(path: Path, scorer: str, holds: str) -> tuple[str, ...]:
     Raises:
         UserError: when the file cannot be read, or has no such line.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"--scorer {scorer}:{path} cannot be read: {why}.") from None
-    found = (line.strip() for line in text.splitlines())
+    where = f"--scorer {scorer}:{path}"
+    text = read_text(path, where, f"give {holds} on each line")
+    found = (line.strip() for line in text.split("\n"))
     kept = tuple(line for line in found if line and not line.startswith("#"))
     if not kept:
-        raise UserError(f"--scorer {scorer}:{path} is empty: give {holds} on each line.")
+        raise UserError(f"{where} is empty: give {holds} on each line.")
     return kept

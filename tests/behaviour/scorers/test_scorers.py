@@ -88,6 +88,8 @@ def test_files_replace_what_a_scorer_ships(tmp_path):
     slop, sycophancy = scorer.named(f"slop:{path},sycophancy:{path}")
     assert slop.figure(["Once upon a time, the end."]) == pytest.approx(100 * 2 / 6)
     assert list(sycophancy.prompts) == ["once upon a time", "the end"]
+    path.write_bytes("\ufeffonce\u2028upon a time\r\n".encode())
+    assert scorer.named(f"sycophancy:{path}")[0].prompts == ("once\u2028upon a time",)
     path.write_text("de Sag etwas.\nfr\tDis quelque chose.\n")
     assert scorer.named(f"language:{path}")[0].prompts == ("Sag etwas.", "Dis quelque chose.")
 
@@ -97,7 +99,9 @@ def test_files_replace_what_a_scorer_ships(tmp_path):
     [
         ("slip", None, "slip is not known; there are slop, sycophancy, language"),
         ("slop,slop", None, "slop twice"),
-        ("slop:FILE", None, "No such file"),
+        ("slop:FILE", None, "does not exist"),
+        ("slop:FILE", b"one\n\xff\n", r"is not UTF-8 \(line 2\)"),
+        ("slop:FILE", "", "is empty: give a phrase on each line"),
         ("slop:FILE", "# nothing\n", "is empty: give a phrase on each line"),
         ("language:FILE", "xx Sag etwas.\n", "a line is a language"),
         ("language:FILE", "de\n", "a line is a language"),
@@ -107,7 +111,7 @@ def test_files_replace_what_a_scorer_ships(tmp_path):
 def test_what_is_no_scorer_is_refused_in_one_sentence(tmp_path, wanted, content, says):
     path = tmp_path / "FILE"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=says) as refused:
         scorer.named(wanted.replace("FILE", str(path)))
     assert "\n" not in str(refused.value)
