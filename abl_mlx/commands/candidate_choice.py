@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,18 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.choices import Finding, Measuring
+from abl_mlx.commands import short_replies
 from abl_mlx.commands.edit_choice import make_edit
 from abl_mlx.commands.layer_strengths import LayerStrengths
 from abl_mlx.commands.subspaces import Subspaces
-from abl_mlx.directions import (
-    choice,
-    estimators,
-    measuring,
-    methods,
-    protecting,
-    race,
-    selection,
-)
+from abl_mlx.directions import choice, estimators, measuring, methods, protecting, race, selection
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.effects import Measured
 from abl_mlx.directions.measuring import Candidates
@@ -35,16 +27,21 @@ from abl_mlx.directions.slopes import COMPONENTS
 from abl_mlx.directions.trial import Effect, OpensAlike, Trial
 from abl_mlx.directions.variants import Tried, Variant, best
 from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import behind_last_layer
 from abl_mlx.models.writers import Writer
 from abl_mlx.reports.tables import summary_line
-from abl_mlx.support.arrays import number, numpy_of
-from abl_mlx.support.console import say
+from abl_mlx.support.arrays import numpy_of
+from abl_mlx.support.console import percent, say
 from convert.base.errors import UserError
 
 # The largest numbers of edits that are tried, and of deep layers, which are tried last.
 _MOST_TRIALS, _MOST_DEEP = 16, 2
+
+# Why a single direction was chosen, for the record.
+_BY_SCORE = "lowest refusal score under ablation within the KL limit, on validation prompts"
+_BY_REPLIES = "lowest KL of those under which short replies to validation prompts are answers"
 
 
 def rank_of(finding: Finding) -> int:
@@ -161,7 +158,7 @@ class Finder:
             "method": variant.method,
             "candidate_method": candidates.method,
             "summary": {**variant.record().json, **self._notes, **counted},
-            "scores": [_score_record(score, candidates) for score in self._scores],
+            "scores": [score.described(candidates) for score in self._scores],
             "trials": [tried.record().json for tried in self._tried],
             "cloud": {"layer": layer, "position": position},
             "embedding_scale": self._embedding.scale,
@@ -422,12 +419,12 @@ class Finder:
         chosen = choice.choose(
             trial, self._candidates, self._scores, edit_for=edit_for,
             max_kl=self._how.finding.max_kl, deepest=self._how.finding.method is not None,
+            answers=self._answers if self._how.finding.method is None else None,
         )  # fmt: skip
         score, self._scores = chosen.score, chosen.scores
         variant = self._variant(score.layer, score.position)
         self._notes = {
-            "chosen_by": "lowest refusal score under ablation within the KL limit, on validation "
-            "prompts",
+            "chosen_by": _BY_REPLIES if chosen.by_replies else _BY_SCORE,
             **self._first_tokens(score.refusal, score.refused, score.kl),
         }
         if self._how.finding.method is not None:
@@ -440,6 +437,15 @@ class Finder:
         if first.works or self._by_layer.end_refusals(trial, self._edit(variant), first, harmful):
             return variant
         return self._several(first)
+
+    def _answers(self, edit: WeightEdit) -> bool:
+        """Whether next to no short reply to harmful prompts under an edit is refused or broken."""
+        asked = self._trial.harmful[: short_replies.PROMPTS]
+        found = short_replies.ask(self._chat, self._writers, edit, asked, self._how.batch_size)
+        self._trial.tokens += found.tokens
+        left = percent(found.wrong)
+        say(f"  a gentler direction leaves {left} of {len(asked)} short replies refused or broken")
+        return found.wrong <= short_replies.ENOUGH
 
     def _several(self, first: Tried) -> Variant:
         """A subspace, where one direction leaves refusals and the subspace leaves fewer.
@@ -485,13 +491,3 @@ class Finder:
         self._notes["single"] = min(alone, key=lambda one: one.refused).record().json
         say(f"  taken instead: {summary_line(taken.variant.record())}")
         return self._take(taken)
-
-
-def _score_record(score: selection.Score, candidates: Candidates) -> dict[str, Any]:
-    at = score.layer, candidates.positions.index(score.position)
-    facts = {
-        name: value
-        for name, values in candidates.facts.items()
-        if name != "threshold" and math.isfinite(value := number(values[at]))
-    }
-    return {**score.record(), **facts}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from abl_mlx.behaviour import evaluate
-from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import Measuring
+from abl_mlx.commands import short_replies
 from abl_mlx.directions import methods
 from abl_mlx.directions.learning import Learned, learned
 from abl_mlx.directions.selection import LEFT
@@ -16,7 +14,6 @@ from abl_mlx.directions.trial import Trial
 from abl_mlx.directions.trimming import Trimmed, trimmed
 from abl_mlx.directions.variants import Tried, Variant
 from abl_mlx.edits.edit import Edit
-from abl_mlx.edits.steering import ablation
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.support.console import percent, say
@@ -26,9 +23,6 @@ from convert.base.errors import UsageError
 #: Where one direction leaves at most this share of refusals, strengths of each layer are looked
 #: for before subspaces: they cost less, but they hardly end more refusals than that.
 NEAR = 0.15
-
-#: The number of tokens of each reply: enough for a refusal's first sentence.
-REPLY_TOKENS = 24
 
 #: Why the strengths are what they are, for the record.
 BY_TRIMMING = "strengths of each layer by gradients of both"
@@ -135,11 +129,7 @@ class LayerStrengths:
             return False
         if found.effect.refused <= trial.left:
             return True
-        with ablation(self._writers, replace(found.edit, norm="none")):
-            replies = evaluate.generate(
-                self._chat, harmful, REPLY_TOKENS, batch_size=self._how.batch_size
-            )
-        verdicts = list(map(classify, evaluate.decode(self._chat, replies)))
-        left = 1 - verdicts.count(Verdict.ANSWER) / len(verdicts)
+        batch_size = self._how.batch_size
+        left = short_replies.ask(self._chat, self._writers, found.edit, harmful, batch_size).wrong
         say(f"  of whole replies with these strengths {percent(left)} are refusals or broken")
         return left <= LEFT

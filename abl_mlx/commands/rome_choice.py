@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import Measuring
-from abl_mlx.commands import edit_choice
+from abl_mlx.commands import edit_choice, short_replies
 from abl_mlx.commands.candidate_choice import Finder
 from abl_mlx.directions import choice, race, selection
 from abl_mlx.directions.direction_file import DirectionFile
@@ -19,11 +18,9 @@ from abl_mlx.directions.rome import NULL_SPACE, Form, KeyPass
 from abl_mlx.directions.selection import LEFT
 from abl_mlx.directions.trial import Effect
 from abl_mlx.directions.variants import SAME_KL
-from abl_mlx.edits.steering import ablation
 from abl_mlx.edits.update import Update
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs import thinking
-from abl_mlx.models.generation import generate
 from abl_mlx.records.directions import TriedUpdate
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import say
@@ -55,11 +52,6 @@ def check(how: Measuring) -> None:
     ))  # fmt: skip
     if flag is not None:
         raise UsageError(not_together("--method rome", flag))
-
-
-# Validation prompts whose replies are read, and up to how many tokens. A change may only keep a
-# refusal from opening as it used to.
-_REPLIES, _REPLY_TOKENS = 16, 24
 
 
 class RomeFinder(Finder):
@@ -194,14 +186,15 @@ class RomeFinder(Finder):
         return ending[int(np.argmin(shares))], min(shares)
 
     def _refusing(self, form: Form, edit: WeightEdit) -> float:
-        """The share of refused or broken replies to a few harmful validation prompts."""
+        """The share of refused or broken replies to a few harmful validation prompts.
+
+        They are read because a change may only keep a refusal from opening as it used to.
+        """
         if form not in self._judged:
-            asked = self._validation["harmful"][:_REPLIES]
-            with ablation(self._writers, edit):
-                replies = generate(self._chat, asked, _REPLY_TOKENS, label="replies")
-            texts = [self._chat.tokenizer.decode(reply) for reply in replies]
-            wrong = sum(classify(text) != Verdict.ANSWER for text in texts)
-            self._judged[form] = wrong / len(texts)
+            asked = self._validation["harmful"][: short_replies.PROMPTS]
+            batch_size = self._how.batch_size
+            found = short_replies.ask(self._chat, self._writers, edit, asked, batch_size)
+            self._judged[form] = found.wrong
         return self._judged[form]
 
     def _record(self, runner: Runner[Form]) -> TriedUpdate:

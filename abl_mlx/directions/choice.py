@@ -10,8 +10,10 @@ from abl_mlx.directions.measuring import Candidates
 from abl_mlx.directions.race import Runner
 from abl_mlx.directions.selection import TOO_DEEP, Score, shortlist
 from abl_mlx.directions.trial import Effect, Trial
+from abl_mlx.directions.trimming import GENTLE
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Intervention, adding
+from abl_mlx.edits.weight_edit import WeightEdit
 from convert.base.errors import UserError
 
 #: The largest number of candidates that are tried.
@@ -19,6 +21,10 @@ MOST = 14
 
 #: The number of harmless prompts on which the effect of adding a candidate is measured.
 INDUCED = 12
+
+#: Of the edits that are gentler than the one with the lowest refusal score: how many run the
+#: prompts of all heats, and how many of these reply.
+GENTLER, REPLYING = 4, 3
 
 
 #: The reason given for not choosing an edit that was dropped before it had run all prompts.
@@ -32,10 +38,12 @@ class Choice:
     Attributes:
         score: the score of the chosen candidate.
         scores: the scores of all candidates.
+        by_replies: whether it was chosen by its KL and by whole replies.
     """
 
     score: Score
     scores: list[Score]
+    by_replies: bool = False
 
 
 def rank(
@@ -72,6 +80,7 @@ def choose(
     edit_for: Callable[[Score], Edit],
     max_kl: float = 0.1,
     deepest: bool = True,
+    answers: Callable[[WeightEdit], bool] | None = None,
 ) -> Choice:
     """Choose the candidate whose ablation has the best effect on the first reply token.
 
@@ -82,6 +91,10 @@ def choose(
     this effect: a candidate that only stops refusals may have broken something else. If no other
     candidate ends refusals, those of the deepest layers are tried.
 
+    A low refusal score may say that more is removed than refusal. With ``answers`` the candidate
+    with the lowest KL whose whole replies show next to no refusals is chosen instead, if the one
+    with the lowest score ends refusals at a KL above `trimming.GENTLE`.
+
     Args:
         trial: tries edits.
         candidates: all candidates.
@@ -89,6 +102,7 @@ def choose(
         edit_for: makes the edit with which a candidate is tried.
         max_kl: limit of the mean KL on harmless prompts, in nats.
         deepest: whether the deepest layers are tried if no other candidate ends refusals.
+        answers: whether next to no reply to harmful prompts under an edit is refused or broken.
 
     Raises:
         UserError: when no candidate stays under the limit.
@@ -112,6 +126,13 @@ def choose(
     def works(score: Score) -> bool:
         return score.outcome(trial.left).works
 
+    answered: list[Runner[Score]] = []
+
+    def gentlest(order: Sequence[Runner[Score]]) -> Runner[Score] | None:
+        found = _gentlest(trial, order, max_kl, answers) if answers and order else None
+        answered.extend([] if found is None else [found])
+        return found
+
     def attempt(chosen: Sequence[Score]) -> list[Score]:
         runners = [Runner(score, edit_for(score)) for score in chosen]
         finished = race.run(
@@ -122,6 +143,7 @@ def choose(
             hopeful,
             lambda runner: hopeful(runner.effect) and induces(runner.of),
             "causal choice",
+            gentlest,
         )
         for one in runners:
             tried[one.of.layer, one.of.position] = _tried(one, max_kl, trial.is_whole(one.effect))
@@ -138,11 +160,54 @@ def choose(
         raise _none_gentle(tried.values(), max_kl)
     ending = [one for one in left if works(one)]
     # Candidates that end refusals come first; of these, one whose addition also induces refusals.
-    best = next(filter(induces, ending), left[0])
+    best = left[0] if answered else next(filter(induces, ending), left[0])
     for at, value in induced.items():
         tried[at] = replace(tried[at], induced=value)
     best = tried[best.layer, best.position]
-    return Choice(best, [tried.get((one.layer, one.position), one) for one in scores])
+    every = [tried.get((one.layer, one.position), one) for one in scores]
+    return Choice(best, every, bool(answered))
+
+
+def _gentlest(
+    trial: Trial,
+    order: Sequence[Runner[Score]],
+    max_kl: float,
+    answers: Callable[[WeightEdit], bool],
+) -> Runner[Score] | None:
+    """The edit with the lowest KL whose replies are answers, run on all prompts.
+
+    Only edits with a lower KL than the first one reply. The prompts of the heats are few, and the
+    refused ones come first, so that one refusal more than counts as none is allowed there.
+
+    Args:
+        trial: tries edits.
+        order: the edits after the heats, the one with the lowest refusal score first.
+        max_kl, answers: as of `choose`.
+
+    Returns:
+        None where the first is gentle or leaves refusals, or no gentler one ends them.
+    """
+
+    def near(effect: Effect) -> bool:
+        return effect.kl <= max_kl and sum(effect.opened) <= trial.left * len(effect.opened) + 1
+
+    first = order[0].effect
+    if not near(first) or first.kl <= GENTLE:
+        return None
+
+    def gentler(some: Sequence[Runner[Score]]) -> list[Runner[Score]]:
+        fit = [one for one in some if near(one.effect) and one.effect.kl < first.kl]
+        return sorted(fit, key=lambda one: one.effect.kl)
+
+    several = gentler(order[1:])[:GENTLER]
+    for one in several:
+        one.effect = trial.of_edit(one.edit, one.effect, *race.HEATS[-1][:2])
+    for one in gentler(several)[:REPLYING]:
+        if answers(one.edit):
+            one.effect = trial.of_edit(one.edit, one.effect)
+            if one.effect.kl <= max_kl and one.effect.refused <= trial.left:
+                return one
+    return None
 
 
 def _preference(score: Score, most_left: float) -> tuple[bool, float]:

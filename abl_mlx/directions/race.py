@@ -43,6 +43,7 @@ def run(
     hopeful: Callable[[Effect], bool],
     good: Callable[[Runner[T]], bool],
     label: str,
+    early: Callable[[Sequence[Runner[T]]], Runner[T] | None] = lambda order: None,
 ) -> list[Runner[T]]:
     """Run a race and return the edits that ran all prompts, the best first.
 
@@ -59,6 +60,8 @@ def run(
         hopeful: whether an edit with this effect so far might be good.
         good: whether an edit may be chosen without trying those that rank behind it.
         label: what is raced, for the line of progress.
+        early: may take an edit, run on all prompts, after the heats; it is given all edits, the
+            best first. Then no other edit runs all prompts.
     """
     begun = trial.tokens
     with progress(len(runners), label, "edit") as bar:
@@ -75,7 +78,9 @@ def run(
             bar.update(len(alive) - left)
             alive = alive[:left]
         order[:0] = alive
-        finished: list[Runner[T]] = []
+        taken = early(order)
+        finished = [] if taken is None else [taken]
+        order = order if taken is None else []
         left = HEATS[-1][-1]
         while order:
             some = any(possible(one.effect) for one in finished)

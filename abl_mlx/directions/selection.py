@@ -90,6 +90,16 @@ class Score:
         """The score as JSON values."""
         return {key: value for key, value in vars(self).items() if value not in (None, "")}
 
+    def described(self, candidates: Candidates) -> dict[str, Any]:
+        """The score and the facts about its candidate, as JSON values."""
+        at = self.layer, candidates.positions.index(self.position)
+        facts = {
+            name: value
+            for name, values in candidates.facts.items()
+            if name != "threshold" and math.isfinite(value := number(values[at]))
+        }
+        return {**self.record(), **facts}
+
 
 def separation(
     chat: ChatModel,

@@ -103,6 +103,7 @@ class Trial:
             "I"; but not more than the share of the answers that do, where that is known.
         kept_before: the share of the prompts in ``kept`` whose reply by the unedited model opens
             with a refusal.
+        harmful: the encoded harmful prompts, those first whose reply opens with a refusal.
         tokens: how many tokens were run so far; tokens that prompts share count for each prompt.
         backward: how many of them were run backward, too.
     """
@@ -153,7 +154,7 @@ class Trial:
         self.left = LEFT + min(answers, _mean(numbers(mx.sigmoid(scores))))
         opened = openings(first, self.refusal_tokens)
         order = sorted(range(len(harmful)), key=lambda index: not opened[index])
-        self._harmful = [harmful[index] for index in order]
+        self.harmful = [harmful[index] for index in order]
         self._kept_tokens = [*self.refusal_tokens, *kept_openings]
         self.kept_before = (
             _mean(openings(self._first(kept), self._kept_tokens)) if kept else math.nan
@@ -175,7 +176,7 @@ class Trial:
                 the kept prompts as many are run as of the harmful ones.
         """
         before = known_effect
-        bad = self._harmful[len(before.scores) : harmful]
+        bad = self.harmful[len(before.scores) : harmful]
         good = self._harmless[len(before.kls) : harmless]
         keep = self._kept[len(before.kept) : harmful]
         if not (bad or good or keep):
@@ -225,9 +226,9 @@ class Trial:
         """
         bad, good = (
             [(first + index) % len(every) for index in range(min(most, len(every)))]
-            for every in (self._harmful, self._harmless)
+            for every in (self.harmful, self._harmless)
         )
-        asked = [self._harmful[n] for n in bad], [self._harmless[n] for n in good]
+        asked = [self.harmful[n] for n in bad], [self._harmless[n] for n in good]
         tokens = sum(len(one) for part in asked for one in part)
         self.tokens += tokens
         self.backward += tokens
@@ -244,7 +245,7 @@ class Trial:
 
     def is_whole(self, effect: Effect) -> bool:
         """Whether an effect was measured on all prompts."""
-        return effect.prompts == (len(self._harmful), len(self._harmless))
+        return effect.prompts == (len(self.harmful), len(self._harmless))
 
     def of_adding(self, intervention: Intervention, harmless: int | None = None) -> float:
         """The mean refusal score of harmless prompts under an intervention on the stream.

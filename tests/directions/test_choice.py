@@ -230,6 +230,42 @@ def test_what_also_induces_is_taken_before_what_only_ends_refusals():
     assert taken(layer_0=-1.0, layer_1=1.0)[0] == 0
 
 
+def test_the_gentlest_edit_whose_replies_are_answers_is_taken():
+    # A lower refusal score costs KL. Of 20 prompts layers 0 to 2 leave none that open as refusals,
+    # and layer 5 leaves most.
+    effects = {layer: (-9.0 + layer, 0.0, 0.06 - 0.01 * layer) for layer in range(5)}
+    effects[5] = (-3.0, 0.8, 0.005)
+    scores = [Score(layer, -1, 1.0, 0, 0) for layer in range(6)]
+    candidates = Candidates(mx.ones((6, 1, 8)), mx.zeros((6, 1, 8)), (-1,))
+
+    def taken(answering, of=effects):
+        trial, asked = Told(of, induced=lambda layer: -1.0), []
+
+        def answers(edit):
+            asked.append(edit)
+            return edit in answering
+
+        found = choice.choose(
+            trial, candidates, scores, edit_for=lambda score: score.layer, answers=answers
+        )
+        whole = [one.layer for one in found.scores if one.prompts == trial.size]
+        return found.score.layer, asked, whole, found.by_replies
+
+    # The gentlest are asked first, and only the one that is taken runs all prompts.
+    assert taken({0, 1, 2, 3, 4}) == (4, [4], [4], True)
+    assert taken({2}) == (2, [4, 3, 2], [2], True)
+    # Three are asked at most. Then it is the lowest refusal score that counts.
+    assert taken({1}) == (0, [4, 3, 2], [0, 1], False)
+    # Where the lowest score has a low KL, nothing is asked, and where it leaves refusals.
+    low = {layer: (refusal, refused, kl / 10) for layer, (refusal, refused, kl) in effects.items()}
+    assert taken({4}, low)[1:] == ([], [0, 1], False)
+    left = {layer: (refusal, 0.5, kl) for layer, (refusal, _, kl) in effects.items()}
+    assert not taken({4}, left)[1]
+    # Replies do not outweigh the first tokens of all prompts.
+    late = effects | {4: (-5.0, 0.1, 0.02)}
+    assert taken({3, 4}, late) == (3, [4, 3], [3, 4], True)
+
+
 def test_where_all_move_harmless_prompts_too_far_it_is_said():
     scores = [Score(layer, -1, 1.0, 0, 0) for layer in range(2)]
     candidates = Candidates(mx.ones((2, 1, 8)), mx.zeros((2, 1, 8)), (-1,))
