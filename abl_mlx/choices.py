@@ -277,6 +277,25 @@ class Replying(Choices):
 
 
 @dataclass(frozen=True)
+class Scoring(Choices):
+    """Behaviours other than refusal: which are asked for, and what a search makes of them.
+
+    Attributes:
+        scorer: the scorers, ``NAME[:FILE]`` each, separated by commas. A search chooses an edit
+            that does not raise their figures.
+        max_rise: by how much an edit that a search chooses may raise a figure, in its unit.
+        search_for: the scorer whose figure a search lowers, in the place of refusals.
+        target_figure: the largest figure of it that is good enough; None for half of the unedited
+            model's.
+    """
+
+    scorer: str | None = None
+    max_rise: float = 0.0
+    search_for: str | None = None
+    target_figure: float | None = None
+
+
+@dataclass(frozen=True)
 class Conditioning(Choices):
     """On which prompts an edit at runtime is made, and what is done on them.
 
@@ -311,6 +330,7 @@ class Measuring(Choices):
     batch_size: int = 32
     chatting: Chatting = Chatting()
     max_tokens: int = 64
+    scoring: Scoring = Scoring()
 
     @property
     def by_hand(self) -> bool:
@@ -338,6 +358,7 @@ class RunOptions(Choices):
     writing: Writing = Writing()
     replying: Replying = Replying()
     chatting: Chatting = Chatting()
+    scoring: Scoring = Scoring()
     gguf: str | None = None
     recognition: bool = False
     memory_check: bool = True
@@ -347,7 +368,7 @@ class RunOptions(Choices):
         """How the direction is found."""
         return Measuring(
             self.prompting, self.given, self.finding, self.searching, self.editing,
-            self.replying.batch_size, self.chatting, self.replying.max_tokens,
+            self.replying.batch_size, self.chatting, self.replying.max_tokens, self.scoring,
         )  # fmt: skip
 
 
@@ -368,6 +389,7 @@ class MeasureOptions(Choices):
     finding: Finding = Finding()
     searching: Searching = Searching()
     chatting: Chatting = Chatting()
+    scoring: Scoring = Scoring()
     condition: str | None = None
     explain: bool = False
     refusal_cliff: bool = False
@@ -378,8 +400,9 @@ class MeasureOptions(Choices):
     def measuring(self) -> Measuring:
         """How the direction is found."""
         return Measuring(
-            self.prompting, finding=self.finding, searching=self.searching, chatting=self.chatting
-        )
+            self.prompting, finding=self.finding, searching=self.searching,
+            chatting=self.chatting, scoring=self.scoring,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from abl_mlx.cli.flags import (
     search_flags,
 )
 from abl_mlx.cli.group import cli
+from abl_mlx.cli.scorer_flags import scorer_flags
 from abl_mlx.cli.values import HERE
 from abl_mlx.cli.writing_flags import (
     gguf_flags,
@@ -55,6 +56,7 @@ from abl_mlx.cli.writing_flags import (
 @chat_flags
 @choice_flags
 @search_flags
+@scorer_flags
 @reply_flags
 @recognition_flag
 @gguf_flags
@@ -133,6 +135,7 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
 @chat_flags
 @choice_flags
 @search_flags
+@scorer_flags
 @memory_flag
 @json_flag
 def measure(

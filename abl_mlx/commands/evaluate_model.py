@@ -200,7 +200,7 @@ def _measured(
     scored: dict[str, Scored] | None = None
     if job.scorers:
         with clock.step("ask the prompts of scorers"):
-            scored = measured.record(target, job.scorers)
+            scored = measured.record(target.ask, job.scorers)
     asked = Asked(
         **replace(_rates_by_mode(job, modes), recognition=found_recognition).values_by_field,
         abl_mlx=__version__,

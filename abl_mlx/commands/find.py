@@ -37,6 +37,7 @@ from abl_mlx.models.encoded_sets import ByMode, EncodedSets, opened
 from abl_mlx.models.generation import timed
 from abl_mlx.models.writers import Writer
 from abl_mlx.records.evaluations import STAYING
+from abl_mlx.search import behaviours
 from abl_mlx.search.sources import SearchPrompts
 from abl_mlx.support import arrays
 from abl_mlx.support.clock import Clock
@@ -103,6 +104,8 @@ def _found(
         prompts: in every mode of thinking, followed by what replies open with.
         told: what whole replies of the unedited model tell of the tokens that open refusals.
     """
+    # Where another behaviour is looked for, refusals choose nothing.
+    causal = causal and how.scoring.search_for is None
     encoded: SearchPrompts | None = None
     if how.given.direction is not None:
         found = _given(chat, how)
@@ -127,7 +130,7 @@ def _found(
         encoded = _screened(seen, found)
     if not how.searching.searches:
         return found
-    if not causal:
+    if not causal and how.scoring.search_for is None:
         raise UserError(
             "--search tries which edit ends refusals, and completions of this model show none: "
             "leave --search out."
@@ -355,8 +358,12 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
         from abl_mlx.search import loop
 
         loop.check(how, len(chat.layers))
-    elif how.searching.warm_start is not None:
-        raise UsageError("--from gives a search its first edits: add --search N or --minutes M.")
+    else:
+        behaviours.check_unused(how.scoring)
+        if how.searching.warm_start is not None:
+            raise UsageError(
+                "--from gives a search its first edits: add --search N or --minutes M."
+            )
     if how.given.direction is not None:
         _given(chat, how)
         return

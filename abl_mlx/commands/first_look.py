@@ -225,7 +225,8 @@ def reply_prefix(replies: Sequence[Sequence[int]]) -> tuple[int, ...]:
 def check(found: FirstLook, how: Measuring) -> None:
     """Refuse, before anything is measured, a model that shows no refusal to remove.
 
-    If the user chose the direction or gave ``--anyway``, this is only a warning.
+    If the user chose the direction or gave ``--anyway``, this is only a warning; a search for
+    another behaviour than refusal needs no refusals.
 
     Raises:
         UserError: with the refusal rates, two replies, and advice.
@@ -237,6 +238,8 @@ def check(found: FirstLook, how: Measuring) -> None:
             f"warning: after {REPLY_TOKENS} tokens most replies are still inside a thought, so "
             "whether the model refuses is known only from the evaluation"
         )
+        return
+    if how.scoring.search_for is not None:
         return
     if how.by_hand or how.finding.anyway:
         say(f"warning: {_finding(found)}; the edit goes on as you asked")

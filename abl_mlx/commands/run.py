@@ -14,10 +14,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from abl_mlx.behaviour import evaluate, kept_refusals, recognition, settling
+from abl_mlx.behaviour import evaluate, kept_refusals, settling
 from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
-from abl_mlx.choices import Replying, RunOptions
-from abl_mlx.commands import constant_choice, edit_choice, prompt_choice
+from abl_mlx.behaviour.scorers import scorer
+from abl_mlx.choices import RunOptions
+from abl_mlx.commands import constant_choice, edit_choice, prompt_choice, side_figures
 from abl_mlx.commands.edit_choice import edit_of, make_edit
 from abl_mlx.commands.find import find_behind_openings, find_reply_prefix
 from abl_mlx.commands.forecast import forecast
@@ -28,7 +29,6 @@ from abl_mlx.edits.edit import orthonormal
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture, given_template, memory
-from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.readers import with_readers
 from abl_mlx.outputs import apps, destinations, induced, staging
@@ -38,14 +38,13 @@ from abl_mlx.outputs.record_parts import hashes, start_record, worst_leak
 from abl_mlx.outputs.staging import Output, Written
 from abl_mlx.records.edits import Component, Edited, EvaluatedEdit, RunRecord
 from abl_mlx.records.evaluations import STAYING, Settled
-from abl_mlx.records.measurements import Recognition
+from abl_mlx.records.measurements import Scored
 from abl_mlx.reports.companions import write_companions
 from abl_mlx.reports.page_run import staged_run_page, write_run_page
 from abl_mlx.support.arrays import let_go
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
 from abl_mlx.support.notes import joined
-from convert.base.atomic import check_new
 from convert.base.errors import UserError
 
 #: How many held-out prompts check that an edit of float weights is exact after every layer.
@@ -62,6 +61,7 @@ class Job:
         paths: one or more outputs, none of which exists yet.
         sets: the prompts.
         clock: times the steps.
+        scorers: of behaviours other than refusal.
     """
 
     model: ModelFile
@@ -70,6 +70,7 @@ class Job:
     sets: PromptSets
     options: RunOptions
     clock: Clock
+    scorers: Sequence[scorer.Scorer]
 
     @property
     def target(self) -> ModelFile:
@@ -119,6 +120,7 @@ class Before:
         prefixes: the common opening of its replies (token ids), by the prompts' thinking.
         sample: encoded held-out prompts on which the component is measured.
         component: the largest component of the direction in the stream; None for a constant.
+        scored: the figures of scorers.
     """
 
     behaviour: Behaviour
@@ -127,6 +129,7 @@ class Before:
     prefixes: dict[str | None, tuple[int, ...]]
     sample: Sequence[Sequence[int]]
     component: float | None
+    scored: dict[str, Scored] | None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
     """
     editing, writing, finding = options.editing, options.writing, options.finding
     edit_choice.check(editing, writing)
+    scorers = scorer.wanted(options.scoring)
     template = options.chatting.template
     with ExitStack() as files:
         model = files.enter_context(find_model(text, template))
@@ -169,20 +173,19 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
         writing = options.writing
         options = replace(options, searching=options.searching.beside(paths[0]))
         destinations.check(paths, target, editing, writing)
-        _check_places(paths, options.replying)
+        destinations.check_reports(paths, options.replying)
         if base is not None and model.folder is None:
             raise UserError(
                 f"--gguf {options.gguf}: MODEL is a GGUF itself; leave --gguf out, or name the MLX "
                 "or Hugging Face model to measure on."
             )
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
-        if options.recognition:
-            recognition.matched(sets.harmful.test, sets.harmless.test)
+        side_figures.check(sets, options.recognition)
         memory.check(model.source.title, model.size, asked=options.memory_check)
         # Report too few borderline prompts before anything is loaded.
         prompt_choice.borderline_part(sets, options.prompting, finding, "test")
         target.check(paths, editing, writing)
-        record = _six_steps(Job(model, base, paths, sets, options, Clock()), _look)
+        record = _six_steps(Job(model, base, paths, sets, options, Clock(), scorers), _look)
         destinations.hand_over(places, target, writing)
     return record
 
@@ -199,26 +202,20 @@ def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> RunRec
         UserError: when the input is bad, an output cannot hold a constant, or no constant works;
             then no file is left behind.
     """
+    scorers = scorer.wanted(options.scoring)
     with find_model(text, options.chatting.template) as model:
         places = apps.placed(paths, model.source, overwrite=options.writing.overwrite)
         paths = places.paths
         staging.check(paths, model.source, model.adapter, vectors=True)
         induced.check(paths, options)
-        _check_places(paths, options.replying)
+        destinations.check_reports(paths, options.replying)
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
-        if options.recognition:
-            recognition.matched(sets.harmful.test, sets.harmless.test)
+        side_figures.check(sets, options.recognition)
         memory.check(model.source.title, model.size, asked=options.memory_check)
-        record = _six_steps(Job(model, None, paths, sets, options, Clock()), _look_for_constant)
+        job = Job(model, None, paths, sets, options, Clock(), scorers)
+        record = _six_steps(job, _look_for_constant)
         destinations.hand_over(places, model, options.writing)
     return record
-
-
-def _check_places(paths: Sequence[Path], replying: Replying) -> None:
-    """Refuse files for replies and reports that exist or cannot be written."""
-    if replying.save_replies is not None:
-        check_new(replying.save_replies)
-    staging.check_reports(paths, replying.report)
 
 
 def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> RunRecord:
@@ -335,26 +332,26 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
         present = None
         if found.edit is not None:
             present = evaluate.component(chat, sample, orthonormal(found.direction.selected))["max"]
-        knows = _recognition(job, chat)
+        knows = side_figures.recognition_of(chat, sets, job.options.recognition)
         if in_llamacpp is None:
-            before, settled = job.held_out.before(evaluate.InMlx(chat, batch_size))
+            before, settled, scored = _asked_before(job, evaluate.InMlx(chat, batch_size))
     prefixes = chat.reply_prefixes
     del chat
     if not found.plan.needs_model:
         loaded.let_go()
     if in_llamacpp is not None:
         with job.clock.step("evaluate before"):
-            before, settled = job.held_out.before(in_llamacpp)
+            before, settled, scored = _asked_before(job, in_llamacpp)
     if settled is not None:
         say(f"  {settling.sentence(settled)}")
-    return Before(replace(before, recognition=knows), settled, base, prefixes, sample, present)
+    before = replace(before, recognition=knows)
+    return Before(before, settled, base, prefixes, sample, present, scored)
 
 
-def _recognition(job: Job, chat: ChatModel) -> Recognition | None:
-    """Whether a model knows what is harmful; None if the user did not ask for it."""
-    if not job.options.recognition:
-        return None
-    return recognition.of_chat(chat, job.sets.harmful.test, job.sets.harmless.test)
+def _asked_before(
+    job: Job, runtime: Runtime
+) -> tuple[Behaviour, Settled | None, dict[str, Scored] | None]:
+    return (*job.held_out.before(runtime), side_figures.scored(runtime, job.scorers))
 
 
 def _in_llamacpp(job: Job, runtime: InLlamaCpp | None) -> InLlamaCpp | None:
@@ -420,13 +417,13 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
             left = evaluate.component(chat, before.sample, orthonormal(found.direction.selected))[
                 "max"
             ]
-        knows = _recognition(job, chat)
+        knows = side_figures.recognition_of(chat, job.sets, job.options.recognition)
         if in_llamacpp is None:
-            after, read = _ask_after(job, before, evaluate.InMlx(chat, batch_size))
+            after, read, scored = _ask_after(job, before, evaluate.InMlx(chat, batch_size))
     del chat
     let_go()
     if in_llamacpp is not None:
-        after, read = _ask_after(job, before, in_llamacpp)
+        after, read, scored = _ask_after(job, before, in_llamacpp)
     after = replace(after, recognition=knows)
     note = one.notes[in_llamacpp is not None]
     facts = replace(
@@ -440,6 +437,7 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
         after=after.record(),
         kept=evaluate.kept_of(before.behaviour, after),
         read_tokens=read,
+        scorers=scored,
     )
     for name, kept in (record.kept or {}).items():
         warning = "" if kept.enough else "warning: "
@@ -447,8 +445,10 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
     return Judged(one, record, after)
 
 
-def _ask_after(job: Job, before: Before, runtime: Runtime) -> tuple[Behaviour, int | None]:
-    """What an output does, and how far replies to harmless prompts were read.
+def _ask_after(
+    job: Job, before: Before, runtime: Runtime
+) -> tuple[Behaviour, int | None, dict[str, Scored] | None]:
+    """What an output does, how far replies to harmless prompts were read, and scorers' figures.
 
     They are read whole where they are kept, and where refusals are added.
     """
@@ -456,7 +456,8 @@ def _ask_after(job: Job, before: Before, runtime: Runtime) -> tuple[Behaviour, i
     kept = replying.save_replies is not None or replying.save_completions
     if settled is not None and (kept or before.component is None):
         settled = replace(settled, tokens=settled.longest)
-    return job.held_out.after(runtime, settled)
+    scored = side_figures.scored(runtime, job.scorers)
+    return (*job.held_out.after(runtime, settled), scored)
 
 
 # --- 6. put on record --------------------------------------------------------------------------
@@ -479,6 +480,7 @@ def _finish(job: Job, known: Edited, before: Before, judged: Sequence[Judged]) -
         component=component,
         leak=None if component is None else worst_leak(evaluations),
         settled=before.settled,
+        scorers=before.scored,
         evaluations=evaluations,
     )
     target = job.target

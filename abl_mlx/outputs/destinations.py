@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from abl_mlx.choices import Editing, Writing
+from abl_mlx.choices import Editing, Replying, Writing
 from abl_mlx.outputs import apps, staging, undo_file
 from abl_mlx.outputs.apps import Placed
 from abl_mlx.outputs.model_file import ModelFile
@@ -32,6 +32,13 @@ def check(paths: Sequence[Path], model: ModelFile, editing: Editing, writing: Wr
         undo_file.check_keep(paths, model.source.name, model.format, editing.norm)
     if writing.ollama_create is not None:
         first_gguf(paths, writing.ollama_create)
+
+
+def check_reports(paths: Sequence[Path], replying: Replying) -> None:
+    """Refuse files for replies and reports that exist or cannot be written."""
+    if replying.save_replies is not None:
+        check_new(replying.save_replies)
+    staging.check_reports(paths, replying.report)
 
 
 def check_further(paths: Sequence[Path], model: ModelFile) -> None:

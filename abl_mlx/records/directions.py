@@ -180,6 +180,29 @@ class RefusalScores(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FigureChange(Part):
+    """A scorer's figure of the unedited model, and at runtime with the chosen edit."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoughtFigure(FigureChange):
+    """The figure that a search lowers (``--search-for``).
+
+    Attributes:
+        scorer: the scorer's name.
+        target: the figure that is good enough.
+        default: the figure with the edit that was chosen before the search.
+    """
+
+    scorer: str
+    target: float
+    default: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Searched(Part):
     """The result of a search (``--search``).
 
@@ -190,8 +213,12 @@ class Searched(Part):
         ended: why the search ended.
         target_refusals: the share of refused and broken replies that is small enough, 0 to 1.
         refusal_rate, broken_rate: of replies to harmful prompts with the chosen edit, 0 to 1.
-        refusal_score, kl: of the chosen edit, log-odds and nats.
-        kl_default, refusal_score_default: of the edit that was chosen before the search.
+        refusal_score: of the chosen edit, log-odds.
+        refusal_score_default: of the edit that was chosen before the search.
+        figure: with ``--search-for``, the figure that was lowered; it takes the place of the last
+            five.
+        scorers: name of each scorer of ``--scorer`` -> its figure.
+        kl, kl_default: of the chosen edit, and of the one that was chosen before the search, nats.
         hypervolume: of the Pareto front, 0 to 1.
         forward_tokens: the number of tokens in forward passes.
         generated_tokens: the number of tokens that were generated.
@@ -201,13 +228,15 @@ class Searched(Part):
     minutes: float | None = None
     started_from: str | None = None
     ended: str
-    target_refusals: float
-    refusal_rate: float
-    broken_rate: float
-    refusal_score: float
+    target_refusals: float | None = None
+    refusal_rate: float | None = None
+    broken_rate: float | None = None
+    refusal_score: float | None = None
+    refusal_score_default: float | None = None
+    figure: SoughtFigure | None = None
+    scorers: dict[str, FigureChange] | None = None
     kl: float
     kl_default: float
-    refusal_score_default: float
     hypervolume: float
     forward_tokens: int
     generated_tokens: int

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from abl_mlx.choices import ApplyOptions, RunOptions
 from abl_mlx.records.directions import Found
 from abl_mlx.records.evaluations import Divergence, Kept, Made, Refusals, Settled, Template
+from abl_mlx.records.measurements import Scored
 from abl_mlx.records.record import Part, Record
 
 
@@ -134,6 +135,7 @@ class EvaluatedEdit(WrittenEdit):
         kept: set -> the refusals that are to stay, counted on held-out prompts.
         read_tokens: the number of tokens that were read of each reply to prompts whose refusals
             the edit does not aim at (harmless and borderline ones); None with thinking.
+        scorers: name of each scorer -> its figure of this output.
     """
 
     kl: Divergence
@@ -142,6 +144,7 @@ class EvaluatedEdit(WrittenEdit):
     after: Refusals
     kept: dict[str, Kept] | None = None
     read_tokens: int | None = None
+    scorers: dict[str, Scored] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,7 @@ class RunRecord(Record, Edited):
         leak: the largest leaks of all outputs.
         settled: the length from which on the verdicts before the edit do not change; None with
             thinking.
+        scorers: name of each scorer -> its figure of the unedited model.
         evaluations: all outputs.
     """
 
@@ -202,6 +206,7 @@ class RunRecord(Record, Edited):
     component: Component | None = None
     leak: WorstLeak | None = None
     settled: Settled | None = None
+    scorers: dict[str, Scored] | None = None
     evaluations: list[EvaluatedEdit]
 
 

@@ -15,7 +15,7 @@ from abl_mlx.records.evaluations import (
     Gate,
     Judged,
 )
-from abl_mlx.reports import columns, condition_tables, sweep_tables
+from abl_mlx.reports import columns, condition_tables, scorer_tables, sweep_tables
 from abl_mlx.reports.tables import asked_in, behaviour_rows, paired_cells
 from abl_mlx.support import notes
 from abl_mlx.support.console import percent
@@ -97,11 +97,8 @@ def measurements(record: EvalRecord) -> list[tuple[str, str, str, str]]:
         before = "" if had is None else f"{had.right}/{had.n}"
         rows.append(("capability check", before, f"{found.right}/{found.n}", groups))
     rows += tool_calls(record)
-    for name, scored in (record.scorers or {}).items():
-        had_it = None if record.baseline is None else (record.baseline.scorers or {}).get(name)
-        before = "" if had_it is None else f"{had_it.figure:.3f}"
-        note = f"{scored.unit}, {scored.n} prompts; lower is better"
-        rows.append((f"scorer {name}", before, f"{scored.figure:.3f}", note))
+    baseline = None if record.baseline is None else record.baseline.scorers
+    rows += scorer_tables.rows(baseline, record.scorers)
     for task, results in (record.lm_eval or {}).items():
         for name, value in results.items():
             if isinstance(value, float) and "stderr" not in name:

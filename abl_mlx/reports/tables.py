@@ -32,6 +32,7 @@ from abl_mlx.reports import (
     explain_tables,
     part_tables,
     sae_tables,
+    scorer_tables,
 )
 from abl_mlx.reports.recognition_tables import recognition_rows
 from abl_mlx.support import notes
@@ -105,7 +106,7 @@ def output_rows(record: RunRecord, one: EvaluatedEdit) -> list[tuple[str, str, s
     if record.component is not None and one.component is not None:
         before, after = f"{record.component.before:.4f}", f"{one.component:.2g}"
         rows.append(("component |r·h|/|h|, largest", before, after, "over layers and prompts"))
-    return rows
+    return rows + scorer_tables.rows(record.scorers, one.scorers)
 
 
 def output_notes(record: RunRecord, one: EvaluatedEdit) -> list[str]:

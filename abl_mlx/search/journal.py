@@ -229,6 +229,8 @@ def identity(
 
     if space.profile is not None:
         edited.append(dict(space.profile))
+    if how.scoring.search_for is not None:
+        edited.append(how.scoring.search_for)
     if starts:
         edited.append([dict(one) for one in starts])
 

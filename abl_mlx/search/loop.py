@@ -18,26 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from abl_mlx.behaviour import kept_refusals
-from abl_mlx.behaviour.refusals import Verdict
+from abl_mlx.behaviour.scorers import scorer
 from abl_mlx.choices import Measuring
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.selection import Told
-from abl_mlx.directions.staying import Staying
 from abl_mlx.edits.edit import Edit
-from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.encoded_sets import ByMode
 from abl_mlx.models.writers import Writer
-from abl_mlx.records.evaluations import Kept
-from abl_mlx.search import outcome, polish, starts
+from abl_mlx.search import behaviours, outcome, polish, starts
+from abl_mlx.search.behaviours import Behaviours, FigureScreen
+from abl_mlx.search.front_replies import FrontReplies, questions_of
 from abl_mlx.search.journal import Journal, identity, optuna_quietly
 from abl_mlx.search.pareto import front, hypervolume, still
 from abl_mlx.search.polish import LEAST_REFUSAL, logarithms, predicted
-from abl_mlx.search.screening import REPLY_TOKENS, Screen, Trial
-from abl_mlx.search.sources import ENOUGH_PROMPTS, SearchPrompts, at_prompts, sources_of
+from abl_mlx.search.screening import Screen, Trial
+from abl_mlx.search.sources import SearchPrompts, at_prompts, sources_of
 from abl_mlx.search.space import Parameters, Space
-from abl_mlx.search.survivors import MOST_ASKED, Asked, ask_survivors, choose, meets, table, unmet
+from abl_mlx.search.survivors import MOST_ASKED, choose, meets, table, unmet
 from abl_mlx.support import interrupts
 from abl_mlx.support.console import progress, say
 from abl_mlx.support.flags import first_given, not_together
@@ -301,11 +299,7 @@ def improve(
         len(chat.layers), sources_of(chat, encoded, found, how), embedding=how.editing.embedding,
         profile=found.metadata.get("recipe", {}).get("profile"),
     )  # fmt: skip
-    staying = encoded.staying
-    screen = Screen(
-        chat, writers, encoded.harmful, encoded.harmless, batch_size=how.batch_size,
-        staying=staying, told=told,
-    )  # fmt: skip
+    screen = _screen(chat, writers, encoded, how, told)
 
     def edit_for(parameters: Parameters) -> Edit:
         recipe = space.recipe(parameters)
@@ -316,38 +310,74 @@ def improve(
 
     given = [] if file is None else [starts.read(file, len(chat.layers)).parameters(space)]
     journal = Journal(how.searching.search_journal, identity(chat, first, space, how, given))
-    questions = _questions(prompts, how.prompting.thought_tokens)
-    generated_most = sum(len(asked) * most for asked, most in questions)
-    target = how.searching.target_refusals
+    replies = _replies(chat, writers, screen, edit_for, prompts, encoded, how)
+
+    def enough(share: float) -> bool:
+        if replies.target_figure is not None:
+            return share * screen.before <= replies.target_figure
+        return meets(share, len(encoded.harmful), replies.target)
+
     search = Search(
-        screen,
-        space,
-        edit_for,
-        journal,
-        lambda share: meets(share, len(encoded.harmful), target),
-        how.finding.max_kl,
-        how.prompting.seed,
-        given,
+        screen, space, edit_for, journal, enough, how.finding.max_kl, how.prompting.seed, given
     )
+    generated_most = sum(len(asked) * most for asked, most in replies.questions)
     say(_announced(search, trials, minutes, generated_most))
     try:
         search.run(trials, minutes)
     finally:
         journal.close()
-    asked, generated = _ask_front(search, questions, target, staying)
+    asked = replies.of(search.front(), search.trials[0])
     chosen = choose(asked)
-    say(table(asked, chosen, space))
+    say(table(asked, chosen, space, how.scoring.search_for))
     if not chosen.meets:
-        say(f"  {unmet(chosen, target)}")
+        say(f"  {unmet(chosen, replies.aimed_at)}")
     figures = {
         **({} if minutes is None else {"minutes": minutes}),
         **({} if file is None else {"started_from": file.name}),
         "ended": search.ended,
-        "target_refusals": target,
+        **replies.told_of(chosen),
         "hypervolume": search.volumes[-1],
-        "generated_tokens": generated,
+        "generated_tokens": replies.generated,
     }
     return outcome.file_of(found, search.trials, space, asked, chosen, figures)
+
+
+def _screen(
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    encoded: SearchPrompts,
+    how: Measuring,
+    told: Told | None,
+) -> Screen:
+    """What scores edits: refusal openings, or the scorer of ``--search-for``."""
+    if (aim := scorer.aim_of(how.scoring)) is not None:
+        return FigureScreen(chat, writers, encoded.harmless, aim, batch_size=how.batch_size)
+    return Screen(
+        chat, writers, encoded.harmful, encoded.harmless, batch_size=how.batch_size,
+        staying=encoded.staying, told=told,
+    )  # fmt: skip
+
+
+def _replies(
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    screen: Screen,
+    edit_for: Callable[[Parameters], Edit],
+    prompts: ByMode,
+    encoded: SearchPrompts,
+    how: Measuring,
+) -> FrontReplies:
+    """What lets edits of the front reply."""
+    scoring, sought = how.scoring, isinstance(screen, FigureScreen)
+    target = screen.before / 2 if scoring.target_figure is None else scoring.target_figure
+    asked = [] if sought else questions_of(prompts, how.prompting.thought_tokens)
+    others = None
+    if scoring.scorer is not None:
+        others = Behaviours(chat, writers, scoring, how.batch_size)
+    return FrontReplies(
+        screen, edit_for, asked, how.searching.target_refusals, target if sought else None,
+        encoded.staying, others,
+    )  # fmt: skip
 
 
 def _announced(search: Search, most: int | None, minutes: float | None, generated: int) -> str:
@@ -372,62 +402,6 @@ def _announced(search: Search, most: int | None, minutes: float | None, generate
     )
 
 
-def _questions(prompts: ByMode, thought_tokens: int) -> list[tuple[Sequence[Prompt], int]]:
-    """Harmful prompts and the longest reply to them in tokens, for each mode of thinking."""
-    return [
-        (
-            sets.filled_up("harmful", ENOUGH_PROMPTS).prompts,
-            REPLY_TOKENS if mode is None else REPLY_TOKENS + thought_tokens,
-        )
-        for mode, sets in prompts.items()
-    ]
-
-
-def _ask_front(
-    search: Search,
-    questions: Sequence[tuple[Sequence[Prompt], int]],
-    target: float,
-    staying: Staying | None = None,
-) -> tuple[list[Asked], int]:
-    """Let trials on the Pareto front generate replies.
-
-    Args:
-        search: the search.
-        questions: as of `_questions`. The mode with more refused and broken replies counts.
-        target: the share of refused and broken replies that is good enough.
-        staying: prompts whose refusals are to stay.
-
-    Returns:
-        The trials with the verdicts on their replies, and the number of generated tokens.
-    """
-    generated = 0
-
-    def ask(trial: Trial) -> Asked:
-        nonlocal generated
-        edit = search.edit_for(trial.parameters)
-        replied = [search.screen.ask(edit, prompts, most) for prompts, most in questions]
-        generated += sum(tokens for _, _, tokens in replied)
-        refused, broken, _ = max(replied, key=lambda one: one[0] + one[1])
-        ends = meets(refused + broken, len(questions[0][0]), target)
-        kept: dict[str, Kept] = {}
-        for name, prompts in ({} if staying is None else staying.prompts).items():
-            verdicts, tokens = search.screen.verdicts(edit, prompts)
-            generated += tokens
-            still = [one is Verdict.REFUSAL for one in verdicts]
-            kept[name] = kept_refusals.kept([True] * len(still), still)
-        enough = all(one.enough for one in kept.values())
-        return Asked(trial, refused, broken, ends and enough, ends, kept)
-
-    whole = search.front()
-    some = [one for one in whole if one.screened.refused < 0.95] or whole[-1:]
-    asked = ask_survivors(some, ask)
-    first = search.trials[0]
-    if staying is not None and all(one.trial is not first for one in asked):
-        # The edit that was chosen before the search has shown what it keeps by whole replies.
-        asked.append(ask(first))
-    return sorted(asked, key=lambda one: one.trial.screened.kl), generated
-
-
 def check(how: Measuring, layers: int) -> None:
     """Check, before any long work, that a search is possible with the chosen flags.
 
@@ -440,6 +414,7 @@ def check(how: Measuring, layers: int) -> None:
             parameters for this model, or when Optuna is not installed.
     """
     optuna_quietly()
+    behaviours.check(how)
     if how.searching.warm_start is not None:
         starts.read(how.searching.warm_start, layers)
     if how.editing.pin is not None:

@@ -37,19 +37,20 @@ def file_of(
     parameters, screened = chosen.trial.parameters, chosen.trial.screened
     selected = space.directions(parameters)
     default = next(trial for trial in trials if trial.screened.whole)
+    by_default = {"refusal_score_default": default.screened.refusal}
+    if "figure" in figures:
+        by_default = {}
+        figures = {**figures, "figure": {**figures["figure"], "default": default.screened.refusal}}
     summary = _summary(found, parameters, int(selected.shape[-2])) | {
         "chosen_by": "search: lowest KL of those whose replies meet the target"
         if chosen.meets
-        else "search: fewest refusals among the replies",
+        else "search: nearest to the target among the replies",
         "search": {
             "trials": len(trials),
             **figures,
-            "refusal_rate": chosen.refused,
-            "broken_rate": chosen.broken,
-            "refusal_score": screened.refusal,
             "kl": screened.kl,
             "kl_default": default.screened.kl,
-            "refusal_score_default": default.screened.refusal,
+            **by_default,
             "forward_tokens": sum(trial.screened.tokens for trial in trials),
         },
     }

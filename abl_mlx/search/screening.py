@@ -108,7 +108,7 @@ class Screen:
         self._kept_tokens = sorted({*self.tokens, *staying.openings})
         opened = first_reply_token(self._chat, staying.mixed)
         refuse = selection.openings(opened, self._kept_tokens)
-        nats = _bounded(_missing(opened, self._kept_tokens))
+        nats = bounded(_missing(opened, self._kept_tokens))
         self._kept = [one for one, does in zip(staying.mixed, refuse, strict=True) if does]
         self._kept_nats = [one for one, does in zip(nats, refuse, strict=True) if does]
 
@@ -161,11 +161,11 @@ class Screen:
                 float(not score <= 0 or token in self.tokens)
                 for score, token in zip(scores, likeliest, strict=True)
             ]
-            refusal = _bounded(_surprisal(opened, self.tokens))
+            refusal = bounded(_surprisal(opened, self.tokens))
             tokens += sum(map(len, harmful))
         if harmless := self._harmless[part]:
             opened = first_reply_token(self._chat, harmless)
-            kl = _bounded(mx.maximum(kl_divergence(self._base[part], opened), 0))
+            kl = bounded(mx.maximum(kl_divergence(self._base[part], opened), 0))
             tokens += sum(map(len, harmless))
         return refused, refusal, kl, tokens
 
@@ -175,7 +175,7 @@ class Screen:
             return [], []
         opened = first_reply_token(self._chat, kept)
         lost = [float(not one) for one in selection.openings(opened, self._kept_tokens)]
-        nats = _bounded(_missing(opened, self._kept_tokens))
+        nats = bounded(_missing(opened, self._kept_tokens))
         before = self._kept_nats[part]
         return lost, [max(0.0, now - was) for now, was in zip(nats, before, strict=True)]
 
@@ -215,7 +215,7 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
-def _bounded(nats: mx.array) -> list[float]:
+def bounded(nats: mx.array) -> list[float]:
     """The values, with `MOST_NATS` in place of NaN and infinity."""
     return [min(value, MOST_NATS) if value == value else MOST_NATS for value in numbers(nats)]
 

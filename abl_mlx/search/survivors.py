@@ -31,6 +31,8 @@ class Asked:
         meets: whether their sum meets the target, and enough refusals stay of those that are to.
         ends: whether their sum meets the target.
         kept: set -> what is left of the refusals that are to stay.
+        figures: name of each scorer -> its figure.
+        risen: the names of the scorers whose figure is higher than it may be.
     """
 
     trial: Trial
@@ -39,6 +41,8 @@ class Asked:
     meets: bool
     ends: bool = False
     kept: Mapping[str, Kept] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    risen: tuple[str, ...] = ()
 
     @property
     def lost(self) -> float:
@@ -100,35 +104,48 @@ def ask_survivors(
 def choose(asked: Sequence[Asked]) -> Asked:
     """The trial with the lowest KL that meets the target.
 
-    If none does, it is the one that loses the fewest refusals that are to stay, of those that end
-    the others; if none does that either, the one with the fewest refused and broken replies.
+    If none does, it is of those that end refusals the one that loses the fewest that are to stay,
+    and then raises the fewest figures of scorers. If none ends refusals, it is the one with the
+    fewest refused and broken replies.
     """
     passing = [one for one in asked if one.meets]
     if passing:
         return min(passing, key=lambda one: one.trial.screened.kl)
     if ending := [one for one in asked if one.ends]:
-        return min(ending, key=lambda one: (one.lost, one.trial.screened.kl))
+        return min(ending, key=lambda one: (one.lost, len(one.risen), one.trial.screened.kl))
     return min(asked, key=lambda one: (one.refused + one.broken, one.trial.screened.kl))
 
 
-def unmet(chosen: Asked, target: float) -> str:
-    """Why a trial was chosen that does not meet the target."""
+def unmet(chosen: Asked, target: str) -> str:
+    """Why a trial was chosen that does not meet the target, which is a flag with its value."""
+    if chosen.risen:
+        return (
+            f"no edit of the front meets {target} and raises no figure of --scorer by more than "
+            f"--max-rise: the one that is taken raises {', '.join(chosen.risen)}"
+        )
     if chosen.ends:
         return (
             "no edit of the front ends refusals and leaves those that are to stay: the one that "
             "loses fewest is taken; more trials may find a better one"
         )
     return (
-        f"no edit of the front meets --target-refusals {target:g}: the one that refuses least is "
-        "taken; more trials may find a better one"
+        f"no edit of the front meets {target}: the one that comes nearest is taken; more trials "
+        "may find a better one"
     )
 
 
-def table(asked: Sequence[Asked], chosen: Asked, space: Space) -> str:
-    """A table of the trials that generated replies, a line for each, by rising KL."""
-    rows: list[tuple[str, ...]] = [
-        ("", "KL", "score", "refused", "broken", "directions", "attention", "MLP", "embedding")
-    ]
+def table(
+    asked: Sequence[Asked], chosen: Asked, space: Space, search_for: str | None = None
+) -> str:
+    """A table of the trials that generated replies, a line for each, by rising KL.
+
+    Args:
+        search_for: the scorer whose figure is the score, if there is one.
+    """
+    scored = ("score", "refused", "broken") if search_for is None else ("figure", "of before", "")
+    names = list(asked[0].figures)
+    parts = ("directions", "attention", "MLP", "embedding")
+    rows: list[tuple[str, ...]] = [("", "KL", *scored, *names, *parts)]
     for one in asked:
         given, screened = one.trial.parameters, one.trial.screened
         recipe = space.recipe(given)
@@ -141,7 +158,8 @@ def table(asked: Sequence[Asked], chosen: Asked, space: Space) -> str:
                 f"{screened.kl:.6f}",
                 f"{screened.refusal:.3f}",
                 percent(one.refused),
-                percent(one.broken),
+                percent(one.broken) if search_for is None else "",
+                *(f"{one.figures[scorer]:.3f}" for scorer in names),
                 name,
                 *(_strengths(recipe["profile"][part]) for part in ("attention", "mlp")),
                 "yes" if recipe["embedding"] else "no",

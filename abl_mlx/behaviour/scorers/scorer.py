@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 from abl_mlx.behaviour.scorers.language import LanguageDrift
 from abl_mlx.behaviour.scorers.slop import Slop
 from abl_mlx.behaviour.scorers.sycophancy import Sycophancy
+from abl_mlx.choices import Scoring
 from convert.base.errors import UserError
 
 #: The group of entry points in which other packages name their scorers.
@@ -84,6 +85,31 @@ def named(wanted: str) -> list[Scorer]:
             raise UserError(f"--scorer names {name} twice: give it once.")
         found[name] = made
     return list(found.values())
+
+
+def wanted(scoring: Scoring) -> list[Scorer]:
+    """The scorers of ``--scorer``, and that of ``--search-for`` if it is not among them.
+
+    Raises:
+        UserError: when there is no such scorer, or its file or package cannot be used.
+    """
+    found = [] if scoring.scorer is None else named(scoring.scorer)
+    aim = aim_of(scoring)
+    known = {one.name for one in found}
+    return found if aim is None or aim.name in known else [*found, aim]
+
+
+def aim_of(scoring: Scoring) -> Scorer | None:
+    """The scorer of ``--search-for``; None without it.
+
+    Raises:
+        UserError: when several are named, or it cannot be used.
+    """
+    if scoring.search_for is None:
+        return None
+    if len(found := named(scoring.search_for)) > 1:
+        raise UserError("--search-for lowers one figure: name one scorer, and others by --scorer.")
+    return found[0]
 
 
 def _maker(name: str) -> MakesScorer:

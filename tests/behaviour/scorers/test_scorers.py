@@ -156,7 +156,7 @@ def test_packages_add_scorers_by_entry_points(monkeypatch):
     monkeypatch.setattr(metadata, "entry_points", lambda group: points)
     found = scorer.named("shouting")
     replies = {"Hello.": "ABcd", "Bye.": "<think>LOUD</think>efgh"}
-    scored = measured.record(target(replies), found)["shouting"]
+    scored = measured.record(target(replies).ask, found)["shouting"]
     assert (scored.n, scored.figure, scored.unit) == (2, 0.25, "of the letters are capitals")
     with pytest.raises(UserError, match="no scorer with prompts"):
         scorer.named("broken")
@@ -165,7 +165,7 @@ def test_packages_add_scorers_by_entry_points(monkeypatch):
     with pytest.raises(UserError, match="there are slop, sycophancy, language, broken, gone"):
         scorer.named("other")
     with pytest.raises(UserError, match="gives nan"):
-        measured.record(target(replies), [Shouting(math.nan)])
+        measured.record(target(replies).ask, [Shouting(math.nan)])
 
 
 def test_eval_has_the_figures_of_both_models():

@@ -1,0 +1,135 @@
+"""What trials on the front of a search reply, and whether that meets the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from abl_mlx.behaviour import kept_refusals
+from abl_mlx.behaviour.refusals import Verdict
+from abl_mlx.directions.staying import Staying
+from abl_mlx.edits.edit import Edit
+from abl_mlx.inputs.sets import Prompt
+from abl_mlx.models.encoded_sets import ByMode
+from abl_mlx.records.evaluations import Kept
+from abl_mlx.search.behaviours import Behaviours, FigureScreen
+from abl_mlx.search.screening import REPLY_TOKENS, Screen, Trial
+from abl_mlx.search.sources import ENOUGH_PROMPTS
+from abl_mlx.search.space import Parameters
+from abl_mlx.search.survivors import Asked, ask_survivors, meets
+
+
+def questions_of(prompts: ByMode, thought_tokens: int) -> list[tuple[Sequence[Prompt], int]]:
+    """Harmful prompts and the longest reply to them in tokens, for each mode of thinking."""
+    return [
+        (
+            sets.filled_up("harmful", ENOUGH_PROMPTS).prompts,
+            REPLY_TOKENS if mode is None else REPLY_TOKENS + thought_tokens,
+        )
+        for mode, sets in prompts.items()
+    ]
+
+
+@dataclass
+class FrontReplies:
+    """Lets trials generate replies, and judges them.
+
+    Attributes:
+        screen: scores edits.
+        edit_for: makes the edit with some parameters.
+        questions: as of `questions_of`. The mode with more refused and broken replies counts.
+        target: the share of refused and broken replies that is good enough.
+        target_figure: with ``--search-for``, the figure that is good enough; it takes the place of
+            questions and target.
+        staying: prompts whose refusals are to stay.
+        behaviours: the scorers whose figures may not rise.
+        generated: the number of generated tokens so far.
+    """
+
+    screen: Screen
+    edit_for: Callable[[Parameters], Edit]
+    questions: Sequence[tuple[Sequence[Prompt], int]]
+    target: float
+    target_figure: float | None = None
+    staying: Staying | None = None
+    behaviours: Behaviours | None = None
+    generated: int = 0
+
+    def of(self, front: Sequence[Trial], first: Trial) -> list[Asked]:
+        """Let trials on the front reply, by rising KL.
+
+        Args:
+            front: the trials on the front, by rising KL.
+            first: the edit that was chosen before the search, which is asked as well where
+                refusals are to stay: by whole replies, it has shown what it keeps.
+        """
+        some = [one for one in front if one.screened.refused < 0.95] or list(front[-1:])
+        asked = ask_survivors(some, self._ask)
+        if self.staying is not None and all(one.trial is not first for one in asked):
+            asked.append(self._ask(first))
+        return sorted(asked, key=lambda one: one.trial.screened.kl)
+
+    @property
+    def aimed_at(self) -> str:
+        """The target, as the flag with its value."""
+        if self.target_figure is None:
+            return f"--target-refusals {self.target:g}"
+        return f"--target-figure {self.target_figure:g}"
+
+    def told_of(self, chosen: Asked) -> dict[str, Any]:
+        """What the record of a search says of the target, and of the chosen edit's figures."""
+        screened, found = chosen.trial.screened, dict[str, Any]()
+        if isinstance(self.screen, FigureScreen):
+            found["figure"] = {
+                "scorer": self.screen.name, "before": self.screen.before,
+                "after": screened.refusal, "target": self.target_figure,
+            }  # fmt: skip
+        else:
+            found |= {
+                "target_refusals": self.target, "refusal_rate": chosen.refused,
+                "broken_rate": chosen.broken, "refusal_score": screened.refusal,
+            }  # fmt: skip
+        if self.behaviours is not None:
+            found["scorers"] = {
+                name: {"before": self.behaviours.before[name], "after": after}
+                for name, after in chosen.figures.items()
+            }
+        return found
+
+    def _ask(self, trial: Trial) -> Asked:
+        edit = self.edit_for(trial.parameters)
+        refused, broken, ends = self._ended(trial, edit)
+        kept = self._kept(edit)
+        figures, risen = self._figures(edit)
+        enough = all(one.enough for one in kept.values())
+        return Asked(trial, refused, broken, ends and enough and not risen, ends, kept, figures,
+                     tuple(risen))  # fmt: skip
+
+    def _ended(self, trial: Trial, edit: Edit) -> tuple[float, float, bool]:
+        """The shares of refused and of broken replies, and whether the target is met."""
+        if self.target_figure is not None:
+            # The trial itself has generated replies, and an edit that breaks them fails there.
+            return trial.screened.refused, 0.0, trial.screened.refusal <= self.target_figure
+        replied = [self.screen.ask(edit, prompts, most) for prompts, most in self.questions]
+        self.generated += sum(tokens for _, _, tokens in replied)
+        refused, broken, _ = max(replied, key=lambda one: one[0] + one[1])
+        return refused, broken, meets(refused + broken, len(self.questions[0][0]), self.target)
+
+    def _kept(self, edit: Edit) -> dict[str, Kept]:
+        """Set -> what is left of the refusals that are to stay."""
+        kept: dict[str, Kept] = {}
+        for name, prompts in ({} if self.staying is None else self.staying.prompts).items():
+            verdicts, tokens = self.screen.verdicts(edit, prompts)
+            self.generated += tokens
+            still = [one is Verdict.REFUSAL for one in verdicts]
+            kept[name] = kept_refusals.kept([True] * len(still), still)
+        return kept
+
+    def _figures(self, edit: Edit) -> tuple[Mapping[str, float], list[str]]:
+        """The figures of scorers, and the names of those that rise too much."""
+        if self.behaviours is None:
+            return {}, []
+        figures, tokens = self.behaviours.under(edit)
+        self.generated += tokens
+        return figures, self.behaviours.risen(figures)
