@@ -7,16 +7,15 @@ without a connection (``HF_HUB_OFFLINE=1``).
 from __future__ import annotations
 
 import difflib
-import errno
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote
 
+from abl_mlx.inputs.hub_errors import explained, is_connection
 from convert.base.errors import UserError
 
 # The files that a text model needs; a repository may have many others (PyTorch copies, pictures).
@@ -104,10 +103,12 @@ class _Repository:
 
     Attributes:
         name: OWNER/NAME or OWNER/NAME@REVISION.
+        projectors: paths of GGUFs that turn pictures or sound into tokens.
     """
 
     name: str
     models: tuple[_Model, ...]
+    projectors: tuple[str, ...]
     cached: bool
 
     @property
@@ -221,7 +222,7 @@ def folder(reference: Reference) -> Path:
     Raises:
         UserError: when it cannot be downloaded; or when it holds only GGUFs, with their tags.
     """
-    path = _downloaded(reference, _PATTERNS)
+    path = downloaded(reference, _PATTERNS)
     if not any(path.glob("*.safetensors")):
         listed = _list(reference)
         if listed.models:
@@ -248,7 +249,7 @@ def part(text: str, names: Sequence[str], flag: str) -> Path:
     reference = Reference(found["repository"], revision=found["revision"])
     inside = found["folder"] or ""
     within = f"{glob.escape(inside)}/" if inside else ""
-    root = _downloaded(reference, [f"{within}{glob.escape(name)}" for name in names])
+    root = downloaded(reference, [f"{within}{glob.escape(name)}" for name in names])
     if not (root / inside).is_dir():
         raise UserError(f"{reference.name} on Hugging Face has no folder {inside}: check the path.")
     return root / inside
@@ -263,6 +264,19 @@ def gguf(reference: Reference) -> Path:
         UserError: when it cannot be downloaded; or when no GGUF or several fit, with the choices.
     """
     listed = _list(reference)
+    model = _chosen(listed, reference)
+    root = downloaded(reference, [glob.escape(file) for file in model.files])
+    for file in model.files:
+        if not (root / file).is_file():
+            raise UserError(
+                f"{file} is not in what the cache has of {listed.name}, and Hugging Face could not "
+                "be reached: check the connection."
+            )
+    return root / model.files[0]
+
+
+def _chosen(listed: _Repository, reference: Reference) -> _Model:
+    """The model of a repository that a reference names."""
     if not listed.models:
         raise UserError(
             f"there is no GGUF in {listed.place}: name the repository alone if it is a model in "
@@ -282,21 +296,42 @@ def gguf(reference: Reference) -> Path:
             f"parts of {model.files[0]} are missing in {listed.place}: pick another file, or try "
             "again later."
         )
-    root = _downloaded(reference, [glob.escape(file) for file in model.files])
-    for file in model.files:
-        if not (root / file).is_file():
-            raise UserError(
-                f"{file} is not in what the cache has of {listed.name}, and Hugging Face could not "
-                "be reached: check the connection."
-            )
-    return root / model.files[0]
+    return model
 
 
-def _downloaded(reference: Reference, patterns: Sequence[str]) -> Path:
+def projector_of(reference: Reference) -> str | None:
+    """The path in its repository of the file that turns pictures into a GGUF's tokens.
+
+    It is looked for beside the GGUF, then in the folders above. Of several it is one named after
+    the model, if there is such a one, and of those the one in F16, which every program runs.
+
+    Raises:
+        UserError: as `gguf` does.
+    """
+    listed = _list(reference)
+    model = _chosen(listed, reference)
+    for place in [str(one) for one in PurePosixPath(model.files[0]).parents]:
+        here = [one for one in listed.projectors if str(PurePosixPath(one).parent) == place]
+        if not here:
+            continue
+        bare = _TYPE.sub("", os.path.basename(model.stem)).lower()
+        named = [one for one in here if bare in os.path.basename(one).lower()]
+
+        def order(file: str) -> tuple[int, str]:
+            kind = _tag(os.path.splitext(file)[0])
+            kinds = ("F16", "FP16", "BF16", "F32", "FP32")
+            rank = kinds.index(kind.upper()) if kind and kind.upper() in kinds else len(kinds)
+            return rank, file
+
+        return min(named or here, key=order)
+    return None
+
+
+def downloaded(reference: Reference, patterns: Sequence[str]) -> Path:
     """A repository's top folder, with the files of some patterns downloaded or in the cache."""
     from huggingface_hub import snapshot_download
 
-    with _explained(reference):
+    with explained(reference.repository, reference.revision):
         return Path(
             snapshot_download(
                 reference.repository, revision=reference.revision, allow_patterns=list(patterns)
@@ -309,14 +344,14 @@ def _list(reference: Reference) -> _Repository:
     from huggingface_hub import HfApi, snapshot_download
 
     repository, revision = reference.repository, reference.revision
-    with _explained(reference):
+    with explained(reference.repository, reference.revision):
         try:
             # Without a connection, list_repo_files would retry for half a minute.
             siblings = HfApi().model_info(repository, revision=revision).siblings or []
             files = [sibling.rfilename for sibling in siblings]
-            return _Repository(reference.name, _models(files), cached=False)
+            return _Repository(reference.name, _models(files), _projectors(files), cached=False)
         except Exception as error:
-            if not isinstance(error, OSError) and not _is_connection(error):
+            if not isinstance(error, OSError) and not is_connection(error):
                 raise
             try:
                 # Without patterns no file can be missing, so a partly cached model is accepted.
@@ -327,7 +362,18 @@ def _list(reference: Reference) -> _Repository:
                 raise error from None
     root = Path(folder)
     files = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
-    return _Repository(reference.name, _models(files), cached=True)
+    return _Repository(reference.name, _models(files), _projectors(files), cached=True)
+
+
+def _projectors(files: Iterable[str]) -> tuple[str, ...]:
+    found = [file for file in files if file.lower().endswith(".gguf")]
+    return tuple(file for file in found if "mmproj" in os.path.basename(file).lower())
+
+
+def _tag(stem: str) -> str | None:
+    """The type at the end of a file's name, or of its folder's."""
+    found = _TYPE.search(stem) or _TYPE.search(os.path.dirname(stem))
+    return found[1] if found else None
 
 
 def _models(files: Iterable[str]) -> tuple[_Model, ...]:
@@ -344,13 +390,12 @@ def _models(files: Iterable[str]) -> tuple[_Model, ...]:
         parts.setdefault((stem, count), {})[number] = file
     models = []
     for (stem, count), numbered in parts.items():
-        found = _TYPE.search(stem) or _TYPE.search(os.path.dirname(stem))
         models.append(
             _Model(
                 files=tuple(numbered[number] for number in sorted(numbered)),
                 whole=sorted(numbered) == list(range(1, count + 1)),
                 stem=stem,
-                tag=found[1] if found else None,
+                tag=_tag(stem),
             )
         )
     return tuple(models)
@@ -384,100 +429,3 @@ def _by_tag(listed: _Repository, tag: str) -> _Model:
         names = ", ".join(f"hf:{listed.name}/{model.files[0]}" for model in fitting[:6])
         raise UserError(f"{listed.name}:{tag} fits {len(fitting)} files: name one of {names}.")
     return fitting[0]
-
-
-def _is_connection(error: Exception) -> bool:
-    """Whether the hub client had no connection, by its own errors, or httpx's or requests'."""
-    name, module = type(error).__name__, type(error).__module__
-    return "onnect" in name or "imeout" in name or module.startswith("huggingface_hub")
-
-
-_UNREACHED = (
-    "{repository} is not a folder here, and Hugging Face could not be reached ({{}}): check the "
-    "path or the connection."
-)
-
-
-def _not_had(repository: str, unreached: str, status: int | None) -> UserError:
-    """The error for a repository that could not be downloaded.
-
-    Args:
-        repository: its id.
-        unreached: a message with a place for the reason, for other reasons than a refused access.
-        status: the HTTP status, if there was one.
-    """
-    from huggingface_hub import constants
-
-    if status in (401, 403):
-        return UserError(
-            f"{repository}: Hugging Face does not let you have it (HTTP {status}): log in with "
-            "`hf auth login`, with a token that may read it."
-        )
-    if status is not None:
-        return UserError(unreached.format(f"HTTP {status}"))
-    offline = "HF_HUB_OFFLINE is set; " if constants.HF_HUB_OFFLINE else ""
-    return UserError(unreached.format(f"{offline}it is not all in the cache"))
-
-
-@contextmanager
-def _explained(reference: Reference) -> Iterator[None]:
-    """Context manager that turns errors of the Hugging Face client into one sentence each."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repository = reference.name
-    unreached = _UNREACHED.format(repository=repository)
-    try:
-        yield
-    except UserError:
-        raise
-    except HFValidationError:
-        raise UserError(
-            f"{repository} is not a folder here, and no id that Hugging Face takes: check the "
-            "spelling."
-        ) from None
-    except GatedRepoError:
-        raise UserError(
-            f"{repository} asks for a licence to be accepted: do so on its Hugging Face page and "
-            "log in with `hf auth login`."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{repository} is neither a folder here nor a model on Hugging Face: check the "
-            "spelling, or log in with `hf auth login` if it is private."
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(
-            f"{reference.repository} on Hugging Face has no branch, tag or commit "
-            f"{reference.revision}: check the spelling, or leave out @{reference.revision} for its "
-            "main branch."
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        # If the cache did not have it either, the hub's answer is the cause of the error.
-        said = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-        status = getattr(getattr(said, "response", None), "status_code", None)
-        raise _not_had(repository, unreached, status) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(
-                f"{repository} could not be stored in the Hugging Face cache ({error.strerror}): "
-                "make room or name another place in the environment variable HF_HOME."
-            ) from None
-        raise UserError(unreached.format(type(error).__name__)) from None
-    except Exception as error:
-        if _is_connection(error):
-            raise UserError(unreached.format(type(error).__name__)) from None
-        # The client does not check answers, so a wrong one may raise anything.
-        raise UserError(
-            f"{repository}: what {constants.ENDPOINT} answered is not what a hub of models answers "
-            f"({type(error).__name__}): check for a proxy or a sign-in page between, or try again "
-            "later."
-        ) from None

@@ -63,6 +63,11 @@ class Source:
         return self.repository or hub.cached_id(self.path)
 
     @property
+    def reference(self) -> hub.Reference | None:
+        """What names it on Hugging Face; None for a model that was given as a path."""
+        return None if self.repository is None else hub.parse(self.name)
+
+    @property
     def title(self) -> str:
         """The model's name without owner or path, for a card or a GGUF's ``general.name``."""
         if self.is_demo:

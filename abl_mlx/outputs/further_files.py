@@ -7,12 +7,14 @@ output.
 
 from __future__ import annotations
 
+import glob
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from abl_mlx.inputs import hub
 from abl_mlx.inputs.sources import Source
 from abl_mlx.support import notes
 from convert.base.atomic import new_file
@@ -105,7 +107,8 @@ class FurtherFiles:
 def of_source(source: Source) -> FurtherFiles:
     """The further files of a source.
 
-    They are those in Ollama's store, the projector beside a GGUF, or what a folder's tower becomes.
+    They are those in Ollama's store, the projector beside a GGUF here or on Hugging Face, which is
+    then downloaded, or what a folder's tower becomes.
 
     Raises:
         UserError: when the source's files cannot be read.
@@ -116,8 +119,29 @@ def of_source(source: Source) -> FurtherFiles:
         return _of_folder(source.path)
     keys = metadata(source.path)
     width = keys.get(f"{keys.get('general.architecture')}.embedding_length", 0)
-    found = tuple(projector.beside(source.path, width)) if isinstance(width, int) else ()
+    if not isinstance(width, int):
+        return FurtherFiles()
+    if source.reference is not None:
+        return _of_hub(source.reference, width)
+    found = tuple(projector.beside(source.path, width))
     return FurtherFiles(found) if len(found) == 1 else FurtherFiles(undecided=found)
+
+
+def projector_names(source: Source) -> list[str]:
+    """The names of a GGUF's projectors. Nothing is downloaded for them."""
+    if source.reference is None:
+        return [file.name for file in of_source(source).projectors]
+    file = hub.projector_of(source.reference)
+    return [] if file is None else [file.rsplit("/", 1)[-1]]
+
+
+def _of_hub(reference: hub.Reference, width: int) -> FurtherFiles:
+    """The projector of a GGUF on Hugging Face, downloaded or in the cache."""
+    file = hub.projector_of(reference)
+    if file is None:
+        return FurtherFiles()
+    path = hub.downloaded(reference, [glob.escape(file)]) / file
+    return FurtherFiles((path,)) if projector.fits(path, width) else FurtherFiles()
 
 
 def _of_folder(folder: Path) -> FurtherFiles:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from abl_mlx.outputs.stream_weights import StreamWeights
 from abl_mlx.outputs.undo_file import Taken, Tensors, taken
 from abl_mlx.records.edits import Converted
 from abl_mlx.records.looks import InspectRecord
+from abl_mlx.support import notes
 from abl_mlx.support.clock import Clock
 from convert import gguf_to_mlx
 from convert.architectures import gguf_mtp, gguf_writers
@@ -289,7 +291,6 @@ class GgufFile(ExitStack):
         own = self.named_writers(writing.tensors)
         return GgufEdit(
             self.source, self.gguf, plans, own, direction, editing, writing, loaded, quantization,
-            self.further,
         )  # fmt: skip
 
     def _quantization(self, writing: Writing) -> Quantization:
@@ -312,10 +313,13 @@ class GgufFile(ExitStack):
     # --- what comes of it ----------------------------------------------------------------------
 
     def convert(self, out: Path, types: NewTypes) -> Converted:
-        to_gguf = staging.format_of(out) == staging.GGUF
-        write = other_format.to_other_types if to_gguf else other_format.to_folder
-        written = write(self.gguf, out, types)
-        return other_format.with_further_files(written, self.further, out)
+        if staging.format_of(out) == staging.GGUF:
+            written = other_format.to_other_types(self.gguf, out, types)
+            note = notes.came_along(self.further.place(out))
+        else:
+            written = other_format.to_folder(self.gguf, out, types)
+            note = notes.no_projector(further_files.projector_names(self.source))
+        return replace(written, note=notes.joined(written.note, note))
 
     def taken(self, edit: WeightEdit, label: Label, of: Tensors) -> dict[str, Taken]:
         # The label has the regular expression of --tensors, which finds the same tensors again.

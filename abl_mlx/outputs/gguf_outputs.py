@@ -19,8 +19,7 @@ from abl_mlx.models import chat_model, from_gguf
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer
-from abl_mlx.outputs import adapter_outputs, mtp, new_parts, undo_file
-from abl_mlx.outputs.further_files import FurtherFiles
+from abl_mlx.outputs import adapter_outputs, further_files, mtp, new_parts, undo_file
 from abl_mlx.outputs.gguf_plan import TensorPlan, compare, replacement, stored_values
 from abl_mlx.outputs.provenance import edit_label, gguf_metadata
 from abl_mlx.outputs.staging import FOLDER, GGUF, LORA, Output, Written, check_space, format_of
@@ -119,7 +118,6 @@ class GgufEdit:
         writing: the options of writing.
         loaded: the model in MLX, if it is loaded; writing does not use it.
         quantization: the type of every tensor in GGUF outputs.
-        further: the further files of the model.
     """
 
     source: Source
@@ -131,7 +129,6 @@ class GgufEdit:
     writing: Writing
     loaded: LoadedModel | None
     quantization: Quantization
-    further: FurtherFiles
 
     needs_model = False
 
@@ -249,7 +246,7 @@ class GgufEdit:
             note=notes.joined(
                 notes.drafting(report.left_out),
                 notes.window(report.config),
-                notes.no_projector([file.name for file in self.further.projectors]),
+                notes.no_projector(further_files.projector_names(self.source)),
             ),
         )
         return Written(

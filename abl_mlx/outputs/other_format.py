@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import further_files, new_parts
 from abl_mlx.outputs.edit_label import gguf_label
-from abl_mlx.outputs.further_files import FurtherFiles
 from abl_mlx.outputs.provenance import TAGS, tagged
 from abl_mlx.outputs.staging import FOLDER, GGUF
 from abl_mlx.records.edits import Converted
@@ -87,21 +86,6 @@ def to_gguf(
         bytes=report.bytes,
         note=notes.joined(tower, notes.repacked(report.forms)),
     )
-
-
-def with_further_files(written: Converted, further: FurtherFiles, out: Path) -> Converted:
-    """Copy the projectors and the draft model of a GGUF beside ``out``, and note it.
-
-    Args:
-        written: what the record says of the output.
-        further: the further files of the GGUF.
-        out: the output, already under its final name.
-    """
-    if written.format == GGUF:
-        note = notes.came_along(further.place(out))
-    else:
-        note = notes.no_projector([file.name for file in further.projectors])
-    return replace(written, note=notes.joined(written.note, note))
 
 
 def to_other_types(gguf: GgufSource, out: Path, types: NewTypes) -> Converted:

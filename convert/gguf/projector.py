@@ -32,11 +32,16 @@ def beside(gguf: Path, width: int) -> list[Path]:
         # By its name first: a folder may hold many large models.
         if "mmproj" not in path.name.lower() or not is_gguf_name(path) or not path.is_file():
             continue
-        try:
-            keys = metadata(path)
-        except UserError:
-            continue  # a damaged file is none of this model's
-        widths = {keys.get(f"clip.{sense}.projection_dim") for sense in ("vision", "audio")}
-        if is_projector(keys) and width in widths:
+        if fits(path, width):
             found.append(path)
     return found
+
+
+def fits(path: Path, width: int) -> bool:
+    """Whether a GGUF is a projector whose outputs have the width of a model's residual stream."""
+    try:
+        keys = metadata(path)
+    except UserError:
+        return False  # a damaged file is none of this model's
+    widths = {keys.get(f"clip.{sense}.projection_dim") for sense in ("vision", "audio")}
+    return is_projector(keys) and width in widths

@@ -1,14 +1,10 @@
 """What a person types for a model -> the model, with a small Hugging Face on this machine."""
 
-import hashlib
 import json
 import subprocess
 import sys
-import threading
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from click.testing import CliRunner
@@ -22,11 +18,10 @@ from abl_mlx.inputs.sources import Source, at_revision, resolve, resolve_gguf
 from convert.base.errors import UserError
 from convert.gguf.file import GgufSource
 from tests.models.test_writers import random_direction
+from tests.support import hub_server
 from tests.support.hub_environment import hub_environment
+from tests.support.hub_server import COMMIT
 from tests.support.ollama_tools import Store, as_a_stranger, open_folder, write_gguf
-
-COMMIT = "5" * 40
-OTHER_COMMIT = "7" * 40  # of the tag v2
 
 # A repository as bartowski, unsloth and others lay theirs out.
 GGUFS = [
@@ -56,103 +51,17 @@ GGUFS = [
 ]
 
 
-@dataclass
-class Hub:
-    """The part of Hugging Face that downloads need."""
-
-    repositories: dict[str, list[str]]
-    url: str = ""
-    fetched: list[str] = field(default_factory=list)
-    broken: bool = False
-
-    def content(self, repository: str, file: str) -> bytes:
-        return f"GGUF {repository} {file}".encode()
-
-
 @pytest.fixture(scope="module")
 def server():
-    state = Hub(
-        {
-            "someone/X-GGUF": GGUFS,
-            "someone/floats": ["config.json", "model.safetensors", "X-Q4_K_M.gguf"],
-            "someone/unnamed": ["one.gguf", "two.gguf"],
-            "someone/nothing": ["README.md", "config.json"],
-            "someone/gated": ["config.json", "model.safetensors", "X-Q4_K_M.gguf"],
-        }
-    )
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_):
-            pass
-
-        def answer(self, status, body=b"", **headers):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def do_GET(self):
-            path = unquote(urlsplit(self.path).path).strip("/")
-            parts = path.removeprefix("api/models/").split("/")
-            repository = "/".join(parts[:2])
-            if state.broken:
-                return self.answer(410)  # of 5xx the client would try again for minutes
-            if repository == "someone/private":
-                return self.answer(401, X_Error_Code="RepoNotFound")
-            if repository == "someone/token":
-                said = "Invalid credentials in Authorization header"
-                return self.answer(401, X_Error_Message=said)
-            if repository == "someone/forbidden":
-                return self.answer(403)
-            if repository not in state.repositories:
-                return self.answer(404, X_Error_Code="RepoNotFound")
-            files = state.repositories[repository]
-            revision = parts[3] if parts[2:3] in (["revision"], ["resolve"], ["tree"]) else "main"
-            if revision == "nosuch":
-                return self.answer(404, X_Error_Code="RevisionNotFound")
-            commit = OTHER_COMMIT if revision in ("v2", OTHER_COMMIT) else COMMIT
-            if path.startswith("api/models/"):
-                if parts[2:3] == ["tree"]:
-                    entries = [
-                        {
-                            "type": "file",
-                            "path": file,
-                            "size": len(state.content(repository, file)),
-                            "oid": hashlib.sha1(file.encode()).hexdigest(),
-                        }
-                        for file in files
-                    ]
-                    return self.json(entries)
-                siblings = [{"rfilename": file} for file in files]
-                return self.json({"id": repository, "sha": commit, "siblings": siblings})
-            file = "/".join(parts[4:])
-            if repository == "someone/gated":
-                return self.answer(403, X_Error_Code="GatedRepo")
-            if parts[2] != "resolve" or file not in files:
-                return self.answer(404, X_Error_Code="EntryNotFound")
-            content = state.content(repository, file)
-            if self.command == "GET":
-                state.fetched.append(f"{repository}/{file}")
-            etag = hashlib.sha256(content).hexdigest()
-            return self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=commit)
-
-        do_HEAD = do_GET
-
-        def json(self, value):
-            self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.url = f"http://127.0.0.1:{http.server_address[1]}"
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    yield state
-    http.shutdown()
-    http.server_close()
+    repositories = {
+        "someone/X-GGUF": GGUFS,
+        "someone/floats": ["config.json", "model.safetensors", "X-Q4_K_M.gguf"],
+        "someone/unnamed": ["one.gguf", "two.gguf"],
+        "someone/nothing": ["README.md", "config.json"],
+        "someone/gated": ["config.json", "model.safetensors", "X-Q4_K_M.gguf"],
+    }
+    with hub_server.serve(hub_server.Hub(repositories)) as state:
+        yield state
 
 
 ASK = """
