@@ -38,6 +38,8 @@ class LlamaServer:
         asking: Asking,
         program: str | None = None,
         given: GivenTemplate | None = None,
+        lora: Path | None = None,
+        context: int = CONTEXT,
     ) -> None:
         """
         Args:
@@ -45,6 +47,8 @@ class LlamaServer:
             asking: how it will be asked; the server gets a slot for each simultaneous request.
             program: the executable; None for the one on the PATH.
             given: a chat template that replaces the file's own.
+            lora: an adapter for this file.
+            context: the longest prompt and reply of a request together, in tokens.
 
         Raises:
             UserError: when there is no such program.
@@ -55,10 +59,12 @@ class LlamaServer:
         self._program = found
         self._path = path
         self._asking = asking
+        self._lora, self._context = lora, context
         self._given = given or gguf_template.named_template(path)
         self._process: subprocess.Popen[bytes] | None = None
-        #: The server's API, once it runs.
+        #: The server's API and its address, once it runs.
         self.endpoint: Endpoint
+        self.address: str
 
     def __enter__(self) -> LlamaServer:
         template = None
@@ -70,10 +76,12 @@ class LlamaServer:
         slots = self._asking.concurrency
         command = [self._program, "--model", str(self._path)]
         command += ["--host", "127.0.0.1", "--port", str(port)]
-        command += ["--ctx-size", str(CONTEXT * slots), "--parallel", str(slots)]
+        command += ["--ctx-size", str(self._context * slots), "--parallel", str(slots)]
         command += ["--jinja", "--reasoning-format", "none"]
         if template is not None:  # instead of the file's own
             command += ["--chat-template", "chatml"]
+        if self._lora is not None:
+            command += ["--lora", str(self._lora)]
         self._log = tempfile.TemporaryFile()
         try:
             # The variables LLAMA_ARG_... and LLAMA_API_KEY are meant for servers that users start.
@@ -86,7 +94,8 @@ class LlamaServer:
                 start_new_session=True,
             )  # fmt: skip
             self._wait(port)
-            url = f"http://127.0.0.1:{port}/v1"
+            self.address = f"http://127.0.0.1:{port}"
+            url = f"{self.address}/v1"
             self.endpoint = (
                 Endpoint(url, None, self._asking)
                 if template is None

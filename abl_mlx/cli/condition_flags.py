@@ -19,6 +19,13 @@ condition_flag = click.option(
 )
 
 
+unconditional_flag = click.option(
+    "--unconditional",
+    is_flag=True,
+    help="Make the edit on all prompts, even if the direction file has a condition.",
+)
+
+
 def conditioning_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """What is done at runtime, and whether the condition of a direction file counts."""
     flags = [
@@ -30,11 +37,7 @@ def conditioning_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Remove the direction, or add the difference of the means after its layer, which "
             "makes a model refuse; --strength scales both.",
         ),
-        click.option(
-            "--unconditional",
-            is_flag=True,
-            help="Make the edit on all prompts, even if the direction file has a condition.",
-        ),
+        unconditional_flag,
     ]
     return decorated(command, flags)
 

@@ -13,7 +13,11 @@ import click
 import abl_mlx
 import convert
 from abl_mlx import __version__
-from abl_mlx.cli import edit_commands, look_commands  # noqa: F401  (they register themselves)
+from abl_mlx.cli import (  # noqa: F401  (they register themselves)
+    edit_commands,
+    look_commands,
+    serve_command,
+)
 from abl_mlx.cli.group import cli
 from abl_mlx.support import interrupts
 from convert.base import escape

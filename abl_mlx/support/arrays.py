@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import is_dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +34,29 @@ def numpy_of(array: mx.array) -> np.ndarray:
 def parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
     """Pairs (path, array) of all parameters of a module."""
     return list(tree_flatten(module.parameters()))  # type: ignore[arg-type]
+
+
+def evaluate(*values: Any) -> None:
+    """Evaluate all arrays in values: modules, records, mappings and sequences are looked into.
+
+    An array that is not evaluated can only be evaluated in the thread that made it.
+    """
+    waiting, seen, arrays = list(values), set(), []
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, mx.array):
+            arrays.append(value)
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        if is_dataclass(value) or isinstance(value, nn.Module):
+            waiting += vars(value).values()
+    for one in arrays:
+        mx.eval(one)
 
 
 def let_go() -> None:
