@@ -20,8 +20,9 @@ NORMS = ("none", "columns", "rows")
 #: The accepted values of ``--kind``, and the strength of a reflection, which reverses a component.
 KINDS, REFLECTION = ("project", "reflect"), 2.0
 
-#: The accepted values of ``--edit``: weights that write to the residual stream, or that read it.
-PLACES = ("writers", "readers")
+#: The accepted values of ``--edit``: weights that write to the residual stream, or that read it, or
+#: the biases by which routers choose experts.
+PLACES = ("writers", "readers", "routers")
 
 #: The accepted values of ``--steer``: what an edit at runtime does.
 STEERS = ABLATE, ADD = "ablate", "add"

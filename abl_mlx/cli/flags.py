@@ -334,7 +334,8 @@ def edit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="writers: nothing is written along the direction any more. readers: the stream "
             "keeps it, and the layers (queries, keys, values, gate, up, routers) no longer read "
-            "along it.",
+            "along it. routers: fewer tokens are sent to the experts of --experts, by the routers' "
+            "own bias.",
         ),
         click.option(
             "--heads",

@@ -223,6 +223,10 @@ def _cosine(given: np.ndarray, recovered: np.ndarray | None, path: Path | None) 
     return float(np.linalg.svd(recovered @ given, compute_uv=False)[0])
 
 
+# What the evidence says of edits of other places than writers.
+_PLACES = {"readers": ", weights that read the stream", "routers": ", biases of routers"}
+
+
 def _by_its_own_account(
     weights: Weights, label: Mapping[str, Any] | None, mentions: Sequence[Mention]
 ) -> tuple[str, list[str]]:
@@ -234,8 +238,7 @@ def _by_its_own_account(
     verdict, evidence = weights.verdict, list(weights.evidence)
     if label is not None:
         what = f"strength {label.get('strength')}, layers {label.get('layers')}"
-        if label.get("edit") == "readers":
-            what += ", weights that read the stream"
+        what += _PLACES.get(str(label.get("edit")), "")
         evidence.append(f"its metadata say that abl-mlx edited it ({what})")
         verdict = EDITED
     for one in mentions:

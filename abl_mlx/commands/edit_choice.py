@@ -12,6 +12,7 @@ from abl_mlx.directions import parts
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.directions.pinning import held_at
 from abl_mlx.edits.edit import Edit, Pairs
+from abl_mlx.edits.routing import Routing
 from abl_mlx.edits.update import Factors, Update
 from abl_mlx.support.console import say
 from abl_mlx.support.flags import first_given, not_together
@@ -52,14 +53,18 @@ def make_edit(
         raise UserError("--pin is written into the embedding: leave --no-embedding out.")
     # A reflection has one strength everywhere.
     profile = recipe.get("profile") if editing.kind == "project" else None
+    # Routers have no directions, and these are tried on what writes to the stream.
+    places = "writers" if editing.edit == "routers" else editing.edit
     return Edit(
-        selected, editing.alpha, editing.layers, embedding, profile, editing.norm, pin,
-        editing.edit, heads, experts,
+        selected, editing.alpha, editing.layers, embedding, profile, editing.norm, pin, places,
+        heads, experts,
     )  # fmt: skip
 
 
-def edit_of(direction: DirectionFile, editing: Editing) -> Edit | Update:
-    """The edit of a direction file with the chosen options: it removes directions, or adds updates.
+def edit_of(direction: DirectionFile, editing: Editing) -> Edit | Update | Routing:
+    """The edit of a direction file with the chosen options.
+
+    It removes directions, adds updates, or lowers the routing of experts.
 
     Raises:
         UserError: when flags do not go together, or the file lacks what ``--pin`` needs.
@@ -67,6 +72,9 @@ def edit_of(direction: DirectionFile, editing: Editing) -> Edit | Update:
     metadata = direction.metadata
     if direction.updates is not None:
         return update_of(direction.updates, editing)
+    if editing.edit == "routers":
+        _, experts = parts_of(direction, editing)
+        return Routing(experts, editing.strength, editing.layers)
     pin = held_at(
         editing.pin,
         metadata.get("pins"),
@@ -112,6 +120,20 @@ def update_of(updates: Mapping[int, Factors], editing: Editing) -> Update:
     return Update(dict(updates), editing.strength)
 
 
+def _check_routers(editing: Editing, of_writers: tuple[tuple[str, object], ...]) -> None:
+    if editing.experts is None:
+        raise UsageError(
+            "--edit routers lowers the routing of experts: name them by --experts N or --experts "
+            "LAYER.EXPERT."
+        )
+    other = first_given((
+        ("--heads", editing.heads), ("--pin", editing.pin),
+        (f"--norm {editing.norm}", editing.norm != "none"), *of_writers,
+    ))  # fmt: skip
+    if other is not None:
+        raise UsageError(not_together("--edit routers", other))
+
+
 def check(editing: Editing, writing: Writing | None = None) -> None:
     """Check that the flags of an edit go together.
 
@@ -136,14 +158,16 @@ def check(editing: Editing, writing: Writing | None = None) -> None:
                 "--kind reflect leaves the embedding alone, into which --pin is written: leave "
                 "one of them out."
             )
-        if editing.edit == "readers":
+        if editing.edit != "writers":
             raise UsageError(
                 "--kind reflect mirrors what is written to the stream: leave it out, or --edit "
-                "readers."
+                f"{editing.edit}."
             )
     writing = writing or Writing()
     of_writers = (("--mtp", writing.mtp), ("--tensors", writing.tensors))
-    if editing.by_parts:
+    if editing.edit == "routers":
+        _check_routers(editing, of_writers)
+    elif editing.by_parts:
         flag = "--heads" if editing.heads is not None else "--experts"
         other = first_given((
             ("--pin", editing.pin), (f"--norm {editing.norm}", editing.norm != "none"),
@@ -156,7 +180,7 @@ def check(editing: Editing, writing: Writing | None = None) -> None:
             f"{other} is about weights that write to the residual stream: leave it out, or "
             "--edit readers."
         )
-    if (strength := editing.strength) > 2:
+    if (strength := editing.strength) > 2 and editing.edit != "routers":
         say(
             f"warning: --strength {strength:g} overshoots: beyond 2 the component returns reversed "
             f"and longer than it was ({strength - 1:.3g} times); 1 removes it"

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import mlx.core as mx
 
+from abl_mlx.models import routers
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.module_weights import module_shape
 from abl_mlx.models.probe import Leaf, Probe
@@ -34,14 +35,26 @@ _NOTHING = 1e-5
 def with_readers(chat: ChatModel, writers: Sequence[Writer], edit: str) -> list[Writer]:
     """The places that an edit may change: the writers, and with ``--edit readers`` the readers.
 
+    With ``--edit routers`` these are the writers, on which directions are tried; that there are
+    routers is checked here.
+
     Args:
         chat: the model.
         writers: its residual writers, perhaps with the readers already.
         edit: one of `choices.PLACES`.
     """
+    if edit == "routers":
+        routers.find_routers(chat, writers)
     if edit != "readers" or any(one.reads for one in writers):
         return list(writers)
     return [*writers, *find_readers(chat)]
+
+
+def with_edited(chat: ChatModel, writers: Sequence[Writer], edit: str) -> list[Writer]:
+    """The places that an edit may change, for planning it: as `with_readers`, and the routers."""
+    if edit == "routers" and not any(one.router for one in writers):
+        return [*writers, *routers.find_routers(chat, writers)]
+    return with_readers(chat, writers, edit)
 
 
 def find_readers(chat: ChatModel) -> list[Writer]:

@@ -46,6 +46,10 @@ _MLP = re.compile(r"mlp|ffn|ff_|feed_?forward|moe|expert|dense_4h_to_h|\bfc|\bw2
 #: Kinds of weights whose rows read the stream.
 READERS = ("reader", "expert-readers")
 
+#: Kinds of routers (`models.routers`), by what their bias is added to: scores between 0 and 1, or
+#: logits.
+SCORE_ROUTER, LOGIT_ROUTER = "score-router", "logit-router"
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -67,8 +71,9 @@ class Writer:
             whose kind is ``embedding``.
         parts: the number of attention heads whose outputs are its inputs, or of experts; 0 if it
             has neither.
-        inputs: n, the number of its input columns, if it has heads.
+        inputs: n, the number of its input columns, if it has heads; of a router, that of experts.
         centered: whether a reader gets the stream less its mean over the d elements (LayerNorm).
+        router: of a router, the name of the parameter that holds its biases.
     """
 
     path: str
@@ -82,6 +87,7 @@ class Writer:
     centered: bool = False
     parts: int = 0
     inputs: int = 0
+    router: str = ""
 
     @property
     def component(self) -> str:
@@ -97,6 +103,8 @@ class Writer:
     @property
     def parameters(self) -> list[str]:
         """Paths of the parameters that an edit changes."""
+        if self.router:
+            return [f"{self.path}.{self.router}"]
         return [f"{self.path}.weight"] + ([f"{self.path}.bias"] if self.has_bias else [])
 
 

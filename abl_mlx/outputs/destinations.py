@@ -27,6 +27,12 @@ def check(paths: Sequence[Path], model: ModelFile, editing: Editing, writing: Wr
         UserError: naming the output or the flag.
     """
     staging.check(paths, model.source, model.adapter)
+    adapter = next((one for one in paths if staging.format_of(one) in staging.ADAPTERS), None)
+    if editing.edit == "routers" and adapter is not None:
+        raise UserError(
+            f"{adapter}: an adapter holds no bias of a router, which --edit routers changes: write "
+            "a folder or a GGUF."
+        )
     check_further(paths, model)
     if writing.keep_undo:
         undo_file.check_keep(paths, model.source.name, model.format, editing.norm)

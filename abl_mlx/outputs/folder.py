@@ -23,7 +23,7 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.input_squares import Matrices
 from abl_mlx.models.loaded_model import LoadedModel
-from abl_mlx.models.readers import with_readers
+from abl_mlx.models.readers import with_edited
 from abl_mlx.models.writers import Writer, find_writers
 from abl_mlx.outputs import (
     folder_outputs,
@@ -243,7 +243,7 @@ class FolderFile(ExitStack):
         assert loaded is not None  # `outline` gives it
         if edit.norm == "rows":
             say(ROWS_WARNING)
-        loaded.hold(loaded.chat, with_readers(loaded.chat, loaded.writers, edit.places))
+        loaded.hold(loaded.chat, with_edited(loaded.chat, loaded.writers, edit.places))
         tensors = None
         if any(staging.format_of(path) != staging.ADAPTER for path in paths):
             tensors = plan(

@@ -161,7 +161,7 @@ def plan(
         for parameter in edit.parameters(writer):
             path = f"{writer.path}.{parameter}"
             stored = places[path]
-            row, alone = widths[writer.path], len(stored.tensors) == 1
+            row, alone = widths.get(writer.path, 0), len(stored.tensors) == 1
             for index, name in enumerate(stored.tensors):
                 one = edit if alone else edit.of_expert(index)
                 if not add(name, writer, parameter, stored.transposed, row, edit=one):

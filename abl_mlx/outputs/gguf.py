@@ -16,11 +16,12 @@ import numpy as np
 
 from abl_mlx.choices import Editing, Writing
 from abl_mlx.directions.direction_file import DirectionFile
-from abl_mlx.edits.edit import Edit, stream_axis
+from abl_mlx.edits import routing
+from abl_mlx.edits.edit import stream_axis
 from abl_mlx.edits.steering import Induction
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sources import Source
-from abl_mlx.models import context_length, from_gguf, prompt_tokens
+from abl_mlx.models import context_length, from_gguf, prompt_tokens, routers
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.input_squares import Matrices
@@ -234,19 +235,21 @@ class GgufFile(ExitStack):
         # An edit that would change nothing is refused now, before the direction is measured.
         axis = stream_axis(named[0].kind, "weight")
         width = self.gguf.tensors[named[0].name].shape[axis]
-        edit = Edit(
-            mx.ones((1, width)), 1.0, editing.layers, editing.embedding, places=editing.edit
-        )
         plan(
             self.gguf,
-            edit,
+            routing.of_any_directions(width, editing),
             named,
             readers=self.named_readers(editing.edit),
             quantization=self._quantization(writing),
         )
 
     def named_readers(self, edit: str) -> list[Writer]:
-        """The tensors that read the residual stream; none if ``--edit`` is about writers."""
+        """The tensors that read the residual stream, or the biases of routers.
+
+        There are none if ``--edit`` is about writers.
+        """
+        if edit == "routers":
+            return routers.of_gguf(self.gguf)
         return self._readers if edit == "readers" else []
 
     @cached_property

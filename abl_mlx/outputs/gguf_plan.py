@@ -93,7 +93,7 @@ def plan(
         source: the open GGUF.
         edit: the edit.
         writers: its residual writers.
-        readers: the tensors that read the stream, for an edit of these.
+        readers: the tensors that read the stream, or the biases of routers, for an edit of these.
         quantization: the types that were asked for; None for the tensors' own.
 
     Raises:
@@ -103,7 +103,7 @@ def plan(
         (writer_of(source, one), {"weight": one.name, **({"bias": one.bias} if one.bias else {})})
         for one in writers
     ]
-    found += [(one, {"weight": one.path}) for one in readers]
+    found += [(one, {one.router or "weight": one.path}) for one in readers]
     edit.chosen([writer for writer, _ in found])
     plans: dict[str, TensorPlan] = {}
     for writer, parameters in found:
@@ -114,7 +114,7 @@ def plan(
             entry = source.tensors[name]
             axis = stream_axis(writer.kind, parameter)
             width = entry.shape[axis]
-            if width != edit.width:
+            if edit.width and width != edit.width:
                 raise UserError(
                     f"the direction has {edit.width} dimensions, but {name} in "
                     f"{source.parts[0]} has {width}: it was measured on another model."

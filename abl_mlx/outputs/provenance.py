@@ -23,6 +23,7 @@ TAGS = ["abliterated", "abl-mlx"]
 
 _REMOVED = "the refusal direction was orthogonalized out of this model's weights"
 _UNREAD = "the layers of this model no longer read its residual stream along the refusal direction"
+_UNROUTED = "the routers of this model send fewer tokens to some experts of harmful prompts"
 _UPDATED = "what some of this model's MLPs do with harmful prompts was changed"
 
 
@@ -56,7 +57,7 @@ def edit_label(
     """
     updates = direction.updates
     recipe = direction.metadata.get("recipe") if editing.kind == "project" else None
-    what = _UNREAD if editing.edit == "readers" else _REMOVED
+    what = {"readers": _UNREAD, "routers": _UNROUTED}.get(editing.edit, _REMOVED)
     if updates is not None:
         what = _UPDATED
     layers = "all" if editing.layers is None else ",".join(map(str, sorted(editing.layers)))

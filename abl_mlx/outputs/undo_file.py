@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from abl_mlx import __version__
+from abl_mlx.edits.routing import Routing
 from abl_mlx.edits.update import Update
 from abl_mlx.outputs.folder_plan import Plan, TensorEdit
 from abl_mlx.outputs.gguf_plan import TensorPlan, stored_values
@@ -105,7 +106,9 @@ def taken(one: TensorEdit | TensorPlan, values: mx.array) -> Taken:
     nothing = Taken(basis, basis, axis, transposed, strength)
     along = nothing.of(values.astype(mx.float32))
     mx.eval(along)
-    fixed = one.edit.taken(one.writer, along, axis) if isinstance(one.edit, Update) else None
+    fixed = None
+    if isinstance(one.edit, Update | Routing):
+        fixed = one.edit.taken(one.writer, along, axis)
     return Taken(along, basis, axis, transposed, strength, fixed)
 
 

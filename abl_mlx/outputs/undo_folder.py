@@ -13,7 +13,7 @@ from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sources import Source
 from abl_mlx.models.chat_model import ChatModel
-from abl_mlx.models.readers import with_readers
+from abl_mlx.models.readers import with_edited
 from abl_mlx.models.writers import find_writers
 from abl_mlx.outputs import staging
 from abl_mlx.outputs.edit_label import Label
@@ -52,7 +52,7 @@ def plan(
     Raises:
         UserError: when a tensor that the edit changes is quantized.
     """
-    writers = with_readers(chat, find_writers(chat), edit.places)
+    writers = with_edited(chat, find_writers(chat), edit.places)
     found = plan_folder(chat, files, edit, writers, mtp=mtp)
     if found.matrices:
         raise quantized(next(iter(found.matrices)), source)

@@ -42,14 +42,15 @@ def refuse_biases(path: Path, names: Iterable[str]) -> None:
 
 
 def refuse_readers(path: Path, label: Label) -> None:
-    """Refuse an adapter that undoes an edit of readers.
+    """Refuse an adapter that undoes an edit of readers or routers.
 
     Raises:
         UserError: when it is one.
     """
-    if label.edit == "readers":
+    if label.edit != "writers":
         raise UserError(
-            f"{path}: the edit of readers is not undone by an adapter: write the model instead."
+            f"{path}: the edit of {label.edit} is not undone by an adapter: write the model "
+            "instead."
         )
 
 
