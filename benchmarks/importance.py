@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from abl_mlx.behaviour import evaluate  # noqa: E402
+from abl_mlx.behaviour import exact_kl  # noqa: E402
 from abl_mlx.choices import ApplyOptions, MeasureOptions  # noqa: E402
 from abl_mlx.commands.conversion import convert  # noqa: E402
 from abl_mlx.commands.measure_apply import apply, measure  # noqa: E402
@@ -67,13 +67,13 @@ def divergences(floats: Path, folder: Path, edited: bool) -> dict[tuple[str, boo
     base_path = written(floats, folder, None, edited=True, imatrix=False) if edited else floats
     chosen = prompts.load_sets(None, None, 0).harmless.test.prompts[:TEST]
     found = {}
-    with loaded(base_path) as chat, evaluate.baseline(chat, chosen, tokens=TOKENS) as base:
+    with loaded(base_path) as chat, exact_kl.baseline(chat, chosen, tokens=TOKENS) as base:
         del chat
         for file_type in TYPES:
             for imatrix in (False, True):
                 path = written(floats, folder, file_type, edited=edited, imatrix=imatrix)
                 with loaded(path) as quantized:
-                    found[file_type, imatrix] = evaluate.kl(quantized, base)
+                    found[file_type, imatrix] = exact_kl.kl(quantized, base)
                 say(f"{path.name}: {found[file_type, imatrix]}")
     return found
 

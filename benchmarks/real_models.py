@@ -46,8 +46,7 @@ from audit_real import float_folder  # noqa: E402
 from requantize import changed_in, requantized  # noqa: E402
 from watched import Cost, cost_of  # noqa: E402
 
-from abl_mlx.behaviour import evaluate  # noqa: E402
-from abl_mlx.behaviour.evaluate import KL_PROMPTS  # noqa: E402
+from abl_mlx.behaviour import exact_kl  # noqa: E402
 from abl_mlx.behaviour.refusals import (  # noqa: E402
     Tally,
     Verdict,
@@ -318,15 +317,15 @@ def asked(bench: Bench, file: Path) -> dict[str, Tally]:
 def divergence(bench: Bench) -> Iterator[Callable[[Path], Divergence]]:
     """A function that measures KL from the unedited model, exactly, in MLX, on held-out prompts."""
     with contextlib.ExitStack() as stack:
-        base: list[evaluate.Baseline] = []
+        base: list[exact_kl.Baseline] = []
 
         def kl(file: Path) -> Divergence:
             if not base:  # only where something is to be measured
-                texts = bench.sets.harmless.test.take(KL_PROMPTS).texts
+                texts = bench.sets.harmless.test.take(exact_kl.PROMPTS).texts
                 with gguf_outputs.opened(bench.model) as chat:
-                    base.append(stack.enter_context(evaluate.baseline(chat, texts)))
+                    base.append(stack.enter_context(exact_kl.baseline(chat, texts)))
             with gguf_outputs.opened(file) as chat:
-                return evaluate.kl(chat, base[0])
+                return exact_kl.kl(chat, base[0])
 
         yield kl
 

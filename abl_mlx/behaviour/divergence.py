@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from abl_mlx.behaviour import evaluate
+from abl_mlx.behaviour import evaluate, exact_kl
 from abl_mlx.behaviour.target import Target
 from abl_mlx.inputs.sets import Question, prompt_of
 from abl_mlx.models.chat_model import ChatModel
@@ -75,16 +75,16 @@ def measured_against(
     """
     with ExitStack() as stack:
         if exactly and baseline.chat is not None:
-            chosen = list(prompts[: evaluate.KL_PROMPTS])
+            chosen = list(prompts[: exact_kl.PROMPTS])
             base = stack.enter_context(
-                evaluate.baseline(baseline.chat, chosen, tokens=TOKENS, batch_size=batch_size)
+                exact_kl.baseline(baseline.chat, chosen, tokens=TOKENS, batch_size=batch_size)
             )
             del baseline
 
             def exact(target: Target) -> Divergence:
                 assert target.chat is not None  # it is in MLX, because ``exactly`` is true
                 groups = None if target.grouped is None else target.grouped(chosen)
-                found = evaluate.kl(target.chat, base, groups)
+                found = exact_kl.kl(target.chat, base, groups)
                 return replace(found, kind="exact", n_prompts=len(chosen))
 
             yield exact

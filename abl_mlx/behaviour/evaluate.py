@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
 from abl_mlx.behaviour import thought_figures
 from abl_mlx.behaviour.kept_refusals import kept
@@ -24,21 +23,16 @@ from abl_mlx.behaviour.whole_reply import TOKENS, WholeReply, of_pieces
 from abl_mlx.inputs.sets import PromptSet, PromptSets, Question, prompt_of
 from abl_mlx.models import capture, thoughts
 from abl_mlx.models.chat_model import ChatModel
-from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.generation import generate, stream
 from abl_mlx.models.given_template import GivenTemplate
-from abl_mlx.models.logits import log_probabilities
-from abl_mlx.models.plain import vocabulary
-from abl_mlx.records.evaluations import STAYING, Divergence, Kept, OtherMode, Refusals
+from abl_mlx.records.evaluations import STAYING, Kept, OtherMode, Refusals
 from abl_mlx.records.measurements import Recognition, Thoughts
 from abl_mlx.support.arrays import number, numbers
 from abl_mlx.support.console import progress
-from convert.base import scratch
 from convert.base.atomic import new_file
 
 if TYPE_CHECKING:
     from abl_mlx.behaviour.llamacpp import LlamaCpp
-    from abl_mlx.behaviour.target import Group
 
 #: A function from prompts and the longest reply in tokens to replies, in the prompts' order.
 Chat = Callable[[Sequence[Question], int], list[str]]
@@ -48,9 +42,6 @@ Stream = Callable[[Sequence[Question], int], Iterator[tuple[int, str]]]
 
 #: Like `Stream`, with replies that can be cut.
 Wholes = Callable[[Sequence[Question], int], Iterator[tuple[int, WholeReply]]]
-
-#: The largest number of harmless prompts for the KL; each takes K·V float32 numbers on disk.
-KL_PROMPTS = 32
 
 #: How many prompts llama.cpp answers at most at the same time, each with its own cache. With 16 a
 #: processor makes 1.5 times as many replies per second as with 4.
@@ -390,84 +381,6 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     with new_file(path) as staged, open(staged, "w", encoding="utf-8") as stream:
         for line in lines:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-# --- KL divergence -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """The base model's distributions over the opening of its own replies, kept on disk.
-
-    Attributes:
-        sequences: each an encoded prompt with the first tokens of the base model's greedy reply.
-        positions: for each sequence, the positions of the tokens for which the next is predicted.
-        rows: log-probabilities (V,) for all positions of all sequences, one after the other.
-    """
-
-    sequences: list[list[int]]
-    positions: list[list[int]]
-    rows: scratch.RowsFile
-
-
-@contextmanager
-def baseline(
-    chat: ChatModel, prompts: Sequence[Question], *, tokens: int = 32, batch_size: int = 32
-) -> Iterator[Baseline]:
-    """Context manager with the base model's distributions of its first reply tokens.
-
-    Args:
-        chat: the base model.
-        prompts: at most `KL_PROMPTS` harmless prompts; each takes tokens × V × 4 bytes of disk.
-        tokens: the number of reply tokens.
-        batch_size: how many replies are generated at the same time.
-    """
-    encoded = [chat.encode(prompt) for prompt in prompts]
-    replies = generate(chat, encoded, tokens, batch_size=batch_size, label="KL: base replies")
-    sequences, positions = [], []
-    for prompt, reply in zip(encoded, replies, strict=True):
-        sequences.append([*prompt, *reply[: tokens - 1]])
-        positions.append(list(range(len(prompt) - 1, len(sequences[-1]))))
-    starts = np.cumsum([0, *map(len, positions)])
-    with scratch.scratch() as folder:
-        stored = scratch.RowsFile(folder / "base.f32", int(starts[-1]), vocabulary(chat))
-        for index, rows in log_probabilities(chat, sequences, positions, label="KL: base"):
-            stored.write(int(starts[index]), np.array(rows.astype(mx.float32)))
-        # The model may be released inside the block, so no reference to it is kept here.
-        del chat
-        yield Baseline(sequences, positions, stored)
-
-
-def kl(
-    chat: ChatModel,
-    base: Baseline,
-    groups: Sequence[Group] | None = None,
-) -> Divergence:
-    """Mean KL(base ‖ this model) in nats over harmless prompts.
-
-    Args:
-        chat: this model.
-        base: the base model's distributions.
-        groups: numbers of prompts, and what the model runs inside of on these; None for all prompts
-            with the model as it is.
-
-    Returns:
-        The mean at the first reply token, and the mean over the first 32 tokens of the base model's
-        greedy replies.
-    """
-    starts = np.cumsum([0, *map(len, base.positions)])
-    first: list[float] = []
-    every: list[float] = []
-    for numbers_of, context in groups or [([*range(len(base.sequences))], nullcontext)]:
-        some = [[one[number] for number in numbers_of] for one in (base.sequences, base.positions)]
-        with context():
-            for at, rows in log_probabilities(chat, *some, label="KL: edited"):
-                start, count = int(starts[numbers_of[at]]), len(some[1][at])
-                before = mx.array(base.rows.read(start, count))
-                values = numbers(kl_divergence(before, rows))
-                first.append(values[0])
-                every += values
-    return Divergence(k1=float(np.mean(first)), k32=float(np.mean(every)))
 
 
 # --- the component -----------------------------------------------------------------------------

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from abl_mlx import __version__
+from abl_mlx.support import ranks
 from abl_mlx.support.flags import said
 from convert.base import atomic, escape, scratch
 from convert.base.errors import UsageError, UserError
+
+#: The commands whose work the processes of ``mlx.launch`` share out.
+_SHARED = "run", "measure", "apply"
 
 
 class _Misuse(click.ClickException):
@@ -25,23 +31,40 @@ class Group(click.Group):
     The exit code is 2 if flags were used wrongly, else 1.
     """
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        found = super().resolve_command(ctx, args)
+        if ranks.size() > 1 and found[0] not in _SHARED:
+            raise click.UsageError(
+                f"`abl-mlx {found[0]}` runs in one process: leave mlx.launch out. The commands "
+                f"that several processes share out are {', '.join(_SHARED)}."
+            )
+        return found
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with atomic.claims():
-                scratch.sweep()
-                return super().invoke(ctx)
-        except UserError as error:
-            kind = _Misuse if isinstance(error, UsageError) else click.ClickException
-            raise kind(escape.line(said(error))) from None
-        except OSError as error:
-            if error.filename is None:
-                raise
-            told = f"{os.fsdecode(error.filename)}: {error.strerror}."
-            raise click.ClickException(escape.line(told)) from None
-        except MemoryError:
-            raise click.ClickException(
-                "not enough memory: choose a smaller model, or a smaller --batch-size."
-            ) from None
+        with _shown(), ranks.together(), _shown(), atomic.claims():
+            scratch.sweep()
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    """Context manager that turns errors which users can mend into messages."""
+    try:
+        yield
+    except UserError as error:
+        kind = _Misuse if isinstance(error, UsageError) else click.ClickException
+        raise kind(escape.line(said(error))) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        told = f"{os.fsdecode(error.filename)}: {error.strerror}."
+        raise click.ClickException(escape.line(told)) from None
+    except MemoryError:
+        raise click.ClickException(
+            "not enough memory: choose a smaller model, or a smaller --batch-size."
+        ) from None
 
 
 @click.group(

@@ -16,6 +16,7 @@ from abl_mlx.commands import (
     part_ranking,
     prompt_choice,
     refusal_cliff,
+    same_everywhere,
 )
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
@@ -61,6 +62,7 @@ def apply(
         writing = options.writing
         destinations.check(paths, model, editing, writing)
         model.check(paths, editing, writing)
+        same_everywhere.check(clock, None, model)
         loaded = model.outline(clock, lazy=options.lazy, memory_check=options.memory_check)
         if loaded is not None:
             direction_file.check_width(direction, named, loaded.chat)
@@ -113,6 +115,7 @@ def measure(
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
         condition_choice.check(options.condition, sets, options.prompting)
         memory.check(model.source.title, model.size, asked=options.memory_check)
+        same_everywhere.check(clock, sets, model)
         with clock.step("load the model"):
             chat = model.load()
         with clock.step("find the residual writers"):

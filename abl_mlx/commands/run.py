@@ -14,11 +14,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from abl_mlx.behaviour import evaluate, kept_refusals, settling
+from abl_mlx.behaviour import evaluate, exact_kl, kept_refusals, settling
 from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
 from abl_mlx.behaviour.scorers import scorer
 from abl_mlx.choices import RunOptions
-from abl_mlx.commands import constant_choice, edit_choice, prompt_choice, side_figures
+from abl_mlx.commands import constant_choice, edit_choice, prompt_choice, same_everywhere, side_figures
 from abl_mlx.commands.edit_choice import edit_of, make_edit
 from abl_mlx.commands.find import find_behind_openings, find_reply_prefix
 from abl_mlx.commands.forecast import forecast
@@ -125,7 +125,7 @@ class Before:
 
     behaviour: Behaviour
     settled: Settled | None
-    base: evaluate.Baseline
+    base: exact_kl.Baseline
     prefixes: dict[str | None, tuple[int, ...]]
     sample: Sequence[Sequence[int]]
     component: float | None
@@ -225,6 +225,7 @@ def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> RunRecord
         job: the run.
         look: the second step, which finds a direction to remove or a constant to add.
     """
+    same_everywhere.check(job.clock, job.sets, job.model, job.base)
     with ExitStack() as stack:
         loaded = _load(job)
         found = look(job, loaded)
@@ -322,9 +323,9 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
     in_llamacpp = _in_llamacpp(job, found.plan.original)
     with job.clock.step("evaluate before"):
         base = stack.enter_context(
-            evaluate.baseline(
+            exact_kl.baseline(
                 chat,
-                sets.harmless.test.take(evaluate.KL_PROMPTS).prompts,
+                sets.harmless.test.take(exact_kl.PROMPTS).prompts,
                 batch_size=batch_size,
             )
         )
@@ -412,7 +413,7 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
             exactness.check(
                 chat, found.edit, prompts, limit=one.limit, writers=one.writers_in(chat)
             )
-        kl = evaluate.kl(chat, before.base)
+        kl = exact_kl.kl(chat, before.base)
         if found.edit is not None:
             left = evaluate.component(chat, before.sample, orthonormal(found.direction.selected))[
                 "max"

@@ -70,8 +70,10 @@ def run(
         for harmful, harmless, left in HEATS:
             if len(alive) <= left:
                 continue
-            for one in alive:
-                one.effect = trial.of_edit(one.edit, one.effect, harmful, harmless)
+            asked = [one.edit for one in alive], [one.effect for one in alive]
+            effects = trial.of_edits(*asked, harmful, harmless)
+            for one, effect in zip(alive, effects, strict=True):
+                one.effect = effect
             alive.sort(key=lambda one: rank(one.effect))
             # Edits that are dropped now rank before all that were dropped in earlier heats.
             order[:0] = alive[left:]

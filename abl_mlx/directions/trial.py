@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence, known
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import Writer
+from abl_mlx.support import ranks
 from abl_mlx.support.arrays import numbers
 from convert.base.errors import UserError
 
@@ -203,6 +205,34 @@ class Trial:
         if keep:
             kept += tuple(openings(opened[len(bad) + len(good) :], self._kept_tokens))
         return Effect(scores, opens, kls, kept)
+
+    def of_edits(
+        self,
+        edits: Sequence[WeightEdit],
+        effects: Sequence[Effect],
+        harmful: int | None = None,
+        harmless: int | None = None,
+    ) -> list[Effect]:
+        """The effects of several edits, as of `of_edit`; ranks share out the edits.
+
+        Args:
+            edits: the edits.
+            effects: their effects on prompts that were already run.
+            harmful, harmless: as for `of_edit`.
+        """
+        pairs = list(zip(edits, effects, strict=True))
+        if len(pairs) < ranks.size():  # then they share out the prompts
+            return [self.of_edit(*one, harmful, harmless) for one in pairs]
+
+        def told(pair: tuple[WeightEdit, Effect]) -> list[Any]:
+            begun = self.tokens
+            effect = self.of_edit(*pair, harmful, harmless)
+            run, self.tokens = self.tokens - begun, begun
+            return [run, effect.scores, effect.opened, effect.kls, effect.kept]
+
+        found = ranks.each("the effects of edits", pairs, told)
+        self.tokens += sum(run for run, *_ in found)
+        return [Effect(*map(tuple, parts)) for _, *parts in found]
 
     def slopes(
         self,

@@ -16,6 +16,7 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import around
 from abl_mlx.models.residuals import residual
 from abl_mlx.models.shortcuts import trusted
+from abl_mlx.support import ranks
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import progress
 from abl_mlx.support.units import in_bytes
@@ -122,22 +123,42 @@ def iterate(
         UserError: when an offset lies outside the shortest prompt, or a layer does not return a
             residual stream.
     """
+    running = _own(chat, sequences, offsets, label)
+    if ranks.size() == 1:
+        yield from running
+        return
+    form = 0, len(chat.layers), len(offsets), chat.width
+    while True:
+        indices, states = next(running, ([], mx.zeros(form)))
+        every = ranks.gathered(f"{label}: prompts", indices)
+        if not any(every):
+            return
+        found = ranks.arrays(f"{label}: states", numpy_of(states))
+        yield [index for one in every for index in one], mx.array(np.concatenate(found))
+
+
+def _own(
+    chat: ChatModel, sequences: Sequence[Sequence[int]], offsets: Sequence[int], label: str
+) -> Iterator[tuple[list[int], mx.array]]:
+    """The result of `iterate` for the prompts that this rank runs (`ranks.shares`)."""
     check_offsets(sequences, offsets)
     how, unseen = trusted(chat, sequences), heads.unseen(chat.model)
+    mine = ranks.shares([len(one) for one in sequences])[ranks.rank()]
     squares = input_squares.of(chat)
     inputs: AbstractContextManager[None] = nullcontext()
     if squares is not None and squares.are_new(sequences):
         how = squares.shortcuts(how)
-        inputs = squares.recording(lambda: sum(map(len, sequences)))
-    with Recorder(chat) as recorder, unseen, inputs, progress(len(sequences), label) as bar:
+        inputs = squares.recording(lambda: sum(len(sequences[index]) for index in mine))
+    with Recorder(chat) as recorder, unseen, inputs, progress(len(mine), label) as bar:
         prefix = how.shared(chat, sequences, -min(offsets))
-        for batch in how.batches(prefix.rest(sequences)):
+        rest = prefix.rest(sequences)
+        for batch in how.batches([rest[index] for index in mine]):
             recorder.keep(batch.lengths, offsets)
             prefix(batch.tokens)
             states = recorder.take()
             mx.eval(states)
             bar.update(len(batch.indices))
-            yield batch.indices, states
+            yield [mine[index] for index in batch.indices], states
 
 
 def mean(
@@ -148,14 +169,15 @@ def mean(
     label: str = "capture",
 ) -> mx.array:
     """Mean state over the prompts: (L, P, d) float32. Memory holds one batch and one sum."""
-    total: mx.array | None = None
-    for _, states in iterate(chat, sequences, offsets, label=label):
-        part = states.sum(axis=0)
-        total = part if total is None else total + part
-        mx.eval(total)
-    if total is None:
+    if not sequences:
         raise UserError("there are no prompts to run.")
-    return total / len(sequences)
+    total = mx.zeros((len(chat.layers), len(offsets), chat.width))
+    for _, states in _own(chat, sequences, offsets, label):
+        total = total + states.sum(axis=0)
+        mx.eval(total)
+    # Added up in the order of the ranks, so that every rank has the same sum, bit for bit.
+    sums = ranks.arrays(f"{label}: sums", numpy_of(total))
+    return mx.array(sum(sums[1:], sums[0])) / len(sequences)
 
 
 def full(

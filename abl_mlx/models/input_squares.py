@@ -20,6 +20,7 @@ import numpy as np
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import around
 from abl_mlx.models.shortcuts import Shortcuts
+from abl_mlx.support import ranks
 from abl_mlx.support.arrays import numpy_of
 from convert.architectures.weights import Weight
 from convert.base.errors import UserError
@@ -125,6 +126,7 @@ class InputSquares:
         Raises:
             UserError: when no matrix of the model was called as a module.
         """
+        self._share()
         sums: dict[str, np.ndarray] = {}
         counts: dict[str, np.ndarray] = {}
         for parameter, found in self._sums.items():
@@ -142,6 +144,18 @@ class InputSquares:
             )
         imatrix.write(path, sums, counts, datasets, self.tokens)
         return len(sums)
+
+    def _share(self) -> None:
+        """Add up what every rank has seen."""
+        if ranks.size() == 1:
+            return
+        self.tokens = sum(ranks.gathered("tokens of the importance matrix", self.tokens))
+        for mine in (self._sums, self._counts):
+            for parameter in self._modules:
+                own = mine.get(parameter, np.zeros(0))
+                found = [one for one in ranks.arrays(parameter, own) if one.size]
+                if found:
+                    mine[parameter] = sum(found[1:], found[0])
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from abl_mlx.models.plain import vocabulary
 from abl_mlx.models.prefix import Prefix
 from abl_mlx.models.residuals import replaced, residual
 from abl_mlx.models.shortcuts import LOGITS_PER_BATCH, passes, trusted
+from abl_mlx.support import ranks
+from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import progress
 
 
@@ -81,7 +83,13 @@ def first_reply_token(
     chat: ChatModel, sequences: Sequence[Sequence[int]], *, label: str = "logits"
 ) -> mx.array:
     """Log-probabilities of each reply's first token: (N, V) float32, in the order given."""
-    rows: dict[int, mx.array] = dict(
-        log_probabilities(chat, sequences, [[len(s) - 1] for s in sequences], label=label)
-    )
-    return mx.concatenate([rows[index] for index in range(len(sequences))], axis=0)
+    parts = ranks.shares([len(one) for one in sequences])
+    mine = [sequences[number] for number in parts[ranks.rank()]]
+    rows: dict[int, mx.array] = {}
+    if mine:
+        rows = dict(log_probabilities(chat, mine, [[len(s) - 1] for s in mine], label=label))
+    if ranks.size() == 1:
+        return mx.concatenate([rows[index] for index in range(len(sequences))], axis=0)
+    own = [numpy_of(rows[index][0]) for index in range(len(mine))]
+    found = ranks.arrays(label, np.array(own, np.float32).reshape(len(mine), -1))
+    return mx.array(np.stack(ranks.joined(parts, [list(one) for one in found])))

@@ -13,6 +13,7 @@ from abl_mlx.inputs.sources import Source
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.records.edits import WrittenEdit
+from abl_mlx.support import ranks
 from abl_mlx.support.units import in_bytes
 from convert import adapters
 from convert.base.atomic import check_new, claim, new_files, new_folder
@@ -217,6 +218,7 @@ def staging(paths: Sequence[Path]) -> Iterator[list[Output]]:
                 staged = stack.enter_context(new_folder(path))
             outputs.append(Output(path, staged))
         yield outputs
+        ranks.agree("writing is complete")
 
 
 # --- beside what is written --------------------------------------------------------------------

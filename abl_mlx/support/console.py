@@ -11,9 +11,19 @@ from convert.base import escape
 
 T = TypeVar("T")
 
+_hushed = False
+
+
+def hush() -> None:
+    """Say nothing from now on, and show no progress: another process does."""
+    global _hushed
+    _hushed = True
+
 
 def say(text: str) -> None:
     """Print a line, or a table of several lines, on stderr."""
+    if _hushed:
+        return
     print(escape.block(text), file=sys.stderr, flush=True)
 
 
@@ -30,8 +40,9 @@ def progress(total: int | None, label: str, unit: str = "prompt") -> Any:
     from tqdm import tqdm
 
     return tqdm(
-        total=total, desc=escape.line(label), unit=unit, file=sys.stderr, disable=None, leave=False
-    )
+        total=total, desc=escape.line(label), unit=unit, file=sys.stderr,
+        disable=True if _hushed else None, leave=False,
+    )  # fmt: skip
 
 
 def in_order(

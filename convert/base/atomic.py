@@ -7,6 +7,7 @@ unlocked; the next process that writes NAME empties the folder, and removes it w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -122,6 +123,32 @@ class _Place:
                     break
 
 
+# A folder for outputs that nobody keeps; None where they get their names.
+_elsewhere: Path | None = None
+
+
+@contextmanager
+def elsewhere(folder: Path) -> Iterator[None]:
+    """Context manager in which outputs are written into a folder, whatever their names say.
+
+    This is for a process that works beside the one which keeps the outputs.
+    """
+    global _elsewhere
+    before, _elsewhere = _elsewhere, folder
+    try:
+        yield
+    finally:
+        _elsewhere = before
+
+
+def _there(path: Path) -> Path:
+    """Where an output is written: under its name, or inside of the folder of `elsewhere`."""
+    if _elsewhere is None or _elsewhere in path.parents:
+        return path
+    whole = path.absolute()
+    return _elsewhere / hashlib.sha256(bytes(whole.parent)).hexdigest()[:16] / whole.name
+
+
 #: Outputs that a command has claimed but not yet begun to write, by absolute path.
 _claimed: dict[Path, _Place] = {}
 _claiming = False
@@ -146,6 +173,7 @@ def claim(path: Path) -> None:
     Raises:
         UserError: as `check_new`.
     """
+    path = _there(path)
     key = path.absolute()
     if key not in _claimed:
         place = _checked(path)
@@ -162,6 +190,7 @@ def check_new(path: Path) -> None:
         UserError: naming the path, when it exists, when its parent is no folder, when the parent
             cannot be written to, or when another run is writing it.
     """
+    path = _there(path)
     if path.absolute() not in _claimed:
         _checked(path).close()
 
@@ -232,6 +261,7 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: when the file cannot be written, or exists and must not be replaced.
     """
+    path = _there(path)
     with _place(path) as place:
         staged = place.folder / path.name
         yield staged
@@ -252,6 +282,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: when the folder cannot be written, or exists already.
     """
+    path = _there(path)
     with _place(path) as place:
         staged = place.folder / path.name
         staged.mkdir()
@@ -270,6 +301,7 @@ def new_files(path: Path) -> Iterator[Path]:
     Raises:
         UserError: when one of the files cannot be written, or exists already.
     """
+    path = _there(path)
     with _place(path) as place:
         staged = place.folder / "files"
         staged.mkdir()

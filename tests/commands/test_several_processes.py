@@ -1,0 +1,104 @@
+"""Several processes of one command give what one process gives, or nothing at all."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from abl_mlx.demo import MODEL_PATH
+from tests.support.command import abl_mlx
+from tests.support.launched import by_mlx_launch, ended, started, wait_for
+
+RUN = "run", "demo", "--quick", "--max-tokens", "16"
+
+#: What differs between two runs of one process, too.
+OF_A_RUN = {"seconds", "outputs", "output"}
+
+
+def same(one, other, at=""):
+    """Compare two records: figures within float32's rounding, and all else exactly."""
+    if isinstance(one, dict):
+        keys = (one.keys() | other.keys()) - OF_A_RUN
+        # The hash of the direction's bytes shows the last bit.
+        for key in keys - {"sha256"} if "layer" in one else keys:
+            if key != "direction" or isinstance(one[key], dict):
+                same(one[key], other[key], f"{at}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), at
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            same(*pair, f"{at}/{number}")
+    elif isinstance(one, float) and isinstance(other, float):
+        assert one == pytest.approx(other, rel=2e-3, abs=2e-5), at
+    else:
+        assert one == other, at
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return abl_mlx(*RUN, "-o", tmp_path_factory.mktemp("alone") / "out")
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_has_the_record_of_one_process(alone, tmp_path, count):
+    record = by_mlx_launch(count, *RUN, "-o", str(tmp_path / "out"))
+    same(alone, record)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["out"]
+    names = {one.name for one in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "abl.json", "README.md", "report.html"} <= names
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_killing_one_process_ends_all_and_leaves_nothing(tmp_path, victim):
+    out = tmp_path / "made" / "out"
+    processes = started(tmp_path, [[*RUN, "-o", str(out)]] * 2)
+    wait_for(processes[0], "ask the model as it is")
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    found = ended(processes)
+    assert not out.exists()
+    assert found[victim][0] == -signal.SIGKILL
+    code, said, printed = found[1 - victim]
+    assert (code, printed) == (1, "")
+    assert "connection to another process" in said
+
+
+def damaged(tmp_path: Path, change) -> list[list[str]]:
+    """The commands of two ranks whose copies of the demo differ."""
+    commands = []
+    for rank in range(2):
+        folder = tmp_path / str(rank) / "model"
+        shutil.copytree(MODEL_PATH, folder)
+        if rank:
+            change(folder / "model.safetensors")
+        commands.append(["measure", str(folder), "-o", str(tmp_path / "d.safetensors"), "--quick"])
+    return commands
+
+
+def another_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-4096])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(another_bit, "the model of rank 1"), (truncated, "rank 1 of 2: ")],
+)
+def test_an_unequal_model_ends_all_before_anything_is_measured(tmp_path, change, says):
+    found = ended(started(tmp_path, damaged(tmp_path, change)))
+    assert [code for code, *_ in found] == [1, 1]
+    assert says in found[0][1]
+    assert found[1][1] == ""
+    assert not (tmp_path / "d.safetensors").exists()
+
+
+def test_a_command_for_one_process_says_so(tmp_path):
+    found = ended(started(tmp_path, [["chat", "demo"]] * 2))
+    assert [code for code, *_ in found] == [2, 2]
+    assert "runs in one process" in found[0][1]
+    assert found[1][1] == ""
