@@ -39,7 +39,7 @@ _LOOK = 0.1
 _RUNS, _ENDED = 0, 1
 
 
-class Ended(UserError):
+class _Ended(UserError):
     """Another rank ended with an error, or cannot be reached any more."""
 
 
@@ -147,7 +147,7 @@ def together() -> Iterator[None]:
 
     Raises:
         UserError: when the ranks cannot be connected.
-        Ended: another rank ended.
+        UserError: another rank ended.
         SystemExit: on other ranks than 0, instead of the error that rank 0 shows.
     """
     global _group
@@ -198,7 +198,7 @@ def _ended(group: _Group) -> Iterator[None]:
             raise
         if not group.over:
             told = error.format_message() if hasattr(error, "format_message") else str(error)
-            with suppress(Ended):
+            with suppress(_Ended):
                 _exchange(_ENDED, "an error", told.encode())
         if group.rank and not group.lost:
             raise SystemExit(code) from None
@@ -218,7 +218,7 @@ def _exchange(state: int, label: str, data: bytes) -> list[bytes]:
     """The data of every rank, in their order.
 
     Raises:
-        Ended: a rank ended or cannot be reached.
+        UserError: a rank ended or cannot be reached.
         UserError: the ranks do not do the same.
     """
     import numpy as np
@@ -235,11 +235,11 @@ def _exchange(state: int, label: str, data: bytes) -> list[bytes]:
         found = _padded(_group, data, [int(one) for one in heads[:, 2]])
     except RuntimeError:
         _group.over = _group.lost = True
-        raise Ended(_LOST) from None
+        raise _Ended(_LOST) from None
     ended = [number for number, one in enumerate(heads[:, 0]) if one == _ENDED]
     if ended:
         _group.over = True
-        raise Ended(_of(_group, ended[0], found[ended[0]].decode()))
+        raise _Ended(_of(_group, ended[0], found[ended[0]].decode()))
     return found
 
 
@@ -268,7 +268,7 @@ def agree(label: str) -> None:
     """Wait until every rank is here.
 
     Raises:
-        Ended: a rank ended.
+        UserError: a rank ended.
     """
     if size() > 1:
         _exchange(_RUNS, label, b"")
@@ -278,7 +278,7 @@ def gathered(label: str, value: Any) -> list[Any]:
     """The values of every rank, in their order; each is made of what JSON has.
 
     Raises:
-        Ended: a rank ended.
+        UserError: a rank ended.
     """
     if size() == 1:
         return [value]
@@ -289,7 +289,7 @@ def arrays(label: str, array: np.ndarray) -> list[np.ndarray]:
     """The arrays of every rank, in their order; all have one type, but shapes may differ.
 
     Raises:
-        Ended: a rank ended.
+        UserError: a rank ended.
     """
     if size() == 1:
         return [array]
