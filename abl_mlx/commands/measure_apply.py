@@ -16,10 +16,10 @@ from abl_mlx.commands import (
     part_ranking,
     prompt_choice,
     refusal_cliff,
-    same_everywhere,
 )
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
+from abl_mlx.commands.same_everywhere import check_same
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs.sets import PromptSets, prompt_hashes
@@ -62,7 +62,7 @@ def apply(
         writing = options.writing
         destinations.check(paths, model, editing, writing)
         model.check(paths, editing, writing)
-        same_everywhere.check(clock, None, model)
+        check_same(clock, None, model)
         loaded = model.outline(clock, lazy=options.lazy, memory_check=options.memory_check)
         if loaded is not None:
             direction_file.check_width(direction, named, loaded.chat)
@@ -115,7 +115,7 @@ def measure(
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
         condition_choice.check(options.condition, sets, options.prompting)
         memory.check(model.source.title, model.size, asked=options.memory_check)
-        same_everywhere.check(clock, sets, model)
+        check_same(clock, sets, model)
         with clock.step("load the model"):
             chat = model.load()
         with clock.step("find the residual writers"):

@@ -18,11 +18,12 @@ from abl_mlx.behaviour import evaluate, exact_kl, kept_refusals, settling
 from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
 from abl_mlx.behaviour.scorers import scorer
 from abl_mlx.choices import RunOptions
-from abl_mlx.commands import constant_choice, edit_choice, prompt_choice, same_everywhere, side_figures
+from abl_mlx.commands import constant_choice, edit_choice, prompt_choice, side_figures
 from abl_mlx.commands.edit_choice import edit_of, make_edit
 from abl_mlx.commands.find import find_behind_openings, find_reply_prefix
 from abl_mlx.commands.forecast import forecast
 from abl_mlx.commands.held_out import HeldOut, Runtime, component_sample
+from abl_mlx.commands.same_everywhere import check_same
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits import exactness
 from abl_mlx.edits.edit import orthonormal
@@ -225,7 +226,7 @@ def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> RunRecord
         job: the run.
         look: the second step, which finds a direction to remove or a constant to add.
     """
-    same_everywhere.check(job.clock, job.sets, job.model, job.base)
+    check_same(job.clock, job.sets, job.model, job.base)
     with ExitStack() as stack:
         loaded = _load(job)
         found = look(job, loaded)

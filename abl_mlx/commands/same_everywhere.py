@@ -14,7 +14,7 @@ from abl_mlx.support import ranks
 from abl_mlx.support.clock import Clock
 
 
-def check(
+def check_same(
     clock: Clock, sets: PromptSets | None, model: ModelFile, base: ModelFile | None = None
 ) -> None:
     """Compare what every process has, before any of them works on it.

@@ -103,7 +103,7 @@ def _gathered(group: mx.distributed.Group, data: np.ndarray) -> np.ndarray:
 
     found = mx.distributed.all_gather(mx.array(data)[None], group=group, stream=mx.cpu)
     mx.eval(found)
-    return np.array(found)
+    return np.array(found, data.dtype)
 
 
 _group: _Group | None = None
@@ -296,7 +296,7 @@ def arrays(label: str, array: np.ndarray) -> list[np.ndarray]:
     import numpy as np
 
     shapes = gathered(f"{label}: shapes", list(array.shape))
-    found = _exchange(_RUNS, label, np.ascontiguousarray(array).tobytes())
+    found = _exchange(_RUNS, label, array.tobytes())
     return [
         np.frombuffer(one, array.dtype).reshape(shape)
         for one, shape in zip(found, shapes, strict=True)
