@@ -123,9 +123,8 @@ def measure(
             writers = model.find_writers(chat)
         for path, other in others.items():
             direction_file.check_width(other, path, chat)
-        how = options.measuring
-        if chat.completes:  # base models refuse little, and directions are there all the same
-            how = how.but(anyway=True)
+        # Base models refuse little, and directions are there all the same.
+        how = options.measuring.but(anyway=True) if chat.completes else options.measuring
         squares = InputSquares(chat.model, model.matrices()) if importance else None
         with recorded(chat, squares):
             found = find_behind_openings(chat, writers, sets, how, clock)
