@@ -33,7 +33,7 @@ from abl_mlx.models.logits import behind_last_layer
 from abl_mlx.models.writers import Writer
 from abl_mlx.reports.tables import summary_line
 from abl_mlx.support.arrays import numpy_of
-from abl_mlx.support.console import percent, say
+from abl_mlx.support.console import say
 from convert.base.errors import UserError
 
 # The largest numbers of edits that are tried, and of deep layers, which are tried last.
@@ -439,13 +439,20 @@ class Finder:
         return self._several(first)
 
     def _answers(self, edit: WeightEdit) -> bool:
-        """Whether next to no short reply to harmful prompts under an edit is refused or broken."""
-        asked = self._trial.harmful[: short_replies.PROMPTS]
+        """Whether next to no short reply to harmful prompts under an edit is refused or broken.
+
+        The prompts are those whose reply opens with a refusal as the model is, or some more. The
+        others count as answered.
+        """
+        trial = self._trial
+        asked = trial.harmful[: max(trial.refusing, short_replies.FEWEST)]
         found = short_replies.ask(self._chat, self._writers, edit, asked, self._how.batch_size)
-        self._trial.tokens += found.tokens
-        left = percent(found.wrong)
-        say(f"  a gentler direction leaves {left} of {len(asked)} short replies refused or broken")
-        return found.wrong <= short_replies.ENOUGH
+        trial.tokens += found.tokens
+        say(
+            f"  a gentler direction: {found.wrong} of {found.asked} short replies are refused or "
+            "broken"
+        )
+        return found.wrong <= selection.LEFT * len(trial.harmful)
 
     def _several(self, first: Tried) -> Variant:
         """A subspace, where one direction leaves refusals and the subspace leaves fewer.

@@ -130,6 +130,6 @@ class LayerStrengths:
         if found.effect.refused <= trial.left:
             return True
         batch_size = self._how.batch_size
-        left = short_replies.ask(self._chat, self._writers, found.edit, harmful, batch_size).wrong
+        left = short_replies.ask(self._chat, self._writers, found.edit, harmful, batch_size).share
         say(f"  of whole replies with these strengths {percent(left)} are refusals or broken")
         return left <= LEFT

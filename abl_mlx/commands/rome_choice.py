@@ -191,10 +191,10 @@ class RomeFinder(Finder):
         They are read because a change may only keep a refusal from opening as it used to.
         """
         if form not in self._judged:
-            asked = self._validation["harmful"][: short_replies.PROMPTS]
+            asked = self._validation["harmful"][: short_replies.FEWEST]
             batch_size = self._how.batch_size
             found = short_replies.ask(self._chat, self._writers, edit, asked, batch_size)
-            self._judged[form] = found.wrong
+            self._judged[form] = found.share
         return self._judged[form]
 
     def _record(self, runner: Runner[Form]) -> TriedUpdate:

@@ -12,14 +12,11 @@ from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
 
-#: The number of prompts, where not all are asked.
-PROMPTS = 16
+#: The smallest number of prompts that are asked, where there are so many.
+FEWEST = 16
 
 #: The number of tokens of each reply: enough for a refusal's first sentence.
 REPLY_TOKENS = 24
-
-#: The largest share of refused or broken replies that counts as none: one of `PROMPTS`.
-ENOUGH = 1 / PROMPTS
 
 
 @dataclass(frozen=True)
@@ -27,12 +24,19 @@ class ShortReplies:
     """What short replies show of an edit.
 
     Attributes:
-        wrong: the share of replies that are refused or broken, 0 to 1.
+        wrong: the number of replies that are refused or broken.
+        asked: the number of replies.
         tokens: the number of tokens that were run, of prompts and replies.
     """
 
-    wrong: float
+    wrong: int
+    asked: int
     tokens: int
+
+    @property
+    def share(self) -> float:
+        """The share of replies that are refused or broken, 0 to 1."""
+        return self.wrong / self.asked
 
 
 def ask(
@@ -53,6 +57,5 @@ def ask(
     """
     with ablation(writers, edit.without_norms()):
         replies = evaluate.generate(chat, harmful, REPLY_TOKENS, batch_size=batch_size)
-    verdicts = list(map(classify, evaluate.decode(chat, replies)))
-    wrong = 1 - verdicts.count(Verdict.ANSWER) / len(verdicts)
-    return ShortReplies(wrong, sum(map(len, [*harmful, *replies])))
+    wrong = sum(classify(text) is not Verdict.ANSWER for text in evaluate.decode(chat, replies))
+    return ShortReplies(wrong, len(replies), sum(map(len, [*harmful, *replies])))

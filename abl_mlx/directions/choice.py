@@ -22,10 +22,8 @@ MOST = 14
 #: The number of harmless prompts on which the effect of adding a candidate is measured.
 INDUCED = 12
 
-#: Of the edits that are gentler than the one with the lowest refusal score: how many run the
-#: prompts of all heats, and how many of these reply.
-GENTLER, REPLYING = 4, 3
-
+#: The number of edits that reply, of those that are gentler than the one with the lowest score.
+GENTLER = 3
 
 #: The reason given for not choosing an edit that was dropped before it had run all prompts.
 OUTRUN = "others did better on the first prompts"
@@ -176,33 +174,35 @@ def _gentlest(
 ) -> Runner[Score] | None:
     """The edit with the lowest KL whose replies are answers, run on all prompts.
 
-    Only edits with a lower KL than the first one reply. The prompts of the heats are few, and the
-    refused ones come first, so that one refusal more than counts as none is allowed there.
+    The prompts of the heats are few, and the refused ones come first, so that one refusal more than
+    counts as none is allowed there. Of the edits that end refusals on them, only those reply whose
+    KL is lower than that of the one with the lowest refusal score.
 
     Args:
         trial: tries edits.
-        order: the edits after the heats, the one with the lowest refusal score first.
+        order: the edits after the heats, those with the lowest refusal score first.
         max_kl, answers: as of `choose`.
 
     Returns:
-        None where the first is gentle or leaves refusals, or no gentler one ends them.
+        None where that one is gentle, or no gentler one ends refusals.
     """
 
     def near(effect: Effect) -> bool:
         return effect.kl <= max_kl and sum(effect.opened) <= trial.left * len(effect.opened) + 1
 
-    first = order[0].effect
-    if not near(first) or first.kl <= GENTLE:
+    leading = [one for one in order if near(one.effect)]
+    if not leading or leading[0].effect.kl <= GENTLE:
         return None
+    highest = leading[0].effect.kl
 
     def gentler(some: Sequence[Runner[Score]]) -> list[Runner[Score]]:
-        fit = [one for one in some if near(one.effect) and one.effect.kl < first.kl]
+        fit = [one for one in some if near(one.effect) and one.effect.kl < highest]
         return sorted(fit, key=lambda one: one.effect.kl)
 
-    several = gentler(order[1:])[:GENTLER]
+    several = gentler(leading)[:GENTLER]
     for one in several:
         one.effect = trial.of_edit(one.edit, one.effect, *race.HEATS[-1][:2])
-    for one in gentler(several)[:REPLYING]:
+    for one in gentler(several):
         if answers(one.edit):
             one.effect = trial.of_edit(one.edit, one.effect)
             if one.effect.kl <= max_kl and one.effect.refused <= trial.left:

@@ -21,10 +21,13 @@ import numpy as np
 
 from abl_mlx.directions.slopes import COMPONENTS
 from abl_mlx.directions.trial import Effect, Trial
-from abl_mlx.directions.trimming import LESS, PROMPTS, STRONGEST, tried
+from abl_mlx.directions.trimming import LESS, STRONGEST, tried
 from abl_mlx.edits.edit import Edit
 from abl_mlx.support.console import progress, say
 from convert.base.errors import UserError
+
+#: The number of harmful and of harmless prompts in one step.
+PROMPTS = 14
 
 #: Nats of KL that a nat of refusal score above the ceiling counts.
 PRICE = 1.0

@@ -24,7 +24,7 @@ from convert.mlx.packed import gradients
 COMPONENTS = ("attention", "mlp")
 
 # Prompts of one pass. What a backward pass needs of each layer is in memory until it has run.
-_TOGETHER = 2
+_TOGETHER = 1
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ class Trial:
         kept_before: the share of the prompts in ``kept`` whose reply by the unedited model opens
             with a refusal.
         harmful: the encoded harmful prompts, those first whose reply opens with a refusal.
+        refusing: the number of these, as the model is.
         tokens: how many tokens were run so far; tokens that prompts share count for each prompt.
         backward: how many of them were run backward, too.
     """
@@ -141,6 +142,7 @@ class Trial:
         self._chat, self._writers = chat, writers
         self._harmless, self._kept = harmless, kept
         self.tokens = self.backward = 0
+        self._gentlest = NOTHING_RUN
         first, self._base = before or (self._first(harmful), self._first(harmless))
         self.refusal_tokens = refusal_tokens(first, self._base)
         answers = 1.0
@@ -157,6 +159,7 @@ class Trial:
         opened = openings(first, self.refusal_tokens)
         order = sorted(range(len(harmful)), key=lambda index: not opened[index])
         self.harmful = [harmful[index] for index in order]
+        self.refusing = sum(opened)
         self._kept_tokens = [*self.refusal_tokens, *kept_openings]
         self.kept_before = (
             _mean(openings(self._first(kept), self._kept_tokens)) if kept else math.nan
@@ -204,7 +207,19 @@ class Trial:
             kls += tuple(numbers(kl_divergence(self._base[at : at + len(good)], rest)))
         if keep:
             kept += tuple(openings(opened[len(bad) + len(good) :], self._kept_tokens))
-        return Effect(scores, opens, kls, kept)
+        effect = Effect(scores, opens, kls, kept)
+        if self.is_whole(effect) and not effect.kl >= self._gentlest.kl:
+            self._gentlest = effect
+        return effect
+
+    @property
+    def moved(self) -> tuple[int, ...]:
+        """Harmless prompts by their KL, the largest first: indices.
+
+        It is that under the edit with the lowest mean KL of those that ran all prompts.
+        """
+        kls = self._gentlest.kls
+        return tuple(sorted(range(len(self._harmless)), key=lambda n: -kls[n] if kls else n))
 
     def of_edits(
         self,
@@ -241,6 +256,7 @@ class Trial:
         most: int,
         first: int = 0,
         ceilings: Sequence[float] | None = None,
+        harmless: Sequence[int] | None = None,
     ) -> Slopes | None:
         """How the effect of an edit changes with its strength in each layer.
 
@@ -250,13 +266,14 @@ class Trial:
             most: how many prompts of each set to run, forward and backward.
             first: the first of them; after the last prompt of a set comes its first.
             ceilings: as of `slopes.slopes`, of all harmful prompts in the order of `Effect`.
+            harmless: the harmless prompts to choose from, as indices; None for all.
 
         Returns:
             None where a module of the model has no gradient.
         """
         bad, good = (
-            [(first + index) % len(every) for index in range(min(most, len(every)))]
-            for every in (self.harmful, self._harmless)
+            [every[(first + index) % len(every)] for index in range(min(most, len(every)))]
+            for every in (range(len(self.harmful)), harmless or range(len(self._harmless)))
         )
         asked = [self.harmful[n] for n in bad], [self._harmless[n] for n in good]
         tokens = sum(len(one) for part in asked for one in part)

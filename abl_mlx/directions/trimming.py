@@ -21,7 +21,7 @@ from abl_mlx.support.console import progress, say
 GENTLE = 0.01
 
 #: The number of harmful and of harmless prompts whose gradients are taken.
-PROMPTS = 14
+PROMPTS = 10
 
 #: The largest changes of a strength, step by step.
 RADII = (0.5, 0.3)
@@ -66,11 +66,12 @@ def trimmed(trial: Trial, edit: Edit, layers: int, before: Tried, limit: float) 
     if works and kl <= GENTLE:
         return None
     strengths = np.ones((len(COMPONENTS), layers))
+    hardest = trial.moved  # the mean KL is made by a few prompts
     aim: float | None = None
     begun = trial.tokens
     with progress(len(RADII) + 1, "strengths by layer", "step") as bar:
         for radius in RADII:
-            found = trial.slopes(edit, strengths, PROMPTS)
+            found = trial.slopes(edit, strengths, PROMPTS, harmless=hardest)
             if found is None:
                 return None
             if aim is None:

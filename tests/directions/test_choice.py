@@ -261,6 +261,9 @@ def test_the_gentlest_edit_whose_replies_are_answers_is_taken():
     assert taken({4}, low)[1:] == ([], [0, 1], False)
     left = {layer: (refusal, 0.5, kl) for layer, (refusal, _, kl) in effects.items()}
     assert not taken({4}, left)[1]
+    # What is beyond the limit of the KL is not compared with.
+    beyond = effects | {0: (-9.0, 0.0, 0.15)}
+    assert taken({4}, beyond) == (4, [4], [4], True)
     # Replies do not outweigh the first tokens of all prompts.
     late = effects | {4: (-5.0, 0.1, 0.02)}
     assert taken({3, 4}, late) == (3, [4, 3], [3, 4], True)

@@ -93,12 +93,14 @@ class Told:
 
     left = 0.05
     tokens = 0
+    moved = (3, 1, 0, 2)
 
     def __init__(self, weights, works=True):
         self.weights, self.works = weights, works
         self.tried = []
 
-    def slopes(self, edit, strengths, most):
+    def slopes(self, edit, strengths, most, harmless):
+        assert harmless == self.moved
         rows = np.ones_like(strengths)
         return Slopes(
             float(-strengths.sum()), float((self.weights * strengths**2).sum()),
@@ -131,7 +133,7 @@ def test_strengths_are_taken_where_they_are_better_only():
     quiet = Told(weights)
     assert trimming.trimmed(quiet, edit, 8, known(0.0, 0.009), 0.2) is None
     assert not quiet.tried
-    quiet.slopes = lambda *_: None
+    quiet.slopes = lambda *_, **__: None
     assert trimming.trimmed(quiet, edit, 8, known(0.0, kl), 0.2) is None
     # Where the edit leaves refusals, a higher KL is paid to end them.
     left = Told(weights, works=False)
