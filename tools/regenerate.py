@@ -24,6 +24,7 @@ from pathlib import Path
 from tools import (
     cli_reference,
     gguf_writers,
+    memory_table,
     methods_page,
     mlx_architectures,
     mlx_batches,
@@ -53,6 +54,7 @@ DOCUMENTS = (
     Document("docs/cli.md", cli_reference.document, 1),
     Document("docs/gguf-writers.md", gguf_writers.document, 1),
     Document("docs/methods.md", methods_page.document, 1),
+    Document("docs/several-macs.md", memory_table.document, 1),
     Document("docs/records.schema.json", record_schema.text, 1),
     Document("docs/refusal-detection.md", refusal_detection.document, 5),
     Document("docs/mlx-architectures.md", mlx_architectures.document, 15),

@@ -27,6 +27,7 @@ from abl_mlx.models.generation import generate, stream
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.records.evaluations import STAYING, Kept, OtherMode, Refusals
 from abl_mlx.records.measurements import Recognition, Thoughts
+from abl_mlx.support import ranks
 from abl_mlx.support.arrays import number, numbers
 from abl_mlx.support.console import progress
 from convert.base.atomic import new_file
@@ -333,9 +334,16 @@ class InLlamaCpp:
                 if not loaded:
                     loaded.append(stack.enter_context(self._loaded(prompts, max_tokens)))
                 server = loaded[0]
-                for index, reply in server.stream(asked, longest):
-                    said = reply.removeprefix(server.opened(prompt_of(asked[index]).thinking))
-                    yield index, of_pieces(reply, server.pieces(said))
+                mine = ranks.shares([1] * len(asked))[ranks.rank()]
+
+                def told() -> Iterator[tuple[int, str, list[bytes]]]:
+                    some = [asked[number] for number in mine]
+                    for at, reply in server.stream(some, longest) if some else ():
+                        said = reply.removeprefix(server.opened(prompt_of(some[at]).thinking))
+                        yield mine[at], reply, server.pieces(said)
+
+                for index, reply, pieces in _of_all(told()):
+                    yield index, of_pieces(reply, pieces)
 
             yield answer
 
@@ -351,6 +359,19 @@ class InLlamaCpp:
             self.path, n_ctx=room, n_parallel=side_by_side, lean=True, lora=self.lora,
             given=self.given,
         )  # fmt: skip
+
+
+def _of_all(
+    told: Iterator[tuple[int, str, list[bytes]]],
+) -> Iterator[tuple[int, str, list[bytes]]]:
+    """Replies of every rank: (number of the prompt, reply, the bytes of its tokens)."""
+    if ranks.size() == 1:
+        yield from told
+        return
+    own = [[index, reply, [one.hex() for one in pieces]] for index, reply, pieces in told]
+    for part in ranks.gathered("llama.cpp replies", own):
+        for index, reply, pieces in part:
+            yield index, reply, list(map(bytes.fromhex, pieces))
 
 
 def save_replies(path: Path, replies: Mapping[str, Behaviour], sets: PromptSets) -> None:

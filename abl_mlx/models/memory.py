@@ -71,6 +71,15 @@ def needed(weights: int) -> int:
     return weights + weights // 20 + _BESIDE
 
 
+def usable(total: int) -> int:
+    """Bytes of a Mac's memory that its GPU may have: macOS keeps a third, or a quarter, for others.
+
+    Args:
+        total: the Mac's memory in bytes.
+    """
+    return total * 2 // 3 if total <= 36 << 30 else total * 3 // 4
+
+
 def fits(weights: int, memory: Memory | None = None) -> bool:
     """Whether this machine has the memory for a run with so many bytes of weights."""
     return weights <= (memory or machine()).total

@@ -19,8 +19,9 @@ from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.encoded_sets import EncodedSets
 from abl_mlx.search.screening import Screened, Trial
 from abl_mlx.search.space import Parameters, Space
+from abl_mlx.support import ranks
 from abl_mlx.support.arrays import parameters
-from convert.base import locks
+from convert.base import atomic, locks
 from convert.base.errors import UserError
 
 _STUDY = "abl-mlx search"
@@ -35,6 +36,8 @@ class Journal:
 
     def __init__(self, path: Path | None, identity: Mapping[str, str]):
         self._optuna, self.path = optuna_quietly(), path
+        if path is not None and ranks.size() > 1:
+            path = self.path = _same_on_every_rank(path)
         if path is not None and path.is_dir():
             raise self._damaged
         self._held = None if path is None else _hold(path)
@@ -120,6 +123,17 @@ class Journal:
         )
         self._study.add_trial(record)
         return record
+
+
+def _same_on_every_rank(path: Path) -> Path:
+    """Where this rank keeps its trials: rank 0 in the journal, the others in a copy of it."""
+    text = path.read_text(encoding="utf-8") if ranks.rank() == 0 and path.is_file() else ""
+    text = ranks.first("the search journal", text)
+    if ranks.rank():
+        path = atomic.there(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return path
 
 
 def _hold(path: Path) -> BinaryIO:

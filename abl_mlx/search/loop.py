@@ -36,7 +36,7 @@ from abl_mlx.search.screening import Screen, Trial
 from abl_mlx.search.sources import SearchPrompts, at_prompts, sources_of
 from abl_mlx.search.space import Parameters, Space
 from abl_mlx.search.survivors import MOST_ASKED, choose, meets, table, unmet
-from abl_mlx.support import interrupts
+from abl_mlx.support import interrupts, ranks
 from abl_mlx.support.console import progress, say
 from abl_mlx.support.flags import first_given, not_together
 from convert.base.errors import UsageError, UserError
@@ -110,7 +110,8 @@ class Search:
         with progress(most, "search", "trial") as bar:
             bar.update(len(self.trials) if most is None else min(most, len(self.trials)))
             try:
-                while not (ended := self._ended(most, end)):
+                # Another rank may have come to the end of its time already.
+                while not (ended := ranks.first("the search", self._ended(most, end))):
                     interrupts.check()
                     trial = self._try(self._next())
                     record = self.journal.add(trial, distributions)

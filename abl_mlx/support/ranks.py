@@ -16,6 +16,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -56,11 +57,11 @@ class _Group:
     """
 
     def __init__(self) -> None:
+        self.over = self.lost = False
         self._asked: SimpleQueue[Callable[[], Any]] = SimpleQueue()
         self._told: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
         threading.Thread(target=self._work, name="ranks", daemon=True).start()
         self._group = self._call(_joined)
-        self.over = self.lost = False
         self.rank, self.size = self._group.rank(), self._group.size()
 
     def gather(self, data: np.ndarray) -> np.ndarray:
@@ -82,10 +83,14 @@ class _Group:
     def _call(self, work: Callable[[], T]) -> T:
         self._asked.put(work)
         while True:
-            interrupts.check()
-            with suppress(Empty):
-                found, error = self._told.get(timeout=_LOOK)
-                break
+            try:
+                interrupts.check()
+                with suppress(Empty):
+                    found, error = self._told.get(timeout=_LOOK)
+                    break
+            except BaseException:
+                self.over = self.lost = True  # the answer will come, and belong to no question
+                raise
         if error is not None:
             raise error
         return found
@@ -111,7 +116,11 @@ _alone = False
 
 
 def launched() -> bool:
-    """Whether ``mlx.launch`` (or ``mpirun``, which it calls) started this process."""
+    """Whether ``mlx.launch`` (or ``mpirun``, which it calls) started this process beside others."""
+    hosts = os.environ.get("MLX_HOSTFILE")
+    with suppress(OSError):
+        if hosts is not None and not Path(hosts).read_text(encoding="utf-8").strip():
+            return False  # it started one process, for which MLX has no group
     return "MLX_RANK" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ
 
 
@@ -224,6 +233,8 @@ def _exchange(state: int, label: str, data: bytes) -> list[bytes]:
     import numpy as np
 
     assert _group is not None
+    if _group.over:
+        raise _Ended(_LOST)
     head = np.array([state, zlib.crc32(label.encode()), len(data)], np.int64)
     try:
         heads = _group.gather(head)
@@ -283,6 +294,12 @@ def gathered(label: str, value: Any) -> list[Any]:
     if size() == 1:
         return [value]
     return [json.loads(one) for one in _exchange(_RUNS, label, json.dumps(value).encode())]
+
+
+def first(label: str, value: T) -> T:
+    """The first value of a rank that is not empty, on all of them; a value is what JSON has."""
+    found: list[T] = gathered(label, value)
+    return next(filter(None, found), value)
 
 
 def arrays(label: str, array: np.ndarray) -> list[np.ndarray]:

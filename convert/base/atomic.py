@@ -141,7 +141,7 @@ def elsewhere(folder: Path) -> Iterator[None]:
         _elsewhere = before
 
 
-def _there(path: Path) -> Path:
+def there(path: Path) -> Path:
     """Where an output is written: under its name, or inside of the folder of `elsewhere`."""
     if _elsewhere is None or _elsewhere in path.parents:
         return path
@@ -173,7 +173,7 @@ def claim(path: Path) -> None:
     Raises:
         UserError: as `check_new`.
     """
-    path = _there(path)
+    path = there(path)
     key = path.absolute()
     if key not in _claimed:
         place = _checked(path)
@@ -190,7 +190,7 @@ def check_new(path: Path) -> None:
         UserError: naming the path, when it exists, when its parent is no folder, when the parent
             cannot be written to, or when another run is writing it.
     """
-    path = _there(path)
+    path = there(path)
     if path.absolute() not in _claimed:
         _checked(path).close()
 
@@ -261,7 +261,7 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: when the file cannot be written, or exists and must not be replaced.
     """
-    path = _there(path)
+    path = there(path)
     with _place(path) as place:
         staged = place.folder / path.name
         yield staged
@@ -282,7 +282,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: when the folder cannot be written, or exists already.
     """
-    path = _there(path)
+    path = there(path)
     with _place(path) as place:
         staged = place.folder / path.name
         staged.mkdir()
@@ -301,7 +301,7 @@ def new_files(path: Path) -> Iterator[Path]:
     Raises:
         UserError: when one of the files cannot be written, or exists already.
     """
-    path = _there(path)
+    path = there(path)
     with _place(path) as place:
         staged = place.folder / "files"
         staged.mkdir()
