@@ -348,7 +348,8 @@ class RunOptions(Choices):
     Attributes:
         gguf: a GGUF of the same model, which is edited instead of the model that is measured.
         recognition: ask whether prompts are harmful, before and after.
-        memory_check: refuse a model that is larger than the machine's memory.
+        memory_check: stream or refuse a model that is larger than the machine's memory.
+        stream: read the model layer by layer whenever it runs.
     """
 
     prompting: Prompting = Prompting()
@@ -363,6 +364,7 @@ class RunOptions(Choices):
     gguf: str | None = None
     recognition: bool = False
     memory_check: bool = True
+    stream: bool = False
 
     @property
     def measuring(self) -> Measuring:
@@ -383,7 +385,8 @@ class MeasureOptions(Choices):
         explain: whether to tell what the direction is made of.
         refusal_cliff: whether to tell where in its thoughts a model gives up refusals.
         rank_parts: rank attention heads and experts too.
-        memory_check: refuse a model that is larger than the machine's memory.
+        memory_check: stream or refuse a model that is larger than the machine's memory.
+        stream: read the model layer by layer whenever it runs.
     """
 
     prompting: Prompting = Prompting()
@@ -396,6 +399,7 @@ class MeasureOptions(Choices):
     refusal_cliff: bool = False
     rank_parts: bool = False
     memory_check: bool = True
+    stream: bool = False
 
     @property
     def measuring(self) -> Measuring:

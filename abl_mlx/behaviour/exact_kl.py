@@ -18,7 +18,7 @@ from abl_mlx.inputs.sets import Question
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.generation import generate
-from abl_mlx.models.logits import log_probabilities
+from abl_mlx.models.logits import visit_probabilities
 from abl_mlx.models.plain import vocabulary
 from abl_mlx.records.evaluations import Divergence
 from abl_mlx.support import ranks
@@ -83,9 +83,12 @@ def baseline(
         stored = scratch.RowsFile(folder / "base.f32", count, vocabulary(chat))
         base = Baseline(sequences, positions, mine, stored)
         starts = base.starts
+
+        def keep(at: int, rows: mx.array) -> None:
+            stored.write(starts[mine[at]], np.array(rows.astype(mx.float32)))
+
         if mine:
-            for at, rows in log_probabilities(chat, *base.of(mine), label="KL: base"):
-                stored.write(starts[mine[at]], np.array(rows.astype(mx.float32)))
+            visit_probabilities(chat, *base.of(mine), keep, label="KL: base")
         # The model may be released inside the block, so no reference to it is kept here.
         del chat
         yield base
@@ -112,11 +115,14 @@ def kl(
     starts = base.starts
     for numbers_of, context in groups or [([*range(len(base.sequences))], nullcontext)]:
         mine = [number for number in numbers_of if number in starts]
+
+        def compare(at: int, rows: mx.array, mine: Sequence[int] = mine) -> None:
+            before = mx.array(base.rows.read(starts[mine[at]], len(rows)))
+            found.append(numbers(kl_divergence(before, rows)))
+
         with context():
-            some = log_probabilities(chat, *base.of(mine), label="KL: edited") if mine else ()
-            for at, rows in some:
-                before = mx.array(base.rows.read(starts[mine[at]], len(rows)))
-                found.append(numbers(kl_divergence(before, rows)))
+            if mine:
+                visit_probabilities(chat, *base.of(mine), compare, label="KL: edited")
     told = [values for part in ranks.gathered("KL", found) for values in part]
     first, every = [values[0] for values in told], [value for values in told for value in values]
     return Divergence(k1=float(np.mean(first)), k32=float(np.mean(every)))

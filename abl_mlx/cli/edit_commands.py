@@ -21,6 +21,7 @@ from abl_mlx.cli.flags import (
     reply_flags,
     revision_flag,
     search_flags,
+    stream_flag,
 )
 from abl_mlx.cli.group import cli
 from abl_mlx.cli.scorer_flags import scorer_flags
@@ -61,6 +62,7 @@ from abl_mlx.cli.writing_flags import (
 @recognition_flag
 @gguf_flags
 @memory_flag
+@stream_flag
 @json_flag
 def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **chosen: Any) -> None:
     """Find MODEL's refusal direction, remove it, write the result and show what changed.
@@ -137,6 +139,7 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
 @search_flags
 @scorer_flags
 @memory_flag
+@stream_flag
 @json_flag
 def measure(
     model: str,

@@ -425,6 +425,14 @@ def memory_flag(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+stream_flag = click.option(
+    "--stream",
+    is_flag=True,
+    help="Keep one layer of MODEL in memory at a time, and run all prompts through it while the "
+    "next one is read (docs/streaming.md). This is the default where MODEL does not fit in memory.",
+)
+
+
 def steered_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags about an edit at runtime."""
     flags = [

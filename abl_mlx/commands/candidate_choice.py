@@ -28,6 +28,7 @@ from abl_mlx.directions.trial import Effect, OpensAlike, Trial
 from abl_mlx.directions.variants import Tried, Variant, best
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.weight_edit import WeightEdit
+from abl_mlx.models import sweeps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.logits import behind_last_layer
 from abl_mlx.models.writers import Writer
@@ -292,10 +293,9 @@ class Finder:
         validation = self._validation
         refused = validation.get("borderline", validation["harmful"])
         kept, kept_openings = self._still_refused()
-        before = [
-            behind_last_layer(self._chat, sequences, states)
-            for sequences, states in zip((refused, validation["harmless"]), self._last, strict=True)
-        ]
+        parts = list(zip((refused, validation["harmless"]), self._last, strict=True))
+        chat = self._chat
+        before = list(sweeps.each(chat.model, lambda part: behind_last_layer(chat, *part), parts))
         trial = Trial(
             self._chat, self._writers, refused, validation["harmless"], kept,
             kept_openings=kept_openings, before=(before[0], before[1]), told=self._told,

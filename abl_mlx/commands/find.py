@@ -16,6 +16,7 @@ from abl_mlx.commands import (
     reply_choice,
     rome_choice,
     sae_choice,
+    streaming,
     thinking_switch,
     views,
 )
@@ -31,7 +32,7 @@ from abl_mlx.directions.selection import Told
 from abl_mlx.directions.trial import OpensAlike
 from abl_mlx.inputs import thinking
 from abl_mlx.inputs.sets import PromptSets
-from abl_mlx.models import capture
+from abl_mlx.models import capture, sweeps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.encoded_sets import ByMode, EncodedSets, opened
 from abl_mlx.models.generation import timed
@@ -239,10 +240,8 @@ def _measured(
     # The prompts that should no longer be refused: the borderline ones for over-refusal.
     refused = validation.get("borderline", validation["harmful"])
     offsets = sorted({*candidates.positions, -1})
-    with (
-        capture.stored(chat, refused, offsets, label="validation, harmful") as bad,
-        capture.stored(chat, validation["harmless"], offsets, label="validation, harmless") as good,
-    ):
+    kept = {"validation, harmful": refused, "validation, harmless": validation["harmless"]}
+    with capture.stored_each(chat, kept, offsets) as (bad, good):
         measured = chat, writers, candidates, train, validation, (bad, good), how
         if how.finding.method == methods.ROME:
             yield rome_choice.RomeFinder(*measured, told)
@@ -427,6 +426,8 @@ def find_behind_openings(
 ) -> DirectionFile:
     """Find how replies open and the direction behind that; sets ``chat.reply_prefixes``.
 
+    A streamed model is asked for no replies: how they open is found token by token.
+
     Args:
         held_out, times: the held-out prompts that are asked, and how often, for what is told of
             the time.
@@ -438,22 +439,25 @@ def find_behind_openings(
     thinking_switch.check(chat, how.prompting.thinking)
     prompts = prompt_choice.encoded(chat, sets, how)
     arrays.let_go()  # of what loading needed
+    seen = None
     with clock.step("ask the model as it is"):
-        looks = []
-        for mode, asked in prompts.items():
-            looks.append(first_look.look(chat, asked, how))
-            chat.reply_prefixes[mode] = looks[-1].prefix
-        # A refusal in one mode is enough to go on: replies in all modes are judged later.
-        seen = next((one for one in looks if one.clear), looks[0])
-        first_look.check(seen, how)
+        if sweeps.of(chat.model) is not None:
+            first_look.open_prompts(chat, prompts)
+        else:
+            seen = first_look.in_every_mode(chat, prompts, how)
     prompts = opened(chat, prompts)
     first = next(iter(prompts.values()))
-    say(str(forecast(chat, first, how, seen.rate, held_out=held_out, times=times)))
+    if seen is not None:
+        say(str(forecast(chat, first, how, seen.rate, held_out=held_out, times=times)))
     arrays.let_go()
     with clock.step("measure and choose a direction"):
-        causal = seen.clear or not chat.completes
-        found = _found(chat, writers, prompts, how, causal=causal, told=seen.told)
+        causal = not chat.completes or (seen is not None and seen.clear)
+        told = None if seen is None else seen.told
+        found = _found(chat, writers, prompts, how, causal=causal, told=told)
+    streaming.tell(chat)
     found = part_ranking.added(chat, writers, first, found, how.editing, clock)
+    if seen is None:
+        return found
     return replace(found, metadata={**found.metadata, "first_look": seen.record()})
 
 

@@ -16,8 +16,10 @@ from abl_mlx.behaviour.refusals import Tally, Verdict, classify, without_thought
 from abl_mlx.choices import Measuring
 from abl_mlx.directions.selection import Told, told
 from abl_mlx.models.chat_model import ChatModel, common_prefix
-from abl_mlx.models.encoded_sets import EncodedSet, EncodedSets
+from abl_mlx.models.encoded_sets import ByMode, EncodedSet, EncodedSets
 from abl_mlx.models.generation import timed
+from abl_mlx.models.logits import first_reply_token
+from abl_mlx.support.arrays import numbers
 from abl_mlx.support.console import percent, say
 from convert.base.errors import UserError
 
@@ -220,6 +222,44 @@ def reply_prefix(replies: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The common opening of all replies; empty if a reply ends with it, or there is none."""
     prefix = common_prefix([reply[:OPENING_TOKENS] for reply in replies])
     return prefix if all(len(reply) > len(prefix) for reply in replies) else ()
+
+
+def in_every_mode(chat: ChatModel, prompts: ByMode, how: Measuring) -> FirstLook:
+    """Ask the unedited model in every mode of thinking; sets ``chat.reply_prefixes``.
+
+    Raises:
+        UserError: when its replies show no refusal to remove.
+    """
+    looks = []
+    for mode, asked in prompts.items():
+        looks.append(look(chat, asked, how))
+        chat.reply_prefixes[mode] = looks[-1].prefix
+    # A refusal in one mode is enough to go on: replies in all modes are judged later.
+    seen = next((one for one in looks if one.clear), looks[0])
+    check(seen, how)
+    return seen
+
+
+def open_prompts(chat: ChatModel, prompts: ByMode) -> None:
+    """Set ``chat.reply_prefixes`` of a streamed model, without asking it for replies."""
+    for mode, asked in prompts.items():
+        chat.reply_prefixes[mode] = _opening(chat, asked)
+
+
+def _opening(chat: ChatModel, sets: EncodedSets) -> tuple[int, ...]:
+    """The common opening of the replies of a streamed model, a sweep for each of its tokens."""
+    parts = (sets.validation[name] + sets.train[name] for name in (sets.refused, "harmless"))
+    asked = [tokens for part in parts for tokens in part[:DOZEN].tokens]
+    found: tuple[int, ...] = ()
+    while len(found) < OPENING_TOKENS:
+        rows = first_reply_token(chat, [[*one, *found] for one in asked], label="reply openings")
+        said = {int(token) for token in numbers(rows.argmax(axis=-1))}
+        if said & set(chat.tokenizer.eos_token_ids):
+            return ()
+        if len(said) > 1:
+            break
+        found += tuple(said)
+    return found
 
 
 def check(found: FirstLook, how: Measuring) -> None:

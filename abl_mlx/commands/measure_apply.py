@@ -16,6 +16,7 @@ from abl_mlx.commands import (
     part_ranking,
     prompt_choice,
     refusal_cliff,
+    streaming,
 )
 from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings
@@ -23,7 +24,7 @@ from abl_mlx.commands.same_everywhere import check_same
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs.sets import PromptSets, prompt_hashes
-from abl_mlx.models import capture, given_template, memory
+from abl_mlx.models import capture, given_template
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.input_squares import InputSquares, recorded
 from abl_mlx.models.writers import Writer
@@ -114,10 +115,10 @@ def measure(
         source = model.source
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
         condition_choice.check(options.condition, sets, options.prompting)
-        memory.check(model.source.title, model.size, asked=options.memory_check)
+        options = streaming.chosen(model, options)
         check_same(clock, sets, model)
         with clock.step("load the model"):
-            chat = model.load()
+            chat = model.load(streamed=options.stream)
         with clock.step("find the residual writers"):
             capture.check_stream(chat)
             writers = model.find_writers(chat)

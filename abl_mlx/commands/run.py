@@ -18,7 +18,7 @@ from abl_mlx.behaviour import evaluate, exact_kl, kept_refusals, settling
 from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
 from abl_mlx.behaviour.scorers import scorer
 from abl_mlx.choices import RunOptions
-from abl_mlx.commands import constant_choice, edit_choice, prompt_choice, side_figures
+from abl_mlx.commands import constant_choice, edit_choice, prompt_choice, side_figures, streaming
 from abl_mlx.commands.edit_choice import edit_of, make_edit
 from abl_mlx.commands.find import find_behind_openings, find_reply_prefix
 from abl_mlx.commands.forecast import forecast
@@ -29,7 +29,7 @@ from abl_mlx.edits import exactness
 from abl_mlx.edits.edit import orthonormal
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sets import PromptSets
-from abl_mlx.models import capture, given_template, memory
+from abl_mlx.models import capture, given_template
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.readers import with_readers
 from abl_mlx.outputs import apps, destinations, induced, staging
@@ -182,7 +182,7 @@ def run(text: str, paths: Sequence[Path], options: RunOptions) -> RunRecord:
             )
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
         side_figures.check(sets, options.recognition)
-        memory.check(model.source.title, model.size, asked=options.memory_check)
+        options = streaming.chosen(model, options)
         # Report too few borderline prompts before anything is loaded.
         prompt_choice.borderline_part(sets, options.prompting, finding, "test")
         target.check(paths, editing, writing)
@@ -212,7 +212,7 @@ def run_induced(text: str, paths: Sequence[Path], options: RunOptions) -> RunRec
         destinations.check_reports(paths, options.replying)
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
         side_figures.check(sets, options.recognition)
-        memory.check(model.source.title, model.size, asked=options.memory_check)
+        options = streaming.chosen(model, options, whole="--induce")
         job = Job(model, None, paths, sets, options, Clock(), scorers)
         record = _six_steps(job, _look_for_constant)
         destinations.hand_over(places, model, options.writing)
@@ -251,7 +251,7 @@ def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> RunRecord
 def _load(job: Job) -> LoadedModel:
     """Load the model on which the direction is measured, and find its residual writers."""
     with job.clock.step("load the model"):
-        chat = job.model.load()
+        chat = job.model.load(streamed=job.options.stream)
     if job.base is not None:
         with job.clock.step("compare the two models"):
             job.base.check_same(chat, job.options.writing.tensors)
@@ -278,7 +278,7 @@ def _look(job: Job, loaded: LoadedModel) -> Found:
         del chat
         loaded.let_go()
         with job.clock.step("load the GGUF"):
-            chat = job.base.load()
+            chat = job.base.load(streamed=options.stream)
         chat.reply_prefixes = prefixes
         loaded.hold(chat, [])
     edit = edit_of(direction, options.editing)
@@ -339,7 +339,7 @@ def _ask_before(job: Job, loaded: LoadedModel, found: Found, stack: ExitStack) -
             before, settled, scored = _asked_before(job, evaluate.InMlx(chat, batch_size))
     prefixes = chat.reply_prefixes
     del chat
-    if not found.plan.needs_model:
+    if job.options.stream or not found.plan.needs_model:
         loaded.let_go()
     if in_llamacpp is not None:
         with job.clock.step("evaluate before"):
@@ -406,7 +406,7 @@ def _judge_one(job: Job, found: Found, before: Before, one: Written) -> Judged:
     batch_size = job.options.replying.batch_size
     in_llamacpp = _in_llamacpp(job, one.llamacpp)
     left: float | None = None
-    with one.opened() as chat:
+    with one.opened(job.options.stream) as chat:
         chat.write_with(job.model.given)
         chat.reply_prefixes = before.prefixes
         if found.edit is not None and one.limit is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from abl_mlx.behaviour import separation
 from abl_mlx.directions import estimators, methods
 from abl_mlx.directions.methods import Method
-from abl_mlx.models import capture
+from abl_mlx.models import capture, sweeps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.support.arrays import numbers, numpy_of
 from convert.base.errors import UserError
@@ -228,8 +228,11 @@ def measure(
             for one, label in ((harmful, "harmful prompts"), (harmless, "harmless prompts"))
         )
     else:
-        bad = capture.mean(chat, harmful, positions, label="harmful prompts")
-        good = capture.mean(chat, harmless, positions, label="harmless prompts")
+        bad, good = sweeps.together(
+            chat.model,
+            lambda: capture.mean(chat, harmful, positions, label="harmful prompts"),
+            lambda: capture.mean(chat, harmless, positions, label="harmless prompts"),
+        )
         first, second = numpy_of(bad), numpy_of(good)
     candidates = _checked(Candidates(bad, good, tuple(positions), method))
     if method == METHOD:
@@ -302,10 +305,8 @@ def _from_states(
     rank: int,
 ) -> Candidates:
     facts: dict[str, list[float]] = {}
-    with (
-        capture.stored(chat, harmful, positions, label="harmful prompts") as bad,
-        capture.stored(chat, harmless, positions, label="harmless prompts") as good,
-    ):
+    sets = {"harmful prompts": harmful, "harmless prompts": harmless}
+    with capture.stored_each(chat, sets, positions) as (bad, good):
         means = [float32(states.mean(axis=2, dtype=np.float64)) for states in (bad, good)]
         candidates = _checked(Candidates(means[0], means[1], tuple(positions), how.name))
         found = np.empty((*bad.shape[:2], rank, chat.width), np.float32)

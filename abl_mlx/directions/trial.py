@@ -16,6 +16,7 @@ from abl_mlx.directions.slopes import Slopes
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Intervention, ablation, steering
 from abl_mlx.edits.weight_edit import WeightEdit
+from abl_mlx.models import sweeps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence, known
 from abl_mlx.models.logits import first_reply_token
@@ -144,6 +145,7 @@ class Trial:
         self.tokens = self.backward = 0
         self._gentlest = NOTHING_RUN
         first, self._base = before or (self._first(harmful), self._first(harmless))
+        mx.eval(first, self._base)
         self.refusal_tokens = refusal_tokens(first, self._base)
         answers = 1.0
         if not self.refusal_tokens and told is not None:
@@ -228,7 +230,9 @@ class Trial:
         harmful: int | None = None,
         harmless: int | None = None,
     ) -> list[Effect]:
-        """The effects of several edits, as of `of_edit`; ranks share out the edits.
+        """The effects of several edits, as of `of_edit`.
+
+        Ranks share out the edits; a streamed model runs with all of them in one sweep.
 
         Args:
             edits: the edits.
@@ -236,6 +240,10 @@ class Trial:
             harmful, harmless: as for `of_edit`.
         """
         pairs = list(zip(edits, effects, strict=True))
+        if sweeps.of(self._chat.model) is not None:
+            model = self._chat.model
+            tried = sweeps.each(model, lambda one: self.of_edit(*one, harmful, harmless), pairs)
+            return list(tried)
         if len(pairs) < ranks.size():  # then they share out the prompts
             return [self.of_edit(*one, harmful, harmless) for one in pairs]
 

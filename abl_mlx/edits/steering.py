@@ -49,6 +49,8 @@ def ablation(
     if edit.norm != "none":
         raise UserError(f"--norm {edit.norm} can be applied to weights only, not at runtime.")
     chosen = edit.chosen(writers)
+    if isinstance(edit, Edit):
+        mx.eval(edit.directions, edit.pin)  # a pass may run in another thread than this one
     if isinstance(edit, Update):
         with around([(writer.module, _added(edit, writer)) for writer in chosen]):
             yield
@@ -82,6 +84,7 @@ def _wrapped(
 ) -> Around:
     """A call of a writer whose output is projected, or of a reader whose input is."""
     basis = edit.basis(writer)
+    mx.eval(basis)
     scaled = (strengths or {}).get(writer.component)
     if isinstance(edit, Edit) and edit.by_parts:
         some = _some_experts if writer.kind == "experts" else _some_heads
@@ -176,6 +179,9 @@ class Intervention:
     value: float | mx.array = 0.0
     layers: frozenset[int] | None = None
     positions: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        mx.eval(self.directions, self.value)  # a pass may run in another thread than this one
 
     @cached_property
     def _basis(self) -> mx.array:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.models import heads, input_squares
+from abl_mlx.models import heads, input_squares, sweeps
+from abl_mlx.models.batches import Batch
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import around
+from abl_mlx.models.plain import runs_again
 from abl_mlx.models.residuals import residual
 from abl_mlx.models.shortcuts import trusted
 from abl_mlx.support import ranks
@@ -36,6 +39,11 @@ def check_stream(chat: ChatModel) -> None:
         chat.model(mx.array([[1, 1]], mx.int32))
 
 
+#: ``take(indices, layer, states)`` is given the states of the prompts ``indices`` of a batch after
+#: a layer, (B, P, d) float32.
+Take = Callable[[list[int], int, mx.array], None]
+
+
 class Recorder:
     """Collects the residual stream after every layer while the model runs.
 
@@ -43,8 +51,14 @@ class Recorder:
     returns the states there. Before `keep` only the shapes of the layers' outputs are checked.
     """
 
-    def __init__(self, chat: ChatModel):
-        self._chat = chat
+    def __init__(self, chat: ChatModel, given: Callable[[int, mx.array], None] | None = None):
+        """
+        Args:
+            chat: the model.
+            given: called after every layer with its number and the states, (B, P, d) float32,
+                which are then not kept.
+        """
+        self._chat, self._given = chat, given
         self._states: list[mx.array | None] = [None] * len(chat.layers)
         self._places: tuple[mx.array, mx.array] | None = None
         self._around: Any = None
@@ -64,9 +78,13 @@ class Recorder:
             output = call(*args, **kwargs)
             states = residual(output, index, self._chat.width)
             if self._places is not None:
-                self._states[index] = states[self._places].astype(mx.float32)
+                kept = states[self._places].astype(mx.float32)
                 # Computed now, so that the layer's whole output need not stay in memory.
-                mx.async_eval(self._states[index])
+                mx.async_eval(kept)
+                if self._given is None:
+                    self._states[index] = kept
+                else:
+                    self._given(index, kept)
             return output
 
         return wrapper
@@ -117,13 +135,14 @@ def iterate(
     """Yield (indices, states) batch by batch; states are (B, L, P, d) float32, evaluated.
 
     ``states[b, l, p]`` is the residual stream of prompt ``indices[b]`` after layer l (before the
-    final norm) at ``offsets[p]`` tokens from the prompt's end.
+    final norm) at ``offsets[p]`` tokens from the prompt's end. With a streamed model all are
+    yielded at the end of a sweep; `visit` gives them layer by layer.
 
     Raises:
         UserError: when an offset lies outside the shortest prompt, or a layer does not return a
             residual stream.
     """
-    running = _own(chat, sequences, offsets, label)
+    running = _own(chat, sequences, offsets, None, label)
     if ranks.size() == 1:
         yield from running
         return
@@ -137,10 +156,42 @@ def iterate(
         yield [index for one in every for index in one], mx.array(np.concatenate(found))
 
 
+def visit(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[int],
+    take: Take,
+    *,
+    label: str = "capture",
+) -> None:
+    """Run prompts, and give their states to ``take``, layer by layer in each batch.
+
+    Raises:
+        UserError: as `iterate` does, and when there are no prompts.
+    """
+    if not sequences:
+        raise UserError("there are no prompts to run.")
+    if ranks.size() > 1:
+        for indices, states in iterate(chat, sequences, offsets, label=label):
+            _give(take, indices, states)
+        return
+    for _ in _own(chat, sequences, offsets, take, label):
+        pass
+
+
+def _give(take: Take, indices: list[int], states: mx.array) -> None:
+    """Give the states of a batch, (B, L, P, d), to ``take``, layer by layer."""
+    for layer in range(states.shape[1]):
+        take(indices, layer, states[:, layer])
+
+
 def _own(
-    chat: ChatModel, sequences: Sequence[Sequence[int]], offsets: Sequence[int], label: str
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    offsets: Sequence[int],
+    take: Take | None,
+    label: str,
 ) -> Iterator[tuple[list[int], mx.array]]:
-    """The result of `iterate` for the prompts that this rank runs (`ranks.shares`)."""
     check_offsets(sequences, offsets)
     how, unseen = trusted(chat, sequences), heads.unseen(chat.model)
     mine = ranks.shares([len(one) for one in sequences])[ranks.rank()]
@@ -149,16 +200,29 @@ def _own(
     if squares is not None and squares.are_new(sequences):
         how = squares.shortcuts(how)
         inputs = squares.recording(lambda: sum(len(sequences[index]) for index in mine))
-    with Recorder(chat) as recorder, unseen, inputs, progress(len(mine), label) as bar:
-        prefix = how.shared(chat, sequences, -min(offsets))
+    with unseen, inputs, progress(len(mine), label) as bar:
+        with Recorder(chat):  # checks the form of the stream
+            prefix = how.shared(chat, sequences, -min(offsets))
+
+        # A layer that runs again in the same pass gives its states at the end.
+        early = take is not None and sweeps.of(chat.model) is not None and not runs_again(chat)
+
+        def run(batch: Batch) -> tuple[list[int], mx.array]:
+            indices = [mine[index] for index in batch.indices]
+            given = partial(take, indices) if take is not None and early else None
+            with Recorder(chat, given) as recorder:
+                recorder.keep(batch.lengths, offsets)
+                prefix(batch.tokens)
+                states = mx.zeros(0) if given else recorder.take()
+                mx.eval(states)
+            if take is not None and not early:
+                _give(take, indices, states)
+                states = mx.zeros(0)
+            bar.update(len(indices))
+            return indices, states
+
         rest = prefix.rest(sequences)
-        for batch in how.batches([rest[index] for index in mine]):
-            recorder.keep(batch.lengths, offsets)
-            prefix(batch.tokens)
-            states = recorder.take()
-            mx.eval(states)
-            bar.update(len(batch.indices))
-            yield [mine[index] for index in batch.indices], states
+        yield from sweeps.each(chat.model, run, how.batches([rest[index] for index in mine]))
 
 
 def mean(
@@ -171,12 +235,15 @@ def mean(
     """Mean state over the prompts: (L, P, d) float32. Memory holds one batch and one sum."""
     if not sequences:
         raise UserError("there are no prompts to run.")
-    total = mx.zeros((len(chat.layers), len(offsets), chat.width))
-    for _, states in _own(chat, sequences, offsets, label):
-        total = total + states.sum(axis=0)
-        mx.eval(total)
+    total = np.zeros((len(chat.layers), len(offsets), chat.width), np.float32)
+
+    def take(indices: list[int], layer: int, states: mx.array) -> None:
+        total[layer] += numpy_of(states.sum(axis=0))
+
+    for _ in _own(chat, sequences, offsets, take, label):
+        pass
     # Added up in the order of the ranks, so that every rank has the same sum, bit for bit.
-    sums = ranks.arrays(f"{label}: sums", numpy_of(total))
+    sums = ranks.arrays(f"{label}: sums", total)
     return mx.array(sum(sums[1:], sums[0])) / len(sequences)
 
 
@@ -209,8 +276,12 @@ def after_layer(
 ) -> np.ndarray:
     """Every prompt's states after one layer, in the order given: (N, P, d) float32."""
     found = np.empty((len(sequences), len(offsets), chat.width), np.float32)
-    for indices, states in iterate(chat, sequences, offsets, label=label):
-        found[indices] = numpy_of(states[:, layer])
+
+    def take(indices: list[int], index: int, states: mx.array) -> None:
+        if index == layer:
+            found[indices] = numpy_of(states)
+
+    visit(chat, sequences, offsets, take, label=label)
     return found
 
 
@@ -231,10 +302,29 @@ def stored(
     Raises:
         UserError: when the disk has too little space, or there are no prompts.
     """
-    if not sequences:
+    with stored_each(chat, {label: sequences}, offsets) as (kept,):
+        yield kept
+
+
+@contextmanager
+def stored_each(
+    chat: ChatModel, sets: Mapping[str, Sequence[Sequence[int]]], offsets: Sequence[int]
+) -> Iterator[Sequence[np.ndarray]]:
+    """Context manager with the states of several sets of prompts, each as of `stored`.
+
+    Args:
+        chat: the model.
+        sets: label -> encoded prompts.
+        offsets: as of `iterate`.
+
+    Raises:
+        UserError: as `stored` does.
+    """
+    if not all(sets.values()):
         raise UserError("there are no prompts to run.")
-    shape = len(chat.layers), len(offsets), len(sequences), chat.width
-    needed, folder = 4 * int(np.prod(shape, dtype=np.int64)), tempfile.gettempdir()
+    shapes = [(len(chat.layers), len(offsets), len(one), chat.width) for one in sets.values()]
+    needed = 4 * sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes)
+    folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -243,8 +333,21 @@ def stored(
             "prompts (--limit), or choose --method difference-of-means, which keeps none."
         )
     with scratch.scratch() as temporary:
-        kept = scratch.array(temporary / "states.f32", shape)
-        for indices, states in iterate(chat, sequences, offsets, label=label):
-            kept[:, :, indices] = numpy_of(states).transpose(1, 2, 0, 3)
-        yield kept
-        del kept
+        every = [
+            scratch.array(temporary / f"states{index}.f32", shape)
+            for index, shape in enumerate(shapes)
+        ]
+
+        def run(one: tuple[np.ndarray, str]) -> None:
+            kept, label = one
+            visit(chat, sets[label], offsets, partial(_keep, kept), label=label)
+
+        for _ in sweeps.each(chat.model, run, list(zip(every, sets, strict=True))):
+            pass
+        yield every
+        every.clear()
+
+
+def _keep(kept: np.ndarray, indices: list[int], layer: int, states: mx.array) -> None:
+    """Write the states of a batch after a layer, (B, P, d), to their place in (L, P, N, d)."""
+    kept[layer][:, indices] = numpy_of(states).swapaxes(0, 1)

@@ -13,9 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from abl_mlx.inputs.sets import Prompt, prompt_of
-from abl_mlx.models import context_length, prompt_tokens, thoughts, tokenizer_config
+from abl_mlx.models import context_length, prompt_tokens, sweeps, thoughts, tokenizer_config
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.native_output import unheard
+from abl_mlx.models.stages import OncePerFile, Stages
 from abl_mlx.support.arrays import parameters
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
@@ -175,7 +176,12 @@ def computes_on_cpu() -> bool:
 
 
 def load(
-    folder: Path, *, check: bool = True, adapter: Path | None = None, encodes: bool = True
+    folder: Path,
+    *,
+    check: bool = True,
+    adapter: Path | None = None,
+    encodes: bool = True,
+    streamed: bool = False,
 ) -> ChatModel:
     """Load an MLX or Hugging Face folder.
 
@@ -187,12 +193,44 @@ def load(
         check: look at every weight for NaN and infinity, one tensor at a time.
         adapter: an adapter folder, applied as `mlx_lm.generate --adapter-path` does.
         encodes: whether the tokenizer is loaded; editing weights needs none.
+        streamed: whether matrices stay in the files, and are read (and looked at) layer by layer
+            when the model runs.
 
     Raises:
         UserError: when config or weights are missing, mlx-lm does not know the architecture,
             tensors do not fit it, there is no tokenizer, or weights are not finite.
     """
-    model, config = _load_model(folder, read_config(folder))
+    model, config = _made(folder, adapter, check and not streamed, lazy=streamed)
+    if computes_on_cpu():
+        on_cpu.install()
+    if streamed:
+        stages = Stages(
+            model,
+            model.layers,
+            OncePerFile(
+                lambda: dict(parameters(_made(folder, adapter, False, lazy=True)[0])),
+                (lambda path, value: _check_value(path, value, folder)) if check else None,
+            ),
+        )
+        for path, value in stages.staying():
+            _check_value(path, value, folder)
+        sweeps.stream(model, stages)
+    chat = ChatModel(folder, model, None, config)
+    if encodes:
+        add_tokenizer(chat)
+    return chat
+
+
+def _made(
+    folder: Path, adapter: Path | None, check: bool, *, lazy: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model as it computes on this machine, and its config.
+
+    Args:
+        folder, adapter, check: as of `load`.
+        lazy: whether to leave its weights unevaluated.
+    """
+    model, config = _load_model(folder, read_config(folder), lazy=lazy)
     if check:
         check_finite(model, folder)
     if adapter is not None:
@@ -203,12 +241,8 @@ def load(
     if computes_on_cpu():
         if sum(value.size for _, value in parameters(model)) <= _WIDENED:
             model.set_dtype(mx.float32)
-        packed.hold(model)
-        on_cpu.install()
-    chat = ChatModel(folder, model, None, config)
-    if encodes:
-        add_tokenizer(chat)
-    return chat
+        packed.hold(model, lazy=lazy)
+    return model, config
 
 
 def load_lazily(folder: Path) -> ChatModel:
@@ -342,8 +376,12 @@ def check_finite(model: nn.Module, folder: Path) -> None:
         UserError: naming a parameter that is not.
     """
     for name, value in parameters(model):
-        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
-            raise UserError(
-                f"{folder}: the weight {name} holds NaN or infinity: the file is damaged, fetch "
-                "it again."
-            )
+        _check_value(name, value, folder)
+
+
+def _check_value(name: str, value: mx.array, folder: Path) -> None:
+    if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+        raise UserError(
+            f"{folder}: the weight {name} holds NaN or infinity: the file is damaged, fetch it "
+            "again."
+        )

@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from abl_mlx.models import readers
+from abl_mlx.models import readers, sweeps
 from abl_mlx.models.chat_model import ChatModel, load_tokenizer
+from abl_mlx.models.stages import Stages, absent
 from abl_mlx.models.writers import Writer, with_heads
 from abl_mlx.support.console import progress
 from convert.architectures.gguf_writers import GgufWriter
@@ -25,8 +26,13 @@ from convert.gguf_to_mlx.values import values_of
 from convert.tokenizers.from_gguf import write_tokenizer
 
 
-def load(gguf: GgufSource) -> tuple[ChatModel, Layout]:
+def load(gguf: GgufSource, *, streamed: bool = False) -> tuple[ChatModel, Layout]:
     """The model and tokenizer of an open GGUF, made from this file alone.
+
+    Args:
+        gguf: the open file.
+        streamed: whether matrices stay in the file, which must then stay open, and are read layer
+            by layer when the model runs.
 
     Raises:
         UserError: when MLX cannot run the architecture or the tokenizer, the file has no chat
@@ -34,7 +40,13 @@ def load(gguf: GgufSource) -> tuple[ChatModel, Layout]:
     """
     size = sum(entry.nbytes for entry in gguf.tensors.values())
     with progress(size, "load", "B") as bar:
-        found = load_weights(gguf, progress=bar.update)
+        if streamed:
+            found = load_weights(gguf, widen=False, progress=bar.update, instead=absent)
+            sweeps.stream(
+                found.model, Stages(found.model, list(found.model.layers), found.parts.again)
+            )
+        else:
+            found = load_weights(gguf, progress=bar.update)
     config = dict(found.config)
     wrapper = tokenizer(gguf, config)
     return ChatModel(gguf.parts[0], found.model, wrapper, config), found.layout

@@ -15,7 +15,7 @@ from enum import Enum
 
 import mlx.core as mx
 
-from abl_mlx.models import heads
+from abl_mlx.models import heads, sweeps
 from abl_mlx.models.batch_masks import batch_masks
 from abl_mlx.models.cache_steps import small_steps
 from abl_mlx.models.chat_model import ChatModel
@@ -23,6 +23,10 @@ from abl_mlx.models.plain import Plain, reach, sample
 from abl_mlx.support import ranks
 from abl_mlx.support.arrays import number
 from abl_mlx.support.console import progress, say
+
+#: The number of replies of a streamed model that are generated at the same time: each sweep over
+#: its layers gives all of them one token.
+STREAMED = 128
 
 #: A token, and the log-probabilities (V,) of the distribution from which it was chosen.
 Step = tuple[int, mx.array]
@@ -111,6 +115,8 @@ def _own(
     ends = frozenset(chat.tokenizer.eos_token_ids)
     lengths = [max_tokens] * len(sequences)
     replies: list[list[int]] = [[] for _ in sequences]
+    if sweeps.of(chat.model) is not None:
+        batch_size = max(batch_size, min(len(sequences), STREAMED))  # a sweep gives each a token
     steps = _STEPS[way(chat, sequences, batch_size)]
     with closing(steps(chat, sequences, lengths, batch_size, ends)) as running:
         for index, step in running:

@@ -8,13 +8,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from abl_mlx.models import sweeps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import normalized
 from abl_mlx.models.hooks import around
 from abl_mlx.models.plain import vocabulary
 from abl_mlx.models.prefix import Prefix
 from abl_mlx.models.residuals import replaced, residual
-from abl_mlx.models.shortcuts import LOGITS_PER_BATCH, passes, trusted
+from abl_mlx.models.shortcuts import LOGITS_PER_BATCH, Take, passes, trusted
 from abl_mlx.support import ranks
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import progress
@@ -38,11 +39,38 @@ def log_probabilities(
     Raises:
         UserError: when mlx-lm cannot run the model.
     """
+    return _distributions(chat, sequences, positions, None, label)
+
+
+def visit_probabilities(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    take: Take,
+    *,
+    label: str = "logits",
+) -> None:
+    """Call ``take`` with each result of `log_probabilities`, when its pass has computed it.
+
+    In a sweep of a streamed model only one is then in memory at a time.
+    """
+
+    for _ in _distributions(chat, sequences, positions, take, label):
+        pass
+
+
+def _distributions(
+    chat: ChatModel,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    take: Take | None,
+    label: str,
+) -> Iterator[tuple[int, mx.array]]:
     how = trusted(chat, sequences)
     first = min(min(row) for row in positions)
     prefix = how.shared(chat, sequences, min(map(len, sequences)) - first)
     with progress(len(sequences), label) as bar:
-        for index, rows in passes(chat, sequences, positions, how, prefix):
+        for index, rows in passes(chat, sequences, positions, how, prefix, take):
             yield index, rows
             bar.update()
 
@@ -64,19 +92,23 @@ def behind_last_layer(
     if not (how.cut and how.together):
         return first_reply_token(chat, sequences)
     nothing = Prefix(chat, [], cached=how.cached)
-    width, rows = max(1, LOGITS_PER_BATCH // vocabulary(chat)), []
-    for start in range(0, len(states), width):
+    width = max(1, LOGITS_PER_BATCH // vocabulary(chat))
+
+    def run(start: int) -> mx.array:
         given = mx.array(np.ascontiguousarray(states[start : start + width]))[:, None]
 
-        def put(call: Any, *args: Any, given: mx.array = given, **kwargs: Any) -> Any:
+        def put(call: Any, *args: Any, **kwargs: Any) -> Any:
             output = call(*args, **kwargs)
             taken = given.astype(residual(output, last, chat.width).dtype)
             return replaced(output, taken)
 
         with around([(chat.layers[last], put)]):
-            rows.append(normalized(nothing(mx.zeros((len(given), 1), mx.int32)))[:, 0])
-        mx.eval(rows[-1])
-    return mx.concatenate(rows, axis=0)
+            row = normalized(nothing(mx.zeros((len(given), 1), mx.int32)))[:, 0]
+            mx.eval(row)
+        return row
+
+    starts = range(0, len(states), width)
+    return mx.concatenate(list(sweeps.each(chat.model, run, starts)), axis=0)
 
 
 def first_reply_token(

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from abl_mlx.models import heads
+from abl_mlx.models import heads, sweeps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence, normalized
 from abl_mlx.models.hooks import around
@@ -50,13 +50,26 @@ class Plain:
             UserError: when mlx-lm cannot run the model.
         """
         model, whole = self._chat.model, mx.array([list(tokens)], mx.int32)
+        counts, layers = [0] * len(self._chat.layers), self._chat.layers
+
+        def count(index: int) -> Any:
+            def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
+                counts[index] += 1
+                return call(*args, **kwargs)
+
+            return wrapper
+
         try:
-            with around([(self._chat.layers[-1], self._look)]):
+            with around(
+                [(layers[-1], self._look), *((one, count(n)) for n, one in enumerate(layers))]
+            ):
                 logits = (
                     model(whole, cache=make_prompt_cache(model)) if self.cached else model(whole)
                 )
                 found = normalized(logits[0, -last:])
                 mx.eval(found)
+            vars(self._chat)["_runs_again"] = max(counts) > 1
+            vars(self._chat)["_vocabulary"] = int(found.shape[-1])
         except UserError:
             raise
         except Exception as error:  # mlx-lm's code may raise anything for this model
@@ -65,6 +78,14 @@ class Plain:
                 f"mlx-lm cannot run this {self._chat.model_type} model: {reason}"
             ) from None
         return found
+
+    def prepare(self, prompts: Sequence[Sequence[int]], last: int) -> None:
+        """Run prompts that `agrees` will be asked about, in one sweep of a streamed model."""
+        if sweeps.of(self._chat.model) is not None:
+            found = sweeps.each(self._chat.model, lambda one: self(one, last), prompts)
+            for prompt, rows in zip(prompts, found, strict=True):
+                key = last, *prompt
+                self._found[key] = rows
 
     def _look(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
@@ -90,6 +111,11 @@ class Plain:
             return False
         apart = number(kl_divergence(right, normalized(found)).mean())
         return apart <= _ROUNDING.get(self._dtype, min(_ROUNDING.values()))
+
+
+def runs_again(chat: ChatModel) -> bool:
+    """Whether a pass runs some layer more than once; known after the first plain pass."""
+    return bool(vars(chat).get("_runs_again"))
 
 
 def needs_cache(chat: ChatModel) -> bool:

@@ -21,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from abl_mlx.models import sweeps
 from abl_mlx.models.hooks import around, around_method
 from abl_mlx.support.arrays import parameters
 from convert.base.errors import UserError
@@ -140,6 +141,7 @@ class Probe:
             self.model.update(tree_map(_widen, originals))
             self.model.train(False)
             with ExitStack() as stack:
+                stack.enter_context(sweeps.asleep(self.model))
                 stack.enter_context(around(wrappers))
                 for index, leaf in enumerate(self.leaves):
                     if hasattr(leaf.module, "as_linear"):

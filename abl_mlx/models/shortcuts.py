@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from abl_mlx.models import sweeps
 from abl_mlx.models.batches import TOKENS_PER_BATCH, Batch, batches
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import normalized
@@ -26,6 +27,10 @@ from abl_mlx.models.residuals import replaced, residual
 #: The number of logits that are computed at once: 16 MB of float32, of which several copies are in
 #: memory at a time. Where the last layer's output is not cut, eight times as many.
 LOGITS_PER_BATCH = 2**22
+
+
+#: ``take(index, rows)`` is given the log-probabilities (K, V) float32 for a sequence.
+Take = Callable[[int, mx.array], None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
     none = Shortcuts(False, False, False, False, plain.cached)
     # An influence of padding shows most in short prompts, with few other tokens to attend to.
     long, short, shortest = tokens, [*tokens[:half], *tokens[-2:]], tokens[-2:]
+    plain.prepare([long, short, shortest, tokens[-4:]], 2)
 
     def same(how: Shortcuts, *prompts: list[int]) -> bool:
         begun = Prefix(chat, tokens[:half] if how.prefix else [], cached=how.cached)
@@ -133,6 +139,7 @@ def passes(
     positions: Sequence[Sequence[int]],
     how: Shortcuts,
     prefix: Prefix,
+    take: Take | None = None,
 ) -> Iterator[tuple[int, mx.array]]:
     """Yield (index, log-probabilities (K, V) float32) for each sequence, in no fixed order.
 
@@ -143,21 +150,34 @@ def passes(
             next token is wanted.
         how: the shortcuts to use.
         prefix: the common first tokens of the sequences, already run.
+        take: called with the index and the log-probabilities, when they are computed; then what is
+            yielded is empty.
     """
     widest = max(map(len, positions))
-    for batch in how.batches(prefix.rest(sequences)):
-        start, count = 0, len(batch.indices)
-        while start < count:
+
+    def parts() -> Iterator[tuple[list[int], mx.array]]:
+        """Indices and tokens of as many prompts as logits are computed for at once."""
+        for batch in how.batches(prefix.rest(sequences)):
             rows = _rows(chat, how, widest, batch.tokens.shape[1])
-            chosen = batch.indices[start : start + rows]
-            wanted = [list(positions[index]) for index in chosen]
-            columns = mx.array([row + row[-1:] * (widest - len(row)) for row in wanted])
-            tokens = batch.tokens[start : start + rows]
-            output = _at(chat, how, prefix, tokens, columns - prefix.length)
-            mx.eval(output)
+            for start in range(0, len(batch.indices), rows):
+                some = slice(start, start + rows)
+                yield batch.indices[some], batch.tokens[some]
+
+    def run(part: tuple[list[int], mx.array]) -> tuple[list[int], mx.array]:
+        chosen, tokens = part
+        wanted = [list(positions[index]) for index in chosen]
+        columns = mx.array([row + row[-1:] * (widest - len(row)) for row in wanted])
+        output = _at(chat, how, prefix, tokens, columns - prefix.length)
+        mx.eval(output)
+        if take is not None:
             for row, index in enumerate(chosen):
-                yield index, output[row, : len(wanted[row])]
-            start += rows
+                take(index, output[row, : len(positions[index])])
+            output = mx.zeros((len(chosen), 0))
+        return chosen, output
+
+    for chosen, output in sweeps.each(chat.model, run, parts()):
+        for row, index in enumerate(chosen):
+            yield index, output[row, : len(positions[index])]
 
 
 def _rows(chat: ChatModel, how: Shortcuts, widest: int, length: int) -> int:

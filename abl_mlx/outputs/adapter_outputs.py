@@ -281,9 +281,9 @@ def _left_out_note(names: Sequence[str], tied: bool, leak: float) -> str | None:
 
 
 @contextmanager
-def in_mlx(gguf: GgufSource, lora: Path) -> Iterator[ChatModel]:
+def in_mlx(gguf: GgufSource, lora: Path, streamed: bool) -> Iterator[ChatModel]:
     """A GGUF as a model in MLX, with a GGUF LoRA applied."""
-    chat, layout = from_gguf.load(gguf)
+    chat, layout = from_gguf.load(gguf, streamed=streamed)
     adapter = adapters.read_gguf(lora)
     places, modules = layout.places(), dict(chat.model.named_modules())
     paths = dict.fromkeys(path for name in adapter.changes for path in places[name])

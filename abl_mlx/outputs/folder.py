@@ -18,7 +18,7 @@ from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.steering import Induction
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs.sources import Source
-from abl_mlx.models import chat_model, context_length, memory, prompt_tokens
+from abl_mlx.models import chat_model, context_length, memory, prompt_tokens, sweeps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.input_squares import Matrices
@@ -198,8 +198,8 @@ class FolderFile(ExitStack):
 
     # --- running it ----------------------------------------------------------------------------
 
-    def load(self) -> ChatModel:
-        chat = chat_model.load(self.source.path)
+    def load(self, *, streamed: bool = False) -> ChatModel:
+        chat = chat_model.load(self.source.path, streamed=streamed)
         chat.write_with(self.given)
         chat.template  # noqa: B018 - raises here if there is none
         return chat
@@ -243,6 +243,10 @@ class FolderFile(ExitStack):
         assert loaded is not None  # `outline` gives it
         if edit.norm == "rows":
             say(ROWS_WARNING)
+        streamed = sweeps.of(loaded.chat.model) is not None
+        if streamed:
+            # Matrices of a streamed model are not there; these are read when they are edited.
+            loaded = LoadedModel(self.lazily, find_writers(self.lazily))
         loaded.hold(loaded.chat, with_edited(loaded.chat, loaded.writers, edit.places))
         tensors = None
         if any(staging.format_of(path) != staging.ADAPTER for path in paths):
@@ -251,7 +255,7 @@ class FolderFile(ExitStack):
                 writer_bits=writing.writer_bits, mtp=writing.mtp,
             )  # fmt: skip
         return FolderEdit(
-            self.source, self.files, loaded, edit, direction, editing, writing, tensors
+            self.source, self.files, loaded, edit, direction, editing, writing, tensors, streamed
         )
 
     def check_constant(self, paths: Sequence[Path], loaded: LoadedModel, writing: Writing) -> None:

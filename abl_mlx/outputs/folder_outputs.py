@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ class FolderEdit:
         editing: the chosen options of the edit, for the written model's label.
         writing: the options of writing.
         plan: the edit of each tensor of the files; None if only adapters are written.
+        streamed: whether the model is measured and judged layer by layer.
     """
 
     source: Source
@@ -139,6 +141,7 @@ class FolderEdit:
     editing: Editing
     writing: Writing
     plan: Plan | None
+    streamed: bool
     outlines: list[Writer] = field(init=False)
 
     needs_model = True
@@ -211,7 +214,9 @@ class FolderEdit:
         return Written(
             output,
             self._facts(output, leak, types, note),
-            lambda: nullcontext(chat_model.load(folder, check=False, adapter=output.staged)),
+            lambda streamed: nullcontext(
+                chat_model.load(folder, check=False, adapter=output.staged, streamed=streamed)
+            ),
             limit=None if keeps else limit,
             writers_in=lambda chat: exactness.moved(outlines, chat),
         )
@@ -259,7 +264,9 @@ class FolderEdit:
         return Written(
             output,
             self._facts(output, leak, sorted(types), notes.not_copied(left_out), left_out),
-            lambda: nullcontext(chat_model.load(output.staged, check=False)),
+            lambda streamed: nullcontext(
+                chat_model.load(output.staged, check=False, streamed=streamed)
+            ),
             limit=exactness.limit_for(types),
         )
 
@@ -286,13 +293,14 @@ class FolderEdit:
         )
 
         @contextmanager
-        def in_loaded_model() -> Iterator[ChatModel]:
+        def in_loaded_model(streamed: bool) -> Iterator[ChatModel]:
             assert self.plan is not None  # as long as the model is there
             self.plan.load_into_model(read_back)
             yield self.loaded.chat
 
-        # Parameters of a quantized model are packed; then the file itself is loaded.
-        floats = not self.plan.matrices
+        # Parameters of a quantized model are packed, and those of a streamed one are not there;
+        # then the file itself is loaded.
+        floats = not self.plan.matrices and not self.streamed
         return Written(
             output,
             replace(
@@ -300,7 +308,7 @@ class FolderEdit:
                 output=str(output.path.with_name(files[0].name)),
                 files=[file.name for file in files] if len(files) > 1 else None,
             ),
-            in_loaded_model if floats else lambda: opened(files[0]),
+            in_loaded_model if floats else partial(opened, files[0]),
             on_loaded=floats,
             llamacpp=evaluate.InLlamaCpp(files[0]),
             notes=(_NOT_ASKED, _READ_BACK) if floats else (IN_MLX, OF_THE_FILE),

@@ -202,10 +202,10 @@ class GgufFile(ExitStack):
 
     # --- running it ----------------------------------------------------------------------------
 
-    def load(self) -> ChatModel:
+    def load(self, *, streamed: bool = False) -> ChatModel:
         self.check_template()
         # The layout is dropped, because it would keep the model in memory while this file is open.
-        chat = from_gguf.load(self.gguf)[0]
+        chat = from_gguf.load(self.gguf, streamed=streamed)[0]
         chat.write_with(self.given)
         return chat
 

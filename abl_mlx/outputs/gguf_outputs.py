@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ class GgufEdit:
         return Written(
             output,
             facts,
-            lambda: adapter_outputs.in_mlx(gguf, place),
+            partial(adapter_outputs.in_mlx, gguf, place),
             llamacpp=evaluate.InLlamaCpp(gguf.parts[0], place),
             notes=(IN_MLX, OF_THE_FILE),
             limit=None if biased else self._limit(types),
@@ -200,7 +201,7 @@ class GgufEdit:
         return Written(
             output,
             facts,
-            lambda: opened(files[0]),
+            partial(opened, files[0]),
             llamacpp=evaluate.InLlamaCpp(files[0]),
             notes=(IN_MLX, OF_THE_FILE),
             limit=self._limit(types),
@@ -252,7 +253,9 @@ class GgufEdit:
         return Written(
             output,
             facts,
-            lambda: nullcontext(chat_model.load(output.staged, check=False)),
+            lambda streamed: nullcontext(
+                chat_model.load(output.staged, check=False, streamed=streamed)
+            ),
             limit=self._limit(types),
         )
 
@@ -293,10 +296,10 @@ class GgufEdit:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[ChatModel]:
+def opened(path: Path, streamed: bool) -> Iterator[ChatModel]:
     """Context manager with a written GGUF as a model in MLX."""
     with GgufSource(path) as edited:
-        yield from_gguf.load(edited)[0]
+        yield from_gguf.load(edited, streamed=streamed)[0]
 
 
 def compare_all(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ class ConstantEdit:
         control_vector.write(output.staged, vector)
 
         @contextmanager
-        def opened() -> Iterator[ChatModel]:
+        def opened(streamed: bool) -> Iterator[ChatModel]:
             [(layer, values)] = control_vector.read(output.staged).layers.items()
             chat = self.loaded.chat
             with steering(chat, Induction(mx.array(values), layer, {}).intervention):
@@ -296,7 +297,7 @@ class ConstantEdit:
         return Written(
             output,
             _facts(output, note),
-            lambda: gguf_outputs.opened(output.staged),
+            partial(gguf_outputs.opened, output.staged),
             llamacpp=evaluate.InLlamaCpp(output.staged),
         )
 
@@ -319,7 +320,9 @@ class FolderConstant(ConstantEdit):
         return Written(
             output,
             _facts(output),
-            lambda: nullcontext(chat_model.load(output.staged, check=False)),
+            lambda streamed: nullcontext(
+                chat_model.load(output.staged, check=False, streamed=streamed)
+            ),
         )
 
     def _write_gguf(self, output: Output) -> Written:

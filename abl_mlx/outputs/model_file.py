@@ -163,8 +163,12 @@ class ModelFile(Protocol):
 
     # --- running it ---
 
-    def load(self) -> ChatModel:
+    def load(self, *, streamed: bool = False) -> ChatModel:
         """Load the whole model in MLX.
+
+        Args:
+            streamed: leave the matrices in the files, which must stay open, and read them layer by
+                layer whenever the model runs.
 
         Raises:
             UserError: when MLX cannot run the architecture, files are damaged, or there is no chat

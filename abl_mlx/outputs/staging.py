@@ -73,7 +73,8 @@ class Written:
     Attributes:
         output: which.
         facts: what a record says of it.
-        opened: gives the output as a model in MLX, read back from the bytes written.
+        opened: gives the output as a model in MLX, read back from the bytes written; its argument
+            says whether the model is streamed.
         on_loaded: whether `opened` uses the model that was loaded for the run.
         llamacpp: the output in llama.cpp; None if llama.cpp does not run it.
         notes: notes on its figures if MLX gave the replies, and if llama.cpp did.
@@ -84,7 +85,7 @@ class Written:
 
     output: Output
     facts: WrittenEdit
-    opened: Callable[[], AbstractContextManager[ChatModel]]
+    opened: Callable[[bool], AbstractContextManager[ChatModel]]
     on_loaded: bool = False
     llamacpp: InLlamaCpp | None = None
     notes: tuple[str | None, str | None] = (None, None)

@@ -62,6 +62,11 @@ def evaluate(*values: Any) -> None:
 def let_go() -> None:
     """Return the memory of deleted models to the operating system."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Return the memory of freed arrays to the operating system."""
     mx.clear_cache()
     if sys.platform == "linux":
         # glibc keeps freed small pieces unless it is told to return them.

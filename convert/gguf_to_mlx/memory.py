@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +33,13 @@ class Loaded:
         model: mlx-lm's model, with evaluated weights.
         config: what config.json would hold.
         layout: which parameter is made from which tensors.
+        parts: makes parameters of the model again, as long as the GGUF is open.
     """
 
     model: nn.Module
     config: dict[str, Any]
     layout: Layout
+    parts: Parts
 
 
 def load(
@@ -46,6 +48,7 @@ def load(
     widen: bool | None = None,
     native: bool | None = None,
     progress: Progress | None = None,
+    instead: Callable[[mx.array], mx.array] | None = None,
 ) -> Loaded:
     """The model of a GGUF, computing in float32.
 
@@ -56,6 +59,8 @@ def load(
         native: use MLX's own quantized modules where there are any. The default is to do so on a
             GPU.
         progress: called with the number of bytes of the GGUF that were loaded.
+        instead: gives what the model gets in the place of a matrix, which is dropped when it was
+            loaded and checked; for a model whose layers are in memory one at a time.
 
     Raises:
         UserError: as `layout` does, and when values are damaged or not finite.
@@ -68,25 +73,20 @@ def load(
         size = sum(entry.nbytes for entry in source.tensors.values())
         weights = sum(int(np.prod(entry.shape)) for entry in source.tensors.values())
         widen = on_cpu and 4 * weights <= size + _AFFORDABLE
+    parts = Parts(source, found, widen, native)
     replaced: dict[str, nn.Module] = {}
     values: list[tuple[str, mx.array]] = []
     for path, weight in found.weights.items():
-        module_path, _, name = path.rpartition(".")
-        module = found.modules.get(module_path)
-        kind = type_of(source, weight)
-        new = None
-        if name == "weight" and module is not None and kind is not None and not widen:
-            new = _module(source, found, weight, kind, module, native)
+        new, named = parts.of(path)
+        if instead is not None:
+            for name, value in named:
+                _check_finite(name, value, source)
+            named = [(name, instead(one) if one.ndim > 1 else one) for name, one in named]
         if new is not None:
-            replaced[module_path] = new
-            # A bias is listed as a weight of its own, so it is left out here.
-            values += [(f"{module_path}.{key}", one) for key, one in parameters_of(new)
-                       if key != "bias"]  # fmt: skip
-        else:
-            values.append((path, mx.array(values_of(source, weight))))
-        mx.eval(values[-1][1])
-        for piece in weight.pieces:
-            source.release(piece.tensor)
+            replaced[path.rpartition(".")[0]] = new
+            for name, value in named:
+                new[name.rpartition(".")[2]] = value
+        values += named
         if progress:
             progress(sum(source.tensor(piece.tensor).nbytes for piece in weight.pieces))
     if replaced:
@@ -97,8 +97,50 @@ def load(
         on_cpu_functions.install()
         if widen:
             packed.hold(found.model)
-    _check_finite(found.model, source)
-    return Loaded(found.model, found.config, found)
+    if instead is None:
+        for name, value in parameters_of(found.model):
+            _check_finite(name, value, source)
+    return Loaded(found.model, found.config, found, parts)
+
+
+class Parts:
+    """Makes the parameters of a GGUF's model, one tensor after another."""
+
+    def __init__(self, source: GgufSource, found: Layout, widen: bool, native: bool) -> None:
+        self._source, self._found, self._native = source, found, native
+        self._packs = not widen
+
+    def of(self, path: str) -> tuple[nn.Module | None, list[tuple[str, mx.array]]]:
+        """The evaluated parameters of a weight, with their paths.
+
+        For a packed weight also the module that takes the place of the model's own; its bias, a
+        weight of its own, is left out of the parameters.
+        """
+        source, found = self._source, self._found
+        weight = found.weights[path]
+        module_path, _, name = path.rpartition(".")
+        module = found.modules.get(module_path)
+        kind, new = type_of(source, weight), None
+        if name == "weight" and module is not None and kind is not None and self._packs:
+            new = _module(source, found, weight, kind, module, self._native)
+        if new is None:
+            named = [(path, mx.array(values_of(source, weight)))]
+        else:
+            named = [(f"{module_path}.{key}", one) for key, one in parameters_of(new)
+                     if key != "bias"]  # fmt: skip
+        mx.eval([value for _, value in named])
+        for piece in weight.pieces:
+            source.release(piece.tensor)
+        return new, named
+
+    def again(self, paths: Sequence[str]) -> dict[str, mx.array]:
+        """Parameters of the loaded model, by their paths, read from the file again."""
+        made: dict[str, mx.array] = {}
+        for path in paths:
+            if path not in made:
+                whole = path in self._found.weights
+                made |= self.of(path if whole else f"{path.rpartition('.')[0]}.weight")[1]
+        return {path: made[path] for path in paths}
 
 
 def parameters_of(module: nn.Module) -> list[tuple[str, mx.array]]:
@@ -172,10 +214,9 @@ def _native(
     return quantized
 
 
-def _check_finite(model: nn.Module, source: GgufSource) -> None:
-    for path, value in parameters_of(model):
-        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
-            raise UserError(
-                f"{source.parts[0]}: the values of {path} are not all finite: the file is damaged, "
-                "get it again."
-            )
+def _check_finite(path: str, value: mx.array, source: GgufSource) -> None:
+    if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+        raise UserError(
+            f"{source.parts[0]}: the values of {path} are not all finite: the file is damaged, "
+            "get it again."
+        )

@@ -50,8 +50,27 @@ class _Room(threading.local):
             self._arrays[name] = np.empty(count, np.float32)
         return self._arrays[name][:count].reshape(shape)
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name."""
+        return self._arrays
+
+    @arrays.setter
+    def arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        self._arrays = arrays
+
 
 _room = _Room()
+
+
+def room() -> dict[str, np.ndarray]:
+    """The arrays in which this thread computes products."""
+    return _room.arrays
+
+
+def use_room(arrays: dict[str, np.ndarray]) -> None:
+    """Let this thread compute products in the arrays of another one, which rests meanwhile."""
+    _room.arrays = arrays
 
 
 # --------------------------------------------------------------------------------------------------
@@ -283,11 +302,15 @@ class PackedSwitchLinear(Packed, SwitchLinear):
         return mx.array(product).reshape(*batch, rows, out)
 
 
-def hold(model: nn.Module) -> None:
+def hold(model: nn.Module, *, lazy: bool = False) -> None:
     """Make a loaded model on the CPU multiply its matrices with NumPy's BLAS.
 
     Matrices keep their type, and quantized ones their codes; everything else in the model becomes
     float32, in which the model then computes.
+
+    Args:
+        model: the model.
+        lazy: whether to leave all arrays unevaluated.
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
@@ -300,7 +323,8 @@ def hold(model: nn.Module) -> None:
             matrix = path in found and name == "weight"
             if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
                 module[name] = value if matrix else value.astype(mx.float32)
-                mx.eval(module[name])
+                if not lazy:
+                    mx.eval(module[name])
 
 
 def _held(module: nn.Module) -> nn.Module | None:
