@@ -82,3 +82,31 @@ def serve(model: str, host: str, origins: tuple[str, ...], **chosen: Any) -> Non
     own = {name: chosen.pop(name) for name in ("port", "runtime", "max_tokens", "slots", "context")}
     door = Door(host, frozenset(one.rstrip("/") for one in origins))
     serving.serve(model, SteerOptions.of(**chosen), serving.Serving(door, **own))
+
+
+@cli.command()
+@click.argument("model")
+@revision_flag()
+@click.option(
+    "--port",
+    default=0,
+    type=click.IntRange(0, 65535),
+    help="Listen on this port of 127.0.0.1. Default: a free one.",
+)
+@click.option("--open/--no-open", "opens", default=True, help="Open a browser. Default: yes.")
+@steered_flags
+@condition_flag
+@unconditional_flag
+def studio(model: str, port: int, opens: bool, **chosen: Any) -> None:
+    """Show MODEL and its direction in a browser: talk to it before and after the edit.
+
+    A web app on this machine, whose address with its secret is printed. It sends nothing
+    elsewhere, and writes nothing but what is asked for (docs/studio.md).
+
+    \b
+    abl-mlx studio demo
+    """
+    from abl_mlx.choices import SteerOptions
+    from abl_mlx.studio import launch
+
+    launch.launch(model, SteerOptions.of(**chosen), port=port, opens=opens)

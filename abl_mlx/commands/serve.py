@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def _in_mlx(text: str, options: SteerOptions, serving: Serving, dials: Dials) ->
     evaluate(steered)  # another thread uses it
     conditional = condition_choice.when(steered.direction, steered.conditioning) is not None
     served = in_mlx.Served(
-        steered.chat, dials, lambda strength: turned(steered, strength),
+        steered.chat, dials, steered.turned,
         (lambda tokens: _met(steered, tokens)) if conditional else None,
         lambda strength: _check(steered, strength),
         thinking.template_values(thinking.modes(options.prompting.thinking)[-1]),
@@ -111,17 +111,6 @@ def _in_mlx(text: str, options: SteerOptions, serving: Serving, dials: Dials) ->
         yield server
     finally:
         generator.stop_and_join()
-
-
-def turned(steered: Steered, strength: float) -> AbstractContextManager[None]:
-    """A context manager in which the model runs at a strength.
-
-    Above 0 the direction is removed as from weights. Below 0 the difference of the means is added
-    after its layer, so that the model refuses.
-    """
-    if strength < 0:
-        return condition_choice.added(steered.chat, steered.direction, -strength)
-    return steered.edited(strength)
 
 
 def _check(steered: Steered, strength: float) -> None:

@@ -75,6 +75,23 @@ class Steered:
         with ablation(self.writers, self.edit(strength)):
             yield
 
+    @contextmanager
+    def turned(self, strength: float) -> Iterator[None]:
+        """Context manager in which the model runs at a strength from refusing to answering.
+
+        Above 0 the direction is removed, as from weights. Below 0 the difference of the means is
+        added after its layer, so that the model refuses.
+
+        Raises:
+            UserError: below 0, when the direction file has no means.
+        """
+        if strength < 0:
+            with condition_choice.added(self.chat, self.direction, -strength):
+                yield
+            return
+        with self.edited(strength):
+            yield
+
     def decide(self, tokens: Sequence[int]) -> Decision | None:
         """Whether the edit is made on an encoded prompt; None if it is made on all.
 

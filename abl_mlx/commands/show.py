@@ -17,6 +17,7 @@ from abl_mlx.commands.shown_features import features
 from abl_mlx.edits.edit import orthonormal
 from abl_mlx.models import given_template, heads
 from abl_mlx.models.capture import Recorder
+from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.outputs.record_parts import chosen
 from abl_mlx.records.looks import ShowRecord
 from abl_mlx.reports import sae_tables
@@ -79,13 +80,18 @@ def project(steered: Steered, prompt: str, *, reply: int = 0) -> Projection:
     return Projection(tokens, count, texts, before, after, decision)
 
 
-def _shares(steered: Steered, tokens: list[int]) -> np.ndarray:
-    chat, selected = steered.chat, steered.direction.selected
+def stream(chat: ChatModel, tokens: list[int]) -> mx.array:
+    """The residual stream of tokens as the model runs now, after every layer: (L, T, d)."""
     with Recorder(chat) as recorder, heads.unseen(chat.model):
         recorder.keep(mx.array([len(tokens)]), range(-len(tokens), 0))
         chat.model(mx.array([tokens], mx.int32))
-        states = recorder.take()[0]  # (L, T, d)
+        states = recorder.take()[0]
         mx.eval(states)
+    return states
+
+
+def cosines(states: mx.array, selected: mx.array) -> np.ndarray:
+    """r·h / |h| of a stream (L, T, d) and directions (k, d) or (L, k, d): (L, T) float32."""
     rows = []
     for layer in range(states.shape[0]):
         unit = orthonormal(selected if selected.ndim == 2 else selected[layer])
@@ -94,6 +100,10 @@ def _shares(steered: Steered, tokens: list[int]) -> np.ndarray:
         length = along[:, 0] if unit.shape[0] == 1 else mx.sqrt((along * along).sum(axis=-1))
         rows.append(length / mx.maximum(size, 1e-30))
     return numpy_of(mx.stack(rows))
+
+
+def _shares(steered: Steered, tokens: list[int]) -> np.ndarray:
+    return cosines(stream(steered.chat, tokens), steered.direction.selected)
 
 
 def show(

@@ -88,12 +88,20 @@ class Browser:
 
     def open(self, page: Path, *, width: int = 1000, dark: bool = False) -> list[dict[str, Any]]:
         """Load a file and give the events that came with it."""
+        return self.visit(page.absolute().as_uri(), width=width, dark=dark)
+
+    def visit(self, url: str, *, width: int = 1000, dark: bool = False) -> list[dict[str, Any]]:
+        """Load an address and give the events that came with it."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self("Page.navigate", url=page.absolute().as_uri())
+        self("Page.navigate", url="about:blank")  # also where only what is behind # differs
+        while not any(one.get("method") == "Page.loadEventFired" for one in self.events):
+            self.events.append(self._next())
+        self.events.clear()
+        self("Page.navigate", url=url)
         while not any(one.get("method") == "Page.loadEventFired" for one in self.events):
             self.events.append(self._next())
         self("Runtime.evaluate", expression="new Promise(requestAnimationFrame)", awaitPromise=True)
@@ -105,6 +113,15 @@ class Browser:
         if "exceptionDetails" in found:
             raise RuntimeError(str(found["exceptionDetails"]))
         return found["result"].get("value")
+
+    def wait(self, expression: str, seconds: float = 60) -> Any:
+        """What a JavaScript expression is, once that is true."""
+        until = time.monotonic() + seconds
+        while not (found := self.value(expression)):
+            if time.monotonic() > until:
+                raise TimeoutError(f"{expression} does not become true")
+            time.sleep(0.05)
+        return found
 
     def tap(self, element: str) -> None:
         """Touch the middle of an element, which a JavaScript expression gives."""

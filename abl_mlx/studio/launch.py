@@ -1,0 +1,165 @@
+"""Starts the studio: the web server in a thread of its own, the model in the main thread."""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+import socket
+import threading
+import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+from abl_mlx import __version__
+from abl_mlx.choices import SteerOptions
+from abl_mlx.commands import prompt_choice, session
+from abl_mlx.commands.session import Steered
+from abl_mlx.inputs.sets import PromptSets
+from abl_mlx.outputs.model_file import find_model
+from abl_mlx.serving.door import Door
+from abl_mlx.studio.desk import Desk, Event
+from abl_mlx.support import interrupts
+from abl_mlx.support.console import say
+from convert.base.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a studio listens.
+
+    Attributes:
+        port: its port on 127.0.0.1.
+        token: the secret of its address.
+    """
+
+    port: int
+    token: str
+
+    @property
+    def url(self) -> str:
+        """The address to open. The token is behind the sign #, so no server ever gets it."""
+        return f"http://127.0.0.1:{self.port}/#/talk?token={self.token}"
+
+
+def launch(text: str, options: SteerOptions, *, port: int = 0, opens: bool = True) -> None:
+    """Run the studio until Ctrl-C.
+
+    Args:
+        text: the model, as the user typed it.
+        options: the direction and the edit.
+        port: the port; 0 for a free one.
+        opens: whether to open a browser.
+
+    Raises:
+        UserError: when the model or the direction cannot be loaded, or the port is taken.
+    """
+    desk = Desk()
+    with served(desk, text, options, port) as place:
+        say(f"the studio is at {place.url}; Ctrl-C ends it")
+        if opens:
+            webbrowser.open(place.url)
+        try:
+            desk.run(partial(session.load, text, options))
+        except KeyboardInterrupt:
+            interrupts.forget()
+            say("stopped")
+
+
+@contextmanager
+def served(desk: Desk, text: str, options: SteerOptions, port: int) -> Iterator[Place]:
+    """Context manager in which the pages are served; the work is done where the desk runs.
+
+    Raises:
+        UserError: when the web server is not installed, or the port is taken.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
+        raise UserError("the studio needs a web server: pip install 'abl-mlx[studio]'.")
+    import uvicorn
+
+    from abl_mlx.studio.app import Reports, app
+
+    with _listening(port) as listener:
+        place = Place(listener.getsockname()[1], secrets.token_urlsafe(24))
+        reports = Reports()
+        web = app(
+            desk, lambda: about(desk, text, options), _works(text, options, reports), reports,
+            Door(), place.token,
+        )  # fmt: skip
+        settings = uvicorn.Config(
+            web, log_level="error", access_log=False, server_header=False, lifespan="off",
+            timeout_graceful_shutdown=1,
+        )  # fmt: skip
+        server = uvicorn.Server(settings)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            yield place
+        finally:
+            server.should_exit = True
+            thread.join(5)
+
+
+@contextmanager
+def _listening(port: int) -> Iterator[socket.socket]:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+            listener.listen()  # from here on a browser waits instead of being refused
+        except OSError as error:
+            raise UserError(
+                f"port {port} cannot be used ({error.strerror}): choose another with --port, or "
+                "leave --port out."
+            ) from None
+        yield listener
+
+
+def _works(text: str, options: SteerOptions, reports: Any) -> dict[str, Any]:
+    from abl_mlx.studio import checking, finding, judging, looking, talking, writing
+
+    sets = lru_cache(None)(lambda: _sets(text, options))
+    return {
+        "talk": talking.reply,
+        "look": looking.components,
+        "token": looking.token,
+        "find": finding.found,
+        "examples": partial(_with, judging.examples, sets),
+        "judge": partial(_with, judging.judged, sets),
+        "check": partial(_with, checking.audited, reports.keep),
+        "write": partial(_with, writing.written, options),
+    }
+
+
+def _with(work: Any, more: Any, steered: Steered, body: Any) -> Iterator[Event]:
+    return iter(work(steered, body, more))
+
+
+def _sets(text: str, options: SteerOptions) -> PromptSets:
+    with find_model(text, options.chatting.template) as file:
+        return prompt_choice.load(file, options.prompting, options.finding.borderline)
+
+
+def about(desk: Desk, text: str, options: SteerOptions) -> Event:
+    """What a page is told of the model."""
+    steered = desk.steered
+    told: Event = {"version": __version__, "name": text, "ready": steered is not None}
+    if steered is None:
+        return told
+    direction = steered.direction
+    summary = direction.metadata.get("summary", {})
+    return told | {
+        "name": steered.name,
+        "architecture": steered.chat.model_type,
+        "layers": len(steered.chat.layers),
+        "width": steered.chat.width,
+        "rank": int(direction.selected.shape[-2]),
+        "method": direction.metadata.get("method"),
+        "layer": summary.get("layer"),
+        "position": summary.get("position"),
+        "means": direction.candidates is not None and summary.get("position") is not None,
+        "strength": steered.editing.strength,
+        "direction": None if options.direction is None else str(options.direction),
+    }

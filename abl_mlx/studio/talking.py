@@ -1,0 +1,55 @@
+"""Replies, a piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from abl_mlx.behaviour.refusals import classify
+from abl_mlx.commands.session import Steered
+from abl_mlx.models import heads
+from abl_mlx.studio import asked
+from abl_mlx.studio.desk import Event
+
+
+def reply(steered: Steered, body: Mapping[str, Any]) -> Iterator[Event]:
+    """Yield ``{"text": …}`` for each piece of a reply, and then how it ended.
+
+    Args:
+        body: a request, with the fields of `asked.conversation` and `asked.edited`, ``max_tokens``
+            and ``temperature``.
+    """
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    chosen = asked.edited(steered, body)
+    chat, prompt = steered.chat, asked.conversation(steered, body)
+    tokens = chat.encode_message(prompt)
+    strength, told = chosen.strength, None
+    if strength != 0:
+        decision = steered.decide(tokens)
+        told = None if decision is None else str(decision)
+        if decision is not None and not decision.met:
+            strength = 0.0
+    steps: Any = stream_generate(
+        chat.model, chat.tokenizer, mx.array(tokens),
+        max_tokens=asked.whole(body, "max_tokens", 512, 1, 100_000),
+        sampler=make_sampler(temp=asked.number(body, "temperature", 0, 0, 5)),
+    )  # fmt: skip
+    pieces, last = [], None
+    while True:
+        with heads.last_only(chat.model), chosen.steered.turned(strength):
+            step = next(steps, None)
+        if step is None:
+            break
+        last = step
+        pieces.append(step.text)
+        yield {"text": step.text}
+    yield {
+        "done": "length" if last is None else last.finish_reason,
+        "tokens": len(pieces),
+        "verdict": classify("".join(pieces), prompt.text).value,
+        "condition": told,
+    }

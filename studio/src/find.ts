@@ -1,0 +1,41 @@
+/** Find: what the measurement found, layer by layer. */
+
+import { once, sentence, type About } from "./api";
+import { fill, h, table } from "./dom";
+
+export function find(about: About): HTMLElement {
+  const element = h("div", { class: "find" }, h("p", { role: "status" }, "…"));
+  void draw(element, about);
+  return element;
+}
+
+async function draw(element: HTMLElement, about: About): Promise<void> {
+  try {
+    const found = await once("find", {});
+    const record = found.record as Record<string, any>;
+    const facts: [string, unknown][] = [
+      ["model", about.name], ["architecture", about.architecture], ["layers", about.layers],
+      ["width", about.width], ["method", about.method], ["layer", about.layer],
+      ["position", about.position], ["rank", about.rank],
+    ];
+    fill(
+      element,
+      table("The direction", ["what", "value"], facts.filter(([, value]) => value !== null && value !== undefined)
+        .map(([name, value]) => [name, String(value)])),
+      found.svg ? picture(found.svg, found.charts) : h("p", {}, "This direction file has no figures by layer."),
+      h("details", {}, h("summary", {}, "The record"), h("pre", {}, JSON.stringify(record, null, 1))),
+    );
+  } catch (error) {
+    fill(element, h("p", { class: "error", role: "alert" }, sentence(error)));
+  }
+}
+
+/** An SVG as an image, which runs nothing. */
+function picture(svg: string, names: string[]): HTMLElement {
+  const image = h("img", {
+    src: URL.createObjectURL(new Blob([svg], { type: "image/svg+xml" })),
+    alt: `Charts: ${names.join("; ")}`, class: "charts",
+  });
+  image.addEventListener("load", () => URL.revokeObjectURL(image.src));
+  return h("div", { class: "scroll" }, image);
+}

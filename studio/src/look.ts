@@ -1,0 +1,182 @@
+/** Look: the component along the direction at every layer and token, and what is in one state. */
+
+import { once, sentence, type About, type Event } from "./api";
+import { field, fill, h, table } from "./dom";
+import { controls, edit } from "./edit";
+import { keep, place } from "./place";
+
+/** A colour from below 0 (blue) to above 0 (orange), the same for all colour vision. */
+function tint(share: number): string {
+  const name = share < 0 ? "--minus" : "--plus";
+  return `color-mix(in srgb, var(${name}) ${Math.round(Math.min(1, Math.abs(share)) * 100)}%, var(--surface))`;
+}
+
+function plain(token: string): string {
+  return token.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "·") || "∅";
+}
+
+/** The pictures of one prompt. */
+class Panel {
+  readonly element = h("section", { class: "panel", "aria-live": "polite" });
+  private readonly more = h("div", { class: "state" });
+  private token = -1;
+  private layer = -1;
+
+  constructor(private readonly prompt: string) {}
+
+  async draw(): Promise<void> {
+    fill(this.element, h("p", {}, "…"));
+    try {
+      const found = await once("look", { prompt: this.prompt, ...edit });
+      const most = Math.max(1e-9, ...(found.before as number[][]).flat().map(Math.abs));
+      this.token = found.tokens.length - 1;
+      this.layer = found.before.length - 1;
+      fill(
+        this.element,
+        h("h3", { class: "text" }, this.prompt),
+        this.map("Before", found.tokens, found.before, most),
+        this.map(`After, at ${edit.strength}`, found.tokens, found.after, most),
+        scale(most),
+        this.more,
+      );
+      await this.state();
+    } catch (error) {
+      fill(this.element, h("p", { class: "error", role: "alert" }, sentence(error)));
+    }
+  }
+
+  /** A grid of layers and tokens, in which arrow keys move and Enter chooses. */
+  private map(title: string, tokens: string[], rows: number[][], most: number): HTMLElement {
+    const grid = h("table", { class: "heat", role: "grid" });
+    const head = h("tr", {}, h("th", { scope: "col" }, "layer"),
+      ...tokens.map((one) => h("th", { scope: "col", class: "token" }, h("span", {}, plain(one)))));
+    const body = rows.map((row, layer) => h("tr", {}, h("th", { scope: "row" }, String(layer)),
+      ...row.map((value, token) => {
+        const cell = h("td", {
+          role: "gridcell", tabindex: layer === rows.length - 1 && token === row.length - 1 ? 0 : -1,
+          title: `layer ${layer}, ${plain(tokens[token] ?? "")}: ${value.toFixed(3)}`,
+          "aria-label": `layer ${layer}, token ${tokens[token]}: ${value.toFixed(3)}`,
+        });
+        cell.style.backgroundColor = tint(value / most);
+        cell.addEventListener("click", () => void this.choose(layer, token));
+        return cell;
+      }))).reverse();
+    fill(grid, h("caption", {}, title), h("thead", {}, head), h("tbody", {}, ...body));
+    grid.addEventListener("keydown", (event) => this.move(grid, event, rows.length));
+    return h("div", { class: "scroll" }, grid);
+  }
+
+  private move(grid: HTMLTableElement, event: KeyboardEvent, layers: number): void {
+    const cell = event.target as HTMLTableCellElement;
+    const row = cell.parentElement as HTMLTableRowElement;
+    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      void this.choose(layers - row.sectionRowIndex - 1, cell.cellIndex - 1);
+    }
+    if (!step) return;
+    event.preventDefault();
+    const next = grid.tBodies[0]?.rows[row.sectionRowIndex + (step[0] ?? 0)]?.cells[cell.cellIndex + (step[1] ?? 0)];
+    if (!next || next.tagName !== "TD") return;
+    cell.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  }
+
+  private async choose(layer: number, token: number): Promise<void> {
+    this.layer = layer;
+    this.token = token;
+    await this.state();
+  }
+
+  /** One state: its dimensions as boxes, and the likeliest next tokens by layer. */
+  private async state(): Promise<void> {
+    const found = await once("token", { prompt: this.prompt, token: this.token, state: this.layer, ...edit });
+    const most = Math.max(1e-9, ...[...found.before, ...found.after].map((one: number) => Math.abs(one)));
+    fill(
+      this.more,
+      h("h3", {}, `Token ${this.token}, after layer ${this.layer}`),
+      h("div", { class: "columns" },
+        boxes("Dimensions before", found.before, most), boxes("Dimensions after", found.after, most)),
+      largest(found),
+      lens(found),
+    );
+  }
+}
+
+/** The dimensions of a state as boxes, coloured by what each adds to the component. */
+function boxes(title: string, values: number[], most: number): HTMLElement {
+  const across = Math.ceil(Math.sqrt(values.length * 2));
+  const size = Math.max(3, Math.min(12, Math.floor(560 / across)));
+  const canvas = h("canvas", {
+    width: across * size, height: Math.ceil(values.length / across) * size, role: "img",
+    "aria-label": `${title}: ${values.length} dimensions, together ${sum(values).toFixed(3)}`,
+  });
+  const context = canvas.getContext("2d");
+  const style = getComputedStyle(document.documentElement);
+  const [minus, plus, line] = ["--minus", "--plus", "--line"].map((name) => style.getPropertyValue(name));
+  values.forEach((value, index) => {
+    if (!context) return;
+    const [x, y] = [(index % across) * size, Math.floor(index / across) * size];
+    context.globalAlpha = 0.25;
+    context.fillStyle = line ?? "";
+    context.fillRect(x, y, size - 1, size - 1);
+    context.globalAlpha = Math.min(1, Math.abs(value) / most);
+    context.fillStyle = (value < 0 ? minus : plus) ?? "";
+    context.fillRect(x, y, size - 1, size - 1);
+  });
+  return h("figure", {}, canvas, h("figcaption", {}, `${title}: together ${sum(values).toFixed(3)}`));
+}
+
+function sum(values: number[]): number {
+  return values.reduce((all, one) => all + one, 0);
+}
+
+function largest(found: Event): HTMLElement {
+  const before: number[] = found.before;
+  const order = before.map((_, index) => index).sort((a, b) => Math.abs(before[b] ?? 0) - Math.abs(before[a] ?? 0));
+  return h("div", { class: "scroll" }, table("The dimensions that add most", ["dimension", "before", "after"],
+    order.slice(0, 6).map((one) => [String(one), (before[one] ?? 0).toFixed(4), found.after[one].toFixed(4)])));
+}
+
+function lens(found: Event): HTMLElement {
+  const words = (some: [string, number][]) => h("span", { class: "words" },
+    ...some.map(([token, share]) => h("span", { class: "word", title: share.toFixed(4) },
+      `${plain(token)} ${Math.round(share * 100)}%`)));
+  return h("div", { class: "scroll" }, table("Logit lens: the likeliest next tokens, if that layer were the last",
+    ["layer", "before", "after"],
+    [...found.lens].reverse().map((one: Event) => [String(one.layer), words(one.before), words(one.after)])));
+}
+
+function scale(most: number): HTMLElement {
+  const steps = [-1, -0.5, 0, 0.5, 1].map((one) => {
+    const box = h("span", { class: "step" }, (one * most).toFixed(2));
+    box.style.backgroundColor = tint(one);
+    return box;
+  });
+  return h("p", { class: "legend", "aria-label": "Legend: the component r·h/|h|" }, "r·h/|h| ", ...steps);
+}
+
+export function look(about: About): HTMLElement {
+  const first = h("textarea", { id: "prompt", rows: 2 });
+  const second = h("textarea", { id: "second", rows: 2, placeholder: "none" });
+  first.value = place().more.get("prompt") ?? "";
+  second.value = place().more.get("second") ?? "";
+  const panels = h("div", { class: "columns" });
+  const draw = (event?: Event) => {
+    event?.preventDefault?.();
+    const prompts = [first.value, second.value].map((one) => one.trim()).filter(Boolean);
+    keep("look", { prompt: first.value.trim(), ...(second.value.trim() && { second: second.value.trim() }) });
+    const some = prompts.map((one) => new Panel(one));
+    fill(panels, ...some.map((one) => one.element));
+    for (const one of some) void one.draw();
+  };
+  if (first.value) queueMicrotask(draw);
+  return h(
+    "div", { class: "look" },
+    controls(about, () => first.value.trim() && draw()),
+    h("form", { class: "row", onsubmit: draw as EventListener },
+      field("Prompt", first), field("Compare with", second), h("button", { type: "submit" }, "Look")),
+    panels,
+  );
+}
