@@ -44,7 +44,7 @@ def compare(model: ModelFile, base: ModelFile) -> tuple[Weights, np.ndarray | No
         Unreachable: when their writers cannot be found or matched.
     """
     after, before = model.stream_weights(), base.stream_weights()
-    pairs, left_out = _matched(before, after, base.source.name, model.source.name)
+    pairs, left_out = matched(before, after, base.source.name, model.source.name)
     with spectrum.threads(after.width):
         weights, directions = _compare(pairs, left_out, after)
     writers = [name for one in (*after.writers, *before.writers) for name in one.tensors]
@@ -56,7 +56,7 @@ def compare(model: ModelFile, base: ModelFile) -> tuple[Weights, np.ndarray | No
 Pair = tuple[StreamWeight, StreamWeight]
 
 
-def _matched(
+def matched(
     before: StreamWeights, after: StreamWeights, base: str, name: str
 ) -> tuple[list[Pair], list[str]]:
     if (before.width, before.layers) != (after.width, after.layers):
@@ -91,7 +91,7 @@ def _matched(
     return pairs, left_out
 
 
-def _both(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def both(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield slabs of the base's and the model's weights, float32 (d, c) each."""
     old, new = pair
     for slab in new.slabs():
@@ -114,7 +114,7 @@ def _compare(
             squares = float(np.trace(gram))
             share: float | None = None
             if squares > 0:
-                value, vectors[new.name] = _largest(gram, 1)
+                value, vectors[new.name] = largest(gram, 1)
                 share = float(value[0]) / squares
                 total += gram / squares
             tensors[new.name] = AuditedWriter(
@@ -131,7 +131,7 @@ def _compare(
                 writers=tensors,
                 left_out=left_out,
             ), None
-        top = _largest(total, min(_TOP, d))[1]
+        top = largest(total, min(_TOP, d))[1]
         random = np.random.default_rng(0).standard_normal((d, min(_OTHERS, d)))
         directions = np.concatenate([top, random / np.linalg.norm(random, axis=0)], axis=1)
         strengths, resemblances = [], []
@@ -149,14 +149,14 @@ def _difference(old: StreamWeight, new: StreamWeight) -> tuple[np.ndarray, float
     """D Dᵀ (d, d), and the sum of squares of the base's weights."""
     gram = np.zeros((new.width, new.width))
     size = 0.0
-    for before, after in _both((old, new)):
+    for before, after in both((old, new)):
         size += float(np.vdot(before, before))
         before = after - before
         gram += before @ before.T
     return gram, size
 
 
-def _largest(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def largest(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The largest eigenvalues of a Gram matrix and their vectors: (count,), (d, count)."""
     block = np.random.default_rng(1).standard_normal((len(gram), min(len(gram), count + 8)))
     for _ in range(12):
@@ -173,7 +173,7 @@ def _lost(pair: Pair, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     narrow = np.ascontiguousarray(directions.T, dtype=np.float32)
     count = len(narrow)
     aa, ab, dd = np.zeros(count), np.zeros(count), np.zeros(count)
-    for before, after in _both(pair):
+    for before, after in both(pair):
         a = (narrow @ before).astype(np.float64)
         b = (narrow @ after).astype(np.float64)
         aa += (a * a).sum(axis=1)

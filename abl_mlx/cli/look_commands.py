@@ -126,6 +126,43 @@ def audit(model: str, as_json: bool, fail_on: tuple[str, ...], **given: Any) -> 
 
 
 @cli.command()
+@click.argument("base")
+@click.argument("edited")
+@click.option(
+    "-o",
+    "--output",
+    type=HERE,
+    help="Write the edit to this direction file, NAME.safetensors, for `apply` and others.",
+)
+@click.option(
+    "--fail-on",
+    multiple=True,
+    type=click.Choice(["edited", "cannot-tell", "no-such-edit"]),
+    help="Exit with 3 when this is the verdict. May be given several times.",
+)
+@json_flag
+def learn(
+    base: str, edited: str, output: Path | None, fail_on: tuple[str, ...], as_json: bool
+) -> None:
+    """Learn the edit that made EDITED of BASE: directions, strengths, layers and kept norms.
+
+    The two may be folders or GGUFs, of other types. EDITED may be made by any program, as long as
+    it removed directions from the weights that write to the residual stream. Of anything else, such
+    as a fine-tune, the verdict is "no such edit", and no file is written.
+
+    \b
+    abl-mlx learn Model edited-Q4_K_M.gguf -o edit.safetensors
+    abl-mlx apply edit.safetensors Model-Q6_K.gguf -o same-edit-Q6_K.gguf
+    """
+    from abl_mlx.behaviour.gate import NOT_MET
+    from abl_mlx.commands import learn as learning
+
+    record = answer(as_json, learning.table, learning.learn, base, edited, output)
+    if record.verdict.replace(" ", "-") in fail_on:
+        sys.exit(NOT_MET)
+
+
+@cli.command()
 @click.argument("model")
 @revision_flag()
 @json_flag

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -33,17 +34,19 @@ def make_edit(
     Args:
         selected: the directions, (k, d) or (L, k, d).
         editing: the chosen options.
-        recipe: the result of a search besides the directions: ``profile`` and ``embedding``.
+        recipe: what a direction file says of the edit besides the directions: ``profile``,
+            ``embedding``, ``strength`` (a factor of the chosen one) and ``norm``.
         pin: the components along the directions that the embedding gets, in its units.
         heads, experts: as of `Edit`; None also where ``editing`` names some that are not known yet.
 
     Raises:
         UserError: when flags do not go together.
     """
-    recipe = recipe or {}
+    recipe = recipe or {} if editing.kind == "project" else {}
+    editing = with_norm(editing, recipe)
     if pin is not None and editing.norm != "none":
         raise UserError(not_together("--pin", "--norm"))
-    embedding = editing.reaches_embedding and bool(recipe.get("embedding", True))
+    embedding = editing.reaches_embedding and recipe.get("embedding") is not False
     if pin is not None and selected.ndim == 3:
         raise UserError(
             "--pin holds the same directions in all layers, and these differ by layer: leave it "
@@ -52,13 +55,20 @@ def make_edit(
     if pin is not None and not embedding:
         raise UserError("--pin is written into the embedding: leave --no-embedding out.")
     # A reflection has one strength everywhere.
-    profile = recipe.get("profile") if editing.kind == "project" else None
+    strength = editing.alpha * float(recipe.get("strength") or 1.0)
     # Routers have no directions, and these are tried on what writes to the stream.
     places = "writers" if editing.edit == "routers" else editing.edit
     return Edit(
-        selected, editing.alpha, editing.layers, embedding, profile, editing.norm, pin, places,
-        heads, experts,
+        selected, strength, editing.layers, embedding, recipe.get("profile"), editing.norm, pin,
+        places, heads, experts,
     )  # fmt: skip
+
+
+def with_norm(editing: Editing, recipe: Mapping[str, Any] | None) -> Editing:
+    """The options with the norms that a direction file says are kept, if the flags name none."""
+    kept = (recipe or {}).get("norm")
+    plain = (editing.norm, editing.kind, editing.edit) == ("none", "project", "writers")
+    return replace(editing, norm=kept) if kept and plain else editing
 
 
 def edit_of(direction: DirectionFile, editing: Editing) -> Edit | Update | Routing:

@@ -50,11 +50,13 @@ def apply(
     Args:
         direction: the direction, or the file that holds it.
     """
-    editing, writing = options.editing, options.writing
-    edit_choice.check(editing, writing)
     named = "the direction"
     if isinstance(direction, Path):
         named, direction = str(direction), direction_file.read(direction)
+    recipe = direction.metadata.get("recipe")
+    options = options.but(norm=edit_choice.with_norm(options.editing, recipe).norm)
+    editing, writing = options.editing, options.writing
+    edit_choice.check(editing, writing)
     condition_choice.warn_unconditional(direction)
     clock = Clock()
     with find_model(text) as model:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx import __version__
+from abl_mlx.choices import NORMS
 from abl_mlx.directions import foreign
 from abl_mlx.directions.measuring import METHOD, Candidates, float32
 from abl_mlx.directions.methods import METHODS
@@ -269,6 +270,8 @@ _METADATA = record(
         "recipe": record(
             {
                 "embedding": FLAG,
+                "strength": number(-100, 100),
+                "norm": one_of(NORMS),
                 "profile": record({}, dict.fromkeys(("attention", "mlp"), list_of(number()))),
             }
         ),

@@ -43,6 +43,11 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _MLP = re.compile(r"mlp|ffn|ff_|feed_?forward|moe|expert|dense_4h_to_h|\bfc|\bw2\b|linear_2|ffwd")
 
 
+def component_of(name: str) -> str:
+    """``mlp`` or ``attention``, by the name of a weight in a layer."""
+    return "mlp" if _MLP.search(name) else "attention"
+
+
 #: Kinds of weights whose rows read the stream.
 READERS = ("reader", "expert-readers")
 
@@ -98,7 +103,7 @@ class Writer:
         """
         if self.layer < 0 or self.kind == "embedding":
             return "embedding"
-        return "mlp" if self.kind.startswith("expert") or _MLP.search(self.path) else "attention"
+        return "mlp" if self.kind.startswith("expert") else component_of(self.path)
 
     @property
     def parameters(self) -> list[str]:

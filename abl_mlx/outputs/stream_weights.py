@@ -17,7 +17,7 @@ import numpy as np
 from abl_mlx.edits.edit import stream_axis
 from abl_mlx.edits.slabs import Slab, slabs
 from abl_mlx.models import chat_model
-from abl_mlx.models.writers import Writer, find_writers
+from abl_mlx.models.writers import Writer, component_of, find_writers
 from abl_mlx.outputs import gguf_plan
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.flags import said
@@ -69,6 +69,13 @@ class StreamWeight:
     def role(self) -> str:
         """The name without the layer's number."""
         return re.sub(r"\.\d+\.", ".", self.name)
+
+    @property
+    def component(self) -> str:
+        """``embedding``, ``mlp`` or ``attention``, as of a `Writer`."""
+        if self.layer < 0 or self.axis == -1:
+            return "embedding"
+        return "mlp" if len(self.shape) == 3 else component_of(self.name)
 
     @property
     def width(self) -> int:

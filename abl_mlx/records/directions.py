@@ -244,15 +244,19 @@ class Searched(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Part):
-    """The strengths of a search's edit.
+    """The strengths of the edit of a search, or of one that was learned.
 
     Attributes:
         profile: ``attention`` and ``mlp`` -> the strength in each layer.
         embedding: whether the embedding is edited.
+        strength: a factor of all strengths, also the embedding's; None for 1.
+        norm: the norms that are kept; None for those of ``--norm``.
     """
 
     profile: dict[str, list[float]] | None = None
     embedding: bool | None = None
+    strength: float | None = None
+    norm: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

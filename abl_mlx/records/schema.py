@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from abl_mlx.flag_values import Choices
-from abl_mlx.records import edits, evaluations, looks
+from abl_mlx.records import edits, evaluations, learned, looks
 from abl_mlx.records.record import FORMAT_VERSION, Part, Record, key, kinds_of, options_of, required
 
 #: Command -> its record.
@@ -21,6 +21,7 @@ COMMANDS: dict[str, type[Record]] = {
     "push": edits.PushRecord,
     "eval": evaluations.EvalRecord,
     "audit": looks.AuditRecord,
+    "learn": learned.LearnRecord,
     "inspect": looks.InspectRecord,
     "diff": looks.DiffRecord,
     "show": looks.ShowRecord,

@@ -58,7 +58,14 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
         command = cli.commands[name]
         parent = click.Context(cli, **cli.context_settings)
         context = command.make_context(name, arguments, parent)
-        assert {"model", "first", "source", "repository"} & context.params.keys()
+        assert {
+            "model",
+            "first",
+            "source",
+            "repository",
+            "edited",
+            "record",
+        } & context.params.keys()
 
 
 def options() -> set[str]:
