@@ -120,6 +120,7 @@ class Finder:
             **self._first_tokens(found.effect.refusal, found.effect.refused, found.effect.kl),
             "uniform_kl": kl,
         }
+        assert isinstance(found.edit, Edit)
         assert found.edit.profile is not None
         return {"profile": dict(found.edit.profile), "embedding": self._how.editing.embedding}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,15 @@ import numpy as np
 from abl_mlx.choices import Measuring
 from abl_mlx.commands import edit_choice, short_replies
 from abl_mlx.commands.candidate_choice import Finder
+from abl_mlx.commands.layer_strengths import BY_LEARNING
 from abl_mlx.directions import choice, race, selection
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.learning import learned
 from abl_mlx.directions.race import Runner
 from abl_mlx.directions.rome import NULL_SPACE, Form, KeyPass
 from abl_mlx.directions.selection import LEFT
 from abl_mlx.directions.trial import Effect
-from abl_mlx.directions.variants import SAME_KL
+from abl_mlx.directions.variants import SAME_KL, Variant
 from abl_mlx.edits.update import Update
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.inputs import thinking
@@ -54,6 +56,31 @@ def check(how: Measuring) -> None:
         raise UsageError(not_together("--method rome", flag))
 
 
+#: The largest number of validation prompts whose replies are read.
+_REPLIES = 48
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Strengths of each layer for the chosen form.
+
+    Attributes:
+        edit: the change with these strengths.
+        effect: its effect on all validation prompts.
+    """
+
+    edit: Update
+    effect: Effect
+
+    def strength_of(self, layer: int, plain: WeightEdit) -> float:
+        """The strength of a layer beside the change with strength 1 everywhere."""
+        assert isinstance(plain, Update)
+        if (scaled := self.edit.factors.get(layer)) is None:
+            return 0.0
+        left = plain.factors[layer].left
+        return float((scaled.left * left).sum() / (left * left).sum())
+
+
 class RomeFinder(Finder):
     """Chooses among changes of MLPs made from the measured directions of all layers."""
 
@@ -65,11 +92,12 @@ class RomeFinder(Finder):
         The window of layers and the reach of the values are chosen first. Unless that ends
         refusals at next to no KL, a longer reach, another weight of what is kept and the null space
         are tried. Each form costs one pass over the keys' prompts and its share of a race
-        (`abl_mlx.directions.race`). There are at most 9 forms.
+        (`abl_mlx.directions.race`). There are at most 9 forms. With ``--learn-strengths`` the
+        changes of the chosen form then get a strength for each layer.
 
         Args:
             causal: whether replies show refusals, which the choice needs.
-            trimming: of no use for these changes.
+            trimming: of no use here: strengths of each layer by a few steps are no better.
 
         Raises:
             UserError: when no form stays under the limit of KL, or replies show no refusals.
@@ -80,6 +108,34 @@ class RomeFinder(Finder):
                 "none: choose another method."
             )
         self._judged = {}
+        done = self._chosen_first()
+        best, limit = done[0], self._how.finding.max_kl
+        if not best.effect.kl <= limit:
+            raise UserError(
+                f"every change of MLPs moves harmless prompts by more than --max-kl {limit:g} "
+                f"(the gentlest by {best.effect.kl:.3f}): raise --max-kl, or choose another method."
+            )
+        tuned = self._tuned(best)
+        assert isinstance(best.edit, Update)
+        edit, effect = (best.edit, best.effect) if tuned is None else (tuned.edit, tuned.effect)
+        by = "changes of MLPs, by first tokens and a few replies to validation prompts"
+        self._notes.update(
+            chosen_by=by if tuned is None else f"{by}; {BY_LEARNING}",
+            **self._first_tokens(effect.refusal, effect.refused, effect.kl),
+            update=self._record(best, tuned).json,
+            **({} if tuned is None else {"uniform_kl": best.effect.kl}),
+        )
+        say(
+            f"  layers {best.of.first} to {best.of.last} are changed: {effect.refused:.0%} of the "
+            f"harmful prompts still open as refusals, KL {effect.kl:.4f}"
+        )
+        file = self._file(self._variant_of(best.of))
+        updates = [self._record(best, tuned).json, *(self._record(one).json for one in done[1:])]
+        metadata = {**file.metadata, "method": "rome", "updates": updates}
+        return replace(file, metadata=metadata, updates=edit.factors)
+
+    def _chosen_first(self) -> list[Runner[Form]]:
+        """What ran all validation prompts, the chosen form first."""
         candidates = self._candidates
         keys = KeyPass(
             self._chat,
@@ -103,30 +159,32 @@ class RomeFinder(Finder):
             others = [replace(best.of, **other) for other in _OTHERS]
             done = sorted([*done, *race_of(others, "other changes of MLPs")], key=self._order)
             best, refusing = self._best(done)
-        done = [best, *(one for one in done if one is not best)]
-        effect = best.effect
-        if not effect.kl <= self._how.finding.max_kl:
-            raise UserError(
-                f"every change of MLPs moves harmless prompts by more than --max-kl "
-                f"{self._how.finding.max_kl:g} (the gentlest by {effect.kl:.3f}): raise --max-kl, "
-                "or choose another method."
-            )
-        self._notes.update(
-            chosen_by="changes of MLPs, by first tokens and a few replies to validation prompts",
-            **self._first_tokens(effect.refusal, effect.refused, effect.kl),
-            update=self._record(best).json,
-        )
-        say(
-            f"  layers {best.of.first} to {best.of.last} are changed: {effect.refused:.0%} of the "
-            f"harmful prompts still open as refusals, KL {effect.kl:.4f}"
-        )
         self._trial.tokens += keys.tokens
-        layer = float(best.of.last)
-        file = self._file(replace(self._variant(layer, candidates.positions[-1]), method="rome"))
+        return [best, *(one for one in done if one is not best)]
+
+    def _variant_of(self, form: Form) -> Variant:
+        """What stands for the changes in records: the direction after the last of the layers."""
+        variant = self._variant(float(form.last), self._candidates.positions[-1])
+        return replace(variant, method="rome")
+
+    def _tuned(self, best: Runner[Form]) -> Tuned | None:
+        """What ``--learn-strengths`` finds, if it is better than strength 1 everywhere.
+
+        It must leave no more of the few replies refused or broken.
+        """
+        steps = self._how.searching.learn_strengths
+        if steps is None:
+            return None
         assert isinstance(best.edit, Update)
-        updates = [self._record(one).json for one in done]
-        metadata = {**file.metadata, "method": "rome", "updates": updates}
-        return replace(file, metadata=metadata, updates=best.edit.factors)
+        found = learned(self._trial, best.edit, len(self._chat.layers), steps, best.effect)
+        if found is None:
+            return None
+        before, after = self._refusing(best.of, best.edit), self._wrong(found.edit)
+        if after > max(before, LEFT):
+            say(f"  with these strengths {after:.0%} of replies refuse or break: they stay 1")
+            return None
+        assert isinstance(found.edit, Update)
+        return Tuned(found.edit, found.effect)
 
     def _windows(self) -> list[tuple[int, int]]:
         """The runs of layers that are tried: where the sets are apart, half of that, and all.
@@ -191,19 +249,29 @@ class RomeFinder(Finder):
         They are read because a change may only keep a refusal from opening as it used to.
         """
         if form not in self._judged:
-            asked = self._validation["harmful"][: short_replies.FEWEST]
-            batch_size = self._how.batch_size
-            found = short_replies.ask(self._chat, self._writers, edit, asked, batch_size)
-            self._judged[form] = found.share
+            self._judged[form] = self._wrong(edit)
         return self._judged[form]
 
-    def _record(self, runner: Runner[Form]) -> TriedUpdate:
+    def _wrong(self, edit: WeightEdit) -> float:
+        """The same share for any edit."""
+        asked = self._trial.harmful[:_REPLIES]
+        found = short_replies.ask(self._chat, self._writers, edit, asked, self._how.batch_size)
+        self._trial.tokens += found.tokens
+        return found.share
+
+    def _record(self, runner: Runner[Form], tuned: Tuned | None = None) -> TriedUpdate:
         form, effect = runner.of, runner.effect
+        strengths = None
+        if tuned is not None:
+            strengths = [
+                tuned.strength_of(layer, runner.edit) for layer in range(form.first, form.last + 1)
+            ]
         return TriedUpdate(
             layers=[form.first, form.last],
             keep=form.keep,
             reach=form.reach,
             form=form.form,
+            strengths=strengths,
             refusal=effect.refusal,
             refused=effect.refused,
             kl=effect.kl,

@@ -22,7 +22,7 @@ import numpy as np
 from abl_mlx.directions.slopes import COMPONENTS
 from abl_mlx.directions.trial import Effect, Trial
 from abl_mlx.directions.trimming import LESS, STRONGEST, tried
-from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.weight_edit import LayeredEdit
 from abl_mlx.support.console import progress, say
 from convert.base.errors import UserError
 
@@ -55,7 +55,7 @@ class Learned:
         forward, backward: the tokens that it took.
     """
 
-    edit: Edit
+    edit: LayeredEdit
     effect: Effect
     forward: int
     backward: int
@@ -93,7 +93,9 @@ class Adam:
         self.values = np.clip(moved, low, high)
 
 
-def learned(trial: Trial, edit: Edit, layers: int, steps: int, before: Effect) -> Learned | None:
+def learned(
+    trial: Trial, edit: LayeredEdit, layers: int, steps: int, before: Effect
+) -> Learned | None:
     """The edit with learned strengths, if these are better than strength 1; else None.
 
     They are better if no more prompts open with a refusal than may, and the KL is lower; or, where

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.directions.selection import opening_nats
-from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
+from abl_mlx.edits.weight_edit import LayeredEdit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.prefix import Prefix
@@ -46,7 +46,7 @@ class Slopes:
 def slopes(
     chat: ChatModel,
     writers: Sequence[Writer],
-    edit: Edit,
+    edit: LayeredEdit,
     strengths: np.ndarray,
     harmful: Sequence[Sequence[int]],
     harmless: Sequence[Sequence[int]],
@@ -91,7 +91,7 @@ def slopes(
 def _mean(
     chat: ChatModel,
     writers: Sequence[Writer],
-    edit: Edit,
+    edit: LayeredEdit,
     strengths: np.ndarray,
     prompts: Sequence[Sequence[int]],
     measure: Callable[[mx.array, int], mx.array],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +13,8 @@ import numpy as np
 from abl_mlx.directions import slopes
 from abl_mlx.directions.selection import LEFT, Told, openings, refusal_scores, refusal_tokens
 from abl_mlx.directions.slopes import Slopes
-from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import Intervention, ablation, steering
-from abl_mlx.edits.weight_edit import WeightEdit
+from abl_mlx.edits.weight_edit import LayeredEdit, WeightEdit
 from abl_mlx.models import sweeps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence, known
@@ -259,7 +258,7 @@ class Trial:
 
     def slopes(
         self,
-        edit: Edit,
+        edit: LayeredEdit,
         strengths: np.ndarray,
         most: int,
         first: int = 0,
@@ -287,7 +286,7 @@ class Trial:
         tokens = sum(len(one) for part in asked for one in part)
         self.tokens += tokens
         self.backward += tokens
-        plain = replace(edit, norm="none")
+        plain = edit.without_norms()
         try:
             found = slopes.slopes(
                 self._chat, self._writers, plain, strengths, *asked, self._base[mx.array(good)],

@@ -7,14 +7,14 @@ with respect to the strength of each layer's attention and MLP tell which are wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from abl_mlx.directions.slopes import COMPONENTS, Slopes
 from abl_mlx.directions.trial import Effect, Trial
 from abl_mlx.directions.variants import Tried
-from abl_mlx.edits.edit import Edit
+from abl_mlx.edits.weight_edit import LayeredEdit
 from abl_mlx.support.console import progress, say
 
 #: A KL in nats below which there is nothing to gain.
@@ -43,11 +43,13 @@ NEARLY = 0.9
 class Trimmed:
     """An edit with a strength for each layer, and its effect on all validation prompts."""
 
-    edit: Edit
+    edit: LayeredEdit
     effect: Effect
 
 
-def trimmed(trial: Trial, edit: Edit, layers: int, before: Tried, limit: float) -> Trimmed | None:
+def trimmed(
+    trial: Trial, edit: LayeredEdit, layers: int, before: Tried, limit: float
+) -> Trimmed | None:
     """The edit with other strengths, if these are better; else None.
 
     They are better if no more prompts open with a refusal and the KL is lower. Where the edit
@@ -96,10 +98,10 @@ def trimmed(trial: Trial, edit: Edit, layers: int, before: Tried, limit: float) 
     return Trimmed(other, effect) if better else None
 
 
-def tried(trial: Trial, edit: Edit, strengths: np.ndarray) -> tuple[Edit, Effect]:
+def tried(trial: Trial, edit: LayeredEdit, strengths: np.ndarray) -> tuple[LayeredEdit, Effect]:
     """The edit with these strengths, (2, L), and its effect on all validation prompts."""
     profile = {name: row.tolist() for name, row in zip(COMPONENTS, strengths, strict=True)}
-    other = replace(edit, profile=profile)
+    other = edit.with_profile(profile)
     return other, trial.of_edit(other)
 
 
@@ -121,7 +123,8 @@ def stepped(slopes: Slopes, strengths: np.ndarray, change: float, radius: float)
 
     def moved(weight: float) -> np.ndarray:
         against = -(g + weight * unit * f)
-        largest = max(float(np.quantile(np.abs(against), 0.8)), 1e-12)
+        sizes = np.abs(against[against != 0])  # some strengths may have nothing to multiply
+        largest = max(float(np.quantile(sizes, 0.8)), 1e-12) if len(sizes) else 1.0
         change = radius * np.clip(against / largest, -1, 1)
         return np.clip(strengths + change, 0, STRONGEST)
 

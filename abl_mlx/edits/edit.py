@@ -127,6 +127,10 @@ class Edit:
         """The axis along which the lines of a parameter run: the residual stream's."""
         return stream_axis(writer.kind, parameter)
 
+    def with_profile(self, profile: Mapping[str, Sequence[float]]) -> Edit:
+        """The same edit with a factor of α for each layer."""
+        return replace(self, profile=profile)
+
     def without_norms(self) -> Edit:
         """The same edit, keeping no norms."""
         return replace(self, norm="none")

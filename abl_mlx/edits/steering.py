@@ -52,7 +52,7 @@ def ablation(
     if isinstance(edit, Edit):
         mx.eval(edit.directions, edit.pin)  # a pass may run in another thread than this one
     if isinstance(edit, Update):
-        with around([(writer.module, _added(edit, writer)) for writer in chosen]):
+        with around([(writer.module, _added(edit, writer, strengths)) for writer in chosen]):
             yield
         return
     with ExitStack() as stack:
@@ -67,13 +67,16 @@ def ablation(
         yield
 
 
-def _added(edit: Update, writer: Writer) -> Around:
+def _added(edit: Update, writer: Writer, strengths: Mapping[str, mx.array] | None = None) -> Around:
     found = edit.factors[writer.layer]
     left, right = mx.array(edit.strength * found.left), mx.array(found.right)
+    scaled = (strengths or {}).get(writer.component)
 
     def wrapper(call: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         output = call(x, *args, **kwargs)
         more = (x.astype(mx.float32) @ right.T) @ left.T
+        if scaled is not None:
+            more = scaled[writer.layer] * more
         return output + more.astype(output.dtype)
 
     return wrapper

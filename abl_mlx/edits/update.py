@@ -7,7 +7,7 @@ all other inputs keep theirs as far as possible. `abl_mlx.edits.least_squares` h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +116,15 @@ class Update:
         if isinstance(along, mx.array):
             return mx.array(found.astype(np.float32))
         return found.astype(along.dtype)
+
+    def with_profile(self, profile: Mapping[str, Sequence[float]]) -> Update:
+        """The same edit with its change of each layer multiplied by ``profile["mlp"][layer]``."""
+        factors = {
+            layer: replace(one, left=np.float32(profile["mlp"][layer]) * one.left)
+            for layer, one in self.factors.items()
+            if profile["mlp"][layer] != 0
+        }
+        return replace(self, factors=factors)
 
     def without_norms(self) -> Update:
         """The same edit, which keeps no norms."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -87,3 +87,17 @@ class WeightEdit(Protocol):
             writer: the writer.
             along: the weight's components along `basis`.
         """
+
+
+class LayeredEdit(WeightEdit, Protocol):
+    """A change of weights whose strength can differ from layer to layer."""
+
+    def with_profile(self, profile: Mapping[str, Sequence[float]]) -> LayeredEdit:
+        """The same edit with a factor of its strength for each layer.
+
+        Args:
+            profile: the factors of each layer, for ``attention`` and ``mlp`` writers.
+        """
+
+    def without_norms(self) -> LayeredEdit:
+        """The same edit, keeping no norms."""

@@ -135,12 +135,14 @@ class TriedUpdate(Part):
         refusal: mean refusal score of harmful prompts, log-odds.
         refused: share of harmful prompts whose likeliest first token is a refusal opening, 0 to 1.
         kl: mean KL on harmless prompts, nats.
+        strengths: the strength of each of these layers, if it is not 1 everywhere.
     """
 
     layers: list[int]
     keep: float
     reach: float
     form: str
+    strengths: list[float] | None = None
     refusal: float | None = None
     refused: float | None = None
     kl: float | None = None

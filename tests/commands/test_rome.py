@@ -65,6 +65,25 @@ def test_measure_writes_the_changes_and_their_effect(rome: tuple[Path, dict[str,
     assert file.sha256 == chosen["sha256"]
 
 
+def test_strengths_of_the_changes_are_learned(
+    rome: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "learned.safetensors"
+    said = "measure", "demo", "--method", "rome", "--learn-strengths", "4"
+    chosen = abl_mlx(*said, "-o", path)["direction"]
+    assert chosen["backward_tokens"] > 0
+    strengths = np.array(chosen["update"]["strengths"])
+    first, last = chosen["update"]["layers"]
+    assert chosen["refused"] == 0
+    assert chosen["validation_kl"] <= 0.95 * chosen["uniform_kl"]
+    assert chosen["chosen_by"].endswith("strengths of each layer learned by gradients")
+    plain, scaled = (direction_file.read(one).updates or {} for one in (rome[0], path))
+    for layer, strength in zip(range(first, last + 1), strengths, strict=True):
+        if strength:
+            expected = strength * plain[layer].left
+            assert np.allclose(scaled[layer].left, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_apply_writes_a_folder_and_an_adapter(
     rome: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

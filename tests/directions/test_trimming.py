@@ -13,6 +13,7 @@ from abl_mlx.directions.trial import Effect
 from abl_mlx.directions.variants import Tried, Variant
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
+from abl_mlx.edits.update import Factors, Update
 from abl_mlx.inputs import prompts
 from abl_mlx.models.chat_model import load
 from abl_mlx.models.logits import first_reply_token
@@ -44,6 +45,40 @@ def test_slopes_are_those_of_finite_differences(model, tiny_folder):
     inside = np.exp(after[:3, likely]).sum(axis=1)
     assert found.refusal == pytest.approx(np.log(inside / (1 - inside)).mean(), 1e-3)
     # All strengths change along a line, so that the difference is far above rounding.
+    line = rng.normal(size=strengths.shape)
+    up, down = at(strengths + 0.05 * line), at(strengths - 0.05 * line)
+    for name in ("refusal", "kl"):
+        expected = (getattr(up, name) - getattr(down, name)) / 0.1
+        slope = (getattr(found, f"of_{name}") * line).sum()
+        assert slope == pytest.approx(expected, rel=0.05, abs=2e-5), name
+
+
+def test_slopes_of_changes_of_mlps_are_those_of_finite_differences():
+    chat = load(MODEL_PATH)
+    writers, rng = find_writers(chat), np.random.default_rng(0)
+    width, inside = chat.width, 512
+
+    def factors():
+        left, right = rng.normal(size=(width, 1)), 0.1 * rng.normal(size=(1, inside))
+        none = np.zeros((0, inside), np.float32)
+        return Factors(left.astype(np.float32), right.astype(np.float32), none)
+
+    edit = Update({layer: factors() for layer in (1, 3)})
+    asked = [chat.encode(text) for text in TEXTS]
+    base = first_reply_token(chat, asked)
+
+    def at(strengths):
+        return slopes(chat, writers, edit, strengths, asked[:3], asked, base, [7, 9])
+
+    strengths = np.full((2, len(chat.layers)), 0.8)
+    found = at(strengths)
+    profile = {"attention": [1.0] * len(chat.layers), "mlp": [0.8] * len(chat.layers)}
+    with ablation(writers, edit.with_profile(profile)):
+        after = np.array(first_reply_token(chat, asked), np.float64)
+    before = np.array(base, np.float64)
+    assert found.kl == pytest.approx((np.exp(before) * (before - after)).sum(1).mean(), 1e-2)
+    # Only the changed layers' MLPs have a strength that matters.
+    assert np.flatnonzero(found.of_kl).tolist() == [len(chat.layers) + 1, len(chat.layers) + 3]
     line = rng.normal(size=strengths.shape)
     up, down = at(strengths + 0.05 * line), at(strengths - 0.05 * line)
     for name in ("refusal", "kl"):
@@ -84,6 +119,14 @@ def test_a_step_lowers_the_kl_at_the_same_refusals():
     # Where refusals are left, the score falls.
     further = trimming.stepped(found, start, -1.0, 0.5)
     assert (found.of_refusal * (further - start)).sum() <= -1.0
+    # Strengths that multiply nothing do not count as small changes.
+    idle = np.zeros((2, 12))
+    wide = trimming.stepped(
+        Slopes(-3.0, 0.05, np.vstack([-gain, idle]), np.vstack([cost, idle])),
+        np.ones((4, 12)), 0.0, 0.5,
+    )  # fmt: skip
+    assert (wide[2:] == 1).all()
+    np.testing.assert_allclose(wide[:2], moved)
     # No strength leaves its range.
     assert trimming.stepped(found, np.full((2, 12), 2.0), -9.0, 0.5).max() <= trimming.STRONGEST
 

@@ -47,6 +47,13 @@ def test_exact_values_are_the_weights_and_the_change(strength):
     assert np.array_equal(part, exact(edit, writer(), "weight", values)[rows])
 
 
+def test_a_profile_multiplies_each_layers_change():
+    edit = Update({2: update().factors[2], 3: update().factors[2]})
+    other = edit.with_profile({"attention": [1.0] * 4, "mlp": [1.0, 1.0, 0.25, 0.0]})
+    assert sorted(other.factors) == [2]
+    assert np.allclose(change_of(other), 0.25 * change_of(edit), atol=1e-6)
+
+
 def test_only_the_named_layers_weight_is_edited():
     edit = update()
     attention = writer("blk.2.attn_output.weight")
