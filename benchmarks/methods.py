@@ -3,14 +3,16 @@
     python benchmarks/methods.py                          # all methods on all small models
     python benchmarks/methods.py hard spread --methods rdo som
     python benchmarks/methods.py --gguf qwen.gguf         # a real model beside them, --quick
+    python benchmarks/methods.py --gguf qwen.gguf --methods rome --record out.abl.json
     python benchmarks/methods.py --write                  # puts what is kept into docs/methods.md
 
 Each method runs as `abl-mlx run MODEL --method NAME`, with the same train, validation and test
-prompts, and the edited file answers the held-out prompts. Rows are kept in a file (``--keep``), and
-what is kept is not run again. Tokens are those of the choice: forward passes, and backward ones,
-which count twice for the budget. The pass over the train prompts, which all methods make, is not
-among them. The budget is a mark in the table and the limit of the rule by which the default is
-chosen (docs/methods.md).
+prompts, and the edited file answers the held-out prompts. With ``--record`` the row of the one
+method is read from the record of a run that was made before, with all held-out prompts. Rows are
+kept in a file (``--keep``), and what is kept is not run again. Tokens are those of the choice:
+forward passes, and backward ones, which count twice for the budget. The pass over the train
+prompts, which all methods make, is not among them. The budget is a mark in the table and the limit
+of the rule by which the default is chosen (docs/methods.md).
 """
 
 from __future__ import annotations
@@ -230,6 +232,13 @@ def kept(file: Path) -> list[Row]:
     return list({(one.model, one.method): one for one in rows}.values())
 
 
+def keep(file: Path, row: Row) -> None:
+    """Add a row to a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(asdict(row)) + "\n")
+
+
 def wanted(models: Iterable[str], methods: Iterable[str]) -> list[tuple[str, str]]:
     """All pairs, method after method, so that a table is whole for the first methods early."""
     models = list(models)
@@ -242,21 +251,26 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=[DEFAULT, *METHODS])
     parser.add_argument("--gguf", type=Path, help="a real model, in place of the small ones")
+    parser.add_argument("--record", type=Path, help="the abl.json of a run that was already made")
     parser.add_argument("--budget", type=int, default=BUDGET)
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "methods.jsonl")
     parser.add_argument("--write", action="store_true", help="only write what is kept")
     given = parser.parse_args()
     models = [given.gguf.stem] if given.gguf else given.models
+    if given.record is not None:
+        if len(given.methods) != 1 or len(models) != 1:
+            parser.error("--record is of one model and one of --methods: name both.")
+        record = json.loads(given.record.read_text(encoding="utf-8"))
+        keep(given.keep, _row(models[0], given.methods[0], record, None))
+        given.methods = []
     if not given.write:
-        given.keep.parent.mkdir(parents=True, exist_ok=True)
         done = {(one.model, one.method) for one in kept(given.keep)}
         methods = [one for one in given.methods if one not in OTHERS]
         for model, method in wanted(models, methods):
             if (model, method) in done:
                 continue
             row = run(model, method, given.gguf)
-            with given.keep.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
+            keep(given.keep, row)
             print(f"{model} {method}: {row.failed or f'{row.refused:.0%}, KL {row.kl:.5f}'}")
             sys.stdout.flush()
     text = table(kept(given.keep), given.budget)

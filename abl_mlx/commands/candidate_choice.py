@@ -108,8 +108,7 @@ class Finder:
     def _recipe(self, variant: Variant) -> dict[str, Any] | None:
         """Strengths of each layer that are better than strength 1 everywhere, if there are."""
         notes = self._notes
-        wanted = self._how.searching.learn_strengths is not None or "validation_kl" in notes
-        if not wanted:
+        if self._how.searching.learn_strengths is None and "validation_kl" not in notes:
             return None
         better = self._by_layer.better(self._trial, self._edit(variant), variant, notes)
         if better is None:
@@ -121,8 +120,8 @@ class Finder:
             "uniform_kl": kl,
         }
         assert isinstance(found.edit, Edit)
-        assert found.edit.profile is not None
-        return {"profile": dict(found.edit.profile), "embedding": self._how.editing.embedding}
+        profile = dict(found.edit.profile or {})
+        return {"profile": profile, "embedding": self._how.editing.embedding}
 
     def choice(self) -> tuple[Variant, list[Tried]]:
         """The chosen variant, by what its removal does, and what was tried for it."""

@@ -147,17 +147,24 @@ class RomeFinder(Finder):
         harmless = numpy_of(candidates.harmless_mean)
         directions = numpy_of(candidates.leads[:, -1])
 
-        def race_of(forms: Sequence[Form], label: str) -> list[Runner[Form]]:
-            made = [Update(keys.updates(form, directions, harmless)) for form in forms]
-            runners = [Runner(form, update) for form, update in zip(forms, made, strict=True)]
-            return self._raced(runners, label)
+        def made(forms: Sequence[Form]) -> list[Runner[Form]]:
+            return [
+                Runner(form, Update(keys.updates(form, directions, harmless))) for form in forms
+            ]
 
-        first = [Form(*window, reach=reach) for window in self._windows() for reach in _REACHES]
-        done = race_of(first, "changes of MLPs")
+        first = made([Form(*run, reach=reach) for run in self._windows() for reach in _REACHES])
+        done = self._raced(first, "changes of MLPs")
         best, refusing = self._best(done)
+        if refusing > LEFT:
+            # To make a form costs more than to try it, so those that were outrun are tried first.
+            for one in first:
+                one.effect = self._trial.of_edit(one.edit, one.effect)
+            done = sorted(first, key=self._order)
+            best, refusing = self._best(done)
         if refusing > LEFT or best.effect.kl > SAME_KL:
-            others = [replace(best.of, **other) for other in _OTHERS]
-            done = sorted([*done, *race_of(others, "other changes of MLPs")], key=self._order)
+            others = made([replace(best.of, **other) for other in _OTHERS])
+            more = self._raced(others, "other changes of MLPs")
+            done = sorted([*done, *more], key=self._order)
             best, refusing = self._best(done)
         self._trial.tokens += keys.tokens
         return [best, *(one for one in done if one is not best)]
