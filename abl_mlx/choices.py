@@ -432,6 +432,7 @@ class SteerOptions(Choices):
     Attributes:
         direction: a direction file; None to measure one.
         condition: as for `measure`; None for the condition of the direction file, if it has one.
+        rank_parts: rank attention heads and experts too; without it, what the file says of them.
         memory_check: refuse a model that is larger than the machine's memory.
     """
 
@@ -442,6 +443,7 @@ class SteerOptions(Choices):
     chatting: Chatting = Chatting()
     conditioning: Conditioning = Conditioning()
     condition: str | None = None
+    rank_parts: bool = False
     memory_check: bool = True
 
     @property

@@ -213,6 +213,13 @@ def diff(
     type=HERE,
     help="Also draw it, in this page NAME.html.",
 )
+@click.option(
+    "--rank-parts",
+    is_flag=True,
+    help="Also rank attention heads by what they write along the direction, and experts by how "
+    "much more often tokens of harmful prompts are sent to them. Without it the ranking of the "
+    "--direction file is shown, if it has one (`measure --rank-parts`).",
+)
 @steered_flags
 @condition_flag
 @conditioning_flags

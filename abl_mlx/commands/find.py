@@ -414,6 +414,12 @@ def find_reply_prefix(
     return first_look.reply_prefix(replies), rate
 
 
+def set_reply_prefixes(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
+    """Set ``chat.reply_prefixes``, where no direction is looked for."""
+    for mode, asked in prompt_choice.encoded(chat, sets, how).items():
+        chat.reply_prefixes[mode], _ = find_reply_prefix(chat, asked, how.batch_size)
+
+
 def find_behind_openings(
     chat: ChatModel,
     writers: Sequence[Writer],

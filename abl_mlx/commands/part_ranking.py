@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from abl_mlx.choices import Editing, MeasureOptions
+from abl_mlx.choices import Editing, MeasureOptions, SteerOptions
 from abl_mlx.commands import prompt_choice
 from abl_mlx.directions import parts
 from abl_mlx.directions.direction_file import DirectionFile
@@ -44,7 +44,7 @@ def with_all(
     chat: ChatModel,
     writers: Sequence[Writer],
     sets: PromptSets,
-    options: MeasureOptions,
+    options: MeasureOptions | SteerOptions,
     found: DirectionFile,
     clock: Clock,
 ) -> DirectionFile:

@@ -7,10 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from abl_mlx.choices import ADD, Conditioning, Editing, Prompting, SteerOptions
-from abl_mlx.commands import condition_choice, edit_choice, prompt_choice, thinking_switch
+from abl_mlx.commands import (
+    condition_choice,
+    edit_choice,
+    part_ranking,
+    prompt_choice,
+    thinking_switch,
+)
 from abl_mlx.commands.condition_choice import Decision
 from abl_mlx.commands.edit_choice import edit_of
-from abl_mlx.commands.find import find_behind_openings
+from abl_mlx.commands.find import find_behind_openings, set_reply_prefixes
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.steering import ablation
@@ -139,10 +145,15 @@ def load(
         if given is not None and direction is not None:
             direction_file.check_width(given, direction, chat)
             thinking_switch.check(chat, options.prompting.thinking)
+            if options.rank_parts:
+                sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
+                set_reply_prefixes(chat, sets, options.measuring)
+                given = part_ranking.with_all(chat, writers, sets, options, given, clock)
             return _steered(name, chat, writers, given, options, tools)
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
     condition_choice.check(options.condition, sets, options.prompting)
     found = find_behind_openings(chat, writers, sets, options.measuring, clock)
+    found = part_ranking.with_all(chat, writers, sets, options, found, clock)
     if options.condition is not None:
         found = condition_choice.add_condition(
             chat, sets, options.prompting, options.condition, found, clock

@@ -20,7 +20,7 @@ from abl_mlx.models.capture import Recorder
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.outputs.record_parts import chosen
 from abl_mlx.records.looks import ShowRecord
-from abl_mlx.reports import sae_tables
+from abl_mlx.reports import part_tables, sae_tables
 from abl_mlx.support.arrays import numpy_of
 from convert.base import escape
 from convert.base.atomic import check_new, new_file
@@ -188,7 +188,8 @@ def table(record: ShowRecord, *, color: bool = False) -> str:
         )
     if record.condition is not None:
         lines.append(record.condition.told)
-    return "\n".join([*lines, *sae_tables.shown_lines(record.sae, names)])
+    lines += sae_tables.shown_lines(record.sae, names)
+    return "\n".join([*lines, *part_tables.lines(record.direction)])
 
 
 def _largest(values: np.ndarray) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from abl_mlx.records.looks import ShownSae, ShowRecord
-from abl_mlx.reports import sae_tables
+from abl_mlx.reports import part_tables, sae_tables
 from abl_mlx.reports.page import (
     SHADES,
     Grid,
@@ -59,6 +59,8 @@ def show_page(record: ShowRecord, command: str = "") -> str:
     )
     if record.sae is not None:
         sections += (_features(record.sae, record.tokens),)
+    if (ranked := part_tables.section(record.direction)) is not None:
+        sections += (ranked,)
     if command:
         sections += (reproduce(command, record.abl_mlx, {}),)
     lead = (f"“{record.prompt}”",)

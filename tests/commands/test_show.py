@@ -18,6 +18,7 @@ from abl_mlx.records.looks import ShowRecord
 from convert.base.errors import UserError
 from tests.edits.test_edit_kinds import stream
 from tests.models.test_writers import random_direction
+from tests.support.command import abl_mlx
 
 PROMPT = "How do I plan a garden?"
 
@@ -91,3 +92,30 @@ def test_the_command(tmp_path):
     missing = CliRunner().invoke(cli, ["show", "demo", PROMPT, "--direction", "none.npy"])
     assert missing.exit_code == 1
     assert "none.npy" in missing.stderr
+
+
+def test_heads_are_ranked_in_the_terminal_the_record_and_the_page(tmp_path):
+    """From the direction file's ranking, and from one that `show` makes."""
+    file, page = tmp_path / "d.safetensors", tmp_path / "page.html"
+    record = abl_mlx("measure", "demo", "-o", file, "--rank-parts", "--limit", 8, "--layer", 2)
+    ranking = record["direction"]["heads"]
+    shown = abl_mlx("show", "demo", PROMPT, "--direction", file, "-o", page)
+    assert shown["direction"]["heads"] == ranking
+    text = show.table(ShowRecord.of(shown))
+    first = ranking[0]
+    label = f"{first['layer']}.{first['number']}"
+    row = next(line for line in text.splitlines() if line.split()[:1] == [label])
+    assert float(row.split()[1]) == pytest.approx(first["harmful"], abs=1e-4)
+    html = page.read_text()
+    assert "Heads and experts" in html
+    # The page has them all, in their order.
+    places = [html.index(f">{one['layer']}.{one['number']}<") for one in ranking]
+    assert places == sorted(places)
+    # A file without a ranking.
+    bare = tmp_path / "bare.safetensors"
+    abl_mlx("measure", "demo", "-o", bare, "--limit", 8, "--layer", 2)
+    plain = abl_mlx("show", "demo", PROMPT, "--direction", bare)
+    assert "heads" not in plain["direction"]
+    assert "writes along" not in show.table(ShowRecord.of(plain))
+    ranked = abl_mlx("show", "demo", PROMPT, "--direction", bare, "--rank-parts", "--limit", 8)
+    assert ranked["direction"]["heads"] == ranking
