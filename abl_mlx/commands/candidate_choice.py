@@ -204,11 +204,13 @@ class Finder:
 
     def _chosen(self, causal: bool) -> Variant:
         finding, candidates, method = self._how.finding, self._candidates, self._method
+        if not causal and method.refine:
+            raise UserError(f"{method.needs_first_tokens}: leave it out.")
         if finding.layer is not None:
             self._notes["chosen_by"] = "hand"
             position = candidates.positions[-1] if finding.across else self._position
             variant = self._variant(finding.layer, position)
-            return self._refined(variant) if causal and method.refine else variant
+            return self._refined(variant) if method.refine else variant
         if finding.per_layer or finding.across == "layers":
             return self._among([self._together(position) for position in candidates.positions])
         if finding.method == "over-refusal":
@@ -226,6 +228,7 @@ class Finder:
         self._described = replace(self._described, facts=facts)
         self._notes |= {"chosen_by": chosen.by, "forward_tokens": chosen.tokens}
         variant = self._variant(chosen.score.layer, chosen.score.position)
+        variant = replace(variant, method=self._method.name)
         with suppress(OpensAlike):  # then first tokens say nothing of the choice
             (effect,) = self._try([variant], "effect on first tokens")
             self._trial.tokens += chosen.tokens
@@ -237,7 +240,7 @@ class Finder:
         assert variant.layer is not None
         assert variant.position is not None
         found = self._method.refiner(self._measured(), int(variant.layer), variant.position)
-        refined = replace(variant, directions=found.directions)
+        refined = replace(variant, directions=found.directions, method=self._method.name)
         (effect,) = self._try([refined], found.by)
         self._notes |= {
             "chosen_by": f"{self._notes['chosen_by']}; {found.by}",

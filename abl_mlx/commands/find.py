@@ -156,6 +156,8 @@ def _by_replies(
         measured: the candidates of the only view, whose first tokens do not tell.
     """
 
+    method = methods.named(how.finding.method)
+
     def worth_judging(view: View) -> list[DirectionFile]:
         """The directions of a view, the best first.
 
@@ -163,6 +165,8 @@ def _by_replies(
         tokens, these cannot choose: it is the candidates that separate the prompts best.
         """
         if measured is not None:
+            if method.refine:
+                raise UserError(f"{method.needs_first_tokens}: leave it out.")
             say(_ALIKE)
             return measured.files_of(measured.best_separating(_SEPARATING_ALONE))
         say(f"  {view.name}:")
@@ -172,6 +176,9 @@ def _by_replies(
                     return finder.finalists()
                 return [finder.file()]
             except OpensAlike:
+                if method.refine:
+                    say(f"  left out: {method.needs_first_tokens}")
+                    return []
                 say(_ALIKE)
                 return finder.files_of(finder.best_separating(_SEPARATING))
 
@@ -230,7 +237,7 @@ def _measured(
         train["harmful"],
         train["harmless"],
         _positions(view, how.finding),
-        method=methods.named(how.finding.method).name,
+        method=methods.named(how.finding.method).measured_as,
         rank=methods.named(how.finding.method).ranked(how.finding.rank),
         borderline=train.get("borderline"),
     )

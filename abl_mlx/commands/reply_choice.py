@@ -128,7 +128,9 @@ def choose(
         some = singles if size == 1 else _spans(singles, size)
         with progress(len(some), "directions, by replies", "edit") as bar:
             for one in some:
-                replied = judge.of(make_edit(one.directions, full))
+                # A method may have strengths of its own, which are written as well.
+                recipe = one.files[0].metadata.get("recipe")
+                replied = judge.of(make_edit(one.directions, full, recipe=recipe))
                 judged.append(Judged(one, replied, judge.dropped(replied), judge.works(replied)))
                 bar.update()
                 # The candidates of one view are in the order of their separation.

@@ -88,6 +88,19 @@ class Method:
         """Whether candidates follow from means or states alone and are removed at strength 1."""
         return not (self.choose or self.refine or self.layer_weights) and self.strength == 1
 
+    @property
+    def measured_as(self) -> str:
+        """The method whose candidates it chooses among or changes; its own name otherwise."""
+        return METHODS[0] if self.choose or self.refine else self.name
+
+    @property
+    def needs_first_tokens(self) -> str:
+        """What is said of a method with `refine` where first reply tokens tell it nothing."""
+        return (
+            f"--method {self.name} starts from the effects of removals on first reply tokens, and "
+            "here these do not tell harmful from harmless prompts"
+        )
+
     def strengths(self, layers: int) -> list[float] | None:
         """The strength of each of so many layers; None for 1 in all."""
         if self.layer_weights:

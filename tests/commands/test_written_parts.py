@@ -37,12 +37,9 @@ def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_heads_in_four_bits(four_bits: Path, direction: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    out, folder = tmp_path / "out.gguf", tmp_path / "folder"
-    flags = "--heads", "2.2,2.3", "--strength"
+    out, flags = tmp_path / "out.gguf", ("--heads", "2.2,2.3", "--strength")
     abl_mlx("apply", direction, four_bits, "-o", out, *flags, 4)
     assert refused(evaluate.InLlamaCpp(out)) <= 0.05
-    abl_mlx("apply", direction, "demo", "-o", folder, *flags, 4)
-    assert refusals_in_mlx(folder) <= 0.05
     # The removal at strength 1 leaves what the other writers write.
     once = tmp_path / "once"
     abl_mlx("apply", direction, "demo", "-o", once, *flags, 1)
