@@ -204,8 +204,6 @@ class Finder:
 
     def _chosen(self, causal: bool) -> Variant:
         finding, candidates, method = self._how.finding, self._candidates, self._method
-        if not causal and method.refine:
-            raise UserError(f"{method.needs_first_tokens}: leave it out.")
         if finding.layer is not None:
             self._notes["chosen_by"] = "hand"
             position = candidates.positions[-1] if finding.across else self._position
@@ -228,12 +226,11 @@ class Finder:
         self._described = replace(self._described, facts=facts)
         self._notes |= {"chosen_by": chosen.by, "forward_tokens": chosen.tokens}
         variant = self._variant(chosen.score.layer, chosen.score.position)
-        variant = replace(variant, method=self._method.name)
         with suppress(OpensAlike):  # then first tokens say nothing of the choice
             (effect,) = self._try([variant], "effect on first tokens")
             self._trial.tokens += chosen.tokens
             self._notes |= self._first_tokens(effect.refusal, effect.refused, effect.kl)
-        return variant
+        return replace(variant, method=self._method.name)
 
     def _refined(self, variant: Variant) -> Variant:
         """The chosen candidate as the method changes it with the loaded model."""

@@ -107,6 +107,9 @@ def _found(
     """
     # Where another behaviour is looked for, refusals choose nothing.
     causal = causal and how.scoring.search_for is None
+    method = methods.named(how.finding.method)
+    if not causal and method.refine:
+        raise UserError(f"{method.needs_first_tokens}: leave it out.")
     encoded: SearchPrompts | None = None
     if how.given.direction is not None:
         found = _given(chat, how)
