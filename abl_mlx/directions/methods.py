@@ -152,7 +152,7 @@ TABLE = (
         "median-means", STATES, "estimators:medians",
         direction="the difference of the medians, dimension by dimension",
         planted="yes, also with outlier prompts",
-        source="",
+        source="Small 1990, multidimensional medians",
     ),
     Method(
         "projected", MEANS, "estimators:projected",
@@ -190,7 +190,7 @@ TABLE = (
         "AUC are recorded",
         planted="yes if noise is equal in all directions; otherwise it finds Σ⁻¹(μ_H − μ_G), which "
         "separates the sets best and is not the difference between them",
-        source="",
+        source="Alain & Bengio 2016, arXiv 1610.01644",
     ),
     Method(
         "cosmic", MEANS, "estimators:difference", choose="cosmic:chosen",

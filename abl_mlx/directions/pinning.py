@@ -1,6 +1,7 @@
 """The value at which an affine edit holds the component along a direction, instead of 0.
 
-The formula is in docs/architecture.md, "Pin".
+The formula is in docs/architecture.md, "Pin"; affine concept editing is of Marshall et al. 2024,
+"Refusal in LLMs is an Affine Function" (arXiv 2411.09003).
 
 After every other writer is projected, the embedding alone determines the stream's component along
 the directions. So ``--pin harmless`` holds the component at its mean over the embeddings of

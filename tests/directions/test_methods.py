@@ -38,6 +38,8 @@ FOUND_BY = {
     "winsorized-means": lambda a, b: mean_difference(*map(estimators.winsorized, (a, b))),
     "median-means": lambda a, b: estimators.median(a) - estimators.median(b),
     "projected": lambda a, b: estimators.without(mean_difference(a, b), b.mean(axis=0)),
+    "biprojected": lambda a, b: estimators.projected(*(one.mean(axis=0) for one in (a, b))),
+    "gabliteration": lambda a, b: estimators.paired_singular_vectors(a, b, 1)[0],
     "svd": lambda a, b: estimators.subspace(a - b.mean(axis=0), 1)[0],
     "probe": lambda a, b: estimators.probe(a, b).weight,
 }

@@ -13,6 +13,7 @@ import click
 import pytest
 
 from abl_mlx.cli.main import cli
+from abl_mlx.directions.methods import METHODS
 from convert.architectures.table import IN_MLX
 from tests.support.places import ROOT
 
@@ -138,6 +139,12 @@ def test_architectures_that_run_from_a_gguf_are_listed() -> None:
     named = re.sub(r"\(.*?\)", "", named.replace("\n", " "))
     assert sorted(name.strip() for name in named.split(",")) == sorted(IN_MLX)
     assert f"{len(IN_MLX)} of them run from the GGUF alone" in text(ROOT / "README.md")
+
+
+def test_every_method_has_a_paragraph_that_says_when_to_use_it() -> None:
+    page = text(DOCS / "methods.md")
+    for one in METHODS:
+        assert re.search(rf"^(?:.*\s)?\*\*`{re.escape(one)}`\*\*", page, re.MULTILINE), one
 
 
 def test_files_of_the_fast_tier_exist() -> None:
