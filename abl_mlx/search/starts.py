@@ -222,7 +222,9 @@ def _of_record(path: Path, layers: int) -> Start:
     values = json_text.read(path, _RECORD, mend="give the abl.json of `run`")
     taken, options = values["direction"], values.get("options") or {}
     named = any(taken.get(name) for name in ("per_layer", "rank")) or taken.get("layer") is not None
-    edits = options.get("kind", "project") == "project" and options.get("edit") != "readers"
+    edits = (
+        options.get("kind", "project") == "project" and options.get("edit", "writers") == "writers"
+    )
     if not named or not edits or taken.get("update") is not None:
         raise _nothing(path)
     recipe = taken.get("recipe") or {}
