@@ -21,7 +21,7 @@ from abl_mlx.support.console import progress, say
 GENTLE = 0.01
 
 #: The number of harmful and of harmless prompts whose gradients are taken.
-PROMPTS = 10
+PROMPTS = 8
 
 #: The largest changes of a strength, step by step.
 RADII = (0.5, 0.3)
