@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from abl_mlx.choices import Measuring
+from abl_mlx.commands import short_replies
 from abl_mlx.commands.held_out import HeldOut
 from abl_mlx.directions import choice, induction, race
 from abl_mlx.models.chat_model import ChatModel
@@ -112,6 +113,9 @@ def forecast(
         choose = _constant(length)
     else:
         choose = 0 if given else round(length * _choice(validation, how))
+        if not given and how.finding.method is None and how.finding.layer is None:
+            replying = choice.GENTLER * len(sets.validation[sets.refused])
+            choose += round(replying * (length + short_replies.REPLY_TOKENS))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Forecast(
         train,
