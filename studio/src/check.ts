@@ -15,7 +15,6 @@ export function check(): HTMLElement {
         fill(
           result,
           h("h2", {}, `Verdict: ${one.verdict}`),
-          h("pre", {}, one.table),
           h("p", {}, "The same on the command line: ", h("code", {}, one.command)),
           h("iframe", { src: one.page, title: "Evidence", class: "report" }),
         );
@@ -27,7 +26,7 @@ export function check(): HTMLElement {
   return h(
     "div", { class: "check" },
     h("form", { class: "row", onsubmit: run as EventListener },
-      field("Model", model, "on this machine, or fetched from Hugging Face"), h("button", { type: "submit" }, "Check")),
+      field("Model on this machine or on Hugging Face", model), h("button", { type: "submit" }, "Check")),
     result,
   );
 }

@@ -27,8 +27,8 @@ export function fill(element: Element, ...children: Child[]): void {
 }
 
 /** A field with its label. */
-export function field(label: string, input: HTMLElement, hint = ""): HTMLLabelElement {
-  return h("label", { class: "field" }, h("span", {}, label), input, hint && h("small", {}, hint));
+export function field(label: string, input: HTMLElement): HTMLLabelElement {
+  return h("label", { class: "field" }, h("span", {}, label), input);
 }
 
 /** A table with a caption and a head. */

@@ -44,7 +44,7 @@ export function controls(about: About, changed: () => void): HTMLElement {
   });
   slider.addEventListener("change", changed);
   const marks = h("datalist", { id: "marks" }, ...[-1, 0, 1].map((one) => h("option", { value: one })));
-  const layers = h("input", { id: "layers", type: "text", placeholder: "all", size: 8 });
+  const layers = h("input", { id: "layers", type: "text", placeholder: "all, or 0-3,5", size: 12 });
   layers.value = edit.layers?.join(",") ?? "";
   layers.addEventListener("change", () => {
     edit.layers = layersOf(layers.value);
@@ -66,7 +66,7 @@ export function controls(about: About, changed: () => void): HTMLElement {
         edit.rank = value;
         changed();
       }, `all (${about.rank})`)),
-      field("Edited layers", layers, "such as 0-3,5"),
+      field("Edited layers", layers),
     ),
   );
 }

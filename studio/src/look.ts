@@ -106,7 +106,7 @@ class Panel {
 
 /** The dimensions of a state as boxes, coloured by what each adds to the component. */
 function boxes(title: string, values: number[], most: number): HTMLElement {
-  const across = Math.ceil(Math.sqrt(values.length * 2));
+  const across = columns(values.length);
   const size = Math.max(3, Math.min(12, Math.floor(560 / across)));
   const canvas = h("canvas", {
     width: across * size, height: Math.ceil(values.length / across) * size, role: "img",
@@ -126,6 +126,13 @@ function boxes(title: string, values: number[], most: number): HTMLElement {
     context.fillRect(x, y, size - 1, size - 1);
   });
   return h("figure", {}, canvas, h("figcaption", {}, `${title}: together ${sum(values).toFixed(3)}`));
+}
+
+/** How many boxes stand side by side: about twice as many as rows, without a rest if that can be. */
+function columns(count: number): number {
+  const wanted = Math.ceil(Math.sqrt(count * 2));
+  for (let one = wanted; one < wanted * 2; one++) if (count % one === 0) return one;
+  return wanted;
 }
 
 function sum(values: number[]): number {
@@ -150,9 +157,9 @@ function lens(found: Event): HTMLElement {
 
 function scale(most: number): HTMLElement {
   const steps = [-1, -0.5, 0, 0.5, 1].map((one) => {
-    const box = h("span", { class: "step" }, (one * most).toFixed(2));
+    const box = h("span", { class: "swatch" });
     box.style.backgroundColor = tint(one);
-    return box;
+    return h("span", { class: "step" }, box, (one * most).toFixed(2));
   });
   return h("p", { class: "legend", "aria-label": "Legend: the component r·h/|h|" }, "r·h/|h| ", ...steps);
 }

@@ -7,11 +7,12 @@ export interface Place {
 }
 
 export function place(): Place {
-  const [view = "", query = ""] = location.hash.replace(/^#\/?/, "").split("?", 2);
-  const more = new URLSearchParams(query);
+  const hash = location.hash.replace(/^#\/?/, "");
+  const [view] = hash.split("?");
+  const more = new URLSearchParams(hash.slice(hash.indexOf("?") + 1));
   const token = more.get("token") ?? "";
   more.delete("token");
-  return { view, token, more };
+  return { view: view ?? "", token, more };
 }
 
 /** The address of a view, with the token. */

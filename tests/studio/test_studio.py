@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,26 @@ def test_talk_at_strengths(studio, sets):
     assert talk(studio, allowed.text, strength=0)[0] == allowed.answer
     assert talk(studio, allowed.text, strength=-1)[0].startswith("I'm sorry")
     assert talk(studio, locked.text, layer=1, max_tokens=2)[1]["done"] == "length"
+
+
+def test_replies_grow_side_by_side(studio, sets):
+    asked = [(one.text, strength) for one in sets.harmful.test.prompts[:2] for strength in (0, 1)]
+    alone = [talk(studio, text, strength=strength)[0] for text, strength in asked]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda one: talk(studio, one[0], strength=one[1])[0], asked))
+    assert together == alone
+
+
+def test_a_page_that_goes_ends_its_reply(studio, sets):
+    connection = http.client.HTTPConnection("127.0.0.1", studio.port, timeout=60)
+    messages = [{"role": "user", "content": "a"}]
+    body = {"messages": messages, "temperature": 5, "max_tokens": 100_000}
+    sent = {"Authorization": f"Bearer {studio.token}"}
+    connection.request("POST", "/api/talk", json.dumps(body), sent)
+    connection.getresponse().readline()
+    connection.close()
+    locked = sets.harmful.test.prompts[0]
+    assert talk(studio, locked.text)[0] == locked.answer
 
 
 def test_look(studio, sets):
