@@ -163,6 +163,48 @@ def learn(
 
 
 @cli.command()
+@click.argument("record", type=HERE)
+@click.option(
+    "-o",
+    "--output",
+    type=HERE,
+    help="Keep the model here: a folder or NAME.gguf, as the record's. Default: only compare it.",
+)
+@click.option(
+    "--base", metavar="MODEL", help="The base model. Default: what the record names, as typed then."
+)
+@click.option(
+    "--direction", type=HERE, help="The direction file, for a record that does not hold it."
+)
+@click.option(
+    "--remeasure",
+    is_flag=True,
+    help="Also measure the direction again, and show how far it lies from the record's.",
+)
+@json_flag
+def reproduce(record: Path, output: Path | None, as_json: bool, **given: Any) -> None:
+    """Make the edit of RECORD again and compare every byte with the hashes that it holds.
+
+    RECORD is the abl.json that `run` or `apply` wrote, or the folder or GGUF with it. It holds the
+    directions, so that only the base model is needed. Tensors that differ are named, with what may
+    be the reason.
+
+    \b
+    abl-mlx reproduce abl.json --base Model -o edited/
+
+    Exit codes: 1 for any error, 3 for bytes that differ.
+    """
+    from abl_mlx.behaviour.gate import NOT_MET
+    from abl_mlx.commands import reproduce as again
+
+    def work() -> Any:
+        return again.reproduce(str(record), output, **given)
+
+    if answer(as_json, again.table, work).differs:
+        sys.exit(NOT_MET)
+
+
+@cli.command()
 @click.argument("model")
 @revision_flag()
 @json_flag

@@ -28,7 +28,7 @@ from abl_mlx.models import capture, given_template
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.input_squares import InputSquares, recorded
 from abl_mlx.models.writers import Writer
-from abl_mlx.outputs import apps, destinations, staging
+from abl_mlx.outputs import apps, destinations, reproduction, staging
 from abl_mlx.outputs.model_file import find_model
 from abl_mlx.outputs.record_parts import combined_hash, hashes, measured, start_record, worst_leak
 from abl_mlx.records.edits import ApplyRecord, MeasureRecord
@@ -79,6 +79,7 @@ def apply(
         with staging.staging(paths) as staged:
             written = [planned.write(one, clock) for one in staged]
             facts = [one.facts for one in written]
+            known = reproduction.described(known, direction, written, clock)
             record = ApplyRecord(
                 **replace(known, seconds=clock.seconds).values_by_field,
                 leak=worst_leak(facts),

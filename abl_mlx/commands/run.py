@@ -32,7 +32,7 @@ from abl_mlx.inputs.sets import PromptSets
 from abl_mlx.models import capture, given_template
 from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.readers import with_readers
-from abl_mlx.outputs import apps, destinations, induced, staging
+from abl_mlx.outputs import apps, destinations, induced, reproduction, staging
 from abl_mlx.outputs.gguf import GgufFile
 from abl_mlx.outputs.model_file import ModelFile, PlannedEdit, find_gguf, find_model
 from abl_mlx.outputs.record_parts import hashes, start_record, worst_leak
@@ -232,8 +232,7 @@ def _six_steps(job: Job, look: Callable[[Job, LoadedModel], Found]) -> RunRecord
         found = look(job, loaded)
         before = _ask_before(job, loaded, found, stack)
         staged = stack.enter_context(staging.staging(job.paths))
-        known = _start(job, found)
-        written = _write(job, found, staged)
+        known, written = _write(job, found, staged)
         judged = _judge(job, found, before, written)
         record = _finish(job, known, before, judged)
         replies = _replies(job, before, judged)
@@ -369,18 +368,18 @@ def _in_llamacpp(job: Job, runtime: InLlamaCpp | None) -> InLlamaCpp | None:
 def _start(job: Job, found: Found) -> Edited:
     """The entries of the record that are known before anything is written."""
     target, options = job.target, job.options
-    template = given_template.record(job.model.given)
     with job.clock.step("hash the source"):
+        template = given_template.record(job.model.given)
         hashed = hashes(target.hashes(), found.direction, options, template)
-    return start_record(
-        target.source, job.paths, options, found.direction,
-        hashes=hashed, mtp=found.plan.predicting(),
-    )  # fmt: skip
+    mtp = found.plan.predicting()
+    return start_record(target.source, job.paths, options, found.direction, hashes=hashed, mtp=mtp)
 
 
-def _write(job: Job, found: Found, staged: Sequence[Output]) -> list[Written]:
-    """Write every output to its staged path, and measure its leak."""
-    return [found.plan.write(one, job.clock) for one in staged]
+def _write(job: Job, found: Found, staged: Sequence[Output]) -> tuple[Edited, list[Written]]:
+    """Write every output to its staged path and measure its leak; with the record's beginning."""
+    known = _start(job, found)
+    written = [found.plan.write(one, job.clock) for one in staged]
+    return reproduction.described(known, found.direction, written, job.clock), written
 
 
 # --- 5. judge ----------------------------------------------------------------------------------

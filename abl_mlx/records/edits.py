@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from abl_mlx.choices import ApplyOptions, RunOptions
 from abl_mlx.records.directions import Found
@@ -50,6 +51,81 @@ class Hashes(Part):
     source: dict[str, str]
     direction: str
     options: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions(Part):
+    """The directions of an edit, and what a direction file says of the edit besides.
+
+    Attributes:
+        shape: (k, d) or (L, k, d).
+        float32: their bytes, little-endian, in Base64.
+        metadata: of the direction file.
+    """
+
+    shape: list[int]
+    float32: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputHashes(Part):
+    """Hashes of an output's weights.
+
+    Attributes:
+        files: file name -> SHA-256.
+        tensors: tensor (of very many: block of tensors) -> the first 16 digits of the SHA-256 of
+            its bytes.
+    """
+
+    files: dict[str, str]
+    tensors: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction(Part):
+    """What `reproduce` needs to make the edit again.
+
+    Attributes:
+        directions: the removed directions; None if they take more than 2 MB.
+        outputs: name of each folder and GGUF -> its hashes.
+    """
+
+    directions: Directions | None = None
+    outputs: dict[str, OutputHashes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceRecord(Record, Made):
+    """The record of `reproduce`; its ``source`` is the base model.
+
+    Attributes:
+        record: the record whose edit was made again.
+        verdict: ``identical`` or ``different``.
+        tensors: the number of tensors that were compared.
+        differing: those that differ.
+        reasons: why bytes differ, a sentence each.
+        files: file name -> SHA-256.
+        output: where the model went, if it was kept.
+        cosine: with ``--remeasure``, the least |cos| of the record's directions and those that were
+            measured again.
+        seconds: step -> time in seconds.
+    """
+
+    record: str
+    verdict: str
+    tensors: int
+    differing: list[str]
+    reasons: list[str]
+    files: dict[str, str]
+    output: str | None = None
+    cosine: float | None = None
+    seconds: dict[str, float]
+
+    @property
+    def differs(self) -> bool:
+        """Whether any byte differs."""
+        return self.verdict != "identical"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +236,7 @@ class Edited(Found, Made):
         mtp: the tensors for multi-token prediction.
         hashes: of what the outputs were made from.
         seconds: step -> time in seconds.
+        reproduction: what `reproduce` needs.
     """
 
     source_is_repository: bool
@@ -170,6 +247,7 @@ class Edited(Found, Made):
     mtp: Drafting | None = None
     hashes: Hashes
     seconds: dict[str, float]
+    reproduction: Reproduction | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ COMMANDS: dict[str, type[Record]] = {
     "run": edits.RunRecord,
     "measure": edits.MeasureRecord,
     "apply": edits.ApplyRecord,
+    "reproduce": edits.ReproduceRecord,
     "undo": edits.UndoRecord,
     "convert": edits.ConvertRecord,
     "push": edits.PushRecord,

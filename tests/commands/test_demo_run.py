@@ -10,7 +10,7 @@ import pytest
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import ApplyOptions, MeasureOptions
-from abl_mlx.commands import evaluate_model, measure_apply
+from abl_mlx.commands import evaluate_model, measure_apply, reproduce
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.directions import direction_file
 from abl_mlx.eval_choices import EvalOptions
@@ -44,6 +44,13 @@ def record(printed):
 def replies(place, record):
     lines = (place / "replies.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def test_both_outputs_are_made_again_from_the_record(place, record):
+    for name in ("X", "X.gguf"):
+        again = reproduce.reproduce(str(place / name), base="demo")
+        assert (again["verdict"], again["differing"]) == ("identical", [])
+        assert again["files"] == record["reproduction"]["outputs"][name]["files"]
 
 
 def test_the_demo_refuses_before_and_answers_after(record):

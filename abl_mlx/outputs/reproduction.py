@@ -1,0 +1,100 @@
+"""What a record holds so that an edit can be made again: its directions, and hashes of outputs."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.outputs.record_parts import file_hashes
+from abl_mlx.outputs.staging import FOLDER, GGUF, Written
+from abl_mlx.records.edits import Directions, Edited, OutputHashes, Reproduction
+from abl_mlx.support.arrays import numpy_of
+from abl_mlx.support.clock import Clock
+from convert.gguf.file import GgufSource
+from convert.mlx.safetensors_files import TensorFiles
+
+#: Bytes of directions beyond which a record does not hold them: 2 MB.
+_MOST = 2 << 20
+
+#: With more tensors than this, one hash is of all tensors of a layer.
+_TENSORS = 1000
+
+_KEPT = ("recipe", "pins", "embedding_scale", "summary")
+
+
+def described(
+    known: Edited, direction: DirectionFile, written: Sequence[Written], clock: Clock
+) -> Edited:
+    """The parts of a record, with what `reproduce` needs."""
+    with clock.step("hash the outputs"):
+        outputs = {
+            one.output.path.name: hashes
+            for one in written
+            if (hashes := _of_output(one)) is not None
+        }
+    made = Reproduction(directions=_directions(direction), outputs=outputs)
+    return replace(known, reproduction=made)
+
+
+def _directions(direction: DirectionFile) -> Directions | None:
+    values = numpy_of(direction.selected).astype("<f4")
+    if direction.updates is not None or values.nbytes > _MOST:
+        return None
+    return Directions(
+        shape=list(values.shape),
+        float32=base64.b64encode(values.tobytes()).decode(),
+        metadata={key: direction.metadata[key] for key in _KEPT if key in direction.metadata},
+    )
+
+
+def direction_of(stored: Directions) -> DirectionFile:
+    """The direction file that a record holds.
+
+    Raises:
+        ValueError: when the record is damaged.
+    """
+    values = np.frombuffer(base64.b64decode(stored.float32, validate=True), "<f4")
+    selected = mx.array(values.reshape(stored.shape).astype(np.float32))
+    return DirectionFile(selected, metadata=dict(stored.metadata))
+
+
+def _of_output(written: Written) -> OutputHashes | None:
+    """The hashes of a folder or a GGUF; None for adapters."""
+    staged = written.output.staged
+    if written.output.format == FOLDER:
+        with TensorFiles(staged) as folder:
+            return _hashes(folder.files, sorted(folder.names), folder.bytes, folder.release)
+    if written.output.format != GGUF:
+        return None
+    parts = written.facts.files
+    with GgufSource(staged if not parts else staged.with_name(Path(parts[0]).name)) as gguf:
+        return _hashes(gguf.parts, list(gguf.tensors), gguf.raw, gguf.release)
+
+
+def _hashes(
+    files: Sequence[Path],
+    names: Sequence[str],
+    read: Callable[[str], Any],
+    release: Callable[[str], None],
+) -> OutputHashes:
+    groups: dict[str, Any] = {}
+    for name in names:
+        layer = re.match(r".*?\.\d+\.", name)
+        group = layer[0].rstrip(".") if layer and len(names) > _TENSORS else name
+        digest = groups.setdefault(group, hashlib.sha256())
+        # Copied, because a view would keep the file open.
+        digest.update(bytes(read(name)))
+        release(name)
+    return OutputHashes(
+        files=file_hashes(files),
+        tensors={group: digest.hexdigest()[:16] for group, digest in groups.items()},
+    )
