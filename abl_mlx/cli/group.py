@@ -16,7 +16,7 @@ from convert.base import atomic, escape, scratch
 from convert.base.errors import UsageError, UserError
 
 #: The commands whose work the processes of ``mlx.launch`` share out.
-_SHARED = "run", "measure", "apply"
+_SHARED = "run", "measure", "apply", "audit"
 
 
 class _Misuse(click.ClickException):

@@ -19,6 +19,7 @@ import numpy as np
 from abl_mlx import __version__
 from abl_mlx.audit_weights import differences, spectrum
 from abl_mlx.audit_weights.spectrum import Found, Gap
+from abl_mlx.commands.same_everywhere import check_same
 from abl_mlx.directions import direction_file
 from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import stream_weights
@@ -37,7 +38,7 @@ from abl_mlx.records.looks import (
 )
 from abl_mlx.reports.page import write
 from abl_mlx.reports.page_audit import audit_page
-from abl_mlx.support import flags
+from abl_mlx.support import flags, ranks
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress
@@ -118,6 +119,7 @@ def audit(
     clock = Clock()
     _check_places(output, report)
     with find_model(text) as model:
+        check_same(clock, None, model)
         source = model.source
         given = None if direction is None else _given(direction)
         with clock.step("read what the files say"):
@@ -297,8 +299,9 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
     candidates = spectrum.Candidates(model.layers)
     total = sum(one.lines for one in writers)
     with progress(total * (1 if keep else 2), "audit", "vector") as bar:
-        for one in writers:
-            gram = _gram(one, np.float64 if d <= _DOUBLE else np.float32)
+        kind = np.float64 if d <= _DOUBLE else np.float32
+        grams = ranks.in_turn("writers", writers, lambda one: _gram(one, kind))
+        for one, gram in zip(writers, grams, strict=True):
             bar.update(one.lines)
             if not candidates.add(one.role, one.layer, gram):
                 continue
@@ -311,13 +314,11 @@ def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
             raise UserError("every residual writer of this model is zero: nothing to audit.")
         basis, count = candidates.basis()
         del candidates
-        small = []
-        for index, one in enumerate(used):
-            if keep:
-                small.append(basis.T @ (kept[index] @ basis))
-            else:
-                small.append(_small_gram(one, basis))
-                bar.update(one.lines)
+        small = [basis.T @ (gram @ basis) for gram in kept]
+        again = [] if keep else used
+        for gram in ranks.in_turn("writers again", again, lambda one: _small_gram(one, basis)):
+            bar.update(again[len(small)].lines)
+            small.append(gram)
     forms = spectrum.forms(small, diagonals, basis, count)
     return Energies(basis, forms, np.fromiter(means, float) / forms.units), used
 

@@ -22,10 +22,11 @@ from abl_mlx.models.loaded_model import LoadedModel
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs import adapter_outputs, further_files, mtp, new_parts, undo_file
 from abl_mlx.outputs.gguf_plan import TensorPlan, compare, replacement, stored_values
+from abl_mlx.outputs.in_turn import in_turn
 from abl_mlx.outputs.provenance import edit_label, gguf_metadata
 from abl_mlx.outputs.staging import FOLDER, GGUF, LORA, Output, Written, check_space, format_of
 from abl_mlx.records.edits import Drafting, WrittenEdit
-from abl_mlx.support import notes
+from abl_mlx.support import notes, ranks
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress, progress_to
 from convert import gguf_to_mlx
@@ -270,7 +271,7 @@ class GgufEdit:
             return rewrite(
                 gguf,
                 to,
-                tensors=plain | edited,
+                tensors=in_turn(gguf, plain | edited),
                 metadata={
                     **gguf_metadata(self.source, label, gguf.metadata),
                     **self.quantization.metadata(),
@@ -308,9 +309,14 @@ def compare_all(
     """Compare every edited tensor of two files."""
     leaks, details = {}, {}
     with progress(len(plans), "read back", "tensor") as bar:
-        for name, one in plans.items():
-            leaks[name], details[name] = compare(before, after, one)
+
+        def compared(one: TensorPlan) -> list[list[Any]]:
             bar.update()
+            return [list(vars(part).values()) for part in compare(before, after, one)]
+
+        found = ranks.each("leaks", list(plans.values()), compared)
+    for name, (of_leak, of_details) in zip(plans, found, strict=True):
+        leaks[name], details[name] = Leak(*of_leak), Details(*of_details)
     return LeakReport(leaks, details)
 
 

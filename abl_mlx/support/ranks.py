@@ -303,7 +303,7 @@ def first(label: str, value: T) -> T:
 
 
 def arrays(label: str, array: np.ndarray) -> list[np.ndarray]:
-    """The arrays of every rank, in their order; all have one type, but shapes may differ.
+    """The arrays of every rank, in their order; their types and shapes may differ.
 
     Raises:
         UserError: a rank ended.
@@ -312,11 +312,11 @@ def arrays(label: str, array: np.ndarray) -> list[np.ndarray]:
         return [array]
     import numpy as np
 
-    shapes = gathered(f"{label}: shapes", list(array.shape))
+    forms = gathered(f"{label}: forms", [array.dtype.str, list(array.shape)])
     found = _exchange(_RUNS, label, array.tobytes())
     return [
-        np.frombuffer(one, array.dtype).reshape(shape)
-        for one, shape in zip(found, shapes, strict=True)
+        np.frombuffer(one, kind).reshape(shape)
+        for one, (kind, shape) in zip(found, forms, strict=True)
     ]
 
 
@@ -353,6 +353,30 @@ def each(label: str, items: Sequence[T], work: Callable[[T], Any]) -> list[Any]:
     with alone():
         found = [work(items[number]) for number in mine]
     return joined(parts, gathered(label, found))
+
+
+def in_turn(
+    label: str, items: Sequence[T], work: Callable[[T], np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Yield the arrays that work makes of every item, in order; ranks take turns.
+
+    Memory holds as many arrays as there are ranks.
+
+    Args:
+        label: what is done, for messages.
+        items: the same on every rank.
+        work: makes an array of an item; it is called when the array is wanted.
+    """
+    if size() == 1:
+        yield from map(work, items)
+        return
+    import numpy as np
+
+    for start in range(0, len(items), size()):
+        some, turn = items[start : start + size()], rank()
+        with alone():
+            mine = work(some[turn]) if turn < len(some) else np.zeros(0)
+        yield from arrays(label, mine)[: len(some)]
 
 
 def joined(parts: Sequence[Sequence[int]], found: Sequence[Sequence[T]]) -> list[T]:

@@ -102,3 +102,19 @@ def test_a_command_for_one_process_says_so(tmp_path):
     assert [code for code, *_ in found] == [2, 2]
     assert "runs in one process" in found[0][1]
     assert found[1][1] == ""
+
+
+@pytest.mark.slow
+def test_a_gguf_is_edited_in_turn_to_the_same_bytes(tmp_path):
+    """The edited tensors, computed by two ranks, are those of one; so is what an audit finds."""
+    abl_mlx("convert", "demo", tmp_path / "demo-Q4_K_M.gguf", "--quantize", "Q4_K_M")
+    direction = tmp_path / "d.safetensors"
+    abl_mlx("measure", "demo", "-o", direction, "--quick")
+    command = "apply", str(direction), str(tmp_path / "demo-Q4_K_M.gguf"), "-o"
+    one = abl_mlx(*command, tmp_path / "one" / "out.gguf")
+    two = by_mlx_launch(2, *command, str(tmp_path / "two" / "out.gguf"))
+    same(one, two)
+    first, second = ((tmp_path / name / "out.gguf").read_bytes() for name in ("one", "two"))
+    assert first == second
+    audited = "audit", str(tmp_path / "one" / "out.gguf")
+    same(abl_mlx(*audited), by_mlx_launch(2, *audited))
