@@ -26,11 +26,18 @@ def mac(needed: int) -> str:
 
 
 def table() -> str:
-    """For each type and size the memory that a run needs, and the smallest Mac that has it."""
+    """For each type and size the memory that a run needs, and the smallest Mac that has it.
+
+    A second table has what each of two Macs needs for a model that they split.
+    """
+    return f"{_table(1)}\n\nEach of two Macs that split the model:\n\n{_table(2)}"
+
+
+def _table(parts: int) -> str:
     head = "".join(f" {size} billion |" for size in SIZES)
     lines = [f"| weights in |{head}", f"|---|{'---|' * len(SIZES)}"]
     for name, bits in BITS.items():
-        whole = [memory.needed(round(size * 1e9 * bits / 8)) for size in SIZES]
+        whole = [memory.needed(round(size * 1e9 * bits / 8 / parts)) for size in SIZES]
         cells = [f" {needed / 1e9:.1f} GB: {mac(needed)} |" for needed in whole]
         lines.append(f"| {name} |{''.join(cells)}")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from abl_mlx.cli.flags import (
     reply_flags,
     revision_flag,
     search_flags,
+    split_flag,
     stream_flag,
 )
 from abl_mlx.cli.group import cli
@@ -63,6 +64,7 @@ from abl_mlx.cli.writing_flags import (
 @gguf_flags
 @memory_flag
 @stream_flag
+@split_flag
 @json_flag
 def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **chosen: Any) -> None:
     """Find MODEL's refusal direction, remove it, write the result and show what changed.
@@ -140,6 +142,7 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
 @scorer_flags
 @memory_flag
 @stream_flag
+@split_flag
 @json_flag
 def measure(
     model: str,

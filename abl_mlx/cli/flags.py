@@ -433,6 +433,25 @@ stream_flag = click.option(
 )
 
 
+def split_flag(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flag for a model that no single machine holds."""
+
+    def begin(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given:
+            from abl_mlx.models import split_model
+
+            split_model.begin()
+
+    return click.option(
+        "--split-model",
+        is_flag=True,
+        expose_value=False,
+        callback=begin,
+        help="Under mlx.launch: each process holds a part of every matrix and all run every prompt "
+        "together, for a model that no single machine holds.",
+    )(command)
+
+
 def steered_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags about an edit at runtime."""
     flags = [

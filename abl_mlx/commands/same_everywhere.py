@@ -28,7 +28,7 @@ def check_same(
     Raises:
         UserError: naming what differs, and the process that has something else.
     """
-    if ranks.size() == 1:
+    if ranks.everyone() == 1:
         return
     facts = {
         "the version of abl-mlx": __version__,

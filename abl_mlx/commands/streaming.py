@@ -37,9 +37,9 @@ def chosen(model: ModelFile, options: Options, whole: str | None = None) -> Opti
         UserError: when a flag needs the whole model in memory.
     """
     machine, size, asked = memory.machine(), model.size, options.stream
-    if asked and ranks.size() > 1:
+    if asked and ranks.everyone() > 1:
         raise UserError("--stream runs in one process: leave it out, or mlx.launch.")
-    large = ranks.size() == 1 and options.memory_check and memory.needed(size) > machine.total
+    large = ranks.everyone() == 1 and options.memory_check and memory.needed(size) > machine.total
     flag = whole or _first_whole(options)
     if flag is not None and (asked or (large and size > machine.total)):
         why = "--stream keeps one layer in memory at a time"

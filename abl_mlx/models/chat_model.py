@@ -13,10 +13,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from abl_mlx.inputs.sets import Prompt, prompt_of
-from abl_mlx.models import context_length, prompt_tokens, sweeps, thoughts, tokenizer_config
+from abl_mlx.models import (
+    context_length,
+    prompt_tokens,
+    split_model,
+    sweeps,
+    thoughts,
+    tokenizer_config,
+)
 from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.native_output import unheard
 from abl_mlx.models.stages import OncePerFile, Stages
+from abl_mlx.support import ranks
 from abl_mlx.support.arrays import parameters
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
@@ -230,7 +238,12 @@ def _made(
         folder, adapter, check: as of `load`.
         lazy: whether to leave its weights unevaluated.
     """
-    model, config = _load_model(folder, read_config(folder), lazy=lazy)
+    split = ranks.lockstep()
+    model, config = _load_model(folder, read_config(folder), lazy=lazy or split)
+    if split:
+        split_model.split(model, config)
+        for _, value in parameters(model):
+            mx.eval(value)
     if check:
         check_finite(model, folder)
     if adapter is not None:

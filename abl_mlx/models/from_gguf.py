@@ -14,6 +14,7 @@ from abl_mlx.models import readers, sweeps
 from abl_mlx.models.chat_model import ChatModel, load_tokenizer
 from abl_mlx.models.stages import Stages, absent
 from abl_mlx.models.writers import Writer, with_heads
+from abl_mlx.support import ranks
 from abl_mlx.support.console import progress
 from convert.architectures.gguf_writers import GgufWriter
 from convert.base.errors import UserError, of
@@ -38,6 +39,11 @@ def load(gguf: GgufSource, *, streamed: bool = False) -> tuple[ChatModel, Layout
         UserError: when MLX cannot run the architecture or the tokenizer, the file has no chat
             template, or values are damaged.
     """
+    if ranks.lockstep():
+        raise UserError(
+            f"{gguf.parts[0].name}: --split-model splits MLX and Hugging Face folders: convert the "
+            "GGUF first (`abl-mlx convert`), or leave the flag out."
+        )
     size = sum(entry.nbytes for entry in gguf.tensors.values())
     with progress(size, "load", "B") as bar:
         if streamed:

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from abl_mlx.support import ranks
 from abl_mlx.support.console import say
 from abl_mlx.support.units import in_bytes
 from convert.base.errors import UserError
@@ -99,6 +100,8 @@ def check(title: str, weights: int, *, asked: bool = True, memory: Memory | None
     Raises:
         UserError: when the weights alone are larger than the machine's whole memory.
     """
+    if ranks.lockstep():
+        weights //= ranks.everyone()
     whole = needed(weights)
     if whole < _WORTH_SAYING:
         return

@@ -20,9 +20,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models import split_model
+from abl_mlx.models.chat_model import ChatModel, load_lazily
 from abl_mlx.models.module_weights import module_shape
 from abl_mlx.models.probe import Leaf, Probe
+from abl_mlx.support import ranks
 from abl_mlx.support.arrays import number
 from convert.base.errors import UserError
 
@@ -125,6 +127,13 @@ def find_writers(chat: ChatModel) -> list[Writer]:
         UserError: when something writes to the stream that an edit of weights cannot remove
             exactly, with the layer and the reason.
     """
+    if ranks.lockstep():  # a part of a matrix is probed no better than the whole
+        with_whole = load_lazily(chat.folder)
+        return split_model.found_in(_found(with_whole), chat.model)
+    return _found(chat)
+
+
+def _found(chat: ChatModel) -> list[Writer]:
     _refuse_rotated(chat)
     with Probe(chat.model, chat.layers, chat.width) as probe:
         first_run(chat, probe)

@@ -47,7 +47,7 @@ from abl_mlx.outputs.staging import (
     format_of,
 )
 from abl_mlx.records.edits import Drafting, WrittenEdit
-from abl_mlx.support import notes
+from abl_mlx.support import notes, ranks
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import progress, progress_to
 from convert.base.errors import UserError
@@ -89,6 +89,11 @@ def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Wr
         raise UserError(
             "--mtp: mlx-lm applies no adapter to blocks of multi-token prediction; write a model, "
             "or leave the flag out."
+        )
+    if ranks.lockstep() and set(formats.values()) != {FOLDER}:
+        raise UserError(
+            "--split-model: of outputs only folders are run in parts and so judged; write a folder, "
+            "and convert that."
         )
     whole = [path for path in paths if formats[path] != ADAPTER]
     if not whole:

@@ -112,7 +112,7 @@ def _gathered(group: mx.distributed.Group, data: np.ndarray) -> np.ndarray:
 
 
 _group: _Group | None = None
-_alone = False
+_alone = _lockstep = False
 
 
 def launched() -> bool:
@@ -125,13 +125,29 @@ def launched() -> bool:
 
 
 def size() -> int:
-    """The number of processes that share the work; 1 inside of `alone`."""
-    return 1 if _group is None or _alone else _group.size
+    """The number of processes that share the work; 1 inside of `alone` and after `in_lockstep`."""
+    return 1 if _alone or _lockstep else everyone()
+
+
+def everyone() -> int:
+    """The number of processes, whatever they share."""
+    return 1 if _group is None else _group.size
+
+
+def in_lockstep() -> None:
+    """Share out nothing from now on: every rank runs every prompt, together with all others."""
+    global _lockstep
+    _lockstep = True
+
+
+def lockstep() -> bool:
+    """Whether `in_lockstep` was called."""
+    return _lockstep
 
 
 def rank() -> int:
     """The number of this process among them, from 0."""
-    return 0 if _group is None or _alone else _group.rank
+    return 0 if _group is None or _alone or _lockstep else _group.rank
 
 
 @contextmanager
@@ -159,7 +175,7 @@ def together() -> Iterator[None]:
         UserError: another rank ended.
         SystemExit: on other ranks than 0, instead of the error that rank 0 shows.
     """
-    global _group
+    global _group, _lockstep
     if not launched():
         yield
         return
@@ -177,7 +193,7 @@ def together() -> Iterator[None]:
         with _member(_group):
             yield
     finally:
-        _group = None
+        _group, _lockstep = None, False
 
 
 @contextmanager
@@ -202,6 +218,9 @@ def _ended(group: _Group) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, RuntimeError) and "[ring]" in str(error):
+            group.over = group.lost = True  # a part of a split model was lost
+            raise _Ended(_LOST) from None
         code = getattr(error, "exit_code", 1)
         if code == 0:  # click ends a command in this way
             raise
@@ -281,7 +300,7 @@ def agree(label: str) -> None:
     Raises:
         UserError: a rank ended.
     """
-    if size() > 1:
+    if everyone() > 1 and not _alone:
         _exchange(_RUNS, label, b"")
 
 
@@ -291,8 +310,10 @@ def gathered(label: str, value: Any) -> list[Any]:
     Raises:
         UserError: a rank ended.
     """
-    if size() == 1:
-        return [value]
+    return [value] if size() == 1 else _gathered_of_all(label, value)
+
+
+def _gathered_of_all(label: str, value: Any) -> list[Any]:
     return [json.loads(one) for one in _exchange(_RUNS, label, json.dumps(value).encode())]
 
 
@@ -403,7 +424,9 @@ def check_same(facts: Mapping[str, str]) -> None:
     Raises:
         UserError: naming the first difference, and the rank that has it.
     """
-    told = gathered("what is worked on", {"host": socket.gethostname(), **facts})
+    if everyone() == 1:
+        return
+    told = _gathered_of_all("what is worked on", {"host": socket.gethostname(), **facts})
     for what, here in told[0].items():
         for number, other in enumerate(told):
             if what != "host" and other[what] != here:

@@ -1,5 +1,6 @@
 """Several processes of one command give what one process gives, or nothing at all."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,8 +10,10 @@ import pytest
 
 from abl_mlx.demo import MODEL_PATH
 from tests.support.command import abl_mlx
+from tests.support.command import fails as abl_mlx_fails
 from tests.support.launched import by_mlx_launch, ended, started, wait_for
 
+SPLIT = "--split-model"
 RUN = "run", "demo", "--quick", "--max-tokens", "16"
 
 #: What differs between two runs of one process, too.
@@ -47,6 +50,19 @@ def test_a_run_has_the_record_of_one_process(alone, tmp_path, count):
     assert sorted(one.name for one in tmp_path.iterdir()) == ["out"]
     names = {one.name for one in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "abl.json", "README.md", "report.html"} <= names
+
+
+@pytest.mark.slow
+def test_a_split_model_has_the_record_of_a_whole_one(alone, tmp_path):
+    processes = started(tmp_path, [[*RUN, "-o", str(tmp_path / "out"), "--json", SPLIT]] * 2)
+    (code, _, printed), (other, _, nothing) = ended(processes)
+    assert (code, other, nothing) == (0, 0, "")
+    same(alone, json.loads(printed))
+
+
+def test_a_model_is_split_among_several_processes_only(tmp_path):
+    said = abl_mlx_fails(*RUN, "-o", tmp_path / "out", SPLIT)
+    assert "start several" in said
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
