@@ -92,8 +92,8 @@ def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Wr
         )
     if ranks.lockstep() and set(formats.values()) != {FOLDER}:
         raise UserError(
-            "--split-model: of outputs only folders are run in parts and so judged; write a folder, "
-            "and convert that."
+            "--split-model: of outputs only folders are run in parts and so judged; write a "
+            "folder, and convert that."
         )
     whole = [path for path in paths if formats[path] != ADAPTER]
     if not whole:
