@@ -17,17 +17,28 @@ from mlx_lm.models import cache
 STEP = 32
 
 
+# Kinds of caches with their own steps, and one element for each block that is entered.
+_entered: list[tuple[Any, int]] = []
+_inside: list[None] = []
+
+
 @contextmanager
 def small_steps() -> Iterator[None]:
     """Context manager in which all caches grow by `STEP` tokens."""
     kinds: list[Any] = [
         kind for kind in vars(cache).values() if isinstance(kind, type) and "step" in vars(kind)
     ]
-    before = [kind.step for kind in kinds]
-    for kind in kinds:
-        kind.step = STEP
+    if not _entered:
+        _entered.extend((kind, kind.step) for kind in kinds)
+        for kind in kinds:
+            kind.step = STEP
+    _inside.append(None)
     try:
         yield
     finally:
-        for kind, step in zip(kinds, before, strict=True):
-            kind.step = step
+        # Passes that run side by side leave in any order; the last one sets the steps back.
+        _inside.pop()
+        if not _inside:
+            while _entered:
+                kind, step = _entered.pop()
+                kind.step = step

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +27,10 @@ from convert.base.errors import UserError
 Read = Callable[[Sequence[str]], Mapping[str, mx.array]]
 
 
+# Values that are checked at a time, which takes a few bytes for each.
+_CHECKED = 1 << 24
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of the model that runs at a time.
@@ -34,11 +39,16 @@ class Stage:
         name: its path in the model.
         module: the layer, or the module outside of the layers.
         places: path of a matrix in the model -> the module and the name under which it has it.
+        bytes: of its matrices.
     """
 
     name: str
     module: nn.Module
     places: Mapping[str, tuple[nn.Module, str]]
+
+    @cached_property
+    def bytes(self) -> int:
+        return sum(module[name].nbytes for module, name in self.places.values())
 
 
 @dataclass
@@ -84,6 +94,9 @@ class Stages:
         """
         self._model, self._read, self.traffic = model, read, Traffic()
         self.stages = _stages(model, layers)
+        inside = {id(layer) for layer in layers}
+        self._largest = max((one.bytes for one in self.stages), default=0)
+        self._layer = max((one.bytes for one in self.stages if id(one.module) in inside), default=0)
         self._at: int | None = None
         self._coming: tuple[int, Future[Mapping[str, mx.array]]] | None = None
         self._after = {index: index + 1 for index in range(len(self.stages) - 1)}
@@ -121,8 +134,17 @@ class Stages:
         self._put(self.stages[index], values)
         self._at = index
         following = self._after.get(index)
-        if following is not None and following != index:
+        if following is not None and following != index and self._both_fit(index, following):
             self._begin(following)
+
+    def _both_fit(self, one: int, other: int) -> bool:
+        """Whether two stages take no more than the larger of two layers and one stage.
+
+        An embedding and an output head may be many times as large as a layer, so these are read
+        when what was there before is dropped.
+        """
+        together = self.stages[one].bytes + self.stages[other].bytes
+        return together <= max(2 * self._layer, self._largest)
 
     def leave(self) -> None:
         """Drop the matrices in memory."""
@@ -251,6 +273,7 @@ class OncePerFile:
             for path, value in found.items():
                 mx.eval(value)
                 if self._check is not None and path not in self._checked:
-                    self._check(path, value)
+                    for first in range(0, value.size, _CHECKED):
+                        self._check(path, value.reshape(-1)[first : first + _CHECKED])
                     self._checked.add(path)
             return found

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from abl_mlx.models.hooks import around, around_method, enter_scopes, scopes
+from abl_mlx.models.parked import Parking, parking
 from abl_mlx.models.stages import Stages
 from convert.mlx import packed
 
@@ -95,6 +96,7 @@ class _Pass:
         self._work, self._item, self.parent = work, item, parent
         self._scopes = (*scopes(), self)
         self._room = packed.room()
+        self.sweep: _Sweep
         self.stage: int | None = None
         self.children: Sequence[_Pass] = ()
         self.done = self._cancelled = False
@@ -115,6 +117,12 @@ class _Pass:
         else:
             self._go.release()
         self._stops.acquire()
+
+    def wait(self, stage: int, states: Sequence[mx.array]) -> None:
+        """Called by its own thread: wait for a stage; meanwhile its states may be in files."""
+        self.stage = stage
+        with self.sweep.parking.parked(states):
+            self.stop()
 
     def stop(self) -> None:
         """Called by its own thread: let the others run until `go` is called again."""
@@ -168,10 +176,16 @@ class _Sweep:
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
         self._passes: list[_Pass] = []
+        self.parking: Parking
 
     def run(self, passes: Sequence[_Pass]) -> None:
         """Run passes, and those that they begin, to the end, or to the first error."""
-        self._passes, at = list(passes), -1
+        self._passes = list(passes)
+        with parking() as self.parking:
+            self._to_the_end()
+
+    def _to_the_end(self) -> None:
+        at = -1
         try:
             while self._passes:
                 if ready := [one for one in self._passes if one.ready]:
@@ -189,6 +203,7 @@ class _Sweep:
         for one in some:
             if one.done:
                 continue
+            one.sweep = self
             one.go()
             self._passes += [child for child in one.children if child not in self._passes]
             if one.error is not None:
@@ -236,8 +251,7 @@ class Streaming:
             if here is None:
                 self.stages.enter(index)
             else:
-                here.stage = index
-                here.stop()
+                here.wait(index, [one for one in given if isinstance(one, mx.array)])
             output = call(*args, **kwargs)
             mx.eval(list(arrays_in([output, given])))
             return output

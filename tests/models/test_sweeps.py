@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ from mlx_lm.utils import quantize_model, save_config
 
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
-from abl_mlx.models import capture, from_gguf, sweeps
+from abl_mlx.models import capture, from_gguf, parked, prefix, sweeps
 from abl_mlx.models.chat_model import ChatModel, load
 from abl_mlx.models.hooks import around, around_method
 from abl_mlx.models.logits import first_reply_token
@@ -69,6 +70,46 @@ def same(one: ChatModel, other: ChatModel, prompts: Sequence[Sequence[int]] = PR
 )
 def test_any_architecture_gives_the_same_figures(arch: str) -> None:
     same(zoo.chat(arch), streamed(zoo.chat(arch)))
+
+
+def test_states_over_the_bound_go_to_files(monkeypatch) -> None:
+    written: list[int] = []
+    plain, chat = zoo.chat("llama"), streamed(zoo.chat("llama"))
+    monkeypatch.setattr(parked, "IN_MEMORY", 1 << 13)
+    monkeypatch.setattr(parked, "_SMALL", 0)
+    write = parked.Parking._written
+
+    def counted(self: parked.Parking, one: mx.array) -> Path:
+        path = write(self, one)
+        written.append(path.stat().st_size)
+        assert mx.isnan(one).all().item()
+        return path
+
+    monkeypatch.setattr(parked.Parking, "_written", counted)
+    same(plain, chat, PROMPTS * 4)
+    assert sum(written) > 1 << 13
+
+
+def test_keys_and_values_are_dropped_behind_their_layer(monkeypatch) -> None:
+    """Where the common first tokens run once, every pass has a cache of all layers."""
+    prompts = [[*range(3, 15), *one] for one in PROMPTS]
+    plain, chat = zoo.chat("llama"), streamed(zoo.chat("llama"))
+    made: list[Any] = []
+    copied = prefix._repeated
+
+    def repeated(value: Any, count: int) -> Any:
+        found = copied(value, count)
+        if hasattr(found, "keys"):
+            made.append(found)
+        return found
+
+    monkeypatch.setattr(prefix, "_repeated", repeated)
+    expected = first_reply_token(plain, prompts)
+    made.clear()
+    found = first_reply_token(chat, prompts)
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-4)
+    assert len(made) >= len(chat.layers)
+    assert all(mx.isnan(one.keys).all().item() for one in made)
 
 
 def test_a_folder_in_shards(tiny_folder) -> None:
