@@ -95,6 +95,11 @@ def check(source: Source, files: TensorFiles, paths: Sequence[Path], writing: Wr
             "--split-model: of outputs only folders are run in parts and so judged; write a "
             "folder, and convert that."
         )
+    if writing.quantize is not None and GGUF not in formats.values():
+        raise UserError(
+            f"--quantize {writing.quantize} is the type of a GGUF, and {paths[0]} is none: write "
+            "-o NAME.gguf, or leave the flag out."
+        )
     whole = [path for path in paths if formats[path] != ADAPTER]
     if not whole:
         return  # an adapter is small, and its base may have weights of any type

@@ -103,6 +103,7 @@ def place(tmp_path, tiny_folder):
         (["apply", "{}/wide.npy", "{}/model", "-o", "{}/out"], "wide.npy"),
         (["apply", "{}/some.txt", "{}/model", "-o", "{}/out"], "some.txt"),
         (["apply", "{}/r.npy", "{}/model", "-o", "{}/out", "--strength", "0"], "--strength"),
+        (["apply", "{}/r.npy", "{}/model", "-o", "{}/out", "--quantize", "Q8_0"], "out is none"),
         (["apply", "{}/r.npy", "{}/model", "-o", "{}/out", "--max-leak", "1e-9"], "--max-leak"),
         (["measure", "{}/model", "-o", "{}/direction.txt"], "direction.txt"),
         (["eval", "{}/nosuch.gguf"], "nosuch.gguf"),
