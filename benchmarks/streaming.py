@@ -1,0 +1,133 @@
+"""Measure a folder in memory and streamed, under a limit of memory: figures, time and peak.
+
+    python benchmarks/streaming.py FOLDER                    # in memory, then streamed
+    python benchmarks/streaming.py FOLDER --limit-mb 800     # the streamed one under RLIMIT_DATA
+    python benchmarks/streaming.py /tmp/8b --make --limit-mb 4000 --streamed
+
+``--make`` writes a folder of the shape of an 8B Llama whose weights are a sparse file of 16 GB: it
+takes next to no disk, and every weight is 0, so its figures say nothing, but reading and computing
+are those of a real one. RLIMIT_DATA also counts the stacks of threads, about 150 MB more than what
+is in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.support import tiny  # noqa: E402
+
+_8B: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}  # fmt: skip
+
+
+def make(folder: Path) -> None:
+    """Write the sparse folder."""
+    folder.mkdir(parents=True)
+    special = tiny.write_tokenizer(folder, "bpe-llama3")
+    (folder / "config.json").write_text(json.dumps({**special, **_8B}))
+    d, ff, kv = 4096, 14336, 1024
+    shapes = {"model.embed_tokens.weight": (128256, d), "lm_head.weight": (128256, d)}
+    shapes["model.norm.weight"] = (d,)
+    for layer in range(32):
+        at = f"model.layers.{layer}."
+        shapes |= {f"{at}{name}.weight": shape for name, shape in {
+            "self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
+            "self_attn.o_proj": (d, d), "mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d),
+            "mlp.down_proj": (d, ff), "input_layernorm": (d,), "post_attention_layernorm": (d,),
+        }.items()}  # fmt: skip
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "model.safetensors", "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+
+
+def measured(folder: str, streamed: bool, prompts: int) -> dict[str, Any]:
+    """Measure means in this process: seconds, peak bytes in memory, and the direction."""
+    from abl_mlx.models import capture, chat_model, sweeps
+    from abl_mlx.support.arrays import numbers
+
+    peak = [0]
+
+    def watch() -> None:
+        while True:
+            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+            here = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            peak[0] = max(peak[0], 1024 * here)
+            time.sleep(0.02)
+
+    threading.Thread(target=watch, daemon=True).start()
+    start, cpu = time.perf_counter(), time.process_time()
+    chat = chat_model.load(Path(folder), streamed=streamed)
+    asked = [[chat.encode(f"How do I {verb} {number} gardens?") for number in range(prompts)]
+             for verb in ("plan", "burn")]  # fmt: skip
+    means = [capture.mean(chat, one) for one in asked]
+    found: dict[str, Any] = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak": peak[0],
+        "direction": numbers((means[1] - means[0])[len(chat.layers) // 2, 0]),
+    }
+    if (streaming := sweeps.of(chat.model)) is not None:
+        traffic = streaming.stages.traffic
+        found |= {"read": traffic.bytes, "waited": traffic.share_waited}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--make", action="store_true", help="write the sparse folder first")
+    parser.add_argument("--streamed", action="store_true", help="only streamed")
+    parser.add_argument("--limit-mb", type=int, default=0, help="RLIMIT_DATA of the streamed one")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of each of two sets")
+    parser.add_argument("--child", choices=["memory", "streamed"], help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        if given.limit_mb:
+            resource.setrlimit(resource.RLIMIT_DATA, (given.limit_mb * 10**6,) * 2)
+        found = measured(str(given.folder), given.child == "streamed", given.prompts)
+        print(json.dumps(found))
+        return
+    if given.make and not given.folder.exists():
+        make(given.folder)
+    results = {}
+    for kind in ["streamed"] if given.streamed else ["memory", "streamed"]:
+        limit = given.limit_mb if kind == "streamed" else 0
+        words = [sys.executable, __file__, str(given.folder), "--child", kind,
+                 "--prompts", str(given.prompts), "--limit-mb", str(limit)]  # fmt: skip
+        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+        results[kind] = json.loads(done.stdout.splitlines()[-1])
+        shown = {key: value for key, value in results[kind].items() if key != "direction"}
+        print(kind, json.dumps(shown))
+    if len(results) == 2:
+        one, other = (results[kind]["direction"] for kind in ("memory", "streamed"))
+        dot = sum(a * b for a, b in zip(one, other, strict=True))
+        lengths = math.sqrt(sum(a * a for a in one) * sum(b * b for b in other))
+        print(f"cosine {dot / lengths:.7f}")
+
+
+if __name__ == "__main__":
+    main()
