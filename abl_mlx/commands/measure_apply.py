@@ -43,12 +43,21 @@ from convert.gguf import imatrix
 
 
 def apply(
-    direction: DirectionFile | Path, text: str, paths: Sequence[Path], options: ApplyOptions
+    direction: DirectionFile | Path,
+    text: str,
+    paths: Sequence[Path],
+    options: ApplyOptions,
+    *,
+    kept: bool = True,
 ) -> ApplyRecord:
     """`abl-mlx apply`: write the edit along a direction, without evaluating it.
 
     Args:
         direction: the direction, or the file that holds it.
+        text: the model as the user typed it.
+        paths: the outputs.
+        options: the chosen options.
+        kept: whether the outputs stay, so that apps are given them and it is said how to open them.
     """
     named = "the direction"
     if isinstance(direction, Path):
@@ -87,7 +96,8 @@ def apply(
             )
             for one in written:
                 write_companions(one.output, model, record, one.facts)
-        destinations.hand_over(places, model, writing)
+        if kept:
+            destinations.hand_over(places, model, writing)
     return record
 
 

@@ -86,7 +86,7 @@ def reproduce(
         if is_gguf_name(output) != is_gguf_name(Path(wanted.name)):
             form = "a GGUF" if is_gguf_name(Path(wanted.name)) else "a folder"
             raise UserError(f"{output}: {wanted.record} is of {form}: name such an output.")
-        made = apply(given, source, [output], wanted.options)
+        made = apply(given, source, [output], wanted.options, kept=kept is not None)
         cosine = _measured_again(wanted, given, source) if remeasure else None
     assert made.reproduction is not None
     found = made.reproduction.outputs[output.name]

@@ -79,6 +79,7 @@ def test_threads_and_kinds_of_cpu_make_no_difference(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["verdict"] == "identical"
+    assert "open it" not in done.stderr  # it is gone
 
 
 def test_a_changed_byte_of_the_base_is_named(edits: Path, tmp_path: Path) -> None:
