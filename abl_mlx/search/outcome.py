@@ -44,7 +44,9 @@ def file_of(
     summary = _summary(found, parameters, int(selected.shape[-2])) | {
         "chosen_by": "search: lowest KL of those whose replies meet the target"
         if chosen.meets
-        else "search: nearest to the target among the replies",
+        else "search: fewest refusals among the replies"
+        if "figure" not in figures
+        else "search: nearest to --target-figure",
         "search": {
             "trials": len(trials),
             **figures,

@@ -128,9 +128,10 @@ def unmet(chosen: Asked, target: str) -> str:
             "no edit of the front ends refusals and leaves those that are to stay: the one that "
             "loses fewest is taken; more trials may find a better one"
         )
+    nearest = "refuses least" if target.startswith("--target-refusals") else "comes nearest"
     return (
-        f"no edit of the front meets {target}: the one that comes nearest is taken; more trials "
-        "may find a better one"
+        f"no edit of the front meets {target}: the one that {nearest} is taken; more trials may "
+        "find a better one"
     )
 
 
