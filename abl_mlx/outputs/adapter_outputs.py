@@ -281,7 +281,7 @@ def _left_out_note(names: Sequence[str], tied: bool, leak: float) -> str | None:
 
 
 @contextmanager
-def in_mlx(gguf: GgufSource, lora: Path, streamed: bool) -> Iterator[ChatModel]:
+def in_mlx(gguf: GgufSource, lora: Path, streamed: bool = False) -> Iterator[ChatModel]:
     """A GGUF as a model in MLX, with a GGUF LoRA applied."""
     chat, layout = from_gguf.load(gguf, streamed=streamed)
     adapter = adapters.read_gguf(lora)
