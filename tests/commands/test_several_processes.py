@@ -121,6 +121,18 @@ def test_a_command_for_one_process_says_so(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_process_ends_all_and_leaves_nothing(tmp_path, rank):
+    """The weights are 5 MB, so the disk is full in the middle of them."""
+    commands = [[*RUN, "-o", str(tmp_path / "made" / "out")]] * 2
+    found = ended(started(tmp_path, commands, largest={rank: 3_000_000}))
+    assert [code for code, *_ in found] == [1, 1]
+    assert ("rank 1 of 2: " in found[0][1]) == (rank == 1)
+    assert found[1][1] == ""
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.slow
 def test_a_gguf_is_edited_in_turn_to_the_same_bytes(tmp_path):
     """The edited tensors, computed by two ranks, are those of one; so is what an audit finds."""
     abl_mlx("convert", "demo", tmp_path / "demo-Q4_K_M.gguf", "--quantize", "Q4_K_M")

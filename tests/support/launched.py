@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,10 @@ def free_ports(count: int) -> list[int]:
 
 
 def started(
-    place: Path, commands: Sequence[Sequence[str]], more: Mapping[str, str] | None = None
+    place: Path,
+    commands: Sequence[Sequence[str]],
+    more: Mapping[str, str] | None = None,
+    largest: Mapping[int, int] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """One process for each command, which together are the ranks of MLX's ring.
 
@@ -33,7 +38,14 @@ def started(
         place: a folder for the list of addresses.
         commands: the arguments of `abl-mlx` for each rank.
         more: further environment variables.
+        largest: for some ranks the bytes of the largest file that they may write, beyond which they
+            find the disk full.
     """
+
+    def limit(rank: int) -> None:
+        if largest is not None and rank in largest:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest[rank], largest[rank]))
+
     hosts = place / f"hosts-{free_ports(1)[0]}.json"
     ports = free_ports(len(commands))
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
@@ -44,6 +56,7 @@ def started(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=partial(limit, rank),
         )
         for rank, arguments in enumerate(commands)
     ]
