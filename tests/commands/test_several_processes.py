@@ -1,11 +1,13 @@
 """Several processes of one command give what one process gives, or nothing at all."""
 
+import base64
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from abl_mlx.demo import MODEL_PATH
@@ -32,6 +34,9 @@ def same(one, other, at=""):
         assert len(one) == len(other), at
         for number, pair in enumerate(zip(one, other, strict=True)):
             same(*pair, f"{at}/{number}")
+    elif at.endswith("/float32"):
+        first, second = (np.frombuffer(base64.b64decode(text), "<f4") for text in (one, other))
+        assert first == pytest.approx(second, abs=1e-5), at
     elif isinstance(one, float) and isinstance(other, float):
         assert one == pytest.approx(other, rel=2e-3, abs=2e-5), at
     else:
