@@ -102,12 +102,16 @@ def test_apply_is_lazy_unasked_where_the_model_does_not_fit(
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", ["run", "eval"])
+@pytest.mark.parametrize("command", ["run", "measure", "eval"])
 def test_commands_refuse_before_loading(command, folder, tmp_path, monkeypatch):
     """The folder holds zeros; no command gets so far as to see that."""
     (folder.source.path / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(memory, "machine", lambda: Memory(16 * GB, None))
-    out = {"run": ["-o", tmp_path / "x"]}
+    # With these flags a model is not streamed.
+    out = {
+        "run": ["-o", tmp_path / "x", "--search", 5],
+        "measure": ["-o", tmp_path / "x.safetensors", "--method", "som"],
+    }
     words = [command, str(folder.source.path), *map(str, out.get(command, []))]
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 1
