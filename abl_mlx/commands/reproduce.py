@@ -23,7 +23,6 @@ from abl_mlx.support.arrays import numpy_of
 from convert.base import json_text
 from convert.base.errors import UserError
 from convert.base.schema import OBJECT
-from convert.base.suffixes import is_gguf_name
 
 _SAME, _DIFFERENT = "identical", "different"
 
@@ -83,9 +82,10 @@ def reproduce(
             output, kept = Path(folder) / wanted.name, None
         else:
             kept = str(output)
-        if is_gguf_name(output) != is_gguf_name(Path(wanted.name)):
-            form = "a GGUF" if is_gguf_name(Path(wanted.name)) else "a folder"
-            raise UserError(f"{output}: {wanted.record} is of {form}: name such an output.")
+        form = staging.format_of(Path(wanted.name))
+        if staging.format_of(output) != form:
+            kind = "a GGUF" if form == staging.GGUF else "a folder"
+            raise UserError(f"{output}: {wanted.record} is of {kind}: name such an output.")
         made = apply(given, source, [output], wanted.options, kept=kept is not None)
         cosine = _measured_again(wanted, given, source) if remeasure else None
     assert made.reproduction is not None
@@ -114,7 +114,7 @@ def reproduce(
 def _read(path: Path) -> _Wanted:
     """The record that a path names, and the output that it is of."""
     record = path
-    if path.is_dir() or is_gguf_name(path):
+    if path.is_dir() or staging.format_of(path) == staging.GGUF:
         record = staging.companions(path)["record"]
     try:
         values = json_text.read(record, OBJECT, mend="give the abl.json of `run` or `apply`")

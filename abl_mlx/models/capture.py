@@ -274,8 +274,12 @@ def after_layer(
     *,
     label: str = "capture",
 ) -> np.ndarray:
-    """Every prompt's states after one layer, in the order given: (N, P, d) float32."""
+    """Every prompt's states after one layer, in the order given: (N, P, d) float32.
+
+    A negative ``layer`` counts from the last one, which is -1.
+    """
     found = np.empty((len(sequences), len(offsets), chat.width), np.float32)
+    layer = range(len(chat.layers))[layer]
 
     def take(indices: list[int], index: int, states: mx.array) -> None:
         if index == layer:

@@ -148,6 +148,10 @@ class Told:
         count = round(refused * bad)
         return Effect((refusal,) * bad, (True,) * count + (False,) * (bad - count), (kl,) * good)
 
+    def of_edits(self, edits, effects, harmful=None, harmless=None):
+        pairs = zip(edits, effects, strict=True)
+        return [self.of_edit(edit, effect, harmful, harmless) for edit, effect in pairs]
+
     def is_whole(self, effect):
         return effect.prompts == self.size
 
