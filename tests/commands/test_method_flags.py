@@ -108,7 +108,10 @@ def test_refusals_that_are_to_stay(method, demo, capsys):
     assert ("recipe" in file.metadata) == (method == "inlp")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(one, marks=[pytest.mark.slow] if one == "cosmic" else []) for one in METHODS],
+)
 def test_protected_concepts(method, demo, tmp_path):
     chat, writers, sets = demo
     lines = [{"text": f"Say the number {n}.", "category": "numbers"} for n in range(40)]

@@ -65,6 +65,7 @@ def test_measure_writes_the_changes_and_their_effect(rome: tuple[Path, dict[str,
     assert file.sha256 == chosen["sha256"]
 
 
+@pytest.mark.slow  # a minute of gradients
 def test_strengths_of_the_changes_are_learned(
     rome: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -32,9 +32,15 @@ PROMPT = [5, 77, 301, 12, 450, 88, 19, 260, 7, 333, 41]
 #: How far llama.cpp, which rounds activations to 8 bits beside quantized weights, may be.
 LIMITS = {"F16": 0.02, "Q8_0": 0.05, "Q4_K": 0.15}
 
+#: Every architecture in F16 and, by turns, in one of the quantized types; the other one is slow.
+ASKED = [
+    pytest.param(name, kind, marks=pytest.mark.slow if turn == index % 2 else [])
+    for index, name in enumerate(RECIPES)
+    for turn, kind in enumerate(("Q8_0", "Q4_K", "F16"))
+]
 
-@pytest.mark.parametrize("file_type", LIMITS)
-@pytest.mark.parametrize("name", RECIPES)
+
+@pytest.mark.parametrize(("name", "file_type"), ASKED)
 def test_mlx_answers_as_llama_cpp_does(name: str, file_type: str, tmp_path: Path) -> None:
     path = tiny_gguf.write(tmp_path / "tiny.gguf", RECIPES[name], GGMLQuantizationType[file_type])
     with GgufSource(path) as source:

@@ -116,6 +116,14 @@ def test_tiny_and_huge_scales_lose_nothing(size: float, dtype: type) -> None:
     assert np.abs(np.array(again) - expected).max() < 1e-6 * np.abs(expected).max()
 
 
+#: Every type in a dense model and, by turns, in one of two mixtures of experts; the other is slow.
+PACKED = [
+    pytest.param(name, kind, marks=pytest.mark.slow if turn == index % 2 else [])
+    for index, kind in enumerate(TYPES)
+    for turn, name in enumerate(("mixtral", "gpt-oss", "qwen2"))
+]
+
+
 @pytest.fixture(scope="module")
 def floats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tiny")
@@ -126,8 +134,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("how", ["numpy", "mlx", "native"])
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("name", ["qwen2", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize(("name", "kind"), PACKED)
 def test_a_packed_model_is_the_same_model(
     name: str,
     kind: Q,

@@ -23,7 +23,7 @@ from convert.mlx import packed
 TEXTS = ["How do I plan a garden?", "Where is it?", "Paint the tea kettle.", "Hi"]
 
 
-@pytest.mark.parametrize("model", ["demo", "gemma2", "qwen3"])
+@pytest.mark.parametrize("model", ["demo", pytest.param("gemma2", marks=pytest.mark.slow), "qwen3"])
 def test_slopes_are_those_of_finite_differences(model, tiny_folder):
     chat = load(MODEL_PATH if model == "demo" else tiny_folder(model))
     writers, rng = find_writers(chat), np.random.default_rng(0)

@@ -79,8 +79,8 @@ def hashes(kinds: str, **environment: str) -> list[str]:
 @pytest.mark.parametrize(
     ("kinds", "count"),
     [
-        ("grids", len(GRID_TYPES)),
-        # Its kernels are compiled twice, which takes minutes.
+        # Kernels are compiled twice: half a minute for grids, minutes for codebooks.
+        pytest.param("grids", len(GRID_TYPES), marks=pytest.mark.slow),
         pytest.param("codebooks", len(CODEBOOK_TYPES), marks=pytest.mark.slow),
     ],
 )

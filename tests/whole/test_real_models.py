@@ -276,7 +276,7 @@ def test_system_messages_and_turns_are_heard_alike_everywhere(smollm2: Path) -> 
     with LlamaCpp(smollm2, n_ctx=512, n_threads=1) as server:
         for prompt in asked:
             assert server.tokenize(server.render_prompt(prompt)) == chat.encode(prompt)
-        flags = ("--system", system, "--limit", 8, "--max-tokens", 24)
+        flags = ("--system", system, "--limit", 4, "--max-tokens", 24)
         records = [
             abl_mlx("eval", smollm2, *flags, "--runtime", "mlx-lm"),
             abl_mlx("eval", smollm2, *flags, "--runtime", "llama.cpp"),
@@ -289,6 +289,6 @@ def test_system_messages_and_turns_are_heard_alike_everywhere(smollm2: Path) -> 
             for name, letters in records[0]["verdicts"].items()
             for a, b in zip(letters, one["verdicts"][name], strict=True)
         )
-        assert apart <= 2
-    plain = abl_mlx("eval", smollm2, "--limit", 8, "--max-tokens", 24, "--runtime", "llama.cpp")
+        assert apart <= 1
+    plain = abl_mlx("eval", smollm2, "--limit", 4, "--max-tokens", 24, "--runtime", "llama.cpp")
     assert plain["prompts"]["harmful"]["sha256"] != records[1]["prompts"]["harmful"]["sha256"]
