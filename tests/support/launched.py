@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import resource
 import socket
 import subprocess
@@ -17,13 +19,22 @@ from typing import Any
 COMMAND = sys.executable, "-m", "abl_mlx"
 
 
+#: Ports that a system gives to nobody who does not ask for them by number.
+PORTS = range(20000, 32000)
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nothing uses."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports of this machine that nothing uses, one after the other.
+
+    They are bound again only when the ranks have started, seconds later: ports that the system
+    gives away by itself may be another server's by then.
+    """
+    while True:
+        first = random.choice(PORTS)
+        with ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return list(range(first, first + count))
 
 
 def started(
@@ -65,7 +76,12 @@ def started(
 def wait_for(process: subprocess.Popen[str], said: str) -> None:
     """Wait until a process has said something on stderr."""
     assert process.stderr is not None
-    assert any(said in line for line in process.stderr)
+    lines = []
+    for line in process.stderr:
+        if said in line:
+            return
+        lines.append(line)
+    raise AssertionError("".join(lines))
 
 
 def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
@@ -81,8 +97,8 @@ def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, st
 def by_mlx_launch(count: int, *arguments: str) -> dict[str, Any]:
     """The record that `abl-mlx` prints when ``mlx.launch`` starts it ``count`` times."""
     launch = Path(sys.executable).with_name("mlx.launch")
-    # Each rank listens on a port of its own, from the first on.
-    first = free_ports(1)[0] % 20000 + 40000
+    # Each rank listens on ports of its own, from the first on.
+    first = free_ports(8)[0]
     result = subprocess.run(
         [
             launch, "-n", str(count), "--backend", "ring", "--starting-port", str(first), "--",
