@@ -70,7 +70,8 @@ def test_a_model_is_split_among_several_processes_only(tmp_path):
     assert "start several" in said
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_killing_one_process_ends_all_and_leaves_nothing(tmp_path, victim):
     out = tmp_path / "made" / "out"
     processes = started(tmp_path, [[*RUN, "-o", str(out)]] * 2)
