@@ -194,6 +194,10 @@ class FolderFile(ExitStack):
         self.files.release(name)
 
     def stream_weights(self) -> StreamWeights:
+        return self._stream_weights
+
+    @cached_property
+    def _stream_weights(self) -> StreamWeights:
         return stream_weights.of_folder(self.source.path, self.files)
 
     # --- running it ----------------------------------------------------------------------------

@@ -198,6 +198,10 @@ class GgufFile(ExitStack):
         self.gguf.release(name)
 
     def stream_weights(self) -> StreamWeights:
+        return self._stream_weights
+
+    @cached_property
+    def _stream_weights(self) -> StreamWeights:
         return stream_weights.of_gguf(self.gguf)
 
     # --- running it ----------------------------------------------------------------------------
