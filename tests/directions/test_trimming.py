@@ -23,6 +23,16 @@ from convert.mlx import packed
 TEXTS = ["How do I plan a garden?", "Where is it?", "Paint the tea kettle.", "Hi"]
 
 
+def check_slopes(found, at, strengths, rng):
+    """All strengths change along a line, so that the difference is far above rounding."""
+    line = rng.normal(size=strengths.shape)
+    up, down = at(strengths + 0.05 * line), at(strengths - 0.05 * line)
+    for name in ("refusal", "kl"):
+        expected = (getattr(up, name) - getattr(down, name)) / 0.1
+        slope = (getattr(found, f"of_{name}") * line).sum()
+        assert slope == pytest.approx(expected, rel=0.05, abs=2e-5), name
+
+
 @pytest.mark.parametrize("model", ["demo", pytest.param("gemma2", marks=pytest.mark.slow), "qwen3"])
 def test_slopes_are_those_of_finite_differences(model, tiny_folder):
     chat = load(MODEL_PATH if model == "demo" else tiny_folder(model))
@@ -44,13 +54,7 @@ def test_slopes_are_those_of_finite_differences(model, tiny_folder):
     assert found.kl == pytest.approx((np.exp(before) * (before - after)).sum(1).mean(), 1e-2)
     inside = np.exp(after[:3, likely]).sum(axis=1)
     assert found.refusal == pytest.approx(np.log(inside / (1 - inside)).mean(), 1e-3)
-    # All strengths change along a line, so that the difference is far above rounding.
-    line = rng.normal(size=strengths.shape)
-    up, down = at(strengths + 0.05 * line), at(strengths - 0.05 * line)
-    for name in ("refusal", "kl"):
-        expected = (getattr(up, name) - getattr(down, name)) / 0.1
-        slope = (getattr(found, f"of_{name}") * line).sum()
-        assert slope == pytest.approx(expected, rel=0.05, abs=2e-5), name
+    check_slopes(found, at, strengths, rng)
 
 
 def test_slopes_of_changes_of_mlps_are_those_of_finite_differences():
@@ -79,12 +83,7 @@ def test_slopes_of_changes_of_mlps_are_those_of_finite_differences():
     assert found.kl == pytest.approx((np.exp(before) * (before - after)).sum(1).mean(), 1e-2)
     # Only the changed layers' MLPs have a strength that matters.
     assert np.flatnonzero(found.of_kl).tolist() == [len(chat.layers) + 1, len(chat.layers) + 3]
-    line = rng.normal(size=strengths.shape)
-    up, down = at(strengths + 0.05 * line), at(strengths - 0.05 * line)
-    for name in ("refusal", "kl"):
-        expected = (getattr(up, name) - getattr(down, name)) / 0.1
-        slope = (getattr(found, f"of_{name}") * line).sum()
-        assert slope == pytest.approx(expected, rel=0.05, abs=2e-5), name
+    check_slopes(found, at, strengths, rng)
 
 
 def test_outside_of_gradients_a_product_keeps_nothing(tiny_folder):
