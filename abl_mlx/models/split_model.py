@@ -38,13 +38,11 @@ def begin() -> None:
 
 
 def split(model: nn.Module, config: dict[str, Any]) -> None:
-    """Leave this rank its part of every matrix, if models are split.
+    """Leave this rank its part of every matrix.
 
     Raises:
         UserError: when mlx-lm cannot split this architecture, or not into so many parts.
     """
-    if not ranks.lockstep():
-        return
     kind, count = config["model_type"], ranks.everyone()
     if not hasattr(model, "shard"):
         raise UserError(
