@@ -50,7 +50,7 @@ class Prefix:
         if tokens:
             with heads.unseen(chat.model), small_steps(), self._noting():
                 chat.model(mx.array([list(tokens)], mx.int32), cache=self._caches)
-            mx.eval([_arrays(cache) for cache in self._caches])
+            mx.eval(list(sweeps.arrays_in(self._caches)))
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -145,16 +145,6 @@ def _empty(cache: Any) -> None:
             setattr(cache, name, absent(value))
         elif isinstance(value, list):
             value[:] = [absent(one) if isinstance(one, mx.array) else one for one in value]
-
-
-def _arrays(value: Any) -> list[mx.array]:
-    if isinstance(value, mx.array):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [array for part in value for array in _arrays(part)]
-    return [array for part in vars(value).values() for array in _arrays(part)] if hasattr(
-        value, "__dict__"
-    ) else []  # fmt: skip
 
 
 def _repeated(value: Any, count: int) -> Any:

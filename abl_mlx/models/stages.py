@@ -102,8 +102,7 @@ class Stages:
         self._after = {index: index + 1 for index in range(len(self.stages) - 1)}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read")
         for stage in self.stages:
-            self._put(stage, {path: absent(module[name])
-                              for path, (module, name) in stage.places.items()})  # fmt: skip
+            self._take_out(stage)
         _evaluate_rest(model)
 
     def staying(self) -> list[tuple[str, mx.array]]:
@@ -149,9 +148,7 @@ class Stages:
     def leave(self) -> None:
         """Drop the matrices in memory."""
         if self._at is not None:
-            stage = self.stages[self._at]
-            self._put(stage, {path: absent(module[name])
-                              for path, (module, name) in stage.places.items()})  # fmt: skip
+            self._take_out(self.stages[self._at])
             self._at = None
             arrays.trim()
 
@@ -176,6 +173,11 @@ class Stages:
         self.traffic.reading += time.perf_counter() - start
         self.traffic.bytes += sum(value.nbytes for value in found.values())
         return found
+
+    @staticmethod
+    def _take_out(stage: Stage) -> None:
+        for module, name in stage.places.values():
+            module[name] = absent(module[name])
 
     @staticmethod
     def _put(stage: Stage, values: Mapping[str, mx.array]) -> None:
