@@ -26,7 +26,7 @@ from abl_mlx.cli.flags import (
 )
 from abl_mlx.cli.group import cli
 from abl_mlx.cli.scorer_flags import scorer_flags
-from abl_mlx.cli.values import HERE
+from abl_mlx.cli.values import HERE, Bytes
 from abl_mlx.cli.writing_flags import (
     gguf_flags,
     imatrix_flag,
@@ -320,6 +320,47 @@ def push(output: Path, repository: str, yes: bool, public: bool, as_json: bool) 
     With the model go its card, its record, its report and, for a GGUF, Modelfile and projector.
     Without --yes the files are listed, and nothing is uploaded. Log in with `hf auth login`.
     """
-    from abl_mlx.commands import publish
+    from abl_mlx.commands import push as pushing
 
-    answer(as_json, "push_table", lambda: publish.push(output, repository, yes=yes, public=public))
+    answer(as_json, "push_table", lambda: pushing.push(output, repository, yes=yes, public=public))
+
+
+@cli.command()
+@click.argument("edited", metavar="EDITED.gguf", type=HERE)
+@click.option("-o", "--output", required=True, type=HERE, help="The folder to write.")
+@click.option(
+    "--base", metavar="MODEL", help="The original. Default: the one that EDITED's record names."
+)
+@click.option(
+    "--example",
+    "examples",
+    metavar="TEXT",
+    multiple=True,
+    help="A prompt that the page offers, and whose activations it shows. May be given several "
+    "times. Default: four held-out ones.",
+)
+@click.option(
+    "--split-max-size",
+    "part",
+    default="512M",
+    show_default=True,
+    type=Bytes(),
+    metavar="SIZE",
+    help="Write models in files no larger than this. Browsers read none beyond 2G, and some hosts "
+    "take none beyond 100M or 25M.",
+)
+@json_flag
+def publish(edited: Path, output: Path, as_json: bool, **chosen: Any) -> None:
+    """Write a page on which visitors ask the original and EDITED.gguf in their own browser.
+
+    EDITED.gguf is an output of `run` or `apply`, with its record beside it. The page is a folder
+    for any web server: llama.cpp in WebAssembly, both models, what was edited and how, and the
+    activations of example prompts. It loads nothing from elsewhere (docs/studio.md).
+
+    \b
+    abl-mlx publish edited.gguf -o site/
+    """
+    from abl_mlx.commands import publish as publishing
+    from abl_mlx.reports import site_page
+
+    answer(as_json, site_page.table, lambda: publishing.publish(edited, output, **chosen))

@@ -20,9 +20,7 @@ from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.outputs import reproduction, staging
 from abl_mlx.records.edits import OutputHashes, ReproduceRecord, Reproduction
 from abl_mlx.support.arrays import numpy_of
-from convert.base import json_text
 from convert.base.errors import UserError
-from convert.base.schema import OBJECT
 
 _SAME, _DIFFERENT = "identical", "different"
 
@@ -113,15 +111,7 @@ def reproduce(
 
 def _read(path: Path) -> _Wanted:
     """The record that a path names, and the output that it is of."""
-    record = path
-    if path.is_dir() or staging.format_of(path) == staging.GGUF:
-        record = staging.companions(path)["record"]
-    try:
-        values = json_text.read(record, OBJECT, mend="give the abl.json of `run` or `apply`")
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no {record}: give the abl.json of `run` or `apply`, or the model beside it."
-        ) from None
+    record, values = reproduction.read_record(path)
     if not isinstance(values.get("reproduction"), Mapping):
         raise UserError(
             f"{record} does not hold what is needed to make the edit again: only records of `run` "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ import numpy as np
 
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.outputs.record_parts import file_hashes
-from abl_mlx.outputs.staging import FOLDER, GGUF, Written
+from abl_mlx.outputs.staging import FOLDER, GGUF, Written, companions, format_of
 from abl_mlx.records.edits import Directions, Edited, OutputHashes, Reproduction
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.clock import Clock
+from convert.base import json_text
+from convert.base.errors import UserError
+from convert.base.schema import OBJECT
 from convert.gguf.file import GgufSource
 from convert.mlx.safetensors_files import TensorFiles
 
@@ -29,6 +32,26 @@ _MOST = 2 << 20
 _TENSORS = 1000
 
 _KEPT = ("recipe", "pins", "embedding_scale", "summary")
+
+
+def read_record(path: Path) -> tuple[Path, Mapping[str, Any]]:
+    """The record that a path names, or that lies in the folder or beside the GGUF of this name.
+
+    Returns:
+        Its place and its values.
+
+    Raises:
+        UserError: when there is none, or it is damaged.
+    """
+    record = path
+    if path.is_dir() or format_of(path) == GGUF:
+        record = companions(path)["record"]
+    try:
+        return record, json_text.read(record, OBJECT, mend="give the abl.json of `run` or `apply`")
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no {record}: give the abl.json of `run` or `apply`, or the model beside it."
+        ) from None
 
 
 def described(

@@ -386,3 +386,24 @@ class PushRecord(Record):
     private: bool
     files: list[UploadedFile]
     commit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishRecord(Record, Made):
+    """What `publish` wrote.
+
+    Attributes:
+        edited: the edited model; ``source`` is the original.
+        output: the folder of the page.
+        files: all files of the folder.
+        pictures: the prompts whose activations are shown.
+        note: why none are, if none are.
+        seconds: step -> time in seconds.
+    """
+
+    edited: str
+    output: str
+    files: list[UploadedFile]
+    pictures: list[str]
+    note: str | None = None
+    seconds: dict[str, float]

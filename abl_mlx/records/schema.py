@@ -20,6 +20,7 @@ COMMANDS: dict[str, type[Record]] = {
     "undo": edits.UndoRecord,
     "convert": edits.ConvertRecord,
     "push": edits.PushRecord,
+    "publish": edits.PublishRecord,
     "eval": evaluations.EvalRecord,
     "audit": looks.AuditRecord,
     "learn": learned.LearnRecord,

@@ -1,7 +1,8 @@
 /** Check: whether a direction was removed from a model's weights. */
 
-import { sentence, work } from "./api";
+import { work } from "./api";
 import { field, fill, h } from "./dom";
+import { sentence } from "./sentence";
 
 export function check(): HTMLElement {
   const model = h("input", { type: "text", id: "model", required: true, size: 40, placeholder: "a folder, a .gguf, a Hugging Face id" });

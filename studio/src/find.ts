@@ -1,7 +1,8 @@
 /** Find: what the measurement found, layer by layer. */
 
-import { once, sentence, type About } from "./api";
+import { once, type About } from "./api";
 import { fill, h, table } from "./dom";
+import { sentence } from "./sentence";
 
 export function find(about: About): HTMLElement {
   const element = h("div", { class: "find" }, h("p", { role: "status" }, "…"));

@@ -1,8 +1,9 @@
 /** Judge: refusals before and after, prompt by prompt, and verdicts corrected by hand. */
 
-import { sentence, work, type About, type Event } from "./api";
+import { work, type About, type Event } from "./api";
 import { download, field, fill, h, table } from "./dom";
 import { controls, edit } from "./edit";
+import { sentence } from "./sentence";
 
 const VERDICTS = ["refusal", "answer", "broken"];
 

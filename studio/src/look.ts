@@ -1,19 +1,11 @@
 /** Look: the component along the direction at every layer and token, and what is in one state. */
 
-import { once, sentence, type About, type Event } from "./api";
+import { once, type About, type Event } from "./api";
 import { field, fill, h, table } from "./dom";
 import { controls, edit } from "./edit";
+import { heat, largest, legend, plain } from "./heat";
 import { keep, place } from "./place";
-
-/** A colour from below 0 (blue) to above 0 (orange), the same for all colour vision. */
-function tint(share: number): string {
-  const name = share < 0 ? "--minus" : "--plus";
-  return `color-mix(in srgb, var(${name}) ${Math.round(Math.min(1, Math.abs(share)) * 100)}%, var(--surface))`;
-}
-
-function plain(token: string): string {
-  return token.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "·") || "∅";
-}
+import { sentence } from "./sentence";
 
 /** The pictures of one prompt. */
 class Panel {
@@ -28,59 +20,22 @@ class Panel {
     fill(this.element, h("p", {}, "…"));
     try {
       const found = await once("look", { prompt: this.prompt, ...edit });
-      const most = Math.max(1e-9, ...(found.before as number[][]).flat().map(Math.abs));
+      const most = largest((found.before as number[][]).flat());
+      const choose = (layer: number, token: number) => void this.choose(layer, token);
       this.token = found.tokens.length - 1;
       this.layer = found.before.length - 1;
       fill(
         this.element,
         h("h3", { class: "text" }, this.prompt),
-        this.map("Before", found.tokens, found.before, most),
-        this.map(`After, at ${edit.strength}`, found.tokens, found.after, most),
-        scale(most),
+        heat("Before", found.tokens, found.before, most, choose),
+        heat(`After, at ${edit.strength}`, found.tokens, found.after, most, choose),
+        legend(most),
         this.more,
       );
       await this.state();
     } catch (error) {
       fill(this.element, h("p", { class: "error", role: "alert" }, sentence(error)));
     }
-  }
-
-  /** A grid of layers and tokens, in which arrow keys move and Enter chooses. */
-  private map(title: string, tokens: string[], rows: number[][], most: number): HTMLElement {
-    const grid = h("table", { class: "heat", role: "grid" });
-    const head = h("tr", {}, h("th", { scope: "col" }, "layer"),
-      ...tokens.map((one) => h("th", { scope: "col", class: "token" }, h("span", {}, plain(one)))));
-    const body = rows.map((row, layer) => h("tr", {}, h("th", { scope: "row" }, String(layer)),
-      ...row.map((value, token) => {
-        const cell = h("td", {
-          role: "gridcell", tabindex: layer === rows.length - 1 && token === row.length - 1 ? 0 : -1,
-          title: `layer ${layer}, ${plain(tokens[token] ?? "")}: ${value.toFixed(3)}`,
-          "aria-label": `layer ${layer}, token ${tokens[token]}: ${value.toFixed(3)}`,
-        });
-        cell.style.backgroundColor = tint(value / most);
-        cell.addEventListener("click", () => void this.choose(layer, token));
-        return cell;
-      }))).reverse();
-    fill(grid, h("caption", {}, title), h("thead", {}, head), h("tbody", {}, ...body));
-    grid.addEventListener("keydown", (event) => this.move(grid, event, rows.length));
-    return h("div", { class: "scroll" }, grid);
-  }
-
-  private move(grid: HTMLTableElement, event: KeyboardEvent, layers: number): void {
-    const cell = event.target as HTMLTableCellElement;
-    const row = cell.parentElement as HTMLTableRowElement;
-    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-    if (event.key === "Enter" || event.key === " ") {
-      event.preventDefault();
-      void this.choose(layers - row.sectionRowIndex - 1, cell.cellIndex - 1);
-    }
-    if (!step) return;
-    event.preventDefault();
-    const next = grid.tBodies[0]?.rows[row.sectionRowIndex + (step[0] ?? 0)]?.cells[cell.cellIndex + (step[1] ?? 0)];
-    if (!next || next.tagName !== "TD") return;
-    cell.tabIndex = -1;
-    next.tabIndex = 0;
-    next.focus();
   }
 
   private async choose(layer: number, token: number): Promise<void> {
@@ -92,13 +47,13 @@ class Panel {
   /** One state: its dimensions as boxes, and the likeliest next tokens by layer. */
   private async state(): Promise<void> {
     const found = await once("token", { prompt: this.prompt, token: this.token, state: this.layer, ...edit });
-    const most = Math.max(1e-9, ...[...found.before, ...found.after].map((one: number) => Math.abs(one)));
+    const most = largest([...found.before, ...found.after]);
     fill(
       this.more,
       h("h3", {}, `Token ${this.token}, after layer ${this.layer}`),
       h("div", { class: "columns" },
         boxes("Dimensions before", found.before, most), boxes("Dimensions after", found.after, most)),
-      largest(found),
+      dimensions(found),
       lens(found),
     );
   }
@@ -139,7 +94,7 @@ function sum(values: number[]): number {
   return values.reduce((all, one) => all + one, 0);
 }
 
-function largest(found: Event): HTMLElement {
+function dimensions(found: Event): HTMLElement {
   const before: number[] = found.before;
   const order = before.map((_, index) => index).sort((a, b) => Math.abs(before[b] ?? 0) - Math.abs(before[a] ?? 0));
   return h("div", { class: "scroll" }, table("The dimensions that add most", ["dimension", "before", "after"],
@@ -153,15 +108,6 @@ function lens(found: Event): HTMLElement {
   return h("div", { class: "scroll" }, table("Logit lens: the likeliest next tokens, if that layer were the last",
     ["layer", "before", "after"],
     [...found.lens].reverse().map((one: Event) => [String(one.layer), words(one.before), words(one.after)])));
-}
-
-function scale(most: number): HTMLElement {
-  const steps = [-1, -0.5, 0, 0.5, 1].map((one) => {
-    const box = h("span", { class: "swatch" });
-    box.style.backgroundColor = tint(one);
-    return h("span", { class: "step" }, box, (one * most).toFixed(2));
-  });
-  return h("p", { class: "legend", "aria-label": "Legend: the component r·h/|h|" }, "r·h/|h| ", ...steps);
 }
 
 export function look(about: About): HTMLElement {

@@ -1,7 +1,7 @@
 /** The views, and which of them the page's address names. */
 
 import "./style.css";
-import { about, sentence, type About } from "./api";
+import { about, type About } from "./api";
 import { check } from "./check";
 import { fill, h } from "./dom";
 import { edit } from "./edit";
@@ -9,6 +9,7 @@ import { find } from "./find";
 import { judge } from "./judge";
 import { look } from "./look";
 import { link, place } from "./place";
+import { sentence } from "./sentence";
 import { talk } from "./talk";
 import { write } from "./write";
 

@@ -1,8 +1,9 @@
 /** Write: the edit in files, and the command line that does the same. */
 
-import { sentence, work, type About, type Event } from "./api";
+import { work, type About, type Event } from "./api";
 import { field, fill, h, table } from "./dom";
 import { controls, edit } from "./edit";
+import { sentence } from "./sentence";
 
 export function write(about: About): HTMLElement {
   const output = h("input", { type: "text", id: "output", required: true, size: 40, placeholder: "edited/ or edited.gguf or edit.lora.gguf" });
