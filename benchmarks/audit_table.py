@@ -31,6 +31,7 @@ from mlx.utils import tree_flatten
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from abl_mlx.audit_weights import verdict  # noqa: E402
 from abl_mlx.choices import ApplyOptions, MeasureOptions  # noqa: E402
 from abl_mlx.commands import audit, conversion, measure_apply  # noqa: E402
 from abl_mlx.demo import MODEL_PATH  # noqa: E402
@@ -339,7 +340,7 @@ def row(case: Case) -> tuple[str, bool]:
     record = audit.audit(str(case.path), direction=case.direction)
     weights = record["weights"]
     cosine = record["direction_cosine"]
-    shown = "" if cosine is None or weights["verdict"] == audit.NOT_EDITED else f"{cosine:.3f}"
+    shown = "" if cosine is None or weights["verdict"] == verdict.NOT_EDITED else f"{cosine:.3f}"
     tests = weights["tests"].values()
     gaps = ", ".join(f"{one['gap']:.2f} ({one['gap_over_spread']:.0f})" for one in tests)
     right = case.expected == BEYOND or weights["verdict"] == case.expected

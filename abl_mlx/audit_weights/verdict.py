@@ -1,0 +1,260 @@
+"""The verdict on a model's weights alone: whether its writers lack a direction.
+
+`abl_mlx.audit_weights.spectrum` has the mathematics, and docs/audit.md the calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from abl_mlx.audit_weights import spectrum
+from abl_mlx.audit_weights.spectrum import Found, Gap
+from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
+from abl_mlx.records.looks import AuditedWriter, LowestDirections, Weights
+from abl_mlx.support import ranks
+from abl_mlx.support.console import progress
+from convert.base.errors import UserError
+
+EDITED, NOT_EDITED, CANNOT_TELL = "edited", "not edited", "cannot tell"
+
+#: Gram matrices are kept between the two passes if together they take at most this many bytes.
+_KEPT = 1 << 28
+
+#: Up to this width Gram matrices are computed in float64.
+_DOUBLE = 384
+
+#: The largest number of lines of a writer that its Gram matrix is computed from, in multiples of d;
+#: the second pass uses all lines.
+_LINES = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which gap means an edit, for one of the two searches with `spectrum.search`.
+
+    The limits were calibrated by benchmarks/audit_table.py; see docs/audit.md.
+
+    Attributes:
+        reach: the search's ``reach``.
+        size, ratio: a gap is an edit if it is at least so large, absolutely and in units of the
+            spread of the following directions.
+        doubt_size, doubt_ratio: with a smaller gap that is at least so large, the verdict is
+            "cannot tell".
+        low: a writer was edited if its energy, in units of the reference, is below this.
+    """
+
+    name: str
+    reach: float
+    size: float
+    ratio: float
+    doubt_size: float
+    doubt_ratio: float
+    low: float
+
+
+LIMITS = (
+    Limits("low everywhere", 1.0, 0.35, 3.0, 0.2, 3.0, 0.5),
+    Limits("empty in some", 0.1, 0.15, 3.0, 0.1, 3.0, 0.1),
+)
+
+#: With fewer edited writers than this, a direction cannot be distinguished from chance.
+_LEAST_WRITERS = 3
+
+
+@dataclass(frozen=True)
+class Energies:
+    """The energies of all writers in a small subspace.
+
+    Attributes:
+        basis: maps the subspace to the stream, (d, m).
+        forms: the writers' energies in the subspace.
+        means: (N,), the mean energy of each writer over all directions, without the few largest.
+    """
+
+    basis: np.ndarray
+    forms: spectrum.Forms
+    means: np.ndarray
+
+
+def alone(model: StreamWeights) -> tuple[Weights, np.ndarray | None]:
+    """The verdict on a model without its base, and the directions that it lacks, (k, d).
+
+    Raises:
+        UserError: when all writers are zero, or a file is damaged.
+    """
+    with spectrum.threads(model.width):
+        energies, writers = measure(model)
+        return judge(energies, writers, model)
+
+
+def measure(model: StreamWeights) -> tuple[Energies, list[StreamWeight]]:
+    """The energies of all writers that are not zero, in two passes over the files, or in one."""
+    d, writers = model.width, model.writers
+    keep = len(writers) * d * d * 8 <= _KEPT
+    kept: list[np.ndarray] = []
+    means, diagonals, used = [], [], []
+    candidates = spectrum.Candidates(model.layers)
+    total = sum(one.lines for one in writers)
+    with progress(total * (1 if keep else 2), "audit", "vector") as bar:
+        kind = np.float64 if d <= _DOUBLE else np.float32
+        grams = ranks.in_turn("writers", writers, lambda one: _gram(one, kind))
+        for one, gram in zip(writers, grams, strict=True):
+            bar.update(one.lines)
+            if not candidates.add(one.role, one.layer, gram):
+                continue
+            used.append(one)
+            means.append(spectrum.typical(gram))
+            diagonals.append(np.diagonal(gram).astype(float))
+            if keep:
+                kept.append(gram)
+        if not used:
+            raise UserError("every residual writer of this model is zero: nothing to audit.")
+        basis, count = candidates.basis()
+        del candidates
+        small = [basis.T @ (gram @ basis) for gram in kept]
+        again = [] if keep else used
+        for gram in ranks.in_turn("writers again", again, lambda one: _small_gram(one, basis)):
+            bar.update(again[len(small)].lines)
+            small.append(gram)
+    forms = spectrum.forms(small, diagonals, basis, count)
+    return Energies(basis, forms, np.fromiter(means, float) / forms.units), used
+
+
+def _gram(one: StreamWeight, dtype: type) -> np.ndarray:
+    """Σ x xᵀ over a writer's lines x, (d, d); with very many lines, over every n-th of them."""
+    d = one.width
+    step = max(1, one.lines // (_LINES * d))
+    gram: np.ndarray = np.zeros((d, d), dtype)
+    for values in one.each():
+        values = np.ascontiguousarray(values[:, ::step], dtype=dtype)
+        gram += values @ values.T
+    return gram * dtype(step)
+
+
+def _small_gram(one: StreamWeight, basis: np.ndarray) -> np.ndarray:
+    m = basis.shape[1]
+    gram = np.zeros((m, m))
+    narrow = np.ascontiguousarray(basis.T, dtype=np.float32)
+    for values in one.each():
+        inside = (narrow @ values).astype(np.float64)
+        gram += inside @ inside.T
+    return gram
+
+
+def judge(
+    energies: Energies, writers: Sequence[StreamWeight], model: StreamWeights
+) -> tuple[Weights, np.ndarray | None]:
+    """The verdict on a model's energies, and the recovered directions (k, d)."""
+    tests, structural = [], {}
+    for limits in LIMITS:
+        found = []
+        for one in spectrum.search(energies.forms, limits.reach):
+            why = spectrum.structure(_in_stream(energies, [one])[0])
+            if why is None:
+                found.append(one)
+            elif (one.energies < limits.low).sum() >= _LEAST_WRITERS:
+                structural[why] = one.score
+        tests.append((limits, spectrum.gap(found)))
+    if not all(one.found for _, one in tests):
+        alone = ["the weakest directions of this model are single dimensions"]
+        return Weights(verdict=CANNOT_TELL, evidence=alone, layers=[]), None
+    verdicts = [_of_gap(limits, one) for limits, one in tests]
+    verdict = next(v for v in (EDITED, CANNOT_TELL, NOT_EDITED) if v in verdicts)
+    limits, best = max(
+        (pair for pair, v in zip(tests, verdicts, strict=True) if v == verdict),
+        key=lambda pair: pair[1].size / pair[0].size,
+    )
+    strongest = best.found if verdict != NOT_EDITED else best.found[:1]
+    along = np.mean([one.energies for one in strongest], axis=0)
+    takes_part = along < limits.low
+    layers = _layers(along, writers, takes_part)
+    recovered = _in_stream(energies, strongest)
+    left = float(np.median((along / energies.means)[takes_part])) if takes_part.any() else 1.0
+    strength = float(np.clip(1 - np.sqrt(max(left, 0.0)), 0, 1))
+    evidence = _evidence(verdict, limits, best, takes_part, layers, strength, model)
+    if structural:
+        evidence += [f"left out: {why}" for why in sorted(structural)]
+    if verdict == NOT_EDITED:
+        layers, takes_part = [], np.zeros(len(writers), bool)
+    return Weights(
+        verdict=verdict,
+        evidence=evidence,
+        layers=layers,
+        embedding=any(t and w.axis == -1 for t, w in zip(takes_part, writers, strict=True)),
+        rank=0 if verdict == NOT_EDITED else best.rank,
+        strength=None if verdict == NOT_EDITED else strength,
+        nulls=frozenset({"strength"}) if verdict == NOT_EDITED else frozenset(),
+        tests={
+            limits.name: LowestDirections(
+                gap=one.size,
+                gap_over_spread=one.ratio,
+                rank=one.rank,
+                scores=[round(found.score, 4) for found in one.all],
+                verdict=v,
+            )
+            for (limits, one), v in zip(tests, verdicts, strict=True)
+        },
+        writers={
+            one.name: AuditedWriter(energy=float(e), of_mean=float(e / mean), type=one.type)
+            for one, e, mean in zip(writers, along, energies.means, strict=True)
+        },
+    ), recovered
+
+
+def _in_stream(energies: Energies, found: Sequence[Found]) -> np.ndarray:
+    """Orthonormal directions in the stream (k, d)."""
+    turned = energies.basis @ np.stack([one.direction for one in found], axis=1)
+    return np.asarray(np.linalg.qr(turned)[0].T, dtype=float)
+
+
+def _of_gap(limits: Limits, found: Gap) -> str:
+    agreed = all((one.energies < limits.low).sum() >= _LEAST_WRITERS for one in found.found)
+    if agreed and found.size >= limits.size and found.ratio >= limits.ratio:
+        return EDITED
+    if agreed and found.size >= limits.doubt_size and found.ratio >= limits.doubt_ratio:
+        return CANNOT_TELL
+    return NOT_EDITED
+
+
+def _layers(
+    along: np.ndarray, writers: Sequence[StreamWeight], takes_part: np.ndarray
+) -> list[int]:
+    """The layers with low energy along the direction in all writers, or with energy 0 in one."""
+    found = []
+    for layer in sorted({one.layer for one in writers if one.layer >= 0}):
+        inside = np.array([one.layer == layer for one in writers])
+        mean = np.exp(np.log(np.maximum(along[inside], 1e-6)).mean())
+        if mean < 0.6 and takes_part[inside].any():
+            found.append(layer)
+    return found
+
+
+def _evidence(
+    verdict: str,
+    limits: Limits,
+    best: Gap,
+    takes_part: np.ndarray,
+    layers: Sequence[int],
+    strength: float,
+    model: StreamWeights,
+) -> list[str]:
+    size = f"gap {best.size:.2f}, {best.ratio:.1f} times the spread of the model's next directions"
+    if verdict == NOT_EDITED:
+        return [f"no direction stands out at the low end of the residual writers ({size})"]
+    what = "one direction" if best.rank == 1 else f"{best.rank} directions"
+    low = [f"{one.energies[takes_part].max():.1e}" for one in best.found[:1]]
+    lines = [
+        f"{int(takes_part.sum())} of {len(takes_part)} residual writers hold next to nothing along "
+        f"{what} (at most {low[0]} of what they hold along their own weakest ones; {size})",
+        f"in layers {spectrum.spans(layers) or 'none as a whole'} of {model.layers}; strength "
+        f"about {strength:.2f}, if it was once as strong there as any other",
+    ]
+    if verdict == CANNOT_TELL:
+        lines.append(
+            f"that is more than chance gives this model, and less than an edit is sure to leave "
+            f"(gap {limits.size:g}, ratio {limits.ratio:g})"
+        )
+    return lines
