@@ -46,7 +46,7 @@ def compare(model: ModelFile, base: ModelFile) -> tuple[Weights, np.ndarray | No
     after, before = model.stream_weights(), base.stream_weights()
     pairs, left_out = matched(before, after, base.source.name, model.source.name)
     with spectrum.threads(after.width):
-        weights, directions = _compare(pairs, left_out, after)
+        weights, directions = judge(pairs, left_out, after)
     writers = [name for one in (*after.writers, *before.writers) for name in one.tensors]
     others = other_tensors.compare(model, base, writers)
     evidence = [*weights.evidence, *other_tensors.evidence(others)]
@@ -100,9 +100,10 @@ def both(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         new.release()
 
 
-def _compare(
+def judge(
     pairs: Sequence[Pair], left_out: list[str], model: StreamWeights
 ) -> tuple[Weights, np.ndarray | None]:
+    """The verdict on pairs of writers, and the removed directions (k, d)."""
     d = model.width
     total = np.zeros((d, d))
     tensors: dict[str, AuditedWriter] = {}

@@ -27,6 +27,8 @@ def revision_flag(argument: str = "model") -> Callable[..., Any]:
         @wraps(command)
         def at_revision(*args: Any, revision: str | None, **chosen: Any) -> Any:
             if revision is not None:
+                if chosen[argument] is None:
+                    raise click.UsageError(f"--revision needs {argument.upper()}.")
                 from abl_mlx.inputs import sources
 
                 chosen[argument] = sources.at_revision(chosen[argument], revision)

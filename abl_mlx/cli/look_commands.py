@@ -77,8 +77,15 @@ def evaluate(target: str, as_json: bool, **chosen: Any) -> None:
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @revision_flag()
+@click.option(
+    "--list",
+    "listed",
+    type=HERE,
+    help="Judge every model that this file names, one a line, in place of MODEL.",
+)
+@click.option("--csv", "table", type=HERE, help="Also write the verdicts of --list to this file.")
 @click.option("--base", metavar="MODEL", help="The base model from which MODEL is said to come.")
 @click.option(
     "--direction",
@@ -105,22 +112,47 @@ def evaluate(target: str, as_json: bool, **chosen: Any) -> None:
 )
 @report_flag("Write a page to read in a browser here.")
 @json_flag
-def audit(model: str, as_json: bool, fail_on: tuple[str, ...], **given: Any) -> None:
+def audit(
+    model: str | None,
+    listed: Path | None,
+    table: Path | None,
+    as_json: bool,
+    fail_on: tuple[str, ...],
+    **given: Any,
+) -> None:
     """Decide whether a direction was removed from MODEL's weights, in a folder or a GGUF.
 
     The verdict is "edited", "not edited" or "cannot tell", with its evidence. Only the model is
     needed: the command looks for a direction along which the weights that write to the residual
     stream have smaller components than chance explains. docs/audit.md says what it cannot find.
 
+    Of a model on Hugging Face only the parts are read that the verdict needs, a few percent of a
+    large one. They are kept for the next time.
+
     \b
     abl-mlx audit some-model-Q4_K_M.gguf --fail-on edited --fail-on cannot-tell
+    abl-mlx audit --list repositories.txt --csv verdicts.csv
 
     Exit codes: 1 for any error, 3 for a verdict of --fail-on.
     """
     from abl_mlx.behaviour.gate import NOT_MET
     from abl_mlx.commands import audit as auditing
+    from abl_mlx.commands import audit_list
 
-    record = answer(as_json, auditing.table, lambda: auditing.audit(model, **given))
+    if (model is None) == (listed is None):
+        raise click.UsageError("Name one MODEL, or give --list FILE.")
+    if listed is not None:
+        if refused := next((one for one in ("output", "report", "ask") if given.pop(one)), None):
+            raise click.UsageError(f"--{refused} is for one MODEL, not for --list.")
+        every = answer(
+            as_json, audit_list.table, lambda: audit_list.audit_list(listed, table=table, **given)
+        )
+        if any(auditing.fails(one, fail_on) for one in every.audits):
+            sys.exit(NOT_MET)
+        sys.exit(1 if audit_list.failed(every) else 0)
+    if table is not None:
+        raise click.UsageError("--csv is for --list.")
+    record = answer(as_json, auditing.table, lambda: auditing.audit(str(model), **given))
     if auditing.fails(record, fail_on):
         sys.exit(NOT_MET)
 

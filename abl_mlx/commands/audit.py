@@ -9,6 +9,7 @@ each with its evidence. docs/audit.md has the calibration, and what the audit ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,20 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx import __version__
-from abl_mlx.audit_weights import differences
-from abl_mlx.audit_weights import verdict as verdict_of
+from abl_mlx.audit_weights import differences, partial
+from abl_mlx.audit_weights import verdict as verdicts
 from abl_mlx.audit_weights.verdict import CANNOT_TELL, EDITED, NOT_EDITED
 from abl_mlx.commands.same_everywhere import check_same
 from abl_mlx.directions import direction_file
 from abl_mlx.inputs.sources import Source
 from abl_mlx.outputs import stream_weights
 from abl_mlx.outputs.mentions import mentions
-from abl_mlx.outputs.model_file import find_model
+from abl_mlx.outputs.model_file import ModelFile, find_model
+from abl_mlx.outputs.remote_file import RemoteFile, find_in_parts, read_of
 from abl_mlx.outputs.staging import check_report
 from abl_mlx.records.evaluations import EvalRecord
-from abl_mlx.records.looks import AuditRecord, Mention, NotAsked, Weights
+from abl_mlx.records.looks import AuditRecord, Mention, NotAsked, NotAudited, Weights
+from abl_mlx.reports import read_tables
 from abl_mlx.reports.page import write
 from abl_mlx.reports.page_audit import audit_page
 from abl_mlx.support import flags
@@ -64,24 +67,15 @@ def audit(
     """
     clock = Clock()
     _check_places(output, report)
-    with find_model(text) as model:
+    with ExitStack() as opened:
+        model = opened.enter_context(find_model(text) if ask else find_in_parts(text))
         check_same(clock, None, model)
         source = model.source
         given = None if direction is None else _given(direction)
         with clock.step("read what the files say"):
             label, said = model.label(), mentions({"name": source.title, **model.said()})
-        recovered: np.ndarray | None = None
-        compared: str | None = None
-        try:
-            if base is None:
-                with clock.step("look for a direction that all writers lack"):
-                    weights, recovered = verdict_of.alone(model.stream_weights())
-            else:
-                with clock.step("compare with the base"), find_model(base) as before:
-                    weights, recovered = differences.compare(model, before)
-                compared = base
-        except stream_weights.Unreachable as error:
-            weights = Weights(verdict=CANNOT_TELL, evidence=[str(error)], layers=[])
+        before = None if base is None else opened.enter_context(find_in_parts(base))
+        weights, recovered = _judged(model, before, clock)
         if given is not None:
             cosine = _cosine(given, recovered, direction)
             nulls = weights.nulls | ({"direction_cosine"} if cosine is None else set())
@@ -89,13 +83,14 @@ def audit(
         verdict, evidence = _by_its_own_account(weights, label, said)
         with clock.step("hash the files"):
             hashes = model.hashes()
+        parts_read = read_of([model, *([] if before is None else [before])])
     behaviour = _asked(text) if ask else None
     if output is not None:
         _keep(output, recovered, source, weights)
     record = AuditRecord(
         abl_mlx=__version__,
         source=source.name,
-        base=compared,
+        base=base,
         verdict=verdict,
         evidence=evidence,
         layers=weights.layers,
@@ -106,6 +101,7 @@ def audit(
         hashes=hashes,
         behaviour=behaviour,
         output=None if output is None else str(output),
+        parts_read=parts_read,
         seconds=clock.seconds,
     )
     if report is not None:
@@ -127,6 +123,19 @@ def _write_page(report: Path, record: AuditRecord, text: str, chosen: dict[str, 
 
     defaults = {"base": None, "direction": None, "ask": False}
     write(report, audit_page(record, command_line(["audit", text], chosen, defaults)))
+
+
+def _judged(model: ModelFile, base: ModelFile | None, clock: Clock) -> partial.Judged:
+    """The findings from the weights, and the directions that were found."""
+    in_parts = isinstance(model, RemoteFile) or isinstance(base, RemoteFile)
+    try:
+        if base is None:
+            with clock.step("look for a direction that all writers lack"):
+                return (partial if in_parts else verdicts).alone(model.stream_weights())
+        with clock.step("compare with the base"):
+            return (partial.with_base if in_parts else differences.compare)(model, base)
+    except stream_weights.Unreachable as error:
+        return Weights(verdict=CANNOT_TELL, evidence=[str(error)], layers=[]), None
 
 
 def _check_places(output: Path | None, report: Path | None) -> None:
@@ -224,6 +233,7 @@ def table(record: AuditRecord) -> str:
         lines.append(f"  |cos| of the recovered direction with the given one: {cosine:.3f}")
     if record.behaviour is not None:
         lines += ["", _behaviour(record.behaviour)]
+    lines += read_tables.lines(record.parts_read)
     lines += ["", "  files"]
     lines += [f"    {sha256}  {name}" for name, sha256 in record.hashes.items()]
     return "\n".join(lines)
@@ -237,6 +247,6 @@ def _behaviour(found: EvalRecord | NotAsked) -> str:
     return eval_tables.table(found)
 
 
-def fails(record: AuditRecord, verdicts: Sequence[str]) -> bool:
+def fails(record: AuditRecord | NotAudited, verdicts: Sequence[str]) -> bool:
     """Whether the verdict is among those of ``--fail-on``, in the command line's spelling."""
-    return record.verdict.replace(" ", "-") in verdicts
+    return isinstance(record, AuditRecord) and record.verdict.replace(" ", "-") in verdicts

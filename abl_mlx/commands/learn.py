@@ -16,10 +16,13 @@ from abl_mlx.audit_weights.learning import EDITED, Learned
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.outputs import stream_weights
-from abl_mlx.outputs.model_file import ModelFile, find_model
+from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.outputs.record_parts import combined_hash
+from abl_mlx.outputs.remote_file import RemoteFile, find_in_parts, read_of
 from abl_mlx.records.directions import Recipe
 from abl_mlx.records.learned import LearnRecord
+from abl_mlx.records.looks import OtherTensors
+from abl_mlx.reports import read_tables
 from abl_mlx.support.clock import Clock
 from convert.base.atomic import check_new
 from convert.base.errors import UserError
@@ -41,15 +44,16 @@ def learn(base: str, edited: str, output: Path | None = None) -> LearnRecord:
             raise UserError(f"{output}: the name of a direction file ends in .safetensors.")
         check_new(output)
     clock = Clock()
-    with find_model(base) as before, find_model(edited) as after:
+    with find_in_parts(base) as before, find_in_parts(edited) as after:
+        others: OtherTensors | None = None
         try:
             with clock.step("compare the weights"):
                 found = learning.learn(after, before)
-            with clock.step("compare the rest"):
-                others = other_tensors.compare(after, before, _tensors(after, before))
+            if not any(isinstance(one, RemoteFile) for one in (before, after)):
+                with clock.step("compare the rest"):
+                    others = other_tensors.compare(after, before, _tensors(after, before))
         except stream_weights.Unreachable as error:
             found = Learned(learning.CANNOT_TELL, [str(error)], {}, [])
-            others = None
         evidence = list(found.evidence)
         if others is not None:
             evidence += other_tensors.evidence(others)
@@ -79,6 +83,7 @@ def learn(base: str, edited: str, output: Path | None = None) -> LearnRecord:
             others=others,
             output=str(output) if written else None,
             apply=_command(found, output) if written and output is not None else None,
+            parts_read=read_of([before, after]),
             seconds=clock.seconds,
         )
 
@@ -141,6 +146,7 @@ def table(record: LearnRecord) -> str:
         embedding = record.recipe is not None and record.recipe.embedding
         lines.append(f"  embedding    {'edited' if embedding else 'not edited'}")
     lines += [f"  - {one}" for one in record.evidence]
+    lines += read_tables.lines(record.parts_read)
     if record.apply is not None:
         lines += ["", f"  the same edit of another model: {record.apply}"]
     return "\n".join(lines)

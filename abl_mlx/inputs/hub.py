@@ -224,12 +224,21 @@ def folder(reference: Reference) -> Path:
     """
     path = downloaded(reference, _PATTERNS)
     if not any(path.glob("*.safetensors")):
-        listed = _list(reference)
-        if listed.models:
-            raise UserError(
-                f"{reference.name} holds GGUFs and no safetensors: pick one of {listed.choices}."
-            )
+        check_no_ggufs(reference)
     return path
+
+
+def check_no_ggufs(reference: Reference) -> None:
+    """Check that a repository without safetensors has no GGUFs either, one of which is meant.
+
+    Raises:
+        UserError: with their tags, if it has.
+    """
+    listed = _list(reference)
+    if listed.models:
+        raise UserError(
+            f"{reference.name} holds GGUFs and no safetensors: pick one of {listed.choices}."
+        )
 
 
 def part(text: str, names: Sequence[str], flag: str) -> Path:
@@ -273,6 +282,15 @@ def gguf(reference: Reference) -> Path:
                 "be reached: check the connection."
             )
     return root / model.files[0]
+
+
+def gguf_files(reference: Reference) -> tuple[str, ...]:
+    """The paths in its repository of the GGUF that ``reference`` names, part by part.
+
+    Raises:
+        UserError: as `gguf`.
+    """
+    return _chosen(_list(reference), reference).files
 
 
 def _chosen(listed: _Repository, reference: Reference) -> _Model:

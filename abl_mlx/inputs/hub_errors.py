@@ -21,6 +21,37 @@ _UNREACHED = (
 )
 
 
+def gated(name: str) -> UserError:
+    """The error for a repository whose licence this user has not accepted."""
+    return UserError(
+        f"{name} asks for a licence to be accepted: do so on its Hugging Face page and "
+        "log in with `hf auth login`."
+    )
+
+
+def no_access(name: str, status: int) -> UserError:
+    """The error for a repository that this user may not read."""
+    return UserError(
+        f"{name}: Hugging Face does not let you have it (HTTP {status}): log in with "
+        "`hf auth login`, with a token that may read it."
+    )
+
+
+def too_often(name: str, seconds: float | None = None) -> UserError:
+    """The error for a server that wants fewer requests.
+
+    Args:
+        name: the repository.
+        seconds: how long the server asks to wait, if it says so.
+    """
+    time = "a while" if seconds is None else f"{seconds:.0f} seconds"
+    return UserError(
+        f"{name}: Hugging Face got too many requests (HTTP 429) and asks to wait {time}: give the "
+        "same command again then; what was read is kept. With a token (`hf auth login`) the limit "
+        "is higher."
+    )
+
+
 def _not_had(repository: str, unreached: str, status: int | None) -> UserError:
     """The error for a repository that could not be downloaded.
 
@@ -32,10 +63,9 @@ def _not_had(repository: str, unreached: str, status: int | None) -> UserError:
     from huggingface_hub import constants
 
     if status in (401, 403):
-        return UserError(
-            f"{repository}: Hugging Face does not let you have it (HTTP {status}): log in with "
-            "`hf auth login`, with a token that may read it."
-        )
+        return no_access(repository, status)
+    if status == 429:
+        return too_often(repository)
     if status is not None:
         return UserError(unreached.format(f"HTTP {status}"))
     offline = "HF_HUB_OFFLINE is set; " if constants.HF_HUB_OFFLINE else ""
@@ -72,10 +102,7 @@ def explained(repository: str, revision: str | None) -> Iterator[None]:
             f"{name} is not a folder here, and no id that Hugging Face takes: check the spelling."
         ) from None
     except GatedRepoError:
-        raise UserError(
-            f"{name} asks for a licence to be accepted: do so on its Hugging Face page and "
-            "log in with `hf auth login`."
-        ) from None
+        raise gated(name) from None
     except RepositoryNotFoundError:
         raise UserError(
             f"{name} is neither a folder here nor a model on Hugging Face: check the "

@@ -176,6 +176,17 @@ def resolve(text: str) -> Source:
     return Source(reference.name, folder, is_repository=True, repository=repository)
 
 
+def on_the_hub(text: str) -> hub.Reference | None:
+    """What ``text`` names on Hugging Face; None if it names something on this machine, or nothing.
+
+    Raises:
+        UserError: as `hub.parse`.
+    """
+    if text == "demo" or _is(_path(text)):
+        return None
+    return _reference(text)
+
+
 def at_revision(text: str, revision: str) -> str:
     """The text that names the same model on Hugging Face at a branch, a tag or a commit.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from abl_mlx.records.directions import Recipe
 from abl_mlx.records.evaluations import Made
-from abl_mlx.records.looks import OtherTensors
+from abl_mlx.records.looks import OtherTensors, PartRead
 from abl_mlx.records.record import Part, Record
 
 
@@ -58,6 +58,7 @@ class LearnRecord(Record, Made):
         others: the tensors that are no residual writers.
         output: the direction file.
         apply: the command that makes the edit of another model.
+        parts_read: for models on Hugging Face of which parts were read, how much.
         seconds: step -> how long it took.
     """
 
@@ -78,4 +79,5 @@ class LearnRecord(Record, Made):
     others: OtherTensors | None = None
     output: str | None = None
     apply: str | None = None
+    parts_read: list[PartRead] | None = None
     seconds: dict[str, float]

@@ -269,6 +269,27 @@ class NotAsked(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartRead(Part):
+    """How much of a model on Hugging Face was read.
+
+    Attributes:
+        model: the model as typed.
+        commit: of the repository.
+        read: bytes that were fetched.
+        kept: bytes that were used, and had been fetched before.
+        total: bytes of all its files that hold weights.
+        share: of ``read`` and ``kept`` together in ``total``.
+    """
+
+    model: str
+    commit: str
+    read: int
+    kept: int
+    total: int
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuditRecord(Record, Made):
     """The record of `audit`.
 
@@ -284,6 +305,7 @@ class AuditRecord(Record, Made):
         hashes: file name -> SHA-256.
         behaviour: with ``--ask``, the record of `eval`, or the reason why there is none.
         output: the file with the recovered direction.
+        parts_read: for models on Hugging Face of which parts were read, how much.
         seconds: step -> time in seconds.
     """
 
@@ -298,4 +320,30 @@ class AuditRecord(Record, Made):
     hashes: dict[str, str]
     behaviour: EvalRecord | NotAsked | None = None
     output: str | None = None
+    parts_read: list[PartRead] | None = None
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotAudited(Part):
+    """A model of a list that could not be judged, and why."""
+
+    source: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditListRecord(Record):
+    """The record of `audit --list`.
+
+    Attributes:
+        abl_mlx: the version.
+        source: the file with the list.
+        audits: the models in its order.
+        output: the table in CSV.
+    """
+
+    abl_mlx: str
+    source: str
+    audits: list[AuditRecord | NotAudited]
+    output: str | None = None

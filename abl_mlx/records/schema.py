@@ -23,6 +23,7 @@ COMMANDS: dict[str, type[Record]] = {
     "publish": edits.PublishRecord,
     "eval": evaluations.EvalRecord,
     "audit": looks.AuditRecord,
+    "audit --list": looks.AuditListRecord,
     "learn": learned.LearnRecord,
     "inspect": looks.InspectRecord,
     "diff": looks.DiffRecord,

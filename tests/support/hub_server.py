@@ -9,11 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "5" * 40
+CUT = b"the connection ends here"
 OTHER_COMMIT = "7" * 40  # of the tag v2
+
+
+class Generated(Protocol):
+    """A file whose bytes are made when they are asked for."""
+
+    size: int
+
+    def read(self, start: int, end: int) -> bytes: ...
 
 
 @dataclass
@@ -23,6 +32,13 @@ class Hub:
     Attributes:
         repositories: OWNER/NAME -> the paths of its files.
         files: "OWNER/NAME PATH" -> what a file holds; others hold a line of text.
+        generated: "OWNER/NAME PATH" -> a file that is too large to hold.
+        ranges: whether parts of files are sent when they are asked for.
+        stores: whether files are sent by a storage, to whose address the hub redirects.
+        busy: how many of the next requests for files get the answer 429.
+        retry_after: what that answer asks for.
+        asked: for each request for a file: its address, the range, whether it had a token, and the
+            status of the answer.
     """
 
     repositories: dict[str, list[str]]
@@ -30,10 +46,31 @@ class Hub:
     url: str = ""
     fetched: list[str] = field(default_factory=list)
     broken: bool = False
+    generated: dict[str, Generated] = field(default_factory=dict)
+    ranges: bool = True
+    stores: bool = False
+    busy: int = 0
+    retry_after: str = "0"
+    asked: list[tuple[str, str | None, bool, int]] = field(default_factory=list)
 
     def content(self, repository: str, file: str) -> bytes:
         text = f"GGUF {repository} {file}".encode()
         return self.files.get(f"{repository} {file}", text)
+
+    def size(self, repository: str, file: str) -> int:
+        large = self.generated.get(f"{repository} {file}")
+        return len(self.content(repository, file)) if large is None else large.size
+
+    def sha256(self, repository: str, file: str) -> str:
+        if f"{repository} {file}" in self.generated:
+            return "0" * 64
+        return hashlib.sha256(self.content(repository, file)).hexdigest()
+
+    def part(self, repository: str, file: str, start: int, end: int) -> bytes:
+        large = self.generated.get(f"{repository} {file}")
+        if large is None:
+            return self.content(repository, file)[start:end]
+        return large.read(start, end)
 
 
 @contextmanager
@@ -58,6 +95,8 @@ def serve(state: Hub) -> Iterator[Hub]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
             parts = path.removeprefix("api/models/").split("/")
+            if parts[0] == "storage":
+                return self.send_file("/".join(parts[1:3]), "/".join(parts[3:]))
             repository = "/".join(parts[:2])
             if state.broken:
                 return self.answer(410)  # of 5xx the client would try again for minutes
@@ -87,18 +126,59 @@ def serve(state: Hub) -> Iterator[Hub]:
                         for file in files
                     ]
                     return self.json(entries)
-                siblings = [{"rfilename": file} for file in files]
+                siblings = [
+                    {
+                        "rfilename": file,
+                        "size": state.size(repository, file),
+                        "lfs": {
+                            "sha256": state.sha256(repository, file),
+                            "size": 0,
+                            "pointerSize": 0,
+                        },
+                    }
+                    for file in files
+                ]
                 return self.json({"id": repository, "sha": commit, "siblings": siblings})
             file = "/".join(parts[4:])
             if repository == "someone/gated":
                 return self.answer(403, X_Error_Code="GatedRepo")
             if parts[2] != "resolve" or file not in files:
                 return self.answer(404, X_Error_Code="EntryNotFound")
-            content = state.content(repository, file)
-            if self.command == "GET":
-                state.fetched.append(f"{repository}/{file}")
-            etag = hashlib.sha256(content).hexdigest()
-            return self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=commit)
+            if self.command == "HEAD" or "Range" not in self.headers:
+                content = state.content(repository, file)
+                if self.command == "GET":
+                    state.fetched.append(f"{repository}/{file}")
+                etag = hashlib.sha256(content).hexdigest()
+                return self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=commit)
+            if state.busy:
+                state.busy -= 1
+                return self.noted(429, Retry_After=state.retry_after)
+            if state.stores:
+                return self.noted(302, Location=f"{state.url}/storage/{repository}/{file}")
+            return self.send_file(repository, file)
+
+        def send_file(self, repository: str, file: str) -> None:
+            """Answer with the wanted part of a file."""
+            if not state.ranges:
+                return self.noted(200, state.content(repository, file))
+            start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            size = state.size(repository, file)
+            body = state.part(repository, file, start, min(size, end + 1))
+            said = f"bytes {start}-{end}/{size}"
+            if body.endswith(CUT):
+                self.send_response(206)
+                self.send_header("Content-Length", str(end + 1 - start))
+                self.send_header("Content-Range", said)
+                self.end_headers()
+                self.wfile.write(body.removesuffix(CUT))
+                self.close_connection = True
+                return
+            return self.noted(206, body, Content_Range=said)
+
+        def noted(self, status: int, body: bytes = b"", **headers: str) -> None:
+            token = "Authorization" in self.headers
+            state.asked.append((self.path, self.headers["Range"], token, status))
+            self.answer(status, body, **headers)
 
         do_HEAD = do_GET
 
