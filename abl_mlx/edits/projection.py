@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from convert.base.grids import CHUNK, in_chunks
+from convert.base.grids import CHUNK, Grid, in_chunks
 
 
-def along(basis: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
+def along(basis: np.ndarray, values: np.ndarray | Grid, axis: int) -> np.ndarray:
     """The components of weights along each direction.
 
     Args:
         basis: the directions, (k, d).
-        values: (..., d, n) for axis -2, (..., d) for axis -1.
+        values: (..., d, n) for axis -2, (..., d) for axis -1; or a grid of such weights, of which
+            no array is made.
         axis: the axis of the residual stream.
 
     Returns:
@@ -31,6 +33,8 @@ def along(basis: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
 
     basis = _plain(basis)
     k, d = basis.shape
+    if isinstance(values, Grid):
+        return _along_grid(basis, values, axis)
     if axis == -1:
         rows = _plain(values).reshape(-1, d)
         out = np.empty((len(rows), k), np.float32)
@@ -45,6 +49,28 @@ def along(basis: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
             one.shape[1], min(d, CHUNK // 512),
         )  # fmt: skip
     return out
+
+
+def _along_grid(basis: np.ndarray, grid: Grid, axis: int) -> np.ndarray:
+    from abl_mlx.edits import projection_kernels as kernels
+
+    k, (rows, n) = len(basis), grid.shape
+    out = np.empty((rows, k) if axis == -1 else (k, n), np.float32)
+    arguments = (basis, *of_grid(grid), out)
+    if axis == -1:
+        in_chunks(lambda p: kernels.grid_across(*arguments, p.start, p.stop), rows, n)
+    else:
+        least = min(rows, CHUNK // 512)
+        in_chunks(lambda p: kernels.grid_down(*arguments, p.start, p.stop), n, least)
+    return out
+
+
+def of_grid(grid: Grid) -> tuple[Any, ...]:
+    """Codes, scales, offsets, group, uniformity and levels of a grid, as the kernels want them."""
+    rows = len(grid.codes)
+    offsets = np.empty((rows, 0), np.float32) if grid.offsets is None else _plain(grid.offsets)
+    codes = np.ascontiguousarray(grid.codes)
+    return codes, _plain(grid.scales), offsets, grid.group, grid.uniform, _plain(grid.levels)
 
 
 def without(basis: np.ndarray, components: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
@@ -106,6 +132,24 @@ def square(values: np.ndarray) -> float:
         return 0.0
     rows = values.reshape(1, -1) if values.ndim < 2 else values.reshape(-1, values.shape[-1])
     return math.fsum(squares(rows, -1))
+
+
+def moves(old: np.ndarray | Grid, new: np.ndarray | Grid) -> tuple[float, float]:
+    """Σ (w' − w)² and Σ w² over all weights; of grids no arrays of weights are made.
+
+    Args:
+        old, new: w and w', (R, n).
+    """
+    if not (isinstance(old, Grid) and isinstance(new, Grid)):
+        before, after = (one.values() if isinstance(one, Grid) else one for one in (old, new))
+        return square(after - before), square(before)
+    from abl_mlx.edits import projection_kernels as kernels
+
+    rows, n = old.shape
+    moved, squares = np.empty(rows, np.float64), np.empty(rows, np.float64)
+    both = of_grid(old), of_grid(new)
+    in_chunks(lambda p: kernels.grid_squares(*both, moved, squares, p.start, p.stop), rows, n)
+    return math.fsum(moved), math.fsum(squares)
 
 
 def orthonormal(directions: np.ndarray) -> np.ndarray:

@@ -60,6 +60,95 @@ def across(basis, values, out, first, last):
 
 
 @compiled()
+def grid_values(codes, scales, offsets, group, uniform, levels, first, values):
+    """The weights of a part of a row of a grid: scale · level + offset, from column ``first`` on.
+
+    Args:
+        codes, scales, offsets: of the whole row; ``offsets`` may be empty.
+        uniform: whether levels are whole numbers in a row.
+        values: (width,), the result.
+    """
+    last, low = first + values.shape[0], levels[0]
+    start = first
+    while start < last:
+        block = start // group
+        stop = min(last, block * group + group)
+        scale = scales[block]
+        part, found = codes[start:stop], values[start - first : stop - first]
+        if uniform:
+            for j in range(part.shape[0]):
+                found[j] = scale * (F(part[j]) + low)
+        else:
+            for j in range(part.shape[0]):
+                found[j] = scale * levels[part[j]]
+        if offsets.shape[0]:
+            offset = offsets[block]
+            for j in range(part.shape[0]):
+                found[j] += offset
+        start = stop
+
+
+@compiled()
+def grid_down(basis, codes, scales, offsets, group, uniform, levels, out, first, last):
+    """`down` of the weights of a grid, to the same bits."""
+    k, d = basis.shape
+    part, total = np.empty((k, _WIDTH), F), np.empty((k, _WIDTH), np.float64)
+    row = np.empty(_WIDTH, F)
+    for start in range(first, last, _WIDTH):
+        width = min(_WIDTH, last - start)
+        total[:] = 0
+        for top in range(0, d, _BLOCK):
+            part[:] = 0
+            for i in range(top, min(d, top + _BLOCK)):
+                values = row[:width]
+                grid_values(codes[i], scales[i], offsets[i], group, uniform, levels, start, values)
+                for a in range(k):
+                    u, sums = basis[a, i], part[a]
+                    for j in range(width):
+                        sums[j] += u * values[j]
+            for a in range(k):
+                for j in range(width):
+                    total[a, j] += part[a, j]
+        for a in range(k):
+            for j in range(width):
+                out[a, start + j] = total[a, j]
+
+
+@compiled()
+def grid_across(basis, codes, scales, offsets, group, uniform, levels, out, first, last):
+    """`across` of the weights of a grid, to the same bits."""
+    row = np.empty((1, codes.shape[1]), F)
+    for i in range(first, last):
+        grid_values(codes[i], scales[i], offsets[i], group, uniform, levels, 0, row[0])
+        across(basis, row, out[i : i + 1], 0, 1)
+
+
+@compiled()
+def grid_squares(old, new, moved, squares, first, last):
+    """Σ_j (w'_ij − w_ij)² and Σ_j w_ij² of the rows ``first`` to ``last``, float64 (R,).
+
+    Args:
+        old, new: codes, scales, offsets, group, uniformity and levels of two grids.
+    """
+    n = old[0].shape[1]
+    before, after = np.empty(n, F), np.empty(n, F)
+    ones, others = np.empty(_BLOCK, np.float64), np.empty(_BLOCK, np.float64)
+    for i in range(first, last):
+        grid_values(old[0][i], old[1][i], old[2][i], old[3], old[4], old[5], 0, before)
+        grid_values(new[0][i], new[1][i], new[2][i], new[3], new[4], new[5], 0, after)
+        ones[:] = 0
+        others[:] = 0
+        for start in range(0, n, _BLOCK):
+            width = min(_BLOCK, n - start)
+            b, a = before[start : start + width], after[start : start + width]
+            for lane in range(width):
+                step = np.float64(a[lane] - b[lane])
+                ones[lane] += step * step
+                others[lane] += np.float64(b[lane]) * np.float64(b[lane])
+        moved[i], squares[i] = ones.sum(), others.sum()
+
+
+@compiled()
 def less_down(basis, components, values, out, first, last):
     """w_ij − Σ_a u_ai c_aj of the rows ``first`` to ``last`` of (d, n)."""
     k = basis.shape[0]

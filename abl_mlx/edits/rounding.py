@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,7 +46,7 @@ _WORTH_RELATIVE, _WORTH_ABSOLUTE = 0.025, 0.002
 # large errors, which inputs unlike those of the importance matrix would meet.
 _LEAST_WEIGHT = 0.05
 
-# How many columns are rounded together; it divides the group size of every format.
+# How many columns share a scale for sure; it divides the group size of every format.
 _TILE = 16
 
 # The smallest number of lines for one thread, which keeps their errors from correlating with c.
@@ -55,20 +56,13 @@ _LINES = 512
 _STEPS = 16
 
 
-def preserve(
-    grid: Grid,
-    target: np.ndarray,
-    basis: np.ndarray,
-    axis: int,
-    removed: float,
-    taken: np.ndarray | None = None,
-    importance: np.ndarray | None = None,
-) -> Grid:
-    """Round ``target`` to a grid's levels so that its components along ``basis`` are preserved.
+@dataclass(frozen=True)
+class Edited:
+    """Exact edited weights, and which of their components rounding preserves.
 
-    Args:
-        grid: the scales, offsets and levels to choose from; its codes are ignored.
-        target: (R, n) float32, the exact edited weights.
+    Attributes:
+        exact: (R, n) float32, the exact edited weights; or a grid, whose weights less ``taken``
+            along ``basis`` they are.
         basis: (k, d) float32, orthonormal.
         axis: the axis of the residual stream: 0 for a writer (d = R), 1 for an embedding (d = n).
         removed: root mean square, over the lines, of the norm of the component that the edit
@@ -77,51 +71,122 @@ def preserve(
             which the errors must not correlate. None where they are not known.
         importance: (n,) float32: weights of the columns' squared errors, such as the mean squares
             of the inputs. None for equal weights.
+    """
+
+    exact: np.ndarray | Grid
+    basis: np.ndarray
+    axis: int
+    removed: float
+    taken: np.ndarray | None = None
+    importance: np.ndarray | None = None
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        """The exact edited weights, (R, n) float32."""
+        if not isinstance(self.exact, Grid):
+            return np.array(self.exact, dtype=np.float32, copy=None)
+        assert self.taken is not None
+        removed = self.taken if self.axis == 1 else self.taken.T
+        return projection.without(self.basis, removed, self.exact.values(), self.axis - 2)
+
+    def parts(self, group: int) -> tuple[np.ndarray, Grid]:
+        """The edited weights and no grid, or no weights and the grid of which they can be made.
+
+        Args:
+            group: of the grid that they are rounded to.
+        """
+        if isinstance(self.exact, Grid) and self.exact.group == group:
+            return np.empty((0, 0), np.float32), self.exact
+        return np.ascontiguousarray(self.target), _NO_GRID
+
+    @property
+    def taken_any(self) -> bool:
+        """Whether the edit changes anything here."""
+        return self.taken is None or bool(self.taken.any())
+
+    def on(self, grid: AnyGrid) -> AnyGrid:
+        """The edited weights rounded to a grid."""
+        if isinstance(grid, CodebookGrid):
+            wanted = (self.target, self.basis, self.axis, self.removed, self.taken)
+            weights = tempered(self.importance, self.target.shape[1])
+            return codebook_rounding.preserve(grid, *wanted, weights)
+        return preserve(grid, self)
+
+
+_NO_CODES, _NO_SCALES = np.empty((0, 8), np.uint8), np.empty((0, 1), np.float32)
+_NO_GRID = Grid(_NO_CODES, np.arange(2, dtype=np.float32), _NO_SCALES, None, 8)
+
+
+def preserve(grid: Grid, edited: Edited) -> Grid:
+    """Round edited weights to a grid's levels so that their components are preserved.
+
+    Args:
+        grid: the scales, offsets and levels to choose from; its codes are ignored.
+        edited: the exact edited weights, and what is preserved of them.
 
     Returns:
         The grid with the chosen codes.
     """
     from abl_mlx.edits import rounding_kernels as kernels
 
-    count, width = target.shape
-    basis = np.array(basis, dtype=np.float32)
-    levels = np.array(grid.levels, dtype=np.float32)
-    offsets = np.zeros_like(grid.scales) if grid.offsets is None else grid.offsets
-    uniform = bool(np.all(np.diff(levels) == 1) and levels[0] == np.floor(levels[0]))
-    k = len(basis)
-    codes = np.empty((count, width), dtype=np.uint8)
+    count, width = grid.shape
+    basis = np.array(edited.basis, dtype=np.float32)
+    k, axis = len(basis), edited.axis
     lines = width if axis == 0 else count
+    taken = edited.taken
     if taken is None:
         taken = np.zeros((lines, k), dtype=np.float32)
     taken = np.ascontiguousarray(taken, dtype=np.float32)
-    weights = tempered(importance, width)
+    weights = tempered(edited.importance, width)
     along = np.ones(count, np.float32) if axis == 0 else weights
     # Within a column all errors have the same weight, which only matters beside other columns. Its
     # square root keeps errors from correlating with c under even inputs and under weighted ones,
     # at the least weighted error of both.
     heft = np.sqrt(weights) if axis == 0 else np.ones(lines, np.float32)
     mean = np.float32(projection.square(taken * np.sqrt(heft)[:, None]) / lines)
-    grid_arguments = (
-        np.array(target, dtype=np.float32, copy=None), grid.scales, offsets, grid.group, basis,
-        _shifts(basis, along), along,
-        levels, (levels[1:] + levels[:-1]) / 2, levels[0], levels[-1], uniform, taken, heft, mean,
-        codes,
+    exact, source = edited.parts(grid.group)
+    levels, offsets = np.array(grid.levels, dtype=np.float32), _offsets(grid)
+    codes = np.empty((count, width), dtype=np.uint8)
+
+    def packed(codes: np.ndarray) -> np.ndarray:
+        codes = np.ascontiguousarray(codes)
+        return codes.view(np.uint64) if axis == 0 else codes
+
+    kind, few = _kind(grid)
+    arguments = (
+        exact, (packed(source.codes), source.scales, _offsets(source), _kind(source)[0],
+                np.array(source.levels, dtype=np.float32)),
+        grid.scales, offsets, grid.group, basis, _shifts(basis, along), along, kind, levels,
+        (levels[1:] + levels[:-1]) / 2, few, taken, heft, mean, packed(codes), _TILE, kernels.LANES,
     )  # fmt: skip
-    turns = 1 if k == 1 else 4
-    search = (turns, np.float32(AIM * removed), _STEPS * k)
+    search = (1 if k == 1 else 4, np.float32(AIM * edited.removed), _STEPS * k)
+    work = kernels.columns if axis == 0 else kernels.rows
+    pieces, length, least = count, width, CHUNK // _LINES
     if axis == 0:
-
-        def work(part: slice) -> None:
-            kernels.columns(*grid_arguments, _TILE, part.start, part.stop, *search)
-
-        in_chunks(work, -(-width // _TILE), min(_TILE * count, CHUNK * _TILE // _LINES))
-    else:
-
-        def work(part: slice) -> None:
-            kernels.rows(*grid_arguments, part.start, part.stop, *search)
-
-        in_chunks(work, count, min(width, CHUNK // _LINES))
+        pieces, length = -(-width // kernels.SPAN), kernels.SPAN * count
+        least *= kernels.SPAN
+    in_chunks(
+        lambda part: work(*arguments, part.start, part.stop, *search), pieces, min(length, least)
+    )
     return grid.with_codes(codes)
+
+
+def _offsets(grid: Grid) -> np.ndarray:
+    return np.zeros_like(grid.scales) if grid.offsets is None else grid.offsets
+
+
+def _kind(grid: Grid) -> tuple[int, tuple[Any, Any]]:
+    """The kind of levels for `rounding_kernels`; and midpoints and gaps, of at most 16 levels."""
+    from abl_mlx.edits import level_kernels as kernels
+
+    levels = np.array(grid.levels, dtype=np.float32)
+    mids, gaps = (levels[1:] + levels[:-1]) / 2, np.diff(levels)
+    missing = max(0, kernels.MIDPOINTS - len(mids))
+    padded = np.pad(mids, (0, missing), constant_values=np.inf), np.pad(gaps, (0, missing))
+    few = tuple(padded[0][: kernels.MIDPOINTS]), tuple(padded[1][: kernels.MIDPOINTS])
+    if grid.uniform:
+        return kernels.UNIFORM, few
+    return kernels.FEW if len(mids) <= kernels.MIDPOINTS else kernels.MANY, few
 
 
 def tempered(importance: np.ndarray | None, width: int) -> np.ndarray:
@@ -159,31 +224,6 @@ class Encoders:
     fresh: Callable[[np.ndarray], Any]
     refit: Callable[[Any, np.ndarray], Any]
     available: bool = True
-
-
-@dataclass(frozen=True)
-class Edited:
-    """Exact edited weights with the other arguments of `preserve`."""
-
-    target: np.ndarray
-    basis: np.ndarray
-    axis: int
-    removed: float
-    taken: np.ndarray | None = None
-    importance: np.ndarray | None = None
-
-    @property
-    def taken_any(self) -> bool:
-        """Whether the edit changes anything here."""
-        return self.taken is None or bool(self.taken.any())
-
-    def on(self, grid: AnyGrid) -> AnyGrid:
-        """The edited weights rounded to a grid."""
-        wanted = (self.target, self.basis, self.axis, self.removed, self.taken)
-        if isinstance(grid, CodebookGrid):
-            weights = tempered(self.importance, self.target.shape[1])
-            return codebook_rounding.preserve(grid, *wanted, weights)
-        return preserve(grid, *wanted, self.importance)
 
 
 def better_source(own: AnyGrid, edited: Edited, encoders: Encoders) -> str:

@@ -3,28 +3,39 @@
 A line is the set of weights that share a constraint: a column of a writer's weight, or a row of an
 embedding. All kernels release the interpreter lock, so that threads can share the lines.
 
-Sums over a line are computed as `LANES` partial sums, which are added at the end. So they are the
-same on every CPU, while the compiler can still keep the partial sums in a vector register.
+Most weights never come near the edge between two levels. So a line is passed over once for each end
+of the bracket in which its multiplier lies, and the search within the bracket passes over those
+weights alone whose level differs between the two ends: a twentieth of them at four bits.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from abl_mlx.edits.level_kernels import (
+    LANES,
+    UNIFORM,
+    F,
+    between,
+    choose,
+    dot,
+    exact_line,
+    level_sum,
+    marked,
+    short_sum,
+)
+from abl_mlx.edits.turning_kernels import turn, turn_back, turn_codes
 from convert.base.compiled import compiled
 
-F = np.float32
-
-LANES = 32
-"""The number of partial sums."""
+SPAN = 64
+"""How many columns are turned to lines together: a line of the CPU's cache."""
 
 # Most evaluations of the residual in a search for a multiplier, besides those that bracket it.
 _EVALUATIONS = 10
 _BRACKETS = 6
 
-# With more levels than this they are searched by bisection; fewer are compared one by one, with
-# vector instructions.
-_MANY = 32
+# Up to this number weights are summed one by one.
+_SHORT = 128
 
 # Scales smaller than this have no finite inverse.
 _LEAST = F(1.2e-38)
@@ -40,167 +51,194 @@ def _inverse(scale):
 
 
 @compiled()
-def _total(lanes):
-    """The sum of the partial sums."""
-    total = 0.0
-    for lane in range(LANES):
-        total += lanes[lane]
-    return F(total)
+def _search(z, slope, weight, kept, mu, kind, levels, mids, few, tolerance, scratch):
+    """Step 1 for one direction: the multiplier nearest to a residual of 0, from ``mu`` on.
 
-
-@compiled()
-def _prepare(x, u, v, w, s, inv, o, at, slope, weight, lanes):
-    """Fill the arrays that `_residual` needs for a line and a direction.
-
-    A weight's level is the one nearest to at − μ slope, where slope is v over the scale, and it
-    adds weight · level to the residual.
-    The arrays ``at``, ``slope`` and ``weight`` are padded with zeros to a multiple of `LANES`.
+    The residual is kept + Σ weight · level, where a weight's level is the one nearest to
+    z − μ slope. It falls as μ grows, in steps; so it is bracketed, then searched by false position,
+    and the best value seen is kept. (The function is long because splitting it would hand a dozen
+    numbers back and forth.)
 
     Returns:
-        Σ u (offset − w), the part of the residual that does not depend on μ.
+        The multiplier, and how many weights differ in their level between the ends of the bracket;
+        ``active`` of scratch holds their indices.
     """
-    d = x.shape[0]
-    lanes[:] = 0
-    for i in range(d):
-        at[i] = (x[i] - o[i]) * inv[i]
-    for i in range(d):
-        slope[i] = v[i] * inv[i]
-    for i in range(d):
-        weight[i] = u[i] * s[i]
-    whole = d // LANES * LANES
-    for start in range(0, whole, LANES):
-        us, os, ws = u[start : start + LANES], o[start : start + LANES], w[start : start + LANES]
-        for lane in range(LANES):
-            lanes[lane] += us[lane] * (os[lane] - ws[lane])
-    for i in range(whole, d):
-        lanes[i - whole] += u[i] * (o[i] - w[i])
-    return _total(lanes)
+    moves, active, parts, lanes = scratch
+    m0, f0 = mu, kept + level_sum(z, slope, weight, mu, kind, levels, mids, few, lanes)
+    best, least = m0, abs(f0)
+    if least <= tolerance:
+        return best, 0
+    # On average the values follow the line, so f falls by one as μ grows by one.
+    step = f0 * F(1.5)
+    m1 = m0 + step
+    f1 = kept + level_sum(z, slope, weight, m1, kind, levels, mids, few, lanes)
+    for _ in range(_BRACKETS):
+        if f0 * f1 <= 0:
+            break
+        m0, f0 = m1, f1
+        step *= F(2)
+        m1 += step
+        f1 = kept + level_sum(z, slope, weight, m1, kind, levels, mids, few, lanes)
+    if abs(f0) < least:
+        best, least = m0, abs(f0)
+    if abs(f1) < least:
+        best, least = m1, abs(f1)
+    between(z, slope, m0, m1, kind, levels, mids, few, moves)
+    count = marked(moves, active)
+    if f0 * f1 >= 0 or least <= tolerance:
+        return best, count
+    # From here on only the weights that can change are looked at.
+    padded = (count + LANES - 1) // LANES * LANES
+    zs, slopes, weights = parts[0, :padded], parts[1, :padded], parts[2, :padded]
+    for j in range(count):
+        i = active[j]
+        zs[j], slopes[j], weights[j] = z[i], slope[i], weight[i]
+    for j in range(count, padded):
+        zs[j], slopes[j], weights[j] = 0, 0, 0
+    short = count <= _SHORT
+    if short:
+        rest = f1 - short_sum(zs, slopes, weights, count, m1, kind, levels, mids)
+    else:
+        rest = f1 - level_sum(zs, slopes, weights, m1, kind, levels, mids, few, lanes)
+    side = 0
+    for _ in range(_EVALUATIONS):
+        m = m0 + (m1 - m0) * f0 / (f0 - f1)
+        # The point is kept away from the ends, so that the bracket also shrinks at a steep step.
+        left, width = min(m0, m1), abs(m1 - m0)
+        m = min(max(m, left + F(0.1) * width), left + F(0.9) * width)
+        if short:
+            f = rest + short_sum(zs, slopes, weights, count, m, kind, levels, mids)
+        else:
+            f = rest + level_sum(zs, slopes, weights, m, kind, levels, mids, few, lanes)
+        if abs(f) < least:
+            best, least = m, abs(f)
+        if abs(f) <= tolerance:
+            break
+        # The value at an end that stays is halved (the Illinois rule), so that a flat stretch on
+        # its side does not slow the search.
+        if f * f0 > 0:
+            m0, f0 = m, f
+            f1 *= F(0.5) if side == 1 else F(1)
+            side = 1
+        else:
+            m1, f1 = m, f
+            f0 *= F(0.5) if side == -1 else F(1)
+            side = -1
+    return best, count
 
 
 @compiled()
-def _residual(at, slope, weight, mu, kept, levels, mids, low, high, uniform, lanes):
-    """Σ u (value − w) over the line, where each value is the grid's nearest to x − μ v."""
-    lanes[:] = 0
-    for start in range(0, at.shape[0], LANES):
-        ats, slopes = at[start : start + LANES], slope[start : start + LANES]
-        weights = weight[start : start + LANES]
-        if uniform:
-            for lane in range(LANES):
-                q = np.floor(ats[lane] - mu * slopes[lane] + F(0.5))
-                q = q if q >= low else low
-                q = q if q <= high else high
-                lanes[lane] += weights[lane] * q
-            continue
-        for lane in range(LANES):
-            code = _code(ats[lane] - mu * slopes[lane], mids)
-            lanes[lane] += weights[lane] * levels[code]
-    return kept + _total(lanes)
+def _line(w, s, inv, o, basis, weights, kind, levels, mids, few, codes, e, z, turns,
+          tolerance, steps, slopes, scratch):  # fmt: skip
+    """Choose the codes of a line, and its errors ``e``, which enters as the point to round from.
 
-
-@compiled()
-def _code(z, mids):
-    """The index of the level nearest to z: the number of midpoints between levels below z."""
-    code = 0
-    if mids.shape[0] <= _MANY:
-        for m in range(mids.shape[0]):
-            code += z > mids[m]
-        return code
-    step = 128
-    while step:
-        upper = code + step
-        if upper <= mids.shape[0] and z > mids[upper - 1]:
-            code = upper
-        step >>= 1
-    return code
-
-
-@compiled()
-def _choose(at, mids, low, high, uniform, codes):
-    """The codes of the levels nearest to ``at``."""
-    d = codes.shape[0]
-    if uniform:
-        for i in range(d):
-            q = np.floor(at[i] + F(0.5))
-            q = q if q >= low else low
-            q = q if q <= high else high
-            codes[i] = np.uint8(np.int32(q - low))
-        return
-    for i in range(d):
-        codes[i] = np.uint8(_code(at[i], mids))
-
-
-@compiled()
-def _multipliers(w, s, inv, o, basis, shifts, levels, mids, low, high, uniform, codes, x, turns,
-                 tolerance, scratch):  # fmt: skip
-    """Step 1: codes Q(x − Σ μ_a v_a), where each μ_a is found in turn by bracketed false position.
-
-    v_a is u_a, or u_a divided by the weights of the errors (``shifts``). x is w or the result of
-    `_owed`; it is overwritten. Each residual falls as its own multiplier grows, so this is
-    coordinate ascent on the Lagrangian dual. The residual is a step function of μ_a, so the best
-    value seen is kept.
+    Step 1: codes Q(x − Σ μ_a v_a), where each μ_a is found in turn. v_a is u_a, or u_a divided by
+    the weights of the errors (``shifts``). Each residual falls as its own multiplier grows, so this
+    is coordinate ascent on the Lagrangian dual.
     """
     k, d = basis.shape
-    at, slope, weight, lanes = scratch
-    mu = np.zeros(k, F)
-    for _ in range(turns):
-        for a in range(k):
-            u, v = basis[a], shifts[a]
-            if mu[a] != 0:
-                for i in range(d):
-                    x[i] += mu[a] * v[i]  # takes this direction's shift out of x
-            kept = _prepare(x, u, v, w, s, inv, o, at, slope, weight, lanes)
-            m0 = mu[a]
-            f0 = _residual(at, slope, weight, m0, kept, levels, mids, low, high, uniform,
-                           lanes)  # fmt: skip
-            best, least = m0, abs(f0)
-            if least > tolerance:
-                # On average the values follow x − μ v, so f falls by one as μ grows by one.
-                step = f0 * F(1.5)
-                m1 = m0 + step
-                f1 = _residual(at, slope, weight, m1, kept, levels, mids, low, high, uniform,
-                               lanes)  # fmt: skip
-                for _ in range(_BRACKETS):
-                    if f0 * f1 <= 0:
-                        break
-                    m0, f0 = m1, f1
-                    step *= F(2)
-                    m1 += step
-                    f1 = _residual(at, slope, weight, m1, kept, levels, mids, low, high, uniform,
-                                   lanes)  # fmt: skip
-                if abs(f0) < least:
-                    best, least = m0, abs(f0)
-                if abs(f1) < least:
-                    best, least = m1, abs(f1)
-                if f0 * f1 < 0:
-                    side = 0
-                    for _ in range(_EVALUATIONS):
-                        m = m0 + (m1 - m0) * f0 / (f0 - f1)
-                        # The point is kept away from the ends, so that the bracket also shrinks at
-                        # a steep step.
-                        left, width = min(m0, m1), abs(m1 - m0)
-                        m = min(max(m, left + F(0.1) * width), left + F(0.9) * width)
-                        f = _residual(at, slope, weight, m, kept, levels, mids, low, high, uniform,
-                                      lanes)  # fmt: skip
-                        if abs(f) < least:
-                            best, least = m, abs(f)
-                        if abs(f) <= tolerance:
-                            break
-                        # The value at an end that stays is halved (the Illinois rule), so that a
-                        # flat stretch on its side does not slow the search.
-                        if f * f0 > 0:
-                            m0, f0 = m, f
-                            f1 *= F(0.5) if side == 1 else F(1)
-                            side = 1
-                        else:
-                            m1, f1 = m, f
-                            f0 *= F(0.5) if side == -1 else F(1)
-                            side = -1
-            mu[a] = best
-            for i in range(d):
-                x[i] -= best * v[i]
+    moves, active, _, lanes = scratch
+    mu, residual = np.zeros(k, F), np.zeros(k, F)
+    count = 0
     for i in range(d):
-        at[i] = (x[i] - o[i]) * inv[i]
-    _choose(at, mids, low, high, uniform, codes)
+        z[i] = (e[i] - o[i]) * inv[i]
+        e[i] = o[i] - w[i]
+    for time in range(turns):
+        for a in range(k):
+            slope, weight = slopes[0, a], slopes[1, a]
+            kept = dot(basis[a], e, lanes)
+            if time > 0:
+                for i in range(d):
+                    z[i] += mu[a] * slope[i]  # takes this direction's shift out of z
+            mu[a], count = _search(z, slope, weight, kept, mu[a], kind, levels, mids, few,
+                                   tolerance, scratch)  # fmt: skip
+            for i in range(d):
+                z[i] -= mu[a] * slope[i]
+    choose(z, w, s, o, kind, levels, mids, few, codes, e)
+    for a in range(k):
+        residual[a] = dot(basis[a], e, lanes)
+    # Weights near an edge are cheap to move, and they are few. Where they do not suffice, those
+    # are looked at whose step is as large as the residual, and then all.
+    if _finish(e, s, basis, weights, levels, codes, residual, tolerance, steps, active[:count]):
+        return
+    if k == 1 and kind == UNIFORM:
+        size, weight = abs(residual[0]), slopes[1, 0]
+        for i in range(weight.shape[0]):
+            moves[i] = abs(abs(weight[i]) - size) <= tolerance
+        count = marked(moves, active)
+        if _finish(e, s, basis, weights, levels, codes, residual, tolerance, 1, active[:count]):
+            return
+    for i in range(d):
+        active[i] = i
+    _finish(e, s, basis, weights, levels, codes, residual, tolerance, steps, active[:d])
+
+
+@compiled()
+def _slopes(s, inv, basis, shifts, slopes):
+    """Fill the slope of each weight's place between levels in μ, and its weight in the residual."""
+    for a in range(basis.shape[0]):
+        u, v, slope, weight = basis[a], shifts[a], slopes[0, a], slopes[1, a]
+        for i in range(s.shape[0]):
+            slope[i] = v[i] * inv[i]
+            weight[i] = u[i] * s[i]
+
+
+@compiled()
+def _finish(e, s, basis, weights, levels, codes, residual, tolerance, steps, which):
+    """Step 2: change single codes by one step each, so as to cancel the remaining residual.
+
+    Of the steps that bring the residual within the tolerance, the one that adds the least
+    weighted error is taken; if there are none, the one that leaves the smallest residual.
+
+    Args:
+        which: indices of the weights that may change.
+
+    Returns:
+        Whether the residual is within the tolerance.
+    """
+    k = basis.shape[0]
+    top = levels.shape[0] - 1
+    within = tolerance * tolerance
+    for step in range(steps + 1):
+        left = F(0)
+        for a in range(k):
+            left += residual[a] * residual[a]
+        if left <= within or step == steps:
+            return left <= within
+        chosen, move, least, cost = -1, 0, left, F(np.inf)
+        u, first = basis[0], residual[0]
+        enough = False
+        for i in which:
+            code = np.int64(codes[i])
+            for direction in (-1, 1):
+                other = code + direction
+                if other < 0 or other > top:
+                    continue
+                change = s[i] * (levels[other] - levels[code])
+                part = first + u[i] * change
+                after = part * part
+                if after > least and after > within:
+                    continue
+                for a in range(1, k):
+                    part = residual[a] + basis[a, i] * change
+                    after += part * part
+                if after <= within:
+                    added = weights[i] * (change * (change + F(2) * e[i]))
+                    if not enough or added < cost:
+                        enough, cost = True, added
+                        chosen, move = i, direction
+                elif not enough and after < least:
+                    least = after
+                    chosen, move = i, direction
+        if chosen < 0:
+            return False
+        code = np.int64(codes[chosen])
+        change = s[chosen] * (levels[code + move] - levels[code])
+        for a in range(k):
+            residual[a] += basis[a, chosen] * change
+        codes[chosen] = np.uint8(code + move)
+        e[chosen] += change
+    return False
 
 
 @compiled()
@@ -225,156 +263,130 @@ def _owed(w, debt, taken, heft, mean, x):
     square = mean
     for a in range(k):
         square += heft * (taken[a] * taken[a])
+    share = _PAID * taken[0] / square if mean > 0 else F(0)
+    due = debt[0]
     for i in range(d):
-        x[i] = w[i]
+        x[i] = w[i] - share * due[i]
     if mean > 0:
-        for a in range(k):
+        for a in range(1, k):
             share = _PAID * taken[a] / square
+            due = debt[a]
             for i in range(d):
-                x[i] -= share * debt[a, i]
+                x[i] -= share * due[i]
 
 
 @compiled()
-def _owe(w, s, o, levels, codes, taken, heft, debt):
+def _owe(e, taken, heft, debt):
     """Add a line's weighted errors times c to ``debt``, the sum that later lines compensate."""
-    k, d = debt.shape
-    for i in range(d):
-        error = heft * (s[i] * levels[codes[i]] + o[i] - w[i])
-        for a in range(k):
-            debt[a, i] += taken[a] * error
+    for a in range(debt.shape[0]):
+        share, due = heft * taken[a], debt[a]
+        for i in range(e.shape[0]):
+            due[i] += share * e[i]
 
 
 @compiled()
-def _finish(w, s, o, basis, weights, levels, codes, residual, tolerance, steps, lanes):
-    """Step 2: change single codes by one step each, so as to cancel the remaining residual.
-
-    Of the steps that bring the residual within the tolerance, the one that adds the least
-    weighted error is taken; if there are none, the one that leaves the smallest residual.
-    """
-    k, d = basis.shape
-    top = levels.shape[0] - 1
-    whole = d // LANES * LANES
-    for a in range(k):
-        u = basis[a]
-        lanes[:] = 0
-        for start in range(0, whole, LANES):
-            for lane in range(LANES):
-                i = start + lane
-                lanes[lane] += u[i] * (s[i] * levels[codes[i]] + o[i] - w[i])
-        for i in range(whole, d):
-            lanes[i - whole] += u[i] * (s[i] * levels[codes[i]] + o[i] - w[i])
-        residual[a] = _total(lanes)
-    for _ in range(steps):
-        left = F(0)
-        for a in range(k):
-            left += residual[a] * residual[a]
-        if left <= tolerance * tolerance:
-            return
-        chosen, move, least, cost = -1, 0, left, F(np.inf)
-        u, first = basis[0], residual[0]
-        enough = False
-        for i in range(d):
-            code = np.int64(codes[i])
-            for direction in (-1, 1):
-                other = code + direction
-                if other < 0 or other > top:
-                    continue
-                change = s[i] * (levels[other] - levels[code])
-                part = first + u[i] * change
-                after = part * part
-                for a in range(1, k):
-                    part = residual[a] + basis[a, i] * change
-                    after += part * part
-                if after <= tolerance * tolerance:
-                    error = s[i] * levels[code] + o[i] - w[i]
-                    added = weights[i] * (change * (change + F(2) * error))
-                    if not enough or added < cost:
-                        enough, cost = True, added
-                        chosen, move = i, direction
-                elif not enough and after < least:
-                    least = after
-                    chosen, move = i, direction
-        if chosen < 0:
-            return
-        code = np.int64(codes[chosen])
-        change = s[chosen] * (levels[code + move] - levels[code])
-        for a in range(k):
-            residual[a] += basis[a, chosen] * change
-        codes[chosen] = np.uint8(code + move)
+def _scratch(k, d, lanes):
+    length = (d + lanes - 1) // lanes * lanes
+    slopes = np.zeros((2, k, length), F)
+    scratch = (
+        np.zeros(length, np.uint8), np.zeros(length + 1, np.int64), np.zeros((3, length), F),
+        np.zeros(lanes, F),
+    )  # fmt: skip
+    return np.zeros(length, F), slopes, scratch
 
 
 @compiled()
 def columns(
-    target, scales, offsets, group, basis, shifts, weights, levels, mids, low, high, uniform, taken,
-    heft, mean, out, tile, first, last, turns, tolerance, steps,
+    target, source, scales, offsets, group, basis, shifts, weights, kind, levels, mids, few, taken,
+    heft, mean, out, tile, lanes, first, last, turns, tolerance, steps,
 ):  # fmt: skip
-    """Round the columns of tiles ``first`` to ``last``; column j has a constraint on Σ_i u_i Ŵ_ij.
+    """Round some columns of a writer; column j has a constraint on Σ_i u_i Ŵ_ij.
 
-    The columns of a tile lie within one group, so in each row they share a scale.
+    Args:
+        target: (d, n), the exact edited weights; empty where they are those of ``source``, less
+            the components ``taken``.
+        source: codes, scales, offsets, kind and levels of a grid with the same groups. Codes are
+            eight in each uint64, as in ``out``.
+        scales, offsets: (d, n // group), those of the new grid.
+        tile: how many columns lie within one group for sure: in a row, they share a scale.
+        first, last: of spans of `SPAN` columns.
     """
-    d, n = target.shape
-    k = basis.shape[0]
-    w = np.empty((tile, d), F)
-    codes = np.empty((tile, d), np.uint8)
-    s, inv, o, x = np.empty(d, F), np.empty(d, F), np.empty(d, F), np.empty(d, F)
-    residual = np.empty(k, F)
-    debt = np.zeros((k, d), F)
-    length = (d + LANES - 1) // LANES * LANES
-    lanes = np.zeros(LANES, F)
-    scratch = (np.zeros(length, F), np.zeros(length, F), np.zeros(length, F), lanes)
-    for t in range(first, last):
-        start = t * tile
-        width = min(n, start + tile) - start
+    d, n = basis.shape[1], 8 * out.shape[1]
+    w, span = np.empty((tile, d), F), SPAN
+    codes, words = np.empty((span, d), np.uint8), np.empty((span // 8, d), np.uint64)
+    s, inv, o, e = np.empty(d, F), np.empty(d, F), np.empty(d, F), np.empty(d, F)
+    old_s, old_o = np.empty(d, F), np.empty(d, F)
+    debt = np.zeros((basis.shape[0], d), F)
+    z, slopes, scratch = _scratch(basis.shape[0], d, lanes)
+    from_codes = target.shape[0] == 0
+    for start in range(first * span, min(n, last * span), tile):
+        here = start % span
+        if here == 0:
+            eights = min(span, n - start) // 8
+            if from_codes:
+                turn_codes(source[0], start, words[:eights], codes)
         block = start // group
         for i in range(d):
             s[i] = scales[i, block]
-            inv[i] = _inverse(s[i])
             o[i] = offsets[i, block]
-            for j in range(width):
-                w[j, i] = target[i, start + j]
-        for j in range(width):
-            c = taken[start + j]
-            _owed(w[j], debt, c, heft[start + j], mean, x)
-            _multipliers(
-                w[j], s, inv, o, basis, shifts, levels, mids, low, high, uniform, codes[j], x,
-                turns, tolerance, scratch,
-            )  # fmt: skip
-            _finish(
-                w[j], s, o, basis, weights, levels, codes[j], residual, tolerance, steps, lanes
-            )  # fmt: skip
-            if mean > 0:
-                _owe(w[j], s, o, levels, codes[j], c, heft[start + j], debt)
         for i in range(d):
-            for j in range(width):
-                out[i, start + j] = codes[j, i]
+            inv[i] = _inverse(s[i])
+        _slopes(s, inv, basis, shifts, slopes)
+        if from_codes:
+            for i in range(d):
+                old_s[i] = source[1][i, block]
+                old_o[i] = source[2][i, block]
+            for j in range(tile):
+                exact_line(codes[here + j], old_s, old_o, source[3], source[4], basis,
+                           taken[start + j], w[j])  # fmt: skip
+        else:
+            turn(target, start, w)
+        for j in range(tile):
+            c, line = taken[start + j], codes[here + j]
+            _owed(w[j], debt, c, heft[start + j], mean, e)
+            _line(w[j], s, inv, o, basis, weights, kind, levels, mids, few, line, e, z,
+                  turns, tolerance, steps, slopes, scratch)  # fmt: skip
+            if mean > 0:
+                _owe(e, c, heft[start + j], debt)
+        if here + tile == 8 * eights:
+            turn_back(codes, words[:eights], out, start - here)
+
+
+@compiled()
+def _spread(values, group, row):
+    """Give every weight of a row the number of its group."""
+    for block in range(values.shape[0]):
+        row[block * group : block * group + group] = values[block]
 
 
 @compiled()
 def rows(
-    target, scales, offsets, group, basis, shifts, weights, levels, mids, low, high, uniform, taken,
-    heft, mean, out, first, last, turns, tolerance, steps,
+    target, source, scales, offsets, group, basis, shifts, weights, kind, levels, mids, few, taken,
+    heft, mean, out, tile, lanes, first, last, turns, tolerance, steps,
 ):  # fmt: skip
-    """Round the rows ``first`` to ``last``; row i has a constraint on Σ_j u_j Ŵ_ij."""
-    n = target.shape[1]
-    k = basis.shape[0]
-    s, inv, o, x = np.empty(n, F), np.empty(n, F), np.empty(n, F), np.empty(n, F)
-    residual = np.empty(k, F)
-    debt = np.zeros((k, n), F)
-    length = (n + LANES - 1) // LANES * LANES
-    lanes = np.zeros(LANES, F)
-    scratch = (np.zeros(length, F), np.zeros(length, F), np.zeros(length, F), lanes)
+    """Round the rows ``first`` to ``last``; row i has a constraint on Σ_j u_j Ŵ_ij.
+
+    The arguments are those of `columns`, but all codes are one in each uint8.
+    """
+    n = basis.shape[1]
+    s, inv, o, e = np.empty(n, F), np.empty(n, F), np.empty(n, F), np.empty(n, F)
+    w = np.empty(n, F)
+    debt = np.zeros((basis.shape[0], n), F)
+    z, slopes, scratch = _scratch(basis.shape[0], n, lanes)
     for i in range(first, last):
+        if target.shape[0]:
+            w[:] = target[i]
+        else:
+            _spread(source[1][i], group, s)
+            _spread(source[2][i], group, o)
+            exact_line(source[0][i], s, o, source[3], source[4], basis, taken[i], w)
+        _spread(scales[i], group, s)
+        _spread(offsets[i], group, o)
         for j in range(n):
-            s[j] = scales[i, j // group]
             inv[j] = _inverse(s[j])
-            o[j] = offsets[i, j // group]
-        _owed(target[i], debt, taken[i], heft[i], mean, x)
-        _multipliers(
-            target[i], s, inv, o, basis, shifts, levels, mids, low, high, uniform, out[i], x, turns,
-            tolerance, scratch,
-        )  # fmt: skip
-        _finish(
-            target[i], s, o, basis, weights, levels, out[i], residual, tolerance, steps, lanes
-        )  # fmt: skip
+        _slopes(s, inv, basis, shifts, slopes)
+        _owed(w, debt, taken[i], heft[i], mean, e)
+        _line(w, s, inv, o, basis, weights, kind, levels, mids, few, out[i], e, z,
+              turns, tolerance, steps, slopes, scratch)  # fmt: skip
         if mean > 0:
-            _owe(target[i], s, o, levels, out[i], taken[i], heft[i], debt)
+            _owe(e, taken[i], heft[i], debt)

@@ -20,6 +20,7 @@ from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import Writer
 from abl_mlx.support.arrays import numpy_of
 from convert.base.errors import UserError
+from convert.base.grids import Grid
 
 #: Weights in a slab: 32 MB of float32. A few such arrays are in memory at the same time.
 SLAB = 1 << 23
@@ -96,8 +97,12 @@ def sample(shape: tuple[int, ...], axis: int, block: int) -> Slab:
     return Slab(slice(0, shape[-2]), slice(first, min(n, first + lines)))
 
 
-def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
+def exact_edit(one: Edited, source: np.ndarray | Grid) -> rounding.Edited:
     """The exact edited values of a slab, float32, and the component that rounding must preserve.
+
+    Args:
+        one: the edit of the tensor.
+        source: its weights before the edit, (R, n) float32 or a grid.
 
     Raises:
         UserError: when the values are not finite; or when the edit keeps the norms of rows, which
@@ -108,25 +113,31 @@ def exact_edit(one: Edited, source: np.ndarray) -> rounding.Edited:
             f"--norm rows is for float folders only, and {one.name} is quantized or in a GGUF: use "
             "--norm columns, which keeps a full removal full."
         )
-    exact = edit.exact(one.edit, one.writer, one.parameter, source)
-    if not np.isfinite(exact).all():
+    axis = 1 if one.edit.axis(one.writer, one.parameter) == -1 else 0
+    basis, stream = numpy_of(one.edit.basis(one.writer)), axis - 2
+    if one.edit.norm == "none":
+        # A weight that is not finite makes its line's component not finite.
+        taken = one.edit.taken(one.writer, projection.along(basis, source, stream), stream)
+        finite = bool(np.isfinite(taken).all())
+        exact: np.ndarray | Grid = source
+        if not isinstance(source, Grid):
+            exact = projection.without(basis, taken, source, stream)
+    else:
+        values = source.values() if isinstance(source, Grid) else source
+        exact = edit.exact(one.edit, one.writer, one.parameter, values)
+        finite = bool(np.isfinite(exact).all())
+        taken = projection.along(basis, values - exact, stream)
+    if not finite:
         raise UserError(
             f"{one.name} holds NaN or infinity after the edit: the file is damaged, or --strength "
             "is too large."
         )
-    axis = 1 if one.edit.axis(one.writer, one.parameter) == -1 else 0
-    basis, stream = numpy_of(one.edit.basis(one.writer)), axis - 2
-    if one.edit.norm == "none":
-        along = projection.along(basis, source, stream)
-        taken = one.edit.taken(one.writer, along, stream)
-    else:
-        taken = projection.along(basis, source - exact, stream)
     taken = np.ascontiguousarray(taken if axis == 1 else taken.T, dtype=np.float32)
     length = math.sqrt(projection.square(taken) / len(taken))
     return rounding.Edited(exact, basis, axis, length, taken)
 
 
-def leak(one: Edited, source: np.ndarray, written: np.ndarray) -> Leak:
+def leak(one: Edited, source: np.ndarray | Grid, written: np.ndarray | Grid) -> Leak:
     """The leak of a slab, as by `edit.leak`, in fewer passes and on all cores.
 
     With c the components that the edit removes and D = written − source, the error of the written
@@ -134,21 +145,22 @@ def leak(one: Edited, source: np.ndarray, written: np.ndarray) -> Leak:
 
     Args:
         one: the edit of the tensor.
-        source, written: float32, (R, n).
+        source, written: (R, n), float32 or a grid.
     """
     axis = 1 if one.edit.axis(one.writer, one.parameter) == -1 else 0
     if one.edit.norm != "none":
-        return edit.leak(one.edit, one.writer, one.parameter, mx.array(source), mx.array(written))
+        values = [each.values() if isinstance(each, Grid) else each for each in (source, written)]
+        return edit.leak(one.edit, one.writer, one.parameter, *map(mx.array, values))
     basis = numpy_of(one.edit.basis(one.writer))
 
-    def along(values: np.ndarray) -> np.ndarray:
+    def along(values: np.ndarray | Grid) -> np.ndarray:
         return projection.along(basis, values, axis - 2).astype(np.float64)
 
     before, after = along(source), along(written)
     taken = one.edit.taken(one.writer, before, -2 if axis == 0 else -1)
-    moved = projection.square(written - source)
+    moved, square = projection.moves(source, written)
     wanted = float(np.sum(taken * taken))
     error = moved + 2 * float(np.sum(taken * (after - before))) + wanted
-    squares = projection.square(source) - 2 * float(np.sum(taken * before)) + wanted
+    squares = square - 2 * float(np.sum(taken * before)) + wanted
     left = after - (before - taken)
     return Leak(float(np.sum(left * left)), wanted, max(error, 0.0), max(squares, 0.0))

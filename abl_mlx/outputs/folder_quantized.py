@@ -127,7 +127,7 @@ def better_source(files: TensorFiles, one: MatrixEdit) -> str:
     part = sample(one.old.shape, one.axis, one.old.quantization.group_size)
     own = one.old.read(files, part.rows, part.columns)
     found = encoders(one.old.codec, own.frame.global_scale)
-    return rounding.better_source(own, exact_edit(one.part(part), own.values()), found)
+    return rounding.better_source(own, exact_edit(one.part(part), own), found)
 
 
 def edit_slab(one: MatrixEdit, own: Grid, source: str, *, plain: bool = False) -> Rows:
@@ -139,7 +139,7 @@ def edit_slab(one: MatrixEdit, own: Grid, source: str, *, plain: bool = False) -
         source: ``own`` or ``fresh``: the grid to round to.
         plain: round every weight to its nearest level, without preserving the edit.
     """
-    edited = exact_edit(one, own.values())
+    edited = exact_edit(one, own)
     if one.new is None:
         dtype = FLOAT_DTYPES[one.float_type]
         exact = mx.array(edited.target)
@@ -221,7 +221,7 @@ def compare(before: TensorFiles, after: TensorFiles, one: MatrixEdit) -> Leak:
     """The leak of one matrix, from the source's and the output's files."""
     total = Leak()
     for slab in slabs(one.old.shape, one.axis, _cut(one)):
-        old = one.old.read(before, slab.rows, slab.columns).values()
+        old = one.old.read(before, slab.rows, slab.columns)
         total += leak(one.part(slab), old, _written(after, one, slab))
         one.old.release(before)
         for name in one.tensors():
@@ -229,9 +229,9 @@ def compare(before: TensorFiles, after: TensorFiles, one: MatrixEdit) -> Leak:
     return total
 
 
-def _written(files: TensorFiles, one: MatrixEdit, slab: Slab) -> np.ndarray:
+def _written(files: TensorFiles, one: MatrixEdit, slab: Slab) -> np.ndarray | Grid:
     if one.new is not None:
-        return one.new.read(files, slab.rows, slab.columns).values()
+        return one.new.read(files, slab.rows, slab.columns)
     size = 2 * one.old.shape[-1]
     whole = np.frombuffer(files.bytes(one.name), np.uint8).reshape(-1, size)
     part = whole[slab.rows, 2 * slab.columns.start : 2 * slab.columns.stop].copy()

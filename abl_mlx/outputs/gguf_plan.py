@@ -141,6 +141,11 @@ def values_of(decoded: Any) -> np.ndarray:
     return decoded if isinstance(decoded, np.ndarray) else decoded.values()
 
 
+def weights_of(decoded: Any) -> np.ndarray | Grid:
+    """A result of `read`: a Grid, or the float32 values of anything else."""
+    return decoded if isinstance(decoded, Grid) else values_of(decoded)
+
+
 def _block(kind: GGMLQuantizationType) -> tuple[int, int]:
     from gguf.constants import GGML_QUANT_SIZES
 
@@ -169,7 +174,7 @@ def better_source(one: TensorPlan, raw: np.ndarray, shape: tuple[int, ...]) -> s
     if isinstance(own, FloatGrid):
         return "own"  # a float type, which has no grid to choose
     importance = one.weights(part, shape)
-    edited = replace(exact_edit(one.part(part), own.values()), importance=importance)
+    edited = replace(exact_edit(one.part(part), weights_of(own)), importance=importance)
     return rounding.better_source(own, edited, encoders(one.new, importance))
 
 
@@ -190,7 +195,7 @@ def edit_slab(
         plain: round every weight to its nearest level, without preserving the edit.
         importance: that of the slab's columns, if it is known.
     """
-    edited = replace(exact_edit(one, values_of(decoded)), importance=importance)
+    edited = replace(exact_edit(one, weights_of(decoded)), importance=importance)
     codec: Any = ggml_types.codec(one.new)
     if isinstance(codec, ggml_types.FloatCodec):
         values = edited.target
@@ -372,7 +377,7 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> tuple[Lea
     total, codes, weights = Leak(), 0, 0
     for slab in slabs(entry.shape, axis, cut):
         first, second = read(old, entry.type, slab), read(new, written.type, slab)
-        total += leak(one.part(slab), values_of(first), values_of(second))
+        total += leak(one.part(slab), weights_of(first), weights_of(second))
         if same and isinstance(first, Grid | CodebookGrid):
             codes += first.changed(second)
             weights += first.shape[0] * first.shape[1]

@@ -62,6 +62,12 @@ class Grid:
         rows, width = self.codes.shape
         return rows, width
 
+    @property
+    def uniform(self) -> bool:
+        """Whether the levels are whole numbers, each by one greater than the last."""
+        first = float(self.levels[0])
+        return first.is_integer() and bool(np.all(np.diff(self.levels) == 1))
+
     def values(self) -> np.ndarray:
         """The weights, float32 (R, n), bit for bit as the format's own decoder gives them.
 

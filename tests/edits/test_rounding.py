@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 
-from abl_mlx.edits import rounding
+from abl_mlx.edits import projection, rounding
 from abl_mlx.outputs import gguf_plan
 from convert.base.grids import Grid, in_chunks
 from convert.gguf import ggml_types
@@ -127,7 +127,7 @@ def test_added_error_is_near_the_least_that_is_possible():
     target = (source - u.T @ (u @ source)).astype(np.float32)
     plain = own.with_codes(own.nearest(target))
     e = (u @ (plain.values() - target))[0]
-    ours = rounding.preserve(own, target, u, 0, 1.0)
+    ours = rounding.preserve(own, rounding.Edited(target, u, 0, 1.0))
     added = ((ours.values() - target) ** 2).sum(0) - ((plain.values() - target) ** 2).sum(0)
     assert added.sum() < 3 * (e**2).sum() + 1e-3 * ((plain.values() - target) ** 2).sum()
 
@@ -152,16 +152,18 @@ def test_zero_and_negative_scales_and_odd_widths():
     u /= np.linalg.norm(u)
     source = own.values()
     target = (source - u.T @ (u @ source)).astype(np.float32)
-    grid = rounding.preserve(own, target, u, 0, np.sqrt(np.mean((u @ source) ** 2)))
+    removed = float(np.sqrt(np.mean((u @ source) ** 2)))
+    grid = rounding.preserve(own, rounding.Edited(target, u, 0, removed))
     assert grid.codes.max() < len(levels)
     assert leak(grid, source, target, u, 0) < 0.01
 
 
 def test_tensors_without_a_component_are_left_nearly_alone():
     own, _, target, u = case(Q.Q4_K, 512, 256, 1, 0)
-    exact = rounding.preserve(own, target, u, 0, 1.0).values()
+    exact = rounding.preserve(own, rounding.Edited(target, u, 0, 1.0)).values()
     again = ggml_types.fresh(exact, Q.Q4_K)
-    assert np.isfinite(rounding.preserve(again, again.values(), u, 0, 0.0).values()).all()
+    left = rounding.Edited(again.values(), u, 0, 0.0)
+    assert np.isfinite(rounding.preserve(again, left).values()).all()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -194,3 +196,18 @@ def test_the_component_is_removed_and_not_turned(kind, axis):
 
     assert turned(rounding.Edited(target, u, axis, removed)) > 0.5
     assert turned(rounding.Edited(target, u, axis, removed, taken)) < 0.1
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", [Q.Q4_K, Q.Q6_K, Q.IQ4_XS, Q.MXFP4], ids=lambda kind: kind.name)
+def test_a_grid_less_its_components_is_rounded_as_the_weights_are(kind, axis):
+    """Edited weights may be told as a grid and the removed components; no code depends on it."""
+    own, source, _, u = case(kind, 256, 512, 2, axis, directions=2)
+    basis = u.astype(np.float32)
+    taken = projection.along(basis, source, axis - 2)
+    np.testing.assert_array_equal(projection.along(basis, own, axis - 2), taken)
+    target = projection.without(basis, taken, source, axis - 2)
+    lines = np.ascontiguousarray(taken.T if axis == 0 else taken)
+    told = [rounding.Edited(one, basis, axis, 1.0, lines) for one in (own, target)]
+    np.testing.assert_array_equal(told[0].target, target)
+    np.testing.assert_array_equal(*(one.on(own).codes for one in told))

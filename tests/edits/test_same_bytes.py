@@ -181,12 +181,12 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> Non
 
 
 def test_no_kernel_is_compiled_with_fastmath() -> None:
-    from abl_mlx.edits import projection_kernels, rounding_kernels
+    from abl_mlx.edits import level_kernels, projection_kernels, rounding_kernels
     from convert.mlx import packed_kernels
 
     kernels = [
         value
-        for module in (projection_kernels, rounding_kernels, packed_kernels)
+        for module in (level_kernels, projection_kernels, rounding_kernels, packed_kernels)
         for value in [*vars(module).values(), *packed_kernels.EVEN.values()]
         if hasattr(value, "targetoptions")
     ]

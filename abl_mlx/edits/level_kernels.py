@@ -1,0 +1,198 @@
+"""Numba kernels of `rounding_kernels`: the levels nearest to weights, and sums over a line.
+
+Sums over a line are computed as `LANES` partial sums, which are added at the end. So they are the
+same on every CPU, while the compiler can still keep the partial sums in a vector register.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from convert.base.compiled import compiled
+
+F = np.float32
+
+LANES = 32
+"""The number of partial sums."""
+
+#: Kinds of levels: whole numbers in a row, at most 16 of any sort, or more.
+UNIFORM, FEW, MANY = 0, 1, 2
+
+#: The number of midpoints between at most 16 levels.
+MIDPOINTS = 15
+
+
+@compiled()
+def total(lanes):
+    """The sum of the partial sums."""
+    total = 0.0
+    for lane in range(lanes.shape[0]):
+        total += lanes[lane]
+    return F(total)
+
+
+@compiled()
+def dot(u, e, lanes):
+    """Σ u e."""
+    lanes[:] = 0
+    d, width = u.shape[0], lanes.shape[0]
+    whole = d // width * width
+    for start in range(0, whole, width):
+        us, es = u[start : start + width], e[start : start + width]
+        for lane in range(width):
+            lanes[lane] += us[lane] * es[lane]
+    for i in range(whole, d):
+        lanes[i - whole] += u[i] * e[i]
+    return total(lanes)
+
+
+@compiled()
+def nearest_whole(x, low, high):
+    """The whole number nearest to x, between low and high."""
+    q = np.floor(x + F(0.5))
+    q = q if q >= low else low
+    return q if q <= high else high
+
+
+@compiled()
+def nearest_few(x, low, mids, gaps):
+    """The level nearest to x, for `MIDPOINTS` midpoints between levels and gaps between these.
+
+    They are written out, because only then do compilers compare a whole register at a time.
+    """
+    a, b, c, d, e, f, g, h, i, j, k, l, m, n, o = mids
+    aa, bb, cc, dd, ee, ff, gg, hh, ii, jj, kk, ll, mm, nn, oo = gaps
+    zero = F(0)
+    level = low + (aa if x > a else zero)
+    level += bb if x > b else zero
+    level += cc if x > c else zero
+    level += dd if x > d else zero
+    level += ee if x > e else zero
+    level += ff if x > f else zero
+    level += gg if x > g else zero
+    level += hh if x > h else zero
+    level += ii if x > i else zero
+    level += jj if x > j else zero
+    level += kk if x > k else zero
+    level += ll if x > l else zero
+    level += mm if x > m else zero
+    level += nn if x > n else zero
+    level += oo if x > o else zero
+    return level
+
+
+@compiled()
+def nearest_code(x, mids):
+    """The index of the level nearest to x: the number of midpoints between levels below x."""
+    code, step = 0, 128
+    while step:
+        upper = code + step
+        if upper <= mids.shape[0] and x > mids[upper - 1]:
+            code = upper
+        step >>= 1
+    return code
+
+
+@compiled()
+def level_sum(z, slope, weight, mu, kind, levels, mids, few, lanes):
+    """Σ weight · the level nearest to z − μ slope. The lengths are multiples of `LANES`."""
+    lanes[:] = 0
+    low, high, width = levels[0], levels[-1], lanes.shape[0]
+    for start in range(0, z.shape[0], width):
+        zs, slopes = z[start : start + width], slope[start : start + width]
+        weights = weight[start : start + width]
+        if kind == UNIFORM:
+            for lane in range(width):
+                lanes[lane] += weights[lane] * nearest_whole(
+                    zs[lane] - mu * slopes[lane], low, high
+                )
+        elif kind == FEW:
+            for lane in range(width):
+                x = zs[lane] - mu * slopes[lane]
+                lanes[lane] += weights[lane] * nearest_few(x, low, few[0], few[1])
+        else:
+            for lane in range(width):
+                lanes[lane] += (
+                    weights[lane] * levels[nearest_code(zs[lane] - mu * slopes[lane], mids)]
+                )
+    return total(lanes)
+
+
+@compiled()
+def short_sum(z, slope, weight, count, mu, kind, levels, mids):
+    """`_level_sum` of the first ``count`` weights, where these are few."""
+    low, high, total = levels[0], levels[-1], F(0)
+    if kind == UNIFORM:
+        for i in range(count):
+            total += weight[i] * nearest_whole(z[i] - mu * slope[i], low, high)
+    else:
+        for i in range(count):
+            total += weight[i] * levels[nearest_code(z[i] - mu * slope[i], mids)]
+    return total
+
+
+@compiled()
+def between(z, slope, m0, m1, kind, levels, mids, few, moves):
+    """For each weight, whether its level differs between two multipliers."""
+    low, high = levels[0], levels[-1]
+    if kind == UNIFORM:
+        for i in range(z.shape[0]):
+            one = nearest_whole(z[i] - m0 * slope[i], low, high)
+            moves[i] = one != nearest_whole(z[i] - m1 * slope[i], low, high)
+    elif kind == FEW:
+        for i in range(z.shape[0]):
+            one = nearest_few(z[i] - m0 * slope[i], low, few[0], few[1])
+            moves[i] = one != nearest_few(z[i] - m1 * slope[i], low, few[0], few[1])
+    else:
+        for i in range(z.shape[0]):
+            moves[i] = nearest_code(z[i] - m0 * slope[i], mids) != nearest_code(
+                z[i] - m1 * slope[i], mids
+            )
+
+
+@compiled()
+def choose(z, w, s, o, kind, levels, mids, few, codes, e):
+    """The codes of the levels nearest to z, and the errors e of their values."""
+    d, low, high = w.shape[0], levels[0], levels[-1]
+    if kind == UNIFORM:
+        for i in range(d):
+            q = nearest_whole(z[i], low, high)
+            codes[i] = np.uint8(np.int32(q - low))
+            e[i] = s[i] * q + o[i] - w[i]
+        return
+    for i in range(d):
+        code = nearest_code(z[i], mids)
+        codes[i] = np.uint8(code)
+        e[i] = s[i] * levels[code] + o[i] - w[i]
+
+
+@compiled()
+def marked(moves, active):
+    """Write the indices of weights that are marked, and return how many there are.
+
+    They are few, so eight marks are looked at together.
+    """
+    count = 0
+    words = moves.view(np.uint64)
+    for word in range(words.shape[0]):
+        if words[word]:
+            for i in range(8 * word, 8 * word + 8):
+                active[count] = i
+                count += moves[i]
+    return count
+
+
+@compiled()
+def exact_line(codes, s, o, kind, levels, basis, removed, w):
+    """w = s · level + o − Σ_a u_a c_a: the exact edited weights of a line."""
+    if kind == UNIFORM:
+        low = levels[0]
+        for i in range(w.shape[0]):
+            w[i] = s[i] * (F(codes[i]) + low) + o[i]
+    else:
+        for i in range(w.shape[0]):
+            w[i] = s[i] * levels[codes[i]] + o[i]
+    for a in range(basis.shape[0]):
+        u, c = basis[a], removed[a]
+        for i in range(w.shape[0]):
+            w[i] -= u[i] * c
