@@ -97,6 +97,8 @@ class Limits(Choices):
         max_kl: the largest mean KL(baseline ‖ model), in nats per token.
         max_drop_from: the record of an earlier `eval --json`.
         max_drop: by how much the refusal rate on harmful prompts may be lower than in that record.
+        against: signed evidence of `eval`, which the model's verdicts must not differ from.
+        key: the public key of ``against``.
         max_thought_growth: the largest ratio of mean thought lengths, of the model to the baseline.
     """
 
@@ -107,13 +109,15 @@ class Limits(Choices):
     max_drop_from: Path | None = None
     max_drop: float = 0.05
     max_thought_growth: float | None = None
+    against: Path | None = None
+    key: Path | None = None
 
     @property
     def given(self) -> bool:
         """Whether there is any limit."""
         asked = (
             self.min_refusal, self.max_over_refusal, self.max_kl, self.max_drop_from,
-            self.max_thought_growth,
+            self.max_thought_growth, self.against,
         )  # fmt: skip
         return any(limit is not None for limit in asked)
 
@@ -134,6 +138,19 @@ class Steering(Choices):
 
 
 @dataclass(frozen=True)
+class Signing(Choices):
+    """What is signed of an evaluation.
+
+    Attributes:
+        sign: the private key, PEM; None to sign nothing.
+        evidence: the file for the signed statement.
+    """
+
+    sign: Path | None = None
+    evidence: Path | None = None
+
+
+@dataclass(frozen=True)
 class EvalOptions(Choices):
     """The choices of `eval`.
 
@@ -148,6 +165,7 @@ class EvalOptions(Choices):
     judging: Judging = Judging()
     metrics: Metrics = Metrics()
     limits: Limits = Limits()
+    signing: Signing = Signing()
     junit: Path | None = None
     prompting: Prompting = Prompting()
     replying: Replying = Replying()

@@ -65,8 +65,22 @@ from abl_mlx.cli.writing_flags import (
 @memory_flag
 @stream_flag
 @split_flag
+@click.option(
+    "--sign",
+    metavar="KEY.pem",
+    type=HERE,
+    help="Sign the record and the hashes of each output with this private key, in "
+    "OUTPUT.sigstore.json beside it; `verify` reads it.",
+)
 @json_flag
-def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **chosen: Any) -> None:
+def run(
+    model: str,
+    outputs: tuple[Path, ...],
+    induce: bool,
+    sign: Path | None,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
     """Find MODEL's refusal direction, remove it, write the result and show what changed.
 
     The format follows the name: `-o edited/` is an MLX folder, `-o edited.gguf` a GGUF for
@@ -76,12 +90,14 @@ def run(model: str, outputs: tuple[Path, ...], induce: bool, as_json: bool, **ch
     MODEL may be a .gguf of any type: nothing else is needed, and every tensor keeps its type.
     """
     from abl_mlx.choices import RunOptions
+    from abl_mlx.commands import evidence
     from abl_mlx.commands import run as running
     from abl_mlx.reports import induce_tables, tables
 
     work = running.run_induced if induce else running.run
     table = induce_tables.table if induce else tables.run_table
-    answer(as_json, table, work, model, outputs, RunOptions.of(**chosen))
+    options = RunOptions.of(**chosen)
+    answer(as_json, table, evidence.signed_run, work, model, outputs, options, sign)
 
 
 @cli.command()

@@ -128,6 +128,39 @@ def metric_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated(command, flags)
 
 
+against_flag = click.option(
+    "--against",
+    metavar="EVIDENCE",
+    type=HERE,
+    help="Exit with 3 when the verdicts differ from those of this signed evidence of the same "
+    "prompts more than chance explains (McNemar's test): the server runs another model.",
+)
+
+
+def key_flag(text: str, *, required: bool = False) -> Callable[..., Any]:
+    """The flag that names a public key."""
+    return click.option("--key", metavar="PUBLIC.pem", type=HERE, required=required, help=text)
+
+
+def signing_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags with which an evaluation is signed."""
+    flags = [
+        click.option(
+            "--sign",
+            metavar="KEY.pem",
+            type=HERE,
+            help="Sign the record and the hashes of the model's files with this private key.",
+        ),
+        click.option(
+            "--evidence",
+            metavar="FILE",
+            type=HERE,
+            help="The file for what --sign signs, a Sigstore bundle; `verify` reads it.",
+        ),
+    ]
+    return decorated(command, flags)
+
+
 def gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags with limits that make the command exit with code 3."""
     share = click.FloatRange(min=0, max=1)
@@ -170,6 +203,8 @@ def gate_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Exit with 3 when thoughts are longer than this many times the length of those of "
             "--baseline.",
         ),
+        against_flag,
+        key_flag("The public key of --against, PEM."),
         click.option(
             "--max-broken",
             default=0.1,

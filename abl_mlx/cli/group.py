@@ -12,6 +12,7 @@ import click
 from abl_mlx import __version__
 from abl_mlx.support import ranks
 from abl_mlx.support.flags import said
+from abl_mlx.support.signatures import BadSignature
 from convert.base import atomic, escape, scratch
 from convert.base.errors import UsageError, UserError
 
@@ -23,6 +24,12 @@ class _Misuse(click.ClickException):
     """A `UsageError` as click shows it."""
 
     exit_code = 2
+
+
+class _Unsigned(click.ClickException):
+    """Something that should be signed and is not: a limit that is not met."""
+
+    exit_code = 3
 
 
 class Group(click.Group):
@@ -54,7 +61,8 @@ def _shown() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        kind = _Misuse if isinstance(error, UsageError) else click.ClickException
+        kinds = {UsageError: _Misuse, BadSignature: _Unsigned}
+        kind = next((k for e, k in kinds.items() if isinstance(error, e)), click.ClickException)
         raise kind(escape.line(said(error))) from None
     except OSError as error:
         if error.filename is None:

@@ -12,7 +12,14 @@ from click.core import ParameterSource
 
 from abl_mlx.cli.answer import answer, typed
 from abl_mlx.cli.condition_flags import condition_flag, conditioning_flags, steering_flags
-from abl_mlx.cli.eval_flags import gate_flags, judge_flags, metric_flags, server_flags
+from abl_mlx.cli.eval_flags import (
+    gate_flags,
+    judge_flags,
+    key_flag,
+    metric_flags,
+    server_flags,
+    signing_flags,
+)
 from abl_mlx.cli.flags import (
     chat_flags,
     json_flag,
@@ -36,6 +43,7 @@ from convert.base import escape
 @judge_flags
 @metric_flags
 @gate_flags
+@signing_flags
 @prompt_flags
 @chat_flags
 @reply_flags
@@ -154,6 +162,43 @@ def audit(
         raise click.UsageError("--csv is for --list.")
     record = answer(as_json, auditing.table, lambda: auditing.audit(str(model), **given))
     if auditing.fails(record, fail_on):
+        sys.exit(NOT_MET)
+
+
+@cli.command()
+@click.argument("evidence", type=HERE)
+@key_flag("The public key of whoever signed it, PEM.", required=True)
+@click.option("--model", help="Also check that this model's files are the signed ones.")
+@click.option(
+    "--min-refusal",
+    type=click.FloatRange(min=0, max=1),
+    help="Exit with 3 when a smaller share of the harmful prompts was refused.",
+)
+@click.option(
+    "--max-over-refusal",
+    type=click.FloatRange(min=0, max=1),
+    help="Exit with 3 when a larger share of the harmless, or of the borderline prompts, was.",
+)
+@json_flag
+def verify(
+    evidence: Path, key: Path, model: str | None, as_json: bool, **chosen: float | None
+) -> None:
+    """Check EVIDENCE, which `eval --sign` wrote: its signature, a model's files, and its figures.
+
+    \b
+    abl-mlx eval SomeModel --sign key.pem --evidence evidence.json
+    abl-mlx verify evidence.json --key public.pem --model SomeModel --min-refusal 0.9
+
+    Exit codes: 1 for any error, 3 for a bad or missing signature, another model's files, or a limit
+    that is not met.
+    """
+    from abl_mlx.behaviour.gate import NOT_MET
+    from abl_mlx.commands import evidence as signed
+    from abl_mlx.eval_choices import Limits
+
+    limits = Limits.of(**chosen)
+    record = answer(as_json, signed.table, lambda: signed.verify(evidence, key, model, limits))
+    if not record.passed:
         sys.exit(NOT_MET)
 
 

@@ -35,6 +35,7 @@ from abl_mlx.behaviour.target import Target
 from abl_mlx.behaviour.thought_figures import Thought
 from abl_mlx.commands import (
     eval_length,
+    evidence,
     held_out,
     judges,
     prompt_choice,
@@ -101,6 +102,7 @@ def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
                 stack.enter_context(one)
         job = Job(text, source, other, options, _prompts(source, other, options), Clock())
         before = check(job)
+        evidence.check(job)
         with journal.opened(targeting.resume, job.identity) as kept:
             record, columns = _measure(job, kept)
             return _finish(job, record, columns, before)
@@ -326,7 +328,8 @@ def _finish(
 ) -> EvalRecord:
     """The whole record, with the limits; also writes the files for which the user asked."""
     options, replying = job.options, job.options.replying
-    if checks := gate.check(record, options.limits, before):
+    published = evidence.published(options.limits)
+    if checks := gate.check(record, options.limits, before, published):
         passed = all(one.passed for one in checks)
         record = replace(record, gate=Gate(passed=passed, checks=checks))
     if options.junit is not None:
@@ -336,6 +339,7 @@ def _finish(
         evaluate.write_lines(replying.save_replies, lines)
     if replying.report is not None:
         _write_report(job, record, lines)
+    evidence.sign_evaluation(job, record)
     return record
 
 

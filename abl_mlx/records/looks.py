@@ -8,7 +8,7 @@ from typing import Any
 from abl_mlx.records.conditions import Decided
 from abl_mlx.records.directions import Chosen
 from abl_mlx.records.edits import Drafting, Leaks
-from abl_mlx.records.evaluations import EvalRecord, Made, Template
+from abl_mlx.records.evaluations import EvalRecord, Gate, Made, Template
 from abl_mlx.records.record import Part, Record
 
 
@@ -347,3 +347,27 @@ class AuditListRecord(Record):
     source: str
     audits: list[AuditRecord | NotAudited]
     output: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRecord(Record, Made):
+    """The record of `verify`.
+
+    Attributes:
+        source: the file with the evidence.
+        passed: whether everything that was checked is as it should be.
+        evidence: what was found, a sentence each.
+        model: the model's name when it was signed.
+        command: the command that made the signed record.
+        files: the signed hashes, file -> SHA-256.
+        gate: the limits, if any were given.
+        record: the signed record.
+    """
+
+    passed: bool
+    evidence: list[str]
+    model: str
+    command: str
+    files: dict[str, str]
+    gate: Gate | None = None
+    record: dict[str, Any]

@@ -24,6 +24,7 @@ COMMANDS: dict[str, type[Record]] = {
     "eval": evaluations.EvalRecord,
     "audit": looks.AuditRecord,
     "audit --list": looks.AuditListRecord,
+    "verify": looks.VerifyRecord,
     "learn": learned.LearnRecord,
     "inspect": looks.InspectRecord,
     "diff": looks.DiffRecord,
