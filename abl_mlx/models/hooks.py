@@ -65,6 +65,21 @@ def enter_scopes(inside: tuple[object, ...]) -> None:
     _scopes.inside = inside
 
 
+@contextmanager
+def scope(inside: object) -> Iterator[None]:
+    """Context manager in which this thread is inside of one more scope.
+
+    What was wrapped in a scope can stay wrapped, at no cost to calls outside, and is in use again
+    whenever the scope is entered again.
+    """
+    before = _scopes.inside
+    _scopes.inside = (*before, inside)
+    try:
+        yield
+    finally:
+        _scopes.inside = before
+
+
 @cache
 def _wrapped_class(original: type) -> type:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

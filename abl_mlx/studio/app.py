@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from abl_mlx.commands.session import Steered
 from abl_mlx.serving.door import Door
 from abl_mlx.studio.desk import Desk, Event, Job
 
@@ -28,9 +27,6 @@ STATIC = Path(__file__).with_name("static")
 
 #: The largest body of a request, in bytes.
 _LARGEST = 4 << 20
-
-#: Work of a request: takes the model and the request.
-Route_ = Callable[[Steered, Mapping[str, Any]], Iterator[Event]]
 
 _PAGE = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -108,15 +104,13 @@ class Reports:
 
 
 def app(
-    desk: Desk, about: Callable[[], Event], works: Mapping[str, Route_], reports: Reports,
-    door: Door, token: str,
-) -> ASGIApp:  # fmt: skip
+    desk: Desk, about: Callable[[], Event], reports: Reports, door: Door, token: str
+) -> ASGIApp:
     """The web app.
 
     Args:
-        desk: does the work.
+        desk: does the work of a POST to ``/api/NAME``, whose events are sent as they come.
         about: what the page is told of the model.
-        works: name -> the work of a POST to ``/api/NAME``, whose events are sent as they come.
         reports: the pages under ``/report``.
         door: who is let in.
         token: the secret of the printed address.
@@ -125,15 +119,12 @@ def app(
     async def told(request: Request) -> Response:
         return JSONResponse(about())
 
-    def posted(work: Route_) -> Callable[[Request], Any]:
-        async def answer(request: Request) -> Response:
-            return await _answer(desk, work, request)
-
-        return answer
+    async def posted(request: Request) -> Response:
+        return await _answer(desk, request)
 
     routes = [
         Route("/api/about", told),
-        *(Route(f"/api/{name}", posted(work), methods=["POST"]) for name, work in works.items()),
+        Route("/api/{name}", posted, methods=["POST"]),
         Route("/report/{name}", reports.send),
         *(Route(f"/{name}", _file(place)) for name, place in files().items()),
     ]
@@ -153,7 +144,7 @@ def _file(place: Path) -> Callable[[Request], Any]:
     return send
 
 
-async def _answer(desk: Desk, work: Route_, request: Request) -> Response:
+async def _answer(desk: Desk, request: Request) -> Response:
     """Start a piece of work, and stream its events as lines of JSON."""
     raw = b""
     async for piece in request.stream():
@@ -166,15 +157,19 @@ async def _answer(desk: Desk, work: Route_, request: Request) -> Response:
         body = None
     if not isinstance(body, dict):
         return JSONResponse({"error": "the request must be a JSON object."}, 400)
-    if desk.steered is None:
+    loaded = desk.loaded
+    if loaded is None:
         return JSONResponse({"error": "the model is still loading."}, 503)
+    work = loaded.works.get(request.path_params["name"])
+    if work is None:
+        return JSONResponse({"error": "there is no such work."}, 404)
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
 
     def tell(event: Event | None) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    job = Job(lambda steered: work(steered, body), tell)
+    job = Job(lambda: iter(work(loaded.steered, body)), tell)
     desk.submit(job)
 
     async def lines() -> AsyncIterator[str]:

@@ -2,7 +2,7 @@
 
 MLX evaluates an array in the thread that made it, and an edit changes the whole model while it is
 on. So all work with the model is done by one thread, as generators: between two steps the model is
-unedited, and replies with and without an edit grow side by side.
+unedited for other work, and replies with and without an edit grow side by side.
 """
 
 from __future__ import annotations
@@ -11,27 +11,44 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from abl_mlx.commands.session import Steered
 from abl_mlx.support.flags import said
 from convert.base.errors import UserError
+
+if TYPE_CHECKING:  # the page is served before these heavy imports
+    from abl_mlx.commands.session import Steered
 
 #: What a piece of work yields: values for JSON.
 Event = dict[str, Any]
 
-#: Makes a piece of work of a loaded model.
-Work = Callable[[Steered], Iterator[Event]]
+#: Work of a request: takes the model and the request.
+Work = Callable[["Steered", Mapping[str, Any]], Iterator[Event]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and what can be done with it.
+
+    Attributes:
+        works: name -> work.
+    """
+
+    steered: Steered
+    works: Mapping[str, Work]
 
 
 class Job:
     """A piece of work, and where its events go."""
 
-    def __init__(self, work: Work, tell: Callable[[Event | None], None]) -> None:
+    def __init__(
+        self, work: Callable[[], Iterator[Event]], tell: Callable[[Event | None], None]
+    ) -> None:
         """
         Args:
-            work: the work.
+            work: begins the work.
             tell: is called with each event, and with None at the end.
         """
         self.work = work
@@ -45,19 +62,19 @@ class Desk:
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
         #: The model, once it is loaded.
-        self.steered: Steered | None = None
+        self.loaded: Loaded | None = None
 
     def submit(self, job: Job) -> None:
         """Add a job; any thread may call this."""
         self._waiting.put(job)
 
-    def run(self, load: Callable[[], Steered]) -> None:
+    def run(self, load: Callable[[], Loaded]) -> None:
         """Load the model and do all jobs, until an exception such as KeyboardInterrupt."""
-        steered = self.steered = load()
+        self.loaded = load()
         running: list[tuple[Job, Iterator[Event]]] = []
         while True:
             for job in self._new(wait=not running):
-                running.append((job, job.work(steered)))
+                running.append((job, job.work()))
             running = [(job, work) for job, work in running if _step(job, work)]
 
     def _new(self, *, wait: bool) -> Iterator[Job]:

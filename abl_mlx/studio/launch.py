@@ -10,20 +10,19 @@ import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from abl_mlx import __version__
-from abl_mlx.choices import SteerOptions
-from abl_mlx.commands import prompt_choice, session
-from abl_mlx.commands.session import Steered
-from abl_mlx.inputs.sets import PromptSets
-from abl_mlx.outputs.model_file import find_model
 from abl_mlx.serving.door import Door
-from abl_mlx.studio.desk import Desk, Event
-from abl_mlx.support import interrupts
+from abl_mlx.studio.desk import Desk, Event, Loaded
+from abl_mlx.support import clock, interrupts
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
+
+if TYPE_CHECKING:  # the page is served before the heavy imports
+    from abl_mlx.choices import SteerOptions
+    from abl_mlx.studio.app import Reports
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,24 @@ def launch(text: str, options: SteerOptions, *, port: int = 0, opens: bool = Tru
         UserError: when the model or the direction cannot be loaded, or the port is taken.
     """
     desk = Desk()
-    with served(desk, text, options, port) as place:
+    with served(desk, text, options, port) as (place, reports):
         say(f"the studio is at {place.url}; Ctrl-C ends it")
         if opens:
             webbrowser.open(place.url)
         try:
-            desk.run(partial(session.load, text, options))
+            desk.run(partial(_load, text, options, reports))
         except KeyboardInterrupt:
             interrupts.forget()
             say("stopped")
 
 
 @contextmanager
-def served(desk: Desk, text: str, options: SteerOptions, port: int) -> Iterator[Place]:
+def served(
+    desk: Desk, text: str, options: SteerOptions, port: int
+) -> Iterator[tuple[Place, Reports]]:
     """Context manager in which the pages are served; the work is done where the desk runs.
+
+    It yields where, and the keeper of further pages.
 
     Raises:
         UserError: when the web server is not installed, or the port is taken.
@@ -84,10 +87,7 @@ def served(desk: Desk, text: str, options: SteerOptions, port: int) -> Iterator[
     with _listening(port) as listener:
         place = Place(listener.getsockname()[1], secrets.token_urlsafe(24))
         reports = Reports()
-        web = app(
-            desk, lambda: about(desk, text, options), _works(text, options, reports), reports,
-            Door(), place.token,
-        )  # fmt: skip
+        web = app(desk, lambda: about(desk, text, options), reports, Door(), place.token)
         settings = uvicorn.Config(
             web, log_level="error", access_log=False, server_header=False, lifespan="off",
             timeout_graceful_shutdown=1,
@@ -96,10 +96,17 @@ def served(desk: Desk, text: str, options: SteerOptions, port: int) -> Iterator[
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:
-            yield place
+            yield place, reports
         finally:
             server.should_exit = True
             thread.join(5)
+
+
+def _load(text: str, options: SteerOptions, reports: Reports) -> Loaded:
+    from abl_mlx.commands import session
+    from abl_mlx.studio.works import works
+
+    return Loaded(session.load(text, options), works(text, options, reports))
 
 
 @contextmanager
@@ -117,41 +124,18 @@ def _listening(port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _works(text: str, options: SteerOptions, reports: Any) -> dict[str, Any]:
-    from abl_mlx.studio import checking, finding, judging, looking, talking, writing
-
-    sets = lru_cache(None)(lambda: _sets(text, options))
-    return {
-        "talk": talking.reply,
-        "look": looking.components,
-        "token": looking.token,
-        "find": finding.found,
-        "examples": partial(_with, judging.examples, sets),
-        "judge": partial(_with, judging.judged, sets),
-        "check": partial(_with, checking.audited, reports.keep),
-        "write": partial(_with, writing.written, options),
-    }
-
-
-def _with(work: Any, more: Any, steered: Steered, body: Any) -> Iterator[Event]:
-    return iter(work(steered, body, more))
-
-
-def _sets(text: str, options: SteerOptions) -> PromptSets:
-    with find_model(text, options.chatting.template) as file:
-        return prompt_choice.load(file, options.prompting, options.finding.borderline)
-
-
 def about(desk: Desk, text: str, options: SteerOptions) -> Event:
     """What a page is told of the model."""
-    steered = desk.steered
-    told: Event = {"version": __version__, "name": text, "ready": steered is not None}
-    if steered is None:
-        return told
-    direction = steered.direction
+    loaded = desk.loaded
+    if loaded is None:
+        doing = clock.now() or "start"
+        return {"version": __version__, "name": text, "ready": False, "doing": doing}
+    steered, direction = loaded.steered, loaded.steered.direction
     summary = direction.metadata.get("summary", {})
-    return told | {
+    return {
+        "version": __version__,
         "name": steered.name,
+        "ready": True,
         "architecture": steered.chat.model_type,
         "layers": len(steered.chat.layers),
         "width": steered.chat.width,

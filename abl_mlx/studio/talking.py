@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import mlx.core as mx
 from abl_mlx.behaviour.refusals import classify
 from abl_mlx.commands.session import Steered
 from abl_mlx.models import heads
+from abl_mlx.models.hooks import scope
 from abl_mlx.studio import asked
 from abl_mlx.studio.desk import Event
 
@@ -38,15 +40,19 @@ def reply(steered: Steered, body: Mapping[str, Any]) -> Iterator[Event]:
         max_tokens=asked.whole(body, "max_tokens", 512, 1, 100_000),
         sampler=make_sampler(temp=asked.number(body, "temperature", 0, 0, 5)),
     )  # fmt: skip
-    pieces, last = [], None
-    while True:
-        with heads.last_only(chat.model), chosen.steered.turned(strength):
-            step = next(steps, None)
-        if step is None:
-            break
-        last = step
-        pieces.append(step.text)
-        yield {"text": step.text}
+    pieces, last, own = [], None, object()
+    with ExitStack() as hooks:
+        with scope(own):  # other work takes turns with this, and does not see these hooks
+            hooks.enter_context(heads.last_only(chat.model))
+            hooks.enter_context(chosen.steered.turned(strength))
+        while True:
+            with scope(own):
+                step = next(steps, None)
+            if step is None:
+                break
+            last = step
+            pieces.append(step.text)
+            yield {"text": step.text}
     yield {
         "done": "length" if last is None else last.finish_reason,
         "tokens": len(pieces),

@@ -11,6 +11,14 @@ from dataclasses import dataclass, field
 from abl_mlx.support import interrupts
 from abl_mlx.support.console import say
 
+#: The step that runs, of whatever clock; "" before the first one.
+_now = ""
+
+
+def now() -> str:
+    """The step that runs; any thread may ask."""
+    return _now
+
 
 @dataclass
 class Clock:
@@ -24,8 +32,10 @@ class Clock:
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Context manager that times a step; the times of steps with the same name are added."""
+        global _now
         interrupts.check()
         say(f"· {name}")
+        _now = name
         start = time.perf_counter()
         yield
         interrupts.check()

@@ -7,6 +7,8 @@ export type Event = Record<string, any>;
 export interface About {
   name: string;
   ready: boolean;
+  /** What is done until it is ready. */
+  doing: string;
   version: string;
   architecture: string;
   layers: number;

@@ -12,13 +12,18 @@ export interface Edit {
 
 export const edit: Edit = { strength: 1, layer: null, rank: null, layers: null };
 
-/** "0-3,5" as numbers; null for all. */
-export function layersOf(text: string): number[] | null {
+/**
+ * "0-3,5" as numbers; null for all.
+ *
+ * @throws where the text says anything else.
+ */
+function layersOf(text: string, count: number): number[] | null {
   const found = new Set<number>();
   for (const part of text.split(",").map((one) => one.trim()).filter(Boolean)) {
-    const [first, last] = part.split("-").map(Number);
-    if (first === undefined || Number.isNaN(first)) continue;
-    for (let one = first; one <= (last ?? first); one++) found.add(one);
+    const [, first, last] = /^(\d+)(?:-(\d+))?$/.exec(part) ?? [];
+    const [from, to] = [Number(first), Number(last ?? first)];
+    if (!(from <= to && to < count)) throw new Error(`Give layers from 0 to ${count - 1}, such as 0-3,5; nothing for all.`);
+    for (let one = from; one <= to; one++) found.add(one);
   }
   return found.size ? [...found].sort((a, b) => a - b) : null;
 }
@@ -47,8 +52,14 @@ export function controls(about: About, changed: () => void): HTMLElement {
   const layers = h("input", { id: "layers", type: "text", placeholder: "all, or 0-3,5", size: 12 });
   layers.value = edit.layers?.join(",") ?? "";
   layers.addEventListener("change", () => {
-    edit.layers = layersOf(layers.value);
-    changed();
+    try {
+      edit.layers = layersOf(layers.value, about.layers);
+      layers.setCustomValidity("");
+      changed();
+    } catch (error) {
+      layers.setCustomValidity((error as Error).message);
+      layers.reportValidity();
+    }
   });
   return h(
     "fieldset",

@@ -29,19 +29,29 @@ const told = document.querySelector("#about") as HTMLElement;
 /** Views that were opened, which keep what they show. */
 const opened = new Map<string, HTMLElement>();
 
+/** The view that the address names. */
+function named(): string {
+  return Object.hasOwn(VIEWS, place().view) ? place().view : "talk";
+}
+
+function navigate(): void {
+  fill(nav, ...Object.entries(VIEWS).map(([one, { title }]) =>
+    h("a", { href: link(one), "aria-current": one === named() && "page" }, title)));
+}
+
 async function model(): Promise<About> {
   for (;;) {
     const found = await about();
     if (found.ready) return found;
-    told.textContent = `${found.name}: the model is being loaded …`;
+    navigate();
+    told.textContent = `${found.name} is being loaded: ${found.doing} …`;
     await new Promise((done) => setTimeout(done, 300));
   }
 }
 
 function show(found: About): void {
-  const name = place().view in VIEWS ? place().view : "talk";
-  fill(nav, ...Object.entries(VIEWS).map(([one, { title }]) =>
-    h("a", { href: link(one), "aria-current": one === name && "page" }, title)));
+  const name = named();
+  navigate();
   if (!opened.has(name)) opened.set(name, VIEWS[name]!.make(found));
   document.title = `${VIEWS[name]!.title}: ${found.name}`;
   fill(main, opened.get(name));
