@@ -30,6 +30,7 @@ import numpy as np
 from abl_mlx.edits import codebook_rounding, projection
 from convert.base.codebooks import CodebookGrid
 from convert.base.grids import CHUNK, Grid, in_chunks
+from convert.base.near_scales import Less
 
 #: Weights with a code each, or in groups that are entries of a codebook.
 AnyGrid = TypeVar("AnyGrid", Grid, CodebookGrid)
@@ -98,6 +99,14 @@ class Edited:
         if isinstance(self.exact, Grid) and self.exact.group == group:
             return np.empty((0, 0), np.float32), self.exact
         return np.ascontiguousarray(self.target), _NO_GRID
+
+    @property
+    def less(self) -> Less | None:
+        """The weights as those of a grid of whole numbers less a product, if they are told so."""
+        if not isinstance(self.exact, Grid) or not self.exact.uniform or self.taken is None:
+            return None
+        left, right = (self.basis.T, self.taken.T) if self.axis == 0 else (self.taken, self.basis)
+        return Less(self.exact, np.ascontiguousarray(left), np.ascontiguousarray(right))
 
     @property
     def taken_any(self) -> bool:
@@ -217,12 +226,13 @@ class Encoders:
 
     Attributes:
         fresh: makes a new grid of the same type for float32 rows.
-        refit: chooses new scales for those blocks of a grid whose range is too small for values.
+        refit: chooses new scales for those blocks of a tensor's own grid that hold edited weights
+            better with others.
         available: whether these functions can be called. A tensor's own grid needs neither.
     """
 
     fresh: Callable[[np.ndarray], Any]
-    refit: Callable[[Any, np.ndarray], Any]
+    refit: Callable[[Any, Edited], Any]
     available: bool = True
 
 
@@ -235,7 +245,7 @@ def better_source(own: AnyGrid, edited: Edited, encoders: Encoders) -> str:
     """
     if not encoders.available:
         return "own"
-    kept = edited.on(encoders.refit(own, edited.target))
+    kept = edited.on(encoders.refit(own, edited))
     new = edited.on(encoders.fresh(edited.target))
     present, other = _error(kept, edited), _error(new, edited)
     enough = min(_WORTH_RELATIVE * present, _WORTH_ABSOLUTE)
@@ -254,7 +264,7 @@ def round_onto(own: AnyGrid, edited: Edited, encoders: Encoders, source: str) ->
     """
     if source == "fresh":
         return edited.on(encoders.fresh(edited.target))
-    return edited.on(encoders.refit(own, edited.target) if encoders.available else own)
+    return edited.on(encoders.refit(own, edited) if encoders.available else own)
 
 
 def _error(grid: Grid | CodebookGrid, edited: Edited) -> float:

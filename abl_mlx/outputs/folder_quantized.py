@@ -19,6 +19,7 @@ from abl_mlx.edits.edit import Leak, rounded
 from abl_mlx.edits.slabs import Slab, exact_edit, leak, sample, slabs
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import Writer
+from convert.base import near_scales
 from convert.base.errors import UserError
 from convert.base.grids import Grid
 from convert.mlx.folder import FLOAT_DTYPES, Piece, Rewrite
@@ -117,9 +118,15 @@ def promoted(one: MatrixEdit, writer_bits: str) -> MatrixEdit:
 
 def encoders(codec: MlxCodec, global_scale: np.ndarray | None) -> rounding.Encoders:
     """MLX's functions that choose new scales for a mode."""
-    return rounding.Encoders(
-        fresh=lambda values: codec.fresh(values, global_scale), refit=codec.refit
-    )
+
+    def refit(own: Grid, edited: rounding.Edited) -> Grid:
+        less = edited.less
+        if less is None or less.grid is not own:
+            return codec.refit(own, edited.target)
+        _, past = near_scales.search(less, near_scales.Choices.none(own))
+        return codec.refit(own, replace(less, past=past))
+
+    return rounding.Encoders(fresh=lambda values: codec.fresh(values, global_scale), refit=refit)
 
 
 def better_source(files: TensorFiles, one: MatrixEdit) -> str:

@@ -25,7 +25,7 @@ from convert.architectures.gguf_writers import GgufWriter
 from convert.base.codebooks import CodebookGrid
 from convert.base.errors import UserError
 from convert.base.grids import FloatGrid, Grid
-from convert.gguf import ggml, ggml_types
+from convert.gguf import ggml, ggml_types, near_scales
 from convert.gguf.file import GgufSource
 from convert.gguf.quantize import Quantization
 from convert.gguf.rewrite import Replacement
@@ -160,9 +160,17 @@ def encoders(kind: GGMLQuantizationType, importance: np.ndarray | None = None) -
         kind: the type.
         importance: weights of the columns' squared errors, (columns,).
     """
+
+    def refit(own: Any, edited: rounding.Edited) -> Any:
+        less = edited.less
+        if less is None or less.grid is not own:
+            return ggml_types.refit(own, edited.target, kind, importance)
+        moved, past = near_scales.near(less, ggml_types.grid_codec(kind), importance)
+        return ggml_types.refit(moved, replace(less, past=past), kind, importance)
+
     return rounding.Encoders(
         fresh=lambda values: ggml_types.fresh(values, kind, importance),
-        refit=lambda grid, values: ggml_types.refit(grid, values, kind, importance),
+        refit=refit,
         available=ggml.available(),
     )
 

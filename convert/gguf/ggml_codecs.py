@@ -8,6 +8,7 @@ in `convert.gguf.ggml_blocks`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import ClassVar
 
 import gguf
@@ -127,6 +128,16 @@ class GridCodec(BlockCodec):
             group=self.group,
             frame=raw,
         )
+
+    def with_scales(self, grid: Grid, raw: np.ndarray) -> Grid:
+        """A grid that this codec decoded, with the scales of other bytes and its own codes.
+
+        Args:
+            raw: uint8, (R, bytes per row). The grid keeps it as its frame.
+        """
+        blocks, shape = raw.reshape(-1, self.size), grid.scales.shape
+        offsets = self._offsets(blocks).reshape(shape) if self._has_offsets() else None
+        return replace(grid, scales=self._scales(blocks).reshape(shape), offsets=offsets, frame=raw)
 
     def encode(self, grid: Grid) -> np.ndarray:
         """The bytes of a grid that this codec decoded, possibly changed by ``Grid.with_codes``.

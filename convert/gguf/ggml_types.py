@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType
 from convert.base.codebooks import CodebookGrid
 from convert.base.errors import UserError
 from convert.base.grids import Grid
+from convert.base.near_scales import Less, blocks_of
 from convert.gguf import ggml
 from convert.gguf.ggml_blocks import GRID_CODECS
 from convert.gguf.ggml_codebooks import CODEBOOK_CODECS, CodebookCodec
@@ -118,7 +119,7 @@ def fresh(
 
 def refit(
     grid: Grid | CodebookGrid,
-    values: np.ndarray,
+    values: np.ndarray | Less,
     ggml_type: GGMLQuantizationType,
     importance: np.ndarray | None = None,
 ) -> Grid | CodebookGrid:
@@ -137,19 +138,18 @@ def refit(
     Raises:
         UserError: as `fresh` does.
     """
-    check_values(values)
+    if isinstance(values, np.ndarray):
+        check_values(values)
     if isinstance(grid, CodebookGrid):
         return grid
     found = grid_codec(ggml_type)
     rows, n = grid.shape
     count, groups = rows * (n // found.block), found.block // found.group
-    past = np.zeros(count * groups, dtype=bool)
-    past[grid.left_by(values)] = True
-    outside = np.flatnonzero(past.reshape(count, groups).any(axis=1))
+    past = values.past if isinstance(values, Less) else grid.left_by(values)
+    outside = np.unique(past // groups)
     if not len(outside):
         return grid
-    wanted = np.ascontiguousarray(values, dtype=np.float32)
-    wanted = wanted.reshape(count, found.block)[outside]
+    wanted = blocks_of(values, outside, found.block)
     old = Grid(
         codes=grid.codes.reshape(count, found.block)[outside],
         levels=grid.levels,

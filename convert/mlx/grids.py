@@ -31,6 +31,7 @@ from gguf import GGMLQuantizationType
 
 from convert.base.errors import UserError
 from convert.base.grids import Grid, in_chunks
+from convert.base.near_scales import Less, blocks_of
 from convert.gguf.ggml_types import FloatCodec
 from convert.mlx.types import pack, unpack
 
@@ -240,7 +241,7 @@ class MlxCodec:
         grid = grid.with_codes(np.full_like(zeros, len(self.levels) // 2))
         return grid.with_codes(grid.nearest(values))
 
-    def refit(self, grid: Grid, values: np.ndarray) -> Grid:
+    def refit(self, grid: Grid, values: np.ndarray | Less, past: np.ndarray | None = None) -> Grid:
         """The grid with new scales for those groups whose range is too small for the values.
 
         A group is encoded anew when one of its values lies more than half a step past its ends and
@@ -250,11 +251,11 @@ class MlxCodec:
             grid: a matrix's own grid.
             values: float32, (R, n): the values to be written.
         """
-        outside = grid.left_by(values)
+        outside = values.past if isinstance(values, Less) else grid.left_by(values)
         if not len(outside):
             return grid
         per_row = grid.scales.shape[1]
-        wanted = values.astype(np.float32, copy=False).reshape(-1, grid.group)[outside]
+        wanted = blocks_of(values, outside, grid.group)
         old = grid.groups(outside)
         old = old.with_codes(old.nearest(wanted))
         frame = grid.frame

@@ -6,6 +6,7 @@ from gguf import GGMLQuantizationType as Q
 
 from abl_mlx.edits import projection, rounding
 from abl_mlx.outputs import gguf_plan
+from convert.base import grids
 from convert.base.grids import Grid, in_chunks
 from convert.gguf import ggml_types
 
@@ -211,3 +212,19 @@ def test_a_grid_less_its_components_is_rounded_as_the_weights_are(kind, axis):
     told = [rounding.Edited(one, basis, axis, 1.0, lines) for one in (own, target)]
     np.testing.assert_array_equal(told[0].target, target)
     np.testing.assert_array_equal(*(one.on(own).codes for one in told))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_number_of_threads_changes_no_code(axis, monkeypatch):
+    own, source, _, u = case(Q.Q4_K, 256, 2304 if axis == 0 else 2100, 1, axis)
+    taken = along(u, source, axis).astype(np.float32)
+    lines = np.ascontiguousarray(taken.T if axis == 0 else taken)
+    edited = rounding.Edited(own, u.astype(np.float32), axis, 1.0, lines)
+    codes = []
+    for cores in (1, 2, 8):
+        monkeypatch.setattr(grids.os, "cpu_count", lambda cores=cores: cores)
+        grid = rounding.round_onto(own, edited, gguf_plan.encoders(Q.Q4_K), "own")
+        codes.append((grid.codes, grid.scales))
+    for each in codes[1:]:
+        np.testing.assert_array_equal(each[0], codes[0][0])
+        np.testing.assert_array_equal(each[1], codes[0][1])

@@ -1,0 +1,138 @@
+"""Numba kernels of `near_scales`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from convert.base.compiled import compiled
+
+F = np.float32
+
+# Scales smaller than this have no finite inverse.
+_LEAST = F(1.2e-38)
+
+# How many steps past its ends a weight must lie for a group to be encoded anew.
+_FAR = F(1)
+
+# Another scale must be better by this share, so that equal ones stay.
+_BETTER = F(0.999)
+
+
+@compiled()
+def _distance(x, low, high):
+    """How far x is from the nearest whole number between low and high."""
+    q = np.floor(x + F(0.5))
+    q = q if q >= low else low
+    q = q if q <= high else high
+    return abs(x - q)
+
+
+@compiled()
+def _costs(weights, heft, inverse, offset, low, high, cost):
+    """The errors to be expected of groups of weights, in squared steps.
+
+    A weight that lies between two levels, at the share f of a step from the nearer one, is rounded
+    to either, and on average to itself: its squared error is then f (1 − f). Past the ends it is
+    f².
+
+    Args:
+        weights, heft: (G, B), a group in each column: weights, and the weights of their errors.
+        inverse, offset: (B,): 1 / scale, and offset.
+        cost: (B,), the result.
+    """
+    cost[:] = 0
+    for j in range(weights.shape[0]):
+        row, hefts = weights[j], heft[j]
+        for b in range(row.shape[0]):
+            f = _distance((row[b] - offset[b]) * inverse[b], low, high)
+            rest = F(1) - f
+            rest = rest if rest >= f else f
+            cost[b] += hefts[b] * (f * rest)
+
+
+@compiled()
+def _worst(weights, inverse, offset, low, high, worst):
+    """The largest distance of a group's weights from a level, in steps."""
+    worst[:] = 0
+    for j in range(weights.shape[0]):
+        row = weights[j]
+        for b in range(row.shape[0]):
+            f = _distance((row[b] - offset[b]) * inverse[b], low, high)
+            worst[b] = worst[b] if worst[b] >= f else f
+
+
+@compiled()
+def _place(base, step, scale_steps, offset_steps, scale, inverse, offset):
+    """Scales, their inverses and offsets after moves by these numbers of steps."""
+    for b in range(scale.shape[0]):
+        scale[b] = base[0, b] + F(scale_steps[b]) * step[0, b]
+        inverse[b] = F(1) / scale[b] if abs(scale[b]) >= _LEAST else F(0)
+        offset[b] = base[1, b] + F(offset_steps[b]) * step[1, b]
+
+
+@compiled()
+def _try(move, weights, heft, base, step, limits, low, high, best, chosen, tried, scratch):
+    """Move the scales and offsets of those groups that gain by these numbers of steps."""
+    scale, inverse, offset, cost = scratch
+    k, l = move
+    tried[0], tried[1] = k, l
+    _place(base, step, tried[0], tried[1], scale, inverse, offset)
+    _costs(weights, heft, inverse, offset, low, high, cost)
+    for b in range(cost.shape[0]):
+        fits = limits[0, b] <= k <= limits[1, b] and limits[2, b] <= l <= limits[3, b]
+        found = cost[b] * scale[b] * scale[b]
+        if k == 0 and l == 0:
+            found *= _BETTER
+        if fits and found < best[b]:
+            best[b] = found
+            chosen[0, b], chosen[1, b] = k, l
+
+
+@compiled()
+def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, found, past, first,
+         last):  # fmt: skip
+    """Find better scales for the rows ``first`` to ``last`` of a grid whose weights change.
+
+    Args:
+        codes: (R, n); the levels are whole numbers in a row.
+        bases: float32 (2, R, B): the scales and offsets of the groups of the rows.
+        steps: float32 (2, R, B): how far apart scales and offsets lie that can be stored.
+        limits: int16 (4, R, B): the least and most steps by which scale and offset may move.
+        left, right: float32 (R, k), (k, n): left @ right is taken from the weights.
+        heft: (group, B): weights of the columns' squared errors.
+        moves: int16 (M, 2): the numbers of steps of scale and offset that are tried.
+        found: int16 (2, R, B), the result: by how many steps scale and offset move.
+        past: bool (R, B), the result: whether a weight lies past the ends of its group.
+    """
+    n = codes.shape[1]
+    blocks, k = n // group, left.shape[1]
+    row, weights = np.empty(n, F), np.empty((group, blocks), F)
+    best = np.empty(blocks, F)
+    chosen, tried = np.empty((2, blocks), np.int16), np.empty((2, blocks), np.int16)
+    scratch = (np.empty(blocks, F), np.empty(blocks, F), np.empty(blocks, F), np.empty(blocks, F))
+    scale, inverse, offset, cost = scratch
+    low, high = levels[0], levels[-1]
+    for i in range(first, last):
+        base, step, limit = bases[:, i], steps[:, i], limits[:, i]
+        for b in range(blocks):
+            values, part = row[b * group :], codes[i, b * group : b * group + group]
+            for j in range(group):
+                values[j] = base[0, b] * (F(part[j]) + low) + base[1, b]
+        for a in range(k):
+            factor, line = left[i, a], right[a]
+            for j in range(n):
+                row[j] -= factor * line[j]
+        for j in range(group):
+            line = weights[j]
+            for b in range(blocks):
+                line[b] = row[b * group + j]
+        best[:] = np.inf
+        chosen[:] = 0
+        for m in range(moves.shape[0]):
+            _try(moves[m], weights, heft, base, step, limit, low, high, best, chosen, tried,
+                 scratch)  # fmt: skip
+        found[0, i], found[1, i] = chosen[0], chosen[1]
+        _place(base, step, chosen[0], chosen[1], scale, inverse, offset)
+        _worst(weights, inverse, offset, low, high, cost)
+        for b in range(blocks):
+            past[i, b] = cost[b] > _FAR
