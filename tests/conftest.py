@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two processes run the tests; threads of theirs would only wait for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("LLAMA_ARG_THREADS", "1")  # llama.cpp's threads wait busily
+# On Linux MLX compiles each fused kernel with g++ when it first meets it, and ignores SIGINT then.
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 from abl_mlx.records.record import Record
 from abl_mlx.records.schema import COMMANDS
@@ -26,8 +30,26 @@ from tests.support import tiny
 SCHEMA = Path(__file__).parents[1] / "docs" / "records.schema.json"
 
 
+def commit() -> int:
+    """A number of the commit that is checked out; 0 where there is none."""
+    asked = ["git", "rev-parse", "--short=7", "HEAD"]
+    try:
+        said = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return 0
+    return int(said.stdout, 16) if said.returncode == 0 else 0
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the files that fast.txt names are marked ``fast``."""
+    """Marks: ``fast`` by file, and ``slow`` for what another commit runs of tests ``by_turns``.
+
+    Of a test marked ``by_turns(n)`` each commit runs one case in n, others for every commit.
+    """
+    turn = commit()
+    for item in items:
+        turns = item.get_closest_marker("by_turns")
+        if turns and (zlib.crc32(item.name.encode()) + turn) % turns.args[0]:
+            item.add_marker("slow")
     here = Path(__file__).parent
     fast = {here / line for line in (here / "fast.txt").read_text(encoding="utf-8").split()}
     for item in items:

@@ -11,6 +11,7 @@ not depend on how weights are stored, or on which experts a prompt would choose.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -181,7 +182,8 @@ class Probe:
             yield
         finally:
             mx.fast.rms_norm, mx.fast.layer_norm = rms_norm, layer_norm
-            mx.enable_compile()
+            if "MLX_DISABLE_COMPILE" not in os.environ:
+                mx.enable_compile()
 
     def _before(self, x: mx.array) -> mx.array | None:
         """The input of this call of a norm in the previous run; None if that run is going on."""

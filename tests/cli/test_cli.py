@@ -152,8 +152,7 @@ def test_a_signal_at_any_step_leaves_no_final_name(number, step, place):
         [sys.executable, "-m", "abl_mlx", "run", "demo", "-o", place / "out", "--limit", "8"],
         stderr=subprocess.PIPE,
         text=True,
-        # On Linux MLX compiles by system(), which ignores SIGINT for a moment.
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "MLX_DISABLE_COMPILE": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     ) as process:
         for line in process.stderr:
             if line == f"· {step}\n":

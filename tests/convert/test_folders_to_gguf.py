@@ -67,6 +67,7 @@ def test_every_architecture_is_recorded() -> None:
     assert {one.architecture for name, one in RECIPES.items() if name in recipes()} == IN_MLX.keys()
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("name", sorted(RECORDED))
 def test_a_published_folder_becomes_the_file_that_the_converter_writes(
     name: str, tmp_path: Path
@@ -102,6 +103,7 @@ def _assert_read_back(folder: Path, report: GgufReport) -> None:
             np.testing.assert_allclose(read(name), stored, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_folder_comes_back_from_its_gguf(name: str, tmp_path: Path) -> None:
     """mlx-lm's parameters: GGUF -> folder -> GGUF -> folder, bit for bit."""
@@ -125,6 +127,7 @@ def test_a_folder_comes_back_from_its_gguf(name: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(back, stored, rtol=close, atol=close)
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("name", RECIPES)
 def test_llama_cpp_answers_as_mlx_lm_does_from_a_published_folder(
     name: str, tmp_path: Path

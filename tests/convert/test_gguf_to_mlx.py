@@ -32,15 +32,10 @@ PROMPT = [5, 77, 301, 12, 450, 88, 19, 260, 7, 333, 41]
 #: How far llama.cpp, which rounds activations to 8 bits beside quantized weights, may be.
 LIMITS = {"F16": 0.02, "Q8_0": 0.05, "Q4_K": 0.15}
 
-#: Every architecture in F16 and, by turns, in one of the quantized types; the other one is slow.
-ASKED = [
-    pytest.param(name, kind, marks=pytest.mark.slow if turn == index % 2 else [])
-    for index, name in enumerate(RECIPES)
-    for turn, kind in enumerate(("Q8_0", "Q4_K", "F16"))
-]
 
-
-@pytest.mark.parametrize(("name", "file_type"), ASKED)
+@pytest.mark.by_turns(3)
+@pytest.mark.parametrize("file_type", LIMITS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_mlx_answers_as_llama_cpp_does(name: str, file_type: str, tmp_path: Path) -> None:
     path = tiny_gguf.write(tmp_path / "tiny.gguf", RECIPES[name], GGMLQuantizationType[file_type])
     with GgufSource(path) as source:
@@ -49,6 +44,7 @@ def test_mlx_answers_as_llama_cpp_does(name: str, file_type: str, tmp_path: Path
     assert disagreement(model, path, PROMPT, near=limit) < limit
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_written_folder_is_the_same_model(name: str, tmp_path: Path) -> None:
     """mlx-lm's own loader, which sanitizes names again, makes the same logits of the folder."""
@@ -95,6 +91,7 @@ class _Ids(ChatModel):
         return PROMPT
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("name", RECIPES)
 def test_writers_of_the_file_are_those_that_probing_finds(name: str, tmp_path: Path) -> None:
     """Facts about llama.cpp's graphs and the forward pass of mlx-lm's model agree."""

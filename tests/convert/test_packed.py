@@ -30,7 +30,9 @@ TYPES = [
 
 # They are held as IQ2_XXS is, and ggml takes seconds to encode in some of them.
 OTHER_TYPES = [
-    pytest.param(kind, marks=pytest.mark.slow) if kind in (Q.IQ1_S, Q.IQ1_M) else kind
+    pytest.param(
+        kind, marks=pytest.mark.slow if kind in (Q.IQ1_S, Q.IQ1_M) else pytest.mark.by_turns(3)
+    )
     for kind in ggml_types.CODEBOOK_TYPES
     if kind != Q.IQ2_XXS
 ]
@@ -116,14 +118,6 @@ def test_tiny_and_huge_scales_lose_nothing(size: float, dtype: type) -> None:
     assert np.abs(np.array(again) - expected).max() < 1e-6 * np.abs(expected).max()
 
 
-#: Every type in a dense model and, by turns, in one of two mixtures of experts; the other is slow.
-PACKED = [
-    pytest.param(name, kind, marks=pytest.mark.slow if turn == index % 2 else [])
-    for index, kind in enumerate(TYPES)
-    for turn, name in enumerate(("mixtral", "gpt-oss", "qwen2"))
-]
-
-
 @pytest.fixture(scope="module")
 def floats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tiny")
@@ -133,19 +127,13 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("how", ["numpy", "mlx", "native"])
-@pytest.mark.parametrize(("name", "kind"), PACKED)
+@pytest.mark.by_turns(3)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", ["qwen2", "mixtral", "gpt-oss"])
 def test_a_packed_model_is_the_same_model(
-    name: str,
-    kind: Q,
-    how: str,
-    floats: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, kind: Q, floats: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it runs on a CPU (through NumPy), on a GPU, and there with MLX's own modules."""
-    native = how == "native"
-    monkeypatch.setattr(packed, "_on_cpu", lambda: how == "numpy")
     # Small chunks, so that products and experts are joined from several.
     monkeypatch.setattr(packed, "CHUNK", 256 * 150)
     path = tmp_path / "tiny.gguf"
@@ -157,21 +145,23 @@ def test_a_packed_model_is_the_same_model(
                 tensors[tensor] = Replacement(kind, entry.shape, lambda raw=raw: iter([raw]))
         rewrite(source, path, tensors=tensors)
     with GgufSource(path) as source:
-        plain = load(source, widen=True)
-        small = load(source, widen=False, native=native)
-    kinds = {type(module).__name__ for _, module in small.model.named_modules()}
-    if native and types.is_repacked(kind):
-        assert "QuantizedLinear" in kinds
-        assert "PackedLinear" not in kinds
-    else:
-        assert {"PackedLinear", "PackedEmbedding"} <= kinds
-        assert "QuantizedLinear" not in kinds
-    if name != "qwen2":
-        assert kinds & {"PackedSwitchLinear", "QuantizedSwitchLinear"}
-    difference = np.abs(logprobs(small.model, PROMPT) - logprobs(plain.model, PROMPT)).max()
-    assert difference < 0.01
+        plain = logprobs(load(source, widen=True).model, PROMPT)
+        for on_cpu, native in ((True, False), (False, False), (False, True)):
+            monkeypatch.setattr(packed, "_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+            small = load(source, widen=False, native=native).model
+            kinds = {type(module).__name__ for _, module in small.named_modules()}
+            if native and types.is_repacked(kind):
+                assert "QuantizedLinear" in kinds
+                assert "PackedLinear" not in kinds
+            else:
+                assert {"PackedLinear", "PackedEmbedding"} <= kinds
+                assert "QuantizedLinear" not in kinds
+            if name != "qwen2":
+                assert kinds & {"PackedSwitchLinear", "QuantizedSwitchLinear"}
+            assert np.abs(logprobs(small, PROMPT) - plain).max() < 0.01
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("scales", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize(
     ("bits", "group", "mode"),

@@ -167,6 +167,17 @@ def test_writers_are_found_in_files_without_reading_matrices(arch, tiny_folder):
     assert mx.get_active_memory() - before < weights / 20
 
 
+def test_probing_leaves_compiling_off_where_it_is(tiny_folder, monkeypatch):
+    """Whoever sets MLX_DISABLE_COMPILE may have no compiler."""
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    calls = []
+    twice = mx.compile(lambda x: calls.append(1) or 2 * x)
+    find_writers(load(tiny_folder("llama")))
+    for _ in range(2):
+        twice(mx.ones(3))
+    assert len(calls) == 2  # a compiled function is called once, to be traced
+
+
 def test_matrices_held_for_numpy_are_not_multiplied(tiny_folder, monkeypatch):
     """These compute when they are called, unlike MLX's own, so they must not be."""
     chat = load(tiny_folder("qwen3_moe"))

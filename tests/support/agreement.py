@@ -54,7 +54,7 @@ def disagreement(
     rows = logprobs(model, prompt + reply)[len(prompt) - 1 : -1]
     short = [float(row.max() - row[token]) for row, token in zip(rows, reply, strict=True)]
     assert max(short) < near, f"llama.cpp's token is {max(short):.3f} less likely in MLX"
-    steps = greedy(model, prompt, n)
+    steps = greedy(model, prompt, min(n, 12))  # past the end of every recipe's window
     own = logprobs(model, prompt + steps)[len(prompt) - 1 : -1]
     assert all(row.max() - row[token] < 1e-3 for row, token in zip(own, steps, strict=True))
     return max(
