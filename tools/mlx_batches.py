@@ -30,13 +30,15 @@ def document() -> str:
         "| Architecture | Replies are generated | Left out | Same replies | Apart |",
         "|---|---|---|---|---|",
     ]
-    for name in sorted([*zoo.architectures(), *zoo.VARIANTS], key=str.lower):
-        one = batches.outcome(name)
-        if one.way is None:
-            lines.append(f"| {name} | refused: {one.reason.replace('|', '')} | | | |")
-            continue
-        same = f"{one.same}/{len(batches.PROMPTS)} ({one.alone}/{len(batches.PROMPTS)})"
-        apart = "< 0.001" if one.apart < 1e-3 else f"{one.apart:.3f}"
-        left = ", ".join(one.left_out)
-        lines.append(f"| {name} | {one.way.value} | {left} | {same} | {apart} |")
-    return "\n".join(lines) + "\n"
+    names = sorted([*zoo.architectures(), *zoo.VARIANTS], key=str.lower)
+    return "\n".join([*lines, *map(row, names)]) + "\n"
+
+
+def row(name: str) -> str:
+    """The table's row of an architecture or a variant."""
+    one = batches.outcome(name)
+    if one.way is None:
+        return f"| {name} | refused: {one.reason.replace('|', '')} | | | |"
+    same = f"{one.same}/{len(batches.PROMPTS)} ({one.alone}/{len(batches.PROMPTS)})"
+    apart = "< 0.001" if one.apart < 1e-3 else f"{one.apart:.3f}"
+    return f"| {name} | {one.way.value} | {', '.join(one.left_out)} | {same} | {apart} |"

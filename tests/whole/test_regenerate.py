@@ -1,7 +1,7 @@
 """Derived documents are what their programs write.
 
 Those that take long are compared where their tables are tested (tests/models/test_zoo.py,
-tests/models/test_batches.py), so that nothing is computed twice.
+tests/models/test_batches.py, there by turns), so that nothing is computed twice.
 """
 
 from pathlib import Path
