@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -134,22 +135,49 @@ def square(values: np.ndarray) -> float:
     return math.fsum(squares(rows, -1))
 
 
-def moves(old: np.ndarray | Grid, new: np.ndarray | Grid) -> tuple[float, float]:
-    """Σ (w' − w)² and Σ w² over all weights; of grids no arrays of weights are made.
+@dataclass(frozen=True)
+class Compared:
+    """What is compared of a matrix before and after an edit.
+
+    Attributes:
+        before, after: its components, as `along` gives them.
+        moved: Σ (w' − w)².
+        squares: Σ w².
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    moved: float
+    squares: float
+
+
+def compare(
+    basis: np.ndarray, old: np.ndarray | Grid, new: np.ndarray | Grid, axis: int
+) -> Compared:
+    """Compare two matrices (R, n), w and w'; two grids in one pass over their codes.
 
     Args:
-        old, new: w and w', (R, n).
+        basis: the directions, (k, d).
+        old, new: float32, or grids.
+        axis: the axis of the residual stream.
     """
     if not (isinstance(old, Grid) and isinstance(new, Grid)):
-        before, after = (one.values() if isinstance(one, Grid) else one for one in (old, new))
-        return square(after - before), square(before)
+        first, second = (one.values() if isinstance(one, Grid) else one for one in (old, new))
+        found = along(basis, first, axis), along(basis, second, axis)
+        return Compared(*found, square(second - first), square(first))
     from abl_mlx.edits import projection_kernels as kernels
 
-    rows, n = old.shape
-    moved, squares = np.empty(rows, np.float64), np.empty(rows, np.float64)
-    both = of_grid(old), of_grid(new)
-    in_chunks(lambda p: kernels.grid_squares(*both, moved, squares, p.start, p.stop), rows, n)
-    return math.fsum(moved), math.fsum(squares)
+    basis = _plain(basis)
+    k, (rows, n) = len(basis), old.shape
+    lines = rows if axis == -1 else n
+    shape = (rows, k) if axis == -1 else (k, n)
+    before, after = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    sums = np.zeros((2, lines), np.float64)
+    work = kernels.both_across if axis == -1 else kernels.both_down
+    arguments = (basis, of_grid(old), of_grid(new), before, after, sums)
+    width = n if axis == -1 else min(rows, CHUNK // 512)
+    in_chunks(lambda part: work(*arguments, part.start, part.stop), lines, width)
+    return Compared(before, after, math.fsum(sums[0]), math.fsum(sums[1]))
 
 
 def orthonormal(directions: np.ndarray) -> np.ndarray:

@@ -124,28 +124,74 @@ def grid_across(basis, codes, scales, offsets, group, uniform, levels, out, firs
 
 
 @compiled()
-def grid_squares(old, new, moved, squares, first, last):
-    """Σ_j (w'_ij − w_ij)² and Σ_j w_ij² of the rows ``first`` to ``last``, float64 (R,).
+def _add_up(u, old, new, before, after):
+    """Add u w and u w' to sums."""
+    for j in range(old.shape[0]):
+        before[j] += u * old[j]
+        after[j] += u * new[j]
+
+
+@compiled()
+def _add_squares(old, new, moved, squares):
+    """Add (w' − w)² and w² to sums in float32, over a few rows or a part of a row."""
+    for j in range(old.shape[0]):
+        step = new[j] - old[j]
+        moved[j] += step * step
+        squares[j] += old[j] * old[j]
+
+
+@compiled()
+def both_down(basis, old, new, before, after, sums, first, last):
+    """`grid_down` of two grids in one pass, with Σ (w' − w)² and Σ w² of each column.
 
     Args:
-        old, new: codes, scales, offsets, group, uniformity and levels of two grids.
+        old, new: codes, scales, offsets, group, uniformity and levels of each grid.
+        before, after: (k, n), the results of `grid_down`.
+        sums: float64 (2, n), the squares.
     """
-    n = old[0].shape[1]
-    before, after = np.empty(n, F), np.empty(n, F)
-    ones, others = np.empty(_BLOCK, np.float64), np.empty(_BLOCK, np.float64)
+    k, d = basis.shape
+    parts = np.empty((2 * k + 2, _WIDTH), F)
+    totals, rows = np.empty((2 * k + 2, _WIDTH), np.float64), np.empty((2, _WIDTH), F)
+    for start in range(first, last, _WIDTH):
+        width = min(_WIDTH, last - start)
+        one, other = rows[0, :width], rows[1, :width]
+        totals[:] = 0
+        for top in range(0, d, _BLOCK):
+            parts[:] = 0
+            for i in range(top, min(d, top + _BLOCK)):
+                grid_values(old[0][i], old[1][i], old[2][i], old[3], old[4], old[5], start, one)
+                grid_values(new[0][i], new[1][i], new[2][i], new[3], new[4], new[5], start, other)
+                for a in range(k):
+                    _add_up(basis[a, i], one, other, parts[a], parts[k + a])
+                _add_squares(one, other, parts[2 * k], parts[2 * k + 1])
+            for a in range(2 * k + 2):
+                part, total = parts[a], totals[a]
+                for j in range(width):
+                    total[j] += part[j]
+        for a in range(k):
+            before[a, start : start + width] = totals[a, :width]
+            after[a, start : start + width] = totals[k + a, :width]
+        sums[:, start : start + width] = totals[2 * k :, :width]
+
+
+@compiled()
+def both_across(basis, old, new, before, after, sums, first, last):
+    """`both_down` along rows: (R, k), and squares (2, R)."""
+    n = basis.shape[1]
+    rows, parts = np.empty((2, n), F), np.empty((2, _BLOCK), F)
     for i in range(first, last):
-        grid_values(old[0][i], old[1][i], old[2][i], old[3], old[4], old[5], 0, before)
-        grid_values(new[0][i], new[1][i], new[2][i], new[3], new[4], new[5], 0, after)
-        ones[:] = 0
-        others[:] = 0
+        one, other = rows[0], rows[1]
+        grid_values(old[0][i], old[1][i], old[2][i], old[3], old[4], old[5], 0, one)
+        grid_values(new[0][i], new[1][i], new[2][i], new[3], new[4], new[5], 0, other)
+        across(basis, rows[:1], before[i : i + 1], 0, 1)
+        across(basis, rows[1:], after[i : i + 1], 0, 1)
+        parts[:] = 0
         for start in range(0, n, _BLOCK):
-            width = min(_BLOCK, n - start)
-            b, a = before[start : start + width], after[start : start + width]
-            for lane in range(width):
-                step = np.float64(a[lane] - b[lane])
-                ones[lane] += step * step
-                others[lane] += np.float64(b[lane]) * np.float64(b[lane])
-        moved[i], squares[i] = ones.sum(), others.sum()
+            stop = min(n, start + _BLOCK)
+            _add_squares(one[start:stop], other[start:stop], parts[0], parts[1])
+        for lane in range(_BLOCK):
+            sums[0, i] += np.float64(parts[0, lane])
+            sums[1, i] += np.float64(parts[1, lane])
 
 
 @compiled()

@@ -152,15 +152,11 @@ def leak(one: Edited, source: np.ndarray | Grid, written: np.ndarray | Grid) -> 
         values = [each.values() if isinstance(each, Grid) else each for each in (source, written)]
         return edit.leak(one.edit, one.writer, one.parameter, *map(mx.array, values))
     basis = numpy_of(one.edit.basis(one.writer))
-
-    def along(values: np.ndarray | Grid) -> np.ndarray:
-        return projection.along(basis, values, axis - 2).astype(np.float64)
-
-    before, after = along(source), along(written)
+    found = projection.compare(basis, source, written, axis - 2)
+    before, after = found.before.astype(np.float64), found.after.astype(np.float64)
     taken = one.edit.taken(one.writer, before, -2 if axis == 0 else -1)
-    moved, square = projection.moves(source, written)
     wanted = float(np.sum(taken * taken))
-    error = moved + 2 * float(np.sum(taken * (after - before))) + wanted
-    squares = square - 2 * float(np.sum(taken * before)) + wanted
+    error = found.moved + 2 * float(np.sum(taken * (after - before))) + wanted
+    squares = found.squares - 2 * float(np.sum(taken * before)) + wanted
     left = after - (before - taken)
     return Leak(float(np.sum(left * left)), wanted, max(error, 0.0), max(squares, 0.0))

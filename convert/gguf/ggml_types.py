@@ -131,7 +131,8 @@ def refit(
 
     Args:
         grid: a tensor's own grid, of this type.
-        values: float32, (R, n): the values to be written.
+        values: float32, (R, n): the values to be written; or those of a grid less a product, which
+            knows the groups that they leave. Then the codes stay, to be chosen by the caller.
         ggml_type: the grid's type.
         importance: float32, (n,): weights of the columns' squared errors; None for equal weights.
 
@@ -165,9 +166,9 @@ def refit(
     better = new.squared_error(wanted, weights) < old.squared_error(wanted, weights)
     if not better.any():
         return grid
-    raw = found.encode(grid)
+    raw = np.array(grid.frame) if isinstance(values, Less) else found.encode(grid)
     raw.reshape(count, found.size)[outside[better]] = new.frame[better]
-    return found.decode(raw, n)
+    return found.with_scales(grid, raw) if isinstance(values, Less) else found.decode(raw, n)
 
 
 def _fresh_blocks(
