@@ -58,16 +58,12 @@ def _search(z, slope, weight, kept, mu, kind, levels, mids, few, tolerance, scra
     z − μ slope. It falls as μ grows, in steps; so it is bracketed, then searched by false position,
     and the best value seen is kept. (The function is long because splitting it would hand a dozen
     numbers back and forth.)
-
-    Returns:
-        The multiplier, and how many weights differ in their level between the ends of the bracket;
-        ``active`` of scratch holds their indices.
     """
     moves, active, parts, lanes = scratch
     m0, f0 = mu, kept + level_sum(z, slope, weight, mu, kind, levels, mids, few, lanes)
     best, least = m0, abs(f0)
     if least <= tolerance:
-        return best, 0
+        return best
     # On average the values follow the line, so f falls by one as μ grows by one.
     step = f0 * F(1.5)
     m1 = m0 + step
@@ -86,7 +82,7 @@ def _search(z, slope, weight, kept, mu, kind, levels, mids, few, tolerance, scra
     between(z, slope, m0, m1, kind, levels, mids, few, moves)
     count = marked(moves, active)
     if f0 * f1 >= 0 or least <= tolerance:
-        return best, count
+        return best
     # From here on only the weights that can change are looked at.
     padded = (count + LANES - 1) // LANES * LANES
     zs, slopes, weights = parts[0, :padded], parts[1, :padded], parts[2, :padded]
@@ -124,7 +120,7 @@ def _search(z, slope, weight, kept, mu, kind, levels, mids, few, tolerance, scra
             m1, f1 = m, f
             f0 *= F(0.5) if side == -1 else F(1)
             side = -1
-    return best, count
+    return best
 
 
 @compiled()
@@ -139,7 +135,6 @@ def _line(w, s, inv, o, basis, weights, kind, levels, mids, few, codes, e, z, tu
     k, d = basis.shape
     moves, active, _, lanes = scratch
     mu, residual = np.zeros(k, F), np.zeros(k, F)
-    count = 0
     for i in range(d):
         z[i] = (e[i] - o[i]) * inv[i]
         e[i] = o[i] - w[i]
@@ -150,17 +145,14 @@ def _line(w, s, inv, o, basis, weights, kind, levels, mids, few, codes, e, z, tu
             if time > 0:
                 for i in range(d):
                     z[i] += mu[a] * slope[i]  # takes this direction's shift out of z
-            mu[a], count = _search(z, slope, weight, kept, mu[a], kind, levels, mids, few,
+            mu[a] = _search(z, slope, weight, kept, mu[a], kind, levels, mids, few,
                                    tolerance, scratch)  # fmt: skip
             for i in range(d):
                 z[i] -= mu[a] * slope[i]
     choose(z, w, s, o, kind, levels, mids, few, codes, e)
     for a in range(k):
         residual[a] = dot(basis[a], e, lanes)
-    # Weights near an edge are cheap to move, and they are few. Where they do not suffice, those
-    # are looked at whose step is as large as the residual, and then all.
-    if _finish(e, s, basis, weights, levels, codes, residual, tolerance, steps, active[:count]):
-        return
+    # A step that leaves nothing is as large as the residual, which few are.
     if k == 1 and kind == UNIFORM:
         size, weight = abs(residual[0]), slopes[1, 0]
         for i in range(weight.shape[0]):
