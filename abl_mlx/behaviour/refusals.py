@@ -106,6 +106,16 @@ def examine(reply: str, prompt: str | None = None) -> Finding:
     return Finding(Verdict.REFUSAL if _refuses(body, asked) else Verdict.ANSWER)
 
 
+def marker_of(reply: str) -> str | None:
+    """The words in the opening of a refusal that mark it as one, in lower case.
+
+    None where its whole text does, as of a lecture, and where a server withheld it.
+    """
+    opening = _without_quotations(_opening(without_loop(without_thoughts(reply) or "")[:6000]))
+    found = _marked(opening) or _WEAK.search(opening)
+    return None if found is None else found[0].strip()
+
+
 def declines_later(reply: str, prompt: str | None = None) -> bool:
     """Whether a reply that is an answer draws the conclusion, further on, that it will not help."""
     body = without_thoughts(reply)

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from abl_mlx.serving.door import Door
 from abl_mlx.studio.desk import Desk, Event, Job
+from abl_mlx.studio.dropped import Dropped
 
 STATIC = Path(__file__).with_name("static")
 
@@ -104,14 +105,16 @@ class Reports:
 
 
 def app(
-    desk: Desk, about: Callable[[], Event], reports: Reports, door: Door, token: str
-) -> ASGIApp:
+    desk: Desk, about: Callable[[], Event], reports: Reports, dropped: Dropped, door: Door,
+    token: str,
+) -> ASGIApp:  # fmt: skip
     """The web app.
 
     Args:
         desk: does the work of a POST to ``/api/NAME``, whose events are sent as they come.
         about: what the page is told of the model.
         reports: the pages under ``/report``.
+        dropped: takes the files that are sent to ``/api/drop``.
         door: who is let in.
         token: the secret of the printed address.
     """
@@ -124,6 +127,7 @@ def app(
 
     routes = [
         Route("/api/about", told),
+        Route("/api/drop", dropped.take, methods=["POST"]),
         Route("/api/{name}", posted, methods=["POST"]),
         Route("/report/{name}", reports.send),
         *(Route(f"/{name}", _file(place)) for name, place in files().items()),

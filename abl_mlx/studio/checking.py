@@ -1,4 +1,4 @@
-"""The audit of a file that is named."""
+"""The audit of a model that is named, or of a file that was dropped on the page."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ from abl_mlx.reports.page_audit import audit_page
 from abl_mlx.reports.replay import command_line
 from abl_mlx.studio import asked
 from abl_mlx.studio.desk import Event
+from abl_mlx.studio.dropped import Dropped
 from convert.base.errors import UserError
 
 
-def audited(_: Steered, body: Mapping[str, Any], keep: Callable[[str], str]) -> Iterator[Event]:
+def audited(
+    _: Steered, body: Mapping[str, Any], keep: Callable[[str], str], dropped: Dropped
+) -> Iterator[Event]:
     """Yield the verdict on a model's weights, and the address of a page with its evidence.
 
     Args:
-        body: a request with ``model``, named as on the command line.
+        body: a request with ``model``, named as on the command line, or ``dropped``, the number of
+            a dropped file, which is deleted at the end.
         keep: takes a page and gives its address.
+        dropped: the dropped files.
     """
-    model = asked.text(body, "model").strip()
+    with dropped.file(body.get("dropped")) as path:
+        yield from _audited(str(path or asked.text(body, "model").strip()), keep)
+
+
+def _audited(model: str, keep: Callable[[str], str]) -> Iterator[Event]:
     if not model:
         raise UserError("name a model: a folder, a .gguf file or a Hugging Face id.")
     yield {"told": "reading the weights"}

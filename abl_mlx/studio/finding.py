@@ -15,9 +15,7 @@ def found(steered: Steered, body: Mapping[str, Any]) -> Iterator[Event]:
     """Yield the charts of `measure --plot` as SVG, and the measurement's record."""
     record = measured(steered.direction)
     drawn = figures.measure_charts(record)
-    title = f"{steered.name}: refusal by layer"
     yield {
-        "svg": charts.sheet(drawn, title) if drawn else None,
-        "charts": [one.title for one in drawn],
+        "charts": [{"title": one.title, "svg": charts.sheet([one], one.title)} for one in drawn],
         "record": record.json,
     }

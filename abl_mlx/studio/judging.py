@@ -1,12 +1,13 @@
-"""Refusals before and after an edit, prompt by prompt."""
+"""Refusals and small tasks before and after an edit, prompt by prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from abl_mlx.behaviour.refusals import examine
+from abl_mlx.behaviour import capability
+from abl_mlx.behaviour.refusals import Verdict, examine, marker_of
 from abl_mlx.commands.session import Steered
 from abl_mlx.inputs.sets import Prompt, PromptSets
 from abl_mlx.models import generation
@@ -31,21 +32,44 @@ def judged(
     limit = asked.whole(body, "limit", 8, 1, 512)
     longest = asked.whole(body, "max_tokens", 64, 1, 4096)
     prompts = _chosen(sets(), limit)
+    names = iter(prompts)
     yield {"total": len(prompts)}
-    for start in range(0, len(prompts), _BATCH):
-        some = prompts[start : start + _BATCH]
-        before = _replies(steered, some, longest)
-        yield {}
-        with chosen.steered.turned(chosen.strength) if chosen.strength else nullcontext():
-            after = _replies(steered, some, longest)
-        for (name, prompt), first, second in zip(some, before, after, strict=True):
+    for found in _both(chosen, [prompt for _, prompt in prompts], longest):
+        yield {}  # other work takes its turn
+        for prompt, first, second in found:
+            name, _ = next(names)
             yield {
                 "set": name,
                 "category": prompt.category,
                 "prompt": prompt.text,
-                "before": {"text": first, "verdict": examine(first, prompt.text).verdict.value},
-                "after": {"text": second, "verdict": examine(second, prompt.text).verdict.value},
+                "before": _verdict(first, prompt),
+                "after": _verdict(second, prompt),
             }
+
+
+def _verdict(reply: str, prompt: Prompt) -> dict[str, Any]:
+    verdict = examine(reply, prompt.text).verdict
+    marker = marker_of(reply) if verdict is Verdict.REFUSAL else None
+    return {"text": reply, "verdict": verdict.value, "marker": marker}
+
+
+def capable(steered: Steered, body: Mapping[str, Any]) -> Iterator[Event]:
+    """Yield how many tasks of `eval --capability` were done, and the right ones of each group.
+
+    ``capability`` has, for each group, how many replies were right before and after the edit, and
+    how many tasks there are.
+    """
+    chosen, tasks = asked.edited(steered, body), iter(capability.tasks())
+    prompts = [steered.prompt(task.prompt) for task in capability.tasks()]
+    right = {name: [0, 0, 0] for name in capability.GROUPS}
+    yield {"total": len(prompts)}
+    for found in _both(chosen, prompts, capability.MAX_TOKENS):
+        for _, *replies in found:
+            task = next(tasks)
+            for side, reply in enumerate(replies):
+                right[task.group][side] += capability.right(task, reply)
+            right[task.group][2] += 1
+        yield {"capability": right}
 
 
 def examples(
@@ -67,8 +91,20 @@ def _chosen(sets: PromptSets, limit: int) -> list[tuple[str, Prompt]]:
     return [(name, one) for name, group in groups.items() for one in group.prompts[:limit]]
 
 
-def _replies(steered: Steered, some: list[tuple[str, Prompt]], longest: int) -> list[str]:
+def _both(
+    chosen: asked.Edited, prompts: Sequence[Prompt], longest: int
+) -> Iterator[list[tuple[Prompt, str, str]]]:
+    """Yield prompts with their replies before and after the edit, a batch at a time."""
+    for start in range(0, len(prompts), _BATCH):
+        some = prompts[start : start + _BATCH]
+        before = _replies(chosen.steered, some, longest)
+        with chosen.steered.turned(chosen.strength) if chosen.strength else nullcontext():
+            after = _replies(chosen.steered, some, longest)
+        yield list(zip(some, before, after, strict=True))
+
+
+def _replies(steered: Steered, some: Sequence[Prompt], longest: int) -> list[str]:
     chat = steered.chat
-    tokens = [chat.encode(prompt) for _, prompt in some]
+    tokens = [chat.encode(prompt) for prompt in some]
     replies = generation.generate(chat, tokens, longest, batch_size=_BATCH)
     return [chat.tokenizer.decode(reply) for reply in replies]

@@ -23,6 +23,7 @@ from convert.base.errors import UserError
 if TYPE_CHECKING:  # the page is served before the heavy imports
     from abl_mlx.choices import SteerOptions
     from abl_mlx.studio.app import Reports
+    from abl_mlx.studio.dropped import Dropped
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ def launch(text: str, options: SteerOptions, *, port: int = 0, opens: bool = Tru
         UserError: when the model or the direction cannot be loaded, or the port is taken.
     """
     desk = Desk()
-    with served(desk, text, options, port) as (place, reports):
+    with served(desk, text, options, port) as (place, reports, dropped):
         say(f"the studio is at {place.url}; Ctrl-C ends it")
         if opens:
             webbrowser.open(place.url)
         try:
-            desk.run(partial(_load, text, options, reports))
+            desk.run(partial(_load, text, options, reports, dropped))
         except KeyboardInterrupt:
             interrupts.forget()
             say("stopped")
@@ -70,10 +71,10 @@ def launch(text: str, options: SteerOptions, *, port: int = 0, opens: bool = Tru
 @contextmanager
 def served(
     desk: Desk, text: str, options: SteerOptions, port: int
-) -> Iterator[tuple[Place, Reports]]:
+) -> Iterator[tuple[Place, Reports, Dropped]]:
     """Context manager in which the pages are served; the work is done where the desk runs.
 
-    It yields where, and the keeper of further pages.
+    It yields where, and what keeps further pages and dropped files.
 
     Raises:
         UserError: when the web server is not installed, or the port is taken.
@@ -83,11 +84,12 @@ def served(
     import uvicorn
 
     from abl_mlx.studio.app import Reports, app
+    from abl_mlx.studio.dropped import Dropped
 
     with _listening(port) as listener:
         place = Place(listener.getsockname()[1], secrets.token_urlsafe(24))
-        reports = Reports()
-        web = app(desk, lambda: about(desk, text, options), reports, Door(), place.token)
+        reports, dropped = Reports(), Dropped()
+        web = app(desk, lambda: about(desk, text, options), reports, dropped, Door(), place.token)
         settings = uvicorn.Config(
             web, log_level="error", access_log=False, server_header=False, lifespan="off",
             timeout_graceful_shutdown=1,
@@ -96,17 +98,17 @@ def served(
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:
-            yield place, reports
+            yield place, reports, dropped
         finally:
             server.should_exit = True
             thread.join(5)
 
 
-def _load(text: str, options: SteerOptions, reports: Reports) -> Loaded:
+def _load(text: str, options: SteerOptions, reports: Reports, dropped: Dropped) -> Loaded:
     from abl_mlx.commands import session
     from abl_mlx.studio.works import works
 
-    return Loaded(session.load(text, options), works(text, options, reports))
+    return Loaded(session.load(text, options), works(text, options, reports, dropped))
 
 
 @contextmanager

@@ -14,15 +14,17 @@ from abl_mlx.outputs.model_file import find_model
 from abl_mlx.studio import checking, finding, judging, looking, talking, writing
 from abl_mlx.studio.app import Reports
 from abl_mlx.studio.desk import Event, Work
+from abl_mlx.studio.dropped import Dropped
 
 
-def works(text: str, options: SteerOptions, reports: Reports) -> dict[str, Work]:
+def works(text: str, options: SteerOptions, reports: Reports, dropped: Dropped) -> dict[str, Work]:
     """Name -> work.
 
     Args:
         text: the model, as the user typed it.
         options: those of the command line.
         reports: keeps pages that work makes.
+        dropped: the files that were dropped on the page.
     """
     sets = lru_cache(None)(lambda: _sets(text, options))
     return {
@@ -32,14 +34,15 @@ def works(text: str, options: SteerOptions, reports: Reports) -> dict[str, Work]
         "find": finding.found,
         "examples": _with(judging.examples, sets),
         "judge": _with(judging.judged, sets),
-        "check": _with(checking.audited, reports.keep),
+        "capability": judging.capable,
+        "check": _with(checking.audited, reports.keep, dropped),
         "write": _with(writing.written, options),
     }
 
 
-def _with(work: Callable[..., Iterator[Event]], more: Any) -> Work:
+def _with(work: Callable[..., Iterator[Event]], *more: Any) -> Work:
     def given(steered: Steered, body: Mapping[str, Any]) -> Iterator[Event]:
-        return work(steered, body, more)
+        return work(steered, body, *more)
 
     return given
 

@@ -22,16 +22,17 @@ def written(steered: Steered, body: Mapping[str, Any], options: SteerOptions) ->
     """Yield the command that writes the edit; with ``write`` also write it, and yield what was.
 
     Args:
-        body: a request with ``output``, ``layers``, ``strength`` and ``direction``, the place for
-            the direction file if the direction was measured here.
+        body: a request with ``output``, the fields of `asked.edited`, and ``direction``, the place
+            for the direction file if the direction was measured or chosen here.
         options: those of the command line.
     """
     output = asked.text(body, "output").strip()
     if not output:
         raise UserError("name an output: a folder, NAME.gguf, NAME.lora.gguf or NAME.adapter.")
-    given = options.direction
+    chosen = asked.edited(steered, body)
+    direction = chosen.steered.direction
+    given = options.direction if direction is steered.direction else None
     place = given or Path(asked.text(body, "direction").strip() or "direction.safetensors")
-    chosen = asked.edited(steered, {**body, "layer": None, "rank": None})
     if chosen.strength < 0:
         raise UserError("weights have no negative strength here: choose one above 0.")
     editing = replace(chosen.steered.editing, strength=chosen.strength)
@@ -43,8 +44,8 @@ def written(steered: Steered, body: Mapping[str, Any], options: SteerOptions) ->
         return
     if given is None:
         claim(place)
-        direction_file.save(place, steered.direction)
+        direction_file.save(place, direction)
     record = measure_apply.apply(
-        steered.direction, steered.name, [Path(output)], ApplyOptions(editing=editing)
+        direction, steered.name, [Path(output)], ApplyOptions(editing=editing)
     )
     yield {"written": [one.json for one in record.written]}

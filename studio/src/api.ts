@@ -68,3 +68,12 @@ export async function once(name: string, body: object): Promise<Event> {
   for await (const event of work(name, body)) last = event;
   return last;
 }
+
+/** Copy a file to the server, which keeps it until it was read; gives its number there. */
+export async function drop(file: File): Promise<number> {
+  const answer = await fetch(`/api/drop?${new URLSearchParams({ name: file.name })}`, {
+    method: "POST", headers: headers(), body: file,
+  });
+  if (!answer.ok) throw await refused(answer);
+  return (await answer.json()).dropped;
+}

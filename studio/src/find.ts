@@ -23,7 +23,9 @@ async function draw(element: HTMLElement, about: About): Promise<void> {
       element,
       table("The direction", ["what", "value"], facts.filter(([, value]) => value !== null && value !== undefined)
         .map(([name, value]) => [name, String(value)])),
-      found.svg ? picture(found.svg, found.charts) : h("p", {}, "This direction file has no figures by layer."),
+      found.charts.length
+        ? h("div", { class: "row" }, ...(found.charts as Chart[]).map(picture))
+        : h("p", {}, "This direction file has no figures by layer."),
       h("details", {}, h("summary", {}, "The record"), h("pre", {}, JSON.stringify(record, null, 1))),
     );
   } catch (error) {
@@ -31,12 +33,16 @@ async function draw(element: HTMLElement, about: About): Promise<void> {
   }
 }
 
+interface Chart {
+  title: string;
+  svg: string;
+}
+
 /** An SVG as an image, which runs nothing. */
-function picture(svg: string, names: string[]): HTMLElement {
+function picture(chart: Chart): HTMLElement {
   const image = h("img", {
-    src: URL.createObjectURL(new Blob([svg], { type: "image/svg+xml" })),
-    alt: `Charts: ${names.join("; ")}`, class: "charts",
+    src: URL.createObjectURL(new Blob([chart.svg], { type: "image/svg+xml" })), alt: `Chart: ${chart.title}`, class: "charts",
   });
   image.addEventListener("load", () => URL.revokeObjectURL(image.src));
-  return h("div", { class: "scroll" }, image);
+  return image;
 }

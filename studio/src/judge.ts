@@ -10,6 +10,8 @@ const VERDICTS = ["refusal", "answer", "broken"];
 interface Reply {
   text: string;
   verdict: string;
+  /** The words that mark a refusal. */
+  marker: string | null;
   byHand?: boolean;
 }
 
@@ -28,6 +30,7 @@ export function judge(about: About): HTMLElement {
   const bar = h("progress", { max: 1, value: 0, hidden: true, "aria-label": "Replies" });
   const summary = h("div", { class: "scroll" });
   const list = h("div", { class: "scroll" });
+  const capable = h("div", { class: "scroll" });
   const rows: Row[] = [];
   let stop: AbortController | null = null;
 
@@ -49,7 +52,8 @@ export function judge(about: About): HTMLElement {
       row[side] = { ...row[side], verdict: select.value, byHand: true };
       count();
     });
-    return h("div", {}, select, h("p", { class: "text" }, row[side].text));
+    return h("div", {}, select, row[side].marker && h("span", { class: "note" }, ` by “${row[side].marker}”`),
+      h("p", { class: "text" }, row[side].text));
   };
 
   const body = h("tbody");
@@ -71,7 +75,7 @@ export function judge(about: About): HTMLElement {
         rows.push(row);
         bar.value = rows.length;
         body.append(h("tr", {}, h("td", {}, row.set), h("td", {}, row.category), h("td", { class: "text" }, row.prompt),
-          h("td", {}, verdict(row, "before")), h("td", {}, verdict(row, "after"))));
+          h("td", { "data-label": "before" }, verdict(row, "before")), h("td", { "data-label": "after" }, verdict(row, "after"))));
         status.textContent = `${rows.length} of ${bar.max} prompts`;
         count();
       }
@@ -80,7 +84,22 @@ export function judge(about: About): HTMLElement {
     }
     bar.hidden = true;
   };
-  fill(list, h("table", {}, h("caption", {}, "Replies"), h("thead", {}, h("tr", {},
+  const tasks = async () => {
+    stop?.abort();
+    const mine = (stop = new AbortController());
+    fill(capable, h("p", { role: "status" }, "asking both models small tasks …"));
+    try {
+      for await (const one of work("capability", { ...edit }, mine.signal)) {
+        if (!one.capability) continue;
+        const groups = Object.entries(one.capability as Record<string, [number, number, number]>);
+        fill(capable, table("Right answers to small tasks", ["tasks", "before", "after"],
+          groups.map(([name, [before, after, count]]) => [name, `${before} of ${count}`, `${after} of ${count}`])));
+      }
+    } catch (error) {
+      capable.append(h("p", { role: "status" }, mine.signal.aborted ? "stopped" : sentence(error)));
+    }
+  };
+  fill(list, h("table", { class: "replies" }, h("caption", {}, "Replies"), h("thead", {}, h("tr", {},
     ...["set", "category", "prompt", "before", "after"].map((one) => h("th", { scope: "col" }, one)))), body));
   return h(
     "div", { class: "judge" },
@@ -88,8 +107,9 @@ export function judge(about: About): HTMLElement {
     h("form", { class: "row", onsubmit: run as EventListener },
       field("Prompts of each set", limit), field("Longest reply in tokens", longest),
       h("button", { type: "submit" }, "Judge"),
+      h("button", { type: "button", onclick: () => void tasks() }, "Capability"),
       h("button", { type: "button", onclick: () => stop?.abort() }, "Stop"),
       h("button", { type: "button", onclick: () => download("labels.json", rows) }, "Export labels")),
-    status, bar, summary, list,
+    status, bar, summary, capable, list,
   );
 }

@@ -8,13 +8,12 @@ import { sentence } from "./sentence";
 export function write(about: About): HTMLElement {
   const output = h("input", { type: "text", id: "output", required: true, size: 40, placeholder: "edited/ or edited.gguf or edit.lora.gguf" });
   const direction = h("input", { type: "text", id: "direction", size: 30 });
-  direction.value = about.direction ?? "direction.safetensors";
-  direction.disabled = about.direction !== null;
+  direction.value = "direction.safetensors";
   const result = h("div", { role: "status" });
   const run = async (event: globalThis.Event | null, writes: boolean) => {
     event?.preventDefault();
     if (!output.reportValidity()) return;
-    const asked = { output: output.value, direction: direction.value, strength: edit.strength, layers: edit.layers, write: writes };
+    const asked = { output: output.value, direction: direction.value, ...edit, write: writes };
     fill(result);
     try {
       for await (const one of work("write", asked)) show(one);
@@ -34,7 +33,7 @@ export function write(about: About): HTMLElement {
     controls(about, () => undefined),
     h("form", { class: "row", onsubmit: ((event: globalThis.Event) => run(event, true)) as EventListener },
       field("Output: the ending chooses the format", output),
-      field(about.direction ? "Direction file, as given" : "Direction file, written first", direction),
+      field(about.direction ? `Direction file, written if it is not ${about.direction}` : "Direction file, written first", direction),
       h("button", { type: "button", onclick: () => void run(null, false) }, "Show the command"),
       h("button", { type: "submit" }, "Write")),
     result,

@@ -1,5 +1,6 @@
 """`abl-mlx studio demo`: its routes by plain HTTP, and its views in a browser."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -27,9 +28,14 @@ HTML = '<img src=x onerror="window.ran=1"><b>bold</b>'
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory):
-    direction = tmp_path_factory.mktemp("direction") / "direction.safetensors"
-    abl_mlx("measure", "demo", "--layer", 2, "-o", direction, "--limit", 16)
+def direction(tmp_path_factory):
+    place = tmp_path_factory.mktemp("direction") / "direction.safetensors"
+    abl_mlx("measure", "demo", "--layer", 2, "-o", place, "--limit", 16)
+    return place
+
+
+@contextlib.contextmanager
+def started(direction):
     command = [sys.executable, "-m", "abl_mlx", "studio", "demo", "--no-open"]
     process = subprocess.Popen(
         [*command, "--direction", str(direction)], stderr=subprocess.PIPE, text=True
@@ -40,16 +46,24 @@ def studio(tmp_path_factory):
             r"(http://127\.0\.0\.1:(\d+)/#/talk\?token=(\S+));", line
         ).groups()
         found = SimpleNamespace(url=url, port=int(port), token=token, process=process)
+        about = json.loads(call(found, "GET", "/api/about")[1])
+        assert about["ready"] or about["doing"]
         while not json.loads(call(found, "GET", "/api/about")[1])["ready"]:
             time.sleep(0.1)
         yield found
-        process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-        assert rest.splitlines()[-1] == "stopped"
-        assert process.wait() == 0
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def studio(direction):
+    with started(direction) as found:
+        yield found
+        found.process.send_signal(signal.SIGINT)
+        rest = found.process.stderr.read()
+        assert rest.splitlines()[-1] == "stopped"
+        assert found.process.wait() == 0
 
 
 def call(studio, method, path, body=None, **headers):
@@ -137,10 +151,14 @@ def test_find_judge_and_write(studio, tmp_path):
     harmful = [one for one in rows if one["set"] == "harmful"]
     assert {one["before"]["verdict"] for one in harmful} == {"refusal"}
     assert {one["after"]["verdict"] for one in harmful} == {"answer"}
+    assert all("cannot" in one["before"]["marker"] for one in harmful)
+    assert {one["after"]["marker"] for one in harmful} == {None}
     output = tmp_path / "edited.lora.gguf"
     (told,) = events(studio, "write", output=str(output), strength=0.5)
     assert told["command"].startswith("abl-mlx apply ")
     assert "--strength 0.5" in told["command"]
+    (other,) = events(studio, "write", output=str(output), layer=1, direction="other.safetensors")
+    assert "other.safetensors" in other["command"]
     folder = tmp_path / "edited"
     *_, written = events(studio, "write", output=str(folder), write=True)
     assert written["written"][0]["output"] == str(folder)
@@ -151,6 +169,30 @@ def test_find_judge_and_write(studio, tmp_path):
     assert page.status == 200
     assert "sandbox" in page.getheader("Content-Security-Policy")
     assert verdict["verdict"] in text
+
+
+def test_a_dropped_file_is_checked_once(studio, tmp_path):
+    abl_mlx("convert", "demo", tmp_path / "model.gguf")
+    whole = (tmp_path / "model.gguf").read_bytes()
+    for name, raw, status in (("x.txt", b"x", 400), ("../model.gguf", whole, 200)):
+        connection = http.client.HTTPConnection("127.0.0.1", studio.port, timeout=60)
+        sent = {"Authorization": f"Bearer {studio.token}"}
+        connection.request("POST", f"/api/drop?name={name}", raw, sent)
+        answer = connection.getresponse()
+        assert answer.status == status
+        said = json.loads(answer.read())
+        connection.close()
+    *_, verdict = events(studio, "check", dropped=said["dropped"])
+    assert verdict["verdict"] == "not edited"
+    for number, told in ((said["dropped"], "read already"), (99, "no such file"), ("0", "no such")):
+        assert told in events(studio, "check", dropped=number)[-1]["error"]
+
+
+@pytest.mark.slow
+def test_small_tasks_before_and_after(studio):
+    found = events(studio, "capability")[-1]["capability"]
+    assert {count for *_, count in found.values()} == {20}
+    assert all(before == after for before, after, _ in found.values())
 
 
 @pytest.mark.parametrize(
@@ -292,3 +334,36 @@ def test_a_wrong_token_is_told(studio, chromium):
     chromium.visit(f"http://127.0.0.1:{studio.port}/#/talk?token=wrong")
     said = chromium.wait("document.querySelector('.error')?.textContent")
     assert "The token is wrong" in said
+
+
+@CHROMIUM
+@pytest.mark.slow
+def test_two_tabs_have_conversations_of_their_own(studio, chromium, sets, tmp_path):
+    asked = [sets.harmful.test.prompts[0], sets.harmful.test.prompts[1]]
+    other = browser.Browser(tmp_path)
+    try:
+        for tab, prompt in zip((chromium, other), asked, strict=True):
+            opened(tab, studio, "talk")
+            ask(tab, prompt.text)
+        for tab, prompt in zip((chromium, other), asked, strict=True):
+            tab.wait(ENDED)
+            texts = tab.value(f"{REPLIES}.map(one => one.querySelector('.text').textContent)")
+            assert texts[1] == prompt.answer
+            nothing_from_elsewhere(tab, studio)
+    finally:
+        other.close()
+
+
+@CHROMIUM
+@pytest.mark.slow
+def test_a_server_that_is_killed_while_it_replies(direction, chromium):
+    with started(direction) as studio:
+        opened(chromium, studio, "talk")
+        chromium.value("document.querySelector('#temperature').value = 5")
+        chromium.value("document.querySelector('#longest').value = 100000")
+        ask(chromium, "a")
+        chromium.wait(f"{REPLIES}.length === 2 && {REPLIES}[1].textContent.length > 40")
+        studio.process.kill()
+        chromium.wait(f"{REPLIES}.every(one => one.querySelector('.error'))")
+        assert "The server does not answer" in chromium.value(f"{REPLIES}[1].textContent")
+        assert not chromium.value(f"{REPLIES}.some(one => one.hasAttribute('aria-busy'))")
