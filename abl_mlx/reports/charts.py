@@ -169,9 +169,9 @@ def svg(chart: Chart) -> str:
 
 def sheet(charts: Sequence[Chart], title: str) -> str:
     """Several charts, two side by side, as an SVG file of its own, light or dark by the reader's
-    choice."""
-    rows = -(-len(charts) // 2)
-    width, height = 2 * WIDTH + 40, rows * (HEIGHT + 34) + 50
+    choice. A chart whose title is that of the sheet has it once."""
+    across, rows = min(2, len(charts)), -(-len(charts) // 2)
+    width, height = across * (WIDTH + 20), rows * (HEIGHT + 34) + 50
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
         f'width="{width:g}" height="{height:g}" role="img" aria-label="{escape.html(title)}">',
@@ -182,7 +182,8 @@ def sheet(charts: Sequence[Chart], title: str) -> str:
     for index, chart in enumerate(charts):
         x, y = 10 + (index % 2) * (WIDTH + 20), 60 + (index // 2) * (HEIGHT + 34)
         parts.append(f'<g transform="translate({x:g} {y:g})">')
-        parts.append(f'<text class="name" x="6" y="0">{escape.html(chart.title)}</text>')
+        if chart.title != title:
+            parts.append(f'<text class="name" x="6" y="0">{escape.html(chart.title)}</text>')
         parts.append(f"{_inside(chart)}</g>")
     return "".join([*parts, "</svg>\n"])
 
