@@ -80,7 +80,7 @@ def options() -> set[str]:
 
 
 #: Flags of other programs: llama.cpp, the benchmarks, tools.regenerate.
-FOREIGN = {"--control-vector", "--mmproj", "--table", "--write", "--only", "--check"}
+FOREIGN = {"--check", "--control-vector", "--history", "--mmproj", "--only", "--table", "--write"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
