@@ -343,7 +343,7 @@ def gains(energies: np.ndarray, reach: float) -> np.ndarray:
     return np.asarray(np.log1p(reach / (np.maximum(energies, 0) + FLOOR)))
 
 
-def _score(energies: np.ndarray, reach: float) -> float:
+def score(energies: np.ndarray, reach: float) -> float:
     """The mean gain without the largest one, because at least two writers must agree."""
     each = gains(energies, reach)
     if len(each) < 2:
@@ -370,7 +370,7 @@ def _climb(forms: Forms, v: np.ndarray, reach: float) -> Found:
         if value <= best + 1e-4:
             break
         v, energies, best = turned, tried, value
-    return Found(v, _score(energies, reach), energies)
+    return Found(v, score(energies, reach), energies)
 
 
 def _weakest(held: np.ndarray, alone: np.ndarray, start: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,8 +177,10 @@ def judge(
     evidence = _evidence(verdict, limits, best, takes_part, layers, strength, model)
     if structural:
         evidence += [f"left out: {why}" for why in sorted(structural)]
-    if verdict == NOT_EDITED:
+    unseen = not_seen_below(energies, writers, tests) if verdict == NOT_EDITED else None
+    if unseen is not None:
         layers, takes_part = [], np.zeros(len(writers), bool)
+        evidence.append(_blind(unseen))
     return Weights(
         verdict=verdict,
         evidence=evidence,
@@ -197,11 +199,63 @@ def judge(
             )
             for (limits, one), v in zip(tests, verdicts, strict=True)
         },
+        not_seen_below=unseen,
         writers={
             one.name: AuditedWriter(energy=float(e), of_mean=float(e / mean), type=one.type)
             for one, e, mean in zip(writers, along, energies.means, strict=True)
         },
     ), recovered
+
+
+def not_seen_below(
+    energies: Energies, writers: Sequence[StreamWeight], tests: Sequence[tuple[Limits, Gap]]
+) -> dict[str, float]:
+    """Below which strength an edit of this model does not show, where it was not edited.
+
+    An edit of strength α along a usual direction leaves (1 − α)² of each writer's mean energy. Its
+    score is compared with those of the directions that this model is weakest along by chance: it
+    shows if the verdict on them were at least "cannot tell". docs/audit.md compares this with
+    edits that were made.
+
+    Args:
+        energies: the energies of all writers.
+        writers: the writers.
+        tests: the searches' limits and gaps.
+
+    Returns:
+        Which layers are edited -> that strength, in steps of 0.05; 1 if no edit of them shows.
+    """
+    layers = sorted({one.layer for one in writers} - {-1})
+    parts = {
+        "all layers": {-1, *layers},
+        "every other layer": set(layers[::2]),
+        "one layer": set(layers[len(layers) // 2 :][:1]),
+    }
+    found = dict.fromkeys(parts, 1.0)
+    for name, some in parts.items():
+        inside = np.array([one.layer in some for one in writers])
+        for percent in range(5, 100, 5):
+            left = np.where(inside, (1 - percent / 100) ** 2, 1.0) * energies.means
+            if any(_stands_out(left, limits, chance) for limits, chance in tests):
+                found[name] = percent / 100
+                break
+    return found
+
+
+def _stands_out(left: np.ndarray, limits: Limits, chance: Gap) -> bool:
+    """Whether a direction with these energies would be noticed among those there by chance."""
+    score = spectrum.score(left, limits.reach)
+    others = [one.score for one in chance.all[:6]]
+    planted = Found(np.empty(0), score, left)
+    gap = Gap(1, score - others[0], others[0] - others[-1], [planted], [planted, *chance.all])
+    return _of_gap(limits, gap) != NOT_EDITED
+
+
+def _blind(below: Mapping[str, float]) -> str:
+    """What `not_seen_below` says, as a sentence."""
+    weak = [f"of {name} below about {one:g}" for name, one in below.items() if one < 1]
+    none = [f"of {name}" for name, one in below.items() if one == 1]
+    return f"what does not show in this model without its base: edits {', '.join(weak + none)}"
 
 
 def _in_stream(energies: Energies, found: Sequence[Found]) -> np.ndarray:

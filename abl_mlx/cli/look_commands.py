@@ -240,7 +240,7 @@ def learn(
 
 
 @cli.command()
-@click.argument("record", type=HERE)
+@click.argument("record")
 @click.option(
     "-o",
     "--output",
@@ -259,12 +259,12 @@ def learn(
     help="Also measure the direction again, and show how far it lies from the record's.",
 )
 @json_flag
-def reproduce(record: Path, output: Path | None, as_json: bool, **given: Any) -> None:
+def reproduce(record: str, output: Path | None, as_json: bool, **given: Any) -> None:
     """Make the edit of RECORD again and compare every byte with the hashes that it holds.
 
-    RECORD is the abl.json that `run` or `apply` wrote, or the folder or GGUF with it. It holds the
-    directions, so that only the base model is needed. Tensors that differ are named, with what may
-    be the reason.
+    RECORD is the abl.json that `run` or `apply` wrote, or the folder, GGUF or Hugging Face
+    repository with it. It holds the directions, so that only the base model is needed. Tensors that
+    differ are named, with what may be the reason.
 
     \b
     abl-mlx reproduce abl.json --base Model -o edited/
@@ -275,7 +275,7 @@ def reproduce(record: Path, output: Path | None, as_json: bool, **given: Any) ->
     from abl_mlx.commands import reproduce as again
 
     def work() -> Any:
-        return again.reproduce(str(record), output, **given)
+        return again.reproduce(record, output, **given)
 
     if answer(as_json, again.table, work).differs:
         sys.exit(NOT_MET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.commands.measure_apply import apply, measure
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.inputs import hub, sources
+from abl_mlx.inputs.hub import Reference
 from abl_mlx.outputs import reproduction, staging
 from abl_mlx.records.edits import OutputHashes, ReproduceRecord, Reproduction
 from abl_mlx.support.arrays import numpy_of
@@ -61,7 +64,8 @@ def reproduce(
     """Make the edit of a record again, and say whether every byte is the same.
 
     Args:
-        text: the record (abl.json), or the folder or GGUF that it lies in or beside.
+        text: the record (abl.json), or the folder or GGUF that it lies in or beside, here or on
+            Hugging Face, of which nothing but the record is downloaded.
         output: where the model goes; None to compare it and keep nothing.
         base: the base model as typed; None for the one that the record names.
         direction: the direction file, if the record is too small to hold it.
@@ -71,7 +75,8 @@ def reproduce(
         UserError: when the record is none of `run` or `apply`, lacks what is needed, or the base
             cannot be found.
     """
-    wanted = _read(Path(text))
+    reference = sources.on_the_hub(text)
+    wanted = _read(Path(text).expanduser() if reference is None else _downloaded(reference))
     given = _direction(wanted, direction)
     source = base or str(wanted.values["source"])
     with ExitStack() as stack:
@@ -106,6 +111,22 @@ def reproduce(
         output=kept,
         cosine=cosine,
         seconds=made.seconds,
+    )
+
+
+def _downloaded(reference: Reference) -> Path:
+    """The record in a repository, or the one of a GGUF in it."""
+    names = ["abl.json"]
+    if reference.is_gguf:
+        file = Path(hub.gguf_files(reference)[0])
+        names = [str(file.with_name(f"{file.stem}.abl.json")), str(file.with_name("abl.json"))]
+    folder = hub.downloaded(reference, [glob.escape(name) for name in names])
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"{reference.name} on Hugging Face holds no {names[0]}, the record of an edit by abl-mlx: "
+        "ask its maker for it, or compare it with its base (`abl-mlx learn`)."
     )
 
 

@@ -242,6 +242,8 @@ class Weights(Part):
         rank: the number of directions.
         strength: of the removal; None if none was found.
         tests: without a base model, search -> its result.
+        not_seen_below: for a model that was not edited, without a base model, which layers -> the
+            strength below which an edit of these does not show, 1 if none does.
         writers: writer -> figures.
         left_out: writers that could not be compared with the base model's.
         others: with a base model, the tensors that are no residual writers.
@@ -255,6 +257,7 @@ class Weights(Part):
     rank: int | None = None
     strength: float | None = None
     tests: dict[str, LowestDirections] | None = None
+    not_seen_below: dict[str, float] | None = None
     writers: dict[str, AuditedWriter] | None = None
     left_out: list[str] | None = None
     others: OtherTensors | None = None

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from abl_mlx.audit_weights import spectrum
 from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.cli.main import cli
-from abl_mlx.commands import audit, conversion, measure_apply
+from abl_mlx.commands import audit, conversion, learn, measure_apply
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.directions import direction_file
 from abl_mlx.inputs import prompts
@@ -398,6 +398,19 @@ def test_a_fine_tuned_model_is_not_edited(fine_tuned):
     changes = [one["relative_difference"] for one in compared["weights"]["writers"].values()]
     assert min(changes) > 0.02  # it was really trained
     assert audit.audit(str(fine_tuned))["verdict"] == "not edited"
+
+
+def test_of_a_fine_tune_and_a_merge_no_edit_is_learned(fine_tuned, tmp_path):
+    merged = tmp_path / "merged"
+    shutil.copytree(fine_tuned, merged)
+    tuned, demo = (mx.load(str(one / "model.safetensors")) for one in (fine_tuned, MODEL_PATH))
+    mean = {name: (0.5 * (tuned[name] + one)).astype(one.dtype) for name, one in demo.items()}
+    mx.save_safetensors(str(merged / "model.safetensors"), mean, {"format": "mlx"})
+    for model in (fine_tuned, merged):
+        found = learn.learn("demo", str(model), tmp_path / "edit.safetensors")
+        # As of the audit: trained so hard, no verdict is fine too.
+        assert found["verdict"] != "edited", found["evidence"]
+        assert not (tmp_path / "edit.safetensors").exists()
 
 
 def test_the_same_model_is_the_same():

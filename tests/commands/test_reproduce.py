@@ -19,8 +19,11 @@ from abl_mlx.choices import ApplyOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import conversion, measure_apply, reproduce
 from abl_mlx.demo import MODEL_PATH
+from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from convert.base.errors import UserError
+from tests.support import hub_server
+from tests.support.hub_environment import taken_for_the_hub
 from tests.support.places import ROOT
 
 D = 256
@@ -135,3 +138,33 @@ def test_what_cannot_be_made_again_is_said(
         reproduce.reproduce(str(tmp_path / "abl.json"), tmp_path / "out")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_record_on_hugging_face_is_enough(
+    edits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = (edits / "folder" / "abl.json").read_bytes()
+    held = {"some/edited abl.json": record, "some/GGUFs own-Q4_K_M.abl.json": b"{}"}
+    listed = {
+        "some/edited": ["abl.json", "model.safetensors"],
+        "some/GGUFs": ["own-Q4_K_M.gguf", "own-Q4_K_M.abl.json"],
+        "some/other": ["model.safetensors"],
+    }
+    with hub_server.serve(hub_server.Hub(listed, held)) as hub:
+        taken_for_the_hub(hub.url, tmp_path, monkeypatch)
+        found = reproduce.reproduce("some/edited")
+        assert found["verdict"] == "identical"
+        assert hub.fetched == ["some/edited/abl.json"]
+        with pytest.raises(UserError, match=r"holds no abl\.json, the record of an edit"):
+            reproduce.reproduce("hf:some/other")
+        with pytest.raises(UserError, match=r"own-Q4_K_M\.abl\.json does not hold what is needed"):
+            reproduce.reproduce("some/GGUFs:Q4_K_M")
+
+
+def test_a_direction_that_is_measured_again(direction: Path, tmp_path: Path) -> None:
+    other = DirectionFile(mx.array(np.eye(D, dtype=np.float32)[:1]))
+    measure_apply.apply(other, "demo", [tmp_path / "other"], ApplyOptions.of(max_leak=1))
+    far = reproduce.reproduce(str(tmp_path / "other"), remeasure=True)
+    assert far["verdict"] == "identical"
+    found = direction_file.read(direction).selected
+    assert far["cosine"] == pytest.approx(abs(float(found[0, 0])), abs=1e-4)

@@ -21,6 +21,7 @@ from convert.base.errors import UserError
 from tests.models.test_writers import random_direction
 from tests.support import hub_server
 from tests.support.command import abl_mlx, fails
+from tests.support.hub_environment import taken_for_the_hub
 from tests.support.hub_server import Hub
 
 PLAIN, EDITED, GGUF, GGUFS = "some/plain", "some/edited", "some/plain-GGUF", "Small-Q8_0.gguf"
@@ -55,14 +56,8 @@ def hub(files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         repository, file = name.split(" ", 1)
         repositories.setdefault(repository, []).append(file)
     with hub_server.serve(Hub(repositories, dict(files))) as state:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        taken_for_the_hub(state.url, tmp_path, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        for name, value in {
-            "ENDPOINT": state.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": state.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "hf"),
-        }.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         yield state
 
 
