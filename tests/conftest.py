@@ -43,18 +43,22 @@ def commit() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks: ``fast`` by file, and ``slow`` for what another commit runs of tests ``by_turns``.
 
-    Of a test marked ``by_turns(n)`` each commit runs one case in n, others for every commit.
+    Of a test marked ``by_turns(n)`` each commit runs one case in n, others for every commit. Of the
+    files that long.txt names, each commit runs every other one.
     """
-    turn = commit()
-    for item in items:
-        turns = item.get_closest_marker("by_turns")
-        if turns and (zlib.crc32(item.name.encode()) + turn) % turns.args[0]:
-            item.add_marker("slow")
-    here = Path(__file__).parent
-    fast = {here / line for line in (here / "fast.txt").read_text(encoding="utf-8").split()}
+    here, turn = Path(__file__).parent, commit()
+
+    def named(listing: str) -> list[Path]:
+        return [here / line for line in (here / listing).read_text(encoding="utf-8").split()]
+
+    fast, others = set(named("fast.txt")), set(named("long.txt")[turn % 2 :: 2])
     for item in items:
         if item.path in fast:
             item.add_marker("fast")
+        turns = item.get_closest_marker("by_turns")
+        another = turns and (zlib.crc32(item.name.encode()) + turn) % turns.args[0]
+        if another or item.path in others:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")
