@@ -288,6 +288,7 @@ def test_every_command_that_takes_a_model_takes_a_revision(command, tmp_path, mo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("abl_mlx.inputs.sources.resolve", refuse)
+    monkeypatch.setattr("abl_mlx.outputs.remote_file.find_remote", refuse)  # `audit` reads parts
     direction_file.save(Path("d.safetensors"), DirectionFile(random_direction(8, 1)))
     given = [one.format("me/x") for one in command]
     result = CliRunner().invoke(cli, [*given, "--revision", "v2"])

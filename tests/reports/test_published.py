@@ -28,13 +28,14 @@ from abl_mlx.records.edits import (
     Hashes,
     Leaks,
     MeasureRecord,
+    PublishRecord,
     RunRecord,
     WorstLeak,
     WrittenEdit,
 )
 from abl_mlx.records.evaluations import Asked, Divergence, EvalRecord, Refusals
 from abl_mlx.records.record import Part, kinds_of
-from abl_mlx.reports import eval_tables, induce_tables, tables
+from abl_mlx.reports import eval_tables, induce_tables, site_page, tables
 from abl_mlx.support import units
 from convert import adapters
 from convert.base.suffixes import ends_in, is_gguf_name, without
@@ -279,6 +280,9 @@ _EVALUATED = EvalRecord(
     abl_mlx="0", source="x", runtime="y", judge="markers", max_tokens=1, note=NOTE, verdicts={},
     prompts={}, seconds={},
 )  # fmt: skip
+_PUBLISHED = PublishRecord(
+    abl_mlx="0", edited="x", source="y", output="z", files=[], pictures=[], note=NOTE, seconds={}
+)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +294,7 @@ _EVALUATED = EvalRecord(
         tables.measure_line(_MEASURED),
         tables.convert_table(_CONVERTED),
         eval_tables.table(_EVALUATED),
+        site_page.table(_PUBLISHED),
         tables.card(_RUN, _OUTPUT, "x", "abl.json"),
         tables.card(_APPLIED, _OUTPUT, "x", "abl.json"),
         induce_tables.card(_RUN, _OUTPUT, "x", "abl.json"),
@@ -304,7 +309,8 @@ def test_these_records_and_no_others_have_notes():
     parts = {one for module in modules for one in vars(module).values() if inspect.isclass(one)}
     noted = {one for one in parts if issubclass(one, Part) and "note" in kinds_of(one)}
     assert noted == {
-        MeasureRecord, WrittenEdit, EvaluatedEdit, Converted, ConvertRecord, Asked, EvalRecord
+        MeasureRecord, WrittenEdit, EvaluatedEdit, Converted, ConvertRecord, Asked, EvalRecord,
+        PublishRecord,
     }  # fmt: skip
 
 
