@@ -1,25 +1,29 @@
 """Measure a folder in memory and streamed, under a limit of memory: figures, time and peak.
 
     python benchmarks/streaming.py FOLDER                    # in memory, then streamed
-    python benchmarks/streaming.py FOLDER --limit-mb 800     # the streamed one under RLIMIT_DATA
+    python benchmarks/streaming.py FOLDER --limit-mb 700     # the streamed one under a hard limit
     python benchmarks/streaming.py /tmp/8b --make --limit-mb 4000 --streamed
 
 ``--make`` writes a folder of the shape of an 8B Llama whose weights are a sparse file of 16 GB: it
 takes next to no disk, and every weight is 0, so its figures say nothing, but reading and computing
-are those of a real one. RLIMIT_DATA also counts the stacks of threads, about 150 MB more than what
-is in memory.
+are those of a real one.
+
+The limit is a memory cgroup of its own, which root can make on Linux: the kernel ends the process
+when what it holds, files that it reads included, cannot be brought below the limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
-import resource
+import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,28 @@ def make(folder: Path) -> None:
         stream.truncate(8 + len(text) + end)
 
 
+@contextlib.contextmanager
+def group(megabytes: int) -> Iterator[Path | None]:
+    """A memory cgroup with a limit, as a folder; None where the limit is 0."""
+    if not megabytes:
+        yield None
+        return
+    # Version 1 has a hierarchy for each resource, version 2 one for all.
+    of_memory = Path("/sys/fs/cgroup/memory")
+    root, name = (
+        (of_memory, "memory.limit_in_bytes")
+        if of_memory.is_dir()
+        else (Path("/sys/fs/cgroup"), "memory.max")
+    )
+    made = root / f"abl-mlx-streaming-{os.getpid()}"
+    made.mkdir()
+    try:
+        (made / name).write_text(str(megabytes * 10**6))
+        yield made
+    finally:
+        made.rmdir()
+
+
 def measured(folder: str, streamed: bool, prompts: int) -> dict[str, Any]:
     """Measure means in this process: seconds, peak bytes in memory, and the direction."""
     from abl_mlx.models import capture, chat_model, sweeps
@@ -101,13 +127,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--make", action="store_true", help="write the sparse folder first")
     parser.add_argument("--streamed", action="store_true", help="only streamed")
-    parser.add_argument("--limit-mb", type=int, default=0, help="RLIMIT_DATA of the streamed one")
+    parser.add_argument("--limit-mb", type=int, default=0, help="limit of the streamed one")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of each of two sets")
     parser.add_argument("--child", choices=["memory", "streamed"], help=argparse.SUPPRESS)
+    parser.add_argument("--group", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        if given.limit_mb:
-            resource.setrlimit(resource.RLIMIT_DATA, (given.limit_mb * 10**6,) * 2)
+        if given.group:
+            (given.group / "cgroup.procs").write_text(str(os.getpid()))
         found = measured(str(given.folder), given.child == "streamed", given.prompts)
         print(json.dumps(found))
         return
@@ -115,10 +142,11 @@ def main() -> None:
         make(given.folder)
     results = {}
     for kind in ["streamed"] if given.streamed else ["memory", "streamed"]:
-        limit = given.limit_mb if kind == "streamed" else 0
         words = [sys.executable, __file__, str(given.folder), "--child", kind,
-                 "--prompts", str(given.prompts), "--limit-mb", str(limit)]  # fmt: skip
-        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+                 "--prompts", str(given.prompts)]  # fmt: skip
+        with group(given.limit_mb if kind == "streamed" else 0) as limited:
+            words += ["--group", str(limited)] if limited else []
+            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
         results[kind] = json.loads(done.stdout.splitlines()[-1])
         shown = {key: value for key, value in results[kind].items() if key != "direction"}
         print(kind, json.dumps(shown))
