@@ -165,7 +165,7 @@ class GgufEdit:
             facts = adapter_outputs.write_gguf(
                 gguf, self.source, place, output.path, self.plans, label, self.writing.max_leak
             )
-        biased = any(writer.bias for writer in self.named)
+        partly = bool(facts.left_out) or any(writer.bias for writer in self.named)
         types = {one.old.name for one in self.plans.values()}
         return Written(
             output,
@@ -173,7 +173,7 @@ class GgufEdit:
             partial(adapter_outputs.in_mlx, gguf, place),
             llamacpp=evaluate.InLlamaCpp(gguf.parts[0], place),
             notes=(IN_MLX, OF_THE_FILE),
-            limit=None if biased else self._limit(types),
+            limit=None if partly else self._limit(types),
             writers_in=self._writers_in,
         )
 

@@ -243,6 +243,17 @@ def test_mlx_adapter_on_the_quantized_demo(bits: int, tmp_path: Path) -> None:
     assert mlx_lm.generate(model, tokenizer, asked, max_tokens=32).strip() == question.answer
 
 
+def test_a_gguf_lora_of_precise_weights_may_leave_the_embedding_out(tmp_path: Path) -> None:
+    base = tmp_path / "base.gguf"
+    write_gguf(MODEL_PATH, base)
+    few = ("--limit", 4, "--layer", 2, "--max-tokens", 4)
+    record = abl_mlx("run", base, "-o", tmp_path / "demo.lora.gguf", *few)
+    one = record["evaluations"][0]
+    assert one["left_out"] == ["token_embd.weight"]
+    assert one["leak"]["max"] < 1e-3
+    assert one["component"] > 1e-3  # which the embedding keeps
+
+
 def test_gguf_lora_on_the_quantized_demo(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     base = tmp_path / "base.gguf"
