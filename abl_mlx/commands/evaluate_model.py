@@ -102,10 +102,10 @@ def evaluate_model(text: str, options: EvalOptions) -> EvalRecord:
                 stack.enter_context(one)
         job = Job(text, source, other, options, _prompts(source, other, options), Clock())
         before = check(job)
-        evidence.check(job)
+        published = evidence.check(job)
         with journal.opened(targeting.resume, job.identity) as kept:
             record, columns = _measure(job, kept)
-            return _finish(job, record, columns, before)
+            return _finish(job, record, columns, before, published)
 
 
 def _measure(job: Job, kept: journal.Journal | None) -> tuple[EvalRecord, dict[str, Answers]]:
@@ -325,10 +325,10 @@ def _finish(
     record: EvalRecord,
     columns: Mapping[str, Answers],
     before: EarlierEval | None,
+    published: EvalRecord | None,
 ) -> EvalRecord:
     """The whole record, with the limits; also writes the files for which the user asked."""
     options, replying = job.options, job.options.replying
-    published = evidence.published(options.limits)
     if checks := gate.check(record, options.limits, before, published):
         passed = all(one.passed for one in checks)
         record = replace(record, gate=Gate(passed=passed, checks=checks))

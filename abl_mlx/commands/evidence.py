@@ -54,10 +54,14 @@ class Evidence:
     record: dict[str, Any]
 
 
-def check(job: Job) -> None:
+def check(job: Job) -> EvalRecord | None:
     """Check, before any long work, the files of ``--sign`` and ``--against``.
 
+    Returns:
+        The record in the evidence of ``--against``; None if none was given.
+
     Raises:
+        BadSignature: when that evidence is not signed with ``--key``.
         UserError: when one is missing or cannot be used, or evidence cannot be compared.
     """
     signing, limits = job.options.signing, job.options.limits
@@ -68,8 +72,11 @@ def check(job: Job) -> None:
     if signing.sign is not None and signing.evidence is not None:
         signatures.check_key(signing.sign)
         check_new(signing.evidence)
-    if (there := published(limits)) is not None and limits.against is not None:
-        _check_comparable(there, limits.against, job)
+    if limits.against is None or limits.key is None:
+        return None
+    published = _evaluated(read(limits.against, limits.key), limits.against)
+    _check_comparable(published, limits.against, job)
+    return published
 
 
 def sign_evaluation(job: Job, record: EvalRecord) -> None:
@@ -105,12 +112,16 @@ def signed_run(
     for bundle in bundles.values():
         check_new(bundle)
     record = work(text, outputs, options)
+    hashed = {} if record.reproduction is None else record.reproduction.outputs
     for path, bundle in bundles.items():
         if not path.exists():
             say(f"· {path} is no file or folder here, so that nothing is signed of it")
             continue
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        sign(record, "run", path.name, file_hashes(files), key, bundle)
+        if path.name in hashed:
+            files = hashed[path.name].files
+        else:  # an adapter
+            files = file_hashes(sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
+        sign(record, "run", path.name, files, key, bundle)
     return record
 
 
@@ -180,17 +191,6 @@ def read(path: Path, key: Path) -> Evidence:
     if root != _root(files):
         raise BadSignature(f"{path} lists hashes that do not fit the one of the whole model.")
     return found
-
-
-def published(limits: Limits) -> EvalRecord | None:
-    """The record of `eval` in the evidence of ``--against``; None if none was given.
-
-    Raises:
-        BadSignature, UserError: as `read`; and when it is of another command.
-    """
-    if limits.against is None or limits.key is None:
-        return None
-    return _evaluated(read(limits.against, limits.key), limits.against)
 
 
 def _check_comparable(record: EvalRecord, path: Path, job: Job) -> None:

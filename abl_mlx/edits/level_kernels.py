@@ -1,4 +1,4 @@
-"""Numba kernels of `rounding_kernels`: the levels nearest to weights, and sums over a line.
+"""Numba kernels of `rounding_kernels`: the levels nearest to weights, and sums over these.
 
 Sums over a line are computed as `LANES` partial sums, which are added at the end. So they are the
 same on every CPU, while the compiler can still keep the partial sums in a vector register.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from abl_mlx.edits.projection_kernels import total
 from convert.base.compiled import compiled
+from convert.base.scale_kernels import nearest_whole
 
 F = np.float32
 
@@ -20,38 +22,6 @@ UNIFORM, FEW, MANY = 0, 1, 2
 
 #: The number of midpoints between at most 16 levels.
 MIDPOINTS = 15
-
-
-@compiled()
-def total(lanes):
-    """The sum of the partial sums."""
-    total = 0.0
-    for lane in range(lanes.shape[0]):
-        total += lanes[lane]
-    return F(total)
-
-
-@compiled()
-def dot(u, e, lanes):
-    """Σ u e."""
-    lanes[:] = 0
-    d, width = u.shape[0], lanes.shape[0]
-    whole = d // width * width
-    for start in range(0, whole, width):
-        us, es = u[start : start + width], e[start : start + width]
-        for lane in range(width):
-            lanes[lane] += us[lane] * es[lane]
-    for i in range(whole, d):
-        lanes[i - whole] += u[i] * e[i]
-    return total(lanes)
-
-
-@compiled()
-def nearest_whole(x, low, high):
-    """The whole number nearest to x, between low and high."""
-    q = np.floor(x + F(0.5))
-    q = q if q >= low else low
-    return q if q <= high else high
 
 
 @compiled()
@@ -120,7 +90,7 @@ def level_sum(z, slope, weight, mu, kind, levels, mids, few, lanes):
 
 @compiled()
 def short_sum(z, slope, weight, count, mu, kind, levels, mids):
-    """`_level_sum` of the first ``count`` weights, where these are few."""
+    """`level_sum` of the first ``count`` weights, where these are few."""
     low, high, total = levels[0], levels[-1], F(0)
     if kind == UNIFORM:
         for i in range(count):

@@ -37,26 +37,36 @@ def down(basis, values, out, first, last):
 
 
 @compiled()
+def total(lanes):
+    """The sum of partial sums, added in float64."""
+    total = 0.0
+    for lane in range(lanes.shape[0]):
+        total += lanes[lane]
+    return F(total)
+
+
+@compiled()
+def dot(u, e, lanes):
+    """Σ u e, in float32 partial sums: ``lanes`` holds them."""
+    lanes[:] = 0
+    d, width = u.shape[0], lanes.shape[0]
+    whole = d // width * width
+    for start in range(0, whole, width):
+        us, es = u[start : start + width], e[start : start + width]
+        for lane in range(width):
+            lanes[lane] += us[lane] * es[lane]
+    for i in range(whole, d):
+        lanes[i - whole] += u[i] * e[i]
+    return total(lanes)
+
+
+@compiled()
 def across(basis, values, out, first, last):
     """Σ_j u_j w_ij of the rows ``first`` to ``last``: (k, n) and (R, n) -> ``out`` (R, k)."""
-    k, n = basis.shape
     lanes = np.empty(_BLOCK, F)
-    whole = n // _BLOCK * _BLOCK
     for i in range(first, last):
-        row = values[i]
-        for a in range(k):
-            u = basis[a]
-            lanes[:] = 0
-            for start in range(0, whole, _BLOCK):
-                ws, us = row[start : start + _BLOCK], u[start : start + _BLOCK]
-                for lane in range(_BLOCK):
-                    lanes[lane] += us[lane] * ws[lane]
-            for j in range(whole, n):
-                lanes[j - whole] += u[j] * row[j]
-            total = 0.0
-            for lane in range(_BLOCK):
-                total += lanes[lane]
-            out[i, a] = total
+        for a in range(basis.shape[0]):
+            out[i, a] = dot(basis[a], values[i], lanes)
 
 
 @compiled()

@@ -18,14 +18,15 @@ from abl_mlx.edits.level_kernels import (
     F,
     between,
     choose,
-    dot,
     exact_line,
     level_sum,
     marked,
     short_sum,
 )
+from abl_mlx.edits.projection_kernels import dot
 from abl_mlx.edits.turning_kernels import turn, turn_back, turn_codes
 from convert.base.compiled import compiled
+from convert.base.scale_kernels import finite_inverse
 
 SPAN = 64
 """How many columns are turned to lines together: a line of the CPU's cache."""
@@ -37,17 +38,8 @@ _BRACKETS = 6
 # Up to this number weights are summed one by one.
 _SHORT = 128
 
-# Scales smaller than this have no finite inverse.
-_LEAST = F(1.2e-38)
-
 # Twice the share of the accumulated errors that an average line compensates.
 _PAID = F(0.5)
-
-
-@compiled()
-def _inverse(scale):
-    """1 / scale; 0 where that is not finite, for instance for a scale of zero."""
-    return F(1) / scale if abs(scale) >= _LEAST else F(0)
 
 
 @compiled()
@@ -322,7 +314,7 @@ def columns(
             s[i] = scales[i, block]
             o[i] = offsets[i, block]
         for i in range(d):
-            inv[i] = _inverse(s[i])
+            inv[i] = finite_inverse(s[i])
         _slopes(s, inv, basis, shifts, slopes)
         if from_codes:
             for i in range(d):
@@ -375,7 +367,7 @@ def rows(
         _spread(scales[i], group, s)
         _spread(offsets[i], group, o)
         for j in range(n):
-            inv[j] = _inverse(s[j])
+            inv[j] = finite_inverse(s[j])
         _slopes(s, inv, basis, shifts, slopes)
         _owed(w, debt, taken[i], heft[i], mean, e)
         _line(w, s, inv, o, basis, weights, kind, levels, mids, few, out[i], e, z,

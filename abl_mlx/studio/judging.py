@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 from abl_mlx.behaviour import capability
 from abl_mlx.behaviour.refusals import Verdict, examine, marker_of
@@ -13,6 +13,8 @@ from abl_mlx.inputs.sets import Prompt, PromptSets
 from abl_mlx.models import generation
 from abl_mlx.studio import asked
 from abl_mlx.studio.desk import Event
+
+T = TypeVar("T")
 
 #: How many replies are generated between two events.
 _BATCH = 4
@@ -32,12 +34,10 @@ def judged(
     limit = asked.whole(body, "limit", 8, 1, 512)
     longest = asked.whole(body, "max_tokens", 64, 1, 4096)
     prompts = _chosen(sets(), limit)
-    names = iter(prompts)
     yield {"total": len(prompts)}
-    for found in _both(chosen, [prompt for _, prompt in prompts], longest):
+    for found in _both(chosen, prompts, longest):
         yield {}  # other work takes its turn
-        for prompt, first, second in found:
-            name, _ = next(names)
+        for name, prompt, first, second in found:
             yield {
                 "set": name,
                 "category": prompt.category,
@@ -59,13 +59,12 @@ def capable(steered: Steered, body: Mapping[str, Any]) -> Iterator[Event]:
     ``capability`` has, for each group, how many replies were right before and after the edit, and
     how many tasks there are.
     """
-    chosen, tasks = asked.edited(steered, body), iter(capability.tasks())
-    prompts = [steered.prompt(task.prompt) for task in capability.tasks()]
+    chosen = asked.edited(steered, body)
+    prompts = [(task, steered.prompt(task.prompt)) for task in capability.tasks()]
     right = {name: [0, 0, 0] for name in capability.GROUPS}
     yield {"total": len(prompts)}
     for found in _both(chosen, prompts, capability.MAX_TOKENS):
-        for _, *replies in found:
-            task = next(tasks)
+        for task, _, *replies in found:
             for side, reply in enumerate(replies):
                 right[task.group][side] += capability.right(task, reply)
             right[task.group][2] += 1
@@ -92,15 +91,21 @@ def _chosen(sets: PromptSets, limit: int) -> list[tuple[str, Prompt]]:
 
 
 def _both(
-    chosen: asked.Edited, prompts: Sequence[Prompt], longest: int
-) -> Iterator[list[tuple[Prompt, str, str]]]:
-    """Yield prompts with their replies before and after the edit, a batch at a time."""
+    chosen: asked.Edited, prompts: Sequence[tuple[T, Prompt]], longest: int
+) -> Iterator[list[tuple[T, Prompt, str, str]]]:
+    """Yield prompts with their replies before and after the edit, a batch at a time.
+
+    Args:
+        chosen: the edit.
+        prompts: pairs of what a prompt is of, which is yielded with it, and the prompt.
+        longest: reply, in tokens.
+    """
     for start in range(0, len(prompts), _BATCH):
-        some = prompts[start : start + _BATCH]
+        of, some = zip(*prompts[start : start + _BATCH], strict=True)
         before = _replies(chosen.steered, some, longest)
         with chosen.steered.turned(chosen.strength) if chosen.strength else nullcontext():
             after = _replies(chosen.steered, some, longest)
-        yield list(zip(some, before, after, strict=True))
+        yield list(zip(of, some, before, after, strict=True))
 
 
 def _replies(steered: Steered, some: Sequence[Prompt], longest: int) -> list[str]:

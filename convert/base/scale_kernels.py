@@ -19,12 +19,23 @@ _BETTER = F(0.999)
 
 
 @compiled()
-def _distance(x, low, high):
-    """How far x is from the nearest whole number between low and high."""
+def nearest_whole(x, low, high):
+    """The whole number nearest to x, between low and high."""
     q = np.floor(x + F(0.5))
     q = q if q >= low else low
-    q = q if q <= high else high
-    return abs(x - q)
+    return q if q <= high else high
+
+
+@compiled()
+def finite_inverse(scale):
+    """1 / scale; 0 where that is not finite, for instance for a scale of zero."""
+    return F(1) / scale if abs(scale) >= _LEAST else F(0)
+
+
+@compiled()
+def _distance(x, low, high):
+    """How far x is from the nearest whole number between low and high."""
+    return abs(x - nearest_whole(x, low, high))
 
 
 @compiled()
@@ -66,7 +77,7 @@ def _place(base, step, scale_steps, offset_steps, scale, inverse, offset):
     """Scales, their inverses and offsets after moves by these numbers of steps."""
     for b in range(scale.shape[0]):
         scale[b] = base[0, b] + F(scale_steps[b]) * step[0, b]
-        inverse[b] = F(1) / scale[b] if abs(scale[b]) >= _LEAST else F(0)
+        inverse[b] = finite_inverse(scale[b])
         offset[b] = base[1, b] + F(offset_steps[b]) * step[1, b]
 
 

@@ -5,6 +5,7 @@ import { Column, type Message, type Piece } from "./column";
 import { fill, h, table } from "./dom";
 import { heat, largest, legend } from "./heat";
 import { InBrowser, type Files } from "./in_browser";
+import { options, Question } from "./question";
 import { sentence } from "./sentence";
 
 interface Example {
@@ -80,32 +81,20 @@ function megabytes(bytes: number): string {
 }
 
 function ask(models: Model[], examples: string[]): HTMLElement[] {
-  const question = h("textarea", { id: "question", rows: 2, "aria-label": "Message", placeholder: "Ask the models" });
-  const offered = h("select", { "aria-label": "Example prompts" }, h("option", { value: "" }, "Example prompts …"),
-    ...examples.map((one) => h("option", { value: one }, one)));
   const told = h("p", { class: "note", role: "status" });
-  const send = (event?: Event) => {
-    event?.preventDefault();
-    const content = question.value.trim();
+  const question = new Question("Ask the models", (content) => {
     const ready = models.filter((one) => one.ready);
     told.textContent = ready.length ? "" : "Load a model first.";
-    if (!content || !ready.length) return;
-    question.value = "";
+    if (!content || !ready.length) return false;
     for (const one of ready) void one.column.ask(content);
-  };
-  question.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+    return true;
   });
-  offered.addEventListener("change", () => {
-    if (offered.value) question.value = offered.value;
-    offered.value = "";
-    question.focus();
-  });
+  question.offered.append(...options(examples));
   const all = (name: string, act: (column: Column) => void) =>
     h("button", { type: "button", onclick: () => models.forEach((one) => act(one.column)) }, name);
   return [
-    h("form", { class: "ask", onsubmit: send as EventListener }, question, h("button", { type: "submit" }, "Send")),
-    h("div", { class: "row" }, offered, all("Stop", (one) => one.halt()), all("Clear", (one) => one.clear())),
+    question.form,
+    h("div", { class: "row" }, question.offered, all("Stop", (one) => one.halt()), all("Clear", (one) => one.clear())),
     told,
   ];
 }

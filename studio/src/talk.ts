@@ -4,6 +4,7 @@ import { once, work, type About } from "./api";
 import { Column, type Message, type Piece, type Replies } from "./column";
 import { download, field, h } from "./dom";
 import { controls, edit, named } from "./edit";
+import { options, Question } from "./question";
 
 export function talk(about: About): HTMLElement {
   const title = h("h2", { class: "name" }, "Edited");
@@ -11,8 +12,6 @@ export function talk(about: About): HTMLElement {
   const thinks = h("input", { type: "checkbox", id: "thinking" });
   const longest = h("input", { type: "number", min: 1, max: 8192, value: 256, id: "longest" });
   const temperature = h("input", { type: "number", min: 0, max: 5, step: 0.1, value: 0, id: "temperature" });
-  const question = h("textarea", { id: "question", rows: 2, "aria-label": "Message", placeholder: "Ask both models" });
-  const offered = h("select", { "aria-label": "Example prompts" }, h("option", { value: "" }, "Example prompts …"));
 
   const common = () => ({
     system: system.value, thinking: thinks.checked, max_tokens: Number(longest.value),
@@ -30,25 +29,15 @@ export function talk(about: About): HTMLElement {
   };
   entitle();
 
-  const send = (event?: Event) => {
-    event?.preventDefault();
-    const content = question.value.trim();
-    if (!content) return;
-    question.value = "";
+  const question = new Question("Ask both models", (content) => {
+    if (!content) return false;
     void before.ask(content);
     void after.ask(content);
-  };
-  question.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
-  });
-  offered.addEventListener("change", () => {
-    if (offered.value) question.value = offered.value;
-    offered.value = "";
-    question.focus();
+    return true;
   });
   void once("examples", {}).then(({ examples }) => {
     for (const [name, some] of Object.entries((examples ?? {}) as Record<string, string[]>))
-      offered.append(h("optgroup", { label: name }, ...some.map((one) => h("option", { value: one }, one))));
+      question.offered.append(h("optgroup", { label: name }, ...options(some)));
   }).catch(() => undefined);
 
   const button = (name: string, act: () => void) => h("button", { type: "button", onclick: act }, name);
@@ -57,11 +46,11 @@ export function talk(about: About): HTMLElement {
     { class: "talk" },
     controls(about, changed),
     h("div", { class: "columns" }, before.element, after.element),
-    h("form", { class: "ask", onsubmit: send as EventListener }, question, h("button", { type: "submit" }, "Send")),
+    question.form,
     h(
       "div",
       { class: "row" },
-      offered,
+      question.offered,
       button("Regenerate", () => {
         void before.again();
         void after.again();
