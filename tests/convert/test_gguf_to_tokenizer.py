@@ -353,8 +353,8 @@ def test_a_vocabulary_of_256000_tokens_is_quick(tmp_path: Path) -> None:
     metadata = sentencepiece(list(words), [-float(rank) for rank in range(len(words))])
     start = time.process_time()
     write_tokenizer(metadata, tmp_path)
-    # 3 seconds here.
-    assert time.process_time() - start < 10
+    # 3 seconds here; with a step for each pair of tokens it would be hours.
+    assert time.process_time() - start < 90
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     samples = ["".join(source.choices(syllables, k=20)).replace("▁", " ") for _ in range(100)]
     assert any(len(plain(tokenizer, text)) < 12 for text in samples)
