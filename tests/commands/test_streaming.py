@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from gguf import GGMLQuantizationType
 
 from abl_mlx.choices import MeasureOptions, RunOptions
 from abl_mlx.cli.main import cli
-from abl_mlx.commands import measure_apply
+from abl_mlx.commands import conversion, measure_apply
 from abl_mlx.commands import run as running
 from abl_mlx.models import memory
 from abl_mlx.models.memory import Memory
+from tests.support import tiny_gguf
+from tests.support.gguf_recipes import RECIPES
+from tests.support.real_models import QWEN, real_model
 
 
 def different(one: Any, other: Any, place: str = "") -> list[str]:
@@ -33,20 +37,47 @@ def different(one: Any, other: Any, place: str = "") -> list[str]:
 
 def record(source: str, out: Path, **options: Any) -> dict[str, Any]:
     """The record of a measurement, without what may differ."""
-    made = measure_apply.measure(source, out, MeasureOptions.of(limit=6, **options)).json
+    made = measure_apply.measure(source, out, MeasureOptions.of(**options)).json
     return {k: v for k, v in made.items() if k not in ("seconds", "outputs", "first_look")}
+
+
+def unlike_streamed(source: str, folder: Path, **options: Any) -> list[str]:
+    """Places where the records of a model in memory and of one that is streamed differ."""
+    whole = record(source, folder / "a.safetensors", **options)
+    return different(whole, record(source, folder / "b.safetensors", stream=True, **options))
 
 
 @pytest.mark.parametrize("source", ["demo", "gguf"])
 def test_the_record_has_the_same_figures(source: str, tmp_path: Path, request) -> None:
     text = "demo" if source == "demo" else str(request.getfixturevalue("floats"))
-    whole = record(text, tmp_path / "a.safetensors")
-    assert different(whole, record(text, tmp_path / "b.safetensors", stream=True)) == []
+    assert unlike_streamed(text, tmp_path, limit=6) == []
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "lfm2"])
+def test_experts_and_hybrids_have_the_same_figures(kind: str, tmp_path: Path, tiny_folder) -> None:
+    """A random model refuses nothing, so a layer is named; separation is told of every layer."""
+    if kind == "lfm2":
+        source = tiny_gguf.write(tmp_path / "a.gguf", RECIPES[kind], GGMLQuantizationType.Q8_0)
+    else:
+        source = tiny_folder(kind)
+    options = {"limit": 6, "layer": 1, "position": -1, "template": "chatml"}
+    assert unlike_streamed(str(source), tmp_path, **options) == []
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize("form", ["gguf", "folder"])
+def test_a_real_model_has_the_same_figures(form: str, tmp_path: Path) -> None:
+    source: Path = real_model(QWEN)
+    if form == "folder":
+        conversion.convert(str(source), tmp_path / "mlx")
+        source = tmp_path / "mlx"
+    assert unlike_streamed(str(source), tmp_path, limit=16) == []
 
 
 def test_a_choice_costs_a_few_sweeps(tmp_path: Path, capsys) -> None:
     """Fourteen candidates race; without their passes side by side it would be 200 sweeps."""
-    record("demo", tmp_path / "d.safetensors", stream=True)
+    record("demo", tmp_path / "d.safetensors", stream=True, limit=6)
     read = capsys.readouterr().err.partition("streamed: ")[2].split()
     assert read[1] == "MB"
     assert float(read[0]) < 24 * 10.1  # the demo is computed in float32
