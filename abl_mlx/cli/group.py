@@ -69,7 +69,10 @@ def _shown() -> Iterator[None]:
             raise
         told = f"{os.fsdecode(error.filename)}: {error.strerror}."
         raise click.ClickException(escape.line(told)) from None
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # MLX on a GPU raises a RuntimeError: "[metal::malloc] Attempting to allocate ...".
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
         raise click.ClickException(
             "not enough memory: choose a smaller model, or a smaller --batch-size."
         ) from None

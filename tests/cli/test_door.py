@@ -17,8 +17,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from abl_mlx.behaviour import journal
+from abl_mlx.cli.main import cli
 from abl_mlx.directions import direction_file
 from abl_mlx.models.chat_model import load_lazily
 from abl_mlx.outputs import undo_file
@@ -682,3 +684,29 @@ def test_a_fault_of_ours_is_one_sentence(
     monkeypatch.setenv(main.TRACEBACK, "1")
     with pytest.raises(KeyError):
         main.main()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        # What MLX raises on Metal.
+        RuntimeError(
+            "[metal::malloc] Attempting to allocate 17179869184 bytes which is greater than the "
+            "maximum allowed buffer size of 14302248960 bytes."
+        ),
+    ],
+)
+def test_too_little_memory_is_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from abl_mlx.commands import measure_apply
+
+    def large(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(measure_apply, "measure", large)
+    out = str(tmp_path / "d.safetensors")
+    result = CliRunner().invoke(cli, ["measure", "demo", "-o", out])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: not enough memory: choose a smaller model")
