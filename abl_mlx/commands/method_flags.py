@@ -52,11 +52,11 @@ def check_method(how: Measuring) -> None:
     if finding.across == "positions" and finding.position is not None:
         refuse("--across positions", "--position")
     _check_effects(how)
-    if method.each_layer:
-        if finding.per_layer or finding.across is not None:
-            refuse(f"--method {method.name}", "--per-layer or --across")
-        if finding.layer is not None and finding.layer != int(finding.layer):
-            refuse(f"--method {method.name}", "a --layer between two")
+    if method.each_layer and (finding.per_layer or finding.across is not None):
+        refuse(f"--method {method.name}", "--per-layer or --across")
+    between = finding.layer is not None and finding.layer != int(finding.layer)
+    if between and (method.each_layer or not method.is_plain):
+        refuse(f"--method {method.name}", "a --layer between two")
     if how.editing.pin is not None and (
         finding.per_layer or finding.across == "layers" or method.each_layer
     ):
@@ -90,8 +90,6 @@ def _check_effects(how: Measuring) -> None:
                 how.searching.learn_strengths is not None and method.strength != 1,
             ),
         )  # fmt: skip
-        if finding.layer is not None and finding.layer != int(finding.layer):
-            refuse(f"--method {method.name}", "a --layer between two")
     if finding.protect is not None:
         refuse_given(
             "--protect",
