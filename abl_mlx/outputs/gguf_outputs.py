@@ -297,7 +297,7 @@ class GgufEdit:
 
 
 @contextmanager
-def opened(path: Path, streamed: bool) -> Iterator[ChatModel]:
+def opened(path: Path, streamed: bool = False) -> Iterator[ChatModel]:
     """Context manager with a written GGUF as a model in MLX."""
     with GgufSource(path) as edited:
         yield from_gguf.load(edited, streamed=streamed)[0]
