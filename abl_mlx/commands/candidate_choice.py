@@ -422,6 +422,7 @@ class Finder:
             answers=self._answers if self._how.finding.method is None else None,
         )  # fmt: skip
         score, self._scores = chosen.score, chosen.scores
+        self._by_layer.by_replies = chosen.by_replies
         variant = self._variant(score.layer, score.position)
         self._notes = {
             "chosen_by": _BY_REPLIES if chosen.by_replies else _BY_SCORE,
@@ -439,20 +440,11 @@ class Finder:
         return self._several(first)
 
     def _answers(self, edit: WeightEdit) -> bool:
-        """Whether next to no short reply to harmful prompts under an edit is refused or broken.
-
-        The prompts are those whose reply opens with a refusal as the model is, or some more. The
-        others count as answered.
-        """
-        trial = self._trial
-        asked = trial.harmful[: max(trial.refusing, short_replies.FEWEST)]
-        found = short_replies.ask(self._chat, self._writers, edit, asked, self._how.batch_size)
-        trial.tokens += found.tokens
-        say(
-            f"  a gentler direction: {found.wrong} of {found.asked} short replies are refused or "
-            "broken"
-        )
-        return found.wrong <= selection.LEFT * len(trial.harmful)
+        """Whether next to no short reply to harmful prompts under an edit is refused or broken."""
+        return short_replies.answers(
+            self._chat, self._writers, self._trial, edit, self._how.batch_size,
+            "a gentler direction",
+        )  # fmt: skip
 
     def _several(self, first: Tried) -> Variant:
         """A subspace, where one direction leaves refusals and the subspace leaves fewer.

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from abl_mlx.choices import Measuring
 from abl_mlx.commands import short_replies
 from abl_mlx.directions import methods
 from abl_mlx.directions.learning import Learned, learned
 from abl_mlx.directions.selection import LEFT
+from abl_mlx.directions.slopes import COMPONENTS
 from abl_mlx.directions.trial import Trial
-from abl_mlx.directions.trimming import Trimmed, trimmed
+from abl_mlx.directions.trimming import Trimmed, trimmed, with_strengths
 from abl_mlx.directions.variants import Tried, Variant
 from abl_mlx.edits.edit import Edit
 from abl_mlx.models.chat_model import ChatModel
@@ -24,9 +27,13 @@ from convert.base.errors import UsageError
 #: for before subspaces: they cost less, but they hardly end more refusals than that.
 NEAR = 0.15
 
+#: The strength, the same in every layer, that is tried where whole replies choose the direction.
+WEAKER = 0.85
+
 #: Why the strengths are what they are, for the record.
 BY_TRIMMING = "strengths of each layer by gradients of both"
 BY_LEARNING = "strengths of each layer learned by gradients"
+BY_REPLIES = f"strength {WEAKER:g}, at which short replies still are answers"
 
 
 def check(how: Measuring) -> None:
@@ -56,11 +63,12 @@ class LayerStrengths:
 
     Attributes:
         wanted: whether they are looked for.
+        by_replies: whether whole replies chose the edit.
     """
 
     def __init__(self, chat: ChatModel, writers: Sequence[Writer], how: Measuring) -> None:
         """Keep what is needed."""
-        self.wanted = False
+        self.wanted = self.by_replies = False
         self._chat, self._writers, self._how = chat, writers, how
         # What a few steps found for each variant for which they were made.
         self._found: list[tuple[Variant, Trimmed | None]] = []
@@ -70,8 +78,8 @@ class LayerStrengths:
     ) -> tuple[Trimmed | Learned, str, float] | None:
         """Other strengths, if they are better.
 
-        Without ``--learn-strengths`` they are looked for only where first tokens chose the edit,
-        and no flag says what is edited.
+        Without ``--learn-strengths`` they are looked for only where first tokens or short replies
+        chose the edit, and no flag says what is edited.
 
         Args:
             trial: tries edits.
@@ -89,15 +97,37 @@ class LayerStrengths:
         if "validation_kl" not in notes:
             return None
         score, kl = notes["refusal_score"]["harmful_ablated"], notes["validation_kl"]
+        if self.by_replies:
+            weaker = self._weaker(trial, edit)
+            return None if weaker is None else (weaker, BY_REPLIES, kl)
         quick = self._trimmed(trial, edit, Tried(variant, score, notes["refused"], kl))
         return None if quick is None else (quick, BY_TRIMMING, kl)
 
-    def _trimmed(self, trial: Trial, edit: Edit, before: Tried) -> Trimmed | None:
-        """A few steps, made once for each variant, unless a flag says what is edited."""
+    def _weaker(self, trial: Trial, edit: Edit) -> Trimmed | None:
+        """The edit at strength `WEAKER`, if short replies under it are answers.
+
+        The KL grows with about the square of the strength. `trimming` would keep the score of
+        first tokens, which did not choose the edit, and raises the KL of later tokens.
+        """
+        strengths = np.full((len(COMPONENTS), len(self._chat.layers)), WEAKER)
+        weaker = with_strengths(edit, strengths)
+        if self._by_hand or not short_replies.answers(
+            self._chat, self._writers, trial, weaker, self._how.batch_size, f"strength {WEAKER:g}"
+        ):
+            return None
+        return Trimmed(weaker, trial.of_edit(weaker))
+
+    @property
+    def _by_hand(self) -> bool:
+        """Whether a flag says what is edited."""
         editing = self._how.editing
         by_hand = editing.layers is not None or editing.pin is not None or editing.norm == "rows"
         by_hand = by_hand or editing.kind != "project" or editing.by_parts
-        if by_hand or self._how.finding.method == "over-refusal":
+        return by_hand or self._how.finding.method == "over-refusal"
+
+    def _trimmed(self, trial: Trial, edit: Edit, before: Tried) -> Trimmed | None:
+        """A few steps, made once for each variant, unless a flag says what is edited."""
+        if self._by_hand:
             return None
         for known, found in self._found:
             if known is before.variant:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from abl_mlx.behaviour import evaluate
 from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.directions.selection import LEFT
+from abl_mlx.directions.trial import Trial
 from abl_mlx.edits.steering import ablation
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.writers import Writer
+from abl_mlx.support.console import say
 
-#: The smallest number of prompts that are asked, where there are so many.
-FEWEST = 16
+#: The smallest and the largest number of prompts that are asked, where there are so many.
+FEWEST, MOST = 16, 24
 
 #: The number of tokens of each reply: enough for a refusal's first sentence.
 REPLY_TOKENS = 24
@@ -32,6 +35,9 @@ class ShortReplies:
     wrong: int
     asked: int
     tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.wrong} of {self.asked} short replies are refused or broken"
 
     @property
     def share(self) -> float:
@@ -59,3 +65,28 @@ def ask(
         replies = evaluate.generate(chat, harmful, REPLY_TOKENS, batch_size=batch_size)
     wrong = sum(classify(text) is not Verdict.ANSWER for text in evaluate.decode(chat, replies))
     return ShortReplies(wrong, len(replies), sum(map(len, [*harmful, *replies])))
+
+
+def answers(
+    chat: ChatModel,
+    writers: Sequence[Writer],
+    trial: Trial,
+    edit: WeightEdit,
+    batch_size: int,
+    label: str,
+) -> bool:
+    """Whether next to no short reply to harmful prompts under an edit is refused or broken.
+
+    The prompts are those whose reply opens with a refusal as the model is, at least `FEWEST` and at
+    most `MOST`. The others count as answered.
+
+    Args:
+        chat, writers, edit, batch_size: as of `ask`.
+        trial: knows the prompts, and counts the tokens that are run.
+        label: what is said of the edit.
+    """
+    count = min(max(trial.refusing, FEWEST), MOST)
+    found = ask(chat, writers, edit, trial.harmful[:count], batch_size)
+    trial.tokens += found.tokens
+    say(f"  {label}: {found}")
+    return found.wrong <= LEFT * len(trial.harmful)

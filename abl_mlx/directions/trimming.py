@@ -100,9 +100,15 @@ def trimmed(
 
 def tried(trial: Trial, edit: LayeredEdit, strengths: np.ndarray) -> tuple[LayeredEdit, Effect]:
     """The edit with these strengths, (2, L), and its effect on all validation prompts."""
-    profile = {name: row.tolist() for name, row in zip(COMPONENTS, strengths, strict=True)}
-    other = edit.with_profile(profile)
+    other = with_strengths(edit, strengths)
     return other, trial.of_edit(other)
+
+
+def with_strengths(edit: LayeredEdit, strengths: np.ndarray) -> LayeredEdit:
+    """The edit with these strengths, (2, L), of each layer's attention and MLP."""
+    return edit.with_profile(
+        {name: row.tolist() for name, row in zip(COMPONENTS, strengths, strict=True)}
+    )
 
 
 def stepped(slopes: Slopes, strengths: np.ndarray, change: float, radius: float) -> np.ndarray:

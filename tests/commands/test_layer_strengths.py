@@ -6,9 +6,10 @@ import pytest
 
 from abl_mlx.choices import Editing, Measuring
 from abl_mlx.commands import edit_choice, layer_strengths
-from abl_mlx.commands.layer_strengths import NEAR, LayerStrengths
+from abl_mlx.commands.layer_strengths import NEAR, WEAKER, LayerStrengths
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.directions import direction_file
+from abl_mlx.directions import trial as trials
 from abl_mlx.directions.trial import Effect
 from abl_mlx.directions.trimming import Trimmed
 from abl_mlx.directions.variants import Tried, Variant
@@ -78,3 +79,36 @@ def test_whole_replies_decide_where_first_tokens_tell_of_refusals(chat, right, l
 def test_they_are_not_looked_for_where_many_refusals_are_left(right, looked):
     assert looked(right, 0.0, before=NEAR + 0.01) == (False, 0)
     assert looked(right, 0.0, wanted=False) == (False, 0)
+
+
+def test_where_replies_chose_a_lower_strength_is_taken_if_they_stay_answers(chat, right):
+    sets = prompts.load_demo()
+    harmful, harmless = (
+        [chat.encode(text) for text in part.validation.texts[:12]]
+        for part in (sets.harmful, sets.harmless)
+    )
+    writers = find_writers(chat)
+
+    def taken(edit: Edit, **flags: object):
+        trial = trials.Trial(chat, writers, harmful, harmless)
+        strengths = LayerStrengths(chat, writers, Measuring(editing=Editing(**flags)))
+        strengths.by_replies = True
+        before = trial.of_edit(edit)
+        notes = {
+            "refusal_score": {"harmful_ablated": before.refusal},
+            "validation_kl": before.kl,
+            "refused": before.refused,
+        }
+        variant = Variant(edit.directions, "difference-of-means")
+        return before, strengths.better(trial, edit, variant, notes)
+
+    before, found = taken(right)
+    weaker, why, kl = found
+    assert all(set(each) == {WEAKER} for each in weaker.edit.profile.values())
+    assert why == layer_strengths.BY_REPLIES
+    assert kl == before.kl > weaker.effect.kl
+    noise = np.random.default_rng(0).standard_normal((1, chat.width))
+    _, found = taken(Edit(mx.array(noise.astype(np.float32))))
+    assert found is None  # the replies are refusals
+    _, found = taken(right, layers=frozenset({1}))
+    assert found is None
