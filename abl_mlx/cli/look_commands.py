@@ -179,11 +179,31 @@ def audit(
     type=click.FloatRange(min=0, max=1),
     help="Exit with 3 when a larger share of the harmless, or of the borderline prompts, was.",
 )
+@click.option(
+    "--bom",
+    metavar="FILE",
+    type=HERE,
+    help="Write model, files and figures to this new file: CycloneDX 1.6 (ML-BOM), in JSON.",
+)
+@click.option(
+    "--card",
+    metavar="FILE",
+    type=HERE,
+    help="Write the figures to this new file, as a block of Markdown for the model card.",
+)
 @json_flag
 def verify(
-    evidence: Path, key: Path, model: str | None, as_json: bool, **chosen: float | None
+    evidence: Path,
+    key: Path,
+    model: str | None,
+    bom: Path | None,
+    card: Path | None,
+    as_json: bool,
+    **chosen: float | None,
 ) -> None:
     """Check EVIDENCE, which `eval --sign` wrote: its signature, a model's files, and its figures.
+
+    If all is as it should be, --bom and --card write the figures for others to read.
 
     \b
     abl-mlx eval SomeModel --sign key.pem --evidence evidence.json
@@ -197,7 +217,11 @@ def verify(
     from abl_mlx.eval_choices import Limits
 
     limits = Limits.of(**chosen)
-    record = answer(as_json, signed.table, lambda: signed.verify(evidence, key, model, limits))
+    record = answer(
+        as_json,
+        signed.table,
+        lambda: signed.verify(evidence, key, model, limits, bom=bom, card=card),
+    )
     if not record.passed:
         sys.exit(NOT_MET)
 

@@ -25,6 +25,8 @@ from abl_mlx.records.evaluations import EvalRecord, Gate
 from abl_mlx.records.looks import VerifyRecord
 from abl_mlx.records.reading import EarlierEval
 from abl_mlx.records.record import Record
+from abl_mlx.reports import ml_bom, signed_figures
+from abl_mlx.reports.signed_figures import Figures, Signed
 from abl_mlx.support import signatures
 from abl_mlx.support.console import say
 from abl_mlx.support.signatures import BadSignature
@@ -44,12 +46,14 @@ class Evidence:
     Attributes:
         model: the model's name.
         files: file -> SHA-256.
-        command: the command that made the record.
+        version: the version of abl-mlx that made the record.
+        command: its command.
         record: the record's JSON values.
     """
 
     model: str
     files: dict[str, str]
+    version: str
     command: str
     record: dict[str, Any]
 
@@ -182,7 +186,13 @@ def read(path: Path, key: Path) -> Evidence:
         ours = predicate["abl_mlx"]
         files = {str(one["name"]): str(one["digest"]) for one in predicate["resources"]}
         subject = statement["subject"][0]
-        found = Evidence(str(subject["name"]), files, str(ours["command"]), dict(ours["record"]))
+        found = Evidence(
+            str(subject["name"]),
+            files,
+            str(ours["version"]),
+            str(ours["command"]),
+            dict(ours["record"]),
+        )
         root = subject["digest"]["sha256"]
     except (KeyError, IndexError, TypeError, ValueError):
         raise UserError(
@@ -221,19 +231,48 @@ def _evaluated(found: Evidence, path: Path) -> EvalRecord:
         raise UserError(f"{path} holds a record that this version cannot read.") from None
 
 
-def verify(path: Path, key: Path, model: str | None, limits: Limits) -> VerifyRecord:
+def _figures(found: Evidence, path: Path) -> Figures:
+    """The figures of evidence of `eval` or `run`."""
+    if found.command != "run":
+        return Figures.of_eval(_evaluated(found, path))
+    try:
+        return Figures.of_run(RunRecord.of(found.record), found.model)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise UserError(
+            f"{path} holds no figures of {found.model}: `run` measures none of this output, or "
+            "another version of abl-mlx wrote it."
+        ) from None
+
+
+def verify(
+    path: Path,
+    key: Path,
+    model: str | None,
+    limits: Limits,
+    *,
+    bom: Path | None = None,
+    card: Path | None = None,
+) -> VerifyRecord:
     """Check evidence: its signature, the files of a model, and limits on its figures.
+
+    What is written is written only if all that was checked is as it should be.
 
     Args:
         path: the bundle.
         key: the file with the public key.
         model: the model that it should be about; None to check no files.
         limits: limits on the figures of `eval`.
+        bom: a new file for a bill of materials in CycloneDX's JSON.
+        card: a new file for a block of Markdown for the model card.
 
     Raises:
         BadSignature: when the signature is not good.
-        UserError: when something cannot be read, or limits are given for another command's record.
+        UserError: when something cannot be read or written, or limits are given for another
+            command's record.
     """
+    for new in (bom, card):
+        if new is not None:
+            check_new(new)
     found = read(path, key)
     evidence = [
         f"signed with the key of {key}; of {found.model}, made by `abl-mlx {found.command}`"
@@ -247,25 +286,48 @@ def verify(path: Path, key: Path, model: str | None, limits: Limits) -> VerifyRe
         evidence += wrong or [f"the {len(found.files)} files of {model} are those that were signed"]
     checks = gate.check(_evaluated(found, path), limits) if limits.given else []
     evidence += [one.sentence for one in checks]
-    passed = all(one.passed for one in checks)
+    within = all(one.passed for one in checks)
+    passed = within and not wrong
+    if passed and (bom or card):
+        _export(found, path, key, bom, card)
     return VerifyRecord(
         abl_mlx=__version__,
         source=str(path),
-        passed=passed and not wrong,
+        passed=passed,
         evidence=evidence,
         model=found.model,
         command=found.command,
         files=found.files,
-        gate=Gate(passed=passed, checks=checks) if checks else None,
+        gate=Gate(passed=within, checks=checks) if checks else None,
         record=found.record,
+        outputs=[str(new) for new in (bom, card) if new is not None and passed] or None,
     )
+
+
+def _export(found: Evidence, path: Path, key: Path, bom: Path | None, card: Path | None) -> None:
+    """Write what others read of evidence that was checked."""
+    signed = Signed(
+        model=found.model,
+        files=found.files,
+        version=found.version,
+        command=found.command,
+        figures=_figures(found, path),
+        evidence=path.name,
+        evidence_sha256=file_hashes([path])[path.name],
+        key_sha256=signatures.hint(key),
+    )
+    for new, write in ((bom, ml_bom.text), (card, signed_figures.card)):
+        if new is not None:
+            with new_file(new) as staged:
+                staged.write_text(write(signed), encoding="utf-8")
 
 
 def table(record: VerifyRecord) -> str:
     """The record as a table."""
     said = "as signed" if record.passed else "NOT as it should be"
     lines = [f"{record.source}: {said}", *(f"  - {one}" for one in record.evidence)]
-    return "\n".join([*lines, *(f"    {sha256}  {name}" for name, sha256 in record.files.items())])
+    lines += [f"    {sha256}  {name}" for name, sha256 in record.files.items()]
+    return "\n".join([*lines, *(f"  wrote {name}" for name in record.outputs or [])])
 
 
 def _root(files: Mapping[str, str]) -> str:

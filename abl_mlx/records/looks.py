@@ -365,6 +365,7 @@ class VerifyRecord(Record, Made):
         files: the signed hashes, file -> SHA-256.
         gate: the limits, if any were given.
         record: the signed record.
+        outputs: the files that were written.
     """
 
     passed: bool
@@ -374,3 +375,4 @@ class VerifyRecord(Record, Made):
     files: dict[str, str]
     gate: Gate | None = None
     record: dict[str, Any]
+    outputs: list[str] | None = None

@@ -47,6 +47,15 @@ def check_key(key: Path) -> None:
     _hash_of(_public(key), key)
 
 
+def hint(key: Path) -> str:
+    """The SHA-256 of a public key in PEM, which a bundle names it by.
+
+    Raises:
+        UserError: when it cannot be read.
+    """
+    return hashlib.sha256(_public(key, public=True)).hexdigest()
+
+
 def signed(statement: Mapping[str, Any], key: Path) -> str:
     """A bundle, as JSON, with this statement.
 

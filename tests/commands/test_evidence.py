@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -88,10 +89,50 @@ def test_what_is_not_as_signed_is_exit_code_3(place: Path, tmp_path: Path) -> No
         data = file.read_bytes()
         changed = file.suffix == ".safetensors"
         (copy / file.name).write_bytes(data[:-1] + b"\1" if changed else data)
-    found = verified(place, "--model", copy)
+    found = verified(place, "--model", copy, "--bom", tmp_path / "bom.json")
     assert found.exit_code == 3
+    assert not (tmp_path / "bom.json").exists()
     assert "model.safetensors of" in found.stdout
     assert "is not the signed file" in found.stdout
+
+
+def test_a_bill_of_materials_and_a_block_for_the_card(place: Path, tmp_path: Path) -> None:
+    bom, card = tmp_path / "bom.json", tmp_path / "card.md"
+    found = verified(place, "--bom", bom, "--card", card, "--min-refusal", "0.9")
+    assert found.exit_code == 0, found.stderr
+    assert f"wrote {bom}" in found.stdout
+    record, bill = json.loads(verified(place, "--json").stdout), json.loads(bom.read_text())
+    (model,) = bill["components"]
+    files = {one["name"]: one["hashes"][0]["content"] for one in model["components"]}
+    assert files == record["files"]
+    evidence = hashlib.sha256((place / "demo.json").read_bytes()).hexdigest()
+    assert model["externalReferences"][0]["hashes"] == [{"alg": "SHA-256", "content": evidence}]
+    metrics = model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    low, high = record["record"]["harmful_refusal_interval"]
+    assert metrics[0] == {
+        "type": "refusal rate",
+        "slice": "harmful prompts, n=10",
+        "value": "1.0000",
+        "confidenceInterval": {"lowerBound": f"{low:.4f}", "upperBound": f"{high:.4f}"},
+    }
+    text = card.read_text()
+    assert "| refusals, harmful prompts | 100% |" in text
+    assert all(f"| `{name}` | `{sha256}` |" in text for name, sha256 in files.items())
+    again = tmp_path / "again.json"
+    verified(place, "--bom", again)
+    assert again.read_bytes() == bom.read_bytes()
+    taken = verified(place, "--bom", bom)
+    assert (taken.exit_code, "already exists" in taken.stderr) == (1, True)
+
+
+def test_the_bill_of_materials_follows_the_official_schema(place: Path, tmp_path: Path) -> None:
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    schema = pytest.importorskip("cyclonedx.schema")
+    verified(place, "--bom", tmp_path / "bom.json")
+    validator = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
+    bill = (tmp_path / "bom.json").read_text()
+    assert validator.validate_str(bill) is None
+    assert validator.validate_str(bill.replace('"slice"', '"part"')) is not None
 
 
 def test_keys_and_flags_that_cannot_be_used(place: Path, tmp_path: Path) -> None:
@@ -131,9 +172,17 @@ def test_a_run_is_signed_beside_its_outputs(place: Path, direction: Path, tmp_pa
     out = tmp_path / "edited.gguf"
     abl_mlx("run", "demo", "-o", out, "--limit", "4", "--sign", place / "key.pem")
     bundle = tmp_path / "edited.gguf.sigstore.json"
-    found = abl_mlx("verify", bundle, "--key", place / "key.pub", "--model", out)
+    bom, card = tmp_path / "bom.json", tmp_path / "card.md"
+    written = ("--bom", bom, "--card", card)
+    found = abl_mlx("verify", bundle, "--key", place / "key.pub", "--model", out, *written)
     assert found["command"] == "run"
     assert found["record"]["after"]["harmful_refusal_rate"] == 0
+    (model,) = json.loads(bom.read_text())["components"]
+    (base,) = model["pedigree"]["ancestors"]
+    assert [one["hashes"][0]["content"] for one in base["components"]] == list(
+        found["record"]["hashes"]["source"].values()
+    )
+    assert "| refusals, harmful prompts | 100% | 0% |" in card.read_text()
     assert "is evidence of `run`" in fails(
         "verify", bundle, "--key", place / "key.pub", "--min-refusal", "0.5"
     )
