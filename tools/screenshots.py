@@ -50,19 +50,26 @@ def show(browser: Browser, url: str, view: str, kind: str, prompt: str) -> None:
     elif view == "look":
         browser.wait("document.querySelectorAll('canvas').length === 2")
     elif view == "find":
-        browser.wait("document.querySelector('.find table') !== null")
-        browser.wait("[...document.images].every(one => one.naturalWidth > 0)")
+        browser.wait("document.querySelectorAll('.find figure').length > 4")
+        _submitted(
+            browser, "#trials", "40", "document.querySelectorAll('.find .mark[role]').length"
+        )
+        browser.wait("document.querySelector('.find progress').hidden", 600)
     elif view == "judge":
         _submitted(browser, "#limit", "2", "document.querySelector('progress').hidden === false")
         browser.wait("document.querySelector('progress').hidden")
     elif view == "check":
         _submitted(browser, "#model", "demo", "document.querySelector('iframe') !== null")
-        time.sleep(3)  # of the page inside, another origin, this one cannot see whether it is drawn
     else:
         browser.wait("document.querySelector('#output') !== null")
         browser.value("document.querySelector('#output').value = 'edited.gguf'")
         browser.value("document.querySelector('form button').click()")
         browser.wait("document.querySelector('pre') !== null")
+    # In a window as high as the page, the report inside is drawn as well. It is of another origin,
+    # so this page cannot see when.
+    height = browser.value("document.documentElement.scrollHeight")
+    browser.size(width, max(900, height))
+    time.sleep(3 if view == "check" else 0.5)
 
 
 def main() -> None:
@@ -83,7 +90,7 @@ def main() -> None:
             for kind in KINDS:
                 for view in ("talk", "look", "find", "judge", "check", "write"):
                     show(browser, found[1], view, kind, prompt)
-                    browser.picture(folder / f"studio-{view}-{kind}.png")
+                    browser.picture(folder / f"studio-{view}-{kind}.webp")
         finally:
             browser.close()
             studio.kill()

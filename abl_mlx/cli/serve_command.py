@@ -10,6 +10,12 @@ from abl_mlx.cli.condition_flags import condition_flag, unconditional_flag
 from abl_mlx.cli.flags import revision_flag, steered_flags
 from abl_mlx.cli.group import cli
 
+runtime_flag = click.option(
+    "--runtime",
+    type=click.Choice(["mlx-lm", "llama.cpp", "llama-server"]),
+    help="What runs a .gguf, as for `eval`.",
+)
+
 
 @cli.command()
 @click.argument("model")
@@ -42,11 +48,7 @@ from abl_mlx.cli.group import cli
     type=click.IntRange(min=1),
     help="Longest reply to a request that says none, in tokens.",
 )
-@click.option(
-    "--runtime",
-    type=click.Choice(["mlx-lm", "llama.cpp", "llama-server"]),
-    help="What runs a .gguf, as for `eval`.",
-)
+@runtime_flag
 @click.option(
     "--parallel",
     "slots",
@@ -94,10 +96,11 @@ def serve(model: str, host: str, origins: tuple[str, ...], **chosen: Any) -> Non
     help="Listen on this port of 127.0.0.1. Default: a free one.",
 )
 @click.option("--open/--no-open", "opens", default=True, help="Open a browser. Default: yes.")
+@runtime_flag
 @steered_flags
 @condition_flag
 @unconditional_flag
-def studio(model: str, port: int, opens: bool, **chosen: Any) -> None:
+def studio(model: str, port: int, opens: bool, runtime: str | None, **chosen: Any) -> None:
     """Show MODEL and its direction in a browser: talk to it before and after the edit.
 
     A web app on this machine, whose address with its secret is printed. It sends nothing
@@ -109,4 +112,5 @@ def studio(model: str, port: int, opens: bool, **chosen: Any) -> None:
     from abl_mlx.choices import SteerOptions
     from abl_mlx.studio import launch
 
-    launch.launch(model, SteerOptions.of(**chosen), port=port, opens=opens)
+    options = SteerOptions.of(**chosen)
+    launch.launch(model, options, port=port, opens=opens, runtime=runtime)

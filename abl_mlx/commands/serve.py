@@ -133,10 +133,11 @@ def _in_llamacpp(
 
     _check_llamacpp(options)
     with tempfile.TemporaryDirectory(prefix="abl-mlx-serve-") as folder, ExitStack() as stack:
-        lora = _write_lora(text, options, Path(folder))
+        lora = Path(folder, "edit.lora.gguf")
+        write_lora(text, _direction(text, options), options, lora)
         with find_model(text) as file:
             path = file.source.path
-        address = stack.enter_context(_llamacpp(path, lora, serving))
+        address = stack.enter_context(llamacpp(path, lora, serving))
         server = in_llamacpp.listen(
             address, dials, serving.door, serving.port,
             thinking.template_values(thinking.modes(options.prompting.thinking)[-1]),
@@ -160,13 +161,18 @@ def _check_llamacpp(options: SteerOptions) -> None:
         raise UsageError("--condition: an adapter holds no condition; add --runtime mlx-lm.")
 
 
-def _write_lora(text: str, options: SteerOptions, folder: Path) -> Path:
-    """Write the edit at strength 1 as a LoRA adapter of a GGUF."""
-    direction: Path | DirectionFile | None = options.direction
-    if direction is None:
-        direction = session.load(text, options).direction
-        let_go()
-    lora = folder / "edit.lora.gguf"
+def _direction(text: str, options: SteerOptions) -> Path | DirectionFile:
+    if options.direction is not None:
+        return options.direction
+    direction = session.load(text, options).direction
+    let_go()
+    return direction
+
+
+def write_lora(
+    text: str, direction: Path | DirectionFile, options: SteerOptions, lora: Path
+) -> None:
+    """Write the edit of a GGUF at strength 1 as a LoRA adapter."""
     editing = options.editing.but(strength=1.0)
     # What a LoRA cannot hold, the biases, is told and not refused: an adapter is asked for.
     applying = ApplyOptions(editing, Writing(max_leak=1.0), memory_check=options.memory_check)
@@ -174,12 +180,11 @@ def _write_lora(text: str, options: SteerOptions, folder: Path) -> Path:
     for one in record.written:
         if one.note:
             say(one.note)
-    return lora
 
 
 @contextmanager
-def _llamacpp(path: Path, lora: Path, serving: Serving) -> Iterator[str]:
-    """The address of llama.cpp's own server, which runs inside."""
+def llamacpp(path: Path, lora: Path, serving: Serving) -> Iterator[str]:
+    """Context manager with the address of llama.cpp's own server, which runs inside."""
     if serving.runtime == "llama-server":
         asking = Asking(concurrency=serving.slots)
         with LlamaServer(path, asking, lora=lora, context=serving.context) as server:

@@ -53,6 +53,9 @@ PATIENCE = 40
 
 # --- the search ----------------------------------------------------------------------------------
 
+#: Looks at a search that runs, between two trials.
+Seen = Callable[["Search"], None]
+
 
 @dataclass
 class Search:
@@ -67,6 +70,7 @@ class Search:
         seed: the seed of random choices.
         starts: the parameters of edits to try right after the default one.
         clock: the time in seconds since some moment.
+        seen: is called before the first trial and after each one.
         trials: the trials so far.
         volumes: the front's hypervolume after each trial.
         gentlest: after each trial, 1 minus the logarithm of the lowest KL of a trial that is good
@@ -83,6 +87,7 @@ class Search:
     seed: int = 0
     starts: Sequence[Parameters] = ()
     clock: Callable[[], float] = time.monotonic
+    seen: Seen = field(default=lambda search: None)
     trials: list[Trial] = field(default_factory=list)
     volumes: list[float] = field(default_factory=list)
     gentlest: list[float] = field(default_factory=list)
@@ -109,6 +114,7 @@ class Search:
         end = math.inf if minutes is None else self.clock() + 60 * minutes
         with progress(most, "search", "trial") as bar:
             bar.update(len(self.trials) if most is None else min(most, len(self.trials)))
+            self.seen(self)
             try:
                 # Another rank may have come to the end of its time already.
                 while not (ended := ranks.first("the search", self._ended(most, end))):
@@ -119,6 +125,7 @@ class Search:
                     self._count(trial)
                     bar.update()
                     bar.set_postfix_str(f"front {len(self.front())}", refresh=False)
+                    self.seen(self)
             except KeyboardInterrupt:
                 if not any(trial.screened.whole for trial in self.trials):
                     raise
@@ -277,6 +284,7 @@ def improve(
     how: Measuring,
     encoded: SearchPrompts | None = None,
     told: Told | None = None,
+    seen: Seen | None = None,
 ) -> DirectionFile:
     """Search within ``--search`` trials and ``--minutes``; return a file with the best edit.
 
@@ -288,6 +296,7 @@ def improve(
         how: the chosen options.
         encoded: the prompts on which edits are screened; by default the ends of ``prompts``.
         told: what whole replies tell of the tokens that open refusals.
+        seen: as of `Search`.
 
     Raises:
         UserError: when flags do not go together, or the journal is of another search.
@@ -322,6 +331,7 @@ def improve(
         screen, space, edit_for, journal, enough, how.finding.max_kl, how.prompting.seed, given
     )
     generated_most = sum(len(asked) * most for asked, most in replies.questions)
+    search.seen = seen or search.seen
     say(_announced(search, trials, minutes, generated_most))
     try:
         search.run(trials, minutes)

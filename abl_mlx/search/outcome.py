@@ -34,14 +34,14 @@ def file_of(
         chosen: the one of them that was chosen.
         figures: of the search as a whole, for its record.
     """
-    parameters, screened = chosen.trial.parameters, chosen.trial.screened
-    selected = space.directions(parameters)
+    screened = chosen.trial.screened
+    edited = with_edit(found, space, chosen.trial.parameters)
     default = next(trial for trial in trials if trial.screened.whole)
     by_default = {"refusal_score_default": default.screened.refusal}
     if "figure" in figures:
         by_default = {}
         figures = {**figures, "figure": {**figures["figure"], "default": default.screened.refusal}}
-    summary = _summary(found, parameters, int(selected.shape[-2])) | {
+    summary = edited.metadata["summary"] | {
         "chosen_by": "search: lowest KL of those whose replies meet the target"
         if chosen.meets
         else "search: fewest refusals among the replies"
@@ -60,16 +60,24 @@ def file_of(
         summary["kept"] = {name: one.json for name, one in chosen.kept.items()}
         for name, kept in chosen.kept.items():
             say(f"  {'' if kept.enough else 'warning: '}{kept_refusals.sentence(name, kept)}")
-    metadata = {key: value for key, value in found.metadata.items() if key != "pins"}
-    metadata |= {
-        "method": summary["method"],
+    metadata = edited.metadata | {
         "summary": summary,
-        "recipe": space.recipe(parameters),
         "search": {
             "front": [one.record() for one in asked],
             "trials": [trial.record() for trial in trials],
         },
     }
+    return replace(edited, metadata=metadata)
+
+
+def with_edit(found: DirectionFile, space: Space, parameters: Parameters) -> DirectionFile:
+    """The direction file with the edit of some parameters in place of its own."""
+    selected = space.directions(parameters)
+    summary = _summary(found, parameters, int(selected.shape[-2]))
+    metadata = {key: value for key, value in found.metadata.items() if key != "pins"}
+    metadata |= {
+        "method": summary["method"], "summary": summary, "recipe": space.recipe(parameters),
+    }  # fmt: skip
     return replace(found, selected=selected, metadata=metadata)
 
 

@@ -161,19 +161,13 @@ async def _answer(desk: Desk, request: Request) -> Response:
         body = None
     if not isinstance(body, dict):
         return JSONResponse({"error": "the request must be a JSON object."}, 400)
-    loaded = desk.loaded
-    if loaded is None:
-        return JSONResponse({"error": "the model is still loading."}, 503)
-    work = loaded.works.get(request.path_params["name"])
-    if work is None:
-        return JSONResponse({"error": "there is no such work."}, 404)
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
 
     def tell(event: Event | None) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    job = Job(lambda: iter(work(loaded.steered, body)), tell)
+    job = Job(request.path_params["name"], body, tell)
     desk.submit(job)
 
     async def lines() -> AsyncIterator[str]:

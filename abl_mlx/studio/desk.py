@@ -1,8 +1,10 @@
-"""One thread that owns the model, and takes a step of each piece of work in turn.
+"""One thread that owns the model, and takes a step of one piece of work at a time.
 
 MLX evaluates an array in the thread that made it, and an edit changes the whole model while it is
 on. So all work with the model is done by one thread, as generators: between two steps the model is
-unedited for other work, and replies with and without an edit grow side by side.
+unedited for other work, and replies with and without an edit grow side by side. The next step is
+always of the work that has had the least time, so replies also grow beside a search whose steps
+are long.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from abl_mlx.support.flags import said
@@ -34,26 +37,29 @@ class Loaded:
 
     Attributes:
         works: name -> work.
+        talks_in: the runtime in which it replies.
     """
 
     steered: Steered
     works: Mapping[str, Work]
+    talks_in: str
 
 
+@dataclass(frozen=True)
 class Job:
-    """A piece of work, and where its events go."""
+    """A piece of work that a page asks for, and where its events go.
 
-    def __init__(
-        self, work: Callable[[], Iterator[Event]], tell: Callable[[Event | None], None]
-    ) -> None:
-        """
-        Args:
-            work: begins the work.
-            tell: is called with each event, and with None at the end.
-        """
-        self.work = work
-        self.tell = tell
-        self.cancelled = threading.Event()
+    Attributes:
+        name: which work it is.
+        body: the request.
+        tell: is called with each event, and with None at the end.
+        cancelled: set when nobody waits for it any more.
+    """
+
+    name: str
+    body: Mapping[str, Any]
+    tell: Callable[[Event | None], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 class Desk:
@@ -65,17 +71,21 @@ class Desk:
         self.loaded: Loaded | None = None
 
     def submit(self, job: Job) -> None:
-        """Add a job; any thread may call this."""
+        """Add a job, which waits until the model is loaded; any thread may call this."""
         self._waiting.put(job)
 
     def run(self, load: Callable[[], Loaded]) -> None:
         """Load the model and do all jobs, until an exception such as KeyboardInterrupt."""
-        self.loaded = load()
-        running: list[tuple[Job, Iterator[Event]]] = []
+        loaded = self.loaded = load()
+        running: list[_Running] = []
         while True:
             for job in self._new(wait=not running):
-                running.append((job, job.work()))
-            running = [(job, work) for job, work in running if _step(job, work)]
+                least = min((one.used for one in running), default=0.0)
+                running.append(_Running(job, _begun(loaded, job), least))
+            if running:
+                one = min(running, key=lambda one: one.used)
+                if not one.step():
+                    running.remove(one)
 
     def _new(self, *, wait: bool) -> Iterator[Job]:
         try:
@@ -86,19 +96,43 @@ class Desk:
             return
 
 
-def _step(job: Job, work: Iterator[Event]) -> bool:
-    """Take one step; whether there are more."""
-    if job.cancelled.is_set():
+def _begun(loaded: Loaded, job: Job) -> Generator[Event, None, None]:
+    work = loaded.works.get(job.name)
+    if work is None:
+        raise UserError("there is no such work.")
+    yield from work(loaded.steered, job.body)
+
+
+@dataclass(eq=False)
+class _Running:
+    """A job that was begun.
+
+    Attributes:
+        work: gives its events.
+        used: the seconds that its steps have taken; of a new job, as many as others have had.
+    """
+
+    job: Job
+    work: Generator[Event, None, None]
+    used: float
+
+    def step(self) -> bool:
+        """Take one step; whether there are more."""
+        if self.job.cancelled.is_set():
+            self.work.close()
+            return False
+        start = time.perf_counter()
+        try:
+            self.job.tell(next(self.work))
+            return True
+        except StopIteration:
+            pass
+        except UserError as error:
+            self.job.tell({"error": said(error)})
+        except Exception as error:  # a bug, which must not end the other jobs
+            traceback.print_exc(file=sys.stderr)
+            self.job.tell({"error": f"internal error: {type(error).__name__}."})
+        finally:
+            self.used += time.perf_counter() - start
+        self.job.tell(None)
         return False
-    try:
-        job.tell(next(work))
-        return True
-    except StopIteration:
-        pass
-    except UserError as error:
-        job.tell({"error": said(error)})
-    except Exception as error:  # a bug, which must not end the other jobs
-        traceback.print_exc(file=sys.stderr)
-        job.tell({"error": f"internal error: {type(error).__name__}."})
-    job.tell(None)
-    return False

@@ -33,7 +33,7 @@ def judged(
     chosen = asked.edited(steered, body)
     limit = asked.whole(body, "limit", 8, 1, 512)
     longest = asked.whole(body, "max_tokens", 64, 1, 4096)
-    prompts = _chosen(sets(), limit)
+    prompts = held_out(sets(), limit)
     yield {"total": len(prompts)}
     for found in _both(chosen, prompts, longest):
         yield {}  # other work takes its turn
@@ -77,12 +77,12 @@ def examples(
     """Yield some held-out prompts of each set, which a page offers."""
     limit = asked.whole(body, "limit", 6, 1, 100)
     found: dict[str, list[str]] = {}
-    for name, prompt in _chosen(sets(), limit):
+    for name, prompt in held_out(sets(), limit):
         found.setdefault(name, []).append(prompt.text)
     yield {"examples": found}
 
 
-def _chosen(sets: PromptSets, limit: int) -> list[tuple[str, Prompt]]:
+def held_out(sets: PromptSets, limit: int) -> list[tuple[str, Prompt]]:
     """Held-out prompts of each set, the sets in turn."""
     groups = {"harmful": sets.harmful.test, "harmless": sets.harmless.test}
     if sets.borderline is not None:

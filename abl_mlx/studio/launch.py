@@ -8,8 +8,8 @@ import socket
 import threading
 import webbrowser
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from abl_mlx import __version__
 from abl_mlx.serving.door import Door
 from abl_mlx.studio.desk import Desk, Event, Loaded
 from abl_mlx.support import clock, interrupts
-from abl_mlx.support.console import say
+from abl_mlx.support.console import running, say
 from convert.base.errors import UserError
 
 if TYPE_CHECKING:  # the page is served before the heavy imports
@@ -44,7 +44,10 @@ class Place:
         return f"http://127.0.0.1:{self.port}/#/talk?token={self.token}"
 
 
-def launch(text: str, options: SteerOptions, *, port: int = 0, opens: bool = True) -> None:
+def launch(
+    text: str, options: SteerOptions, *, port: int = 0, opens: bool = True,
+    runtime: str | None = None,
+) -> None:  # fmt: skip
     """Run the studio until Ctrl-C.
 
     Args:
@@ -52,17 +55,21 @@ def launch(text: str, options: SteerOptions, *, port: int = 0, opens: bool = Tru
         options: the direction and the edit.
         port: the port; 0 for a free one.
         opens: whether to open a browser.
+        runtime: what a GGUF replies in, as for `eval`; None for the first available one.
 
     Raises:
         UserError: when the model or the direction cannot be loaded, or the port is taken.
     """
     desk = Desk()
-    with served(desk, text, options, port) as (place, reports, dropped):
+    with (
+        served(desk, text, options, port) as (place, reports, dropped),
+        ExitStack() as stack,
+    ):
         say(f"the studio is at {place.url}; Ctrl-C ends it")
         if opens:
             webbrowser.open(place.url)
         try:
-            desk.run(partial(_load, text, options, reports, dropped))
+            desk.run(partial(_load, text, options, runtime, reports, dropped, stack))
         except KeyboardInterrupt:
             interrupts.forget()
             say("stopped")
@@ -104,11 +111,13 @@ def served(
             thread.join(5)
 
 
-def _load(text: str, options: SteerOptions, reports: Reports, dropped: Dropped) -> Loaded:
-    from abl_mlx.commands import session
-    from abl_mlx.studio.works import works
+def _load(
+    text: str, options: SteerOptions, runtime: str | None, reports: Reports, dropped: Dropped,
+    stack: ExitStack,
+) -> Loaded:  # fmt: skip
+    from abl_mlx.studio.works import load
 
-    return Loaded(session.load(text, options), works(text, options, reports, dropped))
+    return load(text, options, runtime, reports, dropped, stack)
 
 
 @contextmanager
@@ -127,17 +136,25 @@ def _listening(port: int) -> Iterator[socket.socket]:
 
 
 def about(desk: Desk, text: str, options: SteerOptions) -> Event:
-    """What a page is told of the model."""
+    """What a page is told of the model; until it is loaded, what is being done and how far."""
+    known = {
+        "version": __version__,
+        "name": text,
+        "strength": options.editing.strength,
+        "direction": None if options.direction is None else str(options.direction),
+    }
     loaded = desk.loaded
     if loaded is None:
-        doing = clock.now() or "start"
-        return {"version": __version__, "name": text, "ready": False, "doing": doing}
+        at = running()
+        doing = {"doing": clock.now() or "start", "progress": None if at is None else asdict(at)}
+        return {**known, **doing, "ready": False}
     steered, direction = loaded.steered, loaded.steered.direction
     summary = direction.metadata.get("summary", {})
     return {
-        "version": __version__,
+        **known,
         "name": steered.name,
         "ready": True,
+        "talks_in": loaded.talks_in,
         "architecture": steered.chat.model_type,
         "layers": len(steered.chat.layers),
         "width": steered.chat.width,
@@ -146,6 +163,4 @@ def about(desk: Desk, text: str, options: SteerOptions) -> Event:
         "layer": summary.get("layer"),
         "position": summary.get("position"),
         "means": direction.candidates is not None and summary.get("position") is not None,
-        "strength": steered.editing.strength,
-        "direction": None if options.direction is None else str(options.direction),
     }

@@ -31,7 +31,8 @@ def written(steered: Steered, body: Mapping[str, Any], options: SteerOptions) ->
         raise UserError("name an output: a folder, NAME.gguf, NAME.lora.gguf or NAME.adapter.")
     chosen = asked.edited(steered, body)
     direction = chosen.steered.direction
-    given = options.direction if direction is steered.direction else None
+    measured = direction is steered.direction and body.get("point") is None
+    given = options.direction if measured else None
     place = given or Path(asked.text(body, "direction").strip() or "direction.safetensors")
     if chosen.strength < 0:
         raise UserError("weights have no negative strength here: choose one above 0.")

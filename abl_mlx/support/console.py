@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from convert.base import escape
@@ -35,14 +37,64 @@ def percent(share: float | None) -> str:
 def progress(total: int | None, label: str, unit: str = "prompt") -> Any:
     """A progress bar on stderr, without an end if ``total`` is None.
 
-    Nothing is shown where stderr is no terminal.
+    Nothing is shown where stderr is no terminal; `running` tells of it all the same.
     """
-    from tqdm import tqdm
-
-    return tqdm(
+    return _bar()(
         total=total, desc=escape.line(label), unit=unit, file=sys.stderr,
         disable=True if _hushed else None, leave=False,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a piece of work is.
+
+    Attributes:
+        done: of ``total`` units.
+        total: None where the end is not known.
+    """
+
+    label: str
+    done: int
+    total: int | None
+
+
+#: The bars that run, the innermost last.
+_bars: list[Any] = []
+
+
+def running() -> Progress | None:
+    """The innermost progress bar that runs; any thread may ask."""
+    for bar in _bars[-1:]:
+        return Progress(bar.label, int(bar.n), None if bar.total is None else int(bar.total))
+    return None
+
+
+@cache
+def _bar() -> Any:
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        """A bar that also counts what it does not show."""
+
+        def __init__(self, *, desc: str, **how: Any) -> None:
+            super().__init__(desc=desc, **how)
+            self.label = desc
+
+        def __enter__(self) -> Any:
+            _bars.append(self)
+            return super().__enter__()
+
+        def __exit__(self, *error: Any) -> Any:
+            _bars[:] = [one for one in _bars if one is not self]  # tqdm compares by position
+            return super().__exit__(*error)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.disable:
+                self.n += n or 0
+            return super().update(n)
+
+    return Bar
 
 
 def in_order(

@@ -61,7 +61,8 @@ def forget() -> None:
     with _lock:
         _forgotten, _asked_at = time.monotonic(), -SAME
         _requested.clear()
-        if _watching:
+        # Python lets only the main thread set handlers.
+        if _watching and threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, _stop)
 

@@ -4,12 +4,19 @@ import { place } from "./place";
 
 export type Event = Record<string, any>;
 
-export interface About {
+/** What is known of the model before it is loaded. */
+export interface Known {
   name: string;
-  ready: boolean;
-  /** What is done until it is ready. */
-  doing: string;
   version: string;
+  strength: number;
+  direction: string | null;
+  ready: boolean;
+  /** What is done until it is ready, and how far it is. */
+  doing?: string;
+  progress?: { label: string; done: number; total: number | null } | null;
+}
+
+export interface About extends Known {
   architecture: string;
   layers: number;
   width: number;
@@ -18,9 +25,12 @@ export interface About {
   layer: number | null;
   position: number | string | null;
   means: boolean;
-  strength: number;
-  direction: string | null;
+  /** The runtime in which it replies. */
+  talks_in: string;
 }
+
+/** The model, once it is loaded. */
+export type Ready = Promise<About>;
 
 function headers(): Record<string, string> {
   return { Authorization: `Bearer ${place().token}`, "Content-Type": "application/json" };
@@ -32,7 +42,7 @@ async function refused(answer: Response): Promise<Error> {
 }
 
 /** What the model is. */
-export async function about(): Promise<About> {
+export async function about(): Promise<Known | About> {
   const answer = await fetch("/api/about", { headers: headers() });
   if (!answer.ok) throw await refused(answer);
   return answer.json();

@@ -1,16 +1,23 @@
 /** The edit that all views share: its strength, direction, rank and layers. */
 
-import type { About } from "./api";
-import { field, h } from "./dom";
+import type { About, Ready } from "./api";
+import { field, fill, h } from "./dom";
 
 export interface Edit {
   strength: number;
   layer: number | null;
   rank: number | null;
   layers: number[] | null;
+  /** The number of a trial of a search, whose edit is taken. */
+  point: number | null;
 }
 
-export const edit: Edit = { strength: 1, layer: null, rank: null, layers: null };
+export const edit: Edit = { strength: 1, layer: null, rank: null, layers: null, point: null };
+
+/** Tell the controls of all views that the edit has changed. */
+export function edited(): void {
+  document.dispatchEvent(new Event("edited"));
+}
 
 /**
  * "0-3,5" as numbers; null for all.
@@ -35,64 +42,85 @@ export function named(strength: number): string {
   return strength < 1 ? `${strength}: a part of the direction is removed` : `${strength}: beyond removal`;
 }
 
-/** The controls of the edit; `changed` is called when a value was chosen. */
-export function controls(about: About, changed: () => void): HTMLElement {
-  const output = h("output", { for: "strength" }, named(edit.strength));
+/** The controls of the edit; `changed` is called when a value was chosen, also in another view. */
+export function controls(ready: Ready, changed: () => void): HTMLElement {
+  const output = h("output", { for: "strength" });
   const slider = h("input", {
-    id: "strength", type: "range", min: -2, max: 2, step: 0.05, list: "marks",
-    value: edit.strength, "aria-label": "Strength of the edit",
+    id: "strength", type: "range", min: -2, max: 2, step: 0.05, list: "marks", "aria-label": "Strength of the edit",
   });
-  slider.value = String(edit.strength);
+  const marks = h("datalist", { id: "marks" }, ...[-1, 0, 1].map((one) => h("option", { value: one })));
+  const more = h("div");
+  const show = () => {
+    slider.value = String(edit.strength);
+    output.textContent = named(edit.strength);
+    slider.setAttribute("aria-valuetext", named(edit.strength));
+  };
   slider.addEventListener("input", () => {
     edit.strength = Number(slider.value);
-    output.textContent = named(edit.strength);
+    show();
   });
-  slider.addEventListener("change", changed);
-  const marks = h("datalist", { id: "marks" }, ...[-1, 0, 1].map((one) => h("option", { value: one })));
-  const layers = h("input", { id: "layers", type: "text", placeholder: "all, or 0-3,5", size: 12 });
-  layers.value = edit.layers?.join(",") ?? "";
-  layers.addEventListener("change", () => {
-    try {
-      edit.layers = layersOf(layers.value, about.layers);
-      layers.setCustomValidity("");
-      changed();
-    } catch (error) {
-      layers.setCustomValidity((error as Error).message);
-      layers.reportValidity();
-    }
+  slider.addEventListener("change", edited);
+  show();
+  void ready.then((about) => fill(more, ...choices(about)), () => undefined);
+  document.addEventListener("edited", () => {
+    show();
+    changed();
   });
   return h(
     "fieldset",
     { class: "edit" },
     h("legend", {}, "Edit"),
     h("div", { class: "dial" }, field("Strength", slider), marks, output),
-    h(
-      "div",
-      { class: "row" },
-      about.means && field("Direction after layer", chosen(range(0, about.layers), edit.layer, (value) => {
-        edit.layer = value;
-        changed();
-      }, about.layer === null ? "measured" : `measured (${about.layer})`)),
-      about.rank > 1 && field("Rank", chosen(range(1, about.rank + 1), edit.rank, (value) => {
-        edit.rank = value;
-        changed();
-      }, `all (${about.rank})`)),
-      field("Edited layers", layers),
-    ),
+    more,
   );
+}
+
+/** What is chosen besides the strength: a direction and layers, or a trial of a search. */
+function choices(about: About): HTMLElement[] {
+  const set = (some: Partial<Edit>) => {
+    Object.assign(edit, some);
+    edited();
+  };
+  const layers = h("input", { id: "layers", type: "text", placeholder: "all, or 0-3,5", size: 12 });
+  layers.addEventListener("change", () => {
+    try {
+      const found = layersOf(layers.value, about.layers);
+      layers.setCustomValidity("");
+      set({ layers: found });
+    } catch (error) {
+      layers.setCustomValidity((error as Error).message);
+      layers.reportValidity();
+    }
+  });
+  const layer = chosen(range(0, about.layers), (value) => set({ layer: value }),
+    about.layer === null ? "measured" : `measured (${about.layer})`);
+  const rank = chosen(range(1, about.rank + 1), (value) => set({ rank: value }), `all (${about.rank})`);
+  const own = h("div", { class: "row" },
+    about.means && field("Direction after layer", layer), about.rank > 1 && field("Rank", rank), field("Edited layers", layers));
+  const trial = h("p", {});
+  const point = h("div", { class: "row" }, trial,
+    h("button", { type: "button", onclick: () => set({ point: null }) }, "Take the measured direction"));
+  const show = () => {
+    own.hidden = edit.point !== null;
+    point.hidden = edit.point === null;
+    trial.textContent = `The edit of trial ${edit.point} of the search.`;
+    layer.value = String(edit.layer ?? "");
+    rank.value = String(edit.rank ?? "");
+    layers.value = edit.layers?.join(",") ?? "";
+  };
+  show();
+  document.addEventListener("edited", show);
+  return [own, point];
 }
 
 function range(from: number, to: number): number[] {
   return Array.from({ length: to - from }, (_, index) => from + index);
 }
 
-function chosen(
-  values: number[], now: number | null, choose: (value: number | null) => void, none: string,
-): HTMLSelectElement {
+function chosen(values: number[], choose: (value: number | null) => void, none: string): HTMLSelectElement {
   const select = h(
     "select", {}, h("option", { value: "" }, none), ...values.map((one) => h("option", { value: one }, String(one))),
   );
-  select.value = now === null ? "" : String(now);
   select.addEventListener("change", () => choose(select.value === "" ? null : Number(select.value)));
   return select;
 }

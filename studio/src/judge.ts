@@ -1,6 +1,6 @@
 /** Judge: refusals before and after, prompt by prompt, and verdicts corrected by hand. */
 
-import { work, type About, type Event } from "./api";
+import { work, type Event, type Known, type Ready } from "./api";
 import { download, field, fill, h, table } from "./dom";
 import { controls, edit } from "./edit";
 import { sentence } from "./sentence";
@@ -23,7 +23,7 @@ interface Row {
   after: Reply;
 }
 
-export function judge(about: About): HTMLElement {
+export function judge(_: Known, ready: Ready): HTMLElement {
   const limit = h("input", { type: "number", min: 1, max: 512, value: 8, id: "limit" });
   const longest = h("input", { type: "number", min: 1, max: 4096, value: 64, id: "judge-longest" });
   const status = h("p", { role: "status" });
@@ -103,7 +103,7 @@ export function judge(about: About): HTMLElement {
     ...["set", "category", "prompt", "before", "after"].map((one) => h("th", { scope: "col" }, one)))), body));
   return h(
     "div", { class: "judge" },
-    controls(about, () => undefined),
+    controls(ready, () => undefined),
     h("form", { class: "row", onsubmit: run as EventListener },
       field("Prompts of each set", limit), field("Longest reply in tokens", longest),
       h("button", { type: "submit" }, "Judge"),

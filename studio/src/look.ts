@@ -1,6 +1,6 @@
 /** Look: the component along the direction at every layer and token, and what is in one state. */
 
-import { once, type About, type Event } from "./api";
+import { once, type Event, type Known, type Ready } from "./api";
 import { field, fill, h, table } from "./dom";
 import { controls, edit } from "./edit";
 import { heat, largest, legend, plain } from "./heat";
@@ -110,7 +110,7 @@ function lens(found: Event): HTMLElement {
     [...found.lens].reverse().map((one: Event) => [String(one.layer), words(one.before), words(one.after)])));
 }
 
-export function look(about: About): HTMLElement {
+export function look(_: Known, ready: Ready): HTMLElement {
   const first = h("textarea", { id: "prompt", rows: 2 });
   const second = h("textarea", { id: "second", rows: 2, placeholder: "none" });
   first.value = place().more.get("prompt") ?? "";
@@ -125,11 +125,12 @@ export function look(about: About): HTMLElement {
     for (const one of some) void one.draw();
   };
   if (first.value) queueMicrotask(draw);
-  return h(
+  const element = h(
     "div", { class: "look" },
-    controls(about, () => first.value.trim() && draw()),
+    controls(ready, () => element.isConnected && first.value.trim() && draw()),
     h("form", { class: "row", onsubmit: draw as EventListener },
       field("Prompt", first), field("Compare with", second), h("button", { type: "submit" }, "Look")),
     panels,
   );
+  return element;
 }

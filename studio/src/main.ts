@@ -1,7 +1,7 @@
 /** The views, and which of them the page's address names. */
 
 import "./style.css";
-import { about, type About } from "./api";
+import { about, type About, type Known, type Ready } from "./api";
 import { check } from "./check";
 import { fill, h } from "./dom";
 import { edit } from "./edit";
@@ -13,7 +13,7 @@ import { sentence } from "./sentence";
 import { talk } from "./talk";
 import { write } from "./write";
 
-const VIEWS: Record<string, { title: string; make: (about: About) => HTMLElement }> = {
+const VIEWS: Record<string, { title: string; make: (known: Known, ready: Ready) => HTMLElement }> = {
   talk: { title: "Talk", make: talk },
   look: { title: "Look", make: look },
   find: { title: "Find", make: find },
@@ -39,33 +39,44 @@ function navigate(): void {
     h("a", { href: link(one), "aria-current": one === named() && "page" }, title)));
 }
 
-async function model(): Promise<About> {
-  for (;;) {
-    const found = await about();
-    if (found.ready) return found;
-    navigate();
-    told.textContent = `${found.name} is being loaded: ${found.doing} …`;
+/** The model, once it is loaded; until then the page says what is being done. */
+async function loaded(known: Known): Ready {
+  for (let found = known; ; found = await about()) {
+    if (found.ready) return found as About;
+    const { doing, progress } = found;
+    told.textContent = `${found.name} is being loaded: ${doing}${progress ? `, ${progress.label} ${far(progress)}` : ""} …`;
     await new Promise((done) => setTimeout(done, 300));
   }
 }
 
-function show(found: About): void {
+function far({ done, total }: { done: number; total: number | null }): string {
+  return total ? `${Math.floor((100 * done) / total)}%` : String(done);
+}
+
+function show(known: Known, ready: Ready): void {
   const name = named();
   navigate();
-  if (!opened.has(name)) opened.set(name, VIEWS[name]!.make(found));
-  document.title = `${VIEWS[name]!.title}: ${found.name}`;
+  if (!opened.has(name)) opened.set(name, VIEWS[name]!.make(known, ready));
+  document.title = `${VIEWS[name]!.title}: ${known.name}`;
   fill(main, opened.get(name));
+}
+
+function failed(error: unknown): void {
+  fill(main, h("p", { class: "error", role: "alert" }, sentence(error)));
 }
 
 async function start(): Promise<void> {
   try {
-    const found = await model();
-    edit.strength = found.strength;
-    told.textContent = `${found.name}: ${found.architecture}, ${found.layers} layers, ${found.width} dimensions`;
-    show(found);
-    window.addEventListener("hashchange", () => show(found));
+    const known = await about();
+    edit.strength = known.strength;
+    const ready = loaded(known);
+    ready.then((found) => {
+      told.textContent = `${found.name}: ${found.architecture}, ${found.layers} layers, ${found.width} dimensions`;
+    }, failed);
+    show(known, ready);
+    window.addEventListener("hashchange", () => show(known, ready));
   } catch (error) {
-    fill(main, h("p", { class: "error", role: "alert" }, sentence(error)));
+    failed(error);
   }
 }
 

@@ -1,12 +1,12 @@
 /** Talk: the model before and after the edit, side by side. */
 
-import { once, work, type About } from "./api";
+import { once, work, type Known, type Ready } from "./api";
 import { Column, type Message, type Piece, type Replies } from "./column";
 import { download, field, h } from "./dom";
 import { controls, edit, named } from "./edit";
 import { options, Question } from "./question";
 
-export function talk(about: About): HTMLElement {
+export function talk(known: Known, ready: Ready): HTMLElement {
   const title = h("h2", { class: "name" }, "Edited");
   const system = h("textarea", { rows: 1, id: "system", placeholder: "none" });
   const thinks = h("input", { type: "checkbox", id: "thinking" });
@@ -28,6 +28,11 @@ export function talk(about: About): HTMLElement {
     void after.again();
   };
   entitle();
+  const where = h("p", { class: "note", hidden: true });
+  void ready.then(({ talks_in }) => {
+    where.hidden = talks_in === "mlx-lm";
+    where.textContent = `Both columns reply in ${talks_in}; the edit is a LoRA adapter, and the strength its scale. Below 0 the component along the direction is strengthened.`;
+  }, () => undefined);
 
   const question = new Question("Ask both models", (content) => {
     if (!content) return false;
@@ -44,7 +49,8 @@ export function talk(about: About): HTMLElement {
   return h(
     "div",
     { class: "talk" },
-    controls(about, changed),
+    controls(ready, changed),
+    where,
     h("div", { class: "columns" }, before.element, after.element),
     question.form,
     h(
@@ -58,7 +64,7 @@ export function talk(about: About): HTMLElement {
       button("Stop", () => [before, after].forEach((one) => one.halt())),
       button("Clear", () => [before, after].forEach((one) => one.clear())),
       button("Export", () => download("conversation.json", {
-        model: about.name, edit, original: before.messages, edited: after.messages,
+        model: known.name, edit, original: before.messages, edited: after.messages,
       })),
     ),
     h(

@@ -1,11 +1,11 @@
 /** Write: the edit in files, and the command line that does the same. */
 
-import { work, type About, type Event } from "./api";
+import { work, type Event, type Known, type Ready } from "./api";
 import { field, fill, h, table } from "./dom";
 import { controls, edit } from "./edit";
 import { sentence } from "./sentence";
 
-export function write(about: About): HTMLElement {
+export function write(known: Known, ready: Ready): HTMLElement {
   const output = h("input", { type: "text", id: "output", required: true, size: 40, placeholder: "edited/ or edited.gguf or edit.lora.gguf" });
   const direction = h("input", { type: "text", id: "direction", size: 30 });
   direction.value = "direction.safetensors";
@@ -30,10 +30,10 @@ export function write(about: About): HTMLElement {
   };
   return h(
     "div", { class: "write" },
-    controls(about, () => undefined),
+    controls(ready, () => undefined),
     h("form", { class: "row", onsubmit: ((event: globalThis.Event) => run(event, true)) as EventListener },
       field("Output: the ending chooses the format", output),
-      field(about.direction ? `Direction file, written if it is not ${about.direction}` : "Direction file, written first", direction),
+      field(known.direction ? `Direction file, written if it is not ${known.direction}` : "Direction file, written first", direction),
       h("button", { type: "button", onclick: () => void run(null, false) }, "Show the command"),
       h("button", { type: "submit" }, "Write")),
     result,

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from abl_mlx.behaviour.refusals import Verdict, classify
@@ -36,7 +37,7 @@ def direction(tmp_path_factory):
 
 @contextlib.contextmanager
 def started(direction):
-    command = [sys.executable, "-m", "abl_mlx", "studio", "demo", "--no-open"]
+    command = [sys.executable, "-m", "abl_mlx", "studio", "demo", "--no-open", "--limit", "16"]
     process = subprocess.Popen(
         [*command, "--direction", str(direction)], stderr=subprocess.PIPE, text=True
     )
@@ -143,9 +144,47 @@ def test_look(studio, sets):
     assert state["lens"][-1]["before"][0][0] == reply
 
 
-def test_find_judge_and_write(studio, tmp_path):
+def test_find(studio, sets):
     (found,) = events(studio, "find")
     assert found["record"]["direction"]["layer"] == 2
+    assert all(one["series"] for one in found["charts"])
+    for more, layer in (({}, 2), ({"at": 1}, 1)):
+        plane = events(studio, "clouds", **more)[-1]
+        assert plane["layer"] == layer
+        along = {name: [one["place"][0] for one in plane["points"] if one["set"] == name]
+                 for name in ("harmful", "harmless")}  # fmt: skip
+        assert np.mean(along["harmful"]) > np.mean(along["harmless"])
+        # 0 is the middle between the means, which are rounded.
+        assert sum(map(np.mean, along.values())) == pytest.approx(0, abs=1e-3)
+        categories = {one.text: one.category for one in sets.harmful.test.prompts}
+        assert all(categories[one["prompt"]] == one["category"] for one in plane["points"]
+                   if one["set"] == "harmful")  # fmt: skip
+
+
+def test_a_search_is_left_and_goes_on_and_its_points_reply(studio, sets):
+    body = json.dumps({"trials": 7})
+    connection = http.client.HTTPConnection("127.0.0.1", studio.port, timeout=60)
+    connection.request("POST", "/api/search", body, {"Authorization": f"Bearer {studio.token}"})
+    lines, made = connection.getresponse(), []
+    while len(made) < 2:
+        made += json.loads(lines.readline()).get("trials", [])
+    locked = sets.harmful.test.prompts[0]
+    assert talk(studio, locked.text, max_tokens=3)[1]["done"] == "length"  # while it runs
+    connection.close()
+    *rest, last = [one for one in events(studio, "search", trials=7) if "told" not in one]
+    trials = [trial for one in rest for trial in one["trials"]]
+    assert trials[: len(made)] == made
+    assert len(rest[0]["trials"]) >= len(made)
+    assert len(trials) == 7
+    assert last["ended"] == "all trials made"
+    assert last["chosen"] in rest[-1]["front"]
+    kl = {one["number"]: one["kl"] for one in last["replies"]}
+    assert kl == {number: trials[number]["kl"] for number in kl}
+    assert talk(studio, locked.text, point=last["chosen"])[0] == locked.answer
+    assert "pick another" in talk(studio, "a", point=7)[1]["error"]
+
+
+def test_judge_and_write(studio, tmp_path):
     rows = [one for one in events(studio, "judge", limit=2, max_tokens=16) if "prompt" in one]
     assert {one["set"] for one in rows} >= {"harmful", "harmless"}
     harmful = [one for one in rows if one["set"] == "harmful"]
@@ -206,6 +245,8 @@ def test_small_tasks_before_and_after(studio):
         ("look", {"prompt": "x", "layer": 1.5}, "whole"),
         ("check", {"model": "/nonexistent"}, "/nonexistent"),
         ("write", {}, "output"),
+        ("search", {"trials": 0}, "trials must be from 1"),
+        ("nothing", {}, "no such work"),
     ],
 )
 def test_wrong_requests(studio, name, body, told):
@@ -316,6 +357,30 @@ def test_views_fit(studio, chromium, view, width, dark):
     chromium.visit(url, width=width, dark=dark)
     chromium.wait("document.querySelector('main > div > *') !== null")
     assert chromium.value("document.documentElement.scrollWidth") <= width
+    nothing_from_elsewhere(chromium, studio)
+
+
+@CHROMIUM
+@pytest.mark.slow
+def test_a_search_in_the_browser(studio, chromium):
+    opened(chromium, studio, "find")
+    chromium.wait("document.querySelectorAll('.find .hollow .mark').length > 8")
+    assert "harmless: " in chromium.value("document.querySelectorAll('.find section')[1].innerText")
+    chromium.value("document.querySelector('#trials').value = 1000")
+    chromium.value("document.querySelector('.find form').requestSubmit()")
+    chromium.wait("document.querySelectorAll('.find .mark[role=button]').length > 1")
+    stop = "[...document.querySelectorAll('.find form button')][1]"
+    chromium.value(f"{stop}.click()")
+    chromium.wait(f"{stop}.disabled")
+    assert "Resume" in chromium.value("document.querySelector('.find form').innerText")
+    chromium.value("document.querySelector('.find .mark[role=button]').focus()")
+    for kind in ("keyDown", "keyUp"):
+        chromium("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter")
+    chromium.wait("document.querySelector('.find caption + thead') !== null")
+    chromium.value("[...document.querySelectorAll('button')].at(-1).click()")
+    chromium.wait("document.querySelector('.talk') !== null")
+    told = chromium.value("document.querySelector('.edit').innerText")
+    assert "of the search" in told
     nothing_from_elsewhere(chromium, studio)
 
 

@@ -92,8 +92,7 @@ class Browser:
 
     def visit(self, url: str, *, width: int = 1000, dark: bool = False) -> list[dict[str, Any]]:
         """Load an address and give the events that came with it."""
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        self("Emulation.setDeviceMetricsOverride", **size)
+        self.size(width, 900)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
@@ -106,6 +105,11 @@ class Browser:
             self.events.append(self._next())
         self("Runtime.evaluate", expression="new Promise(requestAnimationFrame)", awaitPromise=True)
         return list(self.events)
+
+    def size(self, width: int, height: int) -> None:
+        """Give the window a size; a narrow one is a phone's."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self("Emulation.setDeviceMetricsOverride", **size)
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression is on the page."""
@@ -138,8 +142,9 @@ class Browser:
         self("Runtime.evaluate", expression="new Promise(requestAnimationFrame)", awaitPromise=True)
 
     def picture(self, place: Path) -> None:
-        """Keep what the whole page looks like, as a PNG."""
-        found = self("Page.captureScreenshot", captureBeyondViewport=True)
+        """Keep what the whole page looks like, as a .png or a .webp."""
+        kind = {"format": "webp", "quality": 60} if place.suffix == ".webp" else {}
+        found = self("Page.captureScreenshot", captureBeyondViewport=True, **kind)
         place.write_bytes(base64.b64decode(found["data"]))
 
     def close(self) -> None:
