@@ -14,13 +14,16 @@ from abl_mlx.directions import parts
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.edit import leak, target
 from abl_mlx.edits.routing import LOWERED, Routing
+from abl_mlx.inputs import prompts
 from abl_mlx.models import routers
+from abl_mlx.models.distributions import kl_divergence
+from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import LOGIT_ROUTER, SCORE_ROUTER, find_writers
 from convert.base.errors import UserError
-from tests.commands.test_kinds import loaded, misused
+from tests.commands.test_kinds import abl_mlx_direction, loaded, misused, refusals_in_mlx
 from tests.commands.test_undo import tensors
 from tests.outputs.test_mlx_quantized import quantize
-from tests.support import published, tiny_gguf, zoo
+from tests.support import published, tiny_gguf, upcycled, zoo
 from tests.support.command import abl_mlx, fails
 from tests.support.gguf_recipes import RECIPES
 
@@ -151,6 +154,27 @@ def test_run_ranks_experts_and_lowers_the_first(tmp_path: Path) -> None:
     np.testing.assert_allclose(tensors(tmp_path / "back")[name], before[name], atol=1e-6)
     said = fails("undo", out, "-o", tmp_path / "x.adapter")
     assert "the edit of routers is not undone by an adapter" in said
+
+
+def test_refusals_that_depend_on_experts_end_with_them(direction: Path, tmp_path: Path) -> None:
+    """Where routers send harmful prompts to experts that refuse, they need not be edited."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    upcycled.write_routed(source, abl_mlx_direction(direction))
+    chat, sets = loaded(source), prompts.load_demo()
+    encoded = [
+        [chat.encode(one) for one in part.test.take(20).prompts]
+        for part in (sets.harmful, sets.harmless)
+    ]
+    ranked = parts.experts(chat, find_writers(chat), *encoded)
+    first = {(one.layer, one.number) for one in ranked[:4]}
+    assert first == {(layer, number) for layer in (2, 3) for number in upcycled.REFUSING}
+    named = ",".join(f"{layer}.{number}" for layer, number in sorted(first))
+    assert refusals_in_mlx(source) >= 0.95
+    abl_mlx("apply", direction, source, "-o", out, "--edit", "routers", "--experts", named)
+    assert refusals_in_mlx(out) <= 0.05
+    edited = loaded(out)
+    plain, after = (first_reply_token(one, encoded[1]) for one in (chat, edited))
+    assert kl_divergence(plain, after).mean().item() < 1e-3
 
 
 def test_where_there_is_no_such_bias(
