@@ -3,11 +3,11 @@
     python benchmarks/studio_views.py                       # the demo; it needs a Chromium
     python benchmarks/studio_views.py MODEL --direction D
 
-The browser is there already. Seconds count from the start of the command; the views are opened one
-after the other by their links, and one is drawn when it has its own content: in Talk the example
-prompts, in Look both heat maps and both pictures of a state, in Find all charts and the plane of
-prompts, elsewhere the form. CPU seconds are those of the studio alone, of all its threads and
-children that have ended.
+The browser is there already. Seconds count from the start of the command. The page shows before the
+model is loaded. The views are opened one after the other by their links, and one is drawn when it
+has its own content: in Talk the example prompts, in Look both heat maps and both pictures of a
+state, in Find all charts and the plane of prompts, elsewhere the form. CPU seconds are those of the
+studio alone, of all its threads and children that have ended.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def main() -> None:
             print("| shown | s | CPU s | load |\n|---|---|---|---|")
             row("address")
             browser.visit(found[1])
+            browser.wait("document.querySelector('#question') !== null")
+            row("page")
             for number, (view, drawn) in enumerate(DRAWN.items(), 1):
                 link = f"document.querySelector('nav a:nth-child({number})')"
                 browser.wait(f"{link} !== null")

@@ -239,7 +239,7 @@ def _legend(series: Sequence[Series]) -> str:
         kind = f"s{index % len(MARKS)}" + (" faint" if one.faint else "")
         parts.append(f'<g class="{kind}">{_mark(MARKS[index % len(MARKS)], x + 4, 9)}</g>')
         parts.append(_text(x + 12, 12.5, one.name, "start"))
-        x += 20 + 6.2 * len(one.name)
+        x += 20 + 7.4 * len(one.name)  # letters are larger on phones
     return "".join(parts)
 
 

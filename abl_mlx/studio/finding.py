@@ -21,7 +21,7 @@ from abl_mlx.studio.judging import held_out
 from abl_mlx.support.arrays import numpy_of
 
 #: The prompts of each set in the plane, and how many are run between two events.
-_MOST, _BATCH = 64, 16
+_MOST, _BATCH = 32, 16
 
 
 def found(steered: Steered, body: Mapping[str, Any]) -> Iterator[Event]:

@@ -93,7 +93,7 @@ export function chart(one: Chart): HTMLElement {
   const points = one.series.flatMap((some) => some.points);
   if (!points.length) return h("figure", {}, h("figcaption", {}, `${one.title}: nothing yet`));
   const across = scale([...points.map(([x]) => x), ...(one.marker ? [one.marker[0]] : [])], width / 70, false, one.whole);
-  const up = scale(points.map(([, y]) => y), 5, one.log);
+  const up = scale(points.map(([, y]) => y), 6, one.log);
   const place = ([x, y]: [number, number]): [number, number] => [
     LEFT + across.at(x) * (width - LEFT - RIGHT), HEIGHT - BOTTOM - up.at(y) * (HEIGHT - TOP - BOTTOM),
   ];

@@ -46,7 +46,7 @@ export function judge(_: Known, ready: Ready): HTMLElement {
   };
 
   const verdict = (row: Row, side: "before" | "after") => {
-    const select = h("select", { "aria-label": `Verdict ${side}` }, ...VERDICTS.map((one) => h("option", { value: one }, one)));
+    const select = h("select", { "aria-label": `Verdict ${side}: ${row.prompt}` }, ...VERDICTS.map((one) => h("option", { value: one }, one)));
     select.value = row[side].verdict;
     select.addEventListener("change", () => {
       row[side] = { ...row[side], verdict: select.value, byHand: true };
