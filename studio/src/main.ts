@@ -25,6 +25,8 @@ const VIEWS: Record<string, { title: string; make: (known: Known, ready: Ready) 
 const main = document.querySelector("main") as HTMLElement;
 const nav = document.querySelector("nav") as HTMLElement;
 const told = document.querySelector("#about") as HTMLElement;
+const bar = h("progress", { hidden: true, "aria-label": "Progress" });
+told.after(bar);
 
 /** Views that were opened, which keep what they show. */
 const opened = new Map<string, HTMLElement>();
@@ -44,13 +46,18 @@ async function loaded(known: Known): Ready {
   for (let found = known; ; found = await about()) {
     if (found.ready) return found as About;
     const { doing, progress } = found;
-    told.textContent = `${found.name} is being loaded: ${doing}${progress ? `, ${progress.label} ${far(progress)}` : ""} …`;
+    told.textContent = `${found.name} is being loaded: ${doing}${progress ? `, ${progress.label}` : ""} …`;
+    far(progress);
     await new Promise((done) => setTimeout(done, 300));
   }
 }
 
-function far({ done, total }: { done: number; total: number | null }): string {
-  return total ? `${Math.floor((100 * done) / total)}%` : String(done);
+/** Show how far a piece of work is, in the header of all views. */
+function far(progress: Known["progress"]): void {
+  bar.hidden = !progress;
+  if (!progress) return;
+  if (progress.total === null) bar.removeAttribute("value");
+  else [bar.max, bar.value] = [progress.total, progress.done];
 }
 
 function show(known: Known, ready: Ready): void {
@@ -71,6 +78,7 @@ async function start(): Promise<void> {
     edit.strength = known.strength;
     const ready = loaded(known);
     ready.then((found) => {
+      far(null);
       told.textContent = `${found.name}: ${found.architecture}, ${found.layers} layers, ${found.width} dimensions`;
     }, failed);
     show(known, ready);

@@ -15,7 +15,11 @@ import numpy as np
 import pytest
 
 from abl_mlx.behaviour.refusals import Verdict, classify
+from abl_mlx.choices import SteerOptions
 from abl_mlx.inputs import prompts
+from abl_mlx.studio import launch
+from abl_mlx.studio.desk import Desk
+from abl_mlx.support.console import progress
 from tests.support import browser
 from tests.support.command import abl_mlx
 
@@ -349,14 +353,32 @@ def test_look_by_keyboard(studio, chromium, sets):
     nothing_from_elsewhere(chromium, studio)
 
 
+#: Roles of what can be operated or looked at, which screen readers call by its name.
+NAMED = {"button", "checkbox", "combobox", "image", "link", "progressbar", "slider", "spinbutton",
+         "textbox"}  # fmt: skip
+
+
+def unnamed(chromium):
+    """Roles and values of elements that screen readers have no name for."""
+    nodes = chromium("Accessibility.getFullAXTree")["nodes"]
+    return [
+        (one["role"]["value"], one.get("value"))
+        for one in nodes
+        if not one["ignored"]
+        and one["role"]["value"].lower().removesuffix("menubutton") in NAMED
+        and not one.get("name", {}).get("value")
+    ]
+
+
 @CHROMIUM
-@pytest.mark.parametrize("view", ["find", "judge", "check", "write"])
+@pytest.mark.parametrize("view", ["talk", "look", "find", "judge", "check", "write"])
 @pytest.mark.parametrize(("width", "dark"), [(1000, False), (390, True)])
 def test_views_fit(studio, chromium, view, width, dark):
     url = f"http://127.0.0.1:{studio.port}/#/{view}?token={studio.token}"
     chromium.visit(url, width=width, dark=dark)
     chromium.wait("document.querySelector('main > div > *') !== null")
     assert chromium.value("document.documentElement.scrollWidth") <= width
+    assert unnamed(chromium) == []
     nothing_from_elsewhere(chromium, studio)
 
 
@@ -399,6 +421,24 @@ def test_a_wrong_token_is_told(studio, chromium):
     chromium.visit(f"http://127.0.0.1:{studio.port}/#/talk?token=wrong")
     said = chromium.wait("document.querySelector('.error')?.textContent")
     assert "The token is wrong" in said
+
+
+@CHROMIUM
+def test_the_page_shows_before_the_model_is_loaded(chromium):
+    with (
+        launch.served(Desk(), "demo", SteerOptions(), 0) as (place, *_),
+        progress(8, "capture") as bar,
+    ):
+        bar.update(2)
+        chromium.visit(place.url)
+        chromium.wait("document.querySelector('.talk #question') !== null")
+        told = chromium.value("document.querySelector('header').innerText")
+        assert "demo is being loaded" in told
+        assert "capture" in told
+        assert chromium.value("document.querySelector('header progress').position") == 0.25
+        chromium.value("document.querySelector('nav a:nth-child(3)').click()")
+        chromium.wait("document.querySelector('.find #trials') !== null")
+        chromium.visit("about:blank")
 
 
 @CHROMIUM
