@@ -56,16 +56,22 @@ class FrontReplies:
     behaviours: Behaviours | None = None
     generated: int = 0
 
-    def of(self, front: Sequence[Trial], first: Trial) -> list[Asked]:
-        """Let trials on the front reply, by rising KL.
+    def of(
+        self, trials: Sequence[Trial], first: Trial, enough: Callable[[float], bool]
+    ) -> list[Asked]:
+        """Let trials reply that are on the front or near it, by rising KL.
 
         Args:
-            front: the trials on the front, by rising KL.
+            trials: all that were tried.
             first: the edit that was chosen before the search, which is asked as well where
                 refusals are to stay: by whole replies, it has shown what it keeps.
+            enough: whether a share of replies opening with a refusal is small enough.
         """
-        some = [one for one in front if one.screened.refused < 0.95] or list(front[-1:])
-        asked = ask_survivors(some, self._ask)
+        whole = [one for one in trials if one.screened.whole]
+        some = [one for one in whole if one.screened.refused < 0.95] or [
+            min(whole, key=lambda one: one.screened.refusal)
+        ]
+        asked = ask_survivors(some, self._ask, enough)
         if self.staying is not None and all(one.trial is not first for one in asked):
             asked.append(self._ask(first))
         return sorted(asked, key=lambda one: one.trial.screened.kl)

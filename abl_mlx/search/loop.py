@@ -182,28 +182,31 @@ class Search:
         if done < bisected + len(analytic):
             return analytic[done - bisected]
         random = np.random.default_rng([self.seed, done])
-        # Of eight trials one explores and one starts from anywhere on the front. The others start
-        # from trials that are good enough, every second one from that with the lowest KL.
+        # Of eight trials one explores, and two look where the front has its large steps. The others
+        # start from trials that are good enough, most of them from that with the lowest KL.
         if done % 2 and (polished := self._polished(done // 2, random)):
             parameters = polished
         elif done % 8 == 0:
             parameters = self._sampled(done)
         elif done % 8 == 4:
-            whole = self.front()
-            parameters = self._expected(whole[int(random.integers(len(whole)))], random)
+            parameters = self._expected(*self._between(random), random)
         else:
             promising = self._promising()
-            place = int(len(promising) * random.random() ** 2)
-            parameters = self._expected(promising[place], random)
+            parent = promising[int(len(promising) * random.random() ** 2)]
+            parameters = self._expected(parent, parent.screened.refusal, random)
         return parameters if self.space.changes_something(parameters) else self.space.uniform()
 
     def _polished(self, number: int, random: np.random.Generator) -> dict[str, Any] | None:
         """A small step from the trial with the lowest KL that leaves hardly any refusals.
 
-        At times it starts from a trial with other choices among the parameters.
+        At times it starts from a trial with other choices among the parameters, or leads into a
+        large step of the front.
         """
-        parent = self._promising()[0]
-        if number % 4 == 3:
+        parent, turn = self._promising()[0], number % 4
+        aim = parent.screened.refusal * (1.0, 0.5, 1.0, 0.25)[turn]
+        if turn == 2:
+            parent, aim = self._between(random)
+        if turn == 3:
             best: dict[tuple[Any, ...], Trial] = {}
             for trial in sorted(self.trials, key=lambda one: one.screened.kl):
                 if trial.screened.whole and self.enough(trial.screened.refused):
@@ -211,12 +214,30 @@ class Search:
             others = [one for one in best.values() if one is not parent][:3]
             if others:
                 parent = others[number // 4 % len(others)]
-        return polish.step(self.space, self.trials, parent, number, random)
+                aim = parent.screened.refusal * 0.25
+        return polish.step(self.space, self.trials, parent, aim, number, random)
 
-    def _expected(self, parent: Trial, random: np.random.Generator) -> dict[str, Any]:
+    def _between(self, random: np.random.Generator) -> tuple[Trial, float]:
+        """The lower end of a step of the front, and the refusal score in the middle of that step.
+
+        The front is that of KL and refused shares, and begins with the unedited model. A step is
+        drawn with the probability of its height, so that all refused shares are looked at alike.
+        """
+        whole = [trial for trial in self.trials if trial.screened.whole]
+        points = [(trial.screened.kl, trial.screened.refused) for trial in whole]
+        ends = [whole[place] for place in front(points) if points[place][1] < 1]
+        if not ends:
+            parent = self._promising()[0]
+            return parent, parent.screened.refusal
+        heights = -np.diff([1.0, *(one.screened.refused for one in ends)])
+        place = int(random.choice(len(ends), p=heights / heights.sum()))
+        scores = [self.screen.before, *(one.screened.refusal for one in ends)]
+        return ends[place], math.sqrt(scores[place] * scores[place + 1])
+
+    def _expected(self, parent: Trial, aim: float, random: np.random.Generator) -> dict[str, Any]:
         """Of random neighbours of a trial, the one with the best prediction.
 
-        That is the lowest KL with a refusal score not above the parent's. Both are predicted by
+        That is the lowest KL with a refusal score not above ``aim``. Both are predicted by
         regression from the trials with the same choices among the parameters.
         """
         neighbours = [self.space.neighbour(parent.parameters, random) for _ in range(NEIGHBOURS)]
@@ -232,7 +253,7 @@ class Search:
         # Predictions are lowered by one standard deviation, which favours unexplored edits.
         expected, doubt = predicted(places, values, asked)
         kl, refusal = (expected - doubt).T
-        allowed = math.log(max(parent.screened.refusal, LEAST_REFUSAL))
+        allowed = math.log(max(aim, LEAST_REFUSAL))
         # Too high a refusal score is penalized five times as much as a higher KL (in logarithms).
         return neighbours[int(np.argmin(kl + 5 * np.maximum(refusal - allowed, 0)))]
 
@@ -337,7 +358,7 @@ def improve(
         search.run(trials, minutes)
     finally:
         journal.close()
-    asked = replies.of(search.front(), search.trials[0])
+    asked = replies.of(search.trials, search.trials[0], enough)
     chosen = choose(asked)
     say(table(asked, chosen, space, how.scoring.search_for))
     if not chosen.meets:

@@ -23,9 +23,6 @@ NEAR = 60
 #: Generations of the evolutionary search, how many edits survive each, and their children.
 GENERATIONS, KEPT, CHILDREN = 24, 8, 6
 
-#: Refusal scores to aim at, as shares of the parent's, so that the final choice has alternatives.
-SHARES = (1.0, 0.5, 2.0, 0.25)
-
 #: Radii of the trust region: how far a step may lead from all trials, per strength.
 RADII = (0.05, 0.1, 0.2)
 
@@ -71,16 +68,21 @@ def logarithms(trials: Sequence[Trial]) -> np.ndarray:
 
 
 def step(
-    space: Space, trials: Sequence[Trial], parent: Trial, number: int, random: np.random.Generator
+    space: Space,
+    trials: Sequence[Trial],
+    parent: Trial,
+    aim: float,
+    number: int,
+    random: np.random.Generator,
 ) -> dict[str, Any] | None:
-    """The edit near a trial with the lowest predicted KL at about its refusal score.
+    """The edit near a trial with the lowest predicted KL at about some refusal score.
 
     Args:
         space: the parameters of edits.
         trials: the trials so far.
         parent: the trial to start from.
-        number: how many such steps there were, which selects the refusal score to aim at and the
-            radius.
+        aim: the largest refusal score that the edit may have.
+        number: how many such steps there were, which selects the radius.
         random: the random generator.
 
     Returns:
@@ -95,8 +97,7 @@ def step(
         return None
     known, places = [known[place] for place in near], places[near]
     values = logarithms(known)
-    share = SHARES[number % len(SHARES)]
-    allowed = math.log(max(share * parent.screened.refusal, LEAST_REFUSAL))
+    allowed = math.log(max(aim, LEAST_REFUSAL))
     radius = RADII[number % len(RADII)] * math.sqrt(len(start))
 
     def merit(these: Sequence[Parameters]) -> np.ndarray:

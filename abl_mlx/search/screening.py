@@ -246,11 +246,13 @@ class Trial:
         The refusal score is divided by that of the unedited model, ``before``; the KL is on a
         logarithmic scale from `LEAST_KL` to `LARGEST_KL`.
         """
+        return min(self.screened.refusal / max(before, 1e-9), 1.0), self.shares[0]
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The KL on the same scale, and the share of refused first tokens."""
         kl = min(max(self.screened.kl, LEAST_KL), LARGEST_KL)
-        return (
-            min(self.screened.refusal / max(before, 1e-9), 1.0),
-            math.log(kl / LEAST_KL) / math.log(LARGEST_KL / LEAST_KL),
-        )
+        return math.log(kl / LEAST_KL) / math.log(LARGEST_KL / LEAST_KL), self.screened.refused
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""

@@ -148,7 +148,12 @@ class Space:
             self.even(strength, attention_strength=strength / 2),
         ]
         others = [name for name in self.methods if name != DEFAULT]
-        return variants + [self.even(strength, method=name) for name in others]
+        variants += [self.even(strength, method=name) for name in others]
+        if self.embedding:
+            # With the embedding edited, layers need far less, or nothing at all.
+            variants.append(self.even(strength / 2, embedding=True))
+            variants += [self.even(0.0, method=name, embedding=True) for name in self.methods]
+        return variants
 
     def neighbour(self, parameters: Parameters, random: np.random.Generator) -> dict[str, Any]:
         """The parameters with a few changed at random, numbers by up to about a fifth of their

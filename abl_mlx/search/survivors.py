@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,16 @@ import numpy as np
 
 from abl_mlx.behaviour.refusals import wilson
 from abl_mlx.records.evaluations import Kept
+from abl_mlx.search.pareto import front, hypervolume
 from abl_mlx.search.screening import Trial
 from abl_mlx.search.space import DEFAULT, Space
 from abl_mlx.support.console import percent, progress
 
 #: The largest number of trials that generate replies.
 MOST_ASKED = 12
+
+#: The bisection ends where no KL is left that is below this share of the best one.
+GENTLER = 0.95
 
 # The normal quantile of 80%.
 FOUR_IN_FIVE = 0.8416
@@ -65,40 +69,79 @@ def meets(share: float, prompts: int, target: float) -> bool:
 
 
 def ask_survivors(
-    trials: Sequence[Trial], ask: Callable[[Trial], Asked], most: int = MOST_ASKED
+    trials: Sequence[Trial],
+    ask: Callable[[Trial], Asked],
+    enough: Callable[[float], bool] = lambda _: True,
+    most: int = MOST_ASKED,
 ) -> list[Asked]:
-    """Let at most ``most`` trials of a front generate replies, so as to find the best one.
+    """Let at most ``most`` trials generate replies, so as to find the best one and see the front.
 
-    That is the trial with the lowest KL that meets the target. Half of the trials are spread over
-    the front, the next ones bisect towards the point from which on the target is met, and the rest
-    fill the widest gaps.
+    The best one is the trial with the lowest KL that meets the target. Half of the trials are
+    spread over the front. The others bisect towards it, between the highest KL that fails below the
+    lowest one that passes, and that. A trial that failed is better than no other there: trials that
+    were behind it by first tokens count again.
 
     Args:
-        trials: the trials on the front, by rising KL.
+        trials: the trials that ran all prompts.
         ask: generates replies for a trial and judges them.
+        enough: whether a share of replies opening with a refusal is small enough.
         most: the largest number of trials to ask.
+
+    Returns:
+        What was asked, by rising KL.
     """
+    trials = sorted(trials, key=lambda one: one.screened.kl)
     found: dict[int, Asked] = {}
-    count = len(trials)
-    spread = {round(place) for place in np.linspace(0, count - 1, min(count, max(2, most // 2)))}
-    with progress(min(most, count), "replies of the front", "edit") as bar:
-        for place in sorted(spread):
+    with progress(most, "replies of the front", "edit") as bar:
+        for place in spread(trials, max(1, most // 2)):
             found[place] = ask(trials[place])
             bar.update()
-        while len(found) < min(most, count):
-            passing = [place for place in sorted(found) if found[place].meets]
-            top = passing[0] if passing else count
-            below = [place for place in found if place < top]
-            bottom = max(below, default=-1)
-            left = list(range(bottom + 1, top))
-            if not left:  # the point is found; continue with the widest gap of the front
-                ends = sorted(found)
-                low, high = max(itertools.pairwise(ends), key=lambda pair: pair[1] - pair[0])
-                left = list(range(low + 1, high))
+        while len(found) < most and (left := _between(trials, found, enough)):
             place = left[len(left) // 2]
             found[place] = ask(trials[place])
             bar.update()
     return [found[place] for place in sorted(found)]
+
+
+def spread(trials: Sequence[Trial], most: int) -> list[int]:
+    """The places of trials that cover the front, at most ``most``, by rising KL.
+
+    One after the other the trial is taken that adds the most to the area over refused shares and
+    the logarithm of the KL (Zitzler and Thiele 1998), until none adds any.
+    """
+    points = [one.shares for one in trials]
+    taken: list[int] = []
+    area = -1.0
+    while len(taken) < most:
+        areas = [hypervolume([points[one] for one in (*taken, place)])
+                 for place in range(len(points))]  # fmt: skip
+        if not areas or max(areas) <= area + 1e-9:
+            break
+        area = max(areas)
+        taken.append(areas.index(area))
+    return sorted(taken)
+
+
+def _between(
+    trials: Sequence[Trial], found: Mapping[int, Asked], enough: Callable[[float], bool]
+) -> list[int]:
+    """The places of the trials that may be the best one: a front by KL and refusal score.
+
+    Args:
+        trials: all trials, by rising KL.
+        found: what was asked, by place.
+        enough: as of `ask_survivors`.
+    """
+    top = min((place for place, one in found.items() if one.meets), default=len(trials))
+    most = GENTLER * trials[top].screened.kl if top < len(trials) else math.inf
+    bottom = max((place for place in found if place < top), default=-1)
+    inside = [
+        place
+        for place in range(bottom + 1, top)
+        if enough(trials[place].screened.refused) and trials[place].screened.kl <= most
+    ]
+    points = [(trials[place].screened.kl, trials[place].screened.refusal) for place in inside]
+    return [inside[number] for number in front(points)]
 
 
 def choose(asked: Sequence[Asked]) -> Asked:

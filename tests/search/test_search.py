@@ -212,7 +212,7 @@ def test_small_steps_find_a_much_gentler_edit_of_the_same_score(seed):
         return min(good, key=lambda one: one.screened.kl)
 
     for number_ in range(40):
-        made = polish.step(space, trials, gentlest(trials), number_, random)
+        made = polish.step(space, trials, gentlest(trials), start.screened.refusal, number_, random)
         trials.append(scored(space, made))
         neighbour = space.neighbour(gentlest(random_too).parameters, random)
         random_too.append(scored(space, neighbour))
@@ -228,11 +228,13 @@ def test_small_steps_find_a_much_gentler_edit_of_the_same_score(seed):
 def test_a_step_follows_from_the_trials_and_the_seed_and_needs_some():
     space = space_of()
     trials = [scored(space, space.even(strength)) for strength in np.linspace(0.4, 1, 7)]
+    aim = trials[3].screened.refusal
     made = [
-        polish.step(space, trials, trials[3], 0, np.random.default_rng(seed)) for seed in (5, 5, 6)
+        polish.step(space, trials, trials[3], aim, 0, np.random.default_rng(seed))
+        for seed in (5, 5, 6)
     ]
     assert made[0] == made[1] != made[2]
-    assert polish.step(space, trials[:5], trials[3], 0, RNG) is None
+    assert polish.step(space, trials[:5], trials[3], aim, 0, RNG) is None
 
 
 # --- limits and starts ---------------------------------------------------------------------------
@@ -305,6 +307,27 @@ def test_given_edits_come_right_after_the_default_and_the_others_follow_as_befor
     assert started.seen[:1] + started.seen[3:] == plain.seen
 
 
+def test_large_steps_of_the_front_are_aimed_at():
+    """Which step, by its height; where to, by the scores of its ends."""
+    space = space_of()
+    search = MadeUp(space).search()
+    for strength, kl, refused, score in (
+        (0.2, 1e-6, 1.0, 3.0), (0.4, 1e-4, 1.0, 2.0), (0.5, 1e-3, 0.9, 1.6),
+        (0.9, 1.1e-3, 0.02, 0.04), (1.0, 2e-3, 0.0, 0.01), (1.2, 3e-3, 0.5, 0.9),
+    ):  # fmt: skip
+        screened = screening.Screened(score, refused, kl, (score, kl), True, 10)
+        search._count(loop.Trial(space.even(strength), screened))
+    random = np.random.default_rng(0)
+    drawn = [search._between(random) for _ in range(2000)]
+    strengths = [one.parameters["mlp_strength"] for one, _ in drawn]
+    counts = [strengths.count(one) for one in (0.5, 0.9, 1.0)]
+    assert sum(counts) == len(drawn)
+    np.testing.assert_allclose(np.array(counts) / 2000, [0.1, 0.88, 0.02], atol=0.03)
+    aims = dict(zip(strengths, (aim for _, aim in drawn), strict=True))
+    assert aims[0.5] == pytest.approx((3.0 * 1.6) ** 0.5)  # `before` of the unedited model is 3
+    assert aims[0.9] == pytest.approx((1.6 * 0.04) ** 0.5)
+
+
 # --- what is asked for replies -------------------------------------------------------------------
 
 
@@ -314,17 +337,50 @@ def trial(kl, refusal, refused=0.0, whole=True):
 
 @pytest.mark.parametrize(("count", "border"), [(40, 23), (40, 0), (40, 39), (7, 3), (1, 0)])
 def test_the_gentlest_edit_that_meets_the_target_is_asked(count, border):
-    trials = [trial(kl=0.001 * (place + 1), refusal=1 / (place + 1)) for place in range(count)]
+    trials = [trial(kl=0.001 * 1.1**place, refusal=1 / (place + 1)) for place in range(count)]
     seen = []
 
     def ask(one):
         seen.append(one)
-        passes = one.screened.kl >= 0.001 * (border + 1) - 1e-9
+        passes = one.screened.kl >= 0.001 * 1.1 ** (border - 0.5)
         return Asked(one, 0.0 if passes else 0.5, 0.0, passes)
 
     asked = ask_survivors(trials, ask)
     assert len(seen) == len(asked) <= survivors.MOST_ASKED
     assert choose(asked).trial is trials[border]
+
+
+def test_the_trials_that_are_asked_cover_the_front():
+    """Six have nearly its whole area, as many as are wanted are the front itself."""
+    trials = [
+        trial(kl=10 ** RNG.uniform(-6, 0), refusal=1, refused=int(RNG.integers(0, 20)) / 20)
+        for _ in range(60)
+    ]
+    points = [one.shares for one in trials]
+    taken = survivors.spread(trials, 6)
+    assert taken == sorted(set(taken))
+    assert len(taken) <= 6
+    whole = pareto.hypervolume(points)
+    assert pareto.hypervolume([points[place] for place in taken]) > 0.9 * whole
+    assert set(survivors.spread(trials, 60)) == set(pareto.front(points)) - {
+        place for place, (kl, refused) in enumerate(points) if refused >= 1 or kl >= 1
+    }
+    first = survivors.spread(trials, 1)
+    best = max(range(60), key=lambda place: pareto.hypervolume([points[place]]))
+    assert first == [best]
+
+
+def test_what_fails_by_replies_hides_no_other_trial():
+    """First tokens of all are good; those with the lowest scores go on to refuse."""
+    fooling = [trial(kl=0.001 + 0.0001 * n, refusal=0.01 - 0.001 * n) for n in range(8)]
+    honest = [trial(kl=0.005 + 0.001 * n, refusal=0.05 - 0.005 * n) for n in range(5)]
+    far = [trial(kl=0.5, refusal=0.0001)]
+
+    def ask(one):
+        passes = not any(one is other for other in fooling)
+        return Asked(one, 0.0 if passes else 0.1, 0.0, passes)
+
+    assert choose(ask_survivors([*fooling, *honest, *far], ask)).trial is honest[0]
 
 
 def test_without_any_that_meets_the_target_the_fewest_refusals_win_and_broken_ones_count():
@@ -366,7 +422,7 @@ def tried(file):
 @pytest.fixture(scope="module")
 def whole(demo, tmp_path_factory):
     journal = tmp_path_factory.mktemp("search") / "one.journal"
-    return journal, searched(demo, journal, 26)
+    return journal, searched(demo, journal, 30)
 
 
 def test_search_finds_a_gentler_edit_that_leaves_no_refusals(demo, whole):
@@ -417,31 +473,31 @@ def test_the_file_keeps_the_edit(whole, tmp_path):
     assert second.profile is not None
     assert second.embedding == first.embedding
     assert mx.array_equal(second.directions, first.directions)
-    assert len(back.metadata["search"]["trials"]) == 26
+    assert len(back.metadata["search"]["trials"]) == 30
 
 
 def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(demo, whole, tmp_path):
     _, file = whole
     journal = tmp_path / "two.journal"
-    searched(demo, journal, 15)
+    searched(demo, journal, 22)
     # What a kill leaves in the middle of a write is passed over.
     with open(journal, "a") as stream:
         stream.write('{"op_code": 4, "wor')
-    file_2 = searched(demo, journal, 26)
+    file_2 = searched(demo, journal, 30)
     assert tried(file_2) == tried(file)
     assert mx.array_equal(file_2.selected, file.selected)
     # Nothing is run again where all trials are there.
     before = journal.read_bytes()
-    assert tried(searched(demo, journal, 26)) == tried(file)
+    assert tried(searched(demo, journal, 30)) == tried(file)
     assert len(journal.read_bytes()) - len(before) < 300
 
 
 def test_another_seed_tries_other_edits(demo, whole):
     _, file = whole
-    other = searched(demo, None, 16, seed=1)
-    analytic = [one["kl"] for one in tried(file)[:14]]
-    assert [one["kl"] for one in tried(other)[:14]] == analytic
-    assert tried(other)[15] != tried(file)[15]
+    other = searched(demo, None, 22, seed=1)
+    analytic = [one["kl"] for one in tried(file)[:20]]
+    assert [one["kl"] for one in tried(other)[:20]] == analytic
+    assert tried(other)[21] != tried(file)[21]
 
 
 def test_ctrl_c_ends_the_search_and_uses_what_it_found(demo, tmp_path, monkeypatch, capsys):
@@ -474,25 +530,25 @@ def test_journals_of_other_searches_are_refused(demo, whole, tmp_path):
     chat, writers, sets, found = demo
     journal, _ = whole
     with pytest.raises(UserError, match="another seed"):
-        searched(demo, journal, 26, seed=5)
+        searched(demo, journal, 30, seed=5)
     with pytest.raises(UserError, match="another space or options"):
-        searched(demo, journal, 26, max_kl=0.9)
+        searched(demo, journal, 30, max_kl=0.9)
     other = replace(sets, harmful=replace(sets.harmful, validation=sets.harmful.test.take(12)))
     with pytest.raises(UserError, match="another prompts"):
-        searched((chat, writers, other, found), journal, 26)
+        searched((chat, writers, other, found), journal, 30)
     norm = chat.layers[0].input_layernorm
     kept = norm.weight
     norm.weight = kept * 1.01
     try:
         with pytest.raises(UserError, match="another model"):
-            searched(demo, journal, 26)
+            searched(demo, journal, 30)
     finally:
         norm.weight = kept
     broken = tmp_path / "notes.txt"
     broken.write_text("hello\n")
     for path in (broken, tmp_path):
         with pytest.raises(UserError, match="is not a search journal"):
-            searched(demo, path, 26)
+            searched(demo, path, 30)
     assert broken.read_text() == "hello\n"
 
 
@@ -518,7 +574,7 @@ def test_journals_that_were_changed_are_refused(demo, whole, tmp_path, old, new)
     path = tmp_path / "search.journal"
     path.write_bytes(content.replace(old, new))
     with pytest.raises(UserError, match="is not a search journal"):
-        searched(demo, path, 26)
+        searched(demo, path, 30)
 
 
 def test_a_search_with_minutes_starts_from_a_file_and_says_so(demo, tmp_path, capsys):
