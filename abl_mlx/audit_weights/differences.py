@@ -9,17 +9,18 @@ writers share no direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from abl_mlx.audit_weights import other_tensors, spectrum
+from abl_mlx.audit_weights import other_tensors, spectrum, stacked
+from abl_mlx.audit_weights.pairs import Pair, both, largest, matched
+from abl_mlx.audit_weights.stacked import Stacked
 from abl_mlx.outputs.model_file import ModelFile
-from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights, Unreachable
+from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
 from abl_mlx.records.looks import AuditedWriter, Weights
 from abl_mlx.support.console import progress
-from convert.base.errors import UserError
 
 #: How many directions the differences have most in common, and how many to compare them with.
 _TOP, _OTHERS = 8, 16
@@ -51,53 +52,6 @@ def compare(model: ModelFile, base: ModelFile) -> tuple[Weights, np.ndarray | No
     others = other_tensors.compare(model, base, writers)
     evidence = [*weights.evidence, *other_tensors.evidence(others)]
     return replace(weights, evidence=evidence, others=others), directions
-
-
-Pair = tuple[StreamWeight, StreamWeight]
-
-
-def matched(
-    before: StreamWeights, after: StreamWeights, base: str, name: str
-) -> tuple[list[Pair], list[str]]:
-    if (before.width, before.layers) != (after.width, after.layers):
-        raise UserError(
-            f"{name} has {after.layers} layers of width {after.width}, and {base} has "
-            f"{before.layers} of {before.width}: these are not the same model."
-        )
-    names = {one.name: one for one in before.writers}
-    if not any(one.name in names for one in after.writers):
-        names = {one.path: one for one in before.writers if one.path is not None}
-        keys = [one.path for one in after.writers]
-    else:
-        keys = [one.name for one in after.writers]
-    pairs: list[Pair] = []
-    left_out = []
-    for key, new in zip(keys, after.writers, strict=True):
-        old = names.get(key) if key is not None else None
-        if old is None or (old.columns_moved != new.columns_moved):
-            left_out.append(new.name)
-            continue
-        if old.lines != new.lines or old.axis != new.axis:
-            raise UserError(
-                f"{new.name} has the shape {new.shape} in {name} and {old.shape} in {base}: these "
-                "are not the same model."
-            )
-        pairs.append((old, new))
-    if not pairs:
-        raise Unreachable(
-            f"the residual writers of {name} cannot be matched with those of {base}: convert one "
-            "to the other's format first (`abl-mlx convert`)."
-        )
-    return pairs, left_out
-
-
-def both(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield slabs of the base's and the model's weights, float32 (d, c) each."""
-    old, new = pair
-    for slab in new.slabs():
-        yield old.values(slab), new.values(slab)
-        old.release()
-        new.release()
 
 
 def judge(
@@ -155,15 +109,6 @@ def _difference(old: StreamWeight, new: StreamWeight) -> tuple[np.ndarray, float
         before = after - before
         gram += before @ before.T
     return gram, size
-
-
-def largest(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The largest eigenvalues of a Gram matrix and their vectors: (count,), (d, count)."""
-    block = np.random.default_rng(1).standard_normal((len(gram), min(len(gram), count + 8)))
-    for _ in range(12):
-        block = np.linalg.qr(gram @ block)[0]
-    values, turn = np.linalg.eigh(block.T @ (gram @ block))
-    return values[::-1][:count], (block @ turn)[:, ::-1][:, :count]
 
 
 def _lost(pair: Pair, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -234,6 +179,9 @@ def _judge(
     part = (np.abs(strengths[:, :k] - usual) >= _STRENGTH) & (
         np.abs(resemblances[:, :k]) >= _RESEMBLANCE
     )
+    two = stacked.found(pairs, part, top.T)
+    if two is not None:
+        return _in_steps(pairs, tensors, two, left_out)
     alike = part & (np.abs(resemblances[:, :k]) >= _ALIKE)
     chosen = [j for j in range(k) if alike[:, j].sum() >= min(2, len(pairs))]
     doubtful = [j for j in range(k) if alike[:, j].any() or 2 * part[:, j].sum() >= len(pairs)]
@@ -275,3 +223,29 @@ def _judge(
         writers=tensors,
         left_out=left_out,
     ), top[:, shown].T
+
+
+def _in_steps(
+    pairs: Sequence[Pair], tensors: dict[str, AuditedWriter], two: Stacked, left_out: list[str]
+) -> tuple[Weights, np.ndarray]:
+    """The verdict on two edits, one after the other."""
+    taken = two.strengths.any(axis=1)
+    apart = []
+    for (_, new), strengths in zip(pairs, two.strengths, strict=True):
+        before = tensors[new.name]
+        strongest = float(max(strengths, key=abs))
+        tensors[new.name] = replace(before, edited=bool(strongest), strength=strongest)
+        apart.append(before.relative_difference or 0.0)
+    edited = [pairs[int(index)][1] for index in np.flatnonzero(taken)]
+    said = stacked.sentence(two, [new.layer for _, new in pairs])
+    far = f"the writers differ from the base's by {np.median(apart):.2%} (median)"
+    return Weights(
+        verdict="edited",
+        evidence=[said, far],
+        layers=sorted({one.layer for one in edited} - {-1}),
+        embedding=any(one.axis == -1 for one in edited),
+        rank=2,
+        strength=float(np.median(two.strengths[two.strengths != 0])),
+        writers=tensors,
+        left_out=left_out,
+    ), np.linalg.qr(two.directions.T)[0].T

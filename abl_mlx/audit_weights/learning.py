@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from abl_mlx.audit_weights import spectrum, taken_out
-from abl_mlx.audit_weights.differences import Pair, matched
+from abl_mlx.audit_weights import habits, spectrum, stacked, taken_out
+from abl_mlx.audit_weights.pairs import Pair, matched
+from abl_mlx.audit_weights.stacked import Stacked
 from abl_mlx.audit_weights.taken_out import TOP, Candidates, Fit, Lost, Slope
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.outputs.stream_weights import StreamWeights
@@ -48,6 +49,8 @@ class Learned:
         agreement: |cos| that the directions have with the true ones, as two halves of the writers
             agree; None for a single writer.
         experts: (layer, expert) of the experts that were edited, if others were not.
+        steps: where two edits were made one after the other, each of them; the whole has no
+            strength, profile or norm then.
         writers: writer -> figures.
         left_out: writers that could not be compared.
     """
@@ -63,6 +66,7 @@ class Learned:
     norm: str | None = None
     agreement: float | None = None
     experts: tuple[tuple[int, int], ...] = ()
+    steps: tuple[Learned, ...] = ()
 
     @property
     def layers(self) -> list[int]:
@@ -123,6 +127,10 @@ class _Learning:
             losses.append(taken_out.lost(pair, np.concatenate([everywhere, by_layer[layer]])))
             self.done()
         m = len(everywhere)
+        plane, agreement = self._refined(everywhere[:2])
+        two = stacked.found(self.pairs, np.array([one.part[:m] for one in losses]), plane)
+        if two is not None:
+            return self._in_steps(two, agreement)
         chosen = self._chosen([_part(one, slice(0, m)) for one in losses])
         own = self._own([_part(one, slice(m, None)) for one in losses], by_layer)
         if not chosen and not own:
@@ -174,6 +182,44 @@ class _Learning:
 
     # --- the description ---------------------------------------------------------------------
 
+    def _in_steps(self, two: Stacked, agreement: float | None) -> Learned:
+        """The description of two edits, one after the other."""
+        whole = Learned(
+            EDITED, [], self.writers, self.left_out, two.directions, agreement=agreement
+        )
+        for index, ((_, new), change) in enumerate(zip(self.pairs, self.found, strict=True)):
+            taken = bool(two.strengths[index].any())
+            left = max(change.change - float(two.squares[index]), 0.0)
+            self.writers[new.name] = replace(
+                self.writers[new.name],
+                edited=taken,
+                strengths=two.strengths[index].tolist() if taken else None,
+                error=float(two.errors[index].max()) if taken else None,
+                explained=1 - left / change.change if taken else None,
+                left=float(np.sqrt(left / max(change.size, 1e-30))) if taken else None,
+            )
+        steps = tuple(self._step(two, number) for number in (0, 1))
+        said = stacked.sentence(two, [new.layer for _, new in self.pairs])
+        return replace(
+            whole,
+            evidence=[said, *self._evidence(whole)],
+            embedding=any(one.embedding for one in steps),
+            steps=steps,
+        )
+
+    def _step(self, two: Stacked, number: int) -> Learned:
+        """One of two edits, with its own writers alone."""
+        each = [float(one) or None for one in two.strengths[:, number]]
+        embedding, strength, profile = self._recipe(each)
+        mine = {
+            new.name: replace(self.writers[new.name], strength=one)
+            for (_, new), one in zip(self.pairs, each, strict=True)
+            if one is not None
+        }
+        return Learned(
+            EDITED, [], mine, [], two.directions[number : number + 1], strength, profile, embedding
+        )
+
     def _described(
         self,
         by_layer: dict[int, np.ndarray] | None,
@@ -215,7 +261,20 @@ class _Learning:
             EDITED, [], self.writers, self.left_out, directions, strength, profile, embedding,
             norm, agreement, self._experts(fits, strengths),
         )  # fmt: skip
-        return replace(learned, evidence=[*self._evidence(learned, fits), said])
+        habit = habits.sentence(
+            strength=strength,
+            profile=profile,
+            embedding=embedding,
+            norm=norm,
+            per_layer=by_layer is not None,
+        )
+        evidence = [
+            *self._evidence(learned),
+            *self._spread(fits),
+            said,
+            *([habit] if habit else []),
+        ]
+        return replace(learned, evidence=evidence)
 
     def _refined(self, directions: np.ndarray) -> tuple[np.ndarray, float | None]:
         """The common directions from those writers alone that show them, and their agreement."""
@@ -336,12 +395,20 @@ class _Learning:
         apart = float(np.median([one.relative_difference for one in self.writers.values()]))
         most = max((float(np.abs(one.resemblances).max()) for one in losses
                     if len(one.resemblances)), default=0.0)  # fmt: skip
-        return [
+        said = [
             f"the residual writers differ from the base's by {apart:.2%} (median), and not by the "
             f"removal of directions: what differs resembles what was there by {most:.2f} at most"
         ]
+        ranks = [one.rank for one in self.found if one.change]
+        if ranks and all(ranks):
+            rank = max(one for one in ranks if one is not None)
+            said.append(
+                f"{rank} directions or fewer hold 98% of each writer's change, as after the merge "
+                "of a LoRA of low rank"
+            )
+        return said
 
-    def _evidence(self, learned: Learned, fits: Sequence[Fit | None]) -> list[str]:
+    def _evidence(self, learned: Learned) -> list[str]:
         took = [one for one in self.writers.values() if one.edited]
         assert learned.directions is not None
         rank = learned.directions.shape[-2]
@@ -362,26 +429,21 @@ class _Learning:
                 f"two halves of the writers agree on the directions as at |cos| "
                 f"{learned.agreement:.4f} with the true ones"
             )
-        each = [one.each for one in fits if one is not None and len(one.each) > 1]
-        if each and (spread := float(np.median([np.ptp(one) for one in each]))) > 0.1:
-            lines.append(
-                f"the directions' strengths differ, by {spread:.2f} (median), which one strength "
-                "cannot say"
-            )
-        rounding = max(rounding_of(one.types[0]) + rounding_of(one.types[1]) for one in took)
+        rounding = max(sum(map(taken_out.rounding_of, one.types)) for one in took)
         if np.median(left) > rounding:
             lines.append("that is more than rounding leaves: something else was changed as well")
         return lines
 
-
-def rounding_of(kind: str) -> float:
-    """About the largest relative error of weights that rounding to a type may leave."""
-    bits = next((int(c) for c in kind.removeprefix("B").removeprefix("I") if c.isdigit()), 8)
-    if kind in ("F32", "F64"):
-        return 1e-5
-    if kind in ("F16", "BF16"):
-        return 0.003
-    return 2.5 * 2.0 ** -min(bits, 8)
+    def _spread(self, fits: Sequence[Fit | None]) -> list[str]:
+        """A sentence where the strengths of several directions differ."""
+        each = [one.each for one in fits if one is not None and len(one.each) > 1]
+        spread = float(np.median([np.ptp(one) for one in each])) if each else 0.0
+        if spread <= 0.1:
+            return []
+        return [
+            f"the directions' strengths differ, by {spread:.2f} (median), which one strength "
+            "cannot say"
+        ]
 
 
 def _part(one: Lost, which: slice) -> Lost:

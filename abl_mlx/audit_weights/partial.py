@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from abl_mlx.audit_weights import differences, spectrum, verdict
+from abl_mlx.audit_weights.pairs import matched
 from abl_mlx.audit_weights.verdict import CANNOT_TELL, EDITED, LIMITS, NOT_EDITED
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.outputs.remote_file import RemoteFile
@@ -52,7 +53,7 @@ def with_base(model: ModelFile, base: ModelFile) -> Judged:
         UserError, Unreachable: as `differences.compare`.
     """
     after, before = model.stream_weights(), base.stream_weights()
-    pairs, left_out = differences.matched(before, after, base.source.name, model.source.name)
+    pairs, left_out = matched(before, after, base.source.name, model.source.name)
     changed = {new.name: (old, new) for old, new in pairs if _differ(model, base, old, new)}
     if not changed:
         same = f"the first {_ROWS} rows of every residual writer are the same as in the base"

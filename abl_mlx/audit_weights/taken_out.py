@@ -9,11 +9,11 @@ regressions over all columns, so that rounding to a few bits hardly moves them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from abl_mlx.audit_weights.differences import Pair, both, largest
+from abl_mlx.audit_weights.pairs import Pair, both, largest, plain
 from abl_mlx.outputs.stream_weights import StreamWeight
 
 #: How many left singular vectors of each writer's change are candidates, and how many directions
@@ -24,6 +24,9 @@ TOP, OTHERS = 12, 16
 #: there, for a writer that takes part; and the cosine that a removal has somewhere. Training also
 #: changes weights along their own largest directions, and reaches 0.9.
 _STRENGTH, _RESEMBLANCE, _ALIKE = 0.05, 0.4, 0.93
+
+#: The share of a change's sum of squares that is nearly all of it.
+_NEARLY = 0.98
 
 #: A writer takes part if its change is at least so many standard errors from none.
 _SURE = 6.0
@@ -38,6 +41,8 @@ class Candidates:
         weights: (m,), the share of the change's sum of squares that exceeds the least of them.
         change, size: sums of squares of the change and of the base's weights.
         rank_1: the share of the change's sum of squares along its first direction.
+        rank: how many directions hold nearly all of the change's sum of squares; None if more than
+            `TOP`.
     """
 
     vectors: np.ndarray
@@ -45,6 +50,7 @@ class Candidates:
     change: float
     size: float
     rank_1: float | None
+    rank: int | None = None
 
 
 def candidates(pair: Pair) -> Candidates:
@@ -59,6 +65,7 @@ def candidates(pair: Pair) -> Candidates:
     if change <= 0:
         return Candidates(np.zeros((0, new.width)), np.zeros(0), 0.0, size, None)
     values, vectors = largest(gram, min(TOP, new.width))
+    low = np.flatnonzero(values.cumsum() >= _NEARLY * change)
     vectors = in_stream(vectors.T, pair[0].gain)
     return Candidates(
         vectors.astype(np.float32),
@@ -66,13 +73,18 @@ def candidates(pair: Pair) -> Candidates:
         change,
         size,
         float(values[0]) / change,
+        int(low[0]) + 1 if low.size else None,
     )
 
 
-def plain(pair: Pair) -> Pair:
-    """A writer before and after the edit as stored, without the gain behind it."""
-    old, new = pair
-    return replace(old, gain=None), replace(new, gain=None)
+def rounding_of(kind: str) -> float:
+    """About the largest relative error of weights that rounding to a type may leave."""
+    bits = next((int(c) for c in kind.removeprefix("B").removeprefix("I") if c.isdigit()), 8)
+    if kind in ("F32", "F64"):
+        return 1e-5
+    if kind in ("F16", "BF16"):
+        return 0.003
+    return 2.5 * 2.0 ** -min(bits, 8)
 
 
 def in_stream(vectors: np.ndarray, gain: np.ndarray | None) -> np.ndarray:

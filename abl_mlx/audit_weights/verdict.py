@@ -168,15 +168,15 @@ def judge(
         key=lambda pair: pair[1].size / pair[0].size,
     )
     strongest = best.found if verdict != NOT_EDITED else best.found[:1]
-    along = np.mean([one.energies for one in strongest], axis=0)
+    along = _along(np.array([one.energies for one in strongest]), limits.low)
     takes_part = along < limits.low
     layers = _layers(along, writers, takes_part)
     recovered = _in_stream(energies, strongest)
     left = float(np.median((along / energies.means)[takes_part])) if takes_part.any() else 1.0
     strength = float(np.clip(1 - np.sqrt(max(left, 0.0)), 0, 1))
-    evidence = _evidence(verdict, limits, best, takes_part, layers, strength, model)
-    if structural:
-        evidence += [f"left out: {why}" for why in sorted(structural)]
+    evidence = _evidence(verdict, limits, best, along, takes_part, layers, strength, model)
+    evidence += _apart(strongest, limits, writers)
+    evidence += [f"left out: {why}" for why in sorted(structural)]
     unseen = not_seen_below(energies, writers, tests) if verdict == NOT_EDITED else None
     if unseen is not None:
         layers, takes_part = [], np.zeros(len(writers), bool)
@@ -205,6 +205,19 @@ def judge(
             for one, e, mean in zip(writers, along, energies.means, strict=True)
         },
     ), recovered
+
+
+def _along(energies: np.ndarray, low: float) -> np.ndarray:
+    """The mean energy of each writer along those directions that it lacks; of others, along all.
+
+    Args:
+        energies: (k, N).
+        low: the energy below which a writer lacks a direction.
+    """
+    lacks = energies < low
+    few = (energies * lacks).sum(axis=0) / np.maximum(lacks.sum(axis=0), 1)
+    found: np.ndarray = np.where(lacks.any(axis=0), few, energies.mean(axis=0))
+    return found
 
 
 def not_seen_below(
@@ -286,10 +299,20 @@ def _layers(
     return found
 
 
+def _apart(found: Sequence[Found], limits: Limits, writers: Sequence[StreamWeight]) -> list[str]:
+    """A sentence where directions are missing from different layers, as after several edits."""
+    layers = [_layers(one.energies, writers, one.energies < limits.low) for one in found]
+    if len({tuple(one) for one in layers}) < 2:
+        return []
+    said = "; ".join(spectrum.spans(one) or "none as a whole" for one in layers)
+    return [f"the directions are missing from different layers, as after several edits: {said}"]
+
+
 def _evidence(
     verdict: str,
     limits: Limits,
     best: Gap,
+    along: np.ndarray,
     takes_part: np.ndarray,
     layers: Sequence[int],
     strength: float,
@@ -299,10 +322,10 @@ def _evidence(
     if verdict == NOT_EDITED:
         return [f"no direction stands out at the low end of the residual writers ({size})"]
     what = "one direction" if best.rank == 1 else f"{best.rank} directions"
-    low = [f"{one.energies[takes_part].max():.1e}" for one in best.found[:1]]
     lines = [
         f"{int(takes_part.sum())} of {len(takes_part)} residual writers hold next to nothing along "
-        f"{what} (at most {low[0]} of what they hold along their own weakest ones; {size})",
+        f"{what} (at most {along[takes_part].max():.1e} of what they hold along their own weakest "
+        f"ones; {size})",
         f"in layers {spectrum.spans(layers) or 'none as a whole'} of {model.layers}; strength "
         f"about {strength:.2f}, if it was once as strong there as any other",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.outputs.record_parts import combined_hash
 from abl_mlx.outputs.remote_file import RemoteFile, find_in_parts, read_of
 from abl_mlx.records.directions import Recipe
-from abl_mlx.records.learned import LearnRecord
+from abl_mlx.records.learned import LearnedStep, LearnRecord
 from abl_mlx.records.looks import OtherTensors
 from abl_mlx.reports import read_tables
 from abl_mlx.support.clock import Clock
@@ -58,10 +59,12 @@ def learn(base: str, edited: str, output: Path | None = None) -> LearnRecord:
         if others is not None:
             evidence += other_tensors.evidence(others)
         written = output is not None and found.verdict == EDITED
-        if output is not None and written:
+        files = _files(found, output) if output is not None and written else []
+        if files:
             with clock.step("hash the files"):
                 hashes = {"base": before.hashes(), "edited": after.hashes()}
-            direction_file.save(output, _file(found, before, after, hashes))
+            for path, one in files:
+                direction_file.save(path, _file(one, before, after, hashes))
         directions = found.directions
         return LearnRecord(
             abl_mlx=__version__,
@@ -73,16 +76,17 @@ def learn(base: str, edited: str, output: Path | None = None) -> LearnRecord:
             rank=0 if directions is None else int(directions.shape[-2]),
             per_layer=None if directions is None else directions.ndim == 3,
             strength=found.strength,
-            recipe=None if directions is None else Recipe.of(_recipe(found)),
+            recipe=None if found.strength is None else Recipe.of(_recipe(found)),
             norm=found.norm,
             layers=found.layers,
             experts=_experts(found) or None,
             agreement=found.agreement,
+            steps=_steps(found, files) or None,
             writers=found.writers,
             left_out=found.left_out,
             others=others,
             output=str(output) if written else None,
-            apply=_command(found, output) if written and output is not None else None,
+            apply=_command(found, files) if files else None,
             parts_read=read_of([before, after]),
             seconds=clock.seconds,
         )
@@ -127,12 +131,46 @@ def _file(
     return DirectionFile(mx.array(found.directions.astype(np.float32)), metadata=metadata)
 
 
-def _command(found: Learned, output: Path) -> str:
-    """The command that makes the same edit of another model."""
-    words = ["abl-mlx", "apply", str(output), "MODEL", "-o", "OUTPUT"]
-    if experts := _experts(found):
-        words += ["--experts", ",".join(experts)]
-    return shlex.join(words)
+def _files(found: Learned, output: Path) -> list[tuple[Path, Learned]]:
+    """The direction files that are written, and what each of them holds.
+
+    Raises:
+        UserError: when the second of two exists already.
+    """
+    if not found.steps:
+        return [(output, found)]
+    second = output.with_name(f"{output.stem}-2.safetensors")
+    check_new(second)
+    return list(zip((output, second), found.steps, strict=True))
+
+
+def _steps(found: Learned, files: Sequence[tuple[Path, Learned]]) -> list[LearnedStep]:
+    """Each of two edits, for the record; none of a single one."""
+    if not found.steps:
+        return []
+    paths: list[str | None] = [str(path) for path, _ in files] or [None, None]
+    return [
+        LearnedStep(
+            strength=one.strength or 0.0,
+            recipe=Recipe.of(_recipe(one)),
+            layers=one.layers,
+            output=path,
+        )
+        for path, one in zip(paths, found.steps, strict=True)
+    ]
+
+
+def _command(found: Learned, files: Sequence[tuple[Path, Learned]]) -> str:
+    """The command that makes the same edit of another model, or one for each of two edits."""
+    commands, model = [], "MODEL"
+    for number, (path, _) in enumerate(files, 1):
+        output = "OUTPUT" if number == len(files) else "BETWEEN"
+        words = ["abl-mlx", "apply", str(path), model, "-o", output]
+        if experts := _experts(found):
+            words += ["--experts", ",".join(experts)]
+        commands.append(shlex.join(words))
+        model = output
+    return " && ".join(commands)
 
 
 def table(record: LearnRecord) -> str:
@@ -141,10 +179,12 @@ def table(record: LearnRecord) -> str:
     if record.verdict == EDITED:
         own = ", those of each layer its own" if record.per_layer else ""
         lines.append(f"  directions   {record.rank}{own}")
-        lines.append(f"  strength     {_strength(record)}")
+        each: Sequence[LearnRecord | LearnedStep] = record.steps or [record]
+        for one in each:
+            lines.append(f"  strength     {_strength(one)}")
+            embedding = one.recipe is not None and one.recipe.embedding
+            lines.append(f"  embedding    {'edited' if embedding else 'not edited'}")
         lines.append(f"  norms        {record.norm or 'cannot be told'}")
-        embedding = record.recipe is not None and record.recipe.embedding
-        lines.append(f"  embedding    {'edited' if embedding else 'not edited'}")
     lines += [f"  - {one}" for one in record.evidence]
     lines += read_tables.lines(record.parts_read)
     if record.apply is not None:
@@ -152,7 +192,7 @@ def table(record: LearnRecord) -> str:
     return "\n".join(lines)
 
 
-def _strength(record: LearnRecord) -> str:
+def _strength(record: LearnRecord | LearnedStep) -> str:
     profile = None if record.recipe is None else record.recipe.profile
     strength = record.strength or 0.0
     if profile is None:

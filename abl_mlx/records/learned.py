@@ -21,6 +21,7 @@ class LearnedWriter(Part):
         rank_1_share: share of the difference's squared norm in its largest singular value, 0 to 1.
         edited: whether it lost a part of its component along the directions.
         strength, error: that part, and its standard error.
+        strengths: of two edits one after the other, the part of each, in place of ``strength``.
         explained: share of the difference's squared norm that the removal explains.
         left: norm of the rest of the difference, relative to the norm of the base's weights.
     """
@@ -32,8 +33,24 @@ class LearnedWriter(Part):
     edited: bool
     strength: float | None = None
     error: float | None = None
+    strengths: list[float] | None = None
     explained: float | None = None
     left: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedStep(Part):
+    """One of two edits that were made one after the other.
+
+    Attributes:
+        strength, recipe, layers: as in `LearnRecord`.
+        output: its direction file.
+    """
+
+    strength: float
+    recipe: Recipe
+    layers: list[int]
+    output: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +70,12 @@ class LearnRecord(Record, Made):
         experts: LAYER.EXPERT of the experts that were edited, if others were not.
         agreement: |cos| that the directions have with the true ones, as two halves of the writers
             agree.
+        steps: where two edits were made one after the other, each of them, in that order;
+            ``strength``, ``recipe`` and ``norm`` are left out then.
         writers: writer -> figures.
         left_out: writers that could not be compared.
         others: the tensors that are no residual writers.
-        output: the direction file.
+        output: the direction file; of two edits, that of the first.
         apply: the command that makes the edit of another model.
         parts_read: for models on Hugging Face of which parts were read, how much.
         seconds: step -> how long it took.
@@ -74,6 +93,7 @@ class LearnRecord(Record, Made):
     layers: list[int]
     experts: list[str] | None = None
     agreement: float | None = None
+    steps: list[LearnedStep] | None = None
     writers: dict[str, LearnedWriter]
     left_out: list[str]
     others: OtherTensors | None = None

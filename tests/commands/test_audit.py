@@ -17,6 +17,7 @@ from abl_mlx.cli.main import cli
 from abl_mlx.commands import audit, conversion, learn, measure_apply
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.directions import direction_file
+from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.inputs import prompts
 from abl_mlx.models.chat_model import load
 from abl_mlx.models.writers import find_writers
@@ -250,6 +251,20 @@ def test_edited_models_are_told_and_their_direction_is_recovered(work, tmp_path,
     assert weights["embedding"] or options.editing.strength < 1
     assert weights["strength"] == pytest.approx(options.editing.strength, abs=0.15)
     assert weights["rank"] == 1
+
+
+def test_two_edits_of_different_layers_are_told_apart(tmp_path):
+    model, both = "demo", unit(256, 2).T.astype(np.float32)
+    for row, layers in zip(both, ({0, 1}, {2, 3}), strict=True):
+        out = tmp_path / f"{min(layers)}"
+        options = ApplyOptions.of(layers=frozenset(layers), embedding=False)
+        measure_apply.apply(DirectionFile(mx.array(row[None])), model, [out], options)
+        model = str(out)
+    weights = audit.audit(model).weights
+    assert (weights.verdict, weights.rank, weights.layers) == ("edited", 2, [0, 1, 2, 3])
+    assert weights.strength == pytest.approx(1, abs=0.02)
+    (said,) = (one for one in weights.evidence if "from different layers" in one)
+    assert set(said.rpartition(": ")[2].split("; ")) == {"0-1", "2-3"}
 
 
 @pytest.mark.parametrize("name", ["demo", "8", "4"])

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from mlx.utils import tree_flatten, tree_unflatten
 
+from abl_mlx.audit_weights import habits
 from abl_mlx.choices import ApplyOptions
 from abl_mlx.cli.main import cli
-from abl_mlx.commands import conversion, learn, measure_apply
+from abl_mlx.commands import audit, conversion, learn, measure_apply
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
@@ -149,6 +152,77 @@ def test_what_a_script_did_is_learned(tmp_path: Path, name: str) -> None:
             assert far <= 0.15 * change_ + 0.002 * float(mx.linalg.norm(base[tensor]).item())
 
 
+def slanted(cosine: float) -> np.ndarray:
+    """Two directions with this cosine, (2, 1, d)."""
+    first, second = subspace(2, D)
+    return np.stack([first, cosine * first + np.sqrt(1 - cosine**2) * second])[:, None]
+
+
+def two_layers_each(w: np.ndarray, name: str) -> np.ndarray:
+    """One direction from layers 0 and 1, another one from all above; not from the embedding."""
+    layer = by_layer(name)
+    return w if layer < 0 else removed(w, slanted(0.3)[int(layer > 1)])
+
+
+def one_then_other(w: np.ndarray, name: str) -> np.ndarray:
+    """A full removal, then one at strength 0.6 along a direction that is not orthogonal.
+
+    The second leaves the embedding out; otherwise there were two pairs that make the same edit.
+    """
+    first, second = slanted(0.5)
+    return removed(removed(w, first), second, 0.0 if by_layer(name) < 0 else 0.6)
+
+
+STACKS: dict[str, tuple[Change, float, list[float], list[list[int]], list[bool]]] = {
+    "other layers": (two_layers_each, 0.3, [1.0, 1.0], [[0, 1], [2, 3]], [False, False]),
+    "the same writers": (one_then_other, 0.5, [1.0, 0.6], [[0, 1, 2, 3]] * 2, [True, False]),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_two_edits_one_after_the_other_are_told_apart(tmp_path: Path, name: str) -> None:
+    change, cosine, strengths, layers, embedding = STACKS[name]
+    edited = script(MODEL_PATH, tmp_path / "edited", change)
+    out = tmp_path / "edit.safetensors"
+    record = learn.learn("demo", str(edited), out)
+    steps = sorted(record.steps, key=lambda one: one.layers)
+    assert [one.layers for one in steps] == layers
+    assert [one.strength for one in steps] == pytest.approx(strengths, abs=0.02)
+    assert [one.recipe.embedding for one in steps] == embedding
+    found = [np.array(direction_file.read(Path(one.output)).selected) for one in steps]
+    assert min(map(cosines, found, slanted(cosine))) > 0.995
+    # The two files, one after the other, make the same edit of the same model.
+    model = "demo"
+    for number, one in enumerate(record.steps):
+        made = tmp_path / f"step{number}"
+        measure_apply.apply(Path(one.output), model, [made], ApplyOptions.of(max_leak=1))
+        model = str(made)
+    ours, theirs = (mx.load(f"{one}/model.safetensors") for one in (model, edited))
+    for tensor in (one for one in ours if one.endswith(ENDS)):
+        far = float(mx.linalg.norm(ours[tensor].astype(mx.float32) - theirs[tensor]).item())
+        assert far <= 0.01 * float(mx.linalg.norm(theirs[tensor].astype(mx.float32)).item())
+    judged = audit.audit(str(edited), base="demo")
+    for evidence in (record.evidence, judged.evidence):
+        assert evidence[0].startswith("two edits, one after the other: a direction from ")
+    assert (judged.verdict, judged.weights.rank) == ("edited", 2)
+
+
+def test_directions_of_layers_that_nearly_lie_in_a_plane_are_not_two_edits(tmp_path: Path) -> None:
+    """As Heretic removes them, where those of neighbouring layers resemble each other."""
+    base = subspace(6, D)
+    rows = np.stack([base[0] + 0.5 * layer * base[1] + 0.3 * base[2 + layer] for layer in range(4)])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def change(w: np.ndarray, name: str) -> np.ndarray:
+        layer = by_layer(name)
+        return w if layer < 0 else removed(w, rows[layer, None], 0.4 + 0.2 * layer)
+
+    edited = script(MODEL_PATH, tmp_path / "edited", change)
+    record = learn.learn("demo", str(edited))
+    assert (record.verdict, record.per_layer, record.steps) == ("edited", True, None)
+    assert not any("two edits" in one for one in audit.audit(str(edited), base="demo").evidence)
+
+
 @pytest.mark.parametrize("naive", [False, True])
 def test_an_edit_is_learned_from_other_types_and_made_of_them(tmp_path: Path, naive: bool) -> None:
     """From floats and 4 bits: edited in these 4 bits, or edited first and quantized then."""
@@ -203,8 +277,15 @@ def trained(w: np.ndarray, name: str) -> np.ndarray:
     return w + u[:, :8] @ turn @ np.diag(s[:8]) @ v[:8]
 
 
+def shared_lora(w: np.ndarray, name: str) -> np.ndarray:
+    """A change of rank 1 along one direction that all writers share, which they do not lose."""
+    row = np.random.default_rng(w.shape[1] + by_layer(name)).standard_normal(w.shape[1])
+    return w + 0.2 * np.outer(subspace(1, D)[0], row) * np.linalg.norm(w) / np.linalg.norm(row)
+
+
 NO_EDITS: dict[str, Change] = {
     "a merged LoRA": lora,
+    "a merged LoRA of one direction": shared_lora,
     "training": trained,
     "scaled": lambda w, name: 1.2 * w,
     "noise": lambda w, name: (
@@ -222,6 +303,53 @@ def test_other_changes_are_no_such_edit(tmp_path: Path, name: str) -> None:
     assert (record["verdict"] == "no such edit") or name == "training"
     assert not (tmp_path / "edit.safetensors").exists()
     assert record.output is None
+    if name.startswith("a merged LoRA"):
+        rank = 4 if NO_EDITS[name] is lora else 1
+        assert record.evidence[1].startswith(f"{rank} directions or fewer hold 98% of each writer")
+
+
+def test_an_ablation_that_mlx_lm_fused_into_the_weights_is_learned(tmp_path: Path) -> None:
+    """A LoRA adapter of the edit, merged by mlx-lm."""
+    u, adapter, merged = subspace(1, D), tmp_path / "e.adapter", tmp_path / "merged"
+    options = ApplyOptions.of(strength=0.8, max_leak=1)
+    measure_apply.apply(DirectionFile(mx.array(u)), "demo", [adapter], options)
+    model = mlx_lm.load(str(MODEL_PATH), adapter_path=str(adapter))[0]
+    fused = [(name, one.fuse()) for name, one in model.named_modules() if hasattr(one, "fuse")]
+    assert len(fused) == 9
+    model.update_modules(tree_unflatten(fused))
+    shutil.copytree(MODEL_PATH, merged)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(merged / "model.safetensors"), weights, {"format": "mlx"})
+    record = learn.learn("demo", str(merged), tmp_path / "edit.safetensors")
+    assert (record.verdict, record.strength) == ("edited", pytest.approx(0.8, abs=0.01))
+    found = np.array(direction_file.read(tmp_path / "edit.safetensors").selected)
+    assert cosines(found, u) > 0.999
+
+
+@pytest.mark.parametrize("floor", [False, True])
+def test_strengths_that_fall_from_a_peak_say_who_chooses_them(floor: bool) -> None:
+    """Heretic leaves layers beyond the distance alone; our search keeps the smallest strength."""
+
+    def kernel(layer: int, at: float, distance: float, most: float, least: float) -> float:
+        away = abs(layer - at) / distance
+        return (least if floor else 0.0) if away > 1 else most + away * (least - most)
+
+    attention = [kernel(layer, 17.3, 11.2, 1.21, 0.4) for layer in range(30)]
+    mlp = [kernel(layer, 21.8, 14.6, 0.93, 0.12) for layer in range(30)]
+    found = habits.peak(attention, floor=floor)
+    assert found is not None
+    assert (found.layer, found.strongest) == pytest.approx((17.3, 1.21), abs=0.01)
+    slope = (found.strongest - found.weakest) / found.distance
+    assert slope == pytest.approx((1.21 - 0.4) / 11.2, rel=0.01)
+    said = habits.sentence(
+        strength=1.0, profile={"attention": attention, "mlp": mlp}, embedding=False, norm="none",
+        per_layer=False,
+    )  # fmt: skip
+    assert said is not None
+    assert ("`abl-mlx run --search` chooses" if floor else "Heretic chooses") in said
+    random = list(np.random.default_rng(0).uniform(0.2, 1.2, 30))
+    assert habits.peak(random, floor=floor) is None
+    assert habits.peak([1.0] * 30, floor=floor) is None
 
 
 def test_readers_are_not_taken_for_writers(tmp_path: Path) -> None:
@@ -232,7 +360,7 @@ def test_readers_are_not_taken_for_writers(tmp_path: Path) -> None:
     # The output head, a reader, is the embedding too: of one weight alone nothing is claimed.
     assert record["verdict"] == "cannot tell"
     assert record.output is None
-    assert "tensors that do not write to the residual stream differ" in record["evidence"][1]
+    assert "tensors that do not write to the residual stream differ" in record["evidence"][-1]
 
 
 def test_the_command(tmp_path: Path) -> None:
