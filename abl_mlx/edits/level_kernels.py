@@ -2,6 +2,12 @@
 
 Sums over a line are computed as `LANES` partial sums, which are added at the end. So they are the
 same on every CPU, while the compiler can still keep the partial sums in a vector register.
+
+Levels are of one of three kinds, and numba compiles only the kind that is given: whole numbers in a
+row (``mids`` and ``few`` are None), at most 16 of any sort (``few`` is given), or more (``mids``
+is). So each function tests for None first. ``mids`` are the midpoints between levels; ``few`` holds
+`MIDPOINTS` midpoints, the gaps between levels at these, as many ones, and an array with the gap
+below each level and above the last.
 """
 
 from __future__ import annotations
@@ -16,9 +22,6 @@ F = np.float32
 
 LANES = 32
 """The number of partial sums."""
-
-#: Kinds of levels: whole numbers in a row, at most 16 of any sort, or more.
-UNIFORM, FEW, MANY = 0, 1, 2
 
 #: The number of midpoints between at most 16 levels.
 MIDPOINTS = 15
@@ -64,86 +67,92 @@ def nearest_code(x, mids):
 
 
 @compiled()
-def level_sum(z, slope, weight, mu, kind, levels, mids, few, lanes):
+def level_sum(z, slope, weight, mu, levels, mids, few, lanes):
     """Σ weight · the level nearest to z − μ slope. The lengths are multiples of `LANES`."""
     lanes[:] = 0
     low, high, width = levels[0], levels[-1], lanes.shape[0]
     for start in range(0, z.shape[0], width):
         zs, slopes = z[start : start + width], slope[start : start + width]
         weights = weight[start : start + width]
-        if kind == UNIFORM:
-            for lane in range(width):
-                lanes[lane] += weights[lane] * nearest_whole(
-                    zs[lane] - mu * slopes[lane], low, high
-                )
-        elif kind == FEW:
+        if few is not None:
             for lane in range(width):
                 x = zs[lane] - mu * slopes[lane]
                 lanes[lane] += weights[lane] * nearest_few(x, low, few[0], few[1])
+        elif mids is not None:
+            for lane in range(width):
+                x = zs[lane] - mu * slopes[lane]
+                lanes[lane] += weights[lane] * levels[nearest_code(x, mids)]
         else:
             for lane in range(width):
-                lanes[lane] += (
-                    weights[lane] * levels[nearest_code(zs[lane] - mu * slopes[lane], mids)]
-                )
+                x = zs[lane] - mu * slopes[lane]
+                lanes[lane] += weights[lane] * nearest_whole(x, low, high)
     return total(lanes)
 
 
-@compiled()
-def short_sum(z, slope, weight, count, mu, kind, levels, mids):
+@compiled(inline=True)
+def short_sum(z, slope, weight, count, mu, levels, mids, few):
     """`level_sum` of the first ``count`` weights, where these are few."""
-    low, high, total = levels[0], levels[-1], F(0)
-    if kind == UNIFORM:
+    low, high, found = levels[0], levels[-1], F(0)
+    if few is not None:
         for i in range(count):
-            total += weight[i] * nearest_whole(z[i] - mu * slope[i], low, high)
+            found += weight[i] * nearest_few(z[i] - mu * slope[i], low, few[0], few[1])
+    elif mids is not None:
+        for i in range(count):
+            found += weight[i] * levels[nearest_code(z[i] - mu * slope[i], mids)]
     else:
         for i in range(count):
-            total += weight[i] * levels[nearest_code(z[i] - mu * slope[i], mids)]
-    return total
+            found += weight[i] * nearest_whole(z[i] - mu * slope[i], low, high)
+    return found
 
 
-@compiled()
-def between(z, slope, m0, m1, kind, levels, mids, few, moves):
+@compiled(inline=True)
+def between(z, slope, m0, m1, levels, mids, few, moves):
     """For each weight, whether its level differs between two multipliers."""
     low, high = levels[0], levels[-1]
-    if kind == UNIFORM:
-        for i in range(z.shape[0]):
-            one = nearest_whole(z[i] - m0 * slope[i], low, high)
-            moves[i] = one != nearest_whole(z[i] - m1 * slope[i], low, high)
-    elif kind == FEW:
+    if few is not None:
         for i in range(z.shape[0]):
             one = nearest_few(z[i] - m0 * slope[i], low, few[0], few[1])
             moves[i] = one != nearest_few(z[i] - m1 * slope[i], low, few[0], few[1])
+    elif mids is not None:
+        for i in range(z.shape[0]):
+            code = nearest_code(z[i] - m0 * slope[i], mids)
+            moves[i] = code != nearest_code(z[i] - m1 * slope[i], mids)
     else:
         for i in range(z.shape[0]):
-            moves[i] = nearest_code(z[i] - m0 * slope[i], mids) != nearest_code(
-                z[i] - m1 * slope[i], mids
-            )
+            one = nearest_whole(z[i] - m0 * slope[i], low, high)
+            moves[i] = one != nearest_whole(z[i] - m1 * slope[i], low, high)
 
 
 @compiled()
-def choose(z, w, s, o, kind, levels, mids, few, codes, e):
+def choose(z, w, s, o, levels, mids, few, codes, e):
     """The codes of the levels nearest to z, and the errors e of their values."""
-    d, low, high = w.shape[0], levels[0], levels[-1]
-    if kind == UNIFORM:
-        for i in range(d):
+    low, high = levels[0], levels[-1]
+    if few is not None:
+        for i in range(w.shape[0]):
+            codes[i] = np.uint8(np.int32(nearest_few(z[i], F(0), few[0], few[2])))
+            e[i] = s[i] * nearest_few(z[i], low, few[0], few[1]) + o[i] - w[i]
+    elif mids is not None:
+        for i in range(w.shape[0]):
+            code = nearest_code(z[i], mids)
+            codes[i] = np.uint8(code)
+            e[i] = s[i] * levels[code] + o[i] - w[i]
+    else:
+        for i in range(w.shape[0]):
             q = nearest_whole(z[i], low, high)
             codes[i] = np.uint8(np.int32(q - low))
             e[i] = s[i] * q + o[i] - w[i]
-        return
-    for i in range(d):
-        code = nearest_code(z[i], mids)
-        codes[i] = np.uint8(code)
-        e[i] = s[i] * levels[code] + o[i] - w[i]
 
 
 @compiled()
-def marked(moves, active):
+def marked(moves, words, active):
     """Write the indices of weights that are marked, and return how many there are.
 
     They are few, so eight marks are looked at together.
+
+    Args:
+        moves, words: the marks as uint8 (d,), and the same as uint64 (d / 8,).
     """
     count = 0
-    words = moves.view(np.uint64)
     for word in range(words.shape[0]):
         if words[word]:
             for i in range(8 * word, 8 * word + 8):
@@ -153,16 +162,13 @@ def marked(moves, active):
 
 
 @compiled()
-def exact_line(codes, s, o, kind, levels, basis, removed, w):
-    """w = s · level + o − Σ_a u_a c_a: the exact edited weights of a line."""
-    if kind == UNIFORM:
-        low = levels[0]
-        for i in range(w.shape[0]):
-            w[i] = s[i] * (F(codes[i]) + low) + o[i]
-    else:
-        for i in range(w.shape[0]):
-            w[i] = s[i] * levels[codes[i]] + o[i]
-    for a in range(basis.shape[0]):
-        u, c = basis[a], removed[a]
-        for i in range(w.shape[0]):
-            w[i] -= u[i] * c
+def cancelling(codes, s, u, weight, mids, few, residual, tolerance, moves):
+    """Mark the weights of which a step up or down leaves nothing of a residual."""
+    if few is not None:
+        for i in range(codes.shape[0]):
+            down, up = u[i] * (s[i] * few[3][codes[i]]), u[i] * (s[i] * few[3][codes[i] + 1])
+            moves[i] = (abs(residual - down) <= tolerance) | (abs(residual + up) <= tolerance)
+    elif mids is None:
+        size = abs(residual)
+        for i in range(weight.shape[0]):
+            moves[i] = abs(abs(weight[i]) - size) <= tolerance

@@ -83,28 +83,28 @@ def without(basis: np.ndarray, components: np.ndarray, values: np.ndarray, axis:
         values: W, as for `along`.
         axis: the axis of the residual stream.
     """
-    from abl_mlx.edits import projection_kernels as kernels
-
     basis, components = _plain(basis), _plain(components)
     k, d = basis.shape
     made = np.empty(values.shape, np.float32)
     if axis == -1:
-        rows, out, parts = _plain(values).reshape(-1, d), made.reshape(-1, d), components
-        parts = parts.reshape(-1, k)
-        in_chunks(
-            lambda p: kernels.less_across(basis, parts, rows, out, p.start, p.stop), len(rows), d
-        )
+        _subtract(_plain(values).reshape(-1, d), components.reshape(-1, k), basis,
+                  made.reshape(-1, d))  # fmt: skip
         return made
-    n = values.shape[-1]
-    each = components.reshape(-1, k, n)
+    each = components.reshape(-1, k, values.shape[-1])
     for (one, out), part in zip(_matrices(values, made), each, strict=True):
-        in_chunks(
-            lambda p, one=one, out=out, part=part: kernels.less_down(  # type: ignore[misc]
-                basis, part, one, out, p.start, p.stop
-            ),
-            d, n,
-        )  # fmt: skip
+        _subtract(one, basis.T, part, out)
     return made
+
+
+def _subtract(values: np.ndarray, left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
+    """Write values − left @ right to ``out``, for (R, n), (R, k) and (k, n), term after term."""
+
+    def work(part: slice) -> None:
+        rest = values[part]
+        for a in range(len(right)):
+            rest = np.subtract(rest, left[part, a : a + 1] * right[a], out=out[part])
+
+    in_chunks(work, *values.shape)
 
 
 def squares(values: np.ndarray, axis: int) -> np.ndarray:

@@ -205,36 +205,6 @@ def both_across(basis, old, new, before, after, sums, first, last):
 
 
 @compiled()
-def less_down(basis, components, values, out, first, last):
-    """w_ij − Σ_a u_ai c_aj of the rows ``first`` to ``last`` of (d, n)."""
-    k = basis.shape[0]
-    for i in range(first, last):
-        row, made = values[i], out[i]
-        u, c = basis[0, i], components[0]
-        for j in range(row.shape[0]):
-            made[j] = row[j] - u * c[j]
-        for a in range(1, k):
-            u, c = basis[a, i], components[a]
-            for j in range(row.shape[0]):
-                made[j] -= u * c[j]
-
-
-@compiled()
-def less_across(basis, components, values, out, first, last):
-    """w_ij − Σ_a c_ia u_aj of the rows ``first`` to ``last`` of (R, n)."""
-    k = basis.shape[0]
-    for i in range(first, last):
-        row, made = values[i], out[i]
-        c, u = components[i, 0], basis[0]
-        for j in range(row.shape[0]):
-            made[j] = row[j] - c * u[j]
-        for a in range(1, k):
-            c, u = components[i, a], basis[a]
-            for j in range(row.shape[0]):
-                made[j] -= c * u[j]
-
-
-@compiled()
 def squares_down(values, out, first, last):
     """Σ_i w_ij² of the columns ``first`` to ``last``: (d, n) -> ``out`` float64 (n,)."""
     for j in range(first, last):

@@ -47,8 +47,8 @@ _WORTH_RELATIVE, _WORTH_ABSOLUTE = 0.025, 0.002
 # large errors, which inputs unlike those of the importance matrix would meet.
 _LEAST_WEIGHT = 0.05
 
-# How many columns share a scale for sure; it divides the group size of every format.
-_TILE = 16
+# How many columns are turned to lines together: a line of the CPU's cache.
+_SPAN = 64
 
 # The smallest number of lines for one thread, which keeps their errors from correlating with c.
 _LINES = 512
@@ -90,15 +90,15 @@ class Edited:
         removed = self.taken if self.axis == 1 else self.taken.T
         return projection.without(self.basis, removed, self.exact.values(), self.axis - 2)
 
-    def parts(self, group: int) -> tuple[np.ndarray, Grid]:
+    def parts(self, group: int) -> tuple[np.ndarray | None, Grid | None]:
         """The edited weights and no grid, or no weights and the grid of which they can be made.
 
         Args:
             group: of the grid that they are rounded to.
         """
         if isinstance(self.exact, Grid) and self.exact.group == group:
-            return np.empty((0, 0), np.float32), self.exact
-        return np.ascontiguousarray(self.target), _NO_GRID
+            return None, self.exact
+        return np.ascontiguousarray(self.target), None
 
     @property
     def less(self) -> Less | None:
@@ -122,10 +122,6 @@ class Edited:
         return preserve(grid, self)
 
 
-_NO_CODES, _NO_SCALES = np.empty((0, 8), np.uint8), np.empty((0, 1), np.float32)
-_NO_GRID = Grid(_NO_CODES, np.arange(2, dtype=np.float32), _NO_SCALES, None, 8)
-
-
 def preserve(grid: Grid, edited: Edited) -> Grid:
     """Round edited weights to a grid's levels so that their components are preserved.
 
@@ -137,6 +133,7 @@ def preserve(grid: Grid, edited: Edited) -> Grid:
         The grid with the chosen codes.
     """
     from abl_mlx.edits import rounding_kernels as kernels
+    from abl_mlx.edits import turning_kernels as turning
 
     count, width = grid.shape
     basis = np.array(edited.basis, dtype=np.float32)
@@ -154,48 +151,98 @@ def preserve(grid: Grid, edited: Edited) -> Grid:
     heft = np.sqrt(weights) if axis == 0 else np.ones(lines, np.float32)
     mean = np.float32(projection.square(taken * np.sqrt(heft)[:, None]) / lines)
     exact, source = edited.parts(grid.group)
-    levels, offsets = np.array(grid.levels, dtype=np.float32), _offsets(grid)
+    # Columns are turned to lines, which share their scales with as many others as are in a group.
+    share, group = (grid.group, 1) if axis == 0 else (1, grid.group)
+    scales, old = _scales(grid, axis), _scales(source, axis)
+    old_levels, low = _old_levels(source)
+    fixed = (old_levels, low, share, group, basis, _shifts(basis, along), along, *_levels(grid))
+    search = (1 if k == 1 else 4, np.float32(AIM * edited.removed), _STEPS * k)
     codes = np.empty((count, width), dtype=np.uint8)
 
-    def packed(codes: np.ndarray) -> np.ndarray:
-        codes = np.ascontiguousarray(codes)
-        return codes.view(np.uint64) if axis == 0 else codes
+    def choose(part: slice, target: np.ndarray | None, found: np.ndarray, scratch: Any) -> None:
+        blocks = slice(part.start // share, -(-part.stop // share))
+        each = (None if one is None else one[blocks] for one in (*scales, *old))
+        kernels.lines(target, *each, *fixed, taken[part], heft[part], mean, found, *search, scratch)
 
-    kind, few = _kind(grid)
-    arguments = (
-        exact, (packed(source.codes), source.scales, _offsets(source), _kind(source)[0],
-                np.array(source.levels, dtype=np.float32)),
-        grid.scales, offsets, grid.group, basis, _shifts(basis, along), along, kind, levels,
-        (levels[1:] + levels[:-1]) / 2, few, taken, heft, mean, packed(codes), _TILE, kernels.LANES,
-    )  # fmt: skip
-    search = (1 if k == 1 else 4, np.float32(AIM * edited.removed), _STEPS * k)
-    work = kernels.columns if axis == 0 else kernels.rows
-    pieces, length, least = count, width, CHUNK // _LINES
+    def columns(part: slice) -> None:
+        scratch, old_words = _scratch(k, count), None if source is None else _words(source.codes)
+        found, words = np.empty((_SPAN, count), np.uint8), np.empty((_SPAN // 8, count), np.uint64)
+        target = None if exact is None else np.empty((_SPAN, count), np.float32)
+        for start in range(part.start * _SPAN, min(width, part.stop * _SPAN), _SPAN):
+            here = slice(start, min(width, start + _SPAN))
+            size = here.stop - start
+            if old_words is not None:
+                turning.turn_codes(old_words, start, words[: size // 8], found)
+            if target is not None:
+                target = target[:size]
+                turning.turn(exact, start, target)
+            choose(here, target, found[:size], scratch)
+            turning.turn_back(found, words[: size // 8], _words(codes), start)
+
+    def rows(part: slice) -> None:
+        if source is not None:
+            codes[part] = source.codes[part]
+        choose(part, None if exact is None else exact[part], codes[part], _scratch(k, width))
+
     if axis == 0:
-        pieces, length = -(-width // kernels.SPAN), kernels.SPAN * count
-        least *= kernels.SPAN
-    in_chunks(
-        lambda part: work(*arguments, part.start, part.stop, *search), pieces, min(length, least)
-    )
+        spans = -(-width // _SPAN)
+        in_chunks(columns, spans, min(_SPAN * count, _SPAN * (CHUNK // _LINES)))
+    else:
+        in_chunks(rows, count, min(width, CHUNK // _LINES))
     return grid.with_codes(codes)
 
 
-def _offsets(grid: Grid) -> np.ndarray:
-    return np.zeros_like(grid.scales) if grid.offsets is None else grid.offsets
+def _scratch(k: int, d: int) -> tuple[np.ndarray, ...]:
+    """What `rounding_kernels.lines` writes to, for k directions and lines of d weights."""
+    from abl_mlx.edits.level_kernels import LANES
+
+    padded = -(-d // LANES) * LANES
+    moves = np.zeros(padded, np.uint8)
+    slope, weight = np.zeros((2, k, padded), np.float32)
+    return (
+        np.zeros((7, d), np.float32), np.zeros((k, d), np.float32), slope, weight,
+        np.zeros(padded, np.float32), moves, moves.view(np.uint64), np.zeros(padded + 1, np.int64),
+        np.zeros((3, padded), np.float32), np.zeros(LANES, np.float32), np.zeros(k, np.float32),
+        np.zeros(k, np.float32),
+    )  # fmt: skip
 
 
-def _kind(grid: Grid) -> tuple[int, tuple[Any, Any]]:
-    """The kind of levels for `rounding_kernels`; and midpoints and gaps, of at most 16 levels."""
-    from abl_mlx.edits import level_kernels as kernels
+def _words(codes: np.ndarray) -> np.ndarray:
+    """Codes, eight in each uint64."""
+    return np.ascontiguousarray(codes).view(np.uint64)
+
+
+def _scales(grid: Grid | None, axis: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The scales and offsets of a grid, where its lines are rows."""
+    if grid is None:
+        return None, None
+    offsets = np.zeros_like(grid.scales) if grid.offsets is None else grid.offsets
+    scales, offsets = (one.T if axis == 0 else one for one in (grid.scales, offsets))
+    return np.ascontiguousarray(scales), np.ascontiguousarray(offsets)
+
+
+def _old_levels(grid: Grid | None) -> tuple[np.ndarray | None, np.float32]:
+    """The levels of a grid, or None where they are the whole numbers from the second result on."""
+    if grid is None:
+        return None, np.float32(0)
+    levels = np.array(grid.levels, dtype=np.float32)
+    return None if grid.uniform else levels, levels[0]
+
+
+def _levels(grid: Grid) -> tuple[np.ndarray, np.ndarray | None, tuple[Any, ...] | None]:
+    """The levels of a grid as `level_kernels` wants them: levels, mids and few."""
+    from abl_mlx.edits.level_kernels import MIDPOINTS
 
     levels = np.array(grid.levels, dtype=np.float32)
-    mids, gaps = (levels[1:] + levels[:-1]) / 2, np.diff(levels)
-    missing = max(0, kernels.MIDPOINTS - len(mids))
-    padded = np.pad(mids, (0, missing), constant_values=np.inf), np.pad(gaps, (0, missing))
-    few = tuple(padded[0][: kernels.MIDPOINTS]), tuple(padded[1][: kernels.MIDPOINTS])
     if grid.uniform:
-        return kernels.UNIFORM, few
-    return kernels.FEW if len(mids) <= kernels.MIDPOINTS else kernels.MANY, few
+        return levels, None, None
+    mids, gaps = (levels[1:] + levels[:-1]) / 2, np.diff(levels)
+    if len(mids) > MIDPOINTS:
+        return levels, mids, None
+    missing = MIDPOINTS - len(mids)
+    padded = np.pad(mids, (0, missing), constant_values=np.inf), np.pad(gaps, (0, missing))
+    ones = (np.float32(1),) * MIDPOINTS
+    return levels, None, (tuple(padded[0]), tuple(padded[1]), ones, np.pad(gaps, 1))
 
 
 def tempered(importance: np.ndarray | None, width: int) -> np.ndarray:

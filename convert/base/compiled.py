@@ -22,16 +22,21 @@ from typing import Any
 import numba
 
 
-def compiled(*, parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def compiled(*, inline: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: compile a function when it is first called.
 
     Args:
-        parallel: whether loops over ``numba.prange`` are shared among the cores.
+        inline: make the function a part of those that call it. That compiles faster if these are
+            short and one place calls it. Any other function takes a tenth of a second by itself,
+            and is optimized again in each that calls it.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        if inline:
+            return numba.njit(inline="always")(function)
+
         def made(cache: bool) -> Any:
-            return numba.njit(nogil=True, parallel=parallel, cache=cache)(function)
+            return numba.njit(nogil=True, cache=cache)(function)
 
         def kept() -> Any:
             try:

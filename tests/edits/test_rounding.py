@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 
-from abl_mlx.edits import projection, rounding
+from abl_mlx.edits import projection, rounding, rounding_kernels
 from abl_mlx.outputs import gguf_plan
 from convert.base import grids
 from convert.base.grids import Grid, in_chunks
@@ -228,3 +228,14 @@ def test_the_number_of_threads_changes_no_code(axis, monkeypatch):
     for each in codes[1:]:
         np.testing.assert_array_equal(each[0], codes[0][0])
         np.testing.assert_array_equal(each[1], codes[0][1])
+
+
+def test_columns_and_rows_of_many_types_share_machine_code():
+    """A kernel takes seconds to compile, so one serves all levels that are whole numbers."""
+    counts = []
+    for kind in (Q.Q8_0, Q.Q4_1, Q.Q2_K):
+        for axis in (0, 1):
+            own, source, target, u = case(kind, 256, 256, 1, axis)
+            rounded(kind, own, source, target, u, axis, "own")
+            counts.append(len(rounding_kernels.lines.signatures))
+    assert counts == counts[:1] * 6
