@@ -55,7 +55,8 @@ class Choices:
         steps: float32 (2, R, groups): how far apart scales, and offsets, lie that can be stored.
         limits: int16 (4, R, groups): the least and the most steps by which a scale may move, and
             by which an offset may.
-        moves: int16 (M, 2): the numbers of steps of scale and offset that are tried.
+        moves: int16 (M, 3): the numbers of steps of scale and offset that are tried, and whether
+            they begin at the best so far.
     """
 
     steps: np.ndarray
@@ -67,7 +68,7 @@ class Choices:
         """No choice: all stay."""
         shape = grid.scales.shape
         limits = np.zeros((4, *shape), np.int16)
-        return Choices(np.zeros((2, *shape), np.float32), limits, np.zeros((1, 2), np.int16))
+        return Choices(np.zeros((2, *shape), np.float32), limits, np.zeros((1, 3), np.int16))
 
 
 def search(

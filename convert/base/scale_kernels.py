@@ -82,14 +82,21 @@ def _place(base, step, scale_steps, offset_steps, scale, inverse, offset):
 
 
 @compiled()
-def _try(move, weights, heft, base, step, limits, low, high, best, chosen, tried, scratch):
-    """Move the scales and offsets of those groups that gain by these numbers of steps."""
+def _try(move, start, weights, heft, base, step, limits, low, high, best, chosen, tried, scratch):
+    """Move the scales and offsets of those groups that gain by these numbers of steps.
+
+    Args:
+        move: the numbers of steps of scale and offset.
+        start: int16 (2, B): where these steps begin.
+        best, chosen: (B,), (2, B), the results: the errors with the best moves, and these.
+    """
     scale, inverse, offset, cost = scratch
-    k, l = move
-    tried[0], tried[1] = k, l
+    for b in range(cost.shape[0]):
+        tried[0, b], tried[1, b] = start[0, b] + move[0], start[1, b] + move[1]
     _place(base, step, tried[0], tried[1], scale, inverse, offset)
     _costs(weights, heft, inverse, offset, low, high, cost)
     for b in range(cost.shape[0]):
+        k, l = tried[0, b], tried[1, b]
         fits = limits[0, b] <= k <= limits[1, b] and limits[2, b] <= l <= limits[3, b]
         found = cost[b] * scale[b] * scale[b]
         if k == 0 and l == 0:
@@ -111,7 +118,8 @@ def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, f
         limits: int16 (4, R, B): the least and most steps by which scale and offset may move.
         left, right: float32 (R, k), (k, n): left @ right is taken from the weights.
         heft: (group, B): weights of the columns' squared errors.
-        moves: int16 (M, 2): the numbers of steps of scale and offset that are tried.
+        moves: int16 (M, 3): the numbers of steps of scale and offset that are tried, and whether
+            they begin at the best so far.
         found: int16 (2, R, B), the result: by how many steps scale and offset move.
         past: bool (R, B), the result: whether a weight lies past the ends of its group.
     """
@@ -120,6 +128,7 @@ def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, f
     row, weights = np.empty(n, F), np.empty((group, blocks), F)
     best = np.empty(blocks, F)
     chosen, tried = np.empty((2, blocks), np.int16), np.empty((2, blocks), np.int16)
+    own = np.zeros((2, blocks), np.int16)
     scratch = (np.empty(blocks, F), np.empty(blocks, F), np.empty(blocks, F), np.empty(blocks, F))
     scale, inverse, offset, cost = scratch
     low, high = levels[0], levels[-1]
@@ -140,7 +149,8 @@ def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, f
         best[:] = np.inf
         chosen[:] = 0
         for m in range(moves.shape[0]):
-            _try(moves[m], weights, heft, base, step, limit, low, high, best, chosen, tried,
+            start = chosen if moves[m, 2] else own
+            _try(moves[m], start, weights, heft, base, step, limit, low, high, best, chosen, tried,
                  scratch)  # fmt: skip
         found[0, i], found[1, i] = chosen[0], chosen[1]
         _place(base, step, chosen[0], chosen[1], scale, inverse, offset)

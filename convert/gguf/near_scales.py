@@ -17,14 +17,18 @@ from convert.base import near_scales
 from convert.base.grids import Grid
 from convert.gguf.ggml_codecs import GridCodec
 
-# The numbers of steps of scale and offset that are tried. With an offset, a wider step goes along
-# with a lower start, so that the middle of a group stays.
-_SCALES = np.array([(k, 0) for k in (0, -1, 1, -2, 2, -3, 3, -4, 4)], np.int16)
-_FLOATS = np.array([(k, 0) for k in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6)], np.int16)
-_PAIRS = np.array(
+# The steps of scale and offset that are tried, and whether these begin at the best so far.
+# With an offset, a wider step goes along with a lower start, so that the middle of a group stays;
+# then come steps to either side. With five bits the error is less smooth, so more pairs are tried.
+_SCALES = np.array([(k, 0, 0) for k in (0, -1, 1, -2, 2, -3, 3, -4, 4)], np.int16)
+_FLOATS = np.array([(k, 0, 0) for k in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6)], np.int16)
+_BESIDE = [(1, 0, 1), (-1, 0, 1), (0, 1, 1), (0, -1, 1)]
+_PAIRS = np.array([(k, k, 0) for k in (0, 1, -1, 2, -2)] + _BESIDE, np.int16)
+_MORE_PAIRS = np.array(
     [
-        (0, 0), (0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (1, 1), (-2, -2), (2, 2), (-1, -2),
-        (1, 2), (-2, -1), (2, 1), (1, -1), (-1, 1),
+        (0, 0, 0), (0, -1, 0), (0, 1, 0), (-1, 0, 0), (1, 0, 0), (-1, -1, 0), (1, 1, 0),
+        (-2, -2, 0), (2, 2, 0), (-1, -2, 0), (1, 2, 0), (-2, -1, 0), (2, 1, 0), (1, -1, 0),
+        (-1, 1, 0),
     ],
     np.int16,
 )  # fmt: skip
@@ -171,7 +175,8 @@ def _choices(
         found.limits[2 * which], found.limits[2 * which + 1] = (
             least.reshape(shape), most.reshape(shape)
         )  # fmt: skip
-    return replace(found, moves=_PAIRS if len(numbers) > 1 else _SCALES)
+    pairs = _MORE_PAIRS if codec.type == Q.Q5_K else _PAIRS
+    return replace(found, moves=pairs if len(numbers) > 1 else _SCALES)
 
 
 def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
