@@ -162,9 +162,11 @@ def _direction(wanted: _Wanted, path: Path | None) -> DirectionFile:
     if path is not None:
         found = direction_file.read(path)
     elif stored is None:
+        changes_mlps = wanted.values["direction"].get("update") is not None
+        what = "what `--method rome` adds to MLPs" if changes_mlps else "the directions"
         raise UserError(
-            f"{wanted.record} does not hold the directions, which are large: name their file by "
-            "--direction."
+            f"{wanted.record} does not hold {what}, which is too large for a record: name the "
+            "direction file by --direction."
         )
     else:
         try:

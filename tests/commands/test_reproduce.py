@@ -120,7 +120,14 @@ def changed(change: Callable[[dict], None]) -> Callable[[dict], dict]:
     ("change", "says"),
     [
         (lambda one: one.pop("reproduction"), "does not hold what is needed"),
-        (lambda one: one["reproduction"].update(directions=None), "name their file by --direction"),
+        (lambda one: one["reproduction"].update(directions=None), "not hold the directions, which"),
+        (
+            lambda one: [
+                one["reproduction"].update(directions=None),
+                one["direction"].update(update={"layers": [1]}),
+            ],
+            "not hold what `--method rome` adds to MLPs, .* name the direction file by --direction",
+        ),
         (lambda one: one["reproduction"]["directions"].update(float32="?"), "are damaged"),
         (lambda one: one["reproduction"].update(outputs={}), "is of adapters"),
         (lambda one: one["reproduction"].update(outputs=3), "is damaged"),
