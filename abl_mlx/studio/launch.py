@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import secrets
 import socket
@@ -115,7 +116,12 @@ def _load(
     text: str, options: SteerOptions, runtime: str | None, reports: Reports, dropped: Dropped,
     stack: ExitStack,
 ) -> Loaded:  # fmt: skip
-    from abl_mlx.studio.works import load
+    gc.disable()  # what is imported stays; looking for garbage takes a tenth of the time
+    try:
+        from abl_mlx.studio.works import load
+    finally:
+        gc.freeze()  # nor is any looked for there later
+        gc.enable()
 
     return load(text, options, runtime, reports, dropped, stack)
 
