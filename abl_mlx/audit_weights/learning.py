@@ -127,10 +127,12 @@ class _Learning:
             losses.append(taken_out.lost(pair, np.concatenate([everywhere, by_layer[layer]])))
             self.done()
         m = len(everywhere)
-        plane, agreement = self._refined(everywhere[:2])
-        two = stacked.found(self.pairs, np.array([one.part[:m] for one in losses]), plane)
-        if two is not None:
-            return self._in_steps(two, agreement)
+        part = np.array([one.part[:m] for one in losses])
+        if stacked.possible(part):
+            plane, agreement = self._refined(everywhere[:2])
+            two = stacked.found(self.pairs, part, plane)
+            if two is not None:
+                return self._in_steps(two, agreement)
         chosen = self._chosen([_part(one, slice(0, m)) for one in losses])
         own = self._own([_part(one, slice(m, None)) for one in losses], by_layer)
         if not chosen and not own:

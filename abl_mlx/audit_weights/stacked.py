@@ -138,6 +138,15 @@ def planes(pairs: Sequence[Pair], basis: np.ndarray) -> Planes:
     return Planes(np.stack(turns), aa, ba, bb, np.array(whole), np.array(noise), lines)
 
 
+def possible(part: np.ndarray) -> bool:
+    """Whether two writers lost a part of the second common direction, as after two removals.
+
+    Args:
+        part: (N, m), as of `found`.
+    """
+    return part.shape[1] > 1 and bool(part[:, 1].sum() > 1)
+
+
 def found(pairs: Sequence[Pair], part: np.ndarray, common: np.ndarray) -> Stacked | None:
     """Two removals, one after the other; None where there is one, or none.
 
@@ -146,7 +155,7 @@ def found(pairs: Sequence[Pair], part: np.ndarray, common: np.ndarray) -> Stacke
         part: (N, m), whether each writer lost a part of each common direction.
         common: (m, d), the directions that the changes have most in common, the commonest first.
     """
-    if len(common) < 2 or part[:, 1].sum() < 2:
+    if len(common) < 2 or not possible(part):
         return None
     two = fitted(planes(pairs, common[:2]), common[:2])
     return two if two is not None and two.two else None

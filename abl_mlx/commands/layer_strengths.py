@@ -109,13 +109,14 @@ class LayerStrengths:
         The KL grows with about the square of the strength. `trimming` would keep the score of
         first tokens, which did not choose the edit, and raises the KL of later tokens.
         """
+        if self._by_hand:
+            return None
         strengths = np.full((len(COMPONENTS), len(self._chat.layers)), WEAKER)
         weaker = with_strengths(edit, strengths)
-        if self._by_hand or not short_replies.answers(
+        answers = short_replies.answers(
             self._chat, self._writers, trial, weaker, self._how.batch_size, f"strength {WEAKER:g}"
-        ):
-            return None
-        return Trimmed(weaker, trial.of_edit(weaker))
+        )
+        return Trimmed(weaker, trial.of_edit(weaker)) if answers else None
 
     @property
     def _by_hand(self) -> bool:

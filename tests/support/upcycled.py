@@ -27,7 +27,6 @@ LAYERS, EXPERTS = 4, 2
 
 _NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
-
 #: Of four experts in each layer of `write_routed`, those to which harmful prompts are sent.
 REFUSING = (2, 3)
 
@@ -37,12 +36,8 @@ FIRST = 2
 
 def write(folder: Path) -> Path:
     """Write it as a folder of the architecture Mixtral, in float16."""
-    weights: dict[str, mx.array] = {}
-    for name, value in _demo().items():
-        layer, _, matrix = name.partition(".mlp.")
-        if not matrix:
-            weights[name] = value
-            continue
+    weights, matrices = _demo()
+    for layer, matrix, value in matrices:
         block, which = f"{layer}.block_sparse_moe", _NAMES[matrix.split(".")[0]]
         for expert in range(EXPERTS):
             weights[f"{block}.experts.{expert}.{which}.weight"] = value
@@ -64,12 +59,8 @@ def write_routed(folder: Path, direction: np.ndarray) -> Path:
         folder: the new folder.
         direction: (d,), a unit vector: the refusal direction.
     """
-    weights: dict[str, mx.array] = {}
-    for name, value in _demo().items():
-        layer, _, matrix = name.partition(".mlp.")
-        if not matrix:
-            weights[name] = value
-            continue
+    weights, matrices = _demo()
+    for layer, matrix, value in matrices:
         turned = value
         if matrix.startswith("down_proj") and int(layer.split(".")[-1]) >= FIRST:
             unit = mx.array(direction.astype(np.float32))
@@ -132,12 +123,22 @@ def _config() -> dict[str, Any]:
     return found
 
 
-def _demo() -> dict[str, mx.array]:
-    """The demo's weights, with its head apart from its embedding."""
+def _demo() -> tuple[dict[str, mx.array], list[tuple[str, str, mx.array]]]:
+    """The demo's weights outside of MLPs, with its head apart from its embedding; and the rest.
+
+    The rest are triples of a layer's name, a matrix's name within its MLP, and the matrix.
+    """
     weights: dict[str, mx.array] = {}
+    matrices = []
     for file in MODEL_PATH.glob("*.safetensors"):
-        weights |= mx.load(str(file))
-    return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+        for name, value in mx.load(str(file)).items():
+            layer, _, matrix = name.partition(".mlp.")
+            if matrix:
+                matrices.append((layer, matrix, value))
+            else:
+                weights[name] = value
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    return weights, matrices
 
 
 def _written(folder: Path, weights: dict[str, mx.array], changes: dict[str, Any]) -> Path:
