@@ -25,7 +25,7 @@ from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.native_output import unheard
 from abl_mlx.models.stages import OncePerFile, Stages
 from abl_mlx.support import ranks
-from abl_mlx.support.arrays import parameters
+from abl_mlx.support.arrays import all_finite, parameters
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
 from convert.base.foreign import foreign
@@ -393,7 +393,7 @@ def check_finite(model: nn.Module, folder: Path) -> None:
 
 
 def _check_value(name: str, value: mx.array, folder: Path) -> None:
-    if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+    if mx.issubdtype(value.dtype, mx.floating) and not all_finite(value):
         raise UserError(
             f"{folder}: the weight {name} holds NaN or infinity: the file is damaged, fetch it "
             "again."

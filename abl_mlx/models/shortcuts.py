@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +29,9 @@ from abl_mlx.models.residuals import replaced, residual
 #: memory at a time. Where the last layer's output is not cut, eight times as many.
 LOGITS_PER_BATCH = 2**22
 
+
+# (index of a sequence, its log-probabilities).
+Found = list[tuple[int, mx.array]]
 
 #: ``take(index, rows)`` is given the log-probabilities (K, V) float32 for a sequence.
 Take = Callable[[int, mx.array], None]
@@ -89,26 +93,35 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
     none = Shortcuts(False, False, False, False, plain.cached)
     # An influence of padding shows most in short prompts, with few other tokens to attend to.
     long, short, shortest = tokens, [*tokens[:half], *tokens[-2:]], tokens[-2:]
-    plain.prepare([long, short, shortest, tokens[-4:]], 2)
+    varied = [long, shortest, tokens[-4:]]
 
-    def same(how: Shortcuts, *prompts: list[int]) -> bool:
-        begun = Prefix(chat, tokens[:half] if how.prefix else [], cached=how.cached)
-        places = [[len(one) - 2, len(one) - 1] for one in prompts]
-        found = passes(chat, prompts, places, how, begun)
-        return all(plain.agrees(prompts[index], rows) for index, rows in found)
+    def rows(how: Shortcuts, prompts: list[list[int]]) -> Found | None:
+        try:
+            begun = Prefix(chat, tokens[:half] if how.prefix else [], cached=how.cached)
+            places = [[len(one) - 2, len(one) - 1] for one in prompts]
+            return list(passes(chat, prompts, places, how, begun))
+        except Exception:  # mlx-lm's code may raise anything for a pass that it does not support
+            return None
+
+    def same(found: Found | None, prompts: list[list[int]]) -> bool:
+        return found is not None and all(plain.agrees(prompts[at], one) for at, one in found)
 
     def holds(how: Shortcuts, *prompts: list[int]) -> bool:
-        return _works(lambda: same(how, *prompts))
+        return same(rows(how, list(prompts)), list(prompts))
 
-    if holds(every, long, short) and holds(
-        replace(every, prefix=False), long, shortest, tokens[-4:]
-    ):
+    # A streamed model runs all of these side by side; one in memory each where it is asked for.
+    works: list[Callable[[], Found | None]] = [
+        partial(plain.prepare, [long, short, *varied[1:]], 2),
+        partial(rows, every, [long, short]),
+        partial(rows, replace(every, prefix=False), varied),
+    ]
+    usual = sweeps.each(chat.model, lambda work: work(), works)
+    next(usual)
+    if same(next(usual), [long, short]) and same(next(usual), varied):
         return every
     plain(shortest)  # raises an error with the reason if even this cannot run
     together = holds(replace(none, together=True), long, long[::-1], long[1:] + long[:1])
-    padded = together and holds(
-        replace(none, together=True, padded=True), long, shortest, tokens[-4:], short
-    )
+    padded = together and holds(replace(none, together=True, padded=True), *varied, short)
     prefix = replace(none, prefix=True, together=together)
     found = Shortcuts(
         together,
@@ -118,19 +131,9 @@ def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
         plain.cached,
     )
     # Two shortcuts may each be correct alone and wrong together.
-    if holds(found, long, short) and holds(
-        replace(found, prefix=False), long, shortest, tokens[-4:]
-    ):
+    if holds(found, long, short) and holds(replace(found, prefix=False), *varied):
         return found
     return none
-
-
-def _works(attempt: Callable[[], bool]) -> bool:
-    """The result of an attempt; False if the architecture cannot run the shortcut at all."""
-    try:
-        return attempt()
-    except Exception:  # mlx-lm's code may raise anything for a pass that it does not support
-        return False
 
 
 def passes(

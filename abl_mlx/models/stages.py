@@ -27,10 +27,6 @@ from convert.base.errors import UserError
 Read = Callable[[Sequence[str]], Mapping[str, mx.array]]
 
 
-# Values that are checked at a time, which takes a few bytes for each.
-_CHECKED = 1 << 24
-
-
 @dataclass(frozen=True)
 class Stage:
     """A part of the model that runs at a time.
@@ -275,7 +271,6 @@ class OncePerFile:
             for path, value in found.items():
                 mx.eval(value)
                 if self._check is not None and path not in self._checked:
-                    for first in range(0, value.size, _CHECKED):
-                        self._check(path, value.reshape(-1)[first : first + _CHECKED])
+                    self._check(path, value)
                     self._checked.add(path)
             return found

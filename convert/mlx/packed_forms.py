@@ -113,6 +113,10 @@ class Form:
         if not self.bits:
             if codes.dtype == np.uint16:
                 np.left_shift(codes, 16, out=out.view(np.uint32), casting="unsafe", dtype=np.uint32)
+            elif codes.dtype == np.float16:
+                from convert.mlx.packed_kernels import widen  # lazily: it brings numba
+
+                widen(codes.view(np.uint16), out.view(np.uint32), out)
             else:
                 out[...] = codes
             return

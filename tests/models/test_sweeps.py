@@ -20,6 +20,7 @@ from abl_mlx.models import capture, from_gguf, parked, prefix, sweeps
 from abl_mlx.models.chat_model import ChatModel, load
 from abl_mlx.models.hooks import around, around_method
 from abl_mlx.models.logits import first_reply_token
+from abl_mlx.models.shortcuts import trusted
 from abl_mlx.models.stages import Stages
 from abl_mlx.models.writers import find_writers
 from abl_mlx.support.arrays import parameters
@@ -264,3 +265,12 @@ def test_a_weight_that_is_not_finite_is_named(tiny_folder, tmp_path: Path) -> No
     chat = load(tmp_path, streamed=True)
     with pytest.raises(UserError, match=rf"{name} holds NaN"):
         first_reply_token(chat, PROMPTS)
+
+
+def test_finding_out_how_a_model_may_run_takes_three_sweeps() -> None:
+    chat = streamed(zoo.chat("llama"))
+    streaming = sweeps.of(chat.model)
+    assert streaming is not None
+    trusted(chat, PROMPTS)
+    read = streaming.stages.traffic.bytes / sum(stage.bytes for stage in streaming.stages.stages)
+    assert round(read) == 3  # and the first stage of a fourth, which is read beside the work
