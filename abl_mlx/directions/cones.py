@@ -295,8 +295,17 @@ def optimized(
 
 
 def _start(measured: Measured, layer: int, position: int) -> np.ndarray:
-    """Orthonormal rows (k, d): the difference of means first, then what all layers have beside."""
-    candidates = measured.candidates
+    """Orthonormal rows (k, d): the difference of means first, then what all layers have beside.
+
+    Raises:
+        UserError: when there are too few layers for so many rows.
+    """
+    candidates, most = measured.candidates, len(measured.chat.layers) + 1
+    if measured.rank > most:
+        raise UserError(
+            f"--method rdo --rank {measured.rank}: a cone begins with one direction, and one more "
+            f"for each layer; choose at most {most}."
+        )
     rows = [numpy_of(candidates.difference(layer, position)).astype(np.float64)]
     if measured.rank > 1:
         rows += list(numpy_of(candidates.across_layers(position, measured.rank - 1)))

@@ -66,11 +66,12 @@ SHIPPED: Mapping[str, MakesScorer] = {
 }  # fmt: skip
 
 
-def named(wanted: str) -> list[Scorer]:
-    """The scorers of ``--scorer``.
+def named(wanted: str, flag: str = "--scorer") -> list[Scorer]:
+    """The scorers of a flag.
 
     Args:
         wanted: ``NAME`` or ``NAME:FILE``, and more of these after commas.
+        flag: the flag, for messages.
 
     Raises:
         UserError: when there is no such scorer, or its file or package cannot be used.
@@ -78,11 +79,11 @@ def named(wanted: str) -> list[Scorer]:
     found: dict[str, Scorer] = {}
     for part in wanted.split(","):
         name, _, file = part.strip().partition(":")
-        made = _maker(name)(Path(file).expanduser() if file else None)
+        made = _maker(name, flag)(Path(file).expanduser() if file else None)
         if not isinstance(made, Scorer) or not made.prompts:
-            raise UserError(f"--scorer {name}: what its package makes is no scorer with prompts.")
+            raise UserError(f"{flag} {name}: what its package makes is no scorer with prompts.")
         if name in found:
-            raise UserError(f"--scorer names {name} twice: give it once.")
+            raise UserError(f"{flag} names {name} twice: give it once.")
         found[name] = made
     return list(found.values())
 
@@ -107,23 +108,23 @@ def aim_of(scoring: Scoring) -> Scorer | None:
     """
     if scoring.search_for is None:
         return None
-    if len(found := named(scoring.search_for)) > 1:
+    if len(found := named(scoring.search_for, "--search-for")) > 1:
         raise UserError("--search-for lowers one figure: name one scorer, and others by --scorer.")
     return found[0]
 
 
-def _maker(name: str) -> MakesScorer:
+def _maker(name: str, flag: str) -> MakesScorer:
     if name in SHIPPED:
         return SHIPPED[name]
     others = {one.name: one for one in metadata.entry_points(group=GROUP)}
     if name not in others:
         known = ", ".join([*SHIPPED, *sorted(others)])
         shown = name if re.fullmatch(r"[\w.-]{1,60}", name) else repr(name[:60])
-        raise UserError(f"--scorer {shown} is not known; there are {known}.")
+        raise UserError(f"{flag} {shown} is not known; there are {known}.")
     try:
         maker: MakesScorer = others[name].load()
     except Exception as error:
         raise UserError(
-            f"--scorer {name}: its package cannot be loaded ({type(error).__name__}: {error})."
+            f"{flag} {name}: its package cannot be loaded ({type(error).__name__}: {error})."
         ) from None
     return maker

@@ -113,8 +113,10 @@ def test_what_is_no_scorer_is_refused_in_one_sentence(tmp_path, wanted, content,
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=says) as refused:
-        scorer.named(wanted.replace("FILE", str(path)))
+        scorer.named(wanted.replace("FILE", str(path)), "--search-for")
     assert "\n" not in str(refused.value)
+    if content is None and wanted != "slop:FILE":
+        assert str(refused.value).startswith("--search-for ")
 
 
 @dataclass(frozen=True)
