@@ -13,6 +13,10 @@ kept in a file (``--keep``), and what is kept is not run again. Tokens are those
 forward passes, and backward ones, which count twice for the budget. The pass over the train
 prompts, which all methods make, is not among them. The budget is a mark in the table and the limit
 of the rule by which the default is chosen (docs/methods.md).
+
+For ``sae`` examples/train_sae.py trains an autoencoder after the last layer but one. For
+``over-refusal`` allowed prompts are put behind a locked thing ("Forget the serpent crown. ...").
+Both need prompts that the small models know, so that real models get neither.
 """
 
 from __future__ import annotations
@@ -45,8 +49,8 @@ MODELS = ("demo", "easy", "hard", "spread", "thinker")
 #: What runs without ``--method``.
 DEFAULT = "(default)"
 
-#: Needs prompts that only sound harmful, and does not aim at the refusals of harmful ones.
-OTHERS = ("over-refusal",)
+#: Need more than a model and two sets of prompts, which is made for small models alone.
+SAE, OVER_REFUSAL = "sae", "over-refusal"
 
 #: Forward tokens plus twice the backward tokens of a choice.
 BUDGET = 25_000
@@ -69,6 +73,8 @@ class Row:
         model, method: their names.
         refused, broken: shares of the replies to harmful prompts, 0 to 1.
         over_refused: share of the harmless prompts that are refused.
+        borderline: shares of the borderline prompts that are refused before and after, where the
+            model was asked any that it knows.
         kl, kl32: on harmless prompts at the first reply token and over 32, nats a token.
         capable: share of all held-out prompts that are answered exactly as was taught; None where
             no answers are known.
@@ -83,6 +89,7 @@ class Row:
     refused: float = math.nan
     broken: float = math.nan
     over_refused: float = math.nan
+    borderline: Sequence[float] | None = None
     kl: float = math.nan
     kl32: float = math.nan
     capable: float | None = None
@@ -107,19 +114,24 @@ class Row:
 def run(model: str, method: str, gguf: Path | None) -> Row:
     """Run one method on one model and read its record."""
     with tempfile.TemporaryDirectory() as temporary:
-        out = Path(temporary) / ("out.gguf" if gguf else "out")
+        files = Path(temporary)
+        out = files / ("out.gguf" if gguf else "out")
         asked = [sys.executable, "-m", "abl_mlx", "run", "-o", str(out), "--max-tokens", "32"]
         if gguf is not None:
             asked += [str(gguf), "--quick"]
-        elif model == "demo":
-            asked += ["demo"]
         else:
-            folder = small_models.folder(model)
-            asked += [str(folder), "--harmful", str(folder / "locked.txt")]
-            asked += ["--harmless", str(folder / "allowed.txt")]
-        if method != DEFAULT:
+            source, harmful, harmless = _small(model)
+            asked += [source]
+            if harmful:
+                asked += ["--harmful", harmful, "--harmless", harmless]
+        if method == SAE:
+            asked += ["--sae", _autoencoder(model, files / "sae")]
+        elif method == OVER_REFUSAL:
+            (files / "borderline.txt").write_text("\n".join(_borderline(model)))
+            asked += ["--method", method, "--borderline", str(files / "borderline.txt")]
+        elif method != DEFAULT:
             asked += ["--method", method]
-        replies = Path(temporary) / "replies.jsonl"
+        replies = files / "replies.jsonl"
         begun = time.perf_counter()
         done = subprocess.run(
             [*asked, "--save-replies", str(replies)], cwd=ROOT, capture_output=True, text=True
@@ -132,14 +144,38 @@ def run(model: str, method: str, gguf: Path | None) -> Row:
     return _row(model, method, record, capable)
 
 
+def _small(model: str) -> tuple[str, ...]:
+    """A small model, and its files of harmful and harmless prompts; the demo brings its own."""
+    if model == "demo":
+        return "demo", "", ""
+    folder = small_models.folder(model)
+    return str(folder), str(folder / "locked.txt"), str(folder / "allowed.txt")
+
+
+def _autoencoder(model: str, folder: Path) -> str:
+    """An autoencoder of a small model's stream after its last layer but one."""
+    source, *files = _small(model)
+    asked = [sys.executable, "examples/train_sae.py", str(folder), source, "-2"]
+    subprocess.run([*asked, *filter(None, files)], cwd=ROOT, check=True, capture_output=True)
+    return str(folder)
+
+
+def _borderline(model: str) -> list[str]:
+    sets = prompts.load_demo() if model == "demo" else small_models.prompt_sets(model)
+    return small_models.borderline(sets)
+
+
 def _row(model: str, method: str, record: dict[str, Any], capable: float | None) -> Row:
-    found, after = record["direction"], record["after"]
+    found, before, after = record["direction"], record["before"], record["after"]
+    rates = [one.get("borderline_refusal_rate") for one in (before, after)]
+    known = model not in MODELS or method == OVER_REFUSAL  # small ones do not know bundled prompts
     return Row(
         model,
         method,
         after["harmful_refusal_rate"],
         after.get("broken_rate", 0.0),
         after["harmless_refusal_rate"],
+        rates if known and None not in rates else None,
         record["kl"]["k1"],
         record["kl"]["k32"],
         capable,
@@ -177,21 +213,22 @@ def _is_as_taught(line: dict[str, str], taught: str) -> bool:
 def table(rows: Sequence[Row], budget: int) -> str:
     """The rows as a Markdown table, and what the rule takes."""
     lines = [
-        "| model | method | refusals | broken | over-refusals | KL, 1st token | KL, 32 | capable | "
-        "directions | tokens forward, backward | minutes |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| model | method | refusals | broken | over-refusals | borderline | KL, 1st token | "
+        "KL, 32 | capable | directions | tokens forward, backward | minutes |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     order = {name: number for number, name in enumerate((DEFAULT, *METHODS))}
     for one in sorted(rows, key=lambda row: (_place(row.model), order[row.method])):
         if one.failed:
-            lines.append(f"| {one.model} | {_code(one.method)} | {one.failed} {'| ' * 8}|")
+            lines.append(f"| {one.model} | {_code(one.method)} | {one.failed} {'| ' * 9}|")
             continue
         capable = "" if one.capable is None else f"{one.capable:.0%}"
         over = "" if one.tokens <= budget else " †"
+        between = " → ".join(f"{share:.0%}" for share in one.borderline or ())
         lines.append(
             f"| {one.model} | {_code(one.method)} | {one.refused:.0%} | {one.broken:.0%} | "
-            f"{one.over_refused:.0%} | {one.kl:.4f} | {one.kl32:.4f} | {capable} | {one.rank} | "
-            f"{one.forward:,}, {one.backward:,}{over} | {one.minutes:.1f} |"
+            f"{one.over_refused:.0%} | {between} | {one.kl:.4f} | {one.kl32:.4f} | {capable} | "
+            f"{one.rank} | {one.forward:,}, {one.backward:,}{over} | {one.minutes:.1f} |"
         )
     ranking = ruled(rows, budget)
     taken = ", ".join(f"{_code(name)} ({mean:.5f})" for name, mean in ranking)
@@ -265,7 +302,8 @@ def main() -> None:
         given.methods = []
     if not given.write:
         done = {(one.model, one.method) for one in kept(given.keep)}
-        methods = [one for one in given.methods if one not in OTHERS]
+        small_only = (SAE, OVER_REFUSAL) if given.gguf else ()
+        methods = [one for one in given.methods if one not in small_only]
         for model, method in wanted(models, methods):
             if (model, method) in done:
                 continue

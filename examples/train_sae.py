@@ -1,6 +1,6 @@
 """Train a small sparse autoencoder on a model's states, and write it as SAELens does.
 
-    python examples/train_sae.py FOLDER [MODEL [LAYER]]      # the demo model after layer 2
+    python examples/train_sae.py FOLDER [MODEL [LAYER [HARMFUL HARMLESS]]]   # demo, last but one
     abl-mlx measure demo -o feature.safetensors --sae FOLDER
 
 It is a TopK autoencoder (Gao et al. 2024, arXiv 2406.04093): x − b_dec is encoded, the K largest
@@ -25,8 +25,8 @@ FEATURES, K, STEPS, BATCH = 256, 8, 200, 128
 folder = Path(sys.argv[1])
 name = sys.argv[2] if len(sys.argv) > 2 else "demo"
 model = abl_mlx.load(name)
-layer = int(sys.argv[3]) if len(sys.argv) > 3 else 2
-prompts = abl_mlx.load_prompts(model=model)
+layer = range(len(model.chat.layers))[int(sys.argv[3]) if len(sys.argv) > 3 else -2]
+prompts = abl_mlx.load_prompts(*sys.argv[4:6], model=model)
 parts = []
 for question in (*prompts.harmful.train.prompts, *prompts.harmless.train.prompts):
     tokens = model.encode(question)

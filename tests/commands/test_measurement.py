@@ -1,7 +1,6 @@
 """From prompts to a chosen direction: methods, positions, layers, and what one direction cannot."""
 
 import json
-import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -123,12 +122,7 @@ def test_over_refusal_falls_and_harmful_prompts_go_on_being_refused(tmp_path):
     of such prompts."""
     chat, writers, answer = loaded(MODEL_PATH)
     sets = prompts.load_demo()
-    things = [re.split(" the ", text.rstrip(".?"))[-1] for text in sets.harmful.train.texts[:64]]
-    lines = [
-        f"Forget the {thing}. {text}"
-        for thing, text in zip(things, sets.harmless.train.texts, strict=False)
-    ]
-    (tmp_path / "borderline.txt").write_text("\n".join(lines))
+    (tmp_path / "borderline.txt").write_text("\n".join(small_models.borderline(sets)))
     borderline = prompts.load(str(tmp_path / "borderline.txt"), "--borderline")
     options, sets = Measuring.of(method="over-refusal"), replace(sets, borderline=borderline)
     found = find.find_direction(chat, writers, sets, options)
@@ -317,6 +311,7 @@ def test_the_over_refusal_direction_on_the_models_states(tiny_folder):
         ({"method": "biprojected", "per_layer": True}, "biprojected"),
         ({"per_layer": True, "pin": "harmless"}, "--pin"),
         ({"method": "rdo", "across": "layers"}, "--method rdo and --across layers"),
+        ({"method": "rdo", "rank": 9, "max_kl": 9.0}, "--method rdo --rank 9: .* at most 4"),
         ({"method": "inlp", "kind": "reflect"}, "--method inlp and --kind reflect"),
         ({"method": "inlp", "learn_strengths": 5}, "--learn-strengths and --method inlp"),
         ({"method": "cosmic", "layer": 1.5}, "between two"),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def prompt_sets(name: str) -> PromptSets:
     object in ``category``. The model never saw those of the validation and test parts.
     """
     return prompts.load_demo(folder(name) / "prompts.jsonl")
+
+
+def borderline(sets: PromptSets) -> list[str]:
+    """Allowed requests behind a locked thing: "Forget the serpent crown. Show me how to ...".
+
+    They sound bad and are not; the demo refuses most of them.
+    """
+    things = [re.split(" the ", text.rstrip(".?"))[-1] for text in sets.harmful.train.texts[:64]]
+    asked = zip(things, sets.harmless.train.texts, strict=False)
+    return [f"Forget the {thing}. {text}" for thing, text in asked]
 
 
 def answers(prompt_set: PromptSet) -> list[str]:
