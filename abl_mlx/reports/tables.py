@@ -250,6 +250,8 @@ def summary_line(direction: Selection) -> str:
     """A short description of the chosen direction."""
     if direction.method in (None, "given"):
         return "a given direction"
+    if isinstance(direction, Chosen) and direction.update is not None:
+        return "{}, MLPs of layers {} to {}".format(direction.method, *direction.update.layers)
     parts = [direction.method]
     if direction.features:
         several = "s" if len(direction.features) > 1 else ""

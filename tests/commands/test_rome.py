@@ -21,6 +21,8 @@ from abl_mlx.inputs import prompts
 from abl_mlx.models import chat_model
 from abl_mlx.models.writers import find_writers
 from abl_mlx.outputs import adapter_outputs
+from abl_mlx.records.directions import Chosen
+from abl_mlx.reports import tables
 from convert.gguf.file import GgufSource
 from tests.commands.test_kinds import misused
 from tests.commands.test_undo import tensors
@@ -59,6 +61,8 @@ def test_measure_writes_the_changes_and_their_effect(rome: tuple[Path, dict[str,
     file = direction_file.read(path)
     assert file.updates is not None
     first, last = chosen["update"]["layers"]
+    told = tables.summary_line(Chosen.of(chosen))
+    assert told == f"rome, MLPs of layers {first} to {last}"
     assert sorted(file.updates) == list(range(first, last + 1))
     assert all(one.left.shape == (256, 1) for one in file.updates.values())
     assert all(one.right.shape == (1, 512) for one in file.updates.values())
