@@ -29,8 +29,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from abl_mlx import __version__
-from abl_mlx.edits import projection, slabs
-from abl_mlx.edits.edit import Edit
+from abl_mlx.edits import projection
+from abl_mlx.edits.edit import Edit, leak
 from abl_mlx.edits.slabs import Slab
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs import folder_quantized, gguf_plan
@@ -123,16 +123,16 @@ def of_gguf(kind: GGMLQuantizationType, edit: Edit, a_byte: float, a_step: float
 
     new = edited()
 
-    def leak() -> Any:
+    def leaked() -> Any:
         both = (gguf_plan.weights_of(gguf_plan.read(raw, kind, whole)) for raw in (old, new))
-        return slabs.leak(one, *both)
+        return leak(one.edit, one.writer, one.parameter, *both)
 
-    assert leak().value < 0.002
+    assert leaked().value < 0.002
     ggmls = None
     if ggml.available():
         ggmls = cost(lambda: ggml.quantize(ggml.dequantize(old[:256], kind), kind), 1)
         ggmls *= 1e9 / part.size
-    return _speed(kind.name, 2 * codec.bits / 8, edited, leak, ggmls, a_byte, a_step)
+    return _speed(kind.name, 2 * codec.bits / 8, edited, leaked, ggmls, a_byte, a_step)
 
 
 def of_mlx(name: str, edit: Edit, a_byte: float, a_step: float) -> Speed:
@@ -150,12 +150,12 @@ def of_mlx(name: str, edit: Edit, a_byte: float, a_step: float) -> Speed:
 
     new = edited()
 
-    def leak() -> Any:
-        return slabs.leak(one, codec.decode(old), codec.decode(new))
+    def leaked() -> Any:
+        return leak(one.edit, one.writer, one.parameter, codec.decode(old), codec.decode(new))
 
-    assert leak().value < 0.002
+    assert leaked().value < 0.002
     read = sum(part.nbytes for part in old if part is not None) / values.size
-    return _speed(name, 2 * read, edited, leak, None, a_byte, a_step)
+    return _speed(name, 2 * read, edited, leaked, None, a_byte, a_step)
 
 
 def _speed(

@@ -16,7 +16,9 @@ from abl_mlx.edits import projection
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import READERS, Writer
 from abl_mlx.support.arrays import numpy_of
+from convert.base import halves
 from convert.base.errors import UserError
+from convert.base.grids import Grid
 
 
 def orthonormal(directions: mx.array) -> mx.array:
@@ -39,6 +41,9 @@ def orthonormal(directions: mx.array) -> mx.array:
             ) from None
         raise UserError("a direction is zero or not finite: it points nowhere.") from None
 
+
+#: Weights as an array of floats or as a grid.
+Values = mx.array | np.ndarray | Grid
 
 #: (layer, number) of heads or experts.
 Pairs = frozenset[tuple[int, int]]
@@ -346,22 +351,34 @@ def rounded(
         exact: float32, the result of `target`.
         dtype: the float type to round to.
     """
+    kind = _HALVES.get(dtype)
+    if kind is None:
+        return exact.astype(dtype)  # float32 holds the edit
     basis, axis = numpy_of(edit.basis(writer)), edit.axis(writer, parameter)
     wanted = numpy_of(exact)
+    bits = np.empty(wanted.shape, np.uint16)
 
-    def stored(values: np.ndarray) -> tuple[mx.array, np.ndarray, np.ndarray]:
-        kept = mx.array(values).astype(dtype)
-        left = projection.along(basis, numpy_of(kept) - wanted, axis)
-        return kept, left, np.square(left).sum(axis=axis, keepdims=True)
+    def lines(wanted: np.ndarray, best: np.ndarray) -> None:
+        """Some lines, few enough for the CPU's cache."""
 
-    best, shift, least = stored(wanted)
-    for _ in range(_FLOAT_ROUNDS):
-        values, left, size = stored(projection.without(basis, shift, wanted, axis))
-        best, least = mx.where(mx.array(size < least), values, best), np.minimum(size, least)
-        mx.eval(best)
-        shift = shift + left
-    return best
+        def stored(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            kept = halves.narrowed(values, kind)
+            left = projection.along(basis, halves.widened(kept, kind) - wanted, axis)
+            return kept, left, np.square(left).sum(axis=axis, keepdims=True)
 
+        wanted = np.ascontiguousarray(wanted)
+        best[...], shift, least = stored(wanted)
+        for _ in range(_FLOAT_ROUNDS):
+            values, left, size = stored(projection.without(basis, shift, wanted, axis))
+            np.copyto(best, values, where=size < least)
+            least, shift = np.minimum(size, least), shift + left
+
+    projection.in_lines(lines, axis, wanted, bits)
+    return mx.array(bits).view(dtype)
+
+
+#: The float types in which an edit is not kept without care.
+_HALVES = {mx.float16: "F16", mx.bfloat16: "BF16"}
 
 # How often the shift is corrected; further corrections gain little.
 _FLOAT_ROUNDS = 3
@@ -405,24 +422,41 @@ class Leak:
         return float((self.error2 / self.target2) ** 0.5) if self.target2 else 0.0
 
 
-def leak(
-    edit: WeightEdit, writer: Writer, parameter: str, source: mx.array, written: mx.array
-) -> Leak:
+def leak(edit: WeightEdit, writer: Writer, parameter: str, source: Values, written: Values) -> Leak:
     """The leak of one parameter.
 
     Args:
         edit, writer, parameter: as for `target`.
-        source: its values before the edit, float32.
-        written: its values as read back from the output, float32.
+        source: its values before the edit.
+        written: its values as read back from the output.
     """
+    source, written = (numpy_of(one) if isinstance(one, mx.array) else one
+                       for one in (source, written))  # fmt: skip
     basis, axis = numpy_of(edit.basis(writer)), edit.axis(writer, parameter)
-    before, after = numpy_of(source), numpy_of(written)
+    if edit.norm == "none" or parameter == "bias":
+        return _removal_leak(edit, writer, axis, projection.compare(basis, source, written, axis))
+    before, after = (one.values() if isinstance(one, Grid) else one for one in (source, written))
     wanted = exact(edit, writer, parameter, before)
     # Keeping the norms of rows undoes a part of the removal; that part counts as missing.
     aim = wanted if edit.norm != "rows" else _projected(edit, writer, before, axis)
     missing = projection.along(basis, after - aim, axis)
     taken = _taken(edit, writer, parameter, before, wanted)
     return Leak(*map(projection.square, (missing, taken, after - wanted, wanted)))
+
+
+def _removal_leak(edit: WeightEdit, writer: Writer, axis: int, found: projection.Compared) -> Leak:
+    """The leak of a removal that keeps no norms, from one comparison.
+
+    With c the components that the edit removes and D = written − source, the error of the written
+    weights is D + u c, and ‖D + u c‖² = ‖D‖² + 2 c·(u D) + ‖c‖².
+    """
+    before, after = found.before.astype(np.float64), found.after.astype(np.float64)
+    taken = edit.taken(writer, before, axis)
+    wanted = float(np.sum(taken * taken))
+    error = found.moved + 2 * float(np.sum(taken * (after - before))) + wanted
+    squares = found.squares - 2 * float(np.sum(taken * before)) + wanted
+    left = after - (before - taken)
+    return Leak(float(np.sum(left * left)), wanted, max(error, 0.0), max(squares, 0.0))
 
 
 def _taken(

@@ -9,7 +9,7 @@ pieces in float64. All arrays are float32 in NumPy. The residual stream is axis 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,12 +99,37 @@ def without(basis: np.ndarray, components: np.ndarray, values: np.ndarray, axis:
 def _subtract(values: np.ndarray, left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
     """Write values − left @ right to ``out``, for (R, n), (R, k) and (k, n), term after term."""
 
+    few = max(1, _PRODUCT // max(1, values.shape[1]))
+
     def work(part: slice) -> None:
-        rest = values[part]
-        for a in range(len(right)):
-            rest = np.subtract(rest, left[part, a : a + 1] * right[a], out=out[part])
+        for first in range(part.start, part.stop, few):
+            some = slice(first, min(part.stop, first + few))
+            rest = values[some]
+            for a in range(len(right)):
+                rest = np.subtract(rest, left[some, a : a + 1] * right[a], out=out[some])
 
     in_chunks(work, *values.shape)
+
+
+# Weights of which a product is made at a time: it stays in the CPU's cache.
+_PRODUCT = 1 << 15
+
+
+def in_lines(work: Callable[..., None], axis: int, *arrays: np.ndarray) -> None:
+    """Call ``work`` with views of whole lines of arrays of one shape, all of them, on all cores.
+
+    Args:
+        work: called with a matrix of each array, of about `CHUNK` weights.
+        axis: the axis along which lines run; see `along`.
+        arrays: writeable ones have their memory in order.
+    """
+    if axis == -1:
+        flat = [one.reshape(-1, one.shape[-1]) for one in arrays]
+        in_chunks(lambda part: work(*(one[part] for one in flat)), *flat[0].shape)
+        return
+    d, n = arrays[0].shape[-2:]
+    for each in zip(*(one.reshape(-1, d, n) for one in arrays), strict=True):
+        in_chunks(lambda part, each=each: work(*(one[:, part] for one in each)), n, d)  # type: ignore[misc]
 
 
 def squares(values: np.ndarray, axis: int) -> np.ndarray:
@@ -154,17 +179,19 @@ class Compared:
 def compare(
     basis: np.ndarray, old: np.ndarray | Grid, new: np.ndarray | Grid, axis: int
 ) -> Compared:
-    """Compare two matrices (R, n), w and w'; two grids in one pass over their codes.
+    """Compare two arrays of weights, w and w'; two grids in one pass over their codes.
 
     Args:
         basis: the directions, (k, d).
-        old, new: float32, or grids.
+        old, new: float32, or grids of matrices (R, n).
         axis: the axis of the residual stream.
     """
     if not (isinstance(old, Grid) and isinstance(new, Grid)):
         first, second = (one.values() if isinstance(one, Grid) else one for one in (old, new))
         found = along(basis, first, axis), along(basis, second, axis)
-        return Compared(*found, square(second - first), square(first))
+        moved: list[float] = []
+        in_lines(lambda one, other: moved.append(square(other - one)), axis, first, second)
+        return Compared(*found, math.fsum(moved), square(first))
     from abl_mlx.edits import projection_kernels as kernels
 
     basis = _plain(basis)

@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import mlx.core as mx
 import numpy as np
 
 from abl_mlx.edits import edit, projection, rounding
-from abl_mlx.edits.edit import Leak
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import Writer
 from abl_mlx.support.arrays import numpy_of
@@ -135,28 +133,3 @@ def exact_edit(one: Edited, source: np.ndarray | Grid) -> rounding.Edited:
     taken = np.ascontiguousarray(taken if axis == 1 else taken.T, dtype=np.float32)
     length = math.sqrt(projection.square(taken) / len(taken))
     return rounding.Edited(exact, basis, axis, length, taken)
-
-
-def leak(one: Edited, source: np.ndarray | Grid, written: np.ndarray | Grid) -> Leak:
-    """The leak of a slab, as by `edit.leak`, in fewer passes and on all cores.
-
-    With c the components that the edit removes and D = written − source, the error of the written
-    weights is D + u c, and ‖D + u c‖² = ‖D‖² + 2 c·(u D) + ‖c‖².
-
-    Args:
-        one: the edit of the tensor.
-        source, written: (R, n), float32 or a grid.
-    """
-    axis = 1 if one.edit.axis(one.writer, one.parameter) == -1 else 0
-    if one.edit.norm != "none":
-        values = [each.values() if isinstance(each, Grid) else each for each in (source, written)]
-        return edit.leak(one.edit, one.writer, one.parameter, *map(mx.array, values))
-    basis = numpy_of(one.edit.basis(one.writer))
-    found = projection.compare(basis, source, written, axis - 2)
-    before, after = found.before.astype(np.float64), found.after.astype(np.float64)
-    taken = one.edit.taken(one.writer, before, -2 if axis == 0 else -1)
-    wanted = float(np.sum(taken * taken))
-    error = found.moved + 2 * float(np.sum(taken * (after - before))) + wanted
-    squares = found.squares - 2 * float(np.sum(taken * before)) + wanted
-    left = after - (before - taken)
-    return Leak(float(np.sum(left * left)), wanted, max(error, 0.0), max(squares, 0.0))

@@ -25,13 +25,14 @@ from abl_mlx.models.given_template import GivenTemplate
 from abl_mlx.models.native_output import unheard
 from abl_mlx.models.stages import OncePerFile, Stages
 from abl_mlx.support import ranks
-from abl_mlx.support.arrays import all_finite, parameters
+from abl_mlx.support.arrays import parameters
 from abl_mlx.support.console import say
 from convert.base.errors import UserError
 from convert.base.foreign import foreign
 from convert.base.hf_config import read_config
 from convert.base.hf_counts import check_counts
 from convert.mlx import on_cpu, other_quantization, packed
+from convert.mlx.finite import all_finite
 from convert.mlx.gemma2_window import give_window
 from convert.mlx.safetensors_files import TensorFiles
 from convert.tokenizers import template_files

@@ -259,9 +259,9 @@ class FolderEdit:
         _keep_card(folder, output.staged)
         with TensorFiles(output.staged) as written:
             leak = measure_leak(
-                lambda name: files.read(name).astype(mx.float32),
+                files.read,
                 edits,
-                lambda name: written.read(name).astype(mx.float32),
+                written.read,
                 limit=self._max_leak,
                 output=str(output.path),
                 others=folder_quantized.comparisons(files, written, matrices),

@@ -23,7 +23,7 @@ from convert.mlx.safetensors_files import TensorFiles
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """The edit of one tensor in a file: a function of its float32 values in the file's layout.
+    """The edit of one tensor in a file: a function of its values in the file's layout.
 
     Attributes:
         edit: the edit.
@@ -254,10 +254,10 @@ def measure_leak(
     """Measure the leak of an output by comparing it with the exact edit, tensor by tensor.
 
     Args:
-        source: from a tensor's name to its values in the source, float32.
+        source: from a tensor's name to its values in the source, of any float type.
         edits: tensor name -> its edit.
-        read_back: from a tensor's name to its values in the output, float32, in the source's
-            layout.
+        read_back: from a tensor's name to its values in the output, of any float type, in the
+            source's layout.
         limit: the largest allowed total leak.
         output: the output's name, for the message.
         others: tensor name -> a function that measures its leak, for tensors not in ``edits``.

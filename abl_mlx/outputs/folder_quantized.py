@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.edits import rounding
-from abl_mlx.edits.edit import Leak, rounded
-from abl_mlx.edits.slabs import Slab, exact_edit, leak, sample, slabs
+from abl_mlx.edits.edit import Leak, leak, rounded
+from abl_mlx.edits.slabs import Slab, exact_edit, sample, slabs
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import Writer
 from convert.base import near_scales
@@ -229,7 +229,8 @@ def compare(before: TensorFiles, after: TensorFiles, one: MatrixEdit) -> Leak:
     total = Leak()
     for slab in slabs(one.old.shape, one.axis, _cut(one)):
         old = one.old.read(before, slab.rows, slab.columns)
-        total += leak(one.part(slab), old, _written(after, one, slab))
+        part, new = one.part(slab), _written(after, one, slab)
+        total += leak(part.edit, part.writer, part.parameter, old, new)
         one.old.release(before)
         for name in one.tensors():
             after.release(name)

@@ -14,9 +14,9 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from abl_mlx.edits import rounding
-from abl_mlx.edits.edit import Leak, rounded, stream_axis
+from abl_mlx.edits.edit import Leak, leak, rounded, stream_axis
 from abl_mlx.edits.leak import Details
-from abl_mlx.edits.slabs import SLAB, Slab, exact_edit, leak, sample, slabs
+from abl_mlx.edits.slabs import SLAB, Slab, exact_edit, sample, slabs
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.from_gguf import writer_of
 from abl_mlx.models.writers import Writer
@@ -385,7 +385,8 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> tuple[Lea
     total, codes, weights = Leak(), 0, 0
     for slab in slabs(entry.shape, axis, cut):
         first, second = read(old, entry.type, slab), read(new, written.type, slab)
-        total += leak(one.part(slab), weights_of(first), weights_of(second))
+        part = one.part(slab)
+        total += leak(part.edit, part.writer, part.parameter, weights_of(first), weights_of(second))
         if same and isinstance(first, Grid | CodebookGrid):
             codes += first.changed(second)
             weights += first.shape[0] * first.shape[1]

@@ -411,7 +411,7 @@ def write_folder(
         config = folder_outputs.edited_config(source.path, chat.config, label, {})
         if key:
             config[key] = True
-        edits = {} if key else {name: lambda values: values + bias.astype(values.dtype)}
+        edits = {} if key else {name: lambda old: old.astype(mx.float32) + bias.astype(mx.float32)}
         rewrite_folder(
             source.path,
             files,

@@ -66,11 +66,12 @@ class Taken:
         return width == turned[self.axis] and tuple(self.along.shape) == tuple(lost)
 
     def put_back(self, values: mx.array) -> mx.array:
-        """An edited tensor's float32 values, in the file's layout, with the removed components set.
+        """An edited tensor's values as float32, with the removed components set: in its layout.
 
         α U(UᵀW) is not simply added: edit-preserving rounding also shifted each line along the
         directions, and setting the components undoes that as well.
         """
+        values = values.astype(mx.float32)
         lost = self.lost(values)
         more = lost @ self.basis if self.axis == -1 else self.basis.T @ lost
         return values + (mx.swapaxes(more, -1, -2) if self.transposed else more)

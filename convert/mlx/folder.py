@@ -17,6 +17,7 @@ import numpy as np
 
 from convert.base import json_text
 from convert.base.errors import OPTION, UserError
+from convert.mlx.finite import all_finite
 from convert.mlx.safetensors_files import INDEX, TensorFiles, TensorInfo, type_size
 
 #: A function from a tensor's float32 values to the edited ones, of the same shape.
@@ -82,7 +83,7 @@ def rewrite_folder(
         source: the model's folder; it is only read.
         files: the tensors of ``source``.
         out: an existing, empty folder.
-        edits: tensor name -> function of its float32 values; the tensor keeps its dtype.
+        edits: tensor name -> function of its values, whatever their dtype, which the tensor keeps.
         config: written as config.json.
         rewrites: new data for other tensors.
         skip: top-level files that are not copied.
@@ -215,10 +216,10 @@ def edited_bytes(files: TensorFiles, name: str, edit: TensorEdit) -> memoryview:
     """
     info = files.info(name)
     dtype = float_dtype(info, name)
-    values = edit(files.read(name).astype(mx.float32)).astype(dtype)
+    values = edit(files.read(name)).astype(dtype)
     if tuple(values.shape) != info.shape:
         raise UserError(f"the edit of {name} changed its shape, which it must not.")
-    if not mx.isfinite(values).all().item():
+    if not all_finite(values):
         raise UserError(
             f"the edited {name} does not fit {info.dtype} (NaN or overflow): the source's values "
             f"are damaged, or {OPTION} is too large.",

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from convert.base import halves
 from convert.gguf import ggml
 from convert.gguf.ggml_codebooks import CodebookCodec
 from convert.gguf.ggml_types import CODEBOOK_TYPES, codec, grid_codec
@@ -111,12 +112,9 @@ class Form:
                 out[...] = _decoded(codes, self.stored, self.n)
             return
         if not self.bits:
-            if codes.dtype == np.uint16:
-                np.left_shift(codes, 16, out=out.view(np.uint32), casting="unsafe", dtype=np.uint32)
-            elif codes.dtype == np.float16:
-                from convert.mlx.packed_kernels import widen  # lazily: it brings numba
-
-                widen(codes.view(np.uint16), out.view(np.uint32), out)
+            if codes.dtype.itemsize == 2:
+                kind = "BF16" if codes.dtype == np.uint16 else "F16"
+                halves.widen_into(codes.view(np.uint16), kind, out)
             else:
                 out[...] = codes
             return

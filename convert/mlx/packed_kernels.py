@@ -94,29 +94,3 @@ def unpack(
                 code = codes[row, pair]
                 out[row, 2 * pair] = levels[code & 15] * scale
                 out[row, 2 * pair + 1] = levels[code >> 4] * scale
-
-
-@compiled()
-def widen(halves: np.ndarray, bits: np.ndarray, out: np.ndarray) -> None:
-    """Write float16 numbers as float32: three times as fast as NumPy, with the same bits.
-
-    A number's exponent is moved by 112; that of infinity and NaN becomes the largest, and what has
-    none in float16 (0 and subnormal numbers) gets 2⁻¹⁴ more, which is subtracted again.
-
-    Args:
-        halves: the bits of the float16 numbers, uint16 (R, n).
-        bits: uint32, the memory of ``out``.
-        out: float32, (R, n).
-    """
-    for row in range(halves.shape[0]):
-        for i in range(halves.shape[1]):
-            half = np.uint32(halves[row, i])
-            exponent = half & np.uint32(0x7C00)
-            more = np.uint32(112 << 23) if exponent else np.uint32(113 << 23)
-            more = np.uint32(224 << 23) if exponent == np.uint32(0x7C00) else more
-            bits[row, i] = ((half & np.uint32(0x7FFF)) << np.uint32(13)) + more
-        for i in range(halves.shape[1]):
-            none = (halves[row, i] & np.uint16(0x7C00)) == 0
-            out[row, i] -= np.float32(2.0**-14) if none else np.float32(0)
-        for i in range(halves.shape[1]):
-            bits[row, i] |= (np.uint32(halves[row, i]) & np.uint32(0x8000)) << np.uint32(16)

@@ -16,7 +16,7 @@ from convert.gguf import ggml, ggml_types
 from convert.gguf.file import GgufSource
 from convert.gguf.rewrite import Replacement, rewrite
 from convert.gguf_to_mlx import layout, load
-from convert.mlx import packed, packed_forms, packed_kernels, types
+from convert.mlx import packed, packed_forms, types
 from tests.support import tiny_gguf
 from tests.support.agreement import logprobs
 from tests.support.gguf_recipes import RECIPES
@@ -188,11 +188,3 @@ def test_a_quantized_folders_matrices_are_held_as_they_are(
     assert "PackedLinear" in kinds
     assert not any(kind.startswith("Quantized") for kind in kinds)
     assert np.abs(logprobs(model, PROMPT) - before).max() < 2e-3
-
-
-def test_every_float16_is_the_float32_that_numpy_makes_of_it() -> None:
-    halves = np.arange(1 << 16, dtype=np.uint16).reshape(64, -1)
-    found = np.empty(halves.shape, np.float32)
-    packed_kernels.widen(halves, found.view(np.uint32), found)
-    expected = halves.view(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))

@@ -57,7 +57,7 @@ def test_the_columns_of_some_heads_alone_are_edited() -> None:
         here = np.ascontiguousarray(values[:, columns], np.float32)
         edited = slabs.exact_edit(part, here)
         np.testing.assert_allclose(edited.target, wanted[:, columns], atol=1e-5)
-        assert slabs.leak(part, here, edited.target).missing < 1e-8
+        assert leak(part.edit, part.writer, part.parameter, here, edited.target).missing < 1e-8
 
 
 def test_some_experts_alone_are_edited() -> None:

@@ -136,7 +136,9 @@ def test_kept_norms_are_kept_and_cost_what_they_cost(norm, one, strength):
 
 
 @pytest.mark.parametrize("one", [MLP, EMBEDDING], ids=["linear", "embedding"])
-@pytest.mark.parametrize("changes", [{"norm": "columns"}, {"pin": 0.7}, {"strength": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{"norm": "columns"}, {"pin": 0.7}, {"strength": 0.5}, {"strength": -2.0}]
+)
 def test_slabs_edit_and_measure_the_same(one, changes):
     if "pin" in changes:
         changes = {"pin": mx.array([changes["pin"], -0.2])}
@@ -151,10 +153,13 @@ def test_slabs_edit_and_measure_the_same(one, changes):
     lines = moved @ basis.T if one.kind == "embedding" else (basis @ moved).T
     np.testing.assert_allclose(edited.taken, lines, atol=1e-4)
     written = (edited.target + 0.1 * RNG.normal(size=values.shape)).astype(np.float32)
-    ours = slabs.leak(part, values, written)
-    theirs = leak(edit, one, "weight", mx.array(values), mx.array(written))
-    for name in ("missing", "wanted", "error2", "target2"):
-        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-3), name
+    found, wanted = leak(edit, one, "weight", values, written), f64(expected)
+    away = written.astype(np.float64) - wanted
+    left = away @ basis.T if one.kind == "embedding" else (basis @ away).T
+    for name, value in (
+        ("missing", left), ("wanted", lines), ("error2", away), ("target2", wanted)
+    ):  # fmt: skip
+        assert getattr(found, name) == pytest.approx(np.sum(value**2), rel=1e-3), name
 
 
 def test_rows_are_refused_in_slabs_and_norms_in_adapters_and_at_runtime():

@@ -93,7 +93,7 @@ def test_quantized_rows_keep_what_they_do_to_the_keys(kind, k, m, most):
     assert off(after[False]) < most
     if kind != GGMLQuantizationType.Q8_0:
         assert off(after[True]) > 0.1
-    found = slabs.leak(plan, before, after[False])
+    found = leak(plan.edit, plan.writer, plan.parameter, before, after[False])
     assert found.value < most
     assert found.value == pytest.approx(
         leak(edit, writer(), "weight", mx.array(before), mx.array(after[False])).value, abs=1e-4

@@ -1,9 +1,9 @@
-"""Values of MLX arrays."""
+"""Whether weights are numbers."""
 
 import mlx.core as mx
 import pytest
 
-from abl_mlx.support.arrays import all_finite
+from convert.mlx.finite import all_finite
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
