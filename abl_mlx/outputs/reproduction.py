@@ -14,9 +14,17 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.edits.update import Factors
 from abl_mlx.outputs.record_parts import file_hashes
 from abl_mlx.outputs.staging import FOLDER, GGUF, Written, companions, format_of
-from abl_mlx.records.edits import Directions, Edited, OutputHashes, Reproduction
+from abl_mlx.records.edits import (
+    Directions,
+    Edited,
+    OutputHashes,
+    Reproduction,
+    StoredArray,
+    StoredUpdate,
+)
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.clock import Clock
 from convert.base import json_text
@@ -25,8 +33,8 @@ from convert.base.schema import OBJECT
 from convert.gguf.file import GgufSource
 from convert.mlx.safetensors_files import TensorFiles
 
-#: Bytes of directions beyond which a record does not hold them: 2 MB.
-_MOST = 2 << 20
+#: Characters of directions beyond which a record does not hold them.
+_MOST = 3 << 20
 
 #: With more tensors than this, one hash is of all tensors of a layer.
 _TENSORS = 1000
@@ -69,13 +77,24 @@ def described(
 
 
 def _directions(direction: DirectionFile) -> Directions | None:
-    values = numpy_of(direction.selected).astype("<f4")
-    if direction.updates is not None or values.nbytes > _MOST:
+    updates = [
+        StoredUpdate(
+            layer=layer,
+            left=_stored(one.left),
+            right=_stored(one.right),
+            keys=_stored(one.keys),
+        )
+        for layer, one in sorted((direction.updates or {}).items())
+    ]
+    selected = _stored(numpy_of(direction.selected))
+    arrays = [selected, *(part for one in updates for part in (one.left, one.right, one.keys))]
+    if sum(len(one.float32) for one in arrays) > _MOST:
         return None
     return Directions(
-        shape=list(values.shape),
-        float32=base64.b64encode(values.tobytes()).decode(),
+        shape=selected.shape,
+        float32=selected.float32,
         metadata={key: direction.metadata[key] for key in _KEPT if key in direction.metadata},
+        updates=updates or None,
     )
 
 
@@ -85,9 +104,23 @@ def direction_of(stored: Directions) -> DirectionFile:
     Raises:
         ValueError: when the record is damaged.
     """
+    updates = {
+        one.layer: Factors(_values(one.left), _values(one.right), _values(one.keys))
+        for one in stored.updates or ()
+    }
+    return DirectionFile(
+        mx.array(_values(stored)), metadata=dict(stored.metadata), updates=updates or None
+    )
+
+
+def _stored(values: np.ndarray) -> StoredArray:
+    raw = np.ascontiguousarray(values, "<f4").tobytes()
+    return StoredArray(shape=list(values.shape), float32=base64.b64encode(raw).decode())
+
+
+def _values(stored: StoredArray) -> np.ndarray:
     values = np.frombuffer(base64.b64decode(stored.float32, validate=True), "<f4")
-    selected = mx.array(values.reshape(stored.shape).astype(np.float32))
-    return DirectionFile(selected, metadata=dict(stored.metadata))
+    return values.reshape(stored.shape).astype(np.float32)
 
 
 def _of_output(written: Written) -> OutputHashes | None:

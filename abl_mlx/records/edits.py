@@ -54,18 +54,44 @@ class Hashes(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Directions(Part):
-    """The directions of an edit, and what a direction file says of the edit besides.
+class StoredArray(Part):
+    """Numbers in a record.
 
     Attributes:
-        shape: (k, d) or (L, k, d).
-        float32: their bytes, little-endian, in Base64.
-        metadata: of the direction file.
+        shape: of the array.
+        float32: its bytes, little-endian, in Base64.
     """
 
     shape: list[int]
     float32: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredUpdate(Part):
+    """The change of one layer's MLP by ``--method rome``.
+
+    Attributes:
+        layer: its number.
+        left, right, keys: as in a direction file.
+    """
+
+    layer: int
+    left: StoredArray
+    right: StoredArray
+    keys: StoredArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions(StoredArray):
+    """The directions of an edit, (k, d) or (L, k, d), and what a direction file says besides.
+
+    Attributes:
+        metadata: of the direction file.
+        updates: the changes of MLPs; None for methods that remove directions.
+    """
+
     metadata: dict[str, Any]
+    updates: list[StoredUpdate] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

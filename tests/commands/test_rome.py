@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def test_measure_writes_the_changes_and_their_effect(rome: tuple[Path, dict[str,
     assert all(one.left.shape == (256, 1) for one in file.updates.values())
     assert all(one.right.shape == (1, 512) for one in file.updates.values())
     assert file.sha256 == chosen["sha256"]
+
+
+def test_the_record_alone_makes_the_changes_again(
+    rome: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    abl_mlx("apply", rome[0], "demo", "-o", tmp_path / "edited")
+    alone = shutil.copy(tmp_path / "edited" / "abl.json", tmp_path)
+    found = abl_mlx("reproduce", alone, "-o", tmp_path / "again")
+    assert (found["verdict"], found["differing"]) == ("identical", [])
+    ours, theirs = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "edited")
+    )
+    assert ours == theirs != (MODEL_PATH / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow  # a minute of gradients
