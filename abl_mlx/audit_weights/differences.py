@@ -14,24 +14,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from abl_mlx.audit_weights import other_tensors, spectrum, stacked
-from abl_mlx.audit_weights.pairs import Pair, both, largest, matched
+from abl_mlx.audit_weights import other_tensors, spectrum, stacked, taken_out
+from abl_mlx.audit_weights.pairs import Pair, matched
 from abl_mlx.audit_weights.stacked import Stacked
+from abl_mlx.audit_weights.taken_out import Candidates, Lost
 from abl_mlx.outputs.model_file import ModelFile
-from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
+from abl_mlx.outputs.stream_weights import StreamWeights
 from abl_mlx.records.looks import AuditedWriter, Weights
 from abl_mlx.support.console import progress
 
-#: How many directions the differences have most in common, and how many to compare them with.
-_TOP, _OTHERS = 8, 16
-
-#: A writer was edited if it lost at least this share along a direction, more than along others, and
-#: if the lost components have at least this cosine with the base's components.
-_STRENGTH, _RESEMBLANCE = 0.08, 0.4
-
-#: In two writers this cosine must be at least so large. Training also changes weights along their
-#: own largest directions, and reaches .9.
-_ALIKE = 0.93
+#: How many directions the differences have most in common.
+_TOP = 8
 
 
 def compare(model: ModelFile, base: ModelFile) -> tuple[Weights, np.ndarray | None]:
@@ -58,26 +51,19 @@ def judge(
     pairs: Sequence[Pair], left_out: list[str], model: StreamWeights
 ) -> tuple[Weights, np.ndarray | None]:
     """The verdict on pairs of writers, and the removed directions (k, d)."""
-    d = model.width
-    total = np.zeros((d, d))
     tensors: dict[str, AuditedWriter] = {}
-    vectors: dict[str, np.ndarray] = {}
-    with progress(2 * sum(new.lines for _, new in pairs), "compare", "vector") as bar:
-        for old, new in pairs:
-            gram, size = _difference(old, new)
-            bar.update(new.lines)
-            squares = float(np.trace(gram))
-            share: float | None = None
-            if squares > 0:
-                value, vectors[new.name] = largest(gram, 1)
-                share = float(value[0]) / squares
-                total += gram / squares
-            tensors[new.name] = AuditedWriter(
-                relative_difference=(squares / max(size, 1e-30)) ** 0.5,
-                types=[old.type, new.type],
-                rank_1_share=share,
+    with progress(2 * len(pairs), "compare", "tensor") as bar:
+        found = []
+        for pair in pairs:
+            one = taken_out.candidates(pair)
+            found.append(one)
+            bar.update()
+            tensors[pair[1].name] = AuditedWriter(
+                relative_difference=(one.change / max(one.size, 1e-30)) ** 0.5,
+                types=[pair[0].type, pair[1].type],
+                rank_1_share=one.rank_1,
             )
-        if not vectors:
+        if not any(one.change for one in found):
             return Weights(
                 verdict="not edited",
                 evidence=["every residual writer is the same as in the base"],
@@ -86,47 +72,12 @@ def judge(
                 writers=tensors,
                 left_out=left_out,
             ), None
-        top = largest(total, min(_TOP, d))[1]
-        random = np.random.default_rng(0).standard_normal((d, min(_OTHERS, d)))
-        directions = np.concatenate([top, random / np.linalg.norm(random, axis=0)], axis=1)
-        strengths, resemblances = [], []
+        top = taken_out.common(found, _TOP)
+        losses = []
         for pair in pairs:
-            strength, resemblance = _lost(pair, directions)
-            strengths.append(strength)
-            resemblances.append(resemblance)
-            bar.update(pair[1].lines)
-    return _judge(
-        pairs, tensors, vectors, top, np.array(strengths), np.array(resemblances), left_out, model
-    )
-
-
-def _difference(old: StreamWeight, new: StreamWeight) -> tuple[np.ndarray, float]:
-    """D Dᵀ (d, d), and the sum of squares of the base's weights."""
-    gram = np.zeros((new.width, new.width))
-    size = 0.0
-    for before, after in both((old, new)):
-        size += float(np.vdot(before, before))
-        before = after - before
-        gram += before @ before.T
-    return gram, size
-
-
-def _lost(pair: Pair, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For one writer and each direction v, the removed share and its resemblance to the base.
-
-    With a = vᵀW₀ and b = vᵀW these are 1 − a·b / a·a, and the cosine of a − b and a.
-    """
-    narrow = np.ascontiguousarray(directions.T, dtype=np.float32)
-    count = len(narrow)
-    aa, ab, dd = np.zeros(count), np.zeros(count), np.zeros(count)
-    for before, after in both(pair):
-        a = (narrow @ before).astype(np.float64)
-        b = (narrow @ after).astype(np.float64)
-        aa += (a * a).sum(axis=1)
-        ab += (a * b).sum(axis=1)
-        dd += ((a - b) ** 2).sum(axis=1)
-    aa = np.maximum(aa, 1e-30)
-    return 1 - ab / aa, (aa - ab) / np.sqrt(aa * np.maximum(dd, 1e-30))
+            losses.append(taken_out.lost(pair, top))
+            bar.update()
+    return _judge(pairs, tensors, found, top, losses, left_out, model)
 
 
 def _evidence(lost: str, median: float, most: float, left_out: Sequence[str]) -> list[str]:
@@ -154,40 +105,33 @@ def _evidence(lost: str, median: float, most: float, left_out: Sequence[str]) ->
     return evidence
 
 
-def _agreement(common: np.ndarray, vectors: np.ndarray | None) -> float | None:
-    """The norm of a writer's first left singular vector projected on the common directions.
-
-    Args:
-        common: (d, k), orthonormal.
-        vectors: (d, ·), the left singular vectors; None if they are not known.
-    """
-    return None if vectors is None else float(np.linalg.norm(common.T @ vectors[:, 0]))
+def _agreement(common: np.ndarray, one: Candidates) -> float | None:
+    """The norm of a writer's first candidate projected on common directions, orthonormal (k, d)."""
+    return float(np.linalg.norm(common @ one.vectors[0])) if len(one.vectors) else None
 
 
 def _judge(
     pairs: Sequence[Pair],
     tensors: dict[str, AuditedWriter],
-    vectors: dict[str, np.ndarray],
+    found: Sequence[Candidates],
     top: np.ndarray,
-    strengths: np.ndarray,
-    resemblances: np.ndarray,
+    losses: Sequence[Lost],
     left_out: list[str],
     model: StreamWeights,
 ) -> tuple[Weights, np.ndarray | None]:
-    k = top.shape[1]
-    usual = np.median(strengths[:, k:], axis=1, keepdims=True)
-    part = (np.abs(strengths[:, :k] - usual) >= _STRENGTH) & (
-        np.abs(resemblances[:, :k]) >= _RESEMBLANCE
-    )
-    two = stacked.found(pairs, part, top.T)
+    strengths = np.array([one.strengths for one in losses])
+    resemblances = np.array([one.resemblances for one in losses])
+    part = np.array([one.part for one in losses])
+    alike = np.array([one.alike for one in losses])
+    two = stacked.found(pairs, part, top)
     if two is not None:
         return _in_steps(pairs, tensors, two, left_out)
-    alike = part & (np.abs(resemblances[:, :k]) >= _ALIKE)
-    chosen = [j for j in range(k) if alike[:, j].sum() >= min(2, len(pairs))]
-    doubtful = [j for j in range(k) if alike[:, j].any() or 2 * part[:, j].sum() >= len(pairs)]
+    everywhere = range(len(top))
+    chosen = [j for j in everywhere if alike[:, j].sum() >= min(2, len(pairs))]
+    doubtful = [j for j in everywhere if alike[:, j].any() or 2 * part[:, j].sum() >= len(pairs)]
     verdict = "edited" if chosen else "cannot tell" if doubtful else "not edited"
     shown = chosen or doubtful or [0]
-    took = part[:, shown].any(axis=1)
+    took = part[:, shown].max(axis=1)
     for index, (_, new) in enumerate(pairs):
         j = max(shown, key=lambda j: abs(resemblances[index, j]))
         tensors[new.name] = replace(
@@ -195,7 +139,7 @@ def _judge(
             strength=float(strengths[index, j]),
             resemblance=float(resemblances[index, j]),
             edited=bool(took[index]),
-            left_vector_agreement=_agreement(top[:, shown], vectors.get(new.name)),
+            left_vector_agreement=_agreement(top[shown], found[index]),
         )
     layers = sorted({new.layer for (_, new), t in zip(pairs, took, strict=True) if t} - {-1})
     apart = [one.relative_difference for one in tensors.values()]
@@ -222,7 +166,7 @@ def _judge(
         strength=strength,
         writers=tensors,
         left_out=left_out,
-    ), top[:, shown].T
+    ), top[shown]
 
 
 def _in_steps(

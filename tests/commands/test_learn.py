@@ -207,6 +207,38 @@ def test_two_edits_one_after_the_other_are_told_apart(tmp_path: Path, name: str)
     assert (judged.verdict, judged.weights.rank) == ("edited", 2)
 
 
+@pytest.mark.parametrize("edits", [1, 2])
+def test_gains_far_from_1_hide_no_edit_and_no_second_one(tmp_path: Path, edits: int) -> None:
+    """Behind gains that differ, writers lose vectors of their own, not one that they share."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    folder = tiny.write_model(tmp_path / "m", "gemma2", "float32", "native", **sizes)
+    file, random = folder / "model.safetensors", np.random.default_rng(5)
+    tensors = dict(mx.load(str(file)))
+    for name in tensors:
+        if "post_" in name:
+            tensors[name] = mx.array(np.exp(random.standard_normal(128)).astype(np.float32) - 1)
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), tensors, {"format": "mlx"})
+    first, second = subspace(2, 128)
+    directions, model = [first, 0.5 * first + np.sqrt(0.75) * second][:edits], folder
+    for number, one in enumerate(directions):
+        options = ApplyOptions.of(strength=(1.0, 0.6)[number], embedding=not number, max_leak=1)
+        made = tmp_path / f"edited{number}"
+        measure_apply.apply(DirectionFile(mx.array(one[None])), str(model), [made], options)
+        model = made
+    found = tmp_path / "found.safetensors"
+    judged = audit.audit(str(model), base=str(folder), output=found)
+    span, _ = np.linalg.qr(np.stack(directions).T)
+    recovered = np.array(direction_file.read(found).selected)
+    assert np.linalg.svd(recovered @ span, compute_uv=False).min() > 0.999
+    assert (judged.weights.verdict, judged.weights.rank) == ("edited", edits)
+    assert judged.weights.strength == pytest.approx(1, abs=0.01)
+    learned = learn.learn(str(folder), str(model))
+    assert [one.strength for one in learned.steps or [learned]] == pytest.approx(
+        [1, 0.6][:edits], abs=0.02
+    )
+
+
 def test_directions_of_layers_that_nearly_lie_in_a_plane_are_not_two_edits(tmp_path: Path) -> None:
     """As Heretic removes them, where those of neighbouring layers resemble each other."""
     base = subspace(6, D)
