@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from abl_mlx.audit_weights import habits, spectrum, stacked, taken_out
+from abl_mlx.audit_weights import habits, partial, spectrum, stacked, taken_out
 from abl_mlx.audit_weights.pairs import Pair, matched
 from abl_mlx.audit_weights.stacked import Stacked
 from abl_mlx.audit_weights.taken_out import TOP, Candidates, Fit, Lost, Slope
@@ -83,10 +83,13 @@ def learn(model: ModelFile, base: ModelFile) -> Learned:
     """
     after, before = model.stream_weights(), base.stream_weights()
     pairs, left_out = matched(before, after, base.source.name, model.source.name)
+    pairs, differing = partial.to_learn(model, base, pairs)
+    read = {new.name for _, new in differing}
     with spectrum.threads(after.width), progress(len(pairs) * 3, "learn", "tensor") as bar:
         found = []
         for pair in pairs:
-            found.append(taken_out.candidates(pair))
+            known = pair[1].name in read
+            found.append(taken_out.candidates(pair) if known else Candidates.none(after.width))
             bar.update()
         return _Learning(pairs, found, left_out, after, bar.update).learned()
 
@@ -123,8 +126,10 @@ class _Learning:
         everywhere = taken_out.common(self.found, TOP)
         by_layer = {layer: self._of_layer(layer) for layer in set(self.layer_of)}
         losses = []
-        for pair, layer in zip(self.pairs, self.layer_of, strict=True):
-            losses.append(taken_out.lost(pair, np.concatenate([everywhere, by_layer[layer]])))
+        for pair, one, layer in zip(self.pairs, self.found, self.layer_of, strict=True):
+            directions = np.concatenate([everywhere, by_layer[layer]])
+            same = Lost.nothing(len(directions))
+            losses.append(taken_out.lost(pair, directions) if one.change else same)
             self.done()
         m = len(everywhere)
         part = np.array([one.part[:m] for one in losses])

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from abl_mlx.audit_weights import differences, spectrum, verdict
-from abl_mlx.audit_weights.pairs import matched
+from abl_mlx.audit_weights.pairs import Pair, matched
 from abl_mlx.audit_weights.verdict import CANNOT_TELL, EDITED, LIMITS, NOT_EDITED
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.outputs.remote_file import RemoteFile
@@ -54,24 +54,46 @@ def with_base(model: ModelFile, base: ModelFile) -> Judged:
     """
     after, before = model.stream_weights(), base.stream_weights()
     pairs, left_out = matched(before, after, base.source.name, model.source.name)
-    changed = {new.name: (old, new) for old, new in pairs if _differ(model, base, old, new)}
-    if not changed:
+    differing = {new.name: (old, new) for old, new in changed(model, base, pairs)}
+    if not differing:
         same = f"the first {_ROWS} rows of every residual writer are the same as in the base"
         return Weights(verdict=NOT_EDITED, evidence=[same], layers=[], rank=0, writers={}), None
-    others = replace(after, writers=[new for _, new in changed.values()])
+    others = replace(after, writers=[new for _, new in differing.values()])
     order = in_turn(others.writers, after.layers)
     for count in _looks(len(order)):
         some = _some(others, {one.name for one in order[:count]})
-        chosen = [(changed[new.name][0], new) for new in some.writers]
+        chosen = [(differing[new.name][0], new) for new in some.writers]
         with spectrum.threads(after.width):
             weights, found = differences.judge(chosen, left_out, after)
         if weights.verdict == EDITED or _holds(weights, count):
             break
     weights = _with_evidence(weights, some, after)
-    if len(changed) < len(pairs):
-        said = f"{len(pairs) - len(changed)} of {len(pairs)} residual writers are the base's own"
+    if len(differing) < len(pairs):
+        said = f"{len(pairs) - len(differing)} of {len(pairs)} residual writers are the base's own"
         weights = replace(weights, evidence=[*weights.evidence, said])
     return weights, found
+
+
+def changed(model: ModelFile, base: ModelFile, pairs: Sequence[Pair]) -> list[Pair]:
+    """The writers whose first rows differ from the base's, as stored; nothing else is read."""
+    return [(old, new) for old, new in pairs if _differ(model, base, old, new)]
+
+
+def to_learn(
+    model: ModelFile, base: ModelFile, pairs: list[Pair]
+) -> tuple[list[Pair], Sequence[Pair]]:
+    """The writers, and those of them that must be read to learn an edit.
+
+    All, if both models are on this machine. Otherwise embeddings have some lines only, and writers
+    whose first rows are the base's own are not read.
+    """
+    if not any(isinstance(one, RemoteFile) for one in (model, base)):
+        return pairs, pairs
+    short: list[Pair] = [
+        tuple(_sampled(one, _LINES * one.width) if one.axis == -1 else one for one in pair)  # type: ignore[misc]
+        for pair in pairs
+    ]
+    return short, changed(model, base, short)
 
 
 def _looks(count: int) -> Iterator[int]:

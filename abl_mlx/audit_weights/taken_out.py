@@ -52,6 +52,11 @@ class Candidates:
     rank_1: float | None
     rank: int | None = None
 
+    @staticmethod
+    def none(width: int, size: float = 0.0) -> Candidates:
+        """Those of a writer that is the same as in the base."""
+        return Candidates(np.zeros((0, width)), np.zeros(0), 0.0, size, None)
+
 
 def candidates(pair: Pair) -> Candidates:
     """The directions in which a writer's change is largest; none if nothing changed."""
@@ -63,7 +68,7 @@ def candidates(pair: Pair) -> Candidates:
         gram += after @ after.T
     change = float(np.trace(gram))
     if change <= 0:
-        return Candidates(np.zeros((0, new.width)), np.zeros(0), 0.0, size, None)
+        return Candidates.none(new.width, size)
     values, vectors = largest(gram, min(TOP, new.width))
     low = np.flatnonzero(values.cumsum() >= _NEARLY * change)
     vectors = in_stream(vectors.T, pair[0].gain)
@@ -139,6 +144,12 @@ class Lost:
     energies: np.ndarray
     usual: float
     noise: float
+
+    @staticmethod
+    def nothing(count: int) -> Lost:
+        """That of a writer that is the same as in the base, along so many directions."""
+        none = np.zeros(count)
+        return Lost(none, none, none, none, 0.0, 0.0)
 
     @property
     def part(self) -> np.ndarray:

@@ -24,7 +24,8 @@ from tests.support.command import abl_mlx, fails
 from tests.support.hub_environment import taken_for_the_hub
 from tests.support.hub_server import Hub
 
-PLAIN, EDITED, GGUF, GGUFS = "some/plain", "some/edited", "some/plain-GGUF", "Small-Q8_0.gguf"
+PLAIN, EDITED, LAYER = "some/plain", "some/edited", "some/layer-2"
+GGUF, GGUFS = "some/plain-GGUF", "Small-Q8_0.gguf"
 
 
 def held(repository: str, folder: Path) -> dict[str, bytes]:
@@ -37,14 +38,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     top = tmp_path_factory.mktemp("models")
     direction_file.save(top / "d.safetensors", direction_file.DirectionFile(random_direction(256)))
     abl_mlx("apply", top / "d.safetensors", "demo", "-o", top / "edited")
+    part = "--layers", "2", "--no-embedding"
+    abl_mlx("apply", top / "d.safetensors", "demo", "-o", top / "layer", *part)
     abl_mlx("convert", "demo", top / GGUFS, "--quantize", "Q8_0")
-    for file in (top / "edited" / "README.md", top / "edited" / "abl.json"):
-        file.unlink()
-    config = (top / "edited" / "config.json").read_text()
-    (top / "edited" / "config.json").write_text(config.replace('"abl_mlx"', '"other"'))
+    for folder in (top / "edited", top / "layer"):
+        for file in (folder / "README.md", folder / "abl.json"):
+            file.unlink()
+        config = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(config.replace('"abl_mlx"', '"other"'))
     return {
         **held(PLAIN, MODEL_PATH),
         **held(EDITED, top / "edited"),
+        **held(LAYER, top / "layer"),
         f"{GGUF} {GGUFS}": (top / GGUFS).read_bytes(),
     }
 
@@ -113,6 +118,19 @@ def test_an_edit_is_learned_from_its_writers(hub: Hub, tmp_path: Path) -> None:
     assert abs(float((learned @ true.T).item())) > 0.9999
     assert found["parts_read"][0]["share"] < 0.5
     assert "others" not in found
+
+
+def test_of_writers_that_are_the_base_s_own_only_first_rows_are_read(hub: Hub) -> None:
+    whole = abl_mlx("learn", f"hf:{PLAIN}", f"hf:{EDITED}")["parts_read"]
+    found = abl_mlx("learn", f"hf:{PLAIN}", f"hf:{LAYER}")
+    assert (found["verdict"], found["layers"], found["strength"]) == ("edited", [2], 1)
+    assert found["recipe"]["embedding"] is False
+    edited = {name for name, one in found["writers"].items() if one["edited"]}
+    assert edited == {
+        f"model.layers.2.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    shares = [one["share"] for one in found["parts_read"]]
+    assert max(shares) < 0.5 * min(one["share"] for one in whole)
 
 
 def opened(repository: str = GGUF) -> mirror.Mirror:
