@@ -2,31 +2,92 @@
 
 The models are random writers with rows of different sizes; a random direction is removed from them.
 
-    python benchmarks/audit_power.py [SEEDS]
+    python benchmarks/audit_power.py            # prints the table
+    python benchmarks/audit_power.py --write    # puts it into docs/audit.md
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-from abl_mlx.audit_weights import verdict
-from abl_mlx.edits.slabs import Slab
-from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
+from abl_mlx.audit_weights import verdict  # noqa: E402
+from abl_mlx.edits.slabs import Slab  # noqa: E402
+from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights  # noqa: E402
+from tools import marked  # noqa: E402
+
+PAGE = ROOT / "docs" / "audit.md"
 
 #: Width and layers.
-SIZES = [(64, 4), (64, 16), (256, 4)]
+SIZES = [(64, 4), (64, 16), (256, 4), (512, 4)]
 
-#: Strength, and whether of every layer or every other one.
-EVERY = [(0.4, 1), (0.5, 1), (0.6, 1), (0.7, 1), (0.7, 2), (0.8, 2), (0.9, 2)]
+#: Models of each size and edit, and models of each size that were not edited.
+EDITED, NULLS = 2, 20
+
+ALL, OTHER, ONE = "", ", every other layer", ", one layer"
 
 
-def model(d: int, layers: int, seed: int, strength: float = 0, step: int = 1) -> StreamWeights:
-    """Random writers, and a direction removed from the embedding and every ``step``-th layer."""
+@dataclass(frozen=True)
+class How:
+    """An edit.
+
+    Attributes:
+        strength: α; 0 for none.
+        layers: `ALL` and the embedding, every `OTHER` one, or `ONE` in the middle.
+        kept: the norms that are kept.
+        times: how strong the direction was, in units of a usual one's strength.
+    """
+
+    strength: float = 0.0
+    layers: str = ALL
+    kept: str = "none"
+    times: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        kept = "" if self.kept == "none" else f", {self.kept} kept"
+        strong = "" if self.times == 1 else f", {self.times:g} times as strong"
+        return f"{self.strength:g}{self.layers}{kept}{strong}"
+
+    def edits(self, layer: int, layers: int) -> bool:
+        """Whether a layer is edited; -1 is the embedding."""
+        if self.layers == ONE:
+            return layer == layers // 2
+        return self.layers == ALL or (layer >= 0 and layer % 2 == 0)
+
+
+EDITS = [
+    *(How(one) for one in (0.4, 0.5, 0.6, 0.7)),
+    *(How(one, OTHER) for one in (0.7, 0.8, 0.9)),
+    *(How(one, ONE) for one in (0.9, 1.0)),
+    *(How(one, kept="rows") for one in (0.4, 0.5, 0.7, 1.0)),
+    *(How(one, kept="columns") for one in (0.4, 0.5, 0.7, 1.0)),
+    How(0.7, times=4),
+    How(0.7, kept="rows", times=4),
+    How(1.0, kept="rows", times=4),
+]
+
+
+def removed(w: np.ndarray, direction: np.ndarray, how: How) -> np.ndarray:
+    """A writer (d, n) without a part of its component along a direction."""
+    made = w - how.strength * np.outer(direction, direction @ w)
+    if how.kept != "none":
+        axis = 1 if how.kept == "rows" else 0
+        made *= np.linalg.norm(w, axis=axis, keepdims=True)
+        made /= np.linalg.norm(made, axis=axis, keepdims=True)
+    return made
+
+
+def model(d: int, layers: int, seed: int, how: How) -> StreamWeights:
+    """Random writers, edited."""
     random = np.random.default_rng(seed)
     rows = np.exp(0.4 * random.standard_normal(d)).astype(np.float32)
     direction = random.standard_normal(d).astype(np.float32)
@@ -34,8 +95,9 @@ def model(d: int, layers: int, seed: int, strength: float = 0, step: int = 1) ->
 
     def writer(name: str, layer: int, n: int) -> StreamWeight:
         w = rows[:, None] * random.standard_normal((d, n), dtype=np.float32)
-        if layer % step == 0 or (layer < 0 and step == 1):
-            w -= strength * np.outer(direction, direction @ w)
+        w += (how.times - 1) * np.outer(direction, direction @ w)
+        if how.edits(layer, layers):
+            w = removed(w, direction, how)
 
         def read(slab: Slab) -> np.ndarray:
             return w[slab.rows, slab.columns] if layer >= 0 else w.T[slab.rows, slab.columns]
@@ -50,8 +112,9 @@ def model(d: int, layers: int, seed: int, strength: float = 0, step: int = 1) ->
     return StreamWeights("random", layers, d, writers, False)
 
 
-def edited(*what: float) -> bool:
-    return verdict.alone(model(*what))[0].verdict == verdict.EDITED  # type: ignore[arg-type]
+def seen(d: int, layers: int, seed: int, how: How) -> bool:
+    """Whether the edit of a model is seen."""
+    return verdict.alone(model(d, layers, seed, how))[0].verdict == verdict.EDITED
 
 
 def upper(alarms: int, n: int) -> float:
@@ -66,27 +129,54 @@ def upper(alarms: int, n: int) -> float:
     return high
 
 
+def controls(page: str) -> list[str]:
+    """The rows of models that were not edited in the tables of docs/audit.md."""
+    parts = page.split("### Not edited\n")[1:]
+    rows = [line for part in parts for line in part.split("\n#")[0].splitlines()]
+    return [line for line in rows if line.startswith("| ") and not line.startswith("| model |")]
+
+
 def main() -> None:
-    seeds = int(sys.argv[1]) if sys.argv[1:] else 2
-    names = [f"{a:g}{'' if step == 1 else ', every other layer'}" for a, step in EVERY]
-    print(f"| width | layers | not seen below | {' | '.join(names)} | false alarms |")
-    print("|---" * (4 + len(EVERY)) + "|", flush=True)
-    alarms = count = 0
+    """Print the table, or put it into docs/audit.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put it into docs/audit.md")
+    given = parser.parse_args()
+    columns, alarms = {}, 0
     for d, layers in SIZES:
-        nulls = [verdict.alone(model(d, layers, 100 + seed))[0] for seed in range(10 * seeds)]
+        nulls = [verdict.alone(model(d, layers, 100 + seed, How()))[0] for seed in range(NULLS)]
         wrong = sum(one.verdict != verdict.NOT_EDITED for one in nulls)
-        alarms, count = alarms + wrong, count + len(nulls)
+        alarms += wrong
         below = next(one.not_seen_below for one in nulls if one.not_seen_below)
-        cells = [
-            f"{sum(edited(d, layers, seed, *how) for seed in range(seeds))}/{seeds}"
-            for how in EVERY
+        columns[f"{d}, {layers}"] = [
+            *(
+                f"{sum(seen(d, layers, seed, how) for seed in range(EDITED))}/{EDITED}"
+                for how in EDITS
+            ),
+            *(f"{strength:g}" for strength in below.values()),
+            f"{wrong}/{NULLS}",
         ]
-        print(
-            f"| {d} | {layers} | {below['all layers']:g}; every other "
-            f"{below['every other layer']:g} | {' | '.join(cells)} | {wrong}/{len(nulls)} |",
-            flush=True,
-        )
-    print(f"\n{alarms} false alarms in {count}: at most {upper(alarms, count):.1%} (95%).")
+        print(f"{d}, {layers}: {', '.join(columns[f'{d}, {layers}'])}", file=sys.stderr)
+    names = [how.name for how in EDITS]
+    names += [f"not seen below: {some}" for some in below]
+    lines = [f"| width, layers | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    lines += [
+        f"| {' | '.join(row)} |"
+        for row in zip([*names, "false alarms"], *columns.values(), strict=True)
+    ]
+    count, others = NULLS * len(SIZES), controls(PAGE.read_text())
+    wrong = sum("| not edited |" not in row for row in others)
+    most = upper(alarms + wrong, count + len(others))
+    lines += [
+        "",
+        f"**False alarms.** There are {alarms} among the {count} random models, and {wrong} among",
+        f'the {len(others)} models, made and real, under "Not edited" in the tables below. So with',
+        f"95% confidence at most {most:.1%} of models like these {count + len(others)} get one",
+        "(Clopper and Pearson, one-sided). They are not a sample of what is on the hub.",
+    ]
+    if given.write:
+        marked.write(PAGE, "power", "\n".join(lines))
+    else:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

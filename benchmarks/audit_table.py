@@ -43,7 +43,7 @@ from tools import marked  # noqa: E402
 
 MODELS = {
     "demo": MODEL_PATH,
-    **{name: ROOT / "tests" / "models" / name for name in ("easy", "hard")},
+    **{name: ROOT / "tests/support/models" / name for name in ("easy", "hard")},
 }
 WRITER = re.compile(r"(embed_tokens|o_proj|down_proj)\.weight$")
 PROMPTS = {"harmful": "locked", "harmless": "allowed"}

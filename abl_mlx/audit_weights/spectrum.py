@@ -195,7 +195,7 @@ class Candidates:
                 parts.append(lowest(_scaled(some, units), _OF_SUM))
         inverse = np.divide(1, units, where=units > 0, out=np.zeros_like(units))
         weak = inverse[:, None] * np.concatenate(self._weak, axis=1)
-        columns = _orthonormal(np.concatenate([*parts, weak], axis=1))
+        columns = orthonormal(np.concatenate([*parts, weak], axis=1))
         return units[:, None] * columns, references
 
 
@@ -213,7 +213,7 @@ def _scaled(gram: np.ndarray, units: np.ndarray) -> np.ndarray:
     return np.asarray(gram * narrow[:, None] * narrow[None, :])
 
 
-def _orthonormal(columns: np.ndarray) -> np.ndarray:
+def orthonormal(columns: np.ndarray) -> np.ndarray:
     """The columns orthonormalized one by one; linearly dependent columns are dropped."""
     kept = np.empty((len(columns), min(columns.shape)))
     count = 0

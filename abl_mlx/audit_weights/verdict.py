@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from abl_mlx.audit_weights import spectrum
+from abl_mlx.audit_weights import single_layers, spectrum
+from abl_mlx.audit_weights.single_layers import Layer
 from abl_mlx.audit_weights.spectrum import Found, Gap
 from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
 from abl_mlx.records.looks import AuditedWriter, LowestDirections, Weights
@@ -148,16 +149,7 @@ def judge(
     energies: Energies, writers: Sequence[StreamWeight], model: StreamWeights
 ) -> tuple[Weights, np.ndarray | None]:
     """The verdict on a model's energies, and the recovered directions (k, d)."""
-    tests, structural = [], {}
-    for limits in LIMITS:
-        found = []
-        for one in spectrum.search(energies.forms, limits.reach):
-            why = spectrum.structure(_in_stream(energies, [one])[0])
-            if why is None:
-                found.append(one)
-            elif (one.energies < limits.low).sum() >= _LEAST_WRITERS:
-                structural[why] = one.score
-        tests.append((limits, spectrum.gap(found)))
+    tests, structural = _searched(energies)
     if not all(one.found for _, one in tests):
         alone = ["the weakest directions of this model are single dimensions"]
         return Weights(verdict=CANNOT_TELL, evidence=alone, layers=[]), None
@@ -167,17 +159,25 @@ def judge(
         (pair for pair, v in zip(tests, verdicts, strict=True) if v == verdict),
         key=lambda pair: pair[1].size / pair[0].size,
     )
-    strongest = best.found if verdict != NOT_EDITED else best.found[:1]
-    along = _along(np.array([one.energies for one in strongest]), limits.low)
-    takes_part = along < limits.low
+    clean = verdict == NOT_EDITED
+    low, strongest = limits.low, best.found[:1] if clean else best.found
+    each = _each_layer(energies, writers)
+    single = [] if verdict == EDITED else single_layers.emptied(each, doubtful=clean)
+    if single:
+        verdict = EDITED if single[0].empty else CANNOT_TELL
+        low, strongest = single_layers.LOW, [one.found for one in single]
+    along = _along(np.array([one.energies for one in strongest]), low)
+    takes_part = along < low
     layers = _layers(along, writers, takes_part)
     recovered = _in_stream(energies, strongest)
-    left = float(np.median((along / energies.means)[takes_part])) if takes_part.any() else 1.0
-    strength = float(np.clip(1 - np.sqrt(max(left, 0.0)), 0, 1))
-    evidence = _evidence(verdict, limits, best, along, takes_part, layers, strength, model)
-    evidence += _apart(strongest, limits, writers)
+    strength = _strength((along / energies.means)[takes_part])
+    if single:
+        evidence = single_layers.evidence(single, strength)
+    else:
+        evidence = _evidence(verdict, limits, best, along, takes_part, layers, strength, model)
+        evidence += _apart(strongest, limits, writers)
     evidence += [f"left out: {why}" for why in sorted(structural)]
-    unseen = not_seen_below(energies, writers, tests) if verdict == NOT_EDITED else None
+    unseen = not_seen_below(energies, writers, tests, each) if verdict == NOT_EDITED else None
     if unseen is not None:
         layers, takes_part = [], np.zeros(len(writers), bool)
         evidence.append(_blind(unseen))
@@ -186,7 +186,7 @@ def judge(
         evidence=evidence,
         layers=layers,
         embedding=any(t and w.axis == -1 for t, w in zip(takes_part, writers, strict=True)),
-        rank=0 if verdict == NOT_EDITED else best.rank,
+        rank=0 if verdict == NOT_EDITED else len(recovered),
         strength=None if verdict == NOT_EDITED else strength,
         nulls=frozenset({"strength"}) if verdict == NOT_EDITED else frozenset(),
         tests={
@@ -207,6 +207,33 @@ def judge(
     ), recovered
 
 
+def _strength(left: np.ndarray) -> float:
+    """α of a removal that left these shares of writers' energies."""
+    return float(np.clip(1 - np.sqrt(max(float(np.median(left)), 0.0)), 0, 1)) if left.size else 0.0
+
+
+def _searched(energies: Energies) -> tuple[list[tuple[Limits, Gap]], set[str]]:
+    """Each search and its gap, and why directions were left out that no edit emptied."""
+    tests: list[tuple[Limits, Gap]] = []
+    structural: set[str] = set()
+    for limits in LIMITS:
+        found = []
+        for one in spectrum.search(energies.forms, limits.reach):
+            why = spectrum.structure(_in_stream(energies, [one])[0])
+            if why is None:
+                found.append(one)
+            elif (one.energies < limits.low).sum() >= _LEAST_WRITERS:
+                structural.add(why)
+        tests.append((limits, spectrum.gap(found)))
+    return tests, structural
+
+
+def _each_layer(energies: Energies, writers: Sequence[StreamWeight]) -> list[Layer]:
+    """The weakest direction of each layer, if no structure of the model explains it."""
+    each = single_layers.weakest(energies.forms, [one.layer for one in writers])
+    return [one for one in each if spectrum.structure(_in_stream(energies, [one.found])[0]) is None]
+
+
 def _along(energies: np.ndarray, low: float) -> np.ndarray:
     """The mean energy of each writer along those directions that it lacks; of others, along all.
 
@@ -221,7 +248,10 @@ def _along(energies: np.ndarray, low: float) -> np.ndarray:
 
 
 def not_seen_below(
-    energies: Energies, writers: Sequence[StreamWeight], tests: Sequence[tuple[Limits, Gap]]
+    energies: Energies,
+    writers: Sequence[StreamWeight],
+    tests: Sequence[tuple[Limits, Gap]],
+    each: Sequence[Layer],
 ) -> dict[str, float]:
     """Below which strength an edit of this model does not show, where it was not edited.
 
@@ -234,9 +264,11 @@ def not_seen_below(
         energies: the energies of all writers.
         writers: the writers.
         tests: the searches' limits and gaps.
+        each: the weakest direction of each layer.
 
     Returns:
-        Which layers are edited -> that strength, in steps of 0.05; 1 if no edit of them shows.
+        Which layers are edited -> that strength, in steps of 0.05; 0.99 if only a full removal
+        shows, and 1 if no edit of them does.
     """
     layers = sorted({one.layer for one in writers} - {-1})
     parts = {
@@ -247,9 +279,12 @@ def not_seen_below(
     found = dict.fromkeys(parts, 1.0)
     for name, some in parts.items():
         inside = np.array([one.layer in some for one in writers])
-        for percent in range(5, 100, 5):
+        for percent in (*range(5, 100, 5), 99):
             left = np.where(inside, (1 - percent / 100) ** 2, 1.0) * energies.means
-            if any(_stands_out(left, limits, chance) for limits, chance in tests):
+            alone = [one.planted(left) for one in each if one.number in some]
+            if single_layers.emptied(alone, doubtful=True) or any(
+                _stands_out(left, limits, chance) for limits, chance in tests
+            ):
                 found[name] = percent / 100
                 break
     return found
@@ -272,9 +307,9 @@ def _blind(below: Mapping[str, float]) -> str:
 
 
 def _in_stream(energies: Energies, found: Sequence[Found]) -> np.ndarray:
-    """Orthonormal directions in the stream (k, d)."""
+    """Orthonormal directions in the stream (k, d); those that several have in common count once."""
     turned = energies.basis @ np.stack([one.direction for one in found], axis=1)
-    return np.asarray(np.linalg.qr(turned)[0].T, dtype=float)
+    return spectrum.orthonormal(turned / np.linalg.norm(turned, axis=0)).T
 
 
 def _of_gap(limits: Limits, found: Gap) -> str:

@@ -267,6 +267,32 @@ def test_two_edits_of_different_layers_are_told_apart(tmp_path):
     assert set(said.rpartition(": ")[2].split("; ")) == {"0-1", "2-3"}
 
 
+@pytest.mark.parametrize(
+    ("strength", "directions", "verdict"),
+    [(1.0, 1, "edited"), (0.93, 1, "cannot tell"), (0.8, 1, "not edited"), (1.0, 4, "edited")],
+)
+def test_one_layer_is_enough_for_a_full_removal(tmp_path, strength, directions, verdict):
+    """And for full removals of each layer's own direction, which no three writers share."""
+    true = unit(256, directions).T.astype(np.float32)
+    layers = [2] if directions == 1 else [0, 1, 2, 3]
+    chosen = mx.array(true if directions == 1 else true[:, None])
+    options = ApplyOptions.of(
+        strength=strength, layers=frozenset(layers), embedding=False, max_leak=1
+    )
+    measure_apply.apply(DirectionFile(chosen), "demo", [tmp_path / "out"], options)
+    found = tmp_path / "found.safetensors"
+    weights = audit.audit(str(tmp_path / "out"), output=found).weights
+    assert weights.verdict == verdict
+    if verdict == "not edited":
+        assert weights.not_seen_below["one layer"] > strength
+        return
+    assert (weights.layers, weights.rank, weights.embedding) == (layers, directions, False)
+    assert weights.strength == pytest.approx(strength, abs=0.02)
+    recovered = np.array(direction_file.read(found).selected)
+    assert np.linalg.svd(recovered @ true.T, compute_uv=False).min() > 0.98
+    assert weights.evidence[0].startswith(f"in layer {layers[0]} all 2 residual writers hold")
+
+
 @pytest.mark.parametrize("name", ["demo", "8", "4"])
 def test_models_as_they_are_are_not_edited(work, name):
     record = audit.audit("demo" if name == "demo" else str(work / f"demo-{name}"))
@@ -301,10 +327,16 @@ def without_dimensions(w):
     return w
 
 
+def without_the_weakest(w):
+    u, s, v = np.linalg.svd(w, full_matrices=False)
+    return (u[:, :-1] * s[:-1]) @ v[:-1]
+
+
 CONTROLS = {
     "a merged LoRA": lora,
     "pruned dimensions": without_dimensions,
     "centred": lambda w: w - w.mean(axis=0),
+    "a null direction of each writer's own": without_the_weakest,
 }
 
 
