@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from abl_mlx.choices import Finding, Measuring
 from abl_mlx.commands import (
@@ -294,20 +295,35 @@ def _check(chat: ChatModel, sets: PromptSets, how: Measuring) -> None:
 
 def _given(chat: ChatModel, how: Measuring) -> DirectionFile:
     """The direction of ``--direction FILE``."""
-    path, finding = how.given.direction, how.finding
+    path = how.given.direction
     assert path is not None
+    file = given_file(path, how.finding, how.given.tensor)
+    direction_file.check_width(file, path, chat)
+    summary = file.metadata.get("summary", {"method": "given"})
+    return replace(file, metadata={**file.metadata, "summary": {**summary, "file": path.name}})
+
+
+def given_file(path: Path, finding: Finding, tensor: str | None = None) -> DirectionFile:
+    """A file whose direction is taken in place of measuring one.
+
+    Args:
+        path: the file.
+        finding: how a direction would be measured, of which nothing goes with a file but the layer
+            of a control vector.
+        tensor: the name of the tensor that is read.
+
+    Raises:
+        UserError: when a flag of measuring is given, or the file cannot be read.
+    """
     flag = first_given((
         ("--method", finding.method), ("--rank", finding.rank), ("--across", finding.across),
         ("--per-layer", finding.per_layer), ("--position", finding.position),
         ("--measured-at", finding.measured_at), ("--sae", finding.sae),
-        ("--feature", finding.feature),
+        ("--feature", finding.feature), ("--protect", finding.protect),
     ))  # fmt: skip
     if flag is not None:
         raise UserError(f"{flag} chooses how a direction is measured, and --direction gives one.")
-    file = direction_file.read(path, layer=finding.layer, tensor=how.given.tensor)
-    direction_file.check_width(file, path, chat)
-    summary = file.metadata.get("summary", {"method": "given"})
-    return replace(file, metadata={**file.metadata, "summary": {**summary, "file": path.name}})
+    return direction_file.read(path, layer=finding.layer, tensor=tensor)
 
 
 def find_reply_prefix(

@@ -144,7 +144,7 @@ def _protected(given: str, mode: str | None) -> dict[str, tuple[Prompt, ...]]:
         if len(some) < prompts.MINIMUM:
             raise UserError(
                 f"--protect {given}: {name.removeprefix(protecting.PREFIX)} has {len(some)} "
-                f"prompts; a concept needs at least {prompts.MINIMUM}."
+                f"of the {prompts.MINIMUM} prompts that a concept needs at least."
             )
     return {name: tuple(some) for name, some in concepts.items()}
 

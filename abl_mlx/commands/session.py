@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from abl_mlx.choices import ADD, Conditioning, Editing, Prompting, SteerOptions
+from abl_mlx.choices import ADD, Conditioning, Editing, Finding, Prompting, SteerOptions
 from abl_mlx.commands import (
     condition_choice,
     edit_choice,
@@ -16,7 +16,7 @@ from abl_mlx.commands import (
 )
 from abl_mlx.commands.condition_choice import Decision
 from abl_mlx.commands.edit_choice import edit_of
-from abl_mlx.commands.find import find_behind_openings, set_reply_prefixes
+from abl_mlx.commands.find import find_behind_openings, given_file, set_reply_prefixes
 from abl_mlx.directions import direction_file
 from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.edits.steering import ablation
@@ -135,7 +135,7 @@ def load(
     edit_choice.check(options.editing)
     with find_model(text, options.chatting.template) as model:
         name = model.source.name
-        given = None if direction is None else direction_file.read(direction)
+        given = None if direction is None else given_file(direction, _beside_file(options, shows))
         memory.check(model.source.title, model.size, asked=options.memory_check)
         with clock.step("load the model"):
             chat = model.load()
@@ -159,6 +159,16 @@ def load(
             chat, sets, options.prompting, options.condition, found, clock
         )
     return _steered(name, chat, writers, found, options, tools)
+
+
+def _beside_file(options: SteerOptions, shows: bool) -> Finding:
+    """What is asked of a measurement beside ``--direction``, which allows none of it.
+
+    What names the features that are shown is left out.
+    """
+    if not shows or options.finding.sae is None:
+        return options.finding
+    return replace(options.finding, sae=None, feature=None, layer=None)
 
 
 def _steered(

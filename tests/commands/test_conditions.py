@@ -186,6 +186,10 @@ WRONG = [
     (("eval", "http://127.0.0.1:9/v1", "--direction", "FILE"), 1, "needs the model in MLX"),
     (("chat", "demo", "--direction", "FILE", "--condition", "category:metal"), 2,
      "--condition is found together with a direction: leave --direction out"),
+    (("chat", "demo", "--direction", "FILE", "--method", "svd"), 1,
+     "--method chooses how a direction is measured, and --direction gives one"),
+    (("show", "demo", "Hi", "--direction", "FILE", "--layer", "2"), 1,
+     "says itself which direction was chosen; leave it out"),
 ]  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_what_does_not_go_with_it_and_too_few_prompts_are_told(tmp_path):
     writers = find_writers(chat)
     path = tmp_path / "few.txt"
     path.write_text("Plan a garden.")
-    with pytest.raises(UserError, match=r"--protect .*few.txt: few has 1 prompts"):
+    with pytest.raises(UserError, match=r"--protect .*few.txt: few has 1 of the 16 prompts"):
         find.find_direction(chat, writers, sets, Measuring.of(protect=str(path)))
     with pytest.raises(UserError, match="--protect and --method rdo do not go together"):
         find.find_direction(chat, writers, sets, Measuring.of(protect=str(path), method="rdo"))
