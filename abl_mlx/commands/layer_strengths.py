@@ -28,7 +28,7 @@ from convert.base.errors import UsageError
 NEAR = 0.15
 
 #: The strength, the same in every layer, that is tried where whole replies choose the direction.
-WEAKER = 0.85
+WEAKER = 0.9
 
 #: Why the strengths are what they are, for the record.
 BY_TRIMMING = "strengths of each layer by gradients of both"
