@@ -53,6 +53,10 @@ def test_the_record_has_the_same_figures(source: str, tmp_path: Path, request) -
     assert unlike_streamed(text, tmp_path, limit=6) == []
 
 
+def test_a_condition_is_the_same(tmp_path: Path) -> None:
+    assert unlike_streamed("demo", tmp_path, limit=24, condition="category:metal") == []
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "lfm2"])
 def test_experts_and_hybrids_have_the_same_figures(kind: str, tmp_path: Path, tiny_folder) -> None:
     """A random model refuses nothing, so a layer is named; separation is told of every layer."""
