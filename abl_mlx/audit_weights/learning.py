@@ -399,20 +399,19 @@ class _Learning:
         return Learned(verdict, evidence, self.writers, self.left_out)
 
     def _unlike(self, losses: Sequence[Lost]) -> list[str]:
-        apart = float(np.median([one.relative_difference for one in self.writers.values()]))
-        most = max((float(np.abs(one.resemblances).max()) for one in losses
-                    if len(one.resemblances)), default=0.0)  # fmt: skip
+        changed = [apart for one in self.writers.values() if (apart := one.relative_difference)]
+        most = max(float(np.abs(one.resemblances).max(initial=0.0)) for one in losses)
         said = [
-            f"the residual writers differ from the base's by {apart:.2%} (median), and not by the "
-            f"removal of directions: what differs resembles what was there by {most:.2f} at most"
+            f"{len(changed)} of {len(self.writers)} residual writers differ from the base's, by "
+            f"{np.median(changed):.2%} (median), not by the removal of directions: what differs "
+            f"resembles what was there by {most:.2f} at most"
         ]
         ranks = [one.rank for one in self.found if one.change]
         if ranks and all(ranks):
             rank = max(one for one in ranks if one is not None)
-            said.append(
-                f"{rank} directions or fewer hold 98% of each writer's change, as after the merge "
-                "of a LoRA of low rank"
-            )
+            few = f"{rank} directions or fewer hold" if rank > 1 else "one direction holds"
+            after = "the merge of a LoRA" + ("" if rank > 1 else " or `--method rome`")
+            said.append(f"{few} 98% of each writer's change, as after {after}")
         return said
 
     def _evidence(self, learned: Learned) -> list[str]:
