@@ -81,8 +81,8 @@ def removed(w: np.ndarray, direction: np.ndarray, how: How) -> np.ndarray:
     made = w - how.strength * np.outer(direction, direction @ w)
     if how.kept != "none":
         axis = 1 if how.kept == "rows" else 0
-        made *= np.linalg.norm(w, axis=axis, keepdims=True)
-        made /= np.linalg.norm(made, axis=axis, keepdims=True)
+        before, after = (np.linalg.norm(one, axis=axis, keepdims=True) for one in (w, made))
+        made *= before / after
     return made
 
 

@@ -25,6 +25,7 @@ from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.models.chat_model import load
 from abl_mlx.models.writers import find_writers
 from tests.support import tiny
+from tests.support.real_models import SMOLLM2, real_model
 
 D = 256
 ENDS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
@@ -382,6 +383,41 @@ def test_strengths_that_fall_from_a_peak_say_who_chooses_them(floor: bool) -> No
     random = list(np.random.default_rng(0).uniform(0.2, 1.2, 30))
     assert habits.peak(random, floor=floor) is None
     assert habits.peak([1.0] * 30, floor=floor) is None
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("kept", ["none", "rows"])
+def test_strengths_that_fall_from_peaks_in_a_real_model(tmp_path: Path, kept: str) -> None:
+    """A script with Heretic's kernels on 30 layers, which also keeps norms or does not."""
+    conversion.convert(str(real_model(SMOLLM2)), tmp_path / "packed")
+    mlx_lm.convert(str(tmp_path / "packed"), str(tmp_path / "base"), dequantize=True)
+    u = subspace(1, 576)
+
+    def strength(name: str) -> float:
+        at, distance, most, least = (
+            (17.3, 11.2, 1.21, 0.4) if "o_proj" in name else (21.8, 14.6, 0.93, 0.12)
+        )
+        away = abs(by_layer(name) - at) / distance
+        return most + away * (least - most) if away <= 1 and by_layer(name) >= 0 else 0.0
+
+    def change(w: np.ndarray, name: str) -> np.ndarray:
+        edited = removed(w, u, strength(name))
+        was, now = (np.linalg.norm(one, axis=1, keepdims=True) for one in (w, edited))
+        return edited * was / np.maximum(now, 1e-12) if kept == "rows" else edited
+
+    edited = script(tmp_path / "base", tmp_path / "edited", change)
+    out = tmp_path / "edit.safetensors"
+    record = learn.learn(str(tmp_path / "base"), str(edited), out)
+    assert (record.verdict, record.rank, record.norm) == ("edited", 1, kept)
+    found = np.array(direction_file.read(out).selected)
+    assert abs(float(found[0] @ u[0])) > 0.99999
+    far = [
+        abs((one.strength or 0.0) * one.edited - strength(name))
+        for name, one in record.writers.items()
+    ]
+    assert max(far) < 0.005
+    said = "at layer 17.3, falling to 0.42" if kept == "none" else "`abl-mlx --norm rows`"
+    assert said in record.evidence[-1]
 
 
 def test_readers_are_not_taken_for_writers(tmp_path: Path) -> None:
