@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from abl_mlx.behaviour import kept_refusals
@@ -55,6 +55,7 @@ class FrontReplies:
     staying: Staying | None = None
     behaviours: Behaviours | None = None
     generated: int = 0
+    _asked: dict[int, Asked] = field(default_factory=dict)
 
     def of(
         self, trials: Sequence[Trial], first: Trial, enough: Callable[[float], bool]
@@ -75,6 +76,23 @@ class FrontReplies:
         if self.staying is not None and all(one.trial is not first for one in asked):
             asked.append(self._ask(first))
         return sorted(asked, key=lambda one: one.trial.screened.kl)
+
+    def openings_of_answers(self, trials: Sequence[Trial], prompts: int) -> float:
+        """The share of replies that open like refusals under the first edit, though they are none.
+
+        First tokens may mislead: "I" opens refusals and answers alike. Where the edit that was
+        chosen before the search leaves more such openings than the target allows, it replies.
+
+        Args:
+            trials: those that were tried; the first one is that edit.
+            prompts: the number of prompts of which a trial has the first tokens.
+
+        Returns:
+            The share; 0 if the replies do not meet the target, or if there is no need to ask.
+        """
+        if not trials or meets(trials[0].screened.refused, prompts, self.target):
+            return 0.0
+        return trials[0].screened.refused if self._ask(trials[0]).ends else 0.0
 
     @property
     def aimed_at(self) -> str:
@@ -104,6 +122,13 @@ class FrontReplies:
         return found
 
     def _ask(self, trial: Trial) -> Asked:
+        """What a trial replies; it is asked once."""
+        known = self._asked.get(id(trial))
+        if known is None:
+            known = self._asked[id(trial)] = self._replied(trial)
+        return known
+
+    def _replied(self, trial: Trial) -> Asked:
         edit = self.edit_for(trial.parameters)
         refused, broken, ends = self._ended(trial, edit)
         kept = self._kept(edit)

@@ -194,7 +194,14 @@ class Search:
             promising = self._promising()
             parent = promising[int(len(promising) * random.random() ** 2)]
             parameters = self._expected(parent, parent.screened.refusal, random)
-        return parameters if self.space.changes_something(parameters) else self.space.uniform()
+        if not self.space.changes_something(parameters):
+            parameters = self.space.uniform()
+        # At the edge of its ranges a good edit would be tried again and again.
+        for _ in range(NEIGHBOURS):
+            if all(parameters != one.parameters for one in self.trials):
+                break
+            parameters = self.space.neighbour(parameters, random)
+        return parameters
 
     def _polished(self, number: int, random: np.random.Generator) -> dict[str, Any] | None:
         """A small step from the trial with the lowest KL that leaves hardly any refusals.
@@ -342,15 +349,19 @@ def improve(
     given = [] if file is None else [starts.read(file, len(chat.layers)).parameters(space)]
     journal = Journal(how.searching.search_journal, identity(chat, first, space, how, given))
     replies = _replies(chat, writers, screen, edit_for, prompts, encoded, how)
+    tried: list[Trial] = []
 
     def enough(share: float) -> bool:
         if replies.target_figure is not None:
             return share * screen.before <= replies.target_figure
-        return meets(share, len(encoded.harmful), replies.target)
+        if meets(share, len(encoded.harmful), replies.target):
+            return True
+        return share <= replies.openings_of_answers(tried, len(encoded.harmful))
 
     search = Search(
-        screen, space, edit_for, journal, enough, how.finding.max_kl, how.prompting.seed, given
-    )
+        screen, space, edit_for, journal, enough, how.finding.max_kl, how.prompting.seed, given,
+        trials=tried,
+    )  # fmt: skip
     generated_most = sum(len(asked) * most for asked, most in replies.questions)
     search.seen = seen or search.seen
     say(_announced(search, trials, minutes, generated_most))

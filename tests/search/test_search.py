@@ -19,11 +19,13 @@ from abl_mlx.directions.selection import refusal_scores
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs import prompts, sources
+from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import chat_model
 from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import find_writers
 from abl_mlx.search import loop, pareto, polish, screening, survivors
+from abl_mlx.search.front_replies import FrontReplies
 from abl_mlx.search.journal import Journal
 from abl_mlx.search.space import DEFAULT, Space, kernel
 from abl_mlx.search.survivors import Asked, ask_survivors, choose, meets
@@ -328,6 +330,15 @@ def test_large_steps_of_the_front_are_aimed_at():
     assert aims[0.9] == pytest.approx((1.6 * 0.04) ** 0.5)
 
 
+def test_no_edit_is_tried_twice(monkeypatch):
+    """A small step that ends at the edge of the ranges would lead there every other time."""
+    space = space_of()
+    monkeypatch.setattr(polish, "step", lambda *given: space.even(1.0))
+    screen = MadeUp(space)
+    screen.search().run(40)
+    assert all(one not in screen.seen[:place] for place, one in enumerate(screen.seen))
+
+
 # --- what is asked for replies -------------------------------------------------------------------
 
 
@@ -381,6 +392,26 @@ def test_what_fails_by_replies_hides_no_other_trial():
         return Asked(one, 0.0 if passes else 0.1, 0.0, passes)
 
     assert choose(ask_survivors([*fooling, *honest, *far], ask)).trial is honest[0]
+
+
+@pytest.mark.parametrize(
+    ("opened", "refused", "left", "asked"), [(0.1, 0.0, 0.1, 1), (0.1, 0.5, 0.0, 1), (0.0, 0, 0, 0)]
+)
+def test_openings_of_answers_count_as_none(opened, refused, left, asked):
+    """Where the first edit leaves openings of refusals, its replies tell what these are."""
+    seen = []
+
+    class Replying:
+        def ask(self, edit, prompts, most):
+            seen.append(edit)
+            return refused, 0.0, 24
+
+    questions = [([Prompt("a")] * 64, 24)]
+    replies = FrontReplies(Replying(), lambda given: given, questions, 0.05)
+    trials = [trial(0.03, 0.1, opened), trial(0.01, 0.2, 0.4)]
+    for _ in range(2):
+        assert replies.openings_of_answers(trials, 42) == left
+    assert len(seen) == asked
 
 
 def test_without_any_that_meets_the_target_the_fewest_refusals_win_and_broken_ones_count():
