@@ -26,6 +26,10 @@ LOW, _DOUBT_OF_NEXT = 0.01, 0.1
 #: Least number of writers of a layer, and layers that have a sentence of evidence of their own.
 _LEAST, _SHOWN = 2, 3
 
+#: A layer is not judged if it writes so little along some direction because of its dimensions, as
+#: where more than half of them were pruned.
+_UNUSED = 1e-9
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -51,12 +55,12 @@ class Layer:
     @property
     def empty(self) -> bool:
         """Whether only an edit leaves so little."""
-        return self.most <= min(_EMPTY, _OF_NEXT * self.following)
+        return self.most < min(_EMPTY, _OF_NEXT * self.following)
 
     @property
     def doubtful(self) -> bool:
         """Whether it is less than chance leaves."""
-        return self.most <= min(LOW, _DOUBT_OF_NEXT * self.following)
+        return self.most < min(LOW, _DOUBT_OF_NEXT * self.following)
 
     def planted(self, energies: np.ndarray) -> Layer:
         """The layer if the writers held these energies along another direction, (N,)."""
@@ -64,7 +68,7 @@ class Layer:
 
 
 def weakest(forms: Forms, layers: Sequence[int]) -> list[Layer]:
-    """The weakest direction of each layer that has two writers or more.
+    """The weakest direction of each layer that has two writers or more, and uses its dimensions.
 
     Args:
         forms: the energies of all writers.
@@ -77,8 +81,12 @@ def weakest(forms: Forms, layers: Sequence[int]) -> list[Layer]:
         if len(inside) < _LEAST:
             continue
         held = np.tensordot(1 / forms.units[inside], forms.held[inside], 1)
+        alone = forms.alone[inside].sum(axis=0)
+        values = np.linalg.eigvalsh(alone)
+        if values[0] <= _UNUSED * values[-1]:
+            continue
         # The least vᵀ held v / vᵀ alone v, by whitening.
-        white = np.linalg.inv(np.linalg.cholesky(forms.alone[inside].sum(axis=0)))
+        white = np.linalg.inv(np.linalg.cholesky(alone))
         turned = white.T @ np.linalg.eigh(white @ held @ white.T)[1][:, :2]
         turned /= np.linalg.norm(turned, axis=0)
         energies = forms.energies(turned)

@@ -327,6 +327,11 @@ def without_dimensions(w):
     return w
 
 
+def without_most_dimensions(w):
+    """Of the layers' writers; the embedding has more lines."""
+    return w * (np.arange(len(w)) >= 160)[:, None] if w.shape[1] <= 512 else w
+
+
 def without_the_weakest(w):
     u, s, v = np.linalg.svd(w, full_matrices=False)
     return (u[:, :-1] * s[:-1]) @ v[:-1]
@@ -336,6 +341,7 @@ CONTROLS = {
     "a merged LoRA": lora,
     "pruned dimensions": without_dimensions,
     "centred": lambda w: w - w.mean(axis=0),
+    "most dimensions pruned": without_most_dimensions,
     "a null direction of each writer's own": without_the_weakest,
 }
 
