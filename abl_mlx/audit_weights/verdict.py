@@ -170,7 +170,8 @@ def judge(
     takes_part = along < low
     layers = _layers(along, writers, takes_part)
     recovered = _in_stream(energies, strongest)
-    strength = _strength((along / energies.means)[takes_part])
+    of_means = _of_means(along, energies.means)
+    strength = _strength(of_means[takes_part])
     if single:
         evidence = single_layers.evidence(single, strength)
     else:
@@ -200,16 +201,31 @@ def judge(
             for (limits, one), v in zip(tests, verdicts, strict=True)
         },
         not_seen_below=unseen,
-        writers={
-            one.name: AuditedWriter(energy=float(e), of_mean=float(e / mean), type=one.type)
-            for one, e, mean in zip(writers, along, energies.means, strict=True)
-        },
+        writers=_figures(writers, along, of_means),
     ), recovered
+
+
+def _of_means(along: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """The writers' energies as shares of their mean ones; NaN for a writer of zeros."""
+    return np.divide(along, means, out=np.full(along.shape, np.nan), where=means > 0)
+
+
+def _figures(
+    writers: Sequence[StreamWeight], along: np.ndarray, of_means: np.ndarray
+) -> dict[str, AuditedWriter]:
+    """What the record says of each writer."""
+    return {
+        one.name: AuditedWriter(
+            energy=float(energy), of_mean=None if np.isnan(share) else float(share), type=one.type
+        )
+        for one, energy, share in zip(writers, along, of_means, strict=True)
+    }
 
 
 def _strength(left: np.ndarray) -> float:
     """α of a removal that left these shares of writers' energies."""
-    return float(np.clip(1 - np.sqrt(max(float(np.median(left)), 0.0)), 0, 1)) if left.size else 0.0
+    known = left[~np.isnan(left)]
+    return float(np.clip(1 - np.sqrt(max(np.median(known), 0.0)), 0, 1)) if known.size else 0.0
 
 
 def _searched(energies: Energies) -> tuple[list[tuple[Limits, Gap]], set[str]]:

@@ -192,7 +192,8 @@ class AuditedWriter(Part):
     Attributes:
         energy: its energy along the direction, relative to that along directions in which all
             writers are weak.
-        of_mean: its energy along the direction, relative to its mean energy over directions.
+        of_mean: its energy along the direction, relative to its mean energy over directions; None
+            if it holds nothing at all.
         type: of its weights.
         relative_difference: norm of the difference from the base's weights, relative to their norm.
         types: the type in the base model and in the model.
