@@ -135,10 +135,13 @@ def _between(
     top = min((place for place, one in found.items() if one.meets), default=len(trials))
     most = GENTLER * trials[top].screened.kl if top < len(trials) else math.inf
     bottom = max((place for place in found if place < top), default=-1)
+    # Where first tokens call none good enough, they mislead, and replies alone decide.
+    told = any(enough(one.screened.refused) for one in trials)
     inside = [
         place
         for place in range(bottom + 1, top)
-        if enough(trials[place].screened.refused) and trials[place].screened.kl <= most
+        if (enough(trials[place].screened.refused) or not told)
+        and trials[place].screened.kl <= most
     ]
     points = [(trials[place].screened.kl, trials[place].screened.refusal) for place in inside]
     return [inside[number] for number in front(points)]

@@ -361,6 +361,19 @@ def test_the_gentlest_edit_that_meets_the_target_is_asked(count, border):
     assert choose(asked).trial is trials[border]
 
 
+def test_where_first_tokens_call_none_good_replies_alone_decide():
+    trials = [
+        trial(kl=0.001 * 1.1**place, refusal=1 / (place + 1), refused=0.1) for place in range(40)
+    ]
+
+    def ask(one):
+        passes = one.screened.kl >= 0.001 * 1.1**22.5
+        return Asked(one, 0.0 if passes else 0.5, 0.0, passes)
+
+    asked = ask_survivors(trials, ask, lambda share: share == 0)
+    assert choose(asked).trial is trials[23]
+
+
 def test_the_trials_that_are_asked_cover_the_front():
     """Six have nearly its whole area, as many as are wanted are the front itself."""
     trials = [
