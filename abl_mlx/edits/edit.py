@@ -15,7 +15,7 @@ import numpy as np
 from abl_mlx.edits import projection
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import READERS, Writer
-from abl_mlx.support.arrays import numpy_of
+from abl_mlx.support.arrays import HALVES, numpy_of
 from convert.base import halves
 from convert.base.errors import UserError
 from convert.base.grids import Grid
@@ -351,7 +351,7 @@ def rounded(
         exact: float32, the result of `target`.
         dtype: the float type to round to.
     """
-    kind = _HALVES.get(dtype)
+    kind = HALVES.get(dtype)
     if kind is None:
         return exact.astype(dtype)  # float32 holds the edit
     basis, axis = numpy_of(edit.basis(writer)), edit.axis(writer, parameter)
@@ -376,9 +376,6 @@ def rounded(
     projection.in_lines(lines, axis, wanted, bits)
     return mx.array(bits).view(dtype)
 
-
-#: The float types in which an edit is not kept without care.
-_HALVES = {mx.float16: "F16", mx.bfloat16: "BF16"}
 
 # How often the shift is corrected; further corrections gain little.
 _FLOAT_ROUNDS = 3

@@ -68,10 +68,14 @@ def meets(share: float, prompts: int, target: float) -> bool:
     return count == 0 or wilson(count, prompts, FOUR_IN_FIVE)[1] <= target
 
 
+def _any(share: float) -> bool:
+    return True
+
+
 def ask_survivors(
     trials: Sequence[Trial],
     ask: Callable[[Trial], Asked],
-    enough: Callable[[float], bool] = lambda _: True,
+    enough: Callable[[float], bool] = _any,
     most: int = MOST_ASKED,
 ) -> list[Asked]:
     """Let at most ``most`` trials generate replies, so as to find the best one and see the front.
@@ -91,12 +95,14 @@ def ask_survivors(
         What was asked, by rising KL.
     """
     trials = sorted(trials, key=lambda one: one.screened.kl)
+    # First tokens that call none good enough mislead: then replies alone decide.
+    told = any(enough(one.screened.refused) for one in trials)
     found: dict[int, Asked] = {}
     with progress(most, "replies of the front", "edit") as bar:
         for place in spread(trials, max(1, most // 2)):
             found[place] = ask(trials[place])
             bar.update()
-        while len(found) < most and (left := _between(trials, found, enough)):
+        while len(found) < most and (left := _between(trials, found, enough if told else _any)):
             place = left[len(left) // 2]
             found[place] = ask(trials[place])
             bar.update()
@@ -135,13 +141,10 @@ def _between(
     top = min((place for place, one in found.items() if one.meets), default=len(trials))
     most = GENTLER * trials[top].screened.kl if top < len(trials) else math.inf
     bottom = max((place for place in found if place < top), default=-1)
-    # Where first tokens call none good enough, they mislead, and replies alone decide.
-    told = any(enough(one.screened.refused) for one in trials)
     inside = [
         place
         for place in range(bottom + 1, top)
-        if (enough(trials[place].screened.refused) or not told)
-        and trials[place].screened.kl <= most
+        if enough(trials[place].screened.refused) and trials[place].screened.kl <= most
     ]
     points = [(trials[place].screened.kl, trials[place].screened.refusal) for place in inside]
     return [inside[number] for number in front(points)]

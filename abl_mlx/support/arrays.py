@@ -30,14 +30,14 @@ def numbers(array: mx.array) -> list[Any]:
 
 def numpy_of(array: mx.array) -> np.ndarray:
     """An array of floats as float32 in NumPy, which does not have bfloat16: a copy."""
-    kind = _HALVES.get(array.dtype)
+    kind = HALVES.get(array.dtype)
     if kind is None:
         return np.array(array.astype(mx.float32))
     return halves.widened(np.array(array.view(mx.uint16), copy=False), kind)
 
 
-#: Types of 16 bits, which MLX converts slowly on a CPU.
-_HALVES = {mx.float16: "F16", mx.bfloat16: "BF16"}
+#: Float types of 16 bits, which MLX converts slowly on a CPU -> their names in `halves`.
+HALVES = {mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
 def parameters(module: nn.Module) -> list[tuple[str, mx.array]]:

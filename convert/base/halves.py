@@ -59,4 +59,4 @@ def narrowed(values: np.ndarray, kind: str) -> np.ndarray:
 
 def _rows(values: np.ndarray) -> np.ndarray:
     """The array with two axes; a copy only where its memory is not in order."""
-    return values.reshape(-1, values.shape[-1])
+    return np.ascontiguousarray(values).reshape(-1, values.shape[-1])

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from convert.base import halves
 from convert.base.errors import UserError
 from convert.base.grids import FloatGrid, Grid, in_chunks
 
@@ -241,20 +242,12 @@ class FloatCodec:
     def _read(self, raw: np.ndarray) -> np.ndarray:
         if self.type == GGMLQuantizationType.F32:
             return np.array(raw.view("<f4"), dtype=np.float32)
-        if self.type == GGMLQuantizationType.F16:
-            return raw.view("<f2").astype(np.float32)
-        return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return halves.widened(raw.view(np.uint16), self.type.name)
 
     def _write(self, numbers: np.ndarray) -> np.ndarray:
         if self.type == GGMLQuantizationType.F32:
             return numbers.astype("<f4").view(np.uint8)
-        if self.type == GGMLQuantizationType.F16:
-            with np.errstate(over="ignore"):
-                return numbers.astype("<f2").view(np.uint8)
-        bits = numbers.view(np.uint32)
-        # Half of the last kept bit is added; with finite float32 that cannot overflow 32 bits.
-        bits = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-        return (bits >> np.uint32(16)).astype("<u2").view(np.uint8)
+        return halves.narrowed(numbers, self.type.name).view(np.uint8)
 
 
 def check_rows(

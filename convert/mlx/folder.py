@@ -20,7 +20,7 @@ from convert.base.errors import OPTION, UserError
 from convert.mlx.finite import all_finite
 from convert.mlx.safetensors_files import INDEX, TensorFiles, TensorInfo, type_size
 
-#: A function from a tensor's float32 values to the edited ones, of the same shape.
+#: A function from a tensor's values, of any float type, to the edited ones, of the same shape.
 TensorEdit = Callable[[mx.array], mx.array]
 
 #: Name of a float type in safetensors and GGUF -> MLX's dtype.
