@@ -30,7 +30,7 @@ from gguf import GGMLQuantizationType
 
 from abl_mlx import __version__
 from abl_mlx.edits import projection
-from abl_mlx.edits.edit import Edit, leak
+from abl_mlx.edits.edit import Edit, leak_read
 from abl_mlx.edits.slabs import Slab
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs import folder_quantized, gguf_plan
@@ -123,9 +123,12 @@ def of_gguf(kind: GGMLQuantizationType, edit: Edit, a_byte: float, a_step: float
 
     new = edited()
 
+    def both(rows: slice, columns: slice) -> Any:
+        piece = Slab(rows, columns)
+        return [gguf_plan.weights_of(gguf_plan.read(raw, kind, piece)) for raw in (old, new)]
+
     def leaked() -> Any:
-        both = (gguf_plan.weights_of(gguf_plan.read(raw, kind, whole)) for raw in (old, new))
-        return leak(one.edit, one.writer, one.parameter, *both)
+        return leak_read(one.edit, one.writer, one.parameter, both, whole.shape)
 
     assert leaked().value < 0.002
     ggmls = None
@@ -150,8 +153,15 @@ def of_mlx(name: str, edit: Edit, a_byte: float, a_step: float) -> Speed:
 
     new = edited()
 
+    def both(rows: slice, columns: slice) -> Any:
+        def part(one: np.ndarray) -> np.ndarray:
+            width = one.shape[1]
+            return one[rows, columns.start * width // COLUMNS : columns.stop * width // COLUMNS]
+
+        return [codec.decode(Rows(*map(part, raw[:3]))) for raw in (old, new)]
+
     def leaked() -> Any:
-        return leak(one.edit, one.writer, one.parameter, codec.decode(old), codec.decode(new))
+        return leak_read(one.edit, one.writer, one.parameter, both, (ROWS, COLUMNS))
 
     assert leaked().value < 0.002
     read = sum(part.nbytes for part in old if part is not None) / values.size

@@ -42,8 +42,8 @@ def orthonormal(directions: mx.array) -> mx.array:
         raise UserError("a direction is zero or not finite: it points nowhere.") from None
 
 
-#: Weights as an array of floats or as a grid.
-Values = mx.array | np.ndarray | Grid
+#: Weights as an array of floats.
+Values = mx.array | np.ndarray
 
 #: (layer, number) of heads or experts.
 Pairs = frozenset[tuple[int, int]]
@@ -427,18 +427,36 @@ def leak(edit: WeightEdit, writer: Writer, parameter: str, source: Values, writt
         source: its values before the edit.
         written: its values as read back from the output.
     """
-    source, written = (numpy_of(one) if isinstance(one, mx.array) else one
-                       for one in (source, written))  # fmt: skip
+    before, after = (numpy_of(one) if isinstance(one, mx.array) else one
+                     for one in (source, written))  # fmt: skip
     basis, axis = numpy_of(edit.basis(writer)), edit.axis(writer, parameter)
     if edit.norm == "none" or parameter == "bias":
-        return _removal_leak(edit, writer, axis, projection.compare(basis, source, written, axis))
-    before, after = (one.values() if isinstance(one, Grid) else one for one in (source, written))
+        return _removal_leak(edit, writer, axis, projection.compare(basis, before, after, axis))
     wanted = exact(edit, writer, parameter, before)
     # Keeping the norms of rows undoes a part of the removal; that part counts as missing.
     aim = wanted if edit.norm != "rows" else _projected(edit, writer, before, axis)
     missing = projection.along(basis, after - aim, axis)
     taken = _taken(edit, writer, parameter, before, wanted)
     return Leak(*map(projection.square, (missing, taken, after - wanted, wanted)))
+
+
+def leak_read(
+    edit: WeightEdit, writer: Writer, parameter: str, pair: projection.Pair, shape: tuple[int, int]
+) -> Leak:
+    """The leak of a matrix that is read in pieces.
+
+    Args:
+        edit, writer, parameter: as for `target`.
+        pair: reads some rows and columns before the edit and from the output; see
+            `projection.compare_read`.
+        shape: (R, n).
+    """
+    if edit.norm == "none":
+        basis, axis = numpy_of(edit.basis(writer)), edit.axis(writer, parameter)
+        return _removal_leak(edit, writer, axis, projection.compare_read(basis, pair, shape, axis))
+    both = pair(slice(0, shape[0]), slice(0, shape[1]))
+    before, after = (one.values() if isinstance(one, Grid) else one for one in both)
+    return leak(edit, writer, parameter, before, after)
 
 
 def _removal_leak(edit: WeightEdit, writer: Writer, axis: int, found: projection.Compared) -> Leak:

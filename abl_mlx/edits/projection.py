@@ -57,13 +57,20 @@ def _along_grid(basis: np.ndarray, grid: Grid, axis: int) -> np.ndarray:
 
     k, (rows, n) = len(basis), grid.shape
     out = np.empty((rows, k) if axis == -1 else (k, n), np.float32)
-    arguments = (basis, *of_grid(grid), out)
+    arguments = (basis, *of_grid(grid))
     if axis == -1:
-        in_chunks(lambda p: kernels.grid_across(*arguments, p.start, p.stop), rows, n)
+        in_chunks(lambda p: kernels.grid_across(*arguments, out, p.start, p.stop), rows, n)
     else:
-        least = min(rows, CHUNK // 512)
-        in_chunks(lambda p: kernels.grid_down(*arguments, p.start, p.stop), n, least)
+        strip = -(-_STRIP // grid.group) * grid.group
+        in_chunks(
+            lambda p: kernels.grid_down(*arguments, strip, out, p.start, p.stop),
+            -(-n // strip), min(rows, CHUNK // strip) * strip,
+        )  # fmt: skip
     return out
+
+
+# Columns that are summed together.
+_STRIP = 512
 
 
 def of_grid(grid: Grid) -> tuple[Any, ...]:
@@ -165,7 +172,7 @@ class Compared:
     """What is compared of a matrix before and after an edit.
 
     Attributes:
-        before, after: its components, as `along` gives them.
+        before, after: its components, in the shape that `along` gives.
         moved: Σ (w' − w)².
         squares: Σ w².
     """
@@ -176,35 +183,66 @@ class Compared:
     squares: float
 
 
-def compare(
-    basis: np.ndarray, old: np.ndarray | Grid, new: np.ndarray | Grid, axis: int
-) -> Compared:
-    """Compare two arrays of weights, w and w'; two grids in one pass over their codes.
+def compare(basis: np.ndarray, old: np.ndarray, new: np.ndarray, axis: int) -> Compared:
+    """Compare two float32 arrays of weights, w and w'.
 
     Args:
         basis: the directions, (k, d).
-        old, new: float32, or grids of matrices (R, n).
+        old, new: w and w', as for `along`.
         axis: the axis of the residual stream.
     """
-    if not (isinstance(old, Grid) and isinstance(new, Grid)):
-        first, second = (one.values() if isinstance(one, Grid) else one for one in (old, new))
-        found = along(basis, first, axis), along(basis, second, axis)
-        moved: list[float] = []
-        in_lines(lambda one, other: moved.append(square(other - one)), axis, first, second)
-        return Compared(*found, math.fsum(moved), square(first))
+    found = along(basis, old, axis), along(basis, new, axis)
+    moved: list[float] = []
+    in_lines(lambda one, other: moved.append(square(other - one)), axis, old, new)
+    return Compared(*found, math.fsum(moved), square(old))
+
+
+#: Weights w and w' of some rows and columns of two matrices: float32, or grids.
+Pair = Callable[[slice, slice], tuple[np.ndarray | Grid, np.ndarray | Grid]]
+
+
+def compare_read(basis: np.ndarray, pair: Pair, shape: tuple[int, int], axis: int) -> Compared:
+    """Compare two matrices that are decoded in pieces, which stay in the CPU's cache.
+
+    Args:
+        basis: the directions, (k, d).
+        pair: reads both matrices; it is called in several threads. The columns that it is asked
+            for begin at a multiple of 512.
+        shape: (R, n).
+        axis: the axis of the residual stream.
+    """
+    basis = _plain(basis)
+    k, (rows, n) = len(basis), shape
+    if axis == -1:
+        sums = np.zeros((2 * k + 2, rows), np.float64)
+        whole = slice(0, n)
+        in_chunks(lambda p: _add(basis, *pair(p, whole), axis, sums[:, p]), rows, n)
+        return Compared(sums[:k].T, sums[k:-2].T, math.fsum(sums[-2]), math.fsum(sums[-1]))
+    sums = np.zeros((2 * k + 2, n), np.float64)
+
+    def down(columns: slice) -> None:
+        for top in range(0, rows, CHUNK // _STRIP):
+            some = slice(top, min(rows, top + CHUNK // _STRIP))
+            _add(_plain(basis[:, some]), *pair(some, columns), axis, sums[:, columns])
+
+    in_chunks(down, n, CHUNK // _STRIP)
+    return Compared(sums[:k], sums[k:-2], math.fsum(sums[-2]), math.fsum(sums[-1]))
+
+
+def _add(
+    basis: np.ndarray, old: np.ndarray | Grid, new: np.ndarray | Grid, axis: int, sums: np.ndarray
+) -> None:
+    """Add the components of w and w' and the squares of w' − w and w, of each line, to sums."""
     from abl_mlx.edits import projection_kernels as kernels
 
-    basis = _plain(basis)
-    k, (rows, n) = len(basis), old.shape
-    lines = rows if axis == -1 else n
-    shape = (rows, k) if axis == -1 else (k, n)
-    before, after = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    sums = np.zeros((2, lines), np.float64)
-    work = kernels.both_across if axis == -1 else kernels.both_down
-    arguments = (basis, of_grid(old), of_grid(new), before, after, sums)
-    width = n if axis == -1 else min(rows, CHUNK // 512)
-    in_chunks(lambda part: work(*arguments, part.start, part.stop), lines, width)
-    return Compared(before, after, math.fsum(sums[0]), math.fsum(sums[1]))
+    if isinstance(old, Grid) and isinstance(new, Grid):
+        work = kernels.both_across if axis == -1 else kernels.both_down
+        work(basis, of_grid(old), of_grid(new), sums)
+        return
+    one, other = (part.values() if isinstance(part, Grid) else part for part in (old, new))
+    found = [along(basis, part, axis) for part in (one, other)]
+    sums[:-2] += np.concatenate([part.T if axis == -1 else part for part in found])
+    sums[-2:] += squares(other - one, axis), squares(one, axis)
 
 
 def orthonormal(directions: np.ndarray) -> np.ndarray:

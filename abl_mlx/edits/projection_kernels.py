@@ -70,57 +70,59 @@ def across(basis, values, out, first, last):
 
 
 @compiled()
-def grid_values(codes, scales, offsets, group, uniform, levels, first, values):
-    """The weights of a part of a row of a grid: scale · level + offset, from column ``first`` on.
+def grid_values(codes, scales, offsets, group, uniform, levels, values):
+    """The weights of some groups of a row of a grid: scale · level + offset.
+
+    Views of arrays and steps of loops over groups would take longer than the arithmetic, so each
+    place is computed from its group's first.
 
     Args:
-        codes, scales, offsets: of the whole row; ``offsets`` may be empty.
+        codes, scales, offsets: of the groups; ``offsets`` may be empty.
         uniform: whether levels are whole numbers in a row.
-        values: (width,), the result.
+        values: the result, as long as ``codes``.
     """
-    last, low = first + values.shape[0], levels[0]
-    start = first
-    while start < last:
-        block = start // group
-        stop = min(last, block * group + group)
-        scale = scales[block]
-        part, found = codes[start:stop], values[start - first : stop - first]
+    low, shifted = levels[0], offsets.shape[0] > 0
+    for block in range(scales.shape[0]):
+        scale, first = scales[block], block * group
+        offset = offsets[block] if shifted else F(0)
         if uniform:
-            for j in range(part.shape[0]):
-                found[j] = scale * (F(part[j]) + low)
+            for j in range(group):
+                values[first + j] = scale * (F(codes[first + j]) + low) + offset
         else:
-            for j in range(part.shape[0]):
-                found[j] = scale * levels[part[j]]
-        if offsets.shape[0]:
-            offset = offsets[block]
-            for j in range(part.shape[0]):
-                found[j] += offset
-        start = stop
+            for j in range(group):
+                values[first + j] = scale * levels[codes[first + j]] + offset
 
 
 @compiled()
-def grid_down(basis, codes, scales, offsets, group, uniform, levels, out, first, last):
-    """`down` of the weights of a grid, to the same bits."""
+def grid_down(basis, codes, scales, offsets, group, uniform, levels, strip, out, first, last):
+    """`down` of the weights of a grid, to the same bits, for strips of columns.
+
+    Args:
+        strip: columns in a strip: whole groups.
+        first, last: the strips.
+    """
     k, d = basis.shape
-    part, total = np.empty((k, _WIDTH), F), np.empty((k, _WIDTH), np.float64)
-    row = np.empty(_WIDTH, F)
-    for start in range(first, last, _WIDTH):
-        width = min(_WIDTH, last - start)
+    part, total = np.empty((k, strip), F), np.empty((k, strip), np.float64)
+    row = np.empty(strip, F)
+    for start in range(first * strip, min(last * strip, codes.shape[1]), strip):
+        stop = min(start + strip, codes.shape[1])
+        left, right = start // group, stop // group
+        values = row[: stop - start]
         total[:] = 0
         for top in range(0, d, _BLOCK):
             part[:] = 0
             for i in range(top, min(d, top + _BLOCK)):
-                values = row[:width]
-                grid_values(codes[i], scales[i], offsets[i], group, uniform, levels, start, values)
+                grid_values(codes[i, start:stop], scales[i, left:right], offsets[i, left:right],
+                            group, uniform, levels, values)  # fmt: skip
                 for a in range(k):
-                    u, sums = basis[a, i], part[a]
-                    for j in range(width):
-                        sums[j] += u * values[j]
+                    u = basis[a, i]
+                    for j in range(values.shape[0]):
+                        part[a, j] += u * values[j]
             for a in range(k):
-                for j in range(width):
+                for j in range(values.shape[0]):
                     total[a, j] += part[a, j]
         for a in range(k):
-            for j in range(width):
+            for j in range(values.shape[0]):
                 out[a, start + j] = total[a, j]
 
 
@@ -129,79 +131,58 @@ def grid_across(basis, codes, scales, offsets, group, uniform, levels, out, firs
     """`across` of the weights of a grid, to the same bits."""
     row = np.empty((1, codes.shape[1]), F)
     for i in range(first, last):
-        grid_values(codes[i], scales[i], offsets[i], group, uniform, levels, 0, row[0])
+        grid_values(codes[i], scales[i], offsets[i], group, uniform, levels, row[0])
         across(basis, row, out[i : i + 1], 0, 1)
 
 
 @compiled()
-def _add_up(u, old, new, before, after):
-    """Add u w and u w' to sums."""
-    for j in range(old.shape[0]):
-        before[j] += u * old[j]
-        after[j] += u * new[j]
-
-
-@compiled()
-def _add_squares(old, new, moved, squares):
-    """Add (w' − w)² and w² to sums in float32, over a few rows or a part of a row."""
-    for j in range(old.shape[0]):
-        step = new[j] - old[j]
-        moved[j] += step * step
-        squares[j] += old[j] * old[j]
-
-
-@compiled()
-def both_down(basis, old, new, before, after, sums, first, last):
-    """`grid_down` of two grids in one pass, with Σ (w' − w)² and Σ w² of each column.
+def both_down(basis, old, new, sums):
+    """Sums over the rows of two grids, w and w', to be added up over other rows.
 
     Args:
+        basis: (k, R), for the R rows of the grids.
         old, new: codes, scales, offsets, group, uniformity and levels of each grid.
-        before, after: (k, n), the results of `grid_down`.
-        sums: float64 (2, n), the squares.
+        sums: float64 (2k + 2, n), to which Σ u w, Σ u w', Σ (w' − w)² and Σ w² of each column are
+            added.
     """
     k, d = basis.shape
-    parts = np.empty((2 * k + 2, _WIDTH), F)
-    totals, rows = np.empty((2 * k + 2, _WIDTH), np.float64), np.empty((2, _WIDTH), F)
-    for start in range(first, last, _WIDTH):
-        width = min(_WIDTH, last - start)
-        one, other = rows[0, :width], rows[1, :width]
-        totals[:] = 0
-        for top in range(0, d, _BLOCK):
-            parts[:] = 0
-            for i in range(top, min(d, top + _BLOCK)):
-                grid_values(old[0][i], old[1][i], old[2][i], old[3], old[4], old[5], start, one)
-                grid_values(new[0][i], new[1][i], new[2][i], new[3], new[4], new[5], start, other)
-                for a in range(k):
-                    _add_up(basis[a, i], one, other, parts[a], parts[k + a])
-                _add_squares(one, other, parts[2 * k], parts[2 * k + 1])
-            for a in range(2 * k + 2):
-                part, total = parts[a], totals[a]
-                for j in range(width):
-                    total[j] += part[j]
-        for a in range(k):
-            before[a, start : start + width] = totals[a, :width]
-            after[a, start : start + width] = totals[k + a, :width]
-        sums[:, start : start + width] = totals[2 * k :, :width]
+    n = sums.shape[1]
+    parts = np.empty((2 * k + 2, n), F)
+    one, other = np.empty(n, F), np.empty(n, F)
+    for top in range(0, d, _BLOCK):
+        parts[:] = 0
+        for i in range(top, min(d, top + _BLOCK)):
+            grid_values(old[0][i], old[1][i], old[2][i], old[3], old[4], old[5], one)
+            grid_values(new[0][i], new[1][i], new[2][i], new[3], new[4], new[5], other)
+            for a in range(k):
+                u = basis[a, i]
+                for j in range(n):
+                    parts[a, j] += u * one[j]
+                    parts[k + a, j] += u * other[j]
+            for j in range(n):
+                step = other[j] - one[j]
+                parts[2 * k, j] += step * step
+                parts[2 * k + 1, j] += one[j] * one[j]
+        for a in range(2 * k + 2):
+            for j in range(n):
+                sums[a, j] += parts[a, j]
 
 
 @compiled()
-def both_across(basis, old, new, before, after, sums, first, last):
-    """`both_down` along rows: (R, k), and squares (2, R)."""
-    n = basis.shape[1]
-    rows, parts = np.empty((2, n), F), np.empty((2, _BLOCK), F)
-    for i in range(first, last):
-        one, other = rows[0], rows[1]
-        grid_values(old[0][i], old[1][i], old[2][i], old[3], old[4], old[5], 0, one)
-        grid_values(new[0][i], new[1][i], new[2][i], new[3], new[4], new[5], 0, other)
-        across(basis, rows[:1], before[i : i + 1], 0, 1)
-        across(basis, rows[1:], after[i : i + 1], 0, 1)
-        parts[:] = 0
-        for start in range(0, n, _BLOCK):
-            stop = min(n, start + _BLOCK)
-            _add_squares(one[start:stop], other[start:stop], parts[0], parts[1])
-        for lane in range(_BLOCK):
-            sums[0, i] += np.float64(parts[0, lane])
-            sums[1, i] += np.float64(parts[1, lane])
+def both_across(basis, old, new, sums):
+    """`both_down` along rows; ``sums`` is (2k + 2, R)."""
+    k, n = basis.shape
+    one, other, step, lanes = np.empty(n, F), np.empty(n, F), np.empty(n, F), np.empty(_BLOCK, F)
+    for i in range(sums.shape[1]):
+        grid_values(old[0][i], old[1][i], old[2][i], old[3], old[4], old[5], one)
+        grid_values(new[0][i], new[1][i], new[2][i], new[3], new[4], new[5], other)
+        for j in range(n):
+            step[j] = other[j] - one[j]
+        for a in range(k):
+            sums[a, i] += dot(basis[a], one, lanes)
+            sums[k + a, i] += dot(basis[a], other, lanes)
+        sums[2 * k, i] += dot(step, step, lanes)
+        sums[2 * k + 1, i] += dot(one, one, lanes)
 
 
 @compiled()

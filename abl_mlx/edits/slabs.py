@@ -59,6 +59,19 @@ class Slab:
     rows: slice
     columns: slice
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, n)."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    def part(self, rows: slice, columns: slice) -> Slab:
+        """Some of its rows and columns, counted from its first."""
+        top, left = self.rows.start, self.columns.start
+        return Slab(
+            slice(top + rows.start, top + rows.stop),
+            slice(left + columns.start, left + columns.stop),
+        )
+
 
 def slabs(shape: tuple[int, ...], axis: int, block: int) -> Iterator[Slab]:
     """Cover a tensor with slabs of about `SLAB` weights, expert by expert, in file order.

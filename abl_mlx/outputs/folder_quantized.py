@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from abl_mlx.edits import rounding
-from abl_mlx.edits.edit import Leak, leak, rounded
+from abl_mlx.edits.edit import Leak, leak_read, rounded
 from abl_mlx.edits.slabs import Slab, exact_edit, sample, slabs
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import Writer
@@ -228,9 +228,13 @@ def compare(before: TensorFiles, after: TensorFiles, one: MatrixEdit) -> Leak:
     """The leak of one matrix, from the source's and the output's files."""
     total = Leak()
     for slab in slabs(one.old.shape, one.axis, _cut(one)):
-        old = one.old.read(before, slab.rows, slab.columns)
-        part, new = one.part(slab), _written(after, one, slab)
-        total += leak(part.edit, part.writer, part.parameter, old, new)
+
+        def pair(rows: slice, columns: slice, slab: Slab = slab) -> tuple[Grid, np.ndarray | Grid]:
+            piece = slab.part(rows, columns)
+            return one.old.read(before, piece.rows, piece.columns), _written(after, one, piece)
+
+        part = one.part(slab)
+        total += leak_read(part.edit, part.writer, part.parameter, pair, slab.shape)
         one.old.release(before)
         for name in one.tensors():
             after.release(name)

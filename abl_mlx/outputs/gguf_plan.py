@@ -5,6 +5,7 @@ A slab is edited at a time, so memory is bounded by the slab and the tensor's by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +15,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from abl_mlx.edits import rounding
-from abl_mlx.edits.edit import Leak, leak, rounded, stream_axis
+from abl_mlx.edits.edit import Leak, leak_read, rounded, stream_axis
 from abl_mlx.edits.leak import Details
-from abl_mlx.edits.slabs import SLAB, Slab, exact_edit, sample, slabs
+from abl_mlx.edits.projection import Pair
+from abl_mlx.edits.slabs import Slab, exact_edit, sample, slabs
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.from_gguf import writer_of
 from abl_mlx.models.writers import Writer
@@ -24,7 +26,7 @@ from abl_mlx.outputs.folder_plan import TensorEdit
 from convert.architectures.gguf_writers import GgufWriter
 from convert.base.codebooks import CodebookGrid
 from convert.base.errors import UserError
-from convert.base.grids import FloatGrid, Grid
+from convert.base.grids import CHUNK, FloatGrid, Grid
 from convert.gguf import ggml, ggml_types, near_scales
 from convert.gguf.file import GgufSource
 from convert.gguf.quantize import Quantization
@@ -382,16 +384,24 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> tuple[Lea
     cut = max(_block(entry.type)[0], _block(written.type)[0])
     old, new = before.raw(one.name), after.raw(one.name)
     same = entry.type == written.type
-    total, codes, weights = Leak(), 0, 0
+    total, counts = Leak(), []
+
+    def pair(slab: Slab) -> Pair:
+        def read_both(rows: slice, columns: slice) -> tuple[np.ndarray | Grid, np.ndarray | Grid]:
+            piece = slab.part(rows, columns)
+            first, second = read(old, entry.type, piece), read(new, written.type, piece)
+            if same and isinstance(first, Grid | CodebookGrid):
+                counts.append((first.changed(second), math.prod(first.shape)))
+            return weights_of(first), weights_of(second)
+
+        return read_both
+
     for slab in slabs(entry.shape, axis, cut):
-        first, second = read(old, entry.type, slab), read(new, written.type, slab)
         part = one.part(slab)
-        total += leak(part.edit, part.writer, part.parameter, weights_of(first), weights_of(second))
-        if same and isinstance(first, Grid | CodebookGrid):
-            codes += first.changed(second)
-            weights += first.shape[0] * first.shape[1]
+        total += leak_read(part.edit, part.writer, part.parameter, pair(slab), slab.shape)
         before.release(one.name)
         after.release(one.name)
+    codes, weights = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
     changed = bytes_changed(old, new) if same else None
     before.release(one.name)
     after.release(one.name)
@@ -401,7 +411,7 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> tuple[Lea
 
 def bytes_changed(old: np.ndarray, new: np.ndarray) -> int:
     """The number of bytes that differ between two arrays of one shape, (R, bytes per row)."""
-    step = max(1, SLAB // max(1, old.shape[1]))
+    step = max(1, CHUNK // max(1, old.shape[1]))
     return sum(
         int(np.count_nonzero(old[start : start + step] != new[start : start + step]))
         for start in range(0, len(old), step)

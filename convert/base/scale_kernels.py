@@ -22,8 +22,8 @@ _BETTER = F(0.999)
 def nearest_whole(x, low, high):
     """The whole number nearest to x, between low and high."""
     q = np.floor(x + F(0.5))
-    q = q if q >= low else low
-    return q if q <= high else high
+    q = q if q > low else low
+    return q if q < high else high
 
 
 @compiled()
@@ -57,7 +57,7 @@ def _costs(weights, heft, inverse, offset, low, high, cost):
         for b in range(row.shape[0]):
             f = _distance((row[b] - offset[b]) * inverse[b], low, high)
             rest = F(1) - f
-            rest = rest if rest >= f else f
+            rest = rest if rest > f else f
             cost[b] += hefts[b] * (f * rest)
 
 
@@ -69,7 +69,7 @@ def _worst(weights, inverse, offset, low, high, worst):
         row = weights[j]
         for b in range(row.shape[0]):
             f = _distance((row[b] - offset[b]) * inverse[b], low, high)
-            worst[b] = worst[b] if worst[b] >= f else f
+            worst[b] = worst[b] if worst[b] > f else f
 
 
 @compiled()

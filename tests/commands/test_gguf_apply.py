@@ -16,9 +16,9 @@ from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.cli.main import cli
 from abl_mlx.commands import measure_apply
 from abl_mlx.demo import MODEL_PATH
+from abl_mlx.edits import slabs
 from abl_mlx.inputs import prompts
 from abl_mlx.inputs.sources import resolve_gguf
-from abl_mlx.outputs import gguf_plan
 from convert.base.errors import UserError
 from convert.gguf import ggml_types
 from convert.gguf.file import GgufSource
@@ -248,17 +248,20 @@ def test_split_files_in_split_files_out(quantized, direction, tmp_path):
     assert ask(written[0], limit=8)["harmful_refusal_rate"] == 0
 
 
-def test_slabs_give_the_same_bytes(quantized, direction, tmp_path, monkeypatch):
-    """Memory is bounded by the slab; its size must not show in the result, but where a line's
-    tolerance, which is taken over the slab, lets it stop at another code."""
-    source = quantized(Q.Q4_K)
-    measure_apply.apply(direction, str(source), [tmp_path / "a.gguf"], ApplyOptions())
-    monkeypatch.setattr(gguf_plan, "SLAB", 1 << 16)
-    record = measure_apply.apply(direction, str(source), [tmp_path / "b.gguf"], ApplyOptions())
-    assert record["leak"]["total"] <= 0.001
-    with GgufSource(tmp_path / "a.gguf") as first, GgufSource(tmp_path / "b.gguf") as second:
-        for name in record["written"][0]["leak"]["tensors"]:
-            assert np.mean(first.raw(name) == second.raw(name)) > 0.98
+def test_small_slabs_serve_as_well(quantized, direction, tmp_path, monkeypatch):
+    """Memory is bounded by the slab. Codes depend a little on its size, because lines compensate
+    errors of earlier ones in it, but neither the leak nor the error of the weights may."""
+    source, errors, bytes_of = quantized(Q.Q4_K), [], []
+    for name, size in (("a.gguf", slabs.SLAB), ("b.gguf", 1 << 16)):
+        monkeypatch.setattr(slabs, "SLAB", size)
+        record = measure_apply.apply(direction, str(source), [tmp_path / name], ApplyOptions())
+        assert record["leak"]["total"] <= 0.001
+        tensors = record["written"][0]["leak"]["tensors"]
+        errors.append(np.array([one["weight_error"] for one in tensors.values()]))
+        with GgufSource(tmp_path / name) as written:
+            bytes_of.append(np.array(written.raw("token_embd.weight")))
+    assert np.all(np.abs(errors[1] / errors[0] - 1) < 0.03)
+    assert 0.8 < np.mean(bytes_of[0] == bytes_of[1]) < 1
 
 
 def test_the_own_grid_needs_no_ggml(quantized, direction, tmp_path, monkeypatch):

@@ -4,10 +4,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Q
 
-from abl_mlx.edits.edit import Edit, leak, orthonormal, rounded, target, total_leak
+from abl_mlx.edits.edit import (
+    Edit,
+    leak,
+    leak_read,
+    orthonormal,
+    rounded,
+    target,
+    total_leak,
+)
+from abl_mlx.edits.slabs import Slab
 from abl_mlx.models.writers import Writer
+from abl_mlx.outputs import gguf_plan
 from convert.base.errors import UserError
+from convert.gguf import ggml_types
 
 RNG = np.random.default_rng(0)
 D, N, V, E = 48, 32, 100, 3
@@ -124,6 +136,45 @@ def test_bfloat16_keeps_the_edit(kind, shape, k):
     assert plain.value > (0.003 if k == 1 else 0.001)
     assert ours.value < 0.001
     assert ours.error < 1.05 * plain.error
+
+
+@pytest.mark.parametrize("kind", [Q.Q6_K, Q.Q4_K, Q.IQ4_XS, None], ids=str)
+@pytest.mark.parametrize(("name", "norm"), [("linear", "none"), ("embedding", "none"),
+                                            ("linear", "columns")])  # fmt: skip
+def test_leak_of_a_matrix_that_is_read_in_pieces(name, norm, kind):
+    """Pieces of a file's blocks, or of plain floats, and more of them than one."""
+    shape = (600, 768)
+    read = [RNG.normal(size=shape).astype(np.float32) for _ in range(2)]
+    read[1] = read[0] + 0.03 * read[1]
+    grids = read if kind is None else [ggml_types.fresh(one, kind) for one in read]
+    before, after = (one if kind is None else one.values() for one in grids)
+    before, after = before.astype(np.float64), after.astype(np.float64)
+    axis = -2 if name == "linear" else -1
+    directions = RNG.normal(size=(2, shape[axis])).astype(np.float32)
+    u = unit(directions)
+    edit, asked = Edit(mx.array(directions), 0.7, norm=norm), []
+
+    def pair(rows, columns):
+        asked.append((rows, columns))
+        if kind is None:
+            return [one[rows, columns] for one in read]
+        raw = [one.frame for one in grids]
+        return [gguf_plan.read(one, kind, Slab(rows, columns)) for one in raw]
+
+    found = leak_read(edit, writer(name), "weight", pair, shape)
+    projected = u.T @ (u @ before) if axis == -2 else (before @ u.T) @ u
+    wanted = before - 0.7 * projected
+    if norm == "columns":
+        wanted *= np.linalg.norm(before, axis=0) / np.linalg.norm(wanted, axis=0)
+    else:
+        assert len(asked) > 1
+
+    def along(weights):
+        return np.linalg.norm(u @ weights if axis == -2 else weights @ u.T)
+
+    assert found.value == pytest.approx(along(after - wanted) / along(before - wanted), rel=1e-4)
+    error = np.linalg.norm(after - wanted) / np.linalg.norm(wanted)
+    assert found.error == pytest.approx(error, rel=1e-4)
 
 
 def test_total_leak_weighs_tensors_by_what_was_removed():
