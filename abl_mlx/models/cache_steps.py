@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mlx_lm.models import cache
-
 #: The number of tokens by which a cache grows.
 STEP = 32
 
@@ -25,6 +23,8 @@ _inside: list[None] = []
 @contextmanager
 def small_steps() -> Iterator[None]:
     """Context manager in which all caches grow by `STEP` tokens."""
+    from mlx_lm.models import cache
+
     kinds: list[Any] = [
         kind for kind in vars(cache).values() if isinstance(kind, type) and "step" in vars(kind)
     ]

@@ -31,7 +31,7 @@ from convert.base.errors import UserError
 from convert.base.foreign import foreign
 from convert.base.hf_config import read_config
 from convert.base.hf_counts import check_counts
-from convert.mlx import on_cpu, other_quantization, packed
+from convert.mlx import on_cpu, other_quantization
 from convert.mlx.finite import all_finite
 from convert.mlx.gemma2_window import give_window
 from convert.mlx.safetensors_files import TensorFiles
@@ -253,9 +253,11 @@ def _made(
         with foreign(f"{adapter} could not be applied to {folder}"):
             load_adapters(model, str(adapter))
     if computes_on_cpu():
+        from convert.mlx.packed_modules import hold
+
         if sum(value.size for _, value in parameters(model)) <= _WIDENED:
             model.set_dtype(mx.float32)
-        packed.hold(model, lazy=lazy)
+        hold(model, lazy=lazy)
     return model, config
 
 

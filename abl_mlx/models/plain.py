@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from abl_mlx.models import heads, sweeps
 from abl_mlx.models.chat_model import ChatModel
@@ -49,6 +48,8 @@ class Plain:
         Raises:
             UserError: when mlx-lm cannot run the model.
         """
+        from mlx_lm.models.cache import make_prompt_cache
+
         model, whole = self._chat.model, mx.array([list(tokens)], mx.int32)
         counts, layers = [0] * len(self._chat.layers), self._chat.layers
 

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from abl_mlx.models import heads, sweeps
 from abl_mlx.models.cache_steps import small_steps
@@ -40,6 +39,8 @@ class Prefix:
             tokens: the common first tokens, possibly none.
             cached: whether the model runs with a cache even if there are no such tokens.
         """
+        from mlx_lm.models.cache import make_prompt_cache
+
         self.length = len(tokens)
         self._model = chat.model
         self._layers = chat.layers

@@ -26,7 +26,7 @@ from abl_mlx.models import sweeps
 from abl_mlx.models.hooks import around, around_method
 from abl_mlx.support.arrays import parameters
 from convert.base.errors import UserError
-from convert.mlx.packed import Packed, PackedEmbedding, PackedSwitchLinear
+from convert.mlx.packed import Packed, PackedEmbedding
 
 # The number of tokens of a pass: enough for every mask, window and router to have an effect.
 _TOKENS = 16
@@ -461,7 +461,7 @@ def _packed_shape(module: Packed, args: tuple[Any, ...]) -> tuple[int, ...]:
     first = tuple(args[0].shape)
     if isinstance(module, PackedEmbedding):
         return (*first, module.shape[-1])
-    if isinstance(module, PackedSwitchLinear):
+    if len(module.shape) == 3:
         batch = np.broadcast_shapes(first[:-2], tuple(args[1].shape))
         return (*batch, first[-2], module.shape[-2])
     return (*first[:-1], module.shape[-2])

@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from abl_mlx.edits import projection
 from abl_mlx.edits.edit import Leak
@@ -195,20 +194,20 @@ def _adding(one: LowRank, scale: float) -> Around:
     return wrapper
 
 
-_KINDS = {
-    "linear": (nn.Linear, nn.QuantizedLinear),
-    "experts": (SwitchLinear, QuantizedSwitchLinear),
-    "embedding": (nn.Embedding, nn.QuantizedEmbedding),
-}
-
-
 def check_module(writer: Writer) -> None:
     """Check that mlx-lm has a LoRA for the writer's kind of module.
 
     Raises:
         UserError: naming the module, when it has none.
     """
-    if not isinstance(writer.module, _KINDS[low_rank_kind(writer)]):
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds = {
+        "linear": (nn.Linear, nn.QuantizedLinear),
+        "experts": (SwitchLinear, QuantizedSwitchLinear),
+        "embedding": (nn.Embedding, nn.QuantizedEmbedding),
+    }
+    if not isinstance(writer.module, kinds[low_rank_kind(writer)]):
         raise UserError(
             f"{writer.path} is a {type(writer.module).__name__}, for which mlx-lm has no LoRA: "
             "write an edited model instead of an adapter."

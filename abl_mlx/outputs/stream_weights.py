@@ -164,17 +164,17 @@ def of_gguf(gguf: GgufSource) -> StreamWeights:
 def _mlx_paths(gguf: GgufSource) -> tuple[dict[str, str], set[str]]:
     """Tensor -> path of its module in mlx-lm's model; and the tensors with reordered columns."""
     try:
-        layout = gguf_to_mlx.layout(gguf)
+        _, weights = gguf_to_mlx.described(gguf)
     except UserError:
         return {}, set()
     paths = {
         name: _plain(places[0].removesuffix(".weight"))
-        for name, places in layout.places().items()
+        for name, places in gguf_to_mlx.places(weights).items()
         if len(places) == 1
     }
     moved = {
         piece.tensor
-        for weight in layout.weights.values()
+        for weight in weights.values()
         for piece in weight.pieces
         if piece.columns is not None or piece.rows is not None or weight.change is not None
     }

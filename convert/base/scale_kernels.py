@@ -32,7 +32,7 @@ def finite_inverse(scale):
     return F(1) / scale if abs(scale) >= _LEAST else F(0)
 
 
-@compiled()
+@compiled(inline=True)
 def _distance(x, low, high):
     """How far x is from the nearest whole number between low and high."""
     return abs(x - nearest_whole(x, low, high))
@@ -61,7 +61,7 @@ def _costs(weights, heft, inverse, offset, low, high, cost):
             cost[b] += hefts[b] * (f * rest)
 
 
-@compiled()
+@compiled(inline=True)
 def _worst(weights, inverse, offset, low, high, worst):
     """The largest distance of a group's weights from a level, in steps."""
     worst[:] = 0
@@ -81,7 +81,7 @@ def _place(base, step, scale_steps, offset_steps, scale, inverse, offset):
         offset[b] = base[1, b] + F(offset_steps[b]) * step[1, b]
 
 
-@compiled()
+@compiled(inline=True)
 def _try(move, start, weights, heft, base, step, limits, low, high, best, chosen, tried, scratch):
     """Move the scales and offsets of those groups that gain by these numbers of steps.
 
@@ -152,7 +152,8 @@ def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, f
             start = chosen if moves[m, 2] else own
             _try(moves[m], start, weights, heft, base, step, limit, low, high, best, chosen, tried,
                  scratch)  # fmt: skip
-        found[0, i], found[1, i] = chosen[0], chosen[1]
+        for b in range(blocks):  # numba takes a second to assign a slice
+            found[0, i, b], found[1, i, b] = chosen[0, b], chosen[1, b]
         _place(base, step, chosen[0], chosen[1], scale, inverse, offset)
         _worst(weights, inverse, offset, low, high, cost)
         for b in range(blocks):

@@ -17,17 +17,19 @@ from convert.gguf_to_mlx.folder import (
     write_folder,
 )
 from convert.gguf_to_mlx.memory import Loaded, load
-from convert.gguf_to_mlx.parameters import Layout, layout
+from convert.gguf_to_mlx.parameters import Layout, described, layout, places
 
 __all__ = [
     "DTYPES",
     "FolderReport",
     "Layout",
     "Loaded",
+    "described",
     "drafting",
     "fill_folder",
     "layout",
     "load",
+    "places",
     "read_back",
     "write_folder",
 ]

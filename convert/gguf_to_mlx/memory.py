@@ -18,7 +18,7 @@ from convert.gguf.file import GgufSource
 from convert.gguf_to_mlx.parameters import Layout, layout, shape_of
 from convert.gguf_to_mlx.values import can_move, joined, moved_slabs, raw_slabs, type_of, values_of
 from convert.mlx import on_cpu as on_cpu_functions
-from convert.mlx import packed, packed_forms, types
+from convert.mlx import packed_forms, types
 
 _Q = GGMLQuantizationType
 
@@ -96,7 +96,9 @@ def load(
     if on_cpu:
         on_cpu_functions.install()
         if widen:
-            packed.hold(found.model)
+            from convert.mlx.packed_modules import hold  # lazily: it brings mlx-lm
+
+            hold(found.model)
     if instead is None:
         for name, value in parameters_of(found.model):
             _check_finite(name, value, source)
@@ -193,7 +195,9 @@ def _module(
     arrays = {key: mx.array(value) for key, value in parts.items()}
     if kind == _Q.BF16:
         arrays["codes"] = arrays["codes"].view(mx.bfloat16)
-    return packed.packed_module(like, form, arrays, shape, bias)
+    from convert.mlx.packed_modules import packed_module  # lazily: it brings mlx-lm
+
+    return packed_module(like, form, arrays, shape, bias)
 
 
 def _native(

@@ -38,12 +38,17 @@ class Layout:
     modules: dict[str, nn.Module]
 
     def places(self) -> dict[str, list[str]]:
-        """GGUF tensor -> paths of the parameters that take values from it."""
-        found: dict[str, list[str]] = {}
-        for path, weight in self.weights.items():
-            for piece in weight.pieces:
-                found.setdefault(piece.tensor, []).append(path)
-        return found
+        """`places` of its weights."""
+        return places(self.weights)
+
+
+def places(weights: Mapping[str, Weight]) -> dict[str, list[str]]:
+    """GGUF tensor -> paths of the parameters that take values from it."""
+    found: dict[str, list[str]] = {}
+    for path, weight in weights.items():
+        for piece in weight.pieces:
+            found.setdefault(piece.tensor, []).append(path)
+    return found
 
 
 def layout(source: GgufSource) -> Layout:
@@ -52,6 +57,21 @@ def layout(source: GgufSource) -> Layout:
     Raises:
         UserError: when the architecture is not supported, a tensor belongs to no parameter or a
             parameter has no tensor, or metadata are missing or not supported by mlx-lm.
+    """
+    config, weights = described(source)
+    name, family = source.parts[0], IN_MLX[source.architecture]
+    model = _skeleton(config, name)
+    give_window(model, config)
+    parameters = dict(tree_flatten(model.parameters()))
+    _check_complete(source, family.unused + Keys(source).drafting, weights, parameters)
+    return Layout(config, weights, model, dict(model.named_modules()))
+
+
+def described(source: GgufSource) -> tuple[dict[str, Any], dict[str, Weight]]:
+    """What config.json would hold, and parameter path -> its tensors, before mlx-lm sees them.
+
+    Raises:
+        UserError: when the architecture is not supported, or metadata are missing.
     """
     name = source.parts[0]
     if source.architecture not in IN_MLX:
@@ -67,11 +87,7 @@ def layout(source: GgufSource) -> Layout:
         if weight.path in weights:
             raise UserError(f"{name} holds {weight.path} twice: get the file again.")
         weights[weight.path] = weight
-    model = _skeleton(config, name)
-    give_window(model, config)
-    parameters = dict(tree_flatten(model.parameters()))
-    _check_complete(source, family.unused + keys.drafting, weights, parameters)
-    return Layout(config, weights, model, dict(model.named_modules()))
+    return config, weights
 
 
 def _skeleton(config: dict[str, Any], name: Path) -> nn.Module:

@@ -12,6 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from abl_mlx.cli.main import cli
+from tests.support import tiny_gguf
+from tests.support.gguf_recipes import RECIPES
 
 
 def call(*arguments):
@@ -30,6 +32,32 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stderr
     assert "Usage:" in done.stdout
+
+
+def test_work_on_a_gguf_imports_neither_mlx_lm_nor_transformers(tmp_path):
+    """They take seconds, and only a model that runs needs them."""
+    source, out = tmp_path / "tiny.gguf", tmp_path / "out.gguf"
+    tiny_gguf.write(source, RECIPES["llama"])
+    width = RECIPES["llama"].tensors["token_embd.weight"][1]
+    np.save(tmp_path / "r.npy", np.random.default_rng(0).normal(size=width).astype(np.float32))
+    commands = [
+        ["inspect", source],
+        ["apply", tmp_path / "r.npy", source, "-o", out],
+        ["diff", source, out],
+        ["audit", out],
+        ["audit", out, "--base", source],
+    ]
+    code = (
+        "import json, sys; from abl_mlx.cli.main import cli\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    cli([*arguments, '--json'], standalone_mode=False)\n"
+        "    heavy = sorted({'mlx_lm', 'transformers'} & set(sys.modules))\n"
+        "    assert not heavy, f'{arguments[0]} imports {heavy}'"
+    )
+    asked = json.dumps([[str(one) for one in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n{") == len(commands) - 1, done.stdout[:300]
 
 
 @pytest.mark.parametrize("command", ["run", "measure", "apply", "eval", "inspect"])

@@ -16,7 +16,7 @@ from convert.gguf import ggml, ggml_types
 from convert.gguf.file import GgufSource
 from convert.gguf.rewrite import Replacement, rewrite
 from convert.gguf_to_mlx import layout, load
-from convert.mlx import packed, packed_forms, types
+from convert.mlx import packed, packed_forms, packed_modules, types
 from tests.support import tiny_gguf
 from tests.support.agreement import logprobs
 from tests.support.gguf_recipes import RECIPES
@@ -147,7 +147,7 @@ def test_a_packed_model_is_the_same_model(
     with GgufSource(path) as source:
         plain = logprobs(load(source, widen=True).model, PROMPT)
         for on_cpu, native in ((True, False), (False, False), (False, True)):
-            monkeypatch.setattr(packed, "_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+            monkeypatch.setattr(packed, "runs_on_cpu", lambda on_cpu=on_cpu: on_cpu)
             small = load(source, widen=False, native=native).model
             kinds = {type(module).__name__ for _, module in small.named_modules()}
             if native and types.is_repacked(kind):
@@ -183,7 +183,7 @@ def test_a_quantized_folders_matrices_are_held_as_they_are(
             module.scales, module.biases = (
                 module[part].astype(scales) for part in ("scales", "biases")
             )
-    packed.hold(model)
+    packed_modules.hold(model)
     kinds = {type(module).__name__ for _, module in model.named_modules()}
     assert "PackedLinear" in kinds
     assert not any(kind.startswith("Quantized") for kind in kinds)

@@ -13,7 +13,7 @@ from abl_mlx.models import capture
 from abl_mlx.models.chat_model import ChatModel, load, load_lazily, skeleton
 from abl_mlx.models.writers import find_writers
 from convert.base.errors import UserError
-from convert.mlx import packed
+from convert.mlx import packed, packed_modules
 from tests.support import tiny
 
 POST_NORM = {"gemma2", "gemma3_text", "olmo2"}
@@ -181,9 +181,9 @@ def test_probing_leaves_compiling_off_where_it_is(tiny_folder, monkeypatch):
 def test_matrices_held_for_numpy_are_not_multiplied(tiny_folder, monkeypatch):
     """These compute when they are called, unlike MLX's own, so they must not be."""
     chat = load(tiny_folder("qwen3_moe"))
-    packed.hold(chat.model)
+    packed_modules.hold(chat.model)
     expected = find_writers(load_lazily(tiny_folder("qwen3_moe")))
-    for kind in (packed.PackedLinear, packed.PackedEmbedding, packed.PackedSwitchLinear):
+    for kind in (packed.PackedLinear, packed.PackedEmbedding, packed_modules.PackedSwitchLinear):
         monkeypatch.setattr(kind, "__call__", None)
     assert same(find_writers(chat), expected)
 
