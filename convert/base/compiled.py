@@ -33,10 +33,10 @@ def compiled(*, inline: bool = False) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         if inline:
-            return numba.njit(inline="always")(function)
+            return numba.njit(inline="always", error_model="numpy")(function)
 
         def made(cache: bool) -> Any:
-            return numba.njit(nogil=True, cache=cache)(function)
+            return numba.njit(nogil=True, cache=cache, error_model="numpy")(function)
 
         def kept() -> Any:
             try:

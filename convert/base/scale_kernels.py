@@ -53,12 +53,11 @@ def _costs(weights, heft, inverse, offset, low, high, cost):
     """
     cost[:] = 0
     for j in range(weights.shape[0]):
-        row, hefts = weights[j], heft[j]
-        for b in range(row.shape[0]):
-            f = _distance((row[b] - offset[b]) * inverse[b], low, high)
+        for b in range(cost.shape[0]):
+            f = _distance((weights[j, b] - offset[b]) * inverse[b], low, high)
             rest = F(1) - f
             rest = rest if rest > f else f
-            cost[b] += hefts[b] * (f * rest)
+            cost[b] += heft[j, b] * (f * rest)
 
 
 @compiled(inline=True)
@@ -66,19 +65,18 @@ def _worst(weights, inverse, offset, low, high, worst):
     """The largest distance of a group's weights from a level, in steps."""
     worst[:] = 0
     for j in range(weights.shape[0]):
-        row = weights[j]
-        for b in range(row.shape[0]):
-            f = _distance((row[b] - offset[b]) * inverse[b], low, high)
+        for b in range(worst.shape[0]):
+            f = _distance((weights[j, b] - offset[b]) * inverse[b], low, high)
             worst[b] = worst[b] if worst[b] > f else f
 
 
 @compiled()
-def _place(base, step, scale_steps, offset_steps, scale, inverse, offset):
+def _place(base, step, moved, scale, inverse, offset):
     """Scales, their inverses and offsets after moves by these numbers of steps."""
     for b in range(scale.shape[0]):
-        scale[b] = base[0, b] + F(scale_steps[b]) * step[0, b]
+        scale[b] = base[0, b] + moved[0, b] * step[0, b]
         inverse[b] = finite_inverse(scale[b])
-        offset[b] = base[1, b] + F(offset_steps[b]) * step[1, b]
+        offset[b] = base[1, b] + moved[1, b] * step[1, b]
 
 
 @compiled(inline=True)
@@ -87,23 +85,30 @@ def _try(move, start, weights, heft, base, step, limits, low, high, best, chosen
 
     Args:
         move: the numbers of steps of scale and offset.
-        start: int16 (2, B): where these steps begin.
+        start: (2, B): where these steps begin.
         best, chosen: (B,), (2, B), the results: the errors with the best moves, and these.
     """
-    scale, inverse, offset, cost = scratch
+    scale, inverse, offset, cost, gains = scratch
+    more, further = F(move[0]), F(move[1])
     for b in range(cost.shape[0]):
-        tried[0, b], tried[1, b] = start[0, b] + move[0], start[1, b] + move[1]
-    _place(base, step, tried[0], tried[1], scale, inverse, offset)
+        tried[0, b] = start[0, b] + more
+        tried[1, b] = start[1, b] + further
+    _place(base, step, tried, scale, inverse, offset)
     _costs(weights, heft, inverse, offset, low, high, cost)
+    # Without branches, so that compilers look at several groups at a time.
     for b in range(cost.shape[0]):
         k, l = tried[0, b], tried[1, b]
-        fits = limits[0, b] <= k <= limits[1, b] and limits[2, b] <= l <= limits[3, b]
-        found = cost[b] * scale[b] * scale[b]
-        if k == 0 and l == 0:
-            found *= _BETTER
-        if fits and found < best[b]:
-            best[b] = found
-            chosen[0, b], chosen[1, b] = k, l
+        beyond = max(
+            max(limits[0, b] - k, k - limits[1, b]), max(limits[2, b] - l, l - limits[3, b])
+        )
+        found = cost[b] * scale[b] * scale[b] * (_BETTER if abs(k) + abs(l) == F(0) else F(1))
+        found = F(np.inf) if beyond > F(0) else found
+        least = best[b]
+        best[b] = found if found < least else least
+        gains[b] = F(1) if found < least else F(0)
+    for which in range(2):
+        for b in range(cost.shape[0]):
+            chosen[which, b] = tried[which, b] if gains[b] > F(0) else chosen[which, b]
 
 
 @compiled()
@@ -126,35 +131,38 @@ def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, f
     n = codes.shape[1]
     blocks, k = n // group, left.shape[1]
     row, weights = np.empty(n, F), np.empty((group, blocks), F)
-    best = np.empty(blocks, F)
-    chosen, tried = np.empty((2, blocks), np.int16), np.empty((2, blocks), np.int16)
-    own = np.zeros((2, blocks), np.int16)
-    scratch = (np.empty(blocks, F), np.empty(blocks, F), np.empty(blocks, F), np.empty(blocks, F))
-    scale, inverse, offset, cost = scratch
+    base, step, limit = np.empty((2, blocks), F), np.empty((2, blocks), F), np.empty((4, blocks), F)
+    best, own = np.empty(blocks, F), np.zeros((2, blocks), F)
+    chosen, tried = np.empty((2, blocks), F), np.empty((2, blocks), F)
+    scale, inverse, offset = np.empty(blocks, F), np.empty(blocks, F), np.empty(blocks, F)
+    cost, gains = np.empty(blocks, F), np.empty(blocks, F)
+    scratch = scale, inverse, offset, cost, gains
     low, high = levels[0], levels[-1]
     for i in range(first, last):
-        base, step, limit = bases[:, i], steps[:, i], limits[:, i]
+        for b in range(blocks):  # numba takes a second to assign a slice
+            for which in range(2):
+                base[which, b], step[which, b] = bases[which, i, b], steps[which, i, b]
+            for which in range(4):
+                limit[which, b] = limits[which, i, b]
         for b in range(blocks):
-            values, part = row[b * group :], codes[i, b * group : b * group + group]
+            unit, start = base[0, b], b * group
             for j in range(group):
-                values[j] = base[0, b] * (F(part[j]) + low) + base[1, b]
+                row[start + j] = unit * (F(codes[i, start + j]) + low) + base[1, b]
         for a in range(k):
-            factor, line = left[i, a], right[a]
+            factor = left[i, a]
             for j in range(n):
-                row[j] -= factor * line[j]
-        for j in range(group):
-            line = weights[j]
-            for b in range(blocks):
-                line[b] = row[b * group + j]
+                row[j] -= factor * right[a, j]
+        for b in range(blocks):
+            for j in range(group):
+                weights[j, b] = row[b * group + j]
         best[:] = np.inf
         chosen[:] = 0
         for m in range(moves.shape[0]):
             start = chosen if moves[m, 2] else own
             _try(moves[m], start, weights, heft, base, step, limit, low, high, best, chosen, tried,
                  scratch)  # fmt: skip
-        for b in range(blocks):  # numba takes a second to assign a slice
-            found[0, i, b], found[1, i, b] = chosen[0, b], chosen[1, b]
-        _place(base, step, chosen[0], chosen[1], scale, inverse, offset)
+        _place(base, step, chosen, scale, inverse, offset)
         _worst(weights, inverse, offset, low, high, cost)
         for b in range(blocks):
+            found[0, i, b], found[1, i, b] = chosen[0, b], chosen[1, b]
             past[i, b] = cost[b] > _FAR

@@ -50,93 +50,50 @@ def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
-# Two bits of 256 weights in 64 bytes: byte i of the first 32 holds the weights i, 32 + i, 64 + i
-# and 96 + i from its lowest bits upwards; the other 32 bytes hold the other 128 weights.
-
-
-def _unpack_quarters(packed: np.ndarray, codes: np.ndarray, left: int, merge: bool = False) -> None:
-    packed = packed.reshape(len(packed), 2, 32)
-    quarters = codes.reshape(len(codes), 2, 4, 32)
-    for part in range(4):
-        bits = ((packed >> (2 * part)) & 3) << left
-        if merge:
-            quarters[:, :, part] |= bits
-        else:
-            quarters[:, :, part] = bits
-
-
-def _pack_quarters(bits: np.ndarray) -> np.ndarray:
-    quarters = bits.reshape(len(bits), 2, 4, 32)
-    packed = quarters[:, :, 0].copy()
-    for part in range(1, 4):
-        packed |= quarters[:, :, part] << (2 * part)
-    return packed.reshape(len(bits), 64)
-
-
-# One bit of 256 weights in 32 bytes: byte i holds the weights i, 32 + i, .. 224 + i.
-
-
-def _unpack_eighths(packed: np.ndarray, codes: np.ndarray, left: int) -> None:
-    eighths = codes.reshape(len(codes), 8, 32)
-    for part in range(8):
-        eighths[:, part] |= ((packed >> part) & 1) << left
-
-
-def _pack_eighths(bits: np.ndarray) -> np.ndarray:
-    eighths = bits.reshape(len(bits), 8, 32)
-    packed = eighths[:, 0].copy()
-    for part in range(1, 8):
-        packed |= eighths[:, part] << part
-    return packed
-
-
-class _Halves(GridCodec):
-    """Four bits of each code: byte i of a sub-block holds weights i (low) and half + i (high).
+class _Planes(GridCodec):
+    """A type whose codes are stored as planes of some of their bits.
 
     Attributes:
-        at: the byte of a block at which these bits begin.
-        half: bytes in a sub-block, which is half the number of its weights.
+        planes: for each, its first byte in a block; the bytes of a run; how many bits of a code it
+            has; and the lowest of these. Byte i of a run of r bytes holds the bits of the weights
+            i, r + i, 2 r + i, ... from its lowest bits upwards.
     """
 
-    at: ClassVar[int]
-    half: ClassVar[int]
+    planes: ClassVar[tuple[tuple[int, int, int, int], ...]]
 
     def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        packed, pairs = self._packed(blocks), self._pairs(codes)
-        np.bitwise_and(packed, 15, out=pairs[:, :, 0])
-        np.right_shift(packed, 4, out=pairs[:, :, 1])
+        from convert.gguf import plane_kernels as kernels  # lazily: it brings numba
+
+        eights = codes.view(np.uint64)
+        for which, (at, run, bits, left) in enumerate(self.planes):
+            words = blocks[:, at : at + self.block * bits // 8].copy()
+            kernels.unpack(words.view(np.uint64), run // 8, bits, left, which > 0, eights)
 
     def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        pairs = self._pairs(codes)
-        packed = pairs[:, :, 1] << 4
-        packed |= pairs[:, :, 0] & 15
-        used = self.block // 2
-        blocks[:, self.at : self.at + used] = packed.reshape(len(blocks), used)
+        from convert.gguf import plane_kernels as kernels  # lazily: as above
 
-    def _packed(self, blocks: np.ndarray) -> np.ndarray:
-        used = self.block // 2
-        found = blocks[:, self.at : self.at + used]
-        return found.reshape(len(blocks), used // self.half, self.half)
-
-    def _pairs(self, codes: np.ndarray) -> np.ndarray:
-        return codes.reshape(len(codes), self.block // (2 * self.half), 2, self.half)
+        eights = codes.view(np.uint64)
+        for at, run, bits, left in self.planes:
+            words = np.zeros((len(blocks), self.block * bits // 64), np.uint64)
+            kernels.pack(eights, run // 8, bits, left, words)
+            blocks[:, at : at + 8 * words.shape[1]] = words.view(np.uint8)
 
 
-class Q4_0(_Halves):
+class Q4_0(_Planes):
     """float16 d, 16 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.Q4_0, 32, _levels(*range(-8, 8))
-    at, half = 2, 16
+    planes = ((2, 16, 4, 0),)
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         return _float16(blocks, 0)
 
 
-class Q4_1(_Halves):
+class Q4_1(_Planes):
     """float16 d, float16 m, 16 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.Q4_1, 32, _levels(*range(16))
-    at, half = 4, 16
+    planes = ((4, 16, 4, 0),)
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         return _float16(blocks, 0)
@@ -145,27 +102,29 @@ class Q4_1(_Halves):
         return _float16(blocks, 2)
 
 
-class _FifthBits(_Halves):
+class _FifthBits(_Planes):
     """Low four bits as in Q4_0, and 4 bytes before them, whose bit i is weight i's fifth bit."""
-
-    half = 16
 
     def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
         super()._unpack(blocks, codes)
-        high = np.unpackbits(blocks[:, self.at - 4 : self.at], axis=1, bitorder="little")
+        high = np.unpackbits(self._high(blocks), axis=1, bitorder="little")
         high <<= 4
         codes |= high
 
     def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
         super()._pack(codes, blocks)
-        blocks[:, self.at - 4 : self.at] = np.packbits(codes >> 4, axis=1, bitorder="little")
+        self._high(blocks)[...] = np.packbits(codes >> 4, axis=1, bitorder="little")
+
+    def _high(self, blocks: np.ndarray) -> np.ndarray:
+        at = self.planes[0][0]
+        return blocks[:, at - 4 : at]
 
 
 class Q5_0(_FifthBits):
     """float16 d, 4 bytes of fifth bits, 16 bytes of low bits."""
 
     type, group, levels = GGMLQuantizationType.Q5_0, 32, _levels(*range(-16, 16))
-    at = 6
+    planes = ((6, 16, 4, 0),)
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         return _float16(blocks, 0)
@@ -175,7 +134,7 @@ class Q5_1(_FifthBits):
     """float16 d, float16 m, 4 bytes of fifth bits, 16 bytes of low bits."""
 
     type, group, levels = GGMLQuantizationType.Q5_1, 32, _levels(*range(32))
-    at = 8
+    planes = ((8, 16, 4, 0),)
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         return _float16(blocks, 0)
@@ -199,10 +158,11 @@ class Q8_0(GridCodec):
         np.bitwise_xor(codes, 0x80, out=blocks[:, 2:])
 
 
-class Q2_K(GridCodec):
+class Q2_K(_Planes):
     """16 bytes of 4-bit scales and offsets, 64 bytes of codes, float16 d, float16 dmin."""
 
     type, group, levels = GGMLQuantizationType.Q2_K, 16, _levels(*range(4))
+    planes = ((16, 32, 2, 0),)
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         return _float16(blocks, 80) * (blocks[:, :16] & 15).astype(np.float32)
@@ -210,20 +170,15 @@ class Q2_K(GridCodec):
     def _offsets(self, blocks: np.ndarray) -> np.ndarray:
         return -(_float16(blocks, 82) * (blocks[:, :16] >> 4).astype(np.float32))
 
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        _unpack_quarters(blocks[:, 16:80], codes, left=0)
 
-    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        blocks[:, 16:80] = _pack_quarters(codes & 3)
-
-
-class Q3_K(GridCodec):
+class Q3_K(_Planes):
     """32 bytes of third bits, 64 bytes of low bits, 12 bytes of 6-bit scales, float16 d.
 
     Where a weight's third bit is set, its code is 4 to 7, which means the levels 0 to 3.
     """
 
     type, group, levels = GGMLQuantizationType.Q3_K, 16, _levels(*range(-4, 4))
+    planes = ((32, 32, 2, 0), (0, 32, 1, 2))
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         low, high = blocks[:, 96:104], blocks[:, 104:108]
@@ -232,14 +187,6 @@ class Q3_K(GridCodec):
         for part in range(4):
             scales[:, 4 * part : 4 * part + 4] |= ((high >> (2 * part)) & 3) << 4
         return _float16(blocks, 108) * (scales.astype(np.float32) - np.float32(32))
-
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        _unpack_quarters(blocks[:, 32:96], codes, left=0)
-        _unpack_eighths(blocks[:, :32], codes, left=2)
-
-    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        blocks[:, 32:96] = _pack_quarters(codes & 3)
-        blocks[:, :32] = _pack_eighths(codes >> 2)
 
 
 class _SixBitScales(GridCodec):
@@ -265,64 +212,48 @@ class _SixBitScales(GridCodec):
         return numbers
 
 
-class Q4_K(_SixBitScales, _Halves):
+class Q4_K(_SixBitScales, _Planes):
     """16 bytes of scales, 128 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.Q4_K, 32, _levels(*range(16))
-    at, half = 16, 32
+    planes = ((16, 32, 4, 0),)
 
 
-class Q5_K(_SixBitScales, _Halves):
+class Q5_K(_SixBitScales, _Planes):
     """16 bytes of scales, 32 bytes of fifth bits, 128 bytes of low bits."""
 
     type, group, levels = GGMLQuantizationType.Q5_K, 32, _levels(*range(32))
-    at, half = 48, 32
-
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        super()._unpack(blocks, codes)
-        _unpack_eighths(blocks[:, 16:48], codes, left=4)
-
-    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        super()._pack(codes, blocks)
-        blocks[:, 16:48] = _pack_eighths(codes >> 4)
+    planes = ((48, 32, 4, 0), (16, 32, 1, 4))
 
 
-class Q6_K(_Halves):
+class Q6_K(_Planes):
     """128 bytes of low four bits, 64 bytes of upper two, 16 signed bytes of scales, float16 d."""
 
     type, group, levels = GGMLQuantizationType.Q6_K, 16, _levels(*range(-32, 32))
-    at, half = 0, 64
+    planes = ((0, 64, 4, 0), (128, 32, 2, 4))
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         return _float16(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
-
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        super()._unpack(blocks, codes)
-        _unpack_quarters(blocks[:, 128:192], codes, left=4, merge=True)
-
-    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        super()._pack(codes, blocks)
-        blocks[:, 128:192] = _pack_quarters(codes >> 4)
 
 
 _IQ4 = _levels(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-class IQ4_NL(_Halves):
+class IQ4_NL(_Planes):
     """float16 d, 16 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.IQ4_NL, 32, _IQ4
-    at, half = 2, 16
+    planes = ((2, 16, 4, 0),)
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         return _float16(blocks, 0)
 
 
-class IQ4_XS(_Halves):
+class IQ4_XS(_Planes):
     """float16 d, 8 six-bit scales (2 bytes of upper bits, 4 bytes of lower), 128 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.IQ4_XS, 32, _IQ4
-    at, half = 8, 16
+    planes = ((8, 16, 4, 0),)
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         scales = np.empty((len(blocks), 8), dtype=np.uint8)
@@ -339,7 +270,7 @@ _E2M1_RANK = np.searchsorted(_E2M1_LEVELS, np.array(_E2M1)).astype(np.uint8)
 _E2M1_STORED = np.array([_E2M1.index(int(level)) for level in _E2M1_LEVELS], dtype=np.uint8)
 
 
-class _Fp4(_Halves):
+class _Fp4(_Planes):
     """Weights are E2M1 numbers, stored as sign and magnitude."""
 
     levels = _E2M1_LEVELS
@@ -365,7 +296,7 @@ class MXFP4(_Fp4):
     """
 
     type, group = GGMLQuantizationType.MXFP4, 32
-    at, half = 1, 16
+    planes = ((1, 16, 4, 0),)
     _table = np.append(np.ldexp(np.float32(1), np.arange(-128, 127)), np.nan).astype(np.float32)
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
@@ -389,31 +320,29 @@ class NVFP4(_Fp4):
     """Four scales, one byte each, 32 bytes of codes."""
 
     type, group = GGMLQuantizationType.NVFP4, 16
-    at, half = 4, 8
+    planes = ((4, 8, 4, 0),)
     _table = _unsigned_e4m3()
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         return self._table[blocks[:, :4]]
 
 
-class TQ2_0(GridCodec):
+class TQ2_0(_Planes):
     """64 bytes of two-bit codes, float16 d. No quantizer writes the code 3, which would mean 2."""
 
     type, group, levels = GGMLQuantizationType.TQ2_0, 256, _levels(-1, 0, 1)
+    planes = ((0, 32, 2, 0),)
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
         return _float16(blocks, 64)
 
     def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        _unpack_quarters(blocks[:, :64], codes, left=0)
+        super()._unpack(blocks, codes)
         if codes.size and codes.max() > 2:
             raise UserError(
                 "a TQ2_0 code is 3, which is no ternary weight: the file is damaged, "
                 "download it again."
             )
-
-    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        blocks[:, :64] = _pack_quarters(codes)
 
 
 class TQ1_0(GridCodec):
