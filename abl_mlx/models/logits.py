@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from abl_mlx.models import sweeps
 from abl_mlx.models.chat_model import ChatModel
-from abl_mlx.models.distributions import normalized
-from abl_mlx.models.hooks import around
 from abl_mlx.models.plain import vocabulary
 from abl_mlx.models.prefix import Prefix
-from abl_mlx.models.residuals import replaced, residual
-from abl_mlx.models.shortcuts import LOGITS_PER_BATCH, Take, passes, trusted
+from abl_mlx.models.shortcuts import LOGITS_PER_BATCH, Take, behind, last_states, passes, trusted
 from abl_mlx.support import ranks
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import progress
@@ -80,31 +76,27 @@ def behind_last_layer(
 ) -> mx.array:
     """The result of `first_reply_token`, from the states after the last layer at the prompts' ends.
 
-    Only the part of the model after the layers runs, one token per pass. Where the output does not
-    depend on these states alone (`shortcuts.trusted`), the whole model runs.
+    Only the part of the model after the layers runs. Where the output does not depend on these
+    states alone (`shortcuts.trusted`), the whole model runs.
 
     Args:
         chat: the model.
         sequences: encoded prompts.
         states: (N, d).
     """
-    how, last = trusted(chat, sequences), len(chat.layers) - 1
+    how = trusted(chat, sequences)
     if not (how.cut and how.together):
         return first_reply_token(chat, sequences)
     nothing = Prefix(chat, [], cached=how.cached)
+    one, outputs = last_states(
+        chat, nothing, mx.zeros((1, 1), mx.int32), mx.zeros((1, 1), mx.int32)
+    )
     width = max(1, LOGITS_PER_BATCH // vocabulary(chat))
 
     def run(start: int) -> mx.array:
         given = mx.array(np.ascontiguousarray(states[start : start + width]))[:, None]
-
-        def put(call: Any, *args: Any, **kwargs: Any) -> Any:
-            output = call(*args, **kwargs)
-            taken = given.astype(residual(output, last, chat.width).dtype)
-            return replaced(output, taken)
-
-        with around([(chat.layers[last], put)]):
-            row = normalized(nothing(mx.zeros((len(given), 1), mx.int32)))[:, 0]
-            mx.eval(row)
+        row = behind(chat, given.astype(one.dtype), outputs, cached=how.cached)[:, 0]
+        mx.eval(row)
         return row
 
     starts = range(0, len(states), width)

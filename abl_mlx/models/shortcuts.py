@@ -9,7 +9,8 @@ compared once with the plain pass of single prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from abl_mlx.models import sweeps
 from abl_mlx.models.batches import TOKENS_PER_BATCH, Batch, batches
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import normalized
-from abl_mlx.models.hooks import around
+from abl_mlx.models.hooks import Around, around
 from abl_mlx.models.plain import Plain, reach, sample, vocabulary
 from abl_mlx.models.prefix import Prefix, shared
 from abl_mlx.models.residuals import replaced, residual
@@ -29,6 +30,9 @@ from abl_mlx.models.residuals import replaced, residual
 #: memory at a time. Where the last layer's output is not cut, eight times as many.
 LOGITS_PER_BATCH = 2**22
 
+
+# (indices of sequences, their log-probabilities).
+_Result = tuple[list[int], mx.array]
 
 # (index of a sequence, its log-probabilities).
 Found = list[tuple[int, mx.array]]
@@ -157,43 +161,64 @@ def passes(
             yielded is empty.
     """
     widest = max(map(len, positions))
+    streamed = sweeps.of(chat.model) is not None
 
-    def parts() -> Iterator[tuple[list[int], mx.array]]:
-        """Indices and tokens of as many prompts as logits are computed for at once."""
-        for batch in how.batches(prefix.rest(sequences)):
-            rows = _rows(chat, how, widest, batch.tokens.shape[1])
-            for start in range(0, len(batch.indices), rows):
-                some = slice(start, start + rows)
-                yield batch.indices[some], batch.tokens[some]
+    def results(batch: Batch) -> Iterator[_Result]:
+        wanted = [list(positions[index]) for index in batch.indices]
+        columns = mx.array([row + row[-1:] * (widest - len(row)) for row in wanted]) - prefix.length
+        if not how.cut:
+            logits = prefix(batch.tokens)
+            yield batch.indices, normalized(mx.take_along_axis(logits, columns[:, :, None], axis=1))
+        elif streamed:
+            yield batch.indices, _cut(chat, prefix, batch.tokens, columns)
+        else:
+            states, outputs = last_states(chat, prefix, batch.tokens, columns)
+            for some in _slices(chat, len(states), widest):
+                yield batch.indices[some], behind(chat, states[some], outputs, cached=how.cached)
 
-    def run(part: tuple[list[int], mx.array]) -> tuple[list[int], mx.array]:
-        chosen, tokens = part
-        wanted = [list(positions[index]) for index in chosen]
-        columns = mx.array([row + row[-1:] * (widest - len(row)) for row in wanted])
-        output = _at(chat, how, prefix, tokens, columns - prefix.length)
+    def taken(chosen: list[int], output: mx.array) -> _Result:
         mx.eval(output)
-        if take is not None:
-            for row, index in enumerate(chosen):
-                take(index, output[row, : len(positions[index])])
-            output = mx.zeros((len(chosen), 0))
-        return chosen, output
-
-    for chosen, output in sweeps.each(chat.model, run, parts()):
+        if take is None:
+            return chosen, output
         for row, index in enumerate(chosen):
-            yield index, output[row, : len(positions[index])]
+            take(index, output[row, : len(positions[index])])
+        return chosen, mx.zeros((len(chosen), 0))
+
+    def run(batch: Batch) -> Iterable[_Result]:
+        done = (taken(*one) for one in results(batch))
+        return list(done) if streamed else done
+
+    batches = how.batches(prefix.rest(sequences))
+    if streamed or not how.cut:  # the output head runs in the same pass
+        batches = _smaller(chat, batches, widest if how.cut else None)
+    for done in sweeps.each(chat.model, run, batches):
+        for chosen, output in done:
+            for row, index in enumerate(chosen):
+                yield index, output[row, : len(positions[index])]
 
 
-def _rows(chat: ChatModel, how: Shortcuts, widest: int, length: int) -> int:
-    """For how many rows of a batch logits are computed at once."""
-    each = vocabulary(chat) * (widest if how.cut else max(1, length // 8))
-    return max(1, LOGITS_PER_BATCH // each)
+def _smaller(chat: ChatModel, given: Iterable[Batch], widest: int | None) -> Iterator[Batch]:
+    """Batches of as many sequences as logits are computed for at once.
+
+    Args:
+        chat: the model.
+        given: the batches.
+        widest: at how many tokens of each sequence; None for all.
+    """
+    for batch in given:
+        count, length = batch.tokens.shape
+        for some in _slices(chat, count, widest or max(1, length // 8)):
+            yield Batch(batch.indices[some], batch.tokens[some], batch.lengths[some])
 
 
-def _at(
-    chat: ChatModel, how: Shortcuts, prefix: Prefix, tokens: mx.array, columns: mx.array
-) -> mx.array:
-    if not how.cut:
-        return normalized(mx.take_along_axis(prefix(tokens), columns[:, :, None], axis=1))
+def _slices(chat: ChatModel, count: int, each: int) -> Iterator[slice]:
+    """As many sequences as logits are computed for at once, at ``each`` tokens of each."""
+    rows = max(1, LOGITS_PER_BATCH // (vocabulary(chat) * each))
+    return (slice(start, start + rows) for start in range(0, count, rows))
+
+
+def _cut(chat: ChatModel, prefix: Prefix, tokens: mx.array, columns: mx.array) -> mx.array:
+    """Log-probabilities (B, K, V), where the last layer passes on its output at the columns."""
     last = len(chat.layers) - 1
 
     def cut(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -201,8 +226,72 @@ def _at(
         states = residual(output, last, chat.width)
         if states.shape[1] != tokens.shape[1]:
             return output  # the layer is run again, on states that are cut: no such positions
-        taken = mx.take_along_axis(states, columns[:, :, None], axis=1)
-        return replaced(output, taken)
+        return replaced(output, mx.take_along_axis(states, columns[:, :, None], axis=1))
 
     with around([(chat.layers[last], cut)]):
         return normalized(prefix(tokens))
+
+
+class _Enough(Exception):
+    """Ends a pass behind the last layer."""
+
+
+def last_states(
+    chat: ChatModel, prefix: Prefix, tokens: mx.array, columns: mx.array
+) -> tuple[mx.array, dict[int, Any]]:
+    """Run a model up to its last layer.
+
+    Args:
+        chat: the model.
+        prefix: the first tokens, already run.
+        tokens: (B, T), the tokens after them.
+        columns: (B, K), positions among these.
+
+    Returns:
+        The states (B, K, d) after the last layer, and each layer's output for `behind`.
+    """
+    last = len(chat.layers) - 1
+    outputs: dict[int, Any] = {}
+    found: list[mx.array] = []
+
+    def around_layer(layer: int) -> Around:
+        def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            states = residual(output, layer, chat.width)
+            outputs[layer] = replaced(output, mx.zeros((1, 1, chat.width), states.dtype))
+            if layer < last:
+                return output
+            found.append(mx.take_along_axis(states, columns[:, :, None], axis=1))
+            raise _Enough
+
+        return wrapper
+
+    pairs = [(module, around_layer(layer)) for layer, module in enumerate(chat.layers)]
+    with suppress(_Enough), around(pairs):
+        prefix(tokens)
+    mx.eval(found[0])
+    return found[0], outputs
+
+
+def behind(
+    chat: ChatModel, states: mx.array, outputs: Mapping[int, Any], *, cached: bool
+) -> mx.array:
+    """Log-probabilities (B, K, V) from states (B, K, d) after the last layer; no layer runs.
+
+    Args:
+        chat: the model.
+        states: what the last layer puts out.
+        outputs: the output of each layer, with any states.
+        cached: as of `Shortcuts`.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    def instead(layer: int) -> Around:
+        output = outputs[layer]
+        if layer == len(chat.layers) - 1:
+            output = replaced(output, states)
+        return lambda call, *args, **kwargs: output
+
+    more = {"cache": make_prompt_cache(chat.model)} if cached else {}
+    with around([(module, instead(layer)) for layer, module in enumerate(chat.layers)]):
+        return normalized(chat.model(mx.zeros(states.shape[:2], mx.int32), **more))

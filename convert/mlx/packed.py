@@ -27,6 +27,9 @@ CHUNK = 1 << 24
 _UNPACKED = 1 << 21
 """Weights that each core unpacks at a time."""
 
+_FEW = 96
+"""At most so many vectors: BLAS is faster then with the weight as its first matrix."""
+
 _LEAST = 1 << 15
 """The smallest number of weights for which another core is used."""
 
@@ -173,15 +176,26 @@ class Packed(nn.Module):
         MLX's wheel for Linux comes with the reference BLAS, which is about fifty times slower. The
         returned array is overwritten by the next product in this thread.
         """
-        n = self._form.n
+        n, few = self._form.n, len(x) <= _FEW
         product = _room.of("product", (len(x), last - first))
+        columns = np.ascontiguousarray(x.T) if few else x.T
         views = self._views()
+
+        def multiply(some: np.ndarray, to: np.ndarray) -> None:
+            """Put x someᵀ into ``to``."""
+            if not few:
+                np.matmul(x, some.T, out=to)
+                return
+            turned = _room.of("turned", (len(some), len(x)))
+            np.matmul(some, columns, out=turned)
+            to[...] = turned.T
+
         plain = views["codes"] if not self._form.bits else None
 
         def part(rows: slice) -> None:
             if plain is not None and plain.dtype == np.float32:
                 some = plain[first + rows.start : first + rows.stop]
-                np.matmul(x, some.T, out=product[:, rows])
+                multiply(some, product[:, rows])
                 return
             step = max(1, min(_UNPACKED // n, rows.stop - rows.start))
             values = _room.of("values", (step, n))
@@ -190,18 +204,20 @@ class Packed(nn.Module):
                 some = values[: stop - start]
                 codes = {name: view[first + start : first + stop] for name, view in views.items()}
                 self._form.unpack_on_cpu(codes, some)
-                np.matmul(x, some.T, out=product[:, start:stop])
+                multiply(some, product[:, start:stop])
 
         shared(part, last - first, _LEAST // n)
         return product
 
     def _views(self) -> dict[str, np.ndarray]:
-        """The arrays as NumPy views, without a copy."""
+        """The arrays as NumPy views with a row for each of the weight's, without a copy."""
         found = {}
-        for name, part in self._part(slice(None)).items():
-            mx.eval(part)
-            bits = part.dtype == mx.bfloat16
-            found[name] = np.array(part.view(mx.uint16) if bits else part, copy=False)
+        for key, value in self.items():
+            if key == "weight" or key.startswith("packed_"):
+                bits = value.dtype == mx.bfloat16
+                view = np.array(value.view(mx.uint16) if bits else value, copy=False)
+                name = "codes" if key == "weight" else key.removeprefix("packed_")
+                found[name] = view.reshape(-1, view.shape[-1])
         return found
 
 
