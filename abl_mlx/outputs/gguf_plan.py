@@ -132,10 +132,16 @@ def plan(
 
 def read(raw: np.ndarray, kind: GGMLQuantizationType, slab: Slab) -> Any:
     """A slab of a tensor's bytes as a Grid, a CodebookGrid or a FloatGrid."""
-    block, size = _block(kind)
-    bytes_of = slice(slab.columns.start // block * size, -(-slab.columns.stop // block) * size)
-    part = np.ascontiguousarray(raw[slab.rows, bytes_of], dtype=np.uint8)
+    part = np.ascontiguousarray(_bytes(raw, kind, slab), dtype=np.uint8)
     return ggml_types.codec(kind).decode(part, slab.columns.stop - slab.columns.start)
+
+
+def _bytes(raw: np.ndarray, kind: GGMLQuantizationType, slab: Slab) -> np.ndarray:
+    """The bytes of a slab, as a view of a tensor's."""
+    block, size = _block(kind)
+    return raw[
+        slab.rows, slab.columns.start // block * size : -(-slab.columns.stop // block) * size
+    ]
 
 
 def values_of(decoded: Any) -> np.ndarray:
@@ -384,7 +390,7 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> tuple[Lea
     cut = max(_block(entry.type)[0], _block(written.type)[0])
     old, new = before.raw(one.name), after.raw(one.name)
     same = entry.type == written.type
-    total, counts = Leak(), []
+    total, counts, changed = Leak(), [], 0
 
     def pair(slab: Slab) -> Pair:
         def read_both(rows: slice, columns: slice) -> tuple[np.ndarray | Grid, np.ndarray | Grid]:
@@ -399,14 +405,14 @@ def compare(before: GgufSource, after: GgufSource, one: TensorPlan) -> tuple[Lea
     for slab in slabs(entry.shape, axis, cut):
         part = one.part(slab)
         total += leak_read(part.edit, part.writer, part.parameter, pair(slab), slab.shape)
+        if same:  # here, because these bytes are in memory now
+            changed += bytes_changed(_bytes(old, entry.type, slab), _bytes(new, entry.type, slab))
         before.release(one.name)
         after.release(one.name)
     codes, weights = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
-    changed = bytes_changed(old, new) if same else None
-    before.release(one.name)
-    after.release(one.name)
     name = written.type.name if same else f"{entry.type.name} -> {written.type.name}"
-    return total, Details(codes / weights if weights else None, changed, name)
+    share = codes / weights if weights else None
+    return total, Details(share, changed if same else None, name)
 
 
 def bytes_changed(old: np.ndarray, new: np.ndarray) -> int:

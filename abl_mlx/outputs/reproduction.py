@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from abl_mlx.records.edits import (
     StoredArray,
     StoredUpdate,
 )
+from abl_mlx.support import interrupts
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.clock import Clock
 from convert.base import json_text
@@ -38,6 +40,9 @@ _MOST = 3 << 20
 
 #: With more tensors than this, one hash is of all tensors of a layer.
 _TENSORS = 1000
+
+# Bytes of a tensor that are hashed at a time; then they may leave the memory.
+_PIECE = 1 << 23
 
 _KEPT = ("recipe", "pins", "embedding_scale", "summary")
 
@@ -133,7 +138,9 @@ def _of_output(written: Written) -> OutputHashes | None:
         return None
     parts = written.facts.files
     with GgufSource(staged if not parts else staged.with_name(Path(parts[0]).name)) as gguf:
-        return _hashes(gguf.parts, list(gguf.tensors), gguf.raw, gguf.release)
+        return _hashes(
+            gguf.parts, list(gguf.tensors), lambda name: gguf.raw(name).reshape(-1), gguf.release
+        )
 
 
 def _hashes(
@@ -143,14 +150,20 @@ def _hashes(
     release: Callable[[str], None],
 ) -> OutputHashes:
     groups: dict[str, Any] = {}
-    for name in names:
-        layer = re.match(r".*?\.\d+\.", name)
-        group = layer[0].rstrip(".") if layer and len(names) > _TENSORS else name
-        digest = groups.setdefault(group, hashlib.sha256())
-        # Copied, because a view would keep the file open.
-        digest.update(bytes(read(name)))
-        release(name)
-    return OutputHashes(
-        files=file_hashes(files),
-        tensors={group: digest.hexdigest()[:16] for group, digest in groups.items()},
-    )
+
+    def tensors() -> dict[str, str]:
+        for name in names:
+            layer = re.match(r".*?\.\d+\.", name)
+            group = layer[0].rstrip(".") if layer and len(names) > _TENSORS else name
+            digest = groups.setdefault(group, hashlib.sha256())
+            for start in range(0, len(read(name)), _PIECE):
+                interrupts.check()
+                # Copied, because a view would keep the file open.
+                digest.update(bytes(read(name)[start : start + _PIECE]))
+                release(name)
+        return {group: digest.hexdigest()[:16] for group, digest in groups.items()}
+
+    # hashlib releases the interpreter lock, and the two read the same bytes at about the same time.
+    with ThreadPoolExecutor(1, "hashes") as pool:
+        by_name = pool.submit(tensors)
+        return OutputHashes(files=file_hashes(files), tensors=by_name.result())

@@ -38,7 +38,7 @@ _NEEDED = ("ggml_quantize_init", "ggml_quantize_chunk")
 _IN_GGUF_PY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 
 # Weights per call of ggml: enough to be worth a call, few enough to be spread over threads.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 def available() -> bool:

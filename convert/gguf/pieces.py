@@ -11,7 +11,9 @@ import io
 import math
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,31 +130,69 @@ def write(
         advance: called with the number of bytes just written.
     """
     copiers: dict[int, _Copier] = {}
-    for piece in pieces:
-        if isinstance(piece, New):
-            _write_new(target, piece, advance)
-        elif isinstance(piece, bytes | bytearray):
-            _write_all(target, piece)
-            advance(len(piece))
-        else:
-            if piece.part not in copiers:
-                copiers[piece.part] = _Copier(source(piece.part), target)
-            at = piece.start
-            while at < piece.end:
-                count = copiers[piece.part](at, min(piece.end - at, _COPY))
-                at += count
-                advance(count)
+    with _Writer(target, advance) as writer:
+        for piece in pieces:
+            if isinstance(piece, New):
+                _write_new(writer, piece)
+            elif isinstance(piece, bytes | bytearray):
+                writer.chunk(memoryview(piece))
+            else:
+                if piece.part not in copiers:
+                    copiers[piece.part] = _Copier(source(piece.part), target)
+                writer.range(copiers[piece.part], piece)
 
 
-def _write_new(target: int, piece: New, advance: Callable[[int], None]) -> None:
+class _Writer:
+    """Writes to the end of a file in a thread of its own, while the next chunk is made.
+
+    A context manager, at whose end everything is written. At most one chunk waits to be written,
+    because chunks are in memory; ranges are not, so any number of them may wait. An error of
+    writing is raised by the next call.
+    """
+
+    def __init__(self, target: int, advance: Callable[[int], None]) -> None:
+        self._target, self._advance = target, advance
+        self._pool = ThreadPoolExecutor(1, "writer")
+        self._waiting: deque[Future[int]] = deque()
+        self._chunk: Future[int] | None = None
+
+    def chunk(self, data: memoryview) -> None:
+        """Write bytes, which nobody changes any more."""
+        self._check(self._chunk)
+        self._chunk = self._pool.submit(_write_all, self._target, data)
+        self._waiting.append(self._chunk)
+
+    def range(self, copier: _Copier, piece: Range) -> None:
+        """Copy a range of the source."""
+        for start in range(piece.start, piece.end, _COPY):
+            work = self._pool.submit(copier.whole, start, min(piece.end, start + _COPY))
+            self._waiting.append(work)
+        self._check(None)
+
+    def _check(self, until: Future[int] | None) -> None:
+        """Report what is written by now, and wait for all up to one piece of work."""
+        while self._waiting and (self._waiting[0].done() or until in self._waiting):
+            self._advance(self._waiting.popleft().result())
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        try:
+            if raised[0] is None and self._waiting:
+                self._check(self._waiting[-1])
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _write_new(writer: _Writer, piece: New) -> None:
     expected, found = piece.replacement.nbytes, 0
     for chunk in piece.replacement.chunks():
         data = memoryview(chunk) if isinstance(chunk, bytes) else _bytes_of(chunk)
         found += len(data)
         if found > expected:
             break
-        _write_all(target, data)
-        advance(len(data))
+        writer.chunk(data)
     if found != expected:
         more = "at least " if found > expected else ""
         raise ValueError(
@@ -165,10 +205,11 @@ def _bytes_of(chunk: np.ndarray) -> memoryview:
     return np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
 
 
-def _write_all(target: int, data: bytes | bytearray | memoryview) -> None:
-    view = memoryview(data)
+def _write_all(target: int, data: memoryview) -> int:
+    view = data
     while len(view):
         view = view[os.write(target, view) :]
+    return len(data)
 
 
 class _Copier:
@@ -202,6 +243,13 @@ class _Copier:
             if len(self.ways) == 1:
                 raise UserError("the source became shorter while it was copied: start again.")
             self.ways.pop()
+
+    def whole(self, start: int, end: int) -> int:
+        """Copy all bytes from ``start`` to ``end``; return how many."""
+        at = start
+        while at < end:
+            at += self(at, end - at)
+        return end - start
 
     def _copy_file_range(self, at: int, count: int) -> int:
         return int(getattr(os, "copy_file_range")(self.source, self.target, count, at))  # noqa: B009

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Q
 
 from abl_mlx.behaviour.llamacpp import LlamaCpp
 from convert.base.errors import UserError
-from convert.gguf import file
+from convert.gguf import file, pieces
 from convert.gguf.file import GgufSource
 from convert.gguf.metadata import Metadata
 from convert.gguf.parts import part_paths
@@ -236,6 +236,66 @@ def test_a_full_disk_is_told(tmp_path: Path, model: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "sendfile", full)
     with GgufSource(model) as source, pytest.raises(UserError, match=r"out\.gguf.*No space left"):
         rewrite(source, tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_holds_one_chunk_beside_the_one_that_is_made(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, written, held = [0], [0], []
+    write_all = pieces._write_all
+
+    def counted(target: int, data: memoryview) -> int:
+        # The first bytes of each chunk say so.
+        if bytes(data[:4]) == b"here":
+            held.append(made[0] - written[0])
+            written[0] += 1
+        return write_all(target, data)
+
+    monkeypatch.setattr(pieces, "_write_all", counted)
+    with GgufSource(model) as source:
+        name = next(name for name, one in source.tensors.items() if len(one.shape) == 2)
+        rows, n = source.tensors[name].shape
+
+        def chunks() -> Iterator[bytes]:
+            for _ in range(rows):
+                made[0] += 1
+                yield b"here".ljust(4 * n, b".")
+
+        rewrite(
+            source, tmp_path / "out.gguf", tensors={name: Replacement(Q.F32, (rows, n), chunks)}
+        )
+    assert written[0] == rows > 2
+    assert max(held) <= 2
+    with GgufSource(tmp_path / "out.gguf") as out:
+        assert out.raw(name).tobytes() == rows * b"here".ljust(4 * n, b".")
+
+
+def test_a_chunk_that_cannot_be_written_stops_the_next(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, asked = os.write, []
+
+    def full(target: int, data: memoryview) -> int:
+        if bytes(data[:4]) == b"here":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(target, data)
+
+    monkeypatch.setattr(os, "write", full)
+    with GgufSource(model) as source:
+        name = next(name for name, one in source.tensors.items() if len(one.shape) == 2)
+        rows, n = source.tensors[name].shape
+
+        def chunks() -> Iterator[bytes]:
+            for row in range(rows):
+                asked.append(row)
+                yield b"here".ljust(4 * n, b".")
+
+        with pytest.raises(UserError, match=r"out\.gguf.*No space left"):
+            rewrite(
+                source, tmp_path / "out.gguf", tensors={name: Replacement(Q.F32, (rows, n), chunks)}
+            )
+    assert rows > 2 >= len(asked)
     assert not list(tmp_path.iterdir())
 
 
