@@ -203,7 +203,7 @@ def _scratch(k: int, d: int) -> tuple[np.ndarray, ...]:
         np.zeros((7, d), np.float32), np.zeros((k, d), np.float32), slope, weight,
         np.zeros(padded, np.float32), moves, moves.view(np.uint64), np.zeros(padded + 1, np.int64),
         np.zeros((3, padded), np.float32), np.zeros(LANES, np.float32), np.zeros(k, np.float32),
-        np.zeros(k, np.float32),
+        np.zeros(k, np.float32), np.zeros((2, d), np.float32), np.zeros((2, d), np.float32),
     )  # fmt: skip
 
 

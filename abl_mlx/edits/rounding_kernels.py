@@ -115,62 +115,85 @@ def _search(z, slope, weight, kept, mu, levels, mids, few, tolerance, moves, wor
 
 
 @compiled()
-def _finish(e, s, basis, weights, levels, codes, residual, tolerance, steps, which,
-            count):  # fmt: skip
+def _change(scale, levels, code, other):
+    """What another code changes in a weight; 0 where there is no such level."""
+    other = min(max(other, 0), levels.shape[0] - 1)
+    return scale * (levels[other] - levels[code])
+
+
+@compiled()
+def _lefts(some, which, count, changes, basis, residual, lefts):
+    """The square of the residual that each step would leave, (2, count)."""
+    for way in range(2):
+        for j in range(count):
+            lefts[way, j] = 0
+        for a in range(basis.shape[0]):
+            first = residual[a]
+            for j in range(count):
+                i = which[j] if some else j
+                part = first + basis[a, i] * changes[way, j]
+                lefts[way, j] += part * part
+
+
+@compiled()
+def _finish(some, which, count, e, s, basis, weights, levels, codes, residual, tolerance, most,
+            changes, lefts):  # fmt: skip
     """Step 2: change single codes by one step each, so as to cancel the remaining residual.
 
     Of the steps that bring the residual within the tolerance, the one that adds the least
     weighted error is taken; if there are none, the one that leaves the smallest residual.
 
     Args:
-        which: indices of the weights that may change, of which there are ``count``.
+        some: whether only some weights may change.
+        which: indices of these, of which there are ``count``.
+        most: how many steps at most.
+        changes, lefts: scratch, (2, d): what a step down and one up change, and leave.
 
     Returns:
         Whether the residual is within the tolerance.
     """
     k = basis.shape[0]
-    top = levels.shape[0] - 1
     within = tolerance * tolerance
-    for step in range(steps + 1):
+    for step in range(most + 1):
         left = F(0)
         for a in range(k):
             left += residual[a] * residual[a]
-        if left <= within or step == steps:
+        if left <= within or step == most:
             return left <= within
-        chosen, move, least, cost = -1, 0, left, F(np.inf)
-        u, first = basis[0], residual[0]
+        if step == 0:
+            for j in range(count):
+                i = which[j] if some else j
+                code = np.int64(codes[i])
+                changes[0, j] = _change(s[i], levels, code, code - 1)
+                changes[1, j] = _change(s[i], levels, code, code + 1)
+        _lefts(some, which, count, changes, basis, residual, lefts)
+        chosen, up, least, cost = -1, 0, left, F(np.inf)
         enough = False
         for j in range(count):
-            i = which[j]
-            code = np.int64(codes[i])
-            for direction in (-1, 1):
-                other = code + direction
-                if other < 0 or other > top:
-                    continue
-                change = s[i] * (levels[other] - levels[code])
-                part = first + u[i] * change
-                after = part * part
-                if after > least and after > within:
-                    continue
-                for a in range(1, k):
-                    part = residual[a] + basis[a, i] * change
-                    after += part * part
+            if min(lefts[0, j], lefts[1, j]) > max(least, within):
+                continue
+            i = which[j] if some else j
+            for way in range(2):
+                after, change = lefts[way, j], changes[way, j]
                 if after <= within:
                     added = weights[i] * (change * (change + F(2) * e[i]))
                     if not enough or added < cost:
                         enough, cost = True, added
-                        chosen, move = i, direction
+                        chosen, up = j, way
                 elif not enough and after < least:
                     least = after
-                    chosen, move = i, direction
+                    chosen, up = j, way
         if chosen < 0:
             return False
-        code = np.int64(codes[chosen])
-        change = s[chosen] * (levels[code + move] - levels[code])
+        i = which[chosen] if some else chosen
+        change = changes[up, chosen]
         for a in range(k):
-            residual[a] += basis[a, chosen] * change
-        codes[chosen] = np.uint8(code + move)
-        e[chosen] += change
+            residual[a] += basis[a, i] * change
+        e[i] += change
+        code = np.int64(codes[i]) + 2 * up - 1
+        codes[i] = np.uint8(code)
+        changes[0, chosen] = _change(s[i], levels, code, code - 1)
+        changes[1, chosen] = _change(s[i], levels, code, code + 1)
     return False
 
 
@@ -214,7 +237,8 @@ def lines(
         scratch: see `abl_mlx.edits.rounding`.
     """
     k, d = basis.shape
-    numbers, debt, slope, weight, z, moves, words, active, parts, lanes, mu, residual = scratch
+    numbers, debt, slope, weight, z, moves, words, active, parts, lanes, mu, residual = scratch[:12]
+    changes, lefts = scratch[12:]
     s, inv, o, e = numbers[0], numbers[1], numbers[2], numbers[3]
     old_s, old_o, w = numbers[4], numbers[5], numbers[6]
     for t in range(codes.shape[0]):
@@ -276,20 +300,15 @@ def lines(
         for a in range(k):
             residual[a] = dot(basis[a], e, lanes)
         # First those weights are looked at of which one step leaves nothing, which are few.
-        narrow = k == 1 and mids is None
-        while True:
-            count, most = d, steps
-            if narrow:
-                cancelling(code, s, basis[0], weight[0], mids, few, residual[0], tolerance, moves)
-                count, most = marked(moves, words, active), 1
-            else:
-                for i in range(d):
-                    active[i] = i
-            done = _finish(e, s, basis, weights, levels, code, residual, tolerance, most, active,
-                           count)  # fmt: skip
-            if done or not narrow:
-                break
-            narrow = False
+        done = False
+        if k == 1 and mids is None:
+            cancelling(code, s, basis[0], weight[0], mids, few, residual[0], tolerance, moves)
+            count = marked(moves, words, active)
+            done = _finish(True, active, count, e, s, basis, weights, levels, code, residual,
+                           tolerance, 1, changes, lefts)  # fmt: skip
+        if not done:
+            _finish(False, active, d, e, s, basis, weights, levels, code, residual, tolerance,
+                    steps, changes, lefts)  # fmt: skip
         if mean > 0:
             for a in range(k):
                 part = heft[t] * taken[t, a]
