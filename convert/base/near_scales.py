@@ -89,7 +89,10 @@ def search(
 
     grid = wanted.grid
     rows, n = grid.shape
-    weights = np.ones(n, np.float32) if importance is None else importance.astype(np.float32)
+    heft = None
+    if importance is not None:
+        columns = importance.astype(np.float32).reshape(-1, grid.group)
+        heft = np.ascontiguousarray(columns.T)
     bases = np.zeros_like(choices.steps)
     bases[0] = grid.scales
     if grid.offsets is not None:
@@ -99,7 +102,7 @@ def search(
         np.ascontiguousarray(grid.codes), bases, choices.steps, choices.limits, grid.group,
         np.array(grid.levels, np.float32), np.ascontiguousarray(wanted.left, np.float32),
         np.ascontiguousarray(wanted.right, np.float32),
-        np.ascontiguousarray(weights.reshape(-1, grid.group).T), choices.moves, found, past,
+        heft, choices.moves, found, past,
     )  # fmt: skip
     in_chunks(lambda part: kernels.near(*arguments, part.start, part.stop), rows, n)
     return found, np.flatnonzero(past)

@@ -47,7 +47,8 @@ def _costs(weights, heft, inverse, offset, low, high, cost):
     f².
 
     Args:
-        weights, heft: (G, B), a group in each column: weights, and the weights of their errors.
+        weights, heft: (G, B), a group in each column: weights, and the weights of their errors;
+            None for equal ones.
         inverse, offset: (B,): 1 / scale, and offset.
         cost: (B,), the result.
     """
@@ -57,7 +58,8 @@ def _costs(weights, heft, inverse, offset, low, high, cost):
             f = _distance((weights[j, b] - offset[b]) * inverse[b], low, high)
             rest = F(1) - f
             rest = rest if rest > f else f
-            cost[b] += heft[j, b] * (f * rest)
+            part = f * rest
+            cost[b] += part if heft is None else heft[j, b] * part
 
 
 @compiled(inline=True)
@@ -122,7 +124,7 @@ def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, f
         steps: float32 (2, R, B): how far apart scales and offsets lie that can be stored.
         limits: int16 (4, R, B): the least and most steps by which scale and offset may move.
         left, right: float32 (R, k), (k, n): left @ right is taken from the weights.
-        heft: (group, B): weights of the columns' squared errors.
+        heft: (group, B): weights of the columns' squared errors; None for equal ones.
         moves: int16 (M, 3): the numbers of steps of scale and offset that are tried, and whether
             they begin at the best so far.
         found: int16 (2, R, B), the result: by how many steps scale and offset move.

@@ -198,18 +198,20 @@ class _SixBitScales(GridCodec):
     """
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 0) * self._six_bits(blocks, 4, 0)
+        return _float16(blocks, 0) * six_bits(blocks, 0)
 
     def _offsets(self, blocks: np.ndarray) -> np.ndarray:
-        return -(_float16(blocks, 2) * self._six_bits(blocks, 8, 4))
+        return -(_float16(blocks, 2) * six_bits(blocks, 1))
 
-    @staticmethod
-    def _six_bits(blocks: np.ndarray, at: int, shift: int) -> np.ndarray:
-        first, last = blocks[:, at : at + 4], blocks[:, 12:16]
-        numbers = np.empty((len(blocks), 8), dtype=np.float32)
-        numbers[:, :4] = first & 63
-        numbers[:, 4:] = ((last >> shift) & 15) | ((first >> 2) & 48)
-        return numbers
+
+def six_bits(blocks: np.ndarray, kind: int) -> np.ndarray:
+    """The numbers of a Q4_K's or Q5_K's scales (0) or offsets (1): uint8 (B, 8)."""
+    words = blocks[:, 4:16].copy().view(np.uint32)  # four numbers at a time
+    first, last = words[:, kind], words[:, 2] >> np.uint32(4 * kind)
+    numbers = np.empty((len(blocks), 2), np.uint32)
+    numbers[:, 0] = first & 0x3F3F3F3F
+    numbers[:, 1] = (last & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)
+    return numbers.view(np.uint8)
 
 
 class Q4_K(_SixBitScales, _Planes):

@@ -7,6 +7,7 @@ codes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -166,9 +167,24 @@ def refit(
     better = new.squared_error(wanted, weights) < old.squared_error(wanted, weights)
     if not better.any():
         return grid
-    raw = np.array(grid.frame) if isinstance(values, Less) else found.encode(grid)
-    raw.reshape(count, found.size)[outside[better]] = new.frame[better]
-    return found.with_scales(grid, raw) if isinstance(values, Less) else found.decode(raw, n)
+    chosen = outside[better]
+
+    def merged(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        whole = old.copy()
+        whole.reshape(count, -1)[chosen] = new.reshape(len(outside), -1)[better]
+        return whole
+
+    if not isinstance(values, Less):
+        return found.decode(merged(found.encode(grid), new.frame), n)
+    offsets = grid.offsets
+    if offsets is not None and new.offsets is not None:
+        offsets = merged(offsets, new.offsets)
+    return replace(
+        grid,
+        scales=merged(grid.scales, new.scales),
+        offsets=offsets,
+        frame=merged(grid.frame, new.frame),
+    )
 
 
 def _fresh_blocks(

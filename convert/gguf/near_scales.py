@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from gguf import GGMLQuantizationType as Q
 
-from convert.base import near_scales
+from convert.base import halves, near_scales
 from convert.base.grids import Grid
+from convert.gguf.ggml_blocks import six_bits
 from convert.gguf.ggml_codecs import GridCodec
 
 # The steps of scale and offset that are tried, and whether these begin at the best so far.
@@ -74,19 +75,16 @@ def _write_halves(blocks: np.ndarray, numbers: np.ndarray) -> None:
 
 
 def _read_six_bits(blocks: np.ndarray) -> np.ndarray:
-    last = blocks[:, 12:16]
-    numbers = np.empty((2, len(blocks), 8), np.int16)
-    for kind, first in enumerate((blocks[:, 4:8], blocks[:, 8:12])):
-        numbers[kind, :, :4] = first & 63
-        numbers[kind, :, 4:] = ((last >> (4 * kind)) & 15) | ((first >> 2) & 48)
-    return numbers
+    return np.stack([six_bits(blocks, kind) for kind in (0, 1)]).astype(np.int16)
 
 
 def _write_six_bits(blocks: np.ndarray, numbers: np.ndarray) -> None:
-    scales, offsets = numbers.astype(np.uint8)
-    for at, part in ((4, scales), (8, offsets)):
-        blocks[:, at : at + 4] = part[:, :4] | part[:, 4:] >> 4 << 6
-    blocks[:, 12:16] = (scales[:, 4:] & 15) | offsets[:, 4:] << 4
+    words = numbers.astype(np.uint8).view(np.uint32)  # four numbers at a time
+    first, last = words[:, :, 0], words[:, :, 1]
+    found = np.empty((len(blocks), 3), np.uint32)
+    found[:, :2] = (first | ((last >> 4) & 0x03030303) << 6).T
+    found[:, 2] = (last[0] & 0x0F0F0F0F) | (last[1] & 0x0F0F0F0F) << 4
+    blocks[:, 4:16] = found.view(np.uint8)
 
 
 def _read_q3(blocks: np.ndarray) -> np.ndarray:
@@ -146,9 +144,8 @@ def near(
     if layout:
         layout.write(blocks, numbers + found[: len(numbers)].reshape(numbers.shape))
     else:
-        moved = found[0].reshape(-1, 1) * choices.steps[0].reshape(-1, 1)
-        moved += _float16(blocks, 0).astype(np.float32)
-        blocks[:, :2] = moved.astype("<f2").view(np.uint8)
+        moved = grid.scales + found[0] * choices.steps[0]
+        blocks[:, :2] = halves.narrowed(moved, "F16").reshape(-1, 1).view(np.uint8)
     return codec.with_scales(grid, raw), past
 
 
@@ -159,8 +156,9 @@ def _choices(
     found = near_scales.Choices.none(grid)
     shape, layout = grid.scales.shape, _LAYOUTS.get(codec.type)
     if codec.type in _FLOAT_SCALES:
-        places = np.spacing(np.abs(_float16(blocks, 0))).astype(np.float32)
-        found.steps[0] = _PLACES * places.reshape(shape)
+        # The last place of a float16 is the power of two that its exponent means, times 2⁻¹⁰.
+        powers = (grid.scales.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
+        found.steps[0] = _PLACES * np.maximum(powers * np.float32(2**-10), np.float32(2**-24))
         found.limits[0], found.limits[1] = _FLOATS.min(), _FLOATS.max()
     if layout is None:
         return replace(found, moves=_FLOATS if codec.type in _FLOAT_SCALES else _NONE)
