@@ -2,7 +2,7 @@
 
 numba caches machine code beside the module, or in the user's home folder. Where neither can be
 written to, the cache is a private temporary folder; where that cannot be made either, each process
-compiles again.
+compiles again. Cached code serves until a file changes that holds the function, or one it calls.
 
 No function is compiled with ``fastmath``: sums are added in the order in which they are written,
 and a multiplication and an addition are rounded separately. Otherwise the quantization codes that
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.dispatcher import Dispatcher
 
 
 def compiled(*, inline: bool = False) -> Callable[[Callable[..., Any]], Any]:
@@ -33,10 +34,12 @@ def compiled(*, inline: bool = False) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         if inline:
-            return numba.njit(inline="always", error_model="numpy")(function)
+            return _noted(numba.njit(inline="always", error_model="numpy")(function))
 
         def made(cache: bool) -> Any:
-            return numba.njit(nogil=True, cache=cache, error_model="numpy")(function)
+            # Nobody calls from C, so the wrapper for that is left out.
+            how = {"error_model": "numpy", "no_cfunc_wrapper": True}
+            return _noted(numba.njit(nogil=True, cache=cache, **how)(function))
 
         def kept() -> Any:
             try:
@@ -51,6 +54,7 @@ def compiled(*, inline: bool = False) -> Callable[[Callable[..., Any]], Any]:
         if kernel is None:
             return made(False)
         _survive_a_full_disk(kernel)
+        _depend_on_all_files(kernel)
         return kernel
 
     return decorate
@@ -69,6 +73,30 @@ def _private_folder() -> Path | None:
         if private and found.st_uid == os.getuid() and os.access(folder, os.W_OK):
             return folder
     return None
+
+
+# Compiled function -> the files that hold it and the functions that it calls.
+_files: dict[Any, frozenset[str]] = {}
+
+
+def _noted(kernel: Any) -> Any:
+    """A function that numba made, after its files were noted."""
+    function = kernel.py_func
+    used = (function.__globals__.get(name) for name in function.__code__.co_names)
+    callees = [_files[one] for one in used if isinstance(one, Dispatcher) and one in _files]
+    _files[kernel] = frozenset({function.__code__.co_filename}).union(*callees)
+    return kernel
+
+
+def _depend_on_all_files(kernel: Any) -> None:
+    """Let a function be compiled again when any of its files has changed.
+
+    numba looks at the file of the function alone, although the machine code of the functions that
+    it calls is a part of its own.
+    """
+    with suppress(AttributeError, OSError):
+        states = [os.stat(file) for file in sorted(_files[kernel])]
+        kernel._cache._cache_file._source_stamp = [(one.st_mtime, one.st_size) for one in states]
 
 
 def _survive_a_full_disk(kernel: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import stat
 import subprocess
@@ -170,6 +171,40 @@ def test_without_a_place_for_machine_code_a_private_temporary_one_is_used(tmp_pa
     (folder,) = tmp_path.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert list(folder.rglob("*.nbc"))
+
+
+CALLEE = """
+from convert.base.compiled import compiled
+@compiled()
+def one():
+    return {}
+"""
+CALLER = """
+from callee import one
+from convert.base.compiled import compiled
+@compiled()
+def two():
+    return 2 * one()
+"""
+
+
+def test_machine_code_is_old_when_a_function_that_it_calls_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a `git pull`, say, that changes one file of several."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "caller.py").write_text(CALLER)
+    found = []
+    for number, hits in (1, 0), (1, 1), (30, 0):
+        if hits == 0:
+            (tmp_path / "callee.py").write_text(CALLEE.format(number))
+        importlib.invalidate_caches()
+        two = importlib.import_module("caller").two
+        found.append(two())
+        for name in ("caller", "callee"):
+            del sys.modules[name]
+        assert sum(two.stats.cache_hits.values()) == hits
+    assert found == [2, 2, 60]
 
 
 def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> None:
