@@ -15,6 +15,7 @@ from types import TracebackType
 
 from abl_mlx.behaviour.completions import Completions
 from abl_mlx.behaviour.endpoint import Endpoint
+from abl_mlx.behaviour.llamacpp_process import RESTING, reason
 from abl_mlx.eval_choices import Asking
 from abl_mlx.models import gguf_template
 from abl_mlx.models.given_template import GivenTemplate
@@ -90,7 +91,7 @@ class LlamaServer:
             # process; and a guard, so that it ends if this process is killed.
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(_GUARD), *command],
-                stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=own,
+                stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=RESTING | own,
                 start_new_session=True,
             )  # fmt: skip
             self._wait(port)
@@ -133,8 +134,6 @@ class LlamaServer:
 
     def _said(self) -> str:
         """The line of the server's log that gives the reason of a failure."""
-        from abl_mlx.behaviour.llamacpp_process import reason
-
         self._log.seek(0)
         return reason(self._log.read().decode(errors="replace")) or "it says nothing."
 

@@ -49,6 +49,22 @@ def test_chat_is_the_greedy_continuation_of_the_rendered_prompt(model: Path) -> 
             assert max(top, key=lambda one: top[one]) == token
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_its_threads_sleep_while_they_wait_unless_the_user_wants_otherwise(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def policy() -> str:
+        with LlamaCpp(model, n_ctx=128, n_parallel=1, n_threads=1) as runtime:
+            assert runtime._process is not None
+            given = Path(f"/proc/{runtime._process.pid}/environ").read_bytes().split(b"\0")
+        return next(one.decode() for one in given if one.startswith(b"OMP_WAIT_POLICY="))
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert policy() == "OMP_WAIT_POLICY=passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert policy() == "OMP_WAIT_POLICY=active"
+
+
 def test_nothing_is_printed(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with LlamaCpp(model, n_ctx=128, n_parallel=2, n_threads=1) as runtime:
         runtime.chat(PROMPTS[:2], max_tokens=4)
