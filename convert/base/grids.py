@@ -173,13 +173,17 @@ class Grid:
         codes = np.array(self.codes).reshape(grouped)
         scales = self.scales.reshape(-1, 1)
         offsets = None if self.offsets is None else self.offsets.reshape(-1, 1)
-        edges = (self.levels[1:] + self.levels[:-1]) / 2
+        edges, uniform = (self.levels[1:] + self.levels[:-1]) / 2, self.uniform
 
         def round_part(part: slice) -> None:
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 at = wanted[part] if offsets is None else wanted[part] - offsets[part]
                 at = at / scales[part]
-            found = np.searchsorted(edges, at).astype(np.uint8)
+                if uniform:  # the number of edges below, which float64 counts exactly
+                    count = np.ceil(at.astype(np.float64) - edges[0])
+                    found = np.clip(count, 0, len(edges)).astype(np.uint8)
+                else:
+                    found = np.searchsorted(edges, at).astype(np.uint8)
             np.copyto(codes[part], found, where=scales[part] != 0)
 
         in_chunks(round_part, len(codes), self.group)
