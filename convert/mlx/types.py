@@ -134,12 +134,9 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     raw = np.ascontiguousarray(packed).view(np.uint8).reshape(rows, -1)
     if bits == 8:
         return raw.copy()
-    n = raw.shape[1] * 8 // bits
-    padded = np.zeros((rows, n // 8, 8), dtype=np.uint8)
-    padded[..., :bits] = raw.reshape(rows, n // 8, bits)
-    stream = padded.view("<u8")[..., 0]
-    mask = np.uint64((1 << bits) - 1)
-    codes = np.empty((rows, n // 8, 8), dtype=np.uint8)
-    for index in range(8):
-        codes[..., index] = (stream >> np.uint64(bits * index)) & mask
-    return codes.reshape(rows, n)
+    from convert.mlx import stream_kernels as kernels  # lazily: numba takes a third of a second
+
+    codes = np.empty((rows, raw.shape[1] * 8 // bits), dtype=np.uint8)
+    words = np.require(raw.view(np.uint32), requirements="A")  # a file may not align them
+    kernels.unpack(words, bits, codes.view(np.uint64))
+    return codes
