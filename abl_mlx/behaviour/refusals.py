@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 from abl_mlx.behaviour.caveats import (
     CONCLUDES,
@@ -112,7 +113,7 @@ def marker_of(reply: str) -> str | None:
     None where its whole text does, as of a lecture, and where a server withheld it.
     """
     opening = _without_quotations(_opening(without_loop(without_thoughts(reply) or "")[:6000]))
-    found = _marked(opening) or _WEAK.search(opening)
+    found = _marked(opening) or _any_of(ENGLISH_WEAK).search(opening)
     return None if found is None else found[0].strip()
 
 
@@ -186,20 +187,20 @@ def _without_quotations(text: str) -> str:
 # --------------------------------------------------------------------------- markers
 
 
-def _any_of(*markers: str) -> re.Pattern[str]:
+@cache
+def _any_of(markers: tuple[str, ...]) -> re.Pattern[str]:
+    # Compiled when it is first used: that takes a tenth of the time in which `apply` starts.
     return re.compile("|".join(f"(?:{marker})" for marker in markers))
 
 
-_MARKERS = _any_of(*ENGLISH, *ELEVEN_LANGUAGES, *EIGHT_LANGUAGES)
-_ENGLISH = _any_of(*ENGLISH)
-_WEAK = _any_of(*ENGLISH_WEAK)
+_MARKERS = (*ENGLISH, *ELEVEN_LANGUAGES, *EIGHT_LANGUAGES)
 _ENGLISH_WORD = re.compile(r"\b(?:the|and|you|your|with|this|that|cannot|of the|to the|is a)\b")
 
 
 def _marked(text: str) -> re.Match[str] | None:
     """The first strong marker; in English, without those of other languages, to save time."""
     english = len(_ENGLISH_WORD.findall(text)) >= 3
-    return (_ENGLISH if english else _MARKERS).search(text)
+    return _any_of(ENGLISH if english else _MARKERS).search(text)
 
 
 _ANSWERS_AT_ONCE = re.compile(
@@ -267,11 +268,11 @@ def _refuses(body: str, asked: Asked) -> bool:
     whole = _without_quotations(spelled_out(plain(body[:3000])))
     marker = _marked(opening)
     if marker is None:
-        weak = _WEAK.search(opening)
+        weak = _any_of(ENGLISH_WEAK).search(opening)
         if weak is not None:
             # From the marker's last character on, so that the end of a sentence is included.
             says = says_something(opening[weak.end() - 1 :])
-            again = _WEAK.search(whole)
+            again = _any_of(ENGLISH_WEAK).search(whole)
             return not (says or (again is not None and turns(whole[again.end() :], asked)))
         if not asked.facts and lectures(body, asked):
             return not helps(whole, asked)
