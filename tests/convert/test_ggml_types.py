@@ -273,6 +273,18 @@ def test_nearest_copes_with_negative_and_zero_scales() -> None:
     assert highest.tolist() == [[2.0, 5.0]]
 
 
+@pytest.mark.parametrize(("low", "count"), [(0, 256), (-128, 256), (-8, 16), (-1, 3)])
+def test_whole_levels_change_exactly_at_their_edges(low: int, count: int) -> None:
+    """Where values are an edge, or the next float32 to it, or far away."""
+    levels = np.arange(low, low + count, dtype=np.float32)
+    edges = (levels[1:] + levels[:-1]) / 2
+    beside = [np.nextafter(edges, np.float32(end)) for end in (np.inf, -np.inf)]
+    values = np.concatenate((edges, *beside, np.float32([0, 1e-30, -1e-30, 1e30, -1e30])))[None]
+    grid = Grid(np.zeros(values.shape, np.uint8), levels, np.ones((1, 1), np.float32), None,
+                values.shape[1])  # fmt: skip
+    assert np.array_equal(grid.nearest(values), np.searchsorted(edges, values))
+
+
 @pytest.mark.parametrize("kind", TERNARY, ids=lambda kind: kind.name)
 def test_ternary_weights_are_held_without_an_error(kind: Q) -> None:
     signs = np.random.default_rng(7).integers(-1, 2, (8, 1024)).astype(np.float32)

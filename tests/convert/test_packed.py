@@ -188,3 +188,12 @@ def test_a_quantized_folders_matrices_are_held_as_they_are(
     assert "PackedLinear" in kinds
     assert not any(kind.startswith("Quantized") for kind in kinds)
     assert np.abs(logprobs(model, PROMPT) - before).max() < 2e-3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_codes_are_unpacked_where_a_file_does_not_align_them(bits):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (5, 96)).astype(np.uint8)
+    packed = types.pack(codes, bits).view(np.uint8)
+    shifted = np.append(np.uint8(0), packed)[1:].reshape(packed.shape)
+    assert not shifted.view(np.uint32).flags.aligned
+    assert np.array_equal(types.unpack(shifted, bits), codes)
