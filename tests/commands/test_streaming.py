@@ -44,7 +44,10 @@ def record(source: str, out: Path, **options: Any) -> dict[str, Any]:
 def unlike_streamed(source: str, folder: Path, **options: Any) -> list[str]:
     """Places where the records of a model in memory and of one that is streamed differ."""
     whole = record(source, folder / "a.safetensors", **options)
-    return different(whole, record(source, folder / "b.safetensors", stream=True, **options))
+    streamed = record(source, folder / "b.safetensors", stream=True, **options)
+    if "uniform_kl" in whole["direction"]:
+        whole, streamed = without_steps(whole), without_steps(streamed)
+    return different(whole, streamed)
 
 
 @pytest.mark.parametrize("source", ["demo", "gguf"])
@@ -77,6 +80,17 @@ def test_a_real_model_has_the_same_figures(form: str, tmp_path: Path) -> None:
         conversion.convert(str(source), tmp_path / "mlx")
         source = tmp_path / "mlx"
     assert unlike_streamed(str(source), tmp_path, limit=16) == []
+
+
+# Facts of a direction that steps by gradients change, which a streamed model does not make.
+BY_STEPS = {"backward_tokens", "forward_tokens", "chosen_by", "recipe", "refused", "refusal_score"}
+
+
+def without_steps(made: dict[str, Any]) -> dict[str, Any]:
+    """A record as it would be without strengths of each layer."""
+    kept = {name: value for name, value in made["direction"].items() if name not in BY_STEPS}
+    kept["validation_kl"] = kept.pop("uniform_kl", kept["validation_kl"])
+    return {**made, "direction": kept}
 
 
 def test_a_choice_costs_a_few_sweeps(tmp_path: Path, capsys) -> None:
