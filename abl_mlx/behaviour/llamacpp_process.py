@@ -26,10 +26,10 @@ COMPUTING, BYTES_PER_SECOND = 8.0, 20e6
 #: plus this multiple of the CPU seconds.
 WAITING, TIMES = 60.0, 10.0
 
-#: The setting of OpenMP with which llama.cpp's threads sleep while they wait for each other. By
-#: default they keep their cores busy, and beside other programs each waits for one that is not
-#: running: a reply then takes twice the time and twice the CPU time.
-RESTING = {"OMP_WAIT_POLICY": "passive"}
+#: The setting of GNU's OpenMP with which llama.cpp's threads soon sleep while they wait for each
+#: other. By default they keep their cores busy for longer, and beside other programs each waits for
+#: one that is not running: a reply then takes twice the time and twice the CPU time.
+RESTING = {"GOMP_SPINCOUNT": "10000"}
 
 #: The characters that are quoted at most of what llama.cpp says.
 _LONGEST_REASON = 300

@@ -50,19 +50,19 @@ def test_chat_is_the_greedy_continuation_of_the_rendered_prompt(model: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_its_threads_sleep_while_they_wait_unless_the_user_wants_otherwise(
+def test_its_threads_soon_sleep_while_they_wait_unless_the_user_wants_otherwise(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def policy() -> str:
+    def spins() -> str:
         with LlamaCpp(model, n_ctx=128, n_parallel=1, n_threads=1) as runtime:
             assert runtime._process is not None
             given = Path(f"/proc/{runtime._process.pid}/environ").read_bytes().split(b"\0")
-        return next(one.decode() for one in given if one.startswith(b"OMP_WAIT_POLICY="))
+        return next(one.decode() for one in given if one.startswith(b"GOMP_SPINCOUNT="))
 
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert policy() == "OMP_WAIT_POLICY=passive"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert policy() == "OMP_WAIT_POLICY=active"
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert spins() == "GOMP_SPINCOUNT=10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert spins() == "GOMP_SPINCOUNT=7"
 
 
 def test_nothing_is_printed(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
