@@ -135,6 +135,7 @@ def command(source: Path, out: Path, direction: Path, cache: Path) -> tuple[floa
     child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0, f"apply ended with {child.returncode}"
     seconds = time.perf_counter() - start
+    out.unlink()
     return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
 
 
@@ -243,11 +244,9 @@ def main() -> None:
         size = source.stat().st_size
         copied, copied_cpu = copy(source, folder / "copy.gguf")
         first, again = (
-            command(source, folder / name, direction, folder / "kernels")
-            for name in ("first.gguf", "again.gguf")
+            command(source, folder / one, direction, folder / "kernels")
+            for one in ("first.gguf", "again.gguf")
         )
-        for name in ("first.gguf", "again.gguf"):
-            (folder / name).unlink()
         done = subprocess.run(
             [sys.executable, __file__, "--edit", source, out, direction],
             stdout=subprocess.PIPE, text=True, check=True,

@@ -38,11 +38,6 @@ LESS = 0.95
 #: Where that takes the KL beyond its limit, how far towards the limit the strengths go instead.
 NEARLY = 0.9
 
-NO_GRADIENT = (
-    "  strengths of each layer stay as they are: others are found by gradients, which a streamed "
-    "model does not have, nor some architectures"
-)
-
 
 @dataclass(frozen=True)
 class Trimmed:
@@ -80,7 +75,10 @@ def trimmed(
         for radius in RADII:
             found = trial.slopes(edit, strengths, PROMPTS, harmless=hardest)
             if found is None:
-                say(NO_GRADIENT)
+                say(
+                    "  strengths of each layer stay as they are: others are found by gradients, "
+                    "which a streamed model does not have, nor some architectures"
+                )
                 return None
             if aim is None:
                 aim = found.refusal - (0 if works else FURTHER)

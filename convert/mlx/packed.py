@@ -114,14 +114,17 @@ class Packed(nn.Module):
         """Bits of a stored code; 16 for plain floats."""
         return self._form.bits or 16
 
+    def _arrays(self) -> Iterator[tuple[str, mx.array]]:
+        """The arrays of the packed rows, by the names that `Form` gives them."""
+        for key, value in self.items():
+            if key == "weight":
+                yield "codes", value
+            elif key.startswith("packed_"):
+                yield key.removeprefix("packed_"), value
+
     def _part(self, pick: Any) -> dict[str, mx.array]:
         """Some rows of every array: ``pick`` is a slice of the rows, or indices of rows."""
-        found = {}
-        for key, value in self.items():
-            if key == "weight" or key.startswith("packed_"):
-                whole = value.reshape(-1, value.shape[-1])
-                found["codes" if key == "weight" else key.removeprefix("packed_")] = whole[pick]
-        return found
+        return {name: one.reshape(-1, one.shape[-1])[pick] for name, one in self._arrays()}
 
     def rows(self, first: int, last: int) -> mx.array:
         """The weights of rows first to last - 1, counted through all experts: float32."""
@@ -176,14 +179,14 @@ class Packed(nn.Module):
         MLX's wheel for Linux comes with the reference BLAS, which is about fifty times slower. The
         returned array is overwritten by the next product in this thread.
         """
-        n, few = self._form.n, len(x) <= _FEW
+        n = self._form.n
         product = _room.of("product", (len(x), last - first))
-        columns = np.ascontiguousarray(x.T) if few else x.T
+        columns = np.ascontiguousarray(x.T) if len(x) <= _FEW else None
         views = self._views()
 
         def multiply(some: np.ndarray, to: np.ndarray) -> None:
             """Put x someᵀ into ``to``."""
-            if not few:
+            if columns is None:
                 np.matmul(x, some.T, out=to)
                 return
             turned = _room.of("turned", (len(some), len(x)))
@@ -212,12 +215,10 @@ class Packed(nn.Module):
     def _views(self) -> dict[str, np.ndarray]:
         """The arrays as NumPy views with a row for each of the weight's, without a copy."""
         found = {}
-        for key, value in self.items():
-            if key == "weight" or key.startswith("packed_"):
-                bits = value.dtype == mx.bfloat16
-                view = np.array(value.view(mx.uint16) if bits else value, copy=False)
-                name = "codes" if key == "weight" else key.removeprefix("packed_")
-                found[name] = view.reshape(-1, view.shape[-1])
+        for name, value in self._arrays():
+            bits = value.dtype == mx.bfloat16
+            view = np.array(value.view(mx.uint16) if bits else value, copy=False)
+            found[name] = view.reshape(-1, view.shape[-1])
         return found
 
 

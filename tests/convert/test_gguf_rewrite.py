@@ -239,42 +239,52 @@ def test_a_full_disk_is_told(tmp_path: Path, model: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
+def by_rows(source: GgufSource, made: list[bytes]) -> tuple[str, Replacement]:
+    """A matrix of a file, and new values in a chunk for each row, which begins with "here".
+
+    Args:
+        made: the chunks are added to it, as they are made.
+    """
+    name = next(name for name, one in source.tensors.items() if len(one.shape) == 2)
+    rows, n = source.tensors[name].shape
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(rows):
+            made.append(b"here".ljust(4 * n, b"."))
+            yield made[-1]
+
+    return name, Replacement(Q.F32, (rows, n), chunks)
+
+
 def test_memory_holds_one_chunk_beside_the_one_that_is_made(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, written, held = [0], [0], []
+    made: list[bytes] = []
+    held: list[int] = []
     write_all = pieces._write_all
 
     def counted(target: int, data: memoryview) -> int:
         # The first bytes of each chunk say so.
         if bytes(data[:4]) == b"here":
-            held.append(made[0] - written[0])
-            written[0] += 1
+            held.append(len(made) - len(held))
         return write_all(target, data)
 
     monkeypatch.setattr(pieces, "_write_all", counted)
     with GgufSource(model) as source:
-        name = next(name for name, one in source.tensors.items() if len(one.shape) == 2)
-        rows, n = source.tensors[name].shape
-
-        def chunks() -> Iterator[bytes]:
-            for _ in range(rows):
-                made[0] += 1
-                yield b"here".ljust(4 * n, b".")
-
-        rewrite(
-            source, tmp_path / "out.gguf", tensors={name: Replacement(Q.F32, (rows, n), chunks)}
-        )
-    assert written[0] == rows > 2
+        name, replacement = by_rows(source, made)
+        rewrite(source, tmp_path / "out.gguf", tensors={name: replacement})
+    assert len(held) == replacement.shape[0] > 2
     assert max(held) <= 2
     with GgufSource(tmp_path / "out.gguf") as out:
+        rows, n = replacement.shape
         assert out.raw(name).tobytes() == rows * b"here".ljust(4 * n, b".")
 
 
 def test_a_chunk_that_cannot_be_written_stops_the_next(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, asked = os.write, []
+    write = os.write
+    asked: list[bytes] = []
 
     def full(target: int, data: memoryview) -> int:
         if bytes(data[:4]) == b"here":
@@ -283,19 +293,10 @@ def test_a_chunk_that_cannot_be_written_stops_the_next(
 
     monkeypatch.setattr(os, "write", full)
     with GgufSource(model) as source:
-        name = next(name for name, one in source.tensors.items() if len(one.shape) == 2)
-        rows, n = source.tensors[name].shape
-
-        def chunks() -> Iterator[bytes]:
-            for row in range(rows):
-                asked.append(row)
-                yield b"here".ljust(4 * n, b".")
-
+        name, replacement = by_rows(source, asked)
         with pytest.raises(UserError, match=r"out\.gguf.*No space left"):
-            rewrite(
-                source, tmp_path / "out.gguf", tensors={name: Replacement(Q.F32, (rows, n), chunks)}
-            )
-    assert rows > 2 >= len(asked)
+            rewrite(source, tmp_path / "out.gguf", tensors={name: replacement})
+    assert replacement.shape[0] > 2 >= len(asked)
     assert not list(tmp_path.iterdir())
 
 
