@@ -27,6 +27,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Q
 
+import abl_mlx
+import convert
 from abl_mlx.directions import direction_file
 
 WIDTH, HIDDEN, VOCABULARY, KEYS = 2048, 8192, 128256, 512
@@ -125,6 +127,9 @@ def command(source: Path, out: Path, direction: Path, cache: Path) -> tuple[floa
     Args:
         cache: the folder of compiled kernels; with an empty one they are compiled.
     """
+    # pip leaves bytecode beside the modules, so that users' Python does not compile these.
+    packages = [str(Path(one.__file__).parent) for one in (abl_mlx, convert)]
+    subprocess.run([sys.executable, "-m", "compileall", "-q", *packages], check=True)
     asked = [sys.executable, "-m", "abl_mlx", "apply", direction, source, "-o", out]
     start = time.perf_counter()
     child = subprocess.Popen(

@@ -37,6 +37,7 @@ from abl_mlx.reports import plot
 from abl_mlx.reports.companions import write_companions
 from abl_mlx.support.clock import Clock
 from convert.base.atomic import claim
+from convert.base.cores import beside
 from convert.base.errors import UserError
 from convert.base.suffixes import ends_in
 from convert.gguf import imatrix
@@ -80,13 +81,14 @@ def apply(
             direction_file.check_width(direction, named, loaded.chat)
         edit = edit_of(direction, editing)
         planned = model.plan(edit, direction, paths, loaded, editing, writing)
-        with clock.step("hash the source"):
-            hashed = hashes(model.hashes(), direction, options)
-        known = start_record(
-            model.source, paths, options, direction, hashes=hashed, mtp=planned.predicting()
-        )
+        files = beside(model.hashes)
         with staging.staging(paths) as staged:
             written = [planned.write(one, clock) for one in staged]
+            with clock.step("hash the source"):
+                hashed = hashes(files(), direction, options)
+            known = start_record(
+                model.source, paths, options, direction, hashes=hashed, mtp=planned.predicting()
+            )
             facts = [one.facts for one in written]
             known = reproduction.described(known, direction, written, clock)
             record = ApplyRecord(

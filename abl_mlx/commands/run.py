@@ -46,6 +46,7 @@ from abl_mlx.support.arrays import let_go
 from abl_mlx.support.clock import Clock
 from abl_mlx.support.console import say
 from abl_mlx.support.notes import joined
+from convert.base.cores import beside
 from convert.base.errors import UserError
 
 #: How many held-out prompts check that an edit of float weights is exact after every layer.
@@ -365,21 +366,16 @@ def _in_llamacpp(job: Job, runtime: InLlamaCpp | None) -> InLlamaCpp | None:
 # --- 4. write ----------------------------------------------------------------------------------
 
 
-def _start(job: Job, found: Found) -> Edited:
-    """The entries of the record that are known before anything is written."""
-    target, options = job.target, job.options
-    with job.clock.step("hash the source"):
-        template = given_template.record(job.model.given)
-        hashed = hashes(target.hashes(), found.direction, options, template)
-    mtp = found.plan.predicting()
-    return start_record(target.source, job.paths, options, found.direction, hashes=hashed, mtp=mtp)
-
-
 def _write(job: Job, found: Found, staged: Sequence[Output]) -> tuple[Edited, list[Written]]:
     """Write every output to its staged path and measure its leak; with the record's beginning."""
-    known = _start(job, found)
+    target, options, direction = job.target, job.options, found.direction
+    files = beside(target.hashes)
     written = [found.plan.write(one, job.clock) for one in staged]
-    return reproduction.described(known, found.direction, written, job.clock), written
+    with job.clock.step("hash the source"):
+        hashed = hashes(files(), direction, options, given_template.record(job.model.given))
+    mtp = found.plan.predicting()
+    known = start_record(target.source, job.paths, options, direction, hashes=hashed, mtp=mtp)
+    return reproduction.described(known, direction, written, job.clock), written
 
 
 # --- 5. judge ----------------------------------------------------------------------------------

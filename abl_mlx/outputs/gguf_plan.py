@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -25,10 +26,12 @@ from abl_mlx.models.writers import Writer
 from abl_mlx.outputs.folder_plan import TensorEdit
 from convert.architectures.gguf_writers import GgufWriter
 from convert.base.codebooks import CodebookGrid
+from convert.base.cores import once
 from convert.base.errors import UserError
 from convert.base.grids import CHUNK, FloatGrid, Grid
 from convert.gguf import ggml, ggml_types, near_scales
 from convert.gguf.file import GgufSource
+from convert.gguf.pieces import Chunk, made
 from convert.gguf.quantize import Quantization
 from convert.gguf.rewrite import Replacement
 from convert.mlx.folder import FLOAT_DTYPES
@@ -183,15 +186,19 @@ def encoders(kind: GGMLQuantizationType, importance: np.ndarray | None = None) -
     )
 
 
-def better_source(one: TensorPlan, raw: np.ndarray, shape: tuple[int, ...]) -> str:
-    """``own`` or ``fresh``: the result of `rounding.better_source` for a sample of a tensor."""
+def better_source(one: TensorPlan, raw: np.ndarray, shape: tuple[int, ...]) -> Callable[[], str]:
+    """The result of `rounding.better_source` for a sample of a tensor: ``own`` or ``fresh``.
+
+    Returns:
+        A function that finds it when it is first called, in any thread.
+    """
     part = sample(shape, one.axis, _block(one.old)[0])
     own: Any = read(raw, one.old, part)
     if isinstance(own, FloatGrid):
-        return "own"  # a float type, which has no grid to choose
+        return lambda: "own"  # a float type, which has no grid to choose
     importance = one.weights(part, shape)
     edited = replace(exact_edit(one.part(part), weights_of(own)), importance=importance)
-    return rounding.better_source(own, edited, encoders(one.new, importance))
+    return once(lambda: rounding.better_source(own, edited, encoders(one.new, importance)))
 
 
 def edit_slab(
@@ -211,6 +218,21 @@ def edit_slab(
         plain: round every weight to its nearest level, without preserving the edit.
         importance: that of the slab's columns, if it is known.
     """
+    chunk = _edited(one, decoded, lambda: source, plain, importance)
+    return chunk() if callable(chunk) else chunk
+
+
+def _edited(
+    one: TensorPlan,
+    decoded: Any,
+    source: Callable[[], str],
+    plain: bool,
+    importance: np.ndarray | None,
+) -> np.ndarray | Callable[[], np.ndarray]:
+    """The result of `edit_slab`, or a function that makes it and may be called in any thread.
+
+    What MLX computes is computed here, because MLX works in the thread that began.
+    """
     edited = replace(exact_edit(one, weights_of(decoded)), importance=importance)
     codec: Any = ggml_types.codec(one.new)
     if isinstance(codec, ggml_types.FloatCodec):
@@ -220,15 +242,21 @@ def edit_slab(
             kept = rounded(one.edit, one.writer, one.parameter, mx.array(values), dtype)
             values = np.asarray(kept.astype(mx.float32))
         return codec.encode(codec.round(values))
-    if plain and isinstance(codec, ggml_types.CodebookCodec):
-        return codec.encode(ggml_types.fresh(edited.target, one.new, importance))
-    if plain:
-        changed = one.new != one.old
-        own = ggml_types.fresh(edited.target, one.new, importance) if changed else decoded
-        return codec.encode(own.with_codes(own.nearest(edited.target)))
-    if one.new == one.old and not edited.taken_any:
-        source = "own"  # nothing changes here, so every code may stay
-    return codec.encode(rounding.round_onto(decoded, edited, encoders(one.new, importance), source))
+
+    def onto_grid() -> np.ndarray:
+        if plain and isinstance(codec, ggml_types.CodebookCodec):
+            return codec.encode(ggml_types.fresh(edited.target, one.new, importance))
+        if plain:
+            changed = one.new != one.old
+            own = ggml_types.fresh(edited.target, one.new, importance) if changed else decoded
+            return codec.encode(own.with_codes(own.nearest(edited.target)))
+        # Where nothing changes, every code may stay.
+        stays = one.new == one.old and not edited.taken_any
+        chosen = "own" if stays else source()
+        encoding = encoders(one.new, importance)
+        return codec.encode(rounding.round_onto(decoded, edited, encoding, chosen))
+
+    return onto_grid
 
 
 def quantize(
@@ -283,7 +311,6 @@ def replacement(
     *,
     grid: str = "auto",
     plain: bool = False,
-    progress: Callable[[int], None] | None = None,
 ) -> Replacement:
     """The edited tensor for `convert.gguf.rewrite.rewrite`, computed when it is written.
 
@@ -292,19 +319,19 @@ def replacement(
         one: the edit.
         grid: ``own``, ``fresh``, or ``auto`` for the better of the two.
         plain: round every weight to its nearest level, without preserving the edit.
-        progress: called with the number of weights just edited.
     """
     entry = source.tensors[one.name]
 
-    def chunks() -> Iterator[np.ndarray]:
+    def chunks() -> Iterator[Chunk]:
         raw = source.raw(one.name)
 
-        def release(weights: int) -> None:
+        def released(chunk: Chunk) -> np.ndarray | bytes:
+            found = made(chunk)
             source.release(one.name)
-            if progress:
-                progress(weights)
+            return found
 
-        yield from _edited_rows(one, raw, entry.shape, grid, plain, release)
+        for chunk in _edited_rows(one, raw, entry.shape, grid, plain):
+            yield partial(released, chunk)
 
     return Replacement(one.new, entry.shape, chunks)
 
@@ -331,18 +358,13 @@ def edit_blocks(
     shape = (*blocks.shape[:-1], blocks.shape[-1] // size * block)
     planned = TensorPlan("weight", one.edit, one.writer, one.parameter, kind, kind, importance)
     rows = blocks.reshape(-1, blocks.shape[-1])
-    edited = _edited_rows(planned, rows, shape, grid, plain, lambda weights: None)
-    return np.concatenate(list(edited)).reshape(blocks.shape)
+    edited = map(made, _edited_rows(planned, rows, shape, grid, plain))
+    return np.concatenate([one for one in edited if len(one)]).reshape(blocks.shape)
 
 
 def _edited_rows(
-    one: TensorPlan,
-    raw: np.ndarray,
-    shape: tuple[int, ...],
-    grid: str,
-    plain: bool,
-    done: Callable[[int], None],
-) -> Iterator[np.ndarray]:
+    one: TensorPlan, raw: np.ndarray, shape: tuple[int, ...], grid: str, plain: bool
+) -> Iterator[Chunk]:
     """Yield the bytes of the edited rows, uint8 (R, bytes per row), in file order.
 
     Args:
@@ -350,29 +372,32 @@ def _edited_rows(
         raw: the tensor's bytes, uint8 (R, bytes per row).
         shape: its shape in weights.
         grid, plain: as for `replacement`.
-        done: called with the number of weights just edited.
     """
     axis = one.axis
     block, size = _block(one.new)
     n, grid_source = shape[-1], grid if one.new == one.old else "fresh"
     if grid_source == "auto" and not plain:
-        grid_source = better_source(one, raw, shape)
-    waiting: np.ndarray | None = None
+        better = better_source(one, raw, shape)
+    else:
+        better = partial(str, grid_source)
+    whole = np.empty((0, 0), np.uint8)
     for slab in slabs(shape, axis, max(block, _block(one.old)[0])):
         decoded, weights = read(raw, one.old, slab), one.weights(slab, shape)
-        edited = edit_slab(one.part(slab), decoded, grid_source, plain=plain, importance=weights)
-        done(edited.shape[0] * (slab.columns.stop - slab.columns.start))
+        edited = _edited(one.part(slab), decoded, better, plain, weights)
         if slab.columns == slice(0, n):
             yield edited
             continue
         # Slabs hold some columns each, and are written when an expert's columns are complete.
-        if waiting is None:
-            waiting = np.empty((edited.shape[0], n // block * size), np.uint8)
-        first = slab.columns.start // block * size
-        waiting[:, first : first + edited.shape[1]] = edited
-        if slab.columns.stop == n:
-            yield waiting
-            waiting = None
+        if slab.columns.start == 0:
+            whole = np.empty((slab.shape[0], n // block * size), np.uint8)
+        columns = slice(slab.columns.start // block * size, slab.columns.stop // block * size)
+        yield partial(_placed, edited, whole, columns)
+
+
+def _placed(edited: Chunk, whole: np.ndarray, columns: slice) -> np.ndarray | bytes:
+    """Put some columns in their place; all of them are returned after the last ones."""
+    whole[:, columns] = made(edited)
+    return whole if columns.stop == whole.shape[1] else b""
 
 
 # --- what was written --------------------------------------------------------------------------

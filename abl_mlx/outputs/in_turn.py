@@ -9,6 +9,7 @@ import numpy as np
 from abl_mlx.support import ranks
 from convert.gguf.file import GgufSource
 from convert.gguf.layout import in_data_order
+from convert.gguf.pieces import Chunk, made
 from convert.gguf.rewrite import Replacement
 
 
@@ -32,14 +33,15 @@ def in_turn(source: GgufSource, tensors: Mapping[str, Replacement]) -> Mapping[s
 
     def whole(name: str) -> np.ndarray:
         chunks = (
-            one if isinstance(one, bytes) else one.tobytes() for one in tensors[name].chunks()
+            one if isinstance(one, bytes) else one.tobytes()
+            for one in map(made, tensors[name].chunks())
         )
         return np.frombuffer(b"".join(chunks), np.uint8)
 
     ready: dict[str, np.ndarray] = {}
 
     def taken(name: str) -> Replacement:
-        def chunks() -> Iterator[np.ndarray]:
+        def chunks() -> Iterator[Chunk]:
             if name not in ready:
                 coming = names[names.index(name) :][: ranks.size()]
                 ready.update(zip(coming, ranks.in_turn("new tensors", coming, whole), strict=True))

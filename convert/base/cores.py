@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+T = TypeVar("T")
 
 
 def shared(work: Callable[[slice], None], count: int, least: int = 1) -> None:
@@ -40,6 +42,67 @@ def shared(work: Callable[[slice], None], count: int, least: int = 1) -> None:
         finally:
             for other in others:
                 other.result()
+
+
+def in_pieces(work: Callable[[slice], None], count: int, step: int) -> None:
+    """Call ``work`` on slices of ``step`` items that together cover ``range(count)``.
+
+    A core that is free takes the next slice, the calling thread among them. So it is no matter if
+    other threads call this function meanwhile, or if ``work`` does.
+
+    Args:
+        work: as for `shared`.
+        count: how many items there are.
+        step: items in a slice; the last one may have fewer.
+    """
+    starts = iter(range(0, count, step))
+
+    def some() -> None:
+        for first in starts:
+            work(slice(first, min(first + step, count)))
+
+    helpers = min(_cores(), -(-count // step)) - 1
+    others = [_pool().submit(some) for _ in range(helpers)]
+    try:
+        some()
+    finally:
+        for _ in starts:
+            pass  # after an error nobody begins another slice
+        for other in others:
+            if not other.cancel():
+                other.result()
+
+
+def once(work: Callable[[], T]) -> Callable[[], T]:
+    """A function that calls ``work`` when it is first called; other threads wait for its result."""
+    lock = threading.Lock()
+    found: list[T] = []
+
+    def result() -> T:
+        with lock:
+            if not found:
+                found.append(work())
+        return found[0]
+
+    return result
+
+
+def beside(work: Callable[[], T]) -> Callable[[], T]:
+    """Begin work in a thread of its own, which the process does not wait for when it ends.
+
+    Returns:
+        A function that waits for the result.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="beside", daemon=True).start()
+    return future.result
 
 
 @cache

@@ -8,13 +8,13 @@ Grid knows nothing of bytes: the codec that made it (``convert/gguf/ggml_types.p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from convert.base.cores import in_pieces
 
 CHUNK = 1 << 18
 """Weights per piece of work: few enough for the CPU's cache, enough to occupy a thread."""
@@ -223,14 +223,7 @@ def in_chunks(work: Callable[[slice], None], count: int, width: int) -> None:
         count: how many items there are.
         width: number of weights in an item.
     """
-    step = max(1, CHUNK // max(width, 1))
-    if count <= step:
-        work(slice(0, count))
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # list() raises an exception of a thread here, in the caller.
-        parts = (slice(first, min(first + step, count)) for first in range(0, count, step))
-        list(pool.map(work, parts))
+    in_pieces(work, count, max(1, CHUNK // max(width, 1)))
 
 
 def _check_codes(codes: np.ndarray, levels: int) -> None:

@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from convert.base.cores import in_pieces
 from convert.base.errors import UserError
 
 ENVIRONMENT = "ABL_MLX_GGML"
@@ -202,15 +202,8 @@ def _decoder(of: GGMLQuantizationType) -> Callable[[int, int, int], None]:
 
 
 def _spread(work: Callable[[int, int], None], rows: int, width: int) -> None:
-    step = max(1, _CHUNK // max(width, 1))
-    starts = range(0, rows, step)
-    if len(starts) <= 1:
-        work(0, rows)
-        return
     # ctypes releases the interpreter lock while ggml works.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(lambda first: work(first, min(first + step, rows)), starts):
-            pass
+    in_pieces(lambda p: work(p.start, p.stop), rows, max(1, _CHUNK // max(width, 1)))
 
 
 @functools.cache

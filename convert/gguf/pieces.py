@@ -11,10 +11,12 @@ import io
 import math
 import os
 import struct
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -26,6 +28,16 @@ from convert.gguf.layout import TensorEntry, row_bytes
 _COPY = 1 << 26
 _BUFFER = 1 << 20
 
+# After this number of bytes the disk gets what was written, while more is made.
+_FLUSH = 1 << 26
+
+# How many chunks are made at the same time.
+_AT_ONCE = 2
+
+#: New bytes, or a function that makes them and may be called in a thread. All those before it are
+#: finished when its result is used, which may therefore hold what they made.
+Chunk = np.ndarray | bytes | Callable[[], np.ndarray | bytes]
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -35,17 +47,23 @@ class Replacement:
         type: the GGML type in which the data are encoded.
         shape: in NumPy's order: (out, in) or (experts, out, in).
         chunks: called once, when the tensor is to be written; returns arrays or bytes, which are
-            written one after the other. Their total length must be that of the type and shape.
+            written one after the other, or functions that make them and may be called in threads.
+            Their total length must be that of the type and shape.
     """
 
     type: GGMLQuantizationType
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[np.ndarray | bytes]]
+    chunks: Callable[[], Iterator[Chunk]]
 
     @property
     def nbytes(self) -> int:
         """The total length of the chunks in bytes."""
         return math.prod(self.shape[:-1]) * row_bytes(self.type, self.shape[-1])
+
+
+def made(chunk: Chunk) -> np.ndarray | bytes:
+    """The bytes of a chunk."""
+    return chunk() if callable(chunk) else chunk
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,9 @@ class New:
 
 
 Piece = Range | bytes | bytearray | New
+
+#: What is written of a piece at a time, when it is there.
+Part = Range | np.ndarray | bytes | bytearray
 
 
 def length(piece: Piece) -> int:
@@ -130,16 +151,70 @@ def write(
         advance: called with the number of bytes just written.
     """
     copiers: dict[int, _Copier] = {}
-    with _Writer(target, advance) as writer:
-        for piece in pieces:
+    lengths: Counter[str] = Counter()
+    with _Writer(target, advance) as writer, closing(_in_order(_parts(pieces))) as parts:
+        for piece, part in parts:
+            if isinstance(part, Range):
+                if part.part not in copiers:
+                    copiers[part.part] = _Copier(source(part.part), target)
+                writer.range(copiers[part.part], part)
+                continue
+            data = _bytes_of(part)
             if isinstance(piece, New):
-                _write_new(writer, piece)
-            elif isinstance(piece, bytes | bytearray):
-                writer.chunk(memoryview(piece))
-            else:
-                if piece.part not in copiers:
-                    copiers[piece.part] = _Copier(source(piece.part), target)
-                writer.range(copiers[piece.part], piece)
+                lengths[piece.name] += len(data)
+                _check_length(piece, lengths[piece.name], complete=False)
+            writer.chunk(data)
+    for piece in pieces:
+        if isinstance(piece, New):
+            _check_length(piece, lengths[piece.name], complete=True)
+
+
+def _parts(pieces: list[Piece]) -> Iterator[tuple[Piece, Part | Chunk]]:
+    """Every piece with what is written of it, one after the other."""
+    for piece in pieces:
+        if not isinstance(piece, New):
+            yield piece, piece
+            continue
+        for chunk in piece.replacement.chunks():
+            yield piece, chunk
+
+
+def _in_order(
+    parts: Iterator[tuple[Piece, Part | Chunk]],
+) -> Generator[tuple[Piece, Part], None, None]:
+    """Yield the same in order; functions are called in threads while the next parts are found."""
+    waiting: deque[tuple[Piece, Any]] = deque()
+    pool = ThreadPoolExecutor(_AT_ONCE, "chunks")
+    try:
+        for piece, part in parts:
+            waiting.append((piece, pool.submit(part) if callable(part) else part))
+            while waiting and _is_next(waiting):
+                yield _result(*waiting.popleft())
+        while waiting:
+            yield _result(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _is_next(waiting: deque[tuple[Piece, Any]]) -> bool:
+    """Whether the first part is there, or has to be waited for because memory holds enough."""
+    first = waiting[0][1]
+    held = sum(not isinstance(part, Range) for _, part in waiting)
+    return not isinstance(first, Future) or first.done() or held > _AT_ONCE
+
+
+def _result(piece: Piece, part: Any) -> tuple[Piece, Part]:
+    return piece, part.result() if isinstance(part, Future) else part
+
+
+def _check_length(piece: New, found: int, *, complete: bool) -> None:
+    expected = piece.replacement.nbytes
+    if found > expected or (complete and found < expected):
+        more = "at least " if found > expected else ""
+        raise ValueError(
+            f"the new {piece.name} has {more}{found} bytes instead of {expected}, which "
+            f"{piece.replacement.type.name} of shape {piece.replacement.shape} takes"
+        )
 
 
 class _Writer:
@@ -155,19 +230,29 @@ class _Writer:
         self._pool = ThreadPoolExecutor(1, "writer")
         self._waiting: deque[Future[int]] = deque()
         self._chunk: Future[int] | None = None
+        self._unflushed = 0
 
     def chunk(self, data: memoryview) -> None:
         """Write bytes, which nobody changes any more."""
         self._check(self._chunk)
-        self._chunk = self._pool.submit(_write_all, self._target, data)
+        self._chunk = self._pool.submit(self._flushed, _write_all, self._target, data)
         self._waiting.append(self._chunk)
 
     def range(self, copier: _Copier, piece: Range) -> None:
         """Copy a range of the source."""
         for start in range(piece.start, piece.end, _COPY):
-            work = self._pool.submit(copier.whole, start, min(piece.end, start + _COPY))
-            self._waiting.append(work)
+            end = min(piece.end, start + _COPY)
+            self._waiting.append(self._pool.submit(self._flushed, copier.whole, start, end))
         self._check(None)
+
+    def _flushed(self, write: Callable[..., int], *arguments: Any) -> int:
+        """Write, in the thread; the disk works meanwhile, which leaves it little for the end."""
+        count = write(*arguments)
+        self._unflushed += count
+        if self._unflushed >= _FLUSH:
+            os.fsync(self._target)
+            self._unflushed = 0
+        return count
 
     def _check(self, until: Future[int] | None) -> None:
         """Report what is written by now, and wait for all up to one piece of work."""
@@ -185,24 +270,10 @@ class _Writer:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _write_new(writer: _Writer, piece: New) -> None:
-    expected, found = piece.replacement.nbytes, 0
-    for chunk in piece.replacement.chunks():
-        data = memoryview(chunk) if isinstance(chunk, bytes) else _bytes_of(chunk)
-        found += len(data)
-        if found > expected:
-            break
-        writer.chunk(data)
-    if found != expected:
-        more = "at least " if found > expected else ""
-        raise ValueError(
-            f"the new {piece.name} has {more}{found} bytes instead of {expected}, which "
-            f"{piece.replacement.type.name} of shape {piece.replacement.shape} takes"
-        )
-
-
-def _bytes_of(chunk: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
+def _bytes_of(chunk: np.ndarray | bytes | bytearray) -> memoryview:
+    if isinstance(chunk, np.ndarray):
+        return np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
+    return memoryview(chunk)
 
 
 def _write_all(target: int, data: memoryview) -> int:

@@ -1,12 +1,14 @@
 """Edit-preserving rounding: the component stays where the edit put it, at every type."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 
 from abl_mlx.edits import projection, rounding, rounding_kernels
 from abl_mlx.outputs import gguf_plan
-from convert.base import grids
+from convert.base import cores
 from convert.base.grids import Grid, in_chunks
 from convert.gguf import ggml_types
 
@@ -221,8 +223,9 @@ def test_the_number_of_threads_changes_no_code(axis, monkeypatch):
     lines = np.ascontiguousarray(taken.T if axis == 0 else taken)
     edited = rounding.Edited(own, u.astype(np.float32), axis, 1.0, lines)
     codes = []
-    for cores in (1, 2, 8):
-        monkeypatch.setattr(grids.os, "cpu_count", lambda cores=cores: cores)
+    for threads in (1, 2, 8):
+        monkeypatch.setattr(cores, "_cores", lambda threads=threads: threads)
+        monkeypatch.setattr(cores, "_pool", cache(cores._pool.__wrapped__))
         grid = rounding.round_onto(own, edited, gguf_plan.encoders(Q.Q4_K), "own")
         codes.append((grid.codes, grid.scales))
     for each in codes[1:]:
