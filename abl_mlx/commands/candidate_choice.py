@@ -309,7 +309,15 @@ class Finder:
         validation = self._validation
         return validation["harmful"] if "borderline" in validation else [], ()
 
-    def _try(self, variants: Sequence[Variant], label: str) -> list[Tried]:
+    def _try(self, variants: Sequence[Variant], label: str, *, needed: bool = True) -> list[Tried]:
+        """Race variants.
+
+        Args:
+            variants: what to try.
+            label: what is raced, for the line of progress.
+            needed: whether one of them has to be found; otherwise those that are far beyond the
+                limit of the KL on the first prompts do not run the others.
+        """
         trial, limit = self._trial, self._how.finding.max_kl
 
         def lost(effect: Effect) -> float:
@@ -346,6 +354,7 @@ class Finder:
             lambda effect: not dropped(effect, so_far=True) and effect.refused <= trial.left,
             lambda runner: tried(runner).works,
             label,
+            worth=lambda effect: needed or effect.kl <= 2 * limit,
         )
         done = [tried(one) for one in runners]
         self._tried += done
@@ -478,10 +487,12 @@ class Finder:
         last = [self._variant(layer, single.position) for layer in others.deep[:_MOST_DEEP]]
         done = [
             first,
-            *self._try([*variants, *others.of_states(others.early), *last], "subspaces"),
+            *self._try(
+                [*variants, *others.of_states(others.early), *last], "subspaces", needed=False
+            ),
         ]
         if not any(one.works for one in done):
-            done += self._try(others.of_states(others.deep), "subspaces, last layers")
+            done += self._try(others.of_states(others.deep), "subspaces, last layers", needed=False)
         taken = best(done)
         if taken is None or taken is first:
             say("  no subspace leaves fewer within the limit; the single direction is kept")

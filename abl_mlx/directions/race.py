@@ -44,6 +44,7 @@ def run(
     good: Callable[[Runner[T]], bool],
     label: str,
     early: Callable[[Sequence[Runner[T]]], Runner[T] | None] = lambda order: None,
+    worth: Callable[[Effect], bool] = lambda effect: True,
 ) -> list[Runner[T]]:
     """Run a race and return the edits that ran all prompts, the best first.
 
@@ -62,6 +63,8 @@ def run(
         label: what is raced, for the line of progress.
         early: may take an edit, run on all prompts, after the heats; it is given all edits, the
             best first. Then no other edit runs all prompts.
+        worth: whether an edit with this effect so far may run all prompts; one that ranks behind an
+            edit that may not does not either. Where none has to be found, this saves passes.
     """
     begun = trial.tokens
     with progress(len(runners), label, "edit") as bar:
@@ -88,6 +91,8 @@ def run(
             some = any(possible(one.effect) for one in finished)
             coming = order[0].effect
             if some and not (len(finished) < left and (not coming.scores or hopeful(coming))):
+                break
+            if coming.scores and not worth(coming):
                 break
             one = order.pop(0)
             one.effect = trial.of_edit(one.edit, one.effect)

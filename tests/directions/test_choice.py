@@ -160,13 +160,13 @@ class Told:
         return self.induced(min(intervention.layers))
 
 
-def raced(effects, max_kl=0.1, good=-math.inf):
+def raced(effects, max_kl=0.1, good=-math.inf, worth=math.inf):
     trial = Told(effects)
     runners = [Runner(name, name) for name in effects]
     found = race.run(
         trial, runners, lambda effect: choice.rank(effect, max_kl, 0.05, trial.is_whole(effect)),
         lambda effect: effect.kl <= max_kl, lambda effect: effect.refused <= 0.05,
-        lambda one: one.effect.refusal <= good, "race",
+        lambda one: one.effect.refusal <= good, "race", worth=lambda effect: effect.kl <= worth,
     )  # fmt: skip
     return trial, [one.of for one in found], {one.of: one.effect for one in runners}
 
@@ -192,6 +192,18 @@ def test_a_race_gives_up_nothing_for_what_may_not_be_taken():
     assert finished[0] == 9
     none = dict.fromkeys(range(5), (0.0, 0.0, 1.0))
     assert len(raced(none)[1]) == 5  # all ran all prompts before it was said that none will do
+
+
+def test_a_race_that_need_not_be_won_ends_where_all_are_far_beyond_the_limit():
+    none = dict.fromkeys(range(9), (0.0, 0.0, 1.0))
+    trial, finished, after = raced(none, worth=0.2)
+    assert finished == []
+    assert trial.tokens == 9 * 6 + 4 * (16 - 6)
+    assert after[0].prompts == race.HEATS[1][:2]
+    # What might be within the limit runs all prompts, and is found to be so or not.
+    assert raced({**none, 4: (0.0, 0.0, 0.15)}, worth=0.2)[1] == [4]
+    # Where there are too few for a heat, nothing is known of them yet.
+    assert len(raced(dict.fromkeys(range(2), (0.0, 0.0, 1.0)), worth=0.2)[1]) == 2
 
 
 @pytest.mark.parametrize("deep_helps", [True, False])
