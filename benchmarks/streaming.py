@@ -91,8 +91,9 @@ def group(megabytes: int) -> Iterator[Path | None]:
 
 
 def measured(folder: str, streamed: bool, prompts: int) -> dict[str, Any]:
-    """Measure means in this process: seconds, peak bytes in memory, and the direction."""
-    from abl_mlx.models import capture, chat_model, sweeps
+    """Measure candidates in this process: seconds, peak bytes in memory, and the direction."""
+    from abl_mlx.directions import measuring
+    from abl_mlx.models import chat_model, sweeps
     from abl_mlx.support.arrays import numbers
 
     peak = [0]
@@ -109,12 +110,12 @@ def measured(folder: str, streamed: bool, prompts: int) -> dict[str, Any]:
     chat = chat_model.load(Path(folder), streamed=streamed)
     asked = [[chat.encode(f"How do I {verb} {number} gardens?") for number in range(prompts)]
              for verb in ("plan", "burn")]  # fmt: skip
-    means = [capture.mean(chat, one) for one in asked]
+    candidates = measuring.measure(chat, asked[1], asked[0], [-1])
     found: dict[str, Any] = {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
         "peak": peak[0],
-        "direction": numbers((means[1] - means[0])[len(chat.layers) // 2, 0]),
+        "direction": numbers(candidates.difference(len(chat.layers) // 2, -1)),
     }
     if (streaming := sweeps.of(chat.model)) is not None:
         traffic = streaming.stages.traffic

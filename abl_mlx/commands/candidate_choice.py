@@ -310,14 +310,7 @@ class Finder:
         return validation["harmful"] if "borderline" in validation else [], ()
 
     def _try(self, variants: Sequence[Variant], label: str, *, needed: bool = True) -> list[Tried]:
-        """Race variants.
-
-        Args:
-            variants: what to try.
-            label: what is raced, for the line of progress.
-            needed: whether one of them has to be found; otherwise those that are far beyond the
-                limit of the KL on the first prompts do not run the others.
-        """
+        """Race variants; unless one is ``needed``, those far beyond the KL limit end early."""
         trial, limit = self._trial, self._how.finding.max_kl
 
         def lost(effect: Effect) -> float:

@@ -17,8 +17,9 @@ from abl_mlx.models.batches import Batch
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.hooks import around
 from abl_mlx.models.plain import runs_again
+from abl_mlx.models.prefix import Prefix
 from abl_mlx.models.residuals import residual
-from abl_mlx.models.shortcuts import trusted
+from abl_mlx.models.shortcuts import Shortcuts, begun, trusted
 from abl_mlx.support import ranks
 from abl_mlx.support.arrays import numpy_of
 from abl_mlx.support.console import progress
@@ -193,17 +194,21 @@ def _own(
     label: str,
 ) -> Iterator[tuple[list[int], mx.array]]:
     check_offsets(sequences, offsets)
-    how, unseen = trusted(chat, sequences), heads.unseen(chat.model)
     mine = ranks.shares([len(one) for one in sequences])[ranks.rank()]
     squares = input_squares.of(chat)
     inputs: AbstractContextManager[None] = nullcontext()
-    if squares is not None and squares.are_new(sequences):
-        how = squares.shortcuts(how)
-        inputs = squares.recording(lambda: sum(len(sequences[index]) for index in mine))
-    with unseen, inputs, progress(len(mine), label) as bar:
-        with Recorder(chat):  # checks the form of the stream
-            prefix = how.shared(chat, sequences, -min(offsets))
 
+    def begin(how: Shortcuts) -> Prefix:
+        with heads.unseen(chat.model), Recorder(chat):  # checks the form of the stream
+            return how.shared(chat, sequences, -min(offsets))
+
+    if squares is not None and squares.are_new(sequences):
+        how = squares.shortcuts(trusted(chat, sequences))
+        prefix = begin(how)
+        inputs = squares.recording(lambda: sum(len(sequences[index]) for index in mine))
+    else:
+        how, prefix = begun(chat, sequences, begin)
+    with heads.unseen(chat.model), inputs, progress(len(mine), label) as bar:
         # A layer that runs again in the same pass gives its states at the end.
         early = take is not None and sweeps.of(chat.model) is not None and not runs_again(chat)
 

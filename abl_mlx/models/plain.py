@@ -128,11 +128,8 @@ def needs_cache(chat: ChatModel) -> bool:
     In some architectures (gemma3n) mlx-lm passes the keys and values that layers share through the
     cache. Without a cache it computes others, so the logits differ from those in generation.
     """
-    known = vars(chat).get("_needs_cache")
-    if known is None:
-        known = _needs_cache(chat)
-        object.__setattr__(chat, "_needs_cache", known)
-    return bool(known)
+    known: dict[None, bool] = vars(chat).setdefault("_needs_cache", {})
+    return sweeps.once(chat.model, known, None, lambda: _needs_cache(chat))
 
 
 def _needs_cache(chat: ChatModel) -> bool:
@@ -177,10 +174,10 @@ def sample(sequences: Sequence[Sequence[int]]) -> list[int]:
 
 
 def vocabulary(chat: ChatModel) -> int:
-    """V, the width of the model's logits; determined by one forward pass."""
+    """V, the width of the model's logits; determined by the shapes of one forward pass."""
     known = vars(chat).get("_vocabulary")
     if known is None:
-        with heads.unseen(chat.model):
+        with heads.unseen(chat.model), sweeps.asleep(chat.model):
             known = int(chat.model(mx.array([[0]])).shape[-1])
         object.__setattr__(chat, "_vocabulary", known)
     return int(known)

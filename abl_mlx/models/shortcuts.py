@@ -22,9 +22,10 @@ from abl_mlx.models.batches import TOKENS_PER_BATCH, Batch, batches
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import normalized
 from abl_mlx.models.hooks import Around, around
-from abl_mlx.models.plain import Plain, reach, sample, vocabulary
+from abl_mlx.models.plain import Plain, needs_cache, reach, sample, vocabulary
 from abl_mlx.models.prefix import Prefix, shared
 from abl_mlx.models.residuals import replaced, residual
+from convert.base.errors import UserError
 
 #: The number of logits that are computed at once: 16 MB of float32, of which several copies are in
 #: memory at a time. Where the last layer's output is not cut, eight times as many.
@@ -86,13 +87,57 @@ def trusted(chat: ChatModel, sequences: Sequence[Sequence[int]]) -> Shortcuts:
     """
     known: dict[int, Shortcuts] = vars(chat).setdefault("_shortcuts", {})
     length = reach(sequences)
-    if length not in known:
-        known[length] = _compared(chat, sample(sequences))
-    return known[length]
+    return sweeps.once(chat.model, known, length, lambda: _compared(chat, sample(sequences)))
+
+
+def begun(
+    chat: ChatModel, sequences: Sequence[Sequence[int]], begin: Callable[[Shortcuts], Prefix]
+) -> tuple[Shortcuts, Prefix]:
+    """The shortcuts for prompts, as of `trusted`, and their common first tokens.
+
+    A streamed model runs these tokens in the sweep of the comparison, as most models allow it.
+
+    Args:
+        chat: the model.
+        sequences: the prompts to be run.
+        begin: runs their common first tokens, as of `Shortcuts.shared`.
+    """
+    if sweeps.of(chat.model) is None:
+        how = trusted(chat, sequences)
+        return how, begin(how)
+
+    def hoping() -> Prefix | None:
+        try:
+            return begin(Shortcuts())
+        except Exception:  # mlx-lm's code may raise anything for a pass that it does not support
+            return None
+
+    works: list[Callable[[], Any]] = [lambda: trusted(chat, sequences), hoping]
+    how, prefix = sweeps.together(chat.model, *works)
+    return how, prefix if prefix and how.prefix and not how.cached else begin(how)
 
 
 def _compared(chat: ChatModel, tokens: list[int]) -> Shortcuts:
-    plain, half = Plain(chat), len(tokens) // 2
+    if sweeps.of(chat.model) is None:
+        return _compared_with(Plain(chat), chat, tokens)
+
+    def without() -> Shortcuts | None:
+        try:
+            return _compared_with(Plain(chat, cached=False), chat, tokens)
+        except UserError:
+            return None
+
+    # Most models need no cache, so this is asked in the sweep of a comparison without one.
+    works: list[Callable[[], Any]] = [lambda: needs_cache(chat), without]
+    cached, found = sweeps.together(chat.model, *works)
+    if cached or found is None:
+        return _compared_with(Plain(chat), chat, tokens)
+    assert isinstance(found, Shortcuts)
+    return found
+
+
+def _compared_with(plain: Plain, chat: ChatModel, tokens: list[int]) -> Shortcuts:
+    half = len(tokens) // 2
     every = Shortcuts(cached=plain.cached)
     none = Shortcuts(False, False, False, False, plain.cached)
     # An influence of padding shows most in short prompts, with few other tokens to attend to.

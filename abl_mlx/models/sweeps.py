@@ -26,6 +26,7 @@ from convert.mlx import packed
 
 T = TypeVar("T")
 R = TypeVar("R")
+K = TypeVar("K")
 
 # Bytes of the stack of a pass's thread.
 _STACK = 16 << 20
@@ -68,6 +69,35 @@ def each(model: nn.Module, work: Callable[[T], R], items: Iterable[T]) -> Iterat
 def together(model: nn.Module, *works: Callable[[], R]) -> list[R]:
     """The results of several functions that run a model, in one sweep if it is streamed."""
     return list(each(model, lambda work: work(), works))
+
+
+def once(model: nn.Module, known: dict[K, R], key: K, work: Callable[[], R]) -> R:
+    """``known[key]``, and where it is not there what ``work()`` returns, which is kept there.
+
+    Of passes side by side that ask for the same, the first does the work and the others wait.
+
+    Args:
+        model: the model that the work runs.
+        known: what is known of the model.
+        key: what is asked for.
+        work: finds it.
+    """
+    streaming, here = of(model), _here.passing
+    if key not in known and streaming is not None and here is not None:
+        asked = id(known), key
+        if asked not in streaming.asked:
+            streaming.asked[asked] = _Pass(lambda work: work(), work, here)
+        one = streaming.asked[asked]
+        here.children = [one]
+        here.stop()
+        here.children = []
+        streaming.asked.pop(asked, None)
+        if one.error is not None:
+            raise one.error
+        known[key] = one.result
+    if key not in known:
+        known[key] = work()
+    return known[key]
 
 
 class _Stopped(BaseException):
@@ -216,10 +246,16 @@ class _Sweep:
 
 
 class Streaming:
-    """Lets the layers of a model read their matrices when they run."""
+    """Lets the layers of a model read their matrices when they run.
+
+    Attributes:
+        stages: the stages of the model.
+        asked: what `once` is asked for -> the pass that finds it.
+    """
 
     def __init__(self, stages: Stages) -> None:
         self.stages = stages
+        self.asked: dict[tuple[int, Any], _Pass] = {}
         self._asleep = 0
         self._stack = ExitStack()
         pairs: list[tuple[nn.Module, Any]] = []

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType
 from mlx_lm.utils import load as load_with_mlx
 from mlx_lm.utils import quantize_model, save_config
 
+from abl_mlx.directions import measuring
 from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
 from abl_mlx.models import capture, from_gguf, parked, prefix, sweeps
@@ -267,10 +268,56 @@ def test_a_weight_that_is_not_finite_is_named(tiny_folder, tmp_path: Path) -> No
         first_reply_token(chat, PROMPTS)
 
 
-def test_finding_out_how_a_model_may_run_takes_three_sweeps() -> None:
+def sweeps_so_far(chat) -> int:
+    stages = sweeps.of(chat.model).stages
+    # And the first stage of one more, which is read beside the work.
+    return round(stages.traffic.bytes / sum(stage.bytes for stage in stages.stages))
+
+
+def test_finding_out_how_a_model_may_run_takes_two_sweeps() -> None:
+    chat, like = streamed(zoo.chat("llama")), zoo.chat("llama")
+    assert trusted(chat, PROMPTS) == trusted(like, PROMPTS)
+    assert sweeps_so_far(chat) == 2
+
+
+def test_a_model_that_needs_a_cache_is_known_by_it_when_it_is_streamed() -> None:
+    chat = streamed(zoo.chat("gemma3n"))
+    assert trusted(chat, PROMPTS) == trusted(zoo.chat("gemma3n"), PROMPTS)
+    assert trusted(chat, PROMPTS).cached
+
+
+def test_two_sets_with_common_first_tokens_are_measured_in_three_sweeps() -> None:
+    sets = [[[*range(1, 13), *end] for end in ([5 * n, 7], [8], [9, n], [n])] for n in (2, 3)]
+    chat, like = streamed(zoo.chat("llama")), zoo.chat("llama")
+    found, expected = (measuring.measure(one, *sets, [-1]) for one in (chat, like))
+    np.testing.assert_allclose(
+        np.array(found.harmful_mean), np.array(expected.harmful_mean), atol=1e-4
+    )
+    assert sweeps_so_far(chat) == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_several_passes_ask_for_is_done_once(fails: bool) -> None:
     chat = streamed(zoo.chat("llama"))
-    streaming = sweeps.of(chat.model)
-    assert streaming is not None
-    trusted(chat, PROMPTS)
-    read = streaming.stages.traffic.bytes / sum(stage.bytes for stage in streaming.stages.stages)
-    assert round(read) == 3  # and the first stage of a fourth, which is read beside the work
+    known: dict[str, int] = {}
+    done = []
+
+    def work() -> int:
+        mx.eval(chat.model(mx.array([PROMPTS[0]])))
+        done.append(1)
+        if fails:
+            raise ValueError("broken")
+        return len(done)
+
+    def ask(_: int) -> int:
+        return sweeps.once(chat.model, known, "name", work)
+
+    if fails:
+        with pytest.raises(ValueError, match="broken"):
+            list(sweeps.each(chat.model, ask, range(3)))
+        assert known == {}
+    else:
+        assert list(sweeps.each(chat.model, ask, range(3))) == [1, 1, 1]
+        assert sweeps.once(chat.model, known, "name", work) == 1
+    assert len(done) == 1
+    assert sweeps_so_far(chat) == 1
