@@ -122,6 +122,81 @@ class Edited:
         return preserve(grid, self)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """The choice of the codes of lines of d weights, all of float32.
+
+    Lines are columns of a writer or rows of an embedding. Those in a piece, one after the other,
+    compensate the errors of earlier ones; pieces are independent.
+
+    Attributes:
+        axis: 0 where lines are columns, 1 where they are rows.
+        exact: (R, n), the edited weights; None where they are those of ``source`` less what is
+            taken.
+        source: a grid, or None.
+        basis: (k, d).
+        shifts: (k, d): how a line moves for each direction at the least weighted error.
+        weights: (d,), of the errors of a line.
+        taken: (lines, k), the components that the edit removes.
+        heft: (lines,), the weight of each line's errors beside those of other lines.
+        mean: heft Σ_a c_a², averaged over all lines.
+        turns: how often each direction's multiplier is found.
+        tolerance: of a line's component.
+        steps: the most single steps that finish a line.
+    """
+
+    axis: int
+    exact: np.ndarray | None
+    source: Grid | None
+    basis: np.ndarray
+    shifts: np.ndarray
+    weights: np.ndarray
+    taken: np.ndarray
+    heft: np.ndarray
+    mean: np.float32
+    turns: int
+    tolerance: np.float32
+    steps: int
+
+    @staticmethod
+    def of(grid: Grid, edited: Edited) -> Problem:
+        """The choice of a grid's codes for edited weights."""
+        count, width = grid.shape
+        basis = np.array(edited.basis, dtype=np.float32)
+        k, axis = len(basis), edited.axis
+        lines = width if axis == 0 else count
+        taken = edited.taken
+        if taken is None:
+            taken = np.zeros((lines, k), dtype=np.float32)
+        taken = np.ascontiguousarray(taken, dtype=np.float32)
+        weights = tempered(edited.importance, width)
+        along = np.ones(count, np.float32) if axis == 0 else weights
+        # Within a column all errors have the same weight, which only matters beside other columns.
+        # Its square root keeps errors from correlating with c under even inputs and under weighted
+        # ones, at the least weighted error of both.
+        heft = np.sqrt(weights) if axis == 0 else np.ones(lines, np.float32)
+        mean = np.float32(projection.square(taken * np.sqrt(heft)[:, None]) / lines)
+        return Problem(
+            axis, *edited.parts(grid.group), basis, _shifts(basis, along), along, taken, heft, mean,
+            1 if k == 1 else 4, np.float32(AIM * edited.removed), _STEPS * k,
+        )  # fmt: skip
+
+    @property
+    def unit(self) -> int:
+        """Lines are divided among threads by this number of them."""
+        return _SPAN if self.axis == 0 else 1
+
+    @property
+    def load(self) -> int:
+        """The weights that so many lines count for, which makes pieces of at least `_LINES`."""
+        return self.unit * min(self.basis.shape[1], CHUNK // _LINES)
+
+    @property
+    def piece(self) -> int:
+        """Lines in a piece of work, as `in_chunks` makes them."""
+        return self.unit * max(1, CHUNK // self.load)
+
+
 def preserve(grid: Grid, edited: Edited) -> Grid:
     """Round edited weights to a grid's levels so that their components are preserved.
 
@@ -136,33 +211,22 @@ def preserve(grid: Grid, edited: Edited) -> Grid:
     from abl_mlx.edits import turning_kernels as turning
 
     count, width = grid.shape
-    basis = np.array(edited.basis, dtype=np.float32)
-    k, axis = len(basis), edited.axis
-    lines = width if axis == 0 else count
-    taken = edited.taken
-    if taken is None:
-        taken = np.zeros((lines, k), dtype=np.float32)
-    taken = np.ascontiguousarray(taken, dtype=np.float32)
-    weights = tempered(edited.importance, width)
-    along = np.ones(count, np.float32) if axis == 0 else weights
-    # Within a column all errors have the same weight, which only matters beside other columns. Its
-    # square root keeps errors from correlating with c under even inputs and under weighted ones,
-    # at the least weighted error of both.
-    heft = np.sqrt(weights) if axis == 0 else np.ones(lines, np.float32)
-    mean = np.float32(projection.square(taken * np.sqrt(heft)[:, None]) / lines)
-    exact, source = edited.parts(grid.group)
+    problem = Problem.of(grid, edited)
+    exact, source, basis, axis = problem.exact, problem.source, problem.basis, problem.axis
+    k = len(basis)
     # Columns are turned to lines, which share their scales with as many others as are in a group.
     share, group = (grid.group, 1) if axis == 0 else (1, grid.group)
-    scales, old = _scales(grid, axis), _scales(source, axis)
+    scales, old = scales_of_lines(grid, axis), scales_of_lines(source, axis)
     old_levels, low = _old_levels(source)
-    fixed = (old_levels, low, share, group, basis, _shifts(basis, along), along, *_levels(grid))
-    search = (1 if k == 1 else 4, np.float32(AIM * edited.removed), _STEPS * k)
+    fixed = (old_levels, low, share, group, basis, problem.shifts, problem.weights, *_levels(grid))
+    search = (problem.turns, problem.tolerance, problem.steps)
     codes = np.empty((count, width), dtype=np.uint8)
 
     def choose(part: slice, target: np.ndarray | None, found: np.ndarray, scratch: Any) -> None:
         blocks = slice(part.start // share, -(-part.stop // share))
         each = (None if one is None else one[blocks] for one in (*scales, *old))
-        kernels.lines(target, *each, *fixed, taken[part], heft[part], mean, found, *search, scratch)
+        kernels.lines(target, *each, *fixed, problem.taken[part], problem.heft[part], problem.mean,
+                      found, *search, scratch)  # fmt: skip
 
     def columns(part: slice) -> None:
         scratch, old_words = _scratch(k, count), None if source is None else _words(source.codes)
@@ -184,11 +248,7 @@ def preserve(grid: Grid, edited: Edited) -> Grid:
             codes[part] = source.codes[part]
         choose(part, None if exact is None else exact[part], codes[part], _scratch(k, width))
 
-    if axis == 0:
-        spans = -(-width // _SPAN)
-        in_chunks(columns, spans, min(_SPAN * count, _SPAN * (CHUNK // _LINES)))
-    else:
-        in_chunks(rows, count, min(width, CHUNK // _LINES))
+    in_chunks(columns if axis == 0 else rows, -(-len(problem.taken) // problem.unit), problem.load)
     return grid.with_codes(codes)
 
 
@@ -212,7 +272,7 @@ def _words(codes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(codes).view(np.uint64)
 
 
-def _scales(grid: Grid | None, axis: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+def scales_of_lines(grid: Grid | None, axis: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The scales and offsets of a grid, where its lines are rows."""
     if grid is None:
         return None, None
@@ -267,20 +327,26 @@ def _shifts(basis: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(shifts / np.sum(shifts * basis, axis=1, keepdims=True), np.float32)
 
 
+def _on(grid: AnyGrid, edited: Edited) -> AnyGrid:
+    return edited.on(grid)
+
+
 @dataclass(frozen=True)
 class Encoders:
-    """Functions of a format that choose new scales for a tensor.
+    """Functions of a format that choose new scales for a tensor, and its codes.
 
     Attributes:
         fresh: makes a new grid of the same type for float32 rows.
         refit: chooses new scales for those blocks of a tensor's own grid that hold edited weights
             better with others.
         available: whether these functions can be called. A tensor's own grid needs neither.
+        on: rounds edited weights to a grid.
     """
 
     fresh: Callable[[np.ndarray], Any]
     refit: Callable[[Any, Edited], Any]
     available: bool = True
+    on: Callable[[Any, Edited], Any] = _on
 
 
 def better_source(own: AnyGrid, edited: Edited, encoders: Encoders) -> str:
@@ -310,8 +376,8 @@ def round_onto(own: AnyGrid, edited: Edited, encoders: Encoders, source: str) ->
         source: ``own`` or ``fresh``, the result of `better_source`.
     """
     if source == "fresh":
-        return edited.on(encoders.fresh(edited.target))
-    return edited.on(encoders.refit(own, edited) if encoders.available else own)
+        return encoders.on(encoders.fresh(edited.target), edited)
+    return encoders.on(encoders.refit(own, edited) if encoders.available else own, edited)
 
 
 def _error(grid: Grid | CodebookGrid, edited: Edited) -> float:
