@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.edits import rounding
+from abl_mlx.edits import rounding, rounding_arrays
 from abl_mlx.edits.edit import Leak, leak_read, rounded
 from abl_mlx.edits.slabs import Slab, exact_edit, sample, slabs
 from abl_mlx.edits.weight_edit import WeightEdit
@@ -117,7 +117,7 @@ def promoted(one: MatrixEdit, writer_bits: str) -> MatrixEdit:
 
 
 def encoders(codec: MlxCodec, global_scale: np.ndarray | None) -> rounding.Encoders:
-    """MLX's functions that choose new scales for a mode."""
+    """MLX's functions that choose new scales, and codes, for a mode."""
 
     def refit(own: Grid, edited: rounding.Edited) -> Grid:
         less = edited.less
@@ -126,7 +126,9 @@ def encoders(codec: MlxCodec, global_scale: np.ndarray | None) -> rounding.Encod
         _, past = near_scales.search(less, near_scales.Choices.none(own))
         return codec.refit(own, replace(less, past=past))
 
-    return rounding.Encoders(fresh=lambda values: codec.fresh(values, global_scale), refit=refit)
+    return rounding.Encoders(
+        lambda values: codec.fresh(values, global_scale), refit, on=rounding_arrays.on
+    )
 
 
 def better_source(files: TensorFiles, one: MatrixEdit) -> str:
