@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from abl_mlx.audit_weights import other_tensors, spectrum, stacked, taken_out
+from abl_mlx.audit_weights.gram import threads
 from abl_mlx.audit_weights.pairs import Pair, matched
 from abl_mlx.audit_weights.stacked import Stacked
 from abl_mlx.audit_weights.taken_out import Candidates, Lost
@@ -39,7 +40,7 @@ def compare(model: ModelFile, base: ModelFile) -> tuple[Weights, np.ndarray | No
     """
     after, before = model.stream_weights(), base.stream_weights()
     pairs, left_out = matched(before, after, base.source.name, model.source.name)
-    with spectrum.threads(after.width):
+    with threads(after.width):
         weights, directions = judge(pairs, left_out, after)
     writers = [name for one in (*after.writers, *before.writers) for name in one.tensors]
     others = other_tensors.compare(model, base, writers)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from abl_mlx.audit_weights import habits, partial, spectrum, stacked, taken_out
+from abl_mlx.audit_weights.gram import threads
 from abl_mlx.audit_weights.pairs import Pair, matched
 from abl_mlx.audit_weights.stacked import Stacked
 from abl_mlx.audit_weights.taken_out import TOP, Candidates, Fit, Lost, Slope
@@ -85,7 +86,7 @@ def learn(model: ModelFile, base: ModelFile) -> Learned:
     pairs, left_out = matched(before, after, base.source.name, model.source.name)
     pairs, differing = partial.to_learn(model, base, pairs)
     read = {new.name for _, new in differing}
-    with spectrum.threads(after.width), progress(len(pairs) * 3, "learn", "tensor") as bar:
+    with threads(after.width), progress(len(pairs) * 3, "learn", "tensor") as bar:
         found = []
         for pair in pairs:
             known = pair[1].name in read

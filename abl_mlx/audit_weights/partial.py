@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from abl_mlx.audit_weights import differences, spectrum, verdict
+from abl_mlx.audit_weights.gram import threads
 from abl_mlx.audit_weights.pairs import Pair, matched
 from abl_mlx.audit_weights.verdict import CANNOT_TELL, EDITED, LIMITS, NOT_EDITED
 from abl_mlx.outputs.model_file import ModelFile
@@ -63,7 +64,7 @@ def with_base(model: ModelFile, base: ModelFile) -> Judged:
     for count in _looks(len(order)):
         some = _some(others, {one.name for one in order[:count]})
         chosen = [(differing[new.name][0], new) for new in some.writers]
-        with spectrum.threads(after.width):
+        with threads(after.width):
             weights, found = differences.judge(chosen, left_out, after)
         if weights.verdict == EDITED or _holds(weights, count):
             break

@@ -23,14 +23,11 @@ and 0 means that nothing is written.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-#: Below this width eigenvectors are computed by LAPACK, above it by a few inverse iterations.
-_SMALL = 768
+from abl_mlx.audit_weights.gram import bulk, lowest, threads
 
 #: The number of directions, weakest in all writers together, from which references are computed.
 _WEAKEST = 64
@@ -51,68 +48,6 @@ _STEPS = 12
 #: Share of a writer's typical energy that is added to numerator and denominator of an energy, so
 #: that it is 1 where nothing is written at all.
 _LEAST = 1e-5
-
-
-def threads(width: int) -> AbstractContextManager[object]:
-    """Context manager with a single BLAS thread for small matrices, which are faster with one."""
-    return threadpool_limits(1, user_api="blas") if width <= _SMALL else nullcontext()
-
-
-# --- one writer --------------------------------------------------------------------------------
-
-
-def bulk(gram: np.ndarray) -> float:
-    """The mean eigenvalue of a Gram matrix (d, d) without its few largest ones.
-
-    The largest eigenvalue of an embedding may be half of its trace.
-    """
-    d = len(gram)
-    k = min(16, d // 4)
-    trace = float(np.trace(gram, dtype=np.float64))
-    if k == 0 or trace <= 0:
-        return max(trace / d, 0.0)
-    block = np.random.default_rng(0).standard_normal((d, k)).astype(gram.dtype)
-    for _ in range(3):
-        block = gram @ block
-        block /= np.linalg.norm(block, axis=0)
-    block = np.linalg.qr(block.astype(np.float64))[0].astype(gram.dtype)
-    top = float(np.trace(block.T @ (gram @ block), dtype=np.float64))
-    return max((trace - top) / (d - k), 1e-7 * trace / d)
-
-
-def lowest(gram: np.ndarray, count: int) -> np.ndarray:
-    """Nearly the ``count`` weakest directions of a Gram matrix (d, d): orthonormal (d, count).
-
-    Dimensions without any energy (pruned or unused) are left out, because an edit does not cause
-    them. For wide matrices inverse iteration is used (one O(d³) inverse): a direction whose energy
-    is clearly the lowest is exact, the others lie near the lower end of the spectrum.
-    """
-    diagonal = np.diagonal(gram)
-    alive = np.flatnonzero(diagonal > 1e-7 * np.median(diagonal))
-    count = min(count, len(alive))
-    whole = len(alive) == len(gram)
-    part = gram if whole else gram[np.ix_(alive, alive)]
-    if len(part) <= _SMALL:
-        found = np.linalg.eigh(part.astype(np.float64))[1][:, :count]
-    else:
-        found = _inverse_iteration(part, count)
-    if whole:
-        return found
-    out = np.zeros((len(gram), count))
-    out[alive] = found
-    return out
-
-
-def _inverse_iteration(gram: np.ndarray, count: int) -> np.ndarray:
-    shifted = gram.astype(np.float64)
-    shifted[np.diag_indices_from(shifted)] += 1e-5 * float(np.median(np.diagonal(gram)))
-    inverse = np.linalg.inv(shifted)
-    del shifted
-    block = np.random.default_rng(0).standard_normal((len(gram), count + 8))
-    for _ in range(6):
-        block = np.linalg.qr(inverse @ block)[0]
-    turn = np.linalg.eigh(block.T @ (gram @ block))[1]
-    return block @ turn[:, :count]
 
 
 # --- all writers -------------------------------------------------------------------------------

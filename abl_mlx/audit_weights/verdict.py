@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from abl_mlx.audit_weights import single_layers, spectrum
+from abl_mlx.audit_weights.gram import threads
 from abl_mlx.audit_weights.single_layers import Layer
 from abl_mlx.audit_weights.spectrum import Found, Gap
 from abl_mlx.outputs.stream_weights import StreamWeight, StreamWeights
@@ -86,7 +87,7 @@ def alone(model: StreamWeights) -> tuple[Weights, np.ndarray | None]:
     Raises:
         UserError: when all writers are zero, or a file is damaged.
     """
-    with spectrum.threads(model.width):
+    with threads(model.width):
         energies, writers = measure(model)
         return judge(energies, writers, model)
 

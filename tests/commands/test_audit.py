@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
+from abl_mlx.audit_weights import gram as gram_matrix
 from abl_mlx.audit_weights import spectrum
 from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.cli.main import cli
@@ -31,6 +32,21 @@ PLAIN = ApplyOptions.of(plain_rounding=True, max_leak=1e9)
 
 
 # --- the mathematics ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [40, 128, 300])
+def test_a_gram_matrix_is_solved_by_its_factor(d):
+    random = np.random.default_rng(d)
+    weight = random.standard_normal((d, 2 * d))
+    gram = weight @ weight.T
+    wanted = random.standard_normal((d, 5))
+    shifted = gram + 1e-5 * np.median(np.diagonal(gram)) * np.eye(d)
+    np.testing.assert_allclose(gram_matrix._solver(gram)(wanted), np.linalg.solve(shifted, wanted))
+    # Rounding may leave an eigenvalue below 0: then a larger shift is taken.
+    gram -= (np.linalg.eigvalsh(gram)[0] + 1e-3 * np.median(np.diagonal(gram))) * np.eye(d)
+    found = gram_matrix._solver(gram)(wanted)
+    assert np.isfinite(found).all()
+    assert np.abs(gram @ found - wanted).max() > 0
 
 
 def writers(seed=0, d=96, layers=4, n=128):
@@ -156,11 +172,11 @@ def test_the_climb_finds_what_only_some_writers_lack():
 
 def test_weakest_directions_of_a_wide_matrix_come_from_inverse_iteration():
     d = 800
-    assert d > spectrum._SMALL
+    assert d > gram_matrix._SMALL
     u = unit(d, 2)
     w = np.random.default_rng(0).standard_normal((d, 2 * d)).astype(np.float32)
     w -= (u @ (u.T @ w)).astype(np.float32)
-    found = spectrum.lowest(w @ w.T, 6)
+    found = gram_matrix.lowest(w @ w.T, 6)
     assert np.linalg.svd(found.T @ u, compute_uv=False).min() > 0.9999
     assert np.allclose(found.T @ found, np.eye(6), atol=1e-6)
 
@@ -168,7 +184,7 @@ def test_weakest_directions_of_a_wide_matrix_come_from_inverse_iteration():
 def test_dimensions_without_anything_are_no_weak_directions():
     w = np.random.default_rng(0).standard_normal((40, 200))
     w[[3, 17]] = 0
-    found = spectrum.lowest(w @ w.T, 5)
+    found = gram_matrix.lowest(w @ w.T, 5)
     assert not found[[3, 17]].any()
     assert found.shape == (40, 5)
 
@@ -178,8 +194,8 @@ def test_the_bulk_is_not_moved_by_a_few_large_eigenvalues():
     w[0] *= 100
     gram = w @ w.T
     values = np.sort(np.linalg.eigvalsh(gram))[:-16]
-    assert spectrum.bulk(gram) == pytest.approx(values.mean(), rel=0.1)
-    assert spectrum.bulk(np.zeros((64, 64))) == 0
+    assert gram_matrix.bulk(gram) == pytest.approx(values.mean(), rel=0.1)
+    assert gram_matrix.bulk(np.zeros((64, 64))) == 0
 
 
 # --- reading -----------------------------------------------------------------------------------
