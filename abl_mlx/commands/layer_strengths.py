@@ -161,6 +161,6 @@ class LayerStrengths:
         if found.effect.refused <= trial.left:
             return True
         batch_size = self._how.batch_size
-        left = short_replies.ask(self._chat, self._writers, found.edit, harmful, batch_size).share
-        say(f"  of whole replies with these strengths {percent(left)} are refusals or broken")
-        return left <= LEFT
+        told = short_replies.ask(self._chat, self._writers, found.edit, harmful, batch_size)
+        say(f"  of whole replies with these strengths {percent(told.share)} are refusals or broken")
+        return told.wrong <= LEFT * told.asked + 1  # one more is chance among a few dozen

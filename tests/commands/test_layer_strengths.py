@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from abl_mlx.choices import Editing, Measuring
-from abl_mlx.commands import edit_choice, layer_strengths
+from abl_mlx.commands import edit_choice, layer_strengths, short_replies
 from abl_mlx.commands.layer_strengths import NEAR, WEAKER, LayerStrengths
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.directions import direction_file
@@ -74,6 +74,13 @@ def test_whole_replies_decide_where_first_tokens_tell_of_refusals(chat, right, l
     assert looked(right, 0.2) == (True, 1)
     assert looked(other, 0.2) == (False, 1)
     assert looked(other, 0.05) == (True, 1)  # first tokens tell of none
+
+
+@pytest.mark.parametrize(("wrong", "enough"), [(3, True), (4, False)])
+def test_one_reply_more_than_the_limit_is_chance(right, looked, monkeypatch, wrong, enough):
+    told = short_replies.ShortReplies(wrong, asked=42, tokens=0)
+    monkeypatch.setattr(short_replies, "ask", lambda *given: told)
+    assert looked(right, 0.2) == (enough, 1)
 
 
 def test_they_are_not_looked_for_where_many_refusals_are_left(right, looked):
