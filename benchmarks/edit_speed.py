@@ -34,6 +34,7 @@ from abl_mlx.edits.edit import Edit, leak_read
 from abl_mlx.edits.slabs import Slab
 from abl_mlx.models.writers import Writer
 from abl_mlx.outputs import folder_quantized, gguf_plan
+from convert.base.kept_memory import kept_memory
 from convert.gguf import ggml, ggml_types
 from convert.mlx.grids import MlxCodec, Quantization, Rows
 from convert.mlx.matrix import Matrix
@@ -199,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names:
         measure = of_mlx if name in AFFINE else of_gguf
         kind: Any = name if name in AFFINE else GGMLQuantizationType[name]
-        found.append(measure(kind, edit, a_byte, a_step))
+        with kept_memory():  # as in `apply`
+            found.append(measure(kind, edit, a_byte, a_step))
         print(found[-1].row(), flush=True)
     figures = {
         "abl_mlx": __version__, "byte_ns": 1e9 * a_byte, "multiply_add_ns": 1e9 * a_step,

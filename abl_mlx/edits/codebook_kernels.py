@@ -73,7 +73,7 @@ def neighbours(entries, flips, limit, codes, signs, changes):
                 changes[one, j, m] = value - entries[one, j]
 
 
-@compiled()
+@compiled(inner=True)
 def _prepare(i, x, weights, scale, shift, code, sign, entries, changes, steps, costs):
     """Fill the steps and costs of a group: scale times signs, (G,), and added errors, (M,)."""
     group = entries.shape[1]
@@ -90,7 +90,7 @@ def _prepare(i, x, weights, scale, shift, code, sign, entries, changes, steps, c
             line[m] += row[m] * (slope + square * row[m])
 
 
-@compiled()
+@compiled(inner=True)
 def _residual(w, u, scale, shift, code, entries, steps, spread, residual):
     """Σ u (value − w) for every constraint, (k, J)."""
     residual[:] = 0
@@ -101,7 +101,7 @@ def _residual(w, u, scale, shift, code, entries, steps, spread, residual):
                 residual[a, j if spread else 0] += u[a, i, j] * (value - w[i, j])
 
 
-@compiled()
+@compiled(inner=True)
 def _least(i, price, u, code, changes, steps, costs, spread, work):
     """The candidate of a group with the least error plus 2 Σ price · its change of residuals."""
     work[:] = costs[i]
@@ -120,7 +120,7 @@ def _least(i, price, u, code, changes, steps, costs, spread, work):
     return best
 
 
-@compiled()
+@compiled(inner=True)
 def _evaluate(price, base, u, code, changes, steps, costs, spread, work, chosen, residual):
     """The candidates under these prices, and the residual that they leave."""
     residual[:] = base
@@ -134,7 +134,7 @@ def _evaluate(price, base, u, code, changes, steps, costs, spread, work, chosen,
                     residual[a, j if spread else 0] += u[a, i, j] * change
 
 
-@compiled()
+@compiled(inner=True)
 def _square(values):
     total = F(0)
     for a in range(values.shape[0]):
@@ -143,7 +143,7 @@ def _square(values):
     return total
 
 
-@compiled()
+@compiled(inner=True)
 def _prices(price, best, ends, base, slope, u, code, changes, steps, costs, spread, tolerance,
             work, chosen, residual):  # fmt: skip
     """Find a price for each constraint at which its residual is small, all at the same time.
@@ -195,7 +195,7 @@ def _prices(price, best, ends, base, slope, u, code, changes, steps, costs, spre
     price[:] = best
 
 
-@compiled()
+@compiled(inner=True)
 def _take(i, m, code, sign, codes, signs):
     """Make candidate m of group i its entry."""
     one = code[i]
@@ -203,7 +203,7 @@ def _take(i, m, code, sign, codes, signs):
     sign[i] ^= signs[one, m]
 
 
-@compiled()
+@compiled(inner=True)
 def _finish(w, x, weights, u, norms, scale, shift, code, sign, entries, codes, signs, changes,
             steps, costs, spread, tolerance, moves, work, residual):  # fmt: skip
     """Change single groups, each time the one that best cancels the residuals of all constraints.
@@ -264,7 +264,7 @@ def _finish(w, x, weights, u, norms, scale, shift, code, sign, entries, codes, s
               changes, steps, costs, spread, residual)  # fmt: skip
 
 
-@compiled()
+@compiled(inner=True)
 def _move(i, m, w, x, weights, u, scale, shift, code, sign, entries, codes, signs, changes, steps,
           costs, spread, residual):  # fmt: skip
     for j in range(w.shape[1]):
@@ -275,7 +275,7 @@ def _move(i, m, w, x, weights, u, scale, shift, code, sign, entries, codes, sign
     _prepare(i, x, weights, scale, shift, code, sign, entries, changes, steps, costs)
 
 
-@compiled()
+@compiled(inner=True)
 def _round(w, x, weights, u, slope, scale, shift, code, sign, entries, codes, signs, changes,
            norms, spread, tolerance, rounds, moves, scratch):  # fmt: skip
     """Choose the entries of a strip."""
@@ -301,7 +301,7 @@ def _round(w, x, weights, u, slope, scale, shift, code, sign, entries, codes, si
             steps, costs, spread, tolerance, moves, work, residual)  # fmt: skip
 
 
-@compiled()
+@compiled(inner=True)
 def _scratch(length, group, limit, k, constraints):
     return (
         np.empty((length, group), F), np.empty((length, limit), F), np.empty(limit, F),

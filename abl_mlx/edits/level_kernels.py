@@ -27,7 +27,7 @@ LANES = 32
 MIDPOINTS = 15
 
 
-@compiled()
+@compiled(inner=True)
 def nearest_few(x, low, mids, gaps):
     """The level nearest to x, for `MIDPOINTS` midpoints between levels and gaps between these.
 
@@ -54,7 +54,7 @@ def nearest_few(x, low, mids, gaps):
     return level
 
 
-@compiled()
+@compiled(inner=True)
 def nearest_code(x, mids):
     """The index of the level nearest to x: the number of midpoints between levels below x."""
     code, step = 0, 128
@@ -66,7 +66,7 @@ def nearest_code(x, mids):
     return code
 
 
-@compiled()
+@compiled(inner=True)
 def level_sum(z, slope, weight, mu, levels, mids, few, lanes):
     """Σ weight · the level nearest to z − μ slope. The lengths are multiples of `LANES`."""
     lanes[:] = 0
@@ -123,7 +123,7 @@ def between(z, slope, m0, m1, levels, mids, few, moves):
             moves[i] = one != nearest_whole(z[i] - m1 * slope[i], low, high)
 
 
-@compiled()
+@compiled(inner=True)
 def choose(z, w, s, o, levels, mids, few, codes, e):
     """The codes of the levels nearest to z, and the errors e of their values."""
     low, high = levels[0], levels[-1]
@@ -143,7 +143,7 @@ def choose(z, w, s, o, levels, mids, few, codes, e):
             e[i] = s[i] * q + o[i] - w[i]
 
 
-@compiled()
+@compiled(inner=True)
 def marked(moves, words, active):
     """Write the indices of weights that are marked, and return how many there are.
 
@@ -161,7 +161,7 @@ def marked(moves, words, active):
     return count
 
 
-@compiled()
+@compiled(inner=True)
 def cancelling(codes, s, u, weight, mids, few, residual, tolerance, moves):
     """Mark the weights of which a step up or down leaves nothing of a residual."""
     if few is not None:

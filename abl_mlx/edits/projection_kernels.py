@@ -36,7 +36,7 @@ def down(basis, values, out, first, last):
                 out[a, start + j] = total[j]
 
 
-@compiled()
+@compiled(inner=True)
 def total(lanes):
     """The sum of partial sums, added in float64."""
     total = 0.0
@@ -45,7 +45,7 @@ def total(lanes):
     return F(total)
 
 
-@compiled()
+@compiled(inner=True)
 def dot(u, e, lanes):
     """Σ u e, in float32 partial sums: ``lanes`` holds them."""
     lanes[:] = 0
@@ -69,7 +69,7 @@ def across(basis, values, out, first, last):
             out[i, a] = dot(basis[a], values[i], lanes)
 
 
-@compiled()
+@compiled(inner=True)
 def grid_values(codes, scales, offsets, group, uniform, levels, values):
     """The weights of some groups of a row of a grid: scale · level + offset.
 

@@ -37,7 +37,7 @@ _SHORT = 128
 _PAID = F(0.5)
 
 
-@compiled()
+@compiled(inner=True)
 def _search(z, slope, weight, kept, mu, levels, mids, few, tolerance, moves, words, active, parts,
             lanes):  # fmt: skip
     """Step 1 for one direction: the multiplier nearest to a residual of 0, from ``mu`` on.
@@ -114,14 +114,14 @@ def _search(z, slope, weight, kept, mu, levels, mids, few, tolerance, moves, wor
     return best
 
 
-@compiled()
+@compiled(inner=True)
 def _change(scale, levels, code, other):
     """What another code changes in a weight; 0 where there is no such level."""
     other = min(max(other, 0), levels.shape[0] - 1)
     return scale * (levels[other] - levels[code])
 
 
-@compiled()
+@compiled(inner=True)
 def _lefts(some, which, count, changes, basis, residual, lefts):
     """The square of the residual that each step would leave, (2, count)."""
     for way in range(2):
@@ -135,7 +135,7 @@ def _lefts(some, which, count, changes, basis, residual, lefts):
                 lefts[way, j] += part * part
 
 
-@compiled()
+@compiled(inner=True)
 def _finish(some, which, count, e, s, basis, weights, levels, codes, residual, tolerance, most,
             changes, lefts):  # fmt: skip
     """Step 2: change single codes by one step each, so as to cancel the remaining residual.

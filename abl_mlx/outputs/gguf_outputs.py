@@ -33,6 +33,7 @@ from convert import gguf_to_mlx
 from convert.architectures import gguf_mtp
 from convert.architectures.gguf_writers import GgufWriter
 from convert.base.errors import UserError
+from convert.base.kept_memory import kept_memory
 from convert.gguf.file import GgufSource
 from convert.gguf.quantize import Quantization
 from convert.gguf.rewrite import rewrite
@@ -178,10 +179,11 @@ class GgufEdit:
         )
 
     def _write_gguf(self, output: Output, label: Mapping[str, Any], clock: Clock) -> Written:
-        with clock.step("write"):
-            files = self._rewrite(output.staged, label)
-        with clock.step("measure the leak"), GgufSource(files[0]) as after:
-            report = compare_all(self.gguf, after, self.plans)
+        with kept_memory():
+            with clock.step("write"):
+                files = self._rewrite(output.staged, label)
+            with clock.step("measure the leak"), GgufSource(files[0]) as after:
+                report = compare_all(self.gguf, after, self.plans)
         self._check_leak(output.path, report)
         types, note = written_types(report), None
         if len(files) == 1 and self.source.ollama is None:

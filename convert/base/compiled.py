@@ -23,10 +23,13 @@ import numba
 from numba.core.dispatcher import Dispatcher
 
 
-def compiled(*, inline: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def compiled(
+    *, inline: bool = False, inner: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: compile a function when it is first called.
 
     Args:
+        inner: only other compiled functions call it, so that nothing is made for calls from Python.
         inline: make the function a part of those that call it. That compiles faster if these are
             short and one place calls it. Any other function takes a tenth of a second by itself,
             and is optimized again in each that calls it.
@@ -38,7 +41,7 @@ def compiled(*, inline: bool = False) -> Callable[[Callable[..., Any]], Any]:
 
         def made(cache: bool) -> Any:
             # Nobody calls from C, so the wrapper for that is left out.
-            how = {"error_model": "numpy", "no_cfunc_wrapper": True}
+            how = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": inner}
             return _noted(numba.njit(nogil=True, cache=cache, **how)(function))
 
         def kept() -> Any:

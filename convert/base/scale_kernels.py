@@ -18,7 +18,7 @@ _FAR = F(1)
 _BETTER = F(0.999)
 
 
-@compiled()
+@compiled(inner=True)
 def nearest_whole(x, low, high):
     """The whole number nearest to x, between low and high."""
     q = np.floor(x + F(0.5))
@@ -26,7 +26,7 @@ def nearest_whole(x, low, high):
     return q if q < high else high
 
 
-@compiled()
+@compiled(inner=True)
 def finite_inverse(scale):
     """1 / scale; 0 where that is not finite, for instance for a scale of zero."""
     return F(1) / scale if abs(scale) >= _LEAST else F(0)
@@ -38,7 +38,7 @@ def _distance(x, low, high):
     return abs(x - nearest_whole(x, low, high))
 
 
-@compiled()
+@compiled(inner=True)
 def _costs(weights, heft, inverse, offset, low, high, cost):
     """The errors to be expected of groups of weights, in squared steps.
 
@@ -72,7 +72,7 @@ def _worst(weights, inverse, offset, low, high, worst):
             worst[b] = worst[b] if worst[b] > f else f
 
 
-@compiled()
+@compiled(inner=True)
 def _place(base, step, moved, scale, inverse, offset):
     """Scales, their inverses and offsets after moves by these numbers of steps."""
     for b in range(scale.shape[0]):

@@ -181,12 +181,12 @@ class Q3_K(_Planes):
     planes = ((32, 32, 2, 0), (0, 32, 1, 2))
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        low, high = blocks[:, 96:104], blocks[:, 104:108]
-        scales = np.empty((len(blocks), 16), dtype=np.uint8)
-        scales[:, :8], scales[:, 8:] = low & 15, low >> 4
-        for part in range(4):
-            scales[:, 4 * part : 4 * part + 4] |= ((high >> (2 * part)) & 3) << 4
-        return _float16(blocks, 108) * (scales.astype(np.float32) - np.float32(32))
+        words = blocks[:, 96:108].copy().view(np.uint32)  # four numbers at a time
+        low, high = words[:, :2], words[:, 2:]
+        numbers = np.empty((len(blocks), 4), np.uint32)
+        numbers[:, :2], numbers[:, 2:] = low & 0x0F0F0F0F, (low >> 4) & 0x0F0F0F0F
+        numbers |= ((high >> np.arange(0, 8, 2, dtype=np.uint32)) & 0x03030303) << 4
+        return _float16(blocks, 108) * (numbers.view(np.uint8).astype(np.float32) - np.float32(32))
 
 
 class _SixBitScales(GridCodec):
