@@ -136,7 +136,7 @@ def _lefts(some, which, count, changes, basis, residual, lefts):
 
 
 @compiled(inner=True)
-def _finish(some, which, count, e, s, basis, weights, levels, codes, residual, tolerance, most,
+def _finish(which, count, e, s, basis, weights, levels, codes, residual, tolerance, most,
             changes, lefts):  # fmt: skip
     """Step 2: change single codes by one step each, so as to cancel the remaining residual.
 
@@ -144,15 +144,15 @@ def _finish(some, which, count, e, s, basis, weights, levels, codes, residual, t
     weighted error is taken; if there are none, the one that leaves the smallest residual.
 
     Args:
-        some: whether only some weights may change.
-        which: indices of these, of which there are ``count``.
+        which: indices of the weights that may change, of which there are ``count``; unused if these
+            are all.
         most: how many steps at most.
         changes, lefts: scratch, (2, d): what a step down and one up change, and leave.
 
     Returns:
         Whether the residual is within the tolerance.
     """
-    k = basis.shape[0]
+    k, some = basis.shape[0], count < codes.shape[0]
     within = tolerance * tolerance
     for step in range(most + 1):
         left = F(0)
@@ -304,10 +304,10 @@ def lines(
         if k == 1 and mids is None:
             cancelling(code, s, basis[0], weight[0], mids, few, residual[0], tolerance, moves)
             count = marked(moves, words, active)
-            done = _finish(True, active, count, e, s, basis, weights, levels, code, residual,
+            done = _finish(active, count, e, s, basis, weights, levels, code, residual,
                            tolerance, 1, changes, lefts)  # fmt: skip
         if not done:
-            _finish(False, active, d, e, s, basis, weights, levels, code, residual, tolerance,
+            _finish(active, d, e, s, basis, weights, levels, code, residual, tolerance,
                     steps, changes, lefts)  # fmt: skip
         if mean > 0:
             for a in range(k):
