@@ -90,6 +90,9 @@ def run(
     MODEL may be a .gguf of any type: nothing else is needed, and every tensor keeps its type.
     """
     from abl_mlx.choices import RunOptions
+    from abl_mlx.edits import early
+
+    early.begin(model, chosen["quantize"])
     from abl_mlx.commands import evidence
     from abl_mlx.commands import run as running
     from abl_mlx.reports import induce_tables, tables
@@ -204,6 +207,9 @@ def apply(
     so that the edit survives, and everything else in it is copied byte for byte.
     """
     from abl_mlx.choices import ApplyOptions
+    from abl_mlx.edits import early
+
+    early.begin(model, chosen["quantize"])  # before imports that take half a second
     from abl_mlx.commands import measure_apply
 
     options = ApplyOptions.of(**chosen)

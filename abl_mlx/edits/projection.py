@@ -77,8 +77,8 @@ def of_grid(grid: Grid) -> tuple[Any, ...]:
     """Codes, scales, offsets, group, uniformity and levels of a grid, as the kernels want them."""
     rows = len(grid.codes)
     offsets = np.empty((rows, 0), np.float32) if grid.offsets is None else _plain(grid.offsets)
-    codes = np.ascontiguousarray(grid.codes)
-    return codes, _plain(grid.scales), offsets, grid.group, grid.uniform, _plain(grid.levels)
+    codes, levels = np.ascontiguousarray(grid.codes), np.array(grid.levels, np.float32)
+    return codes, _plain(grid.scales), offsets, grid.group, grid.uniform, levels
 
 
 def without(basis: np.ndarray, components: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:

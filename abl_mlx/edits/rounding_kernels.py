@@ -305,7 +305,7 @@ def lines(
             cancelling(code, s, basis[0], weight[0], mids, few, residual[0], tolerance, moves)
             count = marked(moves, words, active)
             done = _finish(active, count, e, s, basis, weights, levels, code, residual,
-                           tolerance, 1, changes, lefts)  # fmt: skip
+                           tolerance, min(steps, 1), changes, lefts)  # fmt: skip
         if not done:
             _finish(active, d, e, s, basis, weights, levels, code, residual, tolerance,
                     steps, changes, lefts)  # fmt: skip

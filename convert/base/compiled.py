@@ -3,6 +3,7 @@
 numba caches machine code beside the module, or in the user's home folder. Where neither can be
 written to, the cache is a private temporary folder; where that cannot be made either, each process
 compiles again. Cached code serves until a file changes that holds the function, or one it calls.
+Processes that need the same function wait for the one that compiles it.
 
 No function is compiled with ``fastmath``: sums are added in the order in which they are written,
 and a multiplication and an addition are rounded separately. Otherwise the quantization codes that
@@ -11,9 +12,11 @@ these functions choose could depend on the width of a CPU's registers.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,10 +25,10 @@ from typing import Any
 import numba
 from numba.core.dispatcher import Dispatcher
 
+from convert.base.locks import Busy, hold
 
-def compiled(
-    *, inline: bool = False, inner: bool = False
-) -> Callable[[Callable[..., Any]], Any]:
+
+def compiled(*, inline: bool = False, inner: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: compile a function when it is first called.
 
     Args:
@@ -58,6 +61,7 @@ def compiled(
             return made(False)
         _survive_a_full_disk(kernel)
         _depend_on_all_files(kernel)
+        _compile_in_one_process(kernel)
         return kernel
 
     return decorate
@@ -99,7 +103,7 @@ def _depend_on_all_files(kernel: Any) -> None:
     """
     with suppress(AttributeError, OSError):
         states = [os.stat(file) for file in sorted(_files[kernel])]
-        kernel._cache._cache_file._source_stamp = [(one.st_mtime, one.st_size) for one in states]
+        _index(kernel)._source_stamp = [(one.st_mtime, one.st_size) for one in states]
 
 
 def _survive_a_full_disk(kernel: Any) -> None:
@@ -115,3 +119,74 @@ def _survive_a_full_disk(kernel: Any) -> None:
 
     with suppress(AttributeError):
         cache.save_overload = saving
+
+
+# For how many seconds a process waits for another that compiles a function, and between two looks.
+_PATIENCE, _LOOK = 60.0, 0.02
+
+
+class _Lock:
+    """A file that the process holds which compiles a function, until its code is in the cache."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Wait for it; where it cannot be had, the process compiles beside the other one."""
+        with suppress(OSError):
+            if self._descriptor is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                self._descriptor = os.open(self._path, flags, 0o600)
+            end = time.monotonic() + _PATIENCE
+            while time.monotonic() < end:
+                with suppress(Busy):
+                    hold(self._descriptor)
+                    return
+                time.sleep(_LOOK)
+
+    def give(self) -> None:
+        """Let another process have it."""
+        with suppress(OSError):
+            if self._descriptor is not None:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+
+def _compile_in_one_process(kernel: Any) -> None:
+    """Let other processes that need a function wait while one compiles it.
+
+    A function waits for those that it calls, never the other way round, so no two processes wait
+    for each other.
+    """
+    cache: Any = getattr(kernel, "_cache", None)
+    with suppress(AttributeError):
+        load, save = cache.load_overload, cache.save_overload
+        lock = _Lock(Path(_index(kernel)._index_path).with_suffix(".lock"))
+
+        def loading(*args: Any) -> Any:
+            lock.take()
+            found = load(*args)
+            if found is not None:
+                lock.give()
+            return found
+
+        def saving(*args: Any) -> None:
+            try:
+                save(*args)
+            finally:
+                lock.give()
+
+        cache.load_overload, cache.save_overload = loading, saving
+
+
+def _index(kernel: Any) -> Any:
+    """What numba keeps of a function's machine code on disk."""
+    return kernel._cache._cache_file
+
+
+def first_arguments(kernel: Any) -> set[str]:
+    """The types of the first argument for which a function's machine code is on disk."""
+    with suppress(Exception):  # a damaged file, which numba does not load either
+        return {str(signature[0]) for signature, *_ in _index(kernel)._load_index()}
+    return set()
