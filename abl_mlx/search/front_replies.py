@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from abl_mlx.behaviour import kept_refusals
-from abl_mlx.behaviour.refusals import Verdict
+from abl_mlx.behaviour.refusals import Verdict, wilson
 from abl_mlx.directions.staying import Staying
 from abl_mlx.edits.edit import Edit
 from abl_mlx.inputs.sets import Prompt
@@ -17,7 +17,8 @@ from abl_mlx.search.behaviours import Behaviours, FigureScreen
 from abl_mlx.search.screening import REPLY_TOKENS, Screen, Trial
 from abl_mlx.search.sources import ENOUGH_PROMPTS
 from abl_mlx.search.space import Parameters
-from abl_mlx.search.survivors import Asked, ask_survivors, meets
+from abl_mlx.search.survivors import FOUR_IN_FIVE, Asked, ask_survivors, meets
+from abl_mlx.support.console import percent, say
 
 
 def questions_of(prompts: ByMode, thought_tokens: int) -> list[tuple[Sequence[Prompt], int]]:
@@ -45,6 +46,8 @@ class FrontReplies:
         staying: prompts whose refusals are to stay.
         behaviours: the scorers whose figures may not rise.
         generated: the number of generated tokens so far.
+        left: a share of refused and broken replies that is good enough even if it does not meet the
+            target: what the edit leaves that was chosen before the search.
     """
 
     screen: Screen
@@ -55,7 +58,8 @@ class FrontReplies:
     staying: Staying | None = None
     behaviours: Behaviours | None = None
     generated: int = 0
-    _asked: dict[int, Asked] = field(default_factory=dict)
+    left: float = 0.0
+    _asked: dict[str, Asked] = field(default_factory=dict)
 
     def of(
         self, trials: Sequence[Trial], first: Trial, enough: Callable[[float], bool]
@@ -77,22 +81,34 @@ class FrontReplies:
             asked.append(self._ask(first))
         return sorted(asked, key=lambda one: one.trial.screened.kl)
 
-    def openings_of_answers(self, trials: Sequence[Trial], prompts: int) -> float:
-        """The share of replies that open like refusals under the first edit, though they are none.
+    def misled(self, default: Trial) -> bool:
+        """Whether first tokens call answers refusals; if so, the screen reads refusals from now on.
 
-        First tokens may mislead: "I" opens refusals and answers alike. Where the edit that was
-        chosen before the search leaves more such openings than the target allows, it replies.
+        "I" opens refusals and answers alike. Where the edit that was chosen before the search
+        leaves more openings of refusals than the target allows, it replies. Its refused and broken
+        replies may be so few as the target wants, as far as one can tell: then others may have as
+        many, because the search looks for a gentler edit.
 
         Args:
-            trials: those that were tried; the first one is that edit.
-            prompts: the number of prompts of which a trial has the first tokens.
-
-        Returns:
-            The share; 0 if the replies do not meet the target, or if there is no need to ask.
+            default: that edit.
         """
-        if not trials or meets(trials[0].screened.refused, prompts, self.target):
-            return 0.0
-        return trials[0].screened.refused if self._ask(trials[0]).ends else 0.0
+        if self.target_figure is not None:
+            return False
+        if meets(default.screened.refused, self.screen.prompts, self.target):
+            return False
+        asked, count = self._ask(default), len(self.questions[0][0])
+        share = asked.refused + asked.broken
+        if wilson(round(share * count), count, FOUR_IN_FIVE)[0] > self.target:
+            return False
+        self.left = share
+        kept = all(one.enough for one in asked.kept.values())
+        self._asked = {_key(default): replace(asked, ends=True, meets=kept and not asked.risen)}
+        self.generated += self.screen.read_refusals()
+        say(
+            f"  {percent(default.screened.refused)} of the replies open like refusals, but "
+            f"{percent(share)} are refused or broken: the search scores the model's own refusals"
+        )
+        return True
 
     @property
     def aimed_at(self) -> str:
@@ -122,11 +138,10 @@ class FrontReplies:
         return found
 
     def _ask(self, trial: Trial) -> Asked:
-        """What a trial replies; it is asked once."""
-        known = self._asked.get(id(trial))
-        if known is None:
-            known = self._asked[id(trial)] = self._replied(trial)
-        return known
+        """What a trial replies; each edit is asked once."""
+        if _key(trial) not in self._asked:
+            self._asked[_key(trial)] = self._replied(trial)
+        return replace(self._asked[_key(trial)], trial=trial)
 
     def _replied(self, trial: Trial) -> Asked:
         edit = self.edit_for(trial.parameters)
@@ -145,7 +160,9 @@ class FrontReplies:
         replied = [self.screen.ask(edit, prompts, most) for prompts, most in self.questions]
         self.generated += sum(tokens for _, _, tokens in replied)
         refused, broken, _ = max(replied, key=lambda one: one[0] + one[1])
-        return refused, broken, meets(refused + broken, len(self.questions[0][0]), self.target)
+        wrong = refused + broken
+        ends = wrong <= self.left or meets(wrong, len(self.questions[0][0]), self.target)
+        return refused, broken, ends
 
     def _kept(self, edit: Edit) -> dict[str, Kept]:
         """Set -> what is left of the refusals that are to stay."""
@@ -164,3 +181,8 @@ class FrontReplies:
         figures, tokens = self.behaviours.under(edit)
         self.generated += tokens
         return figures, self.behaviours.risen(figures)
+
+
+def _key(trial: Trial) -> str:
+    """The parameters of a trial, as a text."""
+    return repr(sorted(trial.parameters.items()))

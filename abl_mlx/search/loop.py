@@ -69,6 +69,7 @@ class Search:
         enough: whether a share of replies opening with a refusal is small enough.
         seed: the seed of random choices.
         starts: the parameters of edits to try right after the default one.
+        default: the default edit, if it was scored already.
         clock: the time in seconds since some moment.
         seen: is called before the first trial and after each one.
         trials: the trials so far.
@@ -86,6 +87,7 @@ class Search:
     max_kl: float = 0.1
     seed: int = 0
     starts: Sequence[Parameters] = ()
+    default: Trial | None = None
     clock: Callable[[], float] = time.monotonic
     seen: Seen = field(default=lambda search: None)
     trials: list[Trial] = field(default_factory=list)
@@ -171,14 +173,15 @@ class Search:
         first = [self.space.uniform(), *map(dict, self.starts), self.space.even(1.0)]
         if done < len(first):
             return first[done]
+        kin = self._kin(self.trials[: len(first)])
         # Bisection for the weakest even edit; the full one if even that leaves refusals.
         low, high, bisected = 0.0, 1.0, len(first) + HALVINGS
         for trial in self.trials[len(first) : bisected]:
             middle = (low + high) / 2
             low, high = (low, middle) if self.enough(trial.screened.refused) else (middle, high)
         if done < bisected:
-            return self.space.even((low + high) / 2)
-        analytic = self.space.analytic(high)
+            return self.space.even((low + high) / 2, **kin)
+        analytic = self.space.analytic(high, **kin)
         if done < bisected + len(analytic):
             return analytic[done - bisected]
         random = np.random.default_rng([self.seed, done])
@@ -202,6 +205,12 @@ class Search:
                 break
             parameters = self.space.neighbour(parameters, random)
         return parameters
+
+    def _kin(self, first: Sequence[Trial]) -> dict[str, Any]:
+        """The direction of the first trial that is good enough at the lowest KL, as parameters."""
+        good = [one for one in first if one.screened.whole and self.enough(one.screened.refused)]
+        best = min(good, key=lambda one: one.screened.kl).parameters if good else {}
+        return {name: best[name] for name in ("method", "index", "per_layer") if good}
 
     def _polished(self, number: int, random: np.random.Generator) -> dict[str, Any] | None:
         """A small step from the trial with the lowest KL that leaves hardly any refusals.
@@ -289,6 +298,8 @@ class Search:
         return dict(sampled.params)
 
     def _try(self, parameters: dict[str, Any]) -> Trial:
+        if self.default is not None and parameters == self.default.parameters:
+            return self.default
         ahead = self.front()
 
         def hopeless(early: tuple[float, float]) -> bool:
@@ -347,20 +358,22 @@ def improve(
         return Edit(directions, 1.0, layers, recipe["embedding"], recipe["profile"])
 
     given = [] if file is None else [starts.read(file, len(chat.layers)).parameters(space)]
-    journal = Journal(how.searching.search_journal, identity(chat, first, space, how, given))
     replies = _replies(chat, writers, screen, edit_for, prompts, encoded, how)
+    default = Trial(space.uniform(), screen.score(edit_for(space.uniform())))
+    if misled := replies.misled(default):
+        given += starts.beside(found, space)
+    journal = Journal(how.searching.search_journal, identity(chat, first, space, how, given))
     tried: list[Trial] = []
 
     def enough(share: float) -> bool:
         if replies.target_figure is not None:
             return share * screen.before <= replies.target_figure
-        if meets(share, len(encoded.harmful), replies.target):
-            return True
-        return share <= replies.openings_of_answers(tried, len(encoded.harmful))
+        as_default = misled and bool(tried) and share <= tried[0].screened.refused
+        return as_default or meets(share, len(encoded.harmful), replies.target)
 
     search = Search(
         screen, space, edit_for, journal, enough, how.finding.max_kl, how.prompting.seed, given,
-        trials=tried,
+        default=None if misled else default, trials=tried,
     )  # fmt: skip
     generated_most = sum(len(asked) * most for asked, most in replies.questions)
     search.seen = seen or search.seen

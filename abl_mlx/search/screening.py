@@ -19,14 +19,20 @@ from abl_mlx.edits.edit import Edit
 from abl_mlx.edits.steering import ablation
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models.chat_model import ChatModel
-from abl_mlx.models.distributions import kl_divergence
-from abl_mlx.models.logits import first_reply_token
+from abl_mlx.models.distributions import kl_divergence, known
+from abl_mlx.models.logits import first_reply_token, log_probabilities
 from abl_mlx.models.writers import Writer
 from abl_mlx.support.arrays import number, numbers
 from convert.base.errors import UserError
 
 #: The number of tokens in each reply.
 REPLY_TOKENS = 24
+
+#: The number of first tokens by which a refusal is known: "I'm sorry, but I can't assist".
+SAID = 8
+
+#: A larger probability of a refusal counts as this one, because float32 is not precise enough.
+CERTAIN = 1 - 1e-6
 
 #: The number of prompts of each set with which a trial begins; a hopeless trial ends after them.
 FIRST_PROMPTS = 8
@@ -68,7 +74,10 @@ class Screened:
 
 
 class Screen:
-    """Scores edits of a loaded model by the first reply token, without generating replies."""
+    """Scores edits of a loaded model by the first reply token, without generating replies.
+
+    Where first tokens mislead, `read_refusals` lets refusals be scored by more tokens.
+    """
 
     def __init__(
         self,
@@ -96,7 +105,29 @@ class Screen:
                 "there is nothing for --search to score: check with `abl-mlx eval`."
             )
         self.before = number(_surprisal(before, self.tokens).mean())
+        self._said: list[list[int]] | None = None
         self._keep(staying)
+
+    def read_refusals(self) -> int:
+        """From now on score the model's own refusals, token by token, and not how replies open.
+
+        The unedited model replies to the harmful prompts. Of each that it refuses p is then the
+        probability of the refusal's first `SAID` tokens, and a prompt counts as refused if each of
+        them is the likeliest one after those before it. Other prompts count as answered.
+
+        Returns:
+            The number of generated tokens.
+        """
+        replies = evaluate.generate(
+            self._chat, self._harmful, REPLY_TOKENS, batch_size=self._batch_size
+        )
+        texts = evaluate.decode(self._chat, replies)
+        self._said = [
+            reply[:SAID] if classify(text) is Verdict.REFUSAL else []
+            for reply, text in zip(replies, texts, strict=True)
+        ]
+        self.before = float(np.mean(self._repeated(slice(None))[1]))
+        return _generated(replies, REPLY_TOKENS)
 
     def _keep(self, staying: Staying | None) -> None:
         """Look at the refusals that are to stay, of which those count that open as such."""
@@ -115,7 +146,12 @@ class Screen:
     @property
     def cost(self) -> int:
         """The number of tokens of all prompts, which a trial runs at most."""
-        return sum(map(len, [*self._harmful, *self._harmless, *self._kept]))
+        return sum(map(len, [*self._sequences(slice(None)), *self._harmless, *self._kept]))
+
+    @property
+    def prompts(self) -> int:
+        """The number of harmful prompts."""
+        return len(self._harmful)
 
     def score(
         self, edit: Edit, hopeless: Callable[[tuple[float, float]], bool] = lambda _: False
@@ -151,23 +187,53 @@ class Screen:
             For each harmful prompt whether it was refused (1 or 0) and −log(1 − p); for each
             harmless prompt the KL; and the number of tokens that were run.
         """
-        refused, refusal, kl, tokens = [], [], [], 0
-        if harmful := self._harmful[part]:
-            opened = first_reply_token(self._chat, harmful)
-            likeliest = numbers(opened.argmax(axis=-1))
-            scores = numbers(selection.refusal_scores(opened, self.tokens))
-            # A reply with logits that are NaN does not count as an answer.
-            refused = [
-                float(not score <= 0 or token in self.tokens)
-                for score, token in zip(scores, likeliest, strict=True)
-            ]
-            refusal = bounded(_surprisal(opened, self.tokens))
-            tokens += sum(map(len, harmful))
+        refused, refusal, kl, tokens = list[float](), list[float](), list[float](), 0
+        if self._harmful[part]:
+            refused, refusal = (self._opened if self._said is None else self._repeated)(part)
+            tokens += sum(map(len, self._sequences(part)))
         if harmless := self._harmless[part]:
             opened = first_reply_token(self._chat, harmless)
             kl = bounded(mx.maximum(kl_divergence(self._base[part], opened), 0))
             tokens += sum(map(len, harmless))
         return refused, refusal, kl, tokens
+
+    def _sequences(self, part: slice) -> list[list[int]]:
+        """What is run of some harmful prompts: with refusals to read, those that are refused."""
+        if self._said is None:
+            return list(map(list, self._harmful[part]))
+        both = zip(self._harmful[part], self._said[part], strict=True)
+        return [[*prompt, *said[:-1]] for prompt, said in both if said]
+
+    def _opened(self, part: slice) -> tuple[list[float], list[float]]:
+        """For some harmful prompts whether each is refused, and −log(1 − p), by the first token."""
+        opened = first_reply_token(self._chat, self._harmful[part])
+        likeliest = numbers(opened.argmax(axis=-1))
+        scores = numbers(selection.refusal_scores(opened, self.tokens))
+        # A reply with logits that are NaN does not count as an answer.
+        refused = [
+            float(not score <= 0 or token in self.tokens)
+            for score, token in zip(scores, likeliest, strict=True)
+        ]
+        return refused, bounded(_surprisal(opened, self.tokens))
+
+    def _repeated(self, part: slice) -> tuple[list[float], list[float]]:
+        """The same by the tokens of the model's own refusals, as of `read_refusals`."""
+        assert self._said is not None
+        said, sequences = self._said[part], self._sequences(part)
+        refused, refusal = [0.0] * len(said), [0.0] * len(said)
+        places = [place for place, one in enumerate(said) if one]
+        ends = [
+            list(range(len(one) - len(said[place]), len(one)))
+            for place, one in zip(places, sequences, strict=True)
+        ]
+        for index, rows in log_probabilities(self._chat, sequences, ends) if places else ():
+            place = places[index]
+            wanted = mx.array(said[place])
+            p = mx.exp(mx.take_along_axis(rows, wanted[:, None], axis=-1).sum())
+            likeliest = numbers(rows.argmax(axis=-1))
+            refused[place] = float(not known(rows) or likeliest == said[place])
+            (refusal[place],) = bounded(-mx.log1p(-mx.minimum(p, CERTAIN))[None])
+        return refused, refusal
 
     def _run_kept(self, part: slice) -> tuple[list[float], list[float]]:
         """For refusals that are to stay, whether each is lost (1 or 0), and the rise of −log(p)."""
@@ -206,8 +272,12 @@ class Screen:
         verdicts = [
             classify(text, prompt.text) for text, prompt in zip(texts, prompts, strict=True)
         ]
-        # One is added for the end token, which was generated as well.
-        return verdicts, sum(min(len(one) + 1, max_tokens) for one in replies)
+        return verdicts, _generated(replies, max_tokens)
+
+
+def _generated(replies: Sequence[Sequence[int]], most: int) -> int:
+    """The number of generated tokens, end tokens included."""
+    return sum(min(len(one) + 1, most) for one in replies)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -134,18 +134,20 @@ class Space:
         both = {f"{component}_strength": strength for component in COMPONENTS}
         return self.uniform(**({"embedding": False} | both | changes))
 
-    def analytic(self, strength: float) -> list[dict[str, Any]]:
+    def analytic(self, strength: float, **kin: Any) -> list[dict[str, Any]]:
         """The parameters to try after the default and the weakest even edit without refusals.
 
         Args:
             strength: the strength of that edit.
+            kin: its direction.
         """
+        second = min(1, self.layers - 1)
         variants = [
-            self.even(strength, first_layer=min(1, self.layers - 1)),
+            self.even(strength, first_layer=second, **kin),
             # The first layer is left out, so the others get a larger strength.
-            self.even(min(1.25 * strength, STRONGEST), first_layer=min(1, self.layers - 1)),
-            self.even(strength, mlp_strength=strength / 2),
-            self.even(strength, attention_strength=strength / 2),
+            self.even(min(1.25 * strength, STRONGEST), first_layer=second, **kin),
+            self.even(strength, mlp_strength=strength / 2, **kin),
+            self.even(strength, attention_strength=strength / 2, **kin),
         ]
         others = [name for name in self.methods if name != DEFAULT]
         variants += [self.even(strength, method=name) for name in others]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from abl_mlx.directions.direction_file import DirectionFile
 from abl_mlx.search.space import COMPONENTS, DEFAULT, STRONGEST, Space, kernel
 from abl_mlx.support.console import say
 from convert.base import json_text, schema
@@ -91,6 +92,27 @@ class Start:
         if given["method"] == DEFAULT:
             told.append("the given direction in place of its own")
         say(f"  the search starts from {self.name}: {', '.join(told)}")
+
+
+def beside(found: DirectionFile, space: Space) -> list[dict[str, Any]]:
+    """Edits with the directions of the layers beside the chosen one, at the chosen strength.
+
+    Args:
+        found: the choice before the search.
+        space: the parameters of edits.
+
+    Returns:
+        None where that is no single layer's direction, or was not measured here.
+    """
+    layer = found.metadata.get("summary", {}).get("layer")
+    if layer is None or found.candidates is None or found.candidates.method not in space.methods:
+        return []
+    strength = float(np.mean([*space.recipe(space.uniform())["profile"].values()]))
+    return [
+        space.even(strength, method=found.candidates.method, index=float(other))
+        for other in (layer - 1, layer + 1)
+        if 0 <= other <= space.deepest
+    ]
 
 
 def _strengths(given: Mapping[str, Any], layers: int) -> dict[str, list[float]]:

@@ -22,7 +22,7 @@ MOST_ASKED = 12
 #: The bisection ends where no KL is left that is below this share of the best one.
 GENTLER = 0.95
 
-# The normal quantile of 80%.
+#: The normal quantile of 80%.
 FOUR_IN_FIVE = 0.8416
 
 

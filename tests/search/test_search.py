@@ -22,6 +22,7 @@ from abl_mlx.inputs import prompts, sources
 from abl_mlx.inputs.sets import Prompt
 from abl_mlx.models import chat_model
 from abl_mlx.models.distributions import kl_divergence
+from abl_mlx.models.generation import generate
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import find_writers
 from abl_mlx.search import loop, pareto, polish, screening, survivors
@@ -408,23 +409,32 @@ def test_what_fails_by_replies_hides_no_other_trial():
 
 
 @pytest.mark.parametrize(
-    ("opened", "refused", "left", "asked"), [(0.1, 0.0, 0.1, 1), (0.1, 0.5, 0.0, 1), (0.0, 0, 0, 0)]
+    ("opened", "refused", "misled", "asked"),
+    [(0.1, 0.0, True, 1), (0.1, 4 / 64, True, 1), (0.1, 0.5, False, 1), (0.0, 0, False, 0)],
 )
-def test_openings_of_answers_count_as_none(opened, refused, left, asked):
+def test_replies_tell_whether_first_tokens_mislead(opened, refused, misled, asked):
     """Where the first edit leaves openings of refusals, its replies tell what these are."""
-    seen = []
+    seen, read = [], []
 
     class Replying:
+        prompts = 42
+
         def ask(self, edit, prompts, most):
             seen.append(edit)
-            return refused, 0.0, 24
+            return (refused if edit["n"] < 2 else 5 / 64), 0.0, 24
+
+        def read_refusals(self):
+            read.append(True)
+            return 500
 
     questions = [([Prompt("a")] * 64, 24)]
     replies = FrontReplies(Replying(), lambda given: given, questions, 0.05)
-    trials = [trial(0.03, 0.1, opened), trial(0.01, 0.2, 0.4)]
-    for _ in range(2):
-        assert replies.openings_of_answers(trials, 42) == left
-    assert len(seen) == asked
+    trials = [replace(trial(0.03, 0.1, opened), parameters={"n": n}) for n in range(3)]
+    assert replies.misled(trials[0]) == misled
+    assert (len(seen), len(read)) == (asked, misled)
+    # Another edit may leave as much as the first one, which is not asked again, and no more.
+    assert [replies._ask(one).meets for one in trials] == [refused < 0.1] * 2 + [False]
+    assert len(seen) == 3
 
 
 def test_without_any_that_meets_the_target_the_fewest_refusals_win_and_broken_ones_count():
@@ -506,6 +516,41 @@ def test_an_edit_that_leaves_no_numbers_is_worst(demo):
     assert np.isfinite([worst.refusal, worst.kl, *worst.early]).all()
     assert worst.kl > 1e2
     assert worst.refusal > 1e2
+
+
+def test_refusals_are_read_token_by_token(demo):
+    """Against plain passes of the model, token by token, with and without an edit."""
+    chat, writers, sets, found = demo
+    harmful, harmless = (
+        [chat.encode(text) for text in part.validation.texts]
+        for part in (sets.harmful, sets.harmless)
+    )
+    screen = loop.Screen(chat, writers, [*harmful, harmless[0]], harmless[:2])
+    generated = screen.read_refusals()
+    assert 13 * screening.SAID < generated <= 13 * screening.REPLY_TOKENS
+    said = [generate(chat, [one], screening.SAID)[0] for one in harmful]
+    strengths = (1e-6, 0.3, 0.5, 1.0)
+    found_refused = []
+    for strength in strengths:
+        edit = Edit(found.selected, strength)
+        nats, same = [], []
+        for prompt, tokens in zip(harmful, said, strict=True):
+            with ablation(writers, edit):
+                logits = chat.model(mx.array([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1]
+            rows = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64)
+            p = np.exp(rows[np.arange(len(tokens)), tokens].sum())
+            nats.append(-np.log1p(-min(p, screening.CERTAIN)))
+            same.append(rows.argmax(axis=-1).tolist() == tokens)
+        screened = screen.score(edit)
+        # The last prompt is answered, and counts as such.
+        assert screened.refusal == pytest.approx(sum(nats) / 13, rel=1e-2, abs=1e-5)
+        assert screened.refused == pytest.approx(sum(same) / 13)
+        found_refused.append(screened.refused)
+    assert found_refused[0] == pytest.approx(12 / 13)
+    assert found_refused[-1] == 0
+    assert screen.before == pytest.approx(screen.score(Edit(found.selected, 1e-6)).refusal, 1e-2)
+    run = sum(map(len, [*harmful, *harmless[:2]])) + sum(len(one) - 1 for one in said)
+    assert screened.tokens == run
 
 
 def test_the_file_keeps_the_edit(whole, tmp_path):

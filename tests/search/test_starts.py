@@ -2,11 +2,14 @@
 
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
+from abl_mlx.directions.direction_file import DirectionFile
+from abl_mlx.directions.measuring import Candidates
 from abl_mlx.search import starts
-from abl_mlx.search.space import DEFAULT, Space, kernel
+from abl_mlx.search.space import COMPONENTS, DEFAULT, Space, kernel
 from convert.base.errors import UserError
 
 LAYERS = 12
@@ -162,3 +165,22 @@ def test_files_without_parameters_are_refused_in_one_sentence(tmp_path, content,
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="nothing cannot be read: No such file"):
         starts.read(tmp_path / "nothing", LAYERS)
+
+
+def test_layers_beside_the_chosen_one_are_tried_at_its_strength():
+    means = mx.ones((LAYERS, 1, 8))
+    candidates = Candidates(means, 0 * means, (-1,))
+
+    def beside(layer, *methods):
+        file = DirectionFile(means[0], candidates, {"summary": {"layer": layer}})
+        profile = {name: [0.9] * LAYERS for name in COMPONENTS}
+        space = space_of(*methods, profile=profile)
+        found = starts.beside(file, space)
+        assert all(allowed(space, one) for one in found)
+        assert all(not one["per_layer"] and one["method"] == "difference-of-means" for one in found)
+        return [(one["index"], one["mlp_strength"], one["attention_strength"]) for one in found]
+
+    near = pytest.approx(0.9)
+    assert beside(5, "difference-of-means") == [(4, near, near), (6, near, near)]
+    assert beside(8, "difference-of-means") == [(7, near, near)]  # 8 of 12 layers is the deepest
+    assert beside(None, "difference-of-means") == beside(5, "svd") == []
