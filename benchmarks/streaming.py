@@ -2,11 +2,10 @@
 
     python benchmarks/streaming.py FOLDER                    # in memory, then streamed
     python benchmarks/streaming.py FOLDER --limit-mb 700     # the streamed one under a hard limit
-    python benchmarks/streaming.py /tmp/8b --make --limit-mb 4000 --streamed
+    python benchmarks/streaming.py /tmp/8b --make --limit-mb 4000
 
-``--make`` writes a folder of the shape of an 8B Llama whose weights are a sparse file of 16 GB: it
-takes next to no disk, and every weight is 0, so its figures say nothing, but reading and computing
-are those of a real one.
+``--make`` first writes a folder of the shape of an 8B Llama with random weights in float16, the
+same in every layer: 16 GB.
 
 The limit is a memory cgroup of its own, which root can make on Linux: the kernel ends the process
 when what it holds, files that it reads included, cannot be brought below the limit.
@@ -27,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -42,20 +43,21 @@ _8B: dict[str, Any] = {
 
 
 def make(folder: Path) -> None:
-    """Write the sparse folder."""
+    """Write a folder of the shape of an 8B Llama: random weights, the same in every layer."""
     folder.mkdir(parents=True)
     special = tiny.write_tokenizer(folder, "bpe-llama3")
     (folder / "config.json").write_text(json.dumps({**special, **_8B}))
     d, ff, kv = 4096, 14336, 1024
-    shapes = {"model.embed_tokens.weight": (128256, d), "lm_head.weight": (128256, d)}
-    shapes["model.norm.weight"] = (d,)
-    for layer in range(32):
-        at = f"model.layers.{layer}."
-        shapes |= {f"{at}{name}.weight": shape for name, shape in {
-            "self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
-            "self_attn.o_proj": (d, d), "mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d),
-            "mlp.down_proj": (d, ff), "input_layernorm": (d,), "post_attention_layernorm": (d,),
-        }.items()}  # fmt: skip
+    outside = {"model.embed_tokens.weight": (128256, d), "lm_head.weight": (128256, d)}
+    inside = {f"{name}.weight": shape for name, shape in {
+        "self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, d), "mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d),
+        "mlp.down_proj": (d, ff), "input_layernorm": (d,), "post_attention_layernorm": (d,),
+    }.items()}  # fmt: skip
+    shapes = {**outside, "model.norm.weight": (d,)}
+    shapes |= {
+        f"model.layers.{n}.{name}": shape for n in range(32) for name, shape in inside.items()
+    }
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 2 * math.prod(shape)
@@ -63,9 +65,20 @@ def make(folder: Path) -> None:
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    rng = np.random.default_rng(0)
+
+    def weights(shape: tuple[int, ...]) -> bytes:
+        if len(shape) == 1:
+            return np.ones(shape, np.float16).tobytes()
+        return (0.02 * rng.standard_normal(shape, np.float32)).astype(np.float16).tobytes()
+
     with open(folder / "model.safetensors", "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
+        for shape in [*outside.values(), (d,)]:
+            stream.write(weights(shape))
+        layer = b"".join(map(weights, inside.values()))
+        for _ in range(32):
+            stream.write(layer)
 
 
 @contextlib.contextmanager
@@ -126,7 +139,7 @@ def measured(folder: str, streamed: bool, prompts: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--make", action="store_true", help="write the sparse folder first")
+    parser.add_argument("--make", action="store_true", help="write a folder of 16 GB first")
     parser.add_argument("--streamed", action="store_true", help="only streamed")
     parser.add_argument("--limit-mb", type=int, default=0, help="limit of the streamed one")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of each of two sets")
