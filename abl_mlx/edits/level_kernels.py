@@ -57,12 +57,14 @@ def nearest_few(x, low, mids, gaps):
 @compiled(inner=True)
 def nearest_code(x, mids):
     """The index of the level nearest to x: the number of midpoints between levels below x."""
-    code, step = 0, 128
-    while step:
-        upper = code + step
-        if upper <= mids.shape[0] and x > mids[upper - 1]:
-            code = upper
-        step >>= 1
+    code = 128 if x > mids[127] else 0
+    code += 64 if x > mids[code + 63] else 0
+    code += 32 if x > mids[code + 31] else 0
+    code += 16 if x > mids[code + 15] else 0
+    code += 8 if x > mids[code + 7] else 0
+    code += 4 if x > mids[code + 3] else 0
+    code += 2 if x > mids[code + 1] else 0
+    code += 1 if x > mids[code] else 0
     return code
 
 

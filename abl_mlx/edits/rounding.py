@@ -298,7 +298,7 @@ def _levels(grid: Grid) -> tuple[np.ndarray, np.ndarray | None, tuple[Any, ...] 
         return levels, None, None
     mids, gaps = (levels[1:] + levels[:-1]) / 2, np.diff(levels)
     if len(mids) > MIDPOINTS:
-        return levels, mids, None
+        return levels, np.pad(mids, (0, 255 - len(mids)), constant_values=np.inf), None
     missing = MIDPOINTS - len(mids)
     padded = np.pad(mids, (0, missing), constant_values=np.inf), np.pad(gaps, (0, missing))
     ones = (np.float32(1),) * MIDPOINTS

@@ -7,6 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 
 from abl_mlx.edits import projection, rounding, rounding_kernels
+from abl_mlx.edits.level_kernels import nearest_code
 from abl_mlx.outputs import gguf_plan
 from convert.base import cores
 from convert.base.grids import Grid, in_chunks
@@ -242,3 +243,17 @@ def test_columns_and_rows_of_many_types_share_machine_code():
             rounded(kind, own, source, target, u, axis, "own")
             counts.append(len(rounding_kernels.lines.signatures))
     assert counts == counts[:1] * 6
+
+
+@pytest.mark.parametrize("count", [17, 200, 253, 256])
+def test_the_nearest_of_many_levels_is_that_of_a_sorted_search(count: int) -> None:
+    random = np.random.default_rng(count)
+    values = np.sort(random.standard_normal(count)).astype(np.float32)
+    grid = Grid(np.zeros((1, 32), np.uint8), values, np.ones((1, 1), np.float32), None, 32)
+    levels, mids, _ = rounding._levels(grid)
+    assert mids is not None
+    tried = np.concatenate([mids, values, random.uniform(-4, 4, 500), [-np.inf, np.inf]])
+    between = mids[: count - 1]
+    for x in tried.astype(np.float32):
+        assert nearest_code.py_func(x, mids) == np.searchsorted(between, x)
+    assert len(levels) == count
