@@ -84,15 +84,15 @@ def measured(direction: DirectionFile) -> Found:
 
 def file_hashes(files: Sequence[Path]) -> dict[str, str]:
     """Name of each file -> its SHA-256; read in pieces (hashlib.file_digest needs Python 3.11)."""
-    found = {}
+    found, piece = {}, memoryview(bytearray(1 << 20))
     total = sum(file.stat().st_size for file in files)
     with progress(total, "hash the source", "B") as bar:
         for file in files:
             digest = hashlib.sha256()
-            with open(file, "rb") as stream:
-                while piece := stream.read(1 << 20):
-                    digest.update(piece)
-                    bar.update(len(piece))
+            with open(file, "rb", buffering=0) as stream:
+                while count := stream.readinto(piece):
+                    digest.update(piece[:count])
+                    bar.update(count)
             found[file.name] = digest.hexdigest()
     return found
 

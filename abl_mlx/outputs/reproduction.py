@@ -42,7 +42,7 @@ _MOST = 3 << 20
 _TENSORS = 1000
 
 # Bytes of a tensor that are hashed at a time; then they may leave the memory.
-_PIECE = 1 << 23
+_PIECE = 1 << 20
 
 _KEPT = ("recipe", "pins", "embedding_scale", "summary")
 
@@ -150,6 +150,7 @@ def _hashes(
     release: Callable[[str], None],
 ) -> OutputHashes:
     groups: dict[str, Any] = {}
+    piece = np.empty(_PIECE, np.uint8)
 
     def tensors() -> dict[str, str]:
         for name in names:
@@ -159,7 +160,9 @@ def _hashes(
             for start in range(0, len(read(name)), _PIECE):
                 interrupts.check()
                 # Copied, because a view would keep the file open.
-                digest.update(bytes(read(name)[start : start + _PIECE]))
+                some = piece[: len(read(name)) - start]
+                some[:] = np.frombuffer(read(name)[start : start + _PIECE], np.uint8)
+                digest.update(some)
                 release(name)
         return {group: digest.hexdigest()[:16] for group, digest in groups.items()}
 

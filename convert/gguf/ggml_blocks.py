@@ -47,7 +47,20 @@ def _levels(*values: int) -> np.ndarray:
 
 def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
     """The float16 at byte ``at`` of each of B blocks, as float32 (B, 1)."""
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
+    return blocks[:, at : at + 2].view("<f2").astype(np.float32)
+
+
+def _bytes(blocks: np.ndarray, at: int, count: int) -> np.ndarray:
+    """Some bytes from ``at`` on of each of B blocks: a copy, uint8 (B, count).
+
+    NumPy copies them as items ten times faster than byte by byte.
+    """
+    return _items(blocks, at, count).copy().view(np.uint8)
+
+
+def _items(blocks: np.ndarray, at: int, count: int) -> np.ndarray:
+    """The same as a view with one item for each block, (B, 1)."""
+    return blocks[:, at : at + count].view(f"V{count}")
 
 
 class _Planes(GridCodec):
@@ -66,7 +79,7 @@ class _Planes(GridCodec):
 
         eights = codes.view(np.uint64)
         for which, (at, run, bits, left) in enumerate(self.planes):
-            words = blocks[:, at : at + self.block * bits // 8].copy()
+            words = _bytes(blocks, at, self.block * bits // 8)
             kernels.unpack(words.view(np.uint64), run // 8, bits, left, which > 0, eights)
 
     def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
@@ -76,7 +89,8 @@ class _Planes(GridCodec):
         for at, run, bits, left in self.planes:
             words = np.zeros((len(blocks), self.block * bits // 64), np.uint64)
             kernels.pack(eights, run // 8, bits, left, words)
-            blocks[:, at : at + 8 * words.shape[1]] = words.view(np.uint8)
+            count = 8 * words.shape[1]
+            _items(blocks, at, count)[...] = words.view(f"V{count}")
 
 
 class Q4_0(_Planes):
@@ -152,10 +166,10 @@ class Q8_0(GridCodec):
         return _float16(blocks, 0)
 
     def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        np.bitwise_xor(blocks[:, 2:], 0x80, out=codes)
+        np.bitwise_xor(_bytes(blocks, 2, 32), 0x80, out=codes)
 
     def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        np.bitwise_xor(codes, 0x80, out=blocks[:, 2:])
+        _items(blocks, 2, 32)[...] = np.bitwise_xor(codes, 0x80).view("V32")
 
 
 class Q2_K(_Planes):
@@ -165,10 +179,10 @@ class Q2_K(_Planes):
     planes = ((16, 32, 2, 0),)
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 80) * (blocks[:, :16] & 15).astype(np.float32)
+        return _float16(blocks, 80) * (_bytes(blocks, 0, 16) & 15).astype(np.float32)
 
     def _offsets(self, blocks: np.ndarray) -> np.ndarray:
-        return -(_float16(blocks, 82) * (blocks[:, :16] >> 4).astype(np.float32))
+        return -(_float16(blocks, 82) * (_bytes(blocks, 0, 16) >> 4).astype(np.float32))
 
 
 class Q3_K(_Planes):
@@ -181,7 +195,7 @@ class Q3_K(_Planes):
     planes = ((32, 32, 2, 0), (0, 32, 1, 2))
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        words = blocks[:, 96:108].copy().view(np.uint32)  # four numbers at a time
+        words = _bytes(blocks, 96, 12).view(np.uint32)  # four numbers at a time
         low, high = words[:, :2], words[:, 2:]
         numbers = np.empty((len(blocks), 4), np.uint32)
         numbers[:, :2], numbers[:, 2:] = low & 0x0F0F0F0F, (low >> 4) & 0x0F0F0F0F
@@ -206,7 +220,7 @@ class _SixBitScales(GridCodec):
 
 def six_bits(blocks: np.ndarray, kind: int) -> np.ndarray:
     """The numbers of a Q4_K's or Q5_K's scales (0) or offsets (1): uint8 (B, 8)."""
-    words = blocks[:, 4:16].copy().view(np.uint32)  # four numbers at a time
+    words = _bytes(blocks, 4, 12).view(np.uint32)  # four numbers at a time
     first, last = words[:, kind], words[:, 2] >> np.uint32(4 * kind)
     numbers = np.empty((len(blocks), 2), np.uint32)
     numbers[:, 0] = first & 0x3F3F3F3F
@@ -235,7 +249,7 @@ class Q6_K(_Planes):
     planes = ((0, 64, 4, 0), (128, 32, 2, 4))
 
     def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
+        return _float16(blocks, 208) * _bytes(blocks, 192, 16).view(np.int8).astype(np.float32)
 
 
 _IQ4 = _levels(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

@@ -178,4 +178,4 @@ def _choices(
 
 
 def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")
+    return blocks[:, at : at + 2].view("<f2")
