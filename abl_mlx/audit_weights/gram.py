@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 import numpy as np
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from convert.base.cores import blas_of_one
 
 #: Below this width eigenvectors are computed by LAPACK, above it by a few inverse iterations.
 _SMALL = 768
@@ -17,7 +18,7 @@ _BLOCK = 128
 
 def threads(width: int) -> AbstractContextManager[object]:
     """Context manager with a single BLAS thread for small matrices, which are faster with one."""
-    return threadpool_limits(1, user_api="blas") if width <= _SMALL else nullcontext()
+    return blas_of_one() if width <= _SMALL else nullcontext()
 
 
 def bulk(gram: np.ndarray) -> float:

@@ -17,7 +17,10 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+from threadpoolctl import (  # type: ignore[import-untyped]
+    OpenBLASController,
+    ThreadpoolController,
+)
 
 T = TypeVar("T")
 
@@ -34,7 +37,7 @@ def shared(work: Callable[[slice], None], count: int, least: int = 1) -> None:
     cores = max(1, min(_cores(), count // max(1, least)))
     edges = [count * core // cores for core in range(cores + 1)]
     parts = [slice(first, last) for first, last in pairwise(edges)]
-    with _blas_of_one():
+    with blas_of_one():
         # The calling thread works on the first slice.
         others = [_pool().submit(work, part) for part in parts[1:]]
         try:
@@ -125,13 +128,35 @@ def _pool() -> ThreadPoolExecutor:
 
 
 class _Blas:
-    """How many threads are in `_blas_of_one` at present, and the limit on BLAS that they share."""
+    """How many threads are in `blas_of_one` at present, and the limit on BLAS that they share."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.users = 0
-        self.controller = ThreadpoolController()
-        self.limit: Any = None
+        self._controller = ThreadpoolController()
+        self._limit: Any = None
+
+    def limit(self) -> None:
+        """Hold it to one thread."""
+        self._take_over()
+        self._limit = self._controller.limit(limits=1, user_api="blas")
+
+    def release(self) -> None:
+        """Let it have the threads that it had."""
+        self._take_over()
+        self._limit.restore_original_limits()
+
+    def _take_over(self) -> None:
+        """Let this thread set the limit, whichever thread did so before.
+
+        From version 3.8 on threadpoolctl heeds the first thread only that sets the limit of an
+        OpenBLAS, which is one for all threads. Here they take turns under a lock.
+        """
+        for library in self._controller.lib_controllers:
+            if isinstance(library, OpenBLASController):
+                take = getattr(library, "clear_controlling_thread", None)
+                if take is not None:
+                    take(force=True)
 
 
 @cache
@@ -140,12 +165,12 @@ def _blas() -> _Blas:
 
 
 @contextmanager
-def _blas_of_one() -> Iterator[None]:
+def blas_of_one() -> Iterator[None]:
     """Hold NumPy's BLAS to one thread, in the whole process, while any thread is in this block."""
     blas = _blas()
     with blas.lock:
         if not blas.users:
-            blas.limit = blas.controller.limit(limits=1, user_api="blas")
+            blas.limit()
         blas.users += 1
     try:
         yield
@@ -153,4 +178,4 @@ def _blas_of_one() -> Iterator[None]:
         with blas.lock:
             blas.users -= 1
             if not blas.users:
-                blas.limit.restore_original_limits()
+                blas.release()
