@@ -19,7 +19,8 @@ from tests.support.odd_ggufs import split
 
 #: Modules that may ask whether something is a GGUF: what was typed, and what a name stands for.
 MAY_ASK = {
-    "sources.py", "hub.py", "staging.py", "model_file.py", "remote_file.py", "reproduce.py"
+    "sources.py", "hub.py", "staging.py", "model_file.py", "remote_file.py", "reproduce.py",
+    "early.py",
 }  # fmt: skip
 
 
