@@ -127,9 +127,6 @@ def command(source: Path, out: Path, direction: Path, cache: Path) -> tuple[floa
     Args:
         cache: the folder of compiled kernels; with an empty one they are compiled.
     """
-    # pip leaves bytecode beside the modules, so that users' Python does not compile these.
-    packages = [str(Path(one.__file__).parent) for one in (abl_mlx, convert)]
-    subprocess.run([sys.executable, "-m", "compileall", "-q", *packages], check=True)
     asked = [sys.executable, "-m", "abl_mlx", "apply", direction, source, "-o", out]
     start = time.perf_counter()
     child = subprocess.Popen(
@@ -248,9 +245,12 @@ def main() -> None:
         maker.join()
         size = source.stat().st_size
         copied, copied_cpu = copy(source, folder / "copy.gguf")
+        # pip leaves bytecode beside the modules, so that users' Python does not compile these.
+        packages = [str(Path(one.__file__).parent) for one in (abl_mlx, convert)]
+        subprocess.run([sys.executable, "-m", "compileall", "-q", *packages], check=True)
         first, again = (
-            command(source, folder / one, direction, folder / "kernels")
-            for one in ("first.gguf", "again.gguf")
+            command(source, folder / name, direction, folder / "kernels")
+            for name in ("first.gguf", "again.gguf")
         )
         done = subprocess.run(
             [sys.executable, __file__, "--edit", source, out, direction],

@@ -347,7 +347,7 @@ class Finder:
             lambda effect: not dropped(effect, so_far=True) and effect.refused <= trial.left,
             lambda runner: tried(runner).works,
             label,
-            worth=lambda effect: needed or effect.kl <= 2 * limit,
+            worth=lambda effect: needed or not rank(effect)[1],  # not over the limit so far
         )
         done = [tried(one) for one in runners]
         self._tried += done

@@ -82,21 +82,23 @@ def once(model: nn.Module, known: dict[K, R], key: K, work: Callable[[], R]) -> 
         key: what is asked for.
         work: finds it.
     """
+    if key in known:
+        return known[key]
     streaming, here = of(model), _here.passing
-    if key not in known and streaming is not None and here is not None:
-        asked = id(known), key
-        if asked not in streaming.asked:
-            streaming.asked[asked] = _Pass(lambda work: work(), work, here)
-        one = streaming.asked[asked]
-        here.children = [one]
-        here.stop()
-        here.children = []
-        streaming.asked.pop(asked, None)
-        if one.error is not None:
-            raise one.error
-        known[key] = one.result
-    if key not in known:
+    if streaming is None or here is None:
         known[key] = work()
+        return known[key]
+    asked = id(known), key
+    if asked not in streaming.asked:
+        streaming.asked[asked] = _Pass(lambda work: work(), work, here)
+    one = streaming.asked[asked]
+    here.children = [one]
+    here.stop()
+    here.children = []
+    streaming.asked.pop(asked, None)
+    if one.error is not None:
+        raise one.error
+    known[key] = one.result
     return known[key]
 
 

@@ -102,7 +102,7 @@ def beside(found: DirectionFile, space: Space) -> list[dict[str, Any]]:
         space: the parameters of edits.
 
     Returns:
-        None where that is no single layer's direction, or was not measured here.
+        None of them where that is no single layer's direction, or was not measured here.
     """
     layer = found.metadata.get("summary", {}).get("layer")
     if layer is None or found.candidates is None or found.candidates.method not in space.methods:
