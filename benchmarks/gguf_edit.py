@@ -2,6 +2,7 @@
 
     python benchmarks/gguf_edit.py              # a 1B-shaped file, about 0.8 GB, in --folder
     python benchmarks/gguf_edit.py --layers 2   # a quick look
+    python benchmarks/gguf_edit.py --gigabytes 30   # a 70B's layers until the file has this size
     python benchmarks/gguf_edit.py --table      # leak of plain and of our rounding, by type
 
 The file has the shape of Llama 3.2 1B in Q4_K_M: writers in Q4_K and Q6_K, the embedding in Q6_K.
@@ -21,7 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -31,13 +35,41 @@ import abl_mlx
 import convert
 from abl_mlx.directions import direction_file
 
-WIDTH, HIDDEN, VOCABULARY, KEYS = 2048, 8192, 128256, 512
+WIDTH, VOCABULARY = 2048, 128256
 
 
-def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
-    """Random weights in the shape and types of a Llama 3.2 1B Q4_K_M.
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama.
+
+    Attributes:
+        name: what the model is called.
+        width: of the residual stream.
+        hidden: of an MLP.
+        heads: how many there are of queries; there are eight of keys.
+    """
+
+    name: str
+    width: int
+    hidden: int
+    heads: int
+
+    @property
+    def keys(self) -> int:
+        """The width of keys and of values."""
+        return self.width // self.heads * 8
+
+
+SMALL = Shape("random-1b", WIDTH, 8192, 32)
+LARGE = Shape("random-70b", 8192, 28672, 64)
+
+
+def make_file(path: Path, layers: int, shape: Shape = SMALL, *, tokenizer: bool = False) -> None:
+    """Random weights in the shape and types of a Llama 3 in Q4_K_M.
 
     Args:
+        layers: how many there are.
+        shape: 1B or 70B.
         tokenizer: whether to add the demo's tokenizer, padded with tokens, so that the file runs.
     """
     from convert.gguf import ggml
@@ -46,20 +78,18 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
     made: dict[tuple[int, int, Q], np.ndarray] = {}
 
     def weights(rows: int, columns: int, kind: Q) -> np.ndarray:
-        # Tensors of equal shape and type are equal, because the time of quantizing is not measured.
+        # Rows repeat, because the time of quantizing is not measured.
         if (rows, columns, kind) not in made:
-            out = []
-            for start in range(0, rows, 4096):
-                part = 0.02 * rng.standard_normal((min(4096, rows - start), columns), np.float32)
-                out.append(ggml.quantize(part, kind))
-            made[rows, columns, kind] = np.concatenate(out)
+            part = 0.02 * rng.standard_normal((min(512, rows), columns), np.float32)
+            some = ggml.quantize(part, kind)
+            made[rows, columns, kind] = np.resize(some, (rows, some.shape[1]))
         return made[rows, columns, kind]
 
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("random-1b")
+    writer.add_name(shape.name)
     for key, value in (
-        ("block_count", layers), ("context_length", 4096), ("embedding_length", WIDTH),
-        ("feed_forward_length", HIDDEN), ("attention.head_count", 32),
+        ("block_count", layers), ("context_length", 4096), ("embedding_length", shape.width),
+        ("feed_forward_length", shape.hidden), ("attention.head_count", shape.heads),
         ("attention.head_count_kv", 8),
     ):  # fmt: skip
         writer.add_uint32(f"llama.{key}", value)
@@ -77,20 +107,21 @@ def make_file(path: Path, layers: int, *, tokenizer: bool = False) -> None:
     def add(name: str, rows: int, columns: int, kind: Q) -> None:
         writer.add_tensor(name, weights(rows, columns, kind), raw_dtype=kind)
 
-    add("token_embd.weight", VOCABULARY, WIDTH, Q.Q6_K)
+    width, hidden, keys = shape.width, shape.hidden, shape.keys
+    add("token_embd.weight", VOCABULARY, width, Q.Q6_K)
     for layer in range(layers):
         more = Q.Q6_K if layer < layers // 8 or layer % 3 == 2 else Q.Q4_K
         block = f"blk.{layer}."
         for name, rows, columns, kind in (
-            ("attn_q", WIDTH, WIDTH, Q.Q4_K), ("attn_k", KEYS, WIDTH, Q.Q4_K),
-            ("attn_v", KEYS, WIDTH, more), ("attn_output", WIDTH, WIDTH, Q.Q4_K),
-            ("ffn_gate", HIDDEN, WIDTH, Q.Q4_K), ("ffn_up", HIDDEN, WIDTH, Q.Q4_K),
-            ("ffn_down", WIDTH, HIDDEN, more),
+            ("attn_q", width, width, Q.Q4_K), ("attn_k", keys, width, Q.Q4_K),
+            ("attn_v", keys, width, more), ("attn_output", width, width, Q.Q4_K),
+            ("ffn_gate", hidden, width, Q.Q4_K), ("ffn_up", hidden, width, Q.Q4_K),
+            ("ffn_down", width, hidden, more),
         ):  # fmt: skip
             add(f"{block}{name}.weight", rows, columns, kind)
         for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"{block}{norm}.weight", np.ones(WIDTH, np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(WIDTH, np.float32))
+            writer.add_tensor(f"{block}{norm}.weight", np.ones(width, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -150,6 +181,35 @@ def copy(source: Path, out: Path) -> tuple[float, float]:
     found = time.perf_counter() - start, time.process_time() - cpu
     out.unlink()
     return found
+
+
+def large(folder: Path, gigabytes: float) -> None:
+    """Edit a file of some size by the command, and print its time beside that of a copy."""
+    source, small, direction = folder / "source.gguf", folder / "small.gguf", folder / "r.npy"
+    np.save(direction, np.random.default_rng(1).normal(size=LARGE.width).astype(np.float32))
+    _in_process(make_file, small, 1, LARGE)
+    _in_process(make_file, source, 2, LARGE)
+    least = small.stat().st_size
+    a_layer = source.stat().st_size - least
+    layers = 1 + max(0, round((1e9 * gigabytes - least) / a_layer))
+    _in_process(make_file, source, layers, LARGE)
+    size = source.stat().st_size
+    copied, copied_cpu = copy(source, folder / "copy.gguf")
+    print(f"file                    {size / 1e9:9.1f} GB, {layers} layers")
+    print(f"file copied and flushed {copied:9.1f} s, {copied_cpu:.1f} s of CPU", flush=True)
+    kernels = folder / "kernels"
+    command(small, folder / "first.gguf", direction, kernels)  # compiles them
+    seconds, cpu, peak = command(source, folder / "out.gguf", direction, kernels)
+    print(f"command                 {seconds:9.1f} s, {cpu:.1f} s of CPU, {seconds / copied:.1f} x "
+          f"the copy, peak memory {peak / 1e9:.2f} GB")  # fmt: skip
+
+
+def _in_process(work: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a new process, because a child's peak memory counts from its parent's."""
+    maker = multiprocessing.Process(target=work, args=arguments)
+    maker.start()
+    maker.join()
+    assert maker.exitcode == 0
 
 
 def plainly(source: Path, direction: Path) -> tuple[float, float]:
@@ -225,6 +285,7 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--gigabytes", type=float, help="the size of a file in the shape of a 70B")
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary one without")
     parser.add_argument("--table", nargs="*", metavar="TYPE", type=lambda name: Q[name])
     parser.add_argument("--edit", nargs=3, type=Path, help=argparse.SUPPRESS)
@@ -237,12 +298,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
+        if arguments.gigabytes:
+            large(folder, arguments.gigabytes)
+            return
         source, out, direction = folder / "source.gguf", folder / "out.gguf", folder / "r.npy"
         np.save(direction, np.random.default_rng(1).normal(size=WIDTH).astype(np.float32))
-        # In another process, because a child's peak memory counts from its parent's.
-        maker = multiprocessing.Process(target=make_file, args=(source, arguments.layers))
-        maker.start()
-        maker.join()
+        _in_process(make_file, source, arguments.layers)
         size = source.stat().st_size
         copied, copied_cpu = copy(source, folder / "copy.gguf")
         # pip leaves bytecode beside the modules, so that users' Python does not compile these.
