@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from abl_mlx.directions.pinning import held_at
 from abl_mlx.edits.edit import Edit, Pairs
 from abl_mlx.edits.routing import Routing
 from abl_mlx.edits.update import Factors, Update
+from abl_mlx.models.writers import Writer
 from abl_mlx.support.console import say
 from abl_mlx.support.flags import first_given, not_together
 from convert.base.errors import UsageError, UserError
@@ -96,6 +97,25 @@ def edit_of(direction: DirectionFile, editing: Editing) -> Edit | Update | Routi
         direction.selected, editing, recipe=metadata.get("recipe"), pin=pin, heads=heads,
         experts=experts,
     )  # fmt: skip
+
+
+def check_layers_and_parts(width: int, writers: Sequence[Writer], editing: Editing) -> None:
+    """Check, before a direction is known, that the model has the layers, heads and experts.
+
+    Args:
+        width: of the residual stream.
+        writers: what is edited, of the model.
+        editing: the chosen options.
+
+    Raises:
+        UserError: naming what it does not have; or when the edit would change nothing.
+    """
+    heads, experts = (
+        None if text is None or parts.is_count(text) else parts.chosen(text, None, flag)
+        for flag, text in (("--heads", editing.heads), ("--experts", editing.experts))
+    )
+    any_direction = mx.ones((1, width))
+    make_edit(any_direction, editing, heads=heads, experts=experts).chosen(writers)
 
 
 def parts_of(direction: DirectionFile, editing: Editing) -> tuple[Pairs | None, Pairs | None]:

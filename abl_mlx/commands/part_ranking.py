@@ -35,7 +35,7 @@ def added(
         clock: times the step.
     """
     for flag, text in (("heads", editing.heads), ("experts", editing.experts)):
-        if text is not None and "." not in text:
+        if text is not None and parts.is_count(text):
             found = ranked(chat, writers, sets, found, clock, [flag], most=int(text))
     return found
 

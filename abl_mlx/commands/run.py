@@ -12,14 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import mlx.core as mx
-
 from abl_mlx.behaviour import evaluate, exact_kl, kept_refusals, settling
 from abl_mlx.behaviour.evaluate import Behaviour, InLlamaCpp
 from abl_mlx.behaviour.scorers import scorer
 from abl_mlx.choices import RunOptions
 from abl_mlx.commands import constant_choice, edit_choice, prompt_choice, side_figures, streaming
-from abl_mlx.commands.edit_choice import edit_of, make_edit
+from abl_mlx.commands.edit_choice import edit_of
 from abl_mlx.commands.find import find_behind_openings, find_reply_prefix
 from abl_mlx.commands.forecast import forecast
 from abl_mlx.commands.held_out import HeldOut, Runtime, component_sample
@@ -267,8 +265,7 @@ def _load(job: Job) -> LoadedModel:
 def _look(job: Job, loaded: LoadedModel) -> Found:
     """Find the direction, and plan its removal from the files."""
     chat, options = loaded.chat, job.options
-    # An edit that would change nothing is refused now, before the direction is measured.
-    make_edit(mx.ones((1, chat.width)), options.editing).chosen(loaded.writers)
+    edit_choice.check_layers_and_parts(chat.width, loaded.writers, options.editing)
     direction = find_behind_openings(
         chat, loaded.writers, job.sets, options.measuring, job.clock,
         held_out=job.held_out, times=job.times,

@@ -152,6 +152,7 @@ def load(
             return _steered(name, chat, writers, given, options, tools)
         sets = prompt_choice.load(model, options.prompting, options.finding.borderline)
     condition_choice.check(options.condition, sets, options.prompting)
+    edit_choice.check_layers_and_parts(chat.width, writers, options.editing)
     found = find_behind_openings(chat, writers, sets, options.measuring, clock)
     found = part_ranking.with_all(chat, writers, sets, options, found, clock)
     if options.condition is not None:

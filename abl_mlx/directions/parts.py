@@ -193,6 +193,11 @@ def _routed(
     return found
 
 
+def is_count(text: str) -> bool:
+    """Whether a flag's value says how many are taken of a ranking, and names none."""
+    return "." not in text
+
+
 def chosen(text: str, ranking: Sequence[dict[str, Any]] | None, flag: str) -> Pairs:
     """The (layer, number) pairs that a flag names.
 
@@ -204,7 +209,7 @@ def chosen(text: str, ranking: Sequence[dict[str, Any]] | None, flag: str) -> Pa
     Raises:
         UserError: when N is given without a ranking, or with a shorter one.
     """
-    if "." in text:
+    if not is_count(text):
         pairs = (one.split(".") for one in text.split(","))
         return frozenset((int(layer), int(number)) for layer, number in pairs)
     count = int(text)

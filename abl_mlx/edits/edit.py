@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from abl_mlx.edits import projection
+from abl_mlx.edits import fitting, projection
 from abl_mlx.edits.weight_edit import WeightEdit
 from abl_mlx.models.writers import READERS, Writer
 from abl_mlx.support.arrays import HALVES, numpy_of
@@ -185,11 +185,16 @@ class Edit:
         """The writers that are edited.
 
         Raises:
-            UserError: when there are none, or the strength is 0: such an edit changes nothing.
+            UserError: when there are none, or the strength is 0: such an edit changes nothing. Also
+                when the chosen layers have none of them, so that only an embedding is edited.
         """
         writers = list(writers)
-        self._check_layers(max((writer.layer for writer in writers), default=-1))
-        self._check_parts(writers)
+        given = {"directions": len(self.directions)} if self.directions.ndim == 3 else {}
+        if self.profile is not None:
+            given["strengths"] = min(map(len, self.profile.values()))
+        fitting.check_layers({writer.layer for writer in writers}, self.layers, given)
+        fitting.check_parts(writers, "heads", self.heads)
+        fitting.check_parts(writers, "experts", self.experts)
         chosen = [writer for writer in writers if self.touches(writer)]
         if not chosen or self.strength == 0:
             raise UserError(
@@ -197,44 +202,6 @@ class Edit:
                 "--strength other than 0."
             )
         return chosen
-
-    def _check_parts(self, writers: Sequence[Writer]) -> None:
-        """Check that the model has the heads and experts that are to be edited.
-
-        Raises:
-            UserError: naming one that it does not have.
-        """
-        for flag, what, pairs in (
-            ("--heads", "heads", self.heads), ("--experts", "experts", self.experts),
-        ):  # fmt: skip
-            have = {
-                one.layer: one.parts
-                for one in writers
-                if one.parts and (one.kind == "experts") == (what == "experts")
-            }
-            for layer, part in sorted(pairs or ()):
-                if part >= have.get(layer, 0):
-                    count = f"{have[layer]} {what}" if layer in have else f"no {what} to edit"
-                    raise UserError(
-                        f"{flag} {layer}.{part}: layer {layer} of this model has {count}, counted "
-                        "from 0."
-                    )
-
-    def _check_layers(self, deepest: int) -> None:
-        """Check that per-layer directions and strengths are for all layers of the model.
-
-        Raises:
-            UserError: when they are for fewer layers.
-        """
-        given = {"directions": len(self.directions)} if self.directions.ndim == 3 else {}
-        if self.profile is not None:
-            given["strengths"] = min(map(len, self.profile.values()))
-        for what, count in given.items():
-            if deepest >= count:
-                raise UserError(
-                    f"there are {what} for {count} layers, but the model has a layer {deepest}: "
-                    "they were measured on another model."
-                )
 
     def basis(self, writer: Writer) -> mx.array:
         """The directions to remove from the writer's output: orthonormal, float32 (k, d).

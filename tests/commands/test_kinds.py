@@ -252,6 +252,27 @@ def test_heads_by_their_ranking(tmp_path: Path) -> None:
     assert "--search and --heads 2.2" in said
 
 
+@pytest.mark.parametrize(
+    ("command", "flags", "expected"),
+    [
+        ("run", ("--heads", "99.1"), "layer 99 of this model has no heads"),
+        ("run", ("--heads", "0.99"), "layer 0 of this model has 8 heads"),
+        ("run", ("--layers", "98-99"), "no weights to edit in layer 98: they are in layers 0 to 3"),
+        ("run", ("--edit", "readers", "--layers", "99"), "no weights to edit in layer 99"),
+        ("show", ("--layers", "98-99"), "no weights to edit in layer 98"),
+    ],
+)
+def test_parts_that_a_model_lacks_are_told_before_measuring(
+    command: str, flags: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    more = ("-o", tmp_path / "out") if command == "run" else ("Hello",)
+    result = CliRunner().invoke(cli, list(map(str, (command, "demo", *more, *flags))))
+    assert result.exit_code == 1
+    assert expected in result.stderr.splitlines()[-1]
+    assert "measure and choose" not in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("form", ["folder", "gguf", "quantized"])
 def test_some_experts_alone(form: str, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     source, vector = tiny_folder("qwen3_moe", dtype="float32"), tmp_path / "r.npy"

@@ -209,7 +209,9 @@ def test_an_edit_that_finds_nothing_is_an_error():
 def test_choosing_nothing_is_an_error():
     writers = [writer("linear"), writer("embedding")]
     with pytest.raises(UserError, match="changes nothing"):
-        Edit(mx.ones((1, D)), layers=frozenset({9}), embedding=False).chosen(writers)
+        Edit(mx.ones((1, D)), layers=frozenset(), embedding=False).chosen(writers)
+    with pytest.raises(UserError, match="no weights to edit in layer 9: they are in layers 0 to 0"):
+        Edit(mx.ones((1, D)), layers=frozenset({9})).chosen(writers)
     with pytest.raises(UserError, match="changes nothing"):
         Edit(mx.ones((1, D)), strength=0.0).chosen(writers)
     chosen = Edit(mx.ones((1, D)), layers=frozenset({0}), embedding=False).chosen(writers)
