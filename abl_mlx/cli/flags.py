@@ -449,8 +449,9 @@ def split_flag(command: Callable[..., Any]) -> Callable[..., Any]:
         is_flag=True,
         expose_value=False,
         callback=begin,
-        help="Under mlx.launch: each process holds a part of every matrix and all run every prompt "
-        "together, for a model that no single machine holds.",
+        help="Under mlx.launch: each process holds a part of every matrix, or some of the layers "
+        "where mlx-lm cannot split these, and all run every prompt together, for a model that no "
+        "single machine holds.",
     )(command)
 
 

@@ -1,0 +1,122 @@
+"""`--split-model` where mlx-lm can share out layers only: qwen3_next and bailing_hybrid."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model
+
+from tests.commands.test_several_processes import same
+from tests.support import tiny, zoo
+from tests.support.command import abl_mlx
+from tests.support.launched import by_mlx_launch, ended, free_ports, started
+
+#: A random model has no refusal, and the layer is no matter.
+ASKED = "--quick", "--anyway", "--layer", "1"
+
+
+def folder(place: Path, arch: str, bits: int | None = None, **sizes: int) -> Path:
+    """A tiny model with layers of each kind that its architecture has."""
+    place.mkdir()
+    special = tiny.write_tokenizer(place, "bpe")
+    settings = {**special, **zoo.config(arch), "vocab_size": tiny.VOCAB_SIZE, **sizes}
+    model = zoo.build(settings)
+    if bits is not None:
+        model, settings = quantize_model(model, settings, 32, bits)
+    (place / "config.json").write_text(json.dumps(settings))
+    mx.save_safetensors(str(place / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return place
+
+
+def test_a_run_has_the_record_and_the_bytes_of_one_process(tmp_path: Path) -> None:
+    model = str(folder(tmp_path / "model", "qwen3_next"))
+    outs = [tmp_path / name / "out" for name in ("one", "two")]
+    run = "run", model, *ASKED, "--max-tokens", "6", "-o"
+    alone = abl_mlx(*run, outs[0])
+    same(alone, by_mlx_launch(2, *run, str(outs[1]), "--split-model"))
+    first, second = ((out / "model.safetensors").read_bytes() for out in outs)
+    assert first == second
+
+
+def test_layers_of_a_quantized_model_are_shared_out_unevenly(tmp_path: Path) -> None:
+    model = str(folder(tmp_path / "model", "bailing_hybrid", 4, hidden_size=64))
+    measure = "measure", model, *ASKED, "-o"
+    alone = abl_mlx(*measure, tmp_path / "one.safetensors")
+    commands = [[*measure, str(tmp_path / "two.safetensors"), "--json", "--split-model"]] * 2
+    (code, _, printed), (other, _, nothing) = ended(started(tmp_path, commands))
+    assert (code, other, nothing) == (0, 0, "")
+    same(alone, json.loads(printed))
+
+
+def test_more_processes_than_layers_are_refused(tmp_path: Path) -> None:
+    model = folder(tmp_path / "model", "bailing_hybrid")
+    command = ["measure", str(model), *ASKED, "-o", str(tmp_path / "d.safetensors")]
+    found = ended(started(tmp_path, [[*command, "--split-model"]] * 4))
+    assert [code for code, *_ in found] == [1] * 4
+    assert "a model of 3 layers cannot be split among 4 processes" in found[0][1]
+
+
+#: Compares a shared-out model with the whole one, as one rank of two.
+COMPARED = """
+import json, sys
+import mlx.core as mx
+from pathlib import Path
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+from abl_mlx.models.hooks import around
+from abl_mlx.models.layer_stages import in_stages
+
+group = mx.distributed.init()
+part, whole = (load_model(Path(sys.argv[1]), lazy=True)[0] for _ in range(2))
+in_stages(part, group)
+x, y = mx.array([[5, 6, 7, 8, 9], [1, 2, 3, 4, 5]]), mx.array([[5], [1]])
+caches = [make_prompt_cache(model) for model in (part, whole)]
+differences = [mx.abs(part(x) - whole(x)).max().item()]
+for tokens in (x, y, y):
+    one, other = (m(tokens, cache=c) for m, c in zip((part, whole), caches, strict=True))
+    # Caches alone are evaluated first, as after each part of a long prompt.
+    mx.eval([one.state for one in caches[0]])
+    differences.append(mx.abs(one - other).max().item())
+
+def loss(model, strength):
+    with around([(list(model.layers)[1], lambda call, *a, **k: strength * call(*a, **k))]):
+        # Two passes in one graph, whose exchanges a rank could make in any order.
+        return (model(x).square().mean() + 2 * model(y).square().mean()).astype(mx.float32)
+
+slopes = [mx.grad(lambda s: loss(model, s))(mx.array(1.0)).item() for model in (part, whole)]
+sizes = [sum(value.size for _, value in tree_flatten(m.parameters())) for m in (part, whole)]
+print(json.dumps([differences, slopes, sizes]))
+"""
+
+
+@pytest.mark.parametrize("arch", ["qwen3_next", "bailing_hybrid"])
+def test_every_rank_has_the_logits_and_gradients_of_the_whole_model(
+    arch: str, tmp_path: Path
+) -> None:
+    model = folder(tmp_path / "model", arch)
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPARED, str(model)],
+            env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    held = []
+    for one in ranks:
+        differences, (slope, expected), (part, whole) = json.loads(one.communicate(timeout=120)[0])
+        assert differences == [0, 0, 0, 0]
+        assert slope == pytest.approx(expected, rel=1e-5)
+        assert expected != 0
+        held.append(part / whole)
+    outside = sum(held) - 1  # embedding, norm and output head, which both ranks have
+    assert max(held) < 1
+    assert 0 < outside < min(held)
