@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,7 @@ class Grid:
     @property
     def uniform(self) -> bool:
         """Whether the levels are whole numbers, each by one greater than the last."""
-        first = float(self.levels[0])
-        return first.is_integer() and bool(np.all(np.diff(self.levels) == 1))
+        return _uniform(np.asarray(self.levels, np.float32).tobytes())
 
     def values(self) -> np.ndarray:
         """The weights, float32 (R, n), bit for bit as the format's own decoder gives them.
@@ -224,6 +224,13 @@ def in_chunks(work: Callable[[slice], None], count: int, width: int) -> None:
         width: number of weights in an item.
     """
     in_pieces(work, count, max(1, CHUNK // max(width, 1)))
+
+
+@cache
+def _uniform(levels: bytes) -> bool:
+    """Whether float32 numbers are `Grid.uniform`; there are as many sorts of levels as of types."""
+    numbers = np.frombuffer(levels, np.float32)
+    return float(numbers[0]).is_integer() and bool(np.all(np.diff(numbers) == 1))
 
 
 def _check_codes(codes: np.ndarray, levels: int) -> None:

@@ -30,12 +30,21 @@ was stored as -0 is written as -0 again.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
 from convert.base.errors import UserError
+from convert.gguf.block_layout import (
+    EIGHT,
+    FOUR_BITS,
+    SIGNED_BYTES,
+    SIX_BITS,
+    SIXTEEN,
+    TABLE,
+    Layout,
+)
 from convert.gguf.ggml_codecs import GridCodec
 
 
@@ -45,177 +54,77 @@ def _levels(*values: int) -> np.ndarray:
     return table
 
 
-def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at byte ``at`` of each of B blocks, as float32 (B, 1)."""
-    return blocks[:, at : at + 2].view("<f2").astype(np.float32)
-
-
 def _bytes(blocks: np.ndarray, at: int, count: int) -> np.ndarray:
     """Some bytes from ``at`` on of each of B blocks: a copy, uint8 (B, count).
 
     NumPy copies them as items ten times faster than byte by byte.
     """
-    return _items(blocks, at, count).copy().view(np.uint8)
+    return blocks[:, at : at + count].view(f"V{count}").copy().view(np.uint8)
 
 
-def _items(blocks: np.ndarray, at: int, count: int) -> np.ndarray:
-    """The same as a view with one item for each block, (B, 1)."""
-    return blocks[:, at : at + count].view(f"V{count}")
-
-
-class _Planes(GridCodec):
-    """A type whose codes are stored as planes of some of their bits.
-
-    Attributes:
-        planes: for each, its first byte in a block; the bytes of a run; how many bits of a code it
-            has; and the lowest of these. Byte i of a run of r bytes holds the bits of the weights
-            i, r + i, 2 r + i, ... from its lowest bits upwards.
-    """
-
-    planes: ClassVar[tuple[tuple[int, int, int, int], ...]]
-
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        from convert.gguf import plane_kernels as kernels  # lazily: it brings numba
-
-        eights = codes.view(np.uint64)
-        for which, (at, run, bits, left) in enumerate(self.planes):
-            words = _bytes(blocks, at, self.block * bits // 8)
-            kernels.unpack(words.view(np.uint64), run // 8, bits, left, which > 0, eights)
-
-    def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        from convert.gguf import plane_kernels as kernels  # lazily: as above
-
-        eights = codes.view(np.uint64)
-        for at, run, bits, left in self.planes:
-            words = np.zeros((len(blocks), self.block * bits // 64), np.uint64)
-            kernels.pack(eights, run // 8, bits, left, words)
-            count = 8 * words.shape[1]
-            _items(blocks, at, count)[...] = words.view(f"V{count}")
-
-
-class Q4_0(_Planes):
+class Q4_0(GridCodec):
     """float16 d, 16 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.Q4_0, 32, _levels(*range(-8, 8))
-    planes = ((2, 16, 4, 0),)
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 0)
+    layout = Layout(((2, 16, 4, 0),))
 
 
-class Q4_1(_Planes):
+class Q4_1(GridCodec):
     """float16 d, float16 m, 16 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.Q4_1, 32, _levels(*range(16))
-    planes = ((4, 16, 4, 0),)
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 0)
-
-    def _offsets(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 2)
+    layout = Layout(((4, 16, 4, 0),), dmin=2)
 
 
-class _FifthBits(_Planes):
+class _FifthBits(GridCodec):
     """Low four bits as in Q4_0, and 4 bytes before them, whose bit i is weight i's fifth bit."""
-
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        super()._unpack(blocks, codes)
-        high = np.unpackbits(self._high(blocks), axis=1, bitorder="little")
-        high <<= 4
-        codes |= high
 
     def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
         super()._pack(codes, blocks)
-        self._high(blocks)[...] = np.packbits(codes >> 4, axis=1, bitorder="little")
-
-    def _high(self, blocks: np.ndarray) -> np.ndarray:
-        at = self.planes[0][0]
-        return blocks[:, at - 4 : at]
+        at = self.layout.fifth
+        assert at is not None
+        blocks[:, at : at + 4] = np.packbits(codes >> 4, axis=1, bitorder="little")
 
 
 class Q5_0(_FifthBits):
     """float16 d, 4 bytes of fifth bits, 16 bytes of low bits."""
 
     type, group, levels = GGMLQuantizationType.Q5_0, 32, _levels(*range(-16, 16))
-    planes = ((6, 16, 4, 0),)
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 0)
+    layout = Layout(((6, 16, 4, 0),), fifth=2)
 
 
 class Q5_1(_FifthBits):
     """float16 d, float16 m, 4 bytes of fifth bits, 16 bytes of low bits."""
 
     type, group, levels = GGMLQuantizationType.Q5_1, 32, _levels(*range(32))
-    planes = ((8, 16, 4, 0),)
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 0)
-
-    def _offsets(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 2)
+    layout = Layout(((8, 16, 4, 0),), fifth=4, dmin=2)
 
 
 class Q8_0(GridCodec):
     """float16 d, 32 signed bytes. The code is the byte with its sign bit flipped."""
 
     type, group, levels = GGMLQuantizationType.Q8_0, 32, _levels(*range(-128, 128))
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 0)
-
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        np.bitwise_xor(_bytes(blocks, 2, 32), 0x80, out=codes)
+    layout = Layout(((2, 32, 8, 0),), flip=0x80)
 
     def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        _items(blocks, 2, 32)[...] = np.bitwise_xor(codes, 0x80).view("V32")
+        blocks[:, 2:34].view("V32")[...] = np.bitwise_xor(codes, 0x80).view("V32")
 
 
-class Q2_K(_Planes):
+class Q2_K(GridCodec):
     """16 bytes of 4-bit scales and offsets, 64 bytes of codes, float16 d, float16 dmin."""
 
     type, group, levels = GGMLQuantizationType.Q2_K, 16, _levels(*range(4))
-    planes = ((16, 32, 2, 0),)
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 80) * (_bytes(blocks, 0, 16) & 15).astype(np.float32)
-
-    def _offsets(self, blocks: np.ndarray) -> np.ndarray:
-        return -(_float16(blocks, 82) * (_bytes(blocks, 0, 16) >> 4).astype(np.float32))
+    layout = Layout(((16, 32, 2, 0),), how=FOUR_BITS, d=80, dmin=82)
 
 
-class Q3_K(_Planes):
+class Q3_K(GridCodec):
     """32 bytes of third bits, 64 bytes of low bits, 12 bytes of 6-bit scales, float16 d.
 
     Where a weight's third bit is set, its code is 4 to 7, which means the levels 0 to 3.
     """
 
     type, group, levels = GGMLQuantizationType.Q3_K, 16, _levels(*range(-4, 4))
-    planes = ((32, 32, 2, 0), (0, 32, 1, 2))
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        words = _bytes(blocks, 96, 12).view(np.uint32)  # four numbers at a time
-        low, high = words[:, :2], words[:, 2:]
-        numbers = np.empty((len(blocks), 4), np.uint32)
-        numbers[:, :2], numbers[:, 2:] = low & 0x0F0F0F0F, (low >> 4) & 0x0F0F0F0F
-        numbers |= ((high >> np.arange(0, 8, 2, dtype=np.uint32)) & 0x03030303) << 4
-        return _float16(blocks, 108) * (numbers.view(np.uint8).astype(np.float32) - np.float32(32))
-
-
-class _SixBitScales(GridCodec):
-    """float16 d, float16 dmin, then 12 bytes with 8 scales and 8 offsets of six bits each.
-
-    The low six bits of bytes 0-3 are the first four scales, those of bytes 4-7 the first four
-    offsets. Bytes 8-11 hold the low four bits of the other scales and offsets, whose upper two bits
-    are the upper two bits of bytes 0-7.
-    """
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 0) * six_bits(blocks, 0)
-
-    def _offsets(self, blocks: np.ndarray) -> np.ndarray:
-        return -(_float16(blocks, 2) * six_bits(blocks, 1))
+    layout = Layout(((32, 32, 2, 0), (0, 32, 1, 2)), how=SIXTEEN, at=96, d=108)
 
 
 def six_bits(blocks: np.ndarray, kind: int) -> np.ndarray:
@@ -228,55 +137,42 @@ def six_bits(blocks: np.ndarray, kind: int) -> np.ndarray:
     return numbers.view(np.uint8)
 
 
-class Q4_K(_SixBitScales, _Planes):
-    """16 bytes of scales, 128 bytes of codes."""
+class Q4_K(GridCodec):
+    """float16 d, float16 dmin, 12 bytes of 6-bit scales and offsets, 128 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.Q4_K, 32, _levels(*range(16))
-    planes = ((16, 32, 4, 0),)
+    layout = Layout(((16, 32, 4, 0),), how=SIX_BITS, at=4, dmin=2)
 
 
-class Q5_K(_SixBitScales, _Planes):
-    """16 bytes of scales, 32 bytes of fifth bits, 128 bytes of low bits."""
+class Q5_K(GridCodec):
+    """As Q4_K, with 32 bytes of fifth bits before 128 bytes of low bits."""
 
     type, group, levels = GGMLQuantizationType.Q5_K, 32, _levels(*range(32))
-    planes = ((48, 32, 4, 0), (16, 32, 1, 4))
+    layout = Layout(((48, 32, 4, 0), (16, 32, 1, 4)), how=SIX_BITS, at=4, dmin=2)
 
 
-class Q6_K(_Planes):
+class Q6_K(GridCodec):
     """128 bytes of low four bits, 64 bytes of upper two, 16 signed bytes of scales, float16 d."""
 
     type, group, levels = GGMLQuantizationType.Q6_K, 16, _levels(*range(-32, 32))
-    planes = ((0, 64, 4, 0), (128, 32, 2, 4))
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 208) * _bytes(blocks, 192, 16).view(np.int8).astype(np.float32)
+    layout = Layout(((0, 64, 4, 0), (128, 32, 2, 4)), how=SIGNED_BYTES, at=192, d=208)
 
 
 _IQ4 = _levels(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-class IQ4_NL(_Planes):
+class IQ4_NL(GridCodec):
     """float16 d, 16 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.IQ4_NL, 32, _IQ4
-    planes = ((2, 16, 4, 0),)
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 0)
+    layout = Layout(((2, 16, 4, 0),))
 
 
-class IQ4_XS(_Planes):
+class IQ4_XS(GridCodec):
     """float16 d, 8 six-bit scales (2 bytes of upper bits, 4 bytes of lower), 128 bytes of codes."""
 
     type, group, levels = GGMLQuantizationType.IQ4_XS, 32, _IQ4
-    planes = ((8, 16, 4, 0),)
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        scales = np.empty((len(blocks), 8), dtype=np.uint8)
-        scales[:, 0::2], scales[:, 1::2] = blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4
-        for part in range(4):
-            scales[:, part::4] |= ((blocks[:, 2:4] >> (2 * part)) & 3) << 4
-        return _float16(blocks, 0) * (scales.astype(np.float32) - np.float32(32))
+    layout = Layout(((8, 16, 4, 0),), how=EIGHT, at=2)
 
 
 # Twice the E2M1 number of each stored code, so that all are whole numbers; stored code 8 is -0.
@@ -286,18 +182,21 @@ _E2M1_RANK = np.searchsorted(_E2M1_LEVELS, np.array(_E2M1)).astype(np.uint8)
 _E2M1_STORED = np.array([_E2M1.index(int(level)) for level in _E2M1_LEVELS], dtype=np.uint8)
 
 
-class _Fp4(_Planes):
+class _Fp4(GridCodec):
     """Weights are E2M1 numbers, stored as sign and magnitude."""
 
     levels = _E2M1_LEVELS
 
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        super()._unpack(blocks, codes)
+    def _read(
+        self, blocks: np.ndarray, codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray
+    ) -> int:
+        bad = super()._read(blocks, codes, scales, offsets)
         np.take(_E2M1_RANK, codes, out=codes, mode="clip")
+        return bad
 
     def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
-        stored = np.empty_like(codes)
-        super()._unpack(blocks, stored)
+        stored, nothing = np.empty_like(codes), np.empty((len(blocks), 0), np.float32)
+        super()._read(blocks, stored, nothing, nothing)
         minus_zero = stored == 8
         np.take(_E2M1_STORED, codes, out=stored, mode="clip")
         minus_zero &= stored == 0
@@ -312,11 +211,9 @@ class MXFP4(_Fp4):
     """
 
     type, group = GGMLQuantizationType.MXFP4, 32
-    planes = ((1, 16, 4, 0),)
-    _table = np.append(np.ldexp(np.float32(1), np.arange(-128, 127)), np.nan).astype(np.float32)
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return self._table[blocks[:, :1]]
+    layout = Layout(
+        ((1, 16, 4, 0),), how=TABLE, table=(*np.ldexp(1.0, np.arange(-128, 127)), math.nan)
+    )
 
 
 def _unsigned_e4m3() -> np.ndarray:
@@ -336,29 +233,25 @@ class NVFP4(_Fp4):
     """Four scales, one byte each, 32 bytes of codes."""
 
     type, group = GGMLQuantizationType.NVFP4, 16
-    planes = ((4, 8, 4, 0),)
-    _table = _unsigned_e4m3()
-
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return self._table[blocks[:, :4]]
+    layout = Layout(((4, 8, 4, 0),), how=TABLE, table=tuple(_unsigned_e4m3()))
 
 
-class TQ2_0(_Planes):
+class TQ2_0(GridCodec):
     """64 bytes of two-bit codes, float16 d. No quantizer writes the code 3, which would mean 2."""
 
     type, group, levels = GGMLQuantizationType.TQ2_0, 256, _levels(-1, 0, 1)
-    planes = ((0, 32, 2, 0),)
+    layout = Layout(((0, 32, 2, 0),), d=64)
 
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 64)
-
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        super()._unpack(blocks, codes)
+    def _read(
+        self, blocks: np.ndarray, codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray
+    ) -> int:
+        bad = super()._read(blocks, codes, scales, offsets)
         if codes.size and codes.max() > 2:
             raise UserError(
                 "a TQ2_0 code is 3, which is no ternary weight: the file is damaged, "
                 "download it again."
             )
+        return bad
 
 
 class TQ1_0(GridCodec):
@@ -369,14 +262,19 @@ class TQ1_0(GridCodec):
     """
 
     type, group, levels = GGMLQuantizationType.TQ1_0, 256, _levels(-1, 0, 1)
+    layout = Layout(d=52)
     # First byte, number of bytes, first weight and digits in a byte. Digit i of byte j is that of
     # the weight first + bytes * i + j.
     _parts = ((0, 32, 0, 5), (32, 16, 160, 5), (48, 4, 240, 4))
 
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        return _float16(blocks, 52)
+    def _read(
+        self, blocks: np.ndarray, codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray
+    ) -> int:
+        if codes.size:
+            self._digits(blocks, codes)
+        return super()._read(blocks, codes[:, :0], scales, offsets)
 
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
+    def _digits(self, blocks: np.ndarray, codes: np.ndarray) -> None:
         for at, count, first, digits in self._parts:
             for digit in range(digits):
                 rest = blocks[:, at : at + count] * np.uint8(3**digit)
@@ -385,7 +283,7 @@ class TQ1_0(GridCodec):
 
     def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
         stored = np.empty_like(codes)
-        self._unpack(blocks, stored)
+        self._digits(blocks, stored)
         for at, count, first, digits in self._parts:
             part = slice(first, first + count * digits)
             wanted = codes[:, part].reshape(-1, digits, count)

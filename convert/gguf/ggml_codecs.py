@@ -7,7 +7,7 @@ in `convert.gguf.ggml_blocks`.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from dataclasses import replace
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType
 from convert.base import halves
 from convert.base.errors import UserError
 from convert.base.grids import FloatGrid, Grid, in_chunks
+from convert.gguf.block_layout import Layout
 
 
 class BlockCodec(ABC):
@@ -52,12 +53,15 @@ class BlockCodec(ABC):
             UserError: naming the first block with one that is not finite.
         """
         if not np.isfinite(found).all():
-            bad = int(np.argmin(np.isfinite(found).all(axis=1)))
-            row, block = divmod(bad, n // self.block)
-            raise UserError(
-                f"block {block} of row {row} has a {self.type.name} scale that is not finite: "
-                "the file is damaged, download it again."
-            )
+            raise self._not_finite(int(np.argmin(np.isfinite(found).all(axis=1))), n)
+
+    def _not_finite(self, bad: int, n: int) -> UserError:
+        """The error of a block, of rows of n weights, with a scale or offset that is not finite."""
+        row, block = divmod(bad, n // self.block)
+        return UserError(
+            f"block {block} of row {row} has a {self.type.name} scale that is not finite: "
+            "the file is damaged, download it again."
+        )
 
     def _framed(self, shape: tuple[int, int], frame: object, *, alike: bool) -> np.ndarray:
         """A copy of a grid's frame, uint8, (R, bytes per row).
@@ -83,10 +87,12 @@ class GridCodec(BlockCodec):
     Attributes:
         group: number of weights that share a scale.
         levels: float32, (K,), ascending: the number that each code stands for.
+        layout: where a block has its codes, scales and offsets.
     """
 
     group: ClassVar[int]
     levels: ClassVar[np.ndarray]
+    layout: ClassVar[Layout]
 
     def decode(self, raw: np.ndarray, n: int) -> Grid:
         """The grid of R rows.
@@ -104,28 +110,23 @@ class GridCodec(BlockCodec):
         rows, count = len(raw), len(raw) * (n // self.block)
         blocks = raw.reshape(count, self.size)
         codes = np.empty((count, self.block), dtype=np.uint8)
-        groups = self.block // self.group
-        scales = np.empty((count, groups), dtype=np.float32)
-        offsets = np.empty_like(scales) if self._has_offsets() else None
+        scales, offsets = self._empty(count)
+        bad: list[int] = []
 
         def read(part: slice) -> None:
-            self._unpack(blocks[part], codes[part])
-            # A damaged block's scale may be infinite or NaN, which is reported below.
-            with np.errstate(invalid="ignore"):
-                scales[part] = self._scales(blocks[part])
-                if offsets is not None:
-                    offsets[part] = self._offsets(blocks[part])
+            found = self._read(blocks[part], codes[part], scales[part], offsets[part])
+            if found >= 0:
+                bad.append(part.start + found)
 
         in_chunks(read, count, self.block)
-        for found in (scales, offsets):
-            if found is not None:
-                self._check_finite(found, n)
+        if bad:
+            raise self._not_finite(min(bad), n)
         shape = (rows, n // self.group)
         return Grid(
             codes=codes.reshape(rows, n),
             levels=self.levels,
             scales=scales.reshape(shape),
-            offsets=None if offsets is None else offsets.reshape(shape),
+            offsets=offsets.reshape(shape) if offsets.size else None,
             group=self.group,
             frame=raw,
         )
@@ -137,8 +138,10 @@ class GridCodec(BlockCodec):
             raw: uint8, (R, bytes per row). The grid keeps it as its frame.
         """
         blocks, shape = raw.reshape(-1, self.size), grid.scales.shape
-        offsets = self._offsets(blocks).reshape(shape) if self._has_offsets() else None
-        return replace(grid, scales=self._scales(blocks).reshape(shape), offsets=offsets, frame=raw)
+        scales, offsets = self._empty(len(blocks))
+        self._read(blocks, np.empty((len(blocks), 0), np.uint8), scales, offsets)
+        shifted = offsets.reshape(shape) if offsets.size else None
+        return replace(grid, scales=scales.reshape(shape), offsets=shifted, frame=raw)
 
     def encode(self, grid: Grid) -> np.ndarray:
         """The bytes of a grid that this codec decoded, possibly changed by ``Grid.with_codes``.
@@ -161,25 +164,43 @@ class GridCodec(BlockCodec):
         in_chunks(write, count, self.block)
         return raw
 
-    @abstractmethod
-    def _scales(self, blocks: np.ndarray) -> np.ndarray:
-        """The scales of B blocks, float32 (B, block // group), from ``blocks``, uint8 (B, size)."""
+    def _empty(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Arrays for the scales and offsets of some blocks; none for offsets that a type lacks."""
+        groups = self.block // self.group
+        scales = np.empty((count, groups), np.float32)
+        return scales, np.empty((count, 0 if self.layout.dmin is None else groups), np.float32)
 
-    def _offsets(self, blocks: np.ndarray) -> np.ndarray:
-        """The offsets of B blocks, in the shape of `_scales`, where the type has any."""
-        raise NotImplementedError
+    def _read(
+        self, blocks: np.ndarray, codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray
+    ) -> int:
+        """Decode B blocks.
 
-    @abstractmethod
-    def _unpack(self, blocks: np.ndarray, codes: np.ndarray) -> None:
-        """Fill ``codes``, uint8 (B, block), from ``blocks``, uint8 (B, size)."""
+        Args:
+            blocks: uint8, (B, size).
+            codes: the result, uint8 (B, block); or (B, 0), to read scales and offsets alone.
+            scales, offsets: the result, as from `_empty`; or (B, 0), to read codes alone.
 
-    @abstractmethod
+        Returns:
+            The first block with a scale or offset that is not finite, or -1.
+        """
+        from convert.gguf import block_kernels as kernels  # lazily: it brings numba
+
+        data = blocks.reshape(-1)
+        data.flags.writeable = False  # as mapped bytes are, so that one function serves both
+        eights = codes.view(np.uint64) if codes.size else np.empty((len(blocks), 0), np.uint64)
+        numbers = self.layout.numbers
+        return int(kernels.decode(data, self.size, *numbers, eights, scales, offsets))
+
     def _pack(self, codes: np.ndarray, blocks: np.ndarray) -> None:
         """Replace the code bits of ``blocks``, uint8 (B, size), by ``codes``, uint8 (B, block)."""
+        from convert.gguf import plane_kernels as kernels  # lazily: it brings numba
 
-    @classmethod
-    def _has_offsets(cls) -> bool:
-        return cls._offsets is not GridCodec._offsets
+        eights = codes.view(np.uint64)
+        for at, run, bits, left in self.layout.planes:
+            words = np.zeros((len(blocks), self.block * bits // 64), np.uint64)
+            kernels.pack(eights, run // 8, bits, left, words)
+            count = 8 * words.shape[1]
+            blocks[:, at : at + count].view(f"V{count}")[...] = words.view(f"V{count}")
 
 
 class FloatCodec:

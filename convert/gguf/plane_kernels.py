@@ -13,34 +13,17 @@ _ONES = 0x0101010101010101
 
 
 @compiled()
-def unpack(words, run, bits, left, merge, codes):
-    """Write some bits of the codes of B blocks.
+def pack(codes, run, bits, left, words):
+    """Add some bits of the codes of B blocks to a plane of zeros.
 
     Args:
-        words: (B, ·), a plane; byte i of a run holds the bits of codes i, r + i, 2 r + i, ...
-            of a run of r bytes, from its lowest bits upwards.
-        run: r / 8.
+        codes: eight in each uint64, (B, ·).
+        run: r / 8; byte i of a run of r bytes gets the bits of codes i, r + i, 2 r + i, ... of the
+            run, from its lowest bits upwards.
         bits: how many bits of a code the plane has.
         left: the lowest of these bits in the code.
-        merge: whether the other bits of the codes are kept.
-        codes: (B, ·), the result.
+        words: (B, ·), the result.
     """
-    parts = 8 // bits
-    mask, kept = U(((1 << bits) - 1) * _ONES), U(0)
-    if merge:
-        kept = ~(mask << U(left))
-    for block in range(words.shape[0]):
-        for first in range(0, words.shape[1], run):
-            for part in range(parts):
-                right, to = U(bits * part), first * parts + part * run
-                for i in range(run):
-                    found = ((words[block, first + i] >> right) & mask) << U(left)
-                    codes[block, to + i] = (codes[block, to + i] & kept) | found
-
-
-@compiled()
-def pack(codes, run, bits, left, words):
-    """The inverse of `unpack`, added to words of zeros."""
     parts = 8 // bits
     mask = U(((1 << bits) - 1) * _ONES)
     for block in range(words.shape[0]):
