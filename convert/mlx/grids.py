@@ -29,11 +29,12 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from convert.base import halves
 from convert.base.errors import UserError
 from convert.base.grids import Grid, in_chunks
 from convert.base.near_scales import Less, blocks_of
 from convert.gguf.ggml_types import FloatCodec
-from convert.mlx.types import pack, unpack
+from convert.mlx.types import pack_into, unpack_into
 
 #: The largest nvfp4 scale times the largest E2M1 number: the unit of a global scale.
 _GLOBAL = np.float32(448 * 6)
@@ -87,34 +88,24 @@ def _e4m3() -> np.ndarray:
 _E4M3 = _e4m3()
 
 
-def _signed(magnitudes: np.ndarray, sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Levels of a format that stores sign and magnitude.
+def _signed(magnitudes: np.ndarray) -> np.ndarray:
+    """The ascending levels of a format that stores sign and magnitude.
 
     Args:
         magnitudes: the numbers of the stored codes 0, 1, ..., ascending.
-        sign: the bit that makes a stored code negative.
-
-    Returns:
-        The levels, ascending; the index of the level of every stored code; the stored code of every
-        level.
     """
     levels = np.concatenate((-magnitudes[:0:-1], magnitudes))
     levels.flags.writeable = False
-    count = len(magnitudes)
-    rank = np.zeros(2 * sign, dtype=np.uint8)
-    rank[:count] = np.arange(count - 1, 2 * count - 1)
-    rank[sign : sign + count] = np.arange(count - 1, -1, -1)
-    stored = np.concatenate((np.arange(count - 1, 0, -1) + sign, np.arange(count)))
-    return levels, rank, stored.astype(np.uint8)
+    return levels
 
 
 _POWERS = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.nan).astype(np.float32)
 _E4M3_SCALES = np.concatenate((_E4M3, [np.nan], -_E4M3, [np.nan])).astype(np.float32)
 
 _CODEBOOKS = {
-    "mxfp4": (*_signed(_E2M1, 8), _POWERS),
-    "nvfp4": (*_signed(_E2M1, 8), _E4M3_SCALES),
-    "mxfp8": (*_signed(_E4M3, 0x80), _POWERS),
+    "mxfp4": (_signed(_E2M1), _POWERS),
+    "nvfp4": (_signed(_E2M1), _E4M3_SCALES),
+    "mxfp8": (_signed(_E4M3), _POWERS),
 }
 
 _MX_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
@@ -147,7 +138,7 @@ class MlxCodec:
             self.levels = np.arange(1 << bits, dtype=np.float32)
             self._floats = FloatCodec(GGMLQuantizationType[dtype])
         else:
-            self.levels, self._rank, self._stored, self._scale_table = _CODEBOOKS[mode]
+            self.levels, self._scale_table = _CODEBOOKS[mode]
 
     def row_bytes(self, n: int) -> dict[str, int]:
         """Part (weight, scales, biases) -> its bytes in a row of n weights."""
@@ -168,19 +159,14 @@ class MlxCodec:
             raw = getattr(rows, part)
             if raw is None or raw.shape != (count, size):
                 raise UserError(f"{part} of a width that does not fit {self.quantization}.")
-        stored = self._unpack(rows.weight, n)
+        codes = self._unpack(rows.weight, n)
         if self.is_affine:
             assert rows.biases is not None
-            scales, offsets = self._read(rows.scales), self._read(rows.biases)
-            return self._grid(stored, scales, offsets, rows)
-        if self.quantization.mode == "mxfp8" and np.any((stored & 0x7F) == 0x7F):
+            scales, offsets = self._read(rows.scales, rows.biases)
+            return self._grid(codes, scales, offsets, rows)
+        # A NaN of E4M3 has a code beyond the last level.
+        if self.quantization.mode == "mxfp8" and codes.size and codes.max() >= len(self.levels):
             raise UserError("a weight is NaN: the file is damaged, get it again.")
-        codes = np.empty_like(stored)
-
-        def translate(part: slice) -> None:
-            np.take(self._rank, stored[part], out=codes[part], mode="clip")
-
-        in_chunks(translate, count, n)
         return self._grid(codes, self._byte_scales(rows), None, rows)
 
     def encode(self, grid: Grid) -> Rows:
@@ -193,20 +179,7 @@ class MlxCodec:
         same = grid.group == self.quantization.group_size
         if not (same and isinstance(frame, Rows) and len(grid.levels) == len(self.levels)):
             raise ValueError(f"a grid of another kind, to be encoded as {self.quantization}")
-        if self.is_affine:
-            return frame._replace(weight=self._pack(grid.codes))
-        stored = np.empty_like(grid.codes)
-
-        def translate(part: slice) -> None:
-            np.take(self._stored, grid.codes[part], out=stored[part], mode="clip")
-
-        in_chunks(translate, *grid.codes.shape)
-        if frame.weight.size:
-            sign = np.uint8(len(self._rank) // 2)
-            minus_zero = self._unpack(frame.weight, grid.shape[1]) == sign
-            minus_zero &= stored == 0
-            stored[minus_zero] = sign
-        return frame._replace(weight=self._pack(stored))
+        return frame._replace(weight=self._pack(grid.codes, frame.weight))
 
     def fresh(self, values: np.ndarray, global_scale: np.ndarray | None = None) -> Grid:
         """A new grid for these values, with the scales that ``mx.quantize`` chooses.
@@ -296,9 +269,17 @@ class MlxCodec:
                 )
         return Grid(codes, self.levels, scales, offsets, self.quantization.group_size, frame)
 
-    def _read(self, raw: np.ndarray) -> np.ndarray:
-        """Stored scales as float32 (R, groups)."""
-        return self._floats.decode(raw, raw.shape[1] // self._floats.size).numbers
+    def _read(self, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
+        """Stored scales and biases as float32 (2, R, groups)."""
+        found = np.empty((2, len(scales), scales.shape[1] // self._floats.size), np.float32)
+        for raw, numbers in zip((scales, biases), found, strict=True):
+            # A copy, because bytes of a file may be neither aligned nor in order.
+            bits = raw.copy()
+            if self.dtype == "F32":
+                numbers[...] = bits.view(np.float32)
+            else:
+                halves.widen_into(bits.view(np.uint16), self.dtype, numbers)
+        return found
 
     def _byte_scales(self, rows: Rows) -> np.ndarray:
         scales = self._scale_table[rows.scales]
@@ -328,22 +309,38 @@ class MlxCodec:
         return np.clip(exponent + 127, 0, 254).astype(np.uint8)
 
     def _unpack(self, weight: np.ndarray, n: int) -> np.ndarray:
-        """The stored codes of packed rows: uint8 (R, n)."""
+        """The codes of packed rows: uint8 (R, n)."""
         codes = np.empty((len(weight), n), dtype=np.uint8)
+        bits, levels = self.quantization.bits, len(self.levels)
 
         def work(part: slice) -> None:
-            codes[part] = unpack(weight[part], self.quantization.bits)
+            unpack_into(weight[part], bits, codes[part])
+            if not self.is_affine:
+                from convert.mlx import stream_kernels as kernels  # lazily: numba
+
+                kernels.to_levels(codes[part].reshape(-1), levels // 2, bits - 1)
 
         in_chunks(work, len(weight), n)
         return codes
 
-    def _pack(self, codes: np.ndarray) -> np.ndarray:
-        """Packed rows, uint8 (R, bytes), of stored codes (R, n)."""
+    def _pack(self, codes: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """Packed rows, uint8 (R, bytes), of codes (R, n), and of the rows that they replace."""
         rows, n = codes.shape
-        weight = np.empty((rows, n * self.quantization.bits // 8), dtype=np.uint8)
+        bits, levels = self.quantization.bits, len(self.levels)
+        words = np.empty((rows, n * bits // 32), np.uint32)
 
         def work(part: slice) -> None:
-            weight[part] = pack(codes[part], self.quantization.bits).view(np.uint8)
+            if self.is_affine:
+                pack_into(codes[part], bits, words[part])
+                return
+            from convert.mlx import stream_kernels as kernels  # lazily: numba
+
+            stored = np.zeros(codes[part].shape, np.uint8)
+            if before.size:
+                unpack_into(before[part], bits, stored)
+            flat = np.ascontiguousarray(codes[part]).reshape(-1)
+            kernels.from_levels(flat, levels // 2, bits - 1, stored.reshape(-1))
+            pack_into(stored, bits, words[part])
 
         in_chunks(work, rows, n)
-        return weight
+        return words.view(np.uint8)

@@ -115,28 +115,42 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
         uint32, (R, n * bits // 32).
     """
     rows, n = codes.shape
+    words = np.empty((rows, n * bits // 32), np.uint32)
+    pack_into(codes, bits, words)
+    return words
+
+
+def pack_into(codes: np.ndarray, bits: int, words: np.ndarray) -> None:
+    """`pack`, written to ``words``, whose memory is in order."""
     if bits == 8:
-        return np.ascontiguousarray(codes).view("<u4")
+        words.view(np.uint8)[...] = codes
+        return
+    from convert.mlx import stream_kernels as kernels  # lazily: numba takes a third of a second
+
+    eights = np.ascontiguousarray(codes).reshape(-1).view(np.uint64)
+    joined = np.empty_like(eights)
+    kernels.join(eights, bits, joined)
     if bits == 4:
-        return (codes[:, 0::2] | (codes[:, 1::2] << 4)).view("<u4")
-    # Eight codes take a whole number of bytes.
-    eights = codes.reshape(rows, n // 8, 8)
-    stream = np.zeros((rows, n // 8), dtype="<u8")
-    for index in range(8):
-        stream |= eights[..., index].astype("<u8") << np.uint64(bits * index)
-    packed = stream.view(np.uint8).reshape(rows, n // 8, 8)[..., :bits]
-    return np.ascontiguousarray(packed).reshape(rows, n * bits // 8).view("<u4")
+        np.copyto(words.reshape(-1), joined, casting="unsafe")
+    else:  # eight codes take a whole number of bytes
+        words.view(np.uint8).reshape(-1, bits)[...] = joined.view(np.uint8).reshape(-1, 8)[:, :bits]
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     """The inverse of `pack`: uint8, (R, n)."""
-    rows = len(packed)
-    raw = np.ascontiguousarray(packed).view(np.uint8).reshape(rows, -1)
+    raw = np.ascontiguousarray(packed).view(np.uint8).reshape(len(packed), -1)
+    codes = np.empty((len(raw), raw.shape[1] * 8 // bits), dtype=np.uint8)
+    unpack_into(raw, bits, codes)
+    return codes
+
+
+def unpack_into(raw: np.ndarray, bits: int, codes: np.ndarray) -> None:
+    """`unpack` of rows as bytes, written to ``codes``, whose memory is in order."""
     if bits == 8:
-        return raw.copy()
+        codes[...] = raw
+        return
     from convert.mlx import stream_kernels as kernels  # lazily: numba takes a third of a second
 
-    codes = np.empty((rows, raw.shape[1] * 8 // bits), dtype=np.uint8)
-    words = np.require(raw.view(np.uint32), requirements="A")  # a file may not align them
-    kernels.unpack(words, bits, codes.view(np.uint64))
-    return codes
+    # A copy, because bytes of a file may be neither aligned nor in order.
+    words = raw.copy().reshape(-1).view(np.uint32)
+    kernels.unpack(words, bits, codes.reshape(-1).view(np.uint64))

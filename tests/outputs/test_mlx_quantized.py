@@ -17,9 +17,10 @@ from abl_mlx.choices import ApplyOptions, MeasureOptions
 from abl_mlx.commands import measure_apply
 from abl_mlx.demo import MODEL_PATH
 from abl_mlx.edits import rounding, slabs
+from abl_mlx.edits.edit import Edit
 from abl_mlx.inputs import prompts
 from abl_mlx.models import chat_model
-from abl_mlx.models.writers import find_writers
+from abl_mlx.models.writers import Writer, find_writers
 from abl_mlx.outputs import folder as model_folder
 from abl_mlx.outputs import folder_quantized
 from convert.base.errors import UserError
@@ -88,8 +89,11 @@ def test_all_codes_of_mxfp8_and_what_is_no_number():
     )  # fmt: skip
     np.testing.assert_array_equal(grid.values(), np.array(expected.astype(mx.float32)))
     assert np.array_equal(codec.encode(grid).weight, codes)
-    with pytest.raises(UserError, match="NaN"):
-        codec.decode(Rows(np.full_like(codes, 0x7F), scales))
+    for nan in (0x7F, 0xFF):
+        damaged = codes.copy()
+        damaged[3, 5] = nan
+        with pytest.raises(UserError, match="NaN"):
+            codec.decode(Rows(damaged, scales))
     with pytest.raises(UserError, match="not finite"):
         codec.decode(Rows(codes, np.full_like(scales, 255)))
 
@@ -129,6 +133,60 @@ def test_the_edit_survives_every_mode(mode, k, d, n, axis):
     assert leak(codec.decode(rows), edited, u, taken) <= limit
     if k == 1 and mode.bits <= 4:
         assert leak(own.with_codes(own.nearest(edited.target)), edited, u, taken) > 0.5
+
+
+def save(folder, values, mode, dtype):
+    """A folder with one matrix; returns its weights, float64, as MLX dequantizes them.
+
+    The header is of an odd length, so the words of the matrix are not aligned.
+    """
+    settings = {"group_size": mode.group_size, "bits": mode.bits, "mode": mode.mode}
+    parts = mx.quantize(mx.array(values).astype(FLOATS.get(dtype, mx.float32)), **settings)
+    names = ("m.weight", "m.scales", "m.biases")
+    folder.mkdir()
+    file = folder / "model.safetensors"
+    mx.save_safetensors(str(file), dict(zip(names, parts, strict=False)))
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    end = 8 + length
+    odd = length + 1 - length % 2
+    head = odd.to_bytes(8, "little") + content[8:end] + b" " * (odd - length)
+    file.write_bytes(head + content[end:])
+    wide = [part.astype(mx.float32) if dtype != "U8" else part for part in parts[1:]]
+    back = mx.dequantize(parts[0], *wide, **settings, dtype=mx.float32)
+    return np.array(back.astype(mx.float32)).astype(np.float64)
+
+
+READ = [(AFFINE[0], "F16"), (AFFINE[4], "BF16"), (AFFINE[7], "BF16"), (AFFINE[8], "F32"),
+        (AFFINE[11], "F16"), (AFFINE[12], "BF16"), (AFFINE[16], "F32")]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+@pytest.mark.parametrize(("mode", "dtype"), [*READ, *[(mode, "U8") for mode in OTHERS]], ids=str)
+def test_the_leak_of_two_files_is_that_of_the_weights_that_mlx_reads(mode, dtype, kind, tmp_path):
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(600, 768)).astype(np.float32)
+    shifted = values + 0.1 * rng.normal(size=values.shape).astype(np.float32)
+    before = save(tmp_path / "before", values, mode, dtype)
+    after = save(tmp_path / "after", shifted, mode, dtype)
+    axis = -1 if kind == "embedding" else -2
+    u = rng.normal(size=(1, values.shape[axis])).astype(np.float32)
+    edit = Edit(mx.array(u), 0.7)
+    u = u.astype(np.float64) / np.linalg.norm(u.astype(np.float64))
+    writer = Writer("m", kind, 0, None, False, None)
+    with TensorFiles(tmp_path / "before") as old, TensorFiles(tmp_path / "after") as new:
+        assert old.info("m.weight").offset % 2
+        matrix = find_matrix(old, "m.weight", values.shape[-1])
+        one = folder_quantized.MatrixEdit(edit, writer, matrix, matrix)
+        found = folder_quantized.compare(old, new, one)
+    wanted = before - 0.7 * (before @ u.T @ u if axis == -1 else u.T @ (u @ before))
+
+    def along(weights):
+        return np.linalg.norm(weights @ u.T if axis == -1 else u @ weights)
+
+    assert found.value == pytest.approx(along(after - wanted) / along(before - wanted), rel=1e-5)
+    error = np.linalg.norm(after - wanted) / np.linalg.norm(wanted)
+    assert found.error == pytest.approx(error, rel=1e-5)
 
 
 # --- folders -----------------------------------------------------------------------------------
