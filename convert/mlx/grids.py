@@ -282,7 +282,7 @@ class MlxCodec:
         return found
 
     def _byte_scales(self, rows: Rows) -> np.ndarray:
-        scales = self._scale_table[rows.scales]
+        scales = np.take(self._scale_table, rows.scales, mode="clip")  # there are 256 of them
         if rows.global_scale is not None:
             scales = scales * (rows.global_scale.astype(np.float32) / _GLOBAL)[:, None]
         return scales
@@ -318,7 +318,7 @@ class MlxCodec:
             if not self.is_affine:
                 from convert.mlx import stream_kernels as kernels  # lazily: numba
 
-                kernels.to_levels(codes[part].reshape(-1), levels // 2, bits - 1)
+                kernels.to_levels(codes[part].reshape(-1).view(np.uint64), levels // 2, bits - 1)
 
         in_chunks(work, len(weight), n)
         return codes

@@ -12,8 +12,8 @@ from convert.base.compiled import compiled
 
 U = np.uint64
 
-# One in each half and in each quarter of a uint64.
-_HALVES, _QUARTERS = 0x0000000100000001, 0x0001000100010001
+# One in each half, each quarter and each byte of a uint64.
+_HALVES, _QUARTERS, _BYTES = 0x0000000100000001, 0x0001000100010001, 0x0101010101010101
 
 
 @compiled()
@@ -58,11 +58,19 @@ def join(codes, bits, joined):
 
 @compiled()
 def to_levels(codes, largest, sign):
-    """Codes of sign and magnitude -> indices of ascending levels, in place; see `from_levels`."""
-    middle, shift = np.uint8(largest), np.uint8(sign)
-    for i in range(codes.shape[0]):
-        magnitude = codes[i] & np.uint8((1 << shift) - 1)
-        codes[i] = middle - magnitude if codes[i] >> shift else middle + magnitude
+    """Codes of sign and magnitude -> indices of ascending levels, in place; see `from_levels`.
+
+    Of magnitudes beyond the largest, as NaN has, at least one index is beyond the last level.
+
+    Args:
+        codes: uint64, (n / 8,): eight codes in each.
+    """
+    shift, middle, magnitudes = U(sign), U(largest * _BYTES), U(((1 << sign) - 1) * _BYTES)
+    for eight in range(codes.shape[0]):
+        negative = (codes[eight] >> shift) & U(_BYTES)
+        negative = (negative << U(8)) - negative  # 255 in each byte whose sign is set
+        size = codes[eight] & magnitudes
+        codes[eight] = middle + (size & ~negative) - (size & negative)
 
 
 @compiled()
