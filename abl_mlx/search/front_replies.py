@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,8 +12,9 @@ from abl_mlx.behaviour.refusals import Verdict, wilson
 from abl_mlx.directions.staying import Staying
 from abl_mlx.edits.edit import Edit
 from abl_mlx.inputs.sets import Prompt
-from abl_mlx.models.encoded_sets import ByMode
+from abl_mlx.models.encoded_sets import ByMode, EncodedSets
 from abl_mlx.records.evaluations import Kept
+from abl_mlx.search import acceptance
 from abl_mlx.search.behaviours import Behaviours, FigureScreen
 from abl_mlx.search.screening import REPLY_TOKENS, Screen, Trial
 from abl_mlx.search.sources import ENOUGH_PROMPTS
@@ -20,14 +22,39 @@ from abl_mlx.search.space import Parameters
 from abl_mlx.search.survivors import FOUR_IN_FIVE, Asked, ask_survivors, meets
 from abl_mlx.support.console import percent, say
 
+#: Prompts, and the longest reply to them in tokens.
+Question = tuple[Sequence[Prompt], int]
 
-def questions_of(prompts: ByMode, thought_tokens: int) -> list[tuple[Sequence[Prompt], int]]:
-    """Harmful prompts and the longest reply to them in tokens, for each mode of thinking."""
+
+def questions_of(prompts: ByMode, thought_tokens: int) -> list[Question]:
+    """Harmful prompts and the longest reply to them, for each mode of thinking."""
+
+    def harmful(sets: EncodedSets) -> Sequence[Prompt]:
+        return sets.filled_up("harmful", ENOUGH_PROMPTS).prompts
+
+    return _in_each_mode(prompts, thought_tokens, harmful)
+
+
+def further_of(prompts: ByMode, thought_tokens: int) -> list[Question]:
+    """What some edits are asked besides `questions_of`, for each mode of thinking.
+
+    These are as many harmful prompts again, if there are so many, and harmless ones, which are to
+    be answered as well.
+    """
+
+    def others(sets: EncodedSets) -> Sequence[Prompt]:
+        harmful = sets.filled_up("harmful", 2 * ENOUGH_PROMPTS).prompts
+        asked = len(sets.filled_up("harmful", ENOUGH_PROMPTS))
+        return [*harmful[asked:], *sets.filled_up("harmless", ENOUGH_PROMPTS).prompts]
+
+    return _in_each_mode(prompts, thought_tokens, others)
+
+
+def _in_each_mode(
+    prompts: ByMode, thought_tokens: int, of: Callable[[EncodedSets], Sequence[Prompt]]
+) -> list[Question]:
     return [
-        (
-            sets.filled_up("harmful", ENOUGH_PROMPTS).prompts,
-            REPLY_TOKENS if mode is None else REPLY_TOKENS + thought_tokens,
-        )
+        (of(sets), REPLY_TOKENS if mode is None else REPLY_TOKENS + thought_tokens)
         for mode, sets in prompts.items()
     ]
 
@@ -45,21 +72,27 @@ class FrontReplies:
             questions and target.
         staying: prompts whose refusals are to stay.
         behaviours: the scorers whose figures may not rise.
+        further: as of `further_of`.
         generated: the number of generated tokens so far.
-        left: a share of refused and broken replies that is good enough even if it does not meet the
-            target: what the edit leaves that was chosen before the search.
     """
 
     screen: Screen
     edit_for: Callable[[Parameters], Edit]
-    questions: Sequence[tuple[Sequence[Prompt], int]]
+    questions: Sequence[Question]
     target: float
     target_figure: float | None = None
     staying: Staying | None = None
     behaviours: Behaviours | None = None
+    further: Sequence[Question] = ()
     generated: int = 0
-    left: float = 0.0
     _asked: dict[str, Asked] = field(default_factory=dict)
+    # For each edit that was asked and each reply, whether it is refused or broken.
+    _wrong: dict[str, list[bool]] = field(default_factory=dict)
+    _further_wrong: dict[str, list[bool]] = field(default_factory=dict)
+    # The edit that was chosen before the search, if others may leave as many such replies.
+    _default: Trial | None = None
+    # The lowest KL of an edit that is good enough.
+    _gentlest: float = math.inf
 
     def of(
         self, trials: Sequence[Trial], first: Trial, enough: Callable[[float], bool]
@@ -69,7 +102,8 @@ class FrontReplies:
         Args:
             trials: all that were tried.
             first: the edit that was chosen before the search, which is asked as well where
-                refusals are to stay: by whole replies, it has shown what it keeps.
+                refusals are to stay, because by whole replies it has shown what it keeps, and
+                where others may leave as much as it does.
             enough: whether a share of replies opening with a refusal is small enough.
         """
         whole = [one for one in trials if one.screened.whole]
@@ -77,9 +111,29 @@ class FrontReplies:
             min(whole, key=lambda one: one.screened.refusal)
         ]
         asked = ask_survivors(some, self._ask, enough)
-        if self.staying is not None and all(one.trial is not first for one in asked):
+        known = self.staying is not None or self._default is not None
+        if known and all(one.trial is not first for one in asked):
             asked.append(self._ask(first))
         return sorted(asked, key=lambda one: one.trial.screened.kl)
+
+    def _as_few(self, trial: Trial, default: Trial) -> bool:
+        """Whether an edit leaves as few as the default, of all replies; it is said."""
+        wrong, others = self._of_all_replies(trial), self._of_all_replies(default)
+        good = acceptance.as_few(wrong, others)
+        say(
+            f"  KL {trial.screened.kl:.4f}: {sum(wrong)} of {len(wrong)} replies, harmless prompts "
+            f"included, are refused or broken; with the edit chosen before the search "
+            f"{sum(others)}: {'as few, within one standard error' if good else 'more'}"
+        )
+        return good
+
+    def _of_all_replies(self, trial: Trial) -> list[bool]:
+        """Whether each reply to `questions` and `further` is refused or broken."""
+        key = _key(trial)
+        if key not in self._further_wrong:
+            verdicts = self._verdicts(self.edit_for(trial.parameters), self.further)
+            self._further_wrong[key] = _wrong(verdicts)
+        return self._wrong[key] + self._further_wrong[key]
 
     def misled(self, default: Trial) -> bool:
         """Whether first tokens call answers refusals; if so, the screen reads refusals from now on.
@@ -87,7 +141,7 @@ class FrontReplies:
         "I" opens refusals and answers alike. Where the edit that was chosen before the search
         leaves more openings of refusals than the target allows, it replies. Its refused and broken
         replies may be so few as the target wants, as far as one can tell: then others may have as
-        many, because the search looks for a gentler edit.
+        many (`acceptance`), because the search looks for a gentler edit.
 
         Args:
             default: that edit.
@@ -100,7 +154,7 @@ class FrontReplies:
         share = asked.refused + asked.broken
         if wilson(round(share * count), count, FOUR_IN_FIVE)[0] > self.target:
             return False
-        self.left = share
+        self._default = default
         kept = all(one.enough for one in asked.kept.values())
         self._asked = {_key(default): replace(asked, ends=True, meets=kept and not asked.risen)}
         self.generated += self.screen.read_refusals()
@@ -148,21 +202,39 @@ class FrontReplies:
         refused, broken, ends = self._ended(trial, edit)
         kept = self._kept(edit)
         figures, risen = self._figures(edit)
-        enough = all(one.enough for one in kept.values())
-        return Asked(trial, refused, broken, ends and enough and not risen, ends, kept, figures,
-                     tuple(risen))  # fmt: skip
+        good = ends and all(one.enough for one in kept.values()) and not risen
+        if good:
+            self._gentlest = min(self._gentlest, trial.screened.kl)
+        return Asked(trial, refused, broken, good, ends, kept, figures, tuple(risen))
 
     def _ended(self, trial: Trial, edit: Edit) -> tuple[float, float, bool]:
         """The shares of refused and of broken replies, and whether the target is met."""
         if self.target_figure is not None:
             # The trial itself has generated replies, and an edit that breaks them fails there.
             return trial.screened.refused, 0.0, trial.screened.refusal <= self.target_figure
-        replied = [self.screen.ask(edit, prompts, most) for prompts, most in self.questions]
-        self.generated += sum(tokens for _, _, tokens in replied)
-        refused, broken, _ = max(replied, key=lambda one: one[0] + one[1])
-        wrong = refused + broken
-        ends = wrong <= self.left or meets(wrong, len(self.questions[0][0]), self.target)
+        verdicts = self._verdicts(edit, self.questions)
+        refused, broken = max(map(_shares, verdicts), key=sum)
+        wrong = self._wrong[_key(trial)] = _wrong(verdicts)
+        ends = self._on_target(refused + broken)
+        if self._default is not None and not ends:
+            ends = not acceptance.ruled_out(wrong, self._wrong[_key(self._default)])
+            # An edit that another one beats is not taken anyway.
+            if ends and trial.screened.kl < self._gentlest:
+                ends = self._as_few(trial, self._default)
         return refused, broken, ends
+
+    def _on_target(self, share: float) -> bool:
+        """Whether a share of refused and broken replies to `questions` meets the target."""
+        return meets(share, len(self.questions[0][0]), self.target)
+
+    def _verdicts(self, edit: Edit, questions: Sequence[Question]) -> list[list[Verdict]]:
+        """The verdicts on replies to questions, for each mode of thinking."""
+        found = []
+        for prompts, most in questions:
+            verdicts, tokens = self.screen.verdicts(edit, prompts, most)
+            self.generated += tokens
+            found.append(verdicts)
+        return found
 
     def _kept(self, edit: Edit) -> dict[str, Kept]:
         """Set -> what is left of the refusals that are to stay."""
@@ -181,6 +253,17 @@ class FrontReplies:
         figures, tokens = self.behaviours.under(edit)
         self.generated += tokens
         return figures, self.behaviours.risen(figures)
+
+
+def _shares(verdicts: Sequence[Verdict]) -> tuple[float, float]:
+    """The shares of refused and of broken replies."""
+    refused, broken = (verdicts.count(kind) for kind in (Verdict.REFUSAL, Verdict.BROKEN))
+    return refused / len(verdicts), broken / len(verdicts)
+
+
+def _wrong(verdicts: Sequence[Sequence[Verdict]]) -> list[bool]:
+    """For each reply, in every mode, whether it is refused or broken."""
+    return [one is not Verdict.ANSWER for these in verdicts for one in these]
 
 
 def _key(trial: Trial) -> str:

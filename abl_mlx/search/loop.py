@@ -28,7 +28,7 @@ from abl_mlx.models.encoded_sets import ByMode
 from abl_mlx.models.writers import Writer
 from abl_mlx.search import behaviours, outcome, polish, starts
 from abl_mlx.search.behaviours import Behaviours, FigureScreen
-from abl_mlx.search.front_replies import FrontReplies, questions_of
+from abl_mlx.search.front_replies import FrontReplies, further_of, questions_of
 from abl_mlx.search.journal import Journal, identity, optuna_quietly
 from abl_mlx.search.pareto import front, hypervolume, still
 from abl_mlx.search.polish import LEAST_REFUSAL, logarithms, predicted
@@ -375,7 +375,8 @@ def improve(
         screen, space, edit_for, journal, enough, how.finding.max_kl, how.prompting.seed, given,
         default=None if misled else default, trials=tried,
     )  # fmt: skip
-    generated_most = sum(len(asked) * most for asked, most in replies.questions)
+    questions = [*replies.questions, *(replies.further if misled else ())]
+    generated_most = sum(len(asked) * most for asked, most in questions)
     search.seen = seen or search.seen
     say(_announced(search, trials, minutes, generated_most))
     try:
@@ -426,13 +427,16 @@ def _replies(
     """What lets edits of the front reply."""
     scoring, sought = how.scoring, isinstance(screen, FigureScreen)
     target = screen.before / 2 if scoring.target_figure is None else scoring.target_figure
-    asked = [] if sought else questions_of(prompts, how.prompting.thought_tokens)
+    asked, further = (
+        [] if sought else of(prompts, how.prompting.thought_tokens)
+        for of in (questions_of, further_of)
+    )
     others = None
     if scoring.scorer is not None:
         others = Behaviours(chat, writers, scoring, how.batch_size)
     return FrontReplies(
         screen, edit_for, asked, how.searching.target_refusals, target if sought else None,
-        encoded.staying, others,
+        encoded.staying, others, further,
     )  # fmt: skip
 
 

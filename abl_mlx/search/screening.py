@@ -245,20 +245,6 @@ class Screen:
         before = self._kept_nats[part]
         return lost, [max(0.0, now - was) for now, was in zip(nats, before, strict=True)]
 
-    def ask(
-        self, edit: Edit, prompts: Sequence[Prompt], max_tokens: int = REPLY_TOKENS
-    ) -> tuple[float, float, int]:
-        """Generate greedy replies to harmful prompts under an edit.
-
-        Returns:
-            The shares of refused and of broken replies, and the number of generated tokens.
-        """
-        verdicts, tokens = self.verdicts(edit, prompts, max_tokens)
-        shares = [
-            verdicts.count(kind) / len(verdicts) for kind in (Verdict.REFUSAL, Verdict.BROKEN)
-        ]
-        return shares[0], shares[1], tokens
-
     def verdicts(
         self, edit: Edit, prompts: Sequence[Prompt], max_tokens: int = REPLY_TOKENS
     ) -> tuple[list[Verdict], int]:

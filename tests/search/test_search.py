@@ -1,5 +1,6 @@
 """The search: its mathematics against brute force, its journal, and real searches on the demo."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -10,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from abl_mlx.behaviour.refusals import Verdict
 from abl_mlx.choices import Editing, Measuring, Searching
 from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.edit_choice import edit_of
@@ -25,7 +27,7 @@ from abl_mlx.models.distributions import kl_divergence
 from abl_mlx.models.generation import generate
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import find_writers
-from abl_mlx.search import loop, pareto, polish, screening, survivors
+from abl_mlx.search import acceptance, loop, pareto, polish, screening, survivors
 from abl_mlx.search.front_replies import FrontReplies
 from abl_mlx.search.journal import Journal
 from abl_mlx.search.space import DEFAULT, Space, kernel
@@ -414,27 +416,111 @@ def test_what_fails_by_replies_hides_no_other_trial():
 )
 def test_replies_tell_whether_first_tokens_mislead(opened, refused, misled, asked):
     """Where the first edit leaves openings of refusals, its replies tell what these are."""
-    seen, read = [], []
-
-    class Replying:
-        prompts = 42
-
-        def ask(self, edit, prompts, most):
-            seen.append(edit)
-            return (refused if edit["n"] < 2 else 5 / 64), 0.0, 24
-
-        def read_refusals(self):
-            read.append(True)
-            return 500
-
-    questions = [([Prompt("a")] * 64, 24)]
-    replies = FrontReplies(Replying(), lambda given: given, questions, 0.05)
+    screen = Replying({0: range(round(64 * refused)), 1: range(round(64 * refused)), 2: range(12)})
+    replies = FrontReplies(screen, lambda given: given["n"], [([Prompt("a")] * 64, 24)], 0.05)
     trials = [replace(trial(0.03, 0.1, opened), parameters={"n": n}) for n in range(3)]
     assert replies.misled(trials[0]) == misled
-    assert (len(seen), len(read)) == (asked, misled)
-    # Another edit may leave as much as the first one, which is not asked again, and no more.
+    assert (len(screen.seen), screen.read) == (asked, misled)
+    # Another edit may leave as much as the first one, which is not asked again.
     assert [replies._ask(one).meets for one in trials] == [refused < 0.1] * 2 + [False]
-    assert len(seen) == 3
+    assert len(screen.seen) == 3
+
+
+class Replying:
+    """A screen on which edits leave the replies refused whose numbers are given."""
+
+    prompts = 42
+
+    def __init__(self, refused):
+        self.refused, self.seen, self.read = refused, [], False
+
+    def verdicts(self, edit, prompts, most):
+        self.seen.append((edit, len(prompts)))
+        left = self.refused[edit] if len(prompts) == 64 else self.refused[f"{edit} further"]
+        return [Verdict.REFUSAL if n in left else Verdict.ANSWER for n in range(len(prompts))], 24
+
+    def read_refusals(self):
+        self.read = True
+        return 500
+
+
+def confirmed(left):
+    """The edit that is taken of some by rising KL, of which the last is the default.
+
+    Args:
+        left: for each edit the prompts that stay refused, of the first 64 and of 128 further ones.
+    """
+    known = {n: first for n, (first, _) in enumerate(left)}
+    screen = Replying(known | {f"{n} further": more for n, (_, more) in enumerate(left)})
+    questions, further = [([Prompt("a")] * 64, 24)], [([Prompt("b")] * 128, 24)]
+    replies = FrontReplies(
+        screen, lambda given: given["n"], questions, 0.05, further=further
+    )  # fmt: skip
+    trials = [
+        replace(trial(0.01 * (n + 1), 0.1 - 0.01 * n, 0.1), parameters={"n": n})
+        for n in range(len(left))
+    ]
+    assert replies.misled(trials[-1])
+    asked = replies.of(trials, trials[-1], lambda share: True)
+    return choose(asked), [edit for edit, count in screen.seen if count == 128]
+
+
+def test_a_gentler_edit_is_taken_that_leaves_as_few_refusals_as_far_as_replies_tell():
+    """Of 64 replies it leaves 6 and the default 4, which chance explains; of 192 both leave 6."""
+    taken, asked_further = confirmed([(range(6), ()), (range(4), range(2))])
+    assert (taken.trial.parameters["n"], taken.meets) == (0, True)
+    assert sorted(asked_further) == [0, 1]
+
+
+def test_a_gentler_edit_is_not_taken_that_more_replies_show_to_be_worse():
+    taken, asked_further = confirmed([(range(6), range(6)), (range(4), range(2))])
+    assert (taken.trial.parameters["n"], taken.meets) == (1, True)
+    assert sorted(asked_further) == [0, 1]
+    # By bisection the third one is asked first, and then the next one by KL.
+    worse, good, default = (range(6), range(6)), (range(5), range(3)), (range(4), range(2))
+    taken, asked_further = confirmed([worse, good, default, default])
+    assert taken.trial.parameters["n"] == 1
+    assert sorted(asked_further) == [0, 1, 2, 3]
+
+
+def test_an_edit_that_a_few_replies_show_to_be_worse_is_asked_nothing_more():
+    taken, asked_further = confirmed([(range(20), ()), (range(4), ())])
+    assert (taken.trial.parameters["n"], asked_further) == (1, [])
+
+
+def test_an_edit_that_meets_the_target_needs_no_further_replies():
+    taken, asked_further = confirmed([(range(1), ()), (range(4), ())])
+    assert (taken.trial.parameters["n"], asked_further) == (0, [])
+
+
+def test_mcnemars_test_is_that_of_all_ways_to_share_out_what_differs():
+    for _ in range(30):
+        wrong, others = RNG.random((2, 12)) < 0.4
+        apart = [place for place in range(12) if wrong[place] != others[place]]
+        more = sum(bool(wrong[place]) for place in apart)
+        ways = list(itertools.product((0, 1), repeat=len(apart)))
+        expected = sum(sum(one) >= more for one in ways) / len(ways)
+        assert acceptance.mcnemar(list(wrong), list(others)) == pytest.approx(expected)
+    four, five = [True] * 4 + [False] * 60, [True] * 5 + [False] * 59
+    none = [False] * 64
+    assert not acceptance.ruled_out(four, none)  # 1 of 16
+    assert acceptance.ruled_out(five, none)  # 1 of 32
+
+
+def test_as_few_allows_one_standard_error_and_nothing_above_none():
+    def of(count):
+        return [True] * count + [False] * (192 - count)
+
+    # √(6 · 186 / 192) = 2.41
+    assert [acceptance.as_few(of(left), of(6)) for left in (0, 6, 8, 9)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert acceptance.as_few(of(0), of(0))
+    assert not acceptance.as_few(of(1), of(0))
+    assert acceptance.as_few([], [])
 
 
 def test_without_any_that_meets_the_target_the_fewest_refusals_win_and_broken_ones_count():
