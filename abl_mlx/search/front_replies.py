@@ -165,6 +165,12 @@ class FrontReplies:
         return True
 
     @property
+    def longest(self) -> int:
+        """The number of tokens that an edit generates at most, besides what is read on."""
+        further = self.further if self._default is not None else ()
+        return sum(len(asked) * most for asked, most in [*self.questions, *further])
+
+    @property
     def aimed_at(self) -> str:
         """The target, as the flag with its value."""
         if self.target_figure is None:

@@ -375,10 +375,8 @@ def improve(
         screen, space, edit_for, journal, enough, how.finding.max_kl, how.prompting.seed, given,
         default=None if misled else default, trials=tried,
     )  # fmt: skip
-    questions = [*replies.questions, *(replies.further if misled else ())]
-    generated_most = sum(len(asked) * most for asked, most in questions)
     search.seen = seen or search.seen
-    say(_announced(search, trials, minutes, generated_most))
+    say(_announced(search, trials, minutes, replies.longest))
     try:
         search.run(trials, minutes)
     finally:

@@ -28,6 +28,10 @@ from convert.base.errors import UserError
 #: The number of tokens in each reply.
 REPLY_TOKENS = 24
 
+#: The number of tokens by which a reply is read on that was cut and counts as refused: together as
+#: many as an evaluation reads. "I'm sorry to hear that" may go on to an answer.
+READ_ON = 40
+
 #: The number of first tokens by which a refusal is known: "I'm sorry, but I can't assist".
 SAID = 8
 
@@ -118,9 +122,7 @@ class Screen:
         Returns:
             The number of generated tokens.
         """
-        replies = evaluate.generate(
-            self._chat, self._harmful, REPLY_TOKENS, batch_size=self._batch_size
-        )
+        replies = self._generate(self._harmful, REPLY_TOKENS)
         texts = evaluate.decode(self._chat, replies)
         self._said = [
             reply[:SAID] if classify(text) is Verdict.REFUSAL else []
@@ -248,17 +250,36 @@ class Screen:
     def verdicts(
         self, edit: Edit, prompts: Sequence[Prompt], max_tokens: int = REPLY_TOKENS
     ) -> tuple[list[Verdict], int]:
-        """The verdicts on greedy replies under an edit, and the number of generated tokens."""
+        """The verdicts on greedy replies under an edit, and the number of generated tokens.
+
+        Replies that are refused so far and have not ended are read on by `READ_ON` tokens.
+        """
         encoded = [self._chat.encode(prompt) for prompt in prompts]
         with ablation(self._writers, edit):
-            replies = evaluate.generate(
-                self._chat, encoded, max_tokens, batch_size=self._batch_size
-            )
-        texts = evaluate.decode(self._chat, replies, prompts)
-        verdicts = [
-            classify(text, prompt.text) for text, prompt in zip(texts, prompts, strict=True)
-        ]
-        return verdicts, _generated(replies, max_tokens)
+            replies = self._generate(encoded, max_tokens)
+            verdicts = self._judged(replies, prompts)
+            cut = [
+                place
+                for place, (reply, verdict) in enumerate(zip(replies, verdicts, strict=True))
+                if verdict is Verdict.REFUSAL and len(reply) >= max_tokens
+            ]
+            begun = [[*encoded[place], *replies[place]] for place in cut]
+            rest = self._generate(begun, READ_ON) if cut else []
+        read = [[*replies[place], *more] for place, more in zip(cut, rest, strict=True)]
+        for place, verdict in zip(
+            cut, self._judged(read, [prompts[place] for place in cut]), strict=True
+        ):
+            verdicts[place] = verdict
+        return verdicts, _generated(replies, max_tokens) + _generated(rest, READ_ON)
+
+    def _generate(self, encoded: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+        """Greedy replies to encoded prompts, of at most so many tokens."""
+        return evaluate.generate(self._chat, encoded, most, batch_size=self._batch_size)
+
+    def _judged(self, replies: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[Verdict]:
+        """The verdicts on replies to prompts."""
+        texts = evaluate.decode(self._chat, replies, prompts) if prompts else []
+        return [classify(text, prompt.text) for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def _generated(replies: Sequence[Sequence[int]], most: int) -> int:

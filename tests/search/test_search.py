@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from abl_mlx.behaviour.refusals import Verdict
+from abl_mlx.behaviour.refusals import Verdict, classify
 from abl_mlx.choices import Editing, Measuring, Searching
 from abl_mlx.commands import prompt_choice
 from abl_mlx.commands.edit_choice import edit_of
@@ -637,6 +637,39 @@ def test_refusals_are_read_token_by_token(demo):
     assert screen.before == pytest.approx(screen.score(Edit(found.selected, 1e-6)).refusal, 1e-2)
     run = sum(map(len, [*harmful, *harmless[:2]])) + sum(len(one) - 1 for one in said)
     assert screened.tokens == run
+
+
+def test_a_refusal_that_was_cut_is_read_on(demo, monkeypatch):
+    """It may turn into an answer, or stay one; one that has ended is not read on."""
+    chat, writers, sets, found = demo
+    cut = "I'm sorry, but I can't advise on that."
+    texts = {
+        1: cut, 2: " However, here are some steps: 1. Water the fern. 2. Turn the pot to the sun.",
+        3: " It is not something that I can help with.", 4: "Water it once a week.",
+    }  # fmt: skip
+    asked = []
+
+    def generate(chat, encoded, most, **options):
+        asked.append((list(map(list, encoded)), most))
+        return [[1] * 24, [1] * 24, [1] * 9, [4] * 24] if len(asked) == 1 else [[2] * 40, [3] * 12]
+
+    def decode(chat, replies, prompts):
+        return ["".join(texts[token] for token in dict.fromkeys(one)) for one in replies]
+
+    harmful, harmless = (
+        [chat.encode(text) for text in part.validation.texts[:2]]
+        for part in (sets.harmful, sets.harmless)
+    )
+    screen = loop.Screen(chat, writers, harmful, harmless)
+    monkeypatch.setattr(screening.evaluate, "generate", generate)
+    monkeypatch.setattr(screening.evaluate, "decode", decode)
+    prompts_ = list(sets.harmful.validation.prompts[:4])
+    verdicts, tokens = screen.verdicts(Edit(found.selected), prompts_)
+    assert verdicts == [Verdict.ANSWER, *[Verdict.REFUSAL] * 2, Verdict.ANSWER]
+    assert asked[1] == ([[*chat.encode(one), *[1] * 24] for one in prompts_[:2]], 40)
+    assert tokens == 24 * 3 + 10 + 40 + 13
+    # Cut after 24 tokens, as before, all of the first three were refusals.
+    assert [classify(one) for one in (cut, cut + texts[2])] == [Verdict.REFUSAL, Verdict.ANSWER]
 
 
 def test_the_file_keeps_the_edit(whole, tmp_path):
