@@ -20,8 +20,6 @@ import mlx.core as mx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from abl_mlx.behaviour import evaluate  # noqa: E402
-from abl_mlx.behaviour.refusals import Verdict, classify  # noqa: E402
 from abl_mlx.choices import Measuring  # noqa: E402
 from abl_mlx.commands import prompt_choice  # noqa: E402
 from abl_mlx.directions import measuring  # noqa: E402
@@ -31,7 +29,7 @@ from abl_mlx.inputs import prompts  # noqa: E402
 from abl_mlx.models.distributions import kl_divergence, normalized  # noqa: E402
 from abl_mlx.models.logits import first_reply_token  # noqa: E402
 from abl_mlx.outputs.model_file import find_gguf  # noqa: E402
-from abl_mlx.search.screening import REPLY_TOKENS, Screen  # noqa: E402
+from abl_mlx.search.screening import Screen  # noqa: E402
 
 
 def events(log_probabilities: mx.array, openings: mx.array) -> mx.array:
@@ -53,14 +51,11 @@ def main() -> None:
         train, validation = sets.train, sets.validation
         found = measuring.measure(chat, train["harmful"].tokens, train["harmless"].tokens, [-1])
         harmful, harmless = validation["harmful"].tokens, validation["harmless"].tokens
-        replies = evaluate.generate(chat, harmful, REPLY_TOKENS)
-        verdicts = map(classify, evaluate.decode(chat, replies))
-        both = zip(replies, verdicts, strict=True)
-        first = sorted({reply[0] for reply, verdict in both if verdict is Verdict.REFUSAL})
-        openings = mx.array(first)
-        print("refusals open with", [chat.tokenizer.decode([token]) for token in first])
         screen = Screen(chat, writers, harmful, harmless)
         screen.read_refusals()
+        first = sorted({said[0] for said in screen.said or () if said})
+        openings = mx.array(first)
+        print("refusals open with", [chat.tokenizer.decode([token]) for token in first])
         base = first_reply_token(chat, harmless)
         opens = mx.exp(events(base, openings))[:, 0].mean().item()
         print(f"harmless prompts open so with a probability of {opens:.1%}")

@@ -81,6 +81,12 @@ class Screen:
     """Scores edits of a loaded model by the first reply token, without generating replies.
 
     Where first tokens mislead, `read_refusals` lets refusals be scored by more tokens.
+
+    Attributes:
+        tokens: the tokens that open refusals.
+        before: the refusal score of the unedited model.
+        said: for each harmful prompt the first tokens of the unedited model's refusal, none where
+            it answers; None before `read_refusals`.
     """
 
     def __init__(
@@ -109,7 +115,7 @@ class Screen:
                 "there is nothing for --search to score: check with `abl-mlx eval`."
             )
         self.before = number(_surprisal(before, self.tokens).mean())
-        self._said: list[list[int]] | None = None
+        self.said: list[list[int]] | None = None
         self._keep(staying)
 
     def read_refusals(self) -> int:
@@ -124,7 +130,7 @@ class Screen:
         """
         replies = self._generate(self._harmful, REPLY_TOKENS)
         texts = evaluate.decode(self._chat, replies)
-        self._said = [
+        self.said = [
             reply[:SAID] if classify(text) is Verdict.REFUSAL else []
             for reply, text in zip(replies, texts, strict=True)
         ]
@@ -191,7 +197,7 @@ class Screen:
         """
         refused, refusal, kl, tokens = list[float](), list[float](), list[float](), 0
         if self._harmful[part]:
-            refused, refusal = (self._opened if self._said is None else self._repeated)(part)
+            refused, refusal = (self._opened if self.said is None else self._repeated)(part)
             tokens += sum(map(len, self._sequences(part)))
         if harmless := self._harmless[part]:
             opened = first_reply_token(self._chat, harmless)
@@ -201,9 +207,9 @@ class Screen:
 
     def _sequences(self, part: slice) -> list[list[int]]:
         """What is run of some harmful prompts: with refusals to read, those that are refused."""
-        if self._said is None:
+        if self.said is None:
             return list(map(list, self._harmful[part]))
-        both = zip(self._harmful[part], self._said[part], strict=True)
+        both = zip(self._harmful[part], self.said[part], strict=True)
         return [[*prompt, *said[:-1]] for prompt, said in both if said]
 
     def _opened(self, part: slice) -> tuple[list[float], list[float]]:
@@ -220,8 +226,8 @@ class Screen:
 
     def _repeated(self, part: slice) -> tuple[list[float], list[float]]:
         """The same by the tokens of the model's own refusals, as of `read_refusals`."""
-        assert self._said is not None
-        said, sequences = self._said[part], self._sequences(part)
+        assert self.said is not None
+        said, sequences = self.said[part], self._sequences(part)
         refused, refusal = [0.0] * len(said), [0.0] * len(said)
         places = [place for place, one in enumerate(said) if one]
         ends = [
