@@ -9,12 +9,15 @@ every layer; tensor parallelism does so twice in each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from abl_mlx.models.hooks import Around, around
+from abl_mlx.support.arrays import parameters
 from convert.base.errors import UserError
 
 
@@ -34,17 +37,49 @@ def in_stages(model: nn.Module, group: mx.distributed.Group) -> None:
             f"a model of {len(layers)} layers cannot be split among {count} processes, each of "
             f"which needs one: start at most {len(layers)}."
         )
+    widening = _widening(model, layers)
     for index, layer in enumerate(layers):
         mine = index * count // len(layers) == group.rank()
         if not mine:
             layer.clear()  # parameters and modules; what the model asks of a layer stays
         kind: type = type(layer)
-        layer.__class__ = _staged(kind, mine)
+        layer.__class__ = _staged(kind, mine, index in widening)
+
+
+def _widening(model: nn.Module, layers: Sequence[nn.Module]) -> set[int]:
+    """Numbers of the layers whose output is float32 though the model has weights of 16 bits, too.
+
+    The ranks without a layer have to know the type that they get. A pass is looked at, and not
+    evaluated.
+    """
+    kinds = {value.dtype for _, value in parameters(model)}
+    if len({kind for kind in kinds if mx.issubdtype(kind, mx.floating)}) == 1:
+        return set()
+    found: set[int] = set()
+
+    def look(index: int) -> Around:
+        def wrapper(call: Any, *args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            if output.dtype == mx.float32:
+                found.add(index)
+            return output
+
+        return wrapper
+
+    with around([(layer, look(index)) for index, layer in enumerate(layers)]):
+        model(mx.array([[1, 1]], mx.int32))
+    return found
 
 
 @cache
-def _staged(kind: type, mine: bool) -> type:
-    """The class of a layer that all ranks get the output of."""
+def _staged(kind: type, mine: bool, widens: bool) -> type:
+    """The class of a layer that all ranks get the output of.
+
+    Args:
+        kind: the layer's own class.
+        mine: whether it runs on this rank.
+        widens: whether it puts out float32, whatever it is given.
+    """
 
     def __call__(self: nn.Module, states: Any, *args: Any, **kwargs: Any) -> mx.array:
         states = _shared(states)
@@ -52,7 +87,7 @@ def _staged(kind: type, mine: bool) -> type:
             return _added(kind.__call__(self, states, *args, **kwargs))
         for one in (*args, *kwargs.values()):
             _count_tokens(one, states)
-        return _added(states * 0)
+        return _added((states * 0).astype(mx.float32 if widens else states.dtype))
 
     return type(kind.__name__, (kind,), {"__call__": __call__})
 
