@@ -35,6 +35,7 @@ from abl_mlx.records.edits import ApplyRecord, MeasureRecord
 from abl_mlx.records.looks import InspectRecord
 from abl_mlx.reports import plot
 from abl_mlx.reports.companions import write_companions
+from abl_mlx.support import ranks
 from abl_mlx.support.clock import Clock
 from convert.base.atomic import claim
 from convert.base.cores import beside
@@ -206,6 +207,11 @@ def _described(found: DirectionFile, about: Mapping[str, Any]) -> DirectionFile:
 def _check_places(out: Path, picture: Path | None, importance: Path | None) -> None:
     """Refuse files for the outputs that exist, cannot be written, or have another ending."""
     if importance is not None:
+        if ranks.lockstep():
+            raise UserError(
+                "--imatrix needs every layer whole in one process, and --split-model leaves each a "
+                "part: leave one of them out."
+            )
         imatrix.check_name(importance)
         claim(importance)
     if not ends_in(out, ".safetensors"):

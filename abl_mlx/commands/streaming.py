@@ -10,7 +10,7 @@ from typing import TypeVar
 from abl_mlx.choices import MeasureOptions, RunOptions
 from abl_mlx.directions import methods
 from abl_mlx.inputs import thinking
-from abl_mlx.models import generation, memory, sweeps
+from abl_mlx.models import generation, memory, split_model, sweeps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.outputs.model_file import ModelFile
 from abl_mlx.support import ranks
@@ -18,6 +18,7 @@ from abl_mlx.support.console import percent, say
 from abl_mlx.support.flags import first_given
 from abl_mlx.support.units import in_bytes
 from convert.base.errors import UserError
+from convert.base.hf_config import read_config
 
 Options = TypeVar("Options", MeasureOptions, RunOptions)
 
@@ -39,6 +40,8 @@ def chosen(model: ModelFile, options: Options, whole: str | None = None) -> Opti
     machine, size, asked = memory.machine(), model.size, options.stream
     if asked and ranks.everyone() > 1:
         raise UserError("--stream runs in one process: leave it out, or mlx.launch.")
+    if ranks.lockstep():
+        _check_split(model, options)
     large = ranks.everyone() == 1 and options.memory_check and memory.needed(size) > machine.total
     flag = whole or _first_whole(options)
     if flag is not None and (asked or (large and size > machine.total)):
@@ -92,6 +95,37 @@ def _first_whole(options: MeasureOptions | RunOptions) -> str | None:
             ("--refusal-cliff", options.refusal_cliff),
         ]
     return first_given(flags)
+
+
+def _check_split(model: ModelFile, options: MeasureOptions | RunOptions) -> None:
+    """Check that no flag looks at what ranks have only parts of.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    how = options.measuring
+    method = methods.named(how.finding.method)
+    flags: list[tuple[str, object]] = [
+        ("--heads", how.editing.heads),
+        ("--method rome", method.name == methods.ROME),
+    ]
+    if isinstance(options, MeasureOptions):
+        flags += [
+            ("--rank-parts", options.rank_parts),
+            ("--refusal-cliff", options.refusal_cliff),
+        ]
+    if model.folder is not None and split_model.by_layers(read_config(model.folder)):
+        flags += [
+            ("--experts", how.editing.experts),
+            ("--learn-strengths", how.searching.learn_strengths),
+            (f"--method {method.name}", "cones" in (method.refine or "")),
+        ]
+    flag = first_given(flags)
+    if flag is not None:
+        raise UserError(
+            f"{flag} needs every layer whole in one process, and --split-model leaves each a part: "
+            "leave one of them out."
+        )
 
 
 def tell(chat: ChatModel) -> None:

@@ -18,6 +18,7 @@ from abl_mlx.edits.weight_edit import LayeredEdit, WeightEdit
 from abl_mlx.models import sweeps
 from abl_mlx.models.chat_model import ChatModel
 from abl_mlx.models.distributions import kl_divergence, known
+from abl_mlx.models.layer_stages import has_stages
 from abl_mlx.models.logits import first_reply_token
 from abl_mlx.models.writers import Writer
 from abl_mlx.support import ranks
@@ -276,8 +277,10 @@ class Trial:
             harmless: the harmless prompts to choose from, as indices; None for all.
 
         Returns:
-            None where a module of the model has no gradient.
+            None where a module of the model has no gradient, and where ranks have whole layers.
         """
+        if has_stages(self._chat.model):
+            return None
         bad, good = (
             [every[(first + index) % len(every)] for index in range(min(most, len(every)))]
             for every in (range(len(self.harmful)), harmless or range(len(self._harmless)))

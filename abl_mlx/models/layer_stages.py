@@ -20,6 +20,8 @@ from abl_mlx.models.hooks import Around, around
 from abl_mlx.support.arrays import parameters
 from convert.base.errors import UserError
 
+_NAME = "_abl_stages"
+
 
 def in_stages(model: nn.Module, group: mx.distributed.Group) -> None:
     """Leave this rank its layers: the first ranks have the first ones, and about as many each.
@@ -44,6 +46,15 @@ def in_stages(model: nn.Module, group: mx.distributed.Group) -> None:
             layer.clear()  # parameters and modules; what the model asks of a layer stays
         kind: type = type(layer)
         layer.__class__ = _staged(kind, mine, index in widening)
+    object.__setattr__(model, _NAME, True)
+
+
+def has_stages(model: nn.Module) -> bool:
+    """Whether the model's layers are shared out.
+
+    Then the rank that has a layer alone knows derivatives with respect to what changes inside it.
+    """
+    return _NAME in vars(model)
 
 
 def _widening(model: nn.Module, layers: Sequence[nn.Module]) -> set[int]:

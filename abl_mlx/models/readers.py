@@ -15,11 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import mlx.core as mx
 
-from abl_mlx.models import routers
-from abl_mlx.models.chat_model import ChatModel
+from abl_mlx.models import routers, split_model
+from abl_mlx.models.chat_model import ChatModel, load_lazily
 from abl_mlx.models.module_weights import module_shape
 from abl_mlx.models.probe import Leaf, Probe
 from abl_mlx.models.writers import Writer, first_run, pattern_of, root_mean_square, unless_plain
+from abl_mlx.support import ranks
 from abl_mlx.support.arrays import number
 from convert.base.errors import UserError
 
@@ -64,6 +65,12 @@ def find_readers(chat: ChatModel) -> list[Writer]:
         UserError: when something reads the stream of which an edit of weights cannot take one
             direction away, with the layer and the reason.
     """
+    if ranks.lockstep():  # as in `writers.find_writers`
+        return split_model.found_in(_all(load_lazily(chat.folder)), chat.model)
+    return _all(chat)
+
+
+def _all(chat: ChatModel) -> list[Writer]:
     with Probe(chat.model, chat.layers, chat.width) as probe:
         first_run(chat, probe)
         found = []

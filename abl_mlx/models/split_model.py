@@ -61,6 +61,13 @@ def split(model: nn.Module, config: dict[str, Any]) -> None:
     say(f"  each of {count} processes holds {in_bytes(part)} of the model's {in_bytes(whole)}")
 
 
+def by_layers(config: dict[str, Any]) -> bool:
+    """Whether models of this configuration are split by layers."""
+    from mlx_lm.utils import _get_classes
+
+    return not hasattr(_get_classes(config)[0], "shard")
+
+
 def _check_divisible(sizes: dict[str, Any], count: int) -> None:
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if isinstance(sizes.get(key), int) and sizes[key] % count:

@@ -5,12 +5,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
+from abl_mlx.choices import Editing, Finding, RunOptions, Searching
+from abl_mlx.commands import streaming
+from abl_mlx.directions.trial import Trial
+from abl_mlx.edits.edit import Edit
+from abl_mlx.models.layer_stages import has_stages, in_stages
+from abl_mlx.outputs.model_file import find_model
+from abl_mlx.support import ranks
+from convert.base.errors import UserError
 from tests.commands.test_several_processes import same
 from tests.support import tiny, zoo
 from tests.support.command import abl_mlx
@@ -59,6 +69,37 @@ def test_more_processes_than_layers_are_refused(tmp_path: Path) -> None:
     found = ended(started(tmp_path, [[*command, "--split-model"]] * 4))
     assert [code for code, *_ in found] == [1] * 4
     assert "a model of 3 layers cannot be split among 4 processes" in found[0][1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "given"),
+    [
+        ("--heads", {"editing": Editing(heads="4")}),
+        ("--experts", {"editing": Editing(experts="4")}),
+        ("--method rome", {"finding": Finding(method="rome")}),
+        ("--learn-strengths", {"searching": Searching(learn_strengths=2)}),
+    ],
+)
+def test_flags_that_look_inside_layers_are_refused(
+    flag: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank would find something else, or nothing, inside the layers of others."""
+    model = folder(tmp_path / "model", "qwen3_next")
+    monkeypatch.setattr(ranks, "_lockstep", True)
+    with find_model(str(model), None) as found:
+        with pytest.raises(UserError, match=f"{flag} needs every layer whole in one process"):
+            streaming.chosen(found, RunOptions(**given))
+        streaming.chosen(found, RunOptions())
+
+
+def test_a_choice_uses_no_gradients_where_layers_are_shared_out() -> None:
+    """A rank knows the derivatives of its own layers only, and would choose another edit."""
+    trial = Trial.__new__(Trial)
+    trial._chat = zoo.chat("qwen3_next")
+    assert not has_stages(trial._chat.model)
+    in_stages(trial._chat.model, mx.distributed.init())
+    edit = Edit(mx.ones((1, trial._chat.width)))
+    assert trial.slopes(edit, np.ones((2, 4)), 4) is None
 
 
 #: Compares a shared-out model with the whole one, as one rank of two.
