@@ -8,6 +8,7 @@ while the command reads its model and compiles the ones that it needs first.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import subprocess
 import sys
@@ -87,4 +88,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # it ends before its garbage matters
     main()

@@ -139,13 +139,21 @@ def in_lines(work: Callable[..., None], axis: int, *arrays: np.ndarray) -> None:
         in_chunks(lambda part, each=each: work(*(one[:, part] for one in each)), n, d)  # type: ignore[misc]
 
 
+# Up to so many numbers are squared and added one after the other, which the kernel also does.
+_FEW = 32
+
+
 def squares(values: np.ndarray, axis: int) -> np.ndarray:
     """Σ w² along an axis: float64 (..., n) for axis -2, (...) for axis -1."""
     from abl_mlx.edits import projection_kernels as kernels
 
     if axis == -1:
         rows = _plain(values).reshape(-1, values.shape[-1])
-        sums = np.empty(len(rows), np.float64)
+        sums = np.zeros(len(rows), np.float64)
+        if rows.shape[1] <= _FEW:
+            for column in rows.T:  # to the same bits as the kernel, which need not be compiled
+                sums += np.square(column, dtype=np.float64)
+            return sums.reshape(values.shape[:-1])
         in_chunks(lambda p: kernels.squares_across(rows, sums, p.start, p.stop), *rows.shape)
         return sums.reshape(values.shape[:-1])
     out = np.empty((*values.shape[:-2], 1, values.shape[-1]), np.float64)

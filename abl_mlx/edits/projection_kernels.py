@@ -129,10 +129,11 @@ def grid_down(basis, codes, scales, offsets, group, uniform, levels, strip, out,
 @compiled()
 def grid_across(basis, codes, scales, offsets, group, uniform, levels, out, first, last):
     """`across` of the weights of a grid, to the same bits."""
-    row = np.empty((1, codes.shape[1]), F)
+    row, lanes = np.empty(codes.shape[1], F), np.empty(_BLOCK, F)
     for i in range(first, last):
-        grid_values(codes[i], scales[i], offsets[i], group, uniform, levels, row[0])
-        across(basis, row, out[i : i + 1], 0, 1)
+        grid_values(codes[i], scales[i], offsets[i], group, uniform, levels, row)
+        for a in range(basis.shape[0]):
+            out[i, a] = dot(basis[a], row, lanes)
 
 
 @compiled()

@@ -37,7 +37,7 @@ _SHORT = 128
 _PAID = F(0.5)
 
 
-@compiled(inner=True)
+@compiled(inner=True, plain=True)
 def _search(z, slope, weight, kept, mu, levels, mids, few, tolerance, moves, words, active, parts,
             lanes):  # fmt: skip
     """Step 1 for one direction: the multiplier nearest to a residual of 0, from ``mu`` on.
@@ -114,14 +114,16 @@ def _search(z, slope, weight, kept, mu, levels, mids, few, tolerance, moves, wor
     return best
 
 
-@compiled(inner=True)
+@compiled(inner=True, plain=True)
 def _change(scale, levels, code, other):
     """What another code changes in a weight; 0 where there is no such level."""
-    other = min(max(other, 0), levels.shape[0] - 1)
+    last = levels.shape[0] - 1
+    other = other if other > 0 else 0
+    other = other if other < last else last
     return scale * (levels[other] - levels[code])
 
 
-@compiled(inner=True)
+@compiled(inner=True, plain=True)
 def _lefts(some, which, count, changes, basis, residual, lefts):
     """The square of the residual that each step would leave, (2, count)."""
     for way in range(2):
@@ -135,7 +137,7 @@ def _lefts(some, which, count, changes, basis, residual, lefts):
                 lefts[way, j] += part * part
 
 
-@compiled(inner=True)
+@compiled(inner=True, plain=True)
 def _finish(which, count, e, s, basis, weights, levels, codes, residual, tolerance, most,
             changes, lefts):  # fmt: skip
     """Step 2: change single codes by one step each, so as to cancel the remaining residual.
@@ -170,7 +172,8 @@ def _finish(which, count, e, s, basis, weights, levels, codes, residual, toleran
         chosen, up, least, cost = -1, 0, left, F(np.inf)
         enough = False
         for j in range(count):
-            if min(lefts[0, j], lefts[1, j]) > max(least, within):
+            bound = least if least > within else within
+            if lefts[0, j] > bound and lefts[1, j] > bound:
                 continue
             i = which[j] if some else j
             for way in range(2):
@@ -197,7 +200,7 @@ def _finish(which, count, e, s, basis, weights, levels, codes, residual, toleran
     return False
 
 
-@compiled()
+@compiled(plain=True)
 def lines(
     target, scales, offsets, old_scales, old_offsets, old_levels, low, share, group, basis, shifts,
     weights, levels, mids, few, taken, heft, mean, codes, turns, tolerance, steps, scratch,
@@ -300,15 +303,16 @@ def lines(
         for a in range(k):
             residual[a] = dot(basis[a], e, lanes)
         # First those weights are looked at of which one step leaves nothing, which are few.
-        done = False
-        if k == 1 and mids is None:
+        # (There is one call, because numba would make two copies of what is called.)
+        first, count, most, done = k == 1 and mids is None, d, steps, False
+        if first:
             cancelling(code, s, basis[0], weight[0], mids, few, residual[0], tolerance, moves)
-            count = marked(moves, words, active)
-            done = _finish(active, count, e, s, basis, weights, levels, code, residual,
-                           tolerance, min(steps, 1), changes, lefts)  # fmt: skip
-        if not done:
-            _finish(active, d, e, s, basis, weights, levels, code, residual, tolerance,
-                    steps, changes, lefts)  # fmt: skip
+            count, most = marked(moves, words, active), 1 if steps > 1 else steps
+        for _ in range(2 if first else 1):
+            if not done:
+                done = _finish(active, count, e, s, basis, weights, levels, code, residual,
+                               tolerance, most, changes, lefts)  # fmt: skip
+            count, most = d, steps
         if mean > 0:
             for a in range(k):
                 part = heft[t] * taken[t, a]

@@ -7,7 +7,7 @@ import numpy as np
 from convert.base.compiled import compiled
 
 
-@compiled()
+@compiled(plain=True)
 def turn(target, start, lines):
     """Copy the columns from ``start`` on to the rows of ``lines``."""
     width, d = lines.shape
@@ -18,7 +18,7 @@ def turn(target, start, lines):
                 lines[j, i] = target[i, start + j]
 
 
-@compiled()
+@compiled(plain=True)
 def turn_codes(codes, start, words, lines):
     """Copy columns of codes, of which ``codes`` holds eight in a uint64, to the rows of lines."""
     eights, d = words.shape
@@ -34,7 +34,7 @@ def turn_codes(codes, start, words, lines):
                 line[i] = np.uint8(row[i] >> right)
 
 
-@compiled()
+@compiled(plain=True)
 def turn_back(lines, words, codes, start):
     """The inverse of `turn_codes`."""
     eights, d = words.shape

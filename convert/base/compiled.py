@@ -13,9 +13,11 @@ these functions choose could depend on the width of a CPU's registers.
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,28 +25,40 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.dispatcher import Dispatcher
 
 from convert.base.locks import Busy, hold
 
 
-def compiled(*, inline: bool = False, inner: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def compiled(
+    *, inline: bool = False, inner: bool = False, plain: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: compile a function when it is first called.
 
     Args:
-        inner: only other compiled functions call it, so that nothing is made for calls from Python.
         inline: make the function a part of those that call it. That compiles faster if these are
-            short and one place calls it. Any other function takes a tenth of a second by itself,
-            and is optimized again in each that calls it.
+            short and one place calls it. Any other function is compiled for itself, and optimized
+            in each that calls it.
+        inner: only other compiled functions call it, so that no machine code is made of it alone.
+        plain: it neither makes arrays nor copies one to a part of another. So nothing counts who
+            uses an array, which is a quarter of the code that numba writes. Not for short loops
+            that are called within others: LLVM made these twice as slow.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        # Nobody calls from C, so the wrapper for that is left out.
+        how: dict[str, Any] = {
+            "error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": inner,
+            "_nrt": not plain,
+        }  # fmt: skip
         if inline:
-            return _noted(numba.njit(inline="always", error_model="numpy")(function))
+            return _noted(numba.njit(inline="always", **how)(function))
+        if inner:
+            return _noted(numba.njit(nogil=True, pipeline_class=_InnerCompiler, **how)(function))
 
         def made(cache: bool) -> Any:
-            # Nobody calls from C, so the wrapper for that is left out.
-            how = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": inner}
             return _noted(numba.njit(nogil=True, cache=cache, **how)(function))
 
         def kept() -> Any:
@@ -58,13 +72,49 @@ def compiled(*, inline: bool = False, inner: bool = False) -> Callable[[Callable
             numba.config.CACHE_DIR = str(folder)
             kernel = kept()
         if kernel is None:
-            return made(False)
-        _survive_a_full_disk(kernel)
-        _depend_on_all_files(kernel)
-        _compile_in_one_process(kernel)
+            kernel = made(False)
+        else:
+            _survive_a_full_disk(kernel)
+            _depend_on_all_files(kernel)
+            _compile_in_one_process(kernel)
+        _collect_no_garbage(kernel)
         return kernel
 
     return decorate
+
+
+class _Inner(JITCodeLibrary):
+    """Code of a function for those that call it, of which no machine code is made."""
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        """There is nothing to call."""
+        del name
+        self._ensure_finalized()
+        return 0
+
+    @property
+    def codegen(self) -> Any:
+        """What numba asks to note the function's environment, of which there is none."""
+        return _NoEnvironment
+
+
+class _NoEnvironment:
+    @staticmethod
+    def set_env(*_: Any) -> None:
+        """Nobody uses it."""
+
+
+class _InnerCompiler(Compiler):
+    """numba's compiler of functions that only other compiled functions call."""
+
+    def compile_extra(self, func: Callable[..., Any]) -> Any:
+        """Compile a function."""
+        self.state.library = _Inner(self.state.targetctx.codegen(), func.__qualname__)
+        return super().compile_extra(func)
 
 
 def _private_folder() -> Path | None:
@@ -178,6 +228,43 @@ def _compile_in_one_process(kernel: Any) -> None:
                 lock.give()
 
         cache.load_overload, cache.save_overload = loading, saving
+
+
+class _Pauses:
+    """Keeps Python from looking for garbage, which takes a tenth of the time of compiling."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._enabled = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._count == 0:
+                self._enabled = gc.isenabled()
+                gc.disable()
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0 and self._enabled:
+                gc.enable()
+
+
+_pauses = _Pauses()
+
+
+def _collect_no_garbage(kernel: Any) -> None:
+    """Compile a function without looking for garbage meanwhile."""
+    with suppress(AttributeError):
+        compile_one = kernel.compile
+
+        def compiling(*args: Any) -> Any:
+            with _pauses:
+                return compile_one(*args)
+
+        kernel.compile = compiling
 
 
 def _index(kernel: Any) -> Any:

@@ -104,5 +104,10 @@ def search(
         np.ascontiguousarray(wanted.right, np.float32),
         heft, choices.moves, found, past,
     )  # fmt: skip
-    in_chunks(lambda part: kernels.near(*arguments, part.start, part.stop), rows, n)
+
+    def some(part: slice) -> None:
+        scratch = kernels.scratch_of(n, grid.group)
+        kernels.near(*arguments, scratch, part.start, part.stop)
+
+    in_chunks(some, rows, n)
     return found, np.flatnonzero(past)

@@ -82,16 +82,18 @@ def _place(base, step, moved, scale, inverse, offset):
 
 
 @compiled(inline=True)
-def _try(move, start, weights, heft, base, step, limits, low, high, best, chosen, tried, scratch):
+def _try(
+    moves, m, start, weights, heft, base, step, limits, low, high, best, chosen, tried, scratch
+):
     """Move the scales and offsets of those groups that gain by these numbers of steps.
 
     Args:
-        move: the numbers of steps of scale and offset.
+        moves, m: row m holds the numbers of steps of scale and offset.
         start: (2, B): where these steps begin.
         best, chosen: (B,), (2, B), the results: the errors with the best moves, and these.
     """
     scale, inverse, offset, cost, gains = scratch
-    more, further = F(move[0]), F(move[1])
+    more, further = F(moves[m, 0]), F(moves[m, 1])
     for b in range(cost.shape[0]):
         tried[0, b] = start[0, b] + more
         tried[1, b] = start[1, b] + further
@@ -100,11 +102,9 @@ def _try(move, start, weights, heft, base, step, limits, low, high, best, chosen
     # Without branches, so that compilers look at several groups at a time.
     for b in range(cost.shape[0]):
         k, l = tried[0, b], tried[1, b]
-        beyond = max(
-            max(limits[0, b] - k, k - limits[1, b]), max(limits[2, b] - l, l - limits[3, b])
-        )
+        beyond = (limits[0, b] > k) | (k > limits[1, b]) | (limits[2, b] > l) | (l > limits[3, b])
         found = cost[b] * scale[b] * scale[b] * (_BETTER if abs(k) + abs(l) == F(0) else F(1))
-        found = F(np.inf) if beyond > F(0) else found
+        found = F(np.inf) if beyond else found
         least = best[b]
         best[b] = found if found < least else least
         gains[b] = F(1) if found < least else F(0)
@@ -113,9 +113,19 @@ def _try(move, start, weights, heft, base, step, limits, low, high, best, chosen
             chosen[which, b] = tried[which, b] if gains[b] > F(0) else chosen[which, b]
 
 
-@compiled()
-def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, found, past, first,
-         last):  # fmt: skip
+def scratch_of(n: int, group: int) -> tuple[np.ndarray, ...]:
+    """What `near` writes to, for rows of n weights: its own arrays would take long to compile."""
+    blocks = n // group
+    return (
+        np.empty(n, F), np.empty((group, blocks), F), *np.empty((2, 2, blocks), F),
+        np.empty((4, blocks), F), np.empty(blocks, F), np.zeros((2, blocks), F),
+        *np.empty((2, 2, blocks), F), *np.empty((5, blocks), F),
+    )  # fmt: skip
+
+
+@compiled(plain=True)
+def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, found, past, scratch,
+         first, last):  # fmt: skip
     """Find better scales for the rows ``first`` to ``last`` of a grid whose weights change.
 
     Args:
@@ -129,16 +139,13 @@ def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, f
             they begin at the best so far.
         found: int16 (2, R, B), the result: by how many steps scale and offset move.
         past: bool (R, B), the result: whether a weight lies past the ends of its group.
+        scratch: of `scratch_of`.
     """
     n = codes.shape[1]
     blocks, k = n // group, left.shape[1]
-    row, weights = np.empty(n, F), np.empty((group, blocks), F)
-    base, step, limit = np.empty((2, blocks), F), np.empty((2, blocks), F), np.empty((4, blocks), F)
-    best, own = np.empty(blocks, F), np.zeros((2, blocks), F)
-    chosen, tried = np.empty((2, blocks), F), np.empty((2, blocks), F)
-    scale, inverse, offset = np.empty(blocks, F), np.empty(blocks, F), np.empty(blocks, F)
-    cost, gains = np.empty(blocks, F), np.empty(blocks, F)
-    scratch = scale, inverse, offset, cost, gains
+    row, weights, base, step, limit, best, own, chosen, tried, scale, inverse, offset = scratch[:12]
+    cost, gains = scratch[12:]
+    few = scale, inverse, offset, cost, gains
     low, high = levels[0], levels[-1]
     for i in range(first, last):
         for b in range(blocks):  # numba takes a second to assign a slice
@@ -161,8 +168,8 @@ def near(codes, bases, steps, limits, group, levels, left, right, heft, moves, f
         chosen[:] = 0
         for m in range(moves.shape[0]):
             start = chosen if moves[m, 2] else own
-            _try(moves[m], start, weights, heft, base, step, limit, low, high, best, chosen, tried,
-                 scratch)  # fmt: skip
+            _try(moves, m, start, weights, heft, base, step, limit, low, high, best, chosen, tried,
+                 few)  # fmt: skip
         _place(base, step, chosen, scale, inverse, offset)
         _worst(weights, inverse, offset, low, high, cost)
         for b in range(blocks):

@@ -1,5 +1,6 @@
 """Kernels that a second process compiles while a command begins."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 
-from abl_mlx.edits import early, projection_kernels, rounding_kernels, turning_kernels
+from abl_mlx.edits import early, projection, projection_kernels, rounding_kernels, turning_kernels
 from abl_mlx.edits.edit import Edit, leak_read
 from abl_mlx.edits.slabs import Slab
 from abl_mlx.models.writers import Writer
@@ -114,3 +115,29 @@ def test_a_function_is_compiled_by_one_process_at_a_time(tmp_path, monkeypatch):
     with open(path, "r+b") as third, pytest.raises(Busy):
         hold(third.fileno())
     path.unlink()
+
+
+def test_garbage_is_collected_again_after_compiling(tmp_path, monkeypatch):
+    (tmp_path / "bad_kernel.py").write_text(
+        "import gc\nfrom convert.base.compiled import compiled\n"
+        "@compiled()\ndef bad(x):\n    return x.nothing\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from bad_kernel import bad  # type: ignore[import-not-found]
+
+    with pytest.raises(numba.TypingError):
+        bad(1)
+    assert gc.isenabled()
+    with compiled._pauses:
+        with compiled._pauses:
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("width", [1, 3, 32])
+def test_squares_of_short_rows_are_those_of_the_kernel(width):
+    rows = np.random.default_rng(width).standard_normal((50, width)).astype(np.float32)
+    found = np.empty(50, np.float64)
+    projection_kernels.squares_across(rows, found, 0, 50)
+    np.testing.assert_array_equal(projection.squares(rows, -1), found)
