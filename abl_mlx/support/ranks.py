@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from abl_mlx.support import console, interrupts
+from abl_mlx.support import console, interrupts, lost_ranks
 from convert.base import atomic, scratch
 from convert.base.errors import UserError
 
@@ -35,6 +36,10 @@ _PIECE = 1 << 26
 
 # Seconds between two looks for a signal while other ranks are waited for.
 _LOOK = 0.1
+
+# Seconds for which a rank of a split model waits for others to hear of its error: they may be in
+# the model, where they hear of nothing but its end.
+_PATIENCE = 30.0
 
 # States of a rank in what it exchanges.
 _RUNS, _ENDED = 0, 1
@@ -54,15 +59,20 @@ class _Group:
         rank, size: of this process, and of all.
         over: whether a rank ended with an error, after which nothing is exchanged.
         lost: whether another rank cannot be reached any more.
+        watch: ends this process if native code waits for a rank that is lost.
+        patience: the seconds after which others count as lost; None to wait for them.
     """
 
     def __init__(self) -> None:
         self.over = self.lost = False
+        self.patience: float | None = None
         self._asked: SimpleQueue[Callable[[], Any]] = SimpleQueue()
         self._told: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
         threading.Thread(target=self._work, name="ranks", daemon=True).start()
+        before = lost_ranks.sockets()
         self._group = self._call(_joined)
         self.rank, self.size = self._group.rank(), self._group.size()
+        self.watch = lost_ranks.Watch(lost_ranks.sockets() - before, _LOST, atomic.abandon)
 
     def gather(self, data: np.ndarray) -> np.ndarray:
         """An array of this form from every rank, (size, *data.shape).
@@ -82,7 +92,10 @@ class _Group:
 
     def _call(self, work: Callable[[], T]) -> T:
         self._asked.put(work)
+        begun = time.monotonic()
         while True:
+            if self.patience is not None and time.monotonic() - begun > self.patience:
+                raise RuntimeError("no other process answers")
             try:
                 interrupts.check()
                 with suppress(Empty):
@@ -138,6 +151,8 @@ def in_lockstep() -> None:
     """Share out nothing from now on: every rank runs every prompt, together with all others."""
     global _lockstep
     _lockstep = True
+    if _group is not None:
+        _group.watch.start()
 
 
 def lockstep() -> bool:
@@ -187,12 +202,15 @@ def together() -> Iterator[None]:
         ) from None
     try:
         if _group.size == 1:
+            _group.watch.stop()
             _group = None
             yield
             return
         with _member(_group):
             yield
     finally:
+        if _group is not None:
+            _group.watch.stop()
         _group, _lockstep = None, False
 
 
@@ -224,6 +242,9 @@ def _ended(group: _Group) -> Iterator[None]:
         code = getattr(error, "exit_code", 1)
         if code == 0:  # click ends a command in this way
             raise
+        group.watch.stop()  # this rank ends by itself
+        if _lockstep:
+            group.patience = _PATIENCE
         if not group.over:
             told = error.format_message() if hasattr(error, "format_message") else str(error)
             with suppress(_Ended):

@@ -37,6 +37,7 @@ class _Place:
         self.folder = self.path.with_name(f".{path.name}.partial")
         self._made: list[Path] = []
         self._lock: LockFile | None = None
+        _places.add(self)
         for parent in self.path.parents:
             if parent.exists():
                 break
@@ -113,6 +114,7 @@ class _Place:
         self._leave()
 
     def _leave(self) -> None:
+        _places.discard(self)
         if self._lock is not None:
             self._lock.close()
         for folder in (self.folder, *self._made):
@@ -121,6 +123,17 @@ class _Place:
             except OSError:
                 if folder is not self.folder:
                     break
+
+
+# All that were made and not closed yet.
+_places: set[_Place] = set()
+
+
+def abandon() -> None:
+    """Remove all outputs that are not complete, for a process that is about to end at once."""
+    for place in list(_places):
+        with suppress(OSError):
+            place.close()
 
 
 # A folder for outputs that nobody keeps; None where they get their names.

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from abl_mlx.demo import MODEL_PATH
 from tests.support.command import abl_mlx
 from tests.support.command import fails as abl_mlx_fails
-from tests.support.launched import by_mlx_launch, ended, started, wait_for
+from tests.support.launched import by_mlx_launch, ended, free_ports, started, wait_for
 
 SPLIT = "--split-model"
 RUN = "run", "demo", "--quick", "--max-tokens", "16"
@@ -83,6 +85,43 @@ def test_killing_one_process_ends_all_and_leaves_nothing(tmp_path, victim):
     code, said, printed = found[1 - victim]
     assert (code, printed) == (1, "")
     assert "connection to another process" in said
+
+
+def in_lockstep(tmp_path, *failing):
+    """Two ranks that exchange arrays without an end, and so wait for each other in native code."""
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    out = str(tmp_path / "made" / "out")
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.support.lockstep", out, *failing],
+            env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_ends_that_waits_in_native_code_for_one_that_was_killed(tmp_path, victim):
+    """MLX itself lets it wait forever in most of such cases."""
+    processes = in_lockstep(tmp_path)
+    assert processes[0].stdout.readline() == "runs\n"
+    assert list((tmp_path / "made").iterdir())
+    processes[victim].kill()
+    code, said, _ = ended(processes)[1 - victim]
+    assert (code, "connection to another process" in said) == (1, True)
+    if victim == 1:
+        assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_inside_of_a_split_model_ends_the_ranks_that_wait_there(tmp_path, failing):
+    found = ended(in_lockstep(tmp_path, str(failing)))
+    assert [code for code, *_ in found] == [1, 1]
+    assert found[failing][1] == "Error: this layer has no memory."
+    assert "connection to another process" in found[1 - failing][1]
+    assert not (tmp_path / "made").exists()
 
 
 def damaged(tmp_path: Path, change) -> list[list[str]]:

@@ -21,7 +21,7 @@ from abl_mlx.models.layer_stages import has_stages, in_stages
 from abl_mlx.outputs.model_file import find_model
 from abl_mlx.support import ranks
 from convert.base.errors import UserError
-from tests.commands.test_several_processes import same
+from tests.commands.test_several_processes import another_bit, same
 from tests.support import tiny, zoo
 from tests.support.command import abl_mlx
 from tests.support.launched import by_mlx_launch, ended, free_ports, started
@@ -100,6 +100,19 @@ def test_a_choice_uses_no_gradients_where_layers_are_shared_out() -> None:
     in_stages(trial._chat.model, mx.distributed.init())
     edit = Edit(mx.ones((1, trial._chat.width)))
     assert trial.slopes(edit, np.ones((2, 4)), 4) is None
+
+
+def test_unequal_files_are_refused(tmp_path: Path) -> None:
+    models = [folder(tmp_path / name, "qwen3_next") for name in ("one", "two")]
+    another_bit(models[1] / "model.safetensors")
+    commands = [
+        ["measure", str(one), *ASKED, "-o", str(tmp_path / "d.safetensors"), "--split-model"]
+        for one in models
+    ]
+    found = ended(started(tmp_path, commands))
+    assert [code for code, *_ in found] == [1, 1]
+    assert "the model of rank 1" in found[0][1]
+    assert not (tmp_path / "d.safetensors").exists()
 
 
 #: Compares a shared-out model with the whole one, as one rank of two.

@@ -1,0 +1,82 @@
+"""Ends this process when another rank is lost, even where native code waits for it forever.
+
+MLX reports a lost connection to the exchange that was under way. Exchanges that were asked for with
+it, such as those of the other layers of a split model, then wait without an end, and Python with
+them. So a thread looks whether another process closed its end of a connection.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+#: Seconds in which this process may end by itself after a connection was lost.
+GRACE = 10.0
+
+# Milliseconds between two looks for the end of the watch.
+_LOOK = 500
+
+# What a connection shows whose other end was closed: the first on Linux, the second on macOS.
+_CLOSED = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+def sockets() -> set[int]:
+    """The descriptors of this process that are sockets."""
+    found = set()
+    with suppress(OSError):
+        for name in os.listdir("/dev/fd"):
+            with suppress(OSError, ValueError):
+                if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                    found.add(int(name))
+    return found
+
+
+class Watch:
+    """Looks at connections to other ranks from `start` to `stop`.
+
+    If one is closed and the process still runs `GRACE` seconds later, the process ends with exit
+    code 1.
+    """
+
+    def __init__(self, connections: Iterable[int], message: str, tidy: Callable[[], None]) -> None:
+        """Nothing is looked at yet.
+
+        Args:
+            connections: the descriptors of the sockets.
+            message: what is said on stderr before the process ends.
+            tidy: removes what the process has begun to write.
+        """
+        self._message, self._tidy = message, tidy
+        self._stopped = threading.Event()
+        self._poll = select.poll()
+        self._watched = set(connections)
+        for one in self._watched:
+            self._poll.register(one, _CLOSED)
+
+    def start(self) -> None:
+        """Begin to look."""
+        threading.Thread(target=self._look, name="lost ranks", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the watch: the command is over."""
+        self._stopped.set()
+
+    def _look(self) -> None:
+        while self._watched and not self._stopped.is_set():
+            for one, event in self._poll.poll(_LOOK):
+                if event & select.POLLNVAL:  # MLX needs it no more
+                    self._poll.unregister(one)
+                    self._watched.discard(one)
+                elif not self._stopped.wait(GRACE):
+                    self._end()
+
+    def _end(self) -> None:
+        with suppress(OSError):
+            self._tidy()
+        print(f"Error: {self._message}", file=sys.stderr, flush=True)
+        os._exit(1)
