@@ -25,14 +25,15 @@ _LOOK = 500
 _CLOSED = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
-def sockets() -> set[int]:
-    """The descriptors of this process that are sockets."""
+def sockets() -> set[tuple[int, int]]:
+    """The sockets of this process: descriptors, with the numbers that no later socket has."""
     found = set()
     with suppress(OSError):
         for name in os.listdir("/dev/fd"):
             with suppress(OSError, ValueError):
-                if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                    found.add(int(name))
+                status = os.fstat(int(name))
+                if stat.S_ISSOCK(status.st_mode):
+                    found.add((int(name), status.st_ino))
     return found
 
 
@@ -43,20 +44,22 @@ class Watch:
     code 1.
     """
 
-    def __init__(self, connections: Iterable[int], message: str, tidy: Callable[[], None]) -> None:
+    def __init__(
+        self, connections: Iterable[tuple[int, int]], message: str, tidy: Callable[[], None]
+    ) -> None:
         """Nothing is looked at yet.
 
         Args:
-            connections: the descriptors of the sockets.
+            connections: the sockets, as from `sockets`.
             message: what is said on stderr before the process ends.
             tidy: removes what the process has begun to write.
         """
         self._message, self._tidy = message, tidy
         self._stopped = threading.Event()
         self._poll = select.poll()
-        self._watched = set(connections)
-        for one in self._watched:
-            self._poll.register(one, _CLOSED)
+        self._watched = dict(connections)
+        for descriptor in self._watched:
+            self._poll.register(descriptor, _CLOSED)
 
     def start(self) -> None:
         """Begin to look."""
@@ -68,12 +71,19 @@ class Watch:
 
     def _look(self) -> None:
         while self._watched and not self._stopped.is_set():
-            for one, event in self._poll.poll(_LOOK):
-                if event & select.POLLNVAL:  # MLX needs it no more
-                    self._poll.unregister(one)
-                    self._watched.discard(one)
-                elif not self._stopped.wait(GRACE):
+            for descriptor, _ in self._poll.poll(_LOOK):
+                if not self._is_open(descriptor):  # MLX needs it no more
+                    self._poll.unregister(descriptor)
+                    del self._watched[descriptor]
+                elif not self._stopped.wait(GRACE) and self._is_open(descriptor):
                     self._end()
+
+    def _is_open(self, descriptor: int) -> bool:
+        """Whether a descriptor is still that of the socket, and not of another file by now."""
+        try:
+            return os.fstat(descriptor).st_ino == self._watched[descriptor]
+        except OSError:
+            return False
 
     def _end(self) -> None:
         with suppress(OSError):
