@@ -40,8 +40,8 @@ def sockets() -> set[tuple[int, int]]:
 class Watch:
     """Looks at connections to other ranks from `start` to `stop`.
 
-    If one is closed and the process still runs `GRACE` seconds later, the process ends with exit
-    code 1.
+    If all are closed and the process still runs `GRACE` seconds later, the process ends with exit
+    code 1. All, because MLX may keep a connection of an attempt that was made again.
     """
 
     def __init__(
@@ -70,13 +70,15 @@ class Watch:
         self._stopped.set()
 
     def _look(self) -> None:
-        while self._watched and not self._stopped.is_set():
+        left = dict(self._watched)
+        while left and not self._stopped.is_set():
             for descriptor, _ in self._poll.poll(_LOOK):
+                self._poll.unregister(descriptor)
+                del left[descriptor]
                 if not self._is_open(descriptor):  # MLX needs it no more
-                    self._poll.unregister(descriptor)
                     del self._watched[descriptor]
-                elif not self._stopped.wait(GRACE) and self._is_open(descriptor):
-                    self._end()
+        if self._watched and not self._stopped.wait(GRACE):
+            self._end()
 
     def _is_open(self, descriptor: int) -> bool:
         """Whether a descriptor is still that of the socket, and not of another file by now."""

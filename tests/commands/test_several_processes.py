@@ -102,6 +102,7 @@ def in_lockstep(tmp_path, *failing):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_ends_that_waits_in_native_code_for_one_that_was_killed(tmp_path, victim):
     """MLX itself lets it wait forever in most of such cases."""
@@ -115,6 +116,7 @@ def test_a_rank_ends_that_waits_in_native_code_for_one_that_was_killed(tmp_path,
         assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_inside_of_a_split_model_ends_the_ranks_that_wait_there(tmp_path, failing):
     found = ended(in_lockstep(tmp_path, str(failing)))
