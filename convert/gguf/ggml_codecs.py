@@ -126,7 +126,7 @@ class GridCodec(BlockCodec):
             codes=codes.reshape(rows, n),
             levels=self.levels,
             scales=scales.reshape(shape),
-            offsets=offsets.reshape(shape) if offsets.size else None,
+            offsets=offsets.reshape(shape) if offsets.shape[1] else None,
             group=self.group,
             frame=raw,
         )
@@ -140,7 +140,7 @@ class GridCodec(BlockCodec):
         blocks, shape = raw.reshape(-1, self.size), grid.scales.shape
         scales, offsets = self._empty(len(blocks))
         self._read(blocks, np.empty((len(blocks), 0), np.uint8), scales, offsets)
-        shifted = offsets.reshape(shape) if offsets.size else None
+        shifted = offsets.reshape(shape) if offsets.shape[1] else None
         return replace(grid, scales=scales.reshape(shape), offsets=shifted, frame=raw)
 
     def encode(self, grid: Grid) -> np.ndarray:
